@@ -1,0 +1,1 @@
+"""Agents: prompts, tools, engines, the pool, and the embedder."""

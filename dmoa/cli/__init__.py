@@ -1,0 +1,1 @@
+"""The `dmoa` command: one short file per group of commands."""

@@ -1,0 +1,391 @@
+"""The configuration tree: one frozen pydantic model of a pool and of how it is served.
+
+Loaded from YAML (`load`), changed by `--set a.b=c` overrides. Building it touches no disk, network or GPU; the file
+itself is read by `load` alone. Unknown keys are refused everywhere. Field names are those of the contract.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dmoa.errors import ConfigError
+from dmoa.types import Sampling
+
+_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
+
+
+def _check_name(value: str) -> str:
+    if not _NAME.match(value):
+        raise ValueError("allowed are 1-64 lower case letters, digits, '-', '_', '.', the first a letter or digit")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+ToolName = Literal["calculator", "search"]
+RULES = ("top_mass", "fixed", "effective_count")
+
+
+class Node(BaseModel):
+    """Base of every configuration record: frozen, unknown keys refused, fields documented in place."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SamplingConfig(Node):
+    """How an agent's replies are decoded."""
+
+    temperature: float = Field(default=0.0, ge=0.0, le=2.0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Probability mass kept by nucleus sampling."""
+    max_tokens: int = Field(default=96, ge=1, le=131072)
+    """Most new tokens of one reply."""
+    stop: tuple[str, ...] = Field(default=(), max_length=8)
+    """Texts that end a reply."""
+
+    def to_sampling(self) -> Sampling:
+        """Return the same settings as the record that engines read."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, stop=self.stop)
+
+
+class AutoscalingConfig(Node):
+    """How many replicas an agent (dedicated) or an LLM's host (shared) runs on."""
+
+    min_replicas: int = Field(default=1, ge=1, le=1024)
+    max_replicas: int = Field(default=1, ge=1, le=1024)
+    target_ongoing_requests: float = Field(default=8.0, gt=0)
+    """Calls in flight per replica that autoscaling aims at."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, below min_replicas {self.min_replicas}; raise it or lower the minimum"
+            )
+        return self
+
+
+class TransformersOptions(Node):
+    """Options of the `transformers` engine; each is named in every result."""
+
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Weights and arithmetic; int8 is dynamic int8 weights on CPU."""
+    compile: bool = False
+    """Run the decode step through torch.compile."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1, le=256)
+    """CPU threads of the engine; None: all cores."""
+    max_model_len: int = Field(default=2048, ge=64, le=1048576)
+    """Longest prompt plus reply in tokens."""
+    prefix_cache: bool = True
+    """Reuse the keys and values of the prompt prefix shared by the agents of a step."""
+
+
+class ScriptedOptions(Node):
+    """Options of the `scripted` engine: deterministic stand-ins for tests and for measuring overhead."""
+
+    delay_ms: float = Field(default=0.0, ge=0.0)
+    """How long every reply takes."""
+    delays_ms: dict[str, float] = Field(default_factory=dict)
+    """Delay by agent name, over `delay_ms`."""
+    replies: dict[str, str] = Field(default_factory=dict)
+    """Reply by agent name; `{query}` in it stands for the last user message. Others echo."""
+    failing: tuple[str, ...] = ()
+    """Agents whose every call fails."""
+    tokens: int = Field(default=8, ge=1)
+    """Completion tokens that every reply claims."""
+    entropies_nats: dict[str, float] = Field(default_factory=dict)
+    """Mean entropy by agent name; others get one from the hash of agent and query."""
+
+
+class VllmOptions(Node):
+    """Options of the `vllm` engine (extra `vllm`)."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    max_model_len: int | None = Field(default=None, ge=64)
+
+
+EngineName = Literal["transformers", "scripted", "vllm", "openai"]
+EngineOptions = TransformersOptions | ScriptedOptions | VllmOptions
+_OPTIONS: dict[str, type[TransformersOptions] | type[ScriptedOptions] | type[VllmOptions]] = {
+    "transformers": TransformersOptions,
+    "scripted": ScriptedOptions,
+    "vllm": VllmOptions,
+}
+_MODEL = re.compile(r"^(embedded|hub|path|s3|scripted):.+$")
+
+
+class LlmConfig(Node):
+    """One language model and how it is run."""
+
+    model: str = "embedded:smollm2-135m"
+    """embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://... (vllm), or scripted:NAME."""
+    engine: EngineName = "transformers"
+    placement: Literal["shared", "dedicated"] = "shared"
+    """shared: all agents of the LLM are records of one deployment; dedicated: one deployment per agent."""
+    max_num_seqs: int = Field(default=16, ge=1, le=4096)
+    """Most sequences in one decoding batch."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs per replica; dedicated: per agent."""
+    autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
+    """Replicas of the host in shared placement."""
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Typed per engine, unknown keys refused: see `options`."""
+
+    @field_validator("model")
+    @classmethod
+    def _known_source(cls, value: str) -> str:
+        if not _MODEL.match(value):
+            raise ValueError("allowed are embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://..., scripted:NAME")
+        return value
+
+    @model_validator(mode="after")
+    def _typed_options(self) -> Self:
+        if self.engine not in _OPTIONS:
+            raise ValueError(f"engine {self.engine!r} is not supported by this version; allowed: {', '.join(_OPTIONS)}")
+        _ = self.options
+        return self
+
+    @property
+    def options(self) -> EngineOptions:
+        """`engine_kwargs` as the engine's own typed record."""
+        return _OPTIONS[self.engine].model_validate(self.engine_kwargs)
+
+
+class AgentConfig(Node):
+    """One agent: an LLM, perhaps with an adapter, in a role, with tools."""
+
+    name: Name
+    llm: Name
+    """Key under `llms`."""
+    adapter: str | None = None
+    """builtin:NAME, path:DIR, or None for the base model."""
+    profile: str = Field(min_length=1, max_length=4000)
+    """The role, in a sentence or two: prompt and, for the `profile` head, the agent's own embedding."""
+    tools: tuple[ToolName, ...] = ()
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
+    """Replicas in dedicated placement."""
+    tags: tuple[Name, ...] = ()
+
+    @field_validator("adapter")
+    @classmethod
+    def _known_adapter_source(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"^(builtin|path):.+$", value):
+            raise ValueError("allowed are builtin:NAME, path:DIR or null")
+        return value
+
+
+class SummarizerConfig(Node):
+    """Who folds a step's contributions into the summary, and who decides to stop."""
+
+    mode: Literal["select", "llm"] = "select"
+    llm: Name | None = None
+    """Key under `llms`; needed in `llm` mode."""
+    adapter: str | None = None
+    profile: str = Field(default="Merges the agents' work into one correct, complete answer.", min_length=1, max_length=4000)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+
+    @model_validator(mode="after")
+    def _llm_named(self) -> Self:
+        if self.mode == "llm" and self.llm is None:
+            raise ValueError("mode 'llm' needs `llm`, a key under llms; or use mode 'select'")
+        return self
+
+
+class ActivationConfig(Node):
+    """How many agents a step activates."""
+
+    rule: Literal["top_mass", "fixed", "effective_count"] = "top_mass"
+    mass: float = Field(default=0.8, gt=0.0, le=1.0)
+    """tau of `top_mass`: the smallest set whose probability reaches it."""
+    cascade: bool = True
+    """Let unsure steps run the next-ranked agent too; acts only where a checkpoint carries theta."""
+    max_agents: int = Field(default=4, ge=1, le=1024)
+    """K, and the k of `fixed`."""
+
+
+class GateConfig(Node):
+    """The recurrent gate."""
+
+    preset: Literal["default", "paper"] = "default"
+    """paper: one embedding of query and summary, no feedback features, no cascade."""
+    head: Literal["linear", "profile"] = "linear"
+    hidden: int = Field(default=128, ge=1, le=4096)
+    """H."""
+    temperature: float = Field(default=0.1, gt=0.0, le=100.0)
+    """T of the softmax over gate logits."""
+    score: Literal["raw", "anchored"] = "raw"
+    seed: int = Field(default=0, ge=0)
+    """Seed of the untrained weights."""
+    checkpoint: str | None = None
+    """Folder of a dmoa checkpoint; None: untrained weights from `seed`."""
+    activation: ActivationConfig = Field(default_factory=ActivationConfig)
+
+    @model_validator(mode="after")
+    def _paper_is_linear(self) -> Self:
+        if self.preset == "paper" and self.head != "linear":
+            raise ValueError(f"preset 'paper' has a linear head, head is {self.head!r}; use head 'linear' or preset 'default'")
+        return self
+
+
+class LimitsConfig(Node):
+    """Budgets of a query where the client sets none; a client may only lower them."""
+
+    max_steps: int = Field(default=20, ge=1, le=1000)
+    budget_tokens: int | None = Field(default=None, ge=1)
+    deadline_s: float | None = Field(default=None, gt=0)
+    max_queued_requests: int = Field(default=64, ge=1)
+    """Queries in flight per ingress replica; one more is answered 429."""
+
+
+class RouterConfig(Node):
+    """The central router."""
+
+    state_uri: str | None = None
+    """Where versions and state are kept (file://, s3://, gs://); None: a folder in dmoa's cache, for one machine."""
+    adaptation: Literal["off"] = "off"
+    max_wait_ms: float = Field(default=0.0, ge=0, le=1000)
+    """How long a decision may wait for others to share its batch."""
+    probe_interval_s: float = Field(default=0.5, gt=0, le=60)
+    """How often a masked agent is tried again."""
+    num_traces: int = Field(default=1000, ge=1)
+    """Traces kept for GET /v1/dmoa/traces/{id}."""
+
+    @field_validator("adaptation", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: object) -> object:
+        return "off" if value is False else value
+
+
+class ServerConfig(Node):
+    """The HTTP server."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    max_body_bytes: int = Field(default=1048576, ge=1024)
+    ingress_replicas: int = Field(default=1, ge=1, le=256)
+
+
+class Config(Node):
+    """A pool and how it is served: the whole tree."""
+
+    name: Name
+    """The model name that clients use."""
+    llms: dict[Name, LlmConfig] = Field(min_length=1)
+    agents: tuple[AgentConfig, ...] = Field(min_length=1, max_length=4096)
+    summarizer: SummarizerConfig = Field(default_factory=SummarizerConfig)
+    gate: GateConfig = Field(default_factory=GateConfig)
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
+    server: ServerConfig = Field(default_factory=ServerConfig)
+
+    @model_validator(mode="after")
+    def _references(self) -> Self:
+        seen: set[str] = set()
+        for i, agent in enumerate(self.agents):
+            if agent.name in seen:
+                raise ValueError(f"agents[{i}].name: {agent.name!r} is taken by an earlier agent; names must differ")
+            if agent.name == self.name:
+                raise ValueError(f"agents[{i}].name: {agent.name!r} is the pool's own name; rename one of them")
+            if agent.llm not in self.llms:
+                raise ValueError(
+                    f"agents[{i}].llm: {agent.llm!r} is not defined; allowed: {', '.join(self.llms)}; add it under llms or fix the name"
+                )
+            seen.add(agent.name)
+        llm = self.summarizer.llm
+        if llm is not None and llm not in self.llms:
+            raise ValueError(
+                f"summarizer.llm: {llm!r} is not defined; allowed: {', '.join(self.llms)}; add it under llms or fix the name"
+            )
+        return self
+
+    @property
+    def agent_names(self) -> tuple[str, ...]:
+        """Names of the agents in the pool's order."""
+        return tuple(agent.name for agent in self.agents)
+
+    def agent(self, name: str) -> AgentConfig:
+        """Return the agent called `name`; KeyError if there is none."""
+        for agent in self.agents:
+            if agent.name == name:
+                return agent
+        raise KeyError(name)
+
+
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read a pool file and apply `a.b=c` overrides.
+
+    Raises ConfigError naming file, field, value seen and what is allowed.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: cannot read {str(path)!r}: {error}; give the path of a pool YAML file") from error
+    return loads(text, source=str(path), overrides=overrides)
+
+
+def loads(text: str, *, source: str = "<text>", overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Build a configuration from YAML text. Raises ConfigError."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: a pool is a mapping with the keys name, llms, agents, ...; this is a {type(tree).__name__}")
+    tree.pop("job", None)
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {describe(error)}") from error
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, sep, value = override.partition("=")
+    keys = path.split(".")
+    if not sep or not all(keys):
+        raise ConfigError(f"--set {override!r}: write it as a.b=value, such as gate.temperature=0.2")
+    node: Any = tree
+    for key in keys[:-1]:
+        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+            node = node[int(key)]
+        elif isinstance(node, dict):
+            node = node.setdefault(key, {})
+        else:
+            raise ConfigError(f"--set {override!r}: {key!r} is not a section; list entries are given by their index")
+    last: Any = int(keys[-1]) if isinstance(node, list) and keys[-1].isdigit() else keys[-1]
+    try:
+        node[last] = yaml.safe_load(value)
+    except (TypeError, IndexError, yaml.YAMLError) as error:
+        raise ConfigError(f"--set {override!r}: cannot set {keys[-1]!r} here: {error}") from error
+
+
+def describe(error: ValidationError) -> str:
+    """Turn a pydantic error into one line: every field, the value seen, and what is allowed."""
+    parts = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(p) for p in item["loc"]) or "config"
+        message = item["msg"].removeprefix("Value error, ")
+        seen = item.get("input")
+        if item["type"] == "extra_forbidden":
+            parts.append(f"{where}: unknown key (value seen: {_short(seen)}); remove it or check its spelling")
+        elif item["type"] == "missing":
+            parts.append(f"{where}: missing; add it")
+        elif isinstance(seen, dict | list | BaseModel):
+            parts.append(message if where == "config" else f"{where}: {message}")
+        else:
+            parts.append(f"{where}: value seen: {_short(seen)}; {message[0].lower() + message[1:]}; change it")
+    return "; ".join(parts)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

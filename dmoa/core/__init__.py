@@ -1,0 +1,1 @@
+"""The gate and everything it computes with: torch and numpy only, pure."""

@@ -1,0 +1,76 @@
+"""All errors that dmoa raises on purpose.
+
+One root, `DmoaError`; every category is also the standard error that a caller would expect, and survives pickling
+(Ray sends errors between processes). A message states the field or object, the value seen, what is allowed, and what
+to do next.
+"""
+
+from __future__ import annotations
+
+
+class DmoaError(Exception):
+    """Root of every error that dmoa raises on purpose."""
+
+
+class ConfigError(DmoaError, ValueError):
+    """A configuration or a command line is wrong; commands exit with status 2."""
+
+
+class RequestError(DmoaError, ValueError):
+    """A client's request is wrong.
+
+    `param` names the offending field, `code` is the OpenAI error code, `status` the HTTP status (4xx).
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+        self.status = status
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_request_error, (str(self), self.param, self.code, self.status))
+
+
+def _rebuild_request_error(message: str, param: str | None, code: str | None, status: int) -> RequestError:
+    return RequestError(message, param=param, code=code, status=status)
+
+
+class AgentUnavailableError(DmoaError, ConnectionError):
+    """The place where an agent runs died, is restarting or cannot be reached; the same call may succeed later."""
+
+
+class AgentOverloadedError(DmoaError, RuntimeError):
+    """An agent's queue is full; another agent should take its place."""
+
+
+class NoAgentError(DmoaError, RuntimeError):
+    """No agent of the pool answered before the deadline (HTTP 503)."""
+
+
+class EmptyAnswerError(DmoaError, RuntimeError):
+    """Every contribution to a query was empty (HTTP 503, code `empty_answer`)."""
+
+
+class DeadlineError(DmoaError, TimeoutError):
+    """The deadline passed before any contribution existed (HTTP 504)."""
+
+
+class CheckpointError(DmoaError, ValueError):
+    """A checkpoint is damaged or does not fit the pool."""
+
+
+class ModelFetchError(DmoaError, RuntimeError):
+    """A model could not be fetched, or its bytes are not the expected ones."""
+
+
+class EngineError(DmoaError, RuntimeError):
+    """An engine cannot run a request as asked."""
+
+
+class RoutingError(DmoaError, RuntimeError):
+    """The gate produced no usable decision."""
+
+
+class TraceError(DmoaError, ValueError):
+    """A trace is damaged or does not belong to this pool or gate."""

@@ -1,0 +1,97 @@
+"""What the parts of dmoa ask of each other, as protocols.
+
+The orchestrator and the policies see nothing but these, so the same loop runs in a unit test, in one process, over
+Ray Serve handles and over HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from dmoa.types import (
+    AgentCall,
+    AgentReply,
+    FloatArray,
+    Generation,
+    GenerationRequest,
+    QueryState,
+    RouteDecision,
+    RouteRequest,
+    StepPlan,
+    Stop,
+    TextDelta,
+)
+
+
+class Engine(Protocol):
+    """Runs one language model for many agents at once."""
+
+    @property
+    def label(self) -> str:
+        """Engine and the options that may change numbers, such as `transformers/float32`."""
+        ...
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Generate one continuation.
+
+        Cancelling the awaiting task frees the request's place in the batch within two token steps. Raises EngineError
+        for a request that can never run (a prompt over the model's length, an unknown adapter).
+        """
+        ...
+
+    def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Generation]:
+        """Generate one continuation, yielding pieces of text and last, exactly once, the whole Generation."""
+        ...
+
+    async def close(self) -> None:
+        """Stop the engine and free its memory; requests in flight fail with EngineError."""
+        ...
+
+
+class AgentClient(Protocol):
+    """Reaches the agents of a pool, wherever they run."""
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        """Ask one agent. An agent's own failure is a reply with status `failed`.
+
+        Raises AgentUnavailableError (its place is gone; the same call may succeed later) and AgentOverloadedError.
+        """
+        ...
+
+    def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
+        """Ask one agent, yielding pieces of text and last, exactly once, the whole reply. Raises as `call` does."""
+        ...
+
+
+class Encoder(Protocol):
+    """Turns texts into sentence embeddings."""
+
+    async def embed(self, texts: Sequence[str]) -> list[FloatArray]:
+        """Return one unit-length float32 [D] per text, in order; a text over the window is the mean of its chunks."""
+        ...
+
+
+class Router(Protocol):
+    """Decides which agents a step activates, and keeps track of who is alive."""
+
+    async def route(self, request: RouteRequest) -> RouteDecision:
+        """Decide one step. Raises NoAgentError if every agent is unavailable, RoutingError for an unknown version."""
+        ...
+
+    def report_unavailable(self, agent: str, reason: str) -> None:
+        """Tell that an agent's place died; returns at once, the agent is masked until it answers again."""
+        ...
+
+
+class Policy(Protocol):
+    """Decides, step by step, which agents to ask; a fixed topology is a fixed schedule."""
+
+    @property
+    def name(self) -> str:
+        """The name clients use, as in `POOL/NAME`."""
+        ...
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Return whom to ask next, or stop. Reads the state, changes nothing."""
+        ...

@@ -1,0 +1,1 @@
+"""The swarm on Ray Serve, behind one OpenAI-compatible name."""

@@ -1,0 +1,322 @@
+"""Records that travel between the parts of dmoa: queries, calls, replies, decisions, steps, answers.
+
+Plain frozen records of plain values and CPU arrays, so that every one of them may cross a process boundary. Shape
+letters: A agents in the pool, D embedding, F feedback features, H gate hidden, X gate input (D, or 2D + F).
+Entropies are in nats, durations in the unit that ends the name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+"""A CPU array of float32."""
+
+Role = Literal["system", "user", "assistant"]
+AgentStatus = Literal["ok", "failed", "late", "overloaded", "masked", "idle"]
+EntropyKind = Literal["exact", "truncated"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+StopReason = Literal["summarizer", "agreement", "entropy", "max_steps", "budget_tokens", "deadline", "single"]
+Verdict = Literal["final", "continue", "unparsable", "rule"]
+RoutedBy = Literal["router", "ingress"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a reply is decoded."""
+
+    temperature: float = 0.0
+    """0 is greedy; else softmax temperature, 0..2."""
+    top_p: float = 1.0
+    """Probability mass kept by nucleus sampling, (0, 1]."""
+    max_tokens: int = 96
+    """Most new tokens of one generation."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a generation; the text itself is not part of the reply."""
+    seed: int | None = None
+    """Seed of the sampling; None: from the call's id, so a repeated call repeats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What an engine is asked to generate: one continuation of one conversation."""
+
+    request_id: str
+    """Unique among the requests in flight; the handle for cancelling."""
+    messages: tuple[Message, ...]
+    """Conversation; the last message is the user's, or the assistant's own beginning to be continued."""
+    sampling: Sampling
+    adapter: str | None = None
+    """Name of the LoRA adapter (as registered with the engine), None for the base model."""
+    deadline_unix_s: float | None = None
+    """When to give up (time.time()), None for never."""
+    agent: str = ""
+    """Name of the agent that asks; scripted engines answer by it."""
+    call_id: str = ""
+    """Stable name of the call, `trace/step/agent`: seeds the sampling, so a repeated call repeats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What an engine generated."""
+
+    text: str
+    finish_reason: FinishReason
+    entropy_sum_nats: float
+    """Sum over the generated tokens (stop token included) of the entropy of the whole next-token distribution."""
+    entropy_sq_sum: float
+    """Sum of the squares of the same entropies."""
+    entropy_tokens: int
+    """Tokens in the two sums; equals completion_tokens for exact entropies."""
+    entropy_kind: EntropyKind = "exact"
+    prompt_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens whose keys and values were reused from another request."""
+    completion_tokens: int
+    """Generated tokens, stop token included."""
+    engine_ms: float = 0.0
+    """From the engine's accept to the last token."""
+    queue_ms: float = 0.0
+    """Part of engine_ms before the request's prefill began."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextDelta:
+    """A piece of streamed text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentCall:
+    """One call of one agent in one step of one query. Idempotent by `call_id`."""
+
+    trace_id: str
+    step: int
+    agent: str
+    messages: tuple[Message, ...]
+    """The whole prompt, laid out by `agents.prompts`."""
+    sampling: Sampling
+    deadline_unix_s: float | None = None
+
+    @property
+    def call_id(self) -> str:
+        """`trace/step/agent`, the same for every attempt of the call."""
+        return f"{self.trace_id}/{self.step}/{self.agent}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentReply:
+    """What an agent contributed to a step, or why it did not."""
+
+    agent: str
+    status: AgentStatus
+    text: str = ""
+    finish_reason: FinishReason = "stop"
+    entropy_sum_nats: float = 0.0
+    entropy_sq_sum: float = 0.0
+    entropy_tokens: int = 0
+    entropy_kind: EntropyKind = "exact"
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    latency_ms: float = 0.0
+    """From the call to the reply, as the caller saw it."""
+    engine_ms: float = 0.0
+    """Part of latency_ms between the engine's accept and its last token, over all rounds of a tool loop."""
+    error: str | None = None
+    """Why there is no contribution, or what an earlier attempt of this call met."""
+    attempts: int = 1
+    """How often the call was sent; above 1 an earlier attempt was lost."""
+    engine: str = ""
+    """Engine and the options that may change numbers, such as `transformers/float32`."""
+
+    @property
+    def entropy_nats(self) -> float | None:
+        """Mean entropy in nats per token; None without tokens."""
+        return self.entropy_sum_nats / self.entropy_tokens if self.entropy_tokens else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteRequest:
+    """What the gate is asked: one step of one query."""
+
+    input_X: FloatArray
+    """The gate's input: [X] float32."""
+    hidden_H: FloatArray | None = None
+    """Hidden state after the previous step, [H] float32; None at the first step."""
+    gate_version: str | None = None
+    """Version to decide with; None at the first step: the current one."""
+    max_agents: int | None = None
+    """Upper limit of this query on k; None: the gate's own."""
+    unavailable: tuple[str, ...] = ()
+    """Agents that this query found dead, beyond those that the router masks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteDecision:
+    """What the gate decided for one step."""
+
+    gate_version: str
+    agents: tuple[str, ...]
+    """All agents of the pool, in the pool's order: names of the entries of probability_A."""
+    probability_A: FloatArray
+    """[A] float32, sums to 1; exactly 0 where masked."""
+    ranking: tuple[int, ...]
+    """Indices of the available agents, most probable first, ties by pool order."""
+    k: int
+    """How many of `ranking` are active, 1..K."""
+    mass: float
+    """Probability of the active set."""
+    masked: tuple[str, ...] = ()
+    """Agents left out because they were unavailable."""
+    hidden_H: FloatArray
+    """Hidden state after this step, [H] float32: travels with the query."""
+    routed_by: RoutedBy = "router"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SummarizerRecord:
+    """What the summarizer did in a step."""
+
+    mode: Literal["select", "llm"]
+    verdict: Verdict
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    latency_ms: float = 0.0
+    engine_ms: float = 0.0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One finished step: whom the policy chose, what each contributed, and the new summary."""
+
+    step: int
+    """Counts from 0."""
+    replies: tuple[AgentReply, ...]
+    """Every agent that was asked, lost ones included."""
+    active: tuple[str, ...]
+    """The agents whose contributions count, in order of probability."""
+    summary: str
+    summarizer: SummarizerRecord
+    mass: float = 1.0
+    """Probability of the active set; 1.0 for policies without a gate."""
+    wall_ms: float = 0.0
+    decision: RouteDecision | None = None
+    """None for policies without a gate."""
+    route: RouteRequest | None = None
+    """The gate's input, kept for replay; None for policies without a gate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Budgets of one query."""
+
+    max_steps: int = 20
+    max_agents: int | None = None
+    budget_tokens: int | None = None
+    """Prompt and completion tokens of all agents and the summarizer."""
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """One question to the swarm."""
+
+    trace_id: str
+    text: str
+    """The last user message: what the gate reads."""
+    system: str = ""
+    """The client's system message."""
+    turns: tuple[Message, ...] = ()
+    """Earlier turns of the conversation, in order."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """The client's sampling fields (temperature, top_p, max_tokens, stop, seed), absent where not given."""
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the swarm answered."""
+
+    trace_id: str
+    text: str
+    policy: str
+    stop_reason: StopReason
+    steps: tuple[StepRecord, ...]
+    degraded: bool
+    """At least one chosen agent failed or was masked."""
+    finish_reason: Literal["stop", "length"]
+    gate_version: str | None = None
+    routed_by: RoutedBy = "router"
+    wall_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activation:
+    """One agent that a policy asks in a step."""
+
+    agent: str
+    probability: float = 1.0
+    instruction: str = ""
+    """What to do in this step; empty: the agent's role alone."""
+    history: tuple[str, ...] | None = None
+    """Earlier work that the agent sees, oldest first; None: the summaries of all steps so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What a policy wants done in the next step."""
+
+    activations: tuple[Activation, ...]
+    """Agents to ask, in parallel; the first is the most probable."""
+    reserves: tuple[Activation, ...] = ()
+    """Who takes the place of a lost agent, next-ranked first."""
+    fold: Literal["summarizer", "pass"] = "summarizer"
+    """Whether the pool's summarizer folds the replies, or the first reply passes unchanged."""
+    mass: float = 1.0
+    decision: RouteDecision | None = None
+    route: RouteRequest | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """A policy's word that the query is done."""
+
+    reason: StopReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryState:
+    """What is known of a query between two steps; policies read it and never change it."""
+
+    query: Query
+    steps: tuple[StepRecord, ...] = ()
+    started_unix_s: float
+    deadline_unix_s: float | None = None
+    tokens_used: int = 0
+    """Prompt and completion tokens of all agents and the summarizer so far."""
+
+    @property
+    def summary(self) -> str:
+        """The newest summary, empty before the first step."""
+        return self.steps[-1].summary if self.steps else ""
+
+    @property
+    def history(self) -> tuple[str, ...]:
+        """The summaries of all steps so far, oldest first."""
+        return tuple(step.summary for step in self.steps if step.summary)
