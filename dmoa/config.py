@@ -295,16 +295,15 @@ class Config(Node):
             if agent.name == self.name:
                 raise ValueError(f"agents[{i}].name: {agent.name!r} is the pool's own name; rename one of them")
             if agent.llm not in self.llms:
-                raise ValueError(
-                    f"agents[{i}].llm: {agent.llm!r} is not defined; allowed: {', '.join(self.llms)}; add it under llms or fix the name"
-                )
+                raise ValueError(f"agents[{i}].llm: {self._undefined(agent.llm)}")
             seen.add(agent.name)
         llm = self.summarizer.llm
         if llm is not None and llm not in self.llms:
-            raise ValueError(
-                f"summarizer.llm: {llm!r} is not defined; allowed: {', '.join(self.llms)}; add it under llms or fix the name"
-            )
+            raise ValueError(f"summarizer.llm: {self._undefined(llm)}")
         return self
+
+    def _undefined(self, llm: str) -> str:
+        return f"{llm!r} is not defined; allowed: {', '.join(self.llms)}; add it under llms or fix the name"
 
     @property
     def agent_names(self) -> tuple[str, ...]:
