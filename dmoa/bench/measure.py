@@ -1,0 +1,89 @@
+"""What every benchmark shares: arms run in turns, medians with their spread, and the record of a result.
+
+Ratios are taken within one round, so that a slow minute of a shared machine hits both arms alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+
+class BenchResult(BaseModel):
+    """One measured figure beside its bar: an entry of `results` in the file that `dmoa bench` writes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    id: str
+    """Metric of the plan, such as `P1`; what is only reported beside it has a suffix, such as `P1.records`."""
+    value: float
+    """Median over the rounds."""
+    unit: str
+    """Unit of value, low and high, such as `x` or `ms`."""
+    low: float
+    """Lower end of the spread over the rounds."""
+    high: float
+    """Upper end of the spread over the rounds."""
+    rounds: int
+    """Rounds measured, the warm-up not counted."""
+    bar: str
+    """What the metric must reach, such as `<= 1.5x`; empty where it is only reported."""
+    passed: bool | None
+    """Whether the median reaches the bar; None where there is none."""
+    engine: str
+    """Engine and the options that may change numbers; `null` for scripted agents, `gate` where no engine runs."""
+    note: str = ""
+    """What was measured against what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median of several rounds with the first and third quartile."""
+
+    value: float
+    low: float
+    high: float
+    rounds: int
+
+
+def interleave(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run every arm once per round, in turns, and return what each returned, by name, in order of the rounds.
+
+    One round before the first is thrown away; every other round runs the arms backwards, so that none profits from
+    its place. Raises ValueError for fewer than one round.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: value seen: {rounds}; at least 1 is allowed; ask for more")
+    names = list(arms)
+    figures: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        arms[name]()
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            figures[name].append(arms[name]())
+    return figures
+
+
+def spread(figures: Sequence[float]) -> Spread:
+    """Return median and quartiles of the rounds' figures."""
+    if len(figures) == 1:
+        return Spread(figures[0], figures[0], figures[0], 1)
+    low, median, high = statistics.quantiles(figures, n=4, method="inclusive")
+    return Spread(median, low, high, len(figures))
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """Return the spread of the ratios taken round by round."""
+    return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def seconds_per_call(call: Callable[[], object], calls: int) -> float:
+    """Return the mean wall time of `calls` calls in a row, in seconds."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
