@@ -20,9 +20,17 @@ Role = Literal["system", "user", "assistant"]
 AgentStatus = Literal["ok", "failed", "late", "overloaded", "masked", "idle"]
 EntropyKind = Literal["exact", "truncated"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-StopReason = Literal["summarizer", "agreement", "entropy", "max_steps", "budget_tokens", "deadline", "single"]
+StopReason = Literal["summarizer", "agreement", "entropy", "max_steps", "budget_tokens", "deadline", "single", "no_agent"]
 Verdict = Literal["final", "continue", "unparsable", "rule"]
 RoutedBy = Literal["router", "ingress"]
+
+UNTRAINED = "untrained-"
+"""Prefix of the version of gate weights that no training has touched."""
+
+
+def is_untrained(gate_version: str) -> bool:
+    """Tell whether a gate version names weights that no training has touched."""
+    return gate_version.startswith(UNTRAINED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +270,8 @@ class Answer:
     """At least one chosen agent failed or was masked."""
     finish_reason: Literal["stop", "length"]
     gate_version: str | None = None
+    gate_trained: bool | None = None
+    """Whether the gate's weights were trained; None for policies without a gate."""
     routed_by: RoutedBy = "router"
     wall_ms: float = 0.0
 
