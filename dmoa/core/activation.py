@@ -1,0 +1,83 @@
+"""From gate logits to the active agents: masked softmax, ranking, and how many of the ranked ones act.
+
+Second stage of routing, after `core/gate`; vectorised over a batch because `core/decision` calls it for every
+micro-batch. Shape letters: B queries, A agents in the pool.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dmoa.core.gate import Rule
+from dmoa.types import FloatArray
+
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+MASS_TOLERANCE = 1e-6
+"""A set whose mass misses tau by less than float32 rounding reaches it."""
+COUNT_TOLERANCE = 1e-4
+"""exp(H) of n equal agents is n up to rounding; this keeps the ceiling from giving n + 1."""
+
+
+class ActivationBatch(NamedTuple):
+    """Who is active, one row per query."""
+
+    probability_BA: FloatArray
+    """[B, A] float32, rows sum to 1; exactly 0 where masked."""
+    ranking_BA: IntArray
+    """[B, A] indices, most probable first, ties by pool order; the masked ones last."""
+    k_B: IntArray
+    """[B] how many of the ranking are active, 1..min(K, available)."""
+    mass_B: FloatArray
+    """[B] float32, probability of the active set."""
+
+
+def probabilities(logits_BA: FloatArray, available_BA: BoolArray, temperature: float) -> FloatArray:
+    """Return softmax(logits / T) over the available agents, [B, A] float32, exactly 0 for the others.
+
+    Every row needs at least one available agent and finite logits. Source: paper (T = 0.1).
+    """
+    scaled_BA = np.where(available_BA, logits_BA, -np.inf)
+    scaled_BA -= scaled_BA.max(axis=1, keepdims=True)
+    scaled_BA *= np.float32(1.0 / temperature)
+    np.exp(scaled_BA, out=scaled_BA)
+    scaled_BA /= scaled_BA.sum(axis=1, keepdims=True)
+    return scaled_BA
+
+
+def effective_count(probability_BA: FloatArray) -> IntArray:
+    """Return ceil(exp(H(p))) per row [B], H in nats: n for n equal agents, 1 for a certain one."""
+    p_BA = probability_BA.astype(np.float64)
+    log_BA = np.log(p_BA, out=np.zeros_like(p_BA), where=p_BA > 0)
+    entropy_B = -(p_BA * log_BA).sum(axis=1)
+    count_B: IntArray = np.ceil(np.exp(entropy_B) - COUNT_TOLERANCE).astype(np.int64)
+    return count_B
+
+
+def activate(
+    logits_BA: FloatArray, available_BA: BoolArray, *, temperature: float, rule: Rule, mass: float, max_agents_B: IntArray
+) -> ActivationBatch:
+    """Choose the active agents of every row.
+
+    `top_mass`: the smallest set whose probability reaches `mass`; `fixed`: max_agents; `effective_count`:
+    ceil(exp(H(p))); always at least 1, at most `max_agents_B` and the number of available agents. Every row needs an
+    available agent. Source: sparse adaptive activation from the paper, the rules ours.
+    """
+    probability_BA = probabilities(logits_BA, available_BA, temperature)
+    # Masked agents sort behind available ones even where those underflow to 0; a stable sort keeps pool order on ties.
+    key_BA = np.where(available_BA, -probability_BA, np.float32(1.0))
+    ranking_BA = key_BA.argsort(axis=1, kind="stable")
+    cumulative_BA = np.take_along_axis(probability_BA, ranking_BA, axis=1).cumsum(axis=1)
+    if rule == "top_mass":
+        k_B = 1 + (cumulative_BA < mass - MASS_TOLERANCE).sum(axis=1)
+    elif rule == "fixed":
+        k_B = max_agents_B
+    else:
+        k_B = effective_count(probability_BA)
+    k_B = np.minimum(np.minimum(k_B, max_agents_B), available_BA.sum(axis=1))
+    mass_B = np.take_along_axis(cumulative_BA, k_B[:, None] - 1, axis=1)[:, 0]
+    return ActivationBatch(probability_BA, ranking_BA, k_B, np.minimum(mass_B, np.float32(1.0)))

@@ -1,0 +1,65 @@
+"""Predictive entropy: exact per token from the logits, streamed into three sums per call.
+
+Engines call `token_entropy` at every decode step, before temperature and sampling filters. All entropies are in nats.
+Shape letters: B sequences that decode together, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOOR = -200.0
+"""exp(-200) is 0 in float32: clamping here changes no probability, and keeps 0 x -inf out."""
+
+
+@torch.no_grad()
+def token_entropy(logits_BV: Tensor) -> Tensor:
+    """Return the entropy of softmax(logits) of every row, [B] float32 in nats, exact over the whole vocabulary.
+
+    Half-precision logits are widened first; -inf logits have probability 0. A row that is no distribution (all -inf,
+    or holding NaN or +inf) gives 0. Source: paper; Malinin & Gales 2021.
+    """
+    shifted_BV = logits_BV.float() - logits_BV.amax(dim=1, keepdim=True).float()
+    shifted_BV.clamp_(min=_FLOOR)
+    weight_BV = shifted_BV.exp()
+    total_B = weight_BV.sum(dim=1)
+    weighted_B = torch.linalg.vecdot(weight_BV, shifted_BV)
+    return torch.nan_to_num(total_B.log() - weighted_B / total_B, nan=0.0, posinf=0.0, neginf=0.0).clamp_(min=0.0)
+
+
+class EntropySums:
+    """Sum, sum of squares and count of token entropies: all that is kept of a call, whatever its length."""
+
+    __slots__ = ("sq_sum", "sum_nats", "tokens")
+
+    def __init__(self, sum_nats: float = 0.0, sq_sum: float = 0.0, tokens: int = 0) -> None:
+        """Start from nothing, or from sums kept earlier."""
+        self.sum_nats = sum_nats
+        self.sq_sum = sq_sum
+        self.tokens = tokens
+
+    def add(self, entropy_nats: float) -> None:
+        """Count one more token."""
+        self.sum_nats += entropy_nats
+        self.sq_sum += entropy_nats * entropy_nats
+        self.tokens += 1
+
+    def merge(self, other: EntropySums) -> None:
+        """Count the tokens of another call too."""
+        self.sum_nats += other.sum_nats
+        self.sq_sum += other.sq_sum
+        self.tokens += other.tokens
+
+    @property
+    def mean_nats(self) -> float | None:
+        """Mean entropy in nats per token; None without tokens."""
+        return self.sum_nats / self.tokens if self.tokens else None
+
+    @property
+    def variance(self) -> float | None:
+        """Population variance over the tokens, in nats squared, never negative; None without tokens."""
+        if not self.tokens:
+            return None
+        mean = self.sum_nats / self.tokens
+        return max(self.sq_sum / self.tokens - mean * mean, 0.0)

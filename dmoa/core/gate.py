@@ -1,0 +1,197 @@
+"""The recurrent gate: a GRU over the steps of a query and a head that gives every agent a logit.
+
+First stage of routing: `core/inputs` -> gate -> `core/activation`; `core/decision` runs both for serving, training
+differentiates `Gate.forward` through the steps. Shape letters: B queries, A agents in the pool, D embedding, H gate
+hidden, X gate input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from dmoa.config import GateConfig, describe
+from dmoa.core.inputs import FEEDBACK_FEATURES
+from dmoa.errors import CheckpointError, ConfigError
+
+Rule = Literal["top_mass", "fixed", "effective_count"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateSpec:
+    """Everything about a gate but its weights; frozen with the gate version."""
+
+    preset: Literal["default", "paper"]
+    head: Literal["linear", "profile"]
+    hidden: int
+    """H."""
+    temperature: float
+    """T of the softmax over gate logits."""
+    agents: tuple[str, ...]
+    """Names of the agents, in the order of the logits."""
+    embedding_dim: int = 384
+    """D."""
+    rule: Rule
+    mass: float
+    """tau of `top_mass`, (0, 1]."""
+    max_agents: int
+    """K, and the k of `fixed`."""
+    cascade: bool
+    """Whether unsure steps run the next-ranked agent too; acts only with `theta`."""
+    theta: float | None = None
+    """Highest score of a sure reply, as `core.scores` gives it; None where nothing was fitted."""
+    score: Literal["raw", "anchored"]
+
+    @property
+    def input_dim(self) -> int:
+        """X: D in the `paper` preset, else 2D + F."""
+        return self.embedding_dim if self.preset == "paper" else 2 * self.embedding_dim + FEEDBACK_FEATURES
+
+    @classmethod
+    def from_config(cls, config: GateConfig, agents: tuple[str, ...]) -> GateSpec:
+        """Return the spec of an untrained gate: settings of the pool file, no theta; `paper` has no cascade."""
+        activation = config.activation
+        return cls(
+            preset=config.preset,
+            head=config.head,
+            hidden=config.hidden,
+            temperature=config.temperature,
+            agents=tuple(agents),
+            rule=activation.rule,
+            mass=activation.mass,
+            max_agents=activation.max_agents,
+            cascade=activation.cascade and config.preset != "paper",
+            score=config.score,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain dictionary that `from_json` reads."""
+        return {**dataclasses.asdict(self), "agents": list(self.agents)}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> GateSpec:
+        """Build the spec from `to_json`'s dictionary. Raises CheckpointError for any key or value that does not fit."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        for word, keys in (("unknown", set(tree) - names), ("missing", names - set(tree))):
+            if keys:
+                raise CheckpointError(
+                    f"gate spec: {word} keys {sorted(keys)}; allowed are exactly {sorted(names)}; "
+                    "use a checkpoint written by this version of dmoa"
+                )
+        settings = {key: tree[key] for key in ("preset", "head", "hidden", "temperature", "score")}
+        activation = {key: tree[key] for key in ("rule", "mass", "cascade", "max_agents")}
+        try:
+            config = GateConfig.model_validate({**settings, "activation": activation}, strict=True)
+        except ValidationError as error:
+            raise CheckpointError(f"gate spec: {describe(error)}") from error
+        spec = cls.from_config(config, _agent_names(tree["agents"]))
+        dim, theta = tree["embedding_dim"], tree["theta"]
+        if type(dim) is not int or dim < 1:
+            raise CheckpointError(f"gate spec: embedding_dim: value seen: {dim!r}; allowed is a whole number from 1; change it")
+        if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or not math.isfinite(theta)):
+            raise CheckpointError(f"gate spec: theta: value seen: {theta!r}; allowed are null or a finite number; change it")
+        return dataclasses.replace(spec, embedding_dim=dim, theta=None if theta is None else float(theta))
+
+
+def _agent_names(value: object) -> tuple[str, ...]:
+    ok = isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value)
+    if not ok or len(set(value)) != len(value):  # type: ignore[arg-type, call-overload]  # checked one line above
+        raise CheckpointError(f"gate spec: agents: value seen: {value!r}; allowed is a list of different agent names; change it")
+    return tuple(value)  # type: ignore[arg-type]  # a list of strings by the check above
+
+
+class GateOutput(NamedTuple):
+    """What one step of the gate gives."""
+
+    logits_BA: Tensor
+    """[B, A], before temperature and masks."""
+    hidden_BH: Tensor
+    """[B, H], the state for the next step."""
+
+
+class Gate(nn.Module):
+    """GRU over steps with a head over agents. Source: paper (GRU, linear head); sizes and `profile` head ours.
+
+    Weights are raw tensors in the layout of `torch.nn.GRUCell` (gates r, z, n), zero until `init_gate` or
+    `load_state_dict` fills them. With the `profile` head the agents are rows of the buffer `profile_AD` (embeddings
+    of their profile texts), so an agent joins or leaves by another buffer with the same weights.
+    """
+
+    def __init__(self, spec: GateSpec, profile_AD: Tensor | None = None) -> None:
+        """Raises ConfigError where the profile embeddings do not fit the spec."""
+        super().__init__()
+        self.spec = spec
+        hidden, num_agents = spec.hidden, len(spec.agents)
+        self.weight_ih = nn.Parameter(torch.zeros(3 * hidden, spec.input_dim))
+        self.weight_hh = nn.Parameter(torch.zeros(3 * hidden, hidden))
+        self.bias_ih = nn.Parameter(torch.zeros(3 * hidden))
+        self.bias_hh = nn.Parameter(torch.zeros(3 * hidden))
+        if spec.head == "linear":
+            self.head_weight = nn.Parameter(torch.zeros(num_agents, hidden))
+            self.head_bias = nn.Parameter(torch.zeros(num_agents))
+            return
+        expected = (num_agents, spec.embedding_dim)
+        if profile_AD is None or tuple(profile_AD.shape) != expected:
+            seen = "none" if profile_AD is None else f"shape {tuple(profile_AD.shape)}"
+            raise ConfigError(
+                f"gate.head: 'profile' needs profile embeddings of shape {expected}, seen: {seen}; embed the profiles"
+            )
+        self.query_weight = nn.Parameter(torch.zeros(hidden, hidden))
+        self.key_weight = nn.Parameter(torch.zeros(hidden, spec.embedding_dim))
+        self.register_buffer("profile_AD", profile_AD.detach().to(torch.float32).clone())
+
+    def head(self) -> tuple[Tensor, Tensor]:
+        """Return (weight [A, H], bias [A]) of the map from hidden state to logits, differentiable.
+
+        For the `profile` head: logit_a = sqrt(D / H) (Q h) . (E e_a), the bias 0. The factor gives logits the
+        variance that the linear head has, whatever D is.
+        """
+        if self.spec.head == "linear":
+            return self.head_weight, self.head_bias
+        profile_AD = self.get_buffer("profile_AD").to(self.key_weight.dtype)
+        key_AH = linear(profile_AD, self.key_weight) * math.sqrt(self.spec.embedding_dim / self.spec.hidden)
+        return key_AH @ self.query_weight, key_AH.new_zeros(len(self.spec.agents))
+
+    def forward(self, x_BX: Tensor, hidden_BH: Tensor) -> GateOutput:
+        """Take one step: inputs [B, X] and the state [B, H] (zeros at the first step) to logits and the next state."""
+        input_r, input_z, input_n = linear(x_BX, self.weight_ih, self.bias_ih).chunk(3, dim=1)
+        state_r, state_z, state_n = linear(hidden_BH, self.weight_hh, self.bias_hh).chunk(3, dim=1)
+        reset = torch.sigmoid(input_r + state_r)
+        update = torch.sigmoid(input_z + state_z)
+        new = torch.tanh(input_n + reset * state_n)
+        next_BH = new + update * (hidden_BH - new)
+        weight_AH, bias_A = self.head()
+        return GateOutput(linear(next_BH, weight_AH, bias_A), next_BH)
+
+
+def init_gate(spec: GateSpec, *, seed: int, profile_AD: Tensor | None = None) -> Gate:
+    """Return a gate with untrained weights that depend on spec and seed alone; the global generator is not touched.
+
+    Bounds are those of torch.nn.GRUCell and torch.nn.Linear (uniform, 1/sqrt(H)); `key_weight` has variance 1/D.
+    `profile_AD` [A, D]: unit-length embeddings of the profiles, for the `profile` head. Raises ConfigError.
+    """
+    gate = Gate(spec, profile_AD)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in gate.named_parameters():
+            bound = math.sqrt(3 / spec.embedding_dim) if name == "key_weight" else 1 / math.sqrt(spec.hidden)
+            weight.uniform_(-bound, bound, generator=generator)
+    return gate
+
+
+def weights_version(gate: Gate) -> str:
+    """Return the content hash that names a gate version: 16 hex digits of SHA-256 over spec and tensors by name."""
+    digest = hashlib.sha256(json.dumps(gate.spec.to_json(), sort_keys=True).encode())
+    for name, tensor in sorted(gate.state_dict().items()):
+        digest.update(f"\n{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

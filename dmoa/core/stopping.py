@@ -1,0 +1,68 @@
+"""When a query ends: by its summarizer's verdict, by agreement, by certainty, or by a budget.
+
+Called once after every step by the policies and the orchestrator. Pure: the clock is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from dmoa.core.aggregate import Selection, contributions
+from dmoa.core.answers import extract_answer, same_answer
+from dmoa.core.scores import raw_score
+from dmoa.types import AgentReply, StopReason, Verdict
+
+
+def rule_stop(
+    *,
+    mode: Literal["select", "llm"],
+    verdict: Verdict,
+    active_replies: Sequence[AgentReply],
+    selection: Selection | None,
+    previous_summary: str,
+    theta: float | None = None,
+) -> StopReason | None:
+    """Return why the query is done after this step, None to go on.
+
+    `llm`: `summarizer` on the verdict final, nothing else. `select`: `agreement` when two or more contributions give
+    the same answer; with one contribution that repeats the last summary's answer, `entropy` if theta is given and
+    its score is at most theta, `agreement` if there is no theta. `active_replies` and `selection` are this step's,
+    `previous_summary` the last step's (empty at the first). Source: paper (summarizer); the rules ours.
+    """
+    if mode == "llm":
+        return "summarizer" if verdict == "final" else None
+    if selection is None:
+        return None
+    if selection.is_agreed:
+        return "agreement"
+    counted = contributions(active_replies)
+    if len(counted) != 1 or not _repeats(selection.text, previous_summary):
+        return None
+    if theta is None:
+        return "agreement"
+    entropy = counted[0].entropy_nats
+    return "entropy" if entropy is not None and raw_score(entropy) <= theta else None
+
+
+def _repeats(text: str, previous_summary: str) -> bool:
+    answer, previous = extract_answer(text), extract_answer(previous_summary)
+    if answer is None or previous is None:
+        # Prose without a recognisable answer repeats only word for word.
+        return bool(text.strip()) and text.split() == previous_summary.split()
+    return same_answer(answer, previous)
+
+
+def budget_stop(
+    *, step: int, max_steps: int, tokens_used: int, budget_tokens: int | None, now: float, deadline: float | None
+) -> StopReason | None:
+    """Return the budget that is spent, None if another step may start.
+
+    `step` is the number of finished steps; `now` and `deadline` are Unix seconds. Where several are spent the order is
+    deadline, tokens, steps. Source: paper (20 steps); the others ours.
+    """
+    if deadline is not None and now >= deadline:
+        return "deadline"
+    if budget_tokens is not None and tokens_used >= budget_tokens:
+        return "budget_tokens"
+    return "max_steps" if step >= max_steps else None
