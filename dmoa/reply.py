@@ -1,0 +1,195 @@
+"""The reply's `dmoa` object: what became of a query, step by step, in the names of the contract.
+
+Made from an Answer, used by the HTTP reply and by the trace; `dmoa schema reply` prints `ReplyDmoa`. Durations are
+rounded to 3 decimals, probabilities and entropies to 6; no number in it is ever non-finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dmoa.types import (
+    AgentReply,
+    AgentStatus,
+    Answer,
+    EntropyKind,
+    FinishReason,
+    RoutedBy,
+    StepRecord,
+    StopReason,
+    SummarizerRecord,
+    Verdict,
+)
+
+
+class ReplyModel(BaseModel):
+    """Base of every record of a reply: fields documented in place, non-finite numbers refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ReplyAgent(ReplyModel):
+    """One agent in one step."""
+
+    name: str
+    probability: float = Field(ge=0, le=1)
+    """The gate's; 1 for policies without a gate."""
+    status: AgentStatus
+    """ok, or why there is no contribution; masked: dead, so the gate passed over it; idle: not asked."""
+    entropy_nats: float | None
+    """Mean predictive entropy per token; null without tokens."""
+    entropy_tokens: int
+    entropy_kind: EntropyKind
+    """truncated: from listed log-probabilities only."""
+    finish_reason: FinishReason | None
+    """null where the agent generated nothing."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Part of prompt_tokens that a prefix cache had."""
+    completion_tokens: int
+    latency_ms: float
+    error: str | None
+    text: str | None = None
+    """Its contribution; only with `dmoa.trace`."""
+
+
+class ReplySummarizer(ReplyModel):
+    """What the summarizer did in a step."""
+
+    mode: Literal["select", "llm"]
+    verdict: Verdict
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    latency_ms: float
+
+
+class ReplyStep(ReplyModel):
+    """One finished step."""
+
+    step: int
+    """Counts from 0."""
+    k: int
+    """Agents whose contributions counted."""
+    wall_ms: float
+    mass: float
+    """Probability of the active set."""
+    agents: list[ReplyAgent]
+    """Asked agents first, the active ones in order of probability; then those that were not asked, where a gate decided."""
+    summarizer: ReplySummarizer
+    summary: str | None = None
+    """The state after the step; only with `dmoa.trace`."""
+
+
+class ReplyDmoa(ReplyModel):
+    """What became of a query."""
+
+    trace_id: str
+    pool: str
+    policy: str
+    gate_version: str | None
+    """null for policies without a gate."""
+    untrained: bool
+    """Whether the gate that decided had untrained weights."""
+    routed_by: RoutedBy
+    degraded: bool
+    """At least one chosen agent failed or was masked."""
+    stop_reason: StopReason
+    steps: list[ReplyStep]
+
+
+def reply_dmoa(answer: Answer, *, pool: str = "", with_texts: bool = False) -> ReplyDmoa:
+    """Return the reply's `dmoa` object; `with_texts` adds every agent's text and every step's summary."""
+    return ReplyDmoa(
+        trace_id=answer.trace_id,
+        pool=pool,
+        policy=answer.policy,
+        gate_version=answer.gate_version,
+        untrained=answer.gate_trained is False,
+        routed_by=answer.routed_by,
+        degraded=answer.degraded,
+        stop_reason=answer.stop_reason,
+        steps=[_step(step, with_texts) for step in answer.steps],
+    )
+
+
+def dump(reply: ReplyDmoa) -> dict[str, Any]:
+    """Return the object as plain JSON values; texts that were not asked for are left out, every other field is there."""
+    tree = reply.model_dump(mode="json")
+    for step in tree["steps"]:
+        for record in (step, *step["agents"]):
+            for name in ("summary", "text"):
+                if record.get(name, "") is None:
+                    del record[name]
+    return tree
+
+
+def probabilities(step: StepRecord) -> dict[str, float]:
+    """Return each agent's probability in a step; empty for policies without a gate."""
+    if step.decision is None:
+        return {}
+    return dict(zip(step.decision.agents, step.decision.probability_A.tolist(), strict=True))
+
+
+def finite(value: float, digits: int = 3) -> float:
+    """Return a number that JSON can carry, rounded; 0.0 for what is not finite."""
+    return round(float(value), digits) if math.isfinite(value) else 0.0
+
+
+def _step(step: StepRecord, with_texts: bool) -> ReplyStep:
+    return ReplyStep(
+        step=step.step,
+        k=len(step.active),
+        wall_ms=finite(step.wall_ms),
+        mass=finite(step.mass, 6),
+        agents=list(_agents(step, with_texts)),
+        summarizer=_summarizer(step.summarizer),
+        summary=step.summary if with_texts else None,
+    )
+
+
+def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
+    chance = probabilities(step)
+    rank = {name: i for i, name in enumerate(step.active)}
+    asked = sorted(step.replies, key=lambda reply: rank.get(reply.agent, len(rank)))
+    for reply in asked:
+        yield _agent(reply, chance.get(reply.agent, 0.0 if chance else 1.0), with_texts)
+    names = {reply.agent for reply in asked}
+    masked = step.decision.masked if step.decision else ()
+    for name in chance:
+        if name not in names:
+            yield _agent(AgentReply(agent=name, status="masked" if name in masked else "idle"), chance[name], False)
+
+
+def _agent(reply: AgentReply, probability: float, with_texts: bool) -> ReplyAgent:
+    entropy = reply.entropy_nats
+    return ReplyAgent(
+        name=reply.agent,
+        probability=min(max(finite(probability, 6), 0.0), 1.0),
+        status=reply.status,
+        entropy_nats=None if entropy is None or not math.isfinite(entropy) else round(entropy, 6),
+        entropy_tokens=reply.entropy_tokens,
+        entropy_kind=reply.entropy_kind,
+        finish_reason=reply.finish_reason if reply.status == "ok" or reply.completion_tokens else None,
+        prompt_tokens=reply.prompt_tokens,
+        cached_tokens=reply.cached_tokens,
+        completion_tokens=reply.completion_tokens,
+        latency_ms=finite(reply.latency_ms),
+        error=reply.error,
+        text=reply.text if with_texts else None,
+    )
+
+
+def _summarizer(record: SummarizerRecord) -> ReplySummarizer:
+    return ReplySummarizer(
+        mode=record.mode,
+        verdict=record.verdict,
+        prompt_tokens=record.prompt_tokens,
+        cached_tokens=record.cached_tokens,
+        completion_tokens=record.completion_tokens,
+        latency_ms=finite(record.latency_ms),
+    )
