@@ -1,0 +1,188 @@
+"""The HTTP front: a FastAPI app with OpenAI's routes over a `SwarmService`.
+
+A body is bounded (`limits`), owned by a key (`auth`), parsed (`schemas`), turned into a query (`intake`), answered by
+the service, and rendered (`render`); failures become error objects (`problems`). The app holds no model and imports
+neither ray nor torch: the Ray ingress and in-memory services are two implementations of the same protocol.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from dmoa import __version__
+from dmoa.config import ServerConfig
+from dmoa.errors import DmoaError, EmptyAnswerError, RequestError
+from dmoa.serving import openapi, problems, render
+from dmoa.serving.auth import KeyCheck
+from dmoa.serving.intake import Order, chat_order, completion_order, model_names, unknown_model
+from dmoa.serving.limits import BodyLimit, Places
+from dmoa.serving.problems import json_response
+from dmoa.serving.schemas import ChatRequest, CompletionRequest, parse
+from dmoa.serving.service import SwarmService
+from dmoa.serving.streaming import EventStream, closing, until_gone
+from dmoa.types import Answer, StepRecord, TextDelta
+
+__all__ = ["SwarmService", "create_app"]
+
+logger = logging.getLogger(__name__)
+Item = StepRecord | TextDelta | Answer
+
+
+def create_app(
+    service_getter: Callable[[], SwarmService],
+    *,
+    key_hashes: tuple[str, ...],
+    server: ServerConfig,
+    max_queued_requests: int,
+) -> FastAPI:
+    """Return the app of one server process.
+
+    `service_getter` is called once per request, so the app may exist before its service does. `key_hashes` as
+    `auth.hash_keys` gives them; empty: no key is asked for.
+    """
+    app = FastAPI(title="dmoa", version=__version__, redirect_slashes=False)
+    front = _Front(service_getter, Places(max_queued_requests))
+    problems.install(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, max_body_bytes=server.max_body_bytes)
+    app.add_middleware(KeyCheck, key_hashes=key_hashes)
+    app.add_middleware(problems.SurpriseGuard)
+    for method, path, endpoint, extra in (
+        ("POST", "/v1/chat/completions", front.chat, openapi.CHAT),
+        ("POST", "/v1/completions", front.completion, openapi.COMPLETION),
+        ("GET", "/v1/models", front.models, openapi.MODELS),
+        ("GET", "/v1/models/{model:path}", front.model, openapi.MODEL),
+        ("GET", "/healthz", front.healthz, openapi.HEALTHZ),
+        ("GET", "/readyz", front.readyz, openapi.READYZ),
+        ("GET", "/metrics", front.metrics, openapi.METRICS),
+        ("GET", "/v1/dmoa/traces/{trace_id}", front.trace, openapi.TRACE),
+    ):
+        app.add_api_route(path, endpoint, methods=[method], response_model=None, **extra)
+    openapi.install(app, has_keys=bool(key_hashes))
+    return app
+
+
+class _Front:
+    """The routes' handlers, and what they share: the service and the count of queries in flight."""
+
+    def __init__(self, service_getter: Callable[[], SwarmService], places: Places) -> None:
+        self._service = service_getter
+        self._places = places
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+        order = chat_order(parse(ChatRequest, await request.body(), _content_type(request)), self._service())
+        return await self._respond(request, order, is_chat=True)
+
+    async def completion(self, request: Request) -> Response:
+        """Answer a plain prompt."""
+        order = completion_order(parse(CompletionRequest, await request.body(), _content_type(request)), self._service())
+        return await self._respond(request, order, is_chat=False)
+
+    async def models(self) -> Response:
+        """List the names that `model` may hold: the pool, the pool under each policy, each agent."""
+        service = self._service()
+        return json_response({"object": "list", "data": [_model(name, service.pool) for name in model_names(service)]})
+
+    async def model(self, model: str) -> Response:
+        """Describe one model name."""
+        service = self._service()
+        if model not in model_names(service):
+            raise unknown_model(model, service)
+        return json_response(_model(model, service.pool))
+
+    async def healthz(self) -> Response:
+        """Say that the server is alive."""
+        return json_response({"status": "alive"})
+
+    async def readyz(self) -> Response:
+        """Say whether every agent is up."""
+        service = self._service()
+        states = await service.ready()
+        down = [name for name in service.agents if states.get(name) != "up"]
+        if not down:
+            return json_response({"status": "ready", "agents": states})
+        problem = problems.problem(503, f"agents that are not up: {', '.join(down)}", "not_ready")
+        return json_response({**problem, "agents": states}, 503)
+
+    async def metrics(self) -> Response:
+        """Return the router's aggregate."""
+        return Response(await self._service().metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def trace(self, request: Request, trace_id: str) -> Response:
+        """Return the trace of a query, to the key that made it."""
+        found = await self._service().trace(trace_id, _key_hash(request))
+        if found is None:
+            message = f"trace_id: value seen: {trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
+            raise RequestError(message, param="trace_id", code="trace_not_found", status=404)
+        return json_response(found)
+
+    async def _respond(self, request: Request, order: Order, *, is_chat: bool) -> Response:
+        rendering = render.Rendering(order, self._service().pool, is_chat=is_chat)
+        headers = {"X-Request-Id": order.query.trace_id}
+        items = self._items(order, _key_hash(request))
+        if order.is_stream:
+            return EventStream(_events(items, rendering), headers)
+        return json_response(rendering.whole(await until_gone(request.receive, _last(items))), headers=headers)
+
+    async def _items(self, order: Order, key_hash: str) -> AsyncGenerator[Item, None]:
+        """Yield what the service yields while holding a place; keep the trace before the answer leaves."""
+        with self._places.take():
+            service = self._service()
+            async with closing(service.answer(order.query, order.policy, order.agent)) as items:
+                async for item in items:
+                    if isinstance(item, Answer):
+                        service.record(order.query, item, key_hash=key_hash, user=order.user, metadata=order.metadata)
+                    yield item
+
+
+async def _last(items: AsyncGenerator[Item, None]) -> Answer:
+    """Run a query to its end and return the Answer."""
+    async with aclosing(items):
+        async for item in items:
+            if isinstance(item, Answer):
+                return item
+    raise EmptyAnswerError("the query ended without an answer; ask again")
+
+
+async def _events(items: AsyncGenerator[Item, None], rendering: render.Rendering) -> AsyncGenerator[bytes, None]:
+    """Yield the server-sent events of a query. An error before the first item is raised, a later one is an event."""
+    is_open = False
+    try:
+        async with aclosing(items):
+            async for item in items:
+                events = b"" if is_open else rendering.opening()
+                if isinstance(item, Answer):
+                    yield events + rendering.closing(item)
+                    return
+                events += rendering.step(item) if isinstance(item, StepRecord) else rendering.delta(item.text)
+                is_open = True
+                yield events
+        raise EmptyAnswerError("the query ended without an answer; ask again")
+    except DmoaError as error:
+        if not is_open:
+            raise
+        yield render.failure(error)
+    except Exception as error:  # agents and engines run inside: the client is owed an error event, the log the details
+        if not is_open:
+            raise
+        logger.exception("unexpected error in mid-stream")
+        yield render.failure(error)
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "")
+
+
+def _key_hash(request: Request) -> str:
+    key_hash: str = request.state.key_hash
+    return key_hash
+
+
+def _model(name: str, pool: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": pool}

@@ -1,0 +1,132 @@
+"""Errors over HTTP: every failure becomes an OpenAI error object with the status of the contract.
+
+400, 401, 404, 405, 413, 429 for what a client did; 503 and 504 for what the swarm could not do; 500 with a generic
+text for surprises, whose details go to the log and never to the client.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1
+CLIENT_GONE_STATUS = 499
+"""Written to access logs by convention; no client is left to read it."""
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "timeout_error",
+}
+_SURPRISE = "the server met an unexpected error; its log has the details"
+
+
+def encode_json(content: object) -> bytes:
+    """Encode a JSON body. Non-finite numbers are an error; text that UTF-8 cannot carry is replaced by `?`."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")
+
+
+def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a JSON response."""
+    return Response(encode_json(content), status_code=status, headers=headers, media_type="application/json")
+
+
+def status_of(error: Exception) -> tuple[int, str | None, str | None]:
+    """Return the HTTP status, the OpenAI code and the parameter that an error stands for."""
+    if isinstance(error, RequestError):
+        return error.status, error.code, error.param
+    if isinstance(error, NoAgentError | AgentUnavailableError | AgentOverloadedError):
+        return 503, "no_agent", None
+    if isinstance(error, EmptyAnswerError):
+        return 503, "empty_answer", None
+    if isinstance(error, DeadlineError):
+        return 504, "deadline_exceeded", None
+    return 500, "internal_error", None
+
+
+def problem(status: int, message: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    """Return an OpenAI error object."""
+    kind = _TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_object(error: Exception) -> dict[str, Any]:
+    """Return the OpenAI error object of an error; a surprise gets a generic text."""
+    status, code, param = status_of(error)
+    return problem(status, _SURPRISE if status == 500 else str(error), code, param)
+
+
+def error_response(error: Exception) -> Response:
+    """Return the HTTP response of an error."""
+    status = status_of(error)[0]
+    headers = {429: {"Retry-After": str(RETRY_AFTER_S)}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
+    return json_response(error_object(error), status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers of every expected error on the app."""
+
+    async def expected(request: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def unrouted(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        what = f"{request.method} {request.url.path[:200]}"
+        code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+        headers = dict(error.headers or {})
+        return json_response(problem(error.status_code, f"{what}: {error.detail}", code), error.status_code, headers)
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE_STATUS)
+
+    for kind in (
+        RequestError,
+        NoAgentError,
+        AgentUnavailableError,
+        AgentOverloadedError,
+        EmptyAnswerError,
+        DeadlineError,
+    ):
+        app.add_exception_handler(kind, expected)
+    app.add_exception_handler(HTTPException, unrouted)
+    app.add_exception_handler(ClientDisconnect, gone)
+
+
+class SurpriseGuard:
+    """ASGI middleware, the outermost: an unexpected error becomes a plain 500 and a log entry.
+
+    Starlette's own last handler raises again after it answered, which makes a Serve replica count a failed request and
+    may cut the connection under the client's answer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watch)
+        except Exception as error:  # the last line of defence: nothing may reach a client as a stack trace
+            if scope["type"] != "http" or started:
+                raise
+            logger.exception("unexpected error at %s %s", scope["method"], scope["path"])
+            await error_response(error)(scope, receive, send)

@@ -1,0 +1,61 @@
+"""What the HTTP front needs of a swarm: one protocol, implemented by the Ray ingress and by in-memory services.
+
+The app of `serving/http` is built over this and nothing else, so that the whole HTTP contract runs without Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Protocol
+
+from dmoa.config import LimitsConfig
+from dmoa.types import Answer, Query, StepRecord, TextDelta
+
+
+class SwarmService(Protocol):
+    """One pool that answers queries."""
+
+    @property
+    def pool(self) -> str:
+        """The pool's name: the model name that clients use."""
+        ...
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """Names of the agents, in the pool's order."""
+        ...
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of the policies; the first one answers where a client names none. `single` is among them."""
+        ...
+
+    @property
+    def limits(self) -> LimitsConfig:
+        """The pool's limits; a client may only lower them."""
+        ...
+
+    def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[StepRecord | TextDelta | Answer]:
+        """Answer one query: steps as they finish, pieces of the final text if it streams, last the Answer, exactly once.
+
+        The whole iteration runs in one task; closing or cancelling it cancels the agent calls in flight. `agent` is the
+        one agent of the `single` policy, else None. Raises NoAgentError, EmptyAnswerError, DeadlineError, and
+        RequestError for what only the engine can refuse (a prompt over the model's length).
+        """
+        ...
+
+    async def ready(self) -> dict[str, str]:
+        """Return agent -> "up", or the reason why it is not."""
+        ...
+
+    async def metrics(self) -> str:
+        """Return the router's aggregate in the Prometheus text format."""
+        ...
+
+    async def trace(self, trace_id: str, key_hash: str) -> dict[str, Any] | None:
+        """Return the trace of a query that the same key made; None if there is none, or another key made it."""
+        ...
+
+    def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
+        """Keep the trace of an answered query; returns at once and never raises."""
+        ...
