@@ -27,7 +27,8 @@ def _check_name(value: str) -> str:
 
 Name = Annotated[str, AfterValidator(_check_name)]
 ToolName = Literal["calculator", "search"]
-RULES = ("top_mass", "fixed", "effective_count")
+SUMMARIZER = "summarizer"
+"""Name under which the `llm` summarizer is called; no agent may have it."""
 
 
 class Node(BaseModel):
@@ -292,8 +293,8 @@ class Config(Node):
         for i, agent in enumerate(self.agents):
             if agent.name in seen:
                 raise ValueError(f"agents[{i}].name: {agent.name!r} is taken by an earlier agent; names must differ")
-            if agent.name == self.name:
-                raise ValueError(f"agents[{i}].name: {agent.name!r} is the pool's own name; rename one of them")
+            if agent.name in (self.name, SUMMARIZER):
+                raise ValueError(f"agents[{i}].name: {agent.name!r} is taken by the pool or its summarizer; choose another")
             if agent.llm not in self.llms:
                 raise ValueError(f"agents[{i}].llm: {self._undefined(agent.llm)}")
             seen.add(agent.name)

@@ -1,0 +1,116 @@
+"""An agent: an LLM (perhaps with an adapter) in a role, with tools, on an engine; and a client for agents in process.
+
+Between the orchestrator's `AgentCall` and the engine's `GenerationRequest` stands the tool loop: a reply that calls a
+tool is continued after the tool's result, and counts as one contribution.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+
+from dmoa.agents import tools as toolbox
+from dmoa.config import AgentConfig
+from dmoa.errors import DmoaError
+from dmoa.protocols import Engine
+from dmoa.types import AgentCall, AgentReply, Generation, GenerationRequest, Message, TextDelta
+
+MAX_TOOL_ROUNDS = 4
+
+
+class Agent:
+    """One agent on one engine."""
+
+    def __init__(self, config: AgentConfig, engine: Engine, tools: Mapping[str, toolbox.Tool] | None = None) -> None:
+        self._config = config
+        self._engine = engine
+        self._tools = {name: (tools or {})[name] for name in config.tools}
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        """Answer one call; an engine's failure becomes a reply with status `failed`."""
+        async for item in self.stream(call):
+            if isinstance(item, AgentReply):
+                return item
+        raise AssertionError("stream ends with a reply")
+
+    async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
+        """Answer one call, yielding pieces of text and last the whole reply.
+
+        With tools nothing is yielded before the end, because a tool call is not text for a client.
+        """
+        started = time.perf_counter()
+        rounds: list[Generation] = []
+        text = ""
+        try:
+            while True:
+                request = self._request(call, text, len(rounds), rounds)
+                async for item in self._engine.stream(request):
+                    if isinstance(item, Generation):
+                        rounds.append(item)
+                    elif not self._tools:
+                        yield item
+                text += rounds[-1].text
+                found = toolbox.find_call(text, self._tools) if self._tools else None
+                if found is None or len(rounds) >= MAX_TOOL_ROUNDS or self._room(call, rounds) <= 0:
+                    break
+                result = await self._tools[found.tool].run(found.argument)
+                text = found.before + toolbox.result_text(found, result)
+        except DmoaError as error:
+            yield self._failed(call, str(error), started)
+            return
+        yield self._reply(call, text, rounds, started)
+
+    def _room(self, call: AgentCall, rounds: list[Generation]) -> int:
+        return call.sampling.max_tokens - sum(item.completion_tokens for item in rounds)
+
+    def _request(self, call: AgentCall, text: str, number: int, rounds: list[Generation]) -> GenerationRequest:
+        messages = (*call.messages, Message(role="assistant", content=text)) if text else call.messages
+        stop = (*call.sampling.stop, *toolbox.stop_strings(self._tools))
+        return GenerationRequest(
+            request_id=f"{call.call_id}#{number}@{time.monotonic_ns()}",
+            messages=messages,
+            sampling=replace(call.sampling, max_tokens=self._room(call, rounds), stop=stop),
+            adapter=self._config.adapter,
+            deadline_unix_s=call.deadline_unix_s,
+            agent=call.agent,
+            call_id=f"{call.call_id}#{number}" if number else call.call_id,
+        )
+
+    def _reply(self, call: AgentCall, text: str, rounds: list[Generation], started: float) -> AgentReply:
+        kinds = {item.entropy_kind for item in rounds}
+        return AgentReply(
+            agent=call.agent,
+            status="ok",
+            text=text.strip(),
+            finish_reason=rounds[-1].finish_reason,
+            entropy_sum_nats=sum(item.entropy_sum_nats for item in rounds),
+            entropy_sq_sum=sum(item.entropy_sq_sum for item in rounds),
+            entropy_tokens=sum(item.entropy_tokens for item in rounds),
+            entropy_kind="truncated" if "truncated" in kinds else "exact",
+            prompt_tokens=sum(item.prompt_tokens for item in rounds),
+            cached_tokens=sum(item.cached_tokens for item in rounds),
+            completion_tokens=sum(item.completion_tokens for item in rounds),
+            latency_ms=(time.perf_counter() - started) * 1e3,
+            engine_ms=sum(item.engine_ms for item in rounds),
+            engine=self._engine.label,
+        )
+
+    def _failed(self, call: AgentCall, error: str, started: float) -> AgentReply:
+        latency_ms = (time.perf_counter() - started) * 1e3
+        return AgentReply(agent=call.agent, status="failed", error=error, latency_ms=latency_ms, engine=self._engine.label)
+
+
+class LocalAgents:
+    """Agents in this process, as an `AgentClient`."""
+
+    def __init__(self, agents: Mapping[str, Agent]) -> None:
+        self._agents = dict(agents)
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        """Ask one agent and wait for its reply."""
+        return await self._agents[call.agent].call(call)
+
+    def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
+        """Ask one agent and yield its text as it comes, last the reply."""
+        return self._agents[call.agent].stream(call)

@@ -1,0 +1,162 @@
+"""The pool: from a configuration to agents on engines, with the pool's fingerprint.
+
+Engines are picked lazily, so that a process loads only what its own agents need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dmoa.agents import tools as toolbox
+from dmoa.agents.agent import Agent, LocalAgents
+from dmoa.agents.models import adapter_hash, fetch, model_id, resolve_adapter, resolve_model
+from dmoa.config import SUMMARIZER, AgentConfig, Config, ScriptedOptions, TransformersOptions, load
+from dmoa.errors import ConfigError
+from dmoa.protocols import Encoder, Engine
+from dmoa.types import FloatArray
+
+if TYPE_CHECKING:
+    from dmoa.checkpoint import Checkpoint
+    from dmoa.core.gate import Gate
+
+
+def default_config_path() -> Path:
+    """Return the path of the packaged default pool."""
+    return Path(str(files("dmoa") / "configs" / "default.yaml"))
+
+
+def load_pool(path: str | Path | None, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read a pool file, or the default pool. Raises ConfigError."""
+    return load(path if path else default_config_path(), overrides)
+
+
+def summarizer_agent(config: Config) -> AgentConfig | None:
+    """Return the `llm` summarizer as an agent of its own, None in `select` mode."""
+    part = config.summarizer
+    if part.mode != "llm" or part.llm is None:
+        return None
+    return AgentConfig(name=SUMMARIZER, llm=part.llm, adapter=part.adapter, profile=part.profile, sampling=part.sampling)
+
+
+def callable_agents(config: Config, llm: str | None = None) -> list[AgentConfig]:
+    """Return the pool's agents and its summarizer, all of them or those on one LLM."""
+    extra = summarizer_agent(config)
+    everyone = [*config.agents, *([extra] if extra else [])]
+    return [agent for agent in everyone if llm is None or agent.llm == llm]
+
+
+def fingerprint(config: Config) -> str:
+    """Return the SHA-256 that says which pool this is.
+
+    Over the ordered list of (agent, model id, adapter hash, profile, tools, temperature, top_p) and the summarizer's
+    record; token limits, engine and dtype are not part of it.
+    """
+    agents = [_identity(config, agent) for agent in config.agents]
+    extra = summarizer_agent(config)
+    record = {"mode": config.summarizer.mode, "agent": _identity(config, extra) if extra else None}
+    text = json.dumps({"agents": agents, "summarizer": record}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _identity(config: Config, agent: AgentConfig) -> list[Any]:
+    return [
+        agent.name,
+        model_id(config.llms[agent.llm].model),
+        adapter_hash(agent.adapter) if agent.adapter else None,
+        agent.profile,
+        list(agent.tools),
+        agent.sampling.temperature,
+        agent.sampling.top_p,
+    ]
+
+
+def check_files(config: Config) -> None:
+    """Check what the configuration names on disk: adapters exist. Raises ConfigError naming field, value and way out."""
+    for agent in callable_agents(config):
+        if agent.adapter:
+            try:
+                resolve_adapter(agent.adapter)
+            except ConfigError as error:
+                raise ConfigError(f"agents.{agent.name}.{error}") from error
+
+
+def build_engine(config: Config, llm: str, agents: list[AgentConfig]) -> Engine:
+    """Build the engine of one LLM for some of its agents. Blocks while a model loads; raises ConfigError."""
+    part = config.llms[llm]
+    options = part.options
+    if isinstance(options, ScriptedOptions):
+        from dmoa.agents.scripted import ScriptedEngine
+
+        return ScriptedEngine(options)
+    if isinstance(options, TransformersOptions):
+        from dmoa.agents.transformers_engine import TransformersEngine
+
+        adapters = {agent.adapter: resolve_adapter(agent.adapter) for agent in agents if agent.adapter}
+        return TransformersEngine(
+            resolve_model(part.model),
+            options,
+            max_num_seqs=part.max_num_seqs,
+            adapters=adapters,
+            model_label=model_id(part.model),
+        )
+    raise ConfigError(f"llms.{llm}.engine: {part.engine!r} cannot run in this process; allowed here: transformers, scripted")
+
+
+def build_agents(config: Config, llm: str, engine: Engine) -> dict[str, Agent]:
+    """Return the agents of one LLM on its engine, by name."""
+    tools = toolbox.default_tools()
+    return {agent.name: Agent(agent, engine, tools) for agent in callable_agents(config, llm)}
+
+
+def build_local(config: Config) -> tuple[LocalAgents, list[Engine]]:
+    """Build every engine of a pool in this process; the caller closes the engines."""
+    agents: dict[str, Agent] = {}
+    engines: list[Engine] = []
+    for llm in dict.fromkeys(agent.llm for agent in callable_agents(config)):
+        engine = build_engine(config, llm, callable_agents(config, llm))
+        engines.append(engine)
+        agents.update(build_agents(config, llm, engine))
+    return LocalAgents(agents), engines
+
+
+def build_encoder(config: Config) -> Encoder:
+    """Return the encoder of a pool in this process: MiniLM, or the hash encoder where every agent is scripted.
+
+    Blocks while the model loads.
+    """
+    from dmoa.agents.embedder import AsyncEncoder, HashEncoder, MiniLmEncoder
+
+    if all(llm.engine == "scripted" for llm in config.llms.values()):
+        return HashEncoder()
+    return AsyncEncoder(MiniLmEncoder(fetch("minilm"), threads=1))
+
+
+def build_pool_gate(config: Config) -> tuple[Gate, Checkpoint]:
+    """Return the gate that a configuration asks for, with its record: a checkpoint's, or untrained weights.
+
+    Raises CheckpointError for a checkpoint that is damaged or was made for another pool.
+    """
+    from dmoa import checkpoint
+    from dmoa.routing import build_gate
+
+    if config.gate.checkpoint:
+        gate, record = checkpoint.load(config.gate.checkpoint)
+        checkpoint.check_pool(record, fingerprint=fingerprint(config), agents=config.agent_names)
+        return gate, record
+    gate = build_gate(config.gate, config.agent_names, _profile_embeddings(config))
+    return gate, checkpoint.describe_gate(gate, fingerprint=fingerprint(config))
+
+
+def _profile_embeddings(config: Config) -> FloatArray | None:
+    """Embed the agents' profiles, [A, D], for the `profile` head; None for the linear one."""
+    if config.gate.head != "profile":
+        return None
+    rows = asyncio.run(build_encoder(config).embed([agent.profile for agent in config.agents]))
+    return np.stack(rows)

@@ -1,0 +1,121 @@
+"""Summarizers: fold the contributions of a step into the new summary, and say whether the query is done.
+
+`select` passes one contribution on and lets rules decide; `llm` is an agent that writes the summary after a verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from dmoa.agents.prompts import summarizer_messages
+from dmoa.config import SUMMARIZER, SummarizerConfig
+from dmoa.core.aggregate import Selection, select_contribution
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError
+from dmoa.protocols import AgentClient
+from dmoa.types import AgentCall, AgentReply, QueryState, Sampling, SummarizerRecord, TextDelta, Verdict
+
+Emit = Callable[[TextDelta], None]
+_FINAL = "FINAL"
+_CONTINUE = "CONTINUE"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fold:
+    """The outcome of folding one step."""
+
+    summary: str
+    record: SummarizerRecord
+    selection: Selection | None
+    """The contribution that rules would choose; None where no agent contributed."""
+
+
+class Summarizer(Protocol):
+    """Folds a step."""
+
+    async def fold(self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit) -> Fold:
+        """Fold the step's contributions; `emit` takes pieces of the final answer as they are written."""
+        ...
+
+
+class SelectSummarizer:
+    """The agreed answer, or else the surest agent's (ours)."""
+
+    async def fold(self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit) -> Fold:
+        """Choose one contribution; nothing is generated."""
+        selection = select_contribution(replies)
+        summary = selection.text if selection else state.summary
+        return Fold(summary=summary, record=SummarizerRecord(mode="select", verdict="rule"), selection=selection)
+
+
+class LlmSummarizer:
+    """An agent that writes the summary; its first line is the verdict, exactly FINAL or CONTINUE (paper)."""
+
+    def __init__(self, agents: AgentClient, config: SummarizerConfig) -> None:
+        self._agents = agents
+        self._config = config
+
+    async def fold(self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit) -> Fold:
+        """Ask the summarizer; where it fails, fall back on the chosen contribution and say so in the record."""
+        selection = select_contribution(replies)
+        usable = [reply for reply in replies if reply.status == "ok" and reply.text.strip()]
+        messages = summarizer_messages(state.query, state.history, usable, profile=self._config.profile)
+        call = AgentCall(
+            trace_id=state.query.trace_id,
+            step=len(state.steps),
+            agent=SUMMARIZER,
+            messages=messages,
+            sampling=sampling,
+            deadline_unix_s=state.deadline_unix_s,
+        )
+        reply = await self._listen(self._agents.stream(call), emit)
+        verdict, text = parse_verdict(reply.text)
+        summary = text or (selection.text if selection else state.summary)
+        record = SummarizerRecord(
+            mode="llm",
+            verdict=verdict,
+            prompt_tokens=reply.prompt_tokens,
+            cached_tokens=reply.cached_tokens,
+            completion_tokens=reply.completion_tokens,
+            latency_ms=reply.latency_ms,
+            engine_ms=reply.engine_ms,
+            error=reply.error,
+        )
+        return Fold(summary=summary, record=record, selection=selection)
+
+    async def _listen(self, stream: AsyncIterator[TextDelta | AgentReply], emit: Emit) -> AgentReply:
+        """Read the stream; text after a FINAL line is handed on at once, everything else is withheld.
+
+        Where the stream is lost, the reply is what had been handed on, with the error.
+        """
+        seen, is_final = "", False
+        error = "the stream ended without a reply"
+        try:
+            async for item in stream:
+                if isinstance(item, AgentReply):
+                    return item
+                seen += item.text
+                head, newline, rest = seen.lstrip().partition("\n")
+                if is_final:
+                    emit(item)
+                elif newline and head.strip() == _FINAL and rest.lstrip():
+                    is_final = True
+                    emit(TextDelta(text=rest.lstrip()))
+        except (AgentUnavailableError, AgentOverloadedError) as lost:
+            error = str(lost)
+        return AgentReply(agent=SUMMARIZER, status="failed", text=seen if is_final else "", error=error)
+
+
+def parse_verdict(text: str) -> tuple[Verdict, str]:
+    """Split a summarizer's reply into verdict and summary.
+
+    The first line must be exactly FINAL or CONTINUE; anything else counts as CONTINUE, is marked `unparsable`, and the
+    whole text is the summary.
+    """
+    head, _, rest = text.strip().partition("\n")
+    if head.strip() == _FINAL:
+        return "final", rest.strip()
+    if head.strip() == _CONTINUE:
+        return "continue", rest.strip()
+    return "unparsable", text.strip()

@@ -1,0 +1,200 @@
+"""Reaching the agents of a step: in parallel, with stand-ins for lost ones, and the one retry loop of dmoa.
+
+A lost contribution (failed, late, overloaded, its place dead) is data: it is recorded, and the next-ranked agent in a
+living place takes over while the deadline allows. Where no place is left alive, the same call is sent again until its
+place is back, for as long as the query's patience lasts. Calls are idempotent by (trace, step, agent).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from dmoa.agents.prompts import agent_messages
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError, NoAgentError
+from dmoa.protocols import AgentClient, Router
+from dmoa.types import Activation, AgentCall, AgentReply, AgentStatus, Query, QueryState, Sampling, StepPlan, TextDelta
+
+T = TypeVar("T")
+PATIENCE_S = 60.0
+"""How long a query without a deadline waits for a dead place to come back."""
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSheet:
+    """What the orchestrator must know of an agent to ask it."""
+
+    name: str
+    profile: str
+    tools_text: str
+    """How to call the agent's tools, part of its role prompt."""
+    sampling: Sampling
+    place: str
+    """What dies together: the LLM's name in shared placement, the agent's own name in dedicated placement."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Round:
+    """The asking of one step while it is under way."""
+
+    state: QueryState
+    reserves: deque[Activation]
+    dead_places: set[str]
+    is_final: bool
+    """Whether the one reply of this step is the query's answer."""
+    emit: Callable[[TextDelta], None] | None
+    emitted: str = ""
+    """What was handed on of the one streamed reply; a repeated call repeats its text, and goes on from here."""
+
+
+class Asker:
+    """Asks the agents of a step through an agent client."""
+
+    def __init__(self, *, agents: AgentClient, sheets: Mapping[str, AgentSheet], router: Router | None, is_select: bool) -> None:
+        self._agents = agents
+        self._sheets = sheets
+        self._router = router
+        self._is_select = is_select
+
+    def patience(self, state: QueryState) -> float:
+        """Seconds that the query may still wait for an agent to come back."""
+        if state.deadline_unix_s is None:
+            return PATIENCE_S
+        return max(0.0, state.deadline_unix_s - time.time())
+
+    async def patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Repeat `attempt` with growing pauses while it finds no agent; the caller sets the time limit."""
+        pause = _FIRST_PAUSE_S
+        while True:
+            try:
+                return await attempt()
+            except (NoAgentError, AgentUnavailableError):
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def sampling_for(self, query: Query, sampling: Sampling, *, is_final: bool) -> Sampling:
+        """Return the sampling of a call: the client's fields apply to the final call, in `select` mode to every call."""
+        if not query.sampling or not (is_final or self._is_select):
+            return sampling
+        return replace(sampling, **query.sampling)
+
+    async def ask(self, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None) -> tuple[AgentReply, ...]:
+        """Ask the plan's agents in parallel; return every reply, lost ones included, in the order they were asked.
+
+        With `emit` the text of the one agent is handed on as it comes.
+        """
+        asking = _Round(state=state, reserves=deque(plan.reserves), dead_places=set(), is_final=plan.fold == "pass", emit=emit)
+        tasks = [asyncio.create_task(self._ask_or_replace(asking, activation)) for activation in plan.activations]
+        try:
+            results = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return tuple(reply for replies in results for reply in replies)
+
+    async def _ask_or_replace(self, asking: _Round, activation: Activation) -> list[AgentReply]:
+        """Ask one agent and, while it is lost, its stand-ins."""
+        replies: list[AgentReply] = []
+        current = activation
+        while True:
+            reply = await self._ask_once(asking, current)
+            stand_in = self._stand_in(asking) if reply.status != "ok" and self._has_time(asking.state) else None
+            if stand_in is None and reply.status == "failed" and self._sheets[current.agent].place in asking.dead_places:
+                reply = await self._ask_until_back(asking, current, reply)
+            replies.append(reply)
+            if stand_in is None:
+                return replies
+            current = stand_in
+
+    def _has_time(self, state: QueryState) -> bool:
+        return state.deadline_unix_s is None or time.time() < state.deadline_unix_s
+
+    def _stand_in(self, asking: _Round) -> Activation | None:
+        """Take the next-ranked agent whose place is not known to be dead; none once text has been handed on."""
+        for activation in list(asking.reserves) if not asking.emitted else ():
+            asking.reserves.remove(activation)
+            if self._sheets[activation.agent].place not in asking.dead_places:
+                return activation
+        return None
+
+    async def _ask_once(self, asking: _Round, activation: Activation) -> AgentReply:
+        started = time.perf_counter()
+        status: AgentStatus
+        try:
+            async with asyncio.timeout(self._time_left(asking.state)):
+                return await self._send(asking, activation)
+        except AgentUnavailableError as lost:
+            status, error = "failed", str(lost)
+            asking.dead_places.add(self._sheets[activation.agent].place)
+            if self._router is not None:
+                self._router.report_unavailable(activation.agent, error)
+        except AgentOverloadedError as busy:
+            status, error = "overloaded", str(busy)
+        except TimeoutError:
+            status, error = "late", "the deadline passed before the reply"
+        latency_ms = (time.perf_counter() - started) * 1e3
+        return AgentReply(agent=activation.agent, status=status, error=error, latency_ms=latency_ms)
+
+    async def _ask_until_back(self, asking: _Round, activation: Activation, lost: AgentReply) -> AgentReply:
+        """Send the call again until its place is back. The reply keeps what the lost attempt met."""
+        attempts = lost.attempts
+
+        async def attempt() -> AgentReply:
+            nonlocal attempts
+            attempts += 1
+            return await self._send(asking, activation)
+
+        try:
+            async with asyncio.timeout(self.patience(asking.state)):
+                reply = await self.patiently(attempt)
+        except TimeoutError:
+            status: AgentStatus = "late" if asking.state.deadline_unix_s else "failed"
+            return replace(lost, status=status, attempts=attempts)
+        except AgentOverloadedError as busy:
+            return replace(lost, status="overloaded", error=str(busy), attempts=attempts)
+        return replace(reply, attempts=attempts, error=reply.error or f"an earlier attempt was lost: {lost.error}")
+
+    async def _send(self, asking: _Round, activation: Activation) -> AgentReply:
+        call = self._call(asking.state, activation, is_final=asking.is_final)
+        if asking.emit is None:
+            return await self._agents.call(call)
+        seen = ""
+        async for item in self._agents.stream(call):
+            if isinstance(item, AgentReply):
+                return item
+            seen += item.text
+            if len(seen) > len(asking.emitted):
+                asking.emit(TextDelta(text=seen[len(asking.emitted) :]))
+                asking.emitted = seen
+        raise AgentUnavailableError(f"agent {activation.agent!r}: the stream ended without a reply")
+
+    def _time_left(self, state: QueryState) -> float | None:
+        return None if state.deadline_unix_s is None else max(0.0, state.deadline_unix_s - time.time())
+
+    def _call(self, state: QueryState, activation: Activation, *, is_final: bool) -> AgentCall:
+        sheet = self._sheets[activation.agent]
+        history = state.history if activation.history is None else activation.history
+        query = state.query
+        return AgentCall(
+            trace_id=query.trace_id,
+            step=len(state.steps),
+            agent=activation.agent,
+            messages=agent_messages(
+                query, history, profile=sheet.profile, tools=sheet.tools_text, instruction=activation.instruction
+            ),
+            sampling=self._within_budget(state, self.sampling_for(query, sheet.sampling, is_final=is_final)),
+            deadline_unix_s=state.deadline_unix_s,
+        )
+
+    def _within_budget(self, state: QueryState, sampling: Sampling) -> Sampling:
+        budget = state.query.limits.budget_tokens
+        if budget is None:
+            return sampling
+        return replace(sampling, max_tokens=max(1, min(sampling.max_tokens, budget - state.tokens_used)))

@@ -1,0 +1,206 @@
+"""The step loop: plan, ask, fold, record, decide whether to go on.
+
+Over protocols only, so the same loop runs in unit tests, in one process, in the Serve ingress, in rollouts and in
+evaluation. A policy says whom to ask, `asking` reaches the agents, a summarizer folds what they say, `core.stopping`
+holds the rules.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+
+from dmoa.agents.summarizer import Fold, Summarizer
+from dmoa.asking import Asker
+from dmoa.core.stopping import budget_stop, rule_stop
+from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError
+from dmoa.protocols import Policy
+from dmoa.types import (
+    AgentReply,
+    Answer,
+    Query,
+    QueryState,
+    Sampling,
+    StepPlan,
+    StepRecord,
+    Stop,
+    StopReason,
+    SummarizerRecord,
+    TextDelta,
+    is_untrained,
+)
+
+Event = StepRecord | TextDelta | Answer
+Emit = Callable[[Event], None]
+_CUT_SHORT: tuple[StopReason, ...] = ("max_steps", "budget_tokens", "deadline", "no_agent")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orchestrator:
+    """Answers queries with the agents of one pool."""
+
+    asker: Asker
+    """Reaches the agents, with the one retry loop."""
+    summarizer: Summarizer
+    summarizer_sampling: Sampling
+    is_select: bool
+    """Whether the summarizer only selects: then rules decide when to stop."""
+    theta: float | None = None
+    """The checkpoint's threshold on the surest agent's score; None where it carries none."""
+
+    async def answer(self, query: Query, policy: Policy) -> AsyncIterator[Event]:
+        """Yield every finished step, pieces of the final text where it streams, and last the Answer.
+
+        Closing the iterator cancels the query's agent calls. Raises NoAgentError, EmptyAnswerError, DeadlineError.
+        """
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
+        task = asyncio.create_task(self._run(query, policy, events.put_nowait))
+        task.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _run(self, query: Query, policy: Policy, emit: Emit) -> None:
+        started = time.perf_counter()
+        state = begin(query)
+        reason: StopReason | None = None
+        while reason is None:
+            plan = await self._plan(state, policy)
+            if isinstance(plan, Stop):
+                reason = plan.reason
+                break
+            previous = state.summary
+            step, fold = await self._step(state, plan, emit)
+            state = advance(state, step)
+            emit(step)
+            reason = self._stop_reason(state, step, fold, plan, previous)
+        emit(finish(state, policy.name, reason, wall_ms=(time.perf_counter() - started) * 1e3))
+
+    async def _plan(self, state: QueryState, policy: Policy) -> StepPlan | Stop:
+        """Ask the policy, waiting while no agent is up, until the deadline."""
+        try:
+            async with asyncio.timeout(self.asker.patience(state)):
+                return await self.asker.patiently(lambda: policy.next_step(state))
+        except TimeoutError:
+            if state.summary:
+                return Stop(reason="deadline")
+            raise _no_contribution(state, "no agent of the pool is up") from None
+
+    async def _step(self, state: QueryState, plan: StepPlan, emit: Emit) -> tuple[StepRecord, Fold]:
+        """Ask the planned agents and fold what they contributed."""
+        started = time.perf_counter()
+        number = len(state.steps)
+        is_last_word = plan.fold == "pass" and len(plan.activations) == 1
+        replies = await self.asker.ask(state, plan, emit if is_last_word else None)
+        usable = tuple(reply for reply in replies if reply.status == "ok" and reply.text.strip())
+        if not usable and not state.summary:
+            raise _nothing_said(state, replies)
+        fold = await self._fold(state, plan, usable, emit)
+        ranked = {activation.agent: i for i, activation in enumerate((*plan.activations, *plan.reserves))}
+        active = sorted((reply.agent for reply in replies if reply.status == "ok"), key=lambda name: ranked[name])
+        step = StepRecord(
+            step=number,
+            replies=replies,
+            active=tuple(active),
+            summary=fold.summary,
+            summarizer=fold.record,
+            mass=_mass(plan, active),
+            wall_ms=(time.perf_counter() - started) * 1e3,
+            decision=plan.decision,
+            route=plan.route,
+        )
+        return step, fold
+
+    async def _fold(self, state: QueryState, plan: StepPlan, usable: tuple[AgentReply, ...], emit: Emit) -> Fold:
+        if not usable or plan.fold == "pass":
+            text = usable[0].text if usable else state.summary
+            return Fold(summary=text, record=SummarizerRecord(mode="select", verdict="rule"), selection=None)
+        sampling = self.asker.sampling_for(state.query, self.summarizer_sampling, is_final=True)
+        return await self.summarizer.fold(state, usable, sampling, emit)
+
+    def _stop_reason(self, state: QueryState, step: StepRecord, fold: Fold, plan: StepPlan, previous: str) -> StopReason | None:
+        """Apply the stopping rules to the step just finished, then the budgets."""
+        limits = state.query.limits
+        usable = [reply for reply in step.replies if reply.status == "ok" and reply.text.strip()]
+        rule: StopReason | None = None
+        if usable and plan.fold == "summarizer":
+            rule = rule_stop(
+                mode="select" if self.is_select else "llm",
+                verdict=step.summarizer.verdict,
+                active_replies=usable,
+                selection=fold.selection,
+                previous_summary=previous,
+                theta=self.theta,
+            )
+        budget = budget_stop(
+            step=len(state.steps),
+            max_steps=limits.max_steps,
+            tokens_used=state.tokens_used,
+            budget_tokens=limits.budget_tokens,
+            now=time.time(),
+            deadline=state.deadline_unix_s,
+        )
+        return rule or budget or (None if usable else "no_agent")
+
+
+def begin(query: Query) -> QueryState:
+    """Return the state of a query before its first step; its clock starts now."""
+    now = time.time()
+    deadline_s = query.limits.deadline_s
+    return QueryState(query=query, started_unix_s=now, deadline_unix_s=now + deadline_s if deadline_s else None)
+
+
+def advance(state: QueryState, step: StepRecord) -> QueryState:
+    """Return the state after one more step."""
+    used = sum(reply.prompt_tokens + reply.completion_tokens for reply in step.replies)
+    used += step.summarizer.prompt_tokens + step.summarizer.completion_tokens
+    return replace(state, steps=(*state.steps, step), tokens_used=state.tokens_used + used)
+
+
+def finish(state: QueryState, policy: str, reason: StopReason, *, wall_ms: float) -> Answer:
+    """Return the answer: the newest summary, and what became of the query."""
+    decisions = [step.decision for step in state.steps if step.decision]
+    last = decisions[-1] if decisions else None
+    lost = any(
+        reply.status in ("failed", "late", "overloaded") or reply.attempts > 1 for step in state.steps for reply in step.replies
+    )
+    return Answer(
+        trace_id=state.query.trace_id,
+        text=state.summary,
+        policy=policy,
+        stop_reason=reason,
+        steps=state.steps,
+        degraded=lost or any(decision.masked for decision in decisions),
+        finish_reason="length" if reason in _CUT_SHORT else "stop",
+        gate_version=last.gate_version if last else None,
+        gate_trained=None if last is None else not is_untrained(last.gate_version),
+        routed_by="ingress" if any(d.routed_by == "ingress" for d in decisions) else "router",
+        wall_ms=wall_ms,
+    )
+
+
+def _mass(plan: StepPlan, active: list[str]) -> float:
+    """Probability of the agents that did contribute; the plan's own where nobody was lost."""
+    if plan.decision is None or {a.agent for a in plan.activations} == set(active):
+        return plan.mass
+    probability = {a.agent: a.probability for a in (*plan.activations, *plan.reserves)}
+    return sum(probability[name] for name in active)
+
+
+def _nothing_said(state: QueryState, replies: tuple[AgentReply, ...]) -> Exception:
+    if any(reply.status == "ok" for reply in replies):
+        return EmptyAnswerError("every contribution was empty; ask again, or raise max_tokens")
+    reasons = "; ".join(f"{reply.agent}: {reply.status}, {reply.error}" for reply in replies)
+    return _no_contribution(state, reasons)
+
+
+def _no_contribution(state: QueryState, why: str) -> Exception:
+    if state.deadline_unix_s is not None and time.time() >= state.deadline_unix_s:
+        return DeadlineError(f"the deadline of {state.query.limits.deadline_s} s passed before any agent contributed ({why})")
+    return NoAgentError(f"no agent of the pool answered ({why}); try again later")

@@ -1,0 +1,80 @@
+"""The DMoA policy: a recurrent gate reads the query and the state so far, and activates a sparse, adaptive set.
+
+Source: paper (recurrent router, top-mass activation); embedding query and summary apart, the feedback features and
+the reserves are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from dmoa.core.inputs import FEEDBACK_FEATURES, feedback, gate_input
+from dmoa.protocols import Encoder, Router
+from dmoa.types import Activation, FloatArray, QueryState, RouteDecision, RouteRequest, StepPlan, Stop
+
+
+class DmoaPolicy:
+    """Asks the agents that the gate activates; those ranked next stand in for lost ones."""
+
+    name = "dmoa"
+
+    def __init__(self, *, router: Router, encoder: Encoder, preset: Literal["default", "paper"], max_agents: int) -> None:
+        self._router = router
+        self._encoder = encoder
+        self._preset = preset
+        self._max_agents = max_agents
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Embed the state, ask the router, and plan the activated agents."""
+        last = state.steps[-1] if state.steps else None
+        previous = last.decision if last else None
+        lost = {reply.agent for reply in last.replies if reply.status == "failed"} if last else set()
+        request = RouteRequest(
+            input_X=await self._input(state),
+            hidden_H=previous.hidden_H if previous else None,
+            gate_version=previous.gate_version if previous else None,
+            max_agents=state.query.limits.max_agents,
+            unavailable=tuple(sorted(lost)) if previous and len(lost) < len(previous.agents) else (),
+        )
+        return _plan(await self._router.route(request), request)
+
+    async def _input(self, state: QueryState) -> FloatArray:
+        query, summary = state.query.text, state.summary
+        if self._preset == "paper":
+            text = f"{query}\n\n{summary}" if summary else query
+            (context_D,) = await self._encoder.embed([text])
+            return gate_input("paper", context_D, context_D, np.zeros(FEEDBACK_FEATURES, dtype=np.float32))
+        query_D, summary_D = await self._encoder.embed([query, summary])
+        return gate_input("default", query_D, summary_D, self._feedback(state))
+
+    def _feedback(self, state: QueryState) -> FloatArray:
+        if not state.steps:
+            return feedback([], 0, self._max_agents, 0.0)
+        last = state.steps[-1]
+        entropies = [
+            reply.entropy_nats for reply in last.replies if reply.agent in last.active and reply.entropy_nats is not None
+        ]
+        return feedback(entropies, len(last.active), self._max_agents, _budget_share(state))
+
+
+def _plan(decision: RouteDecision, request: RouteRequest) -> StepPlan:
+    ranked = [
+        Activation(agent=decision.agents[index], probability=float(decision.probability_A[index])) for index in decision.ranking
+    ]
+    return StepPlan(
+        activations=tuple(ranked[: decision.k]),
+        reserves=tuple(ranked[decision.k :]),
+        mass=decision.mass,
+        decision=decision,
+        route=request,
+    )
+
+
+def _budget_share(state: QueryState) -> float:
+    """Share of the query's budget that is used: the larger of steps and tokens, 0..1."""
+    limits = state.query.limits
+    steps = len(state.steps) / limits.max_steps
+    tokens = state.tokens_used / limits.budget_tokens if limits.budget_tokens else 0.0
+    return min(1.0, max(steps, tokens))

@@ -1,0 +1,65 @@
+"""Every policy by name: what `POOL/NAME` and `--policy NAME` may say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dmoa.config import Config
+from dmoa.errors import RequestError
+from dmoa.policies.dmoa import DmoaPolicy
+from dmoa.policies.single import SinglePolicy
+from dmoa.protocols import Encoder, Policy, Router
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyContext:
+    """What a policy may be built from."""
+
+    config: Config
+    router: Router
+    encoder: Encoder
+    agent: str | None = None
+    """The agent that the client named, for policies of one agent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyEntry:
+    """One policy: its name, one sentence, and how it is built for a query."""
+
+    name: str
+    summary: str
+    build: Callable[[PolicyContext], Policy]
+
+
+def _dmoa(context: PolicyContext) -> Policy:
+    gate = context.config.gate
+    return DmoaPolicy(router=context.router, encoder=context.encoder, preset=gate.preset, max_agents=gate.activation.max_agents)
+
+
+def _single(context: PolicyContext) -> Policy:
+    names = context.config.agent_names
+    if context.agent is not None:
+        return SinglePolicy(agent=context.agent)
+    return SinglePolicy(agent=names[0], stand_ins=names)
+
+
+POLICIES: dict[str, PolicyEntry] = {
+    entry.name: entry
+    for entry in (
+        PolicyEntry(
+            name="dmoa", summary="The recurrent gate activates a sparse, adaptive set of agents at every step.", build=_dmoa
+        ),
+        PolicyEntry(name="single", summary="One agent answers once: the one named, or the pool's first.", build=_single),
+    )
+}
+
+
+def build_policy(name: str, context: PolicyContext) -> Policy:
+    """Return the policy called `name`, built for one query. Raises RequestError for an unknown name."""
+    entry = POLICIES.get(name)
+    if entry is None:
+        raise RequestError(
+            f"policy: {name!r} is not known; allowed: {', '.join(POLICIES)}", param="dmoa.policy", code="unknown_policy"
+        )
+    return entry.build(context)

@@ -1,0 +1,81 @@
+"""Replay: route recorded queries again and say whether the decisions are the same, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmoa.core.decision import Decider
+from dmoa.errors import TraceError
+from dmoa.trace import Trace, TraceRoute
+from dmoa.types import FloatArray, RouteDecision, RouteRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """A trace routed again."""
+
+    trace_id: str
+    decisions: tuple[RouteDecision, ...]
+    differences: tuple[str, ...]
+    """What differs from the trace, one sentence each; empty: bit for bit the same."""
+
+
+def replay(traces: Sequence[Trace], decider: Decider) -> list[Replay]:
+    """Route traces again, step by step, all of them in the same batches.
+
+    Inputs are read from the trace; hidden states are computed again, step by step. Raises TraceError for a trace of
+    another gate version or another pool.
+    """
+    for trace in traces:
+        _check(trace, decider)
+    hidden: dict[int, FloatArray | None] = dict.fromkeys(range(len(traces)))
+    decisions: dict[int, list[RouteDecision]] = {index: [] for index in range(len(traces))}
+    for step in range(max((len(trace.routes) for trace in traces), default=0)):
+        rows = [index for index, trace in enumerate(traces) if step < len(trace.routes)]
+        requests = [_request(traces[index].routes[step], hidden[index]) for index in rows]
+        for index, decision in zip(rows, decider.decide(requests, frozenset()), strict=True):
+            hidden[index] = decision.hidden_H
+            decisions[index].append(decision)
+    return [
+        Replay(
+            trace_id=trace.trace_id, decisions=tuple(decisions[index]), differences=tuple(_differences(trace, decisions[index]))
+        )
+        for index, trace in enumerate(traces)
+    ]
+
+
+def _check(trace: Trace, decider: Decider) -> None:
+    versions = {route.gate_version for route in trace.routes}
+    if versions - {decider.version}:
+        raise TraceError(
+            f"trace {trace.trace_id}: gate_version is {', '.join(sorted(versions))}, the gate at hand is {decider.version}; "
+            "give the pool (--config) and checkpoint that made the trace"
+        )
+    if trace.routes and tuple(trace.agents) != decider.gate.spec.agents:
+        raise TraceError(f"trace {trace.trace_id}: its agents are {', '.join(trace.agents)}; the gate has others")
+
+
+def _request(route: TraceRoute, hidden_H: FloatArray | None) -> RouteRequest:
+    return RouteRequest(
+        input_X=np.asarray(route.input_X, dtype=np.float32),
+        hidden_H=hidden_H,
+        max_agents=route.max_agents,
+        unavailable=tuple(route.masked),
+    )
+
+
+def _differences(trace: Trace, decisions: list[RouteDecision]) -> Iterable[str]:
+    for route, decision in zip(trace.routes, decisions, strict=True):
+        pairs = {
+            "probability_A": (route.probability_A, decision.probability_A.tolist()),
+            "ranking": (route.ranking, list(decision.ranking)),
+            "k": (route.k, decision.k),
+            "mass": (route.mass, decision.mass),
+            "hidden_H": (route.hidden_H, decision.hidden_H.tolist()),
+        }
+        for name, (seen, now) in pairs.items():
+            if seen != now:
+                yield f"step {route.step}: {name} was {seen}, is {now}"

@@ -1,0 +1,162 @@
+"""The router's brain: gate weights by version, masks, micro-batched decisions. No Ray here.
+
+Used as it is in process (`dmoa run`), inside the router actor, and by an ingress while the actor is away. The hidden
+state travels with the request, so nothing of a query is kept here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from dmoa.config import GateConfig
+from dmoa.core.decision import Decider
+from dmoa.core.gate import Gate, GateSpec, init_gate
+from dmoa.errors import DmoaError, RoutingError
+from dmoa.types import FloatArray, RoutedBy, RouteDecision, RouteRequest
+
+_LOG = logging.getLogger("dmoa.routing")
+MAX_VERSIONS = 64
+"""Versions kept in memory; older ones are loaded again when a query still names them."""
+
+
+class LocalRouter:
+    """Routes with the weights it holds; implements `protocols.Router`."""
+
+    def __init__(self, *, routed_by: RoutedBy = "router", reload: Callable[[str], Gate | None] | None = None) -> None:
+        """`reload` fetches the weights of a version that is not in memory, or returns None."""
+        self._deciders: OrderedDict[str, Decider] = OrderedDict()
+        self._current: str | None = None
+        self._previous: str | None = None
+        self._reload = reload
+        self._routed_by: RoutedBy = routed_by
+        self._masked: frozenset[str] = frozenset()
+        self._pending: list[tuple[RouteRequest, asyncio.Future[RouteDecision]]] = []
+        self.max_wait_ms = 0.0
+        """How long a decision may wait for others to share its batch."""
+        self.activations: Counter[str] = Counter()
+        self.num_decisions = 0
+        self.num_batches = 0
+
+    @property
+    def current(self) -> str:
+        """Version that new queries begin with. Raises RoutingError before the first install."""
+        if self._current is None:
+            raise RoutingError("the router holds no gate yet; install one first")
+        return self._current
+
+    @property
+    def masked(self) -> frozenset[str]:
+        """Agents that are left out of every decision."""
+        return self._masked
+
+    def install(self, version: str, gate: Gate) -> None:
+        """Make `gate` the version that new queries begin with; running ones keep theirs."""
+        self._add(version, gate)
+        if self._current != version:
+            self._previous, self._current = self._current, version
+
+    def use(self, version: str) -> None:
+        """Make a version current that is here or can be reloaded. Raises RoutingError if it is neither."""
+        if self._current != version:
+            self.install(version, self.gate(version))
+
+    def _add(self, version: str, gate: Gate) -> Decider:
+        decider = self._deciders[version] = Decider(gate, version)
+        self._deciders.move_to_end(version)
+        spare = [name for name in self._deciders if name not in (version, self._current, self._previous)]
+        for old in spare[: max(0, len(self._deciders) - MAX_VERSIONS)]:
+            del self._deciders[old]
+        return decider
+
+    def report_unavailable(self, agent: str, reason: str) -> None:
+        """Mask an agent until `restore` is called."""
+        if agent not in self._masked:
+            _LOG.warning("agent %s masked: %s", agent, reason)
+        self._masked |= {agent}
+
+    def restore(self, agent: str) -> None:
+        """Let an agent take part again."""
+        self._masked -= {agent}
+
+    async def route(self, request: RouteRequest) -> RouteDecision:
+        """Decide one step, in one padded batch with the requests that wait at the same moment."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[RouteDecision] = loop.create_future()
+        if not self._pending:
+            if self.max_wait_ms > 0:
+                loop.call_later(self.max_wait_ms / 1e3, self._flush)
+            else:
+                loop.call_soon(self._flush)
+        self._pending.append((request, future))
+        return await future
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, []
+        by_version: dict[str | None, list[tuple[RouteRequest, asyncio.Future[RouteDecision]]]] = {}
+        for item in pending:
+            by_version.setdefault(item[0].gate_version, []).append(item)
+        for items in by_version.values():
+            self._answer(items)
+
+    def _answer(self, items: list[tuple[RouteRequest, asyncio.Future[RouteDecision]]]) -> None:
+        """Decide one version's requests; a request that cannot be decided must not spoil the others' batch."""
+        try:
+            results = self.decide([request for request, _ in items])
+        except (DmoaError, RuntimeError, ValueError) as error:
+            if len(items) > 1:
+                for item in items:
+                    self._answer([item])
+            elif not items[0][1].done():
+                items[0][1].set_exception(error)
+            return
+        for (_, future), result in zip(items, results, strict=True):
+            if not future.done():
+                future.set_result(result)
+
+    def decide(self, requests: list[RouteRequest]) -> list[RouteDecision]:
+        """Decide a batch that names one gate version.
+
+        Non-finite output of a version falls back to the last good one. Raises NoAgentError, RoutingError.
+        """
+        decider = self._decider(requests[0].gate_version)
+        self.num_batches += 1
+        self.num_decisions += len(requests)
+        try:
+            decisions = decider.decide(requests, self._masked)
+        except RoutingError:
+            if self._previous is None or decider.version == self._previous:
+                raise
+            _LOG.exception("gate %s failed; falling back to %s", decider.version, self._previous)
+            decisions = self._decider(self._previous).decide(requests, self._masked)
+        for decision in decisions:
+            self.activations.update(decision.agents[index] for index in decision.ranking[: decision.k])
+        return [replace(decision, routed_by=self._routed_by) for decision in decisions]
+
+    def _decider(self, version: str | None) -> Decider:
+        name = version or self.current
+        found = self._deciders.get(name)
+        if found is not None:
+            return found
+        gate = self._reload(name) if self._reload else None
+        if gate is None:
+            raise RoutingError(f"gate version {name!r} is not known; known: {', '.join(self._deciders)}")
+        return self._add(name, gate)
+
+    def gate(self, version: str | None = None) -> Gate:
+        """Return the weights of a version (None: the current one)."""
+        return self._decider(version).gate
+
+
+def build_gate(config: GateConfig, agents: tuple[str, ...], profile_AD: FloatArray | None = None) -> Gate:
+    """Return the untrained gate that a configuration describes: deterministic in its seed.
+
+    `profile_AD` are the embeddings of the agents' profiles, needed by the `profile` head.
+    """
+    spec = GateSpec.from_config(config, agents)
+    return init_gate(spec, seed=config.seed, profile_AD=None if profile_AD is None else torch.from_numpy(profile_AD))

@@ -1,0 +1,40 @@
+"""The detached actors of an app: their names, how they are created, and how they end with the app."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import ray
+
+NAMESPACE = "dmoa"
+
+
+def router_name(app: str) -> str:
+    """Return the name of an app's router actor."""
+    return f"dmoa-router-{app}"
+
+
+def traces_name(app: str) -> str:
+    """Return the name of an app's trace store actor."""
+    return f"dmoa-traces-{app}"
+
+
+def detached(name: str) -> dict[str, Any]:
+    """Return the options of a detached actor that restarts for as long as its app lives and takes no CPU of Ray's."""
+    return {
+        "name": name,
+        "namespace": NAMESPACE,
+        "get_if_exists": True,
+        "lifetime": "detached",
+        "max_restarts": -1,
+        "max_concurrency": 1000,
+        "num_cpus": 0,
+    }
+
+
+def end_actors(app: str) -> None:
+    """End the actors of an app, those that are there; they do not restart."""
+    for name in (traces_name(app), router_name(app)):
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))

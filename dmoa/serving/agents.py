@@ -1,0 +1,148 @@
+"""Agents on Ray Serve: the deployments they run in, and the client that reaches them.
+
+`shared` placement: one `AgentHost` per LLM, its agents are records over one engine. `dedicated`: the same class, one
+deployment per agent, with its own engine, GPUs and replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from dmoa.agents.agent import Agent, LocalAgents
+from dmoa.agents.pool import build_agents, build_engine, callable_agents
+from dmoa.config import AgentConfig, AutoscalingConfig, Config
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError, ConfigError
+from dmoa.types import AgentCall, AgentReply, TextDelta
+
+QUEUE_FACTOR = 4
+"""Calls that may wait in a replica, as a multiple of the engine's batch, before it counts as overloaded."""
+
+
+class AgentHost:
+    """A replica that runs one engine for some or all agents of one LLM."""
+
+    def __init__(self, config_json: str, llm: str, agent: str | None = None) -> None:
+        """Load the engine. `agent` names the one agent of a dedicated deployment, None hosts all of the LLM's."""
+        config = Config.model_validate_json(config_json)
+        hosted = [item for item in callable_agents(config, llm) if agent in (None, item.name)]
+        self._engine = build_engine(config, llm, hosted)
+        agents: dict[str, Agent] = build_agents(config, llm, self._engine)
+        self._agents = LocalAgents({item.name: agents[item.name] for item in hosted})
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        """Answer one call; cancelling it frees its place in the engine's batch."""
+        return await self._agents.call(call)
+
+    async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
+        """Answer one call, yielding its text as it comes, last the reply."""
+        async for item in self._agents.stream(call):
+            yield item
+
+    async def ping(self) -> str:
+        """Say that this replica is up; returns the engine's label."""
+        return self._engine.label
+
+
+def deployment_names(config: Config) -> dict[str, str]:
+    """Return the deployment of every agent (and of the summarizer) by agent name."""
+    return {agent.name: _deployment_name(config, agent) for agent in callable_agents(config)}
+
+
+def _deployment_name(config: Config, agent: AgentConfig) -> str:
+    return f"llm-{agent.llm}" if config.llms[agent.llm].placement == "shared" else f"agent-{agent.name}"
+
+
+def bind_hosts(config: Config) -> dict[str, Any]:
+    """Return the bound Serve deployments that run the pool's agents, by deployment name."""
+    text = config.model_dump_json()
+    bound: dict[str, Any] = {}
+    for agent in callable_agents(config):
+        llm = config.llms[agent.llm]
+        name = _deployment_name(config, agent)
+        if name in bound:
+            continue
+        is_shared = llm.placement == "shared"
+        scaling = llm.autoscaling if is_shared else agent.autoscaling
+        options = _options(
+            name, scaling, max_num_seqs=llm.max_num_seqs, gpus=llm.gpus, is_light=llm.engine in ("scripted", "openai")
+        )
+        bound[name] = serve.deployment(AgentHost).options(**options).bind(text, agent.llm, None if is_shared else agent.name)
+    return bound
+
+
+def _options(name: str, scaling: AutoscalingConfig, *, max_num_seqs: int, gpus: float, is_light: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "name": name,
+        "ray_actor_options": {"num_cpus": 0 if is_light else 1, "num_gpus": gpus},
+        "max_ongoing_requests": max_num_seqs * QUEUE_FACTOR,
+        "max_queued_requests": max_num_seqs * QUEUE_FACTOR * 4,
+        "health_check_period_s": 2.0,
+        "graceful_shutdown_timeout_s": 5.0,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+    if scaling.max_replicas == scaling.min_replicas:
+        return options | {"num_replicas": scaling.min_replicas}
+    autoscaling = {
+        "min_replicas": scaling.min_replicas,
+        "max_replicas": scaling.max_replicas,
+        "target_ongoing_requests": scaling.target_ongoing_requests,
+    }
+    return options | {"autoscaling_config": autoscaling}
+
+
+class ServeAgents:
+    """Reaches agents through Serve handles; implements `protocols.AgentClient`."""
+
+    def __init__(self, handles: Mapping[str, DeploymentHandle]) -> None:
+        """`handles` are by agent name."""
+        self._handles = dict(handles)
+        self._streams = {name: handle.options(stream=True) for name, handle in handles.items()}
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        """Ask one agent; cancelling this cancels the call where it runs."""
+        response = self._handles[call.agent].call.remote(call)
+        try:
+            reply: AgentReply = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except (RayError, RayServeException) as error:
+            raise _lost(call.agent, error) from error
+        return reply
+
+    async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
+        """Ask one agent and yield its text as it comes, last the reply."""
+        responses = self._streams[call.agent].stream.remote(call)
+        is_done = False
+        try:
+            async for item in responses:
+                is_done = isinstance(item, AgentReply)
+                yield item
+        except (RayError, RayServeException) as error:
+            raise _lost(call.agent, error) from error
+        finally:
+            if not is_done:
+                responses.cancel()
+
+    async def ping(self, agent: str) -> None:
+        """Return once the agent's place answers. Raises AgentUnavailableError."""
+        try:
+            await self._handles[agent].ping.remote()
+        except (RayError, RayServeException) as error:
+            raise _lost(agent, error) from error
+
+
+def _lost(agent: str, error: Exception) -> AgentUnavailableError | AgentOverloadedError:
+    cause = getattr(error, "cause", None)
+    if isinstance(error, BackPressureError) or isinstance(cause, BackPressureError):
+        return AgentOverloadedError(f"agent {agent!r}: its queue is full")
+    if isinstance(cause, ConfigError):
+        return AgentUnavailableError(f"agent {agent!r}: {cause}")
+    return AgentUnavailableError(f"agent {agent!r}: {type(error).__name__}: its replica died or cannot be reached")

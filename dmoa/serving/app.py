@@ -1,0 +1,176 @@
+"""The Serve application: the ingress behind one OpenAI-compatible name, and everything it is bound to.
+
+The ingress holds no model and no torch: it runs the step loop over Serve handles, the router actor and the encoder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+
+from dmoa.agents.pool import callable_agents, check_files, fingerprint
+from dmoa.config import Config, LimitsConfig
+from dmoa.errors import DmoaError
+from dmoa.serving.agents import ServeAgents, bind_hosts, deployment_names
+from dmoa.serving.encoder import ServeEncoder, bind_encoder
+from dmoa.serving.http import create_app
+from dmoa.serving.metrics import QueryMetrics, exposition
+from dmoa.serving.router import ensure_router
+from dmoa.serving.router_client import RemoteRouter
+from dmoa.serving.traces import ensure_traces
+from dmoa.swarm import Swarm
+from dmoa.trace import trace_of
+from dmoa.types import Answer, Query, StepRecord, TextDelta
+
+_LOG = logging.getLogger("dmoa.ingress")
+READY_TIMEOUT_S = 2.0
+"""How long /readyz waits for an agent's answer."""
+APP = "dmoa"
+"""Name of the Serve application unless told otherwise."""
+
+
+class SwarmIngress:
+    """One ingress replica: the HTTP contract over a swarm on Serve; implements `service.SwarmService`."""
+
+    async def __init__(
+        self,
+        config_json: str,
+        key_hashes: tuple[str, ...],
+        theta: float | None,
+        encoder: DeploymentHandle,
+        hosts: dict[str, DeploymentHandle],
+    ) -> None:
+        config = Config.model_validate_json(config_json)
+        app = serve.get_replica_context().app_name
+        self._config = config
+        self._key_hashes = key_hashes
+        self._fingerprint = fingerprint(config)
+        where = deployment_names(config)
+        self._agents = ServeAgents({agent.name: hosts[where[agent.name]] for agent in callable_agents(config)})
+        self._router = RemoteRouter(ensure_router(config, app), config)
+        self._traces = ensure_traces(app, config.router.num_traces)
+        self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder), theta=theta)
+        self._metrics = QueryMetrics(config.name)
+        self._tasks: set[asyncio.Task[None]] = set()
+        version = await self._router.start()
+        _LOG.info("ingress of pool %s: gate %s", config.name, version)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Return the FastAPI app; Serve calls this after the constructor."""
+        config = self._config
+        return create_app(
+            lambda: self,
+            key_hashes=self._key_hashes,
+            server=config.server,
+            max_queued_requests=config.limits.max_queued_requests,
+        )
+
+    @property
+    def pool(self) -> str:
+        """The model name that clients use."""
+        return self._config.name
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """Names of the agents, in the pool's order."""
+        return self._config.agent_names
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of the policies."""
+        return self._swarm.policies
+
+    @property
+    def limits(self) -> LimitsConfig:
+        """The pool's limits."""
+        return self._config.limits
+
+    async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[StepRecord | TextDelta | Answer]:
+        """Answer one query; see `Swarm.answer`."""
+        async for event in self._swarm.answer(query, policy, agent):
+            if isinstance(event, Answer):
+                self._metrics.count(event)
+            yield event
+
+    async def ready(self) -> dict[str, str]:
+        """Return agent -> "up", or the reason why it is not."""
+        names = [agent.name for agent in callable_agents(self._config)]
+        states = await asyncio.gather(*(self._state(name) for name in names))
+        return dict(zip(names, states, strict=True))
+
+    async def _state(self, agent: str) -> str:
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await self._agents.ping(agent)
+        except TimeoutError:
+            return f"no answer within {READY_TIMEOUT_S} s"
+        except DmoaError as error:
+            return str(error)
+        return "up"
+
+    async def metrics(self) -> str:
+        """Return the router's aggregate in the Prometheus text format."""
+        try:
+            status = await self._router.status()
+        except (RayError, TimeoutError):
+            status = None
+        return exposition(status)
+
+    async def trace(self, trace_id: str, key_hash: str) -> dict[str, Any] | None:
+        """Return the trace of a query that the same key made."""
+        try:
+            found = await self._traces.get.remote(trace_id, key_hash)
+        except RayError:
+            return None
+        return json.loads(found) if found else None
+
+    def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
+        """Keep the trace of an answered query, after the reply."""
+        task = asyncio.get_running_loop().create_task(self._record(query, answer, key_hash))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _record(self, query: Query, answer: Answer, key_hash: str) -> None:
+        started = time.perf_counter()
+        trace = trace_of(query, answer, fingerprint=self._fingerprint)
+        try:
+            await self._traces.put.remote(answer.trace_id, trace.model_dump_json(), key_hash)
+        except RayError as error:
+            _LOG.warning("trace %s was lost: %s", answer.trace_id, type(error).__name__)
+        _LOG.debug("trace %s kept in %.1f ms", answer.trace_id, (time.perf_counter() - started) * 1e3)
+
+
+def build_app(config: Config, *, key_hashes: tuple[str, ...] = ()) -> Any:
+    """Return the bound Serve application of a pool.
+
+    Raises ConfigError for an adapter that is not there, CheckpointError for a checkpoint of another pool.
+    """
+    check_files(config)
+    options = {
+        "name": "ingress",
+        "num_replicas": config.server.ingress_replicas,
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": 1000,
+        "graceful_shutdown_timeout_s": 5.0,
+    }
+    ingress = serve.deployment(serve.ingress()(SwarmIngress)).options(**options)
+    return ingress.bind(config.model_dump_json(), key_hashes, _theta(config), bind_encoder(config), bind_hosts(config))
+
+
+def _theta(config: Config) -> float | None:
+    """Check the configured checkpoint against the pool, and return its threshold on the surest agent's score."""
+    if not config.gate.checkpoint:
+        return None
+    from dmoa import checkpoint
+
+    gate, record = checkpoint.load(config.gate.checkpoint)
+    checkpoint.check_pool(record, fingerprint=fingerprint(config), agents=config.agent_names)
+    return gate.spec.theta

@@ -1,0 +1,64 @@
+"""The encoder on Ray Serve: one replica embeds for every ingress; each ingress keeps what it has seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from dmoa.agents.pool import build_encoder
+from dmoa.config import Config
+from dmoa.errors import AgentUnavailableError
+from dmoa.types import FloatArray
+
+CACHE_SIZE = 4096
+"""Embeddings that an ingress keeps: 1.5 KiB each."""
+
+
+class EncoderHost:
+    """A replica that embeds texts."""
+
+    def __init__(self, config_json: str) -> None:
+        self._encoder = build_encoder(Config.model_validate_json(config_json))
+
+    async def embed(self, texts: list[str]) -> list[FloatArray]:
+        """Return one unit-length float32 [D] per text."""
+        return await self._encoder.embed(texts)
+
+
+def bind_encoder(config: Config) -> Any:
+    """Return the bound Serve deployment of the encoder."""
+    options = {"name": "encoder", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 256}
+    return serve.deployment(EncoderHost).options(**options).bind(config.model_dump_json())
+
+
+class ServeEncoder:
+    """Reaches the encoder through its handle and remembers what it returned; implements `protocols.Encoder`."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._cache: OrderedDict[bytes, FloatArray] = OrderedDict()
+
+    async def embed(self, texts: Sequence[str]) -> list[FloatArray]:
+        """Return one embedding per text, asking only for those not seen before."""
+        keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._cache}
+        found = {key: self._cache[key] for key in keys if key in self._cache}
+        if missing:
+            try:
+                rows: list[FloatArray] = await self._handle.embed.remote(list(missing.values()))
+            except (RayError, RayServeException) as error:
+                raise AgentUnavailableError(f"encoder: {type(error).__name__}: its replica died or cannot be reached") from error
+            found.update(zip(missing, rows, strict=True))
+        for key in keys:
+            self._cache[key] = found[key]
+            self._cache.move_to_end(key)
+        while len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
+        return [found[key] for key in keys]

@@ -1,0 +1,129 @@
+"""Start a swarm on Ray Serve from a program: flags, Ray, Serve, the app, and the wait until it answers."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import httpx
+
+from dmoa.config import Config
+from dmoa.errors import DmoaError, NoAgentError
+from dmoa.serving.auth import check_exposure, hash_keys
+
+SERVE_FLAGS = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+}
+"""Serve's flags for short hops; replicas keep no HTTP ports of their own, so the proxy alone listens."""
+START_TIMEOUT_S = 600.0
+_QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """A swarm that answers."""
+
+    url: str
+    """Base URL of the server, without /v1."""
+    pool: str
+    gate_version: str
+    started_ray: bool
+    """Whether this process started Ray, and so ends it."""
+
+
+def set_flags() -> None:
+    """Set the Serve flags that dmoa ships, where the environment does not say otherwise. Call before importing Serve."""
+    for name, value in (SERVE_FLAGS | _QUIET).items():
+        os.environ.setdefault(name, value)
+
+
+def launch(
+    config: Config,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    address: str | None = None,
+    app: str = "dmoa",
+    insecure: bool = False,
+) -> Launched:
+    """Start or join Ray, deploy the pool, and return once it answers.
+
+    `address` joins a running cluster. Raises ConfigError for bad files or an exposed server without keys, NoAgentError
+    if it does not answer in time.
+    """
+    set_flags()
+    host, port = host or config.server.host, port or config.server.port
+    key_hashes = hash_keys(os.environ.get("DMOA_API_KEYS", ""))
+    check_exposure(host, key_hashes, insecure)
+    import ray
+    from ray import serve
+
+    from dmoa.serving.app import build_app
+
+    application = build_app(config, key_hashes=key_hashes)
+    started_ray = not ray.is_initialized() and address is None
+    if not ray.is_initialized():
+        ray.init(
+            address=address, include_dashboard=False if started_ray else None, log_to_driver=False, **_local_size(started_ray)
+        )
+    serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+    serve.run(application, name=app, route_prefix="/")
+    url = f"http://{_reachable(host)}:{port}"
+    _wait_ready(url, START_TIMEOUT_S)
+    return Launched(url=url, pool=config.name, gate_version=_gate_version(app), started_ray=started_ray)
+
+
+def _local_size(started_ray: bool) -> dict[str, int]:
+    """Return the size of a Ray of our own: light replicas take no CPU, engines one each, so leave room for them."""
+    return {"num_cpus": max(8, os.cpu_count() or 1)} if started_ray else {}
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 -- compared, not bound
+
+
+def _wait_ready(url: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    last = "no answer"
+    while time.monotonic() < deadline:
+        try:
+            reply = httpx.get(f"{url}/readyz", timeout=10.0)
+            if reply.status_code == httpx.codes.OK:
+                return
+            last = reply.text[:500]
+        except httpx.HTTPError as error:
+            last = str(error)
+        time.sleep(0.1)
+    raise NoAgentError(f"{url} is not ready after {timeout_s:.0f} s: {last}")
+
+
+def _gate_version(app: str) -> str:
+    import ray
+
+    from dmoa.serving.actors import NAMESPACE, router_name
+
+    version: str = ray.get(ray.get_actor(router_name(app), namespace=NAMESPACE).status.remote())["gate_version"]
+    return version
+
+
+def stop(app: str = "dmoa", *, end_ray: bool = False) -> None:
+    """Delete the app and its actors; with `end_ray` Serve and Ray as well."""
+    import ray
+    from ray import serve
+
+    from dmoa.serving.actors import end_actors
+
+    try:
+        serve.delete(app)
+        end_actors(app)
+        if end_ray:
+            serve.shutdown()
+    except (DmoaError, ray.exceptions.RayError, ConnectionError):
+        if not end_ray:
+            raise
+    finally:
+        if end_ray:
+            ray.shutdown()

@@ -1,0 +1,59 @@
+"""Metrics: what an ingress counts with Ray's metrics, and the router's aggregate as Prometheus text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from ray.util import metrics as ray_metrics
+
+from dmoa.types import Answer
+
+_LATENCY_MS = [50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000]
+
+
+class QueryMetrics:
+    """Counts answered queries; Ray exports the numbers of every replica."""
+
+    def __init__(self, pool: str) -> None:
+        tags = {"pool": pool}
+        self._queries = ray_metrics.Counter("dmoa_queries", "Answered queries.", ("pool", "policy", "stop_reason"))
+        self._calls = ray_metrics.Counter("dmoa_agent_calls", "Agent calls by outcome.", ("pool", "agent", "status"))
+        self._tokens = ray_metrics.Counter("dmoa_tokens", "Tokens of agents and summarizer.", ("pool", "kind"))
+        self._latency = ray_metrics.Histogram("dmoa_query_latency_ms", "Wall time of a query.", _LATENCY_MS, ("pool", "policy"))
+        self._steps = ray_metrics.Histogram("dmoa_query_steps", "Steps of a query.", [1, 2, 3, 5, 10, 20], ("pool", "policy"))
+        for metric in (self._queries, self._calls, self._tokens, self._latency, self._steps):
+            metric.set_default_tags(tags)
+
+    def count(self, answer: Answer) -> None:
+        """Count one answered query and its calls."""
+        self._queries.inc(1, {"policy": answer.policy, "stop_reason": answer.stop_reason})
+        self._latency.observe(answer.wall_ms, {"policy": answer.policy})
+        self._steps.observe(len(answer.steps), {"policy": answer.policy})
+        prompt = completion = 0
+        for step in answer.steps:
+            prompt += step.summarizer.prompt_tokens
+            completion += step.summarizer.completion_tokens
+            for reply in step.replies:
+                self._calls.inc(1, {"agent": reply.agent, "status": reply.status})
+                prompt += reply.prompt_tokens
+                completion += reply.completion_tokens
+        for kind, tokens in (("prompt", prompt), ("completion", completion)):
+            if tokens:
+                self._tokens.inc(tokens, {"kind": kind})
+
+
+def exposition(status: dict[str, Any] | None) -> str:
+    """Return the router's account of itself as Prometheus text; None while the router is away."""
+    registry = CollectorRegistry()
+    Gauge("dmoa_router_up", "1 while the router actor answers.", registry=registry).set(0 if status is None else 1)
+    if status is not None:
+        Counter("dmoa_router_decisions", "Routing decisions.", registry=registry).inc(status["decisions"])
+        Counter("dmoa_router_batches", "Micro-batches.", registry=registry).inc(status["batches"])
+        Gauge("dmoa_router_masked_agents", "Agents left out because they are down.", registry=registry).set(len(status["masked"]))
+        gate = Gauge("dmoa_router_gate", "1 for the current gate version.", ["version", "pool"], registry=registry)
+        gate.labels(version=status["gate_version"], pool=status["pool"]).set(1)
+        active = Counter("dmoa_router_activations", "How often each agent was activated.", ["agent"], registry=registry)
+        for agent, times in status["activations"].items():
+            active.labels(agent=agent).inc(times)
+    return generate_latest(registry).decode()

@@ -1,0 +1,167 @@
+"""The central router: one named, detached actor per app, reached through `router_client`.
+
+The actor decides in micro-batches, masks dead agents until they answer again, and keeps its versions under
+`router.state_uri`, so that after a crash it comes back with the same gate. It ends when its app is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.serve.exceptions import RayServeException
+
+from dmoa.agents.pool import build_pool_gate, fingerprint
+from dmoa.checkpoint import Checkpoint
+from dmoa.config import Config
+from dmoa.core.gate import Gate
+from dmoa.errors import DmoaError
+from dmoa.routing import LocalRouter
+from dmoa.serving.actors import detached, end_actors, router_name
+from dmoa.serving.agents import ServeAgents, deployment_names
+from dmoa.serving.router_state import RouterState, default_state_uri
+from dmoa.types import RouteDecision, RouteRequest
+
+_LOG = logging.getLogger("dmoa.router")
+WATCH_INTERVAL_S = 5.0
+"""How often the router looks whether its app is still there."""
+
+
+class RouterActor:
+    """Gate weights by version, micro-batched decisions, health masks."""
+
+    def __init__(self, config_json: str, app: str) -> None:
+        self._app = app
+        self._started_unix_s = time.time()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._probing: set[str] = set()
+        self._records: dict[str, Checkpoint] = {}
+        self._local = LocalRouter(reload=self._reload)
+        self._missed = 0
+        self._configure(self._config_before_restart() or Config.model_validate_json(config_json))
+
+    def _config_before_restart(self) -> Config | None:
+        """Return what a crashed actor served last: its constructor sees only what it was first created with."""
+        if not ray.get_runtime_context().was_current_actor_reconstructed:
+            return None
+        found = _internal_kv_get(f"dmoa/config/{self._app}".encode())
+        return Config.model_validate_json(found) if found else None
+
+    async def start(self) -> str:
+        """Begin to watch the app; returns the current gate version. Idempotent."""
+        if not self._tasks:
+            self._spawn(self._watch())
+        return self._local.current
+
+    async def configure(self, config_json: str) -> str:
+        """Serve this configuration from now on; returns the gate version that new queries begin with."""
+        config = Config.model_validate_json(config_json)
+        if config != self._config:
+            self._local = LocalRouter(reload=self._reload)
+            self._configure(config)
+        return await self.start()
+
+    def _configure(self, config: Config) -> None:
+        self._config = config
+        _internal_kv_put(f"dmoa/config/{self._app}".encode(), config.model_dump_json().encode(), overwrite=True)
+        self._fingerprint = fingerprint(config)
+        self._state = RouterState(config.router.state_uri or default_state_uri(self._app))
+        self._local.max_wait_ms = config.router.max_wait_ms
+        handles = {name: serve.get_deployment_handle(where, self._app) for name, where in deployment_names(config).items()}
+        self._agents = ServeAgents(handles)
+        gate, record = self._restored() or build_pool_gate(config)
+        self._install(gate, record)
+
+    def _restored(self) -> tuple[Gate, Checkpoint] | None:
+        """Return the version that was current before a restart, if it was this pool's and this configuration's."""
+        state = self._state.load()
+        if state is None or state.get("source") != self._source():
+            return None
+        return self._state.load_version(str(state["current"]))
+
+    def _source(self) -> dict[str, Any]:
+        """What the configured gate depends on; a state made from anything else is not taken up."""
+        return {"fingerprint": self._fingerprint, "gate": self._config.gate.model_dump(mode="json")}
+
+    def _install(self, gate: Gate, record: Checkpoint) -> None:
+        self._state.save_version(gate, record)
+        self._records[record.version] = record
+        self._local.install(record.version, gate)
+        self._state.save({"current": record.version, "source": self._source(), "installed_unix_s": time.time()})
+
+    def _reload(self, version: str) -> Gate | None:
+        found = self._state.load_version(version)
+        return found[0] if found else None
+
+    async def route(self, request: RouteRequest) -> RouteDecision:
+        """Decide one step. Raises NoAgentError, RoutingError."""
+        return await self._local.route(request)
+
+    async def report_unavailable(self, agent: str, reason: str) -> None:
+        """Mask an agent and try it again until it answers."""
+        if agent not in self._config.agent_names:
+            return
+        self._local.report_unavailable(agent, reason)
+        if agent not in self._probing:
+            self._probing.add(agent)
+            self._spawn(self._probe(agent))
+
+    async def _probe(self, agent: str) -> None:
+        interval = self._config.router.probe_interval_s
+        while True:
+            await asyncio.sleep(interval)
+            try:
+                async with asyncio.timeout(10 * interval):
+                    await self._agents.ping(agent)
+                break
+            except (DmoaError, TimeoutError):
+                continue
+        self._probing.discard(agent)
+        self._local.restore(agent)
+        _LOG.info("agent %s is back", agent)
+
+    async def weights(self, version: str) -> dict[str, bytes]:
+        """Return the files of a version's checkpoint, by name, for an ingress to hold."""
+        return await asyncio.to_thread(self._state.read_version, version)
+
+    async def status(self) -> dict[str, Any]:
+        """Return versions, masks and counters."""
+        return {
+            "app": self._app,
+            "pool": self._config.name,
+            "pool_fingerprint": self._fingerprint,
+            "gate_version": self._local.current,
+            "masked": sorted(self._local.masked),
+            "activations": dict(self._local.activations),
+            "decisions": self._local.num_decisions,
+            "batches": self._local.num_batches,
+            "started_unix_s": self._started_unix_s,
+        }
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self) -> None:
+        """End this actor once its app is gone for two looks in a row."""
+        while self._missed < 2:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            try:
+                is_there = self._app in (await asyncio.to_thread(serve.status)).applications
+            except (RayError, RayServeException):
+                is_there = False
+            self._missed = 0 if is_there else self._missed + 1
+        _LOG.info("app %s is gone: its actors end", self._app)
+        end_actors(self._app)
+
+
+def ensure_router(config: Config, app: str) -> Any:
+    """Return the app's router actor, created if it is not there yet."""
+    return ray.remote(RouterActor).options(**detached(router_name(app))).remote(config.model_dump_json(), app)

@@ -1,0 +1,133 @@
+"""The ingress's side of the router: calls the actor, and stands in for it while it is away.
+
+The copy of the weights stays bytes until it is needed, so that an ingress never imports torch in normal operation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import RayError, RayTaskError
+
+from dmoa.config import Config
+from dmoa.errors import DmoaError, NoAgentError
+from dmoa.types import RouteDecision, RouteRequest
+
+if TYPE_CHECKING:
+    from dmoa.core.gate import Gate
+    from dmoa.routing import LocalRouter
+
+_LOG = logging.getLogger("dmoa.router")
+ROUTE_TIMEOUT_S = 2.0
+"""How long an ingress waits for the router before it decides by itself."""
+AWAY_S = 1.0
+"""How long an ingress then goes on by itself before it tries the router again."""
+
+
+class RemoteRouter:
+    """Routes by the router actor, or here while it is away; implements `protocols.Router`."""
+
+    def __init__(self, actor: Any, config: Config) -> None:
+        self._actor = actor
+        self._config = config
+        self._weights: dict[str, dict[str, bytes]] = {}
+        self._current: str | None = None
+        self._fetching: set[str] = set()
+        self._local: LocalRouter | None = None
+        self._masked_until: dict[str, float] = {}
+        self._away_until = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> str:
+        """Hand the configuration to the actor and take a copy of its weights; returns the gate version."""
+        self._current = await self._actor.configure.remote(self._config.model_dump_json())
+        await self._fetch(self._current)
+        return self._current
+
+    async def route(self, request: RouteRequest) -> RouteDecision:
+        """Decide one step. Raises NoAgentError, RoutingError."""
+        if time.monotonic() >= self._away_until:
+            try:
+                async with asyncio.timeout(ROUTE_TIMEOUT_S):
+                    decision: RouteDecision = await self._actor.route.remote(request)
+            except RayTaskError as error:
+                raise error.cause if isinstance(error.cause, DmoaError) else NoAgentError(f"router: {error.cause}") from error
+            except (RayError, TimeoutError) as error:
+                _LOG.warning("router is away (%s): deciding here", type(error).__name__)
+                self._away_until = time.monotonic() + AWAY_S
+            else:
+                self._keep(decision.gate_version, is_current=request.gate_version is None)
+                return decision
+        return await self._decide_here(request)
+
+    def report_unavailable(self, agent: str, reason: str) -> None:
+        """Tell the actor; while it is away the agent is masked here for a short while."""
+        self._masked_until[agent] = time.monotonic() + AWAY_S
+        self._spawn(self._tell(agent, reason))
+
+    async def status(self) -> dict[str, Any]:
+        """Return the actor's own account of itself. Raises RayError while it is away."""
+        async with asyncio.timeout(ROUTE_TIMEOUT_S):
+            status: dict[str, Any] = await self._actor.status.remote()
+        return status
+
+    async def _tell(self, agent: str, reason: str) -> None:
+        with contextlib.suppress(RayError):
+            await self._actor.report_unavailable.remote(agent, reason)
+
+    def _keep(self, version: str, *, is_current: bool) -> None:
+        """Take a copy of a version not seen before, off the critical path."""
+        if is_current:
+            self._current = version
+        if version not in self._weights and version not in self._fetching:
+            self._spawn(self._fetch(version))
+
+    async def _fetch(self, version: str) -> None:
+        self._fetching.add(version)
+        try:
+            self._weights[version] = await self._actor.weights.remote(version)
+        except RayError as error:
+            _LOG.warning("no copy of gate %s: %s", version, type(error).__name__)
+        finally:
+            self._fetching.discard(version)
+
+    async def _decide_here(self, request: RouteRequest) -> RouteDecision:
+        local = self._local or await asyncio.to_thread(self._build_local)
+        self._local = local
+        if self._current is not None and self._current in self._weights:
+            local.use(self._current)
+        now = time.monotonic()
+        for agent in local.masked:
+            local.restore(agent)
+        for agent, until in self._masked_until.items():
+            if until > now:
+                local.report_unavailable(agent, "lost while the router is away")
+        return await local.route(request)
+
+    def _build_local(self) -> LocalRouter:
+        from dmoa.routing import LocalRouter
+
+        return LocalRouter(routed_by="ingress", reload=self._load)
+
+    def _load(self, version: str) -> Gate | None:
+        from dmoa import checkpoint
+
+        files = self._weights.get(version)
+        if files is None:
+            return None
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, data in files.items():
+                (Path(scratch) / name).write_bytes(data)
+            return checkpoint.load(scratch)[0]
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

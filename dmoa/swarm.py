@@ -1,0 +1,82 @@
+"""A pool put together: orchestrator, policies, router and encoder, wherever its agents run.
+
+The same object answers in one process, in the Serve ingress, in rollouts and in evaluation; only the agent client,
+the router and the encoder behind it differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TypeVar
+
+from dmoa.agents import tools as toolbox
+from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
+from dmoa.asking import AgentSheet, Asker
+from dmoa.config import AgentConfig, Config
+from dmoa.orchestrator import Event, Orchestrator
+from dmoa.policies.registry import POLICIES, PolicyContext, build_policy
+from dmoa.protocols import AgentClient, Encoder, Router
+from dmoa.types import Limits, Query
+
+N = TypeVar("N", int, float)
+
+
+class Swarm:
+    """Answers queries for one pool."""
+
+    def __init__(
+        self, config: Config, *, agents: AgentClient, router: Router, encoder: Encoder, theta: float | None = None
+    ) -> None:
+        self.config = config
+        self.router = router
+        self.encoder = encoder
+        is_select = config.summarizer.mode == "select"
+        sheets = {agent.name: _sheet(config, agent) for agent in config.agents}
+        self._orchestrator = Orchestrator(
+            asker=Asker(agents=agents, sheets=sheets, router=router, is_select=is_select),
+            summarizer=SelectSummarizer() if is_select else LlmSummarizer(agents, config.summarizer),
+            summarizer_sampling=config.summarizer.sampling.to_sampling(),
+            is_select=is_select,
+            theta=theta,
+        )
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of the policies that queries may ask for."""
+        return tuple(POLICIES)
+
+    def answer(self, query: Query, policy: str = "dmoa", agent: str | None = None) -> AsyncIterator[Event]:
+        """Yield steps, text deltas and last the Answer; see `Orchestrator.answer`. `agent` is for policies of one agent.
+
+        Raises RequestError for an unknown policy.
+        """
+        context = PolicyContext(config=self.config, router=self.router, encoder=self.encoder, agent=agent)
+        return self._orchestrator.answer(query, build_policy(policy, context))
+
+
+def _sheet(config: Config, agent: AgentConfig) -> AgentSheet:
+    is_shared = config.llms[agent.llm].placement == "shared"
+    return AgentSheet(
+        name=agent.name,
+        profile=agent.profile,
+        tools_text=toolbox.instructions(agent.tools),
+        sampling=agent.sampling.to_sampling(),
+        place=agent.llm if is_shared else agent.name,
+    )
+
+
+def limits_for(config: Config, asked: Limits | None = None) -> Limits:
+    """Return a query's limits: the pool's, lowered by what was asked for."""
+    pool, wish = config.limits, asked or Limits(max_steps=config.limits.max_steps)
+    return Limits(
+        max_steps=min(pool.max_steps, wish.max_steps),
+        max_agents=_lower(config.gate.activation.max_agents, wish.max_agents) if wish.max_agents else None,
+        budget_tokens=_lower(pool.budget_tokens, wish.budget_tokens),
+        deadline_s=_lower(pool.deadline_s, wish.deadline_s),
+    )
+
+
+def _lower(a: N | None, b: N | None) -> N | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return min(a, b)

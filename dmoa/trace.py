@@ -1,0 +1,131 @@
+"""Traces: one JSON line per query, enough to repeat its routing decisions bit for bit.
+
+A trace keeps the reply's `dmoa` object with texts, the messages, the gate's inputs and decisions, seeds, the pool's
+fingerprint, versions and times. Floats survive JSON exactly: a float32 is written as the float64 that equals it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dmoa import __version__
+from dmoa.config import describe
+from dmoa.errors import TraceError
+from dmoa.reply import ReplyDmoa, reply_dmoa
+from dmoa.types import Answer, Query, RouteDecision, RouteRequest, StepRecord
+
+SCHEMA_VERSION = 1
+
+
+class TraceRoute(BaseModel):
+    """One routing decision: what the gate was given and what it decided."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    step: int
+    gate_version: str
+    input_X: list[float]
+    """Embeddings and feedback features, as the gate read them."""
+    masked: list[str]
+    max_agents: int | None
+    probability_A: list[float]
+    ranking: list[int]
+    k: int
+    mass: float
+    hidden_H: list[float]
+    """Hidden state after the step."""
+
+
+class Trace(BaseModel):
+    """One query, from question to answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    schema_version: int = SCHEMA_VERSION
+    trace_id: str
+    created_unix_s: float
+    dmoa_version: str
+    pool_fingerprint: str
+    query: dict[str, Any]
+    """text, system, turns, sampling (seed included), limits."""
+    answer: str
+    finish_reason: str
+    wall_ms: float
+    agents: list[str]
+    """Agents of the gate, in the order of probability_A; empty for policies without a gate."""
+    routes: list[TraceRoute]
+    dmoa: ReplyDmoa
+    """The reply's own object, with every agent's text."""
+
+
+def trace_of(query: Query, answer: Answer, *, fingerprint: str) -> Trace:
+    """Return the trace of an answered query."""
+    decisions = [step.decision for step in answer.steps if step.decision]
+    return Trace(
+        trace_id=answer.trace_id,
+        created_unix_s=time.time(),
+        dmoa_version=__version__,
+        pool_fingerprint=fingerprint,
+        query=asdict(query),
+        answer=answer.text,
+        finish_reason=answer.finish_reason,
+        wall_ms=answer.wall_ms,
+        agents=list(decisions[0].agents) if decisions else [],
+        routes=[_route(step, step.route, step.decision) for step in answer.steps if step.route and step.decision],
+        dmoa=reply_dmoa(answer, with_texts=True),
+    )
+
+
+def _route(step: StepRecord, request: RouteRequest, decision: RouteDecision) -> TraceRoute:
+    return TraceRoute(
+        step=step.step,
+        gate_version=decision.gate_version,
+        input_X=request.input_X.tolist(),
+        masked=list(decision.masked),
+        max_agents=request.max_agents,
+        probability_A=decision.probability_A.tolist(),
+        ranking=list(decision.ranking),
+        k=decision.k,
+        mass=decision.mass,
+        hidden_H=decision.hidden_H.tolist(),
+    )
+
+
+def write(path: str | Path, traces: Iterable[Trace]) -> Path:
+    """Write traces as JSON lines, whole, then renamed. Returns the path."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    with draft.open("w", encoding="utf-8") as file:
+        file.writelines(trace.model_dump_json() + "\n" for trace in traces)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(target)
+    return target
+
+
+def read(path: str | Path) -> list[Trace]:
+    """Read a file of traces. Raises TraceError naming file and line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"trace {str(path)!r}: {error}; give a file of JSON lines that dmoa wrote") from error
+    return [_parse(str(path), number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse(path: str, number: int, line: str) -> Trace:
+    try:
+        return Trace.model_validate(json.loads(line))
+    except ValidationError as error:
+        raise TraceError(f"trace {path!r}, line {number}: {describe(error)}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise TraceError(f"trace {path!r}, line {number}: not valid JSON: {error}") from error
