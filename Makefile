@@ -1,1 +1,43 @@
-# Set-up, demo, tests. Every target does its own set-up; a second run starts in seconds.
+# Set-up, demo, checks, tests. Every target does its own set-up first; a second run starts in seconds.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PYTEST_ARGS ?=
+
+.PHONY: setup demo test check bench accept clean
+
+setup: $(READY)
+
+# torch goes first, by its exact version, so that no other package chooses a build of it.
+$(READY): pyproject.toml
+	@echo "dmoa: setting up $(VENV) (a few minutes, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep -o 'torch==[0-9.]*' pyproject.toml | head -n 1)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/dmoa models fetch
+	@touch $(READY)
+
+demo: setup
+	$(BIN)/dmoa demo
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_imports.py
+
+test: setup
+	$(ONE_THREAD) $(BIN)/python -m pytest -q --durations=15 tests/unit tests/integration $(PYTEST_ARGS)
+
+bench: setup
+	$(BIN)/dmoa bench --json out/bench.json
+
+# Judged figures and longer checks, outside CI; each writes JSON under out/accept.
+accept: setup
+	$(BIN)/python tests/accept/run_all.py --out out/accept
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

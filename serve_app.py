@@ -10,4 +10,4 @@ from dmoa.agents.pool import load_pool  # noqa: E402 -- Serve reads its flags wh
 from dmoa.serving.app import build_app  # noqa: E402
 from dmoa.serving.auth import hash_keys  # noqa: E402
 
-app = build_app(load_pool(os.environ.get("DMOA_CONFIG")), key_hashes=hash_keys(os.environ.get("DMOA_API_KEYS", "")))
+app = build_app(load_pool(os.environ.get("DMOA_CONFIG")), key_hashes=hash_keys(os.environ))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmoa.core.decision import Decider
+from dmoa.core.gate import Gate
 from dmoa.errors import TraceError
 from dmoa.trace import Trace, TraceRoute
 from dmoa.types import FloatArray, RouteDecision, RouteRequest
@@ -23,14 +24,15 @@ class Replay:
     """What differs from the trace, one sentence each; empty: bit for bit the same."""
 
 
-def replay(traces: Sequence[Trace], decider: Decider) -> list[Replay]:
+def replay(traces: Sequence[Trace], gate: Gate, version: str) -> list[Replay]:
     """Route traces again, step by step, all of them in the same batches.
 
     Inputs are read from the trace; hidden states are computed again, step by step. Raises TraceError for a trace of
     another gate version or another pool.
     """
     for trace in traces:
-        _check(trace, decider)
+        _check(trace, gate, version)
+    decider = Decider(gate, version)
     hidden: dict[int, FloatArray | None] = dict.fromkeys(range(len(traces)))
     decisions: dict[int, list[RouteDecision]] = {index: [] for index in range(len(traces))}
     for step in range(max((len(trace.routes) for trace in traces), default=0)):
@@ -47,14 +49,14 @@ def replay(traces: Sequence[Trace], decider: Decider) -> list[Replay]:
     ]
 
 
-def _check(trace: Trace, decider: Decider) -> None:
+def _check(trace: Trace, gate: Gate, version: str) -> None:
     versions = {route.gate_version for route in trace.routes}
-    if versions - {decider.version}:
+    if versions - {version}:
         raise TraceError(
-            f"trace {trace.trace_id}: gate_version is {', '.join(sorted(versions))}, the gate at hand is {decider.version}; "
+            f"trace {trace.trace_id}: gate_version is {', '.join(sorted(versions))}, the gate at hand is {version}; "
             "give the pool (--config) and checkpoint that made the trace"
         )
-    if trace.routes and tuple(trace.agents) != decider.gate.spec.agents:
+    if trace.routes and tuple(trace.agents) != gate.spec.agents:
         raise TraceError(f"trace {trace.trace_id}: its agents are {', '.join(trace.agents)}; the gate has others")
 
 

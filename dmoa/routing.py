@@ -58,13 +58,16 @@ class LocalRouter:
     def install(self, version: str, gate: Gate) -> None:
         """Make `gate` the version that new queries begin with; running ones keep theirs."""
         self._add(version, gate)
+        self._make_current(version)
+
+    def _make_current(self, version: str) -> None:
         if self._current != version:
             self._previous, self._current = self._current, version
 
     def use(self, version: str) -> None:
         """Make a version current that is here or can be reloaded. Raises RoutingError if it is neither."""
-        if self._current != version:
-            self.install(version, self.gate(version))
+        self._decider(version)
+        self._make_current(version)
 
     def _add(self, version: str, gate: Gate) -> Decider:
         decider = self._deciders[version] = Decider(gate, version)
@@ -147,10 +150,6 @@ class LocalRouter:
         if gate is None:
             raise RoutingError(f"gate version {name!r} is not known; known: {', '.join(self._deciders)}")
         return self._add(name, gate)
-
-    def gate(self, version: str | None = None) -> Gate:
-        """Return the weights of a version (None: the current one)."""
-        return self._decider(version).gate
 
 
 def build_gate(config: GateConfig, agents: tuple[str, ...], profile_AD: FloatArray | None = None) -> Gate:

@@ -56,7 +56,7 @@ def launch(
     """
     set_flags()
     host, port = host or config.server.host, port or config.server.port
-    key_hashes = hash_keys(os.environ.get("DMOA_API_KEYS", ""))
+    key_hashes = hash_keys(os.environ)
     check_exposure(host, key_hashes, insecure)
     import ray
     from ray import serve
