@@ -1,0 +1,185 @@
+"""Keys and values of the running sequences, and of recent prompts whose beginning may come again.
+
+`KvRows` is the cache that the model's forward writes to and reads from: one row per running sequence, position p of a
+sequence in slot p of its row, written in place. `PrefixStore` keeps copies of the rows of recent prompts. Shape
+letters: M layers, R rows, L slots of a row, T tokens of one forward, H key-value heads, D head size, E = H x D.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+TokenArray = npt.NDArray[np.int64]
+_SLOT_STEP = 256
+"""Rows grow by this many slots: rare enough for the copy not to matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """What one forward reads and writes."""
+
+    first_row: int
+    num_rows: int
+    index_N: Tensor
+    """Flat slot (row x L + position) of every new token, row by row."""
+    num_slots: int
+    """Slots that attention reads."""
+    is_fresh: bool
+    """Whether every sequence starts at position 0, so that attention needs the new keys alone."""
+
+
+class KvRows(Cache):
+    """Pre-allocated keys and values of the running sequences: a row each, rows 0..n-1 in use.
+
+    Grows by whole blocks when a row or a slot is missing, never shrinks. Slots past a sequence's end hold old but
+    finite values: attention masks them.
+    """
+
+    def __init__(self, *, num_layers: int, num_heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(layers=[])
+        self._heads = num_heads
+        self._head_size = head_size
+        self._kv_M2RLE = torch.zeros(num_layers, 2, 0, 0, num_heads * head_size, dtype=dtype, device=device)
+        self._flat: list[tuple[Tensor, Tensor]] = []
+        self._span: _Span | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token."""
+        layers, two, _, _, size = self._kv_M2RLE.shape
+        return layers * two * size * self._kv_M2RLE.element_size()
+
+    def reserve(self, rows: int, slots: int) -> None:
+        """Make room for `rows` sequences of up to `slots` tokens, keeping what is there."""
+        layers, two, had_rows, had_slots, size = self._kv_M2RLE.shape
+        if rows <= had_rows and slots <= had_slots:
+            return
+        new_rows = max(had_rows, 1 << (rows - 1).bit_length())
+        new_slots = max(had_slots, -(-slots // _SLOT_STEP) * _SLOT_STEP)
+        # Zeros, not uninitialised memory: a masked slot has weight 0, and 0 x NaN is NaN.
+        grown_M2RLE = self._kv_M2RLE.new_zeros(layers, two, new_rows, new_slots, size)
+        grown_M2RLE[:, :, :had_rows, :had_slots] = self._kv_M2RLE
+        self._kv_M2RLE = grown_M2RLE
+        self._flat = [(layer[0].view(-1, size), layer[1].view(-1, size)) for layer in grown_M2RLE]
+
+    def begin(self, first_row: int, starts: list[int], width: int) -> tuple[Tensor, Tensor | None]:
+        """Prepare a forward of `width` new tokens for the rows from `first_row` on, row i starting at starts[i].
+
+        Returns the positions [R, T] and the additive attention mask [R, 1, T, L], None where plain causal attention
+        over the new tokens is the same.
+        """
+        device = self._kv_M2RLE.device
+        start_R = torch.tensor(starts, device=device)
+        position_RT = start_R[:, None] + torch.arange(width, device=device)
+        row_R = torch.arange(first_row, first_row + len(starts), device=device)
+        index_RT = row_R[:, None] * self._kv_M2RLE.shape[3] + position_RT
+        slots = max(starts) + width
+        is_fresh = width > 1 and not any(starts)
+        self._span = _Span(first_row, len(starts), index_RT.flatten(), slots, is_fresh)
+        if is_fresh:
+            return position_RT, None
+        visible_RTL = torch.arange(slots, device=device) <= position_RT[:, :, None]
+        mask_RTL = torch.zeros(visible_RTL.shape, dtype=self._kv_M2RLE.dtype, device=device)
+        return position_RT, mask_RTL.masked_fill_(~visible_RTL, float("-inf"))[:, None]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values [R, H, T, D] of one layer; return those that attention reads, [R, H, L, D]."""
+        span = self._span
+        assert span is not None
+        for flat_NE, states in zip(self._flat[layer_idx], (key_states, value_states), strict=True):
+            flat_NE.index_copy_(0, span.index_N, states.transpose(1, 2).reshape(-1, flat_NE.shape[1]))
+        if span.is_fresh:
+            return key_states, value_states
+        kept_2RLE = self._kv_M2RLE[layer_idx, :, span.first_row : span.first_row + span.num_rows, : span.num_slots]
+        kept_2RHLD = kept_2RLE.view(*kept_2RLE.shape[:3], self._heads, self._head_size).transpose(2, 3)
+        return kept_2RHLD[0], kept_2RHLD[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0: positions are always given to the model, never counted by the cache."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Return the sizes of a causal mask over the new tokens, for the forwards that bring no mask."""
+        return query_length, 0
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` slots of one row over another row."""
+        self._kv_M2RLE[:, :, target, :length] = self._kv_M2RLE[:, :, source, :length]
+
+    def read(self, row: int, length: int) -> Tensor:
+        """Return a copy of the first `length` slots of a row, [M, 2, T, E]."""
+        return self._kv_M2RLE[:, :, row, :length].clone()
+
+    def write(self, row: int, kv_M2TE: Tensor) -> None:
+        """Fill the first slots of a row."""
+        self._kv_M2RLE[:, :, row, : kv_M2TE.shape[2]] = kv_M2TE
+
+
+def common_prefix(a: TokenArray, b: TokenArray) -> int:
+    """Return how many tokens two sequences share at their beginning."""
+    size = min(len(a), len(b))
+    differs = a[:size] != b[:size]
+    return int(differs.argmax()) if differs.any() else size
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPrefix:
+    """Keys and values of the tokens of one recent prompt."""
+
+    adapter: str | None
+    tokens: TokenArray
+    kv_M2TE: Tensor
+
+
+class PrefixStore:
+    """Keys and values of recent prompts, least recently used ones dropped beyond `max_bytes`.
+
+    A prompt that adds fewer than `min_tokens` to a stored one is not stored again: the agents of a step differ in
+    their last lines only.
+    """
+
+    def __init__(self, max_bytes: int, min_tokens: int) -> None:
+        self._max_bytes = max_bytes
+        self._min_tokens = min_tokens
+        self._entries: OrderedDict[int, StoredPrefix] = OrderedDict()
+        self._next = 0
+        self._bytes = 0
+
+    def find(self, adapter: str | None, tokens: TokenArray) -> tuple[StoredPrefix | None, int]:
+        """Return the stored prompt that shares the longest beginning with `tokens`, and that length."""
+        best, shared = -1, 0
+        for key, entry in self._entries.items():
+            length = common_prefix(entry.tokens, tokens) if entry.adapter == adapter else 0
+            if length > shared:
+                best, shared = key, length
+        if best < 0:
+            return None, 0
+        self._entries.move_to_end(best)
+        return self._entries[best], shared
+
+    def wants(self, adapter: str | None, tokens: TokenArray) -> bool:
+        """Return whether a prompt is worth storing."""
+        return len(tokens) - self.find(adapter, tokens)[1] >= self._min_tokens
+
+    def put(self, entry: StoredPrefix) -> None:
+        """Store one prompt, dropping stored ones that it extends and the least recently used ones beyond the limit."""
+        for key, old in list(self._entries.items()):
+            if old.adapter == entry.adapter and common_prefix(old.tokens, entry.tokens) == len(old.tokens):
+                self._drop(key)
+        self._entries[self._next] = entry
+        self._next += 1
+        self._bytes += entry.kv_M2TE.nbytes
+        while self._bytes > self._max_bytes:
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, key: int) -> None:
+        self._bytes -= self._entries.pop(key).kv_M2TE.nbytes

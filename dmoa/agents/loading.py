@@ -1,0 +1,137 @@
+"""Loading a language model for the transformers engine, as its options say: dtype, device, int8 weights, compilation.
+
+Every option is part of the label that goes into every result, because each may change numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dmoa.config import TransformersOptions
+from dmoa.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A language model ready to run, with what the engine needs to know of it."""
+
+    model: Any
+    """The `PreTrainedModel`, in eval mode, without gradients."""
+    tokenizer: Any
+    """The transformers tokenizer; it has a chat template."""
+    device: torch.device
+    dtype: torch.dtype
+    """Type of activations, keys and values."""
+    stop_tokens: frozenset[int]
+    """Tokens that end a reply."""
+    num_layers: int
+    num_heads: int
+    """Key-value heads."""
+    head_size: int
+    label: str
+    """Engine and the options that may change numbers, such as `transformers/bfloat16+compile`."""
+
+
+def load_model(folder: Path, options: TransformersOptions, *, has_adapters: bool) -> LoadedModel:
+    """Load tokenizer and weights. Blocks for seconds; raises ConfigError for what cannot run as the options say."""
+    device = _device(options)
+    _check(options, device, has_adapters)
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model: value seen: {str(folder)!r}; a folder with a transformers language model and its tokenizer is allowed; "
+            f"check the path: {' '.join(str(error).split())[:400]}"
+        ) from error
+    if not tokenizer.chat_template:
+        raise ConfigError(f"model: {str(folder)!r} has no chat template; agents need one: choose an instruction-tuned model")
+    config = model.config.get_text_config()
+    _check_attention(folder, config)
+    model = model.to(device).eval().requires_grad_(False)
+    if options.dtype == "int8":
+        model = _quantize(model)
+    stop = model.generation_config.eos_token_id
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        stop_tokens=frozenset([tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])]) - {None},
+        num_layers=config.num_hidden_layers,
+        num_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        label=label_of(options),
+    )
+
+
+def label_of(options: TransformersOptions) -> str:
+    """Return the engine's label: dtype and what else may change numbers."""
+    return f"transformers/{options.dtype}{'+compile' if options.compile else ''}"
+
+
+def num_threads(options: TransformersOptions) -> int:
+    """Return how many CPU threads the engine computes with."""
+    if options.threads is not None:
+        return options.threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device(options: TransformersOptions) -> torch.device:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine_kwargs.device: value seen: 'cuda'; this machine has no CUDA device; use 'auto' or 'cpu'")
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() and options.dtype != "int8" else "cpu")
+    return torch.device(options.device)
+
+
+def _check(options: TransformersOptions, device: torch.device, has_adapters: bool) -> None:
+    if options.dtype == "int8" and device.type != "cpu":
+        raise ConfigError(
+            "engine_kwargs.dtype: value seen: 'int8'; int8 weights run on device 'cpu' only; use 'bfloat16' on a GPU"
+        )
+    if options.dtype == "int8" and has_adapters:
+        raise ConfigError(
+            "engine_kwargs.dtype: value seen: 'int8' with LoRA adapters; adapters need 'float32' or 'bfloat16' weights; "
+            "change the dtype or leave the adapters out"
+        )
+    if options.compile and has_adapters:
+        raise ConfigError(
+            "engine_kwargs.compile: value seen: true with LoRA adapters; a batch of mixed adapters would be compiled anew for "
+            "every mixture; set compile to false or leave the adapters out"
+        )
+    if options.compile and options.dtype == "int8":
+        raise ConfigError("engine_kwargs.compile: value seen: true with dtype 'int8'; compile 'float32' or 'bfloat16' weights")
+    if options.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        raise ConfigError(
+            "engine_kwargs.compile: value seen: true; it needs a C++ compiler (g++ or clang++); install one or use false"
+        )
+
+
+def _check_attention(folder: Path, config: Any) -> None:
+    """Refuse models whose layers do not all attend to the whole past: their caches are of other shapes."""
+    layers = getattr(config, "layer_types", None)
+    has_window = getattr(config, "sliding_window", None) is not None if layers is None else set(layers) != {"full_attention"}
+    if has_window:
+        raise ConfigError(
+            f"model: {str(folder)!r} has layers with other than full attention; the transformers engine runs models with full "
+            "attention only; use engine vllm for this model"
+        )
+
+
+def _quantize(model: Any) -> Any:
+    with warnings.catch_warnings():
+        # torch announces this module's move to another package; without extra packages it is the one there is.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        from torch.ao.quantization import quantize_dynamic
+
+        return quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)  # type: ignore[no-untyped-call]

@@ -1,0 +1,251 @@
+"""The `transformers` engine: one language model on CPU or one GPU, batching the calls of many agents and queries.
+
+The asyncio side of it: requests become token sequences here, go to the engine's one thread, which runs the decode
+loop, and come back as text and a `Generation`. For throughput beyond one plain batch there is vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmoa.agents.adapters import Adapters
+from dmoa.agents.decode_loop import DecodeLoop, LoopTimes, Running
+from dmoa.agents.loading import load_model, num_threads
+from dmoa.agents.sampling import draw_for
+from dmoa.agents.text_stream import TextStream
+from dmoa.config import TransformersOptions
+from dmoa.core.entropy import EntropySums
+from dmoa.errors import EngineError
+from dmoa.types import Generation, GenerationRequest, Message, TextDelta
+
+_Item = TextDelta | Generation | EngineError
+
+
+@dataclass(slots=True, eq=False)
+class _Listener:
+    """Who waits for a sequence, and on which event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    items: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """A request on its way through the engine's thread."""
+
+    sequence: Running
+    listener: _Listener
+    is_done: bool = False
+
+
+class TransformersEngine:
+    """Runs one model for many agents at once; implements `protocols.Engine`."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        options: TransformersOptions | None = None,
+        *,
+        max_num_seqs: int = 16,
+        adapters: Mapping[str, Path] | None = None,
+        model_label: str = "",
+    ) -> None:
+        """Load the model and its adapters, and start the engine's thread. Blocks for seconds; raises ConfigError.
+
+        `adapters` maps the names that requests use to PEFT LoRA folders; `model_label` names the model in errors.
+        """
+        self._options = options or TransformersOptions()
+        self._name = model_label or str(model_dir)
+        loaded = load_model(Path(model_dir), self._options, has_adapters=bool(adapters))
+        self._label = loaded.label
+        self._tokenizer = loaded.tokenizer
+        self._adapters = Adapters(loaded.model, {name: Path(folder) for name, folder in (adapters or {}).items()})
+        self._loop: DecodeLoop | None = DecodeLoop(
+            loaded, self._adapters, max_rows=max_num_seqs, has_prefix_cache=self._options.prefix_cache
+        )
+        self._times = self._loop.times
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tickets: set[_Ticket] = set()
+        self._outbox: dict[_Listener, list[_Item]] = {}
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="transformers-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def label(self) -> str:
+        """Engine and the options that may change numbers, such as `transformers/float32`."""
+        return self._label
+
+    @property
+    def times(self) -> LoopTimes:
+        """Where the engine's time went since it started."""
+        return self._times
+
+    @property
+    def num_running(self) -> int:
+        """Places of the batch in use at this moment."""
+        loop = self._loop
+        return loop.num_running if loop is not None else 0
+
+    def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """Return the length of a conversation's prompt in tokens."""
+        return len(self._encode(messages))
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Generate one continuation. Cancelling frees its place within two token steps. Raises EngineError."""
+        async for item in self._items(request, has_text=False):
+            if isinstance(item, Generation):
+                return item
+        raise AssertionError("a request ends with a generation")
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Generation]:
+        """Generate one continuation, yielding pieces of text and last the whole Generation. Raises EngineError."""
+        async for item in self._items(request, has_text=True):
+            yield item
+
+    async def close(self) -> None:
+        """Stop the engine's thread and free its memory; requests in flight fail with EngineError."""
+        self._is_closed = True
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def _items(self, request: GenerationRequest, *, has_text: bool) -> AsyncIterator[TextDelta | Generation]:
+        ticket = self._ticket(request, has_text=has_text)
+        self._inbox.put(lambda: self._admit(ticket))
+        is_ended = False
+        try:
+            while not is_ended:
+                item = await ticket.listener.items.get()
+                is_ended = not isinstance(item, TextDelta)
+                if isinstance(item, EngineError):
+                    raise item
+                yield item
+        finally:
+            if not is_ended:
+                self._inbox.put(lambda: self._drop(ticket))
+
+    def _ticket(self, request: GenerationRequest, *, has_text: bool) -> _Ticket:
+        accepted_s = time.perf_counter()
+        if self._is_closed:
+            raise EngineError(f"{self._name}: the engine is closed; start it again")
+        self._adapters.check(request.adapter)
+        tokens = self._encode(request.messages)
+        room = self._options.max_model_len - len(tokens)
+        if room < 1:
+            raise EngineError(
+                f"{self._name}: the prompt has {len(tokens)} tokens; allowed are {self._options.max_model_len - 1} "
+                f"(max_model_len {self._options.max_model_len}, 1 for the reply); shorten it or raise max_model_len"
+            )
+        sampling = request.sampling
+        listener = _Listener(asyncio.get_running_loop())
+        sequence = Running(
+            tokens=np.array(tokens, dtype=np.int64),
+            adapter=request.adapter,
+            max_tokens=max(1, min(sampling.max_tokens, room)),
+            draw=draw_for(sampling, request.call_id),
+            text=TextStream(self._tokenizer.backend_tokenizer, sampling.stop),
+            deadline_unix_s=request.deadline_unix_s,
+            accepted_s=accepted_s,
+            on_text=(lambda text: self._post(listener, TextDelta(text=text))) if has_text else (lambda text: None),
+            on_done=lambda generation: self._finish(ticket, generation),
+            outputs=[],
+            sums=EntropySums(),
+        )
+        ticket = _Ticket(sequence, listener)
+        return ticket
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        if not messages:
+            raise EngineError(f"{self._name}: messages: value seen: none; at least one message is needed")
+        is_continued = messages[-1].role == "assistant"
+        text = self._tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in messages],
+            tokenize=False,
+            add_generation_prompt=not is_continued,
+            continue_final_message=is_continued,
+        )
+        # The backend's own call: transformers' sets padding on the shared tokenizer, which is not safe among threads.
+        tokens: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return tokens
+
+    # The rest runs in the engine's thread.
+
+    def _run(self) -> None:
+        torch.set_num_threads(num_threads(self._options))
+        with torch.inference_mode():
+            while self._take_inbox():
+                try:
+                    assert self._loop is not None
+                    self._loop.step()
+                except Exception as error:  # kept in what every request in flight raises; the engine goes on
+                    self._fail_all(error)
+                self._flush()
+        self._fail_all(EngineError("the engine was closed"))
+        self._flush()
+        self._loop = None
+
+    def _take_inbox(self) -> bool:
+        """Handle what has arrived, waiting for it where nothing runs; return False once the engine is to stop."""
+        assert self._loop is not None
+        while True:
+            try:
+                message = self._inbox.get(block=self._loop.is_idle)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            message()
+
+    def _admit(self, ticket: _Ticket) -> None:
+        assert self._loop is not None
+        self._tickets.add(ticket)
+        self._loop.submit(ticket.sequence)
+
+    def _drop(self, ticket: _Ticket) -> None:
+        assert self._loop is not None
+        self._tickets.discard(ticket)
+        self._loop.cancel(ticket.sequence)
+
+    def _finish(self, ticket: _Ticket, generation: Generation) -> None:
+        self._tickets.discard(ticket)
+        self._post(ticket.listener, generation)
+
+    def _fail_all(self, error: Exception) -> None:
+        assert self._loop is not None
+        for ticket in self._tickets:
+            self._loop.cancel(ticket.sequence)
+            self._post(ticket.listener, EngineError(f"{self._name}: {type(error).__name__}: {error}"))
+        self._tickets.clear()
+
+    def _post(self, listener: _Listener, item: _Item) -> None:
+        self._outbox.setdefault(listener, []).append(item)
+
+    def _flush(self) -> None:
+        """Hand over what a step produced, one wake-up per event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Listener, list[_Item]]]] = {}
+        for listener, items in self._outbox.items():
+            by_loop.setdefault(listener.loop, []).append((listener, items))
+        self._outbox = {}
+        for loop, parcels in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, parcels)
+            except RuntimeError:  # its event loop is closed: nobody waits any more
+                gone = {listener for listener, _ in parcels}
+                for ticket in [ticket for ticket in self._tickets if ticket.listener in gone]:
+                    self._drop(ticket)
+
+
+def _deliver(parcels: list[tuple[_Listener, list[Any]]]) -> None:
+    for listener, items in parcels:
+        for item in items:
+            listener.items.put_nowait(item)
