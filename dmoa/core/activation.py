@@ -18,7 +18,7 @@ BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 
 MASS_TOLERANCE = 1e-6
-"""A set whose mass misses tau by less than float32 rounding reaches it."""
+"""A set whose mass misses tau by no more than float32 rounding reaches it."""
 COUNT_TOLERANCE = 1e-4
 """exp(H) of n equal agents is n up to rounding; this keeps the ceiling from giving n + 1."""
 
@@ -33,7 +33,7 @@ class ActivationBatch(NamedTuple):
     k_B: IntArray
     """[B] how many of the ranking are active, 1..min(K, available)."""
     mass_B: FloatArray
-    """[B] float32, probability of the active set."""
+    """[B] float32, probability of the active set, at most 1."""
 
 
 def probabilities(logits_BA: FloatArray, available_BA: BoolArray, temperature: float) -> FloatArray:
@@ -41,12 +41,12 @@ def probabilities(logits_BA: FloatArray, available_BA: BoolArray, temperature: f
 
     Every row needs at least one available agent and finite logits. Source: paper (T = 0.1).
     """
-    scaled_BA = np.where(available_BA, logits_BA, -np.inf)
-    scaled_BA -= scaled_BA.max(axis=1, keepdims=True)
-    scaled_BA *= np.float32(1.0 / temperature)
-    np.exp(scaled_BA, out=scaled_BA)
-    scaled_BA /= scaled_BA.sum(axis=1, keepdims=True)
-    return scaled_BA
+    p_BA = np.where(available_BA, logits_BA, np.float32(-np.inf))
+    p_BA -= np.maximum.reduce(p_BA, axis=1, keepdims=True)
+    p_BA *= np.float32(1.0 / temperature)
+    np.exp(p_BA, out=p_BA)
+    p_BA /= np.add.reduce(p_BA, axis=1, keepdims=True)
+    return p_BA
 
 
 def effective_count(probability_BA: FloatArray) -> IntArray:
@@ -64,20 +64,21 @@ def activate(
     """Choose the active agents of every row.
 
     `top_mass`: the smallest set whose probability reaches `mass`; `fixed`: max_agents; `effective_count`:
-    ceil(exp(H(p))); always at least 1, at most `max_agents_B` and the number of available agents. Every row needs an
-    available agent. Source: sparse adaptive activation from the paper, the rules ours.
+    ceil(exp(H(p))); always at least 1, at most `max_agents_B` (each at least 1) and the number of available agents.
+    Every row needs an available agent. Source: sparse adaptive activation from the paper, the rules ours.
     """
     probability_BA = probabilities(logits_BA, available_BA, temperature)
     # Masked agents sort behind available ones even where those underflow to 0; a stable sort keeps pool order on ties.
-    key_BA = np.where(available_BA, -probability_BA, np.float32(1.0))
-    ranking_BA = key_BA.argsort(axis=1, kind="stable")
-    cumulative_BA = np.take_along_axis(probability_BA, ranking_BA, axis=1).cumsum(axis=1)
+    ranking_BA = np.where(available_BA, -probability_BA, np.float32(1.0)).argsort(axis=1, kind="stable")
+    offset_B = np.arange(0, ranking_BA.size, ranking_BA.shape[1])
+    cumulative_BA = np.add.accumulate(probability_BA.take(ranking_BA + offset_B[:, None]), axis=1)
     if rule == "top_mass":
-        k_B = 1 + (cumulative_BA < mass - MASS_TOLERANCE).sum(axis=1)
+        k_B = np.add.reduce(cumulative_BA < np.float32(mass - MASS_TOLERANCE), axis=1, dtype=np.int64) + 1
     elif rule == "fixed":
         k_B = max_agents_B
     else:
         k_B = effective_count(probability_BA)
-    k_B = np.minimum(np.minimum(k_B, max_agents_B), available_BA.sum(axis=1))
-    mass_B = np.take_along_axis(cumulative_BA, k_B[:, None] - 1, axis=1)[:, 0]
+    limit_B = np.minimum(max_agents_B, np.add.reduce(available_BA, axis=1, dtype=np.int64))
+    k_B = np.minimum(k_B, limit_B)
+    mass_B = cumulative_BA.take(offset_B + k_B - 1)
     return ActivationBatch(probability_BA, ranking_BA, k_B, np.minimum(mass_B, np.float32(1.0)))
