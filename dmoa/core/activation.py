@@ -6,6 +6,7 @@ micro-batch. Shape letters: B queries, A agents in the pool.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -70,15 +71,20 @@ def activate(
     probability_BA = probabilities(logits_BA, available_BA, temperature)
     # Masked agents sort behind available ones even where those underflow to 0; a stable sort keeps pool order on ties.
     ranking_BA = np.where(available_BA, -probability_BA, np.float32(1.0)).argsort(axis=1, kind="stable")
-    offset_B = np.arange(0, ranking_BA.size, ranking_BA.shape[1])
-    cumulative_BA = np.add.accumulate(probability_BA.take(ranking_BA + offset_B[:, None]), axis=1)
+    offset_B1 = _row_offsets(*ranking_BA.shape)
+    cumulative_BA = np.add.accumulate(probability_BA.take(ranking_BA + offset_B1), axis=1)
+    limit_B = np.minimum(max_agents_B, np.add.reduce(available_BA, axis=1, dtype=np.int64))
     if rule == "top_mass":
         k_B = np.add.reduce(cumulative_BA < np.float32(mass - MASS_TOLERANCE), axis=1, dtype=np.int64) + 1
     elif rule == "fixed":
         k_B = max_agents_B
     else:
         k_B = effective_count(probability_BA)
-    limit_B = np.minimum(max_agents_B, np.add.reduce(available_BA, axis=1, dtype=np.int64))
     k_B = np.minimum(k_B, limit_B)
-    mass_B = cumulative_BA.take(offset_B + k_B - 1)
+    mass_B = cumulative_BA.take(offset_B1[:, 0] + k_B - 1)
     return ActivationBatch(probability_BA, ranking_BA, k_B, np.minimum(mass_B, np.float32(1.0)))
+
+
+@lru_cache(maxsize=64)
+def _row_offsets(num_rows: int, num_agents: int) -> IntArray:
+    return np.arange(0, num_rows * num_agents, num_agents)[:, None]

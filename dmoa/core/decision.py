@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dmoa.core.activation import ActivationBatch, BoolArray, activate
+from dmoa.core.activation import ActivationBatch, activate
 from dmoa.core.gate import Gate
 from dmoa.core.inference import GateKernel
 from dmoa.errors import NoAgentError, RoutingError
@@ -36,26 +36,23 @@ class Decider:
         request's `max_agents` lowers K and never raises it. Raises NoAgentError if a request has no agent left,
         RoutingError for a wrong shape or a non-finite input or output; one such request fails the whole call.
         """
-        available_A = np.ones(len(self._index), dtype=np.bool_)
-        self._mask(available_A, masked)
         size = self.batch_size
         batches = (requests[start : start + size] for start in range(0, len(requests), size))
-        return [decision for batch in batches for decision in self._decide_batch(batch, available_A)]
+        return [decision for batch in batches for decision in self._decide_batch(batch, masked)]
 
-    def _decide_batch(self, requests: Sequence[RouteRequest], available_A: BoolArray) -> list[RouteDecision]:
-        spec, kernel, num_rows = self.spec, self._kernel, len(requests)
-        available_BA = available_A[None].repeat(self.batch_size, axis=0)
+    def _decide_batch(self, requests: Sequence[RouteRequest], masked: frozenset[str]) -> list[RouteDecision]:
+        spec, kernel = self.spec, self._kernel
+        available_BA = np.ones((self.batch_size, len(spec.agents)), dtype=np.bool_)
         max_agents_B = np.full(self.batch_size, spec.max_agents, dtype=np.int64)
-        for row, request in enumerate(requests):
+        left_out = [self._left_out(masked, request.unavailable) for request in requests]
+        for row, (request, indices) in enumerate(zip(requests, left_out, strict=True)):
             self._fill(row, request)
-            if request.unavailable:
-                self._mask(available_BA[row], request.unavailable)
+            if indices:
+                available_BA[row, indices] = False
             if request.max_agents is not None:
                 max_agents_B[row] = min(spec.max_agents, max(1, request.max_agents))
-        if not available_BA[:num_rows].any(axis=1).all():
-            raise NoAgentError("route: every agent of the pool is unavailable; wait until one answers again")
-        kernel.x_BX[num_rows:] = 0.0
-        kernel.hidden_BH[num_rows:] = 0.0
+        kernel.x_BX[len(requests) :] = 0.0
+        kernel.hidden_BH[len(requests) :] = 0.0
         kernel.run()
         if not np.isfinite(kernel.logits_BA).all():
             raise self._not_finite(requests)
@@ -67,25 +64,35 @@ class Decider:
             mass=spec.mass,
             max_agents_B=max_agents_B,
         )
-        return self._records(num_rows, active, available_BA, kernel.next_BH.copy())
+        return self._records(active, left_out, kernel.next_BH.copy())
+
+    def _left_out(self, masked: frozenset[str], unavailable: tuple[str, ...]) -> list[int]:
+        """Return the indices of the unavailable agents in pool order."""
+        if not masked and not unavailable:
+            return []
+        indices = sorted(self._index[name] for name in masked.union(unavailable) if name in self._index)
+        if len(indices) == len(self._index):
+            raise NoAgentError("route: every agent of the pool is unavailable; wait until one answers again")
+        return indices
 
     def _fill(self, row: int, request: RouteRequest) -> None:
-        kernel = self._kernel
-        for name, value, rows in (("input_X", request.input_X, kernel.x_BX), ("hidden_H", request.hidden_H, kernel.hidden_BH)):
-            if value is None:
-                rows[row] = 0.0
-            elif value.shape != rows.shape[1:]:
-                raise RoutingError(
-                    f"route: {name} has shape {value.shape}, allowed is {rows.shape[1:]}; "
-                    f"build it for gate {self.version} (preset {self.spec.preset!r})"
-                )
-            else:
-                rows[row] = value
+        x_BX, hidden_BH = self._kernel.x_BX, self._kernel.hidden_BH
+        x_X, hidden_H = request.input_X, request.hidden_H
+        if x_X.shape != x_BX.shape[1:]:
+            raise self._misshapen("input_X", x_X, x_BX)
+        x_BX[row] = x_X
+        if hidden_H is None:
+            hidden_BH[row] = 0.0
+        elif hidden_H.shape != hidden_BH.shape[1:]:
+            raise self._misshapen("hidden_H", hidden_H, hidden_BH)
+        else:
+            hidden_BH[row] = hidden_H
 
-    def _mask(self, available_A: BoolArray, names: Sequence[str] | frozenset[str]) -> None:
-        for name in names:
-            if name in self._index:
-                available_A[self._index[name]] = False
+    def _misshapen(self, name: str, value: FloatArray, rows: FloatArray) -> RoutingError:
+        return RoutingError(
+            f"route: {name} has shape {value.shape}, allowed is {rows.shape[1:]}; "
+            f"build it for gate {self.version} (preset {self.spec.preset!r})"
+        )
 
     def _not_finite(self, requests: Sequence[RouteRequest]) -> RoutingError:
         for request in requests:
@@ -96,25 +103,28 @@ class Decider:
                     )
         return RoutingError(f"route: gate {self.version} gave NaN or infinity; go back to the last good version")
 
-    def _records(
-        self, num_rows: int, active: ActivationBatch, available_BA: BoolArray, next_BH: FloatArray
-    ) -> list[RouteDecision]:
-        agents, num_agents = self.spec.agents, len(self.spec.agents)
-        ranking, ks, masses = active.ranking_BA.tolist(), active.k_B.tolist(), active.mass_B.tolist()
-        decisions = []
-        for row, order in enumerate(ranking[:num_rows]):
-            num_available = int(np.count_nonzero(available_BA[row]))
-            decisions.append(
-                RouteDecision(
-                    gate_version=self.version,
-                    agents=agents,
-                    probability_A=active.probability_BA[row],
-                    ranking=tuple(order[:num_available]),
-                    k=ks[row],
-                    mass=masses[row],
-                    # The masked ones end the ranking, in pool order.
-                    masked=() if num_available == num_agents else tuple(agents[i] for i in order[num_available:]),
-                    hidden_H=next_BH[row],
-                )
+    def _records(self, active: ActivationBatch, left_out: list[list[int]], next_BH: FloatArray) -> list[RouteDecision]:
+        agents = self.spec.agents
+        # Padding rows end with left_out, the shortest of these.
+        rows = zip(
+            left_out,
+            active.probability_BA,
+            active.ranking_BA.tolist(),
+            active.k_B.tolist(),
+            active.mass_B.tolist(),
+            next_BH,
+            strict=False,
+        )
+        return [
+            RouteDecision(
+                gate_version=self.version,
+                agents=agents,
+                probability_A=probability_A,
+                ranking=tuple(ranking[: len(agents) - len(indices)]),
+                k=k,
+                mass=mass,
+                masked=tuple(agents[index] for index in indices) if indices else (),
+                hidden_H=next_H,
             )
-        return decisions
+            for indices, probability_A, ranking, k, mass, next_H in rows
+        ]
