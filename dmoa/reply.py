@@ -113,7 +113,7 @@ def reply_dmoa(answer: Answer, *, pool: str = "", with_texts: bool = False) -> R
         routed_by=answer.routed_by,
         degraded=answer.degraded,
         stop_reason=answer.stop_reason,
-        steps=[_step(step, with_texts) for step in answer.steps],
+        steps=[reply_step(step, with_texts=with_texts) for step in answer.steps],
     )
 
 
@@ -140,7 +140,8 @@ def finite(value: float, digits: int = 3) -> float:
     return round(float(value), digits) if math.isfinite(value) else 0.0
 
 
-def _step(step: StepRecord, with_texts: bool) -> ReplyStep:
+def reply_step(step: StepRecord, *, with_texts: bool = False) -> ReplyStep:
+    """Return one finished step of the `dmoa` object; `with_texts` as in `reply_dmoa`."""
     return ReplyStep(
         step=step.step,
         k=len(step.active),

@@ -1,0 +1,64 @@
+"""The `dmoa` command: every subcommand by name, and how errors become exit codes (0 done, 1 failed, 2 bad input)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dmoa import __version__
+from dmoa.cli import run
+from dmoa.cli.options import fail
+from dmoa.errors import DmoaError
+
+
+class Commands(TyperGroup):
+    """The group of all commands; an error of ours is one message, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command and turn a DmoaError into an exit code."""
+        try:
+            return super().invoke(ctx)
+        except DmoaError as error:
+            fail(error)
+
+
+app = typer.Typer(
+    name="dmoa",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"dmoa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A swarm of LLM agents behind one model name; a recurrent gate decides, step by step, which of them to ask.
+
+    \b
+    dmoa run "What is 12 + 7?"          one question, in this process, every step shown
+    dmoa serve                          the same swarm behind an OpenAI-compatible URL
+    dmoa run "What is 12 + 7?" --url http://127.0.0.1:8000
+    """
+
+
+app.command("run")(run.run)
+
+
+def main() -> None:
+    """Run the command line; the console script `dmoa`."""
+    app()
