@@ -43,6 +43,7 @@ def chat_order(request: ChatRequest, service: SwarmService) -> Order:
 
     System and developer messages ahead of the first turn become the query's system text; later ones stay in place.
     """
+    policy, agent = resolve(request, service)
     if request.messages[-1].role != "user":
         raise RequestError(
             f"messages[{len(request.messages) - 1}].role: value seen: {request.messages[-1].role!r}; allowed for the last "
@@ -61,6 +62,8 @@ def chat_order(request: ChatRequest, service: SwarmService) -> Order:
     return _order(
         request,
         service,
+        policy=policy,
+        agent=agent,
         text=_question(request.messages[-1].text, f"messages[{len(request.messages) - 1}].content"),
         system="\n\n".join(message.text for message in request.messages[:num_system]),
         turns=tuple(
@@ -74,7 +77,9 @@ def chat_order(request: ChatRequest, service: SwarmService) -> Order:
 
 def completion_order(request: CompletionRequest, service: SwarmService) -> Order:
     """Return the order of a plain completion. Raises RequestError (400, 404)."""
-    return _order(request, service, text=_question(request.text, "prompt"), max_tokens=request.max_tokens)
+    policy, agent = resolve(request, service)
+    text = _question(request.text, "prompt")
+    return _order(request, service, policy=policy, agent=agent, text=text, max_tokens=request.max_tokens)
 
 
 def _question(text: str, param: str) -> str:
@@ -89,13 +94,14 @@ def _order(
     request: SharedRequest,
     service: SwarmService,
     *,
+    policy: str,
+    agent: str | None,
     text: str,
     max_tokens: int | None,
     system: str = "",
     turns: tuple[Message, ...] = (),
     metadata: Mapping[str, str] | None = None,
 ) -> Order:
-    policy, agent = resolve(request.model, request.dmoa.policy if request.dmoa else None, service)
     if request.stream_options is not None and not request.stream:
         raise RequestError(
             "stream_options: given without stream; allowed with stream: true; leave it out",
@@ -134,11 +140,12 @@ def model_names(service: SwarmService) -> tuple[str, ...]:
     return (service.pool, *(f"{service.pool}/{policy}" for policy in service.policies), *service.agents)
 
 
-def resolve(model: str, asked: str | None, service: SwarmService) -> tuple[str, str | None]:
-    """Return the policy and the agent that a model name and `dmoa.policy` mean together.
+def resolve(request: SharedRequest, service: SwarmService) -> tuple[str, str | None]:
+    """Return the policy and the agent that a request's `model` and `dmoa.policy` mean together.
 
     Raises RequestError: 404 `model_not_found` for an unknown name, 400 for an unknown policy or two that disagree.
     """
+    model, asked = request.model, request.dmoa.policy if request.dmoa else None
     if model not in model_names(service):
         raise unknown_model(model, service)
     if asked is not None and asked not in service.policies:

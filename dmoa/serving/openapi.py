@@ -102,8 +102,9 @@ def _body(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _completions(request: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:
-    stream = {"schema": {"type": "string", "description": "Chunks as server-sent events, with `stream: true`."}}
-    success = {"content": {"application/json": {"schema": _ref(reply)}, "text/event-stream": stream}}
+    data = {"type": "string", "description": "One chunk as JSON, an error object as JSON, or `[DONE]`."}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"], "description": "With `stream: true`."}
+    success = {"content": {"application/json": {"schema": _ref(reply)}, "text/event-stream": {"schema": event}}}
     return {"openapi_extra": _body(request), "responses": _responses(success, 400, 401, 404, 413, 429, 503, 504)}
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -55,6 +56,14 @@ def _text_or_list(value: Any) -> str | None:
     if isinstance(value, str):
         return "<text>"
     return "<list>" if isinstance(value, list | tuple) else None
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+"""Lets an integer be written as 5.0, as JSON Schema does."""
 
 
 class RequestModel(BaseModel):
@@ -109,10 +118,10 @@ class StreamOptions(RequestModel):
 class DmoaOptions(RequestModel):
     """What a client may ask of the swarm; limits may only be lower than the pool's."""
 
-    max_steps: int | None = Field(default=None, ge=1, le=1000)
-    max_agents: int | None = Field(default=None, ge=1, le=4096)
+    max_steps: Annotated[int, Field(ge=1, le=1000), WHOLE] | None = None
+    max_agents: Annotated[int, Field(ge=1, le=4096), WHOLE] | None = None
     """Most active agents of a step."""
-    budget_tokens: int | None = Field(default=None, ge=1, le=2**53)
+    budget_tokens: Annotated[int, Field(ge=1, le=2**53), WHOLE] | None = None
     """Prompt and completion tokens of all agents and the summarizer."""
     deadline_s: float | None = Field(default=None, gt=0, le=86400)
     """Seconds after which the best answer so far is given."""
@@ -132,7 +141,7 @@ class SharedRequest(RequestModel):
     """Only with `stream`."""
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_NEW_TOKENS)
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), WHOLE] | None = None
     """Most new tokens of the call that writes the final answer (in `select` mode: of every agent call)."""
     stop: (
         Annotated[
@@ -144,7 +153,7 @@ class SharedRequest(RequestModel):
         ]
         | None
     ) = None
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None = None
     user: str | None = Field(default=None, max_length=512)
     """Kept in the trace."""
     n: Annotated[Any, Only(1)] = None
@@ -166,7 +175,7 @@ class ChatRequest(SharedRequest):
 
     messages: list[ChatMessage] = Field(min_length=1)
     """The last one is the user's: the question that the gate reads."""
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_NEW_TOKENS)
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), WHOLE] | None = None
     """Newer name of `max_tokens`."""
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
         default=None, max_length=16

@@ -1,0 +1,200 @@
+"""A client of a running server, for `dmoa run --url`, the benches and the demo: the official openai client, thinly.
+
+It adds what OpenAI's objects do not name: the swarm's options going in, the steps and the `dmoa` object coming out, and
+dmoa's own errors in place of HTTP statuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import openai
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+
+from dmoa.errors import DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
+from dmoa.types import Message, TextDelta
+
+_KINDS: dict[str, type[DmoaError]] = {
+    "no_agent": NoAgentError,
+    "empty_answer": EmptyAnswerError,
+    "deadline_exceeded": DeadlineError,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLine:
+    """The readable line of a finished step, as the server streams it."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteReply:
+    """A server's whole reply."""
+
+    text: str
+    finish_reason: str
+    model: str
+    usage: dict[str, Any]
+    """prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details."""
+    dmoa: dict[str, Any]
+    """The reply's `dmoa` object, with the fields of `dmoa.reply.ReplyDmoa`."""
+
+
+class SwarmClient:
+    """Asks a running server; use it as `async with`, or call `close`."""
+
+    def __init__(
+        self, url: str, *, api_key: str = "", timeout_s: float = 600.0, http_client: DefaultAsyncHttpxClient | None = None
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        # The openai client insists on some key. No retries: a query is expensive, and the caller decides.
+        self._openai = AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key=api_key or "none", timeout=timeout_s, max_retries=0, http_client=http_client
+        )
+
+    async def __aenter__(self) -> SwarmClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._openai.close()
+
+    async def ask(
+        self,
+        messages: Sequence[Message],
+        *,
+        model: str | None = None,
+        dmoa: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> RemoteReply:
+        """Return the reply to a conversation.
+
+        `model` None is the server's pool; `dmoa` and `sampling` hold fields of the request. Raises RequestError for
+        what the server refuses, NoAgentError, EmptyAnswerError, DeadlineError as the server does, and DmoaError where
+        it cannot be reached.
+        """
+        with self._errors():
+            reply = await self._openai.chat.completions.create(
+                model=model or await self.pool(),
+                messages=_plain(messages),
+                extra_body={"dmoa": dict(dmoa or {})},
+                **(sampling or {}),
+            )
+        choice = reply.choices[0]
+        return RemoteReply(
+            text=choice.message.content or "",
+            finish_reason=choice.finish_reason,
+            model=reply.model,
+            usage=reply.usage.model_dump(exclude_none=True) if reply.usage else {},
+            dmoa=_extra(reply, "dmoa"),
+        )
+
+    async def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        model: str | None = None,
+        dmoa: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[StepLine | TextDelta | RemoteReply]:
+        """Yield the steps and pieces of the answer as they come, and last, exactly once, the whole reply. As `ask`."""
+        with self._errors():
+            chunks = await self._openai.chat.completions.create(
+                model=model or await self.pool(),
+                messages=_plain(messages),
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body={"dmoa": dict(dmoa or {})},
+                **(sampling or {}),
+            )
+            texts: list[str] = []
+            finish_reason, used_model = "", ""
+            record: dict[str, Any] = {}
+            usage: dict[str, Any] = {}
+            async with chunks:
+                async for chunk in chunks:
+                    used_model = chunk.model
+                    record = _extra(chunk, "dmoa") or record
+                    usage = chunk.usage.model_dump(exclude_none=True) if chunk.usage else usage
+                    finish_reason = next(
+                        (choice.finish_reason for choice in chunk.choices if choice.finish_reason), finish_reason
+                    )
+                    for event in _events(chunk):
+                        if isinstance(event, TextDelta):
+                            texts.append(event.text)
+                        yield event
+        yield RemoteReply(text="".join(texts), finish_reason=finish_reason, model=used_model, usage=usage, dmoa=record)
+
+    async def models(self) -> list[str]:
+        """Return every model name of the server, the pool first."""
+        with self._errors():
+            return [model.id async for model in self._openai.models.list()]
+
+    async def pool(self) -> str:
+        """Return the server's pool name."""
+        return (await self.models())[0]
+
+    async def ready(self) -> dict[str, str]:
+        """Return agent -> "up", or the reason why it is not."""
+        with self._errors():
+            try:
+                return _agents(await self._openai.get(f"{self.url}/readyz", cast_to=object))
+            except openai.InternalServerError as error:
+                # A proxy in front of the server has its own 503, without the agents' states.
+                if "application/json" not in error.response.headers.get("content-type", ""):
+                    raise
+                return _agents(error.response.json())
+
+    async def trace(self, trace_id: str) -> dict[str, Any]:
+        """Return the trace of a query made with the same key. Raises RequestError (404)."""
+        with self._errors():
+            found = await self._openai.get(f"/dmoa/traces/{trace_id}", cast_to=object)
+        return cast(dict[str, Any], found)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except openai.APIConnectionError as error:
+            raise DmoaError(f"{self.url}: cannot be reached ({error}); is the server running there?") from error
+        except openai.APIError as error:
+            raise _error(self.url, error) from error
+
+
+def _error(url: str, error: openai.APIError) -> DmoaError:
+    """Return dmoa's error for what the server answered."""
+    body = error.body if isinstance(error.body, Mapping) else {}
+    message = f"{url}: {body.get('message') or error.message}"
+    status = error.status_code if isinstance(error, openai.APIStatusError) else 0
+    if 400 <= status < 500:
+        return RequestError(message, param=error.param, code=error.code, status=status)
+    return _KINDS.get(error.code or "", DmoaError)(message)
+
+
+def _events(chunk: ChatCompletionChunk) -> Iterator[StepLine | TextDelta]:
+    for choice in chunk.choices:
+        line = (choice.delta.model_extra or {}).get("reasoning_content")
+        if line:
+            yield StepLine(text=line)
+        if choice.delta.content:
+            yield TextDelta(text=choice.delta.content)
+
+
+def _agents(found: object) -> dict[str, str]:
+    return dict(found["agents"]) if isinstance(found, dict) and "agents" in found else {}
+
+
+def _extra(reply: Any, name: str) -> dict[str, Any]:
+    return dict((reply.model_extra or {}).get(name) or {})
+
+
+def _plain(messages: Sequence[Message]) -> list[ChatCompletionMessageParam]:
+    return [cast(ChatCompletionMessageParam, {"role": message.role, "content": message.content}) for message in messages]

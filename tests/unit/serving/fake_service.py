@@ -1,0 +1,158 @@
+"""A deterministic in-memory swarm behind the HTTP front: it answers at once, fails or holds as told, and remembers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+from fastapi import FastAPI
+
+from dmoa.config import LimitsConfig, ServerConfig
+from dmoa.serving.http import create_app
+from dmoa.types import AgentReply, Answer, Query, RouteDecision, StepRecord, SummarizerRecord, TextDelta
+
+AGENTS = ("adder", "sorter", "dater")
+QUESTION = [{"role": "user", "content": "What is 12 + 7?"}]
+
+
+def decision(probability_A: list[float], masked: tuple[str, ...] = ()) -> RouteDecision:
+    """One decision over AGENTS."""
+    ranking = tuple(sorted((i for i, name in enumerate(AGENTS) if name not in masked), key=lambda i: -probability_A[i]))
+    return RouteDecision(
+        gate_version="untrained-1",
+        agents=AGENTS,
+        probability_A=np.asarray(probability_A, dtype=np.float32),
+        ranking=ranking,
+        k=2,
+        mass=0.875,
+        masked=masked,
+        hidden_H=np.zeros(4, dtype=np.float32),
+    )
+
+
+def reply(agent: str, text: str = "19", **more: Any) -> AgentReply:
+    """One contribution of 4 tokens at 0.5 nats."""
+    values: dict[str, Any] = {
+        "status": "ok",
+        "entropy_sum_nats": 2.0,
+        "entropy_sq_sum": 1.0,
+        "entropy_tokens": 4,
+        "prompt_tokens": 10,
+        "cached_tokens": 6,
+        "completion_tokens": 4,
+        "latency_ms": 12.34567,
+    }
+    return AgentReply(agent=agent, text=text, **(values | more))
+
+
+def make_step(step: int, summary: str, **more: Any) -> StepRecord:
+    """One step of two active agents and an idle one."""
+    values: dict[str, Any] = {
+        "replies": (reply("sorter", entropy_sum_nats=8.0), reply("adder")),
+        "active": ("adder", "sorter"),
+        "summarizer": SummarizerRecord(
+            mode="select", verdict="rule", prompt_tokens=5, cached_tokens=1, completion_tokens=2, latency_ms=1.0
+        ),
+        "mass": 0.875,
+        "wall_ms": 20.00049,
+        "decision": decision([0.625, 0.25, 0.125]),
+    }
+    return StepRecord(step=step, summary=summary, **(values | more))
+
+
+def make_answer(trace_id: str, **more: Any) -> Answer:
+    """Two steps and the answer 19."""
+    values: dict[str, Any] = {
+        "text": "The answer is 19.",
+        "policy": "dmoa",
+        "stop_reason": "agreement",
+        "steps": (make_step(0, "18 or 19"), make_step(1, "19")),
+        "degraded": False,
+        "finish_reason": "stop",
+        "gate_version": "untrained-1",
+        "gate_trained": False,
+    }
+    return Answer(trace_id=trace_id, **(values | more))
+
+
+@dataclass
+class FakeService:
+    """Implements `SwarmService`."""
+
+    pool: str = "tiny"
+    agents: tuple[str, ...] = AGENTS
+    policies: tuple[str, ...] = ("dmoa", "single")
+    limits: LimitsConfig = field(default_factory=lambda: LimitsConfig(max_steps=5, deadline_s=30.0))
+    deltas: tuple[str, ...] = ()
+    """Pieces in which the final text streams."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of the Answer."""
+    error: Exception | None = None
+    error_at: int = 0
+    """How many items come before the error."""
+    hold_at: int | None = None
+    """How many items come before the query waits for `release`."""
+    states: dict[str, str] = field(default_factory=lambda: dict.fromkeys(AGENTS, "up"))
+    release: asyncio.Event = field(default_factory=asyncio.Event)
+    running: int = 0
+    cancelled: int = 0
+    asked: list[tuple[Query, str, str | None]] = field(default_factory=list)
+    recorded: list[dict[str, Any]] = field(default_factory=list)
+
+    async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[StepRecord | TextDelta | Answer]:
+        self.asked.append((query, policy, agent))
+        answer = make_answer(query.trace_id, **({"policy": policy} | self.overrides))
+        items = [*answer.steps, *(TextDelta(text=text) for text in self.deltas), answer]
+        self.running += 1
+        try:
+            for i, item in enumerate(items):
+                if self.error is not None and i == self.error_at:
+                    raise self.error
+                if i == self.hold_at:
+                    await self.release.wait()
+                yield item
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def ready(self) -> dict[str, str]:
+        return self.states
+
+    async def metrics(self) -> str:
+        return "# TYPE dmoa_steps_total counter\ndmoa_steps_total 3\n"
+
+    async def trace(self, trace_id: str, key_hash: str) -> dict[str, Any] | None:
+        for record in self.recorded:
+            if record["trace_id"] == trace_id and record["key_hash"] == key_hash:
+                return record
+        return None
+
+    def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
+        self.recorded.append({"trace_id": query.trace_id, "key_hash": key_hash, "user": user, "metadata": dict(metadata)})
+
+
+def make_app(service: FakeService, *, keys: tuple[str, ...] = (), max_body_bytes: int = 65536, queued: int = 8) -> FastAPI:
+    """The app over a service."""
+    server = ServerConfig(max_body_bytes=max_body_bytes)
+    return create_app(lambda: service, key_hashes=keys, server=server, max_queued_requests=queued)
+
+
+def connect(app: FastAPI, **headers: str) -> httpx.AsyncClient:
+    """A client of the app, without sockets; an error that leaves the app fails the test."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", headers=headers)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
+    """Wait until a condition holds and return the seconds it took; fail after `seconds`."""
+    start = time.perf_counter()
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - the condition is another thread's or the app's own state
+            await asyncio.sleep(0.005)
+    return time.perf_counter() - start

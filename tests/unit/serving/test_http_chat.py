@@ -1,0 +1,277 @@
+"""The HTTP contract through the official openai client: chat, streams, completions, models, and what reaches the swarm."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from fake_service import AGENTS, QUESTION, FakeService, connect, make_app, make_step
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+from dmoa.config import LimitsConfig
+from dmoa.serving.auth import hash_keys
+from dmoa.types import Message
+
+CHAT = "/v1/chat/completions"
+
+
+def official(service: FakeService, **options: Any) -> AsyncOpenAI:
+    """The official client of an app over the service."""
+    transport = httpx.ASGITransport(make_app(service, **options))
+    return AsyncOpenAI(
+        base_url="http://test/v1", api_key="none", max_retries=0, http_client=httpx.AsyncClient(transport=transport)
+    )
+
+
+async def post(service: FakeService, body: dict[str, Any], path: str = CHAT) -> dict[str, Any]:
+    """The reply to a body that is accepted."""
+    async with connect(make_app(service)) as client:
+        response = await client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def post_query(service: FakeService, **body: Any) -> Any:
+    """The query that reached the swarm, with its policy and agent."""
+    await post(service, {"model": "tiny", "messages": QUESTION} | body)
+    return service.asked[-1]
+
+
+async def test_chat_answers_with_usage_and_every_field_of_the_dmoa_object() -> None:
+    async with official(FakeService()) as client:
+        reply = await client.chat.completions.create(model="tiny", messages=QUESTION)
+    assert reply.choices[0].message.content == "The answer is 19."
+    assert reply.choices[0].finish_reason == "stop"
+    # Two steps of two agents (10 prompt of which 6 cached, 4 completion) and a summarizer (5, 1, 2).
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (50, 20, 70)
+    assert reply.usage.prompt_tokens_details.cached_tokens == 26
+    dmoa = reply.model_extra["dmoa"]
+    assert {key: value for key, value in dmoa.items() if key != "steps"} == {
+        "trace_id": reply.id.removeprefix("chatcmpl-"),
+        "pool": "tiny",
+        "policy": "dmoa",
+        "gate_version": "untrained-1",
+        "untrained": True,
+        "routed_by": "router",
+        "degraded": False,
+        "stop_reason": "agreement",
+    }
+    first = dmoa["steps"][0]
+    assert {key: first[key] for key in ("step", "k", "wall_ms", "mass")} == {"step": 0, "k": 2, "wall_ms": 20.0, "mass": 0.875}
+    assert [agent["name"] for agent in first["agents"]] == list(AGENTS)
+    assert first["agents"][0] == {
+        "name": "adder",
+        "probability": 0.625,
+        "status": "ok",
+        "entropy_nats": 0.5,
+        "entropy_tokens": 4,
+        "entropy_kind": "exact",
+        "finish_reason": "stop",
+        "prompt_tokens": 10,
+        "cached_tokens": 6,
+        "completion_tokens": 4,
+        "latency_ms": 12.346,
+        "error": None,
+    }
+    assert first["agents"][2] | {"probability": 0.125} == first["agents"][2]
+    assert (first["agents"][2]["status"], first["agents"][2]["entropy_nats"]) == ("idle", None)
+    assert first["summarizer"] == {
+        "mode": "select",
+        "verdict": "rule",
+        "prompt_tokens": 5,
+        "cached_tokens": 1,
+        "completion_tokens": 2,
+        "latency_ms": 1.0,
+    }
+
+
+@pytest.mark.parametrize("deltas", [(), ("The ans", "wer is 19.")])
+async def test_stream_is_role_then_steps_then_content_then_reason_then_usage(deltas: tuple[str, ...]) -> None:
+    async with official(FakeService(deltas=deltas)) as client:
+        stream = await client.chat.completions.create(
+            model="tiny", messages=QUESTION, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+    kinds, content = [], []
+    for chunk in chunks:
+        delta = chunk.choices[0].delta if chunk.choices else None
+        if delta is None:
+            kinds.append("usage")
+        elif "reasoning_content" in (delta.model_extra or {}):
+            kinds.append("step")
+        elif delta.role:
+            kinds.append("role")
+        elif delta.content:
+            kinds.append("content")
+            content.append(delta.content)
+        else:
+            kinds.append(chunk.choices[0].finish_reason)
+    assert kinds == ["role", "step", "step", *["content"] * max(1, len(deltas)), "stop", "usage"]
+    assert "".join(content) == "The answer is 19."
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-2].model_extra["dmoa"]["stop_reason"] == "agreement"
+    assert chunks[-1].usage.total_tokens == 70
+    line = chunks[1].choices[0].delta.model_extra["reasoning_content"]
+    assert line == "Step 1: adder (p 0.625, entropy 0.500 nats), sorter (p 0.250, entropy 2.000 nats) -> 18 or 19\n"
+
+
+async def test_stream_ends_with_done_and_has_no_usage_chunk_unasked() -> None:
+    async with connect(make_app(FakeService())) as client:
+        response = await client.post(CHAT, json={"model": "tiny", "messages": QUESTION, "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = response.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    assert all(chunk["choices"] and "usage" not in chunk for chunk in chunks)
+    assert response.headers["x-request-id"] == chunks[-1]["dmoa"]["trace_id"]
+
+
+async def test_plain_completions_whole_and_streamed() -> None:
+    async with official(FakeService()) as client:
+        whole = await client.completions.create(model="tiny", prompt="2 + 2 =")
+        stream = await client.completions.create(model="tiny", prompt=["2 + 2 ="], stream=True)
+        chunks = [chunk async for chunk in stream]
+    assert (whole.object, whole.choices[0].text, whole.choices[0].finish_reason) == (
+        "text_completion",
+        "The answer is 19.",
+        "stop",
+    )
+    assert whole.usage.total_tokens == 70
+    assert whole.model_extra["dmoa"]["policy"] == "dmoa"
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "The answer is 19."
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].model_extra["dmoa"]["pool"] == "tiny"
+
+
+async def test_models_lists_pool_policies_and_agents() -> None:
+    names = ["tiny", "tiny/dmoa", "tiny/single", *AGENTS]
+    async with official(FakeService()) as client:
+        assert [model.id async for model in client.models.list()] == names
+        for name in names:
+            assert (await client.models.retrieve(name)).id == name
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "policy", "agent"),
+    [
+        ("tiny", None, "dmoa", None),
+        ("tiny", "single", "single", None),
+        ("tiny/single", None, "single", None),
+        ("tiny/single", "single", "single", None),
+        ("sorter", None, "single", "sorter"),
+        ("sorter", "single", "single", "sorter"),
+    ],
+)
+async def test_model_name_means_policy_and_agent(model: str, asked: str | None, policy: str, agent: str | None) -> None:
+    _, *got = await post_query(FakeService(), model=model, dmoa={"policy": asked})
+    assert got == [policy, agent]
+
+
+async def test_the_conversation_reaches_the_swarm_in_order() -> None:
+    query, *_ = await post_query(
+        FakeService(),
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            {"role": "developer", "content": [{"type": "text", "text": "Use"}, {"type": "text", "text": "digits."}]},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello", "reasoning_content": "Step 1: ...", "refusal": None, "tool_calls": None},
+            {"role": "developer", "content": "Be exact."},
+            {"role": "user", "content": [{"type": "text", "text": "1 + 1?"}]},
+        ],
+    )
+    assert query.system == "Be brief.\n\nUse\ndigits."
+    assert query.turns == (
+        Message(role="user", content="Hi"),
+        Message(role="assistant", content="Hello"),
+        Message(role="system", content="Be exact."),
+    )
+    assert query.text == "1 + 1?"
+
+
+async def test_sampling_fields_reach_the_swarm_only_where_given() -> None:
+    service = FakeService()
+    assert (await post_query(service))[0].sampling == {}
+    query, *_ = await post_query(service, temperature=0, top_p=0.5, max_completion_tokens=7, stop="\n", seed=-3)
+    assert query.sampling == {"temperature": 0.0, "top_p": 0.5, "max_tokens": 7, "stop": ("\n",), "seed": -3}
+    query, *_ = await post_query(service, max_tokens=9, max_completion_tokens=9, stop=["a", "b"])
+    assert query.sampling == {"max_tokens": 9, "stop": ("a", "b")}
+
+
+@pytest.mark.parametrize(
+    ("asked", "held"),
+    [
+        ({}, (5, None, 100, 30.0)),
+        ({"max_steps": 2, "max_agents": 1, "budget_tokens": 50, "deadline_s": 1.5}, (2, 1, 50, 1.5)),
+        ({"max_steps": 900, "budget_tokens": 5000, "deadline_s": 900}, (5, None, 100, 30.0)),
+    ],
+)
+async def test_a_client_may_only_lower_the_limits(asked: dict[str, Any], held: tuple[Any, ...]) -> None:
+    service = FakeService(limits=LimitsConfig(max_steps=5, budget_tokens=100, deadline_s=30.0))
+    limits = (await post_query(service, dmoa=asked))[0].limits
+    assert (limits.max_steps, limits.max_agents, limits.budget_tokens, limits.deadline_s) == held
+
+
+async def test_a_limit_that_the_pool_leaves_open_is_the_clients() -> None:
+    query, *_ = await post_query(FakeService(limits=LimitsConfig()), dmoa={"budget_tokens": 50, "deadline_s": 2})
+    assert (query.limits.max_steps, query.limits.budget_tokens, query.limits.deadline_s) == (20, 50, 2.0)
+
+
+async def test_trace_true_adds_texts_and_summaries() -> None:
+    plain = await post(FakeService(), {"model": "tiny", "messages": QUESTION})
+    full = await post(FakeService(), {"model": "tiny", "messages": QUESTION, "dmoa": {"trace": True}})
+    assert "summary" not in plain["dmoa"]["steps"][0]
+    assert all("text" not in agent for agent in plain["dmoa"]["steps"][0]["agents"])
+    assert [step["summary"] for step in full["dmoa"]["steps"]] == ["18 or 19", "19"]
+    assert [agent.get("text") for agent in full["dmoa"]["steps"][0]["agents"]] == ["19", "19", None]
+
+
+async def test_a_budget_that_ended_the_query_is_finish_reason_length() -> None:
+    service = FakeService(overrides={"stop_reason": "max_steps", "finish_reason": "length"})
+    reply = await post(service, {"model": "tiny", "messages": QUESTION})
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert reply["dmoa"]["stop_reason"] == "max_steps"
+
+
+async def test_a_trace_is_kept_for_the_key_that_made_it() -> None:
+    service = FakeService()
+    keys = hash_keys({"DMOA_API_KEYS": "one,two"})
+    async with connect(make_app(service, keys=keys), authorization="Bearer one") as client:
+        reply = await client.post(CHAT, json={"model": "tiny", "messages": QUESTION, "user": "u1", "metadata": {"run": "7"}})
+        trace_id = reply.json()["dmoa"]["trace_id"]
+        own = await client.get(f"/v1/dmoa/traces/{trace_id}")
+        other = await client.get(f"/v1/dmoa/traces/{trace_id}", headers={"authorization": "Bearer two"})
+    assert own.json() == {"trace_id": trace_id, "key_hash": keys[0], "user": "u1", "metadata": {"run": "7"}}
+    assert (other.status_code, other.json()["error"]["code"]) == (404, "trace_not_found")
+
+
+async def test_numbers_that_json_cannot_carry_never_reach_the_client() -> None:
+    broken = make_step(0, "x", wall_ms=float("inf"), mass=float("nan"))
+    reply = await post(FakeService(overrides={"steps": (broken,)}), {"model": "tiny", "messages": QUESTION})
+    assert (reply["dmoa"]["steps"][0]["wall_ms"], reply["dmoa"]["steps"][0]["mass"]) == (0.0, 0.0)
+
+
+async def test_probes_and_metrics() -> None:
+    service = FakeService()
+    async with connect(make_app(service)) as client:
+        assert (await client.get("/healthz")).json() == {"status": "alive"}
+        assert (await client.get("/readyz")).json() == {"status": "ready", "agents": dict.fromkeys(AGENTS, "up")}
+        metrics = await client.get("/metrics")
+        service.states = {"adder": "up", "sorter": "restarting"}
+        down = await client.get("/readyz")
+    assert metrics.headers["content-type"].startswith("text/plain")
+    assert "dmoa_steps_total 3" in metrics.text
+    assert (down.status_code, down.json()["agents"]) == (503, {"adder": "up", "sorter": "restarting"})
+    assert down.json()["error"]["message"] == "agents that are not up: sorter, dater"
+
+
+async def test_the_official_clients_own_transport_works_too() -> None:
+    """openai 3 speaks httpx2 by itself; the app must not depend on which of the two carries a request."""
+    import httpx2
+
+    transport = httpx2.ASGITransport(make_app(FakeService()))
+    http_client = DefaultAsyncHttpxClient(transport=transport)
+    async with AsyncOpenAI(base_url="http://test/v1", api_key="k", http_client=http_client) as client:
+        reply = await client.chat.completions.create(model="tiny/dmoa", messages=QUESTION)
+    assert reply.model == "tiny/dmoa"

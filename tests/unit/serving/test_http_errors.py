@@ -1,0 +1,372 @@
+"""Every error of the HTTP contract: its status, its error object, and that nothing else leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fake_service import QUESTION, FakeService, connect, make_app, until
+from openai import AsyncOpenAI
+
+from dmoa.errors import AgentUnavailableError, DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
+from dmoa.serving.auth import hash_keys
+
+CHAT = "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
+USER = {"role": "user", "content": "Hi"}
+
+
+def check(response: httpx.Response, status: int, param: str | None, code: str | None) -> str:
+    """Check an error object to the letter; return its message."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"], error["code"]) == (param, code)
+    return error["message"]
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": QUESTION} | fields
+
+
+REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
+    ({}, 400, "model", "missing_required_parameter"),
+    ({"model": "tiny"}, 400, "messages", "missing_required_parameter"),
+    (chat(n=2), 400, "n", "unsupported"),
+    (chat(n=True), 400, "n", "unsupported"),
+    (chat(tools=[{"type": "function"}]), 400, "tools", "unsupported"),
+    (chat(tool_choice="required"), 400, "tool_choice", "unsupported"),
+    (chat(functions=[{}]), 400, "functions", "unsupported"),
+    (chat(logprobs=True), 400, "logprobs", "unsupported"),
+    (chat(top_logprobs=3), 400, "top_logprobs", "unsupported"),
+    (chat(response_format={"type": "json_object"}), 400, "response_format", "unsupported"),
+    (chat(frequency_penalty=0.5), 400, "frequency_penalty", "unsupported"),
+    (chat(logit_bias={"5": 1}), 400, "logit_bias", "unsupported"),
+    (chat(modalities=["audio"]), 400, "modalities", "unsupported"),
+    (chat(vllm_xargs={"id": 1}), 400, "vllm_xargs", "unknown_parameter"),
+    (chat(temprature=1), 400, "temprature", "unknown_parameter"),
+    (chat(temperature=2.1), 400, "temperature", "invalid_value"),
+    (chat(temperature="hot"), 400, "temperature", "invalid_value"),
+    (chat(temperature=10**400), 400, "temperature", "invalid_value"),
+    (chat(top_p=0), 400, "top_p", "invalid_value"),
+    (chat(top_p=1.1), 400, "top_p", "invalid_value"),
+    (chat(max_tokens=0), 400, "max_tokens", "invalid_value"),
+    (chat(max_completion_tokens=2**40), 400, "max_completion_tokens", "invalid_value"),
+    (chat(max_tokens=5, max_completion_tokens=6), 400, "max_tokens", "invalid_value"),
+    (chat(stop=["a"] * 5), 400, "stop", "invalid_value"),
+    (chat(stop=""), 400, "stop", "invalid_value"),
+    (chat(stop=["a", ""]), 400, "stop[1]", "invalid_value"),
+    (chat(seed=2**63), 400, "seed", "invalid_value"),
+    (chat(seed=1.5), 400, "seed", "invalid_value"),
+    (chat(stream="yes"), 400, "stream", "invalid_value"),
+    (chat(stream_options={"include_usage": True}), 400, "stream_options", "invalid_value"),
+    (chat(metadata={"k": 1}), 400, "metadata.k", "invalid_value"),
+    (chat(dmoa=[]), 400, "dmoa", "invalid_value"),
+    (chat(dmoa={"max_step": 1}), 400, "dmoa.max_step", "unknown_parameter"),
+    (chat(dmoa={"max_steps": 0}), 400, "dmoa.max_steps", "invalid_value"),
+    (chat(dmoa={"max_agents": -1}), 400, "dmoa.max_agents", "invalid_value"),
+    (chat(dmoa={"budget_tokens": 0}), 400, "dmoa.budget_tokens", "invalid_value"),
+    (chat(dmoa={"deadline_s": 0}), 400, "dmoa.deadline_s", "invalid_value"),
+    (chat(dmoa={"policy": "nope"}), 400, "dmoa.policy", "unknown_policy"),
+    (chat(model="tiny/dmoa", dmoa={"policy": "single"}), 400, "dmoa.policy", "invalid_value"),
+    (chat(model="adder", dmoa={"policy": "dmoa"}), 400, "dmoa.policy", "invalid_value"),
+    (chat(model="gpt-4"), 404, "model", "model_not_found"),
+    (chat(model="tiny/nope"), 404, "model", "model_not_found"),
+    (chat(model=""), 404, "model", "model_not_found"),
+    (chat(model=7), 400, "model", "invalid_value"),
+    (chat(messages=[]), 400, "messages", "invalid_value"),
+    (chat(messages="Hi"), 400, "messages", "invalid_value"),
+    (chat(messages=["Hi"]), 400, "messages[0]", "invalid_value"),
+    (chat(messages=[{"role": "user"}]), 400, "messages[0].content", "missing_required_parameter"),
+    (chat(messages=[{"role": "user", "content": None}]), 400, "messages[0].content", "invalid_value"),
+    (chat(messages=[{"role": "user", "content": "  "}]), 400, "messages[0].content", "invalid_value"),
+    (chat(messages=[{"role": "user", "content": []}]), 400, "messages[0].content", "invalid_value"),
+    (
+        chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        400,
+        "messages[0].content[0].type",
+        "unsupported",
+    ),
+    (chat(messages=[{"role": "tool", "content": "x"}, USER]), 400, "messages[0].role", "invalid_value"),
+    (chat(messages=[USER, {"role": "assistant", "content": "x"}]), 400, "messages[1].role", "invalid_value"),
+    (chat(messages=[{"role": "system", "content": "x"}]), 400, "messages[0].role", "invalid_value"),
+    (
+        chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [{}]}, USER]),
+        400,
+        "messages[0].tool_calls",
+        "unsupported",
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "param", "code"), REFUSED, ids=lambda value: str(value)[:40])
+async def test_chat_refuses_by_name(body: dict[str, Any], status: int, param: str, code: str) -> None:
+    service = FakeService()
+    async with connect(make_app(service)) as client:
+        message = check(await client.post(CHAT, json=body), status, param, code)
+    assert message.startswith(param)
+    assert service.asked == []
+
+
+async def test_a_message_names_field_value_seen_and_what_is_allowed() -> None:
+    async with connect(make_app(FakeService())) as client:
+        message = check(await client.post(CHAT, json=chat(temperature=3)), 400, "temperature", "invalid_value")
+        assert message == "temperature: value seen: 3; input should be less than or equal to 2; change it"
+        message = check(await client.post(CHAT, json=chat(n=2)), 400, "n", "unsupported")
+        assert message == "n: value seen: 2; not supported; allowed: 1, null; leave the field out"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({}, "model", "missing_required_parameter"),
+        ({"model": "tiny"}, "prompt", "missing_required_parameter"),
+        ({"model": "tiny", "prompt": ["a", "b"]}, "prompt", "invalid_value"),
+        ({"model": "tiny", "prompt": []}, "prompt", "invalid_value"),
+        ({"model": "tiny", "prompt": [1, 2]}, "prompt", "invalid_value"),
+        ({"model": "tiny", "prompt": [1]}, "prompt[0]", "invalid_value"),
+        ({"model": "tiny", "prompt": " "}, "prompt", "invalid_value"),
+        ({"model": "tiny", "prompt": "x", "echo": True}, "echo", "unsupported"),
+        ({"model": "tiny", "prompt": "x", "suffix": "y"}, "suffix", "unsupported"),
+        ({"model": "tiny", "prompt": "x", "best_of": 2}, "best_of", "unsupported"),
+        ({"model": "tiny", "prompt": "x", "logprobs": 1}, "logprobs", "unsupported"),
+        ({"model": "tiny", "prompt": "x", "messages": []}, "messages", "unknown_parameter"),
+    ],
+)
+async def test_completions_refuse_by_name(body: dict[str, Any], param: str, code: str) -> None:
+    async with connect(make_app(FakeService())) as client:
+        check(await client.post("/v1/completions", json=body), 400, param, code)
+
+
+async def test_harmless_openai_fields_are_accepted() -> None:
+    body = chat(
+        n=1, user="u", store=True, service_tier="auto", parallel_tool_calls=False, reasoning_effort="low", logprobs=False,
+        verbosity="low", response_format={"type": "text"}, tools=[], tool_choice="auto", presence_penalty=0, top_p=None,
+        frequency_penalty=0.0, prompt_cache_key="k", safety_identifier="s", modalities=["text"], logit_bias={},
+    )  # fmt: skip
+    async with connect(make_app(FakeService())) as client:
+        assert (await client.post(CHAT, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"", "invalid_json"),
+        (b"{", "invalid_json"),
+        (b"\xff\xfe", "invalid_json"),
+        (b"\x00", "invalid_json"),
+        (b'{"model": "\xff"}', "invalid_json"),
+        (b'{"model": "\\ud800"}', "invalid_json"),
+        (b'{"model": ' + b"[" * 60000 + b"}", "invalid_json"),
+        (b'{"a":' * 9000 + b"1" + b"}" * 9000, "invalid_json"),
+        (b'{"seed": ' + b"9" * 50000 + b"}", "invalid_json"),
+        (b"[]", "invalid_type"),
+        (b"null", "invalid_type"),
+        (b'"text"', "invalid_type"),
+        (b"12", "invalid_type"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+async def test_a_body_that_is_no_json_object(content: bytes, code: str) -> None:
+    async with connect(make_app(FakeService())) as client:
+        for path in (CHAT, "/v1/completions"):
+            check(await client.post(path, content=content, headers=JSON), 400, None, code)
+
+
+@pytest.mark.parametrize(
+    ("number", "param"),
+    [("NaN", "temperature"), ("Infinity", "temperature"), ("-Infinity", "temperature"), ("1e999", "temperature")],
+)
+async def test_numbers_that_are_none(number: str, param: str) -> None:
+    body = json.dumps(chat(temperature=1)).replace('"temperature": 1', f'"temperature": {number}').encode()
+    async with connect(make_app(FakeService())) as client:
+        check(await client.post(CHAT, content=body, headers=JSON), 400, param, "invalid_value")
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "\u00ff", ""])
+async def test_another_content_type_is_refused(content_type: str) -> None:
+    headers = {"content-type": content_type.encode("latin-1")}
+    async with connect(make_app(FakeService())) as client:
+        response = await client.post(CHAT, content=json.dumps(chat()).encode(), headers=headers)
+        check(response, 400, None, "unsupported_content_type")
+        charset = {"content-type": "application/json; charset=utf-8"}
+        assert (await client.post(CHAT, content=json.dumps(chat()).encode(), headers=charset)).status_code == 200
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status", "param", "code"),
+    [
+        (NoAgentError("no agent of the pool answered"), 503, None, "no_agent"),
+        (AgentUnavailableError("the host restarts"), 503, None, "no_agent"),
+        (EmptyAnswerError("every contribution was empty"), 503, None, "empty_answer"),
+        (DeadlineError("the deadline of 1 s passed"), 504, None, "deadline_exceeded"),
+        (RequestError("messages: too long", param="messages", code="too_long"), 400, "messages", "too_long"),
+    ],
+)
+async def test_what_the_swarm_cannot_do(error: DmoaError, status: int, param: str, code: str, is_stream: bool) -> None:
+    async with connect(make_app(FakeService(error=error))) as client:
+        assert check(await client.post(CHAT, json=chat(stream=is_stream)), status, param, code) == str(error)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_an_empty_answer_is_never_a_success(is_stream: bool) -> None:
+    async with connect(make_app(FakeService(overrides={"text": " \n", "steps": ()}))) as client:
+        check(await client.post(CHAT, json=chat(stream=is_stream)), 503, None, "empty_answer")
+
+
+async def test_an_empty_answer_after_steps_is_an_error_event() -> None:
+    async with connect(make_app(FakeService(overrides={"text": ""}))) as client:
+        response = await client.post(CHAT, json=chat(stream=True))
+    *_, last, done, end = response.text.split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "empty_answer"
+    assert (done, end) == ("data: [DONE]", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [(NoAgentError("all gone"), "no_agent", "all gone"), (ZeroDivisionError("secret"), "internal_error", "unexpected error")],
+)
+async def test_an_error_in_mid_stream_is_an_event_then_done(
+    error: Exception, code: str, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = FakeService(error=error, error_at=1)
+    async with connect(make_app(service)) as client:
+        response = await client.post(CHAT, json=chat(stream=True))
+    assert response.status_code == 200
+    *_, last, done, end = response.text.split("\n\n")
+    found = json.loads(last.removeprefix("data: "))["error"]
+    assert found["code"] == code
+    assert text in found["message"]
+    assert (done, end) == ("data: [DONE]", "")
+    assert "secret" not in response.text
+
+    transport = httpx.ASGITransport(make_app(service))
+    official = AsyncOpenAI(base_url="http://test/v1", api_key="k", http_client=httpx.AsyncClient(transport=transport))
+    stream = await official.chat.completions.create(model="tiny", messages=QUESTION, stream=True)
+    with pytest.raises(openai.APIError) as caught:
+        [chunk async for chunk in stream]
+    assert caught.value.code == code
+    await official.close()
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_surprise_is_a_generic_500_with_its_details_in_the_log(is_stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    async with connect(make_app(FakeService(error=KeyError("secret")))) as client:
+        response = await client.post(CHAT, json=chat(stream=is_stream))
+    message = check(response, 500, None, "internal_error")
+    assert "secret" not in message
+    assert "Traceback" not in message
+    assert [record.levelno for record in caplog.records if record.name.startswith("dmoa")] == [logging.ERROR]
+    assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/", 404, "unknown_url"),
+        ("GET", "/v1/chat", 404, "unknown_url"),
+        ("POST", "/v1/embeddings", 404, "unknown_url"),
+        ("GET", CHAT, 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("POST", "/healthz", 405, "method_not_allowed"),
+        ("GET", "/v1/chat/completions/", 404, "unknown_url"),
+    ],
+)
+async def test_unknown_routes(method: str, path: str, status: int, code: str) -> None:
+    async with connect(make_app(FakeService())) as client:
+        response = await client.request(method, path)
+        check(response, status, None, code)
+        assert ("allow" in response.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models/", "/v1/models/gpt-4", "/v1/models/tiny/", "/v1/models/tiny%2Fnope", "/v1/models/%ff"]
+)
+async def test_unknown_model_of_the_list(path: str) -> None:
+    async with connect(make_app(FakeService())) as client:
+        check(await client.get(path), 404, "model", "model_not_found")
+
+
+async def test_unknown_trace() -> None:
+    async with connect(make_app(FakeService())) as client:
+        check(await client.get("/v1/dmoa/traces/nope"), 404, "trace_id", "trace_not_found")
+
+
+@pytest.mark.parametrize(
+    "header", [None, "Bearer wrong", "Bearer ", "Bearer", "right", "Basic right", "Bearer rightx", "bearer \u00ff"]
+)
+async def test_without_a_known_key_nothing_but_the_probes_answers(header: str | None) -> None:
+    service = FakeService()
+    headers = {"authorization": header.encode("latin-1")} if header is not None else {}
+    async with connect(make_app(service, keys=hash_keys({"DMOA_API_KEYS": "right,other"}))) as client:
+        for method, path in (
+            ("POST", CHAT),
+            ("GET", "/v1/models"),
+            ("GET", "/metrics"),
+            ("GET", "/nope"),
+            ("GET", "/openapi.json"),
+        ):
+            response = await client.request(method, path, headers=headers)
+            message = check(response, 401, None, "invalid_api_key")
+            assert "right" not in message
+            assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/healthz", "/readyz"):
+            assert (await client.get(path, headers=headers)).status_code == 200
+    assert service.asked == []
+
+
+@pytest.mark.parametrize("key", ["right", "other"])
+async def test_every_known_key_opens(key: str) -> None:
+    keys = hash_keys({"DMOA_API_KEYS": "right,other"})
+    async with connect(make_app(FakeService(), keys=keys), authorization=f"bearer {key}") as client:
+        assert (await client.post(CHAT, json=chat())).status_code == 200
+
+
+async def test_a_body_over_the_limit_is_refused_declared_or_not() -> None:
+    limit = 2000
+    service = FakeService()
+    body = json.dumps(chat(messages=[{"role": "user", "content": "x" * limit}])).encode()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for i in range(0, len(body), 100):
+            yield body[i : i + 100]
+
+    async with connect(make_app(service, max_body_bytes=limit)) as client:
+        check(await client.post(CHAT, content=body, headers=JSON), 413, None, "request_too_large")
+        check(await client.post(CHAT, content=pieces(), headers=JSON), 413, None, "request_too_large")
+        lying = {**JSON, "content-length": "9" * 5000}
+        check(await client.post(CHAT, content=body, headers=lying), 413, None, "request_too_large")
+        assert service.asked == []
+        exact = json.dumps(chat()).encode()
+        exact += b" " * (limit - len(exact))
+        assert (await client.post(CHAT, content=exact, headers=JSON)).status_code == 200
+        check(await client.post(CHAT, content=exact + b" ", headers=JSON), 413, None, "request_too_large")
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_one_query_more_than_the_places_is_429(is_stream: bool) -> None:
+    service = FakeService(hold_at=0)
+    async with connect(make_app(service, queued=2)) as client:
+        held = [asyncio.create_task(client.post(CHAT, json=chat(stream=is_stream))) for _ in range(2)]
+        await until(lambda: service.running == 2)
+        response = await client.post(CHAT, json=chat(stream=is_stream))
+        check(response, 429, None, "too_many_requests")
+        assert int(response.headers["retry-after"]) >= 1
+        service.release.set()
+        assert [(await task).status_code for task in held] == [200, 200]
+        assert (await client.post(CHAT, json=chat(stream=is_stream))).status_code == 200
+    assert service.running == 0
+
+
+async def test_a_failed_query_gives_its_place_back() -> None:
+    async with connect(make_app(FakeService(error=NoAgentError("gone")), queued=1)) as client:
+        for is_stream in (False, True, False, True):
+            check(await client.post(CHAT, json=chat(stream=is_stream)), 503, None, "no_agent")
