@@ -1,0 +1,240 @@
+"""Decisions: the same whatever shares the batch, and equal to the gate that training sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dmoa.config import GateConfig
+from dmoa.core.activation import activate
+from dmoa.core.decision import Decider
+from dmoa.core.gate import Gate, GateSpec, init_gate
+from dmoa.core.inference import product_apart, product_together, rows_agree
+from dmoa.errors import NoAgentError, RoutingError
+from dmoa.types import RouteDecision, RouteRequest
+
+
+def make_gate(num_agents: int = 5, seed: int = 0, **changes: object) -> Gate:
+    spec = GateSpec.from_config(GateConfig(), tuple(f"a{i}" for i in range(num_agents)))
+    return init_gate(dataclasses.replace(spec, **{"hidden": 20, "embedding_dim": 12, **changes}), seed=seed)
+
+
+def make_request(spec: GateSpec, seed: int, **changes: object) -> RouteRequest:
+    rng = np.random.default_rng(seed)
+    fields = {
+        "input_X": rng.standard_normal(spec.input_dim).astype(np.float32),
+        "hidden_H": rng.uniform(-1, 1, spec.hidden).astype(np.float32) if seed % 3 else None,
+        **changes,
+    }
+    return RouteRequest(**fields)
+
+
+def same_bits(a: RouteDecision, b: RouteDecision) -> bool:
+    plain = ("gate_version", "agents", "ranking", "k", "mass", "masked", "routed_by")
+    arrays = a.probability_A.tobytes() == b.probability_A.tobytes() and a.hidden_H.tobytes() == b.hidden_H.tobytes()
+    return arrays and all(getattr(a, name) == getattr(b, name) for name in plain)
+
+
+SIZES = [(1, 1, 2), (3, 20, 12), (5, 7, 30), (16, 128, 384), (33, 50, 64), (256, 64, 16)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 16])
+@pytest.mark.parametrize(("num_agents", "hidden", "dim"), SIZES)
+def test_every_row_position_gives_the_same_bits(num_agents: int, hidden: int, dim: int, batch_size: int) -> None:
+    gate = make_gate(num_agents, hidden=hidden, embedding_dim=dim)
+    decider = Decider(gate, "v", batch_size=batch_size)
+    request = make_request(gate.spec, 1)
+    alone = decider.decide([request])[0]
+    for row in range(2 * batch_size):
+        others = [make_request(gate.spec, 100 + i) for i in range(2 * batch_size)]
+        decision = decider.decide([*others[:row], request, *others[row:]])[row]
+        assert same_bits(decision, alone)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seeds=st.lists(st.integers(0, 30), min_size=1, max_size=20),
+    shuffle=st.randoms(use_true_random=False),
+    num_agents=st.sampled_from([1, 3, 5, 17]),
+    head_size=st.sampled_from([7, 20, 48]),
+    rule=st.sampled_from(["top_mass", "fixed", "effective_count"]),
+)
+def test_decision_does_not_depend_on_its_batch(
+    seeds: list[int], shuffle: object, num_agents: int, head_size: int, rule: str
+) -> None:
+    gate = make_gate(num_agents, hidden=head_size, rule=rule)
+    unavailable = [(f"a{seed % num_agents}",) if num_agents > 1 and seed % 4 == 0 else () for seed in seeds]
+    requests = [
+        make_request(gate.spec, seed, unavailable=names, max_agents=1 + seed % 3 if seed % 5 else None)
+        for seed, names in zip(seeds, unavailable, strict=True)
+    ]
+    decider = Decider(gate, "v")
+    alone = [Decider(gate, "v").decide([request])[0] for request in requests]
+    order = list(range(len(requests)))
+    shuffle.shuffle(order)  # type: ignore[attr-defined]
+    together = decider.decide([requests[i] for i in order])
+    assert all(same_bits(decision, alone[i]) for i, decision in zip(order, together, strict=True))
+
+
+def test_decision_does_not_depend_on_the_number_of_threads() -> None:
+    gate = make_gate(16, hidden=128, embedding_dim=384)
+    before = torch.get_num_threads()
+    decisions = []
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            decisions.append(Decider(gate, "v", batch_size=1).decide([make_request(gate.spec, 1)])[0])
+            assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
+    assert same_bits(*decisions)
+
+
+@pytest.mark.parametrize(("num_agents", "hidden", "dim"), SIZES)
+def test_decision_equals_the_differentiable_gate(num_agents: int, hidden: int, dim: int) -> None:
+    gate = make_gate(num_agents, hidden=hidden, embedding_dim=dim, temperature=1.0)
+    requests = [make_request(gate.spec, seed) for seed in range(1, 6)]
+    reference = make_gate(num_agents, hidden=hidden, embedding_dim=dim).double()
+    for request, decision in zip(requests, Decider(gate, "v", batch_size=4).decide(requests), strict=True):
+        hidden_H = np.zeros(hidden) if request.hidden_H is None else request.hidden_H
+        with torch.no_grad():
+            out = reference(torch.from_numpy(request.input_X)[None].double(), torch.tensor(hidden_H)[None].double())
+        assert decision.hidden_H == pytest.approx(out.hidden_BH[0].numpy(), abs=1e-5)
+        assert decision.probability_A == pytest.approx(torch.softmax(out.logits_BA[0], 0).numpy(), abs=1e-5)
+
+
+def test_profile_head_decides_like_its_forward() -> None:
+    spec = make_gate(3, head="linear").spec
+    spec = dataclasses.replace(spec, head="profile", temperature=1.0)
+    gate = init_gate(spec, seed=0, profile_AD=torch.eye(3, spec.embedding_dim))
+    request = make_request(spec, 1)
+    with torch.no_grad():
+        logits_BA, _ = gate(torch.from_numpy(request.input_X)[None], torch.from_numpy(request.hidden_H)[None])
+    decision = Decider(gate, "v").decide([request])[0]
+    assert decision.probability_A == pytest.approx(torch.softmax(logits_BA[0], 0).numpy(), abs=1e-5)
+
+
+def test_fields_follow_the_activation_and_the_pool() -> None:
+    gate = make_gate(4)
+    request = make_request(gate.spec, 1, unavailable=("a2", "stranger"), max_agents=2)
+    decision = Decider(gate, "v7").decide([request], frozenset({"a0"}))[0]
+    assert decision.gate_version == "v7"
+    assert decision.agents == ("a0", "a1", "a2", "a3")
+    assert decision.masked == ("a0", "a2")
+    assert decision.probability_A[[0, 2]].tolist() == [0.0, 0.0]
+    assert sorted(decision.ranking) == [1, 3]
+    assert decision.probability_A[decision.ranking[0]] >= decision.probability_A[decision.ranking[1]]
+    assert decision.mass == pytest.approx(float(decision.probability_A[list(decision.ranking[: decision.k])].sum()))
+
+
+@pytest.mark.parametrize(("asked", "k"), [(None, 4), (2, 2), (4, 4), (9, 4), (0, 1)])
+def test_request_may_only_lower_k(asked: int | None, k: int) -> None:
+    gate = make_gate(6, rule="fixed", max_agents=4)
+    assert Decider(gate, "v").decide([make_request(gate.spec, 1, max_agents=asked)])[0].k == k
+
+
+def test_state_travels_with_the_query() -> None:
+    gate = make_gate()
+    decider = Decider(gate, "v")
+    first = decider.decide([make_request(gate.spec, 3)])[0]
+    request = make_request(gate.spec, 1, hidden_H=first.hidden_H)
+    kept = first.hidden_H.copy()
+    second = decider.decide([request])[0]
+    assert np.array_equal(first.hidden_H, kept)
+    restored = pickle.loads(pickle.dumps(request))
+    assert same_bits(Decider(gate, "v").decide([restored])[0], second)
+    assert not same_bits(decider.decide([make_request(gate.spec, 1, hidden_H=None)])[0], second)
+
+
+def test_no_requests_give_no_decisions() -> None:
+    assert Decider(make_gate(), "v").decide([]) == []
+
+
+def test_nobody_left_is_an_error() -> None:
+    gate = make_gate(2)
+    with pytest.raises(NoAgentError, match="every agent"):
+        Decider(gate, "v").decide([make_request(gate.spec, 1, unavailable=("a1",))], frozenset({"a0"}))
+
+
+def test_misshapen_requests_are_refused() -> None:
+    gate = make_gate()
+    decider = Decider(gate, "v")
+    with pytest.raises(RoutingError, match=r"input_X has shape \(3,\), allowed is \(28,\)"):
+        decider.decide([RouteRequest(input_X=np.zeros(3, dtype=np.float32))])
+    with pytest.raises(RoutingError, match=r"hidden_H has shape \(1, 20\)"):
+        decider.decide([make_request(gate.spec, 1, hidden_H=np.zeros((1, 20), dtype=np.float32))])
+
+
+@pytest.mark.parametrize("field", ["input_X", "hidden_H"])
+def test_non_finite_input_is_named_and_leaves_no_trace(field: str) -> None:
+    gate = make_gate()
+    decider = Decider(gate, "v")
+    good = make_request(gate.spec, 1)
+    expected = decider.decide([good])[0]
+    poisoned = getattr(good, field).copy()
+    poisoned[3] = np.nan
+    with pytest.raises(RoutingError, match=f"{field} holds NaN"):
+        decider.decide([good, dataclasses.replace(good, **{field: poisoned})])
+    assert same_bits(decider.decide([good])[0], expected)
+
+
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "head_weight", "head_bias"])
+def test_non_finite_gate_output_is_an_error(name: str) -> None:
+    gate = make_gate()
+    with torch.no_grad():
+        getattr(gate, name).fill_(np.nan)
+    with pytest.raises(RoutingError, match="gate v gave NaN or infinity"):
+        Decider(gate, "v").decide([make_request(gate.spec, 1)])
+
+
+def test_later_training_does_not_reach_a_decider() -> None:
+    gate = make_gate()
+    decider = Decider(gate, "v")
+    request = make_request(gate.spec, 1)
+    before = decider.decide([request])[0]
+    with torch.no_grad():
+        for weight in gate.parameters():
+            weight.add_(1.0)
+    assert same_bits(decider.decide([request])[0], before)
+
+
+def test_rows_multiplied_apart_agree_with_rows_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_BK, weight_KN = torch.randn(5, 32, generator=generator), torch.randn(32, 48, generator=generator)
+    bias_N = torch.randn(48, generator=generator)
+    apart_BN, together_BN = torch.empty(5, 48), torch.empty(5, 48)
+    product_apart(x_BK, weight_KN, bias_N, apart_BN)
+    product_together(x_BK, weight_KN, bias_N, together_BN)
+    exact_BN = x_BK.double() @ weight_KN.double() + bias_N.double()
+    torch.testing.assert_close(apart_BN.double(), exact_BN, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together_BN.double(), exact_BN, atol=1e-5, rtol=1e-5)
+    assert rows_agree(product_apart, 5, weight_KN, bias_N)
+
+
+def test_probe_finds_a_product_that_rounds_by_place() -> None:
+    def uneven(x_BK: torch.Tensor, weight_KN: torch.Tensor, bias_N: torch.Tensor, out_BN: torch.Tensor) -> None:
+        product_together(x_BK, weight_KN, bias_N, out_BN)
+        out_BN[-1] *= 1 + 2**-22
+
+    weight_KN = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
+    assert not rows_agree(uneven, 5, weight_KN, torch.zeros(48))
+
+
+def test_activation_of_a_batch_equals_its_rows_alone() -> None:
+    rng = np.random.default_rng(0)
+    logits_BA = rng.standard_normal((7, 13)).astype(np.float32)
+    available_BA = rng.random((7, 13)) < 0.7
+    limits_B = np.full(7, 4)
+    whole = activate(logits_BA, available_BA, temperature=0.1, rule="top_mass", mass=0.8, max_agents_B=limits_B)
+    for row in range(7):
+        part = slice(row, row + 1)
+        alone = activate(
+            logits_BA[part], available_BA[part], temperature=0.1, rule="top_mass", mass=0.8, max_agents_B=limits_B[part]
+        )
+        assert all(np.array_equal(a[row], b[0]) for a, b in zip(whole, alone, strict=True))
