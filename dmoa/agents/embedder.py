@@ -1,0 +1,191 @@
+"""Sentence embeddings: what the gate reads of a query and of the summary.
+
+MiniLM (`MiniLmEncoder`, the home of sentence-transformers) behind an async front (`AsyncEncoder`), and a stand-in
+without a model (`HashEncoder`). Shape letters: N texts, C chunks of one text, D embedding (384).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dmoa.errors import ModelFetchError
+from dmoa.types import FloatArray
+
+D = 384
+"""Width of an embedding of all-MiniLM-L6-v2, and of the stand-in."""
+
+
+class MiniLmEncoder:
+    """all-MiniLM-L6-v2 on the CPU, with a cache. Source of the chunked mean: ours. Safe in several threads.
+
+    A text's embedding does not depend on what else is asked for, bit for bit: every chunk runs alone at its own length
+    (in a padded batch it differs by about 1e-7, and padding to one fixed length costs several times more).
+    """
+
+    def __init__(self, model_dir: Path, *, threads: int = 1, cache_size: int = 4096) -> None:
+        """Load the model from a folder (`models.fetch("minilm")`); blocks for seconds, most of it imports.
+
+        `threads` is how many CPU threads a forward pass uses, `cache_size` how many texts are remembered (1.5 KiB each).
+        Raises ModelFetchError for a folder without the model.
+        """
+        from sentence_transformers import SentenceTransformer
+
+        if not (model_dir / "modules.json").is_file():
+            raise ModelFetchError(f"encoder: {str(model_dir)!r} holds no sentence encoder; get one by `dmoa models fetch minilm`")
+        self._model = SentenceTransformer(str(model_dir), device="cpu", local_files_only=True)
+        self._model.eval()
+        self._chunk_tokens = int(self._model.max_seq_length) - 2  # word pieces besides [CLS] and [SEP]
+        self._threads = threads
+        self._cache_size = cache_size
+        self._cache: OrderedDict[bytes, FloatArray] = OrderedDict()
+        self._cache_lock = threading.Lock()
+        self._model_lock = threading.Lock()
+
+    def encode(self, texts: Sequence[str]) -> FloatArray:
+        """Return [N, D] float32, rows of unit length; a text without word pieces (empty, blanks) is a row of zeros.
+
+        A text of more than 254 word pieces is cut into the fewest chunks that fit, as equal in length as possible; its
+        row is the mean of theirs, scaled to unit length.
+        """
+        rows = [self.cached(text) for text in texts]
+        for i, text in enumerate(texts):
+            if rows[i] is None:
+                rows[i] = self.cached(text)  # the same text may have come earlier in this call
+            if rows[i] is None:
+                rows[i] = self._remember(text, self._encode_one(text))
+        return np.stack([row for row in rows if row is not None]) if rows else np.zeros((0, D), np.float32)
+
+    def cached(self, text: str) -> FloatArray | None:
+        """Return the remembered embedding of a text, [D] float32, read-only; None if it must be computed."""
+        key = _digest(text)
+        with self._cache_lock:
+            row = self._cache.get(key)
+            if row is not None:
+                self._cache.move_to_end(key)
+            return row
+
+    def _remember(self, text: str, row: FloatArray) -> FloatArray:
+        row.flags.writeable = False
+        with self._cache_lock:
+            self._cache[_digest(text)] = row
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+        return row
+
+    def _encode_one(self, text: str) -> FloatArray:
+        # The tokenizer refuses lone surrogates; JSON can carry them.
+        clean = text.encode("utf-8", "replace").decode("utf-8")
+        with self._model_lock:
+            ids: list[int] = self._model.tokenizer(clean, add_special_tokens=False, verbose=False)["input_ids"]
+            if not ids:
+                return np.zeros(D, np.float32)
+            num_chunks = -(-len(ids) // self._chunk_tokens)
+            with _torch_threads(self._threads):
+                chunks = [self._forward(chunk.tolist()) for chunk in np.array_split(np.asarray(ids), num_chunks)]
+        if num_chunks == 1:
+            return chunks[0]
+        mean_D = np.stack(chunks).astype(np.float64).mean(axis=0)
+        unit_D: FloatArray = (mean_D / np.linalg.norm(mean_D)).astype(np.float32)
+        return unit_D
+
+    def _forward(self, ids: list[int]) -> FloatArray:
+        import torch
+
+        tokenizer = self._model.tokenizer
+        input_ids = torch.tensor([[tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]])
+        with torch.inference_mode():
+            out = self._model({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
+        row: FloatArray = out["sentence_embedding"][0].numpy().copy()
+        return row
+
+
+@dataclass(slots=True)
+class _Turn:
+    """Texts that the worker thread will encode in one go."""
+
+    texts: list[str]
+    rows: Future[FloatArray]
+
+
+class AsyncEncoder:
+    """Implements `protocols.Encoder` over a `MiniLmEncoder`: one worker thread, so the event loop never waits for torch.
+
+    Texts that arrive while the thread is busy are merged into its next turn; remembered texts need no turn at all.
+    """
+
+    def __init__(self, encoder: MiniLmEncoder) -> None:
+        self._encoder = encoder
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dmoa-encoder")
+        self._lock = threading.Lock()
+        self._open: list[_Turn] = []
+        """At most one: the turn that has not begun."""
+
+    async def embed(self, texts: Sequence[str]) -> list[FloatArray]:
+        """Return one float32 [D] per text, in order: unit length, or zeros for a text without word pieces."""
+        known = [self._encoder.cached(text) for text in texts]
+        found = [row for row in known if row is not None]
+        if len(found) == len(texts):
+            return found
+        with self._lock:
+            if not self._open:
+                self._open.append(_Turn(texts=[], rows=self._executor.submit(self._run_turn)))
+            turn = self._open[0]
+            start = len(turn.texts)
+            turn.texts.extend(texts)
+        # Shielded: a waiter that is cancelled must not cancel the turn that others share.
+        rows = await asyncio.shield(asyncio.wrap_future(turn.rows))
+        return list(rows[start : start + len(texts)])
+
+    def _run_turn(self) -> FloatArray:
+        with self._lock:
+            turn = self._open.pop()
+        return self._encoder.encode(turn.texts)
+
+
+class HashEncoder:
+    """A stand-in for unit tests and for measuring overhead: implements `protocols.Encoder` without a model or torch.
+
+    A text's embedding is a random unit vector seeded by its hash: equal texts agree, all others are unrelated, so it
+    carries no meaning. The empty text is zeros, as with MiniLM.
+    """
+
+    async def embed(self, texts: Sequence[str]) -> list[FloatArray]:
+        """Return one float32 [D] per text: unit length, or zeros for the empty text."""
+        return [self._row(text) for text in texts]
+
+    def _row(self, text: str) -> FloatArray:
+        if not text.strip():
+            return np.zeros(D, np.float32)
+        row = np.random.default_rng(int.from_bytes(_digest(text), "big")).standard_normal(D)
+        unit: FloatArray = (row / np.linalg.norm(row)).astype(np.float32)
+        return unit
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+@contextmanager
+def _torch_threads(wanted: int) -> Iterator[None]:
+    """Run torch with `wanted` threads and restore the number after: an engine in the same process sets its own."""
+    import torch
+
+    before = torch.get_num_threads()
+    if before == wanted:
+        yield
+        return
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,129 @@
+"""An engine without a model: deterministic replies, entropies, delays and failures, set by configuration.
+
+Stands where a real engine stands, in tests and wherever the cost of everything but the model is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import re
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+
+from dmoa.config import ScriptedOptions
+from dmoa.errors import EngineError
+from dmoa.types import Generation, GenerationRequest, TextDelta
+
+_MIN_NATS, _MAX_NATS = 0.05, 2.0
+_MAX_DELTAS = 4
+
+
+class ScriptedEngine:
+    """Implements `protocols.Engine` from a table of replies; the same request always gets the same generation.
+
+    A reply is the agent's entry in `replies`, else an echo of the question: the opening paragraph of the last user
+    message, where `agents.prompts` puts it (the whole message would double the history with every step). As with a model,
+    a reply ends before a stop string, and a continued reply goes on behind the stop string where it was cut.
+    """
+
+    def __init__(self, options: ScriptedOptions) -> None:
+        self._options = options
+        self._closed = asyncio.Event()
+        self.in_flight = 0
+        """Requests that are being answered now."""
+        self.peak_in_flight = 0
+        """Most requests that were being answered at one time."""
+
+    @property
+    def label(self) -> str:
+        """Return `scripted`."""
+        return "scripted"
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Generate one continuation. Raises EngineError for an agent that is set to fail and after `close`."""
+        async with aclosing(self.stream(request)) as items:
+            async for item in items:
+                if isinstance(item, Generation):
+                    return item
+        raise AssertionError("stream ends with a generation")
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TextDelta | Generation, None]:
+        """Yield the reply in up to four pieces, the delay spread over them, then the generation."""
+        started = time.perf_counter()
+        self.in_flight += 1
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        try:
+            if request.agent in self._options.failing:
+                raise EngineError(f"agent {request.agent!r}: scripted to fail (engine_kwargs.failing); remove it there")
+            generation = self._generation(request)
+            size = max(1, math.ceil(len(generation.text) / _MAX_DELTAS))
+            pieces = [generation.text[i : i + size] for i in range(0, len(generation.text), size)] or [""]
+            delay_s = self._options.delays_ms.get(request.agent, self._options.delay_ms) / 1e3
+            for piece in pieces:
+                await self._wait(delay_s / len(pieces))
+                if piece:
+                    yield TextDelta(text=piece)
+            yield replace(generation, engine_ms=(time.perf_counter() - started) * 1e3)
+        finally:
+            self.in_flight -= 1
+
+    async def close(self) -> None:
+        """Refuse new requests and fail those in flight with EngineError."""
+        self._closed.set()
+
+    async def _wait(self, delay_s: float) -> None:
+        if delay_s > 0:
+            try:
+                async with asyncio.timeout(delay_s):
+                    await self._closed.wait()
+            except TimeoutError:
+                return
+        if self._closed.is_set():
+            raise EngineError("scripted engine: closed; build a new one")
+
+    def _generation(self, request: GenerationRequest) -> Generation:
+        query = _question(request)
+        text = _continuation(self._options.replies.get(request.agent, "{query}").replace("{query}", query), request)
+        tokens = min(self._options.tokens, request.sampling.max_tokens)
+        text = text[: len(text) * tokens // self._options.tokens]
+        mean_nats = self._options.entropies_nats.get(request.agent)
+        if mean_nats is None:
+            mean_nats = _MIN_NATS + (_MAX_NATS - _MIN_NATS) * _fraction(request.agent, query)
+        # Token entropies alternate between half and one and a half of the mean; an odd one out is the mean itself.
+        swings = tokens // 2 * 2
+        return Generation(
+            text=text,
+            finish_reason="stop" if tokens == self._options.tokens else "length",
+            entropy_sum_nats=mean_nats * tokens,
+            entropy_sq_sum=mean_nats**2 * (tokens + 0.25 * swings),
+            entropy_tokens=tokens,
+            prompt_tokens=sum(len(message.content.split()) for message in request.messages),
+            completion_tokens=tokens,
+        )
+
+
+def _question(request: GenerationRequest) -> str:
+    """Return the opening paragraph of the last user message."""
+    last = next((message.content for message in reversed(request.messages) if message.role == "user"), "")
+    return last.strip().partition("\n\n")[0]
+
+
+def _continuation(reply: str, request: GenerationRequest) -> str:
+    """Return the part of a reply that this request asks for: before the first stop string, or behind those already met."""
+    stops = [stop for stop in request.sampling.stop if stop]
+    if not stops:
+        return reply
+    begun = request.messages[-1].content if request.messages and request.messages[-1].role == "assistant" else ""
+    parts = re.split("|".join(re.escape(stop) for stop in stops), reply)
+    met = sum(begun.count(stop) for stop in stops)
+    return parts[met] if met < len(parts) else ""
+
+
+def _fraction(*texts: str) -> float:
+    """Return a number in [0, 1) that depends on the texts alone."""
+    digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48

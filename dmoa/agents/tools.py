@@ -1,0 +1,305 @@
+"""Tools that an agent may use in the middle of a reply: a calculator, and search over a local corpus.
+
+A model calls a tool by writing `<calculator>12*7</calculator>`. The closing tag is a stop string, so generation ends
+there; the agent runs the tool, appends the result and lets the model go on. Tools never raise: what went wrong is their
+result, for the model to read. The calculator evaluates with simpleeval, search ranks with bm25s (this is their home).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from simpleeval import InvalidExpression, SimpleEval
+
+from dmoa.errors import ConfigError
+
+MAX_EXPRESSION_CHARS = 400
+MAX_RESULT_DIGITS = 100
+_MAX_POWER_BITS = 4096
+_MAX_ROUND_DIGITS = 15
+_MAX_PASSAGES = 3
+_MAX_PASSAGE_CHARS = 500
+
+
+class Tool(Protocol):
+    """Something that turns the text of a call into the text of a result."""
+
+    @property
+    def name(self) -> str:
+        """The tag that calls it, as in the pool's `tools`."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """One sentence for the prompt: when and how to call it."""
+        ...
+
+    async def run(self, argument: str) -> str:
+        """Return the result, or one line that begins with `error:`. Never raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call found in a reply."""
+
+    tool: str
+    argument: str
+    before: str
+    """The reply up to the call's closing tag: `before + result_text(...)` is where the model goes on."""
+
+
+class Calculator:
+    """Arithmetic on numbers: + - * / // % **, parentheses, a few functions, pi and e."""
+
+    name = "calculator"
+    description = "To calculate, write <calculator>12*7</calculator>; the result follows."
+
+    async def run(self, argument: str) -> str:
+        """Return the value, or `error: ...`. Whole numbers stay exact; others have up to 12 digits."""
+        try:
+            return _format(_evaluate(_normalise(argument)))
+        except (InvalidExpression, SyntaxError, ArithmeticError, ValueError, TypeError, RecursionError, MemoryError) as error:
+            reason = "division by zero" if isinstance(error, ZeroDivisionError) else str(error) or type(error).__name__
+            return f"error: {' '.join(reason.split())[:160]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """A piece of a corpus."""
+
+    title: str
+    text: str
+
+
+class SearchBackend(Protocol):
+    """Finds passages for a query, wherever the corpus lies."""
+
+    async def search(self, query: str, k: int) -> list[Passage]:
+        """Return at most k passages, the best first; empty where nothing matches."""
+        ...
+
+
+class Search:
+    """Search over a corpus; without one it says so."""
+
+    name = "search"
+    description = "To look up facts, write <search>words to look for</search>; passages follow."
+
+    def __init__(self, backend: SearchBackend | None) -> None:
+        self._backend = backend
+
+    async def run(self, argument: str) -> str:
+        """Return the best passages, a line each, or `error: ...`."""
+        if self._backend is None:
+            return "error: this pool has no search corpus"
+        if not argument.strip():
+            return "error: write the words to look for between the tags"
+        passages = await self._backend.search(argument, _MAX_PASSAGES)
+        if not passages:
+            return "no passage matches"
+        return "\n".join(f"[{p.title}] {' '.join(p.text.split())[:_MAX_PASSAGE_CHARS]}" for p in passages)
+
+
+class Bm25Corpus:
+    """A corpus in memory, ranked by BM25 (Lucene's variant, English stop words). Implements `SearchBackend`."""
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        """Index the passages. Raises ConfigError if there is none with a word in it."""
+        import bm25s
+
+        self._passages = tuple(passages)
+        self._tokenize = bm25s.tokenize
+        words = self._words([f"{p.title} {p.text}" for p in self._passages])
+        if not any(words):
+            raise ConfigError("search corpus: no passage has a word to search by; give at least one with title and text")
+        self._index = bm25s.BM25()
+        self._index.index(words, show_progress=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Bm25Corpus:
+        """Read JSON Lines of {"title", "text"}. Raises ConfigError naming file, line and field."""
+        passages = []
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"search corpus: cannot read {str(path)!r}: {error}; give a JSON Lines file") from error
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                passages.append(_passage(line, f"search corpus: {path}, line {number}"))
+        return cls(passages)
+
+    async def search(self, query: str, k: int) -> list[Passage]:
+        """Return the k passages with the highest BM25 score above 0, ties by their order in the corpus."""
+        words = [word for word in self._words([query])[0] if word in self._index.vocab_dict]
+        if not words:
+            return []
+        score_N = np.asarray(self._index.get_scores(words))  # N passages
+        best = np.argsort(-score_N, kind="stable")[:k]
+        return [self._passages[i] for i in best if score_N[i] > 0]
+
+    def _words(self, texts: list[str]) -> list[list[str]]:
+        words: list[list[str]] = self._tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
+        return words
+
+
+_BUILTIN = (Calculator, Search)
+_TAG = re.compile(f"</?(?:{'|'.join(tool.name for tool in _BUILTIN)})>")
+
+
+def default_tools(corpus: str | Path | None = None) -> dict[str, Tool]:
+    """Return every tool by name; `corpus` is a JSON Lines file for search. Raises ConfigError for a bad corpus."""
+    tools: tuple[Tool, ...] = (Calculator(), Search(Bm25Corpus.load(corpus) if corpus is not None else None))
+    return {tool.name: tool for tool in tools}
+
+
+def instructions(tools: Iterable[str]) -> str:
+    """Return what an agent's prompt says about the named tools: one short sentence each."""
+    wanted = set(tools)
+    return " ".join(tool.description for tool in _BUILTIN if tool.name in wanted)
+
+
+def stop_strings(tools: Iterable[str]) -> tuple[str, ...]:
+    """Return the closing tags of the named tools: where generation must stop."""
+    return tuple(f"</{name}>" for name in tools)
+
+
+def find_call(text: str, tools: Collection[str]) -> ToolCall | None:
+    """Return the first call in a reply that has no result yet, None if there is none.
+
+    A call without its closing tag at the end of the text counts: engines drop the stop string that they stopped at.
+    """
+    if not tools:
+        return None
+    names = "|".join(re.escape(name) for name in tools)
+    for match in re.finditer(rf"<({names})>(.*?)(</\1>|\Z)", text, re.DOTALL):
+        is_answered = match[3] and text.startswith(_RESULT, match.end())
+        if not is_answered:
+            return ToolCall(tool=match[1], argument=match[2].strip(), before=text[: match.end(2)])
+    return None
+
+
+_RESULT = " = "
+
+
+def result_text(call: ToolCall, result: str) -> str:
+    """Return how a reply goes on behind `call.before`: closing tag, result, new line. Tags in the result are dropped."""
+    return f"</{call.tool}>{_RESULT}{_TAG.sub('', result)}\n"
+
+
+def _passage(line: str, where: str) -> Passage:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not JSON: {error}; write one object with title and text per line") from error
+    for field in ("title", "text"):
+        seen = row.get(field) if isinstance(row, dict) else row
+        if not isinstance(seen, str):
+            raise ConfigError(f"{where}: {field} is {str(seen)[:80]!r}, must be a text; write an object with title and text")
+    return Passage(title=row["title"], text=row["text"])
+
+
+def _root(x: float) -> float:
+    return math.isqrt(x) if isinstance(x, int) and x >= 0 and math.isqrt(x) ** 2 == x else math.sqrt(x)
+
+
+def _round(x: float, digits: int = 0) -> float:
+    if abs(digits) > _MAX_ROUND_DIGITS:
+        raise ValueError(f"round to at most {_MAX_ROUND_DIGITS} digits")
+    return round(x, digits) if digits > 0 else int(round(x, digits))
+
+
+def _divide(a: float, b: float) -> float:
+    """Divide; whole numbers that divide evenly give a whole number."""
+    return a // b if isinstance(a, int) and isinstance(b, int) and a % b == 0 else a / b
+
+
+def _power(a: float, b: float) -> float:
+    if isinstance(a, int) and isinstance(b, int) and b > 0 and a.bit_length() * b > _MAX_POWER_BITS:
+        raise ValueError("the power is too large")
+    result = a**b
+    if isinstance(result, complex):
+        raise ValueError("the power is not a real number")
+    return float(result) if isinstance(result, float) else int(result)
+
+
+_FUNCTIONS: dict[str, Callable[..., float]] = {
+    "abs": abs,
+    "min": min,
+    "max": max,
+    "round": _round,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "sqrt": _root,
+    "log": math.log,
+    "log10": math.log10,
+    "exp": math.exp,
+    "sin": math.sin,
+    "cos": math.cos,
+    "tan": math.tan,
+}
+_NAMES = {"pi": math.pi, "e": math.e}
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Div: _divide,
+    ast.FloorDiv: lambda a, b: a // b,
+    ast.Mod: lambda a, b: a % b,
+    ast.Pow: _power,
+    ast.USub: lambda a: -a,
+    ast.UAdd: lambda a: +a,
+}
+_NODES = (ast.Expr, ast.UnaryOp, ast.BinOp, ast.Call, ast.Name, ast.Constant)
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_NAME = "|".join(sorted([*_FUNCTIONS, *_NAMES], key=len, reverse=True))
+_TOKENS = re.compile(rf"(?:{_NUMBER}(?![\w.])|(?:{_NAME})(?!\w)|[-+*/%(), ])+")
+_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "^": "**", "$": "", "€": "", "£": ""})  # noqa: RUF001
+
+
+def _normalise(argument: str) -> str:
+    """Turn what models write into a Python expression of numbers, operators and known names. Raises ValueError.
+
+    `1,200` is a number, unless a function is called: there a comma separates its arguments.
+    """
+    if len(argument) > MAX_EXPRESSION_CHARS:
+        raise ValueError(f"the expression has {len(argument)} characters, at most {MAX_EXPRESSION_CHARS} are allowed")
+    text = " ".join(argument.translate(_SIGNS).split()).rstrip("=? ")
+    text = re.sub(r"(?<=[\d)])\s*[xX]\s*(?=[\d(.])", "*", text)
+    if not re.search(r"[a-z]\(", text):
+        text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", ""), text)
+    text = re.sub(r"(?<![\w.])0+(?=\d)", "", text)
+    if not text:
+        raise ValueError("write an expression between the tags, such as 12*7")
+    if not text.isascii() or not _TOKENS.fullmatch(text):
+        raise ValueError(f"only numbers, + - * / // % **, parentheses, {', '.join([*_FUNCTIONS, *_NAMES])} are allowed")
+    return text
+
+
+def _evaluate(expression: str) -> float:
+    evaluator = SimpleEval(operators=_OPERATORS, functions=_FUNCTIONS, names=_NAMES)
+    evaluator.nodes = {node: handler for node, handler in evaluator.nodes.items() if node in _NODES}
+    value = evaluator.eval(expression)
+    if not isinstance(value, int | float):
+        raise TypeError("the expression has no number as its value")
+    return value
+
+
+def _format(value: float) -> str:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise OverflowError("the result is too large")
+        if not value.is_integer() or abs(value) >= 1e15:
+            return f"{value:.12g}"
+        value = int(value)
+    if abs(value) >= 10**MAX_RESULT_DIGITS:
+        raise OverflowError(f"the result has more than {MAX_RESULT_DIGITS} digits")
+    return str(value)
