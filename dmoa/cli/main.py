@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from dmoa import __version__
-from dmoa.cli import run
+from dmoa.cli import bench, chat, doctor, info, run, serve
 from dmoa.cli.options import fail
 from dmoa.errors import DmoaError
 
@@ -57,6 +57,12 @@ def _root(
 
 
 app.command("run")(run.run)
+app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
+app.command("policies")(info.policies)
+app.command("schema")(info.schema)
+app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 
 
 def main() -> None:

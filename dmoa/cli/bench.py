@@ -1,0 +1,94 @@
+"""`dmoa bench`: measured figures beside the bars they must reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dmoa.cli.options import EXIT_FAILED, Common, refuse_together, with_common
+from dmoa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dmoa.bench.measure import BenchResult
+
+_HOMES = {
+    "P1": "dmoa.bench.gate_bench",
+    "P3": "dmoa.bench.serving_bench",
+    "P4": "dmoa.bench.serving_bench",
+    "P8": "dmoa.bench.engine_bench",
+    "P17": "dmoa.bench.serving_bench",
+    "P18": "dmoa.bench.engine_bench",
+    "growth": "dmoa.bench.serving_bench",
+}
+"""Metric -> the module that measures it, imported when asked for."""
+_ALONE = "dmoa.bench.gate_bench"
+"""The module with a single metric: its `run` takes no ids."""
+
+
+@with_common
+def bench(
+    common: Common,
+    only: Annotated[str | None, typer.Option("--only", metavar="P1,P3", help=f"Some of {', '.join(_HOMES)} [all].")] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, metavar="N", help="Rounds of each measurement [each bench's own].")
+    ] = None,
+) -> None:
+    """Measure and compare with the bars; exit 1 if a bar is missed.
+
+    \b
+    dmoa bench --only P1
+    dmoa bench --only P1,P3,P4,P8,P17 --json out/bench.json
+    """
+    refuse_together({"--config": common.config, "--set": common.overrides}, "on benches, which bring their own pools")
+    from dmoa.bench.measure import BenchReport, machine
+
+    results: list[BenchResult] = []
+    for module, ids in group(only).items():
+        common.say(f"measuring {', '.join(ids)}")
+        found = _measure(module, ids, rounds)
+        results += found
+        for result in found:
+            common.say(f"{result.id}: {result.value:.4g} {result.unit}")
+    show(results)
+    report = BenchReport(machine=machine(), results=results)
+    common.write_json(report.model_dump(mode="json"))
+    if any(result.passed is False for result in results):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def group(only: str | None) -> dict[str, list[str]]:
+    """Return the metrics that were asked for, by the module that measures them. Raises ConfigError for unknown ones."""
+    asked = [name.strip() for name in only.split(",") if name.strip()] if only is not None else list(_HOMES)
+    unknown = [name for name in asked if name not in _HOMES]
+    if unknown or not asked:
+        seen = ", ".join(unknown) or repr(only)
+        raise ConfigError(f"--only: value seen: {seen}; allowed: {', '.join(_HOMES)}, separated by commas")
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(asked):
+        groups.setdefault(_HOMES[name], []).append(name)
+    return groups
+
+
+def _measure(module: str, ids: Sequence[str], rounds: int | None) -> list[BenchResult]:
+    run: Callable[..., list[BenchResult]] = import_module(module).run
+    more = {} if rounds is None else {"rounds": rounds}
+    return run(**more) if module == _ALONE else run(ids, **more)
+
+
+def show(results: Sequence[BenchResult]) -> None:
+    """Print the results as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("id", "value", "spread", "bar", "passed", "engine", "note"):
+        table.add_column(name, overflow="fold", justify="right" if name in ("value", "spread") else "left")
+    for result in results:
+        passed = {True: "yes", False: "NO", None: ""}[result.passed]
+        spread = f"{result.low:.4g}..{result.high:.4g} ({result.rounds})"
+        table.add_row(result.id, f"{result.value:.4g} {result.unit}", spread, result.bar, passed, result.engine, result.note)
+    console = Console(highlight=False, markup=False)
+    (console if console.is_terminal else Console(highlight=False, markup=False, width=160)).print(table)

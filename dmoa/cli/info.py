@@ -1,0 +1,58 @@
+"""`dmoa policies` and `dmoa schema`: what names a user may give, and the shape of every file that dmoa writes."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel
+
+from dmoa.cli.options import Common, with_common
+from dmoa.errors import ConfigError
+
+_SCHEMAS = {
+    "pool": ("dmoa.config", "Config"),
+    "reply": ("dmoa.reply", "ReplyDmoa"),
+    "trace": ("dmoa.trace", "Trace"),
+    "checkpoint": ("dmoa.checkpoint", "Checkpoint"),
+    "bench": ("dmoa.bench.measure", "BenchReport"),
+}
+"""Name of a contract -> module and record that define it; imported when asked for."""
+
+
+@with_common
+def policies(common: Common) -> None:
+    """List the policies: who is asked when.
+
+    \b
+    dmoa policies
+    dmoa run "What is 12 + 7?" --policy single
+    """
+    from dmoa.policies.registry import POLICIES
+
+    width = max(map(len, POLICIES))
+    for entry in POLICIES.values():
+        typer.echo(f"{entry.name:<{width}}  {entry.summary}")
+    common.write_json([{"name": entry.name, "summary": entry.summary} for entry in POLICIES.values()])
+
+
+@with_common
+def schema(
+    common: Common,
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(_SCHEMAS)}.", show_default=False)],
+) -> None:
+    """Print the JSON Schema of a file or reply, made from the code's own records.
+
+    \b
+    dmoa schema pool       the pool file
+    dmoa schema reply      the `dmoa` object of a reply
+    """
+    if name not in _SCHEMAS:
+        raise ConfigError(f"NAME: value seen: {name!r}; allowed: {', '.join(_SCHEMAS)}; name one of them")
+    module, record = _SCHEMAS[name]
+    found: type[BaseModel] = getattr(import_module(module), record)
+    tree = {"$schema": "https://json-schema.org/draft/2020-12/schema", **found.model_json_schema()}
+    typer.echo(json.dumps(tree, indent=2))
+    common.write_json(tree)

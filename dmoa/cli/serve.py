@@ -1,0 +1,86 @@
+"""`dmoa serve`: the swarm on Ray Serve behind an OpenAI-compatible URL, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dmoa.cli.options import CheckpointOption, Common, with_common
+from dmoa.cli.show import untrained_note
+
+if TYPE_CHECKING:
+    from dmoa.serving.launch import Launched
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", metavar="RAY", envvar="RAY_ADDRESS", help="Join this Ray cluster (auto, HOST:PORT), start none."),
+]
+
+
+@with_common
+def serve(
+    common: Common,
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on [server.host of the pool].")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port [server.port of the pool].")] = None,
+    address: AddressOption = None,
+    checkpoint: CheckpointOption = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow a host that others can reach without API keys (DMOA_API_KEYS).")
+    ] = False,
+    app: Annotated[str, typer.Option("--app", metavar="NAME", help="Name of the Serve application.")] = "dmoa",
+) -> None:
+    """Serve the swarm over HTTP until Ctrl-C; every OpenAI client can talk to it.
+
+    \b
+    dmoa serve --port 8000
+    dmoa serve --config pool.yaml --address auto
+    DMOA_API_KEYS=secret dmoa serve --host 0.0.0.0
+    """
+    from dmoa.serving.launch import launch, stop
+
+    config = common.load(checkpoint)
+    launched: Launched | None = None
+    _end_on_sigterm()
+    common.say(f"starting pool {config.name} on Ray; the first start also fetches and loads its models")
+    try:
+        launched = launch(config, host=host, port=port, address=address, app=app, insecure=insecure)
+        _end_on_sigterm()
+        _announce(common, launched)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        common.say("stopping")
+    finally:
+        if launched is not None:
+            stop(app, end_ray=launched.started_ray)
+        elif address is None and ray_is_up():
+            stop(app, end_ray=True)
+
+
+def _end_on_sigterm() -> None:
+    """Let SIGTERM end the command as Ctrl-C does. Called again after the launch, because `ray.init` sets its own handler."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def ray_is_up() -> bool:
+    """Say whether this process is connected to a Ray."""
+    import ray
+
+    return bool(ray.is_initialized())
+
+
+def _announce(common: Common, launched: Launched) -> None:
+    typer.echo(f"dmoa: ready at {launched.url} (pool {launched.pool}, gate {launched.gate_version})")
+    note = untrained_note(launched.gate_version)
+    if note:
+        typer.echo(f"dmoa: {note}", err=True)
+    common.write_json(
+        {
+            "url": launched.url,
+            "pool": launched.pool,
+            "gate_version": launched.gate_version,
+            "untrained": note is not None,
+        }
+    )
