@@ -56,19 +56,23 @@ class EventStream(Response):
 
     def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
         self.events = events
+        self._is_started = False
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_gone(receive, self._send_all(send))
+        try:
+            await until_gone(receive, self._send_all(send))
+        except ClientDisconnect:
+            if not self._is_started:
+                raise
 
     async def _send_all(self, send: Send) -> None:
-        is_started = False
         async with aclosing(self.events) as events:
             async for event in events:
-                if not is_started:
+                if not self._is_started:
+                    self._is_started = True
                     await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                    is_started = True
                 if event:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})

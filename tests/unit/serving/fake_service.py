@@ -117,7 +117,7 @@ class FakeService:
                     await self.release.wait()
                 yield item
         except (asyncio.CancelledError, GeneratorExit):
-            self.cancelled += 1
+            self.cancelled += item is not items[-1]  # whoever has the Answer may stop reading
             raise
         finally:
             self.running -= 1

@@ -1,0 +1,61 @@
+"""API keys: hashed, compared whole, and demanded where others can reach the server."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from dmoa.errors import ConfigError, RequestError
+from dmoa.serving.auth import check_exposure, hash_keys, identify
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("value", "keys"), [("", []), ("a", ["a"]), (" a , b,,a ", ["a", "b"]), ("sk-äö", ["sk-äö"])])
+def test_keys_are_kept_as_hashes_without_doubles(value: str, keys: list[str]) -> None:
+    assert hash_keys({"DMOA_API_KEYS": value}) == tuple(digest(key) for key in keys)
+
+
+def test_no_variable_means_no_keys() -> None:
+    assert hash_keys({}) == ()
+
+
+@pytest.mark.parametrize("value", [",", " ", " , "])
+def test_a_variable_without_a_key_is_a_mistake(value: str) -> None:
+    with pytest.raises(ConfigError, match="DMOA_API_KEYS: set, but holds no key"):
+        hash_keys({"DMOA_API_KEYS": value})
+
+
+def test_the_owner_is_the_hash_of_the_key_that_was_sent() -> None:
+    hashes = hash_keys({"DMOA_API_KEYS": "one,two,sk-äö"})
+    assert identify([(b"Authorization", b"Bearer two")], hashes) == digest("two")
+    assert identify([(b"authorization", "Bearer sk-äö".encode())], hashes) == digest("sk-äö")
+    assert identify([], ()) == ""
+    assert identify([(b"authorization", b"Bearer any")], ()) == ""
+
+
+@pytest.mark.parametrize(
+    "headers", [[], [(b"authorization", b"Bearer on")], [(b"authorization", b"two")], [(b"x-api-key", b"two")]]
+)
+def test_anything_else_is_401(headers: list[tuple[bytes, bytes]]) -> None:
+    with pytest.raises(RequestError) as caught:
+        identify(headers, hash_keys({"DMOA_API_KEYS": "one,two"}))
+    assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    check_exposure(host, (), insecure=False)
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "", "10.0.0.4", "example.org", "localhost.example.org", "127.0.0.1.example.org"]
+)
+def test_other_hosts_need_keys_or_an_operator_who_insists(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"server\.host: value seen: .*DMOA_API_KEYS, or pass --insecure"):
+        check_exposure(host, (), insecure=False)
+    check_exposure(host, (digest("a"),), insecure=False)
+    check_exposure(host, (), insecure=True)

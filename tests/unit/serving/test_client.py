@@ -1,0 +1,100 @@
+"""The client of a running server: what goes in and out, and dmoa's own errors in place of statuses."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import httpx2
+import pytest
+from fake_service import AGENTS, FakeService, make_app
+from openai import DefaultAsyncHttpxClient
+
+from dmoa.errors import DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
+from dmoa.reply import ReplyDmoa
+from dmoa.serving.auth import hash_keys
+from dmoa.serving.client import RemoteReply, StepLine, SwarmClient
+from dmoa.types import Message, TextDelta
+
+HI = (Message(role="user", content="What is 12 + 7?"),)
+
+
+def client_of(service: FakeService, *, api_key: str = "", **options: Any) -> SwarmClient:
+    """A client of an app over the service, without sockets."""
+    transport = httpx2.ASGITransport(make_app(service, **options))
+    return SwarmClient("http://test/v1/", api_key=api_key, http_client=DefaultAsyncHttpxClient(transport=transport))
+
+
+async def test_ask_returns_text_usage_and_a_dmoa_object_of_the_schema() -> None:
+    service = FakeService()
+    async with client_of(service) as client:
+        reply = await client.ask(HI, dmoa={"max_steps": 2, "trace": True}, sampling={"temperature": 0.5, "max_tokens": 9})
+    assert (reply.text, reply.finish_reason, reply.model) == ("The answer is 19.", "stop", "tiny")
+    assert reply.usage["total_tokens"] == 70
+    assert ReplyDmoa.model_validate(reply.dmoa).steps[1].summary == "19"
+    query, policy, agent = service.asked[0]
+    assert (query.limits.max_steps, query.sampling, policy, agent) == (2, {"temperature": 0.5, "max_tokens": 9}, "dmoa", None)
+
+
+async def test_stream_gives_steps_then_pieces_then_the_same_reply() -> None:
+    async with client_of(FakeService(deltas=("The answer ", "is 19."))) as client:
+        whole = await client.ask(HI, model="tiny/single")
+        events = [event async for event in client.stream(HI, model="tiny/single")]
+    assert [type(event) for event in events] == [StepLine, StepLine, TextDelta, TextDelta, RemoteReply]
+    reply = events[-1]
+    assert isinstance(reply, RemoteReply)
+    assert (reply.text, reply.finish_reason, reply.model, reply.usage) == (whole.text, "stop", "tiny/single", whole.usage)
+    assert reply.dmoa | {"trace_id": ""} == whole.dmoa | {"trace_id": ""}
+
+
+async def test_models_readiness_and_traces() -> None:
+    service = FakeService()
+    hashes = hash_keys({"DMOA_API_KEYS": "k"})
+    async with client_of(service, api_key="k", keys=hashes) as client:
+        assert await client.models() == ["tiny", "tiny/dmoa", "tiny/single", *AGENTS]
+        assert await client.ready() == dict.fromkeys(AGENTS, "up")
+        service.states = {"adder": "restarting"}
+        assert await client.ready() == {"adder": "restarting"}
+        reply = await client.ask(HI)
+        assert (await client.trace(reply.dmoa["trace_id"]))["key_hash"] == hashes[0]
+        with pytest.raises(RequestError, match="no trace of that id"):
+            await client.trace("nope")
+
+
+@pytest.mark.parametrize("error", [NoAgentError("all gone"), EmptyAnswerError("all empty"), DeadlineError("too late")])
+@pytest.mark.parametrize("error_at", [0, 1])
+async def test_the_swarms_errors_arrive_as_themselves(error: DmoaError, error_at: int) -> None:
+    async with client_of(FakeService(error=error, error_at=error_at)) as client:
+        with pytest.raises(type(error), match=f"http://test: {error}"):
+            await client.ask(HI)
+        with pytest.raises(type(error), match=f"http://test: {error}"):
+            [event async for event in client.stream(HI)]
+
+
+async def test_refusals_name_the_field() -> None:
+    async with client_of(FakeService()) as client:
+        with pytest.raises(RequestError) as caught:
+            await client.ask(HI, dmoa={"policy": "nope"})
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, "dmoa.policy", "unknown_policy")
+
+
+async def test_a_wrong_key_is_a_refusal() -> None:
+    async with client_of(FakeService(), api_key="no", keys=hash_keys({"DMOA_API_KEYS": "k"})) as client:
+        with pytest.raises(RequestError) as caught:
+            await client.ask(HI)
+    assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
+
+
+async def test_a_surprise_is_no_category() -> None:
+    async with client_of(FakeService(error=KeyError("x"))) as client:
+        with pytest.raises(DmoaError, match="unexpected error") as caught:
+            await client.ask(HI)
+    assert type(caught.value) is DmoaError
+
+
+async def test_no_server_is_said_in_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        async with SwarmClient(f"http://127.0.0.1:{taken.getsockname()[1]}") as client:
+            with pytest.raises(DmoaError, match=r"cannot be reached .* is the server running there"):
+                await client.ask(HI)
