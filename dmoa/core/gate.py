@@ -19,9 +19,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dmoa.config import GateConfig, describe
+from dmoa.config import GateConfig
 from dmoa.core.inputs import FEEDBACK_FEATURES
 from dmoa.errors import CheckpointError, ConfigError
+from dmoa.explain import describe
 
 Rule = Literal["top_mass", "fixed", "effective_count"]
 

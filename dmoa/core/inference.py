@@ -11,14 +11,14 @@ that equal rows give equal bits; where they do not, every row is multiplied by i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dmoa.core.gate import Gate
+from dmoa.core.threads import one_thread
 from dmoa.types import FloatArray
 
 _LANES = 16
@@ -27,17 +27,6 @@ _NUM_PROBES = 4
 
 Product = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """Writes x_BK @ weight_KN + bias_N to out_BN: (x_BK, weight_KN, bias_N, out_BN)."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread in this block. The setting is the calling thread's own: others keep theirs."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def product_together(x_BK: Tensor, weight_KN: Tensor, bias_N: Tensor, out_BN: Tensor) -> None:
