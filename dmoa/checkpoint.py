@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dmoa.config import describe
 from dmoa.core.gate import Gate, GateSpec, weights_version
 from dmoa.errors import CheckpointError
+from dmoa.explain import describe
 from dmoa.types import UNTRAINED
 
 SCHEMA_VERSION = 1

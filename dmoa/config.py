@@ -10,22 +10,40 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dmoa.errors import ConfigError
+from dmoa.explain import describe, short
 from dmoa.types import Sampling
+from dmoa.yaml_tree import parse, set_value
 
-_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def _check_name(value: str) -> str:
-    if not _NAME.match(value):
+    if not _NAME.fullmatch(value):
         raise ValueError("allowed are 1-64 lower case letters, digits, '-', '_', '.', the first a letter or digit")
     return value
 
 
+def _check_adapter(value: str) -> str:
+    if not re.fullmatch(r"(builtin|path):.+", value):
+        raise ValueError("allowed are builtin:NAME, path:DIR or null")
+    return value
+
+
 Name = Annotated[str, AfterValidator(_check_name)]
+AdapterSource = Annotated[str, AfterValidator(_check_adapter)]
+"""builtin:NAME or path:DIR."""
 ToolName = Literal["calculator", "search"]
 SUMMARIZER = "summarizer"
 """Name under which the `llm` summarizer is called; no agent may have it."""
@@ -34,7 +52,7 @@ SUMMARIZER = "summarizer"
 class Node(BaseModel):
     """Base of every configuration record: frozen, unknown keys refused, fields documented in place."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class SamplingConfig(Node):
@@ -46,7 +64,7 @@ class SamplingConfig(Node):
     """Probability mass kept by nucleus sampling."""
     max_tokens: int = Field(default=96, ge=1, le=131072)
     """Most new tokens of one reply."""
-    stop: tuple[str, ...] = Field(default=(), max_length=8)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), max_length=8)
     """Texts that end a reply."""
 
     def to_sampling(self) -> Sampling:
@@ -92,7 +110,7 @@ class ScriptedOptions(Node):
 
     delay_ms: float = Field(default=0.0, ge=0.0)
     """How long every reply takes."""
-    delays_ms: dict[str, float] = Field(default_factory=dict)
+    delays_ms: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Delay by agent name, over `delay_ms`."""
     replies: dict[str, str] = Field(default_factory=dict)
     """Reply by agent name; `{query}` in it stands for the last user message. Others echo."""
@@ -100,7 +118,7 @@ class ScriptedOptions(Node):
     """Agents whose every call fails."""
     tokens: int = Field(default=8, ge=1)
     """Completion tokens that every reply claims."""
-    entropies_nats: dict[str, float] = Field(default_factory=dict)
+    entropies_nats: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Mean entropy by agent name; others get one from the hash of agent and query."""
 
 
@@ -119,7 +137,7 @@ _OPTIONS: dict[str, type[TransformersOptions] | type[ScriptedOptions] | type[Vll
     "scripted": ScriptedOptions,
     "vllm": VllmOptions,
 }
-_MODEL = re.compile(r"^(embedded|hub|path|s3|scripted):.+$")
+_MODEL = re.compile(r"(embedded|hub|path|s3|scripted):.+")
 
 
 class LlmConfig(Node):
@@ -142,7 +160,7 @@ class LlmConfig(Node):
     @field_validator("model")
     @classmethod
     def _known_source(cls, value: str) -> str:
-        if not _MODEL.match(value):
+        if not _MODEL.fullmatch(value):
             raise ValueError("allowed are embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://..., scripted:NAME")
         return value
 
@@ -150,7 +168,10 @@ class LlmConfig(Node):
     def _typed_options(self) -> Self:
         if self.engine not in _OPTIONS:
             raise ValueError(f"engine {self.engine!r} is not supported by this version; allowed: {', '.join(_OPTIONS)}")
-        _ = self.options
+        try:
+            _ = self.options
+        except ValidationError as error:
+            raise ValueError(f"engine_kwargs: {describe(error, _OPTIONS[self.engine])}") from None
         return self
 
     @property
@@ -165,8 +186,8 @@ class AgentConfig(Node):
     name: Name
     llm: Name
     """Key under `llms`."""
-    adapter: str | None = None
-    """builtin:NAME, path:DIR, or None for the base model."""
+    adapter: AdapterSource | None = None
+    """None for the base model."""
     profile: str = Field(min_length=1, max_length=4000)
     """The role, in a sentence or two: prompt and, for the `profile` head, the agent's own embedding."""
     tools: tuple[ToolName, ...] = ()
@@ -175,12 +196,12 @@ class AgentConfig(Node):
     """Replicas in dedicated placement."""
     tags: tuple[Name, ...] = ()
 
-    @field_validator("adapter")
-    @classmethod
-    def _known_adapter_source(cls, value: str | None) -> str | None:
-        if value is not None and not re.match(r"^(builtin|path):.+$", value):
-            raise ValueError("allowed are builtin:NAME, path:DIR or null")
-        return value
+
+class ToolsConfig(Node):
+    """What the agents' tools work on."""
+
+    search_corpus: str | None = None
+    """JSON Lines file of {title, text} passages for `search`; it must be readable where the agents run."""
 
 
 class SummarizerConfig(Node):
@@ -189,7 +210,7 @@ class SummarizerConfig(Node):
     mode: Literal["select", "llm"] = "select"
     llm: Name | None = None
     """Key under `llms`; needed in `llm` mode."""
-    adapter: str | None = None
+    adapter: AdapterSource | None = None
     profile: str = Field(default="Merges the agents' work into one correct, complete answer.", min_length=1, max_length=4000)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
@@ -281,6 +302,7 @@ class Config(Node):
     """The model name that clients use."""
     llms: dict[Name, LlmConfig] = Field(min_length=1)
     agents: tuple[AgentConfig, ...] = Field(min_length=1, max_length=4096)
+    tools: ToolsConfig = Field(default_factory=ToolsConfig)
     summarizer: SummarizerConfig = Field(default_factory=SummarizerConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
@@ -292,11 +314,11 @@ class Config(Node):
         seen: set[str] = set()
         for i, agent in enumerate(self.agents):
             if agent.name in seen:
-                raise ValueError(f"agents[{i}].name: {agent.name!r} is taken by an earlier agent; names must differ")
+                raise ValueError(f"agents.{i}.name: {agent.name!r} is taken by an earlier agent; names must differ")
             if agent.name in (self.name, SUMMARIZER):
-                raise ValueError(f"agents[{i}].name: {agent.name!r} is taken by the pool or its summarizer; choose another")
+                raise ValueError(f"agents.{i}.name: {agent.name!r} is taken by the pool or its summarizer; choose another")
             if agent.llm not in self.llms:
-                raise ValueError(f"agents[{i}].llm: {self._undefined(agent.llm)}")
+                raise ValueError(f"agents.{i}.llm: {self._undefined(agent.llm)}")
             seen.add(agent.name)
         llm = self.summarizer.llm
         if llm is not None and llm not in self.llms:
@@ -333,59 +355,15 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
 
 def loads(text: str, *, source: str = "<text>", overrides: tuple[str, ...] | list[str] = ()) -> Config:
     """Build a configuration from YAML text. Raises ConfigError."""
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+    tree = parse(text, source)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: a pool is a mapping with the keys name, llms, agents, ...; this is a {type(tree).__name__}")
+        raise ConfigError(
+            f"{source}: value seen: {short(tree)}; a pool is a mapping with the keys {', '.join(Config.model_fields)}; write one"
+        )
     tree.pop("job", None)
     for override in overrides:
-        _override(tree, override)
+        set_value(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {describe(error)}") from error
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    path, sep, value = override.partition("=")
-    keys = path.split(".")
-    if not sep or not all(keys):
-        raise ConfigError(f"--set {override!r}: write it as a.b=value, such as gate.temperature=0.2")
-    node: Any = tree
-    for key in keys[:-1]:
-        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
-            node = node[int(key)]
-        elif isinstance(node, dict):
-            node = node.setdefault(key, {})
-        else:
-            raise ConfigError(f"--set {override!r}: {key!r} is not a section; list entries are given by their index")
-    last: Any = int(keys[-1]) if isinstance(node, list) and keys[-1].isdigit() else keys[-1]
-    try:
-        node[last] = yaml.safe_load(value)
-    except (TypeError, IndexError, yaml.YAMLError) as error:
-        raise ConfigError(f"--set {override!r}: cannot set {keys[-1]!r} here: {error}") from error
-
-
-def describe(error: ValidationError) -> str:
-    """Turn a pydantic error into one line: every field, the value seen, and what is allowed."""
-    parts = []
-    for item in error.errors(include_url=False):
-        where = ".".join(str(p) for p in item["loc"]) or "config"
-        message = item["msg"].removeprefix("Value error, ")
-        seen = item.get("input")
-        if item["type"] == "extra_forbidden":
-            parts.append(f"{where}: unknown key (value seen: {_short(seen)}); remove it or check its spelling")
-        elif item["type"] == "missing":
-            parts.append(f"{where}: missing; add it")
-        elif isinstance(seen, dict | list | BaseModel):
-            parts.append(message if where == "config" else f"{where}: {message}")
-        else:
-            parts.append(f"{where}: value seen: {_short(seen)}; {message[0].lower() + message[1:]}; change it")
-    return "; ".join(parts)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        raise ConfigError(f"{source}: {describe(error, Config)}") from error

@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dmoa import __version__
-from dmoa.config import describe
 from dmoa.errors import TraceError
+from dmoa.explain import describe
 from dmoa.reply import ReplyDmoa, reply_dmoa
 from dmoa.types import Answer, Query, RouteDecision, RouteRequest, StepRecord
 

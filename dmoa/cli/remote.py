@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from dmoa.cli.local import Wish, check_question
 from dmoa.cli.show import Asked, Screen
-from dmoa.config import describe
 from dmoa.errors import DmoaError, RequestError
+from dmoa.explain import describe
 from dmoa.reply import ReplyDmoa
 from dmoa.trace import Trace
 from dmoa.types import Message, TextDelta
@@ -38,7 +38,7 @@ class RemoteBackend:
 
         messages = [*turns, Message(role="user", content=check_question(question))]
         started = time.perf_counter()
-        async for event in self.client.stream(messages, model=wish.agent, dmoa=_options(wish)):
+        async for event in self.client.stream(messages, model=wish.agent, dmoa=_options(wish), sampling=wish.sampling):
             if isinstance(event, StepLine):
                 screen.remote_line(event.text)
             elif not isinstance(event, TextDelta):

@@ -16,7 +16,7 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "wandb")
 
 # Layers from the bottom up; a module may import from its own layer and from those below it.
 LAYERS: list[tuple[str, ...]] = [
-    ("types", "errors", "protocols"),
+    ("types", "errors", "explain", "yaml_tree", "protocols"),
     ("config", "sandbox"),
     ("core",),
     ("agents", "policies", "orchestrator", "asking", "routing", "checkpoint", "reply", "trace", "replay", "swarm", "tracking"),

@@ -1,0 +1,61 @@
+"""Turns pydantic's errors into one line that a person can act on: field, value seen, what is allowed, what to do.
+
+Used wherever something written by a person or another program is read: configuration, checkpoint, trace, reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+_MAX_CHARS = 80
+
+
+def describe(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """Return every problem of a pydantic error in one line.
+
+    `model` is the record that was being validated: with it an unknown key is answered with the keys that are allowed.
+    """
+    items = error.errors(include_url=False)
+    return "; ".join(_sentence(item, model) for item in items if not _follows_from_others(item, items))
+
+
+def _sentence(item: ErrorDetails, model: type[BaseModel] | None) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{where}: missing; add it"
+    if item["type"] == "extra_forbidden":
+        allowed = f"; allowed: {', '.join(_keys_beside(item['loc'], model))}" if model else ""
+        return f"{where}: unknown key (value seen: {short(item['input'])}){allowed}; remove it or fix its spelling"
+    if item["type"] == "value_error" and isinstance(item["input"], dict | list | BaseModel):
+        # A rule over several fields: its own message names them and their values.
+        return f"{where}: {message}" if where else message
+    message = message[0].lower() + message[1:]
+    return f"{where}: value seen: {short(item['input'])}; {message}; change it"
+
+
+def _follows_from_others(item: ErrorDetails, items: list[ErrorDetails]) -> bool:
+    """Whether a list only counts as too short because its entries were refused."""
+    depth = len(item["loc"])
+    return item["type"] == "too_short" and any(len(o["loc"]) > depth and o["loc"][:depth] == item["loc"] for o in items)
+
+
+def _keys_beside(loc: tuple[int | str, ...], model: Any) -> Iterable[str]:
+    """Return the keys of the record in which the last part of `loc` was found."""
+    for part in loc[:-1]:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[str(part)].annotation
+        else:
+            model = next(arg for arg in get_args(model) if isinstance(arg, type) and issubclass(arg, BaseModel))
+    fields: dict[str, Any] = model.model_fields
+    return fields
+
+
+def short(value: object) -> str:
+    """Return a value as it is shown in a message: at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 3] + "..."

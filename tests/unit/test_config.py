@@ -1,0 +1,333 @@
+"""The configuration tree: what it accepts, and what it says about what it does not."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dmoa
+from dmoa.agents.pool import default_config_path, load_pool
+from dmoa.config import Config, ScriptedOptions, TransformersOptions, load, loads
+from dmoa.errors import ConfigError
+
+ROOT = Path(dmoa.__file__).parent
+REPOSITORY = ROOT.parent
+POOL_FILES = sorted((ROOT / "configs").glob("*.yaml"))
+BASE: dict[str, Any] = {
+    "name": "pool",
+    "llms": {"tiny": {"model": "scripted:tiny", "engine": "scripted"}},
+    "agents": [
+        {"name": "adder", "llm": "tiny", "profile": "Adds."},
+        {"name": "sorter", "llm": "tiny", "profile": "Sorts."},
+    ],
+}
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    """BASE with values set at dotted paths."""
+    result = copy.deepcopy(BASE)
+    for path, value in changes.items():
+        *keys, last = path.split("__")
+        node: Any = result
+        for key in keys:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        node[int(last) if isinstance(node, list) else last] = value
+    return result
+
+
+def refused(text: str, overrides: tuple[str, ...] = ()) -> str:
+    """The one message with which a pool is refused."""
+    with pytest.raises(ConfigError) as caught:
+        loads(text, source="pool.yaml", overrides=overrides)
+    return str(caught.value)
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    config = loads(yaml.safe_dump(BASE))
+    assert config.agent_names == ("adder", "sorter")
+    assert config.agent("sorter").sampling.max_tokens == 96
+    assert (config.summarizer.mode, config.gate.preset, config.gate.head, config.gate.hidden) == (
+        "select",
+        "default",
+        "linear",
+        128,
+    )
+    assert (config.gate.temperature, config.gate.score, config.gate.checkpoint) == (0.1, "raw", None)
+    rule = config.gate.activation
+    assert (rule.rule, rule.mass, rule.cascade, rule.max_agents) == ("top_mass", 0.8, True, 4)
+    limits = config.limits
+    assert (limits.max_steps, limits.budget_tokens, limits.deadline_s, limits.max_queued_requests) == (20, None, None, 64)
+    assert (config.server.host, config.server.port, config.server.max_body_bytes) == ("127.0.0.1", 8000, 1048576)
+    assert config.llms["tiny"].placement == "shared"
+    with pytest.raises(KeyError):
+        config.agent("nobody")
+
+
+UNKNOWN_KEYS = [
+    ("colour", "agents, gate, limits"),
+    ("llms__tiny__colour", "model, engine, placement"),
+    ("llms__tiny__autoscaling__colour", "min_replicas, max_replicas"),
+    ("llms__tiny__engine_kwargs__colour", "delay_ms, delays_ms"),
+    ("agents__1__colour", "name, llm, adapter"),
+    ("agents__1__sampling__colour", "temperature, top_p"),
+    ("agents__1__autoscaling__colour", "min_replicas, max_replicas"),
+    ("tools__colour", "search_corpus"),
+    ("summarizer__colour", "mode, llm, adapter"),
+    ("summarizer__sampling__colour", "temperature, top_p"),
+    ("gate__colour", "preset, head, hidden"),
+    ("gate__activation__colour", "rule, mass"),
+    ("limits__colour", "max_steps, budget_tokens"),
+    ("router__colour", "state_uri, adaptation"),
+    ("server__colour", "host, port"),
+]
+
+
+@pytest.mark.parametrize(("path", "allowed"), UNKNOWN_KEYS, ids=[path for path, _ in UNKNOWN_KEYS])
+def test_unknown_keys_are_refused_at_every_level(path: str, allowed: str) -> None:
+    message = refused(yaml.safe_dump(tree(**{path: 3})))
+    *_, parent, key = ["", *path.split("__")]
+    assert message.startswith("pool.yaml: ")
+    assert key in message
+    assert parent in message
+    assert "unknown key (value seen: 3)" in message
+    assert set(allowed.split(", ")) <= set(message.partition("allowed: ")[2].partition(";")[0].split(", "))
+    assert "remove it or fix its spelling" in message
+    assert "\n" not in message
+
+
+BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"name": "Big Pool"}, ("name: value seen: 'Big Pool'", "allowed are 1-64 lower case", "change it")),
+    ({"name": "pool\n"}, ("name: value seen: 'pool\\n'", "allowed are 1-64 lower case")),
+    ({"name": ["pool"]}, ("name: value seen: ['pool']", "valid string", "change it")),
+    ({"llms": {}}, ("llms: value seen: {}", "at least 1 item")),
+    ({"llms__A b": {"model": "scripted:x", "engine": "scripted"}}, ("llms.A b", "value seen: 'A b'", "allowed are 1-64")),
+    ({"llms__tiny__model": "smollm"}, ("llms.tiny.model: value seen: 'smollm'", "embedded:NAME", "change it")),
+    ({"llms__tiny__engine": "llamacpp"}, ("llms.tiny.engine: value seen: 'llamacpp'", "'transformers'")),
+    ({"llms__tiny__engine": "openai"}, ("llms.tiny", "'openai' is not supported", "allowed: transformers, scripted, vllm")),
+    ({"llms__tiny__max_num_seqs": 0}, ("llms.tiny.max_num_seqs: value seen: 0", "greater than or equal to 1")),
+    ({"llms__tiny__gpus": -1}, ("llms.tiny.gpus: value seen: -1",)),
+    ({"llms__tiny__engine_kwargs": {"tokens": 0}}, ("llms.tiny: engine_kwargs: tokens: value seen: 0",)),
+    ({"llms__tiny__engine_kwargs": {"delays_ms": {"adder": -1}}}, ("delays_ms.adder: value seen: -1",)),
+    ({"llms__tiny__autoscaling": {"min_replicas": 3}}, ("llms.tiny.autoscaling", "max_replicas is 1", "min_replicas 3")),
+    ({"agents": []}, ("agents: value seen: []", "at least 1 item")),
+    ({"agents": {"adder": {}}}, ("agents: value seen: {'adder': {}}", "tuple")),
+    ({"agents__0": "adder"}, ("agents.0: value seen: 'adder'", "change it")),
+    ({"agents__1__name": "adder"}, ("agents.1.name: 'adder' is taken by an earlier agent", "names must differ")),
+    ({"agents__1__name": "pool"}, ("agents.1.name: 'pool' is taken by the pool", "choose another")),
+    ({"agents__1__name": "summarizer"}, ("agents.1.name: 'summarizer' is taken by", "choose another")),
+    ({"agents__1__llm": "huge"}, ("agents.1.llm: 'huge' is not defined", "allowed: tiny", "add it under llms or fix the name")),
+    ({"agents__1__profile": ""}, ("agents.1.profile: value seen: ''", "at least 1 character")),
+    ({"agents__1__tools": ["hammer"]}, ("agents.1.tools.0: value seen: 'hammer'", "'calculator' or 'search'")),
+    ({"agents__1__adapter": "arithmetic"}, ("agents.1.adapter: value seen: 'arithmetic'", "allowed are builtin:NAME")),
+    ({"agents__1__sampling": {"temperature": 2.5}}, ("agents.1.sampling.temperature: value seen: 2.5", "less than or")),
+    ({"agents__1__sampling": {"top_p": 0}}, ("agents.1.sampling.top_p: value seen: 0", "greater than 0")),
+    ({"agents__1__sampling": {"stop": [""]}}, ("agents.1.sampling.stop.0: value seen: ''", "at least 1 character")),
+    ({"agents__1__tags": ["Math"]}, ("agents.1.tags.0: value seen: 'Math'",)),
+    ({"summarizer": {"mode": "llm"}}, ("summarizer: mode 'llm' needs `llm`", "or use mode 'select'")),
+    ({"summarizer": {"mode": "llm", "llm": "huge"}}, ("summarizer.llm: 'huge' is not defined", "allowed: tiny")),
+    ({"summarizer": {"mode": "llm", "llm": "tiny", "adapter": "x"}}, ("summarizer.adapter: value seen: 'x'", "builtin:NAME")),
+    ({"summarizer": {"mode": "vote"}}, ("summarizer.mode: value seen: 'vote'", "'select' or 'llm'")),
+    ({"gate": {"preset": "paper", "head": "profile"}}, ("gate: preset 'paper'", "head is 'profile'", "use head 'linear'")),
+    ({"gate": {"temperature": 0}}, ("gate.temperature: value seen: 0", "greater than 0")),
+    ({"gate": {"temperature": float("nan")}}, ("gate.temperature: value seen: nan", "finite")),
+    ({"gate": {"activation": {"mass": 1.5}}}, ("gate.activation.mass: value seen: 1.5", "less than or equal to 1")),
+    ({"gate": {"activation": {"max_agents": 0}}}, ("gate.activation.max_agents: value seen: 0",)),
+    ({"gate": None}, ("gate: value seen: None",)),
+    ({"limits": {"max_steps": 0}}, ("limits.max_steps: value seen: 0", "greater than or equal to 1")),
+    ({"limits": {"deadline_s": float("inf")}}, ("limits.deadline_s: value seen: inf", "finite")),
+    ({"limits": {1: 2}}, ("limits.1: value seen: 1", "keys should be strings")),
+    ({"router": {"adaptation": "on"}}, ("router.adaptation: value seen: 'on'", "'off'")),
+    ({"server": {"port": 70000}}, ("server.port: value seen: 70000", "less than or equal to 65535")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "parts"), BAD_VALUES, ids=[parts[0] for _, parts in BAD_VALUES])
+def test_a_bad_value_names_field_value_what_is_allowed_and_what_to_do(changes: dict[str, Any], parts: tuple[str, ...]) -> None:
+    message = refused(yaml.safe_dump(tree(**changes)))
+    assert message.startswith("pool.yaml: ")
+    for part in parts:
+        assert part in message
+    assert "\n" not in message
+    assert "errors.pydantic.dev" not in message
+
+
+def test_a_missing_field_is_named() -> None:
+    text = yaml.safe_dump({"name": "pool", "llms": BASE["llms"]})
+    assert refused(text) == "pool.yaml: agents: missing; add it"
+
+
+def test_every_problem_is_named_once() -> None:
+    message = refused(yaml.safe_dump(tree(agents__0__profile="", agents__1__profile="", gate__hidden=0)))
+    assert [message.count(path) for path in ("agents.0.profile:", "agents.1.profile:", "gate.hidden:")] == [1, 1, 1]
+    assert "agents: " not in message  # refused entries do not also make the list too short
+
+
+BAD_TEXTS = [
+    ("a: b: c", "not valid YAML"),
+    ("name: [", "not valid YAML"),
+    ("name: \x00", "not valid YAML"),
+    ("name: 2001-99-99", "not valid YAML: month must be in 1..12"),
+    ("name: 0b_", "not valid YAML"),
+    ("[" * 5000, "not valid YAML"),
+    ("", "value seen: None; a pool is a mapping with the keys name, llms, agents"),
+    ("- name: pool", "value seen: [{'name': 'pool'}]; a pool is a mapping"),
+    ("just words", "value seen: 'just words'; a pool is a mapping"),
+]
+
+
+@pytest.mark.parametrize(("text", "part"), BAD_TEXTS, ids=range(len(BAD_TEXTS)))
+def test_a_text_that_is_no_pool_is_refused(text: str, part: str) -> None:
+    message = refused(text)
+    assert message.startswith("pool.yaml: ")
+    assert part in message
+    assert "\n" not in message
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="cannot read") as caught:
+            load(path)
+        assert str(path) in str(caught.value)
+        assert "give the path of a pool YAML file" in str(caught.value)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match=r"binary\.yaml"):
+        load(tmp_path / "binary.yaml")
+
+
+def test_overrides_set_values_sections_and_list_entries() -> None:
+    overrides = ("gate.temperature=0.5", "agents.1.sampling.stop=[END, STOP]", "limits={max_steps: 3}", "server.host=0.0.0.0")
+    config = loads(yaml.safe_dump(BASE), overrides=overrides)
+    assert config.gate.temperature == 0.5
+    assert config.agents[1].sampling.stop == ("END", "STOP")
+    assert config.agents[0].sampling.stop == ()
+    assert config.limits.max_steps == 3
+    assert config.server.host == "0.0.0.0"
+
+
+def test_an_override_fills_a_section_that_the_file_leaves_empty() -> None:
+    assert loads(yaml.safe_dump(BASE) + "gate:\n", overrides=["gate.hidden=7"]).gate.hidden == 7
+
+
+def test_an_override_changes_one_of_the_sections_that_share_an_alias() -> None:
+    text = yaml.safe_dump(tree(agents=[])).replace("agents: []", "") + (
+        "agents:\n"
+        "  - {name: adder, llm: tiny, profile: Adds., sampling: &s {temperature: 0.1}}\n"
+        "  - {name: sorter, llm: tiny, profile: Sorts., sampling: *s}\n"
+    )
+    config = loads(text, overrides=["agents.0.sampling.temperature=0.9"])
+    assert [agent.sampling.temperature for agent in config.agents] == [0.9, 0.1]
+
+
+BAD_OVERRIDES = [
+    ("gate.temperature", "write it as a.b=value"),
+    ("=3", "write it as a.b=value"),
+    ("gate..hidden=3", "write it as a.b=value"),
+    ("gate.hidden=2001-99-99", "not valid YAML"),
+    ("gate.hidden={", "not valid YAML"),
+    ("name.first=x", "'first' lies under the value 'pool'"),
+    ("gate.hidden.size=x", "gate.hidden"),
+    ("agents.9.llm=tiny", "'9' is no entry of this list; allowed: an index below 2"),
+    ("agents.first.llm=tiny", "'first' is no entry of this list"),
+    ("agents.-1=tiny", "'-1' is no entry of this list"),
+    ("agents.\N{SUPERSCRIPT TWO}=tiny", "is no entry of this list"),
+    ("gate.temperatur=0.1", "gate.temperatur: unknown key (value seen: 0.1)"),
+    ("gate.hidden=0", "gate.hidden: value seen: 0"),
+]
+
+
+@pytest.mark.parametrize(("override", "part"), BAD_OVERRIDES, ids=[o for o, _ in BAD_OVERRIDES])
+def test_a_bad_override_is_refused(override: str, part: str) -> None:
+    assert part in refused(yaml.safe_dump(tree(gate__hidden=8)), (override,))
+
+
+def test_the_job_section_belongs_to_jobs() -> None:
+    assert loads(yaml.safe_dump(tree(job={"anything": 1}))) == loads(yaml.safe_dump(BASE))
+
+
+def test_adaptation_off_may_be_written_without_quotes() -> None:
+    assert loads(yaml.safe_dump(BASE) + "router: {adaptation: off}\n").router.adaptation == "off"
+
+
+def test_engine_options_are_typed_per_engine() -> None:
+    config = loads(yaml.safe_dump(tree(llms__real={"engine_kwargs": {"threads": 2}}, llms__tiny__engine_kwargs={"tokens": 5})))
+    assert config.llms["real"].options == TransformersOptions(threads=2)
+    assert config.llms["tiny"].options == ScriptedOptions(tokens=5)
+
+
+@pytest.mark.parametrize("path", POOL_FILES, ids=lambda p: p.name)
+def test_every_packaged_pool_loads_and_survives_json(path: Path) -> None:
+    config = load(path)
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+def test_the_default_pool_has_the_three_groups_of_the_paper() -> None:
+    assert default_config_path() in POOL_FILES
+    config = load_pool(None)
+    assert len(config.agents) >= 6
+    tags = {tag for agent in config.agents for tag in agent.tags}
+    assert {"math", "code", "open"} <= tags
+    assert any("calculator" in agent.tools for agent in config.agents)
+
+
+def test_configuration_is_frozen() -> None:
+    config = loads(yaml.safe_dump(BASE))
+    with pytest.raises(ValueError, match="frozen"):
+        config.gate.hidden = 1  # type: ignore[misc]
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-10, 10**20),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+    st.sampled_from(["select", "llm", "paper", "profile", "builtin:x", "scripted:y", "adder", "off"]),
+)
+
+
+def paths(node: Any) -> list[tuple[Any, ...]]:
+    """Every path into a tree of dictionaries and lists."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path for key, child in items for path in ((key,), *((key, *rest) for rest in paths(child)))]
+
+
+FULL = loads(default_config_path().read_text(encoding="utf-8")).model_dump(mode="json")
+PATHS = paths(FULL)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(PATHS), st.sampled_from(["set", "drop", "add"]), ODD), min_size=1, max_size=3))
+def test_any_tree_loads_or_is_refused_in_one_line(changes: list[tuple[tuple[Any, ...], str, Any]]) -> None:
+    mutated = copy.deepcopy(FULL)
+    for path, what, value in changes:
+        mutate(mutated, path, what, value)
+    config, message = None, ""
+    try:
+        config = loads(yaml.safe_dump(mutated, allow_unicode=True))
+    except ConfigError as error:
+        message = str(error)
+    assert "\n" not in message
+    if config is not None:
+        assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+def mutate(node: Any, path: tuple[Any, ...], what: str, value: Any) -> None:
+    """Set, drop or add a value at a path, as far as earlier mutations left the path in place."""
+    *keys, last = path
+    for key in keys:
+        is_there = key in node if isinstance(node, dict) else isinstance(node, list) and isinstance(key, int) and key < len(node)
+        node = node[key] if is_there else None
+    if isinstance(node, dict) and what == "drop":
+        node.pop(last, None)
+    elif isinstance(node, dict):
+        node[last if what == "set" else f"{last}x"] = value
+    elif isinstance(node, list) and isinstance(last, int) and last < len(node):
+        node[last] = value
