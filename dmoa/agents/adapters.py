@@ -7,6 +7,7 @@ removes a hook on every layer in every forward; here the hooks are registered on
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,13 @@ class Adapters:
         wrapped: Any = None
         for name, folder in folders.items():
             try:
-                if wrapped is None:
-                    wrapped = PeftModel.from_pretrained(model, folder, adapter_name=self._peft_names[name])
-                else:
-                    wrapped.load_adapter(folder, adapter_name=self._peft_names[name])
+                with warnings.catch_warnings():
+                    # PEFT 0.21 asks for an attribute that transformers 5.23 has renamed.
+                    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+                    if wrapped is None:
+                        wrapped = PeftModel.from_pretrained(model, folder, adapter_name=self._peft_names[name])
+                    else:
+                        wrapped.load_adapter(folder, adapter_name=self._peft_names[name])
             except (RuntimeError, ValueError, OSError, KeyError) as error:
                 raise ConfigError(
                     f"adapters.{name}: value seen: {str(folder)!r}; a LoRA adapter of this model is allowed; "

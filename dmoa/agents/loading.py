@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
+from dmoa.agents.models import HubModel
 from dmoa.config import TransformersOptions
 from dmoa.errors import ConfigError
 
@@ -40,23 +44,28 @@ class LoadedModel:
     """Engine and the options that may change numbers, such as `transformers/bfloat16+compile`."""
 
 
-def load_model(folder: Path, options: TransformersOptions, *, has_adapters: bool) -> LoadedModel:
-    """Load tokenizer and weights. Blocks for seconds; raises ConfigError for what cannot run as the options say."""
+def load_model(source: Path | HubModel, options: TransformersOptions, *, has_adapters: bool) -> LoadedModel:
+    """Load tokenizer and weights of a folder, or of a repository on the hub.
+
+    Blocks for seconds; raises ConfigError for what cannot run as the options say.
+    """
     device = _device(options)
     _check(options, device, has_adapters)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    disable_progress_bar()
+    name, revision = (source.repo, source.revision) if isinstance(source, HubModel) else (str(source), "main")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model: value seen: {str(folder)!r}; a folder with a transformers language model and its tokenizer is allowed; "
+            f"model: value seen: {name!r}; a folder with a transformers language model and its tokenizer is allowed; "
             f"check the path: {' '.join(str(error).split())[:400]}"
         ) from error
     if not tokenizer.chat_template:
-        raise ConfigError(f"model: {str(folder)!r} has no chat template; agents need one: choose an instruction-tuned model")
+        raise ConfigError(f"model: {name!r} has no chat template; agents need one: choose an instruction-tuned model")
     config = model.config.get_text_config()
-    _check_attention(folder, config)
+    _check_attention(name, config)
     model = model.to(device).eval().requires_grad_(False)
     if options.dtype == "int8":
         model = _quantize(model)
@@ -104,6 +113,8 @@ def _check(options: TransformersOptions, device: torch.device, has_adapters: boo
             "engine_kwargs.dtype: value seen: 'int8' with LoRA adapters; adapters need 'float32' or 'bfloat16' weights; "
             "change the dtype or leave the adapters out"
         )
+    if options.dtype == "bfloat16" and device.type == "cpu":
+        _check_bfloat16()
     if options.compile and has_adapters:
         raise ConfigError(
             "engine_kwargs.compile: value seen: true with LoRA adapters; a batch of mixed adapters would be compiled anew for "
@@ -117,21 +128,35 @@ def _check(options: TransformersOptions, device: torch.device, has_adapters: boo
         )
 
 
-def _check_attention(folder: Path, config: Any) -> None:
+def _check_bfloat16() -> None:
+    """Raise ConfigError where bfloat16 products kill a process: some virtual machines report AMX but do not run it."""
+    code = "import torch; w = torch.ones(64, 64, dtype=torch.bfloat16); torch.nn.functional.linear(w[:8], w)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300, check=False)  # noqa: S603 our own code
+    if done.returncode:
+        raise ConfigError(
+            "engine_kwargs.dtype: value seen: 'bfloat16'; this processor reports matrix instructions that it does not run "
+            f"(a trial ended with status {done.returncode}); use 'float32', or set the environment variable "
+            "ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 before the start"
+        )
+
+
+def _check_attention(name: str, config: Any) -> None:
     """Refuse models whose layers do not all attend to the whole past: their caches are of other shapes."""
     layers = getattr(config, "layer_types", None)
     has_window = getattr(config, "sliding_window", None) is not None if layers is None else set(layers) != {"full_attention"}
     if has_window:
         raise ConfigError(
-            f"model: {str(folder)!r} has layers with other than full attention; the transformers engine runs models with full "
+            f"model: {name!r} has layers with other than full attention; the transformers engine runs models with full "
             "attention only; use engine vllm for this model"
         )
 
 
 def _quantize(model: Any) -> Any:
+    """Give every linear layer int8 weights with one scale per output; activations are quantised as they come."""
     with warnings.catch_warnings():
-        # torch announces this module's move to another package; without extra packages it is the one there is.
+        # torch 2.13 announces the move of these parts to another package; without extra packages they are what there is.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        from torch.ao.quantization import quantize_dynamic
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions", category=UserWarning)
+        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
-        return quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)  # type: ignore[no-untyped-call]
+        return quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig})  # type: ignore[no-untyped-call]

@@ -21,6 +21,7 @@ import torch
 from dmoa.agents.adapters import Adapters
 from dmoa.agents.decode_loop import DecodeLoop, LoopTimes, Running
 from dmoa.agents.loading import load_model, num_threads
+from dmoa.agents.models import HubModel
 from dmoa.agents.sampling import draw_for
 from dmoa.agents.text_stream import TextStream
 from dmoa.config import TransformersOptions
@@ -53,7 +54,7 @@ class TransformersEngine:
 
     def __init__(
         self,
-        model_dir: Path,
+        model: Path | HubModel,
         options: TransformersOptions | None = None,
         *,
         max_num_seqs: int = 16,
@@ -62,11 +63,12 @@ class TransformersEngine:
     ) -> None:
         """Load the model and its adapters, and start the engine's thread. Blocks for seconds; raises ConfigError.
 
-        `adapters` maps the names that requests use to PEFT LoRA folders; `model_label` names the model in errors.
+        `model` is a folder or a repository on the hub; `adapters` maps the names that requests use to PEFT LoRA folders;
+        `model_label` names the model in errors.
         """
         self._options = options or TransformersOptions()
-        self._name = model_label or str(model_dir)
-        loaded = load_model(Path(model_dir), self._options, has_adapters=bool(adapters))
+        self._name = model_label or str(model)
+        loaded = load_model(model, self._options, has_adapters=bool(adapters))
         self._label = loaded.label
         self._tokenizer = loaded.tokenizer
         self._adapters = Adapters(loaded.model, {name: Path(folder) for name, folder in (adapters or {}).items()})
