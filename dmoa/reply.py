@@ -25,6 +25,8 @@ from dmoa.types import (
     Verdict,
 )
 
+_MAX_IDLE = 16
+
 
 class ReplyModel(BaseModel):
     """Base of every record of a reply: fields documented in place, non-finite numbers refused."""
@@ -79,7 +81,8 @@ class ReplyStep(ReplyModel):
     mass: float
     """Probability of the active set."""
     agents: list[ReplyAgent]
-    """Asked agents first, the active ones in order of probability; then those that were not asked, where a gate decided."""
+    """Asked agents first, the active ones in order of probability; then, where a gate decided, masked agents and the most
+    probable ones of those left idle (16 at most: traces keep every probability)."""
     summarizer: ReplySummarizer
     summary: str | None = None
     """The state after the step; only with `dmoa.trace`."""
@@ -159,11 +162,12 @@ def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
     asked = sorted(step.replies, key=lambda reply: rank.get(reply.agent, len(rank)))
     for reply in asked:
         yield _agent(reply, chance.get(reply.agent, 0.0 if chance else 1.0), with_texts)
-    names = {reply.agent for reply in asked}
-    masked = step.decision.masked if step.decision else ()
-    for name in chance:
-        if name not in names:
-            yield _agent(AgentReply(agent=name, status="masked" if name in masked else "idle"), chance[name], False)
+    passed_over = set(chance) - {reply.agent for reply in asked}
+    masked = [name for name in (step.decision.masked if step.decision else ()) if name in passed_over]
+    for name in masked:
+        yield _agent(AgentReply(agent=name, status="masked"), chance[name], False)
+    for name in sorted(passed_over.difference(masked), key=lambda name: (-chance[name], name))[:_MAX_IDLE]:
+        yield _agent(AgentReply(agent=name, status="idle"), chance[name], False)
 
 
 def _agent(reply: AgentReply, probability: float, with_texts: bool) -> ReplyAgent:

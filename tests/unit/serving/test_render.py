@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from fake_service import decision, make_answer, make_step, reply
 from hypothesis import given
@@ -31,6 +33,17 @@ def test_every_agent_of_the_gate_is_listed_with_what_became_of_it() -> None:
     assert found.k == 1
     lost = found.agents[1]
     assert (lost.error, lost.finish_reason, lost.entropy_nats) == ("no reply after 2 s", None, None)
+
+
+def test_a_large_pool_shows_the_most_probable_idle_agents() -> None:
+    names = tuple(f"agent-{i}" for i in range(40))
+    chances_A = np.arange(40, dtype=np.float32) / 780
+    gate = replace(decision([1.0, 0.0, 0.0]), agents=names, probability_A=chances_A, masked=("agent-0", "agent-2"))
+    step = make_step(0, "x", decision=gate, replies=(reply("agent-39"),), active=("agent-39",))
+    found = states(step)
+    assert [(name, status) for name, status, _ in found[:3]] == [("agent-39", "ok"), ("agent-0", "masked"), ("agent-2", "masked")]
+    assert [(name, status) for name, status, _ in found[3:]] == [(f"agent-{i}", "idle") for i in range(38, 22, -1)]
+    assert found[3][2] == pytest.approx(38 / 780, abs=1e-6)
 
 
 def test_without_a_gate_only_the_asked_agents_are_listed() -> None:
