@@ -11,15 +11,25 @@ from dmoa.agents import models
 from dmoa.cli.options import Common, with_common
 from dmoa.errors import ModelFetchError
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The embedded models: list them, fetch them, find them.")
+app = typer.Typer(rich_markup_mode=None, help="The embedded models: list them, fetch them, find them.")
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of an embedded model; `dmoa models list` shows them.")]
+
+
+@app.callback(invoke_without_command=True)
+def _list_by_default(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        _show(Common())
 
 
 @app.command("list")
 @with_common
 def list_models(common: Common) -> None:
     """Show every embedded model and whether it is in the cache."""
+    _show(common)
+
+
+def _show(common: Common) -> None:
     records = [_record(name) for name in models.EMBEDDED]
     for record in records:
         typer.echo(f"{record['name']:<14} {record['path'] or 'not fetched'}\n{'':<14} {record['summary']}")
