@@ -1,0 +1,15 @@
+"""The HTTP front stays light: a replica that only speaks HTTP must not pay for ray or torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+MODULES = ("schemas", "service", "intake", "auth", "limits", "problems", "streaming", "render", "openapi", "http", "client")
+
+
+def test_the_http_front_loads_neither_ray_nor_torch() -> None:
+    imports = ", ".join(f"dmoa.serving.{name}" for name in MODULES)
+    code = f"import sys, {imports}; print(sorted({{'ray', 'torch', 'transformers', 'vllm'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
