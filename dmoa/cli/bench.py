@@ -36,7 +36,7 @@ def bench(
         int | None, typer.Option("--rounds", min=1, metavar="N", help="Rounds of each measurement [each bench's own].")
     ] = None,
 ) -> None:
-    """Measure and compare with the bars; exit 1 if a bar is missed.
+    """Measure speed and cost; exit 1 if a bar is missed.
 
     \b
     dmoa bench --only P1

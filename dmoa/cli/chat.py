@@ -41,7 +41,7 @@ def chat(
     max_steps: MaxStepsOption = None,
     deadline_s: DeadlineOption = None,
 ) -> None:
-    """Talk with the swarm; what was said before goes along with each question.
+    """Talk with the swarm, question after question.
 
     \b
     dmoa chat

@@ -36,7 +36,7 @@ class Check:
 
 @with_common
 def doctor(common: Common) -> None:
-    """Check versions, engines, GPUs, threads, ports, cached models and the pool; exit 1 if something cannot work.
+    """Check this machine and a pool; exit 1 on a failure.
 
     \b
     dmoa doctor
@@ -124,7 +124,7 @@ def _token_mode(mode: str) -> Check:
         return Check(name="ray token mode", status="fail", detail=detail)
     if mode == "token":
         return Check(name="ray token mode", status="ok", detail="RAY_AUTH_MODE=token")
-    detail = f"RAY_AUTH_MODE is {mode or 'not set'}; a cluster with tokens refuses jobs until it is set to token"
+    detail = f"RAY_AUTH_MODE is {mode or 'not set'}; `ray job submit` sends a token only with RAY_AUTH_MODE=token"
     return Check(name="ray token mode", status="ok", detail=detail)
 
 

@@ -43,7 +43,7 @@ def schema(
     common: Common,
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(_SCHEMAS)}.", show_default=False)],
 ) -> None:
-    """Print the JSON Schema of a file or reply, made from the code's own records.
+    """Print the JSON Schema of a file or a reply.
 
     \b
     dmoa schema pool       the pool file

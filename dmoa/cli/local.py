@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dmoa.cli.show import Asked, Screen
 from dmoa.config import Config
@@ -33,8 +33,15 @@ class Wish:
     agent: str | None = None
     max_steps: int | None = None
     deadline_s: float | None = None
+    max_tokens: int | None = None
+    """Most new tokens of a reply, where the pool's own limits do not hold; the demo keeps replies short."""
     keeps_trace: bool = False
     """Whether the reply comes with its trace."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling fields of the request."""
+        return {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
 
 
 class Backend(Protocol):
@@ -124,7 +131,13 @@ def new_query(config: Config, question: str, turns: Sequence[Message], wish: Wis
     from dmoa.swarm import limits_for
 
     asked = Limits(max_steps=wish.max_steps or config.limits.max_steps, deadline_s=wish.deadline_s)
-    return Query(trace_id=uuid.uuid4().hex, text=check_question(question), turns=tuple(turns), limits=limits_for(config, asked))
+    return Query(
+        trace_id=uuid.uuid4().hex,
+        text=check_question(question),
+        turns=tuple(turns),
+        sampling=wish.sampling,
+        limits=limits_for(config, asked),
+    )
 
 
 def build_local_backend(config: Config, say: Callable[[str], None]) -> LocalBackend:

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from dmoa import __version__
-from dmoa.cli import bench, chat, doctor, info, run, serve
+from dmoa.cli import bench, chat, demo, doctor, info, models, run, serve
 from dmoa.cli.options import fail
 from dmoa.errors import DmoaError
 
@@ -59,6 +59,8 @@ def _root(
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
+app.add_typer(models.app, name="models")
+app.command("demo")(demo.demo)
 app.command("policies")(info.policies)
 app.command("schema")(info.schema)
 app.command("doctor")(doctor.doctor)

@@ -46,7 +46,7 @@ def run(
     max_steps: MaxStepsOption = None,
     deadline_s: DeadlineOption = None,
 ) -> None:
-    """Ask the swarm one question and watch it being answered, step by step.
+    """Ask one question and watch it being answered.
 
     \b
     dmoa run "What is 12 + 7?"
@@ -154,7 +154,7 @@ def _show_replay(screen: Screen, traces: Sequence[Trace], results: Sequence[Repl
             print(f"  {printable(difference)[:500]}")
     num_different = sum(bool(result.differences) for result in results)
     verdict = "identical" if not num_different else f"{num_different} of {len(results)} traces differ"
-    print(f"replayed {len(results)} traces together: {verdict}")
+    print(f"replayed {len(results)} trace{'' if len(results) == 1 else 's'} together: {verdict}")
     versions = {route.gate_version for trace in traces for route in trace.routes}
     for note in filter(None, map(untrained_note, sorted(versions))):
         print(note)

@@ -32,7 +32,7 @@ def serve(
     ] = False,
     app: Annotated[str, typer.Option("--app", metavar="NAME", help="Name of the Serve application.")] = "dmoa",
 ) -> None:
-    """Serve the swarm over HTTP until Ctrl-C; every OpenAI client can talk to it.
+    """Serve the swarm over HTTP to any OpenAI client.
 
     \b
     dmoa serve --port 8000

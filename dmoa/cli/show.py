@@ -108,14 +108,17 @@ class Screen:
         self._has_text = True
         self.out.print(Text(printable(text)), end="", soft_wrap=True)
 
-    def answer(self, asked: Asked) -> None:
-        """Print the answer, unless it came in pieces, then why the query stopped and what it took."""
+    def answer(self, asked: Asked, *, has_note: bool = True) -> None:
+        """Print the answer, unless it came in pieces, then why the query stopped and what it took.
+
+        `has_note` says at the end whether the gate is trained; only where the caller itself says it may it be left out.
+        """
         if not self._has_text:
             self._heading()
             self._print(asked.text)
         self._end_line()
         self._has_text = False
-        note = untrained_note(asked.dmoa.gate_version)
+        note = untrained_note(asked.dmoa.gate_version) if has_note else None
         if self._verbosity < 0:
             if note:
                 self.err.print(f"dmoa: {note}")
