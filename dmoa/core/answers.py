@@ -140,15 +140,20 @@ def _span_answer(span: str) -> str | None:
 
 def _choice(prose: str) -> str | None:
     start = _CHOICE_START.match(prose.strip())
-    if start:
-        return next(letter for letter in start.groups() if letter).casefold()
     inside = _CHOICE_INSIDE.findall(prose)
+    if start:
+        letter = next(letter for letter in start.groups() if letter)
+        # A reply that begins with (A) and goes on to (B) lists the choices before it decides.
+        if not (letter in "Aa" and "B" in inside):
+            return letter.casefold()
     return inside[-1].casefold() if inside else None
 
 
 def _short(prose: str) -> str | None:
     line = prose.strip()
-    if not line or "\n" in line or len(line) > _MAX_SHORT_CHARS or len(line.split()) > _MAX_SHORT_WORDS:
+    is_short = "\n" not in line and len(line) <= _MAX_SHORT_CHARS and len(line.split()) <= _MAX_SHORT_WORDS
+    # "Answer:" and an empty or unclosed box announce an answer and give none.
+    if not is_short or line.endswith(":") or "\\boxed" in line:
         return None
     return _numeric_line(line) or _normal_text(line) or None
 

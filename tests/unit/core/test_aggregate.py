@@ -1,0 +1,73 @@
+"""Which contribution goes on: agreement first, then certainty."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from dmoa.core.aggregate import Selection, select_contribution
+from dmoa.types import AgentReply, AgentStatus, EntropyKind
+
+
+def reply(
+    agent: str, text: str, entropy: float | None = 1.0, status: AgentStatus = "ok", kind: EntropyKind = "exact"
+) -> AgentReply:
+    """Return a reply of four tokens with the given mean entropy, or of no tokens."""
+    sums = {} if entropy is None else {"entropy_sum_nats": 4 * entropy, "entropy_tokens": 4}
+    return AgentReply(agent=agent, status=status, text=text, entropy_kind=kind, **sums)
+
+
+def test_nothing_to_select() -> None:
+    assert select_contribution([]) is None
+    assert select_contribution([reply("a", "7", status="failed"), reply("b", "  \n")]) is None
+
+
+def test_the_only_contribution_passes_unchanged() -> None:
+    text = "  Well,\nthe answer is 7.  "
+    selection = select_contribution([reply("a", "8", 0.0, status="late"), reply("b", text, 3.0)])
+    assert selection == Selection(agent="b", text=text, is_agreed=False)
+
+
+def test_agreement_beats_certainty_in_the_words_of_its_surest_member() -> None:
+    replies = [reply("sure", "8", 0.1), reply("a", "It is 1,200.", 0.9), reply("b", "The answer is 1200.0", 0.5)]
+    for order in itertools.permutations(replies):
+        assert select_contribution(order) == Selection(agent="b", text="The answer is 1200.0", is_agreed=True)
+
+
+def test_the_larger_group_wins() -> None:
+    replies = [reply("a", "1", 0.1), reply("b", "1", 0.1), *(reply(name, "2", 0.9) for name in "cde")]
+    assert select_contribution(replies) == Selection(agent="c", text="2", is_agreed=True)
+
+
+def test_equal_groups_are_decided_by_their_surest_member() -> None:
+    replies = [reply("a", "1", 0.4), reply("b", "2", 0.2), reply("c", "1", 0.3), reply("d", "2", 0.9)]
+    assert select_contribution(replies) == Selection(agent="b", text="2", is_agreed=True)
+
+
+def test_without_agreement_the_surest_reply_wins() -> None:
+    assert select_contribution([reply("a", "1", 0.4), reply("b", "2", 0.2), reply("c", "3", 0.3)]) == Selection(
+        agent="b", text="2", is_agreed=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("replies", "winner"),
+    [
+        ([reply("a", "1", None), reply("b", "2", 9.0)], "b"),
+        ([reply("a", "1", 0.5, kind="truncated"), reply("b", "2", 0.5)], "b"),
+        ([reply("a", "1", 0.4, kind="truncated"), reply("b", "2", 0.5)], "a"),
+        ([reply("a", "1", 0.5), reply("b", "2", 0.5)], "a"),
+        ([reply("a", "1", float("nan")), reply("b", "2", 9.0)], "b"),
+    ],
+)
+def test_ties_and_missing_entropies(replies: list[AgentReply], winner: str) -> None:
+    selection = select_contribution(replies)
+    assert selection is not None
+    assert selection.agent == winner
+
+
+def test_replies_without_an_answer_do_not_agree() -> None:
+    prose = "First line of thought\nsecond line of thought"
+    selection = select_contribution([reply("a", prose, 0.5), reply("b", prose, 0.4)])
+    assert selection == Selection(agent="b", text=prose, is_agreed=False)
