@@ -38,10 +38,10 @@ class MiniLmEncoder:
         `threads` is how many CPU threads a forward pass uses, `cache_size` how many texts are remembered (1.5 KiB each).
         Raises ModelFetchError for a folder without the model.
         """
-        from sentence_transformers import SentenceTransformer
-
         if not (model_dir / "modules.json").is_file():
             raise ModelFetchError(f"encoder: {str(model_dir)!r} holds no sentence encoder; get one by `dmoa models fetch minilm`")
+        from sentence_transformers import SentenceTransformer
+
         self._model = SentenceTransformer(str(model_dir), device="cpu", local_files_only=True)
         self._model.eval()
         self._chunk_tokens = int(self._model.max_seq_length) - 2  # word pieces besides [CLS] and [SEP]
@@ -57,13 +57,11 @@ class MiniLmEncoder:
         A text of more than 254 word pieces is cut into the fewest chunks that fit, as equal in length as possible; its
         row is the mean of theirs, scaled to unit length.
         """
-        rows = [self.cached(text) for text in texts]
-        for i, text in enumerate(texts):
-            if rows[i] is None:
-                rows[i] = self.cached(text)  # the same text may have come earlier in this call
-            if rows[i] is None:
-                rows[i] = self._remember(text, self._encode_one(text))
-        return np.stack([row for row in rows if row is not None]) if rows else np.zeros((0, D), np.float32)
+        rows: list[FloatArray] = []
+        for text in texts:
+            row = self.cached(text)
+            rows.append(self._remember(text, self._encode_one(text)) if row is None else row)
+        return np.stack(rows) if rows else np.zeros((0, D), np.float32)
 
     def cached(self, text: str) -> FloatArray | None:
         """Return the remembered embedding of a text, [D] float32, read-only; None if it must be computed."""

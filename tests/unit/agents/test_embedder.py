@@ -1,0 +1,189 @@
+"""Embeddings: independence of the batch, the chunked mean, the cache, and the async front."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmoa.agents import models
+from dmoa.agents.embedder import AsyncEncoder, D, HashEncoder, MiniLmEncoder
+from dmoa.errors import ModelFetchError
+from dmoa.types import FloatArray
+
+TEXTS = ["What is 12 + 7?", "The capital of France is Paris.", "Sort: pear, apple, fig.", "x" * 400, "naïve 日本語 😀"]
+LONG = " ".join(f"word{i} is number {i};" for i in range(120))
+
+
+class TestHashEncoder:
+    async def test_equal_texts_agree_and_others_are_unrelated(self) -> None:
+        rows = await HashEncoder().embed([*TEXTS, TEXTS[0]])
+        row_ND = np.stack(rows)
+        assert row_ND.dtype == np.float32
+        assert row_ND.shape == (6, D)
+        np.testing.assert_allclose(np.linalg.norm(row_ND, axis=1), 1.0, atol=1e-6)
+        np.testing.assert_array_equal(rows[0], rows[5])
+        likeness = row_ND[:5] @ row_ND[:5].T - np.eye(5)
+        assert np.abs(likeness).max() < 0.25
+
+    async def test_the_empty_text_is_zeros(self) -> None:
+        blank, empty = await HashEncoder().embed([" \n", ""])
+        assert not blank.any()
+        assert not empty.any()
+
+    async def test_a_lone_surrogate_is_a_text(self) -> None:
+        (row,) = await HashEncoder().embed(["\ud800"])
+        assert np.isfinite(row).all()
+
+
+class CountingEncoder:
+    """Stands for `MiniLmEncoder`: remembers nothing, notes every turn, and may be held at its door."""
+
+    def __init__(self) -> None:
+        self.turns: list[list[str]] = []
+        self.door = threading.Event()
+        self.door.set()
+        self.thread_ids: set[int] = set()
+
+    def cached(self, text: str) -> FloatArray | None:
+        return np.ones(2, np.float32) if text == "known" else None
+
+    def encode(self, texts: Sequence[str]) -> FloatArray:
+        self.thread_ids.add(threading.get_ident())
+        self.turns.append(list(texts))
+        assert self.door.wait(timeout=30)
+        if "bad" in texts:
+            raise RuntimeError("no such text")
+        return np.array([[float(text), 0.0] for text in texts], np.float32)
+
+
+async def turns_begun(encoder: CountingEncoder, number: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(encoder.turns) < number:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+
+
+class TestAsyncEncoder:
+    async def test_texts_that_arrive_meanwhile_share_a_turn(self) -> None:
+        encoder = CountingEncoder()
+        front = AsyncEncoder(encoder)
+        encoder.door.clear()
+        first = asyncio.create_task(front.embed(["1"]))
+        await turns_begun(encoder, 1)
+        later = [asyncio.create_task(front.embed([str(i), str(i + 10)])) for i in (2, 3, 4)]
+        await asyncio.sleep(0)
+        encoder.door.set()
+        assert [row[0] for row in await first] == [1.0]
+        assert [[row[0] for row in rows] for rows in await asyncio.gather(*later)] == [[2, 12], [3, 13], [4, 14]]
+        assert encoder.turns == [["1"], ["2", "12", "3", "13", "4", "14"]]
+        assert len(encoder.thread_ids) == 1
+        assert threading.get_ident() not in encoder.thread_ids
+
+    async def test_remembered_texts_need_no_turn(self) -> None:
+        encoder = CountingEncoder()
+        assert len(await AsyncEncoder(encoder).embed(["known", "known"])) == 2
+        assert encoder.turns == []
+
+    async def test_a_cancelled_waiter_leaves_the_others(self) -> None:
+        encoder = CountingEncoder()
+        front = AsyncEncoder(encoder)
+        encoder.door.clear()
+        busy = asyncio.create_task(front.embed(["1"]))
+        await turns_begun(encoder, 1)
+        leaves, stays = asyncio.create_task(front.embed(["2"])), asyncio.create_task(front.embed(["3"]))
+        await asyncio.sleep(0)
+        leaves.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaves
+        encoder.door.set()
+        assert (await stays)[0][0] == 3.0
+        await busy
+
+    async def test_an_error_reaches_its_waiter_and_the_next_turn_works(self) -> None:
+        front = AsyncEncoder(CountingEncoder())
+        with pytest.raises(RuntimeError, match="no such text"):
+            await front.embed(["bad"])
+        assert (await front.embed(["5"]))[0][0] == 5.0
+
+    def test_it_survives_a_change_of_event_loop(self) -> None:
+        front = AsyncEncoder(CountingEncoder())
+        assert [asyncio.run(front.embed([str(i)]))[0][0] for i in range(2)] == [0.0, 1.0]
+
+
+def test_a_wrong_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelFetchError, match="holds no sentence encoder"):
+        MiniLmEncoder(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return models.fetch("minilm")
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> MiniLmEncoder:
+    return MiniLmEncoder(folder, cache_size=64)
+
+
+@pytest.mark.real_model
+class TestMiniLm:
+    def test_agrees_with_sentence_transformers(self, folder: Path, encoder: MiniLmEncoder) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        reference = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, normalize_embeddings=True)
+        np.testing.assert_allclose(encoder.encode(TEXTS), reference, atol=1e-6)
+
+    def test_a_row_does_not_depend_on_its_company(self, folder: Path, encoder: MiniLmEncoder) -> None:
+        together = encoder.encode([*TEXTS, LONG])
+        forgetful = MiniLmEncoder(folder, cache_size=0)
+        np.testing.assert_array_equal(together, forgetful.encode([LONG, *reversed(TEXTS)])[::-1])
+        np.testing.assert_array_equal(together, np.concatenate([forgetful.encode([text]) for text in [*TEXTS, LONG]]))
+
+    def test_likeness_follows_meaning(self, encoder: MiniLmEncoder) -> None:
+        sums, other_sums, city = encoder.encode(["What is 3 plus 4?", "Add three and four.", "Paris lies on the Seine."])
+        assert sums @ other_sums > 0.5 > 0.3 > sums @ city
+
+    def test_a_long_text_is_the_mean_of_equal_chunks(self, encoder: MiniLmEncoder) -> None:
+        words = ["cat", "dog", "sun", "sea"]  # one word piece each: 508 of them are exactly two windows
+        chunks = [" ".join(words[i % 2] for i in range(254)), " ".join(words[2 + i % 2] for i in range(254))]
+        first, second, both = encoder.encode([*chunks, " ".join(chunks)])
+        mean = (first + second) / 2
+        np.testing.assert_allclose(both, mean / np.linalg.norm(mean), atol=1e-6)
+        over = encoder.encode([" ".join(["cat"] * 255)])[0]
+        parts = encoder.encode([" ".join(["cat"] * 128), " ".join(["cat"] * 127)]).mean(axis=0)
+        np.testing.assert_allclose(over, parts / np.linalg.norm(parts), atol=1e-6)
+
+    def test_unit_length_and_zeros_for_nothing(self, encoder: MiniLmEncoder) -> None:
+        np.testing.assert_allclose(np.linalg.norm(encoder.encode([*TEXTS, LONG, "\ud800 lone"]), axis=1), 1.0, atol=1e-6)
+        assert not encoder.encode(["", " \n\t"]).any()
+        assert encoder.encode([]).shape == (0, D)
+
+    def test_the_cache_keeps_the_newest(self, folder: Path) -> None:
+        encoder = MiniLmEncoder(folder, cache_size=2)
+        encoder.encode(["a", "b"])
+        assert encoder.cached("a") is not None  # and is now the newest
+        encoder.encode(["c"])
+        assert encoder.cached("b") is None
+        kept = encoder.cached("a")
+        assert kept is not None
+        with pytest.raises(ValueError, match="read-only"):
+            kept[0] = 1.0
+
+    def test_the_callers_threads_stay_as_they_were(self, encoder: MiniLmEncoder) -> None:
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            encoder.encode(["a text not seen before"])
+            assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
+
+    async def test_the_async_front_gives_the_same_rows(self, encoder: MiniLmEncoder) -> None:
+        rows = await AsyncEncoder(encoder).embed([*TEXTS, "", TEXTS[0]])
+        np.testing.assert_array_equal(np.stack(rows), encoder.encode([*TEXTS, "", TEXTS[0]]))
