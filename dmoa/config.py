@@ -341,6 +341,14 @@ class Config(Node):
         raise KeyError(name)
 
 
+def parse_gate(tree: dict[str, Any]) -> GateConfig:
+    """Build a gate's settings from plain values, their types taken strictly. Raises ConfigError."""
+    try:
+        return GateConfig.model_validate(tree, strict=True)
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from error
+
+
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
     """Read a pool file and apply `a.b=c` overrides.
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -91,9 +90,9 @@ class GateSpec:
         settings = {key: tree[key] for key in ("preset", "head", "hidden", "temperature", "score")}
         activation = {key: tree[key] for key in ("rule", "mass", "cascade", "max_agents")}
         try:
-            config = GateConfig.model_validate({**settings, "activation": activation}, strict=True)
-        except ValidationError as error:
-            raise CheckpointError(f"gate spec: {describe(error)}") from error
+            config = parse_gate({**settings, "activation": activation})
+        except ConfigError as error:
+            raise CheckpointError(f"gate spec: {error}") from error
         spec = cls.from_config(config, _agent_names(tree["agents"]))
         dim, theta = tree["embedding_dim"], tree["theta"]
         if type(dim) is not int or dim < 1:
