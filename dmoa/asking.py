@@ -1,8 +1,8 @@
 """Reaching the agents of a step: in parallel, with stand-ins for lost ones, and the one retry loop of dmoa.
 
 A lost contribution (failed, late, overloaded, its place dead) is data: it is recorded, and the next-ranked agent in a
-living place takes over while the deadline allows. Where no place is left alive, the same call is sent again until its
-place is back, for as long as the query's patience lasts. Calls are idempotent by (trace, step, agent).
+living place takes over while the deadline allows. Where nobody contributed and places are dead, their calls are sent again
+until they are back, for as long as the query's patience lasts. Calls are idempotent by (trace, step, agent).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dmoa.agents.prompts import agent_messages
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, NoAgentError
@@ -20,6 +20,8 @@ from dmoa.protocols import AgentClient, Router
 from dmoa.types import Activation, AgentCall, AgentReply, AgentStatus, Query, QueryState, Sampling, StepPlan, TextDelta
 
 T = TypeVar("T")
+Chain = list[tuple[Activation, AgentReply]]
+"""An agent that was asked and the stand-ins after it, each with its reply."""
 PATIENCE_S = 60.0
 """How long a query without a deadline waits for a dead place to come back."""
 _FIRST_PAUSE_S = 0.05
@@ -51,6 +53,17 @@ class _Round:
     emit: Callable[[TextDelta], None] | None
     emitted: str = ""
     """What was handed on of the one streamed reply; a repeated call repeats its text, and goes on from here."""
+
+
+async def _in_parallel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return all results, in order; where one raises or this is cancelled, the others are cancelled and awaited."""
+    tasks = [asyncio.create_task(part) for part in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Asker:
@@ -89,29 +102,31 @@ class Asker:
 
         With `emit` the text of the one agent is handed on as it comes.
         """
-        asking = _Round(state=state, reserves=deque(plan.reserves), dead_places=set(), is_final=plan.fold == "pass", emit=emit)
-        tasks = [asyncio.create_task(self._ask_or_replace(asking, activation)) for activation in plan.activations]
-        try:
-            results = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return tuple(reply for replies in results for reply in replies)
+        is_final = plan.ends_with is not None
+        asking = _Round(state=state, reserves=deque(plan.reserves), dead_places=set(), is_final=is_final, emit=emit)
+        chains = await _in_parallel(self._ask_or_replace(asking, activation) for activation in plan.activations)
+        if not any(reply.status == "ok" for chain in chains for _, reply in chain) and self._has_time(state):
+            chains = await _in_parallel(self._wait_for_place(asking, chain) for chain in chains)
+        return tuple(reply for chain in chains for _, reply in chain)
 
-    async def _ask_or_replace(self, asking: _Round, activation: Activation) -> list[AgentReply]:
+    async def _ask_or_replace(self, asking: _Round, activation: Activation) -> Chain:
         """Ask one agent and, while it is lost, its stand-ins."""
-        replies: list[AgentReply] = []
-        current = activation
-        while True:
+        chain: Chain = []
+        current: Activation | None = activation
+        while current is not None:
             reply = await self._ask_once(asking, current)
-            stand_in = self._stand_in(asking) if reply.status != "ok" and self._has_time(asking.state) else None
-            if stand_in is None and reply.status == "failed" and self._sheets[current.agent].place in asking.dead_places:
-                reply = await self._ask_until_back(asking, current, reply)
-            replies.append(reply)
-            if stand_in is None:
-                return replies
-            current = stand_in
+            chain.append((current, reply))
+            current = self._stand_in(asking) if reply.status != "ok" and self._has_time(asking.state) else None
+        return chain
+
+    async def _wait_for_place(self, asking: _Round, chain: Chain) -> Chain:
+        """Send the newest call that was lost with its place again until the place is back."""
+        for index in reversed(range(len(chain))):
+            activation, lost = chain[index]
+            if lost.status == "failed" and self._sheets[activation.agent].place in asking.dead_places:
+                reply = await self._ask_until_back(asking, activation, lost)
+                return [*chain[:index], (activation, reply), *chain[index + 1 :]]
+        return chain
 
     def _has_time(self, state: QueryState) -> bool:
         return state.deadline_unix_s is None or time.time() < state.deadline_unix_s
@@ -162,6 +177,11 @@ class Asker:
         return replace(reply, attempts=attempts, error=reply.error or f"an earlier attempt was lost: {lost.error}")
 
     async def _send(self, asking: _Round, activation: Activation) -> AgentReply:
+        started = time.perf_counter()
+        reply = await self._receive(asking, activation)
+        return replace(reply, latency_ms=(time.perf_counter() - started) * 1e3)
+
+    async def _receive(self, asking: _Round, activation: Activation) -> AgentReply:
         call = self._call(asking.state, activation, is_final=asking.is_final)
         if asking.emit is None:
             return await self._agents.call(call)

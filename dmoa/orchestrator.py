@@ -71,15 +71,18 @@ class Orchestrator:
         state = begin(query)
         reason: StopReason | None = None
         while reason is None:
+            step_started = time.perf_counter()
             plan = await self._plan(state, policy)
             if isinstance(plan, Stop):
                 reason = plan.reason
                 break
             previous = state.summary
-            step, fold = await self._step(state, plan, emit)
+            step, fold = await self._step(state, plan, emit, step_started)
             state = advance(state, step)
             emit(step)
             reason = self._stop_reason(state, step, fold, plan, previous)
+        if not state.summary:
+            raise EmptyAnswerError(f"policy {policy.name!r} stopped before any agent was asked; use another policy")
         emit(finish(state, policy.name, reason, wall_ms=(time.perf_counter() - started) * 1e3))
 
     async def _plan(self, state: QueryState, policy: Policy) -> StepPlan | Stop:
@@ -89,14 +92,13 @@ class Orchestrator:
                 return await self.asker.patiently(lambda: policy.next_step(state))
         except TimeoutError:
             if state.summary:
-                return Stop(reason="deadline")
+                return Stop(reason="no_agent" if state.deadline_unix_s is None else "deadline")
             raise _no_contribution(state, "no agent of the pool is up") from None
 
-    async def _step(self, state: QueryState, plan: StepPlan, emit: Emit) -> tuple[StepRecord, Fold]:
-        """Ask the planned agents and fold what they contributed."""
-        started = time.perf_counter()
+    async def _step(self, state: QueryState, plan: StepPlan, emit: Emit, started: float) -> tuple[StepRecord, Fold]:
+        """Ask the planned agents and fold what they contributed; the step's clock began with its planning."""
         number = len(state.steps)
-        is_last_word = plan.fold == "pass" and len(plan.activations) == 1
+        is_last_word = plan.ends_with is not None and plan.fold == "pass" and len(plan.activations) == 1
         replies = await self.asker.ask(state, plan, emit if is_last_word else None)
         usable = tuple(reply for reply in replies if reply.status == "ok" and reply.text.strip())
         if not usable and not state.summary:
@@ -119,8 +121,10 @@ class Orchestrator:
 
     async def _fold(self, state: QueryState, plan: StepPlan, usable: tuple[AgentReply, ...], emit: Emit) -> Fold:
         if not usable or plan.fold == "pass":
-            text = usable[0].text if usable else state.summary
-            return Fold(summary=text, record=SummarizerRecord(mode="select", verdict="rule"), selection=None)
+            text, ending = (usable[0].text, usable[0].finish_reason) if usable else (state.summary, "stop")
+            return Fold(
+                summary=text, record=SummarizerRecord(mode="select", verdict="rule", finish_reason=ending), selection=None
+            )
         sampling = self.asker.sampling_for(state.query, self.summarizer_sampling, is_final=True)
         return await self.summarizer.fold(state, usable, sampling, emit)
 
@@ -129,6 +133,8 @@ class Orchestrator:
         limits = state.query.limits
         usable = [reply for reply in step.replies if reply.status == "ok" and reply.text.strip()]
         rule: StopReason | None = None
+        if usable and plan.ends_with:
+            return plan.ends_with
         if usable and plan.fold == "summarizer":
             rule = rule_stop(
                 mode="select" if self.is_select else "llm",
@@ -153,7 +159,7 @@ def begin(query: Query) -> QueryState:
     """Return the state of a query before its first step; its clock starts now."""
     now = time.time()
     deadline_s = query.limits.deadline_s
-    return QueryState(query=query, started_unix_s=now, deadline_unix_s=now + deadline_s if deadline_s else None)
+    return QueryState(query=query, started_unix_s=now, deadline_unix_s=None if deadline_s is None else now + deadline_s)
 
 
 def advance(state: QueryState, step: StepRecord) -> QueryState:
@@ -170,14 +176,15 @@ def finish(state: QueryState, policy: str, reason: StopReason, *, wall_ms: float
     lost = any(
         reply.status in ("failed", "late", "overloaded") or reply.attempts > 1 for step in state.steps for reply in step.replies
     )
+    is_cut = reason in _CUT_SHORT or state.steps[-1].summarizer.finish_reason == "length"
     return Answer(
         trace_id=state.query.trace_id,
         text=state.summary,
         policy=policy,
         stop_reason=reason,
         steps=state.steps,
-        degraded=lost or any(decision.masked for decision in decisions),
-        finish_reason="length" if reason in _CUT_SHORT else "stop",
+        degraded=lost or any(step.summarizer.error for step in state.steps) or any(decision.masked for decision in decisions),
+        finish_reason="length" if is_cut else "stop",
         gate_version=last.gate_version if last else None,
         gate_trained=None if last is None else not is_untrained(last.gate_version),
         routed_by="ingress" if any(d.routed_by == "ingress" for d in decisions) else "router",

@@ -206,6 +206,8 @@ class SummarizerRecord:
     completion_tokens: int = 0
     latency_ms: float = 0.0
     engine_ms: float = 0.0
+    finish_reason: FinishReason = "stop"
+    """How the text that became the summary ended."""
     error: str | None = None
 
 
@@ -298,6 +300,8 @@ class StepPlan:
     """Who takes the place of a lost agent, next-ranked first."""
     fold: Literal["summarizer", "pass"] = "summarizer"
     """Whether the pool's summarizer folds the replies, or the first reply passes unchanged."""
+    ends_with: StopReason | None = None
+    """Set on the last step of a schedule: why the query ends after it, whatever its budgets say."""
     mass: float = 1.0
     decision: RouteDecision | None = None
     route: RouteRequest | None = None

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from dmoa.agents.prompts import summarizer_messages
@@ -14,7 +16,7 @@ from dmoa.config import SUMMARIZER, SummarizerConfig
 from dmoa.core.aggregate import Selection, select_contribution
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError
 from dmoa.protocols import AgentClient
-from dmoa.types import AgentCall, AgentReply, QueryState, Sampling, SummarizerRecord, TextDelta, Verdict
+from dmoa.types import AgentCall, AgentReply, FinishReason, QueryState, Sampling, SummarizerRecord, TextDelta, Verdict
 
 Emit = Callable[[TextDelta], None]
 _FINAL = "FINAL"
@@ -46,7 +48,8 @@ class SelectSummarizer:
         """Choose one contribution; nothing is generated."""
         selection = select_contribution(replies)
         summary = selection.text if selection else state.summary
-        return Fold(summary=summary, record=SummarizerRecord(mode="select", verdict="rule"), selection=selection)
+        record = SummarizerRecord(mode="select", verdict="rule", finish_reason=_ending(selection, replies))
+        return Fold(summary=summary, record=record, selection=selection)
 
 
 class LlmSummarizer:
@@ -69,7 +72,7 @@ class LlmSummarizer:
             sampling=sampling,
             deadline_unix_s=state.deadline_unix_s,
         )
-        reply = await self._listen(self._agents.stream(call), emit)
+        reply = await self._listen(call, emit)
         verdict, text = parse_verdict(reply.text)
         summary = text or (selection.text if selection else state.summary)
         record = SummarizerRecord(
@@ -80,31 +83,56 @@ class LlmSummarizer:
             completion_tokens=reply.completion_tokens,
             latency_ms=reply.latency_ms,
             engine_ms=reply.engine_ms,
+            finish_reason=reply.finish_reason if text else _ending(selection, replies),
             error=reply.error,
         )
         return Fold(summary=summary, record=record, selection=selection)
 
-    async def _listen(self, stream: AsyncIterator[TextDelta | AgentReply], emit: Emit) -> AgentReply:
-        """Read the stream; text after a FINAL line is handed on at once, everything else is withheld.
-
-        Where the stream is lost, the reply is what had been handed on, with the error.
-        """
-        seen, is_final = "", False
-        error = "the stream ended without a reply"
+    async def _listen(self, call: AgentCall, emit: Emit) -> AgentReply:
+        """Ask the summarizer. Where its stream is lost or late, the reply is what had been handed on, with the error."""
+        heard, started = _Heard(), time.perf_counter()
+        lost = AgentReply(agent=SUMMARIZER, status="failed", error="the stream ended without a reply")
         try:
-            async for item in stream:
-                if isinstance(item, AgentReply):
-                    return item
-                seen += item.text
-                head, newline, rest = seen.lstrip().partition("\n")
-                if is_final:
-                    emit(item)
-                elif newline and head.strip() == _FINAL and rest.lstrip():
-                    is_final = True
-                    emit(TextDelta(text=rest.lstrip()))
-        except (AgentUnavailableError, AgentOverloadedError) as lost:
-            error = str(lost)
-        return AgentReply(agent=SUMMARIZER, status="failed", text=seen if is_final else "", error=error)
+            async with asyncio.timeout(None if call.deadline_unix_s is None else max(0.0, call.deadline_unix_s - time.time())):
+                reply = await self._read(call, emit, heard) or lost
+        except (AgentUnavailableError, AgentOverloadedError) as error:
+            reply = replace(lost, error=str(error))
+        except TimeoutError:
+            reply = replace(lost, status="late", error="the deadline passed before the summary")
+        if reply.status != "ok":
+            reply = replace(
+                reply, text=heard.text if heard.is_final else "", finish_reason="length" if heard.is_final else "error"
+            )
+        return replace(reply, latency_ms=(time.perf_counter() - started) * 1e3)
+
+    async def _read(self, call: AgentCall, emit: Emit, heard: _Heard) -> AgentReply | None:
+        """Read the stream; text after a FINAL line is handed on at once, everything else is withheld."""
+        async for item in self._agents.stream(call):
+            if isinstance(item, AgentReply):
+                return item
+            heard.text += item.text
+            head, newline, rest = heard.text.lstrip().partition("\n")
+            if heard.is_final:
+                emit(item)
+            elif newline and head.strip() == _FINAL and rest.lstrip():
+                heard.is_final = True
+                emit(TextDelta(text=rest.lstrip()))
+        return None
+
+
+@dataclass(slots=True)
+class _Heard:
+    """What a summarizer's stream has brought so far."""
+
+    text: str = ""
+    is_final: bool = False
+    """Whether text after a FINAL line was handed on."""
+
+
+def _ending(selection: Selection | None, replies: Sequence[AgentReply]) -> FinishReason:
+    """Return how the chosen contribution ended."""
+    chosen = (reply for reply in replies if selection and (reply.agent, reply.text) == (selection.agent, selection.text))
+    return next((reply.finish_reason for reply in chosen), "stop")
 
 
 def parse_verdict(text: str) -> tuple[Verdict, str]:

@@ -22,4 +22,5 @@ class SinglePolicy:
             activations=(Activation(agent=self._agent),),
             reserves=tuple(Activation(agent=name) for name in self._stand_ins),
             fold="pass",
+            ends_with="single",
         )
