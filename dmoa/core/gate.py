@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dmoa.config import GateConfig
+from dmoa.config import GateConfig, parse_gate
 from dmoa.core.inputs import FEEDBACK_FEATURES
 from dmoa.errors import CheckpointError, ConfigError
-from dmoa.explain import describe
 
 Rule = Literal["top_mass", "fixed", "effective_count"]
 
