@@ -1,0 +1,288 @@
+"""Reaching the agents of a step: stand-ins, the one retry loop, resumed streams, and what a call carries."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+
+import pytest
+
+from dmoa.asking import PATIENCE_S, Asker
+from dmoa.routing import LocalRouter
+from dmoa.types import Activation, AgentReply, Message, Query, Sampling, StepPlan, StepRecord, SummarizerRecord, TextDelta
+from tests.unit.fakes import (
+    Fail,
+    FakeAgents,
+    Fate,
+    Hang,
+    Lose,
+    Refuse,
+    Say,
+    asks,
+    fixed_gate,
+    jumping,
+    query,
+    router_of,
+    sheet,
+    state_of,
+)
+
+NAMES = "abcdef"
+
+
+def asker_of(
+    agents: FakeAgents, *, places: Mapping[str, str] | None = None, router: LocalRouter | None = None, is_select: bool = True
+) -> Asker:
+    """An asker over fake agents; every agent has a place of its own unless `places` says otherwise."""
+    sheets = {name: sheet(name, (places or {}).get(name, f"place-{name}")) for name in NAMES}
+    return Asker(agents=agents, sheets=sheets, router=router, is_select=is_select)
+
+
+def outcomes(replies: tuple[AgentReply, ...]) -> list[tuple[str, str]]:
+    return [(reply.agent, reply.status) for reply in replies]
+
+
+@pytest.mark.parametrize(("fate", "status"), [(Fail(), "failed"), (Refuse(), "overloaded"), (Lose(), "failed")])
+async def test_the_next_ranked_agent_takes_the_place_of_a_lost_one(fate: Fate, status: str) -> None:
+    agents = FakeAgents({"a": Say(text="1"), "b": fate, "c": fate, "d": Say(text="2"), "e": Say(text="3")})
+    replies = await asker_of(agents).ask(state_of(query()), asks("a", "b", reserves="cde"), None)
+    assert outcomes(replies) == [("a", "ok"), ("b", status), ("c", status), ("d", "ok")]
+    assert agents.calls_of("e") == []
+
+
+async def test_every_lost_agent_gets_a_stand_in_of_its_own() -> None:
+    agents = FakeAgents({"a": Fail(), "b": Fail(), "c": Say(text="1"), "d": Say(text="2"), "e": Say(text="3")})
+    replies = await asker_of(agents).ask(state_of(query()), asks("a", "b", reserves="cde"), None)
+    assert sorted(outcomes(replies)) == [("a", "failed"), ("b", "failed"), ("c", "ok"), ("d", "ok")]
+
+
+async def test_stand_ins_in_a_dead_place_are_passed_over() -> None:
+    agents = FakeAgents({"a": Lose(), "b": Say(text="1"), "c": Say(text="2")})
+    places = {"a": "gpu-0", "b": "gpu-0", "c": "gpu-1"}
+    replies = await asker_of(agents, places=places).ask(state_of(query()), asks("a", reserves="bc"), None)
+    assert outcomes(replies) == [("a", "failed"), ("c", "ok")]
+    assert agents.calls_of("b") == []
+
+
+async def test_an_agent_that_fails_leaves_its_place_alive() -> None:
+    agents = FakeAgents({"a": Fail(), "b": Say(text="1")})
+    replies = await asker_of(agents, places={"a": "gpu-0", "b": "gpu-0"}).ask(state_of(query()), asks("a", reserves="b"), None)
+    assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
+    assert replies[0].error == "out of memory"
+
+
+async def test_nobody_stands_in_after_the_deadline() -> None:
+    agents = FakeAgents({"a": Hang(), "b": Say(text="1")})
+    state = state_of(query(), deadline_unix_s=time.time() + 0.05)
+    replies = await asker_of(agents).ask(state, asks("a", reserves="b"), None)
+    assert outcomes(replies) == [("a", "late")]
+    assert replies[0].error == "the deadline passed before the reply"
+    assert agents.cancelled == ["a"]
+    assert agents.calls_of("b") == []
+
+
+async def test_a_dead_place_is_reported_and_nothing_else_is() -> None:
+    agents = FakeAgents({"a": Lose(error="node lost"), "b": Fail(), "c": Refuse(), "d": Say(text="1")})
+    router = router_of(fixed_gate(dict.fromkeys("abcd", 0.25)))
+    await asker_of(agents, router=router).ask(state_of(query()), asks("a", "b", "c", "d"), None)
+    assert router.masked == {"a"}
+
+
+def test_a_dead_place_with_nobody_else_is_waited_for() -> None:
+    async def work() -> tuple[tuple[AgentReply, ...], list[str]]:
+        agents = FakeAgents({"a": (Lose(error="node lost"), Lose(), Lose(), Say(text="1"))})
+        replies = await asker_of(agents).ask(state_of(query()), asks("a"), None)
+        return replies, [call.call_id for call in agents.calls]
+
+    ((reply,), call_ids), waited_s = jumping(work())
+    assert (reply.status, reply.text, reply.attempts) == ("ok", "1", 4)
+    assert reply.error == "an earlier attempt was lost: node lost"
+    assert call_ids == ["t1/0/a"] * 4  # the same call, so that it is answered the same
+    # The first repetition follows at once, then the pauses double.
+    assert waited_s == pytest.approx(0.05 + 0.1)
+
+
+def test_all_agents_of_the_one_dead_place_are_waited_for() -> None:
+    async def work() -> tuple[AgentReply, ...]:
+        agents = FakeAgents({"a": (Lose(), Say(text="1")), "b": (Lose(), Lose(), Say(text="2")), "c": Say(text="3")})
+        places = dict.fromkeys("abc", "llm")
+        return await asker_of(agents, places=places).ask(state_of(query()), asks("a", "b", reserves="c"), None)
+
+    replies, _ = jumping(work())
+    assert [(reply.agent, reply.status, reply.attempts) for reply in replies] == [("a", "ok", 2), ("b", "ok", 3)]
+
+
+def test_the_newest_of_a_chain_of_dead_places_is_waited_for() -> None:
+    async def work() -> tuple[AgentReply, ...]:
+        agents = FakeAgents({"a": Lose(), "b": (Lose(), Say(text="2"))})
+        return await asker_of(agents).ask(state_of(query()), asks("a", reserves="b"), None)
+
+    replies, _ = jumping(work())
+    assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
+
+
+def test_nobody_waits_for_a_dead_place_beside_a_contribution() -> None:
+    async def work() -> tuple[AgentReply, ...]:
+        agents = FakeAgents({"a": Lose(), "b": Say(text="1")})
+        return await asker_of(agents).ask(state_of(query()), asks("a", "b"), None)
+
+    replies, waited_s = jumping(work())
+    assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
+    assert waited_s == 0
+
+
+def test_patience_ends_after_a_minute() -> None:
+    async def work() -> tuple[AgentReply, ...]:
+        agents = FakeAgents({"a": Lose(error="node lost")})
+        return await asker_of(agents).ask(state_of(query()), asks("a"), None)
+
+    (reply,), waited_s = jumping(work())
+    assert (reply.status, reply.error) == ("failed", "node lost")
+    # Pauses of 0.05, 0.1, 0.2, 0.4, 0.8 s and then 1 s each: 64 of them end before the minute does.
+    assert reply.attempts == 1 + 64
+    assert waited_s == pytest.approx(PATIENCE_S)
+
+
+async def test_patience_ends_at_the_deadline() -> None:
+    agents = FakeAgents({"a": Lose(error="node lost")})
+    state = state_of(query(), deadline_unix_s=time.time() + 0.2)
+    (reply,) = await asker_of(agents).ask(state, asks("a"), None)
+    assert (reply.status, reply.error) == ("late", "node lost")
+    assert 2 <= reply.attempts <= 4  # after 0, 0.05 and 0.15 s
+
+
+@pytest.mark.parametrize(
+    ("then", "status", "error"), [(Refuse(), "overloaded", "agent 'a': its queue is full"), (Fail(), "failed", "out of memory")]
+)
+async def test_waiting_ends_with_any_reply(then: Fate, status: str, error: str) -> None:
+    agents = FakeAgents({"a": (Lose(), then)})
+    (reply,) = await asker_of(agents).ask(state_of(query()), asks("a"), None)
+    assert (reply.status, reply.error, reply.attempts) == (status, error, 2)
+
+
+async def ask_streaming(agents: FakeAgents, reserves: str = "") -> tuple[tuple[AgentReply, ...], list[str]]:
+    """Ask `a` with its text handed on; return the replies and the pieces."""
+    pieces: list[TextDelta] = []
+    plan = asks("a", reserves=reserves, fold="pass", ends_with="single")
+    replies = await asker_of(agents).ask(state_of(query()), plan, pieces.append)
+    return replies, [piece.text for piece in pieces]
+
+
+async def test_a_lost_stream_goes_on_without_repeating_text() -> None:
+    again = Say(text="It is 19.", pieces=("It", " is ", "19", "."))
+    agents = FakeAgents({"a": (Lose(pieces=("It ", "is")), Lose(pieces=("It is 1",)), again), "b": Say(text="2")})
+    replies, pieces = await ask_streaming(agents, reserves="b")
+    assert pieces == ["It ", "is", " 1", "9", "."]
+    assert [(reply.agent, reply.text, reply.attempts) for reply in replies] == [("a", "It is 19.", 3)]
+    assert agents.calls_of("b") == []  # another agent's words must not follow
+
+
+async def test_a_stream_that_ends_without_a_reply_is_lost() -> None:
+    class Silent(FakeAgents):
+        async def stream(self, call):  # type: ignore[no-untyped-def]  # as FakeAgents.stream
+            items = [item async for item in super().stream(call)]
+            for item in items if len(self.calls) > 1 else items[:-1]:
+                yield item
+
+    replies, pieces = await ask_streaming(Silent({"a": Say(text="19", pieces=("1", "9"))}))
+    assert pieces == ["1", "9"]
+    assert replies[0].attempts == 2
+    assert "the stream ended without a reply" in (replies[0].error or "")
+
+
+async def test_a_stand_in_streams_where_no_text_was_handed_on() -> None:
+    agents = FakeAgents({"a": Fail(), "b": Say(text="2", pieces=("2",))})
+    replies, pieces = await ask_streaming(agents, reserves="b")
+    assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
+    assert pieces == ["2"]
+
+
+async def test_a_failure_after_text_was_handed_on_is_final() -> None:
+    agents = FakeAgents({"a": Fail(pieces=("It ",)), "b": Say(text="2")})
+    replies, pieces = await ask_streaming(agents, reserves="b")
+    assert outcomes(replies) == [("a", "failed")]
+    assert pieces == ["It "]
+
+
+@pytest.mark.parametrize(("used", "max_tokens"), [(0, 50), (70, 30), (99, 1), (100, 1), (200, 1)])
+async def test_the_budget_limits_a_reply(used: int, max_tokens: int) -> None:
+    agents = FakeAgents({"a": Say(text="1")})
+    await asker_of(agents).ask(state_of(query(budget_tokens=100), tokens_used=used), asks("a"), None)
+    assert agents.calls[0].sampling == Sampling(max_tokens=max_tokens)
+
+
+WISH = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 5, "stop": ("END",), "seed": 3}
+OWN, WISHED = Sampling(max_tokens=50), Sampling(temperature=0.7, top_p=0.9, max_tokens=5, stop=("END",), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("is_select", "plan", "expected"),
+    [
+        (True, asks("a"), WISHED),
+        (True, asks("a", ends_with="single"), WISHED),
+        (False, asks("a"), OWN),
+        (False, asks("a", fold="pass"), OWN),
+        (False, asks("a", fold="pass", ends_with="single"), WISHED),
+    ],
+)
+async def test_the_clients_sampling_applies_to_every_call_when_selecting_else_to_the_last(
+    is_select: bool, plan: StepPlan, expected: Sampling
+) -> None:
+    agents = FakeAgents({"a": Say(text="1")})
+    await asker_of(agents, is_select=is_select).ask(state_of(query(sampling=dict(WISH))), plan, None)
+    assert agents.calls[0].sampling == expected
+
+
+async def test_fields_that_the_client_leaves_out_stay_the_agents_own() -> None:
+    agents = FakeAgents({"a": Say(text="1")})
+    await asker_of(agents).ask(state_of(query(sampling={"seed": 3})), asks("a"), None)
+    assert agents.calls[0].sampling == Sampling(max_tokens=50, seed=3)
+
+
+async def test_what_a_call_carries() -> None:
+    asked = Query(
+        trace_id="t9", text="And 7 + 5?", system="Be kind.", turns=(Message(role="user", content="12 + 7?"),), sampling={}
+    )
+    step = StepRecord(step=0, replies=(), active=(), summary="S", summarizer=SummarizerRecord(mode="select", verdict="rule"))
+    plan = StepPlan(
+        activations=(
+            Activation(agent="a", instruction="Check it."),
+            Activation(agent="b", history=("other work",)),
+            Activation(agent="c", history=()),
+        )
+    )
+    agents = FakeAgents(dict.fromkeys("abc", Say(text="1")))
+    await asker_of(agents).ask(state_of(asked, steps=(step,), deadline_unix_s=time.time() + 60), plan, None)
+    a, b, c = (agents.calls_of(name)[0] for name in "abc")
+    assert (a.call_id, a.step, a.agent) == ("t9/1/a", 1, "a")
+    assert a.deadline_unix_s == b.deadline_unix_s
+    assert a.deadline_unix_s is not None
+    system, turn, user = a.messages
+    assert (system.role, turn, user.role) == ("system", asked.turns[0], "user")
+    assert "Be kind." in system.content
+    assert user.content.startswith("And 7 + 5?\n\nWork so far, step 1:\nS\n\n")
+    assert user.content.endswith("You are a. Check it.")
+    assert "other work" in b.messages[-1].content
+    assert "step 1:\nS" not in b.messages[-1].content
+    assert "Work so far" not in c.messages[-1].content
+
+
+async def test_latency_is_measured_by_the_caller() -> None:
+    (reply,) = await asker_of(FakeAgents({"a": Say(text="1")})).ask(state_of(query()), asks("a"), None)
+    assert 0 < reply.latency_ms < 10_000
+
+
+async def test_an_unexpected_error_cancels_the_other_calls() -> None:
+    agents = FakeAgents({"a": Hang()})  # b is unknown to the client
+    with pytest.raises(KeyError):
+        await asker_of(agents).ask(state_of(query()), asks("a", "b"), None)
+    assert agents.cancelled in (["a"], [])  # [] where a had not begun
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+def test_patience_is_the_deadlines_or_a_minute() -> None:
+    asker = asker_of(FakeAgents({}))
+    assert asker.patience(state_of(query())) == PATIENCE_S == 60.0
+    assert asker.patience(state_of(query(), deadline_unix_s=time.time() - 5)) == 0.0
+    assert asker.patience(state_of(query(), deadline_unix_s=time.time() + 5)) == pytest.approx(5.0, abs=1.0)
