@@ -6,7 +6,7 @@ the router and the encoder behind it differ.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import TypeVar
 
 from dmoa.agents import tools as toolbox
@@ -45,7 +45,7 @@ class Swarm:
         """Names of the policies that queries may ask for."""
         return tuple(POLICIES)
 
-    def answer(self, query: Query, policy: str = "dmoa", agent: str | None = None) -> AsyncIterator[Event]:
+    def answer(self, query: Query, policy: str = "dmoa", agent: str | None = None) -> AsyncGenerator[Event]:
         """Yield steps, text deltas and last the Answer; see `Orchestrator.answer`. `agent` is for policies of one agent.
 
         Raises RequestError for an unknown policy.

@@ -57,6 +57,8 @@ class Trace(BaseModel):
     pool_fingerprint: str
     query: dict[str, Any]
     """text, system, turns, sampling (seed included), limits."""
+    user: str | None = None
+    metadata: dict[str, str] = {}
     answer: str
     finish_reason: str
     wall_ms: float
@@ -67,8 +69,10 @@ class Trace(BaseModel):
     """The reply's own object, with every agent's text."""
 
 
-def trace_of(query: Query, answer: Answer, *, fingerprint: str) -> Trace:
-    """Return the trace of an answered query."""
+def trace_of(
+    query: Query, answer: Answer, *, pool: str, fingerprint: str, user: str | None = None, metadata: dict[str, str] | None = None
+) -> Trace:
+    """Return the trace of an answered query; `user` and `metadata` are the client's own words, kept as they came."""
     decisions = [step.decision for step in answer.steps if step.decision]
     return Trace(
         trace_id=answer.trace_id,
@@ -76,12 +80,14 @@ def trace_of(query: Query, answer: Answer, *, fingerprint: str) -> Trace:
         dmoa_version=__version__,
         pool_fingerprint=fingerprint,
         query=asdict(query),
+        user=user,
+        metadata=metadata or {},
         answer=answer.text,
         finish_reason=answer.finish_reason,
         wall_ms=answer.wall_ms,
         agents=list(decisions[0].agents) if decisions else [],
         routes=[_route(step, step.route, step.decision) for step in answer.steps if step.route and step.decision],
-        dmoa=reply_dmoa(answer, with_texts=True),
+        dmoa=reply_dmoa(answer, pool=pool, with_texts=True),
     )
 
 

@@ -25,7 +25,7 @@ class Agent:
     def __init__(self, config: AgentConfig, engine: Engine, tools: Mapping[str, toolbox.Tool] | None = None) -> None:
         self._config = config
         self._engine = engine
-        self._tools = {name: (tools or {})[name] for name in config.tools}
+        self._tools: dict[str, toolbox.Tool] = {name: (tools or {})[name] for name in config.tools}
 
     async def call(self, call: AgentCall) -> AgentReply:
         """Answer one call; an engine's failure becomes a reply with status `failed`."""

@@ -111,7 +111,7 @@ def build_engine(config: Config, llm: str, agents: list[AgentConfig]) -> Engine:
 
 def build_agents(config: Config, llm: str, engine: Engine) -> dict[str, Agent]:
     """Return the agents of one LLM on its engine, by name."""
-    tools = toolbox.default_tools()
+    tools = toolbox.default_tools(config.tools.search_corpus)
     return {agent.name: Agent(agent, engine, tools) for agent in callable_agents(config, llm)}
 
 

@@ -27,7 +27,7 @@ def agent_messages(
 
     `history` is what the agent sees of earlier work, oldest first; `profile`, `tools` and `instruction` come last.
     """
-    role = " ".join(part.strip() for part in (f"Your role: {profile.strip()}", tools, instruction) if part.strip())
+    role = " ".join(part.strip() for part in (f"Answer the question above. Your role: {profile.strip()}", tools, instruction) if part.strip())
     return (*_opening(query), _user(_task(query, history), role))
 
 

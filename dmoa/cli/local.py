@@ -61,16 +61,16 @@ class LocalBackend:
 
     def __init__(self, config: Config, swarm: Swarm, engines: Sequence[Engine], fingerprint: str) -> None:
         self._config = config
-        self._swarm = swarm
+        self.swarm = swarm
         self._engines = engines
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
 
     async def ask(self, question: str, turns: Sequence[Message], wish: Wish, screen: Screen) -> Asked:
         """Answer one question after earlier turns, showing its steps. Raises DmoaError."""
         policy = check_wish(self._config, wish)
         query = new_query(self._config, question, turns, wish)
         started = time.perf_counter()
-        async with aclosing(_generator(self._swarm, query, policy, wish.agent)) as events:
+        async with aclosing(_generator(self.swarm, query, policy, wish.agent)) as events:
             async for event in events:
                 if isinstance(event, StepRecord):
                     screen.step(reply_step(event, with_texts=True))
@@ -86,7 +86,7 @@ class LocalBackend:
             finish_reason=answer.finish_reason,
             wall_s=time.perf_counter() - started,
             dmoa=reply_dmoa(answer, pool=self._config.name, with_texts=True),
-            trace=trace_of(query, answer, fingerprint=self._fingerprint) if wish.keeps_trace else None,
+            trace=trace_of(query, answer, pool=self._config.name, fingerprint=self.fingerprint) if wish.keeps_trace else None,
         )
 
     async def close(self) -> None:

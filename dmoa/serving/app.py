@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from ray import serve
@@ -40,7 +40,7 @@ APP = "dmoa"
 class SwarmIngress:
     """One ingress replica: the HTTP contract over a swarm on Serve; implements `service.SwarmService`."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc] # Serve awaits the constructor
         self,
         config_json: str,
         key_hashes: tuple[str, ...],
@@ -95,10 +95,11 @@ class SwarmIngress:
 
     async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[StepRecord | TextDelta | Answer]:
         """Answer one query; see `Swarm.answer`."""
-        async for event in self._swarm.answer(query, policy, agent):
-            if isinstance(event, Answer):
-                self._metrics.count(event)
-            yield event
+        async with aclosing(self._swarm.answer(query, policy, agent)) as events:
+            async for event in events:
+                if isinstance(event, Answer):
+                    self._metrics.count(event)
+                yield event
 
     async def ready(self) -> dict[str, str]:
         """Return agent -> "up", or the reason why it is not."""
@@ -134,18 +135,16 @@ class SwarmIngress:
 
     def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
         """Keep the trace of an answered query, after the reply."""
-        task = asyncio.get_running_loop().create_task(self._record(query, answer, key_hash))
+        task = asyncio.get_running_loop().create_task(self._record(query, answer, key_hash, user, metadata))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _record(self, query: Query, answer: Answer, key_hash: str) -> None:
-        started = time.perf_counter()
-        trace = trace_of(query, answer, fingerprint=self._fingerprint)
+    async def _record(self, query: Query, answer: Answer, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
+        trace = trace_of(query, answer, pool=self.pool, fingerprint=self._fingerprint, user=user, metadata=dict(metadata))
         try:
             await self._traces.put.remote(answer.trace_id, trace.model_dump_json(), key_hash)
         except RayError as error:
             _LOG.warning("trace %s was lost: %s", answer.trace_id, type(error).__name__)
-        _LOG.debug("trace %s kept in %.1f ms", answer.trace_id, (time.perf_counter() - started) * 1e3)
 
 
 def build_app(config: Config, *, key_hashes: tuple[str, ...] = ()) -> Any:

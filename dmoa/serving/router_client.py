@@ -99,8 +99,9 @@ class RemoteRouter:
             self._fetching.discard(version)
 
     async def _decide_here(self, request: RouteRequest) -> RouteDecision:
-        local: LocalRouter = self._local or await asyncio.to_thread(self._build_local)
-        self._local = local
+        if self._local is None:
+            self._local = await asyncio.to_thread(self._build_local)
+        local = self._local
         if self._current is not None and self._current in self._weights:
             local.use(self._current)
         now = time.monotonic()

@@ -1,0 +1,99 @@
+"""A `dmoa serve` process for tests: started on a free port, watched through its own output, ended with a signal."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+READY = re.compile(r"dmoa: ready at (\S+) \(pool (\S+), gate (\S+)\)")
+
+
+def free_port() -> int:
+    """Return a loopback port that nothing listens on at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Served:
+    """One server process with a Ray cluster of its own."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        self.lines: list[str] = []
+        self.errors: list[str] = []
+        self.process = subprocess.Popen(
+            list(command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | dict(env or {}),
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        for stream, kept in ((self.process.stdout, self.lines), (self.process.stderr, self.errors)):
+            threading.Thread(target=self._drain, args=(stream, kept), daemon=True).start()
+        self.url = self.pool = self.gate = ""
+
+    @staticmethod
+    def _drain(stream: object, kept: list[str]) -> None:
+        kept.extend(stream)  # type: ignore[arg-type]
+
+    def wait_ready(self, timeout_s: float = 180.0) -> Served:
+        """Wait for the line that says where the server answers."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for line in list(self.lines):
+                found = READY.search(line)
+                if found:
+                    self.url, self.pool, self.gate = found.groups()
+                    return self
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        self.stop()
+        raise AssertionError(f"the server did not get ready:\n{''.join(self.lines[-20:])}\n{''.join(self.errors[-60:])}")
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Return the cluster's processes whose title contains `title`, such as `ray::RouterActor`."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def stop(self, timeout_s: float = 60.0) -> int:
+        """End the server as a user would (SIGTERM), then make sure that nothing of it is left. Returns the exit status."""
+        tree = [self.process, *psutil.Process(self.process.pid).children(recursive=True)] if self.process.poll() is None else []
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            status = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait(10)
+        for process in tree[1:]:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        return status
+
+
+def serve(config: Path, *options: str, env: Mapping[str, str] | None = None) -> Served:
+    """Start `dmoa serve` for a pool file on a free port and wait until it answers."""
+    command = [sys.executable, "-m", "dmoa.cli.main", "serve", "--config", str(config), "--port", str(free_port()), *options]
+    return Served(command, env).wait_ready()

