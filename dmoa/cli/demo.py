@@ -91,7 +91,7 @@ def demo(
     common: Common,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port to serve on [a free one].")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the traces go.")] = Path("out/demo"),
-    questions: Annotated[int, typer.Option("--questions", min=1, max=1000, metavar="N", help="Arithmetic questions.")] = 8,
+    questions: Annotated[int, typer.Option("--questions", min=1, max=200, metavar="N", help="Arithmetic questions.")] = 8,
 ) -> None:
     """Serve a swarm, ask it ten questions, show the routing.
 
@@ -106,20 +106,20 @@ def demo(
     asking = [*generate(questions), *(Question(text=text, expected=None) for text in _OPEN)]
     report = Report(common, config, out, num_questions=len(asking))
     common.say(f"starting pool {config.name} ({len(config.agents)} agents) on Ray Serve; this takes a minute or so")
-    started = False
+    is_up = False
     try:
         launched = launch(config, host="127.0.0.1", port=port or free_port(), app=APP)
-        started = True
+        is_up = True
         report.opening(launched.url, launched.gate_version)
         asked_at = time.monotonic()
-        outcomes = asyncio.run(_ask_all(launched.url, asking, report))
+        outcomes = asyncio.run(ask_all(launched.url, asking, report))
         wall_s = time.monotonic() - asked_at
     finally:
-        if started:
+        if is_up:
             common.say("stopping the swarm")
             stop(APP, end_ray=True)
     report.closing(outcomes, wall_s)
-    is_identical = _replay(common, config, report, out, outcomes)
+    is_identical = replay_demo(common, config, report, out, outcomes)
     common.write_json(report.to_json(outcomes, is_identical=is_identical))
     if not is_identical or any(outcome.asked is None for outcome in outcomes):
         raise typer.Exit(EXIT_FAILED)
@@ -132,7 +132,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-async def _ask_all(url: str, questions: list[Question], report: Report) -> list[Outcome]:
+async def ask_all(url: str, questions: list[Question], report: Report) -> list[Outcome]:
     """Ask every question over HTTP, a few at a time; each is reported when it is done. Returned in the order given."""
     from dmoa.cli.remote import RemoteBackend
     from dmoa.serving.client import SwarmClient
@@ -159,7 +159,7 @@ async def _ask(backend: RemoteBackend, places: asyncio.Semaphore, number: int, q
     return outcome
 
 
-def _replay(common: Common, config: Config, report: Report, out: Path, outcomes: list[Outcome]) -> bool:
+def replay_demo(common: Common, config: Config, report: Report, out: Path, outcomes: list[Outcome]) -> bool:
     """Keep the traces, route them again, and tell how to do the same; return whether every decision was repeated."""
     from dmoa.cli.run import replay_traces
     from dmoa.trace import read, write

@@ -10,7 +10,6 @@ import inspect
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,9 +140,20 @@ def with_common(command: Callable[Concatenate[Common, P], None]) -> Callable[...
     return wrapped
 
 
+class _StderrHandler(logging.Handler):
+    """Writes dmoa's own logs to stderr as it is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
+
+
 def _start_logging(verbosity: int) -> None:
-    level = {-1: logging.ERROR, 0: logging.WARNING}.get(verbosity, logging.INFO)
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(name)s: %(message)s", force=True)
+    logger = logging.getLogger("dmoa")
+    logger.setLevel({-1: logging.ERROR, 0: logging.WARNING}.get(verbosity, logging.INFO))
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        handler = _StderrHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
 
 
 def fail(error: DmoaError) -> NoReturn:

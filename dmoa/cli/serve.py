@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmoa.cli.options import CheckpointOption, Common, with_common
+from dmoa.cli.options import EXIT_FAILED, CheckpointOption, Common, with_common
 from dmoa.cli.show import untrained_note
 
 if TYPE_CHECKING:
@@ -43,32 +44,37 @@ def serve(
 
     config = common.load(checkpoint)
     launched: Launched | None = None
-    _end_on_sigterm()
+    _end_on_signals()
     common.say(f"starting pool {config.name} on Ray; the first start also fetches and loads its models")
     try:
         launched = launch(config, host=host, port=port, address=address, app=app, insecure=insecure)
-        _end_on_sigterm()
+        _end_on_signals()
         _announce(common, launched)
         threading.Event().wait()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter from Ray's own handler, which holds while it starts
+        if launched is None:
+            common.say("interrupted before it was ready")
+            raise typer.Exit(EXIT_FAILED) from None
         common.say("stopping")
     finally:
         if launched is not None:
             stop(app, end_ray=launched.started_ray)
-        elif address is None and ray_is_up():
+        elif address is None and _ray_is_up():
             stop(app, end_ray=True)
 
 
-def _end_on_sigterm() -> None:
-    """Let SIGTERM end the command as Ctrl-C does. Called again after the launch, because `ray.init` sets its own handler."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _end_on_signals() -> None:
+    """Let SIGTERM and SIGINT end the command, also where a shell started it in the background and SIGINT was ignored.
+
+    Called again after the launch, because `ray.init` sets a handler of its own.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
 
 
-def ray_is_up() -> bool:
-    """Say whether this process is connected to a Ray."""
-    import ray
-
-    return bool(ray.is_initialized())
+def _ray_is_up() -> bool:
+    """Say whether this process is connected to a Ray; a launch that failed early has not even loaded it."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def _announce(common: Common, launched: Launched) -> None:

