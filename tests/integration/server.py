@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -41,13 +42,19 @@ class Served:
         )
         assert self.process.stdout is not None
         assert self.process.stderr is not None
-        for stream, kept in ((self.process.stdout, self.lines), (self.process.stderr, self.errors)):
-            threading.Thread(target=self._drain, args=(stream, kept), daemon=True).start()
+        self._drains = [
+            threading.Thread(target=self._drain, args=(stream, kept), daemon=True)
+            for stream, kept in ((self.process.stdout, self.lines), (self.process.stderr, self.errors))
+        ]
+        for drain in self._drains:
+            drain.start()
         self.url = self.pool = self.gate = ""
 
     @staticmethod
-    def _drain(stream: object, kept: list[str]) -> None:
-        kept.extend(stream)  # type: ignore[arg-type]
+    def _drain(stream: IO[str], kept: list[str]) -> None:
+        with stream:
+            for line in stream:
+                kept.append(line)
 
     def wait_ready(self, timeout_s: float = 180.0) -> Served:
         """Wait for the line that says where the server answers."""
@@ -90,10 +97,12 @@ class Served:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
+        for drain in self._drains:
+            drain.join(10)
         return status
 
 
 def serve(config: Path, *options: str, env: Mapping[str, str] | None = None) -> Served:
     """Start `dmoa serve` for a pool file on a free port and wait until it answers."""
-    command = [sys.executable, "-m", "dmoa.cli.main", "serve", "--config", str(config), "--port", str(free_port()), *options]
+    command = [str(Path(sys.executable).with_name("dmoa")), "serve", "--config", str(config), "--port", str(free_port()), *options]
     return Served(command, env).wait_ready()
