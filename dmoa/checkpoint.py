@@ -5,6 +5,7 @@ Written whole, then renamed; loaded without pickle; checked against its own cont
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 from pathlib import Path
@@ -16,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dmoa.core.gate import Gate, GateSpec, weights_version
-from dmoa.errors import CheckpointError
-from dmoa.explain import describe
+from dmoa.errors import CheckpointError, ConfigError
+from dmoa.explain import describe, short
 from dmoa.types import UNTRAINED
 
 SCHEMA_VERSION = 1
@@ -54,33 +55,34 @@ class Checkpoint(BaseModel):
 
 def describe_gate(gate: Gate, *, fingerprint: str, trained_on: dict[str, Any] | None = None, **extra: Any) -> Checkpoint:
     """Return the record of a gate, its version included."""
+    return Checkpoint(**_fields(gate, is_trained=bool(trained_on)), pool_fingerprint=fingerprint, trained_on=trained_on, **extra)
+
+
+def _fields(gate: Gate, *, is_trained: bool) -> dict[str, Any]:
+    """Return the fields of a record that follow from the gate itself."""
     spec = gate.spec
-    version = weights_version(gate)
-    return Checkpoint(
-        version=version if trained_on else UNTRAINED + version,
-        preset=spec.preset,
-        head=spec.head,
-        sizes={
+    return {
+        "version": ("" if is_trained else UNTRAINED) + weights_version(gate),
+        "preset": spec.preset,
+        "head": spec.head,
+        "sizes": {
             "hidden": spec.hidden,
             "embedding_dim": spec.embedding_dim,
             "input_dim": spec.input_dim,
             "agents": len(spec.agents),
         },
-        temperature=spec.temperature,
-        activation={
+        "temperature": spec.temperature,
+        "activation": {
             "rule": spec.rule,
             "mass": spec.mass,
             "max_agents": spec.max_agents,
             "cascade": spec.cascade,
             "theta": spec.theta,
         },
-        score=spec.score,
-        agents=list(spec.agents),
-        pool_fingerprint=fingerprint,
-        trained_on=trained_on,
-        spec=spec.to_json(),
-        **extra,
-    )
+        "score": spec.score,
+        "agents": list(spec.agents),
+        "spec": spec.to_json(),
+    }
 
 
 def save(folder: str | Path, gate: Gate, record: Checkpoint) -> Path:
@@ -111,46 +113,50 @@ def load(folder: str | Path) -> tuple[Gate, Checkpoint]:
     Raises CheckpointError if a file is missing or damaged, or the weights do not match the recorded version.
     """
     root = Path(folder)
+    where = f"checkpoint {str(root)!r}"
     try:
-        record = Checkpoint.model_validate_json((root / "gate.json").read_text(encoding="utf-8"))
+        tree = json.loads((root / "gate.json").read_text(encoding="utf-8"))
         tensors = load_file(str(root / "gate.safetensors"))
-    except ValidationError as error:
-        raise CheckpointError(f"checkpoint {str(root)!r}: gate.json: {describe(error)}") from error
-    except (OSError, SafetensorError, UnicodeDecodeError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: {error}; a checkpoint is a folder with gate.safetensors and gate.json") from error
+    seen = tree.get("schema_version", SCHEMA_VERSION) if isinstance(tree, dict) else SCHEMA_VERSION
+    if seen != SCHEMA_VERSION:
         raise CheckpointError(
-            f"checkpoint {str(root)!r}: {error}; a checkpoint is a folder with gate.safetensors and gate.json"
-        ) from error
-    if record.schema_version != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"checkpoint {str(root)!r}: schema_version is {record.schema_version}, this dmoa reads {SCHEMA_VERSION}; "
+            f"{where}: schema_version is {short(seen)}, this dmoa reads {SCHEMA_VERSION}; "
             "use the dmoa that wrote it, or train again"
         )
-    return _restore(root, record, tensors), record
-
-
-def _restore(root: Path, record: Checkpoint, tensors: dict[str, torch.Tensor]) -> Gate:
-    spec = GateSpec.from_json(record.spec)
-    gate = Gate(spec, profile_AD=tensors.get("profile_AD"))
     try:
-        gate.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"checkpoint {str(root)!r}: weights do not fit gate.json: {' '.join(str(error).split())}"
-        ) from error
-    found = weights_version(gate)
-    if found != record.version.removeprefix(UNTRAINED):
-        raise CheckpointError(
-            f"checkpoint {str(root)!r}: the weights hash to {found}, gate.json says {record.version}; "
-            "the files are damaged or mixed"
-        )
+        record = Checkpoint.model_validate(tree)
+        return _restore(record, tensors), record
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: gate.json: {describe(error, Checkpoint)}") from error
+    except (ConfigError, CheckpointError, RuntimeError) as error:
+        raise CheckpointError(f"{where}: {' '.join(str(error).split())}; the files are damaged or mixed") from error
+
+
+def _restore(record: Checkpoint, tensors: dict[str, torch.Tensor]) -> Gate:
+    """Build the gate; raises CheckpointError, ConfigError or RuntimeError where record and tensors do not fit."""
+    gate = Gate(GateSpec.from_json(record.spec), profile_AD=tensors.get("profile_AD"))
+    gate.load_state_dict(tensors)
+    expected = _fields(gate, is_trained=not record.version.startswith(UNTRAINED))
+    for name, value in expected.items():
+        seen = getattr(record, name)
+        if seen != value:
+            raise CheckpointError(f"{name} in gate.json is {short(seen)}, weights and spec say {short(value)}")
     return gate
 
 
-def check_pool(record: Checkpoint, *, fingerprint: str, agents: tuple[str, ...]) -> None:
+def check_pool(record: Checkpoint, *, fingerprint: str, agents: tuple[str, ...], preset: str) -> None:
     """Raise CheckpointError unless the checkpoint was made for this pool; the message says which agents differ.
 
-    The `profile` head accepts another pool: its agents are described by their profiles.
+    The `profile` head accepts another pool: its agents are described by their profiles. `preset` is the pool's: with
+    another one the policy would build inputs that the gate cannot read.
     """
+    if record.preset != preset:
+        raise CheckpointError(
+            f"checkpoint {record.version}: its preset is {record.preset!r}, the pool's gate.preset is {preset!r}; "
+            f"set gate.preset to {record.preset!r} or choose another checkpoint"
+        )
     if record.pool_fingerprint == fingerprint or record.head == "profile":
         return
     theirs = tuple(record.agents)

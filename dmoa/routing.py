@@ -17,7 +17,7 @@ import torch
 from dmoa.config import GateConfig
 from dmoa.core.decision import Decider
 from dmoa.core.gate import Gate, GateSpec, init_gate
-from dmoa.errors import DmoaError, RoutingError
+from dmoa.errors import RoutingError
 from dmoa.types import FloatArray, RoutedBy, RouteDecision, RouteRequest
 
 _LOG = logging.getLogger("dmoa.routing")
@@ -103,7 +103,7 @@ class LocalRouter:
         pending, self._pending = self._pending, []
         by_version: dict[str | None, list[tuple[RouteRequest, asyncio.Future[RouteDecision]]]] = {}
         for item in pending:
-            by_version.setdefault(item[0].gate_version, []).append(item)
+            by_version.setdefault(item[0].gate_version or self._current, []).append(item)
         for items in by_version.values():
             self._answer(items)
 
@@ -111,7 +111,7 @@ class LocalRouter:
         """Decide one version's requests; a request that cannot be decided must not spoil the others' batch."""
         try:
             results = self.decide([request for request, _ in items])
-        except (DmoaError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever it is belongs to those who wait: uncaught here, they would wait for ever
             if len(items) > 1:
                 for item in items:
                     self._answer([item])
@@ -128,8 +128,6 @@ class LocalRouter:
         Non-finite output of a version falls back to the last good one. Raises NoAgentError, RoutingError.
         """
         decider = self._decider(requests[0].gate_version)
-        self.num_batches += 1
-        self.num_decisions += len(requests)
         try:
             decisions = decider.decide(requests, self._masked)
         except RoutingError:
@@ -137,6 +135,8 @@ class LocalRouter:
                 raise
             _LOG.exception("gate %s failed; falling back to %s", decider.version, self._previous)
             decisions = self._decider(self._previous).decide(requests, self._masked)
+        self.num_batches += 1
+        self.num_decisions += len(requests)
         for decision in decisions:
             self.activations.update(decision.agents[index] for index in decision.ranking[: decision.k])
         return [replace(decision, routed_by=self._routed_by) for decision in decisions]
@@ -159,3 +159,11 @@ def build_gate(config: GateConfig, agents: tuple[str, ...], profile_AD: FloatArr
     """
     spec = GateSpec.from_config(config, agents)
     return init_gate(spec, seed=config.seed, profile_AD=None if profile_AD is None else torch.from_numpy(profile_AD))
+
+
+def adopt_gate(gate: Gate, agents: tuple[str, ...], profile_AD: FloatArray) -> Gate:
+    """Return a gate with the weights of a `profile` gate over other agents, described by their profiles' embeddings."""
+    profiles = torch.from_numpy(profile_AD)
+    adopted = Gate(replace(gate.spec, agents=agents), profile_AD=profiles)
+    adopted.load_state_dict({**gate.state_dict(), "profile_AD": profiles})
+    return adopted

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,22 +142,28 @@ def build_encoder(config: Config) -> Encoder:
 def build_pool_gate(config: Config) -> tuple[Gate, Checkpoint]:
     """Return the gate that a configuration asks for, with its record: a checkpoint's, or untrained weights.
 
+    A checkpoint with the `profile` head that was made for another pool is taken over to this pool's profiles.
+
     Raises CheckpointError for a checkpoint that is damaged or was made for another pool.
     """
     from dmoa import checkpoint
-    from dmoa.routing import build_gate
+    from dmoa.routing import adopt_gate, build_gate
 
-    if config.gate.checkpoint:
-        gate, record = checkpoint.load(config.gate.checkpoint)
-        checkpoint.check_pool(record, fingerprint=fingerprint(config), agents=config.agent_names)
+    own = fingerprint(config)
+    if not config.gate.checkpoint:
+        profile_AD = _profile_embeddings(config) if config.gate.head == "profile" else None
+        gate = build_gate(config.gate, config.agent_names, profile_AD)
+        return gate, checkpoint.describe_gate(gate, fingerprint=own)
+    gate, record = checkpoint.load(config.gate.checkpoint)
+    checkpoint.check_pool(record, fingerprint=own, agents=config.agent_names, preset=config.gate.preset)
+    if record.pool_fingerprint == own:
         return gate, record
-    gate = build_gate(config.gate, config.agent_names, _profile_embeddings(config))
-    return gate, checkpoint.describe_gate(gate, fingerprint=fingerprint(config))
+    adopted = adopt_gate(gate, config.agent_names, _profile_embeddings(config))
+    return adopted, checkpoint.describe_gate(adopted, fingerprint=own, trained_on=record.trained_on, parent=record.version)
 
 
-def _profile_embeddings(config: Config) -> FloatArray | None:
-    """Embed the agents' profiles, [A, D], for the `profile` head; None for the linear one."""
-    if config.gate.head != "profile":
-        return None
-    rows = asyncio.run(build_encoder(config).embed([agent.profile for agent in config.agents]))
-    return np.stack(rows)
+def _profile_embeddings(config: Config) -> FloatArray:
+    """Embed the agents' profiles, [A, D], for the `profile` head. Blocks; works inside and outside an event loop."""
+    work = build_encoder(config).embed([agent.profile for agent in config.agents])
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return np.stack(thread.submit(asyncio.run, work).result())

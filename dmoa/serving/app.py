@@ -171,5 +171,5 @@ def _theta(config: Config) -> float | None:
     from dmoa import checkpoint
 
     gate, record = checkpoint.load(config.gate.checkpoint)
-    checkpoint.check_pool(record, fingerprint=fingerprint(config), agents=config.agent_names)
+    checkpoint.check_pool(record, fingerprint=fingerprint(config), agents=config.agent_names, preset=config.gate.preset)
     return gate.spec.theta
