@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from dmoa.cli.demo import Outcome
     from dmoa.replay import Replay
 
-_ANSWER_CHARACTERS = 28
-_QUESTION_CHARACTERS = 40
+_ANSWER_CHARACTERS = 24
+_QUESTION_CHARACTERS = 34
 
 
 class QueryProgress(Screen):
