@@ -162,6 +162,8 @@ def check_pool(record: Checkpoint, *, fingerprint: str, agents: tuple[str, ...],
     theirs = tuple(record.agents)
     if theirs == agents:
         detail = "the agents have the same names, but a model, adapter, profile, tool or sampling setting differs"
+    elif set(theirs) == set(agents):
+        detail = f"the same agents in another order, the checkpoint's is {', '.join(theirs)}"
     else:
         missing = ", ".join(name for name in theirs if name not in agents) or "none"
         added = ", ".join(name for name in agents if name not in theirs) or "none"

@@ -111,27 +111,37 @@ def write(path: str | Path, traces: Iterable[Trace]) -> Path:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.parent / f".{target.name}.{secrets.token_hex(4)}"
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(trace.model_dump_json() + "\n" for trace in traces)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(target)
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(trace.model_dump_json() + "\n" for trace in traces)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
     return target
 
 
 def read(path: str | Path) -> list[Trace]:
     """Read a file of traces. Raises TraceError naming file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: texts may hold other line separators, which JSON does not escape.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"trace {str(path)!r}: {error}; give a file of JSON lines that dmoa wrote") from error
     return [_parse(str(path), number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _parse(path: str, number: int, line: str) -> Trace:
+    where = f"trace {path!r}, line {number}"
     try:
-        return Trace.model_validate(json.loads(line))
+        tree = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"{where}: not valid JSON: {error}; give a file that dmoa wrote") from error
+    seen = tree.get("schema_version", SCHEMA_VERSION) if isinstance(tree, dict) else SCHEMA_VERSION
+    if seen != SCHEMA_VERSION:
+        raise TraceError(f"{where}: schema_version is {seen!r}, this dmoa reads {SCHEMA_VERSION}; use the dmoa that wrote it")
+    try:
+        return Trace.model_validate(tree)
     except ValidationError as error:
-        raise TraceError(f"trace {path!r}, line {number}: {describe(error)}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TraceError(f"trace {path!r}, line {number}: not valid JSON: {error}") from error
+        raise TraceError(f"{where}: {describe(error, Trace)}") from error

@@ -76,7 +76,9 @@ class RouterState:
             state = json.loads(self._read("state.json"))
         except ValueError as error:
             raise CheckpointError(f"router state {self._path('state.json')!r}: {error}; remove it to begin anew") from error
-        return state if isinstance(state, dict) else None
+        if not isinstance(state, dict):
+            raise CheckpointError(f"router state {self._path('state.json')!r}: it is no JSON object; remove it to begin anew")
+        return state
 
     def _path(self, name: str) -> str:
         return posixpath.join(self._root, name)

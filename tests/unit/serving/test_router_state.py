@@ -1,0 +1,113 @@
+"""What the router keeps beyond its own life, on a file system in a temporary folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dmoa.checkpoint import Checkpoint, describe_gate
+from dmoa.core.gate import Gate, init_gate
+from dmoa.errors import CheckpointError, ConfigError
+from dmoa.serving.router_state import RouterState, default_state_uri
+from tests.unit.fakes import gate_spec
+
+
+def made(seed: int = 0) -> tuple[Gate, Checkpoint]:
+    gate = init_gate(gate_spec(("a", "b")), seed=seed)
+    return gate, describe_gate(gate, fingerprint="f" * 64, trained_on={"rows": seed})
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "router" / "state"
+
+
+@pytest.fixture
+def state(root: Path) -> RouterState:
+    return RouterState(root.as_uri())
+
+
+def test_versions_come_back_bit_for_bit(state: RouterState, root: Path) -> None:
+    kept = [made(seed) for seed in range(3)]
+    for gate, record in kept:
+        state.save_version(gate, record)
+    reopened = RouterState(root.as_uri() + "/")
+    for gate, record in kept:
+        found = reopened.load_version(record.version)
+        assert found is not None
+        assert found[1] == record
+        assert all((found[0].state_dict()[name] == tensor).all() for name, tensor in gate.state_dict().items())
+    assert sorted(path.name for path in (root / "versions").iterdir()) == sorted(record.version for _, record in kept)
+
+
+def test_what_was_never_kept_is_absent(state: RouterState) -> None:
+    assert state.load() is None
+    assert state.load_version("0" * 16) is None
+
+
+def test_a_version_is_written_once_and_without_drafts(state: RouterState, root: Path) -> None:
+    gate, record = made()
+    state.save_version(gate, record)
+    folder = root / "versions" / record.version
+    stamps = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert sorted(stamps) == ["gate.json", "gate.safetensors"]
+    state.save_version(gate, record)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == stamps
+
+
+def test_a_version_of_which_only_half_was_written_is_absent_and_can_be_written_again(state: RouterState, root: Path) -> None:
+    gate, record = made()
+    state.save_version(gate, record)
+    (root / "versions" / record.version / "gate.json").unlink()  # it is written last
+    assert state.load_version(record.version) is None
+    state.save_version(gate, record)
+    assert state.load_version(record.version) is not None
+
+
+def test_the_files_of_a_version_are_those_of_a_checkpoint(state: RouterState, root: Path) -> None:
+    gate, record = made()
+    state.save_version(gate, record)
+    files = state.read_version(record.version)
+    folder = root / "versions" / record.version
+    assert files == {name: (folder / name).read_bytes() for name in ("gate.safetensors", "gate.json")}
+    with pytest.raises(FileNotFoundError):
+        state.read_version("0" * 16)
+
+
+def test_a_damaged_version_is_refused(state: RouterState, root: Path) -> None:
+    gate, record = made()
+    state.save_version(gate, record)
+    weights = root / "versions" / record.version / "gate.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match="a checkpoint is a folder with"):
+        state.load_version(record.version)
+
+
+def test_the_state_comes_back_as_it_was_last_kept(state: RouterState, root: Path) -> None:
+    state.save({"current": "v1"})
+    state.save({"current": "v2", "history": ["v1"], "installed_unix_s": 1.5})
+    assert RouterState(root.as_uri()).load() == {"current": "v2", "history": ["v1"], "installed_unix_s": 1.5}
+    assert [path.name for path in root.iterdir()] == ["state.json"]
+
+
+@pytest.mark.parametrize("data", [b"", b'{"current": ', b"[1]", b"null", b"\xff\xff"])
+def test_a_damaged_state_is_refused(state: RouterState, root: Path, data: bytes) -> None:
+    state.save({"current": "v1"})
+    (root / "state.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"state\.json.*; remove it to begin anew"):
+        state.load()
+
+
+@pytest.mark.parametrize("uri", ["", "relative/folder", "ftp://host/dir", "file://host/dir", "nonsense:"])
+def test_a_place_that_no_file_system_serves_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RouterState(uri)
+    assert f"router.state_uri: value seen: {uri!r}; allowed are file:///DIR, s3://..., gs://...; change it" in str(caught.value)
+
+
+def test_the_default_place_is_a_folder_of_this_user_per_app() -> None:
+    one, other = default_state_uri("one"), default_state_uri("other")
+    assert one.startswith("file:///")
+    assert one.endswith("/router/one")
+    assert one != other

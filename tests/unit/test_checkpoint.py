@@ -1,0 +1,216 @@
+"""Checkpoints: written whole, read back bit for bit, refused when damaged, mixed or made for another pool."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dmoa.checkpoint import SCHEMA_VERSION, Checkpoint, check_pool, describe_gate, load, save
+from dmoa.core.gate import Gate, init_gate, weights_version
+from dmoa.errors import CheckpointError
+from tests.unit.fakes import DIM, gate_spec
+
+AGENTS = ("adder", "sorter", "dater")
+FINGERPRINT = "f" * 64
+
+
+def gate_of(seed: int = 0, **changes: Any) -> Gate:
+    return init_gate(gate_spec(AGENTS, temperature=0.1, theta=-1.5, **changes), seed=seed)
+
+
+def profile_gate() -> Gate:
+    profile_AD = torch.from_numpy(np.random.default_rng(0).standard_normal((3, DIM)).astype(np.float32))
+    return init_gate(gate_spec(AGENTS, head="profile"), seed=0, profile_AD=profile_AD)
+
+
+def saved(folder: Path, gate: Gate | None = None) -> Path:
+    gate = gate or gate_of()
+    return save(folder, gate, describe_gate(gate, fingerprint=FINGERPRINT, trained_on={"rows": 40}))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    tree = json.loads((folder / "gate.json").read_text())
+    (folder / "gate.json").write_text(json.dumps(tree | changes))
+
+
+@pytest.mark.parametrize("gate", [gate_of(), gate_of(preset="paper"), profile_gate()], ids=["default", "paper", "profile"])
+def test_what_was_saved_is_loaded_bit_for_bit(tmp_path: Path, gate: Gate) -> None:
+    record = describe_gate(
+        gate, fingerprint=FINGERPRINT, trained_on={"rows": 40}, parent="p", metrics={"loss": 0.25}, code_revision="abc"
+    )
+    folder = save(tmp_path / "deep" / "gate", gate, record)
+    assert folder == tmp_path / "deep" / "gate"
+    loaded, loaded_record = load(folder)
+    assert loaded_record == record
+    assert loaded.spec == gate.spec
+    before, after = gate.state_dict(), loaded.state_dict()
+    assert list(before) == list(after)
+    assert all(before[name].numpy().tobytes() == after[name].numpy().tobytes() for name in before)
+    assert weights_version(loaded) == record.version
+
+
+def test_the_record_says_what_the_contract_asks_for(tmp_path: Path) -> None:
+    tree = json.loads((saved(tmp_path / "gate") / "gate.json").read_text())
+    assert tree["schema_version"] == SCHEMA_VERSION == 1
+    assert tree["sizes"] == {"hidden": 3, "embedding_dim": DIM, "input_dim": 2 * DIM + 4, "agents": 3}
+    assert tree["activation"] == {"rule": "top_mass", "mass": 0.8, "max_agents": 4, "cascade": False, "theta": -1.5}
+    assert (tree["preset"], tree["head"], tree["temperature"], tree["score"]) == ("default", "linear", 0.1, "raw")
+    assert (tree["agents"], tree["pool_fingerprint"], tree["trained_on"]) == (list(AGENTS), FINGERPRINT, {"rows": 40})
+    names = {"version", "parent", "anchor_set", "encoder", "metrics", "code_revision"}
+    assert names <= set(tree)
+
+
+def test_the_version_names_the_content() -> None:
+    gate = gate_of()
+    version = describe_gate(gate, fingerprint="", trained_on={"rows": 1}).version
+    assert version == describe_gate(gate_of(), fingerprint="other", trained_on={"rows": 2}).version
+    assert describe_gate(gate, fingerprint="").version == f"untrained-{version}"
+    assert describe_gate(gate_of(mass=0.7), fingerprint="", trained_on={"rows": 1}).version != version
+    for name, tensor in gate.state_dict().items():
+        other = gate_of()
+        with torch.no_grad():
+            flat = other.state_dict()[name].view(-1)
+            flat[-1] = torch.nextafter(tensor.view(-1)[-1], torch.tensor(torch.inf))
+        assert describe_gate(other, fingerprint="", trained_on={"rows": 1}).version != version, name
+
+
+def test_saving_again_replaces_and_leaves_no_drafts(tmp_path: Path) -> None:
+    first = saved(tmp_path / "gate")
+    (first / "stale.txt").write_text("left over")
+    version = load(first)[1].version
+    saved(tmp_path / "gate", gate_of(seed=1))
+    assert load(first)[1].version != version
+    assert [path.name for path in tmp_path.iterdir()] == ["gate"]
+    assert sorted(path.name for path in first.iterdir()) == ["gate.json", "gate.safetensors"]
+
+
+def test_a_failed_save_keeps_the_old_one_and_leaves_no_drafts(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "gate")
+    gate = gate_of(seed=1)
+    record = describe_gate(gate, fingerprint=FINGERPRINT, trained_on={"rows": object()})  # nothing that JSON can hold
+    with pytest.raises(ValueError, match="serialize"):
+        save(folder, gate, record)
+    assert [path.name for path in tmp_path.iterdir()] == ["gate"]
+    assert load(folder)[1].trained_on == {"rows": 40}
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str, keep: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * keep)])
+
+    return damage
+
+
+def flip_last_bit(folder: Path) -> None:
+    data = bytearray((folder / "gate.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "gate.safetensors").write_bytes(bytes(data))
+
+
+def drop_tensor(folder: Path) -> None:
+    tensors = load_file(str(folder / "gate.safetensors"))
+    del tensors["head_bias"]
+    save_file(tensors, str(folder / "gate.safetensors"))
+
+
+def reshape_tensor(folder: Path) -> None:
+    tensors = load_file(str(folder / "gate.safetensors"))
+    tensors["head_bias"] = torch.zeros(7)
+    save_file(tensors, str(folder / "gate.safetensors"))
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def change(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, **changes)
+
+
+def change_spec(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, spec=json.loads((folder / "gate.json").read_text())["spec"] | changes)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no weights": (drop("gate.safetensors"), "gate.safetensors"),
+    "no record": (drop("gate.json"), "gate.json"),
+    "weights cut short": (cut("gate.safetensors", 0.5), "a checkpoint is a folder with"),
+    "weights empty": (cut("gate.safetensors", 0.0), "a checkpoint is a folder with"),
+    "record cut short": (cut("gate.json", 0.5), "a checkpoint is a folder with"),
+    "record no JSON object": (write("gate.json", "[1]"), "gate.json"),
+    "record too deep": (write("gate.json", "[" * 100_000), "a checkpoint is a folder with"),
+    "one bit of a weight": (flip_last_bit, "version in gate.json is"),
+    "a tensor missing": (drop_tensor, "head_bias"),
+    "a tensor of another shape": (reshape_tensor, "head_bias"),
+    "another version": (change(version="0" * 16), "version in gate.json is '0000000000000000', weights and spec say"),
+    "another mass than its spec": (change(activation={"mass": 0.1}), "activation in gate.json is {'mass': 0.1}"),
+    "other agents than its spec": (change(agents=["x", "y", "z"]), "agents in gate.json is ['x', 'y', 'z']"),
+    "another theta in the spec": (change_spec(theta=0.0), "version in gate.json"),
+    "a spec of another size": (change_spec(hidden=4), "weight_ih"),
+    "a spec too big for any memory": (change_spec(embedding_dim=10**15), "damaged or mixed"),
+    "a profile head without profiles": (change_spec(head="profile"), "profile"),
+    "an unknown key in the spec": (change_spec(colour=1), "unknown keys ['colour']"),
+    "an unknown key": (change(colour=1), "colour: unknown key (value seen: 1); allowed: schema_version, version"),
+    "a wrong type": (change(temperature="hot"), "temperature: value seen: 'hot'"),
+    "a newer schema": (change(schema_version=2, colour=1), "schema_version is 2, this dmoa reads 1; use the dmoa that wrote it"),
+    "a schema that is no number": (change(schema_version=None), "schema_version is None, this dmoa reads 1"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    folder = saved(tmp_path / "gate")
+    damage(folder)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert message in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"a checkpoint is a folder with gate\.safetensors and gate\.json"):
+        load(tmp_path / "nothing")
+
+
+def record_of(head: str = "linear") -> Checkpoint:
+    return describe_gate(profile_gate() if head == "profile" else gate_of(), fingerprint=FINGERPRINT, trained_on={"rows": 1})
+
+
+def test_the_pool_that_a_checkpoint_was_made_for_may_use_it() -> None:
+    check_pool(record_of(), fingerprint=FINGERPRINT, agents=AGENTS, preset="default")
+
+
+def test_another_pool_is_told_which_agents_differ() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        check_pool(record_of(), fingerprint="0" * 64, agents=("adder", "writer", "dater"), preset="default")
+    message = str(caught.value)
+    assert "only in the checkpoint: sorter; only in the pool: writer" in message
+    assert "made for pool ffffffffffff, this pool is 000000000000" in message
+    assert "serve the pool it was trained for, or train a gate for this one" in message
+    with pytest.raises(CheckpointError, match="same names, but a model, adapter, profile, tool or sampling setting differs"):
+        check_pool(record_of(), fingerprint="0" * 64, agents=AGENTS, preset="default")
+    with pytest.raises(CheckpointError, match="the same agents in another order"):
+        check_pool(record_of(), fingerprint="0" * 64, agents=AGENTS[::-1], preset="default")
+
+
+def test_a_profile_gate_may_serve_any_pool() -> None:
+    check_pool(record_of("profile"), fingerprint="0" * 64, agents=("writer",), preset="default")
+
+
+def test_a_gate_of_another_preset_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"its preset is .default., the pool.s gate\.preset is .paper.; set"):
+        check_pool(record_of("profile"), fingerprint=FINGERPRINT, agents=AGENTS, preset="paper")
