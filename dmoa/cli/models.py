@@ -40,20 +40,22 @@ def _show(common: Common) -> None:
 @with_common
 def fetch(
     common: Common,
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Embedded models to get; `dmoa models list` shows them.")],
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Embedded models to get; none: all.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash the cached files too; fetch a damaged model again.")] = False,
 ) -> None:
     """Get embedded models into the cache, downloaded and converted once, and print their folders.
 
     \b
-    dmoa models fetch smollm2-135m minilm
+    dmoa models fetch                          all of them
+    dmoa models fetch smollm2-135m
     dmoa models fetch smollm2-135m --verify
     """
-    for name in names:
+    wanted = names or list(models.EMBEDDED)
+    for name in wanted:
         models.path(name)  # a misspelt last name is refused before the first download
-    for name in names:
+    for name in wanted:
         typer.echo(models.fetch(name, verify=verify, progress=common.say))
-    common.write_json({"models": [_record(name) for name in names]})
+    common.write_json({"models": [_record(name) for name in wanted]})
 
 
 @app.command("path")

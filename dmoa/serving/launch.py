@@ -47,12 +47,13 @@ def launch(
     port: int | None = None,
     address: str | None = None,
     app: str = "dmoa",
+    route_prefix: str = "/",
     insecure: bool = False,
 ) -> Launched:
     """Start or join Ray, deploy the pool, and return once it answers.
 
-    `address` joins a running cluster. Raises ConfigError for bad files or an exposed server without keys, NoAgentError
-    if it does not answer in time.
+    `address` joins a running cluster; `route_prefix` lets several apps share one server. Raises ConfigError for bad
+    files or an exposed server without keys, NoAgentError if it does not answer in time.
     """
     set_flags()
     host, port = host or config.server.host, port or config.server.port
@@ -64,21 +65,21 @@ def launch(
     from dmoa.serving.app import build_app
 
     application = build_app(config, key_hashes=key_hashes)
+    address = address or os.environ.get("RAY_ADDRESS")
     started_ray = not ray.is_initialized() and address is None
     if not ray.is_initialized():
-        ray.init(
-            address=address, include_dashboard=False if started_ray else None, log_to_driver=False, **_local_size(started_ray)
-        )
+        options = _local_size() | {"include_dashboard": False} if started_ray else {}
+        ray.init(address=address or "local", log_to_driver=False, **options)
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
-    serve.run(application, name=app, route_prefix="/")
-    url = f"http://{_reachable(host)}:{port}"
+    serve.run(application, name=app, route_prefix=route_prefix)
+    url = f"http://{_reachable(host)}:{port}{route_prefix.rstrip('/')}"
     _wait_ready(url, START_TIMEOUT_S)
     return Launched(url=url, pool=config.name, gate_version=_gate_version(app), started_ray=started_ray)
 
 
-def _local_size(started_ray: bool) -> dict[str, int]:
+def _local_size() -> dict[str, int]:
     """Return the size of a Ray of our own: light replicas take no CPU, engines one each, so leave room for them."""
-    return {"num_cpus": max(8, os.cpu_count() or 1)} if started_ray else {}
+    return {"num_cpus": max(8, os.cpu_count() or 1)}
 
 
 def _reachable(host: str) -> str:
@@ -119,8 +120,6 @@ def stop(app: str = "dmoa", *, end_ray: bool = False) -> None:
     try:
         serve.delete(app)
         end_actors(app)
-        if end_ray:
-            serve.shutdown()
     except (DmoaError, ray.exceptions.RayError, ConnectionError):
         if not end_ray:
             raise

@@ -104,5 +104,13 @@ class Served:
 
 def serve(config: Path, *options: str, env: Mapping[str, str] | None = None) -> Served:
     """Start `dmoa serve` for a pool file on a free port and wait until it answers."""
-    command = [str(Path(sys.executable).with_name("dmoa")), "serve", "--config", str(config), "--port", str(free_port()), *options]
+    command = [
+        str(Path(sys.executable).with_name("dmoa")),
+        "serve",
+        "--config",
+        str(config),
+        "--port",
+        str(free_port()),
+        *options,
+    ]
     return Served(command, env).wait_ready()

