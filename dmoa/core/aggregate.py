@@ -41,9 +41,8 @@ def select_contribution(replies: Sequence[AgentReply]) -> Selection | None:
         return None
     groups: list[tuple[str, list[AgentReply]]] = []
     for reply in counted:
-        answer = extract_answer(reply.text)
-        if answer is None:
-            continue
+        # Prose without a recognisable answer agrees only word for word.
+        answer = extract_answer(reply.text) or " ".join(reply.text.split())
         for known, members in groups:
             if same_answer(known, answer):
                 members.append(reply)

@@ -67,7 +67,10 @@ def test_ties_and_missing_entropies(replies: list[AgentReply], winner: str) -> N
     assert selection.agent == winner
 
 
-def test_replies_without_an_answer_do_not_agree() -> None:
-    prose = "First line of thought\nsecond line of thought"
-    selection = select_contribution([reply("a", prose, 0.5), reply("b", prose, 0.4)])
-    assert selection == Selection(agent="b", text=prose, is_agreed=False)
+def test_prose_without_an_answer_agrees_only_word_for_word() -> None:
+    prose, other = "First line of thought\nsecond line of thought", "First line of thought\nanother line of thought"
+    same = select_contribution([reply("a", prose, 0.5), reply("b", prose.replace("\n", "  \n"), 0.4)])
+    assert same is not None
+    assert (same.agent, same.is_agreed) == ("b", True)
+    differing = select_contribution([reply("a", prose, 0.5), reply("b", other, 0.4)])
+    assert differing == Selection(agent="b", text=other, is_agreed=False)
