@@ -50,7 +50,7 @@ def pick_tokens(logits_BV: Tensor, draws: Sequence[Draw | None]) -> Tensor:
 
     Advances the random stream of every sampling row by one number.
     """
-    tokens_B = logits_BV.argmax(dim=-1)
+    tokens_B = _argmax(logits_BV)
     rows = [row for row, draw in enumerate(draws) if draw is not None]
     if not rows:
         return tokens_B
@@ -63,6 +63,13 @@ def pick_tokens(logits_BV: Tensor, draws: Sequence[Draw | None]) -> Tensor:
     probability_NV = torch.softmax(logits_BV[index_N].float() / temperature_N[:, None], dim=-1)
     tokens_B[index_N] = _invert(nucleus(probability_NV, top_p_N), uniform_N)
     return tokens_B
+
+
+def _argmax(logits_BV: Tensor) -> Tensor:
+    if logits_BV.is_cpu and logits_BV.dtype == torch.float32:
+        # numpy's is vectorised: 0.2 instead of 2.8 ms for 32 rows of 49152 with torch 2.13.
+        return torch.from_numpy(logits_BV.numpy().argmax(axis=-1))
+    return logits_BV.argmax(dim=-1)
 
 
 def nucleus(probability_NV: Tensor, top_p_N: Tensor) -> Tensor:

@@ -1,0 +1,197 @@
+"""P8 and P18: the transformers engine beside exact references, on the embedded model.
+
+P8: what the exact entropy costs per decode step, and how far it is from a float64 softmax over the whole vocabulary.
+P18: tokens per second beside transformers' own batched `generate` on the same prompts, so that no other ratio is bought
+with a slow engine. Both arms decode greedily and end at the same stop token; entropy is on in the engine's arm only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+
+from dmoa.agents.loading import LoadedModel, load_model, num_threads
+from dmoa.agents.models import fetch
+from dmoa.agents.transformers_engine import TransformersEngine
+from dmoa.bench.measure import BenchResult, Spread, interleave, ratio, spread
+from dmoa.config import TransformersOptions
+from dmoa.types import Generation, GenerationRequest, Message, Sampling
+
+MODEL = "smollm2-135m"
+ENTROPY_BAR_NATS = 1e-3
+SHARE_BAR = 0.03
+SPEED_BAR = 0.9
+SHARE_BATCHES = (1, 8, 32)
+SPEED_BATCHES = (8, 16, 32)
+SPEED_BATCH = 16
+"""The batch of P18 itself: the default `max_num_seqs`. The others are reported beside it."""
+_MAX_TOKENS = 48
+_TOPICS = ("a river", "seven apples", "the moon", "an old clock", "a lazy fox and its day", "bread", "the number twelve", "rain")
+
+
+def run(ids: Collection[str], rounds: int = 5) -> list[BenchResult]:
+    """Return the results of P8 and P18, as far as `ids` names them. Takes a minute per round on two cores."""
+    options = TransformersOptions()
+    folder = fetch(MODEL)
+    results: list[BenchResult] = []
+    loaded = load_model(folder, options, has_adapters=False)
+    torch.set_num_threads(num_threads(options))
+    with asyncio.Runner() as runner:
+        engine = TransformersEngine(folder, options, max_num_seqs=max(SHARE_BATCHES), model_label=MODEL)
+        if "P8" in ids:
+            results += _entropy_share(engine, runner, rounds)
+            results.append(_entropy_error(engine, loaded, runner))
+        if "P18" in ids:
+            results += _speed(engine, loaded, runner, rounds)
+        runner.run(engine.close())
+    return results
+
+
+def _requests(batch: int, salt: int) -> list[GenerationRequest]:
+    """Return prompts of different lengths, no two of which share a beginning worth reusing, nor with another salt's."""
+    return [
+        GenerationRequest(
+            request_id=f"{salt}/{i}",
+            call_id=f"{salt}/{i}",
+            messages=(
+                Message(role="system", content=f"{salt}.{i} is the number of this conversation."),
+                Message(role="user", content=f"Tell me a short story about {_TOPICS[i % 8]}. " * (1 + i % 3)),
+            ),
+            sampling=Sampling(max_tokens=_MAX_TOKENS),
+        )
+        for i in range(batch)
+    ]
+
+
+async def _generate(engine: TransformersEngine, requests: Sequence[GenerationRequest]) -> list[Generation]:
+    return list(await asyncio.gather(*map(engine.generate, requests)))
+
+
+class _Salts:
+    """A new number for every batch, so that no arm ever meets a prompt that it has seen."""
+
+    def __init__(self) -> None:
+        self._last = 1000
+
+    def next(self) -> int:
+        self._last += 1
+        return self._last
+
+
+def _entropy_share(engine: TransformersEngine, runner: asyncio.Runner, rounds: int) -> list[BenchResult]:
+    salts = _Salts()
+
+    def arm(batch: int) -> Callable[[], float]:
+        def call() -> float:
+            entropy_s, decode_s = engine.times.entropy_s, engine.times.decode_s
+            runner.run(_generate(engine, _requests(batch, salts.next())))
+            return (engine.times.entropy_s - entropy_s) / (engine.times.decode_s - decode_s)
+
+        return call
+
+    figures = interleave({str(batch): arm(batch) for batch in SHARE_BATCHES}, rounds)
+    shares = {batch: spread(figures[str(batch)]) for batch in SHARE_BATCHES}
+    note = "time in the entropy of the logits / time of the decode steps"
+    worst = max(shares, key=lambda batch: shares[batch].value)
+    return [
+        _result(
+            "P8", shares[worst], "share", engine, f"<= {SHARE_BAR}", shares[worst].value <= SHARE_BAR, f"{note}; batch {worst}"
+        ),
+        *(_result(f"P8.b{batch}", shares[batch], "share", engine, note=f"{note}; batch {batch}") for batch in SHARE_BATCHES),
+    ]
+
+
+def _entropy_error(engine: TransformersEngine, loaded: LoadedModel, runner: asyncio.Runner) -> BenchResult:
+    requests = _requests(8, 1)
+    generations = runner.run(_generate(engine, requests))
+    references = [_mean_nats(loaded, request) for request in requests]
+    errors = [abs(r - g.entropy_sum_nats / g.entropy_tokens) for r, g in zip(references, generations, strict=True)]
+    worst = Spread(max(errors), min(errors), max(errors), len(errors))
+    note = "greatest difference of a reply's mean entropy from a float64 softmax over generate's own logits; 8 greedy replies"
+    return _result("P8.error", worst, "nats/token", engine, f"<= {ENTROPY_BAR_NATS}", worst.value <= ENTROPY_BAR_NATS, note)
+
+
+def _mean_nats(loaded: LoadedModel, request: GenerationRequest) -> float:
+    logits_TV = torch.cat(_plain_generate(loaded, [request]).logits).double()
+    log_probability_TV = torch.log_softmax(logits_TV, dim=-1)
+    return float(-(log_probability_TV.exp() * log_probability_TV).sum(dim=-1).mean())
+
+
+def _speed(engine: TransformersEngine, loaded: LoadedModel, runner: asyncio.Runner, rounds: int) -> list[BenchResult]:
+    results = []
+    for batch in SPEED_BATCHES:
+        salts = {"engine": _Salts(), "plain": _Salts()}
+
+        def ours(batch: int = batch, salts: dict[str, _Salts] = salts) -> float:
+            requests = _requests(batch, salts["engine"].next())
+            began = time.perf_counter()
+            generations = runner.run(_generate(engine, requests))
+            return sum(g.completion_tokens for g in generations) / (time.perf_counter() - began)
+
+        def plain(batch: int = batch, salts: dict[str, _Salts] = salts) -> float:
+            requests = _requests(batch, salts["plain"].next())
+            began = time.perf_counter()
+            return _made(loaded, requests, _plain_generate(loaded, requests)) / (time.perf_counter() - began)
+
+        figures = interleave({"engine": ours, "plain": plain}, rounds)
+        found = ratio(figures["engine"], figures["plain"])
+        is_main = batch == SPEED_BATCH
+        bar, passed = (f">= {SPEED_BAR}", found.value >= SPEED_BAR) if is_main else ("", None)
+        note = f"engine's tokens/s with entropy / batched generate's; batch {batch}, {_MAX_TOKENS} tokens at most"
+        results.append(_result("P18" if is_main else f"P18.b{batch}", found, "x", engine, bar, passed, note))
+        results += [
+            _result(f"P18.b{batch}.{name}", spread(values), "tokens/s", engine, note=f"batch {batch}")
+            for name, values in figures.items()
+        ]
+    return results
+
+
+@torch.inference_mode()
+def _plain_generate(loaded: LoadedModel, requests: Sequence[GenerationRequest]) -> Any:
+    """Run transformers' own batched greedy generation; return its output, logits included."""
+    prompts = [_encode(loaded, request) for request in requests]
+    width = max(map(len, prompts))
+    stop = sorted(loaded.stop_tokens)
+    padded = torch.tensor([[stop[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=loaded.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=loaded.device)
+    return loaded.model.generate(
+        input_ids=padded,
+        attention_mask=mask,
+        max_new_tokens=_MAX_TOKENS,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=stop[0],
+        return_dict_in_generate=True,
+        output_logits=len(requests) == 1,
+    )
+
+
+def _made(loaded: LoadedModel, requests: Sequence[GenerationRequest], output: Any) -> int:
+    """Return the tokens that a batched generation made, stop tokens included, padding after them not."""
+    width = max(len(_encode(loaded, request)) for request in requests)
+    made = 0
+    for row in output.sequences[:, width:].tolist():
+        ends = [i for i, token in enumerate(row) if token in loaded.stop_tokens]
+        made += ends[0] + 1 if ends else len(row)
+    return made
+
+
+def _encode(loaded: LoadedModel, request: GenerationRequest) -> list[int]:
+    text = loaded.tokenizer.apply_chat_template(
+        [{"role": message.role, "content": message.content} for message in request.messages],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    tokens: list[int] = loaded.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return tokens
+
+
+def _result(
+    id_: str, found: Spread, unit: str, engine: TransformersEngine, bar: str = "", passed: bool | None = None, note: str = ""
+) -> BenchResult:
+    fields: dict[str, Any] = {"value": found.value, "low": found.low, "high": found.high, "rounds": found.rounds}
+    return BenchResult(id=id_, unit=unit, bar=bar, passed=passed, engine=engine.label, note=note, **fields)
