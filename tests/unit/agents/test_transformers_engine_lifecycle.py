@@ -14,7 +14,7 @@ from dmoa.agents.decode_loop import MIN_SHARED_TOKENS
 from dmoa.agents.transformers_engine import TransformersEngine
 from dmoa.config import TransformersOptions
 from dmoa.errors import ConfigError, EngineError
-from dmoa.types import Generation, Message, TextDelta
+from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta
 from tests.unit.agents.conftest import ADAPTERS, plain_model, request, save_tiny_model, teacher_forced_entropies, tiny_tokenizer
 
 CPU = TransformersOptions(threads=1, max_model_len=4096)
@@ -144,7 +144,7 @@ async def test_a_reply_that_a_stop_text_ended_is_continued_without_computing_it_
     stopped = await tiny_engine.generate(request("tool " * 30, max_tokens=40, stop=(whole.text[30:34],)))
     user, begun = Message(role="user", content="tool " * 30), Message(role="assistant", content=stopped.text)
     continued = await tiny_engine.generate(
-        request("").__class__(request_id="c", messages=(user, begun), sampling=request("", max_tokens=4).sampling)
+        GenerationRequest(request_id="c", messages=(user, begun), sampling=Sampling(max_tokens=4))
     )
     assert continued.cached_tokens >= stopped.prompt_tokens
 
