@@ -14,9 +14,6 @@ from dmoa.core.threads import one_thread
 _FLOOR = -200.0
 """exp(-200) is 0 in float32: clamping here changes no probability, and keeps 0 x -inf out."""
 
-_CPU_ROWS = 2
-"""Rows taken at once on a CPU, so that their temporaries stay in its cache: 1.6 instead of 3.0 ms for 32 rows of 49152."""
-
 
 @torch.no_grad()
 def token_entropy(logits_BV: Tensor) -> Tensor:
@@ -25,12 +22,16 @@ def token_entropy(logits_BV: Tensor) -> Tensor:
     Half-precision logits are widened first; -inf logits have probability 0. A row that is no distribution (all -inf,
     or holding NaN or +inf) gives 0. Source: paper; Malinin & Gales 2021.
     """
-    if logits_BV.is_cpu and len(logits_BV) > _CPU_ROWS:
-        return torch.cat([_entropy(rows_BV) for rows_BV in logits_BV.split(_CPU_ROWS)])
-    return _entropy(logits_BV)
+    if logits_BV.device.type != "cpu":
+        return _entropy_of_rows(logits_BV)
+    # Row by row, so that the temporaries stay in the cache: half the time of whole-batch operations, and on one
+    # thread, which is 1 % of a decode step, instead of waiting for busy cores at every operation.
+    with one_thread():
+        return torch.cat([_entropy_of_rows(row_1V) for row_1V in torch.split(logits_BV, 1)])
 
 
-def _entropy(logits_BV: Tensor) -> Tensor:
+def _entropy_of_rows(logits_BV: Tensor) -> Tensor:
+    """H = log sum_v e_v - sum_v e_v d_v / sum_v e_v, with d = z - max z and e = exp d."""
     shifted_BV = logits_BV.float() - logits_BV.amax(dim=1, keepdim=True).float()
     shifted_BV.clamp_(min=_FLOOR)
     weight_BV = shifted_BV.exp()
