@@ -32,7 +32,7 @@ from dmoa.types import Generation, GenerationRequest, Message, Sampling
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
-from tests.unit.agents.conftest import save_adapters, teacher_forced_entropies  # noqa: E402
+from tests.unit.agents.conftest import save_adapters, teacher_forced_entropies
 
 ENTROPY_BAR_NATS = 1e-3
 EQUAL_BAR = 0.99
