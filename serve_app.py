@@ -1,13 +1,13 @@
-"""`serve run serve_app:app`: the pool that DMOA_CONFIG names, or the default pool, as a Serve application."""
+"""`serve run serve_app:app`: the pool that DMOA_CONFIG names, or the default pool, as a Serve application.
+
+Serve reads its own flags in every process of the cluster, so those for short hops (`dmoa.serving.launch.SERVE_FLAGS`)
+belong into the environment before `ray start`; `dmoa serve` sets them by itself.
+"""
 
 import os
 
-from dmoa.serving.launch import set_flags
-
-set_flags()
-
-from dmoa.agents.pool import load_pool  # noqa: E402 -- Serve reads its flags when it is first imported
-from dmoa.serving.app import build_app  # noqa: E402
-from dmoa.serving.auth import hash_keys  # noqa: E402
+from dmoa.agents.pool import load_pool
+from dmoa.serving.app import build_app
+from dmoa.serving.auth import hash_keys
 
 app = build_app(load_pool(os.environ.get("DMOA_CONFIG")), key_hashes=hash_keys(os.environ))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import ray
@@ -29,8 +30,10 @@ from dmoa.serving.router_state import RouterState, default_state_uri
 from dmoa.types import RouteDecision, RouteRequest
 
 _LOG = logging.getLogger("dmoa.router")
-WATCH_INTERVAL_S = 5.0
-"""How often the router looks whether its app is still there."""
+WATCH_INTERVAL_S = 1.0
+"""How often the router looks whether its app and its agents' replicas are still there."""
+MAX_MISSED = 5
+"""Looks in a row without the app after which its actors end."""
 
 
 class RouterActor:
@@ -40,10 +43,10 @@ class RouterActor:
         self._app = app
         self._started_unix_s = time.time()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
         self._probing: set[str] = set()
         self._records: dict[str, Checkpoint] = {}
         self._local = LocalRouter(reload=self._reload)
-        self._missed = 0
         self._configure(self._config_before_restart() or Config.model_validate_json(config_json))
 
     def _config_before_restart(self) -> Config | None:
@@ -53,11 +56,10 @@ class RouterActor:
         found = _internal_kv_get(f"dmoa/config/{self._app}".encode())
         return Config.model_validate_json(found) if found else None
 
-    async def start(self) -> str:
-        """Begin to watch the app; returns the current gate version. Idempotent."""
-        if not self._tasks:
-            self._spawn(self._watch())
-        return self._local.current
+    def _begin(self) -> None:
+        """Begin to watch the app; also after a restart, when nobody but queries calls."""
+        if self._watching is None or self._watching.done():
+            self._watching = self._spawn(self._watch())
 
     async def configure(self, config_json: str) -> str:
         """Serve this configuration from now on; returns the gate version that new queries begin with."""
@@ -65,7 +67,8 @@ class RouterActor:
         if config != self._config:
             self._local = LocalRouter(reload=self._reload)
             self._configure(config)
-        return await self.start()
+        self._begin()
+        return self._local.current
 
     def _configure(self, config: Config) -> None:
         self._config = config
@@ -101,6 +104,7 @@ class RouterActor:
 
     async def route(self, request: RouteRequest) -> RouteDecision:
         """Decide one step. Raises NoAgentError, RoutingError."""
+        self._begin()
         return await self._local.route(request)
 
     async def report_unavailable(self, agent: str, reason: str) -> None:
@@ -144,22 +148,32 @@ class RouterActor:
             "started_unix_s": self._started_unix_s,
         }
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _watch(self) -> None:
-        """End this actor once its app is gone for two looks in a row."""
-        while self._missed < 2:
+        """Mask agents without a running replica; end the app's actors once the app is gone."""
+        missed = 0
+        while missed < MAX_MISSED:
             await asyncio.sleep(WATCH_INTERVAL_S)
             try:
-                is_there = self._app in (await asyncio.to_thread(serve.status)).applications
+                status = (await asyncio.to_thread(serve.status)).applications.get(self._app)
             except (RayError, RayServeException):
-                is_there = False
-            self._missed = 0 if is_there else self._missed + 1
+                status = None
+            missed = 0 if status else missed + 1
+            if status:
+                await self._mask_without_replica(status.deployments)
         _LOG.info("app %s is gone: its actors end", self._app)
         end_actors(self._app)
+
+    async def _mask_without_replica(self, deployments: Mapping[str, Any]) -> None:
+        for agent, where in deployment_names(self._config).items():
+            found = deployments.get(where)
+            if found is not None and not found.replica_states.get("RUNNING"):
+                await self.report_unavailable(agent, "it has no running replica")
 
 
 def ensure_router(config: Config, app: str) -> Any:

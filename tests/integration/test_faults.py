@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -109,15 +108,87 @@ async def test_ten_queries_survive_the_loss_of_router_and_replica(server: Served
         assert later["dmoa"]["routed_by"] == "router"
 
 
-def test_a_server_ends_cleanly(tmp_path: Path) -> None:
-    config = tmp_path / "pool.yaml"
-    config.write_text(
-        "name: short\nllms: {s: {model: 'scripted:echo', engine: scripted}}\nagents: [{name: one, llm: s, profile: Echoes.}]\n"
-        f"router: {{state_uri: '{(tmp_path / 'state').as_uri()}'}}\n",
-        encoding="utf-8",
-    )
+DEDICATED = """
+name: dedicated
+llms:
+  s:
+    model: "scripted:echo"
+    engine: scripted
+    placement: dedicated
+    engine_kwargs: {delay_ms: 500, replies: {summarizer: "FINAL\\nThe answer to {query}"}}
+agents:
+  - {name: one, llm: s, profile: Solves equations.}
+  - {name: two, llm: s, profile: Writes poems.}
+  - {name: three, llm: s, profile: Knows history.}
+summarizer: {mode: llm, llm: s}
+gate: {head: profile, activation: {rule: fixed, max_agents: 1}}
+router: {state_uri: "STATE"}
+"""
+
+
+@pytest.fixture(scope="module")
+def dedicated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("dedicated")
+    config = folder / "pool.yaml"
+    config.write_text(DEDICATED.replace("STATE", (folder / "state").as_uri()), encoding="utf-8")
     served = serve(config)
-    assert httpx.get(f"{served.url}/healthz").status_code == 200
+    yield served
     assert served.stop() == 0
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"{served.url}/healthz", timeout=2)
+
+
+async def post(http: httpx.AsyncClient, text: str) -> dict[str, Any]:
+    reply = await http.post("/v1/chat/completions", json={"model": "dedicated", "messages": [{"role": "user", "content": text}]})
+    assert reply.status_code == 200, reply.text
+    body: dict[str, Any] = reply.json()
+    return body
+
+
+async def test_every_dedicated_agent_is_a_deployment_of_its_own(dedicated: Served) -> None:
+    for name in ("one", "two", "three", "summarizer"):
+        assert len(dedicated.processes(f"ray::ServeReplica:dmoa:agent-{name}")) == 1
+    async with httpx.AsyncClient(base_url=dedicated.url, timeout=30) as http:
+        body = await post(http, "life")
+    assert body["choices"][0]["message"]["content"] == "The answer to life"
+    assert body["dmoa"]["stop_reason"] == "summarizer"
+    assert body["dmoa"]["steps"][0]["summarizer"]["verdict"] == "final"
+
+
+async def test_an_llm_summarizer_streams_what_follows_its_verdict(dedicated: Served) -> None:
+    async with AsyncOpenAI(base_url=f"{dedicated.url}/v1", api_key="none", max_retries=0) as client:
+        stream = await client.chat.completions.create(
+            model="dedicated", messages=[{"role": "user", "content": "all of it"}], stream=True
+        )
+        pieces = [chunk.choices[0].delta.content async for chunk in stream if chunk.choices and chunk.choices[0].delta.content]
+    assert "".join(pieces) == "The answer to all of it"
+    assert len(pieces) > 1
+
+
+async def test_a_dead_agent_is_replaced_masked_and_comes_back(dedicated: Served) -> None:
+    async with httpx.AsyncClient(base_url=dedicated.url, timeout=60) as http:
+        first = (await post(http, "who"))["dmoa"]["steps"][0]["agents"]
+        chosen = next(agent["name"] for agent in first if agent["status"] == "ok")
+        (replica,) = dedicated.processes(f"ray::ServeReplica:dmoa:agent-{chosen}")
+        decided = await metric(http, "dmoa_router_decisions_total")
+        running = [asyncio.create_task(post(http, "who")) for _ in range(8)]
+
+        async def all_are_routed() -> bool:
+            return await metric(http, "dmoa_router_decisions_total") >= decided + 8
+
+        await until(all_are_routed, "the eight queries at work")
+        replica.kill()
+        bodies = await asyncio.gather(*running, *(post(http, "who") for _ in range(4)))
+        assert all(body["choices"][0]["message"]["content"] == "The answer to who" for body in bodies)
+        outcomes = [agent for body in bodies for step in body["dmoa"]["steps"] for agent in step["agents"]]
+        lost = [agent for agent in outcomes if agent["name"] == chosen and agent["status"] in ("failed", "masked")]
+        assert lost, "no trace tells of the dead agent"
+        stand_ins = {agent["name"] for agent in outcomes if agent["status"] == "ok"} - {chosen}
+        assert stand_ins
+
+        async def is_chosen_again() -> bool:
+            steps = (await post(http, "who"))["dmoa"]["steps"]
+            return any(agent["name"] == chosen and agent["status"] == "ok" for agent in steps[0]["agents"])
+
+        await until(is_chosen_again, f"{chosen} taking part again")
+        assert (await metric(http, "dmoa_router_masked_agents")) == 0.0

@@ -1,0 +1,58 @@
+"""`serve run` on serve_app.py: the other way to start a swarm, with a Ray cluster of its own."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.integration.server import Served, free_port
+
+ROOT = Path(__file__).parents[2]
+POOL = """
+name: quick
+llms: {s: {model: "scripted:echo", engine: scripted}}
+agents:
+  - {name: one, llm: s, profile: Echoes.}
+  - {name: two, llm: s, profile: Echoes as well.}
+router: {state_uri: "STATE"}
+"""
+SERVE = """
+proxy_location: HeadOnly
+http_options: {host: 127.0.0.1, port: PORT}
+applications: [{name: dmoa, import_path: "serve_app:app", route_prefix: /}]
+"""
+
+
+def test_serve_run_honours_dmoa_config(tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "pool.yaml").write_text(POOL.replace("STATE", (tmp_path / "state").as_uri()), encoding="utf-8")
+    (tmp_path / "serve.yaml").write_text(SERVE.replace("PORT", str(port)), encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("serve")), "run", "--app-dir", str(ROOT), str(tmp_path / "serve.yaml")]
+    env = {"DMOA_CONFIG": str(tmp_path / "pool.yaml"), "PYTHONPATH": str(ROOT), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    served = Served(command, env)
+    try:
+        body = ask_until_up(served, f"http://127.0.0.1:{port}")
+    finally:
+        served.stop()
+    assert body["choices"][0]["message"]["content"] == "hello"
+    assert body["dmoa"]["pool"] == "quick"
+    assert body["dmoa"]["stop_reason"] == "agreement"
+
+
+def ask_until_up(served: Served, url: str) -> dict[str, Any]:
+    deadline = time.monotonic() + 180
+    question = {"model": "quick", "messages": [{"role": "user", "content": "hello"}]}
+    while time.monotonic() < deadline and served.process.poll() is None:
+        try:
+            reply = httpx.post(f"{url}/v1/chat/completions", json=question, timeout=30)
+            if reply.status_code == 200:
+                return reply.json()
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.2)
+    pytest.fail(f"serve run did not answer:\n{''.join(served.errors[-40:])}")
