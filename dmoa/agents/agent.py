@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from dmoa.agents import tools as toolbox
 from dmoa.config import AgentConfig
-from dmoa.errors import DmoaError
+from dmoa.errors import DmoaError, EngineError
 from dmoa.protocols import Engine
 from dmoa.types import AgentCall, AgentReply, Generation, GenerationRequest, Message, TextDelta
 
@@ -44,27 +44,32 @@ class Agent:
         text = ""
         try:
             while True:
-                request = self._request(call, text, len(rounds), rounds)
-                async for item in self._engine.stream(request):
+                generation: Generation | None = None
+                async for item in self._engine.stream(self._request(call, text, rounds)):
                     if isinstance(item, Generation):
-                        rounds.append(item)
+                        generation = item
                     elif not self._tools:
                         yield item
-                text += rounds[-1].text
+                if generation is None:
+                    raise EngineError(f"engine {self._engine.label}: its stream ended without a generation")
+                rounds.append(generation)
+                text += generation.text
                 found = toolbox.find_call(text, self._tools) if self._tools else None
                 if found is None or len(rounds) >= MAX_TOOL_ROUNDS or self._room(call, rounds) <= 0:
                     break
                 result = await self._tools[found.tool].run(found.argument)
                 text = found.before + toolbox.result_text(found, result)
-        except DmoaError as error:
-            yield self._failed(call, str(error), started)
+        except Exception as error:  # an engine and its tools are called here: whatever fails is the agent's own failure
+            reason = str(error) if isinstance(error, DmoaError) else f"{type(error).__name__}: {error}"
+            yield self._failed(call, reason, started)
             return
-        yield self._reply(call, text, rounds, started)
+        yield self._reply(call, text, rounds, started, is_cut=found is not None)
 
     def _room(self, call: AgentCall, rounds: list[Generation]) -> int:
         return call.sampling.max_tokens - sum(item.completion_tokens for item in rounds)
 
-    def _request(self, call: AgentCall, text: str, number: int, rounds: list[Generation]) -> GenerationRequest:
+    def _request(self, call: AgentCall, text: str, rounds: list[Generation]) -> GenerationRequest:
+        number = len(rounds)
         messages = (*call.messages, Message(role="assistant", content=text)) if text else call.messages
         stop = (*call.sampling.stop, *toolbox.stop_strings(self._tools))
         return GenerationRequest(
@@ -77,13 +82,14 @@ class Agent:
             call_id=f"{call.call_id}#{number}" if number else call.call_id,
         )
 
-    def _reply(self, call: AgentCall, text: str, rounds: list[Generation], started: float) -> AgentReply:
+    def _reply(self, call: AgentCall, text: str, rounds: list[Generation], started: float, *, is_cut: bool) -> AgentReply:
+        """Add up the rounds; `is_cut`: the last one ended in a tool call for which there was no room."""
         kinds = {item.entropy_kind for item in rounds}
         return AgentReply(
             agent=call.agent,
             status="ok",
             text=text.strip(),
-            finish_reason=rounds[-1].finish_reason,
+            finish_reason="length" if is_cut else rounds[-1].finish_reason,
             entropy_sum_nats=sum(item.entropy_sum_nats for item in rounds),
             entropy_sq_sum=sum(item.entropy_sq_sum for item in rounds),
             entropy_tokens=sum(item.entropy_tokens for item in rounds),

@@ -85,7 +85,8 @@ def check_files(config: Config) -> None:
             try:
                 resolve_adapter(agent.adapter)
             except ConfigError as error:
-                raise ConfigError(f"agents.{agent.name}.{error}") from error
+                where = SUMMARIZER if agent.name == SUMMARIZER else f"agents.{agent.name}"
+                raise ConfigError(f"{where}.{error}") from error
 
 
 def build_engine(config: Config, llm: str, agents: list[AgentConfig]) -> Engine:

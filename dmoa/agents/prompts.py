@@ -27,7 +27,8 @@ def agent_messages(
 
     `history` is what the agent sees of earlier work, oldest first; `profile`, `tools` and `instruction` come last.
     """
-    role = " ".join(part.strip() for part in (f"Answer the question above. Your role: {profile.strip()}", tools, instruction) if part.strip())
+    parts = (f"Answer the question above. Your role: {profile.strip()}", tools.strip(), instruction.strip())
+    role = " ".join(part for part in parts if part)
     return (*_opening(query), _user(_task(query, history), role))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -30,7 +30,7 @@ class Fold:
     summary: str
     record: SummarizerRecord
     selection: Selection | None
-    """The contribution that rules would choose; None where no agent contributed."""
+    """The contribution that rules would choose; None where no agent contributed or a summarizer wrote the summary."""
 
 
 class Summarizer(Protocol):
@@ -61,7 +61,6 @@ class LlmSummarizer:
 
     async def fold(self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit) -> Fold:
         """Ask the summarizer; where it fails, fall back on the chosen contribution and say so in the record."""
-        selection = select_contribution(replies)
         usable = [reply for reply in replies if reply.status == "ok" and reply.text.strip()]
         messages = summarizer_messages(state.query, state.history, usable, profile=self._config.profile)
         call = AgentCall(
@@ -74,6 +73,7 @@ class LlmSummarizer:
         )
         reply = await self._listen(call, emit)
         verdict, text = parse_verdict(reply.text)
+        selection = None if text else select_contribution(replies)
         summary = text or (selection.text if selection else state.summary)
         record = SummarizerRecord(
             mode="llm",
@@ -118,6 +118,23 @@ class LlmSummarizer:
                 heard.is_final = True
                 emit(TextDelta(text=rest.lstrip()))
         return None
+
+
+async def withhold(items: AsyncIterator[TextDelta | AgentReply]) -> AsyncIterator[TextDelta | AgentReply]:
+    """Yield a summarizer's stream as its listener needs it: text from a FINAL line on, else the whole reply alone.
+
+    Run where the summarizer runs, it spares a message per token for text that is not handed on.
+    """
+    held, is_final = "", False
+    async for item in items:
+        if isinstance(item, AgentReply) or is_final:
+            yield item
+            continue
+        held += item.text
+        head, newline, _ = held.lstrip().partition("\n")
+        if newline and head.strip() == _FINAL:
+            is_final = True
+            yield TextDelta(text=held)
 
 
 @dataclass(slots=True)

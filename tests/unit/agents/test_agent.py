@@ -1,0 +1,213 @@
+"""An agent on an engine: the tool loop, sums over its rounds, streaming, and failures that become replies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+
+from dmoa.agents.agent import MAX_TOOL_ROUNDS, Agent, LocalAgents
+from dmoa.agents.scripted import ScriptedEngine
+from dmoa.agents.tools import default_tools
+from dmoa.config import AgentConfig, ScriptedOptions
+from dmoa.errors import EngineError
+from dmoa.types import AgentCall, AgentReply, Generation, GenerationRequest, Message, Sampling, TextDelta
+
+QUESTION = Message(role="user", content="What is 12 times 7?")
+
+
+def generated(text: str, **changes: Any) -> Generation:
+    """A generation of 4 tokens at 0.5 nats."""
+    values: dict[str, Any] = {
+        "finish_reason": "stop",
+        "entropy_sum_nats": 2.0,
+        "entropy_sq_sum": 1.0,
+        "entropy_tokens": 4,
+        "prompt_tokens": 10,
+        "completion_tokens": 4,
+    }
+    return Generation(text=text, **(values | changes))
+
+
+class ListEngine:
+    """Implements `Engine`: one entry per request, the last one for ever after; an exception is raised, None ends the stream."""
+
+    label = "list"
+
+    def __init__(self, *entries: Generation | Exception | None) -> None:
+        self._entries = entries
+        self.requests: list[GenerationRequest] = []
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        async for item in self.stream(request):
+            if isinstance(item, Generation):
+                return item
+        raise EngineError("no generation")
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Generation]:
+        self.requests.append(request)
+        entry = self._entries[min(len(self.requests), len(self._entries)) - 1]
+        if isinstance(entry, Exception):
+            yield TextDelta(text="begun")
+            raise entry
+        if entry is not None:
+            for word in entry.text.split():
+                yield TextDelta(text=word)
+            yield entry
+
+    async def close(self) -> None:
+        return
+
+
+def agent_of(engine: Any, tools: Sequence[str] = (), **changes: Any) -> Agent:
+    config = AgentConfig.model_validate({"name": "solver", "llm": "tiny", "profile": "Solves.", "tools": tools} | changes)
+    return Agent(config, engine, default_tools())
+
+
+def call_of(**sampling: Any) -> AgentCall:
+    return AgentCall(
+        trace_id="t1", step=2, agent="solver", messages=(QUESTION,), sampling=Sampling(**sampling), deadline_unix_s=99.0
+    )
+
+
+async def items_of(agent: Agent, call: AgentCall) -> tuple[list[str], AgentReply]:
+    """The pieces of a streamed call, and its reply, which must come last."""
+    items = [item async for item in agent.stream(call)]
+    assert [isinstance(item, AgentReply) for item in items] == [False] * (len(items) - 1) + [True]
+    reply = items[-1]
+    assert isinstance(reply, AgentReply)
+    return [item.text for item in items if isinstance(item, TextDelta)], reply
+
+
+async def test_a_reply_without_tools_is_the_generation() -> None:
+    engine = ListEngine(generated(" It is 84.\n", cached_tokens=6, engine_ms=30.0, queue_ms=5.0, finish_reason="length"))
+    reply = await agent_of(engine, adapter="path:/adapters/x").call(
+        call_of(temperature=0.5, stop=("END",), max_tokens=20, seed=7)
+    )
+    assert (reply.agent, reply.status, reply.text, reply.finish_reason) == ("solver", "ok", "It is 84.", "length")
+    assert (reply.entropy_sum_nats, reply.entropy_sq_sum, reply.entropy_tokens, reply.entropy_kind) == (2.0, 1.0, 4, "exact")
+    assert (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens, reply.engine_ms) == (10, 6, 4, 30.0)
+    assert (reply.engine, reply.error, reply.attempts) == ("list", None, 1)
+    (request,) = engine.requests
+    assert request.messages == (QUESTION,)
+    assert request.sampling == Sampling(temperature=0.5, stop=("END",), max_tokens=20, seed=7)
+    assert (request.adapter, request.deadline_unix_s, request.agent) == ("path:/adapters/x", 99.0, "solver")
+    assert request.call_id == "t1/2/solver"
+
+
+async def test_requests_have_names_of_their_own_and_calls_keep_theirs() -> None:
+    engine = ListEngine(generated("84"))
+    agent = agent_of(engine)
+    for _ in range(3):
+        await agent.call(call_of())
+    assert len({request.request_id for request in engine.requests}) == 3
+    assert {request.call_id for request in engine.requests} == {"t1/2/solver"}
+
+
+async def test_a_tool_call_is_answered_and_the_reply_goes_on() -> None:
+    engine = ListEngine(
+        generated("12 times 7: <calculator>12*7", entropy_sum_nats=3.0, completion_tokens=6, entropy_tokens=6, engine_ms=30.0),
+        generated("Check: <calculator>84/7", entropy_sum_nats=0.25, cached_tokens=9, engine_ms=20.0, entropy_kind="truncated"),
+        generated("The answer is 84.", prompt_tokens=30, finish_reason="length", engine_ms=10.0),
+    )
+    reply = await agent_of(engine, ["calculator"]).call(call_of(max_tokens=20, stop=("END",)))
+    first = "12 times 7: <calculator>12*7</calculator> = 84\n"
+    second = first + "Check: <calculator>84/7</calculator> = 12\n"
+    assert reply.text == second + "The answer is 84."
+    assert (reply.status, reply.finish_reason, reply.entropy_kind) == ("ok", "length", "truncated")
+    assert (reply.entropy_sum_nats, reply.entropy_sq_sum, reply.entropy_tokens) == (3.0 + 0.25 + 2.0, 3.0, 6 + 4 + 4)
+    assert (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens) == (10 + 10 + 30, 9, 6 + 4 + 4)
+    assert reply.engine_ms == 60.0
+    assert [request.messages for request in engine.requests] == [
+        (QUESTION,),
+        (QUESTION, Message(role="assistant", content=first)),
+        (QUESTION, Message(role="assistant", content=second)),
+    ]
+    assert [request.sampling.max_tokens for request in engine.requests] == [20, 14, 10]
+    assert {request.sampling.stop for request in engine.requests} == {("END", "</calculator>")}
+    assert [request.call_id for request in engine.requests] == ["t1/2/solver", "t1/2/solver#1", "t1/2/solver#2"]
+
+
+async def test_the_scripted_engine_takes_part_in_the_tool_loop() -> None:
+    script = "12 times 7 is <calculator>12*7</calculator>so the answer is 84."
+    engine = ScriptedEngine(ScriptedOptions(replies={"solver": script}, tokens=3))
+    reply = await agent_of(engine, ["calculator"]).call(call_of())
+    assert reply.text == "12 times 7 is <calculator>12*7</calculator> = 84\nso the answer is 84."
+    assert reply.completion_tokens == 6
+
+
+async def test_a_tool_that_fails_says_so_in_the_text() -> None:
+    engine = ListEngine(generated("<calculator>1/0"), generated("No answer."))
+    reply = await agent_of(engine, ["calculator"]).call(call_of())
+    assert reply.text == "<calculator>1/0</calculator> = error: division by zero\nNo answer."
+
+
+async def test_a_model_that_calls_tools_for_ever_is_stopped() -> None:
+    engine = ListEngine(generated("<calculator>1+1"))
+    reply = await agent_of(engine, ["calculator"]).call(call_of(max_tokens=1000))
+    assert len(engine.requests) == MAX_TOOL_ROUNDS == 4
+    assert (reply.status, reply.finish_reason, reply.completion_tokens) == ("ok", "length", 16)
+    assert reply.text == "<calculator>1+1</calculator> = 2\n" * 3 + "<calculator>1+1"
+
+
+async def test_the_rounds_share_the_token_limit_of_the_call() -> None:
+    engine = ListEngine(generated("<calculator>1+1", completion_tokens=7), generated("<calculator>2+2", completion_tokens=3))
+    reply = await agent_of(engine, ["calculator"]).call(call_of(max_tokens=10))
+    assert [request.sampling.max_tokens for request in engine.requests] == [10, 3]
+    assert (reply.completion_tokens, reply.finish_reason) == (10, "length")
+
+
+async def test_tags_are_text_to_an_agent_without_tools() -> None:
+    engine = ListEngine(generated("<calculator>1+1"))
+    reply = await agent_of(engine).call(call_of(stop=("END",)))
+    assert (reply.text, len(engine.requests)) == ("<calculator>1+1", 1)
+    assert engine.requests[0].sampling.stop == ("END",)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (EngineError("prompt of 9000 tokens, at most 2048"), "prompt of 9000 tokens, at most 2048"),
+        (RuntimeError("device lost"), "RuntimeError: device lost"),
+        (None, "its stream ended without a generation"),
+    ],
+)
+@pytest.mark.parametrize("rounds_before", [0, 1])
+async def test_whatever_the_engine_raises_is_the_agents_own_failure(
+    entry: Exception | None, message: str, rounds_before: int
+) -> None:
+    engine = ListEngine(*[generated("<calculator>1+1")] * rounds_before, entry)
+    reply = await agent_of(engine, ["calculator"]).call(call_of())
+    assert (reply.status, reply.text, reply.completion_tokens, reply.engine) == ("failed", "", 0, "list")
+    assert reply.error is not None
+    assert message in reply.error
+
+
+async def test_text_streams_as_it_comes_unless_there_are_tools() -> None:
+    pieces, reply = await items_of(agent_of(ListEngine(generated("It is 84."))), call_of())
+    assert (pieces, reply.text) == (["It", "is", "84."], "It is 84.")
+    engine = ListEngine(generated("<calculator>12*7"), generated("so 84"))
+    pieces, reply = await items_of(agent_of(engine, ["calculator"]), call_of())
+    assert (pieces, reply.text) == ([], "<calculator>12*7</calculator> = 84\nso 84")
+    pieces, reply = await items_of(agent_of(ListEngine(EngineError("gone"))), call_of())
+    assert (pieces, reply.status, reply.error) == (["begun"], "failed", "gone")
+
+
+async def test_cancelling_a_call_reaches_the_engine() -> None:
+    engine = ScriptedEngine(ScriptedOptions(delay_ms=60_000))
+    task = asyncio.create_task(agent_of(engine).call(call_of()))
+    while not engine.in_flight:  # noqa: ASYNC110  # the engine has no event to wait for
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.in_flight == 0
+
+
+async def test_local_agents_are_reached_by_name() -> None:
+    agents = LocalAgents({"solver": agent_of(ListEngine(generated("84"))), "other": agent_of(ListEngine(generated("85")))})
+    assert (await agents.call(call_of())).text == "84"
+    items = [item async for item in agents.stream(call_of())]
+    assert [type(item) for item in items] == [TextDelta, AgentReply]

@@ -1,0 +1,55 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from dmoa.config import Config
+from dmoa.errors import RequestError
+from dmoa.policies.dmoa import DmoaPolicy
+from dmoa.policies.registry import POLICIES, PolicyContext, build_policy
+from dmoa.types import StepPlan
+from tests.unit.fakes import FakeEncoder, fixed_gate, query, router_of, state_of
+
+
+def context(agent: str | None = None, **gate: object) -> PolicyContext:
+    config = Config.model_validate(
+        {
+            "name": "pool",
+            "llms": {"tiny": {"model": "scripted:tiny", "engine": "scripted"}},
+            "agents": [{"name": name, "llm": "tiny", "profile": "x"} for name in "abc"],
+            "gate": gate,
+        }
+    )
+    router = router_of(fixed_gate({"a": 0.5, "b": 0.3, "c": 0.2}, preset=config.gate.preset))
+    return PolicyContext(config=config, router=router, encoder=FakeEncoder(), agent=agent)
+
+
+def test_every_policy_answers_to_its_own_name() -> None:
+    assert list(POLICIES) == ["dmoa", "single"]
+    for name, entry in POLICIES.items():
+        assert entry.name == name == build_policy(name, context()).name
+        assert entry.summary.endswith(".")
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(RequestError, match="policy: 'vote' is not known; allowed: dmoa, single") as caught:
+        build_policy("vote", context())
+    assert (caught.value.param, caught.value.code, caught.value.status) == ("dmoa.policy", "unknown_policy", 400)
+
+
+async def test_single_asks_the_agent_that_was_named_or_the_first() -> None:
+    for agent, asked, reserves in (("b", "b", []), (None, "a", ["b", "c"])):
+        plan = await build_policy("single", context(agent)).next_step(state_of(query()))
+        assert isinstance(plan, StepPlan)
+        assert [activation.agent for activation in plan.activations] == [asked]
+        assert [activation.agent for activation in plan.reserves] == reserves
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+async def test_dmoa_builds_the_inputs_of_the_pools_preset(preset: str) -> None:
+    policy = build_policy("dmoa", context(preset=preset))
+    assert isinstance(policy, DmoaPolicy)
+    plan = await policy.next_step(state_of(query()))
+    assert isinstance(plan, StepPlan)
+    assert [activation.agent for activation in plan.activations] == ["a", "b"]

@@ -1,0 +1,125 @@
+"""A pool put together: the same swarm that is served, here over scripted agents."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from dmoa.agents.embedder import HashEncoder
+from dmoa.agents.pool import build_local, build_pool_gate
+from dmoa.config import Config
+from dmoa.errors import RequestError
+from dmoa.routing import LocalRouter
+from dmoa.swarm import Swarm, limits_for
+from dmoa.types import Answer, Limits, Query, StepRecord, TextDelta
+from tests.unit.fakes import FakeAgents, Lose, Say
+
+
+def pool(placement: str = "shared", **changes: Any) -> Config:
+    replies = {"adder": "The answer is 19.", "sorter": "19", "summarizer": "FINAL\nIt is 19."}
+    options = {"replies": replies}
+    return Config.model_validate(
+        {
+            "name": "pool",
+            "llms": {"tiny": {"model": "scripted:x", "engine": "scripted", "placement": placement, "engine_kwargs": options}},
+            "agents": [
+                {"name": "adder", "llm": "tiny", "profile": "Adds.", "tools": ["calculator"], "sampling": {"max_tokens": 9}},
+                {"name": "sorter", "llm": "tiny", "profile": "Sorts."},
+            ],
+            "gate": {"hidden": 8, "activation": {"mass": 1.0, "max_agents": 2}},
+        }
+        | changes
+    )
+
+
+def swarm_of(config: Config, agents: Any = None) -> Swarm:
+    gate, record = build_pool_gate(config)
+    router = LocalRouter()
+    router.install(record.version, gate)
+    return Swarm(config, agents=agents or build_local(config)[0], router=router, encoder=HashEncoder())
+
+
+async def answer(swarm: Swarm, policy: str = "dmoa", agent: str | None = None) -> tuple[Answer, list[Any]]:
+    events = [event async for event in swarm.answer(Query(trace_id="t", text="12 + 7?"), policy, agent)]
+    assert isinstance(events[-1], Answer)
+    return events[-1], events
+
+
+async def test_a_selecting_pool_ends_in_agreement() -> None:
+    answered, events = await answer(swarm_of(pool()))
+    assert (answered.text, answered.stop_reason, answered.policy, len(answered.steps)) in [
+        ("The answer is 19.", "agreement", "dmoa", 1),
+        ("19", "agreement", "dmoa", 1),
+    ]
+    assert set(answered.steps[0].active) == {"adder", "sorter"}
+    assert answered.gate_trained is False
+    assert answered.steps[0].mass == pytest.approx(1.0)
+    assert [type(event) for event in events] == [StepRecord, Answer]
+
+
+async def test_a_writing_pool_ends_with_its_summarizer() -> None:
+    answered, events = await answer(swarm_of(pool(summarizer={"mode": "llm", "llm": "tiny"})))
+    assert (answered.text, answered.stop_reason) == ("It is 19.", "summarizer")
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == "It is 19."
+
+
+async def test_one_agent_can_be_asked_by_name() -> None:
+    answered, _ = await answer(swarm_of(pool()), "single", "sorter")
+    assert (answered.text, answered.stop_reason, answered.gate_version) == ("19", "single", None)
+    assert [reply.agent for reply in answered.steps[0].replies] == ["sorter"]
+
+
+def test_an_unknown_policy_is_refused_at_once() -> None:
+    swarm = swarm_of(pool())
+    assert swarm.policies == ("dmoa", "single")
+    with pytest.raises(RequestError, match="policy: 'vote' is not known"):
+        swarm.answer(Query(trace_id="t", text="12 + 7?"), "vote")
+
+
+async def test_agents_are_asked_with_their_own_profile_tools_and_sampling() -> None:
+    agents = FakeAgents({"adder": Say(text="19"), "sorter": Say(text="19")})
+    await answer(swarm_of(pool(), agents))
+    calls = {call.agent: call for call in agents.calls}
+    adder, sorter = (calls[name].messages[-1].content for name in ("adder", "sorter"))
+    assert "Adds. To calculate, write <calculator>" in adder
+    assert adder.count("<calculator>") == 1
+    assert sorter.endswith("Sorts.")
+    assert [calls[name].sampling.max_tokens for name in ("adder", "sorter")] == [9, 96]
+
+
+@pytest.mark.parametrize(("placement", "asked"), [("shared", ["adder", "adder"]), ("dedicated", ["adder", "sorter"])])
+async def test_agents_of_a_shared_llm_die_together(placement: str, asked: list[str]) -> None:
+    agents = FakeAgents({"adder": (Lose(), Say(text="19")), "sorter": Say(text="19")})
+    answered, _ = await answer(swarm_of(pool(placement), agents), "single")
+    assert [call.agent for call in agents.calls] == asked
+    assert answered.degraded
+
+
+@pytest.mark.parametrize(("slack", "reason"), [(1e-6, "entropy"), (-1e-6, "max_steps")])
+async def test_theta_decides_whether_a_lone_agent_is_sure_enough(slack: float, reason: str) -> None:
+    config = pool(agents=[{"name": "adder", "llm": "tiny", "profile": "Adds."}], limits={"max_steps": 3})
+    gate, record = build_pool_gate(config)
+    router = LocalRouter()
+    router.install(record.version, gate)
+    agents = FakeAgents({"adder": Say(text="19", nats=0.5)})
+    theta = math.log(0.5 + 1e-3) + slack
+    swarm = Swarm(config, agents=agents, router=router, encoder=HashEncoder(), theta=theta)
+    events = [event async for event in swarm.answer(Query(trace_id="t", text="12 + 7?", limits=limits_for(config)))]
+    assert isinstance(events[-1], Answer)
+    assert events[-1].stop_reason == reason
+
+
+LIMITS = [
+    (None, Limits(max_steps=4, budget_tokens=100, deadline_s=None)),
+    (Limits(max_steps=2), Limits(max_steps=2, budget_tokens=100)),
+    (Limits(max_steps=9, budget_tokens=500, deadline_s=3.0), Limits(max_steps=4, budget_tokens=100, deadline_s=3.0)),
+    (Limits(max_steps=4, budget_tokens=50, max_agents=1), Limits(max_steps=4, budget_tokens=50, max_agents=1)),
+    (Limits(max_steps=4, max_agents=9), Limits(max_steps=4, budget_tokens=100, max_agents=2)),
+]
+
+
+@pytest.mark.parametrize(("asked", "expected"), LIMITS, ids=range(len(LIMITS)))
+def test_a_query_may_only_lower_the_pools_limits(asked: Limits | None, expected: Limits) -> None:
+    assert limits_for(pool(limits={"max_steps": 4, "budget_tokens": 100}), asked) == expected
