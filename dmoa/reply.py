@@ -54,6 +54,13 @@ class ReplyAgent(ReplyModel):
     """Part of prompt_tokens that a prefix cache had."""
     completion_tokens: int
     latency_ms: float
+    """From the call to the reply, as the orchestrator saw it."""
+    engine_ms: float
+    """Part of latency_ms between the engine's accept and its last token."""
+    engine: str
+    """Engine and the options that may change numbers, such as transformers/float32; empty where nothing ran."""
+    attempts: int
+    """How often the call was sent; above 1 an earlier attempt was lost."""
     error: str | None
     text: str | None = None
     """Its contribution; only with `dmoa.trace`."""
@@ -68,6 +75,9 @@ class ReplySummarizer(ReplyModel):
     cached_tokens: int
     completion_tokens: int
     latency_ms: float
+    engine_ms: float
+    error: str | None
+    """Why the summarizer's own words are missing; the summary is then the chosen contribution."""
 
 
 class ReplyStep(ReplyModel):
@@ -184,6 +194,9 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool) -> ReplyAgen
         cached_tokens=reply.cached_tokens,
         completion_tokens=reply.completion_tokens,
         latency_ms=finite(reply.latency_ms),
+        engine_ms=finite(reply.engine_ms),
+        engine=reply.engine,
+        attempts=reply.attempts,
         error=reply.error,
         text=reply.text if with_texts else None,
     )
@@ -197,4 +210,6 @@ def _summarizer(record: SummarizerRecord) -> ReplySummarizer:
         cached_tokens=record.cached_tokens,
         completion_tokens=record.completion_tokens,
         latency_ms=finite(record.latency_ms),
+        engine_ms=finite(record.engine_ms),
+        error=record.error,
     )

@@ -118,5 +118,7 @@ def test_the_schema_names_every_field_of_the_contract() -> None:
         *("trace_id", "pool", "policy", "gate_version", "untrained", "routed_by", "degraded", "stop_reason", "steps")
     }
     agent = {"name", "probability", "status", "entropy_nats", "entropy_tokens", "entropy_kind", "finish_reason", "prompt_tokens"}
-    assert set(schema["$defs"]["ReplyAgent"]["required"]) == agent | {"cached_tokens", "completion_tokens", "latency_ms", "error"}
+    assert set(schema["$defs"]["ReplyAgent"]["required"]) == agent | {
+        *("cached_tokens", "completion_tokens", "latency_ms", "engine_ms", "engine", "attempts", "error")
+    }
     assert set(schema["$defs"]["ReplyStep"]["required"]) == {"step", "k", "wall_ms", "mass", "agents", "summarizer"}
