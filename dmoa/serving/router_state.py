@@ -58,7 +58,11 @@ class RouterState:
         with tempfile.TemporaryDirectory() as scratch:
             for name in _FILES:
                 (Path(scratch) / name).write_bytes(self._read(f"versions/{version}/{name}"))
-            return checkpoint.load(scratch)
+            try:
+                return checkpoint.load(scratch)
+            except CheckpointError as error:
+                place = self._path(f"versions/{version}")
+                raise CheckpointError(f"router state {place!r} is damaged; remove it to begin anew ({error})") from error
 
     def read_version(self, version: str) -> dict[str, bytes]:
         """Return the files of a version by name."""

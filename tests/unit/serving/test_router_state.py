@@ -80,8 +80,9 @@ def test_a_damaged_version_is_refused(state: RouterState, root: Path) -> None:
     state.save_version(gate, record)
     weights = root / "versions" / record.version / "gate.safetensors"
     weights.write_bytes(weights.read_bytes()[:-3])
-    with pytest.raises(CheckpointError, match="a checkpoint is a folder with"):
+    with pytest.raises(CheckpointError, match="is damaged; remove it to begin anew") as caught:
         state.load_version(record.version)
+    assert f"router state '{root}/versions/{record.version}'" in str(caught.value)
 
 
 def test_the_state_comes_back_as_it_was_last_kept(state: RouterState, root: Path) -> None:
