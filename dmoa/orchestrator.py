@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
 from dmoa.agents.summarizer import Fold, Summarizer
@@ -50,7 +50,7 @@ class Orchestrator:
     theta: float | None = None
     """The checkpoint's threshold on the surest agent's score; None where it carries none."""
 
-    async def answer(self, query: Query, policy: Policy) -> AsyncIterator[Event]:
+    async def answer(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:
         """Yield every finished step, pieces of the final text where it streams, and last the Answer.
 
         Closing the iterator cancels the query's agent calls. Raises NoAgentError, EmptyAnswerError, DeadlineError.
