@@ -122,6 +122,14 @@ async def test_the_summarizer_says_when() -> None:
     assert {step.summarizer.mode for step in answer.steps} == {"llm"}
 
 
+async def test_a_query_that_is_done_is_not_cut_short() -> None:
+    agents = FakeAgents({"a": Say(text="19"), "b": Say(text="19"), "summarizer": Say(text="FINAL\n19")})
+    for llm, reason in ((False, "agreement"), (True, "summarizer")):
+        spent = query(max_steps=1, budget_tokens=1)
+        answer = await answer_of(orchestrator_of(agents, "ab", llm=llm), spent, Schedule(asks("a", "b")))
+        assert (answer.stop_reason, answer.finish_reason) == (reason, "stop")
+
+
 async def test_a_policy_may_stop() -> None:
     agents = FakeAgents({"a": Say(text="1")})
     answer = await answer_of(orchestrator_of(agents, "a"), query(), Schedule(asks("a"), Stop(reason="single")))
