@@ -65,6 +65,16 @@ def test_a_version_of_which_only_half_was_written_is_absent_and_can_be_written_a
     assert state.load_version(record.version) is not None
 
 
+def test_the_record_is_written_after_the_weights(state: RouterState, root: Path) -> None:
+    gate, record = made()
+    folder = root / "versions" / record.version
+    (folder / "gate.json" / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"gate\.json"):
+        state.save_version(gate, record)
+    assert (folder / "gate.safetensors").is_file()
+    assert state.load_version(record.version) is None
+
+
 def test_the_files_of_a_version_are_those_of_a_checkpoint(state: RouterState, root: Path) -> None:
     gate, record = made()
     state.save_version(gate, record)
