@@ -17,7 +17,8 @@ from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.agents.pool import build_agents, build_engine, callable_agents
-from dmoa.config import AgentConfig, AutoscalingConfig, Config
+from dmoa.agents.summarizer import withhold
+from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, ConfigError
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
@@ -44,7 +45,8 @@ class AgentHost:
 
     async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Answer one call, yielding its text as it comes, last the reply."""
-        async for item in self._agents.stream(call):
+        items = self._agents.stream(call)
+        async for item in withhold(items) if call.agent == SUMMARIZER else items:
             yield item
 
     async def ping(self) -> str:
@@ -105,12 +107,18 @@ class ServeAgents:
 
     def __init__(self, handles: Mapping[str, DeploymentHandle]) -> None:
         """`handles` are by agent name."""
-        self._handles = dict(handles)
-        self._streams = {name: handle.options(stream=True) for name, handle in handles.items()}
+        # Made once, because a handle builds a new one for every method that is named on it. Calls are plain records:
+        # pickle takes half of cloudpickle's time for them. Replies may be errors, which only cloudpickle carries safely.
+        options = {"request_serialization": "pickle"}
+        self._calls = {name: handle.options(method_name="call", **options) for name, handle in handles.items()}
+        self._streams = {
+            name: handle.options(method_name="stream", stream=True, **options) for name, handle in handles.items()
+        }
+        self._pings = {name: handle.options(method_name="ping") for name, handle in handles.items()}
 
     async def call(self, call: AgentCall) -> AgentReply:
         """Ask one agent; cancelling this cancels the call where it runs."""
-        response = self._handles[call.agent].call.remote(call)
+        response = self._calls[call.agent].remote(call)
         try:
             reply: AgentReply = await response
         except asyncio.CancelledError:
@@ -122,7 +130,7 @@ class ServeAgents:
 
     async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Ask one agent and yield its text as it comes, last the reply."""
-        responses = self._streams[call.agent].stream.remote(call)
+        responses = self._streams[call.agent].remote(call)
         is_done = False
         try:
             async for item in responses:
@@ -137,7 +145,7 @@ class ServeAgents:
     async def ping(self, agent: str) -> None:
         """Return once the agent's place answers. Raises AgentUnavailableError."""
         try:
-            await self._handles[agent].ping.remote()
+            await self._pings[agent].remote()
         except (RayError, RayServeException) as error:
             raise _lost(agent, error) from error
 

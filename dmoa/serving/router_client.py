@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from dmoa.config import Config
 from dmoa.errors import DmoaError, NoAgentError
+from dmoa.serving.actors import pack, unpack
 from dmoa.types import RouteDecision, RouteRequest
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class RemoteRouter:
         if time.monotonic() >= self._away_until:
             try:
                 async with asyncio.timeout(ROUTE_TIMEOUT_S):
-                    decision: RouteDecision = await self._actor.route.remote(request)
+                    decision: RouteDecision = unpack(await self._actor.route.remote(pack(request)))
             except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, DmoaError) else NoAgentError(f"router: {error.cause}") from error
             except (RayError, TimeoutError) as error:
