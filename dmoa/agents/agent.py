@@ -29,27 +29,35 @@ class Agent:
 
     async def call(self, call: AgentCall) -> AgentReply:
         """Answer one call; an engine's failure becomes a reply with status `failed`."""
-        async for item in self.stream(call):
+        async for item in self._items(call, has_text=False):
             if isinstance(item, AgentReply):
                 return item
         raise AssertionError("stream ends with a reply")
 
-    async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
+    def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Answer one call, yielding pieces of text and last the whole reply.
 
         With tools nothing is yielded before the end, because a tool call is not text for a client.
         """
+        return self._items(call, has_text=not self._tools)
+
+    async def _items(self, call: AgentCall, *, has_text: bool) -> AsyncIterator[TextDelta | AgentReply]:
+        """Run the tool loop; text that nobody reads is not asked of the engine, which would send it token by token."""
         started = time.perf_counter()
         rounds: list[Generation] = []
         text = ""
         try:
             while True:
                 generation: Generation | None = None
-                async for item in self._engine.stream(self._request(call, text, rounds)):
-                    if isinstance(item, Generation):
-                        generation = item
-                    elif not self._tools:
-                        yield item
+                request = self._request(call, text, rounds)
+                if not has_text:
+                    generation = await self._engine.generate(request)
+                else:
+                    async for item in self._engine.stream(request):
+                        if isinstance(item, Generation):
+                            generation = item
+                        else:
+                            yield item
                 if generation is None:
                     raise EngineError(f"engine {self._engine.label}: its stream ended without a generation")
                 rounds.append(generation)

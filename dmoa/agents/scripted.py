@@ -10,8 +10,8 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from dmoa.config import ScriptedOptions
@@ -45,31 +45,37 @@ class ScriptedEngine:
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation. Raises EngineError for an agent that is set to fail and after `close`."""
-        async with aclosing(self.stream(request)) as items:
-            async for item in items:
-                if isinstance(item, Generation):
-                    return item
-        raise AssertionError("stream ends with a generation")
+        with self._at_work(request) as started:
+            generation = self._generation(request)
+            await self._wait(self._delay_s(request))
+            return _timed(generation, started)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TextDelta | Generation, None]:
         """Yield the reply in up to four pieces, the delay spread over them, then the generation."""
-        started = time.perf_counter()
-        self.in_flight += 1
-        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
-        try:
-            if request.agent in self._options.failing:
-                raise EngineError(f"agent {request.agent!r}: scripted to fail (engine_kwargs.failing); remove it there")
+        with self._at_work(request) as started:
             generation = self._generation(request)
             size = max(1, math.ceil(len(generation.text) / _MAX_DELTAS))
             pieces = [generation.text[i : i + size] for i in range(0, len(generation.text), size)] or [""]
-            delay_s = self._options.delays_ms.get(request.agent, self._options.delay_ms) / 1e3
             for piece in pieces:
-                await self._wait(delay_s / len(pieces))
+                await self._wait(self._delay_s(request) / len(pieces))
                 if piece:
                     yield TextDelta(text=piece)
-            yield replace(generation, engine_ms=(time.perf_counter() - started) * 1e3)
+            yield _timed(generation, started)
+
+    @contextmanager
+    def _at_work(self, request: GenerationRequest) -> Iterator[float]:
+        """Count the request as in flight; yields time.perf_counter() of its start. Raises EngineError where it is to fail."""
+        if request.agent in self._options.failing:
+            raise EngineError(f"agent {request.agent!r}: scripted to fail (engine_kwargs.failing); remove it there")
+        self.in_flight += 1
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        try:
+            yield time.perf_counter()
         finally:
             self.in_flight -= 1
+
+    def _delay_s(self, request: GenerationRequest) -> float:
+        return self._options.delays_ms.get(request.agent, self._options.delay_ms) / 1e3
 
     async def close(self) -> None:
         """Refuse new requests and fail those in flight with EngineError."""
@@ -104,6 +110,10 @@ class ScriptedEngine:
             prompt_tokens=sum(len(message.content.split()) for message in request.messages),
             completion_tokens=tokens,
         )
+
+
+def _timed(generation: Generation, started: float) -> Generation:
+    return replace(generation, engine_ms=(time.perf_counter() - started) * 1e3)
 
 
 def _question(request: GenerationRequest) -> str:

@@ -39,14 +39,19 @@ class ListEngine:
     def __init__(self, *entries: Generation | Exception | None) -> None:
         self._entries = entries
         self.requests: list[GenerationRequest] = []
+        self.streamed = 0
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        async for item in self.stream(request):
+        async for item in self._items(request):
             if isinstance(item, Generation):
                 return item
         raise EngineError("no generation")
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Generation]:
+    def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Generation]:
+        self.streamed += 1
+        return self._items(request)
+
+    async def _items(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Generation]:
         self.requests.append(request)
         entry = self._entries[min(len(self.requests), len(self._entries)) - 1]
         if isinstance(entry, Exception):
@@ -171,18 +176,29 @@ async def test_tags_are_text_to_an_agent_without_tools() -> None:
     [
         (EngineError("prompt of 9000 tokens, at most 2048"), "prompt of 9000 tokens, at most 2048"),
         (RuntimeError("device lost"), "RuntimeError: device lost"),
-        (None, "its stream ended without a generation"),
     ],
 )
 @pytest.mark.parametrize("rounds_before", [0, 1])
-async def test_whatever_the_engine_raises_is_the_agents_own_failure(
-    entry: Exception | None, message: str, rounds_before: int
-) -> None:
+async def test_whatever_the_engine_raises_is_the_agents_own_failure(entry: Exception, message: str, rounds_before: int) -> None:
     engine = ListEngine(*[generated("<calculator>1+1")] * rounds_before, entry)
     reply = await agent_of(engine, ["calculator"]).call(call_of())
     assert (reply.status, reply.text, reply.completion_tokens, reply.engine) == ("failed", "", 0, "list")
     assert reply.error is not None
     assert message in reply.error
+
+
+async def test_a_stream_that_ends_without_a_generation_is_the_agents_own_failure() -> None:
+    pieces, reply = await items_of(agent_of(ListEngine(None)), call_of())
+    assert (pieces, reply.status) == ([], "failed")
+    assert "its stream ended without a generation" in (reply.error or "")
+
+
+async def test_a_call_asks_the_engine_for_no_text() -> None:
+    engine = ListEngine(generated("It is 84."))
+    await agent_of(engine).call(call_of())
+    assert engine.streamed == 0
+    await items_of(agent_of(engine), call_of())
+    assert engine.streamed == 1
 
 
 async def test_text_streams_as_it_comes_unless_there_are_tools() -> None:
