@@ -158,16 +158,28 @@ class Asker:
         return AgentReply(agent=activation.agent, status=status, error=error, latency_ms=latency_ms)
 
     async def _ask_until_back(self, asking: _Round, activation: Activation, lost: AgentReply) -> AgentReply:
-        """Send the call again until its place is back. The reply keeps what the lost attempt met."""
-        attempts = lost.attempts
+        """Send the call again until its place is back; patience is for the place, the reply has until the deadline.
+
+        The reply keeps what the lost attempt met.
+        """
+        attempts, loop = lost.attempts, asyncio.get_running_loop()
+        give_up = loop.time() + self.patience(asking.state)
+        time_left = self._time_left(asking.state)
+        too_late = None if time_left is None else loop.time() + time_left
 
         async def attempt() -> AgentReply:
             nonlocal attempts
+            await self._agents.ping(activation.agent)
             attempts += 1
-            return await self._send(asking, activation)
+            limit.reschedule(too_late)
+            try:
+                return await self._send(asking, activation)
+            except AgentUnavailableError:
+                limit.reschedule(give_up)
+                raise
 
         try:
-            async with asyncio.timeout(self.patience(asking.state)):
+            async with asyncio.timeout_at(give_up) as limit:
                 reply = await self.patiently(attempt)
         except TimeoutError:
             status: AgentStatus = "late" if asking.state.deadline_unix_s else "failed"

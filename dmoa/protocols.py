@@ -63,6 +63,10 @@ class AgentClient(Protocol):
         """Ask one agent, yielding pieces of text and last, exactly once, the whole reply. Raises as `call` does."""
         ...
 
+    async def ping(self, agent: str) -> None:
+        """Return once the agent's place answers; waits for one that is coming up. Raises AgentUnavailableError."""
+        ...
+
 
 class Encoder(Protocol):
     """Turns texts into sentence embeddings."""

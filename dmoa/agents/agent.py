@@ -128,3 +128,6 @@ class LocalAgents:
     def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Ask one agent and yield its text as it comes, last the reply."""
         return self._agents[call.agent].stream(call)
+
+    async def ping(self, agent: str) -> None:
+        """Return at once: agents of this process are up for as long as it is."""

@@ -110,6 +110,12 @@ class FakeAgents:
         async for item in self._play(call):
             yield item
 
+    async def ping(self, agent: str) -> None:
+        """A place whose next fate is to hang is still coming up; every other one answers."""
+        fates = self._fates[agent]
+        if isinstance(fates[min(len(self.calls_of(agent)), len(fates) - 1)], Hang):
+            await asyncio.Event().wait()
+
     def calls_of(self, agent: str) -> list[AgentCall]:
         return [call for call in self.calls if call.agent == agent]
 

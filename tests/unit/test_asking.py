@@ -144,6 +144,28 @@ def test_patience_ends_after_a_minute() -> None:
     assert waited_s == pytest.approx(PATIENCE_S)
 
 
+def test_patience_is_for_the_place_and_not_for_the_reply() -> None:
+    async def work() -> tuple[AgentReply, ...]:
+        written = asyncio.Event()
+        asyncio.get_running_loop().call_later(3 * PATIENCE_S, written.set)
+        agents = FakeAgents({"a": (Lose(error="node lost"), Say(text="late but whole", after=written))})
+        return await asker_of(agents).ask(state_of(query()), asks("a"), None)
+
+    (reply,), waited_s = jumping(work())
+    assert (reply.status, reply.text, reply.attempts) == ("ok", "late but whole", 2)
+    assert waited_s == pytest.approx(3 * PATIENCE_S)
+
+
+def test_a_place_that_never_comes_up_ends_patience() -> None:
+    async def work() -> tuple[AgentReply, ...]:
+        agents = FakeAgents({"a": (Lose(error="node lost"), Hang())})
+        return await asker_of(agents).ask(state_of(query()), asks("a"), None)
+
+    (reply,), waited_s = jumping(work())
+    assert (reply.status, reply.error, reply.attempts) == ("failed", "node lost", 1)
+    assert waited_s == pytest.approx(PATIENCE_S)
+
+
 async def test_patience_ends_at_the_deadline() -> None:
     agents = FakeAgents({"a": Lose(error="node lost")})
     state = state_of(query(), deadline_unix_s=time.time() + 0.2)
