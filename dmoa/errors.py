@@ -68,6 +68,10 @@ class EngineError(DmoaError, RuntimeError):
     """An engine cannot run a request as asked."""
 
 
+class PromptTooLongError(EngineError):
+    """A prompt does not fit the model's context; HTTP 400 where no agent could take it."""
+
+
 class RoutingError(DmoaError, RuntimeError):
     """The gate produced no usable decision."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from dmoa.agents.summarizer import Fold, Summarizer
 from dmoa.asking import Asker
 from dmoa.core.stopping import budget_stop, rule_stop
-from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError
+from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.protocols import Policy
 from dmoa.types import (
     AgentReply,
@@ -203,6 +203,8 @@ def _mass(plan: StepPlan, active: list[str]) -> float:
 def _nothing_said(state: QueryState, replies: tuple[AgentReply, ...]) -> Exception:
     if any(reply.status == "ok" for reply in replies):
         return EmptyAnswerError("every contribution was empty; ask again, or raise max_tokens")
+    if replies and all(reply.status == "failed" and reply.finish_reason == "length" for reply in replies):
+        return RequestError(f"messages: {replies[0].error}", param="messages", code="context_length_exceeded")
     reasons = "; ".join(f"{reply.agent}: {reply.status}, {reply.error}" for reply in replies)
     return _no_contribution(state, reasons)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from dmoa.agents import tools as toolbox
 from dmoa.config import AgentConfig
-from dmoa.errors import DmoaError, EngineError
+from dmoa.errors import DmoaError, PromptTooLongError, EngineError
 from dmoa.protocols import Engine
 from dmoa.types import AgentCall, AgentReply, Generation, GenerationRequest, Message, TextDelta
 
@@ -68,8 +68,7 @@ class Agent:
                 result = await self._tools[found.tool].run(found.argument)
                 text = found.before + toolbox.result_text(found, result)
         except Exception as error:  # an engine and its tools are called here: whatever fails is the agent's own failure
-            reason = str(error) if isinstance(error, DmoaError) else f"{type(error).__name__}: {error}"
-            yield self._failed(call, reason, started)
+            yield self._failed(call, error, started)
             return
         yield self._reply(call, text, rounds, started, is_cut=found is not None)
 
@@ -110,9 +109,16 @@ class Agent:
             engine=self._engine.label,
         )
 
-    def _failed(self, call: AgentCall, error: str, started: float) -> AgentReply:
-        latency_ms = (time.perf_counter() - started) * 1e3
-        return AgentReply(agent=call.agent, status="failed", error=error, latency_ms=latency_ms, engine=self._engine.label)
+    def _failed(self, call: AgentCall, error: Exception, started: float) -> AgentReply:
+        """Return a failure as a reply; `length` as its finish reason says that the prompt did not fit."""
+        return AgentReply(
+            agent=call.agent,
+            status="failed",
+            error=str(error) if isinstance(error, DmoaError) else f"{type(error).__name__}: {error}",
+            finish_reason="length" if isinstance(error, PromptTooLongError) else "error",
+            latency_ms=(time.perf_counter() - started) * 1e3,
+            engine=self._engine.label,
+        )
 
 
 class LocalAgents:

@@ -26,7 +26,7 @@ from dmoa.agents.sampling import draw_for
 from dmoa.agents.text_stream import TextStream
 from dmoa.config import TransformersOptions
 from dmoa.core.entropy import EntropySums
-from dmoa.errors import EngineError
+from dmoa.errors import EngineError, PromptTooLongError
 from dmoa.types import Generation, GenerationRequest, Message, TextDelta
 
 _Item = TextDelta | Generation | EngineError
@@ -144,7 +144,7 @@ class TransformersEngine:
         tokens = self._encode(request.messages)
         room = self._options.max_model_len - len(tokens)
         if room < 1:
-            raise EngineError(
+            raise PromptTooLongError(
                 f"{self._name}: the prompt has {len(tokens)} tokens; allowed are {self._options.max_model_len - 1} "
                 f"(max_model_len {self._options.max_model_len}, 1 for the reply); shorten it or raise max_model_len"
             )

@@ -175,6 +175,12 @@ async def test_errors_name_the_field(http: httpx.AsyncClient, body: dict[str, An
     assert error.keys() == {"message", "type", "param", "code"}
 
 
+async def test_a_prompt_over_the_models_length_is_the_clients_error(http: httpx.AsyncClient) -> None:
+    reply = await http.post("/v1/chat/completions", json={"model": "swarm", "messages": user("word " * 3000)})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"], error["code"]) == (400, "messages", "context_length_exceeded"), error
+
+
 async def test_keys_are_needed_and_own_their_traces(http: httpx.AsyncClient) -> None:
     body = {"model": "expert", "messages": user("hello"), "max_tokens": 4}
     for headers in ({"authorization": ""}, {"authorization": "Bearer wrong"}):
