@@ -209,7 +209,7 @@ class DecodeLoop:
                 return
         entry, _ = self._prefixes.find(sequence.adapter, sequence.tokens)
         assert entry is not None
-        self._kv.write(row, entry.kv_M2TE[:, :, :length])
+        self._kv.write(row, entry.kv_NTE[:, :length])
 
     def _prefill(self, group: list[Running], starts: list[int]) -> None:
         began = time.perf_counter()
@@ -249,7 +249,8 @@ class DecodeLoop:
         device = self._loaded.device
         self._adapters.choose([sequence.adapter for sequence in self._rows[first : first + len(starts)]])
         position_BT, mask_B1TL = self._kv.begin(first, starts, token_BT.shape[1])
-        output = self._loaded.model(
+        run = self._loaded.decode if kept is None else self._loaded.model
+        output = run(
             input_ids=token_BT.to(device),
             attention_mask=mask_B1TL,
             position_ids=position_BT,

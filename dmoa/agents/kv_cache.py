@@ -2,7 +2,8 @@
 
 `KvRows` is the cache that the model's forward writes to and reads from: one row per running sequence, position p of a
 sequence in slot p of its row, written in place. `PrefixStore` keeps copies of the rows of recent prompts. Shape
-letters: M layers, R rows, L slots of a row, T tokens of one forward, H key-value heads, D head size, E = H x D.
+letters: R rows, L slots of a row, T tokens, H key-value heads, D head size, E = H x D, N tensors (keys and values of
+every layer).
 """
 
 from __future__ import annotations
@@ -46,28 +47,23 @@ class KvRows(Cache):
         super().__init__(layers=[])
         self._heads = num_heads
         self._head_size = head_size
-        self._kv_M2RLE = torch.zeros(num_layers, 2, 0, 0, num_heads * head_size, dtype=dtype, device=device)
-        self._flat: list[tuple[Tensor, Tensor]] = []
+        # Keys and values of every layer, [R, L, E] each, in a tensor of their own: what torch.compile takes as inputs.
+        self._kv = [torch.zeros(0, 0, num_heads * head_size, dtype=dtype, device=device) for _ in range(2 * num_layers)]
         self._span: _Span | None = None
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of the keys and values of one token."""
-        layers, two, _, _, size = self._kv_M2RLE.shape
-        return layers * two * size * self._kv_M2RLE.element_size()
 
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for `rows` sequences of up to `slots` tokens, keeping what is there."""
-        layers, two, had_rows, had_slots, size = self._kv_M2RLE.shape
+        had_rows, had_slots, size = self._kv[0].shape
         if rows <= had_rows and slots <= had_slots:
             return
-        new_rows = max(had_rows, 1 << (rows - 1).bit_length())
+        # Never a single row: torch.compile makes a special case of sizes of 1, and compiles twice.
+        new_rows = max(had_rows, 2, 1 << (rows - 1).bit_length())
         new_slots = max(had_slots, -(-slots // _SLOT_STEP) * _SLOT_STEP)
-        # Zeros, not uninitialised memory: a masked slot has weight 0, and 0 x NaN is NaN.
-        grown_M2RLE = self._kv_M2RLE.new_zeros(layers, two, new_rows, new_slots, size)
-        grown_M2RLE[:, :, :had_rows, :had_slots] = self._kv_M2RLE
-        self._kv_M2RLE = grown_M2RLE
-        self._flat = [(layer[0].view(-1, size), layer[1].view(-1, size)) for layer in grown_M2RLE]
+        for number, old_RLE in enumerate(self._kv):
+            # Zeros, not uninitialised memory: a masked slot has weight 0, and 0 x NaN is NaN.
+            grown_RLE = old_RLE.new_zeros(new_rows, new_slots, size)
+            grown_RLE[:had_rows, :had_slots] = old_RLE
+            self._kv[number] = grown_RLE
 
     def begin(self, first_row: int, starts: list[int], width: int) -> tuple[Tensor, Tensor | None]:
         """Prepare a forward of `width` new tokens for the rows from `first_row` on, row i starting at starts[i].
@@ -75,18 +71,18 @@ class KvRows(Cache):
         Returns the positions [R, T] and the additive attention mask [R, 1, T, L], None where plain causal attention
         over the new tokens is the same.
         """
-        device = self._kv_M2RLE.device
+        device = self._kv[0].device
         start_R = torch.tensor(starts, device=device)
         position_RT = start_R[:, None] + torch.arange(width, device=device)
         row_R = torch.arange(first_row, first_row + len(starts), device=device)
-        index_RT = row_R[:, None] * self._kv_M2RLE.shape[3] + position_RT
+        index_RT = row_R[:, None] * self._kv[0].shape[1] + position_RT
         slots = max(starts) + width
         is_fresh = width > 1 and not any(starts)
         self._span = _Span(first_row, len(starts), index_RT.flatten(), slots, is_fresh)
         if is_fresh:
             return position_RT, None
         visible_RTL = torch.arange(slots, device=device) <= position_RT[:, :, None]
-        mask_RTL = torch.zeros(visible_RTL.shape, dtype=self._kv_M2RLE.dtype, device=device)
+        mask_RTL = torch.zeros(visible_RTL.shape, dtype=self._kv[0].dtype, device=device)
         return position_RT, mask_RTL.masked_fill_(~visible_RTL, float("-inf"))[:, None]
 
     def update(
@@ -95,13 +91,13 @@ class KvRows(Cache):
         """Write the new keys and values [R, H, T, D] of one layer; return those that attention reads, [R, H, L, D]."""
         span = self._span
         assert span is not None
-        for flat_NE, states in zip(self._flat[layer_idx], (key_states, value_states), strict=True):
-            flat_NE.index_copy_(0, span.index_N, states.transpose(1, 2).reshape(-1, flat_NE.shape[1]))
-        if span.is_fresh:
-            return key_states, value_states
-        kept_2RLE = self._kv_M2RLE[layer_idx, :, span.first_row : span.first_row + span.num_rows, : span.num_slots]
-        kept_2RHLD = kept_2RLE.view(*kept_2RLE.shape[:3], self._heads, self._head_size).transpose(2, 3)
-        return kept_2RHLD[0], kept_2RHLD[1]
+        kept: list[Tensor] = []
+        for kv_RLE, states_RHTD in zip(self._kv[2 * layer_idx :], (key_states, value_states), strict=False):
+            size = kv_RLE.shape[2]
+            kv_RLE.view(-1, size).index_copy_(0, span.index_N, states_RHTD.transpose(1, 2).reshape(-1, size))
+            read_RLE = kv_RLE[span.first_row : span.first_row + span.num_rows, : span.num_slots]
+            kept.append(read_RLE.view(span.num_rows, span.num_slots, self._heads, self._head_size).transpose(1, 2))
+        return (key_states, value_states) if span.is_fresh else (kept[0], kept[1])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: positions are always given to the model, never counted by the cache."""
@@ -113,15 +109,17 @@ class KvRows(Cache):
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` slots of one row over another row."""
-        self._kv_M2RLE[:, :, target, :length] = self._kv_M2RLE[:, :, source, :length]
+        for kv_RLE in self._kv:
+            kv_RLE[target, :length] = kv_RLE[source, :length]
 
     def read(self, row: int, length: int) -> Tensor:
-        """Return a copy of the first `length` slots of a row, [M, 2, T, E]."""
-        return self._kv_M2RLE[:, :, row, :length].clone()
+        """Return a copy of the first `length` slots of a row, [N, T, E]."""
+        return torch.stack([kv_RLE[row, :length] for kv_RLE in self._kv])
 
-    def write(self, row: int, kv_M2TE: Tensor) -> None:
-        """Fill the first slots of a row."""
-        self._kv_M2RLE[:, :, row, : kv_M2TE.shape[2]] = kv_M2TE
+    def write(self, row: int, kv_NTE: Tensor) -> None:
+        """Fill the first slots of a row with what `read` returned, or the beginning of it."""
+        for kv_RLE, kv_TE in zip(self._kv, kv_NTE, strict=True):
+            kv_RLE[row, : len(kv_TE)] = kv_TE
 
 
 def common_prefix(a: TokenArray, b: TokenArray) -> int:
@@ -137,7 +135,7 @@ class StoredPrefix:
 
     adapter: str | None
     tokens: TokenArray
-    kv_M2TE: Tensor
+    kv_NTE: Tensor
 
 
 class PrefixStore:
@@ -177,9 +175,9 @@ class PrefixStore:
                 self._drop(key)
         self._entries[self._next] = entry
         self._next += 1
-        self._bytes += entry.kv_M2TE.nbytes
+        self._bytes += entry.kv_NTE.nbytes
         while self._bytes > self._max_bytes:
             self._drop(next(iter(self._entries)))
 
     def _drop(self, key: int) -> None:
-        self._bytes -= self._entries.pop(key).kv_M2TE.nbytes
+        self._bytes -= self._entries.pop(key).kv_NTE.nbytes

@@ -29,6 +29,8 @@ class LoadedModel:
 
     model: Any
     """The `PreTrainedModel`, in eval mode, without gradients."""
+    decode: Any
+    """The same model for steps of one token per row: compiled where the options say so."""
     tokenizer: Any
     """The transformers tokenizer; it has a chat template."""
     device: torch.device
@@ -72,6 +74,7 @@ def load_model(source: Path | HubModel, options: TransformersOptions, *, has_ada
     stop = model.generation_config.eos_token_id
     return LoadedModel(
         model=model,
+        decode=torch.compile(model, dynamic=True) if options.compile else model,
         tokenizer=tokenizer,
         device=device,
         dtype=dtype,
