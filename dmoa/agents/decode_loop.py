@@ -154,6 +154,11 @@ class DecodeLoop:
         elif sequence in self._rows:
             self._evict(self._rows.index(sequence))
 
+    def clear(self) -> None:
+        """Forget every sequence: after a failure nothing that is in their rows can be trusted."""
+        self._rows.clear()
+        self._waiting.clear()
+
     def step(self) -> None:
         """Do one round: end what is late, admit what fits, decode one token for every row."""
         self._end_late()
@@ -297,7 +302,8 @@ class DecodeLoop:
 
 
 def _shared(sequence: Running, other: Running) -> int:
-    return common_prefix(sequence.tokens, other.tokens) if sequence.adapter == other.adapter else 0
+    """Return how many tokens of a prompt could be taken from another sequence's row, 0 where it is not worth it."""
+    return common_prefix(sequence.tokens, other.tokens, MIN_SHARED_TOKENS) if sequence.adapter == other.adapter else 0
 
 
 def _fits(sequence: Running, start: int, group: Sequence[Running], starts: Sequence[int]) -> bool:

@@ -122,11 +122,15 @@ class KvRows(Cache):
             kv_RLE[row, : len(kv_TE)] = kv_TE
 
 
-def common_prefix(a: TokenArray, b: TokenArray) -> int:
-    """Return how many tokens two sequences share at their beginning."""
+def common_prefix(a: TokenArray, b: TokenArray, at_least: int = 1) -> int:
+    """Return how many tokens two sequences share at their beginning; 0 where fewer than `at_least`."""
     size = min(len(a), len(b))
+    # Most sequences differ here already, and this looks at one token only.
+    if size < at_least or a[at_least - 1] != b[at_least - 1]:
+        return 0
     differs = a[:size] != b[:size]
-    return int(differs.argmax()) if differs.any() else size
+    shared = int(differs.argmax()) if differs.any() else size
+    return shared if shared >= at_least else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +160,8 @@ class PrefixStore:
         """Return the stored prompt that shares the longest beginning with `tokens`, and that length."""
         best, shared = -1, 0
         for key, entry in self._entries.items():
-            length = common_prefix(entry.tokens, tokens) if entry.adapter == adapter else 0
-            if length > shared:
+            length = common_prefix(entry.tokens, tokens, shared + 1) if entry.adapter == adapter else 0
+            if length:
                 best, shared = key, length
         if best < 0:
             return None, 0
@@ -171,7 +175,7 @@ class PrefixStore:
     def put(self, entry: StoredPrefix) -> None:
         """Store one prompt, dropping stored ones that it extends and the least recently used ones beyond the limit."""
         for key, old in list(self._entries.items()):
-            if old.adapter == entry.adapter and common_prefix(old.tokens, entry.tokens) == len(old.tokens):
+            if old.adapter == entry.adapter and common_prefix(old.tokens, entry.tokens, len(old.tokens)):
                 self._drop(key)
         self._entries[self._next] = entry
         self._next += 1

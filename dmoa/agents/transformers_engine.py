@@ -46,7 +46,6 @@ class _Ticket:
 
     sequence: Running
     listener: _Listener
-    is_done: bool = False
 
 
 class TransformersEngine:
@@ -192,6 +191,10 @@ class TransformersEngine:
                 except Exception as error:  # kept in what every request in flight raises; the engine goes on
                     self._fail_all(error)
                 self._flush()
+        while not self._inbox.empty():  # what other threads asked for at the last moment
+            message = self._inbox.get()
+            if message is not None:
+                message()
         self._fail_all(EngineError("the engine was closed"))
         self._flush()
         self._loop = None
@@ -224,8 +227,8 @@ class TransformersEngine:
 
     def _fail_all(self, error: Exception) -> None:
         assert self._loop is not None
+        self._loop.clear()
         for ticket in self._tickets:
-            self._loop.cancel(ticket.sequence)
             self._post(ticket.listener, EngineError(f"{self._name}: {type(error).__name__}: {error}"))
         self._tickets.clear()
 

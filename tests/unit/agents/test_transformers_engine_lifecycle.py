@@ -104,9 +104,13 @@ async def test_close_fails_what_runs_and_refuses_what_comes(tiny_model: Path) ->
 
 async def test_a_failing_forward_fails_its_requests_and_no_later_ones(tmp_path: Path) -> None:
     engine = TransformersEngine(save_tiny_model(tmp_path, vocab_size=300), CPU, model_label="small")
-    rare = tiny_tokenizer().decode(range(300, 320))
-    with pytest.raises(EngineError, match="small: IndexError"):
-        await engine.generate(request(rare))
+    shared = "?" * 60
+    rare = shared + tiny_tokenizer().decode(range(300, 320))
+    for _ in range(2):
+        with pytest.raises(EngineError, match="small: IndexError"):
+            await engine.generate(request(rare))
+    after = await engine.generate(request(shared, max_tokens=4))
+    assert after.cached_tokens == 0, "keys and values of a forward that failed were reused"
     assert (await engine.generate(request("?", max_tokens=4))).completion_tokens > 0
     await engine.close()
 
