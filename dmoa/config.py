@@ -228,7 +228,7 @@ class ActivationConfig(Node):
     mass: float = Field(default=0.8, gt=0.0, le=1.0)
     """tau of `top_mass`: the smallest set whose probability reaches it."""
     cascade: bool = True
-    """Let unsure steps run the next-ranked agent too; acts only where a checkpoint carries theta."""
+    """Let unsure steps run the next-ranked agent too; recorded with the gate, not acted upon in this version."""
     max_agents: int = Field(default=4, ge=1, le=1024)
     """K, and the k of `fixed`."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import httpx
 
 from dmoa.config import Config
-from dmoa.errors import DmoaError, NoAgentError
+from dmoa.errors import ConfigError, DmoaError, NoAgentError
 from dmoa.serving.auth import check_exposure, hash_keys
 
 SERVE_FLAGS = {
@@ -69,7 +69,13 @@ def launch(
     started_ray = not ray.is_initialized() and address is None
     if not ray.is_initialized():
         options = _local_size() | {"include_dashboard": False} if started_ray else {}
-        ray.init(address=address or "local", log_to_driver=False, **options)
+        try:
+            ray.init(address=address or "local", log_to_driver=False, **options)
+        except (ConnectionError, ray.exceptions.RayError) as error:
+            raise ConfigError(
+                f"address: value seen: {address!r}; no Ray answers there as asked; check that it runs, and set "
+                f"RAY_AUTH_MODE=token where it wants tokens ({' '.join(str(error).split())[:200]})"
+            ) from error
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
     serve.run(application, name=app, route_prefix=route_prefix)
     url = f"http://{_reachable(host)}:{port}{route_prefix.rstrip('/')}"

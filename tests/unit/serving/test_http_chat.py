@@ -73,6 +73,9 @@ async def test_chat_answers_with_usage_and_every_field_of_the_dmoa_object() -> N
         "cached_tokens": 6,
         "completion_tokens": 4,
         "latency_ms": 12.346,
+        "engine_ms": 0.0,
+        "engine": "",
+        "attempts": 1,
         "error": None,
     }
     assert first["agents"][2] | {"probability": 0.125} == first["agents"][2]
@@ -84,6 +87,8 @@ async def test_chat_answers_with_usage_and_every_field_of_the_dmoa_object() -> N
         "cached_tokens": 1,
         "completion_tokens": 2,
         "latency_ms": 1.0,
+        "engine_ms": 0.0,
+        "error": None,
     }
 
 
