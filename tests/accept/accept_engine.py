@@ -1,8 +1,9 @@
 """Acceptance of the transformers engine on the embedded model; run by `make accept`.
 
 Entropy of 50 generations of different lengths against a float64 softmax; greedy output of 100 prompts, with three
-adapters and none, in mixed batches against one by one; the steps that a cancelled request keeps its place. Prints one
-JSON object (or writes it to `--json FILE`) and exits 1 if a bar is missed.
+adapters and none, in mixed batches against one by one; the steps that a cancelled request keeps its place; the compiled
+decode step against the plain one, on a tiny model. Prints one JSON object (or writes it to `--json FILE`) and exits 1 if
+a bar is missed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ from dmoa.types import Generation, GenerationRequest, Message, Sampling
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
-from tests.unit.agents.conftest import save_adapters, teacher_forced_entropies
+from tests.unit.agents.conftest import save_adapters, save_tiny_model, teacher_forced_entropies
 
 ENTROPY_BAR_NATS = 1e-3
 EQUAL_BAR = 0.99
@@ -152,6 +154,17 @@ async def cancel_steps(folder: Path, tries: int) -> int:
     return worst
 
 
+async def compile_share(folder: Path) -> float:
+    """Return the share of texts of a tiny model that are the same with a compiled decode step."""
+    requests = mixed_requests(12, [None], 24)
+    texts = []
+    for compiled in (False, True):
+        engine = TransformersEngine(folder, TransformersOptions(compile=compiled))
+        texts.append([await engine.generate(requests[0]), *await asyncio.gather(*map(engine.generate, requests))])
+        await engine.close()
+    return sum(a.text == b.text for a, b in zip(*texts, strict=True)) / len(texts[0])
+
+
 def main() -> int:
     """Run all checks; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -161,13 +174,21 @@ def main() -> int:
     entropy = entropy_errors(folder, 50, 48)
     with tempfile.TemporaryDirectory() as scratch:
         equal = asyncio.run(equal_share(folder, save_adapters(folder, Path(scratch), alpha=0.05), 100))
+        compiled = asyncio.run(compile_share(save_tiny_model(Path(scratch) / "tiny"))) if shutil.which("g++") else None
     steps = asyncio.run(cancel_steps(folder, 4))
     passed = {
         "entropy": entropy.max_error_nats <= ENTROPY_BAR_NATS and entropy.counts_agree and entropy.ended_by_stop > 0,
         "equal": equal >= EQUAL_BAR,
         "cancel": steps <= STEPS_BAR,
+        "compile": compiled is None or compiled >= EQUAL_BAR,
     }
-    result = {"entropy": asdict(entropy), "equal_share": equal, "cancel_steps": steps, "passed": passed}
+    result = {
+        "entropy": asdict(entropy),
+        "equal_share": equal,
+        "cancel_steps": steps,
+        "compile_share": compiled,
+        "passed": passed,
+    }
     text = json.dumps(result, indent=2)
     if arguments.json:
         arguments.json.write_text(text + "\n", encoding="utf-8")
