@@ -1,0 +1,146 @@
+"""A Serve cluster of its own for a bench: a child process that starts apps, says where they answer, and ends with its parent.
+
+The parent's side is `BenchServer`; `python -m dmoa.bench.server` is the child's. Between them: one JSON line of what to
+start, one JSON line of URLs, and the end of the child's standard input as the word to stop. Flags and OMP settings of
+the child are its environment, so arms with different flags can run side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+import psutil
+
+from dmoa.config import Config
+from dmoa.errors import DmoaError
+
+STOP_TIMEOUT_S = 60.0
+_SPOKEN_STDERR = 4000
+
+
+class BenchServer:
+    """Apps on a Ray of their own; use it as a context manager."""
+
+    def __init__(
+        self, pools: Mapping[str, Config], *, chain_width: int | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
+        """Start one app per entry of `pools`, and beside them a bare chain where `chain_width` says how wide.
+
+        The child starts at once and in parallel with others; `wait` returns once it answers.
+        """
+        self.urls: dict[str, str] = {}
+        """App -> base URL without /v1; the chain's is called `chain`. Empty before `wait`."""
+        self._errors = tempfile.TemporaryFile(  # noqa: SIM115 -- the server closes it when it stops
+            mode="w+", encoding="utf-8", errors="replace"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "dmoa.bench.server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | dict(env or {}),
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        order = {"pools": {app: config.model_dump_json() for app, config in pools.items()}, "chain_width": chain_width}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+
+    def wait(self) -> BenchServer:
+        """Return once every app answers. Raises DmoaError with the child's last words if it ends instead."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            raise DmoaError(f"bench: the server ended before it was ready: {self._errors.read()[-_SPOKEN_STDERR:]}")
+        self.urls = json.loads(line)
+        return self
+
+    def __enter__(self) -> BenchServer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the apps and their Ray, and make sure that no process of theirs is left."""
+        tree: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT_S)
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+
+def free_port() -> int:
+    """Return a loopback port that nothing listens on at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def main() -> None:
+    """Run the child's side: start what the first line of standard input asks for, and stop at its end."""
+    # What Ray and Serve print must not get between the parent and the one line that it reads.
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    order = json.loads(sys.stdin.readline())
+    with tempfile.TemporaryDirectory() as state_dir:
+        apps: list[str] = []
+        try:
+            urls = _start(order["pools"], order["chain_width"], state_dir, apps)
+            answer.write(json.dumps(urls) + "\n")
+            answer.flush()
+            sys.stdin.read()
+        finally:
+            _stop(apps)
+
+
+def _start(pools: Mapping[str, str], chain_width: int | None, state_dir: str, apps: list[str]) -> dict[str, str]:
+    from dmoa.serving.launch import launch
+
+    port = free_port()
+    urls: dict[str, str] = {}
+    for app, text in pools.items():
+        config = Config.model_validate_json(text)
+        router = config.router.model_copy(update={"state_uri": f"file://{state_dir}/{app}"})
+        apps.append(app)
+        config = config.model_copy(update={"router": router})
+        urls[app] = launch(config, port=port, app=app, route_prefix=f"/{app}").url
+    if chain_width is not None:
+        from ray import serve
+
+        from dmoa.bench.bare_chain import bind_chain
+
+        serve.run(bind_chain(chain_width), name="chain", route_prefix="/chain")
+        urls["chain"] = f"http://127.0.0.1:{port}/chain"
+    return urls
+
+
+def _stop(apps: Sequence[str]) -> None:
+    from dmoa.serving.launch import stop
+
+    for number, app in enumerate(reversed(apps), 1):
+        stop(app, end_ray=number == len(apps))
+
+
+if __name__ == "__main__":
+    main()
