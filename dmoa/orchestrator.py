@@ -34,6 +34,7 @@ from dmoa.types import (
 
 Event = StepRecord | TextDelta | Answer
 Emit = Callable[[Event], None]
+_CLOCK_SLACK_S = 0.05
 _CUT_SHORT: tuple[StopReason, ...] = ("max_steps", "budget_tokens", "deadline", "no_agent")
 
 
@@ -99,7 +100,7 @@ class Orchestrator:
         """Ask the planned agents and fold what they contributed; the step's clock began with its planning."""
         number = len(state.steps)
         is_last_word = plan.ends_with is not None and plan.fold == "pass" and len(plan.activations) == 1
-        replies = await self.asker.ask(state, plan, emit if is_last_word else None)
+        replies = await self.asker.ask(state, plan, emit if is_last_word and state.query.is_streamed else None)
         usable = tuple(reply for reply in replies if reply.status == "ok" and reply.text.strip())
         if not usable and not state.summary:
             raise _nothing_said(state, replies)
@@ -210,6 +211,7 @@ def _nothing_said(state: QueryState, replies: tuple[AgentReply, ...]) -> Excepti
 
 
 def _no_contribution(state: QueryState, why: str) -> Exception:
-    if state.deadline_unix_s is not None and time.time() >= state.deadline_unix_s:
+    # The event loop's timers may fire a clock tick before the wall clock gets there.
+    if state.deadline_unix_s is not None and time.time() >= state.deadline_unix_s - _CLOCK_SLACK_S:
         return DeadlineError(f"the deadline of {state.query.limits.deadline_s} s passed before any agent contributed ({why})")
     return NoAgentError(f"no agent of the pool answered ({why}); try again later")

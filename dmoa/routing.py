@@ -139,6 +139,8 @@ class LocalRouter:
         self.num_decisions += len(requests)
         for decision in decisions:
             self.activations.update(decision.agents[index] for index in decision.ranking[: decision.k])
+        if self._routed_by == "router":  # as decisions say by themselves
+            return decisions
         return [replace(decision, routed_by=self._routed_by) for decision in decisions]
 
     def _decider(self, version: str | None) -> Decider:

@@ -70,13 +70,23 @@ class Trace(BaseModel):
 
 
 def trace_of(
-    query: Query, answer: Answer, *, pool: str, fingerprint: str, user: str | None = None, metadata: dict[str, str] | None = None
+    query: Query,
+    answer: Answer,
+    *,
+    pool: str,
+    fingerprint: str,
+    user: str | None = None,
+    metadata: dict[str, str] | None = None,
+    created_unix_s: float | None = None,
 ) -> Trace:
-    """Return the trace of an answered query; `user` and `metadata` are the client's own words, kept as they came."""
+    """Return the trace of an answered query; `user` and `metadata` are the client's own words, kept as they came.
+
+    `created_unix_s` is when the query was answered, None for now.
+    """
     decisions = [step.decision for step in answer.steps if step.decision]
     return Trace(
         trace_id=answer.trace_id,
-        created_unix_s=time.time(),
+        created_unix_s=time.time() if created_unix_s is None else created_unix_s,
         dmoa_version=__version__,
         pool_fingerprint=fingerprint,
         query=asdict(query),

@@ -257,6 +257,8 @@ class Query:
     sampling: dict[str, Any] = field(default_factory=dict)
     """The client's sampling fields (temperature, top_p, max_tokens, stop, seed), absent where not given."""
     limits: Limits = field(default_factory=Limits)
+    is_streamed: bool = True
+    """Whether somebody reads the final text piece by piece; if not, no call has to send it so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,7 +71,7 @@ class LlmSummarizer:
             sampling=sampling,
             deadline_unix_s=state.deadline_unix_s,
         )
-        reply = await self._listen(call, emit)
+        reply = await self._listen(call, emit, is_streamed=state.query.is_streamed)
         verdict, text = parse_verdict(reply.text)
         selection = None if text else select_contribution(replies)
         summary = text or (selection.text if selection else state.summary)
@@ -88,9 +88,9 @@ class LlmSummarizer:
         )
         return Fold(summary=summary, record=record, selection=selection)
 
-    async def _listen(self, call: AgentCall, emit: Emit) -> AgentReply:
+    async def _listen(self, call: AgentCall, emit: Emit, *, is_streamed: bool) -> AgentReply:
         """Ask the summarizer. Where its stream is lost or late, the reply is what had been handed on, with the error."""
-        heard, started = _Heard(), time.perf_counter()
+        heard, started = _Heard(is_awaited=is_streamed or call.deadline_unix_s is not None), time.perf_counter()
         lost = AgentReply(agent=SUMMARIZER, status="failed", error="the stream ended without a reply")
         try:
             async with asyncio.timeout(None if call.deadline_unix_s is None else max(0.0, call.deadline_unix_s - time.time())):
@@ -106,7 +106,12 @@ class LlmSummarizer:
         return replace(reply, latency_ms=(time.perf_counter() - started) * 1e3)
 
     async def _read(self, call: AgentCall, emit: Emit, heard: _Heard) -> AgentReply | None:
-        """Read the stream; text after a FINAL line is handed on at once, everything else is withheld."""
+        """Read the stream; text after a FINAL line is handed on at once, everything else is withheld.
+
+        Where nobody reads along the reply comes whole; with a deadline it streams all the same, for what is there by then.
+        """
+        if not heard.is_awaited:
+            return await self._agents.call(call)
         async for item in self._agents.stream(call):
             if isinstance(item, AgentReply):
                 return item
@@ -141,6 +146,8 @@ async def withhold(items: AsyncIterator[TextDelta | AgentReply]) -> AsyncIterato
 class _Heard:
     """What a summarizer's stream has brought so far."""
 
+    is_awaited: bool
+    """Whether pieces of the text are of use before the whole of it."""
     text: str = ""
     is_final: bool = False
     """Whether text after a FINAL line was handed on."""

@@ -5,6 +5,7 @@ Stands between `agents/embedder` and `core/gate`. Shape letters: D embedding, F 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -48,8 +49,10 @@ def feedback(last_step_entropies: Sequence[float], k: int, max_agents: int, budg
     if k == 0:
         return feedback_F
     if last_step_entropies:
-        feedback_F[0] = np.mean(last_step_entropies)
-        feedback_F[1] = np.std(last_step_entropies)
+        # In plain Python: numpy takes a tenth of a millisecond for a handful of numbers.
+        mean = sum(last_step_entropies) / len(last_step_entropies)
+        feedback_F[0] = mean
+        feedback_F[1] = math.sqrt(sum((value - mean) ** 2 for value in last_step_entropies) / len(last_step_entropies))
     feedback_F[2] = k / max_agents
     feedback_F[3] = min(max(budget_share, 0.0), 1.0)
     return feedback_F

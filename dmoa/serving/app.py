@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -19,15 +20,15 @@ from ray.serve.handle import DeploymentHandle
 from dmoa.agents.pool import callable_agents, check_files, fingerprint
 from dmoa.config import Config, LimitsConfig
 from dmoa.errors import DmoaError
+from dmoa.serving.actors import pack
 from dmoa.serving.agents import ServeAgents, bind_hosts, deployment_names
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.http import create_app
 from dmoa.serving.metrics import QueryMetrics, exposition
 from dmoa.serving.router import ensure_router
 from dmoa.serving.router_client import RemoteRouter
-from dmoa.serving.traces import ensure_traces
+from dmoa.serving.traces import Answered, ensure_traces
 from dmoa.swarm import Swarm
-from dmoa.trace import trace_of
 from dmoa.types import Answer, Query, StepRecord, TextDelta
 
 _LOG = logging.getLogger("dmoa.ingress")
@@ -140,9 +141,17 @@ class SwarmIngress:
         task.add_done_callback(self._tasks.discard)
 
     async def _record(self, query: Query, answer: Answer, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
-        trace = trace_of(query, answer, pool=self.pool, fingerprint=self._fingerprint, user=user, metadata=dict(metadata))
+        answered = Answered(
+            query=query,
+            answer=answer,
+            pool=self.pool,
+            fingerprint=self._fingerprint,
+            user=user,
+            metadata=dict(metadata),
+            created_unix_s=time.time(),
+        )
         try:
-            await self._traces.put.remote(answer.trace_id, trace.model_dump_json(), key_hash)
+            await self._traces.put.remote(answer.trace_id, pack(answered), key_hash)
         except RayError as error:
             _LOG.warning("trace %s was lost: %s", answer.trace_id, type(error).__name__)
 

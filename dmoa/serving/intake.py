@@ -123,6 +123,7 @@ def _order(
             turns=turns,
             sampling={name: value for name, value in sampling.items() if value is not None},
             limits=_limits(request.dmoa or DmoaOptions(), service),
+            is_streamed=bool(request.stream),
         ),
         model=request.model,
         policy=policy,

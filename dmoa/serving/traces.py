@@ -1,32 +1,64 @@
-"""The trace store: a bounded, shared memory of recent queries, off the critical path."""
+"""The trace store: a bounded, shared memory of recent queries, off the critical path.
+
+It keeps what an ingress knows of a query as it came; the trace itself, hundreds of kilobytes of JSON after twenty steps,
+is written only for those who ask for it.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from dmoa.serving.actors import detached, traces_name
+from dmoa.serving.actors import detached, traces_name, unpack
+from dmoa.trace import trace_of
+from dmoa.types import Answer, Query
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """An answered query, with all that its trace needs."""
+
+    query: Query
+    answer: Answer
+    pool: str
+    fingerprint: str
+    user: str | None
+    metadata: dict[str, str]
+    created_unix_s: float
 
 
 class TraceStore:
-    """Keeps the newest traces of an app, each with the hash of the key that made it."""
+    """Keeps the newest queries of an app, each with the hash of the key that made it."""
 
     def __init__(self, max_traces: int) -> None:
         self._max_traces = max_traces
-        self._traces: OrderedDict[str, tuple[str, str]] = OrderedDict()
+        self._answered: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
 
-    async def put(self, trace_id: str, trace_json: str, key_hash: str) -> None:
-        """Keep one trace; the oldest goes when there are too many."""
-        self._traces[trace_id] = (trace_json, key_hash)
-        while len(self._traces) > self._max_traces:
-            self._traces.popitem(last=False)
+    async def put(self, trace_id: str, packed: bytes, key_hash: str) -> None:
+        """Keep one packed `Answered`; the oldest goes when there are too many."""
+        self._answered[trace_id] = (packed, key_hash)
+        while len(self._answered) > self._max_traces:
+            self._answered.popitem(last=False)
 
     async def get(self, trace_id: str, key_hash: str) -> str | None:
-        """Return a trace made with the same key, else None."""
-        found = self._traces.get(trace_id)
-        return found[0] if found and found[1] == key_hash else None
+        """Return the trace of a query made with the same key as JSON, else None."""
+        packed, maker = self._answered.get(trace_id, (b"", ""))
+        if not packed or maker != key_hash:
+            return None
+        kept: Answered = unpack(packed)
+        trace = trace_of(
+            kept.query,
+            kept.answer,
+            pool=kept.pool,
+            fingerprint=kept.fingerprint,
+            user=kept.user,
+            metadata=kept.metadata,
+            created_unix_s=kept.created_unix_s,
+        )
+        return trace.model_dump_json()
 
 
 def ensure_traces(app: str, max_traces: int) -> Any:

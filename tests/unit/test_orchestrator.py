@@ -226,6 +226,18 @@ async def test_only_the_final_summary_streams_without_its_verdict() -> None:
     assert [event.text for event in events if isinstance(event, TextDelta)] == ["1", "9"]
 
 
+@pytest.mark.parametrize(("deadline_s", "streamed"), [(None, []), (60.0, ["summarizer"])])
+async def test_calls_of_a_query_that_nobody_reads_along_with_do_not_stream(deadline_s: float | None, streamed: list[str]) -> None:
+    """A summarizer under a deadline streams all the same: what it has written by then may be the answer."""
+    agents = FakeAgents({"a": Say(text="19", pieces=("1", "9")), "summarizer": Say(text="FINAL\n19", pieces=("FINAL\n", "19"))})
+    asked = replace(query(deadline_s=deadline_s), is_streamed=False)
+    events = await events_of(orchestrator_of(agents, "a"), asked, SinglePolicy(agent="a"))
+    assert [type(event) for event in events] == [StepRecord, Answer]
+    answer = await answer_of(orchestrator_of(agents, "a", llm=True), asked, Schedule(asks("a")))
+    assert (answer.text, answer.stop_reason) == ("19", "summarizer")
+    assert agents.streamed == streamed
+
+
 async def test_a_step_that_passes_but_does_not_end_is_not_streamed() -> None:
     agents = FakeAgents({"a": Say(text="1"), "b": Say(text="2")})
     policy = Schedule(asks("a", fold="pass"), asks("b", fold="pass", ends_with="single"))
