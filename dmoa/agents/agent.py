@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from dmoa.agents import tools as toolbox
 from dmoa.config import AgentConfig
-from dmoa.errors import DmoaError, PromptTooLongError, EngineError
+from dmoa.errors import DmoaError, EngineError, PromptTooLongError
 from dmoa.protocols import Engine
 from dmoa.types import AgentCall, AgentReply, Generation, GenerationRequest, Message, TextDelta
 

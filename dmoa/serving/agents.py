@@ -111,9 +111,7 @@ class ServeAgents:
         # pickle takes half of cloudpickle's time for them. Replies may be errors, which only cloudpickle carries safely.
         options = {"request_serialization": "pickle"}
         self._calls = {name: handle.options(method_name="call", **options) for name, handle in handles.items()}
-        self._streams = {
-            name: handle.options(method_name="stream", stream=True, **options) for name, handle in handles.items()
-        }
+        self._streams = {name: handle.options(method_name="stream", stream=True, **options) for name, handle in handles.items()}
         self._pings = {name: handle.options(method_name="ping") for name, handle in handles.items()}
 
     async def call(self, call: AgentCall) -> AgentReply:
