@@ -69,7 +69,7 @@ def mixed_requests(count: int, adapters: Sequence[str | None], max_tokens: int) 
             request_id=str(n),
             call_id=str(n),
             messages=(
-                Message(role="system", content=shared * 2 if n % 3 == 0 else f"Conversation {n}."),
+                Message(role="system", content=shared * 4 if n % 3 == 0 else f"Conversation {n}."),
                 Message(role="user", content=_QUESTIONS[n % len(_QUESTIONS)].format(n=n) + " Take care." * (n % 7)),
             ),
             sampling=Sampling(max_tokens=max_tokens),

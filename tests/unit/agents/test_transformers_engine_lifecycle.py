@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from dmoa.agents.decode_loop import MIN_SHARED_TOKENS
+from dmoa.agents.decode_loop import SPLIT_TOKENS
 from dmoa.agents.transformers_engine import TransformersEngine
 from dmoa.config import TransformersOptions
 from dmoa.errors import ConfigError, EngineError
@@ -135,7 +135,7 @@ async def test_agents_of_a_step_reuse_the_shared_prompt(
         reused = sorted(r.cached_tokens for r in ours)
         shared = tokens_of("<|start|>user\n" + step[0].messages[0].content.removesuffix("solve")) - 1
         # A few tokens less are worth a common prefill.
-        assert reused[1] >= shared - MIN_SHARED_TOKENS
+        assert reused[1] >= shared - SPLIT_TOKENS
         assert (reused[0] == 0) == (step is steps[0])
     base = await with_reuse.generate(request(STEP, adapter=ADAPTERS[1]))
     assert base.cached_tokens == 0, "another adapter's keys and values were reused"
