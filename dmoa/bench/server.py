@@ -23,6 +23,9 @@ from dmoa.config import Config
 from dmoa.errors import DmoaError
 
 STOP_TIMEOUT_S = 60.0
+_SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_worker_niceness": "0"}
+"""Ray starts its workers at niceness 15: whatever else runs on the machine would be measured instead of them."""
+_NOT_OURS = ("RAY_ADDRESS", "DMOA_API_KEYS")
 _SPOKEN_STDERR = 4000
 
 
@@ -30,9 +33,9 @@ class BenchServer:
     """Apps on a Ray of their own; use it as a context manager."""
 
     def __init__(
-        self, pools: Mapping[str, Config], *, chain_width: int | None = None, env: Mapping[str, str] | None = None
+        self, pools: Mapping[str, Config], *, chain: tuple[int, int] | None = None, env: Mapping[str, str] | None = None
     ) -> None:
-        """Start one app per entry of `pools`, and beside them a bare chain where `chain_width` says how wide.
+        """Start one app per entry of `pools`, and beside them a bare chain where `chain` says how wide, and of what pool size.
 
         The child starts at once and in parallel with others; `wait` returns once it answers.
         """
@@ -47,11 +50,11 @@ class BenchServer:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | dict(env or {}),
+            env={name: text for name, text in os.environ.items() if name not in _NOT_OURS} | _SETTINGS | dict(env or {}),
             start_new_session=True,
         )
         assert self._process.stdin is not None
-        order = {"pools": {app: config.model_dump_json() for app, config in pools.items()}, "chain_width": chain_width}
+        order = {"pools": {app: config.model_dump_json() for app, config in pools.items()}, "chain": chain}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
 
@@ -71,11 +74,27 @@ class BenchServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
+    def suspend(self) -> None:
+        """Freeze every process of the Ray, for as long as another server is measured; a minute would be too long for Ray."""
+        for process in reversed(self._tree()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+
+    def resume(self) -> None:
+        """Undo `suspend`."""
+        for process in self._tree():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def _tree(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        return []
+
     def stop(self) -> None:
         """End the apps and their Ray, and make sure that no process of theirs is left."""
-        tree: list[psutil.Process] = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            tree = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        self.resume()
+        tree = self._tree()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -106,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as state_dir:
         apps: list[str] = []
         try:
-            urls = _start(order["pools"], order["chain_width"], state_dir, apps)
+            urls = _start(order["pools"], order["chain"], state_dir, apps)
             answer.write(json.dumps(urls) + "\n")
             answer.flush()
             sys.stdin.read()
@@ -114,7 +133,7 @@ def main() -> None:
             _stop(apps)
 
 
-def _start(pools: Mapping[str, str], chain_width: int | None, state_dir: str, apps: list[str]) -> dict[str, str]:
+def _start(pools: Mapping[str, str], chain: tuple[int, int] | None, state_dir: str, apps: list[str]) -> dict[str, str]:
     from dmoa.serving.launch import launch
 
     port = free_port()
@@ -125,12 +144,12 @@ def _start(pools: Mapping[str, str], chain_width: int | None, state_dir: str, ap
         apps.append(app)
         config = config.model_copy(update={"router": router})
         urls[app] = launch(config, port=port, app=app, route_prefix=f"/{app}").url
-    if chain_width is not None:
+    if chain is not None:
         from ray import serve
 
         from dmoa.bench.bare_chain import bind_chain
 
-        serve.run(bind_chain(chain_width), name="chain", route_prefix="/chain")
+        serve.run(bind_chain(*chain), name="chain", route_prefix="/chain")
         urls["chain"] = f"http://127.0.0.1:{port}/chain"
     return urls
 
