@@ -1,7 +1,13 @@
-"""Settings that must be made before torch is loaded."""
+"""Settings that must be made before torch is loaded, and for property tests on a busy machine."""
 
 from __future__ import annotations
 
 import os
 
+from hypothesis import HealthCheck, settings
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow everything some thirty times on a busy machine
+
+# No test judges a time: a busy machine must not fail one.
+settings.register_profile("dmoa", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dmoa")
