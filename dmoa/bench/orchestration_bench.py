@@ -7,6 +7,7 @@ its slowest active agent and then the summarizer; an agent's engine time runs fr
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -34,40 +35,65 @@ def run(rounds: int) -> list[BenchResult]:
     pool = load_pool(None)
     walls: list[float] = []
     engines: list[float] = []
+    label = ""
     with BenchServer({"default": pool}, env=SERVE_FLAGS).wait() as server, httpx.Client(timeout=300) as client:
         url = server.urls["default"]
         _ask(client, url, pool.name, QUESTIONS[0])
         for _ in range(rounds):
             for question in QUESTIONS:
-                wall_ms, engine_ms = _ask(client, url, pool.name, question)
-                walls.append(wall_ms)
-                engines.append(engine_ms)
-    shares = spread([(wall - engine) / engine for wall, engine in zip(walls, engines, strict=True)])
+                dmoa = _ask(client, url, pool.name, question)
+                walls.append(_wall_ms(client, url, dmoa["trace_id"]))
+                engines.append(critical_path_ms(dmoa))
+                label = engine_label(dmoa)
+    singles = [(wall - engine) / engine for wall, engine in zip(walls, engines, strict=True)]
+    shares = spread(singles)
     overall = (sum(walls) - sum(engines)) / sum(engines)
     added = spread([wall - engine for wall, engine in zip(walls, engines, strict=True)])
-    common: dict[str, Any] = {"rounds": rounds, "engine": "transformers/float32"}
+    common: dict[str, Any] = {"rounds": rounds, "engine": label}
     return [
         BenchResult(
-            id="P3", value=overall, unit="share", low=shares.low, high=shares.high, bar=f"<= {BAR}", passed=overall <= BAR,
-            note=f"all of {len(walls)} queries together, c = 1, default pool; spread: quartiles of single queries", **common,
+            id="P3",
+            value=overall,
+            unit="share",
+            low=shares.low,
+            high=shares.high,
+            bar=f"<= {BAR}",
+            passed=overall <= BAR,
+            note=f"all of {len(walls)} queries together, c = 1, default pool; spread: quartiles of single queries; "
+            f"largest of one query {max(singles):.4f}",
+            **common,
         ),
         BenchResult(
-            id="P3.added_ms", value=added.value, unit="ms", low=added.low, high=added.high, bar="", passed=None,
-            note=f"per query, beside {sum(engines) / len(engines):.0f} ms of engine time", **common,
+            id="P3.added_ms",
+            value=added.value,
+            unit="ms",
+            low=added.low,
+            high=added.high,
+            bar="",
+            passed=None,
+            note=f"per query, beside {sum(engines) / len(engines):.0f} ms of engine time",
+            **common,
         ),
-    ]  # fmt: skip
+    ]
 
 
-def _ask(client: httpx.Client, url: str, model: str, question: str) -> tuple[float, float]:
-    """Ask one question; return the query's wall time and the engine time on its critical path, in ms."""
-    body = {"model": model, "messages": [{"role": "user", "content": question}]}
-    reply = client.post(f"{url}/v1/chat/completions", json=body)
+def critical_path_ms(dmoa: Mapping[str, Any]) -> float:
+    """Return the engine time of a reply's `dmoa` object: of every step the slowest agent's and the summarizer's, in ms."""
+    steps = dmoa["steps"]
+    return float(sum(max(agent["engine_ms"] for agent in step["agents"]) + step["summarizer"]["engine_ms"] for step in steps))
+
+
+def engine_label(dmoa: Mapping[str, Any]) -> str:
+    """Return the engines that a reply's `dmoa` object names."""
+    return ", ".join(sorted({agent["engine"] for step in dmoa["steps"] for agent in step["agents"]} - {""}))
+
+
+def _ask(client: httpx.Client, url: str, model: str, question: str) -> dict[str, Any]:
+    """Ask one question and return the reply's `dmoa` object."""
+    reply = client.post(f"{url}/v1/chat/completions", json={"model": model, "messages": [{"role": "user", "content": question}]})
     reply.raise_for_status()
-    dmoa = reply.json()["dmoa"]
-    engine_ms = sum(
-        max(agent["engine_ms"] for agent in step["agents"]) + step["summarizer"]["engine_ms"] for step in dmoa["steps"]
-    )
-    return _wall_ms(client, url, dmoa["trace_id"]), engine_ms
+    dmoa: dict[str, Any] = reply.json()["dmoa"]
+    return dmoa
 
 
 def _wall_ms(client: httpx.Client, url: str, trace_id: str) -> float:

@@ -8,8 +8,8 @@ from dmoa.bench import hops_bench, memory_bench, orchestration_bench
 from dmoa.bench.measure import BenchResult
 
 _BENCHES: dict[str, tuple[Callable[[int], list[BenchResult]], int]] = {
-    "P3": (orchestration_bench.run, 2),
-    "P4": (hops_bench.run_p4, 10),
+    "P3": (orchestration_bench.run, 1),
+    "P4": (hops_bench.run_p4, 8),
     "P17": (memory_bench.run, 3),
     "growth": (hops_bench.run_growth, 5),
 }
