@@ -11,15 +11,15 @@ import asyncio
 import pickle
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
-from ray import serve
-from ray.serve.handle import DeploymentHandle
-from starlette.requests import Request
 
 from dmoa.types import AgentCall, AgentReply, Message, RouteDecision, RouteRequest, Sampling
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+    from starlette.requests import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ def records(num_agents: int) -> Payloads:
     """Return records as the swarm sends them half-way through a query of twenty short steps."""
     names = tuple(f"agent-{i}" for i in range(num_agents))
     work = "\n\n".join(f"Work so far, step {step}:\nwork" for step in range(1, 11))
-    messages = (Message(role="system", content="You work with others. " * 4), Message(role="user", content=work + "x" * 300))
+    messages = (Message(role="system", content="You work with others. " * 4), Message(role="user", content=work + "x" * 60))
     call = AgentCall(trace_id="0" * 32, step=10, agent=names[0], messages=messages, sampling=Sampling())
     return Payloads(
         route_out=RouteRequest(
@@ -79,6 +79,8 @@ class ChainIngress:
     """Runs the steps of one request one after another, and returns how long each took in milliseconds."""
 
     def __init__(self, payloads: Payloads, agents: list[DeploymentHandle], last: DeploymentHandle) -> None:
+        import ray
+
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000}
         self._payloads = {"records": payloads, "bytes": payloads.as_bytes()}
         back = [kind.route_back for kind in self._payloads.values()]
@@ -104,6 +106,8 @@ class ChainIngress:
 
 def bind_chain(width: int, num_agents: int) -> Any:
     """Return the bound Serve application of a chain with `width` deployments in parallel, of a pool of `num_agents`."""
+    from ray import serve
+
     payloads = records(num_agents)
     replies = (payloads.reply, payloads.as_bytes().reply)
     light: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 64, "max_queued_requests": 256}

@@ -1,0 +1,114 @@
+"""What the benches of serving measure, without Ray: pools that never stop early, the chain's payloads, turns, shares."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dmoa.agents.pool import build_encoder, build_local, build_pool_gate
+from dmoa.agents.prompts import agent_messages
+from dmoa.bench import hops_bench, memory_bench, orchestration_bench
+from dmoa.bench.bare_chain import Echo, records
+from dmoa.bench.hops_bench import STEPS, WIDTH, null_pool
+from dmoa.policies.registry import POLICIES
+from dmoa.routing import LocalRouter
+from dmoa.swarm import Swarm, limits_for
+from dmoa.types import AgentCall, Answer, Query, Sampling, StepRecord
+
+
+async def answer_of(num_agents: int, *, placement: str, mode: str) -> Answer:
+    config = null_pool(num_agents, placement=placement, mode=mode)
+    agents, _ = build_local(config)
+    router = LocalRouter()
+    gate, record = build_pool_gate(config)
+    router.install(record.version, gate)
+    swarm = Swarm(config, agents=agents, router=router, encoder=build_encoder(config))
+    asked = Query(trace_id="t", text="What is this?", limits=limits_for(config))
+    return [event async for event in swarm.answer(asked, next(iter(POLICIES)))][-1]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("placement", "mode"), [("dedicated", "llm"), ("shared", "select")])
+@pytest.mark.parametrize("num_agents", [2, 8])
+async def test_a_null_query_takes_every_step_with_every_hop(num_agents: int, placement: str, mode: str) -> None:
+    answer = await answer_of(num_agents, placement=placement, mode=mode)
+    assert (answer.stop_reason, len(answer.steps)) == ("max_steps", STEPS)
+    assert {len(step.active) for step in answer.steps} == {min(WIDTH, num_agents)}
+    assert {step.summarizer.mode for step in answer.steps} == {mode}
+    if mode == "llm":
+        assert {step.summary for step in answer.steps} == {"work"}, "a new summary would have to be embedded"
+
+
+async def test_the_chains_records_are_as_large_as_the_swarms() -> None:
+    answer = await answer_of(hops_bench.NUM_AGENTS, placement="dedicated", mode="llm")
+    step: StepRecord = answer.steps[STEPS // 2]
+    ours = records(hops_bench.NUM_AGENTS)
+    asked = Query(trace_id="0" * 32, text="What is this?")
+    messages = agent_messages(asked, ["work"] * step.step, profile="Does part agent-1.")
+    call = AgentCall(trace_id=asked.trace_id, step=step.step, agent="agent-1", messages=messages, sampling=Sampling())
+    for seen, sent in (
+        (step.route, ours.route_out),
+        (step.decision, ours.route_back),
+        (call, ours.call_out),
+        (step.replies[0], ours.reply),
+    ):
+        assert len(pickle.dumps(sent)) == pytest.approx(len(pickle.dumps(seen)), rel=0.25)
+    sizes = ours.as_bytes()
+    assert isinstance(sizes.call_out, bytes)
+    assert len(sizes.call_out) == len(pickle.dumps(ours.call_out))
+
+
+async def test_a_hop_answers_in_kind() -> None:
+    echo = Echo("record", b"00")
+    assert await echo.call({"any": "record"}) == "record"
+    assert await echo.call(b"any bytes") == b"00"
+
+
+class Turn:
+    """A server that notes when it is frozen."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self._name = name
+        self._log = log
+
+    def suspend(self) -> None:
+        self._log.append(f"{self._name} frozen")
+
+    def resume(self) -> None:
+        self._log.append(f"{self._name} on")
+
+
+def test_one_server_runs_at_a_time_and_warms_up_after_a_change() -> None:
+    log: list[str] = []
+    first, second = Turn("first", log), Turn("second", log)
+    stage: Any = hops_bench._Stage([first, second])  # type: ignore[list-item]
+
+    def take(name: str) -> Callable[[], list[float]]:
+        return lambda: log.append(name) or [float(len(log))]  # type: ignore[func-returns-value]
+
+    assert stage.measure(first, take("a")) == [4.0]
+    assert stage.measure(first, take("b")) == [5.0]
+    stage.measure(second, take("c"))
+    assert log == ["second frozen", "first on", "a", "a", "b", "first frozen", "second on", "c", "c"]
+
+
+def test_the_critical_path_is_the_slowest_agent_and_then_the_summarizer() -> None:
+    steps = [
+        {
+            "agents": [{"engine_ms": 10.0, "engine": "x"}, {"engine_ms": 30.0, "engine": "x"}, {"engine_ms": 0.0, "engine": ""}],
+            "summarizer": {"engine_ms": 5.0},
+        },
+        {"agents": [{"engine_ms": 7.0, "engine": "y"}], "summarizer": {"engine_ms": 0.0}},
+    ]
+    assert orchestration_bench.critical_path_ms({"steps": steps}) == 42.0
+    assert orchestration_bench.engine_label({"steps": steps}) == "x, y"
+
+
+def test_pss_grows_with_what_is_held() -> None:
+    before = memory_bench.pss_bytes()
+    held = np.ones(8 << 20, np.uint8)
+    assert 7 << 20 <= memory_bench.pss_bytes() - before <= 16 << 20
+    assert held.nbytes == 8 << 20
