@@ -150,6 +150,8 @@ class AgentReply:
     """How often the call was sent; above 1 an earlier attempt was lost."""
     engine: str = ""
     """Engine and the options that may change numbers, such as `transformers/float32`."""
+    is_memoised: bool = False
+    """Whether the call cache gave this reply; its counts and times are those of the run that filled the cache."""
 
     @property
     def entropy_nats(self) -> float | None:
@@ -244,6 +246,16 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One step of a query whose steps are set beforehand."""
+
+    observation: str | None = None
+    """What the gate reads at this step in place of the summary; None: the summary."""
+    part: str | None = None
+    """What the agents see at this step in place of the query's text; None: the query's text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
     """One question to the swarm."""
 
@@ -257,6 +269,8 @@ class Query:
     sampling: dict[str, Any] = field(default_factory=dict)
     """The client's sampling fields (temperature, top_p, max_tokens, stop, seed), absent where not given."""
     limits: Limits = field(default_factory=Limits)
+    stages: tuple[Stage, ...] = ()
+    """Where given, the query runs exactly these steps, if its budgets allow, and no rule ends it before."""
     is_streamed: bool = True
     """Whether somebody reads the final text piece by piece; if not, no call has to send it so."""
 

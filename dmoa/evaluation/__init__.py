@@ -1,0 +1,1 @@
+"""Measure: benchmarks and generated suites over policies, scored, resumable, with honest statistics."""

@@ -1,0 +1,1 @@
+"""The nine public benchmarks: how their rows are read, asked and labelled."""

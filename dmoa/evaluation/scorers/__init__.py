@@ -1,0 +1,1 @@
+"""Scorers: from a reply and a label to a score."""

@@ -1,0 +1,1 @@
+"""The built-in suites: seeded generators with unlimited rows, always labelled as generated."""
