@@ -215,7 +215,10 @@ class Asker:
     def _call(self, state: QueryState, activation: Activation, *, is_final: bool) -> AgentCall:
         sheet = self._sheets[activation.agent]
         history = state.history if activation.history is None else activation.history
-        query = state.query
+        query, stage = state.query, state.stage
+        if stage is not None:
+            history = history if stage.has_history else ()
+            query = query if stage.part is None else replace(query, text=stage.part)
         return AgentCall(
             trace_id=query.trace_id,
             step=len(state.steps),

@@ -136,7 +136,9 @@ class Orchestrator:
         rule: StopReason | None = None
         if usable and plan.ends_with:
             return plan.ends_with
-        if usable and plan.fold == "summarizer":
+        if state.query.stages and len(state.steps) == len(state.query.stages):
+            return "stages"
+        if usable and plan.fold == "summarizer" and not state.query.stages:
             rule = rule_stop(
                 mode="select" if self.is_select else "llm",
                 verdict=step.summarizer.verdict,

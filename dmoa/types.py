@@ -20,7 +20,9 @@ Role = Literal["system", "user", "assistant"]
 AgentStatus = Literal["ok", "failed", "late", "overloaded", "masked", "idle"]
 EntropyKind = Literal["exact", "truncated"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-StopReason = Literal["summarizer", "agreement", "entropy", "max_steps", "budget_tokens", "deadline", "single", "no_agent"]
+StopReason = Literal[
+    "summarizer", "agreement", "entropy", "max_steps", "budget_tokens", "deadline", "single", "no_agent", "stages"
+]
 Verdict = Literal["final", "continue", "unparsable", "rule"]
 RoutedBy = Literal["router", "ingress"]
 
@@ -253,6 +255,8 @@ class Stage:
     """What the gate reads at this step in place of the summary; None: the summary."""
     part: str | None = None
     """What the agents see at this step in place of the query's text; None: the query's text."""
+    has_history: bool = True
+    """Whether the agents see the work of earlier steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,6 +349,12 @@ class QueryState:
     def summary(self) -> str:
         """The newest summary, empty before the first step."""
         return self.steps[-1].summary if self.steps else ""
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage that the next step runs, None where the query has no stages or they are all done."""
+        stages = self.query.stages
+        return stages[len(self.steps)] if len(self.steps) < len(stages) else None
 
     @property
     def history(self) -> tuple[str, ...]:

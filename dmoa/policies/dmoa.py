@@ -41,7 +41,7 @@ class DmoaPolicy:
         return _plan(await self._router.route(request), request)
 
     async def _input(self, state: QueryState) -> FloatArray:
-        query, summary = state.query.text, state.summary
+        query, summary = state.query.text, _observation(state)
         if self._preset == "paper":
             text = f"{query}\n\n{summary}" if summary else query
             (context_D,) = await self._encoder.embed([text])
@@ -57,6 +57,12 @@ class DmoaPolicy:
             reply.entropy_nats for reply in last.replies if reply.agent in last.active and reply.entropy_nats is not None
         ]
         return feedback(entropies, len(last.active), self._max_agents, _budget_share(state))
+
+
+def _observation(state: QueryState) -> str:
+    """What the gate reads beside the query: the summary, or what the step's stage puts in its place."""
+    stage = state.stage
+    return state.summary if stage is None or stage.observation is None else stage.observation
 
 
 def _plan(decision: RouteDecision, request: RouteRequest) -> StepPlan:

@@ -15,12 +15,13 @@ class SinglePolicy:
         self._stand_ins = tuple(name for name in stand_ins if name != agent)
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Ask the agent at the first step, then stop."""
-        if state.steps:
+        """Ask the agent at the first step, or at every stage of a query that has some, then stop."""
+        num_steps = max(1, len(state.query.stages))
+        if len(state.steps) >= num_steps:
             return Stop(reason="single")
         return StepPlan(
             activations=(Activation(agent=self._agent),),
             reserves=tuple(Activation(agent=name) for name in self._stand_ins),
             fold="pass",
-            ends_with="single",
+            ends_with="single" if len(state.steps) == num_steps - 1 else None,
         )

@@ -1,0 +1,152 @@
+"""A cache of greedy agent calls by content: the same prompt to the same agent is generated once, whoever asks.
+
+Stands between the orchestrator and an agent client. Ten policies over the same rows, or three seeds of one, share their
+first steps; a reply from the cache counts its tokens as if it had been run, and is marked. Replies lie in one SQLite file
+as JSON, safe for several processes at once. Sampled calls (temperature above 0) pass by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from dmoa.agents.models import adapter_hash, model_id
+from dmoa.agents.pool import callable_agents
+from dmoa.config import Config
+from dmoa.errors import ConfigError
+from dmoa.protocols import AgentClient
+from dmoa.types import AgentCall, AgentReply, TextDelta
+
+FILE_NAME = "calls.sqlite3"
+_VERSION = 1
+_BUSY_S = 60.0
+
+
+class CallStore:
+    """Replies by key, in one file of a folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open or make the file. Raises ConfigError if that cannot be done."""
+        path = Path(folder) / FILE_NAME
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Autocommit: a reply is on disk once `put` returns, and a killed run keeps all it has paid for.
+            self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"--call-cache: cannot open {str(path)!r}: {error}; name a folder that can be written") from error
+
+    def get(self, key: str) -> AgentReply | None:
+        """Return the reply kept under a key, None if there is none or it is not readable."""
+        with self._lock:
+            row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        try:
+            return AgentReply(**json.loads(row[0]))
+        except (ValueError, TypeError):  # written by another version
+            return None
+
+    def put(self, key: str, reply: AgentReply) -> None:
+        """Keep a reply; the first one kept under a key stays, so that all who share the file read the same."""
+        text = json.dumps(asdict(reply))
+        with self._lock:
+            self._connection.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, text))
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+
+class CachedAgents:
+    """An `AgentClient` that asks another one only for what no earlier call has asked."""
+
+    def __init__(self, agents: AgentClient, store: CallStore, identities: Mapping[str, str]) -> None:
+        """`identities` says, by agent name, everything but the call itself that a reply depends on."""
+        self._agents = agents
+        self._store = store
+        self._identities = dict(identities)
+        self._in_flight: dict[str, asyncio.Future[AgentReply]] = {}
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        """Return the kept reply, marked, or ask. The same call in flight twice is run once. Raises as the client does."""
+        if call.sampling.temperature > 0:
+            return await self._agents.call(call)
+        key = self._key(call)
+        while (running := self._in_flight.get(key)) is not None:
+            # Whoever runs it may be cancelled or fail: then this one looks again, and runs it itself.
+            await asyncio.wait([running])
+            if not running.cancelled() and running.result().status == "ok":
+                return replace(running.result(), agent=call.agent, is_memoised=True)
+        kept = await asyncio.to_thread(self._store.get, key)
+        if kept is not None:
+            return replace(kept, agent=call.agent, is_memoised=True)
+        if key in self._in_flight:
+            return await self.call(call)
+        return await self._run(key, call)
+
+    async def _run(self, key: str, call: AgentCall) -> AgentReply:
+        running: asyncio.Future[AgentReply] = asyncio.get_running_loop().create_future()
+        self._in_flight[key] = running
+        try:
+            reply = await self._agents.call(call)
+            if reply.status == "ok":
+                await asyncio.to_thread(self._store.put, key, reply)
+            running.set_result(reply)
+            return reply
+        finally:
+            del self._in_flight[key]
+            running.cancel()
+
+    async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
+        """Yield the whole text at once, then the reply."""
+        reply = await self.call(call)
+        if reply.text:
+            yield TextDelta(text=reply.text)
+        yield reply
+
+    async def ping(self, agent: str) -> None:
+        """Ask the client."""
+        await self._agents.ping(agent)
+
+    def _key(self, call: AgentCall) -> str:
+        """Return the SHA-256 over what a greedy reply depends on; the call's id, its seed and its deadline are not part of it."""
+        content = {
+            "version": _VERSION,
+            "agent": self._identities[call.agent],
+            "messages": [(message.role, message.content) for message in call.messages],
+            "max_tokens": call.sampling.max_tokens,
+            "stop": call.sampling.stop,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def call_identities(config: Config) -> dict[str, str]:
+    """Return by agent name what its replies depend on beside the call: model, engine and options, adapter, tools.
+
+    Two agents that differ in their role alone have the same: the role is part of the call's messages.
+    """
+    found = {}
+    for agent in callable_agents(config):
+        llm = config.llms[agent.llm]
+        identity = {
+            "model": model_id(llm.model),
+            "engine": llm.engine,
+            "options": llm.options.model_dump(mode="json"),
+            "adapter": adapter_hash(agent.adapter) if agent.adapter else None,
+            "tools": agent.tools,
+            "corpus": config.tools.search_corpus if "search" in agent.tools else None,
+            # Scripted replies go by the agent's name.
+            "name": agent.name if llm.engine == "scripted" else None,
+        }
+        found[agent.name] = json.dumps(identity, sort_keys=True)
+    return found
