@@ -1,8 +1,9 @@
 """The final answer of a reply, normalised: shared by stopping, aggregation and the benchmark scorers.
 
 Decided here once: percent signs, currency, thousands separators and units do not count (50% = 50, $1,200.00 = 1200);
-numbers compare exactly (1/2 = 0.5, but 0.33 is not 1/3); dates and times are texts, not numbers; a choice is its
-letter in lower case. Nothing is ever made up: a reply without a recognisable answer has none.
+"million" and its like do (1.5 million = 1500000), and so do powers of ten; numbers compare exactly (1/2 = 0.5, but
+0.33 is not 1/3); dates and times are texts, not numbers; a choice is its letter in lower case. Nothing is ever made
+up: a reply without a recognisable answer has none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 import textwrap
 import unicodedata
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
@@ -39,16 +41,40 @@ _CALENDAR = re.compile(
     re.IGNORECASE,
 )
 _UNITS = "km|cm|mm|m|kg|mg|g|lbs?|oz|ml|l|min|hrs?|h|sec|s|mph|ft|in"
-_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _VALUE = re.compile(
-    r"(?<![\w.])"
+    r"(?<![\w.^])"
     r"(?:(?P<other>[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}|[0-9]+/[0-9]+/[0-9]+|[0-9]+(?::[0-9]+)+)"
     rf"|(?P<sign>(?<![\w)%])[-+])?[$€£¥]?(?P<sign2>-)?"
     r"(?:(?P<whole>[0-9]+) (?=[0-9]+/[0-9]))?"
     rf"(?P<number>{_PLAIN})(?P<exponent>[eE][-+]?[0-9]{{1,2}})?(?:/(?P<below>{_PLAIN}))?)"
     rf"(?![0-9]|(?!(?:{_UNITS})\b)[A-Za-z])"
+    rf"(?P<scale>\ (?i:{'|'.join(_SCALES)})\b)?"
 )
+_POWER_OF_TEN = re.compile(
+    r"(?<=[0-9])\ {0,2}(?:\u00d7|\*|x|\u00b7|\\times|\\cdot)\ {0,2}10\^(?:\{\ ?(-?[0-9]{1,2})\ ?\}|(-?[0-9]{1,2}))(?![0-9])"
+)
+_SUPERSCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+")
+_THIN_SEPARATOR = re.compile(r"(?<=[0-9])(?:[\u00a0\u2009\u202f]|\\,|\\!|\{,\})(?=[0-9]{3}(?![0-9]))")
+_TYPOGRAPHIC_MINUS = re.compile(r"\u2212|(?<![\w)\]%])[\u2012\u2013](?=[0-9.$])|(?<==)\ ?-\ (?=[0-9.$])")
 _EDGES = ".,;:!?\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb()[]{}<>*_~|\\#$"
+
+
+@dataclass(frozen=True, slots=True)
+class FoundNumber:
+    """One number of a text."""
+
+    value: Fraction
+    start: int
+    """Position of its first character in the text."""
+    end: int
+
+
+def find_numbers(text: str) -> list[FoundNumber]:
+    """Return every number of a plain text (see `plain_text`) in order; dates and times are none. Never raises."""
+    found = ((_value(match), match) for match in _VALUE.finditer(text))
+    return [FoundNumber(value, match.start(), match.end()) for value, match in found if value is not None]
 
 
 def extract_answer(text: str) -> str | None:
@@ -58,7 +84,7 @@ def extract_answer(text: str) -> str | None:
     block; a choice such as "(B)" or "B. ..."; a short single line, whole; the last number. Source: ours.
     """
     prose, code = _split_code(text[-_MAX_CHARS:])
-    prose = _plain(prose)
+    prose = plain_text(prose)
     for span in (_boxed(prose), _after_hashes(prose), _marked(prose)):
         answer = _span_answer(span) if span else None
         if answer:
@@ -76,7 +102,7 @@ def same_answer(a: str, b: str) -> bool:
 def _canonical(answer: str) -> str:
     if "\n" in answer:
         return answer
-    answer = _plain(answer).strip()
+    answer = plain_text(answer).strip()
     return _whole_number(answer) or _normal_text(answer)
 
 
@@ -90,18 +116,25 @@ def _split_code(text: str) -> tuple[str, str | None]:
     return _FENCE.sub("\n\n", text), code or None
 
 
-def _plain(text: str) -> str:
-    """Return the text with typographic and LaTeX spellings made plain, emphasis marks removed."""
+def plain_text(text: str) -> str:
+    """Return the text with typographic and LaTeX spellings made plain, emphasis marks removed. Never raises."""
+    text = _THIN_SEPARATOR.sub(",", text)
+    text = _SUPERSCRIPTS.sub(lambda match: "^" + unicodedata.normalize("NFKC", match.group()).replace("\u2212", "-"), text)
     # "3½" must become "3 1/2": NFKC alone would join the digits.
     text = "".join(
         " " + c if unicodedata.category(c) == "No" and "\u2044" in unicodedata.normalize("NFKC", c) else c for c in text
     )
-    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/").replace("\u2212", "-")
+    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
+    text = _TYPOGRAPHIC_MINUS.sub("-", _POWER_OF_TEN.sub(_as_exponent, text))
     text = re.sub(r"\*\*|__|`", "", text)
     text = text.replace("{,}", ",").replace("\\$", "$").replace("\\%", "%").replace("\\!", "")
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     return re.sub(r"\\[()\[\],;]", " ", text)
+
+
+def _as_exponent(match: re.Match[str]) -> str:
+    return f"e{match.group(1) or match.group(2)}"
 
 
 def _boxed(prose: str) -> str | None:
@@ -185,6 +218,11 @@ def _whole_number(text: str) -> str | None:
 
 def _number(match: re.Match[str]) -> str | None:
     """Return a matched number in its one canonical spelling: 1200, -0.5 or 1/3; None for what is no number."""
+    value = _value(match)
+    return None if value is None else spelled(value)
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
     if match.group("other") or len(match.group()) > _MAX_NUMBER_CHARS:
         return None
     below = Fraction((match.group("below") or "1").replace(",", ""))
@@ -194,10 +232,11 @@ def _number(match: re.Match[str]) -> str | None:
     value += int(match.group("whole") or 0)
     if match.group("sign") == "-" or match.group("sign2"):
         value = -value
-    return _spelled(value)
+    return value * _SCALES[match.group("scale").strip().lower()] if match.group("scale") else value
 
 
-def _spelled(value: Fraction) -> str:
+def spelled(value: Fraction) -> str:
+    """Return a number in its one canonical spelling: 1200, -0.5, or 1/3 where no decimal is exact."""
     if value.denominator == 1:
         return str(value.numerator)
     rest = value.denominator

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoa.core.answers import extract_answer, same_answer
+from dmoa.core.answers import extract_answer, find_numbers, plain_text, same_answer, spelled
 
 REPLIES = [
     # a bare number
@@ -37,6 +37,19 @@ REPLIES = [
     ("5kg", "5"),
     ("7 apples", "7"),
     ("I think it is 5", "5"),
+    ("1,00,000", "100000"),
+    ("1.5 million", "1500000"),
+    ("$2 thousand", "2000"),
+    ("5M", "5m"),
+    ("2 \\times 10^3", "2000"),
+    ("1.5\u00d710\u207b\u00b2", "0.015"),
+    ("3 * 10^{4}", "30000"),
+    ("5 m\u00b2", "5"),
+    ("1\u202f200", "1200"),
+    ("1\\,200", "1200"),
+    ("\u20135", "-5"),
+    ("x = - 5", "-5"),
+    ("pages 3\u20135 of the book\nare 3", "3"),
     ("12 + 7 = 19", "19"),
     # marked
     ("Let me see.\nThe answer is 42.", "42"),
@@ -227,3 +240,9 @@ def test_hostile_text_is_quick(text: str) -> None:
 
 def test_overlong_number_is_no_number() -> None:
     assert extract_answer("The total\nis " + "9" * 5000) is None
+
+
+def test_numbers_of_a_text_are_found_in_order_and_dates_are_none() -> None:
+    text = plain_text("On 2021-06-05 at 14:30 she paid $1,200.50 for 3\u00bd kg, 1/3 of it by card; 5/0 is nothing")
+    assert [spelled(found.value) for found in find_numbers(text)] == ["1200.5", "3.5", "1/3"]
+    assert [text[found.start : found.end] for found in find_numbers(text)] == ["$1,200.50", "3 1/2", "1/3"]
