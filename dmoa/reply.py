@@ -61,6 +61,8 @@ class ReplyAgent(ReplyModel):
     """Engine and the options that may change numbers, such as transformers/float32; empty where nothing ran."""
     attempts: int
     """How often the call was sent; above 1 an earlier attempt was lost."""
+    memoised: bool = False
+    """Whether a call cache gave the contribution; its counts are those of the run that filled the cache."""
     error: str | None
     text: str | None = None
     """Its contribution; only with `dmoa.trace`."""
@@ -197,6 +199,7 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool) -> ReplyAgen
         engine_ms=finite(reply.engine_ms),
         engine=reply.engine,
         attempts=reply.attempts,
+        memoised=reply.is_memoised,
         error=reply.error,
         text=reply.text if with_texts else None,
     )

@@ -1,0 +1,139 @@
+"""From a task to a query, and from what became of it to the record that is kept.
+
+An `Answerer` reaches a swarm: in this process, or behind a URL. Which one is put together in `cli` and `jobs`; the
+pipeline knows the protocol alone, so evaluation never imports serving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from dmoa.evaluation.records import Answered, Task
+from dmoa.reply import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer
+from dmoa.types import Limits, Query
+
+AGENT_MARK = ":"
+"""`single:NAME` is the policy `single` on the agent NAME."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A swarm's answer to one query, wherever it runs."""
+
+    text: str
+    finish_reason: str
+    dmoa: ReplyDmoa
+    """With texts."""
+    wall_ms: float
+
+
+class Answerer(Protocol):
+    """Reaches a swarm."""
+
+    async def answer(self, query: Query, policy: str, agent: str | None) -> Outcome:
+        """Answer one query. Raises DmoaError; cancelling it cancels the agent calls in flight."""
+        ...
+
+    async def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
+OpenAnswerer = Callable[[], Answerer]
+"""Builds an answerer where it is to work, which may be another process: it pickles, what it builds need not. May block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asking:
+    """How every task of a run is asked."""
+
+    seed: int
+    limits: Limits
+    """Budgets of a query; a task with more stages than steps allowed still runs all its stages."""
+    sampling: dict[str, Any]
+    """Sampling fields of every query, such as max_tokens."""
+
+
+def split_policy(policy: str) -> tuple[str, str | None]:
+    """Return a policy's name and the agent it names, as in `single:NAME`."""
+    name, mark, agent = policy.partition(AGENT_MARK)
+    return name, agent if mark else None
+
+
+def query_of(task: Task, policy: str, asking: Asking) -> Query:
+    """Return the query that puts a task to a policy; its id depends on task, policy and seed alone, so it repeats."""
+    digest = hashlib.sha256(f"{task.row_id}\0{policy}\0{asking.seed}".encode()).hexdigest()
+    limits = asking.limits
+    steps = max(limits.max_steps, len(task.stages))
+    return Query(
+        trace_id=digest[:32],
+        text=task.text,
+        sampling=asking.sampling,
+        limits=Limits(
+            max_steps=steps,
+            max_agents=limits.max_agents,
+            budget_tokens=limits.budget_tokens,
+            deadline_s=limits.deadline_s,
+        ),
+        stages=task.stages,
+        is_streamed=False,
+    )
+
+
+def answered(task: Task, policy: str, outcome: Outcome) -> Answered:
+    """Return the record of an answer."""
+    steps = outcome.dmoa.steps
+    parts: list[ReplyAgent | ReplySummarizer] = [agent for step in steps for agent in step.agents]
+    parts += [step.summarizer for step in steps]
+    return Answered(
+        row_id=task.row_id,
+        benchmark=task.benchmark,
+        policy=policy,
+        group=task.group,
+        text=_storable(outcome.text),
+        step_texts=tuple(_storable(step.summary or "") for step in steps),
+        stop_reason=outcome.dmoa.stop_reason,
+        finish_reason=outcome.finish_reason,
+        degraded=outcome.dmoa.degraded,
+        active=tuple(_active(step) for step in steps),
+        prompt_tokens=sum(part.prompt_tokens for part in parts),
+        cached_tokens=sum(part.cached_tokens for part in parts),
+        completion_tokens=sum(part.completion_tokens for part in parts),
+        summarizer_tokens=sum(step.summarizer.prompt_tokens + step.summarizer.completion_tokens for step in steps),
+        memoised_tokens=sum(
+            agent.prompt_tokens + agent.completion_tokens for step in steps for agent in step.agents if agent.memoised
+        ),
+        entropy_nats=_entropy(steps[-1]) if steps else None,
+        wall_ms=outcome.wall_ms,
+        gate_version=outcome.dmoa.gate_version,
+    )
+
+
+def failed(task: Task, policy: str, error: Exception, wall_ms: float) -> Answered:
+    """Return the record of a query that has no answer."""
+    return Answered(
+        row_id=task.row_id,
+        benchmark=task.benchmark,
+        policy=policy,
+        group=task.group,
+        status="failed",
+        error=_storable(f"{type(error).__name__}: {error}"),
+        wall_ms=wall_ms,
+    )
+
+
+def _storable(text: str) -> str:
+    """Replace what UTF-8 cannot carry (lone surrogates)."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _active(step: ReplyStep) -> tuple[str, ...]:
+    return tuple(agent.name for agent in step.agents if agent.status == "ok")
+
+
+def _entropy(step: ReplyStep) -> float | None:
+    known = [agent.entropy_nats for agent in step.agents if agent.status == "ok" and agent.entropy_nats is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,150 @@
+"""The folder of a run: what lies where, how lines are appended so that none is lost, and what a killed run left behind.
+
+run.json                                what was asked for, and everything needed to repeat it
+tasks/BENCHMARK.jsonl                   the sampled tasks, without labels
+answers/BENCHMARK.POLICY.jsonl          one line per answered row, written at once
+labels/gold/BENCHMARK.jsonl             what is right; opened by scoring alone
+labels/scores/BENCHMARK.POLICY.jsonl    how each answer was judged
+evaluation.json, report.html            the result
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from dmoa.errors import ConfigError
+from dmoa.evaluation.records import Answered, FileRecord, Label, Scored, Task
+
+R = TypeVar("R", bound=FileRecord)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run."""
+
+    root: Path
+
+    @property
+    def run(self) -> Path:
+        """Settings and provenance."""
+        return self.root / "run.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """The result."""
+        return self.root / "evaluation.json"
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.root / "report.html"
+
+    def tasks(self, benchmark: str) -> Path:
+        """Tasks of a benchmark."""
+        return self.root / "tasks" / f"{benchmark}.jsonl"
+
+    def gold(self, benchmark: str) -> Path:
+        """Labels of a benchmark."""
+        return self.root / "labels" / "gold" / f"{benchmark}.jsonl"
+
+    def answers(self, benchmark: str, policy: str) -> Path:
+        """Answers of a policy to a benchmark."""
+        return self.root / "answers" / f"{benchmark}.{policy}.jsonl"
+
+    def scores(self, benchmark: str, policy: str) -> Path:
+        """Scores of a policy on a benchmark."""
+        return self.root / "labels" / "scores" / f"{benchmark}.{policy}.jsonl"
+
+    def read_tasks(self, benchmark: str) -> Iterator[Task]:
+        """Yield the tasks of a benchmark, in the order of the sample."""
+        return read_lines(self.tasks(benchmark), Task)
+
+    def read_gold(self, benchmark: str) -> Iterator[Label]:
+        """Yield the labels of a benchmark."""
+        return read_lines(self.gold(benchmark), Label)
+
+    def read_answers(self, benchmark: str, policy: str) -> Iterator[Answered]:
+        """Yield what a policy answered; nothing where it has not begun."""
+        return read_lines(self.answers(benchmark, policy), Answered)
+
+    def read_scores(self, benchmark: str, policy: str) -> Iterator[Scored]:
+        """Yield how a policy's answers were judged; nothing where they have not been."""
+        return read_lines(self.scores(benchmark, policy), Scored)
+
+
+def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
+    """Yield the records of a file, none where it does not exist; a torn last line, which a killed run leaves, is passed over.
+
+    Raises ConfigError naming file and line for anything else that is no such record.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield kind.model_validate_json(line)
+            except ValidationError as error:
+                raise ConfigError(
+                    f"{path}, line {number}: not a {kind.__name__} record ({error.error_count()} errors, "
+                    f"first: {error.errors()[0]['msg']}); remove the line to have the row run again, or use another folder"
+                ) from error
+
+
+def mend(path: Path) -> None:
+    """Cut a torn last line off a file, so that the next append begins a line of its own."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        position = size
+        while position > 0:
+            start = max(0, position - 4096)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position < size:
+            file.truncate(position)
+
+
+def append(path: Path, records: Iterable[FileRecord]) -> None:
+    """Append records to a file, each a line, in one write, and see that they reach the disk."""
+    data = "".join(record.model_dump_json() + "\n" for record in records).encode("utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        file.write(data)
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole, then rename it into place. Raises ConfigError if that cannot be done."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write {str(path)!r}: {error}; name a folder that can be written") from error
+
+
+def write_lines(path: Path, records: Iterable[FileRecord]) -> int:
+    """Write a file of records whole, streaming, then rename it into place; returns how many."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with temporary.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(record.model_dump_json() + "\n")
+            count += 1
+    temporary.replace(path)
+    return count
