@@ -31,6 +31,7 @@ HOMES = {
     "peft": ("agents", "training"),
     "vllm": ("serving", "agents"),
     "wandb": ("tracking",),
+    "datasets": ("evaluation",),
     "fastapi": ("serving",),
     "typer": ("cli",),
     "rich": ("cli",),

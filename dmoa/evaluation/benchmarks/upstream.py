@@ -1,0 +1,186 @@
+"""What the rows of all nine benchmarks have in common: fields that are checked, a hash, a place in the splits.
+
+A line of a file becomes a `dict`, `RowSpec.parse` turns it into a `ParsedRow` (pure: no disk, no network) or raises
+`RowError`, and `loading` gives it an id and makes it a `Row`. Each benchmark's module defines its upstream fields, its
+prompt and its label; `specs` lists them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from dmoa.evaluation.records import Split
+
+
+class RowError(ValueError):
+    """A row is not what its benchmark's rows are; says which field, what was seen and what was expected."""
+
+    def __init__(self, field: str, seen: str, expected: str) -> None:
+        super().__init__(f"field `{field}`: saw {seen}; expected {expected}")
+        self.field = field
+
+
+def show(value: object, max_chars: int = 100) -> str:
+    """The value as text that fits into a message."""
+    text = repr(value)
+    return text if len(text) <= max_chars else f"{text[:max_chars]}... ({len(text)} characters)"
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("a text that is not blank")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+"""A text that is not blank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedRow:
+    """A row before it has an id."""
+
+    text: str
+    """What agents are asked."""
+    gold: dict[str, Any]
+    """The label; plain JSON values."""
+    content: dict[str, Any]
+    """What the row hash covers: every upstream field, the label's included, without mere identifiers."""
+    group: str = ""
+    """What tables break results down by."""
+    family: str = ""
+    """Rows of one family never lie in two parts of one file; empty: the row is a family of its own."""
+
+
+class UpstreamFields(BaseModel):
+    """Base of what is read from files: fields carry upstream's names and are checked without coercion; others are ignored."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+
+class UpstreamRow(UpstreamFields, ABC):
+    """A row that is understood without definitions."""
+
+    identifiers: ClassVar[dict[str, Any]] = {}
+    """Fields that only name the row: left out of the hash, so that one row under two names is still one row."""
+
+    @abstractmethod
+    def text(self) -> str:
+        """The task description, the answer format (once) and the question."""
+
+    @abstractmethod
+    def gold(self) -> dict[str, Any]:
+        """The label."""
+
+    def group(self) -> str:
+        """What tables break results down by; empty where there is nothing."""
+        return ""
+
+    def family(self) -> str:
+        """The key of rows that belong together; empty where a row stands alone."""
+        return ""
+
+
+FieldsT = TypeVar("FieldsT", bound=UpstreamFields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """A part of one upstream file: the families whose fraction lies in [low, high)."""
+
+    file: str
+    """Name without its ending, such as `train`; on the hub, the split."""
+    low: float = 0.0
+    high: float = 1.0
+
+    def holds(self, fraction: float) -> bool:
+        """Whether a family of this fraction (0..1) lies in this part."""
+        return self.low <= fraction < self.high
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSpec:
+    """How the rows of one benchmark are read."""
+
+    name: str
+    """Canonical name; also its folder under `--data-dir`."""
+    parse: Callable[[Mapping[str, Any], Any], ParsedRow]
+    """Pure function of a decoded row and of what `read_definitions` returned; raises RowError."""
+    slices: Mapping[Split, Slice]
+    """Where the rows of each split come from."""
+    definitions: tuple[str, ...] = ()
+    """Files beside the rows that give their codes a meaning."""
+    read_definitions: Callable[[Mapping[str, Path]], Any] = field(default=lambda _paths: None)
+    """Reads those files, by name; raises ConfigError."""
+
+
+def model_parser(model: type[UpstreamRow]) -> Callable[[Mapping[str, Any], Any], ParsedRow]:
+    """The `parse` of a benchmark whose rows need no definitions."""
+
+    def parse(fields: Mapping[str, Any], _definitions: Any) -> ParsedRow:
+        row = validate(model, fields)
+        content = row.model_dump(exclude=row.identifiers)
+        return ParsedRow(text=row.text(), gold=row.gold(), content=content, group=row.group(), family=row.family())
+
+    return parse
+
+
+def validate(model: type[FieldsT], fields: Mapping[str, Any]) -> FieldsT:
+    """The row as a checked record.
+
+    Raises:
+        RowError: for the first field that is missing or is not what it should be.
+    """
+    try:
+        return model.model_validate(dict(fields))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"]) or "(whole row)"
+        if first["type"] == "missing":
+            raise RowError(name, f"nothing (the row has {', '.join(map(str, fields)) or 'no fields'})", "this field") from None
+        raise RowError(
+            name, first["input"], first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        ) from None
+
+
+def content_of(row: UpstreamRow) -> dict[str, Any]:
+    """What the hash of this row covers."""
+    return row.model_dump(exclude=row.identifiers)
+
+
+def normalise(value: Any) -> Any:
+    """The value with every text in NFC, surrounding white space removed and inner white space collapsed to one blank."""
+    if isinstance(value, str):
+        return " ".join(unicodedata.normalize("NFC", value).split())
+    if isinstance(value, Mapping):
+        return {str(key): normalise(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [normalise(inner) for inner in value]
+    return value
+
+
+def hash_content(content: Mapping[str, Any]) -> str:
+    """SHA-256 hex of the normalised content as JSON with sorted keys.
+
+    Raises:
+        RowError: for text that is not Unicode (a lone surrogate).
+    """
+    text = json.dumps(normalise(content), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return hashlib.sha256(text.encode()).hexdigest()
+    except UnicodeEncodeError as error:
+        raise RowError("(whole row)", show(text[error.start : error.end]), "valid Unicode text, no lone surrogates") from None
+
+
+def fraction_of(family: str) -> float:
+    """A number in [0, 1) that depends on nothing but the family's key: what divides a file among splits. Source: ours."""
+    return int.from_bytes(hashlib.sha256(" ".join(family.split()).encode()).digest()[:6], "big") / 2**48
