@@ -21,7 +21,7 @@ from dmoa.types import Answer, Limits, Message, Query, StepRecord, TextDelta
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from dmoa.protocols import Engine
+    from dmoa.protocols import AgentClient, Engine
     from dmoa.swarm import Swarm
 
 
@@ -140,28 +140,38 @@ def new_query(config: Config, question: str, turns: Sequence[Message], wish: Wis
     )
 
 
-def build_local_backend(config: Config, say: Callable[[str], None]) -> LocalBackend:
-    """Load a pool's gate, encoder and engines in this process, saying what is under way.
-
-    Blocks while models load; the first use fetches and converts the embedded ones. Raises ConfigError, CheckpointError,
-    ModelFetchError.
-    """
+def fetch_models(config: Config, say: Callable[[str], None]) -> None:
+    """Fetch what a pool's engines and encoder load, saying what is under way. Raises ModelFetchError, ConfigError."""
     from dmoa.agents.models import fetch, resolve_model
-    from dmoa.agents.pool import build_encoder, build_local, build_pool_gate, check_files, fingerprint
-    from dmoa.routing import LocalRouter
-    from dmoa.swarm import Swarm
 
-    check_files(config)
     for name, llm in config.llms.items():
         if llm.engine != "scripted":
             say(f"loading {name} ({llm.model})")
             resolve_model(llm.model, progress=say)
     if any(llm.engine != "scripted" for llm in config.llms.values()):
         fetch("minilm", progress=say)
+
+
+def build_local_backend(config: Config, say: Callable[[str], None], call_cache: Path | None = None) -> LocalBackend:
+    """Load a pool's gate, encoder and engines in this process, saying what is under way.
+
+    `call_cache` is a folder in which greedy agent calls are kept and found again. Blocks while models load; the first
+    use fetches and converts the embedded ones. Raises ConfigError, CheckpointError, ModelFetchError.
+    """
+    from dmoa.agents.call_cache import CachedAgents, CallStore, call_identities
+    from dmoa.agents.pool import build_encoder, build_local, build_pool_gate, check_files, fingerprint
+    from dmoa.routing import LocalRouter
+    from dmoa.swarm import Swarm
+
+    check_files(config)
+    fetch_models(config, say)
     gate, record = build_pool_gate(config)
     router = LocalRouter()
     router.install(record.version, gate)
+    agents: AgentClient
     agents, engines = build_local(config)
+    if call_cache is not None:
+        agents = CachedAgents(agents, CallStore(call_cache), call_identities(config))
     swarm = Swarm(config, agents=agents, router=router, encoder=build_encoder(config), theta=gate.spec.theta)
     return LocalBackend(config, swarm, engines, fingerprint(config))
 

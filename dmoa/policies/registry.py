@@ -30,6 +30,8 @@ class PolicyEntry:
     name: str
     summary: str
     build: Callable[[PolicyContext], Policy]
+    width: Callable[[Config], int]
+    """Most agents that one of its steps asks at once."""
 
 
 def _dmoa(context: PolicyContext) -> Policy:
@@ -48,9 +50,17 @@ POLICIES: dict[str, PolicyEntry] = {
     entry.name: entry
     for entry in (
         PolicyEntry(
-            name="dmoa", summary="The recurrent gate activates a sparse, adaptive set of agents at every step.", build=_dmoa
+            name="dmoa",
+            summary="The recurrent gate activates a sparse, adaptive set of agents at every step.",
+            build=_dmoa,
+            width=lambda config: min(config.gate.activation.max_agents, len(config.agents)),
         ),
-        PolicyEntry(name="single", summary="One agent answers once: the one named, or the pool's first.", build=_single),
+        PolicyEntry(
+            name="single",
+            summary="One agent answers once: the one named, or the pool's first.",
+            build=_single,
+            width=lambda config: 1,
+        ),
     )
 }
 

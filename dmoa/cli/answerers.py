@@ -1,0 +1,112 @@
+"""How evaluation reaches a swarm: a pool loaded where the answering runs, or a running server.
+
+Both pickle, because the answering runs in another process; see `evaluation.answering`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmoa.cli.local import build_local_backend
+from dmoa.config import Config
+from dmoa.evaluation.answering import Outcome
+from dmoa.reply import ReplyDmoa, reply_dmoa
+from dmoa.types import Answer, Message, Query
+
+if TYPE_CHECKING:
+    from dmoa.cli.local import LocalBackend
+    from dmoa.serving.client import SwarmClient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenPool:
+    """Loads a pool's gate, encoder and engines in the process that calls it."""
+
+    config_json: str
+    call_cache: Path | None = None
+
+    def __call__(self) -> PoolAnswerer:
+        """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
+        config = Config.model_validate_json(self.config_json)
+        return PoolAnswerer(build_local_backend(config, lambda text: None, self.call_cache), config.name)
+
+
+class PoolAnswerer:
+    """A pool in this process."""
+
+    def __init__(self, backend: LocalBackend, pool: str) -> None:
+        self._backend = backend
+        self._pool = pool
+
+    async def answer(self, query: Query, policy: str, agent: str | None) -> Outcome:
+        """Answer one query. Raises DmoaError."""
+        started = time.perf_counter()
+        async with aclosing(self._backend.swarm.answer(query, policy, agent)) as events:
+            async for event in events:
+                if isinstance(event, Answer):
+                    answer = event
+        return Outcome(
+            text=answer.text,
+            finish_reason=answer.finish_reason,
+            dmoa=reply_dmoa(answer, pool=self._pool, with_texts=True),
+            wall_ms=(time.perf_counter() - started) * 1e3,
+        )
+
+    async def close(self) -> None:
+        """Stop the engines."""
+        await self._backend.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenServer:
+    """Opens a client of a running server; the key, where it wants one, is DMOA_API_KEY."""
+
+    url: str
+    pool: str
+
+    def __call__(self) -> ServerAnswerer:
+        """Return the client."""
+        from dmoa.serving.client import SwarmClient
+
+        return ServerAnswerer(SwarmClient(self.url, api_key=os.environ.get("DMOA_API_KEY", "")), self.pool)
+
+
+class ServerAnswerer:
+    """A running server."""
+
+    def __init__(self, client: SwarmClient, pool: str) -> None:
+        self._client = client
+        self._pool = pool
+
+    async def answer(self, query: Query, policy: str, agent: str | None) -> Outcome:
+        """Answer one query. Raises DmoaError as the server says, RequestError for what it refuses."""
+        limits = query.limits
+        asked = {
+            "max_steps": limits.max_steps,
+            "max_agents": limits.max_agents,
+            "budget_tokens": limits.budget_tokens,
+            "deadline_s": limits.deadline_s,
+            "trace": True,
+        }
+        started = time.perf_counter()
+        reply = await self._client.ask(
+            [Message(role="user", content=query.text)],
+            model=agent or f"{self._pool}/{policy}",
+            dmoa={name: value for name, value in asked.items() if value is not None},
+            sampling={"seed": int(query.trace_id[:8], 16)} | query.sampling,
+        )
+        return Outcome(
+            text=reply.text,
+            finish_reason=reply.finish_reason,
+            dmoa=ReplyDmoa.model_validate(reply.dmoa),
+            wall_ms=(time.perf_counter() - started) * 1e3,
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()

@@ -1,0 +1,149 @@
+"""The call cache: what is the same call, who is marked, and that nothing but a good greedy reply is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dmoa.agents.call_cache import FILE_NAME, CachedAgents, CallStore, call_identities
+from dmoa.agents.pool import load_pool
+from dmoa.errors import AgentUnavailableError, ConfigError
+from dmoa.types import AgentCall, AgentReply, Message, Sampling, TextDelta
+from tests.unit.fakes import Fail, FakeAgents, Lose, Say
+
+SAME = {"a": "engine", "b": "engine", "c": "another engine"}
+
+
+def call_of(agent: str = "a", text: str = "What is 12 + 7?", trace: str = "t1", **sampling: object) -> AgentCall:
+    return AgentCall(
+        trace_id=trace,
+        step=0,
+        agent=agent,
+        messages=(Message(role="user", content=text),),
+        sampling=replace(Sampling(max_tokens=8), **sampling),  # type: ignore[arg-type]
+        deadline_unix_s=None,
+    )
+
+
+def cached(agents: FakeAgents, folder: Path) -> CachedAgents:
+    return CachedAgents(agents, CallStore(folder), SAME)
+
+
+async def test_the_same_call_is_run_once_and_its_second_reply_is_marked(tmp_path: Path) -> None:
+    agents = FakeAgents({"a": (Say(text="19", nats=0.25, tokens=3), Say(text="another"))})
+    cache = cached(agents, tmp_path)
+    first, second = await cache.call(call_of()), await cache.call(call_of(trace="t2", seed=7))
+    assert len(agents.calls) == 1
+    assert (first.text, first.is_memoised) == ("19", False)
+    assert second == replace(first, is_memoised=True)  # tokens and entropies as if it had been run
+    assert (second.completion_tokens, second.entropy_sum_nats) == (3, 0.75)
+
+
+async def test_replies_outlive_the_process(tmp_path: Path) -> None:
+    await cached(FakeAgents({"a": Say(text="19")}), tmp_path).call(call_of())
+    reply = await cached(FakeAgents({"a": Lose()}), tmp_path).call(call_of())
+    assert (reply.text, reply.is_memoised) == ("19", True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        call_of(text="What is 12 + 8?"),
+        call_of(max_tokens=9),
+        call_of(stop=("x",)),
+        call_of(agent="c"),
+    ],
+    ids=["text", "max_tokens", "stop", "engine"],
+)
+async def test_whatever_a_reply_depends_on_makes_another_call(tmp_path: Path, other: AgentCall) -> None:
+    agents = FakeAgents({"a": Say(text="19"), "c": Say(text="19")})
+    cache = cached(agents, tmp_path)
+    await cache.call(call_of())
+    assert not (await cache.call(other)).is_memoised
+    assert len(agents.calls) == 2
+
+
+async def test_agents_with_the_same_engine_and_prompt_share_replies_under_their_own_names(tmp_path: Path) -> None:
+    agents = FakeAgents({"a": Say(text="19"), "b": Say(text="never asked")})
+    cache = cached(agents, tmp_path)
+    await cache.call(call_of("a"))
+    reply = await cache.call(call_of("b"))
+    assert (reply.agent, reply.text, len(agents.calls)) == ("b", "19", 1)
+
+
+async def test_sampled_calls_pass_by(tmp_path: Path) -> None:
+    agents = FakeAgents({"a": (Say(text="19"), Say(text="20"))})
+    cache = cached(agents, tmp_path)
+    texts = [(await cache.call(call_of(temperature=0.7))).text for _ in range(2)]
+    assert texts == ["19", "20"]
+
+
+async def test_failures_are_not_kept(tmp_path: Path) -> None:
+    agents = FakeAgents({"a": (Fail(), Lose(), Say(text="19"))})
+    cache = cached(agents, tmp_path)
+    assert (await cache.call(call_of())).status == "failed"
+    with pytest.raises(AgentUnavailableError):
+        await cache.call(call_of())
+    reply = await cache.call(call_of())
+    assert (reply.text, reply.is_memoised) == ("19", False)
+
+
+async def test_the_same_call_in_flight_twice_is_run_once(tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    agents = FakeAgents({"a": Say(text="19", after=gate)})
+    cache = cached(agents, tmp_path)
+    both = [asyncio.create_task(cache.call(call_of(trace=trace))) for trace in ("t1", "t2")]
+    await agents.until_waiting("a")
+    gate.set()
+    replies = await asyncio.gather(*both)
+    assert len(agents.calls) == 1
+    assert sorted(reply.is_memoised for reply in replies) == [False, True]
+
+
+async def test_who_waits_for_a_call_that_is_cancelled_runs_it(tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    agents = FakeAgents({"a": (Say(text="never", after=asyncio.Event()), Say(text="19", after=gate))})
+    cache = cached(agents, tmp_path)
+    first = asyncio.create_task(cache.call(call_of()))
+    await agents.until_waiting("a")
+    second = asyncio.create_task(cache.call(call_of(trace="t2")))
+    await asyncio.sleep(0)
+    first.cancel()
+    gate.set()
+    assert (await second).text == "19"
+
+
+async def test_a_stream_from_the_cache_is_one_piece_and_the_reply(tmp_path: Path) -> None:
+    cache = cached(FakeAgents({"a": Say(text="19")}), tmp_path)
+    await cache.call(call_of())
+    items = [item async for item in cache.stream(call_of())]
+    assert items[0] == TextDelta(text="19")
+    assert isinstance(items[1], AgentReply)
+    assert items[1].is_memoised
+
+
+async def test_a_line_of_another_version_counts_as_none(tmp_path: Path) -> None:
+    agents = FakeAgents({"a": Say(text="19")})
+    cache = cached(agents, tmp_path)
+    await cache.call(call_of())
+    with sqlite3.connect(tmp_path / FILE_NAME) as connection:
+        connection.execute("UPDATE replies SET reply = ?", ('{"agent": "a", "status": "ok", "unknown": 1}',))
+    connection.close()
+    await cache.call(call_of())
+    assert len(agents.calls) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--call-cache: cannot open .*name a folder that can be written"):
+        CallStore(tmp_path / "file")
+
+
+def test_roles_share_an_identity_and_tools_do_not() -> None:
+    identities = call_identities(load_pool(None))
+    assert identities["math-solver"] == identities["math-inspector"]
+    assert identities["math-solver"] != identities["math-calculator"]
