@@ -83,7 +83,7 @@ def load_splits(name: str, splits: Sequence[Split], *, data_dir: Path | None, sk
     """Several splits of a benchmark, each file read once; raises as `load` does."""
     spec = spec_of(name)
     slices = slices_of(spec, data_dir)
-    definitions, sources = _definitions(spec, data_dir)
+    definitions, sources = read_definitions(spec, data_dir)
     loaded: dict[Split, Loaded] = {}
     for file in dict.fromkeys(slices[split].file for split in splits):
         parts = {split: _Part(slices[split]) for split in splits if slices[split].file == file}
@@ -163,7 +163,7 @@ def _require_file(spec: RowSpec, file: str, data_dir: Path) -> Path:
     return path
 
 
-def _definitions(spec: RowSpec, data_dir: Path | None) -> tuple[Any, dict[str, str]]:
+def read_definitions(spec: RowSpec, data_dir: Path | None) -> tuple[Any, dict[str, str]]:
     """What gives the codes a meaning, and the hashes (hub: the revision) of the files that say so."""
     paths: dict[str, Path] = {}
     sources: dict[str, str] = {}

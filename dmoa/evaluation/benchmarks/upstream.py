@@ -146,15 +146,10 @@ def validate(model: type[FieldsT], fields: Mapping[str, Any]) -> FieldsT:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"]) or "(whole row)"
         if first["type"] == "missing":
-            raise RowError(name, f"nothing (the row has {', '.join(map(str, fields)) or 'no fields'})", "this field") from None
-        raise RowError(
-            name, first["input"], first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        ) from None
-
-
-def content_of(row: UpstreamRow) -> dict[str, Any]:
-    """What the hash of this row covers."""
-    return row.model_dump(exclude=row.identifiers)
+            present = show(sorted(map(str, first["input"])))
+            raise RowError(name, f"nothing; there are {present}", "this field") from None
+        expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        raise RowError(name, show(first["input"]), expected) from None
 
 
 def normalise(value: Any) -> Any:

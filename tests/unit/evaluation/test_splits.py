@@ -1,0 +1,92 @@
+"""Disjoint splits: what occurs twice leaves the side that learns, and is counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dmoa.errors import ConfigError
+from dmoa.evaluation.benchmarks.specs import BENCHMARKS
+from dmoa.evaluation.loading import load_splits
+from dmoa.evaluation.records import SPLITS
+from dmoa.evaluation.splits import check_disjoint, drop_overlaps, load_disjoint
+from tests.unit.evaluation.samples import row, write_rows
+
+
+def write_mmlu(folder: Path, dev: list[str], validation: list[str], test: list[str], *, last_answer: int = 2) -> None:
+    for file, questions in (("dev", dev), ("validation", validation), ("test", test)):
+        write_rows(folder, "mmlu", f"{file}.jsonl", [row("mmlu", question=question) for question in questions])
+    write_rows(folder, "mmlu", "test.jsonl", [row("mmlu", question=q, answer=last_answer if q == test[-1] else 2) for q in test])
+
+
+def test_the_test_side_keeps_what_occurs_twice(tmp_path: Path) -> None:
+    write_mmlu(
+        tmp_path,
+        dev=["a", "in test", "in both", "in adaptation"],
+        validation=["b", "in adaptation", "in both"],
+        test=["c", "in  test", "in both"],
+    )
+    disjoint = load_disjoint("mmlu", data_dir=tmp_path)
+    kept = {
+        split: [each.task.text.split("Question: ")[1].split("\n")[0] for each in loaded.rows]
+        for split, loaded in disjoint.splits.items()
+    }
+    assert kept == {"train": ["a"], "adaptation": ["b", "in adaptation"], "test": ["c", "in  test", "in both"]}
+    assert list(disjoint.splits) == list(SPLITS)
+    assert sorted((each.split, each.kept_in, each.is_equal_row) for each in disjoint.dropped) == [
+        ("adaptation", "test", True),
+        ("train", "adaptation", True),
+        ("train", "test", True),
+        ("train", "test", True),
+    ]
+    assert all(each.row_id.startswith(f"mmlu/{each.split}/") for each in disjoint.dropped)
+
+
+def test_an_equal_question_with_another_label_is_dropped_too(tmp_path: Path) -> None:
+    write_mmlu(tmp_path, dev=["a", "x"], validation=["b"], test=["c", "x"], last_answer=0)
+    disjoint = load_disjoint("mmlu", data_dir=tmp_path)
+    (dropped,) = disjoint.dropped
+    assert (dropped.split, dropped.kept_in, dropped.is_equal_row) == ("train", "test", False)
+
+
+def test_the_check_names_the_row_and_both_splits(tmp_path: Path) -> None:
+    write_mmlu(tmp_path, dev=["a", "x"], validation=["b"], test=["c", "x"])
+    loaded = load_splits("mmlu", SPLITS, data_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"row mmlu/test/[0-9a-f]{16} is in train and in test"):
+        check_disjoint({split: part.rows for split, part in loaded.items()})
+    clean, dropped = drop_overlaps(loaded)
+    check_disjoint({split: part.rows for split, part in clean.items()})
+    assert len(dropped) == 1
+
+
+def test_absent_files_leave_their_splits_out_unless_required(tmp_path: Path) -> None:
+    write_rows(tmp_path, "gsm8k", "test.jsonl", [row("gsm8k")])
+    assert list(load_disjoint("gsm8k", data_dir=tmp_path).splits) == ["test"]
+    with pytest.raises(
+        ConfigError, match=r"neither train.jsonl nor train.jsonl.gz, which the rows for train, adaptation come from"
+    ):
+        load_disjoint("gsm8k", data_dir=tmp_path, required=("train", "test"))
+
+
+def test_a_required_split_without_rows_is_an_error(tmp_path: Path) -> None:
+    write_rows(tmp_path, "gsm8k", "test.jsonl", [row("gsm8k")])
+    write_rows(tmp_path, "gsm8k", "train.jsonl", [row("gsm8k")])
+    with pytest.raises(ConfigError, match=r"gsm8k: no rows for (train|adaptation) in gsm8k/train.jsonl"):
+        load_disjoint("gsm8k", data_dir=tmp_path, required=("train", "adaptation", "test"))
+
+
+def test_bad_rows_are_skipped_where_that_is_asked_for(tmp_path: Path) -> None:
+    write_rows(tmp_path, "gsm8k", "test.jsonl", [row("gsm8k"), row("gsm8k", answer="none")])
+    with pytest.raises(ConfigError, match="line 2"):
+        load_disjoint("gsm8k", data_dir=tmp_path)
+    assert len(load_disjoint("gsm8k", data_dir=tmp_path, skip_bad_rows=True).splits["test"].bad) == 1
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_real_rows_are_disjoint_as_they_are(name: str, rows_dir: Path) -> None:
+    disjoint = load_disjoint(name, data_dir=rows_dir)
+    assert not disjoint.dropped
+    hashes = [each.row_hash for loaded in disjoint.splits.values() for each in loaded.rows]
+    assert len(set(hashes)) == len(hashes)
+    assert set(disjoint.splits) == ({"adaptation", "test"} if name == "aqua_rat" else set(SPLITS))
