@@ -16,7 +16,7 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "wandb")
 
 # Layers from the bottom up; a module may import from its own layer and from those below it.
 LAYERS: list[tuple[str, ...]] = [
-    ("types", "errors", "explain", "yaml_tree", "protocols"),
+    ("types", "errors", "explain", "yaml_tree", "redaction", "protocols"),
     ("config", "sandbox"),
     ("core",),
     ("agents", "policies", "orchestrator", "asking", "routing", "checkpoint", "reply", "trace", "replay", "swarm", "tracking"),
@@ -32,6 +32,8 @@ HOMES = {
     "vllm": ("serving", "agents"),
     "wandb": ("tracking",),
     "datasets": ("evaluation",),
+    "jinja2": ("evaluation",),
+    "matplotlib": ("evaluation",),
     "fastapi": ("serving",),
     "typer": ("cli",),
     "rich": ("cli",),
