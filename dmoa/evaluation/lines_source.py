@@ -16,7 +16,8 @@ import ray
 from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+_READERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +106,13 @@ def offsets(path: Path) -> Iterator[tuple[int, bytes]]:
 def stream(columns: Sequence[str], items: Sequence[Item], shard_rows: int) -> ray.data.Dataset:
     """Return a dataset over the items; reading is pinned to this node, where the files are."""
     source = LinesSource(columns, items, shard_rows)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # No CPU: a head node of a cluster may have none to give, and reading lines takes next to nothing.
     return ray.data.read_datasource(
-        source, override_num_blocks=max(1, source.num_shards), ray_remote_args={"scheduling_strategy": here}
+        source,
+        override_num_blocks=max(1, source.num_shards),
+        num_cpus=0,
+        concurrency=_READERS,
+        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     )
 
 

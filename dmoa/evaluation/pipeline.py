@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dmoa.errors import DmoaError
@@ -152,7 +152,7 @@ def score_all(
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
-            concurrency=at_once,
+            compute=TaskPoolStrategy(size=at_once),
         )
         _run(dataset, writer, "scoring", len(items), watch)
 

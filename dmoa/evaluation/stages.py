@@ -25,6 +25,9 @@ from dmoa.evaluation.run_files import RunFolder, append
 OpenScorers = Callable[[], Mapping[str, Scorer]]
 """Builds the scorers by benchmark where they are to work; it pickles."""
 
+_KEEP_S = 0.5
+"""How long scores may wait to be written together; judging text takes microseconds, a write milliseconds."""
+
 
 class RunWriter:
     """An actor on the driver's node: appends the lines of a run and counts them for the progress bar."""
@@ -163,9 +166,14 @@ def score_block(block: pa.Table, open_scorers: OpenScorers, writer: Any) -> pa.T
     import ray
 
     scorers = open_scorers()
+    lines: list[str] = []
+    written_s = time.monotonic()
     for answer, label in zip(block["answer"].to_pylist(), block["label"].to_pylist(), strict=True):
-        scored = score(Answered.model_validate_json(answer), Label.model_validate_json(label), scorers)
-        ray.get(writer.write_scores.remote([scored.model_dump_json()]))
+        lines.append(score(Answered.model_validate_json(answer), Label.model_validate_json(label), scorers).model_dump_json())
+        if time.monotonic() - written_s > _KEEP_S:
+            ray.get(writer.write_scores.remote(lines))
+            lines, written_s = [], time.monotonic()
+    ray.get(writer.write_scores.remote(lines))
     return pa.table({"answers": [block.num_rows]})
 
 
