@@ -30,7 +30,7 @@ _MARKER = re.compile(
     r"[ \t]*\n?[ \t]*([^\n]*)",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b[DdMmSsJj][rst])(?<!\bMrs)(?<!\bNo)(?<!\bvs)[.!?](?=\s)")
+SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b[DdMmSsJj][rst])(?<!\bMrs)(?<!\bNo)(?<!\bvs)[.!?](?=\s)")
 _CHOICE_START = re.compile(
     r"(?:(?:option|choice)\s+)?(?:\(([A-Ha-h])\)|([A-H])(?:[).:,](?=\s|\Z)|\s*\Z)|([a-h])(?:\)|\s*\Z))", re.IGNORECASE
 )
@@ -83,7 +83,7 @@ def extract_answer(text: str) -> str | None:
     In this order: the last \boxed{...}; a last line `#### X`; the last "the answer is X" or "Answer: X"; the last code
     block; a choice such as "(B)" or "B. ..."; a short single line, whole; the last number. Source: ours.
     """
-    prose, code = _split_code(text[-_MAX_CHARS:])
+    prose, code = split_code(text[-_MAX_CHARS:])
     prose = plain_text(prose)
     for span in (_boxed(prose), _after_hashes(prose), _marked(prose)):
         answer = _span_answer(span) if span else None
@@ -106,8 +106,8 @@ def _canonical(answer: str) -> str:
     return _whole_number(answer) or _normal_text(answer)
 
 
-def _split_code(text: str) -> tuple[str, str | None]:
-    """Return the text without its fenced blocks, and the last block normalised."""
+def split_code(text: str) -> tuple[str, str | None]:
+    """Return the text without its fenced blocks, and the last block normalised, None if there is none. Never raises."""
     blocks = _FENCE.findall(text)
     if not blocks:
         return text, None
@@ -125,10 +125,11 @@ def plain_text(text: str) -> str:
         " " + c if unicodedata.category(c) == "No" and "\u2044" in unicodedata.normalize("NFKC", c) else c for c in text
     )
     text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
-    text = _TYPOGRAPHIC_MINUS.sub("-", _POWER_OF_TEN.sub(_as_exponent, text))
+    text = _POWER_OF_TEN.sub(_as_exponent, _TYPOGRAPHIC_MINUS.sub("-", text))
     text = re.sub(r"\*\*|__|`", "", text)
     text = text.replace("{,}", ",").replace("\\$", "$").replace("\\%", "%").replace("\\!", "")
-    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
+    text = re.sub(r"(?<=[0-9])\s?(?=\\[dt]?frac)", " ", text)  # a mixed number: 2\frac{1}{2} is 2 1/2
+    text = re.sub(r"\\[dt]?frac\s?(?:\{([^{}]*)\}\s?\{([^{}]*)\}|([0-9])([0-9]))", r"\1\3/\2\4", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     return re.sub(r"\\[()\[\],;]", " ", text)
 
@@ -159,7 +160,7 @@ def _marked(prose: str) -> str | None:
     found = None
     for found in _MARKER.finditer(prose):  # noqa: B007  # the last one counts
         pass
-    return _SENTENCE_END.split(found.group(1), maxsplit=1)[0] if found else None
+    return SENTENCE_END.split(found.group(1), maxsplit=1)[0] if found else None
 
 
 def _span_answer(span: str) -> str | None:

@@ -36,6 +36,7 @@ HOMES = {
     "matplotlib": ("evaluation",),
     "fastapi": ("serving",),
     "typer": ("cli",),
+    "math_verify": ("evaluation",),
     "rich": ("cli",),
 }
 

@@ -1,0 +1,178 @@
+"""Multiple choice: the letter that a reply chooses (MMLU, AQuA). Source: ours.
+
+Read in this order: what the reply states last ("Answer: B", "the answer is option c", a LaTeX box), as a letter or as
+the full text of exactly one choice; else the whole reply or its first line so; "option B is correct" and its like; the
+last line; the only letter that stands in parentheses. A reply that names no letter, or letters that contradict each
+other, is unscored: there is no default letter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dmoa.core.answers import plain_text
+from dmoa.evaluation.records import Label, Reply, Score
+from dmoa.evaluation.scorers.entry import VALUE, ScorerEntry, chance_of, gold_of, unscored
+from dmoa.evaluation.scorers.statements import final_statement, is_refusal, last_line, readable
+
+_QUOTES = "\"'\u2018\u2019\u201c\u201d"
+_EDGES = _QUOTES + " \t\r\n$*_{}[]<>\\"
+_LEAD = re.compile(r"(?:the\s+)?(?:(?:correct|best|right|final)\s+)?(?:option|choice|letter|answer)\b(?:\s+is\b)?\s*:?\s*", re.I)
+_NO_LETTER = "no letter found"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a reply chooses."""
+
+    letter: str | None
+    """Upper case; None where the reply does not choose."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Patterns:
+    """The patterns for one number of choices."""
+
+    bare: re.Pattern[str]
+    start: re.Pattern[str]
+    conflict: re.Pattern[str]
+    listed: re.Pattern[str]
+    inside: re.Pattern[str]
+    verdicts: tuple[re.Pattern[str], ...]
+
+
+@lru_cache(maxsize=16)
+def _patterns(num_choices: int) -> _Patterns:
+    last = chr(ord("A") + num_choices - 1)
+    upper, both = f"[A-{last}]", f"[A-{last}a-{last.lower()}]"
+    right = r"(?:is|seems|looks|must\s+be)\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best)\b"
+    return _Patterns(
+        bare=re.compile(rf"\(?\s?({both})[\s).:,;!]*"),
+        start=re.compile(rf"(?:\(({both})\)|({both})[).:,;](?!\w)|({upper})(?=\s+(?:because|since|[-\u2013\u2014=(])))"),
+        conflict=re.compile(
+            rf"(?:[Bb]oth\s+|[Ee]ither\s+)?\(?({upper})\)?\s*(?:,|/|&|\+|\bor\b|\band\b)\s*(?:option\s+)?\(?({upper})\b"
+        ),
+        listed=re.compile(rf"^[ \t]*(?:\(({both})\)|({both})[.):])", re.MULTILINE),
+        inside=re.compile(rf"(?<!\w)\(({upper})\)"),
+        verdicts=(
+            re.compile(rf"\b(?:option|choice|answer)\s+\(?({both})\)?(?![\w'])\s*{right}", re.IGNORECASE),
+            re.compile(rf"(?<!\w)\(({both})\)\s*{right}"),
+            re.compile(rf"(?<![\w(])({upper})\s+(?:{right}|is\s+the\s+(?:correct\s+)?answer\b)"),
+            re.compile(
+                rf"\b(?:correct|right|best)\s+(?:option|choice|letter)\s*(?::|is)\s*(?:option\s+)?\(?({upper})(?![\w'])", re.I
+            ),
+            re.compile(rf"\b(?:choose|chose|select|pick|go\s+with)\s+(?:option\s+|choice\s+)?\(?({upper})(?![\w'])"),
+        ),
+    )
+
+
+def read_choice(text: str, choices: Sequence[str]) -> Choice:
+    """Return the letter, A for the first choice, that a reply chooses. Never raises."""
+    prose = readable(text)
+    final = final_statement(prose)
+    if final is None:
+        return Choice(None, "the reply refuses to answer") if is_refusal(prose) else _unmarked_choice(prose.strip(), choices)
+    if not final.span:
+        return Choice(None, "an answer is announced and not given")
+    choice = _span_choice(final.span, choices)
+    rival = _span_choice(final.rival, choices).letter if final.rival else None
+    if choice.letter and rival and rival != choice.letter:
+        return Choice(None, f"two final answers: {rival} and {choice.letter}")
+    return choice
+
+
+def _unmarked_choice(prose: str, choices: Sequence[str]) -> Choice:
+    patterns = _patterns(len(choices))
+    is_list = len({(match[1] or match[2]).upper() for match in patterns.listed.finditer(prose)}) > 1
+    if not is_list:
+        for span in (prose, prose.partition("\n")[0]):
+            choice = _span_choice(span, choices)
+            if choice.letter:
+                return choice
+    said = {match[1].upper() for pattern in patterns.verdicts for match in pattern.finditer(prose)}
+    if said:
+        return _only(said, "said to be right")
+    line = last_line(prose)
+    choice = _span_choice(line, choices)
+    if choice.letter and not (is_list and patterns.listed.match(line) and not patterns.bare.fullmatch(line)):
+        return choice
+    return _only({match[1] for match in patterns.inside.finditer(prose)}, "the only letter in parentheses")
+
+
+def _only(letters: set[str], reason: str) -> Choice:
+    if len(letters) == 1:
+        return Choice(letters.pop(), reason)
+    return Choice(None, f"several letters: {', '.join(sorted(letters))}" if letters else _NO_LETTER)
+
+
+def _span_choice(span: str, choices: Sequence[str]) -> Choice:
+    """Return the choice that a span amounts to: the letter it begins with, or the full text of exactly one choice."""
+    patterns = _patterns(len(choices))
+    text = span.strip(_EDGES)
+    lead = _LEAD.match(text)
+    if lead:
+        text = text[lead.end() :].strip(_EDGES)
+    bare = patterns.bare.fullmatch(text)
+    if bare:
+        return Choice(bare[1].upper(), "letter")
+    by_text = _choice_of_text(span, choices)
+    if by_text:
+        return Choice(by_text, "text of a choice")
+    conflict = patterns.conflict.match(text)
+    if conflict and conflict[1] != conflict[2]:
+        return Choice(None, f"two letters: {conflict[1]} and {conflict[2]}")
+    start = patterns.start.match(text)
+    if start:
+        letter = (start[1] or start[2] or start[3]).upper()
+        other = _choice_of_text(text[start.end() :], choices)
+        if other and other != letter:
+            return Choice(None, f"letter {letter} with the text of choice {other}")
+        return Choice(letter, "letter")
+    spaced, _, rest = text.partition(" ")
+    if len(spaced) == 1 and _choice_of_text(rest, choices) == spaced.upper():
+        return Choice(spaced.upper(), "letter and text")
+    return Choice(None, _NO_LETTER)
+
+
+def _choice_of_text(text: str, choices: Sequence[str]) -> str | None:
+    """Return the letter of the only choice whose full text this is; case counts only where it tells choices apart."""
+    for fold in (_tidy, lambda choice: _tidy(choice).casefold()):
+        wanted = fold(text)
+        same = [number for number, choice in enumerate(choices) if wanted and fold(choice) == wanted]
+        if same:
+            return chr(ord("A") + same[0]) if len(same) == 1 else None
+    return None
+
+
+def _tidy(text: str) -> str:
+    return " ".join(plain_text(text[:2000]).strip(_EDGES + ".,;:!?").split())
+
+
+def entry(deviation: str) -> ScorerEntry:
+    """Return the scoring of a multiple-choice benchmark, whose gold has `letter` and `choices`."""
+    return ScorerEntry(
+        score=_score,
+        gold_replies=lambda label: {VALUE: f"Answer: {_gold(label)[0]}"},
+        primary="accuracy (letter)",
+        chance=lambda labels: chance_of([_gold(label)[0] for label in labels]),
+        answer_key=lambda label: _gold(label)[0],
+        deviation=deviation,
+    )
+
+
+def _gold(label: Label) -> tuple[str, list[str]]:
+    letter, choices = gold_of(label, "letter", "choices")
+    return letter, choices
+
+
+def _score(label: Label, reply: Reply) -> Score:
+    letter, choices = _gold(label)
+    choice = read_choice(reply.text, choices)
+    if choice.letter is None:
+        return unscored(choice.reason)
+    is_right = choice.letter == letter
+    return Score(value=float(is_right), extracted=choice.letter, reason=f"{choice.reason}: {choice.letter}, right is {letter}")

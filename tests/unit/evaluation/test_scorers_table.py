@@ -1,0 +1,99 @@
+"""What holds for every scorer: any text, refusals, huge replies, labels of other benchmarks."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmoa.errors import ConfigError
+from dmoa.evaluation.records import Label, Reply
+from dmoa.evaluation.scorers import table
+
+GOLD: dict[str, dict[str, object]] = {
+    "mmlu": {"letter": "B", "choices": ["one", "two", "three", "four"]},
+    "gsm8k": {"number": "911"},
+    "multiarith": {"number": "3"},
+    "svamp": {"number": "2.5"},
+    "aqua_rat": {"letter": "E", "choices": ["1", "2", "3", "4", "None of these"]},
+    "hotpotqa": {"answer": "I cannot help with that"},
+    "ddxplus": {"pathology": "GERD", "differential": [["GERD", 0.9], ["Croup", 0.1]], "conditions": ["GERD", "Croup", "SLE"]},
+}
+LABELS = {name: Label(row_id=f"{name}/test/0", benchmark=name, gold=gold) for name, gold in GOLD.items()}
+ENTRIES = {name: table.build(name) for name in GOLD}
+PIECES = ["Answer: ", "answer is ", "\\boxed{", "\\frac{", "}", "####", "\n", " ", "(B)", "B.", "C", "```", "```python\n", "1/2", "-", "$", "^", "1,2",
+          "1e9", "=", "\\sqrt", "\\times", "Diagnosis: ", "Differential: ", "GERD", ";", " or ", "\ud800", "\x00", "\u00bd", "\u2212", "or"]  # fmt: skip
+TEXTS = (
+    st.text(max_size=300)
+    | st.text(st.characters(categories=["Cs", "Cc", "No", "Nd", "Ps", "Pe", "Sm", "Po"]), max_size=100)
+    | st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
+)
+
+
+@settings(max_examples=1500, derandomize=True, database=None)
+@given(TEXTS)
+def test_no_text_raises(text: str) -> None:
+    for name, entry in ENTRIES.items():
+        score = entry.score(LABELS[name], Reply(text=text))
+        assert 0.0 <= score.value <= 1.0
+        assert score.is_scored or score.value == 0.0
+        assert (score.extracted is None) == (not score.is_scored)
+        assert tuple(score.metrics) == entry.metrics
+        assert score.reason
+
+
+@pytest.mark.parametrize("name", GOLD)
+def test_gold_replies_reach_one_in_what_they_are_for(name: str) -> None:
+    entry, label = ENTRIES[name], LABELS[name]
+    if name == "hotpotqa":
+        label = label.model_copy(update={"gold": {"answer": "Paris"}})
+    replies = entry.gold_replies(label)
+    assert set(replies) == {"value", *entry.metrics}
+    for measure, text in replies.items():
+        score = entry.score(label, Reply(text=text))
+        assert (score.value if measure == "value" else score.metrics[measure]) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "  \n\t", "I cannot help with that.", "I'm sorry, as an AI I can't answer. Call 911.", "As an AI, no."]
+)
+@pytest.mark.parametrize("name", GOLD)
+def test_empty_and_refused_replies_are_unscored_zeros(name: str, text: str) -> None:
+    score = ENTRIES[name].score(LABELS[name], Reply(text=text))
+    assert (score.value, score.is_scored, set(score.metrics.values()) - {0.0}) == (0.0, False, set())
+
+
+HUGE = [
+    *(part * 60_000 for part in PIECES),
+    " " * 1_000_000 + "x",
+    "answer " * 150_000,
+    "(" * 1_000_000,
+    "9" * 1_000_000,
+    "- GERD\n" * 150_000,
+]
+
+
+@pytest.mark.parametrize("text", HUGE, ids=range(len(HUGE)))
+def test_huge_replies_are_read_in_bounded_time(text: str) -> None:
+    start = time.process_time()
+    for name, entry in ENTRIES.items():
+        entry.score(LABELS[name], Reply(text=text))
+    assert time.process_time() - start < 6.0
+
+
+def test_labels_of_other_benchmarks_and_unknown_benchmarks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'multiarith'.*'gsm8k'"):
+        ENTRIES["gsm8k"].score(LABELS["multiarith"], Reply(text="3"))
+    with pytest.raises(ConfigError, match=r"no scorer.*'mmul'.*mmlu"):
+        table.build("mmul")
+
+
+def test_chance_is_the_share_of_equal_answers_among_all_pairs() -> None:
+    labels = [Label(row_id="x", benchmark="mmlu", gold={"letter": letter, "choices": ["a", "b"]}) for letter in "AAAB"]
+    assert ENTRIES["mmlu"].chance(labels) == pytest.approx(9 / 16 + 1 / 16)
+
+
+def test_deviations_are_said() -> None:
+    assert {name for name, entry in ENTRIES.items() if entry.deviation} == {"mmlu", "hotpotqa", "ddxplus"}
