@@ -44,7 +44,7 @@ def _check_adapter(value: str) -> str:
 Name = Annotated[str, AfterValidator(_check_name)]
 AdapterSource = Annotated[str, AfterValidator(_check_adapter)]
 """builtin:NAME or path:DIR."""
-ToolName = Literal["calculator", "search"]
+ToolName = Literal["calculator", "search", "python"]
 SUMMARIZER = "summarizer"
 """Name under which the `llm` summarizer is called; no agent may have it."""
 
@@ -363,7 +363,11 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
 
 def loads(text: str, *, source: str = "<text>", overrides: tuple[str, ...] | list[str] = ()) -> Config:
     """Build a configuration from YAML text. Raises ConfigError."""
-    tree = parse(text, source)
+    return from_tree(parse(text, source), source=source, overrides=overrides)
+
+
+def from_tree(tree: Any, *, source: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Build a configuration from plain values, which are changed. Raises ConfigError."""
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{source}: value seen: {short(tree)}; a pool is a mapping with the keys {', '.join(Config.model_fields)}; write one"

@@ -5,10 +5,9 @@ Both pickle, because the answering runs in another process; see `evaluation.answ
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,16 +63,17 @@ class PoolAnswerer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenServer:
-    """Opens a client of a running server; the key, where it wants one, is DMOA_API_KEY."""
+    """Opens a client of a running server."""
 
     url: str
     pool: str
+    api_key: str = field(default="", repr=False)
 
     def __call__(self) -> ServerAnswerer:
         """Return the client."""
         from dmoa.serving.client import SwarmClient
 
-        return ServerAnswerer(SwarmClient(self.url, api_key=os.environ.get("DMOA_API_KEY", "")), self.pool)
+        return ServerAnswerer(SwarmClient(self.url, api_key=self.api_key), self.pool)
 
 
 class ServerAnswerer:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from dmoa.errors import ConfigError
-from dmoa.evaluation.benchmarks.specs import BENCHMARKS
 from dmoa.evaluation.options import EvaluateOptions
 from dmoa.evaluation.records import Row
 from dmoa.evaluation.run_files import RunFolder
@@ -17,7 +15,6 @@ from dmoa.evaluation.suites.table import SUITES
 
 SUITE_ROWS = 200
 """Rows of a suite where no limit is given: suites have no end."""
-ALL, ALL_SUITES = "all", "suites"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,19 +31,6 @@ class Prepared:
     """Rows left out because an equal row of the same split came before."""
     num_dropped: int = 0
     """Rows taken out of train or adaptation because a later split has them."""
-
-
-def expand_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return benchmark names with `all` and `suites` replaced by what they stand for. Raises ConfigError for unknown ones."""
-    found: list[str] = []
-    for name in names:
-        group = tuple(BENCHMARKS) if name == ALL else tuple(SUITES) if name == ALL_SUITES else (name,)
-        found.extend(group)
-    unknown = [name for name in found if name not in BENCHMARKS and name not in SUITES]
-    if unknown:
-        allowed = ", ".join((*BENCHMARKS, *SUITES, ALL, ALL_SUITES))
-        raise ConfigError(f"--benchmarks: value seen: {', '.join(unknown)}; allowed: {allowed}; name some of them")
-    return tuple(dict.fromkeys(found))
 
 
 def prepare(folder: RunFolder, name: str, options: EvaluateOptions) -> Prepared:

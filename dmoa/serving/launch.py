@@ -55,20 +55,35 @@ def launch(
     `address` joins a running cluster; `route_prefix` lets several apps share one server. Raises ConfigError for bad
     files or an exposed server without keys, NoAgentError if it does not answer in time.
     """
-    set_flags()
     host, port = host or config.server.host, port or config.server.port
     key_hashes = hash_keys(os.environ)
     check_exposure(host, key_hashes, insecure)
-    import ray
+    set_flags()
     from ray import serve
 
     from dmoa.serving.app import build_app
 
     application = build_app(config, key_hashes=key_hashes)
+    started_ray = start_ray(address)
+    serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+    serve.run(application, name=app, route_prefix=route_prefix)
+    url = f"http://{_reachable(host)}:{port}{route_prefix.rstrip('/')}"
+    _wait_ready(url, START_TIMEOUT_S)
+    return Launched(url=url, pool=config.name, gate_version=_gate_version(app), started_ray=started_ray)
+
+
+def start_ray(address: str | None = None) -> bool:
+    """Join the Ray at `address` (default: RAY_ADDRESS), or start one on this machine where there is neither.
+
+    Returns whether this process started it, and so ends it. Raises ConfigError where none answers at the address.
+    """
+    set_flags()
+    import ray
+
     address = address or os.environ.get("RAY_ADDRESS")
-    started_ray = not ray.is_initialized() and address is None
+    is_own = not ray.is_initialized() and address is None
     if not ray.is_initialized():
-        options = _local_size() | {"include_dashboard": False} if started_ray else {}
+        options = _local_size() | {"include_dashboard": False} if is_own else {}
         try:
             ray.init(address=address or "local", log_to_driver=False, **options)
         except (ConnectionError, ray.exceptions.RayError) as error:
@@ -76,11 +91,7 @@ def launch(
                 f"address: value seen: {address!r}; no Ray answers there as asked; check that it runs, and set "
                 f"RAY_AUTH_MODE=token where it wants tokens ({' '.join(str(error).split())[:200]})"
             ) from error
-    serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
-    serve.run(application, name=app, route_prefix=route_prefix)
-    url = f"http://{_reachable(host)}:{port}{route_prefix.rstrip('/')}"
-    _wait_ready(url, START_TIMEOUT_S)
-    return Launched(url=url, pool=config.name, gate_version=_gate_version(app), started_ray=started_ray)
+    return is_own
 
 
 def _local_size() -> dict[str, int]:

@@ -1,0 +1,118 @@
+"""`dmoa evaluate`: benchmarks over policies on Ray Data, resumable, with a table, JSON and an HTML report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dmoa.cli.options import EXIT_FAILED, CheckpointOption, Common, UrlOption, refuse_together, with_common
+from dmoa.cli.serve import AddressOption
+
+if TYPE_CHECKING:
+    from dmoa.evaluation.options import EvaluateOptions
+
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option("--data-dir", metavar="DIR", help="Benchmark files, one folder a benchmark [the Hugging Face hub]."),
+]
+
+
+@with_common
+def evaluate(
+    common: Common,
+    benchmarks: Annotated[
+        str,
+        typer.Option("--benchmarks", metavar="A,B", help="Benchmarks; all = the nine, suites = the generated ones."),
+    ] = "all",
+    policies: Annotated[
+        str, typer.Option("--policies", metavar="P,Q", help="Policies to compare; single:NAME is one agent of the pool.")
+    ] = "dmoa,single",
+    data_dir: DataDirOption = None,
+    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="train, adaptation or test.")] = "test",
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", help="A seeded sample of N rows a benchmark [all; suites 200].")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Seed of samples, suites and replies.")] = 0,
+    difficulty: Annotated[int, typer.Option("--difficulty", min=1, metavar="D", help="Difficulty of the suites.")] = 1,
+    budget: Annotated[
+        str, typer.Option("--budget", metavar="NAME", help="pool: the pool's limits; cpu: 3 steps, 2 agents, 96 tokens a reply.")
+    ] = "pool",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the run [out/evaluate-TIME].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="With --resume: run failed rows again.")] = False,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count rows that do not parse.")] = False,
+    allow_weak_sandbox: Annotated[
+        bool, typer.Option("--allow-weak-sandbox", help="Run model-written programs where the host can hardly contain them.")
+    ] = False,
+    call_cache: Annotated[
+        Path | None, typer.Option("--call-cache", metavar="DIR", help="Keep greedy agent calls, and find them again.")
+    ] = None,
+    checkpoint: CheckpointOption = None,
+    url: UrlOption = None,
+    address: AddressOption = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Answering actors, each with all engines.")] = 1,
+    concurrency: Annotated[
+        int | None,
+        typer.Option("--concurrency", min=1, metavar="N", help="Agent calls under way per worker [engines' room]."),
+    ] = None,
+    track: Annotated[
+        str, typer.Option("--track", metavar="WHERE", help="auto (W&B, offline without a key), wandb, jsonl or none.")
+    ] = "auto",
+    selfcheck: Annotated[
+        bool, typer.Option("--selfcheck", help="Ask no agent: check that scorers, rows and sandbox agree; exit 1 if not.")
+    ] = False,
+) -> None:
+    """Measure policies on benchmarks: accuracy with intervals, tokens, steps, paired comparisons.
+
+    \b
+    dmoa evaluate --benchmarks arith,words --limit 50 --budget cpu
+    dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first
+    dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first --resume
+    dmoa evaluate --selfcheck --data-dir DIR --json out/selfcheck.json
+    dmoa report out/first
+    """
+    values: dict[str, Any] = {
+        name: value for name, value in locals().items() if name not in ("common", "checkpoint", "selfcheck")
+    }
+    from dmoa.evaluation.options import parse_options
+
+    options = parse_options(values)
+    if selfcheck:
+        _selfcheck(common, options)
+        return
+    from dmoa.cli.evaluation_session import run_evaluation
+
+    if url is not None:
+        given = {"--config": common.config, "--set": common.overrides, "--checkpoint": checkpoint, "--workers": workers > 1}
+        refuse_together(given, "with --url: the server has its own pool")
+    if options.out is None:
+        options = options.model_copy(update={"out": Path("out") / time.strftime("evaluate-%Y%m%d-%H%M%S")})
+    command = shlex.join(["dmoa", *sys.argv[1:]])
+    evaluation = run_evaluation(options, None if url else common.load(checkpoint), common, command)
+    common.write_json(evaluation.model_dump(mode="json"))
+
+
+def _selfcheck(common: Common, options: EvaluateOptions) -> None:
+    """Check scorers, rows and sandbox against each other; exit 1 where a check fails."""
+    from dmoa.cli.evaluation_screen import Bars, print_selfcheck
+    from dmoa.evaluation import selfcheck
+    from dmoa.evaluation.registry import expand_names
+
+    with Bars(common.verbosity) as bars:
+        found = selfcheck.run(
+            expand_names(options.benchmarks),
+            data_dir=options.data_dir,
+            skip_bad_rows=options.skip_bad_rows,
+            allow_weak_sandbox=options.allow_weak_sandbox,
+            limit=options.limit,
+            progress=bars.count,
+        )
+    print_selfcheck(found)
+    common.write_json(found.model_dump(mode="json"))
+    if not found.passed:
+        raise typer.Exit(EXIT_FAILED)

@@ -1,0 +1,191 @@
+"""Puts an evaluation together for `dmoa evaluate` and `jobs/evaluate.py`: Ray, the swarm, progress, tracking, the table."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmoa.cli.evaluation_screen import Bars, print_result
+from dmoa.cli.local import fetch_models
+from dmoa.config import Config
+from dmoa.errors import ConfigError, RequestError
+from dmoa.evaluation.answering import Asking, split_policy
+from dmoa.evaluation.options import EvaluateOptions
+from dmoa.evaluation.registry import expand_names
+from dmoa.evaluation.run_files import RunFolder
+from dmoa.policies.registry import POLICIES
+from dmoa.swarm import limits_for
+from dmoa.types import Limits
+
+if TYPE_CHECKING:
+    from dmoa.cli.options import Common
+    from dmoa.evaluation.pipeline import Workers
+    from dmoa.evaluation.results import Evaluation, PoolInfo
+    from dmoa.evaluation.run import Session
+
+_REMOTE_PLACES = 32
+"""Queries under way at a server whose room is not known."""
+
+
+def run_evaluation(options: EvaluateOptions, config: Config | None, common: Common, command: str) -> Evaluation:
+    """Run an evaluation and show its result; `config` None evaluates the server at `options.url`.
+
+    Raises ConfigError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
+    """
+    from dmoa.serving.launch import start_ray
+
+    names = expand_names(options.benchmarks)
+    check_policies(options.policies, config)
+    assert options.out is not None
+    folder = RunFolder(options.out.absolute())
+    started_ray = start_ray(options.address)
+    try:
+        from dmoa.evaluation.run import evaluate
+
+        with Bars(common.verbosity) as bars:
+            session = build_session(options, config, names, folder, common, bars, command)
+            common.say(f"evaluating {', '.join(options.policies)} on {', '.join(names)}; the run lies in {options.out}")
+            evaluation = evaluate(session)
+        log_tables(evaluation, folder, options)
+    finally:
+        if started_ray:
+            import ray
+
+            ray.shutdown()
+    print_result(evaluation)
+    common.say(f"report: {folder.report}")
+    return evaluation
+
+
+def check_policies(policies: tuple[str, ...], config: Config | None) -> None:
+    """Raise RequestError for a policy or an agent that there is not."""
+    for policy in policies:
+        name, agent = split_policy(policy)
+        if name not in POLICIES:
+            allowed = ", ".join((*POLICIES, "single:AGENT"))
+            raise RequestError(f"--policies: value seen: {policy!r}; allowed: {allowed}; name some of them")
+        if agent is not None and (name != "single" or (config is not None and agent not in config.agent_names)):
+            agents = ", ".join(config.agent_names) if config else "the server's agents"
+            raise RequestError(f"--policies: value seen: {policy!r}; allowed is single:AGENT with one of {agents}")
+
+
+def build_session(
+    options: EvaluateOptions,
+    config: Config | None,
+    names: tuple[str, ...],
+    folder: RunFolder,
+    common: Common,
+    bars: Bars,
+    command: str,
+) -> Session:
+    """Return the session of a pool in Ray, or of a server."""
+    from dmoa.evaluation.run import Session
+
+    if config is None:
+        pool, workers, pool_limits = _server(options)
+        gate_version, engines = None, []
+    else:
+        from dmoa.agents.pool import build_pool_gate, check_files
+
+        check_files(config)
+        fetch_models(config, common.say)
+        gate_version = build_pool_gate(config)[1].version
+        pool, workers, pool_limits = _pool(config), _workers(options, config), limits_for(config)
+        engines = [f"{llm.engine}/{llm.options.model_dump_json()}" for llm in config.llms.values()]
+    limits = options.limits(pool_limits)
+    return Session(
+        options=options,
+        folder=folder,
+        benchmarks=names,
+        asking=Asking(seed=options.seed, limits=limits, sampling=options.sampling),
+        workers=workers,
+        pool=pool,
+        gate_version=gate_version,
+        engines=engines,
+        command=command,
+        say=common.say,
+        watch=bars.watch,
+        score_at_once=max(1, os.cpu_count() or 1),
+    )
+
+
+def _pool(config: Config) -> PoolInfo:
+    from dmoa.agents.pool import fingerprint
+    from dmoa.evaluation.results import PoolInfo
+
+    return PoolInfo(name=config.name, fingerprint=fingerprint(config), config=config.model_dump(mode="json"))
+
+
+def _workers(options: EvaluateOptions, config: Config) -> Workers:
+    """Return how a pool's answering is spread: every worker has all engines, and as many places as they decode at once."""
+    from dmoa.cli.answerers import OpenPool
+    from dmoa.evaluation.pipeline import Workers
+    from dmoa.serving.agents import ENGINE_ENV
+
+    used = {agent.llm for agent in config.agents}
+    widest = options.limits(limits_for(config)).max_agents
+    widths = {policy: POLICIES[split_policy(policy)[0]].width(config) for policy in options.policies}
+    call_cache: Path | None = options.call_cache.absolute() if options.call_cache else None
+    return Workers(
+        open_answerer=OpenPool(config_json=config.model_dump_json(), call_cache=call_cache),
+        count=options.workers,
+        places=options.concurrency or sum(config.llms[name].max_num_seqs for name in used),
+        widths={policy: width if widest is None else min(width, widest) for policy, width in widths.items()},
+        num_gpus=sum(config.llms[name].gpus for name in used),
+        env=ENGINE_ENV,
+    )
+
+
+def _server(options: EvaluateOptions) -> tuple[PoolInfo, Workers, Limits]:
+    """Ask a server for its pool. Raises RequestError for a bad URL, DmoaError where it cannot be reached."""
+    from dmoa.cli.answerers import OpenServer
+    from dmoa.cli.remote import build_remote_backend
+    from dmoa.evaluation.pipeline import Workers
+    from dmoa.evaluation.results import PoolInfo
+
+    url = str(options.url)
+    staged = [name for name in expand_names(options.benchmarks) if name in ("chain", "relay")]
+    if staged:
+        raise ConfigError(
+            f"--benchmarks: value seen: {', '.join(staged)}; their stages fit in no HTTP request; leave them out with --url"
+        )
+
+    async def pool() -> str:
+        backend = build_remote_backend(url)
+        try:
+            return await backend.client.pool()
+        finally:
+            await backend.close()
+
+    name = asyncio.run(pool())
+    workers = Workers(
+        # The key travels with the answerer: a runtime environment would show it in Ray's own records.
+        open_answerer=OpenServer(url=url, pool=name, api_key=os.environ.get("DMOA_API_KEY", "")),
+        places=options.concurrency or _REMOTE_PLACES,
+        widths=dict.fromkeys(options.policies, 1),
+        env={},
+    )
+    return PoolInfo(name=name, fingerprint="", config={"url": url}), workers, Limits()
+
+
+def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptions) -> None:
+    """Log the result to the tracker: offline without a key, and never so that a run fails or waits for it."""
+    from dmoa import tracking
+
+    run_id = folder.root.name
+    config = evaluation.config.model_dump(mode="json")
+    tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=run_id, run_id=None, config=config)
+    rows = [row.model_dump(mode="json") for row in evaluation.rows]
+    if rows:
+        tracker.table("evaluation", list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+    paired = [row.model_dump(mode="json") for row in evaluation.paired]
+    if paired:
+        tracker.table("paired", list(paired[0]), [[_cell(value) for value in row.values()] for row in paired])
+    tracker.log({f"{row.benchmark}/{row.policy}/accuracy": row.accuracy for row in evaluation.rows}, step=None)
+    tracker.finish()
+
+
+def _cell(value: object) -> object:
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,81 @@
+"""The entry points of `jobs/`: the commands of the same name, their options read from the `job:` section of a YAML file."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from dmoa.cli.options import Common, fail, with_common
+from dmoa.config import Config, from_tree
+from dmoa.errors import ConfigError, DmoaError
+from dmoa.yaml_tree import parse, set_value
+
+JOB = "job"
+
+
+def evaluate_job() -> None:
+    """Run `jobs/evaluate.py`."""
+    _run(_evaluate)
+
+
+@with_common
+def _evaluate(common: Common) -> None:
+    """Evaluate policies on benchmarks; the options of `dmoa evaluate` stand in the `job:` section of --config.
+
+    \b
+    python jobs/evaluate.py --config jobs/evaluate.yaml --set job.limit=20
+    """
+    from dmoa.cli.evaluation_session import run_evaluation
+    from dmoa.evaluation.options import parse_options
+
+    config, values = read_job(common)
+    options = parse_options(values)
+    if options.out is None:
+        raise ConfigError("job.out: missing; name the folder of the run, so that a job that is submitted again goes on with it")
+    command = shlex.join(["python", *sys.argv])
+    evaluation = run_evaluation(options, None if options.url else config, common, command)
+    common.write_json(evaluation.model_dump(mode="json"))
+
+
+def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
+    """Return the pool of a job file and its `job:` section; a file with nothing else means the default pool.
+
+    Raises ConfigError naming the file and the field.
+    """
+    if common.config is None:
+        raise ConfigError("--config: missing; name a YAML file with a job section, such as jobs/evaluate.yaml")
+    source = str(common.config)
+    try:
+        tree = parse(common.config.read_text(encoding="utf-8"), source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: cannot read {source!r}: {error}; give the path of a job file") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get(JOB), dict):
+        raise ConfigError(f"{source}: job: missing; add a job section with the options of the command")
+    for override in common.overrides:
+        set_value(tree, override)
+    values = tree.pop(JOB)
+    if not tree:
+        from dmoa.agents.pool import load_pool
+
+        return load_pool(None), values
+    return from_tree(tree, source=source), values
+
+
+def _run(command: Callable[..., None]) -> None:
+    """Run a job's command; errors become exit codes as in `dmoa`."""
+    # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(command)
+    try:
+        app(standalone_mode=False)
+    except DmoaError as error:
+        try:
+            fail(error)
+        except typer.Exit as ending:
+            sys.exit(ending.exit_code)

@@ -1,0 +1,187 @@
+"""A whole evaluation: prepare or go on, answer, judge, and write the result.
+
+The swarm is put together in `cli` or `jobs` and comes in as a `Session`; progress goes out through its callbacks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dmoa import __version__
+from dmoa.bench.measure import machine
+from dmoa.errors import ConfigError
+from dmoa.evaluation import report, results
+from dmoa.evaluation.answering import Asking
+from dmoa.evaluation.options import EvaluateOptions
+from dmoa.evaluation.pipeline import Watch, Workers, answer_all, forget_failed, score_all
+from dmoa.evaluation.prepare import prepare
+from dmoa.evaluation.registry import OpenScorers, judging
+from dmoa.evaluation.results import BenchmarkInfo, Evaluation, PoolInfo, RunInfo
+from dmoa.evaluation.run_files import RunFolder, write_whole
+from dmoa.evaluation.source_revision import code_revision
+
+_FIXED = ("policies", "split", "limit", "seed", "limits", "sampling", "gate_version")
+"""What a run that goes on must have in common with its beginning, beside its benchmarks, its pool and the difficulty."""
+_VERSIONS = ("transformers", "datasets", "math-verify", "pyarrow", "wandb")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One call of an evaluation, put together."""
+
+    options: EvaluateOptions
+    folder: RunFolder
+    benchmarks: tuple[str, ...]
+    asking: Asking
+    workers: Workers
+    pool: PoolInfo
+    gate_version: str | None
+    engines: list[str]
+    command: str
+    say: Callable[[str], None]
+    watch: Watch
+    score_at_once: int
+    """Programs and texts that are judged at the same time."""
+
+
+def evaluate(session: Session) -> Evaluation:
+    """Run an evaluation, or go on with one, and return its result, which then lies in its folder as JSON and HTML.
+
+    Raises ConfigError for bad input, DmoaError where the pipeline stops; what was answered is kept in either case.
+    """
+    folder = session.folder
+    folder.root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.root / ".lock", timeout=0):
+            return _locked(session)
+    except Timeout:
+        raise ConfigError(
+            f"--out: another evaluation is writing to {str(folder.root)!r}; wait for it, or use another folder"
+        ) from None
+
+
+def _locked(session: Session) -> Evaluation:
+    options, folder, names = session.options, session.folder, session.benchmarks
+    info = _begin(session)
+    if options.retry_failed:
+        session.say(f"{forget_failed(folder, names, info.policies)} failed rows are run again")
+    answer_all(folder, names, info.policies, session.asking, session.workers, session.watch)
+    scorers = OpenScorers(names=names, allow_weak_sandbox=options.allow_weak_sandbox)
+    score_all(folder, names, info.policies, scorers, session.score_at_once, session.watch)
+    write_whole(folder.run, _json(info.model_copy(update={"ended_unix_s": time.time()})))
+    return finish(folder)
+
+
+def finish(folder: RunFolder) -> Evaluation:
+    """Build the result of a run from its lines and write it as JSON and HTML."""
+    evaluation = results.rebuild(folder.root)
+    write_whole(folder.evaluation, _json(evaluation))
+    report.write(evaluation, folder.report)
+    return evaluation
+
+
+def _begin(session: Session) -> RunInfo:
+    """Prepare the rows of a new run, or check that a run that goes on is the same one."""
+    folder, options = session.folder, session.options
+    if folder.run.exists():
+        if not options.resume:
+            raise ConfigError(f"--out: {str(folder.root)!r} holds a run; go on with it by --resume, or name another folder")
+        info = RunInfo.model_validate_json(folder.run.read_text(encoding="utf-8"))
+        _check_same(session, info)
+        session.say(f"going on with the run in {folder.root}")
+        return info
+    benchmarks = [_benchmark_info(session, name) for name in session.benchmarks]
+    info = _run_info(session, benchmarks)
+    write_whole(folder.run, _json(info))
+    return info
+
+
+def _benchmark_info(session: Session, name: str) -> BenchmarkInfo:
+    options = session.options
+    judge = judging(name, difficulty=options.difficulty, allow_weak_sandbox=options.allow_weak_sandbox)
+    prepared = prepare(session.folder, name, options)
+    session.say(f"{name}: {prepared.num_rows} rows" + (f", {prepared.num_bad} bad ones left out" if prepared.num_bad else ""))
+    return BenchmarkInfo(
+        name=name,
+        title=judge.title,
+        is_generated=judge.is_generated,
+        deviation=judge.deviation,
+        primary=judge.primary,
+        chance=judge.chance(tuple(session.folder.read_gold(name))),
+        sources=prepared.sources,
+        rows=prepared.num_rows,
+        bad_rows=prepared.num_bad,
+        duplicates=prepared.num_duplicates,
+        dropped=prepared.num_dropped,
+    )
+
+
+def _run_info(session: Session, benchmarks: Sequence[BenchmarkInfo]) -> RunInfo:
+    options = session.options
+    return RunInfo(
+        command=session.command,
+        options=options.model_dump(mode="json"),
+        dmoa_version=__version__,
+        code_revision=code_revision(),
+        pool=session.pool,
+        benchmarks=list(benchmarks),
+        policies=list(options.policies),
+        split=options.split,
+        limit=options.limit,
+        seed=options.seed,
+        limits=_limits(session.asking),
+        sampling=dict(session.asking.sampling),
+        gate_version=session.gate_version,
+        engines=session.engines,
+        isolation=_isolation(session),
+        machine=machine(),
+        versions={name: metadata.version(name) for name in _VERSIONS},
+        started_unix_s=time.time(),
+    )
+
+
+def _isolation(session: Session) -> str:
+    names = [name for name in session.benchmarks if judging(name).runs_programs]
+    if not names:
+        return ""
+    from dmoa import sandbox
+
+    return str(sandbox.level())
+
+
+def _limits(asking: Asking) -> dict[str, Any]:
+    limits = asking.limits
+    return {
+        "max_steps": limits.max_steps,
+        "max_agents": limits.max_agents,
+        "budget_tokens": limits.budget_tokens,
+        "deadline_s": limits.deadline_s,
+    }
+
+
+def _check_same(session: Session, before: RunInfo) -> None:
+    """Raise ConfigError naming what differs between a run and the call that goes on with it."""
+    now = _run_info(session, before.benchmarks)
+    pairs = {name: (getattr(before, name), getattr(now, name)) for name in _FIXED}
+    pairs["benchmarks"] = ([info.name for info in before.benchmarks], list(session.benchmarks))
+    pairs["pool"] = (before.pool.fingerprint, now.pool.fingerprint)
+    pairs["difficulty"] = (before.options.get("difficulty"), now.options.get("difficulty"))
+    different = [f"{name}: begun with {then}, now {here}" for name, (then, here) in pairs.items() if then != here]
+    if different:
+        raise ConfigError(
+            f"--resume: {'; '.join(different)}; repeat the settings of {str(session.folder.run)!r}, or begin in another folder"
+        )
+    if before.code_revision != now.code_revision:
+        session.say(
+            f"note: the run began with code {before.code_revision or 'unknown'}, this is {now.code_revision or 'unknown'}"
+        )
+
+
+def _json(record: RunInfo | Evaluation) -> str:
+    return record.model_dump_json(indent=2) + "\n"
