@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -105,15 +106,13 @@ def answer_all(
     watch: Watch,
 ) -> None:
     """Answer what has no answer yet. Raises DmoaError where the pipeline itself cannot go on; what was answered is kept."""
-    for benchmark in benchmarks:
-        for policy in policies:
-            mend(folder.answers(benchmark, policy))
-    items = pending_tasks(folder, benchmarks, policies)
-    if not items:
-        return
-    total = sum(len(str(item[1]).split()) for item in items)
-    per_shard = _shard_rows(len(items), len(policies), workers)
     with _writer(folder) as writer:
+        _mend_all(folder.answers, benchmarks, policies)
+        items = pending_tasks(folder, benchmarks, policies)
+        if not items:
+            return
+        total = sum(len(str(item[1]).split()) for item in items)
+        per_shard = _shard_rows(len(items), len(policies), workers)
         stage = (workers.open_answerer, asking, writer, workers.places, dict(workers.widths))
         dataset = stream(("task", "policies"), items, per_shard).map_batches(
             AnswerStage,
@@ -139,13 +138,11 @@ def score_all(
     watch: Watch,
 ) -> None:
     """Judge what has not been judged, `at_once` shards at a time. Raises DmoaError as `answer_all` does."""
-    for benchmark in benchmarks:
-        for policy in policies:
-            mend(folder.scores(benchmark, policy))
-    items = pending_scores(folder, benchmarks, policies)
-    if not items:
-        return
     with _writer(folder) as writer:
+        _mend_all(folder.scores, benchmarks, policies)
+        items = pending_scores(folder, benchmarks, policies)
+        if not items:
+            return
         dataset = stream(("answer", "label"), items, max(1, min(64, len(items) // (4 * at_once)))).map_batches(
             score_block,
             fn_kwargs={"open_scorers": open_scorers, "writer": writer},
@@ -174,6 +171,12 @@ def forget_failed(folder: RunFolder, benchmarks: Sequence[str], policies: Sequen
     return dropped
 
 
+def _mend_all(place: Callable[[str, str], Path], benchmarks: Sequence[str], policies: Sequence[str]) -> None:
+    for benchmark in benchmarks:
+        for policy in policies:
+            mend(place(benchmark, policy))
+
+
 def _shard_rows(num_tasks: int, num_policies: int, workers: Workers) -> int:
     """Rows of a shard: enough that the shards under way fill every place twice, few enough that workers share them."""
     fill = -(-2 * workers.places // (SHARDS_UNDER_WAY * num_policies))
@@ -183,10 +186,11 @@ def _shard_rows(num_tasks: int, num_policies: int, workers: Workers) -> int:
 
 @contextmanager
 def _writer(folder: RunFolder) -> Iterator[Any]:
-    """Run a writer on this node."""
+    """Run the run's only writer, on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     writer = ray.remote(RunWriter).options(num_cpus=0, scheduling_strategy=here).remote(str(folder.root))
     try:
+        ray.get(writer.ready.remote())
         yield writer
     finally:
         ray.kill(writer)

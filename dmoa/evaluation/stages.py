@@ -17,6 +17,7 @@ from threading import Thread
 from typing import Any
 
 import pyarrow as pa
+from filelock import FileLock
 
 from dmoa.evaluation.answering import Answerer, Asking, OpenAnswerer, answered, failed, query_of, split_policy
 from dmoa.evaluation.records import Answered, FileRecord, Label, Reply, Scored, Scorer, Task
@@ -25,6 +26,7 @@ from dmoa.evaluation.run_files import RunFolder, append
 OpenScorers = Callable[[], Mapping[str, Scorer]]
 """Builds the scorers by benchmark where they are to work; it pickles."""
 
+_LOCK_S = 60.0
 _KEEP_S = 0.5
 """How long scores may wait to be written together; judging text takes microseconds, a write milliseconds."""
 
@@ -33,7 +35,10 @@ class RunWriter:
     """An actor on the driver's node: appends the lines of a run and counts them for the progress bar."""
 
     def __init__(self, root: str) -> None:
+        """Take the run's write lock, waiting for the writer of a session that was killed a moment ago."""
         self._folder = RunFolder(Path(root))
+        self._lock = FileLock(self._folder.root / ".writing.lock")
+        self._lock.acquire(timeout=_LOCK_S)
         self._counts = {"rows": 0, "failed": 0, "tokens": 0}
         self._seen: set[bytes] = set()
 
@@ -47,6 +52,9 @@ class RunWriter:
     def write_scores(self, lines: list[str]) -> None:
         """Append scores; they are on disk when this returns."""
         self._append(list(filter(self._is_new, map(Scored.model_validate_json, lines))))
+
+    def ready(self) -> None:
+        """Return once this is the run's only writer."""
 
     def counts(self) -> dict[str, int]:
         """Return rows written, failed ones among them, and completion tokens."""
