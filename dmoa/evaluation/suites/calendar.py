@@ -1,0 +1,274 @@
+"""Days, dates and durations of the Gregorian calendar: kinds of `calendar`, and of parts of `chain`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from calendar import monthrange
+from dataclasses import dataclass
+from datetime import date
+from typing import Literal
+
+from dmoa.evaluation.suites.kinds import NUMBER_FORMAT, Kind, Latent, Question, Templates
+from dmoa.evaluation.suites.suite import Level, Suite
+
+Asked = Literal["after", "before", "between", "weekday-after", "duration", "weekday"]
+
+_FIRST_YEAR, _NUM_YEARS = 1800, 400
+"""Dates that questions start from; 400 years hold every pattern of leap years once."""
+_FIRST_DAY = date(_FIRST_YEAR, 1, 1).toordinal()
+_NUM_DAYS = 146_097
+_MAX_MONTH_DAYS = 31
+
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+DATE_FORMAT = "End with a line `Answer: ...`, a date as YYYY-MM-DD."
+_WEEKDAY_FORMAT = "End with a line `Answer: ...`, the name of a weekday."
+_FORMATS: dict[Asked, str] = {
+    "after": DATE_FORMAT,
+    "before": DATE_FORMAT,
+    "between": NUMBER_FORMAT,
+    "weekday-after": _WEEKDAY_FORMAT,
+    "duration": DATE_FORMAT,
+    "weekday": _WEEKDAY_FORMAT,
+}
+
+TEMPLATES: dict[Asked, Templates] = {
+    "after": Templates(
+        name="after",
+        open=(
+            "What date is {n} days after {first}?",
+            "Add {n} days to the date {first}.",
+            "Today is {first}. Which date is it in {n} days?",
+            "Starting from {first}, which date comes {n} days later?",
+        ),
+        validation=(
+            "Go {n} days forward from {first} and name the date.",
+            "A parcel sent on {first} takes {n} days. When is it there?",
+        ),
+        test=("Which date do you reach {n} days after {first}?", "It is {first} now. Name the date {n} days from now."),
+    ),
+    "before": Templates(
+        name="before",
+        open=(
+            "What date is {n} days before {last}?",
+            "Subtract {n} days from the date {last}.",
+            "Today is {last}. Which date was it {n} days ago?",
+            "Counting back from {last}, which date was {n} days earlier?",
+        ),
+        validation=(
+            "Go {n} days back from {last} and name the date.",
+            "A parcel came on {last} after {n} days. When was it sent?",
+        ),
+        test=("Which date lies {n} days before {last}?", "It is {last} now. Name the date {n} days back."),
+    ),
+    "between": Templates(
+        name="between",
+        open=(
+            "How many days is it from {first} to {last}?",
+            "How many days after {first} is {last}?",
+            "Count the days from {first} until {last}.",
+            "Today is {first}. In how many days is it {last}?",
+        ),
+        validation=(
+            "Give the number of days that pass from {first} to {last}.",
+            "How long is it in days from {first} to {last}?",
+        ),
+        test=("What is the difference in days of the dates {first} and {last}?", "How many days lie {first} and {last} apart?"),
+    ),
+    "weekday-after": Templates(
+        name="weekday-after",
+        open=(
+            "{first} is a {weekday}. Which weekday is it {n} days later?",
+            "If {first} is a {weekday}, what day of the week comes {n} days after it?",
+            "Today is {weekday}, {first}. Which day of the week is it in {n} days?",
+            "The date {first} falls on a {weekday}. Which weekday follows {n} days later?",
+        ),
+        validation=(
+            "Knowing that {first} is a {weekday}, name the weekday {n} days on.",
+            "A trip starts on {weekday}, {first}. Which weekday is it after {n} days?",
+        ),
+        test=(
+            "Given that {first} was a {weekday}, on which weekday are we {n} days later?",
+            "We meet on {weekday}, {first}, and again {n} days later. Which weekday is that?",
+        ),
+    ),
+    "duration": Templates(
+        name="duration",
+        open=(
+            "What date is {weeks} weeks and {days} days after {first}?",
+            "Add {weeks} weeks and {days} days to the date {first}.",
+            "Today is {first}. Which date is it in {weeks} weeks and {days} days?",
+            "A job starts on {first} and takes {weeks} weeks and {days} days. On which date is it done?",
+        ),
+        validation=(
+            "Go {weeks} weeks and {days} days forward from {first} and name the date.",
+            "Starting from {first}, which date do you reach in {weeks} weeks and {days} days?",
+        ),
+        test=(
+            "Name the date that comes {weeks} weeks and {days} days after {first}.",
+            "From {first}, wait {weeks} weeks and {days} days. Which date is it then?",
+        ),
+    ),
+    "weekday": Templates(
+        name="weekday",
+        open=(
+            "Which day of the week is {first}?",
+            "What weekday is the date {first}?",
+            "On which weekday does {first} fall?",
+            "Name the weekday of {first}.",
+        ),
+        validation=("Find the day of the week of {first}.", "The date is {first}. What weekday is it?"),
+        test=("Tell me on which day of the week {first} lies.", "Which weekday belongs to the date {first}?"),
+    ),
+}
+
+
+class Spans(ABC):
+    """Pairs of a first day (proleptic Gregorian ordinal, as `date.toordinal`) and a number of days after it."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Numbers that `span` takes."""
+
+    @property
+    @abstractmethod
+    def num_spans(self) -> int:
+        """Numbers that stand for a pair."""
+
+    @abstractmethod
+    def span(self, number: int) -> tuple[int, int] | None:
+        """Return first day and number of days; None where the number stands for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpTo(Spans):
+    """Any first day, and `min_days`..`max_days` after it."""
+
+    min_days: int = 1
+    max_days: int
+
+    @property
+    def size(self) -> int:
+        """Every number stands for a pair."""
+        return _NUM_DAYS * (self.max_days - self.min_days + 1)
+
+    @property
+    def num_spans(self) -> int:
+        """As `size`."""
+        return self.size
+
+    def span(self, number: int) -> tuple[int, int]:
+        """Return first day and number of days."""
+        days, first = divmod(number, _NUM_DAYS)
+        return _FIRST_DAY + first, self.min_days + days
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithinMonth(Spans):
+    """Two days of one month, at most `max_days` apart."""
+
+    max_days: int = _MAX_MONTH_DAYS
+
+    @property
+    def size(self) -> int:
+        """Months times pairs of days of the longest month."""
+        return 12 * _NUM_YEARS * _MAX_MONTH_DAYS**2
+
+    @property
+    def num_spans(self) -> int:
+        """Counted month by month."""
+        lengths = [monthrange(_FIRST_YEAR + month // 12, month % 12 + 1)[1] for month in range(12 * _NUM_YEARS)]
+        return sum(length - days for length in lengths for days in range(1, min(self.max_days, length - 1) + 1))
+
+    def span(self, number: int) -> tuple[int, int] | None:
+        """Return first day and number of days."""
+        number, first = divmod(number, _MAX_MONTH_DAYS)
+        month, days = divmod(number, _MAX_MONTH_DAYS)
+        year, month = _FIRST_YEAR + month // 12, month % 12 + 1
+        if not 1 <= days <= self.max_days or first + 1 + days > monthrange(year, month)[1]:
+            return None
+        return date(year, month, first + 1).toordinal(), days
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calendar(Kind):
+    """One question about a first day and a number of days after it (0 for `weekday`)."""
+
+    group: Asked
+    spans: Spans
+
+    @property
+    def size(self) -> int:
+        """That of the spans."""
+        return self.spans.size
+
+    @property
+    def num_tuples(self) -> int:
+        """That of the spans."""
+        return self.spans.num_spans
+
+    @property
+    def templates(self) -> Templates:
+        """Wordings of this kind."""
+        return TEMPLATES[self.group]
+
+    @property
+    def answer_format(self) -> str:
+        """A date, a weekday or a number."""
+        return _FORMATS[self.group]
+
+    def latent(self, number: int) -> Latent | None:
+        """Return the first day's ordinal and the number of days."""
+        return self.spans.span(number)
+
+    def root(self, latent: Latent) -> str:
+        """Return the two dates, whatever is asked about them."""
+        return f"days {latent[0]} {latent[1]}"
+
+    def ask(self, latent: Latent) -> Question:
+        """Return the dates and what is asked about them."""
+        first, last = date.fromordinal(latent[0]), date.fromordinal(latent[0] + latent[1])
+        fields: dict[str, object] = {"n": latent[1], "first": first.isoformat(), "last": last.isoformat()}
+        match self.group:
+            case "after":
+                return Question(fields, last.isoformat())
+            case "before":
+                return Question(fields, first.isoformat())
+            case "between":
+                return Question(fields, str(latent[1]))
+            case "duration":
+                weeks, days = divmod(latent[1], 7)
+                return Question({**fields, "weeks": weeks, "days": days}, last.isoformat())
+            case "weekday-after" | "weekday":
+                return Question({**fields, "weekday": WEEKDAYS[first.weekday()]}, WEEKDAYS[last.weekday()], len(WEEKDAYS))
+
+
+def _kinds(spans: Spans, *groups: Asked) -> tuple[Calendar, ...]:
+    return tuple(Calendar(group=group, spans=spans) for group in groups)
+
+
+CALENDAR = Suite(
+    name="calendar",
+    title="calendar (generated)",
+    summary="Days, dates and durations of the Gregorian calendar from 1800 on, leap years included.",
+    levels=(
+        Level(meaning="two days of one month", kinds=_kinds(WithinMonth(), "after", "between", "weekday-after")),
+        Level(
+            meaning="up to 60 days, across months",
+            kinds=(
+                *_kinds(UpTo(max_days=60), "after", "before", "between", "weekday-after"),
+                Calendar(group="duration", spans=UpTo(min_days=15, max_days=62)),
+            ),
+        ),
+        Level(
+            meaning="up to 4000 days, across years, and weekdays of dates",
+            kinds=(
+                *_kinds(UpTo(max_days=4000), "after", "before", "between", "weekday-after"),
+                Calendar(group="duration", spans=UpTo(min_days=15, max_days=4000)),
+                Calendar(group="weekday", spans=UpTo(min_days=0, max_days=0)),
+            ),
+        ),
+    ),
+)
+"""The suite `calendar`."""
