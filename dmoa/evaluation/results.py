@@ -6,108 +6,335 @@ The order of the lines does not matter: a run that was killed and went on gives 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import chain, combinations
+from pathlib import Path
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+import numpy as np
+from pydantic import ValidationError
 
-from dmoa.bench.measure import Machine
-from dmoa.evaluation.records import Split
-from dmoa.redaction import redact, redact_text
+from dmoa.errors import ConfigError
+from dmoa.evaluation.records import Answered, Scored
+from dmoa.evaluation.run_files import RunFolder
+from dmoa.evaluation.run_info import BenchmarkInfo, PoolInfo, ResultRecord, RunInfo
+from dmoa.evaluation.statistics import Method, compare, interval
+from dmoa.evaluation.tally import Answers, RowNumbers, Scores, mean
+from dmoa.explain import describe
 
-
-class _Record(BaseModel):
-    """Base of the records of a result: frozen, unknown keys refused, fields documented in place."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class BenchmarkInfo(_Record):
-    """One benchmark of a run: where its rows came from, and how its scores are to be read."""
-
-    name: str
-    title: str = ""
-    """What tables call it; empty: the name."""
-    is_generated: bool = False
-    """Whether a generator made the rows; every table says so."""
-    deviation: str = ""
-    """How the scoring differs from the benchmark's original protocol; empty where it does not. Every table says so."""
-    primary: str = "accuracy"
-    """What accuracy means here, such as `exact match`."""
-    chance: float | None = None
-    """Accuracy of answers dealt out at random, 0..1; None where unknown."""
-    sources: dict[str, str] = {}
-    """File -> SHA-256, or hub data set -> revision, or generator -> its parameters."""
-    rows: int = Field(ge=0)
-    """Rows that each policy is asked."""
-    bad_rows: int = 0
-    """Rows left out because they do not parse (`--skip-bad-rows`)."""
-    duplicates: int = 0
-    """Rows left out because an equal row of the same split came before."""
-    dropped: int = 0
-    """Rows taken out of the training side because another split has them."""
+__all__ = [
+    "BenchmarkInfo",
+    "Evaluation",
+    "EvaluationRow",
+    "FailedRow",
+    "GroupRow",
+    "PairedRow",
+    "PoolInfo",
+    "RoutingRow",
+    "RunInfo",
+    "build",
+    "read",
+    "rebuild",
+]
+Cell = tuple[str, str]
+"""Benchmark and policy."""
+R = TypeVar("R", RunInfo, "Evaluation")
+T = TypeVar("T", Answers, Scores)
 
 
-class PoolInfo(_Record):
-    """The agents of a run."""
+class EvaluationRow(ResultRecord):
+    """What one policy did on one benchmark."""
 
-    name: str
-    fingerprint: str
-    """SHA-256 of what makes the agents answer as they do; empty where it is not known, as behind a URL."""
-    config: dict[str, Any]
-    """The resolved configuration tree; secrets are taken out when this record is made."""
-
-    @field_validator("config")
-    @classmethod
-    def _without_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return dict(redact(value))
-
-
-class RunInfo(_Record):
-    """Everything needed to repeat a run: `run.json`, and `config` of the result."""
-
-    schema_version: Literal[1] = 1
-    command: str = ""
-    """The command line that repeats the run; secrets are taken out."""
-    options: dict[str, Any] = {}
-    """The options of the run as plain values; secrets are taken out."""
-    dmoa_version: str
-    code_revision: str = ""
-    """Commit of the code, `+changes` where files differ from it; empty outside a checkout."""
-    pool: PoolInfo
-    benchmarks: list[BenchmarkInfo]
-    policies: list[str]
-    split: Split = "test"
-    limit: int | None = None
-    """Rows asked for per benchmark, a seeded sample; None: all."""
+    benchmark: str
+    policy: str
+    n: int
+    """Rows judged, failed and unscored ones included; rows still to be answered or judged are in `missing`."""
+    correct: int
+    """Rows with a score of 1."""
+    unscored: int
+    """Rows whose reply could not be judged; worth 0 in accuracy. Failed rows are not among them."""
+    failed: int
+    """Rows whose query failed; worth 0 in accuracy."""
+    accuracy: float
+    """Mean score over n, 0..1; what it is the mean of is the benchmark's `primary`."""
+    low: float
+    """Lower end of the 95 % interval of accuracy."""
+    high: float
+    """Upper end of the 95 % interval of accuracy."""
+    interval: Method
+    """`wilson` for scores of 0 and 1, `bootstrap` (percentile) where any is a fraction."""
+    prompt_tokens: int
+    """All agents and the summarizer, as in the other counts."""
+    cached_tokens: int
+    """Part of prompt_tokens that an engine did not compute again."""
+    completion_tokens: int
+    summarizer_tokens: int
+    """Part of prompt_tokens and completion_tokens that the summarizer took."""
+    memoised_tokens: int
+    """Part of prompt_tokens and completion_tokens that came from the call cache: counted as if run."""
+    tokens_per_correct: float | None
+    """Prompt and completion tokens per point of score; None without any point."""
+    steps_mean: float | None
+    """Steps per answered row; None without any."""
+    active_mean: float | None
+    """Agents per step; None without any."""
+    wall_s: float
+    """Sum of the queries' own wall times; they ran side by side, so it exceeds the time of the run."""
     seed: int
-    """Seed of samples, suites and replies."""
-    limits: dict[str, Any] = {}
-    """Budgets of a query, such as max_steps, max_agents, budget_tokens, deadline_s."""
-    sampling: dict[str, Any] = {}
-    """Sampling fields of every query, such as max_tokens."""
-    gate_version: str | None = None
-    """Gate that the run began with; None for policies without one."""
-    engines: list[str] = []
-    """Engines and their options that may change numbers, such as `transformers/float32`."""
-    isolation: str = ""
-    """How programs were contained while they were scored; empty where none ran."""
-    machine: Machine
-    versions: dict[str, str] = {}
-    """Package -> version, beyond those of `machine`."""
-    started_unix_s: float
-    ended_unix_s: float | None = None
-    """End of the last session; None while none has ended."""
+    metrics: dict[str, float]
+    """Secondary measure -> mean over n."""
+    entropy_nats: float | None
+    """Mean over rows of the entropy of the last step's agents, nats per token; None where no engine gave any."""
+    degraded: int
+    """Answered rows in which an agent was lost."""
+    missing: int
+    """Rows of the run that have no answer, or no judged one, yet."""
+    stop_reasons: dict[str, int]
+    """Why queries ended -> answered rows."""
+    steps_histogram: dict[int, int]
+    """Number of steps -> answered rows."""
+    gate_versions: list[str]
+    """Gate versions that answered; more than one where a gate was installed meanwhile."""
+    is_generated: bool
+    """Whether a generator made the rows."""
+    chance: float | None
+    """Accuracy of answers dealt out at random; None where unknown."""
+    deviation: str
+    """How the scoring differs from the benchmark's original protocol; empty where it does not."""
 
-    @field_validator("options", "limits", "sampling")
-    @classmethod
-    def _without_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return dict(redact(value))
 
-    @field_validator("command")
-    @classmethod
-    def _command_without_secrets(cls, value: str) -> str:
-        return redact_text(value)
+class PairedRow(ResultRecord):
+    """Two policies compared on the rows that both were judged on, failed and unscored ones as 0."""
 
-    def benchmark(self, name: str) -> BenchmarkInfo:
-        """Return one benchmark of the run. Raises KeyError for a name that it does not have."""
-        return {info.name: info for info in self.benchmarks}[name]
+    benchmark: str
+    a: str
+    """Policy."""
+    b: str
+    """Policy."""
+    n: int
+    """Rows compared."""
+    difference: float
+    """Accuracy of a minus accuracy of b on these rows."""
+    low: float
+    """Lower end of the 95 % interval of the difference."""
+    high: float
+    """Upper end of the 95 % interval of the difference."""
+    p: float
+    """Two-sided, not corrected for the number of comparisons."""
+    test: str
+    """What gave p and the interval."""
+
+
+class GroupRow(ResultRecord):
+    """What one policy did on one group of a benchmark's rows: a subject, a library, a template."""
+
+    benchmark: str
+    policy: str
+    group: str
+    n: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+    interval: Method
+
+
+class RoutingRow(ResultRecord):
+    """How often an agent was active in one step of one policy on one benchmark."""
+
+    benchmark: str
+    policy: str
+    step: int
+    """Counts from 0."""
+    agent: str
+    count: int
+    """Answered rows in whose step the agent's contribution counted."""
+
+
+class FailedRow(ResultRecord):
+    """A row whose query failed."""
+
+    benchmark: str
+    policy: str
+    row_id: str
+    error: str
+
+
+class Evaluation(ResultRecord):
+    """The file `evaluation.json`: what was run, and how it went."""
+
+    config: RunInfo
+    rows: list[EvaluationRow]
+    """By benchmark, then policy, in the order of the run."""
+    paired: list[PairedRow]
+    groups: list[GroupRow]
+    """Of benchmarks with at least two groups."""
+    routing: list[RoutingRow]
+    failures: list[FailedRow]
+    """The first 50 of each benchmark and policy, by row id; their number is in `rows`."""
+
+
+def build(run: RunInfo, answered: Iterable[Answered], scored: Iterable[Scored]) -> Evaluation:
+    """Make the result of a run from its lines, in one pass over each, keeping a few numbers per row.
+
+    Raises:
+        ConfigError: a line's benchmark or policy is none of the run's, or a row is there twice for a policy.
+    """
+    numbers = RowNumbers()
+    answers = {cell: Answers() for cell in _cells(run)}
+    scores = {cell: Scores() for cell in _cells(run)}
+    for answer in answered:
+        _of_line(answers, answer).add(numbers.of(answer.row_id), answer)
+    for score in scored:
+        _of_line(scores, score).add(numbers.of(score.row_id), score)
+    infos = {info.name: info for info in run.benchmarks}
+    return Evaluation(
+        config=run,
+        rows=[_row(run, infos[cell[0]], cell[1], answers[cell], scores[cell]) for cell in _cells(run)],
+        paired=[row for info in run.benchmarks for row in _paired(info.name, run.policies, scores)],
+        groups=[row for info in run.benchmarks for row in _groups(info.name, run.policies, scores)],
+        routing=[
+            RoutingRow(benchmark=cell[0], policy=cell[1], step=step, agent=agent, count=count)
+            for cell in _cells(run)
+            for (step, agent), count in sorted(answers[cell].routing.items())
+        ],
+        failures=[
+            FailedRow(benchmark=cell[0], policy=cell[1], row_id=row_id, error=error)
+            for cell in _cells(run)
+            for row_id, error in answers[cell].first_failures()
+        ],
+    )
+
+
+def rebuild(folder: Path) -> Evaluation:
+    """Make the result of a run from its folder, finished or not; the torn last line of a killed run is passed over.
+
+    Raises:
+        ConfigError: the folder holds no run, or a damaged one.
+    """
+    paths = RunFolder(folder)
+    run = _read_record(paths.run, RunInfo)
+    cells = list(_cells(run))
+    return build(
+        run,
+        chain.from_iterable(paths.read_answers(*cell) for cell in cells),
+        chain.from_iterable(paths.read_scores(*cell) for cell in cells),
+    )
+
+
+def read(folder: Path) -> Evaluation:
+    """Return the result of a run: `evaluation.json` where there is one, else made from its lines. Raises as `rebuild` does."""
+    paths = RunFolder(folder)
+    if paths.evaluation.exists():
+        return _read_record(paths.evaluation, Evaluation)
+    if paths.run.exists():
+        return rebuild(folder)
+    raise ConfigError(
+        f"DIR: {str(folder)!r} holds no run: neither {paths.evaluation.name} nor {paths.run.name} is there; "
+        "name the folder that `dmoa evaluate --out` wrote"
+    )
+
+
+def _read_record(path: Path, kind: type[R]) -> R:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; name the folder that `dmoa evaluate --out` wrote") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error, kind)}") from error
+
+
+def _cells(run: RunInfo) -> Iterator[Cell]:
+    return ((info.name, policy) for info in run.benchmarks for policy in run.policies)
+
+
+def _of_line(parts: dict[Cell, T], line: Answered | Scored) -> T:
+    try:
+        return parts[line.benchmark, line.policy]
+    except KeyError:
+        raise ConfigError(
+            f"row {line.row_id!r}: benchmark {line.benchmark!r} with policy {line.policy!r} is no part of this run; allowed: "
+            f"{', '.join(f'{benchmark} with {policy}' for benchmark, policy in parts)}; run.json and the lines must be of one run"
+        ) from None
+
+
+def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: Answers, scores: Scores) -> EvaluationRow:
+    values = np.fromiter(scores.values.values(), dtype=np.float64)
+    n = len(values)
+    found = interval(values)
+    tokens, points = answers.prompt_tokens + answers.completion_tokens, found.value * n
+    return EvaluationRow(
+        benchmark=info.name,
+        policy=policy,
+        n=n,
+        correct=int(np.sum(values == 1.0)),
+        unscored=scores.unscored,
+        failed=scores.failed,
+        accuracy=found.value,
+        low=found.low,
+        high=found.high,
+        interval=found.method,
+        prompt_tokens=answers.prompt_tokens,
+        cached_tokens=answers.cached_tokens,
+        completion_tokens=answers.completion_tokens,
+        summarizer_tokens=answers.summarizer_tokens,
+        memoised_tokens=answers.memoised_tokens,
+        tokens_per_correct=tokens / points if points else None,
+        steps_mean=answers.steps / answers.ok if answers.ok else None,
+        active_mean=answers.active / answers.steps if answers.steps else None,
+        wall_s=(mean(answers.wall_ms, 1) or 0.0) / 1e3,
+        seed=run.seed,
+        metrics={name: mean(figures, n) or 0.0 for name, figures in sorted(scores.metrics.items())},
+        entropy_nats=mean(answers.entropy_nats),
+        degraded=answers.degraded,
+        missing=max(0, info.rows - min(n, len(answers.seen))),
+        stop_reasons=dict(sorted(answers.stop_reasons.items())),
+        steps_histogram=dict(sorted(answers.steps_histogram.items())),
+        gate_versions=sorted(answers.gate_versions),
+        is_generated=info.is_generated,
+        chance=info.chance,
+        deviation=info.deviation,
+    )
+
+
+def _paired(benchmark: str, policies: list[str], scores: dict[Cell, Scores]) -> Iterator[PairedRow]:
+    for a, b in combinations(policies, 2):
+        of_a, of_b = scores[benchmark, a].values, scores[benchmark, b].values
+        rows = [row for row in of_a if row in of_b]
+        found = compare([of_a[row] for row in rows], [of_b[row] for row in rows])
+        yield PairedRow(
+            benchmark=benchmark,
+            a=a,
+            b=b,
+            n=found.n,
+            difference=found.difference,
+            low=found.low,
+            high=found.high,
+            p=found.p,
+            test=found.test,
+        )
+
+
+def _groups(benchmark: str, policies: list[str], scores: dict[Cell, Scores]) -> Iterator[GroupRow]:
+    by_group: dict[str, dict[str, array[float]]] = defaultdict(dict)
+    for policy in policies:
+        for group, values in scores[benchmark, policy].groups.items():
+            by_group[group][policy] = values
+    if len(by_group) < 2:
+        return
+    for group, by_policy in sorted(by_group.items()):
+        for policy, values in by_policy.items():
+            found = interval(values)
+            yield GroupRow(
+                benchmark=benchmark,
+                policy=policy,
+                group=group,
+                n=len(values),
+                correct=sum(value == 1.0 for value in values),
+                accuracy=found.value,
+                low=found.low,
+                high=found.high,
+                interval=found.method,
+            )
