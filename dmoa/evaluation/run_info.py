@@ -1,0 +1,105 @@
+"""What a run was: everything needed to repeat it, kept as `run.json` and as `config` of its result."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from dmoa.bench.measure import Machine
+from dmoa.evaluation.records import Split
+from dmoa.redaction import redact, redact_text
+
+
+class ResultRecord(BaseModel):
+    """Base of the records of a result: frozen, unknown keys refused, fields documented in place."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BenchmarkInfo(ResultRecord):
+    """One benchmark of a run: where its rows came from, and how its scores are to be read."""
+
+    name: str
+    title: str = ""
+    """What tables call it; empty: the name."""
+    is_generated: bool = False
+    """Whether a generator made the rows; every table says so."""
+    deviation: str = ""
+    """How the scoring differs from the benchmark's original protocol; empty where it does not. Every table says so."""
+    primary: str = "accuracy"
+    """What accuracy means here, such as `exact match`."""
+    chance: float | None = None
+    """Accuracy of answers dealt out at random, 0..1; None where unknown."""
+    sources: dict[str, str] = {}
+    """File -> SHA-256, or hub data set -> revision, or generator -> its parameters."""
+    rows: int = Field(ge=0)
+    """Rows that each policy is asked."""
+    bad_rows: int = 0
+    """Rows left out because they do not parse (`--skip-bad-rows`)."""
+    duplicates: int = 0
+    """Rows left out because an equal row of the same split came before."""
+    dropped: int = 0
+    """Rows taken out of the training side because another split has them."""
+
+
+class PoolInfo(ResultRecord):
+    """The agents of a run."""
+
+    name: str
+    fingerprint: str
+    """SHA-256 of what makes the agents answer as they do; empty where it is not known, as behind a URL."""
+    config: dict[str, Any]
+    """The resolved configuration tree; secrets are taken out when this record is made."""
+
+    @field_validator("config")
+    @classmethod
+    def _without_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return dict(redact(value))
+
+
+class RunInfo(ResultRecord):
+    """Everything needed to repeat a run: `run.json`, and `config` of the result."""
+
+    schema_version: Literal[1] = 1
+    command: str = ""
+    """The command line that repeats the run; secrets are taken out."""
+    options: dict[str, Any] = {}
+    """The options of the run as plain values; secrets are taken out."""
+    dmoa_version: str
+    code_revision: str = ""
+    """Commit of the code, `+changes` where files differ from it; empty outside a checkout."""
+    pool: PoolInfo
+    benchmarks: list[BenchmarkInfo]
+    policies: list[str]
+    split: Split = "test"
+    limit: int | None = None
+    """Rows asked for per benchmark, a seeded sample; None: all."""
+    seed: int
+    """Seed of samples, suites and replies."""
+    limits: dict[str, Any] = {}
+    """Budgets of a query, such as max_steps, max_agents, budget_tokens, deadline_s."""
+    sampling: dict[str, Any] = {}
+    """Sampling fields of every query, such as max_tokens."""
+    gate_version: str | None = None
+    """Gate that the run began with; None for policies without one."""
+    engines: list[str] = []
+    """Engines and their options that may change numbers, such as `transformers/float32`."""
+    isolation: str = ""
+    """How programs were contained while they were scored; empty where none ran."""
+    machine: Machine
+    versions: dict[str, str] = {}
+    """Package -> version, beyond those of `machine`."""
+    started_unix_s: float
+    ended_unix_s: float | None = None
+    """End of the last session; None while none has ended."""
+
+    @field_validator("options", "limits", "sampling")
+    @classmethod
+    def _without_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return dict(redact(value))
+
+    @field_validator("command")
+    @classmethod
+    def _command_without_secrets(cls, value: str) -> str:
+        return redact_text(value)
