@@ -78,3 +78,7 @@ class RoutingError(DmoaError, RuntimeError):
 
 class TraceError(DmoaError, ValueError):
     """A trace is damaged or does not belong to this pool or gate."""
+
+
+class SandboxError(DmoaError, RuntimeError):
+    """This host cannot contain a program as asked; nothing was run."""

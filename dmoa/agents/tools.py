@@ -1,4 +1,4 @@
-"""Tools that an agent may use in the middle of a reply: a calculator, and search over a local corpus.
+"""Tools that an agent may use in the middle of a reply: a calculator, search over a local corpus, and Python.
 
 A model calls a tool by writing `<calculator>12*7</calculator>`. The closing tag is a stop string, so generation ends
 there; the agent runs the tool, appends the result and lets the model go on. Tools never raise: what went wrong is their
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from simpleeval import InvalidExpression, SimpleEval
 
+from dmoa.agents.python_tool import PythonTool
 from dmoa.errors import ConfigError
 
 MAX_EXPRESSION_CHARS = 400
@@ -151,13 +152,17 @@ class Bm25Corpus:
         return words
 
 
-_BUILTIN = (Calculator, Search)
+_BUILTIN = (Calculator, Search, PythonTool)
 _TAG = re.compile(f"</?(?:{'|'.join(tool.name for tool in _BUILTIN)})>")
 
 
 def default_tools(corpus: str | Path | None = None) -> dict[str, Tool]:
     """Return every tool by name; `corpus` is a JSON Lines file for search. Raises ConfigError for a bad corpus."""
-    tools: tuple[Tool, ...] = (Calculator(), Search(Bm25Corpus.load(corpus) if corpus is not None else None))
+    tools: tuple[Tool, ...] = (
+        Calculator(),
+        Search(Bm25Corpus.load(corpus) if corpus is not None else None),
+        PythonTool(),
+    )
     return {tool.name: tool for tool in tools}
 
 

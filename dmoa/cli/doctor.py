@@ -59,6 +59,7 @@ def examine(config: Config, version_of: Callable[[str], str | None] | None = Non
     yield from _versions(installed)
     yield _engines(installed)
     yield from _compute()
+    yield _sandbox()
     yield _token_mode(os.environ.get("RAY_AUTH_MODE", ""))
     yield port_check(config.server.host, config.server.port)
     yield from _models()
@@ -116,6 +117,17 @@ def _compute() -> Iterator[Check]:
         yield Check(name="threads", status="warn", detail=f"{detail}; set OMP_NUM_THREADS to {cores} or less")
     else:
         yield Check(name="threads", status="ok", detail=detail)
+
+
+def _sandbox() -> Check:
+    """Say how programs that models wrote are contained here, tried out with one."""
+    from dmoa import sandbox
+
+    found = sandbox.probe()
+    if found.level in sandbox.TRUSTED_LEVELS:
+        return Check(name="sandbox", status="ok", detail=f"{found.level}: {found.detail}")
+    detail = f"{found.level}: {found.detail}; the `python` tool and the benchmarks that run code refuse"
+    return Check(name="sandbox", status="warn", detail=detail)
 
 
 def _token_mode(mode: str) -> Check:

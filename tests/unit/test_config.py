@@ -123,7 +123,7 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"agents__1__name": "summarizer"}, ("agents.1.name: 'summarizer' is taken by", "choose another")),
     ({"agents__1__llm": "huge"}, ("agents.1.llm: 'huge' is not defined", "allowed: tiny", "add it under llms or fix the name")),
     ({"agents__1__profile": ""}, ("agents.1.profile: value seen: ''", "at least 1 character")),
-    ({"agents__1__tools": ["hammer"]}, ("agents.1.tools.0: value seen: 'hammer'", "'calculator' or 'search'")),
+    ({"agents__1__tools": ["hammer"]}, ("agents.1.tools.0: value seen: 'hammer'", "'calculator', 'search' or 'python'")),
     ({"agents__1__adapter": "arithmetic"}, ("agents.1.adapter: value seen: 'arithmetic'", "allowed are builtin:NAME")),
     ({"agents__1__sampling": {"temperature": 2.5}}, ("agents.1.sampling.temperature: value seen: 2.5", "less than or")),
     ({"agents__1__sampling": {"top_p": 0}}, ("agents.1.sampling.top_p: value seen: 0", "greater than 0")),

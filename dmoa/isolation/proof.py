@@ -1,0 +1,190 @@
+"""Runs inside the sandbox when a program is judged by a checker: the parent learns that the checker ended, or nothing.
+
+Standard library only, sent like `warden`. Candidate and checker share one interpreter, as in the original harnesses, so
+an exit status proves nothing. The parent expects a random token on a pipe, and the token is written in one place: where
+control comes back from the checker's own code. Until then it exists only as an argument already pushed for that call: no
+variable, no object that the garbage collector lists, no file. Against a candidate that goes looking or tampers:
+
+- the checker is compiled before the candidate runs, and gets a copy of its names and fresh builtins;
+- an audit hook, which cannot be removed, refuses the candidate frames, tracing, `gc` listings, `ctypes` and forged code
+  objects; libraries keep them;
+- functions and classes of the modules that the checker imports, and the builtins, must be the same objects before the
+  checker as before the candidate, and again at its end.
+
+What remains: reading raw memory through a library (numpy strides), frames got from a signal handler, a patch that takes
+itself back before the checker ends, results whose `__eq__` says yes to everything (the original harnesses accept them).
+"""
+
+from __future__ import annotations
+
+import _thread
+import builtins
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+CANDIDATE, CHECKER = "<candidate>", "<checker>"
+_FRAME_EVENTS = frozenset(
+    {
+        "sys._getframe",
+        "sys._getframemodulename",
+        "sys._current_frames",
+        "sys._current_exceptions",
+        "gc.get_objects",
+        "gc.get_referrers",
+        "gc.get_referents",
+        "code.__new__",
+        "marshal.loads",
+        "ctypes.dlopen",
+        "ctypes.dlsym",
+        "ctypes.dlsym/handle",
+        "ctypes.addressof",
+        "ctypes.cdata",
+        "ctypes.cdata/buffer",
+        "ctypes.call_function",
+        "ctypes.string_at",
+        "ctypes.wstring_at",
+        "ctypes.PyObj_FromPtr",
+    }
+)
+_NEVER = frozenset({"sys.settrace", "sys.setprofile", "sys.monitoring.register_callback"})
+_FRAME_NAMES = frozenset({"tb_frame", "gi_frame", "cr_frame", "ag_frame"})
+_PASS_ON = ("/inspect.py", "/traceback.py", "/ctypes/__init__.py", "/ctypes/util.py")
+"""Modules that hand frames and memory to whoever calls them."""
+
+
+class TamperedError(Exception):
+    """The candidate changed what the checker relies on."""
+
+
+def run_checked(job: dict[str, Any]) -> NoReturn:
+    """Run candidate, then checker; write the token only if both ended without an exception. Never returns."""
+    leave, token_fd, claim_fd = os._exit, job["token_fd"], job["claim_fd"]
+    sources = {CANDIDATE: job["source"], CHECKER: job["checker"]}
+    try:
+        _claim(os.write, claim_fd, os.read(token_fd, 64), _judge(job))
+        status = 0
+    except BaseException as error:
+        status = 1
+        _explain(error, sources)
+    for stream in (sys.__stdout__, sys.__stderr__):
+        try:
+            if stream is not None:
+                stream.flush()
+        except BaseException:  # noqa: S112 the candidate may have closed it
+            continue
+    leave(status)
+
+
+def _claim(write: Callable[[int, bytes], int], fd: int, token: bytes, _is_judged: bool) -> None:
+    write(fd, token)
+
+
+def _judge(job: dict[str, Any]) -> bool:
+    """Run both codes; return if nothing was raised and nothing tampered with."""
+    candidate = compile(job["source"], CANDIDATE, "exec", dont_inherit=True)
+    checker = compile(job["checker"], CHECKER, "exec", dont_inherit=True)
+    for name in job["preload"]:
+        try:
+            __import__(name)
+        except ImportError:
+            continue  # the checker will fail on it where it needs it, with its own message
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    fresh = dict(vars(builtins))
+    parts = _parts(job["preload"])
+    before = _fingerprint(parts)
+    _add_guard(tuple(job["trusted"]))
+    exec(candidate, module.__dict__)  # noqa: S102 what we are for
+    _compare(before, _fingerprint(parts))
+    names = {**module.__dict__, "__builtins__": dict(fresh)}
+    exec(checker, names)  # noqa: S102 what we are for
+    _compare(before, _fingerprint(parts))
+    _compare(fresh, names["__builtins__"])
+    return True
+
+
+def _parts(preload: list[str]) -> dict[str, types.ModuleType]:
+    """Return the modules whose functions must not change: builtins, and the checker's modules with their test helpers."""
+    names = {"builtins", "math", "operator", "unittest.case", "copy", "random"}
+    for name in preload:
+        top = name.partition(".")[0]
+        names.update(
+            {name, top, f"{top}.testing", f"{top}._testing", f"{top}.testing._private.utils", f"{top}._testing.asserters"}
+        )
+    return {name: found for name in sorted(names) if isinstance(found := sys.modules.get(name), types.ModuleType)}
+
+
+def _fingerprint(parts: dict[str, types.ModuleType]) -> dict[str, object]:
+    """Return every function and class of the modules, and every function of those classes, by its dotted name."""
+    kinds = (types.FunctionType, types.BuiltinFunctionType, type)
+    inner = (*kinds, types.MethodDescriptorType, types.WrapperDescriptorType, staticmethod, classmethod, property)
+    found: dict[str, object] = {}
+    for name, module in parts.items():
+        for key, value in list(vars(module).items()):
+            if not isinstance(value, kinds):
+                continue
+            found[f"{name}.{key}"] = value
+            if isinstance(value, types.FunctionType):
+                found[f"{name}.{key}()"] = value.__code__
+            elif isinstance(value, type):
+                found.update({f"{name}.{key}.{k}": v for k, v in list(vars(value).items()) if isinstance(v, inner)})
+    return found
+
+
+def _compare(before: dict[str, object], after: dict[str, object]) -> None:
+    for name, value in before.items():
+        if after.get(name) is not value:
+            raise TamperedError(f"{name} was replaced")
+
+
+def _add_guard(trusted: tuple[str, ...]) -> None:
+    """Refuse the candidate's code what would lead it to the checker's frames; library code may go on."""
+    getframe, ident = sys._getframe, _thread.get_ident
+    watched = _FRAME_EVENTS | {"object.__getattr__", "compile"}
+    inside: set[int] = set()
+
+    def is_trusted(name: str) -> bool:
+        return name.startswith(trusted) or name.startswith("<frozen ") or name == CHECKER
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _NEVER:
+            raise PermissionError(f"the sandbox refuses {event} beside a checker")
+        if event not in watched or ident() in inside:
+            return
+        if event == "object.__getattr__" and arguments[1] not in _FRAME_NAMES:
+            return
+        inside.add(ident())
+        try:
+            frame = getframe(1)
+            while frame.f_back is not None and frame.f_code.co_filename.endswith(_PASS_ON):
+                frame = frame.f_back
+                if frame.f_code.co_filename.endswith("/traceback.py"):
+                    return  # printing a traceback, not handing out its frames
+            name = frame.f_code.co_filename
+        finally:
+            inside.discard(ident())
+        if is_trusted(name):
+            return
+        if event == "compile" and not (isinstance(arguments[1], str) and is_trusted(arguments[1])):
+            return
+        raise PermissionError(f"the sandbox refuses {event} to a program beside its checker")
+
+    sys.addaudithook(hook)
+
+
+def _explain(error: BaseException, sources: dict[str, str]) -> None:
+    import traceback
+
+    lines = {name: source.splitlines() for name, source in sources.items()}
+    try:
+        trace = traceback.extract_tb(error.__traceback__)
+        for entry in trace:
+            if entry.filename in lines:
+                line = (lines[entry.filename][(entry.lineno or 1) - 1 :] or [""])[0].strip()
+                print(f"{entry.filename}, line {entry.lineno}, in {entry.name}: {line}", file=sys.__stderr__)
+        print(f"{type(error).__name__}: {error}", file=sys.__stderr__)
+    except BaseException:
+        os.write(2, b"the error cannot be shown\n")
