@@ -1,0 +1,133 @@
+"""DS-1000: pass@1 by execution, as the original harness does: `test_execution(solution)`, and `test_string` where defined.
+
+The solution is the last fenced block that says it is Python, else the last block, else what stands in <code> or after
+BEGIN SOLUTION, else the reply itself where it looks like code; without code a reply is unscored. Where the prompt ends
+inside a function, code that is not indented is. A row whose library is missing, or whose reference fails here too, says
+nothing about a candidate and is unscored; the reference is run only after a candidate failed. Source: Lai et al. 2023,
+`test_ds1000.py` of the simplified release.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+
+from dmoa.evaluation.records import Label, Reply, Score
+from dmoa.evaluation.scorers.entry import VALUE, ScorerEntry, chance_of, gold_of, unscored
+from dmoa.evaluation.scorers.programs import MAX_CHARS, Verdict, bare_code, indented, judge, python_block
+from dmoa.sandbox import SandboxLimits
+
+LIMITS = SandboxLimits(wall_s=60.0, cpu_s=60, memory_bytes=4 << 30)
+_MAX_REFERENCES = 2_000
+_PACKAGES = {
+    "Pandas": "pandas",
+    "Numpy": "numpy",
+    "Matplotlib": "matplotlib",
+    "Sklearn": "scikit-learn",
+    "Scipy": "scipy",
+    "Pytorch": "torch",
+    "Tensorflow": "tensorflow",
+}
+_CODE_TAG = re.compile(r"<code>(.*?)(?:</code>|\Z)", re.DOTALL)
+_BEGIN = re.compile(r"^[ \t]*#*[ \t]*(?:BEGIN SOLUTION|SOLUTION START)[ \t]*\n", re.MULTILINE)
+_END = re.compile(r"^[ \t]*#*[ \t]*(?:END SOLUTION|SOLUTION END)\b.*|</code>.*", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(slots=True)
+class _References:
+    """What came of the reference solutions, in this process; the oldest is forgotten first."""
+
+    verdicts: OrderedDict[tuple[str, str], Verdict] = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def judge(self, context: str, reference: str, *, allow_weak: bool) -> Verdict:
+        key = (context, reference)
+        with self.lock:
+            known = self.verdicts.get(key)
+        if known is None:
+            known = _judge(context, reference, allow_weak=allow_weak)
+            if known.is_judged:
+                with self.lock:
+                    self.verdicts[key] = known
+                    if len(self.verdicts) > _MAX_REFERENCES:
+                        self.verdicts.popitem(last=False)
+        return known
+
+
+def read_solution(text: str, prompt: str) -> str | None:
+    """Return the code of a reply, indented as the end of the prompt is; None where it has none. Never raises."""
+    text = text[:MAX_CHARS]
+    code = python_block(text)
+    if code is None:
+        tagged = _CODE_TAG.findall(text)
+        begun = _BEGIN.split(text)
+        code = tagged[-1] if tagged else begun[-1] if len(begun) > 1 else bare_code(text)
+        code = _END.sub("", code) if code is not None else None
+    if code is None or not code.strip():
+        return None
+    last_line = prompt.rstrip().rpartition("\n")[2]
+    width = len(last_line) - len(last_line.lstrip(" "))
+    return indented(code, width) if width else code
+
+
+def installed_version(library: str) -> str | None:
+    """Return the installed version of a row's library; None where it is not installed."""
+    return _version(_PACKAGES.get(library, library.lower()))
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
+    """Return the scoring of DS-1000, whose gold has `code_context`, `reference_code`, `library` and `prompt`."""
+    references = _References()
+
+    def score(label: Label, reply: Reply) -> Score:
+        context, reference, library, prompt = gold_of(label, "code_context", "reference_code", "library", "prompt")
+        solution = read_solution(reply.text, prompt)
+        if solution is None:
+            return unscored("no code found")
+        version = installed_version(library)
+        if version is None:
+            return unscored(f"{library} is not installed; its rows cannot be judged")
+        verdict = _judge(context, solution, allow_weak=allow_weak_sandbox)
+        if not verdict.is_judged:
+            return unscored(verdict.reason)
+        if not verdict.passed:
+            known = references.judge(context, reference, allow_weak=allow_weak_sandbox)
+            if not known.is_judged:
+                return unscored(known.reason)
+            if not known.passed:
+                return unscored(f"the reference fails with {library} {version}: {known.reason}")
+        return Score(value=float(verdict.passed), extracted=solution, reason=verdict.reason)
+
+    return ScorerEntry(
+        score=score,
+        gold_replies=lambda label: {VALUE: f"```python\n{gold_of(label, 'reference_code')[0]}\n```"},
+        primary="pass@1",
+        chance=lambda labels: chance_of([_key(label) for label in labels]),
+        answer_key=_key,
+        deviation=f"installed library versions in place of the pinned ones; {LIMITS.wall_s:.0f} s a problem in place of 120 s",
+        runs_programs=True,
+    )
+
+
+def _judge(context: str, solution: str, *, allow_weak: bool) -> Verdict:
+    checks = f"test_execution({solution!r})\n"
+    if "def test_string(" in context:
+        checks += f"test_string({solution!r})\n"
+    return judge("", f"{context}\n\n{checks}", LIMITS, allow_weak=allow_weak)
+
+
+def _key(label: Label) -> Hashable:
+    return gold_of(label, "reference_code")

@@ -1,0 +1,121 @@
+"""Programs in replies, and their judgement in the sandbox: shared by HumanEval and DS-1000. Source: ours.
+
+Code is found by its shape alone: nothing of a reply is parsed or run in this process.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from dmoa import sandbox
+from dmoa.errors import SandboxError
+from dmoa.evaluation.scorers.statements import is_refusal
+from dmoa.sandbox import SandboxLimits
+
+MAX_CHARS = 200_000
+"""Characters at the beginning of a reply that are searched for code."""
+
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_CODE_LINE = re.compile(
+    r"(?:(?:import [\w.]+|from [\w.]+ import\b|(?:async )?def \w+\s*\(|class \w+\s*[(:]|@\w|return\b|assert\b|raise\b|del \w"
+    r"|yield\b|pass\s*$|break\s*$|continue\s*$|try\s*:|else\s*:|finally\s*:|except\b[^\n]*:|lambda\b)"
+    r"|(?:if|elif|for|while|with|async for|async with)\b[^\n]*:\s*(?:#[^\n]*|\w[^\n]*)?$"
+    r"|[A-Za-z_][\w.]*(?:\[[^\n]*\])?(?:\s*,\s*[A-Za-z_*][\w.]*)*\s*(?:[-+*/%&|^@]|//|\*\*|<<|>>)?=(?!=)"
+    r"|[A-Za-z_][\w.]*(?:\[[^\n]*\])?\([^\n]*$)"
+)
+_CONTINUED = re.compile(r"[)\]}#\"'\\]|[rfbu]{1,2}[\"']")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a program did."""
+
+    passed: bool
+    reason: str
+    """One line; why it failed."""
+    is_judged: bool = True
+    """False: the sandbox failed, which says nothing about the program."""
+
+
+def judge(source: str, checker: str, limits: SandboxLimits, *, allow_weak: bool) -> Verdict:
+    """Run a program and the code that checks it, in the sandbox.
+
+    Raises:
+        SandboxError: this host cannot contain programs as asked.
+    """
+    try:
+        result = sandbox.run_checked(sandbox.Program(source=source), checker, limits, allow_weak=allow_weak)
+    except SyntaxError as error:
+        return Verdict(False, f"the checker is no Python: {error}", is_judged=False)
+    if result.status == "ok":
+        return Verdict(True, "passed")
+    if result.status == "sandbox_error":
+        return Verdict(False, f"the sandbox failed: {result.reason}", is_judged=False)
+    last_line = result.stderr.strip().rpartition("\n")[2].strip()
+    return Verdict(False, f"{result.status}: {(last_line or result.reason)[:300]}")
+
+
+def require_sandbox(*, allow_weak: bool) -> None:
+    """Make sure that programs can run here, before much work depends on it.
+
+    Raises:
+        SandboxError: this host cannot contain programs as asked, or its sandbox does not work.
+    """
+    verdict = judge("answer = 42", "assert answer == 42", SandboxLimits(), allow_weak=allow_weak)
+    if not verdict.passed:
+        raise SandboxError(f"a trivial program did not pass in the sandbox of this host ({verdict.reason}); see `dmoa doctor`")
+
+
+def code_blocks(text: str) -> list[tuple[str, str]]:
+    """Return the fenced blocks of a reply as (language in lower case, code); an unclosed one goes to the end."""
+    return [(match[2].lower(), match[3]) for match in _FENCE.finditer(text[:MAX_CHARS])]
+
+
+def python_block(text: str) -> str | None:
+    """Return the last block that says it is Python, else the last one; None without blocks that hold anything."""
+    blocks = [block for block in code_blocks(text) if block[1].strip()]
+    named = [code for language, code in blocks if language.startswith("py")]
+    return named[-1] if named else blocks[-1][1] if blocks else None
+
+
+def bare_code(text: str) -> str | None:
+    """Return the code of a reply without fences: from its first line of code to the prose after it; None without code."""
+    if is_refusal(text[:MAX_CHARS]):
+        return None
+    lines = text[:MAX_CHARS].split("\n")
+    first = next((number for number, line in enumerate(lines) if _CODE_LINE.match(line.strip()[:400])), None)
+    if first is None:
+        return None
+    kept: list[str] = []
+    for line in lines[first:]:
+        is_prose = line[:1].strip() and not _CODE_LINE.match(line[:400]) and not _CONTINUED.match(line)
+        if is_prose:
+            break
+        kept.append(line)
+    return "\n".join(kept).rstrip() + "\n"
+
+
+def indented(code: str, width: int) -> str:
+    """Return the code of a function's body with its first level at `width` spaces.
+
+    Code that lost the indentation of its first line alone, as white space at the edges of a text does, gets it back.
+    """
+    lines = code.expandtabs(4).split("\n")
+    places = [number for number, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")]
+    if not places:
+        return code
+    depths = [_depth(lines[number]) for number in places]
+    if depths[0] > 0:
+        missing = max(0, width - depths[0])
+        return "\n".join(" " * missing + line if line.strip() else line for line in lines)
+    opens = lines[places[0]].rstrip().endswith(":")
+    is_only_first = len(depths) > 1 and min(depths[1:]) >= width and (not opens or depths[1] > width)
+    if is_only_first:
+        lines[places[0]] = " " * width + lines[places[0]]
+        return "\n".join(lines)
+    return "\n".join(" " * width + line if line.strip() else line for line in lines)
+
+
+def _depth(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
