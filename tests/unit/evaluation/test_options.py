@@ -1,0 +1,53 @@
+"""The options of an evaluation: lists of names, budgets, and errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmoa.errors import ConfigError
+from dmoa.evaluation.options import parse_options
+from dmoa.types import Limits
+
+
+def test_names_are_lists_or_texts_with_commas() -> None:
+    assert parse_options({"benchmarks": "gsm8k, arith"}).benchmarks == ("gsm8k", "arith")
+    assert parse_options({"benchmarks": ["gsm8k", "arith"]}).benchmarks == ("gsm8k", "arith")
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected"),
+    [
+        (Limits(max_steps=20), Limits(max_steps=3, max_agents=2)),
+        (Limits(max_steps=2, max_agents=1, deadline_s=5.0), Limits(max_steps=2, max_agents=1, deadline_s=5.0)),
+    ],
+)
+def test_the_cpu_budget_only_lowers_the_pools_limits(pool: Limits, expected: Limits) -> None:
+    options = parse_options({"benchmarks": "arith", "budget": "cpu"})
+    assert options.limits(pool) == expected
+    assert options.sampling == {"max_tokens": 96}
+    unlimited = parse_options({"benchmarks": "arith"})
+    assert (unlimited.limits(pool), unlimited.sampling) == (pool, {})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"benchmarks": ""}, r"benchmarks: value seen: \(\); .*at least 1"),
+        ({"benchmarks": "arith", "limit": 0}, "limit: value seen: 0; .*greater than or equal to 1"),
+        ({"benchmarks": "arith", "budget": "gpu"}, "budget: value seen: 'gpu'; .*'pool' or 'cpu'"),
+        ({"benchmarks": "arith", "retry_failed": True}, "retry_failed has no effect without resume"),
+        ({"benchmarks": "arith", "resume": True}, "resume needs out"),
+        ({"benchmarks": "arith", "url": "http://x", "call_cache": "c"}, "call_cache has no effect with url"),
+        ({"benchmarks": "arith", "limits": 3}, "limits: unknown key .*allowed: benchmarks, policies"),
+    ],
+)
+def test_bad_options_name_field_value_and_way_out(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"evaluate: .*{message}"):
+        parse_options(values)
+
+
+def test_paths_may_be_texts() -> None:
+    assert parse_options({"benchmarks": "arith", "out": "out/x"}).out == Path("out/x")
