@@ -1,0 +1,93 @@
+"""Labels stay in a folder that nothing outside of evaluation opens: read from the code, and watched while a run is made."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import dmoa
+from dmoa.evaluation.answering import Asking, query_of
+from dmoa.evaluation.options import parse_options
+from dmoa.evaluation.pipeline import pending_scores, pending_tasks
+from dmoa.evaluation.prepare import prepare
+from dmoa.evaluation.records import Answered, Label, Task
+from dmoa.evaluation.registry import OpenScorers
+from dmoa.evaluation.run_files import RunFolder, append
+from dmoa.evaluation.stages import score
+from dmoa.types import Limits
+
+PACKAGE = Path(dmoa.__file__).parent
+LABEL_NAMES = {"Label", "read_gold", "read_scores", "gold", "scores", "Scored", "pending_scores"}
+"""What reaches labels: records, readers, paths."""
+_opened: list[tuple[str, str]] = []
+_watched: list[str] = []
+
+
+def test_no_module_outside_evaluation_reaches_for_labels() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path.is_relative_to(PACKAGE / "evaluation"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        # `scores` is also the name of a module of core, imported by its functions.
+        found = names & (LABEL_NAMES - {"scores"})
+        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        assert not found, f"{path.relative_to(PACKAGE)} uses {found}"
+        assert not {text for text in texts if "labels/" in text}, f"{path.relative_to(PACKAGE)} names the folder of labels"
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _watched and isinstance(arguments[0], str | Path) and "/labels/" in str(arguments[0]):
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not frame.f_globals.get("__name__", "").startswith("dmoa."):
+            frame = frame.f_back
+        _opened.append((str(arguments[0]), frame.f_globals["__name__"] if frame else "elsewhere"))
+
+
+sys.addaudithook(_hook)
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[str, str]]]:
+    """Record who opens files under a folder called labels; audit hooks cannot be taken away again."""
+    _opened.clear()
+    _watched.append("")
+    try:
+        yield _opened
+    finally:
+        _watched.clear()
+
+
+def test_labels_are_opened_by_evaluation_alone(tmp_path: Path) -> None:
+    folder, options = RunFolder(tmp_path), parse_options({"benchmarks": "arith", "limit": 3})
+    with watched() as opened:
+        prepare(folder, "arith", options)
+        asking = Asking(seed=0, limits=Limits(), sampling={})
+        assert len(pending_tasks(folder, ["arith"], ["dmoa"])) == 3
+        for task in folder.read_tasks("arith"):
+            assert query_of(task, "dmoa", asking).text == task.text
+            append(folder.answers("arith", "dmoa"), [Answered(row_id=task.row_id, benchmark="arith", policy="dmoa", text="5")])
+        before_scoring = list(opened)
+        assert len(pending_scores(folder, ["arith"], ["dmoa"])) == 3
+        labels = {label.row_id: label for label in folder.read_gold("arith")}
+        scorers = OpenScorers(names=("arith",))()
+        judged = [score(answer, labels[answer.row_id], scorers) for answer in folder.read_answers("arith", "dmoa")]
+        append(folder.scores("arith", "dmoa"), judged)
+    assert {module for _, module in opened} == {
+        "dmoa.evaluation.prepare",
+        "dmoa.evaluation.lines_source",
+        "dmoa.evaluation.run_files",
+    }
+    # Until the judging begins, labels have been written and never read.
+    assert {module for _, module in before_scoring} == {"dmoa.evaluation.prepare"}
+
+
+def test_a_task_has_no_place_for_a_label() -> None:
+    assert not set(Task.model_fields) & {"gold", "answer", "label"}
+    assert "gold" in Label.model_fields
