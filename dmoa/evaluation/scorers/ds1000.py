@@ -23,6 +23,7 @@ from dmoa.evaluation.scorers.programs import MAX_CHARS, Verdict, bare_code, inde
 from dmoa.sandbox import SandboxLimits
 
 LIMITS = SandboxLimits(wall_s=60.0, cpu_s=60, memory_bytes=4 << 30)
+_NO_LIBRARY, _NO_REFERENCE = "no library", "the reference fails with"
 _MAX_REFERENCES = 2_000
 _PACKAGES = {
     "Pandas": "pandas",
@@ -99,7 +100,7 @@ def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
             return unscored("no code found")
         version = installed_version(library)
         if version is None:
-            return unscored(f"{library} is not installed; its rows cannot be judged")
+            return unscored(f"{_NO_LIBRARY} {library}: its rows cannot be judged")
         verdict = _judge(context, solution, allow_weak=allow_weak_sandbox)
         if not verdict.is_judged:
             return unscored(verdict.reason)
@@ -108,7 +109,7 @@ def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
             if not known.is_judged:
                 return unscored(known.reason)
             if not known.passed:
-                return unscored(f"the reference fails with {library} {version}: {known.reason}")
+                return unscored(f"{_NO_REFERENCE} {library} {version}: {known.reason}")
         return Score(value=float(verdict.passed), extracted=solution, reason=verdict.reason)
 
     return ScorerEntry(
@@ -118,6 +119,7 @@ def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
         chance=lambda labels: chance_of([_key(label) for label in labels]),
         answer_key=_key,
         deviation=f"installed library versions in place of the pinned ones; {LIMITS.wall_s:.0f} s a problem in place of 120 s",
+        excuses=(_NO_LIBRARY, _NO_REFERENCE),
         runs_programs=True,
     )
 

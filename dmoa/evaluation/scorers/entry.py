@@ -31,6 +31,8 @@ class ScorerEntry:
     """Rows of the same key have the same right answer."""
     deviation: str
     """How this differs from the benchmark's original protocol; empty where it does not. Every table says it."""
+    excuses: tuple[str, ...] = ()
+    """How the reasons begin with which a row is unscored whatever the reply says, because of this host's libraries."""
     runs_programs: bool = False
     """Whether scoring runs a program in the sandbox, which takes seconds a row."""
 
