@@ -1,0 +1,139 @@
+"""`dmoa evaluate` as a user runs it, on scripted agents (said so: their numbers mean nothing) and once on the real model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.integration.evaluations import (
+    command,
+    kill_and_resume,
+    once_answered,
+    rows_of,
+    run,
+    scripted_pool,
+    table_of,
+    whole_lines,
+)
+
+ROOT = Path(__file__).parents[2]
+ROWS, POLICIES = 40, "dmoa,single,single:two"
+
+
+def scripted(out: Path, *more: str) -> list[str]:
+    pool = str(scripted_pool(out.parent))
+    return command(
+        out, "--config", pool, "--benchmarks", "arith,calendar,relay", "--policies", POLICIES, "--limit", str(ROWS), *more
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one whole run on scripted agents."""
+    out = tmp_path_factory.mktemp("evaluate") / "run"
+    ran = run(scripted(out, "--json", str(out.parent / "result.json"), "--concurrency", "6"))
+    assert ran.returncode == 0, ran.stderr
+    assert "arith" in ran.stdout
+    assert "generated" in ran.stdout
+    assert "scoring" in ran.stderr
+    return out
+
+
+def test_a_run_leaves_its_rows_its_result_and_its_report(unbroken: Path) -> None:
+    result = json.loads((unbroken / "evaluation.json").read_text(encoding="utf-8"))
+    assert result == json.loads((unbroken.parent / "result.json").read_text(encoding="utf-8"))
+    assert len(rows_of(unbroken)) == 3 * 3 * ROWS
+    rows = {(row["benchmark"], row["policy"]): row for row in result["rows"]}
+    assert len(rows) == 9
+    for row in rows.values():
+        assert row["n"] == ROWS
+        assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
+    # The agent that always says Monday is right on the rows whose answer that is, and on no other.
+    gold = [json.loads(line)["gold"]["answer"] for line in (unbroken / "labels/gold/calendar.jsonl").read_text().splitlines()]
+    assert rows["calendar", "single"]["correct"] == sum(answer == "Monday" for answer in gold)
+    assert rows["calendar", "single"]["completion_tokens"] == ROWS * 8
+    assert rows["relay", "dmoa"]["steps_mean"] == 4
+    assert {row["test"] for row in result["paired"]} <= {"exact McNemar", "paired bootstrap"} or result["paired"]
+    html = (unbroken / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+
+
+def test_a_run_that_is_killed_goes_on_and_gives_the_same_table(unbroken: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    moments = [once_answered(out, 40), once_answered(out, 200)]
+    resumed = kill_and_resume(scripted(out, "--concurrency", "6"), out, moments, tmp_path / "log")
+    assert resumed.ran.returncode == 0, resumed.ran.stderr
+    assert resumed.kills == 2, (tmp_path / "log").read_text()
+    assert resumed.is_prefix_kept
+    assert rows_of(out).keys() == rows_of(unbroken).keys()
+    assert table_of(out) == table_of(unbroken)
+
+
+def test_a_folder_with_a_run_is_refused_and_other_settings_are_named(unbroken: Path) -> None:
+    again = run(scripted(unbroken))
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    other = run([*scripted(unbroken, "--resume"), "--seed", "9"])
+    assert other.returncode == 2
+    assert "seed: begun with 0, now 9" in other.stderr
+
+
+def test_failed_rows_are_kept_counted_and_run_again_when_asked(tmp_path: Path) -> None:
+    pool = yaml.safe_load(scripted_pool(tmp_path).read_text(encoding="utf-8"))
+    path, out = tmp_path / "failing.yaml", tmp_path / "run"
+    pool["llms"]["s"]["engine_kwargs"]["failing"] = ["one", "two", "three"]
+    path.write_text(yaml.safe_dump(pool), encoding="utf-8")
+    base = command(out, "--config", str(path), "--benchmarks", "words", "--policies", "single", "--limit", "3")
+    ran = run(base)
+    assert ran.returncode == 0, ran.stderr
+    (row,) = table_of(out)["rows"]
+    assert (row["n"], row["failed"], row["correct"]) == (3, 3, 0)
+    assert all("scripted to fail" in answer["error"] for answer in rows_of(out).values())
+    pool["llms"]["s"]["engine_kwargs"]["failing"] = []
+    path.write_text(yaml.safe_dump(pool), encoding="utf-8")
+    ran = run([*base, "--resume", "--retry-failed"])
+    assert ran.returncode == 0, ran.stderr
+    assert table_of(out)["rows"][0]["failed"] == 0
+    assert len(rows_of(out)) == 3
+
+
+def test_the_job_file_does_what_the_command_does(unbroken: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load(scripted_pool(tmp_path).read_text(encoding="utf-8"))
+    tree["job"] = {
+        "benchmarks": ["arith", "calendar", "relay"],
+        "policies": POLICIES.split(","),
+        "limit": ROWS,
+        "out": str(tmp_path / "run"),
+        "resume": True,
+        "track": "none",
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    ran = run([sys.executable, str(ROOT / "jobs" / "evaluate.py"), "--config", str(path)])
+    assert ran.returncode == 0, ran.stderr
+    assert table_of(tmp_path / "run") == table_of(unbroken)
+
+
+@pytest.mark.real_model
+def test_the_embedded_model_is_evaluated_and_its_calls_are_found_again(tmp_path: Path) -> None:
+    base = ["--benchmarks", "arith,relay", "--policies", "single,dmoa", "--limit", "2", "--budget", "cpu"]
+    cache = ["--call-cache", str(tmp_path / "calls")]
+    first = run(command(tmp_path / "first", *base, *cache))
+    assert first.returncode == 0, first.stderr
+    second = run(command(tmp_path / "second", *base, *cache))
+    assert second.returncode == 0, second.stderr
+    texts = [{key: row["text"] for key, row in rows_of(tmp_path / name).items()} for name in ("first", "second")]
+    assert texts[0] == texts[1]
+    for key, row in rows_of(tmp_path / "second").items():
+        assert row["memoised_tokens"] == row["prompt_tokens"] + row["completion_tokens"] > 0, key
+    table = [table_of(tmp_path / name)["rows"] for name in ("first", "second")]
+    counted = ("prompt_tokens", "completion_tokens", "correct")
+    assert [[row[name] for name in counted] for row in table[0]] == [[row[name] for name in counted] for row in table[1]]
+    shutil.rmtree(tmp_path / "calls")
+    assert whole_lines(tmp_path / "first")
