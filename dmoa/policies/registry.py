@@ -30,8 +30,8 @@ class PolicyEntry:
     name: str
     summary: str
     build: Callable[[PolicyContext], Policy]
-    width: Callable[[Config], int]
-    """Most agents that one of its steps asks at once."""
+    width: Callable[[Config], int] = lambda config: len(config.agents)
+    """Most agents that one of its steps asks at once; evaluation lets in as many queries as engines have room for."""
 
 
 def _dmoa(context: PolicyContext) -> Policy:
