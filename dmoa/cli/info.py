@@ -18,6 +18,7 @@ _SCHEMAS = {
     "trace": ("dmoa.trace", "Trace"),
     "checkpoint": ("dmoa.checkpoint", "Checkpoint"),
     "bench": ("dmoa.bench.measure", "BenchReport"),
+    "evaluation": ("dmoa.evaluation.results", "Evaluation"),
 }
 """Name of a contract -> module and record that define it; imported when asked for."""
 

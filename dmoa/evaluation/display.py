@@ -1,0 +1,122 @@
+"""How figures of a result are worded, the same in the terminal and in the HTML report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dmoa.evaluation.results import Evaluation, EvaluationRow, PairedRow
+
+GENERATED = "generated rows: made by a seeded generator, not a public benchmark"
+BOOTSTRAPPED = "fractional scores: bootstrap interval instead of Wilson's"
+MISSING = "not finished: rows are still to be answered or judged"
+MEMOISED = "part of the tokens came from the call cache; they are counted as if run"
+
+
+@dataclass(frozen=True, slots=True)
+class Footnote:
+    """A numbered remark under the tables."""
+
+    mark: str
+    text: str
+
+
+class Footnotes:
+    """Numbers the remarks of the rows in the order in which they first come."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        texts = dict.fromkeys(text for row in evaluation.rows for text in _remarks(row))
+        self._numbers = {text: str(number) for number, text in enumerate(texts, 1)}
+        self._by_benchmark: dict[str, set[str]] = {}
+        for row in evaluation.rows:
+            self._by_benchmark.setdefault(row.benchmark, set()).update(_remarks_of_benchmark(row))
+
+    def marks(self, row: EvaluationRow) -> str:
+        """Return the marks of a row, such as `1,3`."""
+        return ",".join(self._numbers[text] for text in _remarks(row))
+
+    def marks_of_benchmark(self, benchmark: str) -> str:
+        """Return the marks that hold for a whole benchmark."""
+        held = self._by_benchmark.get(benchmark, set())
+        return ",".join(number for text, number in self._numbers.items() if text in held)
+
+    def all(self) -> list[Footnote]:
+        """Return every remark once."""
+        return [Footnote(mark, text) for text, mark in self._numbers.items()]
+
+
+def _remarks_of_benchmark(row: EvaluationRow) -> list[str]:
+    remarks = [f"{row.benchmark}: {row.deviation}"] if row.deviation else []
+    return [*remarks, GENERATED] if row.is_generated else remarks
+
+
+def _remarks(row: EvaluationRow) -> list[str]:
+    remarks = _remarks_of_benchmark(row)
+    conditions = {BOOTSTRAPPED: row.interval == "bootstrap", MISSING: row.missing > 0, MEMOISED: row.memoised_tokens > 0}
+    return [*remarks, *(text for text, holds in conditions.items() if holds)]
+
+
+def share(value: float) -> str:
+    """Return a share as percent, such as `62.5`."""
+    return f"{100 * value:.1f}"
+
+
+def accuracy(row: EvaluationRow) -> str:
+    """Return accuracy in percent, or a dash without rows."""
+    return share(row.accuracy) if row.n else "-"
+
+
+def ends(low: float, high: float, *, is_known: bool = True) -> str:
+    """Return an interval in percent, such as `[30.6, 86.3]`."""
+    return f"[{share(low)}, {share(high)}]" if is_known else ""
+
+
+def chance(row: EvaluationRow) -> str:
+    """Return the chance level in percent; empty where unknown."""
+    return "" if row.chance is None else share(row.chance)
+
+
+def count(number: float) -> str:
+    """Return a count in three figures, such as `950`, `12.3k`, `4.57M`."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            scaled = number / size
+            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{unit}"
+    return f"{number:.0f}"
+
+
+def decimals(value: float | None, digits: int = 2) -> str:
+    """Return a number with fixed decimals; a dash for None."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration, such as `8.3 s`, `12.4 min`, `3.1 h`."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def p_value(p: float) -> str:
+    """Return p in three decimals, or as a bound."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def points(value: float) -> str:
+    """Return a difference of accuracies in percent points, signed."""
+    return f"{100 * value:+.1f}"
+
+
+def point_ends(row: PairedRow) -> str:
+    """Return the interval of a difference in percent points."""
+    return f"[{points(row.low)}, {points(row.high)}]"
+
+
+def metrics(row: EvaluationRow) -> str:
+    """Return the secondary measures, such as `f1 71.2`."""
+    return ", ".join(f"{name} {share(value)}" for name, value in row.metrics.items())
+
+
+def tests(rows: Sequence[PairedRow]) -> list[str]:
+    """Return the tests that were used, each once."""
+    return list(dict.fromkeys(row.test for row in rows))

@@ -1,0 +1,274 @@
+"""The plots of a report, as SVG text to be put into the page: colours are the page's own, so they suit light and dark.
+
+Deterministic: the same result gives the same bytes. A plot without data is not drawn. matplotlib is loaded when one is.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from dmoa.evaluation import display
+from dmoa.evaluation.results import Evaluation, EvaluationRow, GroupRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Stand-ins, replaced by the page's variables; no other colour of a plot may be one of them.
+_INK, _MUTED, _LINE = "#010203", "#040506", "#070809"
+_SERIES = tuple(f"#0a0b{number:02x}" for number in range(16, 26))
+_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line"} | {
+    colour: f"--series-{number}" for number, colour in enumerate(_SERIES)
+}
+_MARKERS = "osD^vPX<>*"
+_WIDTH_INCHES = 9.6
+_COLUMNS = 4
+
+
+def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
+    """Return accuracy with its interval against tokens per row, a panel per benchmark; None without any row."""
+    benchmarks = _benchmarks(row for row in evaluation.rows if row.n)
+    if not benchmarks:
+        return None
+    columns = min(_COLUMNS, len(benchmarks))
+    lines = -(-len(benchmarks) // columns)
+    with _figure(_WIDTH_INCHES if columns > 1 else 4.8, 2.25 * lines + 0.5) as figure:
+        panels = figure.subplots(lines, columns, squeeze=False).flatten()
+        for axes, (name, rows) in zip(panels, benchmarks.items(), strict=False):
+            _accuracy_panel(axes, name, rows, evaluation)
+        for axes in panels[len(benchmarks) :]:
+            axes.remove()
+        figure.supxlabel("prompt and completion tokens per row")
+        figure.supylabel("accuracy, %")
+        _legend(figure, evaluation.config.policies, has_markers=True)
+        return _svg(figure, "tokens")
+
+
+def _accuracy_panel(axes: Axes, name: str, rows: Sequence[EvaluationRow], evaluation: Evaluation) -> None:
+    for row in rows:
+        number = evaluation.config.policies.index(row.policy)
+        colour = _colour(number)
+        tokens = (row.prompt_tokens + row.completion_tokens) / row.n
+        axes.plot([tokens, tokens], [100 * row.low, 100 * row.high], color=colour, linewidth=1.4)
+        axes.plot([tokens], [100 * row.accuracy], color=colour, marker=_MARKERS[number % len(_MARKERS)], markersize=5.5)
+    if rows[0].chance is not None:
+        axes.axhline(100 * rows[0].chance, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+    axes.set_title(name + (" (generated)" if rows[0].is_generated else ""), fontsize=9.5)
+    axes.set_ylim(-4, 104)
+    axes.margins(x=0.25)
+    axes.locator_params(axis="x", nbins=3)
+    axes.xaxis.set_major_formatter(lambda value, _: display.count(value))
+
+
+def groups(evaluation: Evaluation, benchmark: str) -> str | None:
+    """Return accuracy per group of a benchmark as bars, those of a group together; None without groups."""
+    rows = [row for row in evaluation.groups if row.benchmark == benchmark]
+    if not rows:
+        return None
+    policies = [policy for policy in evaluation.config.policies if any(row.policy == policy for row in rows)]
+    by_group: dict[str, dict[str, GroupRow]] = defaultdict(dict)
+    for row in rows:
+        by_group[row.group][row.policy] = row
+    height = max(0.17, 0.085 * (len(policies) + 1))
+    with _figure(_WIDTH_INCHES, height * len(by_group) + 1.0) as figure:
+        axes = figure.subplots()
+        bar = 0.8 / len(policies)
+        for number, policy in enumerate(policies):
+            colour = _colour(evaluation.config.policies.index(policy))
+            places = [i for i, found in enumerate(by_group.values()) if policy in found]
+            found = [by_group[group][policy] for group in by_group if policy in by_group[group]]
+            offsets = [place - 0.4 + bar * (number + 0.5) for place in places]
+            axes.barh(offsets, [100 * row.accuracy for row in found], height=bar * 0.9, color=colour, alpha=0.8)
+            axes.hlines(offsets, [100 * row.low for row in found], [100 * row.high for row in found], color=_INK, linewidth=0.7)
+        sizes = [max(row.n for row in found.values()) for found in by_group.values()]
+        labels = [f"{group} ({size})" for group, size in zip(by_group, sizes, strict=True)]
+        axes.set_yticks(range(len(by_group)), labels, fontsize=8)
+        axes.set_ylim(len(by_group) - 0.4, -0.6)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("accuracy, %, with its 95 % interval (number of rows behind the name)")
+        _legend(figure, evaluation.config.policies, shown=policies)
+        return _svg(figure, f"groups-{benchmark}")
+
+
+def steps(evaluation: Evaluation) -> str | None:
+    """Return the share of rows by number of steps, a panel per policy; None without an answer."""
+    totals: dict[str, dict[int, int]] = {}
+    for row in evaluation.rows:
+        for number, count in row.steps_histogram.items():
+            of_policy = totals.setdefault(row.policy, defaultdict(int))
+            of_policy[number] += count
+    return _share_bars(totals, evaluation, "steps", "steps of a query")
+
+
+def stop_reasons(evaluation: Evaluation) -> str | None:
+    """Return the share of rows by why the query ended, a panel per policy; None without an answer."""
+    totals: dict[str, dict[str, int]] = {}
+    for row in evaluation.rows:
+        for reason, count in row.stop_reasons.items():
+            of_policy = totals.setdefault(row.policy, defaultdict(int))
+            of_policy[reason or "(none)"] += count
+    return _share_bars(totals, evaluation, "stops", "why queries ended")
+
+
+def _share_bars(totals: dict[str, Any], evaluation: Evaluation, name: str, title: str) -> str | None:
+    """Draw shares of each policy's answered rows over categories, numbers in order."""
+    if not totals:
+        return None
+    categories = sorted({category for counts in totals.values() for category in counts})
+    with _figure(_WIDTH_INCHES, 2.7) as figure:
+        axes = figure.subplots()
+        bar = 0.8 / len(totals)
+        for number, (policy, counts) in enumerate(totals.items()):
+            whole = sum(counts.values())
+            heights = [100 * counts.get(category, 0) / whole for category in categories]
+            places = [place - 0.4 + bar * (number + 0.5) for place in range(len(categories))]
+            colour = _colour(evaluation.config.policies.index(policy))
+            axes.bar(places, heights, width=bar * 0.9, color=colour, alpha=0.8)
+        axes.set_xticks(range(len(categories)), [str(category) for category in categories])
+        axes.set_xlim(-0.6, max(len(categories), 4) - 0.4)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel(title)
+        axes.set_ylabel("% of answered rows")
+        _legend(figure, evaluation.config.policies, shown=list(totals))
+        return _svg(figure, name)
+
+
+def routing(evaluation: Evaluation, policy: str) -> str | None:
+    """Return heat maps of agent by benchmark and agent by step; None where the policy asked no agent.
+
+    A cell is the share of steps, in percent, in which the agent's contribution counted.
+    """
+    found = [row for row in evaluation.routing if row.policy == policy]
+    if not found:
+        return None
+    agents = sorted({row.agent for row in found})
+    by_benchmark, by_step = _steps_taken(evaluation, policy)
+    active: dict[tuple[str, str | int], int] = defaultdict(int)
+    for row in found:
+        active[row.agent, row.benchmark] += row.count
+        active[row.agent, row.step] += row.count
+    width = 2.2 + 0.5 * (len(by_benchmark) + len(by_step))
+    with _figure(max(5.0, width), 0.27 * len(agents) + 1.9) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=[len(by_benchmark), len(by_step)], sharey=True)
+        _heat(left, agents, by_benchmark, active, [str(name) for name in by_benchmark])
+        left.tick_params(axis="x", rotation=60)
+        left.set_xlabel("benchmark")
+        _heat(right, agents, by_step, active, [str(int(step) + 1) for step in by_step])
+        right.set_xlabel("step")
+        return _svg(figure, f"routing-{policy}")
+
+
+def _steps_taken(evaluation: Evaluation, policy: str) -> tuple[dict[str | int, int], dict[str | int, int]]:
+    """Return how many steps a policy took, by benchmark and by number of the step."""
+    by_benchmark: dict[str | int, int] = {}
+    by_step: dict[str | int, int] = defaultdict(int)
+    for row in evaluation.rows:
+        if row.policy == policy:
+            taken = sum(number * count for number, count in row.steps_histogram.items())
+            if taken:
+                by_benchmark[row.benchmark] = taken
+            for number, count in row.steps_histogram.items():
+                for step in range(number):
+                    by_step[step] += count
+    return by_benchmark, dict(sorted(by_step.items()))
+
+
+def _heat(
+    axes: Axes,
+    agents: Sequence[str],
+    totals: dict[str | int, int],
+    active: dict[tuple[str, str | int], int],
+    labels: Sequence[str],
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    for column, (key, total) in enumerate(totals.items()):
+        for line, agent in enumerate(agents):
+            share = active[agent, key] / total
+            axes.add_patch(Rectangle((column, line), 1, 1, facecolor=_SERIES[0], alpha=0.75 * share, linewidth=0))
+            if share > 0:
+                axes.text(column + 0.5, line + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5)
+    axes.set_xlim(0, len(totals))
+    axes.set_ylim(len(agents), 0)
+    axes.set_xticks([place + 0.5 for place in range(len(totals))], labels, fontsize=8)
+    axes.set_yticks([place + 0.5 for place in range(len(agents))], agents, fontsize=8)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+
+
+def _benchmarks(rows: Iterator[EvaluationRow]) -> dict[str, list[EvaluationRow]]:
+    found: dict[str, list[EvaluationRow]] = {}
+    for row in rows:
+        found.setdefault(row.benchmark, []).append(row)
+    return found
+
+
+def _colour(number: int) -> str:
+    return _SERIES[number % len(_SERIES)]
+
+
+def _legend(figure: Figure, policies: Sequence[str], *, shown: Sequence[str] | None = None, has_markers: bool = False) -> None:
+    from matplotlib.lines import Line2D
+
+    names = policies if shown is None else shown
+    style: dict[str, Any] = {"linewidth": 1.4} if has_markers else {"linewidth": 0.0, "markersize": 8.0}
+    handles = [
+        Line2D([], [], color=_colour(number), marker=_MARKERS[number % len(_MARKERS)] if has_markers else "s", **style)
+        for number, policy in enumerate(policies)
+        if policy in names
+    ]
+    ordered = [policy for policy in policies if policy in names]
+    figure.legend(handles, ordered, loc="outside upper left", ncols=min(6, len(ordered)), frameon=False, fontsize=9)
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """Give a figure in the page's style, drawn without any display."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "dmoa",
+        "text.parse_math": False,
+        "font.family": ["sans-serif"],
+        "font.size": 9.0,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.linewidth": 0.5,
+        "grid.color": _LINE,
+        "axes.edgecolor": _LINE,
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+        "text.color": _INK,
+        "axes.labelcolor": _MUTED,
+        "axes.titlecolor": _INK,
+        "xtick.color": _MUTED,
+        "ytick.color": _MUTED,
+        "xtick.major.size": 0.0,
+        "ytick.major.size": 0.0,
+    }
+    with mpl.rc_context(style):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Return a figure as an SVG element: no prolog, no metadata, ids of its own, the page's colours."""
+    target = io.StringIO()
+    figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+    text = target.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    prefix = re.sub(r"[^a-z0-9-]", "-", name.lower())
+    text = re.sub(r'(?<= id=")', f"{prefix}-", text)
+    text = re.sub(r'(?<=href="#)|(?<=url\(#)', f"{prefix}-", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{prefix}" ', 1)
