@@ -17,7 +17,7 @@ _FIRST_YEAR, _NUM_YEARS = 1800, 400
 """Dates that questions start from; 400 years hold every pattern of leap years once."""
 _FIRST_DAY = date(_FIRST_YEAR, 1, 1).toordinal()
 _NUM_DAYS = 146_097
-_MAX_MONTH_DAYS = 31
+_MIN_MONTH_DAYS, _MAX_MONTH_DAYS = 28, 31
 
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
@@ -185,8 +185,11 @@ class WithinMonth(Spans):
         """Return first day and number of days."""
         number, first = divmod(number, _MAX_MONTH_DAYS)
         month, days = divmod(number, _MAX_MONTH_DAYS)
+        last = first + 1 + days
+        if not 1 <= days <= self.max_days or last > _MAX_MONTH_DAYS:
+            return None
         year, month = _FIRST_YEAR + month // 12, month % 12 + 1
-        if not 1 <= days <= self.max_days or first + 1 + days > monthrange(year, month)[1]:
+        if last > _MIN_MONTH_DAYS and last > monthrange(year, month)[1]:
             return None
         return date(year, month, first + 1).toordinal(), days
 

@@ -14,7 +14,7 @@ from datetime import date
 from dmoa.evaluation.records import Row
 from dmoa.evaluation.suites.arith import TEMPLATES as ARITHMETIC_TEMPLATES
 from dmoa.evaluation.suites.calendar import DATE_FORMAT, Calendar, UpTo, WithinMonth
-from dmoa.evaluation.suites.kinds import NUMBER_FORMAT, Kind, Latent, Question, Templates
+from dmoa.evaluation.suites.kinds import NUMBER_FORMAT, Kind, Latent, Question, Templates, spell
 from dmoa.evaluation.suites.streams import SuiteSplit
 from dmoa.evaluation.suites.suite import Level, Suite, make_row, word
 from dmoa.evaluation.suites.words import Words
@@ -285,7 +285,7 @@ class ChainSuite(Suite):
         gold = {
             "answer": second.answer,
             "first": first.answer,
-            "tuple": list(latent),
+            "tuple": spell(latent),
             "root": kind.root(latent),
             "template": f"{first_wording.template} {second_wording.template}",
         }

@@ -15,6 +15,11 @@ Latent = tuple[int, ...]
 """What a question is about, apart from its wording: operands, indices of words, day numbers."""
 
 
+def spell(latent: Latent) -> str:
+    """Return a latent tuple as text, as labels keep it."""
+    return " ".join(map(str, latent))
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """One latent tuple, solved and ready for any template."""

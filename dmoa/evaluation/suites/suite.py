@@ -16,7 +16,7 @@ from typing import Any
 from dmoa.errors import ConfigError
 from dmoa.evaluation.benchmarks.upstream import hash_content
 from dmoa.evaluation.records import Label, Reply, Row, Score, Task
-from dmoa.evaluation.suites.kinds import Kind, Latent, Question, Templates
+from dmoa.evaluation.suites.kinds import Kind, Latent, Question, Templates, spell
 from dmoa.evaluation.suites.scoring import reply_finally, score_final
 from dmoa.evaluation.suites.streams import PERCENT, SuiteSplit, fine_split, permuted, split_of
 from dmoa.types import Stage
@@ -24,7 +24,7 @@ from dmoa.types import Stage
 _ID_CHARS = 16
 _SAFE_SHARE = 0.85
 """Part of a split's expected tuples that may be asked for: the true number is a matter of hashes, and a little off."""
-_CHANCE_SAMPLE = 10_000
+_CHANCE_SAMPLE = 6000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class Wording:
 class Suite:
     """A generator of labelled questions with computed answers.
 
-    Label.gold: `answer`, `tuple` (the latent tuple), `root` (what decided on the split), `template`.
+    Label.gold: `answer`, `tuple` (the latent tuple, as text), `root` (what decided on the split), `template`.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Suite:
         """Return what guessing gets: the mean over kinds of the better of two guesses, made without reading the operands.
 
         One guess is uniform over the answers that the question lists (1/7 for weekdays, 1/n for one of n words), the other
-        is the kind's commonest answer, found on one half of a fixed sample of 10,000 tuples and counted on the other half.
+        is the kind's commonest answer, found on one half of a fixed sample of 6,000 tuples and counted on the other half.
         """
         return _chance(self, difficulty)
 
@@ -167,7 +167,7 @@ class Suite:
     def _write(self, kind: Kind, latent: Latent, split: SuiteSplit, rng: random.Random) -> Row:
         question = kind.ask(latent)
         wording = word(kind.templates, question, split, rng)
-        gold = {"answer": question.answer, "tuple": list(latent), "root": kind.root(latent), "template": wording.template}
+        gold = {"answer": question.answer, "tuple": spell(latent), "root": kind.root(latent), "template": wording.template}
         return make_row(self.name, split, f"{wording.text} {kind.answer_format}", kind.group, gold)
 
 
