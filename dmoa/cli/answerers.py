@@ -6,16 +6,15 @@ Both pickle, because the answering runs in another process; see `evaluation.answ
 from __future__ import annotations
 
 import time
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmoa.cli.local import build_local_backend
 from dmoa.config import Config
-from dmoa.evaluation.answering import Outcome
-from dmoa.reply import ReplyDmoa, reply_dmoa
-from dmoa.types import Answer, Message, Query
+from dmoa.evaluation.answering import Outcome, ask_swarm
+from dmoa.reply import ReplyDmoa
+from dmoa.types import Message, Query
 
 if TYPE_CHECKING:
     from dmoa.cli.local import LocalBackend
@@ -32,29 +31,18 @@ class OpenPool:
     def __call__(self) -> PoolAnswerer:
         """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
         config = Config.model_validate_json(self.config_json)
-        return PoolAnswerer(build_local_backend(config, lambda text: None, self.call_cache), config.name)
+        return PoolAnswerer(build_local_backend(config, lambda text: None, self.call_cache))
 
 
 class PoolAnswerer:
     """A pool in this process."""
 
-    def __init__(self, backend: LocalBackend, pool: str) -> None:
+    def __init__(self, backend: LocalBackend) -> None:
         self._backend = backend
-        self._pool = pool
 
     async def answer(self, query: Query, policy: str, agent: str | None) -> Outcome:
         """Answer one query. Raises DmoaError."""
-        started = time.perf_counter()
-        async with aclosing(self._backend.swarm.answer(query, policy, agent)) as events:
-            async for event in events:
-                if isinstance(event, Answer):
-                    answer = event
-        return Outcome(
-            text=answer.text,
-            finish_reason=answer.finish_reason,
-            dmoa=reply_dmoa(answer, pool=self._pool, with_texts=True),
-            wall_ms=(time.perf_counter() - started) * 1e3,
-        )
+        return await ask_swarm(self._backend.swarm, query, policy, agent)
 
     async def close(self) -> None:
         """Stop the engines."""

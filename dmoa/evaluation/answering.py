@@ -7,13 +7,18 @@ pipeline knows the protocol alone, so evaluation never imports serving.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dmoa.evaluation.records import Answered, Task
-from dmoa.reply import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer
-from dmoa.types import Limits, Query
+from dmoa.reply import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, reply_dmoa
+from dmoa.types import Answer, Limits, Query
+
+if TYPE_CHECKING:
+    from dmoa.swarm import Swarm
 
 AGENT_MARK = ":"
 """`single:NAME` is the policy `single` on the agent NAME."""
@@ -55,6 +60,21 @@ class Asking:
     """Budgets of a query; a task with more stages than steps allowed still runs all its stages."""
     sampling: dict[str, Any]
     """Sampling fields of every query, such as max_tokens."""
+
+
+async def ask_swarm(swarm: Swarm, query: Query, policy: str, agent: str | None) -> Outcome:
+    """Answer one query with a swarm of this process. Raises DmoaError."""
+    started = time.perf_counter()
+    async with aclosing(swarm.answer(query, policy, agent)) as events:
+        async for event in events:
+            if isinstance(event, Answer):
+                answer = event
+    return Outcome(
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        dmoa=reply_dmoa(answer, pool=swarm.config.name, with_texts=True),
+        wall_ms=(time.perf_counter() - started) * 1e3,
+    )
 
 
 def split_policy(policy: str) -> tuple[str, str | None]:
