@@ -18,6 +18,7 @@ _HOMES = {
     "P1": "dmoa.bench.gate_bench",
     "P3": "dmoa.bench.serving_bench",
     "P4": "dmoa.bench.serving_bench",
+    "P5": "dmoa.bench.pipeline_bench",
     "P8": "dmoa.bench.engine_bench",
     "P17": "dmoa.bench.serving_bench",
     "P18": "dmoa.bench.engine_bench",

@@ -1,0 +1,247 @@
+"""P5: how full the evaluation pipeline keeps an engine, on the embedded model.
+
+One arm asks generated rows through Ray Data, as `dmoa evaluate` does, and records every engine call. The other replays
+the same calls with the same dependencies on the bare engine, as many queries in flight, in an actor with the same
+environment. Both count from the first call to the last token: models are loaded and warm by then. P5 is the lowest of
+the ratios at 8, 16 and 32 queries in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmoa.agents.agent import LocalAgents
+from dmoa.agents.models import fetch, resolve_model
+from dmoa.agents.pool import build_agents, build_encoder, build_engine, build_pool_gate, callable_agents, load_pool
+from dmoa.bench.call_graph import QueryCalls, RecordingEngine, Window, graph_of, read_calls, replay, replay_flat, window_of
+from dmoa.bench.measure import BenchResult, Spread, ratio, spread
+from dmoa.config import Config
+from dmoa.errors import DmoaError
+from dmoa.evaluation.answering import Asking, Outcome, ask_swarm
+from dmoa.evaluation.pipeline import Workers, answer_all
+from dmoa.evaluation.run_files import RunFolder, write_lines
+from dmoa.evaluation.suites.table import SUITES
+from dmoa.protocols import Engine
+from dmoa.routing import LocalRouter
+from dmoa.swarm import Swarm, limits_for
+from dmoa.types import GenerationRequest, Message, Query, Sampling
+
+BAR = 0.9
+IN_FLIGHT = (8, 16, 32)
+FLAT_IN_FLIGHT = 16
+"""Where the flat list is measured."""
+_NUM_QUERIES = {8: 24, 16: 32, 32: 64}
+_SUITE = "shared"
+_MAX_TOKENS = 24
+_MAX_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """Tokens per second of the arms in one round."""
+
+    pipeline: float
+    replay: float
+    flat: float | None = None
+    """None where the flat list was not run."""
+
+
+def run(ids: Collection[str], rounds: int | None = None) -> list[BenchResult]:
+    """Measure P5; a round takes some four minutes on two cores. Raises DmoaError if a query failed."""
+    import ray
+
+    from dmoa.serving.launch import start_ray
+
+    pool = load_pool(None)
+    for llm in pool.llms.values():
+        resolve_model(llm.model)
+    fetch("minilm")
+    started_ray = start_ray()
+    try:
+        figures = {in_flight: _measure(pool, in_flight, rounds or 2) for in_flight in IN_FLIGHT}
+    finally:
+        if started_ray:
+            ray.shutdown()
+    return judged(figures, engine="transformers/float32")
+
+
+def judged(figures: Mapping[int, Sequence[Round]], *, engine: str) -> list[BenchResult]:
+    """Return the results of all rounds by queries in flight: the ratios, the lowest of them as P5, and what lies behind them."""
+    ratios = {n: ratio([r.pipeline for r in rounds], [r.replay for r in rounds]) for n, rounds in figures.items()}
+    worst = min(ratios, key=lambda n: ratios[n].value)
+    note = "evaluation pipeline's tokens/s / replay of the same calls on the bare engine"
+    results = [
+        _result("P5", ratios[worst], "x", engine, f"{note}; the lowest, {worst} queries in flight", is_judged=True),
+        *(
+            _result(f"P5.{n}", found, "x", engine, f"{note}; {n} queries in flight", is_judged=True)
+            for n, found in ratios.items()
+        ),
+    ]
+    for n, rounds in figures.items():
+        arms = {
+            f"P5.{n}.pipeline": [r.pipeline for r in rounds],
+            f"P5.{n}.replay": [r.replay for r in rounds],
+            "P5.flat": [r.flat for r in rounds if r.flat is not None],
+        }
+        for id_, values in arms.items():
+            what = "all calls at once, none waiting for another; room for" if id_ == "P5.flat" else "with"
+            if values:
+                results.append(_result(id_, spread(values), "tokens/s", engine, f"{what} {n} queries in flight"))
+    return results
+
+
+def _result(id_: str, found: Spread, unit: str, engine: str, note: str, *, is_judged: bool = False) -> BenchResult:
+    return BenchResult(
+        id=id_,
+        value=found.value,
+        unit=unit,
+        low=found.low,
+        high=found.high,
+        rounds=found.rounds,
+        bar=f">= {BAR}" if is_judged else "",
+        passed=found.value >= BAR if is_judged else None,
+        engine=engine,
+        note=note,
+    )
+
+
+def _measure(pool: Config, in_flight: int, rounds: int) -> list[Round]:
+    """Run the arms in turns; every other round replays first, by the calls of the round before."""
+    config = _with_room(pool, in_flight)
+    graph: tuple[QueryCalls, ...] = ()
+    found: list[Round] = []
+    for number in range(rounds):
+        again = _replayed(config, graph, in_flight) if number % 2 else None
+        pipeline, graph = _piped(config, in_flight)
+        bare, flat = again or _replayed(config, graph, in_flight)
+        flat_per_s = flat.tokens_per_s if flat is not None else None
+        found.append(Round(pipeline=pipeline.tokens_per_s, replay=bare.tokens_per_s, flat=flat_per_s))
+    return found
+
+
+def _width(config: Config) -> int:
+    """Return the most calls that one query has under way."""
+    return min(config.gate.activation.max_agents, len(config.agents))
+
+
+def _with_room(pool: Config, in_flight: int) -> Config:
+    """Return the pool with an engine that decodes all calls of so many queries at once."""
+    llms = {name: llm.model_copy(update={"max_num_seqs": in_flight * _width(pool)}) for name, llm in pool.llms.items()}
+    return pool.model_copy(update={"llms": llms})
+
+
+def _piped(config: Config, in_flight: int) -> tuple[Window, tuple[QueryCalls, ...]]:
+    """Ask the rows through the pipeline; return its window and the graph of its calls."""
+    from dmoa.serving.agents import ENGINE_ENV
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, calls = RunFolder(Path(scratch)), Path(scratch) / "calls"
+        rows = SUITES[_SUITE].generate("test", _NUM_QUERIES[in_flight], 0)
+        write_lines(folder.tasks(_SUITE), (row.task for row in rows))
+        limits = limits_for(config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": _MAX_STEPS})}))
+        workers = Workers(
+            open_answerer=OpenRecorded(config_json=config.model_dump_json(), calls=calls),
+            places=in_flight * _width(config),
+            widths={"dmoa": _width(config)},
+            env=ENGINE_ENV,
+        )
+        asking = Asking(seed=0, limits=limits, sampling={"max_tokens": _MAX_TOKENS})
+        answer_all(folder, [_SUITE], ["dmoa"], asking, workers, lambda progress: None)
+        lost = [row for row in folder.read_answers(_SUITE, "dmoa") if row.status == "failed"]
+        if lost:
+            raise DmoaError(f"bench: {len(lost)} queries failed, the first by {lost[0].error}")
+        recorded = read_calls(calls)
+    return window_of(recorded), graph_of(recorded)
+
+
+def _replayed(config: Config, graph: tuple[QueryCalls, ...], in_flight: int) -> tuple[Window, Window | None]:
+    """Replay a graph in a fresh actor; return the window, and that of the flat list where it is asked for."""
+    import ray
+
+    from dmoa.serving.agents import ENGINE_ENV
+
+    options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": dict(ENGINE_ENV)}}
+    windows: list[Window | None] = [None, None]
+    for place, flights in enumerate((in_flight, None)):
+        if flights is None and in_flight != FLAT_IN_FLIGHT:
+            continue
+        actor = ray.remote(Replayer).options(**options).remote(config.model_dump_json())
+        try:
+            windows[place] = ray.get(actor.run.remote(graph, flights))
+        finally:
+            ray.kill(actor)
+    bare, flat = windows
+    assert bare is not None
+    return bare, flat
+
+
+class Replayer:
+    """The bare engine in an actor."""
+
+    def __init__(self, config_json: str) -> None:
+        self._engine = _warm_engine(Config.model_validate_json(config_json))
+
+    def run(self, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
+        """Replay a graph with so many queries in flight; None: as a flat list."""
+        work = replay_flat(self._engine, graph) if in_flight is None else replay(self._engine, graph, in_flight)
+        return asyncio.run(work)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRecorded:
+    """Loads a pool as `dmoa evaluate` does, with an engine that notes its calls."""
+
+    config_json: str
+    calls: Path
+
+    def __call__(self) -> RecordedAnswerer:
+        """Return the swarm, warm; blocks while models load."""
+        config = Config.model_validate_json(self.config_json)
+        gate, record = build_pool_gate(config)
+        router = LocalRouter()
+        router.install(record.version, gate)
+        encoder = build_encoder(config)
+        asyncio.run(_touch(encoder))
+        engine = RecordingEngine(_warm_engine(config), self.calls)
+        agents = LocalAgents(build_agents(config, _llm(config), engine))
+        return RecordedAnswerer(Swarm(config, agents=agents, router=router, encoder=encoder, theta=gate.spec.theta), engine)
+
+
+class RecordedAnswerer:
+    """A swarm on a recording engine; implements `evaluation.answering.Answerer`."""
+
+    def __init__(self, swarm: Swarm, engine: Engine) -> None:
+        self._swarm = swarm
+        self._engine = engine
+
+    async def answer(self, query: Query, policy: str, agent: str | None) -> Outcome:
+        """Answer one query. Raises DmoaError."""
+        return await ask_swarm(self._swarm, query, policy, agent)
+
+    async def close(self) -> None:
+        """Stop the engine."""
+        await self._engine.close()
+
+
+async def _touch(encoder: Any) -> None:
+    await encoder.embed(["A first text."])
+
+
+def _llm(config: Config) -> str:
+    """Return the one LLM of the default pool."""
+    (name,) = config.llms
+    return name
+
+
+def _warm_engine(config: Config) -> Engine:
+    """Load the pool's engine and let it generate once."""
+    name = _llm(config)
+    engine = build_engine(config, name, callable_agents(config, name))
+    words = (Message(role="user", content="Count to three."),)
+    asyncio.run(engine.generate(GenerationRequest(request_id="warm", messages=words, sampling=Sampling(max_tokens=8))))
+    return engine
