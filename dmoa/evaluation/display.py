@@ -33,7 +33,7 @@ class Footnotes:
 
     def marks(self, row: EvaluationRow) -> str:
         """Return the marks of a row, such as `1,3`."""
-        return ",".join(self._numbers[text] for text in _remarks(row))
+        return ",".join(sorted((self._numbers[text] for text in _remarks(row)), key=int))
 
     def marks_of_benchmark(self, benchmark: str) -> str:
         """Return the marks that hold for a whole benchmark."""

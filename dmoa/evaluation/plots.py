@@ -28,6 +28,8 @@ _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line"} | {
 _MARKERS = "osD^vPX<>*"
 _WIDTH_INCHES = 9.6
 _COLUMNS = 4
+_MANY_GROUPS = 20
+"""From here on the scale stands above the bars too."""
 
 
 def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
@@ -38,7 +40,7 @@ def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
     columns = min(_COLUMNS, len(benchmarks))
     lines = -(-len(benchmarks) // columns)
     with _figure(_WIDTH_INCHES if columns > 1 else 4.8, 2.25 * lines + 0.5) as figure:
-        panels = figure.subplots(lines, columns, squeeze=False).flatten()
+        panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
         for axes, (name, rows) in zip(panels, benchmarks.items(), strict=False):
             _accuracy_panel(axes, name, rows, evaluation)
         for axes in panels[len(benchmarks) :]:
@@ -90,6 +92,8 @@ def groups(evaluation: Evaluation, benchmark: str) -> str | None:
         axes.set_yticks(range(len(by_group)), labels, fontsize=8)
         axes.set_ylim(len(by_group) - 0.4, -0.6)
         axes.set_xlim(0, 100)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(labeltop=len(by_group) > _MANY_GROUPS)
         axes.set_xlabel("accuracy, %, with its 95 % interval (number of rows behind the name)")
         _legend(figure, evaluation.config.policies, shown=policies)
         return _svg(figure, f"groups-{benchmark}")
@@ -132,6 +136,7 @@ def _share_bars(totals: dict[str, Any], evaluation: Evaluation, name: str, title
         axes.set_xticks(range(len(categories)), [str(category) for category in categories])
         axes.set_xlim(-0.6, max(len(categories), 4) - 0.4)
         axes.set_ylim(0, 100)
+        axes.grid(visible=False, axis="x")
         axes.set_xlabel(title)
         axes.set_ylabel("% of answered rows")
         _legend(figure, evaluation.config.policies, shown=list(totals))
@@ -146,7 +151,7 @@ def routing(evaluation: Evaluation, policy: str) -> str | None:
     found = [row for row in evaluation.routing if row.policy == policy]
     if not found:
         return None
-    agents = sorted({row.agent for row in found})
+    agents = _agents(evaluation, {row.agent for row in found})
     by_benchmark, by_step = _steps_taken(evaluation, policy)
     active: dict[tuple[str, str | int], int] = defaultdict(int)
     for row in found:
@@ -156,11 +161,18 @@ def routing(evaluation: Evaluation, policy: str) -> str | None:
     with _figure(max(5.0, width), 0.27 * len(agents) + 1.9) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[len(by_benchmark), len(by_step)], sharey=True)
         _heat(left, agents, by_benchmark, active, [str(name) for name in by_benchmark])
-        left.tick_params(axis="x", rotation=60)
+        left.set_xticks(left.get_xticks(), [str(name) for name in by_benchmark], rotation=50, ha="right", rotation_mode="anchor")
         left.set_xlabel("benchmark")
         _heat(right, agents, by_step, active, [str(int(step) + 1) for step in by_step])
         right.set_xlabel("step")
         return _svg(figure, f"routing-{policy}")
+
+
+def _agents(evaluation: Evaluation, asked: set[str]) -> list[str]:
+    """Return the pool's agents in its order, those that were never asked among them, then any others."""
+    listed = evaluation.config.pool.config.get("agents")
+    pool = [str(agent.get("name")) for agent in listed if isinstance(agent, dict)] if isinstance(listed, list) else []
+    return [*pool, *sorted(asked - set(pool))]
 
 
 def _steps_taken(evaluation: Evaluation, policy: str) -> tuple[dict[str | int, int], dict[str | int, int]]:
