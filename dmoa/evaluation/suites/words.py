@@ -12,13 +12,13 @@ from typing import Literal
 from dmoa.evaluation.suites.kinds import NUMBER_FORMAT, Kind, Latent, Question, Templates
 from dmoa.evaluation.suites.suite import Level, Suite
 
-Task = Literal["sort", "pick", "longest", "letters", "count"]
+Asked = Literal["sort", "pick", "longest", "letters", "count"]
 
 _LETTERS = "aeilnorst"
 """Letters that `count` asks about: the commonest ones."""
 
 _WORD_FORMAT = "End with a line `Answer: ...`, one word."
-_FORMATS: dict[Task, str] = {
+_FORMATS: dict[Asked, str] = {
     "sort": "End with a line `Answer: ...`, the words with commas between them.",
     "pick": _WORD_FORMAT,
     "longest": _WORD_FORMAT,
@@ -26,7 +26,7 @@ _FORMATS: dict[Task, str] = {
     "count": NUMBER_FORMAT,
 }
 
-TEMPLATES: dict[Task, Templates] = {
+TEMPLATES: dict[Asked, Templates] = {
     "sort": Templates(
         name="sort",
         open=(
@@ -101,7 +101,7 @@ def vocabulary() -> tuple[str, ...]:
 class Words(Kind):
     """One question about a list of different words; a latent tuple is the words' numbers in order, then the choice made."""
 
-    group: Task
+    group: Asked
     length: int
     """Words in the list."""
 
@@ -172,7 +172,7 @@ class Words(Kind):
                 return Question({**fields, "letter": letter}, str(sum(letter in word for word in words)))
 
 
-def _kinds(length: int, *groups: Task) -> tuple[Words, ...]:
+def _kinds(length: int, *groups: Asked) -> tuple[Words, ...]:
     return tuple(Words(group=group, length=length) for group in groups)
 
 
