@@ -19,6 +19,7 @@ SERVE_FLAGS = {
 }
 """Serve's flags for short hops; replicas keep no HTTP ports of their own, so the proxy alone listens."""
 START_TIMEOUT_S = 600.0
+_START_ATTEMPTS = 3
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -82,16 +83,33 @@ def start_ray(address: str | None = None) -> bool:
 
     address = address or os.environ.get("RAY_ADDRESS")
     is_own = not ray.is_initialized() and address is None
-    if not ray.is_initialized():
-        options = _local_size() | {"include_dashboard": False} if is_own else {}
+    if is_own:
+        _start_own_ray()
+    elif not ray.is_initialized():
         try:
-            ray.init(address=address or "local", log_to_driver=False, **options)
+            ray.init(address=address, log_to_driver=False)
         except (ConnectionError, ray.exceptions.RayError) as error:
             raise ConfigError(
                 f"address: value seen: {address!r}; no Ray answers there as asked; check that it runs, and set "
                 f"RAY_AUTH_MODE=token where it wants tokens ({' '.join(str(error).split())[:200]})"
             ) from error
     return is_own
+
+
+def _start_own_ray() -> None:
+    """Start a Ray on this machine, again where its processes were too slow: on a busy machine Ray gives up too soon."""
+    import ray
+
+    for attempt in range(_START_ATTEMPTS):
+        try:
+            ray.init(address="local", log_to_driver=False, include_dashboard=False, **_local_size())
+        except Exception as error:
+            # Ray 2.60 raises a bare Exception for processes that did not come up in time.
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == _START_ATTEMPTS - 1:
+                raise
+        else:
+            return
 
 
 def _local_size() -> dict[str, int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DMOA = str(Path(sys.executable).with_name("dmoa"))
-_TIMEOUT_S = 600.0
+_TIMEOUT_S = 4000.0
 SCRIPTED = """
 name: scripted
 llms:

@@ -1,0 +1,97 @@
+"""An evaluation that is killed (SIGKILL) five times at random moments, on scripted agents and on the embedded model.
+
+Judged: no row is lost or counted twice, what was written before a kill stands, the table of the scripted run equals that of
+an unbroken one, and at least 99 % of the embedded model's replies do. The scripted agents' numbers mean nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
+
+from tests.integration.evaluations import after, command, kill_and_resume, rows_of, run, scripted_pool, table_of
+
+KILLS = 5
+EQUAL_BAR = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What became of one broken run beside an unbroken one."""
+
+    rows: int
+    kills: int
+    """How often the run was under way when it was killed."""
+    lost: int
+    """Rows of the unbroken run that the broken one lacks."""
+    is_prefix_kept: bool
+    equal_replies: float
+    is_table_equal: bool
+    seconds_unbroken: float
+
+
+def check(folder: Path, options: list[str], seed: int) -> Check:
+    """Run an evaluation whole, then broken; the kills fall anywhere in the time that the whole one took."""
+    started = time.monotonic()
+    whole = run(command(folder / "whole", *options))
+    seconds = time.monotonic() - started
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    rng = random.Random(seed)
+    moments = [after(rng.uniform(0.0, seconds)) for _ in range(KILLS)]
+    out = folder / "broken"
+    broken = kill_and_resume(command(out, *options), out, moments, folder / "log")
+    assert broken.ran.returncode == 0, broken.ran.stderr[-3000:]
+    expected, found = rows_of(folder / "whole"), rows_of(out)
+    same = sum(row["text"] == found.get(key, {}).get("text") for key, row in expected.items())
+    return Check(
+        rows=len(expected),
+        kills=broken.kills,
+        lost=len(expected.keys() - found.keys()),
+        is_prefix_kept=broken.is_prefix_kept,
+        equal_replies=same / len(expected),
+        is_table_equal=table_of(out) == table_of(folder / "whole"),
+        seconds_unbroken=seconds,
+    )
+
+
+def main() -> int:
+    """Check both kinds of agents."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    policies = ["--policies", "dmoa,single"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "scripted").mkdir()
+        (folder / "real").mkdir()
+        pool = str(scripted_pool(folder))
+        scripted = check(
+            folder / "scripted",
+            ["--config", pool, "--benchmarks", "arith,calendar,words", "--limit", "300", "--concurrency", "6", *policies],
+            arguments.seed,
+        )
+        real = check(
+            folder / "real", ["--benchmarks", "arith,calendar", "--limit", "12", "--budget", "cpu", *policies], arguments.seed + 1
+        )
+    passed = (
+        all(one.lost == 0 and one.is_prefix_kept for one in (scripted, real))
+        and scripted.is_table_equal
+        and real.equal_replies >= EQUAL_BAR
+    )
+    result = {"scripted": asdict(scripted), "embedded": asdict(real), "equal_bar": EQUAL_BAR, "passed": passed}
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
