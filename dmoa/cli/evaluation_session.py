@@ -39,6 +39,8 @@ def run_evaluation(options: EvaluateOptions, config: Config | None, common: Comm
     names = expand_names(options.benchmarks)
     check_policies(options.policies, config)
     assert options.out is not None
+    # Ray logs as an error that Ray Data keeps its actors' arguments in the object store, which it always does.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     folder = RunFolder(options.out.absolute())
     started_ray = start_ray(options.address)
     try:

@@ -29,7 +29,8 @@ from dmoa.evaluation.stages import AnswerStage, OpenScorers, RunWriter, score_bl
 
 SHARDS_UNDER_WAY = 4
 """Shards that one answering actor works on at once."""
-_MAX_SHARDS = 2000
+_MAX_SHARDS = 1000
+"""Shards of a pass, however many rows it has: Ray Data keeps some ten KiB of statistics of each until the pass ends."""
 _POLL_S = 0.25
 
 
@@ -143,7 +144,8 @@ def score_all(
         items = pending_scores(folder, benchmarks, policies)
         if not items:
             return
-        dataset = stream(("answer", "label"), items, max(1, min(64, len(items) // (4 * at_once)))).map_batches(
+        per_shard = max(1, min(64, len(items) // (4 * at_once)), -(-len(items) // _MAX_SHARDS))
+        dataset = stream(("answer", "label"), items, per_shard).map_batches(
             score_block,
             fn_kwargs={"open_scorers": open_scorers, "writer": writer},
             batch_size=None,
@@ -188,7 +190,9 @@ def _shard_rows(num_tasks: int, num_policies: int, workers: Workers) -> int:
 def _writer(folder: RunFolder) -> Iterator[Any]:
     """Run the run's only writer, on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    writer = ray.remote(RunWriter).options(num_cpus=0, scheduling_strategy=here).remote(str(folder.root))
+    # No task events: Ray's control service would keep one for every write.
+    options = {"num_cpus": 0, "scheduling_strategy": here, "enable_task_events": False}
+    writer = ray.remote(RunWriter).options(**options).remote(str(folder.root))
     try:
         ray.get(writer.ready.remote())
         yield writer
@@ -239,4 +243,4 @@ def quiet() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

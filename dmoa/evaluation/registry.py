@@ -37,6 +37,8 @@ class Judging:
     score: Scorer
     primary: str
     """What accuracy means, such as `exact match`."""
+    summary: str = ""
+    """One line on generated rows: what they are, how many there are, and the chance level."""
     deviation: str
     """How this differs from the benchmark's original protocol; empty where it does not."""
     chance: Callable[[Sequence[Label]], float]
@@ -54,6 +56,7 @@ def judging(name: str, *, difficulty: int = 1, allow_weak_sandbox: bool = False)
             is_generated=True,
             score=suite.score,
             primary="exact match of the final answer",
+            summary=suite.describe(difficulty),
             deviation="",
             chance=lambda labels: suite.chance(difficulty),
             runs_programs=False,

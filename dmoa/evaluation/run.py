@@ -106,7 +106,8 @@ def _benchmark_info(session: Session, name: str) -> BenchmarkInfo:
     options = session.options
     judge = judging(name, difficulty=options.difficulty, allow_weak_sandbox=options.allow_weak_sandbox)
     prepared = prepare(session.folder, name, options)
-    session.say(f"{name}: {prepared.num_rows} rows" + (f", {prepared.num_bad} bad ones left out" if prepared.num_bad else ""))
+    left_out = f", {prepared.num_bad} bad ones left out" if prepared.num_bad else ""
+    session.say(f"{name}: {prepared.num_rows} rows{left_out}" + (f"; {judge.summary}" if judge.summary else ""))
     return BenchmarkInfo(
         name=name,
         title=judge.title,
