@@ -6,7 +6,6 @@ import contextlib
 import marshal
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -207,9 +206,11 @@ def _scratch(uid: int | None, stack: contextlib.ExitStack) -> str:
 
 
 def _remove(path: str) -> None:
-    for folder, names, _ in os.walk(path):  # a program may have closed its own folders
-        for name in names:
-            inner = Path(folder, name)
-            if not inner.is_symlink():
-                inner.chmod(0o700)
-    shutil.rmtree(path)
+    """Remove a folder however deep and closed it is; Python's own functions end at some depth. Raises OSError."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+        return
+    for command in (["chmod", "-R", "u+rwx", path], ["rm", "-rf", "--one-file-system", path]):
+        done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 fixed commands on our own folder
+    if done.returncode != 0:
+        raise OSError(f"the scratch folder {path} cannot be removed: {done.stderr.decode(errors='replace')[:200]}")

@@ -9,7 +9,7 @@ variable, no object that the garbage collector lists, no file. Against a candida
 - an audit hook, which cannot be removed, refuses the candidate frames, tracing, `gc` listings, `ctypes` and forged code
   objects; libraries keep them;
 - functions and classes of the modules that the checker imports, and the builtins, must be the same objects before the
-  checker as before the candidate, and again at its end.
+  checker as before the candidate, and again at its end (a library may wrap its own functions).
 
 What remains: reading raw memory through a library (numpy strides), frames got from a signal handler, a patch that takes
 itself back before the checker ends, results whose `__eq__` says yes to everything (the original harnesses accept them).
@@ -86,57 +86,70 @@ def _judge(job: dict[str, Any]) -> bool:
     """Run both codes; return if nothing was raised and nothing tampered with."""
     candidate = compile(job["source"], CANDIDATE, "exec", dont_inherit=True)
     checker = compile(job["checker"], CHECKER, "exec", dont_inherit=True)
-    for name in job["preload"]:
+    parts = _load(job)
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    fresh = dict(vars(builtins))
+    before = _fingerprint(parts)
+    trusted = tuple(job["trusted"])
+    _add_guard(trusted)
+    exec(candidate, module.__dict__)  # noqa: S102 what we are for
+    _compare(before, _fingerprint(parts), trusted)
+    names = {**module.__dict__, "__builtins__": dict(fresh)}
+    exec(checker, names)  # noqa: S102 what we are for
+    _compare(before, _fingerprint(parts), trusted)
+    _compare(fresh, names["__builtins__"], trusted)
+    return True
+
+
+def _load(job: dict[str, Any]) -> dict[str, types.ModuleType]:
+    """Import what the checker will, with the libraries' own test helpers, and return all that must not change."""
+    tops = {name.partition(".")[0] for name in job["preload"]}
+    helpers = {f"{top}.testing" for top in tops} if "testing" in job["checker"] else set()
+    for name in [*job["preload"], *sorted(helpers)]:
         try:
             __import__(name)
         except ImportError:
             continue  # the checker will fail on it where it needs it, with its own message
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
-    fresh = dict(vars(builtins))
-    parts = _parts(job["preload"])
-    before = _fingerprint(parts)
-    _add_guard(tuple(job["trusted"]))
-    exec(candidate, module.__dict__)  # noqa: S102 what we are for
-    _compare(before, _fingerprint(parts))
-    names = {**module.__dict__, "__builtins__": dict(fresh)}
-    exec(checker, names)  # noqa: S102 what we are for
-    _compare(before, _fingerprint(parts))
-    _compare(fresh, names["__builtins__"])
-    return True
-
-
-def _parts(preload: list[str]) -> dict[str, types.ModuleType]:
-    """Return the modules whose functions must not change: builtins, and the checker's modules with their test helpers."""
-    names = {"builtins", "math", "operator", "unittest.case", "copy", "random"}
-    for name in preload:
-        top = name.partition(".")[0]
-        names.update(
-            {name, top, f"{top}.testing", f"{top}._testing", f"{top}.testing._private.utils", f"{top}._testing.asserters"}
-        )
+    names = {"builtins", "math", "operator", "unittest.case", "copy", "random", *tops, *job["preload"], *helpers}
+    names.update(f"{top}.{inner}" for top in tops for inner in ("testing._private.utils", "_testing", "_testing.asserters"))
     return {name: found for name in sorted(names) if isinstance(found := sys.modules.get(name), types.ModuleType)}
 
 
 def _fingerprint(parts: dict[str, types.ModuleType]) -> dict[str, object]:
-    """Return every function and class of the modules, and every function of those classes, by its dotted name."""
-    kinds = (types.FunctionType, types.BuiltinFunctionType, type)
-    inner = (*kinds, types.MethodDescriptorType, types.WrapperDescriptorType, staticmethod, classmethod, property)
+    """Return what can be called in the modules by its dotted name: functions, their code, classes, their methods."""
     found: dict[str, object] = {}
     for name, module in parts.items():
         for key, value in list(vars(module).items()):
-            if not isinstance(value, kinds):
+            if not callable(value):
                 continue
             found[f"{name}.{key}"] = value
-            if isinstance(value, types.FunctionType):
-                found[f"{name}.{key}()"] = value.__code__
-            elif isinstance(value, type):
-                found.update({f"{name}.{key}.{k}": v for k, v in list(vars(value).items()) if isinstance(v, inner)})
+            if isinstance(value, type):
+                methods: dict[str, object] = {}
+                for base in reversed(value.__mro__):
+                    methods.update(vars(base))
+                for inner, method in methods.items():
+                    if callable(method) or isinstance(method, property | staticmethod | classmethod):
+                        found[f"{name}.{key}.{inner}"] = method
+            else:
+                code = getattr(getattr(value, "__wrapped__", value), "__code__", None)
+                found[f"{name}.{key}()"] = code
     return found
 
 
-def _compare(before: dict[str, object], after: dict[str, object]) -> None:
+def _compare(before: dict[str, Any], after: dict[str, Any], trusted: tuple[str, ...]) -> None:
+    """Raise TamperedError if anything is another object; a library may wrap its own function (torch does, once used)."""
     for name, value in before.items():
-        if after.get(name) is not value:
+        now = after.get(name)
+        if now is value or (name.endswith("()") and after.get(name[:-2]) is not before[name[:-2]]):
+            continue
+        is_rewrapped = (
+            isinstance(now, types.FunctionType)
+            and isinstance(value, types.FunctionType)
+            and now.__name__ == value.__name__
+            and now.__code__.co_filename.startswith(trusted)
+        )
+        if not is_rewrapped:
             raise TamperedError(f"{name} was replaced")
 
 

@@ -24,6 +24,7 @@ _DEATH_S = 10.0
 _PIECE_BYTES = 1 << 16
 _MAX_REPORT_BYTES = 1 << 14
 _BYTES_PER_FILE = 8 << 10
+_MAX_DEPTH = 50
 
 
 @dataclass(slots=True, kw_only=True)
@@ -152,16 +153,22 @@ def _memory(pids: list[int], file: str, fields: tuple[str, ...]) -> int:
 
 
 def _folder_use(folder: str, most_files: int) -> tuple[int, int]:
-    """Return the number of entries below a folder, counted up to just over `most_files`, and their bytes on disk."""
+    """Return the number of entries below a folder and their bytes on disk.
+
+    Counts up to just over `most_files`; nesting beyond 50 levels, where paths grow too long to look, is above that too.
+    """
     num_files = size = 0
-    open_folders = [folder]
+    open_folders = [(folder, 0)]
     while open_folders and num_files <= most_files:
-        with contextlib.suppress(OSError), os.scandir(open_folders.pop()) as entries:
+        path, depth = open_folders.pop()
+        if depth > _MAX_DEPTH:
+            return most_files + 1, size
+        with contextlib.suppress(OSError), os.scandir(path) as entries:
             for entry in entries:
                 num_files += 1
                 size += entry.stat(follow_symlinks=False).st_blocks * 512
                 if entry.is_dir(follow_symlinks=False):
-                    open_folders.append(entry.path)
+                    open_folders.append((entry.path, depth + 1))
                 if num_files > most_files:
                     break
     return num_files, size
