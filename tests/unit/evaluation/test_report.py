@@ -1,0 +1,247 @@
+"""The HTML report: one file, no request, everything escaped, deterministic, no plot without data."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dmoa.errors import ConfigError
+from dmoa.evaluation import display, plots
+from dmoa.evaluation.report import render, write
+from dmoa.evaluation.results import BenchmarkInfo, Evaluation, build
+from tests.unit.run_records import answer, lost, run_of, score, small_run
+
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """What is on a page: elements, their attributes, the text of table cells; fails on elements that are not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.rows: list[list[str]] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self._open):
+            self.rows[-1][-1] += data
+
+    def row(self, *beginning: str) -> list[str]:
+        return next(row for row in self.rows if row[: len(beginning)] == list(beginning))
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> Evaluation:
+    return build(*small_run())
+
+
+@pytest.fixture(scope="module")
+def text(evaluation: Evaluation) -> str:
+    return render(evaluation)
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
+
+
+def test_nothing_is_requested_and_nothing_runs(page: Page, text: str) -> None:
+    assert {"script", "link", "iframe", "object", "embed", "form", "base", "img", "image"} & set(page.elements) == set()
+    assert [a for a in page.attributes if a[1].startswith("on")] == []
+    references = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset", "data")]
+    assert all(value.startswith("#") for value in references)
+    assert re.findall(r"url\((?!#)", text) == []
+    assert "@import" not in text
+    policy = next(value for tag, name, value in page.attributes if tag == "meta" and "default-src" in value and name == "content")
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def test_what_models_and_errors_say_is_text(text: str, page: Page) -> None:
+    assert "<script" not in text
+    assert page.row("mmlu/test/0003", "dmoa")[2] == "DeadlineError: <script>alert('x')</script> & so on"
+
+
+def test_every_table_of_results_has_its_labels(page: Page, text: str) -> None:
+    tables = [row for row in page.rows if row and row[0] in ("MMLU1", "relay2,3")]
+    # Results and details for both policies, and the comparison, each for two benchmarks.
+    assert len(tables) == 9
+    assert page.row("relay2", "dmoa", "single")
+    assert text.count("a generated letter instead of 5-shot scoring</li>") == 3
+    assert text.count(f"{display.GENERATED}</li>") == 3
+
+
+def test_figures_are_those_of_the_result(page: Page) -> None:
+    row = page.row("MMLU1", "dmoa", "4")
+    assert row[3:9] == ["50.0", "[15.0, 85.0]", "25.0", "2", "1", "1"]
+    # Newcombe by hand: phi is 0, the Wilson intervals are [15.0, 85.0] and [4.6, 69.9].
+    assert page.row("MMLU1", "dmoa", "single")[3:7] == ["4", "+25.0", "[-32.0, +65.5]", "1.000"]
+
+
+def test_how_to_repeat_is_there(text: str) -> None:
+    for part in ("dmoa evaluate --benchmarks mmlu,relay --seed 7 --out DIR", "a" * 64, "f" * 64, "ray 2.60.0", "max_steps 3"):
+        assert part in text
+
+
+def test_the_same_result_gives_the_same_page(evaluation: Evaluation, text: str) -> None:
+    code = (
+        "import sys\nfrom dmoa.evaluation.report import render\nfrom dmoa.evaluation.results import Evaluation\n"
+        "sys.stdout.reconfigure(encoding='utf-8')\nprint(render(Evaluation.model_validate_json(sys.stdin.read())), end='')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=evaluation.model_dump_json().encode(), capture_output=True, check=True, timeout=120
+    )
+    assert done.stdout.decode() == text
+
+
+def test_the_report_is_written_whole(evaluation: Evaluation, text: str, tmp_path: Path) -> None:
+    write(evaluation, tmp_path / "deep" / "report.html")
+    assert (tmp_path / "deep" / "report.html").read_text(encoding="utf-8") == text
+    assert len(list((tmp_path / "deep").iterdir())) == 1
+    with pytest.raises(ConfigError, match="a folder; allowed is a file"):
+        write(evaluation, tmp_path)
+
+
+def test_an_unfinished_run_says_so(evaluation: Evaluation) -> None:
+    run = evaluation.config.model_copy(update={"gate_version": "untrained-1"})
+    found = render(build(run, [answer("mmlu", 0, "dmoa", gate_version="untrained-1")], [score("mmlu", 0, "dmoa", 1.0)]))
+    assert "13 of 14 rows are still missing" in found
+    assert "Gate untrained-1 is untrained: its routing is arbitrary" in found
+    assert display.MISSING in found
+
+
+# Plots
+
+
+def texts_of(svg: str) -> list[str]:
+    return [element.text or "" for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_plots_are_well_formed_with_names_in_them(evaluation: Evaluation) -> None:
+    drawn = plots.accuracy_against_tokens(evaluation)
+    assert drawn is not None
+    assert {"mmlu", "relay (generated)", "dmoa", "single"} <= set(texts_of(drawn))
+    grouped = plots.groups(evaluation, "mmlu")
+    assert grouped is not None
+    assert {"art (2)", "law (2)"} <= set(texts_of(grouped))
+
+
+def test_heat_maps_give_the_share_of_steps(evaluation: Evaluation) -> None:
+    drawn = plots.routing(evaluation, "dmoa")
+    assert drawn is not None
+    found = texts_of(drawn)
+    # adder in both steps, echo in the first of two: 50 % by benchmark; 100 % of first steps by step.
+    assert found.count("50") == 2
+    assert found.count("100") == 5
+    assert {"adder", "echo", "mmlu", "relay"} <= set(found)
+
+
+def test_an_agent_that_is_never_asked_has_its_row(evaluation: Evaluation) -> None:
+    run = run_of([BenchmarkInfo(name="gsm8k", rows=1)], ["single"])
+    drawn = plots.routing(build(run, [answer("gsm8k", 0, "single", active=(("adder",),))], []), "single")
+    assert drawn is not None
+    assert "echo" in texts_of(drawn)
+
+
+def test_a_plot_without_data_is_not_drawn() -> None:
+    run = run_of([BenchmarkInfo(name="gsm8k", rows=2)], ["dmoa"])
+    empty = build(run, [], [])
+    assert plots.accuracy_against_tokens(empty) is None
+    assert (plots.groups(empty, "gsm8k"), plots.steps(empty), plots.stop_reasons(empty)) == (None, None, None)
+    assert plots.routing(empty, "dmoa") is None
+    all_failed = render(build(run, [lost("gsm8k", 0, "dmoa")], [score("gsm8k", 0, "dmoa", 0.0, is_failed=True, is_scored=False)]))
+    assert "<h2>Routing</h2>" not in all_failed
+    assert "<svg" not in render(empty)
+
+
+def test_odd_names_are_drawn_as_they_are() -> None:
+    run = run_of([BenchmarkInfo(name="gsm8k", rows=4)], ["single:a_1.b"])
+    lines = [answer("gsm8k", n, "single:a_1.b", active=((r"$\frac{1}{0}$ <b>",),)) for n in range(2)]
+    scores = [score("gsm8k", n, "single:a_1.b", 1.0, group=f"_{n} & <i>$x$") for n in range(2)]
+    evaluation = build(run, lines, scores)
+    routing, groups = plots.routing(evaluation, "single:a_1.b"), plots.groups(evaluation, "gsm8k")
+    assert routing is not None
+    assert groups is not None
+    assert r"$\frac{1}{0}$ <b>" in texts_of(routing)
+    assert "_0 & <i>$x$ (1)" in texts_of(groups)
+    assert "<b>" not in routing
+
+
+def test_ids_of_a_page_are_unique(page: Page) -> None:
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = {value[1:] for _, name, value in page.attributes if name in ("href", "xlink:href")}
+    assert used <= set(ids)
+
+
+def test_colours_are_the_pages_own(text: str) -> None:
+    defined = set(re.findall(r"(--[a-z0-9-]+):", text[: text.index("</style>")]))
+    used = set(re.findall(r"var\((--[a-z0-9-]+)\)", text))
+    assert used <= defined
+    svg = text[text.index("<svg") : text.rindex("</svg>")]
+    assert set(re.findall(r"#[0-9a-fA-F]{6}\b", svg)) == set()
+
+
+def test_fifty_seven_subjects_get_room() -> None:
+    run = run_of([BenchmarkInfo(name="mmlu", rows=57)], ["dmoa", "single"])
+    scores = [score("mmlu", n, policy, 1.0, group=f"subject {n:02}") for n in range(57) for policy in run.policies]
+    drawn = plots.groups(build(run, [], scores), "mmlu")
+    assert drawn is not None
+    height_points = float(ET.fromstring(drawn).attrib["height"].removesuffix("pt"))
+    # At least 12 points for each subject: labels of 8 points do not touch.
+    assert height_points > 57 * 12
+    assert len([name for name in texts_of(drawn) if name.startswith("subject")]) == 57
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (0, "0"),
+        (950, "950"),
+        (999.4, "999"),
+        (999.6, "1.00k"),
+        (12_345, "12.3k"),
+        (99_960, "100k"),
+        (4_570_000, "4.57M"),
+        (2e9, "2.00G"),
+    ],
+)
+def test_counts_keep_three_figures(number: float, shown: str) -> None:
+    assert display.count(number) == shown
+
+
+def test_other_words() -> None:
+    assert (display.p_value(0.0004), display.p_value(0.0321)) == ("< 0.001", "0.032")
+    assert (display.duration(8.34), display.duration(744), display.duration(11_160)) == ("8.3 s", "12.4 min", "3.1 h")
+    assert (display.decimals(None), display.decimals(1.005, 1)) == ("-", "1.0")
+    assert (display.points(0.051), display.ends(0.1, 0.25), display.share(0.625)) == ("+5.1", "[10.0, 25.0]", "62.5")
