@@ -24,7 +24,6 @@ from dmoa.sandbox import SandboxLimits
 
 LIMITS = SandboxLimits(wall_s=60.0, cpu_s=60, memory_bytes=4 << 30)
 _NO_LIBRARY, _NO_REFERENCE = "no library", "the reference fails with"
-_MAX_REFERENCES = 2_000
 _PACKAGES = {
     "Pandas": "pandas",
     "Numpy": "numpy",
@@ -35,27 +34,31 @@ _PACKAGES = {
     "Tensorflow": "tensorflow",
 }
 _CODE_TAG = re.compile(r"<code>(.*?)(?:</code>|\Z)", re.DOTALL)
-_BEGIN = re.compile(r"^[ \t]*#*[ \t]*(?:BEGIN SOLUTION|SOLUTION START)[ \t]*\n", re.MULTILINE)
-_END = re.compile(r"^[ \t]*#*[ \t]*(?:END SOLUTION|SOLUTION END)\b.*|</code>.*", re.MULTILINE | re.DOTALL)
+_BEGIN = re.compile(r"^[ \t]*+#*+[ \t]*+(?:BEGIN SOLUTION|SOLUTION START)[ \t]*+\n", re.MULTILINE)
+_END = re.compile(r"^[ \t]*+#*+[ \t]*+(?:END SOLUTION|SOLUTION END)\b.*|</code>.*", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(slots=True)
-class _References:
-    """What came of the reference solutions, in this process; the oldest is forgotten first."""
+class References:
+    """What came of the reference solutions, in this process; safe from any thread."""
 
+    max_verdicts: int = 2_000
+    """The oldest beyond them is forgotten."""
     verdicts: OrderedDict[tuple[str, str], Verdict] = field(default_factory=OrderedDict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    """By code context and reference."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def judge(self, context: str, reference: str, *, allow_weak: bool) -> Verdict:
+        """Return how a reference does, from memory where it has run before; raises as `programs.judge`."""
         key = (context, reference)
-        with self.lock:
+        with self._lock:
             known = self.verdicts.get(key)
         if known is None:
             known = _judge(context, reference, allow_weak=allow_weak)
             if known.is_judged:
-                with self.lock:
+                with self._lock:
                     self.verdicts[key] = known
-                    if len(self.verdicts) > _MAX_REFERENCES:
+                    if len(self.verdicts) > self.max_verdicts:
                         self.verdicts.popitem(last=False)
         return known
 
@@ -91,7 +94,7 @@ def _version(package: str) -> str | None:
 
 def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
     """Return the scoring of DS-1000, whose gold has `code_context`, `reference_code`, `library` and `prompt`."""
-    references = _References()
+    references = References()
 
     def score(label: Label, reply: Reply) -> Score:
         context, reference, library, prompt = gold_of(label, "code_context", "reference_code", "library", "prompt")

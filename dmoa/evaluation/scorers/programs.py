@@ -16,11 +16,15 @@ from dmoa.sandbox import SandboxLimits
 MAX_CHARS = 200_000
 """Characters at the beginning of a reply that are searched for code."""
 
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+# Possessive (*+), so that a reply of one endless line is not searched in every way.
+_FENCE = re.compile(
+    r"^[ \t]*+(`{3,}+|~{3,}+)[ \t]*+([\w+#.-]*+)[^\n]*+\n(.*?)(?:^[ \t]*+\1[`~]*+[ \t]*+$|\Z)", re.DOTALL | re.MULTILINE
+)
 _CODE_LINE = re.compile(
     r"(?:(?:import [\w.]+|from [\w.]+ import\b|(?:async )?def \w+\s*\(|class \w+\s*[(:]|@\w|return\b|assert\b|raise\b|del \w"
     r"|yield\b|pass\s*$|break\s*$|continue\s*$|try\s*:|else\s*:|finally\s*:|except\b[^\n]*:|lambda\b)"
-    r"|(?:if|elif|for|while|with|async for|async with)\b[^\n]*:\s*(?:#[^\n]*|\w[^\n]*)?$"
+    r"|(?:if|elif|for [^\n]+ in|while|with|async for|async with)\b[^\n]*:\s*"
+    r"(?:#[^\n]*|(?:return|continue|break|pass|raise)\b[^\n]*)?$"
     r"|[A-Za-z_][\w.]*(?:\[[^\n]*\])?(?:\s*,\s*[A-Za-z_*][\w.]*)*\s*(?:[-+*/%&|^@]|//|\*\*|<<|>>)?=(?!=)"
     r"|[A-Za-z_][\w.]*(?:\[[^\n]*\])?\([^\n]*$)"
 )
