@@ -1,0 +1,274 @@
+"""Tracking: JSON lines always, W&B offline for real, a server that never answers, and no secret anywhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmoa.tracking import open_tracker
+
+SECRET = "hunter2-do-not-show"
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No key, no mode, no home of whoever runs the tests."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """The URL of a server that takes connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def offline_runs(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def everything_under(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+# JSON lines
+
+
+def test_json_lines_hold_everything(tmp_path: Path) -> None:
+    tracker = open_tracker("jsonl", run_dir=tmp_path, name="x", config={"lr": 0.1})
+    tracker.log({"loss": 0.5}, step=3)
+    tracker.log({"bad": math.nan, "worse": math.inf})
+    tracker.table("table", ["a", "b"], [(1, "x"), (None, 2.5)])
+    tracker.artifact(tmp_path / "gate", "gate", "checkpoint")
+    tracker.finish()
+    config, loss, bad, table, artifact = lines_of(tmp_path)
+    assert (config["op"], config["values"]) == ("config", {"lr": 0.1})
+    assert (loss["op"], loss["step"], loss["metrics"]) == ("log", 3, {"loss": 0.5})
+    assert bad["metrics"] == {"bad": None, "worse": None}
+    assert (table["name"], table["columns"], table["rows"]) == ("table", ["a", "b"], [[1, "x"], [None, 2.5]])
+    assert (artifact["name"], artifact["kind"], artifact["path"]) == ("gate", "checkpoint", str(tmp_path / "gate"))
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    tracker = open_tracker("jsonl", run_dir=tmp_path, name="x")
+    tracker.log({"loss": 1.0})
+    assert lines_of(tmp_path)[0]["metrics"] == {"loss": 1.0}
+    tracker.finish()
+
+
+def test_a_torn_line_stays_apart_from_the_next(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"op": "log"}\n{"op": "l')
+    tracker = open_tracker("jsonl", run_dir=tmp_path, name="x")
+    tracker.log({"loss": 1.0})
+    tracker.finish()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines[1] == '{"op": "l'
+    assert json.loads(lines[2])["metrics"] == {"loss": 1.0}
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("no folder")
+    tracker = open_tracker("wandb", run_dir=tmp_path / "file" / "run", name="x", config={"a": 1})
+    tracker.log({"loss": 1.0})
+    tracker.finish()
+    assert "the run goes on without it" in caplog.text
+
+
+def test_after_finish_nothing_is_logged_and_nothing_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = open_tracker("jsonl", run_dir=tmp_path, name="x")
+    tracker.finish()
+    tracker.finish()
+    tracker.log({"loss": 1.0})
+    assert lines_of(tmp_path) == []
+    assert "log after finish" in caplog.text
+
+
+def test_none_logs_nothing(tmp_path: Path) -> None:
+    tracker = open_tracker("none", run_dir=tmp_path / "run", name="x", config={"a": 1})
+    tracker.log({"loss": 1.0})
+    tracker.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_goes_on_keeps_its_id(tmp_path: Path) -> None:
+    first = open_tracker("jsonl", run_dir=tmp_path, name="x")
+    first.log({"loss": 2.0})
+    first.finish()
+    second = open_tracker("jsonl", run_dir=tmp_path, name="x")
+    second.log({"loss": 1.0})
+    second.finish()
+    other = open_tracker("jsonl", run_dir=tmp_path / "other", name="x")
+    other.finish()
+    assert first.run_id == second.run_id != other.run_id
+    assert [line["metrics"]["loss"] for line in lines_of(tmp_path)] == [2.0, 1.0]
+    chosen = open_tracker("jsonl", run_dir=tmp_path, name="x", run_id="mine")
+    chosen.finish()
+    assert chosen.run_id == "mine"
+
+
+# W&B
+
+
+def test_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("SOME_ENVIRONMENT", SECRET)
+    config = {"gate": {"hidden": 128}, "api_key": SECRET, "url": f"https://me:{SECRET}@host/v1"}
+    tracker = open_tracker("wandb", run_dir=tmp_path, project="proj", name="my-run", config=config)
+    for step in range(3):
+        tracker.log({"loss_of_training": 1.0 / (step + 1), "bad": math.nan}, step=step)
+    tracker.table("results_table", ["benchmark", "note"], [["gsm8k", f"https://u:{SECRET}@x/"]])
+    (tmp_path / "gate.bin").write_bytes(b"weights")
+    tracker.artifact(tmp_path / "gate.bin", "gate", "checkpoint")
+    tracker.finish()
+    (run,) = offline_runs(tmp_path)
+    kept = run.read_bytes()
+    for part in (b"my-run", b"proj", b"loss_of_training", b"results_table", b"hidden", tracker.run_id.encode()):
+        assert part in kept
+    assert tracker.run_id in run.parent.name
+    assert SECRET.encode() not in everything_under(tmp_path)
+    assert caplog.text == ""
+    assert len(lines_of(tmp_path)) == 6
+
+
+def test_a_resumed_run_has_the_same_id_in_wandb(tmp_path: Path) -> None:
+    for _ in range(2):
+        tracker = open_tracker("auto", run_dir=tmp_path, name="x")
+        tracker.log({"loss": 1.0})
+        tracker.finish()
+    assert {run.name for run in offline_runs(tmp_path)} == {f"run-{tracker.run_id}.wandb"}
+
+
+def test_a_message_that_wandb_refuses_loses_no_other(tmp_path: Path) -> None:
+    tracker = open_tracker("wandb", run_dir=tmp_path, name="x")
+    tracker.artifact(tmp_path / "absent", "gate", "checkpoint")
+    tracker.log({"comes_after": 1.0})
+    tracker.finish()
+    (run,) = offline_runs(tmp_path)
+    assert b"comes_after" in run.read_bytes()
+    assert "artifact: " in (tmp_path / "tracking.log").read_text()
+
+
+def test_a_server_that_never_answers_slows_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", silent_server)
+    monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
+    began = time.monotonic()
+    tracker = open_tracker("wandb", run_dir=tmp_path, name="x", init_timeout_s=60.0, finish_timeout_s=2.0)
+    for step in range(100):
+        tracker.log({"loss": 1.0}, step=step)
+    logged_s = time.monotonic() - began
+    tracker.finish()
+    finished_s = time.monotonic() - began
+    assert logged_s < 2.0
+    assert finished_s < 10.0
+    assert "W&B did not end in time" in caplog.text
+    assert len(lines_of(tmp_path)) == 100
+    assert b"f" * 40 not in everything_under(tmp_path)
+
+
+def test_a_server_that_never_answers_leaves_an_offline_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_server: str
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", silent_server)
+    monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
+    tracker = open_tracker("auto", run_dir=tmp_path, name="x", init_timeout_s=1.0, finish_timeout_s=60.0)
+    tracker.log({"kept_offline": 1.0})
+    tracker.finish()
+    assert b"kept_offline" in offline_runs(tmp_path)[0].read_bytes()
+    assert "going on offline" in (tmp_path / "tracking.log").read_text()
+
+
+def test_a_wandb_that_dies_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = open_tracker("wandb", run_dir=tmp_path, name="x", finish_timeout_s=60.0)
+    os.kill(wandb_pid(tracker), signal.SIGKILL)
+    for step in range(2000):
+        tracker.log({f"figure_{step}": 1.0}, step=step)
+    began = time.monotonic()
+    tracker.finish()
+    assert time.monotonic() - began < 10.0
+    assert "W&B ended with status -9; metrics.jsonl has everything" in caplog.text
+    assert len(lines_of(tmp_path)) == 2000
+
+
+def wandb_pid(tracker: Any) -> int:
+    return int(tracker._sinks[1]._process.pid)
+
+
+def test_a_mode_that_wandb_refuses_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "no such mode")
+    tracker = open_tracker("wandb", run_dir=tmp_path, name="x")
+    tracker.log({"kept_offline": 1.0})
+    tracker.finish()
+    assert b"kept_offline" in offline_runs(tmp_path)[0].read_bytes()
+
+
+def test_a_killed_run_leaves_its_curves_and_no_process(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom dmoa.tracking import open_tracker\n"
+        f"tracker = open_tracker('wandb', run_dir=Path({str(tmp_path)!r}), name='x', finish_timeout_s=20.0)\n"
+        "tracker.log({'before_the_kill': 1.0})\nprint(tracker._sinks[1]._process.pid, flush=True)\ntime.sleep(300)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    child = int(run.stdout.readline())
+    deadline = time.monotonic() + 60.0
+    while not offline_runs(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+    assert b"before_the_kill" in offline_runs(tmp_path)[0].read_bytes()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_importing_tracking_loads_no_wandb() -> None:
+    code = "import sys, dmoa.tracking\nassert 'wandb' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_level_of_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_server: str) -> None:
+    """`auto` says nothing where W&B cannot run, at the level that users see."""
+    monkeypatch.setenv("WANDB_BASE_URL", silent_server)
+    monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
+    logger, records = logging.getLogger("dmoa.tracking"), []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        tracker = open_tracker("auto", run_dir=tmp_path, name="x", init_timeout_s=60.0, finish_timeout_s=0.5)
+        tracker.finish()
+    finally:
+        logger.removeHandler(handler)
+    assert records == []
