@@ -6,10 +6,11 @@ a run lie on the driver's node, so that is where shards are read.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import ray
@@ -35,13 +36,34 @@ Item = tuple[Cell, ...]
 """One row: a cell per column."""
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Cells of one column of a shard in a few bytes each: Ray keeps what describes a shard for as long as a pass runs."""
+
+    names: tuple[str, ...]
+    """Different values, and paths of lines."""
+    codes: array[int]
+    """Per cell, which of the names."""
+    starts: array[int]
+    """Per cell, where its line begins; -1: the name is the value."""
+
+
+def pack(cells: Sequence[Cell]) -> Packed:
+    """Return the cells packed."""
+    names = [cell.path if isinstance(cell, Line) else cell for cell in cells]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    starts = array("q", (cell.offset if isinstance(cell, Line) else -1 for cell in cells))
+    return Packed(tuple(numbers), array("l", (numbers[name] for name in names)), starts)
+
+
 class LinesSource(Datasource):  # type: ignore[misc] # Ray ships no types
     """Rows of texts, shard by shard."""
 
     def __init__(self, columns: Sequence[str], items: Sequence[Item], shard_rows: int) -> None:
         super().__init__()
         self._columns = tuple(columns)
-        self._shards = [items[i : i + shard_rows] for i in range(0, len(items), shard_rows)]
+        shards = (items[i : i + shard_rows] for i in range(0, len(items), shard_rows))
+        self._shards = [tuple(map(pack, zip(*shard, strict=True))) for shard in shards]
 
     @property
     def num_shards(self) -> int:
@@ -60,35 +82,33 @@ class LinesSource(Datasource):  # type: ignore[misc] # Ray ships no types
         """Return one task per shard, whatever parallelism is asked for."""
         return [self._task(shard) for shard in self._shards]
 
-    def _task(self, shard: Sequence[Item]) -> ReadTask:
-        columns = self._columns
+    def _task(self, shard: Sequence[Packed]) -> ReadTask:
+        names = self._columns
 
         def read() -> Iterator[pa.Table]:
-            rows = list(read_items(shard))
-            yield pa.table({name: pa.array([row[i] for row in rows], pa.string()) for i, name in enumerate(columns)})
+            yield pa.table({name: pa.array(read_cells(column), pa.string()) for name, column in zip(names, shard, strict=True)})
 
-        metadata = BlockMetadata(num_rows=len(shard), size_bytes=None, input_files=None, exec_stats=None)
+        metadata = BlockMetadata(num_rows=len(shard[0].codes), size_bytes=None, input_files=None, exec_stats=None)
         return ReadTask(read, metadata)
 
 
-def read_items(shard: Sequence[Item]) -> Iterator[tuple[str, ...]]:
-    """Yield the rows of a shard, lines without their line ends."""
-    files: dict[str, Any] = {}
+def read_cells(column: Packed) -> list[str]:
+    """Return the values of a column; those of lines are read, without their line ends."""
+    files: dict[str, BinaryIO] = {}
     try:
-        for item in shard:
-            yield tuple(_read(cell, files) if isinstance(cell, Line) else cell for cell in item)
+        return [_read(column.names[code], start, files) for code, start in zip(column.codes, column.starts, strict=True)]
     finally:
         for file in files.values():
             file.close()
 
 
-def _read(line: Line, files: dict[str, Any]) -> str:
-    if line.path not in files:
-        files[line.path] = Path(line.path).open("rb")  # noqa: SIM115 -- closed by the caller, after the last line
-    file = files[line.path]
-    file.seek(line.offset)
-    text: bytes = file.readline()
-    return text.decode("utf-8").rstrip("\n")
+def _read(name: str, start: int, files: dict[str, BinaryIO]) -> str:
+    if start < 0:
+        return name
+    if name not in files:
+        files[name] = Path(name).open("rb")  # noqa: SIM115 -- closed by the caller, after the last line
+    files[name].seek(start)
+    return files[name].readline().decode("utf-8").rstrip("\n")
 
 
 def offsets(path: Path) -> Iterator[tuple[int, bytes]]:
