@@ -51,12 +51,12 @@ limits: {max_steps: 2}
 
 
 def resident_bytes() -> dict[str, int]:
-    """Return the resident size by part: driver, answering, writer, readers and other workers, Ray's own, object store."""
+    """Return the resident size by part: driver, answering, writer, Ray's own processes, object store, other workers."""
     sizes: dict[str, int] = defaultdict(int)
     me = psutil.Process()
     for process in (me, *me.children(recursive=True)):
         try:
-            memory, title = process.memory_info(), " ".join(process.cmdline()[:1]) or process.name()
+            memory, title = process.memory_info(), (process.cmdline() or [process.name()])[0]
         except psutil.Error:
             continue
         part = "driver" if process.pid == me.pid else _part(title)
@@ -72,10 +72,9 @@ def _part(title: str) -> str:
         return "answering"
     if "RunWriter" in title:
         return "writer"
-    for name in ("raylet", "gcs_server"):
-        if title.endswith(name):
-            return name
-    return "other workers"
+    # Titles such as ray::IDLE, or the path of a program.
+    name = Path(title).name.removeprefix("ray::").split("(")[0].split(".")[0]
+    return name if title.startswith("ray::_") or name in ("raylet", "gcs_server") else "other workers"
 
 
 @dataclass(slots=True, kw_only=True)
