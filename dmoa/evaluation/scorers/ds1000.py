@@ -19,7 +19,7 @@ from importlib import metadata
 
 from dmoa.evaluation.records import Label, Reply, Score
 from dmoa.evaluation.scorers.entry import VALUE, ScorerEntry, chance_of, gold_of, unscored
-from dmoa.evaluation.scorers.programs import MAX_CHARS, Verdict, bare_code, indented, judge, python_block
+from dmoa.evaluation.scorers.programs import MAX_CHARS, MAX_EXTRACTED_CHARS, Verdict, bare_code, indented, judge, python_block
 from dmoa.sandbox import SandboxLimits
 
 LIMITS = SandboxLimits(wall_s=60.0, cpu_s=60, memory_bytes=4 << 30)
@@ -113,7 +113,7 @@ def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
                 return unscored(known.reason)
             if not known.passed:
                 return unscored(f"{_NO_REFERENCE} {library} {version}: {known.reason}")
-        return Score(value=float(verdict.passed), extracted=solution, reason=verdict.reason)
+        return Score(value=float(verdict.passed), extracted=solution[:MAX_EXTRACTED_CHARS], reason=verdict.reason)
 
     return ScorerEntry(
         score=score,

@@ -15,7 +15,7 @@ from textwrap import dedent
 
 from dmoa.evaluation.records import Label, Reply, Score
 from dmoa.evaluation.scorers.entry import VALUE, ScorerEntry, chance_of, gold_of, unscored
-from dmoa.evaluation.scorers.programs import MAX_CHARS, bare_code, code_blocks, indented, judge, python_block
+from dmoa.evaluation.scorers.programs import MAX_CHARS, MAX_EXTRACTED_CHARS, bare_code, code_blocks, indented, judge, python_block
 from dmoa.sandbox import SandboxLimits
 
 LIMITS = SandboxLimits(wall_s=10.0, cpu_s=10)
@@ -53,7 +53,7 @@ def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
         verdict = judge(program(prompt, completion, entry_point), checker, LIMITS, allow_weak=allow_weak_sandbox)
         if not verdict.is_judged:
             return unscored(verdict.reason)
-        return Score(value=float(verdict.passed), extracted=completion, reason=verdict.reason)
+        return Score(value=float(verdict.passed), extracted=completion[:MAX_EXTRACTED_CHARS], reason=verdict.reason)
 
     return ScorerEntry(
         score=score,

@@ -15,6 +15,8 @@ from dmoa.sandbox import SandboxLimits
 
 MAX_CHARS = 200_000
 """Characters at the beginning of a reply that are searched for code."""
+MAX_EXTRACTED_CHARS = 4_000
+"""Characters of code that a score repeats."""
 
 # Possessive (*+), so that a reply of one endless line is not searched in every way.
 _FENCE = re.compile(
@@ -28,6 +30,7 @@ _CODE_LINE = re.compile(
     r"|[A-Za-z_][\w.]*(?:\[[^\n]*\])?(?:\s*,\s*[A-Za-z_*][\w.]*)*\s*(?:[-+*/%&|^@]|//|\*\*|<<|>>)?=(?!=)"
     r"|[A-Za-z_][\w.]*(?:\[[^\n]*\])?\([^\n]*$)"
 )
+_ERROR = re.compile(r"[A-Za-z_][\w.]*(?:Error|Exception|Warning|Exit|Interrupt|Iteration)(?::|\Z)")
 _CONTINUED = re.compile(r"[)\]}#\"'\\]|[rfbu]{1,2}[\"']")
 
 
@@ -56,8 +59,13 @@ def judge(source: str, checker: str, limits: SandboxLimits, *, allow_weak: bool)
         return Verdict(True, "passed")
     if result.status == "sandbox_error":
         return Verdict(False, f"the sandbox failed: {result.reason}", is_judged=False)
-    last_line = result.stderr.strip().rpartition("\n")[2].strip()
-    return Verdict(False, f"{result.status}: {(last_line or result.reason)[:300]}")
+    return Verdict(False, f"{result.status}: {(_error_line(result.stderr) or result.reason)[:300]}")
+
+
+def _error_line(stderr: str) -> str:
+    """Return the line of a traceback that names the error, else the last line."""
+    lines = [line.strip() for line in stderr[-20_000:].strip().split("\n")]
+    return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1])
 
 
 def require_sandbox(*, allow_weak: bool) -> None:

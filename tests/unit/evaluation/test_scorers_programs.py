@@ -94,6 +94,11 @@ def test_an_endless_program_is_stopped_and_is_its_own_failure() -> None:
     assert verdict.reason.startswith("timeout")
 
 
+def test_the_error_is_named_however_many_lines_it_has() -> None:
+    verdict = judge("raise ValueError('one\\ntwo\\nthree')", "", SandboxLimits(), allow_weak=False)
+    assert verdict.reason == "failed: ValueError: one"
+
+
 def test_require_sandbox_accepts_this_host() -> None:
     require_sandbox(allow_weak=False)
 
