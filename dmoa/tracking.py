@@ -308,9 +308,10 @@ def main(lines: Iterable[bytes], finish_timeout_s: float) -> NoReturn:
 
 def _begin(begin: dict[str, Any]) -> Any:
     """Begin or go on with a W&B run; offline where the server does not answer in time."""
+    # Taken away, because wandb 0.31 cannot even go offline while the environment holds a mode that it does not know.
+    mode: Any = os.environ.pop("WANDB_MODE", "") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     import wandb
 
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     try:
         return wandb.init(mode=mode, resume="allow" if mode == "online" else None, **_arguments(begin))
     except Exception as error:  # W&B is called here, and its errors have no common root
