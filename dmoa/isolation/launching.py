@@ -208,7 +208,7 @@ def _scratch(uid: int | None, stack: contextlib.ExitStack) -> str:
 def _remove(path: str) -> None:
     """Remove a folder however deep and closed it is; Python's own functions end at some depth. Raises OSError."""
     with contextlib.suppress(OSError):
-        os.rmdir(path)
+        Path(path).rmdir()
         return
     for command in (["chmod", "-R", "u+rwx", path], ["rm", "-rf", "--one-file-system", path]):
         done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 fixed commands on our own folder

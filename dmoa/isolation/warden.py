@@ -158,9 +158,11 @@ def _drop_uid(uid: int, *, keeps_reading: bool = False) -> None:
 def _landlock_rules(rules: list[tuple[str, int]], scratch: str) -> int:
     """Return a Landlock ruleset that grants the listed access bits under the listed paths, all of them in scratch."""
     version = _syscall(_LANDLOCK_CREATE, None, 0, 1)
-    fs = (1 << 13) - 1  # first version: execute .. make symlink
-    for since, bit in ((2, 13), (3, 14), (5, 15)):  # refer, truncate, ioctl on devices
-        fs |= (1 << bit) if version >= since else 0
+    if version < 3:
+        raise OSError("this kernel's Landlock cannot forbid truncating files; Linux 6.2 or later can")
+    fs = (1 << 15) - 1  # third version: execute .. make symlink, refer, truncate
+    if version >= 5:
+        fs |= 1 << 15  # ioctl on devices
     net = 3 if version >= 4 else 0
     scoped = 3 if version >= 6 else 0
     size = 24 if version >= 6 else 16 if version >= 4 else 8

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 programs in strings
 """The sandbox: results, limits and statuses of ordinary programs at every level of this host; refusals."""
 
 from __future__ import annotations
@@ -88,10 +89,10 @@ class TestResults:
 
     def test_no_descriptor_and_no_process_is_left(self, level: Level) -> None:
         at(level, "print(1)")
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(list(Path("/proc/self/fd").iterdir()))
         for source in ("print(1)", "while True: print(1)", "1 / 0"):
             at(level, source)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
         with pytest.raises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
 

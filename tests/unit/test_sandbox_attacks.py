@@ -1,3 +1,4 @@
+# ruff: noqa: E501 programs in strings
 """Programs that attack the sandbox, each a test of its own, at every level this host has.
 
 An attack prints ESCAPED where it got through. Those that may run outside without harm do so too, as this process: there
@@ -287,7 +288,7 @@ if os.path.exists("/proc/self/status") and os.access("/proc/self/status", 4):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", [*HARMLESS, *HARMFUL])
 def test_an_attack_stays_inside(name: str, level: Level, targets: Targets, tmp_path: Path) -> None:
-    with open(targets.secret_file, "rb") as secret:
+    with Path(targets.secret_file).open("rb") as secret:
         os.set_inheritable(secret.fileno(), True)
         result = attack((HARMLESS | HARMFUL)[name], targets, level)
     assert result.status in ("ok", "failed"), result
@@ -305,7 +306,7 @@ def test_outside_the_same_attack_succeeds(name: str, targets: Targets, tmp_path:
     for copy in ("victim.txt", "victim.txt3"):
         (tmp_path / copy).write_text("victim")
     (tmp_path / "scratch").mkdir()
-    with open(targets.secret_file, "rb") as secret:
+    with Path(targets.secret_file).open("rb") as secret:
         os.set_inheritable(secret.fileno(), True)
         done = subprocess.run(
             [sys.executable, "-c", PRELUDE + HARMLESS[name], json.dumps(arguments)],

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 programs in strings
 """Candidates that try to pass their checker without being right, each a test of its own."""
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from dmoa import sandbox
 from dmoa.cli.doctor import examine, port_check
 from dmoa.cli.main import app
 from dmoa.config import load
@@ -134,6 +135,12 @@ def test_the_doctor_is_content_here(dmoa: Any, pool: Path, tmp_path: Path) -> No
     for check, line in zip(record["checks"], result.stdout.splitlines(), strict=True):
         assert line.startswith(check["status"])
         assert line.endswith(check["detail"])
+
+
+def test_the_doctor_tells_how_programs_are_contained(pool: Path) -> None:
+    check = next(check for check in examine(load(pool)) if check.name == "sandbox")
+    assert check.detail.startswith(f"{sandbox.level()}: {sandbox.probe().detail}")
+    assert (check.status == "ok") == (sandbox.level() in ("namespaces", "seccomp"))
 
 
 def test_the_doctor_refuses_two_builds_of_vllm(pool: Path) -> None:
