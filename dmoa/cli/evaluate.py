@@ -16,56 +16,71 @@ from dmoa.cli.serve import AddressOption
 if TYPE_CHECKING:
     from dmoa.evaluation.options import EvaluateOptions
 
+BenchmarksOption = Annotated[
+    str, typer.Option("--benchmarks", metavar="A,B", help="Benchmarks; all = the nine, suites = the generated ones.")
+]
+PoliciesOption = Annotated[
+    str, typer.Option("--policies", metavar="P,Q", help="Policies to compare; single:NAME is one agent of the pool.")
+]
 DataDirOption = Annotated[
     Path | None,
     typer.Option("--data-dir", metavar="DIR", help="Benchmark files, one folder a benchmark [the Hugging Face hub]."),
+]
+SplitOption = Annotated[str, typer.Option("--split", metavar="SPLIT", help="train, adaptation or test.")]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, metavar="N", help="A seeded sample of N rows a benchmark [all; suites 200].")
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Seed of samples, suites and replies.")]
+DifficultyOption = Annotated[int, typer.Option("--difficulty", min=1, metavar="D", help="Difficulty of the suites.")]
+BudgetOption = Annotated[
+    str, typer.Option("--budget", metavar="NAME", help="pool: the pool's limits; cpu: 3 steps, 2 agents, 96 tokens a reply.")
+]
+OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the run [out/evaluate-TIME].")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+RetryOption = Annotated[bool, typer.Option("--retry-failed", help="With --resume: run failed rows again.")]
+SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count rows that do not parse.")]
+WeakOption = Annotated[
+    bool, typer.Option("--allow-weak-sandbox", help="Run model-written programs where the host can hardly contain them.")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option("--call-cache", metavar="DIR", help="Keep greedy agent calls, and find them again.")
+]
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Answering actors, each with all engines.")]
+ConcurrencyOption = Annotated[
+    int | None, typer.Option("--concurrency", min=1, metavar="N", help="Agent calls under way per worker [engines' room].")
+]
+TrackOption = Annotated[
+    str, typer.Option("--track", metavar="WHERE", help="auto (W&B, offline without a key), wandb, jsonl or none.")
+]
+SelfcheckOption = Annotated[
+    bool, typer.Option("--selfcheck", help="Ask no agent: check that scorers, rows and sandbox agree; exit 1 if not.")
 ]
 
 
 @with_common
 def evaluate(
     common: Common,
-    benchmarks: Annotated[
-        str,
-        typer.Option("--benchmarks", metavar="A,B", help="Benchmarks; all = the nine, suites = the generated ones."),
-    ] = "all",
-    policies: Annotated[
-        str, typer.Option("--policies", metavar="P,Q", help="Policies to compare; single:NAME is one agent of the pool.")
-    ] = "dmoa,single",
+    benchmarks: BenchmarksOption = "all",
+    policies: PoliciesOption = "dmoa,single",
     data_dir: DataDirOption = None,
-    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="train, adaptation or test.")] = "test",
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, metavar="N", help="A seeded sample of N rows a benchmark [all; suites 200].")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Seed of samples, suites and replies.")] = 0,
-    difficulty: Annotated[int, typer.Option("--difficulty", min=1, metavar="D", help="Difficulty of the suites.")] = 1,
-    budget: Annotated[
-        str, typer.Option("--budget", metavar="NAME", help="pool: the pool's limits; cpu: 3 steps, 2 agents, 96 tokens a reply.")
-    ] = "pool",
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the run [out/evaluate-TIME].")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="With --resume: run failed rows again.")] = False,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count rows that do not parse.")] = False,
-    allow_weak_sandbox: Annotated[
-        bool, typer.Option("--allow-weak-sandbox", help="Run model-written programs where the host can hardly contain them.")
-    ] = False,
-    call_cache: Annotated[
-        Path | None, typer.Option("--call-cache", metavar="DIR", help="Keep greedy agent calls, and find them again.")
-    ] = None,
+    split: SplitOption = "test",
+    limit: LimitOption = None,
+    seed: SeedOption = 0,
+    difficulty: DifficultyOption = 1,
+    budget: BudgetOption = "pool",
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    retry_failed: RetryOption = False,
+    skip_bad_rows: SkipOption = False,
+    allow_weak_sandbox: WeakOption = False,
+    call_cache: CacheOption = None,
     checkpoint: CheckpointOption = None,
     url: UrlOption = None,
     address: AddressOption = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Answering actors, each with all engines.")] = 1,
-    concurrency: Annotated[
-        int | None,
-        typer.Option("--concurrency", min=1, metavar="N", help="Agent calls under way per worker [engines' room]."),
-    ] = None,
-    track: Annotated[
-        str, typer.Option("--track", metavar="WHERE", help="auto (W&B, offline without a key), wandb, jsonl or none.")
-    ] = "auto",
-    selfcheck: Annotated[
-        bool, typer.Option("--selfcheck", help="Ask no agent: check that scorers, rows and sandbox agree; exit 1 if not.")
-    ] = False,
+    workers: WorkersOption = 1,
+    concurrency: ConcurrencyOption = None,
+    track: TrackOption = "auto",
+    selfcheck: SelfcheckOption = False,
 ) -> None:
     """Measure policies on benchmarks: accuracy with intervals, tokens, steps, paired comparisons.
 
