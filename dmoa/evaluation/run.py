@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dmoa import __version__
+from dmoa import __version__, sandbox
 from dmoa.bench.measure import machine
 from dmoa.errors import ConfigError
 from dmoa.evaluation import report, results
@@ -24,6 +24,7 @@ from dmoa.evaluation.prepare import prepare
 from dmoa.evaluation.registry import OpenScorers, judging
 from dmoa.evaluation.results import BenchmarkInfo, Evaluation, PoolInfo, RunInfo
 from dmoa.evaluation.run_files import RunFolder, write_whole
+from dmoa.evaluation.scorers.programs import require_sandbox
 from dmoa.evaluation.source_revision import code_revision
 
 _FIXED = ("policies", "split", "limit", "seed", "limits", "sampling", "gate_version")
@@ -53,7 +54,7 @@ class Session:
 def evaluate(session: Session) -> Evaluation:
     """Run an evaluation, or go on with one, and return its result, which then lies in its folder as JSON and HTML.
 
-    Raises ConfigError for bad input, DmoaError where the pipeline stops; what was answered is kept in either case.
+    Raises ConfigError for bad input, SandboxError where programs would have to run uncontained, DmoaError where the pipeline stops; what was answered is kept in either case.
     """
     folder = session.folder
     folder.root.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,8 @@ def finish(folder: RunFolder) -> Evaluation:
 def _begin(session: Session) -> RunInfo:
     """Prepare the rows of a new run, or check that a run that goes on is the same one."""
     folder, options = session.folder, session.options
+    if _runs_programs(session.benchmarks):
+        require_sandbox(allow_weak=options.allow_weak_sandbox)
     if folder.run.exists():
         if not options.resume:
             raise ConfigError(f"--out: {str(folder.root)!r} holds a run; go on with it by --resume, or name another folder")
@@ -140,20 +143,15 @@ def _run_info(session: Session, benchmarks: Sequence[BenchmarkInfo]) -> RunInfo:
         sampling=dict(session.asking.sampling),
         gate_version=session.gate_version,
         engines=session.engines,
-        isolation=_isolation(session),
+        isolation=sandbox.level() if _runs_programs(session.benchmarks) else "",
         machine=machine(),
         versions={name: metadata.version(name) for name in _VERSIONS},
         started_unix_s=time.time(),
     )
 
 
-def _isolation(session: Session) -> str:
-    names = [name for name in session.benchmarks if judging(name).runs_programs]
-    if not names:
-        return ""
-    from dmoa import sandbox
-
-    return str(sandbox.level())
+def _runs_programs(benchmarks: Sequence[str]) -> bool:
+    return any(judging(name).runs_programs for name in benchmarks)
 
 
 def _limits(asking: Asking) -> dict[str, Any]:
