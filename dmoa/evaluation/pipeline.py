@@ -29,8 +29,9 @@ from dmoa.evaluation.stages import AnswerStage, OpenScorers, RunWriter, score_bl
 
 SHARDS_UNDER_WAY = 4
 """Shards that one answering actor works on at once."""
-_MAX_SHARDS = 1000
-"""Shards of a pass, however many rows it has: Ray Data keeps some ten KiB of statistics of each until the pass ends."""
+_MAX_SHARDS = 500
+"""Shards of a pass, however many rows it has (unless so many would leave workers idle): Ray keeps some 20 KiB of each, its
+task and its statistics, in the driver until the pass ends."""
 _POLL_S = 0.25
 
 
@@ -144,7 +145,7 @@ def score_all(
         items = pending_scores(folder, benchmarks, policies)
         if not items:
             return
-        per_shard = max(1, min(64, len(items) // (4 * at_once)), -(-len(items) // _MAX_SHARDS))
+        per_shard = _bounded(min(64, len(items) // (4 * at_once)), len(items), at_once)
         dataset = stream(("answer", "label"), items, per_shard).map_batches(
             score_block,
             fn_kwargs={"open_scorers": open_scorers, "writer": writer},
@@ -183,7 +184,12 @@ def _shard_rows(num_tasks: int, num_policies: int, workers: Workers) -> int:
     """Rows of a shard: enough that the shards under way fill every place twice, few enough that workers share them."""
     fill = -(-2 * workers.places // (SHARDS_UNDER_WAY * num_policies))
     share = -(-num_tasks // (workers.count * SHARDS_UNDER_WAY))
-    return max(1, min(fill, share), -(-num_tasks // _MAX_SHARDS))
+    return _bounded(min(fill, share), num_tasks, workers.count * SHARDS_UNDER_WAY)
+
+
+def _bounded(shard_rows: int, num_rows: int, hands: int) -> int:
+    """Return shard_rows, raised as far as it takes for a bounded number of shards; `hands`: shards under way at once."""
+    return max(1, shard_rows, -(-num_rows // max(_MAX_SHARDS, 4 * hands)))
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 Resident sizes of the driver (this process) and of every process of its Ray are read all the while, per process what is
 its own (RSS less shared pages), and the object store as what raylet has mapped of it. After a warm-up a line is fitted:
-bytes per row. Lists of where lines begin, made before a pass and as long as the run, are flat by then; `plan_bytes` says
-how large they are. Known to grow by design: the writer's set of rows seen (a digest of 8 bytes a row).
+bytes per row. The list of where lines begin is made before a pass, as long as the run, and flat by then. Known to grow: the
+writer's set of rows seen (a digest of 8 bytes a row, some 90 with its set), and what Ray keeps of every shard in the driver
+(some 20 KiB, for a number of shards that does not grow with the rows).
 """
 
 from __future__ import annotations
