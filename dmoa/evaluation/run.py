@@ -54,7 +54,8 @@ class Session:
 def evaluate(session: Session) -> Evaluation:
     """Run an evaluation, or go on with one, and return its result, which then lies in its folder as JSON and HTML.
 
-    Raises ConfigError for bad input, SandboxError where programs would have to run uncontained, DmoaError where the pipeline stops; what was answered is kept in either case.
+    Raises ConfigError for bad input, SandboxError where programs would have to run uncontained, DmoaError where the
+    pipeline stops; what was answered is kept in every case.
     """
     folder = session.folder
     folder.root.mkdir(parents=True, exist_ok=True)
