@@ -91,6 +91,8 @@ class Window:
     tokens: int
     """Completion tokens."""
     seconds: float
+    under_way: float
+    """Calls at the engine, mean over the window."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -100,8 +102,12 @@ class Window:
 
 def window_of(calls: Sequence[RecordedCall]) -> Window:
     """Return the window of recorded calls."""
-    tokens = sum(call.completion_tokens for call in calls)
-    return Window(tokens=tokens, seconds=max(call.ended_s for call in calls) - min(call.began_s for call in calls))
+    seconds = max(call.ended_s for call in calls) - min(call.began_s for call in calls)
+    return Window(
+        tokens=sum(call.completion_tokens for call in calls),
+        seconds=seconds,
+        under_way=sum(call.ended_s - call.began_s for call in calls) / seconds,
+    )
 
 
 def graph_of(calls: Iterable[RecordedCall]) -> tuple[QueryCalls, ...]:
@@ -120,25 +126,30 @@ def graph_of(calls: Iterable[RecordedCall]) -> tuple[QueryCalls, ...]:
 async def replay(engine: Engine, graph: Sequence[QueryCalls], in_flight: int) -> Window:
     """Run a graph on a bare engine, `in_flight` queries at a time, and return its window."""
     waiting = iter(graph)
-    done: list[int] = []
+    done: list[RecordedCall] = []
 
     async def chain(requests: Chain) -> None:
         for request in requests:
-            done.append((await engine.generate(request)).completion_tokens)
+            done.append(await _timed(engine, request))
 
     async def worker() -> None:
         for query in waiting:
             for step in query:
                 await asyncio.gather(*map(chain, step))
 
-    began = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(in_flight)))
-    return Window(tokens=sum(done), seconds=time.perf_counter() - began)
+    return window_of(done)
 
 
 async def replay_flat(engine: Engine, graph: Sequence[QueryCalls]) -> Window:
     """Run all calls of a graph as one list, none waiting for another, as the engine has room."""
     requests = [request for query in graph for step in query for calls in step for request in calls]
-    began = time.perf_counter()
-    generations = await asyncio.gather(*map(engine.generate, requests))
-    return Window(tokens=sum(g.completion_tokens for g in generations), seconds=time.perf_counter() - began)
+    return window_of(await asyncio.gather(*(_timed(engine, request) for request in requests)))
+
+
+async def _timed(engine: Engine, request: GenerationRequest) -> RecordedCall:
+    began_s = time.perf_counter()
+    generation = await engine.generate(request)
+    return RecordedCall(
+        request=request, began_s=began_s, ended_s=time.perf_counter(), completion_tokens=generation.completion_tokens
+    )

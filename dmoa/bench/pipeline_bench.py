@@ -47,6 +47,8 @@ class Round:
 
     pipeline: float
     replay: float
+    fill: float
+    """Calls at the engine, mean over the window: the pipeline's over the replay's."""
     flat: float | None = None
     """None where the flat list was not run."""
 
@@ -82,6 +84,9 @@ def judged(figures: Mapping[int, Sequence[Round]], *, engine: str) -> list[Bench
             for n, found in ratios.items()
         ),
     ]
+    fills = {n: spread([r.fill for r in rounds]) for n, rounds in figures.items()}
+    fill_note = "mean of the calls at the engine, pipeline / replay; below 1: gaps between calls"
+    results += [_result(f"P5.{n}.fill", found, "x", engine, f"{fill_note}; {n} queries in flight") for n, found in fills.items()]
     for n, rounds in figures.items():
         arms = {
             f"P5.{n}.pipeline": [r.pipeline for r in rounds],
@@ -119,8 +124,9 @@ def _measure(pool: Config, in_flight: int, rounds: int) -> list[Round]:
         again = _replayed(config, graph, in_flight) if number % 2 else None
         pipeline, graph = _piped(config, in_flight)
         bare, flat = again or _replayed(config, graph, in_flight)
+        fill = pipeline.under_way / bare.under_way
         flat_per_s = flat.tokens_per_s if flat is not None else None
-        found.append(Round(pipeline=pipeline.tokens_per_s, replay=bare.tokens_per_s, flat=flat_per_s))
+        found.append(Round(pipeline=pipeline.tokens_per_s, replay=bare.tokens_per_s, fill=fill, flat=flat_per_s))
     return found
 
 

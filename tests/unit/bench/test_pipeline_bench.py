@@ -136,15 +136,22 @@ async def test_every_generation_is_noted_as_it_was_asked(tmp_path: Path) -> None
 def test_a_window_runs_from_the_first_call_to_the_last_token() -> None:
     window = window_of([recorded("a/0/x", 4.0, 6.0, 30), recorded("b/0/x", 2.0, 10.0, 50), recorded("c/0/x", 3.0, 5.0, 0)])
     assert (window.tokens, window.seconds, window.tokens_per_s) == (80, 8.0, 10.0)
+    assert window.under_way == (2.0 + 8.0 + 2.0) / 8.0
 
 
 def test_p5_is_the_lowest_of_the_medians_of_ratios_taken_round_by_round() -> None:
     figures = {
-        8: [Round(pipeline=95.0, replay=100.0), Round(pipeline=190.0, replay=200.0), Round(pipeline=50.0, replay=100.0)],
-        16: [Round(pipeline=80.0, replay=100.0, flat=120.0), Round(pipeline=40.0, replay=50.0, flat=60.0)],
+        8: [
+            Round(pipeline=95.0, replay=100.0, fill=0.9),
+            Round(pipeline=190.0, replay=200.0, fill=1.0),
+            Round(pipeline=50.0, replay=100.0, fill=0.98),
+        ],
+        16: [Round(pipeline=80.0, replay=100.0, fill=1.0, flat=120.0), Round(pipeline=40.0, replay=50.0, fill=1.0, flat=60.0)],
     }
     results = {result.id: result for result in judged(figures, engine="e")}
-    assert list(results) == ["P5", "P5.8", "P5.16", "P5.8.pipeline", "P5.8.replay", "P5.16.pipeline", "P5.16.replay", "P5.flat"]
+    arms = [f"P5.{n}.{arm}" for n in (8, 16) for arm in ("pipeline", "replay")]
+    assert list(results) == ["P5", "P5.8", "P5.16", "P5.8.fill", "P5.16.fill", *arms, "P5.flat"]
+    assert (results["P5.8.fill"].value, results["P5.8.fill"].passed) == (0.98, None)
     assert (results["P5.8"].value, results["P5.8"].passed) == (0.95, True)
     assert (results["P5.16"].value, results["P5.16"].passed) == (0.8, False)
     assert (results["P5"].value, results["P5"].passed, results["P5"].rounds) == (0.8, False, 2)
@@ -152,5 +159,5 @@ def test_p5_is_the_lowest_of_the_medians_of_ratios_taken_round_by_round() -> Non
 
 
 def test_p5_passes_at_the_bar() -> None:
-    (first, *_) = judged({8: [Round(pipeline=BAR * 64, replay=64.0)]}, engine="e")
+    (first, *_) = judged({8: [Round(pipeline=BAR * 64, replay=64.0, fill=1.0)]}, engine="e")
     assert (first.id, first.passed) == ("P5", True)
