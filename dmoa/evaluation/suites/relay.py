@@ -83,7 +83,7 @@ class RelaySuite(Suite):
     def _deal(self, cards: Sequence[Row], split: SuiteSplit, delay: int) -> Row:
         pending: list[Row | None] = [*[None] * delay, *cards[: NUM_CARDS - delay]]
         stages = tuple(
-            Stage(observation=newest.task.text, part=card.task.text if card else WAIT)
+            Stage(observation=newest.task.text, part=card.task.text if card else WAIT, has_history=False)
             for newest, card in zip(cards, pending, strict=True)
         )
         gold = {
