@@ -11,7 +11,7 @@ import re
 from dmoa.core.answers import extract_answer, same_answer
 from dmoa.evaluation.records import Label, Reply, Score
 
-_ANSWER_LINE = re.compile(r"^[\s>*_#-]*answer[*_ \t]*:[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
+_ANSWER_LINE = re.compile(r"^[ \t>*_#-]*+answer[*_ \t]*:[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
 _MAX_CHARS = 20_000
 
 

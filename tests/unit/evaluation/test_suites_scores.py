@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import time
 from collections import Counter, defaultdict
 from fractions import Fraction
 
@@ -104,6 +105,13 @@ def test_the_last_answer_line_counts_whatever_comes_before(before: str, answer: 
     assert find_answer(f"{before}\nAnswer: {answer}") == str(answer)
 
 
+def test_replies_of_line_ends_are_read_in_bounded_time() -> None:
+    started = time.process_time()
+    assert find_answer("\n" * 20_000) is None
+    assert find_answer("Answer: 5" + "\n \t" * 6_000) == "5"
+    assert time.process_time() - started < 1.0
+
+
 def guesses(text: str, gold: str, rng: random.Random) -> str | None:
     """Return a uniform guess among the answers that a question lists; None where it lists none."""
     listed = re.search(r"[a-z]+(?:, [a-z]+)+", text.split(" End with")[0])
@@ -172,6 +180,7 @@ def test_generated_relays_tell_nothing_by_the_newest_card(delay: int) -> None:
     pairs: Counter[tuple[str, str]] = Counter()
     for row in SUITES["relay"].generate("gate", 1200, 1, delay):
         assert len({stage.part for stage in row.task.stages[:delay]}) == 1
+        assert not any(stage.has_history for stage in row.task.stages)  # agents see the pending card alone
         for stage, pending in zip(row.task.stages, row.label.gold["suites"], strict=True):
             assert stage.observation is not None
             if pending is not None:
