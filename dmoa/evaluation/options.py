@@ -14,8 +14,9 @@ from dmoa.types import Limits
 
 
 def _names(value: object) -> object:
-    """Accept `a,b` where a list of names is expected."""
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    """Accept `a,b` where a list of names is expected; a name counts once."""
+    names = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    return tuple(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(name, str) for name in names) else names
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
@@ -30,7 +31,7 @@ class EvaluateOptions(BaseModel):
 
     benchmarks: Names = Field(min_length=1)
     """Benchmarks and suites; `all` is the nine public benchmarks, `suites` the generated ones."""
-    policies: Names = ("dmoa", "single")
+    policies: Names = Field(default=("dmoa", "single"), min_length=1)
     """Policies; `single:NAME` is one agent of the pool."""
     data_dir: Path | None = None
     """Folder of benchmark files; None: the Hugging Face hub."""

@@ -17,6 +17,11 @@ def test_names_are_lists_or_texts_with_commas() -> None:
     assert parse_options({"benchmarks": ["gsm8k", "arith"]}).benchmarks == ("gsm8k", "arith")
 
 
+@pytest.mark.parametrize("policies", ["single, dmoa,single", ["single", "dmoa", "single"]])
+def test_a_policy_named_twice_is_asked_once(policies: object) -> None:
+    assert parse_options({"benchmarks": "arith", "policies": policies}).policies == ("single", "dmoa")
+
+
 @pytest.mark.parametrize(
     ("pool", "expected"),
     [
@@ -36,6 +41,8 @@ def test_the_cpu_budget_only_lowers_the_pools_limits(pool: Limits, expected: Lim
     ("values", "message"),
     [
         ({"benchmarks": ""}, r"benchmarks: value seen: \(\); .*at least 1"),
+        ({"benchmarks": "arith", "policies": ","}, r"policies: value seen: \(\); .*at least 1"),
+        ({"benchmarks": "arith", "policies": [1]}, "policies.*value seen: 1; "),
         ({"benchmarks": "arith", "limit": 0}, "limit: value seen: 0; .*greater than or equal to 1"),
         ({"benchmarks": "arith", "budget": "gpu"}, "budget: value seen: 'gpu'; .*'pool' or 'cpu'"),
         ({"benchmarks": "arith", "retry_failed": True}, "retry_failed has no effect without resume"),
