@@ -118,12 +118,21 @@ def mend(path: Path) -> None:
 
 
 def append(path: Path, records: Iterable[FileRecord]) -> None:
-    """Append records to a file, each a line, in one write, and see that they reach the disk."""
-    data = "".join(record.model_dump_json() + "\n" for record in records).encode("utf-8")
+    """Append records to a file, each a line, and see that they reach the disk.
+
+    Raises OSError where they do not; the file is then as it was before.
+    """
+    data = memoryview("".join(record.model_dump_json() + "\n" for record in records).encode("utf-8"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
-        file.write(data)
-        os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+        try:
+            while data:  # a disk that becomes full takes a part
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,23 @@ def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     append(folder.answers("arith", "dmoa"), [row(3)])
     assert list(folder.read_answers("arith", "dmoa")) == [row(1), row(2, "line one\nline two \u2028 three"), row(3)]
     assert list(folder.read_answers("arith", "single")) == []
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    append(path, [row(1)])
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # What a full disk does: the first part of the line is taken, the rest refused.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            append(path, [row(2)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    append(path, [row(3)])
+    assert list(read_lines(path, Answered)) == [row(1), row(3)]
 
 
 def test_labels_lie_in_a_folder_of_their_own() -> None:
