@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from filelock import FileLock
+
 from dmoa.agents.models import adapter_hash, model_id
 from dmoa.agents.pool import callable_agents
 from dmoa.config import Config
@@ -37,10 +39,12 @@ class CallStore:
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Autocommit: a reply is on disk once `put` returns, and a killed run keeps all it has paid for.
-            self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
+            # SQLite does not wait for its turn to change the journal mode: workers that open a new file do so one by one.
+            with FileLock(path.with_suffix(".lock"), timeout=_BUSY_S):
+                # Autocommit: a reply is on disk once `put` returns, and a killed run keeps all it has paid for.
+                self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                self._connection.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"--call-cache: cannot open {str(path)!r}: {error}; name a folder that can be written") from error
 
@@ -131,7 +135,7 @@ class CachedAgents:
 
 
 def call_identities(config: Config) -> dict[str, str]:
-    """Return by agent name what its replies depend on beside the call: model, engine and options, adapter, tools.
+    """Return by agent name what its replies depend on beside the call: model, engine and options, adapter, tools, corpus.
 
     Two agents that differ in their role alone have the same: the role is part of the call's messages.
     """
@@ -144,9 +148,21 @@ def call_identities(config: Config) -> dict[str, str]:
             "options": llm.options.model_dump(mode="json"),
             "adapter": adapter_hash(agent.adapter) if agent.adapter else None,
             "tools": agent.tools,
-            "corpus": config.tools.search_corpus if "search" in agent.tools else None,
+            "corpus": _corpus_hash(config) if "search" in agent.tools else None,
             # Scripted replies go by the agent's name.
             "name": agent.name if llm.engine == "scripted" else None,
         }
         found[agent.name] = json.dumps(identity, sort_keys=True)
     return found
+
+
+def _corpus_hash(config: Config) -> str | None:
+    """Return the SHA-256 of the corpus that `search` reads, None where there is none."""
+    corpus = config.tools.search_corpus
+    if corpus is None:
+        return None
+    try:
+        with Path(corpus).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"tools.search_corpus: cannot read {corpus!r}: {error}; give a JSON Lines file") from error

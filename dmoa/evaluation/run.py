@@ -24,6 +24,7 @@ from dmoa.evaluation.prepare import prepare
 from dmoa.evaluation.registry import OpenScorers, judging
 from dmoa.evaluation.results import BenchmarkInfo, Evaluation, PoolInfo, RunInfo
 from dmoa.evaluation.run_files import RunFolder, write_whole
+from dmoa.evaluation.run_info import pool_differences
 from dmoa.evaluation.scorers.programs import require_sandbox
 from dmoa.evaluation.source_revision import code_revision
 
@@ -58,7 +59,7 @@ def evaluate(session: Session) -> Evaluation:
     pipeline stops; what was answered is kept in every case.
     """
     folder = session.folder
-    folder.root.mkdir(parents=True, exist_ok=True)
+    folder.make()
     try:
         with FileLock(folder.root / ".lock", timeout=0):
             return _locked(session)
@@ -71,6 +72,8 @@ def evaluate(session: Session) -> Evaluation:
 def _locked(session: Session) -> Evaluation:
     options, folder, names = session.options, session.folder, session.benchmarks
     info = _begin(session)
+    # A session that is killed leaves lines that are newer than this; `dmoa report` then reads the lines.
+    folder.evaluation.unlink(missing_ok=True)
     if options.retry_failed:
         session.say(f"{forget_failed(folder, names, info.policies)} failed rows are run again")
     answer_all(folder, names, info.policies, session.asking, session.workers, session.watch)
@@ -168,9 +171,10 @@ def _limits(asking: Asking) -> dict[str, Any]:
 def _check_same(session: Session, before: RunInfo) -> None:
     """Raise ConfigError naming what differs between a run and the call that goes on with it."""
     now = _run_info(session, before.benchmarks)
-    pairs = {name: (getattr(before, name), getattr(now, name)) for name in _FIXED}
+    pairs: dict[str, tuple[Any, Any]] = {name: (getattr(before, name), getattr(now, name)) for name in _FIXED}
     pairs["benchmarks"] = ([info.name for info in before.benchmarks], list(session.benchmarks))
-    pairs["pool"] = (before.pool.fingerprint, now.pool.fingerprint)
+    pairs["pool"] = (f"{before.pool.name} {before.pool.fingerprint}", f"{now.pool.name} {now.pool.fingerprint}")
+    pairs |= pool_differences(before.pool, now.pool)
     pairs["difficulty"] = (before.options.get("difficulty"), now.options.get("difficulty"))
     different = [f"{name}: begun with {then}, now {here}" for name, (then, here) in pairs.items() if then != here]
     if different:

@@ -45,6 +45,15 @@ class RunFolder:
         """The HTML report."""
         return self.root / "report.html"
 
+    def make(self) -> None:
+        """Make the folder. Raises ConfigError where it cannot be made or written."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(self.root, str(error)) from error
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise _unwritable(self.root, "permission denied")
+
     def tasks(self, benchmark: str) -> Path:
         """Tasks of a benchmark."""
         return self.root / "tasks" / f"{benchmark}.jsonl"
@@ -143,7 +152,11 @@ def write_whole(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise ConfigError(f"--out: cannot write {str(path)!r}: {error}; name a folder that can be written") from error
+        raise _unwritable(path, str(error)) from error
+
+
+def _unwritable(path: Path, reason: str) -> ConfigError:
+    return ConfigError(f"--out: cannot write {str(path)!r}: {reason}; name a folder that can be written")
 
 
 def write_lines(path: Path, records: Iterable[FileRecord]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -56,6 +57,39 @@ class PoolInfo(ResultRecord):
     @classmethod
     def _without_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
         return dict(redact(value))
+
+
+_ANSWERING = ("agents", "summarizer", "gate", "tools", "llms")
+"""Parts of a pool's configuration that replies depend on."""
+_NOT_COMPARED = ("autoscaling", "placement", "max_num_seqs", "gpus", "threads", "tags", "model", "adapter", "checkpoint")
+"""Fields of theirs that say how much runs side by side and where, or whose content fingerprint and gate version stand for."""
+
+
+def pool_differences(before: PoolInfo, now: PoolInfo) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that replies depend on and in which two pools differ: dotted name -> (before, now).
+
+    Sees what the fingerprint leaves out, such as max_tokens and dtype; what scripted agents do is not compared.
+    """
+    old, new = _settings(before), _settings(now)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return {name: (old.get(name), new.get(name)) for name in names}
+
+
+def _settings(pool: PoolInfo) -> dict[str, Any]:
+    tree = {name: pool.config[name] for name in _ANSWERING if name in pool.config}
+    if "llms" in tree:
+        tree["llms"] = {name: llm for name, llm in tree["llms"].items() if llm.get("engine") != "scripted"}
+    return dict(_flat(tree, ""))
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list) and value:
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in entries:
+            if key not in _NOT_COMPARED:
+                yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
 
 
 class RunInfo(ResultRecord):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dmoa.evaluation.records import Label, Reply, Score
-from dmoa.evaluation.scorers.entry import VALUE, ScorerEntry, chance_of, gold_of, unscored
+from dmoa.evaluation.scorers.entry import VALUE, ScorerEntry, gold_of, unscored
 from dmoa.evaluation.scorers.statements import is_refusal, last_line, readable
 
 RECALL, PRECISION, F1 = "ddr", "ddp", "ddf1"
@@ -142,7 +142,7 @@ def entry(deviation: str) -> ScorerEntry:
         gold_replies=_gold_replies,
         primary="top-1 accuracy",
         metrics=(RECALL, PRECISION, F1),
-        chance=lambda labels: chance_of([_pathology(label) for label in labels]),
+        chance=lambda labels: sum(1 / len(gold_of(label, "conditions")[0]) for label in labels) / max(1, len(labels)),
         answer_key=_pathology,
         deviation=deviation,
     )

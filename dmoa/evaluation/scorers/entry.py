@@ -26,7 +26,7 @@ class ScorerEntry:
     metrics: tuple[str, ...] = ()
     """Names of the secondary metrics; every score has exactly these."""
     chance: Callable[[Sequence[Label]], float]
-    """Accuracy to expect, 0..1, where the right answers of these rows are dealt out among them at random."""
+    """Accuracy, 0..1, to expect of guessing: one of the choices where they are given, else another row's right answer."""
     answer_key: Callable[[Label], Hashable]
     """Rows of the same key have the same right answer."""
     deviation: str
@@ -58,5 +58,6 @@ def unscored(reason: str, metrics: Iterable[str] = ()) -> Score:
 
 
 def chance_of(keys: Sequence[Hashable]) -> float:
-    """Return the share of rows that get a right answer when the rows' own answers are dealt out at random."""
-    return sum(count**2 for count in Counter(keys).values()) / len(keys) ** 2 if keys else 0.0
+    """Return how often another row's right answer is right as well: the share of equal keys among all pairs of rows."""
+    pairs = len(keys) * (len(keys) - 1)
+    return sum(count * (count - 1) for count in Counter(keys).values()) / pairs if pairs else 0.0

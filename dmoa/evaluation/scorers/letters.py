@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from dmoa.core.answers import plain_text
 from dmoa.evaluation.records import Label, Reply, Score
-from dmoa.evaluation.scorers.entry import VALUE, ScorerEntry, chance_of, gold_of, unscored
+from dmoa.evaluation.scorers.entry import VALUE, ScorerEntry, gold_of, unscored
 from dmoa.evaluation.scorers.statements import final_statement, is_refusal, last_line, readable
 
 _QUOTES = "\"'\u2018\u2019\u201c\u201d"
@@ -158,7 +158,7 @@ def entry(deviation: str) -> ScorerEntry:
         score=_score,
         gold_replies=lambda label: {VALUE: f"Answer: {_gold(label)[0]}"},
         primary="accuracy (letter)",
-        chance=lambda labels: chance_of([_gold(label)[0] for label in labels]),
+        chance=lambda labels: sum(1 / len(_gold(label)[1]) for label in labels) / max(1, len(labels)),
         answer_key=lambda label: _gold(label)[0],
         deviation=deviation,
     )

@@ -102,3 +102,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--out: cannot write .*name a folder"):
         write_whole(tmp_path / "file" / "run.json", "x")
+    with pytest.raises(ConfigError, match=r"--out: cannot write .*run': .*name a folder"):
+        RunFolder(tmp_path / "file" / "run").make()
+    RunFolder(tmp_path / "new" / "run").make()
+    assert (tmp_path / "new" / "run").is_dir()

@@ -89,9 +89,12 @@ def test_labels_of_other_benchmarks_and_unknown_benchmarks_are_refused() -> None
         table.build("mmul")
 
 
-def test_chance_is_the_share_of_equal_answers_among_all_pairs() -> None:
-    labels = [Label(row_id="x", benchmark="mmlu", gold={"letter": letter, "choices": ["a", "b"]}) for letter in "AAAB"]
-    assert ENTRIES["mmlu"].chance(labels) == pytest.approx(9 / 16 + 1 / 16)
+def test_chance_is_one_of_the_choices_or_another_rows_answer() -> None:
+    letters = [Label(row_id="x", benchmark="mmlu", gold={"letter": "A", "choices": ["a"] * n}) for n in (4, 4, 2)]
+    assert ENTRIES["mmlu"].chance(letters) == pytest.approx((1 / 4 + 1 / 4 + 1 / 2) / 3)
+    numbers = [Label(row_id="x", benchmark="gsm8k", gold={"number": number}) for number in ("7", "7.0", "7", "8")]
+    assert ENTRIES["gsm8k"].chance(numbers) == pytest.approx(6 / 12)  # of the 12 ordered pairs, those among the three 7s
+    assert ENTRIES["gsm8k"].chance(numbers[:1]) == 0.0
 
 
 def test_deviations_are_said() -> None:
