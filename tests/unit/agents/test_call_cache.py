@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,3 +148,28 @@ def test_roles_share_an_identity_and_tools_do_not() -> None:
     identities = call_identities(load_pool(None))
     assert identities["math-solver"] == identities["math-inspector"]
     assert identities["math-solver"] != identities["math-calculator"]
+
+
+def test_another_corpus_makes_other_calls(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+
+    def identity() -> str:
+        config = load_pool(None, (f"tools.search_corpus={corpus}", "agents.0.tools=[search]"))
+        return call_identities(config)[config.agents[0].name]
+
+    corpus.write_text('{"title": "a", "text": "one"}\n')
+    first = identity()
+    assert identity() == first
+    corpus.write_text('{"title": "a", "text": "two"}\n')
+    assert identity() != first
+    corpus.unlink()
+    with pytest.raises(ConfigError, match=r"tools.search_corpus: cannot read .*corpus.jsonl"):
+        identity()
+
+
+def test_workers_that_open_a_new_cache_together_all_can(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as workers:
+        for number in range(20):
+            folders = [tmp_path / str(number)] * 8
+            for store in list(workers.map(CallStore, folders)):
+                store.close()

@@ -1,0 +1,47 @@
+"""What a run that goes on must have in common with its beginning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dmoa.agents.pool import fingerprint, load_pool
+from dmoa.config import Config
+from dmoa.evaluation.run_info import PoolInfo, pool_differences
+
+
+def info(*overrides: str) -> PoolInfo:
+    return info_of(load_pool(None, overrides))
+
+
+def info_of(config: Config) -> PoolInfo:
+    return PoolInfo(name=config.name, fingerprint=fingerprint(config), config=config.model_dump(mode="json"))
+
+
+def test_settings_beside_the_fingerprint_are_named() -> None:
+    llm = next(iter(load_pool(None).llms))
+    changed = info("agents.0.sampling.max_tokens=7", f"llms.{llm}.engine_kwargs.dtype=int8", "gate.activation.mass=0.5")
+    assert changed.fingerprint == info().fingerprint
+    found = pool_differences(info(), changed)
+    assert found["agents.0.sampling.max_tokens"][1] == 7
+    assert found["gate.activation.mass"] == (0.8, 0.5)
+    assert any(name.startswith(f"llms.{llm}.") and values[1] == "int8" for name, values in found.items())
+    assert len(found) == 3
+
+
+def test_what_only_says_how_much_runs_side_by_side_may_change() -> None:
+    llm = next(iter(load_pool(None).llms))
+    assert pool_differences(info(), info(f"llms.{llm}.max_num_seqs=3", "server.port=8123")) == {}
+
+
+def test_what_scripted_agents_do_may_change_and_a_server_has_no_settings() -> None:
+    def scripted(**options: Any) -> PoolInfo:
+        tree = {
+            "name": "tiny",
+            "llms": {"s": {"model": "scripted:s", "engine": "scripted", "engine_kwargs": options}},
+            "agents": [{"name": "a", "llm": "s", "profile": "Adds."}],
+        }
+        return info_of(Config.model_validate(tree))
+
+    assert pool_differences(scripted(failing=["a"]), scripted(failing=[])) == {}
+    server = PoolInfo(name="default", fingerprint="", config={"url": "http://127.0.0.1:8000"})
+    assert pool_differences(server, server) == {}
