@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from dmoa.cli.options import Common, fail, with_common
 from dmoa.config import Config, from_tree
@@ -16,6 +17,16 @@ from dmoa.errors import ConfigError, DmoaError
 from dmoa.yaml_tree import parse, set_value
 
 JOB = "job"
+
+
+class _Job(TyperCommand):
+    """A command whose errors, where they are ours, are one message and never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DmoaError as error:
+            fail(error)
 
 
 def evaluate_job() -> None:
@@ -67,15 +78,9 @@ def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
 
 
 def _run(command: Callable[..., None]) -> None:
-    """Run a job's command; errors become exit codes as in `dmoa`."""
+    """Run a job's command to the end of the process; errors become exit codes as in `dmoa`."""
     # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(command)
-    try:
-        app(standalone_mode=False)
-    except DmoaError as error:
-        try:
-            fail(error)
-        except typer.Exit as ending:
-            sys.exit(ending.exit_code)
+    app.command(cls=_Job)(command)
+    app()

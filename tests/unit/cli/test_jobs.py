@@ -1,0 +1,40 @@
+"""The entry points of `jobs/`: bad input is one message and exit status 2, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmoa.cli.jobs import evaluate_job
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", ["--nonsense"], "No such option"),
+        ("", [], "--config: missing"),
+        ("name: x", ["--config", "job.yaml"], "job: missing"),
+        ("job: {benchmarks: [arith]}", ["--config", "job.yaml"], "job.out: missing"),
+        ("job: {benchmarks: [arith], out: o}", ["--config", "job.yaml", "--set", "job.limit=0"], "limit: value seen: 0"),
+        ("job: {benchmarks: [arith], out: o}", ["--config", "job.yaml", "--set", "job.benchmarks=[nope]"], "value seen: nope"),
+        ("job: {benchmarks: [arith], out: o}", ["--config", "job.yaml", "--set", "job.policies=[nope]"], "value seen: 'nope'"),
+    ],
+)
+def test_bad_input_is_one_message(
+    text: str,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setattr(sys, "argv", ["jobs/evaluate.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        evaluate_job()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
