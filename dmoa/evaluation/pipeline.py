@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dmoa.errors import DmoaError
@@ -194,7 +195,7 @@ def _bounded(shard_rows: int, num_rows: int, hands: int) -> int:
 
 @contextmanager
 def _writer(folder: RunFolder) -> Iterator[Any]:
-    """Run the run's only writer, on this node."""
+    """Run the run's only writer, on this node. Raises DmoaError where it cannot be had, or is lost."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # No task events: Ray's control service would keep one for every write.
     options = {"num_cpus": 0, "scheduling_strategy": here, "enable_task_events": False}
@@ -202,6 +203,9 @@ def _writer(folder: RunFolder) -> Iterator[Any]:
     try:
         ray.get(writer.ready.remote())
         yield writer
+    except RayError as error:
+        reason = " ".join(str(error).split())[-2000:]
+        raise DmoaError(f"the writer of the run is gone: {reason}; the same command with --resume goes on from here") from error
     finally:
         ray.kill(writer)
 
