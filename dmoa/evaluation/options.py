@@ -61,7 +61,7 @@ class EvaluateOptions(BaseModel):
     workers: int = Field(default=1, ge=1, le=1024)
     """Answering actors, each with the pool's engines."""
     concurrency: int | None = Field(default=None, ge=1, le=65536)
-    """Agent calls that may be under way in one worker; None: the room of the pool's engines."""
+    """Agent calls that may be under way in one worker; None: enough to keep the pool's engines full."""
     track: Literal["auto", "wandb", "jsonl", "none"] = "auto"
     """Where tables are logged; auto: W&B, offline without a key."""
 

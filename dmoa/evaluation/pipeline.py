@@ -61,7 +61,7 @@ class Workers:
     count: int = 1
     """Actors, each with a swarm of its own."""
     places: int = 16
-    """Agent calls that may be under way in one actor: the room of its engines."""
+    """Agent calls that may be under way in one actor: enough to keep its engines full."""
     widths: Mapping[str, int]
     """Policy -> agent calls that one of its queries may have under way."""
     num_gpus: float = 0.0

@@ -42,7 +42,7 @@ class Judging:
     deviation: str
     """How this differs from the benchmark's original protocol; empty where it does not."""
     chance: Callable[[Sequence[Label]], float]
-    """Accuracy, 0..1, of answers dealt out at random (suites: of guessing without reading the operands)."""
+    """Accuracy, 0..1, of guessing: a choice where there are some, else another row's right answer; suites: see `Suite.chance`."""
     runs_programs: bool
     """Whether judging runs model-written programs in the sandbox."""
 

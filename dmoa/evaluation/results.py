@@ -100,7 +100,7 @@ class EvaluationRow(ResultRecord):
     is_generated: bool
     """Whether a generator made the rows."""
     chance: float | None
-    """Accuracy of answers dealt out at random; None where unknown."""
+    """Accuracy of guessing; None where unknown."""
     deviation: str
     """How the scoring differs from the benchmark's original protocol; empty where it does not."""
 

@@ -31,7 +31,7 @@ class BenchmarkInfo(ResultRecord):
     primary: str = "accuracy"
     """What accuracy means here, such as `exact match`."""
     chance: float | None = None
-    """Accuracy of answers dealt out at random, 0..1; None where unknown."""
+    """Accuracy of guessing, 0..1; None where unknown."""
     sources: dict[str, str] = {}
     """File -> SHA-256, or hub data set -> revision, or generator -> its parameters."""
     rows: int = Field(ge=0)
