@@ -74,8 +74,8 @@ class GoldCheck(_Record):
 
     @property
     def passed(self) -> bool:
-        """Whether every row that can be judged scored exactly 1.0."""
-        return self.num_rows > 0 and self.num_right + self.num_unscored == self.num_rows
+        """Whether every row that can be judged scored exactly 1.0, and there are such rows."""
+        return self.num_right > 0 and self.num_right + self.num_unscored == self.num_rows
 
 
 class SilentCheck(_Record):

@@ -108,6 +108,13 @@ def test_references_that_fail_here_are_listed_with_library_and_version(tmp_path:
     assert (missing.group, missing.version) == ("Nosuchlib", None)
 
 
+def test_a_benchmark_of_which_no_row_can_be_judged_has_not_passed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "ds1000", "test.jsonl", [ds1000_row(n, f"result = {n}", library="Nosuchlib") for n in range(2)])
+    found = selfcheck.run(["ds1000"], data_dir=tmp_path)
+    assert [(gold.num_right, gold.num_unscored) for gold in found.benchmarks[0].gold] == [(0, 2)]
+    assert not found.passed
+
+
 def test_suites_are_checked_too() -> None:
     found = selfcheck.run(["arith", "relay"], data_dir=None, limit=20)
     assert found.passed
