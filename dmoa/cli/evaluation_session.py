@@ -45,6 +45,8 @@ def run_evaluation(options: EvaluateOptions, config: Config | None, common: Comm
     # Ray logs as an error that Ray Data keeps its actors' arguments in the object store, which it always does.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     folder = RunFolder(options.out.absolute())
+    if options.resume and not folder.run.exists():
+        common.say(f"--resume: {str(folder.root)!r} holds no run yet; one begins")
     started_ray = start_ray(options.address)
     try:
         from dmoa.evaluation.run import evaluate
