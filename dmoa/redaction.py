@@ -17,7 +17,7 @@ _NAMES = r"key|token(?!s|iz)|secret|passw|credential|authorization"
 _SECRET_NAME = re.compile(_NAMES, re.IGNORECASE)
 _TOKENS_NAME = re.compile("tokens", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^/\s@]+@")
-_ASSIGNED = re.compile(rf"([\w.\-]*(?:{_NAMES})[\w\-]*\s*=\s*)[^\s&,;'\"]+", re.IGNORECASE)
+_ASSIGNED = re.compile(rf"([\w.\-]*(?:{_NAMES})[\w\-]*\s*=\s*)(?:\"[^\"]*\"|'[^']*'|[^\s&,;'\"]+)", re.IGNORECASE)
 _KNOWN = re.compile(r"\b(?:sk-|hf_|ghp_|xox[abp]-|AKIA)[A-Za-z0-9_\-]{8,}|\bBearer\s+\S+")
 
 

@@ -28,6 +28,7 @@ SECRET = "s3cr3t-Value"
         {"base_url": f"https://user:{SECRET}@example.org/v1"},
         {"state_uri": f"https://{SECRET}@example.org/v1"},
         {"url": f"https://example.org/v1?api_key={SECRET}&x=1"},
+        {"line": f"--set 'llms.a.api_key=\"two {SECRET}\"'"},
         {"command": f"dmoa evaluate --set llms.a.engine_kwargs.api_key={SECRET} --limit 8"},
         {"header": f"Bearer {SECRET}"},
         {"note": f"sk-{SECRET}"},
