@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,33 +40,39 @@ def run_evaluation(options: EvaluateOptions, config: Config | None, common: Comm
 
     Raises ConfigError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
     """
-    from dmoa.serving.launch import start_ray
+    from dmoa.evaluation.run import evaluate
 
     names = expand_names(options.benchmarks)
     check_policies(options.policies, config)
     assert options.out is not None
-    # Ray logs as an error that Ray Data keeps its actors' arguments in the object store, which it always does.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     folder = RunFolder(options.out.absolute())
     if options.resume and not folder.run.exists():
         common.say(f"--resume: {str(folder.root)!r} holds no run yet; one begins")
-    started_ray = start_ray(options.address)
-    try:
-        from dmoa.evaluation.run import evaluate
-
-        with Bars(common.verbosity) as bars:
-            session = build_session(options, config, names, folder, common, bars, command)
-            common.say(f"evaluating {', '.join(options.policies)} on {', '.join(names)}; the run lies in {options.out}")
-            evaluation = evaluate(session)
-        log_tables(evaluation, folder, options)
-    finally:
-        if started_ray:
-            import ray
-
-            ray.shutdown()
+    with Bars(common.verbosity) as bars:
+        session = build_session(options, config, names, folder, common, bars, command)
+        common.say(f"evaluating {', '.join(options.policies)} on {', '.join(names)}; the run lies in {options.out}")
+        evaluation = evaluate(session)
+    log_tables(evaluation, folder, options)
     print_result(evaluation)
     common.say(f"report: {folder.report}")
     return evaluation
+
+
+@contextmanager
+def opened_ray(address: str | None) -> Iterator[None]:
+    """Join the Ray at `address`, or run one of our own for the time being. Raises ConfigError where none answers."""
+    from dmoa.serving.launch import start_ray
+
+    # Ray logs as an error that Ray Data keeps its actors' arguments in the object store, which it always does.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    is_own = start_ray(address)
+    try:
+        yield
+    finally:
+        if is_own:
+            import ray
+
+            ray.shutdown()
 
 
 def check_policies(policies: tuple[str, ...], config: Config | None) -> None:
@@ -115,6 +124,7 @@ def build_session(
         say=common.say,
         watch=bars.watch,
         score_at_once=max(1, os.cpu_count() or 1),
+        open_ray=partial(opened_ray, options.address),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -50,6 +51,8 @@ class Session:
     watch: Watch
     score_at_once: int
     """Programs and texts that are judged at the same time."""
+    open_ray: Callable[[], AbstractContextManager[None]]
+    """Connects to Ray for as long as the passes run; bad input is refused before that."""
 
 
 def evaluate(session: Session) -> Evaluation:
@@ -76,9 +79,10 @@ def _locked(session: Session) -> Evaluation:
     folder.evaluation.unlink(missing_ok=True)
     if options.retry_failed:
         session.say(f"{forget_failed(folder, names, info.policies)} failed rows are run again")
-    answer_all(folder, names, info.policies, session.asking, session.workers, session.watch)
     scorers = OpenScorers(names=names, allow_weak_sandbox=options.allow_weak_sandbox)
-    score_all(folder, names, info.policies, scorers, session.score_at_once, session.watch)
+    with session.open_ray():
+        answer_all(folder, names, info.policies, session.asking, session.workers, session.watch)
+        score_all(folder, names, info.policies, scorers, session.score_at_once, session.watch)
     write_whole(folder.run, _json(info.model_copy(update={"ended_unix_s": time.time()})))
     return finish(folder)
 
