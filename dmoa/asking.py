@@ -94,10 +94,14 @@ class Asker:
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def sampling_for(self, query: Query, sampling: Sampling, *, is_final: bool) -> Sampling:
-        """Return the sampling of a call: the client's fields apply to the final call, in `select` mode to every call."""
-        if not query.sampling or not (is_final or self._is_select):
-            return sampling
-        return replace(sampling, **query.sampling)
+        """Return the sampling of a call: the client's fields apply to the final call, in `select` mode to every call.
+
+        The query's own limit on the length of a reply holds for all of them.
+        """
+        if query.sampling and (is_final or self._is_select):
+            sampling = replace(sampling, **query.sampling)
+        most = query.limits.max_tokens
+        return sampling if most is None else replace(sampling, max_tokens=min(sampling.max_tokens, most))
 
     async def ask(self, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None) -> tuple[AgentReply, ...]:
         """Ask the plan's agents in parallel; return every reply, lost ones included, in the order they were asked.

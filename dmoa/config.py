@@ -29,8 +29,13 @@ from dmoa.yaml_tree import parse, set_value
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
+def is_name(value: str) -> bool:
+    """Tell whether a text can be the name of a pool, an LLM or an agent."""
+    return _NAME.fullmatch(value) is not None
+
+
 def _check_name(value: str) -> str:
-    if not _NAME.fullmatch(value):
+    if not is_name(value):
         raise ValueError("allowed are 1-64 lower case letters, digits, '-', '_', '.', the first a letter or digit")
     return value
 

@@ -78,6 +78,8 @@ class ReplySummarizer(ReplyModel):
     completion_tokens: int
     latency_ms: float
     engine_ms: float
+    memoised: bool = False
+    """Whether a call cache gave its words."""
     error: str | None
     """Why the summarizer's own words are missing; the summary is then the chosen contribution."""
 
@@ -214,5 +216,6 @@ def _summarizer(record: SummarizerRecord) -> ReplySummarizer:
         completion_tokens=record.completion_tokens,
         latency_ms=finite(record.latency_ms),
         engine_ms=finite(record.engine_ms),
+        memoised=record.is_memoised,
         error=record.error,
     )

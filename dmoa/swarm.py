@@ -73,6 +73,7 @@ def limits_for(config: Config, asked: Limits | None = None) -> Limits:
         max_agents=_lower(config.gate.activation.max_agents, wish.max_agents) if wish.max_agents else None,
         budget_tokens=_lower(pool.budget_tokens, wish.budget_tokens),
         deadline_s=_lower(pool.deadline_s, wish.deadline_s),
+        max_tokens=wish.max_tokens,
     )
 
 

@@ -212,6 +212,8 @@ class SummarizerRecord:
     engine_ms: float = 0.0
     finish_reason: FinishReason = "stop"
     """How the text that became the summary ended."""
+    is_memoised: bool = False
+    """Whether the call cache gave the summarizer's words."""
     error: str | None = None
 
 
@@ -245,6 +247,8 @@ class Limits:
     budget_tokens: int | None = None
     """Prompt and completion tokens of all agents and the summarizer."""
     deadline_s: float | None = None
+    max_tokens: int | None = None
+    """Most new tokens of any one reply, the summarizer's included; None: as each agent's sampling says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

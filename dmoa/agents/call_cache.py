@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
 
@@ -25,6 +28,8 @@ from dmoa.errors import ConfigError
 from dmoa.protocols import AgentClient
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
+T = TypeVar("T")
+_LOG = logging.getLogger("dmoa.call_cache")
 FILE_NAME = "calls.sqlite3"
 _VERSION = 1
 _BUSY_S = 60.0
@@ -80,6 +85,7 @@ class CachedAgents:
         self._store = store
         self._identities = dict(identities)
         self._in_flight: dict[str, asyncio.Future[AgentReply]] = {}
+        self._is_warned = False
 
     async def call(self, call: AgentCall) -> AgentReply:
         """Return the kept reply, marked, or ask. The same call in flight twice is run once. Raises as the client does."""
@@ -91,7 +97,7 @@ class CachedAgents:
             await asyncio.wait([running])
             if not running.cancelled() and running.result().status == "ok":
                 return replace(running.result(), agent=call.agent, is_memoised=True)
-        kept = await asyncio.to_thread(self._store.get, key)
+        kept = await self._try(partial(self._store.get, key))
         if kept is not None:
             return replace(kept, agent=call.agent, is_memoised=True)
         if key in self._in_flight:
@@ -104,12 +110,22 @@ class CachedAgents:
         try:
             reply = await self._agents.call(call)
             if reply.status == "ok":
-                await asyncio.to_thread(self._store.put, key, reply)
+                await self._try(partial(self._store.put, key, reply))
             running.set_result(reply)
             return reply
         finally:
             del self._in_flight[key]
             running.cancel()
+
+    async def _try(self, work: Callable[[], T]) -> T | None:
+        """Read or write the file; where that fails, on a full disk say, calls go on as without a cache."""
+        try:
+            return await asyncio.to_thread(work)
+        except sqlite3.Error as error:
+            if not self._is_warned:
+                self._is_warned = True
+                _LOG.warning("call cache: replies are neither kept nor found (%s)", error)
+            return None
 
     async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Yield the whole text at once, then the reply."""

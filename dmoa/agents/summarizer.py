@@ -84,6 +84,7 @@ class LlmSummarizer:
             latency_ms=reply.latency_ms,
             engine_ms=reply.engine_ms,
             finish_reason=reply.finish_reason if text else _ending(selection, replies),
+            is_memoised=reply.is_memoised,
             error=reply.error,
         )
         return Fold(summary=summary, record=record, selection=selection)

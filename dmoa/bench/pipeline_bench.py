@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def _piped(config: Config, in_flight: int) -> tuple[Window, tuple[QueryCalls, ..
             widths={"dmoa": _width(config)},
             env=ENGINE_ENV,
         )
-        asking = Asking(seed=0, limits=limits, sampling={"max_tokens": _MAX_TOKENS})
+        asking = Asking(seed=0, limits=replace(limits, max_tokens=_MAX_TOKENS))
         answer_all(folder, [_SUITE], ["dmoa"], asking, workers, lambda progress: None)
         lost = [row for row in folder.read_answers(_SUITE, "dmoa") if row.status == "failed"]
         if lost:

@@ -81,12 +81,15 @@ class ServerAnswerer:
             "deadline_s": limits.deadline_s,
             "trace": True,
         }
+        sampling = {"seed": int(query.trace_id[:8], 16)}
+        if limits.max_tokens is not None:
+            sampling["max_tokens"] = limits.max_tokens
         started = time.perf_counter()
         reply = await self._client.ask(
             [Message(role="user", content=query.text)],
             model=agent or f"{self._pool}/{policy}",
             dmoa={name: value for name, value in asked.items() if value is not None},
-            sampling={"seed": int(query.trace_id[:8], 16)} | query.sampling,
+            sampling=sampling,
         )
         return Outcome(
             text=reply.text,

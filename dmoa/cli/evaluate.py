@@ -12,6 +12,7 @@ import typer
 
 from dmoa.cli.options import EXIT_FAILED, CheckpointOption, Common, UrlOption, refuse_together, with_common
 from dmoa.cli.serve import AddressOption
+from dmoa.redaction import redact_text
 
 if TYPE_CHECKING:
     from dmoa.evaluation.options import EvaluateOptions
@@ -98,6 +99,15 @@ def evaluate(
 
     options = parse_options(values)
     if selfcheck:
+        unused: dict[str, object] = {
+            "--url": url,
+            "--resume": resume,
+            "--out": out,
+            "--call-cache": call_cache,
+            "--checkpoint": checkpoint,
+        }
+        unused |= {"--config": common.config, "--set": common.overrides, "--address": address}
+        refuse_together(unused, "with --selfcheck, which asks no agent")
         _selfcheck(common, options)
         return
     from dmoa.cli.evaluation_session import run_evaluation
@@ -107,7 +117,7 @@ def evaluate(
         refuse_together(given, "with --url: the server has its own pool")
     if options.out is None:
         options = options.model_copy(update={"out": Path("out") / time.strftime("evaluate-%Y%m%d-%H%M%S")})
-    command = shlex.join(["dmoa", *sys.argv[1:]])
+    command = shlex.join(["dmoa", *map(redact_text, sys.argv[1:])])
     evaluation = run_evaluation(options, None if url else common.load(checkpoint), common, command)
     common.write_json(evaluation.model_dump(mode="json"))
 

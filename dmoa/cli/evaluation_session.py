@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dmoa.cli.evaluation_screen import Bars, print_result
 from dmoa.cli.local import fetch_models
-from dmoa.config import Config
+from dmoa.config import Config, is_name
 from dmoa.errors import ConfigError, RequestError
 from dmoa.evaluation.answering import Asking, split_policy
 from dmoa.evaluation.options import EvaluateOptions
@@ -59,19 +59,28 @@ def run_evaluation(options: EvaluateOptions, config: Config | None, common: Comm
 
 
 @contextmanager
-def opened_ray(address: str | None) -> Iterator[None]:
-    """Join the Ray at `address`, or run one of our own for the time being. Raises ConfigError where none answers."""
+def opened_ray(address: str | None, num_gpus: float = 0.0) -> Iterator[None]:
+    """Join the Ray at `address`, or run one of our own for the time being.
+
+    Raises ConfigError where none answers, or where our own has fewer GPUs than the answering asks for.
+    """
     from dmoa.serving.launch import start_ray
 
     # Ray logs as an error that Ray Data keeps its actors' arguments in the object store, which it always does.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     is_own = start_ray(address)
+    import ray
+
     try:
+        found = ray.cluster_resources().get("GPU", 0.0)
+        if is_own and found < num_gpus:
+            raise ConfigError(
+                f"llms: value seen: gpus adding up to {num_gpus:g} for the workers; this machine has {found:g}; lower "
+                "llms.NAME.gpus or --workers, or name a cluster by --address"
+            )
         yield
     finally:
         if is_own:
-            import ray
-
             ray.shutdown()
 
 
@@ -82,7 +91,8 @@ def check_policies(policies: tuple[str, ...], config: Config | None) -> None:
         if name not in POLICIES:
             allowed = ", ".join((*POLICIES, "single:AGENT"))
             raise RequestError(f"--policies: value seen: {policy!r}; allowed: {allowed}; name some of them")
-        if agent is not None and (name != "single" or (config is not None and agent not in config.agent_names)):
+        is_agent = agent is None or (name == "single" and (is_name(agent) if config is None else agent in config.agent_names))
+        if not is_agent:
             agents = ", ".join(config.agent_names) if config else "the server's agents"
             raise RequestError(f"--policies: value seen: {policy!r}; allowed is single:AGENT with one of {agents}")
 
@@ -115,7 +125,7 @@ def build_session(
         options=options,
         folder=folder,
         benchmarks=names,
-        asking=Asking(seed=options.seed, limits=limits, sampling=options.sampling),
+        asking=Asking(seed=options.seed, limits=limits),
         workers=workers,
         pool=pool,
         gate_version=gate_version,
@@ -124,7 +134,7 @@ def build_session(
         say=common.say,
         watch=bars.watch,
         score_at_once=max(1, os.cpu_count() or 1),
-        open_ray=partial(opened_ray, options.address),
+        open_ray=partial(opened_ray, options.address, workers.count * workers.num_gpus),
     )
 
 
@@ -169,14 +179,18 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, Workers, Limits]:
             f"--benchmarks: value seen: {', '.join(staged)}; their stages fit in no HTTP request; leave them out with --url"
         )
 
-    async def pool() -> str:
+    async def models() -> list[str]:
         backend = build_remote_backend(url)
         try:
-            return await backend.client.pool()
+            return await backend.client.models()
         finally:
             await backend.close()
 
-    name = asyncio.run(pool())
+    known = asyncio.run(models())
+    name = known[0]
+    for policy, agent in map(split_policy, options.policies):
+        if (agent or f"{name}/{policy}") not in known:
+            raise RequestError(f"--policies: value seen: {agent or policy!r}; {url} has {', '.join(known)}; name some of them")
     workers = Workers(
         # The key travels with the answerer: a runtime environment would show it in Ray's own records.
         open_answerer=OpenServer(url=url, pool=name, api_key=os.environ.get("DMOA_API_KEY", "")),

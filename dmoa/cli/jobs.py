@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 from dmoa.cli.options import Common, fail, with_common
 from dmoa.config import Config, from_tree
 from dmoa.errors import ConfigError, DmoaError
+from dmoa.redaction import redact_text
 from dmoa.yaml_tree import parse, set_value
 
 JOB = "job"
@@ -48,7 +49,7 @@ def _evaluate(common: Common) -> None:
     options = parse_options(values)
     if options.out is None:
         raise ConfigError("job.out: missing; name the folder of the run, so that a job that is submitted again goes on with it")
-    command = shlex.join(["python", *sys.argv])
+    command = shlex.join(["python", *map(redact_text, sys.argv)])
     evaluation = run_evaluation(options, None if options.url else config, common, command)
     common.write_json(evaluation.model_dump(mode="json"))
 

@@ -10,8 +10,8 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 from dmoa.evaluation.records import Answered, Task
 from dmoa.reply import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, reply_dmoa
@@ -58,8 +58,6 @@ class Asking:
     seed: int
     limits: Limits
     """Budgets of a query; a task with more stages than steps allowed still runs all its stages."""
-    sampling: dict[str, Any]
-    """Sampling fields of every query, such as max_tokens."""
 
 
 async def ask_swarm(swarm: Swarm, query: Query, policy: str, agent: str | None) -> Outcome:
@@ -86,18 +84,11 @@ def split_policy(policy: str) -> tuple[str, str | None]:
 def query_of(task: Task, policy: str, asking: Asking) -> Query:
     """Return the query that puts a task to a policy; its id depends on task, policy and seed alone, so it repeats."""
     digest = hashlib.sha256(f"{task.row_id}\0{policy}\0{asking.seed}".encode()).hexdigest()
-    limits = asking.limits
-    steps = max(limits.max_steps, len(task.stages))
+    limits = replace(asking.limits, max_steps=max(asking.limits.max_steps, len(task.stages)))
     return Query(
         trace_id=digest[:32],
         text=task.text,
-        sampling=asking.sampling,
-        limits=Limits(
-            max_steps=steps,
-            max_agents=limits.max_agents,
-            budget_tokens=limits.budget_tokens,
-            deadline_s=limits.deadline_s,
-        ),
+        limits=limits,
         stages=task.stages,
         is_streamed=False,
     )
@@ -123,9 +114,7 @@ def answered(task: Task, policy: str, outcome: Outcome) -> Answered:
         cached_tokens=sum(part.cached_tokens for part in parts),
         completion_tokens=sum(part.completion_tokens for part in parts),
         summarizer_tokens=sum(step.summarizer.prompt_tokens + step.summarizer.completion_tokens for step in steps),
-        memoised_tokens=sum(
-            agent.prompt_tokens + agent.completion_tokens for step in steps for agent in step.agents if agent.memoised
-        ),
+        memoised_tokens=sum(part.prompt_tokens + part.completion_tokens for part in parts if part.memoised),
         entropy_nats=_entropy(steps[-1]) if steps else None,
         wall_ms=outcome.wall_ms,
         gate_version=outcome.dmoa.gate_version,

@@ -84,12 +84,8 @@ class EvaluateOptions(BaseModel):
             max_agents=min(pool.max_agents or CPU_BUDGET["max_agents"], CPU_BUDGET["max_agents"]),
             budget_tokens=pool.budget_tokens,
             deadline_s=pool.deadline_s,
+            max_tokens=CPU_BUDGET["max_tokens"],
         )
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """The sampling fields of every query."""
-        return {"max_tokens": CPU_BUDGET["max_tokens"]} if self.budget == "cpu" else {}
 
 
 def parse_options(values: dict[str, Any]) -> EvaluateOptions:

@@ -96,7 +96,7 @@ def _summary(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("policies", ", ".join(run.policies)),
         ("gate", run.gate_version or "none"),
         ("rows", f"{run.split} split, {'all' if run.limit is None else f'at most {run.limit}'} per benchmark, seed {run.seed}"),
-        ("limits of a query", _pairs({**run.limits, **run.sampling})),
+        ("limits of a query", _pairs(run.limits)),
         ("engines", ", ".join(run.engines)),
         ("tokens", f"{display.count(tokens)} prompt and completion"),
         ("machine", _machine(evaluation)),

@@ -29,7 +29,7 @@ from dmoa.evaluation.run_info import pool_differences
 from dmoa.evaluation.scorers.programs import require_sandbox
 from dmoa.evaluation.source_revision import code_revision
 
-_FIXED = ("policies", "split", "limit", "seed", "limits", "sampling", "gate_version")
+_FIXED = ("policies", "split", "limit", "seed", "limits", "gate_version")
 """What a run that goes on must have in common with its beginning, beside its benchmarks, its pool and the difficulty."""
 _VERSIONS = ("transformers", "datasets", "math-verify", "pyarrow", "wandb")
 
@@ -106,7 +106,7 @@ def _begin(session: Session) -> RunInfo:
         info = RunInfo.model_validate_json(folder.run.read_text(encoding="utf-8"))
         _check_same(session, info)
         session.say(f"going on with the run in {folder.root}")
-        return info
+        return _went_on(session, info)
     benchmarks = [_benchmark_info(session, name) for name in session.benchmarks]
     info = _run_info(session, benchmarks)
     write_whole(folder.run, _json(info))
@@ -148,7 +148,6 @@ def _run_info(session: Session, benchmarks: Sequence[BenchmarkInfo]) -> RunInfo:
         limit=options.limit,
         seed=options.seed,
         limits=_limits(session.asking),
-        sampling=dict(session.asking.sampling),
         gate_version=session.gate_version,
         engines=session.engines,
         isolation=sandbox.level() if _runs_programs(session.benchmarks) else "",
@@ -169,6 +168,7 @@ def _limits(asking: Asking) -> dict[str, Any]:
         "max_agents": limits.max_agents,
         "budget_tokens": limits.budget_tokens,
         "deadline_s": limits.deadline_s,
+        "max_tokens": limits.max_tokens,
     }
 
 
@@ -185,10 +185,17 @@ def _check_same(session: Session, before: RunInfo) -> None:
         raise ConfigError(
             f"--resume: {'; '.join(different)}; repeat the settings of {str(session.folder.run)!r}, or begin in another folder"
         )
-    if before.code_revision != now.code_revision:
-        session.say(
-            f"note: the run began with code {before.code_revision or 'unknown'}, this is {now.code_revision or 'unknown'}"
-        )
+
+
+def _went_on(session: Session, before: RunInfo) -> RunInfo:
+    """Note the code that a run goes on with, where it is not what it ran with last."""
+    now, last = code_revision(), [before.code_revision, *before.later_revisions][-1]
+    if now == last:
+        return before
+    session.say(f"note: the run ran with code {last or 'unknown'}, this is {now or 'unknown'}")
+    info = before.model_copy(update={"later_revisions": [*before.later_revisions, now]})
+    write_whole(session.folder.run, _json(info))
+    return info
 
 
 def _json(record: RunInfo | Evaluation) -> str:

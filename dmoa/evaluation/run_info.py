@@ -103,6 +103,8 @@ class RunInfo(ResultRecord):
     dmoa_version: str
     code_revision: str = ""
     """Commit of the code, `+changes` where files differ from it; empty outside a checkout."""
+    later_revisions: list[str] = []
+    """Other code that the run went on with, in order."""
     pool: PoolInfo
     benchmarks: list[BenchmarkInfo]
     policies: list[str]
@@ -113,8 +115,6 @@ class RunInfo(ResultRecord):
     """Seed of samples, suites and replies."""
     limits: dict[str, Any] = {}
     """Budgets of a query, such as max_steps, max_agents, budget_tokens, deadline_s."""
-    sampling: dict[str, Any] = {}
-    """Sampling fields of every query, such as max_tokens."""
     gate_version: str | None = None
     """Gate that the run began with; None for policies without one."""
     engines: list[str] = []
@@ -128,7 +128,7 @@ class RunInfo(ResultRecord):
     ended_unix_s: float | None = None
     """End of the last session; None while none has ended."""
 
-    @field_validator("options", "limits", "sampling")
+    @field_validator("options", "limits")
     @classmethod
     def _without_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
         return dict(redact(value))

@@ -372,3 +372,14 @@ def test_the_clock_of_a_query_begins_with_it() -> None:
     assert (state.steps, state.tokens_used, state.summary, state.history) == ((), 0, "", ())
     assert begin(query()).deadline_unix_s is None
     assert begin(query(deadline_s=0.0)).deadline_unix_s is not None
+
+
+@pytest.mark.parametrize("llm", [False, True])
+async def test_a_querys_limit_on_replies_holds_for_every_call_and_never_raises_one(llm: bool) -> None:
+    agents = FakeAgents({"a": Say(text="It is 19."), "summarizer": Say(text="FINAL\n19")})
+    orchestrator = orchestrator_of(agents, "a", llm=llm)
+    for most, expected in ((20, 20), (60, 50)):  # the agents' own limit is 50
+        await answer_of(orchestrator, query(max_steps=1, max_tokens=most), Schedule(asks("a")))
+        assert agents.calls_of("a")[-1].sampling.max_tokens == expected
+    if llm:
+        assert [call.sampling.max_tokens for call in agents.calls_of("summarizer")] == [20, 60]  # its own limit is 70

@@ -173,3 +173,12 @@ def test_workers_that_open_a_new_cache_together_all_can(tmp_path: Path) -> None:
             folders = [tmp_path / str(number)] * 8
             for store in list(workers.map(CallStore, folders)):
                 store.close()
+
+
+async def test_a_file_that_fails_costs_no_reply(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CallStore(tmp_path)
+    cache = CachedAgents(FakeAgents({"a": Say(text="19")}), store, SAME)
+    store.close()
+    replies = [await cache.call(call_of()) for _ in range(2)]
+    assert [(reply.status, reply.text, reply.is_memoised) for reply in replies] == [("ok", "19", False)] * 2
+    assert len([record for record in caplog.records if "call cache" in record.getMessage()]) == 1

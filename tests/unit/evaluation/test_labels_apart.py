@@ -69,7 +69,7 @@ def test_labels_are_opened_by_evaluation_alone(tmp_path: Path) -> None:
     folder, options = RunFolder(tmp_path), parse_options({"benchmarks": "arith", "limit": 3})
     with watched() as opened:
         prepare(folder, "arith", options)
-        asking = Asking(seed=0, limits=Limits(), sampling={})
+        asking = Asking(seed=0, limits=Limits())
         assert len(pending_tasks(folder, ["arith"], ["dmoa"])) == 3
         for task in folder.read_tasks("arith"):
             assert query_of(task, "dmoa", asking).text == task.text

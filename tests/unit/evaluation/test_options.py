@@ -25,16 +25,15 @@ def test_a_policy_named_twice_is_asked_once(policies: object) -> None:
 @pytest.mark.parametrize(
     ("pool", "expected"),
     [
-        (Limits(max_steps=20), Limits(max_steps=3, max_agents=2)),
-        (Limits(max_steps=2, max_agents=1, deadline_s=5.0), Limits(max_steps=2, max_agents=1, deadline_s=5.0)),
+        (Limits(max_steps=20), Limits(max_steps=3, max_agents=2, max_tokens=96)),
+        (Limits(max_steps=2, max_agents=1, deadline_s=5.0), Limits(max_steps=2, max_agents=1, deadline_s=5.0, max_tokens=96)),
     ],
 )
 def test_the_cpu_budget_only_lowers_the_pools_limits(pool: Limits, expected: Limits) -> None:
     options = parse_options({"benchmarks": "arith", "budget": "cpu"})
     assert options.limits(pool) == expected
-    assert options.sampling == {"max_tokens": 96}
     unlimited = parse_options({"benchmarks": "arith"})
-    assert (unlimited.limits(pool), unlimited.sampling) == (pool, {})
+    assert unlimited.limits(pool) == pool
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dmoa.evaluation.stages import Room, RunWriter, score
 from dmoa.types import Limits, Stage
 
 TASK = Task(row_id="arith/test/1", benchmark="arith", text="What is 12 + 7?", group="carry")
-ASKING = Asking(seed=3, limits=Limits(max_steps=3, max_agents=2), sampling={"max_tokens": 96})
+ASKING = Asking(seed=3, limits=Limits(max_steps=3, max_agents=2, max_tokens=96))
 
 
 async def test_a_room_never_holds_more_than_its_places_and_serves_in_order() -> None:
@@ -45,10 +45,10 @@ def test_a_query_depends_on_task_policy_and_seed_alone() -> None:
     others = [
         query_of(TASK, "single", ASKING),
         query_of(TASK.model_copy(update={"row_id": "arith/test/2"}), "dmoa", ASKING),
-        query_of(TASK, "dmoa", Asking(seed=4, limits=ASKING.limits, sampling={})),
+        query_of(TASK, "dmoa", Asking(seed=4, limits=ASKING.limits)),
     ]
     assert len({query.trace_id for query in (one, *others)}) == 4
-    assert (one.text, one.limits.max_steps, one.limits.max_agents, one.sampling) == (TASK.text, 3, 2, {"max_tokens": 96})
+    assert (one.text, one.limits.max_steps, one.limits.max_agents, one.limits.max_tokens) == (TASK.text, 3, 2, 96)
 
 
 def test_a_task_with_more_stages_than_steps_runs_them_all() -> None:
