@@ -99,16 +99,7 @@ def evaluate(
 
     options = parse_options(values)
     if selfcheck:
-        unused: dict[str, object] = {
-            "--url": url,
-            "--resume": resume,
-            "--out": out,
-            "--call-cache": call_cache,
-            "--checkpoint": checkpoint,
-        }
-        unused |= {"--config": common.config, "--set": common.overrides, "--address": address}
-        refuse_together(unused, "with --selfcheck, which asks no agent")
-        _selfcheck(common, options)
+        _selfcheck(common, options, checkpoint)
         return
     from dmoa.cli.evaluation_session import run_evaluation
 
@@ -122,8 +113,12 @@ def evaluate(
     common.write_json(evaluation.model_dump(mode="json"))
 
 
-def _selfcheck(common: Common, options: EvaluateOptions) -> None:
+def _selfcheck(common: Common, options: EvaluateOptions, checkpoint: Path | None) -> None:
     """Check scorers, rows and sandbox against each other; exit 1 where a check fails."""
+    unused: dict[str, object] = {"--url": options.url, "--resume": options.resume, "--out": options.out}
+    unused |= {"--call-cache": options.call_cache, "--checkpoint": checkpoint}
+    unused |= {"--config": common.config, "--set": common.overrides}
+    refuse_together(unused, "with --selfcheck, which asks no agent")
     from dmoa.cli.evaluation_screen import Bars, print_selfcheck
     from dmoa.evaluation import selfcheck
     from dmoa.evaluation.registry import expand_names
