@@ -61,7 +61,13 @@ def test_a_trace_keeps_what_repeats_the_query() -> None:
     assert trace.query["text"] == "What?"
     assert trace.query["turns"] == ({"role": "user", "content": "Hi"},)
     assert trace.query["sampling"] == {"seed": 3, "stop": ("END",)}
-    assert trace.query["limits"] == {"max_steps": 2, "max_agents": None, "budget_tokens": None, "deadline_s": 1.5}
+    assert trace.query["limits"] == {
+        "max_steps": 2,
+        "max_agents": None,
+        "budget_tokens": None,
+        "deadline_s": 1.5,
+        "max_tokens": None,
+    }
     assert trace.agents == ["a", "b"]
     first = trace.routes[0]
     assert (first.step, first.gate_version, first.max_agents, first.masked) == (0, "v1", 2, ["b"])

@@ -76,6 +76,7 @@ async def test_chat_answers_with_usage_and_every_field_of_the_dmoa_object() -> N
         "engine_ms": 0.0,
         "engine": "",
         "attempts": 1,
+        "memoised": False,
         "error": None,
     }
     assert first["agents"][2] | {"probability": 0.125} == first["agents"][2]
@@ -88,6 +89,7 @@ async def test_chat_answers_with_usage_and_every_field_of_the_dmoa_object() -> N
         "completion_tokens": 2,
         "latency_ms": 1.0,
         "engine_ms": 0.0,
+        "memoised": False,
         "error": None,
     }
 
