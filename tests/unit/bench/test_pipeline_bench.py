@@ -10,7 +10,7 @@ import pytest
 
 from dmoa.agents.scripted import ScriptedEngine
 from dmoa.bench.call_graph import RecordedCall, RecordingEngine, graph_of, read_calls, replay, replay_flat, window_of
-from dmoa.bench.pipeline_bench import BAR, Round, judged
+from dmoa.bench.pipeline_bench import BAR, Round, judged, wide_result
 from dmoa.config import ScriptedOptions
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
 
@@ -161,3 +161,8 @@ def test_p5_is_the_lowest_of_the_medians_of_ratios_taken_round_by_round() -> Non
 def test_p5_passes_at_the_bar() -> None:
     (first, *_) = judged({8: [Round(pipeline=BAR * 64, replay=64.0, fill=1.0)]}, engine="e")
     assert (first.id, first.passed) == ("P5", True)
+
+
+def test_an_engine_with_a_place_for_every_call_is_reported_and_not_judged() -> None:
+    found = wide_result([Round(pipeline=40.0, replay=80.0, fill=1.0), Round(pipeline=60.0, replay=80.0, fill=1.0)], engine="e")
+    assert (found.id, found.value, found.bar, found.passed, found.rounds) == ("P5.wide", 0.625, "", None, 2)
