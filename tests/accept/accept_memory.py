@@ -119,7 +119,7 @@ def measure(root: Path, rows: int) -> tuple[Samples, dict[str, float]]:
     )
     seconds: dict[str, float] = {}
     began = time.monotonic()
-    answer_all(folder, [_SUITE], ["dmoa"], Asking(seed=0, limits=Limits(max_steps=2), sampling={}), workers, samples.watch)
+    answer_all(folder, [_SUITE], ["dmoa"], Asking(seed=0, limits=Limits(max_steps=2)), workers, samples.watch)
     seconds["answering"] = time.monotonic() - began
     began = time.monotonic()
     score_all(folder, [_SUITE], ["dmoa"], OpenScorers(names=(_SUITE,)), 2, samples.watch)
