@@ -147,6 +147,7 @@ def _pool(config: Config) -> PoolInfo:
 
 def _workers(options: EvaluateOptions, config: Config) -> Workers:
     """Return how a pool's answering is spread: every worker has all engines, and as many places as they decode at once."""
+    from dmoa.agents.call_cache import CallStore
     from dmoa.cli.answerers import OpenPool
     from dmoa.evaluation.pipeline import Workers
     from dmoa.serving.agents import ENGINE_ENV
@@ -155,6 +156,8 @@ def _workers(options: EvaluateOptions, config: Config) -> Workers:
     widest = options.limits(limits_for(config)).max_agents
     widths = {policy: POLICIES[split_policy(policy)[0]].width(config) for policy in options.policies}
     call_cache: Path | None = options.call_cache.absolute() if options.call_cache else None
+    if call_cache is not None:
+        CallStore(call_cache).close()  # a folder that cannot be written is refused here, not in a worker
     return Workers(
         open_answerer=OpenPool(config_json=config.model_dump_json(), call_cache=call_cache),
         count=options.workers,
