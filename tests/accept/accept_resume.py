@@ -39,13 +39,16 @@ class Check:
 
 
 def check(folder: Path, options: list[str], seed: int) -> Check:
-    """Run an evaluation whole, then broken; the kills fall anywhere in the time that the whole one took."""
+    """Run an evaluation whole, then broken: each kill falls anywhere in the first third of the time that the whole one took.
+
+    So early that every session still has work left when it is killed.
+    """
     started = time.monotonic()
     whole = run(command(folder / "whole", *options))
     seconds = time.monotonic() - started
     assert whole.returncode == 0, whole.stderr[-3000:]
     rng = random.Random(seed)
-    moments = [after(rng.uniform(0.0, seconds)) for _ in range(KILLS)]
+    moments = [after(rng.uniform(0.0, seconds / 3)) for _ in range(KILLS)]
     out = folder / "broken"
     broken = kill_and_resume(command(out, *options), out, moments, folder / "log")
     assert broken.ran.returncode == 0, broken.ran.stderr[-3000:]
