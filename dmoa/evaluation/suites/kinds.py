@@ -25,7 +25,7 @@ class Question:
     """One latent tuple, solved and ready for any template."""
 
     fields: dict[str, object]
-    """What the templates' placeholders stand for."""
+    """What the templates' fields stand for."""
     answer: str
     """The computed answer, spelled as the answer format asks."""
     num_options: int = 0
