@@ -178,7 +178,7 @@ def _tmpfs_files(pids: list[int]) -> int:
     """Return the number of files in the private scratch, 0 where no process of the namespaces can be asked."""
     ours = Path("/tmp").stat().st_dev  # noqa: S108
     for pid in reversed(pids):
-        scratch = Path(f"/proc/{pid}/root/tmp")
+        scratch = Path("/proc", str(pid), "root", "tmp")
         with contextlib.suppress(OSError):
             if scratch.stat().st_dev != ours:  # the mounts may not have been made yet
                 found = os.statvfs(scratch)

@@ -171,7 +171,11 @@ def test_workers_that_open_a_new_cache_together_all_can(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as workers:
         for number in range(20):
             folders = [tmp_path / str(number)] * 8
-            for store in list(workers.map(CallStore, folders)):
+            stores = list(workers.map(CallStore, folders))
+            stores[0].put("key", AgentReply(agent="a", status="ok", text="19"))
+            found = [store.get("key") for store in stores]
+            assert [reply.text if reply else None for reply in found] == ["19"] * 8
+            for store in stores:
                 store.close()
 
 

@@ -101,6 +101,7 @@ def test_the_error_is_named_however_many_lines_it_has() -> None:
 
 def test_require_sandbox_accepts_this_host() -> None:
     require_sandbox(allow_weak=False)
+    assert judge("answer = 42", "assert answer == 42", SandboxLimits(), allow_weak=False).passed
 
 
 def test_program_puts_future_imports_first() -> None:
