@@ -197,6 +197,12 @@ class RouteDecision:
     hidden_H: FloatArray
     """Hidden state after this step, [H] float32: travels with the query."""
     routed_by: RoutedBy = "router"
+    theta: float | None = None
+    """Highest score of a sure reply, as this gate version fitted it; None where nothing was fitted."""
+    limit: int = 1
+    """Most agents that the step may come to: K of this query where unsure steps ask more agents (the cascade), else k."""
+    anchors: tuple[float, ...] | None = None
+    """Per agent, what the version's anchored score subtracts; None for raw scores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +237,8 @@ class StepRecord:
     summarizer: SummarizerRecord
     mass: float = 1.0
     """Probability of the active set; 1.0 for policies without a gate."""
+    explored: tuple[tuple[str, float], ...] = ()
+    """Agents that were asked only to learn from, each with its propensity; none of them is in `active`."""
     wall_ms: float = 0.0
     decision: RouteDecision | None = None
     """None for policies without a gate."""
@@ -312,6 +320,8 @@ class Activation:
     """What to do in this step; empty: the agent's role alone."""
     history: tuple[str, ...] | None = None
     """Earlier work that the agent sees, oldest first; None: the summaries of all steps so far."""
+    propensity: float = 1.0
+    """Probability with which exploration came to ask this agent, given the policy's own choice; 1.0 where it was certain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,7 +331,9 @@ class StepPlan:
     activations: tuple[Activation, ...]
     """Agents to ask, in parallel; the first is the most probable."""
     reserves: tuple[Activation, ...] = ()
-    """Who takes the place of a lost agent, next-ranked first."""
+    """Who takes the place of a lost agent, and whom the cascade asks, next-ranked first."""
+    explored: tuple[Activation, ...] = ()
+    """Agents asked only to learn from: their replies are recorded and count for nothing else, nobody stands in for them."""
     fold: Literal["summarizer", "pass"] = "summarizer"
     """Whether the pool's summarizer folds the replies, or the first reply passes unchanged."""
     ends_with: StopReason | None = None
