@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from dmoa.config import Config
 from dmoa.errors import RequestError
+from dmoa.policies.dense import DensePolicy
 from dmoa.policies.dmoa import DmoaPolicy
+from dmoa.policies.random_agents import RandomPolicy
 from dmoa.policies.single import SinglePolicy
 from dmoa.protocols import Encoder, Policy, Router
 
@@ -59,6 +61,17 @@ POLICIES: dict[str, PolicyEntry] = {
             name="single",
             summary="One agent answers once: the one named, or the pool's first.",
             build=_single,
+            width=lambda config: 1,
+        ),
+        PolicyEntry(
+            name="dense",
+            summary="Every agent of the pool at every step.",
+            build=lambda context: DensePolicy(agents=context.config.agent_names),
+        ),
+        PolicyEntry(
+            name="random",
+            summary="One agent a step, drawn evenly; repeats for the same query.",
+            build=lambda context: RandomPolicy(agents=context.config.agent_names),
             width=lambda config: 1,
         ),
     )

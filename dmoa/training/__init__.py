@@ -1,0 +1,1 @@
+"""Learning: rollouts, the training of the gate and of specialists, on Ray Data and Ray Train."""

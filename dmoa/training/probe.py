@@ -1,0 +1,267 @@
+"""Can predictive entropy route this pool? A dense look at about thirty unlabelled queries, before anything is trained.
+
+Entropy routes only where agents differ in *which* rows they are sure of: the interaction of agent and row in log PE. The
+probe measures it, names agents that ignore their input, says what a router without training would do, and, where rows with
+known answers are given, finds agents that are sure and wrong. Shape letters: R rows, A agents, D embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+from scipy.stats import binomtest, rankdata
+
+from dmoa.core.scores import SCORE_OFFSET_NATS
+from dmoa.training.clusters import Floats, fit_clusters
+
+Verdict = Literal["can", "cannot", "audit"]
+AUDIT_ROWS = 30
+"""Rows with known answers that tell an agent of 50 % from one of 80 % nineteen times out of twenty."""
+_ENOUGH_INTERACTION = 0.05
+"""Share of Var(log PE) below which differences between agents are noise. Role prompts on one small model stay below 0.01."""
+_FAVOURITE = 0.9
+_SAME_TEXT = 0.8
+_ROUNDS = 1000
+_ALPHA = 0.05
+_GAP = 0.2
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class AgentFinding(_Record):
+    """What the probe saw of one agent."""
+
+    agent: str
+    entropy_nats: float
+    """Mean over the rows of the mean entropy per token."""
+    surest: float
+    """Share of rows on which it is the surest."""
+    row_spread: float
+    """Standard deviation over rows of its log PE."""
+    same_text: float
+    """Share of rows with its commonest reply."""
+    ignores_input: bool
+    """It says the same to most rows, while others do not."""
+    accuracy: float | None = None
+    """On the rows with known answers."""
+    auroc: float | None = None
+    """How well its entropy tells its wrong answers from its right ones; null without both."""
+    sure_and_wrong: list[str] = []
+    """Sources whose rows it would win by sureness although another agent is right far more often."""
+
+
+class PairFinding(_Record):
+    """Two agents."""
+
+    a: str
+    b: str
+    a_surer: float
+    """Share of rows on which a is surer."""
+    interaction: float
+    """Share of the variance of their log PEs that is neither the rows' nor the agents' own."""
+
+
+class ProbeReport(_Record):
+    """Everything that the probe found."""
+
+    rows: int
+    known_rows: int
+    row_share: float
+    """Share of Var(log PE) that rows explain: some queries are harder for everybody."""
+    agent_share: float
+    """Share that agents explain: some are surer about everything."""
+    interaction_share: float
+    """The rest: who is sure depends on the row. What a router can live on."""
+    interaction_low: float
+    """Lower end of the 95 % bootstrap interval over rows."""
+    interaction_high: float
+    agents: list[AgentFinding]
+    pairs: list[PairFinding]
+    cluster_choices: dict[str, float]
+    """What "k-means over embeddings + surest agent of the cluster" would choose, as shares of the rows; each row is judged
+    by clusters that were fitted without it."""
+    cluster_gain: float | None
+    """Its gain in sureness over the best single agent, as a share of what the surest agent of every row gains; null where
+    there is nothing to gain."""
+    verdict: Verdict
+    reasons: list[str]
+    audit_rows: int = AUDIT_ROWS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeSample:
+    """A dense sample."""
+
+    agents: tuple[str, ...]
+    sources: tuple[str, ...]
+    """[R] benchmark or file of each row."""
+    embedding_RD: npt.NDArray[np.floating]
+    entropy_RA: Floats
+    """Mean entropy in nats per token; NaN where an agent gave nothing."""
+    texts: tuple[tuple[str, ...], ...]
+    """[R][A]"""
+    value_RA: Floats | None = None
+    """Score of each reply, 0..1; NaN in rows without a known answer."""
+
+
+def probe(sample: ProbeSample, *, seed: int = 0) -> ProbeReport:
+    """Return the report of a sample with at least four rows and two agents that replied to every one of them."""
+    log_RA = np.log(sample.entropy_RA + SCORE_OFFSET_NATS)
+    whole_R = np.asarray(np.isfinite(log_RA).all(axis=1))
+    if whole_R.sum() < 4 or len(sample.agents) < 2:
+        raise ValueError(
+            f"probe: {int(whole_R.sum())} rows that every one of {len(sample.agents)} agents answered; 4 and 2 needed"
+        )
+    log_RA = log_RA[whole_R]
+    shares = variance_shares(log_RA)
+    low, high = _interval(log_RA, seed)
+    choices, gain = _untrained(log_RA, np.asarray(sample.embedding_RD)[whole_R], sample.agents, seed)
+    findings = [_agent(sample, log_RA, whole_R, index) for index in range(len(sample.agents))]
+    verdict, reasons = _verdict(shares[2], low, findings)
+    return ProbeReport(
+        rows=len(log_RA),
+        known_rows=0 if sample.value_RA is None else int(np.isfinite(sample.value_RA).all(axis=1).sum()),
+        row_share=shares[0],
+        agent_share=shares[1],
+        interaction_share=shares[2],
+        interaction_low=low,
+        interaction_high=high,
+        agents=findings,
+        pairs=[_pair(sample.agents, log_RA, a, b) for a, b in combinations(range(len(sample.agents)), 2)],
+        cluster_choices=choices,
+        cluster_gain=gain,
+        verdict=verdict,
+        reasons=reasons,
+    )
+
+
+def variance_shares(log_RA: Floats) -> tuple[float, float, float]:
+    """Return the shares of Var(log PE) of rows, of agents, and of their interaction (two-way layout, one reply a cell)."""
+    centred_RA = log_RA - log_RA.mean()
+    total = float((centred_RA**2).mean())
+    if total == 0.0:
+        return 0.0, 0.0, 0.0
+    row_R1, agent_1A = centred_RA.mean(axis=1, keepdims=True), centred_RA.mean(axis=0, keepdims=True)
+    rest_RA = centred_RA - row_R1 - agent_1A
+    return float((row_R1**2).mean()) / total, float((agent_1A**2).mean()) / total, float((rest_RA**2).mean()) / total
+
+
+def _interval(log_RA: Floats, seed: int) -> tuple[float, float]:
+    rng = np.random.default_rng(seed)
+    drawn = [variance_shares(log_RA[rng.integers(0, len(log_RA), len(log_RA))])[2] for _ in range(_ROUNDS)]
+    low, high = np.quantile(drawn, (_ALPHA / 2, 1 - _ALPHA / 2))
+    return float(low), float(high)
+
+
+def _untrained(
+    log_RA: Floats, embedding_RD: npt.NDArray[np.floating], agents: tuple[str, ...], seed: int
+) -> tuple[dict[str, float], float | None]:
+    """Return what clusters would choose, row by row left out, and the share of the possible gain that they reach."""
+    num_rows = len(log_RA)
+    chosen = []
+    for row in range(num_rows):
+        others = np.arange(num_rows) != row
+        router = fit_clusters(embedding_RD[others], log_RA[others], num_clusters=min(8, max(2, num_rows // 5)), seed=seed)
+        chosen.append(int(router.rank(embedding_RD[[row]])[0, 0]))
+    counts = np.bincount(chosen, minlength=len(agents)) / num_rows
+    best, perfect = float(log_RA.mean(axis=0).min()), float(log_RA.min(axis=1).mean())
+    reached = float(log_RA[np.arange(num_rows), chosen].mean())
+    gain = (best - reached) / (best - perfect) if best - perfect > 1e-9 else None
+    return {agent: float(share) for agent, share in zip(agents, counts, strict=True)}, gain
+
+
+def _agent(sample: ProbeSample, log_RA: Floats, whole_R: npt.NDArray[np.bool_], index: int) -> AgentFinding:
+    texts = [row[index].strip() for row in sample.texts]
+    same = _commonest(texts)
+    others = [_commonest([row[other].strip() for row in sample.texts]) for other in range(len(sample.agents)) if other != index]
+    accuracy, auroc, bad = _judged(sample, index)
+    return AgentFinding(
+        agent=sample.agents[index],
+        entropy_nats=float(sample.entropy_RA[whole_R, index].mean()),
+        surest=float((log_RA.argmin(axis=1) == index).mean()),
+        row_spread=float(log_RA[:, index].std()),
+        same_text=same,
+        ignores_input=same >= _SAME_TEXT and min(others) < _SAME_TEXT,
+        accuracy=accuracy,
+        auroc=auroc,
+        sure_and_wrong=bad,
+    )
+
+
+def _commonest(texts: list[str]) -> float:
+    return max(texts.count(text) for text in set(texts)) / len(texts)
+
+
+def _judged(sample: ProbeSample, index: int) -> tuple[float | None, float | None, list[str]]:
+    """Return accuracy, AUROC and the sources on which an agent is sure and wrong, from the rows with known answers."""
+    if sample.value_RA is None:
+        return None, None, []
+    known_R = np.isfinite(sample.value_RA).all(axis=1) & np.isfinite(sample.entropy_RA).all(axis=1)
+    value_RA, entropy_RA = sample.value_RA[known_R], sample.entropy_RA[known_R]
+    if not len(value_RA):
+        return None, None, []
+    sources = np.array(sample.sources)[known_R]
+    bad = [str(name) for name in np.unique(sources) if _is_sure_and_wrong(value_RA, entropy_RA, sources == name, index)]
+    return float(value_RA[:, index].mean()), auroc(entropy_RA[:, index], value_RA[:, index] < 1.0), bad
+
+
+def _is_sure_and_wrong(value_RA: Floats, entropy_RA: Floats, here_R: npt.NDArray[np.bool_], index: int) -> bool:
+    """Tell whether, on rows that an agent wins by sureness, another is right so much more often that it is no accident."""
+    won_R = here_R & (entropy_RA.argmin(axis=1) == index)
+    if won_R.sum() < 5:
+        return False
+    here_RA = value_RA[won_R] >= 1.0
+    rival = int(here_RA.mean(axis=0).argmax())
+    gained, lost = int((here_RA[:, rival] & ~here_RA[:, index]).sum()), int((here_RA[:, index] & ~here_RA[:, rival]).sum())
+    if here_RA[:, rival].mean() - here_RA[:, index].mean() < _GAP:
+        return False
+    return bool(binomtest(gained, gained + lost, alternative="greater").pvalue < _ALPHA)
+
+
+def auroc(score_N: Floats, is_positive_N: npt.NDArray[np.bool_]) -> float | None:
+    """Return the chance that a positive case scores above a negative one, ties counting half; None without both."""
+    positive, negative = int(is_positive_N.sum()), int((~is_positive_N).sum())
+    if not positive or not negative:
+        return None
+    ranks_N = rankdata(score_N)
+    return float((ranks_N[is_positive_N].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def _pair(agents: tuple[str, ...], log_RA: Floats, a: int, b: int) -> PairFinding:
+    two_R2 = log_RA[:, [a, b]]
+    return PairFinding(
+        a=agents[a],
+        b=agents[b],
+        a_surer=float((two_R2[:, 0] < two_R2[:, 1]).mean()),
+        interaction=variance_shares(two_R2)[2],
+    )
+
+
+def _verdict(interaction: float, low: float, agents: list[AgentFinding]) -> tuple[Verdict, list[str]]:
+    """Return the verdict and why, in words."""
+    reasons: list[str] = []
+    favourite = max(agents, key=lambda found: found.surest)
+    if low < _ENOUGH_INTERACTION:
+        reasons.append(
+            f"who is sure hardly depends on the query: interaction is {interaction:.1%} of Var(log PE) (lower end {low:.1%}, "
+            f"{_ENOUGH_INTERACTION:.0%} needed)"
+        )
+    if favourite.surest >= _FAVOURITE:
+        reasons.append(f"{favourite.agent} is the surest on {favourite.surest:.0%} of the rows: a router would ask nobody else")
+    if reasons:
+        return "cannot", reasons
+    for found in agents:
+        if found.ignores_input:
+            reasons.append(f"{found.agent} gives one reply to {found.same_text:.0%} of the rows: its sureness says nothing")
+        if found.sure_and_wrong:
+            reasons.append(f"{found.agent} is sure and wrong on {', '.join(found.sure_and_wrong)}: take it out or retrain it")
+    if reasons:
+        return "audit", reasons
+    return "can", [f"who is sure depends on the query: interaction is {interaction:.1%} of Var(log PE) (lower end {low:.1%})"]

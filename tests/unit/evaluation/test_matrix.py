@@ -1,0 +1,95 @@
+"""The answer matrix and the replay of routers on it, against rows worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmoa.errors import ConfigError
+from dmoa.evaluation.matrix import AnswerMatrix, matrix_policies, read_matrix
+from dmoa.evaluation.matrix_replay import Choice, replay
+from dmoa.evaluation.records import Task
+from dmoa.evaluation.run_files import RunFolder, write_lines
+from tests.unit.run_records import answer, lost, score
+
+AGENTS = ("a", "b", "c")
+TEXTS = [("Answer: 1", "Answer: 2", "Answer: 2"), ("Answer: 5", "Answer: 6", "Answer: 7")]
+ENTROPIES = [(0.1, 0.2, 0.4), (0.9, 0.05, 0.3)]
+VALUES = [(0.0, 1.0, 1.0), (1.0, 0.0, 0.0)]
+
+
+def folder_of(root: Path) -> RunFolder:
+    folder = RunFolder(root)
+    tasks = [Task(row_id=f"sums/test/{n:04}", benchmark="sums", text=f"question {n}") for n in range(2)]
+    write_lines(folder.tasks("sums"), tasks)
+    for a, policy in enumerate(matrix_policies(AGENTS)):
+        lines = [
+            answer("sums", n, policy, text=TEXTS[n][a], entropy_nats=ENTROPIES[n][a], prompt_tokens=100, completion_tokens=10 + a)
+            for n in range(2)
+        ]
+        write_lines(folder.answers("sums", policy), lines)
+        write_lines(folder.scores("sums", policy), [score("sums", n, policy, VALUES[n][a]) for n in range(2)])
+    return folder
+
+
+@pytest.fixture
+def matrix(tmp_path: Path) -> AnswerMatrix:
+    return read_matrix(folder_of(tmp_path), "sums", AGENTS)
+
+
+def test_a_run_is_read_back(matrix: AnswerMatrix) -> None:
+    assert [task.text for task in matrix.tasks] == ["question 0", "question 1"]
+    np.testing.assert_allclose(matrix.entropies(), ENTROPIES)
+    assert matrix.value_RA.tolist() == [list(row) for row in VALUES]
+    assert matrix.tokens().tolist() == [[110, 111, 112], [110, 111, 112]]
+
+
+def test_agents_and_rows_can_be_chosen(matrix: AnswerMatrix) -> None:
+    part = matrix.only(("c", "a")).rows([1])
+    assert part.agents == ("c", "a")
+    assert part.value_RA.tolist() == [[0.0, 1.0]]
+    assert [reply.text for reply in part.replies[0]] == ["Answer: 7", "Answer: 5"]
+    with pytest.raises(ConfigError, match=r"agents: value seen: x; allowed: a, b, c"):
+        matrix.only(("x",))
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    write_lines(folder.answers("sums", "single:b"), [answer("sums", 0, "single:b")])
+    with pytest.raises(ConfigError, match=r"lacks 1 of 2 rows of sums by single:b"):
+        read_matrix(folder, "sums", AGENTS)
+
+
+def test_a_failed_row_contributes_nothing(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    write_lines(folder.answers("sums", "single:a"), [lost("sums", n, "single:a") for n in range(2)])
+    found = replay(read_matrix(folder, "sums", AGENTS), [Choice(ranking=(0,), k=1)] * 2)
+    assert (found.chosen_R.tolist(), found.value_R.tolist()) == ([-1, -1], [0.0, 0.0])
+
+
+def test_one_agent_passes_several_agree_or_the_surest_wins(matrix: AnswerMatrix) -> None:
+    found = replay(matrix, [Choice(ranking=(0, 1, 2), k=1), Choice(ranking=(1, 0, 2), k=1)])
+    assert (found.chosen_R.tolist(), found.value_R.tolist()) == ([0, 1], [0.0, 0.0])
+    # Row 0: b and c agree on 2 against a, who is surer. Row 1: all differ, b is the surest.
+    found = replay(matrix, [Choice(ranking=(0, 1, 2), k=3)] * 2)
+    assert (found.chosen_R.tolist(), found.value_R.tolist(), found.k_R.tolist()) == ([1, 1], [1.0, 0.0], [3, 3])
+    assert (found.tokens_R.tolist(), found.first_R.tolist(), found.accuracy) == ([333, 333], [0, 0], 0.5)
+
+
+def test_the_cascade_asks_on_until_somebody_is_sure(matrix: AnswerMatrix) -> None:
+    sure = float(np.log(0.1 + 1e-3))
+    choices = [Choice(ranking=(0, 1, 2), k=1, theta=sure, limit=3)] * 2
+    # Row 0: a is exactly sure enough. Row 1: a is not, b is.
+    assert replay(matrix, choices).k_R.tolist() == [1, 2]
+    nobody = [Choice(ranking=(0, 1, 2), k=1, theta=-9.0, limit=2)] * 2
+    assert replay(matrix, nobody).k_R.tolist() == [2, 2]
+    # Anchors shift the scores: what is ordinary for b is sure for nobody.
+    shifted = [Choice(ranking=(0, 1, 2), k=1, theta=sure, limit=3, anchors=(-5.0, -5.0, -5.0))] * 2
+    assert replay(matrix, shifted).k_R.tolist() == [3, 3]
+
+
+def test_every_row_needs_a_choice(matrix: AnswerMatrix) -> None:
+    with pytest.raises(ValueError, match="1 for 2 rows"):
+        replay(matrix, [Choice(ranking=(0,), k=1)])
