@@ -25,6 +25,8 @@ from typing import IO, Any, Literal, NoReturn, Protocol
 from dmoa.redaction import redact
 
 Mode = Literal["auto", "wandb", "jsonl", "none"]
+Role = Literal["input", "output"]
+"""Which side of a run an artifact is on: the lineage of a checkpoint is the inputs of the run that made it."""
 FINISH_TIMEOUT_S = 30.0
 """How long `finish` waits for W&B to have everything."""
 INIT_TIMEOUT_S = 15.0
@@ -51,8 +53,8 @@ class Tracker(Protocol):
         """Add settings; secrets are taken out."""
         ...
 
-    def artifact(self, path: Path, name: str, kind: str) -> None:
-        """Log a file or a folder under a name and a kind, such as `checkpoint`."""
+    def artifact(self, path: Path, name: str, kind: str, role: Role = "output") -> None:
+        """Log a file or a folder under a name and a kind, such as `checkpoint`: made by the run, or what it was made from."""
         ...
 
     def finish(self) -> None:
@@ -126,7 +128,7 @@ class _Nothing:
     def config(self, values: Mapping[str, Any]) -> None:
         """Log nothing."""
 
-    def artifact(self, path: Path, name: str, kind: str) -> None:
+    def artifact(self, path: Path, name: str, kind: str, role: Role = "output") -> None:
         """Log nothing."""
 
     def finish(self) -> None:
@@ -150,8 +152,8 @@ class _Tracker:
     def config(self, values: Mapping[str, Any]) -> None:
         self._put({"op": "config", "values": redact(dict(values))})
 
-    def artifact(self, path: Path, name: str, kind: str) -> None:
-        self._put({"op": "artifact", "path": str(path.absolute()), "name": name, "kind": kind})
+    def artifact(self, path: Path, name: str, kind: str, role: Role = "output") -> None:
+        self._put({"op": "artifact", "path": str(path.absolute()), "name": name, "kind": kind, "role": role})
 
     def finish(self) -> None:
         if not self._is_finished:
@@ -360,10 +362,14 @@ def _apply(run: Any, message: dict[str, Any]) -> None:
         case "config":
             run.config.update(message["values"], allow_val_change=True)
         case "artifact":
-            artifact = wandb.Artifact(message["name"], type=message["kind"])
+            artifact = wandb.Artifact(message["name"], type=message["kind"], metadata={"role": message["role"]})
             path = Path(message["path"])
             artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
-            run.log_artifact(artifact)
+            # wandb 0.31 takes inputs online alone; offline the role in the metadata is what tells them apart.
+            if message["role"] == "input" and not run.offline:
+                run.use_artifact(artifact)
+            else:
+                run.log_artifact(artifact)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ def test_json_lines_hold_everything(tmp_path: Path) -> None:
     assert bad["metrics"] == {"bad": None, "worse": None}
     assert (table["name"], table["columns"], table["rows"]) == ("table", ["a", "b"], [[1, "x"], [None, 2.5]])
     assert (artifact["name"], artifact["kind"], artifact["path"]) == ("gate", "checkpoint", str(tmp_path / "gate"))
+    assert artifact["role"] == "output"
     assert not (tmp_path / "wandb").exists()
 
 
@@ -139,16 +140,21 @@ def test_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         tracker.log({"loss_of_training": 1.0 / (step + 1), "bad": math.nan}, step=step)
     tracker.table("results_table", ["benchmark", "note"], [["gsm8k", f"https://u:{SECRET}@x/"]])
     (tmp_path / "gate.bin").write_bytes(b"weights")
-    tracker.artifact(tmp_path / "gate.bin", "gate", "checkpoint")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "part.parquet").write_bytes(b"rows")
+    tracker.artifact(tmp_path / "rows", "made-from-these", "rollouts", role="input")
+    tracker.artifact(tmp_path / "gate.bin", "gate-artifact", "checkpoint")
     tracker.finish()
     (run,) = offline_runs(tmp_path)
     kept = run.read_bytes()
     for part in (b"my-run", b"proj", b"loss_of_training", b"results_table", b"hidden", tracker.run_id.encode()):
         assert part in kept
+    for part in (b"made-from-these", b"gate-artifact", b"part.parquet", b'"role":"input"', b'"role":"output"'):
+        assert part in kept.replace(b": ", b":")
     assert tracker.run_id in run.parent.name
     assert SECRET.encode() not in everything_under(tmp_path)
     assert caplog.text == ""
-    assert len(lines_of(tmp_path)) == 6
+    assert len(lines_of(tmp_path)) == 7
 
 
 def test_a_resumed_run_has_the_same_id_in_wandb(tmp_path: Path) -> None:
