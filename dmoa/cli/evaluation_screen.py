@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from dmoa.evaluation import pipeline
+    from dmoa.dataflow import passes
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.selfcheck import BenchmarkCheck, SelfCheck
 
@@ -51,8 +51,8 @@ class Bars:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bars.stop()
 
-    def watch(self, progress: pipeline.Progress) -> None:
-        """Show how far a pass of the pipeline is."""
+    def watch(self, progress: passes.Progress) -> None:
+        """Show how far a pass is."""
         more = (
             [f"{progress.completion_tokens / max(progress.elapsed_s, 1e-9):.0f} tokens/s"] if progress.completion_tokens else []
         )

@@ -16,11 +16,12 @@ from filelock import FileLock, Timeout
 
 from dmoa import __version__, sandbox
 from dmoa.bench.measure import machine
+from dmoa.dataflow.passes import Watch
 from dmoa.errors import ConfigError
 from dmoa.evaluation import report, results
 from dmoa.evaluation.answering import Asking
 from dmoa.evaluation.options import EvaluateOptions
-from dmoa.evaluation.pipeline import Watch, Workers, answer_all, forget_failed, score_all
+from dmoa.evaluation.pipeline import Workers, answer_all, forget_failed, score_all
 from dmoa.evaluation.prepare import prepare
 from dmoa.evaluation.registry import OpenScorers, judging
 from dmoa.evaluation.results import BenchmarkInfo, Evaluation, PoolInfo, RunInfo

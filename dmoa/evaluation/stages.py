@@ -6,19 +6,17 @@ room, so that the end of a shard leaves no engine idle. A row counts once its li
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pyarrow as pa
 from filelock import FileLock
 
+from dmoa.dataflow.at_work import Outbox, OwnLoop
+from dmoa.dataflow.room import Room
 from dmoa.evaluation.answering import Answerer, Asking, OpenAnswerer, answered, failed, query_of, split_policy
 from dmoa.evaluation.records import Answered, FileRecord, Label, Reply, Scored, Scorer, Task
 from dmoa.evaluation.run_files import RunFolder, append
@@ -77,60 +75,27 @@ class RunWriter:
         self._counts["rows"] += len(records)
 
 
-class Room:
-    """Lets in as many queries as the engines have places for, first come first served."""
-
-    def __init__(self, places: int) -> None:
-        self._places = places
-        self._free = places
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    async def enter(self, width: int) -> int:
-        """Wait for `width` places and take them; returns how many were taken, to be given back by `leave`."""
-        width = min(width, self._places)
-        if self._free >= width and not self._waiting:
-            self._free -= width
-            return width
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((width, turn))
-        await turn
-        return width
-
-    def leave(self, width: int) -> None:
-        """Give places back."""
-        self._free += width
-        while self._waiting and self._waiting[0][0] <= self._free:
-            needed, turn = self._waiting.popleft()
-            self._free -= needed
-            turn.set_result(None)
-
-
 class AnswerStage:
     """Answers the tasks of a shard with every policy that is still to answer them."""
 
     def __init__(self, open_answerer: OpenAnswerer, asking: Asking, writer: Any, places: int, widths: Mapping[str, int]) -> None:
         """Build the swarm. `places`: agent calls that may be under way; `widths`: how many a query of a policy may take."""
         self._asking = asking
-        self._writer = writer
         self._room = Room(places)
         self._widths = dict(widths)
-        self._outbox: list[tuple[str, asyncio.Future[None]]] = []
-        self._flusher: asyncio.Task[None] | None = None
+        self._outbox: Outbox[str] = Outbox(writer.write_answers.remote)
         self._answerer: Answerer = open_answerer()
-        # A loop of our own: Ray Data's would stand still whenever its output queue is full.
-        self._loop = asyncio.new_event_loop()
-        Thread(target=self._loop.run_forever, name="answering", daemon=True).start()
+        self._loop = OwnLoop()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Answer a shard; returns how many queries that were. Called from several threads at once."""
-        under_way: list[Future[None]] = []
+        return pa.table({"queries": [self._loop.run_all(self._queries(block))]})
+
+    def _queries(self, block: pa.Table) -> Iterator[Coroutine[Any, Any, None]]:
         for line, policies in zip(block["task"].to_pylist(), block["policies"].to_pylist(), strict=True):
             task = Task.model_validate_json(line)
             for policy in policies.split():
-                under_way.append(asyncio.run_coroutine_threadsafe(self._query(task, policy), self._loop))
-        for query in under_way:
-            query.result()
-        return pa.table({"queries": [len(under_way)]})
+                yield self._query(task, policy)
 
     async def _query(self, task: Task, policy: str) -> None:
         name, agent = split_policy(policy)
@@ -143,30 +108,7 @@ class AnswerStage:
             record = failed(task, policy, error, (time.perf_counter() - started) * 1e3)
         finally:
             self._room.leave(taken)
-        await self._write(record.model_dump_json())
-
-    async def _write(self, line: str) -> None:
-        """Hand a line to the writer, together with all that wait, and return once it is on disk."""
-        done: asyncio.Future[None] = self._loop.create_future()
-        self._outbox.append((line, done))
-        if self._flusher is None:
-            self._flusher = self._loop.create_task(self._flush())
-        await done
-
-    async def _flush(self) -> None:
-        try:
-            while self._outbox:
-                batch, self._outbox = self._outbox, []
-                try:
-                    await self._writer.write_answers.remote([line for line, _ in batch])
-                except Exception as error:  # the writer is an actor: what it met belongs to every row of the batch
-                    for _, done in batch:
-                        done.set_exception(error)
-                    continue
-                for _, done in batch:
-                    done.set_result(None)
-        finally:
-            self._flusher = None
+        await self._outbox.put(record.model_dump_json())
 
 
 def score_block(block: pa.Table, open_scorers: OpenScorers, writer: Any) -> pa.Table:

@@ -23,8 +23,9 @@ import psutil
 
 from dmoa.cli.answerers import OpenPool
 from dmoa.config import loads
+from dmoa.dataflow.passes import Progress
 from dmoa.evaluation.answering import Asking
-from dmoa.evaluation.pipeline import Progress, Workers, answer_all, score_all
+from dmoa.evaluation.pipeline import Workers, answer_all, score_all
 from dmoa.evaluation.registry import OpenScorers
 from dmoa.evaluation.run_files import RunFolder, write_lines
 from dmoa.evaluation.suites.table import SUITES

@@ -82,7 +82,7 @@ def test_labels_are_opened_by_evaluation_alone(tmp_path: Path) -> None:
         append(folder.scores("arith", "dmoa"), judged)
     assert {module for _, module in opened} == {
         "dmoa.evaluation.prepare",
-        "dmoa.evaluation.lines_source",
+        "dmoa.dataflow.lines_source",
         "dmoa.evaluation.run_files",
     }
     # Until the judging begins, labels have been written and never read.

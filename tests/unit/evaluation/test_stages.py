@@ -1,9 +1,7 @@
-"""The stages of the pipeline, without Ray: the room of the engines, the query of a task, the records of answers."""
+"""The stages of the pipeline, without Ray: the query of a task, the records of answers."""
 
 from __future__ import annotations
 
-import asyncio
-import random
 from pathlib import Path
 
 import pytest
@@ -11,32 +9,11 @@ import pytest
 from dmoa.evaluation.answering import Asking, failed, query_of, split_policy
 from dmoa.evaluation.records import Answered, Label, Reply, Score, Task
 from dmoa.evaluation.run_files import RunFolder
-from dmoa.evaluation.stages import Room, RunWriter, score
+from dmoa.evaluation.stages import RunWriter, score
 from dmoa.types import Limits, Stage
 
 TASK = Task(row_id="arith/test/1", benchmark="arith", text="What is 12 + 7?", group="carry")
 ASKING = Asking(seed=3, limits=Limits(max_steps=3, max_agents=2, max_tokens=96))
-
-
-async def test_a_room_never_holds_more_than_its_places_and_serves_in_order() -> None:
-    room, inside, peak, order = Room(5), 0, 0, []
-    rng = random.Random(0)
-
-    async def visit(number: int, width: int) -> None:
-        nonlocal inside, peak
-        taken = await room.enter(width)
-        order.append(number)
-        inside += taken
-        peak = max(peak, inside)
-        for _ in range(rng.randrange(4)):
-            await asyncio.sleep(0)
-        inside -= taken
-        room.leave(taken)
-
-    await asyncio.gather(*(visit(number, rng.choice([1, 2, 3, 9])) for number in range(200)))
-    assert order == list(range(200))
-    assert peak == 5
-    assert inside == 0
 
 
 def test_a_query_depends_on_task_policy_and_seed_alone() -> None:

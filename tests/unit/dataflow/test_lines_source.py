@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.evaluation.lines_source import Line, LinesSource, offsets, pack, read_cells
+from dmoa.dataflow.lines_source import Line, LinesSource, offsets, pack, read_cells
 
 TEXTS = ["first", "", "ünïcode", '{"a": "b\\n"}', "last"]
 

@@ -6,11 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.evaluation.pipeline import Workers, _bounded, _shard_rows
-
-
-def workers(count: int, places: int) -> Workers:
-    return Workers(open_answerer=lambda: None, count=count, places=places, widths={}, env={})  # type: ignore[arg-type, return-value]
+from dmoa.dataflow.passes import bounded, shard_rows
 
 
 @pytest.mark.parametrize(
@@ -25,12 +21,12 @@ def workers(count: int, places: int) -> Workers:
         (100_000, 1, 1000, 1, 7),  # but so many that every worker has four times what it works on
     ],
 )
-def test_shards_fill_the_places_and_are_bounded(tasks: int, policies: int, count: int, places: int, rows: int) -> None:
-    assert _shard_rows(tasks, policies, workers(count, places)) == rows
+def test_shards_fill_the_places_and_arebounded(tasks: int, policies: int, count: int, places: int, rows: int) -> None:
+    assert shard_rows(tasks, policies, num_actors=count, places=places) == rows
 
 
 @given(st.integers(1, 10**6), st.integers(1, 300), st.integers(0, 64))
 def test_the_number_of_shards_is_bounded_whatever_the_rows(num_rows: int, hands: int, wanted: int) -> None:
-    rows = _bounded(wanted, num_rows, hands)
+    rows = bounded(wanted, num_rows, hands)
     assert rows >= max(1, wanted)
     assert -(-num_rows // rows) <= max(500, 4 * hands)
