@@ -1,13 +1,146 @@
-"""How sure a reply is, as one number: the score that theta, the cascade and the ranking loss compare."""
+"""How sure a reply is, as one number: the score that theta, the cascade and the ranking loss compare.
+
+The lower, the surer. `raw` is the logarithm of the mean predictive entropy; `anchored` takes off what the agent gives on
+average over an anchor set. Buffers and rollouts keep sums and counts only; everything here is derived from them, again
+for every gate version. `core/losses` and `core/conformal` read the results. Never a per-agent z-score: it cancels competence.
+
+Shape letters: A agents in the pool, D embedding; in this file alone S any leading dimensions (steps, rows, both) and
+R rows of a sample.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dmoa.errors import ConfigError
+
+Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+Numbers = npt.NDArray[Any]
+"""An array of any numbers; results are float64."""
 
 SCORE_OFFSET_NATS = 1e-3
 """Keeps the logarithm finite for replies without any uncertainty."""
+CUT_PENALTY = 20.0
+"""Added to the score of a reply that was cut off. Entropies lie between 0 and log V < 13 nats, so anchored scores of two
+finished replies are less than 19 apart: a cut one is less sure than every finished one, whatever the agents."""
+HALF_WEIGHT_TOKENS = 4
+"""Tokens at which a reply has half a say."""
+MAX_INVERSE_PROPENSITY = 20.0
+"""Clips 1 / propensity: a stated bias against variance without bound."""
+MIN_ETA = 1e-3
+"""Floor of eta, for samples in which most pairs tie."""
 
 
 def raw_score(entropy_nats: float) -> float:
     """Return s = log(PE + 1e-3) of a mean entropy in nats per token; lower is surer. Source: ours (paper ranks PE itself)."""
     return math.log(entropy_nats + SCORE_OFFSET_NATS)
+
+
+def score(entropy_nats: float, anchor: float | None, *, is_cut: bool = False) -> float:
+    """Return the score of one reply: raw, or anchored where the agent's anchor is given.
+
+    `is_cut`: the reply ended by length, and counts as less sure than every finished one. Source: ours.
+    """
+    return raw_score(entropy_nats) - (anchor or 0.0) + (CUT_PENALTY if is_cut else 0.0)
+
+
+def scores(
+    sum_SA: Numbers, tokens_SA: Numbers, anchors_A: Numbers | tuple[float, ...] | None = None, is_cut_SA: BoolArray | None = None
+) -> Array:
+    """Return the score of every reply [.., A] float64 from entropy sums in nats; NaN where there are no tokens.
+
+    The same numbers as `score`, over arrays. Anchors and eta are fitted on scores without `is_cut_SA`.
+    """
+    tokens = np.asarray(tokens_SA, dtype=np.float64)
+    mean = np.divide(sum_SA, tokens, out=np.full(tokens.shape, np.nan), where=tokens > 0)
+    score_SA: Array = np.log(mean + SCORE_OFFSET_NATS)
+    if anchors_A is not None:
+        score_SA -= np.asarray(anchors_A, dtype=np.float64)
+    if is_cut_SA is not None:
+        score_SA += CUT_PENALTY * is_cut_SA
+    return score_SA
+
+
+def reply_weights(tokens_SA: Numbers, propensity_SA: Numbers) -> Array:
+    """Return the say of every reply [.., A]: n / (n + 4), times 1 / propensity clipped at 20; 0 without tokens.
+
+    A pair of replies has the product of theirs. Source: ours.
+    """
+    tokens = np.asarray(tokens_SA, dtype=np.float64)
+    propensity = np.maximum(np.asarray(propensity_SA, dtype=np.float64), 1.0 / MAX_INVERSE_PROPENSITY)
+    weight_SA: Array = tokens / (tokens + HALF_WEIGHT_TOKENS) / propensity
+    return weight_SA
+
+
+def reply_noise(sum_SA: Numbers, sq_sum_SA: Numbers, tokens_SA: Numbers) -> Array:
+    """Return v / n of every reply [.., A], in nats squared: the variance of its mean entropy; 0 without tokens.
+
+    v is the population variance of the token entropies, from their sum and sum of squares. Source: ours.
+    """
+    tokens = np.maximum(np.asarray(tokens_SA, dtype=np.float64), 1.0)
+    mean = np.asarray(sum_SA, dtype=np.float64) / tokens
+    variance = np.maximum(np.asarray(sq_sum_SA, dtype=np.float64) / tokens - mean * mean, 0.0)
+    noise_SA: Array = variance / tokens
+    return noise_SA
+
+
+def fit_eta(score_RA: Array) -> float:
+    """Return eta, the scale of the soft loss: the median of |s_a - s_b| over all pairs of agents of all rows.
+
+    `score_RA` are held-back dense rows, NaN where an agent gave nothing; the floor is `MIN_ETA`. Raises ConfigError where
+    no row holds two scores. Source: ours.
+    """
+    first, second = np.triu_indices(score_RA.shape[-1], k=1)
+    gaps = np.abs(score_RA[:, first] - score_RA[:, second])
+    gaps = gaps[np.isfinite(gaps)]
+    if not len(gaps):
+        raise ConfigError(
+            f"eta: {len(score_RA)} held-back rows hold no pair of scores; at least one row with two agents is needed; "
+            "collect dense rollouts"
+        )
+    return max(float(np.median(gaps)), MIN_ETA)
+
+
+def fit_anchors(raw_RA: Array, embedding_RD: Numbers, *, num_clusters: int, seed: int) -> tuple[float, ...]:
+    """Return per agent the mean raw score over the anchor set, in which every cluster of embeddings weighs the same.
+
+    `raw_RA` are raw scores of dense rows (NaN where an agent gave nothing), `embedding_RD` what the rows are clustered by
+    (k-means over the different embeddings; fewer clusters where there are fewer of those). An agent's clusters without
+    a score are left out of its mean. Deterministic in the seed, whatever the order of the rows up to rounding. Raises
+    ConfigError for an empty sample and for an agent without any score. Source: ours.
+    """
+    if not len(raw_RA) or num_clusters < 1:
+        raise ConfigError(f"anchor set: {len(raw_RA)} rows, {num_clusters} clusters; at least one of each is needed")
+    cluster_R = _clusters(np.asarray(embedding_RD, dtype=np.float64), num_clusters, seed)
+    is_known_RA = np.isfinite(raw_RA)
+    known_RA = np.where(is_known_RA, raw_RA, 0.0)
+    means = []
+    for cluster in np.unique(cluster_R):
+        rows = cluster_R == cluster
+        count_A = is_known_RA[rows].sum(axis=0)
+        means.append(np.divide(known_RA[rows].sum(axis=0), count_A, out=np.full(count_A.shape, np.nan), where=count_A > 0))
+    mean_CA = np.stack(means)
+    unheard = np.flatnonzero(np.isnan(mean_CA).all(axis=0)).tolist()
+    if unheard:
+        raise ConfigError(f"anchor set: agents {unheard} (by place in the pool) have no score in any row; ask them densely")
+    return tuple(float(value) for value in np.nanmean(mean_CA, axis=0))
+
+
+def _clusters(embedding_RD: Array, num_clusters: int, seed: int) -> npt.NDArray[np.int64]:
+    """Return the cluster of every row. Different rows are sorted first: their order and repetition do not matter."""
+    from scipy.cluster.vq import kmeans2
+
+    distinct_UD, row_R = np.unique(embedding_RD, axis=0, return_inverse=True)
+    count = min(num_clusters, len(distinct_UD))
+    with warnings.catch_warnings():
+        # A cluster that k-means empties holds no row, and so takes no part in the mean.
+        warnings.filterwarnings("ignore", message="One of the clusters is empty")
+        _, cluster_U = kmeans2(distinct_UD, count, iter=25, minit="++", rng=np.random.default_rng(seed))
+    cluster_R: npt.NDArray[np.int64] = cluster_U[row_R]
+    return cluster_R
