@@ -233,9 +233,12 @@ class ActivationConfig(Node):
     mass: float = Field(default=0.8, gt=0.0, le=1.0)
     """tau of `top_mass`: the smallest set whose probability reaches it."""
     cascade: bool = True
-    """Let unsure steps run the next-ranked agent too; recorded with the gate, not acted upon in this version."""
+    """Let unsure steps run the next-ranked agent too, where a checkpoint carries theta."""
     max_agents: int = Field(default=4, ge=1, le=1024)
     """K, and the k of `fixed`."""
+
+
+Core = Literal["gru", "reset", "linear", "mlp"]
 
 
 class GateConfig(Node):
@@ -244,6 +247,8 @@ class GateConfig(Node):
     preset: Literal["default", "paper"] = "default"
     """paper: one embedding of query and summary, no feedback features, no cascade."""
     head: Literal["linear", "profile"] = "linear"
+    core: Core = "gru"
+    """reset (no state between steps), linear (no GRU) and mlp (one hidden layer instead) are ablations."""
     hidden: int = Field(default=128, ge=1, le=4096)
     """H."""
     temperature: float = Field(default=0.1, gt=0.0, le=100.0)

@@ -13,7 +13,7 @@ import numpy as np
 
 from dmoa.core.activation import ActivationBatch, activate
 from dmoa.core.gate import Gate
-from dmoa.core.inference import GateKernel
+from dmoa.core.inference import kernel_of
 from dmoa.errors import NoAgentError, RoutingError
 from dmoa.types import FloatArray, RouteDecision, RouteRequest
 
@@ -26,8 +26,10 @@ class Decider:
         self.version = version
         self.spec = gate.spec
         self.batch_size = batch_size
-        self._kernel = GateKernel(gate, batch_size)
+        self._kernel = kernel_of(gate, batch_size)
         self._index = {name: i for i, name in enumerate(gate.spec.agents)}
+        self._anchors = gate.spec.anchors if gate.spec.score == "anchored" else None
+        self._has_cascade = gate.spec.cascade and gate.spec.theta is not None
 
     def decide(self, requests: Sequence[RouteRequest], masked: frozenset[str] = frozenset()) -> list[RouteDecision]:
         """Decide one step of every request, in order. A decision does not depend on the other requests, bit for bit.
@@ -64,7 +66,8 @@ class Decider:
             mass=spec.mass,
             max_agents_B=max_agents_B,
         )
-        return self._records(active, left_out, kernel.next_BH.copy())
+        limit_B = max_agents_B if self._has_cascade else active.k_B
+        return self._records(active, left_out, kernel.next_BH.copy(), limit_B.tolist())
 
     def _left_out(self, masked: frozenset[str], unavailable: tuple[str, ...]) -> list[int]:
         """Return the indices of the unavailable agents in pool order."""
@@ -103,8 +106,10 @@ class Decider:
                     )
         return RoutingError(f"route: gate {self.version} gave NaN or infinity; go back to the last good version")
 
-    def _records(self, active: ActivationBatch, left_out: list[list[int]], next_BH: FloatArray) -> list[RouteDecision]:
-        agents = self.spec.agents
+    def _records(
+        self, active: ActivationBatch, left_out: list[list[int]], next_BH: FloatArray, limits: list[int]
+    ) -> list[RouteDecision]:
+        agents, theta = self.spec.agents, self.spec.theta
         # Padding rows end with left_out, the shortest of these.
         rows = zip(
             left_out,
@@ -113,6 +118,7 @@ class Decider:
             active.k_B.tolist(),
             active.mass_B.tolist(),
             next_BH,
+            limits,
             strict=False,
         )
         return [
@@ -125,6 +131,9 @@ class Decider:
                 mass=mass,
                 masked=tuple(agents[index] for index in indices) if indices else (),
                 hidden_H=next_H,
+                theta=theta,
+                limit=min(limit, len(agents) - len(indices)),
+                anchors=self._anchors,
             )
-            for indices, probability_A, ranking, k, mass, next_H in rows
+            for indices, probability_A, ranking, k, mass, next_H, limit in rows
         ]

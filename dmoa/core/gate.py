@@ -1,8 +1,9 @@
 """The recurrent gate: a GRU over the steps of a query and a head that gives every agent a logit.
 
 First stage of routing: `core/inputs` -> gate -> `core/activation`; `core/decision` runs both for serving, training
-differentiates `Gate.forward` through the steps. Shape letters: B queries, A agents in the pool, D embedding, H gate
-hidden, X gate input.
+differentiates `Gate.forward` through the steps. Cores without memory stand in for the GRU in ablations. Shape letters:
+B queries, A agents in the pool, D embedding, H gate hidden, X gate input; in this file alone C outputs of the core, which
+the head reads (H, or X for the `linear` core).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dmoa.config import GateConfig, parse_gate
+from dmoa.config import Core, GateConfig, parse_gate
 from dmoa.core.inputs import FEEDBACK_FEATURES
 from dmoa.errors import CheckpointError, ConfigError
+from dmoa.explain import short
 
 Rule = Literal["top_mass", "fixed", "effective_count"]
 
@@ -49,6 +51,11 @@ class GateSpec:
     theta: float | None = None
     """Highest score of a sure reply, as `core.scores` gives it; None where nothing was fitted."""
     score: Literal["raw", "anchored"]
+    core: Core = "gru"
+    """What the head reads: `gru` the state of the GRU, `reset` the same from a state of zeros at every step, `linear` the
+    input itself, `mlp` one hidden layer over it. All but `gru` are ablations."""
+    anchors: tuple[float, ...] | None = None
+    """Per agent, what the anchored score subtracts; None where nothing was fitted."""
 
     @property
     def input_dim(self) -> int:
@@ -70,23 +77,43 @@ class GateSpec:
             max_agents=activation.max_agents,
             cascade=activation.cascade and config.preset != "paper",
             score=config.score,
+            core=config.core,
         )
 
+    def for_agents(self, agents: tuple[str, ...]) -> GateSpec:
+        """Return the spec over other agents: anchors by name, and neither them nor theta where one is not known."""
+        known = dict(zip(self.agents, self.anchors, strict=True)) if self.anchors is not None else {}
+        if self.anchors is None or set(agents) <= set(known):
+            return dataclasses.replace(self, agents=agents, anchors=tuple(known[name] for name in agents) if known else None)
+        return dataclasses.replace(self, agents=agents, anchors=None, theta=None)
+
     def to_json(self) -> dict[str, Any]:
-        """Return a plain dictionary that `from_json` reads."""
-        return {**dataclasses.asdict(self), "agents": list(self.agents)}
+        """Return a plain dictionary that `from_json` reads.
+
+        `core` and `anchors` are left out at their defaults: versions are hashes of this, and older ones lack them.
+        """
+        tree: dict[str, Any] = {**dataclasses.asdict(self), "agents": list(self.agents)}
+        if self.core == "gru":
+            del tree["core"]
+        if self.anchors is None:
+            del tree["anchors"]
+        else:
+            tree["anchors"] = list(self.anchors)
+        return tree
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> GateSpec:
         """Build the spec from `to_json`'s dictionary. Raises CheckpointError for any key or value that does not fit."""
         names = {field.name for field in dataclasses.fields(cls)}
-        for word, keys in (("unknown", set(tree) - names), ("missing", names - set(tree))):
+        for word, keys in (("unknown", set(tree) - names), ("missing", names - {"core", "anchors"} - set(tree))):
             if keys:
                 raise CheckpointError(
                     f"gate spec: {word} keys {sorted(keys)}; allowed are exactly {sorted(names)}; "
                     "use a checkpoint written by this version of dmoa"
                 )
-        settings = {key: tree[key] for key in ("preset", "head", "hidden", "temperature", "score")}
+        settings: dict[str, Any] = {
+            key: tree[key] for key in ("preset", "head", "hidden", "temperature", "score", "core") if key in tree
+        }
         activation = {key: tree[key] for key in ("rule", "mass", "cascade", "max_agents")}
         try:
             config = parse_gate({**settings, "activation": activation})
@@ -96,9 +123,10 @@ class GateSpec:
         dim, theta = tree["embedding_dim"], tree["theta"]
         if type(dim) is not int or dim < 1:
             raise CheckpointError(f"gate spec: embedding_dim: value seen: {dim!r}; allowed is a whole number from 1; change it")
-        if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or not math.isfinite(theta)):
+        if theta is not None and not _is_finite(theta):
             raise CheckpointError(f"gate spec: theta: value seen: {theta!r}; allowed are null or a finite number; change it")
-        return dataclasses.replace(spec, embedding_dim=dim, theta=None if theta is None else float(theta))
+        anchors = _anchors(tree.get("anchors"), len(spec.agents))
+        return dataclasses.replace(spec, embedding_dim=dim, theta=None if theta is None else float(theta), anchors=anchors)
 
 
 def _agent_names(value: object) -> tuple[str, ...]:
@@ -108,19 +136,34 @@ def _agent_names(value: object) -> tuple[str, ...]:
     return tuple(value)  # type: ignore[arg-type]  # a list of strings by the check above
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _anchors(value: object, num_agents: int) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or len(value) != num_agents or not all(map(_is_finite, value)):
+        raise CheckpointError(
+            f"gate spec: anchors: value seen: {short(value)}; allowed are null or {num_agents} finite numbers, one per agent; "
+            "change it"
+        )
+    return tuple(float(number) for number in value)
+
+
 class GateOutput(NamedTuple):
     """What one step of the gate gives."""
 
     logits_BA: Tensor
     """[B, A], before temperature and masks."""
     hidden_BH: Tensor
-    """[B, H], the state for the next step."""
+    """[B, H], the state for the next step; zeros for the cores `linear` and `mlp`."""
 
 
 class Gate(nn.Module):
-    """GRU over steps with a head over agents. Source: paper (GRU, linear head); sizes and `profile` head ours.
+    """GRU over steps with a head over agents. Source: paper (GRU, linear head); sizes, `profile` head, ablations ours.
 
-    Weights are raw tensors in the layout of `torch.nn.GRUCell` (gates r, z, n), zero until `init_gate` or
+    Weights are raw tensors, the GRU's in the layout of `torch.nn.GRUCell` (gates r, z, n), zero until `init_gate` or
     `load_state_dict` fills them. With the `profile` head the agents are rows of the buffer `profile_AD` (embeddings
     of their profile texts), so an agent joins or leaves by another buffer with the same weights.
     """
@@ -129,13 +172,19 @@ class Gate(nn.Module):
         """Raises ConfigError where the profile embeddings do not fit the spec."""
         super().__init__()
         self.spec = spec
-        hidden, num_agents = spec.hidden, len(spec.agents)
-        self.weight_ih = nn.Parameter(torch.zeros(3 * hidden, spec.input_dim))
-        self.weight_hh = nn.Parameter(torch.zeros(3 * hidden, hidden))
-        self.bias_ih = nn.Parameter(torch.zeros(3 * hidden))
-        self.bias_hh = nn.Parameter(torch.zeros(3 * hidden))
+        hidden, num_agents, features = spec.hidden, len(spec.agents), spec.hidden
+        if spec.core in ("gru", "reset"):
+            self.weight_ih = nn.Parameter(torch.zeros(3 * hidden, spec.input_dim))
+            self.weight_hh = nn.Parameter(torch.zeros(3 * hidden, hidden))
+            self.bias_ih = nn.Parameter(torch.zeros(3 * hidden))
+            self.bias_hh = nn.Parameter(torch.zeros(3 * hidden))
+        elif spec.core == "mlp":
+            self.layer_weight = nn.Parameter(torch.zeros(hidden, spec.input_dim))
+            self.layer_bias = nn.Parameter(torch.zeros(hidden))
+        else:
+            features = spec.input_dim
         if spec.head == "linear":
-            self.head_weight = nn.Parameter(torch.zeros(num_agents, hidden))
+            self.head_weight = nn.Parameter(torch.zeros(num_agents, features))
             self.head_bias = nn.Parameter(torch.zeros(num_agents))
             return
         expected = (num_agents, spec.embedding_dim)
@@ -144,15 +193,15 @@ class Gate(nn.Module):
             raise ConfigError(
                 f"gate.head: 'profile' needs profile embeddings of shape {expected}, seen: {seen}; embed the profiles"
             )
-        self.query_weight = nn.Parameter(torch.zeros(hidden, hidden))
+        self.query_weight = nn.Parameter(torch.zeros(hidden, features))
         self.key_weight = nn.Parameter(torch.zeros(hidden, spec.embedding_dim))
         self.register_buffer("profile_AD", profile_AD.detach().to(torch.float32).clone())
 
     def head(self) -> tuple[Tensor, Tensor]:
-        """Return (weight [A, H], bias [A]) of the map from hidden state to logits, differentiable.
+        """Return (weight [A, C], bias [A]) of the map from the core's output to logits, differentiable.
 
-        For the `profile` head: logit_a = sqrt(D / H) (Q h) . (E e_a), the bias 0. The factor gives logits the
-        variance that the linear head has, whatever D is.
+        For the `profile` head: logit_a = sqrt(D / H) (Q h) . (E e_a), h the core's output, the bias 0. The factor gives
+        logits the variance that the linear head has, whatever D is.
         """
         if self.spec.head == "linear":
             return self.head_weight, self.head_bias
@@ -162,14 +211,20 @@ class Gate(nn.Module):
 
     def forward(self, x_BX: Tensor, hidden_BH: Tensor) -> GateOutput:
         """Take one step: inputs [B, X] and the state [B, H] (zeros at the first step) to logits and the next state."""
+        core, weight_AC, bias_A = self.spec.core, *self.head()
+        if core in ("gru", "reset"):
+            next_BH = self._recur(x_BX, torch.zeros_like(hidden_BH) if core == "reset" else hidden_BH)
+            return GateOutput(linear(next_BH, weight_AC, bias_A), next_BH)
+        output_BC = torch.tanh(linear(x_BX, self.layer_weight, self.layer_bias)) if core == "mlp" else x_BX
+        return GateOutput(linear(output_BC, weight_AC, bias_A), torch.zeros_like(hidden_BH))
+
+    def _recur(self, x_BX: Tensor, hidden_BH: Tensor) -> Tensor:
         input_r, input_z, input_n = linear(x_BX, self.weight_ih, self.bias_ih).chunk(3, dim=1)
         state_r, state_z, state_n = linear(hidden_BH, self.weight_hh, self.bias_hh).chunk(3, dim=1)
         reset = torch.sigmoid(input_r + state_r)
         update = torch.sigmoid(input_z + state_z)
         new = torch.tanh(input_n + reset * state_n)
-        next_BH = new + update * (hidden_BH - new)
-        weight_AH, bias_A = self.head()
-        return GateOutput(linear(next_BH, weight_AH, bias_A), next_BH)
+        return new + update * (hidden_BH - new)
 
 
 def init_gate(spec: GateSpec, *, seed: int, profile_AD: Tensor | None = None) -> Gate:

@@ -1,8 +1,9 @@
 """The gate's arithmetic for serving: one fixed batch, few operations, rows that do not depend on each other.
 
 `core/decision` fills the input rows, runs the kernel and hands the logits to `core/activation`; training uses
-`Gate.forward`, which computes the same function. Shape letters: B rows of the fixed batch, A agents in the pool,
-H gate hidden, X gate input, K inputs and N outputs of one matrix product (in this file alone).
+`Gate.forward`, which computes the same function. `GateKernel` is for the cores with a GRU, `MemorylessKernel` for the
+others. Shape letters: B rows of the fixed batch, A agents in the pool, H gate hidden, X gate input, K inputs and N
+outputs of one matrix product (in this file alone).
 
 A matrix product may round a row by its place in the batch, its neighbours' number, or the number of threads. Here the
 batch has one fixed shape, widths are padded to whole vectors, one thread computes, and a probe at start makes sure
@@ -69,7 +70,7 @@ class _Linear:
 
 
 class GateKernel:
-    """One step of a gate for a fixed number of rows, in place: fill `x_BX` and `hidden_BH`, `run`, read the results.
+    """One step of a GRU for a fixed number of rows, in place: fill `x_BX` and `hidden_BH`, `run`, read the results.
 
     Holds a copy of the weights. Rows that are not filled cost the same. Not safe to use from two
     threads at once.
@@ -78,13 +79,12 @@ class GateKernel:
     def __init__(self, gate: Gate, batch_size: int) -> None:
         spec = gate.spec
         num_agents, hidden = len(spec.agents), spec.hidden
-        input_pad, hidden_pad, agents_pad = _padded(spec.input_dim), _padded(hidden), _padded(num_agents)
+        input_pad, hidden_pad = _padded(spec.input_dim), _padded(hidden)
+        self._is_reset = spec.core == "reset"
         with torch.no_grad(), one_thread():
-            head_weight_AH, head_bias_A = gate.head()
             self._input = _Linear(*_gru_blocks(gate.weight_ih, gate.bias_ih, input_pad), batch_size)
             self._state = _Linear(*_gru_blocks(gate.weight_hh, gate.bias_hh, hidden_pad), batch_size)
-            head_KN = _filled((hidden_pad, agents_pad), head_weight_AH.t())
-            self._head = _Linear(head_KN, _filled((agents_pad,), head_bias_A), batch_size)
+            self._head = _head_linear(gate, hidden_pad, batch_size)
         self._x, self._hidden, self._next = (torch.zeros(batch_size, n) for n in (input_pad, hidden_pad, hidden_pad))
         self._next_padded: FloatArray = self._next.numpy()
         self._hidden_padded: FloatArray = self._hidden.numpy()
@@ -101,6 +101,8 @@ class GateKernel:
 
     def run(self) -> None:
         """Take one step of every row."""
+        if self._is_reset:
+            self._hidden.zero_()
         with one_thread(), np.errstate(invalid="ignore", over="ignore"):
             self._input.run(self._x)
             self._state.run(self._hidden)
@@ -127,6 +129,53 @@ class GateKernel:
         np.subtract(self._hidden_padded, new, out=after)
         after *= gates[:, width:]
         after += new
+
+
+class MemorylessKernel:
+    """The same in place of `GateKernel` for the cores `linear` and `mlp`: `hidden_BH` is not read, `next_BH` is 0."""
+
+    def __init__(self, gate: Gate, batch_size: int) -> None:
+        spec = gate.spec
+        input_pad = _padded(spec.input_dim)
+        self._layer: _Linear | None = None
+        with torch.no_grad(), one_thread():
+            if spec.core == "mlp":
+                hidden_pad = _padded(spec.hidden)
+                weight_KN = _filled((input_pad, hidden_pad), gate.layer_weight.t())
+                self._layer = _Linear(weight_KN, _filled((hidden_pad,), gate.layer_bias), batch_size)
+                self._head = _head_linear(gate, hidden_pad, batch_size)
+            else:
+                self._head = _head_linear(gate, input_pad, batch_size)
+        self._x = torch.zeros(batch_size, input_pad)
+        self.x_BX: FloatArray = self._x.numpy()[:, : spec.input_dim]
+        """Input rows [B, X]."""
+        self.hidden_BH: FloatArray = np.zeros((batch_size, spec.hidden), dtype=np.float32)
+        """State rows before the step [B, H]; not read."""
+        self.next_BH: FloatArray = np.zeros((batch_size, spec.hidden), dtype=np.float32)
+        """State rows after the step [B, H]: zeros."""
+        self.logits_BA: FloatArray = self._head.out_BN[:, : len(spec.agents)]
+        """Logits [B, A]; overwritten by the next run."""
+
+    def run(self) -> None:
+        """Take one step of every row."""
+        with one_thread(), np.errstate(invalid="ignore", over="ignore"):
+            if self._layer is None:
+                self._head.run(self._x)
+                return
+            self._layer.run(self._x)
+            np.tanh(self._layer.out_BN, out=self._layer.out_BN)
+            self._head.run(torch.from_numpy(self._layer.out_BN))
+
+
+def kernel_of(gate: Gate, batch_size: int) -> GateKernel | MemorylessKernel:
+    """Return the kernel for a gate's core."""
+    return (GateKernel if gate.spec.core in ("gru", "reset") else MemorylessKernel)(gate, batch_size)
+
+
+def _head_linear(gate: Gate, input_pad: int, num_rows: int) -> _Linear:
+    weight_AC, bias_A = gate.head()
+    agents_pad = _padded(len(gate.spec.agents))
+    return _Linear(_filled((input_pad, agents_pad), weight_AC.t()), _filled((agents_pad,), bias_A), num_rows)
 
 
 def _padded(width: int) -> int:

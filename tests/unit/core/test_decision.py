@@ -36,12 +36,13 @@ def make_request(spec: GateSpec, seed: int, **changes: object) -> RouteRequest:
 
 
 def same_bits(a: RouteDecision, b: RouteDecision) -> bool:
-    plain = ("gate_version", "agents", "ranking", "k", "mass", "masked", "routed_by")
+    plain = ("gate_version", "agents", "ranking", "k", "mass", "masked", "routed_by", "theta", "limit", "anchors")
     arrays = a.probability_A.tobytes() == b.probability_A.tobytes() and a.hidden_H.tobytes() == b.hidden_H.tobytes()
     return arrays and all(getattr(a, name) == getattr(b, name) for name in plain)
 
 
 SIZES = [(1, 1, 2), (3, 20, 12), (5, 7, 30), (16, 128, 384), (33, 50, 64), (256, 64, 16)]
+ABLATIONS = ["reset", "linear", "mlp"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 16])
@@ -57,6 +58,18 @@ def test_every_row_position_gives_the_same_bits(num_agents: int, hidden: int, di
         assert same_bits(decision, alone)
 
 
+@pytest.mark.parametrize("core", ABLATIONS)
+@pytest.mark.parametrize(("num_agents", "hidden", "dim"), SIZES[1:5])
+def test_every_row_position_of_an_ablation_gives_the_same_bits(num_agents: int, hidden: int, dim: int, core: str) -> None:
+    gate = make_gate(num_agents, hidden=hidden, embedding_dim=dim, core=core)
+    decider = Decider(gate, "v", batch_size=8)
+    request = make_request(gate.spec, 1)
+    alone = decider.decide([request])[0]
+    others = [make_request(gate.spec, 100 + i) for i in range(8)]
+    for row in range(8):
+        assert same_bits(decider.decide([*others[:row], request, *others[row:]])[row], alone)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     seeds=st.lists(st.integers(0, 30), min_size=1, max_size=20),
@@ -64,11 +77,13 @@ def test_every_row_position_gives_the_same_bits(num_agents: int, hidden: int, di
     num_agents=st.sampled_from([1, 3, 5, 17]),
     head_size=st.sampled_from([7, 20, 48]),
     rule=st.sampled_from(["top_mass", "fixed", "effective_count"]),
+    core=st.sampled_from(["gru", *ABLATIONS]),
+    theta=st.sampled_from([None, -1.0]),
 )
 def test_decision_does_not_depend_on_its_batch(
-    seeds: list[int], shuffle: object, num_agents: int, head_size: int, rule: str
+    seeds: list[int], shuffle: object, num_agents: int, head_size: int, rule: str, core: str, theta: float | None
 ) -> None:
-    gate = make_gate(num_agents, hidden=head_size, rule=rule)
+    gate = make_gate(num_agents, hidden=head_size, rule=rule, core=core, theta=theta)
     unavailable = [(f"a{seed % num_agents}",) if num_agents > 1 and seed % 4 == 0 else () for seed in seeds]
     requests = [
         make_request(gate.spec, seed, unavailable=names, max_agents=1 + seed % 3 if seed % 5 else None)
@@ -109,9 +124,33 @@ def test_decision_equals_the_differentiable_gate(num_agents: int, hidden: int, d
         assert decision.probability_A == pytest.approx(torch.softmax(out.logits_BA[0], 0).numpy(), abs=1e-5)
 
 
-def test_profile_head_decides_like_its_forward() -> None:
+@pytest.mark.parametrize("core", ABLATIONS)
+def test_ablations_decide_like_their_forward_over_three_steps(core: str) -> None:
+    gate = make_gate(5, temperature=1.0, core=core)
+    reference = make_gate(5, core=core).double()
+    decider, hidden_BH, hidden_H = Decider(gate, "v"), torch.zeros(1, 20, dtype=torch.float64), None
+    for seed in range(3):
+        request = make_request(gate.spec, seed, hidden_H=hidden_H)
+        with torch.no_grad():
+            logits_BA, hidden_BH = reference(torch.from_numpy(request.input_X)[None].double(), hidden_BH)
+        decision = decider.decide([request])[0]
+        hidden_H = decision.hidden_H
+        assert hidden_H == pytest.approx(hidden_BH[0].numpy(), abs=1e-5)
+        assert decision.probability_A == pytest.approx(torch.softmax(logits_BA[0], 0).numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("core", ABLATIONS)
+def test_ablations_do_not_remember(core: str) -> None:
+    decider = Decider(make_gate(core=core), "v")
+    spec, row = decider.spec, np.random.default_rng(0).uniform(-1, 1, 20).astype(np.float32)
+    fresh, later = decider.decide([make_request(spec, 1, hidden_H=None), make_request(spec, 1, hidden_H=row)])
+    assert same_bits(fresh, later)
+
+
+@pytest.mark.parametrize("core", ["gru", *ABLATIONS])
+def test_profile_head_decides_like_its_forward(core: str) -> None:
     spec = make_gate(3, head="linear").spec
-    spec = dataclasses.replace(spec, head="profile", temperature=1.0)
+    spec = dataclasses.replace(spec, head="profile", temperature=1.0, core=core)
     gate = init_gate(spec, seed=0, profile_AD=torch.eye(3, spec.embedding_dim))
     request = make_request(spec, 1)
     with torch.no_grad():
@@ -137,6 +176,37 @@ def test_fields_follow_the_activation_and_the_pool() -> None:
 def test_request_may_only_lower_k(asked: int | None, k: int) -> None:
     gate = make_gate(6, rule="fixed", max_agents=4)
     assert Decider(gate, "v").decide([make_request(gate.spec, 1, max_agents=asked)])[0].k == k
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "masked", "limit"),
+    [
+        ({}, None, (), 2),  # nothing was fitted: no cascade
+        ({"theta": -1.0, "cascade": False}, None, (), 2),
+        ({"theta": -1.0}, None, (), 4),
+        ({"theta": -1.0}, 3, (), 3),
+        ({"theta": -1.0}, 9, (), 4),
+        ({"theta": -1.0}, 1, (), 1),
+        ({"theta": -1.0}, None, ("a0", "a1", "a2"), 3),
+    ],
+)
+def test_limit_is_what_the_cascade_may_come_to(
+    changes: dict[str, object], asked: int | None, masked: tuple[str, ...], limit: int
+) -> None:
+    """Six agents, K = 4, of whom the rule activates two (one where the request asks for no more)."""
+    gate = make_gate(6, max_agents=4, rule="top_mass", mass=0.3, temperature=100.0, **changes)
+    request = make_request(gate.spec, 1, max_agents=asked, unavailable=masked)
+    decision = Decider(gate, "v").decide([make_request(gate.spec, 2), request])[1]
+    assert decision.k == (1 if masked or asked == 1 else 2)
+    assert decision.limit == limit
+    assert decision.theta == changes.get("theta")
+
+
+def test_anchors_travel_where_the_score_is_anchored() -> None:
+    anchors = (0.5, -1.0, 0.0)
+    for score, expected in (("anchored", anchors), ("raw", None)):
+        gate = make_gate(3, score=score, anchors=anchors)
+        assert Decider(gate, "v").decide([make_request(gate.spec, 1)])[0].anchors == expected
 
 
 def test_state_travels_with_the_query() -> None:
@@ -184,9 +254,20 @@ def test_non_finite_input_is_named_and_leaves_no_trace(field: str) -> None:
     assert same_bits(decider.decide([good])[0], expected)
 
 
-@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "head_weight", "head_bias"])
-def test_non_finite_gate_output_is_an_error(name: str) -> None:
-    gate = make_gate()
+@pytest.mark.parametrize(
+    ("core", "name"),
+    [
+        ("gru", "weight_ih"),
+        ("gru", "weight_hh"),
+        ("gru", "head_weight"),
+        ("gru", "head_bias"),
+        ("reset", "bias_hh"),
+        ("mlp", "layer_weight"),
+        ("linear", "head_weight"),
+    ],
+)
+def test_non_finite_gate_output_is_an_error(core: str, name: str) -> None:
+    gate = make_gate(core=core)
     with torch.no_grad():
         getattr(gate, name).fill_(np.nan)
     with pytest.raises(RoutingError, match="gate v gave NaN or infinity"):

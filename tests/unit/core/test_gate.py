@@ -66,9 +66,10 @@ def test_step_by_hand() -> None:
     assert logits_BA.tolist()[0] == pytest.approx([2 * expected, 3 - expected])
 
 
+@pytest.mark.parametrize("core", ["gru", "reset", "linear", "mlp"])
 @pytest.mark.parametrize("head", ["linear", "profile"])
-def test_gradient_through_three_steps_matches_finite_differences(head: str) -> None:
-    spec = make_spec(head=head, hidden=3, embedding_dim=2)
+def test_gradient_through_three_steps_matches_finite_differences(head: str, core: str) -> None:
+    spec = make_spec(head=head, hidden=3, embedding_dim=2, core=core)
     gate = init_gate(spec, seed=3, profile_AD=profiles(3, 2) if head == "profile" else None).double()
     x_SBX = torch.randn(3, 2, spec.input_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     names, weights = zip(*gate.named_parameters(), strict=True)
@@ -96,6 +97,30 @@ def test_logits_of_the_last_step_depend_on_the_first_input() -> None:
     steps_of(gate, x_SBX)[-1].sum().backward()
     assert x_SBX.grad is not None
     assert x_SBX.grad[0].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("core", ["reset", "linear", "mlp"])
+def test_ablations_depend_on_the_newest_input_alone(core: str) -> None:
+    gate = init_gate(make_spec(core=core), seed=0)
+    x_SBX = torch.randn(3, 1, gate.spec.input_dim, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    logits_SBA = steps_of(gate, x_SBX)
+    logits_SBA[-1].sum().backward()
+    assert x_SBX.grad is not None
+    assert x_SBX.grad[:2].abs().max() == 0.0
+    assert x_SBX.grad[2].abs().max() > 1e-4
+    assert torch.equal(logits_SBA[2], gate(x_SBX[2], torch.zeros(1, 5)).logits_BA)
+
+
+def test_first_step_of_reset_is_that_of_the_gru_and_the_others_by_hand() -> None:
+    x_BX, hidden_BH = torch.ones(2, 12), torch.zeros(2, 5)
+    gru, reset = (init_gate(make_spec(core=core), seed=0) for core in ("gru", "reset"))
+    assert torch.equal(gru(x_BX, hidden_BH).logits_BA, reset(x_BX, hidden_BH).logits_BA)
+    linear, mlp = (init_gate(make_spec(core=core), seed=0) for core in ("linear", "mlp"))
+    torch.testing.assert_close(linear(x_BX, hidden_BH).logits_BA, x_BX @ linear.head_weight.T + linear.head_bias)
+    layer_BH = torch.tanh(x_BX @ mlp.layer_weight.T + mlp.layer_bias)
+    torch.testing.assert_close(mlp(x_BX, hidden_BH).logits_BA, layer_BH @ mlp.head_weight.T + mlp.head_bias)
+    for gate in (linear, mlp):
+        assert torch.equal(gate(x_BX, torch.ones(2, 5)).hidden_BH, hidden_BH)
 
 
 def test_profile_head_is_the_scaled_product_of_projections() -> None:
@@ -168,6 +193,24 @@ def test_version_sees_every_tensor_and_the_spec() -> None:
     assert len(seen) == 1 + 7 + 1
 
 
+def test_core_and_anchors_are_part_of_the_version_and_their_defaults_change_none() -> None:
+    specs = [make_spec(), make_spec(core="reset"), make_spec(anchors=(1.0, 2.0, 3.0)), make_spec(anchors=(1.0, 2.0, 3.5))]
+    assert len({weights_version(init_gate(spec, seed=0)) for spec in specs}) == 4
+    # What checkpoints and traces written before these fields name.
+    assert weights_version(Gate(make_spec())) == "42c9d5afa288ac9e"
+    assert set(make_spec().to_json()) & {"core", "anchors"} == set()
+
+
+def test_spec_over_other_agents_takes_the_anchors_by_name() -> None:
+    spec = make_spec(anchors=(1.0, 2.0, 3.0), theta=-1.0, score="anchored")
+    kept = spec.for_agents(("coder", "solver"))
+    assert (kept.agents, kept.anchors, kept.theta) == (("coder", "solver"), (3.0, 1.0), -1.0)
+    joined = spec.for_agents((*AGENTS, "lawyer"))
+    assert (joined.agents, joined.anchors, joined.theta) == ((*AGENTS, "lawyer"), None, None)
+    plain = make_spec(theta=-1.0).for_agents(("lawyer",))
+    assert (plain.agents, plain.anchors, plain.theta) == (("lawyer",), None, -1.0)
+
+
 def test_input_width_by_preset() -> None:
     default = GateSpec.from_config(GateConfig(), AGENTS)
     paper = GateSpec.from_config(GateConfig(preset="paper"), AGENTS)
@@ -179,6 +222,7 @@ def test_input_width_by_preset() -> None:
 
 def test_spec_follows_the_configuration() -> None:
     config = GateConfig(
+        core="mlp",
         hidden=7,
         temperature=0.5,
         score="anchored",
@@ -195,12 +239,14 @@ def test_spec_follows_the_configuration() -> None:
         max_agents=2,
         cascade=False,
         score="anchored",
+        core="mlp",
     )
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
-def test_spec_survives_json(preset: str) -> None:
-    spec = dataclasses.replace(make_spec(preset=preset, cascade=preset == "default"), theta=-2.5)
+@pytest.mark.parametrize("changes", [{}, {"core": "linear"}, {"anchors": (0.1, -2.0, 3.0), "score": "anchored"}])
+def test_spec_survives_json(preset: str, changes: dict[str, object]) -> None:
+    spec = make_spec(preset=preset, cascade=preset == "default", theta=-2.5, **changes)
     assert GateSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
@@ -227,6 +273,13 @@ def test_spec_survives_json(preset: str) -> None:
         ("theta", math.inf),
         ("theta", "low"),
         ("theta", True),
+        ("core", "lstm"),
+        ("core", None),
+        ("anchors", []),
+        ("anchors", [1.0, 2.0]),
+        ("anchors", [1.0, 2.0, math.nan]),
+        ("anchors", [1.0, 2.0, True]),
+        ("anchors", "abc"),
     ],
 )
 def test_spec_refuses_bad_values_naming_the_field(key: str, value: object) -> None:
