@@ -1,0 +1,75 @@
+"""Routers on an answer matrix: references by hand, gates exactly as they serve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dmoa.config import GateConfig
+from dmoa.core.gate import GateSpec, init_gate
+from dmoa.errors import ConfigError
+from dmoa.evaluation.matrix import AnswerMatrix
+from dmoa.evaluation.matrix_replay import replay
+from dmoa.evaluation.matrix_routers import anyone, check_agents, everyone, gate_choices, one_agent, row_oracle
+from dmoa.evaluation.records import Task
+from dmoa.policies.dmoa import DmoaPolicy
+from dmoa.routing import LocalRouter
+from dmoa.types import AgentReply, StepPlan
+from tests.unit.fakes import FakeEncoder, query, state_of
+
+AGENTS = ("a", "b", "c")
+VALUES = np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+
+
+@pytest.fixture
+def matrix() -> AnswerMatrix:
+    tasks = tuple(Task(row_id=f"r{n}", benchmark="sums", text=f"question {n}") for n in range(4))
+    replies = tuple(
+        tuple(AgentReply(agent=name, status="ok", text=f"{name}{n}", prompt_tokens=1, completion_tokens=1) for name in AGENTS)
+        for n in range(4)
+    )
+    return AnswerMatrix(benchmark="sums", agents=AGENTS, tasks=tasks, replies=replies, value_RA=VALUES)
+
+
+def test_references(matrix: AnswerMatrix) -> None:
+    assert replay(matrix, one_agent(matrix, "c")).value_R.tolist() == [1.0, 0.0, 0.0, 1.0]
+    oracle = replay(matrix, row_oracle(matrix))
+    assert (oracle.accuracy, oracle.chosen_R.tolist()) == (0.75, [1, 0, 0, 2])
+    assert set(replay(matrix, everyone(matrix)).k_R) == {3}
+    assert replay(matrix, everyone(matrix)).tokens_R.tolist() == [6] * 4
+
+
+def test_anyone_is_seeded_and_even(matrix: AnswerMatrix) -> None:
+    first = [replay(matrix, anyone(matrix, seed)).first_R for seed in range(300)]
+    assert np.array_equal(first[7], replay(matrix, anyone(matrix, 7)).first_R)
+    counts = np.bincount(np.concatenate(first), minlength=3)
+    assert (abs(counts - 400) < 90).all()  # five standard deviations and more
+
+
+async def test_a_gate_chooses_as_it_serves(matrix: AnswerMatrix) -> None:
+    encoder = FakeEncoder()
+    texts = [task.text for task in matrix.tasks]
+    text_RD = np.stack(list(await encoder.embed(texts)))
+    spec = replace(GateSpec.from_config(GateConfig(temperature=0.5), AGENTS), embedding_dim=text_RD.shape[1])
+    gate = init_gate(spec, seed=3)
+    choices = gate_choices(gate, text_RD)
+    router = LocalRouter()
+    router.install("v", gate)
+    policy = DmoaPolicy(router=router, encoder=encoder, preset="default")
+    for text, choice in zip(texts, choices, strict=True):
+        plan = await policy.next_step(state_of(query(text)))
+        assert isinstance(plan, StepPlan)
+        names = [AGENTS[index] for index in choice.ranking]
+        assert names[: choice.k] == [activation.agent for activation in plan.activations]
+        assert names[choice.k :] == [activation.agent for activation in plan.reserves]
+    lowered = gate_choices(gate, text_RD, max_agents=1)
+    assert {choice.k for choice in lowered} == {1}
+
+
+def test_a_gate_of_other_agents_is_refused(matrix: AnswerMatrix) -> None:
+    other = init_gate(GateSpec.from_config(GateConfig(), ("a", "c", "b")), seed=0)
+    with pytest.raises(ConfigError, match=r"value seen: a, c, b; allowed: a, b, c"):
+        check_agents(other, matrix)
+    check_agents(init_gate(GateSpec.from_config(GateConfig(), AGENTS), seed=0), matrix)
