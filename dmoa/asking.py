@@ -2,7 +2,8 @@
 
 A lost contribution (failed, late, overloaded, its place dead) is data: it is recorded, and the next-ranked agent in a
 living place takes over while the deadline allows. Where nobody contributed and places are dead, their calls are sent again
-until they are back, for as long as the query's patience lasts. Calls are idempotent by (trace, step, agent).
+until they are back, for as long as the query's patience lasts. Where all contributions are unsure, `cascade` asks for more.
+Explored agents are asked beside all that, to learn from. Calls are idempotent by (trace, step, agent).
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from dmoa.agents.prompts import agent_messages
+from dmoa.cascade import wants_more
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, NoAgentError
 from dmoa.protocols import AgentClient, Router
 from dmoa.types import Activation, AgentCall, AgentReply, AgentStatus, Query, QueryState, Sampling, StepPlan, TextDelta
@@ -41,11 +43,22 @@ class AgentSheet:
     """What dies together: the LLM's name in shared placement, the agent's own name in dedicated placement."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What came of asking the agents of a step."""
+
+    replies: tuple[AgentReply, ...]
+    """Replies that count, in the order they were asked; lost ones included."""
+    explored: tuple[tuple[Activation, AgentReply], ...] = ()
+    """Replies that are only to learn from; no agent of them is among `replies`."""
+
+
 @dataclass(slots=True, kw_only=True)
 class _Round:
     """The asking of one step while it is under way."""
 
     state: QueryState
+    """The query before the step; its tokens grow by those of the step before every call of the cascade."""
     reserves: deque[Activation]
     dead_places: set[str]
     is_final: bool
@@ -53,6 +66,8 @@ class _Round:
     emit: Callable[[TextDelta], None] | None
     emitted: str = ""
     """What was handed on of the one streamed reply; a repeated call repeats its text, and goes on from here."""
+    exploring: dict[str, asyncio.Task[AgentReply]] = field(default_factory=dict)
+    """Calls of explored agents; one that is needed after all is taken out, and its reply counts."""
 
 
 async def _in_parallel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -61,11 +76,16 @@ async def _in_parallel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         return await asyncio.gather(*tasks)
     finally:
-        running = [task for task in tasks if not task.done()]
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.gather(*running, return_exceptions=True)
+        await _end(task for task in tasks if not task.done())
+
+
+async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they are over, whatever came of them."""
+    ending = list(tasks)
+    for task in ending:
+        task.cancel()
+    if ending:
+        await asyncio.gather(*ending, return_exceptions=True)
 
 
 class Asker:
@@ -103,24 +123,49 @@ class Asker:
         most = query.limits.max_tokens
         return sampling if most is None else replace(sampling, max_tokens=min(sampling.max_tokens, most))
 
-    async def ask(self, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None) -> tuple[AgentReply, ...]:
-        """Ask the plan's agents in parallel; return every reply, lost ones included, in the order they were asked.
+    async def ask(self, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None) -> Asked:
+        """Ask the plan's agents in parallel, explored ones beside them, then those that the cascade adds.
 
-        With `emit` the text of the one agent is handed on as it comes.
+        With `emit` the text of the one agent is handed on as it comes. A reserve that is needed while it is being explored
+        is not asked twice: its reply counts, and it is no longer explored.
         """
         is_final = plan.ends_with is not None
         asking = _Round(state=state, reserves=deque(plan.reserves), dead_places=set(), is_final=is_final, emit=emit)
+        silent = replace(asking, emit=None)  # shares the set of dead places
+        exploring = {x.agent: asyncio.create_task(self._ask_once(silent, x)) for x in plan.explored}
+        asking.exploring = dict(exploring)
+        try:
+            replies = await self._ask_active(asking, plan)
+            await asyncio.gather(*asking.exploring.values())
+        finally:
+            await _end(exploring.values())
+        left = asking.exploring
+        return Asked(replies=replies, explored=tuple((x, left[x.agent].result()) for x in plan.explored if x.agent in left))
+
+    async def _ask_active(self, asking: _Round, plan: StepPlan) -> tuple[AgentReply, ...]:
+        """Ask the active agents and, one by one, those that unsure replies call for."""
+        before = asking.state
         chains = await _in_parallel(self._ask_or_replace(asking, activation) for activation in plan.activations)
-        if not any(reply.status == "ok" for chain in chains for _, reply in chain) and self._has_time(state):
+        if not any(reply.status == "ok" for chain in chains for _, reply in chain) and self._has_time(before):
             chains = await _in_parallel(self._wait_for_place(asking, chain) for chain in chains)
-        return tuple(reply for chain in chains for _, reply in chain)
+        while True:
+            replies = tuple(reply for chain in chains for _, reply in chain)
+            if plan.fold == "pass" or not wants_more(plan.decision, replies):
+                return replies
+            used = before.tokens_used + sum(reply.prompt_tokens + reply.completion_tokens for reply in replies)
+            asking.state = replace(before, tokens_used=used)
+            another = self._stand_in(asking) if self._can_afford(asking.state) else None
+            if another is None:
+                return replies
+            chains.append(await self._ask_or_replace(asking, another))
 
     async def _ask_or_replace(self, asking: _Round, activation: Activation) -> Chain:
         """Ask one agent and, while it is lost, its stand-ins."""
         chain: Chain = []
         current: Activation | None = activation
         while current is not None:
-            reply = await self._ask_once(asking, current)
+            explored = asking.exploring.pop(current.agent, None)
+            reply = await (self._ask_once(asking, current) if explored is None else explored)
             chain.append((current, reply))
             current = self._stand_in(asking) if reply.status != "ok" and self._has_time(asking.state) else None
         return chain
@@ -136,6 +181,10 @@ class Asker:
 
     def _has_time(self, state: QueryState) -> bool:
         return state.deadline_unix_s is None or time.time() < state.deadline_unix_s
+
+    def _can_afford(self, state: QueryState) -> bool:
+        budget = state.query.limits.budget_tokens
+        return self._has_time(state) and (budget is None or state.tokens_used < budget)
 
     def _stand_in(self, asking: _Round) -> Activation | None:
         """Take the next-ranked agent whose place is not known to be dead; none once text has been handed on."""

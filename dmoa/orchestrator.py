@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from dmoa.agents.summarizer import Fold, Summarizer
 from dmoa.asking import Asker
+from dmoa.core.aggregate import anchors_of, contributions
 from dmoa.core.stopping import budget_stop, rule_stop
 from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.protocols import Policy
@@ -48,8 +49,6 @@ class Orchestrator:
     summarizer_sampling: Sampling
     is_select: bool
     """Whether the summarizer only selects: then rules decide when to stop."""
-    theta: float | None = None
-    """The checkpoint's threshold on the surest agent's score; None where it carries none."""
 
     async def answer(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:
         """Yield every finished step, pieces of the final text where it streams, and last the Answer.
@@ -98,19 +97,19 @@ class Orchestrator:
 
     async def _step(self, state: QueryState, plan: StepPlan, emit: Emit, started: float) -> tuple[StepRecord, Fold]:
         """Ask the planned agents and fold what they contributed; the step's clock began with its planning."""
-        number = len(state.steps)
         is_last_word = plan.ends_with is not None and plan.fold == "pass" and len(plan.activations) == 1
-        replies = await self.asker.ask(state, plan, emit if is_last_word and state.query.is_streamed else None)
-        usable = tuple(reply for reply in replies if reply.status == "ok" and reply.text.strip())
+        asked = await self.asker.ask(state, plan, emit if is_last_word and state.query.is_streamed else None)
+        usable = tuple(contributions(asked.replies))
         if not usable and not state.summary:
-            raise _nothing_said(state, replies)
+            raise _nothing_said(state, asked.replies)
         fold = await self._fold(state, plan, usable, emit)
         ranked = {activation.agent: i for i, activation in enumerate((*plan.activations, *plan.reserves))}
-        active = sorted((reply.agent for reply in replies if reply.status == "ok"), key=lambda name: ranked[name])
+        active = sorted((reply.agent for reply in asked.replies if reply.status == "ok"), key=lambda name: ranked[name])
         step = StepRecord(
-            step=number,
-            replies=replies,
+            step=len(state.steps),
+            replies=(*asked.replies, *(reply for _, reply in asked.explored)),
             active=tuple(active),
+            explored=tuple((activation.agent, activation.propensity) for activation, _ in asked.explored),
             summary=fold.summary,
             summarizer=fold.record,
             mass=_mass(plan, active),
@@ -127,12 +126,12 @@ class Orchestrator:
                 summary=text, record=SummarizerRecord(mode="select", verdict="rule", finish_reason=ending), selection=None
             )
         sampling = self.asker.sampling_for(state.query, self.summarizer_sampling, is_final=True)
-        return await self.summarizer.fold(state, usable, sampling, emit)
+        return await self.summarizer.fold(state, usable, sampling, emit, anchors_of(plan.decision))
 
     def _stop_reason(self, state: QueryState, step: StepRecord, fold: Fold, plan: StepPlan, previous: str) -> StopReason | None:
         """Apply the stopping rules to the step just finished, then the budgets."""
         limits = state.query.limits
-        usable = [reply for reply in step.replies if reply.status == "ok" and reply.text.strip()]
+        usable = contributions([reply for reply in step.replies if reply.agent in step.active])
         rule: StopReason | None = None
         if usable and plan.ends_with:
             return plan.ends_with
@@ -145,7 +144,8 @@ class Orchestrator:
                 active_replies=usable,
                 selection=fold.selection,
                 previous_summary=previous,
-                theta=self.theta,
+                theta=plan.decision.theta if plan.decision else None,
+                anchors=anchors_of(plan.decision),
             )
         budget = budget_stop(
             step=len(state.steps),
@@ -176,9 +176,6 @@ def finish(state: QueryState, policy: str, reason: StopReason, *, wall_ms: float
     """Return the answer: the newest summary, and what became of the query."""
     decisions = [step.decision for step in state.steps if step.decision]
     last = decisions[-1] if decisions else None
-    lost = any(
-        reply.status in ("failed", "late", "overloaded") or reply.attempts > 1 for step in state.steps for reply in step.replies
-    )
     is_cut = reason in _CUT_SHORT or state.steps[-1].summarizer.finish_reason == "length"
     return Answer(
         trace_id=state.query.trace_id,
@@ -186,13 +183,21 @@ def finish(state: QueryState, policy: str, reason: StopReason, *, wall_ms: float
         policy=policy,
         stop_reason=reason,
         steps=state.steps,
-        degraded=lost or any(step.summarizer.error for step in state.steps) or any(decision.masked for decision in decisions),
+        degraded=any(_has_lost(step) for step in state.steps) or any(decision.masked for decision in decisions),
         finish_reason="length" if is_cut else "stop",
         gate_version=last.gate_version if last else None,
         gate_trained=None if last is None else not is_untrained(last.gate_version),
         routed_by="ingress" if any(d.routed_by == "ingress" for d in decisions) else "router",
         wall_ms=wall_ms,
     )
+
+
+def _has_lost(step: StepRecord) -> bool:
+    """Tell whether a contribution that counts, or the summarizer, was lost; explored agents do not count."""
+    explored = {name for name, _ in step.explored}
+    replies = [reply for reply in step.replies if reply.agent not in explored]
+    lost = any(reply.status in ("failed", "late", "overloaded") or reply.attempts > 1 for reply in replies)
+    return lost or step.summarizer.error is not None
 
 
 def _mass(plan: StepPlan, active: list[str]) -> float:

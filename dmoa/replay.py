@@ -71,13 +71,15 @@ def _request(route: TraceRoute, hidden_H: FloatArray | None) -> RouteRequest:
 
 def _differences(trace: Trace, decisions: list[RouteDecision]) -> Iterable[str]:
     for route, decision in zip(trace.routes, decisions, strict=True):
-        pairs = {
+        pairs: dict[str, tuple[object, object]] = {
             "probability_A": (route.probability_A, decision.probability_A.tolist()),
             "ranking": (route.ranking, list(decision.ranking)),
             "k": (route.k, decision.k),
             "mass": (route.mass, decision.mass),
             "hidden_H": (route.hidden_H, decision.hidden_H.tolist()),
         }
+        if route.limit is not None:
+            pairs |= {"theta": (route.theta, decision.theta), "limit": (route.limit, decision.limit)}
         for name, (seen, now) in pairs.items():
             if seen != now:
                 yield f"step {route.step}: {name} was {seen}, is {now}"

@@ -42,6 +42,8 @@ class ReplyAgent(ReplyModel):
     """The gate's; 1 for policies without a gate."""
     status: AgentStatus
     """ok, or why there is no contribution; masked: dead, so the gate passed over it; idle: not asked."""
+    explored: bool = False
+    """Whether it was asked only to learn from: then its reply counts for nothing but tokens."""
     entropy_nats: float | None
     """Mean predictive entropy per token; null without tokens."""
     entropy_tokens: int
@@ -95,8 +97,8 @@ class ReplyStep(ReplyModel):
     mass: float
     """Probability of the active set."""
     agents: list[ReplyAgent]
-    """Asked agents first, the active ones in order of probability; then, where a gate decided, masked agents and the most
-    probable ones of those left idle (16 at most: traces keep every probability)."""
+    """Asked agents first, the active ones in order of probability, explored ones last; then, where a gate decided, masked
+    agents and the most probable ones of those left idle (16 at most: traces keep every probability)."""
     summarizer: ReplySummarizer
     summary: str | None = None
     """The state after the step; only with `dmoa.trace`."""
@@ -173,9 +175,10 @@ def reply_step(step: StepRecord, *, with_texts: bool = False) -> ReplyStep:
 def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
     chance = probabilities(step)
     rank = {name: i for i, name in enumerate(step.active)}
-    asked = sorted(step.replies, key=lambda reply: rank.get(reply.agent, len(rank)))
+    explored = {name for name, _ in step.explored}
+    asked = sorted(step.replies, key=lambda reply: (reply.agent in explored, rank.get(reply.agent, len(rank))))
     for reply in asked:
-        yield _agent(reply, chance.get(reply.agent, 0.0 if chance else 1.0), with_texts)
+        yield _agent(reply, chance.get(reply.agent, 0.0 if chance else 1.0), with_texts, explored=reply.agent in explored)
     passed_over = set(chance) - {reply.agent for reply in asked}
     masked = [name for name in (step.decision.masked if step.decision else ()) if name in passed_over]
     for name in masked:
@@ -184,12 +187,13 @@ def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
         yield _agent(AgentReply(agent=name, status="idle"), chance[name], False)
 
 
-def _agent(reply: AgentReply, probability: float, with_texts: bool) -> ReplyAgent:
+def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored: bool = False) -> ReplyAgent:
     entropy = reply.entropy_nats
     return ReplyAgent(
         name=reply.agent,
         probability=min(max(finite(probability, 6), 0.0), 1.0),
         status=reply.status,
+        explored=explored,
         entropy_nats=None if entropy is None or not math.isfinite(entropy) else round(entropy, 6),
         entropy_tokens=reply.entropy_tokens,
         entropy_kind=reply.entropy_kind,

@@ -15,7 +15,7 @@ from dmoa.asking import AgentSheet, Asker
 from dmoa.config import AgentConfig, Config
 from dmoa.orchestrator import Event, Orchestrator
 from dmoa.policies.registry import POLICIES, PolicyContext, build_policy
-from dmoa.protocols import AgentClient, Encoder, Router
+from dmoa.protocols import AgentClient, Encoder, Policy, Router
 from dmoa.types import Limits, Query
 
 N = TypeVar("N", int, float)
@@ -24,9 +24,7 @@ N = TypeVar("N", int, float)
 class Swarm:
     """Answers queries for one pool."""
 
-    def __init__(
-        self, config: Config, *, agents: AgentClient, router: Router, encoder: Encoder, theta: float | None = None
-    ) -> None:
+    def __init__(self, config: Config, *, agents: AgentClient, router: Router, encoder: Encoder) -> None:
         self.config = config
         self.router = router
         self.encoder = encoder
@@ -37,7 +35,6 @@ class Swarm:
             summarizer=SelectSummarizer() if is_select else LlmSummarizer(agents, config.summarizer),
             summarizer_sampling=config.summarizer.sampling.to_sampling(),
             is_select=is_select,
-            theta=theta,
         )
 
     @property
@@ -52,6 +49,10 @@ class Swarm:
         """
         context = PolicyContext(config=self.config, router=self.router, encoder=self.encoder, agent=agent)
         return self._orchestrator.answer(query, build_policy(policy, context))
+
+    def follow(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:
+        """Answer as `answer` does, by a policy of the caller's own."""
+        return self._orchestrator.answer(query, policy)
 
 
 def _sheet(config: Config, agent: AgentConfig) -> AgentSheet:

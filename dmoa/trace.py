@@ -43,6 +43,10 @@ class TraceRoute(BaseModel):
     mass: float
     hidden_H: list[float]
     """Hidden state after the step."""
+    theta: float | None = None
+    """Highest score of a sure reply; null where the gate version fitted none."""
+    limit: int | None = None
+    """Most agents that the step could come to; null in traces of versions without a cascade."""
 
 
 class Trace(BaseModel):
@@ -113,6 +117,8 @@ def _route(step: StepRecord, request: RouteRequest, decision: RouteDecision) -> 
         k=decision.k,
         mass=decision.mass,
         hidden_H=decision.hidden_H.tolist(),
+        theta=decision.theta,
+        limit=decision.limit,
     )
 
 

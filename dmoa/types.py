@@ -203,6 +203,8 @@ class RouteDecision:
     """Most agents that the step may come to: K of this query where unsure steps ask more agents (the cascade), else k."""
     anchors: tuple[float, ...] | None = None
     """Per agent, what the version's anchored score subtracts; None for raw scores."""
+    max_agents: int = 1
+    """K of the gate version: what the next step's feedback takes the number of active agents as a share of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,7 +232,7 @@ class StepRecord:
     step: int
     """Counts from 0."""
     replies: tuple[AgentReply, ...]
-    """Every agent that was asked, lost ones included."""
+    """Every agent that was asked, lost ones included; the explored ones last."""
     active: tuple[str, ...]
     """The agents whose contributions count, in order of probability."""
     summary: str

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from dmoa.agents.prompts import summarizer_messages
 from dmoa.config import SUMMARIZER, SummarizerConfig
-from dmoa.core.aggregate import Selection, select_contribution
+from dmoa.core.aggregate import RAW, Anchors, Selection, select_contribution
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError
 from dmoa.protocols import AgentClient
 from dmoa.types import AgentCall, AgentReply, FinishReason, QueryState, Sampling, SummarizerRecord, TextDelta, Verdict
@@ -36,17 +36,24 @@ class Fold:
 class Summarizer(Protocol):
     """Folds a step."""
 
-    async def fold(self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit) -> Fold:
-        """Fold the step's contributions; `emit` takes pieces of the final answer as they are written."""
+    async def fold(
+        self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit, anchors: Anchors = RAW
+    ) -> Fold:
+        """Fold the step's contributions; `emit` takes pieces of the final answer as they are written.
+
+        `anchors` are the step's: what the choice of the surest contribution scores by.
+        """
         ...
 
 
 class SelectSummarizer:
     """The agreed answer, or else the surest agent's (ours)."""
 
-    async def fold(self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit) -> Fold:
+    async def fold(
+        self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit, anchors: Anchors = RAW
+    ) -> Fold:
         """Choose one contribution; nothing is generated."""
-        selection = select_contribution(replies)
+        selection = select_contribution(replies, anchors)
         summary = selection.text if selection else state.summary
         record = SummarizerRecord(mode="select", verdict="rule", finish_reason=_ending(selection, replies))
         return Fold(summary=summary, record=record, selection=selection)
@@ -59,7 +66,9 @@ class LlmSummarizer:
         self._agents = agents
         self._config = config
 
-    async def fold(self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit) -> Fold:
+    async def fold(
+        self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit, anchors: Anchors = RAW
+    ) -> Fold:
         """Ask the summarizer; where it fails, fall back on the chosen contribution and say so in the record."""
         usable = [reply for reply in replies if reply.status == "ok" and reply.text.strip()]
         messages = summarizer_messages(state.query, state.history, usable, profile=self._config.profile)
@@ -73,7 +82,7 @@ class LlmSummarizer:
         )
         reply = await self._listen(call, emit, is_streamed=state.query.is_streamed)
         verdict, text = parse_verdict(reply.text)
-        selection = None if text else select_contribution(replies)
+        selection = None if text else select_contribution(replies, anchors)
         summary = text or (selection.text if selection else state.summary)
         record = SummarizerRecord(
             mode="llm",

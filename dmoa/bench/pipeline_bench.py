@@ -224,7 +224,7 @@ class OpenRecorded:
         asyncio.run(_touch(encoder))
         engine = RecordingEngine(_warm_engine(config), self.calls)
         agents = LocalAgents(build_agents(config, _llm(config), engine))
-        return RecordedAnswerer(Swarm(config, agents=agents, router=router, encoder=encoder, theta=gate.spec.theta), engine)
+        return RecordedAnswerer(Swarm(config, agents=agents, router=router, encoder=encoder), engine)
 
 
 class RecordedAnswerer:

@@ -172,7 +172,7 @@ def build_local_backend(config: Config, say: Callable[[str], None], call_cache: 
     agents, engines = build_local(config)
     if call_cache is not None:
         agents = CachedAgents(agents, CallStore(call_cache), call_identities(config))
-    swarm = Swarm(config, agents=agents, router=router, encoder=build_encoder(config), theta=gate.spec.theta)
+    swarm = Swarm(config, agents=agents, router=router, encoder=build_encoder(config))
     return LocalBackend(config, swarm, engines, fingerprint(config))
 
 

@@ -151,7 +151,7 @@ class Screen:
         unasked = sorted((a for a in step.agents if a.status in ("idle", "masked")), key=lambda a: -a.probability)
         asked = [agent for agent in step.agents if agent.status not in ("idle", "masked")]
         for agent in (*asked, *unasked[:_MAX_IDLE_ROWS]):
-            table.add_row(*self._row(agent), style=None if agent.status == "ok" else "dim")
+            table.add_row(*self._row(agent), style=None if agent.status == "ok" and not agent.explored else "dim")
         hidden = unasked[_MAX_IDLE_ROWS:]
         if hidden:
             table.add_row(f"  and {len(hidden)} more", f"{sum(a.probability for a in hidden):.3f}", style="dim")
@@ -160,8 +160,8 @@ class Screen:
     def _row(self, agent: ReplyAgent) -> list[str]:
         cell = "█" if self.out.encoding.startswith("utf") else "#"
         bar = cell * round(agent.probability * _BAR_CELLS)
-        name = f"{'*' if agent.status == 'ok' else ' '} {agent.name}"
-        row = [name, f"{agent.probability:.3f}", bar, agent.status]
+        name = f"{'*' if agent.status == 'ok' and not agent.explored else ' '} {agent.name}"
+        row = [name, f"{agent.probability:.3f}", bar, "explored" if agent.explored and agent.status == "ok" else agent.status]
         if agent.error:
             return [*row, printable(agent.error)[:60]]
         if agent.entropy_nats is None:

@@ -1,16 +1,22 @@
 """Folding the contributions of a step without a language model: the summarizer's `select` mode.
 
-Sits between the agents' replies and `core/stopping`.
+Sits between the agents' replies and `core/stopping`; says how unsure a reply is, which the cascade and the stopping rules
+ask too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dmoa.core.answers import extract_answer, same_answer
-from dmoa.types import AgentReply
+from dmoa.core.scores import score
+from dmoa.types import AgentReply, RouteDecision
+
+Anchors = Mapping[str, float]
+"""Agent -> what its anchored score subtracts; empty for raw scores."""
+RAW: Anchors = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +35,32 @@ def contributions(replies: Sequence[AgentReply]) -> list[AgentReply]:
     return [reply for reply in replies if reply.status == "ok" and reply.text.strip()]
 
 
-def select_contribution(replies: Sequence[AgentReply]) -> Selection | None:
+def anchors_of(decision: RouteDecision | None) -> Anchors:
+    """Return the anchors of the gate version that decided; empty for raw scores and for policies without a gate."""
+    if decision is None or decision.anchors is None:
+        return RAW
+    return dict(zip(decision.agents, decision.anchors, strict=True))
+
+
+def doubt(reply: AgentReply, anchors: Anchors = RAW) -> float:
+    """Return the score of a reply: the lower, the surer; infinite where its entropy is unknown.
+
+    A reply that was cut off counts as less sure than every finished one. Source: ours.
+    """
+    entropy = reply.entropy_nats
+    if entropy is None or math.isnan(entropy):
+        return math.inf
+    return score(entropy, anchors.get(reply.agent), is_cut=reply.finish_reason == "length")
+
+
+def select_contribution(replies: Sequence[AgentReply], anchors: Anchors = RAW) -> Selection | None:
     """Return the contribution to go on with, None if there is none.
 
     One passes unchanged. Of several, the agreed answer wins: the largest group of at least two equal answers, of
-    groups equally large the one with the surest member, in that member's words. Else the surest reply: lowest mean
-    entropy, unknown entropy last, exact before truncated, then the order given. Source: ours.
+    groups equally large the one with the surest member, in that member's words. Else the surest reply: lowest score
+    under the step's `anchors`, exact before truncated entropy, then the order given. Source: ours.
     """
-    counted = sorted(contributions(replies), key=_doubt)
+    counted = sorted(contributions(replies), key=lambda reply: (doubt(reply, anchors), reply.entropy_kind == "truncated"))
     if not counted:
         return None
     groups: list[tuple[str, list[AgentReply]]] = []
@@ -54,8 +78,3 @@ def select_contribution(replies: Sequence[AgentReply]) -> Selection | None:
     is_agreed = len(largest) >= 2
     chosen = largest[0] if is_agreed else counted[0]
     return Selection(agent=chosen.agent, text=chosen.text, is_agreed=is_agreed)
-
-
-def _doubt(reply: AgentReply) -> tuple[float, bool]:
-    entropy = reply.entropy_nats
-    return (math.inf if entropy is None or math.isnan(entropy) else entropy, reply.entropy_kind == "truncated")

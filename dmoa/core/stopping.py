@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from dmoa.core.aggregate import Selection, contributions
+from dmoa.core.aggregate import RAW, Anchors, Selection, contributions, doubt
 from dmoa.core.answers import extract_answer, same_answer
-from dmoa.core.scores import raw_score
 from dmoa.types import AgentReply, StopReason, Verdict
 
 
@@ -22,13 +21,15 @@ def rule_stop(
     selection: Selection | None,
     previous_summary: str,
     theta: float | None = None,
+    anchors: Anchors = RAW,
 ) -> StopReason | None:
     """Return why the query is done after this step, None to go on.
 
     `llm`: `summarizer` on the verdict final, nothing else. `select`: `agreement` when two or more contributions give
     the same answer; with one contribution that repeats the last summary's answer, `entropy` if theta is given and
     its score is at most theta, `agreement` if there is no theta. `active_replies` and `selection` are this step's,
-    `previous_summary` the last step's (empty at the first). Source: paper (summarizer); the rules ours.
+    `previous_summary` the last step's (empty at the first); `theta` and `anchors` are those of the gate version that
+    decided the step. Source: paper (summarizer); the rules ours.
     """
     if mode == "llm":
         return "summarizer" if verdict == "final" else None
@@ -41,8 +42,7 @@ def rule_stop(
         return None
     if theta is None:
         return "agreement"
-    entropy = counted[0].entropy_nats
-    return "entropy" if entropy is not None and raw_score(entropy) <= theta else None
+    return "entropy" if doubt(counted[0], anchors) <= theta else None
 
 
 def _repeats(text: str, previous_summary: str) -> bool:

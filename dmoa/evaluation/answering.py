@@ -140,9 +140,10 @@ def _storable(text: str) -> str:
 
 
 def _active(step: ReplyStep) -> tuple[str, ...]:
-    return tuple(agent.name for agent in step.agents if agent.status == "ok")
+    return tuple(agent.name for agent in step.agents if agent.status == "ok" and not agent.explored)
 
 
 def _entropy(step: ReplyStep) -> float | None:
-    known = [agent.entropy_nats for agent in step.agents if agent.status == "ok" and agent.entropy_nats is not None]
+    active = [agent for agent in step.agents if agent.status == "ok" and not agent.explored]
+    known = [agent.entropy_nats for agent in active if agent.entropy_nats is not None]
     return sum(known) / len(known) if known else None

@@ -12,7 +12,7 @@ import numpy as np
 
 from dmoa.core.inputs import FEEDBACK_FEATURES, feedback, gate_input
 from dmoa.protocols import Encoder, Router
-from dmoa.types import Activation, FloatArray, QueryState, RouteDecision, RouteRequest, StepPlan, Stop
+from dmoa.types import Activation, FloatArray, QueryState, RouteDecision, RouteRequest, StepPlan, StepRecord, Stop
 
 
 class DmoaPolicy:
@@ -20,17 +20,16 @@ class DmoaPolicy:
 
     name = "dmoa"
 
-    def __init__(self, *, router: Router, encoder: Encoder, preset: Literal["default", "paper"], max_agents: int) -> None:
+    def __init__(self, *, router: Router, encoder: Encoder, preset: Literal["default", "paper"]) -> None:
         self._router = router
         self._encoder = encoder
         self._preset = preset
-        self._max_agents = max_agents
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Embed the state, ask the router, and plan the activated agents."""
         last = state.steps[-1] if state.steps else None
         previous = last.decision if last else None
-        lost = {reply.agent for reply in last.replies if reply.status == "failed"} if last else set()
+        lost = _failed(last) if last else set()
         request = RouteRequest(
             input_X=await self._input(state),
             hidden_H=previous.hidden_H if previous else None,
@@ -47,22 +46,28 @@ class DmoaPolicy:
             (context_D,) = await self._encoder.embed([text])
             return gate_input("paper", context_D, context_D, np.zeros(FEEDBACK_FEATURES, dtype=np.float32))
         query_D, summary_D = await self._encoder.embed([query, summary])
-        return gate_input("default", query_D, summary_D, self._feedback(state))
-
-    def _feedback(self, state: QueryState) -> FloatArray:
-        if not state.steps:
-            return feedback([], 0, self._max_agents, 0.0)
-        last = state.steps[-1]
-        entropies = [
-            reply.entropy_nats for reply in last.replies if reply.agent in last.active and reply.entropy_nats is not None
-        ]
-        return feedback(entropies, len(last.active), self._max_agents, _budget_share(state))
+        return gate_input("default", query_D, summary_D, _feedback(state))
 
 
 def _observation(state: QueryState) -> str:
     """What the gate reads beside the query: the summary, or what the step's stage puts in its place."""
     stage = state.stage
     return state.summary if stage is None or stage.observation is None else stage.observation
+
+
+def _feedback(state: QueryState) -> FloatArray:
+    """Return what the gate reads of the last step: F zeros before the first. Its K is that of the version that decided."""
+    last = state.steps[-1] if state.steps else None
+    if last is None or last.decision is None:
+        return feedback([], 0, 1, 0.0)
+    entropies = [reply.entropy_nats for reply in last.replies if reply.agent in last.active and reply.entropy_nats is not None]
+    return feedback(entropies, len(last.active), last.decision.max_agents, _budget_share(state))
+
+
+def _failed(step: StepRecord) -> set[str]:
+    """Return the agents that failed; explored ones count for nothing."""
+    explored = {name for name, _ in step.explored}
+    return {reply.agent for reply in step.replies if reply.status == "failed"} - explored
 
 
 def _plan(decision: RouteDecision, request: RouteRequest) -> StepPlan:

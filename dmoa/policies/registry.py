@@ -10,6 +10,7 @@ from dmoa.errors import RequestError
 from dmoa.policies.dense import DensePolicy
 from dmoa.policies.dmoa import DmoaPolicy
 from dmoa.policies.random_agents import RandomPolicy
+from dmoa.policies.selector import SelectorPolicy
 from dmoa.policies.single import SinglePolicy
 from dmoa.protocols import Encoder, Policy, Router
 
@@ -37,8 +38,7 @@ class PolicyEntry:
 
 
 def _dmoa(context: PolicyContext) -> Policy:
-    gate = context.config.gate
-    return DmoaPolicy(router=context.router, encoder=context.encoder, preset=gate.preset, max_agents=gate.activation.max_agents)
+    return DmoaPolicy(router=context.router, encoder=context.encoder, preset=context.config.gate.preset)
 
 
 def _single(context: PolicyContext) -> Policy:
@@ -46,6 +46,11 @@ def _single(context: PolicyContext) -> Policy:
     if context.agent is not None:
         return SinglePolicy(agent=context.agent)
     return SinglePolicy(agent=names[0], stand_ins=names)
+
+
+def _selector(context: PolicyContext) -> Policy:
+    agents = context.config.agents
+    return SelectorPolicy(chooser=context.agent or agents[0].name, profiles={agent.name: agent.profile for agent in agents})
 
 
 POLICIES: dict[str, PolicyEntry] = {
@@ -72,6 +77,12 @@ POLICIES: dict[str, PolicyEntry] = {
             name="random",
             summary="One agent a step, drawn evenly; repeats for the same query.",
             build=lambda context: RandomPolicy(agents=context.config.agent_names),
+            width=lambda config: 1,
+        ),
+        PolicyEntry(
+            name="selector",
+            summary="The pool's first agent reads all profiles and names the one that answers.",
+            build=_selector,
             width=lambda config: 1,
         ),
     )

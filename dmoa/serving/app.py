@@ -45,7 +45,6 @@ class SwarmIngress:
         self,
         config_json: str,
         key_hashes: tuple[str, ...],
-        theta: float | None,
         encoder: DeploymentHandle,
         hosts: dict[str, DeploymentHandle],
     ) -> None:
@@ -58,7 +57,7 @@ class SwarmIngress:
         self._agents = ServeAgents({agent.name: hosts[where[agent.name]] for agent in callable_agents(config)})
         self._router = RemoteRouter(ensure_router(config, app), config)
         self._traces = ensure_traces(app, config.router.num_traces)
-        self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder), theta=theta)
+        self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
         self._metrics = QueryMetrics(config.name)
         self._tasks: set[asyncio.Task[None]] = set()
         version = await self._router.start()
@@ -162,6 +161,7 @@ def build_app(config: Config, *, key_hashes: tuple[str, ...] = ()) -> Any:
     Raises ConfigError for an adapter that is not there, CheckpointError for a checkpoint of another pool.
     """
     check_files(config)
+    _check_checkpoint(config)
     options = {
         "name": "ingress",
         "num_replicas": config.server.ingress_replicas,
@@ -170,15 +170,14 @@ def build_app(config: Config, *, key_hashes: tuple[str, ...] = ()) -> Any:
         "graceful_shutdown_timeout_s": 5.0,
     }
     ingress = serve.deployment(serve.ingress()(SwarmIngress)).options(**options)
-    return ingress.bind(config.model_dump_json(), key_hashes, _theta(config), bind_encoder(config), bind_hosts(config))
+    return ingress.bind(config.model_dump_json(), key_hashes, bind_encoder(config), bind_hosts(config))
 
 
-def _theta(config: Config) -> float | None:
-    """Check the configured checkpoint against the pool, and return its threshold on the surest agent's score."""
+def _check_checkpoint(config: Config) -> None:
+    """Check the configured checkpoint against the pool, before anything is deployed."""
     if not config.gate.checkpoint:
-        return None
+        return
     from dmoa import checkpoint
 
-    gate, record = checkpoint.load(config.gate.checkpoint)
+    _, record = checkpoint.load(config.gate.checkpoint)
     checkpoint.check_pool(record, fingerprint=fingerprint(config), agents=config.agent_names, preset=config.gate.preset)
-    return gate.spec.theta

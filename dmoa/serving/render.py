@@ -112,7 +112,8 @@ def step_line(step: StepRecord) -> str:
         entropy = replies[name].entropy_nats if name in replies else None
         sure = "" if entropy is None else f", entropy {finite(entropy):.3f} nats"
         parts.append(f"{name} (p {finite(chance.get(name, 1.0)):.3f}{sure})")
-    lost = [f"{reply.agent} {reply.status}" for reply in step.replies if reply.status != "ok"]
+    explored = {name for name, _ in step.explored}
+    lost = [f"{reply.agent} {reply.status}" for reply in step.replies if reply.status != "ok" and reply.agent not in explored]
     summary = " ".join(step.summary.split())
     if len(summary) > _SUMMARY_CHARACTERS:
         summary = summary[: _SUMMARY_CHARACTERS - 3] + "..."

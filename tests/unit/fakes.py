@@ -296,7 +296,6 @@ def orchestrator_of(
     *,
     router: LocalRouter | None = None,
     llm: bool = False,
-    theta: float | None = None,
     places: Mapping[str, str] | None = None,
 ) -> Orchestrator:
     """An orchestrator over fake agents; `llm`: the summarizer is the agent `summarizer`."""
@@ -307,7 +306,6 @@ def orchestrator_of(
         summarizer=LlmSummarizer(agents, config) if llm else SelectSummarizer(),
         summarizer_sampling=Sampling(max_tokens=70),
         is_select=not llm,
-        theta=theta,
     )
 
 

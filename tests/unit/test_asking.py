@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 
 from dmoa.asking import PATIENCE_S, Asker
 from dmoa.routing import LocalRouter
-from dmoa.types import Activation, AgentReply, Message, Query, Sampling, StepPlan, StepRecord, SummarizerRecord, TextDelta
+from dmoa.types import (
+    Activation,
+    AgentReply,
+    Message,
+    Query,
+    QueryState,
+    Sampling,
+    StepPlan,
+    StepRecord,
+    SummarizerRecord,
+    TextDelta,
+)
 from tests.unit.fakes import (
     Fail,
     FakeAgents,
@@ -39,6 +50,15 @@ def asker_of(
     return Asker(agents=agents, sheets=sheets, router=router, is_select=is_select)
 
 
+async def replies_of(
+    asker: Asker, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None = None
+) -> tuple[AgentReply, ...]:
+    """The replies of a step that explores nothing."""
+    asked = await asker.ask(state, plan, emit)
+    assert asked.explored == ()
+    return asked.replies
+
+
 def outcomes(replies: tuple[AgentReply, ...]) -> list[tuple[str, str]]:
     return [(reply.agent, reply.status) for reply in replies]
 
@@ -46,28 +66,28 @@ def outcomes(replies: tuple[AgentReply, ...]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("fate", "status"), [(Fail(), "failed"), (Refuse(), "overloaded"), (Lose(), "failed")])
 async def test_the_next_ranked_agent_takes_the_place_of_a_lost_one(fate: Fate, status: str) -> None:
     agents = FakeAgents({"a": Say(text="1"), "b": fate, "c": fate, "d": Say(text="2"), "e": Say(text="3")})
-    replies = await asker_of(agents).ask(state_of(query()), asks("a", "b", reserves="cde"), None)
+    replies = await replies_of(asker_of(agents), state_of(query()), asks("a", "b", reserves="cde"))
     assert outcomes(replies) == [("a", "ok"), ("b", status), ("c", status), ("d", "ok")]
     assert agents.calls_of("e") == []
 
 
 async def test_every_lost_agent_gets_a_stand_in_of_its_own() -> None:
     agents = FakeAgents({"a": Fail(), "b": Fail(), "c": Say(text="1"), "d": Say(text="2"), "e": Say(text="3")})
-    replies = await asker_of(agents).ask(state_of(query()), asks("a", "b", reserves="cde"), None)
+    replies = await replies_of(asker_of(agents), state_of(query()), asks("a", "b", reserves="cde"))
     assert sorted(outcomes(replies)) == [("a", "failed"), ("b", "failed"), ("c", "ok"), ("d", "ok")]
 
 
 async def test_stand_ins_in_a_dead_place_are_passed_over() -> None:
     agents = FakeAgents({"a": Lose(), "b": Say(text="1"), "c": Say(text="2")})
     places = {"a": "gpu-0", "b": "gpu-0", "c": "gpu-1"}
-    replies = await asker_of(agents, places=places).ask(state_of(query()), asks("a", reserves="bc"), None)
+    replies = await replies_of(asker_of(agents, places=places), state_of(query()), asks("a", reserves="bc"))
     assert outcomes(replies) == [("a", "failed"), ("c", "ok")]
     assert agents.calls_of("b") == []
 
 
 async def test_an_agent_that_fails_leaves_its_place_alive() -> None:
     agents = FakeAgents({"a": Fail(), "b": Say(text="1")})
-    replies = await asker_of(agents, places={"a": "gpu-0", "b": "gpu-0"}).ask(state_of(query()), asks("a", reserves="b"), None)
+    replies = await replies_of(asker_of(agents, places={"a": "gpu-0", "b": "gpu-0"}), state_of(query()), asks("a", reserves="b"))
     assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
     assert replies[0].error == "out of memory"
 
@@ -75,7 +95,7 @@ async def test_an_agent_that_fails_leaves_its_place_alive() -> None:
 async def test_nobody_stands_in_after_the_deadline() -> None:
     agents = FakeAgents({"a": Hang(), "b": Say(text="1")})
     state = state_of(query(), deadline_unix_s=time.time() + 0.05)
-    replies = await asker_of(agents).ask(state, asks("a", reserves="b"), None)
+    replies = await replies_of(asker_of(agents), state, asks("a", reserves="b"))
     assert outcomes(replies) == [("a", "late")]
     assert replies[0].error == "the deadline passed before the reply"
     assert agents.cancelled == ["a"]
@@ -92,7 +112,7 @@ async def test_a_dead_place_is_reported_and_nothing_else_is() -> None:
 def test_a_dead_place_with_nobody_else_is_waited_for() -> None:
     async def work() -> tuple[tuple[AgentReply, ...], list[str]]:
         agents = FakeAgents({"a": (Lose(error="node lost"), Lose(), Lose(), Say(text="1"))})
-        replies = await asker_of(agents).ask(state_of(query()), asks("a"), None)
+        replies = await replies_of(asker_of(agents), state_of(query()), asks("a"))
         return replies, [call.call_id for call in agents.calls]
 
     ((reply,), call_ids), waited_s = jumping(work())
@@ -107,7 +127,7 @@ def test_all_agents_of_the_one_dead_place_are_waited_for() -> None:
     async def work() -> tuple[AgentReply, ...]:
         agents = FakeAgents({"a": (Lose(), Say(text="1")), "b": (Lose(), Lose(), Say(text="2")), "c": Say(text="3")})
         places = dict.fromkeys("abc", "llm")
-        return await asker_of(agents, places=places).ask(state_of(query()), asks("a", "b", reserves="c"), None)
+        return await replies_of(asker_of(agents, places=places), state_of(query()), asks("a", "b", reserves="c"))
 
     replies, _ = jumping(work())
     assert [(reply.agent, reply.status, reply.attempts) for reply in replies] == [("a", "ok", 2), ("b", "ok", 3)]
@@ -116,7 +136,7 @@ def test_all_agents_of_the_one_dead_place_are_waited_for() -> None:
 def test_the_newest_of_a_chain_of_dead_places_is_waited_for() -> None:
     async def work() -> tuple[AgentReply, ...]:
         agents = FakeAgents({"a": Lose(), "b": (Lose(), Say(text="2"))})
-        return await asker_of(agents).ask(state_of(query()), asks("a", reserves="b"), None)
+        return await replies_of(asker_of(agents), state_of(query()), asks("a", reserves="b"))
 
     replies, _ = jumping(work())
     assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
@@ -125,7 +145,7 @@ def test_the_newest_of_a_chain_of_dead_places_is_waited_for() -> None:
 def test_nobody_waits_for_a_dead_place_beside_a_contribution() -> None:
     async def work() -> tuple[AgentReply, ...]:
         agents = FakeAgents({"a": Lose(), "b": Say(text="1")})
-        return await asker_of(agents).ask(state_of(query()), asks("a", "b"), None)
+        return await replies_of(asker_of(agents), state_of(query()), asks("a", "b"))
 
     replies, waited_s = jumping(work())
     assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
@@ -135,7 +155,7 @@ def test_nobody_waits_for_a_dead_place_beside_a_contribution() -> None:
 def test_patience_ends_after_a_minute() -> None:
     async def work() -> tuple[AgentReply, ...]:
         agents = FakeAgents({"a": Lose(error="node lost")})
-        return await asker_of(agents).ask(state_of(query()), asks("a"), None)
+        return await replies_of(asker_of(agents), state_of(query()), asks("a"))
 
     (reply,), waited_s = jumping(work())
     assert (reply.status, reply.error) == ("failed", "node lost")
@@ -149,7 +169,7 @@ def test_patience_is_for_the_place_and_not_for_the_reply() -> None:
         written = asyncio.Event()
         asyncio.get_running_loop().call_later(3 * PATIENCE_S, written.set)
         agents = FakeAgents({"a": (Lose(error="node lost"), Say(text="late but whole", after=written))})
-        return await asker_of(agents).ask(state_of(query()), asks("a"), None)
+        return await replies_of(asker_of(agents), state_of(query()), asks("a"))
 
     (reply,), waited_s = jumping(work())
     assert (reply.status, reply.text, reply.attempts) == ("ok", "late but whole", 2)
@@ -159,7 +179,7 @@ def test_patience_is_for_the_place_and_not_for_the_reply() -> None:
 def test_a_place_that_never_comes_up_ends_patience() -> None:
     async def work() -> tuple[AgentReply, ...]:
         agents = FakeAgents({"a": (Lose(error="node lost"), Hang())})
-        return await asker_of(agents).ask(state_of(query()), asks("a"), None)
+        return await replies_of(asker_of(agents), state_of(query()), asks("a"))
 
     (reply,), waited_s = jumping(work())
     assert (reply.status, reply.error, reply.attempts) == ("failed", "node lost", 1)
@@ -169,7 +189,7 @@ def test_a_place_that_never_comes_up_ends_patience() -> None:
 async def test_patience_ends_at_the_deadline() -> None:
     agents = FakeAgents({"a": Lose(error="node lost")})
     state = state_of(query(), deadline_unix_s=time.time() + 0.2)
-    (reply,) = await asker_of(agents).ask(state, asks("a"), None)
+    (reply,) = await replies_of(asker_of(agents), state, asks("a"))
     assert (reply.status, reply.error) == ("late", "node lost")
     assert 2 <= reply.attempts <= 4  # after 0, 0.05 and 0.15 s
 
@@ -179,7 +199,7 @@ async def test_patience_ends_at_the_deadline() -> None:
 )
 async def test_waiting_ends_with_any_reply(then: Fate, status: str, error: str) -> None:
     agents = FakeAgents({"a": (Lose(), then)})
-    (reply,) = await asker_of(agents).ask(state_of(query()), asks("a"), None)
+    (reply,) = await replies_of(asker_of(agents), state_of(query()), asks("a"))
     assert (reply.status, reply.error, reply.attempts) == (status, error, 2)
 
 
@@ -187,7 +207,7 @@ async def ask_streaming(agents: FakeAgents, reserves: str = "") -> tuple[tuple[A
     """Ask `a` with its text handed on; return the replies and the pieces."""
     pieces: list[TextDelta] = []
     plan = asks("a", reserves=reserves, fold="pass", ends_with="single")
-    replies = await asker_of(agents).ask(state_of(query()), plan, pieces.append)
+    replies = await replies_of(asker_of(agents), state_of(query()), plan, pieces.append)
     return replies, [piece.text for piece in pieces]
 
 
@@ -291,7 +311,7 @@ async def test_what_a_call_carries() -> None:
 
 
 async def test_latency_is_measured_by_the_caller() -> None:
-    (reply,) = await asker_of(FakeAgents({"a": Say(text="1")})).ask(state_of(query()), asks("a"), None)
+    (reply,) = await replies_of(asker_of(FakeAgents({"a": Say(text="1")})), state_of(query()), asks("a"))
     assert 0 < reply.latency_ms < 10_000
 
 

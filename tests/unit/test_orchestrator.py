@@ -51,8 +51,8 @@ async def test_one_agent_that_repeats_the_summary_ends_the_query() -> None:
 @pytest.mark.parametrize(("slack", "reason", "num_steps"), [(1e-9, "entropy", 2), (-1e-9, "max_steps", 4)])
 async def test_a_sure_agent_that_repeats_the_summary_ends_the_query(slack: float, reason: str, num_steps: int) -> None:
     agents = FakeAgents({"a": Say(text="19", nats=0.5)})
-    theta = math.log(0.5 + 1e-3) + slack
-    answer = await answer_of(orchestrator_of(agents, "a", theta=theta), query(max_steps=4), Schedule(asks("a")))
+    fitted = decision({"a": 1.0}, 1, theta=math.log(0.5 + 1e-3) - 2.0 + slack, anchors=(2.0,))
+    answer = await answer_of(orchestrator_of(agents, "a"), query(max_steps=4), Schedule(asks("a", decision=fitted)))
     assert (answer.stop_reason, len(answer.steps)) == (reason, num_steps)
 
 
@@ -193,7 +193,7 @@ async def test_a_deadline_ends_the_wait_for_agents() -> None:
 @pytest.mark.parametrize(("ending", "expected"), [("stop", "stop"), ("length", "length")])
 async def test_an_answer_that_was_cut_off_says_so(ending: FinishReason, expected: str) -> None:
     says = Say(text="The answer is 19.", finish_reason=ending)
-    agents = FakeAgents({"a": says, "b": Say(text="The answer is 19", nats=0.9), "summarizer": replace(says, text="FINAL\n19")})
+    agents = FakeAgents({"a": says, "b": replace(says, nats=0.9), "summarizer": replace(says, text="FINAL\n19")})
     for orchestrator, policy in (
         (orchestrator_of(agents, "a"), SinglePolicy(agent="a")),
         (orchestrator_of(agents, "ab"), Schedule(asks("a", "b"))),

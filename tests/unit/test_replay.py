@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from dmoa.errors import TraceError
 from dmoa.replay import replay
 from dmoa.routing import LocalRouter, build_gate
 from dmoa.swarm import Swarm
-from dmoa.trace import Trace, read, trace_of, write
+from dmoa.trace import Trace, TraceRoute, read, trace_of, write
 from dmoa.types import Answer, Limits, Query
 from tests.unit.fakes import gate_spec
 
@@ -96,6 +97,28 @@ async def test_replay_repeats_every_decision_together_and_one_by_one(traces: lis
             for route, decided in zip(trace.routes, result.decisions, strict=True):
                 assert np.asarray(route.hidden_H, np.float32).tobytes() == decided.hidden_H.tobytes()
                 assert np.asarray(route.probability_A, np.float32).tobytes() == decided.probability_A.tobytes()
+
+
+async def test_steps_that_asked_more_agents_replay_and_say_what_they_were_judged_by() -> None:
+    gate = build_gate(pool().gate, AGENTS)
+    gate.spec = replace(gate.spec, mass=0.01, theta=-9.0)
+    traces = await traces_of(pool(), gate, "v1")
+    assert [result.differences for result in replay(traces, gate, "v1")] == [()] * NUM_TRACES
+    for trace in traces:
+        for step, route in zip(trace.dmoa.steps, trace.routes, strict=True):
+            assert (route.k, route.theta, route.limit) == (1, -9.0, route.max_agents or 3)
+            asked = [agent.name for agent in step.agents if agent.status == "ok"]
+            assert asked == [trace.agents[index] for index in route.ranking[: route.limit]]
+            assert (step.k, {agent.explored for agent in step.agents}) == (route.limit, {False})
+    changed = traces[1].model_copy(update={"routes": [traces[1].routes[0].model_copy(update={"theta": 1.0})]})
+    assert replay([changed], gate, "v1")[0].differences == ("step 0: theta was 1.0, is -9.0",)
+    older = [trace.model_copy(update={"routes": [without_cascade(route) for route in trace.routes]}) for trace in traces]
+    assert [result.differences for result in replay(older, gate, "v1")] == [()] * NUM_TRACES
+
+
+def without_cascade(route: TraceRoute) -> TraceRoute:
+    """The route as a dmoa without a cascade would have written it."""
+    return TraceRoute.model_validate(route.model_dump(exclude={"theta", "limit"}))
 
 
 def nudged(values: list[float]) -> list[float]:

@@ -46,7 +46,7 @@ async def test_budgets_still_end_it() -> None:
 
 async def test_the_gate_reads_the_observation_in_place_of_the_summary() -> None:
     encoder = FakeEncoder()
-    policy = DmoaPolicy(router=router_of(fixed_gate({"a": 1.0})), encoder=encoder, preset="default", max_agents=4)
+    policy = DmoaPolicy(router=router_of(fixed_gate({"a": 1.0})), encoder=encoder, preset="default")
     await answer_of(orchestrator_of(FakeAgents({"a": Say(text="19")}), "a"), staged(), policy)
     assert encoder.texts == [["The whole task.", "card one"], ["The whole task.", "card two"], ["The whole task.", "19"]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ async def test_one_agent_can_be_asked_by_name() -> None:
 
 def test_an_unknown_policy_is_refused_at_once() -> None:
     swarm = swarm_of(pool())
-    assert swarm.policies == ("dmoa", "single", "dense", "random")
+    assert swarm.policies == ("dmoa", "single", "dense", "random", "selector")
     with pytest.raises(RequestError, match="policy: 'vote' is not known"):
         swarm.answer(Query(trace_id="t", text="12 + 7?"), "vote")
 
@@ -100,15 +101,42 @@ async def test_agents_of_a_shared_llm_die_together(placement: str, asked: list[s
 @pytest.mark.parametrize(("slack", "reason"), [(1e-6, "entropy"), (-1e-6, "max_steps")])
 async def test_theta_decides_whether_a_lone_agent_is_sure_enough(slack: float, reason: str) -> None:
     config = pool(agents=[{"name": "adder", "llm": "tiny", "profile": "Adds."}], limits={"max_steps": 3})
-    gate, record = build_pool_gate(config)
+    gate, _ = build_pool_gate(config)
+    gate.spec = replace(gate.spec, theta=math.log(0.5 + 1e-3) + slack)
     router = LocalRouter()
-    router.install(record.version, gate)
+    router.install("v1", gate)
     agents = FakeAgents({"adder": Say(text="19", nats=0.5)})
-    theta = math.log(0.5 + 1e-3) + slack
-    swarm = Swarm(config, agents=agents, router=router, encoder=HashEncoder(), theta=theta)
+    swarm = Swarm(config, agents=agents, router=router, encoder=HashEncoder())
     events = [event async for event in swarm.answer(Query(trace_id="t", text="12 + 7?", limits=limits_for(config)))]
     assert isinstance(events[-1], Answer)
     assert events[-1].stop_reason == reason
+
+
+@pytest.mark.parametrize(("theta", "counts"), [(0.0, [1, 1]), (-9.0, [2, 2]), (None, [1, 1])])
+async def test_a_newly_installed_version_brings_its_own_theta_and_running_queries_keep_theirs(
+    theta: float | None, counts: list[int]
+) -> None:
+    config = pool(gate={"hidden": 8, "activation": {"rule": "top_mass", "mass": 0.01, "max_agents": 2}}, limits={"max_steps": 2})
+    gate, _ = build_pool_gate(config)
+    gate.spec = replace(gate.spec, theta=theta)
+    router = LocalRouter()
+    router.install("v1", gate)
+    agents = FakeAgents({"adder": Say(text="1", nats=0.5), "sorter": Say(text="2", nats=0.6)})
+    swarm = Swarm(config, agents=agents, router=router, encoder=HashEncoder())
+    seen = []
+    async for event in swarm.answer(Query(trace_id="t", text="12 + 7?", limits=Limits(max_steps=2))):
+        if isinstance(event, StepRecord):
+            seen.append(len(event.active))
+            other, _ = build_pool_gate(config)
+            other.spec = replace(other.spec, theta=0.0 if theta == -9.0 else -9.0)
+            router.install("v2", other)
+    assert seen[:1] == counts[:1]
+    assert seen == counts[: len(seen)]
+    assert isinstance(event, Answer)
+    assert event.gate_version == "v1"
+    answered, _ = await answer(swarm)
+    assert answered.gate_version == "v2"
+    assert len(answered.steps[0].active) == (1 if theta == -9.0 else 2)
 
 
 LIMITS = [

@@ -70,8 +70,20 @@ async def test_selecting_without_a_contribution_keeps_the_summary() -> None:
 
 async def test_selecting_says_how_the_chosen_contribution_ended() -> None:
     cut = said("sure", Say(text="It is 1", nats=0.1, finish_reason="length"))
-    result = await SelectSummarizer().fold(state_of(query()), (UNSURE, cut), Sampling(), lambda _: None)
+    result = await SelectSummarizer().fold(state_of(query()), (cut,), Sampling(), lambda _: None)
     assert result.record.finish_reason == "length"
+    result = await SelectSummarizer().fold(state_of(query()), (UNSURE, cut), Sampling(), lambda _: None)
+    assert (result.record.finish_reason, result.summary) == ("stop", UNSURE.text)  # a cut reply is never the surest
+
+
+async def test_the_surest_contribution_is_chosen_by_anchored_scores() -> None:
+    anchors = {reply.agent: 5.0 * (reply.agent == UNSURE.agent) for reply in REPLIES}
+    result = await SelectSummarizer().fold(state_of(query()), REPLIES, Sampling(), lambda _: None, anchors)
+    assert result.summary == UNSURE.text
+    agents = FakeAgents({"summarizer": Fail()})
+    config = SummarizerConfig(mode="llm", llm="tiny", profile="Merges.")
+    result = await LlmSummarizer(agents, config).fold(state_of(query()), REPLIES, Sampling(), lambda _: None, anchors)
+    assert result.summary == UNSURE.text
 
 
 async def test_the_summarizer_is_asked_with_the_contributions_of_the_step() -> None:

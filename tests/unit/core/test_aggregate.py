@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from dmoa.core.aggregate import Selection, select_contribution
-from dmoa.types import AgentReply, AgentStatus, EntropyKind
+from dmoa.core.aggregate import Selection, anchors_of, select_contribution
+from dmoa.types import AgentReply, AgentStatus, EntropyKind, RouteDecision
 
 
 def reply(
@@ -65,6 +67,34 @@ def test_ties_and_missing_entropies(replies: list[AgentReply], winner: str) -> N
     selection = select_contribution(replies)
     assert selection is not None
     assert selection.agent == winner
+
+
+def test_a_reply_that_was_cut_off_is_less_sure_than_every_finished_one() -> None:
+    cut = replace(reply("a", "1", 0.0), finish_reason="length")
+    for other in (reply("b", "2", 9.0), reply("b", "2", 9.0, kind="truncated")):
+        selection = select_contribution([cut, other])
+        assert selection is not None
+        assert selection.agent == "b"
+    agreed = select_contribution([cut, reply("b", "The answer is 1.", 9.0)])
+    assert agreed == Selection(agent="b", text="The answer is 1.", is_agreed=True)
+
+
+def test_anchors_decide_who_is_surest() -> None:
+    replies = [reply("a", "1", 0.4), reply("b", "2", 0.5)]
+    decided = RouteDecision(
+        gate_version="v",
+        agents=("b", "a"),
+        probability_A=np.asarray([0.5, 0.5], np.float32),
+        ranking=(0, 1),
+        k=2,
+        mass=1.0,
+        hidden_H=np.zeros(1, np.float32),
+        anchors=(0.3, 0.0),
+    )
+    for decision, winner in ((None, "a"), (decided, "b"), (replace(decided, anchors=None), "a")):
+        selection = select_contribution(replies, anchors_of(decision))
+        assert selection is not None
+        assert selection.agent == winner
 
 
 def test_prose_without_an_answer_agrees_only_word_for_word() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ class Spy:
 
 
 def policy_of(router: Spy, encoder: FakeEncoder | None = None, preset: Literal["default", "paper"] = "default") -> DmoaPolicy:
-    return DmoaPolicy(router=router, encoder=encoder or FakeEncoder(), preset=preset, max_agents=4)
+    return DmoaPolicy(router=router, encoder=encoder or FakeEncoder(), preset=preset)
 
 
 async def planned(policy: DmoaPolicy, state: QueryState) -> StepPlan:
@@ -52,7 +53,7 @@ def step_of(*replies: AgentReply, active: str = "ab") -> StepRecord:
         active=tuple(active),
         summary="It is 18.",
         summarizer=SummarizerRecord(mode="select", verdict="rule"),
-        decision=decision(P, 2, hidden_H=hidden_H, gate_version="v1"),
+        decision=decision(P, 2, hidden_H=hidden_H, gate_version="v1", max_agents=4),
         route=RouteRequest(input_X=np.zeros(1, np.float32)),
     )
 
@@ -102,6 +103,28 @@ async def test_only_active_agents_with_tokens_give_feedback() -> None:
     silent = AgentReply(agent="c", status="ok", text="x")
     await planned(policy_of(router), after(step_of(A, B, silent, active="ac")))
     assert router.requests[0].input_X[-4:].tolist() == [0.5, 0.0, 0.5, 0.125]
+
+
+async def test_the_share_of_active_agents_is_taken_of_the_gate_versions_own_k() -> None:
+    router = Spy()
+    step = step_of(A, B)
+    assert step.decision is not None
+    for most, share in ((2, 1.0), (8, 0.25)):
+        await planned(policy_of(router), after(replace(step, decision=replace(step.decision, max_agents=most))))
+        assert router.requests[-1].input_X[-2] == np.float32(share)
+    plan = await planned(policy_of(router), state_of(query()))
+    assert plan.decision is not None
+    assert plan.decision.max_agents == 4  # K of the fake gate
+
+
+async def test_explored_agents_give_no_feedback_and_are_not_left_out_when_they_fail() -> None:
+    router = Spy()
+    seen = []
+    for extra in ((), (said("c", Say(text="x", nats=2.0)),), (AgentReply(agent="c", status="failed"),)):
+        step = replace(step_of(A, B, *extra), explored=tuple((reply.agent, 0.2) for reply in extra))
+        await planned(policy_of(router), after(step))
+        seen.append((router.requests[-1].input_X.tolist(), router.requests[-1].unavailable))
+    assert seen[0] == seen[1] == seen[2]
 
 
 async def test_the_paper_preset_reads_one_embedding_of_both() -> None:
