@@ -26,14 +26,16 @@ def context(agent: str | None = None, **gate: object) -> PolicyContext:
 
 
 def test_every_policy_answers_to_its_own_name() -> None:
-    assert list(POLICIES) == ["dmoa", "single", "dense", "random"]
+    assert list(POLICIES) == ["dmoa", "single", "dense", "random", "selector"]
     for name, entry in POLICIES.items():
         assert entry.name == name == build_policy(name, context()).name
         assert entry.summary.endswith(".")
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(RequestError, match="policy: 'vote' is not known; allowed: dmoa, single, dense, random") as caught:
+    with pytest.raises(
+        RequestError, match="policy: 'vote' is not known; allowed: dmoa, single, dense, random, selector"
+    ) as caught:
         build_policy("vote", context())
     assert (caught.value.param, caught.value.code, caught.value.status) == ("dmoa.policy", "unknown_policy", 400)
 
