@@ -24,6 +24,18 @@ from dmoa.types import UNTRAINED
 SCHEMA_VERSION = 1
 
 
+class AnchorSet(BaseModel):
+    """The frozen sample of dense rows behind a gate's anchors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    means: tuple[float, ...]
+    """Per agent, the mean raw score over the sample, every cluster weighing the same: what the anchored score subtracts."""
+    rows: int = Field(ge=1)
+    clusters: int = Field(ge=1)
+    """Clusters of embeddings that the rows were balanced over."""
+
+
 class Checkpoint(BaseModel):
     """`gate.json`: what the weights beside it are, and where they come from."""
 
@@ -41,7 +53,7 @@ class Checkpoint(BaseModel):
     activation: dict[str, Any]
     """rule, mass (tau), max_agents, cascade, theta."""
     score: str
-    anchor_set: dict[str, Any] | None = None
+    anchor_set: AnchorSet | None = None
     encoder: str = "all-MiniLM-L6-v2"
     agents: list[str]
     pool_fingerprint: str
@@ -143,6 +155,11 @@ def _restore(record: Checkpoint, tensors: dict[str, torch.Tensor]) -> Gate:
         seen = getattr(record, name)
         if seen != value:
             raise CheckpointError(f"{name} in gate.json is {short(seen)}, weights and spec say {short(value)}")
+    anchors = gate.spec.anchors
+    if record.anchor_set is not None and anchors is not None and record.anchor_set.means != anchors:
+        raise CheckpointError(
+            f"anchor_set.means in gate.json is {short(record.anchor_set.means)}, the spec says {short(anchors)}"
+        )
     return gate
 
 

@@ -47,12 +47,18 @@ def _follows_from_others(item: ErrorDetails, items: list[ErrorDetails]) -> bool:
 def _keys_beside(loc: tuple[int | str, ...], model: Any) -> Iterable[str]:
     """Return the keys of the record in which the last part of `loc` was found."""
     for part in loc[:-1]:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = model.model_fields[str(part)].annotation
-        else:
-            model = next(arg for arg in get_args(model) if isinstance(arg, type) and issubclass(arg, BaseModel))
-    fields: dict[str, Any] = model.model_fields
+        model = model.model_fields[str(part)].annotation if _is_record(model) else _record_within(model)
+    # What is left may be `Record | None`.
+    fields: dict[str, Any] = (model if _is_record(model) else _record_within(model)).model_fields
     return fields
+
+
+def _is_record(model: Any) -> bool:
+    return isinstance(model, type) and issubclass(model, BaseModel)
+
+
+def _record_within(annotation: Any) -> Any:
+    return next(arg for arg in get_args(annotation) if _is_record(arg))
 
 
 def short(value: object) -> str:

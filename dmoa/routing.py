@@ -166,6 +166,6 @@ def build_gate(config: GateConfig, agents: tuple[str, ...], profile_AD: FloatArr
 def adopt_gate(gate: Gate, agents: tuple[str, ...], profile_AD: FloatArray) -> Gate:
     """Return a gate with the weights of a `profile` gate over other agents, described by their profiles' embeddings."""
     profiles = torch.from_numpy(profile_AD)
-    adopted = Gate(replace(gate.spec, agents=agents), profile_AD=profiles)
+    adopted = Gate(gate.spec.for_agents(agents), profile_AD=profiles)
     adopted.load_state_dict({**gate.state_dict(), "profile_AD": profiles})
     return adopted

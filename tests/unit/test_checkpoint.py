@@ -67,6 +67,32 @@ def test_the_record_says_what_the_contract_asks_for(tmp_path: Path) -> None:
     assert names <= set(tree)
 
 
+def anchored(folder: Path, means: tuple[float, ...] = (0.25, -1.5, 1e-17)) -> Path:
+    gate = gate_of(core="reset", score="anchored", anchors=(0.25, -1.5, 1e-17))
+    anchor_set = {"means": means, "rows": 60, "clusters": 3}
+    return save(folder, gate, describe_gate(gate, fingerprint=FINGERPRINT, trained_on={"rows": 40}, anchor_set=anchor_set))
+
+
+def test_core_anchors_and_their_sample_are_kept(tmp_path: Path) -> None:
+    gate, record = load(anchored(tmp_path / "gate"))
+    assert (gate.spec.core, gate.spec.anchors) == ("reset", (0.25, -1.5, 1e-17))
+    assert record.anchor_set is not None
+    assert (record.anchor_set.means, record.anchor_set.rows, record.anchor_set.clusters) == (gate.spec.anchors, 60, 3)
+    tree = json.loads((tmp_path / "gate" / "gate.json").read_text())
+    assert tree["anchor_set"] == {"means": [0.25, -1.5, 1e-17], "rows": 60, "clusters": 3}
+
+
+def test_a_checkpoint_without_the_newer_keys_is_read(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "gate")
+    assert set(json.loads((folder / "gate.json").read_text())["spec"]) & {"core", "anchors"} == set()
+    assert (load(folder)[0].spec.core, load(folder)[0].spec.anchors) == ("gru", None)
+
+
+def test_anchors_must_be_those_of_their_sample(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"anchor_set\.means in gate\.json is \(0\.25, -1\.5, 0\.5\), the spec says"):
+        load(anchored(tmp_path / "gate", means=(0.25, -1.5, 0.5)))
+
+
 def test_the_version_names_the_content() -> None:
     gate = gate_of()
     version = describe_gate(gate, fingerprint="", trained_on={"rows": 1}).version
@@ -158,6 +184,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another mass than its spec": (change(activation={"mass": 0.1}), "activation in gate.json is {'mass': 0.1}"),
     "other agents than its spec": (change(agents=["x", "y", "z"]), "agents in gate.json is ['x', 'y', 'z']"),
     "another theta in the spec": (change_spec(theta=0.0), "version in gate.json"),
+    "anchors that its version does not know": (change_spec(anchors=[0.0, 0.0, 0.0]), "version in gate.json"),
+    "another core": (change_spec(core="linear"), "weight_ih"),
+    "an anchor set with an unknown key": (
+        change(anchor_set={"means": [0.0], "rows": 1, "clusters": 1, "mode": 1}),
+        "anchor_set.mode: unknown key (value seen: 1); allowed: means, rows, clusters; remove it",
+    ),
     "a spec of another size": (change_spec(hidden=4), "weight_ih"),
     "a spec too big for any memory": (change_spec(embedding_dim=10**15), "damaged or mixed"),
     "a profile head without profiles": (change_spec(head="profile"), "profile"),
