@@ -4,14 +4,13 @@ The lower, the surer. `raw` is the logarithm of the mean predictive entropy; `an
 average over an anchor set. Buffers and rollouts keep sums and counts only; everything here is derived from them, again
 for every gate version. `core/losses` and `core/conformal` read the results. Never a per-agent z-score: it cancels competence.
 
-Shape letters: A agents in the pool, D embedding; in this file alone S any leading dimensions (steps, rows, both) and
-R rows of a sample.
+Shape letters: A agents in the pool, D embedding; in this file alone S any leading dimensions (steps, rows, both), R
+rows of a sample, U the different ones among them, C clusters.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,8 @@ MAX_INVERSE_PROPENSITY = 20.0
 """Clips 1 / propensity: a stated bias against variance without bound."""
 MIN_ETA = 1e-3
 """Floor of eta, for samples in which most pairs tie."""
+_MAX_ROUNDS = 100
+"""Rounds of k-means; it settles after some ten."""
 
 
 def raw_score(entropy_nats: float) -> float:
@@ -133,14 +134,29 @@ def fit_anchors(raw_RA: Array, embedding_RD: Numbers, *, num_clusters: int, seed
 
 
 def _clusters(embedding_RD: Array, num_clusters: int, seed: int) -> npt.NDArray[np.int64]:
-    """Return the cluster of every row. Different rows are sorted first: their order and repetition do not matter."""
-    from scipy.cluster.vq import kmeans2
+    """Return the cluster of every row: k-means from k-means++ centres, over the different rows in sorted order.
 
+    So neither the order of the rows nor their repetition matters. A centre that loses its rows stays where it is.
+    """
     distinct_UD, row_R = np.unique(embedding_RD, axis=0, return_inverse=True)
-    count = min(num_clusters, len(distinct_UD))
-    with warnings.catch_warnings():
-        # A cluster that k-means empties holds no row, and so takes no part in the mean.
-        warnings.filterwarnings("ignore", message="One of the clusters is empty")
-        _, cluster_U = kmeans2(distinct_UD, count, iter=25, minit="++", rng=np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    centre_CD = distinct_UD[[rng.integers(len(distinct_UD))]]
+    while len(centre_CD) < min(num_clusters, len(distinct_UD)):
+        distance_U = _squared_distances(distinct_UD, centre_CD).min(axis=1)
+        next_one = rng.choice(len(distinct_UD), p=distance_U / distance_U.sum())
+        centre_CD = np.vstack([centre_CD, distinct_UD[next_one]])
+    cluster_U = np.full(len(distinct_UD), -1)
+    for _ in range(_MAX_ROUNDS):
+        before_U, cluster_U = cluster_U, _squared_distances(distinct_UD, centre_CD).argmin(axis=1)
+        if np.array_equal(before_U, cluster_U):
+            break
+        for cluster in np.unique(cluster_U):
+            centre_CD[cluster] = distinct_UD[cluster_U == cluster].mean(axis=0)
     cluster_R: npt.NDArray[np.int64] = cluster_U[row_R]
     return cluster_R
+
+
+def _squared_distances(x_UD: Array, centre_CD: Array) -> Array:
+    # Centre by centre: rows that are centres are exactly 0 away, and there is no array of all three dimensions.
+    distance_UC: Array = np.stack([((x_UD - centre_D) ** 2).sum(axis=1) for centre_D in centre_CD], axis=1)
+    return distance_UC

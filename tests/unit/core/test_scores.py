@@ -121,6 +121,17 @@ def test_anchors_depend_on_the_rows_and_not_on_their_order() -> None:
     assert fit_anchors(raw[order], embedding[order], num_clusters=5, seed=3) == pytest.approx(anchors, rel=1e-12)
 
 
+def test_well_separated_groups_are_the_clusters_whatever_the_seed() -> None:
+    """Five groups of different sizes far apart: the anchor is the plain mean of the five group means."""
+    rng = np.random.default_rng(5)
+    group = np.repeat(np.arange(5), [3, 30, 8, 1, 15])
+    embedding = 10.0 * np.eye(5)[group] + 0.1 * rng.standard_normal((57, 5))
+    raw = rng.normal(size=(57, 4))
+    expected = np.mean([raw[group == g].mean(axis=0) for g in range(5)], axis=0)
+    for seed in range(5):
+        assert fit_anchors(raw, embedding, num_clusters=5, seed=seed) == pytest.approx(expected)
+
+
 def test_a_missing_score_leaves_its_cluster_to_the_others() -> None:
     raw, embedding = two_clusters()
     raw[0, 0] = math.nan
