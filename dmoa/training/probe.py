@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy.stats import binomtest, rankdata
 
 from dmoa.core.scores import SCORE_OFFSET_NATS
+from dmoa.errors import ConfigError
 from dmoa.training.clusters import Floats, fit_clusters
 
 Verdict = Literal["can", "cannot", "audit"]
@@ -111,8 +112,11 @@ class ProbeSample:
     """Score of each reply, 0..1; NaN in rows without a known answer."""
 
 
-def probe(sample: ProbeSample, *, seed: int = 0) -> ProbeReport:
-    """Return the report of a sample with at least four rows and two agents that replied to every one of them."""
+def probe(sample: ProbeSample, *, known: ProbeSample | None = None, seed: int = 0) -> ProbeReport:
+    """Return the report of a sample; `known` is another of the same agents, of rows with known answers.
+
+    Raises ConfigError for fewer than two agents, or fewer than four rows that all of them replied to.
+    """
     log_RA = np.log(sample.entropy_RA + SCORE_OFFSET_NATS)
     whole_R = np.asarray(np.isfinite(log_RA).all(axis=1))
     if whole_R.sum() < 4 or len(sample.agents) < 2:
@@ -123,11 +127,11 @@ def probe(sample: ProbeSample, *, seed: int = 0) -> ProbeReport:
     shares = variance_shares(log_RA)
     low, high = _interval(log_RA, seed)
     choices, gain = _untrained(log_RA, np.asarray(sample.embedding_RD)[whole_R], sample.agents, seed)
-    findings = [_agent(sample, log_RA, whole_R, index) for index in range(len(sample.agents))]
+    findings = [_agent(sample, log_RA, whole_R, known, index) for index in range(len(sample.agents))]
     verdict, reasons = _verdict(shares[2], low, findings)
     return ProbeReport(
         rows=len(log_RA),
-        known_rows=0 if sample.value_RA is None else int(np.isfinite(sample.value_RA).all(axis=1).sum()),
+        known_rows=0 if known is None else len(known.sources),
         row_share=shares[0],
         agent_share=shares[1],
         interaction_share=shares[2],
@@ -177,11 +181,13 @@ def _untrained(
     return {agent: float(share) for agent, share in zip(agents, counts, strict=True)}, gain
 
 
-def _agent(sample: ProbeSample, log_RA: Floats, whole_R: npt.NDArray[np.bool_], index: int) -> AgentFinding:
+def _agent(
+    sample: ProbeSample, log_RA: Floats, whole_R: npt.NDArray[np.bool_], known: ProbeSample | None, index: int
+) -> AgentFinding:
     texts = [row[index].strip() for row in sample.texts]
     same = _commonest(texts)
     others = [_commonest([row[other].strip() for row in sample.texts]) for other in range(len(sample.agents)) if other != index]
-    accuracy, auroc, bad = _judged(sample, index)
+    accuracy, auroc, bad = _judged(known, index)
     return AgentFinding(
         agent=sample.agents[index],
         entropy_nats=float(sample.entropy_RA[whole_R, index].mean()),
@@ -199,15 +205,15 @@ def _commonest(texts: list[str]) -> float:
     return max(texts.count(text) for text in set(texts)) / len(texts)
 
 
-def _judged(sample: ProbeSample, index: int) -> tuple[float | None, float | None, list[str]]:
+def _judged(known: ProbeSample | None, index: int) -> tuple[float | None, float | None, list[str]]:
     """Return accuracy, AUROC and the sources on which an agent is sure and wrong, from the rows with known answers."""
-    if sample.value_RA is None:
+    if known is None or known.value_RA is None:
         return None, None, []
-    known_R = np.isfinite(sample.value_RA).all(axis=1) & np.isfinite(sample.entropy_RA).all(axis=1)
-    value_RA, entropy_RA = sample.value_RA[known_R], sample.entropy_RA[known_R]
+    whole_R = np.isfinite(known.value_RA).all(axis=1) & np.isfinite(known.entropy_RA).all(axis=1)
+    value_RA, entropy_RA = known.value_RA[whole_R], known.entropy_RA[whole_R]
     if not len(value_RA):
         return None, None, []
-    sources = np.array(sample.sources)[known_R]
+    sources = np.array(known.sources)[whole_R]
     bad = [str(name) for name in np.unique(sources) if _is_sure_and_wrong(value_RA, entropy_RA, sources == name, index)]
     return float(value_RA[:, index].mean()), auroc(entropy_RA[:, index], value_RA[:, index] < 1.0), bad
 

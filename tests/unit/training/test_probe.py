@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dmoa.core.scores import SCORE_OFFSET_NATS
+from dmoa.errors import ConfigError
 from dmoa.training.clusters import Floats, fit_clusters
 from dmoa.training.probe import ProbeReport, ProbeSample, auroc, probe, variance_shares
 
@@ -92,7 +93,7 @@ def test_known_answers_find_the_agent_that_is_sure_and_wrong() -> None:
     value_RA = np.zeros((ROWS, 3))
     value_RA[DOMAIN_R == 0, 0] = 1.0  # sums by the base, which nobody would ask
     value_RA[DOMAIN_R == 1, 2] = 1.0
-    report = probe(sample(specialists(), value_RA=value_RA))
+    report = probe(sample(specialists()), known=sample(specialists(), value_RA=value_RA))
     assert report.verdict == "audit"
     assert finding(report, "sums").sure_and_wrong == ["sums"]
     assert finding(report, "words").sure_and_wrong == finding(report, "base").sure_and_wrong == []
@@ -105,7 +106,7 @@ def test_rows_that_an_agent_left_out_do_not_count() -> None:
     log_RA[:3, 1] = np.nan
     assert probe(sample(log_RA)).rows == ROWS - 3
     log_RA[3:, 1] = np.nan
-    with pytest.raises(ValueError, match="0 rows that every one of 3 agents answered"):
+    with pytest.raises(ConfigError, match="0 queries that all of 3 agents replied to"):
         probe(sample(log_RA))
 
 
