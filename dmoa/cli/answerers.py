@@ -1,11 +1,12 @@
-"""How evaluation reaches a swarm: a pool loaded where the answering runs, or a running server.
+"""How evaluation and rollouts reach a swarm: a pool loaded where the answering runs, or (evaluation) a running server.
 
-Both pickle, because the answering runs in another process; see `evaluation.answering`.
+What opens them pickles, because the answering runs in another process; see `evaluation.answering`, `training.rollout_stage`.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING
 from dmoa.cli.local import build_local_backend
 from dmoa.config import Config
 from dmoa.evaluation.answering import Outcome, ask_swarm
+from dmoa.policies.exploring import ExploringPolicy
+from dmoa.policies.registry import PolicyContext, build_policy
 from dmoa.reply import ReplyDmoa
-from dmoa.types import Message, Query
+from dmoa.types import Answer, Message, Query
 
 if TYPE_CHECKING:
     from dmoa.cli.local import LocalBackend
     from dmoa.serving.client import SwarmClient
+    from dmoa.swarm import Swarm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +51,39 @@ class PoolAnswerer:
     async def close(self) -> None:
         """Stop the engines."""
         await self._backend.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenCollectingPool:
+    """Loads a pool as `OpenPool` does, to be asked with exploration."""
+
+    config_json: str
+    epsilon: float | None
+    """As in `ExploringPolicy`."""
+    call_cache: Path | None = None
+
+    def __call__(self) -> SwarmCollector:
+        """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
+        config = Config.model_validate_json(self.config_json)
+        return SwarmCollector(build_local_backend(config, lambda text: None, self.call_cache).swarm, self.epsilon)
+
+
+class SwarmCollector:
+    """A swarm of this process, asked with exploration."""
+
+    def __init__(self, swarm: Swarm, epsilon: float | None) -> None:
+        self._swarm = swarm
+        self._epsilon = epsilon
+
+    async def collect(self, query: Query) -> Answer:
+        """Answer one query. Raises DmoaError."""
+        swarm = self._swarm
+        inner = build_policy("dmoa", PolicyContext(config=swarm.config, router=swarm.router, encoder=swarm.encoder))
+        async with aclosing(swarm.follow(query, ExploringPolicy(inner, epsilon=self._epsilon))) as events:
+            async for event in events:
+                if isinstance(event, Answer):
+                    answer = event
+        return answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dmoa.evaluation.results import Evaluation, PoolInfo
     from dmoa.evaluation.run import Session
 
-_FILL = 2
+FILL = 2
 """Agent calls let in per place of the engines' batches: the early finishers of a step leave places empty until its last
 agent ends, and calls that wait fill them."""
 _REMOTE_PLACES = 32
@@ -161,7 +161,7 @@ def _workers(options: EvaluateOptions, config: Config) -> Workers:
     return Workers(
         open_answerer=OpenPool(config_json=config.model_dump_json(), call_cache=call_cache),
         count=options.workers,
-        places=options.concurrency or _FILL * sum(config.llms[name].max_num_seqs for name in used),
+        places=options.concurrency or FILL * sum(config.llms[name].max_num_seqs for name in used),
         widths={policy: width if widest is None else min(width, widest) for policy, width in widths.items()},
         num_gpus=sum(config.llms[name].gpus for name in used),
         env=ENGINE_ENV,

@@ -16,6 +16,7 @@ _SCHEMAS = {
     "pool": ("dmoa.config", "Config"),
     "reply": ("dmoa.reply", "ReplyDmoa"),
     "trace": ("dmoa.trace", "Trace"),
+    "rollout": ("dmoa.training.rollout_records", "RolloutRow"),
     "checkpoint": ("dmoa.checkpoint", "Checkpoint"),
     "bench": ("dmoa.bench.measure", "BenchReport"),
     "evaluation": ("dmoa.evaluation.results", "Evaluation"),

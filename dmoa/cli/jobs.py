@@ -54,6 +54,26 @@ def _evaluate(common: Common) -> None:
     common.write_json(evaluation.model_dump(mode="json"))
 
 
+def collect_rollouts_job() -> None:
+    """Run `jobs/collect_rollouts.py`."""
+    _run(_collect_rollouts)
+
+
+@with_common
+def _collect_rollouts(common: Common) -> None:
+    """Collect rollouts; the options of `dmoa rollouts` stand in the `job:` section of --config.
+
+    \b
+    python jobs/collect_rollouts.py --config jobs/collect_rollouts.yaml --set job.limit=20
+    """
+    from dmoa.cli.rollout_session import run_rollouts
+    from dmoa.training.rollout_options import parse_options
+
+    config, values = read_job(common)
+    manifest = run_rollouts(parse_options(values), config, common, shlex.join(["python", *map(redact_text, sys.argv)]))
+    common.write_json(manifest.model_dump(mode="json"))
+
+
 def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
     """Return the pool of a job file and its `job:` section; a file with nothing else means the default pool.
 

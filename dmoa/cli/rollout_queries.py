@@ -1,0 +1,156 @@
+"""The queries of a collection, from benchmarks, suites and files: where training's rollouts and evaluation's rows meet.
+
+Training never imports evaluation, so the two are put together here. Labels go to a folder of their own, or nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmoa.errors import ConfigError
+from dmoa.evaluation.loading import hash_file
+from dmoa.evaluation.prepare import SUITE_ROWS
+from dmoa.evaluation.records import SPLITS, Label, Row
+from dmoa.evaluation.registry import expand_names
+from dmoa.evaluation.splits import load_disjoint
+from dmoa.evaluation.suites.table import SUITES
+from dmoa.training.rollout_collect import Prepared
+from dmoa.training.rollout_options import RolloutOptions, Weighted, share_out
+from dmoa.training.rollout_records import RolloutQuery, SourceInfo
+from dmoa.training.rollout_sources import read_queries, sample, take_turns
+from dmoa.training.rollouts import write_whole
+
+Asked = tuple[RolloutQuery, Label | None]
+"""A query, and its label where it has one."""
+LABELS = "labels.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """One source before it is known how much it is to give."""
+
+    name: str
+    weight: float
+    origin: dict[str, str]
+    size: int | None
+    """None: without end."""
+    take: Callable[[int | None], list[Asked]]
+    """Gives so many queries; None: all, or a suite's usual number."""
+
+
+def check_names(options: RolloutOptions) -> None:
+    """Raise ConfigError for a benchmark or a split that there is not, or labels where there can be none."""
+    names = list(_expanded(options.benchmarks))
+    files = [name for name in names if name not in SUITES]
+    if files and options.split not in SPLITS:
+        allowed = ", ".join(SPLITS)
+        raise ConfigError(f"--split: value seen: {options.split!r}; allowed for {', '.join(files)}: {allowed}; name one of them")
+    if options.labels is not None and not names:
+        raise ConfigError("--labels: no effect without --benchmarks: queries of your own have none; leave it out")
+
+
+def prepare(options: RolloutOptions, say: Callable[[str], None]) -> Prepared:
+    """Gather the queries of all sources, and write the labels of benchmark rows where they are asked for.
+
+    Raises ConfigError as the loaders and the generators do.
+    """
+    found = [_own(source, options, say) for source in options.queries]
+    found += [_benchmark(name, weight, options, say) for name, weight in _expanded(options.benchmarks).items()]
+    quotas: list[int | None] = [None] * len(found)
+    if options.limit is not None:
+        shared = share_out(options.limit, [source.weight for source in found], [source.size for source in found])
+        quotas = [*shared]
+        if sum(shared) < options.limit:
+            say(f"note: the sources hold {sum(shared)} queries, fewer than the {options.limit} of --limit")
+    seen: set[str] = set()
+    taken: list[list[Asked]] = []
+    for source, quota in zip(found, quotas, strict=True):
+        taken.append([asked for asked in source.take(quota) if asked[0].query_id not in seen])
+        seen.update(query.query_id for query, _ in taken[-1])
+    if options.labels is not None:
+        _write_labels(options.labels, taken)
+    sources = [
+        SourceInfo(name=source.name, weight=source.weight, queries=len(those), origin=source.origin)
+        for source, those in zip(found, taken, strict=True)
+    ]
+    return Prepared(queries=[query for query, _ in take_turns(taken)], sources=sources)
+
+
+def _expanded(sources: tuple[Weighted, ...]) -> dict[str, float]:
+    """Return weights by benchmark; `all` and `suites` give theirs to every name they stand for."""
+    weights: dict[str, float] = {}
+    for source in sources:
+        for name in expand_names([source.name]):
+            weights.setdefault(name, source.weight)
+    return weights
+
+
+def _own(source: Weighted, options: RolloutOptions, say: Callable[[str], None]) -> _Source:
+    path = Path(source.name)
+    found = read_queries(path, skip_bad_rows=options.skip_bad_rows)
+    if found.num_bad:
+        say(f"{source.name}: {found.num_bad} lines that are no query are left out")
+    return _Source(
+        name=path.name,
+        weight=source.weight,
+        origin={source.name: hash_file(path)},
+        size=len(found.queries),
+        take=lambda limit: [(query, None) for query in sample(found.queries, limit, options.seed, _id_of_query)],
+    )
+
+
+def _benchmark(name: str, weight: float, options: RolloutOptions, say: Callable[[str], None]) -> _Source:
+    if name in SUITES:
+        return _suite(name, weight, options)
+    split = next(split for split in SPLITS if split == options.split)
+    loaded = load_disjoint(name, data_dir=options.data_dir, skip_bad_rows=options.skip_bad_rows, required=(split,))
+    part = loaded.splits[split]
+    if part.bad:
+        say(f"{name}: {len(part.bad)} rows that do not parse are left out")
+    return _Source(
+        name=name,
+        weight=weight,
+        origin=part.sources,
+        size=len(part.rows),
+        take=lambda limit: [_asked(row, split) for row in sample(part.rows, limit, options.seed, _id_of_row)],
+    )
+
+
+def _suite(name: str, weight: float, options: RolloutOptions) -> _Source:
+    def take(limit: int | None) -> list[Asked]:
+        wanted = SUITE_ROWS if limit is None else limit
+        rows: Iterator[Row] = (
+            SUITES[name].generate(options.split, wanted, options.seed, options.difficulty) if wanted else iter(())
+        )
+        return [_asked(row, options.split) for row in rows]
+
+    origin = {f"generated:{name}": f"split {options.split}, difficulty {options.difficulty}, seed {options.seed}"}
+    return _Source(name=name, weight=weight, origin=origin, size=None, take=take)
+
+
+def _asked(row: Row, split: str) -> Asked:
+    task = row.task
+    query = RolloutQuery(query_id=task.row_id, source=task.benchmark, split=split, text=task.text, stages=task.stages)
+    return query, row.label
+
+
+def _id_of_query(query: RolloutQuery) -> str:
+    return query.query_id
+
+
+def _id_of_row(row: Row) -> str:
+    return row.task.row_id
+
+
+def _write_labels(folder: Path, taken: list[list[Asked]]) -> None:
+    """Write a line per label, keyed by query_id. Raises ConfigError where that cannot be done."""
+    labels = [label for source in taken for _, label in source if label is not None]
+    lines = [json.dumps({"query_id": label.row_id, "benchmark": label.benchmark, "gold": label.gold}) for label in labels]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / LABELS, "".join(f"{line}\n" for line in lines).encode())
+    except OSError as error:
+        raise ConfigError(f"--labels: cannot write {str(folder)!r}: {error}; name a folder that can be written") from error

@@ -1,0 +1,55 @@
+"""The exploring policy: DMoA's own choice, and beside it agents that are asked only to learn from.
+
+Rollouts use it. What the explored agents say is recorded and never folded, and the inner policy does not see it, so a query
+goes through the same states as without exploration. Source: dense warm-up from the paper; epsilon and propensities ours.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from dmoa.protocols import Policy
+from dmoa.types import Activation, QueryState, StepPlan, StepRecord, Stop
+
+
+class ExploringPolicy:
+    """Follows another policy and asks more agents beside it: all others, or now and then one drawn evenly."""
+
+    name = "exploring"
+
+    def __init__(self, policy: Policy, *, epsilon: float | None) -> None:
+        """`epsilon`: probability, (0, 1], with which a step explores one agent; None: every step explores all (dense)."""
+        self._policy = policy
+        self._epsilon = epsilon
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Return the other policy's plan with explored agents, drawn by the query's id and the step's number alone."""
+        plan = await self._policy.next_step(unexplored(state))
+        if isinstance(plan, Stop):
+            return plan
+        return replace(plan, explored=self._draw(state, plan.reserves))
+
+    def _draw(self, state: QueryState, others: tuple[Activation, ...]) -> tuple[Activation, ...]:
+        if self._epsilon is None:
+            return others
+        rng = random.Random(f"{state.query.trace_id}/{len(state.steps)}")  # noqa: S311 -- exploration, not secrets
+        if not others or rng.random() >= self._epsilon:
+            return ()
+        return (replace(rng.choice(others), propensity=self._epsilon / len(others)),)
+
+
+def unexplored(state: QueryState) -> QueryState:
+    """Return the state as it would be had nobody been explored."""
+    steps = tuple(map(_unexplored_step, state.steps))
+    spent = sum(map(_tokens, state.steps)) - sum(map(_tokens, steps))
+    return replace(state, steps=steps, tokens_used=state.tokens_used - spent)
+
+
+def _unexplored_step(step: StepRecord) -> StepRecord:
+    names = {name for name, _ in step.explored}
+    return replace(step, replies=tuple(reply for reply in step.replies if reply.agent not in names), explored=())
+
+
+def _tokens(step: StepRecord) -> int:
+    return sum(reply.prompt_tokens + reply.completion_tokens for reply in step.replies)

@@ -1,0 +1,87 @@
+"""The answering stage of rollouts, run by Ray Data: a swarm per actor, kept full, every query followed with exploration.
+
+How a swarm is reached is put together in `cli`; this stage knows the protocol alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from dmoa.core.inputs import Preset
+from dmoa.dataflow.at_work import Outbox, OwnLoop
+from dmoa.dataflow.room import Room
+from dmoa.training.rollout_records import RolloutQuery, table_of
+from dmoa.training.rollout_writer import Collected
+from dmoa.types import Answer, Limits, Query
+
+
+class Collector(Protocol):
+    """A swarm that answers with exploration."""
+
+    async def collect(self, query: Query) -> Answer:
+        """Answer one query, its steps with decisions and inputs of the gate. Raises DmoaError."""
+        ...
+
+
+OpenCollector = Callable[[], Collector]
+"""Builds a collector where it is to work, which may be another process: it pickles, what it builds need not. May block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutAsking:
+    """How every query of a collection is asked."""
+
+    seed: int
+    round: int
+    limits: Limits
+    """Budgets of a query; one with more stages than steps allowed still runs all its stages."""
+    preset: Preset
+    fingerprint: str
+    """Of the pool."""
+
+
+def query_of(asked: RolloutQuery, asking: RolloutAsking) -> Query:
+    """Return the query to be asked; its id, and with it sampling and exploration, depends on query, seed and round alone."""
+    digest = hashlib.sha256(f"{asked.query_id}\0{asking.seed}\0{asking.round}".encode()).hexdigest()
+    limits = replace(asking.limits, max_steps=max(asking.limits.max_steps, len(asked.stages)))
+    return Query(trace_id=digest[:32], text=asked.text, limits=limits, stages=asked.stages, is_streamed=False)
+
+
+class CollectStage:
+    """Answers the queries of a shard and hands their rows to the writer."""
+
+    def __init__(self, open_collector: OpenCollector, asking: RolloutAsking, writer: Any, places: int, width: int) -> None:
+        """Build the swarm. `places`: agent calls that may be under way; `width`: how many one query may take."""
+        self._asking = asking
+        self._width = width
+        self._room = Room(places)
+        self._outbox: Outbox[Collected] = Outbox(writer.take.remote)
+        self._collector = open_collector()
+        self._loop = OwnLoop()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Answer a shard; returns how many queries that were. Called from several threads at once."""
+        return pa.table({"queries": [self._loop.run_all(self._queries(block))]})
+
+    def _queries(self, block: pa.Table) -> Iterator[Coroutine[Any, Any, None]]:
+        for line in block["query"].to_pylist():
+            yield self._query(RolloutQuery.model_validate_json(line))
+
+    async def _query(self, asked: RolloutQuery) -> None:
+        taken = await self._room.enter(self._width)
+        try:
+            answer = await self._collector.collect(query_of(asked, self._asking))
+        except Exception as error:  # agents are called here: a query that fails is counted with its error, and asked again later
+            collected = Collected(query_id=asked.query_id, error=f"{type(error).__name__}: {error}")
+        else:
+            asking = self._asking
+            table = table_of(asked, answer, preset=asking.preset, seed=asking.seed, fingerprint=asking.fingerprint)
+            collected = Collected(query_id=asked.query_id, table=table)
+        finally:
+            self._room.leave(taken)
+        await self._outbox.put(collected)
