@@ -120,8 +120,9 @@ def probe(sample: ProbeSample, *, known: ProbeSample | None = None, seed: int = 
     log_RA = np.log(sample.entropy_RA + SCORE_OFFSET_NATS)
     whole_R = np.asarray(np.isfinite(log_RA).all(axis=1))
     if whole_R.sum() < 4 or len(sample.agents) < 2:
-        raise ValueError(
-            f"probe: {int(whole_R.sum())} rows that every one of {len(sample.agents)} agents answered; 4 and 2 needed"
+        raise ConfigError(
+            f"probe: {int(whole_R.sum())} queries that all of {len(sample.agents)} agents replied to; four and two are the least; "
+            "give more queries, or a pool of agents"
         )
     log_RA = log_RA[whole_R]
     shares = variance_shares(log_RA)
