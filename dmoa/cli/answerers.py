@@ -79,7 +79,8 @@ class SwarmCollector:
         """Answer one query. Raises DmoaError."""
         swarm = self._swarm
         inner = build_policy("dmoa", PolicyContext(config=swarm.config, router=swarm.router, encoder=swarm.encoder))
-        async with aclosing(swarm.follow(query, ExploringPolicy(inner, epsilon=self._epsilon))) as events:
+        policy = ExploringPolicy(inner, epsilon=self._epsilon, budget_tokens=swarm.config.limits.budget_tokens)
+        async with aclosing(swarm.follow(query, policy)) as events:
             async for event in events:
                 if isinstance(event, Answer):
                     answer = event

@@ -154,3 +154,16 @@ def _write_labels(folder: Path, taken: list[list[Asked]]) -> None:
         write_whole(folder / LABELS, "".join(f"{line}\n" for line in lines).encode())
     except OSError as error:
         raise ConfigError(f"--labels: cannot write {str(folder)!r}: {error}; name a folder that can be written") from error
+
+
+def read_labels(folder: Path) -> Iterator[Label]:
+    """Yield the labels of a collection from the folder that `--labels` named. Raises ConfigError where there are none."""
+    path = folder / LABELS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for tree in map(json.loads, lines):
+            yield Label(row_id=tree["query_id"], benchmark=tree["benchmark"], gold=tree["gold"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--labels: {str(path)!r} holds no labels: {error}; name a folder that `dmoa rollouts` wrote"
+        ) from error

@@ -18,17 +18,30 @@ class ExploringPolicy:
 
     name = "exploring"
 
-    def __init__(self, policy: Policy, *, epsilon: float | None) -> None:
-        """`epsilon`: probability, (0, 1], with which a step explores one agent; None: every step explores all (dense)."""
+    def __init__(self, policy: Policy, *, epsilon: float | None, budget_tokens: int | None = None) -> None:
+        """`epsilon`: probability, (0, 1], with which a step explores one agent; None: every step explores all (dense).
+
+        `budget_tokens` is the budget that the other policy lives on; give the query itself none, explorers would use it up.
+        """
         self._policy = policy
         self._epsilon = epsilon
+        self._budget_tokens = budget_tokens
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Return the other policy's plan with explored agents, drawn by the query's id and the step's number alone."""
-        plan = await self._policy.next_step(unexplored(state))
+        seen = self._with_budget(unexplored(state))
+        if self._budget_tokens is not None and seen.steps and seen.tokens_used >= self._budget_tokens:
+            return Stop(reason="budget_tokens")
+        plan = await self._policy.next_step(seen)
         if isinstance(plan, Stop):
             return plan
         return replace(plan, explored=self._draw(state, plan.reserves))
+
+    def _with_budget(self, state: QueryState) -> QueryState:
+        if self._budget_tokens is None:
+            return state
+        limits = replace(state.query.limits, budget_tokens=self._budget_tokens)
+        return replace(state, query=replace(state.query, limits=limits))
 
     def _draw(self, state: QueryState, others: tuple[Activation, ...]) -> tuple[Activation, ...]:
         if self._epsilon is None:

@@ -103,14 +103,14 @@ class RolloutOptions(BaseModel):
         return self
 
     def limits(self, pool: Limits) -> Limits:
-        """Return a query's limits: the pool's, lowered by these options."""
-        steps, tokens = self.max_steps or pool.max_steps, self.max_tokens or pool.max_tokens
+        """Return a query's limits: the pool's, lowered by these options.
+
+        Nobody waits for these answers, so there is no deadline; the pool's token budget is the exploring policy's to keep.
+        """
         return Limits(
-            max_steps=min(pool.max_steps, steps),
+            max_steps=min(pool.max_steps, self.max_steps or pool.max_steps),
             max_agents=pool.max_agents,
-            budget_tokens=pool.budget_tokens,
-            deadline_s=pool.deadline_s,
-            max_tokens=tokens,
+            max_tokens=self.max_tokens or pool.max_tokens,
         )
 
     def sample(self) -> dict[str, Any]:
