@@ -51,6 +51,12 @@ def test_of_equally_sure_agents_the_most_probable_counts() -> None:
     assert fit_tau(np.asarray([[0.2, 0.7, 0.1]] * 3), score, 0.5) == pytest.approx(0.7)
 
 
+def test_equally_probable_agents_stand_in_pool_order() -> None:
+    score = np.ones((3, 40))
+    score[:, 25] = 0.0
+    assert fit_tau(np.full((3, 40), 1 / 40, dtype=np.float32), score, 0.5) == pytest.approx(26 / 40)
+
+
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.2, 0.5])
 @pytest.mark.parametrize("num_rows", [3, 10, 25])
 def test_coverage_over_all_splits_of_exchangeable_rows(num_rows: int, alpha: float) -> None:
