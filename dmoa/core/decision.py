@@ -134,6 +134,7 @@ class Decider:
                 theta=theta,
                 limit=min(limit, len(agents) - len(indices)),
                 anchors=self._anchors,
+                max_agents=self.spec.max_agents,
             )
             for indices, probability_A, ranking, k, mass, next_H, limit in rows
         ]
