@@ -31,7 +31,8 @@ class AnchorSet(BaseModel):
 
     means: tuple[float, ...]
     """Per agent, the mean raw score over the sample, every cluster weighing the same: what the anchored score subtracts."""
-    rows: int = Field(ge=1)
+    rows: int = Field(ge=0)
+    """0: the means are those of the parent, whose training held dense rows."""
     clusters: int = Field(ge=1)
     """Clusters of embeddings that the rows were balanced over."""
 
