@@ -6,7 +6,7 @@ the router and the encoder behind it differ.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import TypeVar
 
 from dmoa.agents import tools as toolbox
@@ -14,7 +14,7 @@ from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
 from dmoa.asking import AgentSheet, Asker
 from dmoa.config import AgentConfig, Config
 from dmoa.orchestrator import Event, Orchestrator
-from dmoa.policies.registry import POLICIES, PolicyContext, build_policy
+from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
 from dmoa.protocols import AgentClient, Encoder, Policy, Router
 from dmoa.types import Limits, Query
 
@@ -24,8 +24,18 @@ N = TypeVar("N", int, float)
 class Swarm:
     """Answers queries for one pool."""
 
-    def __init__(self, config: Config, *, agents: AgentClient, router: Router, encoder: Encoder) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        agents: AgentClient,
+        router: Router,
+        encoder: Encoder,
+        gates: Mapping[str, NamedGate] | None = None,
+    ) -> None:
+        """`gates`: versions that the router holds beside its current one, by the names that queries may ask for."""
         self.config = config
+        self._gates = dict(gates or {})
         self.router = router
         self.encoder = encoder
         is_select = config.summarizer.mode == "select"
@@ -45,9 +55,9 @@ class Swarm:
     def answer(self, query: Query, policy: str = "dmoa", agent: str | None = None) -> AsyncGenerator[Event]:
         """Yield steps, text deltas and last the Answer; see `Orchestrator.answer`. `agent` is for policies of one agent.
 
-        Raises RequestError for an unknown policy.
+        For `dmoa` it names one of the gates. Raises RequestError for an unknown policy or gate.
         """
-        context = PolicyContext(config=self.config, router=self.router, encoder=self.encoder, agent=agent)
+        context = PolicyContext(config=self.config, router=self.router, encoder=self.encoder, agent=agent, gates=self._gates)
         return self._orchestrator.answer(query, build_policy(policy, context))
 
     def follow(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:

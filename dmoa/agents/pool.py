@@ -163,6 +163,15 @@ def build_pool_gate(config: Config) -> tuple[Gate, Checkpoint]:
     return adopted, checkpoint.describe_gate(adopted, fingerprint=own, trained_on=record.trained_on, parent=record.version)
 
 
+def build_other_gate(config: Config, folder: Path) -> tuple[Gate, Checkpoint]:
+    """Return the gate of a checkpoint, with whatever preset and head it has, for this pool. Raises CheckpointError."""
+    from dmoa import checkpoint
+
+    _, record = checkpoint.load(folder)
+    changes = {"checkpoint": str(folder), "preset": record.preset, "head": record.head}
+    return build_pool_gate(config.model_copy(update={"gate": config.gate.model_copy(update=changes)}))
+
+
 def _profile_embeddings(config: Config) -> FloatArray:
     """Embed the agents' profiles, [A, D], for the `profile` head. Blocks; works inside and outside an event loop."""
     work = build_encoder(config).embed([agent.profile for agent in config.agents])

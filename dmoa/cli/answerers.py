@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import aclosing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,11 +32,13 @@ class OpenPool:
 
     config_json: str
     call_cache: Path | None = None
+    gates: Mapping[str, Path] = field(default_factory=dict)
+    """Checkpoints beside the pool's own, by the NAME of `dmoa:NAME`."""
 
     def __call__(self) -> PoolAnswerer:
         """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
         config = Config.model_validate_json(self.config_json)
-        return PoolAnswerer(build_local_backend(config, lambda text: None, self.call_cache))
+        return PoolAnswerer(build_local_backend(config, lambda text: None, self.call_cache, self.gates))
 
 
 class PoolAnswerer:

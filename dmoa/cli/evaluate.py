@@ -23,6 +23,10 @@ BenchmarksOption = Annotated[
 PoliciesOption = Annotated[
     str, typer.Option("--policies", metavar="P,Q", help="Policies to compare; single:NAME is one agent of the pool.")
 ]
+GatesOption = Annotated[
+    str | None,
+    typer.Option("--gates", metavar="NAME=DIR,...", help="Checkpoints to compare in one run: policies dmoa:NAME."),
+]
 DataDirOption = Annotated[
     Path | None,
     typer.Option("--data-dir", metavar="DIR", help="Benchmark files, one folder a benchmark [the Hugging Face hub]."),
@@ -63,6 +67,7 @@ def evaluate(
     common: Common,
     benchmarks: BenchmarksOption = "all",
     policies: PoliciesOption = "dmoa,single",
+    gates: GatesOption = None,
     data_dir: DataDirOption = None,
     split: SplitOption = "test",
     limit: LimitOption = None,
@@ -90,6 +95,7 @@ def evaluate(
     dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first
     dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first --resume
     dmoa evaluate --selfcheck --data-dir DIR --json out/selfcheck.json
+    dmoa evaluate --benchmarks arith --policies dmoa:old,dmoa:new --gates old=out/a/checkpoint,new=out/b/checkpoint
     dmoa report out/first
     """
     values: dict[str, Any] = {
@@ -97,7 +103,7 @@ def evaluate(
     }
     from dmoa.evaluation.options import parse_options
 
-    options = parse_options(values)
+    options = parse_options({**values, "gates": gates or {}})
     if selfcheck:
         _selfcheck(common, options, checkpoint)
         return

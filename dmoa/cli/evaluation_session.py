@@ -43,7 +43,7 @@ def run_evaluation(options: EvaluateOptions, config: Config | None, common: Comm
     from dmoa.evaluation.run import evaluate
 
     names = expand_names(options.benchmarks)
-    check_policies(options.policies, config)
+    check_policies(options.policies, config, tuple(options.gates))
     assert options.out is not None
     folder = RunFolder(options.out.absolute())
     if options.resume and not folder.run.exists():
@@ -84,12 +84,17 @@ def opened_ray(address: str | None, num_gpus: float = 0.0) -> Iterator[None]:
             ray.shutdown()
 
 
-def check_policies(policies: tuple[str, ...], config: Config | None) -> None:
-    """Raise RequestError for a policy or an agent that there is not."""
+def check_policies(policies: tuple[str, ...], config: Config | None, gates: tuple[str, ...] = ()) -> None:
+    """Raise RequestError for a policy, an agent or a gate that there is not."""
     for policy in policies:
         name, agent = split_policy(policy)
+        if name == "dmoa" and agent is not None:
+            if agent not in gates:
+                known = ", ".join(gates) or "none is given"
+                raise RequestError(f"--policies: value seen: {policy!r}; allowed gates: {known}; add --gates {agent}=DIR")
+            continue
         if name not in POLICIES:
-            allowed = ", ".join((*POLICIES, "single:AGENT"))
+            allowed = ", ".join((*POLICIES, "single:AGENT", "dmoa:GATE"))
             raise RequestError(f"--policies: value seen: {policy!r}; allowed: {allowed}; name some of them")
         is_agent = agent is None or (name == "single" and (is_name(agent) if config is None else agent in config.agent_names))
         if not is_agent:
@@ -111,13 +116,14 @@ def build_session(
 
     if config is None:
         pool, workers, pool_limits = _server(options)
-        gate_version, engines = None, []
+        gate_version, gates, engines = None, {}, []
     else:
-        from dmoa.agents.pool import build_pool_gate, check_files
+        from dmoa.agents.pool import build_other_gate, build_pool_gate, check_files
 
         check_files(config)
         fetch_models(config, common.say)
         gate_version = build_pool_gate(config)[1].version
+        gates = {name: build_other_gate(config, folder)[1].version for name, folder in options.gates.items()}
         pool, workers, pool_limits = _pool(config), _workers(options, config), limits_for(config)
         engines = [f"{llm.engine}/{llm.options.model_dump_json()}" for llm in config.llms.values()]
     limits = options.limits(pool_limits)
@@ -129,6 +135,7 @@ def build_session(
         workers=workers,
         pool=pool,
         gate_version=gate_version,
+        gates=gates,
         engines=engines,
         command=command,
         say=common.say,
@@ -159,7 +166,11 @@ def _workers(options: EvaluateOptions, config: Config) -> Workers:
     if call_cache is not None:
         CallStore(call_cache).close()  # a folder that cannot be written is refused here, not in a worker
     return Workers(
-        open_answerer=OpenPool(config_json=config.model_dump_json(), call_cache=call_cache),
+        open_answerer=OpenPool(
+            config_json=config.model_dump_json(),
+            call_cache=call_cache,
+            gates={name: folder.absolute() for name, folder in options.gates.items()},
+        ),
         count=options.workers,
         places=options.concurrency or FILL * sum(config.llms[name].max_num_seqs for name in used),
         widths={policy: width if widest is None else min(width, widest) for policy, width in widths.items()},

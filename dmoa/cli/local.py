@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,27 +152,39 @@ def fetch_models(config: Config, say: Callable[[str], None]) -> None:
         fetch("minilm", progress=say)
 
 
-def build_local_backend(config: Config, say: Callable[[str], None], call_cache: Path | None = None) -> LocalBackend:
-    """Load a pool's gate, encoder and engines in this process, saying what is under way.
+def build_local_backend(
+    config: Config,
+    say: Callable[[str], None],
+    call_cache: Path | None = None,
+    gates: Mapping[str, Path] | None = None,
+) -> LocalBackend:
+    """Load a pool's gates, encoder and engines in this process, saying what is under way.
 
-    `call_cache` is a folder in which greedy agent calls are kept and found again. Blocks while models load; the first
-    use fetches and converts the embedded ones. Raises ConfigError, CheckpointError, ModelFetchError.
+    `call_cache` is a folder in which greedy agent calls are kept and found again; `gates` are checkpoints beside the
+    pool's own, for the policies `dmoa:NAME`. Blocks while models load; the first use fetches and converts the embedded
+    ones. Raises ConfigError, CheckpointError, ModelFetchError.
     """
     from dmoa.agents.call_cache import CachedAgents, CallStore, call_identities
-    from dmoa.agents.pool import build_encoder, build_local, build_pool_gate, check_files, fingerprint
+    from dmoa.agents.pool import build_encoder, build_local, build_other_gate, build_pool_gate, check_files, fingerprint
+    from dmoa.policies.registry import NamedGate
     from dmoa.routing import LocalRouter
     from dmoa.swarm import Swarm
 
     check_files(config)
     fetch_models(config, say)
-    gate, record = build_pool_gate(config)
     router = LocalRouter()
+    named: dict[str, NamedGate] = {}
+    for name, folder in (gates or {}).items():
+        gate, record = build_other_gate(config, folder)
+        router.install(record.version, gate)
+        named[name] = NamedGate(version=record.version, preset=gate.spec.preset)
+    gate, record = build_pool_gate(config)
     router.install(record.version, gate)
     agents: AgentClient
     agents, engines = build_local(config)
     if call_cache is not None:
         agents = CachedAgents(agents, CallStore(call_cache), call_identities(config))
-    swarm = Swarm(config, agents=agents, router=router, encoder=build_encoder(config))
+    swarm = Swarm(config, agents=agents, router=router, encoder=build_encoder(config), gates=named)
     return LocalBackend(config, swarm, engines, fingerprint(config))
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from dmoa.config import Name
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Split
 from dmoa.explain import describe
@@ -19,7 +20,15 @@ def _names(value: object) -> object:
     return tuple(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(name, str) for name in names) else names
 
 
+def _gates(value: object) -> object:
+    """Accept `a=DIR,b=DIR` where a mapping of names to folders is expected."""
+    if not isinstance(value, str):
+        return value
+    return dict(part.strip().partition("=")[::2] for part in value.split(",") if part.strip())
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Gates = Annotated[dict[Name, Path], BeforeValidator(_gates)]
 CPU_BUDGET = {"max_steps": 3, "max_agents": 2, "max_tokens": 96}
 """`--budget cpu`: what two cores can pay for."""
 
@@ -32,7 +41,9 @@ class EvaluateOptions(BaseModel):
     benchmarks: Names = Field(min_length=1)
     """Benchmarks and suites; `all` is the nine public benchmarks, `suites` the generated ones."""
     policies: Names = Field(default=("dmoa", "single"), min_length=1)
-    """Policies; `single:NAME` is one agent of the pool."""
+    """Policies; `single:NAME` is one agent of the pool, `dmoa:NAME` one of `gates`."""
+    gates: Gates = Field(default={}, max_length=50)
+    """Checkpoints to compare in one run, beside the pool's own: name -> folder."""
     data_dir: Path | None = None
     """Folder of benchmark files; None: the Hugging Face hub."""
     split: Split = "test"
@@ -73,6 +84,8 @@ class EvaluateOptions(BaseModel):
             raise ValueError("resume needs out, the folder of the run to go on with; add --out DIR")
         if self.url is not None and self.call_cache is not None:
             raise ValueError("call_cache has no effect with url: the server calls its own agents; leave one out")
+        if self.url is not None and self.gates:
+            raise ValueError("gates have no effect with url: the server has its own; leave one out")
         return self
 
     def limits(self, pool: Limits) -> Limits:

@@ -30,7 +30,7 @@ from dmoa.evaluation.run_info import pool_differences
 from dmoa.evaluation.scorers.programs import require_sandbox
 from dmoa.evaluation.source_revision import code_revision
 
-_FIXED = ("policies", "split", "limit", "seed", "limits", "gate_version")
+_FIXED = ("policies", "split", "limit", "seed", "limits", "gate_version", "gates")
 """What a run that goes on must have in common with its beginning, beside its benchmarks, its pool and the difficulty."""
 _VERSIONS = ("transformers", "datasets", "math-verify", "pyarrow", "wandb")
 
@@ -46,6 +46,8 @@ class Session:
     workers: Workers
     pool: PoolInfo
     gate_version: str | None
+    gates: dict[str, str]
+    """Version of each gate of the policies `dmoa:NAME`, by name."""
     engines: list[str]
     command: str
     say: Callable[[str], None]
@@ -150,6 +152,7 @@ def _run_info(session: Session, benchmarks: Sequence[BenchmarkInfo]) -> RunInfo:
         seed=options.seed,
         limits=_limits(session.asking),
         gate_version=session.gate_version,
+        gates=session.gates,
         engines=session.engines,
         isolation=sandbox.level() if _runs_programs(session.benchmarks) else "",
         machine=machine(),

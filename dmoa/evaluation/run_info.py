@@ -117,6 +117,8 @@ class RunInfo(ResultRecord):
     """Budgets of a query, such as max_steps, max_agents, budget_tokens, deadline_s."""
     gate_version: str | None = None
     """Gate that the run began with; None for policies without one."""
+    gates: dict[str, str] = {}
+    """Version of each gate of the policies `dmoa:NAME`, by name."""
     engines: list[str] = []
     """Engines and their options that may change numbers, such as `transformers/float32`."""
     isolation: str = ""

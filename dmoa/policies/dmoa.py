@@ -20,7 +20,11 @@ class DmoaPolicy:
 
     name = "dmoa"
 
-    def __init__(self, *, router: Router, encoder: Encoder, preset: Literal["default", "paper"]) -> None:
+    def __init__(
+        self, *, router: Router, encoder: Encoder, preset: Literal["default", "paper"], gate_version: str | None = None
+    ) -> None:
+        """`gate_version`: the version to begin with; None: the router's current one."""
+        self._gate_version = gate_version
         self._router = router
         self._encoder = encoder
         self._preset = preset
@@ -33,7 +37,7 @@ class DmoaPolicy:
         request = RouteRequest(
             input_X=await self._input(state),
             hidden_H=previous.hidden_H if previous else None,
-            gate_version=previous.gate_version if previous else None,
+            gate_version=previous.gate_version if previous else self._gate_version,
             max_agents=state.query.limits.max_agents,
             unavailable=tuple(sorted(lost)) if previous and len(lost) < len(previous.agents) else (),
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from dmoa.config import Config
+from dmoa.core.inputs import Preset
 from dmoa.errors import RequestError
 from dmoa.policies.dense import DensePolicy
 from dmoa.policies.dmoa import DmoaPolicy
@@ -16,6 +17,14 @@ from dmoa.protocols import Encoder, Policy, Router
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NamedGate:
+    """A gate that the router holds beside the current one, so that several can be compared in one run."""
+
+    version: str
+    preset: Preset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyContext:
     """What a policy may be built from."""
 
@@ -23,7 +32,8 @@ class PolicyContext:
     router: Router
     encoder: Encoder
     agent: str | None = None
-    """The agent that the client named, for policies of one agent."""
+    """The agent that was named, for policies of one agent; for `dmoa` the name of a gate."""
+    gates: Mapping[str, NamedGate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +48,13 @@ class PolicyEntry:
 
 
 def _dmoa(context: PolicyContext) -> Policy:
-    return DmoaPolicy(router=context.router, encoder=context.encoder, preset=context.config.gate.preset)
+    if context.agent is None:
+        return DmoaPolicy(router=context.router, encoder=context.encoder, preset=context.config.gate.preset)
+    gate = context.gates.get(context.agent)
+    if gate is None:
+        allowed = ", ".join(context.gates) or "none was given"
+        raise RequestError(f"policy: dmoa:{context.agent}: allowed gates: {allowed}; give the gate, or leave its name out")
+    return DmoaPolicy(router=context.router, encoder=context.encoder, preset=gate.preset, gate_version=gate.version)
 
 
 def _single(context: PolicyContext) -> Policy:

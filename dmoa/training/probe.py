@@ -121,7 +121,7 @@ def probe(sample: ProbeSample, *, known: ProbeSample | None = None, seed: int = 
     whole_R = np.asarray(np.isfinite(log_RA).all(axis=1))
     if whole_R.sum() < 4 or len(sample.agents) < 2:
         raise ConfigError(
-            f"probe: {int(whole_R.sum())} queries that all of {len(sample.agents)} agents replied to; four and two are the least; "
+            f"probe: {whole_R.sum()} queries that all of {len(sample.agents)} agents replied to; four and two is the least; "
             "give more queries, or a pool of agents"
         )
     log_RA = log_RA[whole_R]

@@ -57,3 +57,12 @@ def test_bad_options_name_field_value_and_way_out(values: dict[str, Any], messag
 
 def test_paths_may_be_texts() -> None:
     assert parse_options({"benchmarks": "arith", "out": "out/x"}).out == Path("out/x")
+
+
+def test_gates_are_named_folders() -> None:
+    options = parse_options({"benchmarks": "arith", "gates": "old=a/b, new=c"})
+    assert options.gates == {"old": Path("a/b"), "new": Path("c")}
+    with pytest.raises(ConfigError, match=r"gates.No.*lower case"):
+        parse_options({"benchmarks": "arith", "gates": "No=a"})
+    with pytest.raises(ConfigError, match="gates have no effect with url"):
+        parse_options({"benchmarks": "arith", "gates": "a=b", "url": "http://x"})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dmoa.config import Config
 from dmoa.errors import RequestError
 from dmoa.policies.dmoa import DmoaPolicy
-from dmoa.policies.registry import POLICIES, PolicyContext, build_policy
+from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
 from dmoa.types import StepPlan
 from tests.unit.fakes import FakeEncoder, fixed_gate, query, router_of, state_of
 
@@ -46,6 +48,20 @@ async def test_single_asks_the_agent_that_was_named_or_the_first() -> None:
         assert isinstance(plan, StepPlan)
         assert [activation.agent for activation in plan.activations] == [asked]
         assert [activation.agent for activation in plan.reserves] == reserves
+
+
+async def test_dmoa_routes_with_the_gate_that_is_named() -> None:
+    router = router_of(fixed_gate({"a": 0.5, "b": 0.3, "c": 0.2}))
+    other = fixed_gate({"a": 0.1, "b": 0.1, "c": 0.8})
+    router.install("other", other)
+    router.use("v1")
+    gates = {"new": NamedGate(version="other", preset="default")}
+    for agent, asked in ((None, ["a", "b"]), ("new", ["c"])):
+        plan = await build_policy("dmoa", replace(context(agent), router=router, gates=gates)).next_step(state_of(query()))
+        assert isinstance(plan, StepPlan)
+        assert [activation.agent for activation in plan.activations] == asked
+    with pytest.raises(RequestError, match=r"dmoa:old: allowed gates: none was given"):
+        build_policy("dmoa", context("old"))
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])

@@ -1,0 +1,36 @@
+"""Several gates in one swarm: `dmoa:NAME` routes with the checkpoint of that name, `dmoa` with the pool's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from dmoa import checkpoint
+from dmoa.agents.pool import build_pool_gate, fingerprint
+from dmoa.cli.local import build_local_backend
+from dmoa.config import Config, load
+from dmoa.core.gate import init_gate
+from dmoa.evaluation.answering import ask_swarm
+from dmoa.types import Query
+
+
+def other_gate(config: Config, folder: Path) -> str:
+    """Save another gate for the pool, of the `paper` preset, and return its version."""
+    spec = build_pool_gate(config)[0].spec
+    gate = init_gate(replace(spec, preset="paper", cascade=False), seed=9)
+    record = checkpoint.describe_gate(gate, fingerprint=fingerprint(config), trained_on={"rollouts": "none"})
+    checkpoint.save(folder, gate, record)
+    return record.version
+
+
+async def test_a_query_names_its_gate(pool: Path, tmp_path: Path) -> None:
+    config = load(pool)
+    version = other_gate(config, tmp_path / "paper")
+    backend = build_local_backend(config, lambda text: None, gates={"paper": tmp_path / "paper"})
+    try:
+        own = await ask_swarm(backend.swarm, Query(trace_id="a", text="What is 2 + 2?"), "dmoa", None)
+        named = await ask_swarm(backend.swarm, Query(trace_id="b", text="What is 2 + 2?"), "dmoa", "paper")
+    finally:
+        await backend.close()
+    assert own.dmoa.gate_version == build_pool_gate(config)[1].version
+    assert (named.dmoa.gate_version, named.dmoa.untrained) == (version, False)
