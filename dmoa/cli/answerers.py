@@ -6,8 +6,8 @@ What opens them pickles, because the answering runs in another process; see `eva
 from __future__ import annotations
 
 import time
-from contextlib import aclosing
 from collections.abc import Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
