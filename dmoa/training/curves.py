@@ -1,0 +1,100 @@
+"""Follows a training from outside: its epochs go to the screen and to the tracker as the workers keep them.
+
+The workers write one file per epoch (`training/run_state`) and nothing else; this reads how far they are. A run that goes on
+logs what its tracker has not got yet, under the name of its folder, so that it joins its own run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dmoa.errors import ConfigError
+from dmoa.tracking import open_tracker
+from dmoa.training.export import Trained
+from dmoa.training.options import TrainOptions
+from dmoa.training.run_state import EpochRecord, StateStore
+
+_POLL_S = 0.25
+_REMOTE_POLL_S = 5.0
+
+
+class Curves:
+    """The tracker of a training, and the thread that feeds it."""
+
+    def __init__(self, options: TrainOptions, config: Mapping[str, Any]) -> None:
+        """Begin to log the run in `options.out`, or go on with it."""
+        out = options.out.absolute()
+        self._logged = _logged_epochs(out / "metrics.jsonl")
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", out.name) or "train"
+        settings = {"options": options.model_dump(mode="json"), **config}
+        self._tracker = open_tracker(options.track, run_dir=out, name=name, run_id=name, config=settings)
+
+    @contextmanager
+    def follow(self, store: StateStore, watch: Callable[[EpochRecord], None]) -> Iterator[None]:
+        """Call `watch` with each epoch that ends in this block, and log every epoch that is not logged yet."""
+        done = threading.Event()
+        seen = _num_epochs(store)
+
+        def look() -> None:
+            nonlocal seen
+            with suppress(ConfigError, OSError):  # a look that fails is made up for by the next
+                progress = store.read_progress()
+                for record in progress.epochs if progress else ():
+                    self._log(record)
+                    if record.epoch > seen:
+                        seen = record.epoch
+                        watch(record)
+
+        def loop() -> None:
+            while not done.wait(_REMOTE_POLL_S if "://" in store.place else _POLL_S):
+                look()
+
+        thread = threading.Thread(target=loop, name="curves", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            look()
+
+    def _log(self, record: EpochRecord) -> None:
+        if record.epoch not in self._logged:
+            self._logged.add(record.epoch)
+            values = {name: value for name, value in record.model_dump().items() if name != "epoch" and value is not None}
+            self._tracker.log(values, step=record.epoch)
+
+    def end(self, trained: Trained, load: Mapping[str, float], checkpoint: Path, manifests: Mapping[str, Path]) -> None:
+        """Log what came of it: metrics, the routing table, the checkpoint, and what the rollouts were."""
+        self._tracker.log({f"held/{name}": value for name, value in trained.record.metrics.items()})
+        self._tracker.table("first_choices", ["agent", "share of held-back steps"], [list(item) for item in load.items()])
+        for name, path in manifests.items():
+            self._tracker.artifact(path, name, "rollouts")
+        self._tracker.artifact(checkpoint, f"gate-{trained.record.version}", "checkpoint")
+
+    def close(self) -> None:
+        """End the logging."""
+        self._tracker.finish()
+
+
+def _num_epochs(store: StateStore) -> int:
+    progress = store.read_progress()
+    return len(progress.epochs) if progress else 0
+
+
+def _logged_epochs(path: Path) -> set[int]:
+    """Return the epochs that a file of curves holds already."""
+    found: set[int] = set()
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                message = json.loads(line)
+                if message["op"] == "log" and message["step"] is not None:
+                    found.add(int(message["step"]))
+    return found

@@ -1,0 +1,223 @@
+"""Rollouts as the gate's training reads them: every query an episode of steps, packed into a few arrays.
+
+Rows come from Parquet shards, through Ray Data or (training in process) straight from pyarrow, in any order; the episodes
+are the same, bit for bit. Text and labels are never read. Next stop: `training/targets`.
+
+Shape letters: Q episodes, N steps of all episodes one after the other, A agents in the pool, X gate input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dmoa.core.scores import Array, BoolArray
+from dmoa.errors import ConfigError
+from dmoa.types import FloatArray
+
+COLUMNS = (
+    "query_id",
+    "step",
+    "num_steps",
+    "context",
+    "feedback",
+    "agent",
+    "probability",
+    "propensity",
+    "entropy_sum_nats",
+    "entropy_sq_sum",
+    "entropy_tokens",
+    "finish_reason",
+    "status",
+    "gate_version",
+    "seed",
+)
+"""The columns of a rollout that training reads."""
+_KEY = ("query_id", "gate_version", "seed")
+_NUMBERS = ("probability", "propensity", "entropy_sum_nats", "entropy_sq_sum", "entropy_tokens")
+
+
+class EpisodeKey(NamedTuple):
+    """What tells two episodes apart; the order of episodes is the order of their keys."""
+
+    query_id: str
+    folder: int
+    """Place of the folder among those that are read."""
+    gate_version: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episodes:
+    """All episodes of a training, packed: step n of episode q is entry `start_Q[q] + n`."""
+
+    agents: tuple[str, ...]
+    key_Q: tuple[EpisodeKey, ...]
+    start_Q: npt.NDArray[np.int64]
+    """[Q + 1], where each episode begins, and the end of the last."""
+    input_NX: FloatArray
+    asked_NA: BoolArray
+    """Agents that have a row: asked, or masked while they were wanted."""
+    ran_NA: BoolArray
+    """Agents that replied with at least one token."""
+    cut_NA: BoolArray
+    """Replies that ended by length."""
+    sum_NA: Array
+    """Entropy sums in nats, 0 where nothing ran."""
+    sq_sum_NA: Array
+    tokens_NA: Array
+    propensity_NA: Array
+    """1 where an agent has no row."""
+    probability_NA: Array
+    """Of the policy that collected; NaN where an agent has no row."""
+
+    def dense_steps(self, episodes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the steps of some episodes in which every agent was asked for certain."""
+        is_dense_N = (self.asked_NA & (self.propensity_NA == 1.0)).all(axis=1)
+        steps = self.steps_of(episodes)
+        found: npt.NDArray[np.int64] = steps[is_dense_N[steps]]
+        return found
+
+    def steps_of(self, episodes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the entries of all steps of some episodes, in their order."""
+        parts = [np.arange(self.start_Q[q], self.start_Q[q + 1]) for q in episodes]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def digest(self) -> str:
+        """Return a hash of everything that is learned from."""
+        found = hashlib.sha256(repr((self.agents, self.key_Q)).encode())
+        for name in ("start_Q", "input_NX", "ran_NA", "cut_NA", "sum_NA", "sq_sum_NA", "tokens_NA", "propensity_NA"):
+            found.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        return found.hexdigest()
+
+
+def held_back(episodes: Episodes, share: float) -> BoolArray:
+    """Return which episodes [Q] are held back: those of the queries with the lowest hashes, `share` of all queries.
+
+    All episodes of a query, whatever their round, are on one side; both sides have a query at least. Raises ConfigError
+    for fewer than two queries.
+    """
+    queries = sorted({key.query_id for key in episodes.key_Q}, key=lambda query: hashlib.sha256(query.encode()).digest())
+    if len(queries) < 2:
+        raise ConfigError(f"rollouts: {len(queries)} queries; training and holding back need two at least; collect more")
+    count = min(max(round(share * len(queries)), 1), len(queries) - 1)
+    held = set(queries[:count])
+    return np.array([key.query_id in held for key in episodes.key_Q], dtype=np.bool_)
+
+
+class _Step(NamedTuple):
+    input_X: FloatArray
+    rows: dict[str, tuple[float, ...]]
+    """By agent: probability, propensity, sum, sum of squares, tokens, whether it replied, whether it was cut."""
+
+
+class EpisodeBuilder:
+    """Collects rows, in any order, into episodes. Not safe to use from two threads at once."""
+
+    def __init__(self, agents: tuple[str, ...], input_dim: int, *, has_feedback: bool) -> None:
+        """`input_dim`: X of the gate that is to learn; `has_feedback`: whether its preset reads the feedback features."""
+        self._agents = agents
+        self._input_dim = input_dim
+        self._parts = ("context", "feedback") if has_feedback else ("context",)
+        self._episodes: dict[EpisodeKey, dict[int, _Step]] = {}
+        self._num_steps: dict[EpisodeKey, int] = {}
+
+    def add(self, table: pa.Table, folder: int) -> None:
+        """Take rows of the pool's own agents, with `COLUMNS`; `folder` is the place of the folder they come from.
+
+        Raises ConfigError for rows of another gate's inputs, given twice, or holding no finite numbers.
+        """
+        if not table.num_rows:
+            return
+        columns = {name: table.column(name).to_pylist() for name in COLUMNS if name not in ("context", "feedback", *_NUMBERS)}
+        number_RF = np.stack([table.column(name).to_numpy().astype(np.float64) for name in _NUMBERS], axis=1)
+        _check_numbers(columns, number_RF)
+        keys = [
+            EpisodeKey(query, folder, version, int(seed))
+            for query, version, seed in zip(*(columns[n] for n in _KEY), strict=True)
+        ]
+        fresh: dict[tuple[EpisodeKey, int], int] = {}
+        for row, place in enumerate(zip(keys, columns["step"], strict=True)):
+            if place[1] not in self._episodes.get(place[0], {}):
+                fresh.setdefault(place, row)
+        for (key, step), input_X in zip(fresh, self._inputs(table, list(fresh.values())), strict=True):
+            self._episodes.setdefault(key, {})[step] = _Step(input_X, {})
+        for row, key in enumerate(keys):
+            self._num_steps.setdefault(key, columns["num_steps"][row])
+            replied = columns["status"][row] == "ok" and number_RF[row, -1] > 0
+            values = (*number_RF[row], replied, columns["finish_reason"][row] == "length")
+            rows = self._episodes[key][columns["step"][row]].rows
+            if columns["agent"][row] in rows:
+                raise ConfigError(
+                    f"rollouts: query {key.query_id!r}, step {columns['step'][row]}, agent {columns['agent'][row]!r} is there "
+                    "twice; remove one of the copies"
+                )
+            rows[columns["agent"][row]] = values
+
+    def _inputs(self, table: pa.Table, rows: list[int]) -> Iterator[FloatArray]:
+        """Return the gate's inputs [X] of some rows: context, and feedback where the preset has it."""
+        taken = table.take(pa.array(rows, type=pa.int64()))
+        parts = [taken.column(name) for name in self._parts]
+        for row in range(len(rows)):
+            input_X = np.concatenate([np.asarray(part[row].values.to_numpy(zero_copy_only=False), np.float32) for part in parts])
+            if input_X.shape != (self._input_dim,) or not np.isfinite(input_X).all():
+                raise ConfigError(
+                    f"rollouts: query {taken['query_id'][row].as_py()!r}: context and feedback hold {len(input_X)} numbers, the "
+                    f"gate reads {self._input_dim}, all finite; collect with the preset and encoder that the gate is to have"
+                )
+            yield input_X
+
+    def build(self) -> Episodes:
+        """Return all episodes, sorted. Raises ConfigError where there are none, or a step of one is missing."""
+        if not self._episodes:
+            raise ConfigError("rollouts: no rows; collect some with dmoa rollouts")
+        for key, steps in self._episodes.items():
+            if sorted(steps) != list(range(self._num_steps[key])):
+                raise ConfigError(
+                    f"rollouts: query {key.query_id!r} has steps {sorted(steps)} of {self._num_steps[key]}; all of them are "
+                    "needed; collect the query again"
+                )
+        keys = tuple(sorted(self._episodes))
+        return self._pack(keys, [self._episodes[key][step] for key in keys for step in range(self._num_steps[key])])
+
+    def _pack(self, keys: tuple[EpisodeKey, ...], steps: list[_Step]) -> Episodes:
+        place = {name: a for a, name in enumerate(self._agents)}
+        value_FNA = np.zeros((7, len(steps), len(self._agents)))
+        value_FNA[0], value_FNA[1] = np.nan, 1.0
+        asked_NA = np.zeros(value_FNA.shape[1:], dtype=np.bool_)
+        for n, step in enumerate(steps):
+            for agent, values in step.rows.items():
+                value_FNA[:, n, place[agent]] = values
+                asked_NA[n, place[agent]] = True
+        ran_NA = value_FNA[5] > 0
+        return Episodes(
+            agents=self._agents,
+            key_Q=keys,
+            start_Q=np.concatenate([[0], np.cumsum([self._num_steps[key] for key in keys])]).astype(np.int64),
+            input_NX=np.stack([step.input_X for step in steps]),
+            asked_NA=asked_NA,
+            ran_NA=ran_NA,
+            cut_NA=ran_NA & (value_FNA[6] > 0),
+            sum_NA=np.where(ran_NA, value_FNA[2], 0.0),
+            sq_sum_NA=np.where(ran_NA, value_FNA[3], 0.0),
+            tokens_NA=np.where(ran_NA, value_FNA[4], 0.0),
+            propensity_NA=value_FNA[1],
+            probability_NA=value_FNA[0],
+        )
+
+
+def _check_numbers(columns: Mapping[str, list[Any]], number_RF: Array) -> None:
+    bad_R = ~np.isfinite(number_RF).all(axis=1) | (number_RF < 0).any(axis=1) | (number_RF[:, 1] <= 0)
+    if bad_R.any():
+        row = int(np.argmax(bad_R))
+        seen = dict(zip(_NUMBERS, number_RF[row].tolist(), strict=True))
+        raise ConfigError(
+            f"rollouts: query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}: {seen}; allowed are finite numbers "
+            "from 0, propensity above 0; collect the query again"
+        )

@@ -1,0 +1,164 @@
+"""What a training keeps after every epoch, and goes on from: weights, AdamW's moments, the best weights, the curve.
+
+One safetensors file without pickle, written whole and then renamed, wherever Ray's file systems reach (a folder, s3://,
+gs://). Ray Train's own `report` is not used for it: its controller takes a report every two seconds, which is longer than
+twenty epochs of few-shot training, and would either hold the training up or lose them. The order of the queries follows
+from seed and epoch, so it needs no state.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from dmoa.errors import ConfigError
+
+FILE = "state.safetensors"
+_META = "dmoa"
+_HEADER_BYTES = 8
+"""A safetensors file begins with the length of its header, in so many bytes."""
+_MAX_HEADER_BYTES = 100_000_000
+_READ_ERRORS = (OSError, SafetensorError, ValueError, KeyError)
+
+
+class EpochRecord(BaseModel):
+    """One epoch of the curve."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    epoch: int
+    """Counts from 1."""
+    train_loss: float | None
+    """Mean over the epoch's batches, each by the weights before its update; null where no batch held a pair."""
+    held_loss: float | None
+    """Of the held-back queries, after the epoch; null where they hold no pair, or it is not finite."""
+    held_pairwise: float | None
+    """Share of the held-back pairs that the gate ranks as the scores do."""
+    grad_norm: float
+    """Mean norm of the gradient before clipping."""
+    updates: int
+    """Updates of the epoch."""
+    bad_steps: int
+    """Batches of the whole run so far that were skipped because loss or gradient was not finite."""
+    seconds: float
+    """Wall time of the epoch, what it kept and measured included."""
+
+
+class Progress(BaseModel):
+    """How far a training is: the part of its state that is no tensor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    identity: dict[str, Any]
+    """What is learned, from what, by what options: the training goes on only with the same."""
+    epochs: tuple[EpochRecord, ...] = ()
+    num_updates: int = 0
+    bad_steps: int = 0
+    best_epoch: int = 0
+    """Epoch of the best weights; 0: the initial ones."""
+    best_loss: float | None = None
+    """Held-back loss of the best weights."""
+    ended: str | None = None
+    """Why the training is over; null while it is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """A training between two epochs."""
+
+    progress: Progress
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """`weights/NAME`, `best/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`."""
+
+    def part(self, kind: str) -> dict[str, Tensor]:
+        """Return the tensors of one kind, by name."""
+        return {name.removeprefix(f"{kind}/"): tensor for name, tensor in self.tensors.items() if name.startswith(f"{kind}/")}
+
+
+class StateStore:
+    """The place of a training's state. Cheap to make, and picklable: every worker makes its own."""
+
+    def __init__(self, place: str) -> None:
+        """`place`: a folder, or a URI that Ray's file systems know."""
+        self.place = place
+
+    def _open(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        if "://" in self.place:
+            system, root = pyarrow.fs.FileSystem.from_uri(self.place)
+        else:
+            system, root = pyarrow.fs.LocalFileSystem(), str(Path(self.place).absolute())
+        return system, root
+
+    def check(self) -> None:
+        """Make the folder. Raises ConfigError where it cannot be made or written."""
+        try:
+            system, root = self._open()
+            system.create_dir(root, recursive=True)
+            with system.open_output_stream(f"{root}/.writable") as stream:
+                stream.write(b"")
+            system.delete_file(f"{root}/.writable")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"train: cannot write {self.place!r}: {error}; name a folder that can be written") from error
+
+    def write(self, state: RunState) -> None:
+        """Keep a state in place of the one before; a reader sees either of them whole."""
+        system, root = self._open()
+        data = save(dict(state.tensors), metadata={_META: state.progress.model_dump_json()})
+        draft = f"{root}/.{FILE}.{secrets.token_hex(4)}"
+        with system.open_output_stream(draft) as stream:
+            stream.write(data)
+        system.move(draft, f"{root}/{FILE}")
+
+    def read(self) -> RunState | None:
+        """Return the state, None before the first. Raises ConfigError where the file is damaged."""
+        progress = self.read_progress()
+        if progress is None:
+            return None
+        system, root = self._open()
+        try:
+            with system.open_input_file(f"{root}/{FILE}") as stream:
+                data = stream.read()
+            return RunState(_progress(data[_HEADER_BYTES : _HEADER_BYTES + _header_length(data)]), load(data))
+        except _READ_ERRORS as error:
+            raise self._damaged(error) from error
+
+    def read_progress(self) -> Progress | None:
+        """Return how far the training is, without its tensors; None before the first state. Raises ConfigError."""
+        system, root = self._open()
+        path = f"{root}/{FILE}"
+        if system.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
+            return None
+        try:
+            with system.open_input_file(path) as stream:
+                return _progress(stream.read(_header_length(stream.read(_HEADER_BYTES))))
+        except _READ_ERRORS as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"train: the state in {self.place!r} cannot be read: {' '.join(str(error).split())[:300]}; remove {FILE} there to "
+            "begin anew"
+        )
+
+
+def _header_length(data: bytes) -> int:
+    length = int.from_bytes(data[:_HEADER_BYTES], "little")
+    if not 0 < length <= _MAX_HEADER_BYTES:
+        raise ValueError(f"its header claims {length} bytes")
+    return length
+
+
+def _progress(header: bytes) -> Progress:
+    try:
+        return Progress.model_validate_json(json.loads(header)["__metadata__"][_META])
+    except ValidationError as error:
+        raise ValueError(f"{error.error_count()} fields do not fit, first: {error.errors()[0]['msg']}") from error

@@ -1,0 +1,100 @@
+"""One worker among those that train together: how gradients are added up, and what all of them agree on.
+
+`Alone` is training with one worker or in process, `Group` a process group of torch.distributed (gloo between CPUs, nccl
+between GPUs) that Ray Train has set up. Both divide by the same number, the weight of all pairs of the global batch, so the
+update does not depend on how the batch was shared out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, distributed, nn
+
+from dmoa.core.losses import LossSums
+
+
+class GlobalLoss(NamedTuple):
+    """The loss of a global batch; the parameters' gradients are those of total / weight."""
+
+    total: float
+    weight: float
+    """0 where no query of the batch held a pair: then there is nothing to learn from it."""
+
+
+class World(Protocol):
+    """This worker and the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def backward(self, sums: LossSums | None, parameters: Sequence[nn.Parameter]) -> GlobalLoss:
+        """Leave the gradient of the global batch in the parameters; `sums` None: this worker has none of its queries."""
+        ...
+
+    def agree(self, value: float) -> float:
+        """Return the first worker's value to all of them."""
+        ...
+
+
+class Alone:
+    """The only worker."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def backward(self, sums: LossSums | None, parameters: Sequence[nn.Parameter]) -> GlobalLoss:
+        """Leave the gradient in the parameters."""
+        assert sums is not None, "the only worker has all queries"
+        total, weight = float(sums.total.detach()), float(sums.weight)
+        if weight:
+            torch.autograd.backward(sums.total / weight)
+        return GlobalLoss(total, weight)
+
+    def agree(self, value: float) -> float:
+        """Return the value."""
+        return value
+
+
+class Group:
+    """One of several workers. Every call is made by all of them, in the same order."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Join the process group that is there."""
+        self.rank = distributed.get_rank()
+        self.size = distributed.get_world_size()
+        self.device = device
+
+    def backward(self, sums: LossSums | None, parameters: Sequence[nn.Parameter]) -> GlobalLoss:
+        """Add up gradients, totals and weights in one all-reduce, and divide."""
+        counts = parameters[0].new_zeros(2)
+        if sums is not None:
+            torch.autograd.backward(sums.total)
+            counts = torch.stack([sums.total.detach(), sums.weight.detach()])
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([*(part.reshape(-1) for part in parts), counts])
+        distributed.all_reduce(flat)
+        total, weight = flat[-2:].tolist()
+        place = 0
+        for parameter in parameters:
+            view = flat[place : place + parameter.numel()].view_as(parameter)
+            parameter.grad = view / weight if weight else torch.zeros_like(view)
+            place += parameter.numel()
+        return GlobalLoss(total, weight)
+
+    def agree(self, value: float) -> float:
+        """Return the first worker's value to all of them."""
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        distributed.broadcast(shared, src=0)
+        return float(shared)
+
+
+def flat_size(parameters: Sequence[Tensor]) -> int:
+    """Return how many numbers `Group.backward` sends."""
+    return sum(parameter.numel() for parameter in parameters) + 2

@@ -1,0 +1,248 @@
+"""The loss of whole queries beside a slow reference in plain Python, its gradient, and the optimum of a problem that has one."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from dmoa import checkpoint
+from dmoa.config import GateConfig
+from dmoa.core.gate import Gate, GateSpec, init_gate
+from dmoa.training.episodes import COLUMNS, EpisodeBuilder, Episodes, held_back
+from dmoa.training.objective import Batches, batch_loss, unroll
+from dmoa.training.targets import Split, anchor_sample, build_data, fit_scale
+from dmoa.training.validation import held_metrics, measure
+from tests.unit.training.gate_rollouts import AGENTS, DIM, pool, row, write_rollouts
+from tests.unit.training.test_trainer import train
+
+CPU = torch.device("cpu")
+
+
+def ragged_rows() -> list[dict[str, Any]]:
+    """Five queries of one to three steps: replies of different lengths, cut ones, failed ones, agents that were not asked."""
+    rng = np.random.default_rng(7)
+    rows = []
+    for number, length in enumerate((1, 3, 2, 1, 2)):
+        for step in range(length):
+            context = rng.standard_normal(2 * DIM) / np.sqrt(DIM)
+            for agent in AGENTS:
+                tokens = int(rng.integers(1, 30))
+                nats = float(rng.uniform(0.01, 2.0))
+                changes: dict[str, Any] = {
+                    "num_steps": length,
+                    "entropy_tokens": tokens,
+                    "entropy_sum_nats": tokens * nats,
+                    "entropy_sq_sum": tokens * (nats * nats + float(rng.uniform(0.0, 0.5))),
+                    "feedback": rng.uniform(0, 1, 4).astype(np.float32),
+                }
+                if (number, step, agent) == (1, 0, "two"):
+                    changes["finish_reason"] = "length"
+                if (number, step, agent) == (1, 2, "three"):
+                    changes |= {"status": "failed", "entropy_tokens": 0, "entropy_sum_nats": 0.0, "entropy_sq_sum": 0.0}
+                if (number, step, agent) == (2, 1, "one"):
+                    changes["propensity"] = 0.01
+                if (number, step, agent) == (4, 0, "three"):
+                    continue
+                rows.append(row(f"q{number}", step, agent, nats, context, **changes))
+    # All rows of a step share what the gate read.
+    shared: dict[tuple[str, int], dict[str, Any]] = {}
+    for value in rows:
+        first = shared.setdefault((value["query_id"], value["step"]), value)
+        value["feedback"] = first["feedback"]
+    return rows
+
+
+def episodes_of(rows: list[dict[str, Any]]) -> Episodes:
+    builder = EpisodeBuilder(AGENTS, 2 * DIM + 4, has_feedback=True)
+    order = np.random.default_rng(0).permutation(len(rows))
+    for part in (order[::2], order[1::2]):
+        builder.add(pa.table({name: [rows[i][name] for i in part] for name in COLUMNS}), 0)
+    return builder.build()
+
+
+def gate_of(head: str = "linear") -> Gate:
+    spec = GateSpec.from_config(GateConfig(hidden=6, head=head), AGENTS)  # type: ignore[arg-type]
+    profiles = torch.from_numpy(np.random.default_rng(1).standard_normal((3, DIM)).astype(np.float32) / math.sqrt(DIM))
+    return init_gate(spec, seed=2, profile_AD=profiles if head == "profile" else None).double()
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    return 1 / (1 + np.exp(-x))
+
+
+def slow_logits(gate: Gate, rows: list[dict[str, Any]]) -> dict[tuple[str, int], np.ndarray]:  # type: ignore[type-arg]
+    """The gate's logits of every step, by torch's GRUCell written out for one query at a time."""
+    w = {name: tensor.detach().numpy() for name, tensor in gate.named_parameters()}
+    head, bias = (tensor.detach().numpy() for tensor in gate.head())
+    inputs = {(r["query_id"], r["step"]): np.concatenate([r["context"], r["feedback"]]).astype(np.float64) for r in rows}
+    found, hidden = {}, np.zeros(6)
+    for query, step in sorted(inputs):
+        hidden = np.zeros(6) if step == 0 else hidden
+        a = w["weight_ih"] @ inputs[query, step] + w["bias_ih"]
+        b = w["weight_hh"] @ hidden + w["bias_hh"]
+        reset, update = sigmoid(a[:6] + b[:6]), sigmoid(a[6:12] + b[6:12])
+        new = np.tanh(a[12:] + reset * b[12:])
+        hidden = (1 - update) * new + update * hidden
+        found[query, step] = head @ hidden + bias
+    return found
+
+
+def slow_soft_loss(gate: Gate, rows: list[dict[str, Any]], eta: float) -> float:
+    """The soft loss by its definition: sum over steps and pairs, with ranks, chance gaps, lengths, propensities and cuts."""
+    logits, steps = slow_logits(gate, rows), defaultdict(list)
+    for value in rows:
+        if value["status"] == "ok" and value["entropy_tokens"]:
+            steps[value["query_id"], value["step"]].append(value)
+    total = weight_sum = 0.0
+    for place, replies in steps.items():
+        n = [r["entropy_tokens"] for r in replies]
+        mean = [r["entropy_sum_nats"] / k for r, k in zip(replies, n, strict=True)]
+        variance = [r["entropy_sq_sum"] / k - m * m for r, k, m in zip(replies, n, mean, strict=True)]
+        cut = [20.0 * (r["finish_reason"] == "length") for r in replies]
+        s = [math.log(m + 1e-3) + c for m, c in zip(mean, cut, strict=True)]
+        rank = [1 + sum(other < one for other in s) for one in s]
+        say = [k / (k + 4) * min(1 / r["propensity"], 20.0) for r, k in zip(replies, n, strict=True)]
+        z = [logits[place][AGENTS.index(r["agent"])] for r in replies]
+        for a in range(len(s)):
+            for b in range(a + 1, len(s)):
+                q, p = float(sigmoid(np.array((s[b] - s[a]) / eta))), float(sigmoid(np.array((z[a] - z[b]) / 0.1)))
+                weight = say[a] * say[b] * abs(1 / math.log2(1 + rank[a]) - 1 / math.log2(1 + rank[b]))
+                if abs(s[a] - s[b]) < math.sqrt(variance[a] / n[a] + variance[b] / n[b]):
+                    weight /= 2
+                total -= weight * (q * math.log(p) + (1 - q) * math.log(1 - p))
+                weight_sum += weight
+    return total / weight_sum
+
+
+def data_of(episodes: Episodes) -> Any:
+    split = Split(train_Q=np.arange(3), held_Q=np.arange(3, 5))
+    scale = fit_scale(episodes, split, anchor_sample(episodes, split.train_Q, DIM), score="raw", num_clusters=2, seed=0)
+    return build_data(episodes, split, scale)
+
+
+@pytest.mark.parametrize("head", ["linear", "profile"])
+def test_the_loss_of_ragged_queries_is_that_of_the_slow_reference(head: str) -> None:
+    rows, gate = ragged_rows(), gate_of(head)
+    data = data_of(episodes_of(rows))
+    sums = batch_loss(gate, Batches(data, torch.float64, CPU).gather(np.arange(5)), loss="soft", eta=0.7)
+    assert float(sums.total.detach() / sums.weight) == pytest.approx(slow_soft_loss(gate, rows, 0.7), rel=1e-9)
+
+
+def test_sums_of_parts_are_the_sum_of_the_batch() -> None:
+    data, gate = data_of(episodes_of(ragged_rows())), gate_of()
+    batches = Batches(data, torch.float64, CPU)
+    whole = batch_loss(gate, batches.gather(np.arange(5)), loss="soft", eta=0.7)
+    parts = [batch_loss(gate, batches.gather(np.arange(5)[rank::3]), loss="soft", eta=0.7) for rank in range(3)]
+    for place in (0, 1):
+        assert float(sum(part[place] for part in parts).detach()) == pytest.approx(float(whole[place].detach()), rel=1e-12)
+
+
+def test_the_gradient_goes_back_through_all_steps() -> None:
+    data, gate = data_of(episodes_of(ragged_rows())), gate_of()
+    batch = Batches(data, torch.float64, CPU).gather(np.array([1, 2]))
+
+    def loss() -> torch.Tensor:
+        total, weight = batch_loss(gate, batch, loss="soft", eta=0.7)
+        return total / weight
+
+    torch.autograd.backward(loss())
+    for name, index in (("weight_hh", (3, 2)), ("weight_ih", (7, 10)), ("bias_hh", (15,)), ("head_weight", (1, 4))):
+        parameter = gate.get_parameter(name)
+        assert parameter.grad is not None
+        with torch.no_grad():
+            values = []
+            for change in (1e-5, -2e-5):
+                parameter[index] += change
+                values.append(float(loss()))
+            parameter[index] += 1e-5
+        assert float(parameter.grad[index]) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4, abs=1e-9), name
+
+
+def test_steps_that_a_query_has_not_change_nothing() -> None:
+    data, gate = data_of(episodes_of(ragged_rows())), gate_of()
+    batches = Batches(data, torch.float64, CPU)
+    together = unroll(gate, batches.gather(np.arange(5)))
+    alone = torch.cat([unroll(gate, batches.gather(np.array([q]))) for q in range(5)])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_quick_metrics_agree_with_the_whole() -> None:
+    episodes = episodes_of(ragged_rows())
+    data, gate = data_of(episodes), gate_of()
+    batches = Batches(data, torch.float64, CPU)
+    quick = held_metrics(gate, batches, data.held_Q, loss="soft", eta=0.7)
+    assert quick.pairwise == measure(gate, batches, episodes, data)["pairwise"]
+    sums = batch_loss(gate, batches.gather(data.held_Q), loss="soft", eta=0.7)
+    assert quick.loss == pytest.approx(float((sums.total / sums.weight).detach()))
+
+
+def test_metrics_by_hand() -> None:
+    """One held-back step: logits order three > one > two; scores order one < three < two; collected evenly."""
+    rows = [
+        row(query, 0, agent, nats, np.zeros(2 * DIM))
+        for query in ("a", "b")
+        for agent, nats in (("one", 0.1), ("two", 0.9), ("three", 0.3))
+    ]
+    episodes = episodes_of(rows)
+    split = Split(train_Q=np.array([0]), held_Q=np.array([1]))
+    scale = fit_scale(episodes, split, anchor_sample(episodes, split.train_Q, DIM), score="raw", num_clusters=1, seed=0)
+    data = build_data(episodes, split, scale)
+    gate = Gate(GateSpec.from_config(GateConfig(hidden=2), AGENTS))
+    p = np.array([0.3, 0.1, 0.6])
+    with torch.no_grad():
+        gate.head_bias.copy_(0.1 * torch.log(torch.from_numpy(p)))
+    found = measure(gate, Batches(data, torch.float32, CPU), episodes, data)
+    assert found["pairwise"] == pytest.approx(2 / 3)
+    gains = {"one": 2, "three": 1, "two": 0}
+    ideal = 2 + 1 / math.log2(3)
+    assert found["ndcg"] == pytest.approx((gains["three"] + gains["one"] / math.log2(3)) / ideal)
+    assert (found["chosen_nats"], found["surest_nats"], found["mean_nats"]) == pytest.approx((0.3, 0.1, 1.3 / 3))
+    assert (found["surest_share"], found["load_max"], found["load_entropy"]) == (0.0, 1.0, 0.0)
+    assert found["distance_step_0"] == pytest.approx(0.5 * np.abs(p - 1 / 3).sum(), abs=1e-5)
+    assert found["effective"] == pytest.approx(math.exp(-(p * np.log(p)).sum()), abs=1e-4)
+
+
+def test_the_soft_loss_has_a_finite_optimum_and_training_finds_it(tmp_path: Path) -> None:
+    """Always the same query: the best probabilities are softmax(-s / eta), whatever the number of epochs."""
+    nats = {"one": 0.2, "two": 0.4, "three": 1.5}
+    context = np.random.default_rng(0).standard_normal(2 * DIM) / np.sqrt(DIM)
+    rows = [row(f"q{n}", 0, agent, value, context) for n in range(8) for agent, value in nats.items()]
+    config = pool()
+    rollouts = write_rollouts(tmp_path / "rollouts", rows, config)
+    result = train(tmp_path / "run", rollouts, config, epochs=300, lr=5e-3, weight_decay=0, patience=300, dtype="float64")
+    s = np.array([math.log(value + 1e-3) for value in nats.values()])
+    eta = float(np.median(np.abs(s[:, None] - s)[np.triu_indices(3, 1)]))
+    assert result.record.metrics["eta"] == pytest.approx(eta)
+    gate, _ = checkpoint.load(result.checkpoint)
+    x = torch.from_numpy(np.concatenate([rows[0]["context"], rows[0]["feedback"]]))[None]
+    with torch.no_grad():
+        p = torch.softmax(gate(x, torch.zeros(1, 16)).logits_BA[0] / 0.1, dim=0).numpy()
+    wanted = np.exp(-s / eta) / np.exp(-s / eta).sum()
+    np.testing.assert_allclose(p, wanted, atol=2e-3)
+
+
+# Which queries are held back
+
+
+def test_the_queries_with_the_lowest_hashes_are_held_back_whatever_else_there_is() -> None:
+    queries = [f"q{n}" for n in range(40)]
+    rows = [row(query, 0, agent, 0.5, np.zeros(2 * DIM)) for query in queries for agent in AGENTS]
+    again = [value | {"gate_version": "later"} for value in rows]
+    once, twice = episodes_of(rows), episodes_of(rows + again)
+    held = {key.query_id for key, is_held in zip(once.key_Q, held_back(once, 0.25), strict=True) if is_held}
+    assert len(held) == 10
+    assert held == {key.query_id for key, is_held in zip(twice.key_Q, held_back(twice, 0.25), strict=True) if is_held}
+    assert held_back(twice, 0.25).sum() == 20
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.001, 1), (0.999, 3)])
+def test_both_sides_have_a_query(share: float, count: int) -> None:
+    rows = [row(f"q{n}", 0, agent, 0.5, np.zeros(2 * DIM)) for n in range(4) for agent in AGENTS]
+    assert held_back(episodes_of(rows), share).sum() == count
