@@ -16,6 +16,7 @@ from dmoa.evaluation.prepare import SUITE_ROWS
 from dmoa.evaluation.records import SPLITS, Label, Row
 from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.splits import load_disjoint
+from dmoa.evaluation.suites.streams import fine_split
 from dmoa.evaluation.suites.table import SUITES
 from dmoa.training.rollout_collect import Prepared
 from dmoa.training.rollout_options import RolloutOptions, Weighted, share_out
@@ -48,6 +49,8 @@ def check_names(options: RolloutOptions) -> None:
     if files and options.split not in SPLITS:
         allowed = ", ".join(SPLITS)
         raise ConfigError(f"--split: value seen: {options.split!r}; allowed for {', '.join(files)}: {allowed}; name one of them")
+    if len(files) < len(names):
+        fine_split(options.split)
     if options.labels is not None and not names:
         raise ConfigError("--labels: no effect without --benchmarks: queries of your own have none; leave it out")
 

@@ -36,7 +36,7 @@ def _one(text: str) -> dict[str, Any]:
     """Read `NAME` or `NAME:WEIGHT`; a colon that no number follows is part of the name."""
     name, colon, weight = text.rpartition(":")
     try:
-        return {"name": name, "weight": float(weight)} if colon else {"name": text}
+        return {"name": name.strip(), "weight": float(weight)} if colon else {"name": text}
     except ValueError:
         return {"name": text}
 

@@ -21,7 +21,6 @@ from dmoa.training.rollouts import RolloutFolder, write_whole
 
 PART_BYTES = 64 << 20
 """A part is written as soon as so much waits for it."""
-_FIRST_PAUSE_S = 2.0
 _PAUSE_SHARE = 0.02
 """Longest wait for a part, as a share of the session so far."""
 _LOCK_S = 60.0
@@ -42,8 +41,12 @@ class Collected:
 class RolloutWriter:
     """An actor on the driver's node; counts what it is given for the progress bar."""
 
-    def __init__(self, root: str) -> None:
-        """Take the collection's write lock, waiting for the writer of a session that was killed a moment ago."""
+    def __init__(self, root: str, first_pause_s: float = 2.0) -> None:
+        """Take the collection's write lock, waiting for the writer of a session that was killed a moment ago.
+
+        `first_pause_s`: shortest wait between two parts.
+        """
+        self._first_pause_s = first_pause_s
         self._folder = RolloutFolder(Path(root))
         self._folder.parts.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self._folder.root / ".writing.lock")
@@ -89,7 +92,7 @@ class RolloutWriter:
 
     def _write_if_due(self) -> None:
         now = time.monotonic()
-        pause_s = max(_FIRST_PAUSE_S, _PAUSE_SHARE * (now - self._started_s))
+        pause_s = max(self._first_pause_s, _PAUSE_SHARE * (now - self._started_s))
         if self._waiting_bytes >= PART_BYTES or now - self._written_s >= pause_s:
             self._write()
 

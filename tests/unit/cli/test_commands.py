@@ -19,8 +19,8 @@ from dmoa.cli.main import app
 from dmoa.config import load
 from dmoa.errors import AgentOverloadedError, CheckpointError, ConfigError, DmoaError, NoAgentError, RequestError, TraceError
 
-COMMANDS = ("run", "chat", "serve", "models", "policies", "schema", "doctor", "bench", "demo", "evaluate", "report")
-SCHEMAS = ("pool", "reply", "trace", "checkpoint", "bench", "evaluation")
+COMMANDS = ("run", "chat", "serve", "models", "policies", "schema", "doctor", "bench", "demo", "evaluate", "report", "rollouts")
+SCHEMAS = ("pool", "reply", "trace", "rollout", "checkpoint", "bench", "evaluation")
 
 
 def test_the_help_loads_nothing_heavy() -> None:

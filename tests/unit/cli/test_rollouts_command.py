@@ -1,0 +1,126 @@
+"""`dmoa rollouts` before it asks anyone: queries from everywhere, labels apart, and bad input named."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dmoa.cli.jobs import collect_rollouts_job
+from dmoa.cli.rollout_queries import prepare, read_labels
+from dmoa.cli.rollout_session import width
+from dmoa.config import load
+from dmoa.errors import ConfigError
+from dmoa.evaluation.suites.table import SUITES
+from dmoa.training.rollout_options import parse_options
+
+ROOT = Path(__file__).parents[3]
+
+
+def quiet(text: str) -> None:
+    """Say nothing."""
+
+
+def test_sources_are_mixed_by_weight_and_rows_are_those_of_the_gates_split(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("".join(f"Own question {number}?\n" for number in range(50)), encoding="utf-8")
+    options = parse_options(
+        {"out": tmp_path / "o", "benchmarks": "arith:2,relay", "queries": [f"{mine}:1"], "limit": 40, "seed": 3}
+    )
+    prepared = prepare(options, quiet)
+    queries = list(prepared.queries)
+    assert {(source.name, source.queries) for source in prepared.sources} == {("mine.txt", 10), ("arith", 20), ("relay", 10)}
+    assert len({query.query_id for query in queries}) == 40
+    firsts = [query.source for query in queries[:8]]
+    assert sorted(firsts) == ["arith"] * 4 + ["mine.txt"] * 2 + ["relay"] * 2
+    rows = {row.task.row_id: row.task for row in SUITES["arith"].generate("gate", 20, 3)}
+    assert {query.query_id: query.text for query in queries if query.source == "arith"} == {
+        name: task.text for name, task in rows.items()
+    }
+    assert all(query.stages for query in queries if query.source == "relay")
+    assert {query.split for query in queries} == {"train"}
+
+
+def test_labels_lie_apart_and_are_read_back(tmp_path: Path) -> None:
+    base = {"out": tmp_path / "o", "benchmarks": "arith", "limit": 5}
+    plain = list(prepare(parse_options(base), quiet).queries)
+    labelled = list(prepare(parse_options({**base, "labels": tmp_path / "l"}), quiet).queries)
+    assert labelled == plain
+    assert [path.name for path in tmp_path.iterdir()] == ["l"]
+    gold = {row.task.row_id: row.label for row in SUITES["arith"].generate("gate", 5, 0)}
+    assert {label.row_id: label for label in read_labels(tmp_path / "l")} == gold
+    assert set(json.loads((tmp_path / "l" / "labels.jsonl").read_text().splitlines()[0])) == {"query_id", "benchmark", "gold"}
+    with pytest.raises(ConfigError, match="holds no labels"):
+        list(read_labels(tmp_path / "nowhere"))
+
+
+def test_no_query_carries_its_label(tmp_path: Path) -> None:
+    options = parse_options({"out": tmp_path / "o", "benchmarks": "suites", "limit": 60})
+    for query in prepare(options, quiet).queries:
+        assert not set(query.model_dump()) & {"gold", "label", "answer"}
+
+
+def test_sources_that_hold_too_little_are_told(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("One?\nTwo?\n", encoding="utf-8")
+    said: list[str] = []
+    prepared = prepare(parse_options({"out": "o", "queries": [str(mine)], "limit": 9}), said.append)
+    assert len(list(prepared.queries)) == 2
+    assert said == ["note: the sources hold 2 queries, fewer than the 9 of --limit"]
+
+
+def test_a_query_is_as_wide_as_its_exploration(pool: Path) -> None:
+    config = load(pool, ["gate.activation.max_agents=1"])
+    assert (width(config, None), width(config, 0.2)) == (3, 2)
+    assert width(load(pool), 0.2) == 3, "never more than there are agents"
+
+
+# Ray Serve's own records, as they are imported for the first time.
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "both are empty"),
+        (["--benchmarks", "nope"], "value seen: nope"),
+        (["--benchmarks", "gsm8k", "--split", "anchor"], "--split: value seen: 'anchor'; allowed for gsm8k: train"),
+        (["--benchmarks", "arith", "--split", "other"], "split: value seen: 'other'"),
+        (["--benchmarks", "arith", "--dense", "--epsilon", "0.2"], "epsilon is 0.2"),
+        (["--queries", "nowhere.txt"], "--queries: cannot read 'nowhere.txt'"),
+        (["--queries", "nowhere.txt", "--labels", "l"], "--labels: no effect without --benchmarks"),
+        (["--benchmarks", "arith", "--checkpoint", "nowhere"], "nowhere"),
+        (["--benchmarks", "arith", "--limit", "9999999"], "limit: value seen: 9999999"),
+    ],
+)
+def test_bad_input_is_one_message_and_asks_nobody(
+    dmoa: Any, pool: Path, tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = dmoa("rollouts", "--config", pool, "--out", "o", *arguments)
+    assert result.exit_code == 2, result.stderr
+    assert message in result.stderr
+    assert not (tmp_path / "o" / "rollouts.json").exists()
+
+
+def test_the_jobs_file_is_read_and_its_mistakes_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = yaml.safe_load((ROOT / "jobs" / "collect_rollouts.yaml").read_text(encoding="utf-8"))
+    options = parse_options(tree["job"])
+    assert next((source.name, source.weight) for source in options.benchmarks) == ("arith", 2.0)
+    for text, message in (
+        ("job: {out: o}", "both are empty"),
+        ("job: {benchmarks: [arith]}", "out: missing"),
+        ("name: x", "job: missing"),
+    ):
+        (tmp_path / "job.yaml").write_text(text, encoding="utf-8")
+        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        monkeypatch.setattr(sys, "argv", ["jobs/collect_rollouts.py", "--config", str(tmp_path / "job.yaml")])
+        with pytest.raises(SystemExit) as ended:
+            collect_rollouts_job()
+        assert ended.value.code == 2
+        assert re.search(message, capsys.readouterr().err)

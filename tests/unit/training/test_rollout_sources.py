@@ -1,0 +1,82 @@
+"""Queries of a collection: the user's own files, samples by seed, and sources that take turns."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmoa.errors import ConfigError
+from dmoa.training.rollout_sources import read_queries, sample, take_turns
+
+
+def own(folder: Path, data: str | bytes) -> Path:
+    path = folder / "mine.jsonl"
+    path.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8"))
+    return path
+
+
+def test_texts_and_objects_are_queries_each_once(tmp_path: Path) -> None:
+    path = own(
+        tmp_path, '{"query": "What is 2 + 2?", "answer": "4"}\n\nName a day.\r\n  What is 2 + 2?  \n"quoted" words\nünïcode'
+    )
+    found = read_queries(path)
+    assert [query.text for query in found.queries] == ["What is 2 + 2?", "Name a day.", '"quoted" words', "ünïcode"]
+    first = found.queries[0]
+    assert first.query_id == "queries/" + hashlib.sha256(b"What is 2 + 2?").hexdigest()[:16]
+    assert (first.source, first.split, first.stages, found.num_bad) == ("mine.jsonl", "train", (), 0)
+    assert "4" not in first.model_dump_json().replace("2 + 2", "").replace(first.query_id, ""), (
+        "a label beside a query is not read"
+    )
+
+
+BAD = [
+    (b'{"query": "a', 'line 2: value seen: \'{"query": "a\'; it begins as JSON and is none'),
+    (b'{"question": "a"}', "line 2: query: value seen: None"),
+    (b'{"query": 7}', "line 2: query: value seen: 7"),
+    (b'{"query": " "}', "line 2: query: value seen: ' '"),
+    (b'{"query": "\\ud800"}', "line 2: 'utf-8' codec can't encode"),
+    (b"\xff\xfe", "line 2: 'utf-8' codec can't decode"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_a_line_that_is_no_query_is_named_or_left_out(tmp_path: Path, line: bytes, message: str) -> None:
+    path = own(tmp_path, b"good\n" + line + b"\n")
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        read_queries(path)
+    assert 'a line is a text, or a JSON object such as {"query": ' in str(caught.value)
+    found = read_queries(path, skip_bad_rows=True)
+    assert ([query.text for query in found.queries], found.num_bad) == (["good"], 1)
+
+
+def test_a_file_without_queries_and_no_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no query"):
+        read_queries(own(tmp_path, "\n \n"))
+    with pytest.raises(ConfigError, match="--queries: cannot read"):
+        read_queries(tmp_path / "nowhere.txt")
+
+
+def test_a_sample_hangs_on_the_seed_and_not_on_the_order() -> None:
+    items = [f"q{number}" for number in range(100)]
+    one = sample(items, 10, 3, str)
+    assert set(one) == set(sample(items[::-1], 10, 3, str))
+    assert set(one) != set(sample(items, 10, 4, str))
+    assert set(sample(items, 5, 3, str)) < set(one), "a larger sample has the smaller one"
+    assert sample(items, None, 3, str) == items
+
+
+@given(st.lists(st.integers(0, 40), max_size=5))
+def test_sources_take_turns_in_proportion(sizes: list[int]) -> None:
+    sources = [[(number, position) for position in range(size)] for number, size in enumerate(sizes)]
+    mixed = list(take_turns(sources))
+    assert sorted(mixed) == [item for source in sources for item in source]
+    for number, size in enumerate(sizes):
+        assert [item for item in mixed if item[0] == number] == sources[number], "each source keeps its order"
+        for end in range(len(mixed) + 1):
+            due = end * size / max(1, len(mixed))
+            assert abs(sum(item[0] == number for item in mixed[:end]) - due) <= len(sizes)
