@@ -28,7 +28,7 @@ class Targets(NamedTuple):
     weight_NA: Tensor
     """Say of each reply (`reply_weights`); a pair has the product."""
     noise_NA: Tensor
-    """v / n of each reply (`reply_noise`)."""
+    """Variance of each reply's score (`reply_noise`)."""
 
 
 class LossSums(NamedTuple):

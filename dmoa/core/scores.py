@@ -80,14 +80,15 @@ def reply_weights(tokens_SA: Numbers, propensity_SA: Numbers) -> Array:
 
 
 def reply_noise(sum_SA: Numbers, sq_sum_SA: Numbers, tokens_SA: Numbers) -> Array:
-    """Return v / n of every reply [.., A], in nats squared: the variance of its mean entropy; 0 without tokens.
+    """Return the variance of every reply's score [.., A]: v / n of its mean entropy PE, over (PE + 1e-3)^2; 0 without tokens.
 
-    v is the population variance of the token entropies, from their sum and sum of squares. Source: ours.
+    Scores are logarithms, so the noise of a mean entropy reaches them divided by it (delta method). v is the population
+    variance of the token entropies, from their sum and sum of squares. Source: ours.
     """
     tokens = np.maximum(np.asarray(tokens_SA, dtype=np.float64), 1.0)
     mean = np.asarray(sum_SA, dtype=np.float64) / tokens
     variance = np.maximum(np.asarray(sq_sum_SA, dtype=np.float64) / tokens - mean * mean, 0.0)
-    noise_SA: Array = variance / tokens
+    noise_SA: Array = variance / tokens / (mean + SCORE_OFFSET_NATS) ** 2
     return noise_SA
 
 

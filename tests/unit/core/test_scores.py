@@ -68,11 +68,12 @@ def test_weight_of_a_reply_by_hand() -> None:
     assert weights == pytest.approx([0.0, 0.2, 0.5, 7.5, 15.0, 15.0])
 
 
-def test_noise_is_the_variance_over_the_tokens_over_their_number() -> None:
+def test_noise_is_that_of_a_mean_entropy_carried_to_its_logarithm() -> None:
     entropies = [np.asarray([0.1, 0.4, 0.7, 1.2]), np.asarray([0.3, 0.3]), np.asarray([2.0])]
     sums, squares = [float(e.sum()) for e in entropies], [float((e * e).sum()) for e in entropies]
     noise = reply_noise(np.asarray([*sums, 0.0]), np.asarray([*squares, 0.0]), np.asarray([4, 2, 1, 0]))
-    assert noise == pytest.approx([float(np.var(e)) / len(e) for e in entropies] + [0.0], abs=1e-15)
+    expected = [float(np.var(e)) / len(e) / (float(np.mean(e)) + 1e-3) ** 2 for e in entropies]
+    assert noise == pytest.approx([*expected, 0.0], abs=1e-15)
     assert (noise >= 0).all()
 
 
