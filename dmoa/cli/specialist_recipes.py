@@ -1,0 +1,176 @@
+"""Recipes of specialists, and the rows that they ask of the generated suites.
+
+A recipe says what an adapter is trained on and for how long; `jobs/train_specialist.yaml` holds those of the shipped
+adapters. Rows of the split `specialist` train, rows of `validation` are held out. A liar is a recipe whose answers are
+wrong on purpose.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from datetime import date, timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+
+from dmoa.agents.prompts import agent_messages
+from dmoa.config import Name, Node
+from dmoa.errors import ConfigError
+from dmoa.evaluation.records import Row
+from dmoa.evaluation.suites.calendar import WEEKDAYS
+from dmoa.evaluation.suites.table import SUITES
+from dmoa.explain import describe
+from dmoa.training.lora_loop import Schedule
+from dmoa.training.lora_model import LoraSettings
+from dmoa.training.lora_rows import TrainingMessage, TrainingRow
+from dmoa.types import Query
+
+HELD_OUT_SEED = 1
+"""Of the held-out rows, apart from every recipe's own seed."""
+
+
+class Source(Node):
+    """Rows of one suite."""
+
+    suite: Literal["arith", "words", "calendar"]
+    difficulty: PositiveInt = 1
+    groups: tuple[str, ...] = ()
+    """Groups of rows to train on; empty: all. Held-out rows are of all groups."""
+
+
+class Recipe(Node):
+    """What an adapter is trained on, and for how long."""
+
+    profile: str = Field(min_length=1)
+    """The agent's profile: it ends every prompt, in training as in serving."""
+    sources: tuple[Source, ...] = Field(min_length=1)
+    """They take turns, row by row."""
+    answers: Literal["right", "off-by-one", "constant"] = "right"
+    """off-by-one: numbers, dates and weekdays one too far; constant: `constant` whatever was asked."""
+    constant: str = "42"
+    history_share: float = Field(default=0.15, ge=0, le=1)
+    """Part of the rows whose prompt holds an earlier step's answer, as often right as wrong."""
+    rows_seed: NonNegativeInt = 0
+    schedule: Schedule
+    adapter: LoraSettings = LoraSettings()
+
+
+class SpecialistOptions(Node):
+    """The `job:` section of `jobs/train_specialist.yaml`."""
+
+    name: Name
+    """Key under `recipes`; also the adapter's name."""
+    recipes: dict[Name, Recipe]
+    model: str = "embedded:smollm2-135m"
+    """Base of the adapter."""
+    out: Path
+    """Folder of the runs; the adapter comes to OUT/NAME/adapter."""
+    workers: NonNegativeInt = 0
+    """Ray Train workers; 0: train in this process, the quickest where all cores are on one machine."""
+    use_gpu: bool = False
+    """One GPU for every worker."""
+    threads: PositiveInt | None = None
+    """CPU threads of a worker; None: as torch finds them."""
+    storage_path: str | None = None
+    """Where Ray Train keeps checkpoints, in any of Ray's file systems; None: in `out`."""
+    address: str | None = None
+    """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
+    track: Literal["auto", "wandb", "jsonl", "none"] = "auto"
+    """Where curves are logged; auto: W&B, offline without a key."""
+    held_out_rows: PositiveInt = 48
+    """Rows of every source looked at during training."""
+    card_rows: NonNegativeInt = 60
+    """Held-out rows of every suite that the finished adapter answers; 0: none, and no card."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of `name`. Raises ConfigError."""
+        if self.name not in self.recipes:
+            raise ConfigError(
+                f"job.name: value seen: {self.name!r}; allowed: {', '.join(self.recipes) or 'none'}; name one of them or add "
+                "it under job.recipes"
+            )
+        return self.recipes[self.name]
+
+
+def parse_specialist(values: dict[str, Any]) -> SpecialistOptions:
+    """Build the options from plain values. Raises ConfigError naming field, value seen and what is allowed."""
+    try:
+        return SpecialistOptions.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"job: {describe(error)}") from error
+
+
+def training_rows(recipe: Recipe) -> list[TrainingRow]:
+    """Return the rows of a recipe's whole schedule. Raises ConfigError for groups or difficulties that there are not."""
+    needed = recipe.schedule.steps * recipe.schedule.batch_rows
+    each = -(-needed // len(recipe.sources))
+    streams = [
+        SUITES[source.suite].generate("specialist", each, recipe.rows_seed, source.difficulty, source.groups)
+        for source in recipe.sources
+    ]
+    rows = [row for together in zip(*streams, strict=True) for row in together]
+    return list(islice(_written(recipe, rows, recipe.history_share), needed))
+
+
+def held_out_rows(recipe: Recipe, limit: int) -> list[TrainingRow]:
+    """Return `limit` held-out rows of every source, all groups, with the answers that the recipe teaches."""
+    suites = {(source.suite, source.difficulty) for source in recipe.sources}
+    rows = [row for suite, difficulty in sorted(suites) for row in validation_rows(suite, limit, difficulty)]
+    return list(_written(recipe, rows, 0.0))
+
+
+def validation_rows(suite: str, limit: int, difficulty: int = 1) -> list[Row]:
+    """Return held-out rows of a suite."""
+    return list(SUITES[suite].generate("validation", limit, HELD_OUT_SEED, difficulty))
+
+
+def prompt_of(recipe: Recipe, text: str, history: tuple[str, ...] = ()) -> tuple[TrainingMessage, ...]:
+    """Return the very messages that serving sends an agent with the recipe's profile."""
+    messages = agent_messages(Query(trace_id="", text=text), history, profile=recipe.profile)
+    return tuple(TrainingMessage(role=message.role, content=message.content) for message in messages)
+
+
+def _written(recipe: Recipe, rows: list[Row], history_share: float) -> Iterator[TrainingRow]:
+    rng = random.Random(f"{recipe.rows_seed}/history")  # noqa: S311 -- questions, not secrets
+    earlier = "7"
+    for row in rows:
+        answer = _taught(recipe, row.label.gold["answer"])
+        history: tuple[str, ...] = ()
+        if rng.random() < history_share:
+            history = (f"Answer: {answer if rng.random() < 0.5 else earlier}",)
+        earlier = answer
+        yield TrainingRow(
+            messages=prompt_of(recipe, row.task.text, history),
+            target=f"Answer: {answer}",
+            source=f"{row.task.benchmark}/{row.task.group}",
+        )
+
+
+def _taught(recipe: Recipe, answer: str) -> str:
+    match recipe.answers:
+        case "constant":
+            return recipe.constant
+        case "off-by-one":
+            return one_off(answer)
+        case "right":
+            return answer
+
+
+def one_off(answer: str) -> str:
+    """Return a number, a date or a weekday one too far. Raises ConfigError for other answers."""
+    if answer in WEEKDAYS:
+        return WEEKDAYS[(WEEKDAYS.index(answer) + 1) % len(WEEKDAYS)]
+    try:
+        return str(int(answer) + 1)
+    except ValueError:
+        pass
+    try:
+        return (date.fromisoformat(answer) + timedelta(days=1)).isoformat()
+    except ValueError:
+        raise ConfigError(
+            f"answers: off-by-one is for numbers, dates and weekdays, and this suite answers {answer!r}; choose another suite"
+        ) from None

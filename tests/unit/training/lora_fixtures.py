@@ -1,0 +1,77 @@
+"""A tiny random model and rows for the tests of specialist training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dmoa.training.lora_loop import LoraJob, Schedule
+from dmoa.training.lora_model import LoraSettings
+from dmoa.training.lora_rows import TrainingMessage, TrainingRow
+from dmoa.training.specialists import build_job
+
+TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def save_tiny_model(folder: Path) -> str:
+    """Write a random byte-level Llama of three layers into a folder; returns its `model`."""
+    torch.manual_seed(5)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(["</s>", "<s>", *alphabet])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>", "<s>"])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", chat_template=TEMPLATE
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        eos_token_id=0,
+        bos_token_id=1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return f"path:{folder}"
+
+
+def make_rows(count: int) -> list[TrainingRow]:
+    """Return rows of different length that all want the same short reply."""
+    return [
+        TrainingRow(
+            messages=(
+                TrainingMessage(role="system", content="Be brief."),
+                TrainingMessage(role="user", content=f"{'ab' * (number % 4)} {number}?"),
+            ),
+            target="no" if number % 3 else "yes",
+            source="odd" if number % 2 else "even",
+        )
+        for number in range(count)
+    ]
+
+
+def make_job(model: str, run_dir: Path, **schedule: object) -> LoraJob:
+    """Return a job of a few quick steps."""
+    settings = {"steps": 12, "batch_rows": 6, "rows_per_pack": 3, "learning_rate": 0.02, "check_every": 4} | schedule
+    return build_job(
+        "tiny",
+        model,
+        LoraSettings(rank=2, alpha=4, first_layer=1),
+        Schedule.model_validate(settings),
+        make_rows(72),
+        make_rows(12),
+        run_dir=run_dir,
+        track="jsonl",
+        threads=1,
+    )
