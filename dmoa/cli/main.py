@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from dmoa import __version__
-from dmoa.cli import bench, chat, demo, doctor, evaluate, info, models, report, rollouts, run, serve
+from dmoa.cli import bench, chat, demo, doctor, evaluate, info, models, probe, report, rollouts, run, serve, train
 from dmoa.cli.options import fail
 from dmoa.errors import DmoaError
 
@@ -64,7 +64,9 @@ app.add_typer(models.app, name="models")
 app.command("demo")(demo.demo)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
+app.command("probe")(probe.probe)
 app.command("rollouts")(rollouts.rollouts)
+app.command("train")(train.train)
 app.command("policies")(info.policies)
 app.command("schema")(info.schema)
 app.command("doctor")(doctor.doctor)

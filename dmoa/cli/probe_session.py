@@ -1,0 +1,121 @@
+"""Puts a probe together: dense rollouts of the queries, and of rows with known answers, judged; then the statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmoa.cli.options import Common
+from dmoa.config import Config
+from dmoa.errors import ConfigError
+from dmoa.evaluation.suites.table import SUITES
+from dmoa.training.probe import ProbeReport, ProbeSample, probe
+from dmoa.training.probe_sample import sample_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STAGED = ("chain", "relay")
+Known = tuple[tuple[str, ...], int]
+"""Suites, and how many rows of them in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """How the probe asks."""
+
+    data_dir: Path | None
+    difficulty: int
+    seed: int
+    out: Path
+    call_cache: Path | None
+    address: str | None
+    command: str
+
+
+def look(
+    sources: Mapping[str, Any], limit: int, config: Config, common: Common, asked: Asked, known: Known | None
+) -> ProbeReport:
+    """Ask the queries, then look at the rollouts. Raises ConfigError, DmoaError as `dmoa rollouts` does."""
+    from dmoa.cli.evaluation_session import opened_ray
+
+    if known is not None:
+        _check_suites(known[0])
+    folder = asked.out / "dense"
+    with opened_ray(asked.address):
+        _collect({**sources, "limit": limit}, folder, config, common, asked)
+        return look_at(folder, config, common, asked, known)
+
+
+def look_at(folder: Path, config: Config, common: Common, asked: Asked, known: Known | None) -> ProbeReport:
+    """Look at rollouts that are there, and at rows with known answers where some are wanted. Raises ConfigError."""
+    from dmoa.agents.pool import fingerprint
+    from dmoa.training.rollouts import check_pool, read_manifest, read_table
+
+    if known is not None:
+        _check_suites(known[0])
+    manifest = read_manifest(folder)
+    check_pool(manifest, fingerprint=fingerprint(config), agents=config.agent_names)
+    sample = sample_of(read_table(folder), config.agent_names, manifest.preset)
+    if known is None:
+        return probe(sample, seed=asked.seed)
+    return probe(sample, known=_known_sample(known, config, common, asked), seed=asked.seed)
+
+
+def _check_suites(names: tuple[str, ...]) -> None:
+    allowed = [name for name in SUITES if name not in STAGED]
+    unknown = [name for name in names if name not in allowed]
+    if unknown:
+        raise ConfigError(
+            f"--known-answers: value seen: {', '.join(unknown)}; allowed: {', '.join(allowed)}, generated suites whose answers "
+            "are computed; name some of them"
+        )
+
+
+def _known_sample(known: Known, config: Config, common: Common, asked: Asked) -> ProbeSample:
+    """Ask rows of suites and judge every reply."""
+    from dmoa.training.rollouts import read_table
+
+    folder, labels = asked.out / "known", asked.out / "known-labels"
+    common.say("uses probe labels: generated rows with computed answers")
+    sources = {"benchmarks": ",".join(known[0]), "limit": known[1], "labels": labels}
+    _collect(sources, folder, config, common, replace(asked, data_dir=None))
+    table = read_table(folder)
+    return sample_of(table, config.agent_names, config.gate.preset, _judged(table, labels))
+
+
+def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:
+    """Return the score of every reply to the first step, by query and agent."""
+    from dmoa.cli.rollout_queries import read_labels
+    from dmoa.evaluation.records import Reply
+
+    label_of = {label.row_id: label for label in read_labels(labels)}
+    rows = table.select(("query_id", "step", "source", "agent", "text")).to_pylist()
+    return {
+        (row["query_id"], row["agent"]): SUITES[row["source"]].score(label_of[row["query_id"]], Reply(text=row["text"])).value
+        for row in rows
+        if row["step"] == 0
+    }
+
+
+def _collect(sources: Mapping[str, Any], out: Path, config: Config, common: Common, asked: Asked) -> None:
+    from dmoa.cli.rollout_session import run_rollouts
+    from dmoa.training.rollout_options import parse_options
+
+    options = parse_options(
+        {
+            **sources,
+            "out": out,
+            "dense": True,
+            "max_steps": 1,
+            "data_dir": asked.data_dir,
+            "difficulty": asked.difficulty,
+            "seed": asked.seed,
+            "call_cache": asked.call_cache,
+            "address": asked.address,
+            "track": "none",
+        }
+    )
+    run_rollouts(options, config, common, asked.command)
