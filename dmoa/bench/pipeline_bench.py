@@ -9,17 +9,15 @@ P5.wide is reported beside it: 32 queries on an engine that decodes all their ca
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from dmoa.agents.agent import LocalAgents
 from dmoa.agents.models import fetch, resolve_model
-from dmoa.agents.pool import build_agents, build_encoder, build_engine, build_pool_gate, callable_agents, load_pool
-from dmoa.bench.call_graph import QueryCalls, RecordingEngine, Window, graph_of, read_calls, replay, replay_flat, window_of
+from dmoa.agents.pool import load_pool
+from dmoa.bench.bare_engine import recorded_swarm, replayed
+from dmoa.bench.call_graph import QueryCalls, Window, graph_of, read_calls, window_of
 from dmoa.bench.measure import BenchResult, Spread, ratio, spread
 from dmoa.config import Config
 from dmoa.errors import DmoaError
@@ -28,9 +26,8 @@ from dmoa.evaluation.pipeline import Workers, answer_all
 from dmoa.evaluation.run_files import RunFolder, write_lines
 from dmoa.evaluation.suites.table import SUITES
 from dmoa.protocols import Engine
-from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm, limits_for
-from dmoa.types import GenerationRequest, Message, Query, Sampling
+from dmoa.types import Query
 
 BAR = 0.9
 IN_FLIGHT = (8, 16, 32)
@@ -175,36 +172,9 @@ def _piped(config: Config, in_flight: int) -> tuple[Window, tuple[QueryCalls, ..
 
 
 def _replayed(config: Config, graph: tuple[QueryCalls, ...], in_flight: int) -> tuple[Window, Window | None]:
-    """Replay a graph in a fresh actor; return the window, and that of the flat list where it is asked for."""
-    import ray
-
-    from dmoa.serving.agents import ENGINE_ENV
-
-    options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": dict(ENGINE_ENV)}}
-    windows: list[Window | None] = [None, None]
-    for place, flights in enumerate((in_flight, None)):
-        if flights is None and in_flight != FLAT_IN_FLIGHT:
-            continue
-        actor = ray.remote(Replayer).options(**options).remote(config.model_dump_json())
-        try:
-            windows[place] = ray.get(actor.run.remote(graph, flights))
-        finally:
-            ray.kill(actor)
-    bare, flat = windows
-    assert bare is not None
-    return bare, flat
-
-
-class Replayer:
-    """The bare engine in an actor."""
-
-    def __init__(self, config_json: str) -> None:
-        self._engine = _warm_engine(Config.model_validate_json(config_json))
-
-    def run(self, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
-        """Replay a graph with so many queries in flight; None: as a flat list."""
-        work = replay_flat(self._engine, graph) if in_flight is None else replay(self._engine, graph, in_flight)
-        return asyncio.run(work)
+    """Replay a graph; return the window, and that of the flat list where it is asked for."""
+    bare = replayed(config, graph, in_flight)
+    return bare, replayed(config, graph, None) if in_flight == FLAT_IN_FLIGHT else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,15 +186,7 @@ class OpenRecorded:
 
     def __call__(self) -> RecordedAnswerer:
         """Return the swarm, warm; blocks while models load."""
-        config = Config.model_validate_json(self.config_json)
-        gate, record = build_pool_gate(config)
-        router = LocalRouter()
-        router.install(record.version, gate)
-        encoder = build_encoder(config)
-        asyncio.run(_touch(encoder))
-        engine = RecordingEngine(_warm_engine(config), self.calls)
-        agents = LocalAgents(build_agents(config, _llm(config), engine))
-        return RecordedAnswerer(Swarm(config, agents=agents, router=router, encoder=encoder), engine)
+        return RecordedAnswerer(*recorded_swarm(Config.model_validate_json(self.config_json), self.calls))
 
 
 class RecordedAnswerer:
@@ -241,22 +203,3 @@ class RecordedAnswerer:
     async def close(self) -> None:
         """Stop the engine."""
         await self._engine.close()
-
-
-async def _touch(encoder: Any) -> None:
-    await encoder.embed(["A first text."])
-
-
-def _llm(config: Config) -> str:
-    """Return the one LLM of the default pool."""
-    (name,) = config.llms
-    return name
-
-
-def _warm_engine(config: Config) -> Engine:
-    """Load the pool's engine and let it generate once."""
-    name = _llm(config)
-    engine = build_engine(config, name, callable_agents(config, name))
-    words = (Message(role="user", content="Count to three."),)
-    asyncio.run(engine.generate(GenerationRequest(request_id="warm", messages=words, sampling=Sampling(max_tokens=8))))
-    return engine

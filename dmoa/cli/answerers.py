@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,15 +14,13 @@ from typing import TYPE_CHECKING
 from dmoa.cli.local import build_local_backend
 from dmoa.config import Config
 from dmoa.evaluation.answering import Outcome, ask_swarm
-from dmoa.policies.exploring import ExploringPolicy
-from dmoa.policies.registry import PolicyContext, build_policy
 from dmoa.reply import ReplyDmoa
-from dmoa.types import Answer, Message, Query
+from dmoa.types import Message, Query
 
 if TYPE_CHECKING:
     from dmoa.cli.local import LocalBackend
     from dmoa.serving.client import SwarmClient
-    from dmoa.swarm import Swarm
+    from dmoa.training.rollout_stage import SwarmCollector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,27 +64,10 @@ class OpenCollectingPool:
 
     def __call__(self) -> SwarmCollector:
         """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
+        from dmoa.training.rollout_stage import SwarmCollector
+
         config = Config.model_validate_json(self.config_json)
         return SwarmCollector(build_local_backend(config, lambda text: None, self.call_cache).swarm, self.epsilon)
-
-
-class SwarmCollector:
-    """A swarm of this process, asked with exploration."""
-
-    def __init__(self, swarm: Swarm, epsilon: float | None) -> None:
-        self._swarm = swarm
-        self._epsilon = epsilon
-
-    async def collect(self, query: Query) -> Answer:
-        """Answer one query. Raises DmoaError."""
-        swarm = self._swarm
-        inner = build_policy("dmoa", PolicyContext(config=swarm.config, router=swarm.router, encoder=swarm.encoder))
-        policy = ExploringPolicy(inner, epsilon=self._epsilon, budget_tokens=swarm.config.limits.budget_tokens)
-        async with aclosing(swarm.follow(query, policy)) as events:
-            async for event in events:
-                if isinstance(event, Answer):
-                    answer = event
-        return answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ _HOMES = {
     "P4": "dmoa.bench.serving_bench",
     "P5": "dmoa.bench.pipeline_bench",
     "P8": "dmoa.bench.engine_bench",
+    "P13": "dmoa.bench.rollout_bench",
     "P17": "dmoa.bench.serving_bench",
     "P18": "dmoa.bench.engine_bench",
     "growth": "dmoa.bench.serving_bench",

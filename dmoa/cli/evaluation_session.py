@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dmoa.cli.evaluation_screen import Bars, print_result
 from dmoa.cli.local import fetch_models
 from dmoa.config import Config, is_name
+from dmoa.dataflow.room import FILL
 from dmoa.errors import ConfigError, RequestError
 from dmoa.evaluation.answering import Asking, split_policy
 from dmoa.evaluation.options import EvaluateOptions
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from dmoa.evaluation.results import Evaluation, PoolInfo
     from dmoa.evaluation.run import Session
 
-FILL = 2
-"""Agent calls let in per place of the engines' batches: the early finishers of a step leave places empty until its last
-agent ends, and calls that wait fill them."""
 _REMOTE_PLACES = 32
 """Queries under way at a server whose room is not known."""
 

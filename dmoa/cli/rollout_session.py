@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from dmoa import __version__
 from dmoa.cli.evaluation_screen import Bars
-from dmoa.cli.evaluation_session import FILL, opened_ray
+from dmoa.cli.evaluation_session import opened_ray
 from dmoa.cli.local import fetch_models
 from dmoa.cli.rollout_queries import check_names, prepare
 from dmoa.config import Config
+from dmoa.dataflow.room import FILL
 from dmoa.evaluation.source_revision import code_revision
-from dmoa.policies.registry import POLICIES
 from dmoa.swarm import limits_for
 from dmoa.training.rollout_options import RolloutOptions
 from dmoa.training.rollout_records import Manifest
@@ -95,6 +95,7 @@ def _workers(options: RolloutOptions, config: Config) -> Workers:
     from dmoa.cli.answerers import OpenCollectingPool
     from dmoa.serving.agents import ENGINE_ENV
     from dmoa.training.rollout_collect import Workers
+    from dmoa.training.rollout_stage import width
 
     call_cache = options.call_cache.absolute() if options.call_cache else None
     if call_cache is not None:
@@ -108,12 +109,6 @@ def _workers(options: RolloutOptions, config: Config) -> Workers:
         num_gpus=sum(config.llms[name].gpus for name in used),
         env=ENGINE_ENV,
     )
-
-
-def width(config: Config, epsilon: float | None) -> int:
-    """Return the agent calls that one query may have under way."""
-    everyone = len(config.agents)
-    return everyone if epsilon is None else min(POLICIES["dmoa"].width(config) + 1, everyone)
 
 
 def track(manifest: Manifest, folder: RolloutFolder, options: RolloutOptions) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+FILL = 2
+"""Agent calls let in per place of the engines' batches: the early finishers of a step leave places empty until its last
+agent ends, and calls that wait fill them."""
+
 
 class Room:
     """Lets in as many queries as the engines have places for, first come first served."""

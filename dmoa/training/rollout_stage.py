@@ -1,20 +1,25 @@
-"""The answering stage of rollouts, run by Ray Data: a swarm per actor, kept full, every query followed with exploration.
+"""The answering stage of rollouts, run by Ray Data: a swarm per actor, kept full, every query answered with exploration.
 
-How a swarm is reached is put together in `cli`; this stage knows the protocol alone.
+Where a swarm comes from is put together in `cli`; the stage knows the protocol alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
 
+from dmoa.config import Config
 from dmoa.core.inputs import Preset
 from dmoa.dataflow.at_work import Outbox, OwnLoop
 from dmoa.dataflow.room import Room
+from dmoa.policies.exploring import ExploringPolicy
+from dmoa.policies.registry import PolicyContext, build_policy
+from dmoa.swarm import Swarm
 from dmoa.training.rollout_records import RolloutQuery, table_of
 from dmoa.training.rollout_writer import Collected
 from dmoa.types import Answer, Limits, Query
@@ -26,6 +31,32 @@ class Collector(Protocol):
     async def collect(self, query: Query) -> Answer:
         """Answer one query, its steps with decisions and inputs of the gate. Raises DmoaError."""
         ...
+
+
+class SwarmCollector:
+    """A swarm of this process; implements `Collector`."""
+
+    def __init__(self, swarm: Swarm, epsilon: float | None) -> None:
+        """`epsilon` as in `ExploringPolicy`."""
+        self._swarm = swarm
+        self._epsilon = epsilon
+
+    async def collect(self, query: Query) -> Answer:
+        """Answer one query. Raises DmoaError."""
+        swarm = self._swarm
+        inner = build_policy("dmoa", PolicyContext(config=swarm.config, router=swarm.router, encoder=swarm.encoder))
+        policy = ExploringPolicy(inner, epsilon=self._epsilon, budget_tokens=swarm.config.limits.budget_tokens)
+        async with aclosing(swarm.follow(query, policy)) as events:
+            async for event in events:
+                if isinstance(event, Answer):
+                    answer = event
+        return answer
+
+
+def width(config: Config, epsilon: float | None) -> int:
+    """Return the agent calls that one query may have under way."""
+    everyone = len(config.agents)
+    return everyone if epsilon is None else min(config.gate.activation.max_agents + 1, everyone)
 
 
 OpenCollector = Callable[[], Collector]

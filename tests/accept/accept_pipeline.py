@@ -1,4 +1,4 @@
-"""The evaluation pipeline keeps an engine as full as P5 asks: `dmoa bench --only P5`, as a user runs it."""
+"""Evaluation and rollouts keep an engine as full as P5 and P13 ask: `dmoa bench --only P5,P13`, as a user runs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-RATIOS = ("P5", "P5.8", "P5.16", "P5.32")
+RATIOS = ("P5", "P5.8", "P5.16", "P5.32", "P13", "P13.dense", "P13.epsilon")
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
     options = parser.parse_args()
     dmoa = Path(sys.executable).with_name("dmoa")
     rounds = ["--rounds", str(options.rounds)] if options.rounds else []
-    done = subprocess.run([str(dmoa), "bench", "--only", "P5", "--json", str(options.json), *rounds], check=False)
+    done = subprocess.run([str(dmoa), "bench", "--only", "P5,P13", "--json", str(options.json), *rounds], check=False)
     if not options.json.exists():
         return 1
     results = {result["id"]: result for result in json.loads(options.json.read_text(encoding="utf-8"))["results"]}

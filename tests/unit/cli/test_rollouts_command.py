@@ -13,11 +13,11 @@ import yaml
 
 from dmoa.cli.jobs import collect_rollouts_job
 from dmoa.cli.rollout_queries import prepare, read_labels
-from dmoa.cli.rollout_session import width
 from dmoa.config import load
 from dmoa.errors import ConfigError
 from dmoa.evaluation.suites.table import SUITES
 from dmoa.training.rollout_options import parse_options
+from dmoa.training.rollout_stage import width
 
 ROOT = Path(__file__).parents[3]
 

@@ -1,0 +1,78 @@
+"""The two sides of P5 and P13: a swarm on an engine that notes its calls, and the bare engine that replays them.
+
+Both load the pool's one engine and let it generate once, so that neither pays for the loading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dmoa.agents.agent import LocalAgents
+from dmoa.agents.pool import build_agents, build_encoder, build_engine, build_pool_gate, callable_agents
+from dmoa.bench.call_graph import QueryCalls, RecordingEngine, Window, replay, replay_flat
+from dmoa.config import Config
+from dmoa.protocols import Encoder, Engine
+from dmoa.routing import LocalRouter
+from dmoa.swarm import Swarm
+from dmoa.types import GenerationRequest, Message, Sampling
+
+
+def recorded_swarm(config: Config, calls: Path) -> tuple[Swarm, Engine]:
+    """Return a pool's swarm, warm, whose engine notes every call in a file, and that engine; blocks while models load."""
+    gate, record = build_pool_gate(config)
+    router = LocalRouter()
+    router.install(record.version, gate)
+    encoder = build_encoder(config)
+    asyncio.run(_touch(encoder))
+    engine = RecordingEngine(_warm_engine(config), calls)
+    agents = LocalAgents(build_agents(config, _llm(config), engine))
+    return Swarm(config, agents=agents, router=router, encoder=encoder), engine
+
+
+def replayed(config: Config, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
+    """Replay a graph on the bare engine, in a fresh actor with an engine's environment; `in_flight` None: as a flat list."""
+    import ray
+
+    from dmoa.serving.agents import ENGINE_ENV
+
+    options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": dict(ENGINE_ENV)}}
+    actor = ray.remote(Replayer).options(**options).remote(config.model_dump_json())
+    try:
+        window: Window = ray.get(actor.run.remote(tuple(graph), in_flight))
+    finally:
+        ray.kill(actor)
+    return window
+
+
+class Replayer:
+    """The bare engine in an actor."""
+
+    def __init__(self, config_json: str) -> None:
+        self._engine = _warm_engine(Config.model_validate_json(config_json))
+
+    def run(self, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
+        """Replay a graph with so many queries in flight; None: as a flat list."""
+        work = replay_flat(self._engine, graph) if in_flight is None else replay(self._engine, graph, in_flight)
+        return asyncio.run(work)
+
+
+async def _touch(encoder: Encoder) -> None:
+    await encoder.embed(["A first text."])
+
+
+def _llm(config: Config) -> str:
+    """Return the one LLM of a pool."""
+    (name,) = config.llms
+    return name
+
+
+def _warm_engine(config: Config) -> Engine:
+    """Load the pool's engine and let it generate once."""
+    name = _llm(config)
+    engine = build_engine(config, name, callable_agents(config, name))
+    words = (Message(role="user", content="Count to three."),)
+    asyncio.run(engine.generate(GenerationRequest(request_id="warm", messages=words, sampling=Sampling(max_tokens=8))))
+    return engine
