@@ -19,7 +19,8 @@ from dmoa.cli.main import app
 from dmoa.config import load
 from dmoa.errors import AgentOverloadedError, CheckpointError, ConfigError, DmoaError, NoAgentError, RequestError, TraceError
 
-COMMANDS = ("run", "chat", "serve", "models", "policies", "schema", "doctor", "bench", "demo", "evaluate", "report", "rollouts")
+COMMANDS = ("run", "chat", "serve", "models", "policies", "schema", "doctor", "bench", "demo", "evaluate", "report")
+COMMANDS += ("rollouts", "train", "probe", "router")
 SCHEMAS = ("pool", "reply", "trace", "rollout", "checkpoint", "bench", "evaluation")
 
 
@@ -39,7 +40,7 @@ def test_every_command_of_the_contract_is_there(dmoa: Any) -> None:
     assert app.info.name == "dmoa"
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "models"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("models", "router")])
 def test_every_help_has_an_example_and_the_common_options(dmoa: Any, command: str) -> None:
     result = dmoa(command, "--help")
     assert result.exit_code == 0
@@ -208,7 +209,7 @@ def test_bench_measures_what_was_asked_for(dmoa: Any, tmp_path: Path) -> None:
 def test_bench_refuses_unknown_metrics(dmoa: Any, only: str) -> None:
     result = dmoa("bench", "--only", only)
     assert result.exit_code == 2
-    assert "allowed: P1, P3, P4, P5, P8, P17, P18, growth" in result.stderr
+    assert "allowed: P1, P3, P4, P5, P8, P13, P17, P18, growth" in result.stderr
 
 
 def test_bench_brings_its_own_pools(dmoa: Any, pool: Path) -> None:
