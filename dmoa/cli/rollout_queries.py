@@ -60,6 +60,8 @@ def prepare(options: RolloutOptions, say: Callable[[str], None]) -> Prepared:
 
     Raises ConfigError as the loaders and the generators do.
     """
+    if options.benchmarks and options.split == "test":
+        say("note: these are rows of the test split; a gate that learns from them must not be judged on them")
     found = [_own(source, options, say) for source in options.queries]
     found += [_benchmark(name, weight, options, say) for name, weight in _expanded(options.benchmarks).items()]
     quotas: list[int | None] = [None] * len(found)
