@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +16,7 @@ from dmoa.config import Config
 from dmoa.core.answers import extract_answer
 
 if TYPE_CHECKING:
-    from dmoa.cli.demo import Outcome
+    from dmoa.cli.demo_asking import Outcome
     from dmoa.replay import Replay
 
 _ANSWER_CHARACTERS = 24
@@ -56,7 +56,8 @@ class Report:
 
     def _notes(self) -> list[str]:
         notes = [untrained_note(self._gate_version)]
-        if any(llm.model == "embedded:smollm2-135m" for llm in self._config.llms.values()):
+        is_small = any(llm.model == "embedded:smollm2-135m" for llm in self._config.llms.values())
+        if is_small and not any(agent.adapter for agent in self._config.agents):
             notes.append(
                 "agents that differ by role prompt alone hardly differ on a 135M model: this shows the machinery, not its worth"
             )
@@ -77,8 +78,7 @@ class Report:
         for step in outcome.asked.dmoa.steps:
             self._screen.step(step)
         self._screen.answer(outcome.asked, has_note=False)
-        if outcome.question.expected is not None:
-            self._print(f"expected {outcome.question.expected}: {_verdict(outcome)}")
+        self._print(f"expected {outcome.question.expected}: {_verdict(outcome)}")
 
     def closing(self, outcomes: Sequence[Outcome], wall_s: float) -> None:
         """Print the closing table with totals; `wall_s` is how long all queries took together."""
@@ -107,33 +107,12 @@ class Report:
             self._print(f"replayed here: all {count} routing decisions identical")
         return not different
 
-    def to_json(self, outcomes: Sequence[Outcome], *, is_identical: bool) -> dict[str, Any]:
-        """Return the demo's result for `--json`."""
-        rows = [
-            {
-                "question": outcome.question.text,
-                "expected": outcome.question.expected,
-                "right": outcome.is_right,
-                "error": outcome.error or None,
-                "reply": outcome.asked.to_json() if outcome.asked else None,
-                "wall_s": round(outcome.asked.wall_s, 3) if outcome.asked else None,
-            }
-            for outcome in outcomes
-        ]
-        return {
-            "pool": self._config.name,
-            "gate_version": self._gate_version,
-            "notes": self._notes(),
-            "replay_identical": is_identical,
-            "queries": rows,
-        }
-
     def _print(self, text: str) -> None:
         self._screen.out.print(Text(printable(text)), soft_wrap=True)
 
 
 def _verdict(outcome: Outcome) -> str:
-    return {True: "right", False: "wrong", None: ""}[outcome.is_right]
+    return "right" if outcome.is_right else "wrong"
 
 
 def _row(outcome: Outcome) -> list[str]:
@@ -141,7 +120,7 @@ def _row(outcome: Outcome) -> list[str]:
     asked = outcome.asked
     if asked is None:
         return [question, "failed", _verdict(outcome)]
-    text = asked.text if outcome.question.expected is None else extract_answer(asked.text) or asked.text
+    text = extract_answer(asked.text) or asked.text
     steps = asked.dmoa.steps
     return [
         question,
@@ -156,11 +135,10 @@ def _row(outcome: Outcome) -> list[str]:
 
 
 def _totals(outcomes: Sequence[Outcome], wall_s: float) -> list[str]:
-    known = [outcome for outcome in outcomes if outcome.question.expected is not None]
     answered = [outcome.asked for outcome in outcomes if outcome.asked is not None]
     steps = [step for asked in answered for step in asked.dmoa.steps]
     return [
-        f"{sum(outcome.is_right is True for outcome in known)} of {len(known)}",
+        f"{sum(outcome.is_right for outcome in outcomes)} of {len(outcomes)}",
         str(len(steps)),
         f"{fmean(step.k for step in steps):.1f}" if steps else "",
         str(sum(num_tokens(asked.dmoa) for asked in answered)),

@@ -33,7 +33,9 @@ _REMOTE_PLACES = 32
 """Queries under way at a server whose room is not known."""
 
 
-def run_evaluation(options: EvaluateOptions, config: Config | None, common: Common, command: str) -> Evaluation:
+def run_evaluation(
+    options: EvaluateOptions, config: Config | None, common: Common, command: str, *, shows_result: bool = True
+) -> Evaluation:
     """Run an evaluation and show its result; `config` None evaluates the server at `options.url`.
 
     Raises ConfigError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
@@ -51,8 +53,9 @@ def run_evaluation(options: EvaluateOptions, config: Config | None, common: Comm
         common.say(f"evaluating {', '.join(options.policies)} on {', '.join(names)}; the run lies in {options.out}")
         evaluation = evaluate(session)
     log_tables(evaluation, folder, options)
-    print_result(evaluation)
-    common.say(f"report: {folder.report}")
+    if shows_result:
+        print_result(evaluation)
+        common.say(f"report: {folder.report}")
     return evaluation
 
 

@@ -51,17 +51,25 @@ def look(
 
 def look_at(folder: Path, config: Config, common: Common, asked: Asked, known: Known | None) -> ProbeReport:
     """Look at rollouts that are there, and at rows with known answers where some are wanted. Raises ConfigError."""
+    if known is None:
+        return look_at_rollouts(folder, config, seed=asked.seed)
+    _check_suites(known[0])
+    sample = _unlabelled_sample(folder, config)
+    return probe(sample, known=_known_sample(known, config, common, asked), seed=asked.seed)
+
+
+def look_at_rollouts(folder: Path, config: Config, *, seed: int = 0) -> ProbeReport:
+    """Look at dense rollouts of a pool. Raises ConfigError for those of another pool, or too few."""
+    return probe(_unlabelled_sample(folder, config), seed=seed)
+
+
+def _unlabelled_sample(folder: Path, config: Config) -> ProbeSample:
     from dmoa.agents.pool import fingerprint
     from dmoa.training.rollouts import check_pool, read_manifest, read_table
 
-    if known is not None:
-        _check_suites(known[0])
     manifest = read_manifest(folder)
     check_pool(manifest, fingerprint=fingerprint(config), agents=config.agent_names)
-    sample = sample_of(read_table(folder), config.agent_names, manifest.preset)
-    if known is None:
-        return probe(sample, seed=asked.seed)
-    return probe(sample, known=_known_sample(known, config, common, asked), seed=asked.seed)
+    return sample_of(read_table(folder), config.agent_names, manifest.preset)
 
 
 def _check_suites(names: tuple[str, ...]) -> None:

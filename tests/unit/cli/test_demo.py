@@ -1,10 +1,10 @@
-"""`dmoa demo`: its questions, what it asks over HTTP, what it prints, and its replay; the launch is the integration tests'."""
+"""`dmoa demo`: its questions, what it asks over HTTP, what it prints, its replay, its closing table; the launch and the
+learning are the integration tests'."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,27 +13,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoa.cli.demo import Outcome, Question, ask_all, generate, replay_demo
+from dmoa.cli.demo_asking import DEMO_SUITES, Outcome, Question, ask_all, generate, replay_demo
+from dmoa.cli.demo_compare import summarise
 from dmoa.cli.demo_report import Report
 from dmoa.cli.options import Common
 from dmoa.config import load
+from dmoa.evaluation.oracle import add_oracle
+from dmoa.evaluation.records import Label, Task
+from dmoa.evaluation.results import BenchmarkInfo, rebuild
+from dmoa.evaluation.run_files import RunFolder, write_lines, write_whole
+from tests.unit.run_records import answer, run_of, score
 
 
-def recomputed(text: str) -> int:
-    """The answer, worked out from the words alone."""
-    a, b = map(int, re.findall(r"\d+", text))
-    if "more" in text or "+" in text:
-        return a + b
-    return a - b if "lent out" in text or " - " in text else a * b
+def question(text: str, expected: str) -> Question:
+    return Question(text=text, label=Label(row_id=text, benchmark="arith", gold={"answer": expected}))
 
 
 @settings(max_examples=20, deadline=None)
-@given(count=st.integers(1, 200), seed=st.integers(0, 2**32))
-def test_questions_are_all_different_with_the_right_answers(count: int, seed: int) -> None:
+@given(count=st.integers(1, 20), seed=st.integers(0, 2**32))
+def test_questions_are_held_out_rows_of_every_suite_in_turns(count: int, seed: int) -> None:
     questions = generate(count, seed)
-    assert len({question.text for question in questions}) == count
-    for question in questions:
-        assert question.expected == str(recomputed(question.text))
+    assert [asked.label.benchmark for asked in questions] == [*DEMO_SUITES] * count
+    assert len({asked.text for asked in questions}) == 3 * count
+    assert all(asked.label.row_id.split("/")[1] == "test" for asked in questions)
     assert generate(count, seed) == questions
 
 
@@ -54,24 +56,17 @@ def demo(common: Common, url: str, out: Path, questions: list[Question]) -> tupl
 def test_a_demo_from_questions_to_replay(
     common: Common, url: str, tmp_path: Path, dmoa: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    questions = [
-        Question(text="What is 12 + 7?", expected="19"),
-        Question(text="What is 12 + 8?", expected="20"),
-        Question(text="Why?", expected=None),
-    ]
-    outcomes, report, is_identical = demo(common, url, tmp_path / "out", questions)
+    questions = [question("What is 12 + 7?", "19"), question("What is 12 + 8?", "20")]
+    outcomes, _, is_identical = demo(common, url, tmp_path / "out", questions)
     shown = capsys.readouterr()
-    answers = [outcome.asked.text for outcome in outcomes if outcome.asked]
-    assert len(answers) == 3
-    for outcome in outcomes[:2]:
+    assert all(outcome.asked for outcome in outcomes)
+    for outcome in outcomes:
         assert outcome.asked is not None
         assert outcome.is_right == (f"answer is {outcome.question.expected}." in outcome.asked.text)
-    assert outcomes[2].is_right is None
-    rights = sum(outcome.is_right is True for outcome in outcomes)
-    assert f"{rights} of 2" in shown.out
-    for number in (1, 2, 3):
-        assert f"=== question {number} of 3" in shown.out
-        assert f"[{number}/3] Step 1:" in shown.err
+    assert f"{sum(outcome.is_right for outcome in outcomes)} of 2" in shown.out
+    for number in (1, 2):
+        assert f"=== question {number} of 2" in shown.out
+        assert f"[{number}/2] Step 1:" in shown.err
     assert "gate untrained-0: routing is arbitrary until it is trained" in shown.out
     assert is_identical
     assert "routing decisions identical" in shown.out
@@ -79,17 +74,17 @@ def test_a_demo_from_questions_to_replay(
     command = next(line for line in shown.out.splitlines() if "--replay" in line).split()
     assert dmoa(*command[1:]).exit_code == 0, "the command that the demo prints works as it stands"
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["query-01.jsonl", "query-02.jsonl", "query-03.jsonl", "traces.jsonl"]
+    assert files == ["query-01.jsonl", "query-02.jsonl", "traces.jsonl"]
     single = (tmp_path / "out" / "query-02.jsonl").read_text(encoding="utf-8")
     assert json.loads(single)["query"]["text"] == "What is 12 + 8?"
-    record = json.loads(json.dumps(report.to_json(outcomes, is_identical=True)))
-    assert [row["right"] for row in record["queries"]] == [outcome.is_right for outcome in outcomes]
+    record = json.loads(json.dumps([outcome.to_json() for outcome in outcomes]))
+    assert [(row["right"], row["suite"]) for row in record] == [(outcome.is_right, "arith") for outcome in outcomes]
 
 
 def test_a_demo_with_tampered_routing_says_so(
     common: Common, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcomes, report, _ = demo(common, url, tmp_path, [Question(text="Why?", expected=None)])
+    outcomes, report, _ = demo(common, url, tmp_path, [question("Why?", "1")])
     asked = outcomes[0].asked
     assert asked is not None
     assert asked.trace is not None
@@ -105,11 +100,45 @@ def test_a_demo_with_tampered_routing_says_so(
 def test_a_query_that_fails_is_reported_and_the_others_go_on(
     common: Common, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    questions = [Question(text="What is 12 + 7?", expected="19")]
     report = Report(common, load(common.config or ""), tmp_path, num_questions=1)
-    (outcome,) = asyncio.run(ask_all("http://127.0.0.1:9", questions, report))
+    (outcome,) = asyncio.run(ask_all("http://127.0.0.1:9", [question("What is 12 + 7?", "19")], report))
     report.closing([outcome], 0.1)
     assert outcome.asked is None
     assert outcome.is_right is False
     assert "cannot be reached" in outcome.error
     assert "0 of 1" in capsys.readouterr().out
+
+
+def test_the_closing_table_pools_the_suites_and_knows_the_best_agent_and_the_oracle(tmp_path: Path) -> None:
+    """Two agents, each right on its own suite; the trained gate finds both, the untrained one none."""
+    values = {
+        ("arith", "single:adder"): [1, 1], ("arith", "single:echo"): [0, 0], ("arith", "dmoa"): [0, 0],
+        ("words", "single:adder"): [0, 0], ("words", "single:echo"): [1, 0], ("words", "dmoa"): [0, 0],
+        ("arith", "dmoa:trained"): [1, 1], ("words", "dmoa:trained"): [1, 0],
+        ("arith", "dense"): [1, 0], ("words", "dense"): [0, 0], ("arith", "random"): [0, 1], ("words", "random"): [0, 0],
+    }  # fmt: skip
+    folder = RunFolder(tmp_path)
+    policies = list(dict.fromkeys(policy for _, policy in values))
+    for benchmark in ("arith", "words"):
+        tasks = [Task(row_id=f"{benchmark}/test/{n:04}", benchmark=benchmark, text=f"question {n}") for n in range(2)]
+        write_lines(folder.tasks(benchmark), tasks)
+        for policy in policies:
+            rows = [answer(benchmark, n, policy, active=(("adder",),)) for n in range(2)]
+            write_lines(folder.answers(benchmark, policy), rows)
+            judged = [score(benchmark, n, policy, value) for n, value in enumerate(values[benchmark, policy])]
+            write_lines(folder.scores(benchmark, policy), judged)
+    info = run_of([BenchmarkInfo(name=name, rows=2) for name in ("arith", "words")], policies)
+    write_whole(folder.run, info.model_dump_json())
+    for _ in range(2):
+        add_oracle(folder, ("arith", "words"), ("adder", "echo"))
+    found = summarise(rebuild(tmp_path), ("adder", "echo"))
+    assert [(method.name, method.accuracy) for method in found] == [
+        ("untrained gate", 0.0),
+        ("trained gate", 0.75),
+        ("best single agent (adder)", 0.5),
+        ("dense (every agent)", 0.25),
+        ("random agent", 0.25),
+        ("oracle (knows the labels)", 0.75),
+    ]
+    assert found[1].by_suite == {"arith": 1.0, "words": 0.5}
+    assert (found[1].tokens, found[1].active) == (110.0, 1.0)
