@@ -21,13 +21,14 @@ _HOMES = {
     "P5": "dmoa.bench.pipeline_bench",
     "P8": "dmoa.bench.engine_bench",
     "P13": "dmoa.bench.rollout_bench",
+    "P14": "dmoa.bench.train_bench",
     "P17": "dmoa.bench.serving_bench",
     "P18": "dmoa.bench.engine_bench",
     "growth": "dmoa.bench.serving_bench",
 }
 """Metric -> the module that measures it, imported when asked for."""
-_ALONE = "dmoa.bench.gate_bench"
-"""The module with a single metric: its `run` takes no ids."""
+_ALONE = ("dmoa.bench.gate_bench", "dmoa.bench.train_bench")
+"""The modules with a single metric: their `run` takes no ids."""
 
 
 @with_common
@@ -77,7 +78,7 @@ def group(only: str | None) -> dict[str, list[str]]:
 def _measure(module: str, ids: Sequence[str], rounds: int | None) -> list[BenchResult]:
     run: Callable[..., list[BenchResult]] = import_module(module).run
     more = {} if rounds is None else {"rounds": rounds}
-    return run(**more) if module == _ALONE else run(ids, **more)
+    return run(**more) if module in _ALONE else run(ids, **more)
 
 
 def show(results: Sequence[BenchResult]) -> None:

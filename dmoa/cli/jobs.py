@@ -17,7 +17,7 @@ from dmoa.errors import ConfigError, DmoaError
 from dmoa.redaction import redact_text
 from dmoa.yaml_tree import parse, set_value
 
-JOB = "job"
+JOB, POOL = "job", "pool"
 
 
 class _Job(TyperCommand):
@@ -74,9 +74,49 @@ def _collect_rollouts(common: Common) -> None:
     common.write_json(manifest.model_dump(mode="json"))
 
 
-def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
-    """Return the pool of a job file and its `job:` section; a file with nothing else means the default pool.
+def train_specialist_job() -> None:
+    """Run `jobs/train_specialist.py`."""
+    _run(_train_specialist)
 
+
+@with_common
+def _train_specialist(common: Common) -> None:
+    """Train the LoRA adapter of one recipe; recipes and options stand in the `job:` section of --config.
+
+    \b
+    python jobs/train_specialist.py --config jobs/train_specialist.yaml --set job.name=words
+    """
+    from dmoa.cli.specialists import train_specialist
+
+    _, values = read_job(common)
+    command = shlex.join(["python", *map(redact_text, sys.argv)])
+    common.write_json(train_specialist(values, common, command))
+
+
+def train_gate_job() -> None:
+    """Run `jobs/train_gate.py`."""
+    _run(_train_gate)
+
+
+@with_common
+def _train_gate(common: Common) -> None:
+    """Train the gate on rollouts; the options of `dmoa train` stand in the `job:` section of --config.
+
+    \b
+    python jobs/train_gate.py --config jobs/train_gate.yaml --set job.preset=full
+    """
+    from dmoa.cli.train import run_train
+    from dmoa.training.options import parse_options
+
+    config, values = read_job(common)
+    result = run_train(parse_options(values), config, common, shlex.join(["python", *map(redact_text, sys.argv)]))
+    common.write_json(result.report.model_dump(mode="json"))
+
+
+def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
+    """Return the pool of a job file and its `job:` section.
+
+    Beside `job:` stands a whole pool, or `pool:` with the name of a packaged one or a path, or nothing: the default pool.
     Raises ConfigError naming the file and the field.
     """
     if common.config is None:
@@ -88,13 +128,18 @@ def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
         raise ConfigError(f"--config: cannot read {source!r}: {error}; give the path of a job file") from error
     if not isinstance(tree, dict) or not isinstance(tree.get(JOB), dict):
         raise ConfigError(f"{source}: job: missing; add a job section with the options of the command")
+    if set(tree) <= {JOB, POOL}:
+        of_job = [override for override in common.overrides if override.startswith(f"{JOB}.")]
+        of_pool = [override for override in common.overrides if override not in of_job]
+        from dmoa.agents.pool import load_pool
+
+        config = load_pool(tree.get(POOL), of_pool)
+        for override in of_job:
+            set_value(tree, override)
+        return config, tree[JOB]
     for override in common.overrides:
         set_value(tree, override)
     values = tree.pop(JOB)
-    if not tree:
-        from dmoa.agents.pool import load_pool
-
-        return load_pool(None), values
     return from_tree(tree, source=source), values
 
 

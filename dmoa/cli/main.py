@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from dmoa import __version__
-from dmoa.cli import bench, chat, demo, doctor, evaluate, info, models, probe, report, rollouts, run, serve, train
+from dmoa.cli import bench, chat, demo, doctor, evaluate, info, models, probe, report, rollouts, router, run, serve, train
 from dmoa.cli.options import fail
 from dmoa.errors import DmoaError
 
@@ -61,6 +61,7 @@ app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.add_typer(models.app, name="models")
+app.add_typer(router.app, name="router")
 app.command("demo")(demo.demo)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)

@@ -75,7 +75,7 @@ class Curves:
         self._tracker.log({f"held/{name}": value for name, value in trained.record.metrics.items()})
         self._tracker.table("first_choices", ["agent", "share of held-back steps"], [list(item) for item in load.items()])
         for name, path in manifests.items():
-            self._tracker.artifact(path, name, "rollouts")
+            self._tracker.artifact(path, name, "rollouts", role="input")
         self._tracker.artifact(checkpoint, f"gate-{trained.record.version}", "checkpoint")
 
     def close(self) -> None:

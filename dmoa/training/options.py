@@ -27,6 +27,13 @@ def _folders(value: object) -> object:
     return (value,) if isinstance(value, Path) else value
 
 
+def _workers(value: object) -> object:
+    """Accept `auto`, or a number in words too."""
+    if isinstance(value, str) and value != "auto" and not value.isdecimal():
+        raise ValueError("allowed are auto or a whole number from 0")
+    return int(value) if isinstance(value, str) and value != "auto" else value
+
+
 class TrainOptions(BaseModel):
     """One training of the gate."""
 
@@ -38,7 +45,7 @@ class TrainOptions(BaseModel):
     """Folder of the run: `checkpoint/`, `train.json`, curves. The same folder goes on with the run in it."""
     preset: Literal["few-shot", "full"] = "few-shot"
     """few-shot: some 40-80 queries; full: thousands. Sets epochs, batch_queries, lr and patience where these are not given."""
-    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
+    workers: Annotated[Annotated[int, Field(ge=0, le=1024)] | Literal["auto"], BeforeValidator(_workers)] = "auto"
     """Ray Train workers; 0: in this process, without Ray; auto: as many as are not slower than one."""
     gpu: bool = False
     """Give every worker a GPU (all-reduce over nccl; on CPUs over gloo)."""

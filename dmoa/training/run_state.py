@@ -50,7 +50,7 @@ class EpochRecord(BaseModel):
     bad_steps: int
     """Batches of the whole run so far that were skipped because loss or gradient was not finite."""
     seconds: float
-    """Wall time of the epoch, what it kept and measured included."""
+    """Wall time since the end of the epoch before, and so with the keeping of the state in between."""
 
 
 class Progress(BaseModel):

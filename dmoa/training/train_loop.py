@@ -67,6 +67,7 @@ class Learner:
         self.batches = Batches(job.data, _DTYPES[job.options.dtype], world.device)
         self.progress = Progress(identity=job.identity)
         self.best = self._weights()
+        self.clock = _Clock()
         self._job = job
         self._world = world
         self._parameters = list(self.gate.parameters())
@@ -134,6 +135,18 @@ class Learner:
         )
 
 
+class _Clock:
+    """Tells the time from one epoch's end to the next."""
+
+    def __init__(self) -> None:
+        self._last_s = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last call, or since the beginning."""
+        before, self._last_s = self._last_s, time.perf_counter()
+        return self._last_s - before
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
     """What became of one global batch."""
@@ -178,7 +191,6 @@ def train(job: Job, world: World, store: StateStore) -> Progress:
 
 def run_epoch(learner: Learner, job: Job, world: World) -> None:
     """Learn from every global batch of the next epoch, and measure the held-back queries."""
-    started = time.perf_counter()
     epoch = len(learner.progress.epochs) + 1
     results: list[UpdateResult] = []
     bad_steps = learner.progress.bad_steps
@@ -202,7 +214,7 @@ def run_epoch(learner: Learner, job: Job, world: World) -> None:
         grad_norm=sum(result.norm for result in results) / max(1, len(results)),
         updates=len(results),
         bad_steps=bad_steps,
-        seconds=time.perf_counter() - started,
+        seconds=learner.clock.lap(),
     )
     learner.end_epoch(record, len(results))
 

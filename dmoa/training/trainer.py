@@ -109,7 +109,7 @@ def run_training(options: TrainOptions, config: Config, around: Surroundings) ->
                 f"going on after epoch {len(before.epochs)}" if before.ended is None else f"already trained: {before.ended}"
             )
         workers, note = _choose(material.job)
-        around.say(f"{workers} workers: {note}" if workers else note)
+        around.say(f"{workers} worker{'s' if workers > 1 else ''}: {note}" if workers else note)
         curves = Curves(options, {"pool": config.name, **material.job.identity})
         try:
             with curves.follow(store, lambda epoch: around.watch(epoch, options.epochs)):

@@ -104,7 +104,8 @@ def slow_soft_loss(gate: Gate, rows: list[dict[str, Any]], eta: float) -> float:
     for place, replies in steps.items():
         n = [r["entropy_tokens"] for r in replies]
         mean = [r["entropy_sum_nats"] / k for r, k in zip(replies, n, strict=True)]
-        variance = [r["entropy_sq_sum"] / k - m * m for r, k, m in zip(replies, n, mean, strict=True)]
+        # Variance of log(mean + 1e-3): that of the mean, by the delta method.
+        noise = [(r["entropy_sq_sum"] / k - m * m) / k / (m + 1e-3) ** 2 for r, k, m in zip(replies, n, mean, strict=True)]
         cut = [20.0 * (r["finish_reason"] == "length") for r in replies]
         s = [math.log(m + 1e-3) + c for m, c in zip(mean, cut, strict=True)]
         rank = [1 + sum(other < one for other in s) for one in s]
@@ -114,7 +115,7 @@ def slow_soft_loss(gate: Gate, rows: list[dict[str, Any]], eta: float) -> float:
             for b in range(a + 1, len(s)):
                 q, p = float(sigmoid(np.array((s[b] - s[a]) / eta))), float(sigmoid(np.array((z[a] - z[b]) / 0.1)))
                 weight = say[a] * say[b] * abs(1 / math.log2(1 + rank[a]) - 1 / math.log2(1 + rank[b]))
-                if abs(s[a] - s[b]) < math.sqrt(variance[a] / n[a] + variance[b] / n[b]):
+                if abs(s[a] - s[b]) < math.sqrt(noise[a] + noise[b]):
                     weight /= 2
                 total -= weight * (q * math.log(p) + (1 - q) * math.log(1 - p))
                 weight_sum += weight

@@ -1,0 +1,173 @@
+"""`dmoa train`: the gate learns from rollouts, and a checkpoint comes out; stopped, the same command goes on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dmoa.cli.evaluate import TrackOption
+from dmoa.cli.options import Common, with_common
+from dmoa.cli.serve import AddressOption
+from dmoa.redaction import redact_text
+
+if TYPE_CHECKING:
+    from dmoa.config import Config
+    from dmoa.training.options import TrainOptions
+    from dmoa.training.run_state import EpochRecord
+    from dmoa.training.trainer import TrainResult
+
+RolloutsOption = Annotated[
+    list[Path], typer.Option("--rollouts", metavar="DIR", help="What `dmoa rollouts` wrote; repeatable: rounds, sources.")
+]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run; the same folder goes on.")]
+PresetOption = Annotated[
+    str, typer.Option("--preset", metavar="NAME", help="few-shot (40-80 queries) or full (thousands); sets the next four.")
+]
+EpochsOption = Annotated[int | None, typer.Option("--epochs", min=1, metavar="N", help="At most so many [10; full 60].")]
+BatchOption = Annotated[
+    int | None, typer.Option("--batch-queries", min=1, metavar="N", help="Queries of an update, over all workers [4; full 16].")
+]
+RateOption = Annotated[float | None, typer.Option("--lr", metavar="X", help="Learning rate of AdamW [0.001].")]
+PatienceOption = Annotated[
+    int | None, typer.Option("--patience", min=1, metavar="N", help="Epochs without a lower held-back loss [5; full 8].")
+]
+WorkersOption = Annotated[
+    str, typer.Option("--workers", metavar="W", help="Ray Train workers; auto: never slower than one; 0: in process.")
+]
+GpuOption = Annotated[bool, typer.Option("--gpu", help="A GPU for every worker.")]
+LossOption = Annotated[str, typer.Option("--loss", metavar="NAME", help="soft, hard, hinge or listnet.")]
+ScoreOption = Annotated[
+    str | None, typer.Option("--score", metavar="NAME", help="What of a reply is ranked: raw or anchored [gate.score].")
+]
+HeadOption = Annotated[str | None, typer.Option("--head", metavar="NAME", help="linear or profile [gate.head].")]
+CoreOption = Annotated[
+    str | None, typer.Option("--core", metavar="NAME", help="gru, or for ablations reset, linear, mlp [gate.core].")
+]
+StartOption = Annotated[
+    Path | None, typer.Option("--start-from", metavar="DIR", help="Checkpoint to go on from, in a later round [untrained].")
+]
+AnchorsOption = Annotated[
+    Path | None, typer.Option("--anchor-rollouts", metavar="DIR", help="Dense rollouts for the anchor set [--rollouts].")
+]
+HoldoutOption = Annotated[float, typer.Option("--holdout", metavar="X", help="Share of the queries that is held back.")]
+AlphaOption = Annotated[
+    float, typer.Option("--alpha", metavar="X", help="tau covers the surest agent on 1 - alpha of the held-back steps.")
+]
+ThetaOption = Annotated[float | None, typer.Option("--theta-alpha", metavar="X", help="The same for theta [alpha].")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Seed of weights and order.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="float32 or float64.")]
+BadStepsOption = Annotated[
+    int, typer.Option("--max-bad-steps", min=0, metavar="N", help="Updates that may be skipped as not finite.")
+]
+FailuresOption = Annotated[int, typer.Option("--max-failures", min=0, metavar="N", help="Lost workers that are replaced.")]
+StorageOption = Annotated[
+    str | None, typer.Option("--storage-path", metavar="URI", help="Where workers keep the run's state [in --out].")
+]
+_LINE_S = 1.0
+"""How often an epoch is told of at most."""
+
+
+@with_common
+def train(
+    common: Common,
+    rollouts: RolloutsOption,
+    out: OutOption,
+    preset: PresetOption = "few-shot",
+    epochs: EpochsOption = None,
+    batch_queries: BatchOption = None,
+    lr: RateOption = None,
+    patience: PatienceOption = None,
+    workers: WorkersOption = "auto",
+    gpu: GpuOption = False,
+    loss: LossOption = "soft",
+    score: ScoreOption = None,
+    head: HeadOption = None,
+    core: CoreOption = None,
+    start_from: StartOption = None,
+    anchor_rollouts: AnchorsOption = None,
+    holdout: HoldoutOption = 0.25,
+    alpha: AlphaOption = 0.1,
+    theta_alpha: ThetaOption = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "float32",
+    max_bad_steps: BadStepsOption = 10,
+    max_failures: FailuresOption = 3,
+    storage_path: StorageOption = None,
+    address: AddressOption = None,
+    track: TrackOption = "auto",
+) -> None:
+    """Train the gate on rollouts, label-free, on Ray Train; the checkpoint lies in --out/checkpoint.
+
+    \b
+    dmoa train --rollouts out/rollouts --out out/gate
+    dmoa train --rollouts out/rollouts --rollouts out/rollouts-1 --start-from out/gate/checkpoint --out out/gate-1
+    dmoa serve --checkpoint out/gate/checkpoint
+    """
+    values: dict[str, Any] = {name: value for name, value in locals().items() if name != "common"}
+    from dmoa.training.options import parse_options
+
+    options = parse_options(values)
+    result = run_train(options, common.load(), common, shlex.join(["dmoa", *map(redact_text, sys.argv[1:])]))
+    common.write_json(result.report.model_dump(mode="json"))
+
+
+def run_train(options: TrainOptions, config: Config, common: Common, command: str) -> TrainResult:
+    """Train, tell how it goes, and print where the checkpoint is; for `dmoa train` and `jobs/train_gate.py`.
+
+    Raises ConfigError and CheckpointError for bad input, DmoaError where training stops.
+    """
+    from dmoa.cli.evaluation_session import opened_ray
+    from dmoa.evaluation.source_revision import code_revision
+    from dmoa.training.trainer import Surroundings, run_training
+
+    num_gpus = float(options.gpu) * (1 if options.workers == "auto" else options.workers)
+    around = Surroundings(
+        open_ray=partial(opened_ray, options.address, num_gpus),
+        say=common.say,
+        watch=_Teller(common).tell,
+        command=command,
+        code_revision=code_revision(),
+    )
+    common.say(f"training a gate for {config.name} on {', '.join(map(str, options.rollouts))}; the run lies in {options.out}")
+    result = run_training(options, config, around)
+    common.say(f"{result.report.ended}; {_words(result)}")
+    typer.echo(str(options.out / "checkpoint"))
+    return result
+
+
+class _Teller:
+    """Tells of epochs as they end, now and then."""
+
+    def __init__(self, common: Common) -> None:
+        self._common = common
+        self._last_s = -_LINE_S
+
+    def tell(self, epoch: EpochRecord, most: int) -> None:
+        """Tell of an epoch, unless another was told of just now."""
+        now = time.monotonic()
+        if now - self._last_s >= _LINE_S or epoch.epoch == most:
+            self._last_s = now
+            parts = [f"loss {_number(epoch.train_loss)}", f"held back {_number(epoch.held_loss)}"]
+            parts += [f"{epoch.held_pairwise:.1%} of pairs"] if epoch.held_pairwise is not None else []
+            parts += [f"{epoch.updates / max(epoch.seconds, 1e-9):.0f} updates/s"]
+            parts += [f"{epoch.bad_steps} skipped as not finite"] if epoch.bad_steps else []
+            left = f", about {(most - epoch.epoch) * epoch.seconds:.0f} s left" if epoch.epoch < most else ""
+            self._common.say(f"epoch {epoch.epoch} of {most}: {', '.join(parts)}{left}")
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _words(result: TrainResult) -> str:
+    metrics = result.record.metrics
+    named = {"pairwise": "pairs ranked right", "surest_share": "surest agent first", "ndcg": "NDCG", "load_max": "largest load"}
+    found = ", ".join(f"{words} {metrics[name]:.3f}" for name, words in named.items() if name in metrics)
+    activation = result.record.activation
+    return f"gate {result.record.version}, held back: {found}; tau {activation['mass']:.3f}, theta {_number(activation['theta'])}"

@@ -1,0 +1,72 @@
+"""`dmoa train` on a real Ray Train: two workers, one of them killed, then the command itself; it ends as if unbroken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.trainings import command, curve, greatest_difference, kept_weights, num_epochs, run, start
+from tests.unit.training.gate_rollouts import domain_rows, pool, pool_yaml, write_rollouts
+
+EPOCHS = 120
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "pool.yaml").write_text(pool_yaml())
+    write_rollouts(folder / "rollouts", domain_rows(22, steps=2), pool())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options() -> tuple[str, ...]:
+    return ("--epochs", str(EPOCHS), "--patience", str(EPOCHS), "--dtype", "float64", "--seed", "1")
+
+
+@pytest.fixture(scope="module")
+def unbroken(material: Path, options: tuple[str, ...]) -> Path:
+    """The folder of the same training in process, unbroken."""
+    ran = run(command(material, material / "whole", *options, "--workers", "0"))
+    assert ran.returncode == 0, ran.stderr
+    return material / "whole"
+
+
+def test_two_workers_one_killed_and_then_the_driver_end_as_one_unbroken(
+    material: Path, unbroken: Path, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    arguments = command(material, out, *options, "--workers", "2")
+    running = start(arguments, out, log)
+    running.wait_for(lambda: num_epochs(out) >= 3)
+    kept = running.kill_worker()
+    running.wait_for(lambda: num_epochs(out) >= kept + 2)
+    running.kill()
+    before = num_epochs(out)
+    assert before < EPOCHS
+    assert not (out / "checkpoint").exists()
+    ran = run(arguments)
+    assert ran.returncode == 0, ran.stderr
+    assert f"going on after epoch {before}" in ran.stderr
+    assert ran.stdout.split() == [str(out / "checkpoint")]
+    found, expected = curve(out), curve(unbroken)
+    assert [epoch["epoch"] for epoch in found] == list(range(1, EPOCHS + 1))
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+    assert next(iter(kept_weights(out).values())).dtype.itemsize == 8
+    assert greatest_difference(out, unbroken) < 1e-6
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sorted(line["step"] for line in lines if line["op"] == "log" and line["step"]) == list(range(1, EPOCHS + 1))
+
+
+def test_bad_rollouts_are_one_message_by_way_of_ray_data_too(material: Path, tmp_path: Path) -> None:
+    damaged = write_rollouts(tmp_path / "rollouts", domain_rows(), pool())
+    part = damaged / "rollouts" / "part-2.parquet"
+    part.write_bytes(part.read_bytes()[:-50])
+    (tmp_path / "pool.yaml").write_text(pool_yaml())
+    ran = run(command(tmp_path, tmp_path / "run"))
+    assert ran.returncode == 2, ran.stderr
+    assert "part-2.parquet: not a whole Parquet file" in ran.stderr
+    assert "Traceback" not in ran.stderr
