@@ -18,7 +18,7 @@ import numpy as np
 from dmoa.agents import tools as toolbox
 from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.agents.models import adapter_hash, fetch, model_id, resolve_adapter, resolve_model
-from dmoa.config import SUMMARIZER, AgentConfig, Config, ScriptedOptions, TransformersOptions, load
+from dmoa.config import SUMMARIZER, AgentConfig, Config, ScriptedOptions, TransformersOptions, is_name, load
 from dmoa.errors import ConfigError
 from dmoa.protocols import Encoder, Engine
 from dmoa.types import FloatArray
@@ -33,9 +33,26 @@ def default_config_path() -> Path:
     return Path(str(files("dmoa") / "configs" / "default.yaml"))
 
 
+def packaged_pools() -> dict[str, Path]:
+    """Return the pools that come with dmoa, by name."""
+    return {path.stem: path for path in sorted(default_config_path().parent.glob("*.yaml"))}
+
+
 def load_pool(path: str | Path | None, overrides: tuple[str, ...] | list[str] = ()) -> Config:
-    """Read a pool file, or the default pool. Raises ConfigError."""
-    return load(path if path else default_config_path(), overrides)
+    """Read a pool file, or a packaged pool by its bare name, such as `specialists`; None is the default pool.
+
+    Raises ConfigError. A file of that very name in the working directory comes first.
+    """
+    if not path:
+        return load(default_config_path(), overrides)
+    pools = packaged_pools()
+    is_bare = is_name(str(path)) and not Path(path).suffix and not Path(path).is_file()
+    if is_bare and str(path) not in pools:
+        raise ConfigError(
+            f"config: cannot read {str(path)!r}: neither a file nor a packaged pool; allowed: the path of a pool YAML file, or "
+            f"{', '.join(pools)}; name one of them"
+        )
+    return load(pools[str(path)] if is_bare else path, overrides)
 
 
 def summarizer_agent(config: Config) -> AgentConfig | None:
