@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmoa.agents.models import model_id, resolve_model
-from dmoa.cli.specialist_recipes import Recipe, SpecialistOptions, prompt_of, validation_rows
+from dmoa.cli.specialist_recipes import Recipe, SpecialistOptions, difficulty_of, prompt_of, validation_rows
 from dmoa.config import TransformersOptions
 from dmoa.evaluation.records import Reply
 from dmoa.evaluation.suites.table import SUITES
@@ -49,7 +49,7 @@ def write_card(trained: Trained, options: SpecialistOptions, command: str, *, co
             suite: {
                 "rows": found.rows,
                 "split": "validation",
-                "difficulty": difficulty_of(recipe, suite),
+                "difficulty": difficulty_of(recipe, suite) or 1,
                 "accuracy": round(found.accuracy, 4),
                 "entropy_nats": round(found.entropy_nats, 4),
                 "groups": {group: round(value, 4) for group, value in found.groups.items()},
@@ -63,16 +63,11 @@ def write_card(trained: Trained, options: SpecialistOptions, command: str, *, co
     return card
 
 
-def difficulty_of(recipe: Recipe, suite: str) -> int:
-    """Return the difficulty at which a recipe's suite is asked; 1 for suites that are not in the recipe."""
-    return next((source.difficulty for source in recipe.sources if source.suite == suite), 1)
-
-
 async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> dict[str, SuiteFigures]:
     from dmoa.agents.transformers_engine import TransformersEngine
 
     engine = TransformersEngine(
-        resolve_model(options.model), TransformersOptions(threads=options.threads), adapters={options.name: folder}
+        resolve_model(options.model), TransformersOptions(threads=recipe.threads), adapters={options.name: folder}
     )
     try:
         return {suite: await _suite(engine, suite, options, recipe) for suite in CARD_SUITES}
@@ -81,7 +76,8 @@ async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> 
 
 
 async def _suite(engine: Any, suite: str, options: SpecialistOptions, recipe: Recipe) -> SuiteFigures:
-    rows = validation_rows(suite, options.card_rows, difficulty_of(recipe, suite))
+    difficulty = difficulty_of(recipe, suite)
+    rows = validation_rows(suite, options.card_rows if difficulty else options.foreign_rows, difficulty or 1)
     requests = [
         GenerationRequest(
             request_id=row.task.row_id,

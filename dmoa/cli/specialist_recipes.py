@@ -54,6 +54,8 @@ class Recipe(Node):
     history_share: float = Field(default=0.15, ge=0, le=1)
     """Part of the rows whose prompt holds an earlier step's answer, as often right as wrong."""
     rows_seed: NonNegativeInt = 0
+    threads: PositiveInt = 1
+    """CPU threads of a worker: part of the recipe, because another number gives weights that differ in their last digits."""
     schedule: Schedule
     adapter: LoraSettings = LoraSettings()
 
@@ -72,8 +74,6 @@ class SpecialistOptions(Node):
     """Ray Train workers; 0: train in this process, the quickest where all cores are on one machine."""
     use_gpu: bool = False
     """One GPU for every worker."""
-    threads: PositiveInt | None = None
-    """CPU threads of a worker; None: as torch finds them."""
     storage_path: str | None = None
     """Where Ray Train keeps checkpoints, in any of Ray's file systems; None: in `out`."""
     address: str | None = None
@@ -83,7 +83,9 @@ class SpecialistOptions(Node):
     held_out_rows: PositiveInt = 48
     """Rows of every source looked at during training."""
     card_rows: NonNegativeInt = 60
-    """Held-out rows of every suite that the finished adapter answers; 0: none, and no card."""
+    """Held-out rows of every suite of the recipe that the finished adapter answers; 0: none, and no card."""
+    foreign_rows: PositiveInt = 20
+    """The same of every other suite, where an adapter has little to show."""
 
     @property
     def recipe(self) -> Recipe:
@@ -126,6 +128,11 @@ def held_out_rows(recipe: Recipe, limit: int) -> list[TrainingRow]:
 def validation_rows(suite: str, limit: int, difficulty: int = 1) -> list[Row]:
     """Return held-out rows of a suite."""
     return list(SUITES[suite].generate("validation", limit, HELD_OUT_SEED, difficulty))
+
+
+def difficulty_of(recipe: Recipe, suite: str) -> int | None:
+    """Return the difficulty at which a recipe takes rows of a suite; None where it takes none."""
+    return next((source.difficulty for source in recipe.sources if source.suite == suite), None)
 
 
 def prompt_of(recipe: Recipe, text: str, history: tuple[str, ...] = ()) -> tuple[TrainingMessage, ...]:

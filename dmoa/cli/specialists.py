@@ -36,7 +36,7 @@ def train_specialist(values: dict[str, Any], common: Common, command: str) -> di
         held_out,
         run_dir=run_dir,
         track=options.track,
-        threads=options.threads,
+        threads=recipe.threads,
     )
     gpus = float(options.workers if options.use_gpu else 0)
     with opened_ray(options.address, gpus) if options.workers else nullcontext():

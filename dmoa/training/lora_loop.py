@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmoa.config import Node
-from dmoa.errors import CheckpointError
+from dmoa.errors import CheckpointError, DmoaError
 from dmoa.tracking import Mode, Tracker, open_tracker
 from dmoa.training.lora_model import LoraModel, LoraSettings
 from dmoa.training.lora_rows import TrainingRow, encode
@@ -132,7 +132,7 @@ class _Worker:
         return self.step % self.job.schedule.check_every == 0 or self.step >= self.job.schedule.steps
 
     def update(self, tracker: Tracker) -> None:
-        """Make one update from the next global batch. Raises FloatingPointError for a loss that is not finite."""
+        """Make one update from the next global batch. Raises DmoaError for a loss that is not finite."""
         schedule, begun_s = self.job.schedule, time.perf_counter()
         batch = self.rows[self.step * schedule.batch_rows :][: schedule.batch_rows]
         num_tokens = sum(len(row.target) for row in batch)
@@ -145,7 +145,7 @@ class _Worker:
             total += loss.detach().cpu()
         _sum_over_workers([total, *(_gradient(weight) for weight in self.weights.values())])
         if not math.isfinite(float(total)):
-            raise FloatingPointError(f"{self.job.name}: the loss of step {self.step} is {float(total)}; lower the learning_rate")
+            raise DmoaError(f"{self.job.name}: the loss of step {self.step} is {float(total)}; lower the learning_rate")
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), schedule.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.learning_rate * _share(schedule, self.step)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,11 @@ def train_adapter(job: LoraJob, *, out: Path, workers: int, storage_path: str | 
     `storage_path` is where Ray Train keeps checkpoints (any of Ray's file systems; None: beside the curves).
     Raises CheckpointError where the run's folder belongs to another job, DmoaError where training ends without an adapter.
     """
-    from dataclasses import replace
-
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
 
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
     run_dir = Path(job.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     state_dir = run_dir / "state"
@@ -98,9 +99,14 @@ def train_adapter(job: LoraJob, *, out: Path, workers: int, storage_path: str | 
             storage_path=storage_path or str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        reason = " ".join(str(error).split())[-1500:]
+        raise DmoaError(f"{job.name}: training stopped: {reason}; the same command goes on from the last state") from error
     if workers == 0:
         folder = latest_state(state_dir)
         if folder is None:

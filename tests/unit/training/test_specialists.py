@@ -11,7 +11,7 @@ from lora_fixtures import make_job, make_rows, save_tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dmoa.errors import CheckpointError, ConfigError
+from dmoa.errors import CheckpointError, ConfigError, DmoaError
 from dmoa.tracking import open_tracker
 from dmoa.training import lora_loop
 from dmoa.training.lora_loop import latest_state
@@ -109,7 +109,7 @@ def test_shares_of_two_workers_add_up_to_one_workers_batch(model: str, tmp_path:
 def test_a_loss_that_is_not_finite_ends_the_run(model: str, tmp_path: Path) -> None:
     worker = lora_loop._Worker(make_job(model, tmp_path), rank=0, num_workers=1)
     next(iter(worker.weights.values())).data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="lower the learning_rate"):
+    with pytest.raises(DmoaError, match="lower the learning_rate"):
         worker.update(open_tracker("none", run_dir=tmp_path, name="x"))
 
 

@@ -1,0 +1,53 @@
+"""An adapter trained by a Ray Train worker: the driver is killed, and the same call goes on and ends as an unbroken run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmoa.training.specialists import train_adapter
+from tests.integration.evaluations import run_and_kill
+from tests.unit.training.lora_fixtures import make_job, save_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+ROOT = Path(__file__).parents[2]
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+DRIVER = """
+import sys
+from pathlib import Path
+from dmoa.cli.evaluation_session import opened_ray
+from dmoa.training.specialists import train_adapter
+from tests.unit.training.lora_fixtures import make_job
+model, out = sys.argv[1], Path(sys.argv[2])
+job = make_job(model, out, steps=12, check_every=1)
+with opened_ray(None):
+    trained = train_adapter(job, out=out / "adapter", workers=1, storage_path=None)
+print(trained.steps)
+"""
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return list((out / "ray").glob("adapter-tiny/checkpoint_*"))
+
+
+def test_a_killed_driver_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    model = save_tiny_model(tmp_path / "model")
+    out, command = tmp_path / "run", [sys.executable, "-c", DRIVER, model, str(tmp_path / "run")]
+    assert run_and_kill(command, lambda: len(checkpoints(out)) >= 1, tmp_path / "log")
+    assert not (out / "adapter").exists()
+    assert not run_and_kill(command, lambda: False, tmp_path / "log"), (tmp_path / "log").read_text()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["op"] == "log" and "loss_nats" in line["metrics"]]
+    assert steps[-1] == 12
+    assert steps.count(1) == 1, "the second run began anew"
+    alone = train_adapter(
+        make_job(model, tmp_path / "alone", steps=12, check_every=1), out=tmp_path / "a", workers=0, storage_path=None
+    )
+    assert alone.steps == 12
+    for name in FILES:
+        assert (out / "adapter" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
