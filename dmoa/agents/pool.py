@@ -165,14 +165,24 @@ def build_pool_gate(config: Config) -> tuple[Gate, Checkpoint]:
     Raises CheckpointError for a checkpoint that is damaged or was made for another pool.
     """
     from dmoa import checkpoint
-    from dmoa.routing import adopt_gate, build_gate
+    from dmoa.routing import build_gate
 
-    own = fingerprint(config)
     if not config.gate.checkpoint:
         profile_AD = _profile_embeddings(config) if config.gate.head == "profile" else None
         gate = build_gate(config.gate, config.agent_names, profile_AD)
-        return gate, checkpoint.describe_gate(gate, fingerprint=own)
-    gate, record = checkpoint.load(config.gate.checkpoint)
+        return gate, checkpoint.describe_gate(gate, fingerprint=fingerprint(config))
+    return fit_gate(config, *checkpoint.load(config.gate.checkpoint))
+
+
+def fit_gate(config: Config, gate: Gate, record: Checkpoint) -> tuple[Gate, Checkpoint]:
+    """Return a checkpoint's gate for this pool: as it is, or one with the `profile` head taken over to its profiles.
+
+    Raises CheckpointError for a checkpoint that was made for another pool.
+    """
+    from dmoa import checkpoint
+    from dmoa.routing import adopt_gate
+
+    own = fingerprint(config)
     checkpoint.check_pool(record, fingerprint=own, agents=config.agent_names, preset=config.gate.preset)
     if record.pool_fingerprint == own:
         return gate, record

@@ -82,11 +82,16 @@ def _announce(common: Common, launched: Launched) -> None:
     note = untrained_note(launched.gate_version)
     if note:
         typer.echo(f"dmoa: {note}", err=True)
+    if launched.gate_version != launched.configured_version:
+        typer.echo(f"dmoa: the gate was installed before; deployed is {launched.configured_version}", err=True)
+    common.say(f"its gate: dmoa router status --address {launched.ray_address}")
     common.write_json(
         {
             "url": launched.url,
             "pool": launched.pool,
             "gate_version": launched.gate_version,
+            "configured_version": launched.configured_version,
+            "ray_address": launched.ray_address,
             "untrained": note is not None,
         }
     )

@@ -45,6 +45,7 @@ class SwarmIngress:
         self,
         config_json: str,
         key_hashes: tuple[str, ...],
+        configured: str | None,
         encoder: DeploymentHandle,
         hosts: dict[str, DeploymentHandle],
     ) -> None:
@@ -55,7 +56,7 @@ class SwarmIngress:
         self._fingerprint = fingerprint(config)
         where = deployment_names(config)
         self._agents = ServeAgents({agent.name: hosts[where[agent.name]] for agent in callable_agents(config)})
-        self._router = RemoteRouter(ensure_router(config, app), config)
+        self._router = RemoteRouter(ensure_router(config, app, configured), config, configured)
         self._traces = ensure_traces(app, config.router.num_traces)
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
         self._metrics = QueryMetrics(config.name)
@@ -161,7 +162,7 @@ def build_app(config: Config, *, key_hashes: tuple[str, ...] = ()) -> Any:
     Raises ConfigError for an adapter that is not there, CheckpointError for a checkpoint of another pool.
     """
     check_files(config)
-    _check_checkpoint(config)
+    configured = _configured_version(config)
     options = {
         "name": "ingress",
         "num_replicas": config.server.ingress_replicas,
@@ -170,14 +171,15 @@ def build_app(config: Config, *, key_hashes: tuple[str, ...] = ()) -> Any:
         "graceful_shutdown_timeout_s": 5.0,
     }
     ingress = serve.deployment(serve.ingress()(SwarmIngress)).options(**options)
-    return ingress.bind(config.model_dump_json(), key_hashes, bind_encoder(config), bind_hosts(config))
+    return ingress.bind(config.model_dump_json(), key_hashes, configured, bind_encoder(config), bind_hosts(config))
 
 
-def _check_checkpoint(config: Config) -> None:
-    """Check the configured checkpoint against the pool, before anything is deployed."""
+def _configured_version(config: Config) -> str | None:
+    """Check the configured checkpoint against the pool, before anything is deployed, and return its version."""
     if not config.gate.checkpoint:
-        return
+        return None
     from dmoa import checkpoint
 
     _, record = checkpoint.load(config.gate.checkpoint)
     checkpoint.check_pool(record, fingerprint=fingerprint(config), agents=config.agent_names, preset=config.gate.preset)
+    return record.version

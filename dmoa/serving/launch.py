@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 
@@ -31,6 +33,10 @@ class Launched:
     """Base URL of the server, without /v1."""
     pool: str
     gate_version: str
+    configured_version: str
+    """Gate that the app was deployed with; another one where a gate was installed since."""
+    ray_address: str
+    """Where other commands join the Ray that it runs on."""
     started_ray: bool
     """Whether this process started Ray, and so ends it."""
 
@@ -70,7 +76,7 @@ def launch(
     serve.run(application, name=app, route_prefix=route_prefix)
     url = f"http://{_reachable(host)}:{port}{route_prefix.rstrip('/')}"
     _wait_ready(url, START_TIMEOUT_S)
-    return Launched(url=url, pool=config.name, gate_version=_gate_version(app), started_ray=started_ray)
+    return _launched(url, config.name, app, started_ray=started_ray)
 
 
 def start_ray(address: str | None = None) -> bool:
@@ -79,21 +85,33 @@ def start_ray(address: str | None = None) -> bool:
     Returns whether this process started it, and so ends it. Raises ConfigError where none answers at the address.
     """
     set_flags()
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        _use_token()
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS")
     is_own = not ray.is_initialized() and address is None
     if is_own:
         _start_own_ray()
     elif not ray.is_initialized():
         try:
-            ray.init(address=address, log_to_driver=False)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ray.exceptions.RayError) as error:
             raise ConfigError(
                 f"address: value seen: {address!r}; no Ray answers there as asked; check that it runs, and set "
                 f"RAY_AUTH_MODE=token where it wants tokens ({' '.join(str(error).split())[:200]})"
             ) from error
     return is_own
+
+
+def _use_token() -> None:
+    """Send the token that Ray keeps for this user, unless the environment says otherwise; call before importing Ray.
+
+    A Ray that a program started for itself wants it, and one that wants none ignores it (Ray 2.60).
+    """
+    kept = Path.home() / ".ray" / "auth_token"
+    if kept.is_file() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _start_own_ray() -> None:
@@ -136,13 +154,20 @@ def _wait_ready(url: str, timeout_s: float) -> None:
     raise NoAgentError(f"{url} is not ready after {timeout_s:.0f} s: {last}")
 
 
-def _gate_version(app: str) -> str:
+def _launched(url: str, pool: str, app: str, *, started_ray: bool) -> Launched:
     import ray
 
     from dmoa.serving.actors import NAMESPACE, router_name
 
-    version: str = ray.get(ray.get_actor(router_name(app), namespace=NAMESPACE).status.remote())["gate_version"]
-    return version
+    status = ray.get(ray.get_actor(router_name(app), namespace=NAMESPACE).status.remote())
+    return Launched(
+        url=url,
+        pool=pool,
+        gate_version=status["gate_version"],
+        configured_version=status["configured_version"],
+        ray_address=ray.get_runtime_context().gcs_address,
+        started_ray=started_ray,
+    )
 
 
 def stop(app: str = "dmoa", *, end_ray: bool = False) -> None:

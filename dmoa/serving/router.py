@@ -1,15 +1,18 @@
 """The central router: one named, detached actor per app, reached through `router_client`.
 
-The actor decides in micro-batches, masks dead agents until they answer again, and keeps its versions under
-`router.state_uri`, so that after a crash it comes back with the same gate. It ends when its app is gone.
+The actor decides in micro-batches, masks dead agents until they answer again, and takes new gate versions while it runs:
+queries under way finish with the version they began with. Versions and history lie under `router.state_uri`, so that
+after a crash it comes back with the same gate. It ends when its app is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import ray
@@ -18,8 +21,7 @@ from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.exceptions import RayServeException
 
-from dmoa.agents.pool import build_pool_gate, fingerprint
-from dmoa.checkpoint import Checkpoint
+from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.core.gate import Gate
 from dmoa.errors import DmoaError
@@ -27,76 +29,94 @@ from dmoa.routing import LocalRouter
 from dmoa.serving.actors import detached, end_actors, pack, router_name, unpack
 from dmoa.serving.agents import ServeAgents, deployment_names
 from dmoa.serving.router_state import RouterState, default_state_uri
-from dmoa.types import RouteRequest
+from dmoa.serving.versions import Change, GateVersions
+from dmoa.types import FloatArray, RouteRequest, is_untrained
 
 _LOG = logging.getLogger("dmoa.router")
 WATCH_INTERVAL_S = 1.0
 """How often the router looks whether its app and its agents' replicas are still there."""
 MAX_MISSED = 5
 """Looks in a row without the app after which its actors end."""
+MAX_RECENT = 256
+"""Inputs that are kept for the shadow check of the next install."""
 
 
 class RouterActor:
-    """Gate weights by version, micro-batched decisions, health masks."""
+    """Gate weights by version, micro-batched decisions, health masks, installs on a running swarm."""
 
-    def __init__(self, config_json: str, app: str) -> None:
+    def __init__(self, config_json: str, app: str, configured: str | None = None) -> None:
+        """`configured` is the version of the configured checkpoint, None where none is configured."""
         self._app = app
         self._started_unix_s = time.time()
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._probing: set[str] = set()
-        self._records: dict[str, Checkpoint] = {}
-        self._local = LocalRouter(reload=self._reload)
-        self._configure(self._config_before_restart() or Config.model_validate_json(config_json))
+        self._changing = asyncio.Lock()
+        self._recent: deque[FloatArray] = deque(maxlen=MAX_RECENT)
+        self._configure(*(self._before_restart() or (Config.model_validate_json(config_json), configured)))
 
-    def _config_before_restart(self) -> Config | None:
+    def _before_restart(self) -> tuple[Config, str | None] | None:
         """Return what a crashed actor served last: its constructor sees only what it was first created with."""
         if not ray.get_runtime_context().was_current_actor_reconstructed:
             return None
         found = _internal_kv_get(f"dmoa/config/{self._app}".encode())
-        return Config.model_validate_json(found) if found else None
+        if not found:
+            return None
+        served = json.loads(found)
+        return Config.model_validate(served["config"]), served["configured"]
 
     def _begin(self) -> None:
         """Begin to watch the app; also after a restart, when nobody but queries calls."""
         if self._watching is None or self._watching.done():
             self._watching = self._spawn(self._watch())
 
-    async def configure(self, config_json: str) -> str:
-        """Serve this configuration from now on; returns the gate version that new queries begin with."""
+    async def configure(self, config_json: str, configured: str | None = None) -> str:
+        """Serve this configuration from now on; returns the gate version that new queries begin with.
+
+        The same configuration with the same checkpoint changes nothing: what was installed since stays.
+        """
         config = Config.model_validate_json(config_json)
-        if config != self._config:
-            self._local = LocalRouter(reload=self._reload)
-            self._configure(config)
+        async with self._changing:
+            if (config, configured) != (self._config, self._configured):
+                self._configure(config, configured)
         self._begin()
         return self._local.current
 
-    def _configure(self, config: Config) -> None:
-        self._config = config
-        _internal_kv_put(f"dmoa/config/{self._app}".encode(), config.model_dump_json().encode(), overwrite=True)
+    def _configure(self, config: Config, configured: str | None) -> None:
+        self._config, self._configured = config, configured
+        served = {"config": config.model_dump(mode="json"), "configured": configured}
+        _internal_kv_put(f"dmoa/config/{self._app}".encode(), json.dumps(served).encode(), overwrite=True)
         self._fingerprint = fingerprint(config)
         self._state = RouterState(config.router.state_uri or default_state_uri(self._app))
-        self._local.max_wait_ms = config.router.max_wait_ms
         handles = {name: serve.get_deployment_handle(where, self._app) for name, where in deployment_names(config).items()}
         self._agents = ServeAgents(handles)
-        gate, record = self._restored() or build_pool_gate(config)
-        self._install(gate, record)
+        self._versions = GateVersions(self._state, config, configured)
+        self._recent.clear()
+        self._local = LocalRouter(reload=self._reload)
+        self._local.max_wait_ms = config.router.max_wait_ms
+        self._local.install(self._versions.version, self._versions.gate)
 
-    def _restored(self) -> tuple[Gate, Checkpoint] | None:
-        """Return the version that was current before a restart, if it was this pool's and this configuration's."""
-        state = self._state.load()
-        if state is None or state.get("source") != self._source():
-            return None
-        return self._state.load_version(str(state["current"]))
+    async def install(self, files: dict[str, bytes], note: str = "") -> dict[str, Any]:
+        """Make the gate of a checkpoint's files current, once it passed the checks; running queries keep theirs.
 
-    def _source(self) -> dict[str, Any]:
-        """What the configured gate depends on; a state made from anything else is not taken up."""
-        return {"fingerprint": self._fingerprint, "gate": self._config.gate.model_dump(mode="json")}
+        Returns what changed and what the shadow check found. Raises CheckpointError: then nothing has changed.
+        """
+        return await self._change(lambda: self._versions.install(files, note, list(self._recent)))
 
-    def _install(self, gate: Gate, record: Checkpoint) -> None:
-        self._state.save_version(gate, record)
-        self._records[record.version] = record
-        self._local.install(record.version, gate)
-        self._state.save({"current": record.version, "source": self._source(), "installed_unix_s": time.time()})
+    async def rollback(self, version: str | None = None, note: str = "") -> dict[str, Any]:
+        """Make an earlier version current again, by default the one before the current one. Raises CheckpointError."""
+        return await self._change(lambda: self._versions.rollback(version, note))
+
+    async def _change(self, work: Callable[[], Change]) -> dict[str, Any]:
+        async with self._changing:
+            change = await asyncio.to_thread(work)
+            self._local.install(change.version, change.gate)
+        _LOG.info("gate %s is current, before it was %s", change.version, change.previous)
+        return change.to_json()
+
+    async def history(self) -> list[dict[str, Any]]:
+        """Return the changes of the current version, oldest first."""
+        return self._versions.history()
 
     def _reload(self, version: str) -> Gate | None:
         found = self._state.load_version(version)
@@ -106,7 +126,9 @@ class RouterActor:
         """Decide one step: a packed RouteRequest in, a packed RouteDecision out. Raises NoAgentError, RoutingError."""
         self._begin()
         request: RouteRequest = unpack(packed)
-        return pack(await self._local.route(request))
+        decision = await self._local.route(request)
+        self._recent.append(request.input_X)
+        return pack(decision)
 
     async def report_unavailable(self, agent: str, reason: str) -> None:
         """Mask an agent and try it again until it answers."""
@@ -142,6 +164,10 @@ class RouterActor:
             "pool": self._config.name,
             "pool_fingerprint": self._fingerprint,
             "gate_version": self._local.current,
+            "configured_version": self._versions.configured,
+            "untrained": is_untrained(self._local.current),
+            "installed_unix_s": self._versions.since_unix_s,
+            "recent_inputs": len(self._recent),
             "masked": sorted(self._local.masked),
             "activations": dict(self._local.activations),
             "decisions": self._local.num_decisions,
@@ -194,6 +220,6 @@ def _serve_actors() -> frozenset[str]:
     return frozenset(actor["name"] for actor in actors if actor["namespace"] == "serve")
 
 
-def ensure_router(config: Config, app: str) -> Any:
-    """Return the app's router actor, created if it is not there yet."""
-    return ray.remote(RouterActor).options(**detached(router_name(app))).remote(config.model_dump_json(), app)
+def ensure_router(config: Config, app: str, configured: str | None = None) -> Any:
+    """Return the app's router actor, created if it is not there yet; `configured` as in `RouterActor`."""
+    return ray.remote(RouterActor).options(**detached(router_name(app))).remote(config.model_dump_json(), app, configured)

@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import tempfile
 import time
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -30,14 +28,18 @@ ROUTE_TIMEOUT_S = 2.0
 """How long an ingress waits for the router before it decides by itself."""
 AWAY_S = 1.0
 """How long an ingress then goes on by itself before it tries the router again."""
+MAX_HELD = 8
+"""Copies of weights that an ingress holds beside the current version's."""
 
 
 class RemoteRouter:
     """Routes by the router actor, or here while it is away; implements `protocols.Router`."""
 
-    def __init__(self, actor: Any, config: Config) -> None:
+    def __init__(self, actor: Any, config: Config, configured: str | None = None) -> None:
+        """`configured` is the version of the configured checkpoint, None where none is configured."""
         self._actor = actor
         self._config = config
+        self._configured = configured
         self._weights: dict[str, dict[str, bytes]] = {}
         self._current: str | None = None
         self._fetching: set[str] = set()
@@ -48,7 +50,7 @@ class RemoteRouter:
 
     async def start(self) -> str:
         """Hand the configuration to the actor and take a copy of its weights; returns the gate version."""
-        self._current = await self._actor.configure.remote(self._config.model_dump_json())
+        self._current = await self._actor.configure.remote(self._config.model_dump_json(), self._configured)
         await self._fetch(self._current)
         return self._current
 
@@ -94,16 +96,22 @@ class RemoteRouter:
         self._fetching.add(version)
         try:
             self._weights[version] = await self._actor.weights.remote(version)
+            for old in [held for held in self._weights if held not in (version, self._current)][:-MAX_HELD]:
+                del self._weights[old]
         except RayError as error:
             _LOG.warning("no copy of gate %s: %s", version, type(error).__name__)
         finally:
             self._fetching.discard(version)
 
     async def _decide_here(self, request: RouteRequest) -> RouteDecision:
+        version = request.gate_version or self._current
+        if version not in self._weights:
+            # The orchestrator asks again while the query's patience lasts, and the router comes back with all versions.
+            raise NoAgentError(f"router: it is away, and there is no copy of gate {version} here yet; ask again")
         if self._local is None:
             self._local = await asyncio.to_thread(self._build_local)
         local = self._local
-        if self._current is not None and self._current in self._weights:
+        if self._current in self._weights:
             local.use(self._current)
         now = time.monotonic()
         for agent in local.masked:
@@ -119,15 +127,10 @@ class RemoteRouter:
         return LocalRouter(routed_by="ingress", reload=self._load)
 
     def _load(self, version: str) -> Gate | None:
-        from dmoa import checkpoint
+        from dmoa.serving.router_state import read_files
 
         files = self._weights.get(version)
-        if files is None:
-            return None
-        with tempfile.TemporaryDirectory() as scratch:
-            for name, data in files.items():
-                (Path(scratch) / name).write_bytes(data)
-            return checkpoint.load(scratch)[0]
+        return None if files is None else read_files(files, f"gate {version}")[0]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

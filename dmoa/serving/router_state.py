@@ -10,6 +10,7 @@ import json
 import posixpath
 import secrets
 import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,23 @@ from dmoa import checkpoint
 from dmoa.checkpoint import Checkpoint
 from dmoa.core.gate import Gate
 from dmoa.errors import CheckpointError, ConfigError
+from dmoa.explain import short
 
-_FILES = ("gate.safetensors", "gate.json")
+FILES = ("gate.safetensors", "gate.json")
+"""The files of a version, in the order in which they are written."""
+
+
+def read_files(files: Mapping[str, bytes], where: str) -> tuple[Gate, Checkpoint]:
+    """Return the gate that the files of a checkpoint hold; messages say `where` they come from. Raises CheckpointError."""
+    if set(files) != set(FILES):
+        raise CheckpointError(f"{where}: its files are {short(sorted(files))}; allowed are exactly {', '.join(FILES)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in FILES:
+            (Path(scratch) / name).write_bytes(files[name])
+        try:
+            return checkpoint.load(scratch)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(f"checkpoint {scratch!r}", where)) from error
 
 
 def default_state_uri(app: str) -> str:
@@ -48,25 +64,28 @@ class RouterState:
             return
         with tempfile.TemporaryDirectory() as scratch:
             folder = checkpoint.save(Path(scratch) / "version", gate, record)
-            for name in _FILES:
+            for name in FILES:
                 self._write(f"versions/{record.version}/{name}", (folder / name).read_bytes())
 
     def load_version(self, version: str) -> tuple[Gate, Checkpoint] | None:
         """Return a version's weights and record, None if it was never kept. Raises CheckpointError if damaged."""
         if not self._exists(f"versions/{version}/gate.json"):
             return None
-        with tempfile.TemporaryDirectory() as scratch:
-            for name in _FILES:
-                (Path(scratch) / name).write_bytes(self._read(f"versions/{version}/{name}"))
-            try:
-                return checkpoint.load(scratch)
-            except CheckpointError as error:
-                place = self._path(f"versions/{version}")
-                raise CheckpointError(f"router state {place!r} is damaged; remove it to begin anew ({error})") from error
+        try:
+            return read_files(self.read_version(version), f"gate {version}")
+        except CheckpointError as error:
+            place = self._path(f"versions/{version}")
+            raise CheckpointError(f"router state {place!r} is damaged; remove it to begin anew ({error})") from error
 
     def read_version(self, version: str) -> dict[str, bytes]:
         """Return the files of a version by name."""
-        return {name: self._read(f"versions/{version}/{name}") for name in _FILES}
+        return {name: self._read(f"versions/{version}/{name}") for name in FILES}
+
+    def keep_versions(self, wanted: Collection[str]) -> None:
+        """Remove the versions that nobody wants any more."""
+        for found in self._fs.get_file_info(arrow_fs.FileSelector(self._path("versions"), allow_not_found=True)):
+            if found.type == arrow_fs.FileType.Directory and found.base_name not in wanted:
+                self._fs.delete_dir(found.path)
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep the state: current version, history, fingerprint."""

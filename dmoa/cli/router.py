@@ -1,0 +1,128 @@
+"""`dmoa router`: which gate a running swarm routes with: look at it, put in another one, take it back."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dmoa.cli.options import Common, with_common
+from dmoa.cli.show import printable, untrained_note
+
+if TYPE_CHECKING:
+    from dmoa.serving.router_admin import RouterAdmin
+
+app = typer.Typer(
+    rich_markup_mode=None, no_args_is_help=True, help="The gate of a running swarm: install, roll back, history, status."
+)
+
+_MAX_SHOWN = 5
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="RAY", envvar="RAY_ADDRESS", help="Ray that the swarm runs on [auto: the one on this machine]."
+    ),
+]
+AppOption = Annotated[str, typer.Option("--app", metavar="NAME", help="Name of the Serve application.")]
+NoteOption = Annotated[str, typer.Option("--note", metavar="TEXT", help="Words for the history: why, and by whom.")]
+
+
+def _connect(app_name: str, address: str | None) -> RouterAdmin:
+    from dmoa.serving.router_admin import RouterAdmin
+
+    return RouterAdmin(app_name, address=address)
+
+
+@app.command("install")
+@with_common
+def install(
+    common: Common,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint: a folder that `dmoa train` wrote.")],
+    note: NoteOption = "",
+    address: AddressOption = None,
+    app_name: AppOption = "dmoa",
+) -> None:
+    """Make a checkpoint the gate that new queries begin with; running ones finish with theirs.
+
+    \b
+    dmoa router install out/train/checkpoint
+    dmoa router install out/train/checkpoint --address 127.0.0.1:6379 --note "80 queries, soft loss"
+
+    The gate is checked first, and let decide the last inputs in the shadow; one that is refused changes nothing.
+    """
+    from dmoa.serving.router_admin import checkpoint_files
+
+    files = checkpoint_files(folder)
+    changed = _connect(app_name, address).install(files, note)
+    _tell(common, changed)
+
+
+@app.command("rollback")
+@with_common
+def rollback(
+    common: Common,
+    version: Annotated[str | None, typer.Argument(metavar="[VERSION]", help="Version to go back to [the one before].")] = None,
+    note: NoteOption = "",
+    address: AddressOption = None,
+    app_name: AppOption = "dmoa",
+) -> None:
+    """Make an earlier gate current again; rolling back twice goes back twice."""
+    changed = _connect(app_name, address).rollback(version, note)
+    _tell(common, changed)
+
+
+@app.command("history")
+@with_common
+def history(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
+    """Show which gates were current, oldest first; the last line is the current one."""
+    changes = _connect(app_name, address).history()
+    for change in changes:
+        note = f"  {printable(change['note'])}" if change["note"] else ""
+        typer.echo(f"{_when(change['unix_s'])}  {change['action']:<10}  {change['version']}{note}")
+    common.write_json({"app": app_name, "history": changes})
+
+
+@app.command("status")
+@with_common
+def status(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
+    """Show the current gate, which agents are masked, and how often each was activated."""
+    found = _connect(app_name, address).status()
+    is_installed = found["gate_version"] != found["configured_version"]
+    typer.echo(f"pool          {found['pool']} ({found['pool_fingerprint'][:12]}), app {found['app']}")
+    typer.echo(f"gate          {found['gate_version']}, current since {_when(found['installed_unix_s'])}")
+    if is_installed:
+        typer.echo(f"deployed with {found['configured_version']}")
+    note = untrained_note(found["gate_version"])
+    if note:
+        typer.echo(f"              {note}")
+    typer.echo(f"decisions     {found['decisions']} in {found['batches']} batches since {_when(found['started_unix_s'])}")
+    active = sorted(found["activations"].items(), key=lambda item: -item[1])
+    typer.echo(f"activations   {', '.join(f'{name} {count}' for name, count in active) or 'none'}")
+    typer.echo(f"masked        {', '.join(found['masked']) or 'none'}")
+    common.write_json(found)
+
+
+def _tell(common: Common, changed: dict[str, Any]) -> None:
+    version, previous = changed["version"], changed["previous"]
+    typer.echo(
+        f"gate {version} is current, before it was {previous}" if changed["changed"] else f"gate {version} was current already"
+    )
+    shadow = changed["shadow"]
+    if shadow is not None and shadow["inputs"]:
+        shares = [f"{name} {share:.0%}" for name, share in list(shadow["first"].items())[:_MAX_SHOWN]]
+        more = len(shadow["first"]) - len(shares)
+        typer.echo(
+            f"on the last {shadow['inputs']} inputs: most probable {', '.join(shares)}{f' and {more} more' if more else ''}; "
+            f"as the gate before on {shadow['same_first']:.0%}; {shadow['mean_k']:.2f} agents a step"
+        )
+    note = untrained_note(version)
+    if note:
+        typer.echo(f"dmoa: {note}", err=True)
+    common.write_json(changed)
+
+
+def _when(unix_s: float | None) -> str:
+    return "an unknown time" if unix_s is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))

@@ -1,0 +1,96 @@
+"""Changing the gate of a running swarm from another process: the router actor's operator side.
+
+Used by `dmoa router` and by jobs that install what they trained. Joins the Ray that the swarm runs on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dmoa.errors import ConfigError, DmoaError
+
+CALL_TIMEOUT_S = 120.0
+"""How long a call may take; a router that restarts answers within seconds."""
+
+
+class RouterAdmin:
+    """The router of one running app."""
+
+    def __init__(self, app: str = "dmoa", *, address: str | None = None) -> None:
+        """Join the Ray at `address`, by default the one on this machine, and find the app's router.
+
+        Raises ConfigError where no Ray answers or the app has no router.
+        """
+        from dmoa.serving.launch import start_ray
+
+        start_ray(address or "auto")  # before Ray is imported: it reads the environment then
+        import ray
+
+        from dmoa.serving.actors import NAMESPACE, router_name
+
+        try:
+            self._actor = ray.get_actor(router_name(app), namespace=NAMESPACE)
+        except ValueError as error:
+            running = ", ".join(running_apps()) or "none"
+            raise ConfigError(
+                f"app: value seen: {app!r}; running on this Ray: {running}; name one of them (--app), or the Ray that it "
+                "runs on (--address)"
+            ) from error
+
+    def install(self, files: dict[str, bytes], note: str = "") -> dict[str, Any]:
+        """Make a checkpoint (see `checkpoint_files`) the current gate; returns what changed, as `RouterActor.install`.
+
+        Raises CheckpointError where the router refuses it; DmoaError while the router is away.
+        """
+        changed: dict[str, Any] = self._call("install", files, note)
+        return changed
+
+    def rollback(self, version: str | None = None, note: str = "") -> dict[str, Any]:
+        """Make an earlier version current again, by default the one before. Raises CheckpointError, DmoaError."""
+        changed: dict[str, Any] = self._call("rollback", version, note)
+        return changed
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the changes of the current version, oldest first. Raises DmoaError."""
+        changes: list[dict[str, Any]] = self._call("history")
+        return changes
+
+    def status(self) -> dict[str, Any]:
+        """Return the router's account of itself. Raises DmoaError."""
+        status: dict[str, Any] = self._call("status")
+        return status
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            return ray.get(getattr(self._actor, method).remote(*arguments), timeout=CALL_TIMEOUT_S)
+        except RayTaskError as error:
+            if isinstance(error.cause, DmoaError):
+                raise error.cause from error
+            raise DmoaError(
+                f"router: {method} failed: {type(error.cause).__name__}: {error.cause}; nothing was changed"
+            ) from error
+        except RayError as error:
+            raise DmoaError(f"router: it is away ({type(error).__name__}); see `dmoa router status` and try again") from error
+
+
+def checkpoint_files(folder: str | Path) -> dict[str, bytes]:
+    """Return the files of the checkpoint in a folder. Raises CheckpointError if it is none, or damaged."""
+    from dmoa import checkpoint
+    from dmoa.serving.router_state import FILES
+
+    checkpoint.load(folder)  # the router checks it again, but only here can a message name the folder
+    return {name: (Path(folder) / name).read_bytes() for name in FILES}
+
+
+def running_apps() -> list[str]:
+    """Return the names of the apps that have a router on this Ray."""
+    import ray
+
+    from dmoa.serving.actors import NAMESPACE, router_name
+
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
+    return sorted(name.removeprefix(router_name("")) for name in names if name.startswith(router_name("")))

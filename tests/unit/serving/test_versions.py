@@ -1,0 +1,317 @@
+"""Gate versions of a router: installs, rollbacks, history, and what a restart or a redeployment takes up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmoa import checkpoint
+from dmoa.agents.pool import build_pool_gate, fingerprint
+from dmoa.checkpoint import describe_gate
+from dmoa.config import Config
+from dmoa.core.gate import Gate, GateSpec, init_gate
+from dmoa.errors import CheckpointError
+from dmoa.routing import build_gate
+from dmoa.serving.router_state import FILES, RouterState
+from dmoa.serving.versions import MAX_NOTE_CHARACTERS, GateVersions, HistoryEntry, _line
+
+AGENTS = ("adder", "sorter")
+X = 2 * 384 + 4
+
+
+def pool(gate: dict[str, Any] | None = None, **changes: Any) -> Config:
+    return Config.model_validate(
+        {
+            "name": "pool",
+            "llms": {"tiny": {"model": "scripted:x", "engine": "scripted"}},
+            "agents": [{"name": name, "llm": "tiny", "profile": f"You are {name}."} for name in AGENTS],
+            "gate": {"hidden": 8} | (gate or {}),
+        }
+        | changes
+    )
+
+
+def trained(folder: Path, seed: int, config: Config | None = None, **spec: Any) -> Path:
+    """Write the checkpoint of a gate that counts as trained."""
+    config = config or pool()
+    gate = build_gate(config.gate.model_copy(update={"seed": seed}), config.agent_names)
+    gate.spec = replace(gate.spec, **spec)
+    record = describe_gate(gate, fingerprint=fingerprint(config), trained_on={"rows": seed})
+    return checkpoint.save(folder / f"checkpoint-{seed}", gate, record)
+
+
+def version_of(folder: Path) -> str:
+    return checkpoint.load(folder)[1].version
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+def opened(root: Path, config: Config | None = None, configured: str | None = None, **options: int) -> GateVersions:
+    return GateVersions(RouterState(root.as_uri()), config or pool(), configured, **options)
+
+
+def actions(found: GateVersions) -> list[tuple[str, str, str | None]]:
+    return [(entry["action"], entry["version"], entry["previous"]) for entry in found.history()]
+
+
+def test_a_new_router_begins_with_what_is_configured(root: Path) -> None:
+    found = opened(root)
+    assert found.version == found.configured == build_pool_gate(pool())[1].version
+    assert actions(found) == [("configured", found.version, None)]
+    assert found.since_unix_s == found.history()[0]["unix_s"]
+
+
+def test_an_installed_version_is_current_recorded_and_taken_up_after_a_restart(root: Path, tmp_path: Path) -> None:
+    found = opened(root)
+    first = found.version
+    folder = trained(tmp_path, 1, theta=-1.5)
+    change = found.install(files_of(folder), "why not", [np.zeros(X, np.float32)])
+    assert (change.version, change.previous, change.is_change) == (version_of(folder), first, True)
+    assert change.gate.spec.theta == -1.5
+    assert change.shadow is not None
+    assert change.shadow.inputs == 1
+    assert change.to_json()["shadow"]["inputs"] == 1
+    for again in (found, opened(root)):
+        assert (again.version, again.configured) == (version_of(folder), first)
+        assert actions(again) == [("configured", first, None), ("install", version_of(folder), first)]
+        assert again.history()[-1]["note"] == "why not"
+        weights = again.gate.state_dict()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in checkpoint.load(folder)[0].state_dict().items())
+
+
+def test_installing_the_current_version_changes_nothing(root: Path, tmp_path: Path) -> None:
+    found = opened(root)
+    files = files_of(trained(tmp_path, 1))
+    found.install(files, "", [])
+    before = found.history()
+    change = found.install(files, "again", [])
+    assert (change.is_change, change.version, change.previous) == (False, found.version, found.version)
+    assert found.history() == before
+
+
+def break_weights(folder: Path) -> None:
+    gate, record = checkpoint.load(folder)
+    with torch.no_grad():
+        gate.head_bias[0] = float("nan")
+    checkpoint.save(folder, gate, describe_gate(gate, fingerprint=record.pool_fingerprint, trained_on={"rows": 1}))
+
+
+def another_width(folder: Path) -> None:
+    gate, record = checkpoint.load(folder)
+    narrow = init_gate(replace(gate.spec, embedding_dim=4), seed=1)
+    checkpoint.save(folder, narrow, describe_gate(narrow, fingerprint=record.pool_fingerprint, trained_on={"rows": 1}))
+
+
+def another_pool(folder: Path) -> None:
+    gate, _ = checkpoint.load(folder)
+    checkpoint.save(folder, gate, describe_gate(gate, fingerprint="0" * 64, trained_on={"rows": 1}))
+
+
+def another_preset(folder: Path) -> None:
+    gate = Gate(GateSpec.from_config(pool({"preset": "paper"}).gate, AGENTS))
+    checkpoint.save(folder, gate, describe_gate(gate, fingerprint=fingerprint(pool()), trained_on={"rows": 1}))
+
+
+def half_written(folder: Path) -> None:
+    weights = folder / "gate.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+
+
+REFUSED = [
+    (break_weights, "head_bias holds NaN or infinity; only finite weights are allowed"),
+    (another_width, "embedding_dim is 4, the encoder of this pool gives 384"),
+    (another_pool, "made for pool 000000000000, this pool is "),
+    (another_preset, "its preset is 'paper', the pool's gate.preset is 'default'"),
+    (half_written, "^the checkpoint: "),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), REFUSED, ids=[damage.__name__ for damage, _ in REFUSED])
+def test_a_refused_gate_leaves_the_current_one_untouched(root: Path, tmp_path: Path, damage: Any, message: str) -> None:
+    found = opened(root)
+    found.install(files_of(trained(tmp_path, 1)), "", [])
+    folder = trained(tmp_path, 2)
+    damage(folder)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    history, version = found.history(), found.version
+    with pytest.raises(CheckpointError, match=message) as caught:
+        found.install(files_of(folder), "", [])
+    assert "/tmp" not in str(caught.value)
+    assert (found.history(), found.version) == (history, version)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("names", [(), ("gate.json",), ("gate.json", "gate.safetensors", "../../etc/passwd")])
+def test_only_the_two_files_of_a_checkpoint_are_taken(root: Path, names: tuple[str, ...]) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint: its files are .*; allowed are exactly gate\.safetensors, gate\.json"
+    ):
+        opened(root).install(dict.fromkeys(names, b""), "", [])
+
+
+def test_rolling_back_twice_goes_back_twice(root: Path, tmp_path: Path) -> None:
+    found = opened(root)
+    first = found.version
+    one, two = trained(tmp_path, 1), trained(tmp_path, 2)
+    for folder in (one, two):
+        found.install(files_of(folder), "", [])
+    assert found.rollback(None, "worse").version == found.version == version_of(one)
+    found = opened(root)  # a restart in between
+    change = found.rollback(None, "worse still")
+    assert (change.version, change.previous, change.shadow) == (first, version_of(one), None)
+    assert [entry["note"] for entry in found.history()[-2:]] == ["worse", "worse still"]
+    with pytest.raises(CheckpointError, match=rf"rollback: nothing was current before gate {first}; known are "):
+        found.rollback(None, "")
+    assert found.version == first
+
+
+def test_rolling_back_to_a_named_version(root: Path, tmp_path: Path) -> None:
+    found = opened(root)
+    first = found.version
+    one, two = trained(tmp_path, 1), trained(tmp_path, 2)
+    for folder in (one, two):
+        found.install(files_of(folder), "", [])
+    assert found.rollback(first, "").version == first
+    assert found.rollback(version_of(two), "").version == version_of(two)  # forward again, by name
+    assert found.rollback(None, "").version == first
+    unknown = trained(tmp_path, 3)
+    with pytest.raises(CheckpointError, match=r"was never current here; known are .*; see `dmoa router history`"):
+        found.rollback(version_of(unknown), "")
+    (root / "versions" / version_of(one) / "gate.json").unlink()
+    with pytest.raises(CheckpointError, match="is no longer kept; install its checkpoint again"):
+        found.rollback(version_of(one), "")
+    assert found.version == first
+
+
+LETTERS = "abcd"
+
+
+@given(st.lists(st.one_of(st.sampled_from(LETTERS), st.none()), max_size=30))
+@settings(max_examples=200)
+def test_the_line_of_versions_is_a_stack(moves: list[str | None]) -> None:
+    """Installs push, rollbacks without a version pop: against a plain list."""
+    history = [HistoryEntry(version="start", action="configured", previous=None, note="", unix_s=0.0)]
+    stack = ["start"]
+    for move in moves:
+        if move is None and len(stack) < 2:
+            continue
+        if move is None:
+            assert _line(history)[-2] == stack[-2]
+            stack.pop()
+            # Where the version below appears higher up as well, a rollback by name reaches the higher one.
+            history.append(HistoryEntry(version=stack[-1], action="rollback", previous=None, note="", unix_s=0.0))
+        elif move != stack[-1]:
+            stack.append(move)
+            history.append(HistoryEntry(version=move, action="install", previous=None, note="", unix_s=0.0))
+        assert _line(history) == stack
+
+
+def test_another_configured_checkpoint_takes_the_place_of_what_was_installed(root: Path, tmp_path: Path) -> None:
+    one, two, three = (trained(tmp_path, seed) for seed in (1, 2, 3))
+    deployed = pool({"checkpoint": str(one)})
+    found = opened(root, deployed, version_of(one))
+    found.install(files_of(two), "", [])
+    assert opened(root, deployed, version_of(one)).version == version_of(two)  # the same deployment again
+    moved = trained(tmp_path / "elsewhere", 1)
+    assert opened(root, pool({"checkpoint": str(moved)}), version_of(moved)).version == version_of(two)  # the same content
+    again = opened(root, pool({"checkpoint": str(three)}), version_of(three))
+    assert (again.version, again.configured) == (version_of(three), version_of(three))
+    assert actions(again)[-1] == ("configured", version_of(three), version_of(two))
+    assert again.rollback(None, "").version == version_of(two)  # what was there before can be had back
+
+
+def test_a_checkpoint_trained_again_in_its_folder_is_another_one(root: Path, tmp_path: Path) -> None:
+    folder = trained(tmp_path, 1)
+    deployed = pool({"checkpoint": str(folder)})
+    found = opened(root, deployed, version_of(folder))
+    found.install(files_of(trained(tmp_path, 2)), "", [])
+    checkpoint.save(folder, *checkpoint.load(trained(tmp_path, 3)))
+    assert opened(root, deployed, version_of(folder)).version == version_of(folder)
+
+
+def test_another_pool_begins_anew(root: Path, tmp_path: Path) -> None:
+    found = opened(root)
+    found.install(files_of(trained(tmp_path, 1)), "", [])
+    other = pool(agents=[{"name": name, "llm": "tiny", "profile": "Other."} for name in AGENTS])
+    again = opened(root, other)
+    assert actions(again) == [("configured", build_pool_gate(other)[1].version, None)]
+
+
+def test_a_version_that_is_gone_gives_way_to_the_configured_one(root: Path, tmp_path: Path) -> None:
+    found = opened(root)
+    first = found.version
+    change = found.install(files_of(trained(tmp_path, 1)), "", [])
+    (root / "versions" / change.version / "gate.json").unlink()
+    again = opened(root)
+    assert again.version == first
+    assert actions(again)[-1] == ("configured", first, change.version)
+
+
+def test_a_restart_does_not_need_the_configured_checkpoint(root: Path, tmp_path: Path) -> None:
+    folder = trained(tmp_path, 1)
+    version = version_of(folder)
+    deployed = pool({"checkpoint": str(folder)})
+    opened(root, deployed, version)
+    for path in folder.iterdir():
+        path.unlink()
+    assert opened(root, deployed, version).version == version  # on another node, say
+
+
+def test_a_gate_with_the_profile_head_is_taken_over_from_another_pool(root: Path) -> None:
+    other = pool({"head": "profile"}, agents=[{"name": "writer", "llm": "tiny", "profile": "Writes."}])
+    gate, _ = build_pool_gate(other)
+    record = describe_gate(gate, fingerprint=fingerprint(other), trained_on={"rows": 1})
+    folder = checkpoint.save(root.parent / "profile", gate, record)
+    found = opened(root, pool({"head": "profile"}))
+    change = found.install(files_of(folder), "", [])
+    assert change.gate.spec.agents == AGENTS
+    assert change.version != record.version
+    assert opened(root, pool({"head": "profile"})).version == change.version
+
+
+def test_history_and_versions_stay_bounded(root: Path, tmp_path: Path) -> None:
+    found = opened(root, max_history=3)
+    folders = [trained(tmp_path, seed) for seed in range(1, 6)]
+    for folder in folders:
+        found.install(files_of(folder), "n" * 10_000, [])
+    kept = [version_of(folder) for folder in folders[-3:]]
+    assert [entry["version"] for entry in found.history()] == kept
+    assert sorted(path.name for path in (root / "versions").iterdir()) == sorted(kept)
+    assert {len(entry["note"]) for entry in found.history()} == {MAX_NOTE_CHARACTERS}
+    assert opened(root).configured == build_pool_gate(pool())[1].version  # longer remembered than its entry
+
+
+@pytest.mark.parametrize("history", ['"x"', '[{"version": 1}]', '[{"who": "me"}]'])
+def test_a_damaged_history_is_refused(root: Path, history: str) -> None:
+    found = opened(root)
+    state = RouterState(root.as_uri()).load()
+    assert state is not None
+    (root / "state.json").write_text(json.dumps(state | {"history": json.loads(history)}))
+    with pytest.raises(CheckpointError, match=r"router state: history.*; remove state\.json to begin anew"):
+        opened(root)
+    assert found.version
+
+
+def test_a_state_that_cannot_be_written_changes_nothing(root: Path, tmp_path: Path) -> None:
+    found = opened(root)
+    first, history = found.version, found.history()
+    (root / "state.json").unlink()
+    (root / "state.json" / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"state\.json"):
+        found.install(files_of(trained(tmp_path, 1)), "", [])
+    assert (found.version, found.history()) == (first, history)
