@@ -47,9 +47,9 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_ou
     Raises DmoaError where the evaluation stops.
     """
     from dmoa.cli.evaluation_session import run_evaluation
+    from dmoa.evaluation.derived import add_oracle
     from dmoa.evaluation.matrix import matrix_policies
     from dmoa.evaluation.options import parse_options
-    from dmoa.evaluation.oracle import add_oracle
     from dmoa.evaluation.run import finish
     from dmoa.evaluation.run_files import RunFolder
 
@@ -73,8 +73,8 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_ou
 
 def summarise(evaluation: Evaluation, agents: Sequence[str]) -> list[Compared]:
     """Return the methods of the closing table, all suites together."""
+    from dmoa.evaluation.derived import ORACLE
     from dmoa.evaluation.matrix import matrix_policies
-    from dmoa.evaluation.oracle import ORACLE
 
     singles = [_method(evaluation, policy, policy.partition(":")[2]) for policy in matrix_policies(agents)]
     best = max(singles, key=lambda method: method.accuracy)

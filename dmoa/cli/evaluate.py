@@ -61,6 +61,15 @@ SelfcheckOption = Annotated[
     bool, typer.Option("--selfcheck", help="Ask no agent: check that scorers, rows and sandbox agree; exit 1 if not.")
 ]
 
+AblationsOption = Annotated[
+    bool, typer.Option("--ablations", help="Train gates with one thing changed each on --rollouts, and compare them.")
+]
+AblationRolloutsOption = Annotated[
+    Path | None, typer.Option("--rollouts", metavar="DIR", help="With --ablations: dense rollouts to train on.")
+]
+
+_NOT_OPTIONS = ("common", "checkpoint", "selfcheck", "ablations", "rollouts")
+
 
 @with_common
 def evaluate(
@@ -87,6 +96,8 @@ def evaluate(
     concurrency: ConcurrencyOption = None,
     track: TrackOption = "auto",
     selfcheck: SelfcheckOption = False,
+    ablations: AblationsOption = False,
+    rollouts: AblationRolloutsOption = None,
 ) -> None:
     """Measure policies on benchmarks: accuracy with intervals, tokens, steps, paired comparisons.
 
@@ -95,27 +106,51 @@ def evaluate(
     dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first
     dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first --resume
     dmoa evaluate --selfcheck --data-dir DIR --json out/selfcheck.json
+    dmoa evaluate --ablations --rollouts out/rollouts --benchmarks arith,words,calendar --config specialists
     dmoa evaluate --benchmarks arith --policies dmoa:old,dmoa:new --gates old=out/a/checkpoint,new=out/b/checkpoint
     dmoa report out/first
     """
-    values: dict[str, Any] = {
-        name: value for name, value in locals().items() if name not in ("common", "checkpoint", "selfcheck")
-    }
+    values: dict[str, Any] = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
     from dmoa.evaluation.options import parse_options
 
     options = parse_options({**values, "gates": gates or {}})
     if selfcheck:
         _selfcheck(common, options, checkpoint)
         return
+    if ablations or rollouts is not None:
+        _ablations(common, options, rollouts, checkpoint, is_asked=ablations)
+        return
     from dmoa.cli.evaluation_session import run_evaluation
 
     if url is not None:
         given = {"--config": common.config, "--set": common.overrides, "--checkpoint": checkpoint, "--workers": workers > 1}
         refuse_together(given, "with --url: the server has its own pool")
-    if options.out is None:
-        options = options.model_copy(update={"out": Path("out") / time.strftime("evaluate-%Y%m%d-%H%M%S")})
-    command = shlex.join(["dmoa", *map(redact_text, sys.argv[1:])])
-    evaluation = run_evaluation(options, None if url else common.load(checkpoint), common, command)
+    config = None if url else common.load(checkpoint)
+    evaluation = run_evaluation(_with_folder(options), config, common, _command())
+    common.write_json(evaluation.model_dump(mode="json"))
+
+
+def _with_folder(options: EvaluateOptions) -> EvaluateOptions:
+    if options.out is not None:
+        return options
+    return options.model_copy(update={"out": Path("out") / time.strftime("evaluate-%Y%m%d-%H%M%S")})
+
+
+def _command() -> str:
+    return shlex.join(["dmoa", *map(redact_text, sys.argv[1:])])
+
+
+def _ablations(
+    common: Common, options: EvaluateOptions, rollouts: Path | None, checkpoint: Path | None, *, is_asked: bool
+) -> None:
+    """Train and compare the ablations."""
+    if not is_asked:
+        refuse_together({"--rollouts": rollouts}, "without --ablations")
+    unused: dict[str, object] = {"--url": options.url, "--checkpoint": checkpoint, "--gates": options.gates}
+    refuse_together(unused, "with --ablations, which trains and compares gates of its own")
+    from dmoa.cli.ablations import run_ablations
+
+    evaluation = run_ablations(_with_folder(options), rollouts, common.load(), common, _command())
     common.write_json(evaluation.model_dump(mode="json"))
 
 

@@ -47,13 +47,13 @@ def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
             axes.remove()
         figure.supxlabel("prompt and completion tokens per row")
         figure.supylabel("accuracy, %")
-        _legend(figure, evaluation.config.policies, has_markers=True)
+        _legend(figure, evaluation.config.all_policies, has_markers=True)
         return _svg(figure, "tokens")
 
 
 def _accuracy_panel(axes: Axes, name: str, rows: Sequence[EvaluationRow], evaluation: Evaluation) -> None:
     for row in rows:
-        number = evaluation.config.policies.index(row.policy)
+        number = evaluation.config.all_policies.index(row.policy)
         colour = _colour(number)
         tokens = (row.prompt_tokens + row.completion_tokens) / row.n
         axes.plot([tokens, tokens], [100 * row.low, 100 * row.high], color=colour, linewidth=1.4)
@@ -72,7 +72,7 @@ def groups(evaluation: Evaluation, benchmark: str) -> str | None:
     rows = [row for row in evaluation.groups if row.benchmark == benchmark]
     if not rows:
         return None
-    policies = [policy for policy in evaluation.config.policies if any(row.policy == policy for row in rows)]
+    policies = [policy for policy in evaluation.config.all_policies if any(row.policy == policy for row in rows)]
     by_group: dict[str, dict[str, GroupRow]] = defaultdict(dict)
     for row in rows:
         by_group[row.group][row.policy] = row
@@ -81,7 +81,7 @@ def groups(evaluation: Evaluation, benchmark: str) -> str | None:
         axes = figure.subplots()
         bar = 0.8 / len(policies)
         for number, policy in enumerate(policies):
-            colour = _colour(evaluation.config.policies.index(policy))
+            colour = _colour(evaluation.config.all_policies.index(policy))
             places = [i for i, found in enumerate(by_group.values()) if policy in found]
             found = [by_group[group][policy] for group in by_group if policy in by_group[group]]
             offsets = [place - 0.4 + bar * (number + 0.5) for place in places]
@@ -95,7 +95,7 @@ def groups(evaluation: Evaluation, benchmark: str) -> str | None:
         axes.grid(visible=False, axis="y")
         axes.tick_params(labeltop=len(by_group) > _MANY_GROUPS)
         axes.set_xlabel("accuracy, %, with its 95 % interval (number of rows behind the name)")
-        _legend(figure, evaluation.config.policies, shown=policies)
+        _legend(figure, evaluation.config.all_policies, shown=policies)
         return _svg(figure, f"groups-{benchmark}")
 
 
@@ -131,7 +131,7 @@ def _share_bars(totals: dict[str, Any], evaluation: Evaluation, name: str, title
             whole = sum(counts.values())
             heights = [100 * counts.get(category, 0) / whole for category in categories]
             places = [place - 0.4 + bar * (number + 0.5) for place in range(len(categories))]
-            colour = _colour(evaluation.config.policies.index(policy))
+            colour = _colour(evaluation.config.all_policies.index(policy))
             axes.bar(places, heights, width=bar * 0.9, color=colour, alpha=0.8)
         axes.set_xticks(range(len(categories)), [str(category) for category in categories])
         axes.set_xlim(-0.6, max(len(categories), 4) - 0.4)
@@ -139,7 +139,7 @@ def _share_bars(totals: dict[str, Any], evaluation: Evaluation, name: str, title
         axes.grid(visible=False, axis="x")
         axes.set_xlabel(title)
         axes.set_ylabel("% of answered rows")
-        _legend(figure, evaluation.config.policies, shown=list(totals))
+        _legend(figure, evaluation.config.all_policies, shown=list(totals))
         return _svg(figure, name)
 
 

@@ -93,7 +93,7 @@ def _summary(evaluation: Evaluation) -> list[tuple[str, str]]:
     run = evaluation.config
     tokens = sum(row.prompt_tokens + row.completion_tokens for row in evaluation.rows)
     pairs = [
-        ("policies", ", ".join(run.policies)),
+        ("policies", ", ".join(run.all_policies)),
         ("gate", run.gate_version or "none"),
         ("rows", f"{run.split} split, {'all' if run.limit is None else f'at most {run.limit}'} per benchmark, seed {run.seed}"),
         ("limits of a query", _pairs(run.limits)),
@@ -116,7 +116,7 @@ def _warnings(evaluation: Evaluation) -> list[str]:
         found.append(f"More than one gate answered: {', '.join(sorted(versions))}.")
     missing = sum(row.missing for row in evaluation.rows)
     if missing:
-        found.append(f"{missing} of {sum(info.rows for info in run.benchmarks) * len(run.policies)} rows are still missing.")
+        found.append(f"{missing} of {sum(info.rows for info in run.benchmarks) * len(run.all_policies)} rows are still missing.")
     return found
 
 
@@ -179,7 +179,7 @@ def _plots(evaluation: Evaluation) -> Iterator[_Plot]:
     yield from drawn(plots.steps(evaluation), heading="Steps")
     yield from drawn(plots.stop_reasons(evaluation), heading="Why queries ended")
     heading = "Routing"
-    for policy in evaluation.config.policies:
+    for policy in evaluation.config.all_policies:
         for plot in drawn(
             plots.routing(evaluation, policy),
             heading=heading,

@@ -193,8 +193,8 @@ def build(run: RunInfo, answered: Iterable[Answered], scored: Iterable[Scored]) 
     return Evaluation(
         config=run,
         rows=[_row(run, infos[cell[0]], cell[1], answers[cell], scores[cell]) for cell in _cells(run)],
-        paired=[row for info in run.benchmarks for row in _paired(info.name, run.policies, scores)],
-        groups=[row for info in run.benchmarks for row in _groups(info.name, run.policies, scores)],
+        paired=[row for info in run.benchmarks for row in _paired(info.name, run.all_policies, scores)],
+        groups=[row for info in run.benchmarks for row in _groups(info.name, run.all_policies, scores)],
         routing=[
             RoutingRow(benchmark=cell[0], policy=cell[1], step=step, agent=agent, count=count)
             for cell in _cells(run)
@@ -247,7 +247,7 @@ def _read_record(path: Path, kind: type[R]) -> R:
 
 
 def _cells(run: RunInfo) -> Iterator[Cell]:
-    return ((info.name, policy) for info in run.benchmarks for policy in run.policies)
+    return ((info.name, policy) for info in run.benchmarks for policy in run.all_policies)
 
 
 def _of_line(parts: dict[Cell, T], line: Answered | Scored) -> T:

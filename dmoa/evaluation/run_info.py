@@ -108,6 +108,8 @@ class RunInfo(ResultRecord):
     pool: PoolInfo
     benchmarks: list[BenchmarkInfo]
     policies: list[str]
+    derived: list[str] = []
+    """Policies whose lines were worked out from those of the others, such as `oracle`; nobody was asked for them."""
     split: Split = "test"
     limit: int | None = None
     """Rows asked for per benchmark, a seeded sample; None: all."""
@@ -129,6 +131,11 @@ class RunInfo(ResultRecord):
     started_unix_s: float
     ended_unix_s: float | None = None
     """End of the last session; None while none has ended."""
+
+    @property
+    def all_policies(self) -> list[str]:
+        """The policies that were run, and the derived ones."""
+        return [*self.policies, *self.derived]
 
     @field_validator("options", "limits")
     @classmethod

@@ -18,7 +18,7 @@ from dmoa.cli.demo_compare import summarise
 from dmoa.cli.demo_report import Report
 from dmoa.cli.options import Common
 from dmoa.config import load
-from dmoa.evaluation.oracle import add_oracle
+from dmoa.evaluation.derived import add_oracle
 from dmoa.evaluation.records import Label, Task
 from dmoa.evaluation.results import BenchmarkInfo, rebuild
 from dmoa.evaluation.run_files import RunFolder, write_lines, write_whole

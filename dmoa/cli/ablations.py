@@ -1,0 +1,124 @@
+"""`dmoa evaluate --ablations`: gates with one thing changed, trained on the same rollouts, beside routers that learn nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dmoa.cli.options import Common
+from dmoa.config import Config
+from dmoa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dmoa.evaluation.options import EvaluateOptions
+    from dmoa.evaluation.results import Evaluation
+    from dmoa.evaluation.run_files import RunFolder
+
+KMEANS = "kmeans"
+REFERENCE = "dmoa:default"
+_OTHERS = ("dense", "random", "selector")
+_CLUSTERS = 8
+
+
+def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Config, common: Common, command: str) -> Evaluation:
+    """Train every ablation, evaluate all of them, and print the table.
+
+    The same command with --resume goes on. Raises ConfigError for bad input, DmoaError where it stops.
+    """
+    from dmoa.cli.evaluation_session import run_evaluation
+    from dmoa.evaluation.derived import add_derived, add_oracle
+    from dmoa.evaluation.matrix import matrix_policies
+    from dmoa.evaluation.registry import expand_names
+    from dmoa.evaluation.run import finish
+    from dmoa.evaluation.run_files import RunFolder
+
+    if rollouts is None:
+        raise ConfigError("--rollouts: missing; --ablations trains on them: name a folder that `dmoa rollouts` wrote, dense")
+    assert options.out is not None
+    out = options.out.absolute()
+    gates = train_all(rollouts, out / "ablations", config, common, options.seed)
+    policies = (*(f"dmoa:{name}" for name in gates), *matrix_policies(config.agent_names), *_OTHERS)
+    options = options.model_copy(update={"policies": policies, "gates": gates})
+    run_evaluation(options, config, common, command, shows_result=False)
+    folder = RunFolder(out)
+    names = expand_names(options.benchmarks)
+    add_derived(folder, KMEANS, config.agent_names, cluster_choices(folder, names, rollouts, config, options.seed))
+    add_oracle(folder, names, config.agent_names)
+    evaluation = finish(folder)
+    print_table(evaluation)
+    common.say(f"report: {folder.report}")
+    return evaluation
+
+
+def train_all(rollouts: Path, out: Path, config: Config, common: Common, seed: int) -> dict[str, Path]:
+    """Train every ablation in process, or take those that are there; returns their checkpoints by name."""
+    from dmoa.training.ablations import ABLATIONS, train_ablation
+    from dmoa.training.trainer import Surroundings
+
+    around = Surroundings(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
+    found: dict[str, Path] = {}
+    for number, (name, ablation) in enumerate(ABLATIONS.items(), 1):
+        common.say(f"training {number} of {len(ABLATIONS)}: {name} ({ablation.summary})")
+        found[name] = train_ablation(name, rollouts, out, config, around, {"seed": seed})
+    return found
+
+
+def cluster_choices(
+    folder: RunFolder, benchmarks: Sequence[str], rollouts: Path, config: Config, seed: int
+) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
+    """Return whom k-means over embeddings + the surest agent of each cluster, fitted on the rollouts, would ask."""
+    from dmoa.agents.pool import build_encoder
+    from dmoa.core.scores import SCORE_OFFSET_NATS
+    from dmoa.training.clusters import fit_clusters
+    from dmoa.training.probe_sample import sample_of
+    from dmoa.training.rollouts import read_manifest, read_table
+
+    sample = sample_of(read_table(rollouts), config.agent_names, read_manifest(rollouts).preset)
+    score_RA = np.log(sample.entropy_RA + SCORE_OFFSET_NATS)
+    router = fit_clusters(sample.embedding_RD, score_RA, num_clusters=_CLUSTERS, seed=seed)
+    encoder = build_encoder(config)
+    texts = {name: [task.text for task in folder.read_tasks(name)] for name in benchmarks}
+    return {name: router.rank(np.stack(list(asyncio.run(encoder.embed(those)))))[:, 0] for name, those in texts.items()}
+
+
+def print_table(evaluation: Evaluation) -> None:
+    """Print one line per ablation and rival: accuracy by benchmark, and the difference from the default."""
+    from rich.table import Table
+
+    from dmoa.cli.evaluation_screen import stdout_console
+    from dmoa.training.ablations import ABLATIONS
+
+    console = stdout_console()
+    names = [info.name for info in evaluation.config.benchmarks]
+    table = Table(box=None, pad_edge=False)
+    for name in ("policy", *names, "all rows", "against default", "agents a step", "tokens a row"):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    reference = _counts(evaluation, REFERENCE)
+    for policy in evaluation.config.all_policies:
+        rows = {row.benchmark: row for row in evaluation.rows if row.policy == policy}
+        correct, count = _counts(evaluation, policy)
+        active = sum((row.active_mean or 0.0) * row.n for row in rows.values()) / count
+        tokens = sum(row.prompt_tokens + row.completion_tokens for row in rows.values()) / count
+        table.add_row(
+            policy,
+            *(f"{rows[name].accuracy:.1%}" for name in names),
+            f"{correct / count:.1%}",
+            f"{100 * (correct / count - reference[0] / reference[1]):+.1f}",
+            f"{active:.2f}",
+            f"{tokens:.0f}",
+        )
+    console.print(table)
+    for name, ablation in ABLATIONS.items():
+        console.print(f"dmoa:{name}: {ablation.summary}", soft_wrap=True)
+    console.print(f"{KMEANS}: k-means over embeddings, the surest agent of the cluster; oracle: knows the labels", soft_wrap=True)
+    console.print("paired tests of every two policies on every benchmark are in the report and in --json", soft_wrap=True)
+
+
+def _counts(evaluation: Evaluation, policy: str) -> tuple[float, int]:
+    rows = [row for row in evaluation.rows if row.policy == policy]
+    return sum(row.accuracy * row.n for row in rows), sum(row.n for row in rows)

@@ -1,0 +1,166 @@
+"""Gates with one thing changed, trained on the same rollouts: what each part of the method is worth.
+
+Every ablation is a named change of the training's options, of what the rollouts hold, or of how the trained gate activates.
+`dmoa evaluate --ablations` trains them in process and compares them as the policies `dmoa:NAME`; `jobs/study_gate.py` uses the
+same table. Nothing here reads a label.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from dmoa import checkpoint
+from dmoa.config import Config
+from dmoa.core.gate import Gate
+from dmoa.core.inputs import FEEDBACK_FEATURES
+from dmoa.errors import ConfigError
+from dmoa.training.options import parse_options
+from dmoa.training.rollout_records import Manifest
+from dmoa.training.rollouts import RolloutFolder, read_manifest, read_table, write_whole
+from dmoa.training.shuffles import across_rows, within_rows
+from dmoa.training.trainer import Surroundings, run_training
+
+Rows = Callable[[pa.Table, int], pa.Table]
+"""Changes a table of rollouts, given a seed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ablation:
+    """One change."""
+
+    summary: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Changes of `TrainOptions`."""
+    rows: Rows | None = None
+    """Change of the rollouts."""
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    """Changes of the trained gate's specification; its weights stay."""
+    preset: str | None = None
+    """The preset that the gate is trained in; None: the pool's."""
+    is_blind: bool = False
+    """Whether the trained gate's weights on the summary are set to zero."""
+
+
+def without_summary(rollouts: pa.Table, seed: int) -> pa.Table:
+    """Return rollouts of the `default` preset whose contexts hold the query alone."""
+    contexts = np.array(rollouts["context"].to_pylist(), dtype=np.float32)
+    contexts[:, contexts.shape[1] // 2 :] = 0.0
+    return _with_lists(rollouts, "context", contexts)
+
+
+def as_paper(rollouts: pa.Table, seed: int) -> pa.Table:
+    """Return the first steps of rollouts of the `default` preset as the `paper` preset would have embedded them.
+
+    At the first step there is no summary, so one embedding of both is the query's.
+    """
+    first = rollouts.filter(pc.equal(rollouts["step"], 0))
+    contexts = np.array(first["context"].to_pylist(), dtype=np.float32)
+    first = _with_lists(first, "context", contexts[:, : contexts.shape[1] // 2])
+    first = _with_lists(first, "feedback", np.zeros((first.num_rows, FEEDBACK_FEATURES), dtype=np.float32))
+    place = first.schema.get_field_index("num_steps")
+    return first.set_column(place, first.schema.field(place), pa.array(np.ones(first.num_rows, dtype=np.int64)))
+
+
+ABLATIONS: dict[str, Ablation] = {
+    "default": Ablation(summary="the default configuration"),
+    "raw": Ablation(summary="raw score", options={"score": "raw"}),
+    "anchored": Ablation(summary="anchored score", options={"score": "anchored"}),
+    "no-memory": Ablation(summary="hidden state reset at every step", options={"core": "reset"}),
+    "linear": Ablation(summary="linear router, no hidden layer", options={"core": "linear"}),
+    "mlp": Ablation(summary="one hidden layer, no memory", options={"core": "mlp"}),
+    "no-summary": Ablation(summary="the gate never reads the summary", rows=without_summary, is_blind=True),
+    "hard": Ablation(summary="the paper's hard pairwise loss", options={"loss": "hard"}),
+    "hinge": Ablation(summary="hinge loss", options={"loss": "hinge"}),
+    "listnet": Ablation(summary="ListNet loss", options={"loss": "listnet"}),
+    "fixed-1": Ablation(summary="always one agent", spec={"rule": "fixed", "max_agents": 1, "cascade": False}),
+    "fixed-3": Ablation(summary="always three agents", spec={"rule": "fixed", "max_agents": 3, "cascade": False}),
+    "no-cascade": Ablation(summary="unsure steps ask nobody else", spec={"cascade": False}),
+    "paper": Ablation(
+        summary="the paper's preset, trained on first steps", rows=as_paper, preset="paper", options={"loss": "hard"}
+    ),
+    "shuffled-within": Ablation(summary="control: entropies dealt out among the agents of a step", rows=within_rows),
+    "shuffled-across": Ablation(summary="control: entropies dealt out among the queries of an agent", rows=across_rows),
+}
+"""By name, in the order of tables."""
+
+
+def train_ablation(
+    name: str, rollouts: Path, out: Path, config: Config, around: Surroundings, options: Mapping[str, Any] | None = None
+) -> Path:
+    """Train one ablation in process, or take the one that is there, and return the folder of its checkpoint.
+
+    `options` change what all ablations have in common, such as the seed. Raises ConfigError, CheckpointError, DmoaError.
+    """
+    ablation = ABLATIONS[name]
+    folder, common = out / name, dict(options or {})
+    if ablation.preset is not None:
+        gate = config.gate.model_copy(update={"preset": ablation.preset, "head": "linear"})
+        config = config.model_copy(update={"gate": gate})
+    source = rollouts
+    if ablation.rows is not None:
+        source = folder / "rollouts"
+        write_changed(rollouts, source, ablation.rows, seed=int(common.get("seed", 0)), preset=ablation.preset)
+    values = {**common, **ablation.options, "rollouts": source, "out": folder, "workers": 0, "track": "none"}
+    result = run_training(parse_options(values), config, around)
+    if not ablation.spec and not ablation.is_blind:
+        return result.checkpoint
+    trained, record = checkpoint.load(result.checkpoint)
+    changed = _changed(trained, ablation)
+    described = checkpoint.describe_gate(
+        changed,
+        fingerprint=record.pool_fingerprint,
+        trained_on=record.trained_on,
+        parent=record.version,
+        anchor_set=record.anchor_set,
+        metrics=record.metrics,
+    )
+    return checkpoint.save(folder / "changed", changed, described)
+
+
+def _changed(trained: Gate, ablation: Ablation) -> Gate:
+    """Return a trained gate as an ablation would have it: the same weights, another activation, or blind to the summary."""
+    spec = dataclasses.replace(trained.spec, **ablation.spec)
+    gate = Gate(spec, profile_AD=trained.state_dict().get("profile_AD"))
+    gate.load_state_dict(trained.state_dict())
+    if ablation.is_blind:
+        if spec.preset == "paper":
+            raise ConfigError("ablation: no-summary needs gate.preset default: paper embeds query and summary together")
+        with torch.no_grad():
+            gate.weight_ih[:, spec.embedding_dim : 2 * spec.embedding_dim] = 0.0
+    return gate
+
+
+def write_changed(rollouts: Path, out: Path, rows: Rows, *, seed: int, preset: str | None = None) -> None:
+    """Write a copy of rollouts with changed rows, in one part; a copy that is there is left alone."""
+    folder = RolloutFolder(out)
+    if folder.manifest.exists():
+        return
+    manifest: Manifest = read_manifest(rollouts)
+    changed = rows(read_table(rollouts), seed)
+    folder.parts.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    pq.write_table(changed, buffer, write_page_checksum=True)
+    write_whole(folder.parts / "part-00000.parquet", buffer.getvalue())
+    if preset is not None:
+        manifest = manifest.model_copy(update={"preset": preset})
+    write_whole(folder.manifest, (manifest.model_dump_json(indent=2) + "\n").encode())
+
+
+def _with_lists(table: pa.Table, name: str, values: np.ndarray[Any, Any]) -> pa.Table:
+    """Return a table with a column of float32 lists replaced by the rows of an array."""
+    place = table.schema.get_field_index(name)
+    lists = pa.ListArray.from_arrays(
+        pa.array(np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)), pa.array(values.ravel())
+    )
+    return table.set_column(place, table.schema.field(place), lists)
