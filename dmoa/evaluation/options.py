@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dmoa.config import Name
 from dmoa.errors import ConfigError
-from dmoa.evaluation.records import Split
+from dmoa.evaluation.records import FineSplit, Split
 from dmoa.explain import describe
 from dmoa.types import Limits
 
@@ -46,7 +46,8 @@ class EvaluateOptions(BaseModel):
     """Checkpoints to compare in one run, beside the pool's own: name -> folder."""
     data_dir: Path | None = None
     """Folder of benchmark files; None: the Hugging Face hub."""
-    split: Split = "test"
+    split: Split | FineSplit = "test"
+    """Suites have more than the three that every benchmark has; test is opened last, and once."""
     limit: int | None = Field(default=None, ge=1)
     """A seeded sample of this many rows per benchmark; None: every row of a file, 200 of a suite."""
     seed: int = Field(default=0, ge=0)

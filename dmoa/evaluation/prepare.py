@@ -7,8 +7,9 @@ import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from dmoa.errors import ConfigError
 from dmoa.evaluation.options import EvaluateOptions
-from dmoa.evaluation.records import Row
+from dmoa.evaluation.records import SPLITS, Row
 from dmoa.evaluation.run_files import RunFolder
 from dmoa.evaluation.splits import load_disjoint
 from dmoa.evaluation.suites.table import SUITES
@@ -37,8 +38,13 @@ def prepare(folder: RunFolder, name: str, options: EvaluateOptions) -> Prepared:
     """Write the tasks and labels of one benchmark. Raises ConfigError as the loaders and the generators do."""
     if name in SUITES:
         return _prepare_suite(folder, name, options)
-    loaded = load_disjoint(name, data_dir=options.data_dir, skip_bad_rows=options.skip_bad_rows, required=(options.split,))
-    part = loaded.splits[options.split]
+    split = next((known for known in SPLITS if known == options.split), None)
+    if split is None:
+        raise ConfigError(
+            f"--split: value seen: {options.split!r}; allowed for {name}: {', '.join(SPLITS)}; only generated suites have more"
+        )
+    loaded = load_disjoint(name, data_dir=options.data_dir, skip_bad_rows=options.skip_bad_rows, required=(split,))
+    part = loaded.splits[split]
     rows = part.rows if options.limit is None else sample(part.rows, options.limit, options.seed)
     return Prepared(
         name=name,

@@ -16,6 +16,8 @@ from dmoa.types import Stage
 
 Split = Literal["train", "adaptation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "adaptation", "test")
+FineSplit = Literal["specialist", "anchor", "gate", "validation"]
+"""Splits that generated suites have beside `adaptation` and `test`."""
 
 
 class FileRecord(BaseModel):

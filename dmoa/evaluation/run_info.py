@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dmoa.bench.measure import Machine
-from dmoa.evaluation.records import Split
+from dmoa.evaluation.records import FineSplit, Split
 from dmoa.redaction import redact, redact_text
 
 
@@ -110,7 +110,7 @@ class RunInfo(ResultRecord):
     policies: list[str]
     derived: list[str] = []
     """Policies whose lines were worked out from those of the others, such as `oracle`; nobody was asked for them."""
-    split: Split = "test"
+    split: Split | FineSplit = "test"
     limit: int | None = None
     """Rows asked for per benchmark, a seeded sample; None: all."""
     seed: int

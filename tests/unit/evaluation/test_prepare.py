@@ -95,3 +95,14 @@ def test_every_benchmark_says_how_it_is_judged(name: str) -> None:
     assert judge.primary
     assert ("generated" in judge.title.lower()) == judge.is_generated
     assert bool(judge.deviation) == (name in {"mmlu", "hotpotqa", "ddxplus"}) or name in {"humaneval", "ds1000"}
+
+
+def test_only_suites_have_fine_splits(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    prepared = prepare(folder, "arith", parse_options({"benchmarks": "arith", "split": "validation", "limit": 3}))
+    assert prepared.num_rows == 3
+    assert {task.row_id.split("/")[1] for task in folder.read_tasks("arith")} == {"validation"}
+    with pytest.raises(ConfigError, match=r"--split: value seen: 'gate'; allowed for gsm8k: train, adaptation, test"):
+        prepare(folder, "gsm8k", parse_options({"benchmarks": "gsm8k", "split": "gate"}))
+    with pytest.raises(ConfigError, match="split"):
+        parse_options({"benchmarks": "arith", "split": "secret"})
