@@ -31,7 +31,7 @@ DataDirOption = Annotated[
     Path | None,
     typer.Option("--data-dir", metavar="DIR", help="Benchmark files, one folder a benchmark [the Hugging Face hub]."),
 ]
-SplitOption = Annotated[str, typer.Option("--split", metavar="SPLIT", help="train, adaptation or test; suites: also validation, gate.")]
+SplitOption = Annotated[str, typer.Option("--split", metavar="SPLIT", help="train, adaptation or test; suites have more.")]
 LimitOption = Annotated[
     int | None, typer.Option("--limit", min=1, metavar="N", help="A seeded sample of N rows a benchmark [all; suites 200].")
 ]

@@ -32,7 +32,7 @@ class _Job(TyperCommand):
 
 def evaluate_job() -> None:
     """Run `jobs/evaluate.py`."""
-    _run(_evaluate)
+    run_job(_evaluate)
 
 
 @with_common
@@ -56,7 +56,7 @@ def _evaluate(common: Common) -> None:
 
 def collect_rollouts_job() -> None:
     """Run `jobs/collect_rollouts.py`."""
-    _run(_collect_rollouts)
+    run_job(_collect_rollouts)
 
 
 @with_common
@@ -76,7 +76,7 @@ def _collect_rollouts(common: Common) -> None:
 
 def train_specialist_job() -> None:
     """Run `jobs/train_specialist.py`."""
-    _run(_train_specialist)
+    run_job(_train_specialist)
 
 
 @with_common
@@ -95,7 +95,7 @@ def _train_specialist(common: Common) -> None:
 
 def train_gate_job() -> None:
     """Run `jobs/train_gate.py`."""
-    _run(_train_gate)
+    run_job(_train_gate)
 
 
 @with_common
@@ -143,7 +143,7 @@ def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
     return from_tree(tree, source=source), values
 
 
-def _run(command: Callable[..., None]) -> None:
+def run_job(command: Callable[..., None]) -> None:
     """Run a job's command to the end of the process; errors become exit codes as in `dmoa`."""
     # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

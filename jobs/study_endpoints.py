@@ -1,0 +1,204 @@
+"""The endpoints of the study, computed from answer matrices and gates alone: no agent is asked here.
+
+See PREREGISTRATION.md for what each means. Shape letters: S specialist sets (one here), G gate seeds, R rows, A agents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dmoa.core.gate import Gate
+from dmoa.evaluation.hierarchical import hierarchical_bootstrap
+from dmoa.evaluation.matrix import AnswerMatrix
+from dmoa.evaluation.matrix_replay import Replayed, replay
+from dmoa.evaluation.matrix_routers import gate_choices, one_agent, ranked, row_oracle
+from dmoa.evaluation.statistics import Comparison, wilson
+from dmoa.training.clusters import ClusterRouter
+
+SINGLE = ("arith", "words", "calendar")
+ARITH = ("arith-carry", "arith-plain", "arith-both")
+HOME = {"arith": ARITH, "words": ("words",), "calendar": ("calendar",)}
+LIAR = "liar-constant"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What an endpoint is computed from."""
+
+    validation: Mapping[str, AnswerMatrix]
+    """By suite; all agents of the pool, in its order."""
+    test: Mapping[str, AnswerMatrix]
+    embedding: Mapping[str, np.ndarray[Any, Any]]
+    """By suite, [R, D] of the test rows."""
+    gates: Sequence[Gate]
+    """G of one configuration."""
+    clusters: Sequence[ClusterRouter]
+    """G, each fitted on the rollouts of the same seed."""
+
+    def routed(self, suite: str, *, cascades: bool = True) -> list[Replayed]:
+        """Return what each gate would have done on the test rows of a suite."""
+        choices = (gate_choices(gate, self.embedding[suite], cascades=cascades) for gate in self.gates)
+        return [replay(self.test[suite], those) for those in choices]
+
+    def clustered(self, suite: str) -> list[Replayed]:
+        """Return what each cluster router would have done."""
+        return [replay(self.test[suite], ranked(router.rank(self.embedding[suite]))) for router in self.clusters]
+
+    def alone(self, suite: str, agent: str) -> Replayed:
+        """Return what one agent did."""
+        return replay(self.test[suite], one_agent(self.test[suite], agent))
+
+    def best(self, suites: Sequence[str], among: Sequence[str] | None = None) -> str:
+        """Return the agent that is best on the validation rows of some suites."""
+        agents = among or self.validation[suites[0]].agents
+        means = {agent: np.mean([_column(self.validation[suite], agent).mean() for suite in suites]) for agent in agents}
+        return max(means, key=lambda agent: means[agent])
+
+
+def _column(matrix: AnswerMatrix, agent: str) -> np.ndarray[Any, Any]:
+    return matrix.value_RA[:, matrix.agents.index(agent)]
+
+
+def _compare(ours: Sequence[Replayed], theirs: Sequence[Replayed]) -> Comparison:
+    """Compare value by value; one method without seeds is the same for all of ours."""
+    rivals = theirs if len(theirs) == len(ours) else [theirs[0]] * len(ours)
+    difference_GR = np.stack([a.value_R - b.value_R for a, b in zip(ours, rivals, strict=True)])
+    return hierarchical_bootstrap(difference_GR[None])
+
+
+def _joined(parts: Sequence[Sequence[Replayed]]) -> list[Replayed]:
+    """Join suites: [suite][seed] -> [seed], rows one after the other."""
+    return [
+        Replayed(**{name: np.concatenate([getattr(part, name) for part in together]) for name in Replayed.__dataclass_fields__})
+        for together in zip(*parts, strict=True)
+    ]
+
+
+def _mean(parts: Sequence[Replayed]) -> float:
+    return float(np.mean([part.accuracy for part in parts]))
+
+
+def _plain(found: Comparison) -> dict[str, Any]:
+    return {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p, "test": found.test}
+
+
+def home(material: Material) -> dict[str, Any]:
+    """Endpoint 1: the most probable agent is at home, and answers are as good as each suite's best agent."""
+    shares = {
+        suite: float(np.mean([np.isin(part.first_R, _places(material, suite)).mean() for part in material.routed(suite)]))
+        for suite in SINGLE
+    }
+    gates = _joined([material.routed(suite) for suite in SINGLE])
+    oracle = {suite: material.best([suite]) for suite in SINGLE}
+    by_suite = _joined([[material.alone(suite, oracle[suite])] for suite in SINGLE])
+    specialists = [name for names in HOME.values() for name in names]
+    best = material.best(SINGLE, specialists)
+    single = _joined([[material.alone(suite, best)] for suite in SINGLE])
+    share, accuracy = float(np.mean(list(shares.values()))), _mean(gates)
+    found = {
+        "home_share": share,
+        "home_share_by_suite": shares,
+        "accuracy": accuracy,
+        "mean_active": float(np.mean([part.k_R.mean() for part in gates])),
+        "oracle_agents": oracle,
+        "oracle_accuracy": _mean(by_suite),
+        "best_specialist": best,
+        "best_specialist_accuracy": _mean(single),
+        "generalist_accuracy": _mean(_joined([[material.alone(suite, "generalist")] for suite in SINGLE])),
+        "kmeans_accuracy": _mean(_joined([material.clustered(suite) for suite in SINGLE])),
+        "row_oracle_accuracy": _mean(_joined([[replay(material.test[s], row_oracle(material.test[s]))] for s in SINGLE])),
+        "against_best_specialist": _plain(_compare(gates, single)),
+        "against_kmeans": _plain(_compare(gates, _joined([material.clustered(suite) for suite in SINGLE]))),
+    }
+    passed = share >= 0.95 and accuracy >= 0.95 * _mean(by_suite) and accuracy - _mean(single) >= 0.25
+    return {**found, "p": found["against_best_specialist"]["p"], "passed": passed}
+
+
+def _places(material: Material, suite: str) -> list[int]:
+    agents = material.test[suite].agents
+    return [agents.index(name) for name in HOME[suite]]
+
+
+def same_surface(material: Material) -> dict[str, Any]:
+    """Endpoint 2: on `shared`, the cascade beats clusters at few agents."""
+    gates, clusters = material.routed("shared"), material.clustered("shared")
+    compared, active = _compare(gates, clusters), float(np.mean([part.k_R.mean() for part in gates]))
+    return {
+        "accuracy": _mean(gates),
+        "gate_alone": _mean(material.routed("shared", cascades=False)),
+        "kmeans_accuracy": _mean(clusters),
+        "mean_active": active,
+        "row_oracle_accuracy": replay(material.test["shared"], row_oracle(material.test["shared"])).accuracy,
+        "against_kmeans": _plain(compared),
+        "p": compared.p,
+        "passed": compared.difference >= 0.10 and active <= 1.6,
+    }
+
+
+def several(material: Material) -> dict[str, Any]:
+    """Endpoint 4: on `arith`, adaptive k gets half of what the row oracle of the three specialists gains."""
+    three = material.test["arith"].only(ARITH)
+    best = material.best(["arith"], ARITH)
+    alone = material.alone("arith", best)
+    room = replay(three, row_oracle(three)).accuracy - alone.accuracy
+    always = replay(three, ranked(np.tile(np.arange(3), (len(three.tasks), 1)), k=3))
+    gates = material.routed("arith")
+    gain, tokens = _mean(gates) - alone.accuracy, float(np.mean([part.tokens_R.mean() for part in gates]))
+    share = tokens / float(always.tokens_R.mean())
+    compared = _compare(gates, [alone])
+    validation = material.validation["arith"].only(ARITH)
+    return {
+        "best_agent": best,
+        "best_accuracy": alone.accuracy,
+        "oracle_room": room,
+        "oracle_room_on_validation": replay(validation, row_oracle(validation)).accuracy - _column(validation, best).mean(),
+        "gain": gain,
+        "share_of_room": gain / room if room > 0 else 0.0,
+        "always_three_accuracy": always.accuracy,
+        "token_share": share,
+        "mean_active": float(np.mean([part.k_R.mean() for part in gates])),
+        "against_best": _plain(compared),
+        "p": compared.p,
+        "passed": room >= 0.08 and gain >= 0.5 * room and share <= 0.6,
+    }
+
+
+def liar(with_liar: Material, without: Material, name: str = LIAR) -> dict[str, Any]:
+    """Endpoint 5: the liar gets next to no rows, and its being there costs nothing."""
+    index = with_liar.test["arith"].agents.index(name)
+    gates = _joined([with_liar.routed(suite) for suite in SINGLE])
+    honest = _joined([without.routed(suite) for suite in SINGLE])
+    sent = np.concatenate([part.first_R == index for part in gates])
+    share = wilson(int(sent.sum()), len(sent))
+    compared = _compare(gates, honest)
+    return {
+        "share": share.value,
+        "share_high": share.high,
+        "accuracy": _mean(gates),
+        "accuracy_without": _mean(honest),
+        "against_without": _plain(compared),
+        "p": compared.p,
+        "passed": share.high <= 0.03 and compared.low >= -0.02,
+    }
+
+
+def controls(within: Material, across: Material) -> dict[str, Any]:
+    """Endpoint 6: shuffled entropies teach nothing, or one favourite."""
+    agents = within.test["arith"].agents
+    firsts = np.concatenate([part.first_R for part in _joined([within.routed(suite) for suite in SINGLE])])
+    shares = np.bincount(firsts, minlength=len(agents)) / len(firsts)
+    favourites = [np.bincount(part.first_R, minlength=len(agents)).max() / len(part.first_R) for part in _across(across)]
+    return {
+        "within_shares": dict(zip(agents, shares.tolist(), strict=True)),
+        "within_largest_distance": float(np.abs(shares - 1 / len(agents)).max()),
+        "across_favourite": float(np.mean(favourites)),
+        "passed": bool(np.abs(shares - 1 / len(agents)).max() <= 0.05 and np.mean(favourites) >= 0.95),
+    }
+
+
+def _across(across: Material) -> list[Replayed]:
+    return _joined([across.routed(suite) for suite in SINGLE])
