@@ -73,15 +73,17 @@ def test_failed_queries_are_counted_and_named_and_leave_no_rows(tmp_path: Path) 
 
 
 def test_the_next_session_goes_on_with_the_numbers_and_clears_drafts(tmp_path: Path) -> None:
-    first = RolloutWriter(str(tmp_path), first_pause_s=0.0)
-    first.take(collected(1))
-    first.take(collected(2))
+    first = RolloutWriter(str(tmp_path), first_pause_s=LONG_S)
+    for number in (1, 2):
+        first.take(collected(number))
+        first.flush()
     del first
     draft = tmp_path / "rollouts" / ".part-000002.parquet.123.draft"
     draft.write_bytes(b"half a par")
     (tmp_path / "rollouts" / "mine.parquet").write_bytes((tmp_path / "rollouts" / "part-000000.parquet").read_bytes())
-    second = RolloutWriter(str(tmp_path), first_pause_s=0.0)
+    second = RolloutWriter(str(tmp_path), first_pause_s=LONG_S)
     second.take(collected(3))
+    second.flush()
     assert not draft.exists()
     assert sorted(path.name for path in part_paths(tmp_path)) == ["mine.parquet", *(f"part-{i:06d}.parquet" for i in range(3))]
 
