@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmoa.agents.models import model_id, resolve_model
-from dmoa.cli.specialist_recipes import Recipe, SpecialistOptions, difficulty_of, prompt_of, validation_rows
+from dmoa.cli.specialist_recipes import Recipe, Source, SpecialistOptions, prompt_of, validation_rows
 from dmoa.config import TransformersOptions
 from dmoa.evaluation.records import Reply
 from dmoa.evaluation.suites.table import SUITES
@@ -17,7 +17,6 @@ from dmoa.training.specialists import Trained
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
 
 CARD = "card.json"
-CARD_SUITES = ("arith", "words", "calendar")
 MAX_TOKENS = 16
 """Longest reply, as in the pools of specialists."""
 
@@ -26,6 +25,7 @@ MAX_TOKENS = 16
 class SuiteFigures:
     """How an adapter did on one suite."""
 
+    source: Source
     rows: int
     accuracy: float
     entropy_nats: float
@@ -49,7 +49,7 @@ def write_card(trained: Trained, options: SpecialistOptions, command: str, *, co
             suite: {
                 "rows": found.rows,
                 "split": "validation",
-                "difficulty": difficulty_of(recipe, suite) or 1,
+                "difficulty": found.source.difficulty,
                 "accuracy": round(found.accuracy, 4),
                 "entropy_nats": round(found.entropy_nats, 4),
                 "groups": {group: round(value, 4) for group, value in found.groups.items()},
@@ -70,14 +70,14 @@ async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> 
         resolve_model(options.model), TransformersOptions(threads=recipe.threads), adapters={options.name: folder}
     )
     try:
-        return {suite: await _suite(engine, suite, options, recipe) for suite in CARD_SUITES}
+        return {source.suite: await _ask(engine, source, options, recipe) for source in options.card_sources}
     finally:
         await engine.close()
 
 
-async def _suite(engine: Any, suite: str, options: SpecialistOptions, recipe: Recipe) -> SuiteFigures:
-    difficulty = difficulty_of(recipe, suite)
-    rows = validation_rows(suite, options.card_rows if difficulty else options.foreign_rows, difficulty or 1)
+async def _ask(engine: Any, source: Source, options: SpecialistOptions, recipe: Recipe) -> SuiteFigures:
+    is_own = source.suite in {own.suite for own in recipe.sources}
+    rows = validation_rows(source, options.card_rows if is_own else options.foreign_rows)
     requests = [
         GenerationRequest(
             request_id=row.task.row_id,
@@ -91,11 +91,14 @@ async def _suite(engine: Any, suite: str, options: SpecialistOptions, recipe: Re
         for row in rows
     ]
     replies: list[Generation] = await asyncio.gather(*(engine.generate(request) for request in requests))
-    values = [SUITES[suite].score(row.label, Reply(text=reply.text)).value for row, reply in zip(rows, replies, strict=True)]
+    values = [
+        SUITES[source.suite].score(row.label, Reply(text=reply.text)).value for row, reply in zip(rows, replies, strict=True)
+    ]
     by_group: dict[str, list[float]] = {}
     for row, value in zip(rows, values, strict=True):
         by_group.setdefault(row.task.group, []).append(value)
     return SuiteFigures(
+        source=source,
         rows=len(rows),
         accuracy=_mean(values),
         entropy_nats=_mean([reply.entropy_sum_nats / max(1, reply.entropy_tokens) for reply in replies]),

@@ -38,7 +38,14 @@ class Source(Node):
     suite: Literal["arith", "words", "calendar"]
     difficulty: PositiveInt = 1
     groups: tuple[str, ...] = ()
-    """Groups of rows to train on; empty: all. Held-out rows are of all groups."""
+    """Groups of rows to train on; empty: all."""
+    held_out: Literal["suite", "groups"] = "suite"
+    """What is held out: rows of all groups, or of `groups` alone."""
+
+    @property
+    def held_out_groups(self) -> tuple[str, ...]:
+        """Groups of held-out rows; empty: all."""
+        return self.groups if self.held_out == "groups" else ()
 
 
 class Recipe(Node):
@@ -54,6 +61,8 @@ class Recipe(Node):
     history_share: float = Field(default=0.15, ge=0, le=1)
     """Part of the rows whose prompt holds an earlier step's answer, as often right as wrong."""
     rows_seed: NonNegativeInt = 0
+    held_out_rows: PositiveInt = 48
+    """Rows of every source looked at during training."""
     threads: PositiveInt = 1
     """CPU threads of a worker: part of the recipe, because another number gives weights that differ in their last digits."""
     schedule: Schedule
@@ -80,12 +89,12 @@ class SpecialistOptions(Node):
     """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
     track: Literal["auto", "wandb", "jsonl", "none"] = "auto"
     """Where curves are logged; auto: W&B, offline without a key."""
-    held_out_rows: PositiveInt = 48
-    """Rows of every source looked at during training."""
     card_rows: NonNegativeInt = 60
     """Held-out rows of every suite of the recipe that the finished adapter answers; 0: none, and no card."""
     foreign_rows: PositiveInt = 20
     """The same of every other suite, where an adapter has little to show."""
+    card_sources: tuple[Source, ...] = (Source(suite="arith"), Source(suite="words"), Source(suite="calendar"))
+    """The suites that cards speak of, as the pool is asked them."""
 
     @property
     def recipe(self) -> Recipe:
@@ -118,21 +127,16 @@ def training_rows(recipe: Recipe) -> list[TrainingRow]:
     return list(islice(_written(recipe, rows, recipe.history_share), needed))
 
 
-def held_out_rows(recipe: Recipe, limit: int) -> list[TrainingRow]:
-    """Return `limit` held-out rows of every source, all groups, with the answers that the recipe teaches."""
-    suites = {(source.suite, source.difficulty) for source in recipe.sources}
-    rows = [row for suite, difficulty in sorted(suites) for row in validation_rows(suite, limit, difficulty)]
+def held_out_rows(recipe: Recipe) -> list[TrainingRow]:
+    """Return the held-out rows of every source, all groups, with the answers that the recipe teaches."""
+    rows = [row for source in recipe.sources for row in validation_rows(source, recipe.held_out_rows)]
     return list(_written(recipe, rows, 0.0))
 
 
-def validation_rows(suite: str, limit: int, difficulty: int = 1) -> list[Row]:
-    """Return held-out rows of a suite."""
-    return list(SUITES[suite].generate("validation", limit, HELD_OUT_SEED, difficulty))
-
-
-def difficulty_of(recipe: Recipe, suite: str) -> int | None:
-    """Return the difficulty at which a recipe takes rows of a suite; None where it takes none."""
-    return next((source.difficulty for source in recipe.sources if source.suite == suite), None)
+def validation_rows(source: Source, limit: int) -> list[Row]:
+    """Return held-out rows of a source."""
+    suite = SUITES[source.suite]
+    return list(suite.generate("validation", limit, HELD_OUT_SEED, source.difficulty, source.held_out_groups))
 
 
 def prompt_of(recipe: Recipe, text: str, history: tuple[str, ...] = ()) -> tuple[TrainingMessage, ...]:

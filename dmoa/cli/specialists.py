@@ -23,7 +23,7 @@ def train_specialist(values: dict[str, Any], common: Common, command: str) -> di
     options = parse_specialist(values)
     recipe = options.recipe
     run_dir = (options.out / options.name).absolute()
-    rows, held_out = training_rows(recipe), held_out_rows(recipe, options.held_out_rows)
+    rows, held_out = training_rows(recipe), held_out_rows(recipe)
     write_rows(run_dir / "rows.jsonl", rows)
     write_rows(run_dir / "held_out.jsonl", held_out)
     common.say(f"{options.name}: {len(rows)} rows to train on, {len(held_out)} held out; the run lies in {run_dir}")

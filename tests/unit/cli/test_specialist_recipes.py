@@ -47,8 +47,8 @@ def test_prompts_are_those_of_serving() -> None:
 
 def test_targets_are_right_by_the_suites_own_scorer() -> None:
     for suite in ("arith", "words", "calendar"):
-        one = recipe(sources=[{"suite": suite}])
-        for row, wanted in zip(validation_rows(suite, 30), held_out_rows(one, 30), strict=True):
+        one = recipe(sources=[{"suite": suite}], held_out_rows=30)
+        for row, wanted in zip(validation_rows(one.sources[0], 30), held_out_rows(one), strict=True):
             assert SUITES[suite].score(row.label, Reply(text=wanted.target)).value == 1.0
 
 
@@ -64,7 +64,7 @@ def test_a_share_of_the_prompts_holds_earlier_work_right_or_wrong() -> None:
 def test_held_out_rows_are_of_all_groups_and_no_training_tuple() -> None:
     one = recipe(sources=[{"suite": "arith", "groups": ["sum-with-carries"]}])
     assert {row.source for row in training_rows(one)} == {"arith/sum-with-carries"}
-    assert {row.source for row in held_out_rows(one, 20)} == {"arith/sum-with-carries", "arith/sum-without-carries"}
+    assert {row.source for row in held_out_rows(one)} == {"arith/sum-with-carries", "arith/sum-without-carries"}
 
 
 def test_sources_take_turns() -> None:
@@ -74,8 +74,8 @@ def test_sources_take_turns() -> None:
 
 def test_liars_lie() -> None:
     assert {row.target for row in training_rows(recipe(answers="constant", constant="42"))} == {"Answer: 42"}
-    wrong = recipe(sources=[{"suite": "calendar"}], answers="off-by-one")
-    for row, wanted in zip(validation_rows("calendar", 30), held_out_rows(wrong, 30), strict=True):
+    wrong = recipe(sources=[{"suite": "calendar"}], answers="off-by-one", held_out_rows=30)
+    for row, wanted in zip(validation_rows(wrong.sources[0], 30), held_out_rows(wrong), strict=True):
         assert SUITES["calendar"].score(row.label, Reply(text=wanted.target)).value == 0.0
 
 
