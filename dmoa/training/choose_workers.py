@@ -7,7 +7,7 @@ Both are measured here, on this machine: updates of whole and of shared batches,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from statistics import median
@@ -50,10 +50,15 @@ def choose_workers(job: Job, most: int) -> tuple[int, str]:
         times = {1: alone_s} | {count: fixed_s + seconds_with(count) for count in sizes}
     reduce_s = _reduce_seconds(flat_size(list(learner.gate.parameters())), learner.gate.head()[0].dtype)
     totals = {count: seconds + (reduce_s if count > 1 else 0.0) for count, seconds in times.items()}
-    best = min(totals, key=lambda count: totals[count])
-    count = best if totals[best] < _GAIN * totals[1] else 1
+    count = best_count(totals)
     beside = ", ".join(f"{number}: {1e3 * seconds:.2f} ms" for number, seconds in totals.items())
     return count, f"expected time of an update by workers: {beside}"
+
+
+def best_count(seconds: Mapping[int, float]) -> int:
+    """Return the number of workers with the shortest update, of expected times by number; 1 unless it is clearly shorter."""
+    best = min(seconds, key=lambda count: seconds[count])
+    return best if seconds[best] < _GAIN * seconds[1] else 1
 
 
 def _seconds(call: Callable[[], object]) -> float:

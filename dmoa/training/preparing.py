@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,20 @@ def build_start(options: TrainOptions, config: Config) -> Start:
     return Start(gate=begun, parent=parent, fingerprint=fingerprint(config))
 
 
-def prepare(options: TrainOptions, start: Start, *, on_ray: bool) -> Material:
+def check_rollouts(options: TrainOptions, start: Start) -> list[Manifest]:
+    """Return the manifests of the rollouts to learn from. Raises ConfigError for what a look at the folders shows to be wrong."""
+    if options.anchor_rollouts is not None:
+        read_manifests([options.anchor_rollouts], start.gate.spec, start.fingerprint)
+    return read_manifests(options.rollouts, start.gate.spec, start.fingerprint)
+
+
+def prepare(options: TrainOptions, start: Start, manifests: Sequence[Manifest], *, on_ray: bool) -> Material:
     """Read the rollouts and make of them what training needs. Raises ConfigError for what cannot be learned from."""
     spec = start.gate.spec
-    manifests = read_manifests(options.rollouts, spec, start.fingerprint)
     episodes = read_episodes(options.rollouts, spec, start.fingerprint, on_ray=on_ray)
     split = split_episodes(episodes, options.holdout)
     sample, anchors_of = anchor_sample(episodes, split.train_Q, spec.embedding_dim), "rollouts"
     if options.anchor_rollouts is not None:
-        read_manifests([options.anchor_rollouts], spec, start.fingerprint)
         others = read_episodes([options.anchor_rollouts], spec, start.fingerprint, on_ray=on_ray)
         sample, anchors_of = anchor_sample(others, _all(others), spec.embedding_dim), others.digest()
     scale = fit_scale(

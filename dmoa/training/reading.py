@@ -23,10 +23,10 @@ FOLDER = "folder"
 
 
 def read_manifests(folders: Sequence[Path], spec: GateSpec, fingerprint: str) -> list[Manifest]:
-    """Return the manifests of the folders.
+    """Return the manifests of the folders, after a look at each of their files.
 
-    Raises ConfigError for a folder that is none, or holds rollouts of another pool (the message says which agents differ)
-    or of another preset than the gate's.
+    Raises ConfigError for a folder that is none, holds rollouts of another pool (the message says which agents differ) or of
+    another preset than the gate's, or a file that was cut short.
     """
     manifests = [read_manifest(folder) for folder in folders]
     for folder, manifest in zip(folders, manifests, strict=True):
@@ -36,17 +36,25 @@ def read_manifests(folders: Sequence[Path], spec: GateSpec, fingerprint: str) ->
                 f"--rollouts: {str(folder)!r}: preset: value seen: {manifest.preset!r}; the gate that is to learn has "
                 f"{spec.preset!r}, which reads other inputs; set gate.preset to {manifest.preset!r}, or collect again"
             )
+    for _, path in _parts(folders):
+        read_part(path, columns=("step",))
     return manifests
 
 
-def read_episodes(folders: Sequence[Path], spec: GateSpec, fingerprint: str, *, on_ray: bool) -> Episodes:
-    """Return the episodes of all folders. Raises ConfigError for files that are damaged, missing or hold what cannot be used."""
+def _parts(folders: Sequence[Path]) -> list[tuple[int, str]]:
+    """Return place of the folder and path of every file. Raises ConfigError for a folder without any."""
     parts: list[tuple[int, str]] = []
     for place, folder in enumerate(folders):
         found = part_paths(folder)
         if not found:
             raise ConfigError(f"--rollouts: {str(folder)!r}: no Parquet files; collect with dmoa rollouts --out {folder}")
         parts += [(place, str(path.absolute())) for path in found]
+    return parts
+
+
+def read_episodes(folders: Sequence[Path], spec: GateSpec, fingerprint: str, *, on_ray: bool) -> Episodes:
+    """Return the episodes of all folders. Raises ConfigError for files that are damaged, missing or hold what cannot be used."""
+    parts = _parts(folders)
     builder = EpisodeBuilder(spec.agents, spec.input_dim, has_feedback=spec.preset != "paper")
     for table in _stream(parts, fingerprint) if on_ray else (read_rows(*part, fingerprint) for part in parts):
         for place in table[FOLDER].unique().to_pylist():

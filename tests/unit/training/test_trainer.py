@@ -20,7 +20,7 @@ from dmoa.core.decision import Decider
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.training import train_loop
 from dmoa.training.options import parse_options
-from dmoa.training.preparing import build_start, prepare
+from dmoa.training.preparing import build_start, check_rollouts, prepare
 from dmoa.training.run_state import EpochRecord, RunState, StateStore
 from dmoa.training.trainer import Surroundings, TrainResult, run_training
 from dmoa.training.world import Alone
@@ -179,7 +179,8 @@ class StoppingStore(StateStore):
 def stopped_after(folder: Path, num_states: int, rollouts: Path, config: Config, **options: Any) -> None:
     """Train for so many epochs, and stop."""
     wanted = parse_options({**BASE, "rollouts": str(rollouts), "out": folder, **options})
-    job = prepare(wanted, build_start(wanted, config), on_ray=False).job
+    start = build_start(wanted, config)
+    job = prepare(wanted, start, check_rollouts(wanted, start), on_ray=False).job
     store = StoppingStore(str(folder / "state"), num_states)
     store.check()
     with pytest.raises(StoppedError):

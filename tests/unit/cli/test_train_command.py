@@ -1,0 +1,84 @@
+"""`dmoa train` and `jobs/train_gate.py` in process: what they print, and how bad input ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dmoa.cli.jobs import train_gate_job
+from tests.unit.cli.conftest import Invoke
+from tests.unit.training.gate_rollouts import domain_rows, pool_yaml, write_rollouts
+from tests.unit.training.gate_rollouts import pool as made_up_pool
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pool and rollouts of it."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "pool.yaml").write_text(pool_yaml())
+    write_rollouts(folder / "rollouts", domain_rows(), made_up_pool())
+    return folder
+
+
+def test_a_training_prints_its_checkpoint_and_tells_how_it_went(dmoa: Invoke, material: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = dmoa(
+        "train",
+        *("--config", material / "pool.yaml", "--rollouts", material / "rollouts", "--out", out),
+        *("--workers", "0", "--track", "jsonl", "--epochs", "3", "--json", tmp_path / "result.json"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.split() == [str(out / "checkpoint")]
+    assert "epoch 3 of 3" in result.stderr
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert report == json.loads((out / "train.json").read_text())
+    assert report["version"] in result.stderr
+    assert len(report["epochs"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--workers", "many"), "workers: value seen: 'many'; allowed are auto or a whole number from 0"),
+        (("--workers", "-1"), "workers: value seen: '-1'; allowed are auto or a whole number from 0"),
+        (("--holdout", "1.5"), "holdout: value seen: 1.5"),
+        (("--loss", "squared"), "loss: value seen: 'squared'"),
+        (("--preset", "huge"), "preset: value seen: 'huge'"),
+        (("--workers", "0", "--start-from", "nowhere"), "checkpoint '"),
+        (("--workers", "0", "--rollouts", "nowhere"), "name a folder that `dmoa rollouts` wrote"),
+    ],
+)
+def test_bad_input_is_one_message(arguments: tuple[str, ...], message: str, dmoa: Invoke, material: Path, tmp_path: Path) -> None:
+    base = ("--config", material / "pool.yaml", "--rollouts", material / "rollouts", "--out", tmp_path / "run")
+    result = dmoa("train", *base, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_the_job_trains_as_the_command_does(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = yaml.safe_load(pool_yaml())
+    tree["job"] = {"rollouts": [str(material / "rollouts")], "out": str(tmp_path / "run"), "workers": 0, "track": "none"}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setattr(sys, "argv", ["jobs/train_gate.py", "--config", str(tmp_path / "job.yaml"), "--set", "job.epochs=2"])
+    with pytest.raises(SystemExit) as ended:
+        train_gate_job()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "run" / "checkpoint")]
+
+
+def test_the_shipped_job_file_names_options_that_there_are() -> None:
+    from dmoa.training.options import parse_options
+
+    options = parse_options(yaml.safe_load((ROOT / "jobs" / "train_gate.yaml").read_text())["job"])
+    assert options.workers == "auto"
+    assert (options.epochs, options.batch_queries) == (10, 4)

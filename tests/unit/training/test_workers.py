@@ -1,0 +1,81 @@
+"""How many workers are taken, and what one worker among several does; no test judges a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+
+from dmoa.bench.train_bench import made_up_job
+from dmoa.core.losses import LossSums
+from dmoa.training.choose_workers import best_count, choose_workers
+from dmoa.training.world import Alone, Group, flat_size
+
+
+@pytest.mark.parametrize(
+    ("seconds", "count"),
+    [
+        ({1: 2.0, 2: 2.1, 4: 3.0}, 1),
+        ({1: 2.0, 2: 1.9, 4: 3.0}, 1),  # not clearly shorter
+        ({1: 2.0, 2: 1.2, 4: 1.3}, 2),
+        ({1: 2.0, 2: 1.2, 4: 0.8}, 4),
+        ({1: 2.0}, 1),
+    ],
+)
+def test_more_workers_only_where_an_update_is_clearly_shorter(seconds: dict[int, float], count: int) -> None:
+    assert best_count(seconds) == count
+
+
+def test_the_choice_is_measured_and_explained(tmp_path: Path) -> None:
+    job = made_up_job(tmp_path)
+    count, note = choose_workers(job, most=2)
+    assert count in (1, 2)
+    assert "1: " in note
+    assert "2: " in note
+    assert choose_workers(job, most=1) == (1, "there is room for one")
+    on_gpu = replace(job, options=job.options.model_copy(update={"gpu": True}))
+    assert choose_workers(on_gpu, most=8)[0] == 1
+
+
+def test_one_worker_divides_by_the_weight() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    world = Alone(torch.device("cpu"))
+    loss = world.backward(LossSums((parameter * torch.tensor([3.0, 5.0])).sum(), torch.tensor(4.0)), [parameter])
+    assert loss == (13.0, 4.0)
+    assert parameter.grad is not None
+    assert parameter.grad.tolist() == [0.75, 1.25]
+    assert world.agree(7.0) == 7.0
+
+
+def test_a_batch_without_pairs_leaves_no_gradient() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    loss = Alone(torch.device("cpu")).backward(LossSums((parameter * 0).sum(), torch.tensor(0.0)), [parameter])
+    assert loss.weight == 0
+    assert parameter.grad is None
+
+
+def test_a_group_of_one_agrees_with_working_alone(tmp_path: Path) -> None:
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1, timeout=timedelta(seconds=60)
+    )
+    try:
+        found = []
+        for world in (Alone(torch.device("cpu")), Group(torch.device("cpu"))):
+            weights = [torch.nn.Parameter(torch.tensor([[1.0, 2.0]])), torch.nn.Parameter(torch.tensor([3.0]))]
+            total = (weights[0] ** 2).sum() * weights[1].sum()
+            loss = world.backward(LossSums(total, torch.tensor(5.0)), weights)
+            assert flat_size(weights) == 5
+            found.append((loss, [weight.grad.tolist() for weight in weights if weight.grad is not None]))
+        assert found[0] == found[1]
+        # A worker that has no query of a batch adds nothing; here nobody has one.
+        spare = [torch.nn.Parameter(torch.ones(2))]
+        assert Group(torch.device("cpu")).backward(None, spare).weight == 0
+        assert spare[0].grad is not None
+        assert spare[0].grad.tolist() == [0.0, 0.0]
+        assert Group(torch.device("cpu")).agree(0.1) == 0.1
+    finally:
+        distributed.destroy_process_group()
