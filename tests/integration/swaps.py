@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -44,9 +45,9 @@ router: {state_uri: "STATE", num_traces: 100000}
 """
 """Scripted agents that never agree, so that every query takes four steps; its figures say nothing about any model."""
 NUM_STEPS = 4
-DECISIONS_BETWEEN = 8
-"""Decisions that the router makes at least between two swaps."""
-_PATIENCE_S = 60.0
+DECISIONS_BETWEEN = (4, 24)
+"""Least decisions of the router between two swaps, drawn from here: streams in step must not meet every second version."""
+_PATIENCE_S = 300.0
 
 
 def write_pool(folder: Path, text: str = POOL) -> Path:
@@ -186,9 +187,10 @@ def _swap(address: str, swaps: int, folders: Sequence[str]) -> dict[str, list[fl
 
     admin = RouterAdmin("dmoa", address=address)
     packs = [checkpoint_files(folder) for folder in folders]
+    rng = random.Random(0)
     moments, seconds = [], []
     for number in range(swaps):
-        wanted = admin.status()["decisions"] + DECISIONS_BETWEEN
+        wanted = admin.status()["decisions"] + rng.randint(*DECISIONS_BETWEEN)
         deadline = time.monotonic() + _PATIENCE_S
         while admin.status()["decisions"] < wanted:
             assert time.monotonic() < deadline, "the streams stand still"
