@@ -31,7 +31,7 @@ from dmoa.training.train_loop import Job, epoch_batches
 NUM_AGENTS = 8
 NUM_STEPS = 3
 NUM_QUERIES = 80
-EPOCHS = 60
+EPOCHS = 150
 BATCH_QUERIES = 4
 BAR = 0.95
 _SKIPPED = 5

@@ -89,13 +89,14 @@ class StateStore:
 
     def __init__(self, place: str) -> None:
         """`place`: a folder, or a URI that Ray's file systems know."""
-        self.place = place
+        # Absolute, because Ray Train's workers live in folders of their own.
+        self.place = place if "://" in place else str(Path(place).absolute())
 
     def _open(self) -> tuple[pyarrow.fs.FileSystem, str]:
         if "://" in self.place:
             system, root = pyarrow.fs.FileSystem.from_uri(self.place)
         else:
-            system, root = pyarrow.fs.LocalFileSystem(), str(Path(self.place).absolute())
+            system, root = pyarrow.fs.LocalFileSystem(), self.place
         return system, root
 
     def check(self) -> None:

@@ -11,6 +11,7 @@ command in the same folder goes on from the last whole epoch; the checkpoint is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -148,7 +149,8 @@ def _choose(job: Job) -> tuple[int, str]:
 
         from dmoa.training.choose_workers import choose_workers
 
-        return choose_workers(job, int(ray.cluster_resources().get("CPU", 1)))
+        # This machine's own cores, whatever a Ray on it claims; a network between workers was not measured.
+        return choose_workers(job, min(int(ray.cluster_resources().get("CPU", 1)), os.cpu_count() or 1))
     return workers, "in process, without Ray" if workers == 0 else "as asked for"
 
 
