@@ -113,6 +113,25 @@ def _train_gate(common: Common) -> None:
     common.write_json(result.report.model_dump(mode="json"))
 
 
+def train_rounds_job() -> None:
+    """Run `jobs/train_rounds.py`."""
+    run_job(_train_rounds)
+
+
+@with_common
+def _train_rounds(common: Common) -> None:
+    """Collect and train in turns; the options stand in the `job:` section of --config.
+
+    \b
+    python jobs/train_rounds.py --config jobs/train_rounds.yaml --set job.rounds=2
+    """
+    from dmoa.cli.rounds import parse_options, run_rounds
+
+    config, values = read_job(common)
+    result = run_rounds(parse_options(values), config, common, shlex.join(["python", *map(redact_text, sys.argv)]))
+    common.write_json(result.report.model_dump(mode="json"))
+
+
 def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
     """Return the pool of a job file and its `job:` section.
 

@@ -1,0 +1,90 @@
+"""On-policy rounds: collect with the current gate, train, collect again. What `jobs/train_rounds.py` runs.
+
+The gate decides which agents' work the next step builds on, so a better gate meets other states than those it was trained on;
+rounds let it train on its own. Every round is a folder of rollouts and one of training; a job that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dmoa.cli.options import Common
+from dmoa.config import Config
+from dmoa.errors import ConfigError
+from dmoa.explain import describe
+
+if TYPE_CHECKING:
+    from dmoa.training.trainer import TrainResult
+
+
+class RoundsOptions(BaseModel):
+    """The `job:` section of `jobs/train_rounds.yaml`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    out: Path
+    """Folder of all rounds; the same folder goes on."""
+    rounds: int = Field(default=3, ge=1, le=100)
+    """How often to collect and train."""
+    rollouts: dict[str, Any]
+    """Options of `dmoa rollouts`; `limit` is per round."""
+    train: dict[str, Any] = {}
+    """Options of `dmoa train`."""
+    address: str | None = None
+    """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
+
+
+_SET_HERE = ("out", "round", "rollouts", "start_from", "address")
+
+
+def parse_options(values: dict[str, Any]) -> RoundsOptions:
+    """Build the options from plain values. Raises ConfigError naming field, value seen and what is allowed."""
+    try:
+        options = RoundsOptions.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"job: {describe(error, RoundsOptions)}") from error
+    for section in ("rollouts", "train"):
+        taken = [name for name in _SET_HERE if name in getattr(options, section)]
+        if taken:
+            raise ConfigError(f"job.{section}: {', '.join(taken)}: every round sets it itself; leave it out")
+    return options
+
+
+def run_rounds(options: RoundsOptions, config: Config, common: Common, command: str) -> TrainResult:
+    """Run all rounds and return the last training; its checkpoint is the gate.
+
+    The first round explores everyone, later ones as `rollouts` says; every training begins with the round's gate and learns
+    from the rollouts of all rounds so far. Raises ConfigError, CheckpointError, DmoaError; what was written is kept.
+    """
+    from dmoa.cli.evaluation_session import opened_ray
+    from dmoa.cli.rollout_session import run_rollouts
+    from dmoa.cli.train import run_train
+    from dmoa.training.options import parse_options as train_options
+    from dmoa.training.rollout_options import parse_options as rollout_options
+
+    result: TrainResult | None = None
+    collected: list[Path] = []
+    with opened_ray(options.address):
+        for number in range(options.rounds):
+            common.say(f"round {number + 1} of {options.rounds}")
+            folder = options.out / f"round-{number}"
+            values = {**options.rollouts, "out": folder / "rollouts", "round": number}
+            if number == 0:
+                values |= {"epsilon": None, "dense": True}
+            run_rollouts(rollout_options(values), _with_gate(config, result), common, command)
+            collected.append(folder / "rollouts")
+            training = {**options.train, "rollouts": tuple(collected), "out": folder / "gate"}
+            training |= {} if result is None else {"start_from": result.checkpoint}
+            result = run_train(train_options(training), config, common, command)
+    assert result is not None
+    return result
+
+
+def _with_gate(config: Config, result: TrainResult | None) -> Config:
+    if result is None:
+        return config
+    gate = config.gate.model_copy(update={"checkpoint": str(result.checkpoint)})
+    return config.model_copy(update={"gate": gate})
