@@ -115,6 +115,7 @@ async def test_swaps_under_streams_fail_no_query_and_mix_no_versions(running: Ru
 async def test_a_killed_router_comes_back_with_what_was_installed(running: Running) -> None:
     changed = (await asyncio.to_thread(running.router, "install", str(running.two)))[1]
     assert changed["version"] == version_of(running.two)
+    assert (await asyncio.to_thread(running.ask))["gate_version"] == version_of(running.two)  # now the ingress knows it too
     queries = [asyncio.to_thread(running.ask) for _ in range(4)]
     asking = asyncio.gather(*queries)
     (router,) = running.served.processes("ray::RouterActor")

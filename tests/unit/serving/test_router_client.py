@@ -1,0 +1,138 @@
+"""The ingress's side of the router: copies of weights follow what is installed, and stand in while the actor is away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorUnavailableError
+
+from dmoa import checkpoint
+from dmoa.checkpoint import describe_gate
+from dmoa.config import Config
+from dmoa.core.gate import init_gate
+from dmoa.errors import NoAgentError
+from dmoa.routing import LocalRouter
+from dmoa.serving.actors import pack, unpack
+from dmoa.serving.router_client import MAX_HELD, RemoteRouter
+from dmoa.serving.router_state import FILES
+from dmoa.types import RouteRequest
+from tests.unit.fakes import DIM, gate_spec
+
+ASK = RouteRequest(input_X=np.ones(2 * DIM + 4, np.float32))
+CONFIG = Config.model_validate(
+    {
+        "name": "p",
+        "llms": {"s": {"model": "scripted:x", "engine": "scripted"}},
+        "agents": [{"name": "a", "llm": "s", "profile": "Adds."}],
+    }
+)
+
+
+class Method:
+    """A method of an actor, as its handle has it."""
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self.remote = work
+
+
+class FakeActor:
+    """A router actor in this process that can be away; every `install` makes a new version current."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._local = LocalRouter()
+        self.is_away = False
+        self.versions: list[str] = []
+        self.told: list[tuple[Any, ...]] = []
+        self.fetched: list[str] = []
+        self.configure, self.route, self.weights = Method(self._configure), Method(self._route), Method(self._weights)
+        self.install()
+
+    def install(self) -> str:
+        gate = init_gate(gate_spec("abc"), seed=len(self.versions))
+        record = describe_gate(gate, fingerprint="f", trained_on={"rows": 1})
+        checkpoint.save(self._folder / record.version, gate, record)
+        self._local.install(record.version, gate)
+        self.versions.append(record.version)
+        return record.version
+
+    def _check(self) -> None:
+        if self.is_away:
+            raise ActorUnavailableError("it restarts", b"0" * 16)
+
+    async def _configure(self, *told: Any) -> str:
+        self._check()
+        self.told.append(told)
+        return self._local.current
+
+    async def _route(self, packed: bytes) -> bytes:
+        self._check()
+        return pack(await self._local.route(unpack(packed)))
+
+    async def _weights(self, version: str) -> dict[str, bytes]:
+        self._check()
+        self.fetched.append(version)
+        return {name: (self._folder / version / name).read_bytes() for name in FILES}
+
+
+async def settle(router: RemoteRouter) -> None:
+    """Wait for the copies under way."""
+    await asyncio.gather(*router._tasks)
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> tuple[FakeActor, RemoteRouter]:
+    actor = FakeActor(tmp_path)
+    router = RemoteRouter(actor, CONFIG, "checkpoint-version")
+    assert await router.start() == actor.versions[0]
+    return actor, router
+
+
+async def test_the_actor_is_told_what_is_configured(pair: tuple[FakeActor, RemoteRouter]) -> None:
+    actor, _ = pair
+    assert actor.told == [(CONFIG.model_dump_json(), "checkpoint-version")]
+
+
+async def test_copies_follow_what_is_installed_and_decide_the_same_while_the_actor_is_away(
+    pair: tuple[FakeActor, RemoteRouter],
+) -> None:
+    actor, router = pair
+    first = await router.route(ASK)
+    new = actor.install()
+    second = await router.route(ASK)
+    await settle(router)
+    assert (first.gate_version, second.gate_version) == tuple(actor.versions)
+    actor.is_away = True
+    again = await router.route(ASK)
+    assert (again.gate_version, again.routed_by) == (new, "ingress")
+    assert again.probability_A.tobytes() == second.probability_A.tobytes()
+    pinned = await router.route(RouteRequest(input_X=ASK.input_X, hidden_H=first.hidden_H, gate_version=first.gate_version))
+    assert (pinned.gate_version, pinned.routed_by) == (first.gate_version, "ingress")
+    assert actor.fetched == actor.versions  # once each
+
+
+async def test_a_version_without_a_copy_waits_for_the_actor(pair: tuple[FakeActor, RemoteRouter]) -> None:
+    actor, router = pair
+    unseen = actor.install()
+    actor.is_away = True
+    with pytest.raises(NoAgentError, match=f"there is no copy of gate {unseen} here yet; ask again"):
+        await router.route(RouteRequest(input_X=ASK.input_X, gate_version=unseen))
+    assert (await router.route(ASK)).gate_version == actor.versions[0]  # new queries begin with what is held
+
+
+async def test_copies_stay_bounded(pair: tuple[FakeActor, RemoteRouter]) -> None:
+    actor, router = pair
+    for _ in range(MAX_HELD + 4):
+        await router.route(ASK)
+        await settle(router)
+        actor.install()
+    await router.route(ASK)
+    await settle(router)
+    held = [version for version in actor.versions if version in router._weights]
+    assert len(held) <= MAX_HELD + 2
+    assert held == actor.versions[-len(held) :]
