@@ -65,7 +65,7 @@ def launch(
     host, port = host or config.server.host, port or config.server.port
     key_hashes = hash_keys(os.environ)
     check_exposure(host, key_hashes, insecure)
-    set_flags()
+    address = _address(address)
     from ray import serve
 
     from dmoa.serving.app import build_app
@@ -84,10 +84,7 @@ def start_ray(address: str | None = None) -> bool:
 
     Returns whether this process started it, and so ends it. Raises ConfigError where none answers at the address.
     """
-    set_flags()
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address is not None:
-        _use_token()
+    address = _address(address)
     import ray
 
     is_own = not ray.is_initialized() and address is None
@@ -102,6 +99,15 @@ def start_ray(address: str | None = None) -> bool:
                 f"RAY_AUTH_MODE=token where it wants tokens ({' '.join(str(error).split())[:200]})"
             ) from error
     return is_own
+
+
+def _address(address: str | None) -> str | None:
+    """Return the Ray to join, None to start one, with the environment set for it; call before importing Ray."""
+    set_flags()
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        _use_token()
+    return address
 
 
 def _use_token() -> None:
