@@ -11,9 +11,9 @@ import os
 import shutil
 import socket
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,12 +21,13 @@ from dmoa.cli.options import EXIT_FAILED, Common, with_common
 
 if TYPE_CHECKING:
     from dmoa.cli.demo_asking import Outcome, Question
+    from dmoa.cli.demo_compare import Compared
     from dmoa.cli.demo_learning import Learned
     from dmoa.config import Config
 
 POOL = "specialists"
 APP = "dmoa-demo"
-_OWN = ("before", "after", "rollouts", "gate", "evaluation", "calls")
+_OWN = ("before", "after", "rollouts", "gate", "evaluation", "calls", "router")
 """Folders that a demo makes anew in --out."""
 
 
@@ -48,18 +49,65 @@ def demo(
     dmoa demo --queries 30 --held-out 8 --out out/quick
     dmoa demo --config pool.yaml --questions 2
     """
-    from dmoa.cli.demo_asking import generate
-    from dmoa.cli.demo_compare import compare, print_comparison
-    from dmoa.cli.demo_learning import learn
-    from dmoa.serving.launch import launch, stop
+    from dmoa.cli.demo_compare import print_comparison
 
     if common.config is None and not os.environ.get("DMOA_CONFIG"):
         common = replace(common, config=Path(POOL))
     config = common.load()
     for name in _OWN:
         shutil.rmtree(out / name, ignore_errors=True)
-    asking = generate(questions)
+    # A router takes up what was installed before: the demo begins with an untrained gate every time.
+    place = config.router.model_copy(update={"state_uri": (out / "router").absolute().as_uri()})
+    config = config.model_copy(update={"router": place})
     started = time.monotonic()
+    told = tell(common, config, out, port, (questions, queries, held_out))
+    seconds = time.monotonic() - started
+    print_comparison(told.comparison, config, told.learned.probe)
+    _closing(common, told.learned, out, seconds)
+    common.write_json({"pool": config.name, "seconds": seconds, **told.to_json()})
+    if not told.is_whole:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What the demo showed."""
+
+    gate_version: str
+    """Before the learning."""
+    before: list[Outcome]
+    after: list[Outcome]
+    is_replayed: bool
+    """Whether every routing decision was repeated from its trace."""
+    learned: Learned
+    comparison: list[Compared]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every question was answered, and every decision repeated."""
+        return self.is_replayed and all(outcome.asked is not None for outcome in (*self.before, *self.after))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return {
+            "gate_versions": [self.gate_version, self.learned.version],
+            "replay_identical": self.is_replayed,
+            "before": [outcome.to_json() for outcome in self.before],
+            "after": [outcome.to_json() for outcome in self.after],
+            "probe": self.learned.probe.model_dump(mode="json"),
+            "training": self.learned.training,
+            "comparison": [row.to_json() for row in self.comparison],
+        }
+
+
+def tell(common: Common, config: Config, out: Path, port: int | None, counts: tuple[int, int, int]) -> Told:
+    """Run the demo; `counts`: questions shown of each suite, queries to learn from, held-out rows of each suite."""
+    from dmoa.cli.demo_asking import generate
+    from dmoa.cli.demo_compare import compare
+    from dmoa.cli.demo_learning import learn
+    from dmoa.serving.launch import launch, stop
+
+    asking = generate(counts[0])
     common.say(f"1 of 6: starting pool {config.name} ({len(config.agents)} agents) on Ray Serve; this takes a minute or so")
     is_up = False
     try:
@@ -67,34 +115,24 @@ def demo(
         is_up = True
         common.say(f"2 of 6: {len(asking)} questions over HTTP, gate {launched.gate_version}")
         before, is_same = ask_and_replay(common, config, launched.url, launched.gate_version, asking, out / "before")
-        learned = learn(common, config, out, APP, queries)
+        learned = learn(common, config, out, APP, counts[1])
         common.say(f"5 of 6: the same questions, gate {learned.version}, installed in the running swarm")
         trained = replace(common, overrides=(*common.overrides, f"gate.checkpoint={learned.checkpoint}"))
         after, is_same_after = ask_and_replay(trained, trained.load(), launched.url, learned.version, asking, out / "after")
-        common.say(f"6 of 6: comparing on {held_out} held-out rows of each suite; every agent answers alone as well")
-        comparison = compare(common, config, out, learned.checkpoint, held_out)
+        common.say(f"6 of 6: comparing on {counts[2]} held-out rows of each suite; every agent answers alone as well")
+        comparison = compare(common, config, out, learned.checkpoint, counts[2])
     finally:
         if is_up:
             common.say("stopping the swarm")
             stop(APP, end_ray=True)
-    seconds = time.monotonic() - started
-    print_comparison(comparison, config, learned.probe)
-    _closing(common, learned, out, seconds)
-    common.write_json(
-        {
-            "pool": config.name,
-            "seconds": seconds,
-            "gate_versions": [launched.gate_version, learned.version],
-            "replay_identical": is_same and is_same_after,
-            "before": [outcome.to_json() for outcome in before],
-            "after": [outcome.to_json() for outcome in after],
-            "probe": learned.probe.model_dump(mode="json"),
-            "training": learned.training,
-            "comparison": [row.to_json() for row in comparison],
-        }
+    return Told(
+        gate_version=launched.gate_version,
+        before=before,
+        after=after,
+        is_replayed=is_same and is_same_after,
+        learned=learned,
+        comparison=comparison,
     )
-    if not (is_same and is_same_after) or any(outcome.asked is None for outcome in (*before, *after)):
-        raise typer.Exit(EXIT_FAILED)
 
 
 def free_port() -> int:

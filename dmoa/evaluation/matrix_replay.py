@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dmoa.core.aggregate import select_contribution
-from dmoa.core.scores import score
+from dmoa.cascade import is_any_sure
+from dmoa.core.aggregate import RAW, select_contribution
 from dmoa.evaluation.matrix import AnswerMatrix, Floats
-from dmoa.types import RouteDecision
+from dmoa.types import AgentReply, RouteDecision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,23 +79,19 @@ def replay(matrix: AnswerMatrix, choices: Sequence[Choice]) -> Replayed:
 
 def _row(matrix: AnswerMatrix, row: int, choice: Choice) -> tuple[int, int, int]:
     """Return (agent that won or -1, agents asked, tokens) of one row."""
-    replies = matrix.replies[row]
+    ranked = [matrix.replies[row][index] for index in choice.ranking]
+    anchors = dict(zip(matrix.agents, choice.anchors, strict=True)) if choice.anchors else RAW
     asked = choice.k
-    while choice.theta is not None and asked < min(choice.limit, len(choice.ranking)):
-        if _surest(matrix, row, choice, asked) <= choice.theta:
+    while choice.theta is not None and _has_room(ranked[:asked], choice.limit) and asked < len(ranked):
+        if is_any_sure(ranked[:asked], choice.theta, anchors):
             break
         asked += 1
-    active = [replies[index] for index in choice.ranking[:asked]]
-    selection = select_contribution(active)
+    active = ranked[:asked]
+    selection = select_contribution(active, anchors)
     winner = -1 if selection is None else matrix.agents.index(selection.agent)
     return winner, asked, sum(reply.prompt_tokens + reply.completion_tokens for reply in active)
 
 
-def _surest(matrix: AnswerMatrix, row: int, choice: Choice, asked: int) -> float:
-    """Return the smallest score among the agents asked so far; infinite where none has one."""
-    found = [np.inf]
-    for index in choice.ranking[:asked]:
-        entropy = matrix.replies[row][index].entropy_nats
-        if entropy is not None:
-            found.append(score(entropy, choice.anchors[index] if choice.anchors else None))
-    return float(min(found))
+def _has_room(asked: Sequence[AgentReply], limit: int) -> bool:
+    """Tell whether the cascade may ask on: agents that were lost take no place."""
+    return sum(reply.status == "ok" for reply in asked) < limit
