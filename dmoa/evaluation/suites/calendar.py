@@ -256,7 +256,7 @@ CALENDAR = Suite(
     title="calendar (generated)",
     summary="Days, dates and durations of the Gregorian calendar from 1800 on, leap years included.",
     levels=(
-        Level(meaning="the weekday one or two days on", kinds=_kinds(WithinMonth(max_days=2), "weekday-after")),
+        Level(meaning="the weekday one day on", kinds=_kinds(WithinMonth(max_days=1), "weekday-after")),
         Level(meaning="two days of one month", kinds=_kinds(WithinMonth(), "after", "between", "weekday-after")),
         Level(
             meaning="up to 60 days, across months",
