@@ -1,0 +1,116 @@
+"""The adapters that come with dmoa, and the pools that use them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import dmoa
+from dmoa.agents.models import model_id, resolve_adapter, resolve_model
+from dmoa.agents.pool import check_files, fingerprint, load_pool, packaged_pools
+from dmoa.agents.prompts import agent_messages
+from dmoa.agents.transformers_engine import TransformersEngine
+from dmoa.config import AgentConfig, TransformersOptions
+from dmoa.errors import ConfigError
+from dmoa.evaluation.records import Reply
+from dmoa.evaluation.suites.table import SUITES
+from dmoa.types import Generation, GenerationRequest, Query
+
+ROOT = Path(dmoa.__file__).parent / "adapters"
+NAMES = sorted(folder.name for folder in ROOT.iterdir() if (folder / "adapter_config.json").is_file())
+POOLS = ("specialists", "specialists-liar-constant", "specialists-liar-wrong")
+MAX_BYTES = 4 * 2**20
+
+
+def test_all_are_there() -> None:
+    named = {agent.name for pool in POOLS for agent in load_pool(pool).agents if agent.adapter}
+    assert named == set(NAMES) == {
+        "arith-carry", "arith-plain", "arith-both", "words", "calendar", "generalist", "liar-constant", "liar-wrong",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_is_small_plain_and_says_how_it_was_made(name: str) -> None:
+    folder = resolve_adapter(f"builtin:{name}")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < MAX_BYTES
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
+        assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"BF16"}  # noqa: SIM118 -- no mapping
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    assert settings["peft_type"] == "LORA"
+    assert settings["r"] in (6, 7)
+    assert settings["base_model_name_or_path"] == card["base"] == model_id("embedded:smollm2-135m")
+    assert card["name"] == name
+    assert card["command"] == f"python jobs/train_specialist.py --config jobs/train_specialist.yaml --set job.name={name}"
+    assert set(card["held_out"]) == {"arith", "words", "calendar"}
+    assert {"rows_seed", "schedule", "profile"} <= set(card["recipe"])
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_agents_have_the_profile_that_their_adapter_was_trained_with(pool: str) -> None:
+    config = load_pool(pool)
+    check_files(config)
+    assert config.name == pool
+    for agent in config.agents:
+        if agent.adapter:
+            card = json.loads((resolve_adapter(agent.adapter) / "card.json").read_text(encoding="utf-8"))
+            assert agent.adapter == f"builtin:{agent.name}"
+            assert agent.profile == card["recipe"]["profile"]
+    assert len({agent.profile for agent in config.agents}) == len(config.agents)
+
+
+def test_pools_differ_by_their_liar_alone() -> None:
+    agents = {pool: load_pool(pool).agents for pool in POOLS}
+    assert agents["specialists-liar-constant"][:-1] == agents["specialists-liar-wrong"][:-1] == agents["specialists"]
+    assert len({fingerprint(load_pool(pool)) for pool in POOLS}) == len(POOLS)
+
+
+def test_a_bare_name_is_a_packaged_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_pool("default") == load_pool(None)
+    assert load_pool("specialists", ["limits.max_steps=1"]).limits.max_steps == 1
+    Path("specialists").write_text(packaged_pools()["default"].read_text(encoding="utf-8"), encoding="utf-8")
+    assert load_pool("specialists") == load_pool(None)  # a file of that name comes first
+    with pytest.raises(ConfigError, match=r"'specialist'.*specialists"):
+        load_pool("specialist")
+
+
+@pytest.mark.real_model
+async def test_the_words_specialist_answers_where_the_base_does_not() -> None:
+    config = load_pool("specialists")
+    agents = {name: config.agent(name) for name in ("base", "words")}
+    folder = resolve_adapter("builtin:words")
+    engine = TransformersEngine(
+        await asyncio.to_thread(resolve_model, "embedded:smollm2-135m"),
+        TransformersOptions(device="cpu"),
+        adapters={"builtin:words": folder},
+    )
+    rows = list(SUITES["words"].generate("validation", 8, 5))
+
+    async def ask(agent: AgentConfig) -> list[Generation]:
+        requests = [
+            GenerationRequest(
+                request_id=f"{agent.name}/{row.task.row_id}",
+                messages=agent_messages(Query(trace_id="", text=row.task.text), (), profile=agent.profile),
+                sampling=agent.sampling.to_sampling(),
+                adapter=agent.adapter,
+            )
+            for row in rows
+        ]
+        return list(await asyncio.gather(*map(engine.generate, requests)))
+
+    try:
+        replies = {name: await ask(agent) for name, agent in agents.items()}
+    finally:
+        await engine.close()
+    right = {
+        name: sum(SUITES["words"].score(row.label, Reply(text=g.text)).value for row, g in zip(rows, found, strict=True))
+        for name, found in replies.items()
+    }
+    assert right["words"] >= right["base"] + 3
+    entropy = {name: sum(g.entropy_sum_nats / g.entropy_tokens for g in found) for name, found in replies.items()}
+    assert entropy["words"] < 0.5 * entropy["base"]
