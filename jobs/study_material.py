@@ -39,6 +39,8 @@ from dmoa.training.trainer import Surroundings, run_training
 POOL, CONSTANT, WRONG = "specialists", "specialists-liar-constant", "specialists-liar-wrong"
 MATRIX_SUITES = (*SINGLE, "shared")
 CLUSTERS = 8
+MATRIX_SEED = 7
+"""Of the matrices' rows: not the seeds that the demo and the specialists' cards have looked at."""
 ROLLOUT_SEED = 100
 """Seeds of rollouts begin here, far from those of the matrices."""
 AROUND = Surroundings(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
@@ -86,6 +88,7 @@ def matrices(study: Study, split: str) -> dict[str, AnswerMatrix]:
             "policies": matrix_policies(config.agent_names),
             "split": split,
             "limit": study.test_rows if split == "test" else study.validation_rows,
+            "seed": MATRIX_SEED,
             "out": out,
             "resume": (out / "run.json").exists(),
             "call_cache": study.calls,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from study_endpoints import HOME
-from study_material import POOL, Study, gate, pool, rollouts
+from study_material import MATRIX_SEED, POOL, Study, gate, pool, rollouts
 
 from dmoa import checkpoint
 from dmoa.cli.evaluation_session import run_evaluation
@@ -64,7 +64,7 @@ def _relay_share(study: Study, seed: int, name: str, trained: Path) -> float:
                 "benchmarks": "relay",
                 "split": "test",
                 "limit": study.relay_test,
-                "seed": 0,
+                "seed": MATRIX_SEED,
                 "out": out,
                 "labels": labels,
                 "epsilon": 1e-9,
@@ -97,6 +97,7 @@ def chain(study: Study, chosen: Mapping[str, Any]) -> dict[str, Any]:
             "policies": [f"dmoa:{name}" for name in names],
             "gates": gates,
             "limit": study.relay_test,
+            "seed": MATRIX_SEED,
             "out": out,
             "resume": (out / "run.json").exists(),
             "call_cache": study.calls,
