@@ -77,6 +77,7 @@ async def test_chat_answers_with_usage_and_every_field_of_the_dmoa_object() -> N
         "engine": "",
         "attempts": 1,
         "memoised": False,
+        "explored": False,
         "error": None,
     }
     assert first["agents"][2] | {"probability": 0.125} == first["agents"][2]
