@@ -49,8 +49,7 @@ def _evaluate(common: Common) -> None:
     options = parse_options(values)
     if options.out is None:
         raise ConfigError("job.out: missing; name the folder of the run, so that a job that is submitted again goes on with it")
-    command = shlex.join(["python", *map(redact_text, sys.argv)])
-    evaluation = run_evaluation(options, None if options.url else config, common, command)
+    evaluation = run_evaluation(options, None if options.url else config, common, _command())
     common.write_json(evaluation.model_dump(mode="json"))
 
 
@@ -70,7 +69,7 @@ def _collect_rollouts(common: Common) -> None:
     from dmoa.training.rollout_options import parse_options
 
     config, values = read_job(common)
-    manifest = run_rollouts(parse_options(values), config, common, shlex.join(["python", *map(redact_text, sys.argv)]))
+    manifest = run_rollouts(parse_options(values), config, common, _command())
     common.write_json(manifest.model_dump(mode="json"))
 
 
@@ -89,8 +88,7 @@ def _train_specialist(common: Common) -> None:
     from dmoa.cli.specialists import train_specialist
 
     _, values = read_job(common)
-    command = shlex.join(["python", *map(redact_text, sys.argv)])
-    common.write_json(train_specialist(values, common, command))
+    common.write_json(train_specialist(values, common, _command()))
 
 
 def train_gate_job() -> None:
@@ -109,7 +107,7 @@ def _train_gate(common: Common) -> None:
     from dmoa.training.options import parse_options
 
     config, values = read_job(common)
-    result = run_train(parse_options(values), config, common, shlex.join(["python", *map(redact_text, sys.argv)]))
+    result = run_train(parse_options(values), config, common, _command())
     common.write_json(result.report.model_dump(mode="json"))
 
 
@@ -128,8 +126,13 @@ def _train_rounds(common: Common) -> None:
     from dmoa.cli.rounds import parse_options, run_rounds
 
     config, values = read_job(common)
-    result = run_rounds(parse_options(values), config, common, shlex.join(["python", *map(redact_text, sys.argv)]))
+    result = run_rounds(parse_options(values), config, common, _command())
     common.write_json(result.report.model_dump(mode="json"))
+
+
+def _command() -> str:
+    """Return the command line of this process; secrets are taken out."""
+    return shlex.join(["python", *map(redact_text, sys.argv)])
 
 
 def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
