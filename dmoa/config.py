@@ -103,7 +103,8 @@ class TransformersOptions(Node):
     """Run the decode step through torch.compile."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=256)
-    """CPU threads of the engine; None: all cores."""
+    """CPU threads of the engine; None: half of the cores, because the small operations of small models gain little from more,
+    lose much where another process wants a core, and gateway, router and encoder need theirs."""
     max_model_len: int = Field(default=2048, ge=64, le=1048576)
     """Longest prompt plus reply in tokens."""
     prefix_cache: bool = True

@@ -99,7 +99,7 @@ def home(material: Material) -> dict[str, Any]:
     best = material.best(SINGLE, specialists)
     single = _joined([[material.alone(suite, best)] for suite in SINGLE])
     share, accuracy = float(np.mean(list(shares.values()))), _mean(gates)
-    found = {
+    found: dict[str, Any] = {
         "home_share": share,
         "home_share_by_suite": shares,
         "accuracy": accuracy,

@@ -9,26 +9,47 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from study_endpoints import controls, home, liar, same_surface, several
-from study_material import CONSTANT, POOL, WRONG, Study, embeddings, gate, labelled_gate, material, matrices, rollouts, sent_to
+from study_material import (
+    CONSTANT,
+    MATRIX_SUITES,
+    POOL,
+    WRONG,
+    Study,
+    embeddings,
+    gate,
+    labelled_gate,
+    material,
+    matrices,
+    rollouts,
+    sent_to,
+)
 from study_memory import chain, relay
 
 from dmoa.cli.evaluation_session import opened_ray
 from dmoa.cli.jobs import read_job, run_job
 from dmoa.cli.options import Common, with_common
 from dmoa.core.gate import Gate
+from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError
 from dmoa.evaluation.hierarchical import holm
 from dmoa.evaluation.matrix import AnswerMatrix
 from dmoa.evaluation.matrix_replay import replay
 from dmoa.evaluation.matrix_routers import gate_choices
 
-SCORES, EPOCHS, THETAS = ("raw", "anchored"), (10, 20, 40), (0.5, 0.7, 0.9)
+SCORES, EPOCHS = ("raw", "anchored"), (10, 20, 40)
+ALPHAS = tuple(product((0.1, 0.3, 0.5), (0.5, 0.3, 0.1)))
+"""(alpha of tau, alpha of theta)."""
+MOST_ACTIVE = 1.6
+"""Agents of a step, on average: the budget within which the pair of alphas is chosen."""
 TIE = 1e-9
+UNHEARD_NATS = 20.0
+"""What counts as the entropy of a reply of nothing."""
 Found = Mapping[str, Mapping[str, AnswerMatrix]]
 
 
@@ -67,7 +88,7 @@ def _run(settings: Study) -> dict[str, Any]:
     return {
         "chosen": chosen,
         "tried": tried,
-        "configurations_tried": len(SCORES) + len(EPOCHS) + len(THETAS),
+        "configurations_tried": len(SCORES) + len(EPOCHS) + len(ALPHAS),
         "endpoints": dict(sorted(endpoints.items())),
         "other_score": {"settings": other, "endpoints": _endpoints(settings, other, found, unseen)},
         "upper_bound_with_labels": home(material(settings, POOL, labelled, found, unseen)),
@@ -88,9 +109,15 @@ def _tune(settings: Study, found: Found, seen: Mapping[str, Any]) -> tuple[dict[
     pairwise = {epochs: _pairwise(settings, {"score": score, "epochs": epochs, "patience": epochs}) for epochs in EPOCHS}
     epochs = next(number for number in EPOCHS if pairwise[number] >= max(pairwise.values()) - TIE)
     fixed: dict[str, Any] = {"score": score, "epochs": epochs, "patience": epochs}
-    gains = {q: _gain(settings, {**fixed, "theta_alpha": round(1 - q, 3)}, found, seen) for q in THETAS}
-    best = max(THETAS, key=lambda q: gains[q])
-    return {**fixed, "theta_alpha": round(1 - best, 3)}, {"liar_share": sent, "held_pairwise": pairwise, "theta_gain": gains}
+    spent = {pair: _spent(settings, {**fixed, **_alphas(pair)}, found, seen) for pair in ALPHAS}
+    within = [pair for pair in ALPHAS if spent[pair]["active"] <= MOST_ACTIVE]
+    best = min(within, key=lambda pair: spent[pair]["doubt"]) if within else min(ALPHAS, key=lambda pair: spent[pair]["active"])
+    sizes = [{**_alphas(pair), **figures} for pair, figures in spent.items()]
+    return {**fixed, **_alphas(best)}, {"liar_share": sent, "held_pairwise": pairwise, "sizes": sizes}
+
+
+def _alphas(pair: tuple[float, float]) -> dict[str, float]:
+    return {"alpha": pair[0], "theta_alpha": pair[1]}
 
 
 def _pairwise(settings: Study, chosen: Mapping[str, Any]) -> float:
@@ -100,20 +127,18 @@ def _pairwise(settings: Study, chosen: Mapping[str, Any]) -> float:
     return float(np.mean([record.metrics["pairwise"] for record in records]))
 
 
-def _gain(settings: Study, chosen: Mapping[str, Any], found: Found, seen: Mapping[str, Any]) -> float:
-    """Return how much surer the winner is than the first choice, per extra agent that the cascade asked."""
-    gained, extra = 0.0, 0
+def _spent(settings: Study, chosen: Mapping[str, Any], found: Found, seen: Mapping[str, Any]) -> dict[str, float]:
+    """Return how many agents validation rows of `shared` ask, and the mean logarithm of the winners' entropies on all suites."""
+    active, doubts = [], []
     for g in _gates(settings, POOL, chosen):
-        for suite in ("arith", "words", "calendar", "shared"):
+        for suite in MATRIX_SUITES:
             matrix = found["validation"][suite].only(g.spec.agents)
-            sure_RA = np.log(np.nan_to_num(matrix.entropies(), nan=20.0) + 1e-3)
-            choices = gate_choices(g, seen[suite])
-            asked = replay(matrix, choices).k_R
-            for row, (choice, k) in enumerate(zip(choices, asked, strict=True)):
-                first = sure_RA[row, list(choice.ranking[: choice.k])].min()
-                gained += first - sure_RA[row, list(choice.ranking[:k])].min()
-                extra += int(k) - choice.k
-    return gained / extra if extra else 0.0
+            unsure_RA = np.log(np.nan_to_num(matrix.entropies(), nan=UNHEARD_NATS) + SCORE_OFFSET_NATS)
+            replayed = replay(matrix, gate_choices(g, seen[suite]))
+            doubts.append(unsure_RA[np.arange(len(unsure_RA)), replayed.chosen_R])
+            if suite == "shared":
+                active.append(replayed.k_R)
+    return {"active": float(np.mean(np.concatenate(active))), "doubt": float(np.mean(np.concatenate(doubts)))}
 
 
 def _endpoints(settings: Study, chosen: Mapping[str, Any], found: Found, unseen: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,8 @@ class Study:
     queries: int = 80
     relay_queries: int = 60
     relay_test: int = 100
+    workers: int = 2
+    """Answering actors, each with an engine of its own."""
     common: Common
 
     @property
@@ -92,6 +94,7 @@ def matrices(study: Study, split: str) -> dict[str, AnswerMatrix]:
             "out": out,
             "resume": (out / "run.json").exists(),
             "call_cache": study.calls,
+            "workers": study.workers,
             "track": "none",
         }
     )
@@ -110,7 +113,7 @@ def embeddings(study: Study, split: str, found: Mapping[str, AnswerMatrix]) -> d
             for name, matrix in found.items()
         }
         with path.with_suffix(".part").open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
         path.with_suffix(".part").replace(path)
     with np.load(path, allow_pickle=False) as stored:
         return {name: stored[name] for name in found}
@@ -131,6 +134,7 @@ def rollouts(study: Study, name: str, seed: int, *, suites: Sequence[str] = SING
             "out": out,
             "labels": study.out / "labels" / name / f"{key}-{seed}",
             "call_cache": study.calls,
+            "workers": study.workers,
             "track": "none",
         }
     )

@@ -69,6 +69,7 @@ def _relay_share(study: Study, seed: int, name: str, trained: Path) -> float:
                 "labels": labels,
                 "epsilon": 1e-9,
                 "call_cache": study.calls,
+                "workers": study.workers,
                 "track": "none",
             }
         )
@@ -101,6 +102,7 @@ def chain(study: Study, chosen: Mapping[str, Any]) -> dict[str, Any]:
             "out": out,
             "resume": (out / "run.json").exists(),
             "call_cache": study.calls,
+            "workers": study.workers,
             "track": "none",
         }
     )

@@ -92,10 +92,11 @@ def label_of(options: TransformersOptions) -> str:
 
 
 def num_threads(options: TransformersOptions) -> int:
-    """Return how many CPU threads the engine computes with."""
+    """Return how many CPU threads the engine computes with: half of the cores, where the options do not say."""
     if options.threads is not None:
         return options.threads
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // 2)
 
 
 def _device(options: TransformersOptions) -> torch.device:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import linear
 
-from dmoa.bench.measure import BenchResult, interleave, ratio, seconds_per_call, spread
+from dmoa.bench.measure import BenchResult, interleave, ratio, record, seconds_per_call, spread
 from dmoa.config import GateConfig
 from dmoa.core.activation import activate
 from dmoa.core.decision import Decider
@@ -41,8 +41,8 @@ def run(rounds: int = 15) -> list[BenchResult]:
     finally:
         torch.set_num_threads(num_threads)
     return [
-        _ratio_result("P1", seconds, "core", f"<= {BAR}x", "GRU + head + activation of a full padded batch, inputs in place"),
-        _ratio_result("P1.decide", seconds, "decide", "", "Decider.decide: stacking, core, checks and building the records"),
+        _ratio_result("P1", seconds, "core", "GRU + head + activation of a full padded batch, inputs in place", at_most=BAR),
+        _ratio_result("P1.decide", seconds, "decide", "Decider.decide: stacking, core, checks and building the records"),
         *(_time_result(name, figures) for name, figures in seconds.items()),
     ]
 
@@ -107,33 +107,18 @@ def _timed(call: Callable[[], object]) -> Callable[[], float]:
     return lambda: statistics.median(seconds_per_call(call, 1) for _ in range(_CALLS))
 
 
-def _ratio_result(id_: str, seconds: dict[str, list[float]], arm: str, bar: str, what: str) -> BenchResult:
+def _ratio_result(id_: str, seconds: dict[str, list[float]], arm: str, what: str, at_most: float | None = None) -> BenchResult:
     found = ratio(seconds[arm], seconds["products"])
-    return BenchResult(
-        id=id_,
-        value=found.value,
-        unit="x",
-        low=found.low,
-        high=found.high,
-        rounds=found.rounds,
-        bar=bar,
-        passed=found.value <= BAR if bar else None,
+    return record(
+        id_,
+        found,
+        "x",
         engine="gate",
         note=f"{what}; against two linear of the GRU's sizes and one of the head's; A={NUM_AGENTS}, B={BATCH_SIZE}, one thread",
+        at_most=at_most,
     )
 
 
 def _time_result(arm: str, figures: list[float]) -> BenchResult:
     found = spread([1e6 * figure for figure in figures])
-    return BenchResult(
-        id=f"P1.{arm}_us",
-        value=found.value,
-        unit="us",
-        low=found.low,
-        high=found.high,
-        rounds=found.rounds,
-        bar="",
-        passed=None,
-        engine="gate",
-        note=f"time of one full padded batch of {BATCH_SIZE}",
-    )
+    return record(f"P1.{arm}_us", found, "us", engine="gate", note=f"time of one full padded batch of {BATCH_SIZE}")

@@ -111,6 +111,21 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
+def record(
+    id_: str, found: Spread, unit: str, *, engine: str, note: str, at_least: float | None = None, at_most: float | None = None
+) -> BenchResult:
+    """Return the entry of a figure, judged where it has a bar in its own unit."""
+    bar, passed = "", None
+    if at_least is not None:
+        bar, passed = f">= {at_least}", found.value >= at_least
+    if at_most is not None:
+        bar, passed = f"<= {at_most}", found.value <= at_most
+    fields = {"value": found.value, "low": found.low, "high": found.high, "rounds": found.rounds}
+    return BenchResult.model_validate(
+        {"id": id_, "unit": unit, "bar": bar, "passed": passed, "engine": engine, "note": note} | fields
+    )
+
+
 def seconds_per_call(call: Callable[[], object], calls: int) -> float:
     """Return the mean wall time of `calls` calls in a row, in seconds."""
     start = time.perf_counter()

@@ -18,7 +18,7 @@ from dmoa.agents.models import fetch, resolve_model
 from dmoa.agents.pool import load_pool
 from dmoa.bench.bare_engine import recorded_swarm, replayed
 from dmoa.bench.call_graph import QueryCalls, Window, graph_of, read_calls, window_of
-from dmoa.bench.measure import BenchResult, Spread, ratio, spread
+from dmoa.bench.measure import BenchResult, ratio, record, spread
 from dmoa.config import Config
 from dmoa.errors import DmoaError
 from dmoa.evaluation.answering import Asking, Outcome, ask_swarm
@@ -78,15 +78,18 @@ def judged(figures: Mapping[int, Sequence[Round]], *, engine: str) -> list[Bench
     worst = min(ratios, key=lambda n: ratios[n].value)
     note = "evaluation pipeline's tokens/s / replay of the same calls on the bare engine"
     results = [
-        _result("P5", ratios[worst], "x", engine, f"{note}; the lowest, {worst} queries in flight", is_judged=True),
+        record("P5", ratios[worst], "x", engine=engine, note=f"{note}; the lowest, {worst} queries in flight", at_least=BAR),
         *(
-            _result(f"P5.{n}", found, "x", engine, f"{note}; {n} queries in flight", is_judged=True)
+            record(f"P5.{n}", found, "x", engine=engine, note=f"{note}; {n} queries in flight", at_least=BAR)
             for n, found in ratios.items()
         ),
     ]
     fills = {n: spread([r.fill for r in rounds]) for n, rounds in figures.items()}
     fill_note = "mean of the calls at the engine, pipeline / replay; below 1: gaps between calls"
-    results += [_result(f"P5.{n}.fill", found, "x", engine, f"{fill_note}; {n} queries in flight") for n, found in fills.items()]
+    results += [
+        record(f"P5.{n}.fill", found, "x", engine=engine, note=f"{fill_note}; {n} queries in flight")
+        for n, found in fills.items()
+    ]
     for n, rounds in figures.items():
         arms = {
             f"P5.{n}.pipeline": [r.pipeline for r in rounds],
@@ -96,7 +99,7 @@ def judged(figures: Mapping[int, Sequence[Round]], *, engine: str) -> list[Bench
         for id_, values in arms.items():
             what = "all calls handed in at once, none waiting for another; beside" if id_ == "P5.flat" else "with"
             if values:
-                results.append(_result(id_, spread(values), "tokens/s", engine, f"{what} {n} queries in flight"))
+                results.append(record(id_, spread(values), "tokens/s", engine=engine, note=f"{what} {n} queries in flight"))
     return results
 
 
@@ -104,22 +107,7 @@ def wide_result(rounds: Sequence[Round], *, engine: str) -> BenchResult:
     """Return the ratio of an engine with a place for every call; reported, because no shipped pool has so wide a batch."""
     found = ratio([r.pipeline for r in rounds], [r.replay for r in rounds])
     what = f"as P5.{WIDE_IN_FLIGHT}, on an engine that decodes all calls of {WIDE_IN_FLIGHT} queries at once"
-    return _result("P5.wide", found, "x", engine, what)
-
-
-def _result(id_: str, found: Spread, unit: str, engine: str, note: str, *, is_judged: bool = False) -> BenchResult:
-    return BenchResult(
-        id=id_,
-        value=found.value,
-        unit=unit,
-        low=found.low,
-        high=found.high,
-        rounds=found.rounds,
-        bar=f">= {BAR}" if is_judged else "",
-        passed=found.value >= BAR if is_judged else None,
-        engine=engine,
-        note=note,
-    )
+    return record("P5.wide", found, "x", engine=engine, note=what)
 
 
 def _measure(config: Config, in_flight: int, rounds: int) -> list[Round]:

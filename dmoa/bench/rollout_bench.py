@@ -18,7 +18,7 @@ from dmoa.agents.models import fetch, resolve_model
 from dmoa.agents.pool import fingerprint, load_pool
 from dmoa.bench.bare_engine import recorded_swarm, replayed
 from dmoa.bench.call_graph import QueryCalls, Window, graph_of, read_calls, window_of
-from dmoa.bench.measure import BenchResult, Spread, ratio, spread
+from dmoa.bench.measure import BenchResult, Spread, ratio, record, spread
 from dmoa.config import Config
 from dmoa.dataflow.room import FILL
 from dmoa.errors import DmoaError
@@ -69,33 +69,20 @@ def judged(figures: Mapping[str, Sequence[Round]], *, engine: str) -> list[Bench
     found = {mode: _ratio(rounds, "tokens_per_s") for mode, rounds in figures.items()}
     worst = min(found, key=lambda mode: found[mode].value)
     note = "rollouts' tokens/s / replay of the same calls on the bare engine"
-    results = [_result("P13", found[worst], "x", engine, f"{note}; the lower, {worst}", is_judged=True)]
-    results += [_result(f"P13.{mode}", one, "x", engine, f"{note}; {mode}", is_judged=True) for mode, one in found.items()]
+    results = [record("P13", found[worst], "x", engine=engine, note=f"{note}; the lower, {worst}", at_least=BAR)]
+    results += [
+        record(f"P13.{mode}", one, "x", engine=engine, note=f"{note}; {mode}", at_least=BAR) for mode, one in found.items()
+    ]
     for mode, rounds in figures.items():
         fill = "mean of the calls at the engine, rollouts / replay; below 1: gaps between calls"
-        results.append(_result(f"P13.{mode}.fill", _ratio(rounds, "under_way"), "x", engine, fill))
+        results.append(record(f"P13.{mode}.fill", _ratio(rounds, "under_way"), "x", engine=engine, note=fill))
         speeds = spread([one.rollouts.tokens_per_s for one in rounds])
-        results.append(_result(f"P13.{mode}.tokens", speeds, "tokens/s", engine, f"{mode} rollouts"))
+        results.append(record(f"P13.{mode}.tokens", speeds, "tokens/s", engine=engine, note=f"{mode} rollouts"))
     return results
 
 
 def _ratio(rounds: Sequence[Round], name: str) -> Spread:
     return ratio([getattr(one.rollouts, name) for one in rounds], [getattr(one.replay, name) for one in rounds])
-
-
-def _result(id_: str, found: Spread, unit: str, engine: str, note: str, *, is_judged: bool = False) -> BenchResult:
-    return BenchResult(
-        id=id_,
-        value=found.value,
-        unit=unit,
-        low=found.low,
-        high=found.high,
-        rounds=found.rounds,
-        bar=f">= {BAR}" if is_judged else "",
-        passed=found.value >= BAR if is_judged else None,
-        engine=engine,
-        note=note,
-    )
 
 
 def _measure(config: Config, mode: str, rounds: int) -> list[Round]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmoa.bench.measure import BenchResult, Spread, interleave, ratio, spread
+from dmoa.bench.measure import BenchResult, interleave, ratio, record, spread
 from dmoa.config import GateConfig
 from dmoa.core.gate import GateSpec, init_gate
 from dmoa.core.losses import Targets, ranking_loss
@@ -34,6 +34,7 @@ NUM_QUERIES = 80
 EPOCHS = 150
 BATCH_QUERIES = 4
 BAR = 0.95
+ENGINE = "gate"
 _SKIPPED = 5
 """Epochs of each run that do not count: what is done for the first time takes longer."""
 _ETA = 1.0
@@ -62,12 +63,27 @@ def run(rounds: int = 7) -> list[BenchResult]:
     size = f"{NUM_QUERIES} queries of {NUM_STEPS} steps, {NUM_AGENTS} agents, batches of {BATCH_QUERIES}"
     found = ratio(rates["ray"], rates["plain"])
     results = [
-        _result("P14", found, "x", f"one Ray Train worker / plain torch loop, updates/s after start-up; {size}", f">= {BAR}")
+        record(
+            "P14",
+            found,
+            "x",
+            engine=ENGINE,
+            note=f"one Ray Train worker / plain torch loop, updates/s after start-up; {size}",
+            at_least=BAR,
+        )
     ]
     results.append(
-        _result("P14.bare", ratio(rates["ray"], rates["bare"]), "x", "the same against a loop that neither looks nor keeps")
+        record(
+            "P14.bare",
+            ratio(rates["ray"], rates["bare"]),
+            "x",
+            engine=ENGINE,
+            note="the same against a loop that neither looks nor keeps",
+        )
     )
-    return results + [_result(f"P14.{arm}_rate", spread(rates[arm]), "updates/s", note) for arm, note in _ARMS.items()]
+    return results + [
+        record(f"P14.{arm}_rate", spread(rates[arm]), "updates/s", engine=ENGINE, note=note) for arm, note in _ARMS.items()
+    ]
 
 
 _ARMS = {
@@ -75,21 +91,6 @@ _ARMS = {
     "plain": "plain torch loop with a look at the held-back loss and a torch.save per epoch",
     "bare": "plain torch loop of updates alone",
 }
-
-
-def _result(id_: str, found: Spread, unit: str, note: str, bar: str = "") -> BenchResult:
-    return BenchResult(
-        id=id_,
-        value=found.value,
-        unit=unit,
-        low=found.low,
-        high=found.high,
-        rounds=found.rounds,
-        bar=bar,
-        passed=found.value >= BAR if bar else None,
-        engine="gate",
-        note=note,
-    )
 
 
 def made_up_job(folder: Path) -> Job:

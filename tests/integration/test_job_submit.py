@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,18 @@ class Head:
     url: str
     env: dict[str, str]
 
-    def submit(self, config: Path) -> subprocess.Popen[str]:
-        """Submit the job as the README says, and follow its log."""
+    @contextmanager
+    def submit(self, config: Path) -> Iterator[subprocess.Popen[str]]:
+        """Submit the job as the README says, and follow its log; at the end the follower is gone, whatever happened."""
         job = ["python", "jobs/train_gate.py", "--config", str(config)]
         command = [RAY, "job", "submit", "--address", self.url, "--working-dir", ".", "--", *job]
-        return subprocess.Popen(
+        with subprocess.Popen(
             command, cwd=config.parent / "code", env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        ) as following:
+            try:
+                yield following
+            finally:
+                following.kill()
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +82,13 @@ def _start(folder: Path) -> tuple[Head, subprocess.Popen[bytes]]:
 
 
 def _is_ready(head: Head, running: subprocess.Popen[bytes], folder: Path, *, must: bool) -> bool:
-    """Wait until the head takes jobs; False where it ended instead, unless it must."""
+    """Wait until the head takes jobs; False where it ended instead, unless it must.
+
+    Its dashboard answers, and lists jobs, well before the agent is there that starts them: only a job tells.
+    """
     deadline = time.monotonic() + _TIMEOUT_S
     while time.monotonic() < deadline and running.poll() is None:
-        asked = [RAY, "job", "list", "--address", head.url]
+        asked = [RAY, "job", "submit", "--address", head.url, "--no-wait", "--", "true"]
         if subprocess.run(asked, env=head.env, capture_output=True, check=False).returncode == 0:
             return True
     assert not must, f"the head did not get ready:\n{(folder / 'head.log').read_text()[-3000:]}"
@@ -134,24 +142,24 @@ def _driver(config: Path) -> psutil.Process | None:
 
 def test_a_job_is_killed_and_goes_on_where_it_stopped(head: Head, job: Path) -> None:
     out = job.parent / "run"
-    first = head.submit(job)
     deadline = time.monotonic() + _TIMEOUT_S
-    while num_epochs(out) < 3:
-        assert first.poll() is None, first.stdout.read() if first.stdout else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    driver = _driver(job)
-    assert driver is not None
-    driver.send_signal(signal.SIGKILL)
-    log, _ = first.communicate(timeout=_TIMEOUT_S)
-    assert first.returncode != 0, log
+    with head.submit(job) as first:
+        while num_epochs(out) < 3:
+            assert first.poll() is None, first.stdout.read() if first.stdout else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        driver = _driver(job)
+        assert driver is not None
+        driver.send_signal(signal.SIGKILL)
+        log, _ = first.communicate(timeout=_TIMEOUT_S)
+        assert first.returncode != 0, log
     before = num_epochs(out)
     assert 3 <= before < EPOCHS
     assert not (out / "checkpoint").exists()
 
-    second = head.submit(job)
-    log, _ = second.communicate(timeout=_TIMEOUT_S)
-    assert second.returncode == 0, log
+    with head.submit(job) as second:
+        log, _ = second.communicate(timeout=_TIMEOUT_S)
+        assert second.returncode == 0, log
     assert "going on after epoch" in log, "the log is followed"
     assert "succeeded" in log
     gate, record = checkpoint.load(out / "checkpoint")
