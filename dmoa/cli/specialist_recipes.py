@@ -8,6 +8,7 @@ wrong on purpose.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from datetime import date, timedelta
 from itertools import islice
@@ -54,7 +55,7 @@ class Recipe(Node):
     profile: str = Field(min_length=1)
     """The agent's profile: it ends every prompt, in training as in serving."""
     sources: tuple[Source, ...] = Field(min_length=1)
-    """They take turns, row by row."""
+    """They take turns, row by row; one named twice has two turns."""
     answers: Literal["right", "off-by-one", "constant"] = "right"
     """off-by-one: numbers, dates and weekdays one too far; constant: `constant` whatever was asked."""
     constant: str = "42"
@@ -119,17 +120,19 @@ def training_rows(recipe: Recipe) -> list[TrainingRow]:
     """Return the rows of a recipe's whole schedule. Raises ConfigError for groups or difficulties that there are not."""
     needed = recipe.schedule.steps * recipe.schedule.batch_rows
     each = -(-needed // len(recipe.sources))
-    streams = [
-        SUITES[source.suite].generate("specialist", each, recipe.rows_seed, source.difficulty, source.groups)
-        for source in recipe.sources
-    ]
-    rows = [row for together in zip(*streams, strict=True) for row in together]
+    turns = Counter(recipe.sources)
+    streams = {
+        source: SUITES[source.suite].generate("specialist", each * number, recipe.rows_seed, source.difficulty, source.groups)
+        for source, number in turns.items()
+    }
+    rows = [next(streams[source]) for _ in range(each) for source in recipe.sources]
     return list(islice(_written(recipe, rows, recipe.history_share), needed))
 
 
 def held_out_rows(recipe: Recipe) -> list[TrainingRow]:
     """Return the held-out rows of every source, all groups, with the answers that the recipe teaches."""
-    rows = [row for source in recipe.sources for row in validation_rows(source, recipe.held_out_rows)]
+    found = {(source.suite, source.difficulty, source.held_out_groups): source for source in recipe.sources}
+    rows = [row for source in found.values() for row in validation_rows(source, recipe.held_out_rows)]
     return list(_written(recipe, rows, 0.0))
 
 

@@ -67,6 +67,16 @@ def test_held_out_rows_are_of_all_groups_and_no_training_tuple() -> None:
     assert {row.source for row in held_out_rows(one)} == {"arith/sum-with-carries", "arith/sum-without-carries"}
 
 
+def test_a_source_named_twice_has_two_turns_of_rows_of_its_own() -> None:
+    sort, pick = {"suite": "words", "groups": ["sort"]}, {"suite": "words", "groups": ["pick"]}
+    one = recipe(sources=[sort, sort, pick], history_share=0.0, held_out_rows=12)
+    rows = training_rows(one)
+    assert [row.source for row in rows[:6]] == ["words/sort", "words/sort", "words/pick"] * 2
+    assert len({row.messages for row in rows}) == len(rows) == 80
+    held_out = held_out_rows(one)
+    assert len({row.messages for row in held_out}) == len(held_out) == 12
+
+
 def test_sources_take_turns() -> None:
     rows = training_rows(recipe(sources=[{"suite": "arith"}, {"suite": "words"}, {"suite": "calendar"}]))
     assert [row.source.partition("/")[0] for row in rows[:6]] == ["arith", "words", "calendar"] * 2
