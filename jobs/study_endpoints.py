@@ -23,6 +23,8 @@ SINGLE = ("arith", "words", "calendar")
 ARITH = ("arith-carry", "arith-plain", "arith-both")
 HOME = {"arith": ARITH, "words": ("words",), "calendar": ("calendar",)}
 LIAR = "liar-constant"
+MARGIN = 0.02
+"""What may be lost where nothing must be lost (non-inferiority)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +40,22 @@ class Material:
     """G of one configuration."""
     clusters: Sequence[ClusterRouter]
     """G, each fitted on the rollouts of the same seed."""
+    cascades: bool = True
+    """Whether gates cascade at all."""
 
     def routed(self, suite: str, *, cascades: bool = True) -> list[Replayed]:
         """Return what each gate would have done on the test rows of a suite."""
-        choices = (gate_choices(gate, self.embedding[suite], cascades=cascades) for gate in self.gates)
+        choices = (gate_choices(gate, self.embedding[suite], cascades=self.cascades and cascades) for gate in self.gates)
         return [replay(self.test[suite], those) for those in choices]
+
+    def firsts(self) -> np.ndarray[Any, Any]:
+        """Return each gate's most probable agent on the test rows of the single-domain suites, [G, R]."""
+        return np.array(
+            [
+                [choice.ranking[0] for suite in SINGLE for choice in gate_choices(gate, self.embedding[suite])]
+                for gate in self.gates
+            ]
+        )
 
     def clustered(self, suite: str) -> list[Replayed]:
         """Return what each cluster router would have done."""
@@ -64,10 +77,7 @@ def _column(matrix: AnswerMatrix, agent: str) -> np.ndarray[Any, Any]:
 
 
 def _compare(ours: Sequence[Replayed], theirs: Sequence[Replayed]) -> Comparison:
-    """Compare value by value; one method without seeds is the same for all of ours."""
-    rivals = theirs if len(theirs) == len(ours) else [theirs[0]] * len(ours)
-    difference_GR = np.stack([a.value_R - b.value_R for a, b in zip(ours, rivals, strict=True)])
-    return hierarchical_bootstrap(difference_GR[None])
+    return hierarchical_bootstrap(_difference(ours, theirs)[None])
 
 
 def _joined(parts: Sequence[Sequence[Replayed]]) -> list[Replayed]:
@@ -86,18 +96,42 @@ def _plain(found: Comparison) -> dict[str, Any]:
     return {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p, "test": found.test}
 
 
+def spread(value_GR: np.ndarray[Any, Any]) -> dict[str, float]:
+    """Return a mean over gates and rows and its 95 % interval."""
+    found = hierarchical_bootstrap(np.asarray(value_GR, dtype=np.float64)[None])
+    return {"value": found.difference, "low": found.low, "high": found.high}
+
+
+def not_worse(difference_GR: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Return a difference with its interval, and whether it is worse than the margin; p is that of the bar itself."""
+    found = hierarchical_bootstrap(difference_GR[None])
+    p = hierarchical_bootstrap(difference_GR[None] + MARGIN).p
+    passed = found.low >= -MARGIN
+    return {**_plain(found), "p": p, "p_of": f"the difference against -{MARGIN}, the margin", "passed": passed}
+
+
+def _difference(ours: Sequence[Replayed], theirs: Sequence[Replayed], share: float = 1.0) -> np.ndarray[Any, Any]:
+    """Return ours - share x theirs, value by value, [G, R]; one method without seeds is the same for all of ours."""
+    rivals = theirs if len(theirs) == len(ours) else [theirs[0]] * len(ours)
+    return np.stack([a.value_R - share * b.value_R for a, b in zip(ours, rivals, strict=True)])
+
+
+def _active(gates: Sequence[Replayed]) -> dict[str, float]:
+    return spread(np.stack([part.k_R for part in gates]))
+
+
 def home(material: Material) -> dict[str, Any]:
     """Endpoint 1: the most probable agent is at home, and answers are as good as each suite's best agent."""
-    shares = {
-        suite: float(np.mean([np.isin(part.first_R, _places(material, suite)).mean() for part in material.routed(suite)]))
-        for suite in SINGLE
-    }
-    gates = _joined([material.routed(suite) for suite in SINGLE])
+    routed = {suite: material.routed(suite) for suite in SINGLE}
+    at_home = {suite: np.isin([part.first_R for part in routed[suite]], _places(material, suite)) for suite in SINGLE}
+    shares = {suite: float(at_home_GR.mean()) for suite, at_home_GR in at_home.items()}
+    gates = _joined(list(routed.values()))
     oracle = {suite: material.best([suite]) for suite in SINGLE}
     by_suite = _joined([[material.alone(suite, oracle[suite])] for suite in SINGLE])
     specialists = [name for names in HOME.values() for name in names]
     best = material.best(SINGLE, specialists)
     single = _joined([[material.alone(suite, best)] for suite in SINGLE])
+    against_single = _compare(gates, single)
     share, accuracy = float(np.mean(list(shares.values()))), _mean(gates)
     found: dict[str, Any] = {
         "home_share": share,
@@ -111,11 +145,18 @@ def home(material: Material) -> dict[str, Any]:
         "generalist_accuracy": _mean(_joined([[material.alone(suite, "generalist")] for suite in SINGLE])),
         "kmeans_accuracy": _mean(_joined([material.clustered(suite) for suite in SINGLE])),
         "row_oracle_accuracy": _mean(_joined([[replay(material.test[s], row_oracle(material.test[s]))] for s in SINGLE])),
-        "against_best_specialist": _plain(_compare(gates, single)),
+        "against_best_specialist": _plain(against_single),
         "against_kmeans": _plain(_compare(gates, _joined([material.clustered(suite) for suite in SINGLE]))),
+        "intervals": {
+            "home_share": spread(np.concatenate(list(at_home.values()), axis=1)),
+            "accuracy_less_95_percent_of_oracle": spread(_difference(gates, by_suite, 0.95)),
+            "mean_active": _active(gates),
+        },
+        "p": against_single.p,
+        "p_of": "accuracy less the best specialist's, against 0; not against the bar of 25 points",
     }
     passed = share >= 0.95 and accuracy >= 0.95 * _mean(by_suite) and accuracy - _mean(single) >= 0.25
-    return {**found, "p": found["against_best_specialist"]["p"], "passed": passed}
+    return {**found, "passed": passed}
 
 
 def _places(material: Material, suite: str) -> list[int]:
@@ -134,7 +175,9 @@ def same_surface(material: Material) -> dict[str, Any]:
         "mean_active": active,
         "row_oracle_accuracy": replay(material.test["shared"], row_oracle(material.test["shared"])).accuracy,
         "against_kmeans": _plain(compared),
+        "intervals": {"mean_active": _active(gates)},
         "p": compared.p,
+        "p_of": "accuracy less that of k-means, against 0; not against the bar of 10 points",
         "passed": compared.difference >= 0.10 and active <= 1.6,
     }
 
@@ -144,11 +187,14 @@ def several(material: Material) -> dict[str, Any]:
     three = material.test["arith"].only(ARITH)
     best = material.best(["arith"], ARITH)
     alone = material.alone("arith", best)
-    room = replay(three, row_oracle(three)).accuracy - alone.accuracy
+    oracle = replay(three, row_oracle(three))
+    room = oracle.accuracy - alone.accuracy
     always = replay(three, ranked(np.tile(np.arange(3), (len(three.tasks), 1)), k=3))
     gates = material.routed("arith")
     gain, tokens = _mean(gates) - alone.accuracy, float(np.mean([part.tokens_R.mean() for part in gates]))
     share = tokens / float(always.tokens_R.mean())
+    half_R = (oracle.value_R + alone.value_R) / 2
+    tokens_GR = np.stack([part.tokens_R - share * always.tokens_R for part in gates])
     compared = _compare(gates, [alone])
     validation = material.validation["arith"].only(ARITH)
     return {
@@ -162,43 +208,62 @@ def several(material: Material) -> dict[str, Any]:
         "token_share": share,
         "mean_active": float(np.mean([part.k_R.mean() for part in gates])),
         "against_best": _plain(compared),
+        "intervals": {
+            "gain_less_half_of_room": spread(np.stack([part.value_R - half_R for part in gates])),
+            # A ratio of two means, linear in the rows (delta method).
+            "token_share": spread(share + tokens_GR / always.tokens_R.mean()),
+            "mean_active": _active(gates),
+        },
         "p": compared.p,
+        "p_of": "accuracy less that of the best of the three, against 0; not against the bar of half of the room",
         "passed": room >= 0.08 and gain >= 0.5 * room and share <= 0.6,
     }
 
 
 def liar(with_liar: Material, without: Material, name: str = LIAR) -> dict[str, Any]:
-    """Endpoint 5: the liar gets next to no rows, and its being there costs nothing."""
+    """Endpoint 5: the liar gets next to no rows, and its being there costs nothing.
+
+    Judged is the larger of two upper ends: the bootstrap's over gates and rows, and Wilson's for the rows of one gate.
+    """
     index = with_liar.test["arith"].agents.index(name)
     gates = _joined([with_liar.routed(suite) for suite in SINGLE])
     honest = _joined([without.routed(suite) for suite in SINGLE])
-    sent = np.concatenate([part.first_R == index for part in gates])
-    share = wilson(int(sent.sum()), len(sent))
-    compared = _compare(gates, honest)
+    sent_GR = np.stack([part.first_R == index for part in gates])
+    num_gates, num_rows = sent_GR.shape
+    sent, alone = spread(sent_GR), wilson(-(-int(sent_GR.sum()) // num_gates), num_rows)
+    high = max(sent["high"], alone.high)
+    compared = not_worse(_difference(gates, honest))
     return {
-        "share": share.value,
-        "share_high": share.high,
+        "share": sent["value"],
+        "share_high": high,
+        "share_high_by_bootstrap": sent["high"],
+        "share_high_by_wilson_at_one_gates_rows": alone.high,
+        "asked_share": float(np.mean([part.asked_RA[:, index].mean() for part in gates])),
         "accuracy": _mean(gates),
         "accuracy_without": _mean(honest),
-        "against_without": _plain(compared),
-        "p": compared.p,
-        "passed": share.high <= 0.03 and compared.low >= -0.02,
+        "against_without": compared,
+        "p": compared["p"],
+        "p_of": compared["p_of"],
+        "passed": high <= 0.03 and compared["passed"],
     }
 
 
 def controls(within: Material, across: Material) -> dict[str, Any]:
-    """Endpoint 6: shuffled entropies teach nothing, or one favourite."""
+    """Endpoint 6: shuffled entropies teach nothing, or one favourite.
+
+    A gate that was taught nothing has favourites of its own by region; only the mean over many of them is even.
+    """
     agents = within.test["arith"].agents
-    firsts = np.concatenate([part.first_R for part in _joined([within.routed(suite) for suite in SINGLE])])
-    shares = np.bincount(firsts, minlength=len(agents)) / len(firsts)
-    favourites = [np.bincount(part.first_R, minlength=len(agents)).max() / len(part.first_R) for part in _across(across)]
+    within_GR, across_GR = within.firsts(), across.firsts()
+    shares = np.bincount(within_GR.ravel(), minlength=len(agents)) / within_GR.size
+    favourite = float(np.mean([np.bincount(first_R).max() / len(first_R) for first_R in across_GR]))
+    distance = float(np.abs(shares - 1 / len(agents)).max())
     return {
+        "score": "raw",
+        "within_gates": len(within_GR),
         "within_shares": dict(zip(agents, shares.tolist(), strict=True)),
-        "within_largest_distance": float(np.abs(shares - 1 / len(agents)).max()),
-        "across_favourite": float(np.mean(favourites)),
-        "passed": bool(np.abs(shares - 1 / len(agents)).max() <= 0.05 and np.mean(favourites) >= 0.95),
+        "within_largest_distance": distance,
+        "across_gates": len(across_GR),
+        "across_favourite": favourite,
+        "passed": distance <= 0.05 and favourite >= 0.95,
     }
-
-
-def _across(across: Material) -> list[Replayed]:
-    return _joined([across.routed(suite) for suite in SINGLE])

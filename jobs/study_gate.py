@@ -2,39 +2,41 @@
 
     python jobs/study_gate.py --config jobs/study_gate.yaml --json out/study.json
 
-Hours on two cores, nearly all of them for the answer matrices; stopped, the same command goes on.
+Hours on two cores, nearly all of them for the answer matrices; stopped, the same command goes on. What is known so far lies
+in `result.json` of the study's folder.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from study_endpoints import controls, home, liar, same_surface, several
-from study_material import (
+from study_gates import constant_agents, gate, gates, labelled_gate, material, sent_to, sure_and_wrong
+from study_material import blank_replies, embeddings, matrices, rollouts
+from study_memory import memory
+from study_settings import (
+    ALPHAS,
     CONSTANT,
+    EPOCHS,
     MATRIX_SUITES,
+    MOST_ACTIVE,
     POOL,
+    SCORES,
     WRONG,
     Study,
-    embeddings,
-    gate,
-    labelled_gate,
-    material,
-    matrices,
-    rollouts,
-    sent_to,
+    check_same,
+    plain,
+    pool,
+    write_result,
 )
-from study_memory import chain, relay
 
 from dmoa.cli.evaluation_session import opened_ray
 from dmoa.cli.jobs import read_job, run_job
 from dmoa.cli.options import Common, with_common
-from dmoa.core.gate import Gate
 from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError
 from dmoa.evaluation.hierarchical import holm
@@ -42,14 +44,11 @@ from dmoa.evaluation.matrix import AnswerMatrix
 from dmoa.evaluation.matrix_replay import replay
 from dmoa.evaluation.matrix_routers import gate_choices
 
-SCORES, EPOCHS = ("raw", "anchored"), (10, 20, 40)
-ALPHAS = tuple(product((0.1, 0.3, 0.5), (0.5, 0.3, 0.1)))
-"""(alpha of tau, alpha of theta)."""
-MOST_ACTIVE = 1.6
-"""Agents of a step, on average: the budget within which the pair of alphas is chosen."""
 TIE = 1e-9
 UNHEARD_NATS = 20.0
-"""What counts as the entropy of a reply of nothing."""
+"""What counts as the entropy of a reply of nothing, and of no reply."""
+JUDGED = ("1 home", "2 shared", "3 memory", "4 several", "5 liar")
+"""The family of Holm's correction."""
 Found = Mapping[str, Mapping[str, AnswerMatrix]]
 
 
@@ -61,11 +60,13 @@ def study(common: Common) -> None:
         settings = Study(**{**values, "out": Path(values["out"]).absolute()}, common=common)
     except (TypeError, KeyError) as error:
         raise ConfigError(f"job: {error}; allowed: {', '.join(Study.__dataclass_fields__)}; out is needed") from error
+    check_same(settings)
     started = time.time()
     with opened_ray(None):
         result = _run(settings)
     result["seconds_of_this_session"] = time.time() - started
-    common.write_json(result)
+    write_result(settings, result)
+    common.write_json(plain(result))
     for name, endpoint in result["endpoints"].items():
         print(f"{name:<14} {'passed' if endpoint['passed'] else 'FAILED'}")
 
@@ -77,34 +78,32 @@ def _run(settings: Study) -> dict[str, Any]:
     settings.common.say(f"chosen on validation rows, without labels: {chosen}; now the test rows are opened")
     found["test"] = matrices(settings, "test")
     unseen = embeddings(settings, "test", found["test"])
-    other = {**chosen, "score": "anchored" if chosen["score"] == "raw" else "raw"}
     endpoints = _endpoints(settings, chosen, found, unseen)
-    endpoints["3 relay"] = relay(settings, chosen)
-    endpoints["3 chain"] = chain(settings, chosen)
-    judged = [name for name in endpoints if "p" in endpoints[name]]
-    for name, p in zip(judged, holm([endpoints[name]["p"] for name in judged]), strict=True):
-        endpoints[name]["p_holm"] = p
-    labelled = [labelled_gate(settings, seed, chosen) for seed in range(settings.seeds)]
-    return {
+    result = {
         "chosen": chosen,
         "tried": tried,
         "configurations_tried": len(SCORES) + len(EPOCHS) + len(ALPHAS),
-        "endpoints": dict(sorted(endpoints.items())),
-        "other_score": {"settings": other, "endpoints": _endpoints(settings, other, found, unseen)},
-        "upper_bound_with_labels": home(material(settings, POOL, labelled, found, unseen)),
+        "endpoints": endpoints,
+        "blank_replies": {split: blank_replies(matrix) for split, matrix in found.items()},
         "rows": {"test": settings.test_rows, "validation": settings.validation_rows},
         "seeds": settings.seeds,
     }
-
-
-def _gates(settings: Study, name: str, chosen: Mapping[str, Any], ablation: str = "default") -> list[Gate]:
-    sources = [rollouts(settings, name, seed) for seed in range(settings.seeds)]
-    return [gate(settings, name, seed, ablation, source, chosen)[0] for seed, source in enumerate(sources)]
+    settings.common.say(f"blank replies by agent: {result['blank_replies']}")
+    other = {**chosen, "score": "anchored" if chosen["score"] == "raw" else "raw"}
+    result["other_score"] = {"settings": other, "endpoints": _routed(settings, other, found, unseen)}
+    result["upper_bound_with_labels"] = _upper_bound(settings, chosen, found, unseen)
+    write_result(settings, result)
+    endpoints["3 memory"] = memory(settings, chosen)
+    for name, p in zip(JUDGED, holm([endpoints[name]["p"] for name in JUDGED]), strict=True):
+        endpoints[name]["p_holm"] = p
+    return {**result, "endpoints": dict(sorted(endpoints.items()))}
 
 
 def _tune(settings: Study, found: Found, seen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Choose score, epochs and theta's quantile on validation rows, by criteria that read no label."""
-    sent = {score: sent_to(_gates(settings, CONSTANT, {"score": score}), seen) for score in SCORES}
+    constant = constant_agents(found["validation"], pool(CONSTANT).agent_names)
+    settings.common.say(f"agents with one reply to four validation rows of five: {', '.join(constant) or 'none'}")
+    sent = {score: sent_to(gates(settings, CONSTANT, {"score": score}), seen, constant) for score in SCORES}
     score = "anchored" if sent["anchored"] < sent["raw"] - TIE else "raw"
     pairwise = {epochs: _pairwise(settings, {"score": score, "epochs": epochs, "patience": epochs}) for epochs in EPOCHS}
     epochs = next(number for number in EPOCHS if pairwise[number] >= max(pairwise.values()) - TIE)
@@ -113,7 +112,8 @@ def _tune(settings: Study, found: Found, seen: Mapping[str, Any]) -> tuple[dict[
     within = [pair for pair in ALPHAS if spent[pair]["active"] <= MOST_ACTIVE]
     best = min(within, key=lambda pair: spent[pair]["doubt"]) if within else min(ALPHAS, key=lambda pair: spent[pair]["active"])
     sizes = [{**_alphas(pair), **figures} for pair, figures in spent.items()]
-    return {**fixed, **_alphas(best)}, {"liar_share": sent, "held_pairwise": pairwise, "sizes": sizes}
+    tried = {"constant_agents": constant, "sent_to_constant_agents": sent, "held_pairwise": pairwise, "sizes": sizes}
+    return {**fixed, **_alphas(best)}, tried
 
 
 def _alphas(pair: tuple[float, float]) -> dict[str, float]:
@@ -130,20 +130,28 @@ def _pairwise(settings: Study, chosen: Mapping[str, Any]) -> float:
 def _spent(settings: Study, chosen: Mapping[str, Any], found: Found, seen: Mapping[str, Any]) -> dict[str, float]:
     """Return how many agents validation rows of `shared` ask, and the mean logarithm of the winners' entropies on all suites."""
     active, doubts = [], []
-    for g in _gates(settings, POOL, chosen):
+    for g in gates(settings, POOL, chosen):
         for suite in MATRIX_SUITES:
             matrix = found["validation"][suite].only(g.spec.agents)
-            unsure_RA = np.log(np.nan_to_num(matrix.entropies(), nan=UNHEARD_NATS) + SCORE_OFFSET_NATS)
             replayed = replay(matrix, gate_choices(g, seen[suite]))
-            doubts.append(unsure_RA[np.arange(len(unsure_RA)), replayed.chosen_R])
+            doubts.append(winners_doubt(matrix, replayed.chosen_R))
             if suite == "shared":
                 active.append(replayed.k_R)
     return {"active": float(np.mean(np.concatenate(active))), "doubt": float(np.mean(np.concatenate(doubts)))}
 
 
-def _endpoints(settings: Study, chosen: Mapping[str, Any], found: Found, unseen: Mapping[str, Any]) -> dict[str, Any]:
-    def of(name: str, ablation: str = "default") -> Any:
-        return material(settings, name, _gates(settings, name, chosen, ablation), found, unseen)
+def winners_doubt(matrix: AnswerMatrix, chosen_R: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the logarithm of the winning reply's entropy, [R]; -1 in `chosen_R`, nobody, counts as a reply of nothing."""
+    nats_R = matrix.entropies()[np.arange(len(chosen_R)), chosen_R]
+    nats_R = np.where((chosen_R < 0) | np.isnan(nats_R), UNHEARD_NATS, nats_R)
+    return np.asarray(np.log(nats_R + SCORE_OFFSET_NATS))
+
+
+def _routed(settings: Study, chosen: Mapping[str, Any], found: Found, unseen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the endpoints of one configuration that are replayed on the matrices."""
+
+    def of(name: str) -> Any:
+        return material(settings, name, gates(settings, name, chosen), found, unseen)
 
     honest = of(POOL)
     wrong = liar(of(WRONG), honest, "liar-wrong")
@@ -152,8 +160,30 @@ def _endpoints(settings: Study, chosen: Mapping[str, Any], found: Found, unseen:
         "2 shared": same_surface(honest),
         "4 several": several(honest),
         "5 liar": {**liar(of(CONSTANT), honest), "wrong_answers": wrong},
-        "6 controls": controls(of(POOL, "shuffled-within"), of(POOL, "shuffled-across")),
     }
+
+
+def _endpoints(settings: Study, chosen: Mapping[str, Any], found: Found, unseen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all endpoints of the chosen configuration but that of memory, which asks agents again."""
+    endpoints = _routed(settings, chosen, found, unseen)
+    named = sure_and_wrong(settings)
+    is_named = "liar-wrong" in named
+    passed = endpoints["5 liar"]["passed"] and is_named
+    endpoints["5 liar"] |= {"sure_and_wrong": named, "probe_names_liar_wrong": is_named, "passed": passed}
+    # Anchors take off what each agent gives on average: with them, one global favourite could not be learned.
+    raw = {**chosen, "score": "raw"}
+    within = gates(settings, POOL, raw, "shuffled-within", settings.shuffles)
+    across = gates(settings, POOL, raw, "shuffled-across")
+    pair = (material(settings, POOL, those, found, unseen) for those in (within, across))
+    endpoints["6 controls"] = controls(*pair)
+    return endpoints
+
+
+def _upper_bound(settings: Study, chosen: Mapping[str, Any], found: Found, unseen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return endpoint 1 of gates that were trained on labels."""
+    labelled = [labelled_gate(settings, seed, chosen) for seed in range(settings.seeds)]
+    described = "gates trained on correctness in place of entropy; raw score, no cascade: its theta would be of made-up entropies"
+    return {"described": described, **home(material(settings, POOL, labelled, found, unseen, cascades=False))}
 
 
 if __name__ == "__main__":

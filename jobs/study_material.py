@@ -1,106 +1,62 @@
-"""What the study is computed from: answer matrices, rollouts, and gates of every configuration; all of it resumable."""
+"""What agents are asked for in the study: answer matrices, embeddings of their rows, and rollouts; all of it resumable."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from study_endpoints import LIAR, SINGLE, Material
+from study_endpoints import SINGLE
+from study_settings import COMMAND, MATRIX_SEED, MATRIX_SUITES, POOL, ROLLOUT_SEED, Study, everyone, pool
 
-from dmoa import checkpoint
-from dmoa.agents.pool import build_encoder, load_pool
-from dmoa.checkpoint import Checkpoint
+from dmoa.agents.pool import build_encoder
 from dmoa.cli.evaluation_session import run_evaluation
-from dmoa.cli.options import Common
-from dmoa.cli.rollout_queries import read_labels
 from dmoa.cli.rollout_session import run_rollouts
 from dmoa.config import Config
-from dmoa.core.gate import Gate
-from dmoa.core.scores import SCORE_OFFSET_NATS
+from dmoa.errors import DmoaError
 from dmoa.evaluation import options as evaluate_options
 from dmoa.evaluation.matrix import AnswerMatrix, matrix_policies, read_matrix
-from dmoa.evaluation.records import Reply
 from dmoa.evaluation.run_files import RunFolder
-from dmoa.evaluation.suites.table import SUITES
 from dmoa.training import rollout_options
-from dmoa.training.ablations import train_ablation, write_changed
-from dmoa.training.clusters import ClusterRouter, fit_clusters
-from dmoa.training.options import parse_options
-from dmoa.training.probe_sample import sample_of
-from dmoa.training.rollouts import read_manifest, read_table
-from dmoa.training.trainer import Surroundings, run_training
-
-POOL, CONSTANT, WRONG = "specialists", "specialists-liar-constant", "specialists-liar-wrong"
-MATRIX_SUITES = (*SINGLE, "shared")
-CLUSTERS = 8
-MATRIX_SEED = 7
-"""Of the matrices' rows: not the seeds that the demo and the specialists' cards have looked at."""
-ROLLOUT_SEED = 100
-"""Seeds of rollouts begin here, far from those of the matrices."""
-AROUND = Surroundings(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
+from dmoa.training.rollout_records import Manifest
+from dmoa.training.rollouts import read_manifest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Study:
-    """Settings of the study, from its YAML file."""
+def evaluated(study: Study, out: Path, config: Config, values: Mapping[str, Any]) -> RunFolder:
+    """Run an evaluation, or go on with it; failed rows are run once more, and those that fail again are told."""
+    shared = {"seed": MATRIX_SEED, "out": out, "call_cache": study.calls, "workers": study.workers, "track": "none"}
 
-    out: Path
-    test_rows: int = 1000
-    validation_rows: int = 300
-    seeds: int = 5
-    queries: int = 80
-    relay_queries: int = 60
-    relay_test: int = 100
-    workers: int = 2
-    """Answering actors, each with an engine of its own."""
-    common: Common
+    def run(**more: Any) -> int:
+        options = evaluate_options.parse_options({**shared, **values, **more})
+        return sum(row.failed for row in run_evaluation(options, config, study.common, COMMAND, shows_result=False).rows)
 
-    @property
-    def calls(self) -> Path:
-        """Cache of greedy calls: the same question to the same agent is paid for once."""
-        return self.out / "calls"
-
-
-def pool(name: str) -> Config:
-    """Return a packaged pool that answers in one step."""
-    config = load_pool(name)
-    return config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
-
-
-def everyone() -> Config:
-    """Return the pool of all agents, liars included: one matrix serves every pool."""
-    config = pool(POOL)
-    names = {agent.name for agent in config.agents}
-    liars = [agent for other in (CONSTANT, WRONG) for agent in pool(other).agents if agent.name not in names]
-    return config.model_copy(update={"name": "specialists-all", "agents": (*config.agents, *liars)})
+    if (out / "evaluation.json").exists():
+        return RunFolder(out)
+    if run(resume=(out / "run.json").exists()) and (left := run(resume=True, retry_failed=True)):
+        study.common.say(f"{left} rows of {out} failed twice and count as answers of nothing")
+    return RunFolder(out)
 
 
 def matrices(study: Study, split: str) -> dict[str, AnswerMatrix]:
     """Answer all rows of a split with every agent alone, or go on, and return the matrices by suite."""
-    config, out = everyone(), study.out / split
-    options = evaluate_options.parse_options(
-        {
-            "benchmarks": MATRIX_SUITES,
-            "policies": matrix_policies(config.agent_names),
-            "split": split,
-            "limit": study.test_rows if split == "test" else study.validation_rows,
-            "seed": MATRIX_SEED,
-            "out": out,
-            "resume": (out / "run.json").exists(),
-            "call_cache": study.calls,
-            "workers": study.workers,
-            "track": "none",
-        }
-    )
-    if not (out / "evaluation.json").exists():
-        run_evaluation(options, config, study.common, "jobs/study_gate.py", shows_result=False)
-    return {name: read_matrix(RunFolder(out), name, config.agent_names) for name in MATRIX_SUITES}
+    config = everyone()
+    values = {
+        "benchmarks": MATRIX_SUITES,
+        "policies": matrix_policies(config.agent_names),
+        "split": split,
+        "limit": study.test_rows if split == "test" else study.validation_rows,
+    }
+    folder = evaluated(study, study.out / split, config, values)
+    return {name: read_matrix(folder, name, config.agent_names) for name in MATRIX_SUITES}
+
+
+def blank_replies(found: Mapping[str, AnswerMatrix]) -> dict[str, int]:
+    """Return per agent how many replies hold no text, over all suites."""
+    agents = next(iter(found.values())).agents
+    rows = [row for matrix in found.values() for row in matrix.replies]
+    return {agent: sum(not row[index].text.strip() for row in rows) for index, agent in enumerate(agents)}
 
 
 def embeddings(study: Study, split: str, found: Mapping[str, AnswerMatrix]) -> dict[str, np.ndarray[Any, Any]]:
@@ -120,84 +76,36 @@ def embeddings(study: Study, split: str, found: Mapping[str, AnswerMatrix]) -> d
 
 
 def rollouts(study: Study, name: str, seed: int, *, suites: Sequence[str] = SINGLE, queries: int | None = None) -> Path:
-    """Collect dense rollouts of a pool, or take those that are there; their labels lie apart, for the upper bound alone."""
+    """Collect dense rollouts of a pool, or take those that are there; their labels lie apart."""
     key = "-".join(suites) if tuple(suites) != SINGLE else "main"
     out = study.out / "rollouts" / name / f"{key}-{seed}"
-    if out.exists() and read_manifest(out).ended_unix_s is not None:
-        return out
-    options = rollout_options.parse_options(
-        {
+    settled = out / "settled"  # gates are trained on it: nothing may be added any more
+    if not settled.exists():
+        values = {
             "benchmarks": ",".join(suites),
             "split": "gate",
             "limit": queries or study.queries,
             "seed": ROLLOUT_SEED + seed,
-            "out": out,
             "labels": study.out / "labels" / name / f"{key}-{seed}",
-            "call_cache": study.calls,
-            "workers": study.workers,
-            "track": "none",
         }
-    )
-    run_rollouts(options, pool(name), study.common, "jobs/study_gate.py")
+        collected(study, out, pool(name), values)
+        settled.touch()
     return out
 
 
-def gate(study: Study, name: str, seed: int, ablation: str, source: Path, settings: Mapping[str, Any]) -> tuple[Gate, Checkpoint]:
-    """Train one gate, or take the one that is there."""
-    key = "_".join(f"{option}-{value}" for option, value in sorted(settings.items())) or "plain"
-    out = study.out / "gates" / name / source.name / key
-    return checkpoint.load(train_ablation(ablation, source, out, pool(name), AROUND, {**settings, "seed": seed}))
-
-
-def clusters(source: Path, name: str, seed: int) -> ClusterRouter:
-    """Fit k-means + surest agent on rollouts."""
-    sample = sample_of(read_table(source), pool(name).agent_names, "default")
-    score_RA = np.log(sample.entropy_RA + SCORE_OFFSET_NATS)
-    return fit_clusters(sample.embedding_RD, score_RA, num_clusters=CLUSTERS, seed=seed)
-
-
-def material(
-    study: Study,
-    name: str,
-    gates: Iterable[Gate],
-    found: Mapping[str, Mapping[str, AnswerMatrix]],
-    embedded: Mapping[str, np.ndarray[Any, Any]],
-) -> Material:
-    """Put together what the endpoints of one configuration on one pool are computed from; `found` by split and suite."""
-    agents = pool(name).agent_names
-    sources = [rollouts(study, name, seed) for seed in range(study.seeds)]
-    return Material(
-        validation={suite: matrix.only(agents) for suite, matrix in found["validation"].items()},
-        test={suite: matrix.only(agents) for suite, matrix in found["test"].items()},
-        embedding=embedded,
-        gates=list(gates),
-        clusters=[clusters(source, name, seed) for seed, source in enumerate(sources)],
-    )
-
-
-def labelled_gate(study: Study, seed: int, settings: Mapping[str, Any]) -> Gate:
-    """Train a gate on correctness in place of entropy: an upper bound, with labels, and nowhere but here."""
-    source = rollouts(study, POOL, seed)
-    labels = {label.row_id: label for label in read_labels(study.out / "labels" / POOL / source.name)}
-
-    def judged(table: pa.Table, _: int) -> pa.Table:
-        rows = table.to_pylist()
-        for row in rows:
-            value = SUITES[row["source"]].score(labels[row["query_id"]], Reply(text=row["text"])).value
-            nats = 0.02 if value == 1.0 else 1.0
-            row |= {"entropy_sum_nats": nats * row["entropy_tokens"], "entropy_sq_sum": nats**2 * row["entropy_tokens"]}
-        return pa.Table.from_pylist(rows, schema=table.schema)
-
-    copy = study.out / "gates" / POOL / source.name / "labelled-rollouts"
-    write_changed(source, copy, judged, seed=seed)
-    out = study.out / "gates" / POOL / source.name / "labelled"
-    options = parse_options({**settings, "rollouts": copy, "out": out, "seed": seed, "workers": 0, "track": "none"})
-    return checkpoint.load(run_training(options, pool(POOL), AROUND).checkpoint)[0]
-
-
-def sent_to(gates: Sequence[Gate], embedded: Mapping[str, np.ndarray[Any, Any]], agent: str = LIAR) -> float:
-    """Return the share of rows whose most probable agent is the one named, over all gates and the single-domain suites."""
-    from dmoa.evaluation.matrix_routers import gate_choices
-
-    firsts = [choice.ranking[0] for g in gates for suite in SINGLE for choice in gate_choices(g, embedded[suite])]
-    return float(np.mean([first == gates[0].spec.agents.index(agent) for first in firsts]))
+def collected(study: Study, out: Path, config: Config, values: Mapping[str, Any]) -> Manifest:
+    """Collect rollouts, or go on with them; failed queries are asked once more, and those that fail again are told."""
+    shared = {"out": out, "call_cache": study.calls, "workers": study.workers, "track": "none"}
+    options = rollout_options.parse_options({**shared, **values})
+    manifest = run_rollouts(options, config, study.common, COMMAND)
+    if manifest.counts.failed:
+        try:
+            run_rollouts(options, config, study.common, COMMAND)
+        except DmoaError:
+            # A collection that was ended anew asked all that was left, and all of it failed again.
+            if read_manifest(out).ended_unix_s == manifest.ended_unix_s:
+                raise
+        manifest = read_manifest(out)
+    if manifest.counts.failed:
+        study.common.say(f"{manifest.counts.failed} queries of {out} failed twice and are left out")
+    return manifest

@@ -48,6 +48,8 @@ class Replayed:
     """Agents asked, those of the cascade included."""
     tokens_R: npt.NDArray[np.int64]
     """Prompt and completion tokens of the agents asked."""
+    asked_RA: npt.NDArray[np.bool_]
+    """Whether an agent was asked at all, those of the cascade included."""
 
     @property
     def accuracy(self) -> float:
@@ -74,7 +76,10 @@ def replay(matrix: AnswerMatrix, choices: Sequence[Choice]) -> Replayed:
     chosen, k, tokens = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
     value_R = np.where(chosen >= 0, matrix.value_RA[np.arange(len(rows)), chosen], 0.0)
     first = np.array([choice.ranking[0] for choice in choices], dtype=np.int64)
-    return Replayed(value_R=value_R, first_R=first, chosen_R=chosen, k_R=k, tokens_R=tokens)
+    asked_RA = np.zeros((len(rows), len(matrix.agents)), dtype=np.bool_)
+    for row, (choice, count) in enumerate(zip(choices, k, strict=True)):
+        asked_RA[row, list(choice.ranking[:count])] = True
+    return Replayed(value_R=value_R, first_R=first, chosen_R=chosen, k_R=k, tokens_R=tokens, asked_RA=asked_RA)
 
 
 def _row(matrix: AnswerMatrix, row: int, choice: Choice) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,19 +23,19 @@ from dmoa.types import AgentReply
 JOBS = Path(__file__).parents[3] / "jobs"
 AGENTS = ("base", "arith-carry", "arith-plain", "arith-both", "words", "calendar", "generalist")
 SUITES = ("arith", "words", "calendar", "shared")
-ROWS = 40
+ROWS = 80
+
+
+def job(name: str) -> Any:
+    """A module that lies among the jobs and not in the package."""
+    if str(JOBS) not in sys.path:
+        sys.path.append(str(JOBS))
+    return importlib.import_module(name)
 
 
 def endpoints() -> Any:
-    """The module, which lies among the jobs and not in the package."""
-    if "study_endpoints" not in sys.modules:
-        found = importlib.util.spec_from_file_location("study_endpoints", JOBS / "study_endpoints.py")
-        assert found is not None
-        assert found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        sys.modules["study_endpoints"] = module
-        found.loader.exec_module(module)
-    return sys.modules["study_endpoints"]
+    """The endpoints."""
+    return job("study_endpoints")
 
 
 def matrix(suite: str, agents: tuple[str, ...] = AGENTS) -> AnswerMatrix:
@@ -148,8 +148,9 @@ def test_a_liar_may_get_no_rows() -> None:
     honest = material(knowing_gate())
     ignored = endpoints().liar(material(knowing_gate(agents), agents), honest)
     assert (ignored["share"], ignored["passed"]) == (0.0, True)
-    # Wilson's upper end for none of 240.
+    # Wilson's upper end for none of the 240 rows that every gate meets: two gates are no 480 independent rows.
     assert ignored["share_high"] == pytest.approx(1.96**2 / (240 + 1.96**2), rel=1e-3)
+    assert ignored["share_high_by_bootstrap"] == ignored["asked_share"] == 0.0
     believed = endpoints().liar(material(blind_gate(agents, 7), agents), honest)
     assert (believed["share"], believed["passed"]) == (1.0, False)
 
