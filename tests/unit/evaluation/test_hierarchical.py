@@ -32,6 +32,12 @@ def test_one_lucky_seed_is_no_certain_effect() -> None:
     assert hierarchical_bootstrap(np.full((1, 5, 400), 0.2), draws=100).low == pytest.approx(0.2)
 
 
+def test_p_is_never_nought_and_never_above_one() -> None:
+    assert hierarchical_bootstrap(np.ones((1, 2, 30)), draws=199).p == pytest.approx(2 / 200)
+    assert hierarchical_bootstrap(-np.ones((1, 2, 30)), draws=199).p == pytest.approx(2 / 200)
+    assert hierarchical_bootstrap(np.zeros((1, 2, 30)), draws=199).p == 1.0
+
+
 def test_a_seed_repeats() -> None:
     difference_SGR = RNG.normal(0.1, 1, (2, 3, 50))
     assert hierarchical_bootstrap(difference_SGR, draws=200) == hierarchical_bootstrap(difference_SGR, draws=200)
