@@ -155,6 +155,7 @@ def _routed(settings: Study, chosen: Mapping[str, Any], found: Found, unseen: Ma
 
     honest = of(POOL)
     wrong = liar(of(WRONG), honest, "liar-wrong")
+    del wrong["passed"]  # damage is reported, without a bar
     return {
         "1 home": home(honest),
         "2 shared": same_surface(honest),

@@ -141,7 +141,8 @@ def sure_and_wrong(study: Study) -> dict[str, list[str]]:
 
     The training queries of all seeds are the known rows, each once; nobody is asked anew.
     """
-    agents, tables, values = pool(WRONG).agent_names, [], {}
+    agents, tables = pool(WRONG).agent_names, []
+    values: dict[tuple[str, str], float] = {}
     for seed in range(study.seeds):
         source = rollouts(study, WRONG, seed)
         table = read_table(source)

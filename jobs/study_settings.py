@@ -87,7 +87,7 @@ def check_same(study: Study) -> None:
     """
     now: dict[str, Any] = {name.name: getattr(study, name.name) for name in fields(Study) if name.name not in _NOT_COMPARED}
     now |= {"MATRIX_SEED": MATRIX_SEED, "ROLLOUT_SEED": ROLLOUT_SEED, "EPOCHS": list(EPOCHS), "MEMORY_EPOCHS": MEMORY_EPOCHS}
-    now |= {"CLUSTERS": CLUSTERS, "pools": {name: fingerprint(pool(name)) for name in (POOL, CONSTANT, WRONG)}}
+    now |= {"CLUSTERS": CLUSTERS, **{f"pool {name}": fingerprint(pool(name)) for name in (POOL, CONSTANT, WRONG)}}
     path = study.out / "study.json"
     if not path.exists():
         write_whole(path, json.dumps(now, indent=2) + "\n")

@@ -152,9 +152,9 @@ def test_a_folder_keeps_its_settings(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"job.out: relay_test: begun with 300, now 20; repeat"):
         module.check_same(replace(begun, relay_test=20))
     known = json.loads((tmp_path / "study.json").read_text())
-    known["pools"]["specialists"] = "of other adapters"
+    known["pool specialists"] = "of other adapters"
     (tmp_path / "study.json").write_text(json.dumps(known))
-    with pytest.raises(ConfigError, match=r"pools: begun with .*of other adapters"):
+    with pytest.raises(ConfigError, match=r"pool specialists: begun with of other adapters, now"):
         module.check_same(begun)
 
 
