@@ -75,6 +75,8 @@ def _start(folder: Path) -> tuple[Head, subprocess.Popen[bytes]]:
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     (folder / "token").write_text("f" * 64)
     ports = ["--port", str(free_port()), "--dashboard-port", str(dashboard)]
+    # The agent that starts jobs has a fixed port otherwise: of two Rays on one machine the second would take no job.
+    ports += ["--dashboard-agent-listen-port", str(free_port())]
     command = [RAY, "start", "--head", "--block", "--disable-usage-stats", *ports, "--temp-dir", str(folder), "--num-cpus", "4"]
     with (folder / "head.log").open("wb") as log:
         running = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -86,12 +88,14 @@ def _is_ready(head: Head, running: subprocess.Popen[bytes], folder: Path, *, mus
 
     Its dashboard answers, and lists jobs, well before the agent is there that starts them: only a job tells.
     """
-    deadline = time.monotonic() + _TIMEOUT_S
+    deadline, said = time.monotonic() + _TIMEOUT_S, ""
     while time.monotonic() < deadline and running.poll() is None:
         asked = [RAY, "job", "submit", "--address", head.url, "--no-wait", "--", "true"]
-        if subprocess.run(asked, env=head.env, capture_output=True, check=False).returncode == 0:
+        asking = subprocess.run(asked, env=head.env, capture_output=True, text=True, check=False)
+        if asking.returncode == 0:
             return True
-    assert not must, f"the head did not get ready:\n{(folder / 'head.log').read_text()[-3000:]}"
+        said = asking.stdout + asking.stderr
+    assert not must, f"the head took no job: {said[-1500:]}\n{(folder / 'head.log').read_text()[-1500:]}"
     return False
 
 
