@@ -73,6 +73,8 @@ def _start(folder: Path) -> tuple[Head, subprocess.Popen[bytes]]:
     dashboard = free_port()
     env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    # As in a shell with the environment activated: the job's own `python` is then the one with dmoa's packages.
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"
     (folder / "token").write_text("f" * 64)
     ports = ["--port", str(free_port()), "--dashboard-port", str(dashboard)]
     # The agent that starts jobs has a fixed port otherwise: of two Rays on one machine the second would take no job.
