@@ -25,7 +25,7 @@ from dmoa.types import FinishReason, Generation
 
 PREFILL_TOKENS = 2048
 """Most tokens of one prefill, padding included: bounds its memory and how long running rows wait for it."""
-MIN_SHARED_TOKENS = 32
+MIN_SHARED_TOKENS = 16
 """Shortest prompt beginning worth copying from a running row or the store."""
 SPLIT_TOKENS = 64
 """Shortest beginning shared by waiting prompts for which one goes ahead and the others follow in a prefill of their own.
