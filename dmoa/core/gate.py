@@ -213,13 +213,34 @@ class Gate(nn.Module):
         """Take one step: inputs [B, X] and the state [B, H] (zeros at the first step) to logits and the next state."""
         core, weight_AC, bias_A = self.spec.core, *self.head()
         if core in ("gru", "reset"):
-            next_BH = self._recur(x_BX, torch.zeros_like(hidden_BH) if core == "reset" else hidden_BH)
+            input_BG = linear(x_BX, self.weight_ih, self.bias_ih)
+            next_BH = self._recur(input_BG, torch.zeros_like(hidden_BH) if core == "reset" else hidden_BH)
             return GateOutput(linear(next_BH, weight_AC, bias_A), next_BH)
-        output_BC = torch.tanh(linear(x_BX, self.layer_weight, self.layer_bias)) if core == "mlp" else x_BX
-        return GateOutput(linear(output_BC, weight_AC, bias_A), torch.zeros_like(hidden_BH))
+        return GateOutput(linear(self._features(x_BX), weight_AC, bias_A), torch.zeros_like(hidden_BH))
 
-    def _recur(self, x_BX: Tensor, hidden_BH: Tensor) -> Tensor:
-        input_r, input_z, input_n = linear(x_BX, self.weight_ih, self.bias_ih).chunk(3, dim=1)
+    def unroll(self, x_BSX: Tensor) -> Tensor:
+        """Return the logits [B, S, A] of S steps from the first on: what `forward` gives step by step, up to rounding.
+
+        Inputs and head are one product each for all steps, and so are their gradients.
+        """
+        weight_AC, bias_A = self.head()
+        if self.spec.core not in ("gru", "reset"):
+            return linear(self._features(x_BSX), weight_AC, bias_A)
+        input_BSG = linear(x_BSX, self.weight_ih, self.bias_ih)
+        hidden_BH = start_BH = x_BSX.new_zeros(x_BSX.shape[0], self.spec.hidden)
+        states: list[Tensor] = []
+        for input_BG in input_BSG.unbind(1):
+            hidden_BH = self._recur(input_BG, start_BH if self.spec.core == "reset" else hidden_BH)
+            states.append(hidden_BH)
+        return linear(torch.stack(states, dim=1), weight_AC, bias_A)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """Return what the head reads where nothing recurs."""
+        return torch.tanh(linear(x, self.layer_weight, self.layer_bias)) if self.spec.core == "mlp" else x
+
+    def _recur(self, input_BG: Tensor, hidden_BH: Tensor) -> Tensor:
+        """Return the next state from the projected input [B, 3H] and the state."""
+        input_r, input_z, input_n = input_BG.chunk(3, dim=1)
         state_r, state_z, state_n = linear(hidden_BH, self.weight_hh, self.bias_hh).chunk(3, dim=1)
         reset = torch.sigmoid(input_r + state_r)
         update = torch.sigmoid(input_z + state_z)

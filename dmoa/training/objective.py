@@ -23,8 +23,8 @@ class Batch(NamedTuple):
     """Some queries, padded to the longest of them."""
 
     x_BSX: Tensor
-    is_step_BS: Tensor
-    """[B, S] bool, false where a query has ended."""
+    is_step_BS: Tensor | None
+    """[B, S] bool, false where a query has ended; None: all have the same number of steps."""
     targets: Targets
     """Of the steps that exist, query by query."""
 
@@ -51,7 +51,7 @@ class Batches:
             self._tensor(values[index_N]) for values in (data.score_NA, data.weight_NA, data.noise_NA)
         )
         ran_NA = torch.from_numpy(data.ran_NA[index_N]).to(self._device)
-        is_step = torch.from_numpy(is_step_BS).to(self._device)
+        is_step = None if is_step_BS.all() else torch.from_numpy(is_step_BS).to(self._device)
         return Batch(self._tensor(data.input_NX[index_BS]), is_step, Targets(score_NA, ran_NA, weight_NA, noise_NA))
 
     def _tensor(self, values: np.ndarray) -> Tensor:
@@ -60,12 +60,8 @@ class Batches:
 
 def unroll(gate: Gate, batch: Batch) -> Tensor:
     """Return the logits [N, A] of the steps that exist, query by query, differentiable through all steps."""
-    hidden_BH = batch.x_BSX.new_zeros(batch.x_BSX.shape[0], gate.spec.hidden)
-    logits_S = []
-    for x_BX in batch.x_BSX.unbind(1):
-        logits_BA, hidden_BH = gate(x_BX, hidden_BH)
-        logits_S.append(logits_BA)
-    return torch.stack(logits_S, dim=1)[batch.is_step_BS]
+    logits_BSA = gate.unroll(batch.x_BSX)
+    return logits_BSA.flatten(0, 1) if batch.is_step_BS is None else logits_BSA[batch.is_step_BS]
 
 
 def batch_loss(gate: Gate, batch: Batch, *, loss: Loss, eta: float) -> LossSums:

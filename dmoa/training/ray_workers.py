@@ -1,4 +1,4 @@
-"""The training loop on Ray Train: a process group of workers, started again after a failure from the last epoch's state."""
+"""The training loop on Ray Train: a process group of workers, started again after a failure from the state that was kept last."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAME = "ray-train"
 def train_on_ray(job: Job, store: StateStore, num_workers: int) -> None:
     """Train with Ray Train's workers, over gloo or, with GPUs, nccl; a worker that is lost is replaced, `max_failures` times.
 
-    Raises DmoaError where training stops; the state of the last epoch stays.
+    Raises DmoaError where training stops; the state that was kept last stays.
     """
     options = job.options
     logging.getLogger("ray.train").setLevel(logging.ERROR)
@@ -42,7 +42,7 @@ def train_on_ray(job: Job, store: StateStore, num_workers: int) -> None:
         result = trainer.fit()
     except TrainingFailedError as error:
         reason = " ".join(str(error).split())[-1500:]
-        raise DmoaError(f"training stopped: {reason}; the same command goes on from the last whole epoch") from error
+        raise DmoaError(f"training stopped: {reason}; the same command goes on from the last state that was kept") from error
     if result.return_value is not None:
         raise BadStepsError(result.return_value)
 

@@ -1,7 +1,7 @@
 """The training loop of one worker: epochs over global batches that are the same whatever the number of workers.
 
 Runs in process, in each Ray Train worker, and in the benchmark of updates. Worker r of W takes the queries r, r + W, ... of
-each global batch; the first one measures the held-back queries and keeps the run's state after every epoch. No Ray here.
+each global batch; the first one measures the held-back queries and keeps the run's state between epochs. No Ray here.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from dmoa.training.targets import IndexArray, TrainingData
 from dmoa.training.validation import held_metrics
 from dmoa.training.world import World
 
+KEEP_SHARE = 0.02
+"""Part of the time that may go into keeping the state: few-shot epochs are over sooner than a state is written."""
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -168,9 +170,11 @@ def _end(options: TrainOptions, epoch: int, best_epoch: int) -> str | None:
 
 
 def train(job: Job, world: World, store: StateStore) -> Progress:
-    """Train to the end, from the state in `store` if there is one; the state of every epoch is kept there.
+    """Train to the end, from the state in `store` if there is one; states of whole epochs are kept there.
 
-    Raises DmoaError, the state of the last epoch intact, where more than `max_bad_steps` updates were not finite.
+    One is kept as soon as keeping has taken no more than KEEP_SHARE of the time, and at the end: what a failure costs is some
+    fifty times what writing takes. Raises DmoaError, the state that was kept last intact, where more than `max_bad_steps`
+    updates were not finite.
     """
     with one_thread():
         learner = Learner(job, world)
@@ -182,11 +186,29 @@ def train(job: Job, world: World, store: StateStore) -> Progress:
             raise DmoaError(
                 f"train: the workers read states of different epochs from {store.place!r}; is another run writing it?"
             )
+        keeper = _Keeper(store)
         while learner.progress.ended is None:
             run_epoch(learner, job, world)
             if world.rank == 0:
-                store.write(learner.snapshot())
+                keeper.epoch_ended(learner)
     return learner.progress
+
+
+class _Keeper:
+    """Keeps states, not more often than they are worth."""
+
+    def __init__(self, store: StateStore) -> None:
+        self._store = store
+        self._due_s = time.perf_counter()
+
+    def epoch_ended(self, learner: Learner) -> None:
+        """Keep the state if it is time, or the last one."""
+        began = time.perf_counter()
+        if began < self._due_s and learner.progress.ended is None:
+            return
+        self._store.write(learner.snapshot())
+        ended = time.perf_counter()
+        self._due_s = ended + (ended - began) / KEEP_SHARE
 
 
 def run_epoch(learner: Learner, job: Job, world: World) -> None:

@@ -1,7 +1,7 @@
 """Trains a gate, from rollouts to a checkpoint: what `dmoa train` and `jobs/train_gate.py` run.
 
 Read and split the rollouts, fit the scale of the scores, train (in process or on Ray Train), measure, export. The same
-command in the same folder goes on from the last whole epoch; the checkpoint is written last, and whole.
+command in the same folder goes on from the last state that was kept; the checkpoint is written last, and whole.
 
     OUT/checkpoint/      the trained gate
     OUT/train.json       options, curve, metrics, what it was trained on
@@ -96,7 +96,7 @@ def run_training(options: TrainOptions, config: Config, around: Surroundings) ->
     """Train a gate for a pool, or go on with the training in `options.out`.
 
     Raises ConfigError and CheckpointError for bad input, DmoaError where training stops; an earlier checkpoint in the folder
-    stays as it is then, and the state of the last whole epoch too.
+    stays as it is then, and the state that was kept last too.
     """
     store = StateStore(options.storage_path or str(options.out.absolute() / "state"))
     store.check()

@@ -91,6 +91,20 @@ class Stepper(torch.nn.Module):
         return steps_of(self.gate, x_SBX)
 
 
+@pytest.mark.parametrize("core", ["gru", "reset", "linear", "mlp"])
+@pytest.mark.parametrize("head", ["linear", "profile"])
+def test_unrolled_steps_and_their_gradient_equal_steps_taken_one_by_one(head: str, core: str) -> None:
+    spec = make_spec(head=head, core=core)
+    gate = init_gate(spec, seed=3, profile_AD=profiles(len(spec.agents)) if head == "profile" else None).double()
+    x_SBX = torch.randn(3, 2, spec.input_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    gradients = []
+    for logits_SBA in (steps_of(gate, x_SBX), gate.unroll(x_SBX.transpose(0, 1)).transpose(0, 1)):
+        gate.zero_grad()
+        torch.autograd.backward((logits_SBA**2).sum())
+        gradients.append((logits_SBA.detach(), [None if p.grad is None else p.grad.clone() for p in gate.parameters()]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.0, atol=1e-12)
+
+
 def test_logits_of_the_last_step_depend_on_the_first_input() -> None:
     gate = init_gate(make_spec(), seed=0)
     x_SBX = torch.randn(3, 1, gate.spec.input_dim, generator=torch.Generator().manual_seed(0), requires_grad=True)

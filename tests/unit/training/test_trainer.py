@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -189,8 +190,9 @@ def stopped_after(folder: Path, num_states: int, rollouts: Path, config: Config,
 
 @pytest.mark.parametrize("stops", [(1,), (2, 3)])
 def test_a_stopped_training_goes_on_and_ends_as_if_unbroken(
-    stops: tuple[int, ...], rollouts: Path, config: Config, tmp_path: Path
+    stops: tuple[int, ...], rollouts: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(train_loop, "KEEP_SHARE", math.inf)  # every epoch is kept
     whole = train(tmp_path / "whole", rollouts, config, epochs=7)
     for epochs in stops:
         stopped_after(tmp_path / "broken", epochs, rollouts, config, epochs=7)
@@ -205,6 +207,31 @@ def test_a_stopped_training_goes_on_and_ends_as_if_unbroken(
     ]
     lines = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     assert sorted(line["step"] for line in lines if line["op"] == "log" and line["step"]) == list(range(1, 8))
+
+
+class CountingStore(StateStore):
+    """Notes after which epochs a state was kept."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.kept: list[int] = []
+
+    def write(self, state: RunState) -> None:
+        super().write(state)
+        self.kept.append(len(state.progress.epochs))
+
+
+@pytest.mark.parametrize(("share", "kept"), [(1e-9, [1, 7]), (math.inf, [1, 2, 3, 4, 5, 6, 7])])
+def test_states_are_kept_as_often_as_they_are_worth_and_at_the_end(
+    share: float, kept: list[int], rollouts: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_loop, "KEEP_SHARE", share)
+    wanted = parse_options({**BASE, "rollouts": str(rollouts), "out": tmp_path / "run", "epochs": 7})
+    start = build_start(wanted, config)
+    store = CountingStore(str(tmp_path / "run" / "state"))
+    store.check()
+    train_loop.train(prepare(wanted, start, check_rollouts(wanted, start), on_ray=False).job, Alone(torch.device("cpu")), store)
+    assert store.kept == kept
 
 
 def test_a_finished_training_is_not_repeated(rollouts: Path, config: Config, tmp_path: Path) -> None:
@@ -264,7 +291,10 @@ def test_batches_that_are_not_finite_are_skipped_and_counted(config: Config, tmp
     assert all(torch.isfinite(tensor).all() for tensor in weights_of(tmp_path / "run").values())
 
 
-def test_too_many_bad_batches_fail_the_run_and_keep_the_state(config: Config, tmp_path: Path) -> None:
+def test_too_many_bad_batches_fail_the_run_and_keep_the_state(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_loop, "KEEP_SHARE", math.inf)  # every epoch is kept
     rollouts = poisoned(tmp_path, config)
     with pytest.raises(DmoaError, match="not finite in 3 updates, max_bad_steps is 2"):
         train(tmp_path / "run", rollouts, config, epochs=6, batch_queries=1, core="linear", max_bad_steps=2)
