@@ -1,8 +1,8 @@
 """Rollouts, probe and training on real rows of GSM8K, MMLU and HumanEval, on the embedded model: the machinery, end to end.
 
 What a model of 135M parameters can show here is little, and the result says so, with what the trained gate, the untrained one and
-the agents alone get right. Judged is that every part runs and says what it found; the verdict of the probe is reported. Needs the folder of benchmark rows (`DMOA_BENCHMARK_ROWS`, else
-`shared/benchmarks` beside the repository).
+the agents alone get right. Judged is that every part runs and says what it found; the verdict of the probe is reported. Needs
+the folder of benchmark rows (`DMOA_BENCHMARK_ROWS`, else `shared/benchmarks` beside the repository).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ TEST_ROWS = 8
 BENCHMARKS = "gsm8k,mmlu,humaneval"
 
 WHAT_IT_SHOWS = (
-    "It shows that rollouts, probe, training and evaluation work on real rows, and that a gate learns who is sure (`pairwise`, on "
-    "queries that were held back). It cannot show that routing by sureness gives better answers: the agents are roles of one model "
-    "of 135M parameters, which hardly ever solves GSM8K or HumanEval, and guesses on MMLU, so no agent knows more than another. "
-    "Differences between the accuracies below are noise at so few rows."
+    "It shows that rollouts, probe, training and evaluation work on real rows, and that a gate learns who is sure (`pairwise`, "
+    "on queries that were held back). It cannot show that routing by sureness gives better answers: the agents are roles of one "
+    "model of 135M parameters, which hardly ever solves GSM8K or HumanEval, and guesses on MMLU, so no agent knows more than "
+    "another. Differences between the accuracies are noise at so few rows."
 )
 
 
