@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dmoa.agents.adapters import Adapters
+from dmoa.agents.chat_tokens import encode_chat, room_for_reply
 from dmoa.agents.decode_loop import DecodeLoop, LoopTimes, Running
 from dmoa.agents.loading import load_model, num_threads
 from dmoa.agents.models import HubModel
@@ -26,7 +27,7 @@ from dmoa.agents.sampling import draw_for
 from dmoa.agents.text_stream import TextStream
 from dmoa.config import TransformersOptions
 from dmoa.core.entropy import EntropySums
-from dmoa.errors import EngineError, PromptTooLongError
+from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, Message, TextDelta
 
 _Item = TextDelta | Generation | EngineError
@@ -141,12 +142,7 @@ class TransformersEngine:
             raise EngineError(f"{self._name}: the engine is closed; start it again")
         self._adapters.check(request.adapter)
         tokens = self._encode(request.messages)
-        room = self._options.max_model_len - len(tokens)
-        if room < 1:
-            raise PromptTooLongError(
-                f"{self._name}: the prompt has {len(tokens)} tokens; allowed are {self._options.max_model_len - 1} "
-                f"(max_model_len {self._options.max_model_len}, 1 for the reply); shorten it or raise max_model_len"
-            )
+        room = room_for_reply(len(tokens), self._options.max_model_len, model=self._name)
         sampling = request.sampling
         listener = _Listener(asyncio.get_running_loop())
         sequence = Running(
@@ -166,18 +162,7 @@ class TransformersEngine:
         return ticket
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
-        if not messages:
-            raise EngineError(f"{self._name}: messages: value seen: none; at least one message is needed")
-        is_continued = messages[-1].role == "assistant"
-        text = self._tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.content} for message in messages],
-            tokenize=False,
-            add_generation_prompt=not is_continued,
-            continue_final_message=is_continued,
-        )
-        # The backend's own call: transformers' sets padding on the shared tokenizer, which is not safe among threads.
-        tokens: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return tokens
+        return encode_chat(self._tokenizer, messages, model=self._name)
 
     # The rest runs in the engine's thread.
 

@@ -1,0 +1,233 @@
+"""The `vllm` engine: calls of many agents and queries through one vLLM, with the exact entropy of every token.
+
+Stands between a vLLM client (`serving/vllm_server` starts it on Ray Serve) and the agents. Prompts are tokens that the
+transformers engine would make too, so that both engines see the same. No Ray here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+
+from dmoa.agents.chat_tokens import encode_chat, room_for_reply
+from dmoa.agents.entropy_store import RequestSums
+from dmoa.agents.vllm_entropy import KEY
+from dmoa.errors import EngineError
+from dmoa.types import FinishReason, Generation, GenerationRequest, Sampling, TextDelta
+
+
+class EntropyTaker:
+    """Fetches the sums of finished calls, all that are due in one round trip to the workers."""
+
+    def __init__(self, client: Any) -> None:
+        """`client`: a vLLM client, for `collective_rpc`."""
+        self._client = client
+        self._due: dict[str, tuple[int, asyncio.Future[RequestSums | None]]] = {}
+        self._running: asyncio.Task[None] | None = None
+
+    async def take(self, key: str, tokens: int) -> RequestSums | None:
+        """Return a call's sums over its first tokens, None where the workers know nothing of it."""
+        return await self._ask(key, tokens)
+
+    def forget(self, key: str) -> None:
+        """Have whatever is kept of a call dropped; returns at once."""
+        # Nobody awaits the answer: an error must not be told as one that was never looked at.
+        self._ask(key, 0).add_done_callback(lambda future: future.cancelled() or future.exception())
+
+    async def drained(self) -> None:
+        """Wait until nothing is due."""
+        while self._running is not None:
+            await asyncio.wait([self._running])
+
+    def _ask(self, key: str, tokens: int) -> asyncio.Future[RequestSums | None]:
+        future: asyncio.Future[RequestSums | None] = asyncio.get_running_loop().create_future()
+        self._due[key] = (tokens, future)
+        if self._running is None:
+            self._running = asyncio.create_task(self._fetch())
+        return future
+
+    async def _fetch(self) -> None:
+        try:
+            while self._due:
+                due, self._due = self._due, {}
+                try:
+                    wanted = [(key, tokens) for key, (tokens, _) in due.items()]
+                    found = _merged(await self._client.collective_rpc("take_entropies", args=(wanted,)))
+                except Exception as error:  # every call that waits for its sums is told
+                    for _, future in due.values():
+                        if not future.done():
+                            future.set_exception(EngineError(f"vllm: entropies: {type(error).__name__}: {error}"))
+                    continue
+                for key, (_, future) in due.items():
+                    if not future.done():
+                        future.set_result(found.get(key))
+        finally:
+            self._running = None
+
+
+def _merged(answers: list[Mapping[str, Any]]) -> dict[str, RequestSums]:
+    """Put the workers' answers together: all of a tensor-parallel group know the same, other pipeline stages nothing."""
+    return {key: RequestSums(*values) for answer in answers for key, values in answer.items()}
+
+
+class VllmEngine:
+    """Runs one model for many agents at once; implements `protocols.Engine`."""
+
+    def __init__(
+        self,
+        client: Any,
+        tokenizer: Any,
+        *,
+        max_model_len: int,
+        label: str,
+        adapters: Mapping[str, Path] | None = None,
+        model_label: str = "vllm",
+    ) -> None:
+        """`client`: a started vLLM client; `adapters` maps the names that requests use to LoRA folders on this machine."""
+        self._client = client
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._label = label
+        self._name = model_label
+        self._loras = {name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate((adapters or {}).items(), 1)}
+        self._taker = EntropyTaker(client)
+        self._numbers = count()
+
+    @property
+    def label(self) -> str:
+        """Engine and the options that may change numbers, such as `vllm/float32`."""
+        return self._label
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Generate one continuation; cancelling aborts it in vLLM. Raises EngineError."""
+        async with aclosing(self.stream(request)) as items:
+            async for item in items:
+                if isinstance(item, Generation):
+                    return item
+        raise AssertionError("a request ends with a generation")
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Generation]:
+        """Generate one continuation, yielding pieces of text and last the whole Generation. Raises EngineError."""
+        accepted_s = time.perf_counter()
+        tokens = encode_chat(self._tokenizer, request.messages, model=self._name)
+        room = room_for_reply(len(tokens), self._max_model_len, model=self._name)
+        key = f"{request.request_id}-{next(self._numbers)}"
+        reply = _Reply(len(tokens), accepted_s)
+        params = _params(request.sampling, request.call_id, room, key)
+        try:
+            outputs = self._client.generate(
+                {"prompt_token_ids": tokens}, params, key, lora_request=self._lora(request.adapter)
+            )
+            async with aclosing(outputs):
+                async for delta in _until(outputs, request.deadline_unix_s):
+                    text = reply.take(delta)
+                    if text:
+                        yield TextDelta(text=text)
+            sums = await self._taker.take(key, reply.num_tokens)
+        except EngineError:
+            self._taker.forget(key)
+            raise
+        except BaseException as error:
+            self._taker.forget(key)
+            if isinstance(error, Exception):
+                raise EngineError(f"{self._name}: {type(error).__name__}: {error}") from error
+            raise
+        if sums is None and reply.num_tokens:
+            raise EngineError(f"{self._name}: vLLM kept no entropies of a call; is `logits_processors` set?")
+        yield reply.generation(sums or RequestSums(0.0, 0.0, 0))
+
+    async def close(self) -> None:
+        """Stop vLLM; requests in flight fail with EngineError."""
+        await self._taker.drained()
+        self._client.shutdown()
+
+    async def count_kept(self) -> int:
+        """Return of how many calls the workers keep something, the largest number of any worker."""
+        await self._taker.drained()
+        return max(await self._client.collective_rpc("count_entropies"))
+
+    def _lora(self, adapter: str | None) -> LoRARequest | None:
+        if adapter is None:
+            return None
+        if adapter not in self._loras:
+            allowed = ", ".join(self._loras) or "none is loaded"
+            raise EngineError(f"adapter: value seen: {adapter!r}; allowed: null, {allowed}; name it in the pool, then restart")
+        return self._loras[adapter]
+
+
+class _Reply:
+    """What has come of one call."""
+
+    def __init__(self, prompt_tokens: int, accepted_s: float) -> None:
+        self.num_tokens = 0
+        self._prompt_tokens = prompt_tokens
+        self._accepted_s = accepted_s
+        self._text: list[str] = []
+        self._cached_tokens = 0
+        self._queue_ms = 0.0
+        self._finish: FinishReason = "length"
+
+    def take(self, output: Any) -> str:
+        """Take what vLLM tells next; return its text."""
+        part = output.outputs[0]
+        self.num_tokens += len(part.token_ids)
+        self._cached_tokens = output.num_cached_tokens or self._cached_tokens
+        if part.finish_reason is not None:
+            self._finish = "stop" if part.finish_reason == "stop" else "length"
+        metrics = output.metrics
+        if metrics is not None and metrics.scheduled_ts and metrics.queued_ts:
+            self._queue_ms = max(0.0, (metrics.scheduled_ts - metrics.queued_ts) * 1e3)
+        self._text.append(part.text)
+        return str(part.text)
+
+    def generation(self, sums: RequestSums) -> Generation:
+        """Return the whole of it."""
+        return Generation(
+            text="".join(self._text),
+            finish_reason=self._finish,
+            entropy_sum_nats=sums.sum_nats,
+            entropy_sq_sum=sums.sq_sum,
+            entropy_tokens=sums.tokens,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            completion_tokens=self.num_tokens,
+            engine_ms=(time.perf_counter() - self._accepted_s) * 1e3,
+            queue_ms=self._queue_ms,
+        )
+
+
+async def _until(outputs: AsyncIterator[Any], deadline_unix_s: float | None) -> AsyncIterator[Any]:
+    """Yield what comes before the deadline."""
+    while True:
+        # Item by item: a timeout around the whole loop would go off in the code that reads the items.
+        wait_s = None if deadline_unix_s is None else max(0.0, deadline_unix_s - time.time())
+        try:
+            output = await (anext(outputs) if wait_s is None else asyncio.wait_for(anext(outputs), wait_s))
+        except (StopAsyncIteration, TimeoutError):
+            return
+        yield output
+
+
+def _params(sampling: Sampling, call_id: str, room: int, key: str) -> SamplingParams:
+    seed = sampling.seed
+    if seed is None:
+        seed = int.from_bytes(hashlib.sha256(call_id.encode()).digest()[:8], "little")
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=max(1, min(sampling.max_tokens, room)),
+        stop=list(sampling.stop) or None,
+        seed=None if sampling.temperature == 0.0 else seed % 2**63,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args={KEY: key},
+    )

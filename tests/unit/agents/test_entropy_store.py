@@ -1,0 +1,212 @@
+"""The store of entropies by request and position, against a reference that remembers every write, and calls in hand-made order."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmoa.agents.entropy_store import EntropyStore
+from dmoa.core.entropy import token_entropy
+
+V = 7
+
+
+def logits(*seeds: int) -> torch.Tensor:
+    """One row of logits per seed."""
+    return torch.stack([torch.randn(V, generator=torch.Generator().manual_seed(seed)) * 2 for seed in seeds])
+
+
+def nats(*seeds: int) -> list[float]:
+    """What those rows' entropies are, in float64."""
+    p = torch.softmax(logits(*seeds).double(), dim=1)
+    return (-(p * p.log()).sum(dim=1)).tolist()
+
+
+def store() -> EntropyStore:
+    return EntropyStore(torch.device("cpu"))
+
+
+def test_sums_are_those_of_the_first_tokens() -> None:
+    kept, outputs = store(), []
+    kept.add(0, "a", outputs)
+    for seed in (1, 2, 3):
+        kept.write(logits(seed))
+        outputs.append(9)
+    found = kept.take([("a", 2)])["a"]
+    first, second = nats(1, 2)
+    assert found.tokens == 2
+    assert found.sum_nats == pytest.approx(first + second, abs=1e-6)
+    assert found.sq_sum == pytest.approx(first**2 + second**2, abs=1e-6)
+    assert len(kept) == 0
+
+
+def test_parts_of_a_prompt_are_overwritten_by_its_last_part() -> None:
+    kept, outputs = store(), []
+    kept.add(0, "a", outputs)
+    for seed in (5, 6, 7):  # three chunks: no token came out yet
+        kept.write(logits(seed))
+    outputs.append(1)
+    assert kept.take([("a", 1)])["a"].sum_nats == pytest.approx(nats(7)[0], abs=1e-6)
+
+
+def test_a_step_more_than_was_asked_for_does_not_count_whether_before_or_after_the_taking() -> None:
+    # Asynchronous scheduling: the engine learns of the stop token when the next step is under way.
+    kept, outputs = store(), []
+    kept.add(0, "a", outputs)
+    kept.write(logits(1))
+    outputs.append(-1)
+    kept.write(logits(2))  # one step more
+    assert kept.take([("a", 1)])["a"].sum_nats == pytest.approx(nats(1)[0], abs=1e-6)
+    outputs.append(-1)
+    kept.write(logits(3))  # and one after the sums were taken
+    assert len(kept) == 0
+    kept.remove(0)
+    kept.add(0, "b", [])
+    kept.write(logits(4))
+    assert kept.take([("b", 1)])["b"].sum_nats == pytest.approx(nats(4)[0], abs=1e-6)
+
+
+def test_a_preempted_request_goes_on_at_its_position_in_another_place() -> None:
+    kept, outputs, other = store(), [], []
+    kept.add(0, "a", outputs)
+    kept.add(1, "b", other)
+    kept.write(logits(1, 10))
+    outputs.append(0)
+    other.append(0)
+    kept.remove(0)
+    kept.move(1, 0, swaps=False)
+    kept.write(logits(11))
+    other.append(0)
+    again = [0]  # the engine makes a new list with the tokens that are there
+    kept.add(1, "a", again)
+    kept.write(logits(12, 8))  # a part of the prompt that is done again
+    other.append(0)
+    kept.write(logits(13, 2))
+    again.append(0)
+    other.append(0)
+    found = kept.take([("a", 2), ("b", 4)])
+    assert found["a"].sum_nats == pytest.approx(sum(nats(1, 2)), abs=1e-6)
+    assert found["b"].sum_nats == pytest.approx(sum(nats(10, 11, 12, 13)), abs=1e-6)
+
+
+def test_cancelled_requests_are_forgotten_and_unknown_ones_left_out() -> None:
+    kept = store()
+    kept.add(0, "a", [])
+    kept.write(logits(1))
+    assert kept.take([("a", 0), ("nobody", 3)]) == {}
+    assert len(kept) == 0
+
+
+def test_rows_without_a_key_are_passed_over() -> None:
+    kept = store()
+    kept.add(0, None, [])
+    kept.add(1, "a", [])
+    kept.write(logits(1, 2))
+    assert kept.take([("a", 1)])["a"].sum_nats == pytest.approx(nats(2)[0], abs=1e-6)
+
+
+def test_impossible_tokens_have_probability_0() -> None:
+    kept = store()
+    kept.add(0, "a", [])
+    kept.write(torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]]))
+    assert kept.take([("a", 1)])["a"].sum_nats == pytest.approx(0.6931471805599453, abs=1e-6)
+
+
+def test_it_grows_in_rows_and_positions() -> None:
+    kept = store()
+    outputs: dict[str, list[int]] = {f"r{i}": [] for i in range(100)}
+    for index, (key, those) in enumerate(outputs.items()):
+        kept.add(index, key, those)
+    for step in range(3):
+        kept.write(logits(*(1000 * step + i for i in range(100))))
+        for those in outputs.values():
+            those.append(0)
+    outputs["r7"].extend([0] * 1000)
+    kept.write(logits(*range(100)))
+    found = kept.take([(key, 3) for key in outputs])
+    for i, key in enumerate(outputs):
+        assert found[key].sum_nats == pytest.approx(sum(nats(i, 1000 + i, 2000 + i)), abs=1e-5)
+
+
+class Reference:
+    """An engine's batch with chunked prompts, preemption, moves and swaps; remembers the last write of every position."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.store = store()
+        self.batch: list[str] = []
+        self.waiting: list[str] = []
+        self.outputs: dict[str, list[int]] = {}
+        self.chunks: dict[str, int] = {}
+        self.last: dict[str, dict[int, float]] = {}
+        self.num_logits = 0
+
+    def admit(self, key: str) -> None:
+        self.outputs[key] = list(self.outputs.get(key, []))
+        self.chunks[key] = self.random.randint(1, 3)
+        self.store.add(len(self.batch), key, self.outputs[key])
+        self.batch.append(key)
+
+    def leave(self, index: int) -> str:
+        key, last = self.batch[index], len(self.batch) - 1
+        self.store.remove(index)
+        if index != last:
+            self.store.move(last, index, swaps=False)
+        self.batch[index] = self.batch[last]
+        self.batch.pop()
+        return key
+
+    def step(self) -> None:
+        if not self.batch:
+            return
+        seeds = [self.num_logits + i for i in range(len(self.batch))]
+        self.num_logits += len(seeds)
+        rows = logits(*seeds)
+        self.store.write(rows)
+        for key, value in zip(self.batch, token_entropy(rows).tolist(), strict=True):
+            self.last.setdefault(key, {})[len(self.outputs[key])] = value
+            self.chunks[key] -= 1
+            if self.chunks[key] <= 0:
+                self.outputs[key].append(0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), actions=st.lists(st.integers(0, 9), max_size=60))
+def test_whatever_the_engine_does_every_sum_is_that_of_the_last_writes(seed: int, actions: list[int]) -> None:
+    engine = Reference(seed)
+    for number, action in enumerate(actions):
+        if action <= 1:
+            engine.admit(f"r{number}")
+        elif action == 2 and engine.batch:
+            engine.waiting.append(engine.leave(engine.random.randrange(len(engine.batch))))
+        elif action == 3 and engine.waiting:
+            engine.admit(engine.waiting.pop())
+        elif action == 4 and len(engine.batch) > 1:
+            one, other = engine.random.sample(range(len(engine.batch)), 2)
+            engine.store.move(one, other, swaps=True)
+            engine.batch[one], engine.batch[other] = engine.batch[other], engine.batch[one]
+        elif action == 5 and engine.batch:
+            key = engine.leave(engine.random.randrange(len(engine.batch)))
+            check(engine, key)
+        else:
+            engine.step()
+    for key in [*engine.batch, *engine.waiting]:
+        check(engine, key)
+    assert len(engine.store) == 0
+
+
+def check(engine: Reference, key: str) -> None:
+    """Take a request's sums, and compare."""
+    wanted = engine.random.randint(0, len(engine.outputs[key]))
+    found = engine.store.take([(key, wanted)])
+    values = [engine.last[key][position] for position in range(wanted)]
+    if wanted:
+        assert found[key].tokens == wanted
+        assert found[key].sum_nats == pytest.approx(sum(values), abs=1e-5)
+        assert found[key].sq_sum == pytest.approx(sum(value**2 for value in values), abs=1e-5)
+    elif key in found:
+        assert found[key] == (0.0, 0.0, 0)
