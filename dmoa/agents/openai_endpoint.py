@@ -60,7 +60,7 @@ class Endpoint:
         """`model` is the name that the endpoint knows. Raises ConfigError where the key's variable holds no key."""
         self._model = model
         self._options = options
-        self._key = _read_key(options.api_key_env)
+        self._key = read_key(options.api_key_env)
         self._url = f"{options.base_url.rstrip('/')}/chat/completions"
         self._refused: set[str] = set()
         # Made here, because reading the certificates takes a while, which a first call's deadline should not pay for.
@@ -226,8 +226,8 @@ class Endpoint:
         return redact_text(" ".join(clean.split())[:_MAX_QUOTED_CHARS])
 
 
-def _read_key(variable: str | None) -> str:
-    """Return the key, empty where none is configured. Raises ConfigError naming the variable, never its value."""
+def read_key(variable: str | None) -> str:
+    """Return the key in an environment variable, empty where none is named. Raises ConfigError naming the variable, never its value."""
     if variable is None:
         return ""
     key = os.environ.get(variable, "").strip()

@@ -126,6 +126,19 @@ def check_files(config: Config) -> None:
                 raise ConfigError(f"{where}.{error}") from error
 
 
+def check_keys(config: Config) -> None:
+    """Check that this process's environment holds the keys of all endpoints, for agents that inherit it. Raises ConfigError."""
+    from dmoa.agents.openai_endpoint import read_key
+
+    for name in dict.fromkeys(agent.llm for agent in callable_agents(config)):
+        options = config.llms[name].options
+        if isinstance(options, OpenaiOptions):
+            try:
+                read_key(options.api_key_env)
+            except ConfigError as error:
+                raise ConfigError(f"llms.{name}.{error}") from error
+
+
 def build_engine(config: Config, llm: str, agents: list[AgentConfig]) -> Engine:
     """Build the engine of one LLM for some of its agents. Blocks while a model loads; raises ConfigError."""
     part = config.llms[llm]

@@ -123,6 +123,10 @@ def test_the_ingress_side_never_loads_torch() -> None:
     assert loaded_by("import dmoa.swarm, dmoa.trace, dmoa.serving.http, dmoa.serving.router_client") <= {"ray"}
 
 
+def test_a_replica_that_only_speaks_to_endpoints_stays_light() -> None:
+    assert loaded_by("import dmoa.agents.openai_engine, dmoa.agents.pool") == set()
+
+
 def test_core_is_torch_and_numpy_only() -> None:
     allowed = {"torch", "numpy", "dmoa"} | set(sys.stdlib_module_names)
     for path in sorted((ROOT / "core").glob("*.py")):
