@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from dmoa.types import GenerationRequest, Message, Sampling
+
 USAGE = {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14, "prompt_tokens_details": {"cached_tokens": 5}}
 
 
@@ -183,6 +185,20 @@ async def playing(*turns: Turn) -> AsyncIterator[FakeEndpoint]:
     finally:
         server.close()
         await until(lambda: endpoint.running == 0)
+
+
+def request(
+    text: str, *, name: str = "", adapter: str | None = None, deadline_unix_s: float | None = None, **sampling: Any
+) -> GenerationRequest:
+    """Return a request of one user message."""
+    return GenerationRequest(
+        request_id=name or text,
+        call_id=name or text,
+        messages=(Message(role="user", content=text),),
+        sampling=Sampling(**sampling),
+        adapter=adapter,
+        deadline_unix_s=deadline_unix_s,
+    )
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -11,8 +11,7 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
-from conftest import request
-from openai_server import FakeEndpoint, Turn, answer, content, opening, playing, refusal
+from openai_server import FakeEndpoint, Turn, answer, content, opening, playing, refusal, request
 
 from dmoa.agents.agent import Agent
 from dmoa.agents.openai_engine import OpenaiEngine

@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import request
-from openai_server import USAGE, Call, FakeEndpoint, answer, content, event_bytes, opening, playing, row, stall, until
+from openai_server import USAGE, Call, FakeEndpoint, answer, content, event_bytes, opening, playing, request, row, stall, until
 
 from dmoa.agents.openai_engine import OpenaiEngine
 from dmoa.config import OpenaiOptions
