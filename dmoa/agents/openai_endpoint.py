@@ -227,7 +227,7 @@ class Endpoint:
 
 
 def read_key(variable: str | None) -> str:
-    """Return the key in an environment variable, empty where none is named. Raises ConfigError, which names the variable alone."""
+    """Return the key in an environment variable, empty where none is named. Raises ConfigError, never with the key."""
     if variable is None:
         return ""
     key = os.environ.get(variable, "").strip()
