@@ -1,7 +1,8 @@
 """The configuration tree: one frozen pydantic model of a pool and of how it is served.
 
 Loaded from YAML (`load`), changed by `--set a.b=c` overrides. Building it touches no disk, network or GPU; the file
-itself is read by `load` alone. Unknown keys are refused everywhere. Field names are those of the contract.
+itself is read by `load` alone. Unknown keys are refused everywhere. Field names are those of the contract. The options of
+each engine are in `engine_options` and importable from here.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
-    NonNegativeFloat,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from dmoa.engine_options import (
+    OPTIONS,
+    EngineName,
+    EngineOptions,
+)
+from dmoa.engine_options import Node as Node
+from dmoa.engine_options import OpenaiOptions as OpenaiOptions
+from dmoa.engine_options import ScriptedOptions as ScriptedOptions
+from dmoa.engine_options import TransformersOptions as TransformersOptions
+from dmoa.engine_options import VllmOptions as VllmOptions
 from dmoa.errors import ConfigError
 from dmoa.explain import describe, short
 from dmoa.types import Sampling
@@ -52,12 +60,6 @@ AdapterSource = Annotated[str, AfterValidator(_check_adapter)]
 ToolName = Literal["calculator", "search", "python"]
 SUMMARIZER = "summarizer"
 """Name under which the `llm` summarizer is called; no agent may have it."""
-
-
-class Node(BaseModel):
-    """Base of every configuration record: frozen, unknown keys refused, fields documented in place."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class SamplingConfig(Node):
@@ -94,63 +96,14 @@ class AutoscalingConfig(Node):
         return self
 
 
-class TransformersOptions(Node):
-    """Options of the `transformers` engine; each is named in every result."""
-
-    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Weights and arithmetic; int8 is dynamic int8 weights on CPU."""
-    compile: bool = False
-    """Run the decode step through torch.compile."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(default=None, ge=1, le=256)
-    """CPU threads of the engine; None: half of the cores, because the small operations of small models gain little from more,
-    lose much where another process wants a core, and gateway, router and encoder need theirs."""
-    max_model_len: int = Field(default=2048, ge=64, le=1048576)
-    """Longest prompt plus reply in tokens."""
-    prefix_cache: bool = True
-    """Reuse the keys and values of the prompt prefix shared by the agents of a step."""
-
-
-class ScriptedOptions(Node):
-    """Options of the `scripted` engine: deterministic stand-ins for tests and for measuring overhead."""
-
-    delay_ms: float = Field(default=0.0, ge=0.0)
-    """How long every reply takes."""
-    delays_ms: dict[str, NonNegativeFloat] = Field(default_factory=dict)
-    """Delay by agent name, over `delay_ms`."""
-    replies: dict[str, str] = Field(default_factory=dict)
-    """Reply by agent name; `{query}` in it stands for the last user message. Others echo."""
-    failing: tuple[str, ...] = ()
-    """Agents whose every call fails."""
-    tokens: int = Field(default=8, ge=1)
-    """Completion tokens that every reply claims."""
-    entropies_nats: dict[str, NonNegativeFloat] = Field(default_factory=dict)
-    """Mean entropy by agent name; others get one from the hash of agent and query."""
-
-
-class VllmOptions(Node):
-    """Options of the `vllm` engine (extra `vllm`)."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    max_model_len: int | None = Field(default=None, ge=64)
-
-
-EngineName = Literal["transformers", "scripted", "vllm", "openai"]
-EngineOptions = TransformersOptions | ScriptedOptions | VllmOptions
-_OPTIONS: dict[str, type[TransformersOptions] | type[ScriptedOptions] | type[VllmOptions]] = {
-    "transformers": TransformersOptions,
-    "scripted": ScriptedOptions,
-    "vllm": VllmOptions,
-}
-_MODEL = re.compile(r"(embedded|hub|path|s3|scripted):.+")
+_MODEL = re.compile(r"(embedded|hub|path|s3|openai|scripted):.+")
 
 
 class LlmConfig(Node):
     """One language model and how it is run."""
 
     model: str = "embedded:smollm2-135m"
-    """embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://... (vllm), or scripted:NAME."""
+    """embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://... (vllm), openai:NAME (as the endpoint calls it), or scripted:NAME."""
     engine: EngineName = "transformers"
     placement: Literal["shared", "dedicated"] = "shared"
     """shared: all agents of the LLM are records of one deployment; dedicated: one deployment per agent."""
@@ -167,23 +120,32 @@ class LlmConfig(Node):
     @classmethod
     def _known_source(cls, value: str) -> str:
         if not _MODEL.fullmatch(value):
-            raise ValueError("allowed are embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://..., scripted:NAME")
+            raise ValueError("allowed are embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://..., openai:NAME, scripted:NAME")
         return value
 
     @model_validator(mode="after")
     def _typed_options(self) -> Self:
-        if self.engine not in _OPTIONS:
-            raise ValueError(f"engine {self.engine!r} is not supported by this version; allowed: {', '.join(_OPTIONS)}")
         try:
             _ = self.options
         except ValidationError as error:
-            raise ValueError(f"engine_kwargs: {describe(error, _OPTIONS[self.engine])}") from None
+            raise ValueError(f"engine_kwargs: {describe(error, OPTIONS[self.engine])}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _endpoint_is_elsewhere(self) -> Self:
+        if (self.engine == "openai") != self.model.startswith("openai:"):
+            raise ValueError(
+                f"model {short(self.model)} on engine {self.engine!r}; engine 'openai' runs models openai:NAME, and no other "
+                "engine does; change one of the two"
+            )
+        if self.engine == "openai" and self.gpus:
+            raise ValueError(f"gpus: value seen: {self.gpus:g}; engine 'openai' runs its model elsewhere; set gpus to 0")
         return self
 
     @property
     def options(self) -> EngineOptions:
         """`engine_kwargs` as the engine's own typed record."""
-        return _OPTIONS[self.engine].model_validate(self.engine_kwargs)
+        return OPTIONS[self.engine].model_validate(self.engine_kwargs)
 
 
 class AgentConfig(Node):
@@ -330,11 +292,21 @@ class Config(Node):
                 raise ValueError(f"agents.{i}.name: {agent.name!r} is taken by the pool or its summarizer; choose another")
             if agent.llm not in self.llms:
                 raise ValueError(f"agents.{i}.llm: {self._undefined(agent.llm)}")
+            self._check_adapter(f"agents.{i}", agent.adapter, agent.llm)
             seen.add(agent.name)
         llm = self.summarizer.llm
         if llm is not None and llm not in self.llms:
             raise ValueError(f"summarizer.llm: {self._undefined(llm)}")
+        if llm is not None:
+            self._check_adapter("summarizer", self.summarizer.adapter, llm)
         return self
+
+    def _check_adapter(self, where: str, adapter: str | None, llm: str) -> None:
+        if adapter is not None and self.llms[llm].engine == "openai":
+            raise ValueError(
+                f"{where}.adapter: value seen: {short(adapter)}; an endpoint (llms.{llm}) serves an adapter under a model "
+                "name of its own; set adapter to null, and add an LLM of that name"
+            )
 
     def _undefined(self, llm: str) -> str:
         return f"{llm!r} is not defined; allowed: {', '.join(self.llms)}; add it under llms or fix the name"

@@ -11,6 +11,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from dmoa.redaction import redact
+
 _MAX_CHARS = 80
 
 
@@ -30,12 +32,20 @@ def _sentence(item: ErrorDetails, model: type[BaseModel] | None) -> str:
         return f"{where}: missing; add it"
     if item["type"] == "extra_forbidden":
         allowed = f"; allowed: {', '.join(_keys_beside(item['loc'], model))}" if model else ""
-        return f"{where}: unknown key (value seen: {short(item['input'])}){allowed}; remove it or fix its spelling"
+        return f"{where}: unknown key (value seen: {_seen(item)}){allowed}; remove it or fix its spelling"
     if item["type"] == "value_error" and isinstance(item["input"], dict | list | BaseModel):
         # A rule over several fields: its own message names them and their values.
         return f"{where}: {message}" if where else message
     message = message[0].lower() + message[1:]
-    return f"{where}: value seen: {short(item['input'])}; {message}; change it"
+    return f"{where}: value seen: {_seen(item)}; {message}; change it"
+
+
+def _seen(item: ErrorDetails) -> str:
+    """Return the value seen, short; without what a field named like a key holds, because people do put keys there."""
+    value = item["input"]
+    name = str(item["loc"][-1]) if item["loc"] else ""
+    name = "" if name == "[key]" else name  # pydantic's word for the name of an entry itself
+    return short(redact(value, name) if isinstance(value, str | int | float | dict | list) else value)
 
 
 def _follows_from_others(item: ErrorDetails, items: list[ErrorDetails]) -> bool:

@@ -49,12 +49,16 @@ class ReplyAgent(ReplyModel):
     entropy_tokens: int
     entropy_kind: EntropyKind
     """truncated: from listed log-probabilities only."""
+    entropy_slack_nats: float = 0.0
+    """How far entropy_nats may be off either way, being the middle of two bounds; 0 where it is exact."""
     finish_reason: FinishReason | None
     """null where the agent generated nothing."""
     prompt_tokens: int
     cached_tokens: int
     """Part of prompt_tokens that a prefix cache had."""
     completion_tokens: int
+    estimated: bool = False
+    """Whether the token counts are guesses, because an endpoint did not tell."""
     latency_ms: float
     """From the call to the reply, as the orchestrator saw it."""
     engine_ms: float
@@ -197,10 +201,12 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored:
         entropy_nats=None if entropy is None or not math.isfinite(entropy) else round(entropy, 6),
         entropy_tokens=reply.entropy_tokens,
         entropy_kind=reply.entropy_kind,
+        entropy_slack_nats=finite(reply.entropy_slack_nats / max(1, reply.entropy_tokens), 6),
         finish_reason=reply.finish_reason if reply.status == "ok" or reply.completion_tokens else None,
         prompt_tokens=reply.prompt_tokens,
         cached_tokens=reply.cached_tokens,
         completion_tokens=reply.completion_tokens,
+        estimated=reply.are_tokens_estimated,
         latency_ms=finite(reply.latency_ms),
         engine_ms=finite(reply.engine_ms),
         engine=reply.engine,

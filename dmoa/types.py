@@ -88,14 +88,18 @@ class Generation:
     """Sum over the generated tokens (stop token included) of the entropy of the whole next-token distribution."""
     entropy_sq_sum: float
     """Sum of the squares of the same entropies."""
+    entropy_slack_nats: float = 0.0
+    """How far the sum may be off either way where it is the middle of two bounds; 0 for exact entropies."""
     entropy_tokens: int
-    """Tokens in the two sums; equals completion_tokens for exact entropies."""
+    """Tokens in the sums; equals completion_tokens for exact entropies, 0 where nothing is known of the entropy."""
     entropy_kind: EntropyKind = "exact"
     prompt_tokens: int
     cached_tokens: int = 0
     """Prompt tokens whose keys and values were reused from another request."""
     completion_tokens: int
     """Generated tokens, stop token included."""
+    are_tokens_estimated: bool = False
+    """Whether prompt_tokens and completion_tokens are guesses, because an endpoint did not tell."""
     engine_ms: float = 0.0
     """From the engine's accept to the last token."""
     queue_ms: float = 0.0
@@ -137,11 +141,13 @@ class AgentReply:
     finish_reason: FinishReason = "stop"
     entropy_sum_nats: float = 0.0
     entropy_sq_sum: float = 0.0
+    entropy_slack_nats: float = 0.0
     entropy_tokens: int = 0
     entropy_kind: EntropyKind = "exact"
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    are_tokens_estimated: bool = False
     latency_ms: float = 0.0
     """From the call to the reply, as the caller saw it."""
     engine_ms: float = 0.0

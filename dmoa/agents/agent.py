@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from dmoa.agents import tools as toolbox
 from dmoa.config import AgentConfig
-from dmoa.errors import DmoaError, EngineError, PromptTooLongError
+from dmoa.errors import AgentOverloadedError, DeadlineError, DmoaError, EngineError, PromptTooLongError
 from dmoa.protocols import Engine
-from dmoa.types import AgentCall, AgentReply, Generation, GenerationRequest, Message, TextDelta
+from dmoa.types import AgentCall, AgentReply, AgentStatus, Generation, GenerationRequest, Message, TextDelta
 
 MAX_TOOL_ROUNDS = 4
 
@@ -28,7 +28,7 @@ class Agent:
         self._tools: dict[str, toolbox.Tool] = {name: (tools or {})[name] for name in config.tools}
 
     async def call(self, call: AgentCall) -> AgentReply:
-        """Answer one call; an engine's failure becomes a reply with status `failed`."""
+        """Answer one call; an engine's failure becomes a reply with status `failed`, `late` or `overloaded`."""
         async for item in self._items(call, has_text=False):
             if isinstance(item, AgentReply):
                 return item
@@ -99,11 +99,13 @@ class Agent:
             finish_reason="length" if is_cut else rounds[-1].finish_reason,
             entropy_sum_nats=sum(item.entropy_sum_nats for item in rounds),
             entropy_sq_sum=sum(item.entropy_sq_sum for item in rounds),
+            entropy_slack_nats=sum(item.entropy_slack_nats for item in rounds),
             entropy_tokens=sum(item.entropy_tokens for item in rounds),
             entropy_kind="truncated" if "truncated" in kinds else "exact",
             prompt_tokens=sum(item.prompt_tokens for item in rounds),
             cached_tokens=sum(item.cached_tokens for item in rounds),
             completion_tokens=sum(item.completion_tokens for item in rounds),
+            are_tokens_estimated=any(item.are_tokens_estimated for item in rounds),
             latency_ms=(time.perf_counter() - started) * 1e3,
             engine_ms=sum(item.engine_ms for item in rounds),
             engine=self._engine.label,
@@ -111,9 +113,10 @@ class Agent:
 
     def _failed(self, call: AgentCall, error: Exception, started: float) -> AgentReply:
         """Return a failure as a reply; `length` as its finish reason says that the prompt did not fit."""
+        status: AgentStatus = "late" if isinstance(error, DeadlineError) else "failed"
         return AgentReply(
             agent=call.agent,
-            status="failed",
+            status="overloaded" if isinstance(error, AgentOverloadedError) else status,
             error=str(error) if isinstance(error, DmoaError) else f"{type(error).__name__}: {error}",
             finish_reason="length" if isinstance(error, PromptTooLongError) else "error",
             latency_ms=(time.perf_counter() - started) * 1e3,

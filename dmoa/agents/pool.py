@@ -18,7 +18,17 @@ import numpy as np
 from dmoa.agents import tools as toolbox
 from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.agents.models import adapter_hash, fetch, model_id, resolve_adapter, resolve_model
-from dmoa.config import SUMMARIZER, AgentConfig, Config, ScriptedOptions, TransformersOptions, is_name, load
+from dmoa.config import (
+    SUMMARIZER,
+    AgentConfig,
+    Config,
+    LlmConfig,
+    OpenaiOptions,
+    ScriptedOptions,
+    TransformersOptions,
+    is_name,
+    load,
+)
 from dmoa.errors import ConfigError
 from dmoa.protocols import Encoder, Engine
 from dmoa.types import FloatArray
@@ -74,7 +84,7 @@ def fingerprint(config: Config) -> str:
     """Return the SHA-256 that says which pool this is.
 
     Over the ordered list of (agent, model id, adapter hash, profile, tools, temperature, top_p) and the summarizer's
-    record; token limits, engine and dtype are not part of it.
+    record; token limits, engine and dtype are not part of it. A model behind an endpoint has the endpoint's URL in its id.
     """
     agents = [_identity(config, agent) for agent in config.agents]
     extra = summarizer_agent(config)
@@ -86,13 +96,23 @@ def fingerprint(config: Config) -> str:
 def _identity(config: Config, agent: AgentConfig) -> list[Any]:
     return [
         agent.name,
-        model_id(config.llms[agent.llm].model),
+        llm_id(config.llms[agent.llm]),
         adapter_hash(agent.adapter) if agent.adapter else None,
         agent.profile,
         list(agent.tools),
         agent.sampling.temperature,
         agent.sampling.top_p,
     ]
+
+
+def llm_id(llm: LlmConfig) -> str:
+    """Return what identifies the model of an LLM: `model_id`, with the URL of the endpoint where it runs at one.
+
+    The same name at another endpoint may be another model. Raises ConfigError as `model_id`.
+    """
+    options = llm.options
+    where = f"@{options.base_url.rstrip('/')}" if isinstance(options, OpenaiOptions) else ""
+    return model_id(llm.model) + where
 
 
 def check_files(config: Config) -> None:
@@ -106,6 +126,19 @@ def check_files(config: Config) -> None:
                 raise ConfigError(f"{where}.{error}") from error
 
 
+def check_keys(config: Config) -> None:
+    """Check that this process's environment holds the keys of all endpoints, for agents that inherit it. Raises ConfigError."""
+    from dmoa.agents.openai_endpoint import read_key
+
+    for name in dict.fromkeys(agent.llm for agent in callable_agents(config)):
+        options = config.llms[name].options
+        if isinstance(options, OpenaiOptions):
+            try:
+                read_key(options.api_key_env)
+            except ConfigError as error:
+                raise ConfigError(f"llms.{name}.{error}") from error
+
+
 def build_engine(config: Config, llm: str, agents: list[AgentConfig]) -> Engine:
     """Build the engine of one LLM for some of its agents. Blocks while a model loads; raises ConfigError."""
     part = config.llms[llm]
@@ -114,6 +147,13 @@ def build_engine(config: Config, llm: str, agents: list[AgentConfig]) -> Engine:
         from dmoa.agents.scripted import ScriptedEngine
 
         return ScriptedEngine(options)
+    if isinstance(options, OpenaiOptions):
+        from dmoa.agents.openai_engine import OpenaiEngine
+
+        try:
+            return OpenaiEngine(part.model.partition(":")[2], options, max_num_seqs=part.max_num_seqs)
+        except ConfigError as error:
+            raise ConfigError(f"llms.{llm}.{error}") from error
     if isinstance(options, TransformersOptions):
         from dmoa.agents.transformers_engine import TransformersEngine
 
@@ -125,7 +165,9 @@ def build_engine(config: Config, llm: str, agents: list[AgentConfig]) -> Engine:
             adapters=adapters,
             model_label=model_id(part.model),
         )
-    raise ConfigError(f"llms.{llm}.engine: {part.engine!r} cannot run in this process; allowed here: transformers, scripted")
+    raise ConfigError(
+        f"llms.{llm}.engine: {part.engine!r} cannot run in this process; allowed here: transformers, openai, scripted"
+    )
 
 
 def build_agents(config: Config, llm: str, engine: Engine) -> dict[str, Agent]:

@@ -98,8 +98,8 @@ def _versions(version_of: Callable[[str], str | None]) -> Iterator[Check]:
 def _engines(version_of: Callable[[str], str | None]) -> Check:
     missing = [package for package in ("torch", "transformers", "peft") if version_of(package) is None]
     if missing:
-        return Check(name="engines", status="fail", detail=f"scripted; transformers needs {', '.join(missing)}")
-    return Check(name="engines", status="ok", detail="transformers, scripted")
+        return Check(name="engines", status="fail", detail=f"openai, scripted; transformers needs {', '.join(missing)}")
+    return Check(name="engines", status="ok", detail="transformers, openai, scripted")
 
 
 def _compute() -> Iterator[Check]:
@@ -171,6 +171,7 @@ def _pool(config: Config) -> Iterator[Check]:
         yield Check(name="pool", status="fail", detail=str(error))
         return
     yield Check(name="pool", status="ok", detail=f"{config.name}: {len(config.agents)} agents on {', '.join(config.llms)}")
+    yield from _endpoints(config)
     folder = config.gate.checkpoint
     if folder is None:
         yield Check(name="gate", status="warn", detail="untrained: routing is arbitrary until it is trained")
@@ -183,3 +184,17 @@ def _pool(config: Config) -> Iterator[Check]:
         yield Check(name="gate", status="fail", detail=str(error))
         return
     yield Check(name="gate", status="ok", detail=f"{record.version} from {folder}")
+
+
+def _endpoints(config: Config) -> Iterator[Check]:
+    """Say of every endpoint where it is and whether its key is here; none is asked."""
+    from dmoa.config import OpenaiOptions
+
+    for name, llm in config.llms.items():
+        options = llm.options
+        if isinstance(options, OpenaiOptions):
+            variable = options.api_key_env
+            is_set = variable is None or bool(os.environ.get(variable, "").strip())
+            key = "no key" if variable is None else f"key in {variable}"
+            note = "" if is_set else ", which is not set here; set it where the agents run"
+            yield Check(name=f"endpoint {name}", status="ok" if is_set else "warn", detail=f"{options.base_url}, {key}{note}")

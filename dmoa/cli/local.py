@@ -145,7 +145,7 @@ def fetch_models(config: Config, say: Callable[[str], None]) -> None:
     from dmoa.agents.models import fetch, resolve_model
 
     for name, llm in config.llms.items():
-        if llm.engine != "scripted":
+        if llm.engine not in ("scripted", "openai"):
             say(f"loading {name} ({llm.model})")
             resolve_model(llm.model, progress=say)
     if any(llm.engine != "scripted" for llm in config.llms.values()):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 
+from dmoa.agents.pool import check_keys
 from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError, NoAgentError
 from dmoa.serving.auth import check_exposure, hash_keys
@@ -66,6 +67,8 @@ def launch(
     key_hashes = hash_keys(os.environ)
     check_exposure(host, key_hashes, insecure)
     address = _address(address)
+    if address is None:
+        check_keys(config)  # a Ray of our own inherits this environment; on another one the engines find out
     from ray import serve
 
     from dmoa.serving.app import build_app

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import dmoa
 from dmoa.agents.pool import default_config_path, load_pool
-from dmoa.config import Config, ScriptedOptions, TransformersOptions, load, loads
+from dmoa.config import Config, OpenaiOptions, ScriptedOptions, TransformersOptions, load, loads
 from dmoa.errors import ConfigError
 
 ROOT = Path(dmoa.__file__).parent
@@ -27,6 +27,14 @@ BASE: dict[str, Any] = {
         {"name": "sorter", "llm": "tiny", "profile": "Sorts."},
     ],
 }
+
+
+ENDPOINT: dict[str, Any] = {"model": "openai:x", "engine": "openai", "engine_kwargs": {"base_url": "https://api.example.com/v1"}}
+
+
+def endpoint(**options: Any) -> dict[str, Any]:
+    """A change that makes the LLM an endpoint with these options."""
+    return {"llms__tiny": ENDPOINT | {"engine_kwargs": ENDPOINT["engine_kwargs"] | options}}
 
 
 def tree(**changes: Any) -> dict[str, Any]:
@@ -109,7 +117,25 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"llms__A b": {"model": "scripted:x", "engine": "scripted"}}, ("llms.A b", "value seen: 'A b'", "allowed are 1-64")),
     ({"llms__tiny__model": "smollm"}, ("llms.tiny.model: value seen: 'smollm'", "embedded:NAME", "change it")),
     ({"llms__tiny__engine": "llamacpp"}, ("llms.tiny.engine: value seen: 'llamacpp'", "'transformers'")),
-    ({"llms__tiny__engine": "openai"}, ("llms.tiny", "'openai' is not supported", "allowed: transformers, scripted, vllm")),
+    ({"llms__tiny": ENDPOINT | {"engine_kwargs": {}}}, ("llms.tiny: engine_kwargs: base_url: missing; add it",)),
+    ({"llms__tiny": ENDPOINT | {"model": "hub:a/b"}}, ("llms.tiny: model 'hub:a/b' on engine 'openai'", "change one of the two")),
+    ({"llms__tiny__model": "openai:x"}, ("llms.tiny: model 'openai:x' on engine 'scripted'", "change one of the two")),
+    ({"llms__tiny": ENDPOINT | {"gpus": 1}}, ("llms.tiny: gpus: value seen: 1", "runs its model elsewhere", "set gpus to 0")),
+    ({"llms__tiny": ENDPOINT, "agents__1__adapter": "path:x"}, ("agents.1.adapter: value seen: 'path:x'", "set adapter to null")),
+    (
+        {"llms__tiny": ENDPOINT, "summarizer": {"mode": "llm", "llm": "tiny", "adapter": "path:x"}},
+        ("summarizer.adapter: value seen: 'path:x'", "an endpoint (llms.tiny) serves", "add an LLM of that name"),
+    ),
+    (endpoint(top_logprobs=21), ("llms.tiny: engine_kwargs: top_logprobs: value seen: 21", "less than or equal to 20")),
+    (endpoint(max_retries=-1), ("engine_kwargs: max_retries: value seen: -1",)),
+    (endpoint(timeout_s=0), ("engine_kwargs: timeout_s: value seen: 0",)),
+    (endpoint(vocab_size=1), ("engine_kwargs: vocab_size: value seen: 1",)),
+    (endpoint(api_key="x"), ("engine_kwargs: api_key: unknown key", "allowed: base_url, api_key_env")),
+    (endpoint(base_url="api.example.com"), ("engine_kwargs: base_url: value seen: 'api.example.com'", "http and https")),
+    (endpoint(base_url="ftp://a/v1"), ("base_url: value seen: 'ftp://a/v1'", "allowed are http and https URLs with a host")),
+    (endpoint(base_url="https:///v1"), ("base_url: value seen: 'https:///v1'",)),
+    (endpoint(base_url="https://a:b/v1"), ("base_url: value seen: 'https://a:b/v1'",)),
+    (endpoint(base_url="https://a b/v1"), ("base_url: value seen: 'https://a b/v1'",)),
     ({"llms__tiny__max_num_seqs": 0}, ("llms.tiny.max_num_seqs: value seen: 0", "greater than or equal to 1")),
     ({"llms__tiny__gpus": -1}, ("llms.tiny.gpus: value seen: -1",)),
     ({"llms__tiny__engine_kwargs": {"tokens": 0}}, ("llms.tiny: engine_kwargs: tokens: value seen: 0",)),
@@ -155,6 +181,26 @@ def test_a_bad_value_names_field_value_what_is_allowed_and_what_to_do(changes: d
         assert part in message
     assert "\n" not in message
     assert "errors.pydantic.dev" not in message
+
+
+SECRETS = ["https://user:hunter2@a/v1", "https://hunter2@a/v1", "https://a/v1?key=hunter2", "https://a/v1#hunter2"]
+
+
+@pytest.mark.parametrize(
+    "options", [*({"base_url": url} for url in SECRETS), {"api_key_env": "sk-hunter2"}, {"api_key_env": "hunter2"}]
+)
+def test_what_may_be_a_secret_is_refused_without_showing_it(options: dict[str, str]) -> None:
+    message = refused(yaml.safe_dump(tree(**endpoint(**options))))
+    assert message.startswith(f"pool.yaml: llms.tiny: engine_kwargs: {next(iter(options))}: ")
+    assert "hunter2" not in message
+
+
+def test_an_endpoint_has_defaults_and_needs_no_key_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    options = loads(yaml.safe_dump(tree(**endpoint(api_key_env="NO_SUCH_KEY")))).llms["tiny"].options
+    assert isinstance(options, OpenaiOptions)
+    assert (options.timeout_s, options.max_retries, options.top_logprobs, options.vocab_size) == (120.0, 2, 20, 128000)
+    assert (options.api_key_env, options.continue_final_message) == ("NO_SUCH_KEY", False)
 
 
 def test_a_missing_field_is_named() -> None:

@@ -17,7 +17,7 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "wandb")
 # Layers from the bottom up; a module may import from its own layer and from those below it.
 LAYERS: list[tuple[str, ...]] = [
     ("types", "errors", "explain", "yaml_tree", "redaction", "protocols"),
-    ("config", "sandbox", "isolation"),
+    ("config", "engine_options", "sandbox", "isolation"),
     ("core",),
     (
         "agents",
@@ -121,6 +121,10 @@ def test_orchestrator_loads_torch_at_most() -> None:
 
 def test_the_ingress_side_never_loads_torch() -> None:
     assert loaded_by("import dmoa.swarm, dmoa.trace, dmoa.serving.http, dmoa.serving.router_client") <= {"ray"}
+
+
+def test_a_replica_that_only_speaks_to_endpoints_stays_light() -> None:
+    assert loaded_by("import dmoa.agents.openai_engine, dmoa.agents.pool") == set()
 
 
 def test_core_is_torch_and_numpy_only() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from openai_server import answer, playing
 
 from dmoa import checkpoint
 from dmoa.agents.embedder import HashEncoder
@@ -19,14 +20,18 @@ from dmoa.agents.pool import (
     build_pool_gate,
     callable_agents,
     check_files,
+    check_keys,
     fingerprint,
+    llm_id,
     load_pool,
     summarizer_agent,
 )
 from dmoa.agents.scripted import ScriptedEngine
 from dmoa.config import Config
 from dmoa.errors import CheckpointError, ConfigError
-from dmoa.types import AgentCall, Message, Sampling, is_untrained
+from dmoa.routing import LocalRouter
+from dmoa.swarm import Swarm
+from dmoa.types import AgentCall, Answer, Message, Query, Sampling, TextDelta, is_untrained
 
 TREE: dict[str, Any] = {
     "name": "pool",
@@ -146,6 +151,66 @@ def test_an_engine_that_cannot_run_here_is_refused() -> None:
     config = pool(llms__one={"model": "hub:org/model", "engine": "vllm"})
     with pytest.raises(ConfigError, match=r"llms\.one\.engine: 'vllm' cannot run in this process; allowed here: "):
         build_engine(config, "one", [])
+
+
+ENDPOINT = {"model": "openai:big", "engine": "openai", "engine_kwargs": {"base_url": "https://a.example.com/v1"}}
+
+
+def endpoint(**options: Any) -> Config:
+    """TREE with its first LLM behind an endpoint."""
+    return pool(llms__one=ENDPOINT | {"engine_kwargs": ENDPOINT["engine_kwargs"] | options})
+
+
+async def test_an_endpoint_is_an_engine_under_its_models_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk-secret")
+    _, engines = build_local(endpoint(api_key_env="SOME_KEY", top_logprobs=5))
+    assert [engine.label for engine in engines] == ["openai/top5/vocab128000", "scripted"]
+    for engine in engines:
+        await engine.close()
+
+
+def test_an_endpoint_without_its_key_is_refused_when_its_engine_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"^llms\.one\.engine_kwargs\.api_key_env: the variable SOME_KEY is not set"):
+        build_local(endpoint(api_key_env="SOME_KEY"))
+    with pytest.raises(ConfigError, match=r"^llms\.one\.engine_kwargs\.api_key_env: the variable SOME_KEY is not set"):
+        check_keys(endpoint(api_key_env="SOME_KEY"))
+    check_keys(endpoint())
+    monkeypatch.setenv("SOME_KEY", "sk-secret")
+    check_keys(endpoint(api_key_env="SOME_KEY"))
+
+
+def test_the_fingerprint_knows_an_endpoint_by_model_and_url_and_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk-secret")
+    assert llm_id(endpoint(api_key_env="SOME_KEY").llms["one"]) == "openai:big@https://a.example.com/v1"
+    same = [endpoint(), endpoint(api_key_env="SOME_KEY", timeout_s=5), endpoint(base_url="https://a.example.com/v1/")]
+    other = [endpoint(base_url="https://b.example.com/v1"), pool(llms__one=ENDPOINT | {"model": "openai:small"}), pool()]
+    assert len({fingerprint(config) for config in same}) == 1
+    assert len({fingerprint(config) for config in [*same, *other]}) == 4
+
+
+async def test_a_summarizer_may_live_behind_an_endpoint() -> None:
+    async with playing(answer("FINAL\n", "It is 19.")) as server:
+        config = pool(
+            llms__one__engine_kwargs={"replies": {"adder": "19"}},
+            llms__far=ENDPOINT | {"engine_kwargs": {"base_url": server.url}},
+            summarizer=LLM_SUMMARIZER | {"llm": "far"},
+        )
+        agents, engines = build_local(config)
+        gate, record = build_pool_gate(config)
+        router = LocalRouter()
+        router.install(record.version, gate)
+        swarm = Swarm(config, agents=agents, router=router, encoder=HashEncoder())
+        events = [event async for event in swarm.answer(Query(trace_id="t", text="What is 12 + 7?"), "dmoa", None)]
+        for engine in engines:
+            await engine.close()
+    answered = events[-1]
+    assert isinstance(answered, Answer)
+    assert (answered.text, answered.stop_reason, len(answered.steps)) == ("It is 19.", "summarizer", 1)
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == "It is 19."
+    written = answered.steps[0].summarizer
+    assert (written.verdict, written.prompt_tokens, written.completion_tokens) == ("final", 11, 3)
+    assert [call.body["model"] for call in server.calls] == ["big"]
 
 
 def test_a_scripted_pool_needs_no_sentence_encoder() -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import jsonschema
 import pytest
+import yaml
 
 from dmoa import sandbox
 from dmoa.cli.doctor import examine, port_check
 from dmoa.cli.main import app
-from dmoa.config import load
+from dmoa.config import load, loads
 from dmoa.errors import AgentOverloadedError, CheckpointError, ConfigError, DmoaError, NoAgentError, RequestError, TraceError
 
 COMMANDS = ("run", "chat", "serve", "models", "policies", "schema", "doctor", "bench", "demo", "evaluate", "report")
@@ -156,6 +157,21 @@ def test_the_doctor_misses_a_package(pool: Path) -> None:
     assert checks["ray"].status == "fail"
     assert "not installed" in checks["ray"].detail
     assert "peft" in checks["engines"].detail
+
+
+def test_the_doctor_says_whose_key_is_not_set(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY_A", "sk-secret")
+    monkeypatch.delenv("KEY_B", raising=False)
+    keys: dict[str, str | None] = {"a": "KEY_A", "b": "KEY_B", "c": None}
+    tree = yaml.safe_load(pool.read_text(encoding="utf-8"))
+    for name, variable in keys.items():
+        options = {"base_url": f"https://{name}.example.com/v1", "api_key_env": variable}
+        tree["llms"][name] = {"model": "openai:x", "engine": "openai", "engine_kwargs": options}
+    found = {check.name: check for check in examine(loads(yaml.safe_dump(tree)))}
+    assert [found[f"endpoint {name}"].status for name in keys] == ["ok", "warn", "ok"]
+    assert found["endpoint a"].detail == "https://a.example.com/v1, key in KEY_A"
+    assert "KEY_B, which is not set here" in found["endpoint b"].detail
+    assert not any("sk-secret" in check.detail for check in found.values())
 
 
 def test_the_doctor_fails_on_a_missing_adapter(dmoa: Any, pool: Path) -> None:

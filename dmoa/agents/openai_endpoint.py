@@ -1,0 +1,260 @@
+"""One OpenAI-compatible endpoint over HTTP: what is sent to it, when it is asked again, and what its refusals mean.
+
+Between `openai_engine`, which bounds calls by places and deadlines, and `openai_replies`, which reads what comes back. The key
+is known here alone; texts of the endpoint are quoted in errors only with the key taken out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import re
+import ssl
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from email.utils import parsedate_to_datetime
+from random import SystemRandom
+from typing import Any
+
+import httpx
+
+from dmoa import __version__
+from dmoa.agents.openai_replies import Draft, error_field, error_message, events
+from dmoa.config import OpenaiOptions
+from dmoa.errors import AgentOverloadedError, ConfigError, DmoaError, EngineError, PromptTooLongError
+from dmoa.redaction import REDACTED, redact_text
+from dmoa.types import GenerationRequest
+
+_LOG = logging.getLogger("dmoa.openai")
+CONNECT_TIMEOUT_S = 10.0
+FIRST_BACKOFF_S = 0.5
+MAX_BACKOFF_S = 8.0
+_MAX_QUOTED_CHARS = 300
+_OPTIONAL = {name: name for name in ("logprobs", "stream_options", "seed")} | {"max_tokens": "max_completion_tokens"}
+"""Fields that an endpoint may refuse, and the word of its refusal: max_tokens is then sent by that name, the others not."""
+_RANDOM = SystemRandom()
+OnText = Callable[[str], None]
+
+
+class _PassingError(Exception):
+    """A failure that may be gone a moment later: what to raise if it stays, and when the endpoint wants to be asked again."""
+
+    def __init__(self, error: DmoaError, retry_after_s: float | None = None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.retry_after_s = retry_after_s
+
+
+class _FieldRefusedError(Exception):
+    """The endpoint does not take an optional field; the call is sent again without it."""
+
+
+class Endpoint:
+    """Sends calls to one model of one endpoint."""
+
+    def __init__(self, model: str, options: OpenaiOptions) -> None:
+        """`model` is the name that the endpoint knows. Raises ConfigError where the key's variable holds no key."""
+        self._model = model
+        self._options = options
+        self._key = read_key(options.api_key_env)
+        self._url = f"{options.base_url.rstrip('/')}/chat/completions"
+        self._refused: set[str] = set()
+        # Made here, because reading the certificates takes a while, which a first call's deadline should not pay for.
+        is_secure = self._url.startswith("https")
+        self._tls = ssl.create_default_context() if is_secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+    def connect(self, max_connections: int) -> httpx.AsyncClient:
+        """Return a client whose connections carry the key; it belongs to the event loop that first uses it."""
+        options = self._options
+        headers = {"User-Agent": f"dmoa/{__version__}"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        return httpx.AsyncClient(
+            headers=headers,
+            verify=self._tls,
+            timeout=httpx.Timeout(options.timeout_s, connect=min(CONNECT_TIMEOUT_S, options.timeout_s), pool=None),
+            limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
+        )
+
+    def error(self, text: str) -> EngineError:
+        """Return an error that names the model."""
+        return EngineError(self._named(text))
+
+    async def answer(
+        self, client: httpx.AsyncClient, request: GenerationRequest, on_text: OnText | None, drafts: list[Draft]
+    ) -> Draft:
+        """Return the reply to one call, as a stream where `on_text` listens.
+
+        Sends it again after a passing failure, up to `max_retries` times, unless text has been handed on or the deadline would
+        pass before. `drafts` gets what each attempt has read, for a caller whose patience ends. Raises as `Engine.generate`.
+        """
+        attempt = 0
+        while True:
+            drafts.append(Draft(self._options.vocab_size))
+            try:
+                await self._exchange(client, request, on_text, drafts[-1])
+            except _FieldRefusedError:
+                continue
+            except _PassingError as failure:
+                wait_s = self._wait_s(failure, attempt)
+                if attempt >= self._options.max_retries or drafts[-1].is_begun or not self._has_time(request, wait_s):
+                    raise failure.error from None
+                attempt += 1
+                await asyncio.sleep(wait_s)
+            else:
+                return drafts[-1]
+
+    def _wait_s(self, failure: _PassingError, attempt: int) -> float:
+        """Return how long to wait: as the endpoint asks, else twice as long each time, spread so that callers do not meet."""
+        if failure.retry_after_s is not None:
+            return failure.retry_after_s
+        return min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0**attempt) * _RANDOM.uniform(0.5, 1.0)
+
+    def _has_time(self, request: GenerationRequest, wait_s: float) -> bool:
+        deadline = request.deadline_unix_s
+        return wait_s <= self._options.timeout_s if deadline is None else time.time() + wait_s < deadline
+
+    async def _exchange(
+        self, client: httpx.AsyncClient, request: GenerationRequest, on_text: OnText | None, draft: Draft
+    ) -> None:
+        """Send the call once and read the reply into the draft."""
+        body = self._body(request, is_stream=on_text is not None)
+        try:
+            async with client.stream("POST", self._url, json=body) as response:
+                if response.status_code != httpx.codes.OK:
+                    raise self._refusal(response, await response.aread(), body)
+                if on_text is None or response.headers.get("content-type", "").startswith("application/json"):
+                    self._take(draft, await response.aread(), on_text)
+                else:
+                    await self._read_events(response, on_text, draft)
+        except httpx.TimeoutException as error:
+            if isinstance(error, httpx.ConnectTimeout):
+                raise _PassingError(self.error("no connection in time; check base_url, or raise timeout_s")) from error
+            raise self.error(f"nothing came for {self._options.timeout_s:g} s; raise timeout_s, or lower max_tokens") from None
+        except httpx.TransportError as error:
+            said = self._quoted(str(error) or "no details")
+            raise _PassingError(self.error(f"the connection failed ({type(error).__name__}: {said}); check base_url")) from error
+        except httpx.DecodingError as error:
+            raise self.error(f"its reply cannot be decoded ({self._quoted(str(error))})") from None
+
+    async def _read_events(self, response: httpx.Response, on_text: OnText, draft: Draft) -> None:
+        is_done = False
+        async with aclosing(events(response.aiter_bytes())) as found:
+            async for data in found:
+                if data == "[DONE]":
+                    is_done = True
+                    break
+                if data:
+                    self._take(draft, data, on_text)
+        if not is_done and not draft.is_ended:
+            raise _PassingError(self.error("its stream broke off before the end of the reply; ask again"))
+
+    def _take(self, draft: Draft, data: bytes | str, on_text: OnText | None) -> None:
+        try:
+            text = draft.take(data)
+        except EngineError as error:
+            raise self.error(self._quoted(str(error))) from None
+        if text and on_text is not None:
+            on_text(text)
+
+    def _body(self, request: GenerationRequest, *, is_stream: bool) -> dict[str, Any]:
+        sampling, options = request.sampling, self._options
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": [{"role": message.role, "content": message.content} for message in request.messages],
+            "temperature": sampling.temperature,
+            "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens": sampling.max_tokens,
+            "stream": is_stream,
+        }
+        if sampling.top_p < 1.0:
+            body["top_p"] = sampling.top_p
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        if sampling.temperature > 0.0 and "seed" not in self._refused:
+            body["seed"] = _seed(request)
+        if options.top_logprobs and "logprobs" not in self._refused:
+            body |= {"logprobs": True, "top_logprobs": options.top_logprobs}
+        if is_stream and "stream_options" not in self._refused:
+            body["stream_options"] = {"include_usage": True}
+        if options.continue_final_message and request.messages[-1].role == "assistant":
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        return body
+
+    def _refusal(self, response: httpx.Response, content: bytes, body: dict[str, Any]) -> Exception:
+        """Return what a status other than 200 stands for."""
+        status = response.status_code
+        try:
+            tree = json.loads(content)
+        except ValueError:
+            tree = content.decode("utf-8", "replace")
+        said = self._quoted(error_message(tree)) or "no details"
+        if error_field(tree, "code") == "context_length_exceeded" or re.search(r"maximum context length|context window", said):
+            return PromptTooLongError(self._named(f"the prompt does not fit: {said}"))
+        if status in (400, 422) and self._learn(f"{error_field(tree, 'param')} {said}", body):
+            return _FieldRefusedError()
+        if status in (401, 403):
+            whose = (
+                f"the key in {self._options.api_key_env}" if self._options.api_key_env else "a call without a key (api_key_env)"
+            )
+            return self.error(f"it refuses {whose} with status {status}: {said}")
+        text = f"it answered with status {status}: {said}"
+        if status == 429:
+            overloaded = AgentOverloadedError(self._named(text))
+            return _PassingError(overloaded, _retry_after_s(response.headers.get("retry-after", "")))
+        if status == 408 or status >= 500:
+            return _PassingError(self.error(text), _retry_after_s(response.headers.get("retry-after", "")))
+        return self.error(text)
+
+    def _learn(self, said: str, body: dict[str, Any]) -> bool:
+        """Remember an optional field that a refusal names and the call held; tells whether there was one."""
+        for name, word in _OPTIONAL.items():
+            if re.search(rf"\b{word}\b", said) and name in body and name not in self._refused:
+                self._refused.add(name)
+                _LOG.warning("openai:%s refuses %s, which is no longer sent: %s", self._model, name, said.strip())
+                return True
+        return False
+
+    def _named(self, text: str) -> str:
+        return f"openai:{self._model}: {text}"
+
+    def _quoted(self, text: str) -> str:
+        """Return a text of the endpoint or about it, on one line, short, without the key."""
+        clean = text.replace(self._key, REDACTED) if self._key else text
+        # Cut before redacting, whose patterns take a second for each few thousand characters without a space.
+        return redact_text(" ".join(clean.split())[:_MAX_QUOTED_CHARS])
+
+
+def read_key(variable: str | None) -> str:
+    """Return the key in an environment variable, empty where none is named. Raises ConfigError, never with the key."""
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(
+            f"engine_kwargs.api_key_env: the variable {variable} is not set where the engine runs, or empty; set it there "
+            "before Ray is started, or set api_key_env to null for an endpoint without keys"
+        )
+    if not re.fullmatch(r"[\x21-\x7e]+", key):  # else the HTTP library would refuse the header and show it
+        raise ConfigError(f"engine_kwargs.api_key_env: the value of {variable} holds characters that no key has; set it again")
+    return key
+
+
+def _seed(request: GenerationRequest) -> int:
+    """Return the request's seed, or one that its id always gives, 31 bits."""
+    if request.sampling.seed is not None:
+        return request.sampling.seed
+    return int.from_bytes(hashlib.sha256(request.call_id.encode()).digest()[:4], "little") >> 1
+
+
+def _retry_after_s(value: str) -> float | None:
+    """Return the seconds of a Retry-After header, given as seconds or as a date; None where it says nothing."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,116 @@
+"""Typed options of every engine: what `llms.NAME.engine_kwargs` may hold. Part of the configuration tree, and as inert."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, model_validator
+
+from dmoa.explain import short
+
+
+class Node(BaseModel):
+    """Base of every configuration record: frozen, unknown keys refused, fields documented in place."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class TransformersOptions(Node):
+    """Options of the `transformers` engine; each is named in every result."""
+
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Weights and arithmetic; int8 is dynamic int8 weights on CPU."""
+    compile: bool = False
+    """Run the decode step through torch.compile."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1, le=256)
+    """CPU threads of the engine; None: half of the cores, because the small operations of small models gain little from more,
+    lose much where another process wants a core, and gateway, router and encoder need theirs."""
+    max_model_len: int = Field(default=2048, ge=64, le=1048576)
+    """Longest prompt plus reply in tokens."""
+    prefix_cache: bool = True
+    """Reuse the keys and values of the prompt prefix shared by the agents of a step."""
+
+
+class ScriptedOptions(Node):
+    """Options of the `scripted` engine: deterministic stand-ins for tests and for measuring overhead."""
+
+    delay_ms: float = Field(default=0.0, ge=0.0)
+    """How long every reply takes."""
+    delays_ms: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Delay by agent name, over `delay_ms`."""
+    replies: dict[str, str] = Field(default_factory=dict)
+    """Reply by agent name; `{query}` in it stands for the last user message. Others echo."""
+    failing: tuple[str, ...] = ()
+    """Agents whose every call fails."""
+    tokens: int = Field(default=8, ge=1)
+    """Completion tokens that every reply claims."""
+    entropies_nats: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Mean entropy by agent name; others get one from the hash of agent and query."""
+
+
+class VllmOptions(Node):
+    """Options of the `vllm` engine (extra `vllm`)."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    max_model_len: int | None = Field(default=None, ge=64)
+
+
+class OpenaiOptions(Node):
+    """Options of the `openai` engine: an OpenAI-compatible endpoint that runs elsewhere."""
+
+    base_url: str
+    """What `/chat/completions` is appended to, such as https://api.example.com/v1; without user, query and fragment."""
+    api_key_env: str | None = None
+    """NAME of the environment variable that holds the key where the engine runs, never the key; None: no key is sent."""
+    timeout_s: float = Field(default=120.0, gt=0.0, le=3600.0)
+    """Longest silence: until the reply of an unstreamed call, between two pieces of a stream. Connecting may take 10 s of it."""
+    max_retries: int = Field(default=2, ge=0, le=10)
+    """How often a call is sent again after status 408, 429 or 5xx and after a lost connection, within the query's deadline."""
+    top_logprobs: int = Field(default=20, ge=0, le=20)
+    """Log-probabilities asked for per token; 0 asks for none: the entropies are then unknown, and no reply counts as sure."""
+    vocab_size: int = Field(default=128000, ge=2, le=10000000)
+    """Size of the model's vocabulary, which endpoints do not tell: what probability that is not listed may be spread over."""
+    continue_final_message: bool = False
+    """Ask for the assistant's own beginning to be continued in place, after a tool's result say (vLLM and SGLang can);
+    else it stands as a turn before the reply."""
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Self:
+        # A rule over the record, because the message of a rule over one field would show what may be a secret.
+        if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
+            raise ValueError(
+                "api_key_env: the value is no name of an environment variable; allowed are A-Z, 0-9 and '_', the first no digit; "
+                "name the variable that holds the key, and keep the key itself out of this file"
+            )
+        fault = _fault_of_url(self.base_url)
+        if fault:
+            raise ValueError(f"base_url: {fault}; write it as https://HOST[:PORT]/PATH, up to what /chat/completions follows")
+        return self
+
+
+def _fault_of_url(url: str) -> str | None:
+    """Return what is wrong with an endpoint's URL, None if nothing; parts that may hold a secret are not repeated."""
+    if re.search(r"[@?#]", url):
+        return "the URL has a user part, a query or a fragment; none is allowed (a key goes into the variable of api_key_env)"
+    try:
+        parts = urlsplit(url)
+        has_host = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        has_host = False
+    is_whole = has_host and url.isascii() and url.isprintable() and " " not in url
+    return None if is_whole else f"value seen: {short(url)}; allowed are http and https URLs with a host"
+
+
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
+EngineName = Literal["transformers", "scripted", "vllm", "openai"]
+EngineOptions = TransformersOptions | ScriptedOptions | VllmOptions | OpenaiOptions
+OPTIONS: dict[EngineName, type[EngineOptions]] = {
+    "transformers": TransformersOptions,
+    "scripted": ScriptedOptions,
+    "vllm": VllmOptions,
+    "openai": OpenaiOptions,
+}

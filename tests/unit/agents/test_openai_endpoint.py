@@ -1,0 +1,272 @@
+"""What the openai engine does about refusals, lost connections and keys: asking again, learning, errors that keep secrets."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import socket
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+from openai_server import FakeEndpoint, Turn, answer, content, opening, playing, refusal, request
+
+from dmoa.agents.agent import Agent
+from dmoa.agents.openai_engine import OpenaiEngine
+from dmoa.config import AgentConfig, OpenaiOptions
+from dmoa.errors import AgentOverloadedError, ConfigError, EngineError, PromptTooLongError
+from dmoa.types import AgentCall, AgentReply, Generation, Message, Sampling
+
+AT_ONCE = {"Retry-After": "0"}
+KEY = "sk-proj-abcDEF0123456789"
+
+
+def engine_of(endpoint: FakeEndpoint, **options: Any) -> OpenaiEngine:
+    return OpenaiEngine("some-model", OpenaiOptions.model_validate({"base_url": endpoint.url} | options), max_num_seqs=4)
+
+
+async def ask(engine: OpenaiEngine, *, is_stream: bool = False, **fields: Any) -> Generation:
+    if not is_stream:
+        return await engine.generate(request("Hi", **fields))
+    items = [item async for item in engine.stream(request("Hi", **fields))]
+    assert isinstance(items[-1], Generation)
+    return items[-1]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("status", [408, 429, 500, 503, 529])
+async def test_a_passing_refusal_is_answered_by_asking_again(status: int, is_stream: bool) -> None:
+    async with playing(refusal(status, "busy", headers=AT_ONCE), answer("19")) as endpoint:
+        engine = engine_of(endpoint)
+        assert (await ask(engine, is_stream=is_stream)).text == "19"
+        await engine.close()
+    assert len(endpoint.calls) == 2
+    assert endpoint.calls[0].body == endpoint.calls[1].body
+
+
+@pytest.mark.parametrize("asked_s", [0.3, None])
+async def test_it_waits_as_long_as_it_is_asked_to_or_a_little(asked_s: float | None) -> None:
+    headers = {"Retry-After": str(asked_s)} if asked_s else None
+    async with playing(refusal(500, "oh", headers=headers), answer("19")) as endpoint:
+        engine = engine_of(endpoint)
+        await ask(engine)
+        await engine.close()
+    assert endpoint.calls[1].at_s - endpoint.calls[0].at_s >= (asked_s or 0.25)
+
+
+@pytest.mark.parametrize(("max_retries", "calls"), [(0, 1), (2, 3)])
+async def test_it_gives_up_after_so_many_retries(max_retries: int, calls: int) -> None:
+    async with playing(refusal(500, "the GPU is gone", headers=AT_ONCE)) as endpoint:
+        engine = engine_of(endpoint, max_retries=max_retries)
+        with pytest.raises(EngineError, match=r"^openai:some-model: it answered with status 500: the GPU is gone$"):
+            await ask(engine)
+        await engine.close()
+    assert len(endpoint.calls) == calls
+
+
+@pytest.mark.parametrize(
+    "later", ["3600", format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)], ids=["seconds", "date"]
+)
+@pytest.mark.parametrize("deadline_s", [None, 5.0])
+async def test_a_wait_past_the_deadline_or_the_timeout_is_not_begun(later: str, deadline_s: float | None) -> None:
+    async with playing(refusal(429, "slow down", headers={"Retry-After": later})) as endpoint:
+        engine = engine_of(endpoint)
+        started = time.monotonic()
+        with pytest.raises(AgentOverloadedError, match="status 429: slow down"):
+            await ask(engine, deadline_unix_s=None if deadline_s is None else time.time() + deadline_s)
+        assert time.monotonic() - started < 4
+        await engine.close()
+    assert len(endpoint.calls) == 1
+
+
+@pytest.mark.parametrize("status", [302, 400, 401, 403, 404, 422])
+async def test_other_refusals_are_final(status: int) -> None:
+    async with playing(refusal(status, "no\nsuch model")) as endpoint:
+        engine = engine_of(endpoint)
+        with pytest.raises(EngineError, match=rf"status {status}: no such model"):
+            await ask(engine)
+        await engine.close()
+    assert len(endpoint.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (b"<html>Bad gateway</html>", "status 404: <html>Bad gateway</html>"),
+        (b'{"detail": "Not Found"}', "status 404: Not Found"),
+        (b'{"error": "no"}', "status 404: no"),
+        (b'{"error": {"code": 7}}', 'status 404: {"code": 7}'),
+        (b"", "status 404: no details"),
+        (b"x" * 10**6, "status 404: " + "x" * 300),
+    ],
+)
+async def test_every_shape_of_an_error_is_quoted_in_short(body: bytes, named: str) -> None:
+    async with playing(content(body, 404)) as endpoint:
+        engine = engine_of(endpoint)
+        with pytest.raises(EngineError) as caught:
+            await ask(engine)
+        await engine.close()
+    assert str(caught.value) == f"openai:some-model: it answered with {named}"
+
+
+@pytest.mark.parametrize("field", [{"code": "context_length_exceeded"}, {}])
+async def test_a_prompt_that_is_too_long_is_told_apart(field: dict[str, str]) -> None:
+    said = "too many" if field else "This model's maximum context length is 8192 tokens."
+    async with playing(refusal(400, said, **field)) as endpoint:
+        engine = engine_of(endpoint)
+        with pytest.raises(PromptTooLongError, match="the prompt does not fit"):
+            await ask(engine)
+        await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "gone", "is_stream"),
+    [
+        (refusal(400, "logprobs: value seen: True; not supported", param="logprobs"), ("logprobs", "top_logprobs"), False),
+        (refusal(422, "Extra inputs are not permitted: stream_options"), ("stream_options",), True),
+        (refusal(400, "x", param="seed"), ("seed",), False),
+        (
+            refusal(400, "Use 'max_completion_tokens'.", param="max_tokens"),
+            ("max_tokens",),
+            True,
+        ),
+    ],
+    ids=["logprobs", "stream_options", "seed", "max_tokens"],
+)
+async def test_an_optional_field_that_is_refused_is_not_sent_again(fault: Turn, gone: tuple[str, ...], is_stream: bool) -> None:
+    async with playing(fault, answer("19")) as endpoint:
+        engine = engine_of(endpoint, max_retries=0)
+        for _ in range(2):
+            assert (await ask(engine, is_stream=is_stream, temperature=1.0, max_tokens=7)).text == "19"
+        await engine.close()
+    first, *later = (call.body for call in endpoint.calls)
+    assert len(later) == 2
+    for body in later:
+        kept = {name: value for name, value in first.items() if name not in gone}
+        assert body == kept | ({"max_completion_tokens": 7} if "max_tokens" in gone else {})
+
+
+@pytest.mark.parametrize("said", ["max_tokens is too large: 7; at most 4", "top_logprobs must be at most 5", "proseeds"])
+async def test_a_bad_value_is_no_refused_field(said: str) -> None:
+    async with playing(refusal(400, said)) as endpoint:
+        engine = engine_of(endpoint)
+        with pytest.raises(EngineError, match=f"status 400: {said}"):
+            await ask(engine, temperature=1.0)
+        await engine.close()
+    assert len(endpoint.calls) == 1
+
+
+async def test_a_field_that_was_left_out_and_is_named_again_is_an_error() -> None:
+    async with playing(refusal(400, "logprobs again and again")) as endpoint:
+        engine = engine_of(endpoint)
+        with pytest.raises(EngineError, match="status 400: logprobs again"):
+            await ask(engine)
+        await engine.close()
+    assert len(endpoint.calls) == 2
+
+
+@pytest.mark.parametrize("then", ["cut", "end"])
+async def test_a_stream_that_breaks_off_before_any_text_is_asked_for_again(then: str) -> None:
+    async with playing(opening(then=then), answer("19")) as endpoint:
+        engine = engine_of(endpoint)
+        assert (await ask(engine, is_stream=True)).text == "19"
+        await engine.close()
+    assert len(endpoint.calls) == 2
+
+
+@pytest.mark.parametrize(("then", "named"), [("cut", "the connection failed"), ("end", "its stream broke off")])
+async def test_a_stream_that_breaks_off_in_mid_text_is_an_error(then: str, named: str) -> None:
+    async with playing(opening("The ", then=then), answer("19")) as endpoint:
+        engine = engine_of(endpoint)
+        stream = engine.stream(request("Hi"))
+        assert getattr(await anext(stream), "text", "") == "The "
+        with pytest.raises(EngineError, match=named):
+            await anext(stream)
+        await engine.close()
+    assert len(endpoint.calls) == 1
+
+
+async def test_nobody_at_the_address_is_an_error_that_says_where_to_look() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        engine = OpenaiEngine("some-model", OpenaiOptions(base_url=url, max_retries=1), max_num_seqs=1)
+        with pytest.raises(EngineError, match=r"the connection failed \(ConnectError: .*\); check base_url"):
+            await ask(engine)
+        await engine.close()
+
+
+async def test_the_key_is_in_no_error_log_or_text(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("SOME_KEY", KEY)
+    said = f"Incorrect API key provided: {KEY} (Bearer {KEY})"
+    turns = [refusal(status, said, headers=AT_ONCE) for status in (401, 500, 429)]
+    turns += [refusal(400, f"logprobs {said}"), content(f'{{"error": "{said}"}}'.encode())]
+    shown: list[str] = []
+    with caplog.at_level(logging.DEBUG):
+        for turn in turns:
+            async with playing(turn) as endpoint:
+                engine = engine_of(endpoint, api_key_env="SOME_KEY", max_retries=1)
+                with pytest.raises((EngineError, AgentOverloadedError)) as caught:
+                    await ask(engine)
+                assert endpoint.calls[0].headers["authorization"] == f"Bearer {KEY}"
+                shown += [str(caught.value), repr(pickle.loads(pickle.dumps(caught.value))), repr(engine), engine.label]
+                shown += [repr(vars(engine)), repr(engine._room and engine._room.client.headers)]
+                await engine.close()
+    shown += [record.getMessage() for record in caplog.records] + [caplog.text]
+    assert any("redacted" in text for text in shown)
+    assert any("the key in SOME_KEY" in text for text in shown)
+    assert not [text for text in shown if KEY in text]
+
+
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_a_key_that_is_not_set_is_refused_when_the_engine_starts(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is None:
+        monkeypatch.delenv("SOME_KEY", raising=False)
+    else:
+        monkeypatch.setenv("SOME_KEY", value)
+    options = OpenaiOptions(base_url="https://api.example.com/v1", api_key_env="SOME_KEY")
+    with pytest.raises(ConfigError, match=r"engine_kwargs\.api_key_env: the variable SOME_KEY is not set where the engine runs"):
+        OpenaiEngine("m", options, max_num_seqs=1)
+
+
+@pytest.mark.parametrize("value", [f"{KEY}\nX-Evil: 1", f"{KEY} two", f"{KEY}ä"])
+def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", value)
+    options = OpenaiOptions(base_url="https://api.example.com/v1", api_key_env="SOME_KEY")
+    with pytest.raises(ConfigError, match="the value of SOME_KEY holds characters that no key has") as caught:
+        OpenaiEngine("m", options, max_num_seqs=1)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("turn", "deadline_s", "status"),
+    [
+        (answer("19"), None, "ok"),
+        (refusal(429, "busy", headers={"Retry-After": "9999"}), None, "overloaded"),
+        (refusal(500, "oh", headers=AT_ONCE), None, "failed"),
+        (refusal(400, "maximum context length"), None, "failed"),
+        (opening(then="stall"), 0.1, "late"),
+    ],
+)
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_what_became_of_a_call_is_in_the_agents_reply(
+    turn: Turn, deadline_s: float | None, status: str, is_stream: bool
+) -> None:
+    async with playing(turn) as endpoint:
+        engine = engine_of(endpoint, max_retries=0)
+        agent = Agent(AgentConfig(name="a", llm="x", profile="Answers."), engine)
+        call = AgentCall(
+            trace_id="t",
+            step=0,
+            agent="a",
+            messages=(Message(role="user", content="Hi"),),
+            sampling=Sampling(),
+            deadline_unix_s=None if deadline_s is None else time.time() + deadline_s,
+        )
+        reply = [item async for item in agent.stream(call)][-1] if is_stream else await agent.call(call)
+        await engine.close()
+    assert isinstance(reply, AgentReply)
+    assert (reply.status, reply.text) == (status, "19" if status == "ok" else "")
+    assert (reply.error is None) == (status == "ok")
