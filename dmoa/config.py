@@ -142,6 +142,16 @@ class LlmConfig(Node):
             raise ValueError(f"gpus: value seen: {self.gpus:g}; engine 'openai' runs its model elsewhere; set gpus to 0")
         return self
 
+    @model_validator(mode="after")
+    def _has_its_gpus(self) -> Self:
+        options = self.options
+        if isinstance(options, VllmOptions) and self.gpus and self.gpus != options.num_workers:
+            raise ValueError(
+                f"gpus: value seen: {self.gpus:g}; tensor_parallel_size {options.tensor_parallel_size} x pipeline_parallel_size "
+                f"{options.pipeline_parallel_size} run on {options.num_workers}; set gpus to that, or to 0 for the CPU"
+            )
+        return self
+
     @property
     def options(self) -> EngineOptions:
         """`engine_kwargs` as the engine's own typed record."""

@@ -52,11 +52,37 @@ class ScriptedOptions(Node):
 
 
 class VllmOptions(Node):
-    """Options of the `vllm` engine (extra `vllm`)."""
+    """Options of the `vllm` engine (extra `vllm`): the ones of vLLM's own that a pool has a say in, by their names there."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Weights and arithmetic; auto: as the model was published."""
     max_model_len: int | None = Field(default=None, ge=64)
+    """Longest prompt plus reply in tokens; None: as the model allows."""
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    pipeline_parallel_size: int = Field(default=1, ge=1, le=64)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Part of each GPU's memory that weights, activations and keys and values may fill."""
+    accelerator_type: str | None = Field(default=None, max_length=64)
+    """Kind of GPU as Ray names it, such as H100; None: any."""
+    block_size: int | None = Field(default=None, ge=1, le=256)
+    """Tokens of one block of keys and values: only whole blocks are reused; None: 32 on a CPU, as vLLM chooses on a GPU."""
+    enforce_eager: bool = False
+    """Run without compiled graphs: starts sooner, decodes slower. Always so on a CPU."""
+    prefix_cache: bool = True
+    """Reuse the keys and values of the prompt prefix shared by the agents of a step."""
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
+    """Room for the ranks of the agents' adapters."""
+    max_loras: int | None = Field(default=None, ge=1, le=256)
+    """Adapters of one batch; None: all that the agents of this LLM have."""
+    cpu_kv_cache_gib: int = Field(default=1, ge=1, le=1024)
+    """Memory for keys and values where no GPU is asked for."""
+    threads: int | None = Field(default=None, ge=1, le=256)
+    """CPU threads where no GPU is asked for; None: half of the cores."""
+
+    @property
+    def num_workers(self) -> int:
+        """Devices that one replica runs on."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 class OpenaiOptions(Node):

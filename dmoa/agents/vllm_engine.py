@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from itertools import count
 from pathlib import Path
@@ -99,7 +99,9 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._label = label
         self._name = model_label
-        self._loras = {name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate((adapters or {}).items(), 1)}
+        self._loras = {
+            name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate((adapters or {}).items(), 1)
+        }
         self._taker = EntropyTaker(client)
         self._numbers = count()
 
@@ -116,7 +118,7 @@ class VllmEngine:
                     return item
         raise AssertionError("a request ends with a generation")
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Generation]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TextDelta | Generation, None]:
         """Generate one continuation, yielding pieces of text and last the whole Generation. Raises EngineError."""
         accepted_s = time.perf_counter()
         tokens = encode_chat(self._tokenizer, request.messages, model=self._name)
@@ -125,9 +127,7 @@ class VllmEngine:
         reply = _Reply(len(tokens), accepted_s)
         params = _params(request.sampling, request.call_id, room, key)
         try:
-            outputs = self._client.generate(
-                {"prompt_token_ids": tokens}, params, key, lora_request=self._lora(request.adapter)
-            )
+            outputs = self._client.generate({"prompt_token_ids": tokens}, params, key, lora_request=self._lora(request.adapter))
             async with aclosing(outputs):
                 async for delta in _until(outputs, request.deadline_unix_s):
                     text = reply.take(delta)
@@ -154,7 +154,8 @@ class VllmEngine:
     async def count_kept(self) -> int:
         """Return of how many calls the workers keep something, the largest number of any worker."""
         await self._taker.drained()
-        return max(await self._client.collective_rpc("count_entropies"))
+        counts: list[int] = await self._client.collective_rpc("count_entropies")
+        return max(counts)
 
     def _lora(self, adapter: str | None) -> LoRARequest | None:
         if adapter is None:

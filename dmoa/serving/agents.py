@@ -7,7 +7,7 @@ deployment per agent, with its own engine, GPUs and replicas.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -20,6 +20,7 @@ from dmoa.agents.pool import build_agents, build_engine, callable_agents
 from dmoa.agents.summarizer import withhold
 from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, ConfigError
+from dmoa.protocols import Engine
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
 ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -28,16 +29,11 @@ QUEUE_FACTOR = 4
 """Calls that may wait in a replica, as a multiple of the engine's batch, before it counts as overloaded."""
 
 
-class AgentHost:
-    """A replica that runs one engine for some or all agents of one LLM."""
+class Answers:
+    """What every replica with agents does, whatever engine it runs."""
 
-    def __init__(self, config_json: str, llm: str, agent: str | None = None) -> None:
-        """Load the engine. `agent` names the one agent of a dedicated deployment, None hosts all of the LLM's."""
-        config = Config.model_validate_json(config_json)
-        hosted = [item for item in callable_agents(config, llm) if agent in (None, item.name)]
-        self._engine = build_engine(config, llm, hosted)
-        agents: dict[str, Agent] = build_agents(config, llm, self._engine)
-        self._agents = LocalAgents({item.name: agents[item.name] for item in hosted})
+    _agents: LocalAgents
+    _label: str
 
     async def call(self, call: AgentCall) -> AgentReply:
         """Answer one call; cancelling it frees its place in the engine's batch."""
@@ -51,7 +47,27 @@ class AgentHost:
 
     async def ping(self) -> str:
         """Say that this replica is up; returns the engine's label."""
-        return self._engine.label
+        return self._label
+
+    def _host(self, config: Config, llm: str, hosted: Sequence[AgentConfig], engine: Engine) -> None:
+        agents: dict[str, Agent] = build_agents(config, llm, engine)
+        self._agents = LocalAgents({item.name: agents[item.name] for item in hosted})
+        self._label = engine.label
+
+
+class AgentHost(Answers):
+    """A replica that runs one engine of this process for some or all agents of one LLM."""
+
+    def __init__(self, config_json: str, llm: str, agent: str | None = None) -> None:
+        """Load the engine. `agent` names the one agent of a dedicated deployment, None hosts all of the LLM's."""
+        config = Config.model_validate_json(config_json)
+        hosted = hosted_agents(config, llm, agent)
+        self._host(config, llm, hosted, build_engine(config, llm, hosted))
+
+
+def hosted_agents(config: Config, llm: str, agent: str | None) -> list[AgentConfig]:
+    """Return the agents of one deployment: all of an LLM (and the summarizer, if it is on it), or the one named."""
+    return [item for item in callable_agents(config, llm) if agent in (None, item.name)]
 
 
 def deployment_names(config: Config) -> dict[str, str]:
@@ -77,7 +93,14 @@ def bind_hosts(config: Config) -> dict[str, Any]:
         options = _options(
             name, scaling, max_num_seqs=llm.max_num_seqs, gpus=llm.gpus, is_light=llm.engine in ("scripted", "openai")
         )
-        bound[name] = serve.deployment(AgentHost).options(**options).bind(text, agent.llm, None if is_shared else agent.name)
+        only = None if is_shared else agent.name
+        if llm.engine == "vllm":
+            from dmoa.serving.vllm_server import vllm_deployment
+
+            deployment = vllm_deployment(config, agent.llm, hosted_agents(config, agent.llm, only), options)
+        else:
+            deployment = serve.deployment(AgentHost).options(**options)
+        bound[name] = deployment.bind(text, agent.llm, only)
     return bound
 
 

@@ -1,0 +1,57 @@
+"""Pools on vLLM behind the HTTP contract: the default pool's roles, and specialists whose adapters share a batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from openai import OpenAI
+
+from dmoa.agents.pool import load_pool
+from tests.integration.server import Served, free_port
+
+START_S = 400.0
+VLLM = {"engine": "vllm", "max_num_seqs": 16, "engine_kwargs": {"dtype": "float32", "max_model_len": 2048}}
+
+
+def pool_on_vllm(name: str | None) -> dict[str, Any]:
+    """A packaged pool with its model on vLLM."""
+    tree = load_pool(name).model_dump(mode="json")
+    for llm in tree["llms"].values():
+        llm |= VLLM
+    tree["limits"]["max_steps"] = 2
+    return tree
+
+
+@pytest.fixture(params=[None, "specialists"], ids=["roles", "adapters"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
+    path = tmp_path / "pool.yaml"
+    path.write_text(yaml.safe_dump(pool_on_vllm(request.param)), encoding="utf-8")
+    dmoa = str(Path(sys.executable).with_name("dmoa"))
+    server = Served([dmoa, "serve", "--config", str(path), "--port", str(free_port())]).wait_ready(START_S)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def test_a_pool_on_vllm_answers_through_the_contract(served: Served) -> None:
+    with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        reply = client.chat.completions.create(
+            model=served.pool, messages=[{"role": "user", "content": "How much is 412 + 423?"}]
+        )
+        dmoa: dict[str, Any] = reply.model_extra["dmoa"]  # type: ignore[index]
+        asked = [agent for step in dmoa["steps"] for agent in step["agents"] if agent["status"] == "ok"]
+        assert asked
+        for agent in asked:
+            assert agent["entropy_tokens"] == agent["completion_tokens"] > 0
+            assert agent["entropy_nats"] > 0
+            assert agent["entropy_kind"] == "exact"
+        stream = client.chat.completions.create(
+            model=served.pool, messages=[{"role": "user", "content": "Name a color."}], stream=True
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices).strip()
