@@ -31,6 +31,13 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], *, model: str) -> l
     return tokens
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """Return the tokenizer of a folder or a repository on the hub. Blocks."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+
+
 def room_for_reply(num_tokens: int, max_model_len: int, *, model: str) -> int:
     """Return how many tokens a reply may have after a prompt, at least 1. Raises PromptTooLongError."""
     room = max_model_len - num_tokens

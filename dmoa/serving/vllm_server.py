@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve.llm import LLMConfig, LLMServer
 
+from dmoa.agents.chat_tokens import load_tokenizer
 from dmoa.agents.models import HubModel, model_id, resolve_adapter, resolve_model
 from dmoa.agents.vllm_engine import VllmEngine
 from dmoa.config import AgentConfig, Config, LlmConfig, VllmOptions
@@ -43,7 +43,7 @@ class VllmHost(Answers, LLMServer):
             hosted,
             VllmEngine(
                 client,
-                await asyncio.to_thread(_tokenizer, built.tokenizer, built.revision),
+                await asyncio.to_thread(load_tokenizer, built.tokenizer, built.revision),
                 max_model_len=built.max_model_len,
                 label=f"vllm/{str(built.dtype).removeprefix('torch.')}",
                 adapters={item.adapter: resolve_adapter(item.adapter) for item in hosted if item.adapter},
@@ -130,7 +130,9 @@ def _engine_kwargs(part: LlmConfig, given: VllmOptions, hosted: Sequence[AgentCo
         found["revision"] = found["tokenizer_revision"] = source.revision
     adapters = {item.adapter for item in hosted if item.adapter}
     if adapters:
-        found |= {"enable_lora": True, "max_loras": given.max_loras or len(adapters), "max_lora_rank": given.max_lora_rank}
+        # vLLM's CPU operations give rows without an adapter that of the last slot: it stays empty, and is zero.
+        slots = max(given.max_loras or 0, len(adapters)) + 1 if on_cpu else given.max_loras or len(adapters)
+        found |= {"enable_lora": True, "max_loras": slots, "max_lora_rank": given.max_lora_rank}
     return found
 
 
@@ -143,9 +145,3 @@ def _environment(given: VllmOptions) -> dict[str, str]:
         "OMP_NUM_THREADS": str(given.threads or max(1, cores // 2)),
         "OMP_WAIT_POLICY": "PASSIVE",
     }
-
-
-def _tokenizer(name: str | Path, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name, revision=revision or "main")

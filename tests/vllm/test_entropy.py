@@ -108,10 +108,11 @@ async def test_a_second_call_takes_the_prompt_from_the_first_with_the_same_entro
 async def test_preempted_calls_say_the_same_as_alone(vllm: Running) -> None:
     texts = [f"Write a long story about the number {number}." for number in range(8)]
     before = preemptions()
-    together = await asyncio.gather(*(vllm.engine.generate(request(text, 1, max_tokens=120)) for text in texts))
+    together = await asyncio.gather(*(vllm.engine.generate(request(text, 1, max_tokens=110)) for text in texts))
     assert preemptions() > before, "the test asks for more memory than there is"
-    for text, reply in zip(texts, together, strict=True):
-        same(reply, await vllm.engine.generate(request(text, 2, max_tokens=120)))
+    # Two of them, alone: what was preempted last, and what was not.
+    for number in (0, 7):
+        same(together[number], await vllm.engine.generate(request(texts[number], 2, max_tokens=110)))
 
 
 def preemptions() -> float:

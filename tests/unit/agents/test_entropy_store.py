@@ -1,4 +1,4 @@
-"""The store of entropies by request and position, against a reference that remembers every write, and calls in hand-made order."""
+"""The store of entropies by request and position, against a reference that remembers every write, and calls by hand."""
 
 from __future__ import annotations
 
