@@ -40,7 +40,8 @@ class ModelSize:
     quantized_bytes: int | None = None
     """Bytes of all weights of a quantised model; None: not quantised, or in a way that is not known here."""
     lora_width: int
-    """Inputs plus outputs, summed over the linear layers: the values of an adapter on all of them, per rank."""
+    """Inputs plus outputs, summed over the linear layers: the values of an adapter on all of them, per rank. Fused experts,
+    which are no linear layers in transformers, are not in it."""
     num_layers: int
     num_heads: int
     """Key-value heads."""
@@ -56,11 +57,17 @@ class ModelSize:
         """Return the bytes of all weights run in `dtype`; quantised ones stay as they are stored. None: unknown."""
         return self.quantized_bytes if self.quantization else self.num_parameters * DTYPE_BYTES[dtype]
 
-    def token_bytes(self, dtype: str, *, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> int:
-        """Return the bytes per GPU that one token's keys and values take, every layer counted as one of full attention."""
+    def token_bytes(
+        self, dtype: str, *, tensor_parallel: int = 1, pipeline_parallel: int = 1, counts_windows: bool = True
+    ) -> int:
+        """Return the bytes per GPU that one token's keys and values take.
+
+        Layers with a window count in full, which is an upper bound, or, without `counts_windows`, not at all: a lower one.
+        """
+        layers = self.num_layers - (0 if counts_windows else self.num_window_layers)
         heads = -(-self.num_heads // tensor_parallel)  # with fewer heads than GPUs, each head is on several
         values = self.latent_size or 2 * heads * self.head_size
-        return -(-self.num_layers // pipeline_parallel) * values * DTYPE_BYTES[dtype]
+        return -(-layers // pipeline_parallel) * values * DTYPE_BYTES[dtype]
 
 
 def measure_models(models: Iterable[str], *, timeout_s: float = _HUB_TIMEOUT_S) -> dict[str, ModelSize | str]:

@@ -59,7 +59,8 @@ def dry_run(config: Config, address: str | None = None) -> DryRun:
     Reads configuration files of models, never weights. Raises ConfigError where no Ray answers at the address.
     """
     supply = joined_supply(address) if address else local_supply()
-    loaded = [llm.model for llm in config.llms.values() if isinstance(llm.options, VllmOptions | TransformersOptions)]
+    used = [config.llms[agent.llm] for agent in callable_agents(config)]
+    loaded = [llm.model for llm in used if isinstance(llm.options, VllmOptions | TransformersOptions)]
     return assemble(config, supply, measure_models(loaded))
 
 

@@ -101,13 +101,14 @@ def _memory(config: Config, item: Deployment, memory: Memory, supply: Supply) ->
             f"llms.{item.llm}.model: value seen: {item.model!r}, which has {gib(memory.weights_bytes)} of weights{adapters} on "
             f"each of {max(1.0, item.gpus):g} GPU(s); allowed are {where}; {ways}, or a smaller or quantised model"
         )
-    elif memory.num_sequences is not None and memory.num_sequences < 1:
-        assert memory.token_bytes is not None
-        window = f"; {memory.num_window_layers} layers with a window are counted in full" if memory.num_window_layers else ""
+    elif memory.is_too_long:
+        assert memory.least_token_bytes is not None  # it is what makes a sequence too long
+        most = memory.room_bytes // memory.least_token_bytes
+        windows = " in the layers without a window" if memory.least_token_bytes != memory.token_bytes else ""
         yield (
-            f"llms.{item.llm}.engine_kwargs.max_model_len: value seen: {memory.max_model_len}; allowed are at most "
-            f"{memory.room_tokens}: {gib(memory.weights_bytes)} of weights{adapters} leave {gib(memory.room_bytes)} of {where} "
-            f"for keys and values, {memory.token_bytes} bytes a token{window}; lower it, or give the replica more or larger GPUs"
+            f"llms.{item.llm}.engine_kwargs.max_model_len: value seen: {memory.max_model_len}; allowed are at most {most}: "
+            f"{gib(memory.weights_bytes)} of weights{adapters} leave {gib(memory.room_bytes)} of {where} for keys and values, "
+            f"{memory.least_token_bytes} bytes a token{windows}; lower it, or give the replica more or larger GPUs"
         )
 
 
@@ -141,6 +142,11 @@ def _remarks(item: Deployment, memory: Memory, supply: Supply) -> Iterator[str]:
         yield f"{llm}: {unchecked}, the size of {item.model} is unknown: {memory.reason}"
     if not item.gpus:
         return
+    if memory.num_sequences is not None and memory.num_sequences < 1 and not memory.is_too_long:
+        yield (
+            f"{llm}: one sequence of {memory.max_model_len} tokens fits only because some layers look back over a window; vLLM "
+            "says at its start whether it does"
+        )
     nodes = hosts_of(item, supply)
     if nodes and memory.memory_bytes is None and not memory.reason:
         lacking = ", ".join(dict.fromkeys(node.name for node in nodes if node.memory_bytes is None))
@@ -152,7 +158,7 @@ def _remarks(item: Deployment, memory: Memory, supply: Supply) -> Iterator[str]:
     smallest = min((node.memory_bytes for node in nodes if node.memory_bytes is not None), default=None)
     if smallest and memory.memory_bytes and memory.weights_bytes and smallest < memory.memory_bytes and memory.budget_bytes:
         budget = smallest * (memory.budget_bytes / memory.memory_bytes)
-        need = memory.weights_bytes + memory.adapters_bytes + (memory.token_bytes or 0) * (memory.max_model_len or 0)
+        need = memory.weights_bytes + memory.adapters_bytes + memory.need_bytes
         if need > budget >= 0:
             yield (
                 f"{llm}: needs {gib(need)} on each GPU with one sequence; GPUs of {gib(memory.memory_bytes)} take it, those of "

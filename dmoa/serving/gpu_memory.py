@@ -37,8 +37,8 @@ class Memory:
     """What is left for keys and values; below 0 where the weights alone are too large."""
     token_bytes: int | None = None
     """Keys and values of one token, every layer counted as one of full attention."""
-    num_window_layers: int = 0
-    """Layers that in truth need less."""
+    least_token_bytes: int | None = None
+    """The same without the layers that look back over a window only: what it takes at the least."""
     max_model_len: int | None = None
     """Longest sequence."""
 
@@ -51,6 +51,16 @@ class Memory:
     def num_sequences(self) -> float | None:
         """Sequences of the longest length whose keys and values fit."""
         return None if self.room_tokens is None or not self.max_model_len else self.room_tokens / self.max_model_len
+
+    @property
+    def is_too_long(self) -> bool:
+        """Whether not even one of them fits, windows or not."""
+        return None not in (self.room_bytes, self.num_sequences) and self.need_bytes > (self.room_bytes or 0)
+
+    @property
+    def need_bytes(self) -> int:
+        """What one sequence of the longest length takes at the least."""
+        return (self.least_token_bytes or 0) * (self.max_model_len or 0)
 
 
 def estimate(
@@ -75,13 +85,13 @@ def estimate(
     if isinstance(size, str) or dtype is None or weights is None:
         reason = size if isinstance(size, str) else f"weights of kind {size.quantization or 'int8'} are not estimated"
         return Memory(deployment=deployment.name, device=device, reason=reason, memory_bytes=memory_bytes)
-    num_gpus = deployment.tensor_parallel * deployment.pipeline_parallel if device == "gpu" else 1
+    wide, deep = (deployment.tensor_parallel, deployment.pipeline_parallel) if device == "gpu" else (1, 1)
     if isinstance(options, VllmOptions):
         slots = (options.max_loras or len(deployment.adapters)) if deployment.adapters else 0
         adapters = size.lora_width * options.max_lora_rank * slots * DTYPE_BYTES[dtype]
     else:
         adapters = sum((adapter_bytes or {}).get(name, 0) for name in deployment.adapters)
-    weights, adapters = -(-weights // num_gpus), -(-adapters // num_gpus)
+    weights, adapters = -(-weights // (wide * deep)), -(-adapters // (wide * deep))
     budget = _budget(deployment, options, memory_bytes)
     room = None if budget is None else budget - weights - adapters
     if device == "cpu" and isinstance(options, VllmOptions):
@@ -97,12 +107,8 @@ def estimate(
         memory_bytes=memory_bytes if device == "gpu" else None,
         budget_bytes=budget,
         room_bytes=room,
-        token_bytes=size.token_bytes(
-            dtype,
-            tensor_parallel=deployment.tensor_parallel if device == "gpu" else 1,
-            pipeline_parallel=deployment.pipeline_parallel if device == "gpu" else 1,
-        ),
-        num_window_layers=size.num_window_layers,
+        token_bytes=size.token_bytes(dtype, tensor_parallel=wide, pipeline_parallel=deep),
+        least_token_bytes=size.token_bytes(dtype, tensor_parallel=wide, pipeline_parallel=deep, counts_windows=False),
         max_model_len=options.max_model_len or size.max_model_len,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,14 @@ def test_layers_with_a_window_are_counted_apart(tmp_path: Path) -> None:
     )
     assert size.num_window_layers == 1
     assert size.token_bytes("bfloat16") == 2 * 8 * 2
+    assert size.token_bytes("bfloat16", counts_windows=False) == 1 * 8 * 2
+
+
+def test_latent_attention_keeps_one_vector_for_all_heads(tmp_path: Path) -> None:
+    more = {"kv_lora_rank": 6, "qk_rope_head_dim": 2, "qk_nope_head_dim": 2, "v_head_dim": 2, "q_lora_rank": 4}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 4}
+    size = size_of(tmp_path, model_type="deepseek_v3", num_key_value_heads=4, **more, **experts)
+    assert size.token_bytes("bfloat16") == size.token_bytes("bfloat16", tensor_parallel=4) == 2 * (6 + 2) * 2
 
 
 def test_weights_in_mxfp4_are_counted_by_their_bits(tmp_path: Path) -> None:
@@ -187,6 +196,29 @@ def test_a_hub_model_comes_from_the_cache(hub_cache: Path) -> None:
     size = measure_models(["hub:me/tiny"])["hub:me/tiny"]
     assert isinstance(size, ModelSize), size
     assert size.num_parameters == 1448
+
+
+def test_a_hub_that_hangs_is_given_up(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        found = measure_models(["hub:me/one", "hub:me/two"], timeout_s=0.5)
+        assert time.monotonic() - started < 20.0
+    assert set(found.values()) == {"the hub did not answer in time, and its config.json is not in the local cache"}
+
+
+def test_a_hub_that_is_away_is_told(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    found = measure_models(["hub:me/one"], timeout_s=30.0)["hub:me/one"]
+    assert "and the hub did not give it: [Errno" in str(found)
 
 
 def test_a_hub_model_that_is_nowhere_is_unknown_at_once(hub_cache: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from dmoa.agents.model_size import ModelSize
 from dmoa.agents.pool import load_pool, packaged_pools
 from dmoa.config import Config
 from dmoa.serving.dry_run import DryRun, assemble
-from dmoa.serving.gpu_supply import GpuNode, Supply, kind_of_device, nodes_of_ray, published_bytes
+from dmoa.serving.gpu_supply import GpuNode, Supply, kind_of_device, local_supply, nodes_of_ray, published_bytes
 from dmoa.serving.placement import plan_of
 
 GIB = 2**30
@@ -152,7 +154,7 @@ def test_gpus_in_pieces_that_are_too_small_are_a_note() -> None:
 
 def test_weights_that_do_not_fit() -> None:
     (fault,) = judged(pool(gpu_memory_utilization=0.8), node("n", 1, "L4")).faults
-    assert fault.startswith("llms.big.model: value seen: 'hub:me/ten', which has 20.0 GiB of weights on each of 1 GPU(s); allowed")
+    assert fault.startswith("llms.big.model: value seen: 'hub:me/ten', which has 20.0 GiB of weights on each of 1 GPU(s);")
     assert "18.0 GiB (0.8 of 22.5 GiB of L4 on n); raise tensor_parallel_size and gpus" in fault
 
 
@@ -164,6 +166,20 @@ def test_room_for_less_than_one_sequence() -> None:
     assert fault.startswith(f"llms.big.engine_kwargs.max_model_len: value seen: 16384; allowed are at most {tokens}: 20.0 GiB of")
     assert judged(pool(max_model_len=tokens), node("n", 1, asked_bytes=24 * GIB)).faults == ()
     assert judged(pool(max_model_len=tokens + 1), node("n", 1, asked_bytes=24 * GIB)).faults != ()
+
+
+def test_layers_with_a_window_do_not_make_a_sequence_too_long() -> None:
+    windows = dataclasses.replace(TEN, num_window_layers=30)
+    room = int(24 * GIB * 0.9) - 20 * GIB
+    most = room // (40 * 1024)  # a quarter of the layers needs a quarter of the bytes
+    config = pool(max_model_len=most)
+    found = judged(config, node("n", 1, asked_bytes=24 * GIB), size=windows)
+    assert found.faults == ()
+    assert "fits only because some layers look back over a window" in found.notes[0]
+    assert found.memories["agent-a0"].num_sequences == pytest.approx(0.25, abs=1e-3)
+    (fault,) = judged(pool(max_model_len=most + 1), node("n", 1, asked_bytes=24 * GIB), size=windows).faults
+    assert f"allowed are at most {most}: " in fault
+    assert "40960 bytes a token in the layers without a window" in fault
 
 
 def test_a_kind_that_no_node_has() -> None:
@@ -265,6 +281,22 @@ def test_devices_are_named_as_ray_names_them(name: str, kind: str) -> None:
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
     assert kind_of_device(name) == kind == NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(name)
+
+
+def test_gpus_of_this_machine_as_torch_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    devices = [("NVIDIA H100 80GB HBM3", 79 * GIB), ("NVIDIA T400", 4 * GIB), ("NVIDIA H100 80GB HBM3", 79 * GIB)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=devices[i][0], total_memory=devices[i][1])
+    )
+    found = local_supply()
+    assert [(item.gpus, item.kinds, item.memory_bytes) for item in found.nodes] == [
+        (2, ("H100",), 79 * GIB),
+        (1, ("T400",), 4 * GIB),
+    ]
+    assert found.gpus == 3
 
 
 def test_the_table_knows_rays_names() -> None:
