@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -50,3 +51,11 @@ def test_an_impossible_pool_is_refused_with_the_numbers(dmoa: Invoke, tmp_path: 
 @pytest.mark.parametrize("word", ["--dry-run", "does it fit on that cluster?"])
 def test_help_teaches_it(dmoa: Invoke, word: str) -> None:
     assert word in dmoa("serve", "--help").stdout
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once(dmoa: Invoke, pool: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    result = dmoa("serve", "--dry-run", "--config", pool, "--address", address)
+    assert result.exit_code == 2
+    assert f"address: value seen: '{address}'; nothing listens there" in result.stderr
