@@ -32,6 +32,12 @@ def serve(
         bool, typer.Option("--insecure", help="Allow a host that others can reach without API keys (DMOA_API_KEYS).")
     ] = False,
     app: Annotated[str, typer.Option("--app", metavar="NAME", help="Name of the Serve application.")] = "dmoa",
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what would run where and what it needs of each GPU; start nothing. Exit 2: cannot."
+        ),
+    ] = False,
 ) -> None:
     """Serve the swarm over HTTP to any OpenAI client.
 
@@ -39,10 +45,16 @@ def serve(
     dmoa serve --port 8000
     dmoa serve --config pool.yaml --address auto
     DMOA_API_KEYS=secret dmoa serve --host 0.0.0.0
+    dmoa serve --config pool.yaml --dry-run                 does it fit on this machine?
+    dmoa serve --config pool.yaml --dry-run --address auto  does it fit on that cluster?
     """
+    config = common.load(checkpoint)
+    if dry_run:
+        from dmoa.cli.serve_plan import show_plan
+
+        return show_plan(common, config, address)
     from dmoa.serving.launch import launch, stop
 
-    config = common.load(checkpoint)
     launched: Launched | None = None
     _end_on_signals()
     common.say(f"starting pool {config.name} on Ray; the first start also fetches and loads its models")

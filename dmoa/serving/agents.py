@@ -21,6 +21,7 @@ from dmoa.agents.summarizer import withhold
 from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, ConfigError
 from dmoa.protocols import Engine
+from dmoa.serving.placement import deployment_name
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
 ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -70,22 +71,13 @@ def hosted_agents(config: Config, llm: str, agent: str | None) -> list[AgentConf
     return [item for item in callable_agents(config, llm) if agent in (None, item.name)]
 
 
-def deployment_names(config: Config) -> dict[str, str]:
-    """Return the deployment of every agent (and of the summarizer) by agent name."""
-    return {agent.name: _deployment_name(config, agent) for agent in callable_agents(config)}
-
-
-def _deployment_name(config: Config, agent: AgentConfig) -> str:
-    return f"llm-{agent.llm}" if config.llms[agent.llm].placement == "shared" else f"agent-{agent.name}"
-
-
 def bind_hosts(config: Config) -> dict[str, Any]:
     """Return the bound Serve deployments that run the pool's agents, by deployment name."""
     text = config.model_dump_json()
     bound: dict[str, Any] = {}
     for agent in callable_agents(config):
         llm = config.llms[agent.llm]
-        name = _deployment_name(config, agent)
+        name = deployment_name(config, agent)
         if name in bound:
             continue
         is_shared = llm.placement == "shared"

@@ -21,10 +21,11 @@ from dmoa.agents.pool import callable_agents, check_files, fingerprint
 from dmoa.config import Config, LimitsConfig
 from dmoa.errors import DmoaError
 from dmoa.serving.actors import pack
-from dmoa.serving.agents import ServeAgents, bind_hosts, deployment_names
+from dmoa.serving.agents import ServeAgents, bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.http import create_app
 from dmoa.serving.metrics import QueryMetrics, exposition
+from dmoa.serving.placement import deployment_names
 from dmoa.serving.router import ensure_router
 from dmoa.serving.router_client import RemoteRouter
 from dmoa.serving.traces import Answered, ensure_traces

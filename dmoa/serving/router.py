@@ -27,7 +27,8 @@ from dmoa.core.gate import Gate
 from dmoa.errors import DmoaError
 from dmoa.routing import LocalRouter
 from dmoa.serving.actors import detached, end_actors, pack, router_name, unpack
-from dmoa.serving.agents import ServeAgents, deployment_names
+from dmoa.serving.agents import ServeAgents
+from dmoa.serving.placement import deployment_names
 from dmoa.serving.router_state import RouterState, default_state_uri
 from dmoa.serving.versions import Change, GateVersions
 from dmoa.types import FloatArray, RouteRequest, is_untrained

@@ -1,0 +1,126 @@
+"""What a pool asks of a cluster: its deployments with agents, replicas and GPUs. Pure: no Ray; `serve --dry-run` starts here.
+
+Then `gpu_supply` says what GPUs there are, `gpu_memory` what a replica needs of each, and `feasibility` whether it fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dmoa.agents.pool import callable_agents
+from dmoa.config import AgentConfig, Config, VllmOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """One Serve deployment with agents on it."""
+
+    name: str
+    llm: str
+    model: str
+    engine: str
+    placement: str
+    agents: tuple[str, ...]
+    """The summarizer of mode `llm` among them."""
+    adapters: tuple[str, ...]
+    """Distinct LoRA adapters of these agents."""
+    min_replicas: int
+    max_replicas: int
+    gpus: float
+    """Per replica; 0: it runs on the CPU."""
+    tensor_parallel: int
+    """GPUs of one replica that must be on one node; Ray's PACK puts them there where it can."""
+    pipeline_parallel: int
+    """Groups of these in one replica; they may be on several nodes."""
+    accelerator_type: str | None
+    """Kind of GPU that it must have, as Ray names it."""
+
+    @property
+    def min_gpus(self) -> float:
+        """GPUs of all replicas at the least."""
+        return self.gpus * self.min_replicas
+
+    @property
+    def max_gpus(self) -> float:
+        """GPUs of all replicas when scaled up."""
+        return self.gpus * self.max_replicas
+
+    @property
+    def gpus_together(self) -> float:
+        """GPUs that one node must have."""
+        return min(self.gpus, self.tensor_parallel) if self.engine == "vllm" else self.gpus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LightPart:
+    """A part of the application without a language model; it takes no GPU and no CPU in Ray's book-keeping."""
+
+    name: str
+    replicas: int
+    purpose: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What Ray will be asked to start for a pool."""
+
+    pool: str
+    deployments: tuple[Deployment, ...]
+    parts: tuple[LightPart, ...]
+
+    @property
+    def min_gpus(self) -> float:
+        """GPUs that the pool needs to start."""
+        return sum(item.min_gpus for item in self.deployments)
+
+    @property
+    def max_gpus(self) -> float:
+        """GPUs that the pool may grow to."""
+        return sum(item.max_gpus for item in self.deployments)
+
+
+def deployment_names(config: Config) -> dict[str, str]:
+    """Return the deployment of every agent (and of the summarizer) by agent name."""
+    return {agent.name: deployment_name(config, agent) for agent in callable_agents(config)}
+
+
+def deployment_name(config: Config, agent: AgentConfig) -> str:
+    """Return the name of the deployment that an agent runs in."""
+    return f"llm-{agent.llm}" if config.llms[agent.llm].placement == "shared" else f"agent-{agent.name}"
+
+
+def plan_of(config: Config) -> Plan:
+    """Return the plan of a pool, deployments in the order of their first agents."""
+    names = deployment_names(config)
+    agents = callable_agents(config)
+    deployments = []
+    for name in dict.fromkeys(names.values()):
+        hosted = [agent for agent in agents if names[agent.name] == name]
+        llm = config.llms[hosted[0].llm]
+        scaling = llm.autoscaling if llm.placement == "shared" else hosted[0].autoscaling
+        options = llm.options
+        vllm = options if isinstance(options, VllmOptions) else None
+        deployments.append(
+            Deployment(
+                name=name,
+                llm=hosted[0].llm,
+                model=llm.model,
+                engine=llm.engine,
+                placement=llm.placement,
+                agents=tuple(agent.name for agent in hosted),
+                adapters=tuple(dict.fromkeys(agent.adapter for agent in hosted if agent.adapter)),
+                min_replicas=scaling.min_replicas,
+                max_replicas=scaling.max_replicas,
+                gpus=llm.gpus,
+                tensor_parallel=vllm.tensor_parallel_size if vllm else 1,
+                pipeline_parallel=vllm.pipeline_parallel_size if vllm else 1,
+                accelerator_type=vllm.accelerator_type if vllm and llm.gpus else None,
+            )
+        )
+    parts = (
+        LightPart(name="ingress", replicas=config.server.ingress_replicas, purpose="HTTP, and the step loop of every query"),
+        LightPart(name="encoder", replicas=1, purpose="MiniLM on the CPU: embeddings for the gate"),
+        LightPart(name="router", replicas=1, purpose="the gate, on the CPU"),
+        LightPart(name="traces", replicas=1, purpose="the last traces"),
+    )
+    return Plan(pool=config.name, deployments=tuple(deployments), parts=parts)
