@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ def test_there_is_one_image_without_and_one_with_gpus() -> None:
     assert [path.suffix for path in DOCKERFILES] == [".cpu", ".cuda"]
 
 
+@cache
 def exported() -> set[str]:
     """Names under which Prometheus sees the metrics that the package defines: by Ray's exporter and by the router's account."""
     names: set[str] = set()
@@ -71,6 +73,7 @@ def exported() -> set[str]:
     return names
 
 
+@cache
 def ray_metrics() -> set[str]:
     """Names that Ray's own dashboards query."""
     folder = Path(ray.__file__).parent / "dashboard" / "modules" / "metrics" / "dashboards"

@@ -67,6 +67,12 @@ def test_shipped_config_deploys_the_shipped_pool() -> None:
     assert tree["http_options"] == {"host": "0.0.0.0", "port": 8000}
 
 
+def test_shipped_config_builds_an_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    (application,) = one(SHIPPED)["applications"]
+    monkeypatch.setenv("DMOA_API_KEYS", "secret")
+    assert isinstance(build_pool(application["args"]), Application)
+
+
 def test_overrides_change_the_built_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = tmp_path / "pool.yaml"
     pool.write_text(yaml.safe_dump(POOL), encoding="utf-8")
