@@ -74,6 +74,11 @@ class VllmOptions(Node):
     """Room for the ranks of the agents' adapters."""
     max_loras: int | None = Field(default=None, ge=1, le=256)
     """Adapters of one batch; None: all that the agents of this LLM have."""
+    entropy: Literal["exact", "listed"] = "exact"
+    """exact: computed inside vLLM, over the whole vocabulary; listed: bounds from `top_logprobs` log-probabilities per token, for
+    setups in which vLLM takes no logits processor of one's own, such as speculative decoding."""
+    top_logprobs: int = Field(default=20, ge=1, le=20)
+    """Log-probabilities asked for per token where `entropy` is listed."""
     cpu_kv_cache_gib: int = Field(default=1, ge=1, le=1024)
     """Memory for keys and values where no GPU is asked for."""
     threads: int | None = Field(default=None, ge=1, le=256)

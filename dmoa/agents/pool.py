@@ -17,6 +17,7 @@ import numpy as np
 
 from dmoa.agents import tools as toolbox
 from dmoa.agents.agent import Agent, LocalAgents
+from dmoa.agents.installed import check_vllm
 from dmoa.agents.models import adapter_hash, fetch, model_id, resolve_adapter, resolve_model
 from dmoa.config import (
     SUMMARIZER,
@@ -165,9 +166,11 @@ def build_engine(config: Config, llm: str, agents: list[AgentConfig]) -> Engine:
             adapters=adapters,
             model_label=model_id(part.model),
         )
-    raise ConfigError(
-        f"llms.{llm}.engine: {part.engine!r} cannot run in this process; allowed here: transformers, openai, scripted"
-    )
+    from dmoa.agents.vllm_local import start_vllm
+
+    check_vllm(config)
+    engine: Engine = start_vllm(part, llm, sorted({agent.adapter for agent in agents if agent.adapter}))
+    return engine
 
 
 def build_agents(config: Config, llm: str, engine: Engine) -> dict[str, Agent]:

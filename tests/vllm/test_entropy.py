@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dmoa.agents.vllm_engine import EntropyTaker
+from dmoa.agents.vllm_engine import EntropyTaker, Listed, VllmEngine
 from dmoa.agents.vllm_entropy import KEY
 from dmoa.core.entropy import token_entropy
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
-from tests.vllm.conftest import CHUNK_TOKENS, Running
+from tests.vllm.conftest import CHUNK_TOKENS, MAX_MODEL_LEN, Running
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 PER_TOKEN_NATS = 1e-3
@@ -130,6 +130,25 @@ async def test_adapters_in_one_batch_say_the_same_as_alone(vllm: Running) -> Non
     assert len({reply.text for reply in together}) == 3
     for adapter, reply in zip(adapters, together, strict=True):
         same(reply, await vllm.engine.generate(request(text, 2, adapter=adapter)))
+
+
+async def test_listed_log_probabilities_bound_the_exact_entropy(vllm: Running) -> None:
+    engine = VllmEngine(
+        vllm.client,
+        vllm.tokenizer,
+        max_model_len=MAX_MODEL_LEN,
+        label="listed",
+        listed=Listed(20, vllm.client.vllm_config.model_config.get_vocab_size()),
+    )
+    for text in QUESTIONS[1:3]:
+        exact = await vllm.engine.generate(request(text, 1, max_tokens=12))
+        listed = await engine.generate(request(text, 2, max_tokens=12))
+        assert listed.text == exact.text
+        assert listed.entropy_kind == "truncated"
+        assert listed.entropy_tokens == listed.completion_tokens == exact.completion_tokens
+        distance = abs(listed.entropy_sum_nats - exact.entropy_sum_nats)
+        assert 0 < distance <= listed.entropy_slack_nats + PER_TOKEN_NATS * exact.completion_tokens
+    assert await vllm.engine.count_kept() == 0
 
 
 async def test_cancelled_and_late_calls_leave_nothing_behind(vllm: Running) -> None:

@@ -219,7 +219,7 @@ def test_ray_up_is_valid_and_holds_no_secret() -> None:
     jsonschema.validate(tree, rules)
     types = tree["available_node_types"]
     assert tree["head_node_type"] in types
-    assert all(tree["docker"][name].startswith(REGISTRY) for name in ("image", "head_image"))
+    assert tree["docker"]["image"].startswith(REGISTRY)
     for name in ("head_start_ray_commands", "worker_start_ray_commands"):
         start = tree[name][-1]
         assert "RAY_AUTH_MODE=token" in start

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dmoa.agents.installed import vllm_builds
 from dmoa.agents.pool import load_pool
 from dmoa.config import from_tree
 from dmoa.errors import ConfigError
@@ -67,10 +68,14 @@ def test_shipped_config_deploys_the_shipped_pool() -> None:
     assert tree["http_options"] == {"host": "0.0.0.0", "port": 8000}
 
 
-def test_shipped_config_builds_an_application(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_config_builds_an_application_where_vllm_is(monkeypatch: pytest.MonkeyPatch) -> None:
     (application,) = one(SHIPPED)["applications"]
     monkeypatch.setenv("DMOA_API_KEYS", "secret")
-    assert isinstance(build_pool(application["args"]), Application)
+    if len(vllm_builds()) == 1:
+        assert isinstance(build_pool(application["args"]), Application)
+    else:
+        with pytest.raises(ConfigError, match=r"llms\.gpt-oss-120b\.engine: .*'vllm'"):
+            build_pool(application["args"])
 
 
 def test_overrides_change_the_built_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

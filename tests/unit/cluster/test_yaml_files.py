@@ -10,7 +10,6 @@ from dmoa.agents.pool import check_files, load_pool
 from dmoa.cli.jobs import read_job
 from dmoa.cli.options import Common
 from dmoa.config import Config
-from dmoa.errors import ConfigError
 from dmoa.training.options import parse_options
 from tests.unit.cluster.manifests import CLUSTER, JOB, ROOT, documents, one
 
@@ -59,7 +58,6 @@ def test_lora_pool_has_an_adapter_for_every_agent_but_the_base() -> None:
     assert [agent.name for agent in config.agents if agent.adapter is None] == ["base"]
 
 
-@pytest.mark.xfail(raises=ConfigError, strict=True, reason="the engine `openai` is not in this version")
 def test_remote_pool_loads() -> None:
     assert load_pool(POOLS / "remote.yaml").name == "remote"
 
