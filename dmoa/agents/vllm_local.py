@@ -15,16 +15,16 @@ from dmoa.config import LlmConfig, VllmOptions
 def start_vllm(part: LlmConfig, llm: str, adapters: Collection[str]) -> Any:
     """Start vLLM for an LLM and return the engine over it, for use in one event loop. Blocks; raises ConfigError."""
     given = vllm_options(part, llm)
-    if part.gpus == 0:
-        for name, value in cpu_environment(given).items():
-            os.environ.setdefault(name, value)
+    quiet = {"VLLM_LOGGING_LEVEL": "WARNING"}
+    for name, value in (quiet | (cpu_environment(given) if part.gpus == 0 else {})).items():
+        os.environ.setdefault(name, value)
     # After the environment is set, which is read at import.
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     source = local_source(part.model) or remote_source(part.model)
     args = engine_args(part, given, adapters)
-    client = AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, disable_log_stats=True, **args))
+    client = AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, **args))
     return engine_over(client, part, given, adapters)
 
 
