@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dmoa.agents.chat_tokens import load_tokenizer
@@ -15,6 +15,11 @@ from dmoa.config import LlmConfig, VllmOptions
 def start_vllm(part: LlmConfig, llm: str, adapters: Collection[str]) -> Any:
     """Start vLLM for an LLM and return the engine over it, for use in one event loop. Blocks; raises ConfigError."""
     given = vllm_options(part, llm)
+    return engine_over(connect(part, given, engine_args(part, given, adapters)), part, given, adapters)
+
+
+def connect(part: LlmConfig, given: VllmOptions, args: Mapping[str, Any]) -> Any:
+    """Start vLLM with these arguments and return the client. Blocks; raises ConfigError."""
     quiet = {"VLLM_LOGGING_LEVEL": "WARNING"}
     for name, value in (quiet | (cpu_environment(given) if part.gpus == 0 else {})).items():
         os.environ.setdefault(name, value)
@@ -23,9 +28,7 @@ def start_vllm(part: LlmConfig, llm: str, adapters: Collection[str]) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     source = local_source(part.model) or remote_source(part.model)
-    args = engine_args(part, given, adapters)
-    client = AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, **args))
-    return engine_over(client, part, given, adapters)
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, **args))
 
 
 def engine_over(client: Any, part: LlmConfig, given: VllmOptions, adapters: Collection[str]) -> Any:

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from dmoa.agents.installed import vllm_builds
 from dmoa.agents.loading import LoadedModel, load_model, num_threads
 from dmoa.agents.models import fetch
 from dmoa.agents.transformers_engine import TransformersEngine
+from dmoa.bench import vllm_bench
 from dmoa.bench.measure import BenchResult, Spread, interleave, ratio, spread
 from dmoa.config import TransformersOptions
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
@@ -34,7 +36,10 @@ _TOPICS = ("a river", "seven apples", "the moon", "an old clock", "a lazy fox an
 
 
 def run(ids: Collection[str], rounds: int = 5) -> list[BenchResult]:
-    """Return the results of P8 and P18, as far as `ids` names them. Takes a minute per round on two cores."""
+    """Return the results of P8 and P18, as far as `ids` names them. Takes a minute per round on two cores.
+
+    P8 runs on vLLM too, where it is installed.
+    """
     options = TransformersOptions()
     folder = fetch(MODEL)
     results: list[BenchResult] = []
@@ -48,6 +53,8 @@ def run(ids: Collection[str], rounds: int = 5) -> list[BenchResult]:
         if "P18" in ids:
             results += _speed(engine, loaded, runner, rounds)
         runner.run(engine.close())
+    if "P8" in ids and len(vllm_builds()) == 1:
+        results += vllm_bench.run(gpus=0 if torch.cuda.device_count() == 0 else 1, rounds=rounds)
     return results
 
 

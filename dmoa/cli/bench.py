@@ -19,12 +19,15 @@ _HOMES = {
     "P3": "dmoa.bench.serving_bench",
     "P4": "dmoa.bench.serving_bench",
     "P5": "dmoa.bench.pipeline_bench",
+    "P6": "dmoa.bench.prefix_bench",
+    "P7": "dmoa.bench.prefix_bench",
     "P8": "dmoa.bench.engine_bench",
     "P13": "dmoa.bench.rollout_bench",
     "P14": "dmoa.bench.train_bench",
     "P17": "dmoa.bench.serving_bench",
     "P18": "dmoa.bench.engine_bench",
     "growth": "dmoa.bench.serving_bench",
+    "prefill": "dmoa.bench.prefix_bench",
 }
 """Metric -> the module that measures it, imported when asked for."""
 _ALONE = ("dmoa.bench.gate_bench", "dmoa.bench.train_bench")

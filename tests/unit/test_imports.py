@@ -43,7 +43,7 @@ HOMES = {
     "transformers": ("agents", "training"),
     "sentence_transformers": ("agents",),
     "peft": ("agents", "training"),
-    "vllm": ("serving", "agents"),
+    "vllm": ("serving", "agents", "bench"),
     "wandb": ("tracking",),
     "datasets": ("evaluation",),
     "jinja2": ("evaluation",),

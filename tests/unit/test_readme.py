@@ -213,7 +213,7 @@ def test_the_tree_shows_every_part_of_the_package() -> None:
 
 def test_tables_of_benches_and_of_the_reply_are_complete() -> None:
     benches = README.partition("## Benches and acceptance")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| (P\d+|growth) \|", benches, re.M) == list(_HOMES)
+    assert re.findall(r"^\| (P\d+|growth|prefill) \|", benches, re.M) == list(_HOMES)
     reply = README.partition("**The `dmoa` object.**")[2].partition("**Traces")[0]
     for record in (ReplyDmoa, ReplyStep, ReplyAgent):
         for name in record.model_fields:

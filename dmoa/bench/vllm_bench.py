@@ -1,0 +1,150 @@
+"""P8 on vLLM: what the exact entropy costs there, beside the stock engine and beside 20 listed log-probabilities.
+
+Two vLLMs of the embedded model live side by side and decode in turns: one computes entropies, the other is as it comes, without
+and with log-probabilities. vLLM runs stock engines with its newest model runner and those with a processor of one's own with the
+first one: the ratio holds that difference too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dmoa.agents.chat_tokens import encode_chat, load_tokenizer
+from dmoa.agents.vllm_args import engine_args
+from dmoa.agents.vllm_local import connect, engine_over
+from dmoa.bench.measure import BenchResult, interleave, ratio, record, spread
+from dmoa.config import LlmConfig, VllmOptions
+from dmoa.protocols import Engine
+from dmoa.types import GenerationRequest, Message, Sampling
+
+MODEL = "embedded:smollm2-135m"
+SHARE_BAR = 0.03
+GPU_SPEED_BAR = 0.98
+BATCH = 16
+_MAX_TOKENS = 32
+_TOPICS = ("a river", "seven apples", "the moon", "an old clock", "a lazy fox and its day", "bread", "the number twelve", "rain")
+
+
+def run(*, gpus: float, rounds: int) -> list[BenchResult]:
+    """Return the results of P8 on vLLM. Takes a minute per round on two cores, after as much again for the start."""
+    part = LlmConfig.model_validate({"model": MODEL, "engine": "vllm", "max_num_seqs": BATCH, "gpus": gpus})
+    exact = VllmOptions(dtype="float32", max_model_len=1024, gpu_memory_utilization=0.3)
+    listed = exact.model_copy(update={"entropy": "listed"})
+    timed = {
+        "logits_processors": ["dmoa.bench.vllm_timed:TimedProcessor"],
+        "worker_extension_cls": "dmoa.bench.vllm_timed.TimedWorker",
+    }
+    with asyncio.Runner() as runner:
+        ours = connect(part, exact, engine_args(part, exact, ()) | timed)
+        stock = connect(part, listed, engine_args(part, listed, ()))
+        try:
+            return _measure(runner, part, ours, stock, (exact, listed), rounds)
+        finally:
+            ours.shutdown()
+            stock.shutdown()
+
+
+def _measure(
+    runner: asyncio.Runner, part: LlmConfig, ours: Any, stock: Any, options: tuple[VllmOptions, VllmOptions], rounds: int
+) -> list[BenchResult]:
+    exact, listed = (engine_over(client, part, given, ()) for client, given in zip((ours, stock), options, strict=True))
+    tokenizer = load_tokenizer(stock.vllm_config.model_config.tokenizer)
+    shares: list[float] = []
+    salt = 0
+
+    def arm(work: Callable[[int], Any]) -> Callable[[], float]:
+        def call() -> float:
+            nonlocal salt
+            salt += 1
+            before = runner.run(_spent(ours))
+            began = time.perf_counter()
+            tokens: int = runner.run(work(salt))
+            seconds = time.perf_counter() - began
+            if (spent := runner.run(_spent(ours)) - before) > 0:
+                shares.append(spent / seconds)
+            return tokens / seconds
+
+        return call
+
+    arms = {
+        "exact": arm(lambda salt: _decode(exact, salt)),
+        "stock": arm(lambda salt: _bare(stock, tokenizer, salt)),
+        "listed": arm(lambda salt: _decode(listed, salt)),
+    }
+    figures = interleave(arms, rounds)
+    return _results(figures, shares[1:], part, exact.label)
+
+
+def _results(figures: dict[str, list[float]], shares: list[float], part: LlmConfig, label: str) -> list[BenchResult]:
+    bar = GPU_SPEED_BAR if part.gpus else None
+    share_bar = None if part.gpus else SHARE_BAR
+    what = f"batch {BATCH}, {_MAX_TOKENS} tokens at most"
+    per_s = {name: round(spread(values).value, 1) for name, values in figures.items()}
+    return [
+        record(
+            "P8.vllm.share",
+            spread(shares),
+            "share",
+            engine=label,
+            note=f"time in the processor / wall time; {what}",
+            at_most=share_bar,
+        ),
+        record(
+            "P8.vllm",
+            ratio(figures["exact"], figures["stock"]),
+            "x",
+            engine=label,
+            note=f"tokens/s with exact entropies, {per_s['exact']} / of the stock engine, {per_s['stock']}; {what}",
+            at_least=bar,
+        ),
+        record(
+            "P8.vllm.listed",
+            ratio(figures["listed"], figures["stock"]),
+            "x",
+            engine=label,
+            note=f"tokens/s with 20 log-probabilities listed, {per_s['listed']} / of the stock engine; {what}",
+        ),
+    ]
+
+
+async def _spent(client: Any) -> float:
+    readings: list[float] = await client.collective_rpc("processor_seconds")
+    return max(readings)
+
+
+def _requests(salt: int) -> list[GenerationRequest]:
+    """Return prompts that share no beginning, nor one with another salt's."""
+    return [
+        GenerationRequest(
+            request_id=f"{salt}/{n}",
+            call_id=f"{salt}/{n}",
+            messages=(
+                Message(role="system", content=f"{salt}.{n} is the number of this conversation."),
+                Message(role="user", content=f"Tell me a short story about {_TOPICS[n % 8]}. " * (1 + n % 3)),
+            ),
+            sampling=Sampling(max_tokens=_MAX_TOKENS),
+        )
+        for n in range(BATCH)
+    ]
+
+
+async def _decode(engine: Engine, salt: int) -> int:
+    replies = await asyncio.gather(*map(engine.generate, _requests(salt)))
+    return sum(reply.completion_tokens for reply in replies)
+
+
+async def _bare(client: Any, tokenizer: Any, salt: int) -> int:
+    """Decode with nothing asked for but tokens."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    async def one(request: GenerationRequest) -> int:
+        prompt = encode_chat(tokenizer, request.messages, model=MODEL)
+        params = SamplingParams(temperature=0.0, max_tokens=_MAX_TOKENS, output_kind=RequestOutputKind.DELTA)
+        outputs = client.generate({"prompt_token_ids": prompt}, params, request.request_id)
+        return sum([len(output.outputs[0].token_ids) async for output in outputs])
+
+    return sum(await asyncio.gather(*map(one, _requests(salt))))
