@@ -22,7 +22,7 @@ from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, ConfigError, PoolChangedError
 from dmoa.protocols import Engine
 from dmoa.serving.placement import deployment_name
-from dmoa.serving.upgrade import DRAIN_S, check_version, pool_version
+from dmoa.serving.upgrade import CALL_DRAIN_S, check_version, pool_version
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
 ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -116,7 +116,7 @@ def _options(name: str, scaling: AutoscalingConfig, *, max_num_seqs: int, gpus: 
         "max_ongoing_requests": max_num_seqs * QUEUE_FACTOR,
         "max_queued_requests": max_num_seqs * QUEUE_FACTOR * 4,
         "health_check_period_s": 2.0,
-        "graceful_shutdown_timeout_s": DRAIN_S,
+        "graceful_shutdown_timeout_s": CALL_DRAIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,
     }
     if scaling.max_replicas == scaling.min_replicas:

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -25,12 +25,13 @@ from dmoa.serving.actors import pack
 from dmoa.serving.agents import ServeAgents, bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.http import create_app
+from dmoa.serving.intake import unknown_model
 from dmoa.serving.metrics import QueryMetrics, exposition
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.router import ensure_router
 from dmoa.serving.router_client import RemoteRouter
 from dmoa.serving.traces import Answered, ensure_traces
-from dmoa.serving.upgrade import DRAIN_S, Event, on_one_version, pool_version
+from dmoa.serving.upgrade import QUERY_DRAIN_S, Event, on_one_version, pool_version
 from dmoa.swarm import Swarm
 from dmoa.types import Answer, Query
 
@@ -124,7 +125,12 @@ class SwarmIngress:
                 yield event
 
     async def answer_here(self, query: Query, policy: str, agent: str | None) -> AsyncGenerator[str | Event]:
-        """Answer one query on this ingress's version of the pool, whose fingerprint comes first. Raises PoolChangedError."""
+        """Answer one query on this ingress's version of the pool, whose fingerprint comes first.
+
+        Raises PoolChangedError, and RequestError for an agent that this version does not have.
+        """
+        if agent is not None and agent not in self.agents:
+            raise unknown_model(agent, self)
         yield self._fingerprint
         async with aclosing(self._swarm.answer(query, policy, agent)) as events:
             async for event in events:
@@ -197,10 +203,9 @@ async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None
         async for event in responses:
             is_done = isinstance(event, Answer)
             yield event
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, DmoaError) else error) from None
     except (RayError, RayServeException) as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, DmoaError):
-            raise cause from error
         raise PoolChangedError(f"the ingress where it began again was lost ({type(error).__name__})") from error
     finally:
         if not is_done:
@@ -221,7 +226,7 @@ def build_app(config: Config, *, key_hashes: tuple[str, ...] = (), is_ingress_on
         "num_replicas": config.server.ingress_replicas,
         "ray_actor_options": actor,
         "max_ongoing_requests": 1000,
-        "graceful_shutdown_timeout_s": DRAIN_S,
+        "graceful_shutdown_timeout_s": QUERY_DRAIN_S,
     }
     ingress = serve.deployment(serve.ingress()(SwarmIngress)).options(**options)
     return ingress.bind(config.model_dump_json(), key_hashes, configured, bind_encoder(config), bind_hosts(config))

@@ -21,9 +21,11 @@ from dmoa.types import Answer, Query, StepRecord, TextDelta
 Event = StepRecord | TextDelta | Answer
 Attempt = Callable[[Query], AsyncGenerator[str | Event]]
 """Answers a query: yields the fingerprint of the pool that does, steps, pieces of the final text, and last the Answer."""
-DRAIN_S = 60.0
-"""How long a replica that is replaced may go on with what it has begun."""
-_PATIENCE_S = 45.0
+CALL_DRAIN_S = 60.0
+"""How long an agent's replica that is replaced may go on with the calls it has; its GPUs are free only after them."""
+QUERY_DRAIN_S = 300.0
+"""How long an ingress that is replaced may go on with its queries: agents of the new pool may have models to load."""
+_PATIENCE_S = 240.0
 """How long a query looks for one version of the pool; less than its ingress may go on."""
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0

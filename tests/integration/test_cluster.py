@@ -47,10 +47,12 @@ agents:
   - {name: a5, llm: small, profile: Counts from five.}
   - {name: judge, llm: wide, profile: Judges.}
 gate: {activation: {rule: fixed, max_agents: 3}}
-limits: {max_steps: 3}
+limits: {max_steps: 3, deadline_s: 240}
 router: {state_uri: "STATE"}
 """
 """Agents that never agree, so that every query takes all its steps."""
+WAIT_S = 60.0
+"""A call that is sent between the loss of an agent's only replica and its mask waits in Serve, until the query's deadline."""
 QUERIES = 50
 STREAMS = 10
 
@@ -102,8 +104,8 @@ def check_own_gpus(replicas: dict[str, Placed]) -> None:
     }
 
 
-async def ask(http: httpx.AsyncClient, text: str, *, trace: bool = False) -> dict[str, Any]:
-    question = {"model": "many", "messages": [{"role": "user", "content": text}], "dmoa": {"trace": trace}}
+async def ask(http: httpx.AsyncClient, text: str, **dmoa: Any) -> dict[str, Any]:
+    question = {"model": "many", "messages": [{"role": "user", "content": text}], "dmoa": dmoa}
     reply = await http.post("/v1/chat/completions", json=question)
     assert reply.status_code == 200, reply.text
     body: dict[str, Any] = reply.json()
@@ -151,7 +153,7 @@ def test_a_dry_run_on_the_living_cluster_knows_its_nodes(running: Running) -> No
 
 
 async def test_a_node_lost_in_the_middle_of_fifty_queries_fails_none_and_its_agents_come_back(running: Running) -> None:
-    async with httpx.AsyncClient(base_url=running.served.url, timeout=170) as http:
+    async with httpx.AsyncClient(base_url=running.served.url, timeout=300) as http:
         before = running.replicas()
         asked = {agent["name"] for agent in agents_of(await ask(http, "Who?")) if agent["status"] == "ok"}
         head = running.nodes.living[0]
@@ -161,7 +163,7 @@ async def test_a_node_lost_in_the_middle_of_fifty_queries_fails_none_and_its_age
 
         async def stream(number: int) -> None:
             for count in range(QUERIES // STREAMS):
-                bodies.append(await ask(http, f"Question {count} of stream {number}?"))
+                bodies.append(await ask(http, f"Question {count} of stream {number}?", deadline_s=WAIT_S))
 
         streams = [asyncio.create_task(stream(number)) for number in range(STREAMS)]
         try:
@@ -206,7 +208,7 @@ async def test_an_upgrade_under_load_fails_no_query_and_mixes_no_versions(runnin
     new.write_text(text.replace("guilty", "innocent").replace("a5", "b5"), encoding="utf-8")
     versions = {**dict.fromkeys((*words, "guilty"), "old"), **dict.fromkeys((*words.values(), "innocent"), "new")}
     found: list[str] = []
-    async with httpx.AsyncClient(base_url=running.served.url, timeout=170) as http:
+    async with httpx.AsyncClient(base_url=running.served.url, timeout=300) as http:
         streams = [asyncio.create_task(_follow(http, versions, found)) for _ in range(6)]
         try:
             await until(lambda: len(found) >= 6 or any(one.done() for one in streams), "replies of the old pool")
