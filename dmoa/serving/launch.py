@@ -74,6 +74,8 @@ def launch(
     address = _address(address)
     if address is None:
         check_keys(config)  # a Ray of our own inherits this environment; on another one the engines find out
+    else:
+        _check_listening(address)  # here already: importing Serve takes seconds
     from ray import serve
 
     from dmoa.serving.app import build_app
