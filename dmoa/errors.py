@@ -44,6 +44,10 @@ class AgentOverloadedError(DmoaError, RuntimeError):
     """An agent's queue is full; another agent should take its place."""
 
 
+class PoolChangedError(DmoaError, RuntimeError):
+    """A part of the swarm runs another version of the pool than the query's: it must begin again on one version."""
+
+
 class NoAgentError(DmoaError, RuntimeError):
     """No agent of the pool answered before the deadline (HTTP 503)."""
 

@@ -19,9 +19,10 @@ from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.agents.pool import build_agents, build_engine, callable_agents
 from dmoa.agents.summarizer import withhold
 from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config
-from dmoa.errors import AgentOverloadedError, AgentUnavailableError, ConfigError
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError, ConfigError, PoolChangedError
 from dmoa.protocols import Engine
 from dmoa.serving.placement import deployment_name
+from dmoa.serving.upgrade import CALL_DRAIN_S, check_version, pool_version
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
 ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -35,13 +36,19 @@ class Answers:
 
     _agents: LocalAgents
     _label: str
+    _version: str
 
-    async def call(self, call: AgentCall) -> AgentReply:
-        """Answer one call; cancelling it frees its place in the engine's batch."""
+    async def call(self, call: AgentCall, version: str) -> AgentReply:
+        """Answer one call of a query on this version of the pool; cancelling it frees its place in the engine's batch.
+
+        Raises PoolChangedError for a query on another version: of what a deployment runs on, Serve tells a caller nothing.
+        """
+        check_version(version, self._version)
         return await self._agents.call(call)
 
-    async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
-        """Answer one call, yielding its text as it comes, last the reply."""
+    async def stream(self, call: AgentCall, version: str) -> AsyncIterator[TextDelta | AgentReply]:
+        """Answer one call, yielding its text as it comes, last the reply. Raises as `call` does."""
+        check_version(version, self._version)
         items = self._agents.stream(call)
         async for item in withhold(items) if call.agent == SUMMARIZER else items:
             yield item
@@ -54,6 +61,7 @@ class Answers:
         agents: dict[str, Agent] = build_agents(config, llm, engine)
         self._agents = LocalAgents({item.name: agents[item.name] for item in hosted})
         self._label = engine.label
+        self._version = pool_version(config)
 
 
 class AgentHost(Answers):
@@ -72,10 +80,14 @@ def hosted_agents(config: Config, llm: str, agent: str | None) -> list[AgentConf
 
 
 def bind_hosts(config: Config) -> dict[str, Any]:
-    """Return the bound Serve deployments that run the pool's agents, by deployment name."""
+    """Return the bound Serve deployments that run the pool's agents, by deployment name.
+
+    Those with most GPUs come first, because Serve places them in this order, spread over the nodes: where narrow ones go
+    first, no node may be left with room for a wide one.
+    """
     text = config.model_dump_json()
     bound: dict[str, Any] = {}
-    for agent in callable_agents(config):
+    for agent in sorted(callable_agents(config), key=lambda agent: -config.llms[agent.llm].gpus):
         llm = config.llms[agent.llm]
         name = deployment_name(config, agent)
         if name in bound:
@@ -104,7 +116,7 @@ def _options(name: str, scaling: AutoscalingConfig, *, max_num_seqs: int, gpus: 
         "max_ongoing_requests": max_num_seqs * QUEUE_FACTOR,
         "max_queued_requests": max_num_seqs * QUEUE_FACTOR * 4,
         "health_check_period_s": 2.0,
-        "graceful_shutdown_timeout_s": 5.0,
+        "graceful_shutdown_timeout_s": CALL_DRAIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,
     }
     if scaling.max_replicas == scaling.min_replicas:
@@ -120,8 +132,9 @@ def _options(name: str, scaling: AutoscalingConfig, *, max_num_seqs: int, gpus: 
 class ServeAgents:
     """Reaches agents through Serve handles; implements `protocols.AgentClient`."""
 
-    def __init__(self, handles: Mapping[str, DeploymentHandle]) -> None:
-        """`handles` are by agent name."""
+    def __init__(self, handles: Mapping[str, DeploymentHandle], version: str) -> None:
+        """`handles` are by agent name; `version` is the pool's, which every reply must come from."""
+        self._version = version
         # Made once, because a handle builds a new one for every method that is named on it. Calls are plain records:
         # pickle takes half of cloudpickle's time for them. Replies may be errors, which only cloudpickle carries safely.
         options = {"request_serialization": "pickle"}
@@ -131,7 +144,7 @@ class ServeAgents:
 
     async def call(self, call: AgentCall) -> AgentReply:
         """Ask one agent; cancelling this cancels the call where it runs."""
-        response = self._calls[call.agent].remote(call)
+        response = self._calls[call.agent].remote(call, self._version)
         try:
             reply: AgentReply = await response
         except asyncio.CancelledError:
@@ -143,7 +156,7 @@ class ServeAgents:
 
     async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Ask one agent and yield its text as it comes, last the reply."""
-        responses = self._streams[call.agent].remote(call)
+        responses = self._streams[call.agent].remote(call, self._version)
         is_done = False
         try:
             async for item in responses:
@@ -163,8 +176,10 @@ class ServeAgents:
             raise _lost(agent, error) from error
 
 
-def _lost(agent: str, error: Exception) -> AgentUnavailableError | AgentOverloadedError:
+def _lost(agent: str, error: Exception) -> AgentUnavailableError | AgentOverloadedError | PoolChangedError:
     cause = getattr(error, "cause", None)
+    if isinstance(cause, PoolChangedError):
+        return cause
     if isinstance(error, BackPressureError) or isinstance(cause, BackPressureError):
         return AgentOverloadedError(f"agent {agent!r}: its queue is full")
     if isinstance(cause, ConfigError):

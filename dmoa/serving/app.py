@@ -9,35 +9,41 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.installed import check_vllm
 from dmoa.agents.pool import callable_agents, check_files, fingerprint
 from dmoa.config import Config, LimitsConfig
-from dmoa.errors import DmoaError
+from dmoa.errors import DmoaError, PoolChangedError
 from dmoa.serving.actors import pack
 from dmoa.serving.agents import ServeAgents, bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.http import create_app
+from dmoa.serving.intake import unknown_model
 from dmoa.serving.metrics import QueryMetrics, exposition
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.router import ensure_router
 from dmoa.serving.router_client import RemoteRouter
 from dmoa.serving.traces import Answered, ensure_traces
+from dmoa.serving.upgrade import QUERY_DRAIN_S, Event, on_one_version, pool_version
 from dmoa.swarm import Swarm
-from dmoa.types import Answer, Query, StepRecord, TextDelta
+from dmoa.types import Answer, Query
 
 _LOG = logging.getLogger("dmoa.ingress")
 READY_TIMEOUT_S = 2.0
 """How long /readyz waits for an agent's answer."""
 APP = "dmoa"
 """Name of the Serve application unless told otherwise."""
+_INGRESS = "ingress"
+_HEAD = "node:__internal_head__"
+"""Resource that Ray gives to the head alone, one of it."""
 
 
 class SwarmIngress:
@@ -57,11 +63,15 @@ class SwarmIngress:
         self._key_hashes = key_hashes
         self._fingerprint = fingerprint(config)
         where = deployment_names(config)
-        self._agents = ServeAgents({agent.name: hosts[where[agent.name]] for agent in callable_agents(config)})
+        self._agents = ServeAgents(
+            {agent.name: hosts[where[agent.name]] for agent in callable_agents(config)}, pool_version(config)
+        )
         self._router = RemoteRouter(ensure_router(config, app, configured), config, configured)
         self._traces = ensure_traces(app, config.router.num_traces)
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
         self._metrics = QueryMetrics(config.name)
+        self._any_ingress = serve.get_deployment_handle(_INGRESS, app).options(method_name="answer_here", stream=True)
+        self._answered_elsewhere: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         version = await self._router.start()
         _LOG.info("ingress of pool %s: gate %s", config.name, version)
@@ -96,8 +106,33 @@ class SwarmIngress:
         """The pool's limits."""
         return self._config.limits
 
-    async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[StepRecord | TextDelta | Answer]:
-        """Answer one query; see `Swarm.answer`."""
+    async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[Event]:
+        """Answer one query on one version of the pool, here or at the ingress of a newer one; see `Swarm.answer`."""
+
+        def here(query: Query) -> AsyncGenerator[str | Event]:
+            return self.answer_here(query, policy, agent)
+
+        def elsewhere(query: Query) -> AsyncGenerator[str | Event]:
+            return _ask_ingress(self._any_ingress, query, policy, agent)
+
+        answering = self._fingerprint
+        async with aclosing(on_one_version(here, elsewhere, query)) as events:
+            async for event in events:
+                if isinstance(event, str):
+                    answering = event
+                    continue
+                if isinstance(event, Answer) and answering != self._fingerprint:
+                    self._answered_elsewhere[query.trace_id] = answering
+                yield event
+
+    async def answer_here(self, query: Query, policy: str, agent: str | None) -> AsyncGenerator[str | Event]:
+        """Answer one query on this ingress's version of the pool, whose fingerprint comes first.
+
+        Raises PoolChangedError, and RequestError for an agent that this version does not have.
+        """
+        if agent is not None and agent not in self.agents:
+            raise unknown_model(agent, self)
+        yield self._fingerprint
         async with aclosing(self._swarm.answer(query, policy, agent)) as events:
             async for event in events:
                 if isinstance(event, Answer):
@@ -147,7 +182,7 @@ class SwarmIngress:
             query=query,
             answer=answer,
             pool=self.pool,
-            fingerprint=self._fingerprint,
+            fingerprint=self._answered_elsewhere.pop(answer.trace_id, self._fingerprint),
             user=user,
             metadata=dict(metadata),
             created_unix_s=time.time(),
@@ -158,21 +193,43 @@ class SwarmIngress:
             _LOG.warning("trace %s was lost: %s", answer.trace_id, type(error).__name__)
 
 
-def build_app(config: Config, *, key_hashes: tuple[str, ...] = ()) -> Any:
-    """Return the bound Serve application of a pool.
+async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None) -> AsyncGenerator[str | Event]:
+    """Yield what the streaming handle `answer` of a running ingress yields for a query. Raises its errors.
 
+    PoolChangedError as well where that ingress was lost: then the query begins again.
+    """
+    responses = answer.remote(query, policy, agent)
+    is_done = False
+    try:
+        async for event in responses:
+            is_done = isinstance(event, Answer)
+            yield event
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, DmoaError) else error) from None
+    except (RayError, RayServeException) as error:
+        raise PoolChangedError(f"the ingress where it began again was lost ({type(error).__name__})") from error
+    finally:
+        if not is_done:
+            responses.cancel()
+
+
+def build_app(config: Config, *, key_hashes: tuple[str, ...] = (), is_ingress_on_head: bool = False) -> Any:
+    """Return the bound Serve application of a pool; with `is_ingress_on_head` its ingress runs on the cluster's head alone.
+
+    A query is lost with its ingress: where the proxy is on the head alone, that keeps it from depending on a second node.
     Raises ConfigError for an adapter that is not there and for a vLLM that is not installed, CheckpointError for a checkpoint of
     another pool.
     """
     check_files(config)
     check_vllm(config)
     configured = _configured_version(config)
+    actor: dict[str, Any] = {"num_cpus": 0} | ({"resources": {_HEAD: 0.001}} if is_ingress_on_head else {})
     options = {
-        "name": "ingress",
+        "name": _INGRESS,
         "num_replicas": config.server.ingress_replicas,
-        "ray_actor_options": {"num_cpus": 0},
+        "ray_actor_options": actor,
         "max_ongoing_requests": 1000,
-        "graceful_shutdown_timeout_s": 5.0,
+        "graceful_shutdown_timeout_s": QUERY_DRAIN_S,
     }
     ingress = serve.deployment(serve.ingress()(SwarmIngress)).options(**options)
     return ingress.bind(config.model_dump_json(), key_hashes, configured, bind_encoder(config), bind_hosts(config))

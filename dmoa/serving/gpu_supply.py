@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from dmoa.errors import ConfigError
 
 _MIB = 2**20
 _TYPE_PREFIX = "accelerator_type:"
@@ -108,7 +105,6 @@ def joined_supply(address: str) -> Supply:
     """Return the GPUs of the Ray at `address`: joins it, reads its nodes, leaves. Raises ConfigError where none answers."""
     from dmoa.serving.launch import start_ray
 
-    _check_listening(address)
     start_ray(address)
     import ray
 
@@ -116,19 +112,6 @@ def joined_supply(address: str) -> Supply:
         return Supply(source=f"the Ray at {address}", nodes=nodes_of_ray(ray.nodes()))
     finally:
         ray.shutdown()
-
-
-def _check_listening(address: str) -> None:
-    """Raise ConfigError where nothing listens at a HOST:PORT: Ray 2.60 goes on trying for more than ten minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal():
-        return  # `auto`, or ray://
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"address: value seen: {address!r}; nothing listens there ({error}); give HOST:PORT of a running Ray, or auto"
-        ) from error
 
 
 def local_supply() -> Supply:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ SERVE_FLAGS = {
 }
 """Serve's flags for short hops; replicas keep no HTTP ports of their own, so the proxy alone listens."""
 START_TIMEOUT_S = 600.0
+CONNECT_TIMEOUT_S = 10.0
+"""How long the machine at an address may take to accept a connection."""
+STOP_WAIT_S = 6.0
+"""How long a swarm that is stopped may go on with its queries before its Ray ends, or this process leaves it."""
 _START_ATTEMPTS = 3
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -69,11 +74,14 @@ def launch(
     address = _address(address)
     if address is None:
         check_keys(config)  # a Ray of our own inherits this environment; on another one the engines find out
+    else:
+        _check_listening(address)  # here already: importing Serve takes seconds
     from ray import serve
 
     from dmoa.serving.app import build_app
 
-    application = build_app(config, key_hashes=key_hashes)
+    # The proxy is on the head alone: an ingress beside it is lost with no other node, nor are the queries in it.
+    application = build_app(config, key_hashes=key_hashes, is_ingress_on_head=True)
     started_ray = start_ray(address)
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
     serve.run(application, name=app, route_prefix=route_prefix)
@@ -94,6 +102,7 @@ def start_ray(address: str | None = None) -> bool:
     if is_own:
         _start_own_ray()
     elif not ray.is_initialized():
+        _check_listening(str(address))
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ray.exceptions.RayError) as error:
@@ -102,6 +111,19 @@ def start_ray(address: str | None = None) -> bool:
                 f"RAY_AUTH_MODE=token where it wants tokens ({' '.join(str(error).split())[:200]})"
             ) from error
     return is_own
+
+
+def _check_listening(address: str) -> None:
+    """Raise ConfigError where nothing listens at a HOST:PORT: Ray 2.60 goes on trying for more than ten minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return  # `auto`, or ray://
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"address: value seen: {address!r}; nothing listens there ({error}); give HOST:PORT of a running Ray, or auto"
+        ) from error
 
 
 def _address(address: str | None) -> str | None:
@@ -180,14 +202,20 @@ def _launched(url: str, pool: str, app: str, *, started_ray: bool) -> Launched:
 
 
 def stop(app: str = "dmoa", *, end_ray: bool = False) -> None:
-    """Delete the app and its actors; with `end_ray` Serve and Ray as well."""
+    """Delete the app and its actors; with `end_ray` Serve and Ray as well.
+
+    Queries under way have STOP_WAIT_S; on a Ray that goes on, those that take longer may end in the background.
+    """
     import ray
     from ray import serve
 
     from dmoa.serving.actors import end_actors
 
     try:
-        serve.delete(app)
+        serve.delete(app, _blocking=False)
+        deadline = time.monotonic() + STOP_WAIT_S
+        while app in serve.status().applications and time.monotonic() < deadline:
+            time.sleep(0.1)
         end_actors(app)
     except (DmoaError, ray.exceptions.RayError, ConnectionError):
         if not end_ray:

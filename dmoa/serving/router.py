@@ -30,6 +30,7 @@ from dmoa.serving.actors import detached, end_actors, pack, router_name, unpack
 from dmoa.serving.agents import ServeAgents
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.router_state import RouterState, default_state_uri
+from dmoa.serving.upgrade import check_version, pool_version
 from dmoa.serving.versions import Change, GateVersions
 from dmoa.types import FloatArray, RouteRequest, is_untrained
 
@@ -88,9 +89,10 @@ class RouterActor:
         served = {"config": config.model_dump(mode="json"), "configured": configured}
         _internal_kv_put(f"dmoa/config/{self._app}".encode(), json.dumps(served).encode(), overwrite=True)
         self._fingerprint = fingerprint(config)
+        self._pool_version = pool_version(config)
         self._state = RouterState(config.router.state_uri or default_state_uri(self._app))
         handles = {name: serve.get_deployment_handle(where, self._app) for name, where in deployment_names(config).items()}
-        self._agents = ServeAgents(handles)
+        self._agents = ServeAgents(handles, self._pool_version)
         self._versions = GateVersions(self._state, config, configured)
         self._recent.clear()
         self._local = LocalRouter(reload=self._reload)
@@ -123,9 +125,13 @@ class RouterActor:
         found = self._state.load_version(version)
         return found[0] if found else None
 
-    async def route(self, packed: bytes) -> bytes:
-        """Decide one step: a packed RouteRequest in, a packed RouteDecision out. Raises NoAgentError, RoutingError."""
+    async def route(self, packed: bytes, version: str) -> bytes:
+        """Decide one step for a query on this version of the pool: a packed RouteRequest in, a packed RouteDecision out.
+
+        Raises NoAgentError, RoutingError, and PoolChangedError where the router serves another version.
+        """
         self._begin()
+        check_version(version, self._pool_version)
         request: RouteRequest = unpack(packed)
         decision = await self._local.route(request)
         self._recent.append(request.input_X)

@@ -17,6 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 from dmoa.config import Config
 from dmoa.errors import DmoaError, NoAgentError
 from dmoa.serving.actors import pack, unpack
+from dmoa.serving.upgrade import pool_version
 from dmoa.types import RouteDecision, RouteRequest
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class RemoteRouter:
         self._actor = actor
         self._config = config
         self._configured = configured
+        self._version = pool_version(config)
         self._weights: dict[str, dict[str, bytes]] = {}
         self._current: str | None = None
         self._fetching: set[str] = set()
@@ -55,11 +57,11 @@ class RemoteRouter:
         return self._current
 
     async def route(self, request: RouteRequest) -> RouteDecision:
-        """Decide one step. Raises NoAgentError, RoutingError."""
+        """Decide one step. Raises NoAgentError, RoutingError, PoolChangedError."""
         if time.monotonic() >= self._away_until:
             try:
                 async with asyncio.timeout(ROUTE_TIMEOUT_S):
-                    decision: RouteDecision = unpack(await self._actor.route.remote(pack(request)))
+                    decision: RouteDecision = unpack(await self._actor.route.remote(pack(request), self._version))
             except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, DmoaError) else NoAgentError(f"router: {error.cause}") from error
             except (RayError, TimeoutError) as error:

@@ -1,7 +1,9 @@
-"""`serve run` on serve_app.py: the other way to start a swarm, with a Ray cluster of its own."""
+"""`serve run` on serve_app.py, the other way to start a swarm, with a Ray cluster of its own; and a cluster that is not there."""
 
 from __future__ import annotations
 
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,6 +44,17 @@ def test_serve_run_honours_dmoa_config(tmp_path: Path) -> None:
     assert body["choices"][0]["message"]["content"] == "hello"
     assert body["dmoa"]["pool"] == "quick"
     assert body["dmoa"]["stop_reason"] == "agreement"
+
+
+def test_an_address_where_nothing_listens_ends_the_command(tmp_path: Path) -> None:
+    """Left to itself Ray goes on trying for longer than the limit here."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    (tmp_path / "pool.yaml").write_text(POOL.replace("STATE", (tmp_path / "state").as_uri()), encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("dmoa")), "serve", "--config", str(tmp_path / "pool.yaml")]
+    done = subprocess.run([*command, "--address", address], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"address: value seen: '{address}'; nothing listens there" in done.stderr
 
 
 def ask_until_up(served: Served, url: str) -> dict[str, Any]:

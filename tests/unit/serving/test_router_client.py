@@ -20,6 +20,7 @@ from dmoa.routing import LocalRouter
 from dmoa.serving.actors import pack, unpack
 from dmoa.serving.router_client import MAX_HELD, RemoteRouter
 from dmoa.serving.router_state import FILES
+from dmoa.serving.upgrade import pool_version
 from dmoa.types import RouteRequest
 from tests.unit.fakes import DIM, gate_spec
 
@@ -70,8 +71,9 @@ class FakeActor:
         self.told.append(told)
         return self._local.current
 
-    async def _route(self, packed: bytes) -> bytes:
+    async def _route(self, packed: bytes, version: str) -> bytes:
         self._check()
+        assert version == pool_version(CONFIG)
         return pack(await self._local.route(unpack(packed)))
 
     async def _weights(self, version: str) -> dict[str, bytes]:
