@@ -31,6 +31,8 @@ FIRST_TOKEN_BAR = 0.5
 GROWTH_BAR = 1.1
 STEPS = 20
 _FIRST_TOKEN_STEPS = 4
+_FIRST_TOKEN_SENTENCES = 24
+"""A question with its passages, as in HotpotQA: what role-first prompts compute once for every agent."""
 _PROFILES = ("Solves problems step by step.", "Checks the work of others.", "Explains results in plain words.")
 _BLOCK = {"transformers": 1, "vllm": 32}
 """Tokens that each engine reuses at a time."""
@@ -88,12 +90,14 @@ async def _ask(arm: Arm, requests: Sequence[GenerationRequest]) -> list[Generati
     return list(await asyncio.gather(*map(arm.engine.generate, requests)))
 
 
-def step_of(salt: int, step: int, *, num_agents: int, max_tokens: int, role_first: bool = False) -> list[GenerationRequest]:
+def step_of(
+    salt: int, step: int, *, num_agents: int, max_tokens: int, sentences: int = 6, role_first: bool = False
+) -> list[GenerationRequest]:
     """Return the calls of one step of query number `salt`, whose earlier steps contributed set texts.
 
-    `role_first`: the same words, the role in the system text.
+    `sentences`: how long the question is; `role_first`: the same words, the role in the system text.
     """
-    text = f"Question {salt}. " + "".join(_WORK.format(n=salt + k, m=7 * k) for k in range(6)) + "How far is it in all?"
+    text = f"Question {salt}. " + "".join(_WORK.format(n=salt + k, m=7 * k) for k in range(sentences)) + "How far is it in all?"
     query = Query(trace_id=f"{salt}", text=text)
     history = [_WORK.format(n=salt * k, m=3 * k) * 2 for k in range(step)]
     requests = []
@@ -169,13 +173,18 @@ class _Salts:
 
 def _first_token(arm: Arm, rounds: int) -> BenchResult:
     salts = _Salts()
+    tokens = 0
 
     def layout(role_first: bool) -> Callable[[], float]:
         def call() -> float:
+            nonlocal tokens
             salt = salts.next()
             waits: list[float] = []
             for step in range(_FIRST_TOKEN_STEPS):
-                requests = step_of(salt, step, num_agents=3, max_tokens=1, role_first=role_first)
+                requests = step_of(
+                    salt, step, num_agents=3, max_tokens=1, sentences=_FIRST_TOKEN_SENTENCES, role_first=role_first
+                )
+                tokens = len(encode_chat(arm.tokenizer, requests[0].messages, model=MODEL))
                 waits += arm.runner.run(_first_tokens(arm, requests))
             return sum(waits) / len(waits)
 
@@ -186,7 +195,7 @@ def _first_token(arm: Arm, rounds: int) -> BenchResult:
     millis = {name: round(1e3 * spread(values).value) for name, values in figures.items()}
     note = (
         f"mean time to the first token, {millis['ours']} ms / prompts that begin with the role, {millis['role first']} ms; "
-        f"{_FIRST_TOKEN_STEPS} steps of 3 agents"
+        f"{_FIRST_TOKEN_STEPS} steps of 3 agents, prompts of at most {tokens} tokens"
     )
     return record("P7.first_token", found, "x", engine=arm.engine.label, note=note, at_most=FIRST_TOKEN_BAR)
 
