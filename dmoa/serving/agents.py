@@ -7,7 +7,8 @@ deployment per agent, with its own engine, GPUs and replicas.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -22,12 +23,11 @@ from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, ConfigError
 from dmoa.protocols import Engine
 from dmoa.serving.placement import deployment_name
+from dmoa.serving.scaling import has_affinity, scaling_options
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
 ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads of an engine that wait must sleep: spinning ones slow every token some thirty times on a busy machine."""
-QUEUE_FACTOR = 4
-"""Calls that may wait in a replica, as a multiple of the engine's batch, before it counts as overloaded."""
 
 
 class Answers:
@@ -35,16 +35,17 @@ class Answers:
 
     _agents: LocalAgents
     _label: str
+    _replica: str
 
     async def call(self, call: AgentCall) -> AgentReply:
         """Answer one call; cancelling it frees its place in the engine's batch."""
-        return await self._agents.call(call)
+        return replace(await self._agents.call(call), replica=self._replica)
 
     async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Answer one call, yielding its text as it comes, last the reply."""
         items = self._agents.stream(call)
         async for item in withhold(items) if call.agent == SUMMARIZER else items:
-            yield item
+            yield replace(item, replica=self._replica) if isinstance(item, AgentReply) else item
 
     async def ping(self) -> str:
         """Say that this replica is up; returns the engine's label."""
@@ -54,6 +55,7 @@ class Answers:
         agents: dict[str, Agent] = build_agents(config, llm, engine)
         self._agents = LocalAgents({item.name: agents[item.name] for item in hosted})
         self._label = engine.label
+        self._replica = serve.get_replica_context().replica_tag
 
 
 class AgentHost(Answers):
@@ -80,12 +82,9 @@ def bind_hosts(config: Config) -> dict[str, Any]:
         name = deployment_name(config, agent)
         if name in bound:
             continue
-        is_shared = llm.placement == "shared"
-        scaling = llm.autoscaling if is_shared else agent.autoscaling
-        options = _options(
-            name, scaling, max_num_seqs=llm.max_num_seqs, gpus=llm.gpus, is_light=llm.engine in ("scripted", "openai")
-        )
-        only = None if is_shared else agent.name
+        is_light = llm.engine in ("scripted", "openai")
+        options = _options(name, config.scaling_of(agent), max_num_seqs=llm.max_num_seqs, gpus=llm.gpus, is_light=is_light)
+        only = None if llm.placement == "shared" else agent.name
         if llm.engine == "vllm":
             from dmoa.serving.vllm_server import vllm_deployment
 
@@ -101,37 +100,34 @@ def _options(name: str, scaling: AutoscalingConfig, *, max_num_seqs: int, gpus: 
     options: dict[str, Any] = {
         "name": name,
         "ray_actor_options": actor | {"num_gpus": gpus},
-        "max_ongoing_requests": max_num_seqs * QUEUE_FACTOR,
-        "max_queued_requests": max_num_seqs * QUEUE_FACTOR * 4,
         "health_check_period_s": 2.0,
         "graceful_shutdown_timeout_s": 5.0,
         "graceful_shutdown_wait_loop_s": 0.5,
     }
-    if scaling.max_replicas == scaling.min_replicas:
-        return options | {"num_replicas": scaling.min_replicas}
-    autoscaling = {
-        "min_replicas": scaling.min_replicas,
-        "max_replicas": scaling.max_replicas,
-        "target_ongoing_requests": scaling.target_ongoing_requests,
-    }
-    return options | {"autoscaling_config": autoscaling}
+    return options | scaling_options(scaling, max_num_seqs=max_num_seqs)
+
+
+def affine_agents(config: Config) -> frozenset[str]:
+    """Return the agents (and the summarizer) that may have several replicas: a conversation stays on one of them."""
+    return frozenset(agent.name for agent in callable_agents(config) if has_affinity(config.scaling_of(agent)))
 
 
 class ServeAgents:
     """Reaches agents through Serve handles; implements `protocols.AgentClient`."""
 
-    def __init__(self, handles: Mapping[str, DeploymentHandle]) -> None:
-        """`handles` are by agent name."""
+    def __init__(self, handles: Mapping[str, DeploymentHandle], *, affine: Collection[str] = ()) -> None:
+        """`handles` are by agent name; calls of `affine` agents go to the replica of their conversation."""
         # Made once, because a handle builds a new one for every method that is named on it. Calls are plain records:
         # pickle takes half of cloudpickle's time for them. Replies may be errors, which only cloudpickle carries safely.
         options = {"request_serialization": "pickle"}
         self._calls = {name: handle.options(method_name="call", **options) for name, handle in handles.items()}
         self._streams = {name: handle.options(method_name="stream", stream=True, **options) for name, handle in handles.items()}
+        self._affine = frozenset(affine)
         self._pings = {name: handle.options(method_name="ping") for name, handle in handles.items()}
 
     async def call(self, call: AgentCall) -> AgentReply:
         """Ask one agent; cancelling this cancels the call where it runs."""
-        response = self._calls[call.agent].remote(call)
+        response = self._handle(self._calls, call).remote(call)
         try:
             reply: AgentReply = await response
         except asyncio.CancelledError:
@@ -143,7 +139,7 @@ class ServeAgents:
 
     async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Ask one agent and yield its text as it comes, last the reply."""
-        responses = self._streams[call.agent].remote(call)
+        responses = self._handle(self._streams, call).remote(call)
         is_done = False
         try:
             async for item in responses:
@@ -156,11 +152,22 @@ class ServeAgents:
                 responses.cancel()
 
     async def ping(self, agent: str) -> None:
-        """Return once the agent's place answers. Raises AgentUnavailableError."""
+        """Return once the agent's place answers. Raises AgentUnavailableError, AgentOverloadedError.
+
+        Serve starts a replica for a ping as for any call; cancelled, it no longer asks for one.
+        """
+        response = self._pings[agent].remote()
         try:
-            await self._pings[agent].remote()
+            await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
         except (RayError, RayServeException) as error:
             raise _lost(agent, error) from error
+
+    def _handle(self, handles: Mapping[str, Any], call: AgentCall) -> Any:
+        handle = handles[call.agent]
+        return handle.options(session_id=call.conversation) if call.conversation and call.agent in self._affine else handle
 
 
 def _lost(agent: str, error: Exception) -> AgentUnavailableError | AgentOverloadedError:
