@@ -368,6 +368,7 @@ class Asker:
             ),
             sampling=self._within_budget(state, self.sampling_for(query, sheet.sampling, is_final=is_final)),
             deadline_unix_s=state.deadline_unix_s,
+            conversation=state.query.conversation,
         )
 
     def _within_budget(self, state: QueryState, sampling: Sampling) -> Sampling:

@@ -309,8 +309,7 @@ class Query:
     @property
     def conversation(self) -> str:
         """Digest of how the conversation began, the same for all its turns: a client's system message and its first words."""
-        first = self.turns[0].content if self.turns else self.text
-        text = "\0".join((self.system, first))
+        text = f"{self.system}\0{self.turns[0].content if self.turns else self.text}"
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 

@@ -1,7 +1,8 @@
 """Agents on Ray Serve: the deployments they run in, and the client that reaches them.
 
 `shared` placement: one `AgentHost` per LLM, its agents are records over one engine. `dedicated`: the same class, one
-deployment per agent, with its own engine, GPUs and replicas.
+deployment per agent, with its own engine, GPUs and replicas. Where there may be several replicas, all calls of a conversation
+go to one of them (`scaling` says how it is chosen), whose prefix cache knows how it began.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ class ServeAgents:
             raise _lost(agent, error) from error
 
     def _handle(self, handles: Mapping[str, Any], call: AgentCall) -> Any:
+        """Return the handle to call by; one that names the conversation costs some 15 microseconds more."""
         handle = handles[call.agent]
         return handle.options(session_id=call.conversation) if call.conversation and call.agent in self._affine else handle
 
