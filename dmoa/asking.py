@@ -4,6 +4,9 @@ A lost contribution (failed, late, overloaded, its place dead) is data: it is re
 living place takes over while the deadline allows. Where nobody contributed and places are dead, their calls are sent again
 until they are back, for as long as the query's patience lasts. Where all contributions are unsure, `cascade` asks for more.
 Explored agents are asked beside all that, to learn from. Calls are idempotent by (trace, step, agent).
+
+A cold agent has no replica: that is no loss. It is waited for or passed over as its policy says, stand-ins are sought among
+the agents that are up, and where nobody else can answer the query waits for a cold one, whatever the policy.
 """
 
 from __future__ import annotations
@@ -19,7 +22,19 @@ from dmoa.agents.prompts import agent_messages
 from dmoa.cascade import wants_more
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, NoAgentError
 from dmoa.protocols import AgentClient, Router
-from dmoa.types import Activation, AgentCall, AgentReply, AgentStatus, Query, QueryState, Sampling, StepPlan, TextDelta
+from dmoa.types import (
+    Activation,
+    AgentCall,
+    AgentReply,
+    AgentStatus,
+    ColdPolicy,
+    Query,
+    QueryState,
+    Sampling,
+    StepPlan,
+    TextDelta,
+)
+from dmoa.waking import Waker
 
 T = TypeVar("T")
 Chain = list[tuple[Activation, AgentReply]]
@@ -41,6 +56,8 @@ class AgentSheet:
     sampling: Sampling
     place: str
     """What dies together: the LLM's name in shared placement, the agent's own name in dedicated placement."""
+    cold: ColdPolicy = "wait"
+    """What to do with the agent while its place has no replica."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +78,10 @@ class _Round:
     """The query before the step; its tokens grow by those of the step before every call of the cascade."""
     reserves: deque[Activation]
     dead_places: set[str]
+    cold_places: set[str]
+    """Places without a replica, as the router knew when it decided; those that came up since are taken out."""
+    active: tuple[Activation, ...]
+    """The agents that the plan chose."""
     is_final: bool
     """Whether the one reply of this step is the query's answer."""
     emit: Callable[[TextDelta], None] | None
@@ -96,6 +117,7 @@ class Asker:
         self._sheets = sheets
         self._router = router
         self._is_select = is_select
+        self._waker = Waker(agents)
 
     def patience(self, state: QueryState) -> float:
         """Seconds that the query may still wait for an agent to come back."""
@@ -130,8 +152,16 @@ class Asker:
         is not asked twice: its reply counts, and it is no longer explored.
         """
         is_final = plan.ends_with is not None
-        asking = _Round(state=state, reserves=deque(plan.reserves), dead_places=set(), is_final=is_final, emit=emit)
-        silent = replace(asking, emit=None)  # shares the set of dead places
+        asking = _Round(
+            state=state,
+            reserves=deque(plan.reserves),
+            dead_places=set(),
+            cold_places=self._cold_places(plan),
+            active=plan.activations,
+            is_final=is_final,
+            emit=emit,
+        )
+        silent = replace(asking, emit=None)  # shares the sets of places
         exploring = {x.agent: asyncio.create_task(self._ask_once(silent, x)) for x in plan.explored}
         asking.exploring = dict(exploring)
         try:
@@ -142,12 +172,23 @@ class Asker:
         left = asking.exploring
         return Asked(replies=replies, explored=tuple((x, left[x.agent].result()) for x in plan.explored if x.agent in left))
 
+    def _cold_places(self, plan: StepPlan) -> set[str]:
+        """Return the places without a replica, and wake those of agents among the K most probable that want it so."""
+        decision = plan.decision
+        if decision is None or not decision.cold:
+            return set()
+        ranked = {decision.agents[index] for index in decision.ranking[: decision.max_agents]}
+        for name in decision.cold:
+            if name in ranked and self._sheets[name].cold == "warm_on_rank":
+                self._waker.wake(self._sheets[name].place, name)
+        return {self._sheets[name].place for name in decision.cold}
+
     async def _ask_active(self, asking: _Round, plan: StepPlan) -> tuple[AgentReply, ...]:
         """Ask the active agents and, one by one, those that unsure replies call for."""
         before = asking.state
         chains = await _in_parallel(self._ask_or_replace(asking, activation) for activation in plan.activations)
         if not any(reply.status == "ok" for chain in chains for _, reply in chain) and self._has_time(before):
-            chains = await _in_parallel(self._wait_for_place(asking, chain) for chain in chains)
+            chains = await _in_parallel(self._insist(asking, chain) for chain in chains)
         while True:
             replies = tuple(reply for chain in chains for _, reply in chain)
             if plan.fold == "pass" or not wants_more(plan.decision, replies):
@@ -170,6 +211,18 @@ class Asker:
             current = self._stand_in(asking) if reply.status != "ok" and self._has_time(asking.state) else None
         return chain
 
+    async def _insist(self, asking: _Round, chain: Chain) -> Chain:
+        """Nobody contributed: wait for a cold agent, of the chain or else of the reserves, and then for a dead place."""
+        passed_over = (activation for activation, reply in chain if reply.status == "cold")
+        cold = next(passed_over, None) if not asking.emitted else None
+        waited_for = cold or self._stand_in(asking, among_cold=True)
+        if waited_for is not None:
+            reply = await self._ask_once(asking, waited_for, insists=True)
+            chain = [*(link for link in chain if link[0] is not cold), (waited_for, reply)]
+            if reply.status == "ok":
+                return chain
+        return await self._wait_for_place(asking, chain)
+
     async def _wait_for_place(self, asking: _Round, chain: Chain) -> Chain:
         """Send the newest call that was lost with its place again until the place is back."""
         for index in reversed(range(len(chain))):
@@ -186,20 +239,31 @@ class Asker:
         budget = state.query.limits.budget_tokens
         return self._has_time(state) and (budget is None or state.tokens_used < budget)
 
-    def _stand_in(self, asking: _Round) -> Activation | None:
-        """Take the next-ranked agent whose place is not known to be dead; none once text has been handed on."""
+    def _stand_in(self, asking: _Round, *, among_cold: bool = False) -> Activation | None:
+        """Take the next-ranked agent whose place is up, or is cold; none once text has been handed on."""
         for activation in list(asking.reserves) if not asking.emitted else ():
-            asking.reserves.remove(activation)
-            if self._sheets[activation.agent].place not in asking.dead_places:
+            place = self._sheets[activation.agent].place
+            if place in asking.dead_places:
+                asking.reserves.remove(activation)
+            elif (place in asking.cold_places) == among_cold:
+                asking.reserves.remove(activation)
                 return activation
         return None
 
-    async def _ask_once(self, asking: _Round, activation: Activation) -> AgentReply:
+    async def _ask_once(self, asking: _Round, activation: Activation, *, insists: bool = False) -> AgentReply:
+        """Ask one agent; a cold one is waited for as its policy says, with `insists` for as long as the query has."""
         started = time.perf_counter()
         status: AgentStatus
         try:
             async with asyncio.timeout(self._time_left(asking.state)):
-                return await self._send(asking, activation)
+                if self._sheets[activation.agent].place not in asking.cold_places:
+                    return await self._send(asking, activation)
+                if await self._comes_up(asking, activation, insists=insists):
+                    waited_ms = (time.perf_counter() - started) * 1e3
+                    reply = await self._send(asking, activation)
+                    error = reply.error or f"it was cold: its replica was there after {waited_ms / 1e3:.1f} s"
+                    return replace(reply, latency_ms=reply.latency_ms + waited_ms, error=error)
+            status, error = "cold", "it has no replica yet; one is being started"
         except AgentUnavailableError as lost:
             status, error = "failed", str(lost)
             asking.dead_places.add(self._sheets[activation.agent].place)
@@ -211,6 +275,29 @@ class Asker:
             status, error = "late", "the deadline passed before the reply"
         latency_ms = (time.perf_counter() - started) * 1e3
         return AgentReply(agent=activation.agent, status=status, error=error, latency_ms=latency_ms)
+
+    async def _comes_up(self, asking: _Round, activation: Activation, *, insists: bool) -> bool:
+        """Have a cold agent's replica started; tell whether it came up in the time that the agent's policy gives it."""
+        sheet = self._sheets[activation.agent]
+        if sheet.cold == "skip" and not insists:
+            self._waker.wake(sheet.place, sheet.name)
+            return False
+        is_up = await self._waker.is_up(sheet.place, sheet.name, within_s=self._cold_patience(asking, insists=insists))
+        if is_up:
+            asking.cold_places.discard(sheet.place)
+        return is_up
+
+    def _cold_patience(self, asking: _Round, *, insists: bool) -> float | None:
+        """Seconds to wait for a replica, None for as long as one may take to start.
+
+        With a deadline half of what is left, where an agent that is up could still answer.
+        """
+        left = self._time_left(asking.state)
+        if left is None:
+            return None
+        unfit = asking.cold_places | asking.dead_places
+        has_other = any(self._sheets[x.agent].place not in unfit for x in (*asking.active, *asking.reserves))
+        return left / 2 if has_other and not insists else left
 
     async def _ask_until_back(self, asking: _Round, activation: Activation, lost: AgentReply) -> AgentReply:
         """Send the call again until its place is back; patience is for the place, the reply has until the deadline.
@@ -281,6 +368,7 @@ class Asker:
             ),
             sampling=self._within_budget(state, self.sampling_for(query, sheet.sampling, is_final=is_final)),
             deadline_unix_s=state.deadline_unix_s,
+            conversation=state.query.conversation,
         )
 
     def _within_budget(self, state: QueryState, sampling: Sampling) -> Sampling:

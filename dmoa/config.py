@@ -31,6 +31,7 @@ from dmoa.engine_options import TransformersOptions as TransformersOptions
 from dmoa.engine_options import VllmOptions as VllmOptions
 from dmoa.errors import ConfigError
 from dmoa.explain import describe, short
+from dmoa.scaling_options import AutoscalingConfig as AutoscalingConfig
 from dmoa.types import Sampling
 from dmoa.yaml_tree import parse, set_value
 
@@ -77,23 +78,6 @@ class SamplingConfig(Node):
     def to_sampling(self) -> Sampling:
         """Return the same settings as the record that engines read."""
         return Sampling(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, stop=self.stop)
-
-
-class AutoscalingConfig(Node):
-    """How many replicas an agent (dedicated) or an LLM's host (shared) runs on."""
-
-    min_replicas: int = Field(default=1, ge=1, le=1024)
-    max_replicas: int = Field(default=1, ge=1, le=1024)
-    target_ongoing_requests: float = Field(default=8.0, gt=0)
-    """Calls in flight per replica that autoscaling aims at."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas is {self.max_replicas}, below min_replicas {self.min_replicas}; raise it or lower the minimum"
-            )
-        return self
 
 
 _MODEL = re.compile(r"(embedded|hub|path|s3|openai|scripted):.+")
@@ -311,6 +295,20 @@ class Config(Node):
             self._check_adapter("summarizer", self.summarizer.adapter, llm)
         return self
 
+    @model_validator(mode="after")
+    def _room_for_a_step(self) -> Self:
+        for name, llm in self.llms.items():
+            hosted = sum(agent.llm == name for agent in self.agents)
+            together = min(hosted, self.gate.activation.max_agents)
+            room = llm.autoscaling.max_queued_calls
+            if llm.placement == "shared" and room is not None and room < together:
+                raise ValueError(
+                    f"llms.{name}.autoscaling.max_queued_calls: value seen: {room}; one step may send it {together} calls at "
+                    f"once, and calls on their way count; allowed are at least {together}; raise it, or lower "
+                    "gate.activation.max_agents"
+                )
+        return self
+
     def _check_adapter(self, where: str, adapter: str | None, llm: str) -> None:
         if adapter is not None and self.llms[llm].engine == "openai":
             raise ValueError(
@@ -332,6 +330,11 @@ class Config(Node):
             if agent.name == name:
                 return agent
         raise KeyError(name)
+
+    def scaling_of(self, agent: AgentConfig) -> AutoscalingConfig:
+        """Return what the replicas that an agent runs on are scaled by: its own in dedicated placement, else its LLM's."""
+        llm = self.llms[agent.llm]
+        return llm.autoscaling if llm.placement == "shared" else agent.autoscaling
 
 
 def parse_gate(tree: dict[str, Any]) -> GateConfig:

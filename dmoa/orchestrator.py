@@ -196,7 +196,7 @@ def _has_lost(step: StepRecord) -> bool:
     """Tell whether a contribution that counts, or the summarizer, was lost; explored agents do not count."""
     explored = {name for name, _ in step.explored}
     replies = [reply for reply in step.replies if reply.agent not in explored]
-    lost = any(reply.status in ("failed", "late", "overloaded") or reply.attempts > 1 for reply in replies)
+    lost = any(reply.status in ("failed", "late", "overloaded", "cold") or reply.attempts > 1 for reply in replies)
     return lost or step.summarizer.error is not None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def replay(traces: Sequence[Trace], gate: Gate, version: str) -> list[Replay]:
         requests = [_request(traces[index].routes[step], hidden[index]) for index in rows]
         for index, decision in zip(rows, decider.decide(requests, frozenset()), strict=True):
             hidden[index] = decision.hidden_H
-            decisions[index].append(decision)
+            decisions[index].append(replace(decision, cold=tuple(traces[index].routes[step].cold)))
     return [
         Replay(
             trace_id=trace.trace_id, decisions=tuple(decisions[index]), differences=tuple(_differences(trace, decisions[index]))

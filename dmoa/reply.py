@@ -41,7 +41,8 @@ class ReplyAgent(ReplyModel):
     probability: float = Field(ge=0, le=1)
     """The gate's; 1 for policies without a gate."""
     status: AgentStatus
-    """ok, or why there is no contribution; masked: dead, so the gate passed over it; idle: not asked."""
+    """ok, or why there is no contribution; cold: it had no replica, so the next-ranked agent took its place; masked: dead, so
+    the gate passed over it; idle: not asked."""
     explored: bool = False
     """Whether it was asked only to learn from: then its reply counts for nothing but tokens."""
     entropy_nats: float | None
@@ -65,6 +66,8 @@ class ReplyAgent(ReplyModel):
     """Part of latency_ms between the engine's accept and its last token."""
     engine: str
     """Engine and the options that may change numbers, such as transformers/float32; empty where nothing ran."""
+    replica: str = ""
+    """The replica that answered; empty where nothing ran, and without a server."""
     attempts: int
     """How often the call was sent; above 1 an earlier attempt was lost."""
     memoised: bool = False
@@ -120,7 +123,7 @@ class ReplyDmoa(ReplyModel):
     """Whether the gate that decided had untrained weights."""
     routed_by: RoutedBy
     degraded: bool
-    """At least one chosen agent failed or was masked."""
+    """At least one chosen agent failed, was masked, or was passed over because it was cold."""
     stop_reason: StopReason
     steps: list[ReplyStep]
 
@@ -210,6 +213,7 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored:
         latency_ms=finite(reply.latency_ms),
         engine_ms=finite(reply.engine_ms),
         engine=reply.engine,
+        replica=reply.replica,
         attempts=reply.attempts,
         memoised=reply.is_memoised,
         error=reply.error,

@@ -36,6 +36,8 @@ class LocalRouter:
         self._reload = reload
         self._routed_by: RoutedBy = routed_by
         self._masked: frozenset[str] = frozenset()
+        self.cold: frozenset[str] = frozenset()
+        """Agents known to have no replica running: decisions name them and are otherwise what they would be."""
         self._pending: list[tuple[RouteRequest, asyncio.Future[RouteDecision]]] = []
         self.max_wait_ms = 0.0
         """How long a decision may wait for others to share its batch."""
@@ -139,9 +141,12 @@ class LocalRouter:
         self.num_decisions += len(requests)
         for decision in decisions:
             self.activations.update(decision.agents[index] for index in decision.ranking[: decision.k])
-        if self._routed_by == "router":  # as decisions say by themselves
+        if self._routed_by == "router" and not self.cold:  # as decisions say by themselves
             return decisions
-        return [replace(decision, routed_by=self._routed_by) for decision in decisions]
+        return [replace(decision, routed_by=self._routed_by, cold=self._cold_of(decision)) for decision in decisions]
+
+    def _cold_of(self, decision: RouteDecision) -> tuple[str, ...]:
+        return tuple(name for name in decision.agents if name in self.cold and name not in decision.masked)
 
     def _decider(self, version: str | None) -> Decider:
         name = version or self.current

@@ -73,6 +73,7 @@ def _sheet(config: Config, agent: AgentConfig) -> AgentSheet:
         tools_text=toolbox.instructions(agent.tools),
         sampling=agent.sampling.to_sampling(),
         place=agent.llm if is_shared else agent.name,
+        cold=config.scaling_of(agent).cold,
     )
 
 

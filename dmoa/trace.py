@@ -47,6 +47,8 @@ class TraceRoute(BaseModel):
     """Highest score of a sure reply; null where the gate version fitted none."""
     limit: int | None = None
     """Most agents that the step could come to; null in traces of versions without a cascade."""
+    cold: list[str] = []
+    """Agents that had no replica when the decision was made."""
 
 
 class Trace(BaseModel):
@@ -119,6 +121,7 @@ def _route(step: StepRecord, request: RouteRequest, decision: RouteDecision) -> 
         hidden_H=decision.hidden_H.tolist(),
         theta=decision.theta,
         limit=decision.limit,
+        cold=list(decision.cold),
     )
 
 

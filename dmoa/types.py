@@ -7,6 +7,7 @@ Entropies are in nats, durations in the unit that ends the name.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ FloatArray = npt.NDArray[np.float32]
 """A CPU array of float32."""
 
 Role = Literal["system", "user", "assistant"]
-AgentStatus = Literal["ok", "failed", "late", "overloaded", "masked", "idle"]
+AgentStatus = Literal["ok", "failed", "late", "overloaded", "cold", "masked", "idle"]
+ColdPolicy = Literal["wait", "skip", "warm_on_rank"]
 EntropyKind = Literal["exact", "truncated"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 StopReason = Literal[
@@ -124,6 +126,8 @@ class AgentCall:
     """The whole prompt, laid out by `agents.prompts`."""
     sampling: Sampling
     deadline_unix_s: float | None = None
+    conversation: str = ""
+    """`Query.conversation`: calls that share it find each other's prompt prefix in a replica's cache; empty: none is shared."""
 
     @property
     def call_id(self) -> str:
@@ -160,6 +164,8 @@ class AgentReply:
     """Engine and the options that may change numbers, such as `transformers/float32`."""
     is_memoised: bool = False
     """Whether the call cache gave this reply; its counts and times are those of the run that filled the cache."""
+    replica: str = ""
+    """Serve's name of the replica that answered; empty where agents do not run on Serve."""
 
     @property
     def entropy_nats(self) -> float | None:
@@ -200,6 +206,8 @@ class RouteDecision:
     """Probability of the active set."""
     masked: tuple[str, ...] = ()
     """Agents left out because they were unavailable."""
+    cold: tuple[str, ...] = ()
+    """Agents that the router knows to have no replica running, the masked ones left out; the gate takes no notice of it."""
     hidden_H: FloatArray
     """Hidden state after this step, [H] float32: travels with the query."""
     routed_by: RoutedBy = "router"
@@ -298,6 +306,12 @@ class Query:
     is_streamed: bool = True
     """Whether somebody reads the final text piece by piece; if not, no call has to send it so."""
 
+    @property
+    def conversation(self) -> str:
+        """Digest of how the conversation began, the same for all its turns: a client's system message and its first words."""
+        text = f"{self.system}\0{self.turns[0].content if self.turns else self.text}"
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -309,7 +323,7 @@ class Answer:
     stop_reason: StopReason
     steps: tuple[StepRecord, ...]
     degraded: bool
-    """At least one chosen agent failed or was masked."""
+    """At least one chosen agent failed, was masked, or was passed over because it was cold."""
     finish_reason: Literal["stop", "length"]
     gate_version: str | None = None
     gate_trained: bool | None = None

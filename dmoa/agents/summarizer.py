@@ -79,6 +79,7 @@ class LlmSummarizer:
             messages=messages,
             sampling=sampling,
             deadline_unix_s=state.deadline_unix_s,
+            conversation=state.query.conversation,
         )
         reply = await self._listen(call, emit, is_streamed=state.query.is_streamed)
         verdict, text = parse_verdict(reply.text)

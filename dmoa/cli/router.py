@@ -102,6 +102,7 @@ def status(common: Common, address: AddressOption = None, app_name: AppOption = 
     active = sorted(found["activations"].items(), key=lambda item: -item[1])
     typer.echo(f"activations   {', '.join(f'{name} {count}' for name, count in active) or 'none'}")
     typer.echo(f"masked        {', '.join(found['masked']) or 'none'}")
+    typer.echo(f"cold          {', '.join(found['cold']) or 'none'}")
     common.write_json(found)
 
 

@@ -1,13 +1,15 @@
 """Agents on Ray Serve: the deployments they run in, and the client that reaches them.
 
 `shared` placement: one `AgentHost` per LLM, its agents are records over one engine. `dedicated`: the same class, one
-deployment per agent, with its own engine, GPUs and replicas.
+deployment per agent, with its own engine, GPUs and replicas. Where there may be several replicas, all calls of a conversation
+go to one of them (`scaling` says how it is chosen), whose prefix cache knows how it began.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -22,13 +24,12 @@ from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, ConfigError, PoolChangedError
 from dmoa.protocols import Engine
 from dmoa.serving.placement import deployment_name
+from dmoa.serving.scaling import has_affinity, scaling_options
 from dmoa.serving.upgrade import CALL_DRAIN_S, check_version, pool_version
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
 ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads of an engine that wait must sleep: spinning ones slow every token some thirty times on a busy machine."""
-QUEUE_FACTOR = 4
-"""Calls that may wait in a replica, as a multiple of the engine's batch, before it counts as overloaded."""
 
 
 class Answers:
@@ -36,6 +37,7 @@ class Answers:
 
     _agents: LocalAgents
     _label: str
+    _replica: str
     _version: str
 
     async def call(self, call: AgentCall, version: str) -> AgentReply:
@@ -44,14 +46,14 @@ class Answers:
         Raises PoolChangedError for a query on another version: of what a deployment runs on, Serve tells a caller nothing.
         """
         check_version(version, self._version)
-        return await self._agents.call(call)
+        return replace(await self._agents.call(call), replica=self._replica)
 
     async def stream(self, call: AgentCall, version: str) -> AsyncIterator[TextDelta | AgentReply]:
         """Answer one call, yielding its text as it comes, last the reply. Raises as `call` does."""
         check_version(version, self._version)
         items = self._agents.stream(call)
         async for item in withhold(items) if call.agent == SUMMARIZER else items:
-            yield item
+            yield replace(item, replica=self._replica) if isinstance(item, AgentReply) else item
 
     async def ping(self) -> str:
         """Say that this replica is up; returns the engine's label."""
@@ -61,6 +63,7 @@ class Answers:
         agents: dict[str, Agent] = build_agents(config, llm, engine)
         self._agents = LocalAgents({item.name: agents[item.name] for item in hosted})
         self._label = engine.label
+        self._replica = serve.get_replica_context().replica_tag
         self._version = pool_version(config)
 
 
@@ -92,12 +95,9 @@ def bind_hosts(config: Config) -> dict[str, Any]:
         name = deployment_name(config, agent)
         if name in bound:
             continue
-        is_shared = llm.placement == "shared"
-        scaling = llm.autoscaling if is_shared else agent.autoscaling
-        options = _options(
-            name, scaling, max_num_seqs=llm.max_num_seqs, gpus=llm.gpus, is_light=llm.engine in ("scripted", "openai")
-        )
-        only = None if is_shared else agent.name
+        is_light = llm.engine in ("scripted", "openai")
+        options = _options(name, config.scaling_of(agent), max_num_seqs=llm.max_num_seqs, gpus=llm.gpus, is_light=is_light)
+        only = None if llm.placement == "shared" else agent.name
         if llm.engine == "vllm":
             from dmoa.serving.vllm_server import vllm_deployment
 
@@ -113,38 +113,38 @@ def _options(name: str, scaling: AutoscalingConfig, *, max_num_seqs: int, gpus: 
     options: dict[str, Any] = {
         "name": name,
         "ray_actor_options": actor | {"num_gpus": gpus},
-        "max_ongoing_requests": max_num_seqs * QUEUE_FACTOR,
-        "max_queued_requests": max_num_seqs * QUEUE_FACTOR * 4,
         "health_check_period_s": 2.0,
         "graceful_shutdown_timeout_s": CALL_DRAIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,
     }
-    if scaling.max_replicas == scaling.min_replicas:
-        return options | {"num_replicas": scaling.min_replicas}
-    autoscaling = {
-        "min_replicas": scaling.min_replicas,
-        "max_replicas": scaling.max_replicas,
-        "target_ongoing_requests": scaling.target_ongoing_requests,
-    }
-    return options | {"autoscaling_config": autoscaling}
+    return options | scaling_options(scaling, max_num_seqs=max_num_seqs)
+
+
+def affine_agents(config: Config) -> frozenset[str]:
+    """Return the agents (and the summarizer) that may have several replicas: a conversation stays on one of them."""
+    return frozenset(agent.name for agent in callable_agents(config) if has_affinity(config.scaling_of(agent)))
 
 
 class ServeAgents:
     """Reaches agents through Serve handles; implements `protocols.AgentClient`."""
 
-    def __init__(self, handles: Mapping[str, DeploymentHandle], version: str) -> None:
-        """`handles` are by agent name; `version` is the pool's, which every reply must come from."""
+    def __init__(self, handles: Mapping[str, DeploymentHandle], version: str, *, affine: Collection[str] = ()) -> None:
+        """`handles` are by agent name; `version` is the pool's, which every reply must come from.
+
+        Calls of `affine` agents go to the replica of their conversation.
+        """
         self._version = version
         # Made once, because a handle builds a new one for every method that is named on it. Calls are plain records:
         # pickle takes half of cloudpickle's time for them. Replies may be errors, which only cloudpickle carries safely.
         options = {"request_serialization": "pickle"}
         self._calls = {name: handle.options(method_name="call", **options) for name, handle in handles.items()}
         self._streams = {name: handle.options(method_name="stream", stream=True, **options) for name, handle in handles.items()}
+        self._affine = frozenset(affine)
         self._pings = {name: handle.options(method_name="ping") for name, handle in handles.items()}
 
     async def call(self, call: AgentCall) -> AgentReply:
         """Ask one agent; cancelling this cancels the call where it runs."""
-        response = self._calls[call.agent].remote(call, self._version)
+        response = self._handle(self._calls, call).remote(call, self._version)
         try:
             reply: AgentReply = await response
         except asyncio.CancelledError:
@@ -156,7 +156,7 @@ class ServeAgents:
 
     async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Ask one agent and yield its text as it comes, last the reply."""
-        responses = self._streams[call.agent].remote(call, self._version)
+        responses = self._handle(self._streams, call).remote(call, self._version)
         is_done = False
         try:
             async for item in responses:
@@ -169,11 +169,23 @@ class ServeAgents:
                 responses.cancel()
 
     async def ping(self, agent: str) -> None:
-        """Return once the agent's place answers. Raises AgentUnavailableError."""
+        """Return once the agent's place answers. Raises AgentUnavailableError, AgentOverloadedError.
+
+        Serve starts a replica for a ping as for any call; cancelled, it no longer asks for one.
+        """
+        response = self._pings[agent].remote()
         try:
-            await self._pings[agent].remote()
+            await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
         except (RayError, RayServeException) as error:
             raise _lost(agent, error) from error
+
+    def _handle(self, handles: Mapping[str, Any], call: AgentCall) -> Any:
+        """Return the handle to call by; one that names the conversation costs some 15 microseconds more."""
+        handle = handles[call.agent]
+        return handle.options(session_id=call.conversation) if call.conversation and call.agent in self._affine else handle
 
 
 def _lost(agent: str, error: Exception) -> AgentUnavailableError | AgentOverloadedError | PoolChangedError:

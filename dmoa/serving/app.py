@@ -23,12 +23,13 @@ from dmoa.agents.pool import callable_agents, check_files, fingerprint
 from dmoa.config import Config, LimitsConfig
 from dmoa.errors import DmoaError, PoolChangedError
 from dmoa.serving.actors import pack
-from dmoa.serving.agents import ServeAgents, bind_hosts
+from dmoa.serving.agents import ServeAgents, affine_agents, bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.http import create_app
 from dmoa.serving.intake import unknown_model
 from dmoa.serving.metrics import QueryMetrics, exposition
 from dmoa.serving.placement import deployment_names
+from dmoa.serving.presence import UP, sleepers, state_of
 from dmoa.serving.router import ensure_router
 from dmoa.serving.router_client import RemoteRouter
 from dmoa.serving.traces import Answered, ensure_traces
@@ -63,9 +64,9 @@ class SwarmIngress:
         self._key_hashes = key_hashes
         self._fingerprint = fingerprint(config)
         where = deployment_names(config)
-        self._agents = ServeAgents(
-            {agent.name: hosts[where[agent.name]] for agent in callable_agents(config)}, pool_version(config)
-        )
+        handles = {agent.name: hosts[where[agent.name]] for agent in callable_agents(config)}
+        self._agents = ServeAgents(handles, pool_version(config), affine=affine_agents(config))
+        self._sleepers = sleepers(config)
         self._router = RemoteRouter(ensure_router(config, app, configured), config, configured)
         self._traces = ensure_traces(app, config.router.num_traces)
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
@@ -140,10 +141,23 @@ class SwarmIngress:
                 yield event
 
     async def ready(self) -> dict[str, str]:
-        """Return agent -> "up", or the reason why it is not."""
+        """Return agent -> "up", "cold", or the reason why it is neither.
+
+        An agent that may be cold is not asked, because that would wake it and keep it awake: the router's word stands for it.
+        """
         names = [agent.name for agent in callable_agents(self._config)]
-        states = await asyncio.gather(*(self._state(name) for name in names))
-        return dict(zip(names, states, strict=True))
+        asked = [name for name in names if name not in self._sleepers]
+        states = dict(zip(asked, await asyncio.gather(*(self._state(name) for name in asked)), strict=True))
+        if self._sleepers:
+            states |= await self._states_by_router()
+        return {name: states[name] for name in names}
+
+    async def _states_by_router(self) -> dict[str, str]:
+        try:
+            status = await self._router.status()
+        except (RayError, TimeoutError):
+            status = None
+        return {name: state_of(name, status) for name in self._sleepers}
 
     async def _state(self, agent: str) -> str:
         try:
@@ -153,7 +167,7 @@ class SwarmIngress:
             return f"no answer within {READY_TIMEOUT_S} s"
         except DmoaError as error:
             return str(error)
-        return "up"
+        return UP
 
     async def metrics(self) -> str:
         """Return the router's aggregate in the Prometheus text format."""

@@ -143,7 +143,7 @@ class SwarmClient:
         return (await self.models())[0]
 
     async def ready(self) -> dict[str, str]:
-        """Return agent -> "up", or the reason why it is not."""
+        """Return agent -> "up", "cold" (scaled to zero, and started when it is asked), or the reason why it is neither."""
         with self._errors():
             try:
                 return _agents(await self._openai.get(f"{self.url}/readyz", cast_to=object))

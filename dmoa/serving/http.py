@@ -101,10 +101,10 @@ class _Front:
         return json_response({"status": "alive"})
 
     async def readyz(self) -> Response:
-        """Say whether every agent is up."""
+        """Say whether every agent is up, or cold: scaled to zero, and started when it is asked."""
         service = self._service()
         states = await service.ready()
-        down = [name for name in service.agents if states.get(name) != "up"]
+        down = [name for name in service.agents if states.get(name) not in ("up", "cold")]
         if not down:
             return json_response({"status": "ready", "agents": states})
         problem = problems.problem(503, f"agents that are not up: {', '.join(down)}", "not_ready")

@@ -51,6 +51,7 @@ def exposition(status: dict[str, Any] | None) -> str:
         Counter("dmoa_router_decisions", "Routing decisions.", registry=registry).inc(status["decisions"])
         Counter("dmoa_router_batches", "Micro-batches.", registry=registry).inc(status["batches"])
         Gauge("dmoa_router_masked_agents", "Agents left out because they are down.", registry=registry).set(len(status["masked"]))
+        Gauge("dmoa_router_cold_agents", "Agents scaled to zero.", registry=registry).set(len(status["cold"]))
         gate = Gauge("dmoa_router_gate", "1 for the current gate version.", ["version", "pool"], registry=registry)
         gate.labels(version=status["gate_version"], pool=status["pool"]).set(1)
         active = Counter("dmoa_router_activations", "How often each agent was activated.", ["agent"], registry=registry)

@@ -43,7 +43,7 @@ class NotReadyReply(ErrorReply):
 
 
 class ReadyReply(BaseModel):
-    """Body of /readyz when every agent is up."""
+    """Body of /readyz when every agent is up, or cold: scaled to zero, and started when it is asked."""
 
     status: Literal["ready"]
     agents: dict[str, str]

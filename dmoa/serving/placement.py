@@ -97,7 +97,7 @@ def plan_of(config: Config) -> Plan:
     for name in dict.fromkeys(names.values()):
         hosted = [agent for agent in agents if names[agent.name] == name]
         llm = config.llms[hosted[0].llm]
-        scaling = llm.autoscaling if llm.placement == "shared" else hosted[0].autoscaling
+        scaling = config.scaling_of(hosted[0])
         options = llm.options
         vllm = options if isinstance(options, VllmOptions) else None
         deployments.append(

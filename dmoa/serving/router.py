@@ -1,6 +1,7 @@
 """The central router: one named, detached actor per app, reached through `router_client`.
 
-The actor decides in micro-batches, masks dead agents until they answer again, and takes new gate versions while it runs:
+The actor decides in micro-batches, masks dead agents until they answer again, says in its decisions which agents are cold
+(scaled to zero: those it never pings, which would wake them), and takes new gate versions while it runs:
 queries under way finish with the version they began with. Versions and history lie under `router.state_uri`, so that
 after a crash it comes back with the same gate. It ends when its app is gone.
 """
@@ -12,7 +13,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import ray
@@ -29,6 +30,7 @@ from dmoa.routing import LocalRouter
 from dmoa.serving.actors import detached, end_actors, pack, router_name, unpack
 from dmoa.serving.agents import ServeAgents
 from dmoa.serving.placement import deployment_names
+from dmoa.serving.presence import presence, sleepers
 from dmoa.serving.router_state import RouterState, default_state_uri
 from dmoa.serving.upgrade import check_version, pool_version
 from dmoa.serving.versions import Change, GateVersions
@@ -97,6 +99,8 @@ class RouterActor:
         self._recent.clear()
         self._local = LocalRouter(reload=self._reload)
         self._local.max_wait_ms = config.router.max_wait_ms
+        self._local.cold = sleepers(config)  # as they start; the next look at Serve's status knows better
+        self._seen: frozenset[str] | None = None
         self._local.install(self._versions.version, self._versions.gate)
 
     async def install(self, files: dict[str, bytes], note: str = "") -> dict[str, Any]:
@@ -176,6 +180,7 @@ class RouterActor:
             "installed_unix_s": self._versions.since_unix_s,
             "recent_inputs": len(self._recent),
             "masked": sorted(self._local.masked),
+            "cold": sorted(self._local.cold - self._local.masked),
             "activations": dict(self._local.activations),
             "decisions": self._local.num_decisions,
             "batches": self._local.num_batches,
@@ -189,33 +194,28 @@ class RouterActor:
         return task
 
     async def _watch(self) -> None:
-        """Mask agents without a running replica; end the app's actors once the app is gone."""
-        missed, is_settled = 0, False
-        seen: frozenset[str] = frozenset()
+        """Mask agents whose replicas are gone, note the cold ones; end the app's actors once the app is gone."""
+        missed = 0
         while missed < MAX_MISSED:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            replicas = await asyncio.to_thread(_serve_actors)
-            if is_settled and replicas == seen:
+            config, replicas = self._config, await asyncio.to_thread(_serve_actors)
+            if replicas == self._seen:
                 continue
-            seen = replicas
             try:
                 status = (await asyncio.to_thread(serve.status)).applications.get(self._app)
             except (RayError, RayServeException):
                 status = None
             missed = 0 if status else missed + 1
-            is_settled = status is not None and await self._mask_without_replica(status.deployments)
+            if status is None or config is not self._config:  # a new configuration came in while Serve was asked
+                self._seen = None
+                continue
+            found = presence(config, status.deployments)
+            self._seen = replicas if found.is_settled else None
+            self._local.cold = found.cold
+            for agent in found.gone:
+                await self.report_unavailable(agent, "it has no running replica")
         _LOG.info("app %s is gone: its actors end", self._app)
         end_actors(self._app)
-
-    async def _mask_without_replica(self, deployments: Mapping[str, Any]) -> bool:
-        """Mask the agents of deployments that have no running replica; return whether there are none."""
-        is_whole = True
-        for agent, where in deployment_names(self._config).items():
-            found = deployments.get(where)
-            if found is not None and not found.replica_states.get("RUNNING"):
-                is_whole = False
-                await self.report_unavailable(agent, "it has no running replica")
-        return is_whole
 
 
 def _serve_actors() -> frozenset[str]:

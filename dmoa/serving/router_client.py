@@ -47,6 +47,7 @@ class RemoteRouter:
         self._fetching: set[str] = set()
         self._local: LocalRouter | None = None
         self._masked_until: dict[str, float] = {}
+        self._cold: frozenset[str] = frozenset()
         self._away_until = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -68,6 +69,7 @@ class RemoteRouter:
                 _LOG.warning("router is away (%s): deciding here", type(error).__name__)
                 self._away_until = time.monotonic() + AWAY_S
             else:
+                self._cold = frozenset(decision.cold)
                 self._keep(decision.gate_version, is_current=request.gate_version is None)
                 return decision
         return await self._decide_here(request)
@@ -121,6 +123,7 @@ class RemoteRouter:
         for agent, until in self._masked_until.items():
             if until > now:
                 local.report_unavailable(agent, "lost while the router is away")
+        local.cold = self._cold  # as the router last knew
         return await local.route(request)
 
     def _build_local(self) -> LocalRouter:

@@ -45,7 +45,7 @@ class SwarmService(Protocol):
         ...
 
     async def ready(self) -> dict[str, str]:
-        """Return agent -> "up", or the reason why it is not."""
+        """Return agent -> "up", "cold" (scaled to zero, and started when it is asked), or the reason why it is neither."""
         ...
 
     async def metrics(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -308,6 +309,27 @@ async def test_what_a_call_carries() -> None:
     assert "other work" in b.messages[-1].content
     assert "step 1:\nS" not in b.messages[-1].content
     assert "Work so far" not in c.messages[-1].content
+
+
+async def test_all_calls_of_a_conversation_say_that_they_belong_together() -> None:
+    async def conversations(asked: Query) -> set[str]:
+        agents = FakeAgents(dict.fromkeys("abc", Say(text="1")))
+        await asker_of(agents).ask(state_of(asked), asks("a", "b"), None)
+        return {call.conversation for call in agents.calls}
+
+    opening = Query(trace_id="t1", text="12 + 7?", system="Be kind.")
+    later = Query(
+        trace_id="t2",
+        text="And 7 + 5?",
+        system="Be kind.",
+        turns=(Message(role="user", content="12 + 7?"), Message(role="assistant", content="19")),
+    )
+    (first,) = await conversations(opening)
+    assert first
+    assert await conversations(later) == {first}
+    for other in (replace(opening, text="12 + 8?"), replace(opening, system="Be brief."), replace(later, turns=())):
+        assert await conversations(other) != {first}
+    assert await conversations(Query(trace_id="t3", text="12 + 7?", system="Be kind.")) == {first}
 
 
 async def test_latency_is_measured_by_the_caller() -> None:

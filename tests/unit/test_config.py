@@ -141,6 +141,12 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"llms__tiny__engine_kwargs": {"tokens": 0}}, ("llms.tiny: engine_kwargs: tokens: value seen: 0",)),
     ({"llms__tiny__engine_kwargs": {"delays_ms": {"adder": -1}}}, ("delays_ms.adder: value seen: -1",)),
     ({"llms__tiny__autoscaling": {"min_replicas": 3}}, ("llms.tiny.autoscaling", "max_replicas is 1", "min_replicas 3")),
+    ({"llms__tiny__autoscaling": {"min_replicas": -1}}, ("llms.tiny.autoscaling.min_replicas: value seen: -1",)),
+    ({"agents__1__autoscaling": {"cold": "skip"}}, ("agents.1.autoscaling: cold: value seen: 'skip'", "set min_replicas to 0")),
+    ({"agents__1__autoscaling": {"cold": "sleep"}}, ("agents.1.autoscaling.cold: value seen: 'sleep'", "or 'warm_on_rank'")),
+    ({"agents__1__autoscaling": {"upscale_delay_s": -1}}, ("agents.1.autoscaling.upscale_delay_s: value seen: -1",)),
+    ({"llms__tiny__autoscaling": {"max_queued_calls": 0}}, ("llms.tiny.autoscaling.max_queued_calls: value seen: 0",)),
+    ({"llms__tiny__autoscaling": {"max_queued_calls": 1}}, ("tiny.autoscaling.max_queued_calls: value seen: 1", "at least 2")),
     ({"agents": []}, ("agents: value seen: []", "at least 1 item")),
     ({"agents": {"adder": {}}}, ("agents: value seen: {'adder': {}}", "tuple")),
     ({"agents__0": "adder"}, ("agents.0: value seen: 'adder'", "change it")),
@@ -201,6 +207,18 @@ def test_an_endpoint_has_defaults_and_needs_no_key_to_be_read(monkeypatch: pytes
     assert isinstance(options, OpenaiOptions)
     assert (options.timeout_s, options.max_retries, options.top_logprobs, options.vocab_size) == (120.0, 2, 20, 128000)
     assert (options.api_key_env, options.continue_final_message) == ("NO_SUCH_KEY", False)
+
+
+def test_who_may_be_cold_and_what_holds_for_an_agent() -> None:
+    asleep = {"min_replicas": 0, "max_replicas": 2, "cold": "warm_on_rank", "max_queued_calls": 1}
+    config = loads(yaml.safe_dump(tree(llms__tiny__placement="dedicated", agents__1__autoscaling=asleep)))
+    adder, sorter = (config.scaling_of(agent) for agent in config.agents)
+    assert (adder.min_replicas, adder.cold, adder.max_queued_calls) == (1, "wait", None)
+    assert (sorter.min_replicas, sorter.cold, sorter.max_queued_calls) == (0, "warm_on_rank", 1)
+    shared = loads(
+        yaml.safe_dump(tree(llms__tiny__autoscaling={"min_replicas": 0, "cold": "skip"}, agents__1__autoscaling=asleep))
+    )
+    assert {shared.scaling_of(agent).cold for agent in shared.agents} == {"skip"}
 
 
 def test_a_missing_field_is_named() -> None:

@@ -17,7 +17,7 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "wandb")
 # Layers from the bottom up; a module may import from its own layer and from those below it.
 LAYERS: list[tuple[str, ...]] = [
     ("types", "errors", "explain", "yaml_tree", "redaction", "protocols"),
-    ("config", "engine_options", "sandbox", "isolation"),
+    ("config", "engine_options", "scaling_options", "sandbox", "isolation"),
     ("core",),
     (
         "agents",
@@ -32,6 +32,7 @@ LAYERS: list[tuple[str, ...]] = [
         "replay",
         "swarm",
         "tracking",
+        "waking",
     ),
     ("dataflow",),
     ("serving", "training", "evaluation", "bench"),

@@ -39,9 +39,12 @@ def pool() -> Config:
     )
 
 
-async def traces_of(config: Config, gate: Gate, version: str, policy: str = "dmoa") -> list[Trace]:
+async def traces_of(
+    config: Config, gate: Gate, version: str, policy: str = "dmoa", *, cold: frozenset[str] = frozenset()
+) -> list[Trace]:
     """Run queries of different texts and limits, some of them with an agent masked from the start or in the middle."""
     router = LocalRouter()
+    router.cold = cold
     router.install(version, gate)
     agents, engines = build_local(config)
     swarm = Swarm(config, agents=agents, router=router, encoder=HashEncoder())
@@ -97,6 +100,17 @@ async def test_replay_repeats_every_decision_together_and_one_by_one(traces: lis
             for route, decided in zip(trace.routes, result.decisions, strict=True):
                 assert np.asarray(route.hidden_H, np.float32).tobytes() == decided.hidden_H.tobytes()
                 assert np.asarray(route.probability_A, np.float32).tobytes() == decided.probability_A.tobytes()
+
+
+async def test_who_was_cold_is_in_the_trace_and_changes_no_decision(gate: Gate, version: str) -> None:
+    warm = await traces_of(pool(), gate, version)
+    asleep = await traces_of(pool(), gate, version, cold=frozenset({AGENTS[0], AGENTS[4]}))
+    for trace, other, result in zip(asleep, warm, replay(asleep, gate, version), strict=True):
+        assert result.differences == ()
+        assert len(trace.routes) == len(other.routes)
+        for route, before, decided in zip(trace.routes, other.routes, result.decisions, strict=True):
+            assert (route.cold, before.cold, decided.cold) == ([AGENTS[0], AGENTS[4]], [], (AGENTS[0], AGENTS[4]))
+            assert route.model_copy(update={"cold": []}) == before
 
 
 async def test_steps_that_asked_more_agents_replay_and_say_what_they_were_judged_by() -> None:

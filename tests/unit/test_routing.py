@@ -255,6 +255,25 @@ async def test_masked_agents_have_no_probability_until_they_are_back() -> None:
     assert (await router.route(ASK)).masked == ()
 
 
+async def test_decisions_name_cold_agents_and_are_otherwise_the_same() -> None:
+    (request,) = random_requests(1)
+    router = router_of(random_gate())
+    before = await router.route(request)
+    assert before.cold == ()
+    router.cold = frozenset({"d", "b", "elsewhere"})
+    decided = await router.route(request)
+    assert decided.cold == ("b", "d")
+    assert same_bits(decided, before)
+    router.report_unavailable("d", "crashed")
+    decided = await router.route(request)
+    assert (decided.masked, decided.cold) == (("d",), ("b",))
+    router.cold = frozenset()
+    router.restore("d")
+    decided = await router.route(request)
+    assert decided.cold == ()
+    assert same_bits(decided, before)
+
+
 async def test_who_routed_is_part_of_the_decision() -> None:
     router = LocalRouter(routed_by="ingress")
     router.install("v1", fixed_gate(P1))

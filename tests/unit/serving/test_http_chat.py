@@ -77,6 +77,7 @@ async def test_chat_answers_with_usage_and_every_field_of_the_dmoa_object() -> N
         "latency_ms": 12.346,
         "engine_ms": 0.0,
         "engine": "",
+        "replica": "",
         "attempts": 1,
         "memoised": False,
         "explored": False,
@@ -274,6 +275,14 @@ async def test_probes_and_metrics() -> None:
     assert "dmoa_steps_total 3" in metrics.text
     assert (down.status_code, down.json()["agents"]) == (503, {"adder": "up", "sorter": "restarting"})
     assert down.json()["error"]["message"] == "agents that are not up: sorter, dater"
+
+
+async def test_cold_agents_do_not_make_a_server_unready() -> None:
+    service = FakeService()
+    service.states = dict.fromkeys(AGENTS, "cold") | {AGENTS[0]: "up"}
+    async with connect(make_app(service)) as client:
+        found = await client.get("/readyz")
+    assert (found.status_code, found.json()) == (200, {"status": "ready", "agents": service.states})
 
 
 async def test_the_official_clients_own_transport_works_too() -> None:

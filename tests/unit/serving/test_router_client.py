@@ -62,6 +62,9 @@ class FakeActor:
         self.versions.append(record.version)
         return record.version
 
+    def cool(self, *agents: str) -> None:
+        self._local.cold = frozenset(agents)
+
     def _check(self) -> None:
         if self.is_away:
             raise ActorUnavailableError("it restarts", b"0" * 16)
@@ -116,6 +119,16 @@ async def test_copies_follow_what_is_installed_and_decide_the_same_while_the_act
     pinned = await router.route(RouteRequest(input_X=ASK.input_X, hidden_H=first.hidden_H, gate_version=first.gate_version))
     assert (pinned.gate_version, pinned.routed_by) == (first.gate_version, "ingress")
     assert actor.fetched == actor.versions  # once each
+
+
+async def test_who_was_cold_when_the_actor_went_away_stays_cold(pair: tuple[FakeActor, RemoteRouter]) -> None:
+    actor, router = pair
+    actor.cool("b")
+    assert (await router.route(ASK)).cold == ("b",)
+    await settle(router)
+    actor.is_away = True
+    alone = await router.route(ASK)
+    assert (alone.cold, alone.routed_by) == (("b",), "ingress")
 
 
 async def test_a_version_without_a_copy_waits_for_the_actor(pair: tuple[FakeActor, RemoteRouter]) -> None:

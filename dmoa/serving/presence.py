@@ -1,0 +1,61 @@
+"""Which agents have a running replica, which are cold, which are gone: read off Serve's status. Pure.
+
+The router acts on it: it names the cold in its decisions and leaves them in peace, and it masks and probes the gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dmoa.agents.pool import callable_agents
+from dmoa.config import Config
+from dmoa.serving.placement import deployment_name
+
+UP = "up"
+COLD = "cold"
+_BROKEN = ("UNHEALTHY", "DEPLOY_FAILED")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Presence:
+    """The agents of an app that have no running replica."""
+
+    cold: frozenset[str]
+    """Agents scaled to zero, or on their way up from there: nothing is wrong with them."""
+    gone: frozenset[str]
+    """Agents that should have a replica, or whose replicas fail to start."""
+    is_settled: bool
+    """Whether all is as it will stay until a replica comes or goes."""
+
+
+def sleepers(config: Config) -> frozenset[str]:
+    """Return the agents (and the summarizer) that may be without a replica while nobody asks them."""
+    return frozenset(agent.name for agent in callable_agents(config) if config.scaling_of(agent).min_replicas == 0)
+
+
+def presence(config: Config, deployments: Mapping[str, Any]) -> Presence:
+    """Return who has no running replica; `deployments` are those of the app in `serve.status()`, unknown ones count as up."""
+    cold, gone, is_settled = set(), set(), True
+    may_sleep = sleepers(config)
+    for agent in callable_agents(config):
+        found = deployments.get(deployment_name(config, agent))
+        if found is None or found.replica_states.get("RUNNING"):
+            continue
+        if agent.name in may_sleep and found.status not in _BROKEN:
+            cold.add(agent.name)
+            is_settled = is_settled and not any(found.replica_states.values())
+        else:
+            gone.add(agent.name)
+            is_settled = False
+    return Presence(cold=frozenset(cold), gone=frozenset(gone), is_settled=is_settled)
+
+
+def state_of(agent: str, status: Mapping[str, Any] | None) -> str:
+    """Return how /readyz tells of an agent that may sleep, by the router's status; None while the router is away."""
+    if status is None:
+        return "unknown: the router is away"
+    if agent in status["masked"]:
+        return "it does not answer; the router tries it again"
+    return COLD if agent in status["cold"] else UP

@@ -1,0 +1,84 @@
+"""Who is cold and who is gone, by Serve's status, and what /readyz says of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dmoa.config import Config
+from dmoa.serving.presence import presence, sleepers, state_of
+
+CONFIG = Config.model_validate(
+    {
+        "name": "p",
+        "llms": {
+            "own": {"model": "scripted:x", "engine": "scripted", "placement": "dedicated"},
+            "all": {"model": "scripted:x", "engine": "scripted", "autoscaling": {"min_replicas": 0}},
+        },
+        "agents": [
+            {"name": "busy", "llm": "own", "profile": "Works."},
+            {"name": "rare", "llm": "own", "profile": "Sleeps.", "autoscaling": {"min_replicas": 0, "cold": "skip"}},
+            {"name": "one", "llm": "all", "profile": "Shares."},
+            {"name": "two", "llm": "all", "profile": "Shares."},
+        ],
+        "summarizer": {"mode": "llm", "llm": "all"},
+    }
+)
+
+
+def deployment(status: str = "HEALTHY", **states: int) -> Any:
+    return SimpleNamespace(status=status, replica_states=states)
+
+
+UP = {name: deployment(RUNNING=1) for name in ("agent-busy", "agent-rare", "llm-all")}
+
+
+def test_who_may_sleep() -> None:
+    assert sleepers(CONFIG) == {"rare", "one", "two", "summarizer"}
+
+
+def test_nobody_is_missing() -> None:
+    for deployments in (UP, {}):
+        found = presence(CONFIG, deployments)
+        assert (found.cold, found.gone, found.is_settled) == (frozenset(), frozenset(), True)
+
+
+@pytest.mark.parametrize(
+    ("asleep", "is_settled"),
+    [
+        (deployment(), True),
+        (deployment("UPSCALING", STARTING=1), False),
+        (deployment("DOWNSCALING", STOPPING=1), False),
+        (deployment(RUNNING=0), True),
+    ],
+)
+def test_scaled_to_zero_is_cold_and_not_gone(asleep: Any, is_settled: bool) -> None:
+    found = presence(CONFIG, UP | {"agent-rare": asleep})
+    assert (found.cold, found.gone, found.is_settled) == ({"rare"}, frozenset(), is_settled)
+
+
+def test_agents_of_one_deployment_are_cold_together() -> None:
+    assert presence(CONFIG, UP | {"llm-all": deployment()}).cold == {"one", "two", "summarizer"}
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "gone"),
+    [
+        ("busy", "agent-busy", deployment("UPDATING", STARTING=1)),
+        ("busy", "agent-busy", deployment()),
+        ("rare", "agent-rare", deployment("UNHEALTHY", STARTING=1)),
+        ("rare", "agent-rare", deployment("DEPLOY_FAILED")),
+    ],
+)
+def test_who_should_have_a_replica_or_cannot_start_one_is_gone(name: str, where: str, gone: Any) -> None:
+    found = presence(CONFIG, UP | {where: gone})
+    assert (found.cold, found.gone, found.is_settled) == (frozenset(), {name}, False)
+
+
+def test_readiness_of_those_who_may_sleep_is_the_routers_word() -> None:
+    status = {"masked": ["one"], "cold": ["rare"]}
+    assert [state_of(name, status) for name in ("rare", "two")] == ["cold", "up"]
+    assert state_of("one", status) == "it does not answer; the router tries it again"
+    assert state_of("rare", None) == "unknown: the router is away"
