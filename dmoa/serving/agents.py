@@ -26,6 +26,7 @@ from dmoa.protocols import Engine
 from dmoa.serving.placement import deployment_name
 from dmoa.serving.scaling import has_affinity, scaling_options
 from dmoa.serving.upgrade import CALL_DRAIN_S, check_version, pool_version
+from dmoa.serving.vigil import Gone, Vigil
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
 ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -125,15 +126,22 @@ def affine_agents(config: Config) -> frozenset[str]:
     return frozenset(agent.name for agent in callable_agents(config) if has_affinity(config.scaling_of(agent)))
 
 
+async def _nobody() -> frozenset[str]:
+    return frozenset()
+
+
 class ServeAgents:
     """Reaches agents through Serve handles; implements `protocols.AgentClient`."""
 
-    def __init__(self, handles: Mapping[str, DeploymentHandle], version: str, *, affine: Collection[str] = ()) -> None:
+    def __init__(
+        self, handles: Mapping[str, DeploymentHandle], version: str, *, affine: Collection[str] = (), gone: Gone = _nobody
+    ) -> None:
         """`handles` are by agent name; `version` is the pool's, which every reply must come from.
 
-        Calls of `affine` agents go to the replica of their conversation.
+        Calls of `affine` agents go to the replica of their conversation. `gone` says who has no replica; calls to them end.
         """
         self._version = version
+        self._vigil = Vigil(gone)
         # Made once, because a handle builds a new one for every method that is named on it. Calls are plain records:
         # pickle takes half of cloudpickle's time for them. Replies may be errors, which only cloudpickle carries safely.
         options = {"request_serialization": "pickle"}
@@ -145,26 +153,38 @@ class ServeAgents:
     async def call(self, call: AgentCall) -> AgentReply:
         """Ask one agent; cancelling this cancels the call where it runs."""
         response = self._handle(self._calls, call).remote(call, self._version)
+        watched = self._vigil.watch(call.agent, response.cancel)
         try:
             reply: AgentReply = await response
         except asyncio.CancelledError:
             response.cancel()
+            if watched.is_given_up:
+                raise _gone(call.agent) from None
             raise
         except (RayError, RayServeException) as error:
-            raise _lost(call.agent, error) from error
+            raise _gone(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
+        finally:
+            watched.end()
         return reply
 
     async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Ask one agent and yield its text as it comes, last the reply."""
         responses = self._handle(self._streams, call).remote(call, self._version)
+        watched = self._vigil.watch(call.agent, responses.cancel)
         is_done = False
         try:
             async for item in responses:
+                watched.end()
                 is_done = isinstance(item, AgentReply)
                 yield item
+        except asyncio.CancelledError:
+            if watched.is_given_up:
+                raise _gone(call.agent) from None
+            raise
         except (RayError, RayServeException) as error:
-            raise _lost(call.agent, error) from error
+            raise _gone(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
         finally:
+            watched.end()
             if not is_done:
                 responses.cancel()
 
@@ -197,3 +217,7 @@ def _lost(agent: str, error: Exception) -> AgentUnavailableError | AgentOverload
     if isinstance(cause, ConfigError):
         return AgentUnavailableError(f"agent {agent!r}: {cause}")
     return AgentUnavailableError(f"agent {agent!r}: {type(error).__name__}: its replica died or cannot be reached")
+
+
+def _gone(agent: str) -> AgentUnavailableError:
+    return AgentUnavailableError(f"agent {agent!r}: it has no running replica")

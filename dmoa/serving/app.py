@@ -65,9 +65,9 @@ class SwarmIngress:
         self._fingerprint = fingerprint(config)
         where = deployment_names(config)
         handles = {agent.name: hosts[where[agent.name]] for agent in callable_agents(config)}
-        self._agents = ServeAgents(handles, pool_version(config), affine=affine_agents(config))
         self._sleepers = sleepers(config)
         self._router = RemoteRouter(ensure_router(config, app, configured), config, configured)
+        self._agents = ServeAgents(handles, pool_version(config), affine=affine_agents(config), gone=self._router.gone)
         self._traces = ensure_traces(app, config.router.num_traces)
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
         self._metrics = QueryMetrics(config.name)

@@ -85,6 +85,13 @@ class RemoteRouter:
             status: dict[str, Any] = await self._actor.status.remote()
         return status
 
+    async def gone(self) -> frozenset[str]:
+        """Return the agents without a running replica that should have one; nobody while the router is away."""
+        try:
+            return frozenset((await self.status())["gone"])
+        except (RayError, TimeoutError):
+            return frozenset()
+
     async def _tell(self, agent: str, reason: str) -> None:
         with contextlib.suppress(RayError):
             await self._actor.report_unavailable.remote(agent, reason)

@@ -1,0 +1,83 @@
+"""Slow calls are given up once their agent has no replica, and not before."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from dmoa.serving import vigil
+from dmoa.serving.vigil import Vigil
+
+
+class Router:
+    """Says who is gone, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.gone: frozenset[str] = frozenset()
+        self.asked = 0
+
+    async def __call__(self) -> frozenset[str]:
+        self.asked += 1
+        return self.gone
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vigil, "SLOW_S", 0.02)
+    monkeypatch.setattr(vigil, "_LOOK_S", 0.02)
+
+
+async def within(event: asyncio.Event, timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        await event.wait()
+
+
+async def test_a_slow_call_to_an_agent_without_replica_is_given_up_once() -> None:
+    router, given_up = Router(), asyncio.Event()
+    watched = Vigil(router).watch("solver", given_up.set)
+    async with asyncio.timeout(5):
+        while router.asked < 3:  # noqa: ASYNC110 the fake counts
+            await asyncio.sleep(0.005)
+    assert not given_up.is_set()
+    assert not watched.is_given_up
+    router.gone = frozenset({"solver"})
+    await within(given_up)
+    assert watched.is_given_up
+    watched.end()
+
+
+async def test_others_go_on() -> None:
+    router = Router()
+    router.gone = frozenset({"other"})
+    other_given_up, given_up = asyncio.Event(), asyncio.Event()
+    watching = Vigil(router)
+    calls = [watching.watch("solver", given_up.set), watching.watch("other", other_given_up.set)]
+    await within(other_given_up)
+    assert not given_up.is_set()
+    for call in calls:
+        call.end()
+
+
+async def test_a_call_that_ends_in_time_asks_nobody() -> None:
+    router = Router()
+    watched = Vigil(router).watch("solver", lambda: pytest.fail("given up"))
+    watched.end()
+    later = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.1, later.set)
+    await within(later)
+    assert router.asked == 0
+
+
+async def test_many_slow_calls_share_one_look() -> None:
+    router, given_up = Router(), asyncio.Event()
+    watching = Vigil(router)
+    calls = [watching.watch(f"agent-{n}", given_up.set) for n in range(50)]
+    async with asyncio.timeout(5):
+        while router.asked < 3:  # noqa: ASYNC110 the fake counts
+            await asyncio.sleep(0.005)
+    # Fifty calls that each asked for themselves would be far ahead.
+    assert router.asked < 20
+    assert not given_up.is_set()
+    for call in calls:
+        call.end()
