@@ -27,19 +27,31 @@ def pool_on_vllm(name: str | None) -> dict[str, Any]:
     return tree
 
 
-@pytest.fixture(params=[None, "specialists"], ids=["roles", "adapters"])
-def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
-    path = tmp_path / "pool.yaml"
-    path.write_text(yaml.safe_dump(pool_on_vllm(request.param)), encoding="utf-8")
-    dmoa = str(Path(sys.executable).with_name("dmoa"))
-    server = Served([dmoa, "serve", "--config", str(path), "--port", str(free_port())]).wait_ready(START_S)
+POOLS = {"roles": None, "adapters": "specialists"}
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
+    """Both pools, each on a Ray and a vLLM of its own; they start side by side, because most of that is waiting."""
+    started: dict[str, Served] = {}
     try:
-        yield server
+        for name, packaged in POOLS.items():
+            path = tmp_path_factory.mktemp(name) / "pool.yaml"
+            tree = pool_on_vllm(packaged) | {"router": {"state_uri": (path.parent / "state").as_uri()}}
+            path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+            dmoa = str(Path(sys.executable).with_name("dmoa"))
+            started[name] = Served([dmoa, "serve", "--config", str(path), "--port", str(free_port())])
+        for server in started.values():
+            server.wait_ready(START_S)
+        yield started
     finally:
-        server.stop()
+        for server in started.values():
+            server.stop()
 
 
-def test_a_pool_on_vllm_answers_through_the_contract(served: Served) -> None:
+@pytest.mark.parametrize("name", POOLS)
+def test_a_pool_on_vllm_answers_through_the_contract(name: str, servers: dict[str, Served]) -> None:
+    served = servers[name]
     with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         reply = client.chat.completions.create(
             model=served.pool, messages=[{"role": "user", "content": "How much is 412 + 423?"}]
