@@ -155,6 +155,9 @@ class RouterActor:
         interval = self._config.router.probe_interval_s
         while True:
             await asyncio.sleep(interval)
+            if agent not in self._config.agent_names:  # a new configuration does without it
+                self._probing.discard(agent)
+                return
             try:
                 async with asyncio.timeout(10 * interval):
                     await self._agents.ping(agent)
