@@ -258,9 +258,13 @@ async def _until(outputs: AsyncIterator[Any], deadline_unix_s: float | None) -> 
     """Yield what comes before the deadline."""
     while True:
         # Item by item: a timeout around the whole loop would go off in the code that reads the items.
-        wait_s = None if deadline_unix_s is None else max(0.0, deadline_unix_s - time.time())
+        wait_s = None if deadline_unix_s is None else deadline_unix_s - time.time()
+        if wait_s is not None and wait_s <= 0:
+            return
         try:
-            output = await (anext(outputs) if wait_s is None else asyncio.wait_for(anext(outputs), wait_s))
+            # Not wait_for: Python 3.11's forgets a cancellation that comes together with an item.
+            async with asyncio.timeout(wait_s):
+                output = await anext(outputs)
         except (StopAsyncIteration, TimeoutError):
             return
         yield output

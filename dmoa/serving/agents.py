@@ -159,10 +159,10 @@ class ServeAgents:
         except asyncio.CancelledError:
             response.cancel()
             if watched.is_given_up:
-                raise _gone(call.agent) from None
+                raise _given_up(call.agent) from None
             raise
         except (RayError, RayServeException) as error:
-            raise _gone(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
+            raise _given_up(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
         finally:
             watched.end()
         return reply
@@ -179,10 +179,11 @@ class ServeAgents:
                 yield item
         except asyncio.CancelledError:
             if watched.is_given_up:
-                raise _gone(call.agent) from None
+                raise _given_up(call.agent) from None
             raise
         except (RayError, RayServeException) as error:
-            raise _gone(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
+            is_done = True  # to cancel it now could raise the same error again
+            raise _given_up(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
         finally:
             watched.end()
             if not is_done:
@@ -219,5 +220,9 @@ def _lost(agent: str, error: Exception) -> AgentUnavailableError | AgentOverload
     return AgentUnavailableError(f"agent {agent!r}: {type(error).__name__}: its replica died or cannot be reached")
 
 
-def _gone(agent: str) -> AgentUnavailableError:
+def _given_up(agent: str) -> AgentUnavailableError | asyncio.CancelledError:
+    """Return how a call that was given up ends: as cancelled where its own task is, for Serve tells both by one error."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        return asyncio.CancelledError()
     return AgentUnavailableError(f"agent {agent!r}: it has no running replica")

@@ -219,8 +219,10 @@ async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None
             is_done = isinstance(event, Answer)
             yield event
     except RayTaskError as error:
+        is_done = True
         raise (error.cause if isinstance(error.cause, DmoaError) else error) from None
     except (RayError, RayServeException) as error:
+        is_done = True  # to cancel it now could raise the same error again
         raise PoolChangedError(f"the ingress where it began again was lost ({type(error).__name__})") from error
     finally:
         if not is_done:

@@ -16,6 +16,10 @@ from dmoa.serving.placement import deployment_name
 UP = "up"
 COLD = "cold"
 _BROKEN = ("UNHEALTHY", "DEPLOY_FAILED")
+_SERVING = ("RUNNING", "PENDING_MIGRATION")
+"""States of replicas that Serve sends calls to; the latter is on a node that is being drained."""
+_FINISHING = ("STOPPING", "UPDATING", "RECOVERING")
+"""States of replicas that get no calls now, and may still answer those that they have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,8 @@ class Presence:
     """Agents scaled to zero, or on their way up from there: nothing is wrong with them."""
     gone: frozenset[str]
     """Agents that should have a replica, or whose replicas fail to start."""
+    deserted: frozenset[str]
+    """Those of the gone that no replica can still be answering calls to."""
     is_settled: bool
     """Whether all is as it will stay until a replica comes or goes."""
 
@@ -37,11 +43,11 @@ def sleepers(config: Config) -> frozenset[str]:
 
 def presence(config: Config, deployments: Mapping[str, Any]) -> Presence:
     """Return who has no running replica; `deployments` are those of the app in `serve.status()`, unknown ones count as up."""
-    cold, gone, is_settled = set(), set(), True
+    cold, gone, deserted, is_settled = set(), set(), set(), True
     may_sleep = sleepers(config)
     for agent in callable_agents(config):
         found = deployments.get(deployment_name(config, agent))
-        if found is None or found.replica_states.get("RUNNING"):
+        if found is None or _has(found.replica_states, _SERVING):
             continue
         if agent.name in may_sleep and found.status not in _BROKEN:
             cold.add(agent.name)
@@ -49,7 +55,13 @@ def presence(config: Config, deployments: Mapping[str, Any]) -> Presence:
         else:
             gone.add(agent.name)
             is_settled = False
-    return Presence(cold=frozenset(cold), gone=frozenset(gone), is_settled=is_settled)
+            if not _has(found.replica_states, _FINISHING):
+                deserted.add(agent.name)
+    return Presence(cold=frozenset(cold), gone=frozenset(gone), deserted=frozenset(deserted), is_settled=is_settled)
+
+
+def _has(replica_states: Mapping[str, int], states: tuple[str, ...]) -> bool:
+    return any(replica_states.get(state) for state in states)
 
 
 def state_of(agent: str, status: Mapping[str, Any] | None) -> str:

@@ -101,7 +101,7 @@ class RouterActor:
         self._local.max_wait_ms = config.router.max_wait_ms
         self._local.cold = sleepers(config)  # as they start; the next look at Serve's status knows better
         self._seen: frozenset[str] | None = None
-        self._gone: frozenset[str] = frozenset()
+        self._deserted: frozenset[str] = frozenset()
         self._local.install(self._versions.version, self._versions.gate)
 
     async def install(self, files: dict[str, bytes], note: str = "") -> dict[str, Any]:
@@ -155,6 +155,9 @@ class RouterActor:
         interval = self._config.router.probe_interval_s
         while True:
             await asyncio.sleep(interval)
+            if agent not in self._config.agent_names:  # a new configuration does without it
+                self._probing.discard(agent)
+                return
             try:
                 async with asyncio.timeout(10 * interval):
                     await self._agents.ping(agent)
@@ -182,7 +185,7 @@ class RouterActor:
             "recent_inputs": len(self._recent),
             "masked": sorted(self._local.masked),
             "cold": sorted(self._local.cold - self._local.masked),
-            "gone": sorted(self._gone),
+            "gone": sorted(self._deserted),
             "activations": dict(self._local.activations),
             "decisions": self._local.num_decisions,
             "batches": self._local.num_batches,
@@ -213,7 +216,7 @@ class RouterActor:
                 continue
             found = presence(config, status.deployments)
             self._seen = replicas if found.is_settled else None
-            self._local.cold, self._gone = found.cold, found.gone
+            self._local.cold, self._deserted = found.cold, found.deserted
             for agent in found.gone:
                 await self.report_unavailable(agent, "it has no running replica")
         _LOG.info("app %s is gone: its actors end", self._app)

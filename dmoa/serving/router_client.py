@@ -86,7 +86,7 @@ class RemoteRouter:
         return status
 
     async def gone(self) -> frozenset[str]:
-        """Return the agents without a running replica that should have one; nobody while the router is away."""
+        """Return the agents that no replica can be answering, though they should have one; nobody while the router is away."""
         try:
             return frozenset((await self.status())["gone"])
         except (RayError, TimeoutError):

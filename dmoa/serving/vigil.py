@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 Gone = Callable[[], Awaitable[frozenset[str]]]
-"""Asks the router for the agents that have no running replica, though they should."""
+"""Asks the router for the agents that should have a replica and that none can still be answering calls to."""
 SLOW_S = 2.0
 """How long a call is trusted to be under way."""
 _LOOK_S = 1.0

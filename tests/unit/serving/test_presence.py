@@ -77,6 +77,21 @@ def test_who_should_have_a_replica_or_cannot_start_one_is_gone(name: str, where:
     assert (found.cold, found.gone, found.is_settled) == (frozenset(), {name}, False)
 
 
+@pytest.mark.parametrize(
+    ("busy", "gone", "deserted"),
+    [
+        (deployment("UPDATING", STARTING=1), {"busy"}, {"busy"}),
+        (deployment("UPDATING", STOPPING=1, STARTING=1), {"busy"}, set()),  # the one that is replaced ends its calls first
+        (deployment("UPDATING", UPDATING=1), {"busy"}, set()),
+        (deployment("UPDATING", RECOVERING=1), {"busy"}, set()),
+        (deployment("UPDATING", PENDING_MIGRATION=1, STARTING=1), set(), set()),  # Serve goes on sending it calls
+    ],
+)
+def test_calls_are_left_to_replicas_that_may_still_answer_them(busy: Any, gone: set[str], deserted: set[str]) -> None:
+    found = presence(CONFIG, UP | {"agent-busy": busy})
+    assert (found.gone, found.deserted) == (gone, deserted)
+
+
 def test_readiness_of_those_who_may_sleep_is_the_routers_word() -> None:
     status = {"masked": ["one"], "cold": ["rare"]}
     assert [state_of(name, status) for name in ("rare", "two")] == ["cold", "up"]

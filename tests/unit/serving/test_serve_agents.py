@@ -1,0 +1,97 @@
+"""How calls by Serve's handles end, with Ray's own responses: given up, cancelled, refused."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+with warnings.catch_warnings():
+    # Ray 2.60's own, with this pydantic.
+    warnings.filterwarnings("ignore", message="Using extra keyword arguments", category=DeprecationWarning)
+    from ray.serve.exceptions import BackPressureError
+    from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
+
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError
+from dmoa.serving import vigil
+from dmoa.serving.agents import ServeAgents
+from dmoa.types import AgentCall, Sampling
+
+CALL = AgentCall(trace_id="t", step=0, agent="solver", messages=(), sampling=Sampling())
+
+
+class Waiting:
+    """A replica's answer that never comes, on a machine that does not even hear of the cancelling."""
+
+    def cancel(self) -> None:
+        """Do nothing."""
+
+    async def get_async(self) -> Any:
+        """Wait for good."""
+        await asyncio.Event().wait()
+
+
+class Handle:
+    """Gives Ray's responses over futures that the test made."""
+
+    def __init__(self, future: concurrent.futures.Future[Any], kind: type[Any] = DeploymentResponse) -> None:
+        self._future, self._kind = future, kind
+
+    def options(self, **_: Any) -> Handle:
+        """Return itself."""
+        return self
+
+    def remote(self, *_: Any) -> Any:
+        """Return a response."""
+        return self._kind(self._future, SimpleNamespace(request_id="r"))
+
+
+def future_of(result: Any = None, error: Exception | None = None) -> concurrent.futures.Future[Any]:
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    if error is not None:
+        future.set_exception(error)
+    elif result is not None:
+        future.set_result(result)
+    return future
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    monkeypatch.setattr(vigil, "SLOW_S", 0.01)
+    return asyncio.Event()
+
+
+def watched(handle: Handle, looks: asyncio.Event) -> Any:
+    async def gone() -> frozenset[str]:
+        looks.set()
+        return frozenset({"solver"})
+
+    return ServeAgents({"solver": handle}, "v", gone=gone)  # type: ignore[dict-item]
+
+
+async def test_a_call_in_the_queue_of_a_lost_agent_is_given_up(looks: asyncio.Event) -> None:
+    with pytest.raises(AgentUnavailableError, match="it has no running replica"):
+        async with asyncio.timeout(5):
+            await watched(Handle(future_of()), looks).call(CALL)
+
+
+async def test_a_call_that_is_given_up_and_cancelled_ends_as_cancelled(looks: asyncio.Event) -> None:
+    task = asyncio.create_task(watched(Handle(future_of(Waiting())), looks).call(CALL))
+    async with asyncio.timeout(5):
+        await looks.wait()
+    for _ in range(5):  # the look ends, and the call is given up, which this replica does not hear
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_full_queue_is_told_as_such_by_streams_too() -> None:
+    handle = Handle(future_of(error=BackPressureError(4, 4)), DeploymentResponseGenerator)
+    agents = ServeAgents({"solver": handle}, "v")  # type: ignore[dict-item]
+    with pytest.raises(AgentOverloadedError, match="its queue is full"):
+        await anext(agents.stream(CALL))
