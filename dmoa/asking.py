@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from dmoa.agents.prompts import agent_messages
 from dmoa.cascade import wants_more
-from dmoa.errors import AgentOverloadedError, AgentUnavailableError, NoAgentError
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError, BrokenStreamError, NoAgentError
 from dmoa.protocols import AgentClient, Router
 from dmoa.types import (
     Activation,
@@ -342,8 +342,11 @@ class Asker:
         seen = ""
         async for item in self._agents.stream(call):
             if isinstance(item, AgentReply):
+                if item.status == "ok":
+                    _check_goes_on(asking.emitted, seen, activation.agent, is_whole=True)
                 return item
             seen += item.text
+            _check_goes_on(asking.emitted, seen, activation.agent)
             if len(seen) > len(asking.emitted):
                 asking.emit(TextDelta(text=seen[len(asking.emitted) :]))
                 asking.emitted = seen
@@ -376,3 +379,12 @@ class Asker:
         if budget is None:
             return sampling
         return replace(sampling, max_tokens=max(1, min(sampling.max_tokens, budget - state.tokens_used)))
+
+
+def _check_goes_on(emitted: str, seen: str, agent: str, *, is_whole: bool = False) -> None:
+    """Raise BrokenStreamError where a repeated call says something else than what was handed on.
+
+    It need not repeat its text: an engine's numbers may hang on what else is in its batch.
+    """
+    if not seen.startswith(emitted if is_whole else emitted[: len(seen)]):
+        raise BrokenStreamError(f"agent {agent!r} was lost in mid-stream, and said something else when asked again; ask again")

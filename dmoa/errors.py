@@ -52,6 +52,10 @@ class NoAgentError(DmoaError, RuntimeError):
     """No agent of the pool answered before the deadline (HTTP 503)."""
 
 
+class BrokenStreamError(DmoaError, RuntimeError):
+    """A stream was lost, and the repeated call said something else than what was handed on (HTTP 503, `stream_lost`)."""
+
+
 class EmptyAnswerError(DmoaError, RuntimeError):
     """Every contribution to a query was empty (HTTP 503, code `empty_answer`)."""
 

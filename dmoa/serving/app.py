@@ -33,7 +33,7 @@ from dmoa.serving.presence import UP, sleepers, state_of
 from dmoa.serving.router import ensure_router
 from dmoa.serving.router_client import RemoteRouter
 from dmoa.serving.traces import Answered, ensure_traces
-from dmoa.serving.upgrade import QUERY_DRAIN_S, Event, on_one_version, pool_version
+from dmoa.serving.upgrade import Event, on_one_version, pool_version, query_drain_s
 from dmoa.swarm import Swarm
 from dmoa.types import Answer, Query
 
@@ -245,7 +245,7 @@ def build_app(config: Config, *, key_hashes: tuple[str, ...] = (), is_ingress_on
         "num_replicas": config.server.ingress_replicas,
         "ray_actor_options": actor,
         "max_ongoing_requests": 1000,
-        "graceful_shutdown_timeout_s": QUERY_DRAIN_S,
+        "graceful_shutdown_timeout_s": query_drain_s(config.limits.deadline_s),
     }
     ingress = serve.deployment(serve.ingress()(SwarmIngress)).options(**options)
     return ingress.bind(config.model_dump_json(), key_hashes, configured, bind_encoder(config), bind_hosts(config))

@@ -15,7 +15,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dmoa.errors import AgentOverloadedError, AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
+from dmoa.errors import (
+    AgentOverloadedError,
+    AgentUnavailableError,
+    BrokenStreamError,
+    DeadlineError,
+    EmptyAnswerError,
+    NoAgentError,
+    RequestError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +58,8 @@ def status_of(error: Exception) -> tuple[int, str | None, str | None]:
         return error.status, error.code, error.param
     if isinstance(error, NoAgentError | AgentUnavailableError | AgentOverloadedError):
         return 503, "no_agent", None
+    if isinstance(error, BrokenStreamError):
+        return 503, "stream_lost", None
     if isinstance(error, EmptyAnswerError):
         return 503, "empty_answer", None
     if isinstance(error, DeadlineError):
@@ -97,6 +107,7 @@ def install(app: FastAPI) -> None:
         NoAgentError,
         AgentUnavailableError,
         AgentOverloadedError,
+        BrokenStreamError,
         EmptyAnswerError,
         DeadlineError,
     ):

@@ -23,12 +23,20 @@ Attempt = Callable[[Query], AsyncGenerator[str | Event]]
 """Answers a query: yields the fingerprint of the pool that does, steps, pieces of the final text, and last the Answer."""
 CALL_DRAIN_S = 60.0
 """How long an agent's replica that is replaced may go on with the calls it has; its GPUs are free only after them."""
-QUERY_DRAIN_S = 300.0
-"""How long an ingress that is replaced may go on with its queries: agents of the new pool may have models to load."""
+_QUERY_DRAIN_S = 300.0
+_DRAIN_SLACK_S = 30.0
 _PATIENCE_S = 240.0
 """How long a query looks for one version of the pool; less than its ingress may go on."""
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
+
+
+def query_drain_s(deadline_s: float | None) -> float:
+    """Return how long an ingress that is replaced may go on with its queries, whose deadline by the pool is `deadline_s`.
+
+    Agents of the new pool may have models to load.
+    """
+    return max(_QUERY_DRAIN_S, (deadline_s or 0.0) + _DRAIN_SLACK_S)
 
 
 def pool_version(config: Config) -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from dmoa.asking import PATIENCE_S, Asker
+from dmoa.errors import BrokenStreamError
 from dmoa.routing import LocalRouter
 from dmoa.types import (
     Activation,
@@ -219,6 +220,20 @@ async def test_a_lost_stream_goes_on_without_repeating_text() -> None:
     assert pieces == ["It ", "is", " 1", "9", "."]
     assert [(reply.agent, reply.text, reply.attempts) for reply in replies] == [("a", "It is 19.", 3)]
     assert agents.calls_of("b") == []  # another agent's words must not follow
+
+
+@pytest.mark.parametrize(
+    "again",
+    [Say(text="It was 19.", pieces=("It ", "was", " 19.")), Say(text="It", pieces=("It",))],
+    ids=["another text", "a shorter one"],
+)
+async def test_a_lost_stream_that_would_go_on_with_other_words_ends_in_an_error(again: Say) -> None:
+    pieces: list[TextDelta] = []
+    agents = FakeAgents({"a": (Lose(pieces=("It ", "is")), again)})
+    plan = asks("a", fold="pass", ends_with="single")
+    with pytest.raises(BrokenStreamError, match="said something else when asked again"):
+        await replies_of(asker_of(agents), state_of(query()), plan, pieces.append)
+    assert [piece.text for piece in pieces] == ["It ", "is"]
 
 
 async def test_a_stream_that_ends_without_a_reply_is_lost() -> None:

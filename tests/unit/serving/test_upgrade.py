@@ -9,7 +9,7 @@ import pytest
 from dmoa.config import Config
 from dmoa.errors import DeadlineError, NoAgentError, PoolChangedError
 from dmoa.serving import upgrade
-from dmoa.serving.upgrade import Event, check_version, on_one_version, pool_version
+from dmoa.serving.upgrade import Event, check_version, on_one_version, pool_version, query_drain_s
 from dmoa.types import Limits, Query, TextDelta
 
 TREE = {
@@ -88,3 +88,8 @@ async def test_the_deadline_goes_on() -> None:
 async def test_other_errors_are_the_query_s_own() -> None:
     with pytest.raises(NoAgentError, match="nobody"):
         [event async for event in on_one_version(Ingress(([], NoAgentError("nobody"))).answer, Ingress().answer, QUERY)]
+
+
+def test_an_ingress_goes_on_for_as_long_as_a_query_may() -> None:
+    assert query_drain_s(None) == query_drain_s(60.0) == 300.0
+    assert query_drain_s(600.0) == 630.0
