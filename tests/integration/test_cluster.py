@@ -199,8 +199,12 @@ async def test_a_node_lost_in_the_middle_of_fifty_queries_fails_none_and_its_age
 
 
 async def test_an_upgrade_under_load_fails_no_query_and_mixes_no_versions(running: Running) -> None:
-    """The pool is deployed again with other replies and another agent in the place of a5, while streams of queries ask."""
-    text = running.pool.read_text(encoding="utf-8")
+    """The pool is deployed again with other replies and another agent in the place of a5, while streams of queries ask.
+
+    The wide LLM asks for no GPU in the new one: where all GPUs are taken, replicas that are replaced one by one may leave a wide
+    one no node with two of them.
+    """
+    text = running.pool.read_text(encoding="utf-8").replace("gpus: 2", "gpus: 0")
     new = running.pool.with_name("new.yaml")
     words = {"zero": "nil", "one": "uno", "two": "due", "three": "tre", "four": "quattro", "five": "cinque"}
     for old, other in words.items():
@@ -219,6 +223,7 @@ async def test_an_upgrade_under_load_fails_no_query_and_mixes_no_versions(runnin
             for one in streams:
                 one.cancel()
             ended = await asyncio.gather(*streams, return_exceptions=True)
+            await _deploy(running, new, is_deleted=True)
             await _deploy(running, running.pool)
     assert all(isinstance(one, asyncio.CancelledError) for one in ended), ended
     assert set(found) == {"old", "new"}, found
@@ -238,16 +243,19 @@ async def _follow(http: httpx.AsyncClient, versions: dict[str, str], found: list
         found += seen
 
 
-async def _deploy(running: Running, pool: Path) -> None:
-    """Deploy a pool over the running one, as an operator who runs the command again does."""
+async def _deploy(running: Running, pool: Path, *, is_deleted: bool = False) -> None:
+    """Deploy a pool over the running one, as an operator who runs the command again does; `is_deleted`: and end it."""
     port = running.served.url.rpartition(":")[2]
     command = [str(Path(sys.executable).with_name("dmoa")), "serve", "--config", str(pool), "--port", port]
     again = Served([*command, "--address", running.nodes.address], running.nodes.env)
     try:
         await asyncio.to_thread(again.wait_ready)
     finally:
-        again.process.kill()  # not as a user would: ending it would delete the app
-        await asyncio.to_thread(again.process.wait, 60)
+        if is_deleted:
+            await asyncio.to_thread(again.stop)
+        else:
+            again.process.kill()  # not as a user would: ending it would delete the app
+            await asyncio.to_thread(again.process.wait, 60)
 
 
 def told_as_lost(agent: dict[str, Any], lost: set[str]) -> bool:

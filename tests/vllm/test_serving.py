@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,23 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
             tree = pool_on_vllm(packaged) | {"router": {"state_uri": (path.parent / "state").as_uri()}}
             path.write_text(yaml.safe_dump(tree), encoding="utf-8")
             dmoa = str(Path(sys.executable).with_name("dmoa"))
-            started[name] = Served([dmoa, "serve", "--config", str(path), "--port", str(free_port())])
+            started[name] = server = Served([dmoa, "serve", "--config", str(path), "--port", str(free_port())])
+            wait_for_serve(server)  # two Rays that start at the same moment come into each other's way
         for server in started.values():
             server.wait_ready(START_S)
         yield started
     finally:
         for server in started.values():
             server.stop()
+
+
+def wait_for_serve(server: Served) -> None:
+    """Return once Serve runs on the server's own Ray, while vLLM still loads."""
+    deadline = time.monotonic() + START_S
+    while not server.processes("ray::ServeController"):
+        assert server.process.poll() is None, "".join(server.errors[-60:])
+        assert time.monotonic() < deadline, "Ray and Serve did not start"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("name", POOLS)
