@@ -186,6 +186,7 @@ class RouterActor:
             "masked": sorted(self._local.masked),
             "cold": sorted(self._local.cold - self._local.masked),
             "gone": sorted(self._deserted),
+            "agents": sorted(deployment_names(self._config)),
             "activations": dict(self._local.activations),
             "decisions": self._local.num_decisions,
             "batches": self._local.num_batches,

@@ -17,6 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 from dmoa.config import Config
 from dmoa.errors import DmoaError, NoAgentError
 from dmoa.serving.actors import pack, unpack
+from dmoa.serving.placement import deployment_names
 from dmoa.serving.upgrade import pool_version
 from dmoa.types import RouteDecision, RouteRequest
 
@@ -86,11 +87,15 @@ class RemoteRouter:
         return status
 
     async def gone(self) -> frozenset[str]:
-        """Return the agents that no replica can be answering, though they should have one; nobody while the router is away."""
+        """Return the agents that no replica can be answering, though they should have one; nobody while the router is away.
+
+        Those too that a newer pool no longer has: their deployments are deleted, and Serve keeps calls to them for ever.
+        """
         try:
-            return frozenset((await self.status())["gone"])
+            status = await self.status()
         except (RayError, TimeoutError):
             return frozenset()
+        return frozenset(status["gone"]) | (frozenset(deployment_names(self._config)) - frozenset(status["agents"]))
 
     async def _tell(self, agent: str, reason: str) -> None:
         with contextlib.suppress(RayError):

@@ -151,3 +151,23 @@ async def test_copies_stay_bounded(pair: tuple[FakeActor, RemoteRouter]) -> None
     held = [version for version in actor.versions if version in router._weights]
     assert len(held) <= MAX_HELD + 2
     assert held == actor.versions[-len(held) :]
+
+
+async def test_agents_without_a_replica_and_those_of_an_older_pool_are_gone(tmp_path: Path) -> None:
+    actor = FakeActor(tmp_path)
+    router = RemoteRouter(actor, CONFIG)
+    told: dict[str, list[str]] = {"gone": [], "agents": ["a", "b"]}
+
+    async def status() -> dict[str, list[str]]:
+        if actor.is_away:
+            raise ActorUnavailableError("it restarts", b"0" * 16)
+        return told
+
+    actor.status = Method(status)  # type: ignore[attr-defined]
+    assert await router.gone() == frozenset()
+    told["gone"] = ["b"]
+    assert await router.gone() == {"b"}
+    told["agents"] = ["b"]  # the router serves a newer pool, without `a`
+    assert await router.gone() == {"a", "b"}
+    actor.is_away = True
+    assert await router.gone() == frozenset()
