@@ -8,6 +8,7 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -78,16 +79,24 @@ def launch(
         _check_listening(address)  # here already: importing Serve takes seconds
     from ray import serve
 
-    from dmoa.serving.app import build_app
-
-    # The proxy is on the head alone: an ingress beside it is lost with no other node, nor are the queries in it.
-    application = build_app(config, key_hashes=key_hashes, is_ingress_on_head=True)
-    started_ray = start_ray(address)
+    application, started_ray = _build(config, key_hashes, address)
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
     serve.run(application, name=app, route_prefix=route_prefix)
     url = f"http://{_reachable(host)}:{port}{route_prefix.rstrip('/')}"
     _wait_ready(url, START_TIMEOUT_S)
     return _launched(url, config.name, app, started_ray=started_ray)
+
+
+def _build(config: Config, key_hashes: tuple[str, ...], address: str | None) -> tuple[Any, bool]:
+    """Build the application and start or join Ray; return it, and whether Ray was started here."""
+    from dmoa.serving.app import build_app
+
+    # Ray Serve LLM asks Ray while an application is built, and would start one of its own making. Otherwise what is wrong
+    # with a pool is told before Ray starts, which takes seconds.
+    started_ray = start_ray(address) if any(llm.engine == "vllm" for llm in config.llms.values()) else None
+    # The proxy is on the head alone: an ingress beside it is lost with no other node, nor are the queries in it.
+    application = build_app(config, key_hashes=key_hashes, is_ingress_on_head=True)
+    return application, start_ray(address) if started_ray is None else started_ray
 
 
 def start_ray(address: str | None = None) -> bool:
