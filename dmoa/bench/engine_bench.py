@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from dmoa.agents.models import fetch
 from dmoa.agents.transformers_engine import TransformersEngine
 from dmoa.bench import vllm_bench
 from dmoa.bench.measure import BenchResult, Spread, interleave, ratio, spread
+from dmoa.bench.stories import stories
 from dmoa.config import TransformersOptions
-from dmoa.types import Generation, GenerationRequest, Message, Sampling
+from dmoa.types import Generation, GenerationRequest
 
 MODEL = "smollm2-135m"
 ENTROPY_BAR_NATS = 1e-3
@@ -32,7 +34,6 @@ SPEED_BATCHES = (8, 16, 32)
 SPEED_BATCH = 16
 """The batch of P18 itself: the default `max_num_seqs`. The others are reported beside it."""
 _MAX_TOKENS = 48
-_TOPICS = ("a river", "seven apples", "the moon", "an old clock", "a lazy fox and its day", "bread", "the number twelve", "rain")
 
 
 def run(ids: Collection[str], rounds: int = 5) -> list[BenchResult]:
@@ -58,44 +59,17 @@ def run(ids: Collection[str], rounds: int = 5) -> list[BenchResult]:
     return results
 
 
-def _requests(batch: int, salt: int) -> list[GenerationRequest]:
-    """Return prompts of different lengths, no two of which share a beginning worth reusing, nor with another salt's."""
-    return [
-        GenerationRequest(
-            request_id=f"{salt}/{i}",
-            call_id=f"{salt}/{i}",
-            messages=(
-                Message(role="system", content=f"{salt}.{i} is the number of this conversation."),
-                Message(role="user", content=f"Tell me a short story about {_TOPICS[i % 8]}. " * (1 + i % 3)),
-            ),
-            sampling=Sampling(max_tokens=_MAX_TOKENS),
-        )
-        for i in range(batch)
-    ]
-
-
 async def _generate(engine: TransformersEngine, requests: Sequence[GenerationRequest]) -> list[Generation]:
     return list(await asyncio.gather(*map(engine.generate, requests)))
 
 
-class _Salts:
-    """A new number for every batch, so that no arm ever meets a prompt that it has seen."""
-
-    def __init__(self) -> None:
-        self._last = 1000
-
-    def next(self) -> int:
-        self._last += 1
-        return self._last
-
-
 def _entropy_share(engine: TransformersEngine, runner: asyncio.Runner, rounds: int) -> list[BenchResult]:
-    salts = _Salts()
+    salts = count(1001)
 
     def arm(batch: int) -> Callable[[], float]:
         def call() -> float:
             entropy_s, decode_s = engine.times.entropy_s, engine.times.decode_s
-            runner.run(_generate(engine, _requests(batch, salts.next())))
+            runner.run(_generate(engine, stories(batch, next(salts), max_tokens=_MAX_TOKENS)))
             return (engine.times.entropy_s - entropy_s) / (engine.times.decode_s - decode_s)
 
         return call
@@ -113,7 +87,7 @@ def _entropy_share(engine: TransformersEngine, runner: asyncio.Runner, rounds: i
 
 
 def _entropy_error(engine: TransformersEngine, loaded: LoadedModel, runner: asyncio.Runner) -> BenchResult:
-    requests = _requests(8, 1)
+    requests = stories(8, 1, max_tokens=_MAX_TOKENS)
     generations = runner.run(_generate(engine, requests))
     references = [_mean_nats(loaded, request) for request in requests]
     errors = [abs(r - g.entropy_sum_nats / g.entropy_tokens) for r, g in zip(references, generations, strict=True)]
@@ -131,16 +105,16 @@ def _mean_nats(loaded: LoadedModel, request: GenerationRequest) -> float:
 def _speed(engine: TransformersEngine, loaded: LoadedModel, runner: asyncio.Runner, rounds: int) -> list[BenchResult]:
     results = []
     for batch in SPEED_BATCHES:
-        salts = {"engine": _Salts(), "plain": _Salts()}
+        salts = {"engine": count(1001), "plain": count(1001)}
 
-        def ours(batch: int = batch, salts: dict[str, _Salts] = salts) -> float:
-            requests = _requests(batch, salts["engine"].next())
+        def ours(batch: int = batch, salts: Mapping[str, Iterator[int]] = salts) -> float:
+            requests = stories(batch, next(salts["engine"]), max_tokens=_MAX_TOKENS)
             began = time.perf_counter()
             generations = runner.run(_generate(engine, requests))
             return sum(g.completion_tokens for g in generations) / (time.perf_counter() - began)
 
-        def plain(batch: int = batch, salts: dict[str, _Salts] = salts) -> float:
-            requests = _requests(batch, salts["plain"].next())
+        def plain(batch: int = batch, salts: Mapping[str, Iterator[int]] = salts) -> float:
+            requests = stories(batch, next(salts["plain"]), max_tokens=_MAX_TOKENS)
             began = time.perf_counter()
             return _made(loaded, requests, _plain_generate(loaded, requests)) / (time.perf_counter() - began)
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from dmoa.agents.chat_tokens import encode_chat, load_tokenizer
@@ -160,25 +161,14 @@ def _slope(totals: Sequence[float]) -> float:
     return slope
 
 
-class _Salts:
-    """A new number for every measurement, so that no arm meets a prompt that it has seen."""
-
-    def __init__(self) -> None:
-        self._last = 2000
-
-    def next(self) -> int:
-        self._last += 1
-        return self._last
-
-
 def _first_token(arm: Arm, rounds: int) -> BenchResult:
-    salts = _Salts()
+    salts = count(2001)
     tokens = 0
 
     def layout(role_first: bool) -> Callable[[], float]:
         def call() -> float:
             nonlocal tokens
-            salt = salts.next()
+            salt = next(salts)
             waits: list[float] = []
             for step in range(_FIRST_TOKEN_STEPS):
                 requests = step_of(
@@ -212,11 +202,11 @@ async def _first_tokens(arm: Arm, requests: Sequence[GenerationRequest]) -> list
 
 
 def _more_agents(arm: Arm, rounds: int) -> BenchResult:
-    salts = _Salts()
+    salts = count(2001)
 
     def step(num_agents: int) -> Callable[[], float]:
         def call() -> float:
-            requests = step_of(salts.next(), 1, num_agents=num_agents, max_tokens=24)
+            requests = step_of(next(salts), 1, num_agents=num_agents, max_tokens=24)
             began = time.perf_counter()
             replies = arm.runner.run(_ask(arm, requests))
             # By the longest reply: the arms are to be compared at equal tokens.

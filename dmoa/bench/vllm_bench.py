@@ -16,16 +16,16 @@ from dmoa.agents.chat_tokens import encode_chat, load_tokenizer
 from dmoa.agents.vllm_args import engine_args
 from dmoa.agents.vllm_local import connect, engine_over
 from dmoa.bench.measure import BenchResult, interleave, ratio, record, spread
+from dmoa.bench.stories import stories
 from dmoa.config import LlmConfig, VllmOptions
 from dmoa.protocols import Engine
-from dmoa.types import GenerationRequest, Message, Sampling
+from dmoa.types import GenerationRequest
 
 MODEL = "embedded:smollm2-135m"
 SHARE_BAR = 0.03
 GPU_SPEED_BAR = 0.98
 BATCH = 16
 _MAX_TOKENS = 32
-_TOPICS = ("a river", "seven apples", "the moon", "an old clock", "a lazy fox and its day", "bread", "the number twelve", "rain")
 
 
 def run(*, gpus: float, rounds: int) -> list[BenchResult]:
@@ -115,24 +115,8 @@ async def _spent(client: Any) -> float:
     return max(readings)
 
 
-def _requests(salt: int) -> list[GenerationRequest]:
-    """Return prompts that share no beginning, nor one with another salt's."""
-    return [
-        GenerationRequest(
-            request_id=f"{salt}/{n}",
-            call_id=f"{salt}/{n}",
-            messages=(
-                Message(role="system", content=f"{salt}.{n} is the number of this conversation."),
-                Message(role="user", content=f"Tell me a short story about {_TOPICS[n % 8]}. " * (1 + n % 3)),
-            ),
-            sampling=Sampling(max_tokens=_MAX_TOKENS),
-        )
-        for n in range(BATCH)
-    ]
-
-
 async def _decode(engine: Engine, salt: int) -> int:
-    replies = await asyncio.gather(*map(engine.generate, _requests(salt)))
+    replies = await asyncio.gather(*map(engine.generate, stories(BATCH, salt, max_tokens=_MAX_TOKENS)))
     return sum(reply.completion_tokens for reply in replies)
 
 
@@ -147,4 +131,4 @@ async def _bare(client: Any, tokenizer: Any, salt: int) -> int:
         outputs = client.generate({"prompt_token_ids": prompt}, params, request.request_id)
         return sum([len(output.outputs[0].token_ids) async for output in outputs])
 
-    return sum(await asyncio.gather(*map(one, _requests(salt))))
+    return sum(await asyncio.gather(*map(one, stories(BATCH, salt, max_tokens=_MAX_TOKENS))))

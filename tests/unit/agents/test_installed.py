@@ -35,5 +35,11 @@ def test_two_builds_are_refused() -> None:
         check_vllm(ON_VLLM, both.get)
 
 
-def test_other_engines_need_neither() -> None:
-    check_vllm(loads(POOL.replace("ENGINE", "transformers")), {}.get)
+@pytest.mark.parametrize(("engine", "is_refused"), [("vllm", True), ("transformers", False)])
+def test_other_engines_need_neither(engine: str, is_refused: bool) -> None:
+    try:
+        check_vllm(loads(POOL.replace("ENGINE", engine)), {}.get)
+        found = False
+    except ConfigError:
+        found = True
+    assert found is is_refused

@@ -12,8 +12,8 @@ import torch
 from openai_server import answer, playing
 
 from dmoa import checkpoint
+from dmoa.agents import installed
 from dmoa.agents.embedder import HashEncoder
-from dmoa.agents.installed import vllm_builds
 from dmoa.agents.pool import (
     build_encoder,
     build_engine,
@@ -148,8 +148,8 @@ async def test_every_agent_runs_on_the_engine_of_its_llm() -> None:
         assert (await agents.call(call)).text == text
 
 
-@pytest.mark.skipif(bool(vllm_builds()), reason="vLLM is installed here")
-def test_an_engine_that_cannot_run_here_is_refused() -> None:
+def test_an_engine_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "VLLM_BUILDS", ())  # as where no build of vLLM is installed
     config = pool(llms__one={"model": "hub:org/model", "engine": "vllm"})
     with pytest.raises(ConfigError, match=r"llms\.one\.engine: value seen: 'vllm'; vLLM is not installed here; "):
         build_engine(config, "one", [])
