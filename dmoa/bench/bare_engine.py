@@ -1,6 +1,7 @@
 """The two sides of P5 and P13: a swarm on an engine that notes its calls, and the bare engine that replays them.
 
-Both load the pool's one engine and let it generate once, so that neither pays for the loading.
+Both load the pool's one engine and let it generate once, in the event loop of all that follows, so that neither pays for the
+loading: vLLM's client serves one loop only.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def recorded_swarm(config: Config, calls: Path) -> tuple[Swarm, Engine]:
     router.install(record.version, gate)
     encoder = build_encoder(config)
     asyncio.run(_touch(encoder))
-    engine = RecordingEngine(_warm_engine(config), calls)
-    agents = LocalAgents(build_agents(config, _llm(config), engine))
+    name = _llm(config)
+    engine = RecordingEngine(build_engine(config, name, callable_agents(config, name)), calls, before=warm)
+    agents = LocalAgents(build_agents(config, name, engine))
     return Swarm(config, agents=agents, router=router, encoder=encoder), engine
 
 
@@ -38,7 +40,8 @@ def replayed(config: Config, graph: Sequence[QueryCalls], in_flight: int | None)
 
     from dmoa.serving.agents import ENGINE_ENV
 
-    options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": dict(ENGINE_ENV)}}
+    gpus = config.llms[_llm(config)].gpus
+    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": dict(ENGINE_ENV)}}
     actor = ray.remote(Replayer).options(**options).remote(config.model_dump_json())
     try:
         window: Window = ray.get(actor.run.remote(tuple(graph), in_flight))
@@ -51,12 +54,20 @@ class Replayer:
     """The bare engine in an actor."""
 
     def __init__(self, config_json: str) -> None:
-        self._engine = _warm_engine(Config.model_validate_json(config_json))
+        config = Config.model_validate_json(config_json)
+        name = _llm(config)
+        self._engine = build_engine(config, name, callable_agents(config, name))
 
     def run(self, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
-        """Replay a graph with so many queries in flight; None: as a flat list."""
-        work = replay_flat(self._engine, graph) if in_flight is None else replay(self._engine, graph, in_flight)
-        return asyncio.run(work)
+        """Replay a graph, once, with so many queries in flight; None: as a flat list. Stops the engine."""
+        return asyncio.run(self._run(graph, in_flight))
+
+    async def _run(self, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
+        try:
+            await warm(self._engine)
+            return await (replay_flat(self._engine, graph) if in_flight is None else replay(self._engine, graph, in_flight))
+        finally:
+            await self._engine.close()
 
 
 async def _touch(encoder: Encoder) -> None:
@@ -69,10 +80,7 @@ def _llm(config: Config) -> str:
     return name
 
 
-def _warm_engine(config: Config) -> Engine:
-    """Load the pool's engine and let it generate once."""
-    name = _llm(config)
-    engine = build_engine(config, name, callable_agents(config, name))
+async def warm(engine: Engine) -> None:
+    """Let an engine generate once."""
     words = (Message(role="user", content="Count to three."),)
-    asyncio.run(engine.generate(GenerationRequest(request_id="warm", messages=words, sampling=Sampling(max_tokens=8))))
-    return engine
+    await engine.generate(GenerationRequest(request_id="warm", messages=words, sampling=Sampling(max_tokens=8)))

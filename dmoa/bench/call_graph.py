@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +37,16 @@ class RecordedCall:
 
 
 class RecordingEngine:
-    """An engine that notes every generation of another in a file, at once; implements `protocols.Engine`."""
+    """An engine that notes every generation of another in a file, at once; implements `protocols.Engine`.
 
-    def __init__(self, engine: Engine, path: Path) -> None:
+    `before`: done with the other engine once, before the first call is timed; nothing of it is noted.
+    """
+
+    def __init__(self, engine: Engine, path: Path, *, before: Callable[[Engine], Awaitable[None]] | None = None) -> None:
         self._engine = engine
         self._path = path
+        self._before = before
+        self._opening = asyncio.Lock()
 
     @property
     def label(self) -> str:
@@ -50,6 +55,7 @@ class RecordingEngine:
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate and note it. Raises as the other engine."""
+        await self._open()
         began_s = time.perf_counter()
         generation = await self._engine.generate(request)
         self._note(request, began_s, generation)
@@ -57,6 +63,7 @@ class RecordingEngine:
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Generation]:
         """Generate piece by piece and note it. Raises as the other engine."""
+        await self._open()
         began_s = time.perf_counter()
         async for item in self._engine.stream(request):
             if isinstance(item, Generation):
@@ -66,6 +73,12 @@ class RecordingEngine:
     async def close(self) -> None:
         """Close the other engine."""
         await self._engine.close()
+
+    async def _open(self) -> None:
+        async with self._opening:
+            if self._before is not None:
+                await self._before(self._engine)
+                self._before = None
 
     def _note(self, request: GenerationRequest, began_s: float, generation: Generation) -> None:
         call = RecordedCall(

@@ -1,7 +1,8 @@
 """P17: the memory of one more role in shared placement, as a share of the engine it rides on.
 
 A child process hosts the embedded model for one agent, another for nine; each answers once per agent, then the
-proportional set size (PSS) of both is read at the same moment, while they share the same libraries with the same others.
+proportional set size (PSS) of both, with the processes that an engine starts, is read at the same moment, while they share
+the same libraries with the same others. Where vLLM is installed it is measured, too.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
-from dmoa.bench.measure import BenchResult, spread
+import psutil
+
+from dmoa.bench.engines import LABELS, engines_here, on_engine
+from dmoa.bench.measure import BenchResult, record, spread
 from dmoa.errors import DmoaError
 
 BAR = 0.02
@@ -24,33 +29,24 @@ FEW, MANY = 1, 9
 
 
 def run(rounds: int) -> list[BenchResult]:
-    """Measure P17; a round is one process of each size, side by side."""
+    """Measure P17; a round is one process of each size, side by side, for each engine."""
+    return [_measure(engine, rounds) for engine in engines_here()]
+
+
+def _measure(engine: str, rounds: int) -> BenchResult:
     shares, sizes = [], []
     for _ in range(rounds):
-        few, many = _pss_of_hosts((FEW, MANY))
+        few, many = _pss_of_hosts(engine, (FEW, MANY))
         shares.append((many - few) / (MANY - FEW) / few)
         sizes.append(few / 2**20)
-    share, size = spread(shares), spread(sizes)
-    return [
-        BenchResult(
-            id="P17",
-            value=share.value,
-            unit="share",
-            low=share.low,
-            high=share.high,
-            rounds=rounds,
-            bar=f"<= {BAR}",
-            passed=share.value <= BAR,
-            engine="transformers/float32",
-            note=f"PSS of one more role over an engine of {size.value:.0f} MiB; {MANY} agents against {FEW}, one process each",
-        )
-    ]
+    what = f"PSS of one more role over an engine of {spread(sizes).value:.0f} MiB; {MANY} agents against {FEW}, one host each"
+    return record("P17", spread(shares), "share", engine=LABELS[engine], note=what, at_most=BAR)
 
 
-def _pss_of_hosts(sizes: Sequence[int]) -> list[float]:
+def _pss_of_hosts(engine: str, sizes: Sequence[int]) -> list[float]:
     """Return the PSS in bytes of hosts with so many agents, all up and warm at the same time."""
     with contextlib.ExitStack() as stack:
-        hosts = [stack.enter_context(_Host(size)) for size in sizes]
+        hosts = [stack.enter_context(_Host(engine, size)) for size in sizes]
         for host in hosts:
             host.wait()
         return [host.pss() for host in hosts]
@@ -59,12 +55,12 @@ def _pss_of_hosts(sizes: Sequence[int]) -> list[float]:
 class _Host:
     """A child process with an engine and some agents."""
 
-    def __init__(self, num_agents: int) -> None:
+    def __init__(self, engine: str, num_agents: int) -> None:
         self._errors = tempfile.TemporaryFile(  # noqa: SIM115 -- closed when the host ends
             mode="w+", encoding="utf-8", errors="replace"
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dmoa.bench.memory_bench", str(num_agents)],
+            [sys.executable, "-m", "dmoa.bench.memory_bench", engine, str(num_agents)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -101,21 +97,29 @@ class _Host:
 
 
 def pss_bytes() -> int:
-    """Return the proportional set size of this process."""
-    for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines():
+    """Return the proportional set size of this process and of those that it started."""
+    own = psutil.Process()
+    return sum(_pss_of(process.pid) for process in (own, *own.children(recursive=True)))
+
+
+def _pss_of(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
-    raise DmoaError("bench: /proc/self/smaps_rollup has no Pss line; P17 needs Linux 4.14 or newer")
+    raise DmoaError("bench: /proc/PID/smaps_rollup has no Pss line; P17 needs Linux 4.14 or newer")
 
 
 def main() -> None:
     """Run the child's side: host so many agents, ask each once, then print the PSS for every line that comes in."""
     import asyncio
 
-    asyncio.run(_serve(int(sys.argv[1])))
+    # What vLLM prints must not get between the parent and the lines that it reads.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    asyncio.run(_serve(sys.argv[1], int(sys.argv[2]), answers))
 
 
-async def _serve(num_agents: int) -> None:
+async def _serve(engine: str, num_agents: int, answers: TextIO) -> None:
     from dmoa.agents.pool import build_local
     from dmoa.agents.prompts import agent_messages
     from dmoa.config import Config
@@ -129,22 +133,22 @@ async def _serve(num_agents: int) -> None:
             "agents": [{"name": name, "llm": "m", "profile": f"Takes the part of {name} in every discussion."} for name in names],
         }
     )
-    agents, engines = build_local(config)
+    agents, engines = build_local(on_engine(config, engine, max_model_len=1024, cpu_kv_cache_gib=1))
     query = Query(trace_id="memory", text="What is 12 + 7?")
     for agent in config.agents:
         messages = agent_messages(query, (), profile=agent.profile)
         await agents.call(AgentCall(trace_id="m", step=0, agent=agent.name, messages=messages, sampling=Sampling(max_tokens=4)))
     gc.collect()
-    _say({"ready": True})
+    _say(answers, {"ready": True})
     for _ in sys.stdin:
-        _say({"pss_bytes": pss_bytes()})
-    for engine in engines:
-        await engine.close()
+        _say(answers, {"pss_bytes": pss_bytes()})
+    for started in engines:
+        await started.close()
 
 
-def _say(record: dict[str, object]) -> None:
-    sys.stdout.write(json.dumps(record) + "\n")
-    sys.stdout.flush()
+def _say(answers: TextIO, answer: dict[str, object]) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
 
 
 if __name__ == "__main__":

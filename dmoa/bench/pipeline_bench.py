@@ -1,10 +1,11 @@
-"""P5: how full the evaluation pipeline keeps an engine, on the embedded model.
+"""P5: how full the evaluation pipeline keeps an engine, on the embedded model, for every engine that is installed.
 
 One arm asks generated rows through Ray Data, as `dmoa evaluate` does, and records every engine call. The other replays
 the same calls with the same dependencies on the bare engine, as many queries in flight, in an actor with the same
 environment. Both count from the first call to the last token: models are loaded and warm by then. P5 is the lowest of
 the ratios at 8, 16 and 32 queries in flight on the default pool as it is shipped, whose engine decodes 16 calls at a time;
-P5.wide is reported beside it: 32 queries on an engine that decodes all their calls at once.
+P5.wide is reported beside it: 32 queries on an engine that decodes all their calls at once. Where vLLM is installed,
+P5.engines holds both engines against each other on the same calls.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dmoa.agents.models import fetch, resolve_model
 from dmoa.agents.pool import load_pool
 from dmoa.bench.bare_engine import recorded_swarm, replayed
 from dmoa.bench.call_graph import QueryCalls, Window, graph_of, read_calls, window_of
+from dmoa.bench.engines import LABELS, engines_here, on_engine
 from dmoa.bench.measure import BenchResult, ratio, record, spread
 from dmoa.config import Config
 from dmoa.errors import DmoaError
@@ -33,7 +35,7 @@ BAR = 0.9
 IN_FLIGHT = (8, 16, 32)
 WIDE_IN_FLIGHT = 32
 FLAT_IN_FLIGHT = 16
-"""Where the flat list is measured."""
+"""Where the flat list is measured, and both engines on the same calls."""
 _NUM_QUERIES = {8: 24, 16: 32, 32: 64}
 _SUITE = "shared"
 _MAX_TOKENS = 24
@@ -53,7 +55,7 @@ class Round:
 
 
 def run(ids: Collection[str], rounds: int | None = None) -> list[BenchResult]:
-    """Measure P5; a round takes some four minutes on two cores. Raises DmoaError if a query failed."""
+    """Measure P5; a round takes some four minutes on two cores and an engine. Raises DmoaError if a query failed."""
     import ray
 
     from dmoa.serving.launch import start_ray
@@ -63,13 +65,23 @@ def run(ids: Collection[str], rounds: int | None = None) -> list[BenchResult]:
         resolve_model(llm.model)
     fetch("minilm")
     started_ray = start_ray()
+    results: list[BenchResult] = []
+    graph: tuple[QueryCalls, ...] = ()
     try:
-        figures = {in_flight: _measure(pool, in_flight, rounds or 2) for in_flight in IN_FLIGHT}
-        wide = _measure(_with_room(pool, WIDE_IN_FLIGHT), WIDE_IN_FLIGHT, rounds or 2)
+        for engine in engines_here():
+            own = on_engine(pool, engine)
+            figures = {in_flight: _measure(own, in_flight, rounds or 2) for in_flight in IN_FLIGHT}
+            results += judged({n: found for n, (found, _) in figures.items()}, engine=LABELS[engine])
+            if engine == "transformers":
+                graph = figures[FLAT_IN_FLIGHT][1]
+                wide, _ = _measure(_with_room(own, WIDE_IN_FLIGHT), WIDE_IN_FLIGHT, rounds or 2)
+                results.append(wide_result(wide, engine=LABELS[engine]))
+            else:
+                results.append(_beside(pool, own, graph, rounds or 2, engine=LABELS[engine]))
     finally:
         if started_ray:
             ray.shutdown()
-    return [*judged(figures, engine="transformers/float32"), wide_result(wide, engine="transformers/float32")]
+    return results
 
 
 def judged(figures: Mapping[int, Sequence[Round]], *, engine: str) -> list[BenchResult]:
@@ -110,8 +122,17 @@ def wide_result(rounds: Sequence[Round], *, engine: str) -> BenchResult:
     return record("P5.wide", found, "x", engine=engine, note=what)
 
 
-def _measure(config: Config, in_flight: int, rounds: int) -> list[Round]:
-    """Run the arms in turns; every other round replays first, by the calls of the round before."""
+def _beside(pool: Config, moved: Config, graph: Sequence[QueryCalls], rounds: int, *, engine: str) -> BenchResult:
+    """Replay the same calls on the engine of `pool` and on that of `moved`, without anything between engine and calls."""
+    windows = [tuple(replayed(config, graph, FLAT_IN_FLIGHT) for config in (pool, moved)) for _ in range(rounds)]
+    speeds = [[window.tokens_per_s for window in side] for side in zip(*windows, strict=True)]
+    what = f"tokens/s of the bare engine / of transformers, {spread(speeds[0]).value:.1f}, on the same calls"
+    found = ratio(speeds[1], speeds[0])
+    return record("P5.engines", found, "x", engine=engine, note=f"{what}; {FLAT_IN_FLIGHT} queries in flight")
+
+
+def _measure(config: Config, in_flight: int, rounds: int) -> tuple[list[Round], tuple[QueryCalls, ...]]:
+    """Run the arms in turns; every other round replays first, by the calls of the round before. Returns the last calls, too."""
     graph: tuple[QueryCalls, ...] = ()
     found: list[Round] = []
     for number in range(rounds):
@@ -121,7 +142,7 @@ def _measure(config: Config, in_flight: int, rounds: int) -> list[Round]:
         fill = pipeline.under_way / bare.under_way
         flat_per_s = flat.tokens_per_s if flat is not None else None
         found.append(Round(pipeline=pipeline.tokens_per_s, replay=bare.tokens_per_s, fill=fill, flat=flat_per_s))
-    return found
+    return found, graph
 
 
 def _width(config: Config) -> int:
@@ -148,6 +169,7 @@ def _piped(config: Config, in_flight: int) -> tuple[Window, tuple[QueryCalls, ..
             open_answerer=OpenRecorded(config_json=config.model_dump_json(), calls=calls),
             places=in_flight * _width(config),
             widths={"dmoa": _width(config)},
+            num_gpus=sum(llm.gpus for llm in config.llms.values()),
             env=ENGINE_ENV,
         )
         asking = Asking(seed=0, limits=replace(limits, max_tokens=_MAX_TOKENS))

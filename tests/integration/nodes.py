@@ -23,6 +23,8 @@ from typing import IO, Any
 
 import psutil
 
+from tests.integration.server import free_port
+
 ROOT = Path(__file__).parents[2]
 _CALL_TIMEOUT_S = 30.0
 
@@ -88,6 +90,14 @@ class Nodes:
         self._do(do="kill", node=node)
         self.living.remove(node)
 
+    def kill_gcs(self) -> None:
+        """Kill the control store of the head alone, and start it again on what its Redis holds."""
+        self._do(do="kill_gcs")
+
+    def replace_head(self, gpus: int = 0) -> None:
+        """Kill all of the head as a power cut would, and start another at its address, on what its Redis holds."""
+        self.living[0] = self._do(do="replace_head", gpus=gpus)
+
     @property
     def environ(self) -> dict[str, str]:
         """This process's environment with `env` in it."""
@@ -122,13 +132,16 @@ class Nodes:
 
 
 @contextmanager
-def cluster(*gpus: int) -> Iterator[Nodes]:
-    """Run a cluster with tokens, as an operator's; at the end everything that it started is gone."""
+def cluster(*gpus: int, redis: str | None = None) -> Iterator[Nodes]:
+    """Run a cluster with tokens, as an operator's; at the end everything that it started is gone.
+
+    `redis`: HOST:PORT of where its head keeps what it must find again after a restart.
+    """
     # Short, because Ray's sockets lie under it and their paths may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="dn", dir="/tmp"))
     (folder / "token").write_text("f" * 64)
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "DMOA_TEST_RAY_FOLDER": str(folder)}
-    nodes = Nodes((), env)
+    nodes = Nodes((), env | ({"RAY_REDIS_ADDRESS": redis} if redis else {}))
     try:
         for count in gpus:
             nodes.add(count)
@@ -160,15 +173,30 @@ class _Held:
 
         self._cluster = Cluster()
         self._nodes: dict[str, Any] = {}
+        self._port = free_port()
 
     def add(self, gpus: int) -> str:
         # One CPU: Ray starts a worker ahead for every one, and no part of a scripted pool takes any.
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "include_dashboard": False}
-        if not self._nodes:
-            options["temp_dir"] = os.environ["DMOA_TEST_RAY_FOLDER"]
+        if self._cluster.head_node is None:
+            options |= {"temp_dir": os.environ["DMOA_TEST_RAY_FOLDER"], "gcs_server_port": self._port}
         node = self._cluster.add_node(**options)
         self._nodes[node.node_id] = node
         return str(node.node_id)
+
+    def kill_gcs(self) -> None:
+        head = self._cluster.head_node
+        head.kill_gcs_server()
+        head.start_gcs_server()
+
+    def replace_head(self, gpus: int) -> str:
+        import ray
+
+        ray.shutdown()  # a driver ends with the head that it joined
+        head, self._cluster.head_node = self._cluster.head_node, None
+        head.kill_all_processes(check_alive=False, allow_graceful=False)
+        del self._nodes[head.node_id]
+        return self.add(gpus)
 
     def kill(self, node: str) -> None:
         self._cluster.remove_node(self._nodes.pop(node), allow_graceful=False)

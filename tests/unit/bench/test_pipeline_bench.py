@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -131,6 +132,23 @@ async def test_every_generation_is_noted_as_it_was_asked(tmp_path: Path) -> None
     assert [call.request for call in calls] == [asked("q/0/one"), asked("q/1/two")]
     assert [call.completion_tokens for call in calls] == [5, 5]
     assert calls[0].began_s <= calls[0].ended_s <= calls[1].began_s <= calls[1].ended_s
+
+
+async def test_what_comes_before_the_first_call_is_done_once_and_neither_timed_nor_noted(tmp_path: Path) -> None:
+    log: list[float] = []
+
+    async def before(engine: object) -> None:
+        assert engine is plain
+        await asyncio.sleep(0.01)
+        log.append(time.perf_counter())
+
+    plain = ScriptedEngine(ScriptedOptions(tokens=5))
+    engine = RecordingEngine(plain, tmp_path / "calls", before=before)
+    await asyncio.gather(*(engine.generate(asked(f"q/{step}/one")) for step in range(3)))
+    calls = read_calls(tmp_path / "calls")
+    assert len(log) == 1
+    assert sorted(call.request.call_id for call in calls) == ["q/0/one", "q/1/one", "q/2/one"]
+    assert min(call.began_s for call in calls) >= log[0]
 
 
 def test_a_window_runs_from_the_first_call_to_the_last_token() -> None:

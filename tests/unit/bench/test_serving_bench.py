@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -113,3 +115,14 @@ def test_pss_grows_with_what_is_held() -> None:
     held.write(b"x" * (8 << 20))
     assert 7 << 20 <= memory_bench.pss_bytes() - before <= 16 << 20
     held.close()
+
+
+def test_the_pss_of_a_process_holds_that_of_its_children() -> None:
+    before = memory_bench.pss_bytes()
+    holder = "import mmap, sys; m = mmap.mmap(-1, 32 << 20); m.write(b'x' * (32 << 20)); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        grown = memory_bench.pss_bytes() - before
+        child.kill()
+    assert 31 << 20 <= grown <= 64 << 20
