@@ -336,6 +336,21 @@ class Config(Node):
         llm = self.llms[agent.llm]
         return llm.autoscaling if llm.placement == "shared" else agent.autoscaling
 
+    def unused_scaling(self) -> tuple[str, ...]:
+        """Return what is said of `autoscaling` blocks that scale nothing in the placement of their LLM, a sentence each."""
+        said = [
+            f"agents.{i}.autoscaling is not used: {agent.llm!r} is in shared placement; set llms.{agent.llm}.autoscaling, "
+            "or make its placement dedicated"
+            for i, agent in enumerate(self.agents)
+            if self.llms[agent.llm].placement == "shared" and agent.autoscaling != AutoscalingConfig()
+        ]
+        said += [
+            f"llms.{name}.autoscaling is not used: its placement is dedicated; set the autoscaling of its agents"
+            for name, llm in self.llms.items()
+            if llm.placement == "dedicated" and llm.autoscaling != AutoscalingConfig()
+        ]
+        return tuple(said)
+
 
 def parse_gate(tree: dict[str, Any]) -> GateConfig:
     """Build a gate's settings from plain values, their types taken strictly. Raises ConfigError."""

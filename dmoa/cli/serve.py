@@ -57,6 +57,8 @@ def serve(
 
     launched: Launched | None = None
     _end_on_signals()
+    for said in config.unused_scaling():
+        typer.echo(f"dmoa: {said}", err=True)
     common.say(f"starting pool {config.name} on Ray; the first start also fetches and loads its models")
     try:
         launched = launch(config, host=host, port=port, address=address, app=app, insecure=insecure)

@@ -84,7 +84,9 @@ def assemble(config: Config, supply: Supply, sizes: Mapping[str, ModelSize | str
         check_files(config)
     except ConfigError as error:
         faults.append(str(error))
-    return DryRun(plan=plan, supply=supply, memories=memories, faults=tuple(faults), notes=found.notes)
+    return DryRun(
+        plan=plan, supply=supply, memories=memories, faults=tuple(faults), notes=(*found.notes, *config.unused_scaling())
+    )
 
 
 def _adapter_bytes(config: Config) -> dict[str, int]:

@@ -221,6 +221,22 @@ def test_who_may_be_cold_and_what_holds_for_an_agent() -> None:
     assert {shared.scaling_of(agent).cold for agent in shared.agents} == {"skip"}
 
 
+def test_autoscaling_that_scales_nothing_is_told() -> None:
+    more = {"max_replicas": 4}
+    assert loads(yaml.safe_dump(tree())).unused_scaling() == ()
+    shared = loads(yaml.safe_dump(tree(llms__tiny__autoscaling=more, agents__1__autoscaling=more)))
+    assert shared.unused_scaling() == (
+        "agents.1.autoscaling is not used: 'tiny' is in shared placement; set llms.tiny.autoscaling, "
+        "or make its placement dedicated",
+    )
+    dedicated = loads(
+        yaml.safe_dump(tree(llms__tiny__placement="dedicated", llms__tiny__autoscaling=more, agents__1__autoscaling=more))
+    )
+    assert dedicated.unused_scaling() == (
+        "llms.tiny.autoscaling is not used: its placement is dedicated; set the autoscaling of its agents",
+    )
+
+
 def test_a_missing_field_is_named() -> None:
     text = yaml.safe_dump({"name": "pool", "llms": BASE["llms"]})
     assert refused(text) == "pool.yaml: agents: missing; add it"

@@ -1,0 +1,125 @@
+"""A vLLM agent that scales to zero and comes back; run by `make accept` after `make test-vllm`, which installs vLLM.
+
+Behind `dmoa serve` one agent on vLLM starts without a replica, is woken by a query, goes back to zero when idle, with all of
+vLLM's processes, and is woken again: same greedy text, exact entropies. Prints one JSON object (or writes it to
+`--json FILE`) and exits 1 if a bar is missed, 3 where no vLLM is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from dmoa.agents.installed import vllm_builds
+from tests.integration.server import Served, serve
+
+POOL = """
+name: scaling
+llms:
+  quick: {model: "scripted:quick", engine: scripted}
+  real:
+    model: embedded:smollm2-135m
+    engine: vllm
+    placement: dedicated
+    engine_kwargs: {dtype: float32, max_model_len: 1024}
+agents:
+  - name: sleeper
+    llm: real
+    profile: Answers questions.
+    autoscaling: {min_replicas: 0, cold: wait, downscale_to_zero_delay_s: 5}
+  - {name: up, llm: quick, profile: Is always there.}
+gate: {activation: {rule: fixed, max_agents: 2}}
+limits: {max_steps: 1, deadline_s: 400}
+router: {state_uri: "STATE"}
+"""
+WAIT_S = 400.0
+_ASKED = "Name the capital of France."
+
+
+def replicas(server: Served) -> int:
+    """Return how many replicas the agent has."""
+    return len(server.processes("ray::ServeReplica:dmoa:agent-sleeper"))
+
+
+def cores(server: Served) -> int:
+    """Return how many of vLLM's own engine processes there are."""
+    return len(server.processes("EngineCore"))
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> float:
+    """Wait until a condition holds; return the seconds it took. Raises AssertionError past the deadline."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < WAIT_S, f"waited {WAIT_S} s for {what}"
+        time.sleep(0.1)
+    return round(time.monotonic() - began, 1)
+
+
+def ask(server: Served) -> dict[str, Any]:
+    """Ask both agents; return the contribution of the one on vLLM, with the seconds that the query took."""
+    question = {"model": "scaling", "messages": [{"role": "user", "content": _ASKED}], "dmoa": {"trace": True}}
+    began = time.monotonic()
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json=question | {"max_tokens": 24}, timeout=WAIT_S)
+    assert reply.status_code == 200, reply.text
+    (step,) = reply.json()["dmoa"]["steps"]
+    found: dict[str, Any] = next(agent for agent in step["agents"] if agent["name"] == "sleeper")
+    return found | {"query_s": round(time.monotonic() - began, 1)}
+
+
+def check(server: Served) -> dict[str, Any]:
+    """Take the agent from zero to one and back, twice."""
+    at_first = replicas(server)
+    first = ask(server)
+    awake = (replicas(server), cores(server))
+    warm = ask(server)
+    idle_s = wait_for(lambda: replicas(server) == 0 and cores(server) == 0, "the idle agent to reach zero")
+    ready = httpx.get(f"{server.url}/readyz", timeout=30)
+    again = ask(server)
+    asked = (first, warm, again)
+    passed = {
+        "begins_at_zero": at_first == 0,
+        "woken": awake[0] == 1 and awake[1] >= 1,
+        "ready_while_asleep": ready.status_code == 200 and ready.json()["agents"]["sleeper"] == "cold",
+        "answers": all(one["status"] == "ok" and one["text"] for one in asked),
+        "told": [str(one.get("error") or "").startswith("it was cold") for one in asked] == [True, False, True],
+        "same_text": len({one["text"] for one in asked}) == 1,
+        "exact": all(one["entropy_kind"] == "exact" and one["entropy_tokens"] == one["completion_tokens"] for one in asked),
+    }
+    seconds = {"first": first["query_s"], "warm": warm["query_s"], "to_zero": idle_s, "again": again["query_s"]}
+    return {"seconds": seconds, "text": first["text"], "passed": passed}
+
+
+def main() -> int:
+    """Run the check; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, default=None, help="where to write the result [stdout]")
+    arguments = parser.parse_args()
+    if len(vllm_builds()) != 1:
+        print("accept_vllm_scaling: vLLM is not installed; run `make test-vllm` first", file=sys.stderr)
+        return 3
+    with tempfile.TemporaryDirectory() as folder:
+        pool = Path(folder) / "pool.yaml"
+        pool.write_text(POOL.replace("STATE", (Path(folder) / "state").as_uri()), encoding="utf-8")
+        server = serve(pool)
+        try:
+            result = check(server)
+        finally:
+            server.stop()
+    text = json.dumps(result, indent=2)
+    if arguments.json:
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    else:
+        sys.stdout.write(text + "\n")
+    return 0 if all(result["passed"].values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
