@@ -13,8 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.agent import Agent, LocalAgents
@@ -23,6 +22,7 @@ from dmoa.agents.summarizer import withhold
 from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, ConfigError, PoolChangedError
 from dmoa.protocols import Engine
+from dmoa.serving.losses import CALL_ERRORS
 from dmoa.serving.placement import deployment_name
 from dmoa.serving.scaling import has_affinity, scaling_options
 from dmoa.serving.upgrade import CALL_DRAIN_S, check_version, pool_version
@@ -161,7 +161,7 @@ class ServeAgents:
             if watched.is_given_up:
                 raise _given_up(call.agent) from None
             raise
-        except (RayError, RayServeException) as error:
+        except CALL_ERRORS as error:
             raise _given_up(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
         finally:
             watched.end()
@@ -181,7 +181,7 @@ class ServeAgents:
             if watched.is_given_up:
                 raise _given_up(call.agent) from None
             raise
-        except (RayError, RayServeException) as error:
+        except CALL_ERRORS as error:
             is_done = True  # to cancel it now could raise the same error again
             raise _given_up(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
         finally:
@@ -200,7 +200,7 @@ class ServeAgents:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except (RayError, RayServeException) as error:
+        except CALL_ERRORS as error:
             raise _lost(agent, error) from error
 
     def _handle(self, handles: Mapping[str, Any], call: AgentCall) -> Any:

@@ -15,7 +15,6 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.installed import check_vllm
@@ -27,6 +26,7 @@ from dmoa.serving.agents import ServeAgents, affine_agents, bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.http import create_app
 from dmoa.serving.intake import unknown_model
+from dmoa.serving.losses import CALL_ERRORS
 from dmoa.serving.metrics import QueryMetrics, exposition
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.presence import UP, sleepers, state_of
@@ -221,7 +221,7 @@ async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None
     except RayTaskError as error:
         is_done = True
         raise (error.cause if isinstance(error.cause, DmoaError) else error) from None
-    except (RayError, RayServeException) as error:
+    except CALL_ERRORS as error:
         is_done = True  # to cancel it now could raise the same error again
         raise PoolChangedError(f"the ingress where it began again was lost ({type(error).__name__})") from error
     finally:

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.pool import build_encoder
 from dmoa.config import Config
 from dmoa.errors import AgentUnavailableError
+from dmoa.serving.losses import CALL_ERRORS
 from dmoa.types import FloatArray
 
 CACHE_SIZE = 4096
@@ -53,7 +52,7 @@ class ServeEncoder:
         if missing:
             try:
                 rows: list[FloatArray] = await self._handle.embed.remote(list(missing.values()))
-            except (RayError, RayServeException) as error:
+            except CALL_ERRORS as error:
                 raise AgentUnavailableError(f"encoder: {type(error).__name__}: its replica died or cannot be reached") from error
             found.update(zip(missing, rows, strict=True))
         for key in keys:

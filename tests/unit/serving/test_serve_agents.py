@@ -8,6 +8,7 @@ import warnings
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 
 with warnings.catch_warnings():
@@ -95,3 +96,13 @@ async def test_a_full_queue_is_told_as_such_by_streams_too() -> None:
     agents = ServeAgents({"solver": handle}, "v")  # type: ignore[dict-item]
     with pytest.raises(AgentOverloadedError, match="its queue is full"):
         await anext(agents.stream(CALL))
+
+
+@pytest.mark.parametrize("status", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.RESOURCE_EXHAUSTED])
+async def test_a_connection_that_breaks_between_replicas_costs_a_call_and_no_more(status: grpc.StatusCode) -> None:
+    broken = grpc.aio.AioRpcError(status, grpc.aio.Metadata(), grpc.aio.Metadata(), details="stream removed")
+    with pytest.raises(AgentUnavailableError, match=r"agent 'solver': AioRpcError: its replica died or cannot be reached"):
+        await ServeAgents({"solver": Handle(future_of(error=broken))}, "v").call(CALL)  # type: ignore[dict-item]
+    streamed = Handle(future_of(error=broken), DeploymentResponseGenerator)
+    with pytest.raises(AgentUnavailableError, match="AioRpcError"):
+        await anext(ServeAgents({"solver": streamed}, "v").stream(CALL))  # type: ignore[dict-item]
