@@ -16,9 +16,10 @@ from dmoa.serving.placement import deployment_name
 UP = "up"
 COLD = "cold"
 _BROKEN = ("UNHEALTHY", "DEPLOY_FAILED")
-_SERVING = ("RUNNING", "PENDING_MIGRATION")
-"""States of replicas that Serve sends calls to; the latter is on a node that is being drained."""
-_FINISHING = ("STOPPING", "UPDATING", "RECOVERING")
+_SERVING = ("RUNNING", "PENDING_MIGRATION", "RECOVERING")
+"""States of replicas that Serve sends calls to. The second is on a node that is being drained; the third ran when Serve's
+controller was lost, and a new one has not asked it yet."""
+_FINISHING = ("STOPPING", "UPDATING")
 """States of replicas that get no calls now, and may still answer those that they have."""
 
 

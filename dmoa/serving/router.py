@@ -18,9 +18,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
-from ray.serve.exceptions import RayServeException
 
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
@@ -34,6 +32,7 @@ from dmoa.serving.presence import presence, sleepers
 from dmoa.serving.router_state import RouterState, default_state_uri
 from dmoa.serving.upgrade import check_version, pool_version
 from dmoa.serving.versions import Change, GateVersions
+from dmoa.serving.watching import look
 from dmoa.types import FloatArray, RouteRequest, is_untrained
 
 _LOG = logging.getLogger("dmoa.router")
@@ -204,33 +203,20 @@ class RouterActor:
         missed = 0
         while missed < MAX_MISSED:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            config, replicas = self._config, await asyncio.to_thread(_serve_actors)
-            if replicas == self._seen:
+            config, sight = self._config, await asyncio.to_thread(look, self._app, self._seen)
+            if sight is None:
                 continue
-            try:
-                status = (await asyncio.to_thread(serve.status)).applications.get(self._app)
-            except (RayError, RayServeException):
-                status = None
-            missed = 0 if status else missed + 1
-            if status is None or config is not self._config:  # a new configuration came in while Serve was asked
+            missed = 0 if sight.deployments is not None else missed + 1
+            if sight.deployments is None or config is not self._config:  # a new configuration came in while Serve was asked
                 self._seen = None
                 continue
-            found = presence(config, status.deployments)
-            self._seen = replicas if found.is_settled else None
+            found = presence(config, sight.deployments)
+            self._seen = sight.actors if found.is_settled else None
             self._local.cold, self._deserted = found.cold, found.deserted
             for agent in found.gone:
                 await self.report_unavailable(agent, "it has no running replica")
         _LOG.info("app %s is gone: its actors end", self._app)
         end_actors(self._app)
-
-
-def _serve_actors() -> frozenset[str]:
-    """Return the names of Serve's actors: while no replica comes or goes, the status need not be asked for.
-
-    `serve.status` costs a tenth of a second of CPU per dozen deployments (Ray 2.60).
-    """
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    return frozenset(actor["name"] for actor in actors if actor["namespace"] == "serve")
 
 
 def ensure_router(config: Config, app: str, configured: str | None = None) -> Any:

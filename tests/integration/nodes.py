@@ -112,6 +112,15 @@ class Nodes:
         """Return the living Serve replicas and dmoa's detached actors, with nodes and GPUs."""
         return [Placed(**row | {"gpus": tuple(row["gpus"])}) for row in self._do(do="placed")]
 
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Return the cluster's processes whose title contains `title`, such as `ray::ServeController`."""
+        found = []
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
     def stop(self) -> None:
         """End the cluster, and make sure that nothing of it is left."""
         tree = psutil.Process(self._process.pid).children(recursive=True) if self._process.poll() is None else []

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.nodes import Nodes, Placed, cluster, until
+from tests.integration.nodes import Nodes, cluster, until
 from tests.integration.redis import find_redis, run_redis
 from tests.integration.server import Served, free_port
 
@@ -46,9 +47,9 @@ class Running:
     nodes: Nodes
     url: str
 
-    def agents(self) -> dict[str, Placed]:
-        """Return the replicas of agents by deployment."""
-        return {placed.deployment: placed for placed in self.nodes.placed() if placed.deployment.startswith("agent-")}
+    def pids(self) -> dict[str, int]:
+        """Return the processes of the agents' replicas by deployment."""
+        return {placed.deployment: placed.pid for placed in self.nodes.placed() if placed.deployment.startswith("agent-")}
 
 
 @pytest.fixture(scope="module")
@@ -74,34 +75,61 @@ async def ask(http: httpx.AsyncClient, text: str) -> dict[str, Any]:
     return body
 
 
-async def test_queries_go_on_while_the_control_store_is_killed_and_started_again(running: Running) -> None:
-    bodies: list[dict[str, Any]] = []
+@asynccontextmanager
+async def streams(running: Running, bodies: list[dict[str, Any]]) -> AsyncIterator[Callable[[int], Awaitable[None]]]:
+    """Ask without a pause in several streams; yields what waits for so many more replies. At the end no query has failed."""
 
     async def stream(number: int) -> None:
         async with httpx.AsyncClient(base_url=running.url, timeout=120) as http:
             while True:
                 bodies.append(await ask(http, f"Question {len(bodies)} of stream {number}?"))
 
-    before = await asyncio.to_thread(running.agents)
-    streams = [asyncio.create_task(stream(number)) for number in range(STREAMS)]
-    try:
-        await until(lambda: len(bodies) >= STREAMS or any(one.done() for one in streams), "the first replies")
-        await asyncio.to_thread(running.nodes.kill_gcs)
+    tasks = [asyncio.create_task(stream(number)) for number in range(STREAMS)]
+
+    async def more(replies: int) -> None:
         count = len(bodies)
-        await until(lambda: len(bodies) >= count + 4 * STREAMS or any(one.done() for one in streams), "replies after it")
+        await until(lambda: len(bodies) >= count + replies or any(task.done() for task in tasks), f"{replies} more replies")
+
+    try:
+        yield more
     finally:
-        for one in streams:
-            one.cancel()
-        ended = await asyncio.gather(*streams, return_exceptions=True)
-    assert all(isinstance(one, asyncio.CancelledError) for one in ended), ended
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(task, asyncio.CancelledError) for task in ended), ended
+
+
+async def test_queries_go_on_while_the_control_store_is_killed_and_started_again(running: Running) -> None:
+    bodies: list[dict[str, Any]] = []
+    before = await asyncio.to_thread(running.pids)
+    async with streams(running, bodies) as more:
+        await more(STREAMS)
+        await asyncio.to_thread(running.nodes.kill_gcs)
+        await more(4 * STREAMS)
     assert not any(body["dmoa"]["degraded"] for body in bodies)
-    assert {name: one.pid for name, one in (await asyncio.to_thread(running.agents)).items()} == {
-        name: one.pid for name, one in before.items()
-    }
+    assert await asyncio.to_thread(running.pids) == before
+
+
+async def test_queries_go_on_while_the_controller_of_serve_is_killed_and_comes_back(running: Running) -> None:
+    bodies: list[dict[str, Any]] = []
+    before = await asyncio.to_thread(running.pids)
+    (killed,) = await asyncio.to_thread(running.nodes.processes, "ray::ServeController")
+    async with streams(running, bodies) as more:
+        await more(STREAMS)
+        killed.kill()
+
+        def is_back() -> bool:
+            found = running.nodes.processes("ray::ServeController")
+            return bool(found) and killed not in found
+
+        await until(lambda: asyncio.to_thread(is_back), "another controller")
+        await more(8 * STREAMS)  # some seconds, in which the router looks at what the new one says
+    assert not any(body["dmoa"]["degraded"] for body in bodies)
+    assert await asyncio.to_thread(running.pids) == before
 
 
 async def test_a_head_lost_whole_comes_back_with_the_swarm_its_gate_and_the_agents_where_they_were(running: Running) -> None:
-    before = await asyncio.to_thread(running.agents)
+    before = await asyncio.to_thread(running.pids)
     async with httpx.AsyncClient(base_url=running.url, timeout=30) as http:
         version = (await ask(http, "Who?"))["dmoa"]["gate_version"]
         lost = running.nodes.living[0]
@@ -119,7 +147,4 @@ async def test_a_head_lost_whole_comes_back_with_the_swarm_its_gate_and_the_agen
     assert not body["dmoa"]["degraded"]
     (ingress,) = [one.node for one in await asyncio.to_thread(running.nodes.placed) if one.deployment == "ingress"]
     assert ingress == running.nodes.living[0] != lost, "the swarm answers from the new head"
-    after = await asyncio.to_thread(running.agents)
-    assert {name: (one.pid, one.node) for name, one in after.items()} == {
-        name: (one.pid, one.node) for name, one in before.items()
-    }, "agents on nodes that were not lost are kept"
+    assert await asyncio.to_thread(running.pids) == before, "agents on nodes that were not lost are kept"

@@ -83,7 +83,7 @@ def test_who_should_have_a_replica_or_cannot_start_one_is_gone(name: str, where:
         (deployment("UPDATING", STARTING=1), {"busy"}, {"busy"}),
         (deployment("UPDATING", STOPPING=1, STARTING=1), {"busy"}, set()),  # the one that is replaced ends its calls first
         (deployment("UPDATING", UPDATING=1), {"busy"}, set()),
-        (deployment("UPDATING", RECOVERING=1), {"busy"}, set()),
+        (deployment("UPDATING", RECOVERING=1), set(), set()),
         (deployment("UPDATING", PENDING_MIGRATION=1, STARTING=1), set(), set()),  # Serve goes on sending it calls
     ],
 )
