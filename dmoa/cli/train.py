@@ -57,9 +57,15 @@ AnchorsOption = Annotated[
 ]
 HoldoutOption = Annotated[float, typer.Option("--holdout", metavar="X", help="Share of the queries that is held back.")]
 AlphaOption = Annotated[
-    float, typer.Option("--alpha", metavar="X", help="tau covers the surest agent on 1 - alpha of the held-back steps.")
+    str,
+    typer.Option("--alpha", metavar="X", help="tau covers the surest agent on 1 - alpha of the held-back steps; auto: chosen."),
 ]
-ThetaOption = Annotated[float | None, typer.Option("--theta-alpha", metavar="X", help="The same for theta [alpha].")]
+ThetaOption = Annotated[
+    float | None, typer.Option("--theta-alpha", metavar="X", help="The same for theta [alpha; chosen with it].")
+]
+PriceOption = Annotated[
+    float, typer.Option("--agent-price", min=0.0, metavar="X", help="With --alpha auto: how much surer one more agent must make.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Seed of weights and order.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="float32 or float64.")]
 BadStepsOption = Annotated[
@@ -92,8 +98,9 @@ def train(
     start_from: StartOption = None,
     anchor_rollouts: AnchorsOption = None,
     holdout: HoldoutOption = 0.25,
-    alpha: AlphaOption = 0.1,
+    alpha: AlphaOption = "auto",
     theta_alpha: ThetaOption = None,
+    agent_price: PriceOption = 0.1,
     seed: SeedOption = 0,
     dtype: DtypeOption = "float32",
     max_bad_steps: BadStepsOption = 10,
@@ -170,4 +177,6 @@ def _words(result: TrainResult) -> str:
     named = {"pairwise": "pairs ranked right", "surest_share": "surest agent first", "ndcg": "NDCG", "load_max": "largest load"}
     found = ", ".join(f"{words} {metrics[name]:.3f}" for name, words in named.items() if name in metrics)
     activation = result.record.activation
-    return f"gate {result.record.version}, held back: {found}; tau {activation['mass']:.3f}, theta {_number(activation['theta'])}"
+    asked = f"; {metrics['agents']:.2f} agents a step" if "agents" in metrics else ""
+    fitted = f"tau {activation['mass']:.3f}, theta {_number(activation['theta'])}"
+    return f"gate {result.record.version}, held back: {found}; {fitted}{asked}"

@@ -13,6 +13,9 @@ import numpy as np
 from dmoa.core.scores import Array, Numbers
 from dmoa.errors import ConfigError
 
+ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""What `core/operating_point` tries where no alpha is given."""
+
 
 def fit_tau(probability_RA: Numbers, score_RA: Array, alpha: float) -> float:
     """Return tau such that the smallest set whose mass reaches it holds the surest agent with probability >= 1 - alpha.

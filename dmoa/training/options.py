@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dmoa.config import Config, parse_gate
+from dmoa.core.conformal import ALPHAS
 from dmoa.errors import ConfigError
 from dmoa.explain import describe
 
@@ -32,6 +33,16 @@ def _workers(value: object) -> object:
     if isinstance(value, str) and value != "auto" and not value.isdecimal():
         raise ValueError("allowed are auto or a whole number from 0")
     return int(value) if isinstance(value, str) and value != "auto" else value
+
+
+def _alpha(value: object) -> object:
+    """Accept `auto`, or a number in words too."""
+    if not isinstance(value, str) or value == "auto":
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("allowed are auto or a number between 0 and 1") from None
 
 
 class TrainOptions(BaseModel):
@@ -67,10 +78,13 @@ class TrainOptions(BaseModel):
     max_agents: int | None = Field(default=None, ge=1, le=1024)
     start_from: Path | None = None
     """Checkpoint whose weights the training begins with: its version becomes `parent`. None: untrained weights."""
-    alpha: float = Field(default=0.1, gt=0, lt=1)
-    """tau covers the surest agent on a share of 1 - alpha of the held-back rows."""
+    alpha: Annotated[Annotated[float, Field(gt=0, lt=1)] | Literal["auto"], BeforeValidator(_alpha)] = "auto"
+    """tau covers the surest agent on a share of 1 - alpha of the held-back rows; auto: chosen, together with theta_alpha."""
     theta_alpha: float | None = Field(default=None, gt=0, lt=1)
-    """theta lies above the surest reply's score on a share of 1 - theta_alpha of those rows; None: alpha."""
+    """theta lies above the surest reply's score on a share of 1 - theta_alpha of those rows; None: alpha, or chosen with it."""
+    agent_price: float = Field(default=0.1, ge=0)
+    """What one more agent per step must lower the logarithm of the winner's entropy by to be worth asking, where alphas are
+    chosen: 0.1, to make it a tenth surer."""
     anchor_rollouts: Path | None = None
     """Folder with dense rollouts that the anchor set is taken from; None: the dense rollouts that are learned from."""
     clusters: int = Field(default=8, ge=1, le=1024)
@@ -100,6 +114,16 @@ class TrainOptions(BaseModel):
             return values
         given = {name: value for name, value in values.items() if value is not None}
         return {**PRESETS.get(str(given.get("preset", "few-shot")), {}), **given}
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Values of alpha to choose from."""
+        return ALPHAS if self.alpha == "auto" else (self.alpha,)
+
+    @property
+    def theta_alphas(self) -> tuple[float, ...]:
+        """Values of theta_alpha to choose from."""
+        return self.alphas if self.theta_alpha is None else (self.theta_alpha,)
 
     def gate_config(self, config: Config) -> Config:
         """Return the pool with the gate that these options ask for: untrained, or `start_from`'s. Raises ConfigError."""

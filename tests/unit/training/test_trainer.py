@@ -17,6 +17,7 @@ import torch
 from dmoa import checkpoint
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
+from dmoa.core.conformal import ALPHAS
 from dmoa.core.decision import Decider
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.training import train_loop
@@ -76,6 +77,23 @@ def test_the_gate_learns_who_is_sure_where(rollouts: Path, config: Config, tmp_p
     assert max(result.report.load.values()) < 0.6
 
 
+def test_the_alphas_are_the_given_ones_or_chosen_by_the_price_of_an_agent(rollouts: Path, config: Config, tmp_path: Path) -> None:
+    given = train(tmp_path / "given", rollouts, config, alpha="0.3").record.metrics
+    assert (given["alpha"], given["theta_alpha"]) == (0.3, 0.3)
+    both = train(tmp_path / "both", rollouts, config, alpha=0.3, theta_alpha=0.2).record.metrics
+    assert (both["alpha"], both["theta_alpha"]) == (0.3, 0.2)
+    free = train(tmp_path / "free", rollouts, config, agent_price=0.0).record.metrics
+    dear = train(tmp_path / "dear", rollouts, config, agent_price=100.0).record.metrics
+    assert dear["agents"] < 1.2
+    assert free["agents"] > dear["agents"]
+
+
+@pytest.mark.parametrize(("alpha", "seen"), [("often", "'often'"), ("1.5", "1.5"), (0, "0")])
+def test_an_alpha_that_is_none_is_refused(alpha: Any, seen: str) -> None:
+    with pytest.raises(ConfigError, match=rf"train: alpha.*value seen: {seen}"):
+        parse_options({**BASE, "rollouts": "r", "out": "o", "alpha": alpha})
+
+
 def test_the_checkpoint_is_served_as_it_was_trained(rollouts: Path, config: Config, tmp_path: Path) -> None:
     result = train(tmp_path / "run", rollouts, config, epochs=30, lr=3e-3)
     gate, record = checkpoint.load(result.checkpoint)
@@ -85,6 +103,9 @@ def test_the_checkpoint_is_served_as_it_was_trained(rollouts: Path, config: Conf
     assert record.parent is None
     assert record.activation["theta"] == gate.spec.theta is not None
     assert 0 < record.activation["mass"] <= 1
+    assert record.metrics["alpha"] in ALPHAS
+    assert record.metrics["theta_alpha"] in ALPHAS
+    assert 1 <= record.metrics["agents"] <= gate.spec.max_agents
     first = next(value for value in domain_rows(steps=2) if value["step"] == 0 and value["agent"] == "one")
     x = np.concatenate([first["context"], first["feedback"]])
     (decision,) = Decider(gate, record.version).decide([RouteRequest(input_X=x)])
