@@ -55,12 +55,7 @@ Found = Mapping[str, Mapping[str, AnswerMatrix]]
 @with_common
 def study(common: Common) -> None:
     """Run the study, or go on with it; settings stand in the `job:` section of --config."""
-    _, values = read_job(common)
-    try:
-        settings = Study(**{**values, "out": Path(values["out"]).absolute()}, common=common)
-    except (TypeError, KeyError) as error:
-        raise ConfigError(f"job: {error}; allowed: {', '.join(Study.__dataclass_fields__)}; out is needed") from error
-    check_same(settings)
+    settings = open_study(common)
     started = time.time()
     with opened_ray(None):
         result = _run(settings)
@@ -69,6 +64,17 @@ def study(common: Common) -> None:
     common.write_json(plain(result))
     for name, endpoint in result["endpoints"].items():
         print(f"{name:<14} {'passed' if endpoint['passed'] else 'FAILED'}")
+
+
+def open_study(common: Common) -> Study:
+    """Return the settings of the `job:` section, checked against those that its folder was begun with. Raises ConfigError."""
+    _, values = read_job(common)
+    try:
+        settings = Study(**{**values, "out": Path(values["out"]).absolute()}, common=common)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"job: {error}; allowed: {', '.join(Study.__dataclass_fields__)}; out is needed") from error
+    check_same(settings)
+    return settings
 
 
 def _run(settings: Study) -> dict[str, Any]:

@@ -144,6 +144,35 @@ def test_from_rollouts_to_endpoints(settings: Any, monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_the_second_test_takes_the_first_ones_choice_with_a_price_on_agents(
+    settings: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    second = job("study_second")
+    with pytest.raises(ConfigError, match=r"holds no result; run jobs/study_gate.py to its end first"):
+        second._chosen(replace(settings, out=tmp_path))
+    first = {"score": "raw", "epochs": 8, "patience": 8, "alpha": 0.5, "theta_alpha": 0.1}
+    (settings.out / "result.json").write_text(json.dumps({"chosen": first}))
+    chosen = second._chosen(settings)
+    assert chosen == {"score": "raw", "epochs": 8, "patience": 8, "alpha": "auto", "agent_price": 0.1}
+    asked: list[str] = []
+
+    def answered(_: Any) -> dict[str, AnswerMatrix]:
+        asked.append("test")
+        assert list((settings.out / "gates" / "specialists" / "main-0").glob("agent_price*")), "gates come before answers"
+        return {suite: matrix(suite).only(job("study_settings").pool("specialists").agent_names) for suite in second.SUITES}
+
+    monkeypatch.setattr(second, "_answered", answered)
+    monkeypatch.setattr(second, "matrices", lambda *_: {suite: matrix(suite) for suite in SUITES})
+    rows = {suite: np.stack([embedding("arith", n) for n in range(ROWS)]) for suite in second.SUITES}
+    monkeypatch.setattr(second, "embeddings", lambda *_: rows)
+    found = second._run(settings, chosen)
+    assert asked == ["test"]
+    assert list(found["endpoints"]) == ["2 shared", "4 several"]
+    assert all(1 <= endpoint["mean_active"] <= 3 for endpoint in found["endpoints"].values())
+    assert len(found["points"]) == SEEDS
+    assert json.dumps(job("study_settings").plain(found))
+
+
 def test_a_folder_keeps_its_settings(tmp_path: Path) -> None:
     module = job("study_settings")
     begun = module.Study(out=tmp_path, common=Common())
