@@ -32,9 +32,17 @@ FIRST_TOKEN_BAR = 0.5
 GROWTH_BAR = 1.1
 STEPS = 20
 _FIRST_TOKEN_STEPS = 4
+_FIRST_TOKEN_AGENTS = 4
+"""K, unless a pool says otherwise. Where an engine prefills one prompt after the other, the mean wait of n agents is at
+least 2 / (n + 1) of that of role-first prompts."""
 _FIRST_TOKEN_SENTENCES = 24
 """A question with its passages, as in HotpotQA: what role-first prompts compute once for every agent."""
-_PROFILES = ("Solves problems step by step.", "Checks the work of others.", "Explains results in plain words.")
+_PROFILES = (
+    "Solves problems step by step.",
+    "Checks the work of others.",
+    "Explains results in plain words.",
+    "Looks for another way to the same result.",
+)
 _BLOCK = {"transformers": 1, "vllm": 32}
 """Tokens that each engine reuses at a time."""
 _WORK = "The train covers {n} kilometres before noon and {m} after it, so both parts together must be added up with care. "
@@ -172,7 +180,12 @@ def _first_token(arm: Arm, rounds: int) -> BenchResult:
             waits: list[float] = []
             for step in range(_FIRST_TOKEN_STEPS):
                 requests = step_of(
-                    salt, step, num_agents=3, max_tokens=1, sentences=_FIRST_TOKEN_SENTENCES, role_first=role_first
+                    salt,
+                    step,
+                    num_agents=_FIRST_TOKEN_AGENTS,
+                    max_tokens=1,
+                    sentences=_FIRST_TOKEN_SENTENCES,
+                    role_first=role_first,
                 )
                 tokens = len(encode_chat(arm.tokenizer, requests[0].messages, model=MODEL))
                 waits += arm.runner.run(_first_tokens(arm, requests))
@@ -185,7 +198,7 @@ def _first_token(arm: Arm, rounds: int) -> BenchResult:
     millis = {name: round(1e3 * spread(values).value) for name, values in figures.items()}
     note = (
         f"mean time to the first token, {millis['ours']} ms / prompts that begin with the role, {millis['role first']} ms; "
-        f"{_FIRST_TOKEN_STEPS} steps of 3 agents, prompts of at most {tokens} tokens"
+        f"{_FIRST_TOKEN_STEPS} steps of {_FIRST_TOKEN_AGENTS} agents, prompts of at most {tokens} tokens"
     )
     return record("P7.first_token", found, "x", engine=arm.engine.label, note=note, at_most=FIRST_TOKEN_BAR)
 

@@ -1,8 +1,8 @@
 """P8 on vLLM: what the exact entropy costs there, beside the stock engine and beside 20 listed log-probabilities.
 
-Two vLLMs of the embedded model live side by side and decode in turns: one computes entropies, the other is as it comes, without
-and with log-probabilities. vLLM runs stock engines with its newest model runner and those with a processor of one's own with the
-first one: the ratio holds that difference too.
+Two vLLMs of the embedded model live side by side and decode the same prompts in turns: one computes entropies, the other is as it
+comes, without and with log-probabilities. On GPUs vLLM runs stock engines with its newest model runner, and those with a
+processor of one's own with the first one: there the ratio holds that difference too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 from dmoa.agents.chat_tokens import encode_chat, load_tokenizer
@@ -31,7 +32,8 @@ _MAX_TOKENS = 32
 def run(*, gpus: float, rounds: int) -> list[BenchResult]:
     """Return the results of P8 on vLLM. Takes a minute per round on two cores, after as much again for the start."""
     part = LlmConfig.model_validate({"model": MODEL, "engine": "vllm", "max_num_seqs": BATCH, "gpus": gpus})
-    exact = VllmOptions(dtype="float32", max_model_len=1024, gpu_memory_utilization=0.3)
+    # No prefix cache: the arms of a round ask the same prompts, so that their replies are equally long.
+    exact = VllmOptions(dtype="float32", max_model_len=1024, gpu_memory_utilization=0.3, prefix_cache=False)
     listed = exact.model_copy(update={"entropy": "listed"})
     timed = {
         "logits_processors": ["dmoa.bench.vllm_timed:TimedProcessor"],
@@ -53,12 +55,12 @@ def _measure(
     exact, listed = (engine_over(client, part, given, ()) for client, given in zip((ours, stock), options, strict=True))
     tokenizer = load_tokenizer(stock.vllm_config.model_config.tokenizer)
     shares: list[float] = []
-    salt = 0
 
     def arm(work: Callable[[int], Any]) -> Callable[[], float]:
+        salts = count(1)
+
         def call() -> float:
-            nonlocal salt
-            salt += 1
+            salt = next(salts)
             before = runner.run(_spent(ours))
             began = time.perf_counter()
             tokens: int = runner.run(work(salt))
