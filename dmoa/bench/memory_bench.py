@@ -26,6 +26,7 @@ from dmoa.errors import DmoaError
 
 BAR = 0.02
 FEW, MANY = 1, 9
+STOP_TIMEOUT_S = 20.0
 
 
 def run(rounds: int) -> list[BenchResult]:
@@ -72,8 +73,18 @@ class _Host:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        # vLLM's processes outlive a parent that is killed: it is asked to close its engine, and what is left is killed.
+        own = psutil.Process(self._process.pid)
+        tree = [own, *own.children(recursive=True)]
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        _, left = psutil.wait_procs(tree, timeout=STOP_TIMEOUT_S)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         self._errors.close()
 
     def wait(self) -> None:

@@ -66,18 +66,16 @@ def run(ids: Collection[str], rounds: int | None = None) -> list[BenchResult]:
     fetch("minilm")
     started_ray = start_ray()
     results: list[BenchResult] = []
-    graph: tuple[QueryCalls, ...] = ()
     try:
         for engine in engines_here():
             own = on_engine(pool, engine)
             figures = {in_flight: _measure(own, in_flight, rounds or 2) for in_flight in IN_FLIGHT}
             results += judged({n: found for n, (found, _) in figures.items()}, engine=LABELS[engine])
             if engine == "transformers":
-                graph = figures[FLAT_IN_FLIGHT][1]
                 wide, _ = _measure(_with_room(own, WIDE_IN_FLIGHT), WIDE_IN_FLIGHT, rounds or 2)
                 results.append(wide_result(wide, engine=LABELS[engine]))
             else:
-                results.append(_beside(pool, own, graph, rounds or 2, engine=LABELS[engine]))
+                results.append(_beside(pool, own, figures[FLAT_IN_FLIGHT][1], rounds or 2, engine=LABELS[engine]))
     finally:
         if started_ray:
             ray.shutdown()
