@@ -60,14 +60,16 @@ class Replayer:
 
     def run(self, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
         """Replay a graph, once, with so many queries in flight; None: as a flat list. Stops the engine."""
-        return asyncio.run(self._run(graph, in_flight))
+        return asyncio.run(_replay(self._engine, graph, in_flight))
 
-    async def _run(self, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
-        try:
-            await warm(self._engine)
-            return await (replay_flat(self._engine, graph) if in_flight is None else replay(self._engine, graph, in_flight))
-        finally:
-            await self._engine.close()
+
+async def _replay(engine: Engine, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
+    """Warm an engine, replay and close it. Not a method: with an async one Ray gives the whole actor an event loop of its own."""
+    try:
+        await warm(engine)
+        return await (replay_flat(engine, graph) if in_flight is None else replay(engine, graph, in_flight))
+    finally:
+        await engine.close()
 
 
 async def _touch(encoder: Encoder) -> None:
