@@ -30,11 +30,14 @@ class AnchorSet(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     means: tuple[float, ...]
-    """Per agent, the mean raw score over the sample, every cluster weighing the same: what the anchored score subtracts."""
+    """Per agent, the mean raw score over the sample, every cluster weighing the same: what the anchored score subtracts.
+    20 less for an agent of `constant`."""
     rows: int = Field(ge=0)
     """0: the means are those of the parent, whose training held dense rows."""
     clusters: int = Field(ge=1)
     """Clusters of embeddings that the rows were balanced over."""
+    constant: tuple[str, ...] = ()
+    """Agents that gave one reply to nearly all rows, and count as less sure than everybody else."""
 
 
 class Checkpoint(BaseModel):

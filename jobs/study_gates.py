@@ -46,10 +46,13 @@ def key_of(settings: Mapping[str, Any]) -> str:
 def gate(
     study: Study, name: str, seed: int, ablation: str, source: Path, settings: Mapping[str, Any], shuffle: int = 0
 ) -> tuple[Gate, Checkpoint]:
-    """Train one gate, or take the one that is there; `shuffle` counts gates of one seed, each with a dealing out of its own."""
+    """Train one gate, or take the one that is there; `shuffle` counts gates of one seed, each with a dealing out of its own.
+
+    Constant agents are discounted only where the settings say so: the first two tests did not know of it.
+    """
     key = key_of({**settings, "shuffle": shuffle} if shuffle else settings)
     out = study.out / "gates" / name / source.name / key
-    options = {**settings, "seed": seed + SHUFFLE_SEEDS * shuffle}
+    options = {"discount_constant": False, **settings, "seed": seed + SHUFFLE_SEEDS * shuffle}
     return checkpoint.load(train_ablation(ablation, source, out, pool(name), AROUND, options))
 
 

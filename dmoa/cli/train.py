@@ -55,6 +55,13 @@ StartOption = Annotated[
 AnchorsOption = Annotated[
     Path | None, typer.Option("--anchor-rollouts", metavar="DIR", help="Dense rollouts for the anchor set [--rollouts].")
 ]
+ConstantOption = Annotated[
+    bool,
+    typer.Option(
+        "--discount-constant/--keep-constant",
+        help="Anchored: an agent with one reply for nearly every query, where others have many, is never the surest.",
+    ),
+]
 HoldoutOption = Annotated[float, typer.Option("--holdout", metavar="X", help="Share of the queries that is held back.")]
 AlphaOption = Annotated[
     str,
@@ -97,6 +104,7 @@ def train(
     core: CoreOption = None,
     start_from: StartOption = None,
     anchor_rollouts: AnchorsOption = None,
+    discount_constant: ConstantOption = True,
     holdout: HoldoutOption = 0.25,
     alpha: AlphaOption = "auto",
     theta_alpha: ThetaOption = None,

@@ -28,6 +28,8 @@ SCORE_OFFSET_NATS = 1e-3
 CUT_PENALTY = 20.0
 """Added to the score of a reply that was cut off. Entropies lie between 0 and log V < 13 nats, so anchored scores of two
 finished replies are less than 19 apart: a cut one is less sure than every finished one, whatever the agents."""
+CONSTANT_PENALTY = CUT_PENALTY
+"""Taken off the anchor of an agent that says the same to every query, so that all its scores are as much higher."""
 HALF_WEIGHT_TOKENS = 4
 """Tokens at which a reply has half a say."""
 MAX_INVERSE_PROPENSITY = 20.0

@@ -1,7 +1,8 @@
 """Rollouts as the gate's training reads them: every query an episode of steps, packed into a few arrays.
 
 Rows come from Parquet shards, through Ray Data or (training in process) straight from pyarrow, in any order; the episodes
-are the same, bit for bit. Text and labels are never read. Next stop: `training/targets`.
+are the same, bit for bit. Of a reply's text only a number is kept that tells whether two are alike; labels are never read.
+Next stop: `training/targets`.
 
 Shape letters: Q episodes, N steps of all episodes one after the other, A agents in the pool, X gate input.
 """
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dmoa.core.constant_agents import reply_key
 from dmoa.core.scores import Array, BoolArray
 from dmoa.errors import ConfigError
 from dmoa.types import FloatArray
@@ -35,6 +37,7 @@ COLUMNS = (
     "entropy_tokens",
     "finish_reason",
     "status",
+    "text",
     "gate_version",
     "seed",
 )
@@ -76,6 +79,8 @@ class Episodes:
     """1 where an agent has no row."""
     probability_NA: Array
     """Of the policy that collected; NaN where an agent has no row."""
+    reply_NA: npt.NDArray[np.int64]
+    """`reply_key` of each reply's text, 0 where nothing ran."""
 
     def dense_steps(self, episodes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the steps of some episodes in which every agent was asked for certain."""
@@ -92,7 +97,7 @@ class Episodes:
     def digest(self) -> str:
         """Return a hash of everything that is learned from."""
         found = hashlib.sha256(repr((self.agents, self.key_Q)).encode())
-        for name in ("start_Q", "input_NX", "ran_NA", "cut_NA", "sum_NA", "sq_sum_NA", "tokens_NA", "propensity_NA"):
+        for name in ("start_Q", "input_NX", "ran_NA", "cut_NA", "sum_NA", "sq_sum_NA", "tokens_NA", "propensity_NA", "reply_NA"):
             found.update(np.ascontiguousarray(getattr(self, name)).tobytes())
         return found.hexdigest()
 
@@ -114,7 +119,7 @@ def held_back(episodes: Episodes, share: float) -> BoolArray:
 class _Step(NamedTuple):
     input_X: FloatArray
     rows: dict[str, tuple[float, ...]]
-    """By agent: probability, propensity, sum, sum of squares, tokens, whether it replied, whether it was cut."""
+    """By agent: probability, propensity, sum, sum of squares, tokens, whether it replied, whether it was cut, reply key."""
 
 
 class EpisodeBuilder:
@@ -151,7 +156,7 @@ class EpisodeBuilder:
         for row, key in enumerate(keys):
             self._num_steps.setdefault(key, columns["num_steps"][row])
             replied = columns["status"][row] == "ok" and number_RF[row, -1] > 0
-            values = (*number_RF[row], replied, columns["finish_reason"][row] == "length")
+            values = (*number_RF[row], replied, columns["finish_reason"][row] == "length", reply_key(columns["text"][row]))
             rows = self._episodes[key][columns["step"][row]].rows
             if columns["agent"][row] in rows:
                 raise ConfigError(
@@ -188,7 +193,7 @@ class EpisodeBuilder:
 
     def _pack(self, keys: tuple[EpisodeKey, ...], steps: list[_Step]) -> Episodes:
         place = {name: a for a, name in enumerate(self._agents)}
-        value_FNA = np.zeros((7, len(steps), len(self._agents)))
+        value_FNA = np.zeros((8, len(steps), len(self._agents)))
         value_FNA[0], value_FNA[1] = np.nan, 1.0
         asked_NA = np.zeros(value_FNA.shape[1:], dtype=np.bool_)
         for n, step in enumerate(steps):
@@ -209,6 +214,7 @@ class EpisodeBuilder:
             tokens_NA=np.where(ran_NA, value_FNA[4], 0.0),
             propensity_NA=value_FNA[1],
             probability_NA=value_FNA[0],
+            reply_NA=np.where(ran_NA, value_FNA[7], 0.0).astype(np.int64),  # 32 bits: whole in a float64
         )
 
 

@@ -99,7 +99,7 @@ def build_trained(
         fingerprint=fingerprint,
         trained_on=trained_on,
         parent=parent,
-        anchor_set=_anchor_set(evidence.scale, options),
+        anchor_set=_anchor_set(evidence.scale, spec, options),
         metrics=metrics,
         code_revision=code_revision,
     )
@@ -111,10 +111,11 @@ def _metrics_of(point: OperatingPoint) -> dict[str, float]:
     return found if point.theta_alpha is None else found | {"theta_alpha": point.theta_alpha}
 
 
-def _anchor_set(scale: Scale, options: TrainOptions) -> AnchorSet | None:
+def _anchor_set(scale: Scale, spec: GateSpec, options: TrainOptions) -> AnchorSet | None:
     if scale.anchors is None:
         return None
-    return AnchorSet(means=scale.anchors, rows=scale.anchor_rows, clusters=options.clusters)
+    constant = tuple(spec.agents[agent] for agent, _ in scale.constant) if scale.is_discounted else ()
+    return AnchorSet(means=scale.anchors, rows=scale.anchor_rows, clusters=options.clusters, constant=constant)
 
 
 def _float32_batches(data: TrainingData) -> Batches:

@@ -89,6 +89,9 @@ class TrainOptions(BaseModel):
     """Folder with dense rollouts that the anchor set is taken from; None: the dense rollouts that are learned from."""
     clusters: int = Field(default=8, ge=1, le=1024)
     """Embedding clusters over which the anchor set is balanced."""
+    discount_constant: bool = True
+    """With score anchored, an agent that gives one reply to nearly all dense steps, where others do not, counts as less sure
+    than everybody else."""
     holdout: float = Field(default=0.25, gt=0, lt=1)
     """Share of the queries held back, those with the lowest hashes of their ids."""
     patience: int = Field(default=5, ge=1)

@@ -87,7 +87,14 @@ def prepare(options: TrainOptions, start: Start, manifests: Sequence[Manifest], 
         others = read_episodes([options.anchor_rollouts], spec, start.fingerprint, on_ray=on_ray)
         sample, anchors_of = anchor_sample(others, _all(others), spec.embedding_dim), others.digest()
     scale = fit_scale(
-        episodes, split, sample, score=spec.score, num_clusters=options.clusters, seed=options.seed, earlier=spec.anchors
+        episodes,
+        split,
+        sample,
+        score=spec.score,
+        num_clusters=options.clusters,
+        seed=options.seed,
+        earlier=spec.anchors,
+        discounts_constant=options.discount_constant,
     )
     data = build_data(episodes, split, scale)
     weights = {name: tensor.detach().clone() for name, tensor in start.gate.state_dict().items()}
@@ -111,6 +118,18 @@ def prepare(options: TrainOptions, start: Start, manifests: Sequence[Manifest], 
     }
     job = Job(options=options, spec=spec, weights=weights, data=data, eta=scale.eta, identity=identity)
     return Material(job=job, evidence=Evidence(episodes=episodes, data=data, scale=scale), trained_on=trained_on)
+
+
+def tell_constant(material: Material) -> list[str]:
+    """Return a line for every agent that gives one reply to nearly all dense steps: what it is, and what came of it."""
+    scale, agents = material.evidence.scale, material.job.spec.agents
+    if scale.score == "raw":
+        then = "with score raw its sureness counts as everybody's; --score anchored discounts it"
+    elif scale.is_discounted:
+        then = "it counts as less sure than everybody else; --keep-constant takes its sureness as it is"
+    else:
+        then = "its sureness is taken as it is, as asked for"
+    return [f"{agents[agent]} gives one reply to {share:.0%} of the dense steps: {then}" for agent, share in scale.constant]
 
 
 def _all(episodes: Episodes) -> IndexArray:

@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dmoa.core.scores import Array, BoolArray, fit_anchors, fit_eta, reply_noise, reply_weights, scores
+from dmoa.core.constant_agents import constant_agents, same_reply_shares
+from dmoa.core.scores import CONSTANT_PENALTY, Array, BoolArray, fit_anchors, fit_eta, reply_noise, reply_weights, scores
 from dmoa.errors import ConfigError
 from dmoa.training.episodes import Episodes, held_back
 from dmoa.types import FloatArray
@@ -38,9 +39,14 @@ class Scale:
     eta: float
     """Scale of the soft loss: the median gap between two agents' scores."""
     anchors: tuple[float, ...] | None
-    """Per agent its mean raw score over the anchor set; None where that was not needed."""
+    """Per agent its mean raw score over the anchor set, `CONSTANT_PENALTY` less where it is discounted; None where that was
+    not needed."""
     anchor_rows: int = 0
     """Steps of the anchor set; 0 where the anchors are another gate version's."""
+    constant: tuple[tuple[int, float], ...] = ()
+    """Agents, by place, that gave one reply to nearly all steps of the anchor set, and to which share of them."""
+    is_discounted: bool = True
+    """Whether these count as less sure than everybody else."""
 
     @property
     def used_anchors(self) -> tuple[float, ...] | None:
@@ -75,12 +81,15 @@ class AnchorSample(NamedTuple):
     raw_RA: Array
     """Raw scores, NaN where an agent gave nothing."""
     embedding_RD: FloatArray
+    reply_RA: IndexArray
+    """`reply_key`s."""
 
 
 def anchor_sample(episodes: Episodes, among_Q: IndexArray, embedding_dim: int) -> AnchorSample:
     """Return the dense steps of some episodes."""
     dense = episodes.dense_steps(among_Q)
-    return AnchorSample(scores(episodes.sum_NA[dense], episodes.tokens_NA[dense]), episodes.input_NX[dense, :embedding_dim])
+    raw_RA = scores(episodes.sum_NA[dense], episodes.tokens_NA[dense])
+    return AnchorSample(raw_RA, episodes.input_NX[dense, :embedding_dim], episodes.reply_NA[dense])
 
 
 def fit_scale(
@@ -92,10 +101,12 @@ def fit_scale(
     num_clusters: int,
     seed: int,
     earlier: tuple[float, ...] | None = None,
+    discounts_constant: bool = True,
 ) -> Scale:
     """Fit anchors on the sample, eta on the held-back dense steps.
 
-    Without a sample the anchors are `earlier`, those of the gate version that training goes on from; without dense steps
+    `discounts_constant`: agents that gave one reply to nearly all of the sample count as less sure than all others under
+    anchored scores; eta does not feel it. Without a sample the anchors are `earlier`, those of the gate version that training goes on from; without dense steps
     eta comes from whatever pairs the held-back steps hold. Raises ConfigError where there is nothing to fit on. Source: ours.
     """
     anchors = earlier
@@ -113,7 +124,19 @@ def fit_scale(
     held = held if len(held) else episodes.steps_of(split.held_Q)
     used = anchors if score == "anchored" else None
     eta = fit_eta(scores(episodes.sum_NA[held], episodes.tokens_NA[held], used))
-    return Scale(score=score, eta=eta, anchors=anchors, anchor_rows=len(sample.raw_RA))
+    share_A = same_reply_shares(sample.reply_RA, np.isfinite(sample.raw_RA))
+    constant = tuple((int(agent), float(share_A[agent])) for agent in np.flatnonzero(constant_agents(share_A)))
+    if anchors is not None and discounts_constant:
+        discounted = {agent for agent, _ in constant}
+        anchors = tuple(value - CONSTANT_PENALTY * (agent in discounted) for agent, value in enumerate(anchors))
+    return Scale(
+        score=score,
+        eta=eta,
+        anchors=anchors,
+        anchor_rows=len(sample.raw_RA),
+        constant=constant,
+        is_discounted=discounts_constant,
+    )
 
 
 def build_data(episodes: Episodes, split: Split, scale: Scale) -> TrainingData:

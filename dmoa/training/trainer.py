@@ -30,7 +30,7 @@ from dmoa.training.curves import Curves
 from dmoa.training.export import build_trained
 from dmoa.training.objective import Batches
 from dmoa.training.options import TrainOptions
-from dmoa.training.preparing import Material, Start, build_start, check_rollouts, prepare
+from dmoa.training.preparing import Material, Start, build_start, check_rollouts, prepare, tell_constant
 from dmoa.training.rollouts import RolloutFolder, write_whole
 from dmoa.training.run_state import EpochRecord, Progress, StateStore
 from dmoa.training.train_loop import Job, train
@@ -105,6 +105,8 @@ def run_training(options: TrainOptions, config: Config, around: Surroundings) ->
     on_ray = options.workers != 0
     with around.open_ray() if on_ray else nullcontext():
         material = prepare(options, start, manifests, on_ray=on_ray)
+        for line in tell_constant(material):
+            around.say(line)
         before = _progress_before(store, material.job)
         if before is not None:
             around.say(

@@ -69,7 +69,7 @@ def test_the_record_says_what_the_contract_asks_for(tmp_path: Path) -> None:
 
 def anchored(folder: Path, means: tuple[float, ...] = (0.25, -1.5, 1e-17)) -> Path:
     gate = gate_of(core="reset", score="anchored", anchors=(0.25, -1.5, 1e-17))
-    anchor_set = {"means": means, "rows": 60, "clusters": 3}
+    anchor_set = {"means": means, "rows": 60, "clusters": 3, "constant": []}
     return save(folder, gate, describe_gate(gate, fingerprint=FINGERPRINT, trained_on={"rows": 40}, anchor_set=anchor_set))
 
 
@@ -79,7 +79,7 @@ def test_core_anchors_and_their_sample_are_kept(tmp_path: Path) -> None:
     assert record.anchor_set is not None
     assert (record.anchor_set.means, record.anchor_set.rows, record.anchor_set.clusters) == (gate.spec.anchors, 60, 3)
     tree = json.loads((tmp_path / "gate" / "gate.json").read_text())
-    assert tree["anchor_set"] == {"means": [0.25, -1.5, 1e-17], "rows": 60, "clusters": 3}
+    assert tree["anchor_set"] == {"means": [0.25, -1.5, 1e-17], "rows": 60, "clusters": 3, "constant": []}
 
 
 def test_a_checkpoint_without_the_newer_keys_is_read(tmp_path: Path) -> None:
