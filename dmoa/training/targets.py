@@ -45,7 +45,7 @@ class Scale:
     """Steps of the anchor set; 0 where the anchors are another gate version's."""
     constant: tuple[tuple[int, float], ...] = ()
     """Agents, by place, that gave one reply to nearly all steps of the anchor set, and to which share of them."""
-    is_discounted: bool = True
+    is_discounted: bool = False
     """Whether these count as less sure than everybody else."""
 
     @property
@@ -106,8 +106,9 @@ def fit_scale(
     """Fit anchors on the sample, eta on the held-back dense steps.
 
     `discounts_constant`: agents that gave one reply to nearly all of the sample count as less sure than all others under
-    anchored scores; eta does not feel it. Without a sample the anchors are `earlier`, those of the gate version that training goes on from; without dense steps
-    eta comes from whatever pairs the held-back steps hold. Raises ConfigError where there is nothing to fit on. Source: ours.
+    anchored scores; eta does not feel it. Without a sample the anchors are `earlier`, those of the gate version that training
+    goes on from; without dense steps eta comes from whatever pairs the held-back steps hold. Raises ConfigError where there
+    is nothing to fit on. Source: ours.
     """
     anchors = earlier
     if len(sample.raw_RA):
@@ -126,7 +127,8 @@ def fit_scale(
     eta = fit_eta(scores(episodes.sum_NA[held], episodes.tokens_NA[held], used))
     share_A = same_reply_shares(sample.reply_RA, np.isfinite(sample.raw_RA))
     constant = tuple((int(agent), float(share_A[agent])) for agent in np.flatnonzero(constant_agents(share_A)))
-    if anchors is not None and discounts_constant:
+    is_discounted = discounts_constant and score == "anchored"
+    if anchors is not None and is_discounted:
         discounted = {agent for agent, _ in constant}
         anchors = tuple(value - CONSTANT_PENALTY * (agent in discounted) for agent, value in enumerate(anchors))
     return Scale(
@@ -135,7 +137,7 @@ def fit_scale(
         anchors=anchors,
         anchor_rows=len(sample.raw_RA),
         constant=constant,
-        is_discounted=discounts_constant,
+        is_discounted=is_discounted,
     )
 
 

@@ -69,7 +69,7 @@ def test_the_record_says_what_the_contract_asks_for(tmp_path: Path) -> None:
 
 def anchored(folder: Path, means: tuple[float, ...] = (0.25, -1.5, 1e-17)) -> Path:
     gate = gate_of(core="reset", score="anchored", anchors=(0.25, -1.5, 1e-17))
-    anchor_set = {"means": means, "rows": 60, "clusters": 3, "constant": []}
+    anchor_set = {"means": means, "rows": 60, "clusters": 3}
     return save(folder, gate, describe_gate(gate, fingerprint=FINGERPRINT, trained_on={"rows": 40}, anchor_set=anchor_set))
 
 
@@ -188,7 +188,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another core": (change_spec(core="linear"), "weight_ih"),
     "an anchor set with an unknown key": (
         change(anchor_set={"means": [0.0], "rows": 1, "clusters": 1, "mode": 1}),
-        "anchor_set.mode: unknown key (value seen: 1); allowed: means, rows, clusters; remove it",
+        "anchor_set.mode: unknown key (value seen: 1); allowed: means, rows, clusters, constant; remove it",
     ),
     "a spec of another size": (change_spec(hidden=4), "weight_ih"),
     "a spec too big for any memory": (change_spec(embedding_dim=10**15), "damaged or mixed"),
