@@ -210,12 +210,20 @@ class GateConfig(Node):
     """H."""
     temperature: float = Field(default=0.1, gt=0.0, le=100.0)
     """T of the softmax over gate logits."""
-    score: Literal["raw", "anchored"] = "raw"
+    score: Literal["raw", "anchored"] = "anchored"
+    """raw (the paper's) is what preset `paper` has where nothing is said; the preregistered study favoured anchored."""
     seed: int = Field(default=0, ge=0)
     """Seed of the untrained weights."""
     checkpoint: str | None = None
     """Folder of a dmoa checkpoint; None: untrained weights from `seed`."""
     activation: ActivationConfig = Field(default_factory=ActivationConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paper_is_raw(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("preset") == "paper":
+            return {"score": "raw", **values}
+        return values
 
     @model_validator(mode="after")
     def _paper_is_linear(self) -> Self:

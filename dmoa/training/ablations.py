@@ -87,10 +87,18 @@ ABLATIONS: dict[str, Ablation] = {
     "fixed-3": Ablation(summary="always three agents", spec={"rule": "fixed", "max_agents": 3, "cascade": False}),
     "no-cascade": Ablation(summary="unsure steps ask nobody else", spec={"cascade": False}),
     "paper": Ablation(
-        summary="the paper's preset, trained on first steps", rows=as_paper, preset="paper", options={"loss": "hard"}
+        summary="the paper's preset, trained on first steps",
+        rows=as_paper,
+        preset="paper",
+        options={"loss": "hard", "score": "raw"},
     ),
-    "shuffled-within": Ablation(summary="control: entropies dealt out among the agents of a step", rows=within_rows),
-    "shuffled-across": Ablation(summary="control: entropies dealt out among the queries of an agent", rows=across_rows),
+    # Controls of the raw score: anchors take off what an agent gives on average, and leave no favourite to find.
+    "shuffled-within": Ablation(
+        summary="control: entropies dealt out among the agents of a step", rows=within_rows, options={"score": "raw"}
+    ),
+    "shuffled-across": Ablation(
+        summary="control: entropies dealt out among the queries of an agent", rows=across_rows, options={"score": "raw"}
+    ),
 }
 """By name, in the order of tables."""
 

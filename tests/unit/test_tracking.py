@@ -135,7 +135,8 @@ def test_a_run_that_goes_on_keeps_its_id(tmp_path: Path) -> None:
 def test_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("SOME_ENVIRONMENT", SECRET)
     config = {"gate": {"hidden": 128}, "api_key": SECRET, "url": f"https://me:{SECRET}@host/v1"}
-    tracker = open_tracker("wandb", run_dir=tmp_path, project="proj", name="my-run", config=config)
+    patience = {"finish_timeout_s": 120.0, "init_timeout_s": 120.0}  # on a busy machine W&B takes longer than users would wait
+    tracker = open_tracker("wandb", run_dir=tmp_path, project="proj", name="my-run", config=config, **patience)
     for step in range(3):
         tracker.log({"loss_of_training": 1.0 / (step + 1), "bad": math.nan}, step=step)
     tracker.table("results_table", ["benchmark", "note"], [["gsm8k", f"https://u:{SECRET}@x/"]])

@@ -18,7 +18,7 @@ AGENTS = ("solver", "doctor", "coder")
 
 def make_spec(**changes: object) -> GateSpec:
     small = {"hidden": 5, "embedding_dim": 4, **changes}
-    return dataclasses.replace(GateSpec.from_config(GateConfig(), AGENTS), **small)
+    return dataclasses.replace(GateSpec.from_config(GateConfig(score="raw"), AGENTS), **small)
 
 
 def profiles(num_agents: int, dim: int = 4, seed: int = 7) -> torch.Tensor:

@@ -217,7 +217,8 @@ def test_the_soft_loss_has_a_finite_optimum_and_training_finds_it(tmp_path: Path
     rows = [row(f"q{n}", 0, agent, value, context) for n in range(8) for agent, value in nats.items()]
     config = pool()
     rollouts = write_rollouts(tmp_path / "rollouts", rows, config)
-    result = train(tmp_path / "run", rollouts, config, epochs=300, lr=5e-3, weight_decay=0, patience=300, dtype="float64")
+    options = {"epochs": 300, "lr": 5e-3, "weight_decay": 0, "patience": 300, "dtype": "float64", "score": "raw"}
+    result = train(tmp_path / "run", rollouts, config, **options)
     s = np.array([math.log(value + 1e-3) for value in nats.values()])
     eta = float(np.median(np.abs(s[:, None] - s)[np.triu_indices(3, 1)]))
     assert result.record.metrics["eta"] == pytest.approx(eta)

@@ -179,6 +179,7 @@ def test_the_paper_preset_reads_one_embedding_and_has_no_theta(tmp_path: Path) -
     result = train(tmp_path / "run", write_rollouts(tmp_path / "rollouts", rows, config), config, epochs=20, lr=3e-3)
     assert result.record.metrics["surest_share"] > 0.9
     assert result.record.activation["theta"] is None
+    assert (result.record.score, result.record.preset) == ("raw", "paper")  # as the paper has it, where nothing is said
 
 
 # Going on
@@ -361,7 +362,7 @@ Change = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 def test_rows_that_cannot_be_learned_from_are_refused(change: Change, message: str, config: Config, tmp_path: Path) -> None:
     folder = write_rollouts(tmp_path / "rollouts", change(domain_rows(6)), config, files=1)
     with pytest.raises(ConfigError, match=message):
-        train(tmp_path / "run", folder, config)
+        train(tmp_path / "run", folder, config, score="raw")
 
 
 def test_rollouts_of_another_preset_are_refused(rollouts: Path, tmp_path: Path) -> None:
@@ -373,8 +374,8 @@ def test_anchored_scores_need_dense_rollouts(config: Config, tmp_path: Path) -> 
     sparse = [value | {"propensity": 0.1} if value["agent"] == "two" else value for value in domain_rows()]
     folder = write_rollouts(tmp_path / "rollouts", [value for value in sparse if value["agent"] != "three"], config)
     with pytest.raises(ConfigError, match="anchors need dense steps"):
-        train(tmp_path / "run", folder, config, score="anchored")
-    result = train(tmp_path / "run", folder, config, epochs=1)
+        train(tmp_path / "run", folder, config)
+    result = train(tmp_path / "run", folder, config, epochs=1, score="raw")
     assert result.record.activation["theta"] is None
     dense = write_rollouts(tmp_path / "dense", domain_rows(seed=4), config)
     result = train(tmp_path / "anchored", folder, config, epochs=1, score="anchored", anchor_rollouts=dense)
