@@ -52,6 +52,14 @@ def matrices(study: Study, split: str) -> dict[str, AnswerMatrix]:
     return {name: read_matrix(folder, name, config.agent_names) for name in MATRIX_SUITES}
 
 
+def answered(study: Study, out: str, config: Config, suites: Sequence[str], *, rows: int, seed: int) -> dict[str, AnswerMatrix]:
+    """Answer test rows of a later test with every agent of a pool alone, or go on, and return the matrices by suite."""
+    policies = matrix_policies(config.agent_names)
+    values = {"benchmarks": suites, "policies": policies, "split": "test", "limit": rows, "seed": seed}
+    folder = evaluated(study, study.out / out, config, values)
+    return {name: read_matrix(folder, name, config.agent_names) for name in suites}
+
+
 def blank_replies(found: Mapping[str, AnswerMatrix]) -> dict[str, int]:
     """Return per agent how many replies hold no text, over all suites."""
     agents = next(iter(found.values())).agents

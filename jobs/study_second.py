@@ -14,7 +14,7 @@ from typing import Any
 from study_endpoints import same_surface, several
 from study_gate import open_study
 from study_gates import gates, material
-from study_material import embeddings, evaluated, matrices
+from study_material import answered, embeddings, matrices
 from study_settings import POOL, Study, plain, pool
 
 from dmoa.cli.evaluation_session import opened_ray
@@ -22,7 +22,6 @@ from dmoa.cli.jobs import run_job
 from dmoa.cli.options import Common, with_common
 from dmoa.errors import ConfigError
 from dmoa.evaluation.hierarchical import holm
-from dmoa.evaluation.matrix import AnswerMatrix, matrix_policies, read_matrix
 from dmoa.evaluation.run_files import write_whole
 
 SUITES = ("arith", "shared")
@@ -56,22 +55,13 @@ def _chosen(settings: Study) -> dict[str, Any]:
 
 def _run(settings: Study, chosen: dict[str, Any]) -> dict[str, Any]:
     trained = gates(settings, POOL, chosen)  # before any row is answered
-    validation, test = matrices(settings, "validation"), _answered(settings)
+    validation, test = matrices(settings, "validation"), answered(settings, NAME, pool(POOL), SUITES, rows=ROWS, seed=SEED)
     found = material(settings, POOL, trained, {"validation": validation, "test": test}, embeddings(settings, NAME, test))
     endpoints = {"2 shared": same_surface(found), "4 several": several(found)}
     for name, p in zip(endpoints, holm([endpoint["p"] for endpoint in endpoints.values()]), strict=True):
         endpoints[name]["p_holm"] = p
     points = [{"tau": gate.spec.mass, "theta": gate.spec.theta} for gate in trained]
     return {"settings": chosen, "rows": ROWS, "seed": SEED, "seeds": settings.seeds, "points": points, "endpoints": endpoints}
-
-
-def _answered(settings: Study) -> dict[str, AnswerMatrix]:
-    """Answer the rows with every agent alone, or go on."""
-    config = pool(POOL)
-    policies = matrix_policies(config.agent_names)
-    values = {"benchmarks": SUITES, "policies": policies, "split": "test", "limit": ROWS, "seed": SEED}
-    folder = evaluated(settings, settings.out / NAME, config, values)
-    return {name: read_matrix(folder, name, config.agent_names) for name in SUITES}
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ import numpy as np
 from study_endpoints import SINGLE, liar
 from study_gate import open_study
 from study_gates import gates, material
-from study_material import embeddings, evaluated
+from study_material import answered, embeddings
 from study_second import PRICED
 from study_settings import CONSTANT, POOL, Study, plain, pool
 
 from dmoa.cli.evaluation_session import opened_ray
 from dmoa.cli.jobs import run_job
 from dmoa.cli.options import Common, with_common
-from dmoa.evaluation.matrix import AnswerMatrix, matrix_policies, read_matrix
+from dmoa.evaluation.matrix import AnswerMatrix
 from dmoa.evaluation.run_files import write_whole
 
 SEED = 9
@@ -51,7 +51,7 @@ def _run(settings: Study) -> dict[str, Any]:
     for arm in arms.values():  # before any row is answered
         gates(settings, POOL, arm)
         gates(settings, CONSTANT, arm)
-    test = _answered(settings)
+    test = answered(settings, NAME, pool(CONSTANT), SINGLE, rows=ROWS, seed=SEED)
     found: Found = {"validation": {}, "test": test}
     embedded = embeddings(settings, NAME, test)
     judged = {name: _liar(settings, arm, found, embedded) for name, arm in arms.items()}
@@ -69,15 +69,6 @@ def _liar(settings: Study, arm: Mapping[str, Any], found: Found, embedded: Mappi
     """Return endpoint 5 of one arm: the pool with the liar against the pool without it."""
     pair = (material(settings, name, gates(settings, name, arm), found, embedded) for name in (CONSTANT, POOL))
     return liar(*pair)
-
-
-def _answered(settings: Study) -> dict[str, AnswerMatrix]:
-    """Answer the rows with every agent alone, or go on."""
-    config = pool(CONSTANT)
-    policies = matrix_policies(config.agent_names)
-    values = {"benchmarks": SINGLE, "policies": policies, "split": "test", "limit": ROWS, "seed": SEED}
-    folder = evaluated(settings, settings.out / NAME, config, values)
-    return {name: read_matrix(folder, name, config.agent_names) for name in SINGLE}
 
 
 if __name__ == "__main__":

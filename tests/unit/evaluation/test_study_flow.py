@@ -156,12 +156,12 @@ def test_the_second_test_takes_the_first_ones_choice_with_a_price_on_agents(
     assert chosen == {"score": "raw", "epochs": 8, "patience": 8, "alpha": "auto", "agent_price": 0.1}
     asked: list[str] = []
 
-    def answered(_: Any) -> dict[str, AnswerMatrix]:
+    def answered(*_: Any, **__: Any) -> dict[str, AnswerMatrix]:
         asked.append("test")
         assert list((settings.out / "gates" / "specialists" / "main-0").glob("agent_price*")), "gates come before answers"
         return {suite: matrix(suite).only(job("study_settings").pool("specialists").agent_names) for suite in second.SUITES}
 
-    monkeypatch.setattr(second, "_answered", answered)
+    monkeypatch.setattr(second, "answered", answered)
     monkeypatch.setattr(second, "matrices", lambda *_: {suite: matrix(suite) for suite in SUITES})
     rows = {suite: np.stack([embedding("arith", n) for n in range(ROWS)]) for suite in second.SUITES}
     monkeypatch.setattr(second, "embeddings", lambda *_: rows)
@@ -170,6 +170,27 @@ def test_the_second_test_takes_the_first_ones_choice_with_a_price_on_agents(
     assert list(found["endpoints"]) == ["2 shared", "4 several"]
     assert all(1 <= endpoint["mean_active"] <= 3 for endpoint in found["endpoints"].values())
     assert len(found["points"]) == SEEDS
+    assert json.dumps(job("study_settings").plain(found))
+
+
+def test_the_third_test_holds_the_discount_against_gates_without_it(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    third, agents = job("study_third"), job("study_settings").pool("specialists-liar-constant").agent_names
+
+    def answered(*_: Any, rows: int, seed: int) -> dict[str, AnswerMatrix]:
+        assert (rows, seed) == (300, 9)
+        trained = settings.out / "gates" / "specialists-liar-constant" / "main-0"
+        assert len(list(trained.glob("*discount_constant-*"))) == 2, "gates come before answers"
+        return {suite: matrix(suite).only(agents) for suite in third.SINGLE}
+
+    monkeypatch.setattr(third, "answered", answered)
+    rows = {suite: np.stack([embedding(suite, n) for n in range(ROWS)]) for suite in third.SINGLE}
+    monkeypatch.setattr(third, "embeddings", lambda *_: rows)
+    found = third._run(settings)
+    judged = found["endpoints"]["5 liar"]
+    assert (judged["share"], judged["asked_share"]) == (0.0, 0.0)
+    assert judged["accuracy"] == pytest.approx(judged["accuracy_without"], abs=0.05)
+    assert judged.keys() == found["kept"].keys()
+    assert found["settings"]["discount_constant"] is True
     assert json.dumps(job("study_settings").plain(found))
 
 
