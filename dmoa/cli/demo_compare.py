@@ -1,23 +1,36 @@
-"""The demo's end: untrained and trained gate beside single agents, everyone, anyone and the oracle, on held-out rows."""
+"""The demo's end: untrained and trained gate beside single agents, everyone, anyone and the oracle, on held-out rows.
+
+One untrained gate is a single draw of random weights, lucky or not: the mean over many stands beside it, replayed from the
+answers that every agent gave alone.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dmoa.cli.demo_asking import DEMO_SUITES, SEED
 from dmoa.cli.options import Common
 from dmoa.config import Config
 
 if TYPE_CHECKING:
+    from dmoa.core.gate import Gate
+    from dmoa.evaluation.matrix import AnswerMatrix
     from dmoa.evaluation.results import Evaluation
+    from dmoa.evaluation.run_files import RunFolder
     from dmoa.training.probe import ProbeReport
+    from dmoa.types import FloatArray
 
 TRAINED = "dmoa:trained"
 GENERALIST = "generalist"
+NUM_UNTRAINED = 20
+"""Untrained gates whose mean is shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +42,7 @@ class Compared:
     accuracy: float
     low: float
     high: float
-    """Wilson's 95 % interval."""
+    """Wilson's 95 % interval; of several gates, what the middle 95 % of them reach."""
     by_suite: dict[str, float]
     active: float
     """Agents asked per step."""
@@ -68,7 +81,58 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_ou
     run_evaluation(options, config, common, shlex.join(["dmoa", "evaluate", *given]), shows_result=False)
     folder = RunFolder((out / "evaluation").absolute())
     add_oracle(folder, DEMO_SUITES, config.agent_names)
-    return summarise(finish(folder), config.agent_names)
+    found = summarise(finish(folder), config.agent_names)
+    return [*found[:2], *first_steps(config, folder, checkpoint), *found[2:]]
+
+
+def first_steps(config: Config, folder: RunFolder, checkpoint: Path) -> list[Compared]:
+    """Return what many untrained gates, and the trained one, get with one step a question: replayed, nobody is asked.
+
+    Blocks while the encoder loads. Raises ConfigError where an agent has not answered every row.
+    """
+    from dmoa import checkpoint as checkpoints
+    from dmoa.agents.pool import build_encoder, build_pool_gate
+    from dmoa.evaluation.matrix import read_matrix
+
+    matrices = [read_matrix(folder, suite, config.agent_names) for suite in DEMO_SUITES]
+    encoder = build_encoder(config)
+    embedded = [np.stack(asyncio.run(encoder.embed([task.text for task in matrix.tasks]))) for matrix in matrices]
+    seeds = (config.gate.model_copy(update={"seed": seed, "checkpoint": None}) for seed in range(NUM_UNTRAINED))
+    untrained = [build_pool_gate(config.model_copy(update={"gate": gate}))[0] for gate in seeds]
+    trained = checkpoints.load(checkpoint)[0]
+    return [
+        _replayed(f"untrained gates, first step (mean of {NUM_UNTRAINED})", "dmoa", untrained, matrices, embedded),
+        _replayed("trained gate, first step", TRAINED, [trained], matrices, embedded),
+    ]
+
+
+def _replayed(
+    name: str, policy: str, gates: Sequence[Gate], matrices: Sequence[AnswerMatrix], embedded: Sequence[FloatArray]
+) -> Compared:
+    """Return the mean of some gates over all rows; for a single one the interval is Wilson's."""
+    from dmoa.evaluation.matrix_replay import replay
+    from dmoa.evaluation.matrix_routers import gate_choices
+    from dmoa.evaluation.statistics import wilson
+
+    pairs = list(zip(matrices, embedded, strict=True))
+    parts = [[replay(matrix, gate_choices(gate, rows_RD)) for matrix, rows_RD in pairs] for gate in gates]
+    value_GR = np.stack([np.concatenate([part.value_R for part in those]) for those in parts])
+    low, high = np.quantile(value_GR.mean(axis=1), (0.025, 0.975))
+    if len(gates) == 1:
+        share = wilson(round(float(value_GR.sum())), value_GR.shape[1])
+        low, high = share.low, share.high
+    return Compared(
+        name=name,
+        policy=policy,
+        accuracy=float(value_GR.mean()),
+        low=float(low),
+        high=float(high),
+        by_suite={
+            matrix.benchmark: float(np.mean([those[place].value_R for those in parts])) for place, matrix in enumerate(matrices)
+        },
+        active=float(np.mean([part.k_R for those in parts for part in those])),
+        tokens=float(np.mean([part.tokens_R for those in parts for part in those])),
+    )
 
 
 def summarise(evaluation: Evaluation, agents: Sequence[str]) -> list[Compared]:

@@ -9,19 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoa.cli.demo_asking import DEMO_SUITES, Outcome, Question, ask_all, generate, replay_demo
-from dmoa.cli.demo_compare import summarise
+from dmoa.cli.demo_compare import _replayed, summarise
 from dmoa.cli.demo_report import Report
 from dmoa.cli.options import Common
-from dmoa.config import load
+from dmoa.config import ActivationConfig, GateConfig, load
+from dmoa.core.gate import Gate, GateSpec
 from dmoa.evaluation.derived import add_oracle
+from dmoa.evaluation.matrix import AnswerMatrix
 from dmoa.evaluation.records import Label, Task
 from dmoa.evaluation.results import BenchmarkInfo, rebuild
 from dmoa.evaluation.run_files import RunFolder, write_lines, write_whole
+from dmoa.evaluation.statistics import wilson
+from dmoa.types import AgentReply
 from tests.unit.run_records import answer, run_of, score
 
 
@@ -142,3 +148,44 @@ def test_the_closing_table_pools_the_suites_and_knows_the_best_agent_and_the_ora
     ]
     assert found[1].by_suite == {"arith": 1.0, "words": 0.5}
     assert (found[1].tokens, found[1].active) == (110.0, 1.0)
+
+
+def gate_that_asks(agent: int) -> Gate:
+    """A gate of two agents that asks one of them, whatever the question."""
+    config = GateConfig(activation=ActivationConfig(rule="fixed", max_agents=1))
+    spec = replace(GateSpec.from_config(config, ("adder", "echo")), hidden=2, embedding_dim=4)
+    gate = Gate(spec)
+    with torch.no_grad():
+        for _, weight in gate.named_parameters():
+            weight.zero_()
+        gate.head_bias[agent] = 1.0
+    return gate
+
+
+def test_the_mean_of_several_gates_is_replayed_from_what_agents_said_alone() -> None:
+    """Values by hand: `adder` is right on both rows of arith, `echo` on one row of words."""
+    value_by_suite = {"arith": [[1.0, 0.0], [1.0, 0.0]], "words": [[0.0, 1.0], [0.0, 0.0]]}
+    matrices = [
+        AnswerMatrix(
+            benchmark=suite,
+            agents=("adder", "echo"),
+            tasks=tuple(Task(row_id=f"{suite}/{n}", benchmark=suite, text=str(n)) for n in range(2)),
+            replies=(
+                tuple(
+                    AgentReply(agent=name, status="ok", text="1", entropy_sum_nats=1.0, entropy_tokens=1, prompt_tokens=tokens)
+                    for name, tokens in (("adder", 10), ("echo", 30))
+                ),
+            )
+            * 2,
+            value_RA=np.array(values),
+        )
+        for suite, values in value_by_suite.items()
+    ]
+    embedded = [np.zeros((2, 4), np.float32)] * 2
+    both = _replayed("both", "dmoa", [gate_that_asks(0), gate_that_asks(1)], matrices, embedded)
+    assert (both.accuracy, both.by_suite) == (0.375, {"arith": 0.5, "words": 0.25})
+    assert (both.active, both.tokens) == (1.0, 20.0)
+    assert (both.low, both.high) == pytest.approx((0.25 + 0.025 * 0.25, 0.5 - 0.025 * 0.25))
+    one = _replayed("one", "dmoa:trained", [gate_that_asks(0)], matrices, embedded)
+    assert (one.accuracy, one.tokens) == (0.5, 10.0)
+    assert (one.low, one.high) == pytest.approx((wilson(2, 4).low, wilson(2, 4).high))
