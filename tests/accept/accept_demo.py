@@ -1,4 +1,8 @@
-"""The demo, as a newcomer runs it: the whole story within twelve minutes, with traces that replay and a gate that learned."""
+"""The demo, as a newcomer runs it: the whole story within twelve minutes, with traces that replay and a gate that learned.
+
+One untrained gate is a single draw of random weights, so the trained one is held against the mean of twenty, first steps both;
+how it stands to the one that was served is written down beside it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import time
 from pathlib import Path
 
 LIMIT_S = 720.0
+UNTRAINED = "untrained gates, first step (mean of 20)"
 
 
 def main() -> int:
@@ -30,13 +35,15 @@ def main() -> int:
         report = Path(out) / "evaluation" / "report.html"
         is_whole = report.exists() and bool(wandb)
     accuracy = {row["name"]: row["accuracy"] for row in found["comparison"]}
-    gained = accuracy.get("trained gate", 0.0) - accuracy.get("untrained gate", 0.0)
+    served = accuracy.get("trained gate", 0.0) - accuracy.get("untrained gate", 0.0)
+    gained = accuracy.get("trained gate, first step", 0.0) - accuracy.get(UNTRAINED, 1.0)
     passed = demo.returncode == 0 and seconds <= LIMIT_S and is_whole and gained > 0
     result = {
         "seconds": seconds,
         "limit_s": LIMIT_S,
         "accuracy": accuracy,
         "gained_over_untrained": gained,
+        "gained_over_the_untrained_one_served": served,
         "has_report_and_wandb_run": is_whole,
         "passed": passed,
     }
