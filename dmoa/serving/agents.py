@@ -26,7 +26,7 @@ from dmoa.serving.losses import CALL_ERRORS
 from dmoa.serving.placement import deployment_name
 from dmoa.serving.scaling import has_affinity, scaling_options
 from dmoa.serving.upgrade import CALL_DRAIN_S, check_version, pool_version
-from dmoa.serving.vigil import Gone, Vigil
+from dmoa.serving.vigil import Absent, Gone, Vigil
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
 ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -126,8 +126,8 @@ def affine_agents(config: Config) -> frozenset[str]:
     return frozenset(agent.name for agent in callable_agents(config) if has_affinity(config.scaling_of(agent)))
 
 
-async def _nobody() -> frozenset[str]:
-    return frozenset()
+async def _nobody() -> Absent:
+    return Absent()
 
 
 class ServeAgents:
@@ -159,10 +159,10 @@ class ServeAgents:
         except asyncio.CancelledError:
             response.cancel()
             if watched.is_given_up:
-                raise _given_up(call.agent) from None
+                raise self._given_up(call.agent) from None
             raise
         except CALL_ERRORS as error:
-            raise _given_up(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
+            raise self._given_up(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
         finally:
             watched.end()
         return reply
@@ -179,29 +179,46 @@ class ServeAgents:
                 yield item
         except asyncio.CancelledError:
             if watched.is_given_up:
-                raise _given_up(call.agent) from None
+                raise self._given_up(call.agent) from None
             raise
         except CALL_ERRORS as error:
             is_done = True  # to cancel it now could raise the same error again
-            raise _given_up(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
+            raise self._given_up(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
         finally:
             watched.end()
             if not is_done:
                 responses.cancel()
 
     async def ping(self, agent: str) -> None:
-        """Return once the agent's place answers. Raises AgentUnavailableError, AgentOverloadedError.
+        """Return once the agent's place answers. Raises AgentUnavailableError, AgentOverloadedError, PoolChangedError.
 
         Serve starts a replica for a ping as for any call; cancelled, it no longer asks for one.
         """
         response = self._pings[agent].remote()
+        watched = self._vigil.watch(agent, response.cancel)
         try:
             await response
         except asyncio.CancelledError:
             response.cancel()
+            if watched.is_given_up:
+                raise self._given_up(agent) from None
             raise
         except CALL_ERRORS as error:
-            raise _lost(agent, error) from error
+            raise self._given_up(agent) if watched.is_given_up else _lost(agent, error) from error
+        finally:
+            watched.end()
+
+    def _given_up(self, agent: str) -> AgentUnavailableError | PoolChangedError | asyncio.CancelledError:
+        """Return how what was given up ends: as cancelled where its own task is, for Serve tells both by one error.
+
+        Where another pool is served by now, the agent may be gone for good: the query has to begin again on that one.
+        """
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            return asyncio.CancelledError()
+        if self._vigil.served not in (None, self._version):
+            return PoolChangedError(f"agent {agent!r} has no running replica, and another version of the pool is served by now")
+        return AgentUnavailableError(f"agent {agent!r}: it has no running replica")
 
     def _handle(self, handles: Mapping[str, Any], call: AgentCall) -> Any:
         """Return the handle to call by; one that names the conversation costs some 15 microseconds more."""
@@ -218,11 +235,3 @@ def _lost(agent: str, error: Exception) -> AgentUnavailableError | AgentOverload
     if isinstance(cause, ConfigError):
         return AgentUnavailableError(f"agent {agent!r}: {cause}")
     return AgentUnavailableError(f"agent {agent!r}: {type(error).__name__}: its replica died or cannot be reached")
-
-
-def _given_up(agent: str) -> AgentUnavailableError | asyncio.CancelledError:
-    """Return how a call that was given up ends: as cancelled where its own task is, for Serve tells both by one error."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        return asyncio.CancelledError()
-    return AgentUnavailableError(f"agent {agent!r}: it has no running replica")

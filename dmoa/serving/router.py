@@ -177,6 +177,7 @@ class RouterActor:
             "app": self._app,
             "pool": self._config.name,
             "pool_fingerprint": self._fingerprint,
+            "pool_version": self._pool_version,
             "gate_version": self._local.current,
             "configured_version": self._versions.configured,
             "untrained": is_untrained(self._local.current),

@@ -19,6 +19,7 @@ from dmoa.errors import DmoaError, NoAgentError
 from dmoa.serving.actors import pack, unpack
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.upgrade import pool_version
+from dmoa.serving.vigil import Absent
 from dmoa.types import RouteDecision, RouteRequest
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class RemoteRouter:
             status: dict[str, Any] = await self._actor.status.remote()
         return status
 
-    async def gone(self) -> frozenset[str]:
+    async def gone(self) -> Absent:
         """Return the agents that no replica can be answering, though they should have one; nobody while the router is away.
 
         Those too that a newer pool no longer has: their deployments are deleted, and Serve keeps calls to them for ever.
@@ -94,8 +95,9 @@ class RemoteRouter:
         try:
             status = await self.status()
         except (RayError, TimeoutError):
-            return frozenset()
-        return frozenset(status["gone"]) | (frozenset(deployment_names(self._config)) - frozenset(status["agents"]))
+            return Absent()
+        deleted = frozenset(deployment_names(self._config)) - frozenset(status["agents"])
+        return Absent(frozenset(status["gone"]) | deleted, status["pool_version"])
 
     async def _tell(self, agent: str, reason: str) -> None:
         with contextlib.suppress(RayError):

@@ -10,9 +10,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
-Gone = Callable[[], Awaitable[frozenset[str]]]
-"""Asks the router for the agents that should have a replica and that none can still be answering calls to."""
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """Whom no call can reach, as the router sees it."""
+
+    agents: frozenset[str] = frozenset()
+    """Those that should have a replica and that none can still be answering calls to."""
+    version: str | None = None
+    """Of the pool that the router serves; None where it could not be asked."""
+
+
+Gone = Callable[[], Awaitable[Absent]]
+"""Asks the router who is absent."""
 SLOW_S = 2.0
 """How long a call is trusted to be under way."""
 _LOOK_S = 1.0
@@ -23,7 +35,7 @@ class Vigil:
 
     def __init__(self, gone: Gone) -> None:
         self._ask = gone
-        self._known: frozenset[str] = frozenset()
+        self._known = Absent()
         self._known_s = float("-inf")
         self._looking = asyncio.Lock()
 
@@ -31,13 +43,18 @@ class Vigil:
         """Watch one call from now on; `give_up` is called once, if its agent turns out to be gone."""
         return Watched(self, agent, give_up)
 
+    @property
+    def served(self) -> str | None:
+        """Version of the pool that the router served when it was last asked; None where that is not known."""
+        return self._known.version
+
     async def is_gone(self, agent: str) -> bool:
         """Tell whether an agent has no replica, as of a second ago at most."""
         async with self._looking:
             if time.monotonic() - self._known_s > _LOOK_S:
                 self._known = await self._ask()
                 self._known_s = time.monotonic()
-        return agent in self._known
+        return agent in self._known.agents
 
 
 class Watched:

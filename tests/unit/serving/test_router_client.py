@@ -21,6 +21,7 @@ from dmoa.serving.actors import pack, unpack
 from dmoa.serving.router_client import MAX_HELD, RemoteRouter
 from dmoa.serving.router_state import FILES
 from dmoa.serving.upgrade import pool_version
+from dmoa.serving.vigil import Absent
 from dmoa.types import RouteRequest
 from tests.unit.fakes import DIM, gate_spec
 
@@ -156,18 +157,18 @@ async def test_copies_stay_bounded(pair: tuple[FakeActor, RemoteRouter]) -> None
 async def test_agents_without_a_replica_and_those_of_an_older_pool_are_gone(tmp_path: Path) -> None:
     actor = FakeActor(tmp_path)
     router = RemoteRouter(actor, CONFIG)
-    told: dict[str, list[str]] = {"gone": [], "agents": ["a", "b"]}
+    told: dict[str, Any] = {"gone": [], "agents": ["a", "b"], "pool_version": "v"}
 
-    async def status() -> dict[str, list[str]]:
+    async def status() -> dict[str, Any]:
         if actor.is_away:
             raise ActorUnavailableError("it restarts", b"0" * 16)
         return told
 
     actor.status = Method(status)  # type: ignore[attr-defined]
-    assert await router.gone() == frozenset()
+    assert await router.gone() == Absent(version="v")
     told["gone"] = ["b"]
-    assert await router.gone() == {"b"}
-    told["agents"] = ["b"]  # the router serves a newer pool, without `a`
-    assert await router.gone() == {"a", "b"}
+    assert await router.gone() == Absent(frozenset({"b"}), "v")
+    told |= {"agents": ["b"], "pool_version": "w"}  # the router serves a newer pool, without `a`
+    assert await router.gone() == Absent(frozenset({"a", "b"}), "w")
     actor.is_away = True
-    assert await router.gone() == frozenset()
+    assert await router.gone() == Absent()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import warnings
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +18,10 @@ with warnings.catch_warnings():
     from ray.serve.exceptions import BackPressureError
     from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
-from dmoa.errors import AgentOverloadedError, AgentUnavailableError
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError, PoolChangedError
 from dmoa.serving import vigil
 from dmoa.serving.agents import ServeAgents
+from dmoa.serving.vigil import Absent
 from dmoa.types import AgentCall, Sampling
 
 CALL = AgentCall(trace_id="t", step=0, agent="solver", messages=(), sampling=Sampling())
@@ -66,18 +68,43 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     return asyncio.Event()
 
 
-def watched(handle: Handle, looks: asyncio.Event) -> Any:
-    async def gone() -> frozenset[str]:
+def watched(handle: Handle, looks: asyncio.Event, served: str | None = "v") -> Any:
+    async def gone() -> Absent:
         looks.set()
-        return frozenset({"solver"})
+        return Absent(frozenset({"solver"}), served)
 
     return ServeAgents({"solver": handle}, "v", gone=gone)  # type: ignore[dict-item]
 
 
-async def test_a_call_in_the_queue_of_a_lost_agent_is_given_up(looks: asyncio.Event) -> None:
-    with pytest.raises(AgentUnavailableError, match="it has no running replica"):
+async def ask_by_call(agents: Any) -> None:
+    await agents.call(CALL)
+
+
+async def ask_by_stream(agents: Any) -> None:
+    await anext(agents.stream(CALL))
+
+
+async def ask_by_ping(agents: Any) -> None:
+    await agents.ping("solver")
+
+
+@pytest.mark.parametrize("ask", [ask_by_call, ask_by_stream, ask_by_ping])
+@pytest.mark.parametrize(
+    ("served", "error", "told"),
+    [
+        ("v", AgentUnavailableError, "it has no running replica"),
+        (None, AgentUnavailableError, "it has no running replica"),
+        ("newer", PoolChangedError, "another version of the pool is served by now"),
+    ],
+)
+async def test_an_agent_that_is_gone_with_its_pool_has_the_query_begin_again(
+    looks: asyncio.Event, ask: Callable[[Any], Awaitable[None]], served: str | None, error: type[Exception], told: str
+) -> None:
+    """A ping too: a query whose agents were all lost waits by pings for one of them to come back."""
+    kind = DeploymentResponseGenerator if ask is ask_by_stream else DeploymentResponse
+    with pytest.raises(error, match=told):
         async with asyncio.timeout(5):
-            await watched(Handle(future_of()), looks).call(CALL)
+            await ask(watched(Handle(future_of(), kind), looks, served))
 
 
 async def test_a_call_that_is_given_up_and_cancelled_ends_as_cancelled(looks: asyncio.Event) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from dmoa.serving import vigil
-from dmoa.serving.vigil import Vigil
+from dmoa.serving.vigil import Absent, Vigil
 
 
 class Router:
@@ -17,9 +17,9 @@ class Router:
         self.gone: frozenset[str] = frozenset()
         self.asked = 0
 
-    async def __call__(self) -> frozenset[str]:
+    async def __call__(self) -> Absent:
         self.asked += 1
-        return self.gone
+        return Absent(self.gone, "v")
 
 
 @pytest.fixture(autouse=True)
