@@ -204,7 +204,9 @@ class ServeAgents:
                 raise self._given_up(agent) from None
             raise
         except CALL_ERRORS as error:
-            raise self._given_up(agent) if watched.is_given_up else _lost(agent, error) from error
+            # Serve refuses calls to a deployment that was deleted, and so what waits by pings would wait for ever.
+            is_gone = watched.is_given_up or await self._vigil.is_gone(agent)
+            raise self._given_up(agent) if is_gone else _lost(agent, error) from error
         finally:
             watched.end()
 

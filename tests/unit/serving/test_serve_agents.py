@@ -15,6 +15,7 @@ import pytest
 with warnings.catch_warnings():
     # Ray 2.60's own, with this pydantic.
     warnings.filterwarnings("ignore", message="Using extra keyword arguments", category=DeprecationWarning)
+    from ray.exceptions import RayActorError
     from ray.serve.exceptions import BackPressureError
     from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
@@ -105,6 +106,17 @@ async def test_an_agent_that_is_gone_with_its_pool_has_the_query_begin_again(
     with pytest.raises(error, match=told):
         async with asyncio.timeout(5):
             await ask(watched(Handle(future_of(), kind), looks, served))
+
+
+@pytest.mark.parametrize(("served", "error"), [("v", AgentUnavailableError), ("newer", PoolChangedError)])
+async def test_a_ping_that_is_refused_looks_whether_the_agent_is_gone_with_its_pool(
+    looks: asyncio.Event, served: str, error: type[Exception]
+) -> None:
+    refused = RayActorError()
+    with pytest.raises(error, match="no running replica"):
+        await watched(Handle(future_of(error=refused)), looks, served).ping("solver")
+    with pytest.raises(AgentUnavailableError, match="its replica died"):
+        await ServeAgents({"solver": Handle(future_of(error=refused))}, "v").ping("solver")  # type: ignore[dict-item]
 
 
 async def test_a_call_that_is_given_up_and_cancelled_ends_as_cancelled(looks: asyncio.Event) -> None:

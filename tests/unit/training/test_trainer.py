@@ -165,7 +165,7 @@ def test_every_core_and_head_learns(core: str, head: str, rollouts: Path, config
 @pytest.mark.parametrize("score", ["raw", "anchored"])
 def test_every_loss_and_score_learns(loss: str, score: str, rollouts: Path, config: Config, tmp_path: Path) -> None:
     result = train(tmp_path / "run", rollouts, config, loss=loss, score=score, epochs=30, lr=3e-3, patience=30)
-    assert result.record.metrics["surest_share"] == 1.0
+    assert result.record.metrics["surest_share"] > 0.9  # of twelve held-back steps one may be off; by chance it is a third
     spec = checkpoint.load(result.checkpoint)[0].spec
     assert spec.score == score
     assert (spec.anchors is None) == (score == "raw")
