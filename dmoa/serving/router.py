@@ -4,6 +4,8 @@ The actor decides in micro-batches, masks dead agents until they answer again, s
 (scaled to zero: those it never pings, which would wake them), and takes new gate versions while it runs:
 queries under way finish with the version they began with. Versions and history lie under `router.state_uri`, so that
 after a crash it comes back with the same gate. It ends when its app is gone.
+
+An ingress creates the actor by its class, and must not pay for torch: what needs torch is imported where the actor starts.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -22,18 +24,18 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
-from dmoa.core.gate import Gate
 from dmoa.errors import DmoaError
-from dmoa.routing import LocalRouter
 from dmoa.serving.actors import detached, end_actors, pack, router_name, unpack
 from dmoa.serving.agents import ServeAgents
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.presence import presence, sleepers
-from dmoa.serving.router_state import RouterState, default_state_uri
 from dmoa.serving.upgrade import check_version, pool_version
-from dmoa.serving.versions import Change, GateVersions
 from dmoa.serving.watching import look
 from dmoa.types import FloatArray, RouteRequest, is_untrained
+
+if TYPE_CHECKING:
+    from dmoa.core.gate import Gate
+    from dmoa.serving.versions import Change
 
 _LOG = logging.getLogger("dmoa.router")
 WATCH_INTERVAL_S = 1.0
@@ -86,6 +88,10 @@ class RouterActor:
         return self._local.current
 
     def _configure(self, config: Config, configured: str | None) -> None:
+        from dmoa.routing import LocalRouter
+        from dmoa.serving.router_state import RouterState, default_state_uri
+        from dmoa.serving.versions import GateVersions
+
         self._config, self._configured = config, configured
         served = {"config": config.model_dump(mode="json"), "configured": configured}
         _internal_kv_put(f"dmoa/config/{self._app}".encode(), json.dumps(served).encode(), overwrite=True)
