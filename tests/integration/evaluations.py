@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.integration.head import environment
+
 DMOA = str(Path(sys.executable).with_name("dmoa"))
 _TIMEOUT_S = 4000.0
 SCRIPTED = """
@@ -43,14 +45,10 @@ def command(out: Path, *more: str) -> list[str]:
     return [DMOA, "evaluate", "--out", str(out), "--track", "jsonl", *more]
 
 
-def environment() -> dict[str, str]:
-    """Return this process's environment without a Ray to join."""
-    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-
-
-def run(arguments: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S, env=environment(), cwd=cwd)
+def run(arguments: Sequence[str], cwd: Path | None = None, *, has_own_ray: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; `has_own_ray`: though the tests share a head."""
+    env = environment(has_own_ray=has_own_ray)
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S, env=env, cwd=cwd)
 
 
 def run_and_kill(arguments: Sequence[str], is_time: Callable[[], bool], log: Path) -> bool:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmoa.training.run_state import Progress, StateStore
+from tests.integration.head import environment
 
 DMOA = str(Path(sys.executable).with_name("dmoa"))
 _TIMEOUT_S = 900.0
@@ -27,11 +28,6 @@ def command(folder: Path, out: Path, *more: str) -> list[str]:
     """The command of a training on FOLDER/rollouts for the pool FOLDER/pool.yaml."""
     paths = ["--config", str(folder / "pool.yaml"), "--rollouts", str(folder / "rollouts"), "--out", str(out)]
     return [DMOA, "train", *paths, "--track", "jsonl", *more]
-
-
-def environment() -> dict[str, str]:
-    """This process's environment without a Ray to join."""
-    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
 def run(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -64,7 +60,7 @@ class Running:
         found: list[psutil.Process] = []
 
         def is_there() -> bool:
-            found[:] = [child for child in psutil.Process(self.process.pid).children(recursive=True) if _is_worker(child)]
+            found[:] = _workers()
             return bool(found)
 
         self.wait_for(is_there)
@@ -73,15 +69,20 @@ class Running:
 
     def kill(self) -> None:
         """Kill (SIGKILL) the command itself, and nothing else: what it started must end by itself."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
+        started = {*psutil.Process(self.process.pid).children(recursive=True), *_workers()}
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        _, alive = psutil.wait_procs(children, timeout=120)
+        _, alive = psutil.wait_procs(started, timeout=120)
         assert not alive, alive
 
     def end(self) -> int:
         """Wait for its end and return its exit status."""
         return self.process.wait(_TIMEOUT_S)
+
+
+def _workers() -> list[psutil.Process]:
+    """The workers of Ray Train on this machine: of a head that is joined they are no children of the command."""
+    return [process for process in psutil.process_iter() if _is_worker(process)]
 
 
 def _is_worker(process: psutil.Process) -> bool:

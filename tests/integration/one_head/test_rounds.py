@@ -15,7 +15,7 @@ from dmoa.errors import ConfigError
 from dmoa.training.rollouts import read_manifest, read_table
 from tests.integration.evaluations import SCRIPTED, run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_two_rounds_and_the_same_job_again(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One server (and so one Ray and one app) for all integration tests that break nothing."""
+"""One server (and so one Ray and one app) for the tests of this folder, which break nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ router: {state_uri: "STATE"}
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("server")
     path = folder / "pool.yaml"
@@ -35,12 +35,12 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def config(config_path: Path) -> Config:
     return load(config_path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(config_path: Path) -> Iterator[Served]:
     served = serve(config_path, env={"DMOA_API_KEYS": ",".join(KEYS)})
     yield served

@@ -15,7 +15,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from dmoa.config import Config
-from tests.integration.conftest import KEYS
+from tests.integration.one_server.conftest import KEYS
 from tests.integration.server import Served
 
 pytestmark = pytest.mark.real_model

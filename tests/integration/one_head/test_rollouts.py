@@ -15,7 +15,7 @@ import yaml
 from dmoa.training.rollouts import part_paths, read_manifest, read_table
 from tests.integration.evaluations import DMOA, run, run_and_kill, scripted_pool
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 QUERIES = 60
 VOLATILE = ["latency_ms"]
 

@@ -14,7 +14,7 @@ from tests.integration.evaluations import run_and_kill
 from tests.unit.training.lora_fixtures import make_job, save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 DRIVER = """
 import sys

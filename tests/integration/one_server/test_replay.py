@@ -12,7 +12,7 @@ from dmoa.agents.pool import build_pool_gate
 from dmoa.config import Config
 from dmoa.replay import replay
 from dmoa.trace import Trace
-from tests.integration.conftest import KEYS
+from tests.integration.one_server.conftest import KEYS
 from tests.integration.server import Served
 
 pytestmark = pytest.mark.real_model

@@ -1,0 +1,82 @@
+"""`ray job submit` of the real training job on a real head, from a shell of its own: followed, killed, and submitted again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from dmoa import checkpoint
+from tests.integration.head import Head
+from tests.integration.trainings import curve, num_epochs
+from tests.unit.training.gate_rollouts import domain_rows, pool, pool_yaml, write_rollouts
+
+ROOT = Path(__file__).parents[3]
+EPOCHS = 200
+_TIMEOUT_S = 240.0
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """The file of a training job on made-up rollouts, beside a copy of the code as a clone has it."""
+    (tmp_path / "code").mkdir()
+    for name in ("jobs", "dmoa"):
+        ignore = shutil.ignore_patterns("__pycache__", "adapters")
+        shutil.copytree(ROOT / name, tmp_path / "code" / name, ignore=ignore)
+    write_rollouts(tmp_path / "rollouts", domain_rows(22, steps=2), pool())
+    tree = yaml.safe_load(pool_yaml())
+    tree["job"] = {
+        "rollouts": [str(tmp_path / "rollouts")],
+        "out": str(tmp_path / "run"),
+        "epochs": EPOCHS,
+        "patience": EPOCHS,
+        "workers": 1,
+        "track": "jsonl",
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def _driver(config: Path) -> psutil.Process | None:
+    """The job's own process, wherever the head started it."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "jobs/train_gate.py" in words and str(config) in words and "submit" not in words and "python" in Path(words[0]).name:
+            return process
+    return None
+
+
+def test_a_job_is_killed_and_goes_on_where_it_stopped(head: Head, job: Path) -> None:
+    out = job.parent / "run"
+    deadline = time.monotonic() + _TIMEOUT_S
+    with head.submit(job) as first:
+        while num_epochs(out) < 3:
+            assert first.poll() is None, first.stdout.read() if first.stdout else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        driver = _driver(job)
+        assert driver is not None
+        driver.send_signal(signal.SIGKILL)
+        log, _ = first.communicate(timeout=_TIMEOUT_S)
+        assert first.returncode != 0, log
+    before = num_epochs(out)
+    assert 3 <= before < EPOCHS
+    assert not (out / "checkpoint").exists()
+
+    with head.submit(job) as second:
+        log, _ = second.communicate(timeout=_TIMEOUT_S)
+        assert second.returncode == 0, log
+    assert "going on after epoch" in log, "the log is followed"
+    assert "succeeded" in log
+    gate, record = checkpoint.load(out / "checkpoint")
+    assert gate.spec.agents == pool().agent_names
+    assert record.trained_on is not None
+    assert [epoch["epoch"] for epoch in curve(out)] == list(range(1, EPOCHS + 1))
+    assert json.loads((out / "train.json").read_text())["workers"] == 1
