@@ -45,9 +45,9 @@ def command(out: Path, *more: str) -> list[str]:
     return [DMOA, "evaluate", "--out", str(out), "--track", "jsonl", *more]
 
 
-def run(arguments: Sequence[str], cwd: Path | None = None, *, has_own_ray: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; `has_own_ray`: though the tests share a head."""
-    env = environment(has_own_ray=has_own_ray)
+def run(arguments: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    env = environment()
     return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S, env=env, cwd=cwd)
 
 

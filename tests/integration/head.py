@@ -53,10 +53,9 @@ class Head:
                 following.kill()
 
 
-def environment(*, has_own_ray: bool = False) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return this process's environment with the head to join that the tests share, if any; else without a Ray to join."""
-    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return alone if has_own_ray else alone | _joined
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | _joined
 
 
 @contextmanager

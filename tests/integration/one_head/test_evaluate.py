@@ -124,7 +124,7 @@ def test_the_job_file_does_what_the_command_does(unbroken: Path, tmp_path: Path)
 def test_the_embedded_model_is_evaluated_and_its_calls_are_found_again(tmp_path: Path) -> None:
     base = ["--benchmarks", "arith", "--policies", "single,dmoa", "--limit", "2", "--budget", "cpu"]
     cache = ["--call-cache", str(tmp_path / "calls")]
-    first = run(command(tmp_path / "first", *base, *cache), has_own_ray=True)
+    first = run(command(tmp_path / "first", *base, *cache))
     assert first.returncode == 0, first.stderr
     second = run(command(tmp_path / "second", *base, *cache))
     assert second.returncode == 0, second.stderr
