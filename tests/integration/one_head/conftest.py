@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.integration import head as head_module
 from tests.integration.head import Head, joined, running_head
 
 
@@ -14,3 +15,9 @@ def head() -> Iterator[Head]:
     """The head."""
     with running_head() as found, joined(found):
         yield found
+
+
+@pytest.fixture
+def own_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the commands of one test start a Ray of their own, as they do where there is none to join."""
+    monkeypatch.setattr(head_module, "_joined", {})

@@ -62,6 +62,7 @@ def test_two_workers_one_killed_and_then_the_driver_end_as_one_unbroken(
     assert sorted(line["step"] for line in lines if line["op"] == "log" and line["step"]) == list(range(1, EPOCHS + 1))
 
 
+@pytest.mark.usefixtures("own_ray")
 def test_a_file_damaged_inside_is_one_message_by_way_of_ray_data(tmp_path: Path) -> None:
     damaged = write_rollouts(tmp_path / "rollouts", domain_rows(), pool())
     part = damaged / "rollouts" / "part-2.parquet"
