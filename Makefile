@@ -8,7 +8,6 @@ VLLM_READY := $(VENV)/.vllm-ready
 # Read when torch is loaded: on a busy machine, threads that spin while they wait slow everything some thirty times.
 export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST_ARGS ?=
-NONE_PICKED := $(if $(PYTEST_ARGS),[ $$? -eq 5 ],false)
 
 .PHONY: setup demo test test-vllm check bench accept clean
 
@@ -32,10 +31,9 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py
 
-# Unit tests on two processes; what runs on Ray one after the other. Of tests that were picked, one of the two may have none (5).
+# On two processes: one takes the tests on Ray, which come first and wait a good deal, the other one the unit tests.
 test: setup
-	$(BIN)/python -m pytest -q --durations=15 --numprocesses=2 --dist=loadfile tests/unit $(PYTEST_ARGS) || $(NONE_PICKED)
-	$(BIN)/python -m pytest -q --durations=15 tests/integration $(PYTEST_ARGS) || $(NONE_PICKED)
+	$(BIN)/python -m pytest -q --durations=15 --numprocesses=2 --no-loadscope-reorder tests/integration tests/unit $(PYTEST_ARGS)
 
 # vLLM's build for CPUs, by a third party and for tests alone, which takes the place of `vllm` in this environment.
 $(VLLM_READY): $(READY) tests/vllm/requirements.txt
