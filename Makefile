@@ -33,7 +33,7 @@ check: setup
 
 # On two processes: one takes the tests on Ray, which come first and wait a good deal, the other one the unit tests.
 test: setup
-	$(BIN)/python -m pytest -q --durations=15 --numprocesses=2 --no-loadscope-reorder tests/integration tests/unit $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q --durations=15 --numprocesses=2 --no-loadscope-reorder -m "not long" tests/integration tests/unit $(PYTEST_ARGS)
 
 # vLLM's build for CPUs, by a third party and for tests alone, which takes the place of `vllm` in this environment.
 $(VLLM_READY): $(READY) tests/vllm/requirements.txt

@@ -6,15 +6,24 @@ from typing import Any
 
 from dmoa.agents.installed import vllm_builds
 from dmoa.config import Config, LlmConfig
+from dmoa.errors import ConfigError
 
 LABELS = {"transformers": "transformers/float32", "vllm": "vllm/float32"}
 """Name of an engine -> its label, with the dtype that benches run it in."""
 _VLLM_OPTIONS: dict[str, Any] = {"dtype": "float32", "cpu_kv_cache_gib": 2}
 
 
-def engines_here() -> tuple[str, ...]:
-    """Return the engines that can run the embedded model here; vLLM only where it is installed."""
-    return ("transformers", *(["vllm"] if len(vllm_builds()) == 1 else []))
+def engines_here(only: str | None = None) -> tuple[str, ...]:
+    """Return the engines that can run the embedded model here, vLLM only where it is installed; or just the one that is named.
+
+    Raises ConfigError for one that is not among them.
+    """
+    here = ("transformers", *(["vllm"] if len(vllm_builds()) == 1 else []))
+    if only is None:
+        return here
+    if only not in here:
+        raise ConfigError(f"--engine: value seen: {only!r}; allowed: {', '.join(here)}, the engines that are installed here")
+    return (only,)
 
 
 def on_engine(pool: Config, engine: str, **options: Any) -> Config:

@@ -54,12 +54,16 @@ class Round:
     """None where the flat list was not run."""
 
 
-def run(ids: Collection[str], rounds: int | None = None) -> list[BenchResult]:
-    """Measure P5; a round takes some four minutes on two cores and an engine. Raises DmoaError if a query failed."""
+def run(ids: Collection[str], rounds: int | None = None, engine: str | None = None) -> list[BenchResult]:
+    """Measure P5 on every engine that is installed, or on one; a round takes some four minutes on two cores and an engine.
+
+    Raises ConfigError for an engine that is not installed, DmoaError if a query failed.
+    """
     import ray
 
     from dmoa.serving.launch import start_ray
 
+    engines = engines_here(engine)
     pool = load_pool(None)
     for llm in pool.llms.values():
         resolve_model(llm.model)
@@ -67,15 +71,15 @@ def run(ids: Collection[str], rounds: int | None = None) -> list[BenchResult]:
     started_ray = start_ray()
     results: list[BenchResult] = []
     try:
-        for engine in engines_here():
-            own = on_engine(pool, engine)
+        for name in engines:
+            own = on_engine(pool, name)
             figures = {in_flight: _measure(own, in_flight, rounds or 2) for in_flight in IN_FLIGHT}
-            results += judged({n: found for n, (found, _) in figures.items()}, engine=LABELS[engine])
-            if engine == "transformers":
+            results += judged({n: found for n, (found, _) in figures.items()}, engine=LABELS[name])
+            if name == "transformers":
                 wide, _ = _measure(_with_room(own, WIDE_IN_FLIGHT), WIDE_IN_FLIGHT, rounds or 2)
-                results.append(wide_result(wide, engine=LABELS[engine]))
+                results.append(wide_result(wide, engine=LABELS[name]))
             else:
-                results.append(_beside(pool, own, figures[FLAT_IN_FLIGHT][1], rounds or 2, engine=LABELS[engine]))
+                results.append(_beside(pool, own, figures[FLAT_IN_FLIGHT][1], rounds or 2, engine=LABELS[name]))
     finally:
         if started_ray:
             ray.shutdown()

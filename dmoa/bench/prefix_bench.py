@@ -62,10 +62,10 @@ class Arm:
     tokenizer: Any
 
 
-def run(ids: Collection[str], rounds: int = 3) -> list[BenchResult]:
-    """Return the results of P6, P7 and prefill for every engine that is installed. Takes some minutes on two cores."""
+def run(ids: Collection[str], rounds: int = 3, engine: str | None = None) -> list[BenchResult]:
+    """Return the results of P6, P7 and prefill for every engine that is installed, or for one. Takes some minutes."""
     results: list[BenchResult] = []
-    for name in engines_here():
+    for name in engines_here(engine):
         with _arm(name) as arm:
             if {"P7", "prefill"} & set(ids):
                 results += _prefill(arm, ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +32,8 @@ _HOMES = {
 """Metric -> the module that measures it, imported when asked for."""
 _ALONE = ("dmoa.bench.gate_bench", "dmoa.bench.train_bench")
 """The modules with a single metric: their `run` takes no ids."""
+_BOTH_ENGINES = ("dmoa.bench.pipeline_bench", "dmoa.bench.prefix_bench")
+"""The modules that measure every engine that is installed, or one."""
 
 
 @with_common
@@ -41,20 +43,27 @@ def bench(
     rounds: Annotated[
         int | None, typer.Option("--rounds", min=1, metavar="N", help="Rounds of each measurement [each bench's own].")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", metavar="E", help="transformers or vllm, for P5, P6, P7 and prefill alone [all installed]."),
+    ] = None,
 ) -> None:
     """Measure speed and cost; exit 1 if a bar is missed.
 
     \b
     dmoa bench --only P1
     dmoa bench --only P1,P3,P4,P8,P17 --json out/bench.json
+    dmoa bench --only P5 --engine vllm
     """
     refuse_together({"--config": common.config, "--set": common.overrides}, "on benches, which bring their own pools")
     from dmoa.bench.measure import BenchReport, machine
 
     results: list[BenchResult] = []
-    for module, ids in group(only).items():
+    groups = group(only)
+    refuse_engine(engine, groups)
+    for module, ids in groups.items():
         common.say(f"measuring {', '.join(ids)}")
-        found = _measure(module, ids, rounds)
+        found = _measure(module, ids, rounds, engine)
         results += found
         for result in found:
             common.say(f"{result.id}: {result.value:.4g} {result.unit}")
@@ -78,9 +87,18 @@ def group(only: str | None) -> dict[str, list[str]]:
     return groups
 
 
-def _measure(module: str, ids: Sequence[str], rounds: int | None) -> list[BenchResult]:
+def refuse_engine(engine: str | None, groups: Collection[str]) -> None:
+    """Raise ConfigError for `--engine` beside a metric that knows no choice of one."""
+    others = [name for name, home in _HOMES.items() if home in groups and home not in _BOTH_ENGINES]
+    if engine is not None and others:
+        both = ", ".join(name for name, home in _HOMES.items() if home in _BOTH_ENGINES)
+        raise ConfigError(f"--engine: value seen: {engine!r}, beside {', '.join(others)}; allowed with --only of {both}")
+
+
+def _measure(module: str, ids: Sequence[str], rounds: int | None, engine: str | None) -> list[BenchResult]:
     run: Callable[..., list[BenchResult]] = import_module(module).run
-    more = {} if rounds is None else {"rounds": rounds}
+    asked: dict[str, int | str | None] = {"rounds": rounds, "engine": engine}
+    more = {name: value for name, value in asked.items() if value is not None}
     return run(**more) if module in _ALONE else run(ids, **more)
 
 

@@ -67,6 +67,7 @@ def test_every_query_is_there_once_with_every_agent_in_every_step(unbroken: Path
     )
 
 
+@pytest.mark.long
 def test_a_collection_that_is_killed_goes_on_and_asks_no_query_twice(unbroken: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = command(out, "--concurrency", "3")

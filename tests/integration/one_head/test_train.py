@@ -35,6 +35,7 @@ def unbroken(material: Path, options: tuple[str, ...]) -> Path:
     return material / "whole"
 
 
+@pytest.mark.long
 def test_two_workers_one_killed_and_then_the_driver_end_as_one_unbroken(
     material: Path, unbroken: Path, options: tuple[str, ...], tmp_path: Path
 ) -> None:

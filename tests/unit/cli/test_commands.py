@@ -228,5 +228,15 @@ def test_bench_refuses_unknown_metrics(dmoa: Any, only: str) -> None:
     assert "allowed: P1, P3, P4, P5, P6, P7, P8, P13, P14, P17, P18, growth, prefill" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("only", "engine", "said"),
+    [("P1", "transformers", "beside P1"), ("P5,P3", "transformers", "beside P3"), ("P7", "llama.cpp", "transformers")],
+)
+def test_bench_refuses_an_engine_that_it_cannot_choose(dmoa: Any, only: str, engine: str, said: str) -> None:
+    result = dmoa("bench", "--only", only, "--engine", engine)
+    assert result.exit_code == 2
+    assert all(part in result.stderr for part in ("--engine", repr(engine), said))
+
+
 def test_bench_brings_its_own_pools(dmoa: Any, pool: Path) -> None:
     assert dmoa("bench", "--only", "P1", "--config", pool).exit_code == 2

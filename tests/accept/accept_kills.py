@@ -1,0 +1,50 @@
+"""The tests marked `long`: a collection, a training and a specialist's training that are killed and go on as if nothing had been.
+
+They take too long for `make test`. Judged: every one of them passes. Scripted agents, made-up rollouts and a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[2]
+
+
+def outcome(case: ElementTree.Element) -> str:
+    """Return passed, failed or skipped."""
+    if case.find("failure") is not None or case.find("error") is not None:
+        return "failed"
+    return "skipped" if case.find("skipped") is not None else "passed"
+
+
+def main() -> int:
+    """Run the tests, write the JSON file, and return 1 if one did not pass or there was none."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = Path(scratch) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "long", "tests/integration", f"--junitxml={found}"]
+        subprocess.run(command, cwd=ROOT, check=False)
+        cases = list(ElementTree.parse(found).iter("testcase")) if found.exists() else []
+    tests = [
+        {"test": f"{case.get('classname')}::{case.get('name')}", "outcome": outcome(case), "seconds": float(case.get("time", 0))}
+        for case in cases
+    ]
+    passed = bool(tests) and all(test["outcome"] == "passed" for test in tests)
+    result = {"tests": tests, "passed": passed}
+    print(json.dumps(result, indent=2))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
