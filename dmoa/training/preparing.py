@@ -22,7 +22,7 @@ from dmoa.training.export import Evidence
 from dmoa.training.options import TrainOptions
 from dmoa.training.reading import read_episodes, read_manifests
 from dmoa.training.rollout_records import Manifest
-from dmoa.training.targets import IndexArray, anchor_sample, build_data, fit_scale, split_episodes
+from dmoa.training.targets import IndexArray, Scale, anchor_sample, build_data, fit_scale, split_episodes
 from dmoa.training.train_loop import Job
 
 
@@ -103,6 +103,7 @@ def prepare(options: TrainOptions, start: Start, manifests: Sequence[Manifest], 
         "pool": start.fingerprint,
         "rollouts": episodes.digest(),
         "anchors": anchors_of,
+        "targets": _targets(scale),
         "begins with": _digest(weights),
     }
     trained_on = {
@@ -134,6 +135,12 @@ def tell_constant(material: Material) -> list[str]:
 
 def _all(episodes: Episodes) -> IndexArray:
     return np.arange(len(episodes.key_Q))
+
+
+def _targets(scale: Scale) -> str:
+    """Return what scores are measured by, in words: a run that began with other targets, by another version's fit, is another run."""
+    anchors = ", ".join(f"{value:.6g}" for value in scale.anchors or ())
+    return f"eta {scale.eta:.6g}, anchors [{anchors}]"
 
 
 def _summary(folder: Path, manifest: Manifest) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dmoa.config import Config
 from dmoa.core.conformal import ALPHAS
 from dmoa.core.decision import Decider
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.training import train_loop
+from dmoa.training import targets, train_loop
 from dmoa.training.options import parse_options
 from dmoa.training.preparing import build_start, check_rollouts, prepare
 from dmoa.training.run_state import EpochRecord, RunState, StateStore
@@ -273,6 +273,16 @@ def test_other_options_or_rollouts_in_the_same_folder_are_refused(rollouts: Path
     with pytest.raises(ConfigError, match="rollouts: begun with"):
         train(tmp_path / "run", others, config, epochs=2)
     assert same(weights_of(tmp_path / "run"), before)
+
+
+def test_anchors_of_another_versions_fit_are_refused_in_the_same_folder(
+    rollouts: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "run", rollouts, config, epochs=2, score="anchored")
+    fit = targets.fit_anchors
+    monkeypatch.setattr(targets, "fit_anchors", lambda *a, **k: tuple(value + 0.25 for value in fit(*a, **k)))
+    with pytest.raises(ConfigError, match=r"targets: begun with eta .*anchors .*, now eta"):
+        train(tmp_path / "run", rollouts, config, epochs=2, score="anchored")
 
 
 def test_a_second_round_goes_on_from_a_checkpoint(rollouts: Path, config: Config, tmp_path: Path) -> None:
