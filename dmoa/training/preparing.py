@@ -138,7 +138,7 @@ def _all(episodes: Episodes) -> IndexArray:
 
 
 def _targets(scale: Scale) -> str:
-    """Return what scores are measured by, in words: a run that began with other targets, by another version's fit, is another run."""
+    """Return what scores are measured by, in words: by another version's fit, a run is another run."""
     anchors = ", ".join(f"{value:.6g}" for value in scale.anchors or ())
     return f"eta {scale.eta:.6g}, anchors [{anchors}]"
 
