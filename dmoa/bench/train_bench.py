@@ -1,9 +1,9 @@
 """P14: gate updates per second under Ray Train beside the same training as a plain torch loop, after start-up.
 
 Both arms train the default gate on the same made-up rollouts, in the same global batches, with the same loss: one Ray Train
-worker with everything that `dmoa train` does (held-back queries every epoch, state on disk for at most 2 % of the time), and a loop
-as one writes it by hand, with a look at the held-back loss every epoch and a `torch.save` as seldom. Reported beside it: the
-updates alone. No agent runs.
+worker with everything that `dmoa train` does (held-back queries every epoch, state on disk for at most 2 % of the time), and a
+loop as one writes it by hand, with a look at the held-back loss every epoch and a `torch.save` as seldom. Reported beside it:
+the updates alone. No agent runs.
 """
 
 from __future__ import annotations
