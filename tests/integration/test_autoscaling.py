@@ -1,7 +1,7 @@
-"""Replicas through a real `dmoa serve`: they follow the load, reach zero and come back, yield when full, keep conversations.
+"""Replicas on a cluster of four nodes: they follow the load, reach zero and come back, yield when full, keep conversations.
 
-The agents are scripted (fixed replies, set delays): what is tested is where calls go, not what a model says. This file has a
-server of its own, whose delays are short.
+The agents are scripted (fixed replies, set delays), and each has one of nine GPUs, which are declared and not there: what is
+tested is where calls go, not what a model says. This file has a cluster of its own, whose delays are short.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ from dmoa.agents.pool import fingerprint
 from dmoa.checkpoint import describe_gate
 from dmoa.config import load
 from dmoa.routing import build_gate
+from tests.integration.nodes import Nodes, cluster
 from tests.integration.server import Served, serve
+
+GPUS = (3, 2, 2, 2)
+"""One for every replica that there can be."""
 
 # The gate is made to give every query these probabilities, so that each test knows who is chosen.
 RANKED = {"skips": 0.4, "waits": 0.25, "warms": 0.15, "up": 0.1, "tight": 0.04, "elastic": 0.03, "twin": 0.03}
 CONFIG = """
 name: scaling
 llms:
-  quick: {model: "scripted:quick", engine: scripted, placement: dedicated, engine_kwargs: {replies: {up: "Answer: 7"}}}
+  quick: {model: "scripted:quick", engine: scripted, placement: dedicated, gpus: 1, engine_kwargs: {replies: {up: "Answer: 7"}}}
   slow:
-    {model: "scripted:slow", engine: scripted, placement: dedicated, max_num_seqs: 1, engine_kwargs: {delay_ms: 3000}}
+    {model: "scripted:slow", engine: scripted, placement: dedicated, gpus: 1, max_num_seqs: 1, engine_kwargs: {delay_ms: 3000}}
   steady:
-    {model: "scripted:steady", engine: scripted, placement: dedicated, engine_kwargs: {delay_ms: 1000}}
+    {model: "scripted:steady", engine: scripted, placement: dedicated, gpus: 1, engine_kwargs: {delay_ms: 1000}}
 agents:
   - {name: tight, llm: slow, profile: Has room for three calls., autoscaling: {max_queued_calls: 1}}
   - {name: up, llm: quick, profile: Is always there.}
@@ -57,7 +61,13 @@ router: {state_uri: "STATE"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def nodes() -> Iterator[Nodes]:
+    with cluster(*GPUS) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def server(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("autoscaling")
     path = folder / "pool.yaml"
     path.write_text(CONFIG.replace("STATE", (folder / "state").as_uri()).replace("GATE", str(folder / "gate")), encoding="utf-8")
@@ -69,7 +79,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         logits_A = [config.gate.temperature * math.log(RANKED[name]) for name in config.agent_names]
         gate.head_bias.copy_(torch.tensor(logits_A))
     checkpoint.save(folder / "gate", gate, describe_gate(gate, fingerprint=fingerprint(config), trained_on={"rows": 1}))
-    served = serve(path)
+    served = serve(path, "--address", nodes.address, env=nodes.env)
     yield served
     assert served.stop() == 0
 
@@ -119,14 +129,14 @@ async def until_state(http: httpx.AsyncClient, agent: str, state: str) -> None:
     await until(is_so, f"{agent} to be {state}")
 
 
-def num_replicas(server: Served, agent: str) -> int:
-    return len(server.processes(f"ray::ServeReplica:dmoa:agent-{agent}"))
+def num_replicas(nodes: Nodes, agent: str) -> int:
+    return len(nodes.processes(f"ray::ServeReplica:dmoa:agent-{agent}"))
 
 
-async def test_a_cold_agent_is_passed_over_or_waited_for_and_goes_back_to_zero(server: Served, http: httpx.AsyncClient) -> None:
+async def test_a_cold_agent_is_passed_over_or_waited_for_and_goes_back_to_zero(nodes: Nodes, http: httpx.AsyncClient) -> None:
     for agent in ("skips", "waits", "warms"):
         await until_state(http, agent, "cold")
-        assert num_replicas(server, agent) == 0, "asking whether it is ready has woken it"
+        assert num_replicas(nodes, agent) == 0, "asking whether it is ready has woken it"
     assert (await states(http))["up"] == "up"
 
     # skips is chosen alone: the next-ranked agent that is up answers in its place, and at once.
@@ -136,7 +146,7 @@ async def test_a_cold_agent_is_passed_over_or_waited_for_and_goes_back_to_zero(s
     # It was woken for later queries; so was warms, which is the third of K = 3 and was not chosen; waits was not.
     await until_state(http, "skips", "up")
     await until_state(http, "warms", "up")
-    assert num_replicas(server, "waits") == 0
+    assert num_replicas(nodes, "waits") == 0
 
     async def skips_answers() -> bool:
         return statuses(await ask(http, dmoa={"max_agents": 1})) == {"skips": "ok"}
@@ -148,14 +158,14 @@ async def test_a_cold_agent_is_passed_over_or_waited_for_and_goes_back_to_zero(s
     found = await ask(http, dmoa={"max_agents": 2})
     assert statuses(found).get("waits") == "ok"
     assert found["waits"]["error"].startswith("it was cold: its replica was there after ")
-    assert num_replicas(server, "waits") == 1
+    assert num_replicas(nodes, "waits") == 1
 
     # Nobody asks any more, and asking for the state does not count.
     for agent in ("skips", "waits", "warms"):
         await until_state(http, agent, "cold")
 
     async def are_all_gone() -> bool:
-        return not any(num_replicas(server, agent) for agent in ("skips", "waits", "warms"))
+        return not any(num_replicas(nodes, agent) for agent in ("skips", "waits", "warms"))
 
     await until(are_all_gone, "the last replicas to end")
 
@@ -232,9 +242,9 @@ async def load_of(http: httpx.AsyncClient, num_calls: int) -> AsyncIterator[Coun
         assert all(isinstance(result, asyncio.CancelledError) for result in results), results
 
 
-async def test_replicas_follow_the_load_and_share_it(server: Served, http: httpx.AsyncClient) -> None:
+async def test_replicas_follow_the_load_and_share_it(nodes: Nodes, http: httpx.AsyncClient) -> None:
     async def are(num: int) -> bool:
-        return num_replicas(server, "elastic") == num
+        return num_replicas(nodes, "elastic") == num
 
     async with load_of(http, 4) as answered:
 
@@ -242,13 +252,15 @@ async def test_replicas_follow_the_load_and_share_it(server: Served, http: httpx
             return answered.total() >= 12
 
         await until(has_answered, "a dozen answers at the load that one replica is for")
-        assert num_replicas(server, "elastic") == len(answered) == 1
+        assert num_replicas(nodes, "elastic") == len(answered) == 1
     async with load_of(http, 8) as answered:
 
         async def both_answer() -> bool:
             return len(answered) == 2
 
         await until(both_answer, "a second replica that new conversations go to")
-        assert num_replicas(server, "elastic") == 2
+        assert num_replicas(nodes, "elastic") == 2
+        places = [(placed.node, gpu) for placed in nodes.placed() if placed.deployment == "agent-elastic" for gpu in placed.gpus]
+        assert len(set(places)) == 2, f"each replica has a GPU of its own: {places}"
     await until(lambda: are(1), "the second replica to go")
     assert statuses(await ask(http, model="elastic")) == {"elastic": "ok"}
