@@ -134,6 +134,11 @@ class LlmConfig(Node):
                 f"gpus: value seen: {self.gpus:g}; tensor_parallel_size {options.tensor_parallel_size} x pipeline_parallel_size "
                 f"{options.pipeline_parallel_size} run on {options.num_workers}; set gpus to that, or to 0 for the CPU"
             )
+        if isinstance(options, VllmOptions) and options.enable_sleep_mode and not self.gpus:
+            raise ValueError(
+                "engine_kwargs: enable_sleep_mode: value seen: true with gpus 0; vLLM gives memory back on GPUs only; allowed "
+                "on the CPU is false; leave it out, or set gpus"
+            )
         return self
 
     @property

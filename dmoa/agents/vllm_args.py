@@ -40,6 +40,8 @@ def engine_args(part: LlmConfig, given: VllmOptions, adapters: Collection[str]) 
     if given.entropy == "exact":
         found["logits_processors"] = ["dmoa.agents.vllm_entropy:EntropyProcessor"]
         found["worker_extension_cls"] = "dmoa.agents.vllm_entropy.EntropyWorker"
+    if given.enable_sleep_mode:
+        found["enable_sleep_mode"] = True
     if given.max_model_len is not None:
         found["max_model_len"] = given.max_model_len
     if block_size is not None:

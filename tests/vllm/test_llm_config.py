@@ -1,4 +1,4 @@
-"""What ray.serve.llm makes of an LLM's GPUs: the bundles and the strategy of a replica's placement group. Starts nothing."""
+"""What ray.serve.llm makes of an LLM's options: placement group, executor, sleep. Starts neither Ray nor vLLM."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import ray
 
+from dmoa.agents.vllm_engine import _Reply
 from dmoa.config import Config
+from dmoa.errors import EngineError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # Ray 2.60's own and vLLM's, with this pydantic
+    from ray.serve.llm import LLMServer
+
     from dmoa.serving.agents import hosted_agents
-    from dmoa.serving.vllm_server import llm_config, vllm_deployment
+    from dmoa.serving.vllm_server import VllmHost, llm_config, vllm_deployment
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +74,49 @@ def test_ray_takes_it_for_gpus_and_runs_its_own_executor() -> None:
 
 def test_a_replica_on_cpus_asks_for_no_gpu() -> None:
     assert placed(0, tensor_parallel_size=2) == ("PACK", [{"CPU": 1}] * 2)
+
+
+class Sleeper:
+    """Stands in for the vLLM client of a replica's engine."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, object]] = []
+
+    async def sleep(self, level: int) -> None:
+        self.calls.append(("sleep", level))
+
+    async def wake_up(self, tags: list[str] | None) -> None:
+        self.calls.append(("wake_up", tags))
+
+    async def is_sleeping(self) -> bool:
+        return self.calls[-1][0] == "sleep"
+
+
+async def test_a_replica_hands_sleep_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+
+    monkeypatch.setattr(LLMServer, "__del__", lambda self: None)  # Serve awaits Ray's; here nobody would
+    config = pool(1, enable_sleep_mode=True)
+    found = llm_config(config, "big", hosted_agents(config, "big", None))
+    assert found.get_engine_config().get_initialization_kwargs()["enable_sleep_mode"] is True
+    host = VllmHost.__new__(VllmHost)
+    host.engine = VLLMEngine(found)
+    host.engine._engine_client = client = Sleeper()
+    await host.sleep(level=1)
+    assert await host.is_sleeping()
+    await host.wakeup()
+    assert not await host.is_sleeping()
+    assert client.calls == [("sleep", 1), ("wake_up", None)]
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_a_call_that_vllm_gave_up_is_no_reply(reason: str) -> None:
+    reply = _Reply(3, 0.0, None)
+
+    def told(text: str, finish_reason: str | None) -> Any:
+        part = SimpleNamespace(text=text, token_ids=[1], finish_reason=finish_reason, logprobs=None)
+        return SimpleNamespace(outputs=[part], num_cached_tokens=0, metrics=None)
+
+    assert reply.take(told("The", None)) == "The"
+    with pytest.raises(EngineError, match=rf"vLLM gave the call up after 1 tokens \({reason}\)"):
+        reply.take(told("", reason))
