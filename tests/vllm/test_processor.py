@@ -177,6 +177,19 @@ def test_a_preempted_request_comes_back_with_the_tokens_that_count() -> None:
     assert close(run.take("a", 6), 2, 8, 3, 3, 3, 3)
 
 
+def test_a_preempted_request_may_come_back_in_another_place_while_its_old_one_is_given_away() -> None:
+    run = Runner()
+    run.step([2, 4], "ab", added=[run.added(0, "a"), run.added(1, "b")])
+    run.processor.update_state(BatchUpdate(batch_size=0, removed=[1, 0], added=[], moved=[]))  # b is out, a has ended
+    run.step([8], "b", added=[run.added(0, "b", run.outputs["b"])])
+    run.step([3, 1], "bc", added=[run.added(1, "c")])
+    assert close(run.take("b", 3), 4, 8, 3)
+    run.step([2, 2], "bc")  # one step more of b, which nobody may count for another
+    assert close(run.take("c", 2), 1, 2)
+    assert close(run.take("a", 1), 2)
+    assert run.worker.count_entropies() == 0
+
+
 def test_calls_without_a_key_are_passed_over() -> None:
     run = Runner()
     plain = (0, SamplingParams(), [7], [])
