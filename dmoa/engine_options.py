@@ -92,6 +92,20 @@ class VllmOptions(Node):
         """Devices that one replica runs on."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
+    def fault_of_gpus(self, gpus: float) -> str | None:
+        """Return what is wrong with so many GPUs for a replica, None if nothing."""
+        if gpus and gpus != self.num_workers:
+            return (
+                f"gpus: value seen: {gpus:g}; tensor_parallel_size {self.tensor_parallel_size} x pipeline_parallel_size "
+                f"{self.pipeline_parallel_size} run on {self.num_workers}; set gpus to that, or to 0 for the CPU"
+            )
+        if self.enable_sleep_mode and not gpus:
+            return (
+                "engine_kwargs: enable_sleep_mode: value seen: true with gpus 0; vLLM gives memory back on GPUs only; allowed "
+                "on the CPU is false; leave it out, or set gpus"
+            )
+        return None
+
 
 class OpenaiOptions(Node):
     """Options of the `openai` engine: an OpenAI-compatible endpoint that runs elsewhere."""
