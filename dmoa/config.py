@@ -129,11 +129,9 @@ class LlmConfig(Node):
     @model_validator(mode="after")
     def _has_its_gpus(self) -> Self:
         options = self.options
-        if isinstance(options, VllmOptions) and self.gpus and self.gpus != options.num_workers:
-            raise ValueError(
-                f"gpus: value seen: {self.gpus:g}; tensor_parallel_size {options.tensor_parallel_size} x pipeline_parallel_size "
-                f"{options.pipeline_parallel_size} run on {options.num_workers}; set gpus to that, or to 0 for the CPU"
-            )
+        fault = options.fault_of_gpus(self.gpus) if isinstance(options, VllmOptions) else None
+        if fault:
+            raise ValueError(fault)
         return self
 
     @property

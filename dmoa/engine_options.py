@@ -70,13 +70,16 @@ class VllmOptions(Node):
     """Run without compiled graphs: starts sooner, decodes slower. Always so on a CPU."""
     prefix_cache: bool = True
     """Reuse the keys and values of the prompt prefix shared by the agents of a step."""
+    enable_sleep_mode: bool = False
+    """Start vLLM so that the methods `sleep` and `wakeup` of its replicas work, through a Serve handle. On GPUs only."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
     """Room for the ranks of the agents' adapters."""
     max_loras: int | None = Field(default=None, ge=1, le=256)
     """Adapters of one batch; None: all that the agents of this LLM have."""
     entropy: Literal["exact", "listed"] = "exact"
-    """exact: computed inside vLLM, over the whole vocabulary; listed: bounds from `top_logprobs` log-probabilities per token, for
-    setups in which vLLM takes no logits processor of one's own, such as speculative decoding."""
+    """exact: computed inside vLLM, over the whole vocabulary, by a logits processor; listed: bounds from `top_logprobs`
+    log-probabilities per token, from vLLM as it comes. No option here turns speculative decoding on; a checkpoint that names
+    its own draft model does so by itself, and with it vLLM takes no processor: then `listed` is needed."""
     top_logprobs: int = Field(default=20, ge=1, le=20)
     """Log-probabilities asked for per token where `entropy` is listed."""
     cpu_kv_cache_gib: int = Field(default=1, ge=1, le=1024)
@@ -88,6 +91,20 @@ class VllmOptions(Node):
     def num_workers(self) -> int:
         """Devices that one replica runs on."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def fault_of_gpus(self, gpus: float) -> str | None:
+        """Return what is wrong with so many GPUs for a replica, None if nothing."""
+        if gpus and gpus != self.num_workers:
+            return (
+                f"gpus: value seen: {gpus:g}; tensor_parallel_size {self.tensor_parallel_size} x pipeline_parallel_size "
+                f"{self.pipeline_parallel_size} run on {self.num_workers}; set gpus to that, or to 0 for the CPU"
+            )
+        if self.enable_sleep_mode and not gpus:
+            return (
+                "engine_kwargs: enable_sleep_mode: value seen: true with gpus 0; vLLM gives memory back on GPUs only; allowed "
+                "on the CPU is false; leave it out, or set gpus"
+            )
+        return None
 
 
 class OpenaiOptions(Node):

@@ -46,12 +46,14 @@ class LoadedModel:
     """Engine and the options that may change numbers, such as `transformers/bfloat16+compile`."""
 
 
-def load_model(source: Path | HubModel, options: TransformersOptions, *, has_adapters: bool) -> LoadedModel:
-    """Load tokenizer and weights of a folder, or of a repository on the hub.
+def load_model(
+    source: Path | HubModel, options: TransformersOptions, *, has_adapters: bool, gpu: int | None = None
+) -> LoadedModel:
+    """Load tokenizer and weights of a folder, or of a repository on the hub; `gpu`: which one, where it runs on one.
 
     Blocks for seconds; raises ConfigError for what cannot run as the options say.
     """
-    device = _device(options)
+    device = device_of(options, gpu)
     _check(options, device, has_adapters)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     disable_progress_bar()
@@ -99,12 +101,15 @@ def num_threads(options: TransformersOptions) -> int:
     return max(1, cores // 2)
 
 
-def _device(options: TransformersOptions) -> torch.device:
+def device_of(options: TransformersOptions, gpu: int | None = None) -> torch.device:
+    """Return the device that an engine computes on. Raises ConfigError for a GPU where there is none."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine_kwargs.device: value seen: 'cuda'; this machine has no CUDA device; use 'auto' or 'cpu'")
     if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() and options.dtype != "int8" else "cpu")
-    return torch.device(options.device)
+        name = "cuda" if torch.cuda.is_available() and options.dtype != "int8" else "cpu"
+    else:
+        name = options.device
+    return torch.device(name) if name == "cpu" or gpu is None else torch.device(name, gpu)
 
 
 def _check(options: TransformersOptions, device: torch.device, has_adapters: bool) -> None:

@@ -35,6 +35,7 @@ from dmoa.protocols import Encoder, Engine
 from dmoa.types import FloatArray
 
 if TYPE_CHECKING:
+    from dmoa.agents.gpu_slices import GpuSlice
     from dmoa.checkpoint import Checkpoint
     from dmoa.core.gate import Gate
 
@@ -140,8 +141,11 @@ def check_keys(config: Config) -> None:
                 raise ConfigError(f"llms.{name}.{error}") from error
 
 
-def build_engine(config: Config, llm: str, agents: list[AgentConfig]) -> Engine:
-    """Build the engine of one LLM for some of its agents. Blocks while a model loads; raises ConfigError."""
+def build_engine(config: Config, llm: str, agents: list[AgentConfig], gpus: GpuSlice | None = None) -> Engine:
+    """Build the engine of one LLM for some of its agents. Blocks while a model loads; raises ConfigError.
+
+    `gpus` are its own of those that this process sees; None: all of them.
+    """
     part = config.llms[llm]
     options = part.options
     if isinstance(options, ScriptedOptions):
@@ -165,11 +169,12 @@ def build_engine(config: Config, llm: str, agents: list[AgentConfig]) -> Engine:
             max_num_seqs=part.max_num_seqs,
             adapters=adapters,
             model_label=model_id(part.model),
+            gpu=gpus.positions[0] if gpus else None,
         )
     from dmoa.agents.vllm_local import start_vllm
 
     check_vllm(config)
-    engine: Engine = start_vllm(part, llm, sorted({agent.adapter for agent in agents if agent.adapter}))
+    engine: Engine = start_vllm(part, llm, sorted({agent.adapter for agent in agents if agent.adapter}), gpus)
     return engine
 
 
@@ -180,11 +185,17 @@ def build_agents(config: Config, llm: str, engine: Engine) -> dict[str, Agent]:
 
 
 def build_local(config: Config) -> tuple[LocalAgents, list[Engine]]:
-    """Build every engine of a pool in this process; the caller closes the engines."""
+    """Build every engine of a pool in this process, each with GPUs of its own; the caller closes the engines.
+
+    Raises ConfigError, also where this process sees fewer GPUs than the pool asks for.
+    """
+    from dmoa.agents.gpu_slices import local_gpus
+
+    slices = local_gpus(config)
     agents: dict[str, Agent] = {}
     engines: list[Engine] = []
     for llm in dict.fromkeys(agent.llm for agent in callable_agents(config)):
-        engine = build_engine(config, llm, callable_agents(config, llm))
+        engine = build_engine(config, llm, callable_agents(config, llm), slices.get(llm))
         engines.append(engine)
         agents.update(build_agents(config, llm, engine))
     return LocalAgents(agents), engines

@@ -60,15 +60,16 @@ class TransformersEngine:
         max_num_seqs: int = 16,
         adapters: Mapping[str, Path] | None = None,
         model_label: str = "",
+        gpu: int | None = None,
     ) -> None:
         """Load the model and its adapters, and start the engine's thread. Blocks for seconds; raises ConfigError.
 
         `model` is a folder or a repository on the hub; `adapters` maps the names that requests use to PEFT LoRA folders;
-        `model_label` names the model in errors.
+        `model_label` names the model in errors; `gpu` is the position of its GPU, where it runs on one, None for torch's own.
         """
         self._options = options or TransformersOptions()
         self._name = model_label or str(model)
-        loaded = load_model(model, self._options, has_adapters=bool(adapters))
+        loaded = load_model(model, self._options, has_adapters=bool(adapters), gpu=gpu)
         self._label = loaded.label
         self._tokenizer = loaded.tokenizer
         self._adapters = Adapters(loaded.model, {name: Path(folder) for name, folder in (adapters or {}).items()})

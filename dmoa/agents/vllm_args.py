@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from dmoa.agents.models import HubModel, resolve_model
@@ -40,6 +40,8 @@ def engine_args(part: LlmConfig, given: VllmOptions, adapters: Collection[str]) 
     if given.entropy == "exact":
         found["logits_processors"] = ["dmoa.agents.vllm_entropy:EntropyProcessor"]
         found["worker_extension_cls"] = "dmoa.agents.vllm_entropy.EntropyWorker"
+    if given.enable_sleep_mode:
+        found["enable_sleep_mode"] = True
     if given.max_model_len is not None:
         found["max_model_len"] = given.max_model_len
     if block_size is not None:
@@ -73,8 +75,16 @@ def remote_source(model: str) -> str | None:
     return found.repo if isinstance(found, HubModel) else None
 
 
+def gpu_environment(names: Sequence[str]) -> dict[str, str]:
+    """Return the environment in which a vLLM starts that takes these GPUs alone, by their names in CUDA_VISIBLE_DEVICES.
+
+    Its engine is a process of its own. It has to be a fresh one: a fork would keep what this process found out about CUDA.
+    """
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+
+
 def cpu_environment(given: VllmOptions) -> dict[str, str]:
-    """Return the environment of a vLLM on a CPU; it is read when vLLM is imported and when its processes start."""
+    """Return the environment in which a vLLM on a CPU starts, its processes too."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(given.cpu_kv_cache_gib),

@@ -202,8 +202,10 @@ class _Reply:
         self._finish: FinishReason = "length"
 
     def take(self, output: Any) -> str:
-        """Take what vLLM tells next; return its text."""
+        """Take what vLLM tells next; return its text. Raises EngineError for a call that vLLM itself gave up."""
         part = output.outputs[0]
+        if part.finish_reason in ("abort", "error"):  # it was put to sleep, or failed: what came so far is no reply
+            raise EngineError(f"vLLM gave the call up after {self.num_tokens} tokens ({part.finish_reason})")
         self.num_tokens += len(part.token_ids)
         self._cached_tokens = output.num_cached_tokens or self._cached_tokens
         if part.logprobs is not None:

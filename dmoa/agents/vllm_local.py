@@ -3,32 +3,75 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
-from typing import Any
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from dmoa.agents.chat_tokens import load_tokenizer
 from dmoa.agents.models import model_id, resolve_adapter
-from dmoa.agents.vllm_args import cpu_environment, engine_args, local_source, remote_source, vllm_options
+from dmoa.agents.vllm_args import cpu_environment, engine_args, gpu_environment, local_source, remote_source, vllm_options
 from dmoa.config import LlmConfig, VllmOptions
 
+if TYPE_CHECKING:
+    from dmoa.agents.gpu_slices import GpuSlice
 
-def start_vllm(part: LlmConfig, llm: str, adapters: Collection[str]) -> Any:
-    """Start vLLM for an LLM and return the engine over it, for use in one event loop. Blocks; raises ConfigError."""
+_ENVIRONMENT = threading.Lock()
+"""Held while this process's environment is that of an engine which starts."""
+
+
+def start_vllm(part: LlmConfig, llm: str, adapters: Collection[str], gpus: GpuSlice | None = None) -> Any:
+    """Start vLLM for an LLM and return the engine over it, for use in one event loop. Blocks; raises ConfigError.
+
+    `gpus` are its own of those that this process sees; None: all of them.
+    """
     given = vllm_options(part, llm)
-    return engine_over(connect(part, given, engine_args(part, given, adapters)), part, given, adapters)
+    return engine_over(connect(part, given, engine_args(part, given, adapters), gpus), part, given, adapters)
 
 
-def connect(part: LlmConfig, given: VllmOptions, args: Mapping[str, Any]) -> Any:
-    """Start vLLM with these arguments and return the client. Blocks; raises ConfigError."""
-    quiet = {"VLLM_LOGGING_LEVEL": "WARNING"}
-    for name, value in (quiet | (cpu_environment(given) if part.gpus == 0 else {})).items():
-        os.environ.setdefault(name, value)
-    # After the environment is set, which is read at import.
+def connect(part: LlmConfig, given: VllmOptions, args: Mapping[str, Any], gpus: GpuSlice | None = None) -> Any:
+    """Start vLLM with these arguments, on GPUs of its own, and return the client. Blocks; raises ConfigError."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported
+    source = local_source(part.model) or remote_source(part.model)
+    # Its workers run beside this process, also where that is a part of a Ray job.
+    beside = {"distributed_executor_backend": "mp"} if given.num_workers > 1 else {}
+    with environment(start_environment(part, given, gpus)):
+        return _start({"model": source, **args, **beside})
+
+
+def start_environment(part: LlmConfig, given: VllmOptions, gpus: GpuSlice | None) -> dict[str, str]:
+    """Return what the environment of an LLM's engine has to hold while it starts."""
+    if part.gpus == 0:
+        return cpu_environment(given)
+    return gpu_environment(gpus.names) if gpus else {}
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process for a while, for the processes that it starts then; one caller after the other."""
+    with _ENVIRONMENT:
+        before = {name: os.environ.get(name) for name in values}
+        os.environ.update(values)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def _start(args: Mapping[str, Any]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    source = local_source(part.model) or remote_source(part.model)
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, **args))
+    # Kept by vLLM for the first GPU that was visible: by now it may be one of another kind.
+    forget = getattr(current_platform.get_device_capability, "cache_clear", None)
+    if forget is not None:
+        forget()
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
 
 
 def engine_over(client: Any, part: LlmConfig, given: VllmOptions, adapters: Collection[str]) -> Any:

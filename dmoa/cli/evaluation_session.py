@@ -156,6 +156,7 @@ def _pool(config: Config) -> PoolInfo:
 def _workers(options: EvaluateOptions, config: Config) -> Workers:
     """Return how a pool's answering is spread: every worker has all engines, and as many places as they decode at once."""
     from dmoa.agents.call_cache import CallStore
+    from dmoa.agents.gpu_slices import pool_gpus
     from dmoa.cli.answerers import OpenPool
     from dmoa.evaluation.pipeline import Workers
     from dmoa.serving.agents import ENGINE_ENV
@@ -175,7 +176,7 @@ def _workers(options: EvaluateOptions, config: Config) -> Workers:
         count=options.workers,
         places=options.concurrency or FILL * sum(config.llms[name].max_num_seqs for name in used),
         widths={policy: width if widest is None else min(width, widest) for policy, width in widths.items()},
-        num_gpus=sum(config.llms[name].gpus for name in used),
+        num_gpus=pool_gpus(config),
         env=ENGINE_ENV,
     )
 

@@ -92,6 +92,7 @@ def build_session(options: RolloutOptions, config: Config, common: Common, bars:
 def _workers(options: RolloutOptions, config: Config) -> Workers:
     """Return how the asking is spread: every worker has all engines, and as many places as they decode at once."""
     from dmoa.agents.call_cache import CallStore
+    from dmoa.agents.gpu_slices import pool_gpus
     from dmoa.cli.answerers import OpenCollectingPool
     from dmoa.serving.agents import ENGINE_ENV
     from dmoa.training.rollout_collect import Workers
@@ -106,7 +107,7 @@ def _workers(options: RolloutOptions, config: Config) -> Workers:
         count=options.workers,
         places=options.concurrency or FILL * sum(config.llms[name].max_num_seqs for name in used),
         width=width(config, options.epsilon),
-        num_gpus=sum(config.llms[name].gpus for name in used),
+        num_gpus=pool_gpus(config),
         env=ENGINE_ENV,
     )
 

@@ -86,7 +86,8 @@ def _place(item: Deployment) -> str:
     kind = f" {item.accelerator_type}" if item.accelerator_type else ""
     together = item.gpus_together
     if item.pipeline_parallel > 1:
-        return f"{item.pipeline_parallel} x {together:g}{kind} GPU, each {together:g} on one node"
+        where = f", each {together:g} on one node if Ray can" if together > 1 else ""
+        return f"{item.pipeline_parallel} x {together:g}{kind} GPU{where}"
     return f"{item.gpus:g}{kind} GPU{', one node' if together > 1 else ''}"
 
 

@@ -25,7 +25,7 @@ class Judgement:
 
 def judge(config: Config, plan: Plan, supply: Supply, memories: Mapping[str, Memory]) -> Judgement:
     """Return every fault of a plan and the notes on it; `memories` are by deployment, for the largest GPUs that it may get."""
-    faults = [*_counts(plan, supply), *_shapes(plan, supply)]
+    faults = [*_counts(plan, supply), *_shapes(plan, supply), *_pieces(plan, supply)]
     for deployment in plan.deployments:
         faults += _memory(config, deployment, memories[deployment.name], supply)
     notes = [*_growth(plan, supply), *_spread(plan, supply)]
@@ -86,6 +86,30 @@ def _shapes(plan: Plan, supply: Supply) -> Iterator[str]:
             )
 
 
+def _pieces(plan: Plan, supply: Supply) -> Iterator[str]:
+    """Yield where there are GPUs enough, of a kind or in all, but not in pieces as large as replicas on one node need."""
+    for kind in dict.fromkeys((None, *(item.accelerator_type for item in plan.deployments))):
+        nodes = supply.of_kind(kind)
+        asking = [item for item in plan.deployments if kind in (None, item.accelerator_type)]
+        if sum(item.min_gpus for item in asking) > sum(node.gpus for node in nodes):
+            continue  # `_counts` says so
+        for width in sorted({item.gpus_together for item in asking if item.is_on_one_node and item.gpus_together > 1}):
+            wide = [item for item in asking if item.is_on_one_node and item.gpus_together >= width]
+            pieces, places = sum(item.min_replicas for item in wide), _places(nodes, width)
+            if places and pieces > places:
+                yield (
+                    f"{_field(wide, 'gpus')}: value seen: {pieces} replicas at min_replicas with {width:g} GPUs or more, each on "
+                    f"one node; allowed are {places}: {supply.source} has room for so many{f' of kind {kind}' if kind else ''} "
+                    f"({_nodes(nodes)}); lower min_replicas or gpus, or add a node with {width:g} GPUs"
+                )
+                break
+
+
+def _places(nodes: Iterable[GpuNode], width: float) -> int:
+    """Return how many times so many GPUs together the nodes have."""
+    return sum(int(node.gpus // width) for node in nodes)
+
+
 def _memory(config: Config, item: Deployment, memory: Memory, supply: Supply) -> Iterator[str]:
     """Yield where weights, or one sequence beside them, are more than the largest GPU takes."""
     if memory.budget_bytes is None or memory.weights_bytes is None or memory.room_bytes is None:
@@ -121,16 +145,17 @@ def _growth(plan: Plan, supply: Supply) -> Iterator[str]:
 
 
 def _spread(plan: Plan, supply: Supply) -> Iterator[str]:
-    """Yield a note where the GPUs are enough, but not in pieces as large as the replicas want."""
-    widths = sorted({item.gpus_together for item in plan.deployments if item.gpus_together > 1})
+    """Yield a note where the GPUs are enough, but not in pieces as large as the stages of pipelines want."""
+    piped = [item for item in plan.deployments if not item.is_on_one_node]
+    widths = sorted({item.gpus_together for item in piped if item.gpus_together > 1})
     for width in widths:
         wide = [item for item in plan.deployments if item.gpus_together >= width]
         pieces = sum(item.min_replicas * item.pipeline_parallel for item in wide)
-        places = sum(int(node.gpus // width) for node in supply.nodes)
+        places = _places(supply.nodes, width)
         if plan.min_gpus <= supply.gpus and places and pieces > places:
             yield (
                 f"{pieces} times {width:g} GPUs on one node are wanted, {supply.source} has room for {places} "
-                f"({_nodes(supply.nodes)}): Ray would spread a replica over nodes, which is slow"
+                f"({_nodes(supply.nodes)}): Ray would spread a stage of a pipeline over nodes, which is slow"
             )
 
 

@@ -29,9 +29,9 @@ class Deployment:
     gpus: float
     """Per replica; 0: it runs on the CPU."""
     tensor_parallel: int
-    """GPUs of one replica that must be on one node; Ray's PACK puts them there where it can."""
+    """GPUs of one replica that compute every layer together."""
     pipeline_parallel: int
-    """Groups of these in one replica; they may be on several nodes."""
+    """Groups of these in one replica; they may be on several nodes, and Ray keeps a group together only where it can."""
     accelerator_type: str | None
     """Kind of GPU that it must have, as Ray names it."""
 
@@ -49,6 +49,11 @@ class Deployment:
     def gpus_together(self) -> float:
         """GPUs that one node must have."""
         return min(self.gpus, self.tensor_parallel) if self.engine == "vllm" else self.gpus
+
+    @property
+    def is_on_one_node(self) -> bool:
+        """Whether Ray starts a replica only where one node has all of its GPUs free."""
+        return self.pipeline_parallel == 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

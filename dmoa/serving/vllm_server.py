@@ -15,7 +15,7 @@ from ray.serve.llm import LLMConfig, LLMServer
 
 from dmoa.agents.vllm_args import cpu_environment, engine_args, local_source, remote_source, vllm_options
 from dmoa.agents.vllm_local import engine_over
-from dmoa.config import AgentConfig, Config
+from dmoa.config import AgentConfig, Config, LlmConfig, VllmOptions
 from dmoa.serving.agents import Answers, hosted_agents
 
 
@@ -65,10 +65,23 @@ def llm_config(
         model_loading_config=loading,
         engine_kwargs=engine_args(part, given, _adapters(hosted)),
         accelerator_type=given.accelerator_type,
-        placement_group_config={"bundles": [{"CPU": 1}] * given.num_workers} if on_cpu else None,
+        placement_group_config=_placement_group(part, given),
         runtime_env={"env_vars": cpu_environment(given)} if on_cpu else None,
         deployment_config={**deployment, "ray_actor_options": {"num_cpus": 0}},
     )
+
+
+def _placement_group(part: LlmConfig, given: VllmOptions) -> dict[str, Any] | None:
+    """Return how a replica's devices are placed, None for ray.serve.llm's own way: one bundle a GPU, packed where it can be.
+
+    A tensor-parallel group computes every layer together: its GPUs are on one node, or the replica waits for them. Stages of a
+    pipeline may be on several nodes, and vLLM takes no bundle of more than one GPU: there Ray packs and promises nothing.
+    """
+    if part.gpus == 0:
+        return {"bundles": [{"CPU": 1}] * given.num_workers}
+    if given.tensor_parallel_size > 1 and given.pipeline_parallel_size == 1:
+        return {"bundle_per_worker": {"GPU": 1}, "strategy": "STRICT_PACK"}
+    return None
 
 
 def _adapters(hosted: Sequence[AgentConfig]) -> list[str]:

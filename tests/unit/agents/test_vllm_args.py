@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from dmoa.agents.vllm_args import cpu_environment, engine_args, local_source, remote_source, vllm_options
 from dmoa.config import LlmConfig, VllmOptions
@@ -63,6 +64,13 @@ def test_a_batch_takes_all_adapters_unless_told_otherwise(gpus: int, max_loras: 
 def test_listed_entropies_need_no_processor() -> None:
     found = started(engine_kwargs={"entropy": "listed"})
     assert not {"logits_processors", "worker_extension_cls"} & set(found)
+
+
+def test_sleep_is_passed_on_and_refused_without_a_gpu() -> None:
+    assert "enable_sleep_mode" not in started()
+    assert started(engine_kwargs={"enable_sleep_mode": True})["enable_sleep_mode"] is True
+    with pytest.raises(ValidationError, match=r"enable_sleep_mode: value seen: true with gpus 0; .* leave it out, or set gpus"):
+        llm(gpus=0, engine_kwargs={"enable_sleep_mode": True})
 
 
 def test_sources() -> None:

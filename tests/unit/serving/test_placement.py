@@ -146,10 +146,37 @@ def test_stages_of_a_pipeline_may_be_on_several_nodes() -> None:
     assert judged(config, node("a", 2), node("b", 2)).faults == ()
 
 
-def test_gpus_in_pieces_that_are_too_small_are_a_note() -> None:
-    found = judged(pool(3, llm={"gpus": 2}, tensor_parallel_size=2), node("a", 3), node("b", 3))
+def test_gpus_in_pieces_that_are_too_small() -> None:
+    config = pool(3, llm={"gpus": 2}, tensor_parallel_size=2)
+    found = judged(config, node("a", 3), node("b", 3))
+    (fault,) = found.faults
+    assert fault.startswith("llms.big.gpus: value seen: 3 replicas at min_replicas with 2 GPUs or more, each on one node;")
+    assert "allowed are 2: the test has room for so many (a 3, b 3); lower min_replicas" in fault
+    assert found.notes == ()
+    assert judged(config, node("a", 3), node("b", 4)).faults == ()
+
+
+def test_gpus_of_a_kind_in_pieces_that_are_too_small() -> None:
+    config = pool(llm={"gpus": 4}, tensor_parallel_size=4, accelerator_type="H100")
+    assert judged(config, node("a", 4), node("b", 8, "L4")).faults == ()
+    two = pool(2, llm={"gpus": 2}, tensor_parallel_size=2, accelerator_type="H100")
+    (fault,) = judged(two, node("a", 3), node("b", 1), node("c", 8, "L4")).faults
+    assert "allowed are 1: the test has room for so many of kind H100 (a 3, b 1);" in fault
+
+
+def test_stages_in_pieces_that_are_too_small_are_a_note() -> None:
+    config = pool(llm={"gpus": 6}, tensor_parallel_size=2, pipeline_parallel_size=3)
+    found = judged(config, node("a", 3), node("b", 3))
     assert found.faults == ()
     assert "3 times 2 GPUs on one node are wanted, the test has room for 2" in found.notes[0]
+    assert "Ray would spread a stage of a pipeline over nodes" in found.notes[0]
+
+
+def test_a_tensor_parallel_replica_is_on_one_node_and_a_pipeline_need_not_be() -> None:
+    changes = [{"gpus": 2}, {"gpus": 4}]
+    options = [{"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}]
+    plans = [plan_of(pool(llm=llm, **kwargs)) for llm, kwargs in zip(changes, options, strict=True)]
+    assert [plan.deployments[0].is_on_one_node for plan in plans] == [True, False]
 
 
 def test_weights_that_do_not_fit() -> None:

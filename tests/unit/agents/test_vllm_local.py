@@ -1,0 +1,91 @@
+"""In which environment each vLLM beside one process starts. A recorder stands in for vLLM, which need not be installed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from dmoa.agents import gpu_slices, pool, transformers_engine, vllm_local
+from dmoa.agents.pool import build_local
+from dmoa.config import Config
+from dmoa.errors import ConfigError
+
+GPU_NAMES = ("CUDA_VISIBLE_DEVICES", "VLLM_WORKER_MULTIPROC_METHOD")
+CPU_NAMES = ("OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE")
+
+
+class Recorder:
+    """Stands in for engines; keeps what each was started with."""
+
+    def __init__(self) -> None:
+        self.args: list[dict[str, Any]] = []
+        self.environments: list[dict[str, str]] = []
+        self.gpus: list[int | None] = []
+        self.fails = False
+
+    def start(self, args: dict[str, Any]) -> str:
+        self.args.append(dict(args))
+        self.environments.append(dict(os.environ))
+        if self.fails:
+            raise RuntimeError("no memory")
+        return "client"
+
+    def seen(self, *names: str) -> list[tuple[str | None, ...]]:
+        return [tuple(found.get(name) for name in names) for found in self.environments]
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    found = Recorder()
+    monkeypatch.setattr(pool, "check_vllm", lambda config: None)
+    monkeypatch.setattr(vllm_local, "_start", found.start)
+    monkeypatch.setattr(vllm_local, "engine_over", lambda client, *_: client)
+    monkeypatch.setattr(gpu_slices, "visible_gpus", lambda: ("4", "5", "7", "GPU-8a"))
+    monkeypatch.setattr(pool, "build_agents", lambda *_: {})
+    monkeypatch.setattr(transformers_engine, "TransformersEngine", lambda *_, gpu, **__: found.gpus.append(gpu))
+    for name in (*GPU_NAMES, *CPU_NAMES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    return found
+
+
+def of(**llms: dict[str, Any]) -> Config:
+    parts = {name: {"model": "hub:org/model@abc", "engine": "vllm"} | part for name, part in llms.items()}
+    agents = [{"name": f"on-{name}", "llm": name, "profile": "Works."} for name in llms]
+    return Config.model_validate({"name": "p", "llms": parts, "agents": agents})
+
+
+def test_every_engine_sees_its_own_gpus_alone(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7,GPU-8a")
+    wide = {"gpus": 2, "engine_kwargs": {"tensor_parallel_size": 2}}
+    share = {"engine": "transformers", "gpus": 0.5}
+    build_local(of(one={"gpus": 1}, wide=wide, small=share, other=share))
+    assert recorder.seen(*GPU_NAMES) == [("4", "spawn"), ("5,7", "spawn")]
+    assert recorder.gpus == [3, 3]
+    assert [args.get("distributed_executor_backend") for args in recorder.args] == [None, "mp"]
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")) == ("4,5,7,GPU-8a", None)
+
+
+def test_more_gpus_than_visible_are_refused_before_any_engine_starts(recorder: Recorder) -> None:
+    with pytest.raises(ConfigError, match=r"^llms\.a\.gpus and of b: value seen: 5 .* \(a 1, b 4\); allowed are the 4 "):
+        build_local(of(a={"gpus": 1}, b={"gpus": 4, "engine_kwargs": {"tensor_parallel_size": 4}}))
+    assert recorder.args == []
+
+
+def test_every_engine_on_the_cpu_has_its_own_threads_and_room(recorder: Recorder) -> None:
+    first, second = ({"engine_kwargs": {"threads": n, "cpu_kv_cache_gib": 2 * n}} for n in (1, 3))
+    build_local(of(first=first, second=second))
+    assert recorder.seen(*CPU_NAMES) == [("1", "2"), ("3", "6")]
+    assert [name for name in CPU_NAMES if name in os.environ] == []
+
+
+def test_the_environment_is_as_before_also_after_a_start_that_failed(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    recorder.fails = True
+    with pytest.raises(RuntimeError, match="no memory"):
+        build_local(of(only={"engine_kwargs": {"threads": 2}}))
+    assert recorder.seen("OMP_NUM_THREADS") == [("2",)]
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
