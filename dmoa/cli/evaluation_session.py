@@ -220,9 +220,9 @@ def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptio
     """Log the result to the tracker: offline without a key, and never so that a run fails or waits for it."""
     from dmoa import tracking
 
-    run_id = folder.root.name
+    name = folder.root.name
     config = evaluation.config.model_dump(mode="json")
-    tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=run_id, run_id=None, config=config)
+    tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=name, config=config)
     rows = [row.model_dump(mode="json") for row in evaluation.rows]
     if rows:
         tracker.table("evaluation", list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])

@@ -117,7 +117,7 @@ def track(manifest: Manifest, folder: RolloutFolder, options: RolloutOptions) ->
 
     name = folder.root.name
     config = manifest.model_dump(mode="json")
-    tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=name, run_id=None, config=config)
+    tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=name, config=config)
     tracker.log({f"rollouts/{key}": value for key, value in manifest.counts.model_dump().items()}, step=manifest.round)
     tracker.artifact(folder.parts, f"rollouts-{name}", "rollouts")
     tracker.finish()

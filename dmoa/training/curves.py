@@ -1,13 +1,13 @@
 """Follows a training from outside: its epochs go to the screen and to the tracker as the workers keep them.
 
 The workers write one file per epoch (`training/run_state`) and nothing else; this reads how far they are. A run that goes on
-logs what its tracker has not got yet, under the name of its folder, so that it joins its own run.
+logs what its tracker has not got yet, under the id that is kept in its folder, so that it joins its own run and no other's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,13 +27,13 @@ _REMOTE_POLL_S = 5.0
 class Curves:
     """The tracker of a training, and the thread that feeds it."""
 
-    def __init__(self, options: TrainOptions, config: Mapping[str, Any]) -> None:
-        """Begin to log the run in `options.out`, or go on with it."""
+    def __init__(self, options: TrainOptions, pool: str, identity: Mapping[str, Any]) -> None:
+        """Begin to log the run in `options.out`, or go on with it; `identity`: of the training."""
         out = options.out.absolute()
+        settings = {"pool_name": pool, **identity}
+        of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._tracker = open_tracker(options.track, run_dir=out, name=out.name or "train", of=of, config=settings)
         self._logged = _logged_epochs(out / "metrics.jsonl")
-        name = re.sub(r"[^A-Za-z0-9._-]", "-", out.name) or "train"
-        settings = {"options": options.model_dump(mode="json"), **config}
-        self._tracker = open_tracker(options.track, run_dir=out, name=name, run_id=name, config=settings)
 
     @contextmanager
     def follow(self, store: StateStore, watch: Callable[[EpochRecord], None]) -> Iterator[None]:

@@ -114,7 +114,7 @@ def run_training(options: TrainOptions, config: Config, around: Surroundings) ->
             )
         workers, note = _choose(material.job)
         around.say(f"{workers} worker{'s' if workers > 1 else ''}: {note}" if workers else note)
-        curves = Curves(options, {"pool": config.name, **material.job.identity})
+        curves = Curves(options, config.name, material.job.identity)
         try:
             with curves.follow(store, lambda epoch: around.watch(epoch, options.epochs)):
                 if before is None or before.ended is None:

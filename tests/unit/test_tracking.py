@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dmoa.tracking import open_tracker
+from dmoa.tracking import keep_run_id, open_tracker
 
 SECRET = "hunter2-do-not-show"
 
@@ -127,6 +127,33 @@ def test_a_run_that_goes_on_keeps_its_id(tmp_path: Path) -> None:
     chosen = open_tracker("jsonl", run_dir=tmp_path, name="x", run_id="mine")
     chosen.finish()
     assert chosen.run_id == "mine"
+
+
+def test_folders_of_one_name_hold_runs_of_their_own(tmp_path: Path) -> None:
+    ids = []
+    for place in ("round-0", "round-1", "round-0"):
+        tracker = open_tracker("jsonl", run_dir=tmp_path / place / "gate", name="gate", of=place)
+        tracker.finish()
+        ids.append(tracker.run_id)
+    assert ids[0] == ids[2] != ids[1]
+
+
+def test_a_run_of_something_else_in_the_same_folder_gets_an_id_of_its_own(tmp_path: Path) -> None:
+    first = open_tracker("jsonl", run_dir=tmp_path, name="x", of="these settings")
+    first.log({"loss": 2.0}, step=1)
+    first.finish()
+    second = open_tracker("jsonl", run_dir=tmp_path, name="x", of="those settings")
+    second.log({"loss": 1.0}, step=1)
+    second.finish()
+    assert first.run_id != second.run_id == keep_run_id(tmp_path) == keep_run_id(tmp_path, of="those settings")
+    assert [line["metrics"]["loss"] for line in lines_of(tmp_path)] == [1.0]
+    assert '"loss": 2.0' in (tmp_path / f"metrics-{first.run_id}.jsonl").read_text()
+
+
+def test_an_id_that_was_kept_before_is_still_the_runs(tmp_path: Path) -> None:
+    (tmp_path / "tracking.json").write_text('{"run_id": "earlier"}')
+    assert keep_run_id(tmp_path, of="settings") == "earlier"
+    assert keep_run_id(tmp_path, of="others") != "earlier"
 
 
 # W&B
