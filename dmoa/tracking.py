@@ -54,7 +54,10 @@ class Tracker(Protocol):
         ...
 
     def artifact(self, path: Path, name: str, kind: str, role: Role = "output") -> None:
-        """Log a file or a folder under a name and a kind, such as `checkpoint`: made by the run, or what it was made from."""
+        """Log a file or a folder under a name and a kind, such as `checkpoint`: made by the run, or what it was made from.
+
+        An input with the name, kind and content of another run's output is that very artifact: W&B links the two runs.
+        """
         ...
 
     def finish(self) -> None:
@@ -373,7 +376,9 @@ def _apply(run: Any, message: dict[str, Any]) -> None:
         case "artifact":
             artifact = wandb.Artifact(message["name"], type=message["kind"], metadata={"role": message["role"]})
             path = Path(message["path"])
-            artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
+            # Inputs lie where they are and stay as they are; a copy of all rollouts beside every training would be waste.
+            policy: Literal["immutable", "mutable"] = "immutable" if message["role"] == "input" else "mutable"
+            artifact.add_dir(str(path), policy=policy) if path.is_dir() else artifact.add_file(str(path), policy=policy)
             # wandb 0.31 takes inputs online alone; offline the role in the metadata is what tells them apart.
             if message["role"] == "input" and not run.offline:
                 run.use_artifact(artifact)

@@ -8,6 +8,7 @@ rollouts/*.parquet       one row per agent and step, in parts that are written w
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,12 @@ class RolloutFolder:
     def parts(self) -> Path:
         """Folder of the Parquet files."""
         return self.root / "rollouts"
+
+    @property
+    def artifact(self) -> str:
+        """Name under which runs log the folder of the Parquet files: the collection, and the trainings that read it."""
+        name = self.root.resolve().name
+        return f"rollouts-{re.sub(r'[^A-Za-z0-9._-]', '-', name)}"[:128]
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from dmoa import tracking
 from dmoa.tracking import keep_run_id, open_tracker
 
 SECRET = "hunter2-do-not-show"
@@ -183,6 +184,40 @@ def test_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert SECRET.encode() not in everything_under(tmp_path)
     assert caplog.text == ""
     assert len(lines_of(tmp_path)) == 7
+
+
+class OnlineRun:
+    """Stands for a W&B run that is online: keeps the artifacts that it is given."""
+
+    offline = False
+
+    def __init__(self) -> None:
+        self.logged: list[Any] = []
+        self.used: list[Any] = []
+
+    def log_artifact(self, artifact: Any) -> None:
+        self.logged.append(artifact)
+
+    def use_artifact(self, artifact: Any) -> None:
+        self.used.append(artifact)
+
+
+def test_an_input_is_the_very_artifact_that_was_an_output(tmp_path: Path) -> None:
+    """W&B tells artifacts by name and digest; the input is not copied, and more content is another version."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "part-0.parquet").write_bytes(b"rows")
+    message = {"op": "artifact", "path": str(tmp_path / "rows"), "name": "rollouts-x", "kind": "rollouts"}
+    maker, taker, later = OnlineRun(), OnlineRun(), OnlineRun()
+    tracking._apply(maker, message | {"role": "output"})
+    tracking._apply(taker, message | {"role": "input"})
+    (tmp_path / "rows" / "part-1.parquet").write_bytes(b"more")
+    tracking._apply(later, message | {"role": "input"})
+    ((made,), (used,), (other,)) = maker.logged, taker.used, later.used
+    assert (maker.used, taker.logged) == ([], [])
+    assert (used.name, used.type, used.digest) == (made.name, made.type, made.digest)
+    assert other.digest != made.digest
+    (entry,) = used.manifest.entries.values()
+    assert entry.local_path == str(tmp_path / "rows" / "part-0.parquet")
 
 
 def test_a_resumed_run_has_the_same_id_in_wandb(tmp_path: Path) -> None:

@@ -231,27 +231,6 @@ def test_a_stopped_training_goes_on_and_ends_as_if_unbroken(
     assert sorted(line["step"] for line in lines if line["op"] == "log" and line["step"]) == list(range(1, 8))
 
 
-def test_a_training_joins_its_own_run_and_no_other(rollouts: Path, config: Config, tmp_path: Path) -> None:
-    """Every round of `jobs/train_rounds.py` lies in a folder of the same name; a state elsewhere may begin anew in one folder."""
-
-    def run_id(folder: Path) -> str:
-        return str(json.loads((folder / "tracking.json").read_text())["run_id"])
-
-    first, second = tmp_path / "round-0" / "gate", tmp_path / "round-1" / "gate"
-    train(first, rollouts, config, epochs=2)
-    train(second, rollouts, config, epochs=2)
-    begun = run_id(first)
-    assert "gate" not in (begun, run_id(second))
-    assert begun != run_id(second)
-    train(first, rollouts, config, epochs=2)
-    assert run_id(first) == begun
-    shutil.rmtree(first / "state")
-    train(first, rollouts, config, epochs=2, lr=2e-3)
-    assert run_id(first) != begun
-    lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["op"] == "log" and line["step"]] == [1, 2]
-
-
 class CountingStore(StateStore):
     """Notes after which epochs a state was kept."""
 
