@@ -101,6 +101,11 @@ def _fields(gate: Gate, *, is_trained: bool) -> dict[str, Any]:
     }
 
 
+def artifact_name(version: str) -> str:
+    """Return the name under which runs log the folder of a checkpoint: the one that made it, and those that begin with it."""
+    return f"gate-{version}"
+
+
 def save(folder: str | Path, gate: Gate, record: Checkpoint) -> Path:
     """Write a checkpoint folder whole, then rename it into place; an existing one is replaced. Returns the folder."""
     target = Path(folder)

@@ -54,7 +54,10 @@ class Tracker(Protocol):
         ...
 
     def artifact(self, path: Path, name: str, kind: str, role: Role = "output") -> None:
-        """Log a file or a folder under a name and a kind, such as `checkpoint`: made by the run, or what it was made from."""
+        """Log a file or a folder under a name and a kind, such as `checkpoint`: made by the run, or what it was made from.
+
+        An input with the name, kind and content of another run's output is that very artifact: W&B links the two runs.
+        """
         ...
 
     def finish(self) -> None:
@@ -69,6 +72,7 @@ def open_tracker(
     project: str = "dmoa",
     name: str,
     run_id: str | None = None,
+    of: str = "",
     config: Mapping[str, Any] | None = None,
     finish_timeout_s: float = FINISH_TIMEOUT_S,
     init_timeout_s: float = INIT_TIMEOUT_S,
@@ -77,11 +81,11 @@ def open_tracker(
 
     `auto` and `wandb`: JSON lines and W&B, online where WANDB_API_KEY or WANDB_MODE is set, else offline under
     `run_dir`/wandb; `auto` keeps quiet about a W&B that cannot run. `jsonl`: `run_dir`/metrics.jsonl alone. `none`: nothing.
-    `run_id` None: the id kept in `run_dir`/tracking.json, or a new one that is kept there.
+    `run_id` and `of`: as in `keep_run_id`.
     """
     if mode == "none":
         return _Nothing(run_id or "")
-    identity = _run_id(run_dir, run_id)
+    identity = keep_run_id(run_dir, run_id, of)
     sinks: list[_Sink] = [_JsonLines(run_dir / "metrics.jsonl")]
     if mode != "jsonl":
         begin = {"project": project, "name": name, "run_id": identity, "dir": str(run_dir), "init_timeout_s": init_timeout_s}
@@ -92,16 +96,24 @@ def open_tracker(
     return tracker
 
 
-def _run_id(run_dir: Path, run_id: str | None) -> str:
-    """Return the id of the run in a folder, keeping it there."""
-    path = run_dir / "tracking.json"
-    if run_id is None:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
-    identity = run_id or uuid.uuid4().hex[:16]
+def keep_run_id(run_dir: Path, run_id: str | None = None, of: str = "") -> str:
+    """Return the id of the run in a folder, kept in `run_dir`/tracking.json: `run_id`, else the one there, else a new one.
+
+    `of` says what the run is a run of, such as a hash of its settings. Where the folder holds a run of something else, this
+    one gets an id of its own, and the other's metrics.jsonl is set aside as metrics-ID.jsonl.
+    """
+    path, kept = run_dir / "tracking.json", dict[str, str]()
+    with suppress(OSError, ValueError, TypeError):
+        kept = {str(key): str(value) for key, value in dict(json.loads(path.read_text(encoding="utf-8"))).items()}
+    is_other = bool(of) and kept.get("of", of) != of
+    identity = run_id or (None if is_other else kept.get("run_id")) or uuid.uuid4().hex[:16]
+    now = {"run_id": identity} | ({"of": of} if of else {name: kept[name] for name in kept if name == "of"})
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"run_id": identity}) + "\n", encoding="utf-8")
+        if is_other and (run_dir / "metrics.jsonl").exists():
+            (run_dir / "metrics.jsonl").replace(run_dir / f"metrics-{kept.get('run_id', 'before')}.jsonl")
+        if now != kept:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(now) + "\n", encoding="utf-8")
     except OSError as error:
         _LOG.warning("tracking: cannot keep the run's id in %s: %s", path, error)
     return identity
@@ -364,7 +376,9 @@ def _apply(run: Any, message: dict[str, Any]) -> None:
         case "artifact":
             artifact = wandb.Artifact(message["name"], type=message["kind"], metadata={"role": message["role"]})
             path = Path(message["path"])
-            artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
+            # Inputs lie where they are and stay as they are; a copy of all rollouts beside every training would be waste.
+            policy: Literal["immutable", "mutable"] = "immutable" if message["role"] == "input" else "mutable"
+            artifact.add_dir(str(path), policy=policy) if path.is_dir() else artifact.add_file(str(path), policy=policy)
             # wandb 0.31 takes inputs online alone; offline the role in the metadata is what tells them apart.
             if message["role"] == "input" and not run.offline:
                 run.use_artifact(artifact)

@@ -18,16 +18,16 @@ from dmoa import checkpoint
 from dmoa.checkpoint import Checkpoint
 from dmoa.cli.rollout_queries import read_labels
 from dmoa.core.gate import Gate
-from dmoa.core.scores import scores
 from dmoa.evaluation.matrix import AnswerMatrix
 from dmoa.evaluation.matrix_routers import gate_choices
 from dmoa.evaluation.records import Reply
 from dmoa.evaluation.suites.table import SUITES
 from dmoa.training.ablations import train_ablation, write_changed
-from dmoa.training.clusters import ClusterRouter, fit_clusters
+from dmoa.training.clusters import ClusterRouter
 from dmoa.training.options import parse_options
 from dmoa.training.probe import probe
 from dmoa.training.probe_sample import sample_of
+from dmoa.training.rival import fit_rival
 from dmoa.training.rollouts import read_table
 from dmoa.training.trainer import Surroundings, run_training
 
@@ -68,22 +68,7 @@ def gates(study: Study, name: str, settings: Mapping[str, Any], ablation: str = 
 
 def clusters(source: Path, name: str, seed: int) -> ClusterRouter:
     """Fit k-means + surest agent on rollouts, by the raw scores that a gate is trained on: cut replies are the least sure."""
-    table, agents = read_table(source), pool(name).agent_names
-    sample = sample_of(table, agents, "default")
-    cells: dict[str, dict[str, tuple[float, int, bool]]] = {}
-    for row in table.to_pylist():
-        if row["step"] == 0:
-            tokens = row["entropy_tokens"] if row["status"] == "ok" else 0
-            cells.setdefault(row["query_id"], {})[row["agent"]] = (
-                row["entropy_sum_nats"],
-                tokens,
-                row["finish_reason"] == "length",
-            )
-    # The sample's rows: queries that all agents were asked, in the order of the table.
-    rows = [[cell[name] for name in agents] for cell in cells.values() if all(name in cell for name in agents)]
-    sum_RA, tokens_RA, cut_RA = np.moveaxis(np.array(rows, dtype=np.float64), 2, 0)
-    score_RA = scores(sum_RA, tokens_RA, None, cut_RA > 0)
-    return fit_clusters(sample.embedding_RD, score_RA, num_clusters=CLUSTERS, seed=seed)
+    return fit_rival(read_table(source), pool(name).agent_names, "default", num_clusters=CLUSTERS, seed=seed)
 
 
 def material(

@@ -56,14 +56,18 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
 
 
 def train_all(rollouts: Path, out: Path, config: Config, common: Common, seed: int) -> dict[str, Path]:
-    """Train every ablation in process, or take those that are there; returns their checkpoints by name."""
-    from dmoa.training.ablations import ABLATIONS, train_ablation
+    """Train every ablation that the pool allows in process, or take those that are there; returns their checkpoints by name."""
+    from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
     from dmoa.training.trainer import Surroundings
 
     around = Surroundings(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
     found: dict[str, Path] = {}
-    for number, (name, ablation) in enumerate(ABLATIONS.items(), 1):
-        common.say(f"training {number} of {len(ABLATIONS)}: {name} ({ablation.summary})")
+    skipped = left_out(config)
+    if skipped:
+        common.say(f"left out: {'; '.join(f'{name} ({why})' for name, why in skipped.items())}")
+    names = [name for name in ABLATIONS if name not in skipped]
+    for number, name in enumerate(names, 1):
+        common.say(f"training {number} of {len(names)}: {name} ({ABLATIONS[name].summary})")
         found[name] = train_ablation(name, rollouts, out, config, around, {"seed": seed})
     return found
 
@@ -73,14 +77,11 @@ def cluster_choices(
 ) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
     """Return whom k-means over embeddings + the surest agent of each cluster, fitted on the rollouts, would ask."""
     from dmoa.agents.pool import build_encoder
-    from dmoa.core.scores import SCORE_OFFSET_NATS
-    from dmoa.training.clusters import fit_clusters
-    from dmoa.training.probe_sample import sample_of
+    from dmoa.training.rival import fit_rival
     from dmoa.training.rollouts import read_manifest, read_table
 
-    sample = sample_of(read_table(rollouts), config.agent_names, read_manifest(rollouts).preset)
-    score_RA = np.log(sample.entropy_RA + SCORE_OFFSET_NATS)
-    router = fit_clusters(sample.embedding_RD, score_RA, num_clusters=_CLUSTERS, seed=seed)
+    preset = read_manifest(rollouts).preset
+    router = fit_rival(read_table(rollouts), config.agent_names, preset, num_clusters=_CLUSTERS, seed=seed)
     encoder = build_encoder(config)
     texts = {name: [task.text for task in folder.read_tasks(name)] for name in benchmarks}
     return {name: router.rank(np.stack(list(asyncio.run(encoder.embed(those)))))[:, 0] for name, those in texts.items()}
@@ -114,7 +115,8 @@ def print_table(evaluation: Evaluation) -> None:
         )
     console.print(table)
     for name, ablation in ABLATIONS.items():
-        console.print(f"dmoa:{name}: {ablation.summary}", soft_wrap=True)
+        if f"dmoa:{name}" in evaluation.config.policies:
+            console.print(f"dmoa:{name}: {ablation.summary}", soft_wrap=True)
     console.print(f"{KMEANS}: k-means over embeddings, the surest agent of the cluster; oracle: knows the labels", soft_wrap=True)
     console.print("paired tests of every two policies on every benchmark are in the report and in --json", soft_wrap=True)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from dmoa.cli.evaluation_screen import Bars, print_result
 from dmoa.cli.local import fetch_models
 from dmoa.config import Config, is_name
 from dmoa.dataflow.room import FILL
-from dmoa.errors import ConfigError, RequestError
+from dmoa.errors import CheckpointError, ConfigError, RequestError
 from dmoa.evaluation.answering import Asking, split_policy
 from dmoa.evaluation.options import EvaluateOptions
 from dmoa.evaluation.registry import expand_names
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dmoa.evaluation.pipeline import Workers
     from dmoa.evaluation.results import Evaluation, PoolInfo
     from dmoa.evaluation.run import Session
+    from dmoa.tracking import Tracker
 
 _REMOTE_PLACES = 32
 """Queries under way at a server whose room is not known."""
@@ -221,9 +222,9 @@ def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptio
     """Log the result to the tracker: offline without a key, and never so that a run fails or waits for it."""
     from dmoa import tracking
 
-    run_id = folder.root.name
+    name = folder.root.name
     config = evaluation.config.model_dump(mode="json")
-    tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=run_id, run_id=None, config=config)
+    tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=name, config=config)
     rows = [row.model_dump(mode="json") for row in evaluation.rows]
     if rows:
         tracker.table("evaluation", list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
@@ -231,7 +232,20 @@ def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptio
     if paired:
         tracker.table("paired", list(paired[0]), [[_cell(value) for value in row.values()] for row in paired])
     tracker.log({f"{row.benchmark}/{row.policy}/accuracy": row.accuracy for row in evaluation.rows}, step=None)
+    pool_gate = evaluation.config.pool.config.get("gate", {}).get("checkpoint") if "dmoa" in options.policies else None
+    log_gates(tracker, [pool_gate, *options.gates.values()])
     tracker.finish()
+
+
+def log_gates(tracker: Tracker, folders: Sequence[str | Path | None]) -> None:
+    """Log the checkpoints that a run was made with as its inputs; None and folders that cannot be read any more are left out."""
+    from dmoa import checkpoint
+
+    for folder in folders:
+        with suppress(CheckpointError):
+            if folder is not None:
+                name = checkpoint.artifact_name(checkpoint.load(folder)[1].version)
+                tracker.artifact(Path(folder), name, "checkpoint", role="input")
 
 
 def _cell(value: object) -> object:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dmoa import __version__
 from dmoa.cli.evaluation_screen import Bars
-from dmoa.cli.evaluation_session import opened_ray
+from dmoa.cli.evaluation_session import log_gates, opened_ray
 from dmoa.cli.local import fetch_models
 from dmoa.cli.rollout_queries import check_names, prepare
 from dmoa.config import Config
@@ -118,7 +118,8 @@ def track(manifest: Manifest, folder: RolloutFolder, options: RolloutOptions) ->
 
     name = folder.root.name
     config = manifest.model_dump(mode="json")
-    tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=name, run_id=None, config=config)
+    tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=name, config=config)
     tracker.log({f"rollouts/{key}": value for key, value in manifest.counts.model_dump().items()}, step=manifest.round)
-    tracker.artifact(folder.parts, f"rollouts-{name}", "rollouts")
+    tracker.artifact(folder.parts, folder.artifact, "rollouts")
+    log_gates(tracker, [manifest.config.get("gate", {}).get("checkpoint")])
     tracker.finish()

@@ -84,16 +84,19 @@ def reply_weights(tokens_SA: Numbers, propensity_SA: Numbers) -> Array:
     return weight_SA
 
 
-def reply_noise(sum_SA: Numbers, sq_sum_SA: Numbers, tokens_SA: Numbers) -> Array:
+def reply_noise(sum_SA: Numbers, sq_sum_SA: Numbers, tokens_SA: Numbers, slack_SA: Numbers | None = None) -> Array:
     """Return the variance of every reply's score [.., A]: v / n of its mean entropy PE, over (PE + 1e-3)^2; 0 without tokens.
 
     Scores are logarithms, so the noise of a mean entropy reaches them divided by it (delta method). v is the population
-    variance of the token entropies, from their sum and sum of squares. Source: ours.
+    variance of the token entropies, from their sum and sum of squares. `slack_SA`: how far a truncated sum may lie off, in
+    nats; its mean counts as one standard deviation more, infinite where the slack is. Zeros change no bit. Source: ours.
     """
     tokens = np.maximum(np.asarray(tokens_SA, dtype=np.float64), 1.0)
     mean = np.asarray(sum_SA, dtype=np.float64) / tokens
     variance = np.maximum(np.asarray(sq_sum_SA, dtype=np.float64) / tokens - mean * mean, 0.0)
     noise_SA: Array = variance / tokens / (mean + SCORE_OFFSET_NATS) ** 2
+    if slack_SA is not None:
+        noise_SA += (np.asarray(slack_SA, dtype=np.float64) / tokens / (mean + SCORE_OFFSET_NATS)) ** 2
     return noise_SA
 
 

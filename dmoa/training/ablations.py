@@ -50,6 +50,8 @@ class Ablation:
     """The preset that the gate is trained in; None: the pool's."""
     is_blind: bool = False
     """Whether the trained gate's weights on the summary are set to zero."""
+    not_in_paper: str = ""
+    """Why it is left out where the pool's gate has the `paper` preset; empty: it is not."""
 
 
 def without_summary(rollouts: pa.Table, seed: int) -> pa.Table:
@@ -79,7 +81,12 @@ ABLATIONS: dict[str, Ablation] = {
     "no-memory": Ablation(summary="hidden state reset at every step", options={"core": "reset"}),
     "linear": Ablation(summary="linear router, no hidden layer", options={"core": "linear"}),
     "mlp": Ablation(summary="one hidden layer, no memory", options={"core": "mlp"}),
-    "no-summary": Ablation(summary="the gate never reads the summary", rows=without_summary, is_blind=True),
+    "no-summary": Ablation(
+        summary="the gate never reads the summary",
+        rows=without_summary,
+        is_blind=True,
+        not_in_paper="gate.preset paper embeds query and summary together",
+    ),
     "hard": Ablation(summary="the paper's hard pairwise loss", options={"loss": "hard"}),
     "hinge": Ablation(summary="hinge loss", options={"loss": "hinge"}),
     "listnet": Ablation(summary="ListNet loss", options={"loss": "listnet"}),
@@ -91,6 +98,7 @@ ABLATIONS: dict[str, Ablation] = {
         rows=as_paper,
         preset="paper",
         options={"loss": "hard", "score": "raw"},
+        not_in_paper="the pool's gate.preset is paper already",
     ),
     # Controls of the raw score: anchors take off what an agent gives on average, and leave no favourite to find.
     "shuffled-within": Ablation(
@@ -103,14 +111,24 @@ ABLATIONS: dict[str, Ablation] = {
 """By name, in the order of tables."""
 
 
+def left_out(config: Config) -> dict[str, str]:
+    """Return the ablations that do not apply to a pool, each with the reason."""
+    is_paper = config.gate.preset == "paper"
+    return {name: ablation.not_in_paper for name, ablation in ABLATIONS.items() if is_paper and ablation.not_in_paper}
+
+
 def train_ablation(
     name: str, rollouts: Path, out: Path, config: Config, around: Surroundings, options: Mapping[str, Any] | None = None
 ) -> Path:
     """Train one ablation in process, or take the one that is there, and return the folder of its checkpoint.
 
-    `options` change what all ablations have in common, such as the seed. Raises ConfigError, CheckpointError, DmoaError.
+    `options` change what all ablations have in common, such as the seed. Raises ConfigError, for one that does not apply to
+    the pool too, CheckpointError, DmoaError.
     """
     ablation = ABLATIONS[name]
+    if name in left_out(config):
+        allowed = ", ".join(other for other in ABLATIONS if other not in left_out(config))
+        raise ConfigError(f"ablation: value seen: {name!r}; {left_out(config)[name]}; allowed: {allowed}; choose one of them")
     folder, common = out / name, dict(options or {})
     if ablation.preset is not None:
         gate = config.gate.model_copy(update={"preset": ablation.preset, "head": "linear"})
@@ -142,8 +160,6 @@ def _changed(trained: Gate, ablation: Ablation) -> Gate:
     gate = Gate(spec, profile_AD=trained.state_dict().get("profile_AD"))
     gate.load_state_dict(trained.state_dict())
     if ablation.is_blind:
-        if spec.preset == "paper":
-            raise ConfigError("ablation: no-summary needs gate.preset default: paper embeds query and summary together")
         with torch.no_grad():
             gate.weight_ih[:, spec.embedding_dim : 2 * spec.embedding_dim] = 0.0
     return gate

@@ -1,23 +1,25 @@
 """Follows a training from outside: its epochs go to the screen and to the tracker as the workers keep them.
 
 The workers write one file per epoch (`training/run_state`) and nothing else; this reads how far they are. A run that goes on
-logs what its tracker has not got yet, under the name of its folder, so that it joins its own run.
+logs what its tracker has not got yet, under the id that is kept in its folder, so that it joins its own run and no other's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dmoa import checkpoint
 from dmoa.errors import ConfigError
 from dmoa.tracking import open_tracker
 from dmoa.training.export import Trained
 from dmoa.training.options import TrainOptions
+from dmoa.training.rollouts import RolloutFolder
 from dmoa.training.run_state import EpochRecord, StateStore
 
 _POLL_S = 0.25
@@ -27,13 +29,13 @@ _REMOTE_POLL_S = 5.0
 class Curves:
     """The tracker of a training, and the thread that feeds it."""
 
-    def __init__(self, options: TrainOptions, config: Mapping[str, Any]) -> None:
-        """Begin to log the run in `options.out`, or go on with it."""
-        out = options.out.absolute()
+    def __init__(self, options: TrainOptions, pool: str, identity: Mapping[str, Any]) -> None:
+        """Begin to log the run in `options.out`, or go on with it; `identity`: of the training."""
+        self._options, out = options, options.out.absolute()
+        settings = {"pool_name": pool, **identity}
+        of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._tracker = open_tracker(options.track, run_dir=out, name=out.name or "train", of=of, config=settings)
         self._logged = _logged_epochs(out / "metrics.jsonl")
-        name = re.sub(r"[^A-Za-z0-9._-]", "-", out.name) or "train"
-        settings = {"options": options.model_dump(mode="json"), **config}
-        self._tracker = open_tracker(options.track, run_dir=out, name=name, run_id=name, config=settings)
 
     @contextmanager
     def follow(self, store: StateStore, watch: Callable[[EpochRecord], None]) -> Iterator[None]:
@@ -70,13 +72,18 @@ class Curves:
             values = {name: value for name, value in record.model_dump().items() if name != "epoch" and value is not None}
             self._tracker.log(values, step=record.epoch)
 
-    def end(self, trained: Trained, load: Mapping[str, float], checkpoint: Path, manifests: Mapping[str, Path]) -> None:
-        """Log what came of it: metrics, the routing table, the checkpoint, and what the rollouts were."""
+    def end(self, trained: Trained, load: Mapping[str, float], folder: Path, parent: str | None) -> None:
+        """Log what came of it: metrics, the routing table, the checkpoint; and the rollouts and the gate that it came of."""
         self._tracker.log({f"held/{name}": value for name, value in trained.record.metrics.items()})
         self._tracker.table("first_choices", ["agent", "share of held-back steps"], [list(item) for item in load.items()])
-        for name, path in manifests.items():
-            self._tracker.artifact(path, name, "rollouts", role="input")
-        self._tracker.artifact(checkpoint, f"gate-{trained.record.version}", "checkpoint")
+        self._tracker.artifact(folder, checkpoint.artifact_name(trained.record.version), "checkpoint")
+        # After the output: W&B waits for inputs that it does not have yet.
+        options = self._options
+        anchors = [] if options.anchor_rollouts is None else [options.anchor_rollouts]
+        for rollouts in map(RolloutFolder, dict.fromkeys((*options.rollouts, *anchors))):
+            self._tracker.artifact(rollouts.parts, rollouts.artifact, "rollouts", role="input")
+        if options.start_from is not None and parent is not None:
+            self._tracker.artifact(options.start_from, checkpoint.artifact_name(parent), "checkpoint", role="input")
 
     def close(self) -> None:
         """End the logging."""

@@ -10,6 +10,7 @@ Shape letters: Q episodes, N steps of all episodes one after the other, A agents
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ COLUMNS = (
     "entropy_sum_nats",
     "entropy_sq_sum",
     "entropy_tokens",
+    "entropy_kind",
+    "entropy_slack_nats",
     "finish_reason",
     "status",
     "text",
@@ -75,6 +78,8 @@ class Episodes:
     """Entropy sums in nats, 0 where nothing ran."""
     sq_sum_NA: Array
     tokens_NA: Array
+    slack_NA: Array
+    """How far a truncated sum may lie off, in nats: 0 for exact ones, infinite where nobody wrote it down."""
     propensity_NA: Array
     """1 where an agent has no row."""
     probability_NA: Array
@@ -99,6 +104,8 @@ class Episodes:
         found = hashlib.sha256(repr((self.agents, self.key_Q)).encode())
         for name in ("start_Q", "input_NX", "ran_NA", "cut_NA", "sum_NA", "sq_sum_NA", "tokens_NA", "propensity_NA", "reply_NA"):
             found.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        if self.slack_NA.any():  # exact rollouts keep the hash that they had before there was a slack
+            found.update(np.ascontiguousarray(self.slack_NA).tobytes())
         return found.hexdigest()
 
 
@@ -119,7 +126,8 @@ def held_back(episodes: Episodes, share: float) -> BoolArray:
 class _Step(NamedTuple):
     input_X: FloatArray
     rows: dict[str, tuple[float, ...]]
-    """By agent: probability, propensity, sum, sum of squares, tokens, whether it replied, whether it was cut, reply key."""
+    """By agent: probability, propensity, sum, sum of squares, tokens, whether it replied, whether it was cut, reply key,
+    slack."""
 
 
 class EpisodeBuilder:
@@ -141,6 +149,7 @@ class EpisodeBuilder:
         if not table.num_rows:
             return
         columns = {name: table.column(name).to_pylist() for name in COLUMNS if name not in ("context", "feedback", *_NUMBERS)}
+        slack_R = _slack(columns)
         number_RF = np.stack([table.column(name).to_numpy().astype(np.float64) for name in _NUMBERS], axis=1)
         _check_numbers(columns, number_RF)
         keys = [
@@ -156,7 +165,8 @@ class EpisodeBuilder:
         for row, key in enumerate(keys):
             self._num_steps.setdefault(key, columns["num_steps"][row])
             replied = columns["status"][row] == "ok" and number_RF[row, -1] > 0
-            values = (*number_RF[row], replied, columns["finish_reason"][row] == "length", reply_key(columns["text"][row]))
+            is_cut, key_of_text = columns["finish_reason"][row] == "length", reply_key(columns["text"][row])
+            values = (*number_RF[row], replied, is_cut, key_of_text, slack_R[row])
             rows = self._episodes[key][columns["step"][row]].rows
             if columns["agent"][row] in rows:
                 raise ConfigError(
@@ -193,7 +203,7 @@ class EpisodeBuilder:
 
     def _pack(self, keys: tuple[EpisodeKey, ...], steps: list[_Step]) -> Episodes:
         place = {name: a for a, name in enumerate(self._agents)}
-        value_FNA = np.zeros((8, len(steps), len(self._agents)))
+        value_FNA = np.zeros((9, len(steps), len(self._agents)))
         value_FNA[0], value_FNA[1] = np.nan, 1.0
         asked_NA = np.zeros(value_FNA.shape[1:], dtype=np.bool_)
         for n, step in enumerate(steps):
@@ -212,10 +222,27 @@ class EpisodeBuilder:
             sum_NA=np.where(ran_NA, value_FNA[2], 0.0),
             sq_sum_NA=np.where(ran_NA, value_FNA[3], 0.0),
             tokens_NA=np.where(ran_NA, value_FNA[4], 0.0),
+            slack_NA=np.where(ran_NA, value_FNA[8], 0.0),
             propensity_NA=value_FNA[1],
             probability_NA=value_FNA[0],
             reply_NA=np.where(ran_NA, value_FNA[7], 0.0).astype(np.int64),  # 32 bits: whole in a float64
         )
+
+
+def _slack(columns: Mapping[str, list[Any]]) -> list[float]:
+    """Return how far each row's entropy sum may lie off. Raises ConfigError for a slack below 0."""
+    slack_R = columns["entropy_slack_nats"]
+    for row, (kind, slack) in enumerate(zip(columns["entropy_kind"], slack_R, strict=True)):
+        if slack < 0:
+            raise ConfigError(
+                f"rollouts: query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}: entropy_slack_nats: value seen: "
+                f"{slack} ({kind}); allowed are numbers from 0, and NaN where it is not known; collect the query again"
+            )
+    # Of what nobody knows, any difference may be chance.
+    return [
+        0.0 if kind == "exact" else math.inf if math.isnan(slack) else slack
+        for kind, slack in zip(columns["entropy_kind"], slack_R, strict=True)
+    ]
 
 
 def _check_numbers(columns: Mapping[str, list[Any]], number_RF: Array) -> None:

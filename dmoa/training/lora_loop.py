@@ -80,6 +80,8 @@ class LoraJob:
     """CPU threads of a worker; None: as torch finds them."""
     state_dir: str | None
     """Where state is kept without workers; None: Ray Train keeps it."""
+    run_id: str | None = None
+    """Of the tracker's run, whatever machine the first worker is on; None: the one kept in `run_dir`."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -94,7 +96,8 @@ def train_worker(config: dict[str, Any]) -> None:
     with _kept(job) as folder:
         if folder is not None:
             worker.restore(folder)
-    tracker = open_tracker(job.track if worker.rank == 0 else "none", run_dir=Path(job.run_dir), name=f"adapter-{job.name}")
+    mode, place = job.track if worker.rank == 0 else "none", Path(job.run_dir)
+    tracker = open_tracker(mode, run_dir=place, name=f"adapter-{job.name}", run_id=job.run_id, of=job.identity)
     tracker.config({"settings": job.settings.model_dump(), "schedule": job.schedule.model_dump(), "base": job.base})
     try:
         while not worker.is_done:

@@ -14,6 +14,7 @@ from dmoa.errors import ConfigError
 from dmoa.training.probe import ProbeSample
 
 MIN_ROWS = 4
+_COLUMNS = ("source", "context", "entropy_sum_nats", "entropy_tokens", "text", "status")
 
 
 def sample_of(
@@ -26,18 +27,13 @@ def sample_of(
 
     Raises ConfigError where fewer than four queries were asked of every agent.
     """
-    columns = ("query_id", "agent", "source", "context", "entropy_sum_nats", "entropy_tokens", "text", "status")
-    first = rollouts.filter(pc.equal(rollouts["step"], 0)).select(columns)
-    by_query: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in first.to_pylist():
-        by_query.setdefault(row["query_id"], {})[row["agent"]] = row
-    dense = {query: rows for query, rows in by_query.items() if all(name in rows for name in agents)}
+    dense = dense_rows(rollouts, agents, _COLUMNS)
     if len(dense) < MIN_ROWS:
         raise ConfigError(
             f"probe: {len(dense)} queries were asked of every agent; {MIN_ROWS} are the least, some 30 say something; collect "
             "dense rollouts"
         )
-    rows = [[answers[name] for name in agents] for answers in dense.values()]
+    rows = list(dense.values())
     return ProbeSample(
         agents=tuple(agents),
         sources=tuple(str(row[0]["source"]) for row in rows),
@@ -48,6 +44,16 @@ def sample_of(
         if values is None
         else np.array([[values.get((query, name), np.nan) for name in agents] for query in dense]),
     )
+
+
+def dense_rows(rollouts: pa.Table, agents: Sequence[str], columns: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return some columns of the first step of every query that all agents were asked: by query, its rows as the agents stand."""
+    first = rollouts.filter(pc.equal(rollouts["step"], 0)).select(["query_id", "agent", *columns])
+    by_query: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in first.to_pylist():
+        by_query.setdefault(row["query_id"], {})[row["agent"]] = row
+    complete = {query: rows for query, rows in by_query.items() if all(name in rows for name in agents)}
+    return {query: [rows[name] for name in agents] for query, rows in complete.items()}
 
 
 def _query_part(context: list[float], preset: Preset) -> list[float]:

@@ -57,6 +57,9 @@ class RolloutRow(RolloutModel):
     """Sum of the squares of the same entropies."""
     entropy_tokens: int
     entropy_kind: EntropyKind
+    """truncated: the sums are the middle of two bounds."""
+    entropy_slack_nats: float = 0.0
+    """How far the bounds of a truncated sum lie off, either way; NaN: not known, as in files from before this column."""
     finish_reason: FinishReason
     prompt_tokens: int
     cached_tokens: int
@@ -85,6 +88,8 @@ def _schema() -> pa.Schema:
 
 SCHEMA: pa.Schema = _schema()
 """Columns of the Parquet files, in order."""
+LATER_COLUMNS = {"entropy_slack_nats": float("nan")}
+"""Columns that older files lack, each with what is read then."""
 
 
 class RolloutQuery(RolloutModel):
@@ -208,6 +213,7 @@ def _measures(reply: AgentReply) -> dict[str, Any]:
         "entropy_sq_sum": reply.entropy_sq_sum,
         "entropy_tokens": reply.entropy_tokens,
         "entropy_kind": reply.entropy_kind,
+        "entropy_slack_nats": reply.entropy_slack_nats,
         "finish_reason": reply.finish_reason,
         "prompt_tokens": reply.prompt_tokens,
         "cached_tokens": reply.cached_tokens,

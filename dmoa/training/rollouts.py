@@ -8,6 +8,7 @@ rollouts/*.parquet       one row per agent and step, in parts that are written w
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 
 from dmoa.errors import ConfigError
 from dmoa.explain import describe, short
-from dmoa.training.rollout_records import SCHEMA, SCHEMA_VERSION, Manifest
+from dmoa.training.rollout_records import LATER_COLUMNS, SCHEMA, SCHEMA_VERSION, Manifest
 
 __all__ = ["SCHEMA", "RolloutFolder", "check_pool", "part_paths", "read_manifest", "read_part", "read_table"]
 _AGAIN = "remove the file: the command that collected it asks its queries again"
@@ -44,6 +45,12 @@ class RolloutFolder:
     def parts(self) -> Path:
         """Folder of the Parquet files."""
         return self.root / "rollouts"
+
+    @property
+    def artifact(self) -> str:
+        """Name under which runs log the folder of the Parquet files: the collection, and the trainings that read it."""
+        name = self.root.resolve().name
+        return f"rollouts-{re.sub(r'[^A-Za-z0-9._-]', '-', name)}"[:128]
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -83,7 +90,7 @@ def part_paths(folder: str | Path) -> list[Path]:
 
 
 def read_part(path: str | Path, *, fingerprint: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return the rows of one Parquet file, checked; `columns` reads a part of them.
+    """Return the rows of one Parquet file, checked; `columns` reads a part of them. Older files get `LATER_COLUMNS`.
 
     Raises ConfigError naming file, value seen and what is allowed: a file that is damaged or cut short, a column that is
     missing or of another type, rows of another schema version, or of a pool other than `fingerprint`.
@@ -92,8 +99,10 @@ def read_part(path: str | Path, *, fingerprint: str | None = None, columns: Sequ
     marks = ["schema_version", *(["pool_fingerprint"] if fingerprint is not None else [])]
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            _check_columns(path, file.schema_arrow, [*wanted, *marks])
-            table = file.read(columns=list(dict.fromkeys([*wanted, *marks])), use_threads=False)
+            absent = [name for name in LATER_COLUMNS if name in wanted and name not in file.schema_arrow.names]
+            present = [name for name in dict.fromkeys([*wanted, *marks]) if name not in absent]
+            _check_columns(path, file.schema_arrow, present)
+            table = file.read(columns=present, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ConfigError(f"{path}: not a whole Parquet file: {reason}; {_AGAIN}") from error
@@ -106,6 +115,8 @@ def read_part(path: str | Path, *, fingerprint: str | None = None, columns: Sequ
                 f"{path}: pool_fingerprint: value seen: {short(seen)}; allowed is {fingerprint!r}, the collection's; "
                 "take the file of another pool out of this folder"
             )
+    for name in absent:
+        table = table.append_column(SCHEMA.field(name), pa.array([LATER_COLUMNS[name]] * len(table), SCHEMA.field(name).type))
     return table.select(wanted).cast(pa.schema([SCHEMA.field(name) for name in wanted]))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from dmoa.agents.models import model_id
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.tracking import Mode
+from dmoa.tracking import Mode, keep_run_id
 from dmoa.training.lora_loop import ADAPTER, STATE, LoraJob, Schedule, latest_state, train_worker
 from dmoa.training.lora_model import LoraSettings
 from dmoa.training.lora_rows import TrainingRow
@@ -87,6 +87,8 @@ def train_adapter(job: LoraJob, *, out: Path, workers: int, storage_path: str | 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     run_dir = Path(job.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    if job.track != "none":
+        job = replace(job, run_id=keep_run_id(run_dir, of=job.identity))
     state_dir = run_dir / "state"
     if workers == 0:
         job = replace(job, state_dir=str(state_dir))

@@ -150,7 +150,7 @@ def build_data(episodes: Episodes, split: Split, scale: Scale) -> TrainingData:
         score_NA=scores(episodes.sum_NA, tokens_NA, scale.used_anchors, episodes.cut_NA),
         ran_NA=episodes.ran_NA,
         weight_NA=reply_weights(tokens_NA, episodes.propensity_NA),
-        noise_NA=reply_noise(episodes.sum_NA, episodes.sq_sum_NA, tokens_NA),
+        noise_NA=reply_noise(episodes.sum_NA, episodes.sq_sum_NA, tokens_NA, episodes.slack_NA),
         train_Q=split.train_Q,
         held_Q=split.held_Q,
     )

@@ -31,7 +31,7 @@ from dmoa.training.export import build_trained
 from dmoa.training.objective import Batches
 from dmoa.training.options import TrainOptions
 from dmoa.training.preparing import Material, Start, build_start, check_rollouts, prepare, tell_constant
-from dmoa.training.rollouts import RolloutFolder, write_whole
+from dmoa.training.rollouts import write_whole
 from dmoa.training.run_state import EpochRecord, Progress, StateStore
 from dmoa.training.train_loop import Job, train
 from dmoa.training.validation import load_shares
@@ -114,7 +114,7 @@ def run_training(options: TrainOptions, config: Config, around: Surroundings) ->
             )
         workers, note = _choose(material.job)
         around.say(f"{workers} worker{'s' if workers > 1 else ''}: {note}" if workers else note)
-        curves = Curves(options, {"pool": config.name, **material.job.identity})
+        curves = Curves(options, config.name, material.job.identity)
         try:
             with curves.follow(store, lambda epoch: around.watch(epoch, options.epochs)):
                 if before is None or before.ended is None:
@@ -210,6 +210,5 @@ def _finish(
     out = options.out.absolute()
     folder = checkpoint.save(out / "checkpoint", trained.gate, trained.record)
     write_whole(out / "train.json", (report.model_dump_json(indent=2) + "\n").encode())
-    manifests = {f"rollouts-{n}": RolloutFolder(path).manifest for n, path in enumerate(options.rollouts)}
-    curves.end(trained, report.load, folder, manifests)
+    curves.end(trained, report.load, folder, start.parent)
     return TrainResult(checkpoint=folder, record=trained.record, report=report)

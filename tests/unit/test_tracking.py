@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from dmoa.tracking import open_tracker
+from dmoa import tracking
+from dmoa.tracking import keep_run_id, open_tracker
 
 SECRET = "hunter2-do-not-show"
 
@@ -129,6 +130,33 @@ def test_a_run_that_goes_on_keeps_its_id(tmp_path: Path) -> None:
     assert chosen.run_id == "mine"
 
 
+def test_folders_of_one_name_hold_runs_of_their_own(tmp_path: Path) -> None:
+    ids = []
+    for place in ("round-0", "round-1", "round-0"):
+        tracker = open_tracker("jsonl", run_dir=tmp_path / place / "gate", name="gate", of=place)
+        tracker.finish()
+        ids.append(tracker.run_id)
+    assert ids[0] == ids[2] != ids[1]
+
+
+def test_a_run_of_something_else_in_the_same_folder_gets_an_id_of_its_own(tmp_path: Path) -> None:
+    first = open_tracker("jsonl", run_dir=tmp_path, name="x", of="these settings")
+    first.log({"loss": 2.0}, step=1)
+    first.finish()
+    second = open_tracker("jsonl", run_dir=tmp_path, name="x", of="those settings")
+    second.log({"loss": 1.0}, step=1)
+    second.finish()
+    assert first.run_id != second.run_id == keep_run_id(tmp_path) == keep_run_id(tmp_path, of="those settings")
+    assert [line["metrics"]["loss"] for line in lines_of(tmp_path)] == [1.0]
+    assert '"loss": 2.0' in (tmp_path / f"metrics-{first.run_id}.jsonl").read_text()
+
+
+def test_an_id_that_was_kept_before_is_still_the_runs(tmp_path: Path) -> None:
+    (tmp_path / "tracking.json").write_text('{"run_id": "earlier"}')
+    assert keep_run_id(tmp_path, of="settings") == "earlier"
+    assert keep_run_id(tmp_path, of="others") != "earlier"
+
+
 # W&B
 
 
@@ -156,6 +184,40 @@ def test_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert SECRET.encode() not in everything_under(tmp_path)
     assert caplog.text == ""
     assert len(lines_of(tmp_path)) == 7
+
+
+class OnlineRun:
+    """Stands for a W&B run that is online: keeps the artifacts that it is given."""
+
+    offline = False
+
+    def __init__(self) -> None:
+        self.logged: list[Any] = []
+        self.used: list[Any] = []
+
+    def log_artifact(self, artifact: Any) -> None:
+        self.logged.append(artifact)
+
+    def use_artifact(self, artifact: Any) -> None:
+        self.used.append(artifact)
+
+
+def test_an_input_is_the_very_artifact_that_was_an_output(tmp_path: Path) -> None:
+    """W&B tells artifacts by name and digest; the input is not copied, and more content is another version."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "part-0.parquet").write_bytes(b"rows")
+    message = {"op": "artifact", "path": str(tmp_path / "rows"), "name": "rollouts-x", "kind": "rollouts"}
+    maker, taker, later = OnlineRun(), OnlineRun(), OnlineRun()
+    tracking._apply(maker, message | {"role": "output"})
+    tracking._apply(taker, message | {"role": "input"})
+    (tmp_path / "rows" / "part-1.parquet").write_bytes(b"more")
+    tracking._apply(later, message | {"role": "input"})
+    ((made,), (used,), (other,)) = maker.logged, taker.used, later.used
+    assert (maker.used, taker.logged) == ([], [])
+    assert (used.name, used.type, used.digest) == (made.name, made.type, made.digest)
+    assert other.digest != made.digest
+    (entry,) = used.manifest.entries.values()
+    assert entry.local_path == str(tmp_path / "rows" / "part-0.parquet")
 
 
 def test_a_resumed_run_has_the_same_id_in_wandb(tmp_path: Path) -> None:

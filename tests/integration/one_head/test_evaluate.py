@@ -103,6 +103,7 @@ def test_failed_rows_are_kept_counted_and_run_again_when_asked(tmp_path: Path) -
     assert len(rows_of(out)) == 3
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("own_ray")
 def test_the_job_file_does_what_the_command_does(unbroken: Path, tmp_path: Path) -> None:
     tree = yaml.safe_load(scripted_pool(tmp_path).read_text(encoding="utf-8"))

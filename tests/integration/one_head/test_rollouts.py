@@ -132,6 +132,7 @@ def test_a_sparse_round_as_a_job_explores_as_often_as_it_says(tmp_path: Path) ->
     assert not list((tmp_path / "run").rglob("*label*"))
 
 
+@pytest.mark.long
 def test_failed_queries_are_named_and_asked_again(tmp_path: Path) -> None:
     pool = yaml.safe_load(scripted_pool(tmp_path).read_text(encoding="utf-8"))
     path, out = tmp_path / "failing.yaml", tmp_path / "run"

@@ -50,6 +50,7 @@ def row(query: str, step: int, agent: str, nats: float, context: np.ndarray, **c
         "entropy_sq_sum": 8 * nats * nats,
         "entropy_tokens": 8,
         "entropy_kind": "exact",
+        "entropy_slack_nats": 0.0,
         "finish_reason": "stop",
         "prompt_tokens": 10,
         "cached_tokens": 0,

@@ -25,6 +25,7 @@ def rollouts(num_queries: int = 40) -> pa.Table:
             # The last reply generated nothing: it has no evidence to deal out.
             "entropy_tokens": [n + 1 for n in range(count - 1)] + [0],
             "entropy_kind": ["exact"] * count,
+            "entropy_slack_nats": [0.0] * count,
             "finish_reason": ["stop"] * count,
         }
     )

@@ -1,6 +1,6 @@
-"""The tests marked `long`: a collection, a training and a specialist's training that are killed and go on as if nothing had been.
+"""The tests marked `long`, which `make test` leaves out for their time: long work that is killed and goes on, rounds, a job file.
 
-They take too long for `make test`. Judged: every one of them passes. Scripted agents, made-up rollouts and a tiny model.
+Judged: every one of them passes. Scripted agents, made-up rollouts and a tiny model.
 """
 
 from __future__ import annotations
