@@ -31,6 +31,7 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
     The same command with --resume goes on. Raises ConfigError for bad input, DmoaError where it stops.
     """
     from dmoa.cli.evaluation_session import run_evaluation
+    from dmoa.dataflow.mirror import uri_of
     from dmoa.evaluation.derived import add_derived, add_oracle
     from dmoa.evaluation.matrix import matrix_policies
     from dmoa.evaluation.registry import expand_names
@@ -40,6 +41,11 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
     if rollouts is None:
         raise ConfigError("--rollouts: missing; --ablations trains on them: name a folder that `dmoa rollouts` wrote, dense")
     assert options.out is not None
+    for option, place in (("--out", options.out), ("--rollouts", rollouts)):
+        if uri_of(place):
+            raise ConfigError(
+                f"{option}: value seen: {uri_of(place)!r}; with --ablations it is a folder of this machine; copy it here"
+            )
     out = options.out.absolute()
     gates = train_all(rollouts, out / "ablations", config, common, options.seed)
     policies = (*(f"dmoa:{name}" for name in gates), *matrix_policies(config.agent_names), *_OTHERS)

@@ -40,7 +40,7 @@ DifficultyOption = Annotated[int, typer.Option("--difficulty", min=1, metavar="D
 BudgetOption = Annotated[
     str, typer.Option("--budget", metavar="NAME", help="pool: the pool's limits; cpu: 3 steps, 2 agents, 96 tokens a reply.")
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the run [out/evaluate-TIME].")]
+OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the run, or a URI [out/evaluate-TIME].")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 RetryOption = Annotated[bool, typer.Option("--retry-failed", help="With --resume: run failed rows again.")]
 SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count rows that do not parse.")]

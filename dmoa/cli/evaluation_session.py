@@ -41,22 +41,32 @@ def run_evaluation(
 
     Raises ConfigError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
     """
-    from dmoa.evaluation.run import evaluate
+    from dmoa.dataflow.mirror import at_hand
 
     names = expand_names(options.benchmarks)
     check_policies(options.policies, config, tuple(options.gates))
+    with at_hand(options, common.say, writes=("out",)) as here:
+        return _evaluated(here, config, names, common, command, shows_result=shows_result)
+
+
+def _evaluated(
+    options: EvaluateOptions, config: Config | None, names: tuple[str, ...], common: Common, command: str, *, shows_result: bool
+) -> Evaluation:
+    from dmoa.dataflow.mirror import shown
+    from dmoa.evaluation.run import evaluate
+
     assert options.out is not None
     folder = RunFolder(options.out.absolute())
     if options.resume and not folder.run.exists():
-        common.say(f"--resume: {str(folder.root)!r} holds no run yet; one begins")
+        common.say(f"--resume: {shown(folder.root)!r} holds no run yet; one begins")
     with Bars(common.verbosity) as bars:
         session = build_session(options, config, names, folder, common, bars, command)
-        common.say(f"evaluating {', '.join(options.policies)} on {', '.join(names)}; the run lies in {options.out}")
+        common.say(f"evaluating {', '.join(options.policies)} on {', '.join(names)}; the run lies in {shown(folder.root)}")
         evaluation = evaluate(session)
     log_tables(evaluation, folder, options)
     if shows_result:
         print_result(evaluation)
-        common.say(f"report: {folder.report}")
+        common.say(f"report: {shown(folder.report)}")
     return evaluation
 
 

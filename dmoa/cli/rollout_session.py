@@ -29,15 +29,24 @@ def run_rollouts(options: RolloutOptions, config: Config, common: Common, comman
 
     Raises ConfigError, RequestError for bad input, DmoaError where it stops; what was written is kept.
     """
+    from dmoa.dataflow.mirror import at_hand, shown
+
+    mode = "dense" if options.epsilon is None else "epsilon"
+    common.say(f"collecting {mode} rollouts of {config.name} into {shown(options.out)}")
+    with at_hand(options, common.say, writes=("out",)) as here:
+        return _collected(here, config, common, command)
+
+
+def _collected(options: RolloutOptions, config: Config, common: Common, command: str) -> Manifest:
+    from dmoa.dataflow.mirror import shown
     from dmoa.training.rollout_collect import collect
 
     with Bars(common.verbosity) as bars:
         session = build_session(options, config, common, bars, command)
-        common.say(f"collecting {session.manifest.mode} rollouts of {config.name} into {options.out}")
         manifest = collect(session)
     track(manifest, session.folder, options)
     counts = manifest.counts
-    common.say(f"{counts.queries} queries, {counts.steps} steps, {counts.rows} rows in {session.folder.root}")
+    common.say(f"{counts.queries} queries, {counts.steps} steps, {counts.rows} rows in {shown(session.folder.root)}")
     if counts.failed:
         common.say(f"{counts.failed} queries failed and are asked again by the same command; the last: {manifest.failures[-1]}")
     return manifest

@@ -32,7 +32,7 @@ QueriesOption = Annotated[
     list[str] | None,
     typer.Option("--queries", metavar="FILE[:W]", help='Your own queries, a text or {"query": TEXT} a line; repeatable.'),
 ]
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the rollouts; the same folder goes on.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the rollouts, or a URI; the same one goes on.")]
 SplitOption = Annotated[
     str, typer.Option("--split", metavar="SPLIT", help="train, adaptation or test; suites also anchor, gate, validation.")
 ]
@@ -95,5 +95,7 @@ def rollouts(
 
     command = shlex.join(["dmoa", *map(redact_text, sys.argv[1:])])
     manifest = run_rollouts(options, common.load(checkpoint), common, command)
-    typer.echo(str(options.out))
+    from dmoa.dataflow.mirror import shown
+
+    typer.echo(shown(options.out))
     common.write_json(manifest.model_dump(mode="json"))

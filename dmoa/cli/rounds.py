@@ -59,6 +59,13 @@ def run_rounds(options: RoundsOptions, config: Config, common: Common, command: 
     The first round explores everyone, later ones as `rollouts` says; every training begins with the round's gate and learns
     from the rollouts of all rounds so far. Raises ConfigError, CheckpointError, DmoaError; what was written is kept.
     """
+    from dmoa.dataflow.mirror import at_hand
+
+    with at_hand(options, common.say, writes=("out",)) as here:
+        return _rounds(here, config, common, command)
+
+
+def _rounds(options: RoundsOptions, config: Config, common: Common, command: str) -> TrainResult:
     from dmoa.cli.evaluation_session import opened_ray
     from dmoa.cli.rollout_session import run_rollouts
     from dmoa.cli.train import run_train

@@ -40,7 +40,7 @@ def _connect(app_name: str, address: str | None) -> RouterAdmin:
 @with_common
 def install(
     common: Common,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint: a folder that `dmoa train` wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint: a folder that `dmoa train` wrote, or its URI.")],
     note: NoteOption = "",
     address: AddressOption = None,
     app_name: AppOption = "dmoa",
@@ -53,9 +53,11 @@ def install(
 
     The gate is checked first, and let decide the last inputs in the shadow; one that is refused changes nothing.
     """
+    from dmoa.dataflow.mirror import copied
     from dmoa.serving.router_admin import checkpoint_files
 
-    files = checkpoint_files(folder)
+    with copied(folder, "DIR") as here:
+        files = checkpoint_files(here)
     changed = _connect(app_name, address).install(files, note)
     _tell(common, changed)
 

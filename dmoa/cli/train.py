@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from dmoa.training.trainer import TrainResult
 
 RolloutsOption = Annotated[
-    list[Path], typer.Option("--rollouts", metavar="DIR", help="What `dmoa rollouts` wrote; repeatable: rounds, sources.")
+    list[Path], typer.Option("--rollouts", metavar="DIR", help="What `dmoa rollouts` wrote, folder or URI; repeatable.")
 ]
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run; the same folder goes on.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run, or a URI; the same folder goes on.")]
 PresetOption = Annotated[
     str, typer.Option("--preset", metavar="NAME", help="few-shot (40-80 queries) or full (thousands); sets the next four.")
 ]
@@ -138,9 +138,13 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
     Raises ConfigError and CheckpointError for bad input, DmoaError where training stops.
     """
     from dmoa.cli.evaluation_session import opened_ray
+    from dmoa.dataflow.mirror import at_hand, shown, uri_of
     from dmoa.evaluation.source_revision import code_revision
     from dmoa.training.trainer import Surroundings, run_training
 
+    place = uri_of(options.out)
+    if place is not None and options.storage_path is None:
+        options = options.model_copy(update={"storage_path": f"{place.rstrip('/')}/state"})  # workers reach it, and no copy
     num_gpus = float(options.gpu) * (1 if options.workers == "auto" else options.workers)
     around = Surroundings(
         open_ray=partial(opened_ray, options.address, num_gpus),
@@ -149,10 +153,14 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
         command=command,
         code_revision=code_revision(),
     )
-    common.say(f"training a gate for {config.name} on {', '.join(map(str, options.rollouts))}; the run lies in {options.out}")
-    result = run_training(options, config, around)
-    common.say(f"{result.report.ended}; {_words(result)}")
-    typer.echo(str(options.out / "checkpoint"))
+    rollouts = ", ".join(map(shown, options.rollouts))
+    common.say(f"training a gate for {config.name} on {rollouts}; the run lies in {shown(options.out)}")
+    reads = ("rollouts", "anchor_rollouts", "start_from")
+    with at_hand(options, common.say, reads=reads, writes=("out",), apart=("state",)) as here:
+        result = run_training(here, config, around)
+        common.say(f"{result.report.ended}; {_words(result)}")
+        checkpoint = shown(here.out / "checkpoint")
+    typer.echo(checkpoint)
     return result
 
 

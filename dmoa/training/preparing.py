@@ -16,6 +16,7 @@ from dmoa import checkpoint
 from dmoa.agents.pool import build_pool_gate, check_files, fingerprint
 from dmoa.config import Config
 from dmoa.core.gate import Gate
+from dmoa.dataflow.mirror import shown
 from dmoa.errors import ConfigError
 from dmoa.training.episodes import Episodes
 from dmoa.training.export import Evidence
@@ -145,7 +146,7 @@ def _targets(scale: Scale) -> str:
 
 def _summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
     return {
-        "folder": str(folder),
+        "folder": shown(folder),
         "gate_version": manifest.gate_version,
         "mode": manifest.mode,
         "epsilon": manifest.epsilon,

@@ -32,8 +32,8 @@ def job(tmp_path: Path) -> Path:
     write_rollouts(tmp_path / "rollouts", domain_rows(22, steps=2), pool())
     tree = yaml.safe_load(pool_yaml())
     tree["job"] = {
-        "rollouts": [str(tmp_path / "rollouts")],
-        "out": str(tmp_path / "run"),
+        "rollouts": [(tmp_path / "rollouts").as_uri()],  # as they would lie at s3://
+        "out": (tmp_path / "run").as_uri(),
         "epochs": EPOCHS,
         "patience": EPOCHS,
         "workers": 1,

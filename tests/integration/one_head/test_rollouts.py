@@ -113,7 +113,7 @@ def test_a_sparse_round_as_a_job_explores_as_often_as_it_says(tmp_path: Path) ->
         "limit": 100,
         "epsilon": 0.3,
         "round": 2,
-        "out": str(tmp_path / "run"),
+        "out": (tmp_path / "run").as_uri(),
         "labels": str(tmp_path / "labels"),
         "track": "none",
     }

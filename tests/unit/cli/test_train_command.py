@@ -42,6 +42,27 @@ def test_a_training_prints_its_checkpoint_and_tells_how_it_went(dmoa: Invoke, ma
     assert len(report["epochs"]) == 3
 
 
+def test_rollouts_and_run_may_lie_at_a_uri(dmoa: Invoke, material: Path, tmp_path: Path) -> None:
+    place = (tmp_path / "far" / "run").as_uri()
+    arguments = (
+        *("--config", material / "pool.yaml", "--rollouts", (material / "rollouts").as_uri(), "--out", place),
+        *("--workers", "0", "--track", "jsonl", "--epochs", "3"),
+    )
+    first = dmoa("train", *arguments)
+    assert first.exit_code == 0, first.stderr
+    assert first.stdout.split() == [f"{place}/checkpoint"]
+    there = tmp_path / "far" / "run"
+    assert {path.name for path in there.iterdir()} >= {"checkpoint", "state", "train.json", "metrics.jsonl"}
+    trained_on = json.loads((there / "checkpoint" / "gate.json").read_text())["trained_on"]
+    assert [folder["folder"] for folder in trained_on["folders"]] == [(material / "rollouts").as_uri()]
+    again = dmoa("train", *arguments)
+    assert again.exit_code == 0, again.stderr
+    assert "already trained" in again.stderr
+    gone = dmoa("train", *arguments[:2], "--rollouts", f"{place}-nowhere", *arguments[4:])
+    assert gone.exit_code == 2
+    assert f"rollouts: value seen: '{place}-nowhere'; nothing lies there" in gone.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

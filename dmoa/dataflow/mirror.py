@@ -1,0 +1,207 @@
+"""Folders of runs that lie at a URI (`s3://`, `gs://`, `hdfs://`): a local copy is worked on, and kept in step with the URI.
+
+What is there is fetched first, so that a run goes on from any machine; what changes is written back every few seconds and at the
+end. A process that is killed loses the last seconds at most. Drafts, whose names begin with a dot, stay here.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pyarrow import fs as arrow_fs
+from pyarrow.lib import ArrowException
+from pydantic import BaseModel
+
+from dmoa.errors import ConfigError, DmoaError
+
+PERIOD_S = 5.0
+"""How often what has changed is written back."""
+_URI = re.compile(r"(s3|gs|gcs|abfs|abfss|hdfs|file):/+(.+)", re.DOTALL)
+"""With one slash too: what becomes of a URI that was taken for a path."""
+_WHOLE_AT_ONCE = ("s3", "gcs", "abfs")
+"""File systems on which a file is there when it is whole."""
+_FAILURES = (OSError, ArrowException)
+_log = logging.getLogger(__name__)
+_Options = TypeVar("_Options", bound=BaseModel)
+_uris: dict[Path, str] = {}
+"""Local copy -> what it is a copy of, for messages."""
+
+
+def uri_of(place: Path | str) -> str | None:
+    """Return the URI that a place was given as, also where it has become a path; None for a folder of this machine."""
+    found = _URI.fullmatch(str(place))
+    if found is None:
+        return None
+    scheme, rest = found.groups()
+    return f"file:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
+
+
+def shown(path: Path) -> str:
+    """Return what a user knows a place by: the URI of a local copy and of what lies in it, else the path as it is."""
+    for folder in (path, *path.parents):
+        if folder in _uris:
+            return "/".join((_uris[folder], *path.relative_to(folder).parts))
+    return uri_of(path) or str(path)
+
+
+class Mirror:
+    """A folder at a URI and its local copy."""
+
+    def __init__(self, uri: str, local: Path, apart: Collection[str] = ()) -> None:
+        """`apart`: names at the top of the folder that are no part of the copy. Raises ConfigError for a URI that none serves."""
+        try:
+            self._system, root = arrow_fs.FileSystem.from_uri(uri)
+        except (*_FAILURES, ValueError) as error:
+            reason = f"no file system serves it ({error})"
+            raise ConfigError(f"{uri!r}: {reason}; allowed are s3://, gs://, hdfs:// or a folder") from error
+        self._root, self._local, self._apart = root.rstrip("/"), local, frozenset(apart)
+        self._marks: dict[str, tuple[int, int]] = {}
+        """File -> its time and size when it was copied last."""
+
+    def fetch(self) -> int:
+        """Copy what lies at the URI, and return how many files that was. Raises OSError."""
+        found = self._system.get_file_info(arrow_fs.FileSelector(self._root, allow_not_found=True, recursive=True))
+        for info in found:
+            name = info.path[len(self._root) + 1 :]
+            if info.type == arrow_fs.FileType.File and self._is_copied(name):
+                target = self._local / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with self._system.open_input_stream(info.path) as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file)
+                self._marks[name] = _mark(target)
+        return len(self._marks)
+
+    def push(self) -> int:
+        """Copy what has changed here since, and return how many files that was; what is gone here goes there. Raises OSError."""
+        here = {str(path.relative_to(self._local)): path for path in self._local.rglob("*") if path.is_file()}
+        here = {name: path for name, path in sorted(here.items()) if self._is_copied(name)}
+        pushed = 0
+        for name, path in here.items():
+            try:
+                mark = _mark(path)
+                if self._marks.get(name) != mark:
+                    self._write(name, path.read_bytes())
+                    self._marks[name] = mark
+                    pushed += 1
+            except FileNotFoundError:
+                continue  # replaced or removed just now
+        for name in self._marks.keys() - here.keys():
+            self._system.delete_file(f"{self._root}/{name}")
+            del self._marks[name]
+        return pushed
+
+    def _is_copied(self, name: str) -> bool:
+        parts = name.split("/")
+        return parts[0] not in self._apart and not parts[-1].startswith(".")
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Write a file so that a reader sees the one before or this one, whole."""
+        path = f"{self._root}/{name}"
+        parent, _, base = path.rpartition("/")
+        self._system.create_dir(parent, recursive=True)
+        is_whole = self._system.type_name in _WHOLE_AT_ONCE
+        draft = path if is_whole else f"{parent}/.{base}.draft"
+        with self._system.open_output_stream(draft) as stream:
+            stream.write(data)
+        if not is_whole:
+            self._system.move(draft, path)
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+@contextmanager
+def at_hand(
+    options: _Options,
+    say: Callable[[str], None],
+    *,
+    reads: Sequence[str] = (),
+    writes: Sequence[str] = (),
+    apart: Collection[str] = (),
+) -> Iterator[_Options]:
+    """Yield the options with a local copy in place of every URI in the fields named; those in `writes` are written back.
+
+    Raises ConfigError for a URI that cannot be read, or a folder to read that is not there; DmoaError where the last writing
+    back fails, with the place of the local copy, which is kept then.
+    """
+    with ExitStack() as stack:
+        changes: dict[str, Any] = {}
+        for name in (*reads, *writes):
+            value = getattr(options, name)
+            places = value if isinstance(value, tuple) else (value,)
+            if any(place is not None and uri_of(place) for place in places):
+                local = tuple(stack.enter_context(_copy(place, name, say, name in writes, apart)) for place in places)
+                changes[name] = local if isinstance(value, tuple) else local[0]
+        yield options.model_copy(update=changes)
+
+
+@contextmanager
+def copied(place: Path, field: str) -> Iterator[Path]:
+    """Yield a local copy of a folder at a URI, or the folder itself. Raises ConfigError where nothing lies there."""
+    with _copy(place, field, lambda text: None, False, ()) as local:
+        yield local
+
+
+@contextmanager
+def _copy(place: Path, field: str, say: Callable[[str], None], is_written: bool, apart: Collection[str]) -> Iterator[Path]:
+    uri = uri_of(place)
+    if uri is None:
+        yield place
+        return
+    local = Path(tempfile.mkdtemp(prefix="dmoa-")) / place.name
+    local.mkdir()
+    try:
+        mirror = Mirror(uri, local, apart)
+        found = mirror.fetch()
+    except (*_FAILURES, ConfigError) as error:
+        shutil.rmtree(local.parent)
+        raise ConfigError(f"{field}: cannot read {uri!r}: {' '.join(str(error).split())[:300]}") from error
+    if not found and not is_written:
+        shutil.rmtree(local.parent)
+        raise ConfigError(f"{field}: value seen: {uri!r}; nothing lies there; name a folder that an earlier run wrote")
+    _uris[local] = uri.rstrip("/")
+    if is_written:
+        say(f"{uri} holds {found} files; it is kept in step with {local}")
+        with _kept_in_step(mirror, uri, local):
+            yield local
+        return
+    try:
+        yield local
+    finally:
+        shutil.rmtree(local.parent, ignore_errors=True)
+
+
+@contextmanager
+def _kept_in_step(mirror: Mirror, uri: str, local: Path) -> Iterator[None]:
+    """Write back now and then, and at the end whatever happened. Raises DmoaError where that last one fails."""
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(PERIOD_S):
+            try:
+                mirror.push()
+            except _FAILURES as error:
+                _log.warning("cannot write %s: %s; it is tried again", uri, error)
+
+    keeper = threading.Thread(target=keep, name="dmoa-mirror", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        over.set()
+        keeper.join()
+        try:
+            mirror.push()
+        except _FAILURES as error:
+            raise DmoaError(f"cannot write {uri!r}: {error}; what was made lies in {str(local)!r}: copy it there") from error
+        shutil.rmtree(local.parent, ignore_errors=True)

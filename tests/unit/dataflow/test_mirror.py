@@ -1,0 +1,134 @@
+"""Folders at a URI, by way of `file://`: what is fetched, written back, left alone, and kept where writing fails."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict
+
+from dmoa.dataflow import mirror
+from dmoa.dataflow.mirror import Mirror, at_hand, copied, shown, uri_of
+from dmoa.errors import ConfigError, DmoaError
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    out: Path
+    rollouts: tuple[Path, ...] = ()
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def stopped_run(there: Path, said: list[str]) -> None:
+    with at_hand(Options(out=Path(there.as_uri())), said.append, writes=("out",)) as options:
+        assert files(options.out) == {"first": "1"}, "it goes on with what lies there"
+        (options.out / "second").write_text("2")
+        raise DmoaError("stopped")
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@given(
+    st.sampled_from(["s3", "gs", "gcs", "abfs", "hdfs"]),
+    st.from_regex(r"[a-z][a-z0-9.]{0,7}(/[a-z0-9]{1,8}){0,3}", fullmatch=True),
+)
+def test_a_uri_is_known_also_after_it_became_a_path(scheme: str, rest: str) -> None:
+    assert uri_of(f"{scheme}://{rest}") == uri_of(Path(f"{scheme}://{rest}")) == f"{scheme}://{rest}"
+
+
+@pytest.mark.parametrize("place", ["out/run", "/tmp/run", "s3", "runs3:/x", "out/s3:/x", "C:/x"])
+def test_a_folder_is_no_uri(place: str) -> None:
+    assert uri_of(Path(place)) is None
+    assert shown(Path(place)) == str(Path(place))
+
+
+def test_what_changed_goes_there_and_what_went_goes_there_too(tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    (there / "deep").mkdir(parents=True)
+    (there / "deep" / "kept").write_text("kept")
+    (there / "old").write_text("old")
+    (there / "state").mkdir()
+    (there / "state" / "weights").write_text("the workers'")
+    found = Mirror(there.as_uri(), here, apart=("state",))
+    assert found.fetch() == 2
+    assert files(here) == {"deep/kept": "kept", "old": "old"}
+    assert found.push() == 0, "nothing has changed"
+    (here / "new").write_text("new")
+    (here / "deep" / ".draft").write_text("not whole yet")
+    (here / "old").unlink()
+    with (here / "deep" / "kept").open("a") as file:
+        file.write(" and more")
+    assert found.push() == 2
+    assert files(there) == {"deep/kept": "kept and more", "new": "new", "state/weights": "the workers'"}
+
+
+def test_a_run_is_written_back_while_it_goes_on_and_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    monkeypatch.setattr(mirror, "PERIOD_S", 0.01)
+    there = tmp_path / "there" / "run"
+    with at_hand(Options(out=Path(there.as_uri())), said.append, writes=("out",)) as options:
+        assert options.out.name == "run"
+        assert options.out.is_dir()
+        (options.out / "first").write_text("1")
+        deadline = time.monotonic() + 30
+        while not (there / "first").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert shown(options.out / "first") == (there / "first").as_uri()
+        local = options.out
+    assert not local.exists()
+    with pytest.raises(DmoaError, match="stopped"):
+        stopped_run(there, said)
+    assert files(there) == {"first": "1", "second": "2"}, "what was made before the error is kept"
+    assert "holds 1 files" in said[1]
+
+
+def test_folders_to_read_are_fetched_and_never_written(tmp_path: Path, said: list[str]) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "part").write_text("rows")
+    given_ = Options(out=tmp_path / "out", rollouts=(Path(there.as_uri()), tmp_path / "own"))
+    with at_hand(given_, said.append, reads=("rollouts",), writes=("out",)) as options:
+        assert (options.out, options.rollouts[1]) == (given_.out, given_.rollouts[1])
+        (options.rollouts[0] / "part").write_text("other rows")
+        local = options.rollouts[0]
+    assert files(there) == {"part": "rows"}
+    assert not local.parent.exists()
+    with copied(there, "DIR") as same:
+        assert same == there
+
+
+def test_nothing_to_read_and_no_file_system_are_one_message(tmp_path: Path, said: list[str]) -> None:
+    nowhere = Path((tmp_path / "nowhere").as_uri())
+    with (
+        pytest.raises(ConfigError, match=r"rollouts: value seen: 'file:///.*nowhere'; nothing lies there"),
+        at_hand(Options(out=tmp_path, rollouts=(nowhere,)), said.append, reads=("rollouts",)),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="DIR: cannot read 'abfss://x/y'"), copied(Path("abfss://x/y"), "DIR"):
+        pass
+
+
+def test_a_place_that_cannot_be_written_leaves_the_local_copy(tmp_path: Path, said: list[str]) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where the folder would be")
+    with (
+        pytest.raises(DmoaError, match="what was made lies in") as raised,
+        at_hand(Options(out=Path(blocked.as_uri()) / "run"), said.append, writes=("out",)) as options,
+    ):
+        (options.out / "made").write_text("hours of work")
+    assert files(options.out) == {"made": "hours of work"}
+    assert str(options.out) in str(raised.value)
+    shutil.rmtree(options.out.parent)
