@@ -43,7 +43,7 @@ $(VLLM_READY): $(READY) tests/vllm/requirements.txt
 	@touch $(VLLM_READY)
 
 test-vllm: $(VLLM_READY)
-	$(BIN)/python -m pytest -q --durations=15 tests/vllm $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q --durations=15 -m "not long" tests/vllm $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/dmoa bench --json out/bench.json

@@ -1,6 +1,7 @@
 """The tests marked `long`, which `make test` leaves out for their time: long work that is killed and goes on, rounds, a job file.
 
-Judged: every one of them passes. Scripted agents, made-up rollouts and a tiny model.
+Judged: every one of them passes. Those on vLLM run where it is installed (`make test-vllm`). Elsewhere scripted agents, made-up
+rollouts and a tiny model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
+from dmoa.agents.installed import vllm_builds
+
 ROOT = Path(__file__).parents[2]
+
+
+def ran(folder: str) -> list[ElementTree.Element]:
+    """Run the tests of a folder, and return what became of each; none where pytest wrote nothing."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found = Path(scratch) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "long", folder, f"--junitxml={found}"]
+        subprocess.run(command, cwd=ROOT, check=False)
+        return list(ElementTree.parse(found).iter("testcase")) if found.exists() else []
 
 
 def outcome(case: ElementTree.Element) -> str:
@@ -28,11 +40,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        found = Path(scratch) / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "long", "tests/integration", f"--junitxml={found}"]
-        subprocess.run(command, cwd=ROOT, check=False)
-        cases = list(ElementTree.parse(found).iter("testcase")) if found.exists() else []
+    folders = ["tests/integration", *(["tests/vllm"] if len(vllm_builds()) == 1 else [])]
+    cases = [case for folder in folders for case in ran(folder)]
     tests = [
         {"test": f"{case.get('classname')}::{case.get('name')}", "outcome": outcome(case), "seconds": float(case.get("time", 0))}
         for case in cases

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,41 +27,22 @@ def pool_on_vllm(name: str | None) -> dict[str, Any]:
     return tree
 
 
-POOLS = {"roles": None, "adapters": "specialists"}
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
-    """Both pools, each on a Ray and a vLLM of its own; they start side by side, because most of that is waiting."""
-    started: dict[str, Served] = {}
+@pytest.fixture(
+    scope="module", params=[pytest.param(None, id="roles", marks=pytest.mark.long), pytest.param("specialists", id="adapters")]
+)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A pool's server, on a Ray and a vLLM of its own."""
+    path = tmp_path_factory.mktemp("pool") / "pool.yaml"
+    tree = pool_on_vllm(request.param) | {"router": {"state_uri": (path.parent / "state").as_uri()}}
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    server = Served([str(Path(sys.executable).with_name("dmoa")), "serve", "--config", str(path), "--port", str(free_port())])
     try:
-        for name, packaged in POOLS.items():
-            path = tmp_path_factory.mktemp(name) / "pool.yaml"
-            tree = pool_on_vllm(packaged) | {"router": {"state_uri": (path.parent / "state").as_uri()}}
-            path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-            dmoa = str(Path(sys.executable).with_name("dmoa"))
-            started[name] = server = Served([dmoa, "serve", "--config", str(path), "--port", str(free_port())])
-            wait_for_serve(server)  # two Rays that start at the same moment come into each other's way
-        for server in started.values():
-            server.wait_ready(START_S)
-        yield started
+        yield server.wait_ready(START_S)
     finally:
-        for server in started.values():
-            server.stop()
+        server.stop()
 
 
-def wait_for_serve(server: Served) -> None:
-    """Return once Serve runs on the server's own Ray, while vLLM still loads."""
-    deadline = time.monotonic() + START_S
-    while not server.processes("ray::ServeController"):
-        assert server.process.poll() is None, "".join(server.errors[-60:])
-        assert time.monotonic() < deadline, "Ray and Serve did not start"
-        time.sleep(0.1)
-
-
-@pytest.mark.parametrize("name", POOLS)
-def test_a_pool_on_vllm_answers_through_the_contract(name: str, servers: dict[str, Served]) -> None:
-    served = servers[name]
+def test_a_pool_on_vllm_answers_through_the_contract(served: Served) -> None:
     with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         reply = client.chat.completions.create(
             model=served.pool, messages=[{"role": "user", "content": "How much is 412 + 423?"}]

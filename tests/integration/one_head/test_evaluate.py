@@ -84,6 +84,7 @@ def test_a_folder_with_a_run_is_refused_and_other_settings_are_named(unbroken: P
     assert "seed: begun with 0, now 9" in other.stderr
 
 
+@pytest.mark.long
 def test_failed_rows_are_kept_counted_and_run_again_when_asked(tmp_path: Path) -> None:
     pool = yaml.safe_load(scripted_pool(tmp_path).read_text(encoding="utf-8"))
     path, out = tmp_path / "failing.yaml", tmp_path / "run"
@@ -124,7 +125,7 @@ def test_the_job_file_does_what_the_command_does(unbroken: Path, tmp_path: Path)
 
 @pytest.mark.real_model
 def test_the_embedded_model_is_evaluated_and_its_calls_are_found_again(tmp_path: Path) -> None:
-    base = ["--benchmarks", "arith", "--policies", "single,dmoa", "--limit", "2", "--budget", "cpu"]
+    base = ["--benchmarks", "arith", "--policies", "single,dmoa", "--limit", "1", "--budget", "cpu"]
     cache = ["--call-cache", str(tmp_path / "calls")]
     first = run(command(tmp_path / "first", *base, *cache))
     assert first.returncode == 0, first.stderr
