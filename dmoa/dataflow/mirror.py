@@ -87,12 +87,13 @@ class Mirror:
         for name, path in here.items():
             try:
                 mark = _mark(path)
-                if self._marks.get(name) != mark:
-                    self._write(name, path.read_bytes())
-                    self._marks[name] = mark
-                    pushed += 1
+                data = path.read_bytes() if self._marks.get(name) != mark else None
             except FileNotFoundError:
                 continue  # replaced or removed just now
+            if data is not None:
+                self._write(name, data)
+                self._marks[name] = mark
+                pushed += 1
         for name in self._marks.keys() - here.keys():
             self._system.delete_file(f"{self._root}/{name}")
             del self._marks[name]
