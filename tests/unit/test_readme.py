@@ -203,14 +203,6 @@ def test_paths_of_the_tree_exist(path: str) -> None:
     assert (ROOT / path).exists()
 
 
-def test_the_tree_shows_every_part_of_the_package() -> None:
-    shown = set(tree_paths())
-    parts = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "dmoa").glob("*/*.py")}
-    assert parts <= shown
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dmoa").glob("*.py")}
-    assert modules - {"dmoa/__init__.py"} <= shown
-
-
 def test_tables_of_benches_and_of_the_reply_are_complete() -> None:
     benches = README.partition("## Benches and acceptance")[2].partition("\n## ")[0]
     assert re.findall(r"^\| (P\d+|growth|prefill) \|", benches, re.M) == list(_HOMES)
