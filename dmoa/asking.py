@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from dmoa.agents.prompts import agent_messages
 from dmoa.cascade import wants_more
-from dmoa.errors import AgentOverloadedError, AgentUnavailableError, BrokenStreamError, NoAgentError
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError, BrokenStreamError, CallNotTakenError, NoAgentError
 from dmoa.protocols import AgentClient, Router
 from dmoa.types import (
     Activation,
@@ -78,6 +78,8 @@ class _Round:
     """The query before the step; its tokens grow by those of the step before every call of the cascade."""
     reserves: deque[Activation]
     dead_places: set[str]
+    waited_out: set[str]
+    """Those of the dead places that a call has waited for already, for as long as patience lasts."""
     cold_places: set[str]
     """Places without a replica, as the router knew when it decided; those that came up since are taken out."""
     active: tuple[Activation, ...]
@@ -156,6 +158,7 @@ class Asker:
             state=state,
             reserves=deque(plan.reserves),
             dead_places=set(),
+            waited_out=set(),
             cold_places=self._cold_places(plan),
             active=plan.activations,
             is_final=is_final,
@@ -227,7 +230,7 @@ class Asker:
         """Send the newest call that was lost with its place again until the place is back."""
         for index in reversed(range(len(chain))):
             activation, lost = chain[index]
-            if lost.status == "failed" and self._sheets[activation.agent].place in asking.dead_places:
+            if lost.status == "failed" and self._sheets[activation.agent].place in asking.dead_places - asking.waited_out:
                 reply = await self._ask_until_back(asking, activation, lost)
                 return [*chain[:index], (activation, reply), *chain[index + 1 :]]
         return chain
@@ -267,6 +270,8 @@ class Asker:
         except AgentUnavailableError as lost:
             status, error = "failed", str(lost)
             asking.dead_places.add(self._sheets[activation.agent].place)
+            if isinstance(lost, CallNotTakenError):
+                asking.waited_out.add(self._sheets[activation.agent].place)
             if self._router is not None:
                 self._router.report_unavailable(activation.agent, error)
         except AgentOverloadedError as busy:

@@ -40,6 +40,10 @@ class AgentUnavailableError(DmoaError, ConnectionError):
     """The place where an agent runs died, is restarting or cannot be reached; the same call may succeed later."""
 
 
+class CallNotTakenError(AgentUnavailableError):
+    """No replica of an agent took a call for as long as a query waits for a place that is lost; nobody waits for it again."""
+
+
 class AgentOverloadedError(DmoaError, RuntimeError):
     """An agent's queue is full; another agent should take its place."""
 

@@ -8,8 +8,10 @@ go to one of them (`scaling` says how it is chosen), whose prefix cache knows ho
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -19,18 +21,22 @@ from ray.serve.handle import DeploymentHandle
 from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.agents.pool import build_agents, build_engine, callable_agents
 from dmoa.agents.summarizer import withhold
+from dmoa.asking import PATIENCE_S
 from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config
-from dmoa.errors import AgentOverloadedError, AgentUnavailableError, ConfigError, PoolChangedError
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, ConfigError, PoolChangedError
 from dmoa.protocols import Engine
+from dmoa.serving.handles import ask, is_taken
 from dmoa.serving.losses import CALL_ERRORS
 from dmoa.serving.placement import deployment_name
 from dmoa.serving.scaling import has_affinity, scaling_options
 from dmoa.serving.upgrade import CALL_DRAIN_S, check_version, pool_version
-from dmoa.serving.vigil import Absent, Gone, Vigil
+from dmoa.serving.vigil import Absent, Gone, Vigil, Watched
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
 ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads of an engine that wait must sleep: spinning ones slow every token some thirty times on a busy machine."""
+_DEADLINE_SLACK_S = 1.0
+"""After a call's deadline, at which its caller ends it."""
 
 
 class Answers:
@@ -149,41 +155,46 @@ class ServeAgents:
         self._streams = {name: handle.options(method_name="stream", stream=True, **options) for name, handle in handles.items()}
         self._affine = frozenset(affine)
         self._pings = {name: handle.options(method_name="ping") for name, handle in handles.items()}
+        self._queues = {name: id(handle) for name, handle in handles.items()}  # one for all agents of a deployment
 
     async def call(self, call: AgentCall) -> AgentReply:
-        """Ask one agent; cancelling this cancels the call where it runs."""
-        response = self._handle(self._calls, call).remote(call, self._version)
-        watched = self._vigil.watch(call.agent, response.cancel)
+        """Ask one agent; cancelling this cancels the call where it runs.
+
+        Raises AgentUnavailableError, CallNotTakenError among them, AgentOverloadedError, PoolChangedError.
+        """
+        response = ask(self._handle(self._calls, call), call, self._version)
+        watched = self._watch(call.agent, response, call.deadline_unix_s)
         try:
             reply: AgentReply = await response
         except asyncio.CancelledError:
             response.cancel()
             if watched.is_given_up:
-                raise self._given_up(call.agent) from None
+                raise self._given_up(call.agent, watched) from None
             raise
         except CALL_ERRORS as error:
-            raise self._given_up(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
+            raise self._given_up(call.agent, watched) if watched.is_given_up else _lost(call.agent, error) from error
         finally:
             watched.end()
+        watched.answered()
         return reply
 
     async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
-        """Ask one agent and yield its text as it comes, last the reply."""
-        responses = self._handle(self._streams, call).remote(call, self._version)
-        watched = self._vigil.watch(call.agent, responses.cancel)
+        """Ask one agent and yield its text as it comes, last the reply. Raises as `call` does."""
+        responses = ask(self._handle(self._streams, call), call, self._version)
+        watched = self._watch(call.agent, responses, call.deadline_unix_s)
         is_done = False
         try:
             async for item in responses:
-                watched.end()
+                watched.answered()
                 is_done = isinstance(item, AgentReply)
                 yield item
         except asyncio.CancelledError:
             if watched.is_given_up:
-                raise self._given_up(call.agent) from None
+                raise self._given_up(call.agent, watched) from None
             raise
         except CALL_ERRORS as error:
             is_done = True  # to cancel it now could raise the same error again
-            raise self._given_up(call.agent) if watched.is_given_up else _lost(call.agent, error) from error
+            raise self._given_up(call.agent, watched) if watched.is_given_up else _lost(call.agent, error) from error
         finally:
             watched.end()
             if not is_done:
@@ -194,23 +205,28 @@ class ServeAgents:
 
         Serve starts a replica for a ping as for any call; cancelled, it no longer asks for one.
         """
-        response = self._pings[agent].remote()
-        watched = self._vigil.watch(agent, response.cancel)
+        response = ask(self._pings[agent])
+        watched = self._watch(agent, response)
         try:
             await response
         except asyncio.CancelledError:
             response.cancel()
             if watched.is_given_up:
-                raise self._given_up(agent) from None
+                raise self._given_up(agent, watched) from None
             raise
         except CALL_ERRORS as error:
             # Serve refuses calls to a deployment that was deleted, and so what waits by pings would wait for ever.
             is_gone = watched.is_given_up or await self._vigil.is_gone(agent)
-            raise self._given_up(agent) if is_gone else _lost(agent, error) from error
+            raise self._given_up(agent, watched) if is_gone else _lost(agent, error) from error
         finally:
             watched.end()
 
-    def _given_up(self, agent: str) -> AgentUnavailableError | PoolChangedError | asyncio.CancelledError:
+    def _watch(self, agent: str, response: Any, deadline_unix_s: float | None = None) -> Watched:
+        patience_s = PATIENCE_S if deadline_unix_s is None else max(0.0, deadline_unix_s - time.time()) + _DEADLINE_SLACK_S
+        taken = partial(is_taken, response)
+        return self._vigil.watch(agent, response.cancel, is_taken=taken, patience_s=patience_s, queue=self._queues[agent])
+
+    def _given_up(self, agent: str, watched: Watched) -> AgentUnavailableError | PoolChangedError | asyncio.CancelledError:
         """Return how what was given up ends: as cancelled where its own task is, for Serve tells both by one error.
 
         Where another pool is served by now, the agent may be gone for good: the query has to begin again on that one.
@@ -220,6 +236,8 @@ class ServeAgents:
             return asyncio.CancelledError()
         if self._vigil.served not in (None, self._version):
             return PoolChangedError(f"agent {agent!r} has no running replica, and another version of the pool is served by now")
+        if watched.is_untaken:
+            return CallNotTakenError(f"agent {agent!r}: no replica of it took the call for {watched.patience_s:.0f} s")
         return AgentUnavailableError(f"agent {agent!r}: it has no running replica")
 
     def _handle(self, handles: Mapping[str, Any], call: AgentCall) -> Any:

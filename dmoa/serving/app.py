@@ -19,11 +19,13 @@ from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.installed import check_vllm
 from dmoa.agents.pool import callable_agents, check_files, fingerprint
+from dmoa.asking import PATIENCE_S
 from dmoa.config import Config, LimitsConfig
 from dmoa.errors import DmoaError, PoolChangedError
 from dmoa.serving.actors import pack
 from dmoa.serving.agents import ServeAgents, affine_agents, bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
+from dmoa.serving.handles import ask
 from dmoa.serving.http import create_app
 from dmoa.serving.intake import unknown_model
 from dmoa.serving.losses import CALL_ERRORS
@@ -210,17 +212,22 @@ class SwarmIngress:
 async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None) -> AsyncGenerator[str | Event]:
     """Yield what the streaming handle `answer` of a running ingress yields for a query. Raises its errors.
 
-    PoolChangedError as well where that ingress was lost: then the query begins again.
+    PoolChangedError as well where that ingress was lost, or none took the query in time: then the query begins again.
     """
-    responses = answer.remote(query, policy, agent)
+    responses = ask(answer, query, policy, agent)
     is_done = False
     try:
+        async with asyncio.timeout(query.limits.deadline_s or PATIENCE_S):
+            first = await anext(responses)  # the fingerprint, which is there at once
+        yield first
         async for event in responses:
             is_done = isinstance(event, Answer)
             yield event
     except RayTaskError as error:
         is_done = True
         raise (error.cause if isinstance(error.cause, DmoaError) else error) from None
+    except TimeoutError as error:
+        raise PoolChangedError("no ingress took the query where it began again") from error
     except CALL_ERRORS as error:
         is_done = True  # to cancel it now could raise the same error again
         raise PoolChangedError(f"the ingress where it began again was lost ({type(error).__name__})") from error

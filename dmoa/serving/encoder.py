@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from dmoa.agents.pool import build_encoder
 from dmoa.config import Config
 from dmoa.errors import AgentUnavailableError
+from dmoa.serving.handles import ask
 from dmoa.serving.losses import CALL_ERRORS
 from dmoa.types import FloatArray
 
@@ -50,8 +52,12 @@ class ServeEncoder:
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._cache}
         found = {key: self._cache[key] for key in keys if key in self._cache}
         if missing:
+            response = ask(self._handle.embed, list(missing.values()))
             try:
-                rows: list[FloatArray] = await self._handle.embed.remote(list(missing.values()))
+                rows: list[FloatArray] = await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
             except CALL_ERRORS as error:
                 raise AgentUnavailableError(f"encoder: {type(error).__name__}: its replica died or cannot be reached") from error
             found.update(zip(missing, rows, strict=True))

@@ -97,7 +97,7 @@ class RemoteRouter:
         except (RayError, TimeoutError):
             return Absent()
         deleted = frozenset(deployment_names(self._config)) - frozenset(status["agents"])
-        return Absent(frozenset(status["gone"]) | deleted, status["pool_version"])
+        return Absent(frozenset(status["gone"]) | deleted, status["pool_version"], frozenset(status.get("cold", ())))
 
     async def _tell(self, agent: str, reason: str) -> None:
         with contextlib.suppress(RayError):
