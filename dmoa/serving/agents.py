@@ -140,13 +140,21 @@ class ServeAgents:
     """Reaches agents through Serve handles; implements `protocols.AgentClient`."""
 
     def __init__(
-        self, handles: Mapping[str, DeploymentHandle], version: str, *, affine: Collection[str] = (), gone: Gone = _nobody
+        self,
+        handles: Mapping[str, DeploymentHandle],
+        version: str,
+        *,
+        affine: Collection[str] = (),
+        gone: Gone = _nobody,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """`handles` are by agent name; `version` is the pool's, which every reply must come from.
 
         Calls of `affine` agents go to the replica of their conversation. `gone` says who has no replica; calls to them end.
+        So do calls without a deadline that no replica takes for `patience_s`, see `Vigil.watch`.
         """
         self._version = version
+        self._patience_s = patience_s
         self._vigil = Vigil(gone)
         # Made once, because a handle builds a new one for every method that is named on it. Calls are plain records:
         # pickle takes half of cloudpickle's time for them. Replies may be errors, which only cloudpickle carries safely.
@@ -220,11 +228,17 @@ class ServeAgents:
             raise self._given_up(agent, watched) if is_gone else _lost(agent, error) from error
         finally:
             watched.end()
+        watched.answered()
 
     def _watch(self, agent: str, response: Any, deadline_unix_s: float | None = None) -> Watched:
-        patience_s = PATIENCE_S if deadline_unix_s is None else max(0.0, deadline_unix_s - time.time()) + _DEADLINE_SLACK_S
-        taken = partial(is_taken, response)
-        return self._vigil.watch(agent, response.cancel, is_taken=taken, patience_s=patience_s, queue=self._queues[agent])
+        left_s = None if deadline_unix_s is None else max(0.0, deadline_unix_s - time.time())
+        return self._vigil.watch(
+            agent,
+            response.cancel,
+            is_taken=partial(is_taken, response),
+            patience_s=self._patience_s if left_s is None else left_s + _DEADLINE_SLACK_S,
+            queue=self._queues[agent],
+        )
 
     def _given_up(self, agent: str, watched: Watched) -> AgentUnavailableError | PoolChangedError | asyncio.CancelledError:
         """Return how what was given up ends: as cancelled where its own task is, for Serve tells both by one error.
@@ -237,7 +251,7 @@ class ServeAgents:
         if self._vigil.served not in (None, self._version):
             return PoolChangedError(f"agent {agent!r} has no running replica, and another version of the pool is served by now")
         if watched.is_untaken:
-            return CallNotTakenError(f"agent {agent!r}: no replica of it took the call for {watched.patience_s:.0f} s")
+            return CallNotTakenError(f"agent {agent!r}: no replica of it took the call for {watched.patience_s:.3g} s")
         return AgentUnavailableError(f"agent {agent!r}: it has no running replica")
 
     def _handle(self, handles: Mapping[str, Any], call: AgentCall) -> Any:

@@ -7,11 +7,15 @@ away, Serve cancels whatever bears the id, also what other queries wait for by n
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from dataclasses import replace
 from typing import Any
 
 from ray.serve import context
+
+_PROCESS = uuid.uuid4().hex
+_NUMBERS = itertools.count()
 
 
 def ask(handle: Any, *args: object) -> Any:
@@ -20,7 +24,7 @@ def ask(handle: Any, *args: object) -> Any:
     Serve cancels the call with nothing else: whoever no longer waits for the response must cancel it.
     """
     request = context._get_serve_request_context()
-    token = context._serve_request_context.set(replace(request, _internal_request_id=uuid.uuid4().hex))
+    token = context._serve_request_context.set(replace(request, _internal_request_id=f"{_PROCESS}-{next(_NUMBERS)}"))
     try:
         return handle.remote(*args)
     finally:

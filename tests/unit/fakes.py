@@ -64,6 +64,7 @@ class Lose:
 
     error: str = "replica died"
     pieces: tuple[str, ...] = ()
+    kind: type[AgentUnavailableError] = AgentUnavailableError
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class FakeAgents:
         for piece in fate.pieces:
             yield TextDelta(text=piece)
         if isinstance(fate, Lose):
-            raise AgentUnavailableError(fate.error)
+            raise fate.kind(fate.error)
         if isinstance(fate, Hang):
             await self._wait(call.agent, asyncio.Event())
         yield AgentReply(agent=call.agent, status="failed", error=fate.error if isinstance(fate, Fail) else None)

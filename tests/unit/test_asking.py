@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from dmoa.asking import PATIENCE_S, Asker
-from dmoa.errors import BrokenStreamError
+from dmoa.errors import BrokenStreamError, CallNotTakenError
 from dmoa.routing import LocalRouter
 from dmoa.types import (
     Activation,
@@ -164,6 +164,17 @@ def test_patience_ends_after_a_minute() -> None:
     # Pauses of 0.05, 0.1, 0.2, 0.4, 0.8 s and then 1 s each: 64 of them end before the minute does.
     assert reply.attempts == 1 + 64
     assert waited_s == pytest.approx(PATIENCE_S)
+
+
+def test_a_place_that_took_no_call_for_as_long_is_not_waited_for_again() -> None:
+    async def work() -> tuple[AgentReply, ...]:
+        agents = FakeAgents({"a": Lose(error="no replica took it", kind=CallNotTakenError), "b": Lose(), "c": Say(text="3")})
+        return await replies_of(asker_of(agents, places={"a": "llm", "c": "llm"}), state_of(query()), asks("a", reserves="bc"))
+
+    replies, waited_s = jumping(work())
+    assert outcomes(replies) == [("a", "failed"), ("b", "failed")]
+    assert replies[0].attempts == 1
+    assert waited_s == pytest.approx(PATIENCE_S)  # for b
 
 
 def test_patience_is_for_the_place_and_not_for_the_reply() -> None:

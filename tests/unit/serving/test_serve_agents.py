@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import time
 import warnings
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +21,7 @@ with warnings.catch_warnings():
     from ray.serve.exceptions import BackPressureError
     from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
-from dmoa.errors import AgentOverloadedError, AgentUnavailableError, PoolChangedError
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, PoolChangedError
 from dmoa.serving import vigil
 from dmoa.serving.agents import ServeAgents
 from dmoa.serving.vigil import Absent
@@ -145,3 +147,25 @@ async def test_a_connection_that_breaks_between_replicas_costs_a_call_and_no_mor
     streamed = Handle(future_of(error=broken), DeploymentResponseGenerator)
     with pytest.raises(AgentUnavailableError, match="AioRpcError"):
         await anext(ServeAgents({"solver": streamed}, "v").stream(CALL))  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("ask", [ask_by_call, ask_by_stream, ask_by_ping])
+async def test_a_call_that_no_replica_takes_ends_though_some_run(
+    looks: asyncio.Event, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Any], Awaitable[None]]
+) -> None:
+    monkeypatch.setattr(vigil, "_LOOK_S", 0.01)
+    future = future_of()
+    handle = Handle(future, DeploymentResponseGenerator if ask is ask_by_stream else DeploymentResponse)
+    agents = ServeAgents({"solver": handle}, "v", patience_s=0.05)  # type: ignore[dict-item]
+    with pytest.raises(CallNotTakenError, match=r"agent 'solver': no replica of it took the call for 0\.05 s"):
+        async with asyncio.timeout(5):
+            await ask(agents)
+    assert future.cancelled()
+
+
+async def test_a_call_with_a_deadline_has_until_then_to_be_taken(looks: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vigil, "_LOOK_S", 0.01)
+    agents = ServeAgents({"solver": Handle(future_of())}, "v", patience_s=3600)  # type: ignore[dict-item]
+    with pytest.raises(CallNotTakenError):
+        async with asyncio.timeout(5):
+            await agents.call(replace(CALL, deadline_unix_s=time.time()))

@@ -15,11 +15,12 @@ class Router:
 
     def __init__(self) -> None:
         self.gone: frozenset[str] = frozenset()
+        self.cold: frozenset[str] = frozenset()
         self.asked = 0
 
     async def __call__(self) -> Absent:
         self.asked += 1
-        return Absent(self.gone, "v")
+        return Absent(self.gone, "v", self.cold)
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +82,60 @@ async def test_many_slow_calls_share_one_look() -> None:
     assert not given_up.is_set()
     for call in calls:
         call.end()
+
+
+async def test_a_call_that_no_replica_takes_is_given_up_when_its_patience_ends() -> None:
+    router, given_up = Router(), asyncio.Event()
+    watched = Vigil(router).watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.1)
+    await within(given_up)
+    assert watched.is_given_up
+    assert watched.is_untaken
+    assert router.asked >= 3, "given up before its patience ended"
+    watched.end()
+
+
+async def test_a_call_that_was_taken_may_take_its_time() -> None:
+    router = Router()
+    watched = Vigil(router).watch("solver", lambda: pytest.fail("given up"), is_taken=lambda: True, patience_s=0.05)
+    async with asyncio.timeout(5):
+        while router.asked < 8:  # noqa: ASYNC110 the fake counts
+            await asyncio.sleep(0.005)
+    watched.end()
+
+
+async def test_a_cold_agents_replica_may_take_longer_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    router, given_up = Router(), asyncio.Event()
+    router.cold = frozenset({"solver"})
+    watching = Vigil(router)
+    watched = watching.watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.05)
+    async with asyncio.timeout(5):
+        while router.asked < 8:  # noqa: ASYNC110 the fake counts
+            await asyncio.sleep(0.005)
+    assert not given_up.is_set()
+    router.cold = frozenset()  # its replica is there, and takes nothing
+    await within(given_up)
+    assert watched.is_untaken
+
+    router.cold = frozenset({"solver"})
+    monkeypatch.setattr(vigil, "COLD_PATIENCE_S", 0.1)
+    given_up.clear()
+    watching.watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.05)
+    await within(given_up)  # a cold start ends too
+
+
+async def test_a_queue_that_moves_is_waited_in_and_one_that_others_pass_is_not() -> None:
+    router, given_up, passed = Router(), asyncio.Event(), asyncio.Event()
+    watching = Vigil(router)
+    before = [watching.watch("solver", lambda: None, queue="llm") for _ in range(12)]
+    waits = watching.watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.15, queue="llm")
+    left_behind = watching.watch("other", passed.set, is_taken=lambda: False, patience_s=0.15, queue="other llm")
+    after = [watching.watch("other", lambda: None, queue="other llm") for _ in range(12)]
+    for first, later in zip(before, after, strict=True):
+        await asyncio.sleep(0.03)
+        first.answered()
+        later.answered()
+    assert passed.is_set()
+    assert left_behind.is_untaken
+    assert not given_up.is_set()
+    await within(given_up)
+    assert waits.is_untaken

@@ -1,0 +1,139 @@
+"""Calls within one request: each has an id of its own in Serve's books, and ends with whoever waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+with warnings.catch_warnings():
+    # Ray 2.60's own, with this pydantic.
+    warnings.filterwarnings("ignore", message="Using extra keyword arguments", category=DeprecationWarning)
+    from ray.exceptions import RayActorError
+    from ray.serve import context
+    from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+
+    from dmoa.serving.app import _ask_ingress
+
+from dmoa.errors import AgentUnavailableError, PoolChangedError
+from dmoa.serving.agents import ServeAgents
+from dmoa.serving.encoder import ServeEncoder
+from dmoa.serving.handles import ask, is_taken
+from dmoa.types import AgentCall, Limits, Query, Sampling
+
+QUERY = Query(trace_id="t", text="Who?", limits=Limits(max_steps=1, deadline_s=0.05))
+
+
+class Books:
+    """What Serve's router is told of calls; every one of them is lost."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def assign_request(self, metadata: Any, *_: Any, **__: Any) -> concurrent.futures.Future[Any]:
+        """Note a call."""
+        self.calls.append(metadata)
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future.set_exception(RayActorError())
+        return future
+
+
+@pytest.fixture
+def request_context() -> Iterator[Any]:
+    found = context._RequestContext(route="/", request_id="the client's", _internal_request_id="the request's", app_name="dmoa")
+    token = context._serve_request_context.set(found)
+    yield found
+    context._serve_request_context.reset(token)
+
+
+def handle_of(books: Books) -> Any:
+    counter = SimpleNamespace(inc=lambda **_: None)
+    options = SimpleNamespace(_source=None, _run_router_in_separate_loop=True)
+    return DeploymentHandle("llm", "dmoa", init_options=options, _router=books, _request_counter=counter)
+
+
+async def test_calls_of_one_request_have_ids_of_their_own(request_context: Any) -> None:
+    books = Books()
+    handle = handle_of(books)
+    agents = ServeAgents({"a": handle, "b": handle}, "v", affine="ab")
+    calls = [AgentCall(trace_id="t", step=0, agent=name, messages=(), sampling=Sampling(), conversation="c") for name in "ab"]
+    asked = [*(agents.call(call) for call in calls), *(anext(agents.stream(call)) for call in calls)]  # type: ignore[call-overload]
+    asked += [agents.ping("a"), agents.ping("b"), ServeEncoder(handle).embed(["x"])]
+    for work in asked:
+        with pytest.raises(AgentUnavailableError):
+            await work
+    with pytest.raises(PoolChangedError):
+        await anext(_ask_ingress(handle.options(method_name="answer_here", stream=True), QUERY, "dmoa", None))
+    assert [call.call_method for call in books.calls] == [*["call"] * 2, *["stream"] * 2, *["ping"] * 2, "embed", "answer_here"]
+    ids = [call.internal_request_id for call in books.calls]
+    assert len(set(ids)) == len(ids)
+    assert "the request's" not in ids
+    # Logs still tell whose call it was, a conversation still has one replica, and the request is as it was.
+    assert {call.request_id for call in books.calls} == {"the client's"}
+    assert {call.session_id for call in books.calls[:4]} == {"c"}
+    assert context._get_serve_request_context() == request_context
+
+
+class Running:
+    """A replica's answer that never comes, and that can be cancelled."""
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        """Note it."""
+        self.is_cancelled = True
+
+    async def get_async(self) -> Any:
+        """Wait for good."""
+        await asyncio.Event().wait()
+
+
+class Answering:
+    """A handle whose calls all get one response."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+        self.embed = self
+
+    def remote(self, *_: Any) -> Any:
+        """Return the response."""
+        return self._response
+
+
+def response_of(result: Any = None, kind: type[Any] = DeploymentResponse) -> Any:
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    if result is not None:
+        future.set_result(result)
+    return kind(future, SimpleNamespace(request_id="r"))
+
+
+def test_a_call_is_taken_once_a_replica_has_accepted_it() -> None:
+    assert not is_taken(ask(Answering(response_of())))
+    assert is_taken(ask(Answering(response_of(Running()))))
+
+
+async def test_nobody_waits_for_an_embedding_any_more() -> None:
+    running = Running()
+    task = asyncio.create_task(ServeEncoder(Answering(response_of(running))).embed(["x"]))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+    assert running.is_cancelled
+
+
+async def test_a_query_that_no_ingress_takes_begins_again() -> None:
+    response = response_of(kind=DeploymentResponseGenerator)
+    with pytest.raises(PoolChangedError, match="no ingress took the query"):
+        async with asyncio.timeout(5):
+            await anext(_ask_ingress(Answering(response), QUERY, "dmoa", None))
+    assert response.cancelled()
