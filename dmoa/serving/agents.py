@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from ray import serve
@@ -25,7 +24,7 @@ from dmoa.asking import PATIENCE_S
 from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, ConfigError, PoolChangedError
 from dmoa.protocols import Engine
-from dmoa.serving.handles import ask, is_taken
+from dmoa.serving.handles import Sent, ask
 from dmoa.serving.losses import CALL_ERRORS
 from dmoa.serving.placement import deployment_name
 from dmoa.serving.scaling import has_affinity, scaling_options
@@ -170,8 +169,8 @@ class ServeAgents:
 
         Raises AgentUnavailableError, CallNotTakenError among them, AgentOverloadedError, PoolChangedError.
         """
-        response = ask(self._handle(self._calls, call), call, self._version)
-        watched = self._watch(call.agent, response, call.deadline_unix_s)
+        sent = ask(self._handle(self._calls, call), call, self._version)
+        response, watched = sent.response, self._watch(call.agent, sent, call.deadline_unix_s)
         try:
             reply: AgentReply = await response
         except asyncio.CancelledError:
@@ -188,8 +187,8 @@ class ServeAgents:
 
     async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Ask one agent and yield its text as it comes, last the reply. Raises as `call` does."""
-        responses = ask(self._handle(self._streams, call), call, self._version)
-        watched = self._watch(call.agent, responses, call.deadline_unix_s)
+        sent = ask(self._handle(self._streams, call), call, self._version)
+        responses, watched = sent.response, self._watch(call.agent, sent, call.deadline_unix_s)
         is_done = False
         try:
             async for item in responses:
@@ -213,8 +212,8 @@ class ServeAgents:
 
         Serve starts a replica for a ping as for any call; cancelled, it no longer asks for one.
         """
-        response = ask(self._pings[agent])
-        watched = self._watch(agent, response)
+        sent = ask(self._pings[agent])
+        response, watched = sent.response, self._watch(agent, sent)
         try:
             await response
         except asyncio.CancelledError:
@@ -230,12 +229,12 @@ class ServeAgents:
             watched.end()
         watched.answered()
 
-    def _watch(self, agent: str, response: Any, deadline_unix_s: float | None = None) -> Watched:
+    def _watch(self, agent: str, sent: Sent, deadline_unix_s: float | None = None) -> Watched:
         left_s = None if deadline_unix_s is None else max(0.0, deadline_unix_s - time.time())
         return self._vigil.watch(
             agent,
-            response.cancel,
-            is_taken=partial(is_taken, response),
+            sent.response.cancel,
+            is_taken=sent.is_taken,
             patience_s=self._patience_s if left_s is None else left_s + _DEADLINE_SLACK_S,
             queue=self._queues[agent],
         )

@@ -214,7 +214,7 @@ async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None
 
     PoolChangedError as well where that ingress was lost, or none took the query in time: then the query begins again.
     """
-    responses = ask(answer, query, policy, agent)
+    responses = ask(answer, query, policy, agent).response
     is_done = False
     try:
         async with asyncio.timeout(query.limits.deadline_s or PATIENCE_S):

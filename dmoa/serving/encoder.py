@@ -52,7 +52,7 @@ class ServeEncoder:
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._cache}
         found = {key: self._cache[key] for key in keys if key in self._cache}
         if missing:
-            response = ask(self._handle.embed, list(missing.values()))
+            response = ask(self._handle.embed, list(missing.values())).response
             try:
                 rows: list[FloatArray] = await response
             except asyncio.CancelledError:

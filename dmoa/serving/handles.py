@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.serve import context
@@ -18,19 +18,32 @@ _PROCESS = uuid.uuid4().hex
 _NUMBERS = itertools.count()
 
 
-def ask(handle: Any, *args: object) -> Any:
-    """Call through a handle and return Serve's response. The request's id in Serve's logs stays the client's.
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A call on its way."""
+
+    response: Any
+    """Serve's response, to be awaited or iterated."""
+    call_id: str
+    """Under which Serve keeps books about the call."""
+
+    def is_taken(self) -> bool:
+        """Tell whether a replica has the call, or it is over; Serve says it nowhere in public.
+
+        The response alone would tell too late: by gRPC a call that streams nothing is one exchange, and all that Serve hears
+        of it comes with the reply.
+        """
+        return bool(self.response._replica_result_future.done() or context._get_in_flight_requests(self.call_id))
+
+
+def ask(handle: Any, *args: object) -> Sent:
+    """Call through a handle. The request's id in Serve's logs stays the client's.
 
     Serve cancels the call with nothing else: whoever no longer waits for the response must cancel it.
     """
-    request = context._get_serve_request_context()
-    token = context._serve_request_context.set(replace(request, _internal_request_id=f"{_PROCESS}-{next(_NUMBERS)}"))
+    call_id = f"{_PROCESS}-{next(_NUMBERS)}"
+    token = context._serve_request_context.set(replace(context._get_serve_request_context(), _internal_request_id=call_id))
     try:
-        return handle.remote(*args)
+        return Sent(handle.remote(*args), call_id)
     finally:
         context._serve_request_context.reset(token)
-
-
-def is_taken(response: Any) -> bool:
-    """Tell whether a replica has accepted a call, or the call is over; Serve says it nowhere in public."""
-    return bool(response._replica_result_future.done())

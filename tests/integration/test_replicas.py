@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -109,11 +112,15 @@ def endpoint() -> Iterator[Endpoint]:
 
 
 @pytest.fixture(scope="module")
-def server(endpoint: Endpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("replicas")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("replicas")
+
+
+@pytest.fixture(scope="module")
+def server(endpoint: Endpoint, folder: Path) -> Iterator[Served]:
     path = folder / "pool.yaml"
     path.write_text(CONFIG.replace("STATE", (folder / "state").as_uri()).replace("ENDPOINT", endpoint.url), encoding="utf-8")
-    served = serve(path)
+    served = serve(path, "--json", str(folder / "serve.json"))
     yield served
     assert served.stop() == 0
 
@@ -191,6 +198,29 @@ async def test_a_client_that_goes_away_ends_all_calls_of_its_step(http: httpx.As
         query.cancel()
     await asyncio.gather(*queries, return_exceptions=True)
     await until(lambda: endpoint.waiting == 0, "the others' to end", 2)
+
+
+def test_a_call_counts_as_taken_while_its_replica_is_at_work(server: Served, endpoint: Endpoint, folder: Path) -> None:
+    address = json.loads((folder / "serve.json").read_text())["ray_address"]
+    command = [sys.executable, "-m", "tests.integration.taken", address, str(folder / "pool.yaml"), NEVER]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as asking:
+        watch = threading.Timer(60, asking.kill)
+        watch.start()
+        try:
+            assert asking.stdout is not None
+            found = next((line.strip() for line in iter(asking.stdout.readline, "") if line.startswith("taken")), "")
+            waiting = endpoint.waiting
+            _, errors = asking.communicate("now\n")
+        finally:
+            watch.cancel()
+    assert found == "taken, at first [False, False]", errors[-3000:]
+    assert waiting == 2, "taken, and not at work"
+    deadline = time.monotonic() + 5
+    while endpoint.waiting:
+        assert time.monotonic() < deadline, "cancelled, and still at work"
+        time.sleep(0.05)
 
 
 async def test_calls_end_at_the_deadline_where_they_run(http: httpx.AsyncClient, endpoint: Endpoint) -> None:

@@ -24,7 +24,7 @@ with warnings.catch_warnings():
 from dmoa.errors import AgentUnavailableError, PoolChangedError
 from dmoa.serving.agents import ServeAgents
 from dmoa.serving.encoder import ServeEncoder
-from dmoa.serving.handles import ask, is_taken
+from dmoa.serving.handles import ask
 from dmoa.types import AgentCall, Limits, Query, Sampling
 
 QUERY = Query(trace_id="t", text="Who?", limits=Limits(max_steps=1, deadline_s=0.05))
@@ -115,8 +115,14 @@ def response_of(result: Any = None, kind: type[Any] = DeploymentResponse) -> Any
 
 
 def test_a_call_is_taken_once_a_replica_has_accepted_it() -> None:
-    assert not is_taken(ask(Answering(response_of())))
-    assert is_taken(ask(Answering(response_of(Running()))))
+    assert ask(Answering(response_of(Running()))).is_taken()
+    sent = ask(Answering(response_of()))
+    assert not sent.is_taken()
+    # Serve's books, as kept where the call goes to a replica: refused there it comes out of them again.
+    context._add_in_flight_request(sent.call_id, "a replica's", Running())
+    assert sent.is_taken()
+    context._remove_in_flight_request(sent.call_id, "a replica's")
+    assert not sent.is_taken()
 
 
 async def test_nobody_waits_for_an_embedding_any_more() -> None:
