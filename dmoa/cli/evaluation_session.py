@@ -14,7 +14,7 @@ from dmoa.cli.evaluation_screen import Bars, print_result
 from dmoa.cli.local import fetch_models
 from dmoa.config import Config, is_name
 from dmoa.dataflow.room import FILL
-from dmoa.errors import CheckpointError, ConfigError, RequestError
+from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError
 from dmoa.evaluation.answering import Asking, split_policy
 from dmoa.evaluation.options import EvaluateOptions
 from dmoa.evaluation.registry import expand_names
@@ -68,6 +68,22 @@ def _evaluated(
         print_result(evaluation)
         common.say(f"report: {shown(folder.report)}")
     return evaluation
+
+
+def check_ran(evaluation: Evaluation) -> None:
+    """Raise DmoaError where a policy did not run on a benchmark: every query of it failed."""
+    from dmoa.evaluation.results import not_run
+
+    rows = not_run(evaluation)
+    if not rows:
+        return
+    where = "; ".join(f"{row.policy} on {row.benchmark} ({row.failed} of {row.n} queries failed)" for row in rows)
+    cells = {(row.benchmark, row.policy) for row in rows}
+    reason = next((found.error for found in evaluation.failures if (found.benchmark, found.policy) in cells), "")
+    said = f"; the first error: {' '.join(reason.split())}" if reason else ""
+    raise DmoaError(
+        f"evaluation: did not run: {where}{said}; mend what failed, then repeat the command with --resume --retry-failed"
+    )
 
 
 @contextmanager
@@ -241,7 +257,8 @@ def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptio
     paired = [row.model_dump(mode="json") for row in evaluation.paired]
     if paired:
         tracker.table("paired", list(paired[0]), [[_cell(value) for value in row.values()] for row in paired])
-    tracker.log({f"{row.benchmark}/{row.policy}/accuracy": row.accuracy for row in evaluation.rows}, step=None)
+    ran = [row for row in evaluation.rows if row.did_run]
+    tracker.log({f"{row.benchmark}/{row.policy}/accuracy": row.accuracy for row in ran}, step=None)
     pool_gate = evaluation.config.pool.config.get("gate", {}).get("checkpoint") if "dmoa" in options.policies else None
     log_gates(tracker, [pool_gate, *options.gates.values()])
     tracker.finish()

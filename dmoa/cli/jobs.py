@@ -42,7 +42,7 @@ def _evaluate(common: Common) -> None:
     \b
     python jobs/evaluate.py --config jobs/evaluate.yaml --set job.limit=20
     """
-    from dmoa.cli.evaluation_session import run_evaluation
+    from dmoa.cli.evaluation_session import check_ran, run_evaluation
     from dmoa.evaluation.options import parse_options
 
     config, values = read_job(common)
@@ -51,6 +51,7 @@ def _evaluate(common: Common) -> None:
         raise ConfigError("job.out: missing; name the folder of the run, so that a job that is submitted again goes on with it")
     evaluation = run_evaluation(options, None if options.url else config, common, _command())
     common.write_json(evaluation.model_dump(mode="json"))
+    check_ran(evaluation)
 
 
 def collect_rollouts_job() -> None:

@@ -89,7 +89,7 @@ def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -
             notes.marks(row),
             str(row.n),
             display.accuracy(row),
-            display.ends(row.low, row.high, is_known=row.n > 0),
+            display.accuracy_ends(row),
             display.chance(row),
             str(row.unscored),
             str(row.failed),

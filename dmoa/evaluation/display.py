@@ -10,6 +10,9 @@ from dmoa.evaluation.results import Evaluation, EvaluationRow, PairedRow
 GENERATED = "generated rows: made by a seeded generator, not a public benchmark"
 BOOTSTRAPPED = "fractional scores: bootstrap interval instead of Wilson's"
 MISSING = "not finished: rows are still to be answered or judged"
+NOT_RUN = "did not run: every query failed, so there is no accuracy and no comparison"
+MOSTLY_FAILED = "most queries failed: the accuracy says more about that than about the answers"
+NOT_SCORED = "not one reply could be judged: 0 is no measurement of right and wrong"
 MEMOISED = "part of the tokens came from the call cache; they are counted as if run"
 
 
@@ -52,7 +55,14 @@ def _remarks_of_benchmark(row: EvaluationRow) -> list[str]:
 
 def _remarks(row: EvaluationRow) -> list[str]:
     remarks = _remarks_of_benchmark(row)
-    conditions = {BOOTSTRAPPED: row.interval == "bootstrap", MISSING: row.missing > 0, MEMOISED: row.memoised_tokens > 0}
+    conditions = {
+        NOT_RUN: is_not_run(row),
+        MOSTLY_FAILED: row.did_run and 2 * row.failed > row.n,
+        NOT_SCORED: row.did_run and row.n > 0 and row.num_scored == 0,
+        BOOTSTRAPPED: row.interval == "bootstrap",
+        MISSING: row.missing > 0,
+        MEMOISED: row.memoised_tokens > 0,
+    }
     return [*remarks, *(text for text, holds in conditions.items() if holds)]
 
 
@@ -62,8 +72,20 @@ def share(value: float) -> str:
 
 
 def accuracy(row: EvaluationRow) -> str:
-    """Return accuracy in percent, or a dash without rows."""
+    """Return accuracy in percent, a dash without rows, `did not run` where every query failed."""
+    if is_not_run(row):
+        return "did not run"
     return share(row.accuracy) if row.n else "-"
+
+
+def accuracy_ends(row: EvaluationRow) -> str:
+    """Return the interval of accuracy in percent; empty where nothing is known."""
+    return ends(row.low, row.high, is_known=row.n > 0 and row.did_run)
+
+
+def is_not_run(row: EvaluationRow) -> bool:
+    """Tell whether every query of a row failed; one that is still to be asked did not."""
+    return row.n > 0 and not row.did_run
 
 
 def ends(low: float, high: float, *, is_known: bool = True) -> str:

@@ -34,7 +34,7 @@ _MANY_GROUPS = 20
 
 def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
     """Return accuracy with its interval against tokens per row, a panel per benchmark; None without any row."""
-    benchmarks = _benchmarks(row for row in evaluation.rows if row.n)
+    benchmarks = _benchmarks(row for row in evaluation.rows if row.n and row.did_run)
     if not benchmarks:
         return None
     columns = min(_COLUMNS, len(benchmarks))
