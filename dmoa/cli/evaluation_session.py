@@ -19,6 +19,7 @@ from dmoa.evaluation.answering import Asking, split_policy
 from dmoa.evaluation.options import EvaluateOptions
 from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.run_files import RunFolder
+from dmoa.explain import did_you_mean
 from dmoa.policies.registry import POLICIES
 from dmoa.swarm import limits_for
 from dmoa.types import Limits
@@ -118,16 +119,21 @@ def check_policies(policies: tuple[str, ...], config: Config | None, gates: tupl
         name, agent = split_policy(policy)
         if name == "dmoa" and agent is not None:
             if agent not in gates:
-                known = ", ".join(gates) or "none is given"
-                raise RequestError(f"--policies: value seen: {policy!r}; allowed gates: {known}; add --gates {agent}=DIR")
+                known, nearest = ", ".join(gates) or "none is given", did_you_mean(agent, gates)
+                raise RequestError(
+                    f"--policies: value seen: {policy!r}; allowed gates: {known}; add --gates {agent}=DIR{nearest}"
+                )
             continue
         if name not in POLICIES:
             allowed = ", ".join((*POLICIES, "single:AGENT", "dmoa:GATE"))
-            raise RequestError(f"--policies: value seen: {policy!r}; allowed: {allowed}; name some of them")
+            is_agent = config is not None and name in config.agent_names
+            nearest = f"; did you mean 'single:{name}'?" if is_agent else did_you_mean(name, POLICIES)
+            raise RequestError(f"--policies: value seen: {policy!r}; allowed: {allowed}; name some of them{nearest}")
         is_agent = agent is None or (name == "single" and (is_name(agent) if config is None else agent in config.agent_names))
         if not is_agent:
             agents = ", ".join(config.agent_names) if config else "the server's agents"
-            raise RequestError(f"--policies: value seen: {policy!r}; allowed is single:AGENT with one of {agents}")
+            nearest = did_you_mean(agent, config.agent_names) if config and agent else ""
+            raise RequestError(f"--policies: value seen: {policy!r}; allowed is single:AGENT with one of {agents}{nearest}")
 
 
 def build_session(
@@ -233,7 +239,10 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, Workers, Limits]:
     name = known[0]
     for policy, agent in map(split_policy, options.policies):
         if (agent or f"{name}/{policy}") not in known:
-            raise RequestError(f"--policies: value seen: {agent or policy!r}; {url} has {', '.join(known)}; name some of them")
+            nearest = did_you_mean(agent or f"{name}/{policy}", known)
+            raise RequestError(
+                f"--policies: value seen: {agent or policy!r}; {url} has {', '.join(known)}; name some of them{nearest}"
+            )
     workers = Workers(
         # The key travels with the answerer: a runtime environment would show it in Ray's own records.
         open_answerer=OpenServer(url=url, pool=name, api_key=os.environ.get("DMOA_API_KEY", "")),
