@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from dmoa.cli.evaluation_session import check_ran
 from dmoa.cli.report import print_evaluation
-from dmoa.evaluation.results import build
-from tests.unit.run_records import score, small_run, write_run
+from dmoa.errors import ConfigError, DmoaError
+from dmoa.evaluation import display
+from dmoa.evaluation.results import BenchmarkInfo, build
+from tests.unit.evaluation.test_results import failing_run
+from tests.unit.run_records import answer, lost, run_of, score, small_run, write_run
 
 
 @pytest.fixture
@@ -72,3 +76,34 @@ def test_errors_cannot_drive_the_terminal() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b" not in shown
     assert "[2J[bold]boo next" in shown
+
+
+def test_a_policy_that_never_ran_says_so_in_the_table_and_has_no_test() -> None:
+    evaluation = failing_run()
+    console = Console(file=io.StringIO(), width=160, highlight=False)
+    print_evaluation(evaluation, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    rows = [line for line in lines if "single:b" in line and "failed:" not in line]
+    assert len(rows) == 2, "two rows of results, none of comparisons"
+    assert all("did not run" in line and "[" not in line for line in rows)
+    assert any(line.startswith("[1] did not run: every query failed") for line in lines)
+
+
+def test_a_run_in_which_a_policy_never_ran_ends_with_its_name_and_reason() -> None:
+    with pytest.raises(DmoaError) as ended:
+        check_ran(failing_run())
+    assert not isinstance(ended.value, ConfigError), "exit status 1, not 2"
+    for part in ("single:b on gsm8k (4 of 4 queries failed)", "single:b on svamp", "scripted to fail", "--retry-failed"):
+        assert part in str(ended.value)
+    check_ran(build(*small_run()))
+
+
+def test_mostly_failed_and_never_judged_rows_carry_a_remark() -> None:
+    run = run_of([BenchmarkInfo(name="gsm8k", rows=3)], ["dmoa", "single"])
+    answered = [answer("gsm8k", 0, "dmoa"), lost("gsm8k", 1, "dmoa"), lost("gsm8k", 2, "dmoa")]
+    scored = [score("gsm8k", 0, "dmoa", 1.0)]
+    scored += [score("gsm8k", number, "dmoa", 0.0, is_scored=False, is_failed=True) for number in (1, 2)]
+    answered += [answer("gsm8k", number, "single") for number in range(3)]
+    scored += [score("gsm8k", number, "single", 0.0, is_scored=False) for number in range(3)]
+    notes = display.Footnotes(build(run, answered, scored))
+    assert [note.text for note in notes.all()] == [display.MOSTLY_FAILED, display.NOT_SCORED]
