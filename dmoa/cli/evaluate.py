@@ -102,7 +102,7 @@ def evaluate(
     """Measure policies on benchmarks: accuracy with intervals, tokens, steps, paired comparisons.
 
     \b
-    dmoa evaluate --benchmarks arith,words --limit 50 --budget cpu
+    dmoa evaluate --config specialists --benchmarks arith,words --policies dmoa,single:generalist --limit 50
     dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first
     dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first --resume
     dmoa evaluate --selfcheck --data-dir DIR --json out/selfcheck.json
