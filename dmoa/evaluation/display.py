@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dmoa.evaluation.results import Evaluation, EvaluationRow, PairedRow
+from dmoa.evaluation.statistics import wilson
+from dmoa.types import is_untrained
 
+UNTRAINED = " (untrained gate)"
+"""Follows the name of a policy whose gate nobody trained."""
 GENERATED = "generated rows: made by a seeded generator, not a public benchmark"
 BOOTSTRAPPED = "fractional scores: bootstrap interval instead of Wilson's"
 MISSING = "not finished: rows are still to be answered or judged"
@@ -64,6 +68,69 @@ def _remarks(row: EvaluationRow) -> list[str]:
         MEMOISED: row.memoised_tokens > 0,
     }
     return [*remarks, *(text for text, holds in conditions.items() if holds)]
+
+
+def untrained_policies(evaluation: Evaluation) -> set[str]:
+    """Return the policies that a gate without any training routed, by what answered and by what the run was begun with."""
+    run = evaluation.config
+    versions = {"dmoa": {run.gate_version} if run.gate_version else set()}
+    versions |= {f"dmoa:{name}": {version} for name, version in run.gates.items()}
+    for row in evaluation.rows:
+        versions.setdefault(row.policy, set()).update(row.gate_versions)
+    return {policy for policy, found in versions.items() if policy in run.all_policies and any(map(is_untrained, found))}
+
+
+def names(evaluation: Evaluation) -> dict[str, str]:
+    """Return what tables call each policy: its name, and whether its gate is untrained."""
+    untrained = untrained_policies(evaluation)
+    return {policy: policy + (UNTRAINED if policy in untrained else "") for policy in evaluation.config.all_policies}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overall:
+    """One policy on all benchmarks together, every row counting the same."""
+
+    policy: str
+    by_benchmark: list[str]
+    """Accuracy in percent, in the order of the run."""
+    n: int
+    failed: int
+    accuracy: str
+    """In percent; a dash where it did not run on some benchmark: its mean would be over other rows than the others'."""
+    ends: str
+    """Wilson's interval; empty where some scores are fractions."""
+    active: str
+    tokens: str
+    """Per row."""
+
+
+def overall(evaluation: Evaluation) -> list[Overall]:
+    """Return a line per policy, in the order of the run."""
+    names = [info.name for info in evaluation.config.benchmarks]
+    return [
+        _overall(policy, [cells[name, policy] for name in names])
+        for cells in [{(row.benchmark, row.policy): row for row in evaluation.rows}]
+        for policy in evaluation.config.all_policies
+    ]
+
+
+def _overall(policy: str, rows: Sequence[EvaluationRow]) -> Overall:
+    ran = [row for row in rows if row.n and row.did_run]
+    n, is_whole = sum(row.n for row in ran), bool(rows) and len(ran) == len(rows)
+    steps = sum(steps * count for row in ran for steps, count in row.steps_histogram.items())
+    active = sum((row.active_mean or 0.0) * sum(s * c for s, c in row.steps_histogram.items()) for row in ran)
+    has_ends = is_whole and all(row.interval == "wilson" for row in ran)
+    found = wilson(sum(row.correct for row in ran), n)
+    return Overall(
+        policy=policy,
+        by_benchmark=[accuracy(row) for row in rows],
+        n=sum(row.n for row in rows),
+        failed=sum(row.failed for row in rows),
+        accuracy=share(sum(row.accuracy * row.n for row in ran) / n) if is_whole else "-",
+        ends=ends(found.low, found.high) if has_ends else "",
+        active=decimals(active / steps if steps else None),
+        tokens=count(sum(row.prompt_tokens + row.completion_tokens for row in ran) / n) if n else "-",
+    )
 
 
 def share(value: float) -> str:
