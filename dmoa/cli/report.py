@@ -60,6 +60,9 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     if evaluation.paired:
         console.print()
         _print_paired(evaluation, notes, console)
+    untrained = sorted(display.untrained_policies(evaluation))
+    if untrained:
+        _line(console, f"untrained gate, its routing is arbitrary: {', '.join(untrained)}")
     for note in notes.all():
         _line(console, f"[{note.mark}] {note.text}")
     for failure in evaluation.failures[:_MAX_FAILURES]:

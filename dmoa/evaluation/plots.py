@@ -29,6 +29,7 @@ _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line"} | {
 }
 _SHAPES = "os^vDPX*"
 """Told apart without any colour; filled for the first methods, hollow for as many more."""
+_THIN = "PX*"
 _WIDTH_INCHES = 9.6
 _NAME_CHARS = 48
 """Longer names are cut in a drawing; the tables have them whole."""
@@ -105,7 +106,7 @@ def groups(evaluation: Evaluation, benchmark: str) -> str | None:
             marks = _marker(place_in_run, size=4.5, has_line=False)
             axes.plot([100 * row.accuracy for row in found], offsets, **marks, clip_on=False)
         sizes = [max(row.n for row in found.values()) for found in by_group.values()]
-        labels = [f"{_cut(group)} ({size})" for group, size in zip(by_group, sizes, strict=True)]
+        labels = [f"{group} ({size})" for group, size in zip(_labels(list(by_group)), sizes, strict=True)]
         axes.set_yticks(range(len(by_group)), labels, fontsize=8)
         axes.set_ylim(len(by_group) - 0.4, -0.6)
         axes.set_xlim(0, 100)
@@ -177,9 +178,7 @@ def routing(evaluation: Evaluation, policy: str) -> str | None:
     for row in found:
         active[row.agent, row.benchmark] += row.count
         active[row.agent, row.step] += row.count
-    width = (
-        2.2 + 0.5 * (len(by_benchmark) + len(by_step)) + max(0, max(len(_cut(agent)) for agent in agents) - 20) / _CHARS_PER_INCH
-    )
+    width = 2.2 + 0.5 * (len(by_benchmark) + len(by_step)) + max(0, max(map(len, _labels(agents))) - 20) / _CHARS_PER_INCH
     with _figure(max(5.0, width), 0.27 * len(agents) + 1.9) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[len(by_benchmark), len(by_step)], sharey=True)
         _heat(left, agents, by_benchmark, active, [str(name) for name in by_benchmark])
@@ -230,7 +229,7 @@ def _heat(
     axes.set_xlim(0, len(totals))
     axes.set_ylim(len(agents), 0)
     axes.set_xticks([place + 0.5 for place in range(len(totals))], labels, fontsize=8)
-    axes.set_yticks([place + 0.5 for place in range(len(agents))], [_cut(agent) for agent in agents], fontsize=8)
+    axes.set_yticks([place + 0.5 for place in range(len(agents))], _labels(agents), fontsize=8)
     axes.tick_params(length=0)
     axes.grid(visible=False)
 
@@ -248,13 +247,14 @@ def _colour(number: int) -> str:
 
 def _marker(number: int, *, size: float, has_line: bool = True) -> dict[str, Any]:
     """Return how the points of a method look: no other of the first 16 has its colour, nor its shape and filling."""
-    is_filled = number % NUM_SERIES < len(_SHAPES)
+    is_filled, shape = number % NUM_SERIES < len(_SHAPES), _SHAPES[number % len(_SHAPES)]
+    size += 1.0 * (shape in _THIN) + 1.5 * (not is_filled)
     return {
         "color": _colour(number),
-        "marker": _SHAPES[number % len(_SHAPES)],
+        "marker": shape,
         "markersize": size,
         "markerfacecolor": _colour(number) if is_filled else "none",
-        "markeredgewidth": 1.0 if is_filled else 1.5,
+        "markeredgewidth": 1.0,
         "linestyle": "-" if has_line else "none",
     }
 
@@ -265,9 +265,15 @@ def _cut(name: str) -> str:
     return name if len(name) <= _NAME_CHARS else f"{name[:half]}…{name[-half + 1 :]}"
 
 
+def _labels(names: Sequence[str]) -> list[str]:
+    """Return the names as a drawing shows them: cut, unless two would then be one."""
+    cut = [_cut(name) for name in names]
+    return cut if len(set(cut)) == len(set(names)) else list(names)
+
+
 def _legend_columns(policies: Sequence[str], width: float) -> int:
     """Return how many names stand side by side in a figure of some inches."""
-    longest = max(len(_cut(policy)) for policy in policies) + len(display.UNTRAINED) + 6
+    longest = max(map(len, _labels(policies))) + len(display.UNTRAINED) + 6
     return max(1, min(6, len(policies), int(width * _CHARS_PER_INCH / longest)))
 
 
@@ -285,7 +291,7 @@ def _legend(figure: Figure, evaluation: Evaluation, shown: Sequence[str]) -> Non
         Line2D([], [], linewidth=1.4, **_marker(evaluation.config.all_policies.index(policy), size=6.5)) for policy in ordered
     ]
     untrained = display.untrained_policies(evaluation)
-    names = [_cut(policy) + (display.UNTRAINED if policy in untrained else "") for policy in ordered]
+    names = [name + display.UNTRAINED * (policy in untrained) for name, policy in zip(_labels(ordered), ordered, strict=True)]
     columns = _legend_columns(ordered, figure.get_figwidth())
     figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
 
