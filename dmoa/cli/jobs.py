@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from dmoa.cli.options import Common, fail, with_common
+from dmoa.cli.options import Common, fail, suggesting, with_common
 from dmoa.config import Config, from_tree
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.redaction import redact_text
@@ -28,6 +28,10 @@ class _Job(TyperCommand):
             return super().invoke(ctx)
         except DmoaError as error:
             fail(error)
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with suggesting():
+            return super().make_context(*args, **extra)
 
 
 def evaluate_job() -> None:
