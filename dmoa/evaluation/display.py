@@ -106,19 +106,15 @@ class Overall:
 
 def overall(evaluation: Evaluation) -> list[Overall]:
     """Return a line per policy, in the order of the run."""
-    names = [info.name for info in evaluation.config.benchmarks]
-    return [
-        _overall(policy, [cells[name, policy] for name in names])
-        for cells in [{(row.benchmark, row.policy): row for row in evaluation.rows}]
-        for policy in evaluation.config.all_policies
-    ]
+    run, cells = evaluation.config, {(row.benchmark, row.policy): row for row in evaluation.rows}
+    return [_overall(policy, [cells[info.name, policy] for info in run.benchmarks]) for policy in run.all_policies]
 
 
 def _overall(policy: str, rows: Sequence[EvaluationRow]) -> Overall:
     ran = [row for row in rows if row.n and row.did_run]
     n, is_whole = sum(row.n for row in ran), bool(rows) and len(ran) == len(rows)
-    steps = sum(steps * count for row in ran for steps, count in row.steps_histogram.items())
-    active = sum((row.active_mean or 0.0) * sum(s * c for s, c in row.steps_histogram.items()) for row in ran)
+    steps = [sum(number * rows for number, rows in row.steps_histogram.items()) for row in ran]
+    active = sum((row.active_mean or 0.0) * taken for row, taken in zip(ran, steps, strict=True))
     has_ends = is_whole and all(row.interval == "wilson" for row in ran)
     found = wilson(sum(row.correct for row in ran), n)
     return Overall(
@@ -128,7 +124,7 @@ def _overall(policy: str, rows: Sequence[EvaluationRow]) -> Overall:
         failed=sum(row.failed for row in rows),
         accuracy=share(sum(row.accuracy * row.n for row in ran) / n) if is_whole else "-",
         ends=ends(found.low, found.high) if has_ends else "",
-        active=decimals(active / steps if steps else None),
+        active=decimals(active / sum(steps) if sum(steps) else None),
         tokens=count(sum(row.prompt_tokens + row.completion_tokens for row in ran) / n) if n else "-",
     )
 

@@ -152,6 +152,24 @@ def test_the_closing_table_pools_the_suites_and_knows_the_best_agent_and_the_ora
     assert (found[1].tokens, found[1].active) == (110.0, 1.0)
 
 
+def test_the_oracle_takes_a_wrong_answer_before_none_at_all(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    policies = ["single:adder", "single:echo"]
+    write_lines(folder.tasks("arith"), [Task(row_id="arith/test/0000", benchmark="arith", text="question")])
+    write_lines(folder.answers("arith", "single:adder"), [lost("arith", 0, "single:adder")])
+    failed = score("arith", 0, "single:adder", 0.0, is_scored=False, is_failed=True)
+    write_lines(folder.scores("arith", "single:adder"), [failed])
+    write_lines(folder.answers("arith", "single:echo"), [answer("arith", 0, "single:echo")])
+    write_lines(folder.scores("arith", "single:echo"), [score("arith", 0, "single:echo", 0.0)])
+    write_whole(folder.run, run_of([BenchmarkInfo(name="arith", rows=1)], policies).model_dump_json())
+    add_oracle(folder, ("arith",), ("adder", "echo"))
+    assert {row.policy: row.did_run for row in rebuild(tmp_path).rows} == {
+        "single:adder": False,
+        "single:echo": True,
+        "oracle": True,
+    }
+
+
 def test_a_method_that_never_ran_has_no_figures_and_is_never_the_best(capsys: pytest.CaptureFixture[str]) -> None:
     policies = ["dmoa", "dmoa:trained", "single:adder", "single:echo", "dense", "random", "oracle"]
     suites = ("arith", "words", "calendar")

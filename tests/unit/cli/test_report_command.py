@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from dmoa.cli.ablations import print_table
 from dmoa.cli.evaluation_session import check_ran
 from dmoa.cli.report import print_evaluation
 from dmoa.errors import ConfigError, DmoaError
@@ -107,3 +109,22 @@ def test_mostly_failed_and_never_judged_rows_carry_a_remark() -> None:
     scored += [score("gsm8k", number, "single", 0.0, is_scored=False) for number in range(3)]
     notes = display.Footnotes(build(run, answered, scored))
     assert [note.text for note in notes.all()] == [display.MOSTLY_FAILED, display.NOT_SCORED]
+
+
+def test_the_table_of_ablations_has_no_mean_of_what_never_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    """One row on each of two suites; the reference is right on one, `random` fails on both, `dense` on one."""
+    policies = ["dmoa:default", "dense", "random"]
+    lines = {
+        ("arith", "dmoa:default"): 1.0, ("words", "dmoa:default"): 0.0, ("arith", "dense"): 1.0,
+        ("words", "dense"): None, ("arith", "random"): None, ("words", "random"): None,
+    }  # fmt: skip
+    answered = [lost(suite, 0, policy) if value is None else answer(suite, 0, policy) for (suite, policy), value in lines.items()]
+    scored = [
+        score(suite, 0, policy, value or 0.0, is_failed=value is None, is_scored=value is not None)
+        for (suite, policy), value in lines.items()
+    ]
+    print_table(build(run_of([BenchmarkInfo(name=name, rows=1) for name in ("arith", "words")], policies), answered, scored))
+    rows = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert ["dmoa:default", "100.0%", "0.0%", "50.0%", "+0.0", "1.50", "110"] in rows
+    assert ["dense", "100.0%", "did not run", "-", "-", "1.50", "110"] in rows
+    assert ["random", "did not run", "did not run", "-", "-", "-", "-"] in rows
