@@ -30,7 +30,7 @@ from dmoa.engine_options import ScriptedOptions as ScriptedOptions
 from dmoa.engine_options import TransformersOptions as TransformersOptions
 from dmoa.engine_options import VllmOptions as VllmOptions
 from dmoa.errors import ConfigError
-from dmoa.explain import describe, short
+from dmoa.explain import describe, did_you_mean, short
 from dmoa.scaling_options import AutoscalingConfig as AutoscalingConfig
 from dmoa.types import Sampling
 from dmoa.yaml_tree import parse, set_value
@@ -323,7 +323,8 @@ class Config(Node):
             )
 
     def _undefined(self, llm: str) -> str:
-        return f"{llm!r} is not defined; allowed: {', '.join(self.llms)}; add it under llms or fix the name"
+        nearest = did_you_mean(llm, self.llms)
+        return f"{llm!r} is not defined; allowed: {', '.join(self.llms)}; add it under llms or fix the name{nearest}"
 
     @property
     def agent_names(self) -> tuple[str, ...]:

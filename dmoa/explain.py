@@ -5,6 +5,8 @@ Used wherever something written by a person or another program is read: configur
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterable
 from typing import Any, get_args
 
@@ -14,6 +16,20 @@ from pydantic_core import ErrorDetails
 from dmoa.redaction import redact
 
 _MAX_CHARS = 80
+_LIKENESS = 0.6
+"""Least `difflib` ratio of a name that is suggested."""
+
+
+def did_you_mean(seen: Iterable[str] | str, allowed: Iterable[str]) -> str:
+    """Return `; did you mean 'NAME'?` for unknown names that are near to allowed ones, else nothing.
+
+    It ends a message: a name that is written nearly right gets the right one, whatever its case; of several names each its own.
+    """
+    by_lower = {name.lower(): name for name in allowed}
+    unknown = [seen] if isinstance(seen, str) else list(seen)
+    near = [difflib.get_close_matches(name.strip().lower(), by_lower, n=1, cutoff=_LIKENESS) for name in unknown]
+    found = dict.fromkeys(repr(by_lower[name]) for names in near for name in names)
+    return f"; did you mean {', '.join(found)}?" if found else ""
 
 
 def describe(error: ValidationError, model: type[BaseModel] | None = None) -> str:
@@ -31,13 +47,22 @@ def _sentence(item: ErrorDetails, model: type[BaseModel] | None) -> str:
     if item["type"] == "missing":
         return f"{where}: missing; add it"
     if item["type"] == "extra_forbidden":
-        allowed = f"; allowed: {', '.join(_keys_beside(item['loc'], model))}" if model else ""
-        return f"{where}: unknown key (value seen: {_seen(item)}){allowed}; remove it or fix its spelling"
+        keys = list(_keys_beside(item["loc"], model)) if model else []
+        allowed = f"; allowed: {', '.join(keys)}" if model else ""
+        nearest = did_you_mean(str(item["loc"][-1]), keys)
+        return f"{where}: unknown key (value seen: {_seen(item)}){allowed}; remove it or fix its spelling{nearest}"
     if item["type"] == "value_error" and isinstance(item["input"], dict | list | BaseModel):
         # A rule over several fields: its own message names them and their values.
         return f"{where}: {message}" if where else message
     message = message[0].lower() + message[1:]
-    return f"{where}: value seen: {_seen(item)}; {message}; change it"
+    return f"{where}: value seen: {_seen(item)}; {message}; change it{_nearest_word(item)}"
+
+
+def _nearest_word(item: ErrorDetails) -> str:
+    """Return the suggestion for a word that is none of the few that a field allows."""
+    context = item.get("ctx", {})
+    allowed = re.findall(r"'([^']*)'", str(context.get("expected") or context.get("expected_tags") or ""))
+    return did_you_mean(item["input"], allowed) if isinstance(item["input"], str) else ""
 
 
 def _seen(item: ErrorDetails) -> str:

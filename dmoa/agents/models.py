@@ -27,6 +27,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from dmoa.errors import ConfigError, ModelFetchError
+from dmoa.explain import did_you_mean
 
 MANIFEST = "dmoa-manifest.json"
 _LAYOUT = 1  # part of the folder's name: a change in the conversion makes a new folder
@@ -223,7 +224,7 @@ def resolve_adapter(adapter: str) -> Path:
     raise ConfigError(
         f"adapter: {adapter!r} lacks {' and '.join(missing)}; available: "
         f"{', '.join(f'builtin:{name}' for name in available) or 'no builtin adapter in this version'}, or path:DIR with a "
-        "folder saved by PEFT; fix the name or set adapter to null to use the base model"
+        f"folder saved by PEFT; fix the name or set adapter to null to use the base model{did_you_mean(rest, available)}"
     )
 
 
@@ -308,7 +309,8 @@ def convert_gguf(source: Path, into: Path) -> None:
 
 def _embedded(name: str) -> EmbeddedModel:
     if name not in EMBEDDED:
-        raise ConfigError(f"model: {name!r} is no embedded model; allowed: {', '.join(EMBEDDED)}; name one of these")
+        nearest = did_you_mean(name, EMBEDDED)
+        raise ConfigError(f"model: {name!r} is no embedded model; allowed: {', '.join(EMBEDDED)}; name one of these{nearest}")
     return EMBEDDED[name]
 
 

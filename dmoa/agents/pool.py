@@ -31,6 +31,7 @@ from dmoa.config import (
     load,
 )
 from dmoa.errors import ConfigError
+from dmoa.explain import did_you_mean
 from dmoa.protocols import Encoder, Engine
 from dmoa.types import FloatArray
 
@@ -62,7 +63,7 @@ def load_pool(path: str | Path | None, overrides: tuple[str, ...] | list[str] = 
     if is_bare and str(path) not in pools:
         raise ConfigError(
             f"config: cannot read {str(path)!r}: neither a file nor a packaged pool; allowed: the path of a pool YAML file, or "
-            f"{', '.join(pools)}; name one of them"
+            f"{', '.join(pools)}; name one of them{did_you_mean(str(path), pools)}"
         )
     return load(pools[str(path)] if is_bare else path, overrides)
 

@@ -7,6 +7,7 @@ from typing import Any
 from dmoa.agents.installed import vllm_builds
 from dmoa.config import Config, LlmConfig
 from dmoa.errors import ConfigError
+from dmoa.explain import did_you_mean
 
 LABELS = {"transformers": "transformers/float32", "vllm": "vllm/float32"}
 """Name of an engine -> its label, with the dtype that benches run it in."""
@@ -22,7 +23,10 @@ def engines_here(only: str | None = None) -> tuple[str, ...]:
     if only is None:
         return here
     if only not in here:
-        raise ConfigError(f"--engine: value seen: {only!r}; allowed: {', '.join(here)}, the engines that are installed here")
+        nearest = did_you_mean(only, here)
+        raise ConfigError(
+            f"--engine: value seen: {only!r}; allowed: {', '.join(here)}, the engines that are installed here{nearest}"
+        )
     return (only,)
 
 

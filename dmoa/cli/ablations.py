@@ -105,19 +105,21 @@ def print_table(evaluation: Evaluation) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("policy", *names, "all rows", "against default", "agents a step", "tokens a row"):
         table.add_column(name, justify="left" if name == "policy" else "right")
-    reference = _counts(evaluation, REFERENCE)
+    reference = _overall(evaluation, REFERENCE)
     for policy in evaluation.config.all_policies:
         rows = {row.benchmark: row for row in evaluation.rows if row.policy == policy}
-        correct, count = _counts(evaluation, policy)
-        active = sum((row.active_mean or 0.0) * row.n for row in rows.values()) / count
-        tokens = sum(row.prompt_tokens + row.completion_tokens for row in rows.values()) / count
+        ran = [row for row in rows.values() if row.did_run]
+        count = max(sum(row.n for row in ran), 1)
+        active = sum((row.active_mean or 0.0) * row.n for row in ran) / count
+        tokens = sum(row.prompt_tokens + row.completion_tokens for row in ran) / count
+        overall = _overall(evaluation, policy)
         table.add_row(
             policy,
-            *(f"{rows[name].accuracy:.1%}" for name in names),
-            f"{correct / count:.1%}",
-            f"{100 * (correct / count - reference[0] / reference[1]):+.1f}",
-            f"{active:.2f}",
-            f"{tokens:.0f}",
+            *(f"{rows[name].accuracy:.1%}" if rows[name].did_run else "did not run" for name in names),
+            "-" if overall is None else f"{overall:.1%}",
+            "-" if overall is None or reference is None else f"{100 * (overall - reference):+.1f}",
+            f"{active:.2f}" if ran else "-",
+            f"{tokens:.0f}" if ran else "-",
         )
     console.print(table)
     for name, ablation in ABLATIONS.items():
@@ -127,6 +129,9 @@ def print_table(evaluation: Evaluation) -> None:
     console.print("paired tests of every two policies on every benchmark are in the report and in --json", soft_wrap=True)
 
 
-def _counts(evaluation: Evaluation, policy: str) -> tuple[float, int]:
+def _overall(evaluation: Evaluation, policy: str) -> float | None:
+    """Return a policy's accuracy over all rows; None where it did not run on some benchmark, so that means compare."""
     rows = [row for row in evaluation.rows if row.policy == policy]
-    return sum(row.accuracy * row.n for row in rows), sum(row.n for row in rows)
+    if not all(row.did_run for row in rows):
+        return None
+    return sum(row.accuracy * row.n for row in rows) / sum(row.n for row in rows)

@@ -10,6 +10,7 @@ import typer
 
 from dmoa.cli.options import EXIT_FAILED, Common, refuse_together, with_common
 from dmoa.errors import ConfigError
+from dmoa.explain import did_you_mean
 
 if TYPE_CHECKING:
     from dmoa.bench.measure import BenchResult
@@ -80,7 +81,8 @@ def group(only: str | None) -> dict[str, list[str]]:
     unknown = [name for name in asked if name not in _HOMES]
     if unknown or not asked:
         seen = ", ".join(unknown) or repr(only)
-        raise ConfigError(f"--only: value seen: {seen}; allowed: {', '.join(_HOMES)}, separated by commas")
+        nearest = did_you_mean(unknown, _HOMES)
+        raise ConfigError(f"--only: value seen: {seen}; allowed: {', '.join(_HOMES)}, separated by commas{nearest}")
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(asked):
         groups.setdefault(_HOMES[name], []).append(name)

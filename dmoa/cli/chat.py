@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from dmoa.cli.options import (
 )
 from dmoa.cli.run import open_backend
 from dmoa.errors import DmoaError
+from dmoa.explain import did_you_mean
 from dmoa.types import Message
 
 if TYPE_CHECKING:
@@ -125,5 +127,6 @@ class Conversation:
                 self._turns.clear()
                 typer.echo("dmoa: the conversation starts anew", err=True)
             case _:
-                typer.echo(f"dmoa: /{name} is no command; {_HELP}", err=True)
+                nearest = did_you_mean(f"/{name}", re.findall(r"/[a-z]+", _HELP))
+                typer.echo(f"dmoa: /{name} is no command; {_HELP}{nearest}", err=True)
         return True

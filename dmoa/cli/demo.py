@@ -84,8 +84,9 @@ class Told:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every question was answered, and every decision repeated."""
-        return self.is_replayed and all(outcome.asked is not None for outcome in (*self.before, *self.after))
+        """Whether every question was answered, every decision repeated, and every method compared that was to be."""
+        has_run = all(not method.not_run for method in self.comparison)
+        return self.is_replayed and has_run and all(outcome.asked is not None for outcome in (*self.before, *self.after))
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""
@@ -165,6 +166,8 @@ def _closing(common: Common, learned: Learned, out: Path, seconds: float) -> Non
         *(f"  {command}" for command in learned.commands),
         f"{seconds:.0f} s in all",
     ]
+    for warning in learned.warnings:
+        typer.secho(warning, fg=typer.colors.RED)
     if common.verbosity >= 0:
         for line in lines:
             typer.echo(line)

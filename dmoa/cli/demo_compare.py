@@ -48,6 +48,13 @@ class Compared:
     """Agents asked per step."""
     tokens: float
     """Per question: prompt and completion, summarizer included."""
+    not_run: tuple[str, ...] = ()
+    """Suites of which every query failed: they count in no figure."""
+
+    @property
+    def did_run(self) -> bool:
+        """Whether it ran on any suite."""
+        return len(self.not_run) < len(self.by_suite)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""
@@ -141,7 +148,7 @@ def summarise(evaluation: Evaluation, agents: Sequence[str]) -> list[Compared]:
     from dmoa.evaluation.matrix import matrix_policies
 
     singles = [_method(evaluation, policy, policy.partition(":")[2]) for policy in matrix_policies(agents)]
-    best = max(singles, key=lambda method: method.accuracy)
+    best = max(singles, key=lambda method: (not method.not_run, method.did_run, method.accuracy))
     found = [_method(evaluation, "dmoa", "untrained gate"), _method(evaluation, TRAINED, "trained gate")]
     found.append(_method(evaluation, best.policy, f"best single agent ({best.name})"))
     found += [method for method in singles if method.name == GENERALIST and method.policy != best.policy]
@@ -153,7 +160,8 @@ def _method(evaluation: Evaluation, policy: str, name: str) -> Compared:
     from dmoa.evaluation.statistics import wilson
 
     rows = [row for row in evaluation.rows if row.policy == policy]
-    count, correct = sum(row.n for row in rows), sum(row.correct for row in rows)
+    ran = [row for row in rows if row.did_run]
+    count, correct = sum(row.n for row in ran), sum(row.correct for row in ran)
     share = wilson(correct, count)
     return Compared(
         name=name,
@@ -162,9 +170,19 @@ def _method(evaluation: Evaluation, policy: str, name: str) -> Compared:
         low=share.low,
         high=share.high,
         by_suite={row.benchmark: row.accuracy for row in rows},
-        active=sum((row.active_mean or 0.0) * row.n for row in rows) / count,
-        tokens=sum(row.prompt_tokens + row.completion_tokens for row in rows) / count,
+        active=sum((row.active_mean or 0.0) * row.n for row in ran) / max(count, 1),
+        tokens=sum(row.prompt_tokens + row.completion_tokens for row in ran) / max(count, 1),
+        not_run=tuple(row.benchmark for row in rows if not row.did_run),
     )
+
+
+def _figures(method: Compared) -> list[str]:
+    """Return the cells of a method; a mean over other suites than the others' is none."""
+    suites = ["did not run" if suite in method.not_run else f"{method.by_suite[suite]:.0%}" for suite in DEMO_SUITES]
+    if not method.did_run:
+        return ["did not run", "", *suites, "", ""]
+    overall = ["", ""] if method.not_run else [f"{method.accuracy:.1%}", f"{method.low:.0%} to {method.high:.0%}"]
+    return [*overall, *suites, f"{method.active:.2f}", f"{method.tokens:.0f}"]
 
 
 def print_comparison(methods: Sequence[Compared], config: Config, probe: ProbeReport) -> None:
@@ -178,14 +196,7 @@ def print_comparison(methods: Sequence[Compared], config: Config, probe: ProbeRe
     for name in ("method", "accuracy", "95 %", *DEMO_SUITES, "agents a step", "tokens a question"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for method in methods:
-        table.add_row(
-            method.name,
-            f"{method.accuracy:.1%}",
-            f"{method.low:.0%} to {method.high:.0%}",
-            *(f"{method.by_suite[suite]:.0%}" for suite in DEMO_SUITES),
-            f"{method.active:.2f}",
-            f"{method.tokens:.0f}",
-        )
+        table.add_row(method.name, *_figures(method))
     console.print()
     console.print(table)
     if probe.verdict != "can":

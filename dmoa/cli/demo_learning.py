@@ -30,6 +30,8 @@ class Learned:
     version: str
     training: dict[str, Any]
     """`train.json`."""
+    warnings: tuple[str, ...]
+    """What is to be said of the gate's worth, label-free."""
     commands: list[str]
     """The same by hand."""
 
@@ -39,7 +41,7 @@ def learn(common: Common, config: Config, out: Path, app: str, queries: int) -> 
     from dmoa.cli.probe import show
     from dmoa.cli.probe_session import look_at_rollouts
     from dmoa.cli.rollout_session import run_rollouts
-    from dmoa.cli.train import run_train
+    from dmoa.cli.train import ranking_warning, run_train
     from dmoa.serving.router_admin import RouterAdmin, checkpoint_files
     from dmoa.training.options import parse_options as train_options
     from dmoa.training.rollout_options import parse_options as rollout_options
@@ -68,5 +70,6 @@ def learn(common: Common, config: Config, out: Path, app: str, queries: int) -> 
         checkpoint=result.checkpoint,
         version=result.record.version,
         training=result.report.model_dump(mode="json"),
+        warnings=(*result.report.silent, *ranking_warning(result.report)),
         commands=[commands[0], probing, commands[1], install],
     )

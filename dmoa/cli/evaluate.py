@@ -102,7 +102,7 @@ def evaluate(
     """Measure policies on benchmarks: accuracy with intervals, tokens, steps, paired comparisons.
 
     \b
-    dmoa evaluate --benchmarks arith,words --limit 50 --budget cpu
+    dmoa evaluate --config specialists --benchmarks arith,words --policies dmoa,single:generalist --limit 50
     dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first
     dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first --resume
     dmoa evaluate --selfcheck --data-dir DIR --json out/selfcheck.json
@@ -120,7 +120,7 @@ def evaluate(
     if ablations or rollouts is not None:
         _ablations(common, options, rollouts, checkpoint, is_asked=ablations)
         return
-    from dmoa.cli.evaluation_session import run_evaluation
+    from dmoa.cli.evaluation_session import check_ran, run_evaluation
 
     if url is not None:
         given = {"--config": common.config, "--set": common.overrides, "--checkpoint": checkpoint, "--workers": workers > 1}
@@ -128,6 +128,7 @@ def evaluate(
     config = None if url else common.load(checkpoint)
     evaluation = run_evaluation(_with_folder(options), config, common, _command())
     common.write_json(evaluation.model_dump(mode="json"))
+    check_ran(evaluation)
 
 
 def _with_folder(options: EvaluateOptions) -> EvaluateOptions:
@@ -149,9 +150,11 @@ def _ablations(
     unused: dict[str, object] = {"--url": options.url, "--checkpoint": checkpoint, "--gates": options.gates}
     refuse_together(unused, "with --ablations, which trains and compares gates of its own")
     from dmoa.cli.ablations import run_ablations
+    from dmoa.cli.evaluation_session import check_ran
 
     evaluation = run_ablations(_with_folder(options), rollouts, common.load(), common, _command())
     common.write_json(evaluation.model_dump(mode="json"))
+    check_ran(evaluation)
 
 
 def _selfcheck(common: Common, options: EvaluateOptions, checkpoint: Path | None) -> None:

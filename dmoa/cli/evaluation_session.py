@@ -14,11 +14,12 @@ from dmoa.cli.evaluation_screen import Bars, print_result
 from dmoa.cli.local import fetch_models
 from dmoa.config import Config, is_name
 from dmoa.dataflow.room import FILL
-from dmoa.errors import CheckpointError, ConfigError, RequestError
+from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError
 from dmoa.evaluation.answering import Asking, split_policy
 from dmoa.evaluation.options import EvaluateOptions
 from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.run_files import RunFolder
+from dmoa.explain import did_you_mean
 from dmoa.policies.registry import POLICIES
 from dmoa.swarm import limits_for
 from dmoa.types import Limits
@@ -70,6 +71,22 @@ def _evaluated(
     return evaluation
 
 
+def check_ran(evaluation: Evaluation) -> None:
+    """Raise DmoaError where a policy did not run on a benchmark: every query of it failed."""
+    from dmoa.evaluation.results import not_run
+
+    rows = not_run(evaluation)
+    if not rows:
+        return
+    where = "; ".join(f"{row.policy} on {row.benchmark} ({row.failed} of {row.n} queries failed)" for row in rows)
+    cells = {(row.benchmark, row.policy) for row in rows}
+    reason = next((found.error for found in evaluation.failures if (found.benchmark, found.policy) in cells), "")
+    said = f"; the first error: {' '.join(reason.split())}" if reason else ""
+    raise DmoaError(
+        f"evaluation: did not run: {where}{said}; mend what failed, then repeat the command with --resume --retry-failed"
+    )
+
+
 @contextmanager
 def opened_ray(address: str | None, num_gpus: float = 0.0) -> Iterator[None]:
     """Join the Ray at `address`, or run one of our own for the time being.
@@ -102,16 +119,21 @@ def check_policies(policies: tuple[str, ...], config: Config | None, gates: tupl
         name, agent = split_policy(policy)
         if name == "dmoa" and agent is not None:
             if agent not in gates:
-                known = ", ".join(gates) or "none is given"
-                raise RequestError(f"--policies: value seen: {policy!r}; allowed gates: {known}; add --gates {agent}=DIR")
+                known, nearest = ", ".join(gates) or "none is given", did_you_mean(agent, gates)
+                raise RequestError(
+                    f"--policies: value seen: {policy!r}; allowed gates: {known}; add --gates {agent}=DIR{nearest}"
+                )
             continue
         if name not in POLICIES:
             allowed = ", ".join((*POLICIES, "single:AGENT", "dmoa:GATE"))
-            raise RequestError(f"--policies: value seen: {policy!r}; allowed: {allowed}; name some of them")
+            is_agent = config is not None and name in config.agent_names
+            nearest = f"; did you mean 'single:{name}'?" if is_agent else did_you_mean(name, POLICIES)
+            raise RequestError(f"--policies: value seen: {policy!r}; allowed: {allowed}; name some of them{nearest}")
         is_agent = agent is None or (name == "single" and (is_name(agent) if config is None else agent in config.agent_names))
         if not is_agent:
             agents = ", ".join(config.agent_names) if config else "the server's agents"
-            raise RequestError(f"--policies: value seen: {policy!r}; allowed is single:AGENT with one of {agents}")
+            nearest = did_you_mean(agent, config.agent_names) if config and agent else ""
+            raise RequestError(f"--policies: value seen: {policy!r}; allowed is single:AGENT with one of {agents}{nearest}")
 
 
 def build_session(
@@ -217,7 +239,10 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, Workers, Limits]:
     name = known[0]
     for policy, agent in map(split_policy, options.policies):
         if (agent or f"{name}/{policy}") not in known:
-            raise RequestError(f"--policies: value seen: {agent or policy!r}; {url} has {', '.join(known)}; name some of them")
+            nearest = did_you_mean(agent or f"{name}/{policy}", known)
+            raise RequestError(
+                f"--policies: value seen: {agent or policy!r}; {url} has {', '.join(known)}; name some of them{nearest}"
+            )
     workers = Workers(
         # The key travels with the answerer: a runtime environment would show it in Ray's own records.
         open_answerer=OpenServer(url=url, pool=name, api_key=os.environ.get("DMOA_API_KEY", "")),
@@ -241,7 +266,8 @@ def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptio
     paired = [row.model_dump(mode="json") for row in evaluation.paired]
     if paired:
         tracker.table("paired", list(paired[0]), [[_cell(value) for value in row.values()] for row in paired])
-    tracker.log({f"{row.benchmark}/{row.policy}/accuracy": row.accuracy for row in evaluation.rows}, step=None)
+    ran = [row for row in evaluation.rows if row.did_run]
+    tracker.log({f"{row.benchmark}/{row.policy}/accuracy": row.accuracy for row in ran}, step=None)
     pool_gate = evaluation.config.pool.config.get("gate", {}).get("checkpoint") if "dmoa" in options.policies else None
     log_gates(tracker, [pool_gate, *options.gates.values()])
     tracker.finish()

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from dmoa.cli.options import Common, with_common
 from dmoa.errors import ConfigError
+from dmoa.explain import did_you_mean
 
 _SCHEMAS = {
     "pool": ("dmoa.config", "Config"),
@@ -52,7 +53,8 @@ def schema(
     dmoa schema reply      the `dmoa` object of a reply
     """
     if name not in _SCHEMAS:
-        raise ConfigError(f"NAME: value seen: {name!r}; allowed: {', '.join(_SCHEMAS)}; name one of them")
+        nearest = did_you_mean(name, _SCHEMAS)
+        raise ConfigError(f"NAME: value seen: {name!r}; allowed: {', '.join(_SCHEMAS)}; name one of them{nearest}")
     module, record = _SCHEMAS[name]
     found: type[BaseModel] = getattr(import_module(module), record)
     tree = {"$schema": "https://json-schema.org/draft/2020-12/schema", **found.model_json_schema()}

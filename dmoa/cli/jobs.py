@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from dmoa.cli.options import Common, fail, with_common
+from dmoa.cli.options import Common, fail, suggesting, with_common
 from dmoa.config import Config, from_tree
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.redaction import redact_text
@@ -29,6 +29,10 @@ class _Job(TyperCommand):
         except DmoaError as error:
             fail(error)
 
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with suggesting():
+            return super().make_context(*args, **extra)
+
 
 def evaluate_job() -> None:
     """Run `jobs/evaluate.py`."""
@@ -42,7 +46,7 @@ def _evaluate(common: Common) -> None:
     \b
     python jobs/evaluate.py --config jobs/evaluate.yaml --set job.limit=20
     """
-    from dmoa.cli.evaluation_session import run_evaluation
+    from dmoa.cli.evaluation_session import check_ran, run_evaluation
     from dmoa.evaluation.options import parse_options
 
     config, values = read_job(common)
@@ -51,6 +55,7 @@ def _evaluate(common: Common) -> None:
         raise ConfigError("job.out: missing; name the folder of the run, so that a job that is submitted again goes on with it")
     evaluation = run_evaluation(options, None if options.url else config, common, _command())
     common.write_json(evaluation.model_dump(mode="json"))
+    check_ran(evaluation)
 
 
 def collect_rollouts_job() -> None:

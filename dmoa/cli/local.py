@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dmoa.cli.show import Asked, Screen
 from dmoa.config import Config
 from dmoa.errors import ConfigError, EmptyAnswerError, RequestError
+from dmoa.explain import did_you_mean
 from dmoa.policies.registry import POLICIES
 from dmoa.reply import reply_dmoa, reply_step
 from dmoa.trace import trace_of
@@ -106,10 +107,14 @@ def check_wish(config: Config, wish: Wish) -> str:
     """Return the policy that a wish names, directly or through its agent. Raises RequestError for names not in the pool."""
     names = config.agent_names
     if wish.agent is not None and wish.agent not in names:
-        raise RequestError(f"--agent: value seen: {wish.agent!r}; allowed: {', '.join(names)}; name an agent of the pool")
+        nearest = did_you_mean(wish.agent, names)
+        raise RequestError(
+            f"--agent: value seen: {wish.agent!r}; allowed: {', '.join(names)}; name an agent of the pool{nearest}"
+        )
     policy = wish.policy or ("single" if wish.agent else "dmoa")
     if policy not in POLICIES:
-        raise RequestError(f"--policy: value seen: {policy!r}; allowed: {', '.join(POLICIES)}; see `dmoa policies`")
+        nearest = did_you_mean(policy, POLICIES)
+        raise RequestError(f"--policy: value seen: {policy!r}; allowed: {', '.join(POLICIES)}; see `dmoa policies`{nearest}")
     if wish.agent is not None and policy != "single":
         raise RequestError(f"--agent: {wish.agent!r} is asked alone, policy {policy!r} chooses itself; leave one of them out")
     return policy

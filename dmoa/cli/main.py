@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from dmoa import __version__
 from dmoa.cli import bench, chat, demo, doctor, evaluate, info, models, probe, report, rollouts, router, run, serve, train
-from dmoa.cli.options import fail
+from dmoa.cli.options import fail, suggesting
 from dmoa.errors import DmoaError
 
 
@@ -20,9 +20,15 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command and turn a DmoaError into an exit code."""
         try:
-            return super().invoke(ctx)
+            with suggesting():
+                return super().invoke(ctx)
         except DmoaError as error:
             fail(error)
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        """Parse the options before the command's name."""
+        with suggesting():
+            return super().make_context(*args, **extra)
 
 
 app = typer.Typer(

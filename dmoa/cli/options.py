@@ -10,14 +10,17 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NoReturn, ParamSpec
 
 import typer
+from typer.exceptions import TyperException
 
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError, TraceError
+from dmoa.explain import did_you_mean
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -161,6 +164,21 @@ def fail(error: DmoaError) -> NoReturn:
     is_bad_input = isinstance(error, _BAD_INPUT) and getattr(error, "status", 0) != _TOO_BUSY
     typer.echo(f"dmoa: {error}", err=True)
     raise typer.Exit(EXIT_BAD_INPUT if is_bad_input else EXIT_FAILED)
+
+
+@contextmanager
+def suggesting() -> Iterator[None]:
+    """Let an unknown option of a command be answered as every other unknown name is: with the nearest one."""
+    try:
+        yield
+    except TyperException as error:
+        found: Any = error
+        option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+        if isinstance(option, str) and context is not None and hasattr(error, "possibilities"):
+            known = [name for parameter in context.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+            found.possibilities = None
+            found.message += did_you_mean(option, known)
+        raise
 
 
 def refuse_together(given: Mapping[str, object], because: str) -> None:

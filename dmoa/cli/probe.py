@@ -91,6 +91,7 @@ def show(report: ProbeReport, config: Config) -> None:
     from rich.table import Table
 
     from dmoa.cli.evaluation_screen import stdout_console
+    from dmoa.training.probe import gains_nothing
 
     console = stdout_console()
     words = {
@@ -124,7 +125,7 @@ def show(report: ProbeReport, config: Config) -> None:
         )
     console.print(table)
     if report.cluster_gain is not None:
-        gain = f"{report.cluster_gain:.0%}" if report.cluster_gain > 0 else "nothing"
+        gain = "nothing" if gains_nothing(report.cluster_gain) else f"{report.cluster_gain:.0%}"
         console.print(
             f"clusters + surest agent, without training, reach {gain} of the sureness that choosing per query could gain over "
             "the best single agent",

@@ -11,6 +11,7 @@ from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
 from dmoa.evaluation.suites.table import SUITES
+from dmoa.explain import did_you_mean
 from dmoa.training.probe import ProbeReport, ProbeSample, probe
 from dmoa.training.probe_sample import sample_of
 
@@ -78,7 +79,7 @@ def _check_suites(names: tuple[str, ...]) -> None:
     if unknown:
         raise ConfigError(
             f"--known-answers: value seen: {', '.join(unknown)}; allowed: {', '.join(allowed)}, generated suites whose answers "
-            "are computed; name some of them"
+            f"are computed; name some of them{did_you_mean(unknown, allowed)}"
         )
 
 

@@ -60,6 +60,9 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     if evaluation.paired:
         console.print()
         _print_paired(evaluation, notes, console)
+    untrained = sorted(display.untrained_policies(evaluation))
+    if untrained:
+        _line(console, f"untrained gate, its routing is arbitrary: {', '.join(untrained)}")
     for note in notes.all():
         _line(console, f"[{note.mark}] {note.text}")
     for failure in evaluation.failures[:_MAX_FAILURES]:
@@ -89,7 +92,7 @@ def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -
             notes.marks(row),
             str(row.n),
             display.accuracy(row),
-            display.ends(row.low, row.high, is_known=row.n > 0),
+            display.accuracy_ends(row),
             display.chance(row),
             str(row.unscored),
             str(row.failed),

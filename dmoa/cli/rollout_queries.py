@@ -18,6 +18,7 @@ from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.splits import load_disjoint
 from dmoa.evaluation.suites.streams import fine_split
 from dmoa.evaluation.suites.table import SUITES
+from dmoa.explain import did_you_mean
 from dmoa.training.rollout_collect import Prepared
 from dmoa.training.rollout_options import RolloutOptions, Weighted, share_out
 from dmoa.training.rollout_records import RolloutQuery, SourceInfo
@@ -47,8 +48,10 @@ def check_names(options: RolloutOptions) -> None:
     names = list(_expanded(options.benchmarks))
     files = [name for name in names if name not in SUITES]
     if files and options.split not in SPLITS:
-        allowed = ", ".join(SPLITS)
-        raise ConfigError(f"--split: value seen: {options.split!r}; allowed for {', '.join(files)}: {allowed}; name one of them")
+        raise ConfigError(
+            f"--split: value seen: {options.split!r}; allowed for {', '.join(files)}: {', '.join(SPLITS)}; name one of them"
+            f"{did_you_mean(options.split, SPLITS)}"
+        )
     if len(files) < len(names):
         fine_split(options.split)
     if options.labels is not None and not names:

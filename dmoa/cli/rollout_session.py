@@ -6,6 +6,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
+import typer
+
 from dmoa import __version__
 from dmoa.cli.evaluation_screen import Bars
 from dmoa.cli.evaluation_session import log_gates, opened_ray
@@ -39,7 +41,7 @@ def run_rollouts(options: RolloutOptions, config: Config, common: Common, comman
 
 def _collected(options: RolloutOptions, config: Config, common: Common, command: str) -> Manifest:
     from dmoa.dataflow.mirror import shown
-    from dmoa.training.rollout_collect import collect
+    from dmoa.training.rollout_collect import collect, silent_agents
 
     with Bars(common.verbosity) as bars:
         session = build_session(options, config, common, bars, command)
@@ -47,6 +49,8 @@ def _collected(options: RolloutOptions, config: Config, common: Common, command:
     track(manifest, session.folder, options)
     counts = manifest.counts
     common.say(f"{counts.queries} queries, {counts.steps} steps, {counts.rows} rows in {shown(session.folder.root)}")
+    for name in silent_agents(session.folder, manifest):
+        typer.secho(f"dmoa: {name} never answered: no gate can learn about it from these rollouts", fg=typer.colors.RED, err=True)
     if counts.failed:
         common.say(f"{counts.failed} queries failed and are asked again by the same command; the last: {manifest.failures[-1]}")
     return manifest

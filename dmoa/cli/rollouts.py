@@ -82,7 +82,7 @@ def rollouts(
     """Collect rollouts for training the gate: who was how sure, step by step, over queries without labels.
 
     \b
-    dmoa rollouts --benchmarks arith:2,words --limit 60 --out out/rollouts
+    dmoa rollouts --config specialists --benchmarks arith:2,words --limit 60 --out out/rollouts
     dmoa rollouts --queries prompts.jsonl --out out/rollouts
     dmoa rollouts --queries prompts.jsonl --epsilon 0.2 --checkpoint out/gate/checkpoint --round 1 --out out/rollouts-1
     """

@@ -23,7 +23,7 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Row
 from dmoa.evaluation.suites.calendar import WEEKDAYS
 from dmoa.evaluation.suites.table import SUITES
-from dmoa.explain import describe
+from dmoa.explain import describe, did_you_mean
 from dmoa.training.lora_loop import Schedule
 from dmoa.training.lora_model import LoraSettings
 from dmoa.training.lora_rows import TrainingMessage, TrainingRow
@@ -103,7 +103,7 @@ class SpecialistOptions(Node):
         if self.name not in self.recipes:
             raise ConfigError(
                 f"job.name: value seen: {self.name!r}; allowed: {', '.join(self.recipes) or 'none'}; name one of them or add "
-                "it under job.recipes"
+                f"it under job.recipes{did_you_mean(self.name, self.recipes)}"
             )
         return self.recipes[self.name]
 
@@ -113,7 +113,7 @@ def parse_specialist(values: dict[str, Any]) -> SpecialistOptions:
     try:
         return SpecialistOptions.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"job: {describe(error)}") from error
+        raise ConfigError(f"job: {describe(error, SpecialistOptions)}") from error
 
 
 def training_rows(recipe: Recipe) -> list[TrainingRow]:

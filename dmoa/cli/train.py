@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dmoa.config import Config
     from dmoa.training.options import TrainOptions
     from dmoa.training.run_state import EpochRecord
-    from dmoa.training.trainer import TrainResult
+    from dmoa.training.trainer import TrainReport, TrainResult
 
 RolloutsOption = Annotated[
     list[Path], typer.Option("--rollouts", metavar="DIR", help="What `dmoa rollouts` wrote, folder or URI; repeatable.")
@@ -159,6 +159,8 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
     with at_hand(options, common.say, reads=reads, writes=("out",), apart=("state",)) as here:
         result = run_training(here, config, around)
         common.say(f"{result.report.ended}; {_words(result)}")
+        for line in (*result.report.silent, *ranking_warning(result.report)):
+            typer.secho(f"dmoa: {line}", fg=typer.colors.RED, err=True)
         checkpoint = shown(here.out / "checkpoint")
     typer.echo(checkpoint)
     return result
@@ -188,10 +190,26 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
 
 
+def ranking_warning(report: TrainReport) -> list[str]:
+    """Return what is to be said of a gate that is not known to rank agents better than a coin; nothing of any other."""
+    metrics = report.metrics
+    if report.ranking == "better than chance":
+        return []
+    then = "its routing is as good as arbitrary; collect more queries, and ask `dmoa probe` whether entropy can route this pool"
+    if report.ranking == "unknown":
+        return [f"whether the gate ranks better than chance is not known: no held-back step holds two different scores; {then}"]
+    ends = f"95 %: {metrics['pairwise_low']:.1%} to {metrics['pairwise_high']:.1%}"
+    return [f"the gate ranks no better than chance: {metrics['pairwise']:.1%} of held-back pairs ({ends}), a coin 50 %; {then}"]
+
+
 def _words(result: TrainResult) -> str:
     metrics = result.record.metrics
     named = {"pairwise": "pairs ranked right", "surest_share": "surest agent first", "ndcg": "NDCG", "load_max": "largest load"}
-    found = ", ".join(f"{words} {metrics[name]:.3f}" for name, words in named.items() if name in metrics)
+    ends = {"pairwise": " (95 %: {pairwise_low:.3f} to {pairwise_high:.3f})"}
+    parts = [
+        f"{words} {metrics[name]:.3f}{ends.get(name, '').format(**metrics)}" for name, words in named.items() if name in metrics
+    ]
+    found = ", ".join(parts)
     activation = result.record.activation
     asked = f"; {metrics['agents']:.2f} agents a step" if "agents" in metrics else ""
     fitted = f"tau {activation['mass']:.3f}, theta {_number(activation['theta'])}"

@@ -27,7 +27,11 @@ def add_oracle(folder: RunFolder, benchmarks: Sequence[str], agents: Sequence[st
 
     `run.finish` then makes the result anew. Raises ConfigError where the run is not whole.
     """
-    best = {name: read_matrix(folder, name, agents).value_RA.argmax(axis=1) for name in benchmarks}
+    best = {}
+    for name in benchmarks:
+        matrix = read_matrix(folder, name, agents)
+        is_lost_RA = np.array([[reply.status == "failed" for reply in row] for row in matrix.replies])
+        best[name] = np.where(is_lost_RA, -1.0, matrix.value_RA).argmax(axis=1)  # a wrong answer before none at all
     add_derived(folder, ORACLE, agents, best)
 
 

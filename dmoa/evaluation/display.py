@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dmoa.evaluation.results import Evaluation, EvaluationRow, PairedRow
+from dmoa.evaluation.statistics import wilson
+from dmoa.types import is_untrained
 
+UNTRAINED = " (untrained gate)"
+"""Follows the name of a policy whose gate nobody trained."""
 GENERATED = "generated rows: made by a seeded generator, not a public benchmark"
 BOOTSTRAPPED = "fractional scores: bootstrap interval instead of Wilson's"
 MISSING = "not finished: rows are still to be answered or judged"
+NOT_RUN = "did not run: every query failed, so there is no accuracy and no comparison"
+MOSTLY_FAILED = "most queries failed: the accuracy says more about that than about the answers"
+NOT_SCORED = "not one reply could be judged: 0 is no measurement of right and wrong"
 MEMOISED = "part of the tokens came from the call cache; they are counted as if run"
 
 
@@ -52,8 +59,74 @@ def _remarks_of_benchmark(row: EvaluationRow) -> list[str]:
 
 def _remarks(row: EvaluationRow) -> list[str]:
     remarks = _remarks_of_benchmark(row)
-    conditions = {BOOTSTRAPPED: row.interval == "bootstrap", MISSING: row.missing > 0, MEMOISED: row.memoised_tokens > 0}
+    conditions = {
+        NOT_RUN: is_not_run(row),
+        MOSTLY_FAILED: row.did_run and 2 * row.failed > row.n,
+        NOT_SCORED: row.did_run and row.n > 0 and row.num_scored == 0,
+        BOOTSTRAPPED: row.interval == "bootstrap",
+        MISSING: row.missing > 0,
+        MEMOISED: row.memoised_tokens > 0,
+    }
     return [*remarks, *(text for text, holds in conditions.items() if holds)]
+
+
+def untrained_policies(evaluation: Evaluation) -> set[str]:
+    """Return the policies that a gate without any training routed, by what answered and by what the run was begun with."""
+    run = evaluation.config
+    versions = {"dmoa": {run.gate_version} if run.gate_version else set()}
+    versions |= {f"dmoa:{name}": {version} for name, version in run.gates.items()}
+    for row in evaluation.rows:
+        versions.setdefault(row.policy, set()).update(row.gate_versions)
+    return {policy for policy, found in versions.items() if policy in run.all_policies and any(map(is_untrained, found))}
+
+
+def names(evaluation: Evaluation) -> dict[str, str]:
+    """Return what tables call each policy: its name, and whether its gate is untrained."""
+    untrained = untrained_policies(evaluation)
+    return {policy: policy + (UNTRAINED if policy in untrained else "") for policy in evaluation.config.all_policies}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overall:
+    """One policy on all benchmarks together, every row counting the same."""
+
+    policy: str
+    by_benchmark: list[str]
+    """Accuracy in percent, in the order of the run."""
+    n: int
+    failed: int
+    accuracy: str
+    """In percent; a dash where it did not run on some benchmark: its mean would be over other rows than the others'."""
+    ends: str
+    """Wilson's interval; empty where some scores are fractions."""
+    active: str
+    tokens: str
+    """Per row."""
+
+
+def overall(evaluation: Evaluation) -> list[Overall]:
+    """Return a line per policy, in the order of the run."""
+    run, cells = evaluation.config, {(row.benchmark, row.policy): row for row in evaluation.rows}
+    return [_overall(policy, [cells[info.name, policy] for info in run.benchmarks]) for policy in run.all_policies]
+
+
+def _overall(policy: str, rows: Sequence[EvaluationRow]) -> Overall:
+    ran = [row for row in rows if row.n and row.did_run]
+    n, is_whole = sum(row.n for row in ran), bool(rows) and len(ran) == len(rows)
+    steps = [sum(number * rows for number, rows in row.steps_histogram.items()) for row in ran]
+    active = sum((row.active_mean or 0.0) * taken for row, taken in zip(ran, steps, strict=True))
+    has_ends = is_whole and all(row.interval == "wilson" for row in ran)
+    found = wilson(sum(row.correct for row in ran), n)
+    return Overall(
+        policy=policy,
+        by_benchmark=[accuracy(row) for row in rows],
+        n=sum(row.n for row in rows),
+        failed=sum(row.failed for row in rows),
+        accuracy=share(sum(row.accuracy * row.n for row in ran) / n) if is_whole else "-",
+        ends=ends(found.low, found.high) if has_ends else "",
+        active=decimals(active / sum(steps) if sum(steps) else None),
+        tokens=count(sum(row.prompt_tokens + row.completion_tokens for row in ran) / n) if n else "-",
+    )
 
 
 def share(value: float) -> str:
@@ -62,8 +135,20 @@ def share(value: float) -> str:
 
 
 def accuracy(row: EvaluationRow) -> str:
-    """Return accuracy in percent, or a dash without rows."""
+    """Return accuracy in percent, a dash without rows, `did not run` where every query failed."""
+    if is_not_run(row):
+        return "did not run"
     return share(row.accuracy) if row.n else "-"
+
+
+def accuracy_ends(row: EvaluationRow) -> str:
+    """Return the interval of accuracy in percent; empty where nothing is known."""
+    return ends(row.low, row.high, is_known=row.n > 0 and row.did_run)
+
+
+def is_not_run(row: EvaluationRow) -> bool:
+    """Tell whether every query of a row failed; one that is still to be asked did not."""
+    return row.n > 0 and not row.did_run
 
 
 def ends(low: float, high: float, *, is_known: bool = True) -> str:

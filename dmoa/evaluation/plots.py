@@ -21,12 +21,21 @@ if TYPE_CHECKING:
 
 # Stand-ins, replaced by the page's variables; no other colour of a plot may be one of them.
 _INK, _MUTED, _LINE = "#010203", "#040506", "#070809"
-_SERIES = tuple(f"#0a0b{number:02x}" for number in range(16, 26))
+NUM_SERIES = 16
+"""Methods that no other one looks like; beyond, looks repeat."""
+_SERIES = tuple(f"#0a0b{16 + number:02x}" for number in range(NUM_SERIES))
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line"} | {
     colour: f"--series-{number}" for number, colour in enumerate(_SERIES)
 }
-_MARKERS = "osD^vPX<>*"
+_SHAPES = "os^vDPX*"
+"""Told apart without any colour; filled for the first methods, hollow for as many more."""
+_THIN = "PX*"
 _WIDTH_INCHES = 9.6
+_NAME_CHARS = 48
+"""Longer names are cut in a drawing; the tables have them whole."""
+_CHARS_PER_INCH = 13.0
+"""Of a legend's letters."""
+_LEGEND_LINE_INCHES = 0.19
 _COLUMNS = 4
 _MANY_GROUPS = 20
 """From here on the scale stands above the bars too."""
@@ -34,12 +43,18 @@ _MANY_GROUPS = 20
 
 def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
     """Return accuracy with its interval against tokens per row, a panel per benchmark; None without any row."""
-    benchmarks = _benchmarks(row for row in evaluation.rows if row.n)
+    benchmarks = _benchmarks(row for row in evaluation.rows if row.n and row.did_run)
     if not benchmarks:
         return None
     columns = min(_COLUMNS, len(benchmarks))
     lines = -(-len(benchmarks) // columns)
-    with _figure(_WIDTH_INCHES if columns > 1 else 4.8, 2.25 * lines + 0.5) as figure:
+    width = _WIDTH_INCHES if columns > 1 else 6.4
+    policies = [
+        policy
+        for policy in evaluation.config.all_policies
+        if any(policy == row.policy for rows in benchmarks.values() for row in rows)
+    ]
+    with _figure(width, (2.25 if lines > 1 else 3.0) * lines + 0.5 + _legend_inches(policies, width)) as figure:
         panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
         for axes, (name, rows) in zip(panels, benchmarks.items(), strict=False):
             _accuracy_panel(axes, name, rows, evaluation)
@@ -47,7 +62,7 @@ def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
             axes.remove()
         figure.supxlabel("prompt and completion tokens per row")
         figure.supylabel("accuracy, %")
-        _legend(figure, evaluation.config.all_policies, has_markers=True)
+        _legend(figure, evaluation, policies)
         return _svg(figure, "tokens")
 
 
@@ -57,7 +72,7 @@ def _accuracy_panel(axes: Axes, name: str, rows: Sequence[EvaluationRow], evalua
         colour = _colour(number)
         tokens = (row.prompt_tokens + row.completion_tokens) / row.n
         axes.plot([tokens, tokens], [100 * row.low, 100 * row.high], color=colour, linewidth=1.4)
-        axes.plot([tokens], [100 * row.accuracy], color=colour, marker=_MARKERS[number % len(_MARKERS)], markersize=5.5)
+        axes.plot([tokens], [100 * row.accuracy], **_marker(number, size=6.5))
     if rows[0].chance is not None:
         axes.axhline(100 * rows[0].chance, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
     axes.set_title(name + (" (generated)" if rows[0].is_generated else ""), fontsize=9.5)
@@ -77,25 +92,28 @@ def groups(evaluation: Evaluation, benchmark: str) -> str | None:
     for row in rows:
         by_group[row.group][row.policy] = row
     height = max(0.17, 0.085 * (len(policies) + 1))
-    with _figure(_WIDTH_INCHES, height * len(by_group) + 1.0) as figure:
+    with _figure(_WIDTH_INCHES, height * len(by_group) + 1.0 + _legend_inches(policies)) as figure:
         axes = figure.subplots()
         bar = 0.8 / len(policies)
         for number, policy in enumerate(policies):
-            colour = _colour(evaluation.config.all_policies.index(policy))
+            place_in_run = evaluation.config.all_policies.index(policy)
+            colour = _colour(place_in_run)
             places = [i for i, found in enumerate(by_group.values()) if policy in found]
             found = [by_group[group][policy] for group in by_group if policy in by_group[group]]
             offsets = [place - 0.4 + bar * (number + 0.5) for place in places]
             axes.barh(offsets, [100 * row.accuracy for row in found], height=bar * 0.9, color=colour, alpha=0.8)
             axes.hlines(offsets, [100 * row.low for row in found], [100 * row.high for row in found], color=_INK, linewidth=0.7)
+            marks = _marker(place_in_run, size=4.5, has_line=False)
+            axes.plot([100 * row.accuracy for row in found], offsets, **marks, clip_on=False)
         sizes = [max(row.n for row in found.values()) for found in by_group.values()]
-        labels = [f"{group} ({size})" for group, size in zip(by_group, sizes, strict=True)]
+        labels = [f"{group} ({size})" for group, size in zip(_labels(list(by_group)), sizes, strict=True)]
         axes.set_yticks(range(len(by_group)), labels, fontsize=8)
         axes.set_ylim(len(by_group) - 0.4, -0.6)
         axes.set_xlim(0, 100)
         axes.grid(visible=False, axis="y")
         axes.tick_params(labeltop=len(by_group) > _MANY_GROUPS)
         axes.set_xlabel("accuracy, %, with its 95 % interval (number of rows behind the name)")
-        _legend(figure, evaluation.config.all_policies, shown=policies)
+        _legend(figure, evaluation, policies)
         return _svg(figure, f"groups-{benchmark}")
 
 
@@ -124,22 +142,25 @@ def _share_bars(totals: dict[str, Any], evaluation: Evaluation, name: str, title
     if not totals:
         return None
     categories = sorted({category for counts in totals.values() for category in counts})
-    with _figure(_WIDTH_INCHES, 2.7) as figure:
+    with _figure(_WIDTH_INCHES, 2.7 + _legend_inches(list(totals))) as figure:
         axes = figure.subplots()
         bar = 0.8 / len(totals)
         for number, (policy, counts) in enumerate(totals.items()):
             whole = sum(counts.values())
             heights = [100 * counts.get(category, 0) / whole for category in categories]
             places = [place - 0.4 + bar * (number + 0.5) for place in range(len(categories))]
-            colour = _colour(evaluation.config.all_policies.index(policy))
-            axes.bar(places, heights, width=bar * 0.9, color=colour, alpha=0.8)
+            place_in_run = evaluation.config.all_policies.index(policy)
+            axes.bar(places, heights, width=bar * 0.9, color=_colour(place_in_run), alpha=0.8)
+            tops = [(place, share) for place, share in zip(places, heights, strict=True) if share > 0]
+            marks = _marker(place_in_run, size=5.0, has_line=False)
+            axes.plot([place for place, _ in tops], [share for _, share in tops], **marks, clip_on=False)
         axes.set_xticks(range(len(categories)), [str(category) for category in categories])
         axes.set_xlim(-0.6, max(len(categories), 4) - 0.4)
         axes.set_ylim(0, 100)
         axes.grid(visible=False, axis="x")
         axes.set_xlabel(title)
         axes.set_ylabel("% of answered rows")
-        _legend(figure, evaluation.config.all_policies, shown=list(totals))
+        _legend(figure, evaluation, list(totals))
         return _svg(figure, name)
 
 
@@ -157,7 +178,7 @@ def routing(evaluation: Evaluation, policy: str) -> str | None:
     for row in found:
         active[row.agent, row.benchmark] += row.count
         active[row.agent, row.step] += row.count
-    width = 2.2 + 0.5 * (len(by_benchmark) + len(by_step))
+    width = 2.2 + 0.5 * (len(by_benchmark) + len(by_step)) + max(0, max(map(len, _labels(agents))) - 20) / _CHARS_PER_INCH
     with _figure(max(5.0, width), 0.27 * len(agents) + 1.9) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[len(by_benchmark), len(by_step)], sharey=True)
         _heat(left, agents, by_benchmark, active, [str(name) for name in by_benchmark])
@@ -208,7 +229,7 @@ def _heat(
     axes.set_xlim(0, len(totals))
     axes.set_ylim(len(agents), 0)
     axes.set_xticks([place + 0.5 for place in range(len(totals))], labels, fontsize=8)
-    axes.set_yticks([place + 0.5 for place in range(len(agents))], agents, fontsize=8)
+    axes.set_yticks([place + 0.5 for place in range(len(agents))], _labels(agents), fontsize=8)
     axes.tick_params(length=0)
     axes.grid(visible=False)
 
@@ -221,21 +242,58 @@ def _benchmarks(rows: Iterator[EvaluationRow]) -> dict[str, list[EvaluationRow]]
 
 
 def _colour(number: int) -> str:
-    return _SERIES[number % len(_SERIES)]
+    return _SERIES[number % NUM_SERIES]
 
 
-def _legend(figure: Figure, policies: Sequence[str], *, shown: Sequence[str] | None = None, has_markers: bool = False) -> None:
+def _marker(number: int, *, size: float, has_line: bool = True) -> dict[str, Any]:
+    """Return how the points of a method look: no other of the first 16 has its colour, nor its shape and filling."""
+    is_filled, shape = number % NUM_SERIES < len(_SHAPES), _SHAPES[number % len(_SHAPES)]
+    size += 1.0 * (shape in _THIN) + 1.5 * (not is_filled)
+    return {
+        "color": _colour(number),
+        "marker": shape,
+        "markersize": size,
+        "markerfacecolor": _colour(number) if is_filled else "none",
+        "markeredgewidth": 1.0,
+        "linestyle": "-" if has_line else "none",
+    }
+
+
+def _cut(name: str) -> str:
+    """Return a name as a drawing has room for it: both ends of a long one."""
+    half = _NAME_CHARS // 2
+    return name if len(name) <= _NAME_CHARS else f"{name[:half]}…{name[-half + 1 :]}"
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Return the names as a drawing shows them: cut, unless two would then be one."""
+    cut = [_cut(name) for name in names]
+    return cut if len(set(cut)) == len(set(names)) else list(names)
+
+
+def _legend_columns(policies: Sequence[str], width: float) -> int:
+    """Return how many names stand side by side in a figure of some inches."""
+    longest = max(map(len, _labels(policies))) + len(display.UNTRAINED) + 6
+    return max(1, min(6, len(policies), int(width * _CHARS_PER_INCH / longest)))
+
+
+def _legend_inches(policies: Sequence[str], width: float = _WIDTH_INCHES) -> float:
+    """Return the height of a legend beyond its first line."""
+    return _LEGEND_LINE_INCHES * (-(-len(policies) // _legend_columns(policies, width)) - 1)
+
+
+def _legend(figure: Figure, evaluation: Evaluation, shown: Sequence[str]) -> None:
+    """Name the methods above the drawing, each beside its marker, in the order of the run."""
     from matplotlib.lines import Line2D
 
-    names = policies if shown is None else shown
-    style: dict[str, Any] = {"linewidth": 1.4} if has_markers else {"linewidth": 0.0, "markersize": 8.0}
+    ordered = [policy for policy in evaluation.config.all_policies if policy in shown]
     handles = [
-        Line2D([], [], color=_colour(number), marker=_MARKERS[number % len(_MARKERS)] if has_markers else "s", **style)
-        for number, policy in enumerate(policies)
-        if policy in names
+        Line2D([], [], linewidth=1.4, **_marker(evaluation.config.all_policies.index(policy), size=6.5)) for policy in ordered
     ]
-    ordered = [policy for policy in policies if policy in names]
-    figure.legend(handles, ordered, loc="outside upper left", ncols=min(6, len(ordered)), frameon=False, fontsize=9)
+    untrained = display.untrained_policies(evaluation)
+    names = [name + display.UNTRAINED * (policy in untrained) for name, policy in zip(_labels(ordered), ordered, strict=True)]
+    columns = _legend_columns(ordered, figure.get_figwidth())
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
 
 
 @contextmanager

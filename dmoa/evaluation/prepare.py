@@ -13,6 +13,7 @@ from dmoa.evaluation.records import SPLITS, Row
 from dmoa.evaluation.run_files import RunFolder
 from dmoa.evaluation.splits import load_disjoint
 from dmoa.evaluation.suites.table import SUITES
+from dmoa.explain import did_you_mean
 
 SUITE_ROWS = 200
 """Rows of a suite where no limit is given: suites have no end."""
@@ -42,6 +43,7 @@ def prepare(folder: RunFolder, name: str, options: EvaluateOptions) -> Prepared:
     if split is None:
         raise ConfigError(
             f"--split: value seen: {options.split!r}; allowed for {name}: {', '.join(SPLITS)}; only generated suites have more"
+            f"{did_you_mean(options.split, SPLITS)}"
         )
     loaded = load_disjoint(name, data_dir=options.data_dir, skip_bad_rows=options.skip_bad_rows, required=(split,))
     part = loaded.splits[split]

@@ -13,6 +13,7 @@ from dmoa.evaluation.benchmarks.specs import BENCHMARKS
 from dmoa.evaluation.records import Label, Scorer
 from dmoa.evaluation.scorers.table import build
 from dmoa.evaluation.suites.table import SUITES
+from dmoa.explain import did_you_mean
 
 ALL, ALL_SUITES = "all", "suites"
 _TITLES = {
@@ -92,7 +93,10 @@ def expand_names(names: Sequence[str]) -> tuple[str, ...]:
         found.extend(BENCHMARKS if name == ALL else SUITES if name == ALL_SUITES else (name,))
     unknown = [name for name in found if name not in BENCHMARKS and name not in SUITES]
     if unknown or not found:
-        allowed = ", ".join((*BENCHMARKS, *SUITES, ALL, ALL_SUITES))
+        allowed = (*BENCHMARKS, *SUITES, ALL, ALL_SUITES)
         seen = ", ".join(unknown) or "nothing"
-        raise ConfigError(f"--benchmarks: value seen: {seen}; allowed: {allowed}; name some of them, separated by commas")
+        raise ConfigError(
+            f"--benchmarks: value seen: {seen}; allowed: {', '.join(allowed)}; name some of them, separated by commas"
+            f"{did_you_mean(unknown, allowed)}"
+        )
     return tuple(dict.fromkeys(found))

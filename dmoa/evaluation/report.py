@@ -16,12 +16,15 @@ import yaml
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation import display
-from dmoa.evaluation.results import Evaluation
+from dmoa.evaluation.results import Evaluation, not_run
 from dmoa.evaluation.run_files import write_whole
+from dmoa.types import is_untrained
 
 MAX_FAILURES = 50
 """Failed rows that the report lists."""
 _TEMPLATE = "report.html.j2"
+_MOST_OPEN = 4
+"""Drawings of one heading that are shown without being asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +35,43 @@ class _Colour:
     dark: str
 
 
-# Told apart by people who see no red or green, and dark or light enough against their page (ours).
+# Chosen farthest apart from one another as people with and without red, green or blue see them, 3:1 against their page (ours).
 _COLOURS = (
-    _Colour("#1f6fb4", "#5aa9e6"),
-    _Colour("#c65102", "#f2914a"),
-    _Colour("#1b7f5c", "#4cc29a"),
-    _Colour("#8e3fa8", "#c98be0"),
-    _Colour("#a88700", "#e0c24a"),
-    _Colour("#b3234f", "#f0728f"),
-    _Colour("#3a4db0", "#8d9cf0"),
-    _Colour("#4d7a1a", "#9ccc5a"),
-    _Colour("#7a5230", "#c9a27e"),
-    _Colour("#5b6470", "#aab4c0"),
+    _Colour("#1971af", "#58afe1"),
+    _Colour("#af8a19", "#e1e132"),
+    _Colour("#3f4b0d", "#58710d"),
+    _Colour("#648afa", "#a326d4"),
+    _Colour("#320de1", "#7dede1"),
+    _Colour("#af1964", "#afa358"),
+    _Colour("#96640d", "#328a96"),
+    _Colour("#711996", "#8a7dfa"),
+    _Colour("#d4718a", "#e13264"),
+    _Colour("#fa19e1", "#96d48a"),
+    _Colour("#c819a3", "#d4bb0d"),
+    _Colour("#0d647d", "#d496a3"),
+    _Colour("#bb6458", "#26d4e1"),
+    _Colour("#8a0d4b", "#197196"),
+    _Colour("#4b7dd4", "#9664c8"),
+    _Colour("#715826", "#a38a0d"),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Section:
+    """Drawings under one heading."""
+
+    heading: str
+    plots: list[_Plot]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the page shows them at once; many are folded, so that what follows can be found."""
+        return len(self.plots) <= _MOST_OPEN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plot:
     svg: Any
-    heading: str = ""
     title: str = ""
     caption: str = ""
 
@@ -83,7 +104,10 @@ def render(evaluation: Evaluation) -> str:
         started=f"begun {_moment(run.started_unix_s)}",
         summary=_summary(evaluation),
         warnings=_warnings(evaluation),
-        plots=list(_plots(evaluation)),
+        names=display.names(evaluation),
+        overall=display.overall(evaluation),
+        first=next((plot for plot in _first_plot(evaluation)), None),
+        sections=[section for section in _sections(evaluation) if section.plots],
         provenance=_provenance(evaluation),
         settings=_settings(evaluation),
     )
@@ -93,8 +117,8 @@ def _summary(evaluation: Evaluation) -> list[tuple[str, str]]:
     run = evaluation.config
     tokens = sum(row.prompt_tokens + row.completion_tokens for row in evaluation.rows)
     pairs = [
-        ("policies", ", ".join(run.all_policies)),
-        ("gate", run.gate_version or "none"),
+        ("policies", ", ".join(display.names(evaluation).values())),
+        ("gate", _gates(evaluation)),
         ("rows", f"{run.split} split, {'all' if run.limit is None else f'at most {run.limit}'} per benchmark, seed {run.seed}"),
         ("limits of a query", _pairs(run.limits)),
         ("engines", ", ".join(run.engines)),
@@ -106,14 +130,21 @@ def _summary(evaluation: Evaluation) -> list[tuple[str, str]]:
     return [(name, text) for name, text in pairs if text]
 
 
-def _warnings(evaluation: Evaluation) -> list[str]:
-    from dmoa.types import is_untrained
+def _gates(evaluation: Evaluation) -> str:
+    run = evaluation.config
+    named = {"": run.gate_version, **{f"{name} ": version for name, version in run.gates.items()}}
+    shown = [f"{name}{version}{display.UNTRAINED * is_untrained(version)}" for name, version in named.items() if version]
+    return ", ".join(shown) or "none"
 
+
+def _warnings(evaluation: Evaluation) -> list[str]:
     run = evaluation.config
     versions = {version for row in evaluation.rows for version in row.gate_versions}
     found = [f"Gate {version} is untrained: its routing is arbitrary." for version in sorted(versions) if is_untrained(version)]
     if len(versions) > 1:
         found.append(f"More than one gate answered: {', '.join(sorted(versions))}.")
+    lost = [f"{row.policy} on {row.benchmark}: all {row.failed} queries failed" for row in not_run(evaluation)]
+    found = [f"Did not run: {text}." for text in lost] + found
     missing = sum(row.missing for row in evaluation.rows)
     if missing:
         found.append(f"{missing} of {sum(info.rows for info in run.benchmarks) * len(run.all_policies)} rows are still missing.")
@@ -155,36 +186,41 @@ def _moment(unix_s: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(unix_s))
 
 
-def _plots(evaluation: Evaluation) -> Iterator[_Plot]:
-    """Yield the plots for which there is data."""
+def _drawn(svg: str | None, **texts: str) -> Iterator[_Plot]:
     from markupsafe import Markup
 
+    if svg is not None:
+        # Our own drawing; matplotlib escapes the names in it.
+        yield _Plot(svg=Markup(svg), **texts)  # noqa: S704
+
+
+def _first_plot(evaluation: Evaluation) -> Iterator[_Plot]:
+    """Yield the drawing that the page begins with, where there is data."""
     from dmoa.evaluation import plots
 
-    def drawn(svg: str | None, **texts: str) -> Iterator[_Plot]:
-        if svg is not None:
-            # Our own drawing; matplotlib escapes the names in it.
-            yield _Plot(svg=Markup(svg), **texts)  # noqa: S704
-
-    yield from drawn(
+    yield from _drawn(
         plots.accuracy_against_tokens(evaluation),
-        heading="Accuracy against tokens",
         caption="Vertical lines: 95 % intervals. Dashed: chance. Up and to the left is better.",
     )
-    heading = "Accuracy by group"
-    for info in evaluation.config.benchmarks:
-        for plot in drawn(plots.groups(evaluation, info.name), heading=heading, title=info.title or info.name):
-            heading = ""
-            yield plot
-    yield from drawn(plots.steps(evaluation), heading="Steps")
-    yield from drawn(plots.stop_reasons(evaluation), heading="Why queries ended")
-    heading = "Routing"
-    for policy in evaluation.config.all_policies:
-        for plot in drawn(
-            plots.routing(evaluation, policy),
-            heading=heading,
-            title=policy,
-            caption="Share of the steps, in percent, in which the agent's contribution counted.",
-        ):
-            heading = ""
-            yield plot
+
+
+def _sections(evaluation: Evaluation) -> Iterator[_Section]:
+    """Yield the other drawings by heading, those for which there is no data left out."""
+    from dmoa.evaluation import plots
+
+    names = display.names(evaluation)
+    yield _Section(heading="Steps", plots=list(_drawn(plots.steps(evaluation))))
+    yield _Section(heading="Why queries ended", plots=list(_drawn(plots.stop_reasons(evaluation))))
+    by_group = [
+        plot
+        for info in evaluation.config.benchmarks
+        for plot in _drawn(plots.groups(evaluation, info.name), title=info.title or info.name)
+    ]
+    yield _Section(heading="Accuracy by group", plots=by_group)
+    caption = "Share of the steps, in percent, in which the agent's contribution counted."
+    routed = [
+        plot
+        for policy in evaluation.config.all_policies
+        for plot in _drawn(plots.routing(evaluation, policy), title=names[policy], caption=caption)
+    ]
+    yield _Section(heading="Routing", plots=routed)

@@ -11,10 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain, combinations
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, Scored
@@ -35,6 +35,7 @@ __all__ = [
     "RoutingRow",
     "RunInfo",
     "build",
+    "not_run",
     "read",
     "rebuild",
 ]
@@ -103,10 +104,28 @@ class EvaluationRow(ResultRecord):
     """Accuracy of guessing; None where unknown."""
     deviation: str
     """How the scoring differs from the benchmark's original protocol; empty where it does not."""
+    did_run: bool
+    """Whether any query was answered. Where every one failed nothing is known: accuracy 0, interval 0..1, no comparison."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, values: Any) -> Any:
+        """Read a result that was written when rows did not say whether they ran."""
+        if isinstance(values, dict) and "did_run" not in values and {"n", "failed"} <= values.keys():
+            return {**values, "did_run": values["n"] > values["failed"]}
+        return values
+
+    @property
+    def num_scored(self) -> int:
+        """Rows whose reply could be judged."""
+        return self.n - self.unscored - self.failed
 
 
 class PairedRow(ResultRecord):
-    """Two policies compared on the rows that both were judged on, failed and unscored ones as 0."""
+    """Two policies compared on the rows that both were judged on, failed and unscored ones as 0.
+
+    There is none where nothing can be compared: no common row, a policy whose every query failed, no reply of either judged.
+    """
 
     benchmark: str
     a: str
@@ -208,6 +227,11 @@ def build(run: RunInfo, answered: Iterable[Answered], scored: Iterable[Scored]) 
     )
 
 
+def not_run(evaluation: Evaluation) -> list[EvaluationRow]:
+    """Return the rows whose every query failed; those that are still to be asked are not among them."""
+    return [row for row in evaluation.rows if row.n and not row.did_run]
+
+
 def rebuild(folder: Path) -> Evaluation:
     """Make the result of a run from its folder, finished or not; the torn last line of a killed run is passed over.
 
@@ -263,7 +287,8 @@ def _of_line(parts: dict[Cell, T], line: Answered | Scored) -> T:
 def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: Answers, scores: Scores) -> EvaluationRow:
     values = np.fromiter(scores.values.values(), dtype=np.float64)
     n = len(values)
-    found = interval(values)
+    did_run = answers.ok > 0 or scores.did_run
+    found = interval(values if did_run else [])
     tokens, points = answers.prompt_tokens + answers.completion_tokens, found.value * n
     return EvaluationRow(
         benchmark=info.name,
@@ -286,7 +311,7 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: Answers, score
         active_mean=answers.active / answers.steps if answers.steps else None,
         wall_s=(mean(answers.wall_ms, 1) or 0.0) / 1e3,
         seed=run.seed,
-        metrics={name: mean(figures, n) or 0.0 for name, figures in sorted(scores.metrics.items())},
+        metrics={name: mean(figures, n) or 0.0 for name, figures in sorted(scores.metrics.items())} if did_run else {},
         entropy_nats=mean(answers.entropy_nats),
         degraded=answers.degraded,
         missing=max(0, info.rows - min(n, len(answers.seen))),
@@ -296,13 +321,16 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: Answers, score
         is_generated=info.is_generated,
         chance=info.chance,
         deviation=info.deviation,
+        did_run=did_run,
     )
 
 
 def _paired(benchmark: str, policies: list[str], scores: dict[Cell, Scores]) -> Iterator[PairedRow]:
-    for a, b in combinations(policies, 2):
+    for a, b in combinations([policy for policy in policies if scores[benchmark, policy].did_run], 2):
         of_a, of_b = scores[benchmark, a].values, scores[benchmark, b].values
         rows = [row for row in of_a if row in of_b]
+        if not rows or not (scores[benchmark, a].num_scored or scores[benchmark, b].num_scored):
+            continue
         found = compare([of_a[row] for row in rows], [of_b[row] for row in rows])
         yield PairedRow(
             benchmark=benchmark,
@@ -320,6 +348,8 @@ def _paired(benchmark: str, policies: list[str], scores: dict[Cell, Scores]) -> 
 def _groups(benchmark: str, policies: list[str], scores: dict[Cell, Scores]) -> Iterator[GroupRow]:
     by_group: dict[str, dict[str, array[float]]] = defaultdict(dict)
     for policy in policies:
+        if not scores[benchmark, policy].did_run:
+            continue
         for group, values in scores[benchmark, policy].groups.items():
             by_group[group][policy] = values
     if len(by_group) < 2:

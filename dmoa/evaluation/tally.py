@@ -107,6 +107,16 @@ class Scores:
     groups: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
     metrics: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
 
+    @property
+    def did_run(self) -> bool:
+        """Whether a row was judged whose query did not fail."""
+        return self.failed < len(self.values)
+
+    @property
+    def num_scored(self) -> int:
+        """Rows whose reply could be judged."""
+        return len(self.values) - self.failed - self.unscored
+
     def add(self, row: int, line: Scored) -> None:
         """Count one score. Raises ConfigError for a row that was counted before."""
         if row in self.values:

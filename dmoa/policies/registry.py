@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from dmoa.config import Config
 from dmoa.core.inputs import Preset
 from dmoa.errors import RequestError
+from dmoa.explain import did_you_mean
 from dmoa.policies.dense import DensePolicy
 from dmoa.policies.dmoa import DmoaPolicy
 from dmoa.policies.random_agents import RandomPolicy
@@ -53,7 +54,10 @@ def _dmoa(context: PolicyContext) -> Policy:
     gate = context.gates.get(context.agent)
     if gate is None:
         allowed = ", ".join(context.gates) or "none was given"
-        raise RequestError(f"policy: dmoa:{context.agent}: allowed gates: {allowed}; give the gate, or leave its name out")
+        raise RequestError(
+            f"policy: dmoa:{context.agent}: allowed gates: {allowed}; give the gate, or leave its name out"
+            f"{did_you_mean(context.agent, context.gates)}"
+        )
     return DmoaPolicy(router=context.router, encoder=context.encoder, preset=gate.preset, gate_version=gate.version)
 
 
@@ -110,6 +114,8 @@ def build_policy(name: str, context: PolicyContext) -> Policy:
     entry = POLICIES.get(name)
     if entry is None:
         raise RequestError(
-            f"policy: {name!r} is not known; allowed: {', '.join(POLICIES)}", param="dmoa.policy", code="unknown_policy"
+            f"policy: {name!r} is not known; allowed: {', '.join(POLICIES)}{did_you_mean(name, POLICIES)}",
+            param="dmoa.policy",
+            code="unknown_policy",
         )
     return entry.build(context)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dmoa.errors import RequestError
+from dmoa.explain import did_you_mean
 from dmoa.serving.schemas import ChatRequest, CompletionRequest, DmoaOptions, SharedRequest, show
 from dmoa.serving.service import SwarmService
 from dmoa.types import Limits, Message, Query
@@ -151,7 +152,8 @@ def resolve(request: SharedRequest, service: SwarmService) -> tuple[str, str | N
         raise unknown_model(model, service)
     if asked is not None and asked not in service.policies:
         raise RequestError(
-            f"dmoa.policy: value seen: {show(asked)}; allowed: {', '.join(service.policies)}; choose one of them",
+            f"dmoa.policy: value seen: {show(asked)}; allowed: {', '.join(service.policies)}; choose one of them"
+            f"{did_you_mean(asked, service.policies)}",
             param="dmoa.policy",
             code="unknown_policy",
         )
@@ -172,7 +174,7 @@ def unknown_model(model: str, service: SwarmService) -> RequestError:
     """Return the 404 of a model name that this server does not have."""
     names = model_names(service)
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    message = f"model: value seen: {show(model)}; allowed: {shown}; GET /v1/models lists them"
+    message = f"model: value seen: {show(model)}; allowed: {shown}; GET /v1/models lists them{did_you_mean(model[:200], names)}"
     return RequestError(message, param="model", code="model_not_found", status=404)
 
 

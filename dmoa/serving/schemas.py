@@ -26,6 +26,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
 from dmoa.errors import RequestError
+from dmoa.explain import did_you_mean
 
 MAX_NEW_TOKENS = 131072
 """Most tokens that a client may ask for."""
@@ -257,7 +258,8 @@ def request_error(error: ValidationError) -> RequestError:
     if kind == "missing":
         return RequestError(f"{param}: missing; add it", param=param, code="missing_required_parameter")
     if kind == "extra_forbidden":
-        message = f"{param}: unknown field, value seen: {show(seen)}; remove it or check its spelling"
+        nearest = did_you_mean(str(first["loc"][-1])[:200], _fields_beside(first["loc"]))
+        message = f"{param}: unknown field, value seen: {show(seen)}; remove it or check its spelling{nearest}"
         return RequestError(message, param=param, code="unknown_parameter")
     if _is_other_part(first):
         message = f"{param}: value seen: {show(seen)}; allowed: text parts; other kinds of content are not supported"
@@ -266,6 +268,16 @@ def request_error(error: ValidationError) -> RequestError:
         return RequestError(f"{param}: value seen: {show(seen)}; {first['msg']}", param=param, code="unsupported")
     text = "input should be a text or a list" if kind.startswith("union_tag") else first["msg"][0].lower() + first["msg"][1:]
     return RequestError(f"{param}: value seen: {show(seen)}; {text}; change it", param=param, code="invalid_value")
+
+
+def _fields_beside(loc: tuple[int | str, ...]) -> list[str]:
+    """Return the fields of the record in which the last part of `loc` was found; those of both kinds of request at the top."""
+    records: dict[int | str, type[RequestModel]] = {"dmoa": DmoaOptions, "stream_options": StreamOptions}
+    if len(loc) == 1:
+        return [*ChatRequest.model_fields, *CompletionRequest.model_fields]
+    if len(loc) == 3 and loc[0] == "messages":
+        return list(ChatMessage.model_fields)
+    return list(records[loc[0]].model_fields) if len(loc) == 2 and loc[0] in records else []
 
 
 def _is_other_part(item: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from dmoa.checkpoint import Checkpoint
 from dmoa.config import Config
 from dmoa.core.gate import Gate
 from dmoa.errors import CheckpointError
-from dmoa.explain import describe
+from dmoa.explain import describe, did_you_mean
 from dmoa.serving.router_state import RouterState, read_files
 from dmoa.serving.shadow import Shadow, shadow_check
 from dmoa.types import FloatArray, is_untrained
@@ -161,8 +161,10 @@ class GateVersions:
             if len(line) < 2:
                 raise CheckpointError(f"rollback: nothing was current before gate {self.version}; {self._known()}")
             version = line[-2]
-        if version not in {one.version for one in self._history}:
-            raise CheckpointError(f"rollback: gate {version!r} was never current here; {self._known()}")
+        kept = {one.version for one in self._history}
+        if version not in kept:
+            nearest = did_you_mean(version, kept)
+            raise CheckpointError(f"rollback: gate {version!r} was never current here; {self._known()}{nearest}")
         found = self._state.load_version(version)
         if found is None:
             raise CheckpointError(f"rollback: gate {version} is no longer kept; install its checkpoint again")

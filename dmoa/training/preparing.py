@@ -134,6 +134,19 @@ def tell_constant(material: Material) -> list[str]:
     return [f"{agents[agent]} gives one reply to {share:.0%} of the dense steps: {then}" for agent, share in scale.constant]
 
 
+def tell_silent(material: Material) -> list[str]:
+    """Return a line for every agent that no reply with an entropy is known of: nothing is learned about it."""
+    episodes, agents = material.evidence.episodes, material.job.spec.agents
+    heard_A, asked_A = (np.asarray(found_NA.any(axis=0)) for found_NA in (episodes.ran_NA, episodes.asked_NA))
+    then = "the gate learns nothing about it and ranks it by accident"
+    return [
+        f"{name} {'never answered with an entropy' if is_asked else 'was never asked'} in these rollouts: {then}; "
+        f"{'mend it and collect again, or take it out of the pool' if is_asked else 'collect dense rollouts'}"
+        for name, is_heard, is_asked in zip(agents, heard_A, asked_A, strict=True)
+        if not is_heard
+    ]
+
+
 def _all(episodes: Episodes) -> IndexArray:
     return np.arange(len(episodes.key_Q))
 

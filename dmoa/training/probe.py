@@ -30,6 +30,8 @@ _SAME_TEXT = 0.8
 _ROUNDS = 1000
 _ALPHA = 0.05
 _GAP = 0.2
+_LEAST_GAIN = 0.005
+"""Share of the possible gain that clusters must reach; less reads as 0 %."""
 
 
 class _Record(BaseModel):
@@ -120,16 +122,18 @@ def probe(sample: ProbeSample, *, known: ProbeSample | None = None, seed: int = 
     log_RA = np.log(sample.entropy_RA + SCORE_OFFSET_NATS)
     whole_R = np.asarray(np.isfinite(log_RA).all(axis=1))
     if whole_R.sum() < 4 or len(sample.agents) < 2:
+        silent = [name for name, is_heard in zip(sample.agents, np.isfinite(log_RA).any(axis=0), strict=True) if not is_heard]
+        advice = f"{', '.join(silent)}: no reply with an entropy to any query; mend that, or take it out of the pool"
         raise ConfigError(
             f"probe: {whole_R.sum()} queries that all of {len(sample.agents)} agents replied to; four and two is the least; "
-            "give more queries, or a pool of agents"
+            f"{advice if silent else 'give more queries, or a pool of agents'}"
         )
     log_RA = log_RA[whole_R]
     shares = variance_shares(log_RA)
     low, high = _interval(log_RA, seed)
     choices, gain = _untrained(log_RA, np.asarray(sample.embedding_RD)[whole_R], sample.agents, seed)
     findings = [_agent(sample, log_RA, whole_R, known, index) for index in range(len(sample.agents))]
-    verdict, reasons = _verdict(shares[2], low, findings)
+    verdict, reasons = _verdict(shares[2], low, findings, gain)
     return ProbeReport(
         rows=len(log_RA),
         known_rows=0 if known is None else len(known.sources),
@@ -251,7 +255,12 @@ def _pair(agents: tuple[str, ...], log_RA: Floats, a: int, b: int) -> PairFindin
     )
 
 
-def _verdict(interaction: float, low: float, agents: list[AgentFinding]) -> tuple[Verdict, list[str]]:
+def gains_nothing(gain: float | None) -> bool:
+    """Tell whether a share of the possible gain is none, or too little to be shown as a whole percent."""
+    return gain is None or gain < _LEAST_GAIN
+
+
+def _verdict(interaction: float, low: float, agents: list[AgentFinding], gain: float | None) -> tuple[Verdict, list[str]]:
     """Return the verdict and why, in words."""
     reasons: list[str] = []
     favourite = max(agents, key=lambda found: found.surest)
@@ -271,4 +280,9 @@ def _verdict(interaction: float, low: float, agents: list[AgentFinding]) -> tupl
             reasons.append(f"{found.agent} is sure and wrong on {', '.join(found.sure_and_wrong)}: take it out or retrain it")
     if reasons:
         return "audit", reasons
+    if gains_nothing(gain):
+        return "cannot", [
+            "what a query is about does not tell who is sure of it: the surest agent of a cluster of queries gains nothing over "
+            "the best single agent; more queries may show more (--limit)"
+        ]
     return "can", [f"who is sure depends on the query: interaction is {interaction:.1%} of Var(log PE) (lower end {low:.1%})"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
 from dmoa.dataflow.lines_source import Item, Line, offsets, stream
@@ -167,6 +168,17 @@ def count(folder: RolloutFolder, manifest: Manifest) -> Counts:
         rows += part.num_rows
         steps.update(zip(part["query_id"].to_pylist(), part["step"].to_pylist(), strict=True))
     return Counts(queries=len({query for query, _ in steps}), steps=len(steps), rows=rows)
+
+
+def silent_agents(folder: RolloutFolder, manifest: Manifest) -> list[str]:
+    """Return the agents that were asked, and of which no reply lies on disk: every call of them failed."""
+    asked: set[str] = set()
+    heard: set[str] = set()
+    for path in part_paths(folder.root):
+        part = read_part(path, fingerprint=manifest.pool_fingerprint, columns=("agent", "status"))
+        asked.update(part["agent"].unique().to_pylist())
+        heard.update(part.filter(pc.equal(part["status"], "ok"))["agent"].unique().to_pylist())
+    return [name for name in manifest.agents if name in asked - heard]
 
 
 def _ask(session: CollectSession, manifest: Manifest) -> list[str]:

@@ -30,11 +30,11 @@ from dmoa.training.curves import Curves
 from dmoa.training.export import build_trained
 from dmoa.training.objective import Batches
 from dmoa.training.options import TrainOptions
-from dmoa.training.preparing import Material, Start, build_start, check_rollouts, prepare, tell_constant
+from dmoa.training.preparing import Material, Start, build_start, check_rollouts, prepare, tell_constant, tell_silent
 from dmoa.training.rollouts import write_whole
 from dmoa.training.run_state import EpochRecord, Progress, StateStore
 from dmoa.training.train_loop import Job, train
-from dmoa.training.validation import load_shares
+from dmoa.training.validation import Ranking, load_shares, ranking_of
 from dmoa.training.world import Alone
 
 Say = Callable[[str], None]
@@ -66,6 +66,10 @@ class TrainReport(BaseModel):
     epochs: list[EpochRecord]
     metrics: dict[str, float]
     """Of the checkpoint's weights, on the held-back queries."""
+    ranking: Ranking = "unknown"
+    """Whether the interval of `pairwise` among the metrics lies above 0.5."""
+    silent: list[str] = []
+    """A line for every agent that the rollouts hold no reply of: what that means."""
     load: dict[str, float]
     """By agent, on which share of the held-back steps it is the most probable one."""
 
@@ -205,6 +209,8 @@ def _finish(
         ended=state.progress.ended,
         epochs=list(state.progress.epochs),
         metrics=trained.record.metrics,
+        ranking=ranking_of(trained.record.metrics),
+        silent=tell_silent(material),
         load=load_shares(trained.gate, batches, material.evidence.data.held_Q),
     )
     out = options.out.absolute()

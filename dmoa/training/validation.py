@@ -6,8 +6,8 @@ on. Shape letters: Q episodes, N steps that are looked at, A agents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from dmoa.training.episodes import Episodes
 from dmoa.training.objective import Batches, unroll
 from dmoa.training.targets import IndexArray, TrainingData
 
+Ranking = Literal["better than chance", "no better than chance", "unknown"]
+"""`unknown`: no held-back step holds two replies of different scores."""
+_COIN = 0.5
+_CONFIDENCE = 0.95
 _CHUNK = 256
 """Episodes that are looked at together."""
 
@@ -56,23 +60,24 @@ def held_metrics(gate: Gate, batches: Batches, episodes: IndexArray, *, loss: Lo
         counts = _count_pairs(
             logits_NA.double().cpu().numpy(), targets.score_NA.double().cpu().numpy(), targets.ran_NA.cpu().numpy()
         )
-        alike, pairs = alike + counts[0], pairs + counts[1]
+        alike, pairs = alike + int(counts[0].sum()), pairs + int(counts[1].sum())
     return HeldMetrics(total / weight if weight else float("nan"), alike / pairs if pairs else float("nan"))
 
 
-def _count_pairs(logits_NA: Array, score_NA: Array, ran_NA: BoolArray) -> tuple[int, int]:
-    """Return how many ordered pairs have s_a < s_b, and z_a > z_b as well; and how many have the former."""
+def _count_pairs(logits_NA: Array, score_NA: Array, ran_NA: BoolArray) -> tuple[IndexArray, IndexArray]:
+    """Return by step [N] how many ordered pairs have s_a < s_b, and z_a > z_b as well; and how many have the former."""
     score_NA = np.where(ran_NA, score_NA, np.nan)
     is_surer_NAA = score_NA[:, :, None] < score_NA[:, None, :]
     is_ranked_NAA = logits_NA[:, :, None] > logits_NA[:, None, :]
-    return int((is_surer_NAA & is_ranked_NAA).sum()), int(is_surer_NAA.sum())
+    return (is_surer_NAA & is_ranked_NAA).sum(axis=(1, 2)), is_surer_NAA.sum(axis=(1, 2))
 
 
 def measure(gate: Gate, batches: Batches, episodes: Episodes, data: TrainingData) -> dict[str, float]:
     """Return the label-free metrics of a gate on the held-back queries, those that cannot be computed left out.
 
-    `pairwise`; `ndcg`; `chosen_nats`, `surest_nats`, `mean_nats`: mean entropy per token of the most probable agent, the
-    surest, and all that replied, over the steps where the most probable one replied; `surest_share`: how often the two are
+    `pairwise`, `pairwise_low`, `pairwise_high`: share of the pairs of different scores that are ranked alike, with its 95 %
+    interval over queries; `ndcg`; `chosen_nats`, `surest_nats`, `mean_nats`: mean entropy per token of the most probable agent,
+    the surest, and all that replied, over the steps where the most probable one replied; `surest_share`: how often the two are
     one; `load_max`, `load_entropy`: share of the most used agent as first choice, and evenness of all shares (1: even);
     `effective`: mean exp of the entropy of the probabilities; `distance_step_S`: mean total variation distance from the
     policy that collected, at step S, agents without a row taken together.
@@ -84,12 +89,56 @@ def measure(gate: Gate, batches: Batches, episodes: Episodes, data: TrainingData
     everyone = np.ones(logits_NA.shape, dtype=np.bool_)
     p_NA = probabilities(logits_NA.astype(np.float32), everyone, gate.spec.temperature).astype(np.float64)
     ran_NA, score_NA = data.ran_NA[steps], data.score_NA[steps]
-    alike, pairs = _count_pairs(logits_NA, score_NA, ran_NA)
-    found = {"pairwise": alike / pairs if pairs else float("nan"), "ndcg": _ndcg(logits_NA, score_NA, ran_NA)}
+    found = _pairwise(logits_NA, score_NA, ran_NA, _query_of_steps(episodes, data.held_Q))
+    found |= {"ndcg": _ndcg(logits_NA, score_NA, ran_NA)}
     with np.errstate(invalid="ignore"):
         nats_NA = np.where(ran_NA, episodes.sum_NA[steps] / episodes.tokens_NA[steps], np.nan)
     found |= _choices(p_NA, nats_NA, score_NA, ran_NA) | _load(p_NA) | _distances(p_NA, episodes, data, steps)
     return {name: value for name, value in found.items() if np.isfinite(value)}
+
+
+def _query_of_steps(episodes: Episodes, held_Q: IndexArray) -> IndexArray:
+    """Return a number of the query of every step [N] of some episodes, the same for all episodes of a query."""
+    numbers: dict[str, int] = {}
+    number_Q = [numbers.setdefault(episodes.key_Q[episode].query_id, len(numbers)) for episode in held_Q]
+    return np.repeat(np.array(number_Q, dtype=np.int64), (episodes.start_Q[1:] - episodes.start_Q[:-1])[held_Q])
+
+
+def _pairwise(logits_NA: Array, score_NA: Array, ran_NA: BoolArray, query_N: IndexArray) -> dict[str, float]:
+    """Return the share of pairs ranked alike, and its 95 % interval.
+
+    Pairs of one query hang together, so queries are the sample: the share is a ratio of two means over them, its spread that
+    of the ratio's residuals, its interval Student's. A single query says nothing of the spread: 0 to 1. Two queries that agree
+    to the last pair say as little: without spread the interval is Wilson's over queries.
+    """
+    alike_Q, pairs_Q = (np.bincount(query_N, weights=count_N) for count_N in _count_pairs(logits_NA, score_NA, ran_NA))
+    alike_Q, pairs_Q = alike_Q[pairs_Q > 0], pairs_Q[pairs_Q > 0]
+    if not len(pairs_Q):
+        return {}
+    share = float(alike_Q.sum() / pairs_Q.sum())
+    low, high = _share_ends(share, (alike_Q - share * pairs_Q) / pairs_Q.mean())
+    return {"pairwise": share, "pairwise_low": low, "pairwise_high": high}
+
+
+def _share_ends(share: float, residual_Q: Array) -> tuple[float, float]:
+    from scipy.stats import binomtest, t
+
+    num_queries = len(residual_Q)
+    if num_queries < 2:
+        return 0.0, 1.0
+    spread = float(residual_Q.std(ddof=1)) / num_queries**0.5
+    if spread < 1e-9:
+        found = binomtest(round(share * num_queries), num_queries).proportion_ci(confidence_level=_CONFIDENCE, method="wilson")
+        return min(float(found.low), share), max(float(found.high), share)
+    half = float(t.ppf(0.5 + _CONFIDENCE / 2, num_queries - 1)) * spread
+    return max(0.0, share - half), min(1.0, share + half)
+
+
+def ranking_of(metrics: Mapping[str, float]) -> Ranking:
+    """Return whether a gate's metrics show that it ranks agents on held-back queries better than a coin."""
+    if "pairwise_low" not in metrics:
+        return "unknown"
+    return "better than chance" if metrics["pairwise_low"] > _COIN else "no better than chance"
 
 
 def _ndcg(logits_NA: Array, score_NA: Array, ran_NA: BoolArray) -> float:

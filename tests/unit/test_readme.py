@@ -137,7 +137,7 @@ def test_the_scripted_pool_answers(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(next(text for text in pools() if yaml.safe_load(text)["name"] == "tiny"))
     done = CliRunner().invoke(app, ["run", "What is 12 + 7?", "--config", str(tmp_path / "tiny.yaml"), "--max-steps", "2", "-q"])
     assert done.exit_code == 0, done.output
-    assert done.stdout.strip()
+    assert done.stdout.strip() == "The answer is 19."
 
 
 def everything() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import SPLITS
+from dmoa.explain import did_you_mean
 
 SuiteSplit = Literal["specialist", "anchor", "gate", "validation", "test", "adaptation"]
 SUITE_SPLITS: tuple[SuiteSplit, ...] = get_args(SuiteSplit)
@@ -34,8 +35,9 @@ def fine_split(split: str) -> SuiteSplit:
             return fine
     if split in PUBLIC:
         return PUBLIC[split]
-    allowed = ", ".join(dict.fromkeys((*SPLITS, *SUITE_SPLITS)))
-    raise ConfigError(f"split: value seen: {split!r}; allowed: {allowed}; name one of them")
+    allowed = list(dict.fromkeys((*SPLITS, *SUITE_SPLITS)))
+    nearest = did_you_mean(split, allowed)
+    raise ConfigError(f"split: value seen: {split!r}; allowed: {', '.join(allowed)}; name one of them{nearest}")
 
 
 def split_of(root: str) -> SuiteSplit:

@@ -19,6 +19,7 @@ from dmoa.evaluation.records import Label, Reply, Row, Score, Task
 from dmoa.evaluation.suites.kinds import Kind, Latent, Question, Templates, spell
 from dmoa.evaluation.suites.scoring import reply_finally, score_final
 from dmoa.evaluation.suites.streams import PERCENT, SuiteSplit, fine_split, permuted, split_of
+from dmoa.explain import did_you_mean
 from dmoa.types import Stage
 
 _ID_CHARS = 16
@@ -147,7 +148,7 @@ class Suite:
         if unknown:
             raise ConfigError(
                 f"groups: value seen: {', '.join(unknown)}; allowed for suite {self.name} at difficulty {difficulty}: "
-                f"{', '.join(allowed)}; name some of them"
+                f"{', '.join(allowed)}; name some of them{did_you_mean(unknown, allowed)}"
             )
 
     def _rows(self, split: SuiteSplit, seed: int, difficulty: int, groups: Collection[str] = ()) -> Iterator[Row]:

@@ -92,9 +92,10 @@ def test_failed_rows_are_kept_counted_and_run_again_when_asked(tmp_path: Path) -
     path.write_text(yaml.safe_dump(pool), encoding="utf-8")
     base = command(out, "--config", str(path), "--benchmarks", "words", "--policies", "single", "--limit", "3")
     ran = run(base)
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 1, ran.stderr
+    assert "did not run: single on words (3 of 3 queries failed)" in ran.stderr
     (row,) = table_of(out)["rows"]
-    assert (row["n"], row["failed"], row["correct"]) == (3, 3, 0)
+    assert (row["n"], row["failed"], row["correct"], row["did_run"]) == (3, 3, 0, False)
     assert all("scripted to fail" in answer["error"] for answer in rows_of(out).values())
     pool["llms"]["s"]["engine_kwargs"]["failing"] = []
     path.write_text(yaml.safe_dump(pool), encoding="utf-8")
@@ -102,6 +103,23 @@ def test_failed_rows_are_kept_counted_and_run_again_when_asked(tmp_path: Path) -
     assert ran.returncode == 0, ran.stderr
     assert table_of(out)["rows"][0]["failed"] == 0
     assert len(rows_of(out)) == 3
+
+
+def test_a_policy_that_never_ran_is_compared_with_nobody_and_ends_with_1(tmp_path: Path) -> None:
+    pool = yaml.safe_load(scripted_pool(tmp_path).read_text(encoding="utf-8"))
+    path, out = tmp_path / "failing.yaml", tmp_path / "run"
+    pool["llms"]["s"]["engine_kwargs"]["failing"] = ["two"]
+    path.write_text(yaml.safe_dump(pool), encoding="utf-8")
+    policies = ("--policies", "single:one,single:two,dmoa")
+    ran = run(command(out, "--config", str(path), "--benchmarks", "calendar", *policies, "--limit", "4"))
+    assert ran.returncode == 1, ran.stderr
+    assert "did not run: single:two on calendar (4 of 4 queries failed)" in ran.stderr
+    assert "scripted to fail" in ran.stderr
+    result = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert [row["did_run"] for row in result["rows"]] == [True, False, True]
+    assert [(pair["a"], pair["b"]) for pair in result["paired"]] == [("single:one", "dmoa")]
+    (line,) = [line for line in ran.stdout.splitlines() if "single:two" in line and not line.startswith("failed:")]
+    assert "did not run" in line
 
 
 @pytest.mark.long

@@ -240,3 +240,42 @@ def test_bench_refuses_an_engine_that_it_cannot_choose(dmoa: Any, only: str, eng
 
 def test_bench_brings_its_own_pools(dmoa: Any, pool: Path) -> None:
     assert dmoa("bench", "--only", "P1", "--config", pool).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggested"),
+    [
+        (("evaluate", "--benchmark", "arith"), "--benchmarks"),
+        (("--verison",), "--version"),
+        (("router", "install", "--appp", "x"), "--app"),
+        (("run", "x", "--polciy", "dense"), "--policy"),
+        (("evalute",), "evaluate"),
+        (("router", "instal"), "install"),
+        (("schema", "traces"), "trace"),
+        (("models", "path", "minilmm"), "minilm"),
+        (("bench", "--only", "PP8"), "P8"),
+        (("run", "x", "--policy", "dens"), "dense"),
+        (("run", "x", "--agent", "math-slover"), "math-solver"),
+        (("run", "x", "--config", "specialist"), "specialists"),
+        (("run", "x", "--set", "gate.temprature=1"), "temperature"),
+        (("evaluate", "--benchmarks", "gsm8"), "gsm8k"),
+        (("evaluate", "--selfcheck", "--benchmarks", "arit"), "arith"),
+        (("evaluate", "--benchmarks", "arith", "--budget", "cpus"), "cpu"),
+        (("rollouts", "--benchmarks", "wrods", "--out", "o"), "words"),
+        (("probe", "--known-answers", "calender"), "calendar"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(
+    dmoa: Any, arguments: tuple[str, ...], suggested: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = dmoa(*arguments)
+    assert result.exit_code == 2
+    assert f"did you mean '{suggested}'?".lower() in result.stderr.lower()
+
+
+def test_an_option_like_no_other_gets_no_suggestion(dmoa: Any) -> None:
+    result = dmoa("run", "x", "--qqqq")
+    assert result.exit_code == 2
+    assert "No such option: --qqqq" in result.stderr
+    assert "did you mean" not in result.stderr.lower()

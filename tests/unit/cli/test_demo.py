@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmoa.agents.pool import load_pool
 from dmoa.cli.demo_asking import DEMO_SUITES, Outcome, Question, ask_all, generate, replay_demo
-from dmoa.cli.demo_compare import _replayed, summarise
+from dmoa.cli.demo_compare import _replayed, print_comparison, summarise
 from dmoa.cli.demo_report import Report
 from dmoa.cli.options import Common
 from dmoa.config import ActivationConfig, GateConfig, load
@@ -24,11 +25,12 @@ from dmoa.core.gate import Gate, GateSpec
 from dmoa.evaluation.derived import add_oracle
 from dmoa.evaluation.matrix import AnswerMatrix
 from dmoa.evaluation.records import Label, Task
-from dmoa.evaluation.results import BenchmarkInfo, rebuild
+from dmoa.evaluation.results import BenchmarkInfo, build, rebuild
 from dmoa.evaluation.run_files import RunFolder, write_lines, write_whole
 from dmoa.evaluation.statistics import wilson
+from dmoa.training.probe import ProbeReport
 from dmoa.types import AgentReply
-from tests.unit.run_records import answer, run_of, score
+from tests.unit.run_records import answer, lost, run_of, score
 
 
 def question(text: str, expected: str) -> Question:
@@ -148,6 +150,50 @@ def test_the_closing_table_pools_the_suites_and_knows_the_best_agent_and_the_ora
     ]
     assert found[1].by_suite == {"arith": 1.0, "words": 0.5}
     assert (found[1].tokens, found[1].active) == (110.0, 1.0)
+
+
+def test_the_oracle_takes_a_wrong_answer_before_none_at_all(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    policies = ["single:adder", "single:echo"]
+    write_lines(folder.tasks("arith"), [Task(row_id="arith/test/0000", benchmark="arith", text="question")])
+    write_lines(folder.answers("arith", "single:adder"), [lost("arith", 0, "single:adder")])
+    failed = score("arith", 0, "single:adder", 0.0, is_scored=False, is_failed=True)
+    write_lines(folder.scores("arith", "single:adder"), [failed])
+    write_lines(folder.answers("arith", "single:echo"), [answer("arith", 0, "single:echo")])
+    write_lines(folder.scores("arith", "single:echo"), [score("arith", 0, "single:echo", 0.0)])
+    write_whole(folder.run, run_of([BenchmarkInfo(name="arith", rows=1)], policies).model_dump_json())
+    add_oracle(folder, ("arith",), ("adder", "echo"))
+    assert {row.policy: row.did_run for row in rebuild(tmp_path).rows} == {
+        "single:adder": False,
+        "single:echo": True,
+        "oracle": True,
+    }
+
+
+def test_a_method_that_never_ran_has_no_figures_and_is_never_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    policies = ["dmoa", "dmoa:trained", "single:adder", "single:echo", "dense", "random", "oracle"]
+    suites = ("arith", "words", "calendar")
+    answered, scored = [], []
+    for suite in suites:
+        for policy in policies:
+            if policy == "random" or (policy, suite) == ("single:adder", "words"):
+                answered.append(lost(suite, 0, policy))
+                scored.append(score(suite, 0, policy, 0.0, is_scored=False, is_failed=True))
+            else:
+                answered.append(answer(suite, 0, policy, active=(("adder",),)))
+                scored.append(score(suite, 0, policy, 0.0 if policy == "single:echo" else 1.0))
+    run = run_of([BenchmarkInfo(name=name, rows=1) for name in suites], policies)
+    found = {method.policy: method for method in summarise(build(run, answered, scored), ("adder", "echo"))}
+    assert found["random"].not_run == suites
+    assert not found["random"].did_run
+    assert (found["random"].low, found["random"].high, found["random"].tokens) == (0.0, 1.0, 0.0)
+    assert "single:echo" in found, "an agent that ran everywhere is the best before one that did not"
+    probe = ProbeReport.model_construct(verdict="can", reasons=[])
+    print_comparison(list(found.values()), load_pool("default"), probe)
+    lines = capsys.readouterr().out.splitlines()
+    (random_line,) = [line for line in lines if line.startswith("random agent")]
+    assert random_line.count("did not run") == 4
+    assert "%" not in random_line
 
 
 def gate_that_asks(agent: int) -> Gate:

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from dmoa.cli.jobs import evaluate_job
+from dmoa.cli.evaluation_session import check_policies
+from dmoa.cli.jobs import evaluate_job, read_job
+from dmoa.cli.options import Common
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("name", ["evaluate", "collect_rollouts", "train_gate", "train_rounds"])
+def test_the_shipped_jobs_use_the_pool_that_knows_their_suites(name: str) -> None:
+    """The default pool is right on hardly any row of the generated suites; `specialists` was trained on other rows of them."""
+    config, job = read_job(Common(config=ROOT / "jobs" / f"{name}.yaml"))
+    assert config.name == "specialists"
+    check_policies(tuple(job.get("policies", ())), config)
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from dmoa.cli.ablations import print_table
+from dmoa.cli.evaluation_session import check_ran
 from dmoa.cli.report import print_evaluation
-from dmoa.evaluation.results import build
-from tests.unit.run_records import score, small_run, write_run
+from dmoa.errors import ConfigError, DmoaError
+from dmoa.evaluation import display
+from dmoa.evaluation.results import BenchmarkInfo, build
+from tests.unit.evaluation.test_results import failing_run
+from tests.unit.run_records import answer, lost, run_of, score, small_run, write_run
 
 
 @pytest.fixture
@@ -72,3 +78,53 @@ def test_errors_cannot_drive_the_terminal() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b" not in shown
     assert "[2J[bold]boo next" in shown
+
+
+def test_a_policy_that_never_ran_says_so_in_the_table_and_has_no_test() -> None:
+    evaluation = failing_run()
+    console = Console(file=io.StringIO(), width=160, highlight=False)
+    print_evaluation(evaluation, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    rows = [line for line in lines if "single:b" in line and "failed:" not in line]
+    assert len(rows) == 2, "two rows of results, none of comparisons"
+    assert all("did not run" in line and "[" not in line for line in rows)
+    assert any(line.startswith("[1] did not run: every query failed") for line in lines)
+
+
+def test_a_run_in_which_a_policy_never_ran_ends_with_its_name_and_reason() -> None:
+    with pytest.raises(DmoaError) as ended:
+        check_ran(failing_run())
+    assert not isinstance(ended.value, ConfigError), "exit status 1, not 2"
+    for part in ("single:b on gsm8k (4 of 4 queries failed)", "single:b on svamp", "scripted to fail", "--retry-failed"):
+        assert part in str(ended.value)
+    check_ran(build(*small_run()))
+
+
+def test_mostly_failed_and_never_judged_rows_carry_a_remark() -> None:
+    run = run_of([BenchmarkInfo(name="gsm8k", rows=3)], ["dmoa", "single"])
+    answered = [answer("gsm8k", 0, "dmoa"), lost("gsm8k", 1, "dmoa"), lost("gsm8k", 2, "dmoa")]
+    scored = [score("gsm8k", 0, "dmoa", 1.0)]
+    scored += [score("gsm8k", number, "dmoa", 0.0, is_scored=False, is_failed=True) for number in (1, 2)]
+    answered += [answer("gsm8k", number, "single") for number in range(3)]
+    scored += [score("gsm8k", number, "single", 0.0, is_scored=False) for number in range(3)]
+    notes = display.Footnotes(build(run, answered, scored))
+    assert [note.text for note in notes.all()] == [display.MOSTLY_FAILED, display.NOT_SCORED]
+
+
+def test_the_table_of_ablations_has_no_mean_of_what_never_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    """One row on each of two suites; the reference is right on one, `random` fails on both, `dense` on one."""
+    policies = ["dmoa:default", "dense", "random"]
+    lines = {
+        ("arith", "dmoa:default"): 1.0, ("words", "dmoa:default"): 0.0, ("arith", "dense"): 1.0,
+        ("words", "dense"): None, ("arith", "random"): None, ("words", "random"): None,
+    }  # fmt: skip
+    answered = [lost(suite, 0, policy) if value is None else answer(suite, 0, policy) for (suite, policy), value in lines.items()]
+    scored = [
+        score(suite, 0, policy, value or 0.0, is_failed=value is None, is_scored=value is not None)
+        for (suite, policy), value in lines.items()
+    ]
+    print_table(build(run_of([BenchmarkInfo(name=name, rows=1) for name in ("arith", "words")], policies), answered, scored))
+    rows = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert ["dmoa:default", "100.0%", "0.0%", "50.0%", "+0.0", "1.50", "110"] in rows
+    assert ["dense", "100.0%", "did not run", "-", "-", "1.50", "110"] in rows
+    assert ["random", "did not run", "did not run", "-", "-", "-", "-"] in rows

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -40,6 +41,53 @@ def test_a_training_prints_its_checkpoint_and_tells_how_it_went(dmoa: Invoke, ma
     assert report == json.loads((out / "train.json").read_text())
     assert report["version"] in result.stderr
     assert len(report["epochs"]) == 3
+
+
+def test_a_gate_that_learned_is_not_called_arbitrary(dmoa: Invoke, material: Path, tmp_path: Path) -> None:
+    result = dmoa(
+        "train",
+        *("--config", material / "pool.yaml", "--rollouts", material / "rollouts", "--out", tmp_path / "run"),
+        *("--workers", "0", "--track", "none", "--epochs", "30", "--lr", "0.003", "--json", tmp_path / "result.json"),
+    )
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert report["ranking"] == "better than chance"
+    assert 0.5 < report["metrics"]["pairwise_low"] <= report["metrics"]["pairwise"] <= report["metrics"]["pairwise_high"]
+    assert "chance" not in result.stderr
+
+
+def test_a_gate_that_ranks_no_better_than_chance_is_told_in_red(dmoa: Invoke, tmp_path: Path) -> None:
+    """Who is sure is drawn by lot for every query: there is nothing to learn."""
+    rng = np.random.default_rng(4)
+    rows = [
+        {**row, "entropy_sum_nats": 8 * nats, "entropy_sq_sum": 8 * nats**2}
+        for row in domain_rows(40)
+        for nats in [float(rng.uniform(0.1, 1.5))]
+    ]
+    (tmp_path / "pool.yaml").write_text(pool_yaml())
+    write_rollouts(tmp_path / "rollouts", rows, made_up_pool())
+    arguments = ("train", "--config", tmp_path / "pool.yaml", "--rollouts", tmp_path / "rollouts", "--out", tmp_path / "run")
+    result = dmoa(
+        *arguments, *("--workers", "0", "--track", "jsonl", "--epochs", "3", "--json", tmp_path / "result.json"), color=True
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert report["ranking"] == "no better than chance"
+    assert report["metrics"]["pairwise_low"] <= 0.5
+    (line,) = [line for line in result.stderr.splitlines() if "no better than chance" in line]
+    assert line.startswith("\x1b[31mdmoa: the gate ranks no better than chance: ")
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("held/pairwise_low" in line.get("metrics", {}) for line in logged)
+
+
+def test_an_agent_that_never_answered_is_named(dmoa: Invoke, tmp_path: Path) -> None:
+    lost = {"status": "failed", "entropy_tokens": 0, "entropy_sum_nats": 0.0, "entropy_sq_sum": 0.0, "text": ""}
+    rows = [{**row, **lost} if row["agent"] == "two" else row for row in domain_rows()]
+    (tmp_path / "pool.yaml").write_text(pool_yaml())
+    write_rollouts(tmp_path / "rollouts", rows, made_up_pool())
+    arguments = ("train", "--config", tmp_path / "pool.yaml", "--rollouts", tmp_path / "rollouts", "--out", tmp_path / "run")
+    result = dmoa(*arguments, *("--workers", "0", "--track", "none", "--epochs", "2", "-q"))
+    assert result.exit_code == 0, result.stderr
+    assert "dmoa: two never answered with an entropy in these rollouts: the gate learns nothing about it" in result.stderr
 
 
 def test_rollouts_and_run_may_lie_at_a_uri(dmoa: Invoke, material: Path, tmp_path: Path) -> None:

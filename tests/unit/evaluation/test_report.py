@@ -6,9 +6,13 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from dmoa.errors import ConfigError
@@ -218,6 +222,139 @@ def test_fifty_seven_subjects_get_room() -> None:
     # At least 12 points for each subject: labels of 8 points do not touch.
     assert height_points > 57 * 12
     assert len([name for name in texts_of(drawn) if name.startswith("subject")]) == 57
+
+
+# What comes first, and what tells methods apart
+
+
+METHODS = ("dmoa", "dmoa:trained", "dense", "random", *(f"single:a{number}" for number in range(12)))
+
+
+def compared(methods: Sequence[str] = METHODS, **changes: Any) -> Evaluation:
+    """One row a method on two benchmarks, those of even place right; `dmoa` by an untrained gate."""
+    infos = [BenchmarkInfo(name=name, rows=1) for name in ("gsm8k", "svamp")]
+    answered, scored = [], []
+    for info in infos:
+        for number, method in enumerate(methods):
+            version = {"dmoa": "untrained-1", "dmoa:trained": "abc"}.get(method)
+            answered.append(answer(info.name, 0, method, gate_version=version, prompt_tokens=100 + number))
+            scored.append(score(info.name, 0, method, float(number % 2 == 0)))
+    return build(run_of(infos, methods, gate_version="untrained-1", gates={"trained": "abc"}, **changes), answered, scored)
+
+
+def test_drawings_come_before_tables_and_comparisons_are_folded() -> None:
+    found = render(compared())
+    assert found.index("<svg") < found.index("All benchmarks together</h2>") < found.index("Results by benchmark</h2>")
+    assert found.index("Routing</h2>") < found.index("Results by benchmark</h2>")
+    folded = re.findall(r"<details>(.*?)</details>", found, re.DOTALL)
+    (comparisons,) = [text for text in folded if "<th>test</th>" in text]
+    assert comparisons.count("<tr") == 1 + 2 * 120
+    assert "<summary>240 comparisons of two policies" in comparisons
+    assert found.count("<th>test</th>") == 1
+    assert '<td class="name">random</td><td class="name">single:a3</td>' not in re.sub(
+        r"<details>.*?</details>", "", found, flags=re.DOTALL
+    )
+
+
+def test_the_overall_table_has_every_method_once() -> None:
+    page = Page(render(compared()))
+    head = page.row("policy", "all rows %")
+    assert head[:5] == ["policy", "all rows %", "95 %", "gsm8k", "svamp"]
+    assert page.row("dense", "100.0")[1:5] == ["100.0", "[34.2, 100.0]", "100.0", "100.0"]
+    assert page.row("random", "0.0")[5:] == ["1.50", "113", "2", "0"]
+    assert len([row for row in page.rows if row and row[0].split(" (")[0] in METHODS]) == len(METHODS)
+
+
+def test_a_method_that_did_not_run_has_no_mean_and_no_mark() -> None:
+    found = compared(("dense", "single:b"))
+    run = found.config
+    answered = [answer(name, 0, "dense") for name in ("gsm8k", "svamp")] + [answer("gsm8k", 0, "single:b")]
+    answered.append(lost("svamp", 0, "single:b", "EngineError: gone"))
+    scored = [score(name, 0, policy, 1.0) for name, policy in (("gsm8k", "dense"), ("svamp", "dense"), ("gsm8k", "single:b"))]
+    scored.append(score("svamp", 0, "single:b", 0.0, is_scored=False, is_failed=True))
+    text = render(build(run, answered, scored))
+    assert Page(text).row("single:b", "-")[1:5] == ["-", "", "100.0", "did not run"]
+    assert "Did not run: single:b on svamp: all 1 queries failed." in text
+
+
+def test_an_untrained_gate_is_called_untrained_wherever_it_is_named() -> None:
+    found = compared()
+    assert display.untrained_policies(found) == {"dmoa"}
+    page = Page(render(found))
+    cells = [cell for row in page.rows for cell in row]
+    assert "dmoa" not in cells
+    assert cells.count("dmoa (untrained gate)") > 4
+    drawn = plots.accuracy_against_tokens(found)
+    assert drawn is not None
+    assert {"dmoa (untrained gate)", "dmoa:trained"} <= set(texts_of(drawn))
+
+
+def test_sixteen_methods_differ_in_colour_and_without_it_in_marker() -> None:
+    looks = [plots._marker(number, size=6.0) for number in range(16)]
+    assert len({look["color"] for look in looks}) == 16
+    assert len({(look["marker"], look["markerfacecolor"] == "none") for look in looks}) == 16
+    drawn = plots.accuracy_against_tokens(compared())
+    assert drawn is not None
+    assert set(re.findall(r"--series-(\d+)", drawn)) == {str(number) for number in range(16)}
+    assert set(METHODS) - {"dmoa"} <= set(texts_of(drawn))
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
+DEFICIENCIES = {
+    "none": np.eye(3),
+    "red": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
+    "green": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]),
+}
+
+
+def linear(colour: str) -> Any:
+    value = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) / 255
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def oklab(rgb: Any) -> Any:
+    """Source: Ottosson, A perceptual color space for image processing (2020)."""
+    to_lms = [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+    to_lab = [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+    return np.array(to_lab) @ np.cbrt(np.array(to_lms) @ np.clip(rgb, 0, 1))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("deficiency", DEFICIENCIES)
+def test_colours_are_told_apart_and_stand_off_the_page(text: str, scheme: str, deficiency: str) -> None:
+    part = text.split("prefers-color-scheme: dark")[scheme == "dark"]
+    page = re.findall(r"--page: (#[0-9a-f]{6})", part)[0]
+    colours = re.findall(r"--series-\d+: (#[0-9a-f]{6})", part)[:16]
+    assert len(set(colours)) == 16
+    seen = [oklab(DEFICIENCIES[deficiency] @ linear(colour)) for colour in colours]
+    # Two colours 0.02 apart in OKLab are just told apart side by side.
+    assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 0.05
+    light = np.array([0.2126, 0.7152, 0.0722])
+    for colour in colours:
+        low, high = sorted((float(light @ linear(colour)), float(light @ linear(page))))
+        assert (high + 0.05) / (low + 0.05) >= 3.0
+
+
+def test_long_names_get_room_and_stay_apart() -> None:
+    names = [f"single:{'x' * 30}{number}{'y' * 30}" for number in range(3)]
+    drawn = plots.accuracy_against_tokens(compared(names))
+    assert drawn is not None
+    assert set(names) <= set(texts_of(drawn)), "cut at both ends they would be one"
+    drawn = plots.accuracy_against_tokens(compared([f"single:{number}-{'x' * 60}" for number in range(16)]))
+    assert drawn is not None
+    assert max(map(len, texts_of(drawn))) <= 48
+    few = plots.accuracy_against_tokens(compared(["a", "b"]))
+    assert few is not None
+    heights = [float(ET.fromstring(text).attrib["height"].removesuffix("pt")) for text in (drawn, few)]
+    assert heights[0] > heights[1] + 14 * 12, "sixteen long names stand one below the other"
 
 
 # Words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tracemalloc
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.results import BenchmarkInfo, Evaluation, PoolInfo, RunInfo, build, read, rebuild
+from dmoa.evaluation.results import BenchmarkInfo, Evaluation, PoolInfo, RunInfo, build, not_run, read, rebuild
 from dmoa.evaluation.run_files import write_whole
 from dmoa.evaluation.statistics import wilson
 from tests.unit.run_records import answer, lost, run_of, score, small_run, write_run
@@ -106,6 +107,70 @@ def test_what_is_missing_is_counted_and_not_wrong() -> None:
     assert (row.n, row.accuracy, row.missing) == (1, 1.0, 9)
     assert (empty.n, empty.accuracy, empty.low, empty.high, empty.missing) == (0, 0.0, 0.0, 1.0, 10)
     assert (empty.steps_mean, empty.active_mean, empty.tokens_per_correct, empty.entropy_nats) == (None, None, None, None)
+
+
+def failing_run(rows: int = 4) -> Evaluation:
+    """`single:b` fails on every row of both benchmarks; `single:a` is right on every second row."""
+    run = run_of([BenchmarkInfo(name=name, rows=rows) for name in ("gsm8k", "svamp")], ["single:a", "single:b", "dmoa"])
+    answered, scored = [], []
+    for name in ("gsm8k", "svamp"):
+        for number in range(rows):
+            group = str(number % 2)
+            for policy in ("single:a", "dmoa"):
+                answered.append(answer(name, number, policy))
+                scored.append(score(name, number, policy, float(number % 2), group=group))
+            answered.append(lost(name, number, "single:b", "EngineError: agent b is scripted to fail"))
+            scored.append(score(name, number, "single:b", 0.0, group=group, is_scored=False, is_failed=True, metrics={"f1": 0.0}))
+    return build(run, answered, scored)
+
+
+def test_a_policy_whose_every_query_failed_did_not_run_and_is_compared_with_nobody() -> None:
+    found = failing_run()
+    rows = {(row.benchmark, row.policy): row for row in found.rows}
+    assert [cell for cell, row in rows.items() if not row.did_run] == [("gsm8k", "single:b"), ("svamp", "single:b")]
+    assert not_run(found) == [row for row in found.rows if row.policy == "single:b"]
+    row = rows["gsm8k", "single:b"]
+    # Nothing is known: not the interval of four wrong answers, which ends at 49 %.
+    assert (row.n, row.failed, row.accuracy, row.low, row.high, row.metrics) == (4, 4, 0.0, 0.0, 1.0, {})
+    assert [(pair.benchmark, pair.a, pair.b) for pair in found.paired] == [
+        ("gsm8k", "single:a", "dmoa"),
+        ("svamp", "single:a", "dmoa"),
+    ]
+    assert {group.policy for group in found.groups} == {"single:a", "dmoa"}
+
+
+def test_a_policy_that_answered_once_ran() -> None:
+    run = run_of([BenchmarkInfo(name="gsm8k", rows=3)], ["dmoa"])
+    answered = [answer("gsm8k", 0, "dmoa"), lost("gsm8k", 1, "dmoa"), lost("gsm8k", 2, "dmoa")]
+    scored = [score("gsm8k", 0, "dmoa", 1.0)]
+    scored += [score("gsm8k", number, "dmoa", 0.0, is_scored=False, is_failed=True) for number in (1, 2)]
+    (row,) = build(run, answered, scored).rows
+    assert (row.did_run, row.accuracy) == (True, pytest.approx(1 / 3))
+
+
+def test_rows_that_are_still_to_be_asked_have_not_failed() -> None:
+    run = run_of([BenchmarkInfo(name="gsm8k", rows=3)], ["dmoa"])
+    found = build(run, [], [])
+    assert not found.rows[0].did_run
+    assert not_run(found) == []
+
+
+def test_two_policies_of_which_no_reply_could_be_judged_are_not_compared() -> None:
+    run = run_of([BenchmarkInfo(name="gsm8k", rows=3)], ["dmoa", "single", "dense"])
+    answered = [answer("gsm8k", number, policy) for number in range(3) for policy in run.policies]
+    scored = [score("gsm8k", number, policy, 0.0, is_scored=False) for number in range(3) for policy in ("dmoa", "single")]
+    scored += [score("gsm8k", number, "dense", 1.0) for number in range(3)]
+    found = build(run, answered, scored)
+    assert [(pair.a, pair.b) for pair in found.paired] == [("dmoa", "dense"), ("single", "dense")]
+    assert [row.num_scored for row in found.rows] == [0, 0, 3]
+
+
+def test_a_result_of_before_says_by_its_counts_what_ran(tmp_path: Path) -> None:
+    tree = failing_run().model_dump(mode="json")
+    for row in tree["rows"]:
+        del row["did_run"]
+    write_whole(tmp_path / "evaluation.json", json.dumps(tree))
+    assert read(tmp_path) == failing_run()
 
 
 @given(st.randoms(use_true_random=False))

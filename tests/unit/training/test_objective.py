@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dmoa.core.gate import Gate, GateSpec, init_gate
 from dmoa.training.episodes import COLUMNS, EpisodeBuilder, Episodes, held_back
 from dmoa.training.objective import Batches, batch_loss, unroll
 from dmoa.training.targets import Split, anchor_sample, build_data, fit_scale
-from dmoa.training.validation import held_metrics, measure
+from dmoa.training.validation import held_metrics, measure, ranking_of
 from tests.unit.training.gate_rollouts import AGENTS, DIM, pool, row, write_rollouts
 from tests.unit.training.test_trainer import train
 
@@ -208,6 +209,61 @@ def test_metrics_by_hand() -> None:
     assert (found["surest_share"], found["load_max"], found["load_entropy"]) == (0.0, 1.0, 0.0)
     assert found["distance_step_0"] == pytest.approx(0.5 * np.abs(p - 1 / 3).sum(), abs=1e-5)
     assert found["effective"] == pytest.approx(math.exp(-(p * np.log(p)).sum()), abs=1e-4)
+
+
+def ranked(orders: Sequence[Sequence[str]], *, rounds: int = 1) -> dict[str, float]:
+    """Metrics of a gate whose logits order the agents one > two > three, on held-back queries of these orders, surest first."""
+    rows = [
+        row(f"q{number:03d}", 0, agent, 0.1 + 0.2 * order.index(agent), np.zeros(2 * DIM), seed=seed)
+        for number, order in enumerate([AGENTS, *orders])
+        for seed in range(rounds)
+        for agent in AGENTS
+    ]
+    episodes = episodes_of(rows)
+    held = np.arange(rounds, len(episodes.key_Q))
+    split = Split(train_Q=np.arange(rounds), held_Q=held)
+    scale = fit_scale(episodes, split, anchor_sample(episodes, split.train_Q, DIM), score="raw", num_clusters=1, seed=0)
+    data = build_data(episodes, split, scale)
+    gate = Gate(GateSpec.from_config(GateConfig(hidden=2), AGENTS))
+    with torch.no_grad():
+        gate.head_bias.copy_(torch.tensor([0.3, 0.2, 0.1]))
+    return measure(gate, Batches(data, torch.float32, CPU), episodes, data)
+
+
+ALIKE, REVERSED, HALF = ("one", "two", "three"), ("three", "two", "one"), ("one", "three", "two")
+
+
+def test_the_interval_of_pairs_is_over_queries() -> None:
+    """3, 3, 2, 2, 0 pairs of 3 by query: 10 of 15; residuals 1, 1, 0, 0, -2 thirds; t(0.975, 4) is 2.776."""
+    orders = [ALIKE, ALIKE, HALF, HALF, REVERSED]
+    found = ranked(orders)
+    half = 2.7764451 * math.sqrt(6 / 9 / 4 / 5)
+    assert found["pairwise"] == pytest.approx(2 / 3)
+    assert found["pairwise_low"] == pytest.approx(2 / 3 - half)
+    assert found["pairwise_high"] == 1.0
+    # Asked again, a query is no second witness.
+    again = ranked(orders, rounds=3)
+    assert [again[name] for name in ("pairwise", "pairwise_low")] == pytest.approx([2 / 3, 2 / 3 - half])
+
+
+@pytest.mark.parametrize(
+    ("orders", "ranking"),
+    [
+        ([ALIKE] * 12, "better than chance"),
+        ([ALIKE] * 9 + [HALF] * 3, "better than chance"),
+        ([ALIKE, REVERSED] * 6, "no better than chance"),
+        ([REVERSED] * 12, "no better than chance"),
+        ([ALIKE], "no better than chance"),
+        ([ALIKE] * 2, "no better than chance"),
+    ],
+    ids=["always", "nearly always", "half", "never", "a single query", "two queries"],
+)
+def test_a_gate_that_ranks_as_a_coin_does_is_told_from_one_that_learned(orders: list[tuple[str, ...]], ranking: str) -> None:
+    assert ranking_of(ranked(orders)) == ranking
+
+
+def test_of_a_gate_without_a_pair_nothing_is_known() -> None:
+    assert ranking_of({"load_max": 1.0}) == "unknown"
 
 
 def test_the_soft_loss_has_a_finite_optimum_and_training_finds_it(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dmoa.cli.probe import show
+from dmoa.config import loads
 from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError
 from dmoa.training.clusters import Floats, fit_clusters
-from dmoa.training.probe import ProbeReport, ProbeSample, auroc, probe, variance_shares
+from dmoa.training.probe import ProbeReport, ProbeSample, auroc, gains_nothing, probe, variance_shares
+from tests.unit.training.gate_rollouts import pool_yaml
 
 RNG = np.random.default_rng(5)
 AGENTS = ("base", "sums", "words")
@@ -108,6 +111,37 @@ def test_rows_that_an_agent_left_out_do_not_count() -> None:
     log_RA[3:, 1] = np.nan
     with pytest.raises(ConfigError, match="0 queries that all of 3 agents replied to"):
         probe(sample(log_RA))
+
+
+def test_an_agent_that_never_replied_is_named() -> None:
+    log_RA = specialists()
+    log_RA[:, 1] = np.nan
+    with pytest.raises(ConfigError, match=r"0 queries that all of 3 agents replied to.*; sums: no reply with an entropy to any"):
+        probe(sample(log_RA))
+
+
+def test_what_no_cluster_can_tell_is_not_said_to_route(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who is sure depends on the row, by as much as among specialists, and on nothing that the embedding shows."""
+    rng = np.random.default_rng(3)
+    log_RA = rng.normal(0, 1, (ROWS, 3))
+    report = probe(sample(log_RA, embedding_RD=rng.normal(0, 1, (ROWS, 2))))
+    assert report.interaction_low > 0.05
+    assert report.cluster_gain is not None
+    assert report.cluster_gain < 0.005
+    assert report.verdict == "cannot"
+    show(report, loads(pool_yaml(AGENTS)))
+    shown = capsys.readouterr().out
+    assert "entropy cannot route this pool" in shown
+    assert "reach nothing of the sureness" in shown
+    assert "can route" not in shown
+
+
+@pytest.mark.parametrize(
+    ("gain", "is_nothing"), [(None, True), (-0.4, True), (0.0, True), (0.004, True), (0.006, False), (1.0, False)]
+)
+def test_a_gain_that_reads_as_nothing_is_none(gain: float | None, is_nothing: bool) -> None:
+    assert gains_nothing(gain) is is_nothing
+    assert gain is None or is_nothing is (gain < 0 or f"{gain:.0%}" == "0%")
 
 
 def test_auroc_counts_ties_half() -> None:

@@ -23,6 +23,8 @@ from dmoa.errors import ConfigError, DmoaError
 from dmoa.training import targets, train_loop
 from dmoa.training.options import parse_options
 from dmoa.training.preparing import build_start, check_rollouts, prepare
+from dmoa.training.rollout_collect import silent_agents
+from dmoa.training.rollouts import RolloutFolder, read_manifest
 from dmoa.training.run_state import EpochRecord, RunState, StateStore
 from dmoa.training.trainer import Surroundings, TrainResult, run_training
 from dmoa.training.world import Alone
@@ -405,3 +407,12 @@ def test_a_folder_that_cannot_be_written_is_refused(rollouts: Path, config: Conf
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write"):
         train(tmp_path / "file" / "run", rollouts, config)
+
+
+def test_an_agent_whose_every_call_failed_is_found(tmp_path: Path, config: Config) -> None:
+    lost = {"status": "failed", "entropy_tokens": 0, "text": ""}
+    rows = [{**row, **lost} if row["agent"] == "two" or row["query_id"] == "q000" else row for row in domain_rows()]
+    folder = write_rollouts(tmp_path / "dense", rows, config)
+    assert silent_agents(RolloutFolder(folder), read_manifest(folder)) == ["two"]
+    never_asked = write_rollouts(tmp_path / "sparse", [row for row in rows if row["agent"] == "one"], config)
+    assert silent_agents(RolloutFolder(never_asked), read_manifest(never_asked)) == []
