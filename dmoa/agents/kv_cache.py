@@ -112,6 +112,11 @@ class KvRows(Cache):
         for kv_RLE in self._kv:
             kv_RLE[target, :length] = kv_RLE[source, :length]
 
+    def wipe(self, row: int) -> None:
+        """Set all slots of a row to zero."""
+        for kv_RLE in self._kv:
+            kv_RLE[row].zero_()
+
     def read(self, row: int, length: int) -> Tensor:
         """Return a copy of the first `length` slots of a row, [N, T, E]."""
         return torch.stack([kv_RLE[row, :length] for kv_RLE in self._kv])

@@ -155,7 +155,7 @@ class TransformersEngine:
             deadline_unix_s=request.deadline_unix_s,
             accepted_s=accepted_s,
             on_text=(lambda text: self._post(listener, TextDelta(text=text))) if has_text else (lambda text: None),
-            on_done=lambda generation: self._finish(ticket, generation),
+            on_done=lambda result: self._finish(ticket, result),
             outputs=[],
             sums=EntropySums(),
         )
@@ -207,9 +207,9 @@ class TransformersEngine:
         self._tickets.discard(ticket)
         self._loop.cancel(ticket.sequence)
 
-    def _finish(self, ticket: _Ticket, generation: Generation) -> None:
+    def _finish(self, ticket: _Ticket, result: Generation | EngineError) -> None:
         self._tickets.discard(ticket)
-        self._post(ticket.listener, generation)
+        self._post(ticket.listener, EngineError(f"{self._name}: {result}") if isinstance(result, EngineError) else result)
 
     def _fail_all(self, error: Exception) -> None:
         assert self._loop is not None
