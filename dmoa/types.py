@@ -170,7 +170,7 @@ class AgentReply:
 
     @property
     def entropy_nats(self) -> float | None:
-        """Mean entropy in nats per token; None where it is not known: without tokens, or with a sum that is not a number from 0."""
+        """Mean entropy in nats per token; None where it is not known: no tokens, or a sum that is not a number from 0."""
         is_known = self.entropy_tokens > 0 and math.isfinite(self.entropy_sum_nats) and self.entropy_sum_nats >= 0.0
         return self.entropy_sum_nats / self.entropy_tokens if is_known else None
 

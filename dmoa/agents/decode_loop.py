@@ -167,6 +167,20 @@ class DecodeLoop:
         self._rows.clear()
         self._waiting.clear()
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of keys and values, of rows and of the beginnings of recent prompts."""
+        return self._kv.nbytes + self._prefixes.nbytes
+
+    def release_rows(self) -> None:
+        """Give the memory of the rows back, which grew with the largest batch so far; only while idle."""
+        assert self.is_idle
+        self._kv.release()
+
+    def release_prefixes(self) -> None:
+        """Forget the beginnings of recent prompts."""
+        self._prefixes.clear()
+
     def step(self) -> None:
         """Do one round: end what is late, admit what fits, decode one token for every row."""
         self._end_late()
