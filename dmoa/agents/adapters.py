@@ -31,7 +31,6 @@ class Adapters:
             self._changed[name] = adapter.layers
         self._numbers = {name: number for number, name in enumerate(folders)}
         self._layouts: dict[tuple[int, ...], Layout] = {}
-        self._dtype: torch.dtype = model.dtype
         self._device: torch.device = model.device
         if folders:
             self._load(model, folders)
@@ -51,7 +50,7 @@ class Adapters:
         """Set the adapter of every row of the next forwards; None is the base model."""
         numbers = [None if adapter is None else self._numbers[adapter] for adapter in adapters]
         for layout in self._layouts.values():
-            layout.choose(numbers, self._dtype, self._device)
+            layout.choose(numbers, self._device)
 
     def _load(self, model: Any, folders: Mapping[str, Path]) -> None:
         from peft import PeftModel

@@ -294,11 +294,12 @@ class DecodeLoop:
         entropies = token_entropy(logits_BV).tolist()
         entropy_s = time.perf_counter() - began
         tokens = pick_tokens(logits_BV, [sequence.draw for sequence in sequences]).tolist()
+        broken = [sequence for sequence, entropy in zip(sequences, entropies, strict=True) if math.isnan(entropy)]
         for sequence, token, entropy in zip(sequences, tokens, entropies, strict=True):
-            if math.isnan(entropy):
-                self._give_up(sequence)
-            else:
+            if not math.isnan(entropy):
                 sequence.accept(token, entropy, self._loaded.stop_tokens)
+        for sequence in broken:  # once every other row has its token: they may move
+            self._give_up(sequence)
         for row in range(len(self._rows) - 1, -1, -1):
             sequence = self._rows[row]
             if sequence.finish is not None:
