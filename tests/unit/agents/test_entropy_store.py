@@ -159,6 +159,17 @@ def test_a_position_that_was_never_written_is_unknown_whoever_had_the_row_before
     assert math.isnan(found.sum_nats)
 
 
+def test_a_position_that_was_jumped_over_while_the_store_grew_is_unknown() -> None:
+    kept, outputs = store(), []
+    kept.add(0, "a", outputs)
+    for _ in range(256):  # as many positions as the store begins with
+        kept.write(logits(1))
+        outputs.append(0)
+    outputs.extend([0] * 44)
+    kept.write(logits(1))
+    assert math.isnan(kept.take([("a", 301)])["a"].sum_nats)
+
+
 def test_more_tokens_than_positions_count_what_was_written() -> None:
     kept, outputs = store(), []
     kept.add(0, "a", outputs)

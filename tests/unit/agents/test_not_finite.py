@@ -92,6 +92,16 @@ async def test_a_row_whose_numbers_overflow_spoils_no_other(tiny_model: Path, ti
     await engine.close()
 
 
+async def test_of_a_broken_row_nothing_is_kept_for_later_prompts(tmp_path: Path) -> None:
+    engine = TransformersEngine(broken_model(tmp_path, float("nan")), CPU, idle_s=(0.05, 600.0))
+    with pytest.raises(EngineError, match="NaN or infinite"):
+        await engine.generate(request(LONG))
+    async with asyncio.timeout(10):
+        while engine.held_bytes:  # noqa: ASYNC110 another thread gives it back
+            await asyncio.sleep(0.01)
+    await engine.close()
+
+
 def test_a_broken_row_takes_no_others_token() -> None:
     logits_BV = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     draws = [draw_for(Sampling(temperature=1.0, top_p=0.9), str(row)) for row in range(3)]
