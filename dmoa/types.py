@@ -8,6 +8,7 @@ Entropies are in nats, durations in the unit that ends the name.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -169,8 +170,9 @@ class AgentReply:
 
     @property
     def entropy_nats(self) -> float | None:
-        """Mean entropy in nats per token; None without tokens."""
-        return self.entropy_sum_nats / self.entropy_tokens if self.entropy_tokens else None
+        """Mean entropy in nats per token; None where it is not known: no tokens, or a sum that is not a number from 0."""
+        is_known = self.entropy_tokens > 0 and math.isfinite(self.entropy_sum_nats) and self.entropy_sum_nats >= 0.0
+        return self.entropy_sum_nats / self.entropy_tokens if is_known else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,11 @@
 """LoRA adapters of the transformers engine: loaded once beside the base weights, chosen per row of a batch.
 
-PEFT reads and checks the folders; its layers are then replaced by `stacked_lora`'s, which compute mixed batches faster.
+`adapter_files` checks the folders, PEFT reads them; its layers are then replaced by `stacked_lora`'s, which compute mixed
+batches faster.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dmoa.agents.adapter_files import check_fit, layers_of, read_adapter
 from dmoa.agents.stacked_lora import Layout, StackedLora
 from dmoa.errors import ConfigError, EngineError
 
@@ -21,12 +22,15 @@ class Adapters:
     """The LoRA adapters of one model. Loading puts adapter layers into the model in place."""
 
     def __init__(self, model: Any, folders: Mapping[str, Path]) -> None:
-        """Load every folder under its name. Raises ConfigError for one that is no LoRA adapter of this model."""
+        """Load every folder under its name. Raises ConfigError for one that is not a LoRA adapter of this model."""
+        layers = layers_of(model) if folders else {}
+        self._changed: dict[str, frozenset[str]] = {}
         for name, folder in folders.items():
-            _check(name, folder)
+            adapter = read_adapter(f"adapters.{name}", folder)
+            check_fit(adapter, layers, "transformers")
+            self._changed[name] = adapter.layers
         self._numbers = {name: number for number, name in enumerate(folders)}
         self._layouts: dict[tuple[int, ...], Layout] = {}
-        self._dtype: torch.dtype = model.dtype
         self._device: torch.device = model.device
         if folders:
             self._load(model, folders)
@@ -46,7 +50,7 @@ class Adapters:
         """Set the adapter of every row of the next forwards; None is the base model."""
         numbers = [None if adapter is None else self._numbers[adapter] for adapter in adapters]
         for layout in self._layouts.values():
-            layout.choose(numbers, self._dtype, self._device)
+            layout.choose(numbers, self._device)
 
     def _load(self, model: Any, folders: Mapping[str, Path]) -> None:
         from peft import PeftModel
@@ -74,17 +78,19 @@ class Adapters:
         from peft.tuners.lora import LoraLayer
 
         found = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+        for adapter, number in self._numbers.items():
+            changed = {name for name, module in found if _peft_name(number) in module.lora_A}
+            if changed != self._changed[adapter]:
+                first = min(changed ^ self._changed[adapter])
+                raise ConfigError(
+                    f"adapters.{adapter}: PEFT and the adapter's file differ on layer {first!r}; save it with PEFT again"
+                )
         for name, module in found:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, self._stacked(name, module))
 
     def _stacked(self, name: str, module: Any) -> StackedLora:
         base = module.get_base_layer()
-        if not isinstance(base, torch.nn.Linear):
-            raise ConfigError(
-                f"adapters: {name}: value seen: LoRA on a layer of type {type(base).__name__}; allowed is LoRA on linear layers; "
-                "train the adapters without it"
-            )
         downs, ups, ranks = [], [], []
         for number in self._numbers.values():
             peft_name = _peft_name(number)
@@ -103,21 +109,3 @@ class Adapters:
 def _peft_name(number: int) -> str:
     """Return an adapter's name in PEFT: names become module names there, which may not hold dots."""
     return f"adapter{number}"
-
-
-def _check(name: str, folder: Path) -> None:
-    """Raise ConfigError unless `folder` holds a plain LoRA adapter."""
-    seen = f"adapters.{name}: value seen: {str(folder)!r}"
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{seen}; a folder with a PEFT adapter (adapter_config.json, adapter_model.safetensors) is allowed; "
-            f"give its path or leave the adapter out: {error}"
-        ) from error
-    kind = settings.get("peft_type")
-    if kind != "LORA" or settings.get("use_dora"):
-        raise ConfigError(
-            f"{seen}: {'DoRA' if settings.get('use_dora') else kind}; "
-            "only plain LoRA is allowed, because rows with different adapters share a batch; train one with use_dora off"
-        )

@@ -6,6 +6,7 @@ tool is continued after the tool's result, and counts as one contribution.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -92,15 +93,19 @@ class Agent:
     def _reply(self, call: AgentCall, text: str, rounds: list[Generation], started: float, *, is_cut: bool) -> AgentReply:
         """Add up the rounds; `is_cut`: the last one ended in a tool call for which there was no room."""
         kinds = {item.entropy_kind for item in rounds}
+        sums = [sum(values) for values in zip(*map(_entropies, rounds), strict=True)]
+        if not all(map(math.isfinite, sums)):  # an engine whose numbers broke: nothing is known of the whole
+            sums = [0.0] * len(sums)
+        sum_nats, sq_sum, slack_nats, tokens = sums
         return AgentReply(
             agent=call.agent,
             status="ok",
             text=text.strip(),
             finish_reason="length" if is_cut else rounds[-1].finish_reason,
-            entropy_sum_nats=sum(item.entropy_sum_nats for item in rounds),
-            entropy_sq_sum=sum(item.entropy_sq_sum for item in rounds),
-            entropy_slack_nats=sum(item.entropy_slack_nats for item in rounds),
-            entropy_tokens=sum(item.entropy_tokens for item in rounds),
+            entropy_sum_nats=sum_nats,
+            entropy_sq_sum=sq_sum,
+            entropy_slack_nats=slack_nats,
+            entropy_tokens=int(tokens),
             entropy_kind="truncated" if "truncated" in kinds else "exact",
             prompt_tokens=sum(item.prompt_tokens for item in rounds),
             cached_tokens=sum(item.cached_tokens for item in rounds),
@@ -122,6 +127,10 @@ class Agent:
             latency_ms=(time.perf_counter() - started) * 1e3,
             engine=self._engine.label,
         )
+
+
+def _entropies(round_: Generation) -> tuple[float, float, float, int]:
+    return round_.entropy_sum_nats, round_.entropy_sq_sum, round_.entropy_slack_nats, round_.entropy_tokens
 
 
 class LocalAgents:

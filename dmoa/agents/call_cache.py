@@ -2,7 +2,8 @@
 
 Stands between the orchestrator and an agent client. Ten policies over the same rows, or three seeds of one, share their
 first steps; a reply from the cache counts its tokens as if it had been run, and is marked. Replies lie in one SQLite file
-as JSON, safe for several processes at once. Sampled calls (temperature above 0) pass by.
+as JSON, safe for several processes at once. Sampled calls (temperature above 0) pass by, and a reply that something beside
+the call cut short, such as a deadline, is nobody else's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dmoa.types import AgentCall, AgentReply, TextDelta
 T = TypeVar("T")
 _LOG = logging.getLogger("dmoa.call_cache")
 FILE_NAME = "calls.sqlite3"
-_VERSION = 1
+_VERSION = 2
 _BUSY_S = 60.0
 
 
@@ -93,9 +94,9 @@ class CachedAgents:
             return await self._agents.call(call)
         key = self._key(call)
         while (running := self._in_flight.get(key)) is not None:
-            # Whoever runs it may be cancelled or fail: then this one looks again, and runs it itself.
+            # Whoever runs it may be cancelled, late or fail: then this one looks again, and runs it itself.
             await asyncio.wait([running])
-            if not running.cancelled() and running.result().status == "ok":
+            if not running.cancelled() and is_whole(running.result(), call):
                 return replace(running.result(), agent=call.agent, is_memoised=True)
         kept = await self._try(partial(self._store.get, key))
         if kept is not None:
@@ -109,7 +110,7 @@ class CachedAgents:
         self._in_flight[key] = running
         try:
             reply = await self._agents.call(call)
-            if reply.status == "ok":
+            if is_whole(reply, call):
                 await self._try(partial(self._store.put, key, reply))
             running.set_result(reply)
             return reply
@@ -148,6 +149,17 @@ class CachedAgents:
             "stop": call.sampling.stop,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def is_whole(reply: AgentReply, call: AgentCall) -> bool:
+    """Return whether a reply is what the call alone comes to: it ended by itself, or by the call's own limit of tokens.
+
+    One that ended below the limit was cut by a deadline or by the engine's room; where tokens are estimated, nobody knows.
+    """
+    if reply.status != "ok":
+        return False
+    is_full = reply.completion_tokens >= call.sampling.max_tokens and not reply.are_tokens_estimated
+    return reply.finish_reason == "stop" or (reply.finish_reason == "length" and is_full)
 
 
 def call_identities(config: Config) -> dict[str, str]:

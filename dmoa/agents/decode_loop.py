@@ -7,6 +7,7 @@ prefill, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from dmoa.agents.kv_cache import KvRows, PrefixStore, StoredPrefix, TokenArray, 
 from dmoa.agents.loading import LoadedModel
 from dmoa.agents.sampling import Draw, pick_tokens
 from dmoa.agents.text_stream import TextStream
-from dmoa.core.entropy import EntropySums, token_entropy
+from dmoa.core.entropy import NOT_FINITE, EntropySums, token_entropy
+from dmoa.errors import EngineError
 from dmoa.types import FinishReason, Generation
 
 PREFILL_TOKENS = 2048
@@ -53,8 +55,8 @@ class Running:
     """time.perf_counter() of the engine's accept."""
     on_text: Callable[[str], None]
     """Told every new piece of text."""
-    on_done: Callable[[Generation], None]
-    """Told the whole generation, once."""
+    on_done: Callable[[Generation | EngineError], None]
+    """Told the whole generation, or why there is none, once."""
     outputs: list[int]
     sums: EntropySums
     cached_tokens: int = 0
@@ -164,6 +166,20 @@ class DecodeLoop:
         """Forget every sequence: after a failure nothing that is in their rows can be trusted."""
         self._rows.clear()
         self._waiting.clear()
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of keys and values, of rows and of the beginnings of recent prompts."""
+        return self._kv.nbytes + self._prefixes.nbytes
+
+    def release_rows(self) -> None:
+        """Give the memory of the rows back, which grew with the largest batch so far; only while idle."""
+        assert self.is_idle
+        self._kv.release()
+
+    def release_prefixes(self) -> None:
+        """Forget the beginnings of recent prompts."""
+        self._prefixes.clear()
 
     def step(self) -> None:
         """Do one round: end what is late, admit what fits, decode one token for every row."""
@@ -278,8 +294,12 @@ class DecodeLoop:
         entropies = token_entropy(logits_BV).tolist()
         entropy_s = time.perf_counter() - began
         tokens = pick_tokens(logits_BV, [sequence.draw for sequence in sequences]).tolist()
+        broken = [sequence for sequence, entropy in zip(sequences, entropies, strict=True) if math.isnan(entropy)]
         for sequence, token, entropy in zip(sequences, tokens, entropies, strict=True):
-            sequence.accept(token, entropy, self._loaded.stop_tokens)
+            if not math.isnan(entropy):
+                sequence.accept(token, entropy, self._loaded.stop_tokens)
+        for sequence in broken:  # once every other row has its token: they may move
+            self._give_up(sequence)
         for row in range(len(self._rows) - 1, -1, -1):
             sequence = self._rows[row]
             if sequence.finish is not None:
@@ -287,10 +307,20 @@ class DecodeLoop:
                 sequence.end()
         return entropy_s
 
-    def _evict(self, row: int) -> None:
-        """Free a row: the last row moves into its place, its prompt's keys and values may be kept."""
+    def _give_up(self, sequence: Running) -> None:
+        """End a sequence whose logits are no distribution; whatever else runs goes on."""
+        row = self._rows.index(sequence)
+        # Its keys and values may hold NaN, which masking does not keep from those who use the row next: 0 x NaN is NaN.
+        self._kv.wipe(row)
+        self._evict(row, is_sound=False)
+        adapter = f" with adapter {sequence.adapter!r}" if sequence.adapter else ""
+        sequence.on_done(EngineError(f"token {len(sequence.outputs) + 1}{adapter}: {NOT_FINITE}"))
+
+    def _evict(self, row: int, *, is_sound: bool = True) -> None:
+        """Free a row: the last row moves into its place, its prompt's keys and values may be kept if they are sound."""
         sequence = self._rows[row]
-        self._keep_prefix(row, sequence)
+        if is_sound:
+            self._keep_prefix(row, sequence)
         last = self._rows.pop()
         if last is not sequence:
             self._rows[row] = last

@@ -26,6 +26,7 @@ class RequestSums(NamedTuple):
     """What is known of a finished request."""
 
     sum_nats: float
+    """NaN where logits of a position that counts were no distribution, or were never written."""
     sq_sum: float
     tokens: int
     """Positions that were counted."""
@@ -78,6 +79,7 @@ class EntropyStore:
             self._entries[key] = _Entry(self._new_row(), outputs, index)
         else:  # it was preempted, and comes back with the tokens it has
             entry.outputs, entry.index = outputs, index
+            entry.num_seen = min(entry.num_seen, len(outputs))  # what was sampled behind them was for nothing
         self._at[index] = key
 
     def move(self, source: int, target: int, *, swaps: bool) -> None:
@@ -141,10 +143,12 @@ class EntropyStore:
             rows = len(self._nats_RP)
             self._nats_RP = torch.cat([self._nats_RP, torch.zeros_like(self._nats_RP)])
             self._free = list(range(rows, 2 * rows))
-        return self._free.pop()
+        row = self._free.pop()
+        self._nats_RP[row] = torch.nan  # the last request's entropies are not this one's
+        return row
 
     def _reserve(self, positions: int) -> None:
         have = self._nats_RP.shape[1]
         if positions > have:
             more = max(positions, 2 * have) - have
-            self._nats_RP = torch.nn.functional.pad(self._nats_RP, (0, more))
+            self._nats_RP = torch.nn.functional.pad(self._nats_RP, (0, more), value=torch.nan)

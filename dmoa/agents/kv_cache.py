@@ -39,7 +39,7 @@ class _Span:
 class KvRows(Cache):
     """Pre-allocated keys and values of the running sequences: a row each, rows 0..n-1 in use.
 
-    Grows by whole blocks when a row or a slot is missing, never shrinks. Slots past a sequence's end hold old but
+    Grows by whole blocks when a row or a slot is missing, shrinks by `release` alone. Slots past a sequence's end hold old but
     finite values: attention masks them.
     """
 
@@ -50,6 +50,11 @@ class KvRows(Cache):
         # Keys and values of every layer, [R, L, E] each, in a tensor of their own: what torch.compile takes as inputs.
         self._kv = [torch.zeros(0, 0, num_heads * head_size, dtype=dtype, device=device) for _ in range(2 * num_layers)]
         self._span: _Span | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all rows."""
+        return sum(kv_RLE.nbytes for kv_RLE in self._kv)
 
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for `rows` sequences of up to `slots` tokens, keeping what is there."""
@@ -64,6 +69,10 @@ class KvRows(Cache):
             grown_RLE = old_RLE.new_zeros(new_rows, new_slots, size)
             grown_RLE[:had_rows, :had_slots] = old_RLE
             self._kv[number] = grown_RLE
+
+    def release(self) -> None:
+        """Give all memory back; no row may be in use."""
+        self._kv = [kv_RLE.new_zeros(0, 0, kv_RLE.shape[2]) for kv_RLE in self._kv]
 
     def begin(self, first_row: int, starts: list[int], width: int) -> tuple[Tensor, Tensor | None]:
         """Prepare a forward of `width` new tokens for the rows from `first_row` on, row i starting at starts[i].
@@ -112,6 +121,11 @@ class KvRows(Cache):
         for kv_RLE in self._kv:
             kv_RLE[target, :length] = kv_RLE[source, :length]
 
+    def wipe(self, row: int) -> None:
+        """Set all slots of a row to zero."""
+        for kv_RLE in self._kv:
+            kv_RLE[row].zero_()
+
     def read(self, row: int, length: int) -> Tensor:
         """Return a copy of the first `length` slots of a row, [N, T, E]."""
         return torch.stack([kv_RLE[row, :length] for kv_RLE in self._kv])
@@ -156,6 +170,11 @@ class PrefixStore:
         self._next = 0
         self._bytes = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all stored prompts."""
+        return self._bytes
+
     def find(self, adapter: str | None, tokens: TokenArray) -> tuple[StoredPrefix | None, int]:
         """Return the stored prompt that shares the longest beginning with `tokens`, and that length."""
         best, shared = -1, 0
@@ -182,6 +201,11 @@ class PrefixStore:
         self._bytes += entry.kv_NTE.nbytes
         while self._bytes > self._max_bytes:
             self._drop(next(iter(self._entries)))
+
+    def clear(self) -> None:
+        """Forget every prompt."""
+        self._entries.clear()
+        self._bytes = 0
 
     def _drop(self, key: int) -> None:
         self._bytes -= self._entries.pop(key).kv_NTE.nbytes

@@ -5,6 +5,7 @@ Every option is part of the label that goes into every result, because each may 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -99,6 +100,16 @@ def num_threads(options: TransformersOptions) -> int:
         return options.threads
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // 2)
+
+
+def give_back(device: torch.device) -> None:
+    """Return freed memory to the system: torch's on a GPU, and what the C library keeps for later, where it is glibc."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    # Tensors of some megabytes are cut from arenas, which keep what is freed: 290 MB after a hundred calls.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def device_of(options: TransformersOptions, gpu: int | None = None) -> torch.device:

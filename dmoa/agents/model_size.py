@@ -97,14 +97,46 @@ def measure(folder: Path) -> ModelSize | str:
         return f"its config.json cannot be read by transformers: {_short(error)}"
 
 
-def _measure(folder: Path) -> ModelSize:
+def meta_model(folder: Path, *, has_parts: bool) -> Any | None:
+    """Return the model whose config.json is in `folder`, shapes only; None where transformers cannot build it.
+
+    `has_parts`: also one that sees or hears, whose layers other engines may name otherwise.
+    """
+    try:
+        whole, model = _shapes(folder)
+    except _FAULTS:
+        return None
+    return model if has_parts or whole.get_text_config() is whole else None
+
+
+def cached_folder(model: str) -> Path | None:
+    """Return the folder with an LLM's config.json if it is on this machine; nothing is fetched, no hub is asked."""
+    if not model.startswith("hub:"):
+        found = _local_folder(model)
+        return found if isinstance(found, Path) else None
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    hub = resolve_model(model)
+    assert isinstance(hub, HubModel)
+    file = try_to_load_from_cache(hub.repo, _CONFIG, cache_dir=constants.HF_HUB_CACHE, revision=hub.revision)
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def _shapes(folder: Path) -> tuple[Any, Any]:
+    """Return a model's configuration and the model on torch's `meta` device; raises one of _FAULTS."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    config = whole.get_text_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(whole, trust_remote_code=False)
+        return whole, AutoModelForCausalLM.from_config(whole, trust_remote_code=False)
+
+
+def _measure(folder: Path) -> ModelSize:
+    import torch
+
+    whole, model = _shapes(folder)
+    config = whole.get_text_config()
     dtype = str(whole.dtype or config.dtype or "float32").removeprefix("torch.")
     quantization = _as_mapping(getattr(whole, "quantization_config", None))
     linears = [

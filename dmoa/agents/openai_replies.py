@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dmoa.core.truncated_entropy import TruncatedSums, entropy_bounds
+from dmoa.core.truncated_entropy import TruncatedSums
 from dmoa.errors import EngineError
 from dmoa.types import FinishReason, Generation
 
@@ -122,9 +122,7 @@ class Draft:
             self._pieces.append(text)
         for row in (choice.logprobs.content if choice.logprobs else None) or []:
             self._num_rows += 1
-            bounds = entropy_bounds(_listed(row), self._vocab_size)
-            if bounds is not None:
-                self._sums.add(bounds)
+            self._sums.take(_listed(row), self._vocab_size)
         self._finish = choice.finish_reason or self._finish
         if self._finish == "content_filter":
             raise EngineError("its content filter ended the reply; ask in other words, or ask another agent")
@@ -160,7 +158,7 @@ def _listed(row: _Row) -> list[float]:
     listed_V = [item.logprob for item in row.top_logprobs or [] if item.logprob is not None]
     is_apart = row.logprob is not None and all(item.token != row.token for item in row.top_logprobs or [])
     # Tokens whose bytes are no text of their own may share a name; only a less probable one can have been left out.
-    if row.logprob is not None and is_apart and row.logprob <= min(listed_V, default=math.inf):
+    if row.logprob is not None and is_apart and not row.logprob > min(listed_V, default=math.inf):  # NaN is not above anything
         listed_V.append(row.logprob)
     return listed_V
 

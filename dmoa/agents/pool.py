@@ -27,6 +27,7 @@ from dmoa.config import (
     OpenaiOptions,
     ScriptedOptions,
     TransformersOptions,
+    VllmOptions,
     is_name,
     load,
 )
@@ -119,14 +120,35 @@ def llm_id(llm: LlmConfig) -> str:
 
 
 def check_files(config: Config) -> None:
-    """Check what the configuration names on disk: adapters exist. Raises ConfigError naming field, value and way out."""
+    """Check what the configuration names on disk: adapters exist, and fit their models as far as these are on this machine.
+
+    Raises ConfigError naming field, value and way out.
+    """
+    seen: set[tuple[str, str]] = set()
     for agent in callable_agents(config):
-        if agent.adapter:
+        if agent.adapter and (agent.llm, agent.adapter) not in seen:
+            seen.add((agent.llm, agent.adapter))
             try:
-                resolve_adapter(agent.adapter)
+                _check_adapter(config.llms[agent.llm], agent.adapter)
             except ConfigError as error:
                 where = SUMMARIZER if agent.name == SUMMARIZER else f"agents.{agent.name}"
                 raise ConfigError(f"{where}.{error}") from error
+
+
+def _check_adapter(llm: LlmConfig, adapter: str) -> None:
+    folder, options = resolve_adapter(adapter), llm.options
+    if isinstance(options, TransformersOptions | VllmOptions):
+        from dmoa.agents.adapter_files import check_adapter
+        from dmoa.agents.model_size import cached_folder
+
+        is_vllm = isinstance(options, VllmOptions)
+        check_adapter(
+            "adapter",
+            folder,
+            base=cached_folder(llm.model),
+            engine="vllm" if is_vllm else "transformers",
+            max_rank=options.max_lora_rank if isinstance(options, VllmOptions) else None,
+        )
 
 
 def check_keys(config: Config) -> None:

@@ -28,9 +28,9 @@ class Layout:
         self.span: tuple[int, int] = (0, 0)
         """Columns to compute, from and to; the same where no row has an adapter here."""
         self.mask_B1M: Tensor | None = None
-        """1 where a row's own adapter, of the columns of `span`; None: every row uses all of them."""
+        """True where a row has another adapter, of the columns of `span`; None: every row uses all of them."""
 
-    def choose(self, adapters: Sequence[int | None], dtype: torch.dtype, device: torch.device) -> None:
+    def choose(self, adapters: Sequence[int | None], device: torch.device) -> None:
         """Set the adapter of every row of the next forwards by its number; None is the base model."""
         used = set(adapters)
         if len(used) == 1:
@@ -39,7 +39,7 @@ class Layout:
             return
         own_B = torch.tensor([-1 if number is None else number for number in adapters])
         self.span = (0, len(self._owner_M))
-        self.mask_B1M = (own_B[:, None, None] == self._owner_M).to(device=device, dtype=dtype)
+        self.mask_B1M = (own_B[:, None, None] != self._owner_M).to(device)
 
 
 class StackedLora(nn.Module):
@@ -63,5 +63,6 @@ class StackedLora(nn.Module):
         up_MO: Tensor = self.up_MO  # type: ignore[assignment]
         low_BTM = x_BTI @ down_IM[:, start:end]
         if self.layout.mask_B1M is not None:
-            low_BTM = low_BTM * self.layout.mask_B1M
+            # Filled, not multiplied: another row's adapter may give infinity here, and 0 x inf is NaN.
+            low_BTM = low_BTM.masked_fill(self.layout.mask_B1M, 0.0)
         return y_BTO + low_BTM @ up_MO[start:end]

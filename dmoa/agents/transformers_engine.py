@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmoa.agents.adapter_files import check_adapter
 from dmoa.agents.adapters import Adapters
 from dmoa.agents.chat_tokens import encode_chat, room_for_reply
 from dmoa.agents.decode_loop import DecodeLoop, LoopTimes, Running
-from dmoa.agents.loading import load_model, num_threads
+from dmoa.agents.loading import give_back, load_model, num_threads
 from dmoa.agents.models import HubModel
 from dmoa.agents.sampling import draw_for
 from dmoa.agents.text_stream import TextStream
@@ -30,6 +31,9 @@ from dmoa.core.entropy import EntropySums
 from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, Message, TextDelta
 
+IDLE_S = (1.0, 30.0)
+"""Idle seconds after which an engine gives back the memory of its rows, and further ones after which that of recent prompts:
+a conversation goes on with what it said before."""
 _Item = TextDelta | Generation | EngineError
 
 
@@ -61,18 +65,25 @@ class TransformersEngine:
         adapters: Mapping[str, Path] | None = None,
         model_label: str = "",
         gpu: int | None = None,
+        idle_s: tuple[float, float] = IDLE_S,
     ) -> None:
         """Load the model and its adapters, and start the engine's thread. Blocks for seconds; raises ConfigError.
 
         `model` is a folder or a repository on the hub; `adapters` maps the names that requests use to PEFT LoRA folders;
-        `model_label` names the model in errors; `gpu` is the position of its GPU, where it runs on one, None for torch's own.
+        `model_label` names the model in errors; `gpu` is the position of its GPU, where it runs on one, None for torch's own;
+        `idle_s`: see `IDLE_S`.
         """
         self._options = options or TransformersOptions()
         self._name = model_label or str(model)
-        loaded = load_model(model, self._options, has_adapters=bool(adapters), gpu=gpu)
+        folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
+        for name, folder in folders.items():
+            base = model if isinstance(model, Path) and (model / "config.json").is_file() else None
+            check_adapter(f"adapters.{name}", folder, base=base, engine="transformers")
+        loaded = load_model(model, self._options, has_adapters=bool(folders), gpu=gpu)
         self._label = loaded.label
+        self._device = loaded.device
         self._tokenizer = loaded.tokenizer
-        self._adapters = Adapters(loaded.model, {name: Path(folder) for name, folder in (adapters or {}).items()})
+        self._adapters = Adapters(loaded.model, folders)
         self._loop: DecodeLoop | None = DecodeLoop(
             loaded, self._adapters, max_rows=max_num_seqs, has_prefix_cache=self._options.prefix_cache
         )
@@ -81,6 +92,7 @@ class TransformersEngine:
         self._tickets: set[_Ticket] = set()
         self._outbox: dict[_Listener, list[_Item]] = {}
         self._is_closed = False
+        self._idle_s = idle_s
         self._thread = threading.Thread(target=self._run, name="transformers-engine", daemon=True)
         self._thread.start()
 
@@ -99,6 +111,12 @@ class TransformersEngine:
         """Places of the batch in use at this moment."""
         loop = self._loop
         return loop.num_running if loop is not None else 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of keys and values at this moment, of running and of recent requests."""
+        loop = self._loop
+        return loop.held_bytes if loop is not None else 0
 
     def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Return the length of a conversation's prompt in tokens."""
@@ -155,7 +173,7 @@ class TransformersEngine:
             deadline_unix_s=request.deadline_unix_s,
             accepted_s=accepted_s,
             on_text=(lambda text: self._post(listener, TextDelta(text=text))) if has_text else (lambda text: None),
-            on_done=lambda generation: self._finish(ticket, generation),
+            on_done=lambda result: self._finish(ticket, result),
             outputs=[],
             sums=EntropySums(),
         )
@@ -190,12 +208,25 @@ class TransformersEngine:
         assert self._loop is not None
         while True:
             try:
-                message = self._inbox.get(block=self._loop.is_idle)
+                message = self._wait() if self._loop.is_idle else self._inbox.get_nowait()
             except queue.Empty:
                 return True
             if message is None:
                 return False
             message()
+
+    def _wait(self) -> Callable[[], None] | None:
+        """Return what arrives next, however long it takes; memory that nobody needs meanwhile is given back."""
+        assert self._loop is not None
+        for wait_s, release in zip(self._idle_s, (self._loop.release_rows, self._loop.release_prefixes), strict=True):
+            if not self._loop.held_bytes:
+                break
+            try:
+                return self._inbox.get(timeout=wait_s)
+            except queue.Empty:
+                release()
+                give_back(self._device)
+        return self._inbox.get()
 
     def _admit(self, ticket: _Ticket) -> None:
         assert self._loop is not None
@@ -207,9 +238,9 @@ class TransformersEngine:
         self._tickets.discard(ticket)
         self._loop.cancel(ticket.sequence)
 
-    def _finish(self, ticket: _Ticket, generation: Generation) -> None:
+    def _finish(self, ticket: _Ticket, result: Generation | EngineError) -> None:
         self._tickets.discard(ticket)
-        self._post(ticket.listener, generation)
+        self._post(ticket.listener, EngineError(f"{self._name}: {result}") if isinstance(result, EngineError) else result)
 
     def _fail_all(self, error: Exception) -> None:
         assert self._loop is not None

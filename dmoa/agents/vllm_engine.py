@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
@@ -23,7 +24,8 @@ from vllm.sampling_params import RequestOutputKind
 from dmoa.agents.chat_tokens import encode_chat, room_for_reply
 from dmoa.agents.entropy_store import RequestSums
 from dmoa.agents.vllm_entropy import KEY
-from dmoa.core.truncated_entropy import TruncatedSums, entropy_bounds
+from dmoa.core.entropy import NOT_FINITE
+from dmoa.core.truncated_entropy import TruncatedSums
 from dmoa.errors import EngineError
 from dmoa.types import FinishReason, Generation, GenerationRequest, Sampling, TextDelta
 
@@ -160,12 +162,12 @@ class VllmEngine:
             if isinstance(error, EngineError) or not isinstance(error, Exception):
                 raise
             raise EngineError(f"{self._name}: {type(error).__name__}: {error}") from error
-        if self._listed is not None:
-            yield reply.estimated()
-        elif sums is None and reply.num_tokens:
+        if self._listed is None and sums is None and reply.num_tokens:
             raise EngineError(f"{self._name}: vLLM kept no entropies of a call; is `logits_processors` set?")
-        else:
-            yield reply.exact(sums or RequestSums(0.0, 0.0, 0))
+        whole = reply.estimated() if self._listed else reply.exact(sums or RequestSums(0.0, 0.0, 0))
+        if not math.isfinite(whole.entropy_sum_nats):
+            raise EngineError(f"{self._name}: {NOT_FINITE}")
+        yield whole
 
     async def close(self) -> None:
         """Stop vLLM; requests in flight fail with EngineError."""
@@ -222,9 +224,7 @@ class _Reply:
         """Count the tokens of vLLM's flat record; a position lists the chosen token, and again where it is among the first."""
         for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True):
             listed = dict(zip(logprobs.token_ids[start:end], logprobs.logprobs[start:end], strict=True))
-            bounds = entropy_bounds(list(listed.values()), self._vocab_size)
-            if bounds is not None:
-                self._bounds.add(bounds)
+            self._bounds.take(list(listed.values()), self._vocab_size)
 
     def exact(self, sums: RequestSums) -> Generation:
         """Return the whole of it, with the sums that vLLM kept."""

@@ -6,9 +6,12 @@ import os
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmoa.agents.adapter_files import check_adapter
 from dmoa.agents.chat_tokens import load_tokenizer
+from dmoa.agents.model_size import cached_folder
 from dmoa.agents.models import model_id, resolve_adapter
 from dmoa.agents.vllm_args import cpu_environment, engine_args, gpu_environment, local_source, remote_source, vllm_options
 from dmoa.config import LlmConfig, VllmOptions
@@ -26,7 +29,16 @@ def start_vllm(part: LlmConfig, llm: str, adapters: Collection[str], gpus: GpuSl
     `gpus` are its own of those that this process sees; None: all of them.
     """
     given = vllm_options(part, llm)
+    check_adapters(part, given, adapters)
     return engine_over(connect(part, given, engine_args(part, given, adapters), gpus), part, given, adapters)
+
+
+def check_adapters(part: LlmConfig, given: VllmOptions, adapters: Collection[str]) -> None:
+    """Check that adapters fit an LLM's model, before vLLM starts, which passes over what does not. Blocks; raises ConfigError."""
+    source = local_source(part.model) if adapters else None
+    base = Path(source) if source else cached_folder(part.model)
+    for name in adapters:
+        check_adapter(f"adapters.{name}", resolve_adapter(name), base=base, engine="vllm", max_rank=given.max_lora_rank)
 
 
 def connect(part: LlmConfig, given: VllmOptions, args: Mapping[str, Any], gpus: GpuSlice | None = None) -> Any:

@@ -13,14 +13,19 @@ from dmoa.core.threads import one_thread
 
 _FLOOR = -200.0
 """exp(-200) is 0 in float32: clamping here changes no probability, and keeps 0 x -inf out."""
+NOT_FINITE = (
+    "its logits are NaN or infinite, so neither its words nor its entropy can be trusted; check the weights of the model and of "
+    "the adapter, or run it in a dtype of a wider range"
+)
+"""Why an engine gives up a call whose `token_entropy` is NaN."""
 
 
 @torch.no_grad()
 def token_entropy(logits_BV: Tensor) -> Tensor:
     """Return the entropy of softmax(logits) of every row, [B] float32 in nats, exact over the whole vocabulary.
 
-    Half-precision logits are widened first; -inf logits have probability 0. A row that is no distribution (all -inf,
-    or holding NaN or +inf) gives 0. Source: paper; Malinin & Gales 2021.
+    Half-precision logits are widened first; -inf logits have probability 0. A row that is not a distribution (all -inf,
+    or holding NaN or +inf) gives NaN: nothing is known of it. Source: paper; Malinin & Gales 2021.
     """
     if logits_BV.device.type != "cpu":
         return _entropy_of_rows(logits_BV)
@@ -37,7 +42,7 @@ def _entropy_of_rows(logits_BV: Tensor) -> Tensor:
     weight_BV = shifted_BV.exp()
     total_B = weight_BV.sum(dim=1)
     weighted_B = shifted_BV.mul_(weight_BV).sum(dim=1)
-    return torch.nan_to_num(total_B.log() - weighted_B / total_B, nan=0.0, posinf=0.0, neginf=0.0).clamp_(min=0.0)
+    return (total_B.log() - weighted_B / total_B).clamp_(min=0.0)
 
 
 class EntropySums:

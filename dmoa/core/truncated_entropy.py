@@ -27,13 +27,13 @@ def entropy_bounds(listed_V: Sequence[float], vocab_size: int) -> EntropyBounds 
 
     H = -sum_listed p log p + h, with m the missing probability: h is least, -m log m, where one token has all of it, and
     greatest, m log((vocab_size - V) / m), where all others share it evenly. -inf is probability 0. No part of a distribution:
-    nothing listed, NaN, a positive log-probability, a sum above 1.01. Source: ours (grouping property of the entropy).
+    nothing listed, NaN, a positive log-probability, a sum above 1.01 or of 0. Source: ours (grouping property of the entropy).
     """
     if not listed_V or any(math.isnan(logprob) or logprob > _MAX_EXCESS for logprob in listed_V):
         return None
     probability_V = [math.exp(logprob) for logprob in listed_V]
     total = math.fsum(probability_V)
-    if total > 1.0 + _MAX_EXCESS:
+    if not 0.0 < total <= 1.0 + _MAX_EXCESS:
         return None
     known = math.fsum(-p * logprob for p, logprob in zip(probability_V, listed_V, strict=True) if p > 0.0)
     missing = max(0.0, 1.0 - total)
@@ -55,6 +55,18 @@ class TruncatedSums:
         self.sq_sum = 0.0
         self.slack_nats = 0.0
         self.tokens = 0
+
+    def take(self, listed_V: Sequence[float], vocab_size: int) -> None:
+        """Count the token that these log-probabilities are listed of, if they are part of a distribution.
+
+        NaN or +inf among them says that the engine's numbers broke: all sums are NaN from then on.
+        """
+        if any(math.isnan(logprob) or logprob == math.inf for logprob in listed_V):
+            self.add(EntropyBounds(math.nan, math.nan))
+            return
+        bounds = entropy_bounds(listed_V, vocab_size)
+        if bounds is not None:
+            self.add(bounds)
 
     def add(self, bounds: EntropyBounds) -> None:
         """Count one more token."""

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.llm import LLMConfig, LLMServer
 
 from dmoa.agents.vllm_args import cpu_environment, engine_args, local_source, remote_source, vllm_options
-from dmoa.agents.vllm_local import engine_over
+from dmoa.agents.vllm_local import check_adapters, engine_over
 from dmoa.config import AgentConfig, Config, LlmConfig, VllmOptions
 from dmoa.serving.agents import Answers, hosted_agents
 
@@ -26,11 +26,12 @@ class VllmHost(Answers, LLMServer):
         """Start vLLM. `agent` names the one agent of a dedicated deployment, None hosts all of the LLM's."""
         config = Config.model_validate_json(config_json)
         hosted = hosted_agents(config, llm, agent)
-        source = await asyncio.to_thread(local_source, config.llms[llm].model)
-        await super().__init__(llm_config(config, llm, hosted, source=source))
-        engine: Any = self.engine
         part = config.llms[llm]
         given = vllm_options(part, llm)
+        source = await asyncio.to_thread(local_source, part.model)
+        await asyncio.to_thread(check_adapters, part, given, _adapters(hosted))
+        await super().__init__(llm_config(config, llm, hosted, source=source))
+        engine: Any = self.engine
         built = await asyncio.to_thread(engine_over, engine._engine_client, part, given, _adapters(hosted))
         self._host(config, llm, hosted, built)
 

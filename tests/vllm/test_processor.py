@@ -190,6 +190,22 @@ def test_a_preempted_request_may_come_back_in_another_place_while_its_old_one_is
     assert run.worker.count_entropies() == 0
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_distribution_leave_nothing_known_of_their_call_alone(bad: float) -> None:
+    run = Runner()
+    run.step([2, 4], "ab", added=[run.added(0, "a"), run.added(1, "b")])
+    rows = logits(8, 3)
+    rows[0] = bad
+    run.processor.update_state(None)
+    run.processor.apply(rows)
+    for key in "ab":
+        run.outputs[key].append(SAMPLED_LATER)
+    found = run.take("a", 2)
+    assert found is not None
+    assert math.isnan(found.sum_nats)
+    assert close(run.take("b", 2), 4, 3)
+
+
 def test_calls_without_a_key_are_passed_over() -> None:
     run = Runner()
     plain = (0, SamplingParams(), [7], [])

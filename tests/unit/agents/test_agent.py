@@ -12,6 +12,7 @@ from dmoa.agents.agent import MAX_TOOL_ROUNDS, Agent, LocalAgents
 from dmoa.agents.scripted import ScriptedEngine
 from dmoa.agents.tools import default_tools
 from dmoa.config import AgentConfig, ScriptedOptions
+from dmoa.core.aggregate import doubt, select_contribution
 from dmoa.errors import EngineError
 from dmoa.types import AgentCall, AgentReply, Generation, GenerationRequest, Message, Sampling, TextDelta
 
@@ -100,6 +101,26 @@ async def test_a_reply_without_tools_is_the_generation() -> None:
     assert request.sampling == Sampling(temperature=0.5, stop=("END",), max_tokens=20, seed=7)
     assert (request.adapter, request.deadline_unix_s, request.agent) == ("path:/adapters/x", 99.0, "solver")
     assert request.call_id == "t1/2/solver"
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("field", ["entropy_sum_nats", "entropy_sq_sum", "entropy_slack_nats"])
+async def test_a_round_with_an_entropy_that_is_not_a_number_leaves_nothing_known_of_the_whole(field: str, broken: float) -> None:
+    engine = ListEngine(generated("<calculator>12*7", **{field: broken}), generated(" So 84."))
+    reply = await agent_of(engine, ["calculator"]).call(call_of(max_tokens=50))
+    assert (reply.status, len(engine.requests), reply.completion_tokens) == ("ok", 2, 8)
+    assert (reply.entropy_nats, reply.entropy_tokens, reply.entropy_sum_nats, reply.entropy_sq_sum) == (None, 0, 0.0, 0.0)
+    assert doubt(reply) == float("inf")
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -1.0])
+def test_an_entropy_that_is_not_a_number_from_0_is_unknown_wherever_it_comes_from(broken: float) -> None:
+    reply = AgentReply(agent="a", status="ok", text="84", entropy_sum_nats=broken, entropy_tokens=4)
+    assert reply.entropy_nats is None
+    sure = AgentReply(agent="b", status="ok", text="85", entropy_sum_nats=8.0, entropy_tokens=4)
+    chosen = select_contribution([reply, sure])
+    assert chosen is not None
+    assert chosen.agent == "b"
 
 
 async def test_requests_have_names_of_their_own_and_calls_keep_theirs() -> None:

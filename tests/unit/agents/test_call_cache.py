@@ -7,10 +7,11 @@ import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dmoa.agents.call_cache import FILE_NAME, CachedAgents, CallStore, call_identities
+from dmoa.agents.call_cache import FILE_NAME, CachedAgents, CallStore, call_identities, is_whole
 from dmoa.agents.pool import load_pool
 from dmoa.errors import AgentUnavailableError, ConfigError
 from dmoa.types import AgentCall, AgentReply, Message, Sampling, TextDelta
@@ -91,6 +92,53 @@ async def test_failures_are_not_kept(tmp_path: Path) -> None:
         await cache.call(call_of())
     reply = await cache.call(call_of())
     assert (reply.text, reply.is_memoised) == ("19", False)
+
+
+async def test_a_reply_that_a_deadline_cut_is_not_kept(tmp_path: Path) -> None:
+    agents = FakeAgents({"a": (Say(text="Let me", tokens=3, finish_reason="length"), Say(text="19"))})
+    cache = cached(agents, tmp_path)
+    cut = await cache.call(replace(call_of(), deadline_unix_s=1.0))
+    assert (cut.text, cut.finish_reason) == ("Let me", "length")
+    whole = await cache.call(call_of())
+    assert (whole.text, whole.is_memoised) == ("19", False)
+
+
+async def test_a_reply_that_the_calls_own_limit_cut_is_kept(tmp_path: Path) -> None:
+    agents = FakeAgents({"a": (Say(text="Let me add", tokens=8, finish_reason="length"), Say(text="another"))})
+    cache = cached(agents, tmp_path)
+    texts = [(await cache.call(call_of(max_tokens=8))).text for _ in range(2)]
+    assert texts == ["Let me add"] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"finish_reason": "stop", "completion_tokens": 3}, True),
+        ({"finish_reason": "length", "completion_tokens": 8}, True),
+        ({"finish_reason": "length", "completion_tokens": 7}, False),
+        ({"finish_reason": "length", "completion_tokens": 9, "are_tokens_estimated": True}, False),
+        ({"finish_reason": "stop", "completion_tokens": 3, "are_tokens_estimated": True}, True),
+        ({"finish_reason": "error", "completion_tokens": 8}, False),
+        ({"status": "late", "completion_tokens": 8}, False),
+        ({"status": "failed"}, False),
+        ({"status": "overloaded"}, False),
+    ],
+)
+def test_what_is_whole(changes: dict[str, Any], expected: bool) -> None:
+    assert is_whole(AgentReply(**({"agent": "a", "status": "ok", "text": "19"} | changes)), call_of(max_tokens=8)) is expected
+
+
+async def test_who_waits_for_a_call_that_a_deadline_cuts_runs_it(tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    agents = FakeAgents({"a": (Say(text="Let me", tokens=3, finish_reason="length", after=gate), Say(text="19"))})
+    cache = cached(agents, tmp_path)
+    first = asyncio.create_task(cache.call(replace(call_of(), deadline_unix_s=1.0)))
+    await agents.until_waiting("a")
+    second = asyncio.create_task(cache.call(call_of(trace="t2")))
+    await asyncio.sleep(0)
+    gate.set()
+    assert [(await task).text for task in (first, second)] == ["Let me", "19"]
+    assert (await cache.call(call_of(trace="t3"))).text == "19"
 
 
 async def test_the_same_call_in_flight_twice_is_run_once(tmp_path: Path) -> None:

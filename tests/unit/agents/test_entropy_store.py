@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -114,6 +115,105 @@ def test_impossible_tokens_have_probability_0() -> None:
     kept.add(0, "a", [])
     kept.write(torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]]))
     assert kept.take([("a", 1)])["a"].sum_nats == pytest.approx(0.6931471805599453, abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_of_a_call_with_a_position_that_is_no_distribution_nothing_is_known(bad: float) -> None:
+    kept, broken, sound = store(), [], []
+    kept.add(0, "broken", broken)
+    kept.add(1, "sound", sound)
+    for seed in (1, 2):
+        rows = logits(seed, seed + 10)
+        if seed == 2:
+            rows[0] = bad
+        kept.write(rows)
+        broken.append(0)
+        sound.append(0)
+    found = kept.take([("broken", 2), ("sound", 2)])
+    assert math.isnan(found["broken"].sum_nats)
+    assert math.isnan(found["broken"].sq_sum)
+    assert found["sound"].sum_nats == pytest.approx(sum(nats(11, 12)), abs=1e-6)
+
+
+def test_a_broken_position_behind_the_replys_end_does_not_count() -> None:
+    kept, outputs = store(), []
+    kept.add(0, "a", outputs)
+    kept.write(logits(1))
+    outputs.append(0)
+    kept.write(torch.full((1, V), torch.nan))
+    assert kept.take([("a", 1)])["a"].sum_nats == pytest.approx(nats(1)[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("position", [1, 3, 400])
+def test_a_position_that_was_never_written_is_unknown_whoever_had_the_row_before(position: int) -> None:
+    kept = store()
+    for number in range(40):  # every row of the store has held somebody's entropies
+        kept.add(number, f"old{number}", [])
+    for _ in range(2):
+        kept.write(torch.zeros(40, V))
+    kept.take([(f"old{number}", 1) for number in range(40)])
+    outputs = [0] * position
+    kept.add(0, "a", outputs)
+    kept.write(logits(1))
+    found = kept.take([("a", position + 1)])["a"]
+    assert math.isnan(found.sum_nats)
+
+
+def test_a_position_that_was_jumped_over_while_the_store_grew_is_unknown() -> None:
+    kept, outputs = store(), []
+    kept.add(0, "a", outputs)
+    for _ in range(256):  # as many positions as the store begins with
+        kept.write(logits(1))
+        outputs.append(0)
+    outputs.extend([0] * 44)
+    kept.write(logits(1))
+    assert math.isnan(kept.take([("a", 301)])["a"].sum_nats)
+
+
+def test_more_tokens_than_positions_count_what_was_written() -> None:
+    kept, outputs = store(), []
+    kept.add(0, "a", outputs)
+    kept.write(logits(1))
+    outputs.append(0)
+    kept.write(logits(2))
+    found = kept.take([("a", 9)])["a"]
+    assert found.tokens == 2
+    assert found.sum_nats == pytest.approx(sum(nats(1, 2)), abs=1e-6)
+
+
+def test_a_preempted_request_keeps_what_came_out_while_others_come_and_go() -> None:
+    kept, outputs = store(), []
+    kept.add(0, "a", outputs)
+    for seed in (1, 2):
+        kept.write(logits(seed))
+        outputs.append(0)
+    kept.remove(0)
+    for number in range(40):  # more than there are rows
+        kept.add(0, f"other{number}", [])
+        kept.write(logits(100 + number))
+    again = [0, 0]
+    kept.add(1, "a", again)
+    kept.write(logits(50, 3))
+    again.append(0)
+    found = kept.take([("a", 3)])["a"]
+    assert found.tokens == 3
+    assert found.sum_nats == pytest.approx(sum(nats(1, 2, 3)), abs=1e-6)
+
+
+def test_what_was_sampled_for_nothing_before_a_preemption_does_not_count() -> None:
+    kept, outputs = store(), []
+    kept.add(0, "a", outputs)
+    for seed in (1, 2, 3):
+        kept.write(logits(seed))
+        outputs.append(0)
+    kept.remove(0)
+    again = [0]  # the engine drops two tokens that nobody was told of
+    kept.add(0, "a", again)
+    kept.write(logits(4))
+    again.append(0)
+    found = kept.take([("a", 3)])["a"]
+    assert found.tokens == 2
+    assert found.sum_nats == pytest.approx(sum(nats(1, 4)), abs=1e-6)
 
 
 def test_it_grows_in_rows_and_positions() -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from openai_server import USAGE, Call, FakeEndpoint, answer, content, event_bytes, opening, playing, request, row, stall, until
 
+from dmoa.agents.agent import Agent
 from dmoa.agents.openai_engine import OpenaiEngine
-from dmoa.config import OpenaiOptions
+from dmoa.config import AgentConfig, OpenaiOptions
 from dmoa.core.aggregate import doubt
 from dmoa.errors import DeadlineError, EngineError
-from dmoa.types import AgentReply, Generation, GenerationRequest, Message, TextDelta
+from dmoa.types import AgentCall, AgentReply, Generation, GenerationRequest, Message, Sampling, TextDelta
 
 LOG2 = math.log(2)
 ROWS = [row("The ", 0.5, 0.25), row("19", 1.0), row(".", 0.5, 0.5)]
@@ -175,6 +176,32 @@ async def test_rows_of_every_kind(listed: list[dict[str, Any]], nats: float) -> 
         await engine.close()
     assert found.entropy_tokens == 1
     assert found.entropy_sum_nats == pytest.approx(nats)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"token": "b", "logprob": math.nan},
+        {"token": "b", "logprob": 0.0, "top_logprobs": [{"token": "b", "logprob": 0.0}, {"token": "c", "logprob": math.nan}]},
+        {"token": "b", "logprob": math.nan, "top_logprobs": [{"token": "c", "logprob": 0.0}]},
+        {"token": "b", "logprob": math.inf},
+    ],
+)
+async def test_a_reply_with_a_log_probability_that_is_not_a_number_is_never_a_sure_one(
+    broken: dict[str, Any], is_stream: bool
+) -> None:
+    async with playing(answer("a", "b", "c", rows=[row("a", 1.0), broken, row("c", 1.0)])) as endpoint:
+        engine = engine_of(endpoint)
+        agent = Agent(AgentConfig(name="a", llm="x", profile="Works."), engine)
+        call = AgentCall(trace_id="t", step=0, agent="a", messages=request("Hi").messages, sampling=Sampling())
+        replies = [item async for item in agent.stream(call)] if is_stream else [await agent.call(call)]
+        await engine.close()
+    reply = replies[-1]
+    assert isinstance(reply, AgentReply)
+    assert (reply.status, reply.text, reply.entropy_nats, reply.entropy_tokens) == ("ok", "abc", None, 0)
+    assert (reply.entropy_sum_nats, reply.entropy_sq_sum, reply.entropy_slack_nats) == (0.0, 0.0, 0.0)
+    assert doubt(reply) == math.inf
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

@@ -143,6 +143,54 @@ async def test_agents_of_a_step_reuse_the_shared_prompt(
     await without.close()
 
 
+@pytest.mark.parametrize("has_prefix_cache", [True, False])
+async def test_a_running_row_lends_nothing_to_another_adapter(
+    tiny_model: Path, tiny_adapters: dict[str, Path], has_prefix_cache: bool
+) -> None:
+    agents = [None, *ADAPTERS]
+    asked = [request(STEP + "go on", name=f"{name}", adapter=name, max_tokens=30) for name in agents]
+    alone = TransformersEngine(tiny_model, CPU.model_copy(update={"prefix_cache": False}), adapters=tiny_adapters)
+    expected = [(await alone.generate(item)).text for item in asked]
+    await alone.close()
+    assert len(set(expected)) == len(agents), "the adapters must differ for this test to mean anything"
+
+    for first in range(len(agents)):  # runs while the others come
+        engine = TransformersEngine(tiny_model, CPU.model_copy(update={"prefix_cache": has_prefix_cache}), adapters=tiny_adapters)
+        running = engine.stream(request(STEP + "go on", name="first", adapter=agents[first], **ENDLESS))
+        await anext(running)
+        assert engine.num_running == 1
+        others = [item for number, item in enumerate(asked) if number != first]
+        together = await asyncio.gather(*map(engine.generate, others))
+        assert engine.num_running == 1, "the first one ended too early to lend anything"
+        assert [item.text for item in together] == [text for number, text in enumerate(expected) if number != first]
+        assert [item.cached_tokens for item in together] == [0] * len(others)
+        await running.aclose()
+        await engine.close()
+
+
+async def test_an_idle_engine_gives_back_what_a_full_batch_took(tiny_model: Path) -> None:
+    engine = TransformersEngine(tiny_model, CPU, idle_s=(0.05, 0.1))
+    asked = [request(f"{number} " + STEP, max_tokens=8) for number in range(12)]
+    before = [(await engine.generate(item)).text for item in asked]
+    together = await asyncio.gather(*map(engine.generate, asked))
+    assert [item.text for item in together] == before
+    await wait_until(lambda: engine.held_bytes == 0)
+    again = await asyncio.gather(*map(engine.generate, asked))
+    assert [item.text for item in again] == before
+    assert engine.held_bytes > 0
+    await engine.close()
+
+
+async def test_an_idle_engine_keeps_recent_prompts_longer_than_its_rows(tiny_model: Path) -> None:
+    engine = TransformersEngine(tiny_model, CPU, idle_s=(0.05, 600.0))
+    await engine.generate(request(STEP, max_tokens=8))
+    full = engine.held_bytes
+    await wait_until(lambda: engine.held_bytes < full)
+    assert engine.held_bytes > 0
+    assert (await engine.generate(request(STEP, name="again", max_tokens=8))).cached_tokens > 0
+    await engine.close()
+
+
 async def test_a_reply_that_a_stop_text_ended_is_continued_without_computing_it_again(tiny_engine: TransformersEngine) -> None:
     whole = await tiny_engine.generate(request("tool " * 30, max_tokens=40))
     stopped = await tiny_engine.generate(request("tool " * 30, max_tokens=40, stop=(whole.text[30:34],)))

@@ -63,11 +63,21 @@ def test_excluded_tokens_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_no_distribution_gives_zero_and_leaves_other_rows_alone(bad: float) -> None:
+def test_of_what_is_not_a_distribution_nothing_is_known_and_other_rows_are_left_alone(bad: float) -> None:
     logits_BV = randn(2, 64)
     expected = token_entropy(logits_BV)[1].item()
     logits_BV[0] = bad
-    assert token_entropy(logits_BV).tolist() == [0.0, expected]
+    found = token_entropy(logits_BV).tolist()
+    assert math.isnan(found[0])
+    assert found[1] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_logit_is_enough_to_know_nothing(bad: float, dtype: torch.dtype) -> None:
+    logits_BV = randn(1, 64).to(dtype)
+    logits_BV[0, 7] = bad
+    assert math.isnan(token_entropy(logits_BV).item())
 
 
 def test_logits_stay_as_they_are_and_no_rows_give_no_entropies() -> None:

@@ -42,7 +42,7 @@ def test_edges(listed: list[float], vocab_size: int, lower: float, upper: float)
     assert entropy_bounds(listed, vocab_size) == pytest.approx((lower, upper))
 
 
-@pytest.mark.parametrize("listed", [[], [math.nan], [0.0, math.nan], [0.5], logs(0.9, 0.2)])
+@pytest.mark.parametrize("listed", [[], [math.nan], [0.0, math.nan], [0.5], logs(0.9, 0.2), logs(0.0, 0.0)])
 def test_what_is_no_part_of_a_distribution_has_no_entropy(listed: list[float]) -> None:
     assert entropy_bounds(listed, 100) is None
 
@@ -77,6 +77,22 @@ def test_listing_more_never_widens_the_bounds_and_listing_all_closes_them(weight
     assert some.lower - 1e-9 <= more.lower
     assert more.upper <= some.upper + 1e-9
     assert whole.upper - whole.lower == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("broken", [[math.nan], [0.0, math.nan], [math.inf, 0.0]])
+def test_one_broken_token_leaves_nothing_known_of_the_call(broken: list[float]) -> None:
+    sums = TruncatedSums()
+    for listed in ([0.0], broken, [0.0]):
+        sums.take(listed, 100)
+    assert math.isnan(sums.sum_nats)
+    assert math.isnan(sums.slack_nats)
+
+
+def test_a_token_whose_list_is_no_distribution_is_left_out() -> None:
+    sums = TruncatedSums()
+    for listed in ([], [0.5], [0.0]):
+        sums.take(listed, 100)
+    assert (sums.sum_nats, sums.tokens) == (0.0, 1)
 
 
 def test_sums_hold_the_middle_and_how_far_it_may_be_off() -> None:
