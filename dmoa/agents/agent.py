@@ -95,7 +95,7 @@ class Agent:
         return AgentReply(
             agent=call.agent,
             status="ok",
-            text=text.strip(),
+            text=text,
             finish_reason="length" if is_cut else rounds[-1].finish_reason,
             entropy_sum_nats=sum(item.entropy_sum_nats for item in rounds),
             entropy_sq_sum=sum(item.entropy_sq_sum for item in rounds),
