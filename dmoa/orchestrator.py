@@ -16,7 +16,7 @@ from dmoa.agents.summarizer import Fold, Summarizer
 from dmoa.asking import Asker
 from dmoa.core.aggregate import anchors_of, contributions
 from dmoa.core.stopping import budget_stop, rule_stop
-from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RequestError
+from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.protocols import Policy
 from dmoa.types import (
     AgentReply,
@@ -36,7 +36,6 @@ from dmoa.types import (
 Event = StepRecord | TextDelta | Answer
 Emit = Callable[[Event], None]
 _CLOCK_SLACK_S = 0.05
-_CUT_SHORT: tuple[StopReason, ...] = ("max_steps", "budget_tokens", "deadline", "no_agent")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +86,23 @@ class Orchestrator:
 
     async def _plan(self, state: QueryState, policy: Policy) -> StepPlan | Stop:
         """Ask the policy, waiting while no agent is up, until the deadline."""
+        why = "the first step was still being planned"
+
+        async def attempt() -> StepPlan | Stop:
+            nonlocal why
+            try:
+                return await policy.next_step(state)
+            except (NoAgentError, AgentUnavailableError) as error:
+                why = f"no agent of the pool is up, or could be asked: {error}"
+                raise
+
         try:
             async with asyncio.timeout(self.asker.patience(state)):
-                return await self.asker.patiently(lambda: policy.next_step(state))
+                return await self.asker.patiently(attempt)
         except TimeoutError:
             if state.summary:
                 return Stop(reason="no_agent" if state.deadline_unix_s is None else "deadline")
-            raise _no_contribution(state, "no agent of the pool is up") from None
+            raise _no_contribution(state, why) from None
 
     async def _step(self, state: QueryState, plan: StepPlan, emit: Emit, started: float) -> tuple[StepRecord, Fold]:
         """Ask the planned agents and fold what they contributed; the step's clock began with its planning."""
@@ -121,7 +130,9 @@ class Orchestrator:
 
     async def _fold(self, state: QueryState, plan: StepPlan, usable: tuple[AgentReply, ...], emit: Emit) -> Fold:
         if not usable or plan.fold == "pass":
-            text, ending = (usable[0].text, usable[0].finish_reason) if usable else (state.summary, "stop")
+            # Without a contribution the last summary stands, and it ended as it did.
+            source = usable[0] if usable else state.steps[-1].summarizer
+            text, ending = usable[0].text if usable else state.summary, source.finish_reason
             return Fold(
                 summary=text, record=SummarizerRecord(mode="select", verdict="rule", finish_reason=ending), selection=None
             )
@@ -173,10 +184,12 @@ def advance(state: QueryState, step: StepRecord) -> QueryState:
 
 
 def finish(state: QueryState, policy: str, reason: StopReason, *, wall_ms: float) -> Answer:
-    """Return the answer: the newest summary, and what became of the query."""
+    """Return the answer: the newest summary, and what became of the query.
+
+    Its finish reason is `length` only where the text itself was cut; which budget ended the query says `reason`.
+    """
     decisions = [step.decision for step in state.steps if step.decision]
     last = decisions[-1] if decisions else None
-    is_cut = reason in _CUT_SHORT or state.steps[-1].summarizer.finish_reason == "length"
     return Answer(
         trace_id=state.query.trace_id,
         text=state.summary,
@@ -184,7 +197,7 @@ def finish(state: QueryState, policy: str, reason: StopReason, *, wall_ms: float
         stop_reason=reason,
         steps=state.steps,
         degraded=any(_has_lost(step) for step in state.steps) or any(decision.masked for decision in decisions),
-        finish_reason="length" if is_cut else "stop",
+        finish_reason="length" if state.steps[-1].summarizer.finish_reason == "length" else "stop",
         gate_version=last.gate_version if last else None,
         gate_trained=None if last is None else not is_untrained(last.gate_version),
         routed_by="ingress" if any(d.routed_by == "ingress" for d in decisions) else "router",
@@ -220,5 +233,6 @@ def _nothing_said(state: QueryState, replies: tuple[AgentReply, ...]) -> Excepti
 def _no_contribution(state: QueryState, why: str) -> Exception:
     # The event loop's timers may fire a clock tick before the wall clock gets there.
     if state.deadline_unix_s is not None and time.time() >= state.deadline_unix_s - _CLOCK_SLACK_S:
-        return DeadlineError(f"the deadline of {state.query.limits.deadline_s} s passed before any agent contributed ({why})")
+        seen = f"the deadline of {state.query.limits.deadline_s} s passed before any agent contributed ({why})"
+        return DeadlineError(f"{seen}; allow more time")
     return NoAgentError(f"no agent of the pool answered ({why}); try again later")

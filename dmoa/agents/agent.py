@@ -100,7 +100,7 @@ class Agent:
         return AgentReply(
             agent=call.agent,
             status="ok",
-            text=text.strip(),
+            text=text,
             finish_reason="length" if is_cut else rounds[-1].finish_reason,
             entropy_sum_nats=sum_nats,
             entropy_sq_sum=sq_sum,

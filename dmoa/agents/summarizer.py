@@ -130,9 +130,9 @@ class LlmSummarizer:
             head, newline, rest = heard.text.lstrip().partition("\n")
             if heard.is_final:
                 emit(item)
-            elif newline and head.strip() == _FINAL and rest.lstrip():
+            elif newline and head.strip() == _FINAL and rest.strip():
                 heard.is_final = True
-                emit(TextDelta(text=rest.lstrip()))
+                emit(TextDelta(text=_without_blank_lines(rest)))
         return None
 
 
@@ -174,11 +174,18 @@ def parse_verdict(text: str) -> tuple[Verdict, str]:
     """Split a summarizer's reply into verdict and summary.
 
     The first line must be exactly FINAL or CONTINUE; anything else counts as CONTINUE, is marked `unparsable`, and the
-    whole text is the summary.
+    whole text is the summary. Blank lines ahead of a summary are dropped, nothing else: what was streamed is the same text.
     """
-    head, _, rest = text.strip().partition("\n")
+    head, _, rest = text.lstrip().partition("\n")
     if head.strip() == _FINAL:
-        return "final", rest.strip()
+        return "final", _without_blank_lines(rest)
     if head.strip() == _CONTINUE:
-        return "continue", rest.strip()
-    return "unparsable", text.strip()
+        return "continue", _without_blank_lines(rest)
+    return "unparsable", _without_blank_lines(text)
+
+
+def _without_blank_lines(text: str) -> str:
+    """Return the text from its first line that is not blank, whose indentation stays; empty where all is blank."""
+    body = text.lstrip()
+    start = text.rfind("\n", 0, len(text) - len(body)) + 1
+    return text[start:] if body else ""

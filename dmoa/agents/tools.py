@@ -130,7 +130,8 @@ class Bm25Corpus:
         """Read JSON Lines of {"title", "text"}. Raises ConfigError naming file, line and field."""
         passages = []
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            with Path(path).open(encoding="utf-8") as file:
+                lines = list(file)  # not splitlines: texts may hold other line separators, which JSON does not escape
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"search corpus: cannot read {str(path)!r}: {error}; give a JSON Lines file") from error
         for number, line in enumerate(lines, 1):

@@ -168,7 +168,8 @@ def read_labels(folder: Path) -> Iterator[Label]:
     """Yield the labels of a collection from the folder that `--labels` named. Raises ConfigError where there are none."""
     path = folder / LABELS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)  # not splitlines: texts may hold other line separators, which JSON does not escape
         for tree in map(json.loads, lines):
             yield Label(row_id=tree["query_id"], benchmark=tree["benchmark"], gold=tree["gold"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -42,6 +42,11 @@ def anchors_of(decision: RouteDecision | None) -> Anchors:
     return dict(zip(decision.agents, decision.anchors, strict=True))
 
 
+def is_cut(reply: AgentReply) -> bool:
+    """Tell whether a reply was cut off before its end."""
+    return reply.finish_reason == "length"
+
+
 def doubt(reply: AgentReply, anchors: Anchors = RAW) -> float:
     """Return the score of a reply: the lower, the surer; infinite where its entropy is unknown.
 
@@ -50,7 +55,7 @@ def doubt(reply: AgentReply, anchors: Anchors = RAW) -> float:
     entropy = reply.entropy_nats
     if entropy is None or math.isnan(entropy):
         return math.inf
-    return score(entropy, anchors.get(reply.agent), is_cut=reply.finish_reason == "length")
+    return score(entropy, anchors.get(reply.agent), is_cut=is_cut(reply))
 
 
 def select_contribution(replies: Sequence[AgentReply], anchors: Anchors = RAW) -> Selection | None:
@@ -58,9 +63,15 @@ def select_contribution(replies: Sequence[AgentReply], anchors: Anchors = RAW) -
 
     One passes unchanged. Of several, the agreed answer wins: the largest group of at least two equal answers, of
     groups equally large the one with the surest member, in that member's words. Else the surest reply: lowest score
-    under the step's `anchors`, exact before truncated entropy, then the order given. Source: ours.
+    under the step's `anchors`, exact before truncated entropy, then the order given. A reply that was cut off comes after
+    every finished one, whatever is known of their entropies, and cut replies alone agree on nothing that a finished reply
+    does not say. Source: ours.
     """
-    counted = sorted(contributions(replies), key=lambda reply: (doubt(reply, anchors), reply.entropy_kind == "truncated"))
+
+    def key(reply: AgentReply) -> tuple[bool, float, bool]:
+        return is_cut(reply), doubt(reply, anchors), reply.entropy_kind == "truncated"
+
+    counted = sorted(contributions(replies), key=key)
     if not counted:
         return None
     groups: list[tuple[str, list[AgentReply]]] = []
@@ -73,8 +84,9 @@ def select_contribution(replies: Sequence[AgentReply], anchors: Anchors = RAW) -
                 break
         else:
             groups.append((answer, [reply]))
-    # max keeps the first of equals, and groups come in order of their surest members.
-    largest = max((members for _, members in groups), key=len, default=[])
+    # A group's first member is finished if any is. max keeps the first of equals, and groups come in order of their surest.
+    sound = [members for _, members in groups if is_cut(members[0]) == is_cut(counted[0])]
+    largest = max(sound, key=len)
     is_agreed = len(largest) >= 2
     chosen = largest[0] if is_agreed else counted[0]
     return Selection(agent=chosen.agent, text=chosen.text, is_agreed=is_agreed)

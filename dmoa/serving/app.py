@@ -87,6 +87,7 @@ class SwarmIngress:
             key_hashes=self._key_hashes,
             server=config.server,
             max_queued_requests=config.limits.max_queued_requests,
+            has_request_ids=True,  # Serve's proxy adds one of its own
         )
 
     @property

@@ -8,6 +8,7 @@ neither ray nor torch: the Ray ingress and in-memory services are two implementa
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -21,6 +22,7 @@ from dmoa.serving import openapi, problems, render
 from dmoa.serving.auth import KeyCheck
 from dmoa.serving.intake import Order, chat_order, completion_order, model_names, unknown_model
 from dmoa.serving.limits import BodyLimit, Places
+from dmoa.serving.paths import LenientPaths
 from dmoa.serving.problems import json_response
 from dmoa.serving.schemas import ChatRequest, CompletionRequest, parse
 from dmoa.serving.service import SwarmService
@@ -39,18 +41,21 @@ def create_app(
     key_hashes: tuple[str, ...],
     server: ServerConfig,
     max_queued_requests: int,
+    has_request_ids: bool = False,
 ) -> FastAPI:
     """Return the app of one server process.
 
     `service_getter` is called once per request, so the app may exist before its service does. `key_hashes` as
-    `auth.hash_keys` gives them; empty: no key is asked for.
+    `auth.hash_keys` gives them; empty: no key is asked for. `has_request_ids`: a server in front of the app adds
+    `X-Request-Id` to every answer; else the app adds the trace's id under that name.
     """
     app = FastAPI(title="dmoa", version=__version__, redirect_slashes=False)
-    front = _Front(service_getter, Places(max_queued_requests))
+    front = _Front(service_getter, Places(max_queued_requests), has_request_ids=has_request_ids)
     problems.install(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body_bytes=server.max_body_bytes)
     app.add_middleware(KeyCheck, key_hashes=key_hashes)
+    app.add_middleware(LenientPaths)
     app.add_middleware(problems.SurpriseGuard)
     for method, path, endpoint, extra in (
         ("POST", "/v1/chat/completions", front.chat, openapi.CHAT),
@@ -70,9 +75,12 @@ def create_app(
 class _Front:
     """The routes' handlers, and what they share: the service and the count of queries in flight."""
 
-    def __init__(self, service_getter: Callable[[], SwarmService], places: Places) -> None:
+    def __init__(self, service_getter: Callable[[], SwarmService], places: Places, *, has_request_ids: bool) -> None:
         self._service = service_getter
         self._places = places
+        self._has_request_ids = has_request_ids
+        self._created = int(time.time())
+        """Unix seconds from which on the models are there."""
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -87,14 +95,17 @@ class _Front:
     async def models(self) -> Response:
         """List the names that `model` may hold: the pool, the pool under each policy, each agent."""
         service = self._service()
-        return json_response({"object": "list", "data": [_model(name, service.pool) for name in model_names(service)]})
+        return json_response({"object": "list", "data": [self._model(name) for name in model_names(service)]})
 
     async def model(self, model: str) -> Response:
         """Describe one model name."""
         service = self._service()
         if model not in model_names(service):
             raise unknown_model(model, service)
-        return json_response(_model(model, service.pool))
+        return json_response(self._model(model))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": self._service().pool}
 
     async def healthz(self) -> Response:
         """Say that the server is alive."""
@@ -124,7 +135,7 @@ class _Front:
 
     async def _respond(self, request: Request, order: Order, *, is_chat: bool) -> Response:
         rendering = render.Rendering(order, self._service().pool, is_chat=is_chat)
-        headers = {"X-Request-Id": order.query.trace_id}
+        headers = {} if self._has_request_ids else {"X-Request-Id": order.query.trace_id}
         items = self._items(order, _key_hash(request))
         if order.is_stream:
             return EventStream(_events(items, rendering), headers)
@@ -182,7 +193,3 @@ def _content_type(request: Request) -> str:
 def _key_hash(request: Request) -> str:
     key_hash: str = request.state.key_hash
     return key_hash
-
-
-def _model(name: str, pool: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": pool}

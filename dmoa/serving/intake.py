@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from dmoa.errors import RequestError
 from dmoa.explain import did_you_mean
-from dmoa.serving.schemas import ChatRequest, CompletionRequest, DmoaOptions, SharedRequest, show
+from dmoa.serving.schemas import ChatMessage, ChatRequest, CompletionRequest, DmoaOptions, SharedRequest, show, unknown_field
 from dmoa.serving.service import SwarmService
 from dmoa.types import Limits, Message, Query
 
@@ -45,6 +45,7 @@ def chat_order(request: ChatRequest, service: SwarmService) -> Order:
     System and developer messages ahead of the first turn become the query's system text; later ones stay in place.
     """
     policy, agent = resolve(request, service)
+    _check_messages(request)
     if request.messages[-1].role != "user":
         raise RequestError(
             f"messages[{len(request.messages) - 1}].role: value seen: {request.messages[-1].role!r}; allowed for the last "
@@ -81,6 +82,25 @@ def completion_order(request: CompletionRequest, service: SwarmService) -> Order
     policy, agent = resolve(request, service)
     text = _question(request.text, "prompt")
     return _order(request, service, policy=policy, agent=agent, text=text, max_tokens=request.max_tokens)
+
+
+def _check_messages(request: ChatRequest) -> None:
+    """Raise RequestError for a message without content or with an unknown field, which only an assistant's may be."""
+    for number, message in enumerate(request.messages):
+        if message.role == "assistant":
+            continue
+        for name, value in (message.model_extra or {}).items():
+            raise unknown_field(f"messages[{number}].{name}"[:200], value, did_you_mean(name[:200], list(ChatMessage.model_fields)))
+        if isinstance(message.content, str) or message.content:
+            continue
+        param = f"messages[{number}].content"
+        if "content" not in message.model_fields_set:
+            raise RequestError(f"{param}: missing; add it", param=param, code="missing_required_parameter")
+        raise RequestError(
+            f"{param}: value seen: {'null' if message.content is None else '[]'}; allowed: a text, or text parts; add some",
+            param=param,
+            code="invalid_value",
+        )
 
 
 def _question(text: str, param: str) -> str:

@@ -24,6 +24,7 @@ from dmoa.errors import (
     NoAgentError,
     RequestError,
 )
+from dmoa.serving.paths import advice
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +39,17 @@ _TYPES = {
     503: "server_error",
     504: "timeout_error",
 }
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 _SURPRISE = "the server met an unexpected error; its log has the details"
 
 
 def encode_json(content: object) -> bytes:
-    """Encode a JSON body. Non-finite numbers are an error; text that UTF-8 cannot carry is replaced by `?`."""
+    """Encode a JSON body on one line. Non-finite numbers are an error; text that UTF-8 cannot carry is replaced by `?`.
+
+    Characters at which some client may end a line, and so an event, are escaped; JSON itself escapes those below U+0020.
+    """
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace")
+    return text.translate(_LINE_ENDS).encode("utf-8", "replace")
 
 
 def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -94,10 +99,16 @@ def install(app: FastAPI) -> None:
 
     async def unrouted(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        what = f"{request.method} {request.url.path[:200]}"
+        path, why = request.url.path[:200], str(error.detail)
+        headers = {name.lower(): value for name, value in (error.headers or {}).items()}
         code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-        headers = dict(error.headers or {})
-        return json_response(problem(error.status_code, f"{what}: {error.detail}", code), error.status_code, headers)
+        if error.status_code == 404:
+            why = f"not a path of this server; {advice(path, request.app.routes)}"
+        elif error.status_code == 405:
+            why = f"not a method of this path; use {headers.get('allow', '')}"
+            headers["allow"] = headers.get("allow", "").replace("GET", "GET, HEAD")
+        message = f"{request.method} {path}: {why}"
+        return json_response(problem(error.status_code, message, code), error.status_code, headers)
 
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE_STATUS)

@@ -52,7 +52,7 @@ class ChatChoice(ReplyModel):
     message: ReplyMessage
     logprobs: None = None
     finish_reason: Finish
-    """length where a budget or limit ended the query."""
+    """length where a token limit cut the text; why the query ended is `dmoa.stop_reason`."""
 
 
 class TextChoice(ReplyModel):
@@ -129,7 +129,10 @@ class Rendering:
         self._pool = pool
         self._is_chat = is_chat
         self._created = int(time.time())
-        self._has_content = False
+        self._sent = ""
+        """Text of the answer that was streamed."""
+        self._held = ""
+        """White space at its start, which is no answer as long as nothing follows."""
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """Return the reply of a request that does not stream. Raises EmptyAnswerError."""
@@ -152,21 +155,23 @@ class Rendering:
         return self._chunk({"reasoning_content": step_line(step)}) if self._is_chat else b""
 
     def delta(self, text: str) -> bytes:
-        """Return the chunk of a piece of the answer."""
-        if not text:
+        """Return the chunk of a piece of the answer; nothing while all is white space, which goes with the first word."""
+        self._held += text
+        if not self._held or not (self._sent or self._held.strip()):
             return b""
-        self._has_content = self._has_content or bool(text.strip())
-        return self._chunk({"content": text})
+        piece, self._held = self._held, ""
+        self._sent += piece
+        return self._chunk({"content": piece})
 
     def closing(self, answer: Answer) -> bytes:
-        """Return the chunks that end a stream: the whole text if no piece was sent, the reason, usage, `[DONE]`.
+        """Return the chunks that end a stream: what was not sent of the text, the reason, usage, `[DONE]`.
 
         Raises EmptyAnswerError.
         """
         events = b""
-        if not self._has_content:
-            check_not_empty(answer)
-            events += self._chunk({"content": answer.text})
+        check_not_empty(answer)
+        if answer.text != self._sent and answer.text.startswith(self._sent):
+            events += self._chunk({"content": answer.text[len(self._sent) :]})
         events += self._chunk({}, answer.finish_reason, dmoa=self._dmoa(answer))
         if self._order.has_usage_chunk:
             events += _event(self._envelope(self._kind, [], usage=usage_of(answer).model_dump()))

@@ -8,6 +8,7 @@ are refused, and every OpenAI field that would change an answer but is not suppo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -30,26 +31,44 @@ from dmoa.explain import did_you_mean
 
 MAX_NEW_TOKENS = 131072
 """Most tokens that a client may ask for."""
+MAX_STOP_TEXTS = 64
+"""Most stop texts that a client may send; OpenAI's own limit of 4 is below what evaluation harnesses send."""
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
+"""One escape of a JSON text, a surrogate pair as one; `lone`: half of a pair."""
+_RAW_SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
+"""A surrogate as lenient writers encode it; no bytes of UTF-8 look so."""
 
 
 class Only:
-    """Marks an OpenAI field of which nothing but the given values (and null) is supported."""
+    """Marks an OpenAI field of which nothing but the given values (and null) is supported; `way`: what to do instead."""
 
-    def __init__(self, *allowed: Any) -> None:
+    def __init__(self, *allowed: Any, way: str = "") -> None:
         self.allowed = (*allowed, None)
+        self.way = way
 
     def check(self, value: Any) -> Any:
         """Return the value if it is supported. Raises pydantic's custom error of type `unsupported`."""
-        if any(value == one and type(value) is type(one) for one in self.allowed):
+        if any(value == one and _json_type(value) is _json_type(one) for one in self.allowed):
             return value
         shown = ", ".join(json.dumps(one) for one in self.allowed)
-        raise PydanticCustomError("unsupported", "not supported; allowed: {shown}; leave the field out", {"shown": shown})
+        way = f"; {self.way}" if self.way else ""
+        raise PydanticCustomError(
+            "unsupported", "not supported; allowed: {shown}; leave the field out{way}", {"shown": shown, "way": way}
+        )
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(self.check)
 
     def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return {"enum": list(self.allowed)}
+
+
+def _json_type(value: Any) -> type:
+    """Return the type of a JSON value: 1 and 1.0 are numbers alike, true is none."""
+    return float if type(value) is int else type(value)
 
 
 def _text_or_list(value: Any) -> str | None:
@@ -78,33 +97,50 @@ class TextPart(RequestModel):
 
     type: Literal["text"]
     text: str
+    cache_control: Any = None
+    """Ignored, as are annotations: prompts are cached anyway."""
+    annotations: Any = None
 
 
-Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1), Tag("<list>")], Discriminator(_text_or_list)
-]
+Content = Annotated[Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(_text_or_list)]
 """A message's text, or its text parts, which are joined by line breaks."""
+_OWN_TOOLS = "agents call the tools that the pool gives them (agents[].tools)"
 
 
 class ChatMessage(RequestModel):
-    """One message of the conversation."""
+    """One message of the conversation. What else clients send back of a reply is ignored; in other messages it is refused."""
+
+    model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: str | None = None
-    """Ignored."""
-    reasoning_content: str | None = None
-    """Ignored: clients send back the steps that they were shown."""
-    refusal: Annotated[Any, Only()] = None
-    annotations: Annotated[Any, Only([])] = None
+    content: Content | None = None
+    """Needed in every message but the assistant's."""
+    refusal: str | None = None
+    """What the assistant said where it has no content."""
     audio: Annotated[Any, Only()] = None
-    tool_calls: Annotated[Any, Only([])] = None
-    function_call: Annotated[Any, Only()] = None
+    images: Annotated[Any, Only([])] = None
+    tool_calls: Annotated[Any, Only([], way=_OWN_TOOLS)] = None
+    tool_call_id: Annotated[Any, Only(way=_OWN_TOOLS)] = None
+    function_call: Annotated[Any, Only(way=_OWN_TOOLS)] = None
+    parsed: Annotated[Any, Only()] = None
+    type: Annotated[Any, Only("text", "message")] = None
+    name: str | None = None
+    """Ignored, as are the fields below: clients send back what they were shown, and hints that change no answer."""
+    id: Any = None
+    annotations: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    reasoning_details: Any = None
+    thinking_blocks: Any = None
+    provider_specific_fields: Any = None
+    cache_control: Any = None
 
     @property
     def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        """The content as one text; the refusal where there is none."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content) if self.content else self.refusal or ""
 
 
 class StreamOptions(RequestModel):
@@ -146,14 +182,13 @@ class SharedRequest(RequestModel):
     """Most new tokens of the call that writes the final answer (in `select` mode: of every agent call)."""
     stop: (
         Annotated[
-            Annotated[str, Field(min_length=1, max_length=256), Tag("<text>")]
-            | Annotated[
-                list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=4), Tag("<list>")
-            ],
+            Annotated[str, Field(max_length=256), Tag("<text>")]
+            | Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=MAX_STOP_TEXTS), Tag("<list>")],
             Discriminator(_text_or_list),
         ]
         | None
     ) = None
+    """Texts that end a reply; empty ones are ignored."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None = None
     user: str | None = Field(default=None, max_length=512)
     """Kept in the trace."""
@@ -165,10 +200,9 @@ class SharedRequest(RequestModel):
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        """The stop texts, none if the field was absent."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        """The stop texts that are not empty, none if the field was absent."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in given if text)
 
 
 class ChatRequest(SharedRequest):
@@ -184,11 +218,11 @@ class ChatRequest(SharedRequest):
     """Kept in the trace."""
     logprobs: Annotated[Any, Only(False)] = None
     top_logprobs: Annotated[Any, Only(0)] = None
-    response_format: Annotated[Any, Only({"type": "text"})] = None
-    tools: Annotated[Any, Only([])] = None
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
-    functions: Annotated[Any, Only([])] = None
-    function_call: Annotated[Any, Only("none", "auto")] = None
+    response_format: Annotated[Any, Only({"type": "text"}, way="describe the wanted form in the question")] = None
+    tools: Annotated[Any, Only([], way=_OWN_TOOLS)] = None
+    tool_choice: Annotated[Any, Only("none", "auto", way=_OWN_TOOLS)] = None
+    functions: Annotated[Any, Only([], way=_OWN_TOOLS)] = None
+    function_call: Annotated[Any, Only("none", "auto", way=_OWN_TOOLS)] = None
     modalities: Annotated[Any, Only(["text"])] = None
     audio: Annotated[Any, Only()] = None
     prediction: Annotated[Any, Only()] = None
@@ -202,6 +236,7 @@ class ChatRequest(SharedRequest):
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
+    cache_control: Any = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
 
@@ -241,9 +276,17 @@ def parse(model: type[R], body: bytes, content_type: str) -> R:
             code="unsupported_content_type",
         )
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(_plain(body))
     except ValidationError as error:
         raise request_error(error) from None
+
+
+def _plain(body: bytes) -> bytes:
+    """Return a body without a byte order mark and with U+FFFD for lone surrogates: harmless, but refused by strict readers."""
+    body = _RAW_SURROGATE.sub("\ufffd".encode(), body.removeprefix(_BYTE_ORDER_MARK))
+    if rb"\ud" not in body.lower():
+        return body
+    return _ESCAPE.sub(lambda escape: rb"\ufffd" if escape["lone"] else escape[0], body)
 
 
 def request_error(error: ValidationError) -> RequestError:
@@ -258,9 +301,7 @@ def request_error(error: ValidationError) -> RequestError:
     if kind == "missing":
         return RequestError(f"{param}: missing; add it", param=param, code="missing_required_parameter")
     if kind == "extra_forbidden":
-        nearest = did_you_mean(str(first["loc"][-1])[:200], _fields_beside(first["loc"]))
-        message = f"{param}: unknown field, value seen: {show(seen)}; remove it or check its spelling{nearest}"
-        return RequestError(message, param=param, code="unknown_parameter")
+        return unknown_field(param, seen, did_you_mean(str(first["loc"][-1])[:200], _fields_beside(first["loc"])))
     if _is_other_part(first):
         message = f"{param}: value seen: {show(seen)}; allowed: text parts; other kinds of content are not supported"
         return RequestError(message, param=param, code="unsupported")
@@ -278,6 +319,12 @@ def _fields_beside(loc: tuple[int | str, ...]) -> list[str]:
     if len(loc) == 3 and loc[0] == "messages":
         return list(ChatMessage.model_fields)
     return list(records[loc[0]].model_fields) if len(loc) == 2 and loc[0] in records else []
+
+
+def unknown_field(param: str, value: object, nearest: str = "") -> RequestError:
+    """Return the error for a field that no request has; `nearest` ends it with the field that may have been meant."""
+    message = f"{param}: unknown field, value seen: {show(value)}; remove it or check its spelling{nearest}"
+    return RequestError(message, param=param, code="unknown_parameter")
 
 
 def _is_other_part(item: Mapping[str, Any]) -> bool:

@@ -61,7 +61,8 @@ def write_rows(path: Path, rows: Iterable[TrainingRow]) -> None:
 def read_rows(path: Path) -> list[TrainingRow]:
     """Read rows from JSON lines. Raises ConfigError naming file, line and field."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)  # not splitlines: texts may hold other line separators, which JSON does not escape
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"rows: cannot read {str(path)!r}: {error}; name a file of JSON lines (messages, target)") from error
     rows = []

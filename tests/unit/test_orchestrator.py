@@ -11,7 +11,7 @@ import pytest
 from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RoutingError
 from dmoa.orchestrator import begin
 from dmoa.policies.single import SinglePolicy
-from dmoa.types import Answer, FinishReason, StepRecord, Stop, TextDelta
+from dmoa.types import Answer, FinishReason, QueryState, StepPlan, StepRecord, Stop, TextDelta
 from tests.unit.fakes import (
     Fail,
     FakeAgents,
@@ -59,13 +59,13 @@ async def test_a_sure_agent_that_repeats_the_summary_ends_the_query(slack: float
 async def test_steps_run_out() -> None:
     agents = FakeAgents({"a": (Say(text="1"), Say(text="2"), Say(text="3"), Say(text="4"))})
     answer = await answer_of(orchestrator_of(agents, "a"), query(max_steps=3), Schedule(asks("a")))
-    assert (answer.stop_reason, answer.finish_reason, answer.text) == ("max_steps", "length", "3")
+    assert (answer.stop_reason, answer.finish_reason, answer.text) == ("max_steps", "stop", "3")
 
 
 async def test_tokens_run_out() -> None:
     agents = FakeAgents({"a": (Say(text="1"), Say(text="2"), Say(text="3"))})  # 10 + 4 tokens a call
     answer = await answer_of(orchestrator_of(agents, "a"), query(budget_tokens=28), Schedule(asks("a")))
-    assert (answer.stop_reason, answer.finish_reason, answer.text, len(answer.steps)) == ("budget_tokens", "length", "2", 2)
+    assert (answer.stop_reason, answer.finish_reason, answer.text, len(answer.steps)) == ("budget_tokens", "stop", "2", 2)
     agents = FakeAgents({"a": (Say(text="1"), Say(text="2"), Say(text="3"), Say(text="4"))})
     answer = await answer_of(orchestrator_of(agents, "a"), query(budget_tokens=29), Schedule(asks("a")))
     assert len(answer.steps) == 3
@@ -74,7 +74,7 @@ async def test_tokens_run_out() -> None:
 async def test_time_runs_out_with_an_answer_so_far() -> None:
     agents = FakeAgents({"a": (Say(text="1"), Hang())})
     answer = await answer_of(orchestrator_of(agents, "a"), query(deadline_s=0.3), Schedule(asks("a")))
-    assert (answer.stop_reason, answer.finish_reason, answer.text) == ("deadline", "length", "1")
+    assert (answer.stop_reason, answer.finish_reason, answer.text) == ("deadline", "stop", "1")
     assert [reply.status for reply in answer.steps[1].replies] == ["late"]
     assert answer.steps[1].active == ()
     assert answer.steps[1].summary == "1"
@@ -109,7 +109,7 @@ async def test_a_single_agent_answers_once(limits: dict[str, int]) -> None:
 async def test_nobody_left_after_an_earlier_summary() -> None:
     agents = FakeAgents({"a": (Say(text="1"), Fail())})
     answer = await answer_of(orchestrator_of(agents, "a"), query(), Schedule(asks("a")))
-    assert (answer.stop_reason, answer.finish_reason, answer.text, answer.degraded) == ("no_agent", "length", "1", True)
+    assert (answer.stop_reason, answer.finish_reason, answer.text, answer.degraded) == ("no_agent", "stop", "1", True)
 
 
 async def test_the_summarizer_says_when() -> None:
@@ -181,13 +181,26 @@ def test_patience_ends_after_a_minute() -> None:
     _, waited_s = jumping(without_a_summary())
     assert waited_s == pytest.approx(60.0)
     answer, waited_s = jumping(with_a_summary())
-    assert (answer.stop_reason, answer.finish_reason, answer.text) == ("no_agent", "length", "1")
+    assert (answer.stop_reason, answer.finish_reason, answer.text) == ("no_agent", "stop", "1")
     assert waited_s == pytest.approx(60.0)
 
 
 async def test_a_deadline_ends_the_wait_for_agents() -> None:
     with pytest.raises(DeadlineError, match="no agent of the pool is up"):
         await events_of(orchestrator_of(FakeAgents({}), ()), query(deadline_s=0.05), Schedule(NoAgentError("masked")))
+
+
+async def test_a_deadline_that_ends_the_planning_is_no_word_on_the_agents() -> None:
+    class Slow(Schedule):
+        async def next_step(self, state: QueryState) -> StepPlan | Stop:
+            await asyncio.Event().wait()
+            raise AssertionError("never planned")
+
+    for deadline_s in (0.0, 0.05):
+        with pytest.raises(DeadlineError) as caught:
+            await events_of(orchestrator_of(FakeAgents({"a": Say(text="1")}), "a"), query(deadline_s=deadline_s), Slow())
+        assert "agent of the pool is up" not in str(caught.value)
+        assert f"the deadline of {deadline_s} s passed before any agent contributed" in str(caught.value)
 
 
 @pytest.mark.parametrize(("ending", "expected"), [("stop", "stop"), ("length", "length")])
@@ -202,6 +215,18 @@ async def test_an_answer_that_was_cut_off_says_so(ending: FinishReason, expected
         answer = await answer_of(orchestrator, query(), policy)
         assert answer.stop_reason in ("single", "agreement", "summarizer")
         assert answer.finish_reason == expected
+
+
+@pytest.mark.parametrize(("ending", "expected"), [("stop", "stop"), ("length", "length")])
+async def test_a_summary_that_stands_ended_as_it_did(ending: FinishReason, expected: str) -> None:
+    agents = FakeAgents({"a": (Say(text="1", finish_reason=ending), Fail())})
+    for policy in (Schedule(asks("a")), Schedule(asks("a", fold="pass"))):
+        answer = await answer_of(orchestrator_of(agents, "a"), query(), policy)
+        assert (answer.stop_reason, answer.finish_reason, answer.text) == ("no_agent", expected, "1")
+        agents = FakeAgents({"a": (Say(text="1", finish_reason=ending), Fail())})
+    agents = FakeAgents({"a": (Say(text="1", finish_reason=ending), Say(text="2", finish_reason=ending))})
+    answer = await answer_of(orchestrator_of(agents, "a"), query(max_steps=2), Schedule(asks("a")))
+    assert (answer.stop_reason, answer.finish_reason, answer.text) == ("max_steps", expected, "2")
 
 
 async def test_events_of_a_selecting_pool_are_steps_then_the_answer() -> None:

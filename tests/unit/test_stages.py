@@ -41,7 +41,7 @@ async def test_no_rule_ends_a_staged_query_early() -> None:
 
 async def test_budgets_still_end_it() -> None:
     answer = await answer_of(orchestrator_of(FakeAgents({"a": Say(text="19")}), "a"), staged(max_steps=2), Planned(asks("a")))
-    assert (answer.stop_reason, answer.finish_reason, len(answer.steps)) == ("max_steps", "length", 2)
+    assert (answer.stop_reason, answer.finish_reason, len(answer.steps)) == ("max_steps", "stop", 2)
 
 
 async def test_the_gate_reads_the_observation_in_place_of_the_summary() -> None:

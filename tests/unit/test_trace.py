@@ -56,7 +56,7 @@ def test_a_trace_keeps_what_repeats_the_query() -> None:
     )
     decided = decision({"a": 0.75, "b": 0.25}, 1, masked=("b",))
     trace = trace_with(step_of(0, decided, (0.1, 0.2)), step_of(1, decided), asked=asked)
-    assert (trace.trace_id, trace.answer, trace.finish_reason, trace.wall_ms) == ("t1", "19", "length", 12.5)
+    assert (trace.trace_id, trace.answer, trace.finish_reason, trace.wall_ms) == ("t1", "19", "stop", 12.5)
     assert (trace.dmoa_version, trace.schema_version, trace.pool_fingerprint) == (__version__, SCHEMA_VERSION, "f" * 64)
     assert trace.query["text"] == "What?"
     assert trace.query["turns"] == ({"role": "user", "content": "Hi"},)

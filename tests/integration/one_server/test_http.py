@@ -45,6 +45,16 @@ def user(text: str) -> list[Any]:
     return [{"role": "user", "content": text}]
 
 
+async def test_every_answer_has_one_request_id_and_head_is_get_without_a_body(http: httpx.AsyncClient) -> None:
+    body = {"model": "swarm", "messages": user("What is 12 + 7?")}
+    for extra in ({}, {"stream": True}, {"n": 2}):
+        response = await http.post("/v1/chat/completions", json=body | extra)
+        assert len(response.headers.get_list("x-request-id")) == 1
+    for path in ("/healthz", "/readyz", "/v1/models/"):
+        head = await http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+
+
 async def test_chat(client: AsyncOpenAI, server: Served, config: Config) -> None:
     reply = await client.chat.completions.create(model="swarm", messages=user("What is 12 + 7?"))
     choice = reply.choices[0]

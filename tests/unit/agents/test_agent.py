@@ -92,7 +92,7 @@ async def test_a_reply_without_tools_is_the_generation() -> None:
     reply = await agent_of(engine, adapter="path:/adapters/x").call(
         call_of(temperature=0.5, stop=("END",), max_tokens=20, seed=7)
     )
-    assert (reply.agent, reply.status, reply.text, reply.finish_reason) == ("solver", "ok", "It is 84.", "length")
+    assert (reply.agent, reply.status, reply.text, reply.finish_reason) == ("solver", "ok", " It is 84.\n", "length")
     assert (reply.entropy_sum_nats, reply.entropy_sq_sum, reply.entropy_tokens, reply.entropy_kind) == (2.0, 1.0, 4, "exact")
     assert (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens, reply.engine_ms) == (10, 6, 4, 30.0)
     assert (reply.engine, reply.error, reply.attempts) == ("list", None, 1)

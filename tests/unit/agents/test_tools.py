@@ -248,6 +248,12 @@ class TestSearch:
         file.write_text("\n".join(json.dumps({"title": p.title, "text": p.text}) for p in PASSAGES) + "\n\n")
         assert asyncio.run(default_tools(file)["search"].run("flour")) == "[Bread] Bread is baked from flour."
 
+    def test_passages_may_hold_any_line_separator(self, tmp_path: Path) -> None:
+        file = tmp_path / "corpus.jsonl"
+        file.write_text(json.dumps({"title": "Rye", "text": "rye\u2028bread\u0085here"}, ensure_ascii=False), encoding="utf-8")
+        (found,) = asyncio.run(Bm25Corpus.load(file).search("rye", 1))
+        assert found.text == "rye\u2028bread\u0085here"
+
     @pytest.mark.parametrize(
         ("content", "message"),
         [

@@ -79,6 +79,20 @@ def test_a_reply_that_was_cut_off_is_less_sure_than_every_finished_one() -> None
     assert agreed == Selection(agent="b", text="The answer is 1.", is_agreed=True)
 
 
+@pytest.mark.parametrize("unsure", [None, float("nan"), 9.0])
+def test_a_cut_reply_never_beats_a_finished_one_whatever_is_known_of_their_entropies(unsure: float | None) -> None:
+    cut = [replace(reply(name, "So, let us", 0.0), finish_reason="length") for name in "ab"]
+    finished = reply("c", "The answer is 7.", unsure)
+    for replies in ([cut[0], finished], [*cut, finished], [finished, *cut]):
+        # Two that were cut at the same words have agreed on nothing.
+        assert select_contribution(replies) == Selection(agent="c", text="The answer is 7.", is_agreed=False)
+    anchors = {"c": -30.0}  # as of an agent that says the same to everything
+    assert select_contribution([*cut, finished], anchors) == Selection(agent="c", text="The answer is 7.", is_agreed=False)
+    assert select_contribution(cut) == Selection(agent="a", text="So, let us", is_agreed=True)
+    agreed = select_contribution([*cut, replace(cut[0], agent="d", finish_reason="stop", entropy_sum_nats=40.0), finished])
+    assert agreed == Selection(agent="d", text="So, let us", is_agreed=True)
+
+
 def test_anchors_decide_who_is_surest() -> None:
     replies = [reply("a", "1", 0.4), reply("b", "2", 0.5)]
     decided = RouteDecision(

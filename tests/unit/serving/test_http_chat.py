@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 from fake_service import AGENTS, QUESTION, FakeService, connect, make_app, make_step
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from pydantic import BaseModel
 
-from dmoa.config import LimitsConfig
+from dmoa.config import LimitsConfig, ServerConfig
+from dmoa.orchestrator import Event
 from dmoa.serving.auth import hash_keys
-from dmoa.types import Message
+from dmoa.serving.http import create_app
+from dmoa.types import FinishReason, Limits, Message, Query
+from tests.unit.fakes import FakeAgents, Say, Schedule, asks, orchestrator_of
 
 CHAT = "/v1/chat/completions"
 
@@ -164,6 +171,51 @@ async def test_models_lists_pool_policies_and_agents() -> None:
             assert (await client.models.retrieve(name)).id == name
 
 
+async def test_models_were_created_when_the_server_was() -> None:
+    before = int(time.time())
+    async with official(FakeService()) as client:
+        listed = [model.created async for model in client.models.list()]
+        assert (await client.models.retrieve("tiny")).created == listed[0]
+    assert len(set(listed)) == 1
+    assert before <= listed[0] <= time.time()
+
+
+async def test_a_request_id_is_sent_once() -> None:
+    body = {"model": "tiny", "messages": QUESTION}
+    app = create_app(
+        FakeService, key_hashes=(), server=ServerConfig(), max_queued_requests=8, has_request_ids=True
+    )  # as behind Serve, whose proxy adds the header to every answer
+    for number, client in ((1, connect(make_app(FakeService()))), (0, connect(app))):
+        async with client:
+            for is_stream in (False, True):
+                response = await client.post(CHAT, json=body | {"stream": is_stream}, headers={"x-request-id": "mine"})
+                assert len(response.headers.get_list("x-request-id")) == number
+
+
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/readyz", "/metrics", "/v1/models", "/v1/models/tiny", "/v1/models/", "/openapi.json", "/healthz/"]
+)
+async def test_head_answers_as_get_without_the_body(path: str) -> None:
+    async with connect(make_app(FakeService())) as client:
+        got, head = await client.get(path), await client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers == got.headers
+    assert got.content
+
+
+async def test_slashes_too_many_do_no_harm() -> None:
+    keys = hash_keys({"DMOA_API_KEYS": "one"})
+    async with connect(make_app(FakeService(), keys=keys), authorization="Bearer one") as client:
+        for path in (f"{CHAT}/", "/v1//chat/completions", f"http://test/{CHAT}//"):
+            response = await client.post(path, json={"model": "tiny", "messages": QUESTION})
+            assert response.status_code == 200, path
+        assert (await client.post("/v1/completions/", json={"model": "tiny", "prompt": "1"})).status_code == 200
+        assert (await client.get("/v1/models/")).json()["object"] == "list"
+        assert (await client.get("/v1/models/tiny/single/")).json()["id"] == "tiny/single"
+        assert (await client.get("/healthz/", headers={"authorization": ""})).status_code == 200
+        assert (await client.get("/metrics/", headers={"authorization": ""})).status_code == 401
+
+
 @pytest.mark.parametrize(
     ("model", "asked", "policy", "agent"),
     [
@@ -199,6 +251,96 @@ async def test_the_conversation_reaches_the_swarm_in_order() -> None:
         Message(role="system", content="Be exact."),
     )
     assert query.text == "1 + 1?"
+
+
+ECHOED: list[dict[str, Any]] = [
+    {"content": "Hi", "type": "text"},
+    {"content": "Hi", "type": "message", "id": "msg_1", "status": "completed", "timestamp": 1.5, "parts": [{}]},
+    {"content": None},
+    {},
+    {"content": ""},
+    {"content": []},
+    {"content": None, "refusal": "I will not."},
+    {"content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}, "annotations": []}]},
+    {"content": "Hi", "cache_control": {"type": "ephemeral"}},
+    {"content": "Hi", "reasoning": "Step 1", "reasoning_content": "Step 1", "reasoning_details": [{"type": "reasoning.text"}]},
+    {"content": "Hi", "reasoning": None, "reasoning_content": None, "reasoning_details": None, "thinking_blocks": None},
+    {"content": "Hi", "refusal": None, "annotations": [{"type": "url_citation"}], "audio": None, "function_call": None},
+    {"content": "Hi", "tool_calls": None, "tool_call_id": None, "images": [], "parsed": None, "name": None},
+    {"content": "Hi", "tool_calls": [], "provider_specific_fields": {"refusal": None}, "images": None, "name": "adder"},
+]
+
+
+@pytest.mark.parametrize("echoed", ECHOED, ids=lambda value: str(sorted(value)))
+async def test_what_clients_send_back_of_a_reply_is_accepted(echoed: dict[str, Any]) -> None:
+    turn = {"role": "user", "content": "Hi", "type": "text"}
+    query, *_ = await post_query(FakeService(), messages=[turn, {"role": "assistant", **echoed}, *QUESTION])
+    content = echoed.get("content") or echoed.get("refusal") or ""
+    said = content if isinstance(content, str) else content[0]["text"]
+    assert query.turns == (Message(role="user", content="Hi"), Message(role="assistant", content=said))
+
+
+async def test_the_official_clients_own_reply_may_be_sent_back() -> None:
+    service = FakeService(deltas=("The answer ", "is 19."))
+    async with official(service) as client:
+        whole = await client.chat.completions.create(model="tiny", messages=QUESTION)
+        async with client.chat.completions.stream(model="tiny", messages=QUESTION) as stream:
+            streamed = await stream.get_final_completion()
+        for reply in (whole, streamed):
+            message = reply.choices[0].message
+            for echo in (message, message.model_dump(), message.model_dump(exclude_none=True)):
+                await client.chat.completions.create(model="tiny", messages=[*QUESTION, echo, *QUESTION])
+                assert service.asked[-1][0].turns[-1] == Message(role="assistant", content="The answer is 19.")
+
+
+@pytest.mark.parametrize(
+    ("stop", "texts"),
+    [
+        ([], ()),
+        ("", ()),
+        ([""], ()),
+        (["a", ""], ("a",)),
+        (list("abcde"), tuple("abcde")),
+        ([f"{i}." for i in range(64)], tuple(f"{i}." for i in range(64))),
+        (None, ()),
+    ],
+)
+async def test_stop_texts_as_evaluation_harnesses_send_them(stop: Any, texts: tuple[str, ...]) -> None:
+    for body, path in (({"messages": QUESTION}, CHAT), ({"prompt": "1 + 1"}, "/v1/completions")):
+        service = FakeService()
+        await post(service, {"model": "tiny", "stop": stop} | body, path)
+        assert service.asked[-1][0].sampling.get("stop", ()) == texts
+
+
+async def test_whole_numbers_may_be_written_with_a_point() -> None:
+    same = {"n": 1.0, "seed": 3.0, "max_tokens": 5.0, "top_logprobs": 0.0, "frequency_penalty": 0, "presence_penalty": -0.0}
+    query, *_ = await post_query(FakeService(), **same)
+    assert query.sampling == {"seed": 3, "max_tokens": 5}
+    await post(FakeService(), {"model": "tiny", "prompt": "1", "n": 1.0, "best_of": 1.0}, "/v1/completions")
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (rb"a\ud800b", "a\ufffdb"),
+        (rb"a\uDFFFb", "a\ufffdb"),
+        (rb"\ud83d\ude00", "😀"),
+        (rb"\ud83d\ud83d\ude00\ude00", "\ufffd😀\ufffd"),
+        (rb"\ude00\ud83d", "\ufffd\ufffd"),
+        (rb"\\ud800", r"\ud800"),
+        (rb"\\\ud800", "\\\ufffd"),
+        (b"a\xed\xa0\x80b", "a\ufffdb"),
+        ("퟿é😀".encode(), "퟿é😀"),
+    ],
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+async def test_byte_order_marks_and_lone_surrogates_are_accepted(raw: bytes, text: str, mark: bytes) -> None:
+    service = FakeService()
+    body = mark + b'{"model": "tiny", "messages": [{"role": "user", "content": "' + raw + b'"}]}'
+    async with connect(make_app(service)) as client:
+        response = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 200, response.text
+    assert service.asked[-1][0].text == text
 
 
 async def test_sampling_fields_reach_the_swarm_only_where_given() -> None:
@@ -238,11 +380,70 @@ async def test_trace_true_adds_texts_and_summaries() -> None:
     assert [agent.get("text") for agent in full["dmoa"]["steps"][0]["agents"]] == ["19", "19", None]
 
 
-async def test_a_budget_that_ended_the_query_is_finish_reason_length() -> None:
-    service = FakeService(overrides={"stop_reason": "max_steps", "finish_reason": "length"})
-    reply = await post(service, {"model": "tiny", "messages": QUESTION})
-    assert reply["choices"][0]["finish_reason"] == "length"
-    assert reply["dmoa"]["stop_reason"] == "max_steps"
+class Stepping(FakeService):
+    """A pool whose one agent goes on until a budget ends the query; `endings` are how its replies end."""
+
+    def __init__(self, *endings: FinishReason, agents: tuple[str, ...] = ("adder",), **limits: Any) -> None:
+        super().__init__()
+        self._asked = agents
+        self._says = {name: [Say(text=f"{i}", finish_reason=end) for i, end in enumerate(endings)] for name in agents}
+        self._limits = Limits(**limits)
+
+    async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[Event]:
+        orchestrator = orchestrator_of(FakeAgents(self._says), self._asked)
+        async for event in orchestrator.answer(replace(query, limits=self._limits), Schedule(asks(*self._asked))):
+            yield event
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("service", "finish_reason", "stop_reason"),
+    [
+        (Stepping("stop", "stop", max_steps=2), "stop", "max_steps"),
+        (Stepping("length", "stop", max_steps=2), "stop", "max_steps"),
+        (Stepping("stop", "length", max_steps=2), "length", "max_steps"),
+        (Stepping("stop", "stop", budget_tokens=20), "stop", "budget_tokens"),
+        (Stepping("stop", "length", budget_tokens=20), "length", "budget_tokens"),
+        (Stepping("stop", agents=("adder", "sorter")), "stop", "agreement"),
+        (Stepping("length", agents=("adder", "sorter")), "length", "agreement"),
+    ],
+)
+async def test_finish_reason_length_is_for_a_text_that_was_cut(
+    service: FakeService, finish_reason: str, stop_reason: str, is_stream: bool, path: str
+) -> None:
+    body: dict[str, Any] = {"model": "tiny", "stream": is_stream}
+    async with connect(make_app(service)) as client:
+        response = await client.post(path, json=body | ({"messages": QUESTION} if path == CHAT else {"prompt": "1"}))
+    last = json.loads(response.text.split("\n\n")[-3].removeprefix("data: ")) if is_stream else response.json()
+    assert (last["choices"][0]["finish_reason"], last["dmoa"]["stop_reason"]) == (finish_reason, stop_reason)
+
+
+class Wanted(BaseModel):
+    """A form that the official client parses replies into."""
+
+    answer: int
+
+
+async def test_the_official_clients_stream_parses_an_answer_whose_steps_ran_out() -> None:
+    """It raises LengthFinishReasonError at the finish reason `length`; schemas are not supported, so the field stays here."""
+
+    class Unasking(httpx.ASGITransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            body = json.loads(await request.aread())
+            body.pop("response_format", None)
+            headers = {"content-type": "application/json"}
+            return await super().handle_async_request(httpx.Request("POST", request.url, json=body, headers=headers))
+
+    service = Stepping("stop", "stop", max_steps=1)
+    service._says = {"adder": Say(text='{"answer": 19}')}
+    http_client = httpx.AsyncClient(transport=Unasking(make_app(service)))
+    async with (
+        AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http_client) as client,
+        client.chat.completions.stream(model="tiny", messages=QUESTION, response_format=Wanted) as stream,
+    ):
+        final = await stream.get_final_completion()
+    assert final.choices[0].message.parsed == Wanted(answer=19)
 
 
 async def test_a_trace_is_kept_for_the_key_that_made_it() -> None:

@@ -60,9 +60,10 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     (chat(max_tokens=0), 400, "max_tokens", "invalid_value"),
     (chat(max_completion_tokens=2**40), 400, "max_completion_tokens", "invalid_value"),
     (chat(max_tokens=5, max_completion_tokens=6), 400, "max_tokens", "invalid_value"),
-    (chat(stop=["a"] * 5), 400, "stop", "invalid_value"),
-    (chat(stop=""), 400, "stop", "invalid_value"),
-    (chat(stop=["a", ""]), 400, "stop[1]", "invalid_value"),
+    (chat(stop=["a"] * 65), 400, "stop", "invalid_value"),
+    (chat(stop="a" * 257), 400, "stop", "invalid_value"),
+    (chat(stop=["a", 1]), 400, "stop[1]", "invalid_value"),
+    (chat(n=1.5), 400, "n", "unsupported"),
     (chat(seed=2**63), 400, "seed", "invalid_value"),
     (chat(seed=1.5), 400, "seed", "invalid_value"),
     (chat(stream="yes"), 400, "stream", "invalid_value"),
@@ -86,6 +87,12 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     (chat(messages=["Hi"]), 400, "messages[0]", "invalid_value"),
     (chat(messages=[{"role": "user"}]), 400, "messages[0].content", "missing_required_parameter"),
     (chat(messages=[{"role": "user", "content": None}]), 400, "messages[0].content", "invalid_value"),
+    (chat(messages=[{"role": "system"}, USER]), 400, "messages[0].content", "missing_required_parameter"),
+    (chat(messages=[{"role": "system", "content": None}, USER]), 400, "messages[0].content", "invalid_value"),
+    (chat(messages=[{"role": "user", "content": None}, USER]), 400, "messages[0].content", "invalid_value"),
+    (chat(messages=[{"role": "user", "content": "Hi", "type": "image"}]), 400, "messages[0].type", "unsupported"),
+    (chat(messages=[{"role": "user", "content": "Hi", "images": ["x"]}]), 400, "messages[0].images", "unsupported"),
+    (chat(messages=[{"role": "user", "content": "Hi", "contnet": "x"}]), 400, "messages[0].contnet", "unknown_parameter"),
     (chat(messages=[{"role": "user", "content": "  "}]), 400, "messages[0].content", "invalid_value"),
     (chat(messages=[{"role": "user", "content": []}]), 400, "messages[0].content", "invalid_value"),
     (
@@ -163,7 +170,9 @@ async def test_harmless_openai_fields_are_accepted() -> None:
         (b"\xff\xfe", "invalid_json"),
         (b"\x00", "invalid_json"),
         (b'{"model": "\xff"}', "invalid_json"),
-        (b'{"model": "\\ud800"}', "invalid_json"),
+        (b'{"model": "\\udbff', "invalid_json"),
+        (b"\xef\xbb\xbf", "invalid_json"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf{}", "invalid_json"),
         (b'{"model": ' + b"[" * 60000 + b"}", "invalid_json"),
         (b'{"a":' * 9000 + b"1" + b"}" * 9000, "invalid_json"),
         (b'{"seed": ' + b"9" * 50000 + b"}", "invalid_json"),
@@ -277,7 +286,7 @@ async def test_a_surprise_is_a_generic_500_with_its_details_in_the_log(is_stream
         ("GET", CHAT, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("POST", "/healthz", 405, "method_not_allowed"),
-        ("GET", "/v1/chat/completions/", 404, "unknown_url"),
+        ("GET", "/v1/chat/completions/", 405, "method_not_allowed"),
     ],
 )
 async def test_unknown_routes(method: str, path: str, status: int, code: str) -> None:
@@ -288,7 +297,46 @@ async def test_unknown_routes(method: str, path: str, status: int, code: str) ->
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models/", "/v1/models/gpt-4", "/v1/models/tiny/", "/v1/models/tiny%2Fnope", "/v1/models/%ff"]
+    ("method", "path", "way"),
+    [
+        ("POST", "/v1/responses", "the Responses API is not supported; use POST /v1/chat/completions"),
+        ("POST", "/responses/", "the Responses API is not supported; use POST /v1/chat/completions"),
+        ("POST", "/chat/completions", "use POST /v1/chat/completions (the base URL of a client ends in /v1)"),
+        ("POST", "/completions", "use POST /v1/completions (the base URL of a client ends in /v1)"),
+        ("GET", "/models", "use GET /v1/models (the base URL of a client ends in /v1)"),
+        ("POST", "/v1/v1/chat/completions", "use POST /v1/chat/completions"),
+        ("POST", "/openai/deployments/tiny/chat/completions", "use POST /v1/chat/completions (the base URL"),
+        ("POST", "/v1/chat", "use POST /v1/chat/completions"),
+        ("POST", "/v1/chat/completion", "use POST /v1/chat/completions"),
+        ("GET", "/v1/model", "use GET /v1/models"),
+        ("GET", "/health", "use GET /healthz"),
+        ("GET", "/ready", "use GET /readyz"),
+        ("GET", "/v1/dmoa/traces", "use GET /v1/dmoa/traces/{trace_id}"),
+        ("POST", "/v1/embeddings", "its paths: POST /v1/chat/completions, POST /v1/completions, GET /v1/models, "),
+        ("GET", "/", "its paths: POST /v1/chat/completions, "),
+        ("GET", CHAT, "not a method of this path; use POST"),
+        ("POST", "/healthz", "not a method of this path; use GET"),
+    ],
+)
+async def test_an_unknown_route_is_told_the_right_one(method: str, path: str, way: str) -> None:
+    async with connect(make_app(FakeService())) as client:
+        response = await client.request(method, path)
+    assert response.status_code in (404, 405)
+    assert way in response.json()["error"]["message"]
+
+
+async def test_what_is_not_supported_yet_names_the_way() -> None:
+    async with connect(make_app(FakeService())) as client:
+        for field, value, way in (
+            ("tools", [{"type": "function"}], "agents call the tools that the pool gives them (agents[].tools)"),
+            ("response_format", {"type": "json_schema"}, "describe the wanted form in the question"),
+        ):
+            message = check(await client.post(CHAT, json=chat(**{field: value})), 400, field, "unsupported")
+            assert message.endswith(way)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models/gpt-4", "/v1/models/gpt-4/", "/v1/models/tiny/nope", "/v1/models/tiny%2Fnope", "/v1/models/%ff"]
 )
 async def test_unknown_model_of_the_list(path: str) -> None:
     async with connect(make_app(FakeService())) as client:

@@ -80,6 +80,12 @@ def test_rows_survive_their_file(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "rows.jsonl") == rows
 
 
+def test_texts_of_rows_may_hold_any_line_separator(tmp_path: Path) -> None:
+    rows = [row.model_copy(update={"target": "a\u2028b\u2029c\u0085d\x0be\x1cf\r\n"}) for row in make_rows(2)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
