@@ -90,7 +90,8 @@ def _check_messages(request: ChatRequest) -> None:
         if message.role == "assistant":
             continue
         for name, value in (message.model_extra or {}).items():
-            raise unknown_field(f"messages[{number}].{name}"[:200], value, did_you_mean(name[:200], list(ChatMessage.model_fields)))
+            nearest = did_you_mean(name[:200], list(ChatMessage.model_fields))
+            raise unknown_field(f"messages[{number}].{name}"[:200], value, nearest)
         if isinstance(message.content, str) or message.content:
             continue
         param = f"messages[{number}].content"
