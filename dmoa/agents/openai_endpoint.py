@@ -120,26 +120,42 @@ class Endpoint:
         self, client: httpx.AsyncClient, request: GenerationRequest, on_text: OnText | None, draft: Draft
     ) -> None:
         """Send the call once and read the reply into the draft."""
-        body = self._body(request, is_stream=on_text is not None)
+        body, is_begun = self._body(request, is_stream=on_text is not None), False
         try:
             async with client.stream("POST", self._url, json=body) as response:
+                is_begun = True
                 if response.status_code != httpx.codes.OK:
                     raise self._refusal(response, await response.aread(), body)
-                if on_text is None or response.headers.get("content-type", "").startswith("application/json"):
+                kind = response.headers.get("content-type", "").lower()
+                if kind.startswith("application/json") or (on_text is None and not kind.startswith("text/event-stream")):
                     self._take(draft, await response.aread(), on_text)
                 else:
                     await self._read_events(response, on_text, draft)
-        except httpx.TimeoutException as error:
-            if isinstance(error, httpx.ConnectTimeout):
-                raise _PassingError(self.error("no connection in time; check base_url, or raise timeout_s")) from error
-            raise self.error(f"nothing came for {self._options.timeout_s:g} s; raise timeout_s, or lower max_tokens") from None
-        except httpx.TransportError as error:
-            said = self._quoted(str(error) or "no details")
-            raise _PassingError(self.error(f"the connection failed ({type(error).__name__}: {said}); check base_url")) from error
-        except httpx.DecodingError as error:
-            raise self.error(f"its reply cannot be decoded ({self._quoted(str(error))})") from None
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            if not draft.is_ended:  # else what was lost came after the end of the reply
+                raise self._failure(error, is_begun=is_begun) from None
+        try:
+            draft.check()
+        except EngineError as error:
+            raise self.error(self._quoted(str(error))) from None
 
-    async def _read_events(self, response: httpx.Response, on_text: OnText, draft: Draft) -> None:
+    def _failure(self, error: Exception, *, is_begun: bool) -> Exception:
+        """Return what a lost or silent connection stands for; `is_begun`: the endpoint had begun to answer."""
+        said = f"{type(error).__name__}: {self._quoted(str(error)) or 'no details'}"
+        if isinstance(error, httpx.ConnectTimeout):
+            return _PassingError(self.error("no connection in time; check base_url, or raise timeout_s"))
+        if isinstance(error, httpx.TimeoutException):
+            return self.error(f"nothing came for {self._options.timeout_s:g} s; raise timeout_s, or lower max_tokens")
+        if isinstance(error, httpx.DecodingError):
+            return self.error(f"its reply cannot be decoded ({said})")
+        if is_begun:
+            return _PassingError(self.error(f"the connection failed in mid-reply ({said}); ask again"))
+        if isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
+            advice = "ask again; where that never helps, check base_url, http or https"
+            return _PassingError(self.error(f"the connection failed before the reply ({said}); {advice}"))
+        return _PassingError(self.error(f"the connection failed ({said}); check base_url"))
+
+    async def _read_events(self, response: httpx.Response, on_text: OnText | None, draft: Draft) -> None:
         is_done = False
         async with aclosing(events(response.aiter_bytes())) as found:
             async for data in found:
