@@ -23,16 +23,18 @@ from typing import Any
 import httpx
 
 from dmoa import __version__
+from dmoa.agents.control_names import break_names
 from dmoa.agents.openai_replies import Draft, error_field, error_message, events
 from dmoa.config import OpenaiOptions
 from dmoa.errors import AgentOverloadedError, ConfigError, DmoaError, EngineError, PromptTooLongError
-from dmoa.redaction import REDACTED, redact_text
+from dmoa.redaction import Conceal, redact_text
 from dmoa.types import GenerationRequest
 
 _LOG = logging.getLogger("dmoa.openai")
 CONNECT_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 8.0
+_MAX_READ_CHARS = 4000
 _MAX_QUOTED_CHARS = 300
 _OPTIONAL = {name: name for name in ("logprobs", "stream_options", "seed")} | {"max_tokens": "max_completion_tokens"}
 """Fields that an endpoint may refuse, and the word of its refusal: max_tokens is then sent by that name, the others not."""
@@ -61,6 +63,7 @@ class Endpoint:
         self._model = model
         self._options = options
         self._key = read_key(options.api_key_env)
+        self._conceal = Conceal(self._key)
         self._url = f"{options.base_url.rstrip('/')}/chat/completions"
         self._refused: set[str] = set()
         # Made here, because reading the certificates takes a while, which a first call's deadline should not pay for.
@@ -179,7 +182,7 @@ class Endpoint:
         sampling, options = request.sampling, self._options
         body: dict[str, Any] = {
             "model": self._model,
-            "messages": [{"role": message.role, "content": message.content} for message in request.messages],
+            "messages": [{"role": message.role, "content": break_names(message.content)} for message in request.messages],
             "temperature": sampling.temperature,
             "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens": sampling.max_tokens,
             "stream": is_stream,
@@ -205,10 +208,11 @@ class Endpoint:
             tree = json.loads(content)
         except ValueError:
             tree = content.decode("utf-8", "replace")
-        said = self._quoted(error_message(tree)) or "no details"
-        if error_field(tree, "code") == "context_length_exceeded" or re.search(r"maximum context length|context window", said):
+        message = error_message(tree)
+        said = self._quoted(message) or "no details"
+        if error_field(tree, "code") == "context_length_exceeded" or re.search(r"maximum context length|context window", message):
             return PromptTooLongError(self._named(f"the prompt does not fit: {said}"))
-        if status in (400, 422) and self._learn(f"{error_field(tree, 'param')} {said}", body):
+        if status in (400, 422) and self._learn(f"{error_field(tree, 'param')} {message}", body):
             return _FieldRefusedError()
         if status in (401, 403):
             whose = (
@@ -228,7 +232,7 @@ class Endpoint:
         for name, word in _OPTIONAL.items():
             if re.search(rf"\b{word}\b", said) and name in body and name not in self._refused:
                 self._refused.add(name)
-                _LOG.warning("openai:%s refuses %s, which is no longer sent: %s", self._model, name, said.strip())
+                _LOG.warning("openai:%s refuses %s, which is no longer sent: %s", self._model, name, self._quoted(said))
                 return True
         return False
 
@@ -236,10 +240,9 @@ class Endpoint:
         return f"openai:{self._model}: {text}"
 
     def _quoted(self, text: str) -> str:
-        """Return a text of the endpoint or about it, on one line, short, without the key."""
-        clean = text.replace(self._key, REDACTED) if self._key else text
-        # Cut before redacting, whose patterns take a second for each few thousand characters without a space.
-        return redact_text(" ".join(clean.split())[:_MAX_QUOTED_CHARS])
+        """Return a text of the endpoint or about it, on one line, short, without the key or a part of it."""
+        clean = " ".join(self._conceal(text[:_MAX_READ_CHARS]).split())
+        return redact_text(clean)[:_MAX_QUOTED_CHARS]
 
 
 def read_key(variable: str | None) -> str:

@@ -20,19 +20,19 @@ from dmoa.types import FinishReason, Generation
 
 CHARS_PER_TOKEN = 4
 """What estimates of token counts assume, the usual figure for English."""
-_WHOLE = frozenset(
-    "stop eos eostoken eosfound eot endturn endofturn end stopsequence stopsequencefound stoptoken stopstring stopword stopstr "
-    "complete completed done finish finished success succeeded normal".split()
+_WHOLE = re.compile(
+    r"stop|eos|eostoken|eosfound|eot|endturn|endofturn|end|stopsequence|stopsequencefound|stoptoken|stopstring"
+    r"|stopword|stopstr|complete|completed|done|finish|finished|success|succeeded|normal"
 )
 """What endpoints call the end of a whole text, without capitals and signs."""
-_CUT = frozenset(
-    "length maxlength maxtokens maxnewtokens maxoutputtokens maxtokensreached maxpredictedtokensreached modellength tokenlimit "
-    "contextlength contextlengthreached contextwindow modelcontextwindowexceeded".split()
+_CUT = re.compile(
+    r"length|maxlength|maxtokens|maxnewtokens|maxoutputtokens|maxtokensreached|maxpredictedtokensreached|modellength"
+    r"|tokenlimit|contextlength|contextlengthreached|contextwindow|modelcontextwindowexceeded"
 )
 """What they call the end of a text that a limit of tokens cut."""
-_CALLED = frozenset({"toolcalls", "toolcall", "tooluse", "functioncall"})
+_CALLED = re.compile(r"toolcalls?|tooluse|functioncall")
 """What they call the end of a turn that asks for a tool; text before the call is the reply, because no tool was offered."""
-_FILTERED = frozenset({"contentfilter", "contentfiltered", "safety", "recitation", "blocklist", "prohibitedcontent", "sensitive"})
+_FILTERED = re.compile(r"contentfilter(?:ed)?|safety|recitation|blocklist|prohibitedcontent|sensitive")
 _DONE = "[DONE]"
 _BOM = b"\xef\xbb\xbf"
 
@@ -181,12 +181,12 @@ class Draft:
         word = re.sub(r"[^a-z]", "", str(said).lower()) if said else ""
         if word in ("", "null", "none"):
             return
-        if word in _FILTERED:
+        if _FILTERED.fullmatch(word):
             raise EngineError("its content filter ended the reply; ask in other words, or ask another agent")
-        if word not in _WHOLE | _CUT | _CALLED:
+        if not any(known.fullmatch(word) for known in (_WHOLE, _CUT, _CALLED)):
             raise EngineError(f"its reply ended with finish_reason {str(said)[:40]!r}, so the text is not whole; ask again")
-        self._has_called = self._has_called or word in _CALLED
-        self._finish = "length" if word in _CUT else "stop"
+        self._has_called = self._has_called or _CALLED.fullmatch(word) is not None
+        self._finish = "length" if _CUT.fullmatch(word) else "stop"
 
     def check(self) -> None:
         """Raise EngineError for a reply that has ended without a text of its own, and say what stands in its place."""
