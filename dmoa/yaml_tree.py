@@ -33,7 +33,14 @@ def set_value(tree: dict[str, Any], override: str) -> None:
         # A copy, because a YAML alias puts the same section in several places.
         node[place] = {} if child is None else copy.copy(child)
         node = node[place]
-    node[_place(node, keys[-1], override)] = parse(value, f"--set {redact_text(override)!r}")
+    place, clean = _place(node, keys[-1], override), redact_text(override)
+    try:
+        node[place] = parse(value, f"--set {clean!r}")
+    except ConfigError:
+        if clean == override:
+            raise
+        # What PyYAML says of the value quotes it.
+        raise ConfigError(f"--set {clean!r}: the value is not valid YAML; correct it") from None
 
 
 def _place(node: Any, key: str, override: str) -> Any:
