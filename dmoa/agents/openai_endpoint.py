@@ -95,7 +95,7 @@ class Endpoint:
         """
         attempt = 0
         while True:
-            drafts.append(Draft(self._options.vocab_size))
+            drafts.append(Draft(self._options.vocab_size, self._key))
             try:
                 await self._exchange(client, request, on_text, drafts[-1])
             except _FieldRefusedError:
@@ -138,9 +138,11 @@ class Endpoint:
             if not draft.is_ended:  # else what was lost came after the end of the reply
                 raise self._failure(error, is_begun=is_begun) from None
         try:
-            draft.check()
+            rest = draft.finish()
         except EngineError as error:
             raise self.error(self._quoted(str(error))) from None
+        if rest and on_text is not None:
+            on_text(rest)
 
     def _failure(self, error: Exception, *, is_begun: bool) -> Exception:
         """Return what a lost or silent connection stands for; `is_begun`: the endpoint had begun to answer."""

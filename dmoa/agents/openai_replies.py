@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, Va
 
 from dmoa.core.truncated_entropy import TruncatedSums, entropy_bounds
 from dmoa.errors import EngineError
+from dmoa.redaction import REDACTED
 from dmoa.types import FinishReason, Generation
 
 CHARS_PER_TOKEN = 4
@@ -33,6 +34,7 @@ _CUT = re.compile(
 _CALLED = re.compile(r"toolcalls?|tooluse|functioncall")
 """What they call the end of a turn that asks for a tool; text before the call is the reply, because no tool was offered."""
 _FILTERED = re.compile(r"contentfilter(?:ed)?|safety|recitation|blocklist|prohibitedcontent|sensitive")
+_MIN_KEY_CHARS = 12
 _DONE = "[DONE]"
 _BOM = b"\xef\xbb\xbf"
 
@@ -111,8 +113,11 @@ class _Reply(_Part):
 class Draft:
     """What an endpoint has said so far of one reply."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, key: str = "") -> None:
+        """`key` is the endpoint's, which no text may hold; a short one is as good as a word, and stays."""
         self._vocab_size = vocab_size
+        self._key = key if len(key) >= _MIN_KEY_CHARS else ""
+        self._held = ""
         self._pieces: list[str] = []
         self._refusal = ""
         self._has_called = False
@@ -163,6 +168,7 @@ class Draft:
         self._has_choice = True
         words = choice.message or choice.delta or _Words()
         text = words.content or ""
+        text = self._without_key(text)
         if text:
             self._pieces.append(text)
         self._refusal += words.refusal or ""
@@ -173,6 +179,13 @@ class Draft:
             if bounds is not None:
                 self._sums.add(bounds)
         self._end(choice.finish_reason)
+        return text
+
+    def _without_key(self, text: str) -> str:
+        """Return the text that may be shown now: what could be the beginning of the key is held back."""
+        text = (self._held + text).replace(self._key, REDACTED) if self._key else text
+        size = next((n for n in range(min(len(self._key) - 1, len(text)), 0, -1) if self._key.startswith(text[-n:])), 0)
+        text, self._held = text[: len(text) - size], text[len(text) - size :]
         return text
 
     def _end(self, said: Any) -> None:
@@ -188,16 +201,23 @@ class Draft:
         self._has_called = self._has_called or _CALLED.fullmatch(word) is not None
         self._finish = "length" if _CUT.fullmatch(word) else "stop"
 
-    def check(self) -> None:
-        """Raise EngineError for a reply that has ended without a text of its own, and say what stands in its place."""
+    def finish(self) -> str:
+        """Take the reply as ended; return the text that was still held back.
+
+        Raises EngineError for a reply without a text of its own, and says what stands in its place.
+        """
         if not self._has_choice:
             raise EngineError("its reply holds no choice; check base_url and model, and that chat completions are served there")
+        rest, self._held = self._held, ""
+        if rest:
+            self._pieces.append(rest)
         if self.text.strip():
-            return
+            return rest
         if self._refusal:
             raise EngineError(f"it refused to answer: {self._refusal}")
         if self._has_called:
             raise EngineError("it called a tool in place of an answer, and none was offered; set its tool choice to none there")
+        return rest
 
     def generation(self, *, prompt_tokens: int, engine_ms: float, queue_ms: float, is_late: bool = False) -> Generation:
         """Return the reply as it stands. `is_late`: the deadline ended it.

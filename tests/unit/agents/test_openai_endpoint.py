@@ -303,6 +303,28 @@ async def test_a_key_of_no_known_shape_is_not_shown_in_any_way_of_writing(
     assert "[redacted]" in shown
 
 
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+async def test_a_text_that_says_the_key_arrives_without_it(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", PLAIN_KEY)
+    text = f"{PLAIN_KEY[:5]} you sent Bearer {PLAIN_KEY}{PLAIN_KEY}, Zq{PLAIN_KEY} and {PLAIN_KEY[:9]}"
+    hidden = text.replace(PLAIN_KEY, "[redacted]")
+    async with playing(answer(*(text[i : i + size] for i in range(0, len(text), size)))) as endpoint:
+        engine = engine_of(endpoint, api_key_env="SOME_KEY")
+        items = [item async for item in engine.stream(request("Hi"))]
+        whole = await engine.generate(request("Hi"))
+        await engine.close()
+    assert isinstance(items[-1], Generation)
+    assert "".join(item.text for item in items[:-1]) == items[-1].text == whole.text == hidden
+
+
+async def test_a_key_that_is_a_word_stays_in_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "none")
+    async with playing(answer("There is none.")) as endpoint:
+        engine = engine_of(endpoint, api_key_env="SOME_KEY")
+        assert (await ask(engine)).text == "There is none."
+        await engine.close()
+
+
 @pytest.mark.parametrize(
     "said", ["the model some-model does not exist", "Your role is not allowed...", "**no**: x****", "%41&amp;"]
 )
