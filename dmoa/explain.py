@@ -13,7 +13,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from dmoa.redaction import redact
+from dmoa.redaction import redact, redact_text
 
 _MAX_CHARS = 80
 _LIKENESS = 0.6
@@ -68,9 +68,13 @@ def _nearest_word(item: ErrorDetails) -> str:
 def _seen(item: ErrorDetails) -> str:
     """Return the value seen, short; without what a field named like a key holds, because people do put keys there."""
     value = item["input"]
-    name = str(item["loc"][-1]) if item["loc"] else ""
-    name = "" if name == "[key]" else name  # pydantic's word for the name of an entry itself
-    return short(redact(value, name) if isinstance(value, str | int | float | dict | list) else value)
+    if not isinstance(value, str | int | float | dict | list):
+        return redact_text(short(value))
+    # Under each name on the way to it: what `auth_tokens` holds is secret whatever its own name is.
+    names = [str(part) for part in item["loc"] if part != "[key]"]  # pydantic's word for the name of an entry itself
+    for name in names or [""]:
+        value = redact(value, name)
+    return short(value)
 
 
 def _follows_from_others(item: ErrorDetails, items: list[ErrorDetails]) -> bool:

@@ -1,37 +1,88 @@
 """Takes secrets out of what is written down or logged: by the name of a field, and by what a text looks like.
 
-Used for the settings that a run keeps beside its results and for what a tracker logs. It knows common shapes, not every
-secret: nothing that is known to be one should be handed to it in the first place.
+Used for the settings that a run keeps beside its results, for what a tracker logs, and for errors that quote others. It knows
+common shapes, not every secret: nothing that is known to be one should be handed to it in the first place. A secret that is
+known is taken out of a text by `Conceal`, in whatever way it is written there.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import html
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 REDACTED = "[redacted]"
-# `tokens` is what budgets count and `tokenizer` a part of a model; neither is a credential.
-_NAMES = r"key|token(?!s|iz)|secret|passw|credential|authorization"
-_SECRET_NAME = re.compile(_NAMES, re.IGNORECASE)
-_TOKENS_NAME = re.compile("tokens", re.IGNORECASE)
-_USERINFO = re.compile(r"(?<=://)[^/\s@]+@")
-_ASSIGNED = re.compile(rf"([\w.\-]*(?:{_NAMES})[\w\-]*\s*=\s*)(?:\"[^\"]*\"|'[^']*'|[^\s&,;'\"]+)", re.IGNORECASE)
-_KNOWN = re.compile(r"\b(?:sk-|hf_|ghp_|xox[abp]-|AKIA)[A-Za-z0-9_\-]{8,}|\bBearer\s+\S+")
+_SECRET_PARTS = re.compile(
+    r"token(?!iz|is[ae])|secret(?!ar)|passw|passphrase|passcode|credential|authori[sz]ation|apikey|accesskey"
+)
+_SECRET_WORDS = re.compile(r"key|keys|pwd|creds|cookie|cookies|bearer")
+_ENDS_IN_KEY = re.compile(r"keys?$")
+_ORDINARY = re.compile(r"^(?:mon|don|tur|hoc|joc|whis|lac|flun|hot)keys?$")
+_COUNTS = re.compile(
+    r"audio|avg|bos|budget|cached|cls|count|entropy|eos|extra|first|ids|image|len|length|mask|max|mean|min|num|of"
+    r"|pad|per|sep|size|special|start|stop|end|total|type|unk|usage|vocab|prompt|completion|reasoning"
+)
+"""Words beside `token` or `tokens` in the name of a count or of a part of a vocabulary, neither of which is a credential."""
+_COUNTED = re.compile(
+    r"accepted|added|batch|context|counted|draft|generated|input|last|new|next|number|out|output|prediction|rejected"
+    r"|step|text|used"
+)
+"""Words that say so beside `tokens` alone."""
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_COUNT_OF_KEYS = re.compile(r"^(?:num|max|min|total|n)_|_(?:count|size|length)$", re.IGNORECASE)
+
+_USERINFO = re.compile(r"(?:(?<=//)|(?<=\\/))[^/\s?#\"'<>]+@")
+_SIGNED = re.compile(r"([?&](?:sig|signature|X-\w+-Signature)=)[^&\s\"'<>]+", re.IGNORECASE)
+_GIVEN = re.compile(
+    r"(?P<name>(?<![\w.\-])[\w.\-]*\w|(?:api|access|secret|private)[ ]keys?(?:[ ]provided)?)"
+    r"(?P<sign>\\*[\"']?\s*(?::=|=>|=(?!=)|:(?!:|//))[ \t]*)"
+    r"|(?P<option>(?<![\w\-])--?[A-Za-z][\w\-]*)[ \t]+(?![\s\-])",
+    re.IGNORECASE,
+)
+"""A name and what stands before its value; `--name` needs no sign."""
+_VALUE = re.compile(
+    r"\[redacted\]"
+    r"|(?P<escape>\\+[\"'])(?:.*?(?P=escape)|.*)"
+    r'|"(?:[^"\\]|\\.)*"' + r"|'(?:[^'\\]|\\.)*'" + r"|[\"'].*"
+    r"|(?:(?:Bearer|Basic|Token|Digest)\s+)?[^\s&,;'\"{}\[\]()<>\\]+(?:,[^\s&,;'\"{}\[\]()<>=:\\]+)*",
+    re.IGNORECASE,
+)
+_QUOTE = re.compile(r"\\*[\"']")
+_BRACKET = re.compile(r"[{}\[\]]")
+_KNOWN = re.compile(
+    r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:"
+    r"sk-[\w\-]{8,}|[spr]k_(?:live|test)_\w{8,}"
+    r"|hf_(?!hub|transfer)\w{8,}|gh[a-z]_\w{8,}|github_pat_\w{8,}|gl[a-z]{1,6}-[\w\-]{8,}"
+    r"|AIza[\w\-]{8,}|ya29\.[\w\-]{8,}|xox[a-z]-[\w\-]{8,}|xapp-[\w\-]{8,}|AKIA\w{8,}|ASIA[A-Z0-9]{16}"
+    r"|npm_[A-Za-z0-9]{30,}|pypi-AgE\w{8,}|(?:gsk|r8)_[A-Za-z0-9]{20,}|(?:xai|nvapi|pplx|tvly)-[\w\-]{16,}|dop_v1_\w{16,}"
+    r"|SG\.[\w\-]{8,}\.[\w\-]{8,}|eyJ[\w\-]{5,}\.[\w\-]+(?:\.[\w\-]*)*"
+    r")"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*)",
+    re.DOTALL,
+)
+_BEARER = re.compile(r"(?<![A-Za-z0-9])(Bearer\s+|bearer\s+(?=\S*\d))(?!\[redacted\])[^\s\"'\\,;]+")
+_BASIC = re.compile(r"(?<![A-Za-z0-9])(Basic\s+)([A-Za-z0-9+/_\-]{4,}={0,2})", re.IGNORECASE)
+_LONG_LOGIN = 16
 
 
 def redact(value: Any, name: str = "") -> Any:
     """Return plain JSON values with every secret replaced by `[redacted]`; what is no plain value becomes text.
 
-    Whatever a field named like a key, token, secret or password holds is replaced, null and booleans aside; in other texts
-    the user part of a URL, `api_key=...` and the well-known shapes of keys are. `name` is the field's own name.
+    Whatever a field named like a key, token, secret or password holds is replaced, at any depth, null and booleans aside; under
+    `tokens` numbers stay too, which are counts. In other texts `redact_text` finds secrets. `name` is the field's own name.
     """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Mapping):
-        inherited = name if _is_secret(name, "") else ""
-        return {str(key): redact(inner, inherited or str(key)) for key, inner in value.items()}
+        inherited = name if _is_secret(name) else ""
+        # A field within that is secret by its own name is so for numbers too, which under `tokens` are counts.
+        names = {key: str(key) if _is_secret(str(key), 0) else inherited or str(key) for key in value}
+        return {redact_text(str(key)): redact(inner, names[key]) for key, inner in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [redact(inner, name) for inner in value]
     if _is_secret(name, value):
@@ -44,12 +95,181 @@ def redact(value: Any, name: str = "") -> Any:
 def redact_text(text: str) -> str:
     """Return a text without the user part of its URLs, values given to secret names, and well-known shapes of keys."""
     text = _USERINFO.sub(f"{REDACTED}@", text)
-    text = _ASSIGNED.sub(rf"\g<1>{REDACTED}", text)
-    return _KNOWN.sub(REDACTED, text)
+    text = _SIGNED.sub(rf"\g<1>{REDACTED}", text)
+    text = _KNOWN.sub(REDACTED, text)
+    text = _without_given(text)
+    text = _BEARER.sub(rf"\g<1>{REDACTED}", text)
+    return _BASIC.sub(_without_login, text)
 
 
-def _is_secret(name: str, value: object) -> bool:
-    if _SECRET_NAME.search(name):
-        return True
-    # `auth_tokens: [...]` holds credentials, `max_tokens: 96` a count.
-    return bool(_TOKENS_NAME.search(name)) and isinstance(value, str) and value != ""
+def redact_command(words: Iterable[str]) -> str:
+    """Return a command line as one would type it, without its secrets."""
+    clean, is_value = list[str](), False
+    for word in words:
+        name, sign, value = word.partition("=")
+        if is_value and not word.startswith("-"):
+            clean.append(REDACTED)
+        elif sign and re.fullmatch(r"[\w.\-]+", name) and _is_secret(name, _count(value)):
+            clean.append(f"{name}={REDACTED}")
+        else:
+            clean.append(redact_text(word))
+        is_value = not sign and word.startswith("-") and _is_secret(word)
+    return shlex.join(clean)
+
+
+def _without_given(text: str) -> str:
+    """Return a text without the values that it gives to secret names: `name=x`, `name: x`, `"name": {...}`, `--name x`."""
+    parts, at = list[str](), 0
+    # Only values of secret names are passed over: what stands in other values is looked at like the rest.
+    while given := _GIVEN.search(text, at):
+        name, start = given["name"] or given["option"], given.end()
+        # As in "The key: be brief".
+        is_prose = ":" in (given["sign"] or "") and '"' not in given["sign"] and _words(name) in (["key"], ["keys"])
+        end = start if is_prose or not _is_secret(name) else _end_of_value(text, start)
+        quote = found[0] if (found := _QUOTE.match(text, start, end)) else ""
+        value = text[start + len(quote) : end].removesuffix(quote)
+        is_kept = value.lower() in ("", "null", "none", "true", "false", REDACTED) or not _is_secret(name, _count(value))
+        parts.append(text[at : start if is_kept else start + len(quote)])
+        parts.append("" if is_kept else f"{REDACTED}{quote}")
+        at = start if is_kept else end
+    return "".join([*parts, text[at:]])
+
+
+def _end_of_value(text: str, start: int) -> int:
+    """Return where the value that starts there ends: a bracket at its partner, all else as `_VALUE` says."""
+    if text[start : start + 1] not in ("{", "[") or text.startswith(REDACTED, start):
+        found = _VALUE.match(text, start)
+        return found.end() if found else start
+    depth = 0
+    for match in _BRACKET.finditer(text, start):
+        depth += 1 if match[0] in "{[" else -1
+        if depth == 0:
+            return match.end()
+    return len(text)
+
+
+def _count(text: str) -> object:
+    """Return 0 for a text that holds numbers alone, the text for others: what tells counts from credentials."""
+    without_names = re.sub(r"\\*[\"']?\w+\\*[\"']?\s*:", "", text)
+    return 0 if re.fullmatch(r"[\d\s.,{}\[\]]+", without_names) else text
+
+
+def _without_login(match: re.Match[str]) -> str:
+    """Take out what follows `Basic` where it looks like a login, and is not a word of a sentence."""
+    seen = match[2]
+    is_login = seen.endswith("=") or (len(seen) >= _LONG_LOGIN and re.search(r"\d", seen) is not None)
+    if not is_login:
+        try:
+            login = base64.b64decode(seen.translate(str.maketrans("-_", "+/")) + "=" * (-len(seen) % 4)).decode("ascii")
+        except (binascii.Error, ValueError):
+            return match[0]
+        is_login = ":" in login and login.isprintable()
+    return f"{match[1]}{REDACTED}" if is_login else match[0]
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in _WORDS.findall(name)]
+
+
+def _is_secret(name: str, value: object = "") -> bool:
+    """Tell whether a field of that name holds a secret; `value` tells a count from a credential."""
+    words, is_number = _words(name), isinstance(value, int | float)
+    if any(_SECRET_WORDS.fullmatch(word) or (_ENDS_IN_KEY.search(word) and not _ORDINARY.match(word)) for word in words):
+        is_part_of_a_model = {"key", "value"} <= set(words)
+        if not is_part_of_a_model and not (is_number and _COUNT_OF_KEYS.search(name)):
+            return True
+    joined = "".join(words)
+    found = _SECRET_PARTS.findall(joined)
+    if not found or any(part != "token" for part in found):
+        return bool(found)
+    is_plural = "tokens" in joined
+    if any(_COUNTS.fullmatch(word) or (is_plural and _COUNTED.fullmatch(word)) for word in words):
+        return False
+    # `auth_tokens: {...}` holds credentials, `tokens: {"a": 1}` counts.
+    return not (is_number and is_plural)
+
+
+class Conceal:
+    """Takes one known secret out of texts: also a part of it, and as URLs, JSON, HTML and base64 write it."""
+
+    _RUN = 6
+    """Characters in a row that tell a part of the secret from chance; all of a shorter secret."""
+    _SHORT = 4
+    _MASKED = re.compile(r"[^\s\"'<>(),;]*(?:\*{2,}|\.{3,}|…|•{2,}|[xX]{4,})[^\s\"'<>(),;]*")
+    _ESCAPE = re.compile(
+        r"\\+u([0-9a-fA-F]{4})|\\+x([0-9a-fA-F]{2})|%([0-9a-fA-F]{2})|&#(\d{1,6});|&#[xX]([0-9a-fA-F]{1,5});|(&[a-z]{2,6};)"
+        r"|\\+([^\w\s])"
+    )
+
+    def __init__(self, secret: str) -> None:
+        """An empty secret takes nothing out."""
+        self._secret = secret.casefold()
+        self._word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])", re.IGNORECASE)
+        self._size = min(self._RUN, len(secret))
+        forms = [secret, *_encodings(secret)] if secret else []
+        self._runs = {form[i : i + self._size].casefold() for form in forms for i in range(len(form) - self._size + 1)}
+
+    def __call__(self, text: str) -> str:
+        """Return the text with `[redacted]` where the secret was."""
+        if not self._secret:
+            return text
+        if self._size < self._SHORT:  # a part of most words
+            return self._word.sub(REDACTED, text)
+        marks = bytearray(len(text))
+        for chars, spans in self._readings(text):
+            for i in range(len(chars) - self._size + 1):
+                if chars[i : i + self._size] in self._runs:
+                    start, end = spans[i][0], spans[i + self._size - 1][1]
+                    marks[start:end] = b"\x01" * (end - start)
+        for match in self._MASKED.finditer(text):
+            if self._is_masked(match[0].casefold()):
+                marks[match.start() : match.end()] = b"\x01" * (match.end() - match.start())
+        return "".join(
+            REDACTED if found[0][0] else text[found.start() : found.end()] for found in re.finditer(rb"\x01+|\x00+", marks)
+        )
+
+    def _is_masked(self, word: str) -> bool:
+        """Tell whether a word with its middle blotted out begins or ends as the secret does."""
+        parts = [part for part in re.split(r"[*.…•]{2,}|…|x{4,}", word.strip("`:")) if part]
+        return any(self._secret.startswith(part) or self._secret.endswith(part) for part in parts if len(part) >= 2)
+
+    def _readings(self, text: str) -> Iterable[tuple[str, Sequence[tuple[int, int]]]]:
+        """Yield the text and what it says once escapes are read, up to three deep, with the span that each character had."""
+        chars, spans = text, [(i, i + 1) for i in range(len(text))]
+        for _ in range(4):
+            # One character for one, so that spans still fit.
+            yield "".join(char if len(low := char.casefold()) != 1 else low for char in chars), spans
+            found = list(self._ESCAPE.finditer(chars))
+            if not found:
+                return
+            read, where, at = list[str](), list[tuple[int, int]](), 0
+            for match in found:
+                read += [chars[at : match.start()], _read(match)]
+                where += [*spans[at : match.start()], (spans[match.start()][0], spans[match.end() - 1][1])]
+                at = match.end()
+            chars, spans = "".join([*read, chars[at:]]), [*where, *spans[at:]]
+
+
+def _read(match: re.Match[str]) -> str:
+    """Return the one character that an escape stands for."""
+    unicode, byte, percent, decimal, hexadecimal, entity, itself = match.groups()
+    code = unicode or byte or percent or hexadecimal
+    if entity:
+        plain = html.unescape(entity)
+        return plain if len(plain) == 1 else "\ufffd"
+    if itself:
+        return str(itself)
+    number = int(code, 16) if code else int(decimal)
+    return chr(number) if number < 0x110000 else "\ufffd"
+
+
+def _encodings(secret: str) -> list[str]:
+    """Return the secret in base64, wherever it may stand in a longer text, and in hexadecimal digits."""
+    data = secret.encode("utf-8", "surrogatepass")
+    forms = [data.hex()]
+    for before in range(3):
+        encoded = base64.b64encode(b"\0" * before + data).decode("ascii").rstrip("=")
+        # The first and last characters depend on what stands beside the secret.
+        inner = encoded[0 if before == 0 else before + 1 : len(encoded) if (before + len(data)) % 3 == 0 else -1]
+        forms += [inner, inner.translate(str.maketrans("+/", "-_"))]
+    return [form for form in forms if form]

@@ -18,6 +18,7 @@ from dmoa.config import GateConfig
 from dmoa.core.decision import Decider
 from dmoa.core.gate import Gate, GateSpec, init_gate
 from dmoa.errors import RoutingError
+from dmoa.redaction import redact_text
 from dmoa.types import FloatArray, RoutedBy, RouteDecision, RouteRequest
 
 _LOG = logging.getLogger("dmoa.routing")
@@ -82,7 +83,7 @@ class LocalRouter:
     def report_unavailable(self, agent: str, reason: str) -> None:
         """Mask an agent until `restore` is called."""
         if agent not in self._masked:
-            _LOG.warning("agent %s masked: %s", agent, reason)
+            _LOG.warning("agent %s masked: %s", agent, redact_text(reason))
         self._masked |= {agent}
 
     def restore(self, agent: str) -> None:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dmoa import __version__
 from dmoa.errors import TraceError
 from dmoa.explain import describe
+from dmoa.redaction import redact, redact_text
 from dmoa.reply import ReplyDmoa, reply_dmoa
 from dmoa.types import Answer, Query, RouteDecision, RouteRequest, StepRecord
 
@@ -85,7 +86,7 @@ def trace_of(
     metadata: dict[str, str] | None = None,
     created_unix_s: float | None = None,
 ) -> Trace:
-    """Return the trace of an answered query; `user` and `metadata` are the client's own words, kept as they came.
+    """Return the trace of an answered query; `user` and `metadata` are the client's own words, without secrets.
 
     `created_unix_s` is when the query was answered, None for now.
     """
@@ -96,8 +97,8 @@ def trace_of(
         dmoa_version=__version__,
         pool_fingerprint=fingerprint,
         query=asdict(query),
-        user=user,
-        metadata=metadata or {},
+        user=None if user is None else redact_text(user),
+        metadata=redact(metadata or {}),
         answer=answer.text,
         finish_reason=answer.finish_reason,
         wall_ms=answer.wall_ms,

@@ -159,7 +159,9 @@ class _Tracker:
         self._put({"op": "log", "step": step, "metrics": {name: float(value) for name, value in metrics.items()}})
 
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        self._put({"op": "table", "name": name, "columns": list(columns), "rows": redact([list(row) for row in rows])})
+        # Each cell by the name of its column, as a field.
+        plain = [[redact(value, column) for value, column in zip(row, columns, strict=True)] for row in rows]
+        self._put({"op": "table", "name": name, "columns": list(columns), "rows": plain})
 
     def config(self, values: Mapping[str, Any]) -> None:
         self._put({"op": "config", "values": redact(dict(values))})

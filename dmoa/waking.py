@@ -11,6 +11,7 @@ import logging
 
 from dmoa.errors import AgentUnavailableError
 from dmoa.protocols import AgentClient
+from dmoa.redaction import redact_text
 
 _LOG = logging.getLogger("dmoa.waking")
 COLD_PATIENCE_S = 600.0
@@ -54,4 +55,4 @@ class Waker:
     def _over(self, place: str, task: asyncio.Task[None]) -> None:
         del self._waking[place]
         if not task.cancelled() and task.exception() is not None:
-            _LOG.warning("%s was not woken: %s", place, task.exception())
+            _LOG.warning("%s was not woken: %s", place, redact_text(str(task.exception())))

@@ -15,6 +15,7 @@ from dmoa.agents import tools as toolbox
 from dmoa.config import AgentConfig
 from dmoa.errors import AgentOverloadedError, DeadlineError, DmoaError, EngineError, PromptTooLongError
 from dmoa.protocols import Engine
+from dmoa.redaction import redact_text
 from dmoa.types import AgentCall, AgentReply, AgentStatus, Generation, GenerationRequest, Message, TextDelta
 
 MAX_TOOL_ROUNDS = 4
@@ -122,7 +123,7 @@ class Agent:
         return AgentReply(
             agent=call.agent,
             status="overloaded" if isinstance(error, AgentOverloadedError) else status,
-            error=str(error) if isinstance(error, DmoaError) else f"{type(error).__name__}: {error}",
+            error=redact_text(str(error) if isinstance(error, DmoaError) else f"{type(error).__name__}: {error}"),
             finish_reason="length" if isinstance(error, PromptTooLongError) else "error",
             latency_ms=(time.perf_counter() - started) * 1e3,
             engine=self._engine.label,

@@ -1,34 +1,146 @@
 """From a conversation to the tokens of a prompt: the same for every engine that runs a model itself.
 
-The transformers engine, the vLLM engine and nothing else; what an endpoint does with messages is its own.
+The transformers engine, the vLLM engine and nothing else; what an endpoint does with messages is its own. The control tokens of
+a prompt (where a turn begins and ends, whose it is) come from the chat template alone: in a message their names are plain text.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import secrets
+import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from dmoa.errors import EngineError, PromptTooLongError
 from dmoa.types import Message
+
+_REASONING = re.compile(r"</?(?:think|thinking|reasoning)>", re.IGNORECASE)
+"""What a model writes around its reasoning: no turn can be forged with it, and a reply that is continued holds it."""
+_KNOWN: WeakKeyDictionary[Any, _Controls] = WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message], *, model: str) -> list[int]:
     """Return a prompt's tokens by the chat template of a transformers tokenizer; raises EngineError without a message.
 
-    A last message of the assistant's is continued; after any other the template opens the reply.
+    A last message of the assistant's is continued; after any other the template opens the reply. Control tokens that messages
+    name are encoded as the text that they are, so no message can end its turn or open another.
     """
     if not messages:
         raise EngineError(f"{model}: messages: value seen: none; at least one message is needed")
+    controls = _controls_of(tokenizer)
+    is_forged = any(controls.are_in(message.content) for message in messages)
     is_continued = messages[-1].role == "assistant"
     text = tokenizer.apply_chat_template(
-        [{"role": message.role, "content": message.content} for message in messages],
+        [
+            {"role": message.role, "content": controls.broken(message.content) if is_forged else message.content}
+            for message in messages
+        ],
         tokenize=False,
         add_generation_prompt=not is_continued,
         continue_final_message=is_continued,
     )
+    if is_forged:
+        return controls.encode(text)
     # The backend's own call: transformers' sets padding on the shared tokenizer, which is not safe among threads.
     tokens: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     return tokens
+
+
+def _controls_of(tokenizer: Any) -> _Controls:
+    with _LOCK:
+        found = _KNOWN.get(tokenizer)
+        if found is None:
+            found = _KNOWN[tokenizer] = _Controls(tokenizer)
+        return found
+
+
+class _Controls:
+    """The control tokens of one tokenizer, and how text that names them is encoded beside real ones."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        added = self._backend.get_added_tokens_decoder().values()
+        template = _template_text(tokenizer.chat_template)
+        # DeepSeek's tokens of roles and Qwen's of tools, say, are not marked as special, yet their templates build on them;
+        # other added tokens (runs of spaces, tags of HTML) are ordinary text.
+        found = [token for token in added if token.special or (_is_sign(token.content) and token.content in template)]
+        found = [token for token in found if len(token.content) > 1 and not _REASONING.fullmatch(token.content)]
+        self._names = sorted((token.content for token in found), key=len, reverse=True)
+        self._pattern = _any_of(self._names)
+        self._normaliser = self._backend.normalizer
+        # Looked for in the text as the tokenizer reads it, in small letters say.
+        read = [self._normaliser.normalize_str(token.content) for token in found if token.normalized] if self._normaliser else []
+        self._read_pattern = _any_of(read) if any(read) else None
+        number = secrets.randbelow(10**16)  # which no text can know
+        self._seam = f"\u27e6{number}\u27e7"
+        self._aliases = {name: f"\u27e6{number}.{i}\u27e7" for i, name in enumerate(self._names)}
+
+    def are_in(self, text: str) -> bool:
+        """Tell whether a text names one of the tokens, as it stands or as the tokenizer reads it."""
+        if self._pattern.search(text):
+            return True
+        return self._read_pattern is not None and self._read_pattern.search(self._normaliser.normalize_str(text)) is not None
+
+    def broken(self, text: str) -> str:
+        """Return a text with a seam in every name of a control token, by which `encode` tells it from the template's."""
+        while self._pattern.search(text):
+            text = self._pattern.sub(lambda match: f"{match[0][0]}{self._seam}{match[0][1:]}", text)
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a rendered conversation whose messages are `broken`."""
+        marked = self._pattern.sub(lambda match: self._aliases[match[0]], text)
+        tokens: list[int] = self._renamed.encode(marked.replace(self._seam, ""), add_special_tokens=False).ids
+        return tokens
+
+    @cached_property
+    def _renamed(self) -> Any:
+        """The same tokenizer, whose control tokens go by their aliases: their names are text like any other.
+
+        Made for the first text that names one; takes seconds for a large vocabulary. Not tokenizers' `encode_special_tokens`,
+        which leaves the added tokens that are not marked as special, and vocabularies in which a name is a word.
+        """
+        from tokenizers import Tokenizer
+
+        tree = json.loads(self._backend.to_str())
+        for token in tree["added_tokens"]:
+            token["content"] = self._aliases.get(token["content"], token["content"])
+        model = tree["model"]
+        vocab = model["vocab"]
+        if isinstance(vocab, dict):
+            model["vocab"] = {self._aliases.get(name, name): number for name, number in vocab.items()}
+        else:
+            model["vocab"] = [[self._aliases.get(name, name), score] for name, score in vocab]
+        if model.get("unk_token") in self._aliases:
+            model["unk_token"] = self._aliases[model["unk_token"]]
+        if "merges" in model:
+            model["merges"] = [merge for merge in model["merges"] if not self._makes_control(merge)]
+        tree["post_processor"] = None  # it names tokens, and adds none here
+        return Tokenizer.from_str(json.dumps(tree))
+
+    def _makes_control(self, merge: str | list[str]) -> bool:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        return any(part in self._aliases for part in (left, right, left + right))
+
+
+def _template_text(template: Any) -> str:
+    """Return a chat template's source; of several named ones all together."""
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
+
+
+def _any_of(names: Sequence[str]) -> re.Pattern[str]:
+    """Return what matches the longest of these names, nothing where there is none."""
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if name) or r"(?!)")
+
+
+def _is_sign(name: str) -> bool:
+    """Tell whether a token looks like a mark and not like text that is added for its frequency."""
+    return re.fullmatch(r"[<\[\]].*[>\[\]]", name) is not None
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:

@@ -84,7 +84,9 @@ class MiniLmEncoder:
         # The tokenizer refuses lone surrogates; JSON can carry them.
         clean = text.encode("utf-8", "replace").decode("utf-8")
         with self._model_lock:
-            ids: list[int] = self._model.tokenizer(clean, add_special_tokens=False, verbose=False)["input_ids"]
+            # Split, so that a text which names a special token, such as [SEP], holds none.
+            found = self._model.tokenizer(clean, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            ids: list[int] = found["input_ids"]
             if not ids:
                 return np.zeros(D, np.float32)
             num_chunks = -(-len(ids) // self._chunk_tokens)

@@ -23,16 +23,18 @@ from typing import Any
 import httpx
 
 from dmoa import __version__
+from dmoa.agents.control_names import break_names
 from dmoa.agents.openai_replies import Draft, error_field, error_message, events
 from dmoa.config import OpenaiOptions
 from dmoa.errors import AgentOverloadedError, ConfigError, DmoaError, EngineError, PromptTooLongError
-from dmoa.redaction import REDACTED, redact_text
+from dmoa.redaction import Conceal, redact_text
 from dmoa.types import GenerationRequest
 
 _LOG = logging.getLogger("dmoa.openai")
 CONNECT_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 8.0
+_MAX_READ_CHARS = 4000
 _MAX_QUOTED_CHARS = 300
 _OPTIONAL = {name: name for name in ("logprobs", "stream_options", "seed")} | {"max_tokens": "max_completion_tokens"}
 """Fields that an endpoint may refuse, and the word of its refusal: max_tokens is then sent by that name, the others not."""
@@ -61,6 +63,7 @@ class Endpoint:
         self._model = model
         self._options = options
         self._key = read_key(options.api_key_env)
+        self._conceal = Conceal(self._key)
         self._url = f"{options.base_url.rstrip('/')}/chat/completions"
         self._refused: set[str] = set()
         # Made here, because reading the certificates takes a while, which a first call's deadline should not pay for.
@@ -92,7 +95,7 @@ class Endpoint:
         """
         attempt = 0
         while True:
-            drafts.append(Draft(self._options.vocab_size))
+            drafts.append(Draft(self._options.vocab_size, self._key))
             try:
                 await self._exchange(client, request, on_text, drafts[-1])
             except _FieldRefusedError:
@@ -120,26 +123,44 @@ class Endpoint:
         self, client: httpx.AsyncClient, request: GenerationRequest, on_text: OnText | None, draft: Draft
     ) -> None:
         """Send the call once and read the reply into the draft."""
-        body = self._body(request, is_stream=on_text is not None)
+        body, is_begun = self._body(request, is_stream=on_text is not None), False
         try:
             async with client.stream("POST", self._url, json=body) as response:
+                is_begun = True
                 if response.status_code != httpx.codes.OK:
                     raise self._refusal(response, await response.aread(), body)
-                if on_text is None or response.headers.get("content-type", "").startswith("application/json"):
+                kind = response.headers.get("content-type", "").lower()
+                if kind.startswith("application/json") or (on_text is None and not kind.startswith("text/event-stream")):
                     self._take(draft, await response.aread(), on_text)
                 else:
                     await self._read_events(response, on_text, draft)
-        except httpx.TimeoutException as error:
-            if isinstance(error, httpx.ConnectTimeout):
-                raise _PassingError(self.error("no connection in time; check base_url, or raise timeout_s")) from error
-            raise self.error(f"nothing came for {self._options.timeout_s:g} s; raise timeout_s, or lower max_tokens") from None
-        except httpx.TransportError as error:
-            said = self._quoted(str(error) or "no details")
-            raise _PassingError(self.error(f"the connection failed ({type(error).__name__}: {said}); check base_url")) from error
-        except httpx.DecodingError as error:
-            raise self.error(f"its reply cannot be decoded ({self._quoted(str(error))})") from None
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            if not draft.is_ended:  # else what was lost came after the end of the reply
+                raise self._failure(error, is_begun=is_begun) from None
+        try:
+            rest = draft.finish()
+        except EngineError as error:
+            raise self.error(self._quoted(str(error))) from None
+        if rest and on_text is not None:
+            on_text(rest)
 
-    async def _read_events(self, response: httpx.Response, on_text: OnText, draft: Draft) -> None:
+    def _failure(self, error: Exception, *, is_begun: bool) -> Exception:
+        """Return what a lost or silent connection stands for; `is_begun`: the endpoint had begun to answer."""
+        said = f"{type(error).__name__}: {self._quoted(str(error)) or 'no details'}"
+        if isinstance(error, httpx.ConnectTimeout):
+            return _PassingError(self.error("no connection in time; check base_url, or raise timeout_s"))
+        if isinstance(error, httpx.TimeoutException):
+            return self.error(f"nothing came for {self._options.timeout_s:g} s; raise timeout_s, or lower max_tokens")
+        if isinstance(error, httpx.DecodingError):
+            return self.error(f"its reply cannot be decoded ({said})")
+        if is_begun:
+            return _PassingError(self.error(f"the connection failed in mid-reply ({said}); ask again"))
+        if isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
+            advice = "ask again; where that never helps, check base_url, http or https"
+            return _PassingError(self.error(f"the connection failed before the reply ({said}); {advice}"))
+        return _PassingError(self.error(f"the connection failed ({said}); check base_url"))
+
+    async def _read_events(self, response: httpx.Response, on_text: OnText | None, draft: Draft) -> None:
         is_done = False
         async with aclosing(events(response.aiter_bytes())) as found:
             async for data in found:
@@ -163,7 +184,7 @@ class Endpoint:
         sampling, options = request.sampling, self._options
         body: dict[str, Any] = {
             "model": self._model,
-            "messages": [{"role": message.role, "content": message.content} for message in request.messages],
+            "messages": [{"role": message.role, "content": break_names(message.content)} for message in request.messages],
             "temperature": sampling.temperature,
             "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens": sampling.max_tokens,
             "stream": is_stream,
@@ -189,10 +210,11 @@ class Endpoint:
             tree = json.loads(content)
         except ValueError:
             tree = content.decode("utf-8", "replace")
-        said = self._quoted(error_message(tree)) or "no details"
-        if error_field(tree, "code") == "context_length_exceeded" or re.search(r"maximum context length|context window", said):
+        message = error_message(tree)
+        said = self._quoted(message) or "no details"
+        if error_field(tree, "code") == "context_length_exceeded" or re.search(r"maximum context length|context window", message):
             return PromptTooLongError(self._named(f"the prompt does not fit: {said}"))
-        if status in (400, 422) and self._learn(f"{error_field(tree, 'param')} {said}", body):
+        if status in (400, 422) and self._learn(f"{error_field(tree, 'param')} {message}", body):
             return _FieldRefusedError()
         if status in (401, 403):
             whose = (
@@ -212,7 +234,7 @@ class Endpoint:
         for name, word in _OPTIONAL.items():
             if re.search(rf"\b{word}\b", said) and name in body and name not in self._refused:
                 self._refused.add(name)
-                _LOG.warning("openai:%s refuses %s, which is no longer sent: %s", self._model, name, said.strip())
+                _LOG.warning("openai:%s refuses %s, which is no longer sent: %s", self._model, name, self._quoted(said))
                 return True
         return False
 
@@ -220,10 +242,9 @@ class Endpoint:
         return f"openai:{self._model}: {text}"
 
     def _quoted(self, text: str) -> str:
-        """Return a text of the endpoint or about it, on one line, short, without the key."""
-        clean = text.replace(self._key, REDACTED) if self._key else text
-        # Cut before redacting, whose patterns take a second for each few thousand characters without a space.
-        return redact_text(" ".join(clean.split())[:_MAX_QUOTED_CHARS])
+        """Return a text of the endpoint or about it, on one line, short, without the key or a part of it."""
+        clean = " ".join(self._conceal(text[:_MAX_READ_CHARS]).split())
+        return redact_text(clean)[:_MAX_QUOTED_CHARS]
 
 
 def read_key(variable: str | None) -> str:

@@ -121,7 +121,7 @@ class OpenaiEngine:
                 raise self._endpoint.error("the engine was closed") from None
             if not drafts or not drafts[-1].is_begun:
                 raise DeadlineError(f"openai:{self._model}: the deadline passed before the endpoint's reply") from None
-            is_late = True
+            is_late = not drafts[-1].is_ended
         self._tell_if_unlisted(drafts[-1])
         return drafts[-1].generation(
             prompt_tokens=self.count_prompt_tokens(request.messages),

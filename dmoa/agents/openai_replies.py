@@ -8,18 +8,47 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from dmoa.core.truncated_entropy import TruncatedSums
 from dmoa.errors import EngineError
+from dmoa.redaction import REDACTED
 from dmoa.types import FinishReason, Generation
 
 CHARS_PER_TOKEN = 4
 """What estimates of token counts assume, the usual figure for English."""
-_ENDINGS: dict[str, FinishReason] = {"length": "length", "max_tokens": "length"}
+_WHOLE = re.compile(
+    r"stop|eos|eostoken|eosfound|eot|endturn|endofturn|end|stopsequence|stopsequencefound|stoptoken|stopstring"
+    r"|stopword|stopstr|complete|completed|done|finish|finished|success|succeeded|normal"
+)
+"""What endpoints call the end of a whole text, without capitals and signs."""
+_CUT = re.compile(
+    r"length|maxlength|maxtokens|maxnewtokens|maxoutputtokens|maxtokensreached|maxpredictedtokensreached|modellength"
+    r"|tokenlimit|contextlength|contextlengthreached|contextwindow|modelcontextwindowexceeded"
+)
+"""What they call the end of a text that a limit of tokens cut."""
+_CALLED = re.compile(r"toolcalls?|tooluse|functioncall")
+"""What they call the end of a turn that asks for a tool; text before the call is the reply, because no tool was offered."""
+_FILTERED = re.compile(r"contentfilter(?:ed)?|safety|recitation|blocklist|prohibitedcontent|sensitive")
+_MIN_KEY_CHARS = 12
+_DONE = "[DONE]"
+_BOM = b"\xef\xbb\xbf"
+
+
+def _or_none(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:
+        return None
+
+
+_T = TypeVar("_T")
+_Extra = Annotated[_T | None, WrapValidator(_or_none)]
+"""What a reply is whole without: in a shape that is not understood it counts as absent."""
 
 
 class _Part(BaseModel):
@@ -41,42 +70,61 @@ class _Logprobs(_Part):
     content: list[_Row] | None = None
 
 
+def _joined(value: Any) -> Any:
+    """Return the text of content that comes in parts; anything else as it is."""
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        return "".join(part["text"] for part in value if isinstance(part.get("text"), str))
+    return value
+
+
 class _Words(_Part):
-    content: str | None = None
+    content: Annotated[str | None, BeforeValidator(_joined)] = None
+    refusal: _Extra[str] = None
+    tool_calls: Any = None
+    function_call: Any = None
 
 
 class _Choice(_Part):
+    index: _Extra[int] = None
     message: _Words | None = None
     delta: _Words | None = None
-    logprobs: _Logprobs | None = None
-    finish_reason: str | None = None
+    logprobs: _Extra[_Logprobs] = None
+    finish_reason: Any = None
+    error: Any = None
 
 
 class _PromptDetails(_Part):
-    cached_tokens: int | None = None
+    cached_tokens: _Extra[int] = None
 
 
 class _Usage(_Part):
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    prompt_tokens_details: _PromptDetails | None = None
+    prompt_tokens_details: _Extra[_PromptDetails] = None
 
 
 class _Reply(_Part):
     choices: list[_Choice] | None = None
-    usage: _Usage | None = None
+    usage: _Extra[_Usage] = None
+    object: Any = None
     error: Any = None
 
 
 class Draft:
     """What an endpoint has said so far of one reply."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, key: str = "") -> None:
+        """`key` is the endpoint's, which no text may hold; a short one is as good as a word, and stays."""
         self._vocab_size = vocab_size
+        self._key = key if len(key) >= _MIN_KEY_CHARS else ""
+        self._held = ""
         self._pieces: list[str] = []
+        self._refusal = ""
+        self._has_called = False
+        self._has_choice = False
         self._sums = TruncatedSums()
         self._num_rows = 0
-        self._finish: str | None = None
+        self._finish: FinishReason | None = None
         self._usage: _Usage | None = None
 
     @property
@@ -102,31 +150,72 @@ class Draft:
     def take(self, data: bytes | str) -> str:
         """Add a whole reply or a piece of a stream, as JSON; returns the text in it.
 
-        Raises EngineError for what is no reply, and for an error that the endpoint reports in its place.
+        Raises EngineError for what is no reply, for an error that the endpoint reports in its place, and for an ending other
+        than that of a whole text or of one cut by a limit of tokens.
         """
         try:
-            reply = _Reply.model_validate_json(data)
+            reply = _Reply.model_validate_json(data.removeprefix(_BOM) if isinstance(data, bytes) else data)
         except ValidationError as error:
             raise EngineError(f"its reply is not understood ({error.error_count()} faults, the first: {_first(error)})") from None
-        if reply.error:
-            raise EngineError(f"it reported an error: {error_message({'error': reply.error})}")
+        choice = next((choice for choice in reply.choices or [] if not choice.index), None)
+        problem = reply.error or (choice.error if choice else None) or (json.loads(data) if reply.object == "error" else None)
+        if problem:
+            raise EngineError(f"it reported an error: {error_message({'error': problem})}")
         self._usage = reply.usage or self._usage
-        for choice in (reply.choices or [])[:1]:
-            return self._choose(choice)
-        return ""
+        return self._choose(choice) if choice else ""
 
     def _choose(self, choice: _Choice) -> str:
-        words = choice.message or choice.delta
-        text = (words.content if words else None) or ""
+        self._has_choice = True
+        words = choice.message or choice.delta or _Words()
+        text = words.content or ""
+        text = self._without_key(text)
         if text:
             self._pieces.append(text)
+        self._refusal += words.refusal or ""
+        self._has_called = self._has_called or bool(words.tool_calls or words.function_call)
         for row in (choice.logprobs.content if choice.logprobs else None) or []:
             self._num_rows += 1
             self._sums.take(_listed(row), self._vocab_size)
-        self._finish = choice.finish_reason or self._finish
-        if self._finish == "content_filter":
-            raise EngineError("its content filter ended the reply; ask in other words, or ask another agent")
+        self._end(choice.finish_reason)
         return text
+
+    def _without_key(self, text: str) -> str:
+        """Return the text that may be shown now: what could be the beginning of the key is held back."""
+        text = (self._held + text).replace(self._key, REDACTED) if self._key else text
+        size = next((n for n in range(min(len(self._key) - 1, len(text)), 0, -1) if self._key.startswith(text[-n:])), 0)
+        text, self._held = text[: len(text) - size], text[len(text) - size :]
+        return text
+
+    def _end(self, said: Any) -> None:
+        """Take how the reply ended; raises EngineError where what is there is not a reply of its own."""
+        said = said.get("type") if isinstance(said, dict) else said
+        word = re.sub(r"[^a-z]", "", str(said).lower()) if said else ""
+        if word in ("", "null", "none"):
+            return
+        if _FILTERED.fullmatch(word):
+            raise EngineError("its content filter ended the reply; ask in other words, or ask another agent")
+        if not any(known.fullmatch(word) for known in (_WHOLE, _CUT, _CALLED)):
+            raise EngineError(f"its reply ended with finish_reason {str(said)[:40]!r}, so the text is not whole; ask again")
+        self._has_called = self._has_called or _CALLED.fullmatch(word) is not None
+        self._finish = "length" if _CUT.fullmatch(word) else "stop"
+
+    def finish(self) -> str:
+        """Take the reply as ended; return the text that was still held back.
+
+        Raises EngineError for a reply without a text of its own, and says what stands in its place.
+        """
+        if not self._has_choice:
+            raise EngineError("its reply holds no choice; check base_url and model, and that chat completions are served there")
+        rest, self._held = self._held, ""
+        if rest:
+            self._pieces.append(rest)
+        if self.text.strip():
+            return rest
+        if self._refusal:
+            raise EngineError(f"it refused to answer: {self._refusal}")
+        if self._has_called:
+            raise EngineError("it called a tool in place of an answer, and none was offered; set its tool choice to none there")
+        return rest
 
     def generation(self, *, prompt_tokens: int, engine_ms: float, queue_ms: float, is_late: bool = False) -> Generation:
         """Return the reply as it stands. `is_late`: the deadline ended it.
@@ -138,7 +227,7 @@ class Draft:
         details = usage.prompt_tokens_details if usage else None
         return Generation(
             text=self.text,
-            finish_reason="length" if is_late else _ENDINGS.get(self._finish or "", "stop"),
+            finish_reason="length" if is_late else self._finish or "stop",
             entropy_sum_nats=sums.sum_nats,
             entropy_sq_sum=sums.sq_sum,
             entropy_slack_nats=sums.slack_nats,
@@ -189,15 +278,58 @@ def error_field(body: Any, name: str) -> str:
 
 
 async def events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
-    """Yield the data of each server-sent event, a line of JSON or `[DONE]`.
+    """Yield the data of each server-sent event, JSON or `[DONE]`, as the HTML standard reads them.
 
-    Lines end at line feeds alone: str.splitlines, and httpx with it, would cut JSON at the separators U+0085 and U+2028.
+    Lines end with LF, CR LF or CR, and not at U+0085 and U+2028, which JSON holds as they are. The lines of an event that has
+    several are put together. One whose first line is whole comes at once, also where no blank line follows. What comes as
+    `event: error` is the `error` of an object.
     """
-    rest = b""
+    held, kind = list[str](), ""
+    async for line in _lines(chunks):
+        name, _, value = line.partition(b":")
+        text = value.removeprefix(b" ").decode("utf-8", "replace")
+        if name == b"event":
+            kind = text.strip()
+        elif name == b"data" and not held and _is_whole(text):
+            yield _as_kind(text.strip(), kind)
+        elif name == b"data":
+            held.append(text)
+        elif not line:
+            if "".join(held).strip():
+                yield _as_kind("\n".join(held).strip(), kind)
+            held, kind = [], ""
+    if "".join(held).strip():
+        yield _as_kind("\n".join(held).strip(), kind)
+
+
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """Yield the lines of a stream without their ends, and the first without its byte order mark."""
+    rest, is_first, has_cr = b"", True, False
     async for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
+        # A line that ended with the last chunk's CR has ended; the LF that may follow is a part of that end.
+        fresh = chunk[1:] if has_cr and chunk.startswith(b"\n") else chunk
+        has_cr = fresh.endswith(b"\r") or (has_cr and not chunk)
+        *lines, rest = re.split(rb"\r\n|\n|\r", rest + fresh)
         for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip().decode("utf-8", "replace")
-    if rest.startswith(b"data:"):
-        yield rest[5:].strip().decode("utf-8", "replace")
+            yield line.removeprefix(_BOM) if is_first else line
+            is_first = False
+    if rest:
+        yield rest.removeprefix(_BOM) if is_first else rest
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        return text.strip() == _DONE or isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _as_kind(data: str, kind: str) -> str:
+    """Return the data of an event of some kind; an error's as the `error` of an object."""
+    if kind != "error" or data == _DONE:
+        return data
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        tree = data
+    return json.dumps(tree if isinstance(tree, dict) and tree.get("error") else {"error": tree or "no details"})

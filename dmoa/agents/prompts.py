@@ -2,17 +2,30 @@
 
 [common system text, client's system text][earlier turns][query][history, append-only][role and instruction last]
 
+What agents wrote stands between lines of ours ("Contribution of a:"). A line of theirs that reads like one is marked as quoted
+and written apart, so a text neither ends its part nor opens another's.
+
 All agents of a step share everything up to the role, so a prefix cache computes it once; history grows only at its
 end, so the next step shares it as well.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 
 from dmoa.types import AgentReply, Message, Query
 
 COMMON_SYSTEM = "You work with other experts on a user's question. Be brief and correct."
+
+_LINE_END = re.compile(r"(\r\n|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029])")
+_FRAME = re.compile(
+    r"\W*(?:contribution\W+of\W+\S{1,80}?\W*:|work\W+so\W+far\W+step\W*\d|your\W+role\W*:|answer\W+the\W+question\W+above\b"
+    r"|write\W+on\W+the\W+first\W+line\b|(?-i:FINAL|CONTINUE)\W*$)",
+    re.IGNORECASE,
+)
+"""Lines that frame what agents wrote, or look like it: with other capitals, or signs around the words."""
 
 _VERDICT = (
     "Write on the first line exactly FINAL if the question is now fully answered, else exactly CONTINUE. "
@@ -36,7 +49,7 @@ def summarizer_messages(
     query: Query, history: Sequence[str], replies: Sequence[AgentReply], *, profile: str
 ) -> tuple[Message, ...]:
     """Return the prompt of the `llm` summarizer: the shared prefix, the step's contributions, role and verdict rule."""
-    work = "\n\n".join(f"Contribution of {reply.agent}:\n{reply.text.strip()}" for reply in replies)
+    work = "\n\n".join(f"Contribution of {reply.agent}:\n{_framed(reply.text)}" for reply in replies)
     return (*_opening(query), _user(_task(query, history), work, f"Your role: {profile.strip()} {_VERDICT}"))
 
 
@@ -46,9 +59,28 @@ def _opening(query: Query) -> tuple[Message, ...]:
 
 
 def _task(query: Query, history: Sequence[str]) -> str:
-    work = [f"Work so far, step {number}:\n{text.strip()}" for number, text in enumerate(history, 1)]
+    work = [f"Work so far, step {number}:\n{_framed(text)}" for number, text in enumerate(history, 1)]
     return "\n\n".join([query.text, *work])
 
 
 def _user(*parts: str) -> Message:
     return Message(role="user", content="\n\n".join(parts))
+
+
+def _framed(text: str) -> str:
+    """Return what an agent wrote, every line of it that could be taken for one of the frame's or a verdict marked as quoted."""
+    # Every second part is the end of a line.
+    return "".join(part if i % 2 else _marked(part) for i, part in enumerate(_LINE_END.split(text.strip())))
+
+
+def _marked(line: str) -> str:
+    seen = _plain(line)
+    found = _FRAME.match(seen)
+    return f"> {'-'.join(found[0].split())}{seen[found.end() :]}" if found else line
+
+
+def _plain(line: str) -> str:
+    """Return a line as a reader sees it: without characters that have no width, and letters in their usual form."""
+    if line.isascii():
+        return line
+    return "".join(char for char in unicodedata.normalize("NFKC", line) if unicodedata.category(char) != "Cf")

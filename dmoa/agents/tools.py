@@ -198,7 +198,10 @@ _RESULT = " = "
 
 def result_text(call: ToolCall, result: str) -> str:
     """Return how a reply goes on behind `call.before`: closing tag, result, new line. Tags in the result are dropped."""
-    return f"</{call.tool}>{_RESULT}{_TAG.sub('', result)}\n"
+    # Again, because what is left around a tag may be one.
+    while _TAG.search(result):
+        result = _TAG.sub("", result)
+    return f"</{call.tool}>{_RESULT}{result}\n"
 
 
 def _passage(line: str, where: str) -> Passage:

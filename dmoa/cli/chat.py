@@ -24,6 +24,7 @@ from dmoa.cli.options import (
 from dmoa.cli.run import open_backend
 from dmoa.errors import DmoaError
 from dmoa.explain import did_you_mean
+from dmoa.redaction import redact_text
 from dmoa.types import Message
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Conversation:
                 runner.run(self._ask(line))
             except DmoaError as error:
                 self.num_failed += 1
-                typer.echo(f"dmoa: {error}", err=True)
+                typer.echo(f"dmoa: {redact_text(str(error))}", err=True)
             except KeyboardInterrupt:
                 typer.echo("\ndmoa: answer cancelled", err=True)
         return True

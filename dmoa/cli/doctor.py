@@ -7,7 +7,7 @@ import platform
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import typer
@@ -15,6 +15,7 @@ import typer
 from dmoa.agents.installed import installed_version, vllm_builds
 from dmoa.cli.options import EXIT_FAILED, Common, with_common
 from dmoa.errors import ConfigError, DmoaError
+from dmoa.redaction import redact_text
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -55,7 +56,11 @@ def doctor(common: Common) -> None:
 
 def examine(config: Config, version_of: Callable[[str], str | None] | None = None) -> Iterator[Check]:
     """Yield every finding about this machine and a pool; `version_of` says which version of a package is installed."""
-    installed = version_of or installed_version
+    for check in _findings(config, version_of or installed_version):
+        yield replace(check, detail=redact_text(check.detail))
+
+
+def _findings(config: Config, installed: Callable[[str], str | None]) -> Iterator[Check]:
     yield from _versions(installed)
     yield _engines(installed)
     yield from _compute()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from dmoa.cli.options import EXIT_FAILED, CheckpointOption, Common, UrlOption, refuse_together, with_common
 from dmoa.cli.serve import AddressOption
-from dmoa.redaction import redact_text
+from dmoa.redaction import redact_command
 
 if TYPE_CHECKING:
     from dmoa.evaluation.options import EvaluateOptions
@@ -138,7 +137,7 @@ def _with_folder(options: EvaluateOptions) -> EvaluateOptions:
 
 
 def _command() -> str:
-    return shlex.join(["dmoa", *map(redact_text, sys.argv[1:])])
+    return redact_command(["dmoa", *sys.argv[1:]])
 
 
 def _ablations(

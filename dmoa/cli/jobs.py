@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from typer.core import TyperCommand
 from dmoa.cli.options import Common, fail, suggesting, with_common
 from dmoa.config import Config, from_tree
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.redaction import redact_text
+from dmoa.redaction import redact_command
 from dmoa.yaml_tree import parse, set_value
 
 JOB, POOL = "job", "pool"
@@ -137,7 +136,7 @@ def _train_rounds(common: Common) -> None:
 
 def _command() -> str:
     """Return the command line of this process; secrets are taken out."""
-    return shlex.join(["python", *map(redact_text, sys.argv)])
+    return redact_command(["python", *sys.argv])
 
 
 def read_job(common: Common) -> tuple[Config, dict[str, Any]]:

@@ -21,6 +21,7 @@ from typer.exceptions import TyperException
 
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError, TraceError
 from dmoa.explain import did_you_mean
+from dmoa.redaction import redact_text
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -147,7 +148,7 @@ class _StderrHandler(logging.Handler):
     """Writes dmoa's own logs to stderr as it is at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(self.format(record), err=True)
+        typer.echo(redact_text(self.format(record)), err=True)
 
 
 def _start_logging(verbosity: int) -> None:
@@ -162,7 +163,7 @@ def _start_logging(verbosity: int) -> None:
 def fail(error: DmoaError) -> NoReturn:
     """End the command with one message on stderr: status 2 for bad input, else 1."""
     is_bad_input = isinstance(error, _BAD_INPUT) and getattr(error, "status", 0) != _TOO_BUSY
-    typer.echo(f"dmoa: {error}", err=True)
+    typer.echo(f"dmoa: {redact_text(str(error))}", err=True)
     raise typer.Exit(EXIT_BAD_INPUT if is_bad_input else EXIT_FAILED)
 
 

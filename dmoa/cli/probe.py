@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from dmoa.cli.evaluate import CacheOption, DataDirOption, DifficultyOption, Seed
 from dmoa.cli.options import Common, with_common
 from dmoa.cli.serve import AddressOption
 from dmoa.errors import ConfigError
-from dmoa.redaction import redact_text
+from dmoa.redaction import redact_command
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -74,7 +73,7 @@ def probe(
         out=out or Path("out") / time.strftime("probe-%Y%m%d-%H%M%S"),
         call_cache=call_cache,
         address=address,
-        command=shlex.join(["dmoa", *map(redact_text, sys.argv[1:])]),
+        command=redact_command(["dmoa", *sys.argv[1:]]),
     )
     known = (tuple(filter(None, known_answers.split(","))), known_limit) if known_answers else None
     if rollouts is not None:

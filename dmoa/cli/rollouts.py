@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ from dmoa.cli.evaluate import (
 )
 from dmoa.cli.options import CheckpointOption, Common, with_common
 from dmoa.cli.serve import AddressOption
-from dmoa.redaction import redact_text
+from dmoa.redaction import redact_command
 
 BenchmarksOption = Annotated[
     str,
@@ -93,7 +92,7 @@ def rollouts(
     options = parse_options(values)
     from dmoa.cli.rollout_session import run_rollouts
 
-    command = shlex.join(["dmoa", *map(redact_text, sys.argv[1:])])
+    command = redact_command(["dmoa", *sys.argv[1:]])
     manifest = run_rollouts(options, common.load(checkpoint), common, command)
     from dmoa.dataflow.mirror import shown
 

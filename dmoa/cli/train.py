@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from functools import partial
@@ -14,7 +13,7 @@ import typer
 from dmoa.cli.evaluate import TrackOption
 from dmoa.cli.options import Common, with_common
 from dmoa.cli.serve import AddressOption
-from dmoa.redaction import redact_text
+from dmoa.redaction import redact_command
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -128,7 +127,7 @@ def train(
     from dmoa.training.options import parse_options
 
     options = parse_options(values)
-    result = run_train(options, common.load(), common, shlex.join(["dmoa", *map(redact_text, sys.argv[1:])]))
+    result = run_train(options, common.load(), common, redact_command(["dmoa", *sys.argv[1:]]))
     common.write_json(result.report.model_dump(mode="json"))
 
 

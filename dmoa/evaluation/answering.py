@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from dmoa.evaluation.records import Answered, Task
+from dmoa.redaction import redact_text
 from dmoa.reply import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, reply_dmoa
 from dmoa.types import Answer, Limits, Query
 
@@ -129,7 +130,7 @@ def failed(task: Task, policy: str, error: Exception, wall_ms: float) -> Answere
         policy=policy,
         group=task.group,
         status="failed",
-        error=_storable(f"{type(error).__name__}: {error}"),
+        error=_storable(redact_text(f"{type(error).__name__}: {error}")),
         wall_ms=wall_ms,
     )
 

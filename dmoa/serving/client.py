@@ -16,6 +16,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
 from dmoa.errors import DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
+from dmoa.redaction import Conceal, redact_text
 from dmoa.types import Message, TextDelta
 
 _KINDS: dict[str, type[DmoaError]] = {
@@ -52,6 +53,7 @@ class SwarmClient:
         self, url: str, *, api_key: str = "", timeout_s: float = 600.0, http_client: DefaultAsyncHttpxClient | None = None
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
+        self._conceal = Conceal(api_key)
         # The openai client insists on some key. No retries: a query is expensive, and the caller decides.
         self._openai = AsyncOpenAI(
             base_url=f"{self.url}/v1", api_key=api_key or "none", timeout=timeout_s, max_retries=0, http_client=http_client
@@ -164,15 +166,18 @@ class SwarmClient:
         try:
             yield
         except openai.APIConnectionError as error:
-            raise DmoaError(f"{self.url}: cannot be reached ({error}); is the server running there?") from error
+            raise DmoaError(self._clean(f"{self.url}: cannot be reached ({error}); is the server running there?")) from error
         except openai.APIError as error:
-            raise _error(self.url, error) from error
+            body = error.body if isinstance(error.body, Mapping) else {}
+            raise _error(self._clean(f"{self.url}: {body.get('message') or error.message}"), error) from error
+
+    def _clean(self, text: str) -> str:
+        """Return a text about the server without the key and without other secrets."""
+        return redact_text(self._conceal(text))
 
 
-def _error(url: str, error: openai.APIError) -> DmoaError:
+def _error(message: str, error: openai.APIError) -> DmoaError:
     """Return dmoa's error for what the server answered."""
-    body = error.body if isinstance(error.body, Mapping) else {}
-    message = f"{url}: {body.get('message') or error.message}"
     status = error.status_code if isinstance(error, openai.APIStatusError) else 0
     if 400 <= status < 500:
         return RequestError(message, param=error.param, code=error.code, status=status)

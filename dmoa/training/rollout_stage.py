@@ -19,6 +19,7 @@ from dmoa.dataflow.at_work import Outbox, OwnLoop
 from dmoa.dataflow.room import Room
 from dmoa.policies.exploring import ExploringPolicy
 from dmoa.policies.registry import PolicyContext, build_policy
+from dmoa.redaction import redact_text
 from dmoa.swarm import Swarm
 from dmoa.training.rollout_records import RolloutQuery, table_of
 from dmoa.training.rollout_writer import Collected
@@ -108,7 +109,7 @@ class CollectStage:
         try:
             answer = await self._collector.collect(query_of(asked, self._asking))
         except Exception as error:  # agents are called here: a query that fails is counted with its error, and asked again later
-            collected = Collected(query_id=asked.query_id, error=f"{type(error).__name__}: {error}")
+            collected = Collected(query_id=asked.query_id, error=redact_text(f"{type(error).__name__}: {error}"))
         else:
             asking = self._asking
             table = table_of(asked, answer, preset=asking.preset, seed=asking.seed, fingerprint=asking.fingerprint)

@@ -201,6 +201,26 @@ def test_what_may_be_a_secret_is_refused_without_showing_it(options: dict[str, s
     assert "hunter2" not in message
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"auth_tokens": {"prod": "hunter2"}},
+        {"server": {"auth_tokens": {"prod": "hunter2"}}},
+        {"server": {"port": {"passwords": ["hunter2"]}}},
+        {"limits": {"max_steps": "api_key: hunter2"}},
+    ],
+)
+def test_a_secret_in_an_unknown_place_is_refused_without_showing_it(more: dict[str, Any]) -> None:
+    assert "hunter2" not in refused(yaml.safe_dump(tree() | more))
+
+
+@pytest.mark.parametrize("override", ["name.api_key=hunter2", "agents.9.api_key=hunter2", "api_key=[hunter2", "a..token=hunter2"])
+def test_a_secret_in_an_override_is_refused_without_showing_it(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loads(yaml.safe_dump(tree()), overrides=[override])
+    assert "hunter2" not in str(caught.value)
+
+
 def test_an_endpoint_has_defaults_and_needs_no_key_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     options = loads(yaml.safe_dump(tree(**endpoint(api_key_env="NO_SUCH_KEY")))).llms["tiny"].options

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dmoa.redaction import REDACTED, redact, redact_text
+from dmoa.redaction import REDACTED, Conceal, redact, redact_command, redact_text
 
 SECRET = "s3cr3t-Value"
 
@@ -32,6 +36,34 @@ SECRET = "s3cr3t-Value"
         {"command": f"dmoa evaluate --set llms.a.engine_kwargs.api_key={SECRET} --limit 8"},
         {"header": f"Bearer {SECRET}"},
         {"note": f"sk-{SECRET}"},
+        {"auth_tokens": {"prod": SECRET}},
+        {"auth_tokens": {"prod": {"eu": [SECRET]}, "spare": (SECRET,)}},
+        {"accessTokens": {"prod": SECRET, "max_tokens": SECRET}},
+        {"tokens": {"prod": SECRET}},
+        {"passwords": [SECRET, {"old": SECRET}]},
+        {"apiKeys": {"a": {"b": {"c": SECRET}}}},
+        {"private_keys": {"a", SECRET}},
+        {"creds": {"user": SECRET}},
+        {"id_token": SECRET},
+        {"line": f"api_key: {SECRET}"},
+        {"line": f"token: {SECRET}"},
+        {"line": f"password={SECRET}"},
+        {"line": f"Secret : '{SECRET}'"},
+        {"line": f"x-api-key: {SECRET}"},
+        {"line": f"the API key: {SECRET} is wrong"},
+        {"line": f"Incorrect API key provided: {SECRET}."},
+        {"line": f"Authorization: token {SECRET}"},
+        {"line": f"authorization: basic {SECRET}"},
+        {"line": f"bearer {SECRET}"},
+        {"line": f"dmoa serve --api-key {SECRET} --port 1"},
+        {"line": f"OPENAI_API_KEY={SECRET} dmoa serve"},
+        {"line": json.dumps({"auth_tokens": {"prod": SECRET}, "n": 1})},
+        {"line": json.dumps({"a": {"secrets": {"b": {"c": "x"}, "d": SECRET}}})},
+        {"line": json.dumps(json.dumps({"api_key": f"{SECRET} and more", "n": 1}))},
+        {"line": f"api_key: '{SECRET} cut off"},
+        {"line": f"postgres://me:{SECRET}@host/db"},
+        {"line": f"https:\\/\\/me:{SECRET}@host\\/db"},
+        {"line": f"https://bucket/x?X-Amz-Signature={SECRET}&y=2"},
     ],
     ids=str,
 )
@@ -57,6 +89,18 @@ def test_what_is_no_secret_stays() -> None:
         "base_url": "https://example.org/v1",
         "command": "dmoa evaluate --set sampling.max_tokens=96 --limit 8",
         "list": [1, 2.5, "x"],
+        "prompt_tokens": 11,
+        "completion_tokens": "11",
+        "completion_tokens_details": {"reasoning_tokens": 2, "kind": "text"},
+        "auth_tokens": {"number": 3},
+        "eos_token": "</s>",
+        "token_ids": [1, 2],
+        "stop_tokens": ["</s>"],
+        "monkey": "george",
+        "turkeys": ["tom"],
+        "keyboard": "us",
+        "num_key_value_heads": 2,
+        "num_keys": 4,
     }
     assert redact(tree) == tree
 
@@ -67,3 +111,94 @@ def test_other_values_become_plain() -> None:
 
 def test_the_rest_of_a_text_is_kept() -> None:
     assert redact_text("see https://me:pw@host/x?token=abc&y=2 now") == f"see https://{REDACTED}@host/x?token={REDACTED}&y=2 now"
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        *(
+            f"{mark}abcDEF0123456789abcd"
+            for mark in ("gho_", "ghp_", "ghs_", "ghu_", "ghr_", "github_pat_11A_", "glpat-", "AIza", "hf_")
+        ),
+        *(
+            f"{mark}abcDEF0123456789abcd"
+            for mark in ("xoxb-", "xoxp-", "xapp-", "sk-", "sk-proj-", "sk-ant-", "sk_live_", "ya29.")
+        ),
+        "AKIAIOSFODNN7EXAMPLE",
+        "ASIAIOSFODNN7EXAMPLE",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl-_x",
+        "-----BEGIN RSA PRIVATE KEY-----\nMIIEabc\n-----END RSA PRIVATE KEY-----",
+    ],
+)
+@pytest.mark.parametrize("text", ["{}", "see {}, please", "'{}'", "a/{}/b", "x={}", "line\\n{}", "Basic: {}", '{{"note": "{}"}}'])
+def test_keys_of_known_shapes_are_gone_wherever_they_stand(secret: str, text: str) -> None:
+    clean = redact_text(text.format(secret))
+    assert secret not in clean
+    assert clean == text.format(REDACTED)
+
+
+@pytest.mark.parametrize("login", ["dXNlcjpwYXNz", "dXNlcjpwYXNzd29yZA==", "bWU6cw=="])
+def test_a_basic_login_is_gone(login: str) -> None:
+    assert redact_text(f"sent Basic {login} to it") == f"sent Basic {REDACTED} to it"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Basic arithmetic and basic English",
+        "The key: be brief. Two keys: a, b",
+        "max_tokens: 5 is less than prompt_tokens: 11, completion_tokens=3",
+        '{"usage": {"prompt_tokens": 11, "total_tokens": 14}, "tokens": {"a": 1}}',
+        "tokens=96, tokenizer=gpt2, tokenizer: gpt2",
+        "monkey: george, donkey=1, --monkey george",
+        "if token == 5: pass",
+        "a task-force of risk-takers; hf_hub_download; std::token",
+        "api_key: null, token=None",
+        "https://example.org/a@b, me@example.org, 12:30",
+        "1. Bearings; the bearer of news",
+        "dmoa evaluate --max-tokens 96 --budget cpu",
+    ],
+)
+def test_ordinary_texts_stay(text: str) -> None:
+    assert redact_text(text) == text
+
+
+PARTS = [*"=,{}[]@'\" \n\\x", ": ", "//", "--", "api_key", "token", "auth_tokens", " sk-aaaaaaaaa", "Bearer "]
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=14))
+def test_what_is_clean_stays_as_it_is(parts: list[str]) -> None:
+    clean = redact_text("".join(parts))
+    assert " sk-aaaaaaaaa" not in clean
+    assert redact_text(clean) == clean
+
+
+@pytest.mark.parametrize(
+    "part", ["a", "key ", 'a=\\"', "{", "api_key={", "//", "\\", "token='", "Basic ", "max_tokens={", "tokens=[1,"]
+)
+def test_a_long_text_takes_time_in_proportion_to_its_length(part: str) -> None:
+    started = time.monotonic()
+    redact_text(part * (400_000 // len(part)))
+    assert time.monotonic() - started < 20  # of quadratic work it would be hours
+
+
+def test_the_value_is_replaced_and_what_is_around_it_kept() -> None:
+    assert redact_text('{"api_key": "x y", "n": 1}') == f'{{"api_key": "{REDACTED}", "n": 1}}'
+    assert redact({"sk-aaaaaaaaa": 1, "auth_tokens": {"prod": "x", "n": 3}}) == {
+        REDACTED: 1,
+        "auth_tokens": {"prod": REDACTED, "n": 3},
+    }
+    assert redact({"auth_tokens": {"password": 1234}}) == {"auth_tokens": {"password": REDACTED}}
+
+
+def test_a_command_line_has_no_secret() -> None:
+    words = ["dmoa", "run", "--api-key", "two words", "--set", "llms.a.token=two words", "--set", "llms.a.max_tokens=5", "it's"]
+    assert shlex.split(redact_command(words)) == [
+        "dmoa", "run", "--api-key", REDACTED, "--set", f"llms.a.token={REDACTED}", "--set", "llms.a.max_tokens=5", "it's",
+    ]  # fmt: skip
+
+
+def test_a_secret_that_is_known_is_taken_out_alone() -> None:
+    assert Conceal("")("nothing") == "nothing"
+    assert Conceal("k")("keys like k, k2") == f"keys like {REDACTED}, k2"
+    assert Conceal("Zq9wTr4kV")("a Zq9wTr4kV, b") == f"a {REDACTED}, b"

@@ -45,6 +45,15 @@ def trace_with(*steps: StepRecord, asked: Query | None = None) -> Trace:
     return trace_of(asked, finish(state, "dmoa", "max_steps", wall_ms=12.5), pool="pool", fingerprint="f" * 64)
 
 
+def test_what_the_client_says_of_itself_is_kept_without_secrets() -> None:
+    asked = query()
+    answer = finish(advance(begin(asked), step_of(0, None)), "dmoa", "max_steps", wall_ms=1.0)
+    words = {"team": "a", "auth_token": "s3cr3t", "note": "api_key: s3cr3t"}
+    trace = trace_of(asked, answer, pool="p", fingerprint="f", user="u Bearer s3cr3t", metadata=words)
+    assert trace.metadata == {"team": "a", "auth_token": "[redacted]", "note": "api_key: [redacted]"}
+    assert trace.user == "u Bearer [redacted]"
+
+
 def test_a_trace_keeps_what_repeats_the_query() -> None:
     asked = Query(
         trace_id="t1",

@@ -73,6 +73,15 @@ def test_json_lines_hold_everything(tmp_path: Path) -> None:
     assert not (tmp_path / "wandb").exists()
 
 
+def test_no_secret_is_in_a_line(tmp_path: Path) -> None:
+    tracker = open_tracker("jsonl", run_dir=tmp_path, name="x", config={"auth_tokens": {"prod": SECRET}, "max_tokens": 96})
+    tracker.table("t", ["api_key", "tokens", "note"], [(SECRET, 5, f"password: {SECRET}")])
+    tracker.finish()
+    config, table = lines_of(tmp_path)
+    assert config["values"] == {"auth_tokens": {"prod": "[redacted]"}, "max_tokens": 96}
+    assert table["rows"] == [["[redacted]", 5, "password: [redacted]"]]
+
+
 def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     tracker = open_tracker("jsonl", run_dir=tmp_path, name="x")
     tracker.log({"loss": 1.0})

@@ -196,6 +196,7 @@ async def test_tags_are_text_to_an_agent_without_tools() -> None:
     ("entry", "message"),
     [
         (EngineError("prompt of 9000 tokens, at most 2048"), "prompt of 9000 tokens, at most 2048"),
+        (OSError("GET https://me:pw@host/x?token=abc"), "OSError: GET https://[redacted]@host/x?token=[redacted]"),
         (RuntimeError("device lost"), "RuntimeError: device lost"),
     ],
 )

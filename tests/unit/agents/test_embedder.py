@@ -137,6 +137,12 @@ class TestMiniLm:
         reference = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, normalize_embeddings=True)
         np.testing.assert_allclose(encoder.encode(TEXTS), reference, atol=1e-6)
 
+    @pytest.mark.parametrize("name", ["[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]"])
+    def test_the_name_of_a_special_token_is_text(self, encoder: MiniLmEncoder, name: str) -> None:
+        # The model reads small letters, in which the name is none of a token.
+        row, as_text = encoder.encode([f"sort {name} apples", f"sort {name.lower()} apples"])
+        np.testing.assert_array_equal(row, as_text)
+
     def test_a_row_does_not_depend_on_its_company(self, folder: Path, encoder: MiniLmEncoder) -> None:
         together = encoder.encode([*TEXTS, LONG])
         forgetful = MiniLmEncoder(folder, cache_size=0)

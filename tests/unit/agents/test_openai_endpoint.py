@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
 import pickle
 import socket
@@ -9,9 +11,10 @@ import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
+from urllib.parse import quote
 
 import pytest
-from openai_server import FakeEndpoint, Turn, answer, content, opening, playing, refusal, request
+from openai_server import Call, FakeEndpoint, Turn, answer, content, opening, playing, refusal, request
 
 from dmoa.agents.agent import Agent
 from dmoa.agents.openai_engine import OpenaiEngine
@@ -218,6 +221,121 @@ async def test_the_key_is_in_no_error_log_or_text(monkeypatch: pytest.MonkeyPatc
     assert any("redacted" in text for text in shown)
     assert any("the key in SOME_KEY" in text for text in shown)
     assert not [text for text in shown if KEY in text]
+
+
+PLAIN_KEY = "Zq9/w+Tr_4kV=mB7x-hJ2p"
+"""A key of no known shape, with signs that URLs, JSON and HTML write in ways of their own."""
+
+
+def written(key: str) -> dict[str, str]:
+    """Return ways in which an endpoint may show the key."""
+    encoded = {before: base64.b64encode(f"{before}{key}".encode()).decode() for before in ("", "u:", "Bearer ")}
+    return {
+        "as it is": key,
+        "in a sentence": f"no such key:{key}.",
+        "in capitals": key.upper(),
+        "in a URL": quote(key, safe=""),
+        "in a URL, small": quote(key, safe="").lower(),
+        "in a URL twice": quote(quote(key, safe=""), safe=""),
+        "in JSON": json.dumps({"key": key}).replace("/", "\\/"),
+        "in JSON within JSON": json.dumps(json.dumps({"key": key}).replace("/", "\\/")),
+        "in code points": "".join(f"\\u{ord(char):04x}" for char in key),
+        "in HTML": "".join(char if char.isalnum() else f"&#{ord(char)};" for char in key),
+        "in HTML, hexadecimal": "".join(char if char.isalnum() else f"&#x{ord(char):X};" for char in key),
+        "in base64": encoded[""],
+        "in base64 of a URL": encoded[""].replace("+", "-").replace("/", "_").rstrip("="),
+        "in base64 of a login": encoded["u:"],
+        "in base64 of a header": encoded["Bearer "],
+        "in hexadecimal digits": key.encode().hex(),
+        "its beginning": f"{key[:10]}...",
+        "its end": f"...{key[-10:]}",
+        "its middle": key[5:15],
+        "with a mask": f"{key[:4]}********{key[-4:]}",
+        "with a short mask": f"{key[:3]}***{key[-3:]}",
+        "over two lines": f"{key[:11]}\n{key[11:]}",
+    }
+
+
+@pytest.mark.parametrize("way", written(PLAIN_KEY))
+@pytest.mark.parametrize("place", ["refusal", "param", "retry", "in a stream", "in a reply", "broken"])
+async def test_a_key_of_no_known_shape_is_not_shown_in_any_way_of_writing(
+    way: str, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SOME_KEY", PLAIN_KEY)
+    said = written(PLAIN_KEY)[way]
+    error = {"error": {"message": f"no: {said} at all"}}
+
+    async def streamed(call: Call) -> None:
+        await call.open_stream()
+        await call.event(error)
+        await call.until_gone()
+
+    turns = {
+        "refusal": refusal(401, f"Incorrect API key provided: {said}"),
+        "param": refusal(400, "logprobs are not for you", param=f"logprobs {said}"),
+        "retry": refusal(500, said, headers=AT_ONCE),
+        "in a stream": streamed,
+        "in a reply": content(json.dumps({"choices": [{"message": {"content": None, "refusal": said}}]}).encode()),
+        "broken": content(said.encode(), 400),
+    }
+    async with playing(turns[place]) as endpoint:
+        engine = engine_of(endpoint, api_key_env="SOME_KEY", max_retries=1)
+        agent = Agent(AgentConfig(name="a", llm="x", profile="Answers."), engine)
+        call = AgentCall(
+            trace_id="t",
+            step=0,
+            agent="a",
+            messages=(Message(role="user", content="Hi"),),
+            sampling=Sampling(),
+            deadline_unix_s=None,
+        )
+        with caplog.at_level(logging.DEBUG, logger="dmoa"):
+            reply = [item async for item in agent.stream(call)][-1] if place == "in a stream" else await agent.call(call)
+        await engine.close()
+    assert isinstance(reply, AgentReply)
+    assert reply.status == "failed"
+    shown = f"{reply.error} {caplog.text}"
+    assert said not in shown
+    parts = {said[i : i + 8] for i in range(len(said) - 7)} if said.isascii() and " " not in said else set()
+    forms = [PLAIN_KEY, *(written(PLAIN_KEY)[name] for name in ("in a URL", "in base64", "in hexadecimal digits"))]
+    runs = {form[i : i + 8] for form in forms for i in range(len(form) - 7)}
+    assert not [part for part in runs & parts if part in shown]
+    assert "[redacted]" in shown
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+async def test_a_text_that_says_the_key_arrives_without_it(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", PLAIN_KEY)
+    text = f"{PLAIN_KEY[:5]} you sent Bearer {PLAIN_KEY}{PLAIN_KEY}, Zq{PLAIN_KEY} and {PLAIN_KEY[:9]}"
+    hidden = text.replace(PLAIN_KEY, "[redacted]")
+    async with playing(answer(*(text[i : i + size] for i in range(0, len(text), size)))) as endpoint:
+        engine = engine_of(endpoint, api_key_env="SOME_KEY")
+        items = [item async for item in engine.stream(request("Hi"))]
+        whole = await engine.generate(request("Hi"))
+        await engine.close()
+    assert isinstance(items[-1], Generation)
+    assert "".join(item.text for item in items[:-1]) == items[-1].text == whole.text == hidden
+
+
+async def test_a_key_that_is_a_word_stays_in_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "none")
+    async with playing(answer("There is none.")) as endpoint:
+        engine = engine_of(endpoint, api_key_env="SOME_KEY")
+        assert (await ask(engine)).text == "There is none."
+        await engine.close()
+
+
+@pytest.mark.parametrize(
+    "said", ["the model some-model does not exist", "Your role is not allowed...", "**no**: x****", "%41&amp;"]
+)
+async def test_what_is_not_the_key_is_quoted_as_it_is(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", PLAIN_KEY)
+    async with playing(refusal(400, said)) as endpoint:
+        engine = engine_of(endpoint, api_key_env="SOME_KEY")
+        with pytest.raises(EngineError) as caught:
+            await ask(engine)
+        await engine.close()
+    assert str(caught.value).endswith(f"status 400: {said}")
 
 
 @pytest.mark.parametrize("value", [None, "", "  "])

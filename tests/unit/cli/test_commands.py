@@ -174,6 +174,21 @@ def test_the_doctor_says_whose_key_is_not_set(pool: Path, monkeypatch: pytest.Mo
     assert not any("sk-secret" in check.detail for check in found.values())
 
 
+def test_the_doctor_shows_no_secret(dmoa: Any, pool: Path) -> None:
+    shown = [check.detail for check in examine(load(pool), {"torch": "2 https://me:hunter2@host", "ray": "token: hunter2"}.get)]
+    assert not [detail for detail in shown if "hunter2" in detail]
+    assert sum("[redacted]" in detail for detail in shown) == 2
+    result = dmoa("doctor", "--config", pool, "--set", "agents.0.adapter=path:/no/where?api_key=hunter2")
+    assert "adapter" in result.stdout
+    assert "hunter2" not in result.stdout
+
+
+def test_an_error_of_a_command_shows_no_secret(dmoa: Any, pool: Path) -> None:
+    result = dmoa("doctor", "--config", pool, "--set", "name.x.api_key=hunter2")
+    assert result.exit_code == 2
+    assert "hunter2" not in result.output
+
+
 def test_the_doctor_fails_on_a_missing_adapter(dmoa: Any, pool: Path) -> None:
     result = dmoa("doctor", "--config", pool, "--set", "agents.0.adapter=path:/nowhere")
     assert result.exit_code == 1

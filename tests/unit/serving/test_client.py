@@ -61,6 +61,14 @@ async def test_models_readiness_and_traces() -> None:
             await client.trace("nope")
 
 
+async def test_no_error_shows_the_clients_key() -> None:
+    key = "Zq9/w+Tr_4kV=mB7x"
+    async with client_of(FakeService(error=NoAgentError(f"no: {key}, {key[:9]}..., api_key: other")), api_key=key) as client:
+        with pytest.raises(NoAgentError) as caught:
+            await client.ask(HI)
+    assert str(caught.value) == "http://test: no: [redacted], [redacted], api_key: [redacted]"
+
+
 @pytest.mark.parametrize("error", [NoAgentError("all gone"), EmptyAnswerError("all empty"), DeadlineError("too late")])
 @pytest.mark.parametrize("error_at", [0, 1])
 async def test_the_swarms_errors_arrive_as_themselves(error: DmoaError, error_at: int) -> None:
