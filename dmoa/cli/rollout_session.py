@@ -122,13 +122,19 @@ def _workers(options: RolloutOptions, config: Config) -> Workers:
 
 
 def track(manifest: Manifest, folder: RolloutFolder, options: RolloutOptions) -> None:
-    """Log the collection to the tracker, its files as an artifact: offline without a key, and never so that it fails."""
+    """Log the collection to the tracker, its files as an artifact: offline without a key, and never so that it fails.
+
+    Nothing where the same is logged already: the command has collected no more.
+    """
     from dmoa import tracking
 
     name = folder.root.name
+    counts = {f"rollouts/{key}": float(value) for key, value in manifest.counts.model_dump().items()}
+    if tracking.is_logged(folder.root, "log", metrics=counts, step=manifest.round):
+        return
     config = manifest.model_dump(mode="json")
     tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=name, config=config)
-    tracker.log({f"rollouts/{key}": value for key, value in manifest.counts.model_dump().items()}, step=manifest.round)
+    tracker.log(counts, step=manifest.round)
     tracker.artifact(folder.parts, folder.artifact, "rollouts")
     log_gates(tracker, [manifest.config.get("gate", {}).get("checkpoint")])
     tracker.finish()
