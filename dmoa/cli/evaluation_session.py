@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from dmoa.cli.evaluation_screen import Bars, print_result
+from dmoa.cli.interrupts import end_on_sigterm, goes_on, never_join_by_accident
 from dmoa.cli.local import fetch_models
 from dmoa.config import Config, is_name
 from dmoa.dataflow.room import FILL
@@ -43,11 +44,13 @@ def run_evaluation(
 
     Raises ConfigError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
     """
-    from dmoa.dataflow.mirror import at_hand
+    from dmoa.dataflow.mirror import at_hand, shown
 
     names = expand_names(options.benchmarks)
     check_policies(options.policies, config, tuple(options.gates))
-    with at_hand(options, common.say, writes=("out",)) as here:
+    assert options.out is not None
+    advice = f"the same command with --out {shown(options.out)} --resume goes on from here"
+    with goes_on(advice), at_hand(options, common.say, writes=("out",)) as here:
         return _evaluated(here, config, names, common, command, shows_result=shows_result)
 
 
@@ -82,10 +85,12 @@ def opened_ray(address: str | None, num_gpus: float = 0.0) -> Iterator[None]:
 
     # Ray logs as an error that Ray Data keeps its actors' arguments in the object store, which it always does.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    never_join_by_accident()
     is_own = start_ray(address)
     import ray
 
     try:
+        end_on_sigterm()
         found = ray.cluster_resources().get("GPU", 0.0)
         if is_own and found < num_gpus:
             raise ConfigError(

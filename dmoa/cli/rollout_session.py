@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dmoa import __version__
 from dmoa.cli.evaluation_screen import Bars
 from dmoa.cli.evaluation_session import log_gates, opened_ray
+from dmoa.cli.interrupts import goes_on
 from dmoa.cli.local import fetch_models
 from dmoa.cli.rollout_queries import check_names, prepare
 from dmoa.config import Config
@@ -33,7 +34,8 @@ def run_rollouts(options: RolloutOptions, config: Config, common: Common, comman
 
     mode = "dense" if options.epsilon is None else "epsilon"
     common.say(f"collecting {mode} rollouts of {config.name} into {shown(options.out)}")
-    with at_hand(options, common.say, writes=("out",)) as here:
+    advice = f"the same command with --out {shown(options.out)} goes on from here"
+    with goes_on(advice), at_hand(options, common.say, writes=("out",)) as here:
         return _collected(here, config, common, command)
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dmoa.cli.terminal import stderr
 from dmoa.reply import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, dump
 from dmoa.types import is_untrained
 
@@ -78,7 +79,7 @@ class Screen:
         self.out = Console(highlight=False, markup=False, emoji=False)
         if not self.out.is_terminal:
             self.out = Console(highlight=False, markup=False, emoji=False, width=_PIPE_WIDTH)
-        self.err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.err = Console(file=stderr(), highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._has_text = False
         self._is_line_open = False
 
