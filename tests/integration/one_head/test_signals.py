@@ -106,7 +106,7 @@ def test_ctrl_c_ends_a_training_on_ray_train(tmp_path: Path) -> None:
         "--out",
         str(out),
     ]
-    arguments += ["--track", "jsonl", "--epochs", "100000", "--patience", "100000", "--workers", "2"]
+    arguments += ["--out", str(out), "--track", "jsonl", "--epochs", "100000", "--patience", "100000", "--workers", "2"]
     ran = ended(arguments, lambda: num_epochs(out) >= 2, signal.SIGINT, tmp_path)
     check(ran, 130, f"dmoa: interrupted; the same command goes on from the last state that is kept in {out}", tmp_path)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
