@@ -1,7 +1,8 @@
-"""Keeps the terminal for the program's own words: what libraries write to stderr goes to a log file, named at the end.
+"""Keeps the terminal for the program's own words: what libraries write goes to a log file, named at the end.
 
 Ray, Serve and the loaders of weights write where they like: by Python's logging, by progress bars, from C++. So stderr itself,
-the object and the descriptor, is the log while a command runs, and a command's own words go to the terminal by `tell`.
+the object and the descriptor, is the log while a command runs, and a command's own words go to the terminal by `tell`. Results
+are written to stdout by the command's own thread; what other threads print there, as Ray's do, goes to the log too.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 import typer
 
@@ -35,7 +37,7 @@ def tell(text: str, *, nl: bool = True) -> None:
 
 @contextmanager
 def libraries_apart(command: str, *, verbosity: int) -> Iterator[None]:
-    """Send what libraries write to stderr to a log file, which is named at the end: if it holds anything, and unless quiet.
+    """Send what libraries write to a log file, which is named at the end: if it holds anything, and unless quiet.
 
     A command that fails names it in any case. With `verbosity` above 0 all of it goes to the terminal instead.
     """
@@ -43,10 +45,12 @@ def libraries_apart(command: str, *, verbosity: int) -> Iterator[None]:
     if verbosity > 0 or _own is not None:
         yield
         return
-    before, descriptor = sys.stderr, os.dup(_STDERR)
+    results, before, descriptor = sys.stdout, sys.stderr, os.dup(_STDERR)
     is_terminal = _descriptor(before) == _STDERR
     path = _open_log(command)
     _own = os.fdopen(os.dup(descriptor), "w", encoding=before.encoding, errors="replace", buffering=1) if is_terminal else before
+    assert _log is not None
+    sys.stdout = cast(TextIO, _OfThisThread(results, _log))
     has_failed = True
     try:
         yield
@@ -55,6 +59,7 @@ def libraries_apart(command: str, *, verbosity: int) -> Iterator[None]:
         has_failed = ended.exit_code != 0
         raise
     finally:
+        sys.stdout = results
         own, _own = _own, None
         _close_log(before, descriptor)
         _name_log(path, own, is_named=has_failed or verbosity >= 0)
@@ -70,6 +75,20 @@ def on_terminal() -> Iterator[None]:
         yield
     finally:
         sys.stderr = before
+
+
+class _OfThisThread:
+    """A stream to which the thread that made it writes; what others write goes to another one."""
+
+    def __init__(self, own: TextIO, others: TextIO) -> None:
+        self._own, self._others, self._thread = own, others, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        return (self._own if threading.get_ident() == self._thread else self._others).write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
 
 
 def _descriptor(stream: TextIO) -> int | None:

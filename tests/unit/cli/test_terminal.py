@@ -13,7 +13,7 @@ import dmoa
 from dmoa.cli import terminal
 
 COMMAND = """
-import ctypes, logging, os, subprocess, sys, warnings
+import ctypes, logging, os, subprocess, sys, threading, warnings
 from dmoa.cli.options import Common, with_common
 from dmoa.errors import DmoaError
 import typer
@@ -29,6 +29,9 @@ def noisy(common: Common, ending: str = "", silent: bool = False) -> None:
         libc = ctypes.CDLL(None)
         libc.perror(b"NOISE c")
         subprocess.run([sys.executable, "-c", "import sys; print('NOISE child', file=sys.stderr)"], check=True)
+        thread = threading.Thread(target=print, args=("NOISE thread",))
+        thread.start()
+        thread.join()
         logging.getLogger("dmoa.some").warning("our own log")
     typer.echo("the result")
     if ending == "exit":
@@ -40,7 +43,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(noisy)
 app()
 """
-NOISES = ("print", "logging", "warning", "descriptor", "c:", "child")
+NOISES = ("print", "logging", "warning", "descriptor", "c:", "child", "thread")
 
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +73,7 @@ def test_libraries_write_to_a_log_that_is_named_at_the_end(tmp_path: Path) -> No
 
 def test_with_v_all_of_it_is_on_the_terminal_and_there_is_no_log(tmp_path: Path) -> None:
     ran = run(tmp_path, "-v")
-    assert all(f"NOISE {noise}" in ran.stderr for noise in NOISES)
+    assert all(f"NOISE {noise}" in ran.stderr + ran.stdout for noise in NOISES)
     assert list(tmp_path.iterdir()) == []
 
 
