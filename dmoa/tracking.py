@@ -2,6 +2,9 @@
 
 A run neither waits for W&B nor fails by it: wandb lives in a process of its own (this module as a program), fed through a
 queue by a thread; a server that hangs costs the run nothing but the bounded wait of `finish`. Offline without a key.
+
+Online, a run that goes on resumes its W&B run. Offline, every session of it is a W&B run with an id of its own, in one group
+named by the run's id: `wandb sync` writes a W&B run anew from its first step, and would lose a session of the same id.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class Tracker(Protocol):
     """Takes what a run logs. No method raises for what the tracker meets, and none waits, `finish` aside."""
 
     run_id: str
-    """Stable name of the run, the same when it goes on later."""
+    """Stable name of the run, the same when it goes on later: W&B's id online, its group always."""
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log figures by name; those of one step belong together."""
@@ -117,6 +120,26 @@ def keep_run_id(run_dir: Path, run_id: str | None = None, of: str = "") -> str:
     except OSError as error:
         _LOG.warning("tracking: cannot keep the run's id in %s: %s", path, error)
     return identity
+
+
+def is_logged(run_dir: Path, op: str, **values: Any) -> bool:
+    """Say whether the run in a folder has logged this, as the last of its kind: an op, with these among its values.
+
+    Figures are of a kind by their names, the rest by its name. False where no JSON lines are kept.
+    """
+    wanted = {"op": op, **json.loads(json.dumps(_finite(redact(values) if op == "table" else values)))}
+    last: dict[str, Any] | None = None
+    with suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as lines:
+        for line in lines:
+            with suppress(ValueError, AttributeError):
+                message = json.loads(line)
+                if message.get("op") == op and _kind(message) == _kind(wanted):
+                    last = message
+    return last is not None and all(last.get(name) == value for name, value in wanted.items())
+
+
+def _kind(message: Mapping[str, Any]) -> Any:
+    return message.get("name") or sorted(message.get("metrics") or ())
 
 
 class _Sink(Protocol):
@@ -329,11 +352,18 @@ def _begin(begin: dict[str, Any]) -> Any:
     import wandb
 
     try:
-        return wandb.init(mode=mode, resume="allow" if mode == "online" else None, **_arguments(begin))
+        if mode == "online":
+            return wandb.init(mode=mode, id=begin["run_id"], resume="allow", **_arguments(begin))
+        return wandb.init(mode=mode, id=_session_id(begin), **_arguments(begin))
     except Exception as error:  # W&B is called here, and its errors have no common root
         print(f"init: {error}; going on offline", file=sys.stderr, flush=True)
         wandb.teardown()
-        return wandb.init(mode="offline", **_arguments(begin))
+        return wandb.init(mode="offline", id=_session_id(begin), **_arguments(begin))
+
+
+def _session_id(begin: dict[str, Any]) -> str:
+    """Return an id that no other session of the run has, whatever machine that was on."""
+    return f"{begin['run_id']}-{uuid.uuid4().hex[:6]}"
 
 
 def _arguments(begin: dict[str, Any]) -> dict[str, Any]:
@@ -359,7 +389,7 @@ def _arguments(begin: dict[str, Any]) -> dict[str, Any]:
     return {
         "project": begin["project"],
         "name": begin["name"],
-        "id": begin["run_id"],
+        "group": os.environ.get("WANDB_RUN_GROUP") or begin["run_id"],
         "dir": begin["dir"],
         "settings": settings,
     }

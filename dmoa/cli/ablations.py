@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dmoa.cli.interrupts import goes_on
 from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
@@ -47,7 +48,8 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
                 f"{option}: value seen: {uri_of(place)!r}; with --ablations it is a folder of this machine; copy it here"
             )
     out = options.out.absolute()
-    gates = train_all(rollouts, out / "ablations", config, common, options.seed)
+    with goes_on(f"the same command with --out {options.out} --resume goes on from here"):
+        gates = train_all(rollouts, out / "ablations", config, common, options.seed)
     policies = (*(f"dmoa:{name}" for name in gates), *matrix_policies(config.agent_names), *_OTHERS)
     options = options.model_copy(update={"policies": policies, "gates": gates})
     run_evaluation(options, config, common, command, shows_result=False)

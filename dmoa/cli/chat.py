@@ -22,6 +22,7 @@ from dmoa.cli.options import (
     with_common,
 )
 from dmoa.cli.run import open_backend
+from dmoa.cli.terminal import tell
 from dmoa.errors import DmoaError
 from dmoa.explain import did_you_mean
 from dmoa.redaction import redact_text
@@ -73,7 +74,7 @@ def chat(
 def _read_line() -> str | None:
     """Return the next line that the user typed, None at the end of the input."""
     if sys.stdin.isatty():
-        typer.echo("you> ", err=True, nl=False)
+        tell("you> ", nl=False)
     try:
         line = sys.stdin.readline()
     except KeyboardInterrupt:
@@ -102,9 +103,9 @@ class Conversation:
                 runner.run(self._ask(line))
             except DmoaError as error:
                 self.num_failed += 1
-                typer.echo(f"dmoa: {redact_text(str(error))}", err=True)
+                tell(f"dmoa: {redact_text(str(error))}")
             except KeyboardInterrupt:
-                typer.echo("\ndmoa: answer cancelled", err=True)
+                tell("\ndmoa: answer cancelled")
         return True
 
     async def _ask(self, question: str) -> None:
@@ -119,15 +120,15 @@ class Conversation:
                 return False
             case "steps":
                 self._screen.shows_steps = not self._screen.shows_steps
-                typer.echo(f"dmoa: steps {'shown' if self._screen.shows_steps else 'hidden'}", err=True)
+                tell(f"dmoa: steps {'shown' if self._screen.shows_steps else 'hidden'}")
             case "policy":
                 if argument:
                     self._wish = replace(self._wish, policy=argument, agent=None)
-                typer.echo(f"dmoa: policy {self._wish.policy or 'as the pool has it'}", err=True)
+                tell(f"dmoa: policy {self._wish.policy or 'as the pool has it'}")
             case "clear":
                 self._turns.clear()
-                typer.echo("dmoa: the conversation starts anew", err=True)
+                tell("dmoa: the conversation starts anew")
             case _:
                 nearest = did_you_mean(f"/{name}", re.findall(r"/[a-z]+", _HELP))
-                typer.echo(f"dmoa: /{name} is no command; {_HELP}{nearest}", err=True)
+                tell(f"dmoa: /{name} is no command; {_HELP}{nearest}")
         return True

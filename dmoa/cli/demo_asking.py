@@ -94,11 +94,13 @@ async def ask_all(url: str, questions: list[Question], report: Report) -> list[O
 
 async def _ask(backend: RemoteBackend, places: asyncio.Semaphore, number: int, question: Question, report: Report) -> Outcome:
     from dmoa.cli.local import Wish
+    from dmoa.cli.show import Screen
 
     wish = Wish(max_steps=_MAX_STEPS, max_tokens=_MAX_TOKENS, keeps_trace=True)
     async with places:
         try:
-            asked = await backend.ask(question.text, (), wish, report.progress(number))
+            # Nothing is shown before the query is done: a few of them are under way at once.
+            asked = await backend.ask(question.text, (), wish, Screen(shows_steps=False))
         except DmoaError as error:
             outcome = Outcome(question=question, asked=None, error=str(error))
         else:

@@ -1,4 +1,4 @@
-"""What `dmoa demo` prints: live progress, each query's routing when it is done, a closing table, the replay."""
+"""What `dmoa demo` prints: each query's routing when it is done, a closing table, the replay."""
 
 from __future__ import annotations
 
@@ -21,19 +21,6 @@ if TYPE_CHECKING:
 
 _ANSWER_CHARACTERS = 24
 _QUESTION_CHARACTERS = 34
-
-
-class QueryProgress(Screen):
-    """Tells the steps of one query while they happen, as lines on stderr with the query's number."""
-
-    def __init__(self, verbosity: int, label: str) -> None:
-        super().__init__(verbosity, shows_steps=False)
-        self._label = label
-
-    def remote_line(self, text: str) -> None:
-        """Print the server's word on a finished step."""
-        if self._verbosity >= 0:
-            self.err.print(Text(f"{self._label} {' '.join(printable(text).split())}"[:160], style="dim"))
 
 
 class Report:
@@ -62,10 +49,6 @@ class Report:
                 "agents that differ by role prompt alone hardly differ on a 135M model: this shows the machinery, not its worth"
             )
         return [note for note in notes if note]
-
-    def progress(self, number: int) -> Screen:
-        """Return the screen that a running query tells its steps to."""
-        return QueryProgress(self._verbosity, f"[{number}/{self._num_questions}]")
 
     def query(self, number: int, outcome: Outcome) -> None:
         """Print a finished query: its steps, its answer, and whether that is right."""

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dmoa.cli.terminal import stderr
+
 if TYPE_CHECKING:
     from dmoa.dataflow import passes
     from dmoa.evaluation.results import Evaluation
@@ -28,7 +30,7 @@ class Bars:
 
     def __init__(self, verbosity: int) -> None:
         self._is_quiet = verbosity < 0
-        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self._console = Console(file=stderr(), highlight=False, markup=False, emoji=False)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -42,6 +44,8 @@ class Bars:
         )
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, float] = {}
+        self._ended: set[str] = set()
+        """Stages whose last line is printed."""
         self._last_line_s = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -74,8 +78,11 @@ class Bars:
             self._bars.update(task, completed=done, total=total, rate=text)
             return
         now = time.monotonic()
-        if not self._is_quiet and (now - self._last_line_s >= _LINE_S or (ends_with_line and done == total)):
+        is_last = ends_with_line and done == total and stage not in self._ended
+        if not self._is_quiet and (now - self._last_line_s >= _LINE_S or is_last):
             self._last_line_s = now
+            if done == total:
+                self._ended.add(stage)
             left = f", about {(total - done) / rate:.0f} s left" if 0 < done < total else ""
             self._console.print(f"dmoa: {stage}: {done} of {total} rows, {text}{left}", soft_wrap=True)
 

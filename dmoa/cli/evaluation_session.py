@@ -10,7 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel
+
 from dmoa.cli.evaluation_screen import Bars, print_result
+from dmoa.cli.interrupts import end_on_sigterm, goes_on, never_join_by_accident
 from dmoa.cli.local import fetch_models
 from dmoa.config import Config, is_name
 from dmoa.dataflow.room import FILL
@@ -42,11 +45,13 @@ def run_evaluation(
 
     Raises ConfigError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
     """
-    from dmoa.dataflow.mirror import at_hand
+    from dmoa.dataflow.mirror import at_hand, shown
 
     names = expand_names(options.benchmarks)
     check_policies(options.policies, config, tuple(options.gates))
-    with at_hand(options, common.say, writes=("out",)) as here:
+    assert options.out is not None
+    advice = f"the same command with --out {shown(options.out)} --resume goes on from here"
+    with goes_on(advice), at_hand(options, common.say, writes=("out",)) as here:
         return _evaluated(here, config, names, common, command, shows_result=shows_result)
 
 
@@ -97,10 +102,12 @@ def opened_ray(address: str | None, num_gpus: float = 0.0) -> Iterator[None]:
 
     # Ray logs as an error that Ray Data keeps its actors' arguments in the object store, which it always does.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    never_join_by_accident()
     is_own = start_ray(address)
     import ray
 
     try:
+        end_on_sigterm()
         found = ray.cluster_resources().get("GPU", 0.0)
         if is_own and found < num_gpus:
             raise ConfigError(
@@ -254,20 +261,26 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, Workers, Limits]:
 
 
 def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptions) -> None:
-    """Log the result to the tracker: offline without a key, and never so that a run fails or waits for it."""
+    """Log the result to the tracker: offline without a key, and never so that a run fails or waits for it.
+
+    Nothing where the same is logged already: the command has found nothing new.
+    """
     from dmoa import tracking
 
-    name = folder.root.name
+    root = folder.root
+    records: dict[str, Sequence[BaseModel]] = {"evaluation": evaluation.rows, "paired": evaluation.paired}
+    trees = {name: [row.model_dump(mode="json") for row in rows] for name, rows in records.items() if rows}
+    tables = {name: [[_cell(value) for value in row.values()] for row in rows] for name, rows in trees.items()}
+    accuracy = {f"{row.benchmark}/{row.policy}/accuracy": row.accuracy for row in evaluation.rows if row.did_run}
+    if tracking.is_logged(root, "log", metrics=accuracy, step=None) and all(
+        tracking.is_logged(root, "table", name=name, rows=rows) for name, rows in tables.items()
+    ):
+        return
     config = evaluation.config.model_dump(mode="json")
-    tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=name, config=config)
-    rows = [row.model_dump(mode="json") for row in evaluation.rows]
-    if rows:
-        tracker.table("evaluation", list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
-    paired = [row.model_dump(mode="json") for row in evaluation.paired]
-    if paired:
-        tracker.table("paired", list(paired[0]), [[_cell(value) for value in row.values()] for row in paired])
-    ran = [row for row in evaluation.rows if row.did_run]
-    tracker.log({f"{row.benchmark}/{row.policy}/accuracy": row.accuracy for row in ran}, step=None)
+    tracker = tracking.open_tracker(options.track, run_dir=root, project="dmoa", name=root.name, config=config)
+    for name, rows in tables.items():
+        tracker.table(name, list(trees[name][0]), rows)
+    tracker.log(accuracy, step=None)
     pool_gate = evaluation.config.pool.config.get("gate", {}).get("checkpoint") if "dmoa" in options.policies else None
     log_gates(tracker, [pool_gate, *options.gates.values()])
     tracker.finish()

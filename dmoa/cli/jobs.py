@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
+from dmoa.cli.interrupts import closed, never_join_by_accident
 from dmoa.cli.options import Common, fail, suggesting, with_common
 from dmoa.config import Config, from_tree
 from dmoa.errors import ConfigError, DmoaError
@@ -24,7 +26,7 @@ class _Job(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            return closed(partial(super().invoke, ctx))
         except DmoaError as error:
             fail(error)
 
@@ -173,6 +175,7 @@ def run_job(command: Callable[..., None]) -> None:
     """Run a job's command to the end of the process; errors become exit codes as in `dmoa`."""
     # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    never_join_by_accident()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(cls=_Job)(command)
     app()

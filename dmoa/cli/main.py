@@ -1,8 +1,12 @@
-"""The `dmoa` command: every subcommand by name, and how errors become exit codes (0 done, 1 failed, 2 bad input)."""
+"""The `dmoa` command: every subcommand by name, and how errors and signals become exit codes.
+
+0 done, 1 failed, 2 bad input, 130 ended by Ctrl-C, 143 by SIGTERM.
+"""
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +14,7 @@ from typer.core import TyperGroup
 
 from dmoa import __version__
 from dmoa.cli import bench, chat, demo, doctor, evaluate, info, models, probe, report, rollouts, router, run, serve, train
+from dmoa.cli.interrupts import closed, never_join_by_accident
 from dmoa.cli.options import fail, suggesting
 from dmoa.errors import DmoaError
 
@@ -18,10 +23,10 @@ class Commands(TyperGroup):
     """The group of all commands; an error of ours is one message, never a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the chosen command and turn a DmoaError into an exit code."""
+        """Run the chosen command and turn a DmoaError or a signal into an exit code."""
         try:
             with suggesting():
-                return super().invoke(ctx)
+                return closed(partial(super().invoke, ctx))
         except DmoaError as error:
             fail(error)
 
@@ -84,4 +89,5 @@ def main() -> None:
     """Run the command line; the console script `dmoa`."""
     # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    never_join_by_accident()
     app()

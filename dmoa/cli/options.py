@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NoReturn, ParamSp
 import typer
 from typer.exceptions import TyperException
 
+from dmoa.cli.terminal import libraries_apart, tell
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError, TraceError
 from dmoa.explain import did_you_mean
 from dmoa.redaction import redact_text
@@ -75,7 +76,7 @@ class Common:
     def say(self, text: str) -> None:
         """Tell progress on stderr, unless quiet."""
         if self.verbosity >= 0:
-            typer.echo(f"dmoa: {text}", err=True)
+            tell(f"dmoa: {text}")
 
     def write_json(self, value: Any) -> None:
         """Write the command's result where `--json` says, if it does. Raises ConfigError if that cannot be written."""
@@ -116,7 +117,7 @@ _COMMON = (
         None,
     ),
     _option("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="Results only, no progress.")], False),
-    _option("verbose", Annotated[bool, typer.Option("--verbose", "-v", help="Details, and logs on stderr.")], False),
+    _option("verbose", Annotated[bool, typer.Option("--verbose", "-v", help="Details, and all logs on stderr.")], False),
 )
 
 
@@ -135,7 +136,8 @@ def with_common(command: Callable[Concatenate[Common, P], None]) -> Callable[...
             verbosity=int(verbose) - int(quiet),
         )
         _start_logging(common.verbosity)
-        command(common, **values)  # type: ignore[call-arg]
+        with libraries_apart(command.__name__.strip("_"), verbosity=common.verbosity):
+            command(common, **values)  # type: ignore[call-arg]
 
     wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
@@ -145,10 +147,10 @@ def with_common(command: Callable[Concatenate[Common, P], None]) -> Callable[...
 
 
 class _StderrHandler(logging.Handler):
-    """Writes dmoa's own logs to stderr as it is at that moment."""
+    """Writes dmoa's own logs where its own words go at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(redact_text(self.format(record)), err=True)
+        tell(redact_text(self.format(record)))
 
 
 def _start_logging(verbosity: int) -> None:
@@ -163,7 +165,7 @@ def _start_logging(verbosity: int) -> None:
 def fail(error: DmoaError) -> NoReturn:
     """End the command with one message on stderr: status 2 for bad input, else 1."""
     is_bad_input = isinstance(error, _BAD_INPUT) and getattr(error, "status", 0) != _TOO_BUSY
-    typer.echo(f"dmoa: {redact_text(str(error))}", err=True)
+    tell(f"dmoa: {redact_text(str(error))}")
     raise typer.Exit(EXIT_BAD_INPUT if is_bad_input else EXIT_FAILED)
 
 

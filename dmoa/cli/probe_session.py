@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmoa.cli.interrupts import goes_on
 from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
@@ -45,7 +46,7 @@ def look(
     if known is not None:
         _check_suites(known[0])
     folder = asked.out / "dense"
-    with opened_ray(asked.address):
+    with goes_on(f"the same command with --out {asked.out} goes on from here"), opened_ray(asked.address):
         _collect({**sources, "limit": limit}, folder, config, common, asked)
         return look_at(folder, config, common, asked, known)
 

@@ -38,11 +38,14 @@ class RemoteBackend:
 
         messages = [*turns, Message(role="user", content=check_question(question))]
         started = time.perf_counter()
-        async for event in self.client.stream(messages, model=wish.agent, dmoa=_options(wish), sampling=wish.sampling):
-            if isinstance(event, StepLine):
-                screen.remote_line(event.text)
-            elif not isinstance(event, TextDelta):
-                reply = event
+        try:
+            async for event in self.client.stream(messages, model=wish.agent, dmoa=_options(wish), sampling=wish.sampling):
+                if isinstance(event, StepLine):
+                    screen.remote_line(event.text)
+                elif not isinstance(event, TextDelta):
+                    reply = event
+        finally:
+            screen.end_remote_lines()
         wall_s = time.perf_counter() - started
         record = _record(self.client, reply)
         for step in record.steps:

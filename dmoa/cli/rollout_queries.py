@@ -98,7 +98,8 @@ def _expanded(sources: tuple[Weighted, ...]) -> dict[str, float]:
 
 def _own(source: Weighted, options: RolloutOptions, say: Callable[[str], None]) -> _Source:
     path = Path(source.name)
-    found = read_queries(path, skip_bad_rows=options.skip_bad_rows)
+    # No source gives more than the limit: of a longer file the rest is not kept.
+    found = read_queries(path, skip_bad_rows=options.skip_bad_rows, limit=options.limit, seed=options.seed)
     if found.num_bad:
         say(f"{source.name}: {found.num_bad} lines that are no query are left out")
     return _Source(

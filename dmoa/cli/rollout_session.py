@@ -6,13 +6,13 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-import typer
-
 from dmoa import __version__
 from dmoa.cli.evaluation_screen import Bars
 from dmoa.cli.evaluation_session import log_gates, opened_ray
+from dmoa.cli.interrupts import goes_on
 from dmoa.cli.local import fetch_models
 from dmoa.cli.rollout_queries import check_names, prepare
+from dmoa.cli.terminal import warn
 from dmoa.config import Config
 from dmoa.dataflow.room import FILL
 from dmoa.evaluation.source_revision import code_revision
@@ -35,7 +35,8 @@ def run_rollouts(options: RolloutOptions, config: Config, common: Common, comman
 
     mode = "dense" if options.epsilon is None else "epsilon"
     common.say(f"collecting {mode} rollouts of {config.name} into {shown(options.out)}")
-    with at_hand(options, common.say, writes=("out",)) as here:
+    advice = f"the same command with --out {shown(options.out)} goes on from here"
+    with goes_on(advice), at_hand(options, common.say, writes=("out",)) as here:
         return _collected(here, config, common, command)
 
 
@@ -50,7 +51,7 @@ def _collected(options: RolloutOptions, config: Config, common: Common, command:
     counts = manifest.counts
     common.say(f"{counts.queries} queries, {counts.steps} steps, {counts.rows} rows in {shown(session.folder.root)}")
     for name in silent_agents(session.folder, manifest):
-        typer.secho(f"dmoa: {name} never answered: no gate can learn about it from these rollouts", fg=typer.colors.RED, err=True)
+        warn(f"{name} never answered: no gate can learn about it from these rollouts")
     if counts.failed:
         common.say(f"{counts.failed} queries failed and are asked again by the same command; the last: {manifest.failures[-1]}")
     return manifest
@@ -126,13 +127,19 @@ def _workers(options: RolloutOptions, config: Config) -> Workers:
 
 
 def track(manifest: Manifest, folder: RolloutFolder, options: RolloutOptions) -> None:
-    """Log the collection to the tracker, its files as an artifact: offline without a key, and never so that it fails."""
+    """Log the collection to the tracker, its files as an artifact: offline without a key, and never so that it fails.
+
+    Nothing where the same is logged already: the command has collected no more.
+    """
     from dmoa import tracking
 
     name = folder.root.name
+    counts = {f"rollouts/{key}": float(value) for key, value in manifest.counts.model_dump().items()}
+    if tracking.is_logged(folder.root, "log", metrics=counts, step=manifest.round):
+        return
     config = manifest.model_dump(mode="json")
     tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=name, config=config)
-    tracker.log({f"rollouts/{key}": value for key, value in manifest.counts.model_dump().items()}, step=manifest.round)
+    tracker.log(counts, step=manifest.round)
     tracker.artifact(folder.parts, folder.artifact, "rollouts")
     log_gates(tracker, [manifest.config.get("gate", {}).get("checkpoint")])
     tracker.finish()

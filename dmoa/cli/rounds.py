@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dmoa.cli.interrupts import goes_on
 from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
@@ -61,7 +62,7 @@ def run_rounds(options: RoundsOptions, config: Config, common: Common, command: 
     """
     from dmoa.dataflow.mirror import at_hand
 
-    with at_hand(options, common.say, writes=("out",)) as here:
+    with goes_on("the same command goes on from here"), at_hand(options, common.say, writes=("out",)) as here:
         return _rounds(here, config, common, command)
 
 

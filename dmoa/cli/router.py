@@ -10,6 +10,7 @@ import typer
 
 from dmoa.cli.options import Common, with_common
 from dmoa.cli.show import printable, untrained_note
+from dmoa.cli.terminal import tell
 
 if TYPE_CHECKING:
     from dmoa.serving.router_admin import RouterAdmin
@@ -123,7 +124,7 @@ def _tell(common: Common, changed: dict[str, Any]) -> None:
         )
     note = untrained_note(version)
     if note:
-        typer.echo(f"dmoa: {note}", err=True)
+        tell(f"dmoa: {note}")
     common.write_json(changed)
 
 

@@ -11,6 +11,7 @@ import typer
 
 from dmoa.cli.options import EXIT_FAILED, CheckpointOption, Common, with_common
 from dmoa.cli.show import untrained_note
+from dmoa.cli.terminal import tell
 
 if TYPE_CHECKING:
     from dmoa.serving.launch import Launched
@@ -58,7 +59,7 @@ def serve(
     launched: Launched | None = None
     _end_on_signals()
     for said in config.unused_scaling():
-        typer.echo(f"dmoa: {said}", err=True)
+        tell(f"dmoa: {said}")
     common.say(f"starting pool {config.name} on Ray; the first start also fetches and loads its models")
     try:
         launched = launch(config, host=host, port=port, address=address, app=app, insecure=insecure)
@@ -95,9 +96,9 @@ def _announce(common: Common, launched: Launched) -> None:
     typer.echo(f"dmoa: ready at {launched.url} (pool {launched.pool}, gate {launched.gate_version})")
     note = untrained_note(launched.gate_version)
     if note:
-        typer.echo(f"dmoa: {note}", err=True)
+        tell(f"dmoa: {note}")
     if launched.gate_version != launched.configured_version:
-        typer.echo(f"dmoa: the gate was installed before; deployed is {launched.configured_version}", err=True)
+        tell(f"dmoa: the gate was installed before; deployed is {launched.configured_version}")
     common.say(f"its gate: dmoa router status --address {launched.ray_address}")
     common.write_json(
         {

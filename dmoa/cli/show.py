@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from dmoa.cli.terminal import stderr
 from dmoa.reply import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, dump
 from dmoa.types import is_untrained
 
@@ -78,7 +80,8 @@ class Screen:
         self.out = Console(highlight=False, markup=False, emoji=False)
         if not self.out.is_terminal:
             self.out = Console(highlight=False, markup=False, emoji=False, width=_PIPE_WIDTH)
-        self.err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.err = Console(file=stderr(), highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._live: Status | None = None
         self._has_text = False
         self._is_line_open = False
 
@@ -99,9 +102,20 @@ class Screen:
             self._print(f"  => {_short(step.summary)}")
 
     def remote_line(self, text: str) -> None:
-        """Print a running server's word on a finished step, as progress."""
-        if self._verbosity >= 0 and self.shows_steps:
-            self.err.print(Text(printable(text).rstrip(), style="dim"))
+        """Show a running server's word on a finished step until the next one: the steps themselves are printed at the end."""
+        if self._verbosity < 0 or not self.shows_steps or not self.err.is_terminal:
+            return
+        line = Text(" ".join(printable(text).split()), style="dim")
+        if self._live is None:
+            self._live = self.err.status(line)
+            self._live.start()
+        self._live.update(line)
+
+    def end_remote_lines(self) -> None:
+        """Take the line of the last step away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def delta(self, text: str) -> None:
         """Print a piece of the answer as it comes."""

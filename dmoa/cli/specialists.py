@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
+from dmoa.cli.interrupts import goes_on
 from dmoa.cli.options import Common
+from dmoa.cli.terminal import on_terminal
 
 
 def train_specialist(values: dict[str, Any], common: Common, command: str) -> dict[str, Any]:
@@ -39,7 +40,9 @@ def train_specialist(values: dict[str, Any], common: Common, command: str) -> di
         threads=recipe.threads,
     )
     gpus = float(options.workers if options.use_gpu else 0)
-    with opened_ray(options.address, gpus) if options.workers else nullcontext():
+    # Without workers the training tells its steps itself, on stderr.
+    surroundings = opened_ray(options.address, gpus) if options.workers else on_terminal()
+    with goes_on("the same command goes on from the last state"), surroundings:
         trained = train_adapter(
             job,
             out=run_dir / "adapter",

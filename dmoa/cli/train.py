@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dmoa.cli.evaluate import TrackOption
+from dmoa.cli.interrupts import goes_on
 from dmoa.cli.options import Common, with_common
 from dmoa.cli.serve import AddressOption
+from dmoa.cli.terminal import warn
 from dmoa.redaction import redact_command
 
 if TYPE_CHECKING:
@@ -155,11 +157,12 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
     rollouts = ", ".join(map(shown, options.rollouts))
     common.say(f"training a gate for {config.name} on {rollouts}; the run lies in {shown(options.out)}")
     reads = ("rollouts", "anchor_rollouts", "start_from")
-    with at_hand(options, common.say, reads=reads, writes=("out",), apart=("state",)) as here:
+    advice = f"the same command goes on from the last state that is kept in {shown(options.out)}"
+    with goes_on(advice), at_hand(options, common.say, reads=reads, writes=("out",), apart=("state",)) as here:
         result = run_training(here, config, around)
         common.say(f"{result.report.ended}; {_words(result)}")
         for line in (*result.report.silent, *ranking_warning(result.report)):
-            typer.secho(f"dmoa: {line}", fg=typer.colors.RED, err=True)
+            warn(line)
         checkpoint = shown(here.out / "checkpoint")
     typer.echo(checkpoint)
     return result

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dmoa.dataflow.lines_source import drain
 from dmoa.errors import DmoaError
 
+T = TypeVar("T")
 SHARDS_UNDER_WAY = 4
 """Shards that one answering actor works on at once."""
 _MAX_SHARDS = 500
@@ -95,24 +96,44 @@ def only_writer(kind: type, *args: Any, advice: str) -> Iterator[Any]:
 def run_pass(dataset: ray.data.Dataset, writer: Any, stage: str, total: int, watch: Watch, *, advice: str) -> None:
     """Run a pass to its end, reporting progress by the writer's counts. Raises DmoaError, with `advice`, for what stopped it."""
     quiet()
-    failure: list[BaseException] = []
 
-    def work() -> None:
+    def work() -> BaseException | None:
         try:
             for _ in drain(dataset):
                 pass
         except BaseException as error:
-            failure.append(error)
+            return error
+        return None
 
-    thread = threading.Thread(target=work, name=stage, daemon=True)
     started = time.monotonic()
+    failure = in_background(work, stage, lambda: _report(writer, stage, total, started, watch))
+    if failure is not None:
+        raise DmoaError(f"{stage} stopped: {_reason(failure)}; {advice}") from failure
+
+
+def in_background(work: Callable[[], T], name: str, tick: Callable[[], None] = lambda: None) -> T:
+    """Run something of Ray's in a thread and return its result or raise its failure; `tick` is called now and then.
+
+    A signal ends the wait at once, whatever Ray does: in the main thread Ray Data would hold Ctrl-C back, and Ray Train takes
+    it over and ends the process with status 0. What the thread still calls then fails, once Ray is shut down.
+    """
+    found: list[T] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(_POLL_S)
-        _report(writer, stage, total, started, watch)
-    _report(writer, stage, total, started, watch)
-    if failure:
-        raise DmoaError(f"{stage} stopped: {_reason(failure[0])}; {advice}") from failure[0]
+        tick()
+    if failures:
+        raise failures[0]
+    return found[0]
 
 
 def _reason(error: BaseException) -> str:

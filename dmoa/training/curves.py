@@ -1,7 +1,8 @@
 """Follows a training from outside: its epochs go to the screen and to the tracker as the workers keep them.
 
 The workers write one file per epoch (`training/run_state`) and nothing else; this reads how far they are. A run that goes on
-logs what its tracker has not got yet, under the id that is kept in its folder, so that it joins its own run and no other's.
+logs what its tracker has not got yet, under the id that is kept in its folder, so that it joins its own run and no other's. A
+run that is over and logged logs nothing more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from dmoa import checkpoint
 from dmoa.errors import ConfigError
-from dmoa.tracking import open_tracker
+from dmoa.tracking import Tracker, is_logged, keep_run_id, open_tracker
 from dmoa.training.export import Trained
 from dmoa.training.options import TrainOptions
 from dmoa.training.rollouts import RolloutFolder
@@ -30,12 +31,21 @@ class Curves:
     """The tracker of a training, and the thread that feeds it."""
 
     def __init__(self, options: TrainOptions, pool: str, identity: Mapping[str, Any]) -> None:
-        """Begin to log the run in `options.out`, or go on with it; `identity`: of the training."""
-        self._options, out = options, options.out.absolute()
-        settings = {"pool_name": pool, **identity}
-        of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self._tracker = open_tracker(options.track, run_dir=out, name=out.name or "train", of=of, config=settings)
-        self._logged = _logged_epochs(out / "metrics.jsonl")
+        """Follow the run in `options.out`; its tracker is opened when there is something to log. `identity`: of the training."""
+        self._options, self._out = options, options.out.absolute()
+        self._settings = {"pool_name": pool, **identity}
+        self._of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._opened: Tracker | None = None
+        if options.track != "none":
+            keep_run_id(self._out, of=self._of)  # what another run logged here is set aside
+        self._logged = _logged_epochs(self._out / "metrics.jsonl")
+
+    @property
+    def _tracker(self) -> Tracker:
+        if self._opened is None:
+            mode, name = self._options.track, self._out.name or "train"
+            self._opened = open_tracker(mode, run_dir=self._out, name=name, of=self._of, config=self._settings)
+        return self._opened
 
     @contextmanager
     def follow(self, store: StateStore, watch: Callable[[EpochRecord], None]) -> Iterator[None]:
@@ -73,10 +83,16 @@ class Curves:
             self._tracker.log(values, step=record.epoch)
 
     def end(self, trained: Trained, load: Mapping[str, float], folder: Path, parent: str | None) -> None:
-        """Log what came of it: metrics, the routing table, the checkpoint; and the rollouts and the gate that it came of."""
+        """Log what came of it: metrics, the routing table, the checkpoint; and the rollouts and the gate that it came of.
+
+        Nothing where that is logged already.
+        """
+        name = checkpoint.artifact_name(trained.record.version)
+        if is_logged(self._out, "artifact", name=name, kind="checkpoint", role="output"):
+            return
         self._tracker.log({f"held/{name}": value for name, value in trained.record.metrics.items()})
         self._tracker.table("first_choices", ["agent", "share of held-back steps"], [list(item) for item in load.items()])
-        self._tracker.artifact(folder, checkpoint.artifact_name(trained.record.version), "checkpoint")
+        self._tracker.artifact(folder, name, "checkpoint")
         # After the output: W&B waits for inputs that it does not have yet.
         options = self._options
         anchors = [] if options.anchor_rollouts is None else [options.anchor_rollouts]
@@ -87,7 +103,8 @@ class Curves:
 
     def close(self) -> None:
         """End the logging."""
-        self._tracker.finish()
+        if self._opened is not None:
+            self._opened.finish()
 
 
 def _num_epochs(store: StateStore) -> int:

@@ -96,7 +96,8 @@ def train_worker(config: dict[str, Any]) -> None:
     with _kept(job) as folder:
         if folder is not None:
             worker.restore(folder)
-    mode, place = job.track if worker.rank == 0 else "none", Path(job.run_dir)
+    # A training that is over has nothing to log.
+    mode, place = job.track if worker.rank == 0 and not worker.is_done else "none", Path(job.run_dir)
     tracker = open_tracker(mode, run_dir=place, name=f"adapter-{job.name}", run_id=job.run_id, of=job.identity)
     tracker.config({"settings": job.settings.model_dump(), "schedule": job.schedule.model_dump(), "base": job.base})
     try:

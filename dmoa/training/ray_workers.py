@@ -11,6 +11,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.config import LoggingConfig
 
+from dmoa.dataflow.passes import in_background
 from dmoa.errors import DmoaError
 from dmoa.training.run_state import StateStore
 from dmoa.training.train_loop import BadStepsError, Job, train
@@ -39,7 +40,7 @@ def train_on_ray(job: Job, store: StateStore, num_workers: int) -> None:
         ),
     )
     try:
-        result = trainer.fit()
+        result = in_background(trainer.fit, "training")
     except TrainingFailedError as error:
         reason = " ".join(str(error).split())[-1500:]
         raise DmoaError(f"training stopped: {reason}; the same command goes on from the last state that was kept") from error

@@ -27,38 +27,93 @@ class OwnQueries:
     """What a file of queries holds."""
 
     queries: tuple[RolloutQuery, ...]
-    """In the order of the file; every text once."""
+    """Every text once: in the order of the file, or as drawn where there is a limit."""
     num_bad: int = 0
     """Lines left out because they are no query."""
 
 
-def read_queries(path: Path, *, skip_bad_rows: bool = False) -> OwnQueries:
+def read_queries(path: Path, *, skip_bad_rows: bool = False, limit: int | None = None, seed: int = 0) -> OwnQueries:
     """Read a file of queries, one a line: a text, or {"query": TEXT}, other keys of which are not read.
+
+    With a `limit` only the queries that `sample` draws by `seed` are kept, in its order, so that a long file takes no more
+    memory than a short one. Every line is checked all the same.
 
     Raises ConfigError naming file, line, value seen and what is allowed, for a file that cannot be read, holds no query, or
     (unless they are to be skipped) holds a line that is none.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"--queries: cannot read {str(path)!r}: {error}; give the path of a file of queries") from error
-    found: dict[str, RolloutQuery] = {}
+    kept: _All | _Drawn = _All() if limit is None else _Drawn(limit, seed)
     num_bad = 0
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in _lines(path):
         try:
-            text = _text(line)
+            kept.add(_text(line))
         except ValueError as error:
             if not skip_bad_rows:
                 raise ConfigError(f"--queries: {path}, line {number}: {error}; {_ALLOWED}; or add --skip-bad-rows") from None
             num_bad += 1
-            continue
-        query_id = f"queries/{hashlib.sha256(text.encode()).hexdigest()[:_ID_CHARS]}"
-        found.setdefault(query_id, RolloutQuery(query_id=query_id, source=path.name, split="train", text=text))
-    if not found:
+    queries = [RolloutQuery(query_id=key, source=path.name, split="train", text=text) for key, text in kept.items()]
+    if not queries:
         raise ConfigError(f"--queries: {str(path)!r} holds no query; {_ALLOWED}")
-    return OwnQueries(queries=tuple(found.values()), num_bad=num_bad)
+    return OwnQueries(queries=tuple(queries), num_bad=num_bad)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that are not blank, with their numbers from 1, as they are read. Raises ConfigError."""
+    try:
+        # Latin-1 keeps every byte as it is, and text files end lines at CR too.
+        with path.open(encoding="latin-1", newline=None) as file:
+            for number, line in enumerate(file, start=1):
+                if not line.isspace():
+                    yield number, line.encode("latin-1")
+    except OSError as error:
+        raise ConfigError(f"--queries: cannot read {str(path)!r}: {error}; give the path of a file of queries") from error
+
+
+def _id_of(text: str) -> str:
+    return f"queries/{hashlib.sha256(text.encode()).hexdigest()[:_ID_CHARS]}"
+
+
+class _All:
+    """Keeps every text once, in the order of their coming."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
+
+    def add(self, text: str) -> None:
+        """Take a text."""
+        self._texts.setdefault(_id_of(text), text)
+
+    def items(self) -> Iterable[tuple[str, str]]:
+        """Return (query_id, text) of what was kept."""
+        return self._texts.items()
+
+
+class _Drawn:
+    """Keeps as many texts as `sample` would draw of all that come, and no more."""
+
+    def __init__(self, limit: int, seed: int) -> None:
+        self._limit, self._seed = limit, seed
+        self._heap: list[tuple[int, str, str]] = []
+        self._ids: set[str] = set()
+        self._last = b""
+        """Place of what goes next, where as many are kept as there may be."""
+
+    def add(self, text: str) -> None:
+        """Take a text; the one drawn last is dropped where there are too many."""
+        query_id = _id_of(text)
+        place = _place(query_id, self._seed)
+        if (self._last and place >= self._last) or query_id in self._ids:
+            return
+        self._ids.add(query_id)
+        # Negative, because the heap gives its smallest entry and the greatest place is what goes.
+        heapq.heappush(self._heap, (-int.from_bytes(place), query_id, text))
+        if len(self._heap) > self._limit:
+            self._ids.remove(heapq.heappop(self._heap)[1])
+        if len(self._heap) == self._limit:
+            self._last = _place(self._heap[0][1], self._seed)
+
+    def items(self) -> Iterable[tuple[str, str]]:
+        """Return (query_id, text) of what was kept, in the order drawn."""
+        return [(query_id, text) for _, query_id, text in sorted(self._heap, reverse=True)]
 
 
 def _text(line: bytes) -> str:
@@ -81,7 +136,12 @@ def sample(items: Iterable[T], limit: int | None, seed: int, query_id: Callable[
     """Return `limit` items drawn by seed, the same ones whatever their order; all of them, in order, without a limit."""
     if limit is None:
         return list(items)
-    return heapq.nsmallest(limit, items, key=lambda item: hashlib.sha256(f"{seed}\0{query_id(item)}".encode()).digest())
+    return heapq.nsmallest(limit, items, key=lambda item: _place(query_id(item), seed))
+
+
+def _place(query_id: str, seed: int) -> bytes:
+    """Return what decides when a query is drawn: the lowest come first."""
+    return hashlib.sha256(f"{seed}\0{query_id}".encode()).digest()
 
 
 def take_turns(sources: Sequence[Sequence[T]]) -> Iterator[T]:

@@ -84,6 +84,8 @@ def train_adapter(job: LoraJob, *, out: Path, workers: int, storage_path: str | 
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
+    from dmoa.dataflow.passes import in_background
+
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     run_dir = Path(job.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,8 @@ def train_adapter(job: LoraJob, *, out: Path, workers: int, storage_path: str | 
         ),
     )
     try:
-        result = trainer.fit()
+        # Without workers it trains in this thread.
+        result = in_background(trainer.fit, "training") if workers else trainer.fit()
     except TrainingFailedError as error:
         reason = " ".join(str(error).split())[-1500:]
         raise DmoaError(f"{job.name}: training stopped: {reason}; the same command goes on from the last state") from error

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from dmoa import tracking
-from dmoa.tracking import keep_run_id, open_tracker
+from dmoa.tracking import is_logged, keep_run_id, open_tracker
+from tests.unit.offline_runs import synced
 
 SECRET = "hunter2-do-not-show"
 
@@ -229,12 +230,35 @@ def test_an_input_is_the_very_artifact_that_was_an_output(tmp_path: Path) -> Non
     assert entry.local_path == str(tmp_path / "rows" / "part-0.parquet")
 
 
-def test_a_resumed_run_has_the_same_id_in_wandb(tmp_path: Path) -> None:
-    for _ in range(2):
-        tracker = open_tracker("auto", run_dir=tmp_path, name="x")
-        tracker.log({"loss": 1.0})
+def test_no_session_of_a_run_replaces_another_when_they_are_synced(tmp_path: Path) -> None:
+    for steps in ((1, 2), (3, 4)):
+        tracker = open_tracker("auto", run_dir=tmp_path, name="x", finish_timeout_s=120.0, init_timeout_s=120.0)
+        for step in steps:
+            tracker.log({"loss": float(step)}, step=step)
         tracker.finish()
-    assert {run.name for run in offline_runs(tmp_path)} == {f"run-{tracker.run_id}.wandb"}
+    runs = synced(tmp_path).values()
+    assert sorted((run.rows for run in runs), key=str) == [[{"loss": 1}, {"loss": 2}], [{"loss": 3}, {"loss": 4}]]
+    assert sorted(step for run in runs for step in run.steps) == [1, 2, 3, 4]
+    assert {run.group for run in runs} == {tracker.run_id}
+
+
+def test_what_is_logged_is_known_by_the_last_of_its_kind(tmp_path: Path) -> None:
+    assert not is_logged(tmp_path, "log", metrics={"a": 1.0}, step=None)
+    tracker = open_tracker("jsonl", run_dir=tmp_path, name="x")
+    tracker.log({"a": 1, "b": math.nan}, step=3)
+    tracker.log({"other": 5.0})
+    tracker.table("rows", ["a", "b"], [(1, f"https://u:{SECRET}@x/")])
+    tracker.artifact(tmp_path / "gate", "gate-1", "checkpoint")
+    tracker.finish()
+    assert is_logged(tmp_path, "log", metrics={"a": 1.0, "b": math.nan}, step=3)
+    assert not is_logged(tmp_path, "log", metrics={"a": 1.0, "b": math.nan}, step=4)
+    assert is_logged(tmp_path, "table", name="rows", rows=[[1, f"https://u:{SECRET}@x/"]])
+    assert not is_logged(tmp_path, "table", name="others", rows=[[1, f"https://u:{SECRET}@x/"]])
+    assert is_logged(tmp_path, "artifact", name="gate-1", kind="checkpoint", role="output")
+    assert not is_logged(tmp_path, "artifact", name="gate-2", kind="checkpoint", role="output")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"op": "log", "step": 3, "metrics": {"a": 2.0, "b": null}}\n[1]\n{"op": "lo')
+    assert not is_logged(tmp_path, "log", metrics={"a": 1.0, "b": math.nan}, step=3), "the last one counts"
 
 
 def test_a_message_that_wandb_refuses_loses_no_other(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_demo_from_questions_to_replay(
     assert f"{sum(outcome.is_right for outcome in outcomes)} of 2" in shown.out
     for number in (1, 2):
         assert f"=== question {number} of 2" in shown.out
-        assert f"[{number}/2] Step 1:" in shown.err
+    assert (shown.out + shown.err).lower().count("step 1 ") == 2, "each step is printed once"
     assert "gate untrained-0: routing is arbitrary until it is trained" in shown.out
     assert is_identical
     assert "routing decisions identical" in shown.out

@@ -79,6 +79,20 @@ def test_a_gate_that_is_gone_stops_no_tracking(tmp_path: Path) -> None:
     assert {name for name, _, _ in artifacts_of(folder, "output")} == {"rollouts-rollouts"}
 
 
+def test_a_collection_is_logged_again_only_where_it_has_grown(tmp_path: Path) -> None:
+    config = pool()
+    folder = write_rollouts(tmp_path / "rollouts", domain_rows(), config)
+    manifest = read_manifest(folder)
+    options = rollout_options({"out": folder, "benchmarks": "arith", "limit": 1, "track": "jsonl"})
+    track(manifest, RolloutFolder(folder), options)
+    before = lines_of(folder)
+    track(manifest, RolloutFolder(folder), options)
+    assert lines_of(folder) == before
+    more = manifest.counts.model_copy(update={"queries": manifest.counts.queries + 1})
+    track(manifest.model_copy(update={"counts": more}), RolloutFolder(folder), options)
+    assert len(lines_of(folder)) == 2 * len(before)
+
+
 def test_a_training_joins_its_own_run_and_no_other(tmp_path: Path) -> None:
     """Every round of `jobs/train_rounds.py` lies in a folder of the same name; a state elsewhere may begin anew in one folder."""
     config = pool()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,41 @@ def test_a_file_without_queries_and_no_file_are_refused(tmp_path: Path) -> None:
         read_queries(own(tmp_path, "\n \n"))
     with pytest.raises(ConfigError, match="--queries: cannot read"):
         read_queries(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize("limit", [1, 7, 39, 40, 41, 100])
+def test_of_a_file_with_a_limit_the_sample_is_kept_and_no_more(tmp_path: Path, limit: int) -> None:
+    texts = [f"What is {number} + 7?" for number in range(40)]
+    path = own(tmp_path, "\n".join([*texts, "", *reversed(texts)]))
+    whole = read_queries(path).queries
+    assert [query.text for query in whole] == texts
+    for seed in range(3):
+        expected = sample(whole, limit, seed, lambda query: query.query_id)
+        assert list(read_queries(path, limit=limit, seed=seed).queries) == expected
+
+
+def test_a_long_file_with_a_limit_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
+    path = own(tmp_path, "".join(f'{{"query": "What is {number} + 7, and why?"}}\n' for number in range(30_000)))
+    tracemalloc.start()
+    try:
+        found = read_queries(path, limit=5)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found.queries) == 5
+    assert peak < path.stat().st_size / 2
+
+
+def test_every_line_of_a_file_with_a_limit_is_checked(tmp_path: Path) -> None:
+    path = own(tmp_path, "one\ntwo\n{broken\n")
+    with pytest.raises(ConfigError, match="line 3: value seen"):
+        read_queries(path, limit=1)
+    assert read_queries(path, limit=1, skip_bad_rows=True).num_bad == 1
+
+
+def test_lines_end_as_in_any_text_file(tmp_path: Path) -> None:
+    found = read_queries(own(tmp_path, "one\rtwo\r\n\r\nthree\x85\u2028same line\n"))
+    assert [query.text for query in found.queries] == ["one", "two", "three\x85\u2028same line"]
 
 
 def test_a_sample_hangs_on_the_seed_and_not_on_the_order() -> None:

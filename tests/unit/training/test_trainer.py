@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,21 +15,23 @@ import numpy as np
 import pytest
 import torch
 
-from dmoa import checkpoint
+from dmoa import checkpoint, tracking
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.core.conformal import ALPHAS
 from dmoa.core.decision import Decider
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.training import targets, train_loop
+from dmoa.training.curves import Curves
 from dmoa.training.options import parse_options
 from dmoa.training.preparing import build_start, check_rollouts, prepare
 from dmoa.training.rollout_collect import silent_agents
 from dmoa.training.rollouts import RolloutFolder, read_manifest
-from dmoa.training.run_state import EpochRecord, RunState, StateStore
+from dmoa.training.run_state import EpochRecord, Progress, RunState, StateStore
 from dmoa.training.trainer import Surroundings, TrainResult, run_training
 from dmoa.training.world import Alone
 from dmoa.types import RouteRequest
+from tests.unit.offline_runs import Synced, synced
 from tests.unit.training.gate_rollouts import AGENTS, DIM, domain_rows, pool, write_rollouts
 
 BASE: dict[str, Any] = {"workers": 0, "track": "jsonl"}
@@ -231,6 +234,45 @@ def test_a_stopped_training_goes_on_and_ends_as_if_unbroken(
     ]
     lines = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     assert sorted(line["step"] for line in lines if line["op"] == "log" and line["step"]) == list(range(1, 8))
+
+
+def test_the_curves_of_a_stopped_training_are_whole_when_they_are_synced(
+    rollouts: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each epoch is on the server once, and the command on a finished training tells W&B nothing."""
+    monkeypatch.setattr(train_loop, "KEEP_SHARE", math.inf)  # every epoch is kept
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 120.0)
+    out, options = tmp_path / "run", {"epochs": 5, "track": "wandb"}
+    wanted = parse_options({**BASE, "rollouts": str(rollouts), "out": out, **options})
+    start = build_start(wanted, config)
+    job = prepare(wanted, start, check_rollouts(wanted, start), on_ray=False).job
+    curves = Curves(wanted, config.name, job.identity)
+    with curves.follow(StateStore(str(out / "state")), lambda epoch: None):
+        stopped_after(out, 2, rollouts, config, **options)
+    curves.close()
+    train(out, rollouts, config, **options)
+    runs = synced(out)
+    assert len({run.group for run in runs.values()}) == 1
+    assert [row["train_loss"] for row in rows_by_step(runs)] == [epoch.train_loss for epoch in progress_of(out).epochs]
+    assert sum("held/ndcg" in row for run in runs.values() for row in run.rows) == 1
+    lines = (out / "metrics.jsonl").read_bytes()
+    train(out, rollouts, config, **options)
+    assert synced(out) == runs
+    assert (out / "metrics.jsonl").read_bytes() == lines
+
+
+def rows_by_step(runs: dict[str, Synced]) -> list[dict[str, Any]]:
+    """The epochs of all runs together, by step."""
+    found = [(step, row) for run in runs.values() for step, row in zip(run.steps, run.rows, strict=True) if "train_loss" in row]
+    return [row for _, row in sorted(found, key=lambda pair: pair[0])]
+
+
+def progress_of(out: Path) -> Progress:
+    progress = StateStore(str(out / "state")).read_progress()
+    assert progress is not None
+    return progress
 
 
 class CountingStore(StateStore):
