@@ -18,6 +18,7 @@ import numpy as np
 from dmoa.agents import tools as toolbox
 from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.agents.installed import check_vllm
+from dmoa.agents.model_files import check_model
 from dmoa.agents.models import adapter_hash, fetch, model_id, resolve_adapter, resolve_model
 from dmoa.config import (
     SUMMARIZER,
@@ -27,6 +28,7 @@ from dmoa.config import (
     OpenaiOptions,
     ScriptedOptions,
     TransformersOptions,
+    VllmOptions,
     is_name,
     load,
 )
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from dmoa.agents.gpu_slices import GpuSlice
     from dmoa.checkpoint import Checkpoint
     from dmoa.core.gate import Gate
+
+_MAX_NAMED = 4
 
 
 def default_config_path() -> Path:
@@ -118,7 +122,17 @@ def llm_id(llm: LlmConfig) -> str:
 
 
 def check_files(config: Config) -> None:
-    """Check what the configuration names on disk: adapters exist. Raises ConfigError naming field, value and way out."""
+    """Check what the configuration names on disk: models and adapters are there, and whole as far as can be seen.
+
+    Raises ConfigError naming field, value, agents and way out.
+    """
+    for llm in dict.fromkeys(agent.llm for agent in callable_agents(config)):
+        part = config.llms[llm]
+        if isinstance(part.options, TransformersOptions | VllmOptions):
+            try:
+                check_model(part.model)
+            except ConfigError as error:
+                raise ConfigError(f"llms.{llm}.{error} (agents on it: {_named(callable_agents(config, llm))})") from error
     for agent in callable_agents(config):
         if agent.adapter:
             try:
@@ -126,6 +140,24 @@ def check_files(config: Config) -> None:
             except ConfigError as error:
                 where = SUMMARIZER if agent.name == SUMMARIZER else f"agents.{agent.name}"
                 raise ConfigError(f"{where}.{error}") from error
+
+
+def _named(agents: list[AgentConfig]) -> str:
+    names = [agent.name for agent in agents]
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
+
+
+def check_corpus(config: Config) -> None:
+    """Check that the corpus of the `search` tool can be read here, for agents that run on this machine. Raises ConfigError."""
+    corpus = config.tools.search_corpus
+    if corpus is None:
+        return
+    try:
+        with Path(corpus).open(encoding="utf-8") as file:
+            file.readline()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tools.search_corpus: cannot read {corpus!r}: {error}; give a JSON Lines file") from error
 
 
 def check_keys(config: Config) -> None:
