@@ -98,7 +98,7 @@ def read(path: str | Path) -> tuple[str, str]:
 
     Raises OSError and UnicodeDecodeError.
     """
-    global _taken  # noqa: PLW0603 -- standard input belongs to the process as well
+    global _taken
     if str(path) != STDIN:
         return Path(path).read_text(encoding="utf-8"), str(path)
     if _taken is None or _taken[0] is not sys.stdin:

@@ -32,4 +32,4 @@ def ignore_proxies() -> None:
     gRPC would send Ray Serve's calls between replicas through `http_proxy` wherever `no_proxy` does not list the node's own
     address. A `grpc_proxy` that is empty means none. Nothing else reads it.
     """
-    os.environ["grpc_proxy"] = ""
+    os.environ["grpc_proxy"] = ""  # noqa: SIM112 -- gRPC knows it in small letters only

@@ -53,7 +53,9 @@ def _fault_of_weights(file: Path) -> str | None:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
-                return f"{file.name} ({size} bytes) holds no weights: it is cut short, or a pointer to a file that was not fetched"
+                return (
+                    f"{file.name} ({size} bytes) holds no weights: it is cut short, or a pointer to a file that was not fetched"
+                )
             header = json.loads(opened.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:

@@ -132,7 +132,7 @@ def check_files(config: Config) -> None:
             try:
                 check_model(part.model)
             except ConfigError as error:
-                raise ConfigError(f"llms.{llm}.{error} (agents on it: {_named(callable_agents(config, llm))})") from error
+                raise ConfigError(f"llms.{llm}.{error} (agents on it: {named(callable_agents(config, llm))})") from error
     for agent in callable_agents(config):
         if agent.adapter:
             try:
@@ -142,7 +142,8 @@ def check_files(config: Config) -> None:
                 raise ConfigError(f"{where}.{error}") from error
 
 
-def _named(agents: list[AgentConfig]) -> str:
+def named(agents: list[AgentConfig]) -> str:
+    """Return the names of agents for a message: the first few, and how many more there are."""
     names = [agent.name for agent in agents]
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return ", ".join(names[:_MAX_NAMED]) + more
@@ -195,14 +196,19 @@ def build_engine(config: Config, llm: str, agents: list[AgentConfig], gpus: GpuS
         from dmoa.agents.transformers_engine import TransformersEngine
 
         adapters = {agent.adapter: resolve_adapter(agent.adapter) for agent in agents if agent.adapter}
-        return TransformersEngine(
-            resolve_model(part.model),
-            options,
-            max_num_seqs=part.max_num_seqs,
-            adapters=adapters,
-            model_label=model_id(part.model),
-            gpu=gpus.positions[0] if gpus else None,
-        )
+        try:
+            return TransformersEngine(
+                resolve_model(part.model),
+                options,
+                max_num_seqs=part.max_num_seqs,
+                adapters=adapters,
+                model_label=model_id(part.model),
+                gpu=gpus.positions[0] if gpus else None,
+            )
+        except ConfigError as error:
+            if not str(error).startswith("model:"):
+                raise
+            raise ConfigError(f"llms.{llm}.{error} (agents on it: {named(agents)})") from error
     from dmoa.agents.vllm_local import start_vllm
 
     check_vllm(config)

@@ -79,3 +79,7 @@ def main() -> None:
     # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
+
+
+if __name__ == "__main__":
+    main()

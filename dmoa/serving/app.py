@@ -236,14 +236,12 @@ async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None
             responses.cancel()
 
 
-def build_app(
-    config: Config, *, key_hashes: tuple[str, ...] = (), is_ingress_on_head: bool = False, mark: str = ""
-) -> Any:
+def build_app(config: Config, *, key_hashes: tuple[str, ...] = (), is_ingress_on_head: bool = False, mark: str = "") -> Any:
     """Return the bound Serve application of a pool; with `is_ingress_on_head` its ingress runs on the cluster's head alone.
 
     A query is lost with its ingress: where the proxy is on the head alone, that keeps it from depending on a second node. By
-    `mark` a launch knows its own server. Raises ConfigError for a model or an adapter that is not there and for a vLLM that is not installed, CheckpointError for a checkpoint of
-    another pool.
+    `mark` a launch knows its own server. Raises ConfigError for a model or an adapter that is not there and for a vLLM that is
+    not installed, CheckpointError for a checkpoint of another pool.
     """
     check_files(config)
     check_vllm(config)

@@ -18,7 +18,8 @@ from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.serving import listening
 from dmoa.serving.auth import check_exposure, hash_keys
-from dmoa.serving.failures import clear_failures, last_words
+from dmoa.serving.ending import own_process_groups
+from dmoa.serving.failures import last_words, wait_running
 
 SERVE_FLAGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -78,7 +79,7 @@ def launch(
     host, port = listening.bare(host or config.server.host), port or config.server.port
     key_hashes = hash_keys(os.environ)
     check_exposure(host, key_hashes, insecure)
-    address = _address(address)
+    address = ray_address(address)
     if address is not None:
         _check_listening(address)  # here already: importing Serve takes seconds
     elif not _ray_is_up():
@@ -91,8 +92,9 @@ def launch(
     mark = secrets.token_hex(16)
     application, started_ray = _build(config, key_hashes, address, mark)
     host = _start_serve(host, port, is_here=started_ray)
-    with clear_failures(config, app):
-        serve.run(application, name=app, route_prefix=route_prefix)
+    target = serve.RunTarget(target=application, name=app, route_prefix=route_prefix)
+    serve.run_many([target], wait_for_applications_running=False)
+    wait_running(config, app)
     url = listening.base_url(host, port, route_prefix)
     listening.wait_ready(url, mark, START_TIMEOUT_S)
     return _launched(url, config.name, app, started_ray=started_ray)
@@ -149,7 +151,7 @@ def start_ray(address: str | None = None) -> bool:
 
     Returns whether this process started it, and so ends it. Raises ConfigError where none answers at the address.
     """
-    address = _address(address)
+    address = ray_address(address)
     import ray
 
     is_own = not ray.is_initialized() and address is None
@@ -180,7 +182,7 @@ def _check_listening(address: str) -> None:
         ) from error
 
 
-def _address(address: str | None) -> str | None:
+def ray_address(address: str | None) -> str | None:
     """Return the Ray to join, None to start one, with the environment set for it; call before importing Ray."""
     set_flags()
     if not os.environ.get("RAY_ADDRESS", "-").strip():
@@ -208,7 +210,8 @@ def _start_own_ray() -> None:
 
     for attempt in range(_START_ATTEMPTS):
         try:
-            ray.init(address="local", log_to_driver=False, include_dashboard=False, **_local_size())
+            with own_process_groups():
+                ray.init(address="local", log_to_driver=False, include_dashboard=False, **_local_size())
         except Exception as error:
             # Ray 2.60 raises a bare Exception for processes that did not come up in time.
             ray.shutdown()

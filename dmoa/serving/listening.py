@@ -68,16 +68,17 @@ def check_free(host: str, port: int) -> None:
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if fault.errno == errno.EADDRINUSE:
         raise ConfigError(
-            f"server.port: value seen: {port}; another program listens on {place} already; stop it, or choose a free port (--port)"
+            f"server.port: value seen: {port}; another program listens on {place} already; stop it, or choose another "
+            "port (--port)"
         )
     if fault.errno in (errno.EACCES, errno.EPERM):
         raise ConfigError(
-            f"server.port: value seen: {port}; this user may not listen on {place} ({fault.strerror}); choose a port from 1024 on "
+            f"server.port: value seen: {port}; this user may not listen on {place} ({fault.strerror}); choose one from 1024 on "
             "(--port)"
         )
     raise ConfigError(
-        f"server.host: value seen: {host!r}; nothing can listen there ({fault.strerror or fault}); give an address of this machine, "
-        "such as 127.0.0.1, or 0.0.0.0 for all of them (--host)"
+        f"server.host: value seen: {host!r}; nothing can listen there ({fault.strerror or fault}); give an address of this "
+        "machine, such as 127.0.0.1, or 0.0.0.0 for all of them (--host)"
     )
 
 
@@ -127,8 +128,8 @@ def wait_ready(url: str, mark: str, timeout_s: float) -> None:
                 foreign_since = foreign_since or time.monotonic()
                 if time.monotonic() - foreign_since > _FOREIGN_PATIENCE_S:
                     raise ConfigError(
-                        f"server.port: another server answers at {url} as well (status {reply.status_code}); stop it, or choose a free "
-                        "port (--port)"
+                        f"server.port: another server answers at {url} as well (status {reply.status_code}); stop it, or choose "
+                        "another port (--port)"
                     )
         time.sleep(_PAUSE_S)
     raise NoAgentError(f"{url} is not ready after {timeout_s:.0f} s: {last}")
