@@ -7,20 +7,21 @@ Ray of a terminal's group is started in groups of its own; where it dies neverth
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 import psutil
 
-STOP_LIMIT_S = 9.0
+STOP_LIMIT_S = 8.0
 """How long a server that is stopped may take; what is left of its Ray is killed then."""
 FAILED = 1
 _SAME_S = 1.0
@@ -29,6 +30,10 @@ _PAUSE_S = 0.05
 _CORE = ("gcs_server", "raylet")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _in_own_group = False
+# Python's own calls for the handlers in C: `signal.signal` is for the main thread alone, which is in Ray at that time.
+_GET_HANDLER, _SET_HANDLER = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+_GET_HANDLER.argtypes, _GET_HANDLER.restype = (ctypes.c_int,), ctypes.c_void_p
+_SET_HANDLER.argtypes, _SET_HANDLER.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
 
 
 class Ending:
@@ -95,7 +100,17 @@ class Ending:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        while heard := self._reader.recv(1):
+        own = {number: _GET_HANDLER(number) for number in _SIGNALS}
+        self._reader.settimeout(_PAUSE_S)
+        while True:
+            try:
+                heard = self._reader.recv(1)
+            except TimeoutError:
+                if not self._is_ready:
+                    _reinstall(own)
+                continue
+            if not heard:
+                break
             if heard[0] in _SIGNALS:
                 self._end()
         self._reader.close()
@@ -107,7 +122,6 @@ class Ending:
             self.leave(FAILED)
         _mute()  # Ray's C++ writes of every process that it loses
         started = time.monotonic()
-        self._reader.settimeout(_PAUSE_S)
         while time.monotonic() < started + STOP_LIMIT_S and not any(map(_is_dead, self._core)):
             try:
                 heard = self._reader.recv(1)
@@ -118,6 +132,13 @@ class Ending:
             if heard[0] in _SIGNALS and time.monotonic() > started + _SAME_S:
                 break
         self.leave(self._status)
+
+
+def _reinstall(handlers: Mapping[int, int | None]) -> None:
+    """Put Python's handlers back where `ray.init` has put one of C++ in their place, which prints its stack first."""
+    for number, handler in handlers.items():
+        if _GET_HANDLER(number) != handler:
+            _SET_HANDLER(number, handler)
 
 
 def _is_dead(process: psutil.Process) -> bool:
