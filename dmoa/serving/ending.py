@@ -43,8 +43,10 @@ class Ending:
     C++, where Python's handlers do not run and an exception aborts the process.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], limit_s: float = STOP_LIMIT_S) -> None:
+        """`say` tells a person; `limit_s`: how long the command may take to end once it is ready."""
         self._say = say
+        self._limit_s = limit_s
         self._is_ready = False
         self._status = 0
         self._core: list[psutil.Process] = []
@@ -122,7 +124,7 @@ class Ending:
             self.leave(FAILED)
         _mute()  # Ray's C++ writes of every process that it loses
         started = time.monotonic()
-        while time.monotonic() < started + STOP_LIMIT_S and not any(map(_is_dead, self._core)):
+        while time.monotonic() < started + self._limit_s and not any(map(_is_dead, self._core)):
             try:
                 heard = self._reader.recv(1)
             except TimeoutError:

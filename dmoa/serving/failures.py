@@ -55,8 +55,8 @@ def explain(config: Config, deployment: str, cause: str) -> str:
     if not hosted:
         return f"{deployment}: it did not start: {cause}"
     llm = hosted[0].llm
-    model = config.llms[llm].model
-    return f"{'agents' if len(hosted) > 1 else 'agent'} {named(hosted)} (llms.{llm}.model {model!r}): no replica started: {cause}"
+    model = "" if cause.startswith("llms.") else f" (llms.{llm}.model {config.llms[llm].model!r})"
+    return f"{'agents' if len(hosted) > 1 else 'agent'} {named(hosted)}{model}: no replica started: {cause}"
 
 
 def raised(text: str) -> tuple[str, str] | None:

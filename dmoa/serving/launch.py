@@ -33,6 +33,8 @@ CONNECT_TIMEOUT_S = 10.0
 STOP_WAIT_S = 6.0
 """How long a swarm that is stopped may go on with its queries before its Ray ends, or this process leaves it."""
 _START_ATTEMPTS = 3
+AUTO = "auto"
+"""The word for the Ray that runs on this machine."""
 _LOCAL = "local"
 """Ray's own word for a Ray that this process starts."""
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -158,6 +160,8 @@ def start_ray(address: str | None = None) -> bool:
     if is_own:
         _start_own_ray()
     elif not ray.is_initialized():
+        if address == AUTO:
+            address = _only_ray()
         _check_listening(str(address))
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -167,6 +171,27 @@ def start_ray(address: str | None = None) -> bool:
                 f"RAY_AUTH_MODE=token where it wants tokens ({' '.join(str(error).split())[:200]})"
             ) from error
     return is_own
+
+
+def _only_ray() -> str:
+    """Return the address of the Ray on this machine. Raises ConfigError where there is none, or which one is not plain."""
+    from ray._private.services import find_bootstrap_address, find_gcs_addresses
+
+    find_gcs_addresses.cache_clear()
+    found = sorted(find_gcs_addresses())
+    if not found:
+        started = find_bootstrap_address(None)
+        if started:
+            return str(started)
+        raise ConfigError(
+            f"address: value seen: {AUTO!r}; no Ray runs on this machine; give HOST:PORT of a running one (--address)"
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"address: several Rays run on this machine, and none of them was asked: {', '.join(found)}; name the one that "
+            "is meant (--address)"
+        )
+    return found[0]
 
 
 def _check_listening(address: str) -> None:
@@ -249,6 +274,7 @@ def stop(app: str = "dmoa", *, end_ray: bool = False) -> None:
     """
     import ray
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     from dmoa.serving.actors import end_actors
 
@@ -258,7 +284,7 @@ def stop(app: str = "dmoa", *, end_ray: bool = False) -> None:
         while app in serve.status().applications and time.monotonic() < deadline:
             time.sleep(0.1)
         end_actors(app)
-    except (DmoaError, ray.exceptions.RayError, ConnectionError):
+    except (DmoaError, ray.exceptions.RayError, RayServeException, ConnectionError):
         if not end_ray:
             raise
     finally:

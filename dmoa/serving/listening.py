@@ -17,7 +17,7 @@ MARK_HEADER = "x-dmoa-launch"
 READY_TIMEOUT_S = 10.0
 _NUM_SURE = 8
 """Connections in a row that have to reach the own server: the kernel deals them out where another listens there too."""
-_FOREIGN_PATIENCE_S = 20.0
+FOREIGN_PATIENCE_S = 20.0
 """How long answers of others are waited out: the own proxy answers 404 until it has heard of the app."""
 _PAUSE_S = 0.1
 
@@ -103,8 +103,8 @@ class LaunchMark:
         await self._app(scope, receive, marked)
 
 
-def wait_ready(url: str, mark: str, timeout_s: float) -> None:
-    """Return once the server of this launch, and no other, answers that it is ready.
+def wait_ready(url: str, mark: str, timeout_s: float, *, patience_s: float = FOREIGN_PATIENCE_S) -> None:
+    """Return once the server of this launch, and no other, answers that it is ready; others are waited out for `patience_s`.
 
     Raises ConfigError where another one answers on the same port, NoAgentError if it is not ready in time.
     """
@@ -126,7 +126,7 @@ def wait_ready(url: str, mark: str, timeout_s: float) -> None:
             last = reply.text[:500]
             if not is_own and reply.status_code < httpx.codes.INTERNAL_SERVER_ERROR:
                 foreign_since = foreign_since or time.monotonic()
-                if time.monotonic() - foreign_since > _FOREIGN_PATIENCE_S:
+                if time.monotonic() - foreign_since > patience_s:
                     raise ConfigError(
                         f"server.port: another server answers at {url} as well (status {reply.status_code}); stop it, or choose "
                         "another port (--port)"
