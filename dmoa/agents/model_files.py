@@ -25,7 +25,12 @@ def check_model(model: str) -> None:
     if model.startswith("embedded:"):
         check_embedded(model)
     elif not model.startswith("s3:"):  # vLLM fetches those, and they are looked at there
-        found = resolve_model(model)
+        try:
+            found = resolve_model(model)
+        except ConfigError:
+            raise
+        except (OSError, ValueError) as error:  # a folder that this user may not look into, or no path at all
+            raise ConfigError(f"model: value seen: {model!r}; it cannot be looked at ({error}); fix the path") from error
         fault = fault_of_folder(found) if isinstance(found, Path) else None
         if fault:
             raise ConfigError(f"model: value seen: {model!r}; {fault}; save or copy the model again, or fix the path")

@@ -102,7 +102,7 @@ class Ending:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        own = {number: _GET_HANDLER(number) for number in _SIGNALS}
+        own: dict[int, int | None] = {number: _GET_HANDLER(number) for number in _SIGNALS}
         self._reader.settimeout(_PAUSE_S)
         while True:
             try:

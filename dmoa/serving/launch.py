@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmoa.agents.loopback import ignore_proxies
-from dmoa.agents.pool import check_corpus, check_keys
+from dmoa.agents.pool import check_corpus, check_files, check_keys
 from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.serving import listening
@@ -82,8 +82,9 @@ def launch(
     key_hashes = hash_keys(os.environ)
     check_exposure(host, key_hashes, insecure)
     address = ray_address(address)
+    check_files(config)  # here already, as what follows: importing Serve takes seconds
     if address is not None:
-        _check_listening(address)  # here already: importing Serve takes seconds
+        _check_listening(address)
     elif not _ray_is_up():
         # A Ray of our own inherits this environment, these files and this port; on another one the engines find out.
         check_keys(config)
@@ -178,7 +179,7 @@ def _only_ray() -> str:
     from ray._private.services import find_bootstrap_address, find_gcs_addresses
 
     find_gcs_addresses.cache_clear()
-    found = sorted(find_gcs_addresses())
+    found: list[str] = sorted(find_gcs_addresses())
     if not found:
         started = find_bootstrap_address(None)
         if started:
