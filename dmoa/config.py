@@ -33,7 +33,7 @@ from dmoa.errors import ConfigError
 from dmoa.explain import describe, did_you_mean, short
 from dmoa.scaling_options import AutoscalingConfig as AutoscalingConfig
 from dmoa.types import Sampling
-from dmoa.yaml_tree import parse, set_value
+from dmoa.yaml_tree import parse, read, set_value
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -368,15 +368,15 @@ def parse_gate(tree: dict[str, Any]) -> GateConfig:
 
 
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
-    """Read a pool file and apply `a.b=c` overrides.
+    """Read a pool file, `-` for standard input, and apply `a.b=c` overrides.
 
     Raises ConfigError naming file, field, value seen and what is allowed.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text, source = read(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: cannot read {str(path)!r}: {error}; give the path of a pool YAML file") from error
-    return loads(text, source=str(path), overrides=overrides)
+    return loads(text, source=source, overrides=overrides)
 
 
 def loads(text: str, *, source: str = "<text>", overrides: tuple[str, ...] | list[str] = ()) -> Config:

@@ -1,9 +1,17 @@
-"""YAML text as a tree of plain values, and `a.b=c` overrides on it: what `config` builds its records from."""
+"""YAML text as a tree of plain values, and `a.b=c` overrides on it: what `config` builds its records from.
+
+YAML 1.1, which PyYAML reads, gives some plain words a value that nobody reads in them. `yes`, `no`, `on`, `off` and `=` are
+texts here, which a field for a truth value understands as well. Dates, base 60, base 2 and numbers with a leading zero
+(base 8 there) are refused, and so is a key that stands twice.
+"""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+import re
+import sys
+from pathlib import Path
+from typing import Any, TextIO
 
 import yaml
 
@@ -11,13 +19,92 @@ from dmoa.errors import ConfigError
 from dmoa.explain import short
 from dmoa.redaction import redact_text
 
+STDIN = "-"
+"""Name of a file that stands for standard input."""
+_TAG = "tag:yaml.org,2002:"
+_TRUTH = re.compile(r"true|True|TRUE|false|False|FALSE")
+_NUMBER_OF_ANOTHER_BASE = re.compile(r"[-+]?0[0-9_]+|[-+]?0b[01_]+|[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?")
+_taken: tuple[TextIO, str] | None = None
+"""Standard input and what it held: it can be read once, but a command may load its pool several times."""
+
+
+class _RefusedError(yaml.YAMLError):
+    """Valid YAML that says something else than it seems to."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without the surprises of YAML 1.1."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node. Refuses a key that stands twice in it."""
+        if isinstance(node, yaml.MappingNode):
+            # Before `<<` is resolved, because a key beside it may replace one that it brings.
+            seen: set[tuple[str, str]] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.tag == f"{_TAG}merge":
+                    continue
+                if (key.tag, key.value) in seen:
+                    raise _refused(key, f"the key {short(key.value)} stands twice in one section; keep one of the two")
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep=deep)
+
+    def number(self, node: Any) -> int | float:
+        """Return the number of a node. Refuses one that YAML 1.1 reads otherwise than a person."""
+        text = self.construct_scalar(node)
+        as_is: int | float = self.construct_yaml_int(node) if node.tag == f"{_TAG}int" else self.construct_yaml_float(node)
+        if _NUMBER_OF_ANOTHER_BASE.fullmatch(text):
+            raise _refused(
+                node, f"value seen: {text}; YAML 1.1 reads it as {as_is:g}; write that number in decimal, or the text in quotes"
+            )
+        return as_is
+
+    def date(self, node: Any) -> None:
+        """Refuse a node: no field holds a date."""
+        self.construct_yaml_timestamp(node)
+        text = self.construct_scalar(node)
+        raise _refused(node, f"value seen: {text}; YAML 1.1 reads it as a date; write the text in quotes")
+
+
+def _refused(node: Any, what: str) -> _RefusedError:
+    return _RefusedError(f"line {node.start_mark.line + 1}: {what}")
+
+
+def _add_rules() -> None:
+    changed = {f"{_TAG}{name}" for name in ("bool", "value")}
+    _Loader.yaml_implicit_resolvers = {
+        first: [rule for rule in rules if rule[0] not in changed]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _Loader.add_implicit_resolver(f"{_TAG}bool", _TRUTH, list("tTfF"))
+    for name in ("int", "float"):
+        _Loader.add_constructor(f"{_TAG}{name}", _Loader.number)
+    _Loader.add_constructor(f"{_TAG}timestamp", _Loader.date)
+
+
+_add_rules()
+
 
 def parse(text: str, source: str) -> Any:
     """Return the values that a YAML text holds. Raises ConfigError naming `source`."""
     try:
-        return yaml.safe_load(text)
+        return _Loader(text).get_single_data()
+    except _RefusedError as error:
+        raise ConfigError(f"{source}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets the errors of int, date and nesting through
         raise ConfigError(f"{source}: not valid YAML: {redact_text(' '.join(str(error).split()))}; correct it") from error
+
+
+def read(path: str | Path) -> tuple[str, str]:
+    """Return the text of a YAML file, and its name for messages; `-` is standard input, which may be read again.
+
+    Raises OSError and UnicodeDecodeError.
+    """
+    global _taken
+    if str(path) != STDIN:
+        return Path(path).read_text(encoding="utf-8"), str(path)
+    if _taken is None or _taken[0] is not sys.stdin:
+        _taken = (sys.stdin, sys.stdin.buffer.read().decode("utf-8"))
+    return _taken[1], "standard input"
 
 
 def set_value(tree: dict[str, Any], override: str) -> None:

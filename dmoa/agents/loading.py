@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from dmoa.agents.models import HubModel
 from dmoa.config import TransformersOptions
 from dmoa.errors import ConfigError
+
+_UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+"""What transformers raises for files that it can make no model of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,9 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _UNLOADABLE as error:
         raise ConfigError(
             f"model: value seen: {name!r}; a folder with a transformers language model and its tokenizer is allowed; "
             f"check the path: {' '.join(str(error).split())[:400]}"

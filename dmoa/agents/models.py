@@ -197,9 +197,7 @@ def resolve_model(model: str, *, progress: Progress | None = None) -> Path | Hub
     """
     source, _, rest = model.partition(":")
     if source == "embedded":
-        known = _embedded(rest)
-        if known.kind != "llm":
-            raise ConfigError(f"model: {model!r} is a sentence encoder; allowed: {_names('llm')}; name one of these")
+        check_embedded(model)
         return fetch(rest, progress=progress)
     if source == "path":
         return _model_folder(model, Path(rest).expanduser())
@@ -209,6 +207,12 @@ def resolve_model(model: str, *, progress: Progress | None = None) -> Path | Hub
         f"model: {model!r} has no weights that the transformers engine can load; allowed: {_names('llm')}, path:DIR, "
         "hub:REPO[@REVISION]; name one of these or choose the engine that this model belongs to"
     )
+
+
+def check_embedded(model: str) -> None:
+    """Check that `embedded:NAME` is a language model that comes with dmoa; nothing is fetched. Raises ConfigError."""
+    if _embedded(model.partition(":")[2]).kind != "llm":
+        raise ConfigError(f"model: {model!r} is a sentence encoder; allowed: {_names('llm')}; name one of these")
 
 
 def resolve_adapter(adapter: str) -> Path:

@@ -24,6 +24,7 @@ import httpx
 
 from dmoa import __version__
 from dmoa.agents.control_names import break_names
+from dmoa.agents.loopback import uses_proxies
 from dmoa.agents.openai_replies import Draft, error_field, error_message, events
 from dmoa.config import OpenaiOptions
 from dmoa.errors import AgentOverloadedError, ConfigError, DmoaError, EngineError, PromptTooLongError
@@ -77,6 +78,7 @@ class Endpoint:
         return httpx.AsyncClient(
             headers=headers,
             verify=self._tls,
+            trust_env=uses_proxies(self._url),
             timeout=httpx.Timeout(options.timeout_s, connect=min(CONNECT_TIMEOUT_S, options.timeout_s), pool=None),
             limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
         )

@@ -18,6 +18,7 @@ import numpy as np
 from dmoa.agents import tools as toolbox
 from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.agents.installed import check_vllm
+from dmoa.agents.model_files import check_model
 from dmoa.agents.models import adapter_hash, fetch, model_id, resolve_adapter, resolve_model
 from dmoa.config import (
     SUMMARIZER,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from dmoa.agents.gpu_slices import GpuSlice
     from dmoa.checkpoint import Checkpoint
     from dmoa.core.gate import Gate
+
+_MAX_NAMED = 4
 
 
 def default_config_path() -> Path:
@@ -120,10 +123,17 @@ def llm_id(llm: LlmConfig) -> str:
 
 
 def check_files(config: Config) -> None:
-    """Check what the configuration names on disk: adapters exist, and fit their models as far as these are on this machine.
+    """Check what the configuration names on disk: models and adapters are there, whole as far as can be seen, and fit.
 
-    Raises ConfigError naming field, value and way out.
+    Raises ConfigError naming field, value, agents and way out.
     """
+    for llm in dict.fromkeys(agent.llm for agent in callable_agents(config)):
+        part = config.llms[llm]
+        if isinstance(part.options, TransformersOptions | VllmOptions):
+            try:
+                check_model(part.model)
+            except ConfigError as error:
+                raise ConfigError(f"llms.{llm}.{error} (agents on it: {named(callable_agents(config, llm))})") from error
     seen: set[tuple[str, str]] = set()
     for agent in callable_agents(config):
         if agent.adapter and (agent.llm, agent.adapter) not in seen:
@@ -149,6 +159,25 @@ def _check_adapter(llm: LlmConfig, adapter: str) -> None:
             engine="vllm" if is_vllm else "transformers",
             max_rank=options.max_lora_rank if isinstance(options, VllmOptions) else None,
         )
+
+
+def named(agents: list[AgentConfig]) -> str:
+    """Return the names of agents for a message: the first few, and how many more there are."""
+    names = [agent.name for agent in agents]
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
+
+
+def check_corpus(config: Config) -> None:
+    """Check that the corpus of the `search` tool can be read here, for agents that run on this machine. Raises ConfigError."""
+    corpus = config.tools.search_corpus
+    if corpus is None:
+        return
+    try:
+        with Path(corpus).open(encoding="utf-8") as file:
+            file.readline()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tools.search_corpus: cannot read {corpus!r}: {error}; give a JSON Lines file") from error
 
 
 def check_keys(config: Config) -> None:
@@ -186,14 +215,19 @@ def build_engine(config: Config, llm: str, agents: list[AgentConfig], gpus: GpuS
         from dmoa.agents.transformers_engine import TransformersEngine
 
         adapters = {agent.adapter: resolve_adapter(agent.adapter) for agent in agents if agent.adapter}
-        return TransformersEngine(
-            resolve_model(part.model),
-            options,
-            max_num_seqs=part.max_num_seqs,
-            adapters=adapters,
-            model_label=model_id(part.model),
-            gpu=gpus.positions[0] if gpus else None,
-        )
+        try:
+            return TransformersEngine(
+                resolve_model(part.model),
+                options,
+                max_num_seqs=part.max_num_seqs,
+                adapters=adapters,
+                model_label=model_id(part.model),
+                gpu=gpus.positions[0] if gpus else None,
+            )
+        except ConfigError as error:
+            if not str(error).startswith("model:"):
+                raise
+            raise ConfigError(f"llms.{llm}.{error} (agents on it: {named(agents)})") from error
     from dmoa.agents.vllm_local import start_vllm
 
     check_vllm(config)

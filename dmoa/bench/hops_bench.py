@@ -83,7 +83,7 @@ def run_p4(rounds: int) -> list[BenchResult]:
             name: stack.enter_context(BenchServer({"swarm": pool}, chain=(WIDTH, NUM_AGENTS), env=env))
             for name, env in flags.items()
         }
-        client = stack.enter_context(httpx.Client(timeout=120))
+        client = stack.enter_context(httpx.Client(timeout=120, trust_env=False))
         stage = _Stage([server.wait() for server in servers.values()])
         arms: dict[str, Callable[[], float]] = {}
         for name, server in servers.items():
@@ -221,7 +221,7 @@ def run_growth(rounds: int) -> list[BenchResult]:
     from scipy.stats import linregress
 
     pools = {f"pool{size}": null_pool(size, placement="shared", mode="select") for size in SIZES}
-    with BenchServer(pools, env=SERVE_FLAGS).wait() as server, httpx.Client(timeout=120) as client:
+    with BenchServer(pools, env=SERVE_FLAGS).wait() as server, httpx.Client(timeout=120, trust_env=False) as client:
         arms: dict[str, Callable[[], float]] = {
             name: partial(_kept, [], partial(swarm_steps, client, server.urls[name])) for name in pools
         }

@@ -36,7 +36,7 @@ def run(rounds: int) -> list[BenchResult]:
     walls: list[float] = []
     engines: list[float] = []
     label = ""
-    with BenchServer({"default": pool}, env=SERVE_FLAGS).wait() as server, httpx.Client(timeout=300) as client:
+    with BenchServer({"default": pool}, env=SERVE_FLAGS).wait() as server, httpx.Client(timeout=300, trust_env=False) as client:
         url = server.urls["default"]
         _ask(client, url, pool.name, QUESTIONS[0])
         for _ in range(rounds):

@@ -106,26 +106,29 @@ def tell(common: Common, config: Config, out: Path, port: int | None, counts: tu
     from dmoa.cli.demo_asking import generate
     from dmoa.cli.demo_compare import compare
     from dmoa.cli.demo_learning import learn
+    from dmoa.serving.ending import Ending
     from dmoa.serving.launch import launch, stop
 
     asking = generate(counts[0])
     common.say(f"1 of 6: starting pool {config.name} ({len(config.agents)} agents) on Ray Serve; this takes a minute or so")
     is_up = False
-    try:
-        launched = launch(config, host="127.0.0.1", port=port or free_port(), app=APP)
-        is_up = True
-        common.say(f"2 of 6: {len(asking)} questions over HTTP, gate {launched.gate_version}")
-        before, is_same = ask_and_replay(common, config, launched.url, launched.gate_version, asking, out / "before")
-        learned = learn(common, config, out, APP, counts[1])
-        common.say(f"5 of 6: the same questions, gate {learned.version}, installed in the running swarm")
-        trained = replace(common, overrides=(*common.overrides, f"gate.checkpoint={learned.checkpoint}"))
-        after, is_same_after = ask_and_replay(trained, trained.load(), launched.url, learned.version, asking, out / "after")
-        common.say(f"6 of 6: comparing on {counts[2]} held-out rows of each suite; every agent answers alone as well")
-        comparison = compare(common, config, out, learned.checkpoint, counts[2])
-    finally:
-        if is_up:
-            common.say("stopping the swarm")
-            stop(APP, end_ray=True)
+    with Ending(common.say) as ending:
+        try:
+            launched = launch(config, host="127.0.0.1", port=port or free_port(), app=APP)
+            is_up = True
+            ending.ready(EXIT_FAILED)
+            common.say(f"2 of 6: {len(asking)} questions over HTTP, gate {launched.gate_version}")
+            before, is_same = ask_and_replay(common, config, launched.url, launched.gate_version, asking, out / "before")
+            learned = learn(common, config, out, APP, counts[1])
+            common.say(f"5 of 6: the same questions, gate {learned.version}, installed in the running swarm")
+            trained = replace(common, overrides=(*common.overrides, f"gate.checkpoint={learned.checkpoint}"))
+            after, is_same_after = ask_and_replay(trained, trained.load(), launched.url, learned.version, asking, out / "after")
+            common.say(f"6 of 6: comparing on {counts[2]} held-out rows of each suite; every agent answers alone as well")
+            comparison = compare(common, config, out, learned.checkpoint, counts[2])
+        finally:
+            if is_up:
+                common.say("stopping the swarm")
+                stop(APP, end_ray=True)
     return Told(
         gate_version=launched.gate_version,
         before=before,

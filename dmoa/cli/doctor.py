@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -140,14 +139,12 @@ def _token_mode(mode: str) -> Check:
 
 def port_check(host: str, port: int) -> Check:
     """Return whether the server's port can be bound."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            detail = f"{host}:{port} is not free ({error.strerror}); stop what holds it, or set server.port"
-            return Check(name="port", status="warn", detail=detail)
+    from dmoa.serving.listening import bare, probe
+
+    fault = probe(bare(host), port)
+    if fault is not None:
+        detail = f"{host}:{port} is not free ({fault.strerror or fault}); stop what holds it, or set server.port"
+        return Check(name="port", status="warn", detail=detail)
     return Check(name="port", status="ok", detail=f"{host}:{port} is free")
 
 
@@ -161,10 +158,11 @@ def _models() -> Iterator[Check]:
 
 
 def _pool(config: Config) -> Iterator[Check]:
-    from dmoa.agents.pool import check_files
+    from dmoa.agents.pool import check_corpus, check_files
 
     try:
         check_files(config)
+        check_corpus(config)
     except ConfigError as error:
         yield Check(name="pool", status="fail", detail=str(error))
         return

@@ -16,7 +16,7 @@ from dmoa.cli.options import Common, fail, suggesting, with_common
 from dmoa.config import Config, from_tree
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.redaction import redact_command
-from dmoa.yaml_tree import parse, set_value
+from dmoa.yaml_tree import parse, read, set_value
 
 JOB, POOL = "job", "pool"
 
@@ -149,11 +149,11 @@ def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
     """
     if common.config is None:
         raise ConfigError("--config: missing; name a YAML file with a job section, such as jobs/evaluate.yaml")
-    source = str(common.config)
     try:
-        tree = parse(common.config.read_text(encoding="utf-8"), source)
+        text, source = read(common.config)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: cannot read {source!r}: {error}; give the path of a job file") from error
+        raise ConfigError(f"--config: cannot read {str(common.config)!r}: {error}; give the path of a job file") from error
+    tree = parse(text, source)
     if not isinstance(tree, dict) or not isinstance(tree.get(JOB), dict):
         raise ConfigError(f"{source}: job: missing; add a job section with the options of the command")
     if set(tree) <= {JOB, POOL}:

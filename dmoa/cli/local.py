@@ -170,12 +170,21 @@ def build_local_backend(
     ones. Raises ConfigError, CheckpointError, ModelFetchError.
     """
     from dmoa.agents.call_cache import CachedAgents, CallStore, call_identities
-    from dmoa.agents.pool import build_encoder, build_local, build_other_gate, build_pool_gate, check_files, fingerprint
+    from dmoa.agents.pool import (
+        build_encoder,
+        build_local,
+        build_other_gate,
+        build_pool_gate,
+        check_corpus,
+        check_files,
+        fingerprint,
+    )
     from dmoa.policies.registry import NamedGate
     from dmoa.routing import LocalRouter
     from dmoa.swarm import Swarm
 
     check_files(config)
+    check_corpus(config)
     fetch_models(config, say)
     router = LocalRouter()
     named: dict[str, NamedGate] = {}

@@ -91,3 +91,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     never_join_by_accident()
     app()
+
+
+if __name__ == "__main__":
+    main()

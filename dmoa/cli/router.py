@@ -31,10 +31,13 @@ AppOption = Annotated[str, typer.Option("--app", metavar="NAME", help="Name of t
 NoteOption = Annotated[str, typer.Option("--note", metavar="TEXT", help="Words for the history: why, and by whom.")]
 
 
-def _connect(app_name: str, address: str | None) -> RouterAdmin:
+def _connect(common: Common, app_name: str, address: str | None) -> RouterAdmin:
     from dmoa.serving.router_admin import RouterAdmin
 
-    return RouterAdmin(app_name, address=address)
+    admin = RouterAdmin(app_name, address=address)
+    if address is None:
+        common.say(f"asking the Ray at {admin.address}, the only one on this machine")
+    return admin
 
 
 @app.command("install")
@@ -59,7 +62,7 @@ def install(
 
     with copied(folder, "DIR") as here:
         files = checkpoint_files(here)
-    changed = _connect(app_name, address).install(files, note)
+    changed = _connect(common, app_name, address).install(files, note)
     _tell(common, changed)
 
 
@@ -73,7 +76,7 @@ def rollback(
     app_name: AppOption = "dmoa",
 ) -> None:
     """Make an earlier gate current again; rolling back twice goes back twice."""
-    changed = _connect(app_name, address).rollback(version, note)
+    changed = _connect(common, app_name, address).rollback(version, note)
     _tell(common, changed)
 
 
@@ -81,7 +84,7 @@ def rollback(
 @with_common
 def history(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
     """Show which gates were current, oldest first; the last line is the current one."""
-    changes = _connect(app_name, address).history()
+    changes = _connect(common, app_name, address).history()
     for change in changes:
         note = f"  {printable(change['note'])}" if change["note"] else ""
         typer.echo(f"{_when(change['unix_s'])}  {change['action']:<10}  {change['version']}{note}")
@@ -92,7 +95,7 @@ def history(common: Common, address: AddressOption = None, app_name: AppOption =
 @with_common
 def status(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
     """Show the current gate, which agents are masked, and how often each was activated."""
-    found = _connect(app_name, address).status()
+    found = _connect(common, app_name, address).status()
     is_installed = found["gate_version"] != found["configured_version"]
     typer.echo(f"pool          {found['pool']} ({found['pool_fingerprint'][:12]}), app {found['app']}")
     typer.echo(f"gate          {found['gate_version']}, current since {_when(found['installed_unix_s'])}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 from typing import TYPE_CHECKING, Annotated
@@ -49,42 +48,36 @@ def serve(
     dmoa serve --config pool.yaml --dry-run                 does it fit on this machine?
     dmoa serve --config pool.yaml --dry-run --address auto  does it fit on that cluster?
     """
+    from dmoa.serving.launch import ray_address
+
     config = common.load(checkpoint)
+    address = ray_address(address)
     if dry_run:
         from dmoa.cli.serve_plan import show_plan
 
         return show_plan(common, config, address)
+    from dmoa.serving.ending import Ending
     from dmoa.serving.launch import launch, stop
 
     launched: Launched | None = None
-    _end_on_signals()
     for said in config.unused_scaling():
         tell(f"dmoa: {said}")
     common.say(f"starting pool {config.name} on Ray; the first start also fetches and loads its models")
-    try:
-        launched = launch(config, host=host, port=port, address=address, app=app, insecure=insecure)
-        _end_on_signals()
-        _announce(common, launched)
-        threading.Event().wait()
-    except (KeyboardInterrupt, SystemExit):  # the latter from Ray's own handler, which holds while it starts
-        if launched is None:
-            common.say("interrupted before it was ready")
-            raise typer.Exit(EXIT_FAILED) from None
-        common.say("stopping")
-    finally:
-        if launched is not None:
-            stop(app, end_ray=launched.started_ray)
-        elif address is None and _ray_is_up():
-            stop(app, end_ray=True)
-
-
-def _end_on_signals() -> None:
-    """Let SIGTERM and SIGINT end the command, also where a shell started it in the background and SIGINT was ignored.
-
-    Called again after the launch, because `ray.init` sets a handler of its own.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler)
+    with Ending(common.say) as ending:
+        try:
+            launched = launch(config, host=host, port=port, address=address, app=app, insecure=insecure)
+            ending.ready()
+            _announce(common, launched)
+            threading.Event().wait()
+        except (KeyboardInterrupt, SystemExit):  # the latter from Ray's own handler, which holds while it starts
+            if launched is None:
+                ending.leave(EXIT_FAILED)
+            common.say("stopping")
+        finally:
+            if launched is not None:
+                stop(app, end_ray=launched.started_ray)
+            elif address is None and _ray_is_up():
+                stop(app, end_ray=True)
 
 
 def _ray_is_up() -> bool:

@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.installed import check_vllm
+from dmoa.agents.loopback import ignore_proxies
 from dmoa.agents.pool import callable_agents, check_files, fingerprint
 from dmoa.asking import PATIENCE_S
 from dmoa.config import Config, LimitsConfig
@@ -28,6 +29,7 @@ from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.handles import ask
 from dmoa.serving.http import create_app
 from dmoa.serving.intake import unknown_model
+from dmoa.serving.listening import LaunchMark
 from dmoa.serving.losses import CALL_ERRORS
 from dmoa.serving.metrics import QueryMetrics, exposition
 from dmoa.serving.placement import deployment_names
@@ -59,11 +61,14 @@ class SwarmIngress:
         configured: str | None,
         encoder: DeploymentHandle,
         hosts: dict[str, DeploymentHandle],
+        mark: str = "",
     ) -> None:
+        ignore_proxies()  # where Ray was started by others, its processes may not have been told
         config = Config.model_validate_json(config_json)
         app = serve.get_replica_context().app_name
         self._config = config
         self._key_hashes = key_hashes
+        self._mark = mark
         self._fingerprint = fingerprint(config)
         where = deployment_names(config)
         handles = {agent.name: hosts[where[agent.name]] for agent in callable_agents(config)}
@@ -82,13 +87,15 @@ class SwarmIngress:
     def __serve_build_asgi_app__(self) -> Any:
         """Return the FastAPI app; Serve calls this after the constructor."""
         config = self._config
-        return create_app(
+        app = create_app(
             lambda: self,
             key_hashes=self._key_hashes,
             server=config.server,
             max_queued_requests=config.limits.max_queued_requests,
             has_request_ids=True,  # Serve's proxy adds one of its own
         )
+        app.add_middleware(LaunchMark, mark=self._mark)
+        return app
 
     @property
     def pool(self) -> str:
@@ -237,12 +244,12 @@ async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None
             responses.cancel()
 
 
-def build_app(config: Config, *, key_hashes: tuple[str, ...] = (), is_ingress_on_head: bool = False) -> Any:
+def build_app(config: Config, *, key_hashes: tuple[str, ...] = (), is_ingress_on_head: bool = False, mark: str = "") -> Any:
     """Return the bound Serve application of a pool; with `is_ingress_on_head` its ingress runs on the cluster's head alone.
 
-    A query is lost with its ingress: where the proxy is on the head alone, that keeps it from depending on a second node.
-    Raises ConfigError for an adapter that is not there and for a vLLM that is not installed, CheckpointError for a checkpoint of
-    another pool.
+    A query is lost with its ingress: where the proxy is on the head alone, that keeps it from depending on a second node. By
+    `mark` a launch knows its own server. Raises ConfigError for a model or an adapter that is not there and for a vLLM that is
+    not installed, CheckpointError for a checkpoint of another pool.
     """
     check_files(config)
     check_vllm(config)
@@ -256,7 +263,7 @@ def build_app(config: Config, *, key_hashes: tuple[str, ...] = (), is_ingress_on
         "graceful_shutdown_timeout_s": query_drain_s(config.limits.deadline_s),
     }
     ingress = serve.deployment(serve.ingress()(SwarmIngress)).options(**options)
-    return ingress.bind(config.model_dump_json(), key_hashes, configured, bind_encoder(config), bind_hosts(config))
+    return ingress.bind(config.model_dump_json(), key_hashes, configured, bind_encoder(config), bind_hosts(config), mark)
 
 
 def _configured_version(config: Config) -> str | None:

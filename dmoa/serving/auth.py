@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from collections.abc import Iterable, Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dmoa.agents.loopback import is_loopback
 from dmoa.errors import ConfigError, RequestError
 from dmoa.serving.problems import error_response
 
@@ -41,16 +41,6 @@ def check_exposure(host: str, key_hashes: tuple[str, ...], insecure: bool) -> No
         f"server.host: value seen: {host!r}, which other machines can reach, and no API keys; allowed without keys: a loopback "
         f"address such as 127.0.0.1; set {VARIABLE}, or pass --insecure if the network itself is trusted"
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether an address is this machine's own; a name other than `localhost` is not."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def identify(headers: Iterable[tuple[bytes, bytes]], key_hashes: tuple[str, ...]) -> str:

@@ -15,6 +15,7 @@ import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
+from dmoa.agents.loopback import uses_proxies
 from dmoa.errors import DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.redaction import Conceal, redact_text
 from dmoa.types import Message, TextDelta
@@ -54,6 +55,8 @@ class SwarmClient:
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._conceal = Conceal(api_key)
+        if http_client is None and not uses_proxies(self.url):
+            http_client = DefaultAsyncHttpxClient(trust_env=False)
         # The openai client insists on some key. No retries: a query is expensive, and the caller decides.
         self._openai = AsyncOpenAI(
             base_url=f"{self.url}/v1", api_key=api_key or "none", timeout=timeout_s, max_retries=0, http_client=http_client

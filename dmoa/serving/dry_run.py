@@ -8,7 +8,7 @@ from typing import Any
 
 from dmoa.agents.model_size import ModelSize, measure_models
 from dmoa.agents.models import resolve_adapter
-from dmoa.agents.pool import callable_agents, check_files
+from dmoa.agents.pool import callable_agents, check_corpus, check_files
 from dmoa.config import Config, TransformersOptions, VllmOptions
 from dmoa.errors import ConfigError
 from dmoa.serving.feasibility import judge, memory_of
@@ -61,11 +61,14 @@ def dry_run(config: Config, address: str | None = None) -> DryRun:
     supply = joined_supply(address) if address else local_supply()
     used = [config.llms[agent.llm] for agent in callable_agents(config)]
     loaded = [llm.model for llm in used if isinstance(llm.options, VllmOptions | TransformersOptions)]
-    return assemble(config, supply, measure_models(loaded))
+    return assemble(config, supply, measure_models(loaded), is_here=not address)
 
 
-def assemble(config: Config, supply: Supply, sizes: Mapping[str, ModelSize | str]) -> DryRun:
-    """Return the same for GPUs and model sizes that are known already; sizes are by the `model` field."""
+def assemble(config: Config, supply: Supply, sizes: Mapping[str, ModelSize | str], *, is_here: bool = False) -> DryRun:
+    """Return the same for GPUs and model sizes that are known already; sizes are by the `model` field.
+
+    `is_here`: the agents are to run on this machine.
+    """
     plan = plan_of(config)
     adapters = _adapter_bytes(config)
     memories = {
@@ -80,10 +83,11 @@ def assemble(config: Config, supply: Supply, sizes: Mapping[str, ModelSize | str
     }
     found = judge(config, plan, supply, memories)
     faults = list(found.faults)
-    try:
-        check_files(config)
-    except ConfigError as error:
-        faults.append(str(error))
+    for check in (check_files, check_corpus) if is_here else (check_files,):
+        try:
+            check(config)
+        except ConfigError as error:
+            faults.append(str(error))
     return DryRun(
         plan=plan, supply=supply, memories=memories, faults=tuple(faults), notes=(*found.notes, *config.unused_scaling())
     )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from dmoa.agents.pool import check_keys
+from dmoa.agents.loopback import ignore_proxies
+from dmoa.agents.pool import check_corpus, check_files, check_keys
 from dmoa.config import Config
-from dmoa.errors import ConfigError, DmoaError, NoAgentError
+from dmoa.errors import ConfigError, DmoaError
+from dmoa.serving import listening
 from dmoa.serving.auth import check_exposure, hash_keys
+from dmoa.serving.ending import own_process_groups
+from dmoa.serving.failures import last_words, wait_running
 
 SERVE_FLAGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -29,6 +33,10 @@ CONNECT_TIMEOUT_S = 10.0
 STOP_WAIT_S = 6.0
 """How long a swarm that is stopped may go on with its queries before its Ray ends, or this process leaves it."""
 _START_ATTEMPTS = 3
+AUTO = "auto"
+"""The word for the Ray that runs on this machine."""
+_LOCAL = "local"
+"""Ray's own word for a Ray that this process starts."""
 _QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -52,6 +60,7 @@ def set_flags() -> None:
     """Set the Serve flags that dmoa ships, where the environment does not say otherwise. Call before importing Serve."""
     for name, value in (SERVE_FLAGS | _QUIET).items():
         os.environ.setdefault(name, value)
+    ignore_proxies()  # before Ray starts, whose processes inherit it
 
 
 def launch(
@@ -67,27 +76,68 @@ def launch(
     """Start or join Ray, deploy the pool, and return once it answers.
 
     `address` joins a running cluster; `route_prefix` lets several apps share one server. Raises ConfigError for bad
-    files or an exposed server without keys, NoAgentError if it does not answer in time.
+    files, a port that is taken or an exposed server without keys, NoAgentError if it does not answer in time.
     """
-    host, port = host or config.server.host, port or config.server.port
+    host, port = listening.bare(host or config.server.host), port or config.server.port
     key_hashes = hash_keys(os.environ)
     check_exposure(host, key_hashes, insecure)
-    address = _address(address)
-    if address is None:
-        check_keys(config)  # a Ray of our own inherits this environment; on another one the engines find out
-    else:
-        _check_listening(address)  # here already: importing Serve takes seconds
+    address = ray_address(address)
+    check_files(config)  # here already, as what follows: importing Serve takes seconds
+    if address is not None:
+        _check_listening(address)
+    elif not _ray_is_up():
+        # A Ray of our own inherits this environment, these files and this port; on another one the engines find out.
+        check_keys(config)
+        check_corpus(config)
+        listening.check_free(host, port)
     from ray import serve
 
-    application, started_ray = _build(config, key_hashes, address)
-    serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
-    serve.run(application, name=app, route_prefix=route_prefix)
-    url = f"http://{_reachable(host)}:{port}{route_prefix.rstrip('/')}"
-    _wait_ready(url, START_TIMEOUT_S)
+    mark = secrets.token_hex(16)
+    application, started_ray = _build(config, key_hashes, address, mark)
+    host = _start_serve(host, port, is_here=started_ray)
+    target = serve.RunTarget(target=application, name=app, route_prefix=route_prefix)
+    serve.run_many([target], wait_for_applications_running=False)
+    wait_running(config, app)
+    url = listening.base_url(host, port, route_prefix)
+    listening.wait_ready(url, mark, START_TIMEOUT_S)
     return _launched(url, config.name, app, started_ray=started_ray)
 
 
-def _build(config: Config, key_hashes: tuple[str, ...], address: str | None) -> tuple[Any, bool]:
+def _ray_is_up() -> bool:
+    """Say whether this process is connected to a Ray, without importing it."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def _start_serve(host: str, port: int, *, is_here: bool) -> str:
+    """Start Serve's proxy, unless it runs; return the host that it listens on. Raises ConfigError, also for another port.
+
+    `is_here`: on this machine, with nothing running yet.
+    """
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.context import _get_global_client
+
+    running = _get_global_client(raise_if_no_controller_running=False)
+    if running is not None:
+        options = running.http_config
+        if options.port != port:
+            raise ConfigError(
+                f"server.port: value seen: {port}; Serve listens on {options.host}:{options.port} on this Ray; give that port "
+                "(--port), or start a Ray of its own (no --address)"
+            )
+        return str(options.host)
+    if is_here:
+        listening.check_free(host, port)  # again: Ray took a while to start
+    try:
+        serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+    except (RayError, RuntimeError) as error:
+        if is_here:
+            listening.check_free(host, port)
+        raise DmoaError(f"server: Serve cannot listen on {host}:{port}: {last_words(error)}; choose another address") from error
+    return host
+
+
+def _build(config: Config, key_hashes: tuple[str, ...], address: str | None, mark: str) -> tuple[Any, bool]:
     """Build the application and start or join Ray; return it, and whether Ray was started here."""
     from dmoa.serving.app import build_app
 
@@ -95,7 +145,7 @@ def _build(config: Config, key_hashes: tuple[str, ...], address: str | None) -> 
     # with a pool is told before Ray starts, which takes seconds.
     started_ray = start_ray(address) if any(llm.engine == "vllm" for llm in config.llms.values()) else None
     # The proxy is on the head alone: an ingress beside it is lost with no other node, nor are the queries in it.
-    application = build_app(config, key_hashes=key_hashes, is_ingress_on_head=True)
+    application = build_app(config, key_hashes=key_hashes, is_ingress_on_head=True, mark=mark)
     return application, start_ray(address) if started_ray is None else started_ray
 
 
@@ -104,13 +154,15 @@ def start_ray(address: str | None = None) -> bool:
 
     Returns whether this process started it, and so ends it. Raises ConfigError where none answers at the address.
     """
-    address = _address(address)
+    address = ray_address(address)
     import ray
 
     is_own = not ray.is_initialized() and address is None
     if is_own:
         _start_own_ray()
     elif not ray.is_initialized():
+        if address == AUTO:
+            address = _only_ray()
         _check_listening(str(address))
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -120,6 +172,27 @@ def start_ray(address: str | None = None) -> bool:
                 f"RAY_AUTH_MODE=token where it wants tokens ({' '.join(str(error).split())[:200]})"
             ) from error
     return is_own
+
+
+def _only_ray() -> str:
+    """Return the address of the Ray on this machine. Raises ConfigError where there is none, or which one is not plain."""
+    from ray._private.services import find_bootstrap_address, find_gcs_addresses
+
+    find_gcs_addresses.cache_clear()
+    found: list[str] = sorted(find_gcs_addresses())
+    if not found:
+        started = find_bootstrap_address(None)
+        if started:
+            return str(started)
+        raise ConfigError(
+            f"address: value seen: {AUTO!r}; no Ray runs on this machine; give HOST:PORT of a running one (--address)"
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"address: several Rays run on this machine, and none of them was asked: {', '.join(found)}; name the one that "
+            "is meant (--address)"
+        )
+    return found[0]
 
 
 def _check_listening(address: str) -> None:
@@ -135,12 +208,15 @@ def _check_listening(address: str) -> None:
         ) from error
 
 
-def _address(address: str | None) -> str | None:
+def ray_address(address: str | None) -> str | None:
     """Return the Ray to join, None to start one, with the environment set for it; call before importing Ray."""
     set_flags()
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address is not None:
-        _use_token()
+    if not os.environ.get("RAY_ADDRESS", "-").strip():
+        del os.environ["RAY_ADDRESS"]  # set to nothing, as a shell does that clears it: not set
+    address = (address or "").strip() or os.environ.get("RAY_ADDRESS")
+    if address in (None, _LOCAL):
+        return None
+    _use_token()
     return address
 
 
@@ -160,7 +236,8 @@ def _start_own_ray() -> None:
 
     for attempt in range(_START_ATTEMPTS):
         try:
-            ray.init(address="local", log_to_driver=False, include_dashboard=False, **_local_size())
+            with own_process_groups():
+                ray.init(address="local", log_to_driver=False, include_dashboard=False, **_local_size())
         except Exception as error:
             # Ray 2.60 raises a bare Exception for processes that did not come up in time.
             ray.shutdown()
@@ -173,25 +250,6 @@ def _start_own_ray() -> None:
 def _local_size() -> dict[str, int]:
     """Return the size of a Ray of our own: light replicas take no CPU, engines one each, so leave room for them."""
     return {"num_cpus": max(8, os.cpu_count() or 1)}
-
-
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 -- compared, not bound
-
-
-def _wait_ready(url: str, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    last = "no answer"
-    while time.monotonic() < deadline:
-        try:
-            reply = httpx.get(f"{url}/readyz", timeout=10.0)
-            if reply.status_code == httpx.codes.OK:
-                return
-            last = reply.text[:500]
-        except httpx.HTTPError as error:
-            last = str(error)
-        time.sleep(0.1)
-    raise NoAgentError(f"{url} is not ready after {timeout_s:.0f} s: {last}")
 
 
 def _launched(url: str, pool: str, app: str, *, started_ray: bool) -> Launched:
@@ -217,6 +275,7 @@ def stop(app: str = "dmoa", *, end_ray: bool = False) -> None:
     """
     import ray
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     from dmoa.serving.actors import end_actors
 
@@ -226,7 +285,7 @@ def stop(app: str = "dmoa", *, end_ray: bool = False) -> None:
         while app in serve.status().applications and time.monotonic() < deadline:
             time.sleep(0.1)
         end_actors(app)
-    except (DmoaError, ray.exceptions.RayError, ConnectionError):
+    except (DmoaError, ray.exceptions.RayError, RayServeException, ConnectionError):
         if not end_ray:
             raise
     finally:

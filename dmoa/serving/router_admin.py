@@ -20,22 +20,24 @@ class RouterAdmin:
     def __init__(self, app: str = "dmoa", *, address: str | None = None) -> None:
         """Join the Ray at `address`, by default the one on this machine, and find the app's router.
 
-        Raises ConfigError where no Ray answers or the app has no router.
+        Raises ConfigError where no Ray answers, where several run here and none is named, or where the app has no router.
         """
-        from dmoa.serving.launch import start_ray
+        from dmoa.serving.launch import AUTO, ray_address, start_ray
 
-        start_ray(address or "auto")  # before Ray is imported: it reads the environment then
+        start_ray(ray_address(address) or AUTO)  # before Ray is imported: it reads the environment then
         import ray
 
         from dmoa.serving.actors import NAMESPACE, router_name
 
+        self.address: str = ray.get_runtime_context().gcs_address
+        """The Ray that is asked."""
         try:
             self._actor = ray.get_actor(router_name(app), namespace=NAMESPACE)
         except ValueError as error:
             running = ", ".join(running_apps()) or "none"
             raise ConfigError(
-                f"app: value seen: {app!r}; running on this Ray: {running}; name one of them (--app), or the Ray that it "
-                "runs on (--address)"
+                f"app: value seen: {app!r}; running on this Ray: {running}; this is the one at {self.address}; "
+                "name one of them (--app), or the Ray that it runs on (--address)"
             ) from error
 
     def install(self, files: dict[str, bytes], note: str = "") -> dict[str, Any]:

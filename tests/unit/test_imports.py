@@ -36,7 +36,7 @@ LAYERS: list[tuple[str, ...]] = [
     ),
     ("dataflow",),
     ("serving", "training", "evaluation", "bench"),
-    ("cli",),
+    ("cli", "__main__"),
 ]
 SEPARATE = ("serving", "training", "evaluation")
 HOMES = {

@@ -1,13 +1,18 @@
-"""Joining a running Ray: the token that Ray keeps for this user is sent, unless the environment says otherwise."""
+"""Which Ray is joined, and how: its address, and the token that Ray keeps for this user."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from dmoa.serving.launch import _use_token
+from dmoa.errors import ConfigError
+from dmoa.serving.launch import SERVE_FLAGS, _use_token, ray_address
+from dmoa.serving.router_admin import RouterAdmin
 
 
 @pytest.mark.parametrize(
@@ -34,3 +39,54 @@ def test_the_token_is_used_where_there_is_one(
         (tmp_path / ".ray" / "auth_token").write_text("abc")
     _use_token()
     assert os.environ.get("RAY_AUTH_MODE") == mode
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "address"),
+    [
+        (None, None, None),
+        (None, "", None),
+        (None, "  ", None),
+        ("", "", None),
+        (None, "local", None),
+        ("local", None, None),
+        (None, "10.0.0.1:6379", "10.0.0.1:6379"),
+        ("", "10.0.0.1:6379", "10.0.0.1:6379"),
+        ("auto", "10.0.0.1:6379", "auto"),
+    ],
+)
+def test_a_ray_address_of_nothing_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None, variable: str | None, address: str | None
+) -> None:
+    for name in (*SERVE_FLAGS, "RAY_AUTH_MODE", "grpc_proxy", "RAY_ADDRESS"):
+        monkeypatch.setenv(name, "to be restored")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:9")
+    if variable is None:
+        monkeypatch.delenv("RAY_ADDRESS")
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert ray_address(given) == address
+    assert os.environ["grpc_proxy"] == ""  # noqa: SIM112 -- gRPC knows it in small letters only
+    assert os.environ.get("RAY_ADDRESS") == ((variable or "").strip() or None)  # Ray itself reads it too
+
+
+def test_among_several_rays_none_is_chosen() -> None:
+    """Ray finds those of a machine by the command lines of their raylets, which are stood in for here."""
+    addresses = [f"127.0.0.1:{port}" for port in (6001, 6002)]
+    code = "import sys, time; print('up', flush=True); time.sleep(600)"
+    with ExitStack() as stack:
+        for address in addresses:
+            stand_in = subprocess.Popen(
+                ["raylet", "-c", code, f"--gcs-address={address}"], executable=sys.executable, stdout=subprocess.PIPE, text=True
+            )
+            stack.enter_context(stand_in)
+            stack.callback(stand_in.kill)
+            assert stand_in.stdout is not None
+            assert stand_in.stdout.readline() == "up\n"
+        with pytest.raises(ConfigError) as caught:
+            RouterAdmin("dmoa")
+    message = str(caught.value)
+    assert message.startswith("address: several Rays run on this machine, and none of them was asked: ")
+    for text in (*addresses, "(--address)"):
+        assert text in message

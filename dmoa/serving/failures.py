@@ -1,0 +1,83 @@
+"""Waiting until every replica of an app has started; one that cannot is told in a line: agents, model and cause."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+
+from dmoa.agents.pool import callable_agents, named
+from dmoa.config import Config
+from dmoa.errors import ConfigError, DmoaError
+from dmoa.redaction import redact_text
+from dmoa.serving.placement import deployment_names
+
+_LOG = logging.getLogger("dmoa.serve")
+_PAUSE_S = 0.2
+_MAX_CAUSE_CHARS = 600
+_RAISED = re.compile(r"^(?:ray\.exceptions\.RayTaskError\()?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt))\)?: ")
+"""How the last line of a traceback begins."""
+_OURS = "dmoa.errors."
+
+
+def wait_running(config: Config, app: str) -> None:
+    """Return once every replica of an app that is being deployed runs.
+
+    Raises ConfigError as soon as one has refused its configuration, which another attempt does not change, and DmoaError once
+    Serve gives the app up.
+    """
+    from ray import serve
+
+    told: set[str] = set()
+    while True:
+        found = serve.status().applications.get(app)
+        if found is None:
+            raise DmoaError(f"app {app!r}: it is gone; another command has deleted it while it started")
+        causes = {name: cause for name, part in found.deployments.items() if (cause := raised(part.message))}
+        for name, (kind, words) in causes.items():
+            if kind == ConfigError.__name__:
+                raise ConfigError(explain(config, name, words))
+        if found.status == "RUNNING":
+            return
+        if found.status == "DEPLOY_FAILED":
+            lines = [explain(config, name, words) for name, (_, words) in causes.items()]
+            raise DmoaError("; ".join(lines) or f"app {app!r} cannot start: {last_words(found.message)}")
+        for name in causes.keys() - told:
+            told.add(name)
+            _LOG.warning("%s; Serve tries again", explain(config, name, causes[name][1]))
+        time.sleep(_PAUSE_S)
+
+
+def explain(config: Config, deployment: str, cause: str) -> str:
+    """Return the sentence about a deployment whose replica did not start."""
+    names = deployment_names(config)
+    hosted = [agent for agent in callable_agents(config) if names[agent.name] == deployment]
+    if not hosted:
+        return f"{deployment}: it did not start: {cause}"
+    llm = hosted[0].llm
+    model = "" if cause.startswith("llms.") else f" (llms.{llm}.model {config.llms[llm].model!r})"
+    return f"{'agents' if len(hosted) > 1 else 'agent'} {named(hosted)}{model}: no replica started: {cause}"
+
+
+def raised(text: str) -> tuple[str, str] | None:
+    """Return the exception that a text with a traceback ends in, its name without module and its words; None without one."""
+    lines = text.strip().splitlines()
+    for number in range(len(lines) - 1, -1, -1):
+        found = _RAISED.match(lines[number])
+        if found:
+            kind = found[1]
+            words = " ".join(" ".join([lines[number][found.end() :], *lines[number + 1 :]]).split())
+            said = words if kind.startswith(_OURS) else f"{kind.rpartition('.')[2]}: {words}"
+            return (kind.removeprefix(_OURS), _cut(said))
+    return None
+
+
+def last_words(error: object) -> str:
+    """Return what an error or a text with a traceback says in the end, in one line."""
+    found = raised(str(error))
+    return found[1] if found else _cut(" ".join(str(error).split())) or type(error).__name__
+
+
+def _cut(text: str) -> str:
+    told = redact_text(text)
+    return told if len(told) <= _MAX_CAUSE_CHARS else f"{told[: _MAX_CAUSE_CHARS - 3]}..."

@@ -1,0 +1,64 @@
+"""What a replica raised at its start, as Serve tells it, becomes one line with agents, model and cause."""
+
+from __future__ import annotations
+
+import pytest
+
+from dmoa.config import Config
+from dmoa.errors import ConfigError
+from dmoa.serving.failures import explain, last_words, raised
+
+OURS = """The deployment failed to start 1 times in a row. This may be due to a problem with its constructor. Error:
+ray::ServeReplica:dmoa:llm-t.initialize_and_get_metadata() (pid=7, ip=192.0.2.2, actor_id=ab, repr=<ray.serve>)
+  File "/usr/lib/python3.11/concurrent/futures/_base.py", line 449, in result
+    return self.__get_result()
+RuntimeError: Traceback (most recent call last):
+  File "/srv/dmoa/agents/loading.py", line 65, in load_model
+    raise ConfigError(
+dmoa.errors.ConfigError: llms.t.model: value seen: '/m'; a folder with a language model is allowed"""
+OTHERS = """Error:
+Traceback (most recent call last):
+  File "x.py", line 1, in f
+torch.OutOfMemoryError: CUDA out of memory.
+Tried to allocate 2 GiB;   api_key=sk-abcdefghijklmnopqrstuvwxyz123456"""
+POOL = Config.model_validate(
+    {
+        "name": "pool",
+        "llms": {
+            "s": {"model": "scripted:x", "engine": "scripted", "placement": "dedicated"},
+            "t": {"model": "path:/m", "engine": "transformers"},
+        },
+        "agents": [{"name": f"a{number}", "llm": "st"[number > 0], "profile": "Adds."} for number in range(3)],
+    }
+)
+
+
+def test_the_last_exception_is_found() -> None:
+    assert raised(OURS) == ("ConfigError", "llms.t.model: value seen: '/m'; a folder with a language model is allowed")
+    found = raised(OTHERS)
+    assert found is not None
+    kind, words = found
+    assert kind == "torch.OutOfMemoryError"
+    assert words.startswith("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB; ")
+    assert "abcdefghijklmnopqrstuvwxyz" not in words
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1 replicas that have taken more than 30s to initialize.\nThis may be caused by a slow __init__"]
+)
+def test_other_messages_are_no_exception(text: str) -> None:
+    assert raised(text) is None
+
+
+def test_last_words_are_one_line() -> None:
+    assert last_words(OURS) == "llms.t.model: value seen: '/m'; a folder with a language model is allowed"
+    assert last_words("Failed to update\nthe deployments ['llm-t'].") == "Failed to update the deployments ['llm-t']."
+    assert last_words(ConfigError()) == "ConfigError"
+    assert len(last_words("ValueError: " + "x" * 5000)) == 600
+
+
+def test_a_deployment_is_told_by_its_agents() -> None:
+    assert explain(POOL, "agent-a0", "E: x") == "agent a0 (llms.s.model 'scripted:x'): no replica started: E: x"
+    assert explain(POOL, "llm-t", "E: x") == "agents a1, a2 (llms.t.model 'path:/m'): no replica started: E: x"
+    assert explain(POOL, "llm-t", "llms.t.model: x") == "agents a1, a2: no replica started: llms.t.model: x"
+    assert explain(POOL, "encoder", "E: x") == "encoder: it did not start: E: x"
