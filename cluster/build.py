@@ -16,7 +16,7 @@ import yaml
 
 from dmoa.errors import DmoaError
 from dmoa.serving.deploy import serve_config
-from dmoa.yaml_tree import parse, set_value
+from dmoa.yaml_tree import parse_yaml, set_value
 
 HERE = Path(__file__).parent
 POOL = HERE / "pools" / "paper.yaml"
@@ -36,7 +36,7 @@ class _Plain(yaml.SafeDumper):
 
 def render_serve(pool: Path, overrides: list[str]) -> str:
     """Return the text of the Serve config of a pool file. Raises ConfigError."""
-    tree = parse(pool.read_text(encoding="utf-8"), str(pool))
+    tree = parse_yaml(pool.read_text(encoding="utf-8"), str(pool))
     for override in overrides:
         set_value(tree, override)
     body = yaml.dump(serve_config(tree, source=str(pool)), Dumper=_Plain, sort_keys=False, width=120, allow_unicode=True)

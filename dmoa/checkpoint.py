@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from dmoa.core.gate import Gate, GateSpec, weights_version
 from dmoa.errors import CheckpointError, ConfigError
-from dmoa.explain import describe, short
 from dmoa.types import UNTRAINED
+from dmoa.validation import describe, short
 
 SCHEMA_VERSION = 1
 

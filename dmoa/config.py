@@ -1,39 +1,221 @@
-"""The configuration tree: one frozen pydantic model of a pool and of how it is served.
-
-Loaded from YAML (`load`), changed by `--set a.b=c` overrides. Building it touches no disk, network or GPU; the file
-itself is read by `load` alone. Unknown keys are refused everywhere. Field names are those of the contract. The options of
-each engine are in `engine_options` and importable from here.
-"""
+"""Typed options of every engine: what `llms.NAME.engine_kwargs` may hold. Part of the configuration tree, and as inert."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
+    ConfigDict,
     Field,
+    NonNegativeFloat,
     ValidationError,
     field_validator,
     model_validator,
 )
 
-from dmoa.engine_options import (
-    OPTIONS,
-    EngineName,
-    EngineOptions,
-)
-from dmoa.engine_options import Node as Node
-from dmoa.engine_options import OpenaiOptions as OpenaiOptions
-from dmoa.engine_options import ScriptedOptions as ScriptedOptions
-from dmoa.engine_options import TransformersOptions as TransformersOptions
-from dmoa.engine_options import VllmOptions as VllmOptions
 from dmoa.errors import ConfigError
-from dmoa.explain import describe, did_you_mean, short
-from dmoa.scaling_options import AutoscalingConfig as AutoscalingConfig
-from dmoa.types import Sampling
-from dmoa.yaml_tree import parse, read, set_value
+from dmoa.types import ColdPolicy, Sampling
+from dmoa.validation import describe, did_you_mean, short
+from dmoa.yaml_tree import parse_yaml, read, set_value
+
+
+class Node(BaseModel):
+    """Base of every configuration record: frozen, unknown keys refused, fields documented in place."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class TransformersOptions(Node):
+    """Options of the `transformers` engine; each is named in every result."""
+
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Weights and arithmetic; int8 is dynamic int8 weights on CPU."""
+    compile: bool = False
+    """Run the decode step through torch.compile."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1, le=256)
+    """CPU threads of the engine; None: half of the cores, because the small operations of small models gain little from more,
+    lose much where another process wants a core, and gateway, router and encoder need theirs."""
+    max_model_len: int = Field(default=2048, ge=64, le=1048576)
+    """Longest prompt plus reply in tokens."""
+    prefix_cache: bool = True
+    """Reuse the keys and values of the prompt prefix shared by the agents of a step."""
+
+
+class ScriptedOptions(Node):
+    """Options of the `scripted` engine: deterministic stand-ins for tests and for measuring overhead."""
+
+    delay_ms: float = Field(default=0.0, ge=0.0)
+    """How long every reply takes."""
+    delays_ms: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Delay by agent name, over `delay_ms`."""
+    replies: dict[str, str] = Field(default_factory=dict)
+    """Reply by agent name; `{query}` in it stands for the last user message. Others echo."""
+    failing: tuple[str, ...] = ()
+    """Agents whose every call fails."""
+    tokens: int = Field(default=8, ge=1)
+    """Completion tokens that every reply claims."""
+    entropies_nats: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Mean entropy by agent name; others get one from the hash of agent and query."""
+
+
+class VllmOptions(Node):
+    """Options of the `vllm` engine (extra `vllm`): the ones of vLLM's own that a pool has a say in, by their names there."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and arithmetic; auto: as the model was published."""
+    max_model_len: int | None = Field(default=None, ge=64)
+    """Longest prompt plus reply in tokens; None: as the model allows."""
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    pipeline_parallel_size: int = Field(default=1, ge=1, le=64)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Part of each GPU's memory that weights, activations and keys and values may fill."""
+    accelerator_type: str | None = Field(default=None, max_length=64)
+    """Kind of GPU as Ray names it, such as H100; None: any."""
+    block_size: int | None = Field(default=None, ge=1, le=256)
+    """Tokens of one block of keys and values: only whole blocks are reused; None: 32 on a CPU, as vLLM chooses on a GPU."""
+    enforce_eager: bool = False
+    """Run without compiled graphs: starts sooner, decodes slower. Always so on a CPU."""
+    prefix_cache: bool = True
+    """Reuse the keys and values of the prompt prefix shared by the agents of a step."""
+    enable_sleep_mode: bool = False
+    """Start vLLM so that the methods `sleep` and `wakeup` of its replicas work, through a Serve handle. On GPUs only."""
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
+    """Room for the ranks of the agents' adapters."""
+    max_loras: int | None = Field(default=None, ge=1, le=256)
+    """Adapters of one batch; None: all that the agents of this LLM have."""
+    entropy: Literal["exact", "listed"] = "exact"
+    """exact: computed inside vLLM, over the whole vocabulary, by a logits processor; listed: bounds from `top_logprobs`
+    log-probabilities per token, from vLLM as it comes. No option here turns speculative decoding on; a checkpoint that names
+    its own draft model does so by itself, and with it vLLM takes no processor: then `listed` is needed."""
+    top_logprobs: int = Field(default=20, ge=1, le=20)
+    """Log-probabilities asked for per token where `entropy` is listed."""
+    cpu_kv_cache_gib: int = Field(default=1, ge=1, le=1024)
+    """Memory for keys and values where no GPU is asked for."""
+    threads: int | None = Field(default=None, ge=1, le=256)
+    """CPU threads where no GPU is asked for; None: half of the cores."""
+
+    @property
+    def num_workers(self) -> int:
+        """Devices that one replica runs on."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def fault_of_gpus(self, gpus: float) -> str | None:
+        """Return what is wrong with so many GPUs for a replica, None if nothing."""
+        if gpus and gpus != self.num_workers:
+            return (
+                f"gpus: value seen: {gpus:g}; tensor_parallel_size {self.tensor_parallel_size} x pipeline_parallel_size "
+                f"{self.pipeline_parallel_size} run on {self.num_workers}; set gpus to that, or to 0 for the CPU"
+            )
+        if self.enable_sleep_mode and not gpus:
+            return (
+                "engine_kwargs: enable_sleep_mode: value seen: true with gpus 0; vLLM gives memory back on GPUs only; allowed "
+                "on the CPU is false; leave it out, or set gpus"
+            )
+        return None
+
+
+class OpenaiOptions(Node):
+    """Options of the `openai` engine: an OpenAI-compatible endpoint that runs elsewhere."""
+
+    base_url: str
+    """What `/chat/completions` is appended to, such as https://api.example.com/v1; without user, query and fragment."""
+    api_key_env: str | None = None
+    """NAME of the environment variable that holds the key where the engine runs, never the key; None: no key is sent."""
+    timeout_s: float = Field(default=120.0, gt=0.0, le=3600.0)
+    """Longest silence: until the reply of an unstreamed call, between two pieces of a stream. Connecting may take 10 s of it."""
+    max_retries: int = Field(default=2, ge=0, le=10)
+    """How often a call is sent again after status 408, 429 or 5xx and after a lost connection, within the query's deadline."""
+    top_logprobs: int = Field(default=20, ge=0, le=20)
+    """Log-probabilities asked for per token; 0 asks for none: the entropies are then unknown, and no reply counts as sure."""
+    vocab_size: int = Field(default=128000, ge=2, le=10000000)
+    """Size of the model's vocabulary, which endpoints do not tell: what probability that is not listed may be spread over."""
+    continue_final_message: bool = False
+    """Ask for the assistant's own beginning to be continued in place, after a tool's result say (vLLM and SGLang can);
+    else it stands as a turn before the reply."""
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Self:
+        # A rule over the record, because the message of a rule over one field would show what may be a secret.
+        if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
+            raise ValueError(
+                "api_key_env: the value is no name of an environment variable; allowed are A-Z, 0-9 and '_', the first no digit; "
+                "name the variable that holds the key, and keep the key itself out of this file"
+            )
+        fault = _fault_of_url(self.base_url)
+        if fault:
+            raise ValueError(f"base_url: {fault}; write it as https://HOST[:PORT]/PATH, up to what /chat/completions follows")
+        return self
+
+
+def _fault_of_url(url: str) -> str | None:
+    """Return what is wrong with an endpoint's URL, None if nothing; parts that may hold a secret are not repeated."""
+    if re.search(r"[@?#]", url):
+        return "the URL has a user part, a query or a fragment; none is allowed (a key goes into the variable of api_key_env)"
+    try:
+        parts = urlsplit(url)
+        has_host = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        has_host = False
+    is_whole = has_host and url.isascii() and url.isprintable() and " " not in url
+    return None if is_whole else f"value seen: {short(url)}; allowed are http and https URLs with a host"
+
+
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
+EngineName = Literal["transformers", "scripted", "vllm", "openai"]
+EngineOptions = TransformersOptions | ScriptedOptions | VllmOptions | OpenaiOptions
+OPTIONS: dict[EngineName, type[EngineOptions]] = {
+    "transformers": TransformersOptions,
+    "scripted": ScriptedOptions,
+    "vllm": VllmOptions,
+    "openai": OpenaiOptions,
+}
+
+
+class AutoscalingConfig(Node):
+    """How many replicas an agent (dedicated) or an LLM's host (shared) runs on."""
+
+    min_replicas: int = Field(default=1, ge=0, le=1024)
+    """0: while nobody asks it, it has no replica and holds no GPU; it is then cold, see `cold`."""
+    max_replicas: int = Field(default=1, ge=1, le=1024)
+    target_ongoing_requests: float = Field(default=8.0, gt=0)
+    """Calls in flight per replica that autoscaling aims at."""
+    upscale_delay_s: float = Field(default=5.0, ge=0, le=86400)
+    """How long the load must be above target before replicas are added; the first replica of a cold one starts at once."""
+    downscale_delay_s: float = Field(default=300.0, ge=0, le=86400)
+    """How long the load must be below target before replicas are taken away, all but the last."""
+    downscale_to_zero_delay_s: float = Field(default=900.0, ge=0, le=86400)
+    """How long nobody may have asked before the last replica goes; only with min_replicas 0."""
+    max_queued_calls: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Calls that may wait for room in each replica beyond its batch, and as many in each ingress, before the agent counts as
+    overloaded and the next-ranked one takes its place; None: three batches in a replica, sixteen in an ingress."""
+    cold: ColdPolicy = "wait"
+    """What a query does with an agent without a replica. wait: it waits for one. skip: the next-ranked agent takes its place,
+    and a replica is started for later queries. warm_on_rank: a replica is started as soon as the agent is among the K most
+    probable ones of a decision, chosen or not; a query that chose it waits. Only with min_replicas 0."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, below min_replicas {self.min_replicas}; raise it or lower the minimum"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_cold(self) -> Self:
+        if self.cold != "wait" and self.min_replicas > 0:
+            raise ValueError(
+                f"cold: value seen: {self.cold!r}; with min_replicas {self.min_replicas} there is always a replica; "
+                "set min_replicas to 0, or leave cold out"
+            )
+        return self
+
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -381,7 +563,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Confi
 
 def loads(text: str, *, source: str = "<text>", overrides: tuple[str, ...] | list[str] = ()) -> Config:
     """Build a configuration from YAML text. Raises ConfigError."""
-    return from_tree(parse(text, source), source=source, overrides=overrides)
+    return from_tree(parse_yaml(text, source), source=source, overrides=overrides)
 
 
 def from_tree(tree: Any, *, source: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
@@ -397,3 +579,18 @@ def from_tree(tree: Any, *, source: str, overrides: tuple[str, ...] | list[str] 
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: {describe(error, Config)}") from error
+
+
+def summarizer_agent(config: Config) -> AgentConfig | None:
+    """Return the `llm` summarizer as an agent of its own, None in `select` mode."""
+    part = config.summarizer
+    if part.mode != "llm" or part.llm is None:
+        return None
+    return AgentConfig(name=SUMMARIZER, llm=part.llm, adapter=part.adapter, profile=part.profile, sampling=part.sampling)
+
+
+def callable_agents(config: Config, llm: str | None = None) -> list[AgentConfig]:
+    """Return the pool's agents and its summarizer, all of them or those on one LLM."""
+    extra = summarizer_agent(config)
+    everyone = [*config.agents, *([extra] if extra else [])]
+    return [agent for agent in everyone if llm is None or agent.llm == llm]

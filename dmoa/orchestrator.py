@@ -13,9 +13,9 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
 from dmoa.agents.summarizer import Fold, Summarizer
-from dmoa.asking import Asker
 from dmoa.core.aggregate import anchors_of, contributions
 from dmoa.core.stopping import budget_stop, rule_stop
+from dmoa.dispatch import Dispatcher
 from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.protocols import Policy
 from dmoa.types import (
@@ -42,7 +42,7 @@ _CLOCK_SLACK_S = 0.05
 class Orchestrator:
     """Answers queries with the agents of one pool."""
 
-    asker: Asker
+    asker: Dispatcher
     """Reaches the agents, with the one retry loop."""
     summarizer: Summarizer
     summarizer_sampling: Sampling

@@ -24,7 +24,7 @@ class Replay:
     """What differs from the trace, one sentence each; empty: bit for bit the same."""
 
 
-def replay(traces: Sequence[Trace], gate: Gate, version: str) -> list[Replay]:
+def replay_routing(traces: Sequence[Trace], gate: Gate, version: str) -> list[Replay]:
     """Route traces again, step by step, all of them in the same batches.
 
     Inputs are read from the trace; hidden states are computed again, step by step. Raises TraceError for a trace of

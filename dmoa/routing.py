@@ -18,8 +18,8 @@ from dmoa.config import GateConfig
 from dmoa.core.decision import Decider
 from dmoa.core.gate import Gate, GateSpec, init_gate
 from dmoa.errors import RoutingError
-from dmoa.redaction import redact_text
 from dmoa.types import FloatArray, RoutedBy, RouteDecision, RouteRequest
+from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.routing")
 MAX_VERSIONS = 64

@@ -40,8 +40,7 @@ from typing import Any, Literal
 
 from dmoa.errors import SandboxError
 from dmoa.isolation import host, launching
-from dmoa.isolation.launching import Level as Level
-from dmoa.isolation.launching import SandboxLimits as SandboxLimits
+from dmoa.isolation.launching import Level, SandboxLimits
 from dmoa.isolation.watching import Ending, watch
 
 Status = Literal["ok", "failed", "timeout", "memory", "output_limit", "scratch_limit", "killed", "sandbox_error"]

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from dmoa.agents import tools as toolbox
 from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
-from dmoa.asking import AgentSheet, Asker
 from dmoa.config import AgentConfig, Config
+from dmoa.dispatch import AgentCard, Dispatcher
 from dmoa.orchestrator import Event, Orchestrator
 from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
 from dmoa.protocols import AgentClient, Encoder, Policy, Router
@@ -41,7 +41,7 @@ class Swarm:
         is_select = config.summarizer.mode == "select"
         sheets = {agent.name: _sheet(config, agent) for agent in config.agents}
         self._orchestrator = Orchestrator(
-            asker=Asker(agents=agents, sheets=sheets, router=router, is_select=is_select),
+            asker=Dispatcher(agents=agents, sheets=sheets, router=router, is_select=is_select),
             summarizer=SelectSummarizer() if is_select else LlmSummarizer(agents, config.summarizer),
             summarizer_sampling=config.summarizer.sampling.to_sampling(),
             is_select=is_select,
@@ -65,9 +65,9 @@ class Swarm:
         return self._orchestrator.answer(query, policy)
 
 
-def _sheet(config: Config, agent: AgentConfig) -> AgentSheet:
+def _sheet(config: Config, agent: AgentConfig) -> AgentCard:
     is_shared = config.llms[agent.llm].placement == "shared"
-    return AgentSheet(
+    return AgentCard(
         name=agent.name,
         profile=agent.profile,
         tools_text=toolbox.instructions(agent.tools),

@@ -1,28 +1,251 @@
-"""Traces: one JSON line per query, enough to repeat its routing decisions bit for bit.
+"""The reply's `dmoa` object: what became of a query, step by step, in the names of the contract.
 
-A trace keeps the reply's `dmoa` object with texts, the messages, the gate's inputs and decisions, seeds, the pool's
-fingerprint, versions and times. Floats survive JSON exactly: a float32 is written as the float64 that equals it.
+Made from an Answer, used by the HTTP reply and by the trace; `dmoa schema reply` prints `ReplyDmoa`. Durations are
+rounded to 3 decimals, probabilities and entropies to 6; no number in it is ever non-finite.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmoa import __version__
 from dmoa.errors import TraceError
-from dmoa.explain import describe
-from dmoa.redaction import redact, redact_text
-from dmoa.reply import ReplyDmoa, reply_dmoa
-from dmoa.types import Answer, Query, RouteDecision, RouteRequest, StepRecord
+from dmoa.types import (
+    AgentReply,
+    AgentStatus,
+    Answer,
+    EntropyKind,
+    FinishReason,
+    Query,
+    RoutedBy,
+    RouteDecision,
+    RouteRequest,
+    StepRecord,
+    StopReason,
+    SummarizerRecord,
+    Verdict,
+)
+from dmoa.validation import describe, redact, redact_text
+
+_MAX_IDLE = 16
+
+
+class ReplyModel(BaseModel):
+    """Base of every record of a reply: fields documented in place, non-finite numbers refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ReplyAgent(ReplyModel):
+    """One agent in one step."""
+
+    name: str
+    probability: float = Field(ge=0, le=1)
+    """The gate's; 1 for policies without a gate."""
+    status: AgentStatus
+    """ok, or why there is no contribution; cold: it had no replica, so the next-ranked agent took its place; masked: dead, so
+    the gate passed over it; idle: not asked."""
+    explored: bool = False
+    """Whether it was asked only to learn from: then its reply counts for nothing but tokens."""
+    entropy_nats: float | None
+    """Mean predictive entropy per token; null without tokens."""
+    entropy_tokens: int
+    entropy_kind: EntropyKind
+    """truncated: from listed log-probabilities only."""
+    entropy_slack_nats: float = 0.0
+    """How far entropy_nats may be off either way, being the middle of two bounds; 0 where it is exact."""
+    finish_reason: FinishReason | None
+    """null where the agent generated nothing."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Part of prompt_tokens that a prefix cache had."""
+    completion_tokens: int
+    estimated: bool = False
+    """Whether the token counts are guesses, because an endpoint did not tell."""
+    latency_ms: float
+    """From the call to the reply, as the orchestrator saw it."""
+    engine_ms: float
+    """Part of latency_ms between the engine's accept and its last token."""
+    engine: str
+    """Engine and the options that may change numbers, such as transformers/float32; empty where nothing ran."""
+    replica: str = ""
+    """The replica that answered; empty where nothing ran, and without a server."""
+    attempts: int
+    """How often the call was sent; above 1 an earlier attempt was lost."""
+    memoised: bool = False
+    """Whether a call cache gave the contribution; its counts are those of the run that filled the cache."""
+    error: str | None
+    text: str | None = None
+    """Its contribution; only with `dmoa.trace`."""
+
+
+class ReplySummarizer(ReplyModel):
+    """What the summarizer did in a step."""
+
+    mode: Literal["select", "llm"]
+    verdict: Verdict
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    latency_ms: float
+    engine_ms: float
+    memoised: bool = False
+    """Whether a call cache gave its words."""
+    error: str | None
+    """Why the summarizer's own words are missing; the summary is then the chosen contribution."""
+
+
+class ReplyStep(ReplyModel):
+    """One finished step."""
+
+    step: int
+    """Counts from 0."""
+    k: int
+    """Agents whose contributions counted."""
+    wall_ms: float
+    mass: float
+    """Probability of the active set."""
+    agents: list[ReplyAgent]
+    """Asked agents first, the active ones in order of probability, explored ones last; then, where a gate decided, masked
+    agents and the most probable ones of those left idle (16 at most: traces keep every probability)."""
+    summarizer: ReplySummarizer
+    summary: str | None = None
+    """The state after the step; only with `dmoa.trace`."""
+
+
+class ReplyDmoa(ReplyModel):
+    """What became of a query."""
+
+    trace_id: str
+    pool: str
+    policy: str
+    gate_version: str | None
+    """null for policies without a gate."""
+    untrained: bool
+    """Whether the gate that decided had untrained weights."""
+    routed_by: RoutedBy
+    degraded: bool
+    """At least one chosen agent failed, was masked, or was passed over because it was cold."""
+    stop_reason: StopReason
+    steps: list[ReplyStep]
+
+
+def reply_dmoa(answer: Answer, *, pool: str = "", with_texts: bool = False) -> ReplyDmoa:
+    """Return the reply's `dmoa` object; `with_texts` adds every agent's text and every step's summary."""
+    return ReplyDmoa(
+        trace_id=answer.trace_id,
+        pool=pool,
+        policy=answer.policy,
+        gate_version=answer.gate_version,
+        untrained=answer.gate_trained is False,
+        routed_by=answer.routed_by,
+        degraded=answer.degraded,
+        stop_reason=answer.stop_reason,
+        steps=[reply_step(step, with_texts=with_texts) for step in answer.steps],
+    )
+
+
+def dump(reply: ReplyDmoa) -> dict[str, Any]:
+    """Return the object as plain JSON values; texts that were not asked for are left out, every other field is there."""
+    tree = reply.model_dump(mode="json")
+    for step in tree["steps"]:
+        for record in (step, *step["agents"]):
+            for name in ("summary", "text"):
+                if record.get(name, "") is None:
+                    del record[name]
+    return tree
+
+
+def step_probabilities(step: StepRecord) -> dict[str, float]:
+    """Return each agent's probability in a step; empty for policies without a gate."""
+    if step.decision is None:
+        return {}
+    return dict(zip(step.decision.agents, step.decision.probability_A.tolist(), strict=True))
+
+
+def finite(value: float, digits: int = 3) -> float:
+    """Return a number that JSON can carry, rounded; 0.0 for what is not finite."""
+    return round(float(value), digits) if math.isfinite(value) else 0.0
+
+
+def reply_step(step: StepRecord, *, with_texts: bool = False) -> ReplyStep:
+    """Return one finished step of the `dmoa` object; `with_texts` as in `reply_dmoa`."""
+    return ReplyStep(
+        step=step.step,
+        k=len(step.active),
+        wall_ms=finite(step.wall_ms),
+        mass=finite(step.mass, 6),
+        agents=list(_agents(step, with_texts)),
+        summarizer=_summarizer(step.summarizer),
+        summary=step.summary if with_texts else None,
+    )
+
+
+def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
+    chance = step_probabilities(step)
+    rank = {name: i for i, name in enumerate(step.active)}
+    explored = {name for name, _ in step.explored}
+    asked = sorted(step.replies, key=lambda reply: (reply.agent in explored, rank.get(reply.agent, len(rank))))
+    for reply in asked:
+        yield _agent(reply, chance.get(reply.agent, 0.0 if chance else 1.0), with_texts, explored=reply.agent in explored)
+    passed_over = set(chance) - {reply.agent for reply in asked}
+    masked = [name for name in (step.decision.masked if step.decision else ()) if name in passed_over]
+    for name in masked:
+        yield _agent(AgentReply(agent=name, status="masked"), chance[name], False)
+    for name in sorted(passed_over.difference(masked), key=lambda name: (-chance[name], name))[:_MAX_IDLE]:
+        yield _agent(AgentReply(agent=name, status="idle"), chance[name], False)
+
+
+def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored: bool = False) -> ReplyAgent:
+    entropy = reply.entropy_nats
+    return ReplyAgent(
+        name=reply.agent,
+        probability=min(max(finite(probability, 6), 0.0), 1.0),
+        status=reply.status,
+        explored=explored,
+        entropy_nats=None if entropy is None or not math.isfinite(entropy) else round(entropy, 6),
+        entropy_tokens=reply.entropy_tokens,
+        entropy_kind=reply.entropy_kind,
+        entropy_slack_nats=finite(reply.entropy_slack_nats / max(1, reply.entropy_tokens), 6),
+        finish_reason=reply.finish_reason if reply.status == "ok" or reply.completion_tokens else None,
+        prompt_tokens=reply.prompt_tokens,
+        cached_tokens=reply.cached_tokens,
+        completion_tokens=reply.completion_tokens,
+        estimated=reply.are_tokens_estimated,
+        latency_ms=finite(reply.latency_ms),
+        engine_ms=finite(reply.engine_ms),
+        engine=reply.engine,
+        replica=reply.replica,
+        attempts=reply.attempts,
+        memoised=reply.is_memoised,
+        error=reply.error,
+        text=reply.text if with_texts else None,
+    )
+
+
+def _summarizer(record: SummarizerRecord) -> ReplySummarizer:
+    return ReplySummarizer(
+        mode=record.mode,
+        verdict=record.verdict,
+        prompt_tokens=record.prompt_tokens,
+        cached_tokens=record.cached_tokens,
+        completion_tokens=record.completion_tokens,
+        latency_ms=finite(record.latency_ms),
+        engine_ms=finite(record.engine_ms),
+        memoised=record.is_memoised,
+        error=record.error,
+    )
+
 
 SCHEMA_VERSION = 1
 
@@ -126,7 +349,7 @@ def _route(step: StepRecord, request: RouteRequest, decision: RouteDecision) -> 
     )
 
 
-def write(path: str | Path, traces: Iterable[Trace]) -> Path:
+def write_traces(path: str | Path, traces: Iterable[Trace]) -> Path:
     """Write traces as JSON lines, whole, then renamed. Returns the path."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +365,7 @@ def write(path: str | Path, traces: Iterable[Trace]) -> Path:
     return target
 
 
-def read(path: str | Path) -> list[Trace]:
+def read_traces(path: str | Path) -> list[Trace]:
     """Read a file of traces. Raises TraceError naming file and line."""
     try:
         # Not splitlines: texts may hold other line separators, which JSON does not escape.

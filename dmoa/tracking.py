@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn, Protocol
 
-from dmoa.redaction import redact
+from dmoa.validation import redact
 
 Mode = Literal["auto", "wandb", "jsonl", "none"]
 Role = Literal["input", "output"]

@@ -16,8 +16,7 @@ from typing import Any, TextIO
 import yaml
 
 from dmoa.errors import ConfigError
-from dmoa.explain import short
-from dmoa.redaction import redact_text
+from dmoa.validation import redact_text, short
 
 STDIN = "-"
 """Name of a file that stands for standard input."""
@@ -84,7 +83,7 @@ def _add_rules() -> None:
 _add_rules()
 
 
-def parse(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
     """Return the values that a YAML text holds. Raises ConfigError naming `source`."""
     try:
         return _Loader(text).get_single_data()
@@ -122,7 +121,7 @@ def set_value(tree: dict[str, Any], override: str) -> None:
         node = node[place]
     place, clean = _place(node, keys[-1], override), redact_text(override)
     try:
-        node[place] = parse(value, f"--set {clean!r}")
+        node[place] = parse_yaml(value, f"--set {clean!r}")
     except ConfigError:
         if clean == override:
             raise

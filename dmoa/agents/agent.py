@@ -15,8 +15,8 @@ from dmoa.agents import tools as toolbox
 from dmoa.config import AgentConfig
 from dmoa.errors import AgentOverloadedError, DeadlineError, DmoaError, EngineError, PromptTooLongError
 from dmoa.protocols import Engine
-from dmoa.redaction import redact_text
 from dmoa.types import AgentCall, AgentReply, AgentStatus, Generation, GenerationRequest, Message, TextDelta
+from dmoa.validation import redact_text
 
 MAX_TOOL_ROUNDS = 4
 

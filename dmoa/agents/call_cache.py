@@ -23,8 +23,7 @@ from typing import TypeVar
 from filelock import FileLock
 
 from dmoa.agents.models import adapter_hash, model_id
-from dmoa.agents.pool import callable_agents
-from dmoa.config import Config
+from dmoa.config import Config, callable_agents
 from dmoa.errors import ConfigError
 from dmoa.protocols import AgentClient
 from dmoa.types import AgentCall, AgentReply, TextDelta

@@ -10,8 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dmoa.agents.pool import callable_agents
-from dmoa.config import Config
+from dmoa.config import Config, callable_agents
 from dmoa.errors import ConfigError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"

@@ -27,7 +27,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from dmoa.errors import ConfigError, ModelFetchError
-from dmoa.explain import did_you_mean
+from dmoa.validation import did_you_mean
 
 MANIFEST = "dmoa-manifest.json"
 _LAYOUT = 1  # part of the folder's name: a change in the conversion makes a new folder

@@ -24,12 +24,12 @@ import httpx
 
 from dmoa import __version__
 from dmoa.agents.control_names import break_names
-from dmoa.agents.loopback import uses_proxies
 from dmoa.agents.openai_replies import Draft, error_field, error_message, events
 from dmoa.config import OpenaiOptions
 from dmoa.errors import AgentOverloadedError, ConfigError, DmoaError, EngineError, PromptTooLongError
-from dmoa.redaction import Conceal, redact_text
+from dmoa.loopback import uses_proxies
 from dmoa.types import GenerationRequest
+from dmoa.validation import Conceal, redact_text
 
 _LOG = logging.getLogger("dmoa.openai")
 CONNECT_TIMEOUT_S = 10.0

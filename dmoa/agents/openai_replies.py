@@ -16,8 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, Va
 
 from dmoa.core.truncated_entropy import TruncatedSums
 from dmoa.errors import EngineError
-from dmoa.redaction import REDACTED
 from dmoa.types import FinishReason, Generation
+from dmoa.validation import REDACTED
 
 CHARS_PER_TOKEN = 4
 """What estimates of token counts assume, the usual figure for English."""

@@ -29,13 +29,15 @@ from dmoa.config import (
     ScriptedOptions,
     TransformersOptions,
     VllmOptions,
+    callable_agents,
     is_name,
     load,
+    summarizer_agent,
 )
 from dmoa.errors import ConfigError
-from dmoa.explain import did_you_mean
 from dmoa.protocols import Encoder, Engine
 from dmoa.types import FloatArray
+from dmoa.validation import did_you_mean
 
 if TYPE_CHECKING:
     from dmoa.agents.gpu_slices import GpuSlice
@@ -70,21 +72,6 @@ def load_pool(path: str | Path | None, overrides: tuple[str, ...] | list[str] = 
             f"{', '.join(pools)}; name one of them{did_you_mean(str(path), pools)}"
         )
     return load(pools[str(path)] if is_bare else path, overrides)
-
-
-def summarizer_agent(config: Config) -> AgentConfig | None:
-    """Return the `llm` summarizer as an agent of its own, None in `select` mode."""
-    part = config.summarizer
-    if part.mode != "llm" or part.llm is None:
-        return None
-    return AgentConfig(name=SUMMARIZER, llm=part.llm, adapter=part.adapter, profile=part.profile, sampling=part.sampling)
-
-
-def callable_agents(config: Config, llm: str | None = None) -> list[AgentConfig]:
-    """Return the pool's agents and its summarizer, all of them or those on one LLM."""
-    extra = summarizer_agent(config)
-    everyone = [*config.agents, *([extra] if extra else [])]
-    return [agent for agent in everyone if llm is None or agent.llm == llm]
 
 
 def fingerprint(config: Config) -> str:

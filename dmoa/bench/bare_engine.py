@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dmoa.agents.agent import LocalAgents
-from dmoa.agents.pool import build_agents, build_encoder, build_engine, build_pool_gate, callable_agents
+from dmoa.agents.pool import build_agents, build_encoder, build_engine, build_pool_gate
 from dmoa.bench.call_graph import QueryCalls, RecordingEngine, Window, replay, replay_flat
-from dmoa.config import Config
+from dmoa.config import Config, callable_agents
 from dmoa.protocols import Encoder, Engine
 from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm

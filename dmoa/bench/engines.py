@@ -7,7 +7,7 @@ from typing import Any
 from dmoa.agents.installed import vllm_builds
 from dmoa.config import Config, LlmConfig
 from dmoa.errors import ConfigError
-from dmoa.explain import did_you_mean
+from dmoa.validation import did_you_mean
 
 LABELS = {"transformers": "transformers/float32", "vllm": "vllm/float32"}
 """Name of an engine -> its label, with the dtype that benches run it in."""

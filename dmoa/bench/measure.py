@@ -5,16 +5,14 @@ Ratios are taken within one round, so that a slow minute of a shared machine hit
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
+
+from dmoa.provenance import Machine
 
 
 class BenchResult(BaseModel):
@@ -42,23 +40,6 @@ class BenchResult(BaseModel):
     """Engine and the options that may change numbers; `null` for scripted agents, `gate` where no engine runs."""
     note: str = ""
     """What was measured against what."""
-
-
-class Machine(BaseModel):
-    """Where figures were measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    cpu: str
-    """Model name as the system gives it."""
-    cores: int
-    """Logical ones."""
-    memory_gib: float
-    gpus: list[str]
-    """Names of the GPUs that torch sees."""
-    python: str
-    versions: dict[str, str]
-    """Package -> version of dmoa, torch, ray, transformers."""
 
 
 class BenchReport(BaseModel):
@@ -132,27 +113,3 @@ def seconds_per_call(call: Callable[[], object], calls: int) -> float:
     for _ in range(calls):
         call()
     return (time.perf_counter() - start) / calls
-
-
-def machine() -> Machine:
-    """Return a description of this machine."""
-    import psutil
-    import torch
-
-    return Machine(
-        cpu=_cpu_model(),
-        cores=os.cpu_count() or 1,
-        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
-        gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        python=platform.python_version(),
-        versions={name: metadata.version(name) for name in ("dmoa", "torch", "ray", "transformers")},
-    )
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -20,7 +20,7 @@ from dmoa.bench.bare_engine import recorded_swarm, replayed
 from dmoa.bench.call_graph import QueryCalls, Window, graph_of, read_calls, window_of
 from dmoa.bench.measure import BenchResult, Spread, ratio, record, spread
 from dmoa.config import Config
-from dmoa.dataflow.room import FILL
+from dmoa.dataflow import OVERCOMMIT
 from dmoa.errors import DmoaError
 from dmoa.evaluation.suites.table import SUITES
 from dmoa.training.rollout_collect import CollectSession, Prepared, Workers, collect
@@ -98,7 +98,7 @@ def _measure(config: Config, mode: str, rounds: int) -> list[Round]:
 
 
 def _places(config: Config) -> int:
-    return FILL * sum(llm.max_num_seqs for llm in config.llms.values())
+    return OVERCOMMIT * sum(llm.max_num_seqs for llm in config.llms.values())
 
 
 def _collected(config: Config, mode: str) -> tuple[Window, tuple[QueryCalls, ...]]:

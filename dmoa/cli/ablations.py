@@ -32,12 +32,12 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
     The same command with --resume goes on. Raises ConfigError for bad input, DmoaError where it stops.
     """
     from dmoa.cli.evaluation_session import run_evaluation
-    from dmoa.dataflow.mirror import uri_of
     from dmoa.evaluation.derived import add_derived, add_oracle
     from dmoa.evaluation.matrix import matrix_policies
     from dmoa.evaluation.registry import expand_names
     from dmoa.evaluation.run import finish
     from dmoa.evaluation.run_files import RunFolder
+    from dmoa.storage import uri_of
 
     if rollouts is None:
         raise ConfigError("--rollouts: missing; --ablations trains on them: name a folder that `dmoa rollouts` wrote, dense")

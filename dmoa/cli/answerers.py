@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dmoa.cli.local import build_local_backend
 from dmoa.config import Config
 from dmoa.evaluation.answering import Outcome, ask_swarm
-from dmoa.reply import ReplyDmoa
+from dmoa.trace import ReplyDmoa
 from dmoa.types import Message, Query
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import typer
 
 from dmoa.cli.options import EXIT_FAILED, Common, refuse_together, with_common
 from dmoa.errors import ConfigError
-from dmoa.explain import did_you_mean
+from dmoa.validation import did_you_mean
 
 if TYPE_CHECKING:
     from dmoa.bench.measure import BenchResult
@@ -57,7 +57,8 @@ def bench(
     dmoa bench --only P5 --engine vllm
     """
     refuse_together({"--config": common.config, "--set": common.overrides}, "on benches, which bring their own pools")
-    from dmoa.bench.measure import BenchReport, machine
+    from dmoa.bench.measure import BenchReport
+    from dmoa.provenance import machine
 
     results: list[BenchResult] = []
     groups = group(only)

@@ -24,9 +24,8 @@ from dmoa.cli.options import (
 from dmoa.cli.run import open_backend
 from dmoa.cli.terminal import tell
 from dmoa.errors import DmoaError
-from dmoa.explain import did_you_mean
-from dmoa.redaction import redact_text
 from dmoa.types import Message
+from dmoa.validation import did_you_mean, redact_text
 
 if TYPE_CHECKING:
     from dmoa.cli.local import Backend, Wish

@@ -112,13 +112,15 @@ async def _ask(backend: RemoteBackend, places: asyncio.Semaphore, number: int, q
 def replay_demo(common: Common, config: Config, report: Report, out: Path, outcomes: list[Outcome]) -> bool:
     """Keep the traces, route them again, and tell how to do the same; return whether every decision was repeated."""
     from dmoa.cli.run import replay_traces
-    from dmoa.trace import read, write
+    from dmoa.trace import read_traces, write_traces
 
     for number, outcome in enumerate(outcomes, 1):
         if outcome.asked is not None and outcome.asked.trace is not None:
-            write(out / f"query-{number:02d}.jsonl", [outcome.asked.trace])
-    path = write(out / "traces.jsonl", [o.asked.trace for o in outcomes if o.asked is not None and o.asked.trace is not None])
-    results = replay_traces(config, read(path))
+            write_traces(out / f"query-{number:02d}.jsonl", [outcome.asked.trace])
+    path = write_traces(
+        out / "traces.jsonl", [o.asked.trace for o in outcomes if o.asked is not None and o.asked.trace is not None]
+    )
+    results = replay_traces(config, read_traces(path))
     command = ["dmoa", "run", "--replay", str(path)]
     if common.config is not None:
         command += ["--config", str(common.config)]

@@ -14,7 +14,7 @@ import typer
 from dmoa.agents.installed import installed_version, vllm_builds
 from dmoa.cli.options import EXIT_FAILED, Common, with_common
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.redaction import redact_text
+from dmoa.validation import redact_text
 
 if TYPE_CHECKING:
     from dmoa.config import Config

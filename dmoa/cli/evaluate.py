@@ -11,7 +11,7 @@ import typer
 
 from dmoa.cli.options import EXIT_FAILED, CheckpointOption, Common, UrlOption, refuse_together, with_common
 from dmoa.cli.serve import AddressOption
-from dmoa.redaction import redact_command
+from dmoa.validation import redact_command
 
 if TYPE_CHECKING:
     from dmoa.evaluation.options import EvaluateOptions

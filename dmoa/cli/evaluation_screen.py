@@ -14,7 +14,7 @@ from rich.table import Table
 from dmoa.cli.terminal import stderr
 
 if TYPE_CHECKING:
-    from dmoa.dataflow import passes
+    from dmoa import dataflow as passes
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.selfcheck import BenchmarkCheck, SelfCheck
 
@@ -55,7 +55,7 @@ class Bars:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bars.stop()
 
-    def watch(self, progress: passes.Progress) -> None:
+    def watch(self, progress: passes.PassProgress) -> None:
         """Show how far a pass is."""
         more = (
             [f"{progress.completion_tokens / max(progress.elapsed_s, 1e-9):.0f} tokens/s"] if progress.completion_tokens else []

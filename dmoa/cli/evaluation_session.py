@@ -16,22 +16,23 @@ from dmoa.cli.evaluation_screen import Bars, print_result
 from dmoa.cli.interrupts import end_on_sigterm, goes_on, never_join_by_accident
 from dmoa.cli.local import fetch_models
 from dmoa.config import Config, is_name
-from dmoa.dataflow.room import FILL
+from dmoa.dataflow import OVERCOMMIT
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError
 from dmoa.evaluation.answering import Asking, split_policy
 from dmoa.evaluation.options import EvaluateOptions
 from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.run_files import RunFolder
-from dmoa.explain import did_you_mean
 from dmoa.policies.registry import POLICIES
 from dmoa.swarm import limits_for
 from dmoa.types import Limits
+from dmoa.validation import did_you_mean
 
 if TYPE_CHECKING:
     from dmoa.cli.options import Common
     from dmoa.evaluation.pipeline import Workers
-    from dmoa.evaluation.results import Evaluation, PoolInfo
+    from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.run import Session
+    from dmoa.evaluation.run_info import PoolInfo
     from dmoa.tracking import Tracker
 
 _REMOTE_PLACES = 32
@@ -45,34 +46,34 @@ def run_evaluation(
 
     Raises ConfigError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
     """
-    from dmoa.dataflow.mirror import at_hand, shown
+    from dmoa.storage import display_path, localized
 
     names = expand_names(options.benchmarks)
     check_policies(options.policies, config, tuple(options.gates))
     assert options.out is not None
-    advice = f"the same command with --out {shown(options.out)} --resume goes on from here"
-    with goes_on(advice), at_hand(options, common.say, writes=("out",)) as here:
+    advice = f"the same command with --out {display_path(options.out)} --resume goes on from here"
+    with goes_on(advice), localized(options, common.say, writes=("out",)) as here:
         return _evaluated(here, config, names, common, command, shows_result=shows_result)
 
 
 def _evaluated(
     options: EvaluateOptions, config: Config | None, names: tuple[str, ...], common: Common, command: str, *, shows_result: bool
 ) -> Evaluation:
-    from dmoa.dataflow.mirror import shown
     from dmoa.evaluation.run import evaluate
+    from dmoa.storage import display_path
 
     assert options.out is not None
     folder = RunFolder(options.out.absolute())
     if options.resume and not folder.run.exists():
-        common.say(f"--resume: {shown(folder.root)!r} holds no run yet; one begins")
+        common.say(f"--resume: {display_path(folder.root)!r} holds no run yet; one begins")
     with Bars(common.verbosity) as bars:
         session = build_session(options, config, names, folder, common, bars, command)
-        common.say(f"evaluating {', '.join(options.policies)} on {', '.join(names)}; the run lies in {shown(folder.root)}")
+        common.say(f"evaluating {', '.join(options.policies)} on {', '.join(names)}; the run lies in {display_path(folder.root)}")
         evaluation = evaluate(session)
     log_tables(evaluation, folder, options)
     if shows_result:
         print_result(evaluation)
-        common.say(f"report: {shown(folder.report)}")
+        common.say(f"report: {display_path(folder.report)}")
     return evaluation
 
 
@@ -188,7 +189,7 @@ def build_session(
 
 def _pool(config: Config) -> PoolInfo:
     from dmoa.agents.pool import fingerprint
-    from dmoa.evaluation.results import PoolInfo
+    from dmoa.evaluation.run_info import PoolInfo
 
     return PoolInfo(name=config.name, fingerprint=fingerprint(config), config=config.model_dump(mode="json"))
 
@@ -214,7 +215,7 @@ def _workers(options: EvaluateOptions, config: Config) -> Workers:
             gates={name: folder.absolute() for name, folder in options.gates.items()},
         ),
         count=options.workers,
-        places=options.concurrency or FILL * sum(config.llms[name].max_num_seqs for name in used),
+        places=options.concurrency or OVERCOMMIT * sum(config.llms[name].max_num_seqs for name in used),
         widths={policy: width if widest is None else min(width, widest) for policy, width in widths.items()},
         num_gpus=pool_gpus(config),
         env=ENGINE_ENV,
@@ -226,7 +227,7 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, Workers, Limits]:
     from dmoa.cli.answerers import OpenServer
     from dmoa.cli.remote import build_remote_backend
     from dmoa.evaluation.pipeline import Workers
-    from dmoa.evaluation.results import PoolInfo
+    from dmoa.evaluation.run_info import PoolInfo
 
     url = str(options.url)
     staged = [name for name in expand_names(options.benchmarks) if name in ("chain", "relay")]

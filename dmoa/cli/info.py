@@ -11,11 +11,11 @@ from pydantic import BaseModel
 
 from dmoa.cli.options import Common, with_common
 from dmoa.errors import ConfigError
-from dmoa.explain import did_you_mean
+from dmoa.validation import did_you_mean
 
 _SCHEMAS = {
     "pool": ("dmoa.config", "Config"),
-    "reply": ("dmoa.reply", "ReplyDmoa"),
+    "reply": ("dmoa.trace", "ReplyDmoa"),
     "trace": ("dmoa.trace", "Trace"),
     "rollout": ("dmoa.training.rollout_records", "RolloutRow"),
     "checkpoint": ("dmoa.checkpoint", "Checkpoint"),

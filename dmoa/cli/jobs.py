@@ -15,8 +15,8 @@ from dmoa.cli.interrupts import closed, never_join_by_accident
 from dmoa.cli.options import Common, fail, suggesting, with_common
 from dmoa.config import Config, from_tree
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.redaction import redact_command
-from dmoa.yaml_tree import parse, read, set_value
+from dmoa.validation import redact_command
+from dmoa.yaml_tree import parse_yaml, read, set_value
 
 JOB, POOL = "job", "pool"
 
@@ -153,7 +153,7 @@ def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
         text, source = read(common.config)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config: cannot read {str(common.config)!r}: {error}; give the path of a job file") from error
-    tree = parse(text, source)
+    tree = parse_yaml(text, source)
     if not isinstance(tree, dict) or not isinstance(tree.get(JOB), dict):
         raise ConfigError(f"{source}: job: missing; add a job section with the options of the command")
     if set(tree) <= {JOB, POOL}:

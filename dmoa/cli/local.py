@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dmoa.cli.show import Asked, Screen
 from dmoa.config import Config
 from dmoa.errors import ConfigError, EmptyAnswerError, RequestError
-from dmoa.explain import did_you_mean
 from dmoa.policies.registry import POLICIES
-from dmoa.reply import reply_dmoa, reply_step
-from dmoa.trace import trace_of
+from dmoa.trace import reply_dmoa, reply_step, trace_of
 from dmoa.types import Answer, Limits, Message, Query, StepRecord, TextDelta
+from dmoa.validation import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable

@@ -21,8 +21,7 @@ from typer.exceptions import TyperException
 
 from dmoa.cli.terminal import libraries_apart, tell
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError, TraceError
-from dmoa.explain import did_you_mean
-from dmoa.redaction import redact_text
+from dmoa.validation import did_you_mean, redact_text
 
 if TYPE_CHECKING:
     from dmoa.config import Config

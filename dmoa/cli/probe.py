@@ -13,7 +13,7 @@ from dmoa.cli.evaluate import CacheOption, DataDirOption, DifficultyOption, Seed
 from dmoa.cli.options import Common, with_common
 from dmoa.cli.serve import AddressOption
 from dmoa.errors import ConfigError
-from dmoa.redaction import redact_command
+from dmoa.validation import redact_command
 
 if TYPE_CHECKING:
     from dmoa.config import Config

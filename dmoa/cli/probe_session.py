@@ -12,9 +12,9 @@ from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
 from dmoa.evaluation.suites.table import SUITES
-from dmoa.explain import did_you_mean
 from dmoa.training.probe import ProbeReport, ProbeSample, probe
 from dmoa.training.probe_sample import sample_of
+from dmoa.validation import did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,10 +13,9 @@ from pydantic import ValidationError
 from dmoa.cli.local import Wish, check_question
 from dmoa.cli.show import Asked, Screen
 from dmoa.errors import DmoaError, RequestError
-from dmoa.explain import describe
-from dmoa.reply import ReplyDmoa
-from dmoa.trace import Trace
+from dmoa.trace import ReplyDmoa, Trace
 from dmoa.types import Message, TextDelta
+from dmoa.validation import describe
 
 if TYPE_CHECKING:
     from dmoa.serving.client import RemoteReply, SwarmClient

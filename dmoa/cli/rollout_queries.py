@@ -18,12 +18,12 @@ from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.splits import load_disjoint
 from dmoa.evaluation.suites.streams import fine_split
 from dmoa.evaluation.suites.table import SUITES
-from dmoa.explain import did_you_mean
 from dmoa.training.rollout_collect import Prepared
 from dmoa.training.rollout_options import RolloutOptions, Weighted, share_out
 from dmoa.training.rollout_records import RolloutQuery, SourceInfo
 from dmoa.training.rollout_sources import read_queries, sample, take_turns
 from dmoa.training.rollouts import write_whole
+from dmoa.validation import did_you_mean
 
 Asked = tuple[RolloutQuery, Label | None]
 """A query, and its label where it has one."""

@@ -14,8 +14,8 @@ from dmoa.cli.local import fetch_models
 from dmoa.cli.rollout_queries import check_names, prepare
 from dmoa.cli.terminal import warn
 from dmoa.config import Config
-from dmoa.dataflow.room import FILL
-from dmoa.evaluation.source_revision import code_revision
+from dmoa.dataflow import OVERCOMMIT
+from dmoa.provenance import code_revision
 from dmoa.swarm import limits_for
 from dmoa.training.rollout_options import RolloutOptions
 from dmoa.training.rollout_records import Manifest
@@ -31,17 +31,17 @@ def run_rollouts(options: RolloutOptions, config: Config, common: Common, comman
 
     Raises ConfigError, RequestError for bad input, DmoaError where it stops; what was written is kept.
     """
-    from dmoa.dataflow.mirror import at_hand, shown
+    from dmoa.storage import display_path, localized
 
     mode = "dense" if options.epsilon is None else "epsilon"
-    common.say(f"collecting {mode} rollouts of {config.name} into {shown(options.out)}")
-    advice = f"the same command with --out {shown(options.out)} goes on from here"
-    with goes_on(advice), at_hand(options, common.say, writes=("out",)) as here:
+    common.say(f"collecting {mode} rollouts of {config.name} into {display_path(options.out)}")
+    advice = f"the same command with --out {display_path(options.out)} goes on from here"
+    with goes_on(advice), localized(options, common.say, writes=("out",)) as here:
         return _collected(here, config, common, command)
 
 
 def _collected(options: RolloutOptions, config: Config, common: Common, command: str) -> Manifest:
-    from dmoa.dataflow.mirror import shown
+    from dmoa.storage import display_path
     from dmoa.training.rollout_collect import collect, silent_agents
 
     with Bars(common.verbosity) as bars:
@@ -49,7 +49,7 @@ def _collected(options: RolloutOptions, config: Config, common: Common, command:
         manifest = collect(session)
     track(manifest, session.folder, options)
     counts = manifest.counts
-    common.say(f"{counts.queries} queries, {counts.steps} steps, {counts.rows} rows in {shown(session.folder.root)}")
+    common.say(f"{counts.queries} queries, {counts.steps} steps, {counts.rows} rows in {display_path(session.folder.root)}")
     for name in silent_agents(session.folder, manifest):
         warn(f"{name} never answered: no gate can learn about it from these rollouts")
     if counts.failed:
@@ -119,7 +119,7 @@ def _workers(options: RolloutOptions, config: Config) -> Workers:
     return Workers(
         open_collector=OpenCollectingPool(config_json=config.model_dump_json(), epsilon=options.epsilon, call_cache=call_cache),
         count=options.workers,
-        places=options.concurrency or FILL * sum(config.llms[name].max_num_seqs for name in used),
+        places=options.concurrency or OVERCOMMIT * sum(config.llms[name].max_num_seqs for name in used),
         width=width(config, options.epsilon),
         num_gpus=pool_gpus(config),
         env=ENGINE_ENV,

@@ -19,7 +19,7 @@ from dmoa.cli.evaluate import (
 )
 from dmoa.cli.options import CheckpointOption, Common, with_common
 from dmoa.cli.serve import AddressOption
-from dmoa.redaction import redact_command
+from dmoa.validation import redact_command
 
 BenchmarksOption = Annotated[
     str,
@@ -94,7 +94,7 @@ def rollouts(
 
     command = redact_command(["dmoa", *sys.argv[1:]])
     manifest = run_rollouts(options, common.load(checkpoint), common, command)
-    from dmoa.dataflow.mirror import shown
+    from dmoa.storage import display_path
 
-    typer.echo(shown(options.out))
+    typer.echo(display_path(options.out))
     common.write_json(manifest.model_dump(mode="json"))

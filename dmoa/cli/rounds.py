@@ -15,7 +15,7 @@ from dmoa.cli.interrupts import goes_on
 from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
-from dmoa.explain import describe
+from dmoa.validation import describe
 
 if TYPE_CHECKING:
     from dmoa.training.trainer import TrainResult
@@ -60,9 +60,9 @@ def run_rounds(options: RoundsOptions, config: Config, common: Common, command: 
     The first round explores everyone, later ones as `rollouts` says; every training begins with the round's gate and learns
     from the rollouts of all rounds so far. Raises ConfigError, CheckpointError, DmoaError; what was written is kept.
     """
-    from dmoa.dataflow.mirror import at_hand
+    from dmoa.storage import localized
 
-    with goes_on("the same command goes on from here"), at_hand(options, common.say, writes=("out",)) as here:
+    with goes_on("the same command goes on from here"), localized(options, common.say, writes=("out",)) as here:
         return _rounds(here, config, common, command)
 
 

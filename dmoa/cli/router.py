@@ -57,10 +57,10 @@ def install(
 
     The gate is checked first, and let decide the last inputs in the shadow; one that is refused changes nothing.
     """
-    from dmoa.dataflow.mirror import copied
     from dmoa.serving.router_admin import checkpoint_files
+    from dmoa.storage import local_copy
 
-    with copied(folder, "DIR") as here:
+    with local_copy(folder, "DIR") as here:
         files = checkpoint_files(here)
     changed = _connect(common, app_name, address).install(files, note)
     _tell(common, changed)

@@ -107,9 +107,9 @@ async def _ask_once(backend: Backend, question: str, wish: Wish, common: Common)
 
 def _replay(common: Common, path: Path, checkpoint: Path | None) -> None:
     from dmoa.cli.show import Screen
-    from dmoa.trace import read
+    from dmoa.trace import read_traces
 
-    traces = read(path)
+    traces = read_traces(path)
     config = common.load(checkpoint)
     results = replay_traces(config, traces)
     screen = Screen(common.verbosity)
@@ -132,11 +132,11 @@ def _replay(common: Common, path: Path, checkpoint: Path | None) -> None:
 def replay_traces(config: Config, traces: Sequence[Trace]) -> list[Replay]:
     """Route traces again with a pool's gate, all of them in the same batches. Raises TraceError, CheckpointError."""
     from dmoa.agents.pool import build_pool_gate, check_files
-    from dmoa.replay import replay
+    from dmoa.replay import replay_routing
 
     check_files(config)
     gate, record = build_pool_gate(config)
-    return replay(traces, gate, record.version)
+    return replay_routing(traces, gate, record.version)
 
 
 def _show_replay(screen: Screen, traces: Sequence[Trace], results: Sequence[Replay]) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dmoa.cli.terminal import stderr
-from dmoa.reply import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, dump
+from dmoa.trace import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, dump
 from dmoa.types import is_untrained
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Row
 from dmoa.evaluation.suites.calendar import WEEKDAYS
 from dmoa.evaluation.suites.table import SUITES
-from dmoa.explain import describe, did_you_mean
 from dmoa.training.lora_loop import Schedule
 from dmoa.training.lora_model import LoraSettings
 from dmoa.training.lora_rows import TrainingMessage, TrainingRow
 from dmoa.types import Query
+from dmoa.validation import describe, did_you_mean
 
 HELD_OUT_SEED = 1
 """Of the held-out rows, apart from every recipe's own seed."""

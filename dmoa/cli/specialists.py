@@ -17,7 +17,7 @@ def train_specialist(values: dict[str, Any], common: Common, command: str) -> di
     from dmoa.cli.evaluation_session import opened_ray
     from dmoa.cli.specialist_card import write_card
     from dmoa.cli.specialist_recipes import held_out_rows, parse_specialist, training_rows
-    from dmoa.evaluation.source_revision import code_revision
+    from dmoa.provenance import code_revision
     from dmoa.training.lora_rows import write_rows
     from dmoa.training.specialists import build_job, train_adapter
 

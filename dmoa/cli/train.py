@@ -15,7 +15,7 @@ from dmoa.cli.interrupts import goes_on
 from dmoa.cli.options import Common, with_common
 from dmoa.cli.serve import AddressOption
 from dmoa.cli.terminal import warn
-from dmoa.redaction import redact_command
+from dmoa.validation import redact_command
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -139,8 +139,8 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
     Raises ConfigError and CheckpointError for bad input, DmoaError where training stops.
     """
     from dmoa.cli.evaluation_session import opened_ray
-    from dmoa.dataflow.mirror import at_hand, shown, uri_of
-    from dmoa.evaluation.source_revision import code_revision
+    from dmoa.provenance import code_revision
+    from dmoa.storage import display_path, localized, uri_of
     from dmoa.training.trainer import Surroundings, run_training
 
     place = uri_of(options.out)
@@ -154,16 +154,16 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
         command=command,
         code_revision=code_revision(),
     )
-    rollouts = ", ".join(map(shown, options.rollouts))
-    common.say(f"training a gate for {config.name} on {rollouts}; the run lies in {shown(options.out)}")
+    rollouts = ", ".join(map(display_path, options.rollouts))
+    common.say(f"training a gate for {config.name} on {rollouts}; the run lies in {display_path(options.out)}")
     reads = ("rollouts", "anchor_rollouts", "start_from")
-    advice = f"the same command goes on from the last state that is kept in {shown(options.out)}"
-    with goes_on(advice), at_hand(options, common.say, reads=reads, writes=("out",), apart=("state",)) as here:
+    advice = f"the same command goes on from the last state that is kept in {display_path(options.out)}"
+    with goes_on(advice), localized(options, common.say, reads=reads, writes=("out",), apart=("state",)) as here:
         result = run_training(here, config, around)
         common.say(f"{result.report.ended}; {_words(result)}")
         for line in (*result.report.silent, *ranking_warning(result.report)):
             warn(line)
-        checkpoint = shown(here.out / "checkpoint")
+        checkpoint = display_path(here.out / "checkpoint")
     typer.echo(checkpoint)
     return result
 

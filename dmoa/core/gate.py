@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from dmoa.config import Core, GateConfig, parse_gate
 from dmoa.core.inputs import FEEDBACK_FEATURES
 from dmoa.errors import CheckpointError, ConfigError
-from dmoa.explain import short
+from dmoa.validation import short
 
 Rule = Literal["top_mass", "fixed", "effective_count"]
 

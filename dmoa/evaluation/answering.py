@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from dmoa.evaluation.records import Answered, Task
-from dmoa.redaction import redact_text
-from dmoa.reply import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, reply_dmoa
+from dmoa.trace import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, reply_dmoa
 from dmoa.types import Answer, Limits, Query
+from dmoa.validation import redact_text
 
 if TYPE_CHECKING:
     from dmoa.swarm import Swarm

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dmoa.cascade import is_any_sure
 from dmoa.core.aggregate import RAW, select_contribution
+from dmoa.dispatch import is_any_sure
 from dmoa.evaluation.matrix import AnswerMatrix, Floats
 from dmoa.types import AgentReply, RouteDecision
 

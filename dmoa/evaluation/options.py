@@ -10,8 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dmoa.config import Name
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import FineSplit, Split
-from dmoa.explain import describe
 from dmoa.types import Limits
+from dmoa.validation import describe
 
 
 def _names(value: object) -> object:

@@ -15,8 +15,7 @@ from typing import Any
 
 from ray.data import TaskPoolStrategy
 
-from dmoa.dataflow.lines_source import Item, Line, offsets, stream
-from dmoa.dataflow.passes import Watch, actor_options, bounded, only_writer, run_pass, shard_rows
+from dmoa.dataflow import Item, Line, Watch, actor_options, bounded, offsets, only_writer, run_pass, shard_rows, stream
 from dmoa.evaluation.answering import Asking, OpenAnswerer
 from dmoa.evaluation.records import Answered, Label, Scored, Task
 from dmoa.evaluation.run_files import RunFolder, mend

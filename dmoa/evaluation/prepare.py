@@ -13,7 +13,7 @@ from dmoa.evaluation.records import SPLITS, Row
 from dmoa.evaluation.run_files import RunFolder
 from dmoa.evaluation.splits import load_disjoint
 from dmoa.evaluation.suites.table import SUITES
-from dmoa.explain import did_you_mean
+from dmoa.validation import did_you_mean
 
 SUITE_ROWS = 200
 """Rows of a suite where no limit is given: suites have no end."""

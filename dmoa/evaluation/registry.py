@@ -13,7 +13,7 @@ from dmoa.evaluation.benchmarks.specs import BENCHMARKS
 from dmoa.evaluation.records import Label, Scorer
 from dmoa.evaluation.scorers.table import build
 from dmoa.evaluation.suites.table import SUITES
-from dmoa.explain import did_you_mean
+from dmoa.validation import did_you_mean
 
 ALL, ALL_SUITES = "all", "suites"
 _TITLES = {

@@ -22,7 +22,7 @@ from dmoa.evaluation.run_files import RunFolder
 from dmoa.evaluation.run_info import BenchmarkInfo, PoolInfo, ResultRecord, RunInfo
 from dmoa.evaluation.statistics import Method, compare, interval
 from dmoa.evaluation.tally import Answers, RowNumbers, Scores, mean
-from dmoa.explain import describe
+from dmoa.validation import describe
 
 __all__ = [
     "BenchmarkInfo",

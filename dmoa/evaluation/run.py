@@ -15,8 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dmoa import __version__, sandbox
-from dmoa.bench.measure import machine
-from dmoa.dataflow.passes import Watch
+from dmoa.dataflow import Watch
 from dmoa.errors import ConfigError
 from dmoa.evaluation import report, results
 from dmoa.evaluation.answering import Asking
@@ -24,11 +23,11 @@ from dmoa.evaluation.options import EvaluateOptions
 from dmoa.evaluation.pipeline import Workers, answer_all, forget_failed, score_all
 from dmoa.evaluation.prepare import prepare
 from dmoa.evaluation.registry import OpenScorers, judging
-from dmoa.evaluation.results import BenchmarkInfo, Evaluation, PoolInfo, RunInfo
+from dmoa.evaluation.results import Evaluation
 from dmoa.evaluation.run_files import RunFolder, write_whole
-from dmoa.evaluation.run_info import pool_differences
+from dmoa.evaluation.run_info import BenchmarkInfo, PoolInfo, RunInfo, pool_differences
 from dmoa.evaluation.scorers.programs import require_sandbox
-from dmoa.evaluation.source_revision import code_revision
+from dmoa.provenance import code_revision, machine
 
 _FIXED = ("policies", "split", "limit", "seed", "limits", "gate_version", "gates")
 """What a run that goes on must have in common with its beginning, beside its benchmarks, its pool and the difficulty."""

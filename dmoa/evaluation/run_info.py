@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dmoa.bench.measure import Machine
 from dmoa.evaluation.records import FineSplit, Split
-from dmoa.redaction import redact, redact_text
+from dmoa.provenance import Machine
+from dmoa.validation import redact, redact_text
 
 
 class ResultRecord(BaseModel):

@@ -15,8 +15,7 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock
 
-from dmoa.dataflow.at_work import Outbox, OwnLoop
-from dmoa.dataflow.room import Room
+from dmoa.dataflow import AdmissionControl, BackgroundLoop, BatchedWriter
 from dmoa.evaluation.answering import Answerer, Asking, OpenAnswerer, answered, failed, query_of, split_policy
 from dmoa.evaluation.records import Answered, FileRecord, Label, Reply, Scored, Scorer, Task
 from dmoa.evaluation.run_files import RunFolder, append
@@ -81,11 +80,11 @@ class AnswerStage:
     def __init__(self, open_answerer: OpenAnswerer, asking: Asking, writer: Any, places: int, widths: Mapping[str, int]) -> None:
         """Build the swarm. `places`: agent calls that may be under way; `widths`: how many a query of a policy may take."""
         self._asking = asking
-        self._room = Room(places)
+        self._room = AdmissionControl(places)
         self._widths = dict(widths)
-        self._outbox: Outbox[str] = Outbox(writer.write_answers.remote)
+        self._outbox: BatchedWriter[str] = BatchedWriter(writer.write_answers.remote)
         self._answerer: Answerer = open_answerer()
-        self._loop = OwnLoop()
+        self._loop = BackgroundLoop()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Answer a shard; returns how many queries that were. Called from several threads at once."""

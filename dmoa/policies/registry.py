@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from dmoa.config import Config
 from dmoa.core.inputs import Preset
 from dmoa.errors import RequestError
-from dmoa.explain import did_you_mean
 from dmoa.policies.dense import DensePolicy
 from dmoa.policies.dmoa import DmoaPolicy
 from dmoa.policies.random_agents import RandomPolicy
 from dmoa.policies.selector import SelectorPolicy
 from dmoa.policies.single import SinglePolicy
 from dmoa.protocols import Encoder, Policy, Router
+from dmoa.validation import did_you_mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

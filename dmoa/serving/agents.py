@@ -18,10 +18,10 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.agent import Agent, LocalAgents
-from dmoa.agents.pool import build_agents, build_engine, callable_agents
+from dmoa.agents.pool import build_agents, build_engine
 from dmoa.agents.summarizer import withhold
-from dmoa.asking import PATIENCE_S
-from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config
+from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config, callable_agents
+from dmoa.dispatch import PATIENCE_S
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, ConfigError, PoolChangedError
 from dmoa.protocols import Engine
 from dmoa.serving.handles import Sent, ask

@@ -18,11 +18,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.installed import check_vllm
-from dmoa.agents.loopback import ignore_proxies
-from dmoa.agents.pool import callable_agents, check_files, fingerprint
-from dmoa.asking import PATIENCE_S
-from dmoa.config import Config, LimitsConfig
+from dmoa.agents.pool import check_files, fingerprint
+from dmoa.config import Config, LimitsConfig, callable_agents
+from dmoa.dispatch import PATIENCE_S
 from dmoa.errors import DmoaError, PoolChangedError
+from dmoa.loopback import ignore_proxies
 from dmoa.serving.actors import pack
 from dmoa.serving.agents import ServeAgents, affine_agents, bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder

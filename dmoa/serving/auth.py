@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dmoa.agents.loopback import is_loopback
 from dmoa.errors import ConfigError, RequestError
+from dmoa.loopback import is_loopback
 from dmoa.serving.problems import error_response
 
 VARIABLE = "DMOA_API_KEYS"

@@ -15,10 +15,10 @@ import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
-from dmoa.agents.loopback import uses_proxies
 from dmoa.errors import DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
-from dmoa.redaction import Conceal, redact_text
+from dmoa.loopback import uses_proxies
 from dmoa.types import Message, TextDelta
+from dmoa.validation import Conceal, redact_text
 
 _KINDS: dict[str, type[DmoaError]] = {
     "no_agent": NoAgentError,
@@ -44,7 +44,7 @@ class RemoteReply:
     usage: dict[str, Any]
     """prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details."""
     dmoa: dict[str, Any]
-    """The reply's `dmoa` object, with the fields of `dmoa.reply.ReplyDmoa`."""
+    """The reply's `dmoa` object, with the fields of `dmoa.trace.ReplyDmoa`."""
 
 
 class SwarmClient:

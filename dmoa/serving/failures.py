@@ -6,11 +6,11 @@ import logging
 import re
 import time
 
-from dmoa.agents.pool import callable_agents, named
-from dmoa.config import Config
+from dmoa.agents.pool import named
+from dmoa.config import Config, callable_agents
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.redaction import redact_text
 from dmoa.serving.placement import deployment_names
+from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.serve")
 _PAUSE_S = 0.2

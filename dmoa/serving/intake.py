@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dmoa.errors import RequestError
-from dmoa.explain import did_you_mean
 from dmoa.serving.schemas import ChatMessage, ChatRequest, CompletionRequest, DmoaOptions, SharedRequest, show, unknown_field
 from dmoa.serving.service import SwarmService
 from dmoa.types import Limits, Message, Query
+from dmoa.validation import did_you_mean
 
 SINGLE = "single"
 """The policy that answers for an agent's own name."""

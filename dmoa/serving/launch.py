@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmoa.agents.loopback import ignore_proxies
 from dmoa.agents.pool import check_corpus, check_files, check_keys
 from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError
+from dmoa.loopback import ignore_proxies
 from dmoa.serving import listening
 from dmoa.serving.auth import check_exposure, hash_keys
 from dmoa.serving.ending import own_process_groups

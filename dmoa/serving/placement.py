@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dmoa.agents.pool import callable_agents
-from dmoa.config import AgentConfig, Config, VllmOptions
+from dmoa.config import AgentConfig, Config, VllmOptions, callable_agents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

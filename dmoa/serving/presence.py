@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dmoa.agents.pool import callable_agents
-from dmoa.config import Config
+from dmoa.config import Config, callable_agents
 from dmoa.serving.placement import deployment_name
 
 UP = "up"

@@ -1,6 +1,6 @@
 """From an Answer to OpenAI's objects: whole replies, stream chunks, usage, and the readable line of a finished step.
 
-Last stop of a query over HTTP. The reply's own `dmoa` object is made in `dmoa.reply`, because traces keep it too.
+Last stop of a query over HTTP. The reply's own `dmoa` object is made in `dmoa.trace`, because traces keep it too.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from dmoa.errors import EmptyAnswerError
-from dmoa.reply import ReplyDmoa, ReplyModel, dump, finite, probabilities, reply_dmoa
 from dmoa.serving.intake import Order
 from dmoa.serving.problems import encode_json, error_object
+from dmoa.trace import ReplyDmoa, ReplyModel, dump, finite, reply_dmoa, step_probabilities
 from dmoa.types import AgentReply, Answer, StepRecord, SummarizerRecord
 
 DONE = b"data: [DONE]\n\n"
@@ -105,7 +105,7 @@ def usage_of(answer: Answer) -> Usage:
 
 def step_line(step: StepRecord) -> str:
     """Return a finished step as one readable line: who was active, how sure, and the new summary."""
-    chance = probabilities(step)
+    chance = step_probabilities(step)
     replies = {reply.agent: reply for reply in step.replies}
     parts = []
     for name in step.active:

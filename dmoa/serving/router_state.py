@@ -22,7 +22,7 @@ from dmoa import checkpoint
 from dmoa.checkpoint import Checkpoint
 from dmoa.core.gate import Gate
 from dmoa.errors import CheckpointError, ConfigError
-from dmoa.explain import short
+from dmoa.validation import short
 
 FILES = ("gate.safetensors", "gate.json")
 """The files of a version, in the order in which they are written."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmoa.scaling_options import AutoscalingConfig
+from dmoa.config import AutoscalingConfig
 
 _QUEUE_FACTOR = 4
 """Batches of an engine that a replica holds where no limit is set: one runs, the others wait where the engine finds them."""

@@ -27,7 +27,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
 from dmoa.errors import RequestError
-from dmoa.explain import did_you_mean
+from dmoa.validation import did_you_mean
 
 MAX_NEW_TOKENS = 131072
 """Most tokens that a client may ask for."""

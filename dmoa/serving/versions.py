@@ -19,10 +19,10 @@ from dmoa.checkpoint import Checkpoint
 from dmoa.config import Config
 from dmoa.core.gate import Gate
 from dmoa.errors import CheckpointError
-from dmoa.explain import describe, did_you_mean
 from dmoa.serving.router_state import RouterState, read_files
 from dmoa.serving.shadow import Shadow, shadow_check
 from dmoa.types import FloatArray, is_untrained
+from dmoa.validation import describe, did_you_mean
 
 _LOG = logging.getLogger("dmoa.router")
 MAX_HISTORY = 256

@@ -13,8 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from dmoa.asking import PATIENCE_S
-from dmoa.waking import COLD_PATIENCE_S
+from dmoa.dispatch import COLD_PATIENCE_S, PATIENCE_S
 
 
 @dataclass(frozen=True, slots=True)

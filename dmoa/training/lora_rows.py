@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dmoa.errors import ConfigError
-from dmoa.explain import describe
+from dmoa.validation import describe
 
 
 class TrainingMessage(BaseModel):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dmoa.config import Config, parse_gate
 from dmoa.core.conformal import ALPHAS
 from dmoa.errors import ConfigError
-from dmoa.explain import describe
+from dmoa.validation import describe
 
 PRESETS: dict[str, dict[str, Any]] = {
     "few-shot": {"epochs": 10, "batch_queries": 4, "lr": 1e-3, "patience": 5},

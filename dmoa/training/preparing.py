@@ -16,8 +16,8 @@ from dmoa import checkpoint
 from dmoa.agents.pool import build_pool_gate, check_files, fingerprint
 from dmoa.config import Config
 from dmoa.core.gate import Gate
-from dmoa.dataflow.mirror import shown
 from dmoa.errors import ConfigError
+from dmoa.storage import display_path
 from dmoa.training.episodes import Episodes
 from dmoa.training.export import Evidence
 from dmoa.training.options import TrainOptions
@@ -159,7 +159,7 @@ def _targets(scale: Scale) -> str:
 
 def _summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
     return {
-        "folder": shown(folder),
+        "folder": display_path(folder),
         "gate_version": manifest.gate_version,
         "mode": manifest.mode,
         "epsilon": manifest.epsilon,

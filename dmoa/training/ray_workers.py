@@ -11,7 +11,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.config import LoggingConfig
 
-from dmoa.dataflow.passes import in_background
+from dmoa.dataflow import in_background
 from dmoa.errors import DmoaError
 from dmoa.training.run_state import StateStore
 from dmoa.training.train_loop import BadStepsError, Job, train

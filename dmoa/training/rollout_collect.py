@@ -16,8 +16,7 @@ from typing import Any
 import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
-from dmoa.dataflow.lines_source import Item, Line, offsets, stream
-from dmoa.dataflow.passes import Watch, actor_options, only_writer, run_pass, shard_rows
+from dmoa.dataflow import Item, Line, Watch, actor_options, offsets, only_writer, run_pass, shard_rows, stream
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.training.rollout_records import Counts, Manifest, RolloutQuery, SourceInfo
 from dmoa.training.rollout_stage import CollectStage, OpenCollector, RolloutAsking

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dmoa.errors import ConfigError
-from dmoa.explain import describe
 from dmoa.types import Limits
+from dmoa.validation import describe
 
 _SAMPLE = ("benchmarks", "queries", "data_dir", "split", "limit", "difficulty", "max_steps", "max_tokens", "skip_bad_rows")
 """Options that say what is asked, and how: a collection that goes on must have the same."""

@@ -11,7 +11,7 @@ from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from dmoa.dataflow.passes import quiet
+from dmoa.dataflow import quiet
 from dmoa.training.reading import read_rows
 
 _READERS = 2

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from dmoa.errors import ConfigError
-from dmoa.explain import short
 from dmoa.training.rollout_records import RolloutQuery
+from dmoa.validation import short
 
 T = TypeVar("T")
 _ID_CHARS = 16

@@ -15,15 +15,14 @@ import pyarrow as pa
 
 from dmoa.config import Config
 from dmoa.core.inputs import Preset
-from dmoa.dataflow.at_work import Outbox, OwnLoop
-from dmoa.dataflow.room import Room
+from dmoa.dataflow import AdmissionControl, BackgroundLoop, BatchedWriter
 from dmoa.policies.exploring import ExploringPolicy
 from dmoa.policies.registry import PolicyContext, build_policy
-from dmoa.redaction import redact_text
 from dmoa.swarm import Swarm
 from dmoa.training.rollout_records import RolloutQuery, table_of
 from dmoa.training.rollout_writer import Collected
 from dmoa.types import Answer, Limits, Query
+from dmoa.validation import redact_text
 
 
 class Collector(Protocol):
@@ -91,10 +90,10 @@ class CollectStage:
         """Build the swarm. `places`: agent calls that may be under way; `width`: how many one query may take."""
         self._asking = asking
         self._width = width
-        self._room = Room(places)
-        self._outbox: Outbox[Collected] = Outbox(writer.take.remote)
+        self._room = AdmissionControl(places)
+        self._outbox: BatchedWriter[Collected] = BatchedWriter(writer.take.remote)
         self._collector = open_collector()
-        self._loop = OwnLoop()
+        self._loop = BackgroundLoop()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Answer a shard; returns how many queries that were. Called from several threads at once."""

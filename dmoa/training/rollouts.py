@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from dmoa.errors import ConfigError
-from dmoa.explain import describe, short
 from dmoa.training.rollout_records import LATER_COLUMNS, SCHEMA, SCHEMA_VERSION, Manifest
+from dmoa.validation import describe, short
 
 __all__ = ["SCHEMA", "RolloutFolder", "check_pool", "part_paths", "read_manifest", "read_part", "read_table"]
 _AGAIN = "remove the file: the command that collected it asks its queries again"

@@ -84,7 +84,7 @@ def train_adapter(job: LoraJob, *, out: Path, workers: int, storage_path: str | 
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    from dmoa.dataflow.passes import in_background
+    from dmoa.dataflow import in_background
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     run_dir = Path(job.run_dir)

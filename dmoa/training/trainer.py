@@ -25,7 +25,6 @@ from dmoa import checkpoint
 from dmoa.checkpoint import Checkpoint
 from dmoa.config import Config
 from dmoa.errors import ConfigError
-from dmoa.redaction import redact
 from dmoa.training.curves import Curves
 from dmoa.training.export import build_trained
 from dmoa.training.objective import Batches
@@ -36,6 +35,7 @@ from dmoa.training.run_state import EpochRecord, Progress, StateStore
 from dmoa.training.train_loop import Job, train
 from dmoa.training.validation import Ranking, load_shares, ranking_of
 from dmoa.training.world import Alone
+from dmoa.validation import redact
 
 Say = Callable[[str], None]
 

@@ -23,7 +23,7 @@ import psutil
 
 from dmoa.cli.answerers import OpenPool
 from dmoa.config import loads
-from dmoa.dataflow.passes import Progress
+from dmoa.dataflow import PassProgress
 from dmoa.evaluation.answering import Asking
 from dmoa.evaluation.pipeline import Workers, answer_all, score_all
 from dmoa.evaluation.registry import OpenScorers
@@ -85,10 +85,10 @@ class Samples:
 
     taken: dict[str, list[tuple[int, dict[str, int]]]] = field(default_factory=dict)
     """Pass -> (rows done, sizes), in order."""
-    last: Progress | None = None
+    last: PassProgress | None = None
     _next_s: float = 0.0
 
-    def watch(self, progress: Progress) -> None:
+    def watch(self, progress: PassProgress) -> None:
         """Take a sample where one is due."""
         self.last = progress
         if progress.done and time.monotonic() >= self._next_s:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
-from dmoa.asking import AgentSheet, Asker
 from dmoa.config import SummarizerConfig
 from dmoa.core.gate import Gate, GateSpec
+from dmoa.dispatch import AgentCard, Dispatcher
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError
 from dmoa.orchestrator import Event, Orchestrator
 from dmoa.protocols import Policy
@@ -280,7 +280,7 @@ def state_of(asked: Query, **changes: Any) -> QueryState:
     return QueryState(query=asked, started_unix_s=0.0, **changes)
 
 
-def sheet(name: str, place: str | None = None, **changes: Any) -> AgentSheet:
+def sheet(name: str, place: str | None = None, **changes: Any) -> AgentCard:
     """What is known of an agent; without `place` all agents live together in `llm`."""
     values: dict[str, Any] = {
         "profile": f"You are {name}.",
@@ -288,7 +288,7 @@ def sheet(name: str, place: str | None = None, **changes: Any) -> AgentSheet:
         "sampling": Sampling(max_tokens=50),
         "place": place or "llm",
     }
-    return AgentSheet(name=name, **(values | changes))
+    return AgentCard(name=name, **(values | changes))
 
 
 def orchestrator_of(
@@ -303,7 +303,7 @@ def orchestrator_of(
     sheets = {name: sheet(name, (places or {}).get(name)) for name in names}
     config = SummarizerConfig(mode="llm", llm="tiny") if llm else SummarizerConfig()
     return Orchestrator(
-        asker=Asker(agents=agents, sheets=sheets, router=router, is_select=not llm),
+        asker=Dispatcher(agents=agents, sheets=sheets, router=router, is_select=not llm),
         summarizer=LlmSummarizer(agents, config) if llm else SelectSummarizer(),
         summarizer_sampling=Sampling(max_tokens=70),
         is_select=not llm,

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from dmoa.asking import PATIENCE_S, Asker
+from dmoa.dispatch import PATIENCE_S, Dispatcher
 from dmoa.errors import BrokenStreamError, CallNotTakenError
 from dmoa.routing import LocalRouter
 from dmoa.types import (
@@ -46,14 +46,14 @@ NAMES = "abcdef"
 
 def asker_of(
     agents: FakeAgents, *, places: Mapping[str, str] | None = None, router: LocalRouter | None = None, is_select: bool = True
-) -> Asker:
+) -> Dispatcher:
     """An asker over fake agents; every agent has a place of its own unless `places` says otherwise."""
     sheets = {name: sheet(name, (places or {}).get(name, f"place-{name}")) for name in NAMES}
-    return Asker(agents=agents, sheets=sheets, router=router, is_select=is_select)
+    return Dispatcher(agents=agents, sheets=sheets, router=router, is_select=is_select)
 
 
 async def replies_of(
-    asker: Asker, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None = None
+    asker: Dispatcher, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None = None
 ) -> tuple[AgentReply, ...]:
     """The replies of a step that explores nothing."""
     asked = await asker.ask(state, plan, emit)

@@ -13,13 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.cascade import wants_more
 from dmoa.core.aggregate import anchors_of, doubt
 from dmoa.core.scores import CUT_PENALTY
+from dmoa.dispatch import should_escalate
 from dmoa.orchestrator import advance
 from dmoa.policies.dmoa import DmoaPolicy
-from dmoa.reply import reply_dmoa
-from dmoa.trace import trace_of
+from dmoa.trace import reply_dmoa, trace_of
 from dmoa.types import Activation, AgentReply, StepPlan, StepRecord
 from tests.unit.fakes import (
     Fail,
@@ -172,7 +171,7 @@ def test_more_is_wanted_exactly_while_nobody_is_sure_and_there_is_room(
     ]
     fitted = decision(P, 1, theta=theta, limit=limit)
     scores = [math.log(reply.entropy_sum_nats / 4 + 1e-3) + 20.0 * is_cut for reply, is_cut in zip(replies, cut, strict=False)]
-    assert wants_more(fitted, replies) == (min(scores) > theta and len(replies) < limit)
+    assert should_escalate(fitted, replies) == (min(scores) > theta and len(replies) < limit)
 
 
 def test_doubt_orders_finished_before_cut_before_unknown() -> None:

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pytest
 
-from dmoa.asking import Asker
+from dmoa.dispatch import COLD_PATIENCE_S, Dispatcher
 from dmoa.errors import AgentUnavailableError
 from dmoa.types import AgentCall, AgentReply, ColdPolicy, QueryState, StepPlan, TextDelta
-from dmoa.waking import COLD_PATIENCE_S
 from tests.unit.fakes import (
     Fail,
     FakeAgents,
@@ -65,14 +64,14 @@ def plan_of(active: Iterable[str], reserves: Iterable[str] = "", *, cold: Iterab
 
 def asker_of(
     agents: FakeAgents, policies: Mapping[str, ColdPolicy] | ColdPolicy = "wait", places: Mapping[str, str] = PLACES
-) -> Asker:
+) -> Dispatcher:
     chosen = defaultdict(lambda: "wait", policies) if isinstance(policies, Mapping) else dict.fromkeys(POOL, policies)
     sheets = {name: sheet(name, places[name], cold=chosen[name]) for name in POOL}
-    return Asker(agents=agents, sheets=sheets, router=None, is_select=True)
+    return Dispatcher(agents=agents, sheets=sheets, router=None, is_select=True)
 
 
 def asked(
-    agents: SleepyAgents, asker: Asker, plan: StepPlan, *, deadline_s: float | None = None, then_s: float = 0.0
+    agents: SleepyAgents, asker: Dispatcher, plan: StepPlan, *, deadline_s: float | None = None, then_s: float = 0.0
 ) -> tuple[list[tuple[str, str]], tuple[AgentReply, ...], float]:
     """What came of a step on a clock that jumps: outcomes, replies, seconds; `then_s` more pass before all ends."""
 
@@ -237,7 +236,7 @@ def test_a_replica_that_cannot_start_is_a_loss_and_is_reported() -> None:
     agents = BrokenAgents(ALL, starts_s={"a": 1.0})
     router = router_of(fixed_gate(POOL))
     sheets = {name: sheet(name, PLACES[name]) for name in POOL}
-    asker = Asker(agents=agents, sheets=sheets, router=router, is_select=True)
+    asker = Dispatcher(agents=agents, sheets=sheets, router=router, is_select=True)
     found, replies, _ = asked(agents, asker, plan_of("a", "b", cold="a"))
     assert found == [("a", "failed"), ("b", "ok")]
     assert replies[0].error == "agent 'a': its deployment failed"

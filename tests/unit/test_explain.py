@@ -14,8 +14,8 @@ from dmoa.errors import DmoaError
 from dmoa.evaluation.options import parse_options as evaluate_options
 from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.suites.streams import fine_split
-from dmoa.explain import did_you_mean
 from dmoa.serving.schemas import ChatRequest, parse
+from dmoa.validation import did_you_mean
 
 POOL = """
 name: tiny

@@ -22,7 +22,7 @@ from dmoa.cli.bench import _HOMES
 from dmoa.cli.main import app
 from dmoa.config import AgentConfig, AutoscalingConfig, Config, LlmConfig, SamplingConfig, loads
 from dmoa.policies.registry import POLICIES
-from dmoa.reply import ReplyAgent, ReplyDmoa, ReplyStep
+from dmoa.trace import ReplyAgent, ReplyDmoa, ReplyStep
 from dmoa.types import Answer
 
 ROOT = Path(__file__).parents[2]

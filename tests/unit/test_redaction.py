@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.redaction import REDACTED, Conceal, redact, redact_command, redact_text
+from dmoa.validation import REDACTED, Conceal, redact, redact_command, redact_text
 
 SECRET = "s3cr3t-Value"
 

@@ -14,10 +14,10 @@ from dmoa.checkpoint import describe_gate
 from dmoa.config import Config
 from dmoa.core.gate import Gate
 from dmoa.errors import TraceError
-from dmoa.replay import replay
+from dmoa.replay import replay_routing
 from dmoa.routing import LocalRouter, build_gate
 from dmoa.swarm import Swarm
-from dmoa.trace import Trace, TraceRoute, read, trace_of, write
+from dmoa.trace import Trace, TraceRoute, read_traces, trace_of, write_traces
 from dmoa.types import Answer, Limits, Query
 from tests.unit.fakes import gate_spec
 
@@ -77,7 +77,7 @@ def version(gate: Gate) -> str:
 @pytest.fixture
 async def traces(gate: Gate, version: str, tmp_path: Path) -> list[Trace]:
     """Twenty traces, through a file."""
-    return read(write(tmp_path / "traces.jsonl", await traces_of(pool(), gate, version)))
+    return read_traces(write_traces(tmp_path / "traces.jsonl", await traces_of(pool(), gate, version)))
 
 
 async def test_traces_of_real_runs_are_worth_replaying(traces: list[Trace]) -> None:
@@ -89,9 +89,9 @@ async def test_traces_of_real_runs_are_worth_replaying(traces: list[Trace]) -> N
 
 
 async def test_replay_repeats_every_decision_together_and_one_by_one(traces: list[Trace], gate: Gate, version: str) -> None:
-    together = replay(traces, gate, version)
-    reverse = replay(traces[::-1], gate, version)[::-1]
-    alone = [replay([trace], gate, version)[0] for trace in traces]
+    together = replay_routing(traces, gate, version)
+    reverse = replay_routing(traces[::-1], gate, version)[::-1]
+    alone = [replay_routing([trace], gate, version)[0] for trace in traces]
     for results in (together, reverse, alone):
         assert [result.trace_id for result in results] == [trace.trace_id for trace in traces]
         assert [result.differences for result in results] == [()] * NUM_TRACES
@@ -105,7 +105,7 @@ async def test_replay_repeats_every_decision_together_and_one_by_one(traces: lis
 async def test_who_was_cold_is_in_the_trace_and_changes_no_decision(gate: Gate, version: str) -> None:
     warm = await traces_of(pool(), gate, version)
     asleep = await traces_of(pool(), gate, version, cold=frozenset({AGENTS[0], AGENTS[4]}))
-    for trace, other, result in zip(asleep, warm, replay(asleep, gate, version), strict=True):
+    for trace, other, result in zip(asleep, warm, replay_routing(asleep, gate, version), strict=True):
         assert result.differences == ()
         assert len(trace.routes) == len(other.routes)
         for route, before, decided in zip(trace.routes, other.routes, result.decisions, strict=True):
@@ -117,7 +117,7 @@ async def test_steps_that_asked_more_agents_replay_and_say_what_they_were_judged
     gate = build_gate(pool().gate, AGENTS)
     gate.spec = replace(gate.spec, mass=0.01, theta=-9.0)
     traces = await traces_of(pool(), gate, "v1")
-    assert [result.differences for result in replay(traces, gate, "v1")] == [()] * NUM_TRACES
+    assert [result.differences for result in replay_routing(traces, gate, "v1")] == [()] * NUM_TRACES
     for trace in traces:
         for step, route in zip(trace.dmoa.steps, trace.routes, strict=True):
             assert (route.k, route.theta, route.limit) == (1, -9.0, route.max_agents or 3)
@@ -125,9 +125,9 @@ async def test_steps_that_asked_more_agents_replay_and_say_what_they_were_judged
             assert asked == [trace.agents[index] for index in route.ranking[: route.limit]]
             assert (step.k, {agent.explored for agent in step.agents}) == (route.limit, {False})
     changed = traces[1].model_copy(update={"routes": [traces[1].routes[0].model_copy(update={"theta": 1.0})]})
-    assert replay([changed], gate, "v1")[0].differences == ("step 0: theta was 1.0, is -9.0",)
+    assert replay_routing([changed], gate, "v1")[0].differences == ("step 0: theta was 1.0, is -9.0",)
     older = [trace.model_copy(update={"routes": [without_cascade(route) for route in trace.routes]}) for trace in traces]
-    assert [result.differences for result in replay(older, gate, "v1")] == [()] * NUM_TRACES
+    assert [result.differences for result in replay_routing(older, gate, "v1")] == [()] * NUM_TRACES
 
 
 def without_cascade(route: TraceRoute) -> TraceRoute:
@@ -146,7 +146,7 @@ async def test_one_changed_float_is_found_and_named(traces: list[Trace], gate: G
         changed = traces[3].model_copy(
             update={"routes": [step.model_copy(update={field: nudged(getattr(step, field))}), *traces[3].routes[1:]]}
         )
-        results = replay([traces[2], changed, traces[4]], gate, version)
+        results = replay_routing([traces[2], changed, traces[4]], gate, version)
         assert [len(result.differences) for result in results] == [0, 1, 0]
         assert results[1].differences[0].startswith(f"step 0: {field} was [")
 
@@ -155,23 +155,23 @@ async def test_another_input_gives_other_decisions_from_that_step_on(traces: lis
     trace = max(traces, key=lambda trace: len(trace.routes))
     routes = list(trace.routes)
     routes[1] = routes[1].model_copy(update={"input_X": [-x for x in routes[1].input_X]})
-    (result,) = replay([trace.model_copy(update={"routes": routes})], gate, version)
+    (result,) = replay_routing([trace.model_copy(update={"routes": routes})], gate, version)
     steps = {difference.partition(":")[0] for difference in result.differences}
     assert steps == {f"step {number}" for number in range(1, len(routes))}
 
 
 async def test_a_trace_of_another_gate_is_refused(traces: list[Trace], gate: Gate) -> None:
     with pytest.raises(TraceError, match=r"trace t0: gate_version is untrained-\w+, the gate at hand is v9; give the pool"):
-        replay(traces, gate, "v9")
+        replay_routing(traces, gate, "v9")
 
 
 async def test_a_trace_of_another_pool_is_refused(traces: list[Trace], version: str) -> None:
     with pytest.raises(TraceError, match=r"trace t0: its agents are agent-a, .*; the gate has others"):
-        replay(traces, Gate(gate_spec(("x", "y"))), version)
+        replay_routing(traces, Gate(gate_spec(("x", "y"))), version)
 
 
 async def test_a_trace_without_decisions_has_nothing_to_repeat(gate: Gate, version: str) -> None:
     traces = await traces_of(pool(), gate, version, policy="single")
-    results = replay(traces, gate, "any version")
+    results = replay_routing(traces, gate, "any version")
     assert [(result.decisions, result.differences) for result in results] == [((), ())] * NUM_TRACES
-    assert replay([], gate, version) == []
+    assert replay_routing([], gate, version) == []

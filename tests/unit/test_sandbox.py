@@ -14,8 +14,8 @@ import pytest
 from dmoa import sandbox
 from dmoa.errors import SandboxError
 from dmoa.isolation import host
-from dmoa.isolation.launching import Level
-from dmoa.sandbox import Program, SandboxLimits, SandboxResult, run, run_checked
+from dmoa.isolation.launching import Level, SandboxLimits
+from dmoa.sandbox import Program, SandboxResult, run, run_checked
 
 LIMITS = SandboxLimits(wall_s=20.0, cpu_s=10)
 LEVELS: list[Level] = ["namespaces", "seccomp", "weak"]

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from dmoa import __version__
 from dmoa.errors import TraceError
 from dmoa.orchestrator import advance, begin, finish
-from dmoa.trace import SCHEMA_VERSION, Trace, read, trace_of, write
+from dmoa.trace import SCHEMA_VERSION, Trace, read_traces, trace_of, write_traces
 from dmoa.types import AgentReply, Limits, Message, Query, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
 from tests.unit.fakes import decision, query
 
@@ -93,19 +93,19 @@ def test_a_query_without_a_gate_has_no_routes() -> None:
 
 def test_files_hold_one_line_per_query_whatever_the_texts(tmp_path: Path) -> None:
     traces = [trace_with(step_of(0, decision({"a": 1.0}, 1), text=f"{i} {TEXT}"), asked=query(TEXT)) for i in range(3)]
-    path = write(tmp_path / "new" / "traces.jsonl", traces)
+    path = write_traces(tmp_path / "new" / "traces.jsonl", traces)
     assert path.read_bytes().count(b"\n") == 3
-    assert [trace.model_dump_json() for trace in read(path)] == [trace.model_dump_json() for trace in traces]
-    assert [trace.answer for trace in read(path)] == [f"{i} {TEXT}" for i in range(3)]
+    assert [trace.model_dump_json() for trace in read_traces(path)] == [trace.model_dump_json() for trace in traces]
+    assert [trace.answer for trace in read_traces(path)] == [f"{i} {TEXT}" for i in range(3)]
     assert [entry.name for entry in path.parent.iterdir()] == ["traces.jsonl"]
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_draft(tmp_path: Path) -> None:
-    path = write(tmp_path / "traces.jsonl", [trace_with(step_of(0, None))])
+    path = write_traces(tmp_path / "traces.jsonl", [trace_with(step_of(0, None))])
     before = path.read_bytes()
     unwritable = trace_with(step_of(0, None)).model_copy(update={"answer": "\ud800"})
     with pytest.raises(ValueError, match="surrogate"):
-        write(path, [trace_with(step_of(0, None)), unwritable])
+        write_traces(path, [trace_with(step_of(0, None)), unwritable])
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["traces.jsonl"]
 
@@ -121,7 +121,7 @@ def test_json_carries_every_float32_exactly(input_X: Any, probability_A: Any, hi
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "traces.jsonl"
         written = trace_with(step_of(0, decided, input_X))
-        (back,) = read(write(path, [written]))
+        (back,) = read_traces(write_traces(path, [written]))
     route = back.routes[0]
     for name, before in (("input_X", input_X), ("probability_A", probability_A), ("hidden_H", hidden_H)):
         assert np.asarray(getattr(route, name), dtype=np.float32).tobytes() == before.tobytes(), name
@@ -147,7 +147,7 @@ def test_a_bad_line_is_refused_by_number(tmp_path: Path, line: str, message: str
     path = tmp_path / "traces.jsonl"
     path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
     with pytest.raises(TraceError) as caught:
-        read(path)
+        read_traces(path)
     assert str(caught.value).startswith(f"trace {str(path)!r}, line 3: ")
     assert message in str(caught.value)
     assert len(str(caught.value)) < 1000
@@ -157,4 +157,4 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     for path in (tmp_path / "absent", tmp_path, tmp_path / "binary"):
         with pytest.raises(TraceError, match="give a file of JSON lines that dmoa wrote"):
-            read(path)
+            read_traces(path)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.yaml_tree import parse, read, set_value
+from dmoa.yaml_tree import parse_yaml, read, set_value
 
 READ_AS_WRITTEN = [
     ("yes", "yes"),
@@ -38,7 +38,7 @@ READ_AS_WRITTEN = [
 
 @pytest.mark.parametrize(("text", "value"), READ_AS_WRITTEN, ids=[text for text, _ in READ_AS_WRITTEN])
 def test_what_is_read_is_what_is_written(text: str, value: object) -> None:
-    found = parse(text, "pool.yaml")
+    found = parse_yaml(text, "pool.yaml")
     assert found == value
     assert type(found) is type(value)
 
@@ -63,7 +63,7 @@ REFUSED = [
 def test_a_number_that_means_another_one_is_refused(text: str, part: str) -> None:
     for place, line in (("{}", 1), ("a: {}", 1), ("a:\n  - {}", 2), ("{}: a", 1)):
         with pytest.raises(ConfigError) as caught:
-            parse(place.format(text), "pool.yaml")
+            parse_yaml(place.format(text), "pool.yaml")
         assert str(caught.value).startswith(f"pool.yaml: line {line}: value seen: {text.removeprefix('!!int ').strip(chr(39))}; ")
         assert part in str(caught.value)
         assert "in quotes" in str(caught.value)
@@ -90,13 +90,13 @@ DOUBLED = [
 @pytest.mark.parametrize(("text", "line", "key"), DOUBLED, ids=range(len(DOUBLED)))
 def test_a_key_that_stands_twice_is_refused(text: str, line: int, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse(text, "pool.yaml")
+        parse_yaml(text, "pool.yaml")
     assert str(caught.value) == f"pool.yaml: line {line}: the key {key} stands twice in one section; keep one of the two"
 
 
 def test_a_key_beside_a_merge_replaces_what_that_brings() -> None:
     text = "base: &b {x: 1, y: 2}\nmore:\n  <<: *b\n  y: 3\n"
-    assert parse(text, "pool.yaml")["more"] == {"x": 1, "y": 3}
+    assert parse_yaml(text, "pool.yaml")["more"] == {"x": 1, "y": 3}
 
 
 class Bytes(io.TextIOWrapper):

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import SPLITS
-from dmoa.explain import did_you_mean
+from dmoa.validation import did_you_mean
 
 SuiteSplit = Literal["specialist", "anchor", "gate", "validation", "test", "adaptation"]
 SUITE_SPLITS: tuple[SuiteSplit, ...] = get_args(SuiteSplit)

@@ -19,8 +19,8 @@ from dmoa.evaluation.records import Label, Reply, Row, Score, Task
 from dmoa.evaluation.suites.kinds import Kind, Latent, Question, Templates, spell
 from dmoa.evaluation.suites.scoring import reply_finally, score_final
 from dmoa.evaluation.suites.streams import PERCENT, SuiteSplit, fine_split, permuted, split_of
-from dmoa.explain import did_you_mean
 from dmoa.types import Stage
+from dmoa.validation import did_you_mean
 
 _ID_CHARS = 16
 _SAFE_SHARE = 0.85

@@ -10,7 +10,7 @@ import pytest
 
 from dmoa.agents.pool import build_pool_gate
 from dmoa.config import Config
-from dmoa.replay import replay
+from dmoa.replay import replay_routing
 from dmoa.trace import Trace
 from tests.integration.one_server.conftest import KEYS
 from tests.integration.server import Served
@@ -36,7 +36,7 @@ async def test_replay_repeats_the_routing(server: Served, config: Config) -> Non
     assert sum(len(trace.routes) for trace in traces) > NUM_TRACES, "no query took a second step: the memory is not tested"
     gate, record = build_pool_gate(config)
     assert record.version == server.gate
-    together = replay(traces, gate, record.version)
-    alone = [replay([trace], gate, record.version)[0] for trace in traces]
+    together = replay_routing(traces, gate, record.version)
+    alone = [replay_routing([trace], gate, record.version)[0] for trace in traces]
     assert [result.differences for result in together] == [()] * NUM_TRACES
     assert [result.differences for result in alone] == [()] * NUM_TRACES

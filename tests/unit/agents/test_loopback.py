@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dmoa.agents.loopback import uses_proxies
+from dmoa.loopback import uses_proxies
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ import sys
 from concurrent import futures
 import grpc
 if sys.argv[1] == "ours":
-    from dmoa.agents.loopback import ignore_proxies
+    from dmoa.loopback import ignore_proxies
     ignore_proxies()
 
 class Echo(grpc.GenericRpcHandler):

@@ -19,16 +19,14 @@ from dmoa.agents.pool import (
     build_engine,
     build_local,
     build_pool_gate,
-    callable_agents,
     check_files,
     check_keys,
     fingerprint,
     llm_id,
     load_pool,
-    summarizer_agent,
 )
 from dmoa.agents.scripted import ScriptedEngine
-from dmoa.config import Config
+from dmoa.config import Config, callable_agents, summarizer_agent
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm

@@ -25,8 +25,9 @@ from dmoa.core.gate import Gate, GateSpec
 from dmoa.evaluation.derived import add_oracle
 from dmoa.evaluation.matrix import AnswerMatrix
 from dmoa.evaluation.records import Label, Task
-from dmoa.evaluation.results import BenchmarkInfo, build, rebuild
+from dmoa.evaluation.results import build, rebuild
 from dmoa.evaluation.run_files import RunFolder, write_lines, write_whole
+from dmoa.evaluation.run_info import BenchmarkInfo
 from dmoa.evaluation.statistics import wilson
 from dmoa.training.probe import ProbeReport
 from dmoa.types import AgentReply

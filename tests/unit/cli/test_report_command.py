@@ -16,7 +16,8 @@ from dmoa.cli.evaluation_session import check_ran
 from dmoa.cli.report import print_evaluation
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.evaluation import display
-from dmoa.evaluation.results import BenchmarkInfo, build
+from dmoa.evaluation.results import build
+from dmoa.evaluation.run_info import BenchmarkInfo
 from tests.unit.evaluation.test_results import failing_run
 from tests.unit.run_records import answer, lost, run_of, score, small_run, write_run
 

@@ -10,14 +10,7 @@ import pytest
 import yaml
 
 from dmoa.agents.prompts import agent_messages
-from dmoa.cli.specialist_recipes import (
-    Recipe,
-    held_out_rows,
-    one_off,
-    parse_specialist,
-    training_rows,
-    validation_rows,
-)
+from dmoa.cli.specialist_recipes import Recipe, held_out_rows, one_off, parse_specialist, training_rows, validation_rows
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply
 from dmoa.evaluation.suites.table import SUITES

@@ -10,17 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoa.core import scores as scores_module
-from dmoa.core.scores import (
-    CUT_PENALTY,
-    MIN_ETA,
-    fit_anchors,
-    fit_eta,
-    raw_score,
-    reply_noise,
-    reply_weights,
-    score,
-    scores,
-)
+from dmoa.core.scores import CUT_PENALTY, MIN_ETA, fit_anchors, fit_eta, raw_score, reply_noise, reply_weights, score, scores
 from dmoa.errors import ConfigError
 
 LARGEST_ENTROPY = math.log(2**18)

@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 
-from dmoa.dataflow.at_work import Outbox, OwnLoop
+from dmoa.dataflow import BackgroundLoop, BatchedWriter
 
 
 class Writer:
@@ -28,7 +28,7 @@ class Writer:
 
 async def test_what_comes_during_a_hand_over_goes_together_in_the_next() -> None:
     writer = Writer()
-    outbox = Outbox(writer.send)
+    outbox = BatchedWriter(writer.send)
     puts = [asyncio.create_task(outbox.put(item)) for item in ("a", "b")]
     await writer.has_begun.wait()
     puts += [asyncio.create_task(outbox.put(item)) for item in ("c", "d", "e")]
@@ -42,7 +42,7 @@ async def test_what_comes_during_a_hand_over_goes_together_in_the_next() -> None
 async def test_what_the_writer_meets_belongs_to_its_batch_alone() -> None:
     writer = Writer()
     writer.go.set()
-    outbox = Outbox(writer.send)
+    outbox = BatchedWriter(writer.send)
     results = await asyncio.gather(outbox.put("good"), outbox.put("bad"), return_exceptions=True)
     assert [str(result) for result in results] == ["disk full"] * 2, "they went together"
     await outbox.put("later")
@@ -50,7 +50,7 @@ async def test_what_the_writer_meets_belongs_to_its_batch_alone() -> None:
 
 
 def test_work_of_several_threads_shares_one_loop_and_ends_with_its_own_error() -> None:
-    loop = OwnLoop()
+    loop = BackgroundLoop()
     both = asyncio.Barrier(4)
     counts: list[int] = []
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.dataflow.lines_source import Line, LinesSource, offsets, pack, read_cells
+from dmoa.dataflow import Line, LinesSource, offsets, pack_lines, read_cells
 
 TEXTS = ["first", "", "ünïcode", '{"a": "b\\n"}', "last"]
 
@@ -37,7 +37,7 @@ def test_packed_cells_are_read_back(files: dict[str, list[int]], data: st.DataOb
             number = (TEXTS if kind == one else TEXTS[::-1]).index(text)
             cells.append(Line(kind, files[kind][number]))
         texts.append(text)
-    assert read_cells(pickle.loads(pickle.dumps(pack(cells)))) == texts
+    assert read_cells(pickle.loads(pickle.dumps(pack_lines(cells)))) == texts
 
 
 def test_a_torn_last_line_is_no_line(tmp_path: Path) -> None:
@@ -59,5 +59,7 @@ def test_a_source_has_one_task_per_shard_with_rows_in_order(files: dict[str, lis
 
 
 def test_a_shard_takes_little_to_describe() -> None:
-    small, large = (len(pickle.dumps(pack([Line("/a/long/path/to/a/file", 10**9 + i) for i in range(n)]))) for n in (100, 1100))
+    small, large = (
+        len(pickle.dumps(pack_lines([Line("/a/long/path/to/a/file", 10**9 + i) for i in range(n)]))) for n in (100, 1100)
+    )
     assert (large - small) / 1000 <= 16.0

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from dmoa.dataflow import mirror
-from dmoa.dataflow.mirror import Mirror, at_hand, copied, shown, uri_of
+from dmoa import storage as mirror
 from dmoa.errors import ConfigError, DmoaError
+from dmoa.storage import Mirror, display_path, local_copy, localized, uri_of
 
 
 class Options(BaseModel):
@@ -28,7 +28,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def stopped_run(there: Path, said: list[str]) -> None:
-    with at_hand(Options(out=Path(there.as_uri())), said.append, writes=("out",)) as options:
+    with localized(Options(out=Path(there.as_uri())), said.append, writes=("out",)) as options:
         assert files(options.out) == {"first": "1"}, "it goes on with what lies there"
         (options.out / "second").write_text("2")
         raise DmoaError("stopped")
@@ -50,7 +50,7 @@ def test_a_uri_is_known_also_after_it_became_a_path(scheme: str, rest: str) -> N
 @pytest.mark.parametrize("place", ["out/run", "/tmp/run", "s3", "runs3:/x", "out/s3:/x", "C:/x"])
 def test_a_folder_is_no_uri(place: str) -> None:
     assert uri_of(Path(place)) is None
-    assert shown(Path(place)) == str(Path(place))
+    assert display_path(Path(place)) == str(Path(place))
 
 
 def test_what_changed_goes_there_and_what_went_goes_there_too(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_run_is_written_back_while_it_goes_on_and_at_its_end(
 ) -> None:
     monkeypatch.setattr(mirror, "PERIOD_S", 0.01)
     there = tmp_path / "there" / "run"
-    with at_hand(Options(out=Path(there.as_uri())), said.append, writes=("out",)) as options:
+    with localized(Options(out=Path(there.as_uri())), said.append, writes=("out",)) as options:
         assert options.out.name == "run"
         assert options.out.is_dir()
         (options.out / "first").write_text("1")
@@ -86,7 +86,7 @@ def test_a_run_is_written_back_while_it_goes_on_and_at_its_end(
         while not (there / "first").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert shown(options.out / "first") == (there / "first").as_uri()
+        assert display_path(options.out / "first") == (there / "first").as_uri()
         local = options.out
     assert not local.exists()
     with pytest.raises(DmoaError, match="stopped"):
@@ -100,13 +100,13 @@ def test_folders_to_read_are_fetched_and_never_written(tmp_path: Path, said: lis
     there.mkdir()
     (there / "part").write_text("rows")
     given_ = Options(out=tmp_path / "out", rollouts=(Path(there.as_uri()), tmp_path / "own"))
-    with at_hand(given_, said.append, reads=("rollouts",), writes=("out",)) as options:
+    with localized(given_, said.append, reads=("rollouts",), writes=("out",)) as options:
         assert (options.out, options.rollouts[1]) == (given_.out, given_.rollouts[1])
         (options.rollouts[0] / "part").write_text("other rows")
         local = options.rollouts[0]
     assert files(there) == {"part": "rows"}
     assert not local.parent.exists()
-    with copied(there, "DIR") as same:
+    with local_copy(there, "DIR") as same:
         assert same == there
 
 
@@ -114,10 +114,10 @@ def test_nothing_to_read_and_no_file_system_are_one_message(tmp_path: Path, said
     nowhere = Path((tmp_path / "nowhere").as_uri())
     with (
         pytest.raises(ConfigError, match=r"rollouts: value seen: 'file:///.*nowhere'; nothing lies there"),
-        at_hand(Options(out=tmp_path, rollouts=(nowhere,)), said.append, reads=("rollouts",)),
+        localized(Options(out=tmp_path, rollouts=(nowhere,)), said.append, reads=("rollouts",)),
     ):
         pass
-    with pytest.raises(ConfigError, match="DIR: cannot read 'abfss://x/y'"), copied(Path("abfss://x/y"), "DIR"):
+    with pytest.raises(ConfigError, match="DIR: cannot read 'abfss://x/y'"), local_copy(Path("abfss://x/y"), "DIR"):
         pass
 
 
@@ -126,7 +126,7 @@ def test_a_place_that_cannot_be_written_leaves_the_local_copy(tmp_path: Path, sa
     blocked.write_text("a file where the folder would be")
     with (
         pytest.raises(DmoaError, match="what was made lies in") as raised,
-        at_hand(Options(out=Path(blocked.as_uri()) / "run"), said.append, writes=("out",)) as options,
+        localized(Options(out=Path(blocked.as_uri()) / "run"), said.append, writes=("out",)) as options,
     ):
         (options.out / "made").write_text("hours of work")
     assert files(options.out) == {"made": "hours of work"}
@@ -141,7 +141,7 @@ def test_a_place_that_is_gone_is_no_file_that_is_gone(tmp_path: Path, said: list
     monkeypatch.setattr(Mirror, "_write", gone)
     with (
         pytest.raises(DmoaError, match="no such bucket; what was made lies in") as raised,
-        at_hand(Options(out=Path((tmp_path / "run").as_uri())), said.append, writes=("out",)) as options,
+        localized(Options(out=Path((tmp_path / "run").as_uri())), said.append, writes=("out",)) as options,
     ):
         (options.out / "made").write_text("hours of work")
     assert files(options.out) == {"made": "hours of work"}, raised.value

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 
-from dmoa.dataflow.room import Room
+from dmoa.dataflow import AdmissionControl
 
 
 async def test_a_room_never_holds_more_than_its_places_and_serves_in_order() -> None:
-    room, inside, peak, order = Room(5), 0, 0, []
+    room, inside, peak, order = AdmissionControl(5), 0, 0, []
     rng = random.Random(0)
 
     async def visit(number: int, width: int) -> None:

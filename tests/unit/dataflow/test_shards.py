@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.dataflow.passes import bounded, shard_rows
+from dmoa.dataflow import bounded, shard_rows
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_labels_are_opened_by_evaluation_alone(tmp_path: Path) -> None:
         append(folder.scores("arith", "dmoa"), judged)
     assert {module for _, module in opened} == {
         "dmoa.evaluation.prepare",
-        "dmoa.dataflow.lines_source",
+        "dmoa.dataflow",
         "dmoa.evaluation.run_files",
     }
     # Until the judging begins, labels have been written and never read.

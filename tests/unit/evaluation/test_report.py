@@ -18,7 +18,8 @@ import pytest
 from dmoa.errors import ConfigError
 from dmoa.evaluation import display, plots
 from dmoa.evaluation.report import render, write
-from dmoa.evaluation.results import BenchmarkInfo, Evaluation, build
+from dmoa.evaluation.results import Evaluation, build
+from dmoa.evaluation.run_info import BenchmarkInfo
 from tests.unit.run_records import answer, lost, run_of, score, small_run
 
 VOID = {"meta", "br"}

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.results import BenchmarkInfo, Evaluation, PoolInfo, RunInfo, build, not_run, read, rebuild
+from dmoa.evaluation.results import Evaluation, build, not_run, read, rebuild
 from dmoa.evaluation.run_files import write_whole
+from dmoa.evaluation.run_info import BenchmarkInfo, PoolInfo, RunInfo
 from dmoa.evaluation.statistics import wilson
 from tests.unit.run_records import answer, lost, run_of, score, small_run, write_run
 

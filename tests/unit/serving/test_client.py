@@ -11,9 +11,9 @@ from fake_service import AGENTS, FakeService, make_app
 from openai import DefaultAsyncHttpxClient
 
 from dmoa.errors import DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
-from dmoa.reply import ReplyDmoa
 from dmoa.serving.auth import hash_keys
 from dmoa.serving.client import RemoteReply, StepLine, SwarmClient
+from dmoa.trace import ReplyDmoa
 from dmoa.types import Message, TextDelta
 
 HI = (Message(role="user", content="What is 12 + 7?"),)

@@ -11,8 +11,8 @@ from fake_service import decision, make_answer, make_step, reply
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.reply import ReplyDmoa, dump, reply_dmoa
 from dmoa.serving.render import step_line, usage_of
+from dmoa.trace import ReplyDmoa, dump, reply_dmoa
 from dmoa.types import AgentReply, StepRecord, SummarizerRecord
 
 LOST = AgentReply(agent="adder", status="late", error="no reply after 2 s")

@@ -1,25 +1,21 @@
-"""Reaching the agents of a step: in parallel, with stand-ins for lost ones, and the one retry loop of dmoa.
+"""The cascade: a step whose contributions are all unsure asks the next-ranked agent too.
 
-A lost contribution (failed, late, overloaded, its place dead) is data: it is recorded, and the next-ranked agent in a
-living place takes over while the deadline allows. Where nobody contributed and places are dead, their calls are sent again
-until they are back, for as long as the query's patience lasts. Where all contributions are unsure, `cascade` asks for more.
-Explored agents are asked beside all that, to learn from. Calls are idempotent by (trace, step, agent).
-
-A cold agent has no replica: that is no loss. It is waited for or passed over as its policy says, stand-ins are sought among
-the agents that are up, and where nobody else can answer the query waits for a cold one, whatever the policy.
+Asked by `asking` after the active agents replied, and again after every agent that it added. Sure steps stay small, unsure
+ones grow up to K.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from dmoa.agents.prompts import agent_messages
-from dmoa.cascade import wants_more
+from dmoa.core.aggregate import Anchors, anchors_of, contributions, doubt
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, BrokenStreamError, CallNotTakenError, NoAgentError
 from dmoa.protocols import AgentClient, Router
 from dmoa.types import (
@@ -30,11 +26,76 @@ from dmoa.types import (
     ColdPolicy,
     Query,
     QueryState,
+    RouteDecision,
     Sampling,
     StepPlan,
     TextDelta,
 )
-from dmoa.waking import Waker
+from dmoa.validation import redact_text
+
+
+def should_escalate(decision: RouteDecision | None, replies: Sequence[AgentReply]) -> bool:
+    """Tell whether the step should ask one agent more, given the replies that count so far.
+
+    True where the gate version fitted theta, fewer than `decision.limit` agents replied, and no contribution is as sure
+    as theta. Agents that were lost take no place of the limit. Source: ours (cf. arXiv 2403.07652).
+    """
+    if decision is None or decision.theta is None:
+        return False
+    if sum(reply.status == "ok" for reply in replies) >= decision.limit:
+        return False
+    return not is_any_sure(replies, decision.theta, anchors_of(decision))
+
+
+def is_any_sure(replies: Sequence[AgentReply], theta: float, anchors: Anchors) -> bool:
+    """Tell whether the score of at least one contribution is at most theta; blank and lost replies are no contribution."""
+    return any(doubt(reply, anchors) <= theta for reply in contributions(replies))
+
+
+_LOG = logging.getLogger("dmoa.dispatch")
+COLD_PATIENCE_S = 600.0
+"""How long a replica may take to start; a large model's takes minutes. After that its agent counts as dead."""
+
+
+class ColdStarter:
+    """Has replicas started by pinging agents without one."""
+
+    def __init__(self, agents: AgentClient) -> None:
+        self._agents = agents
+        self._waking: dict[str, asyncio.Task[None]] = {}
+
+    def wake(self, place: str, agent: str) -> asyncio.Task[None]:
+        """Have a replica started at the place of `agent`; returns at once the task that ends when it answers."""
+        found = self._waking.get(place)
+        if found is None:
+            found = asyncio.get_running_loop().create_task(self._ping(agent))
+            self._waking[place] = found
+            found.add_done_callback(lambda task: self._over(place, task))
+        return found
+
+    async def is_up(self, place: str, agent: str, *, within_s: float | None) -> bool:
+        """Wait until the place of `agent` answers; False if it does not in time (None: no limit), and then it goes on starting.
+
+        Raises AgentUnavailableError where it cannot start, AgentOverloadedError where its queue is full.
+        """
+        task = self.wake(place, agent)
+        done, _ = await asyncio.wait((task,), timeout=within_s)
+        if done:
+            task.result()
+        return bool(done)
+
+    async def _ping(self, agent: str) -> None:
+        try:
+            async with asyncio.timeout(COLD_PATIENCE_S):
+                await self._agents.ping(agent)
+        except TimeoutError:
+            raise AgentUnavailableError(f"agent {agent!r}: no replica of it started within {COLD_PATIENCE_S:.0f} s") from None
+
+    def _over(self, place: str, task: asyncio.Task[None]) -> None:
+        del self._waking[place]
+        if not task.cancelled() and task.exception() is not None:
+            _LOG.warning("%s was not woken: %s", place, redact_text(str(task.exception())))
+
 
 T = TypeVar("T")
 Chain = list[tuple[Activation, AgentReply]]
@@ -46,7 +107,7 @@ _LONGEST_PAUSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AgentSheet:
+class AgentCard:
     """What the orchestrator must know of an agent to ask it."""
 
     name: str
@@ -61,7 +122,7 @@ class AgentSheet:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class StepReplies:
     """What came of asking the agents of a step."""
 
     replies: tuple[AgentReply, ...]
@@ -71,7 +132,7 @@ class Asked:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Round:
+class StepDispatch:
     """The asking of one step while it is under way."""
 
     state: QueryState
@@ -111,15 +172,15 @@ async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
         await asyncio.gather(*ending, return_exceptions=True)
 
 
-class Asker:
+class Dispatcher:
     """Asks the agents of a step through an agent client."""
 
-    def __init__(self, *, agents: AgentClient, sheets: Mapping[str, AgentSheet], router: Router | None, is_select: bool) -> None:
+    def __init__(self, *, agents: AgentClient, sheets: Mapping[str, AgentCard], router: Router | None, is_select: bool) -> None:
         self._agents = agents
         self._sheets = sheets
         self._router = router
         self._is_select = is_select
-        self._waker = Waker(agents)
+        self._waker = ColdStarter(agents)
 
     def patience(self, state: QueryState) -> float:
         """Seconds that the query may still wait for an agent to come back."""
@@ -147,14 +208,14 @@ class Asker:
         most = query.limits.max_tokens
         return sampling if most is None else replace(sampling, max_tokens=min(sampling.max_tokens, most))
 
-    async def ask(self, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None) -> Asked:
+    async def ask(self, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None) -> StepReplies:
         """Ask the plan's agents in parallel, explored ones beside them, then those that the cascade adds.
 
         With `emit` the text of the one agent is handed on as it comes. A reserve that is needed while it is being explored
         is not asked twice: its reply counts, and it is no longer explored.
         """
         is_final = plan.ends_with is not None
-        asking = _Round(
+        asking = StepDispatch(
             state=state,
             reserves=deque(plan.reserves),
             dead_places=set(),
@@ -173,7 +234,7 @@ class Asker:
         finally:
             await _end(exploring.values())
         left = asking.exploring
-        return Asked(replies=replies, explored=tuple((x, left[x.agent].result()) for x in plan.explored if x.agent in left))
+        return StepReplies(replies=replies, explored=tuple((x, left[x.agent].result()) for x in plan.explored if x.agent in left))
 
     def _cold_places(self, plan: StepPlan) -> set[str]:
         """Return the places without a replica, and wake those of agents among the K most probable that want it so."""
@@ -186,7 +247,7 @@ class Asker:
                 self._waker.wake(self._sheets[name].place, name)
         return {self._sheets[name].place for name in decision.cold}
 
-    async def _ask_active(self, asking: _Round, plan: StepPlan) -> tuple[AgentReply, ...]:
+    async def _ask_active(self, asking: StepDispatch, plan: StepPlan) -> tuple[AgentReply, ...]:
         """Ask the active agents and, one by one, those that unsure replies call for."""
         before = asking.state
         chains = await _in_parallel(self._ask_or_replace(asking, activation) for activation in plan.activations)
@@ -194,7 +255,7 @@ class Asker:
             chains = await _in_parallel(self._insist(asking, chain) for chain in chains)
         while True:
             replies = tuple(reply for chain in chains for _, reply in chain)
-            if plan.fold == "pass" or not wants_more(plan.decision, replies):
+            if plan.fold == "pass" or not should_escalate(plan.decision, replies):
                 return replies
             used = before.tokens_used + sum(reply.prompt_tokens + reply.completion_tokens for reply in replies)
             asking.state = replace(before, tokens_used=used)
@@ -203,7 +264,7 @@ class Asker:
                 return replies
             chains.append(await self._ask_or_replace(asking, another))
 
-    async def _ask_or_replace(self, asking: _Round, activation: Activation) -> Chain:
+    async def _ask_or_replace(self, asking: StepDispatch, activation: Activation) -> Chain:
         """Ask one agent and, while it is lost, its stand-ins."""
         chain: Chain = []
         current: Activation | None = activation
@@ -214,7 +275,7 @@ class Asker:
             current = self._stand_in(asking) if reply.status != "ok" and self._has_time(asking.state) else None
         return chain
 
-    async def _insist(self, asking: _Round, chain: Chain) -> Chain:
+    async def _insist(self, asking: StepDispatch, chain: Chain) -> Chain:
         """Nobody contributed: wait for a cold agent, of the chain or else of the reserves, and then for a dead place."""
         passed_over = (activation for activation, reply in chain if reply.status == "cold")
         cold = next(passed_over, None) if not asking.emitted else None
@@ -226,7 +287,7 @@ class Asker:
                 return chain
         return await self._wait_for_place(asking, chain)
 
-    async def _wait_for_place(self, asking: _Round, chain: Chain) -> Chain:
+    async def _wait_for_place(self, asking: StepDispatch, chain: Chain) -> Chain:
         """Send the newest call that was lost with its place again until the place is back."""
         for index in reversed(range(len(chain))):
             activation, lost = chain[index]
@@ -242,7 +303,7 @@ class Asker:
         budget = state.query.limits.budget_tokens
         return self._has_time(state) and (budget is None or state.tokens_used < budget)
 
-    def _stand_in(self, asking: _Round, *, among_cold: bool = False) -> Activation | None:
+    def _stand_in(self, asking: StepDispatch, *, among_cold: bool = False) -> Activation | None:
         """Take the next-ranked agent whose place is up, or is cold; none once text has been handed on."""
         for activation in list(asking.reserves) if not asking.emitted else ():
             place = self._sheets[activation.agent].place
@@ -253,7 +314,7 @@ class Asker:
                 return activation
         return None
 
-    async def _ask_once(self, asking: _Round, activation: Activation, *, insists: bool = False) -> AgentReply:
+    async def _ask_once(self, asking: StepDispatch, activation: Activation, *, insists: bool = False) -> AgentReply:
         """Ask one agent; a cold one is waited for as its policy says, with `insists` for as long as the query has."""
         started = time.perf_counter()
         status: AgentStatus
@@ -281,7 +342,7 @@ class Asker:
         latency_ms = (time.perf_counter() - started) * 1e3
         return AgentReply(agent=activation.agent, status=status, error=error, latency_ms=latency_ms)
 
-    async def _comes_up(self, asking: _Round, activation: Activation, *, insists: bool) -> bool:
+    async def _comes_up(self, asking: StepDispatch, activation: Activation, *, insists: bool) -> bool:
         """Have a cold agent's replica started; tell whether it came up in the time that the agent's policy gives it."""
         sheet = self._sheets[activation.agent]
         if sheet.cold == "skip" and not insists:
@@ -292,7 +353,7 @@ class Asker:
             asking.cold_places.discard(sheet.place)
         return is_up
 
-    def _cold_patience(self, asking: _Round, *, insists: bool) -> float | None:
+    def _cold_patience(self, asking: StepDispatch, *, insists: bool) -> float | None:
         """Seconds to wait for a replica, None for as long as one may take to start.
 
         With a deadline half of what is left, where an agent that is up could still answer.
@@ -304,7 +365,7 @@ class Asker:
         has_other = any(self._sheets[x.agent].place not in unfit for x in (*asking.active, *asking.reserves))
         return left / 2 if has_other and not insists else left
 
-    async def _ask_until_back(self, asking: _Round, activation: Activation, lost: AgentReply) -> AgentReply:
+    async def _ask_until_back(self, asking: StepDispatch, activation: Activation, lost: AgentReply) -> AgentReply:
         """Send the call again until its place is back; patience is for the place, the reply has until the deadline.
 
         The reply keeps what the lost attempt met.
@@ -335,12 +396,12 @@ class Asker:
             return replace(lost, status="overloaded", error=str(busy), attempts=attempts)
         return replace(reply, attempts=attempts, error=reply.error or f"an earlier attempt was lost: {lost.error}")
 
-    async def _send(self, asking: _Round, activation: Activation) -> AgentReply:
+    async def _send(self, asking: StepDispatch, activation: Activation) -> AgentReply:
         started = time.perf_counter()
         reply = await self._receive(asking, activation)
         return replace(reply, latency_ms=(time.perf_counter() - started) * 1e3)
 
-    async def _receive(self, asking: _Round, activation: Activation) -> AgentReply:
+    async def _receive(self, asking: StepDispatch, activation: Activation) -> AgentReply:
         call = self._call(asking.state, activation, is_final=asking.is_final)
         if asking.emit is None:
             return await self._agents.call(call)

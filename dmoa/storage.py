@@ -44,7 +44,7 @@ def uri_of(place: Path | str) -> str | None:
     return f"file:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """Return what a user knows a place by: the URI of a local copy and of what lies in it, else the path as it is."""
     for folder in (path, *path.parents):
         if folder in _uris:
@@ -122,7 +122,7 @@ def _mark(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def at_hand(
+def localized(
     options: _Options,
     say: Callable[[str], None],
     *,
@@ -147,7 +147,7 @@ def at_hand(
 
 
 @contextmanager
-def copied(place: Path, field: str) -> Iterator[Path]:
+def local_copy(place: Path, field: str) -> Iterator[Path]:
     """Yield a local copy of a folder at a URI, or the folder itself. Raises ConfigError where nothing lies there."""
     with _copy(place, field, lambda text: None, False, ()) as local:
         yield local

@@ -1,0 +1,380 @@
+"""A Ray Data source over lines of files: rows are read where and when they are needed, a shard at a time.
+
+The driver keeps only where each line begins; Ray Data reads shards ahead as far as its memory limits allow. The files of
+a run lie on the driver's node, so that is where shards are read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any, BinaryIO, Generic, TypeVar
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Datasource
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dmoa.errors import DmoaError
+
+_READERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Where a line begins."""
+
+    path: str
+    offset: int
+    """In bytes."""
+
+
+Cell = str | Line
+"""A value, or the line that holds it."""
+Item = tuple[Cell, ...]
+"""One row: a cell per column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Cells of one column of a shard in a few bytes each: Ray keeps what describes a shard for as long as a pass runs."""
+
+    names: tuple[str, ...]
+    """Different values, and paths of lines."""
+    codes: array[int]
+    """Per cell, which of the names."""
+    starts: array[int]
+    """Per cell, where its line begins; -1: the name is the value."""
+
+
+def pack_lines(cells: Sequence[Cell]) -> Packed:
+    """Return the cells packed."""
+    names = [cell.path if isinstance(cell, Line) else cell for cell in cells]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    starts = array("q", (cell.offset if isinstance(cell, Line) else -1 for cell in cells))
+    return Packed(tuple(numbers), array("l", (numbers[name] for name in names)), starts)
+
+
+class LinesSource(Datasource):  # type: ignore[misc] # Ray ships no types
+    """Rows of texts, shard by shard."""
+
+    def __init__(self, columns: Sequence[str], items: Sequence[Item], shard_rows: int) -> None:
+        super().__init__()
+        self._columns = tuple(columns)
+        shards = (items[i : i + shard_rows] for i in range(0, len(items), shard_rows))
+        self._shards = [tuple(map(pack_lines, zip(*shard, strict=True))) for shard in shards]
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards there are."""
+        return len(self._shards)
+
+    def get_name(self) -> str:
+        """Return the name under which Ray Data lists the source."""
+        return "Lines"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Return None: the size is not known before the lines are read."""
+        return None
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+        """Return one task per shard, whatever parallelism is asked for."""
+        return [self._task(shard) for shard in self._shards]
+
+    def _task(self, shard: Sequence[Packed]) -> ReadTask:
+        names = self._columns
+
+        def read() -> Iterator[pa.Table]:
+            yield pa.table({name: pa.array(read_cells(column), pa.string()) for name, column in zip(names, shard, strict=True)})
+
+        metadata = BlockMetadata(num_rows=len(shard[0].codes), size_bytes=None, input_files=None, exec_stats=None)
+        return ReadTask(read, metadata)
+
+
+def read_cells(column: Packed) -> list[str]:
+    """Return the values of a column; those of lines are read, without their line ends."""
+    files: dict[str, BinaryIO] = {}
+    try:
+        return [_read(column.names[code], start, files) for code, start in zip(column.codes, column.starts, strict=True)]
+    finally:
+        for file in files.values():
+            file.close()
+
+
+def _read(name: str, start: int, files: dict[str, BinaryIO]) -> str:
+    if start < 0:
+        return name
+    if name not in files:
+        files[name] = Path(name).open("rb")  # noqa: SIM115 -- closed by the caller, after the last line
+    files[name].seek(start)
+    return files[name].readline().decode("utf-8").rstrip("\n")
+
+
+def offsets(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield where each whole line of a file begins, and the line; nothing where there is no file."""
+    if not path.exists():
+        return
+    position = 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield position, line
+            position += len(line)
+
+
+def stream(columns: Sequence[str], items: Sequence[Item], shard_rows: int) -> ray.data.Dataset:
+    """Return a dataset over the items; reading is pinned to this node, where the files are."""
+    source = LinesSource(columns, items, shard_rows)
+    # No CPU: a head node of a cluster may have none to give, and reading lines takes next to nothing.
+    return ray.data.read_datasource(
+        source,
+        override_num_blocks=max(1, source.num_shards),
+        num_cpus=0,
+        concurrency=_READERS,
+        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+    )
+
+
+def drain(dataset: ray.data.Dataset) -> Iterable[None]:
+    """Run a dataset to its end and throw its blocks away, one None per block."""
+    for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield None
+
+
+OVERCOMMIT = 2
+"""Agent calls let in per place of the engines' batches: the early finishers of a step leave places empty until its last
+agent ends, and calls that wait fill them."""
+
+
+class AdmissionControl:
+    """Lets in as many queries as the engines have places for, first come first served."""
+
+    def __init__(self, places: int) -> None:
+        self._places = places
+        self._free = places
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def enter(self, width: int) -> int:
+        """Wait for `width` places and take them; returns how many were taken, to be given back by `leave`."""
+        width = min(width, self._places)
+        if self._free >= width and not self._waiting:
+            self._free -= width
+            return width
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((width, turn))
+        await turn
+        return width
+
+    def leave(self, width: int) -> None:
+        """Give places back."""
+        self._free += width
+        while self._waiting and self._waiting[0][0] <= self._free:
+            needed, turn = self._waiting.popleft()
+            self._free -= needed
+            turn.set_result(None)
+
+
+T = TypeVar("T")
+
+
+class BackgroundLoop:
+    """An event loop in a thread of its own: Ray Data's would stand still whenever its output queue is full."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        Thread(target=self._loop.run_forever, name="answering", daemon=True).start()
+
+    def run_all(self, work: Iterable[Coroutine[Any, Any, None]]) -> int:
+        """Run coroutines side by side to their ends and return how many; raises what one of them raised.
+
+        May be called from several threads at once.
+        """
+        under_way = [asyncio.run_coroutine_threadsafe(part, self._loop) for part in work]
+        for part in under_way:
+            part.result()
+        return len(under_way)
+
+
+class BatchedWriter(Generic[T]):
+    """Hands items to a writer; those that come while a hand-over is under way go together in the next."""
+
+    def __init__(self, send: Callable[[list[T]], Awaitable[object]]) -> None:
+        """`send` returns once the items are safe."""
+        self._send = send
+        self._waiting: list[tuple[T, asyncio.Future[None]]] = []
+        self._flusher: asyncio.Task[None] | None = None
+
+    async def put(self, item: T) -> None:
+        """Return once the item is safe; raises what the writer met."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        self._waiting.append((item, done))
+        if self._flusher is None:
+            self._flusher = loop.create_task(self._flush())
+        await done
+
+    async def _flush(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting, []
+                try:
+                    await self._send([item for item, _ in batch])
+                except Exception as error:  # the writer is an actor: what it met belongs to every item of the batch
+                    for _, done in batch:
+                        done.set_exception(error)
+                    continue
+                for _, done in batch:
+                    done.set_result(None)
+        finally:
+            self._flusher = None
+
+
+SHARDS_UNDER_WAY = 4
+"""Shards that one answering actor works on at once."""
+_MAX_SHARDS = 500
+"""Shards of a pass, however many rows it has (unless so many would leave workers idle): Ray keeps some 20 KiB of each, its
+task and its statistics, in the driver until the pass ends."""
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassProgress:
+    """How far a pass is."""
+
+    stage: str
+    """Such as `answering` or `scoring`."""
+    done: int
+    total: int
+    """Rows of this pass, those of earlier sessions not counted."""
+    failed: int
+    completion_tokens: int
+    elapsed_s: float
+
+
+Watch = Callable[[PassProgress], None]
+
+
+def shard_rows(num_rows: int, queries_per_row: int, *, num_actors: int, places: int) -> int:
+    """Return the rows of a shard: enough that the shards under way fill every place twice, few enough that actors share them."""
+    fill = -(-2 * places // (SHARDS_UNDER_WAY * queries_per_row))
+    share = -(-num_rows // (num_actors * SHARDS_UNDER_WAY))
+    return bounded(min(fill, share), num_rows, num_actors * SHARDS_UNDER_WAY)
+
+
+def bounded(wanted: int, num_rows: int, hands: int) -> int:
+    """Return the wanted rows of a shard, raised as far as it takes for a bounded number of shards; `hands` work at once."""
+    return max(1, wanted, -(-num_rows // max(_MAX_SHARDS, 4 * hands)))
+
+
+def actor_options(*, count: int, num_gpus: float, env: Mapping[str, str]) -> dict[str, Any]:
+    """Return what `map_batches` needs to run an answering stage in `count` actors, several shards at once in each."""
+    return {
+        "batch_size": None,
+        "batch_format": "pyarrow",
+        "compute": ActorPoolStrategy(
+            size=count, enable_true_multi_threading=True, max_concurrent_calls_per_actor=SHARDS_UNDER_WAY
+        ),
+        "num_cpus": 1,
+        "num_gpus": num_gpus or None,
+        "runtime_env": {"env_vars": dict(env)},
+    }
+
+
+@contextmanager
+def only_writer(kind: type, *args: Any, advice: str) -> Iterator[Any]:
+    """Run a pass's only writer, an actor on this node; `kind` has methods `ready` and `counts`.
+
+    Raises DmoaError, with `advice` on how to go on, where the writer cannot be had or is lost.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # No task events: Ray's control service would keep one for every write.
+    options = {"num_cpus": 0, "scheduling_strategy": here, "enable_task_events": False}
+    writer = ray.remote(kind).options(**options).remote(*args)
+    try:
+        ray.get(writer.ready.remote())
+        yield writer
+    except RayError as error:
+        raise DmoaError(f"the writer of the run is gone: {_reason(error)}; {advice}") from error
+    finally:
+        ray.kill(writer)
+
+
+def run_pass(dataset: ray.data.Dataset, writer: Any, stage: str, total: int, watch: Watch, *, advice: str) -> None:
+    """Run a pass to its end, reporting progress by the writer's counts. Raises DmoaError, with `advice`, for what stopped it."""
+    quiet()
+
+    def work() -> BaseException | None:
+        try:
+            for _ in drain(dataset):
+                pass
+        except BaseException as error:
+            return error
+        return None
+
+    started = time.monotonic()
+    failure = in_background(work, stage, lambda: _report(writer, stage, total, started, watch))
+    if failure is not None:
+        raise DmoaError(f"{stage} stopped: {_reason(failure)}; {advice}") from failure
+
+
+def in_background(work: Callable[[], T], name: str, tick: Callable[[], None] = lambda: None) -> T:
+    """Run something of Ray's in a thread and return its result or raise its failure; `tick` is called now and then.
+
+    A signal ends the wait at once, whatever Ray does: in the main thread Ray Data would hold Ctrl-C back, and Ray Train takes
+    it over and ends the process with status 0. What the thread still calls then fails, once Ray is shut down.
+    """
+    found: list[T] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        tick()
+    if failures:
+        raise failures[0]
+    return found[0]
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[-2000:]
+
+
+def _report(writer: Any, stage: str, total: int, started: float, watch: Watch) -> None:
+    counts = ray.get(writer.counts.remote())
+    watch(
+        PassProgress(
+            stage=stage,
+            done=counts["rows"],
+            total=total,
+            failed=counts["failed"],
+            completion_tokens=counts["tokens"],
+            elapsed_s=time.monotonic() - started,
+        )
+    )
+
+
+def quiet() -> None:
+    """Leave the terminal to our own progress bar."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what stops a pass is raised, and shown once
