@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dmoa.core.decision import Decider
 from dmoa.core.gate import Gate
+from dmoa.core.inference import Decider
 from dmoa.errors import TraceError
 from dmoa.trace import Trace, TraceRoute
 from dmoa.types import FloatArray, RouteDecision, RouteRequest

@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 
 from dmoa.config import GateConfig
-from dmoa.core.decision import Decider
 from dmoa.core.gate import Gate, GateSpec, init_gate
+from dmoa.core.inference import Decider
 from dmoa.errors import RoutingError
 from dmoa.types import FloatArray, RoutedBy, RouteDecision, RouteRequest
 from dmoa.validation import redact_text

@@ -16,9 +16,8 @@ from torch.nn.functional import linear
 from dmoa.bench.measure import BenchResult, interleave, ratio, record, seconds_per_call, spread
 from dmoa.config import GateConfig
 from dmoa.core.activation import activate
-from dmoa.core.decision import Decider
 from dmoa.core.gate import Gate, GateSpec, init_gate, weights_version
-from dmoa.core.inference import GateKernel
+from dmoa.core.inference import Decider, GateKernel
 from dmoa.types import RouteRequest
 
 NUM_AGENTS = 16

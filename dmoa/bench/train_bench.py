@@ -22,8 +22,8 @@ from torch import Tensor
 from dmoa.bench.measure import BenchResult, interleave, ratio, record, spread
 from dmoa.config import GateConfig
 from dmoa.core.gate import GateSpec, init_gate
+from dmoa.core.inference import one_thread
 from dmoa.core.losses import Targets, ranking_loss
-from dmoa.core.threads import one_thread
 from dmoa.training.options import parse_options
 from dmoa.training.run_state import StateStore
 from dmoa.training.targets import TrainingData

@@ -1,6 +1,6 @@
 """From gate logits to the active agents: masked softmax, ranking, and how many of the ranked ones act.
 
-Second stage of routing, after `core/gate`; vectorised over a batch because `core/decision` calls it for every
+Second stage of routing, after `core/gate`; vectorised over a batch because `core/inference` calls it for every
 micro-batch. Shape letters: B queries, A agents in the pool.
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmoa.core.threads import one_thread
+from dmoa.core.inference import one_thread
 
 _FLOOR = -200.0
 """exp(-200) is 0 in float32: clamping here changes no probability, and keeps 0 x -inf out."""

@@ -1,6 +1,6 @@
 """The recurrent gate: a GRU over the steps of a query and a head that gives every agent a logit.
 
-First stage of routing: `core/inputs` -> gate -> `core/activation`; `core/decision` runs both for serving, training
+First stage of routing: `core/features` -> gate -> `core/activation`; `core/inference` runs both for serving, training
 differentiates `Gate.forward` through the steps. Cores without memory stand in for the GRU in ablations. Shape letters:
 B queries, A agents in the pool, D embedding, H gate hidden, X gate input; in this file alone C outputs of the core, which
 the head reads (H, or X for the `linear` core).
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dmoa.config import Core, GateConfig, parse_gate
-from dmoa.core.inputs import FEEDBACK_FEATURES
+from dmoa.core.features import FEEDBACK_FEATURES
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.validation import short
 

@@ -2,7 +2,7 @@
 
 The lower, the surer. `raw` is the logarithm of the mean predictive entropy; `anchored` takes off what the agent gives on
 average over an anchor set. Buffers and rollouts keep sums and counts only; everything here is derived from them, again
-for every gate version. `core/losses` and `core/conformal` read the results. Never a per-agent z-score: it cancels competence.
+for every gate version. `core/losses` and `core/calibration` read the results. Never a per-agent z-score: it cancels competence.
 
 Shape letters: A agents in the pool, D embedding; in this file alone S any leading dimensions (steps, rows, both), R
 rows of a sample, U the different ones among them, C clusters.
@@ -11,6 +11,7 @@ rows of a sample, U the different ones among them, C clusters.
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Any
 
 import numpy as np
@@ -177,3 +178,43 @@ def _squared_distances(x_UD: Array, centre_CD: Array) -> Array:
     # Centre by centre: rows that are centres are exactly 0 away, and there is no array of all three dimensions.
     distance_UC: Array = np.stack([((x_UD - centre_D) ** 2).sum(axis=1) for centre_D in centre_CD], axis=1)
     return distance_UC
+
+
+CONSTANT_SHARE = 0.9
+"""Share of its replies that are one and the same, from which an agent counts as constant, ..."""
+USUAL_SHARE = 0.5
+"""... where for half of the other agents that share is at most this: the queries do have different answers."""
+MIN_ROWS = 10
+"""Replies of an agent that its judgement takes."""
+
+
+def reply_key(text: str | None) -> int:
+    """Return a 32-bit number that is the same for the same reply, blanks around it aside. A chance match does no harm."""
+    return zlib.crc32((text or "").strip().encode())
+
+
+def same_reply_shares(reply_RA: npt.NDArray[np.int64], is_known_RA: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Return per agent [A] the share of its replies that are its commonest one; NaN for fewer than `MIN_ROWS` replies.
+
+    `reply_RA` are `reply_key`s, `is_known_RA` says where there is a reply at all.
+    """
+    shares = np.full(reply_RA.shape[1], np.nan)
+    for agent in range(reply_RA.shape[1]):
+        replies = reply_RA[is_known_RA[:, agent], agent]
+        if len(replies) >= MIN_ROWS:
+            shares[agent] = np.unique(replies, return_counts=True)[1].max() / len(replies)
+    return shares
+
+
+def constant_agents(share_A: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Return which agents [A] give one reply nearly always, while the others, by the median, do not; from `same_reply_shares`.
+
+    Where most queries have one and the same answer, honest agents repeat themselves too: then nobody is constant. Agents
+    without a share are not judged and judge nobody.
+    """
+    found = np.zeros(len(share_A), dtype=np.bool_)
+    for agent in np.flatnonzero(share_A >= CONSTANT_SHARE):
+        others = np.delete(share_A, agent)
+        others = others[np.isfinite(others)]
+        found[agent] = len(others) > 0 and float(np.median(others)) <= USUAL_SHARE
+    return found

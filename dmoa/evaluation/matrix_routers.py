@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dmoa.core.decision import Decider
+from dmoa.core.features import gate_input
 from dmoa.core.gate import Gate
-from dmoa.core.inputs import gate_input
+from dmoa.core.inference import Decider
 from dmoa.errors import ConfigError
 from dmoa.evaluation.matrix import AnswerMatrix
 from dmoa.evaluation.matrix_replay import Choice, choice_of

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from dmoa.core.inputs import FEEDBACK_FEATURES, feedback, gate_input
+from dmoa.core.features import FEEDBACK_FEATURES, feedback, gate_input
 from dmoa.protocols import Encoder, Router
 from dmoa.types import Activation, FloatArray, QueryState, RouteDecision, RouteRequest, StepPlan, StepRecord, Stop
 

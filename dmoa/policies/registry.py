@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dmoa.config import Config
-from dmoa.core.inputs import Preset
+from dmoa.core.features import Preset
 from dmoa.errors import RequestError
 from dmoa.policies.dense import DensePolicy
 from dmoa.policies.dmoa import DmoaPolicy

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from dmoa.core.decision import Decider
 from dmoa.core.gate import Gate
+from dmoa.core.inference import Decider
 from dmoa.errors import CheckpointError, RoutingError
 from dmoa.types import FloatArray, RouteDecision, RouteRequest
 

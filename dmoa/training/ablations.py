@@ -22,8 +22,8 @@ import torch
 
 from dmoa import checkpoint
 from dmoa.config import Config
+from dmoa.core.features import FEEDBACK_FEATURES
 from dmoa.core.gate import Gate
-from dmoa.core.inputs import FEEDBACK_FEATURES
 from dmoa.errors import ConfigError
 from dmoa.training.options import parse_options
 from dmoa.training.rollout_records import Manifest

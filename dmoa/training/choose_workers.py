@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from torch import distributed
 
-from dmoa.core.threads import one_thread
+from dmoa.core.inference import one_thread
 from dmoa.training.objective import batch_loss
 from dmoa.training.train_loop import Job, Learner, epoch_batches
 from dmoa.training.world import Alone, flat_size

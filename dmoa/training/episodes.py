@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dmoa.core.constant_agents import reply_key
-from dmoa.core.scores import Array, BoolArray
+from dmoa.core.scores import Array, BoolArray, reply_key
 from dmoa.errors import ConfigError
 from dmoa.types import FloatArray
 

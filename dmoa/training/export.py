@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from dmoa.checkpoint import AnchorSet, Checkpoint, describe_gate
+from dmoa.core.calibration import OperatingPoint, fit_operating_point
 from dmoa.core.gate import Gate, GateSpec
-from dmoa.core.operating_point import OperatingPoint, fit_operating_point
 from dmoa.core.scores import scores
 from dmoa.training.episodes import Episodes
 from dmoa.training.objective import Batches

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dmoa.config import Config, parse_gate
-from dmoa.core.conformal import ALPHAS
+from dmoa.core.calibration import ALPHAS
 from dmoa.errors import ConfigError
 from dmoa.validation import describe
 

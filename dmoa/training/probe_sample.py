@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dmoa.core.inputs import Preset
+from dmoa.core.features import Preset
 from dmoa.errors import ConfigError
 from dmoa.training.probe import ProbeSample
 

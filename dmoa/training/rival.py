@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from dmoa.core.inputs import Preset
+from dmoa.core.features import Preset
 from dmoa.core.scores import scores
 from dmoa.training.clusters import ClusterRouter, Floats, fit_clusters
 from dmoa.training.probe_sample import dense_rows, sample_of

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from dmoa.core.inputs import FEEDBACK_FEATURES, Preset
+from dmoa.core.features import FEEDBACK_FEATURES, Preset
 from dmoa.types import AgentReply, AgentStatus, Answer, EntropyKind, FinishReason, FloatArray, Stage, StepRecord
 
 SCHEMA_VERSION = 1

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from dmoa.config import Config
-from dmoa.core.inputs import Preset
+from dmoa.core.features import Preset
 from dmoa.dataflow import AdmissionControl, BackgroundLoop, BatchedWriter
 from dmoa.policies.exploring import ExploringPolicy
 from dmoa.policies.registry import PolicyContext, build_policy

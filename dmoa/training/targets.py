@@ -14,8 +14,18 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dmoa.core.constant_agents import constant_agents, same_reply_shares
-from dmoa.core.scores import CONSTANT_PENALTY, Array, BoolArray, fit_anchors, fit_eta, reply_noise, reply_weights, scores
+from dmoa.core.scores import (
+    CONSTANT_PENALTY,
+    Array,
+    BoolArray,
+    constant_agents,
+    fit_anchors,
+    fit_eta,
+    reply_noise,
+    reply_weights,
+    same_reply_shares,
+    scores,
+)
 from dmoa.errors import ConfigError
 from dmoa.training.episodes import Episodes, held_back
 from dmoa.types import FloatArray

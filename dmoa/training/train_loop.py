@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from dmoa.core.gate import Gate, GateSpec
+from dmoa.core.inference import one_thread
 from dmoa.core.losses import LossSums
-from dmoa.core.threads import one_thread
 from dmoa.errors import DmoaError
 from dmoa.training.objective import Batches, batch_loss
 from dmoa.training.options import TrainOptions

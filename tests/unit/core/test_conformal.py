@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dmoa.core.activation import activate
-from dmoa.core.conformal import fit_tau, fit_theta
+from dmoa.core.calibration import fit_tau, fit_theta
 from dmoa.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.core.constant_agents import MIN_ROWS, constant_agents, reply_key, same_reply_shares
+from dmoa.core.scores import MIN_ROWS, constant_agents, reply_key, same_reply_shares
 
 
 def keys(*columns: str) -> np.ndarray:  # type: ignore[type-arg]

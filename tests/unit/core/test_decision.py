@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from dmoa.config import GateConfig
 from dmoa.core.activation import activate
-from dmoa.core.decision import Decider
 from dmoa.core.gate import Gate, GateSpec, init_gate
-from dmoa.core.inference import product_apart, product_together, rows_agree
+from dmoa.core.inference import Decider, product_apart, product_together, rows_agree
 from dmoa.errors import NoAgentError, RoutingError
 from dmoa.types import RouteDecision, RouteRequest
 

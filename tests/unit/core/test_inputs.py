@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dmoa.core.inputs import FEEDBACK_FEATURES, feedback, gate_input
+from dmoa.core.features import FEEDBACK_FEATURES, feedback, gate_input
 
 QUERY_D = np.array([1, 2, 3], dtype=np.float32)
 SUMMARY_D = np.array([4, 5, 6], dtype=np.float32)

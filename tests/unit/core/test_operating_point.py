@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmoa.core.conformal import ALPHAS, fit_tau, fit_theta
+from dmoa.core.calibration import ALPHAS, MAX_REGRET, OperatingPoint, fit_operating_point, fit_tau, fit_theta
 from dmoa.core.gate import GateSpec
-from dmoa.core.operating_point import MAX_REGRET, OperatingPoint, fit_operating_point
 from dmoa.errors import ConfigError
 
 

@@ -18,8 +18,8 @@ import torch
 from dmoa import checkpoint, tracking
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
-from dmoa.core.conformal import ALPHAS
-from dmoa.core.decision import Decider
+from dmoa.core.calibration import ALPHAS
+from dmoa.core.inference import Decider
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.training import targets, train_loop
 from dmoa.training.curves import Curves
