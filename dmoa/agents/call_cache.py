@@ -22,8 +22,8 @@ from typing import TypeVar
 
 from filelock import FileLock
 
-from dmoa.agents.models import adapter_hash, model_id
 from dmoa.config import Config, callable_agents
+from dmoa.engines.models import adapter_hash, model_id
 from dmoa.errors import ConfigError
 from dmoa.protocols import AgentClient
 from dmoa.types import AgentCall, AgentReply, TextDelta

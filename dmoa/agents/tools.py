@@ -1,13 +1,9 @@
-"""Tools that an agent may use in the middle of a reply: a calculator, search over a local corpus, and Python.
-
-A model calls a tool by writing `<calculator>12*7</calculator>`. The closing tag is a stop string, so generation ends
-there; the agent runs the tool, appends the result and lets the model go on. Tools never raise: what went wrong is their
-result, for the model to read. The calculator evaluates with simpleeval, search ranks with bm25s (this is their home).
-"""
+"""The `python` tool: a short program of an agent runs in the sandbox, what it prints is the result."""
 
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import math
 import re
@@ -19,8 +15,64 @@ from typing import Any, Protocol
 import numpy as np
 from simpleeval import InvalidExpression, SimpleEval
 
-from dmoa.agents.python_tool import PythonTool
-from dmoa.errors import ConfigError
+from dmoa import sandbox
+from dmoa.errors import ConfigError, SandboxError
+
+LIMITS = sandbox.SandboxLimits(wall_s=5.0, cpu_s=5, memory_bytes=512 << 20, processes=16, output_bytes=16 << 10)
+MAX_SOURCE_CHARS = 8000
+MAX_RESULT_CHARS = 1000
+_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+# As at the prompt, the value of a last expression is shown; parsed inside, because parsing is work for a program's limits.
+_RUNNER = """
+import ast
+tree = ast.parse(open("snippet.py", encoding="utf-8").read(), "snippet.py")
+last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+names = {"__name__": "__main__"}
+exec(compile(tree, "snippet.py", "exec"), names)
+if last is not None:
+    value = eval(compile(ast.Expression(last.value), "snippet.py", "eval"), names)
+    if value is not None:
+        print(value)
+"""
+
+
+class PythonTool:
+    """Runs a Python program without network, files or memory of earlier calls."""
+
+    name = "python"
+    description = "To run Python, write <python>print(sorted([3, 1, 2]))</python>; what it prints follows."
+
+    async def run(self, argument: str) -> str:
+        """Return what the program printed, cut at 1000 characters, or `error: ...`."""
+        fenced = _FENCE.search(argument)
+        source = fenced[1] if fenced else argument
+        if not source.strip():
+            return "error: write a program between the tags, such as print(2**10)"
+        if len(source) > MAX_SOURCE_CHARS:
+            return f"error: the program has {len(source)} characters, at most {MAX_SOURCE_CHARS} are allowed"
+        program = sandbox.Program(source=_RUNNER, files={"snippet.py": source})
+        try:
+            result = await asyncio.to_thread(sandbox.run, program, LIMITS)
+        except SandboxError as error:
+            return f"error: {_one_line(str(error))}"
+        return _text(result)
+
+
+def _text(result: sandbox.SandboxResult) -> str:
+    if result.status == "sandbox_error":
+        return f"error: the sandbox failed: {_one_line(result.reason)}"
+    if result.status in ("ok", "output_limit"):
+        printed = result.stdout.strip()
+        if len(printed) > MAX_RESULT_CHARS:
+            return f"{printed[:MAX_RESULT_CHARS]} [cut]"
+        return printed or "the program printed nothing; print what you want to know"
+    lines = result.stderr.strip().splitlines()
+    return f"error: {_one_line(lines[-1] if result.status == 'failed' and lines else result.reason)}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
 
 MAX_EXPRESSION_CHARS = 400
 MAX_RESULT_DIGITS = 100

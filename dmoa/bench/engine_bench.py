@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from dmoa.agents.installed import vllm_builds
-from dmoa.agents.loading import LoadedModel, load_model, num_threads
-from dmoa.agents.models import fetch
-from dmoa.agents.transformers_engine import TransformersEngine
+from dmoa.agents.pool import vllm_builds
 from dmoa.bench import vllm_bench
 from dmoa.bench.measure import BenchResult, Spread, interleave, ratio, spread
 from dmoa.bench.stories import stories
 from dmoa.config import TransformersOptions
+from dmoa.engines.models import fetch
+from dmoa.engines.transformers.engine import TransformersEngine
+from dmoa.engines.transformers.load import LoadedModel, load_model, num_threads
 from dmoa.types import Generation, GenerationRequest
 
 MODEL = "smollm2-135m"

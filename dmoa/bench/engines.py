@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmoa.agents.installed import vllm_builds
+from dmoa.agents.pool import vllm_builds
 from dmoa.config import Config, LlmConfig
 from dmoa.errors import ConfigError
 from dmoa.validation import did_you_mean

@@ -15,13 +15,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dmoa.agents.models import fetch, resolve_model
 from dmoa.agents.pool import load_pool
 from dmoa.bench.bare_engine import recorded_swarm, replayed
 from dmoa.bench.call_graph import QueryCalls, Window, graph_of, read_calls, window_of
 from dmoa.bench.engines import LABELS, engines_here, on_engine
 from dmoa.bench.measure import BenchResult, ratio, record, spread
 from dmoa.config import Config
+from dmoa.engines.models import fetch, resolve_model
 from dmoa.errors import DmoaError
 from dmoa.evaluation.answering import Asking, Outcome, ask_swarm
 from dmoa.evaluation.pipeline import Workers, answer_all

@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from dmoa.agents.chat_tokens import encode_chat, load_tokenizer
-from dmoa.agents.models import fetch
 from dmoa.agents.pool import build_engine
 from dmoa.agents.prompts import COMMON_SYSTEM, agent_messages
 from dmoa.bench.engines import engines_here
 from dmoa.bench.measure import BenchResult, interleave, ratio, record, spread
 from dmoa.config import Config
+from dmoa.engines.chat_template import encode_chat, load_tokenizer
+from dmoa.engines.models import fetch
 from dmoa.protocols import Engine
 from dmoa.types import Generation, GenerationRequest, Message, Query, Sampling
 

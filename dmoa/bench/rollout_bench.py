@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmoa import __version__
-from dmoa.agents.models import fetch, resolve_model
 from dmoa.agents.pool import fingerprint, load_pool
 from dmoa.bench.bare_engine import recorded_swarm, replayed
 from dmoa.bench.call_graph import QueryCalls, Window, graph_of, read_calls, window_of
 from dmoa.bench.measure import BenchResult, Spread, ratio, record, spread
 from dmoa.config import Config
 from dmoa.dataflow import OVERCOMMIT
+from dmoa.engines.models import fetch, resolve_model
 from dmoa.errors import DmoaError
 from dmoa.evaluation.suites.table import SUITES
 from dmoa.training.rollout_collect import CollectSession, Prepared, Workers, collect

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from dmoa.agents.chat_tokens import encode_chat, load_tokenizer
-from dmoa.agents.vllm_args import engine_args
-from dmoa.agents.vllm_local import connect, engine_over
 from dmoa.bench.measure import BenchResult, interleave, ratio, record, spread
 from dmoa.bench.stories import stories
 from dmoa.config import LlmConfig, VllmOptions
+from dmoa.engines.chat_template import encode_chat, load_tokenizer
+from dmoa.engines.vllm.local import connect, engine_over
+from dmoa.engines.vllm.options import engine_args
 from dmoa.protocols import Engine
 from dmoa.types import GenerationRequest
 

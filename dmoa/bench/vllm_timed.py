@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from vllm.v1.sample.logits_processor import BatchUpdate
 
-from dmoa.agents.vllm_entropy import EntropyProcessor, EntropyWorker
+from dmoa.engines.vllm.entropy import EntropyProcessor, EntropyWorker
 
 
 class TimedProcessor(EntropyProcessor):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from dmoa.agents.installed import installed_version, vllm_builds
+from dmoa.agents.pool import installed_version, vllm_builds
 from dmoa.cli.options import EXIT_FAILED, Common, with_common
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.validation import redact_text
@@ -149,7 +149,7 @@ def port_check(host: str, port: int) -> Check:
 
 
 def _models() -> Iterator[Check]:
-    from dmoa.agents.models import EMBEDDED, path
+    from dmoa.engines.models import EMBEDDED, path
 
     for name in EMBEDDED:
         folder = path(name)

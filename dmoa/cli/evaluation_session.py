@@ -197,8 +197,8 @@ def _pool(config: Config) -> PoolInfo:
 def _workers(options: EvaluateOptions, config: Config) -> Workers:
     """Return how a pool's answering is spread: every worker has all engines, and as many places as they decode at once."""
     from dmoa.agents.call_cache import CallStore
-    from dmoa.agents.gpu_slices import pool_gpus
     from dmoa.cli.answerers import OpenPool
+    from dmoa.engines.gpus import pool_gpus
     from dmoa.evaluation.pipeline import Workers
     from dmoa.serving.agents import ENGINE_ENV
 

@@ -146,7 +146,7 @@ def new_query(config: Config, question: str, turns: Sequence[Message], wish: Wis
 
 def fetch_models(config: Config, say: Callable[[str], None]) -> None:
     """Fetch what a pool's engines and encoder load, saying what is under way. Raises ModelFetchError, ConfigError."""
-    from dmoa.agents.models import fetch, resolve_model
+    from dmoa.engines.models import fetch, resolve_model
 
     for name, llm in config.llms.items():
         if llm.engine not in ("scripted", "openai"):

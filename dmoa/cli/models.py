@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dmoa.agents import models
 from dmoa.cli.options import Common, with_common
+from dmoa.engines import models
 from dmoa.errors import ModelFetchError
 
 app = typer.Typer(rich_markup_mode=None, help="The embedded models: list them, fetch them, find them.")

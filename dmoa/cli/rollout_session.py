@@ -106,8 +106,8 @@ def build_session(options: RolloutOptions, config: Config, common: Common, bars:
 def _workers(options: RolloutOptions, config: Config) -> Workers:
     """Return how the asking is spread: every worker has all engines, and as many places as they decode at once."""
     from dmoa.agents.call_cache import CallStore
-    from dmoa.agents.gpu_slices import pool_gpus
     from dmoa.cli.answerers import OpenCollectingPool
+    from dmoa.engines.gpus import pool_gpus
     from dmoa.serving.agents import ENGINE_ENV
     from dmoa.training.rollout_collect import Workers
     from dmoa.training.rollout_stage import width

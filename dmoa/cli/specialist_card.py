@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmoa.agents.models import model_id, resolve_model
 from dmoa.cli.specialist_recipes import Recipe, Source, SpecialistOptions, prompt_of, validation_rows
 from dmoa.config import TransformersOptions
+from dmoa.engines.models import model_id, resolve_model
 from dmoa.evaluation.records import Reply
 from dmoa.evaluation.suites.table import SUITES
 from dmoa.training.specialists import Trained
@@ -64,7 +64,7 @@ def write_card(trained: Trained, options: SpecialistOptions, command: str, *, co
 
 
 async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> dict[str, SuiteFigures]:
-    from dmoa.agents.transformers_engine import TransformersEngine
+    from dmoa.engines.transformers.engine import TransformersEngine
 
     engine = TransformersEngine(
         resolve_model(options.model), TransformersOptions(threads=recipe.threads), adapters={options.name: folder}

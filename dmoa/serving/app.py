@@ -17,8 +17,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from dmoa.agents.installed import check_vllm
-from dmoa.agents.pool import check_files, fingerprint
+from dmoa.agents.pool import check_files, check_vllm, fingerprint
 from dmoa.config import Config, LimitsConfig, callable_agents
 from dmoa.dispatch import PATIENCE_S
 from dmoa.errors import DmoaError, PoolChangedError

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dmoa.agents.model_size import ModelSize, measure_models
-from dmoa.agents.models import resolve_adapter
 from dmoa.agents.pool import check_corpus, check_files
 from dmoa.config import Config, TransformersOptions, VllmOptions, callable_agents
+from dmoa.engines.models import resolve_adapter
+from dmoa.engines.size import ModelSize, measure_models
 from dmoa.errors import ConfigError
 from dmoa.serving.feasibility import judge, memory_of
 from dmoa.serving.gpu_memory import Memory, estimate

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dmoa.agents.model_size import DTYPE_BYTES, ModelSize
 from dmoa.config import LlmConfig, TransformersOptions, VllmOptions
+from dmoa.engines.size import DTYPE_BYTES, ModelSize
 from dmoa.serving.placement import Deployment
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from ray import serve
 from ray.serve.llm import LLMConfig, LLMServer
 
-from dmoa.agents.vllm_args import cpu_environment, engine_args, local_source, remote_source, vllm_options
-from dmoa.agents.vllm_local import check_adapters, engine_over
 from dmoa.config import AgentConfig, Config, LlmConfig, VllmOptions
+from dmoa.engines.vllm.local import check_adapters, engine_over
+from dmoa.engines.vllm.options import cpu_environment, engine_args, local_source, remote_source, vllm_options
 from dmoa.serving.agents import Answers, hosted_agents
 
 

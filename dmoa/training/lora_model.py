@@ -17,10 +17,10 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmoa.agents.loading import load_model
-from dmoa.agents.models import resolve_model
 from dmoa.config import Node, TransformersOptions
 from dmoa.core.entropy import token_entropy
+from dmoa.engines.models import resolve_model
+from dmoa.engines.transformers.load import load_model
 from dmoa.training.lora_packs import Packs, pack
 from dmoa.training.lora_rows import Encoded
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dmoa.agents.models import model_id
+from dmoa.engines.models import model_id
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.tracking import Mode, keep_run_id
 from dmoa.training.lora_loop import ADAPTER, STATE, LoraJob, Schedule, latest_state, train_worker

@@ -21,15 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmoa.agents.adapters import Adapters
-from dmoa.agents.decode_loop import DecodeLoop, Running
-from dmoa.agents.loading import LoadedModel, load_model, num_threads
-from dmoa.agents.models import fetch
-from dmoa.agents.sampling import draw_for
-from dmoa.agents.text_stream import TextStream
-from dmoa.agents.transformers_engine import TransformersEngine
 from dmoa.config import TransformersOptions
 from dmoa.core.entropy import EntropySums
+from dmoa.engines.models import fetch
+from dmoa.engines.transformers.decode import DecodeLoop, Running, TextStream, draw_for
+from dmoa.engines.transformers.engine import TransformersEngine
+from dmoa.engines.transformers.load import LoadedModel, load_model, num_threads
+from dmoa.engines.transformers.lora import Adapters
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself

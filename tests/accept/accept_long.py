@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-from dmoa.agents.installed import vllm_builds
+from dmoa.agents.pool import vllm_builds
 
 ROOT = Path(__file__).parents[2]
 

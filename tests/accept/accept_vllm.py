@@ -17,11 +17,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dmoa.agents.installed import vllm_builds
-from dmoa.agents.models import resolve_adapter, resolve_model
-from dmoa.agents.transformers_engine import TransformersEngine
-from dmoa.agents.vllm_local import start_vllm
+from dmoa.agents.pool import vllm_builds
 from dmoa.config import LlmConfig, TransformersOptions
+from dmoa.engines.models import resolve_adapter, resolve_model
+from dmoa.engines.transformers.engine import TransformersEngine
+from dmoa.engines.vllm.local import start_vllm
 from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
 

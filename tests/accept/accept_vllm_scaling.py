@@ -20,7 +20,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
-from dmoa.agents.installed import vllm_builds
+from dmoa.agents.pool import vllm_builds
 from tests.integration.server import Served, serve
 
 POOL = """

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from dmoa.agents.models import resolve_adapter, resolve_model
 from dmoa.agents.pool import load_pool
 from dmoa.cli.evaluation_session import check_policies
 from dmoa.config import loads
+from dmoa.engines.models import resolve_adapter, resolve_model
 from dmoa.errors import DmoaError
 from dmoa.evaluation.options import parse_options as evaluate_options
 from dmoa.evaluation.registry import expand_names

@@ -125,7 +125,7 @@ def test_the_ingress_side_never_loads_torch() -> None:
 
 
 def test_a_replica_that_only_speaks_to_endpoints_stays_light() -> None:
-    assert loaded_by("import dmoa.agents.openai_engine, dmoa.agents.pool") == set()
+    assert loaded_by("import dmoa.engines.openai, dmoa.agents.pool") == set()
 
 
 def test_core_is_torch_and_numpy_only() -> None:

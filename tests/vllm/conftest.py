@@ -37,8 +37,8 @@ async def vllm() -> AsyncIterator[Running]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from dmoa.agents.models import resolve_adapter, resolve_model
-    from dmoa.agents.vllm_engine import VllmEngine
+    from dmoa.engines.models import resolve_adapter, resolve_model
+    from dmoa.engines.vllm.engine import VllmEngine
 
     folder = resolve_model("embedded:smollm2-135m")
     assert isinstance(folder, Path)
@@ -56,8 +56,8 @@ async def vllm() -> AsyncIterator[Running]:
             enable_lora=True,
             max_loras=len(ADAPTERS) + 1,  # the last slot stays empty, see `serving/vllm_server`
             max_lora_rank=8,
-            logits_processors=["dmoa.agents.vllm_entropy:EntropyProcessor"],
-            worker_extension_cls="dmoa.agents.vllm_entropy.EntropyWorker",
+            logits_processors=["dmoa.engines.vllm.entropy:EntropyProcessor"],
+            worker_extension_cls="dmoa.engines.vllm.entropy.EntropyWorker",
         )
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dmoa.agents.vllm_engine import EntropyTaker, Listed, VllmEngine
-from dmoa.agents.vllm_entropy import KEY
 from dmoa.core.entropy import token_entropy
+from dmoa.engines.vllm.engine import EntropyTaker, Listed, VllmEngine
+from dmoa.engines.vllm.entropy import KEY
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
 from tests.vllm.conftest import CHUNK_TOKENS, MAX_MODEL_LEN, Running
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import ray
 
-from dmoa.agents.vllm_engine import _Reply
 from dmoa.config import Config
+from dmoa.engines.vllm.engine import _Reply
 from dmoa.errors import EngineError
 
 with warnings.catch_warnings():

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dmoa.agents.entropy_store import RequestSums
-from dmoa.agents.vllm_engine import Listed, VllmEngine
+from dmoa.engines.vllm.engine import Listed, VllmEngine
+from dmoa.engines.vllm.entropy_store import RequestSums
 from dmoa.errors import EngineError
 from dmoa.types import GenerationRequest, Message, Sampling, TextDelta
 from tests.unit.agents.conftest import tiny_tokenizer

@@ -17,8 +17,8 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors, MoveDirectionality
 
-from dmoa.agents.entropy_store import RequestSums
-from dmoa.agents.vllm_entropy import KEY, EntropyProcessor, EntropyWorker
+from dmoa.engines.vllm.entropy import KEY, EntropyProcessor, EntropyWorker
+from dmoa.engines.vllm.entropy_store import RequestSums
 
 SAMPLED_LATER = -1
 """What stands for a token whose number the host does not know yet."""

@@ -18,9 +18,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dmoa.agents.models import fetch
-from dmoa.agents.transformers_engine import TransformersEngine
 from dmoa.config import TransformersOptions
+from dmoa.engines.models import fetch
+from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.types import GenerationRequest, Message, Sampling
 
 # Some virtual machines report AMX but do not run it; read by oneDNN at its first product.

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmoa.agents.adapter_files import EngineName, check_adapter
-from dmoa.agents.models import resolve_adapter
 from dmoa.agents.pool import check_files
-from dmoa.agents.transformers_engine import TransformersEngine
-from dmoa.agents.vllm_local import start_vllm
 from dmoa.config import Config, TransformersOptions
+from dmoa.engines.adapter_files import EngineName, check_adapter
+from dmoa.engines.models import resolve_adapter
+from dmoa.engines.transformers.engine import TransformersEngine
+from dmoa.engines.vllm.local import start_vllm
 from dmoa.errors import ConfigError
 from dmoa.serving.dry_run import dry_run
 from tests.unit.agents.conftest import ADAPTERS
@@ -274,7 +274,7 @@ def test_a_model_that_is_not_here_leaves_the_adapter_itself_to_be_looked_at(plai
 def test_headers_settle_what_fits_and_nothing_heavy_is_loaded(tiny_model: Path, plain: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_model / "model.safetensors", tmp_path)  # no config.json: no model could be built
     code = (
-        "import sys; from pathlib import Path; from dmoa.agents.adapter_files import check_adapter\n"
+        "import sys; from pathlib import Path; from dmoa.engines.adapter_files import check_adapter\n"
         f"check_adapter('adapter', Path({str(plain)!r}), base=Path({str(tmp_path)!r}), engine='transformers')\n"
         "print({'torch', 'transformers', 'peft'} & set(sys.modules))"
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dmoa.agents.chat_tokens import encode_chat
+from dmoa.engines.chat_template import encode_chat
 from dmoa.errors import EngineError
 from dmoa.types import Message
 

@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai_server import answer, playing, request
 
-from dmoa.agents.control_names import break_names
-from dmoa.agents.openai_engine import OpenaiEngine
 from dmoa.config import OpenaiOptions
+from dmoa.engines.openai import OpenaiEngine, break_names
 from dmoa.types import GenerationRequest, Message, Sampling
 
 NAMES = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmoa.agents import models
 from dmoa.agents.embedder import AsyncEncoder, D, HashEncoder, MiniLmEncoder
+from dmoa.engines import models
 from dmoa.errors import ModelFetchError
 from dmoa.types import FloatArray
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoa.agents.entropy_store import EntropyStore
 from dmoa.core.entropy import token_entropy
+from dmoa.engines.vllm.entropy_store import EntropyStore
 
 V = 7
 

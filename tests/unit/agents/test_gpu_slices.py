@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dmoa.agents import loading
-from dmoa.agents.gpu_slices import GpuSlice, local_gpus, pool_gpus, share_gpus, visible_gpus
 from dmoa.config import Config, TransformersOptions
+from dmoa.engines.gpus import GpuSlice, local_gpus, pool_gpus, share_gpus, visible_gpus
+from dmoa.engines.transformers import load as loading
 from dmoa.errors import ConfigError
 
 

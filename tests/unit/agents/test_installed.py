@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dmoa.agents.installed import check_vllm, installed_version, vllm_builds
+from dmoa.agents.pool import check_vllm, installed_version, vllm_builds
 from dmoa.config import loads
 from dmoa.errors import ConfigError
 

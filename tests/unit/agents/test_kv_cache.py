@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.agents.kv_cache import KvRows, PrefixStore, StoredPrefix, common_prefix
+from dmoa.engines.transformers.kv_cache import KvRows, PrefixStore, StoredPrefix, common_prefix
 
 TOKENS = st.lists(st.integers(0, 2), max_size=12)
 

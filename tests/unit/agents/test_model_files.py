@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dmoa.agents.model_files import check_model
 from dmoa.agents.pool import check_corpus, check_files
 from dmoa.config import Config
+from dmoa.engines.model_files import check_model
 from dmoa.errors import ConfigError
 
 

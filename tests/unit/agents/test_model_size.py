@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dmoa.agents.model_size import ModelSize, _bits, _is_in, measure, measure_models
+from dmoa.engines.size import ModelSize, _bits, _is_in, measure_model, measure_models
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -37,7 +37,7 @@ def folder_of(tmp_path: Path, **changes: Any) -> Path:
 
 
 def size_of(tmp_path: Path, **changes: Any) -> ModelSize:
-    found = measure(folder_of(tmp_path, **changes))
+    found = measure_model(folder_of(tmp_path, **changes))
     assert isinstance(found, ModelSize), found
     return found
 
@@ -101,7 +101,7 @@ def test_weights_in_mxfp4_are_counted_by_their_bits(tmp_path: Path) -> None:
         "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": kept},
     }
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    size = measure(tmp_path)
+    size = measure_model(tmp_path)
     assert isinstance(size, ModelSize)
     experts = 36 * 128 * (2880 * 5760 + 2880 * 2880)
     assert size.num_parameters == 116_829_156_672
@@ -112,11 +112,11 @@ def test_weights_in_mxfp4_are_counted_by_their_bits(tmp_path: Path) -> None:
 
 def test_an_index_tells_the_bytes_of_quantised_weights(tmp_path: Path) -> None:
     folder_of(tmp_path, quantization_config={"quant_method": "nobody-knows"})
-    unknown = measure(tmp_path)
+    unknown = measure_model(tmp_path)
     assert isinstance(unknown, ModelSize)
     assert (unknown.quantization, unknown.weight_bytes("bfloat16")) == ("nobody-knows", None)
     (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 4321}}', encoding="utf-8")
-    known = measure(tmp_path)
+    known = measure_model(tmp_path)
     assert isinstance(known, ModelSize)
     assert known.weight_bytes("bfloat16") == 4321
 
@@ -163,7 +163,7 @@ def test_modules_left_as_they_were(module: str, is_in: bool) -> None:
 )
 def test_a_config_that_cannot_be_built_is_unknown(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config, encoding="utf-8")
-    found = measure(tmp_path)
+    found = measure_model(tmp_path)
     assert isinstance(found, str)
     assert "config.json" in found
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dmoa.agents import models
-from dmoa.agents.models import EmbeddedModel, HubModel, install, is_intact
+from dmoa.engines import models
+from dmoa.engines.models import EmbeddedModel, HubModel, install, is_intact
 from dmoa.errors import ConfigError, ModelFetchError
 
 FILES = {"modules.json": b"[]", "model.safetensors": b"weights" * 100, "1_Pooling/config.json": b"{}"}
@@ -22,7 +22,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tests.unit.agents.test_models import describe_wheel
-from dmoa.agents.models import install
+from dmoa.engines.models import install
 work, me, other = Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 
 def download(model, into):

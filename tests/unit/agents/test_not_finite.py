@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmoa.agents.agent import Agent
-from dmoa.agents.sampling import draw_for, pick_tokens
-from dmoa.agents.transformers_engine import TransformersEngine
 from dmoa.config import AgentConfig, TransformersOptions
 from dmoa.core.aggregate import contributions
+from dmoa.engines.transformers.decode import draw_for, pick_tokens
+from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import EngineError
 from dmoa.types import AgentCall, Message, Sampling
 from tests.unit.agents.conftest import ADAPTERS, request, save_tiny_model

@@ -17,8 +17,8 @@ import pytest
 from openai_server import Call, FakeEndpoint, Turn, answer, content, opening, playing, refusal, request
 
 from dmoa.agents.agent import Agent
-from dmoa.agents.openai_engine import OpenaiEngine
 from dmoa.config import AgentConfig, OpenaiOptions
+from dmoa.engines.openai import OpenaiEngine
 from dmoa.errors import AgentOverloadedError, ConfigError, EngineError, PromptTooLongError
 from dmoa.types import AgentCall, AgentReply, Generation, Message, Sampling
 

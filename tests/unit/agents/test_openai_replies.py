@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from openai_server import Call, FakeEndpoint, Turn, content, event_bytes, playing, request, row
 
-from dmoa.agents.openai_engine import OpenaiEngine
-from dmoa.agents.openai_replies import events
 from dmoa.config import OpenaiOptions
+from dmoa.engines.openai import OpenaiEngine
+from dmoa.engines.openai_replies import events
 from dmoa.errors import EngineError
 from dmoa.types import Generation
 

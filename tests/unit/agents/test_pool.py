@@ -12,7 +12,7 @@ import torch
 from openai_server import answer, playing
 
 from dmoa import checkpoint
-from dmoa.agents import installed
+from dmoa.agents import pool as installed
 from dmoa.agents.embedder import HashEncoder
 from dmoa.agents.pool import (
     build_encoder,
@@ -25,8 +25,8 @@ from dmoa.agents.pool import (
     llm_id,
     load_pool,
 )
-from dmoa.agents.scripted import ScriptedEngine
 from dmoa.config import Config, callable_agents, summarizer_agent
+from dmoa.engines.scripted import ScriptedEngine
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm

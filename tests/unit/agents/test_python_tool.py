@@ -4,8 +4,7 @@ import asyncio
 
 import pytest
 
-from dmoa.agents.python_tool import MAX_RESULT_CHARS, MAX_SOURCE_CHARS, PythonTool
-from dmoa.agents.tools import default_tools, find_call, instructions, result_text
+from dmoa.agents.tools import MAX_RESULT_CHARS, MAX_SOURCE_CHARS, PythonTool, default_tools, find_call, instructions, result_text
 from dmoa.config import loads
 
 
@@ -83,7 +82,7 @@ def test_where_the_sandbox_refuses_the_result_says_so() -> None:
     import sys
 
     script = (
-        "import asyncio, sys\nfrom dmoa.agents.python_tool import PythonTool\nsys.platform = 'darwin'\n"
+        "import asyncio, sys\nfrom dmoa.agents.tools import PythonTool\nsys.platform = 'darwin'\n"
         "loop = asyncio.new_event_loop()\nprint(loop.run_until_complete(PythonTool().run('1')))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoa.agents.sampling import draw_for, nucleus, pick_tokens
-from dmoa.agents.text_stream import TextStream
+from dmoa.engines.transformers.decode import TextStream, draw_for, nucleus, pick_tokens
 from dmoa.types import Sampling
 from tests.unit.agents.conftest import tiny_tokenizer
 

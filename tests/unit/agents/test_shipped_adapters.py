@@ -10,11 +10,11 @@ import pytest
 from safetensors import safe_open
 
 import dmoa
-from dmoa.agents.models import model_id, resolve_adapter, resolve_model
 from dmoa.agents.pool import check_files, fingerprint, load_pool, packaged_pools
 from dmoa.agents.prompts import agent_messages
-from dmoa.agents.transformers_engine import TransformersEngine
 from dmoa.config import AgentConfig, TransformersOptions
+from dmoa.engines.models import model_id, resolve_adapter, resolve_model
+from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply
 from dmoa.evaluation.suites.table import SUITES

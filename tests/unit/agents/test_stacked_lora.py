@@ -9,8 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from dmoa.agents.adapters import Adapters
-from dmoa.agents.stacked_lora import StackedLora
+from dmoa.engines.transformers.lora import Adapters, StackedLora
 from dmoa.errors import ConfigError
 from tests.unit.agents.conftest import peft_warnings_off
 

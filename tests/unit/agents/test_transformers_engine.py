@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dmoa.agents.transformers_engine import TransformersEngine
 from dmoa.config import TransformersOptions
+from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta
 from tests.unit.agents.conftest import (

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from dmoa.agents.decode_loop import SPLIT_TOKENS
-from dmoa.agents.transformers_engine import TransformersEngine
 from dmoa.config import TransformersOptions
+from dmoa.engines.transformers.decode import SPLIT_TOKENS
+from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import ConfigError, EngineError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta
 from tests.unit.agents.conftest import ADAPTERS, plain_model, request, save_tiny_model, teacher_forced_entropies, tiny_tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dmoa.agents.transformers_engine import TransformersEngine
+from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.types import GenerationRequest, Message, Sampling
 from tests.accept.accept_engine import entropy_errors, mixed_requests
 

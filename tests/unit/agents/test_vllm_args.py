@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from dmoa.agents.vllm_args import cpu_environment, engine_args, local_source, remote_source, vllm_options
 from dmoa.config import LlmConfig, VllmOptions
+from dmoa.engines.vllm.options import cpu_environment, engine_args, local_source, remote_source, vllm_options
 from dmoa.errors import ConfigError
 
 
@@ -30,8 +30,8 @@ def test_on_a_gpu_vllm_chooses_what_the_pool_leaves_open() -> None:
         "enforce_eager": False,
         "enable_prefix_caching": True,
         "gpu_memory_utilization": 0.9,
-        "logits_processors": ["dmoa.agents.vllm_entropy:EntropyProcessor"],
-        "worker_extension_cls": "dmoa.agents.vllm_entropy.EntropyWorker",
+        "logits_processors": ["dmoa.engines.vllm.entropy:EntropyProcessor"],
+        "worker_extension_cls": "dmoa.engines.vllm.entropy.EntropyWorker",
         "revision": "abc",
         "tokenizer_revision": "abc",
     }

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from dmoa.agents import gpu_slices, pool, transformers_engine, vllm_local
+from dmoa.agents import pool
 from dmoa.agents.pool import build_local
 from dmoa.config import Config
+from dmoa.engines import gpus as gpu_slices
+from dmoa.engines.transformers import engine as transformers_engine
+from dmoa.engines.vllm import local as vllm_local
 from dmoa.errors import ConfigError
 
 GPU_NAMES = ("CUDA_VISIBLE_DEVICES", "VLLM_WORKER_MULTIPROC_METHOD")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dmoa.agents.scripted import ScriptedEngine
 from dmoa.bench.call_graph import RecordedCall, RecordingEngine, graph_of, read_calls, replay, replay_flat, window_of
 from dmoa.bench.pipeline_bench import BAR, Round, judged, wide_result
 from dmoa.config import ScriptedOptions
+from dmoa.engines.scripted import ScriptedEngine
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
 
 

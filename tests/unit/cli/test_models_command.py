@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dmoa.agents import models
 from dmoa.cli.main import app
+from dmoa.engines import models
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dmoa.agents.installed import vllm_builds
-from dmoa.agents.pool import load_pool
+from dmoa.agents.pool import load_pool, vllm_builds
 from dmoa.config import from_tree
 from dmoa.errors import ConfigError
 from tests.unit.cluster.manifests import CLUSTER, ROOT, SERVICE, one

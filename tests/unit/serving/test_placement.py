@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dmoa.agents.model_size import ModelSize
 from dmoa.agents.pool import load_pool, packaged_pools
 from dmoa.config import Config
+from dmoa.engines.size import ModelSize
 from dmoa.serving.dry_run import DryRun, assemble
 from dmoa.serving.gpu_supply import GpuNode, Supply, kind_of_device, local_supply, nodes_of_ray, published_bytes
 from dmoa.serving.placement import plan_of

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
 from dmoa.agents.agent import Agent, LocalAgents
-from dmoa.agents.scripted import ScriptedEngine
 from dmoa.config import AgentConfig, ScriptedOptions
+from dmoa.engines.scripted import ScriptedEngine
 from dmoa.policies.single import SinglePolicy
 from dmoa.types import Answer, Query, StepRecord, TextDelta
 from tests.unit.fakes import Schedule, asks, orchestrator_of

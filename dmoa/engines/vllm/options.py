@@ -6,8 +6,8 @@ import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from dmoa.agents.models import HubModel, resolve_model
 from dmoa.config import LlmConfig, VllmOptions
+from dmoa.engines.models import HubModel, resolve_model
 from dmoa.errors import ConfigError
 
 _CPU_BLOCK_SIZE = 32
@@ -38,8 +38,8 @@ def engine_args(part: LlmConfig, given: VllmOptions, adapters: Collection[str]) 
         "enable_prefix_caching": given.prefix_cache,
     }
     if given.entropy == "exact":
-        found["logits_processors"] = ["dmoa.agents.vllm_entropy:EntropyProcessor"]
-        found["worker_extension_cls"] = "dmoa.agents.vllm_entropy.EntropyWorker"
+        found["logits_processors"] = ["dmoa.engines.vllm.entropy:EntropyProcessor"]
+        found["worker_extension_cls"] = "dmoa.engines.vllm.entropy.EntropyWorker"
     if given.enable_sleep_mode:
         found["enable_sleep_mode"] = True
     if given.max_model_len is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dmoa.agents.models import check_embedded, resolve_model
+from dmoa.engines.models import check_embedded, resolve_model
 from dmoa.errors import ConfigError
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"

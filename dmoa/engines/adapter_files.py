@@ -120,7 +120,7 @@ def check_adapter(
             return adapter
     except (OSError, ValueError, KeyError, TypeError):  # ConfigError is a ValueError
         pass  # the files may name layers otherwise than the model does: the model itself decides
-    from dmoa.agents.model_size import meta_model
+    from dmoa.engines.size import meta_model
 
     model = meta_model(base, has_parts=engine == "transformers")
     if model is not None:

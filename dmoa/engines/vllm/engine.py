@@ -21,11 +21,11 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from dmoa.agents.chat_tokens import encode_chat, room_for_reply
-from dmoa.agents.entropy_store import RequestSums
-from dmoa.agents.vllm_entropy import KEY
 from dmoa.core.entropy import NOT_FINITE
 from dmoa.core.truncated_entropy import TruncatedSums
+from dmoa.engines.chat_template import encode_chat, room_for_reply
+from dmoa.engines.vllm.entropy import KEY
+from dmoa.engines.vllm.entropy_store import RequestSums
 from dmoa.errors import EngineError
 from dmoa.types import FinishReason, Generation, GenerationRequest, Sampling, TextDelta
 

@@ -9,15 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmoa.agents.adapter_files import check_adapter
-from dmoa.agents.chat_tokens import load_tokenizer
-from dmoa.agents.model_size import cached_folder
-from dmoa.agents.models import model_id, resolve_adapter
-from dmoa.agents.vllm_args import cpu_environment, engine_args, gpu_environment, local_source, remote_source, vllm_options
 from dmoa.config import LlmConfig, VllmOptions
+from dmoa.engines.adapter_files import check_adapter
+from dmoa.engines.chat_template import load_tokenizer
+from dmoa.engines.models import model_id, resolve_adapter
+from dmoa.engines.size import cached_folder
+from dmoa.engines.vllm.options import cpu_environment, engine_args, gpu_environment, local_source, remote_source, vllm_options
 
 if TYPE_CHECKING:
-    from dmoa.agents.gpu_slices import GpuSlice
+    from dmoa.engines.gpus import GpuSlice
+
 
 _ENVIRONMENT = threading.Lock()
 """Held while this process's environment is that of an engine which starts."""
@@ -88,7 +89,7 @@ def _start(args: Mapping[str, Any]) -> Any:
 
 def engine_over(client: Any, part: LlmConfig, given: VllmOptions, adapters: Collection[str]) -> Any:
     """Return dmoa's engine over a started vLLM client; reads the tokenizer."""
-    from dmoa.agents.vllm_engine import Listed, VllmEngine
+    from dmoa.engines.vllm.engine import Listed, VllmEngine
 
     built = client.vllm_config.model_config
     return VllmEngine(

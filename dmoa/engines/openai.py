@@ -1,7 +1,10 @@
-"""One OpenAI-compatible endpoint over HTTP: what is sent to it, when it is asked again, and what its refusals mean.
+"""Breaks up the names of control tokens in texts for an endpoint, which may read them as real ones.
 
-Between `openai_engine`, which bounds calls by places and deadlines, and `openai_replies`, which reads what comes back. The key
-is known here alone; texts of the endpoint are quoted in errors only with the key taken out.
+Where a turn begins and ends is said by tokens with names such as `<|im_end|>`. An endpoint that puts messages into its template
+as text, as most servers of open models do, takes such a name in a message for the token itself: a user's text, a tool's result
+or another agent's reply could end its turn and open a system turn. Engines that we tokenise for need none of this
+(`chat_tokens`). The break is a space that one can see, behind the first character: servers that clean texts remove characters
+without width, and the name would stand again.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from random import SystemRandom
 from typing import Any
@@ -23,13 +27,40 @@ from typing import Any
 import httpx
 
 from dmoa import __version__
-from dmoa.agents.control_names import break_names
-from dmoa.agents.openai_replies import Draft, error_field, error_message, events
 from dmoa.config import OpenaiOptions
-from dmoa.errors import AgentOverloadedError, ConfigError, DmoaError, EngineError, PromptTooLongError
+from dmoa.engines.openai_replies import Draft, error_field, error_message, estimated_tokens, events
+from dmoa.errors import AgentOverloadedError, ConfigError, DeadlineError, DmoaError, EngineError, PromptTooLongError
 from dmoa.loopback import uses_proxies
-from dmoa.types import GenerationRequest
+from dmoa.types import Generation, GenerationRequest, Message, TextDelta
 from dmoa.validation import Conceal, redact_text
+
+_NAMES = re.compile(
+    # ChatML, Qwen, Llama 3, Phi, GPT-OSS's harmony, Zephyr, Command, Granite, Kimi: a word between <| and |>, or beside one.
+    r"<\|[^\s<>|]{1,64}\|>|<\|[A-Za-z_]{1,40}>|<[A-Za-z_]{1,40}\|>"
+    # DeepSeek and Hunyuan, with fullwidth bars.
+    r"|<\uff5c[^<>\uff5c\n]{1,64}\uff5c>"
+    # EXAONE.
+    r"|\[\|[^\s\[\]|]{1,64}\|\]"
+    # Llama 2 and Mistral.
+    r"|</?s>|\[/?INST\]|<</?SYS>>"
+    r"|\[/?(?:AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT|ARGS|CALL_ID|PREFIX|MIDDLE|SUFFIX|IMG)\]"
+    # Gemma, and names that many share.
+    r"|<(?:start|end)_of_(?:turn|image|audio)>|</?(?:bos|eos|pad|unk|sep|cls|mask|eod|eot|sop|eop)>"
+    # Qwen's tools.
+    r"|</?tool_(?:call|calls|response|responses)>"
+    # GLM, BERT, MiniMax, Seed.
+    r"|\[(?:gMASK|sMASK|MASK|CLS|SEP|PAD|UNK)\]|\]~[!b]\[|\]~b\]|\[e~\[|<seed:\w{1,40}>",
+    re.IGNORECASE,
+)
+
+
+def break_names(text: str) -> str:
+    """Return a text in which no control token of a common family is named; others come back as they are."""
+    # Again, because what overlapped the name may be one itself.
+    while _NAMES.search(text):
+        text = _NAMES.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    return text
+
 
 _LOG = logging.getLogger("dmoa.openai")
 CONNECT_TIMEOUT_S = 10.0
@@ -281,3 +312,145 @@ def _retry_after_s(value: str) -> float | None:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, TypeError):
         return None
+
+
+_TEMPLATE_CHARS = 16
+"""What a chat template adds to a message, in an estimate of its length."""
+
+
+@dataclass(slots=True)
+class _Room:
+    """What belongs to one event loop: the connections, and the places of calls in flight."""
+
+    loop: asyncio.AbstractEventLoop
+    client: httpx.AsyncClient
+    places: asyncio.Semaphore
+    limits: set[asyncio.Timeout] = field(default_factory=set)
+    """What ends the calls in flight: at their deadlines, or at once when the engine closes."""
+
+
+class OpenaiEngine:
+    """Asks one model of an endpoint; implements `protocols.Engine`. Serves one event loop at a time."""
+
+    def __init__(self, model: str, options: OpenaiOptions, *, max_num_seqs: int) -> None:
+        """`model` is the name that the endpoint knows. Sends nothing yet; raises ConfigError where the key is not set."""
+        self._model = model
+        self._options = options
+        self._max_num_seqs = max_num_seqs
+        self._endpoint = Endpoint(model, options)
+        self._is_told = False
+        self._is_closed = False
+        self._room: _Room | None = None
+
+    @property
+    def label(self) -> str:
+        """Engine and the options that may change numbers, such as `openai/top20/vocab128000`."""
+        return f"openai/top{self._options.top_logprobs}/vocab{self._options.vocab_size}"
+
+    @property
+    def num_running(self) -> int:
+        """Calls in flight at this moment, those that wait for a place included."""
+        return len(self._room.limits) if self._room else 0
+
+    def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """Return an estimate of a conversation's prompt in tokens, by its length: an endpoint shows no tokenizer."""
+        return estimated_tokens(_prompt_chars(messages))
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Generate one continuation. Cancelling closes the connection.
+
+        Raises EngineError for what the endpoint refuses or garbles, PromptTooLongError, AgentOverloadedError where it stays
+        busy, DeadlineError where the deadline passes first.
+        """
+        return await self._answer(request, None)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TextDelta | Generation, None]:
+        """Generate one continuation, yielding pieces of text as they come and last the Generation.
+
+        A deadline in mid-text ends it with what is there, as `length`. Closing the iterator closes the connection. Raises as
+        `generate`; a connection lost in mid-text is not opened again.
+        """
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        answering = asyncio.create_task(self._answer(request, pieces.put_nowait))
+        answering.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield TextDelta(text=piece)
+            yield await answering
+        finally:
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Close the connections; requests in flight fail with EngineError."""
+        self._is_closed = True
+        room, self._room = self._room, None
+        if room is not None and room.loop is asyncio.get_running_loop():
+            for limit in room.limits:
+                if not limit.expired():
+                    limit.reschedule(room.loop.time())
+            for _ in range(self._max_num_seqs):  # once every place is free nobody uses the connections any more
+                await room.places.acquire()
+            await room.client.aclose()
+
+    async def _answer(self, request: GenerationRequest, on_text: OnText | None) -> Generation:
+        started = time.perf_counter()
+        self._check(request)
+        room, drafts, deadline = self._room_here(), list[Draft](), request.deadline_unix_s
+        placed: float | None = None
+        is_late = False
+        try:
+            async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.time())) as limit:
+                room.limits.add(limit)
+                try:
+                    async with room.places:
+                        placed = time.perf_counter()
+                        await self._endpoint.answer(room.client, request, on_text, drafts)
+                finally:
+                    room.limits.discard(limit)
+        except TimeoutError:
+            if self._is_closed:
+                raise self._endpoint.error("the engine was closed") from None
+            if not drafts or not drafts[-1].is_begun:
+                raise DeadlineError(f"openai:{self._model}: the deadline passed before the endpoint's reply") from None
+            is_late = not drafts[-1].is_ended
+        self._tell_if_unlisted(drafts[-1])
+        return drafts[-1].generation(
+            prompt_tokens=self.count_prompt_tokens(request.messages),
+            engine_ms=(time.perf_counter() - started) * 1e3,
+            queue_ms=((placed or started) - started) * 1e3,
+            is_late=is_late,
+        )
+
+    def _check(self, request: GenerationRequest) -> None:
+        if self._is_closed:
+            raise self._endpoint.error("the engine is closed; build a new one")
+        if request.adapter is not None:
+            raise self._endpoint.error(
+                f"adapter: value seen: {request.adapter!r}; an endpoint serves adapters as models of their own; set it to null"
+            )
+        if not request.messages:
+            raise self._endpoint.error("messages: value seen: none; at least one message is needed")
+
+    def _room_here(self) -> _Room:
+        """Return what belongs to the running event loop; connections of a loop that has ended went with it."""
+        loop = asyncio.get_running_loop()
+        if self._room is None or self._room.loop is not loop:
+            client = self._endpoint.connect(self._max_num_seqs)
+            self._room = _Room(loop=loop, client=client, places=asyncio.Semaphore(self._max_num_seqs))
+        return self._room
+
+    def _tell_if_unlisted(self, draft: Draft) -> None:
+        """Warn, once, of an endpoint that gives the gate nothing to learn from."""
+        if self._is_told or draft.has_entropy or not draft.is_begun:
+            return
+        self._is_told = True
+        _LOG.warning(
+            "openai:%s lists no log-probabilities: the entropy of its replies is unknown, so they never count as sure, and the "
+            "gate learns nothing of its agents",
+            self._model,
+        )
+
+
+def _prompt_chars(messages: Sequence[Message]) -> int:
+    return sum(len(message.content) + _TEMPLATE_CHARS for message in messages)

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from dmoa.agents.models import HubModel, path, resolve_model
+from dmoa.engines.models import HubModel, path, resolve_model
 from dmoa.errors import DmoaError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -85,11 +85,11 @@ def measure_models(models: Iterable[str], *, timeout_s: float = _HUB_TIMEOUT_S) 
     found: dict[str, ModelSize | str] = {}
     for model in wanted:
         folder = hub[model].result if model in hub else _local_folder(model)
-        found[model] = measure(folder) if isinstance(folder, Path) else folder
+        found[model] = measure_model(folder) if isinstance(folder, Path) else folder
     return found
 
 
-def measure(folder: Path) -> ModelSize | str:
+def measure_model(folder: Path) -> ModelSize | str:
     """Return the size of the model whose config.json is in `folder`, or why it is unknown."""
     try:
         return _measure(folder)

@@ -16,7 +16,7 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from dmoa.agents.entropy_store import EntropyStore, RequestSums
+from dmoa.engines.vllm.entropy_store import EntropyStore, RequestSums
 
 KEY = "dmoa_entropy_key"
 """In `extra_args` of a call whose entropy is wanted; the ingress lets no client set it."""

@@ -18,16 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmoa.agents.adapter_files import check_adapter
-from dmoa.agents.adapters import Adapters
-from dmoa.agents.chat_tokens import encode_chat, room_for_reply
-from dmoa.agents.decode_loop import DecodeLoop, LoopTimes, Running
-from dmoa.agents.loading import give_back, load_model, num_threads
-from dmoa.agents.models import HubModel
-from dmoa.agents.sampling import draw_for
-from dmoa.agents.text_stream import TextStream
 from dmoa.config import TransformersOptions
 from dmoa.core.entropy import EntropySums
+from dmoa.engines.adapter_files import check_adapter
+from dmoa.engines.chat_template import encode_chat, room_for_reply
+from dmoa.engines.models import HubModel
+from dmoa.engines.transformers.decode import DecodeLoop, LoopTimes, Running, TextStream, draw_for
+from dmoa.engines.transformers.load import give_back, load_model, num_threads
+from dmoa.engines.transformers.lora import Adapters
 from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, Message, TextDelta
 

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from dmoa.agents.models import HubModel
 from dmoa.config import TransformersOptions
+from dmoa.engines.models import HubModel
 from dmoa.errors import ConfigError
 
 _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)

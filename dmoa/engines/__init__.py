@@ -1,0 +1,1 @@
+"""Engines: what generates an agent's replies."""

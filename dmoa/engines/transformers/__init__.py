@@ -1,0 +1,1 @@
+"""The `transformers` engine: a language model in this process."""
