@@ -8,11 +8,8 @@ from dataclasses import dataclass, field
 from dmoa.config import Config
 from dmoa.core.features import Preset
 from dmoa.errors import RequestError
-from dmoa.policies.dense import DensePolicy
+from dmoa.policies.baselines import DensePolicy, RandomPolicy, SelectorPolicy, SinglePolicy
 from dmoa.policies.dmoa import DmoaPolicy
-from dmoa.policies.random_agents import RandomPolicy
-from dmoa.policies.selector import SelectorPolicy
-from dmoa.policies.single import SinglePolicy
 from dmoa.protocols import Encoder, Policy, Router
 from dmoa.validation import did_you_mean
 

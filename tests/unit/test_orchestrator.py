@@ -10,7 +10,7 @@ import pytest
 
 from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RoutingError
 from dmoa.orchestrator import begin
-from dmoa.policies.single import SinglePolicy
+from dmoa.policies.baselines import SinglePolicy
 from dmoa.types import Answer, FinishReason, QueryState, StepPlan, StepRecord, Stop, TextDelta
 from tests.unit.fakes import (
     Fail,

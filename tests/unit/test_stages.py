@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dmoa.policies.baselines import SinglePolicy
 from dmoa.policies.dmoa import DmoaPolicy
-from dmoa.policies.single import SinglePolicy
 from dmoa.types import Query, Stage
 from tests.unit.fakes import FakeAgents, FakeEncoder, Say, answer_of, asks, fixed_gate, orchestrator_of, query, router_of
 from tests.unit.fakes import Schedule as Planned

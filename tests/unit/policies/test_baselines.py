@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from dmoa.policies.dense import DensePolicy
-from dmoa.policies.random_agents import RandomPolicy
+from dmoa.policies.baselines import DensePolicy, RandomPolicy
 from dmoa.types import StepPlan, StepRecord, SummarizerRecord
 from tests.unit.fakes import query, state_of
 

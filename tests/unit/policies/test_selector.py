@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dmoa.policies.selector import SelectorPolicy, named
+from dmoa.policies.baselines import SelectorPolicy, named
 from dmoa.types import StepPlan, StepRecord, Stop, SummarizerRecord
 from tests.unit.fakes import query, state_of
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoa.policies.single import SinglePolicy
+from dmoa.policies.baselines import SinglePolicy
 from dmoa.types import StepPlan, StepRecord, Stop, SummarizerRecord
 from tests.unit.fakes import query, state_of
 

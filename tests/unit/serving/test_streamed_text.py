@@ -17,7 +17,7 @@ from openai import AsyncOpenAI
 from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.config import AgentConfig, ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
-from dmoa.policies.single import SinglePolicy
+from dmoa.policies.baselines import SinglePolicy
 from dmoa.types import Answer, Query, StepRecord, TextDelta
 from tests.unit.fakes import Schedule, asks, orchestrator_of
 

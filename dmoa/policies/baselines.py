@@ -1,0 +1,96 @@
+"""The `single` policy: one agent, one step. The baseline that every other policy must beat."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+
+from dmoa.types import Activation, QueryState, StepPlan, Stop
+
+
+class SinglePolicy:
+    """Asks one agent once; the other agents of the pool, in order, stand in if it is lost."""
+
+    name = "single"
+
+    def __init__(self, *, agent: str, stand_ins: tuple[str, ...] = ()) -> None:
+        self._agent = agent
+        self._stand_ins = tuple(name for name in stand_ins if name != agent)
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask the agent at the first step, or at every stage of a query that has some, then stop."""
+        num_steps = max(1, len(state.query.stages))
+        if len(state.steps) >= num_steps:
+            return Stop(reason="single")
+        return StepPlan(
+            activations=(Activation(agent=self._agent),),
+            reserves=tuple(Activation(agent=name) for name in self._stand_ins),
+            fold="pass",
+            ends_with="single" if len(state.steps) == num_steps - 1 else None,
+        )
+
+
+class DensePolicy:
+    """Asks all agents of the pool at every step; stopping is the pool's own."""
+
+    name = "dense"
+
+    def __init__(self, *, agents: tuple[str, ...]) -> None:
+        self._agents = agents
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask everyone, in the order of the pool."""
+        return StepPlan(activations=tuple(Activation(agent=name, probability=1 / len(self._agents)) for name in self._agents))
+
+
+class RandomPolicy:
+    """Asks one agent, drawn anew at every step; draws hang on the query's id and the step, so a repeated query repeats."""
+
+    name = "random"
+
+    def __init__(self, *, agents: tuple[str, ...]) -> None:
+        self._agents = agents
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Draw an order of all agents: the first is asked, the others stand in for lost ones."""
+        rng = random.Random(f"{state.query.trace_id}/{len(state.steps)}")  # noqa: S311 -- a baseline, not a secret
+        order = rng.sample(self._agents, len(self._agents))
+        probability = 1 / len(order)
+        drawn = tuple(Activation(agent=name, probability=probability) for name in order)
+        return StepPlan(activations=drawn[:1], reserves=drawn[1:], mass=probability)
+
+
+class SelectorPolicy:
+    """First step: one agent of the pool names an agent. Second step: the named one answers, without seeing the first."""
+
+    name = "selector"
+
+    def __init__(self, *, chooser: str, profiles: Mapping[str, str]) -> None:
+        """`profiles`: each agent's own words about itself, in the order of the pool."""
+        self._chooser = chooser
+        self._agents = tuple(profiles)
+        experts = "\n".join(f"{name}: {profile.strip()}" for name, profile in profiles.items())
+        self._instruction = (
+            f"Do not answer it yourself. Experts:\n{experts}\nReply with the name of the one expert who should answer."
+        )
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask who should answer, then ask that one; the chooser itself where it named nobody."""
+        if not state.steps:
+            return StepPlan(activations=(Activation(agent=self._chooser, instruction=self._instruction),), fold="pass")
+        if len(state.steps) > 1:
+            return Stop(reason="single")
+        chosen = named(state.summary, self._agents) or self._chooser
+        others = tuple(Activation(agent=name, history=()) for name in self._agents if name != chosen)
+        return StepPlan(activations=(Activation(agent=chosen, history=()),), reserves=others, fold="pass", ends_with="single")
+
+
+def named(text: str, agents: tuple[str, ...]) -> str | None:
+    """Return the agent that a text names first, as a whole word; of names that begin at one place the longest. None: nobody."""
+    found = [(match.start(), -len(name), name) for name in agents if (match := _whole(name).search(text.lower()))]
+    return min(found)[2] if found else None
+
+
+def _whole(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![\w.-]){re.escape(name)}(?![\w-])")
