@@ -17,8 +17,9 @@ from simpleeval import InvalidExpression, SimpleEval
 
 from dmoa import sandbox
 from dmoa.errors import ConfigError, SandboxError
+from dmoa.sandbox.launch import SandboxLimits
 
-LIMITS = sandbox.SandboxLimits(wall_s=5.0, cpu_s=5, memory_bytes=512 << 20, processes=16, output_bytes=16 << 10)
+LIMITS = SandboxLimits(wall_s=5.0, cpu_s=5, memory_bytes=512 << 20, processes=16, output_bytes=16 << 10)
 MAX_SOURCE_CHARS = 8000
 MAX_RESULT_CHARS = 1000
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)

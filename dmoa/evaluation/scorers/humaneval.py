@@ -16,7 +16,7 @@ from textwrap import dedent
 from dmoa.evaluation.records import Label, Reply, Score
 from dmoa.evaluation.scorers.entry import VALUE, ScorerEntry, chance_of, gold_of, unscored
 from dmoa.evaluation.scorers.programs import MAX_CHARS, MAX_EXTRACTED_CHARS, bare_code, code_blocks, indented, judge, python_block
-from dmoa.isolation.launching import SandboxLimits
+from dmoa.sandbox.launch import SandboxLimits
 
 LIMITS = SandboxLimits(wall_s=10.0, cpu_s=10)
 _BODY_INDENT = 4

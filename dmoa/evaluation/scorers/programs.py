@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dmoa import sandbox
 from dmoa.errors import SandboxError
 from dmoa.evaluation.scorers.statements import is_refusal
-from dmoa.isolation.launching import SandboxLimits
+from dmoa.sandbox.launch import SandboxLimits
 
 MAX_CHARS = 200_000
 """Characters at the beginning of a reply that are searched for code."""

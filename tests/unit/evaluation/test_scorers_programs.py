@@ -13,7 +13,7 @@ from dmoa.evaluation.scorers import ds1000, table
 from dmoa.evaluation.scorers.ds1000 import read_solution
 from dmoa.evaluation.scorers.humaneval import program, read_completion
 from dmoa.evaluation.scorers.programs import bare_code, indented, judge, require_sandbox
-from dmoa.isolation.launching import SandboxLimits
+from dmoa.sandbox.launch import SandboxLimits
 
 PROMPT = '''from typing import List
 

@@ -1,8 +1,8 @@
 """Runs inside the sandbox, before and beside the program: sets the limits, drops every privilege, watches it end.
 
 Standard library only: `sandbox` sends this module's compiled code to a bare interpreter. `main` forks. The child gives
-up its rights and runs the program in this same interpreter, which saves a second start; the parent, the warden, waits,
-and says on a pipe that the program cannot reach how it ended. As process 1 of its own process namespace the warden is
+up its rights and runs the program in this same interpreter, which saves a second start; the parent, the guard, waits,
+and says on a pipe that the program cannot reach how it ended. As process 1 of its own process namespace the guard is
 beyond the program's signals, and everything dies with it.
 """
 
@@ -73,7 +73,7 @@ def _supervise(job: dict[str, Any], program: int, ready: int) -> None:
 
 
 def _become_the_program(job: dict[str, Any], tell: int) -> None:
-    """Give up every right, then run the program; what fails before it is told to the warden."""
+    """Give up every right, then run the program; what fails before it is told to the guard."""
     try:
         _give_up_rights(job)
         os.chdir(job["scratch"])

@@ -1,6 +1,6 @@
 """Watches a sandboxed program from outside: reads its pipes, adds up what it uses, and ends it at its limits.
 
-The counterpart of `warden` in the caller's process; `sandbox` turns the `Ending` into a result.
+The counterpart of `guard` in the caller's process; `sandbox` turns the `Ending` into a result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dmoa.isolation.launching import SandboxLimits, Started
+from dmoa.sandbox.launch import SandboxLimits, Started
 
 Stop = Literal["timeout", "memory", "output_limit", "scratch_limit"]
 _TICK_S = 0.05
@@ -116,11 +116,11 @@ def _stop(sandbox: Started, ending: Ending, stop: Stop, reason: str) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the sandbox: its first process, that one's children (the warden, whose end ends the rest), its group."""
+    """Kill the sandbox: its first process, that one's children (the guard, whose end ends the rest), its group."""
     if process.returncode is not None:
         return
-    wardens = list(_children(process.pid))  # not yet waited for by their parent, so their numbers are theirs
-    for pid in (process.pid, *wardens):
+    guards = list(_children(process.pid))  # not yet waited for by their parent, so their numbers are theirs
+    for pid in (process.pid, *guards):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):

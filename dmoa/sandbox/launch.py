@@ -1,4 +1,4 @@
-"""Starts a sandbox: pipes, scratch folder, throw-away uid, and the job that the `warden` inside is given."""
+"""Starts a sandbox: pipes, scratch folder, throw-away uid, and the job that the `guard` inside is given."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from pathlib import Path
 from types import CodeType
 from typing import Any, Literal
 
-from dmoa.isolation import host
+from dmoa.sandbox import host
 
 Level = Literal["namespaces", "seccomp", "weak", "none"]
 _GIVE_UP_AFTER_S = 5.0
 _TOKEN_BYTES = 32
 _LIBRARY_BYTES = 8 << 30  # address space for the read-only maps of libraries; GPU builds of torch map several GiB
 _STACK_BYTES = 8 << 20
-_BOOTSTRAP = (
-    "import marshal,os,sys;j=marshal.load(os.fdopen({fd},'rb'));w={{'__name__':'warden'}};exec(j['warden'],w);w['main'](j)"
-)
+_BOOTSTRAP = "import marshal,os,sys;j=marshal.load(os.fdopen({fd},'rb'));w={{'__name__':'guard'}};exec(j['guard'],w);w['main'](j)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +153,7 @@ def _environment(scratch: str) -> dict[str, str]:
 
 
 def _settings(limits: SandboxLimits, at: Level, scratch: str, uid: int | None) -> dict[str, Any]:
-    """Return what the warden applies, beside the program itself."""
+    """Return what the guard applies, beside the program itself."""
     has_namespaces = at == "namespaces"
     memory = limits.memory_bytes
     rlimits = {
@@ -173,8 +171,8 @@ def _settings(limits: SandboxLimits, at: Level, scratch: str, uid: int | None) -
         count = limits.processes + (uid is None)
         rlimits["RLIMIT_NPROC"] = (count, count)
     return {
-        "warden": _code("warden"),
-        "proof": _code("proof"),
+        "guard": _code("guard"),
+        "proof": _code("verdict"),
         "rlimits": rlimits,
         "uid": uid,
         "scratch": scratch,
@@ -190,7 +188,7 @@ def _settings(limits: SandboxLimits, at: Level, scratch: str, uid: int | None) -
 
 
 def _throw_away_uid() -> int:
-    """Return an even uid that nobody has, in the range that this user namespace knows; the next one is the warden's."""
+    """Return an even uid that nobody has, in the range that this user namespace knows; the next one is the guard's."""
     known = max(int(line.split()[0]) + int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines())
     first, count = (2_000_000_000, 500_000) if known > 2_001_000_000 else (61_184, 2_000)
     return first + 2 * secrets.randbelow(count)

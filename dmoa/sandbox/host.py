@@ -1,6 +1,6 @@
 """What contains a program on this host: the mounts, the system call filter, the Landlock rules, the command line.
 
-Computed outside the sandbox, applied by bubblewrap and by `warden`. Filters know x86-64 and arm64 (the
+Computed outside the sandbox, applied by bubblewrap and by `guard`. Filters know x86-64 and arm64 (the
 latter untested).
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from dmoa.isolation.warden import OWN_PID
+from dmoa.sandbox.guard import OWN_PID
 
 SCRATCH = "/tmp"  # noqa: S108 a private tmpfs of that name inside the namespaces
 _SHM_BYTES = 16 << 20
@@ -197,7 +197,7 @@ def _namespaces() -> list[str]:
 def bubblewrap_command(scratch_bytes: int, environment: dict[str, str]) -> list[str]:
     """Return the command line up to the program: namespaces, mounts, environment.
 
-    Root keeps its user namespace and two capabilities for the warden, who drops to uids of its own at once; anybody else
+    Root keeps its user namespace and two capabilities for the guard, who drops to uids of its own at once; anybody else
     gets a user namespace.
     """
     binary = bubblewrap()

@@ -1,6 +1,6 @@
 """Runs inside the sandbox when a program is judged by a checker: the parent learns that the checker ended, or nothing.
 
-Standard library only, sent like `warden`. Candidate and checker share one interpreter, as in the original harnesses, so
+Standard library only, sent like `guard`. Candidate and checker share one interpreter, as in the original harnesses, so
 an exit status proves nothing. The parent expects a random token on a pipe, and the token is written in one place: where
 control comes back from the checker's own code. Until then it exists only as an argument already pushed for that call: no
 variable, no object that the garbage collector lists, no file. Against a candidate that goes looking or tampers:
