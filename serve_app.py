@@ -8,6 +8,6 @@ import os
 
 from dmoa.agents.pool import load_pool
 from dmoa.serving.app import build_app
-from dmoa.serving.auth import hash_keys
+from dmoa.serving.http.middleware import hash_keys
 
 app = build_app(load_pool(os.environ.get("DMOA_CONFIG")), key_hashes=hash_keys(os.environ))

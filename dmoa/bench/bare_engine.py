@@ -38,7 +38,7 @@ def replayed(config: Config, graph: Sequence[QueryCalls], in_flight: int | None)
     """Replay a graph on the bare engine, in a fresh actor with an engine's environment; `in_flight` None: as a flat list."""
     import ray
 
-    from dmoa.serving.agents import ENGINE_ENV
+    from dmoa.serving.agent_replica import ENGINE_ENV
 
     gpus = config.llms[_llm(config)].gpus
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": dict(ENGINE_ENV)}}

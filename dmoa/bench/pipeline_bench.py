@@ -160,7 +160,7 @@ def _with_room(pool: Config, in_flight: int) -> Config:
 
 def _piped(config: Config, in_flight: int) -> tuple[Window, tuple[QueryCalls, ...]]:
     """Ask the rows through the pipeline; return its window and the graph of its calls."""
-    from dmoa.serving.agents import ENGINE_ENV
+    from dmoa.serving.agent_replica import ENGINE_ENV
 
     with tempfile.TemporaryDirectory() as scratch:
         folder, calls = RunFolder(Path(scratch)), Path(scratch) / "calls"

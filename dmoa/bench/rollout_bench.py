@@ -116,7 +116,7 @@ def _session(config: Config, mode: str, root: Path, calls: Path) -> CollectSessi
     """Return what `dmoa rollouts` would put together, on a recording engine."""
     from contextlib import nullcontext
 
-    from dmoa.serving.agents import ENGINE_ENV
+    from dmoa.serving.agent_replica import ENGINE_ENV
 
     epsilon, preset, own = MODES[mode], config.gate.preset, fingerprint(config)
     rows = SUITES[_SUITE].generate("train", _NUM_QUERIES[mode], 0)

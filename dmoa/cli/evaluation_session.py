@@ -200,7 +200,7 @@ def _workers(options: EvaluateOptions, config: Config) -> Workers:
     from dmoa.cli.answerers import OpenPool
     from dmoa.engines.gpus import pool_gpus
     from dmoa.evaluation.pipeline import Workers
-    from dmoa.serving.agents import ENGINE_ENV
+    from dmoa.serving.agent_replica import ENGINE_ENV
 
     used = {agent.llm for agent in config.agents}
     widest = options.limits(limits_for(config)).max_agents

@@ -108,7 +108,7 @@ def _workers(options: RolloutOptions, config: Config) -> Workers:
     from dmoa.agents.call_cache import CallStore
     from dmoa.cli.answerers import OpenCollectingPool
     from dmoa.engines.gpus import pool_gpus
-    from dmoa.serving.agents import ENGINE_ENV
+    from dmoa.serving.agent_replica import ENGINE_ENV
     from dmoa.training.rollout_collect import Workers
     from dmoa.training.rollout_stage import width
 

@@ -13,7 +13,7 @@ from dmoa.cli.show import printable, untrained_note
 from dmoa.cli.terminal import tell
 
 if TYPE_CHECKING:
-    from dmoa.serving.router_admin import RouterAdmin
+    from dmoa.serving.router.admin import RouterAdmin
 
 app = typer.Typer(
     rich_markup_mode=None, no_args_is_help=True, help="The gate of a running swarm: install, roll back, history, status."
@@ -32,7 +32,7 @@ NoteOption = Annotated[str, typer.Option("--note", metavar="TEXT", help="Words f
 
 
 def _connect(common: Common, app_name: str, address: str | None) -> RouterAdmin:
-    from dmoa.serving.router_admin import RouterAdmin
+    from dmoa.serving.router.admin import RouterAdmin
 
     admin = RouterAdmin(app_name, address=address)
     if address is None:
@@ -57,7 +57,7 @@ def install(
 
     The gate is checked first, and let decide the last inputs in the shadow; one that is refused changes nothing.
     """
-    from dmoa.serving.router_admin import checkpoint_files
+    from dmoa.serving.router.admin import checkpoint_files
     from dmoa.storage import local_copy
 
     with local_copy(folder, "DIR") as here:

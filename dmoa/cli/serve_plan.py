@@ -9,15 +9,14 @@ from rich.text import Text
 
 from dmoa.cli.evaluation_screen import stdout_console
 from dmoa.errors import ConfigError
-from dmoa.serving.gpu_supply import gib
+from dmoa.serving.capacity import gib
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from dmoa.cli.options import Common
     from dmoa.config import Config
-    from dmoa.serving.dry_run import DryRun
-    from dmoa.serving.gpu_memory import Memory
+    from dmoa.serving.capacity import DryRun, Memory
     from dmoa.serving.placement import Deployment
 
 _MAX_AGENTS = 4
@@ -29,7 +28,7 @@ _CAVEAT = (
 
 def show_plan(common: Common, config: Config, address: str | None) -> None:
     """Print the plan of a pool, write it where `--json` says, and raise ConfigError with every fault if it cannot work."""
-    from dmoa.serving.dry_run import dry_run
+    from dmoa.serving.capacity import dry_run
 
     found = dry_run(config, address)
     _print(stdout_console(), found, quiet=common.verbosity < 0)

@@ -22,21 +22,21 @@ from dmoa.config import Config, LimitsConfig, callable_agents
 from dmoa.dispatch import PATIENCE_S
 from dmoa.errors import DmoaError, PoolChangedError
 from dmoa.loopback import ignore_proxies
-from dmoa.serving.actors import pack
-from dmoa.serving.agents import ServeAgents, affine_agents, bind_hosts
+from dmoa.serving.actors import pack_record
+from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, ServeAgents, affine_agents
+from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.handles import ask
-from dmoa.serving.http import create_app
-from dmoa.serving.intake import unknown_model
+from dmoa.serving.http.requests import unknown_model
+from dmoa.serving.http.routes import create_app
 from dmoa.serving.listening import LaunchMark
-from dmoa.serving.losses import CALL_ERRORS
 from dmoa.serving.metrics import QueryMetrics, exposition
 from dmoa.serving.placement import deployment_names
-from dmoa.serving.presence import UP, sleepers, state_of
-from dmoa.serving.router import ensure_router
-from dmoa.serving.router_client import RemoteRouter
-from dmoa.serving.traces import Answered, ensure_traces
-from dmoa.serving.upgrade import Event, on_one_version, pool_version, query_drain_s
+from dmoa.serving.rollover import Event, answer_on_one_pool_version, pool_version, query_drain_s
+from dmoa.serving.router.actor import ensure_router
+from dmoa.serving.router.client import RemoteRouter
+from dmoa.serving.router.replica_health import UP, sleepers, state_of
+from dmoa.serving.traces import AnsweredQuery, ensure_traces
 from dmoa.swarm import Swarm
 from dmoa.types import Answer, Query
 
@@ -126,7 +126,7 @@ class SwarmIngress:
             return _ask_ingress(self._any_ingress, query, policy, agent)
 
         answering = self._fingerprint
-        async with aclosing(on_one_version(here, elsewhere, query)) as events:
+        async with aclosing(answer_on_one_pool_version(here, elsewhere, query)) as events:
             async for event in events:
                 if isinstance(event, str):
                     answering = event
@@ -201,7 +201,7 @@ class SwarmIngress:
         task.add_done_callback(self._tasks.discard)
 
     async def _record(self, query: Query, answer: Answer, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
-        answered = Answered(
+        answered = AnsweredQuery(
             query=query,
             answer=answer,
             pool=self.pool,
@@ -211,7 +211,7 @@ class SwarmIngress:
             created_unix_s=time.time(),
         )
         try:
-            await self._traces.put.remote(answer.trace_id, pack(answered), key_hash)
+            await self._traces.put.remote(answer.trace_id, pack_record(answered), key_hash)
         except RayError as error:
             _LOG.warning("trace %s was lost: %s", answer.trace_id, type(error).__name__)
 
@@ -235,7 +235,7 @@ async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None
         raise (error.cause if isinstance(error.cause, DmoaError) else error) from None
     except TimeoutError as error:
         raise PoolChangedError("no ingress took the query where it began again") from error
-    except CALL_ERRORS as error:
+    except REPLICA_LOST_ERRORS as error:
         is_done = True  # to cancel it now could raise the same error again
         raise PoolChangedError(f"the ingress where it began again was lost ({type(error).__name__})") from error
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dmoa.config import from_tree
 from dmoa.serving.app import APP, build_app
-from dmoa.serving.auth import check_exposure, hash_keys
+from dmoa.serving.http.middleware import check_exposure, hash_keys
 
 BUILDER = "dmoa.serving.deploy:build_pool"
 """Import path by which Serve finds `build_pool`."""

@@ -14,15 +14,15 @@ from ray.serve.handle import DeploymentHandle
 from dmoa.agents.pool import build_encoder
 from dmoa.config import Config
 from dmoa.errors import AgentUnavailableError
+from dmoa.serving.agent_client import REPLICA_LOST_ERRORS
 from dmoa.serving.handles import ask
-from dmoa.serving.losses import CALL_ERRORS
 from dmoa.types import FloatArray
 
 CACHE_SIZE = 4096
 """Embeddings that an ingress keeps: 1.5 KiB each."""
 
 
-class EncoderHost:
+class EncoderReplica:
     """A replica that embeds texts."""
 
     def __init__(self, config_json: str) -> None:
@@ -36,7 +36,7 @@ class EncoderHost:
 def bind_encoder(config: Config) -> Any:
     """Return the bound Serve deployment of the encoder."""
     options = {"name": "encoder", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 256}
-    return serve.deployment(EncoderHost).options(**options).bind(config.model_dump_json())
+    return serve.deployment(EncoderReplica).options(**options).bind(config.model_dump_json())
 
 
 class ServeEncoder:
@@ -58,7 +58,7 @@ class ServeEncoder:
             except asyncio.CancelledError:
                 response.cancel()
                 raise
-            except CALL_ERRORS as error:
+            except REPLICA_LOST_ERRORS as error:
                 raise AgentUnavailableError(f"encoder: {type(error).__name__}: its replica died or cannot be reached") from error
             found.update(zip(missing, rows, strict=True))
         for key in keys:

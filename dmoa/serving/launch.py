@@ -17,9 +17,9 @@ from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.loopback import ignore_proxies
 from dmoa.serving import listening
-from dmoa.serving.auth import check_exposure, hash_keys
 from dmoa.serving.ending import own_process_groups
 from dmoa.serving.failures import last_words, wait_running
+from dmoa.serving.http.middleware import check_exposure, hash_keys
 
 SERVE_FLAGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",

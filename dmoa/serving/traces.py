@@ -12,13 +12,13 @@ from typing import Any
 
 import ray
 
-from dmoa.serving.actors import detached, traces_name, unpack
+from dmoa.serving.actors import detached, traces_name, unpack_record
 from dmoa.trace import trace_of
 from dmoa.types import Answer, Query
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
+class AnsweredQuery:
     """An answered query, with all that its trace needs."""
 
     query: Query
@@ -48,7 +48,7 @@ class TraceStore:
         packed, maker = self._answered.get(trace_id, (b"", ""))
         if not packed or maker != key_hash:
             return None
-        kept: Answered = unpack(packed)
+        kept: AnsweredQuery = unpack_record(packed)
         trace = trace_of(
             kept.query,
             kept.answer,

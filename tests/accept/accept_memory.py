@@ -29,7 +29,7 @@ from dmoa.evaluation.pipeline import Workers, answer_all, score_all
 from dmoa.evaluation.registry import OpenScorers
 from dmoa.evaluation.run_files import RunFolder, write_lines
 from dmoa.evaluation.suites.table import SUITES
-from dmoa.serving.agents import ENGINE_ENV
+from dmoa.serving.agent_replica import ENGINE_ENV
 from dmoa.serving.launch import start_ray
 from dmoa.types import Limits
 

@@ -183,7 +183,7 @@ def mixed(found: Load) -> list[Seen]:
 
 def _swap(address: str, swaps: int, folders: Sequence[str]) -> dict[str, list[float]]:
     """Install the folders in turn, letting the router decide for the streams in between."""
-    from dmoa.serving.router_admin import RouterAdmin, checkpoint_files
+    from dmoa.serving.router.admin import RouterAdmin, checkpoint_files
 
     admin = RouterAdmin("dmoa", address=address)
     packs = [checkpoint_files(folder) for folder in folders]

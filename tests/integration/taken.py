@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dmoa.config import load
 from dmoa.serving.launch import set_flags, start_ray
-from dmoa.serving.upgrade import pool_version
+from dmoa.serving.rollover import pool_version
 from dmoa.types import AgentCall, Message, Sampling
 
 

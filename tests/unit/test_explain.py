@@ -14,7 +14,7 @@ from dmoa.errors import DmoaError
 from dmoa.evaluation.options import parse_options as evaluate_options
 from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.suites.streams import fine_split
-from dmoa.serving.schemas import ChatRequest, parse
+from dmoa.serving.http.requests import ChatRequest, parse_body
 from dmoa.validation import did_you_mean
 
 POOL = """
@@ -42,7 +42,7 @@ def test_a_near_name_is_suggested_and_no_other(seen: str | tuple[str, ...], allo
 
 
 def _chat(body: str) -> Callable[[], object]:
-    return lambda: parse(ChatRequest, body.encode(), "application/json")
+    return lambda: parse_body(ChatRequest, body.encode(), "application/json")
 
 
 @pytest.mark.parametrize(

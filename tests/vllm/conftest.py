@@ -54,7 +54,7 @@ async def vllm() -> AsyncIterator[Running]:
             num_gpu_blocks_override=NUM_BLOCKS,
             enable_prefix_caching=True,
             enable_lora=True,
-            max_loras=len(ADAPTERS) + 1,  # the last slot stays empty, see `serving/vllm_server`
+            max_loras=len(ADAPTERS) + 1,  # the last slot stays empty, see `serving/vllm_replica`
             max_lora_rank=8,
             logits_processors=["dmoa.engines.vllm.entropy:EntropyProcessor"],
             worker_extension_cls="dmoa.engines.vllm.entropy.EntropyWorker",

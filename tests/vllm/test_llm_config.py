@@ -17,8 +17,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # Ray 2.60's own and vLLM's, with this pydantic
     from ray.serve.llm import LLMServer
 
-    from dmoa.serving.agents import hosted_agents
-    from dmoa.serving.vllm_server import VllmHost, llm_config, vllm_deployment
+    from dmoa.serving.agent_replica import hosted_agents
+    from dmoa.serving.vllm_replica import VllmReplica, llm_config, vllm_deployment
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ async def test_a_replica_hands_sleep_to_vllm(monkeypatch: pytest.MonkeyPatch) ->
     config = pool(1, enable_sleep_mode=True)
     found = llm_config(config, "big", hosted_agents(config, "big", None))
     assert found.get_engine_config().get_initialization_kwargs()["enable_sleep_mode"] is True
-    host = VllmHost.__new__(VllmHost)
+    host = VllmReplica.__new__(VllmReplica)
     host.engine = VLLMEngine(found)
     host.engine._engine_client = client = Sleeper()
     await host.sleep(level=1)

@@ -1,6 +1,6 @@
 """The `vllm` engine: calls of many agents and queries through one vLLM, with the entropy of every token.
 
-Stands between a vLLM client (`serving/vllm_server` starts it on Ray Serve) and the agents. Prompts are tokens that the
+Stands between a vLLM client (`serving/vllm_replica` starts it on Ray Serve) and the agents. Prompts are tokens that the
 transformers engine would make too, so that both engines see the same. The entropies are exact, from inside vLLM
 (`vllm_entropy`), or lie between bounds, from the log-probabilities that vLLM lists. No Ray here.
 """

@@ -22,7 +22,7 @@ from dmoa.engines.models import resolve_adapter
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.engines.vllm.local import start_vllm
 from dmoa.errors import ConfigError
-from dmoa.serving.dry_run import dry_run
+from dmoa.serving.capacity import dry_run
 from tests.unit.agents.conftest import ADAPTERS
 
 Weights = dict[str, Tensor]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from dmoa.cli.local import LocalBackend, build_local_backend
 from dmoa.cli.main import app
 from dmoa.config import Config, LimitsConfig, load
-from dmoa.serving.http import create_app
+from dmoa.serving.http.routes import create_app
 from dmoa.trace import trace_of
 from dmoa.types import Answer, Query, StepRecord, TextDelta
 

@@ -13,7 +13,7 @@ import numpy as np
 from fastapi import FastAPI
 
 from dmoa.config import LimitsConfig, ServerConfig
-from dmoa.serving.http import create_app
+from dmoa.serving.http.routes import create_app
 from dmoa.types import AgentReply, Answer, Query, RouteDecision, StepRecord, SummarizerRecord, TextDelta
 
 AGENTS = ("adder", "sorter", "dater")

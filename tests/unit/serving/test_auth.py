@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from dmoa.errors import ConfigError, RequestError
-from dmoa.serving.auth import check_exposure, hash_keys, identify
+from dmoa.serving.http.middleware import check_exposure, hash_keys, identify
 
 
 def digest(key: str) -> str:

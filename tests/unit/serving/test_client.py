@@ -11,8 +11,8 @@ from fake_service import AGENTS, FakeService, make_app
 from openai import DefaultAsyncHttpxClient
 
 from dmoa.errors import DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
-from dmoa.serving.auth import hash_keys
 from dmoa.serving.client import RemoteReply, StepLine, SwarmClient
+from dmoa.serving.http.middleware import hash_keys
 from dmoa.trace import ReplyDmoa
 from dmoa.types import Message, TextDelta
 

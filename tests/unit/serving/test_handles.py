@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     from dmoa.serving.app import _ask_ingress
 
 from dmoa.errors import AgentUnavailableError, PoolChangedError
-from dmoa.serving.agents import ServeAgents
+from dmoa.serving.agent_client import ServeAgents
 from dmoa.serving.encoder import ServeEncoder
 from dmoa.serving.handles import ask
 from dmoa.types import AgentCall, Limits, Query, Sampling

@@ -16,8 +16,8 @@ from pydantic import BaseModel
 
 from dmoa.config import LimitsConfig, ServerConfig
 from dmoa.orchestrator import Event
-from dmoa.serving.auth import hash_keys
-from dmoa.serving.http import create_app
+from dmoa.serving.http.middleware import hash_keys
+from dmoa.serving.http.routes import create_app
 from dmoa.types import FinishReason, Limits, Message, Query
 from tests.unit.fakes import FakeAgents, Say, Schedule, asks, orchestrator_of
 

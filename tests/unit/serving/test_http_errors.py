@@ -15,7 +15,7 @@ from fake_service import QUESTION, FakeService, connect, make_app, until
 from openai import AsyncOpenAI
 
 from dmoa.errors import AgentUnavailableError, DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
-from dmoa.serving.auth import hash_keys
+from dmoa.serving.http.middleware import hash_keys
 
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}

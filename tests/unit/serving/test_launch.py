@@ -12,7 +12,7 @@ import pytest
 
 from dmoa.errors import ConfigError
 from dmoa.serving.launch import SERVE_FLAGS, _use_token, ray_address
-from dmoa.serving.router_admin import RouterAdmin
+from dmoa.serving.router.admin import RouterAdmin
 
 
 @pytest.mark.parametrize(

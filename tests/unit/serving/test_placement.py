@@ -12,8 +12,7 @@ import pytest
 from dmoa.agents.pool import load_pool, packaged_pools
 from dmoa.config import Config
 from dmoa.engines.size import ModelSize
-from dmoa.serving.dry_run import DryRun, assemble
-from dmoa.serving.gpu_supply import GpuNode, Supply, kind_of_device, local_supply, nodes_of_ray, published_bytes
+from dmoa.serving.capacity import DryRun, GpuNode, Supply, assemble, kind_of_device, local_supply, nodes_of_ray, published_bytes
 from dmoa.serving.placement import plan_of
 
 GIB = 2**30
@@ -329,7 +328,7 @@ def test_gpus_of_this_machine_as_torch_tells_them(monkeypatch: pytest.MonkeyPatc
 def test_the_table_knows_rays_names() -> None:
     from ray.util.accelerators import accelerators
 
-    from dmoa.serving.gpu_supply import PUBLISHED_MIB
+    from dmoa.serving.capacity import PUBLISHED_MIB
 
     known = {value for name, value in vars(accelerators).items() if name.startswith("NVIDIA_")}
     assert set(PUBLISHED_MIB) <= known

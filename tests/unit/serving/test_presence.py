@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dmoa.config import Config
-from dmoa.serving.presence import presence, sleepers, state_of
+from dmoa.serving.router.replica_health import presence, sleepers, state_of
 
 CONFIG = Config.model_validate(
     {

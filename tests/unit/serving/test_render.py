@@ -11,7 +11,7 @@ from fake_service import decision, make_answer, make_step, reply
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.serving.render import step_line, usage_of
+from dmoa.serving.http.responses import step_line, usage_of
 from dmoa.trace import ReplyDmoa, dump, reply_dmoa
 from dmoa.types import AgentReply, StepRecord, SummarizerRecord
 

@@ -17,11 +17,11 @@ from dmoa.config import Config
 from dmoa.core.gate import init_gate
 from dmoa.errors import NoAgentError
 from dmoa.routing import LocalRouter
-from dmoa.serving.actors import pack, unpack
-from dmoa.serving.router_client import MAX_HELD, RemoteRouter
-from dmoa.serving.router_state import FILES
-from dmoa.serving.upgrade import pool_version
-from dmoa.serving.vigil import Absent
+from dmoa.serving.actors import pack_record, unpack_record
+from dmoa.serving.agent_client import MissingReplicas
+from dmoa.serving.rollover import pool_version
+from dmoa.serving.router.client import MAX_HELD, RemoteRouter
+from dmoa.serving.router.versions import FILES
 from dmoa.types import RouteRequest
 from tests.unit.fakes import DIM, gate_spec
 
@@ -78,7 +78,7 @@ class FakeActor:
     async def _route(self, packed: bytes, version: str) -> bytes:
         self._check()
         assert version == pool_version(CONFIG)
-        return pack(await self._local.route(unpack(packed)))
+        return pack_record(await self._local.route(unpack_record(packed)))
 
     async def _weights(self, version: str) -> dict[str, bytes]:
         self._check()
@@ -165,10 +165,10 @@ async def test_agents_without_a_replica_and_those_of_an_older_pool_are_gone(tmp_
         return told
 
     actor.status = Method(status)  # type: ignore[attr-defined]
-    assert await router.gone() == Absent(version="v")
+    assert await router.gone() == MissingReplicas(version="v")
     told["gone"] = ["b"]
-    assert await router.gone() == Absent(frozenset({"b"}), "v")
+    assert await router.gone() == MissingReplicas(frozenset({"b"}), "v")
     told |= {"agents": ["b"], "pool_version": "w"}  # the router serves a newer pool, without `a`
-    assert await router.gone() == Absent(frozenset({"a", "b"}), "w")
+    assert await router.gone() == MissingReplicas(frozenset({"a", "b"}), "w")
     actor.is_away = True
-    assert await router.gone() == Absent()
+    assert await router.gone() == MissingReplicas()

@@ -9,7 +9,7 @@ import pytest
 from dmoa.checkpoint import Checkpoint, describe_gate
 from dmoa.core.gate import Gate, init_gate
 from dmoa.errors import CheckpointError, ConfigError
-from dmoa.serving.router_state import RouterState, default_state_uri
+from dmoa.serving.router.versions import RouterState, default_state_uri
 from tests.unit.fakes import gate_spec
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dmoa.config import AutoscalingConfig
-from dmoa.serving.scaling import scaling_options
+from dmoa.serving.deployments import scaling_options
 
 
 def options_of(**fields: Any) -> dict[str, Any]:

@@ -22,9 +22,8 @@ with warnings.catch_warnings():
     from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, PoolChangedError
-from dmoa.serving import vigil
-from dmoa.serving.agents import ServeAgents
-from dmoa.serving.vigil import Absent
+from dmoa.serving import agent_client as vigil
+from dmoa.serving.agent_client import MissingReplicas, ServeAgents
 from dmoa.types import AgentCall, Sampling
 
 CALL = AgentCall(trace_id="t", step=0, agent="solver", messages=(), sampling=Sampling())
@@ -72,9 +71,9 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
 
 
 def watched(handle: Handle, looks: asyncio.Event, served: str | None = "v") -> Any:
-    async def gone() -> Absent:
+    async def gone() -> MissingReplicas:
         looks.set()
-        return Absent(frozenset({"solver"}), served)
+        return MissingReplicas(frozenset({"solver"}), served)
 
     return ServeAgents({"solver": handle}, "v", gone=gone)  # type: ignore[dict-item]
 

@@ -8,7 +8,7 @@ import torch
 
 from dmoa.core.gate import Gate, init_gate
 from dmoa.errors import CheckpointError
-from dmoa.serving.shadow import Shadow, shadow_check
+from dmoa.serving.router.versions import Shadow, shadow_check
 from dmoa.types import FloatArray
 from tests.unit.fakes import DIM, fixed_gate, gate_spec
 

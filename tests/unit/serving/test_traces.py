@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from dmoa.orchestrator import advance, begin, finish
-from dmoa.serving.actors import pack
-from dmoa.serving.traces import Answered, TraceStore
+from dmoa.serving.actors import pack_record
+from dmoa.serving.traces import AnsweredQuery, TraceStore
 from dmoa.trace import Trace, trace_of
 from dmoa.types import AgentReply, Answer, Query, RouteRequest, StepRecord, SummarizerRecord
 from tests.unit.fakes import decision
 
 
-def answered(trace_id: str) -> Answered:
+def answered(trace_id: str) -> AnsweredQuery:
     asked = Query(trace_id=trace_id, text="What is 12 + 7?")
     step = StepRecord(
         step=0,
@@ -27,13 +27,13 @@ def answered(trace_id: str) -> Answered:
         route=RouteRequest(input_X=np.array([0.1, 0.2], np.float32)),
     )
     answer: Answer = finish(advance(begin(asked), step), "dmoa", "max_steps", wall_ms=12.5)
-    return Answered(
+    return AnsweredQuery(
         query=asked, answer=answer, pool="pool", fingerprint="f" * 64, user="me", metadata={"run": "7"}, created_unix_s=1.5
     )
 
 
 async def put(store: TraceStore, trace_id: str, key_hash: str = "k") -> None:
-    await store.put(trace_id, pack(answered(trace_id)), key_hash)
+    await store.put(trace_id, pack_record(answered(trace_id)), key_hash)
 
 
 async def test_a_trace_is_that_of_the_query_when_it_was_answered() -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from dmoa.config import Config
 from dmoa.errors import DeadlineError, NoAgentError, PoolChangedError
-from dmoa.serving import upgrade
-from dmoa.serving.upgrade import Event, check_version, on_one_version, pool_version, query_drain_s
+from dmoa.serving import rollover as upgrade
+from dmoa.serving.rollover import Event, answer_on_one_pool_version, check_version, pool_version, query_drain_s
 from dmoa.types import Limits, Query, TextDelta
 
 TREE = {
@@ -52,7 +52,7 @@ CHANGED = PoolChangedError("another version")
 async def test_a_query_begins_again_elsewhere_until_it_meets_one_version() -> None:
     here = Ingress((["old"], CHANGED))
     elsewhere = Ingress(([], CHANGED), (["new"], CHANGED), (["new", TextDelta(text="yes")], None))
-    found = [event async for event in on_one_version(here.answer, elsewhere.answer, QUERY)]
+    found = [event async for event in answer_on_one_pool_version(here.answer, elsewhere.answer, QUERY)]
     assert found == ["old", "new", "new", TextDelta(text="yes")]
     assert here.deadlines == [None]
     assert elsewhere.deadlines == [None, None, None]
@@ -61,33 +61,36 @@ async def test_a_query_begins_again_elsewhere_until_it_meets_one_version() -> No
 async def test_text_that_left_cannot_be_taken_back() -> None:
     here = Ingress((["old", TextDelta(text="ye")], CHANGED))
     with pytest.raises(NoAgentError, match="replaced while it answered, ask again"):
-        [event async for event in on_one_version(here.answer, Ingress().answer, QUERY)]
+        [event async for event in answer_on_one_pool_version(here.answer, Ingress().answer, QUERY)]
 
 
 async def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upgrade, "_PATIENCE_S", 0.01)
     elsewhere = Ingress(([], CHANGED))
     with pytest.raises(NoAgentError, match="another version"):
-        [event async for event in on_one_version(Ingress(([], CHANGED)).answer, elsewhere.answer, QUERY)]
+        [event async for event in answer_on_one_pool_version(Ingress(([], CHANGED)).answer, elsewhere.answer, QUERY)]
     assert elsewhere.deadlines == [None]
 
 
 async def test_the_deadline_goes_on() -> None:
     query = Query(trace_id="t", text="Who?", limits=Limits(max_steps=3, deadline_s=60.0))
     elsewhere = Ingress(([], CHANGED), ([], None))
-    assert [event async for event in on_one_version(Ingress(([], CHANGED)).answer, elsewhere.answer, query)] == []
+    assert [event async for event in answer_on_one_pool_version(Ingress(([], CHANGED)).answer, elsewhere.answer, query)] == []
     first, second = elsewhere.deadlines
     assert first is not None
     assert second is not None
     assert second < first < 60.0
     late = Query(trace_id="t", text="Who?", limits=Limits(max_steps=3, deadline_s=0.01))
     with pytest.raises(DeadlineError, match="while the pool was being replaced"):
-        [event async for event in on_one_version(Ingress(([], CHANGED)).answer, Ingress().answer, late)]
+        [event async for event in answer_on_one_pool_version(Ingress(([], CHANGED)).answer, Ingress().answer, late)]
 
 
 async def test_other_errors_are_the_query_s_own() -> None:
     with pytest.raises(NoAgentError, match="nobody"):
-        [event async for event in on_one_version(Ingress(([], NoAgentError("nobody"))).answer, Ingress().answer, QUERY)]
+        [
+            event
+            async for event in answer_on_one_pool_version(Ingress(([], NoAgentError("nobody"))).answer, Ingress().answer, QUERY)
+        ]
 
 
 def test_an_ingress_goes_on_for_as_long_as_a_query_may() -> None:

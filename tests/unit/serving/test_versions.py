@@ -20,8 +20,7 @@ from dmoa.config import Config
 from dmoa.core.gate import Gate, GateSpec, init_gate
 from dmoa.errors import CheckpointError
 from dmoa.routing import build_gate
-from dmoa.serving.router_state import FILES, RouterState
-from dmoa.serving.versions import MAX_NOTE_CHARACTERS, GateVersions, HistoryEntry, _line
+from dmoa.serving.router.versions import FILES, MAX_NOTE_CHARACTERS, GateVersions, HistoryEntry, RouterState, _line
 
 AGENTS = ("adder", "sorter")
 X = 2 * 384 + 4

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from dmoa.serving import vigil
-from dmoa.serving.vigil import Absent, Vigil
+from dmoa.serving import agent_client as vigil
+from dmoa.serving.agent_client import CallWatchdog, MissingReplicas
 
 
 class Router:
@@ -18,9 +18,9 @@ class Router:
         self.cold: frozenset[str] = frozenset()
         self.asked = 0
 
-    async def __call__(self) -> Absent:
+    async def __call__(self) -> MissingReplicas:
         self.asked += 1
-        return Absent(self.gone, "v", self.cold)
+        return MissingReplicas(self.gone, "v", self.cold)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ async def within(event: asyncio.Event, timeout_s: float = 5.0) -> None:
 
 async def test_a_slow_call_to_an_agent_without_replica_is_given_up_once() -> None:
     router, given_up = Router(), asyncio.Event()
-    watched = Vigil(router).watch("solver", given_up.set)
+    watched = CallWatchdog(router).watch("solver", given_up.set)
     async with asyncio.timeout(5):
         while router.asked < 3:  # noqa: ASYNC110 the fake counts
             await asyncio.sleep(0.005)
@@ -52,7 +52,7 @@ async def test_others_go_on() -> None:
     router = Router()
     router.gone = frozenset({"other"})
     other_given_up, given_up = asyncio.Event(), asyncio.Event()
-    watching = Vigil(router)
+    watching = CallWatchdog(router)
     calls = [watching.watch("solver", given_up.set), watching.watch("other", other_given_up.set)]
     await within(other_given_up)
     assert not given_up.is_set()
@@ -62,7 +62,7 @@ async def test_others_go_on() -> None:
 
 async def test_a_call_that_ends_in_time_asks_nobody() -> None:
     router = Router()
-    watched = Vigil(router).watch("solver", lambda: pytest.fail("given up"))
+    watched = CallWatchdog(router).watch("solver", lambda: pytest.fail("given up"))
     watched.end()
     later = asyncio.Event()
     asyncio.get_running_loop().call_later(0.1, later.set)
@@ -72,7 +72,7 @@ async def test_a_call_that_ends_in_time_asks_nobody() -> None:
 
 async def test_many_slow_calls_share_one_look() -> None:
     router, given_up = Router(), asyncio.Event()
-    watching = Vigil(router)
+    watching = CallWatchdog(router)
     calls = [watching.watch(f"agent-{n}", given_up.set) for n in range(50)]
     async with asyncio.timeout(5):
         while router.asked < 3:  # noqa: ASYNC110 the fake counts
@@ -86,7 +86,7 @@ async def test_many_slow_calls_share_one_look() -> None:
 
 async def test_a_call_that_no_replica_takes_is_given_up_when_its_patience_ends() -> None:
     router, given_up = Router(), asyncio.Event()
-    watched = Vigil(router).watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.1)
+    watched = CallWatchdog(router).watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.1)
     await within(given_up)
     assert watched.is_given_up
     assert watched.is_untaken
@@ -96,7 +96,7 @@ async def test_a_call_that_no_replica_takes_is_given_up_when_its_patience_ends()
 
 async def test_a_call_that_was_taken_may_take_its_time() -> None:
     router = Router()
-    watched = Vigil(router).watch("solver", lambda: pytest.fail("given up"), is_taken=lambda: True, patience_s=0.05)
+    watched = CallWatchdog(router).watch("solver", lambda: pytest.fail("given up"), is_taken=lambda: True, patience_s=0.05)
     async with asyncio.timeout(5):
         while router.asked < 8:  # noqa: ASYNC110 the fake counts
             await asyncio.sleep(0.005)
@@ -106,7 +106,7 @@ async def test_a_call_that_was_taken_may_take_its_time() -> None:
 async def test_a_cold_agents_replica_may_take_longer_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     router, given_up = Router(), asyncio.Event()
     router.cold = frozenset({"solver"})
-    watching = Vigil(router)
+    watching = CallWatchdog(router)
     watched = watching.watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.05)
     async with asyncio.timeout(5):
         while router.asked < 8:  # noqa: ASYNC110 the fake counts
@@ -125,7 +125,7 @@ async def test_a_cold_agents_replica_may_take_longer_to_start(monkeypatch: pytes
 
 async def test_a_queue_that_moves_is_waited_in_and_one_that_others_pass_is_not() -> None:
     router, given_up, passed = Router(), asyncio.Event(), asyncio.Event()
-    watching = Vigil(router)
+    watching = CallWatchdog(router)
     before = [watching.watch("solver", lambda: None, queue="llm") for _ in range(12)]
     waits = watching.watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.15, queue="llm")
     left_behind = watching.watch("other", passed.set, is_taken=lambda: False, patience_s=0.15, queue="other llm")

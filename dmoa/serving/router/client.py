@@ -16,15 +16,16 @@ from ray.exceptions import RayError, RayTaskError
 
 from dmoa.config import Config
 from dmoa.errors import DmoaError, NoAgentError
-from dmoa.serving.actors import pack, unpack
+from dmoa.serving.actors import pack_record, unpack_record
+from dmoa.serving.agent_client import MissingReplicas
 from dmoa.serving.placement import deployment_names
-from dmoa.serving.upgrade import pool_version
-from dmoa.serving.vigil import Absent
+from dmoa.serving.rollover import pool_version
 from dmoa.types import RouteDecision, RouteRequest
 
 if TYPE_CHECKING:
     from dmoa.core.gate import Gate
     from dmoa.routing import LocalRouter
+
 
 _LOG = logging.getLogger("dmoa.router")
 ROUTE_TIMEOUT_S = 2.0
@@ -64,7 +65,7 @@ class RemoteRouter:
         if time.monotonic() >= self._away_until:
             try:
                 async with asyncio.timeout(ROUTE_TIMEOUT_S):
-                    decision: RouteDecision = unpack(await self._actor.route.remote(pack(request), self._version))
+                    decision: RouteDecision = unpack_record(await self._actor.route.remote(pack_record(request), self._version))
             except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, DmoaError) else NoAgentError(f"router: {error.cause}") from error
             except (RayError, TimeoutError) as error:
@@ -87,7 +88,7 @@ class RemoteRouter:
             status: dict[str, Any] = await self._actor.status.remote()
         return status
 
-    async def gone(self) -> Absent:
+    async def gone(self) -> MissingReplicas:
         """Return the agents that no replica can be answering, though they should have one; nobody while the router is away.
 
         Those too that a newer pool no longer has: their deployments are deleted, and Serve keeps calls to them for ever.
@@ -95,9 +96,9 @@ class RemoteRouter:
         try:
             status = await self.status()
         except (RayError, TimeoutError):
-            return Absent()
+            return MissingReplicas()
         deleted = frozenset(deployment_names(self._config)) - frozenset(status["agents"])
-        return Absent(frozenset(status["gone"]) | deleted, status["pool_version"], frozenset(status.get("cold", ())))
+        return MissingReplicas(frozenset(status["gone"]) | deleted, status["pool_version"], frozenset(status.get("cold", ())))
 
     async def _tell(self, agent: str, reason: str) -> None:
         with contextlib.suppress(RayError):
@@ -146,7 +147,7 @@ class RemoteRouter:
         return LocalRouter(routed_by="ingress", reload=self._load)
 
     def _load(self, version: str) -> Gate | None:
-        from dmoa.serving.router_state import read_files
+        from dmoa.serving.router.versions import read_files
 
         files = self._weights.get(version)
         return None if files is None else read_files(files, f"gate {version}")[0]

@@ -1,6 +1,6 @@
 """What the HTTP front needs of a swarm: one protocol, implemented by the Ray ingress and by in-memory services.
 
-The app of `serving/http` is built over this and nothing else, so that the whole HTTP contract runs without Ray.
+The app of `serving/http/routes` is built over this and nothing else, so that the whole HTTP contract runs without Ray.
 """
 
 from __future__ import annotations

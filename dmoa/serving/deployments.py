@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmoa.config import AutoscalingConfig
+from ray import serve
+
+from dmoa.config import AutoscalingConfig, Config, callable_agents
+from dmoa.serving.agent_replica import ENGINE_ENV, AgentReplica, hosted_agents
+from dmoa.serving.placement import deployment_name
+from dmoa.serving.rollover import CALL_DRAIN_S
 
 _QUEUE_FACTOR = 4
 """Batches of an engine that a replica holds where no limit is set: one runs, the others wait where the engine finds them."""
@@ -54,3 +59,41 @@ def _autoscaling(scaling: AutoscalingConfig) -> dict[str, Any]:
         "look_back_period_s": look_back_s,
         "metrics_interval_s": look_back_s / _REPORTS,
     }
+
+
+def bind_hosts(config: Config) -> dict[str, Any]:
+    """Return the bound Serve deployments that run the pool's agents, by deployment name.
+
+    Those with most GPUs come first, because Serve places them in this order, spread over the nodes: where narrow ones go
+    first, no node may be left with room for a wide one.
+    """
+    text = config.model_dump_json()
+    bound: dict[str, Any] = {}
+    for agent in sorted(callable_agents(config), key=lambda agent: -config.llms[agent.llm].gpus):
+        llm = config.llms[agent.llm]
+        name = deployment_name(config, agent)
+        if name in bound:
+            continue
+        is_light = llm.engine in ("scripted", "openai")
+        options = _options(name, config.scaling_of(agent), max_num_seqs=llm.max_num_seqs, gpus=llm.gpus, is_light=is_light)
+        only = None if llm.placement == "shared" else agent.name
+        if llm.engine == "vllm":
+            from dmoa.serving.vllm_replica import vllm_deployment
+
+            deployment = vllm_deployment(config, agent.llm, hosted_agents(config, agent.llm, only), options)
+        else:
+            deployment = serve.deployment(AgentReplica).options(**options)
+        bound[name] = deployment.bind(text, agent.llm, only)
+    return bound
+
+
+def _options(name: str, scaling: AutoscalingConfig, *, max_num_seqs: int, gpus: float, is_light: bool) -> dict[str, Any]:
+    actor: dict[str, Any] = {"num_cpus": 0} if is_light else {"num_cpus": 1, "runtime_env": {"env_vars": ENGINE_ENV}}
+    options: dict[str, Any] = {
+        "name": name,
+        "ray_actor_options": actor | {"num_gpus": gpus},
+        "health_check_period_s": 2.0,
+        "graceful_shutdown_timeout_s": CALL_DRAIN_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+    return options | scaling_options(scaling, max_num_seqs=max_num_seqs)

@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+from ray import serve
+
 from dmoa.config import Config, callable_agents
+from dmoa.serving.agent_client import REPLICA_LOST_ERRORS
 from dmoa.serving.placement import deployment_name
 
 UP = "up"
@@ -71,3 +75,34 @@ def state_of(agent: str, status: Mapping[str, Any] | None) -> str:
     if agent in status["masked"]:
         return "it does not answer; the router tries it again"
     return COLD if agent in status["cold"] else UP
+
+
+_NAMESPACE = "serve"
+_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+"""Ray names no actor that is dead, and goes on naming one that it restarts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSnapshot:
+    """Serve at one moment."""
+
+    actors: frozenset[str]
+    """Names of Serve's actors."""
+    deployments: Mapping[str, Any] | None
+    """The app's, as `serve.status` tells them; None where Serve runs without the app, or no longer."""
+
+
+def read_status(app: str, seen: frozenset[str] | None) -> ServeSnapshot | None:
+    """Return what is seen of an app; None where no actor came or went since `seen`, or where nobody can be asked now. Blocks.
+
+    Only changes are looked at: `serve.status` costs a tenth of a second of CPU per dozen deployments (Ray 2.60).
+    """
+    try:
+        named = ray.util.list_named_actors(all_namespaces=True)
+        actors = frozenset(actor["name"] for actor in named if actor["namespace"] == _NAMESPACE)
+        if actors == seen:
+            return None
+        found = serve.status().applications.get(app) if _CONTROLLER in actors else None
+    except REPLICA_LOST_ERRORS:
+        return None
+    return ServeSnapshot(actors=actors, deployments=None if found is None else found.deployments)

@@ -1,129 +1,164 @@
-"""Agents on Ray Serve: the deployments they run in, and the client that reaches them.
-
-`shared` placement: one `AgentHost` per LLM, its agents are records over one engine. `dedicated`: the same class, one
-deployment per agent, with its own engine, GPUs and replicas. Where there may be several replicas, all calls of a conversation
-go to one of them (`scaling` says how it is chosen), whose prefix cache knows how it began.
-"""
+"""What a call through a Serve handle raises when its replica is lost or out of reach."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from ray import serve
-from ray.serve.exceptions import BackPressureError
+from grpc import RpcError
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from dmoa.agents.agent import Agent, LocalAgents
-from dmoa.agents.pool import build_agents, build_engine
-from dmoa.agents.summarizer import withhold
-from dmoa.config import SUMMARIZER, AgentConfig, AutoscalingConfig, Config, callable_agents
-from dmoa.dispatch import PATIENCE_S
+from dmoa.config import Config, callable_agents
+from dmoa.dispatch import COLD_PATIENCE_S, PATIENCE_S
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, ConfigError, PoolChangedError
-from dmoa.protocols import Engine
+from dmoa.serving.agent_replica import _DEADLINE_SLACK_S
+from dmoa.serving.deployments import has_affinity
 from dmoa.serving.handles import Sent, ask
-from dmoa.serving.losses import CALL_ERRORS
-from dmoa.serving.placement import deployment_name
-from dmoa.serving.scaling import has_affinity, scaling_options
-from dmoa.serving.upgrade import CALL_DRAIN_S, check_version, pool_version
-from dmoa.serving.vigil import Absent, Gone, Vigil, Watched
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
-ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads of an engine that wait must sleep: spinning ones slow every token some thirty times on a busy machine."""
-_DEADLINE_SLACK_S = 1.0
-"""After a call's deadline, at which its caller ends it."""
+REPLICA_LOST_ERRORS = (RayError, RayServeException, RpcError)
+"""Between replicas Serve speaks gRPC, and makes an error of Ray of one of its statuses only, UNAVAILABLE."""
 
 
-class Answers:
-    """What every replica with agents does, whatever engine it runs."""
+@dataclass(frozen=True, slots=True)
+class MissingReplicas:
+    """Whom no call can reach, as the router sees it."""
 
-    _agents: LocalAgents
-    _label: str
-    _replica: str
-    _version: str
+    agents: frozenset[str] = frozenset()
+    """Those that should have a replica and that none can still be answering calls to."""
+    version: str | None = None
+    """Of the pool that the router serves; None where it could not be asked."""
+    cold: frozenset[str] = frozenset()
+    """Agents scaled to zero, or on their way up from there: no replica can take calls to them yet."""
 
-    async def call(self, call: AgentCall, version: str) -> AgentReply:
-        """Answer one call of a query on this version of the pool; cancelling it frees its place in the engine's batch.
 
-        Raises PoolChangedError for a query on another version: of what a deployment runs on, Serve tells a caller nothing.
+FindMissing = Callable[[], Awaitable[MissingReplicas]]
+"""Asks the router who is absent."""
+SLOW_S = 2.0
+"""How long a call is trusted to be under way."""
+_LOOK_S = 1.0
+
+
+def _taken() -> bool:
+    return True
+
+
+class CallWatchdog:
+    """Watches the slow calls of one process."""
+
+    def __init__(self, gone: FindMissing) -> None:
+        self._ask = gone
+        self._known = MissingReplicas()
+        self._known_s = float("-inf")
+        self._looking = asyncio.Lock()
+        self._moved: dict[object, tuple[float, float]] = {}
+
+    def watch(
+        self,
+        agent: str,
+        give_up: Callable[[], None],
+        *,
+        is_taken: Callable[[], bool] = _taken,
+        patience_s: float = PATIENCE_S,
+        queue: object = None,
+    ) -> WatchedCall:
+        """Watch one call from now on; `give_up` is called once, if its agent turns out to be gone.
+
+        So it is where no replica takes the call for `patience_s`, as `is_taken` tells. That time begins anew with every call
+        of the same `queue` that was sent before it and is answered, and while the agent is cold.
         """
-        check_version(version, self._version)
-        return replace(await self._agents.call(call), replica=self._replica)
+        return WatchedCall(self, agent, give_up, is_taken=is_taken, patience_s=patience_s, queue=queue)
 
-    async def stream(self, call: AgentCall, version: str) -> AsyncIterator[TextDelta | AgentReply]:
-        """Answer one call, yielding its text as it comes, last the reply. Raises as `call` does."""
-        check_version(version, self._version)
-        items = self._agents.stream(call)
-        async for item in withhold(items) if call.agent == SUMMARIZER else items:
-            yield replace(item, replica=self._replica) if isinstance(item, AgentReply) else item
+    @property
+    def served(self) -> str | None:
+        """Version of the pool that the router served when it was last asked; None where that is not known."""
+        return self._known.version
 
-    async def ping(self) -> str:
-        """Say that this replica is up; returns the engine's label."""
-        return self._label
+    async def is_gone(self, agent: str) -> bool:
+        """Tell whether an agent has no replica, as of a second ago at most."""
+        async with self._looking:
+            if time.monotonic() - self._known_s > _LOOK_S:
+                self._known = await self._ask()
+                self._known_s = time.monotonic()
+        return agent in self._known.agents
 
-    def _host(self, config: Config, llm: str, hosted: Sequence[AgentConfig], engine: Engine) -> None:
-        agents: dict[str, Agent] = build_agents(config, llm, engine)
-        self._agents = LocalAgents({item.name: agents[item.name] for item in hosted})
-        self._label = engine.label
-        self._replica = serve.get_replica_context().replica_tag
-        self._version = pool_version(config)
+    def is_cold(self, agent: str) -> bool:
+        """Tell whether an agent was cold when the router was last asked."""
+        return agent in self._known.cold
 
+    def answered(self, queue: object, sent_s: float) -> None:
+        """Note that a call of a queue was answered; times are `time.monotonic()`."""
+        self._moved[queue] = (sent_s, time.monotonic())
 
-class AgentHost(Answers):
-    """A replica that runs one engine of this process for some or all agents of one LLM."""
-
-    def __init__(self, config_json: str, llm: str, agent: str | None = None) -> None:
-        """Load the engine. `agent` names the one agent of a dedicated deployment, None hosts all of the LLM's."""
-        config = Config.model_validate_json(config_json)
-        hosted = hosted_agents(config, llm, agent)
-        self._host(config, llm, hosted, build_engine(config, llm, hosted))
+    def moved_s(self, queue: object, sent_s: float) -> float:
+        """Return when a call of a queue that was sent before `sent_s` was answered, as far as the last answer tells."""
+        last_sent_s, at_s = self._moved.get(queue, (float("inf"), 0.0))
+        return at_s if last_sent_s < sent_s else float("-inf")
 
 
-def hosted_agents(config: Config, llm: str, agent: str | None) -> list[AgentConfig]:
-    """Return the agents of one deployment: all of an LLM (and the summarizer, if it is on it), or the one named."""
-    return [item for item in callable_agents(config, llm) if agent in (None, item.name)]
+class WatchedCall:
+    """One call under watch."""
 
+    def __init__(
+        self,
+        vigil: CallWatchdog,
+        agent: str,
+        give_up: Callable[[], None],
+        *,
+        is_taken: Callable[[], bool],
+        patience_s: float,
+        queue: object,
+    ) -> None:
+        self._vigil = vigil
+        self._agent = agent
+        self._give_up = give_up
+        self._is_taken = is_taken
+        self.patience_s = patience_s
+        self._queue = queue
+        self._sent_s = time.monotonic()
+        self.is_given_up = False
+        self.is_untaken = False
+        """Whether it was given up because no replica took it, though its agent has some."""
+        self._looking: asyncio.Task[None] | None = None
+        # A timer, not a task: nearly all calls end before it goes off.
+        self._timer = asyncio.get_running_loop().call_later(SLOW_S, self._begin)
 
-def bind_hosts(config: Config) -> dict[str, Any]:
-    """Return the bound Serve deployments that run the pool's agents, by deployment name.
+    def end(self) -> None:
+        """Stop watching: the call is over, or its replica has answered."""
+        self._timer.cancel()
+        if self._looking is not None:
+            self._looking.cancel()
 
-    Those with most GPUs come first, because Serve places them in this order, spread over the nodes: where narrow ones go
-    first, no node may be left with room for a wide one.
-    """
-    text = config.model_dump_json()
-    bound: dict[str, Any] = {}
-    for agent in sorted(callable_agents(config), key=lambda agent: -config.llms[agent.llm].gpus):
-        llm = config.llms[agent.llm]
-        name = deployment_name(config, agent)
-        if name in bound:
-            continue
-        is_light = llm.engine in ("scripted", "openai")
-        options = _options(name, config.scaling_of(agent), max_num_seqs=llm.max_num_seqs, gpus=llm.gpus, is_light=is_light)
-        only = None if llm.placement == "shared" else agent.name
-        if llm.engine == "vllm":
-            from dmoa.serving.vllm_server import vllm_deployment
+    def answered(self) -> None:
+        """Stop watching: its replica has answered, so its queue moves."""
+        self.end()
+        self._vigil.answered(self._queue, self._sent_s)
 
-            deployment = vllm_deployment(config, agent.llm, hosted_agents(config, agent.llm, only), options)
-        else:
-            deployment = serve.deployment(AgentHost).options(**options)
-        bound[name] = deployment.bind(text, agent.llm, only)
-    return bound
+    def _begin(self) -> None:
+        self._looking = asyncio.get_running_loop().create_task(self._look())
 
+    async def _look(self) -> None:
+        since_s = self._sent_s
+        while not await self._vigil.is_gone(self._agent):
+            since_s = max(since_s, self._waits_since_s())
+            if not self._is_taken() and time.monotonic() - since_s >= self.patience_s:
+                self.is_untaken = True
+                break
+            await asyncio.sleep(_LOOK_S)
+        self.is_given_up = True
+        self._give_up()
 
-def _options(name: str, scaling: AutoscalingConfig, *, max_num_seqs: int, gpus: float, is_light: bool) -> dict[str, Any]:
-    actor: dict[str, Any] = {"num_cpus": 0} if is_light else {"num_cpus": 1, "runtime_env": {"env_vars": ENGINE_ENV}}
-    options: dict[str, Any] = {
-        "name": name,
-        "ray_actor_options": actor | {"num_gpus": gpus},
-        "health_check_period_s": 2.0,
-        "graceful_shutdown_timeout_s": CALL_DRAIN_S,
-        "graceful_shutdown_wait_loop_s": 0.5,
-    }
-    return options | scaling_options(scaling, max_num_seqs=max_num_seqs)
+    def _waits_since_s(self) -> float:
+        """Return when the call could last hope for a replica to take it soon."""
+        now_s = time.monotonic()
+        if self._vigil.is_cold(self._agent) and now_s - self._sent_s < COLD_PATIENCE_S:
+            return now_s
+        return self._vigil.moved_s(self._queue, self._sent_s)
 
 
 def affine_agents(config: Config) -> frozenset[str]:
@@ -131,8 +166,8 @@ def affine_agents(config: Config) -> frozenset[str]:
     return frozenset(agent.name for agent in callable_agents(config) if has_affinity(config.scaling_of(agent)))
 
 
-async def _nobody() -> Absent:
-    return Absent()
+async def _nobody() -> MissingReplicas:
+    return MissingReplicas()
 
 
 class ServeAgents:
@@ -144,7 +179,7 @@ class ServeAgents:
         version: str,
         *,
         affine: Collection[str] = (),
-        gone: Gone = _nobody,
+        gone: FindMissing = _nobody,
         patience_s: float = PATIENCE_S,
     ) -> None:
         """`handles` are by agent name; `version` is the pool's, which every reply must come from.
@@ -154,7 +189,7 @@ class ServeAgents:
         """
         self._version = version
         self._patience_s = patience_s
-        self._vigil = Vigil(gone)
+        self._vigil = CallWatchdog(gone)
         # Made once, because a handle builds a new one for every method that is named on it. Calls are plain records:
         # pickle takes half of cloudpickle's time for them. Replies may be errors, which only cloudpickle carries safely.
         options = {"request_serialization": "pickle"}
@@ -178,7 +213,7 @@ class ServeAgents:
             if watched.is_given_up:
                 raise self._given_up(call.agent, watched) from None
             raise
-        except CALL_ERRORS as error:
+        except REPLICA_LOST_ERRORS as error:
             raise self._given_up(call.agent, watched) if watched.is_given_up else _lost(call.agent, error) from error
         finally:
             watched.end()
@@ -199,7 +234,7 @@ class ServeAgents:
             if watched.is_given_up:
                 raise self._given_up(call.agent, watched) from None
             raise
-        except CALL_ERRORS as error:
+        except REPLICA_LOST_ERRORS as error:
             is_done = True  # to cancel it now could raise the same error again
             raise self._given_up(call.agent, watched) if watched.is_given_up else _lost(call.agent, error) from error
         finally:
@@ -221,7 +256,7 @@ class ServeAgents:
             if watched.is_given_up:
                 raise self._given_up(agent, watched) from None
             raise
-        except CALL_ERRORS as error:
+        except REPLICA_LOST_ERRORS as error:
             # Serve refuses calls to a deployment that was deleted, and so what waits by pings would wait for ever.
             is_gone = watched.is_given_up or await self._vigil.is_gone(agent)
             raise self._given_up(agent, watched) if is_gone else _lost(agent, error) from error
@@ -229,7 +264,7 @@ class ServeAgents:
             watched.end()
         watched.answered()
 
-    def _watch(self, agent: str, sent: Sent, deadline_unix_s: float | None = None) -> Watched:
+    def _watch(self, agent: str, sent: Sent, deadline_unix_s: float | None = None) -> WatchedCall:
         left_s = None if deadline_unix_s is None else max(0.0, deadline_unix_s - time.time())
         return self._vigil.watch(
             agent,
@@ -239,7 +274,7 @@ class ServeAgents:
             queue=self._queues[agent],
         )
 
-    def _given_up(self, agent: str, watched: Watched) -> AgentUnavailableError | PoolChangedError | asyncio.CancelledError:
+    def _given_up(self, agent: str, watched: WatchedCall) -> AgentUnavailableError | PoolChangedError | asyncio.CancelledError:
         """Return how what was given up ends: as cancelled where its own task is, for Serve tells both by one error.
 
         Where another pool is served by now, the agent may be gone for good: the query has to begin again on that one.

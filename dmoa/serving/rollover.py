@@ -50,7 +50,7 @@ def check_version(asked: str, here: str) -> None:
         raise PoolChangedError(f"pool version: value seen: {asked}; this part runs {here}; begin the query again")
 
 
-async def on_one_version(here: Attempt, elsewhere: Attempt, query: Query) -> AsyncGenerator[str | Event]:
+async def answer_on_one_pool_version(here: Attempt, elsewhere: Attempt, query: Query) -> AsyncGenerator[str | Event]:
     """Yield what one attempt at a query yields, the first `here`; one that met another version begins again `elsewhere`.
 
     Steps of attempts that were given up are yielded too; the Answer holds those of its own alone. The query keeps its

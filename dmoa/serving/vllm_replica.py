@@ -16,10 +16,10 @@ from ray.serve.llm import LLMConfig, LLMServer
 from dmoa.config import AgentConfig, Config, LlmConfig, VllmOptions
 from dmoa.engines.vllm.local import check_adapters, engine_over
 from dmoa.engines.vllm.options import cpu_environment, engine_args, local_source, remote_source, vllm_options
-from dmoa.serving.agents import Answers, hosted_agents
+from dmoa.serving.agent_replica import AgentCalls, hosted_agents
 
 
-class VllmHost(Answers, LLMServer):
+class VllmReplica(AgentCalls, LLMServer):
     """A replica with one vLLM for some or all agents of one LLM."""
 
     async def __init__(self, config_json: str, llm: str, agent: str | None = None) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -39,7 +39,7 @@ class VllmHost(Answers, LLMServer):
 def vllm_deployment(config: Config, llm: str, hosted: Sequence[AgentConfig], options: dict[str, Any]) -> Any:
     """Return the deployment of a vLLM for some agents; `options` are Serve's, without what ray.serve.llm works out itself."""
     found = llm_config(config, llm, hosted, options=options)
-    return serve.deployment(VllmHost).options(**VllmHost.get_deployment_options(found))
+    return serve.deployment(VllmReplica).options(**VllmReplica.get_deployment_options(found))
 
 
 def llm_config(

@@ -25,17 +25,17 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.errors import DmoaError
-from dmoa.serving.actors import detached, end_actors, pack, router_name, unpack
-from dmoa.serving.agents import ServeAgents
+from dmoa.serving.actors import detached, end_actors, pack_record, router_name, unpack_record
+from dmoa.serving.agent_client import ServeAgents
 from dmoa.serving.placement import deployment_names
-from dmoa.serving.presence import presence, sleepers
-from dmoa.serving.upgrade import check_version, pool_version
-from dmoa.serving.watching import look
+from dmoa.serving.rollover import check_version, pool_version
+from dmoa.serving.router.replica_health import presence, read_status, sleepers
 from dmoa.types import FloatArray, RouteRequest, is_untrained
 
 if TYPE_CHECKING:
     from dmoa.core.gate import Gate
-    from dmoa.serving.versions import Change
+    from dmoa.serving.router.versions import Change
+
 
 _LOG = logging.getLogger("dmoa.router")
 WATCH_INTERVAL_S = 1.0
@@ -89,8 +89,7 @@ class RouterActor:
 
     def _configure(self, config: Config, configured: str | None) -> None:
         from dmoa.routing import LocalRouter
-        from dmoa.serving.router_state import RouterState, default_state_uri
-        from dmoa.serving.versions import GateVersions
+        from dmoa.serving.router.versions import GateVersions, RouterState, default_state_uri
 
         self._config, self._configured = config, configured
         served = {"config": config.model_dump(mode="json"), "configured": configured}
@@ -142,10 +141,10 @@ class RouterActor:
         """
         self._begin()
         check_version(version, self._pool_version)
-        request: RouteRequest = unpack(packed)
+        request: RouteRequest = unpack_record(packed)
         decision = await self._local.route(request)
         self._recent.append(request.input_X)
-        return pack(decision)
+        return pack_record(decision)
 
     async def report_unavailable(self, agent: str, reason: str) -> None:
         """Mask an agent and try it again until it answers."""
@@ -210,7 +209,7 @@ class RouterActor:
         missed = 0
         while missed < MAX_MISSED:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            config, sight = self._config, await asyncio.to_thread(look, self._app, self._seen)
+            config, sight = self._config, await asyncio.to_thread(read_status, self._app, self._seen)
             if sight is None:
                 continue
             missed = 0 if sight.deployments is not None else missed + 1

@@ -1,35 +1,105 @@
-"""The HTTP front: a FastAPI app with OpenAI's routes over a `SwarmService`.
+"""Work for a client that may hang up: one task per query, cancelled when nobody is left to read the answer.
 
-A body is bounded (`limits`), owned by a key (`auth`), parsed (`schemas`), turned into a query (`intake`), answered by
-the service, and rendered (`render`); failures become error objects (`problems`). The app holds no model and imports
-neither ray nor torch: the Ray ingress and in-memory services are two implementations of the same protocol.
+`until_gone` races any work against the disconnect; `EventStream` is the server-sent-events response built on it.
+Starlette's own StreamingResponse sends its headers before the first item exists, so that an early error could not
+become an HTTP status any more, and stops listening for the disconnect under newer ASGI servers.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from dmoa import __version__
 from dmoa.config import ServerConfig
 from dmoa.errors import DmoaError, EmptyAnswerError, RequestError
-from dmoa.serving import openapi, problems, render
-from dmoa.serving.auth import KeyCheck
-from dmoa.serving.intake import Order, chat_order, completion_order, model_names, unknown_model
-from dmoa.serving.limits import BodyLimit, Places
-from dmoa.serving.paths import LenientPaths
-from dmoa.serving.problems import json_response
-from dmoa.serving.schemas import ChatRequest, CompletionRequest, parse
-from dmoa.serving.service import SwarmService
-from dmoa.serving.streaming import EventStream, closing, until_gone
+from dmoa.serving.http import errors as problems
+from dmoa.serving.http import responses as openapi
+from dmoa.serving.http import responses as render
+from dmoa.serving.http.errors import LenientPaths, json_response
+from dmoa.serving.http.middleware import BodyLimit, ConcurrencyLimit, KeyCheck
+from dmoa.serving.http.requests import (
+    ChatRequest,
+    CompletionRequest,
+    ParsedRequest,
+    chat_order,
+    completion_order,
+    model_names,
+    parse_body,
+    unknown_model,
+)
+from dmoa.serving.http.service import SwarmService
 from dmoa.types import Answer, StepRecord, TextDelta
 
-__all__ = ["SwarmService", "create_app"]
+T = TypeVar("T")
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` returns; cancel it and raise ClientDisconnect when the client goes away first."""
+    task = asyncio.create_task(work)
+    watch = asyncio.create_task(_hung_up(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done() and watch.exception() is None:
+            raise ClientDisconnect
+        return await task
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@asynccontextmanager
+async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+    """Close an iterator at the end of the block, if it is one that can be closed."""
+    try:
+        yield items
+    finally:
+        if isinstance(items, AsyncGenerator):
+            await items.aclose()
+
+
+class EventStream(Response):
+    """Sends server-sent events; an error before the first event is raised, so that it becomes an HTTP status."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+        self.events = events
+        self._is_started = False
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_gone(receive, self._send_all(send))
+        except ClientDisconnect:
+            if not self._is_started:
+                raise
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self.events) as events:
+            async for event in events:
+                if not self._is_started:
+                    self._is_started = True
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                if event:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
 
 logger = logging.getLogger(__name__)
 Item = StepRecord | TextDelta | Answer
@@ -50,8 +120,8 @@ def create_app(
     `X-Request-Id` to every answer; else the app adds the trace's id under that name.
     """
     app = FastAPI(title="dmoa", version=__version__, redirect_slashes=False)
-    front = _Front(service_getter, Places(max_queued_requests), has_request_ids=has_request_ids)
-    problems.install(app)
+    front = _Front(service_getter, ConcurrencyLimit(max_queued_requests), has_request_ids=has_request_ids)
+    problems.install_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body_bytes=server.max_body_bytes)
     app.add_middleware(KeyCheck, key_hashes=key_hashes)
@@ -68,14 +138,14 @@ def create_app(
         ("GET", "/v1/dmoa/traces/{trace_id}", front.trace, openapi.TRACE),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_model=None, **extra)
-    openapi.install(app, has_keys=bool(key_hashes))
+    openapi.install_document(app, has_keys=bool(key_hashes))
     return app
 
 
 class _Front:
     """The routes' handlers, and what they share: the service and the count of queries in flight."""
 
-    def __init__(self, service_getter: Callable[[], SwarmService], places: Places, *, has_request_ids: bool) -> None:
+    def __init__(self, service_getter: Callable[[], SwarmService], places: ConcurrencyLimit, *, has_request_ids: bool) -> None:
         self._service = service_getter
         self._places = places
         self._has_request_ids = has_request_ids
@@ -84,12 +154,12 @@ class _Front:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        order = chat_order(parse(ChatRequest, await request.body(), _content_type(request)), self._service())
+        order = chat_order(parse_body(ChatRequest, await request.body(), _content_type(request)), self._service())
         return await self._respond(request, order, is_chat=True)
 
     async def completion(self, request: Request) -> Response:
         """Answer a plain prompt."""
-        order = completion_order(parse(CompletionRequest, await request.body(), _content_type(request)), self._service())
+        order = completion_order(parse_body(CompletionRequest, await request.body(), _content_type(request)), self._service())
         return await self._respond(request, order, is_chat=False)
 
     async def models(self) -> Response:
@@ -133,7 +203,7 @@ class _Front:
             raise RequestError(message, param="trace_id", code="trace_not_found", status=404)
         return json_response(found)
 
-    async def _respond(self, request: Request, order: Order, *, is_chat: bool) -> Response:
+    async def _respond(self, request: Request, order: ParsedRequest, *, is_chat: bool) -> Response:
         rendering = render.Rendering(order, self._service().pool, is_chat=is_chat)
         headers = {} if self._has_request_ids else {"X-Request-Id": order.query.trace_id}
         items = self._items(order, _key_hash(request))
@@ -141,7 +211,7 @@ class _Front:
             return EventStream(_events(items, rendering), headers)
         return json_response(rendering.whole(await until_gone(request.receive, _last(items))), headers=headers)
 
-    async def _items(self, order: Order, key_hash: str) -> AsyncGenerator[Item, None]:
+    async def _items(self, order: ParsedRequest, key_hash: str) -> AsyncGenerator[Item, None]:
         """Yield what the service yields while holding a place; keep the trace before the answer leaves."""
         with self._places.take():
             service = self._service()

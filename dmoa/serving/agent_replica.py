@@ -1,0 +1,76 @@
+"""Agents on Ray Serve: the deployments they run in, and the client that reaches them.
+
+`shared` placement: one `AgentHost` per LLM, its agents are records over one engine. `dedicated`: the same class, one
+deployment per agent, with its own engine, GPUs and replicas. Where there may be several replicas, all calls of a conversation
+go to one of them (`scaling` says how it is chosen), whose prefix cache knows how it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+
+from ray import serve
+
+from dmoa.agents.agent import Agent, LocalAgents
+from dmoa.agents.pool import build_agents, build_engine
+from dmoa.agents.summarizer import withhold
+from dmoa.config import SUMMARIZER, AgentConfig, Config, callable_agents
+from dmoa.protocols import Engine
+from dmoa.serving.rollover import check_version, pool_version
+from dmoa.types import AgentCall, AgentReply, TextDelta
+
+ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads of an engine that wait must sleep: spinning ones slow every token some thirty times on a busy machine."""
+_DEADLINE_SLACK_S = 1.0
+"""After a call's deadline, at which its caller ends it."""
+
+
+class AgentCalls:
+    """What every replica with agents does, whatever engine it runs."""
+
+    _agents: LocalAgents
+    _label: str
+    _replica: str
+    _version: str
+
+    async def call(self, call: AgentCall, version: str) -> AgentReply:
+        """Answer one call of a query on this version of the pool; cancelling it frees its place in the engine's batch.
+
+        Raises PoolChangedError for a query on another version: of what a deployment runs on, Serve tells a caller nothing.
+        """
+        check_version(version, self._version)
+        return replace(await self._agents.call(call), replica=self._replica)
+
+    async def stream(self, call: AgentCall, version: str) -> AsyncIterator[TextDelta | AgentReply]:
+        """Answer one call, yielding its text as it comes, last the reply. Raises as `call` does."""
+        check_version(version, self._version)
+        items = self._agents.stream(call)
+        async for item in withhold(items) if call.agent == SUMMARIZER else items:
+            yield replace(item, replica=self._replica) if isinstance(item, AgentReply) else item
+
+    async def ping(self) -> str:
+        """Say that this replica is up; returns the engine's label."""
+        return self._label
+
+    def _host(self, config: Config, llm: str, hosted: Sequence[AgentConfig], engine: Engine) -> None:
+        agents: dict[str, Agent] = build_agents(config, llm, engine)
+        self._agents = LocalAgents({item.name: agents[item.name] for item in hosted})
+        self._label = engine.label
+        self._replica = serve.get_replica_context().replica_tag
+        self._version = pool_version(config)
+
+
+class AgentReplica(AgentCalls):
+    """A replica that runs one engine of this process for some or all agents of one LLM."""
+
+    def __init__(self, config_json: str, llm: str, agent: str | None = None) -> None:
+        """Load the engine. `agent` names the one agent of a dedicated deployment, None hosts all of the LLM's."""
+        config = Config.model_validate_json(config_json)
+        hosted = hosted_agents(config, llm, agent)
+        self._host(config, llm, hosted, build_engine(config, llm, hosted))
+
+
+def hosted_agents(config: Config, llm: str, agent: str | None) -> list[AgentConfig]:
+    """Return the agents of one deployment: all of an LLM (and the summarizer, if it is on it), or the one named."""
+    return [item for item in callable_agents(config, llm) if agent in (None, item.name)]

@@ -1,0 +1,1 @@
+"""The HTTP edge: OpenAI's routes over a swarm."""

@@ -1,0 +1,1 @@
+"""The central router: one actor per app, its client, its gate versions."""

@@ -1,0 +1,408 @@
+"""What the router keeps beyond its own life: gate versions and which one is current, on any Ray file system.
+
+Layout under `router.state_uri`: `versions/VERSION/` (a dmoa checkpoint each) and `state.json`. Every file is written
+whole, then renamed, because the router may die at any moment and restart on another node.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import posixpath
+import secrets
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from platformdirs import user_state_path
+from pyarrow import fs as arrow_fs
+from pyarrow.lib import ArrowException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dmoa import checkpoint
+from dmoa.agents.pool import build_pool_gate, fingerprint, fit_gate
+from dmoa.checkpoint import Checkpoint
+from dmoa.config import Config
+from dmoa.core.gate import Gate
+from dmoa.core.inference import Decider
+from dmoa.errors import CheckpointError, ConfigError, RoutingError
+from dmoa.types import FloatArray, RouteDecision, RouteRequest, is_untrained
+from dmoa.validation import describe, did_you_mean, short
+
+FILES = ("gate.safetensors", "gate.json")
+"""The files of a version, in the order in which they are written."""
+
+
+def read_files(files: Mapping[str, bytes], where: str) -> tuple[Gate, Checkpoint]:
+    """Return the gate that the files of a checkpoint hold; messages say `where` they come from. Raises CheckpointError."""
+    if set(files) != set(FILES):
+        raise CheckpointError(f"{where}: its files are {short(sorted(files))}; allowed are exactly {', '.join(FILES)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in FILES:
+            (Path(scratch) / name).write_bytes(files[name])
+        try:
+            return checkpoint.load(scratch)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(f"checkpoint {scratch!r}", where)) from error
+
+
+def default_state_uri(app: str) -> str:
+    """Return where state is kept when the configuration names no place: a folder of this user on this machine."""
+    return (user_state_path("dmoa") / "router" / app).as_uri()
+
+
+class RouterState:
+    """Reads and writes a router's versions and history."""
+
+    def __init__(self, uri: str) -> None:
+        """Open the place. Raises ConfigError for a URI that no file system serves."""
+        try:
+            self._fs, self._root = arrow_fs.FileSystem.from_uri(uri)
+        except (ArrowException, OSError, ValueError) as error:
+            raise ConfigError(
+                f"router.state_uri: value seen: {uri!r}; allowed are file:///DIR, s3://..., gs://...; change it ({error})"
+            ) from error
+
+    def save_version(self, gate: Gate, record: Checkpoint) -> None:
+        """Keep a version; one that is already there is left alone, because its name is its content."""
+        if self._exists(f"versions/{record.version}/gate.json"):
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = checkpoint.save(Path(scratch) / "version", gate, record)
+            for name in FILES:
+                self._write(f"versions/{record.version}/{name}", (folder / name).read_bytes())
+
+    def load_version(self, version: str) -> tuple[Gate, Checkpoint] | None:
+        """Return a version's weights and record, None if it was never kept. Raises CheckpointError if damaged."""
+        if not self._exists(f"versions/{version}/gate.json"):
+            return None
+        try:
+            return read_files(self.read_version(version), f"gate {version}")
+        except CheckpointError as error:
+            place = self._path(f"versions/{version}")
+            raise CheckpointError(f"router state {place!r} is damaged; remove it to begin anew ({error})") from error
+
+    def read_version(self, version: str) -> dict[str, bytes]:
+        """Return the files of a version by name."""
+        return {name: self._read(f"versions/{version}/{name}") for name in FILES}
+
+    def keep_versions(self, wanted: Collection[str]) -> None:
+        """Remove the versions that nobody wants any more."""
+        for found in self._fs.get_file_info(arrow_fs.FileSelector(self._path("versions"), allow_not_found=True)):
+            if found.type == arrow_fs.FileType.Directory and found.base_name not in wanted:
+                self._fs.delete_dir(found.path)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep the state: current version, history, fingerprint."""
+        self._write("state.json", json.dumps(state, indent=2).encode())
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the state, None before the first save. Raises CheckpointError if it cannot be read."""
+        if not self._exists("state.json"):
+            return None
+        try:
+            state = json.loads(self._read("state.json"))
+        except ValueError as error:
+            raise CheckpointError(f"router state {self._path('state.json')!r}: {error}; remove it to begin anew") from error
+        if not isinstance(state, dict):
+            raise CheckpointError(f"router state {self._path('state.json')!r}: it is no JSON object; remove it to begin anew")
+        return state
+
+    def _path(self, name: str) -> str:
+        return posixpath.join(self._root, name)
+
+    def _exists(self, name: str) -> bool:
+        return bool(self._fs.get_file_info(self._path(name)).type == arrow_fs.FileType.File)
+
+    def _read(self, name: str) -> bytes:
+        with self._fs.open_input_stream(self._path(name)) as stream:
+            return bytes(stream.readall())
+
+    def _write(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        draft = f"{path}.{secrets.token_hex(4)}.part"
+        self._fs.create_dir(posixpath.dirname(path), recursive=True)
+        with self._fs.open_output_stream(draft) as stream:
+            stream.write(data)
+        self._fs.move(draft, path)
+
+
+_SUM_TOLERANCE = 1e-4
+_PROBE_SEED = 0
+
+
+class Shadow(BaseModel):
+    """What a gate decides on the inputs that the router was asked about last."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    inputs: int
+    """Recent inputs; 0 where nothing was routed yet, then only made-up inputs were tried."""
+    same_first: float | None
+    """Share of them on which the most probable agent is the current gate's too; null without inputs."""
+    mean_k: float | None
+    """Active agents on average; null without inputs."""
+    first: dict[str, float]
+    """Share of the inputs on which each agent is the most probable; agents without any are left out."""
+
+
+def shadow_check(gate: Gate, version: str, current: Gate, inputs: Sequence[FloatArray]) -> Shadow:
+    """Let a gate decide recent inputs [X] beside the current one, whose input width is the same, and say what comes out.
+
+    Every input is decided twice: as a first step, and as a second from the hidden state that the first left; made-up
+    inputs are tried too. Raises CheckpointError where weights or a decision are not finite or not valid. That all inputs go
+    to one agent is reported and no reason to refuse: traffic of one kind does.
+    """
+    for name, tensor in gate.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"gate {version}: {name} holds NaN or infinity; only finite weights are allowed; train it again"
+            )
+    decisions = _decide(gate, version, [*inputs, *_made_up(gate.spec.input_dim)])[: len(inputs)]
+    if not inputs:
+        return Shadow(inputs=0, same_first=None, mean_k=None, first={})
+    before = _decide(current, "current", inputs)
+    first = Counter(_first(decision) for decision in decisions)
+    same = sum(_first(new) == _first(old) for new, old in zip(decisions, before, strict=True))
+    return Shadow(
+        inputs=len(inputs),
+        same_first=same / len(inputs),
+        mean_k=sum(decision.k for decision in decisions) / len(inputs),
+        first={name: count / len(inputs) for name, count in first.most_common()},
+    )
+
+
+def _made_up(input_dim: int) -> list[FloatArray]:
+    """Return inputs that any gate must be able to decide: zeros, and one of unit length."""
+    row_X = np.random.default_rng(_PROBE_SEED).standard_normal(input_dim)
+    return [np.zeros(input_dim, np.float32), np.asarray(row_X / np.linalg.norm(row_X), dtype=np.float32)]
+
+
+def _decide(gate: Gate, version: str, inputs: Sequence[FloatArray]) -> list[RouteDecision]:
+    """Return the first steps' decisions, after a check of them and of the second steps'."""
+    decider = Decider(gate, version)
+    try:
+        first = decider.decide([RouteRequest(input_X=input_X) for input_X in inputs])
+        second = decider.decide(
+            [RouteRequest(input_X=input_X, hidden_H=one.hidden_H) for input_X, one in zip(inputs, first, strict=True)]
+        )
+    except RoutingError as error:
+        raise CheckpointError(f"gate {version}: shadow check: {error}") from error
+    for decision in (*first, *second):
+        _check(decision, version)
+    return first
+
+
+def _check(decision: RouteDecision, version: str) -> None:
+    probability_A, count = decision.probability_A, len(decision.agents)
+    is_valid = (
+        bool(np.isfinite(probability_A).all())
+        and bool(np.isfinite(decision.hidden_H).all())
+        and abs(float(probability_A.sum()) - 1.0) <= _SUM_TOLERANCE
+        and sorted(decision.ranking) == list(range(count))
+        and 1 <= decision.k <= count
+    )
+    if not is_valid:
+        raise CheckpointError(
+            f"gate {version}: shadow check: a decision with probabilities {probability_A.tolist()} and k {decision.k} is not "
+            "valid; probabilities must be finite and sum to 1, k must lie between 1 and the number of agents; train it again"
+        )
+
+
+def _first(decision: RouteDecision) -> str:
+    return decision.agents[decision.ranking[0]]
+
+
+_LOG = logging.getLogger("dmoa.router")
+MAX_HISTORY = 256
+"""Changes that are remembered; versions that none of them names are removed."""
+MAX_NOTE_CHARACTERS = 500
+
+
+class HistoryEntry(BaseModel):
+    """One change of the version that new queries begin with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    version: str
+    action: Literal["configured", "install", "rollback"]
+    """configured: what the app was deployed with."""
+    previous: str | None
+    """Version that was current before."""
+    note: str
+    """The words of whoever made the change."""
+    unix_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A version that is to become current."""
+
+    version: str
+    gate: Gate
+    previous: str | None
+    is_change: bool
+    """False where the version was current already; nothing was recorded then."""
+    shadow: Shadow | None = None
+    """What the shadow check found; None where there was none to make."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the actor and `dmoa router` report."""
+        return {
+            "version": self.version,
+            "previous": self.previous,
+            "changed": self.is_change,
+            "untrained": is_untrained(self.version),
+            "shadow": None if self.shadow is None else self.shadow.model_dump(mode="json"),
+        }
+
+
+class GateVersions:
+    """Keeps the versions of a router and the history of what was current."""
+
+    def __init__(self, state: RouterState, config: Config, configured: str | None, *, max_history: int = MAX_HISTORY) -> None:
+        """`configured` is the version of the checkpoint that the app was deployed with, None without one.
+
+        Takes up the state where it was made from the same pool, gate settings and checkpoint; else the configured gate
+        becomes current. Raises CheckpointError.
+        """
+        self._state = state
+        self._config = config
+        self._max_history = max_history
+        # By content: a checkpoint that was trained again in the same folder is another one, a copy elsewhere is not.
+        settings = config.gate.model_dump(mode="json", exclude={"checkpoint"})
+        self._source = {"fingerprint": fingerprint(config), "gate": settings, "configured": configured}
+        self._history: list[HistoryEntry] = []
+        self.configured: str | None = None
+        """Version that the app was deployed with."""
+        self.gate, self.version = self._begin()
+
+    def _begin(self) -> tuple[Gate, str]:
+        kept = self._state.load() or {}
+        source = kept.get("source")
+        if isinstance(source, dict) and source.get("fingerprint") == self._source["fingerprint"]:
+            self._history = _parse(kept.get("history", []))
+        if source == self._source:
+            found = self._state.load_version(str(kept.get("current")))
+            if found is not None:
+                self.configured = kept.get("configured")
+                return found[0], found[1].version
+            _LOG.warning("gate %s is no longer kept: the configured gate takes its place", kept.get("current"))
+        gate, record = build_pool_gate(self._config)
+        previous = self._history[-1].version if self._history else None
+        self.configured = record.version
+        self._keep(gate, record, _entry(record.version, "configured", previous))
+        return gate, record.version
+
+    def _keep(self, gate: Gate, record: Checkpoint, entry: HistoryEntry) -> None:
+        """Keep a version, then the state that makes it current, so that a crash in between changes nothing."""
+        self._state.save_version(gate, record)
+        history = [*self._history, entry]
+        kept = history[-self._max_history :]
+        state = {
+            "current": record.version,
+            "configured": self.configured,
+            "source": self._source,
+            "history": [one.model_dump(mode="json") for one in kept],
+        }
+        self._state.save(state)
+        self._history, self.gate, self.version = kept, gate, record.version
+        if len(kept) < len(history):
+            self._drop_old({one.version for one in kept})
+
+    def _drop_old(self, wanted: set[str]) -> None:
+        try:
+            self._state.keep_versions(wanted)
+        except OSError as error:
+            _LOG.warning("old gate versions stay where they are: %s", error)
+
+    @property
+    def since_unix_s(self) -> float | None:
+        """When the current version became current."""
+        return self._history[-1].unix_s if self._history else None
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the changes, oldest first, as plain values."""
+        return [one.model_dump(mode="json") for one in self._history]
+
+    def install(self, files: Mapping[str, bytes], note: str, inputs: Sequence[FloatArray]) -> Change:
+        """Check the files of a checkpoint and make its gate current; `inputs` [X] are those routed last.
+
+        Raises CheckpointError for files that are damaged, of another pool, of other sizes, or that fail the shadow check:
+        then nothing has changed.
+        """
+        gate, record = fit_gate(self._config, *read_files(files, "the checkpoint"))
+        if gate.spec.input_dim != self.gate.spec.input_dim:
+            raise CheckpointError(
+                f"gate {record.version}: embedding_dim is {gate.spec.embedding_dim}, the encoder of this pool gives "
+                f"{self.gate.spec.embedding_dim}; train it with the pool's encoder"
+            )
+        shadow = shadow_check(gate, record.version, self.gate, inputs)
+        return self._change(gate, record, "install", note, shadow)
+
+    def rollback(self, version: str | None, note: str) -> Change:
+        """Make an earlier version current again, by default the one before the current one.
+
+        Rolling back twice goes back twice. Raises CheckpointError where there is no such version, or it fits no more.
+        """
+        line = _line(self._history)
+        if version is None:
+            if len(line) < 2:
+                raise CheckpointError(f"rollback: nothing was current before gate {self.version}; {self._known()}")
+            version = line[-2]
+        kept = {one.version for one in self._history}
+        if version not in kept:
+            nearest = did_you_mean(version, kept)
+            raise CheckpointError(f"rollback: gate {version!r} was never current here; {self._known()}{nearest}")
+        found = self._state.load_version(version)
+        if found is None:
+            raise CheckpointError(f"rollback: gate {version} is no longer kept; install its checkpoint again")
+        gate, record = fit_gate(self._config, *found)
+        return self._change(gate, record, "rollback", note, None)
+
+    def _change(
+        self, gate: Gate, record: Checkpoint, action: Literal["install", "rollback"], note: str, shadow: Shadow | None
+    ) -> Change:
+        previous, is_change = self.version, record.version != self.version
+        if is_change:
+            self._keep(gate, record, _entry(record.version, action, previous, note))
+        return Change(version=record.version, gate=gate, previous=previous, is_change=is_change, shadow=shadow)
+
+    def _known(self) -> str:
+        names = list(dict.fromkeys(one.version for one in reversed(self._history)))
+        return f"known are {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}; see `dmoa router history`"
+
+
+def _entry(
+    version: str, action: Literal["configured", "install", "rollback"], previous: str | None, note: str = ""
+) -> HistoryEntry:
+    note = note[:MAX_NOTE_CHARACTERS]
+    return HistoryEntry(version=version, action=action, previous=previous, note=note, unix_s=time.time())
+
+
+def _line(history: Sequence[HistoryEntry]) -> list[str]:
+    """Return the versions that led to the current one: a rollback takes back what came after its version."""
+    line: list[str] = []
+    for entry in history:
+        if entry.action == "rollback" and entry.version in line:
+            while line[-1] != entry.version:
+                line.pop()
+        else:
+            line.append(entry.version)
+    return line
+
+
+def _parse(tree: object) -> list[HistoryEntry]:
+    if not isinstance(tree, list):
+        raise CheckpointError("router state: history is no list; remove state.json to begin anew")
+    try:
+        return [HistoryEntry.model_validate(one) for one in tree]
+    except ValidationError as error:
+        raise CheckpointError(
+            f"router state: history: {describe(error, HistoryEntry)}; remove state.json to begin anew"
+        ) from error
