@@ -17,7 +17,7 @@ from dmoa.evaluation.matrix import AnswerMatrix
 from dmoa.evaluation.matrix_replay import Replayed, replay
 from dmoa.evaluation.matrix_routers import gate_choices, one_agent, ranked, row_oracle
 from dmoa.evaluation.statistics import Comparison, wilson
-from dmoa.training.clusters import ClusterRouter
+from dmoa.training.cluster_router import KMeansRouter
 
 SINGLE = ("arith", "words", "calendar")
 ARITH = ("arith-carry", "arith-plain", "arith-both")
@@ -38,7 +38,7 @@ class Material:
     """By suite, [R, D] of the test rows."""
     gates: Sequence[Gate]
     """G of one configuration."""
-    clusters: Sequence[ClusterRouter]
+    clusters: Sequence[KMeansRouter]
     """G, each fitted on the rollouts of the same seed."""
     cascades: bool = True
     """Whether gates cascade at all."""

@@ -23,15 +23,13 @@ from dmoa.evaluation.matrix_routers import gate_choices
 from dmoa.evaluation.records import Reply
 from dmoa.evaluation.suites.table import SUITES
 from dmoa.training.ablations import train_ablation, write_changed
-from dmoa.training.clusters import ClusterRouter
-from dmoa.training.options import parse_options
-from dmoa.training.probe import probe
-from dmoa.training.probe_sample import sample_of
-from dmoa.training.rival import fit_rival
+from dmoa.training.cluster_router import KMeansRouter, fit_rival, sample_of
+from dmoa.training.options import parse_train_options
+from dmoa.training.probe import probe_pool
 from dmoa.training.rollouts import read_table
-from dmoa.training.trainer import Surroundings, run_training
+from dmoa.training.trainer import TrainContext, run_training
 
-AROUND = Surroundings(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
+AROUND = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
 SAME_REPLY = 0.8
 """Share of rows with one and the same reply from which an agent counts as one that reads no question."""
 SHUFFLE_SEEDS = 100
@@ -66,7 +64,7 @@ def gates(study: Study, name: str, settings: Mapping[str, Any], ablation: str = 
     ]
 
 
-def clusters(source: Path, name: str, seed: int) -> ClusterRouter:
+def clusters(source: Path, name: str, seed: int) -> KMeansRouter:
     """Fit k-means + surest agent on rollouts, by the raw scores that a gate is trained on: cut replies are the least sure."""
     return fit_rival(read_table(source), pool(name).agent_names, "default", num_clusters=CLUSTERS, seed=seed)
 
@@ -120,7 +118,7 @@ def labelled_gate(study: Study, seed: int, settings: Mapping[str, Any]) -> Gate:
     copy = study.out / "gates" / POOL / source.name / "labelled-rollouts"
     write_changed(source, copy, by_value, seed=seed)
     out = study.out / "gates" / POOL / source.name / key_of(settings) / "labelled"
-    options = parse_options({**settings, "rollouts": copy, "out": out, "seed": seed, "workers": 0, "track": "none"})
+    options = parse_train_options({**settings, "rollouts": copy, "out": out, "seed": seed, "workers": 0, "track": "none"})
     return checkpoint.load(run_training(options, pool(POOL), AROUND).checkpoint)[0]
 
 
@@ -139,7 +137,7 @@ def sure_and_wrong(study: Study) -> dict[str, list[str]]:
         values |= judged(study, WRONG, source, table)
         tables.append(table)
     known_sample = sample_of(pa.concat_tables(tables), agents, "default", values)
-    report = probe(sample_of(tables[0], agents, "default"), known=known_sample)
+    report = probe_pool(sample_of(tables[0], agents, "default"), known=known_sample)
     return {finding.agent: finding.sure_and_wrong for finding in report.agents if finding.sure_and_wrong}
 
 

@@ -19,9 +19,8 @@ from dmoa.errors import DmoaError
 from dmoa.evaluation import options as evaluate_options
 from dmoa.evaluation.matrix import AnswerMatrix, matrix_policies, read_matrix
 from dmoa.evaluation.run_files import RunFolder
-from dmoa.training import rollout_options
-from dmoa.training.rollout_records import Manifest
-from dmoa.training.rollouts import read_manifest
+from dmoa.training import options as rollout_options
+from dmoa.training.rollouts import Manifest, read_manifest
 
 
 def evaluated(study: Study, out: Path, config: Config, values: Mapping[str, Any]) -> RunFolder:
@@ -104,7 +103,7 @@ def rollouts(study: Study, name: str, seed: int, *, suites: Sequence[str] = SING
 def collected(study: Study, out: Path, config: Config, values: Mapping[str, Any]) -> Manifest:
     """Collect rollouts, or go on with them; failed queries are asked once more, and those that fail again are told."""
     shared = {"out": out, "call_cache": study.calls, "workers": study.workers, "track": "none"}
-    options = rollout_options.parse_options({**shared, **values})
+    options = rollout_options.parse_rollout_options({**shared, **values})
     manifest = run_rollouts(options, config, study.common, COMMAND)
     if manifest.counts.failed:
         try:

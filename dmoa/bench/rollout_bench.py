@@ -23,10 +23,8 @@ from dmoa.dataflow import OVERCOMMIT
 from dmoa.engines.models import fetch, resolve_model
 from dmoa.errors import DmoaError
 from dmoa.evaluation.suites.table import SUITES
-from dmoa.training.rollout_collect import CollectSession, Prepared, Workers, collect
-from dmoa.training.rollout_records import Manifest, RolloutQuery
-from dmoa.training.rollout_stage import RolloutAsking, SwarmCollector, width
-from dmoa.training.rollouts import RolloutFolder
+from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, RolloutAsking, SwarmCollector, collect, width
+from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery
 from dmoa.types import Limits
 
 BAR = 0.9
@@ -139,9 +137,9 @@ def _session(config: Config, mode: str, root: Path, calls: Path) -> CollectSessi
             dmoa_version=__version__,
             started_unix_s=time.time(),
         ),
-        prepare=lambda: Prepared(queries=queries, sources=[]),
+        prepare=lambda: CollectedQueries(queries=queries, sources=[]),
         asking=RolloutAsking(seed=0, round=0, limits=_LIMITS, preset=preset, fingerprint=own),
-        workers=Workers(
+        workers=CollectWorkers(
             open_collector=OpenRecorded(config_json=config.model_dump_json(), calls=calls, epsilon=epsilon),
             places=_places(config),
             width=width(config, epsilon),

@@ -24,10 +24,10 @@ from dmoa.config import GateConfig
 from dmoa.core.gate import GateSpec, init_gate
 from dmoa.core.inference import one_thread
 from dmoa.core.losses import Targets, ranking_loss
-from dmoa.training.options import parse_options
-from dmoa.training.run_state import StateStore
-from dmoa.training.targets import TrainingData
-from dmoa.training.train_loop import KEEP_SHARE, Job, epoch_batches
+from dmoa.training.loop import KEEP_SHARE, TrainJob, epoch_batches
+from dmoa.training.objective import TrainingData
+from dmoa.training.options import parse_train_options
+from dmoa.training.state import StateStore
 
 NUM_AGENTS = 8
 NUM_STEPS = 3
@@ -94,14 +94,14 @@ _ARMS = {
 }
 
 
-def made_up_job(folder: Path) -> Job:
+def made_up_job(folder: Path) -> TrainJob:
     """Return a training of the default gate on random inputs and scores: what is learned does not matter, its size does."""
     rng = np.random.default_rng(0)
     spec = GateSpec.from_config(GateConfig(), tuple(f"agent-{i}" for i in range(NUM_AGENTS)))
     num_steps = NUM_QUERIES * NUM_STEPS
     shape = (num_steps, NUM_AGENTS)
     held = NUM_QUERIES // 4
-    options = parse_options(
+    options = parse_train_options(
         {
             "rollouts": ["made-up"],
             "out": folder / "run",
@@ -122,15 +122,15 @@ def made_up_job(folder: Path) -> Job:
         held_Q=np.arange(held),
     )
     weights = {name: tensor.detach().clone() for name, tensor in init_gate(spec, seed=0).state_dict().items()}
-    return Job(options=options, spec=spec, weights=weights, data=data, eta=_ETA, identity={})
+    return TrainJob(options=options, spec=spec, weights=weights, data=data, eta=_ETA, identity={})
 
 
-def _ray_arm(job: Job, folder: Path) -> Callable[[], float]:
+def _ray_arm(job: TrainJob, folder: Path) -> Callable[[], float]:
     """Return a call that trains once under Ray Train, and gives the updates per second after start-up."""
     runs = count()
 
     def call() -> float:
-        from dmoa.training.ray_workers import train_on_ray
+        from dmoa.training.ray_train import train_on_ray
 
         store = StateStore(str(folder / f"state-{next(runs)}"))
         store.check()
@@ -143,7 +143,7 @@ def _ray_arm(job: Job, folder: Path) -> Callable[[], float]:
     return call
 
 
-def plain_rate(job: Job, keep: Path | None) -> float:
+def plain_rate(job: TrainJob, keep: Path | None) -> float:
     """Train the same job by a loop written by hand, and return the updates per second after the first epochs.
 
     `keep`: where weights and optimizer are saved, as seldom as `train_loop` does, and at the end; None: neither saved nor the

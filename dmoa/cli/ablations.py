@@ -66,9 +66,9 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
 def train_all(rollouts: Path, out: Path, config: Config, common: Common, seed: int) -> dict[str, Path]:
     """Train every ablation that the pool allows in process, or take those that are there; returns their checkpoints by name."""
     from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
-    from dmoa.training.trainer import Surroundings
+    from dmoa.training.trainer import TrainContext
 
-    around = Surroundings(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
+    around = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
     found: dict[str, Path] = {}
     skipped = left_out(config)
     if skipped:
@@ -85,7 +85,7 @@ def cluster_choices(
 ) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
     """Return whom k-means over embeddings + the surest agent of each cluster, fitted on the rollouts, would ask."""
     from dmoa.agents.pool import build_encoder
-    from dmoa.training.rival import fit_rival
+    from dmoa.training.cluster_router import fit_rival
     from dmoa.training.rollouts import read_manifest, read_table
 
     preset = read_manifest(rollouts).preset

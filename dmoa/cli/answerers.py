@@ -20,7 +20,7 @@ from dmoa.types import Message, Query
 if TYPE_CHECKING:
     from dmoa.cli.local import LocalBackend
     from dmoa.serving.client import SwarmClient
-    from dmoa.training.rollout_stage import SwarmCollector
+    from dmoa.training.collect import SwarmCollector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class OpenCollectingPool:
 
     def __call__(self) -> SwarmCollector:
         """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
-        from dmoa.training.rollout_stage import SwarmCollector
+        from dmoa.training.collect import SwarmCollector
 
         config = Config.model_validate_json(self.config_json)
         return SwarmCollector(build_local_backend(config, lambda text: None, self.call_cache).swarm, self.epsilon)

@@ -43,8 +43,8 @@ def learn(common: Common, config: Config, out: Path, app: str, queries: int) -> 
     from dmoa.cli.rollout_session import run_rollouts
     from dmoa.cli.train import ranking_warning, run_train
     from dmoa.serving.router.admin import RouterAdmin, checkpoint_files
-    from dmoa.training.options import parse_options as train_options
-    from dmoa.training.rollout_options import parse_options as rollout_options
+    from dmoa.training.options import parse_rollout_options as rollout_options
+    from dmoa.training.options import parse_train_options as train_options
 
     rollouts, gate = out / "rollouts", out / "gate"
     pool = ["--config", str(common.config)] if common.config else []

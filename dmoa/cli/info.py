@@ -17,7 +17,7 @@ _SCHEMAS = {
     "pool": ("dmoa.config", "Config"),
     "reply": ("dmoa.trace", "ReplyDmoa"),
     "trace": ("dmoa.trace", "Trace"),
-    "rollout": ("dmoa.training.rollout_records", "RolloutRow"),
+    "rollout": ("dmoa.training.rollouts", "RolloutRow"),
     "checkpoint": ("dmoa.checkpoint", "Checkpoint"),
     "bench": ("dmoa.bench.measure", "BenchReport"),
     "evaluation": ("dmoa.evaluation.results", "Evaluation"),

@@ -72,10 +72,10 @@ def _collect_rollouts(common: Common) -> None:
     python jobs/collect_rollouts.py --config jobs/collect_rollouts.yaml --set job.limit=20
     """
     from dmoa.cli.rollout_session import run_rollouts
-    from dmoa.training.rollout_options import parse_options
+    from dmoa.training.options import parse_rollout_options
 
     config, values = read_job(common)
-    manifest = run_rollouts(parse_options(values), config, common, _command())
+    manifest = run_rollouts(parse_rollout_options(values), config, common, _command())
     common.write_json(manifest.model_dump(mode="json"))
 
 
@@ -110,10 +110,10 @@ def _train_gate(common: Common) -> None:
     python jobs/train_gate.py --config jobs/train_gate.yaml --set job.preset=full
     """
     from dmoa.cli.train import run_train
-    from dmoa.training.options import parse_options
+    from dmoa.training.options import parse_train_options
 
     config, values = read_job(common)
-    result = run_train(parse_options(values), config, common, _command())
+    result = run_train(parse_train_options(values), config, common, _command())
     common.write_json(result.report.model_dump(mode="json"))
 
 

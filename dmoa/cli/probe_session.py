@@ -12,8 +12,8 @@ from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
 from dmoa.evaluation.suites.table import SUITES
-from dmoa.training.probe import ProbeReport, ProbeSample, probe
-from dmoa.training.probe_sample import sample_of
+from dmoa.training.cluster_router import ProbeSample, sample_of
+from dmoa.training.probe import ProbeReport, probe_pool
 from dmoa.validation import did_you_mean
 
 if TYPE_CHECKING:
@@ -57,20 +57,20 @@ def look_at(folder: Path, config: Config, common: Common, asked: Asked, known: K
         return look_at_rollouts(folder, config, seed=asked.seed)
     _check_suites(known[0])
     sample = _unlabelled_sample(folder, config)
-    return probe(sample, known=_known_sample(known, config, common, asked), seed=asked.seed)
+    return probe_pool(sample, known=_known_sample(known, config, common, asked), seed=asked.seed)
 
 
 def look_at_rollouts(folder: Path, config: Config, *, seed: int = 0) -> ProbeReport:
     """Look at dense rollouts of a pool. Raises ConfigError for those of another pool, or too few."""
-    return probe(_unlabelled_sample(folder, config), seed=seed)
+    return probe_pool(_unlabelled_sample(folder, config), seed=seed)
 
 
 def _unlabelled_sample(folder: Path, config: Config) -> ProbeSample:
     from dmoa.agents.pool import fingerprint
-    from dmoa.training.rollouts import check_pool, read_manifest, read_table
+    from dmoa.training.rollouts import check_rollout_pool, read_manifest, read_table
 
     manifest = read_manifest(folder)
-    check_pool(manifest, fingerprint=fingerprint(config), agents=config.agent_names)
+    check_rollout_pool(manifest, fingerprint=fingerprint(config), agents=config.agent_names)
     return sample_of(read_table(folder), config.agent_names, manifest.preset)
 
 
@@ -112,9 +112,9 @@ def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:
 
 def _collect(sources: Mapping[str, Any], out: Path, config: Config, common: Common, asked: Asked) -> None:
     from dmoa.cli.rollout_session import run_rollouts
-    from dmoa.training.rollout_options import parse_options
+    from dmoa.training.options import parse_rollout_options
 
-    options = parse_options(
+    options = parse_rollout_options(
         {
             **sources,
             "out": out,

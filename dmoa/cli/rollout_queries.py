@@ -18,11 +18,10 @@ from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.splits import load_disjoint
 from dmoa.evaluation.suites.streams import fine_split
 from dmoa.evaluation.suites.table import SUITES
-from dmoa.training.rollout_collect import Prepared
-from dmoa.training.rollout_options import RolloutOptions, Weighted, share_out
-from dmoa.training.rollout_records import RolloutQuery, SourceInfo
-from dmoa.training.rollout_sources import read_queries, sample, take_turns
-from dmoa.training.rollouts import write_whole
+from dmoa.training.collect import CollectedQueries
+from dmoa.training.options import RolloutOptions, Weighted, share_out
+from dmoa.training.queries import read_queries, sample_queries, take_turns
+from dmoa.training.rollouts import RolloutQuery, SourceInfo, write_whole
 from dmoa.validation import did_you_mean
 
 Asked = tuple[RolloutQuery, Label | None]
@@ -58,7 +57,7 @@ def check_names(options: RolloutOptions) -> None:
         raise ConfigError("--labels: no effect without --benchmarks: queries of your own have none; leave it out")
 
 
-def prepare(options: RolloutOptions, say: Callable[[str], None]) -> Prepared:
+def prepare(options: RolloutOptions, say: Callable[[str], None]) -> CollectedQueries:
     """Gather the queries of all sources, and write the labels of benchmark rows where they are asked for.
 
     Raises ConfigError as the loaders and the generators do.
@@ -84,7 +83,7 @@ def prepare(options: RolloutOptions, say: Callable[[str], None]) -> Prepared:
         SourceInfo(name=source.name, weight=source.weight, queries=len(those), origin=source.origin)
         for source, those in zip(found, taken, strict=True)
     ]
-    return Prepared(queries=[query for query, _ in take_turns(taken)], sources=sources)
+    return CollectedQueries(queries=[query for query, _ in take_turns(taken)], sources=sources)
 
 
 def _expanded(sources: tuple[Weighted, ...]) -> dict[str, float]:
@@ -107,7 +106,7 @@ def _own(source: Weighted, options: RolloutOptions, say: Callable[[str], None]) 
         weight=source.weight,
         origin={source.name: hash_file(path)},
         size=len(found.queries),
-        take=lambda limit: [(query, None) for query in sample(found.queries, limit, options.seed, _id_of_query)],
+        take=lambda limit: [(query, None) for query in sample_queries(found.queries, limit, options.seed, _id_of_query)],
     )
 
 
@@ -124,7 +123,7 @@ def _benchmark(name: str, weight: float, options: RolloutOptions, say: Callable[
         weight=weight,
         origin=part.sources,
         size=len(part.rows),
-        take=lambda limit: [_asked(row, split) for row in sample(part.rows, limit, options.seed, _id_of_row)],
+        take=lambda limit: [_asked(row, split) for row in sample_queries(part.rows, limit, options.seed, _id_of_row)],
     )
 
 

@@ -17,13 +17,12 @@ from dmoa.config import Config
 from dmoa.dataflow import OVERCOMMIT
 from dmoa.provenance import code_revision
 from dmoa.swarm import limits_for
-from dmoa.training.rollout_options import RolloutOptions
-from dmoa.training.rollout_records import Manifest
-from dmoa.training.rollouts import RolloutFolder
+from dmoa.training.options import RolloutOptions
+from dmoa.training.rollouts import Manifest, RolloutFolder
 
 if TYPE_CHECKING:
     from dmoa.cli.options import Common
-    from dmoa.training.rollout_collect import CollectSession, Workers
+    from dmoa.training.collect import CollectSession, CollectWorkers
 
 
 def run_rollouts(options: RolloutOptions, config: Config, common: Common, command: str) -> Manifest:
@@ -42,7 +41,7 @@ def run_rollouts(options: RolloutOptions, config: Config, common: Common, comman
 
 def _collected(options: RolloutOptions, config: Config, common: Common, command: str) -> Manifest:
     from dmoa.storage import display_path
-    from dmoa.training.rollout_collect import collect, silent_agents
+    from dmoa.training.collect import collect, silent_agents
 
     with Bars(common.verbosity) as bars:
         session = build_session(options, config, common, bars, command)
@@ -60,8 +59,7 @@ def _collected(options: RolloutOptions, config: Config, common: Common, command:
 def build_session(options: RolloutOptions, config: Config, common: Common, bars: Bars, command: str) -> CollectSession:
     """Return the session of a collection. Raises ConfigError, CheckpointError, ModelFetchError."""
     from dmoa.agents.pool import build_pool_gate, check_files, fingerprint
-    from dmoa.training.rollout_collect import CollectSession
-    from dmoa.training.rollout_stage import RolloutAsking
+    from dmoa.training.collect import CollectSession, RolloutAsking
 
     check_names(options)
     check_files(config)
@@ -103,20 +101,19 @@ def build_session(options: RolloutOptions, config: Config, common: Common, bars:
     )
 
 
-def _workers(options: RolloutOptions, config: Config) -> Workers:
+def _workers(options: RolloutOptions, config: Config) -> CollectWorkers:
     """Return how the asking is spread: every worker has all engines, and as many places as they decode at once."""
     from dmoa.agents.call_cache import CallStore
     from dmoa.cli.answerers import OpenCollectingPool
     from dmoa.engines.gpus import pool_gpus
     from dmoa.serving.agent_replica import ENGINE_ENV
-    from dmoa.training.rollout_collect import Workers
-    from dmoa.training.rollout_stage import width
+    from dmoa.training.collect import CollectWorkers, width
 
     call_cache = options.call_cache.absolute() if options.call_cache else None
     if call_cache is not None:
         CallStore(call_cache).close()  # a folder that cannot be written is refused here, not in a worker
     used = {agent.llm for agent in config.agents}
-    return Workers(
+    return CollectWorkers(
         open_collector=OpenCollectingPool(config_json=config.model_dump_json(), epsilon=options.epsilon, call_cache=call_cache),
         count=options.workers,
         places=options.concurrency or OVERCOMMIT * sum(config.llms[name].max_num_seqs for name in used),

@@ -87,9 +87,9 @@ def rollouts(
     """
     values: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("common", "checkpoint", "round_")}
     values |= {"round": round_, "queries": queries or ()}
-    from dmoa.training.rollout_options import parse_options
+    from dmoa.training.options import parse_rollout_options
 
-    options = parse_options(values)
+    options = parse_rollout_options(values)
     from dmoa.cli.rollout_session import run_rollouts
 
     command = redact_command(["dmoa", *sys.argv[1:]])

@@ -70,8 +70,8 @@ def _rounds(options: RoundsOptions, config: Config, common: Common, command: str
     from dmoa.cli.evaluation_session import opened_ray
     from dmoa.cli.rollout_session import run_rollouts
     from dmoa.cli.train import run_train
-    from dmoa.training.options import parse_options as train_options
-    from dmoa.training.rollout_options import parse_options as rollout_options
+    from dmoa.training.options import parse_rollout_options as rollout_options
+    from dmoa.training.options import parse_train_options as train_options
 
     result: TrainResult | None = None
     collected: list[Path] = []

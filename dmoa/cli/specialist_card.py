@@ -13,7 +13,7 @@ from dmoa.config import TransformersOptions
 from dmoa.engines.models import model_id, resolve_model
 from dmoa.evaluation.records import Reply
 from dmoa.evaluation.suites.table import SUITES
-from dmoa.training.specialists import Trained
+from dmoa.training.specialists import TrainedAdapter
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
 
 CARD = "card.json"
@@ -34,7 +34,7 @@ class SuiteFigures:
     """Accuracy by group of rows."""
 
 
-def write_card(trained: Trained, options: SpecialistOptions, command: str, *, code_revision: str | None) -> dict[str, Any]:
+def write_card(trained: TrainedAdapter, options: SpecialistOptions, command: str, *, code_revision: str | None) -> dict[str, Any]:
     """Let the adapter answer held-out rows, write its card beside it and return it. Blocks for a minute or so."""
     recipe = options.recipe
     figures = asyncio.run(_measure(trained.folder, options, recipe))

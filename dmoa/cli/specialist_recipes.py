@@ -23,9 +23,8 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Row
 from dmoa.evaluation.suites.calendar import WEEKDAYS
 from dmoa.evaluation.suites.table import SUITES
-from dmoa.training.lora_loop import Schedule
-from dmoa.training.lora_model import LoraSettings
-from dmoa.training.lora_rows import TrainingMessage, TrainingRow
+from dmoa.training.lora import LoraSettings, TrainingMessage, TrainingRow
+from dmoa.training.specialists import Schedule
 from dmoa.types import Query
 from dmoa.validation import describe, did_you_mean
 

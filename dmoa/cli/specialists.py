@@ -18,15 +18,15 @@ def train_specialist(values: dict[str, Any], common: Common, command: str) -> di
     from dmoa.cli.specialist_card import write_card
     from dmoa.cli.specialist_recipes import held_out_rows, parse_specialist, training_rows
     from dmoa.provenance import code_revision
-    from dmoa.training.lora_rows import write_rows
+    from dmoa.training.lora import write_training_rows
     from dmoa.training.specialists import build_job, train_adapter
 
     options = parse_specialist(values)
     recipe = options.recipe
     run_dir = (options.out / options.name).absolute()
     rows, held_out = training_rows(recipe), held_out_rows(recipe)
-    write_rows(run_dir / "rows.jsonl", rows)
-    write_rows(run_dir / "held_out.jsonl", held_out)
+    write_training_rows(run_dir / "rows.jsonl", rows)
+    write_training_rows(run_dir / "held_out.jsonl", held_out)
     common.say(f"{options.name}: {len(rows)} rows to train on, {len(held_out)} held out; the run lies in {run_dir}")
     job = build_job(
         options.name,

@@ -20,7 +20,7 @@ from dmoa.validation import redact_command
 if TYPE_CHECKING:
     from dmoa.config import Config
     from dmoa.training.options import TrainOptions
-    from dmoa.training.run_state import EpochRecord
+    from dmoa.training.state import EpochRecord
     from dmoa.training.trainer import TrainReport, TrainResult
 
 RolloutsOption = Annotated[
@@ -126,9 +126,9 @@ def train(
     dmoa serve --checkpoint out/gate/checkpoint
     """
     values: dict[str, Any] = {name: value for name, value in locals().items() if name != "common"}
-    from dmoa.training.options import parse_options
+    from dmoa.training.options import parse_train_options
 
-    options = parse_options(values)
+    options = parse_train_options(values)
     result = run_train(options, common.load(), common, redact_command(["dmoa", *sys.argv[1:]]))
     common.write_json(result.report.model_dump(mode="json"))
 
@@ -141,13 +141,13 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
     from dmoa.cli.evaluation_session import opened_ray
     from dmoa.provenance import code_revision
     from dmoa.storage import display_path, localized, uri_of
-    from dmoa.training.trainer import Surroundings, run_training
+    from dmoa.training.trainer import TrainContext, run_training
 
     place = uri_of(options.out)
     if place is not None and options.storage_path is None:
         options = options.model_copy(update={"storage_path": f"{place.rstrip('/')}/state"})  # workers reach it, and no copy
     num_gpus = float(options.gpu) * (1 if options.workers == "auto" else options.workers)
-    around = Surroundings(
+    around = TrainContext(
         open_ray=partial(opened_ray, options.address, num_gpus),
         say=common.say,
         watch=_Teller(common).tell,

@@ -1,15 +1,15 @@
-"""Gates with one thing changed, trained on the same rollouts: what each part of the method is worth.
+"""Controls for what the gate learns from: rollouts with their entropies dealt out anew, everything else unchanged.
 
-Every ablation is a named change of the training's options, of what the rollouts hold, or of how the trained gate activates.
-`dmoa evaluate --ablations` trains them in process and compares them as the policies `dmoa:NAME`; `jobs/study_gate.py` uses the
-same table. Nothing here reads a label.
+`within_rows` should teach nothing (random routing), `across_rows` only which agent is surest overall (one global favourite).
+Used by the study under `jobs/`. Source: ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,41 @@ from dmoa.config import Config
 from dmoa.core.features import FEEDBACK_FEATURES
 from dmoa.core.gate import Gate
 from dmoa.errors import ConfigError
-from dmoa.training.options import parse_options
-from dmoa.training.rollout_records import Manifest
-from dmoa.training.rollouts import RolloutFolder, read_manifest, read_table, write_whole
-from dmoa.training.shuffles import across_rows, within_rows
-from dmoa.training.trainer import Surroundings, run_training
+from dmoa.training.options import parse_train_options
+from dmoa.training.rollouts import Manifest, RolloutFolder, read_manifest, read_table, write_whole
+from dmoa.training.trainer import TrainContext, run_training
+
+EVIDENCE = ("entropy_sum_nats", "entropy_sq_sum", "entropy_tokens", "entropy_kind", "entropy_slack_nats", "finish_reason")
+"""The columns that the ranking loss reads of a reply; they move together."""
+
+
+def within_rows(rollouts: pa.Table, seed: int) -> pa.Table:
+    """Deal the evidence of every step out among the agents that ran in it."""
+    return _dealt(rollouts, ("query_id", "step"), seed)
+
+
+def across_rows(rollouts: pa.Table, seed: int) -> pa.Table:
+    """Deal the evidence of every agent out among the queries, step by step."""
+    return _dealt(rollouts, ("agent", "step"), seed)
+
+
+def _dealt(rollouts: pa.Table, keys: Sequence[str], seed: int) -> pa.Table:
+    """Return the table with the evidence permuted within the groups of `keys`, among replies that have any."""
+    rng = np.random.default_rng(seed)
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    names = list(zip(*(rollouts[key].to_pylist() for key in keys), strict=True))
+    for row, (name, tokens) in enumerate(zip(names, rollouts["entropy_tokens"].to_pylist(), strict=True)):
+        if tokens:
+            groups[name].append(row)
+    source = np.arange(rollouts.num_rows)
+    for name in sorted(groups, key=str):
+        source[groups[name]] = rng.permutation(groups[name])
+    dealt = rollouts
+    for column in EVIDENCE:
+        place = dealt.schema.get_field_index(column)
+        dealt = dealt.set_column(place, dealt.schema.field(place), rollouts[column].take(pa.array(source)))
+    return dealt
+
 
 Rows = Callable[[pa.Table, int], pa.Table]
 """Changes a table of rollouts, given a seed."""
@@ -118,7 +148,7 @@ def left_out(config: Config) -> dict[str, str]:
 
 
 def train_ablation(
-    name: str, rollouts: Path, out: Path, config: Config, around: Surroundings, options: Mapping[str, Any] | None = None
+    name: str, rollouts: Path, out: Path, config: Config, around: TrainContext, options: Mapping[str, Any] | None = None
 ) -> Path:
     """Train one ablation in process, or take the one that is there, and return the folder of its checkpoint.
 
@@ -138,7 +168,7 @@ def train_ablation(
         source = folder / "rollouts"
         write_changed(rollouts, source, ablation.rows, seed=int(common.get("seed", 0)), preset=ablation.preset)
     values = {**common, **ablation.options, "rollouts": source, "out": folder, "workers": 0, "track": "none"}
-    result = run_training(parse_options(values), config, around)
+    result = run_training(parse_train_options(values), config, around)
     if not ablation.spec and not ablation.is_blind:
         return result.checkpoint
     trained, record = checkpoint.load(result.checkpoint)

@@ -1,22 +1,173 @@
-"""The loss of a batch of queries: the gate is run again over their steps, and its logits are ranked against the scores.
+"""From episodes to what the loss compares: which queries are held back, the scale of the scores, and the score of every reply.
 
-Back-propagation goes through all steps of a query, however many it has; hidden states are recomputed, never read. Used by
-the training loop, by validation and by the benchmark of updates.
+Everything here is fitted once per training, before the first update, and frozen with the gate version. Next stop:
+`training/objective`.
 
-Shape letters: B queries of a batch, S steps of its longest query, N steps that exist, A agents, X gate input, H gate hidden.
+Shape letters: Q episodes, N steps of all episodes, A agents in the pool, X gate input, R rows of a sample.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dmoa.core.gate import Gate
 from dmoa.core.losses import Loss, LossSums, Targets, ranking_loss
-from dmoa.training.targets import IndexArray, TrainingData
+from dmoa.core.scores import (
+    CONSTANT_PENALTY,
+    Array,
+    BoolArray,
+    constant_agents,
+    fit_anchors,
+    fit_eta,
+    reply_noise,
+    reply_weights,
+    same_reply_shares,
+    scores,
+)
+from dmoa.errors import ConfigError
+from dmoa.training.dataset import Episodes, held_back
+from dmoa.types import FloatArray
+
+IndexArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Which episodes are learned from, and which are held back."""
+
+    train_Q: IndexArray
+    held_Q: IndexArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How entropies become scores, and scores targets."""
+
+    score: Literal["raw", "anchored"]
+    eta: float
+    """Scale of the soft loss: the median gap between two agents' scores."""
+    anchors: tuple[float, ...] | None
+    """Per agent its mean raw score over the anchor set, `CONSTANT_PENALTY` less where it is discounted; None where that was
+    not needed."""
+    anchor_rows: int = 0
+    """Steps of the anchor set; 0 where the anchors are another gate version's."""
+    constant: tuple[tuple[int, float], ...] = ()
+    """Agents, by place, that gave one reply to nearly all steps of the anchor set, and to which share of them."""
+    is_discounted: bool = False
+    """Whether these count as less sure than everybody else."""
+
+    @property
+    def used_anchors(self) -> tuple[float, ...] | None:
+        """What the score subtracts: None for raw scores."""
+        return self.anchors if self.score == "anchored" else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """What every worker holds: plain arrays, so that the workers of a node share one copy."""
+
+    start_Q: IndexArray
+    input_NX: FloatArray
+    score_NA: Array
+    """NaN where an agent did not reply."""
+    ran_NA: BoolArray
+    weight_NA: Array
+    noise_NA: Array
+    train_Q: IndexArray
+    held_Q: IndexArray
+
+
+def split_episodes(episodes: Episodes, share: float) -> Split:
+    """Return the episodes to learn from and those held back, by the hash of their queries. Raises ConfigError for too few."""
+    is_held_Q = held_back(episodes, share)
+    return Split(train_Q=np.flatnonzero(~is_held_Q), held_Q=np.flatnonzero(is_held_Q))
+
+
+class AnchorSample(NamedTuple):
+    """Rows that anchors are fitted on."""
+
+    raw_RA: Array
+    """Raw scores, NaN where an agent gave nothing."""
+    embedding_RD: FloatArray
+    reply_RA: IndexArray
+    """`reply_key`s."""
+
+
+def anchor_sample(episodes: Episodes, among_Q: IndexArray, embedding_dim: int) -> AnchorSample:
+    """Return the dense steps of some episodes."""
+    dense = episodes.dense_steps(among_Q)
+    raw_RA = scores(episodes.sum_NA[dense], episodes.tokens_NA[dense])
+    return AnchorSample(raw_RA, episodes.input_NX[dense, :embedding_dim], episodes.reply_NA[dense])
+
+
+def fit_scale(
+    episodes: Episodes,
+    split: Split,
+    sample: AnchorSample,
+    *,
+    score: Literal["raw", "anchored"],
+    num_clusters: int,
+    seed: int,
+    earlier: tuple[float, ...] | None = None,
+    discounts_constant: bool = True,
+) -> Scale:
+    """Fit anchors on the sample, eta on the held-back dense steps.
+
+    `discounts_constant`: agents that gave one reply to nearly all of the sample count as less sure than all others under
+    anchored scores; eta does not feel it. Without a sample the anchors are `earlier`, those of the gate version that training
+    goes on from; without dense steps eta comes from whatever pairs the held-back steps hold. Raises ConfigError where there
+    is nothing to fit on. Source: ours.
+    """
+    anchors = earlier
+    if len(sample.raw_RA):
+        # An agent that never replied has no anchor of its own; nothing of it is ever scored, so 0 stands for it.
+        is_heard_A: BoolArray = np.asarray(np.isfinite(sample.raw_RA).any(axis=0))
+        found = iter(fit_anchors(sample.raw_RA[:, is_heard_A], sample.embedding_RD, num_clusters=num_clusters, seed=seed))
+        anchors = tuple(next(found) if is_heard else 0.0 for is_heard in is_heard_A)
+    if score == "anchored" and anchors is None:
+        raise ConfigError(
+            "score: value seen: 'anchored'; anchors need dense steps, and these rollouts have none; add a folder collected with "
+            "--dense, start from a checkpoint that has anchors, or use score 'raw'"
+        )
+    held = episodes.dense_steps(split.held_Q)
+    held = held if len(held) else episodes.steps_of(split.held_Q)
+    used = anchors if score == "anchored" else None
+    eta = fit_eta(scores(episodes.sum_NA[held], episodes.tokens_NA[held], used))
+    share_A = same_reply_shares(sample.reply_RA, np.isfinite(sample.raw_RA))
+    constant = tuple((int(agent), float(share_A[agent])) for agent in np.flatnonzero(constant_agents(share_A)))
+    is_discounted = discounts_constant and score == "anchored"
+    if anchors is not None and is_discounted:
+        discounted = {agent for agent, _ in constant}
+        anchors = tuple(value - CONSTANT_PENALTY * (agent in discounted) for agent, value in enumerate(anchors))
+    return Scale(
+        score=score,
+        eta=eta,
+        anchors=anchors,
+        anchor_rows=len(sample.raw_RA),
+        constant=constant,
+        is_discounted=is_discounted,
+    )
+
+
+def build_data(episodes: Episodes, split: Split, scale: Scale) -> TrainingData:
+    """Return inputs and targets of all steps."""
+    tokens_NA = episodes.tokens_NA
+    return TrainingData(
+        start_Q=episodes.start_Q,
+        input_NX=episodes.input_NX,
+        score_NA=scores(episodes.sum_NA, tokens_NA, scale.used_anchors, episodes.cut_NA),
+        ran_NA=episodes.ran_NA,
+        weight_NA=reply_weights(tokens_NA, episodes.propensity_NA),
+        noise_NA=reply_noise(episodes.sum_NA, episodes.sq_sum_NA, tokens_NA, episodes.slack_NA),
+        train_Q=split.train_Q,
+        held_Q=split.held_Q,
+    )
 
 
 class Batch(NamedTuple):

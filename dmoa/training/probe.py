@@ -7,7 +7,6 @@ known answers are given, finds agents that are sure and wrong. Shape letters: R 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
@@ -18,7 +17,7 @@ from scipy.stats import binomtest, rankdata
 
 from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError
-from dmoa.training.clusters import Floats, fit_clusters
+from dmoa.training.cluster_router import Floats, ProbeSample, fit_clusters
 
 Verdict = Literal["can", "cannot", "audit"]
 AUDIT_ROWS = 30
@@ -98,23 +97,7 @@ class ProbeReport(_Record):
     audit_rows: int = AUDIT_ROWS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeSample:
-    """A dense sample."""
-
-    agents: tuple[str, ...]
-    sources: tuple[str, ...]
-    """[R] benchmark or file of each row."""
-    embedding_RD: npt.NDArray[np.floating]
-    entropy_RA: Floats
-    """Mean entropy in nats per token; NaN where an agent gave nothing."""
-    texts: tuple[tuple[str, ...], ...]
-    """[R][A]"""
-    value_RA: Floats | None = None
-    """Score of each reply, 0..1; NaN in rows without a known answer."""
-
-
-def probe(sample: ProbeSample, *, known: ProbeSample | None = None, seed: int = 0) -> ProbeReport:
+def probe_pool(sample: ProbeSample, *, known: ProbeSample | None = None, seed: int = 0) -> ProbeReport:
     """Return the report of a sample; `known` is another of the same agents, of rows with known answers.
 
     Raises ConfigError for fewer than two agents, or fewer than four rows that all of them replied to.

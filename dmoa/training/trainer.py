@@ -1,41 +1,393 @@
-"""Trains a gate, from rollouts to a checkpoint: what `dmoa train` and `jobs/train_gate.py` run.
-
-Read and split the rollouts, fit the scale of the scores, train (in process or on Ray Train), measure, export. The same
-command in the same folder goes on from the last state that was kept; the checkpoint is written last, and whole.
-
-    OUT/checkpoint/      the trained gate
-    OUT/train.json       options, curve, metrics, what it was trained on
-    OUT/state/           what a stopped run goes on from
-    OUT/metrics.jsonl    the curve as it grew; OUT/wandb where W&B is on
-"""
+"""What a training begins with: the gate, and the rollouts as inputs and targets. Next stop: `training/loop`."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from dmoa import checkpoint
-from dmoa.checkpoint import Checkpoint
+from dmoa.agents.pool import build_pool_gate, check_files, fingerprint
+from dmoa.checkpoint import AnchorSet, Checkpoint, describe_gate
 from dmoa.config import Config
+from dmoa.core.calibration import OperatingPoint, fit_operating_point
+from dmoa.core.gate import Gate, GateSpec
+from dmoa.core.scores import scores
 from dmoa.errors import ConfigError
-from dmoa.training.curves import Curves
-from dmoa.training.export import build_trained
-from dmoa.training.objective import Batches
+from dmoa.storage import display_path
+from dmoa.tracking import Tracker, is_logged, keep_run_id, open_tracker
+from dmoa.training.dataset import Episodes, read_episodes, read_manifests
+from dmoa.training.distributed import SingleWorker
+from dmoa.training.gate_metrics import Ranking, load_shares, logits_of, measure_gate, ranking_of
+from dmoa.training.loop import TrainJob, train_gate
+from dmoa.training.objective import Batches, IndexArray, Scale, TrainingData, anchor_sample, build_data, fit_scale, split_episodes
 from dmoa.training.options import TrainOptions
-from dmoa.training.preparing import Material, Start, build_start, check_rollouts, prepare, tell_constant, tell_silent
-from dmoa.training.rollouts import write_whole
-from dmoa.training.run_state import EpochRecord, Progress, StateStore
-from dmoa.training.train_loop import Job, train
-from dmoa.training.validation import Ranking, load_shares, ranking_of
-from dmoa.training.world import Alone
+from dmoa.training.rollouts import Manifest, RolloutFolder, write_whole
+from dmoa.training.state import EpochRecord, StateStore, TrainProgress
 from dmoa.validation import redact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitialGate:
+    """The gate that training begins with."""
+
+    gate: Gate
+    parent: str | None
+    """Version of the checkpoint that it is; None for untrained weights."""
+    fingerprint: str
+    """Of the pool."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSet:
+    """What is learned from, ready for the workers."""
+
+    job: TrainJob
+    evidence: FittedTargets
+    trained_on: dict[str, Any]
+    """As the checkpoint records it."""
+
+
+def build_start(options: TrainOptions, config: Config) -> InitialGate:
+    """Return the gate to begin with: `start_from`'s, else untrained weights of the pool's gate, changed as the options say.
+
+    Blocks while an encoder loads, for the `profile` head. Raises ConfigError, CheckpointError.
+    """
+    check_files(config)
+    gate, _ = build_pool_gate(options.gate_config(config))
+    parent = None
+    if options.start_from is not None:
+        parent = checkpoint.load(options.start_from)[1].version
+        for name in ("core", "head", "hidden", "temperature"):
+            wanted, seen = getattr(options, name), getattr(gate.spec, name)
+            if wanted not in (None, seen):
+                raise ConfigError(
+                    f"train: {name}: value seen: {wanted!r}; the checkpoint to start from has {seen!r}, and training cannot "
+                    "change it; leave one of the two out"
+                )
+    changes = {"score": options.score or gate.spec.score, "max_agents": options.max_agents or gate.spec.max_agents}
+    begun = Gate(dataclasses.replace(gate.spec, **changes), profile_AD=gate.state_dict().get("profile_AD"))  # type: ignore[arg-type] # typed by the fields
+    begun.load_state_dict(gate.state_dict())
+    return InitialGate(gate=begun, parent=parent, fingerprint=fingerprint(config))
+
+
+def check_rollouts(options: TrainOptions, start: InitialGate) -> list[Manifest]:
+    """Return the manifests of the rollouts to learn from. Raises ConfigError for what a look at the folders shows to be wrong."""
+    if options.anchor_rollouts is not None:
+        read_manifests([options.anchor_rollouts], start.gate.spec, start.fingerprint)
+    return read_manifests(options.rollouts, start.gate.spec, start.fingerprint)
+
+
+def prepare_training(options: TrainOptions, start: InitialGate, manifests: Sequence[Manifest], *, on_ray: bool) -> TrainingSet:
+    """Read the rollouts and make of them what training needs. Raises ConfigError for what cannot be learned from."""
+    spec = start.gate.spec
+    episodes = read_episodes(options.rollouts, spec, start.fingerprint, on_ray=on_ray)
+    split = split_episodes(episodes, options.holdout)
+    sample, anchors_of = anchor_sample(episodes, split.train_Q, spec.embedding_dim), "rollouts"
+    if options.anchor_rollouts is not None:
+        others = read_episodes([options.anchor_rollouts], spec, start.fingerprint, on_ray=on_ray)
+        sample, anchors_of = anchor_sample(others, _all(others), spec.embedding_dim), others.digest()
+    scale = fit_scale(
+        episodes,
+        split,
+        sample,
+        score=spec.score,
+        num_clusters=options.clusters,
+        seed=options.seed,
+        earlier=spec.anchors,
+        discounts_constant=options.discount_constant,
+    )
+    data = build_data(episodes, split, scale)
+    weights = {name: tensor.detach().clone() for name, tensor in start.gate.state_dict().items()}
+    identity = {
+        "options": options.identity(),
+        "pool": start.fingerprint,
+        "rollouts": episodes.digest(),
+        "anchors": anchors_of,
+        "targets": _targets(scale),
+        "begins with": _digest(weights),
+    }
+    trained_on = {
+        "rollouts": episodes.digest(),
+        "anchors": anchors_of,
+        "folders": [_summary(*pair) for pair in zip(options.rollouts, manifests, strict=True)],
+        "queries": len({key.query_id for key in episodes.key_Q}),
+        "episodes": len(split.train_Q),
+        "held_back_episodes": len(split.held_Q),
+        "steps": len(episodes.input_NX),
+        "dense_steps": len(episodes.dense_steps(_all(episodes))),
+        "options": options.identity(),
+    }
+    job = TrainJob(options=options, spec=spec, weights=weights, data=data, eta=scale.eta, identity=identity)
+    return TrainingSet(job=job, evidence=FittedTargets(episodes=episodes, data=data, scale=scale), trained_on=trained_on)
+
+
+def tell_constant(material: TrainingSet) -> list[str]:
+    """Return a line for every agent that gives one reply to nearly all dense steps: what it is, and what came of it."""
+    scale, agents = material.evidence.scale, material.job.spec.agents
+    if scale.score == "raw":
+        then = "with score raw its sureness counts as everybody's; --score anchored discounts it"
+    elif scale.is_discounted:
+        then = "it counts as less sure than everybody else; --keep-constant takes its sureness as it is"
+    else:
+        then = "its sureness is taken as it is, as asked for"
+    return [f"{agents[agent]} gives one reply to {share:.0%} of the dense steps: {then}" for agent, share in scale.constant]
+
+
+def tell_silent(material: TrainingSet) -> list[str]:
+    """Return a line for every agent that no reply with an entropy is known of: nothing is learned about it."""
+    episodes, agents = material.evidence.episodes, material.job.spec.agents
+    heard_A, asked_A = (np.asarray(found_NA.any(axis=0)) for found_NA in (episodes.ran_NA, episodes.asked_NA))
+    then = "the gate learns nothing about it and ranks it by accident"
+    return [
+        f"{name} {'never answered with an entropy' if is_asked else 'was never asked'} in these rollouts: {then}; "
+        f"{'mend it and collect again, or take it out of the pool' if is_asked else 'collect dense rollouts'}"
+        for name, is_heard, is_asked in zip(agents, heard_A, asked_A, strict=True)
+        if not is_heard
+    ]
+
+
+def _all(episodes: Episodes) -> IndexArray:
+    return np.arange(len(episodes.key_Q))
+
+
+def _targets(scale: Scale) -> str:
+    """Return what scores are measured by, in words: by another version's fit, a run is another run."""
+    anchors = ", ".join(f"{value:.6g}" for value in scale.anchors or ())
+    return f"eta {scale.eta:.6g}, anchors [{anchors}]"
+
+
+def _summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "folder": display_path(folder),
+        "gate_version": manifest.gate_version,
+        "mode": manifest.mode,
+        "epsilon": manifest.epsilon,
+        "round": manifest.round,
+        "seed": manifest.seed,
+        "sources": {source.name: source.queries for source in manifest.sources},
+        "engines": list(manifest.engines),
+    }
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        found.update(f"{name} {list(tensor.shape)}\n".encode())
+        found.update(tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+_POLL_S = 0.25
+_REMOTE_POLL_S = 5.0
+
+
+class Curves:
+    """The tracker of a training, and the thread that feeds it."""
+
+    def __init__(self, options: TrainOptions, pool: str, identity: Mapping[str, Any]) -> None:
+        """Follow the run in `options.out`; its tracker is opened when there is something to log. `identity`: of the training."""
+        self._options, self._out = options, options.out.absolute()
+        self._settings = {"pool_name": pool, **identity}
+        self._of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._opened: Tracker | None = None
+        if options.track != "none":
+            keep_run_id(self._out, of=self._of)  # what another run logged here is set aside
+        self._logged = _logged_epochs(self._out / "metrics.jsonl")
+
+    @property
+    def _tracker(self) -> Tracker:
+        if self._opened is None:
+            mode, name = self._options.track, self._out.name or "train"
+            self._opened = open_tracker(mode, run_dir=self._out, name=name, of=self._of, config=self._settings)
+        return self._opened
+
+    @contextmanager
+    def follow(self, store: StateStore, watch: Callable[[EpochRecord], None]) -> Iterator[None]:
+        """Call `watch` with each epoch that ends in this block, and log every epoch that is not logged yet."""
+        done = threading.Event()
+        seen = _num_epochs(store)
+
+        def look() -> None:
+            nonlocal seen
+            with suppress(ConfigError, OSError):  # a look that fails is made up for by the next
+                progress = store.read_progress()
+                for record in progress.epochs if progress else ():
+                    self._log(record)
+                    if record.epoch > seen:
+                        seen = record.epoch
+                        watch(record)
+
+        def loop() -> None:
+            while not done.wait(_REMOTE_POLL_S if "://" in store.place else _POLL_S):
+                look()
+
+        thread = threading.Thread(target=loop, name="curves", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            look()
+
+    def _log(self, record: EpochRecord) -> None:
+        if record.epoch not in self._logged:
+            self._logged.add(record.epoch)
+            values = {name: value for name, value in record.model_dump().items() if name != "epoch" and value is not None}
+            self._tracker.log(values, step=record.epoch)
+
+    def end(self, trained: TrainedGate, load: Mapping[str, float], folder: Path, parent: str | None) -> None:
+        """Log what came of it: metrics, the routing table, the checkpoint; and the rollouts and the gate that it came of.
+
+        Nothing where that is logged already.
+        """
+        name = checkpoint.artifact_name(trained.record.version)
+        if is_logged(self._out, "artifact", name=name, kind="checkpoint", role="output"):
+            return
+        self._tracker.log({f"held/{name}": value for name, value in trained.record.metrics.items()})
+        self._tracker.table("first_choices", ["agent", "share of held-back steps"], [list(item) for item in load.items()])
+        self._tracker.artifact(folder, name, "checkpoint")
+        # After the output: W&B waits for inputs that it does not have yet.
+        options = self._options
+        anchors = [] if options.anchor_rollouts is None else [options.anchor_rollouts]
+        for rollouts in map(RolloutFolder, dict.fromkeys((*options.rollouts, *anchors))):
+            self._tracker.artifact(rollouts.parts, rollouts.artifact, "rollouts", role="input")
+        if options.start_from is not None and parent is not None:
+            self._tracker.artifact(options.start_from, checkpoint.artifact_name(parent), "checkpoint", role="input")
+
+    def close(self) -> None:
+        """End the logging."""
+        if self._opened is not None:
+            self._opened.finish()
+
+
+def _num_epochs(store: StateStore) -> int:
+    progress = store.read_progress()
+    return len(progress.epochs) if progress else 0
+
+
+def _logged_epochs(path: Path) -> set[int]:
+    """Return the epochs that a file of curves holds already."""
+    found: set[int] = set()
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                message = json.loads(line)
+                if message["op"] == "log" and message["step"] is not None:
+                    found.add(int(message["step"]))
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedGate:
+    """A trained gate and its record."""
+
+    gate: Gate
+    record: Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedTargets:
+    """What a gate was trained and is judged on."""
+
+    episodes: Episodes
+    data: TrainingData
+    scale: Scale
+
+
+def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tuple[GateSpec, OperatingPoint | None]:
+    """Return the gate's spec with tau, theta and anchors as the held-back dense steps give them, and the point they make.
+
+    Without such steps tau and theta stay as they are, and there is no point. theta is fitted on finished replies only, and left
+    out in the `paper` preset, whose steps end by the summarizer. Source: ours.
+    """
+    spec, episodes, scale = gate.spec, evidence.episodes, evidence.scale
+    anchors = tuple(float(value) for value in scale.used_anchors) if scale.used_anchors is not None else None
+    spec = dataclasses.replace(spec, score=scale.score, anchors=anchors)
+    dense = episodes.dense_steps(evidence.data.held_Q)
+    if not episodes.ran_NA[dense].any():
+        return spec, None
+    is_dense_N = np.isin(episodes.steps_of(evidence.data.held_Q), dense)
+    logits_NA = logits_of(gate, _float32_batches(evidence.data), evidence.data.held_Q)[is_dense_N].astype(np.float32)
+    finished_NA = np.where(
+        episodes.cut_NA[dense], np.nan, scores(episodes.sum_NA[dense], episodes.tokens_NA[dense], scale.used_anchors)
+    )
+    has_theta = spec.preset != "paper" and bool(np.isfinite(finished_NA).any())
+    point = fit_operating_point(
+        spec,
+        logits_NA,
+        evidence.data.score_NA[dense],
+        finished_NA if has_theta else None,
+        alphas=options.alphas,
+        theta_alphas=options.theta_alphas,
+        price=options.agent_price,
+    )
+    return dataclasses.replace(spec, mass=point.tau, theta=point.theta), point
+
+
+def build_trained(
+    spec: GateSpec,
+    weights: dict[str, torch.Tensor],
+    evidence: FittedTargets,
+    options: TrainOptions,
+    progress: TrainProgress,
+    *,
+    fingerprint: str,
+    parent: str | None,
+    trained_on: dict[str, Any],
+    code_revision: str,
+) -> TrainedGate:
+    """Return the gate with the given weights, fitted and measured, and its record."""
+    gate = Gate(spec, profile_AD=weights.get("profile_AD"))
+    gate.load_state_dict(weights)  # float64 weights become float32 here
+    fitted, point = fit_spec(gate, evidence, options)
+    final = Gate(fitted, profile_AD=weights.get("profile_AD"))
+    final.load_state_dict(gate.state_dict())
+    metrics = measure_gate(final, _float32_batches(evidence.data), evidence.episodes, evidence.data)
+    metrics |= {"eta": evidence.scale.eta, "epochs": float(len(progress.epochs)), "best_epoch": float(progress.best_epoch)}
+    metrics |= {"updates": float(progress.num_updates), "bad_steps": float(progress.bad_steps)}
+    metrics |= {} if progress.best_loss is None else {"held_loss": progress.best_loss}
+    metrics |= {} if point is None else _metrics_of(point)
+    record = describe_gate(
+        final,
+        fingerprint=fingerprint,
+        trained_on=trained_on,
+        parent=parent,
+        anchor_set=_anchor_set(evidence.scale, spec, options),
+        metrics=metrics,
+        code_revision=code_revision,
+    )
+    return TrainedGate(gate=final, record=record)
+
+
+def _metrics_of(point: OperatingPoint) -> dict[str, float]:
+    found = {"alpha": point.alpha, "agents": point.agents, "regret": point.regret}
+    return found if point.theta_alpha is None else found | {"theta_alpha": point.theta_alpha}
+
+
+def _anchor_set(scale: Scale, spec: GateSpec, options: TrainOptions) -> AnchorSet | None:
+    if scale.anchors is None:
+        return None
+    constant = tuple(spec.agents[agent] for agent, _ in scale.constant) if scale.is_discounted else ()
+    return AnchorSet(means=scale.anchors, rows=scale.anchor_rows, clusters=options.clusters, constant=constant)
+
+
+def _float32_batches(data: TrainingData) -> Batches:
+    return Batches(data, torch.float32, torch.device("cpu"))
+
 
 Say = Callable[[str], None]
 
@@ -84,7 +436,7 @@ class TrainResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
+class TrainContext:
     """What a training needs of the command that runs it."""
 
     open_ray: Callable[[], AbstractContextManager[None]]
@@ -96,7 +448,7 @@ class Surroundings:
     code_revision: str = ""
 
 
-def run_training(options: TrainOptions, config: Config, around: Surroundings) -> TrainResult:
+def run_training(options: TrainOptions, config: Config, around: TrainContext) -> TrainResult:
     """Train a gate for a pool, or go on with the training in `options.out`.
 
     Raises ConfigError and CheckpointError for bad input, DmoaError where training stops; an earlier checkpoint in the folder
@@ -108,7 +460,7 @@ def run_training(options: TrainOptions, config: Config, around: Surroundings) ->
     manifests = check_rollouts(options, start)
     on_ray = options.workers != 0
     with around.open_ray() if on_ray else nullcontext():
-        material = prepare(options, start, manifests, on_ray=on_ray)
+        material = prepare_training(options, start, manifests, on_ray=on_ray)
         for line in tell_constant(material):
             around.say(line)
         before = _progress_before(store, material.job)
@@ -128,7 +480,7 @@ def run_training(options: TrainOptions, config: Config, around: Surroundings) ->
             curves.close()
 
 
-def _progress_before(store: StateStore, job: Job) -> Progress | None:
+def _progress_before(store: StateStore, job: TrainJob) -> TrainProgress | None:
     """Return how far the run in the folder is. Raises ConfigError where it is another one's, naming what differs."""
     before = store.read_progress()
     if before is None or before.identity == job.identity:
@@ -147,24 +499,24 @@ def _flat(identity: dict[str, Any]) -> dict[str, Any]:
     return {**identity.get("options", {}), **rest}
 
 
-def _choose(job: Job) -> tuple[int, str]:
+def _choose(job: TrainJob) -> tuple[int, str]:
     """Return the number of workers, and why."""
     workers = job.options.workers
     if workers == "auto":
         import ray
 
-        from dmoa.training.choose_workers import choose_workers
+        from dmoa.training.ray_train import choose_workers
 
         # This machine's own cores, whatever a Ray on it claims; a network between workers was not measured.
         return choose_workers(job, min(int(ray.cluster_resources().get("CPU", 1)), os.cpu_count() or 1))
     return workers, "in process, without Ray" if workers == 0 else "as asked for"
 
 
-def _train(job: Job, store: StateStore, workers: int) -> None:
+def _train(job: TrainJob, store: StateStore, workers: int) -> None:
     if workers == 0:
-        train(job, Alone(torch.device("cuda" if job.options.gpu else "cpu")), store)
+        train_gate(job, SingleWorker(torch.device("cuda" if job.options.gpu else "cpu")), store)
         return
-    from dmoa.training.ray_workers import train_on_ray
+    from dmoa.training.ray_train import train_on_ray
 
     train_on_ray(job, store, workers)
 
@@ -172,11 +524,11 @@ def _train(job: Job, store: StateStore, workers: int) -> None:
 def _finish(
     options: TrainOptions,
     config: Config,
-    start: Start,
-    material: Material,
+    start: InitialGate,
+    material: TrainingSet,
     store: StateStore,
     curves: Curves,
-    around: Surroundings,
+    around: TrainContext,
     workers: tuple[int, str],
 ) -> TrainResult:
     """Measure and export the best weights, and write down what the training was."""

@@ -17,7 +17,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from dmoa.training.run_state import Progress, StateStore
+from dmoa.training.state import StateStore, TrainProgress
 from tests.integration.head import environment
 
 DMOA = str(Path(sys.executable).with_name("dmoa"))
@@ -99,9 +99,9 @@ def start(arguments: Sequence[str], out: Path, log: Path) -> Running:
     return Running(process, out, log)
 
 
-def progress(out: Path) -> Progress:
+def progress(out: Path) -> TrainProgress:
     """How far a training is."""
-    return StateStore(str(out / "state")).read_progress() or Progress(identity={})
+    return StateStore(str(out / "state")).read_progress() or TrainProgress(identity={})
 
 
 def num_epochs(out: Path) -> int:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from dmoa.bench.train_bench import made_up_job, plain_rate
-from dmoa.training.run_state import StateStore
-from dmoa.training.train_loop import train
-from dmoa.training.world import Alone
+from dmoa.training.distributed import SingleWorker
+from dmoa.training.loop import train_gate
+from dmoa.training.state import StateStore
 
 
 def test_the_plain_loop_ends_with_the_weights_of_the_training_loop(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_the_plain_loop_ends_with_the_weights_of_the_training_loop(tmp_path: Pat
     job = replace(job, options=job.options.model_copy(update={"epochs": 7}))
     store = StateStore(str(tmp_path / "state"))
     store.check()
-    train(job, Alone(torch.device("cpu")), store)
+    train_gate(job, SingleWorker(torch.device("cpu")), store)
     assert plain_rate(job, tmp_path / "plain.pt") > 0
     state = store.read()
     assert state is not None

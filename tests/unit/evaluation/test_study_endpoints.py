@@ -17,7 +17,7 @@ from dmoa.config import GateConfig
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.evaluation.matrix import AnswerMatrix
 from dmoa.evaluation.records import Task
-from dmoa.training.clusters import ClusterRouter
+from dmoa.training.cluster_router import KMeansRouter
 from dmoa.types import AgentReply
 
 JOBS = Path(__file__).parents[3] / "jobs"
@@ -103,7 +103,7 @@ def material(gate: Gate, agents: tuple[str, ...] = AGENTS) -> Any:
         [agents.index(first), *[i for i in range(len(agents)) if agents[i] != first]]
         for first in ("arith-both", "words", "calendar")
     ]
-    clusters = [ClusterRouter(centres_CD=centres, ranking_CA=np.array(order))] * 2
+    clusters = [KMeansRouter(centres_CD=centres, ranking_CA=np.array(order))] * 2
     return endpoints().Material(
         validation=found, test=found, embedding={suite: embedding(suite) for suite in SUITES}, gates=[gate] * 2, clusters=clusters
     )

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config, loads
 from dmoa.core.features import FEEDBACK_FEATURES
-from dmoa.training.rollout_records import SCHEMA, SCHEMA_VERSION, Manifest
+from dmoa.training.rollouts import SCHEMA, SCHEMA_VERSION, Manifest
 
 DIM = 384
 AGENTS = ("one", "two", "three")

@@ -8,10 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dmoa.training.lora_loop import LoraJob, Schedule
-from dmoa.training.lora_model import LoraSettings
-from dmoa.training.lora_rows import TrainingMessage, TrainingRow
-from dmoa.training.specialists import build_job
+from dmoa.training.lora import LoraSettings, TrainingMessage, TrainingRow
+from dmoa.training.specialists import LoraJob, Schedule, build_job
 
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"

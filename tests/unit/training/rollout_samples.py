@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dmoa.training.rollout_records import SCHEMA, Manifest, RolloutQuery, table_of
-from dmoa.training.rollouts import RolloutFolder, write_whole
+from dmoa.training.rollouts import SCHEMA, Manifest, RolloutFolder, RolloutQuery, table_of, write_whole
 from dmoa.types import AgentReply, Answer, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
 
 AGENTS = ("adder", "guesser", "echo", "dead")

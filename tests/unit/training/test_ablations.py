@@ -14,10 +14,10 @@ from dmoa.config import Config
 from dmoa.core.gate import Gate
 from dmoa.training.ablations import ABLATIONS, as_paper, train_ablation, without_summary
 from dmoa.training.rollouts import read_manifest, read_table
-from dmoa.training.trainer import Surroundings
+from dmoa.training.trainer import TrainContext
 from tests.unit.training.gate_rollouts import AGENTS, DIM, domain_rows, pool, write_rollouts
 
-AROUND = Surroundings(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
+AROUND = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
 
 
 @pytest.fixture(scope="module")

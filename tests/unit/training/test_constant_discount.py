@@ -12,8 +12,8 @@ import pytest
 from dmoa import checkpoint
 from dmoa.config import Config
 from dmoa.core.scores import CONSTANT_PENALTY
-from dmoa.training.options import parse_options
-from dmoa.training.trainer import Surroundings, TrainResult, run_training
+from dmoa.training.options import parse_train_options
+from dmoa.training.trainer import TrainContext, TrainResult, run_training
 from tests.unit.training.gate_rollouts import AGENTS, domain_rows, pool, row, write_rollouts
 
 LIAR = "liar"
@@ -40,9 +40,9 @@ def rollouts(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
 
 def train(out: Path, rollouts: Path, config: Config, **options: Any) -> tuple[TrainResult, list[str]]:
     said: list[str] = []
-    around = Surroundings(open_ray=nullcontext, say=said.append, watch=lambda epoch, most: None)
+    around = TrainContext(open_ray=nullcontext, say=said.append, watch=lambda epoch, most: None)
     values = {"workers": 0, "track": "none", "epochs": 40, "patience": 40, "lr": 3e-3, "score": "anchored"} | options
-    result = run_training(parse_options({**values, "rollouts": str(rollouts), "out": out}), config, around)
+    result = run_training(parse_train_options({**values, "rollouts": str(rollouts), "out": out}), config, around)
     return result, [line for line in said if LIAR in line]
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from dmoa.cli.rollout_session import track
 from dmoa.config import Config
-from dmoa.training.options import parse_options
-from dmoa.training.rollout_options import parse_options as rollout_options
+from dmoa.training.options import parse_rollout_options as rollout_options
+from dmoa.training.options import parse_train_options
 from dmoa.training.rollouts import RolloutFolder, read_manifest
-from dmoa.training.trainer import Surroundings, TrainResult, run_training
+from dmoa.training.trainer import TrainContext, TrainResult, run_training
 from tests.unit.training.gate_rollouts import domain_rows, pool, write_rollouts
 
 
@@ -25,8 +25,8 @@ def no_ray() -> AbstractContextManager[None]:
 
 def train(out: Path, config: Config, *rollouts: Path, **options: Any) -> TrainResult:
     values = {"workers": 0, "track": "jsonl", "rollouts": rollouts, "out": out, "epochs": 2, **options}
-    around = Surroundings(open_ray=no_ray, say=lambda text: None, watch=lambda epoch, most: None)
-    return run_training(parse_options(values), config, around)
+    around = TrainContext(open_ray=no_ray, say=lambda text: None, watch=lambda epoch, most: None)
+    return run_training(parse_train_options(values), config, around)
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:

@@ -10,9 +10,15 @@ from lora_fixtures import make_rows, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dmoa.errors import ConfigError
-from dmoa.training.lora_model import LoraModel, LoraSettings
-from dmoa.training.lora_packs import pack
-from dmoa.training.lora_rows import Encoded, encode, read_rows, write_rows
+from dmoa.training.lora import (
+    Encoded,
+    LoraModel,
+    LoraSettings,
+    encode,
+    pack_training_rows,
+    read_training_rows,
+    write_training_rows,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -51,7 +57,7 @@ def test_a_row_alone_is_what_transformers_computes(model: str) -> None:
 
 
 def test_layout_by_hand() -> None:
-    packs = pack([Encoded((1, 2, 3), (7, 9), "a"), Encoded((1, 2, 4, 5), (8,), "b")], rows_per_pack=2)
+    packs = pack_training_rows([Encoded((1, 2, 3), (7, 9), "a"), Encoded((1, 2, 4, 5), (8,), "b")], rows_per_pack=2)
     # Shared: 1 2. Then row 0's own 3 7 and row 1's own 4 5; the last target token is never put in.
     assert packs.tokens_NT.tolist() == [[1, 2, 3, 7, 4, 5]]
     assert packs.positions_NT.tolist() == [[0, 1, 2, 3, 2, 3]]
@@ -69,21 +75,21 @@ def test_layout_by_hand() -> None:
 
 
 def test_equal_prompts_keep_a_token_each_to_predict_from() -> None:
-    packs = pack([Encoded((1, 2), (5,), ""), Encoded((1, 2), (6,), "")], rows_per_pack=2)
+    packs = pack_training_rows([Encoded((1, 2), (5,), ""), Encoded((1, 2), (6,), "")], rows_per_pack=2)
     assert packs.tokens_NT.tolist() == [[1, 2, 2]]
     assert packs.asked_M.tolist() == [1, 2]
 
 
 def test_rows_survive_their_file(tmp_path: Path) -> None:
     rows = make_rows(3)
-    write_rows(tmp_path / "rows.jsonl", rows)
-    assert read_rows(tmp_path / "rows.jsonl") == rows
+    write_training_rows(tmp_path / "rows.jsonl", rows)
+    assert read_training_rows(tmp_path / "rows.jsonl") == rows
 
 
 def test_texts_of_rows_may_hold_any_line_separator(tmp_path: Path) -> None:
     rows = [row.model_copy(update={"target": "a\u2028b\u2029c\u0085d\x0be\x1cf\r\n"}) for row in make_rows(2)]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    assert read_rows(tmp_path / "rows.jsonl") == rows
+    write_training_rows(tmp_path / "rows.jsonl", rows)
+    assert read_training_rows(tmp_path / "rows.jsonl") == rows
 
 
 @pytest.mark.parametrize(
@@ -98,4 +104,4 @@ def test_a_bad_row_is_named(tmp_path: Path, line: str, said: str) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(make_rows(1)[0].model_dump_json() + "\n" + line + "\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=said):
-        read_rows(file)
+        read_training_rows(file)

@@ -16,10 +16,9 @@ import torch
 from dmoa import checkpoint
 from dmoa.config import GateConfig
 from dmoa.core.gate import Gate, GateSpec, init_gate
-from dmoa.training.episodes import COLUMNS, EpisodeBuilder, Episodes, held_back
-from dmoa.training.objective import Batches, batch_loss, unroll
-from dmoa.training.targets import Split, anchor_sample, build_data, fit_scale
-from dmoa.training.validation import held_metrics, measure, ranking_of
+from dmoa.training.dataset import COLUMNS, EpisodeBuilder, Episodes, held_back
+from dmoa.training.gate_metrics import held_metrics, measure_gate, ranking_of
+from dmoa.training.objective import Batches, Split, anchor_sample, batch_loss, build_data, fit_scale, unroll
 from tests.unit.training.gate_rollouts import AGENTS, DIM, pool, row, write_rollouts
 from tests.unit.training.test_trainer import train
 
@@ -180,7 +179,7 @@ def test_quick_metrics_agree_with_the_whole() -> None:
     data, gate = data_of(episodes), gate_of()
     batches = Batches(data, torch.float64, CPU)
     quick = held_metrics(gate, batches, data.held_Q, loss="soft", eta=0.7)
-    assert quick.pairwise == measure(gate, batches, episodes, data)["pairwise"]
+    assert quick.pairwise == measure_gate(gate, batches, episodes, data)["pairwise"]
     sums = batch_loss(gate, batches.gather(data.held_Q), loss="soft", eta=0.7)
     assert quick.loss == pytest.approx(float((sums.total / sums.weight).detach()))
 
@@ -200,7 +199,7 @@ def test_metrics_by_hand() -> None:
     p = np.array([0.3, 0.1, 0.6])
     with torch.no_grad():
         gate.head_bias.copy_(0.1 * torch.log(torch.from_numpy(p)))
-    found = measure(gate, Batches(data, torch.float32, CPU), episodes, data)
+    found = measure_gate(gate, Batches(data, torch.float32, CPU), episodes, data)
     assert found["pairwise"] == pytest.approx(2 / 3)
     gains = {"one": 2, "three": 1, "two": 0}
     ideal = 2 + 1 / math.log2(3)
@@ -227,7 +226,7 @@ def ranked(orders: Sequence[Sequence[str]], *, rounds: int = 1) -> dict[str, flo
     gate = Gate(GateSpec.from_config(GateConfig(hidden=2), AGENTS))
     with torch.no_grad():
         gate.head_bias.copy_(torch.tensor([0.3, 0.2, 0.1]))
-    return measure(gate, Batches(data, torch.float32, CPU), episodes, data)
+    return measure_gate(gate, Batches(data, torch.float32, CPU), episodes, data)
 
 
 ALIKE, REVERSED, HALF = ("one", "two", "three"), ("three", "two", "one"), ("one", "three", "two")

@@ -11,8 +11,8 @@ from dmoa.cli.probe import show
 from dmoa.config import loads
 from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError
-from dmoa.training.clusters import Floats, fit_clusters
-from dmoa.training.probe import ProbeReport, ProbeSample, auroc, gains_nothing, probe, variance_shares
+from dmoa.training.cluster_router import Floats, ProbeSample, fit_clusters
+from dmoa.training.probe import ProbeReport, auroc, gains_nothing, probe_pool, variance_shares
 from tests.unit.training.gate_rollouts import pool_yaml
 
 RNG = np.random.default_rng(5)
@@ -57,7 +57,7 @@ def test_variance_shares_of_pure_layouts() -> None:
 
 
 def test_specialists_can_be_routed() -> None:
-    report = probe(sample(specialists()))
+    report = probe_pool(sample(specialists()))
     assert report.verdict == "can"
     assert report.interaction_low > 0.5
     assert report.cluster_choices == {"base": 0.0, "sums": 0.5, "words": 0.5}
@@ -70,7 +70,7 @@ def test_specialists_can_be_routed() -> None:
 
 def test_roles_that_hardly_differ_cannot() -> None:
     hardness_R1 = RNG.normal(0, 0.4, (ROWS, 1))
-    report = probe(sample(hardness_R1 + RNG.normal(0, 0.02, (ROWS, 3))))
+    report = probe_pool(sample(hardness_R1 + RNG.normal(0, 0.02, (ROWS, 3))))
     assert report.verdict == "cannot"
     assert report.row_share > 0.98
     assert "hardly depends on the query" in report.reasons[0]
@@ -79,14 +79,14 @@ def test_roles_that_hardly_differ_cannot() -> None:
 def test_one_agent_that_is_always_surest_cannot_be_routed() -> None:
     log_RA = specialists()
     log_RA[:, 0] = -6.0
-    report = probe(sample(log_RA))
+    report = probe_pool(sample(log_RA))
     assert report.verdict == "cannot"
     assert "base is the surest on 100% of the rows" in report.reasons[-1]
 
 
 def test_an_agent_that_ignores_its_input_asks_for_an_audit() -> None:
     texts = tuple(("Answer: 7", f"{row}", f"{row}") for row in range(ROWS))
-    report = probe(sample(specialists(), texts=texts))
+    report = probe_pool(sample(specialists(), texts=texts))
     assert report.verdict == "audit"
     assert [found.agent for found in report.agents if found.ignores_input] == ["base"]
     assert "base gives one reply to 100% of the rows" in report.reasons[0]
@@ -96,7 +96,7 @@ def test_known_answers_find_the_agent_that_is_sure_and_wrong() -> None:
     value_RA = np.zeros((ROWS, 3))
     value_RA[DOMAIN_R == 0, 0] = 1.0  # sums by the base, which nobody would ask
     value_RA[DOMAIN_R == 1, 2] = 1.0
-    report = probe(sample(specialists()), known=sample(specialists(), value_RA=value_RA))
+    report = probe_pool(sample(specialists()), known=sample(specialists(), value_RA=value_RA))
     assert report.verdict == "audit"
     assert finding(report, "sums").sure_and_wrong == ["sums"]
     assert finding(report, "words").sure_and_wrong == finding(report, "base").sure_and_wrong == []
@@ -107,24 +107,24 @@ def test_known_answers_find_the_agent_that_is_sure_and_wrong() -> None:
 def test_rows_that_an_agent_left_out_do_not_count() -> None:
     log_RA = specialists()
     log_RA[:3, 1] = np.nan
-    assert probe(sample(log_RA)).rows == ROWS - 3
+    assert probe_pool(sample(log_RA)).rows == ROWS - 3
     log_RA[3:, 1] = np.nan
     with pytest.raises(ConfigError, match="0 queries that all of 3 agents replied to"):
-        probe(sample(log_RA))
+        probe_pool(sample(log_RA))
 
 
 def test_an_agent_that_never_replied_is_named() -> None:
     log_RA = specialists()
     log_RA[:, 1] = np.nan
     with pytest.raises(ConfigError, match=r"0 queries that all of 3 agents replied to.*; sums: no reply with an entropy to any"):
-        probe(sample(log_RA))
+        probe_pool(sample(log_RA))
 
 
 def test_what_no_cluster_can_tell_is_not_said_to_route(capsys: pytest.CaptureFixture[str]) -> None:
     """Who is sure depends on the row, by as much as among specialists, and on nothing that the embedding shows."""
     rng = np.random.default_rng(3)
     log_RA = rng.normal(0, 1, (ROWS, 3))
-    report = probe(sample(log_RA, embedding_RD=rng.normal(0, 1, (ROWS, 2))))
+    report = probe_pool(sample(log_RA, embedding_RD=rng.normal(0, 1, (ROWS, 2))))
     assert report.interaction_low > 0.05
     assert report.cluster_gain is not None
     assert report.cluster_gain < 0.005

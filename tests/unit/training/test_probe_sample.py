@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.training.probe_sample import sample_of
+from dmoa.training.cluster_router import sample_of
 
 
 def table(queries: int = 4, **changes: Any) -> pa.Table:

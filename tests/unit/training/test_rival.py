@@ -16,8 +16,7 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.run_files import RunFolder
 from dmoa.training import ablations as training_ablations
 from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
-from dmoa.training.probe_sample import sample_of
-from dmoa.training.rival import fit_rival, training_scores
+from dmoa.training.cluster_router import fit_rival, sample_of, training_scores
 from dmoa.training.rollouts import read_table
 from tests.unit.training.gate_rollouts import AGENTS, DIM, domain_rows, pool, write_rollouts
 from tests.unit.training.test_ablations import AROUND

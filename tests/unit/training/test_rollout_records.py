@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dmoa.training.rollout_records import SCHEMA, RolloutRow, split_input, table_of
+from dmoa.training.rollouts import SCHEMA, RolloutRow, split_input, table_of
 from tests.unit.training.rollout_samples import INPUT_X, POOL, answer, asked, rows
 
 COLUMNS = {

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
-from dmoa.training.rollout_sources import read_queries, sample, take_turns
+from dmoa.training.queries import read_queries, sample_queries, take_turns
 
 
 def own(folder: Path, data: str | bytes) -> Path:
@@ -69,7 +69,7 @@ def test_of_a_file_with_a_limit_the_sample_is_kept_and_no_more(tmp_path: Path, l
     whole = read_queries(path).queries
     assert [query.text for query in whole] == texts
     for seed in range(3):
-        expected = sample(whole, limit, seed, lambda query: query.query_id)
+        expected = sample_queries(whole, limit, seed, lambda query: query.query_id)
         assert list(read_queries(path, limit=limit, seed=seed).queries) == expected
 
 
@@ -99,11 +99,11 @@ def test_lines_end_as_in_any_text_file(tmp_path: Path) -> None:
 
 def test_a_sample_hangs_on_the_seed_and_not_on_the_order() -> None:
     items = [f"q{number}" for number in range(100)]
-    one = sample(items, 10, 3, str)
-    assert set(one) == set(sample(items[::-1], 10, 3, str))
-    assert set(one) != set(sample(items, 10, 4, str))
-    assert set(sample(items, 5, 3, str)) < set(one), "a larger sample has the smaller one"
-    assert sample(items, None, 3, str) == items
+    one = sample_queries(items, 10, 3, str)
+    assert set(one) == set(sample_queries(items[::-1], 10, 3, str))
+    assert set(one) != set(sample_queries(items, 10, 4, str))
+    assert set(sample_queries(items, 5, 3, str)) < set(one), "a larger sample has the smaller one"
+    assert sample_queries(items, None, 3, str) == items
 
 
 @given(st.lists(st.integers(0, 40), max_size=5))

@@ -13,9 +13,8 @@ from dmoa import checkpoint
 from dmoa.agents.pool import build_pool_gate, fingerprint
 from dmoa.cli.answerers import OpenCollectingPool
 from dmoa.config import Config, loads
-from dmoa.training.rollout_records import RolloutQuery
-from dmoa.training.rollout_stage import CollectStage, RolloutAsking, query_of
-from dmoa.training.rollout_writer import Collected
+from dmoa.training.collect import Collected, CollectStage, RolloutAsking, query_of_rollout
+from dmoa.training.rollouts import RolloutQuery
 from dmoa.types import Limits, Stage
 from tests.unit.training.rollout_samples import asked
 
@@ -109,12 +108,12 @@ def test_the_checkpoint_of_the_pool_decides(tmp_path: Path) -> None:
 
 
 def test_a_query_hangs_on_its_id_seed_and_round_alone() -> None:
-    one = query_of(asked(1), ASKING)
-    assert one == query_of(asked(1), replace(ASKING, fingerprint="0" * 64))
+    one = query_of_rollout(asked(1), ASKING)
+    assert one == query_of_rollout(asked(1), replace(ASKING, fingerprint="0" * 64))
     others = [
-        query_of(asked(2), ASKING),
-        query_of(asked(1), replace(ASKING, seed=4)),
-        query_of(asked(1), replace(ASKING, round=1)),
+        query_of_rollout(asked(2), ASKING),
+        query_of_rollout(asked(1), replace(ASKING, seed=4)),
+        query_of_rollout(asked(1), replace(ASKING, round=1)),
     ]
     assert len({query.trace_id for query in (one, *others)}) == 4
     assert (one.text, one.limits, one.is_streamed) == ("What is 1 + 7?", Limits(max_steps=2), False)
@@ -122,4 +121,4 @@ def test_a_query_hangs_on_its_id_seed_and_round_alone() -> None:
 
 def test_a_query_with_more_stages_than_steps_runs_them_all() -> None:
     staged = RolloutQuery(query_id="q", source="relay", split="train", text="?", stages=(Stage(part="1"),) * 4)
-    assert query_of(staged, ASKING).limits.max_steps == 4
+    assert query_of_rollout(staged, ASKING).limits.max_steps == 4

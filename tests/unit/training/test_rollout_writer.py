@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from filelock import FileLock, Timeout
 
-from dmoa.training.rollout_writer import PART_BYTES, Collected, RolloutWriter
+from dmoa.training.collect import PART_BYTES, Collected, RolloutWriter
 from dmoa.training.rollouts import part_paths, read_part
 from tests.unit.training.rollout_samples import rows
 

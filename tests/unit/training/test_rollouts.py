@@ -12,8 +12,7 @@ import pyarrow as pa
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.training.rollout_records import SCHEMA
-from dmoa.training.rollouts import check_pool, part_paths, read_manifest, read_part, read_table
+from dmoa.training.rollouts import SCHEMA, check_rollout_pool, part_paths, read_manifest, read_part, read_table
 from tests.unit.training.rollout_samples import AGENTS, POOL, manifest, replaced, rows, write_rollouts
 
 
@@ -111,10 +110,10 @@ def test_a_bad_manifest_is_named(tmp_path: Path, text: str | None, message: str)
 
 
 def test_another_pool_is_refused_with_the_agents_that_differ() -> None:
-    check_pool(manifest(), fingerprint=POOL, agents=AGENTS)
+    check_rollout_pool(manifest(), fingerprint=POOL, agents=AGENTS)
     with pytest.raises(
         ConfigError, match=r"value seen: ffffffffffff \(pool tiny\).*only in the rollouts: dead; only in the pool: new"
     ):
-        check_pool(manifest(), fingerprint="0" * 64, agents=("adder", "guesser", "echo", "new"))
+        check_rollout_pool(manifest(), fingerprint="0" * 64, agents=("adder", "guesser", "echo", "new"))
     with pytest.raises(ConfigError, match="or the order of the agents differs"):
-        check_pool(manifest(), fingerprint="0" * 64, agents=AGENTS[::-1])
+        check_rollout_pool(manifest(), fingerprint="0" * 64, agents=AGENTS[::-1])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
-from dmoa.training.run_state import FILE, EpochRecord, Progress, RunState, StateStore
+from dmoa.training.state import FILE, EpochRecord, RunState, StateStore, TrainProgress
 
 numbers = st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False))
 
@@ -38,7 +38,7 @@ def test_a_state_comes_back_bit_for_bit(as_uri: bool, tmp_path: Path) -> None:
     store = StateStore((tmp_path / "state").as_uri() if as_uri else str(tmp_path / "state"))
     store.check()
     tensors = {"weights/a": torch.rand(3, 4, dtype=torch.float64), "best/a": torch.rand(3, 4), "exp_avg/a": torch.zeros(2)}
-    progress = Progress(identity={"lr": 0.1}, epochs=(record(1), record(2)), num_updates=6, best_epoch=2, best_loss=0.5)
+    progress = TrainProgress(identity={"lr": 0.1}, epochs=(record(1), record(2)), num_updates=6, best_epoch=2, best_loss=0.5)
     store.write(RunState(progress, tensors))
     found = store.read()
     assert found is not None
@@ -51,15 +51,15 @@ def test_a_state_comes_back_bit_for_bit(as_uri: bool, tmp_path: Path) -> None:
 
 @given(st.lists(numbers, max_size=5))
 def test_the_curve_is_kept_exactly(losses: list[float | None]) -> None:
-    progress = Progress(identity={}, epochs=tuple(record(n, loss) for n, loss in enumerate(losses)))
-    assert Progress.model_validate_json(progress.model_dump_json()) == progress
+    progress = TrainProgress(identity={}, epochs=tuple(record(n, loss) for n, loss in enumerate(losses)))
+    assert TrainProgress.model_validate_json(progress.model_dump_json()) == progress
 
 
 def test_a_later_state_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     for epoch in (1, 2):
         epochs = tuple(record(n + 1) for n in range(epoch))
-        store.write(RunState(Progress(identity={}, epochs=epochs), {"weights/a": torch.full((2,), float(epoch))}))
+        store.write(RunState(TrainProgress(identity={}, epochs=epochs), {"weights/a": torch.full((2,), float(epoch))}))
     found = store.read()
     assert found is not None
     assert len(found.progress.epochs) == 2
@@ -69,7 +69,7 @@ def test_a_later_state_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None
 @pytest.mark.parametrize("keep", [0, 4, 8, 60, -3])
 def test_a_damaged_state_is_refused(keep: int, tmp_path: Path) -> None:
     store = store_in(tmp_path)
-    store.write(RunState(Progress(identity={}, epochs=(record(1),)), {"weights/a": torch.ones(50)}))
+    store.write(RunState(TrainProgress(identity={}, epochs=(record(1),)), {"weights/a": torch.ones(50)}))
     path = tmp_path / "state" / FILE
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pyarrow as pa
 
-from dmoa.training.shuffles import EVIDENCE, across_rows, within_rows
+from dmoa.training.ablations import EVIDENCE, across_rows, within_rows
 
 AGENTS = ("a", "b", "c")
 

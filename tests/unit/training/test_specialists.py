@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from dmoa.errors import CheckpointError, ConfigError, DmoaError
 from dmoa.tracking import open_tracker
-from dmoa.training import lora_loop
-from dmoa.training.lora_loop import latest_state
-from dmoa.training.specialists import build_job, train_adapter
+from dmoa.training import specialists as lora_loop
+from dmoa.training.specialists import build_job, latest_state, train_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning", "ignore::DeprecationWarning:ray.*")
 FILES = ("adapter_config.json", "adapter_model.safetensors")

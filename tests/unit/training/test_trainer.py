@@ -21,15 +21,14 @@ from dmoa.config import Config
 from dmoa.core.calibration import ALPHAS
 from dmoa.core.inference import Decider
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.training import targets, train_loop
-from dmoa.training.curves import Curves
-from dmoa.training.options import parse_options
-from dmoa.training.preparing import build_start, check_rollouts, prepare
-from dmoa.training.rollout_collect import silent_agents
+from dmoa.training import loop as train_loop
+from dmoa.training import objective as targets
+from dmoa.training.collect import silent_agents
+from dmoa.training.distributed import SingleWorker
+from dmoa.training.options import parse_train_options
 from dmoa.training.rollouts import RolloutFolder, read_manifest
-from dmoa.training.run_state import EpochRecord, Progress, RunState, StateStore
-from dmoa.training.trainer import Surroundings, TrainResult, run_training
-from dmoa.training.world import Alone
+from dmoa.training.state import EpochRecord, RunState, StateStore, TrainProgress
+from dmoa.training.trainer import Curves, TrainContext, TrainResult, build_start, check_rollouts, prepare_training, run_training
 from dmoa.types import RouteRequest
 from tests.unit.offline_runs import Synced, synced
 from tests.unit.training.gate_rollouts import AGENTS, DIM, domain_rows, pool, write_rollouts
@@ -47,10 +46,10 @@ def no_ray() -> AbstractContextManager[None]:
 
 def train(folder: Path, rollouts: Path, config: Config, *, said: list[str] | None = None, **options: Any) -> TrainResult:
     seen: list[EpochRecord] = []
-    around = Surroundings(
+    around = TrainContext(
         open_ray=no_ray, say=(said if said is not None else []).append, watch=lambda epoch, _: seen.append(epoch)
     )
-    return run_training(parse_options({**BASE, "rollouts": str(rollouts), "out": folder, **options}), config, around)
+    return run_training(parse_train_options({**BASE, "rollouts": str(rollouts), "out": folder, **options}), config, around)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def test_the_alphas_are_the_given_ones_or_chosen_by_the_price_of_an_agent(rollou
 @pytest.mark.parametrize(("alpha", "seen"), [("often", "'often'"), ("1.5", "1.5"), (0, "0")])
 def test_an_alpha_that_is_none_is_refused(alpha: Any, seen: str) -> None:
     with pytest.raises(ConfigError, match=rf"train: alpha.*value seen: {seen}"):
-        parse_options({**BASE, "rollouts": "r", "out": "o", "alpha": alpha})
+        parse_train_options({**BASE, "rollouts": "r", "out": "o", "alpha": alpha})
 
 
 def test_the_checkpoint_is_served_as_it_was_trained(rollouts: Path, config: Config, tmp_path: Path) -> None:
@@ -206,13 +205,13 @@ class StoppingStore(StateStore):
 
 def stopped_after(folder: Path, num_states: int, rollouts: Path, config: Config, **options: Any) -> None:
     """Train for so many epochs, and stop."""
-    wanted = parse_options({**BASE, "rollouts": str(rollouts), "out": folder, **options})
+    wanted = parse_train_options({**BASE, "rollouts": str(rollouts), "out": folder, **options})
     start = build_start(wanted, config)
-    job = prepare(wanted, start, check_rollouts(wanted, start), on_ray=False).job
+    job = prepare_training(wanted, start, check_rollouts(wanted, start), on_ray=False).job
     store = StoppingStore(str(folder / "state"), num_states)
     store.check()
     with pytest.raises(StoppedError):
-        train_loop.train(job, Alone(torch.device("cpu")), store)
+        train_loop.train_gate(job, SingleWorker(torch.device("cpu")), store)
 
 
 @pytest.mark.parametrize("stops", [(1,), (2, 3)])
@@ -245,9 +244,9 @@ def test_the_curves_of_a_stopped_training_are_whole_when_they_are_synced(
         monkeypatch.delenv(name)
     monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 120.0)
     out, options = tmp_path / "run", {"epochs": 5, "track": "wandb"}
-    wanted = parse_options({**BASE, "rollouts": str(rollouts), "out": out, **options})
+    wanted = parse_train_options({**BASE, "rollouts": str(rollouts), "out": out, **options})
     start = build_start(wanted, config)
-    job = prepare(wanted, start, check_rollouts(wanted, start), on_ray=False).job
+    job = prepare_training(wanted, start, check_rollouts(wanted, start), on_ray=False).job
     curves = Curves(wanted, config.name, job.identity)
     with curves.follow(StateStore(str(out / "state")), lambda epoch: None):
         stopped_after(out, 2, rollouts, config, **options)
@@ -269,7 +268,7 @@ def rows_by_step(runs: dict[str, Synced]) -> list[dict[str, Any]]:
     return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
 
-def progress_of(out: Path) -> Progress:
+def progress_of(out: Path) -> TrainProgress:
     progress = StateStore(str(out / "state")).read_progress()
     assert progress is not None
     return progress
@@ -292,11 +291,13 @@ def test_states_are_kept_as_often_as_they_are_worth_and_at_the_end(
     share: float, kept: list[int], rollouts: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_loop, "KEEP_SHARE", share)
-    wanted = parse_options({**BASE, "rollouts": str(rollouts), "out": tmp_path / "run", "epochs": 7})
+    wanted = parse_train_options({**BASE, "rollouts": str(rollouts), "out": tmp_path / "run", "epochs": 7})
     start = build_start(wanted, config)
     store = CountingStore(str(tmp_path / "run" / "state"))
     store.check()
-    train_loop.train(prepare(wanted, start, check_rollouts(wanted, start), on_ray=False).job, Alone(torch.device("cpu")), store)
+    train_loop.train_gate(
+        prepare_training(wanted, start, check_rollouts(wanted, start), on_ray=False).job, SingleWorker(torch.device("cpu")), store
+    )
     assert store.kept == kept
 
 

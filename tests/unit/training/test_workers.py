@@ -12,8 +12,8 @@ from torch import distributed
 
 from dmoa.bench.train_bench import made_up_job
 from dmoa.core.losses import LossSums
-from dmoa.training.choose_workers import best_count, choose_workers
-from dmoa.training.world import Alone, Group, flat_size
+from dmoa.training.distributed import SingleWorker, TorchGroup, flat_size
+from dmoa.training.ray_train import best_count, choose_workers
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_the_choice_is_measured_and_explained(tmp_path: Path) -> None:
 
 def test_one_worker_divides_by_the_weight() -> None:
     parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    world = Alone(torch.device("cpu"))
+    world = SingleWorker(torch.device("cpu"))
     loss = world.backward(LossSums((parameter * torch.tensor([3.0, 5.0])).sum(), torch.tensor(4.0)), [parameter])
     assert loss == (13.0, 4.0)
     assert parameter.grad is not None
@@ -53,7 +53,7 @@ def test_one_worker_divides_by_the_weight() -> None:
 
 def test_a_batch_without_pairs_leaves_no_gradient() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
-    loss = Alone(torch.device("cpu")).backward(LossSums((parameter * 0).sum(), torch.tensor(0.0)), [parameter])
+    loss = SingleWorker(torch.device("cpu")).backward(LossSums((parameter * 0).sum(), torch.tensor(0.0)), [parameter])
     assert loss.weight == 0
     assert parameter.grad is None
 
@@ -64,7 +64,7 @@ def test_a_group_of_one_agrees_with_working_alone(tmp_path: Path) -> None:
     )
     try:
         found = []
-        for world in (Alone(torch.device("cpu")), Group(torch.device("cpu"))):
+        for world in (SingleWorker(torch.device("cpu")), TorchGroup(torch.device("cpu"))):
             weights = [torch.nn.Parameter(torch.tensor([[1.0, 2.0]])), torch.nn.Parameter(torch.tensor([3.0]))]
             total = (weights[0] ** 2).sum() * weights[1].sum()
             loss = world.backward(LossSums(total, torch.tensor(5.0)), weights)
@@ -73,9 +73,9 @@ def test_a_group_of_one_agrees_with_working_alone(tmp_path: Path) -> None:
         assert found[0] == found[1]
         # A worker that has no query of a batch adds nothing; here nobody has one.
         spare = [torch.nn.Parameter(torch.ones(2))]
-        assert Group(torch.device("cpu")).backward(None, spare).weight == 0
+        assert TorchGroup(torch.device("cpu")).backward(None, spare).weight == 0
         assert spare[0].grad is not None
         assert spare[0].grad.tolist() == [0.0, 0.0]
-        assert Group(torch.device("cpu")).agree(0.1) == 0.1
+        assert TorchGroup(torch.device("cpu")).agree(0.1) == 0.1
     finally:
         distributed.destroy_process_group()

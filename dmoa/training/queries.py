@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dmoa.errors import ConfigError
-from dmoa.training.rollout_records import RolloutQuery
+from dmoa.training.rollouts import RolloutQuery
 from dmoa.validation import short
 
 T = TypeVar("T")
@@ -132,7 +132,7 @@ def _text(line: bytes) -> str:
     return query.strip()
 
 
-def sample(items: Iterable[T], limit: int | None, seed: int, query_id: Callable[[T], str]) -> list[T]:
+def sample_queries(items: Iterable[T], limit: int | None, seed: int, query_id: Callable[[T], str]) -> list[T]:
     """Return `limit` items drawn by seed, the same ones whatever their order; all of them, in order, without a limit."""
     if limit is None:
         return list(items)

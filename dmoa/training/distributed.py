@@ -24,7 +24,7 @@ class GlobalLoss(NamedTuple):
     """0 where no query of the batch held a pair: then there is nothing to learn from it."""
 
 
-class World(Protocol):
+class WorkerGroup(Protocol):
     """This worker and the others."""
 
     rank: int
@@ -40,7 +40,7 @@ class World(Protocol):
         ...
 
 
-class Alone:
+class SingleWorker:
     """The only worker."""
 
     rank = 0
@@ -62,7 +62,7 @@ class Alone:
         return value
 
 
-class Group:
+class TorchGroup:
     """One of several workers. Every call is made by all of them, in the same order."""
 
     def __init__(self, device: torch.device) -> None:

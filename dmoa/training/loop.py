@@ -21,12 +21,11 @@ from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.inference import one_thread
 from dmoa.core.losses import LossSums
 from dmoa.errors import DmoaError
-from dmoa.training.objective import Batches, batch_loss
+from dmoa.training.distributed import WorkerGroup
+from dmoa.training.gate_metrics import held_metrics
+from dmoa.training.objective import Batches, IndexArray, TrainingData, batch_loss
 from dmoa.training.options import TrainOptions
-from dmoa.training.run_state import EpochRecord, Progress, RunState, StateStore
-from dmoa.training.targets import IndexArray, TrainingData
-from dmoa.training.validation import held_metrics
-from dmoa.training.world import World
+from dmoa.training.state import EpochRecord, RunState, StateStore, TrainProgress
 
 KEEP_SHARE = 0.02
 """Part of the time that may go into keeping the state: few-shot epochs are over sooner than a state is written."""
@@ -34,7 +33,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class TrainJob:
     """What is to be trained, on what; the same for all workers."""
 
     options: TrainOptions
@@ -53,7 +52,7 @@ class Job:
         return gate.to(device, _DTYPES[self.options.dtype])
 
 
-def epoch_batches(job: Job, epoch: int) -> Iterator[IndexArray]:
+def epoch_batches(job: TrainJob, epoch: int) -> Iterator[IndexArray]:
     """Yield the global batches of an epoch: all episodes that are learned from, in an order of seed and epoch alone."""
     order = np.random.default_rng([job.options.seed, epoch]).permutation(job.data.train_Q)
     for start in range(0, len(order), job.options.batch_queries):
@@ -63,11 +62,11 @@ def epoch_batches(job: Job, epoch: int) -> Iterator[IndexArray]:
 class Learner:
     """A gate with its optimizer, and what becomes of it batch by batch."""
 
-    def __init__(self, job: Job, world: World) -> None:
+    def __init__(self, job: TrainJob, world: WorkerGroup) -> None:
         """Begin with the job's initial weights."""
         self.gate = job.build_gate(world.device)
         self.batches = Batches(job.data, _DTYPES[job.options.dtype], world.device)
-        self.progress = Progress(identity=job.identity)
+        self.progress = TrainProgress(identity=job.identity)
         self.best = self._weights()
         self.clock = _Clock()
         self._job = job
@@ -169,7 +168,7 @@ def _end(options: TrainOptions, epoch: int, best_epoch: int) -> str | None:
     return "all epochs done" if epoch >= options.epochs else None
 
 
-def train(job: Job, world: World, store: StateStore) -> Progress:
+def train_gate(job: TrainJob, world: WorkerGroup, store: StateStore) -> TrainProgress:
     """Train to the end, from the state in `store` if there is one; states of whole epochs are kept there.
 
     One is kept as soon as keeping has taken no more than KEEP_SHARE of the time, and at the end: what a failure costs is some
@@ -211,7 +210,7 @@ class _Keeper:
         self._due_s = ended + (ended - began) / KEEP_SHARE
 
 
-def run_epoch(learner: Learner, job: Job, world: World) -> None:
+def run_epoch(learner: Learner, job: TrainJob, world: WorkerGroup) -> None:
     """Learn from every global batch of the next epoch, and measure the held-back queries."""
     epoch = len(learner.progress.epochs) + 1
     results: list[UpdateResult] = []
@@ -245,7 +244,7 @@ class BadStepsError(DmoaError, RuntimeError):
     """Too many updates were not finite: trying again would meet the same."""
 
 
-def _held(learner: Learner, job: Job, world: World) -> tuple[float | None, float | None]:
+def _held(learner: Learner, job: TrainJob, world: WorkerGroup) -> tuple[float | None, float | None]:
     """Return loss and pairwise accuracy on the held-back queries, by the first worker's numbers; None where not finite."""
     found = (math.nan, math.nan)
     if world.rank == 0:

@@ -1,27 +1,74 @@
-"""Rollouts as the gate's training reads them: every query an episode of steps, packed into a few arrays.
-
-Rows come from Parquet shards, through Ray Data or (training in process) straight from pyarrow, in any order; the episodes
-are the same, bit for bit. Of a reply's text only a number is kept that tells whether two are alike; labels are never read.
-Next stop: `training/targets`.
-
-Shape letters: Q episodes, N steps of all episodes one after the other, A agents in the pool, X gate input.
-"""
+"""A Ray Data source over the shards of rollouts: a task per file, on the driver's node, where the folders are."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray.data import Datasource
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
 
+from dmoa.core.gate import GateSpec
 from dmoa.core.scores import Array, BoolArray, reply_key
-from dmoa.errors import ConfigError
+from dmoa.dataflow import quiet
+from dmoa.errors import ConfigError, DmoaError
+from dmoa.training.rollouts import Manifest, check_rollout_pool, part_paths, read_manifest, read_part
 from dmoa.types import FloatArray
+
+_READERS = 2
+
+
+class RolloutSource(Datasource):  # type: ignore[misc] # Ray ships no types
+    """Rows of rollouts, file by file."""
+
+    def __init__(self, parts: Sequence[tuple[int, str]], fingerprint: str) -> None:
+        """`parts`: place of the folder and path of each file."""
+        super().__init__()
+        self._parts = tuple(parts)
+        self._fingerprint = fingerprint
+
+    def get_name(self) -> str:
+        """Return the name under which Ray Data lists the source."""
+        return "Rollouts"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Return None: the size is not known before the files are read."""
+        return None
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+        """Return one task per file, whatever parallelism is asked for."""
+        return [self._task(*part) for part in self._parts]
+
+    def _task(self, place: int, path: str) -> ReadTask:
+        fingerprint = self._fingerprint
+
+        def read() -> Iterator[pa.Table]:
+            yield read_rollout_rows(place, path, fingerprint)
+
+        return ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, input_files=[path], exec_stats=None))
+
+
+def read_parts(parts: Sequence[tuple[int, str]], fingerprint: str) -> ray.data.Dataset:
+    """Return a dataset over the files. Reading takes no CPU: a head node of a cluster may have none to give."""
+    quiet()
+    return ray.data.read_datasource(
+        RolloutSource(parts, fingerprint),
+        override_num_blocks=len(parts),
+        num_cpus=0,
+        concurrency=_READERS,
+        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+    )
+
 
 COLUMNS = (
     "query_id",
@@ -253,3 +300,75 @@ def _check_numbers(columns: Mapping[str, list[Any]], number_RF: Array) -> None:
             f"rollouts: query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}: {seen}; allowed are finite numbers "
             "from 0, propensity above 0; collect the query again"
         )
+
+
+FOLDER = "folder"
+"""Column that says which of the folders a row comes from."""
+
+
+def read_manifests(folders: Sequence[Path], spec: GateSpec, fingerprint: str) -> list[Manifest]:
+    """Return the manifests of the folders, after a look at each of their files.
+
+    Raises ConfigError for a folder that is none, holds rollouts of another pool (the message says which agents differ) or of
+    another preset than the gate's, or a file that was cut short.
+    """
+    manifests = [read_manifest(folder) for folder in folders]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        check_rollout_pool(manifest, fingerprint=fingerprint, agents=spec.agents)
+        if manifest.preset != spec.preset:
+            raise ConfigError(
+                f"--rollouts: {str(folder)!r}: preset: value seen: {manifest.preset!r}; the gate that is to learn has "
+                f"{spec.preset!r}, which reads other inputs; set gate.preset to {manifest.preset!r}, or collect again"
+            )
+    for _, path in _parts(folders):
+        read_part(path, columns=("step",))
+    return manifests
+
+
+def _parts(folders: Sequence[Path]) -> list[tuple[int, str]]:
+    """Return place of the folder and path of every file. Raises ConfigError for a folder without any."""
+    parts: list[tuple[int, str]] = []
+    for place, folder in enumerate(folders):
+        found = part_paths(folder)
+        if not found:
+            raise ConfigError(f"--rollouts: {str(folder)!r}: no Parquet files; collect with dmoa rollouts --out {folder}")
+        parts += [(place, str(path.absolute())) for path in found]
+    return parts
+
+
+def read_episodes(folders: Sequence[Path], spec: GateSpec, fingerprint: str, *, on_ray: bool) -> Episodes:
+    """Return the episodes of all folders. Raises ConfigError for files that are damaged, missing or hold what cannot be used."""
+    parts = _parts(folders)
+    builder = EpisodeBuilder(spec.agents, spec.input_dim, has_feedback=spec.preset != "paper")
+    for table in _stream(parts, fingerprint) if on_ray else (read_rollout_rows(*part, fingerprint) for part in parts):
+        for place in table[FOLDER].unique().to_pylist():
+            builder.add(table.filter(pc.equal(table[FOLDER], place)), place)
+    return builder.build()
+
+
+def read_rollout_rows(place: int, path: str, fingerprint: str) -> pa.Table:
+    """Return what training reads of one Parquet file, with the place of its folder. Raises ConfigError as `read_part` does."""
+    table = read_part(path, fingerprint=fingerprint, columns=COLUMNS)
+    return table.append_column(FOLDER, pa.array([place] * len(table), pa.int64()))
+
+
+def _stream(parts: Sequence[tuple[int, str]], fingerprint: str) -> Iterator[pa.Table]:
+    """Yield the rows of the files by way of Ray Data. Raises ConfigError for a bad file, DmoaError where Ray stops."""
+    from ray.exceptions import RayError
+
+    try:
+        yield from read_parts(parts, fingerprint).iter_batches(batch_size=None, batch_format="pyarrow")
+    except (RayError, ConfigError) as error:
+        reason = _first_config_error(error)
+        if reason is not None:
+            raise ConfigError(reason) from error
+        raise DmoaError(f"reading the rollouts stopped: {' '.join(str(error).split())[-2000:]}") from error
+
+
+def _first_config_error(error: BaseException | None) -> str | None:
+    """Return the message of the bad input behind an error that crossed Ray, None where it was something else."""
+    while error is not None:
+        if type(error) is ConfigError:
+            return str(error)
+        error = getattr(error, "cause", None) or error.__cause__
+    return None

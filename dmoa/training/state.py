@@ -53,7 +53,7 @@ class EpochRecord(BaseModel):
     """Wall time since the end of the epoch before, and so with the keeping of the state in between."""
 
 
-class Progress(BaseModel):
+class TrainProgress(BaseModel):
     """How far a training is: the part of its state that is no tensor."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -75,7 +75,7 @@ class Progress(BaseModel):
 class RunState:
     """A training between two epochs."""
 
-    progress: Progress
+    progress: TrainProgress
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """`weights/NAME`, `best/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`."""
 
@@ -132,7 +132,7 @@ class StateStore:
         except _READ_ERRORS as error:
             raise self._damaged(error) from error
 
-    def read_progress(self) -> Progress | None:
+    def read_progress(self) -> TrainProgress | None:
         """Return how far the training is, without its tensors; None before the first state. Raises ConfigError."""
         system, root = self._open()
         path = f"{root}/{FILE}"
@@ -158,8 +158,8 @@ def _header_length(data: bytes) -> int:
     return length
 
 
-def _progress(header: bytes) -> Progress:
+def _progress(header: bytes) -> TrainProgress:
     try:
-        return Progress.model_validate_json(json.loads(header)["__metadata__"][_META])
+        return TrainProgress.model_validate_json(json.loads(header)["__metadata__"][_META])
     except ValidationError as error:
         raise ValueError(f"{error.error_count()} fields do not fit, first: {error.errors()[0]['msg']}") from error

@@ -16,9 +16,8 @@ from dmoa.core.activation import probabilities
 from dmoa.core.gate import Gate
 from dmoa.core.losses import Loss, Targets, ranking_loss
 from dmoa.core.scores import Array, BoolArray
-from dmoa.training.episodes import Episodes
-from dmoa.training.objective import Batches, unroll
-from dmoa.training.targets import IndexArray, TrainingData
+from dmoa.training.dataset import Episodes
+from dmoa.training.objective import Batches, IndexArray, TrainingData, unroll
 
 Ranking = Literal["better than chance", "no better than chance", "unknown"]
 """`unknown`: no held-back step holds two replies of different scores."""
@@ -72,7 +71,7 @@ def _count_pairs(logits_NA: Array, score_NA: Array, ran_NA: BoolArray) -> tuple[
     return (is_surer_NAA & is_ranked_NAA).sum(axis=(1, 2)), is_surer_NAA.sum(axis=(1, 2))
 
 
-def measure(gate: Gate, batches: Batches, episodes: Episodes, data: TrainingData) -> dict[str, float]:
+def measure_gate(gate: Gate, batches: Batches, episodes: Episodes, data: TrainingData) -> dict[str, float]:
     """Return the label-free metrics of a gate on the held-back queries, those that cannot be computed left out.
 
     `pairwise`, `pairwise_low`, `pairwise_high`: share of the pairs of different scores that are ranked alike, with its 95 %

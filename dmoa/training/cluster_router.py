@@ -1,0 +1,170 @@
+"""From rollouts to what the probe looks at: the first step of every query that all agents answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy.cluster.vq import ClusterError, kmeans2, vq
+
+from dmoa.core.features import Preset
+from dmoa.core.scores import scores
+from dmoa.errors import ConfigError
+
+MIN_ROWS = 4
+_PROBE_COLUMNS = ("source", "context", "entropy_sum_nats", "entropy_tokens", "text", "status")
+
+
+def sample_of(
+    rollouts: pa.Table,
+    agents: Sequence[str],
+    preset: Preset,
+    values: Mapping[tuple[str, str], float] | None = None,
+) -> ProbeSample:
+    """Return the sample of a table of rollouts; `values`: (query_id, agent) -> score, for queries with a known answer.
+
+    Raises ConfigError where fewer than four queries were asked of every agent.
+    """
+    dense = dense_rows(rollouts, agents, _PROBE_COLUMNS)
+    if len(dense) < MIN_ROWS:
+        raise ConfigError(
+            f"probe: {len(dense)} queries were asked of every agent; {MIN_ROWS} are the least, some 30 say something; collect "
+            "dense rollouts"
+        )
+    rows = list(dense.values())
+    return ProbeSample(
+        agents=tuple(agents),
+        sources=tuple(str(row[0]["source"]) for row in rows),
+        embedding_RD=np.array([_query_part(row[0]["context"], preset) for row in rows], dtype=np.float64),
+        entropy_RA=np.array([[_entropy(cell) for cell in row] for row in rows]),
+        texts=tuple(tuple(str(cell["text"]) for cell in row) for row in rows),
+        value_RA=None
+        if values is None
+        else np.array([[values.get((query, name), np.nan) for name in agents] for query in dense]),
+    )
+
+
+def dense_rows(rollouts: pa.Table, agents: Sequence[str], columns: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return some columns of the first step of every query that all agents were asked: by query, its rows as the agents stand."""
+    first = rollouts.filter(pc.equal(rollouts["step"], 0)).select(["query_id", "agent", *columns])
+    by_query: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in first.to_pylist():
+        by_query.setdefault(row["query_id"], {})[row["agent"]] = row
+    complete = {query: rows for query, rows in by_query.items() if all(name in rows for name in agents)}
+    return {query: [rows[name] for name in agents] for query, rows in complete.items()}
+
+
+def _query_part(context: list[float], preset: Preset) -> list[float]:
+    """Return the embedding of the query alone: at the first step nothing else is known."""
+    return context if preset == "paper" else context[: len(context) // 2]
+
+
+def _entropy(row: Mapping[str, Any]) -> float:
+    tokens = int(row["entropy_tokens"])
+    return float(row["entropy_sum_nats"]) / tokens if row["status"] == "ok" and tokens else float("nan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeSample:
+    """A dense sample."""
+
+    agents: tuple[str, ...]
+    sources: tuple[str, ...]
+    """[R] benchmark or file of each row."""
+    embedding_RD: npt.NDArray[np.floating]
+    entropy_RA: Floats
+    """Mean entropy in nats per token; NaN where an agent gave nothing."""
+    texts: tuple[tuple[str, ...], ...]
+    """[R][A]"""
+    value_RA: Floats | None = None
+    """Score of each reply, 0..1; NaN in rows without a known answer."""
+
+
+Floats = npt.NDArray[np.float64]
+_TRIES = 5
+"""k-means is begun so often, and the tightest result is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KMeansRouter:
+    """Cluster centres, and in each the agents from the surest to the least sure."""
+
+    centres_CD: Floats
+    ranking_CA: npt.NDArray[np.int64]
+
+    def rank(self, embedding_RD: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
+        """Return each row's agents, surest first, [R, A] indices."""
+        labels_R, _ = vq(np.asarray(embedding_RD, dtype=np.float64), self.centres_CD)
+        ranking_RA: npt.NDArray[np.int64] = self.ranking_CA[labels_R]
+        return ranking_RA
+
+
+def fit_clusters(
+    embedding_RD: npt.NDArray[np.floating], score_RA: npt.NDArray[np.floating], *, num_clusters: int, seed: int
+) -> KMeansRouter:
+    """Fit the router on dense rows; scores as in `core/scores`, lower is surer, NaN where an agent did not run.
+
+    Source: ours.
+    """
+    points_RD = np.asarray(embedding_RD, dtype=np.float64)
+    score_RA = np.asarray(score_RA, dtype=np.float64)
+    centres_CD, labels_R = cluster(points_RD, num_clusters=num_clusters, seed=seed)
+    means = [_mean(score_RA[labels_R == number]) for number in range(len(centres_CD))]
+    ranking_CA = np.argsort(np.array(means), axis=1, kind="stable")
+    return KMeansRouter(centres_CD=centres_CD, ranking_CA=ranking_CA)
+
+
+def cluster(points_RD: Floats, *, num_clusters: int, seed: int) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """Return (centres [C, D], label of each row [R]); no cluster is empty, C is at most `num_clusters` and R."""
+    rng = np.random.default_rng(seed)
+    count = min(num_clusters, len(np.unique(points_RD, axis=0)))
+    best: tuple[float, Floats, npt.NDArray[np.int64]] | None = None
+    while best is None:
+        for _ in range(_TRIES):
+            try:
+                centres_CD, labels_R = kmeans2(points_RD, count, minit="++", rng=rng, missing="raise")
+            except ClusterError:  # a cluster lost all its rows
+                continue
+            spread = float(((points_RD - centres_CD[labels_R]) ** 2).sum())
+            if best is None or spread < best[0]:
+                best = spread, centres_CD, labels_R
+        count -= 1
+    return best[1], best[2]
+
+
+def _mean(score_RA: Floats) -> Floats:
+    """Mean score per agent, infinite for one that never ran."""
+    known_RA = np.isfinite(score_RA)
+    total_A = np.where(known_RA, score_RA, 0.0).sum(axis=0)
+    count_A = known_RA.sum(axis=0)
+    return np.where(count_A > 0, total_A / np.maximum(count_A, 1), np.inf)
+
+
+_RIVAL_COLUMNS = ("entropy_sum_nats", "entropy_tokens", "finish_reason", "status")
+
+
+def fit_rival(rollouts: pa.Table, agents: Sequence[str], preset: Preset, *, num_clusters: int, seed: int) -> KMeansRouter:
+    """Fit the rival on a table of rollouts; `preset`: of the collection.
+
+    Raises ConfigError where fewer than four queries were asked of every agent.
+    """
+    sample = sample_of(rollouts, agents, preset)
+    return fit_clusters(sample.embedding_RD, training_scores(rollouts, agents), num_clusters=num_clusters, seed=seed)
+
+
+def training_scores(rollouts: pa.Table, agents: Sequence[str]) -> Floats:
+    """Return the raw scores [R, A] of the rows of `sample_of`, cut replies behind all others; NaN where nothing was generated."""
+    cell_RA3 = [
+        [
+            (cell["entropy_sum_nats"], cell["entropy_tokens"] if cell["status"] == "ok" else 0, cell["finish_reason"] == "length")
+            for cell in row
+        ]
+        for row in dense_rows(rollouts, agents, _RIVAL_COLUMNS).values()
+    ]
+    sum_RA, tokens_RA, cut_RA = np.moveaxis(np.array(cell_RA3, dtype=np.float64), 2, 0)
+    return scores(sum_RA, tokens_RA, None, cut_RA > 0)
