@@ -12,11 +12,8 @@ from typing import Any
 import numpy as np
 
 from dmoa.core.gate import Gate
-from dmoa.evaluation.hierarchical import hierarchical_bootstrap
-from dmoa.evaluation.matrix import AnswerMatrix
-from dmoa.evaluation.matrix_replay import Replayed, replay
-from dmoa.evaluation.matrix_routers import gate_choices, one_agent, ranked, row_oracle
-from dmoa.evaluation.statistics import Comparison, wilson
+from dmoa.evaluation.answer_matrix import AnswerMatrix, Replayed, gate_choices, one_agent, ranked, replay_choices, row_oracle
+from dmoa.evaluation.statistics import Comparison, hierarchical_bootstrap, wilson
 from dmoa.training.cluster_router import KMeansRouter
 
 SINGLE = ("arith", "words", "calendar")
@@ -46,7 +43,7 @@ class Material:
     def routed(self, suite: str, *, cascades: bool = True) -> list[Replayed]:
         """Return what each gate would have done on the test rows of a suite."""
         choices = (gate_choices(gate, self.embedding[suite], cascades=self.cascades and cascades) for gate in self.gates)
-        return [replay(self.test[suite], those) for those in choices]
+        return [replay_choices(self.test[suite], those) for those in choices]
 
     def firsts(self) -> np.ndarray[Any, Any]:
         """Return each gate's most probable agent on the test rows of the single-domain suites, [G, R]."""
@@ -59,11 +56,11 @@ class Material:
 
     def clustered(self, suite: str) -> list[Replayed]:
         """Return what each cluster router would have done."""
-        return [replay(self.test[suite], ranked(router.rank(self.embedding[suite]))) for router in self.clusters]
+        return [replay_choices(self.test[suite], ranked(router.rank(self.embedding[suite]))) for router in self.clusters]
 
     def alone(self, suite: str, agent: str) -> Replayed:
         """Return what one agent did."""
-        return replay(self.test[suite], one_agent(self.test[suite], agent))
+        return replay_choices(self.test[suite], one_agent(self.test[suite], agent))
 
     def best(self, suites: Sequence[str], among: Sequence[str] | None = None) -> str:
         """Return the agent that is best on the validation rows of some suites."""
@@ -144,7 +141,7 @@ def home(material: Material) -> dict[str, Any]:
         "best_specialist_accuracy": _mean(single),
         "generalist_accuracy": _mean(_joined([[material.alone(suite, "generalist")] for suite in SINGLE])),
         "kmeans_accuracy": _mean(_joined([material.clustered(suite) for suite in SINGLE])),
-        "row_oracle_accuracy": _mean(_joined([[replay(material.test[s], row_oracle(material.test[s]))] for s in SINGLE])),
+        "row_oracle_accuracy": _mean(_joined([[replay_choices(material.test[s], row_oracle(material.test[s]))] for s in SINGLE])),
         "against_best_specialist": _plain(against_single),
         "against_kmeans": _plain(_compare(gates, _joined([material.clustered(suite) for suite in SINGLE]))),
         "intervals": {
@@ -173,7 +170,7 @@ def same_surface(material: Material) -> dict[str, Any]:
         "gate_alone": _mean(material.routed("shared", cascades=False)),
         "kmeans_accuracy": _mean(clusters),
         "mean_active": active,
-        "row_oracle_accuracy": replay(material.test["shared"], row_oracle(material.test["shared"])).accuracy,
+        "row_oracle_accuracy": replay_choices(material.test["shared"], row_oracle(material.test["shared"])).accuracy,
         "against_kmeans": _plain(compared),
         "intervals": {"mean_active": _active(gates)},
         "p": compared.p,
@@ -187,9 +184,9 @@ def several(material: Material) -> dict[str, Any]:
     three = material.test["arith"].only(ARITH)
     best = material.best(["arith"], ARITH)
     alone = material.alone("arith", best)
-    oracle = replay(three, row_oracle(three))
+    oracle = replay_choices(three, row_oracle(three))
     room = oracle.accuracy - alone.accuracy
-    always = replay(three, ranked(np.tile(np.arange(3), (len(three.tasks), 1)), k=3))
+    always = replay_choices(three, ranked(np.tile(np.arange(3), (len(three.tasks), 1)), k=3))
     gates = material.routed("arith")
     gain, tokens = _mean(gates) - alone.accuracy, float(np.mean([part.tokens_R.mean() for part in gates]))
     share = tokens / float(always.tokens_R.mean())
@@ -201,7 +198,8 @@ def several(material: Material) -> dict[str, Any]:
         "best_agent": best,
         "best_accuracy": alone.accuracy,
         "oracle_room": room,
-        "oracle_room_on_validation": replay(validation, row_oracle(validation)).accuracy - _column(validation, best).mean(),
+        "oracle_room_on_validation": replay_choices(validation, row_oracle(validation)).accuracy
+        - _column(validation, best).mean(),
         "gain": gain,
         "share_of_room": gain / room if room > 0 else 0.0,
         "always_three_accuracy": always.accuracy,

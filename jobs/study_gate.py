@@ -39,10 +39,8 @@ from dmoa.cli.jobs import read_job, run_job
 from dmoa.cli.options import Common, with_common
 from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError
-from dmoa.evaluation.hierarchical import holm
-from dmoa.evaluation.matrix import AnswerMatrix
-from dmoa.evaluation.matrix_replay import replay
-from dmoa.evaluation.matrix_routers import gate_choices
+from dmoa.evaluation.answer_matrix import AnswerMatrix, gate_choices, replay_choices
+from dmoa.evaluation.statistics import holm
 
 TIE = 1e-9
 UNHEARD_NATS = 20.0
@@ -139,7 +137,7 @@ def _spent(settings: Study, chosen: Mapping[str, Any], found: Found, seen: Mappi
     for g in gates(settings, POOL, chosen):
         for suite in MATRIX_SUITES:
             matrix = found["validation"][suite].only(g.spec.agents)
-            replayed = replay(matrix, gate_choices(g, seen[suite]))
+            replayed = replay_choices(matrix, gate_choices(g, seen[suite]))
             doubts.append(winners_doubt(matrix, replayed.chosen_R))
             if suite == "shared":
                 active.append(replayed.k_R)

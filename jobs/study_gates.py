@@ -18,10 +18,9 @@ from dmoa import checkpoint
 from dmoa.checkpoint import Checkpoint
 from dmoa.cli.rollout_queries import read_labels
 from dmoa.core.gate import Gate
-from dmoa.evaluation.matrix import AnswerMatrix
-from dmoa.evaluation.matrix_routers import gate_choices
+from dmoa.evaluation.answer_matrix import AnswerMatrix, gate_choices
 from dmoa.evaluation.records import Reply
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.registry import SUITES
 from dmoa.training.ablations import train_ablation, write_changed
 from dmoa.training.cluster_router import KMeansRouter, fit_rival, sample_of
 from dmoa.training.options import parse_train_options

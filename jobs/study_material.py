@@ -16,9 +16,9 @@ from dmoa.cli.evaluation_session import run_evaluation
 from dmoa.cli.rollout_session import run_rollouts
 from dmoa.config import Config
 from dmoa.errors import DmoaError
-from dmoa.evaluation import options as evaluate_options
-from dmoa.evaluation.matrix import AnswerMatrix, matrix_policies, read_matrix
-from dmoa.evaluation.run_files import RunFolder
+from dmoa.evaluation import records as evaluate_options
+from dmoa.evaluation.answer_matrix import AnswerMatrix, matrix_policies, read_matrix
+from dmoa.evaluation.run_folder import RunFolder
 from dmoa.training import options as rollout_options
 from dmoa.training.rollouts import Manifest, read_manifest
 
@@ -28,7 +28,7 @@ def evaluated(study: Study, out: Path, config: Config, values: Mapping[str, Any]
     shared = {"seed": MATRIX_SEED, "out": out, "call_cache": study.calls, "workers": study.workers, "track": "none"}
 
     def run(**more: Any) -> int:
-        options = evaluate_options.parse_options({**shared, **values, **more})
+        options = evaluate_options.parse_evaluate_options({**shared, **values, **more})
         return sum(row.failed for row in run_evaluation(options, config, study.common, COMMAND, shows_result=False).rows)
 
     if (out / "evaluation.json").exists():

@@ -16,8 +16,8 @@ from study_settings import MATRIX_SEED, MEMORY_EPOCHS, POOL, Study, pool
 from dmoa import checkpoint
 from dmoa.cli.rollout_queries import read_labels
 from dmoa.errors import DmoaError
-from dmoa.evaluation.hierarchical import hierarchical_bootstrap
-from dmoa.evaluation.run_files import RunFolder
+from dmoa.evaluation.run_folder import RunFolder
+from dmoa.evaluation.statistics import hierarchical_bootstrap
 from dmoa.training.rollouts import read_table
 
 KEPT, RESET = "default", "no-memory"

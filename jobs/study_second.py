@@ -21,8 +21,8 @@ from dmoa.cli.evaluation_session import opened_ray
 from dmoa.cli.jobs import run_job
 from dmoa.cli.options import Common, with_common
 from dmoa.errors import ConfigError
-from dmoa.evaluation.hierarchical import holm
-from dmoa.evaluation.run_files import write_whole
+from dmoa.evaluation.run_folder import write_whole
+from dmoa.evaluation.statistics import holm
 
 SUITES = ("arith", "shared")
 SEED = 8

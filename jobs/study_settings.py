@@ -19,7 +19,7 @@ from dmoa.agents.pool import fingerprint, load_pool
 from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
-from dmoa.evaluation.run_files import write_whole
+from dmoa.evaluation.run_folder import write_whole
 
 POOL, CONSTANT, WRONG = "specialists", "specialists-liar-constant", "specialists-liar-wrong"
 MATRIX_SUITES = (*SINGLE, "shared")

@@ -23,10 +23,10 @@ from dmoa.bench.measure import BenchResult, ratio, record, spread
 from dmoa.config import Config
 from dmoa.engines.models import fetch, resolve_model
 from dmoa.errors import DmoaError
-from dmoa.evaluation.answering import Asking, Outcome, ask_swarm
-from dmoa.evaluation.pipeline import Workers, answer_all
-from dmoa.evaluation.run_files import RunFolder, write_lines
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.answering import Asking, SwarmOutcome, ask_swarm
+from dmoa.evaluation.pipeline import AnswerWorkers, answer_all
+from dmoa.evaluation.registry import SUITES
+from dmoa.evaluation.run_folder import RunFolder, write_lines
 from dmoa.protocols import Engine
 from dmoa.swarm import Swarm, limits_for
 from dmoa.types import Query
@@ -167,7 +167,7 @@ def _piped(config: Config, in_flight: int) -> tuple[Window, tuple[QueryCalls, ..
         rows = SUITES[_SUITE].generate("test", _NUM_QUERIES[in_flight], 0)
         write_lines(folder.tasks(_SUITE), (row.task for row in rows))
         limits = limits_for(config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": _MAX_STEPS})}))
-        workers = Workers(
+        workers = AnswerWorkers(
             open_answerer=OpenRecorded(config_json=config.model_dump_json(), calls=calls),
             places=in_flight * _width(config),
             widths={"dmoa": _width(config)},
@@ -208,7 +208,7 @@ class RecordedAnswerer:
         self._swarm = swarm
         self._engine = engine
 
-    async def answer(self, query: Query, policy: str, agent: str | None) -> Outcome:
+    async def answer(self, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
         """Answer one query. Raises DmoaError."""
         return await ask_swarm(self._swarm, query, policy, agent)
 

@@ -22,7 +22,7 @@ from dmoa.config import Config
 from dmoa.dataflow import OVERCOMMIT
 from dmoa.engines.models import fetch, resolve_model
 from dmoa.errors import DmoaError
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.registry import SUITES
 from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, RolloutAsking, SwarmCollector, collect, width
 from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery
 from dmoa.types import Limits

@@ -16,9 +16,9 @@ from dmoa.config import Config
 from dmoa.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dmoa.evaluation.options import EvaluateOptions
+    from dmoa.evaluation.records import EvaluateOptions
     from dmoa.evaluation.results import Evaluation
-    from dmoa.evaluation.run_files import RunFolder
+    from dmoa.evaluation.run_folder import RunFolder
 
 KMEANS = "kmeans"
 REFERENCE = "dmoa:default"
@@ -32,11 +32,10 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
     The same command with --resume goes on. Raises ConfigError for bad input, DmoaError where it stops.
     """
     from dmoa.cli.evaluation_session import run_evaluation
-    from dmoa.evaluation.derived import add_derived, add_oracle
-    from dmoa.evaluation.matrix import matrix_policies
+    from dmoa.evaluation.answer_matrix import add_derived, add_oracle, matrix_policies
     from dmoa.evaluation.registry import expand_names
-    from dmoa.evaluation.run import finish
-    from dmoa.evaluation.run_files import RunFolder
+    from dmoa.evaluation.run import finish_run
+    from dmoa.evaluation.run_folder import RunFolder
     from dmoa.storage import uri_of
 
     if rollouts is None:
@@ -57,7 +56,7 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
     names = expand_names(options.benchmarks)
     add_derived(folder, KMEANS, config.agent_names, cluster_choices(folder, names, rollouts, config, options.seed))
     add_oracle(folder, names, config.agent_names)
-    evaluation = finish(folder)
+    evaluation = finish_run(folder)
     print_table(evaluation)
     common.say(f"report: {folder.report}")
     return evaluation

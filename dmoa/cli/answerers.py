@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from dmoa.cli.local import build_local_backend
 from dmoa.config import Config
-from dmoa.evaluation.answering import Outcome, ask_swarm
+from dmoa.evaluation.answering import SwarmOutcome, ask_swarm
 from dmoa.trace import ReplyDmoa
 from dmoa.types import Message, Query
 
@@ -44,7 +44,7 @@ class PoolAnswerer:
     def __init__(self, backend: LocalBackend) -> None:
         self._backend = backend
 
-    async def answer(self, query: Query, policy: str, agent: str | None) -> Outcome:
+    async def answer(self, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
         """Answer one query. Raises DmoaError."""
         return await ask_swarm(self._backend.swarm, query, policy, agent)
 
@@ -92,7 +92,7 @@ class ServerAnswerer:
         self._client = client
         self._pool = pool
 
-    async def answer(self, query: Query, policy: str, agent: str | None) -> Outcome:
+    async def answer(self, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
         """Answer one query. Raises DmoaError as the server says, RequestError for what it refuses."""
         limits = query.limits
         asked = {
@@ -112,7 +112,7 @@ class ServerAnswerer:
             dmoa={name: value for name, value in asked.items() if value is not None},
             sampling=sampling,
         )
-        return Outcome(
+        return SwarmOutcome(
             text=reply.text,
             finish_reason=reply.finish_reason,
             dmoa=ReplyDmoa.model_validate(reply.dmoa),

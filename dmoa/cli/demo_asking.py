@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dmoa.cli.options import Common
 from dmoa.errors import DmoaError
 from dmoa.evaluation.records import Label, Reply
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.registry import SUITES
 
 if TYPE_CHECKING:
     from dmoa.cli.demo_report import Report

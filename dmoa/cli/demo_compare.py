@@ -21,9 +21,9 @@ from dmoa.config import Config
 
 if TYPE_CHECKING:
     from dmoa.core.gate import Gate
-    from dmoa.evaluation.matrix import AnswerMatrix
+    from dmoa.evaluation.answer_matrix import AnswerMatrix
     from dmoa.evaluation.results import Evaluation
-    from dmoa.evaluation.run_files import RunFolder
+    from dmoa.evaluation.run_folder import RunFolder
     from dmoa.training.probe import ProbeReport
     from dmoa.types import FloatArray
 
@@ -67,11 +67,10 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_ou
     Raises DmoaError where the evaluation stops.
     """
     from dmoa.cli.evaluation_session import run_evaluation
-    from dmoa.evaluation.derived import add_oracle
-    from dmoa.evaluation.matrix import matrix_policies
-    from dmoa.evaluation.options import parse_options
-    from dmoa.evaluation.run import finish
-    from dmoa.evaluation.run_files import RunFolder
+    from dmoa.evaluation.answer_matrix import add_oracle, matrix_policies
+    from dmoa.evaluation.records import parse_evaluate_options
+    from dmoa.evaluation.run import finish_run
+    from dmoa.evaluation.run_folder import RunFolder
 
     policies = ["dmoa", TRAINED, *matrix_policies(config.agent_names), "dense", "random"]
     values = {
@@ -84,11 +83,11 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_ou
         "call_cache": out / "calls",
     }
     given = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    options = parse_options(values)
+    options = parse_evaluate_options(values)
     run_evaluation(options, config, common, shlex.join(["dmoa", "evaluate", *given]), shows_result=False)
     folder = RunFolder((out / "evaluation").absolute())
     add_oracle(folder, DEMO_SUITES, config.agent_names)
-    found = summarise(finish(folder), config.agent_names)
+    found = summarise(finish_run(folder), config.agent_names)
     return [*found[:2], *first_steps(config, folder, checkpoint), *found[2:]]
 
 
@@ -99,7 +98,7 @@ def first_steps(config: Config, folder: RunFolder, checkpoint: Path) -> list[Com
     """
     from dmoa import checkpoint as checkpoints
     from dmoa.agents.pool import build_encoder, build_pool_gate
-    from dmoa.evaluation.matrix import read_matrix
+    from dmoa.evaluation.answer_matrix import read_matrix
 
     matrices = [read_matrix(folder, suite, config.agent_names) for suite in DEMO_SUITES]
     encoder = build_encoder(config)
@@ -117,12 +116,11 @@ def _replayed(
     name: str, policy: str, gates: Sequence[Gate], matrices: Sequence[AnswerMatrix], embedded: Sequence[FloatArray]
 ) -> Compared:
     """Return the mean of some gates over all rows; for a single one the interval is Wilson's."""
-    from dmoa.evaluation.matrix_replay import replay
-    from dmoa.evaluation.matrix_routers import gate_choices
+    from dmoa.evaluation.answer_matrix import gate_choices, replay_choices
     from dmoa.evaluation.statistics import wilson
 
     pairs = list(zip(matrices, embedded, strict=True))
-    parts = [[replay(matrix, gate_choices(gate, rows_RD)) for matrix, rows_RD in pairs] for gate in gates]
+    parts = [[replay_choices(matrix, gate_choices(gate, rows_RD)) for matrix, rows_RD in pairs] for gate in gates]
     value_GR = np.stack([np.concatenate([part.value_R for part in those]) for those in parts])
     low, high = np.quantile(value_GR.mean(axis=1), (0.025, 0.975))
     if len(gates) == 1:
@@ -144,8 +142,7 @@ def _replayed(
 
 def summarise(evaluation: Evaluation, agents: Sequence[str]) -> list[Compared]:
     """Return the methods of the closing table, all suites together."""
-    from dmoa.evaluation.derived import ORACLE
-    from dmoa.evaluation.matrix import matrix_policies
+    from dmoa.evaluation.answer_matrix import ORACLE, matrix_policies
 
     singles = [_method(evaluation, policy, policy.partition(":")[2]) for policy in matrix_policies(agents)]
     best = max(singles, key=lambda method: (not method.not_run, method.did_run, method.accuracy))

@@ -14,7 +14,7 @@ from dmoa.cli.serve import AddressOption
 from dmoa.validation import redact_command
 
 if TYPE_CHECKING:
-    from dmoa.evaluation.options import EvaluateOptions
+    from dmoa.evaluation.records import EvaluateOptions
 
 BenchmarksOption = Annotated[
     str, typer.Option("--benchmarks", metavar="A,B", help="Benchmarks; all = the nine, suites = the generated ones.")
@@ -110,9 +110,9 @@ def evaluate(
     dmoa report out/first
     """
     values: dict[str, Any] = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
-    from dmoa.evaluation.options import parse_options
+    from dmoa.evaluation.records import parse_evaluate_options
 
-    options = parse_options({**values, "gates": gates or {}})
+    options = parse_evaluate_options({**values, "gates": gates or {}})
     if selfcheck:
         _selfcheck(common, options, checkpoint)
         return
@@ -167,7 +167,7 @@ def _selfcheck(common: Common, options: EvaluateOptions, checkpoint: Path | None
     from dmoa.evaluation.registry import expand_names
 
     with Bars(common.verbosity) as bars:
-        found = selfcheck.run(
+        found = selfcheck.run_selfcheck(
             expand_names(options.benchmarks),
             data_dir=options.data_dir,
             skip_bad_rows=options.skip_bad_rows,

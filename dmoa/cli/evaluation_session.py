@@ -19,9 +19,9 @@ from dmoa.config import Config, is_name
 from dmoa.dataflow import OVERCOMMIT
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError
 from dmoa.evaluation.answering import Asking, split_policy
-from dmoa.evaluation.options import EvaluateOptions
+from dmoa.evaluation.records import EvaluateOptions
 from dmoa.evaluation.registry import expand_names
-from dmoa.evaluation.run_files import RunFolder
+from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES
 from dmoa.swarm import limits_for
 from dmoa.types import Limits
@@ -29,10 +29,10 @@ from dmoa.validation import did_you_mean
 
 if TYPE_CHECKING:
     from dmoa.cli.options import Common
-    from dmoa.evaluation.pipeline import Workers
+    from dmoa.evaluation.pipeline import AnswerWorkers
+    from dmoa.evaluation.records import PoolInfo
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.run import Session
-    from dmoa.evaluation.run_info import PoolInfo
     from dmoa.tracking import Tracker
 
 _REMOTE_PLACES = 32
@@ -189,17 +189,17 @@ def build_session(
 
 def _pool(config: Config) -> PoolInfo:
     from dmoa.agents.pool import fingerprint
-    from dmoa.evaluation.run_info import PoolInfo
+    from dmoa.evaluation.records import PoolInfo
 
     return PoolInfo(name=config.name, fingerprint=fingerprint(config), config=config.model_dump(mode="json"))
 
 
-def _workers(options: EvaluateOptions, config: Config) -> Workers:
+def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     """Return how a pool's answering is spread: every worker has all engines, and as many places as they decode at once."""
     from dmoa.agents.call_cache import CallStore
     from dmoa.cli.answerers import OpenPool
     from dmoa.engines.gpus import pool_gpus
-    from dmoa.evaluation.pipeline import Workers
+    from dmoa.evaluation.pipeline import AnswerWorkers
     from dmoa.serving.agent_replica import ENGINE_ENV
 
     used = {agent.llm for agent in config.agents}
@@ -208,7 +208,7 @@ def _workers(options: EvaluateOptions, config: Config) -> Workers:
     call_cache: Path | None = options.call_cache.absolute() if options.call_cache else None
     if call_cache is not None:
         CallStore(call_cache).close()  # a folder that cannot be written is refused here, not in a worker
-    return Workers(
+    return AnswerWorkers(
         open_answerer=OpenPool(
             config_json=config.model_dump_json(),
             call_cache=call_cache,
@@ -222,12 +222,12 @@ def _workers(options: EvaluateOptions, config: Config) -> Workers:
     )
 
 
-def _server(options: EvaluateOptions) -> tuple[PoolInfo, Workers, Limits]:
+def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
     """Ask a server for its pool. Raises RequestError for a bad URL, DmoaError where it cannot be reached."""
     from dmoa.cli.answerers import OpenServer
     from dmoa.cli.remote import build_remote_backend
-    from dmoa.evaluation.pipeline import Workers
-    from dmoa.evaluation.run_info import PoolInfo
+    from dmoa.evaluation.pipeline import AnswerWorkers
+    from dmoa.evaluation.records import PoolInfo
 
     url = str(options.url)
     staged = [name for name in expand_names(options.benchmarks) if name in ("chain", "relay")]
@@ -251,7 +251,7 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, Workers, Limits]:
             raise RequestError(
                 f"--policies: value seen: {agent or policy!r}; {url} has {', '.join(known)}; name some of them{nearest}"
             )
-    workers = Workers(
+    workers = AnswerWorkers(
         # The key travels with the answerer: a runtime environment would show it in Ray's own records.
         open_answerer=OpenServer(url=url, pool=name, api_key=os.environ.get("DMOA_API_KEY", "")),
         places=options.concurrency or _REMOTE_PLACES,

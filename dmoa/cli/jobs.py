@@ -48,10 +48,10 @@ def _evaluate(common: Common) -> None:
     python jobs/evaluate.py --config jobs/evaluate.yaml --set job.limit=20
     """
     from dmoa.cli.evaluation_session import check_ran, run_evaluation
-    from dmoa.evaluation.options import parse_options
+    from dmoa.evaluation.records import parse_evaluate_options
 
     config, values = read_job(common)
-    options = parse_options(values)
+    options = parse_evaluate_options(values)
     if options.out is None:
         raise ConfigError("job.out: missing; name the folder of the run, so that a job that is submitted again goes on with it")
     evaluation = run_evaluation(options, None if options.url else config, common, _command())

@@ -11,7 +11,7 @@ from dmoa.cli.interrupts import goes_on
 from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.registry import SUITES
 from dmoa.training.cluster_router import ProbeSample, sample_of
 from dmoa.training.probe import ProbeReport, probe_pool
 from dmoa.validation import did_you_mean

@@ -12,7 +12,7 @@ from dmoa.cli.options import Common, refuse_together, with_common
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dmoa.evaluation.display import Footnotes
+    from dmoa.evaluation.figures import Footnotes
     from dmoa.evaluation.results import Evaluation
 
 _PIPE_WIDTH = 160
@@ -37,23 +37,23 @@ def report(
     from rich.console import Console
 
     from dmoa.evaluation import report as html_report
-    from dmoa.evaluation.results import read
-    from dmoa.evaluation.run_files import RunFolder
+    from dmoa.evaluation.results import read_evaluation
+    from dmoa.evaluation.run_folder import RunFolder
 
-    evaluation = read(directory)
+    evaluation = read_evaluation(directory)
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, emoji=False, width=_PIPE_WIDTH)
     print_evaluation(evaluation, console)
     path = html or RunFolder(directory).report
-    html_report.write(evaluation, path)
+    html_report.write_report(evaluation, path)
     common.say(f"report: {path}")
     common.write_json(evaluation.model_dump(mode="json"))
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print the tables of an evaluation: results, comparisons, failed rows, and every remark they need."""
-    from dmoa.evaluation import display
+    from dmoa.evaluation import figures as display
 
     notes = display.Footnotes(evaluation)
     _print_results(evaluation, notes, console)
@@ -75,7 +75,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:
     from rich.table import Table
 
-    from dmoa.evaluation import display
+    from dmoa.evaluation import figures as display
 
     table = Table(box=None, pad_edge=False)
     for name in ("benchmark", "policy", "note"):
@@ -112,7 +112,7 @@ def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -
 def _print_paired(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:
     from rich.table import Table
 
-    from dmoa.evaluation import display
+    from dmoa.evaluation import figures as display
 
     tests = display.tests(evaluation.paired)
     table = Table(box=None, pad_edge=False)

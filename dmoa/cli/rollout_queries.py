@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.loading import hash_file
-from dmoa.evaluation.prepare import SUITE_ROWS
+from dmoa.evaluation.data import SUITE_ROWS, hash_file, load_disjoint
 from dmoa.evaluation.records import SPLITS, Label, Row
-from dmoa.evaluation.registry import expand_names
-from dmoa.evaluation.splits import load_disjoint
-from dmoa.evaluation.suites.streams import fine_split
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.registry import SUITES, expand_names
+from dmoa.evaluation.suites.suite import fine_split
 from dmoa.training.collect import CollectedQueries
 from dmoa.training.options import RolloutOptions, Weighted, share_out
 from dmoa.training.queries import read_queries, sample_queries, take_turns

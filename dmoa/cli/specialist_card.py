@@ -12,7 +12,7 @@ from dmoa.cli.specialist_recipes import Recipe, Source, SpecialistOptions, promp
 from dmoa.config import TransformersOptions
 from dmoa.engines.models import model_id, resolve_model
 from dmoa.evaluation.records import Reply
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.registry import SUITES
 from dmoa.training.specialists import TrainedAdapter
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
 

@@ -21,8 +21,8 @@ from dmoa.agents.prompts import agent_messages
 from dmoa.config import Name, Node
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Row
+from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.suites.calendar import WEEKDAYS
-from dmoa.evaluation.suites.table import SUITES
 from dmoa.training.lora import LoraSettings, TrainingMessage, TrainingRow
 from dmoa.training.specialists import Schedule
 from dmoa.types import Query

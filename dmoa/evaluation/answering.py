@@ -26,7 +26,7 @@ AGENT_MARK = ":"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class SwarmOutcome:
     """A swarm's answer to one query, wherever it runs."""
 
     text: str
@@ -39,7 +39,7 @@ class Outcome:
 class Answerer(Protocol):
     """Reaches a swarm."""
 
-    async def answer(self, query: Query, policy: str, agent: str | None) -> Outcome:
+    async def answer(self, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
         """Answer one query. Raises DmoaError; cancelling it cancels the agent calls in flight."""
         ...
 
@@ -61,14 +61,14 @@ class Asking:
     """Budgets of a query; a task with more stages than steps allowed still runs all its stages."""
 
 
-async def ask_swarm(swarm: Swarm, query: Query, policy: str, agent: str | None) -> Outcome:
+async def ask_swarm(swarm: Swarm, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
     """Answer one query with a swarm of this process. Raises DmoaError."""
     started = time.perf_counter()
     async with aclosing(swarm.answer(query, policy, agent)) as events:
         async for event in events:
             if isinstance(event, Answer):
                 answer = event
-    return Outcome(
+    return SwarmOutcome(
         text=answer.text,
         finish_reason=answer.finish_reason,
         dmoa=reply_dmoa(answer, pool=swarm.config.name, with_texts=True),
@@ -82,7 +82,7 @@ def split_policy(policy: str) -> tuple[str, str | None]:
     return name, agent if mark else None
 
 
-def query_of(task: Task, policy: str, asking: Asking) -> Query:
+def query_of_task(task: Task, policy: str, asking: Asking) -> Query:
     """Return the query that puts a task to a policy; its id depends on task, policy and seed alone, so it repeats."""
     digest = hashlib.sha256(f"{task.row_id}\0{policy}\0{asking.seed}".encode()).hexdigest()
     limits = replace(asking.limits, max_steps=max(asking.limits.max_steps, len(task.stages)))
@@ -95,7 +95,7 @@ def query_of(task: Task, policy: str, asking: Asking) -> Query:
     )
 
 
-def answered(task: Task, policy: str, outcome: Outcome) -> Answered:
+def answered(task: Task, policy: str, outcome: SwarmOutcome) -> Answered:
     """Return the record of an answer."""
     steps = outcome.dmoa.steps
     parts: list[ReplyAgent | ReplySummarizer] = [agent for step in steps for agent in step.agents]

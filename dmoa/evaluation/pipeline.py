@@ -1,31 +1,172 @@
-"""The two passes of an evaluation on Ray Data: answer every task with every policy, then judge every answer.
+"""The stages of the evaluation pipeline, run by Ray Data: answering, and scoring; and the actor that writes what they make.
 
-Rows stream from the run's folder through the stages with bounded memory; Ray Data holds back its reading while the
-engines are full. Each line is written as soon as it exists, so a run that was killed goes on with what has no line yet,
-and the judging can be repeated without asking anyone again.
+Answering holds the swarm and keeps it full: several shards are under way at once, and queries of all of them share one
+room, so that the end of a shard leaves no engine idle. A row counts once its line is on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+from filelock import FileLock
 from ray.data import TaskPoolStrategy
 
-from dmoa.dataflow import Item, Line, Watch, actor_options, bounded, offsets, only_writer, run_pass, shard_rows, stream
-from dmoa.evaluation.answering import Asking, OpenAnswerer
-from dmoa.evaluation.records import Answered, Label, Scored, Task
-from dmoa.evaluation.run_files import RunFolder, mend
-from dmoa.evaluation.stages import AnswerStage, OpenScorers, RunWriter, score_block
+from dmoa.dataflow import (
+    AdmissionControl,
+    BackgroundLoop,
+    BatchedWriter,
+    Item,
+    Line,
+    Watch,
+    actor_options,
+    bounded,
+    offsets,
+    only_writer,
+    run_pass,
+    shard_rows,
+    stream,
+)
+from dmoa.evaluation.answering import Answerer, Asking, OpenAnswerer, answered, failed, query_of_task, split_policy
+from dmoa.evaluation.records import Answered, FileRecord, Label, Reply, Scored, Scorer, Task
+from dmoa.evaluation.run_folder import RunFolder, append, mend
+
+OpenScorers = Callable[[], Mapping[str, Scorer]]
+"""Builds the scorers by benchmark where they are to work; it pickles."""
+
+_LOCK_S = 60.0
+_KEEP_S = 0.5
+"""How long scores may wait to be written together; judging text takes microseconds, a write milliseconds."""
+
+
+class RunWriter:
+    """An actor on the driver's node: appends the lines of a run and counts them for the progress bar."""
+
+    def __init__(self, root: str) -> None:
+        """Take the run's write lock, waiting for the writer of a session that was killed a moment ago."""
+        self._folder = RunFolder(Path(root))
+        self._lock = FileLock(self._folder.root / ".writing.lock")
+        self._lock.acquire(timeout=_LOCK_S)
+        self._counts = {"rows": 0, "failed": 0, "tokens": 0}
+        self._seen: set[bytes] = set()
+
+    def write_answers(self, lines: list[str]) -> None:
+        """Append answers; they are on disk when this returns."""
+        records = list(filter(self._is_new, map(Answered.model_validate_json, lines)))
+        self._append(records)
+        self._counts["failed"] += sum(record.status == "failed" for record in records)
+        self._counts["tokens"] += sum(record.completion_tokens for record in records)
+
+    def write_scores(self, lines: list[str]) -> None:
+        """Append scores; they are on disk when this returns."""
+        self._append(list(filter(self._is_new, map(Scored.model_validate_json, lines))))
+
+    def ready(self) -> None:
+        """Return once this is the run's only writer."""
+
+    def counts(self) -> dict[str, int]:
+        """Return rows written, failed ones among them, and completion tokens."""
+        return dict(self._counts)
+
+    def _is_new(self, record: Answered | Scored) -> bool:
+        """Tell whether a row comes for the first time; Ray Data runs a shard again whose worker died half-way."""
+        key = hashlib.sha256(f"{record.row_id}\0{record.policy}".encode()).digest()[:8]
+        is_new = key not in self._seen
+        self._seen.add(key)
+        return is_new
+
+    def _append(self, records: list[Answered] | list[Scored]) -> None:
+        by_path: dict[Path, list[FileRecord]] = {}
+        for record in records:
+            place = self._folder.answers if isinstance(record, Answered) else self._folder.scores
+            by_path.setdefault(place(record.benchmark, record.policy), []).append(record)
+        for path, those in by_path.items():
+            append(path, those)
+        self._counts["rows"] += len(records)
+
+
+class AnswerStage:
+    """Answers the tasks of a shard with every policy that is still to answer them."""
+
+    def __init__(self, open_answerer: OpenAnswerer, asking: Asking, writer: Any, places: int, widths: Mapping[str, int]) -> None:
+        """Build the swarm. `places`: agent calls that may be under way; `widths`: how many a query of a policy may take."""
+        self._asking = asking
+        self._room = AdmissionControl(places)
+        self._widths = dict(widths)
+        self._outbox: BatchedWriter[str] = BatchedWriter(writer.write_answers.remote)
+        self._answerer: Answerer = open_answerer()
+        self._loop = BackgroundLoop()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Answer a shard; returns how many queries that were. Called from several threads at once."""
+        return pa.table({"queries": [self._loop.run_all(self._queries(block))]})
+
+    def _queries(self, block: pa.Table) -> Iterator[Coroutine[Any, Any, None]]:
+        for line, policies in zip(block["task"].to_pylist(), block["policies"].to_pylist(), strict=True):
+            task = Task.model_validate_json(line)
+            for policy in policies.split():
+                yield self._query(task, policy)
+
+    async def _query(self, task: Task, policy: str) -> None:
+        name, agent = split_policy(policy)
+        taken = await self._room.enter(self._widths[policy])
+        started = time.perf_counter()
+        try:
+            outcome = await self._answerer.answer(query_of_task(task, policy, self._asking), name, agent)
+            record = answered(task, policy, outcome)
+        except Exception as error:  # agents are called here: a row that fails is kept with its error, and counted
+            record = failed(task, policy, error, (time.perf_counter() - started) * 1e3)
+        finally:
+            self._room.leave(taken)
+        await self._outbox.put(record.model_dump_json())
+
+
+def score_block(block: pa.Table, open_scorers: OpenScorers, writer: Any) -> pa.Table:
+    """Judge a shard of answers by their labels; returns how many that were."""
+    import ray
+
+    scorers = open_scorers()
+    lines: list[str] = []
+    written_s = time.monotonic()
+    for answer, label in zip(block["answer"].to_pylist(), block["label"].to_pylist(), strict=True):
+        lines.append(
+            score_answer(Answered.model_validate_json(answer), Label.model_validate_json(label), scorers).model_dump_json()
+        )
+        if time.monotonic() - written_s > _KEEP_S:
+            ray.get(writer.write_scores.remote(lines))
+            lines, written_s = [], time.monotonic()
+    ray.get(writer.write_scores.remote(lines))
+    return pa.table({"answers": [block.num_rows]})
+
+
+def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) -> Scored:
+    """Judge one answer; a failed query is worth 0 and is no case for the scorer."""
+    common = {"row_id": answer.row_id, "benchmark": answer.benchmark, "policy": answer.policy, "group": answer.group}
+    judged = scorers[answer.benchmark](label, Reply(text=answer.text, step_texts=answer.step_texts))
+    if answer.status == "failed":
+        zero = dict.fromkeys(judged.metrics, 0.0)
+        return Scored(**common, value=0.0, is_scored=False, is_failed=True, reason=answer.error or "failed", metrics=zero)
+    return Scored(
+        **common,
+        value=judged.value,
+        extracted=judged.extracted,
+        reason=judged.reason,
+        is_scored=judged.is_scored,
+        metrics=judged.metrics,
+    )
+
 
 _ADVICE = "the same command with --resume goes on from here"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Workers:
+class AnswerWorkers:
     """How the answering is spread."""
 
     open_answerer: OpenAnswerer
@@ -76,7 +217,7 @@ def answer_all(
     benchmarks: Sequence[str],
     policies: Sequence[str],
     asking: Asking,
-    workers: Workers,
+    workers: AnswerWorkers,
     watch: Watch,
 ) -> None:
     """Answer what has no answer yet. Raises DmoaError where the pipeline itself cannot go on; what was answered is kept."""
@@ -121,7 +262,7 @@ def score_all(
 
 def forget_failed(folder: RunFolder, benchmarks: Sequence[str], policies: Sequence[str]) -> int:
     """Drop failed rows from a run's files, so that they are run again; returns how many."""
-    from dmoa.evaluation.run_files import write_lines
+    from dmoa.evaluation.run_folder import write_lines
 
     dropped = 0
     for benchmark in benchmarks:

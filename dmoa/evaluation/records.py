@@ -6,13 +6,18 @@ written to different folders. `Answered` says what a policy did with a task, `Sc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dmoa.types import Stage
+from dmoa.config import Name
+from dmoa.errors import ConfigError
+from dmoa.provenance import Machine
+from dmoa.types import Limits, Stage
+from dmoa.validation import describe, redact, redact_text
 
 Split = Literal["train", "adaptation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "adaptation", "test")
@@ -136,3 +141,235 @@ class Scored(FileRecord):
     is_failed: bool = False
     """The query itself failed: no answer to judge; value is 0."""
     metrics: dict[str, float] = {}
+
+
+def _names(value: object) -> object:
+    """Accept `a,b` where a list of names is expected; a name counts once."""
+    names = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    return tuple(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(name, str) for name in names) else names
+
+
+def _gates(value: object) -> object:
+    """Accept `a=DIR,b=DIR` where a mapping of names to folders is expected."""
+    if not isinstance(value, str):
+        return value
+    return dict(part.strip().partition("=")[::2] for part in value.split(",") if part.strip())
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Gates = Annotated[dict[Name, Path], BeforeValidator(_gates)]
+CPU_BUDGET = {"max_steps": 3, "max_agents": 2, "max_tokens": 96}
+"""`--budget cpu`: what two cores can pay for."""
+
+
+class EvaluateOptions(BaseModel):
+    """One evaluation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    benchmarks: Names = Field(min_length=1)
+    """Benchmarks and suites; `all` is the nine public benchmarks, `suites` the generated ones."""
+    policies: Names = Field(default=("dmoa", "single"), min_length=1)
+    """Policies; `single:NAME` is one agent of the pool, `dmoa:NAME` one of `gates`."""
+    gates: Gates = Field(default={}, max_length=50)
+    """Checkpoints to compare in one run, beside the pool's own: name -> folder."""
+    data_dir: Path | None = None
+    """Folder of benchmark files; None: the Hugging Face hub."""
+    split: Split | FineSplit = "test"
+    """Suites have more than the three that every benchmark has; test is opened last, and once."""
+    limit: int | None = Field(default=None, ge=1)
+    """A seeded sample of this many rows per benchmark; None: every row of a file, 200 of a suite."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the samples, the suites and the sampling of replies."""
+    difficulty: int = Field(default=1, ge=1)
+    """Of the suites; what it means is each suite's own."""
+    budget: Literal["pool", "cpu"] = "pool"
+    """cpu: at most 3 steps, 2 agents a step and 96 new tokens a reply; pool: the pool's own limits."""
+    out: Path | None = None
+    """Folder of the run."""
+    resume: bool = False
+    """Go on with the run in `out`."""
+    retry_failed: bool = False
+    """With `resume`: run failed rows again."""
+    skip_bad_rows: bool = False
+    allow_weak_sandbox: bool = False
+    call_cache: Path | None = None
+    """Folder in which greedy agent calls are kept and found again."""
+    url: str | None = None
+    """A running server to evaluate instead of a swarm in this process's Ray."""
+    address: str | None = None
+    """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
+    workers: int = Field(default=1, ge=1, le=1024)
+    """Answering actors, each with the pool's engines."""
+    concurrency: int | None = Field(default=None, ge=1, le=65536)
+    """Agent calls that may be under way in one worker; None: enough to keep the pool's engines full."""
+    track: Literal["auto", "wandb", "jsonl", "none"] = "auto"
+    """Where tables are logged; auto: W&B, offline without a key."""
+
+    @model_validator(mode="after")
+    def _retry_needs_resume(self) -> Self:
+        if self.retry_failed and not self.resume:
+            raise ValueError("retry_failed has no effect without resume; add --resume or leave it out")
+        if self.resume and self.out is None:
+            raise ValueError("resume needs out, the folder of the run to go on with; add --out DIR")
+        if self.url is not None and self.call_cache is not None:
+            raise ValueError("call_cache has no effect with url: the server calls its own agents; leave one out")
+        if self.url is not None and self.gates:
+            raise ValueError("gates have no effect with url: the server has its own; leave one out")
+        return self
+
+    def limits(self, pool: Limits) -> Limits:
+        """Return a query's limits: the pool's, lowered by the budget."""
+        if self.budget == "pool":
+            return pool
+        return Limits(
+            max_steps=min(pool.max_steps, CPU_BUDGET["max_steps"]),
+            max_agents=min(pool.max_agents or CPU_BUDGET["max_agents"], CPU_BUDGET["max_agents"]),
+            budget_tokens=pool.budget_tokens,
+            deadline_s=pool.deadline_s,
+            max_tokens=CPU_BUDGET["max_tokens"],
+        )
+
+
+def parse_evaluate_options(values: dict[str, Any]) -> EvaluateOptions:
+    """Build the options from plain values. Raises ConfigError naming field, value seen and what is allowed."""
+    try:
+        return EvaluateOptions.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"evaluate: {describe(error, EvaluateOptions)}") from error
+
+
+class ResultRecord(BaseModel):
+    """Base of the records of a result: frozen, unknown keys refused, fields documented in place."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BenchmarkInfo(ResultRecord):
+    """One benchmark of a run: where its rows came from, and how its scores are to be read."""
+
+    name: str
+    title: str = ""
+    """What tables call it; empty: the name."""
+    is_generated: bool = False
+    """Whether a generator made the rows; every table says so."""
+    deviation: str = ""
+    """How the scoring differs from the benchmark's original protocol; empty where it does not. Every table says so."""
+    primary: str = "accuracy"
+    """What accuracy means here, such as `exact match`."""
+    chance: float | None = None
+    """Accuracy of guessing, 0..1; None where unknown."""
+    sources: dict[str, str] = {}
+    """File -> SHA-256, or hub data set -> revision, or generator -> its parameters."""
+    rows: int = Field(ge=0)
+    """Rows that each policy is asked."""
+    bad_rows: int = 0
+    """Rows left out because they do not parse (`--skip-bad-rows`)."""
+    duplicates: int = 0
+    """Rows left out because an equal row of the same split came before."""
+    dropped: int = 0
+    """Rows taken out of the training side because another split has them."""
+
+
+class PoolInfo(ResultRecord):
+    """The agents of a run."""
+
+    name: str
+    fingerprint: str
+    """SHA-256 of what makes the agents answer as they do; empty where it is not known, as behind a URL."""
+    config: dict[str, Any]
+    """The resolved configuration tree; secrets are taken out when this record is made."""
+
+    @field_validator("config")
+    @classmethod
+    def _without_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return dict(redact(value))
+
+
+_ANSWERING = ("agents", "summarizer", "gate", "tools", "llms")
+"""Parts of a pool's configuration that replies depend on."""
+_NOT_COMPARED = ("autoscaling", "placement", "max_num_seqs", "gpus", "threads", "tags", "model", "adapter", "checkpoint")
+"""Fields of theirs that say how much runs side by side and where, or whose content fingerprint and gate version stand for."""
+
+
+def pool_differences(before: PoolInfo, now: PoolInfo) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that replies depend on and in which two pools differ: dotted name -> (before, now).
+
+    Sees what the fingerprint leaves out, such as max_tokens and dtype; what scripted agents do is not compared.
+    """
+    old, new = _settings(before), _settings(now)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return {name: (old.get(name), new.get(name)) for name in names}
+
+
+def _settings(pool: PoolInfo) -> dict[str, Any]:
+    tree = {name: pool.config[name] for name in _ANSWERING if name in pool.config}
+    if "llms" in tree:
+        tree["llms"] = {name: llm for name, llm in tree["llms"].items() if llm.get("engine") != "scripted"}
+    return dict(_flat(tree, ""))
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list) and value:
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in entries:
+            if key not in _NOT_COMPARED:
+                yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+class RunInfo(ResultRecord):
+    """Everything needed to repeat a run: `run.json`, and `config` of the result."""
+
+    schema_version: Literal[1] = 1
+    command: str = ""
+    """The command line that repeats the run; secrets are taken out."""
+    options: dict[str, Any] = {}
+    """The options of the run as plain values; secrets are taken out."""
+    dmoa_version: str
+    code_revision: str = ""
+    """Commit of the code, `+changes` where files differ from it; empty outside a checkout."""
+    later_revisions: list[str] = []
+    """Other code that the run went on with, in order."""
+    pool: PoolInfo
+    benchmarks: list[BenchmarkInfo]
+    policies: list[str]
+    derived: list[str] = []
+    """Policies whose lines were worked out from those of the others, such as `oracle`; nobody was asked for them."""
+    split: Split | FineSplit = "test"
+    limit: int | None = None
+    """Rows asked for per benchmark, a seeded sample; None: all."""
+    seed: int
+    """Seed of samples, suites and replies."""
+    limits: dict[str, Any] = {}
+    """Budgets of a query, such as max_steps, max_agents, budget_tokens, deadline_s."""
+    gate_version: str | None = None
+    """Gate that the run began with; None for policies without one."""
+    gates: dict[str, str] = {}
+    """Version of each gate of the policies `dmoa:NAME`, by name."""
+    engines: list[str] = []
+    """Engines and their options that may change numbers, such as `transformers/float32`."""
+    isolation: str = ""
+    """How programs were contained while they were scored; empty where none ran."""
+    machine: Machine
+    versions: dict[str, str] = {}
+    """Package -> version, beyond those of `machine`."""
+    started_unix_s: float
+    ended_unix_s: float | None = None
+    """End of the last session; None while none has ended."""
+
+    @property
+    def all_policies(self) -> list[str]:
+        """The policies that were run, and the derived ones."""
+        return [*self.policies, *self.derived]
+
+    @field_validator("options", "limits")
+    @classmethod
+    def _without_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return dict(redact(value))
+
+    @field_validator("command")
+    @classmethod
+    def _command_without_secrets(cls, value: str) -> str:
+        return redact_text(value)

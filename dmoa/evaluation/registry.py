@@ -1,19 +1,127 @@
-"""Every benchmark and suite by name: how its replies are judged, and what is to be said beside its figures.
+"""The nine benchmarks, and the one table of where their splits come from.
 
-The one place where the nine benchmarks and the suites look the same; the pipeline, the tables and the command line ask here.
+Where upstream has no rows for a split, a file is divided by the hash of each row's family: 60 % train, 40 % adaptation.
+A family is one row, or the rows that must stay together (equal questions of MultiArith, one body of SVAMP, variations of
+one DS-1000 problem). HotpotQA's and DDXPlus's validation rows are the test slice, AQuA's validation rows the adaptation slice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.benchmarks.specs import BENCHMARKS
-from dmoa.evaluation.records import Label, Scorer
-from dmoa.evaluation.scorers.table import build
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.benchmarks import choices as letters
+from dmoa.evaluation.benchmarks import ddxplus, ds1000, hotpotqa, humaneval
+from dmoa.evaluation.benchmarks import word_problems as numbers
+from dmoa.evaluation.benchmarks.base import RowSpec, ScorerEntry, Slice, UpstreamRow, model_parser
+from dmoa.evaluation.benchmarks.choices import AquaRow, MmluRow
+from dmoa.evaluation.benchmarks.ds1000 import Ds1000Row
+from dmoa.evaluation.benchmarks.hotpotqa import HotpotRow
+from dmoa.evaluation.benchmarks.humaneval import HumanEvalRow
+from dmoa.evaluation.benchmarks.word_problems import Gsm8kRow, MultiArithRow, SvampRow
+from dmoa.evaluation.records import Label, Reply, Score, Scorer, Split
+from dmoa.evaluation.suites.arith import ARITH, SHARED
+from dmoa.evaluation.suites.calendar import CALENDAR
+from dmoa.evaluation.suites.chain import CHAIN
+from dmoa.evaluation.suites.relay import RELAY
+from dmoa.evaluation.suites.suite import Suite
+from dmoa.evaluation.suites.words import WORDS
 from dmoa.validation import did_you_mean
+
+TRAIN_SHARE = 0.6
+
+
+def _divided(test_file: str) -> dict[Split, Slice]:
+    return {
+        "train": Slice(file="train", high=TRAIN_SHARE),
+        "adaptation": Slice(file="train", low=TRAIN_SHARE),
+        "test": Slice(file=test_file),
+    }
+
+
+def _own(train: str, adaptation: str, test: str) -> dict[Split, Slice]:
+    return {"train": Slice(file=train), "adaptation": Slice(file=adaptation), "test": Slice(file=test)}
+
+
+def _plain(name: str, model: type[UpstreamRow], slices: Mapping[Split, Slice]) -> RowSpec:
+    return RowSpec(name=name, parse=model_parser(model), slices=slices)
+
+
+_SPECS = (
+    _plain("mmlu", MmluRow, _own("dev", "validation", "test")),
+    _plain("gsm8k", Gsm8kRow, _divided("test")),
+    _plain("multiarith", MultiArithRow, _divided("test")),
+    _plain("svamp", SvampRow, _divided("test")),
+    _plain("aqua_rat", AquaRow, _own("train", "validation", "test")),
+    _plain("humaneval", HumanEvalRow, _divided("test")),
+    _plain("ds1000", Ds1000Row, _divided("test")),
+    _plain("hotpotqa", HotpotRow, _divided("validation")),
+    RowSpec(
+        name="ddxplus",
+        parse=ddxplus.parse_patient,
+        slices=_divided("validation"),
+        definitions=(ddxplus.EVIDENCES_FILE, ddxplus.CONDITIONS_FILE),
+        read_definitions=ddxplus.read_definitions,
+    ),
+)
+BENCHMARKS: dict[str, RowSpec] = {spec.name: spec for spec in _SPECS}
+
+
+def spec_of(name: str) -> RowSpec:
+    """The benchmark of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in BENCHMARKS:
+        raise ConfigError(f"benchmark {name!r} is not known; take one of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+_ENTRIES: dict[str, Callable[[bool], ScorerEntry]] = {
+    "mmlu": lambda _: letters.entry("a generated letter, zero-shot, in place of 5-shot next-token probabilities"),
+    "gsm8k": lambda _: numbers.entry(),
+    "multiarith": lambda _: numbers.entry(),
+    "svamp": lambda _: numbers.entry(),
+    "aqua_rat": lambda _: letters.entry(""),
+    "humaneval": lambda allow_weak: humaneval.entry(allow_weak_sandbox=allow_weak),
+    "ds1000": lambda allow_weak: ds1000.entry(allow_weak_sandbox=allow_weak),
+    "hotpotqa": lambda _: hotpotqa.entry("answer only, no supporting facts"),
+    "ddxplus": lambda _: ddxplus.entry("top-1 of 49 given names, all evidences shown, no dialogue"),
+}
+
+
+def build_scorer(name: str, *, allow_weak_sandbox: bool = False) -> ScorerEntry:
+    """Return the scoring of a benchmark.
+
+    Args:
+        allow_weak_sandbox: run programs even where the host's isolation falls below the sandbox's stated level. Without it
+            the scorers that run programs raise SandboxError there; `programs.require_sandbox` tells beforehand.
+
+    Raises:
+        ConfigError: no such benchmark.
+    """
+    if name not in _ENTRIES:
+        raise ConfigError(f"no scorer for benchmark {name!r}; there is: {', '.join(_ENTRIES)}")
+    found = _ENTRIES[name](allow_weak_sandbox)
+    return replace(found, score=_checked(name, found))
+
+
+def _checked(name: str, entry: ScorerEntry) -> Callable[[Label, Reply], Score]:
+    """Refuse labels of other benchmarks: their keys may agree and their rules do not."""
+
+    def score(label: Label, reply: Reply) -> Score:
+        if label.benchmark != name:
+            raise ConfigError(f"label {label.row_id} is of benchmark {label.benchmark!r}, the scorer of {name!r}; use its own")
+        return entry.score(label, reply)
+
+    return score
+
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (ARITH, WORDS, CALENDAR, SHARED, CHAIN, RELAY)}
+"""In the order of tables."""
+
 
 ALL, ALL_SUITES = "all", "suites"
 _TITLES = {
@@ -62,7 +170,7 @@ def judging(name: str, *, difficulty: int = 1, allow_weak_sandbox: bool = False)
             chance=lambda labels: suite.chance(difficulty),
             runs_programs=False,
         )
-    entry = build(name, allow_weak_sandbox=allow_weak_sandbox)
+    entry = build_scorer(name, allow_weak_sandbox=allow_weak_sandbox)
     return Judging(
         title=_TITLES[name],
         is_generated=False,

@@ -1,24 +1,357 @@
-"""The HTML report of an evaluation: one file that makes no request, with tables, plots, and how to repeat the run.
+"""The plots of a report, as SVG text to be put into the page: colours are the page's own, so they suit light and dark.
 
-What models and errors say is text to the page, never markup: everything is escaped but our own plots, and the page's
-policy forbids scripts and every source from outside.
+Deterministic: the same result gives the same bytes. A plot without data is not drawn. matplotlib is loaded when one is.
 """
 
 from __future__ import annotations
 
+import io
+import re
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation import display
-from dmoa.evaluation.results import Evaluation, not_run
-from dmoa.evaluation.run_files import write_whole
+from dmoa.evaluation import figures as display
+from dmoa.evaluation.results import Evaluation, EvaluationRow, GroupRow, not_run
+from dmoa.evaluation.run_folder import write_whole
 from dmoa.types import is_untrained
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+# Stand-ins, replaced by the page's variables; no other colour of a plot may be one of them.
+_INK, _MUTED, _LINE = "#010203", "#040506", "#070809"
+NUM_SERIES = 16
+"""Methods that no other one looks like; beyond, looks repeat."""
+_SERIES = tuple(f"#0a0b{16 + number:02x}" for number in range(NUM_SERIES))
+_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line"} | {
+    colour: f"--series-{number}" for number, colour in enumerate(_SERIES)
+}
+_SHAPES = "os^vDPX*"
+"""Told apart without any colour; filled for the first methods, hollow for as many more."""
+_THIN = "PX*"
+_WIDTH_INCHES = 9.6
+_NAME_CHARS = 48
+"""Longer names are cut in a drawing; the tables have them whole."""
+_CHARS_PER_INCH = 13.0
+"""Of a legend's letters."""
+_LEGEND_LINE_INCHES = 0.19
+_COLUMNS = 4
+_MANY_GROUPS = 20
+"""From here on the scale stands above the bars too."""
+
+
+def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
+    """Return accuracy with its interval against tokens per row, a panel per benchmark; None without any row."""
+    benchmarks = _benchmarks(row for row in evaluation.rows if row.n and row.did_run)
+    if not benchmarks:
+        return None
+    columns = min(_COLUMNS, len(benchmarks))
+    lines = -(-len(benchmarks) // columns)
+    width = _WIDTH_INCHES if columns > 1 else 6.4
+    policies = [
+        policy
+        for policy in evaluation.config.all_policies
+        if any(policy == row.policy for rows in benchmarks.values() for row in rows)
+    ]
+    with _figure(width, (2.25 if lines > 1 else 3.0) * lines + 0.5 + _legend_inches(policies, width)) as figure:
+        panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
+        for axes, (name, rows) in zip(panels, benchmarks.items(), strict=False):
+            _accuracy_panel(axes, name, rows, evaluation)
+        for axes in panels[len(benchmarks) :]:
+            axes.remove()
+        figure.supxlabel("prompt and completion tokens per row")
+        figure.supylabel("accuracy, %")
+        _legend(figure, evaluation, policies)
+        return _svg(figure, "tokens")
+
+
+def _accuracy_panel(axes: Axes, name: str, rows: Sequence[EvaluationRow], evaluation: Evaluation) -> None:
+    for row in rows:
+        number = evaluation.config.all_policies.index(row.policy)
+        colour = _colour(number)
+        tokens = (row.prompt_tokens + row.completion_tokens) / row.n
+        axes.plot([tokens, tokens], [100 * row.low, 100 * row.high], color=colour, linewidth=1.4)
+        axes.plot([tokens], [100 * row.accuracy], **_marker(number, size=6.5))
+    if rows[0].chance is not None:
+        axes.axhline(100 * rows[0].chance, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+    axes.set_title(name + (" (generated)" if rows[0].is_generated else ""), fontsize=9.5)
+    axes.set_ylim(-4, 104)
+    axes.margins(x=0.25)
+    axes.locator_params(axis="x", nbins=3)
+    axes.xaxis.set_major_formatter(lambda value, _: display.count(value))
+
+
+def groups(evaluation: Evaluation, benchmark: str) -> str | None:
+    """Return accuracy per group of a benchmark as bars, those of a group together; None without groups."""
+    rows = [row for row in evaluation.groups if row.benchmark == benchmark]
+    if not rows:
+        return None
+    policies = [policy for policy in evaluation.config.all_policies if any(row.policy == policy for row in rows)]
+    by_group: dict[str, dict[str, GroupRow]] = defaultdict(dict)
+    for row in rows:
+        by_group[row.group][row.policy] = row
+    height = max(0.17, 0.085 * (len(policies) + 1))
+    with _figure(_WIDTH_INCHES, height * len(by_group) + 1.0 + _legend_inches(policies)) as figure:
+        axes = figure.subplots()
+        bar = 0.8 / len(policies)
+        for number, policy in enumerate(policies):
+            place_in_run = evaluation.config.all_policies.index(policy)
+            colour = _colour(place_in_run)
+            places = [i for i, found in enumerate(by_group.values()) if policy in found]
+            found = [by_group[group][policy] for group in by_group if policy in by_group[group]]
+            offsets = [place - 0.4 + bar * (number + 0.5) for place in places]
+            axes.barh(offsets, [100 * row.accuracy for row in found], height=bar * 0.9, color=colour, alpha=0.8)
+            axes.hlines(offsets, [100 * row.low for row in found], [100 * row.high for row in found], color=_INK, linewidth=0.7)
+            marks = _marker(place_in_run, size=4.5, has_line=False)
+            axes.plot([100 * row.accuracy for row in found], offsets, **marks, clip_on=False)
+        sizes = [max(row.n for row in found.values()) for found in by_group.values()]
+        labels = [f"{group} ({size})" for group, size in zip(_labels(list(by_group)), sizes, strict=True)]
+        axes.set_yticks(range(len(by_group)), labels, fontsize=8)
+        axes.set_ylim(len(by_group) - 0.4, -0.6)
+        axes.set_xlim(0, 100)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(labeltop=len(by_group) > _MANY_GROUPS)
+        axes.set_xlabel("accuracy, %, with its 95 % interval (number of rows behind the name)")
+        _legend(figure, evaluation, policies)
+        return _svg(figure, f"groups-{benchmark}")
+
+
+def steps(evaluation: Evaluation) -> str | None:
+    """Return the share of rows by number of steps, a panel per policy; None without an answer."""
+    totals: dict[str, dict[int, int]] = {}
+    for row in evaluation.rows:
+        for number, count in row.steps_histogram.items():
+            of_policy = totals.setdefault(row.policy, defaultdict(int))
+            of_policy[number] += count
+    return _share_bars(totals, evaluation, "steps", "steps of a query")
+
+
+def stop_reasons(evaluation: Evaluation) -> str | None:
+    """Return the share of rows by why the query ended, a panel per policy; None without an answer."""
+    totals: dict[str, dict[str, int]] = {}
+    for row in evaluation.rows:
+        for reason, count in row.stop_reasons.items():
+            of_policy = totals.setdefault(row.policy, defaultdict(int))
+            of_policy[reason or "(none)"] += count
+    return _share_bars(totals, evaluation, "stops", "why queries ended")
+
+
+def _share_bars(totals: dict[str, Any], evaluation: Evaluation, name: str, title: str) -> str | None:
+    """Draw shares of each policy's answered rows over categories, numbers in order."""
+    if not totals:
+        return None
+    categories = sorted({category for counts in totals.values() for category in counts})
+    with _figure(_WIDTH_INCHES, 2.7 + _legend_inches(list(totals))) as figure:
+        axes = figure.subplots()
+        bar = 0.8 / len(totals)
+        for number, (policy, counts) in enumerate(totals.items()):
+            whole = sum(counts.values())
+            heights = [100 * counts.get(category, 0) / whole for category in categories]
+            places = [place - 0.4 + bar * (number + 0.5) for place in range(len(categories))]
+            place_in_run = evaluation.config.all_policies.index(policy)
+            axes.bar(places, heights, width=bar * 0.9, color=_colour(place_in_run), alpha=0.8)
+            tops = [(place, share) for place, share in zip(places, heights, strict=True) if share > 0]
+            marks = _marker(place_in_run, size=5.0, has_line=False)
+            axes.plot([place for place, _ in tops], [share for _, share in tops], **marks, clip_on=False)
+        axes.set_xticks(range(len(categories)), [str(category) for category in categories])
+        axes.set_xlim(-0.6, max(len(categories), 4) - 0.4)
+        axes.set_ylim(0, 100)
+        axes.grid(visible=False, axis="x")
+        axes.set_xlabel(title)
+        axes.set_ylabel("% of answered rows")
+        _legend(figure, evaluation, list(totals))
+        return _svg(figure, name)
+
+
+def routing(evaluation: Evaluation, policy: str) -> str | None:
+    """Return heat maps of agent by benchmark and agent by step; None where the policy asked no agent.
+
+    A cell is the share of steps, in percent, in which the agent's contribution counted.
+    """
+    found = [row for row in evaluation.routing if row.policy == policy]
+    if not found:
+        return None
+    agents = _agents(evaluation, {row.agent for row in found})
+    by_benchmark, by_step = _steps_taken(evaluation, policy)
+    active: dict[tuple[str, str | int], int] = defaultdict(int)
+    for row in found:
+        active[row.agent, row.benchmark] += row.count
+        active[row.agent, row.step] += row.count
+    width = 2.2 + 0.5 * (len(by_benchmark) + len(by_step)) + max(0, max(map(len, _labels(agents))) - 20) / _CHARS_PER_INCH
+    with _figure(max(5.0, width), 0.27 * len(agents) + 1.9) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=[len(by_benchmark), len(by_step)], sharey=True)
+        _heat(left, agents, by_benchmark, active, [str(name) for name in by_benchmark])
+        left.set_xticks(left.get_xticks(), [str(name) for name in by_benchmark], rotation=50, ha="right", rotation_mode="anchor")
+        left.set_xlabel("benchmark")
+        _heat(right, agents, by_step, active, [str(int(step) + 1) for step in by_step])
+        right.set_xlabel("step")
+        return _svg(figure, f"routing-{policy}")
+
+
+def _agents(evaluation: Evaluation, asked: set[str]) -> list[str]:
+    """Return the pool's agents in its order, those that were never asked among them, then any others."""
+    listed = evaluation.config.pool.config.get("agents")
+    pool = [str(agent.get("name")) for agent in listed if isinstance(agent, dict)] if isinstance(listed, list) else []
+    return [*pool, *sorted(asked - set(pool))]
+
+
+def _steps_taken(evaluation: Evaluation, policy: str) -> tuple[dict[str | int, int], dict[str | int, int]]:
+    """Return how many steps a policy took, by benchmark and by number of the step."""
+    by_benchmark: dict[str | int, int] = {}
+    by_step: dict[str | int, int] = defaultdict(int)
+    for row in evaluation.rows:
+        if row.policy == policy:
+            taken = sum(number * count for number, count in row.steps_histogram.items())
+            if taken:
+                by_benchmark[row.benchmark] = taken
+            for number, count in row.steps_histogram.items():
+                for step in range(number):
+                    by_step[step] += count
+    return by_benchmark, dict(sorted(by_step.items()))
+
+
+def _heat(
+    axes: Axes,
+    agents: Sequence[str],
+    totals: dict[str | int, int],
+    active: dict[tuple[str, str | int], int],
+    labels: Sequence[str],
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    for column, (key, total) in enumerate(totals.items()):
+        for line, agent in enumerate(agents):
+            share = active[agent, key] / total
+            axes.add_patch(Rectangle((column, line), 1, 1, facecolor=_SERIES[0], alpha=0.75 * share, linewidth=0))
+            if share > 0:
+                axes.text(column + 0.5, line + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5)
+    axes.set_xlim(0, len(totals))
+    axes.set_ylim(len(agents), 0)
+    axes.set_xticks([place + 0.5 for place in range(len(totals))], labels, fontsize=8)
+    axes.set_yticks([place + 0.5 for place in range(len(agents))], _labels(agents), fontsize=8)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+
+
+def _benchmarks(rows: Iterator[EvaluationRow]) -> dict[str, list[EvaluationRow]]:
+    found: dict[str, list[EvaluationRow]] = {}
+    for row in rows:
+        found.setdefault(row.benchmark, []).append(row)
+    return found
+
+
+def _colour(number: int) -> str:
+    return _SERIES[number % NUM_SERIES]
+
+
+def _marker(number: int, *, size: float, has_line: bool = True) -> dict[str, Any]:
+    """Return how the points of a method look: no other of the first 16 has its colour, nor its shape and filling."""
+    is_filled, shape = number % NUM_SERIES < len(_SHAPES), _SHAPES[number % len(_SHAPES)]
+    size += 1.0 * (shape in _THIN) + 1.5 * (not is_filled)
+    return {
+        "color": _colour(number),
+        "marker": shape,
+        "markersize": size,
+        "markerfacecolor": _colour(number) if is_filled else "none",
+        "markeredgewidth": 1.0,
+        "linestyle": "-" if has_line else "none",
+    }
+
+
+def _cut(name: str) -> str:
+    """Return a name as a drawing has room for it: both ends of a long one."""
+    half = _NAME_CHARS // 2
+    return name if len(name) <= _NAME_CHARS else f"{name[:half]}…{name[-half + 1 :]}"
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Return the names as a drawing shows them: cut, unless two would then be one."""
+    cut = [_cut(name) for name in names]
+    return cut if len(set(cut)) == len(set(names)) else list(names)
+
+
+def _legend_columns(policies: Sequence[str], width: float) -> int:
+    """Return how many names stand side by side in a figure of some inches."""
+    longest = max(map(len, _labels(policies))) + len(display.UNTRAINED) + 6
+    return max(1, min(6, len(policies), int(width * _CHARS_PER_INCH / longest)))
+
+
+def _legend_inches(policies: Sequence[str], width: float = _WIDTH_INCHES) -> float:
+    """Return the height of a legend beyond its first line."""
+    return _LEGEND_LINE_INCHES * (-(-len(policies) // _legend_columns(policies, width)) - 1)
+
+
+def _legend(figure: Figure, evaluation: Evaluation, shown: Sequence[str]) -> None:
+    """Name the methods above the drawing, each beside its marker, in the order of the run."""
+    from matplotlib.lines import Line2D
+
+    ordered = [policy for policy in evaluation.config.all_policies if policy in shown]
+    handles = [
+        Line2D([], [], linewidth=1.4, **_marker(evaluation.config.all_policies.index(policy), size=6.5)) for policy in ordered
+    ]
+    untrained = display.untrained_policies(evaluation)
+    names = [name + display.UNTRAINED * (policy in untrained) for name, policy in zip(_labels(ordered), ordered, strict=True)]
+    columns = _legend_columns(ordered, figure.get_figwidth())
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """Give a figure in the page's style, drawn without any display."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "dmoa",
+        "text.parse_math": False,
+        "font.family": ["sans-serif"],
+        "font.size": 9.0,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.linewidth": 0.5,
+        "grid.color": _LINE,
+        "axes.edgecolor": _LINE,
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+        "text.color": _INK,
+        "axes.labelcolor": _MUTED,
+        "axes.titlecolor": _INK,
+        "xtick.color": _MUTED,
+        "ytick.color": _MUTED,
+        "xtick.major.size": 0.0,
+        "ytick.major.size": 0.0,
+    }
+    with mpl.rc_context(style):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Return a figure as an SVG element: no prolog, no metadata, ids of its own, the page's colours."""
+    target = io.StringIO()
+    figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+    text = target.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    prefix = re.sub(r"[^a-z0-9-]", "-", name.lower())
+    text = re.sub(r'(?<= id=")', f"{prefix}-", text)
+    text = re.sub(r'(?<=href="#)|(?<=url\(#)', f"{prefix}-", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{prefix}" ', 1)
+
 
 MAX_FAILURES = 50
 """Failed rows that the report lists."""
@@ -76,14 +409,14 @@ class _Plot:
     caption: str = ""
 
 
-def write(evaluation: Evaluation, path: Path) -> None:
+def write_report(evaluation: Evaluation, path: Path) -> None:
     """Write the report whole. Raises ConfigError if it cannot be written."""
     if path.is_dir():
         raise ConfigError(f"--html: value seen: {str(path)!r}, a folder; allowed is a file; name one, such as report.html")
-    write_whole(path, render(evaluation))
+    write_whole(path, render_report(evaluation))
 
 
-def render(evaluation: Evaluation) -> str:
+def render_report(evaluation: Evaluation) -> str:
     """Return the page: the same result gives the same text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -196,31 +529,29 @@ def _drawn(svg: str | None, **texts: str) -> Iterator[_Plot]:
 
 def _first_plot(evaluation: Evaluation) -> Iterator[_Plot]:
     """Yield the drawing that the page begins with, where there is data."""
-    from dmoa.evaluation import plots
 
     yield from _drawn(
-        plots.accuracy_against_tokens(evaluation),
+        accuracy_against_tokens(evaluation),
         caption="Vertical lines: 95 % intervals. Dashed: chance. Up and to the left is better.",
     )
 
 
 def _sections(evaluation: Evaluation) -> Iterator[_Section]:
     """Yield the other drawings by heading, those for which there is no data left out."""
-    from dmoa.evaluation import plots
 
     names = display.names(evaluation)
-    yield _Section(heading="Steps", plots=list(_drawn(plots.steps(evaluation))))
-    yield _Section(heading="Why queries ended", plots=list(_drawn(plots.stop_reasons(evaluation))))
+    yield _Section(heading="Steps", plots=list(_drawn(steps(evaluation))))
+    yield _Section(heading="Why queries ended", plots=list(_drawn(stop_reasons(evaluation))))
     by_group = [
         plot
         for info in evaluation.config.benchmarks
-        for plot in _drawn(plots.groups(evaluation, info.name), title=info.title or info.name)
+        for plot in _drawn(groups(evaluation, info.name), title=info.title or info.name)
     ]
     yield _Section(heading="Accuracy by group", plots=by_group)
     caption = "Share of the steps, in percent, in which the agent's contribution counted."
     routed = [
         plot
         for policy in evaluation.config.all_policies
-        for plot in _drawn(plots.routing(evaluation, policy), title=names[policy], caption=caption)
+        for plot in _drawn(routing(evaluation, policy), title=names[policy], caption=caption)
     ]
     yield _Section(heading="Routing", plots=routed)

@@ -1,14 +1,16 @@
-"""The result of an evaluation: the settings of the run, one row per benchmark and policy, and what tables and plots need.
+"""Counts that grow while the lines of a run go by: per row only a number or two, so that long runs fit in memory.
 
-`build` makes it from the lines of a run in one pass, `rebuild` from a run's folder; tables, HTML report and tracker read it.
-The order of the lines does not matter: a run that was killed and went on gives the same result as an unbroken one.
+Fed by `results.build`. Whatever depends on the order of lines is left out or put right at the end: sums of fractions are
+exact, lists are sorted.
 """
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,32 +19,145 @@ import numpy as np
 from pydantic import ValidationError, model_validator
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.records import Answered, Scored
-from dmoa.evaluation.run_files import RunFolder
-from dmoa.evaluation.run_info import BenchmarkInfo, PoolInfo, ResultRecord, RunInfo
-from dmoa.evaluation.statistics import Method, compare, interval
-from dmoa.evaluation.tally import Answers, RowNumbers, Scores, mean
+from dmoa.evaluation.records import Answered, BenchmarkInfo, ResultRecord, RunInfo, Scored
+from dmoa.evaluation.run_folder import RunFolder
+from dmoa.evaluation.statistics import Method, compare_policies, interval
 from dmoa.validation import describe
 
-__all__ = [
-    "BenchmarkInfo",
-    "Evaluation",
-    "EvaluationRow",
-    "FailedRow",
-    "GroupRow",
-    "PairedRow",
-    "PoolInfo",
-    "RoutingRow",
-    "RunInfo",
-    "build",
-    "not_run",
-    "read",
-    "rebuild",
-]
+MAX_FAILURES = 50
+"""Failed rows that are kept with their error, per benchmark and policy."""
+_MAX_ERROR_CHARACTERS = 500
+
+
+class RowNumbers:
+    """Gives every row id a small number, the same for all policies."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def of(self, row_id: str) -> int:
+        """Return the number of a row."""
+        return self._numbers.setdefault(row_id, len(self._numbers))
+
+
+@dataclass(slots=True)
+class AnswerTally:
+    """What is counted of the answers of one policy to one benchmark."""
+
+    seen: set[int] = field(default_factory=set)
+    ok: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    summarizer_tokens: int = 0
+    memoised_tokens: int = 0
+    steps: int = 0
+    active: int = 0
+    """Agents, summed over steps."""
+    degraded: int = 0
+    wall_ms: array[float] = field(default_factory=lambda: array("d"))
+    entropy_nats: array[float] = field(default_factory=lambda: array("d"))
+    stop_reasons: Counter[str] = field(default_factory=Counter)
+    steps_histogram: Counter[int] = field(default_factory=Counter)
+    routing: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """(step, agent) -> rows."""
+    gate_versions: set[str] = field(default_factory=set)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    """(row id, error)."""
+
+    def add(self, row: int, line: Answered) -> None:
+        """Count one answer. Raises ConfigError for a row that was counted before."""
+        if row in self.seen:
+            raise _twice("answers", line)
+        self.seen.add(row)
+        self.prompt_tokens += line.prompt_tokens
+        self.cached_tokens += line.cached_tokens
+        self.completion_tokens += line.completion_tokens
+        self.summarizer_tokens += line.summarizer_tokens
+        self.memoised_tokens += line.memoised_tokens
+        self.wall_ms.append(line.wall_ms)
+        if line.gate_version is not None:
+            self.gate_versions.add(line.gate_version)
+        if line.status == "failed":
+            self._add_failure(line.row_id, line.error or "")
+        else:
+            self._add_steps(line)
+
+    def _add_steps(self, line: Answered) -> None:
+        self.ok += 1
+        self.degraded += line.degraded
+        self.steps += len(line.active)
+        self.steps_histogram[len(line.active)] += 1
+        self.stop_reasons[line.stop_reason] += 1
+        if line.entropy_nats is not None:
+            self.entropy_nats.append(line.entropy_nats)
+        for step, agents in enumerate(line.active):
+            self.active += len(agents)
+            self.routing.update((step, agent) for agent in agents)
+
+    def _add_failure(self, row_id: str, error: str) -> None:
+        text = error if len(error) <= _MAX_ERROR_CHARACTERS else error[: _MAX_ERROR_CHARACTERS - 3] + "..."
+        self.failures.append((row_id, text))
+        if len(self.failures) >= 2 * MAX_FAILURES:
+            self.failures = self.first_failures()
+
+    def first_failures(self) -> list[tuple[str, str]]:
+        """Return the first failed rows by id."""
+        return sorted(self.failures)[:MAX_FAILURES]
+
+
+@dataclass(slots=True)
+class ScoreTally:
+    """What is counted of the scores of one policy on one benchmark."""
+
+    values: dict[int, float] = field(default_factory=dict)
+    """Row -> score."""
+    unscored: int = 0
+    failed: int = 0
+    groups: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+    metrics: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+
+    @property
+    def did_run(self) -> bool:
+        """Whether a row was judged whose query did not fail."""
+        return self.failed < len(self.values)
+
+    @property
+    def num_scored(self) -> int:
+        """Rows whose reply could be judged."""
+        return len(self.values) - self.failed - self.unscored
+
+    def add(self, row: int, line: Scored) -> None:
+        """Count one score. Raises ConfigError for a row that was counted before."""
+        if row in self.values:
+            raise _twice("labels/scores", line)
+        self.failed += line.is_failed
+        self.unscored += not (line.is_scored or line.is_failed)
+        value = line.value if line.is_scored else 0.0
+        self.values[row] = value
+        if line.group:
+            self.groups[line.group].append(value)
+        for name, figure in line.metrics.items():
+            self.metrics[name].append(figure)
+
+
+def mean(figures: array[float], n: int | None = None) -> float | None:
+    """Return the exact sum of figures over n, or over their number; None over none."""
+    count = len(figures) if n is None else n
+    return math.fsum(figures) / count if count else None
+
+
+def _twice(folder: str, line: Answered | Scored) -> ConfigError:
+    return ConfigError(
+        f"{folder}: row {line.row_id!r} is there twice for policy {line.policy!r}; a row counts once; "
+        "remove one of its lines, or run into another folder"
+    )
+
+
 Cell = tuple[str, str]
 """Benchmark and policy."""
 R = TypeVar("R", RunInfo, "Evaluation")
-T = TypeVar("T", Answers, Scores)
+T = TypeVar("T", AnswerTally, ScoreTally)
 
 
 class EvaluationRow(ResultRecord):
@@ -195,15 +310,15 @@ class Evaluation(ResultRecord):
     """The first 50 of each benchmark and policy, by row id; their number is in `rows`."""
 
 
-def build(run: RunInfo, answered: Iterable[Answered], scored: Iterable[Scored]) -> Evaluation:
+def build_evaluation(run: RunInfo, answered: Iterable[Answered], scored: Iterable[Scored]) -> Evaluation:
     """Make the result of a run from its lines, in one pass over each, keeping a few numbers per row.
 
     Raises:
         ConfigError: a line's benchmark or policy is none of the run's, or a row is there twice for a policy.
     """
     numbers = RowNumbers()
-    answers = {cell: Answers() for cell in _cells(run)}
-    scores = {cell: Scores() for cell in _cells(run)}
+    answers = {cell: AnswerTally() for cell in _cells(run)}
+    scores = {cell: ScoreTally() for cell in _cells(run)}
     for answer in answered:
         _of_line(answers, answer).add(numbers.of(answer.row_id), answer)
     for score in scored:
@@ -232,7 +347,7 @@ def not_run(evaluation: Evaluation) -> list[EvaluationRow]:
     return [row for row in evaluation.rows if row.n and not row.did_run]
 
 
-def rebuild(folder: Path) -> Evaluation:
+def rebuild_evaluation(folder: Path) -> Evaluation:
     """Make the result of a run from its folder, finished or not; the torn last line of a killed run is passed over.
 
     Raises:
@@ -241,20 +356,20 @@ def rebuild(folder: Path) -> Evaluation:
     paths = RunFolder(folder)
     run = _read_record(paths.run, RunInfo)
     cells = list(_cells(run))
-    return build(
+    return build_evaluation(
         run,
         chain.from_iterable(paths.read_answers(*cell) for cell in cells),
         chain.from_iterable(paths.read_scores(*cell) for cell in cells),
     )
 
 
-def read(folder: Path) -> Evaluation:
+def read_evaluation(folder: Path) -> Evaluation:
     """Return the result of a run: `evaluation.json` where there is one, else made from its lines. Raises as `rebuild` does."""
     paths = RunFolder(folder)
     if paths.evaluation.exists():
         return _read_record(paths.evaluation, Evaluation)
     if paths.run.exists():
-        return rebuild(folder)
+        return rebuild_evaluation(folder)
     raise ConfigError(
         f"DIR: {str(folder)!r} holds no run: neither {paths.evaluation.name} nor {paths.run.name} is there; "
         "name the folder that `dmoa evaluate --out` wrote"
@@ -284,7 +399,7 @@ def _of_line(parts: dict[Cell, T], line: Answered | Scored) -> T:
         ) from None
 
 
-def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: Answers, scores: Scores) -> EvaluationRow:
+def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, scores: ScoreTally) -> EvaluationRow:
     values = np.fromiter(scores.values.values(), dtype=np.float64)
     n = len(values)
     did_run = answers.ok > 0 or scores.did_run
@@ -325,13 +440,13 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: Answers, score
     )
 
 
-def _paired(benchmark: str, policies: list[str], scores: dict[Cell, Scores]) -> Iterator[PairedRow]:
+def _paired(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally]) -> Iterator[PairedRow]:
     for a, b in combinations([policy for policy in policies if scores[benchmark, policy].did_run], 2):
         of_a, of_b = scores[benchmark, a].values, scores[benchmark, b].values
         rows = [row for row in of_a if row in of_b]
         if not rows or not (scores[benchmark, a].num_scored or scores[benchmark, b].num_scored):
             continue
-        found = compare([of_a[row] for row in rows], [of_b[row] for row in rows])
+        found = compare_policies([of_a[row] for row in rows], [of_b[row] for row in rows])
         yield PairedRow(
             benchmark=benchmark,
             a=a,
@@ -345,7 +460,7 @@ def _paired(benchmark: str, policies: list[str], scores: dict[Cell, Scores]) -> 
         )
 
 
-def _groups(benchmark: str, policies: list[str], scores: dict[Cell, Scores]) -> Iterator[GroupRow]:
+def _groups(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally]) -> Iterator[GroupRow]:
     by_group: dict[str, dict[str, array[float]]] = defaultdict(dict)
     for policy in policies:
         if not scores[benchmark, policy].did_run:

@@ -19,14 +19,13 @@ from dmoa.dataflow import Watch
 from dmoa.errors import ConfigError
 from dmoa.evaluation import report, results
 from dmoa.evaluation.answering import Asking
-from dmoa.evaluation.options import EvaluateOptions
-from dmoa.evaluation.pipeline import Workers, answer_all, forget_failed, score_all
-from dmoa.evaluation.prepare import prepare
+from dmoa.evaluation.benchmarks.programs import require_sandbox
+from dmoa.evaluation.data import prepare_rows
+from dmoa.evaluation.pipeline import AnswerWorkers, answer_all, forget_failed, score_all
+from dmoa.evaluation.records import BenchmarkInfo, EvaluateOptions, PoolInfo, RunInfo, pool_differences
 from dmoa.evaluation.registry import OpenScorers, judging
 from dmoa.evaluation.results import Evaluation
-from dmoa.evaluation.run_files import RunFolder, write_whole
-from dmoa.evaluation.run_info import BenchmarkInfo, PoolInfo, RunInfo, pool_differences
-from dmoa.evaluation.scorers.programs import require_sandbox
+from dmoa.evaluation.run_folder import RunFolder, write_whole
 from dmoa.provenance import code_revision, machine
 
 _FIXED = ("policies", "split", "limit", "seed", "limits", "gate_version", "gates")
@@ -42,7 +41,7 @@ class Session:
     folder: RunFolder
     benchmarks: tuple[str, ...]
     asking: Asking
-    workers: Workers
+    workers: AnswerWorkers
     pool: PoolInfo
     gate_version: str | None
     gates: dict[str, str]
@@ -86,14 +85,14 @@ def _locked(session: Session) -> Evaluation:
         answer_all(folder, names, info.policies, session.asking, session.workers, session.watch)
         score_all(folder, names, info.policies, scorers, session.score_at_once, session.watch)
     write_whole(folder.run, _json(info.model_copy(update={"ended_unix_s": time.time()})))
-    return finish(folder)
+    return finish_run(folder)
 
 
-def finish(folder: RunFolder) -> Evaluation:
+def finish_run(folder: RunFolder) -> Evaluation:
     """Build the result of a run from its lines and write it as JSON and HTML."""
-    evaluation = results.rebuild(folder.root)
+    evaluation = results.rebuild_evaluation(folder.root)
     write_whole(folder.evaluation, _json(evaluation))
-    report.write(evaluation, folder.report)
+    report.write_report(evaluation, folder.report)
     return evaluation
 
 
@@ -118,7 +117,7 @@ def _begin(session: Session) -> RunInfo:
 def _benchmark_info(session: Session, name: str) -> BenchmarkInfo:
     options = session.options
     judge = judging(name, difficulty=options.difficulty, allow_weak_sandbox=options.allow_weak_sandbox)
-    prepared = prepare(session.folder, name, options)
+    prepared = prepare_rows(session.folder, name, options)
     left_out = f", {prepared.num_bad} bad ones left out" if prepared.num_bad else ""
     session.say(f"{name}: {prepared.num_rows} rows{left_out}" + (f"; {judge.summary}" if judge.summary else ""))
     return BenchmarkInfo(

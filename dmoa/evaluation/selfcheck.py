@@ -1,27 +1,167 @@
-"""The evaluation's check of itself: does every scorer give right answers 1, silence 0, and others' answers chance?
-
-Behind `dmoa evaluate --selfcheck`. Reads every split of every benchmark, and rows of the suites at every difficulty, and
-scores three kinds of replies without any agent: perfect ones, each in the measure that it is for; empty and refused ones;
-and the rows' own right answers dealt out among the rows. Programs run in the sandbox, two at a time.
-"""
+"""What to expect when the right answers of rows are dealt out among the rows at random. Source: ours."""
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from dmoa import sandbox
-from dmoa.evaluation.dealing import expect_dealt
-from dmoa.evaluation.records import Label, Reply, Score
-from dmoa.evaluation.scorers.ds1000 import installed_version
-from dmoa.evaluation.scorers.entry import VALUE
-from dmoa.evaluation.scorers.programs import require_sandbox
-from dmoa.evaluation.subjects import Subject, subject_of
+from dmoa.evaluation.benchmarks.base import VALUE
+from dmoa.evaluation.benchmarks.ds1000 import library_version
+from dmoa.evaluation.benchmarks.programs import require_sandbox
+from dmoa.evaluation.data import find_file, load_splits, slices_of
+from dmoa.evaluation.records import SPLITS, Label, Reply, Row, Score, Scorer, Split
+from dmoa.evaluation.registry import SUITES, build_scorer, spec_of
+
+_SIGMAS = 4.5
+_MATCHES = 3
+"""Rows with unlike answers match as rare events do, whose tails are longer than the normal distribution's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dealing:
+    """Accuracy of random deals."""
+
+    mean: float
+    deviation: float
+    """Standard deviation; where an answer has several parts, an upper bound of it."""
+    tolerance: float
+    """Distance from the mean that random deals stay within: 4.5 standard deviations and 3 matches."""
+
+
+def expect_dealt(keys: Sequence[Sequence[Hashable]], num_deals: int) -> Dealing:
+    """Return what independent uniformly random deals give; every row has the same number of parts, equal parts match.
+
+    For one part and classes of n_a equal answers among N: mean = sum n_a^2 / N^2; the variance of the number of matches is
+    the sum of the squares of the doubly centred matrix of matches, divided by N - 1 (Hoeffding 1951).
+    """
+    num_rows, num_parts = len(keys), len(keys[0])
+    moments = [_one_part([row[part] for row in keys]) for part in range(num_parts)]
+    mean = sum(mean for mean, _ in moments) / num_parts
+    deviation = sum(deviation for _, deviation in moments) / num_parts / math.sqrt(num_deals)
+    return Dealing(mean, deviation, _SIGMAS * deviation + _MATCHES / (num_rows * num_deals))
+
+
+def _one_part(keys: Sequence[Hashable]) -> tuple[float, float]:
+    """Return mean and standard deviation of the share of matches."""
+    num_rows = len(keys)
+    counts = Counter(keys).values()
+    pairs, triples = sum(n**2 for n in counts), sum(n**3 for n in counts)
+    spread = pairs - 2 * triples / num_rows + (pairs / num_rows) ** 2
+    variance = spread / (num_rows - 1) if num_rows > 1 else 0.0
+    return pairs / num_rows**2, math.sqrt(max(0.0, variance)) / num_rows
+
+
+_SUITE_ROWS = 200
+_SUITE_SEED = 1234
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """One benchmark or suite with rows, scorer and perfect replies."""
+
+    name: str
+    is_generated: bool
+    rows: dict[str, tuple[Row, ...]]
+    """By split."""
+    dealt_rows: tuple[Row, ...]
+    """Rows whose answers are dealt out among each other: all have the same number of answers."""
+    score: Scorer
+    gold_replies: Callable[[Label], dict[str, Reply]]
+    """Measure -> a reply that must reach 1.0 in it."""
+    silent_reply: Callable[[Label, str], Reply]
+    """A reply that says this text wherever the scorer looks."""
+    answer_keys: Callable[[Label], tuple[Hashable, ...]]
+    """The right answers that a row is scored by."""
+    deviation: str = ""
+    excuses: tuple[str, ...] = ()
+    """As in `ScorerEntry`."""
+    runs_programs: bool = False
+    num_bad_rows: int = 0
+    num_duplicates: int = 0
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def all_rows(self) -> tuple[Row, ...]:
+        """The rows of all splits."""
+        return tuple(chain.from_iterable(self.rows.values()))
+
+
+def subject_of(name: str, data_dir: Path | None, *, skip_bad_rows: bool, allow_weak_sandbox: bool, limit: int | None) -> Subject:
+    """Return a benchmark or suite to check, by name; raises as `loading.load` does."""
+    if name in SUITES:
+        return _suite(name, limit or _SUITE_ROWS)
+    return _benchmark(name, data_dir, skip_bad_rows, allow_weak_sandbox, limit)
+
+
+def _benchmark(name: str, data_dir: Path | None, skip_bad_rows: bool, allow_weak_sandbox: bool, limit: int | None) -> Subject:
+    entry = build_scorer(name, allow_weak_sandbox=allow_weak_sandbox)
+    loaded = load_splits(name, _splits_at_hand(name, data_dir), data_dir=data_dir, skip_bad_rows=skip_bad_rows)
+    rows = {split: part.rows[:limit] for split, part in loaded.items()}
+    bad = {(row.file, row.line) for part in loaded.values() for row in part.bad}
+    return Subject(
+        name=name,
+        is_generated=False,
+        rows=dict(rows.items()),
+        dealt_rows=tuple(chain.from_iterable(rows.values())),
+        score=entry.score,
+        gold_replies=lambda label: {measure: Reply(text=text) for measure, text in entry.gold_replies(label).items()},
+        silent_reply=lambda label, text: Reply(text=text),
+        answer_keys=lambda label: (entry.answer_key(label),),
+        deviation=entry.deviation,
+        excuses=entry.excuses,
+        runs_programs=entry.runs_programs,
+        num_bad_rows=len(bad),
+        num_duplicates=sum(part.num_duplicates for part in loaded.values()),
+        sources={file: source for part in loaded.values() for file, source in part.sources.items()},
+    )
+
+
+def _splits_at_hand(name: str, data_dir: Path | None) -> list[Split]:
+    """Return the splits whose file is there; all of them where none is, so that loading says what is missing."""
+    spec = spec_of(name)
+    slices = slices_of(spec, data_dir)
+    found = [split for split in SPLITS if data_dir is None or find_file(spec, slices[split].file, data_dir) is not None]
+    return found or list(SPLITS)
+
+
+def _suite(name: str, limit: int) -> Subject:
+    suite = SUITES[name]
+    rows: dict[str, tuple[Row, ...]] = {
+        f"{split}, difficulty {difficulty}": tuple(suite.generate(split, limit, _SUITE_SEED, difficulty))
+        for difficulty in suite.difficulties
+        for split in SPLITS
+    }
+
+    def silent_reply(label: Label, text: str) -> Reply:
+        return Reply(text=text, step_texts=(text,) * len(suite.gold_reply(label).step_texts))
+
+    return Subject(
+        name=name,
+        is_generated=True,
+        rows=rows,
+        dealt_rows=rows["test, difficulty 1"],
+        score=suite.score,
+        gold_replies=lambda label: {VALUE: suite.gold_reply(label)},
+        silent_reply=silent_reply,
+        answer_keys=_suite_keys,
+    )
+
+
+def _suite_keys(label: Label) -> tuple[Hashable, ...]:
+    if "answers" in label.gold:
+        return tuple(answer for answer in label.gold["answers"] if answer is not None)
+    return (label.gold["answer"],)
+
 
 SILENT = (
     "",
@@ -141,7 +281,7 @@ class SelfCheck(_Record):
     """Whether every benchmark passed."""
 
 
-def run(
+def run_selfcheck(
     names: Sequence[str],
     *,
     data_dir: Path | None,
@@ -214,7 +354,7 @@ def _check_gold(subject: Subject, progress: Progress) -> tuple[tuple[GoldCheck, 
         UnscoredRow(
             row_id=row.task.row_id,
             group=row.task.group,
-            version=installed_version(row.task.group),
+            version=library_version(row.task.group),
             problem_id=row.label.gold.get("problem_id"),
             reason=score.reason,
         )

@@ -25,10 +25,9 @@ from dmoa.cli.answerers import OpenPool
 from dmoa.config import loads
 from dmoa.dataflow import PassProgress
 from dmoa.evaluation.answering import Asking
-from dmoa.evaluation.pipeline import Workers, answer_all, score_all
-from dmoa.evaluation.registry import OpenScorers
-from dmoa.evaluation.run_files import RunFolder, write_lines
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.pipeline import AnswerWorkers, answer_all, score_all
+from dmoa.evaluation.registry import SUITES, OpenScorers
+from dmoa.evaluation.run_folder import RunFolder, write_lines
 from dmoa.serving.agent_replica import ENGINE_ENV
 from dmoa.serving.launch import start_ray
 from dmoa.types import Limits
@@ -115,7 +114,7 @@ def measure(root: Path, rows: int) -> tuple[Samples, dict[str, float]]:
     suite = SUITES[_SUITE]
     write_lines(folder.tasks(_SUITE), (row.task for row in suite.generate("test", rows, 0, _DIFFICULTY)))
     write_lines(folder.gold(_SUITE), (row.label for row in suite.generate("test", rows, 0, _DIFFICULTY)))
-    workers = Workers(
+    workers = AnswerWorkers(
         open_answerer=OpenPool(config_json=loads(_POOL).model_dump_json()), places=48, widths={"dmoa": 3}, env=ENGINE_ENV
     )
     seconds: dict[str, float] = {}

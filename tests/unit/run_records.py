@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmoa.evaluation.records import Answered, Scored
-from dmoa.evaluation.run_files import RunFolder, write_lines, write_whole
-from dmoa.evaluation.run_info import BenchmarkInfo, PoolInfo, RunInfo
+from dmoa.evaluation.records import Answered, BenchmarkInfo, PoolInfo, RunInfo, Scored
+from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
 from dmoa.provenance import Machine
 
 MACHINE = Machine(cpu="some CPU", cores=2, memory_gib=8.0, gpus=[], python="3.11.7", versions={"dmoa": "0.1.0", "ray": "2.60.0"})

@@ -11,9 +11,9 @@ from dmoa.cli.evaluation_session import check_policies
 from dmoa.config import loads
 from dmoa.engines.models import resolve_adapter, resolve_model
 from dmoa.errors import DmoaError
-from dmoa.evaluation.options import parse_options as evaluate_options
+from dmoa.evaluation.records import parse_evaluate_options as evaluate_options
 from dmoa.evaluation.registry import expand_names
-from dmoa.evaluation.suites.streams import fine_split
+from dmoa.evaluation.suites.suite import fine_split
 from dmoa.serving.http.requests import ChatRequest, parse_body
 from dmoa.validation import did_you_mean
 

@@ -7,8 +7,7 @@ from functools import cache, cached_property
 from itertools import product
 from typing import Literal
 
-from dmoa.evaluation.suites.kinds import NUMBER_FORMAT, Kind, Latent, Question, Templates
-from dmoa.evaluation.suites.suite import Level, Suite
+from dmoa.evaluation.suites.suite import NUMBER_FORMAT, Kind, Latent, Level, Problem, Suite, Templates
 
 Operations = Literal["+", "-", "++", "+-"]
 
@@ -87,13 +86,13 @@ class Arithmetic(Kind):
         num_added = self.operations.count("+") + 1
         return " ".join(map(str, (self.operations, *sorted(latent[:num_added]), *latent[num_added:])))
 
-    def ask(self, latent: Latent) -> Question:
+    def ask(self, latent: Latent) -> Problem:
         """Return the terms, computed from left to right."""
         total, terms = latent[0], str(latent[0])
         for sign, operand in zip(self.operations, latent[1:], strict=True):
             total += operand if sign == "+" else -operand
             terms += f" {sign} {operand}"
-        return Question({"terms": terms}, str(total))
+        return Problem({"terms": terms}, str(total))
 
 
 @cache
@@ -163,3 +162,12 @@ ARITH = Suite(
     ),
 )
 """The suite `arith`."""
+
+
+SHARED = Suite(
+    name="shared",
+    title="shared (generated)",
+    summary="Sums of whole numbers, one set of wordings for two skills: the operands alone tell carries from no carries.",
+    levels=tuple(Level(meaning=f"a + b, {digits} digits", kinds=both("+", digits)) for digits in (3, 4, 5)),
+)
+"""The suite `shared`."""

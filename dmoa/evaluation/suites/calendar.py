@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Literal
 
-from dmoa.evaluation.suites.kinds import NUMBER_FORMAT, Kind, Latent, Question, Templates
-from dmoa.evaluation.suites.suite import Level, Suite
+from dmoa.evaluation.suites.suite import NUMBER_FORMAT, Kind, Latent, Level, Problem, Suite, Templates
 
 Asked = Literal["after", "before", "between", "weekday-after", "duration", "weekday"]
 
@@ -229,22 +228,22 @@ class Calendar(Kind):
         """Return the two dates, whatever is asked about them."""
         return f"days {latent[0]} {latent[1]}"
 
-    def ask(self, latent: Latent) -> Question:
+    def ask(self, latent: Latent) -> Problem:
         """Return the dates and what is asked about them."""
         first, last = date.fromordinal(latent[0]), date.fromordinal(latent[0] + latent[1])
         fields: dict[str, object] = {"n": latent[1], "first": first.isoformat(), "last": last.isoformat()}
         match self.group:
             case "after":
-                return Question(fields, last.isoformat())
+                return Problem(fields, last.isoformat())
             case "before":
-                return Question(fields, first.isoformat())
+                return Problem(fields, first.isoformat())
             case "between":
-                return Question(fields, str(latent[1]))
+                return Problem(fields, str(latent[1]))
             case "duration":
                 weeks, days = divmod(latent[1], 7)
-                return Question({**fields, "weeks": weeks, "days": days}, last.isoformat())
+                return Problem({**fields, "weeks": weeks, "days": days}, last.isoformat())
             case "weekday-after" | "weekday":
-                return Question({**fields, "weekday": WEEKDAYS[first.weekday()]}, WEEKDAYS[last.weekday()], len(WEEKDAYS))
+                return Problem({**fields, "weekday": WEEKDAYS[first.weekday()]}, WEEKDAYS[last.weekday()], len(WEEKDAYS))
 
 
 def _kinds(spans: Spans, *groups: Asked) -> tuple[Calendar, ...]:

@@ -14,9 +14,19 @@ from datetime import date
 from dmoa.evaluation.records import Row
 from dmoa.evaluation.suites.arith import TEMPLATES as ARITHMETIC_TEMPLATES
 from dmoa.evaluation.suites.calendar import DATE_FORMAT, Calendar, UpTo, WithinMonth
-from dmoa.evaluation.suites.kinds import NUMBER_FORMAT, Kind, Latent, Question, Templates, spell
-from dmoa.evaluation.suites.streams import SuiteSplit
-from dmoa.evaluation.suites.suite import Level, Suite, make_row, word
+from dmoa.evaluation.suites.suite import (
+    NUMBER_FORMAT,
+    Kind,
+    Latent,
+    Level,
+    Problem,
+    Suite,
+    SuiteSplit,
+    Templates,
+    make_row,
+    spell,
+    word,
+)
 from dmoa.evaluation.suites.words import Words
 from dmoa.types import Stage
 
@@ -44,7 +54,7 @@ class Follower(ABC):
         """Return the tuple of a number; None where it stands for none."""
 
     @abstractmethod
-    def ask(self, result: int, latent: Latent) -> Question:
+    def ask(self, result: int, latent: Latent) -> Problem:
         """Return the question with its answer, given the first part's result."""
 
 
@@ -81,9 +91,9 @@ class Add(Follower):
         """Return the number to add."""
         return (int(10 ** (self.digits - 1)) + number,)
 
-    def ask(self, result: int, latent: Latent) -> Question:
+    def ask(self, result: int, latent: Latent) -> Problem:
         """Return the sum."""
-        return Question({"n": latent[0]}, str(result + latent[0]))
+        return Problem({"n": latent[0]}, str(result + latent[0]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +139,7 @@ class Pick(Follower):
         """Return the words' numbers."""
         return self._list.latent(number)
 
-    def ask(self, result: int, latent: Latent) -> Question:
+    def ask(self, result: int, latent: Latent) -> Problem:
         """Return the word that the result names."""
         return Words(group="pick", length=self.length).ask((*latent[:-1], result - 1))
 
@@ -175,10 +185,10 @@ class Later(Follower):
         """Return the first day's ordinal."""
         return self._days.span(number)[:1]
 
-    def ask(self, result: int, latent: Latent) -> Question:
+    def ask(self, result: int, latent: Latent) -> Problem:
         """Return the date so many days on."""
         first = date.fromordinal(latent[0])
-        return Question({"first": first.isoformat()}, date.fromordinal(latent[0] + result).isoformat())
+        return Problem({"first": first.isoformat()}, date.fromordinal(latent[0] + result).isoformat())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,9 +226,9 @@ class CloseDifference(Kind):
         """Return what `arith` calls this difference."""
         return f"- {latent[0]} {latent[1]}"
 
-    def ask(self, latent: Latent) -> Question:
+    def ask(self, latent: Latent) -> Problem:
         """Return the difference."""
-        return Question({"terms": f"{latent[0]} - {latent[1]}"}, str(latent[0] - latent[1]))
+        return Problem({"terms": f"{latent[0]} - {latent[1]}"}, str(latent[0] - latent[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +275,7 @@ class Pair(Kind):
         """Return the first part's root."""
         return self.first.root(self.first_latent(latent))
 
-    def ask(self, latent: Latent) -> Question:
+    def ask(self, latent: Latent) -> Problem:
         """Return the second part, answered."""
         return self.follower.ask(int(self.first.ask(self.first_latent(latent)).answer), latent[1:])
 

@@ -15,9 +15,7 @@ from itertools import count
 from dmoa.evaluation.records import Label, Reply, Row, Score
 from dmoa.evaluation.suites.arith import ARITH
 from dmoa.evaluation.suites.calendar import CALENDAR
-from dmoa.evaluation.suites.scoring import reply_in_steps, score_steps
-from dmoa.evaluation.suites.streams import SuiteSplit
-from dmoa.evaluation.suites.suite import Level, Suite, make_row
+from dmoa.evaluation.suites.suite import Level, Suite, SuiteSplit, make_row, reply_in_steps, score_steps
 from dmoa.evaluation.suites.words import WORDS
 from dmoa.types import Stage
 

@@ -1,26 +1,216 @@
-"""A built-in suite: a seeded generator of rows that never ends, with a scorer. Every suite is one of these.
+"""Which split a latent tuple belongs to, and the seeded order in which a stream visits the tuples of one kind.
 
-Rows leave `generate` one by one, at O(1) memory. Kinds of question take turns in seeded order, so every prefix of a
-stream holds as many of each as of any other, give or take one. Everything hangs on (suite, split, seed, difficulty).
+Used by every suite. Membership hangs on the tuple alone, never on seed, difficulty or suite, so splits are disjoint
+whatever is generated. A stream walks a pseudo-random permutation of the tuples: no tuple twice, nothing remembered.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, get_args
 
+from dmoa.core.answers import extract_answer, same_answer
 from dmoa.errors import ConfigError
-from dmoa.evaluation.benchmarks.upstream import hash_content
-from dmoa.evaluation.records import Label, Reply, Row, Score, Task
-from dmoa.evaluation.suites.kinds import Kind, Latent, Question, Templates, spell
-from dmoa.evaluation.suites.scoring import reply_finally, score_final
-from dmoa.evaluation.suites.streams import PERCENT, SuiteSplit, fine_split, permuted, split_of
+from dmoa.evaluation.benchmarks.base import hash_content
+from dmoa.evaluation.records import SPLITS, Label, Reply, Row, Score, Task
 from dmoa.types import Stage
 from dmoa.validation import did_you_mean
+
+SuiteSplit = Literal["specialist", "anchor", "gate", "validation", "test", "adaptation"]
+SUITE_SPLITS: tuple[SuiteSplit, ...] = get_args(SuiteSplit)
+
+PERCENT: dict[SuiteSplit, int] = {"specialist": 30, "anchor": 10, "gate": 15, "validation": 10, "test": 20, "adaptation": 15}
+"""Expected share of the latent tuples, in percent. Source: ours."""
+
+PUBLIC: dict[str, SuiteSplit] = {"train": "gate", "adaptation": "adaptation", "test": "test"}
+"""What the splits that every benchmark has mean here."""
+
+_OWNERS: tuple[SuiteSplit, ...] = tuple(split for split in SUITE_SPLITS for _ in range(PERCENT[split]))
+_ROUNDS = 3
+
+
+def fine_split(split: str) -> SuiteSplit:
+    """Return the suite's split that a split's name means. Raises ConfigError for a name that is neither public nor fine."""
+    for fine in SUITE_SPLITS:
+        if split == fine:
+            return fine
+    if split in PUBLIC:
+        return PUBLIC[split]
+    allowed = list(dict.fromkeys((*SPLITS, *SUITE_SPLITS)))
+    nearest = did_you_mean(split, allowed)
+    raise ConfigError(f"split: value seen: {split!r}; allowed: {', '.join(allowed)}; name one of them{nearest}")
+
+
+def split_of(root: str) -> SuiteSplit:
+    """Return the split that owns a latent tuple, given its root: the tuple's text up to symmetries such as a + b = b + a."""
+    digest = hashlib.blake2b(root.encode(), digest_size=8, person=b"dmoa-suites").digest()
+    return _OWNERS[int.from_bytes(digest) % 100]
+
+
+def permuted(size: int, seed: str) -> Iterator[int]:
+    """Yield 0..size-1, each once, in an order that hangs on `seed` alone; O(1) memory. Source: ours.
+
+    Rounds of x -> odd * x + c and x -> x ^ (x >> s) on the next power of two are one-to-one; what lies beyond is left out.
+    """
+    bits = max(2, (size - 1).bit_length())
+    mask, shift = (1 << bits) - 1, (bits + 1) // 2
+    rng = random.Random(seed)  # noqa: S311 -- questions, not secrets; text seeds are the same in every process
+    rounds = [(rng.getrandbits(bits) | 1, rng.getrandbits(bits)) for _ in range(_ROUNDS)]
+    position, end = 0, 1 << bits
+    # A range would refuse sizes beyond the machine's word.
+    while position < end:
+        value = position
+        position += 1
+        for factor, offset in rounds:
+            value = (value * factor + offset) & mask
+            value ^= value >> shift
+        if value < size:
+            yield value
+
+
+Latent = tuple[int, ...]
+"""What a question is about, apart from its wording: operands, indices of words, day numbers."""
+
+
+def spell(latent: Latent) -> str:
+    """Return a latent tuple as text, as labels keep it."""
+    return " ".join(map(str, latent))
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One latent tuple, solved and ready for any template."""
+
+    fields: dict[str, object]
+    """What the templates' fields stand for."""
+    answer: str
+    """The computed answer, spelled as the answer format asks."""
+    num_options: int = 0
+    """Answers that the question lists or that its format leaves (7 weekdays); 0: no such list."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Templates:
+    """The wordings of one kind of question, divided so that held-out ones appear in validation or in test alone."""
+
+    name: str
+    """Starts the names of the wordings."""
+    open: tuple[str, ...]
+    """For specialist, anchor, gate and adaptation."""
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def of(self, split: SuiteSplit) -> tuple[str, tuple[str, ...]]:
+        """Return the name and the wordings of the set that a split uses."""
+        if split == "validation":
+            return "validation", self.validation
+        if split == "test":
+            return "test", self.test
+        return "open", self.open
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.open, *self.validation, *self.test)
+
+
+class Kind(ABC):
+    """A kind of question. Implementations are frozen records of a few numbers; equal records pose equal questions."""
+
+    group: str
+    """What tables break results down by; also the handle by which a caller chooses kinds."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Numbers that `latent` takes: 0..size-1."""
+
+    @property
+    @abstractmethod
+    def num_tuples(self) -> int:
+        """Latent tuples: the numbers for which `latent` is not None, counted exactly without visiting them."""
+
+    @property
+    @abstractmethod
+    def templates(self) -> Templates:
+        """The wordings."""
+
+    @property
+    @abstractmethod
+    def answer_format(self) -> str:
+        """The sentence that ends every question and says how to answer."""
+
+    @abstractmethod
+    def latent(self, number: int) -> Latent | None:
+        """Return the tuple of a number, a different one for every number; None where the number stands for none."""
+
+    @abstractmethod
+    def root(self, latent: Latent) -> str:
+        """Return what decides on the tuple's split: equal for tuples that are one and the same problem."""
+
+    @abstractmethod
+    def ask(self, latent: Latent) -> Problem:
+        """Return the question with its computed answer."""
+
+
+NUMBER_FORMAT = "End with a line `Answer: ...`, a number."
+
+
+_ANSWER_LINE = re.compile(r"^[ \t>*_#-]*+answer[*_ \t]*:[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
+_MAX_CHARS = 20_000
+
+
+def find_answer(text: str) -> str | None:
+    """Return the final answer of a reply, normalised; None where there is none. Never raises."""
+    lines = _ANSWER_LINE.findall(text[-_MAX_CHARS:])
+    return (extract_answer(f"Answer: {lines[-1]}") if lines else None) or extract_answer(text)
+
+
+def score_final(label: Label, reply: Reply) -> Score:
+    """Score the final answer against `gold["answer"]`."""
+    found = find_answer(reply.text)
+    if found is None:
+        return Score(value=0.0, reason="the reply holds no answer", is_scored=False)
+    is_right = same_answer(found, label.gold["answer"])
+    reason = "the answers match" if is_right else f"the answer is {label.gold['answer']}"
+    return Score(value=float(is_right), extracted=found, reason=reason)
+
+
+def score_steps(label: Label, reply: Reply) -> Score:
+    """Score `relay`: the share of scored steps whose summary ends in that step's answer.
+
+    A step that did not happen or holds no answer is wrong; a reply without an answer at any scored step is unscored.
+    """
+    answers: list[str | None] = label.gold["answers"]
+    texts = (*reply.step_texts, *[""] * len(answers))
+    pairs = [(gold, find_answer(text)) for gold, text in zip(answers, texts, strict=False) if gold is not None]
+    if all(found is None for _, found in pairs):
+        return Score(value=0.0, reason="no scored step holds an answer", is_scored=False)
+    num_right = sum(found is not None and same_answer(found, gold) for gold, found in pairs)
+    return Score(
+        value=num_right / len(pairs),
+        extracted=" | ".join("-" if found is None else found for _, found in pairs),
+        reason=f"{num_right} of {len(pairs)} scored steps match",
+    )
+
+
+def reply_finally(label: Label) -> Reply:
+    """Return a perfect reply to a question with one final answer."""
+    return Reply(text=f"Answer: {label.gold['answer']}")
+
+
+def reply_in_steps(label: Label) -> Reply:
+    """Return a perfect reply to a `relay` row; steps that are not scored answer `none`."""
+    texts = tuple(f"Answer: {answer or 'none'}" for answer in label.gold["answers"])
+    return Reply(text=texts[-1], step_texts=texts)
+
 
 _ID_CHARS = 16
 _SAFE_SHARE = 0.85
@@ -172,7 +362,7 @@ class Suite:
         return make_row(self.name, split, f"{wording.text} {kind.answer_format}", kind.group, gold)
 
 
-def word(templates: Templates, question: Question, split: SuiteSplit, rng: random.Random) -> Wording:
+def word(templates: Templates, question: Problem, split: SuiteSplit, rng: random.Random) -> Wording:
     """Return the question in one of the split's wordings, drawn uniformly."""
     name, wordings = templates.of(split)
     number = int(rng.random() * len(wordings))

@@ -9,8 +9,7 @@ from importlib.resources import files
 from math import factorial, perm
 from typing import Literal
 
-from dmoa.evaluation.suites.kinds import NUMBER_FORMAT, Kind, Latent, Question, Templates
-from dmoa.evaluation.suites.suite import Level, Suite
+from dmoa.evaluation.suites.suite import NUMBER_FORMAT, Kind, Latent, Level, Problem, Suite, Templates
 
 Asked = Literal["sort", "pick", "longest", "letters", "count"]
 
@@ -153,23 +152,23 @@ class Words(Kind):
         """Return the words, whatever their order and what is asked about them."""
         return " ".join(map(str, ("words", *sorted(latent[:-1]))))
 
-    def ask(self, latent: Latent) -> Question:
+    def ask(self, latent: Latent) -> Problem:
         """Return the list and what is asked of it."""
         words = [vocabulary()[number] for number in latent[:-1]]
         choice = latent[-1]
         fields: dict[str, object] = {"words": ", ".join(words)}
         match self.group:
             case "sort":
-                return Question(fields, ", ".join(sorted(words)), num_options=factorial(self.length))
+                return Problem(fields, ", ".join(sorted(words)), num_options=factorial(self.length))
             case "pick":
-                return Question({**fields, "n": choice + 1}, words[choice], num_options=self.length)
+                return Problem({**fields, "n": choice + 1}, words[choice], num_options=self.length)
             case "longest":
-                return Question(fields, max(words, key=len), num_options=self.length)
+                return Problem(fields, max(words, key=len), num_options=self.length)
             case "letters":
-                return Question(fields, str(sum(map(len, words))))
+                return Problem(fields, str(sum(map(len, words))))
             case "count":
                 letter = _LETTERS[choice]
-                return Question({**fields, "letter": letter}, str(sum(letter in word for word in words)))
+                return Problem({**fields, "letter": letter}, str(sum(letter in word for word in words)))
 
 
 def _kinds(length: int, *groups: Asked) -> tuple[Words, ...]:

@@ -17,7 +17,7 @@ from dmoa.engines.models import model_id, resolve_adapter, resolve_model
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.registry import SUITES
 from dmoa.types import Generation, GenerationRequest, Query
 
 ROOT = Path(dmoa.__file__).parent / "adapters"

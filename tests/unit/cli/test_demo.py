@@ -22,12 +22,10 @@ from dmoa.cli.demo_report import Report
 from dmoa.cli.options import Common
 from dmoa.config import ActivationConfig, GateConfig, load
 from dmoa.core.gate import Gate, GateSpec
-from dmoa.evaluation.derived import add_oracle
-from dmoa.evaluation.matrix import AnswerMatrix
-from dmoa.evaluation.records import Label, Task
-from dmoa.evaluation.results import build, rebuild
-from dmoa.evaluation.run_files import RunFolder, write_lines, write_whole
-from dmoa.evaluation.run_info import BenchmarkInfo
+from dmoa.evaluation.answer_matrix import AnswerMatrix, add_oracle
+from dmoa.evaluation.records import BenchmarkInfo, Label, Task
+from dmoa.evaluation.results import build_evaluation, rebuild_evaluation
+from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
 from dmoa.evaluation.statistics import wilson
 from dmoa.training.probe import ProbeReport
 from dmoa.types import AgentReply
@@ -140,7 +138,7 @@ def test_the_closing_table_pools_the_suites_and_knows_the_best_agent_and_the_ora
     write_whole(folder.run, info.model_dump_json())
     for _ in range(2):
         add_oracle(folder, ("arith", "words"), ("adder", "echo"))
-    found = summarise(rebuild(tmp_path), ("adder", "echo"))
+    found = summarise(rebuild_evaluation(tmp_path), ("adder", "echo"))
     assert [(method.name, method.accuracy) for method in found] == [
         ("untrained gate", 0.0),
         ("trained gate", 0.75),
@@ -164,7 +162,7 @@ def test_the_oracle_takes_a_wrong_answer_before_none_at_all(tmp_path: Path) -> N
     write_lines(folder.scores("arith", "single:echo"), [score("arith", 0, "single:echo", 0.0)])
     write_whole(folder.run, run_of([BenchmarkInfo(name="arith", rows=1)], policies).model_dump_json())
     add_oracle(folder, ("arith",), ("adder", "echo"))
-    assert {row.policy: row.did_run for row in rebuild(tmp_path).rows} == {
+    assert {row.policy: row.did_run for row in rebuild_evaluation(tmp_path).rows} == {
         "single:adder": False,
         "single:echo": True,
         "oracle": True,
@@ -184,7 +182,7 @@ def test_a_method_that_never_ran_has_no_figures_and_is_never_the_best(capsys: py
                 answered.append(answer(suite, 0, policy, active=(("adder",),)))
                 scored.append(score(suite, 0, policy, 0.0 if policy == "single:echo" else 1.0))
     run = run_of([BenchmarkInfo(name=name, rows=1) for name in suites], policies)
-    found = {method.policy: method for method in summarise(build(run, answered, scored), ("adder", "echo"))}
+    found = {method.policy: method for method in summarise(build_evaluation(run, answered, scored), ("adder", "echo"))}
     assert found["random"].not_run == suites
     assert not found["random"].did_run
     assert (found["random"].low, found["random"].high, found["random"].tokens) == (0.0, 1.0, 0.0)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dmoa.cli.evaluation_session import log_tables
-from dmoa.evaluation.options import parse_options
-from dmoa.evaluation.results import rebuild
-from dmoa.evaluation.run_files import write_lines
+from dmoa.evaluation.records import parse_evaluate_options
+from dmoa.evaluation.results import rebuild_evaluation
+from dmoa.evaluation.run_folder import write_lines
 from tests.unit.run_records import small_run, write_run
 
 
@@ -20,15 +20,15 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_that_goes_on_is_logged_again_only_where_there_is_more(tmp_path: Path) -> None:
     run, answers, scores = small_run()
     folder = write_run(tmp_path, run, answers[:-1], scores)
-    options = parse_options({"benchmarks": "mmlu", "out": tmp_path, "track": "jsonl"})
-    log_tables(rebuild(tmp_path), folder, options)
+    options = parse_evaluate_options({"benchmarks": "mmlu", "out": tmp_path, "track": "jsonl"})
+    log_tables(rebuild_evaluation(tmp_path), folder, options)
     before = lines_of(tmp_path)
     assert before[0]["op"] == "config"
     assert {line["name"] for line in before if line["op"] == "table"} == {"evaluation", "paired"}
-    log_tables(rebuild(tmp_path), folder, options)
+    log_tables(rebuild_evaluation(tmp_path), folder, options)
     assert lines_of(tmp_path) == before
     last = answers[-1]
     cell = [line for line in answers if (line.benchmark, line.policy) == (last.benchmark, last.policy)]
     write_lines(folder.answers(last.benchmark, last.policy), cell)
-    log_tables(rebuild(tmp_path), folder, options)
+    log_tables(rebuild_evaluation(tmp_path), folder, options)
     assert len(lines_of(tmp_path)) == 2 * len(before)

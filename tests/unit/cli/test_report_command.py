@@ -15,9 +15,9 @@ from dmoa.cli.ablations import print_table
 from dmoa.cli.evaluation_session import check_ran
 from dmoa.cli.report import print_evaluation
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.evaluation import display
-from dmoa.evaluation.results import build
-from dmoa.evaluation.run_info import BenchmarkInfo
+from dmoa.evaluation import figures as display
+from dmoa.evaluation.records import BenchmarkInfo
+from dmoa.evaluation.results import build_evaluation
 from tests.unit.evaluation.test_results import failing_run
 from tests.unit.run_records import answer, lost, run_of, score, small_run, write_run
 
@@ -51,7 +51,7 @@ def test_the_html_goes_where_it_is_wanted(dmoa: Any, folder: Path, tmp_path: Pat
 
 def test_the_finished_result_is_preferred(dmoa: Any, folder: Path) -> None:
     run, answered, scored = small_run()
-    evaluation = build(run, answered, [*scored[1:], score("mmlu", 0, "dmoa", 0.0, group="art")])
+    evaluation = build_evaluation(run, answered, [*scored[1:], score("mmlu", 0, "dmoa", 0.0, group="art")])
     (folder / "evaluation.json").write_text(evaluation.model_dump_json(), encoding="utf-8")
     assert "25.0" in dmoa("report", folder).stdout.splitlines()[1]
 
@@ -75,7 +75,7 @@ def test_errors_cannot_drive_the_terminal() -> None:
     run, answered, scored = small_run()
     evil = [a.model_copy(update={"error": "\x1b[2J[bold]boo\nnext"}) if a.status == "failed" else a for a in answered]
     console = Console(file=io.StringIO(), width=160, highlight=False)
-    print_evaluation(build(run, evil, scored), console)
+    print_evaluation(build_evaluation(run, evil, scored), console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b" not in shown
     assert "[2J[bold]boo next" in shown
@@ -98,7 +98,7 @@ def test_a_run_in_which_a_policy_never_ran_ends_with_its_name_and_reason() -> No
     assert not isinstance(ended.value, ConfigError), "exit status 1, not 2"
     for part in ("single:b on gsm8k (4 of 4 queries failed)", "single:b on svamp", "scripted to fail", "--retry-failed"):
         assert part in str(ended.value)
-    check_ran(build(*small_run()))
+    check_ran(build_evaluation(*small_run()))
 
 
 def test_mostly_failed_and_never_judged_rows_carry_a_remark() -> None:
@@ -108,7 +108,7 @@ def test_mostly_failed_and_never_judged_rows_carry_a_remark() -> None:
     scored += [score("gsm8k", number, "dmoa", 0.0, is_scored=False, is_failed=True) for number in (1, 2)]
     answered += [answer("gsm8k", number, "single") for number in range(3)]
     scored += [score("gsm8k", number, "single", 0.0, is_scored=False) for number in range(3)]
-    notes = display.Footnotes(build(run, answered, scored))
+    notes = display.Footnotes(build_evaluation(run, answered, scored))
     assert [note.text for note in notes.all()] == [display.MOSTLY_FAILED, display.NOT_SCORED]
 
 
@@ -124,7 +124,9 @@ def test_the_table_of_ablations_has_no_mean_of_what_never_ran(capsys: pytest.Cap
         score(suite, 0, policy, value or 0.0, is_failed=value is None, is_scored=value is not None)
         for (suite, policy), value in lines.items()
     ]
-    print_table(build(run_of([BenchmarkInfo(name=name, rows=1) for name in ("arith", "words")], policies), answered, scored))
+    print_table(
+        build_evaluation(run_of([BenchmarkInfo(name=name, rows=1) for name in ("arith", "words")], policies), answered, scored)
+    )
     rows = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert ["dmoa:default", "100.0%", "0.0%", "50.0%", "+0.0", "1.50", "110"] in rows
     assert ["dense", "100.0%", "did not run", "-", "-", "1.50", "110"] in rows

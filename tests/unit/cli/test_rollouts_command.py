@@ -15,7 +15,7 @@ from dmoa.cli.jobs import collect_rollouts_job
 from dmoa.cli.rollout_queries import prepare, read_labels
 from dmoa.config import load
 from dmoa.errors import ConfigError
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.registry import SUITES
 from dmoa.training.collect import width
 from dmoa.training.options import parse_rollout_options
 

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation.benchmarks import ddxplus
-from dmoa.evaluation.benchmarks.arithmetic import canonical_number
-from dmoa.evaluation.benchmarks.specs import BENCHMARKS, spec_of
-from dmoa.evaluation.benchmarks.upstream import ParsedRow, RowError, fraction_of, hash_content, normalise
+from dmoa.evaluation.benchmarks.base import ParsedRow, RowError, fraction_of, hash_content, normalise
+from dmoa.evaluation.benchmarks.word_problems import canonical_number
+from dmoa.evaluation.registry import BENCHMARKS, spec_of
 from tests.unit.evaluation.samples import CONDITIONS, EVIDENCES, ROWS, row
 
 DEFINITIONS = ddxplus.Definitions(
-    evidences={code: ddxplus.Evidence.model_validate(fields) for code, fields in EVIDENCES.items()}, conditions=list(CONDITIONS)
+    evidences={code: ddxplus.EvidenceDefinition.model_validate(fields) for code, fields in EVIDENCES.items()},
+    conditions=list(CONDITIONS),
 )
 PROMPTS = {
     "mmlu": """\

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
-from dmoa.evaluation.hierarchical import hierarchical_bootstrap, holm
+from dmoa.evaluation.statistics import hierarchical_bootstrap, holm
 
 RNG = np.random.default_rng(0)
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation import hub, loading
-from dmoa.evaluation.benchmarks.specs import BENCHMARKS
-from dmoa.evaluation.hub import HUB, HubSource
-from dmoa.evaluation.loading import load, load_splits, slices_of
+from dmoa.evaluation import data as hub
+from dmoa.evaluation import data as loading
+from dmoa.evaluation.data import HUB, HubSource, load_rows, load_splits, slices_of
 from dmoa.evaluation.records import SPLITS
+from dmoa.evaluation.registry import BENCHMARKS
 from tests.unit.evaluation.samples import CONDITIONS, EVIDENCES, row, write_rows
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -61,8 +61,8 @@ def test_rows_from_the_hub_equal_rows_from_files(tmp_path: Path, offline: Path, 
     rows = [row("hotpotqa", question=f"Who is {number}?") for number in range(5)]
     dataset = publish(tmp_path, "hotpotqa", {"validation": rows})
     monkeypatch.setitem(HUB, "hotpotqa", HubSource(dataset=dataset, revision=SHA))
-    from_hub = load("hotpotqa", "test", data_dir=None)
-    from_files = load("hotpotqa", "test", data_dir=tmp_path / "hub")
+    from_hub = load_rows("hotpotqa", "test", data_dir=None)
+    from_files = load_rows("hotpotqa", "test", data_dir=tmp_path / "hub")
     assert from_hub.rows == from_files.rows
     assert from_hub.sources == {f"{dataset}:validation": SHA}
 
@@ -91,8 +91,8 @@ def test_bad_hub_rows_are_named_by_number(tmp_path: Path, offline: Path, monkeyp
     dataset = publish(tmp_path, "gsm8k", {"test": [row("gsm8k"), row("gsm8k", answer="none")]})
     monkeypatch.setitem(HUB, "gsm8k", HubSource(dataset=dataset, revision=SHA))
     with pytest.raises(ConfigError, match=r"gsm8k:test, line 2, field `answer`: saw 'none'"):
-        load("gsm8k", "test", data_dir=None)
-    assert len(load("gsm8k", "test", data_dir=None, skip_bad_rows=True).bad) == 1
+        load_rows("gsm8k", "test", data_dir=None)
+    assert len(load_rows("gsm8k", "test", data_dir=None, skip_bad_rows=True).bad) == 1
 
 
 def test_definitions_come_from_the_repository_at_its_revision(
@@ -103,7 +103,7 @@ def test_definitions_come_from_the_repository_at_its_revision(
     (snapshot / "release_evidences.json").write_text(json.dumps(EVIDENCES), encoding="utf-8")
     (snapshot / "release_conditions.json").write_text(json.dumps(CONDITIONS), encoding="utf-8")
     monkeypatch.setitem(HUB, "ddxplus", HubSource(dataset="made/patients", revision=SHA))
-    definitions, sources = loading.read_definitions(BENCHMARKS["ddxplus"], None)
+    definitions, sources = loading.find_definitions(BENCHMARKS["ddxplus"], None)
     assert definitions.conditions == list(CONDITIONS)
     assert sources == {"made/patients/release_evidences.json": SHA, "made/patients/release_conditions.json": SHA}
 
@@ -111,7 +111,7 @@ def test_definitions_come_from_the_repository_at_its_revision(
 @pytest.mark.parametrize("name", ["gsm8k", "ddxplus"])
 def test_without_a_hub_the_error_says_what_to_do(name: str, offline: Path) -> None:
     with pytest.raises(ConfigError, match=rf"^{HUB[name].dataset}.* cannot be had from the Hugging Face hub.* --data-dir"):
-        load(name, "test", data_dir=None)
+        load_rows(name, "test", data_dir=None)
 
 
 def test_a_split_that_is_not_there_is_an_error_too(tmp_path: Path, offline: Path) -> None:

@@ -11,14 +11,12 @@ from types import FrameType
 from typing import Any
 
 import dmoa
-from dmoa.evaluation.answering import Asking, query_of
-from dmoa.evaluation.options import parse_options
-from dmoa.evaluation.pipeline import pending_scores, pending_tasks
-from dmoa.evaluation.prepare import prepare
-from dmoa.evaluation.records import Answered, Label, Task
+from dmoa.evaluation.answering import Asking, query_of_task
+from dmoa.evaluation.data import prepare_rows
+from dmoa.evaluation.pipeline import pending_scores, pending_tasks, score_answer
+from dmoa.evaluation.records import Answered, Label, Task, parse_evaluate_options
 from dmoa.evaluation.registry import OpenScorers
-from dmoa.evaluation.run_files import RunFolder, append
-from dmoa.evaluation.stages import score
+from dmoa.evaluation.run_folder import RunFolder, append
 from dmoa.types import Limits
 
 PACKAGE = Path(dmoa.__file__).parent
@@ -69,27 +67,27 @@ def watched() -> Iterator[list[tuple[str, str]]]:
 
 
 def test_labels_are_opened_by_evaluation_alone(tmp_path: Path) -> None:
-    folder, options = RunFolder(tmp_path), parse_options({"benchmarks": "arith", "limit": 3})
+    folder, options = RunFolder(tmp_path), parse_evaluate_options({"benchmarks": "arith", "limit": 3})
     with watched() as opened:
-        prepare(folder, "arith", options)
+        prepare_rows(folder, "arith", options)
         asking = Asking(seed=0, limits=Limits())
         assert len(pending_tasks(folder, ["arith"], ["dmoa"])) == 3
         for task in folder.read_tasks("arith"):
-            assert query_of(task, "dmoa", asking).text == task.text
+            assert query_of_task(task, "dmoa", asking).text == task.text
             append(folder.answers("arith", "dmoa"), [Answered(row_id=task.row_id, benchmark="arith", policy="dmoa", text="5")])
         before_scoring = list(opened)
         assert len(pending_scores(folder, ["arith"], ["dmoa"])) == 3
         labels = {label.row_id: label for label in folder.read_gold("arith")}
         scorers = OpenScorers(names=("arith",))()
-        judged = [score(answer, labels[answer.row_id], scorers) for answer in folder.read_answers("arith", "dmoa")]
+        judged = [score_answer(answer, labels[answer.row_id], scorers) for answer in folder.read_answers("arith", "dmoa")]
         append(folder.scores("arith", "dmoa"), judged)
     assert {module for _, module in opened} == {
-        "dmoa.evaluation.prepare",
+        "dmoa.evaluation.data",
         "dmoa.dataflow",
-        "dmoa.evaluation.run_files",
+        "dmoa.evaluation.run_folder",
     }
     # Until the judging begins, labels have been written and never read.
-    assert {module for _, module in before_scoring} == {"dmoa.evaluation.prepare"}
+    assert {module for _, module in before_scoring} == {"dmoa.evaluation.data"}
 
 
 def test_a_task_has_no_place_for_a_label() -> None:

@@ -12,10 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.benchmarks.specs import BENCHMARKS
-from dmoa.evaluation.benchmarks.upstream import RowError
-from dmoa.evaluation.loading import Loaded, load, load_splits, parse_line, read_lines
+from dmoa.evaluation.benchmarks.base import RowError
+from dmoa.evaluation.data import Loaded, load_rows, load_splits, parse_line, read_lines
 from dmoa.evaluation.records import SPLITS, Split
+from dmoa.evaluation.registry import BENCHMARKS
 from tests.unit.evaluation.samples import row, write_lines, write_rows
 
 # File of the folder -> rows, as the README beside the real rows states them.
@@ -55,7 +55,7 @@ def test_every_split_comes_from_the_file_that_the_table_says(name: str) -> None:
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_one_row_of_every_benchmark_loads(name: str, tmp_path: Path) -> None:
     path = write_rows(tmp_path, name, f"{BENCHMARKS[name].slices['test'].file}.jsonl", [row(name)])
-    loaded = load(name, "test", data_dir=tmp_path)
+    loaded = load_rows(name, "test", data_dir=tmp_path)
     (only,) = loaded.rows
     assert only.task.row_id == only.label.row_id == f"{name}/test/{only.row_hash[:16]}"
     assert only.task.benchmark == only.label.benchmark == name
@@ -71,7 +71,7 @@ def test_gzip_and_plain_files_give_equal_rows(tmp_path: Path) -> None:
     rows = questions("Où est 1?", "b", "c")
     write_rows(tmp_path / "plain", "gsm8k", "test.jsonl", rows)
     write_rows(tmp_path / "packed", "gsm8k", "test.jsonl.gz", rows)
-    plain, packed = (load("gsm8k", "test", data_dir=tmp_path / folder) for folder in ("plain", "packed"))
+    plain, packed = (load_rows("gsm8k", "test", data_dir=tmp_path / folder) for folder in ("plain", "packed"))
     assert plain.rows == packed.rows
     assert texts(plain) == ["Où est 1?", "b", "c"]
     assert set(plain.sources) == {"gsm8k/test.jsonl"}
@@ -86,7 +86,7 @@ def test_one_file_is_divided_and_nothing_is_lost_or_twice(tmp_path: Path) -> Non
     assert not numbers["train"] & numbers["adaptation"]
     # 60 % of 2,000; five standard deviations are 110.
     assert 1090 <= len(numbers["train"]) <= 1310
-    assert [load("gsm8k", split, data_dir=tmp_path) for split in parts] == list(parts.values())
+    assert [load_rows("gsm8k", split, data_dir=tmp_path) for split in parts] == list(parts.values())
 
 
 def test_families_stay_together(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_families_stay_together(tmp_path: Path) -> None:
 def test_equal_rows_are_kept_once_and_counted(tmp_path: Path) -> None:
     rows = [*questions("one", "two", " one\n"), {**questions("two")[0], "answer": "#### 9"}]
     write_rows(tmp_path, "gsm8k", "test.jsonl", rows)
-    loaded = load("gsm8k", "test", data_dir=tmp_path)
+    loaded = load_rows("gsm8k", "test", data_dir=tmp_path)
     assert texts(loaded) == ["one", "two", "two"]
     assert loaded.num_duplicates == 1
 
@@ -139,12 +139,12 @@ def test_a_bad_row_stops_the_load_or_is_counted(tmp_path: Path) -> None:
     ]
     write_lines(tmp_path / "gsm8k" / "test.jsonl", lines)
     with pytest.raises(ConfigError) as raised:
-        load("gsm8k", "test", data_dir=tmp_path)
+        load_rows("gsm8k", "test", data_dir=tmp_path)
     assert str(raised.value) == (
         "gsm8k/test.jsonl, line 3, field `answer`: saw 'twelve'; expected a worked solution that ends in `#### N`. "
         "Correct the row, or leave such rows out and count them with --skip-bad-rows."
     )
-    loaded = load("gsm8k", "test", data_dir=tmp_path, skip_bad_rows=True)
+    loaded = load_rows("gsm8k", "test", data_dir=tmp_path, skip_bad_rows=True)
     assert texts(loaded) == ["a", "b"]
     assert [(bad.file, bad.line, bad.field) for bad in loaded.bad] == [
         ("gsm8k/test.jsonl", 3, "answer"),
@@ -180,30 +180,30 @@ def test_the_line_parser_reads_what_json_writes(fields: dict[str, Any]) -> None:
 
 def test_all_that_can_be_wrong_with_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no folder .*gsm8k; --data-dir must hold .* test.jsonl or test.jsonl.gz"):
-        load("gsm8k", "test", data_dir=tmp_path)
+        load_rows("gsm8k", "test", data_dir=tmp_path)
     write_rows(tmp_path, "gsm8k", "train.jsonl", questions("a"))
     with pytest.raises(ConfigError, match=r"neither test.jsonl nor test.jsonl.gz, which the rows for test .*holds train.jsonl"):
-        load("gsm8k", "test", data_dir=tmp_path)
+        load_rows("gsm8k", "test", data_dir=tmp_path)
     write_lines(tmp_path / "gsm8k" / "test.jsonl", [])
     with pytest.raises(ConfigError, match=r"gsm8k/test.jsonl holds no usable row \(0 bad ones\)"):
-        load("gsm8k", "test", data_dir=tmp_path)
+        load_rows("gsm8k", "test", data_dir=tmp_path)
     write_lines(tmp_path / "gsm8k" / "test.jsonl", ["x", "y"])
     with pytest.raises(ConfigError, match=r"no usable row \(2 bad ones\)"):
-        load("gsm8k", "test", data_dir=tmp_path, skip_bad_rows=True)
+        load_rows("gsm8k", "test", data_dir=tmp_path, skip_bad_rows=True)
     write_rows(tmp_path, "gsm8k", "test.jsonl.gz", questions("a"))
     with pytest.raises(ConfigError, match="are both there"):
-        load("gsm8k", "test", data_dir=tmp_path)
+        load_rows("gsm8k", "test", data_dir=tmp_path)
     with pytest.raises(ConfigError, match="'gsm' is not known"):
-        load("gsm", "test", data_dir=tmp_path)
+        load_rows("gsm", "test", data_dir=tmp_path)
 
 
 def test_aqua_has_no_train_rows_unless_a_file_is_there(tmp_path: Path) -> None:
     write_rows(tmp_path, "aqua_rat", "validation.jsonl", [row("aqua_rat")])
-    assert len(load("aqua_rat", "adaptation", data_dir=tmp_path).rows) == 1
+    assert len(load_rows("aqua_rat", "adaptation", data_dir=tmp_path).rows) == 1
     with pytest.raises(ConfigError, match=r"neither train.jsonl nor .* rows for train come from"):
-        load("aqua_rat", "train", data_dir=tmp_path)
+        load_rows("aqua_rat", "train", data_dir=tmp_path)
     write_rows(tmp_path, "aqua_rat", "train.jsonl", [row("aqua_rat")])
-    assert len(load("aqua_rat", "train", data_dir=tmp_path).rows) == 1
+    assert len(load_rows("aqua_rat", "train", data_dir=tmp_path).rows) == 1
 
 
 @pytest.mark.parametrize("damage", [slice(None, -9), slice(4, None)], ids=["cut short", "no header"])
@@ -211,14 +211,14 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path, damage: slice) -> None:
     path = write_rows(tmp_path, "gsm8k", "test.jsonl.gz", questions(*map(str, range(50))))
     path.write_bytes(path.read_bytes()[damage])
     with pytest.raises(ConfigError, match=r"test.jsonl.gz is not a whole gzip file"):
-        load("gsm8k", "test", data_dir=tmp_path)
+        load_rows("gsm8k", "test", data_dir=tmp_path)
 
 
 def test_ddxplus_wants_its_definitions(tmp_path: Path) -> None:
     write_rows(tmp_path, "ddxplus", "validation.jsonl", [row("ddxplus")])
     (tmp_path / "ddxplus" / "release_conditions.json").unlink()
     with pytest.raises(ConfigError, match=r"release_conditions.json is missing; its rows are codes"):
-        load("ddxplus", "test", data_dir=tmp_path)
+        load_rows("ddxplus", "test", data_dir=tmp_path)
 
 
 def test_lines_are_numbered_as_in_the_file(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_the_real_files_hold_what_their_readme_says(name: str, rows_dir: Path) -
         file = BENCHMARKS[name].slices[split].file
         if file not in REAL_ROWS[name]:
             continue
-        loaded = load(name, split, data_dir=rows_dir)
+        loaded = load_rows(name, split, data_dir=rows_dir)
         assert not loaded.bad
         per_file[file] = per_file.get(file, 0) + len(loaded.rows) + loaded.num_duplicates
         ids.extend(each.task.row_id for each in loaded.rows)
@@ -255,7 +255,7 @@ def test_no_real_prompt_holds_what_only_the_label_knows(rows_dir: Path) -> None:
         "ddxplus": ("test", ["DIFFERENTIAL_DIAGNOSIS"]),
     }
     for name, (split, fields) in hidden.items():
-        prompts = "\n".join(each.task.text for each in load(name, split, data_dir=rows_dir).rows)
+        prompts = "\n".join(each.task.text for each in load_rows(name, split, data_dir=rows_dir).rows)
         file = next((rows_dir / name).glob(f"{BENCHMARKS[name].slices[split].file}.jsonl*"))
         for _, line in read_lines(file):
             raw = parse_line(line)
@@ -270,13 +270,13 @@ def test_a_french_ddxplus_row_does_not_pass_for_an_english_one(rows_dir: Path, t
     for path in (french / "validation.jsonl.gz", *english.glob("release_*.json")):
         (folder / path.name).write_bytes(path.read_bytes())
     with pytest.raises(ConfigError, match=r"line 1, field `PATHOLOGY`: saw .*one of the 49 conditions.*French or English"):
-        load("ddxplus", "test", data_dir=tmp_path)
+        load_rows("ddxplus", "test", data_dir=tmp_path)
 
 
 def test_the_french_release_loads_with_its_own_definitions(rows_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "ddxplus").symlink_to(rows_dir / "ddxplus" / "original_fr")
-    french = load("ddxplus", "test", data_dir=tmp_path)
-    english = load("ddxplus", "test", data_dir=rows_dir)
+    french = load_rows("ddxplus", "test", data_dir=tmp_path)
+    english = load_rows("ddxplus", "test", data_dir=rows_dir)
     assert len(french.rows) == len(english.rows) == 488
     for ours, theirs in zip(english.rows, french.rows, strict=True):
         probabilities = [[p for _, p in each.label.gold["differential"]] for each in (ours, theirs)]

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.matrix import AnswerMatrix, matrix_policies, read_matrix
-from dmoa.evaluation.matrix_replay import Choice, replay
+from dmoa.evaluation.answer_matrix import AnswerMatrix, RouterChoice, matrix_policies, read_matrix, replay_choices
 from dmoa.evaluation.records import Task
-from dmoa.evaluation.run_files import RunFolder, write_lines
+from dmoa.evaluation.run_folder import RunFolder, write_lines
 from tests.unit.run_records import answer, lost, score
 
 AGENTS = ("a", "b", "c")
@@ -65,31 +64,31 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
 def test_a_failed_row_contributes_nothing(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     write_lines(folder.answers("sums", "single:a"), [lost("sums", n, "single:a") for n in range(2)])
-    found = replay(read_matrix(folder, "sums", AGENTS), [Choice(ranking=(0,), k=1)] * 2)
+    found = replay_choices(read_matrix(folder, "sums", AGENTS), [RouterChoice(ranking=(0,), k=1)] * 2)
     assert (found.chosen_R.tolist(), found.value_R.tolist()) == ([-1, -1], [0.0, 0.0])
 
 
 def test_one_agent_passes_several_agree_or_the_surest_wins(matrix: AnswerMatrix) -> None:
-    found = replay(matrix, [Choice(ranking=(0, 1, 2), k=1), Choice(ranking=(1, 0, 2), k=1)])
+    found = replay_choices(matrix, [RouterChoice(ranking=(0, 1, 2), k=1), RouterChoice(ranking=(1, 0, 2), k=1)])
     assert (found.chosen_R.tolist(), found.value_R.tolist()) == ([0, 1], [0.0, 0.0])
     # Row 0: b and c agree on 2 against a, who is surer. Row 1: all differ, b is the surest.
-    found = replay(matrix, [Choice(ranking=(0, 1, 2), k=3)] * 2)
+    found = replay_choices(matrix, [RouterChoice(ranking=(0, 1, 2), k=3)] * 2)
     assert (found.chosen_R.tolist(), found.value_R.tolist(), found.k_R.tolist()) == ([1, 1], [1.0, 0.0], [3, 3])
     assert (found.tokens_R.tolist(), found.first_R.tolist(), found.accuracy) == ([333, 333], [0, 0], 0.5)
 
 
 def test_the_cascade_asks_on_until_somebody_is_sure(matrix: AnswerMatrix) -> None:
     sure = float(np.log(0.1 + 1e-3))
-    choices = [Choice(ranking=(0, 1, 2), k=1, theta=sure, limit=3)] * 2
+    choices = [RouterChoice(ranking=(0, 1, 2), k=1, theta=sure, limit=3)] * 2
     # Row 0: a is exactly sure enough. Row 1: a is not, b is.
-    assert replay(matrix, choices).k_R.tolist() == [1, 2]
-    nobody = [Choice(ranking=(0, 1, 2), k=1, theta=-9.0, limit=2)] * 2
-    assert replay(matrix, nobody).k_R.tolist() == [2, 2]
+    assert replay_choices(matrix, choices).k_R.tolist() == [1, 2]
+    nobody = [RouterChoice(ranking=(0, 1, 2), k=1, theta=-9.0, limit=2)] * 2
+    assert replay_choices(matrix, nobody).k_R.tolist() == [2, 2]
     # Anchors shift the scores: what is ordinary for b is sure for nobody.
-    shifted = [Choice(ranking=(0, 1, 2), k=1, theta=sure, limit=3, anchors=(-5.0, -5.0, -5.0))] * 2
-    assert replay(matrix, shifted).k_R.tolist() == [3, 3]
+    shifted = [RouterChoice(ranking=(0, 1, 2), k=1, theta=sure, limit=3, anchors=(-5.0, -5.0, -5.0))] * 2
+    assert replay_choices(matrix, shifted).k_R.tolist() == [3, 3]
 
 
 def test_every_row_needs_a_choice(matrix: AnswerMatrix) -> None:
     with pytest.raises(ValueError, match="1 for 2 rows"):
-        replay(matrix, [Choice(ranking=(0,), k=1)])
+        replay_choices(matrix, [RouterChoice(ranking=(0,), k=1)])

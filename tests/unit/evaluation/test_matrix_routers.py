@@ -10,9 +10,16 @@ import pytest
 from dmoa.config import GateConfig
 from dmoa.core.gate import GateSpec, init_gate
 from dmoa.errors import ConfigError
-from dmoa.evaluation.matrix import AnswerMatrix
-from dmoa.evaluation.matrix_replay import replay
-from dmoa.evaluation.matrix_routers import anyone, check_agents, everyone, gate_choices, one_agent, row_oracle
+from dmoa.evaluation.answer_matrix import (
+    AnswerMatrix,
+    anyone,
+    check_agents,
+    everyone,
+    gate_choices,
+    one_agent,
+    replay_choices,
+    row_oracle,
+)
 from dmoa.evaluation.records import Task
 from dmoa.policies.dmoa import DmoaPolicy
 from dmoa.routing import LocalRouter
@@ -34,16 +41,16 @@ def matrix() -> AnswerMatrix:
 
 
 def test_references(matrix: AnswerMatrix) -> None:
-    assert replay(matrix, one_agent(matrix, "c")).value_R.tolist() == [1.0, 0.0, 0.0, 1.0]
-    oracle = replay(matrix, row_oracle(matrix))
+    assert replay_choices(matrix, one_agent(matrix, "c")).value_R.tolist() == [1.0, 0.0, 0.0, 1.0]
+    oracle = replay_choices(matrix, row_oracle(matrix))
     assert (oracle.accuracy, oracle.chosen_R.tolist()) == (0.75, [1, 0, 0, 2])
-    assert set(replay(matrix, everyone(matrix)).k_R) == {3}
-    assert replay(matrix, everyone(matrix)).tokens_R.tolist() == [6] * 4
+    assert set(replay_choices(matrix, everyone(matrix)).k_R) == {3}
+    assert replay_choices(matrix, everyone(matrix)).tokens_R.tolist() == [6] * 4
 
 
 def test_anyone_is_seeded_and_even(matrix: AnswerMatrix) -> None:
-    first = [replay(matrix, anyone(matrix, seed)).first_R for seed in range(300)]
-    assert np.array_equal(first[7], replay(matrix, anyone(matrix, 7)).first_R)
+    first = [replay_choices(matrix, anyone(matrix, seed)).first_R for seed in range(300)]
+    assert np.array_equal(first[7], replay_choices(matrix, anyone(matrix, 7)).first_R)
     counts = np.bincount(np.concatenate(first), minlength=3)
     assert (abs(counts - 400) < 90).all()  # five standard deviations and more
 

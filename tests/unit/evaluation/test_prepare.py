@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.benchmarks.specs import BENCHMARKS
-from dmoa.evaluation.options import parse_options
-from dmoa.evaluation.prepare import SUITE_ROWS, prepare, sample
-from dmoa.evaluation.records import Label, Row, Task
-from dmoa.evaluation.registry import expand_names, judging
-from dmoa.evaluation.run_files import RunFolder
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.data import SUITE_ROWS, prepare_rows, sample_rows
+from dmoa.evaluation.records import Label, Row, Task, parse_evaluate_options
+from dmoa.evaluation.registry import BENCHMARKS, SUITES, expand_names, judging
+from dmoa.evaluation.run_folder import RunFolder
 
 
 def rows(count: int) -> list[Row]:
@@ -32,15 +29,15 @@ def rows(count: int) -> list[Row]:
 def test_a_sample_depends_on_the_rows_and_the_seed_and_not_on_their_order() -> None:
     everyone = rows(200)
     shuffled = random.Random(1).sample(everyone, 200)
-    assert sample(everyone, 20, 5) == sample(shuffled, 20, 5)
-    assert sample(everyone, 20, 5) != sample(everyone, 20, 6)
-    assert sample(everyone, 20, 5) == sample(everyone, 40, 5)[:20]  # a larger sample begins with the smaller one
-    assert sorted(row.row_hash for row in sample(everyone, 500, 5)) == [row.row_hash for row in everyone]
+    assert sample_rows(everyone, 20, 5) == sample_rows(shuffled, 20, 5)
+    assert sample_rows(everyone, 20, 5) != sample_rows(everyone, 20, 6)
+    assert sample_rows(everyone, 20, 5) == sample_rows(everyone, 40, 5)[:20]  # a larger sample begins with the smaller one
+    assert sorted(row.row_hash for row in sample_rows(everyone, 500, 5)) == [row.row_hash for row in everyone]
 
 
 def test_every_row_is_as_likely_as_any_other() -> None:
     everyone = rows(20)
-    drawn = [int(row.task.text) for seed in range(2000) for row in sample(everyone, 5, seed)]
+    drawn = [int(row.task.text) for seed in range(2000) for row in sample_rows(everyone, 5, seed)]
     counts = [drawn.count(i) for i in range(20)]
     assert min(counts) > 400  # expected 500, standard deviation 19
     assert max(counts) < 600
@@ -48,8 +45,8 @@ def test_every_row_is_as_likely_as_any_other() -> None:
 
 def test_tasks_and_labels_are_written_apart_and_in_step(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    options = parse_options({"benchmarks": "arith", "limit": 30, "seed": 4})
-    prepared = prepare(folder, "arith", options)
+    options = parse_evaluate_options({"benchmarks": "arith", "limit": 30, "seed": 4})
+    prepared = prepare_rows(folder, "arith", options)
     tasks, labels = list(folder.read_tasks("arith")), list(folder.read_gold("arith"))
     assert prepared.num_rows == len(tasks) == len(labels) == 30
     assert [task.row_id for task in tasks] == [label.row_id for label in labels]
@@ -60,7 +57,7 @@ def test_tasks_and_labels_are_written_apart_and_in_step(tmp_path: Path) -> None:
 
 
 def test_a_suite_without_a_limit_has_a_set_number_of_rows(tmp_path: Path) -> None:
-    assert prepare(RunFolder(tmp_path), "words", parse_options({"benchmarks": "words"})).num_rows == SUITE_ROWS
+    assert prepare_rows(RunFolder(tmp_path), "words", parse_evaluate_options({"benchmarks": "words"})).num_rows == SUITE_ROWS
 
 
 def test_benchmark_rows_come_with_the_hashes_of_their_files(tmp_path: Path) -> None:
@@ -71,12 +68,12 @@ def test_benchmark_rows_come_with_the_hashes_of_their_files(tmp_path: Path) -> N
         for i in range(12)
     ]
     (data / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "not json\n", encoding="utf-8")
-    options = parse_options({"benchmarks": "svamp", "limit": 5, "data_dir": tmp_path / "data", "skip_bad_rows": True})
-    prepared = prepare(RunFolder(tmp_path / "run"), "svamp", options)
+    options = parse_evaluate_options({"benchmarks": "svamp", "limit": 5, "data_dir": tmp_path / "data", "skip_bad_rows": True})
+    prepared = prepare_rows(RunFolder(tmp_path / "run"), "svamp", options)
     assert (prepared.num_rows, prepared.num_bad) == (5, 1)
     assert list(prepared.sources) == ["svamp/test.jsonl"]
     with pytest.raises(ConfigError, match=r"svamp/test.jsonl, line 13"):
-        prepare(RunFolder(tmp_path / "run"), "svamp", options.model_copy(update={"skip_bad_rows": False}))
+        prepare_rows(RunFolder(tmp_path / "run"), "svamp", options.model_copy(update={"skip_bad_rows": False}))
 
 
 def test_all_and_suites_stand_for_what_there_is() -> None:
@@ -99,10 +96,10 @@ def test_every_benchmark_says_how_it_is_judged(name: str) -> None:
 
 def test_only_suites_have_fine_splits(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    prepared = prepare(folder, "arith", parse_options({"benchmarks": "arith", "split": "validation", "limit": 3}))
+    prepared = prepare_rows(folder, "arith", parse_evaluate_options({"benchmarks": "arith", "split": "validation", "limit": 3}))
     assert prepared.num_rows == 3
     assert {task.row_id.split("/")[1] for task in folder.read_tasks("arith")} == {"validation"}
     with pytest.raises(ConfigError, match=r"--split: value seen: 'gate'; allowed for gsm8k: train, adaptation, test"):
-        prepare(folder, "gsm8k", parse_options({"benchmarks": "gsm8k", "split": "gate"}))
+        prepare_rows(folder, "gsm8k", parse_evaluate_options({"benchmarks": "gsm8k", "split": "gate"}))
     with pytest.raises(ConfigError, match="split"):
-        parse_options({"benchmarks": "arith", "split": "secret"})
+        parse_evaluate_options({"benchmarks": "arith", "split": "secret"})

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation import display, plots
-from dmoa.evaluation.report import render, write
-from dmoa.evaluation.results import Evaluation, build
-from dmoa.evaluation.run_info import BenchmarkInfo
+from dmoa.evaluation import figures as display
+from dmoa.evaluation import report as plots
+from dmoa.evaluation.records import BenchmarkInfo
+from dmoa.evaluation.report import render_report, write_report
+from dmoa.evaluation.results import Evaluation, build_evaluation
 from tests.unit.run_records import answer, lost, run_of, score, small_run
 
 VOID = {"meta", "br"}
@@ -65,12 +66,12 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def evaluation() -> Evaluation:
-    return build(*small_run())
+    return build_evaluation(*small_run())
 
 
 @pytest.fixture(scope="module")
 def text(evaluation: Evaluation) -> str:
-    return render(evaluation)
+    return render_report(evaluation)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_how_to_repeat_is_there(text: str) -> None:
 
 def test_the_same_result_gives_the_same_page(evaluation: Evaluation, text: str) -> None:
     code = (
-        "import sys\nfrom dmoa.evaluation.report import render\nfrom dmoa.evaluation.results import Evaluation\n"
+        "import sys\nfrom dmoa.evaluation.report import render_report as render\nfrom dmoa.evaluation.results import Evaluation\n"
         "sys.stdout.reconfigure(encoding='utf-8')\nprint(render(Evaluation.model_validate_json(sys.stdin.read())), end='')"
     )
     done = subprocess.run(
@@ -127,16 +128,18 @@ def test_the_same_result_gives_the_same_page(evaluation: Evaluation, text: str) 
 
 
 def test_the_report_is_written_whole(evaluation: Evaluation, text: str, tmp_path: Path) -> None:
-    write(evaluation, tmp_path / "deep" / "report.html")
+    write_report(evaluation, tmp_path / "deep" / "report.html")
     assert (tmp_path / "deep" / "report.html").read_text(encoding="utf-8") == text
     assert len(list((tmp_path / "deep").iterdir())) == 1
     with pytest.raises(ConfigError, match="a folder; allowed is a file"):
-        write(evaluation, tmp_path)
+        write_report(evaluation, tmp_path)
 
 
 def test_an_unfinished_run_says_so(evaluation: Evaluation) -> None:
     run = evaluation.config.model_copy(update={"gate_version": "untrained-1"})
-    found = render(build(run, [answer("mmlu", 0, "dmoa", gate_version="untrained-1")], [score("mmlu", 0, "dmoa", 1.0)]))
+    found = render_report(
+        build_evaluation(run, [answer("mmlu", 0, "dmoa", gate_version="untrained-1")], [score("mmlu", 0, "dmoa", 1.0)])
+    )
     assert "13 of 14 rows are still missing" in found
     assert "Gate untrained-1 is untrained: its routing is arbitrary" in found
     assert display.MISSING in found
@@ -170,27 +173,29 @@ def test_heat_maps_give_the_share_of_steps(evaluation: Evaluation) -> None:
 
 def test_an_agent_that_is_never_asked_has_its_row(evaluation: Evaluation) -> None:
     run = run_of([BenchmarkInfo(name="gsm8k", rows=1)], ["single"])
-    drawn = plots.routing(build(run, [answer("gsm8k", 0, "single", active=(("adder",),))], []), "single")
+    drawn = plots.routing(build_evaluation(run, [answer("gsm8k", 0, "single", active=(("adder",),))], []), "single")
     assert drawn is not None
     assert "echo" in texts_of(drawn)
 
 
 def test_a_plot_without_data_is_not_drawn() -> None:
     run = run_of([BenchmarkInfo(name="gsm8k", rows=2)], ["dmoa"])
-    empty = build(run, [], [])
+    empty = build_evaluation(run, [], [])
     assert plots.accuracy_against_tokens(empty) is None
     assert (plots.groups(empty, "gsm8k"), plots.steps(empty), plots.stop_reasons(empty)) == (None, None, None)
     assert plots.routing(empty, "dmoa") is None
-    all_failed = render(build(run, [lost("gsm8k", 0, "dmoa")], [score("gsm8k", 0, "dmoa", 0.0, is_failed=True, is_scored=False)]))
+    all_failed = render_report(
+        build_evaluation(run, [lost("gsm8k", 0, "dmoa")], [score("gsm8k", 0, "dmoa", 0.0, is_failed=True, is_scored=False)])
+    )
     assert "<h2>Routing</h2>" not in all_failed
-    assert "<svg" not in render(empty)
+    assert "<svg" not in render_report(empty)
 
 
 def test_odd_names_are_drawn_as_they_are() -> None:
     run = run_of([BenchmarkInfo(name="gsm8k", rows=4)], ["single:a_1.b"])
     lines = [answer("gsm8k", n, "single:a_1.b", active=((r"$\frac{1}{0}$ <b>",),)) for n in range(2)]
     scores = [score("gsm8k", n, "single:a_1.b", 1.0, group=f"_{n} & <i>$x$") for n in range(2)]
-    evaluation = build(run, lines, scores)
+    evaluation = build_evaluation(run, lines, scores)
     routing, groups = plots.routing(evaluation, "single:a_1.b"), plots.groups(evaluation, "gsm8k")
     assert routing is not None
     assert groups is not None
@@ -217,7 +222,7 @@ def test_colours_are_the_pages_own(text: str) -> None:
 def test_fifty_seven_subjects_get_room() -> None:
     run = run_of([BenchmarkInfo(name="mmlu", rows=57)], ["dmoa", "single"])
     scores = [score("mmlu", n, policy, 1.0, group=f"subject {n:02}") for n in range(57) for policy in run.policies]
-    drawn = plots.groups(build(run, [], scores), "mmlu")
+    drawn = plots.groups(build_evaluation(run, [], scores), "mmlu")
     assert drawn is not None
     height_points = float(ET.fromstring(drawn).attrib["height"].removesuffix("pt"))
     # At least 12 points for each subject: labels of 8 points do not touch.
@@ -240,11 +245,13 @@ def compared(methods: Sequence[str] = METHODS, **changes: Any) -> Evaluation:
             version = {"dmoa": "untrained-1", "dmoa:trained": "abc"}.get(method)
             answered.append(answer(info.name, 0, method, gate_version=version, prompt_tokens=100 + number))
             scored.append(score(info.name, 0, method, float(number % 2 == 0)))
-    return build(run_of(infos, methods, gate_version="untrained-1", gates={"trained": "abc"}, **changes), answered, scored)
+    return build_evaluation(
+        run_of(infos, methods, gate_version="untrained-1", gates={"trained": "abc"}, **changes), answered, scored
+    )
 
 
 def test_drawings_come_before_tables_and_comparisons_are_folded() -> None:
-    found = render(compared())
+    found = render_report(compared())
     assert found.index("<svg") < found.index("All benchmarks together</h2>") < found.index("Results by benchmark</h2>")
     assert found.index("Routing</h2>") < found.index("Results by benchmark</h2>")
     folded = re.findall(r"<details>(.*?)</details>", found, re.DOTALL)
@@ -258,7 +265,7 @@ def test_drawings_come_before_tables_and_comparisons_are_folded() -> None:
 
 
 def test_the_overall_table_has_every_method_once() -> None:
-    page = Page(render(compared()))
+    page = Page(render_report(compared()))
     head = page.row("policy", "all rows %")
     assert head[:5] == ["policy", "all rows %", "95 %", "gsm8k", "svamp"]
     assert page.row("dense", "100.0")[1:5] == ["100.0", "[34.2, 100.0]", "100.0", "100.0"]
@@ -273,7 +280,7 @@ def test_a_method_that_did_not_run_has_no_mean_and_no_mark() -> None:
     answered.append(lost("svamp", 0, "single:b", "EngineError: gone"))
     scored = [score(name, 0, policy, 1.0) for name, policy in (("gsm8k", "dense"), ("svamp", "dense"), ("gsm8k", "single:b"))]
     scored.append(score("svamp", 0, "single:b", 0.0, is_scored=False, is_failed=True))
-    text = render(build(run, answered, scored))
+    text = render_report(build_evaluation(run, answered, scored))
     assert Page(text).row("single:b", "-")[1:5] == ["-", "", "100.0", "did not run"]
     assert "Did not run: single:b on svamp: all 1 queries failed." in text
 
@@ -281,7 +288,7 @@ def test_a_method_that_did_not_run_has_no_mean_and_no_mark() -> None:
 def test_an_untrained_gate_is_called_untrained_wherever_it_is_named() -> None:
     found = compared()
     assert display.untrained_policies(found) == {"dmoa"}
-    page = Page(render(found))
+    page = Page(render_report(found))
     cells = [cell for row in page.rows for cell in row]
     assert "dmoa" not in cells
     assert cells.count("dmoa (untrained gate)") > 4

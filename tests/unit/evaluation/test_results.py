@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.results import Evaluation, build, not_run, read, rebuild
-from dmoa.evaluation.run_files import write_whole
-from dmoa.evaluation.run_info import BenchmarkInfo, PoolInfo, RunInfo
+from dmoa.evaluation.records import BenchmarkInfo, PoolInfo, RunInfo
+from dmoa.evaluation.results import Evaluation, build_evaluation, not_run, read_evaluation, rebuild_evaluation
+from dmoa.evaluation.run_folder import write_whole
 from dmoa.evaluation.statistics import wilson
 from tests.unit.run_records import answer, lost, run_of, score, small_run, write_run
 
@@ -28,14 +28,14 @@ CONTRACT_PAIRED = {"benchmark", "a", "b", "n", "difference", "low", "high", "p",
 
 
 def test_the_contracts_names_are_there() -> None:
-    tree = build(*small_run()).model_dump(mode="json")
+    tree = build_evaluation(*small_run()).model_dump(mode="json")
     assert {"config", "rows", "paired"} <= set(tree)
     assert all(set(row) >= CONTRACT_ROW for row in tree["rows"])
     assert all(set(row) >= CONTRACT_PAIRED for row in tree["paired"])
 
 
 def test_a_row_by_hand() -> None:
-    row = build(*small_run()).rows[0]
+    row = build_evaluation(*small_run()).rows[0]
     assert (row.benchmark, row.policy, row.seed) == ("mmlu", "dmoa", 7)
     # Four rows: two right, one unscored, one failed.
     assert (row.n, row.correct, row.unscored, row.failed, row.missing) == (4, 2, 1, 1, 0)
@@ -51,7 +51,7 @@ def test_a_row_by_hand() -> None:
 
 
 def test_a_fractional_row_by_hand() -> None:
-    row = next(row for row in build(*small_run()).rows if (row.benchmark, row.policy) == ("relay", "dmoa"))
+    row = next(row for row in build_evaluation(*small_run()).rows if (row.benchmark, row.policy) == ("relay", "dmoa"))
     assert (row.n, row.correct, row.accuracy, row.interval) == (3, 1, pytest.approx(1.75 / 3), "bootstrap")
     assert row.low < row.accuracy < row.high
     assert row.metrics == {"f1": pytest.approx(1.75 / 6)}
@@ -60,23 +60,23 @@ def test_a_fractional_row_by_hand() -> None:
 
 
 def test_policies_are_compared_on_the_rows_of_both() -> None:
-    found = build(*small_run()).paired[0]
+    found = build_evaluation(*small_run()).paired[0]
     # Rows 0..3: dmoa 1 1 0 0 (unscored and failed ones as 0), single 1 0 0 0: one row tells them apart.
     assert (found.benchmark, found.a, found.b, found.n) == ("mmlu", "dmoa", "single", 4)
     assert (found.difference, found.p) == (0.25, 1.0)
     assert found.test.startswith("McNemar")
-    assert build(*small_run()).paired[1].test.startswith("paired bootstrap")
+    assert build_evaluation(*small_run()).paired[1].test.startswith("paired bootstrap")
 
 
 def test_rows_of_one_policy_alone_are_not_compared() -> None:
     run = run_of([BenchmarkInfo(name="gsm8k", rows=3)])
     scored = [score("gsm8k", n, "dmoa", 1.0) for n in range(3)] + [score("gsm8k", 2, "single", 0.0)]
-    found = build(run, [], scored).paired[0]
+    found = build_evaluation(run, [], scored).paired[0]
     assert (found.n, found.difference) == (1, 1.0)
 
 
 def test_groups_need_two() -> None:
-    groups = build(*small_run()).groups
+    groups = build_evaluation(*small_run()).groups
     assert [(row.group, row.policy, row.n, row.correct) for row in groups] == [
         ("art", "dmoa", 2, 1),
         ("art", "single", 2, 1),
@@ -84,11 +84,11 @@ def test_groups_need_two() -> None:
         ("law", "single", 2, 0),
     ]
     run = run_of([BenchmarkInfo(name="gsm8k", rows=1)])
-    assert build(run, [], [score("gsm8k", 0, "dmoa", 1.0, group="only")]).groups == []
+    assert build_evaluation(run, [], [score("gsm8k", 0, "dmoa", 1.0, group="only")]).groups == []
 
 
 def test_routing_counts_active_agents_by_step() -> None:
-    found = [row for row in build(*small_run()).routing if (row.benchmark, row.policy) == ("mmlu", "dmoa")]
+    found = [row for row in build_evaluation(*small_run()).routing if (row.benchmark, row.policy) == ("mmlu", "dmoa")]
     assert [(row.step, row.agent, row.count) for row in found] == [(0, "adder", 3), (0, "echo", 3), (1, "adder", 3)]
 
 
@@ -96,14 +96,14 @@ def test_failures_are_kept_in_order_and_bounded() -> None:
     run = run_of([BenchmarkInfo(name="gsm8k", rows=300)], ["dmoa"])
     lines = [lost("gsm8k", number, "dmoa", "x" * 9999) for number in range(300)]
     random.Random(1).shuffle(lines)
-    found = build(run, lines, []).failures
+    found = build_evaluation(run, lines, []).failures
     assert [row.row_id for row in found] == [f"gsm8k/test/{number:04}" for number in range(50)]
     assert all(len(row.error) == 500 for row in found)
 
 
 def test_what_is_missing_is_counted_and_not_wrong() -> None:
     run = run_of([BenchmarkInfo(name="gsm8k", rows=10)])
-    evaluation = build(run, [answer("gsm8k", n, "dmoa") for n in range(3)], [score("gsm8k", 0, "dmoa", 1.0)])
+    evaluation = build_evaluation(run, [answer("gsm8k", n, "dmoa") for n in range(3)], [score("gsm8k", 0, "dmoa", 1.0)])
     row, empty = evaluation.rows
     assert (row.n, row.accuracy, row.missing) == (1, 1.0, 9)
     assert (empty.n, empty.accuracy, empty.low, empty.high, empty.missing) == (0, 0.0, 0.0, 1.0, 10)
@@ -122,7 +122,7 @@ def failing_run(rows: int = 4) -> Evaluation:
                 scored.append(score(name, number, policy, float(number % 2), group=group))
             answered.append(lost(name, number, "single:b", "EngineError: agent b is scripted to fail"))
             scored.append(score(name, number, "single:b", 0.0, group=group, is_scored=False, is_failed=True, metrics={"f1": 0.0}))
-    return build(run, answered, scored)
+    return build_evaluation(run, answered, scored)
 
 
 def test_a_policy_whose_every_query_failed_did_not_run_and_is_compared_with_nobody() -> None:
@@ -145,13 +145,13 @@ def test_a_policy_that_answered_once_ran() -> None:
     answered = [answer("gsm8k", 0, "dmoa"), lost("gsm8k", 1, "dmoa"), lost("gsm8k", 2, "dmoa")]
     scored = [score("gsm8k", 0, "dmoa", 1.0)]
     scored += [score("gsm8k", number, "dmoa", 0.0, is_scored=False, is_failed=True) for number in (1, 2)]
-    (row,) = build(run, answered, scored).rows
+    (row,) = build_evaluation(run, answered, scored).rows
     assert (row.did_run, row.accuracy) == (True, pytest.approx(1 / 3))
 
 
 def test_rows_that_are_still_to_be_asked_have_not_failed() -> None:
     run = run_of([BenchmarkInfo(name="gsm8k", rows=3)], ["dmoa"])
-    found = build(run, [], [])
+    found = build_evaluation(run, [], [])
     assert not found.rows[0].did_run
     assert not_run(found) == []
 
@@ -161,7 +161,7 @@ def test_two_policies_of_which_no_reply_could_be_judged_are_not_compared() -> No
     answered = [answer("gsm8k", number, policy) for number in range(3) for policy in run.policies]
     scored = [score("gsm8k", number, policy, 0.0, is_scored=False) for number in range(3) for policy in ("dmoa", "single")]
     scored += [score("gsm8k", number, "dense", 1.0) for number in range(3)]
-    found = build(run, answered, scored)
+    found = build_evaluation(run, answered, scored)
     assert [(pair.a, pair.b) for pair in found.paired] == [("dmoa", "dense"), ("single", "dense")]
     assert [row.num_scored for row in found.rows] == [0, 0, 3]
 
@@ -171,7 +171,7 @@ def test_a_result_of_before_says_by_its_counts_what_ran(tmp_path: Path) -> None:
     for row in tree["rows"]:
         del row["did_run"]
     write_whole(tmp_path / "evaluation.json", json.dumps(tree))
-    assert read(tmp_path) == failing_run()
+    assert read_evaluation(tmp_path) == failing_run()
 
 
 @given(st.randoms(use_true_random=False))
@@ -186,7 +186,9 @@ def test_the_order_of_lines_does_not_matter(order: random.Random) -> None:
                 answered.append(answer(benchmark, number, policy, wall_ms=drawn.random() * 1e4, entropy_nats=drawn.random()))
                 value = drawn.random() if benchmark == "relay" else float(drawn.random() < 0.5)
                 scored.append(score(benchmark, number, policy, value, group=str(number % 3), metrics={"f1": drawn.random()}))
-    assert build(run, order.sample(answered, len(answered)), order.sample(scored, len(scored))) == build(run, answered, scored)
+    assert build_evaluation(run, order.sample(answered, len(answered)), order.sample(scored, len(scored))) == build_evaluation(
+        run, answered, scored
+    )
 
 
 @pytest.mark.parametrize("kind", ["answers", "scores"])
@@ -195,19 +197,19 @@ def test_a_row_never_counts_twice(kind: str) -> None:
     answered = [answer("gsm8k", 0, "dmoa")] * (2 if kind == "answers" else 1)
     scored = [score("gsm8k", 0, "dmoa", 1.0)] * (2 if kind == "scores" else 1)
     with pytest.raises(ConfigError, match=r"gsm8k/test/0000' is there twice for policy 'dmoa'"):
-        build(run, answered, scored)
+        build_evaluation(run, answered, scored)
 
 
 def test_a_line_of_another_run_is_refused() -> None:
     run = run_of([BenchmarkInfo(name="gsm8k", rows=2)])
     with pytest.raises(ConfigError, match="'svamp' with policy 'dmoa' is no part of this run; allowed: gsm8k with dmoa"):
-        build(run, [answer("svamp", 0, "dmoa")], [])
+        build_evaluation(run, [answer("svamp", 0, "dmoa")], [])
 
 
 def test_many_rows_take_little_memory() -> None:
     run = run_of([BenchmarkInfo(name="gsm8k", rows=4_000)])
     tracemalloc.start()
-    evaluation = build(
+    evaluation = build_evaluation(
         run,
         (answer("gsm8k", number, policy, text="long " * 200) for policy in run.policies for number in range(4_000)),
         (score("gsm8k", number, policy, float(number % 3 == 0)) for policy in run.policies for number in range(4_000)),
@@ -225,7 +227,7 @@ def test_many_rows_take_little_memory() -> None:
 def test_a_folder_gives_the_same_result(tmp_path: Path) -> None:
     run, answered, scored = small_run()
     write_run(tmp_path, run, answered, scored)
-    assert rebuild(tmp_path) == build(run, answered, scored)
+    assert rebuild_evaluation(tmp_path) == build_evaluation(run, answered, scored)
 
 
 def test_a_torn_line_is_a_row_to_come(tmp_path: Path) -> None:
@@ -233,14 +235,14 @@ def test_a_torn_line_is_a_row_to_come(tmp_path: Path) -> None:
     folder = write_run(tmp_path, run, answered, scored)
     path = folder.answers("mmlu", "single")
     path.write_bytes(path.read_bytes()[:-30])
-    row = next(row for row in rebuild(tmp_path).rows if (row.benchmark, row.policy) == ("mmlu", "single"))
+    row = next(row for row in rebuild_evaluation(tmp_path).rows if (row.benchmark, row.policy) == ("mmlu", "single"))
     assert (row.prompt_tokens, row.missing) == (300, 1)
 
 
 def test_the_written_result_is_read_back(tmp_path: Path) -> None:
-    evaluation = build(*small_run())
+    evaluation = build_evaluation(*small_run())
     write_whole(tmp_path / "evaluation.json", evaluation.model_dump_json())
-    assert read(tmp_path) == evaluation
+    assert read_evaluation(tmp_path) == evaluation
     assert Evaluation.model_validate_json(evaluation.model_dump_json()) == evaluation
 
 
@@ -258,7 +260,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, files: dict[str, str]
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
-        read(tmp_path)
+        read_evaluation(tmp_path)
 
 
 def test_a_run_keeps_no_secret() -> None:

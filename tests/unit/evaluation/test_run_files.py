@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, Task
-from dmoa.evaluation.run_files import RunFolder, append, mend, read_lines, write_lines, write_whole
+from dmoa.evaluation.run_folder import RunFolder, append, mend, read_lines, write_lines, write_whole
 
 
 def row(number: int, text: str = "19") -> Answered:

@@ -6,7 +6,7 @@ from typing import Any
 
 from dmoa.agents.pool import fingerprint, load_pool
 from dmoa.config import Config
-from dmoa.evaluation.run_info import PoolInfo, pool_differences
+from dmoa.evaluation.records import PoolInfo, pool_differences
 
 
 def info(*overrides: str) -> PoolInfo:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from dmoa.evaluation import registry as table
+from dmoa.evaluation.benchmarks.ddxplus import differential_metrics, find_condition, read_diagnosis, read_differential
 from dmoa.evaluation.records import Label, Reply
-from dmoa.evaluation.scorers import table
-from dmoa.evaluation.scorers.ddxplus import differential_metrics, find_condition, read_diagnosis, read_differential
 
 CONDITIONS = [
     "Acute COPD exacerbation / infection",
@@ -96,7 +96,7 @@ def test_metrics_by_hand() -> None:
 
 
 def test_diagnosis_and_differential_score_apart() -> None:
-    entry = table.build("ddxplus")
+    entry = table.build_scorer("ddxplus")
     gold = {
         "pathology": "Pneumonia",
         "differential": [["Influenza", 0.6], ["Pneumonia", 0.39], ["HIV", 0.01]],

@@ -7,9 +7,9 @@ from fractions import Fraction
 
 import pytest
 
+from dmoa.evaluation import registry as table
+from dmoa.evaluation.benchmarks.hotpotqa import exact_match, f1, normalised, read_answer
 from dmoa.evaluation.records import Label, Reply
-from dmoa.evaluation.scorers import table
-from dmoa.evaluation.scorers.hotpotqa import exact_match, f1, normalised, read_answer
 
 PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
@@ -118,7 +118,7 @@ def test_answer_of_a_reply(text: str, answer: str | None) -> None:
 
 
 def test_scores() -> None:
-    score = table.build("hotpotqa").score
+    score = table.build_scorer("hotpotqa").score
     label = Label(row_id="hotpotqa/test/1", benchmark="hotpotqa", gold={"answer": "Stephen King"})
     right = score(label, Reply(text="Answer: stephen king."))
     assert (right.value, right.metrics) == (1.0, {"f1": 1.0})

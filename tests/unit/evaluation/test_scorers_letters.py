@@ -6,9 +6,9 @@ import random
 
 import pytest
 
+from dmoa.evaluation import registry as table
+from dmoa.evaluation.benchmarks.choices import read_choice
 from dmoa.evaluation.records import Label, Reply
-from dmoa.evaluation.scorers import table
-from dmoa.evaluation.scorers.letters import read_choice
 
 CHOICES = ["Paris", "a dog", "12", "None of these"]
 CHOSEN = [
@@ -148,7 +148,7 @@ def test_agrees_with_an_independent_reader_on_1000_replies() -> None:
 
 
 def test_scores() -> None:
-    score = table.build("mmlu").score
+    score = table.build_scorer("mmlu").score
     label = Label(row_id="mmlu/test/1", benchmark="mmlu", gold={"letter": "B", "choices": CHOICES})
     assert score(label, Reply(text="Answer: B")).value == 1.0
     wrong = score(label, Reply(text="Answer: C"))

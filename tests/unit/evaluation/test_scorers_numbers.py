@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from dmoa.core.answers import spelled
 from dmoa.errors import ConfigError
+from dmoa.evaluation import registry as table
+from dmoa.evaluation.benchmarks.word_problems import expression_value, read_number
 from dmoa.evaluation.records import Label, Reply
-from dmoa.evaluation.scorers import table
-from dmoa.evaluation.scorers.expressions import expression_value
-from dmoa.evaluation.scorers.numbers import read_number
 
 STATED = [
     ("Answer: 18", "18"),
@@ -223,7 +222,7 @@ def test_what_is_no_small_exact_calculation_has_no_value(text: str) -> None:
 
 
 def test_numbers_compare_exactly() -> None:
-    score = table.build("gsm8k").score
+    score = table.build_scorer("gsm8k").score
     third = Label(row_id="gsm8k/test/1", benchmark="gsm8k", gold={"number": "1/3"})
     assert score(third, Reply(text="Answer: 2/6")).value == 1.0
     wrong = score(third, Reply(text="Answer: 0.33"))
@@ -235,4 +234,4 @@ def test_numbers_compare_exactly() -> None:
 @pytest.mark.parametrize("gold", [{"number": "many"}, {"answer": "18"}])
 def test_a_label_of_another_kind_is_refused(gold: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="svamp/test/1"):
-        table.build("svamp").score(Label(row_id="svamp/test/1", benchmark="svamp", gold=gold), Reply(text="1"))
+        table.build_scorer("svamp").score(Label(row_id="svamp/test/1", benchmark="svamp", gold=gold), Reply(text="1"))

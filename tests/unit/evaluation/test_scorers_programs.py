@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmoa.evaluation import registry as table
+from dmoa.evaluation.benchmarks import ds1000
+from dmoa.evaluation.benchmarks.ds1000 import read_solution
+from dmoa.evaluation.benchmarks.humaneval import program, read_completion
+from dmoa.evaluation.benchmarks.programs import bare_code, indented, judge_program, require_sandbox
 from dmoa.evaluation.records import Label, Reply
-from dmoa.evaluation.scorers import ds1000, table
-from dmoa.evaluation.scorers.ds1000 import read_solution
-from dmoa.evaluation.scorers.humaneval import program, read_completion
-from dmoa.evaluation.scorers.programs import bare_code, indented, judge, require_sandbox
 from dmoa.sandbox.launch import SandboxLimits
 
 PROMPT = '''from typing import List
@@ -68,13 +69,13 @@ NO_CODE = ["", " \n ", *REFUSALS, "It adds the numbers.", "``````", "```\n\n```"
 
 @pytest.mark.parametrize("name", PASSING)
 def test_humaneval_passes(name: str) -> None:
-    score = table.build("humaneval").score(HUMANEVAL, Reply(text=PASSING[name]))
+    score = table.build_scorer("humaneval").score(HUMANEVAL, Reply(text=PASSING[name]))
     assert (score.value, score.is_scored) == (1.0, True), score.reason
 
 
 @pytest.mark.parametrize("name", FAILING)
 def test_humaneval_fails(name: str) -> None:
-    score = table.build("humaneval").score(HUMANEVAL, Reply(text=FAILING[name]))
+    score = table.build_scorer("humaneval").score(HUMANEVAL, Reply(text=FAILING[name]))
     assert (score.value, score.is_scored) == (0.0, True)
     assert score.extracted
     assert score.reason
@@ -83,25 +84,25 @@ def test_humaneval_fails(name: str) -> None:
 @pytest.mark.parametrize("text", NO_CODE)
 def test_without_code_nothing_runs(text: str) -> None:
     for name, label in (("humaneval", HUMANEVAL), ("ds1000", DS1000)):
-        score = table.build(name).score(label, Reply(text=text))
+        score = table.build_scorer(name).score(label, Reply(text=text))
         assert (score.value, score.is_scored, score.extracted, score.reason) == (0.0, False, None, "no code found")
 
 
 def test_an_endless_program_is_stopped_and_is_its_own_failure() -> None:
     limits = SandboxLimits(wall_s=1.0, cpu_s=1)
-    verdict = judge("while True: pass", "", limits, allow_weak=False)
+    verdict = judge_program("while True: pass", "", limits, allow_weak=False)
     assert (verdict.passed, verdict.is_judged) == (False, True)
     assert verdict.reason.startswith("timeout")
 
 
 def test_the_error_is_named_however_many_lines_it_has() -> None:
-    verdict = judge("raise ValueError('one\\ntwo\\nthree')", "", SandboxLimits(), allow_weak=False)
+    verdict = judge_program("raise ValueError('one\\ntwo\\nthree')", "", SandboxLimits(), allow_weak=False)
     assert verdict.reason == "failed: ValueError: one"
 
 
 def test_require_sandbox_accepts_this_host() -> None:
     require_sandbox(allow_weak=False)
-    assert judge("answer = 42", "assert answer == 42", SandboxLimits(), allow_weak=False).passed
+    assert judge_program("answer = 42", "assert answer == 42", SandboxLimits(), allow_weak=False).passed
 
 
 def test_program_puts_future_imports_first() -> None:
@@ -166,14 +167,14 @@ def ds_label(**changes: str) -> Label:
     ],
 )
 def test_ds1000_runs_both_tests(text: str, value: float) -> None:
-    score = table.build("ds1000").score(DS1000, Reply(text=text))
+    score = table.build_scorer("ds1000").score(DS1000, Reply(text=text))
     assert (score.value, score.is_scored) == (value, True), score.reason
 
 
 def test_ds1000_indents_where_the_prompt_ends_inside_a_function() -> None:
     context = CONTEXT.replace("[insert]\n", "def f(numbers):\n[insert]\nresult = f(numbers)\n", 1)
     label = ds_label(code_context=context, prompt="def f(numbers):\n    # return the solution\n    ### BEGIN SOLUTION\n")
-    score = table.build("ds1000").score
+    score = table.build_scorer("ds1000").score
     bodies = [
         "return sum(numbers)",
         "    return sum(numbers)",
@@ -186,10 +187,10 @@ def test_ds1000_indents_where_the_prompt_ends_inside_a_function() -> None:
 
 def test_a_row_whose_reference_fails_here_is_unscored_with_library_and_version() -> None:
     label = ds_label(reference_code="result = numbers.sums()")
-    score = table.build("ds1000").score
+    score = table.build_scorer("ds1000").score
     failed = score(label, Reply(text="```python\nresult = 0\n```"))
     assert (failed.value, failed.is_scored) == (0.0, False)
-    assert failed.reason.startswith(f"the reference fails with Numpy {ds1000.installed_version('Numpy')}: ")
+    assert failed.reason.startswith(f"the reference fails with Numpy {ds1000.library_version('Numpy')}: ")
     assert "no attribute 'sums'" in failed.reason
     # a candidate that passes is right, whatever the reference does
     assert score(label, Reply(text="```python\nresult = sum(numbers)\n```")).value == 1.0
@@ -206,13 +207,13 @@ def test_a_reference_runs_once_and_the_oldest_is_forgotten() -> None:
 
 
 def test_a_row_whose_library_is_missing_is_unscored() -> None:
-    score = table.build("ds1000").score(ds_label(library="Nosuchlib"), Reply(text="```python\nresult = 3\n```"))
+    score = table.build_scorer("ds1000").score(ds_label(library="Nosuchlib"), Reply(text="```python\nresult = 3\n```"))
     assert (score.value, score.is_scored) == (0.0, False)
     assert "Nosuchlib" in score.reason
 
 
 def test_a_context_that_is_no_python_says_nothing_about_a_candidate() -> None:
-    score = table.build("ds1000").score(ds_label(code_context="def broken(:"), Reply(text="```python\nresult = 3\n```"))
+    score = table.build_scorer("ds1000").score(ds_label(code_context="def broken(:"), Reply(text="```python\nresult = 3\n```"))
     assert (score.value, score.is_scored) == (0.0, False)
 
 
@@ -270,6 +271,6 @@ def test_huge_replies_are_read_in_bounded_time(text: str) -> None:
 
 def test_surrogates_and_null_bytes_run_as_failures() -> None:
     for code in ("x = '\ud800'", "x = 1\x00"):
-        score = table.build("humaneval").score(HUMANEVAL, Reply(text=f"```python\n{code}\n```"))
+        score = table.build_scorer("humaneval").score(HUMANEVAL, Reply(text=f"```python\n{code}\n```"))
         assert (score.value, score.is_scored) == (0.0, True)
-        assert table.build("ds1000").score(DS1000, Reply(text=f"```python\n{code}\n```")).value == 0.0
+        assert table.build_scorer("ds1000").score(DS1000, Reply(text=f"```python\n{code}\n```")).value == 0.0

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
+from dmoa.evaluation import registry as table
 from dmoa.evaluation.records import Label, Reply
-from dmoa.evaluation.scorers import table
 
 GOLD: dict[str, dict[str, object]] = {
     "mmlu": {"letter": "B", "choices": ["one", "two", "three", "four"]},
@@ -22,7 +22,7 @@ GOLD: dict[str, dict[str, object]] = {
     "ddxplus": {"pathology": "GERD", "differential": [["GERD", 0.9], ["Croup", 0.1]], "conditions": ["GERD", "Croup", "SLE"]},
 }
 LABELS = {name: Label(row_id=f"{name}/test/0", benchmark=name, gold=gold) for name, gold in GOLD.items()}
-ENTRIES = {name: table.build(name) for name in GOLD}
+ENTRIES = {name: table.build_scorer(name) for name in GOLD}
 PIECES = [
     *("Answer: ", "answer is ", "Diagnosis: ", "Differential: ", "GERD", " or ", "or", "(B)", "B.", "C"),
     *("\\boxed{", "\\frac{", "}", "\\sqrt", "\\times", "####", "```", "```python\n", "\n", " ", ";"),
@@ -86,7 +86,7 @@ def test_labels_of_other_benchmarks_and_unknown_benchmarks_are_refused() -> None
     with pytest.raises(ConfigError, match=r"'multiarith'.*'gsm8k'"):
         ENTRIES["gsm8k"].score(LABELS["multiarith"], Reply(text="3"))
     with pytest.raises(ConfigError, match=r"no scorer.*'mmul'.*mmlu"):
-        table.build("mmul")
+        table.build_scorer("mmul")
 
 
 def test_chance_is_one_of_the_choices_or_another_rows_answer() -> None:

@@ -14,8 +14,7 @@ import pytest
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation import selfcheck
-from dmoa.evaluation.dealing import expect_dealt
-from dmoa.evaluation.selfcheck import SILENT, SelfCheck
+from dmoa.evaluation.selfcheck import SILENT, SelfCheck, expect_dealt
 
 
 def write_rows(folder: Path, file: str, rows: list[dict[str, Any]]) -> None:
@@ -62,7 +61,7 @@ def test_passes_on_hand_made_rows_and_counts_them(tmp_path: Path) -> None:
     write_rows(tmp_path / "gsm8k", "train.jsonl", numbers(40))
     write_rows(tmp_path / "gsm8k", "test.jsonl.gz", [*numbers(30), *numbers(1)])
     seen: list[tuple[str, int, int]] = []
-    found = selfcheck.run(["gsm8k"], data_dir=tmp_path, progress=lambda *event: seen.append(event))
+    found = selfcheck.run_selfcheck(["gsm8k"], data_dir=tmp_path, progress=lambda *event: seen.append(event))
     (check,) = found.benchmarks
     assert found.passed
     assert sum(check.rows.values()) == 70
@@ -79,7 +78,7 @@ def test_passes_on_hand_made_rows_and_counts_them(tmp_path: Path) -> None:
 def test_a_right_answer_that_scores_wrong_is_a_failure_with_its_row(tmp_path: Path) -> None:
     broken = [HUMANEVAL[0] | {"canonical_solution": "    return x - 1\n"}, *HUMANEVAL[1:]]
     write_rows(tmp_path / "humaneval", "test.jsonl", broken)
-    found = selfcheck.run(["humaneval"], data_dir=tmp_path)
+    found = selfcheck.run_selfcheck(["humaneval"], data_dir=tmp_path)
     (check,) = found.benchmarks
     assert not found.passed
     (gold,) = check.gold
@@ -95,7 +94,7 @@ def test_references_that_fail_here_are_listed_with_library_and_version(tmp_path:
         ds1000_row(2, "result = 2", library="Nosuchlib"),
     ]
     write_rows(tmp_path / "ds1000", "test.jsonl.gz", rows)
-    found = selfcheck.run(["ds1000"], data_dir=tmp_path)
+    found = selfcheck.run_selfcheck(["ds1000"], data_dir=tmp_path)
     (check,) = found.benchmarks
     assert found.passed
     (gold,) = check.gold
@@ -110,20 +109,20 @@ def test_references_that_fail_here_are_listed_with_library_and_version(tmp_path:
 
 def test_a_benchmark_of_which_no_row_can_be_judged_has_not_passed(tmp_path: Path) -> None:
     write_rows(tmp_path / "ds1000", "test.jsonl", [ds1000_row(n, f"result = {n}", library="Nosuchlib") for n in range(2)])
-    found = selfcheck.run(["ds1000"], data_dir=tmp_path)
+    found = selfcheck.run_selfcheck(["ds1000"], data_dir=tmp_path)
     assert [(gold.num_right, gold.num_unscored) for gold in found.benchmarks[0].gold] == [(0, 2)]
     assert not found.passed
 
 
 def test_suites_are_checked_too() -> None:
-    found = selfcheck.run(["arith", "relay"], data_dir=None, limit=20)
+    found = selfcheck.run_selfcheck(["arith", "relay"], data_dir=None, limit=20)
     assert found.passed
     assert all(check.is_generated and set(check.rows.values()) == {20} for check in found.benchmarks)
 
 
 def test_missing_rows_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gsm8k"):
-        selfcheck.run(["gsm8k"], data_dir=tmp_path)
+        selfcheck.run_selfcheck(["gsm8k"], data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("keys", ["aaab", "abcd", "aabbc", "aaaaa"])
@@ -148,13 +147,13 @@ TEXT_BENCHMARKS = ["mmlu", "gsm8k", "multiarith", "svamp", "aqua_rat", "hotpotqa
 
 @pytest.mark.parametrize("name", TEXT_BENCHMARKS)
 def test_every_real_row_of_a_text_benchmark(rows_dir: Path, name: str) -> None:
-    (check,) = selfcheck.run([name], data_dir=rows_dir).benchmarks
+    (check,) = selfcheck.run_selfcheck([name], data_dir=rows_dir).benchmarks
     assert check.passed, check
     assert all(gold.num_right == gold.num_rows == sum(check.rows.values()) for gold in check.gold)
 
 
 @pytest.mark.parametrize(("name", "limit"), [("humaneval", 4), ("ds1000", 2)])
 def test_some_real_rows_of_programs(rows_dir: Path, name: str, limit: int) -> None:
-    (check,) = selfcheck.run([name], data_dir=rows_dir, limit=limit).benchmarks
+    (check,) = selfcheck.run_selfcheck([name], data_dir=rows_dir, limit=limit).benchmarks
     assert check.passed, check
     assert check.gold[0].num_right > 0

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dmoa.evaluation.answering import Asking, failed, query_of, split_policy
+from dmoa.evaluation.answering import Asking, failed, query_of_task, split_policy
+from dmoa.evaluation.pipeline import RunWriter, score_answer
 from dmoa.evaluation.records import Answered, Label, Reply, Score, Task
-from dmoa.evaluation.run_files import RunFolder
-from dmoa.evaluation.stages import RunWriter, score
+from dmoa.evaluation.run_folder import RunFolder
 from dmoa.types import Limits, Stage
 
 TASK = Task(row_id="arith/test/1", benchmark="arith", text="What is 12 + 7?", group="carry")
@@ -17,12 +17,12 @@ ASKING = Asking(seed=3, limits=Limits(max_steps=3, max_agents=2, max_tokens=96))
 
 
 def test_a_query_depends_on_task_policy_and_seed_alone() -> None:
-    one = query_of(TASK, "dmoa", ASKING)
-    assert one == query_of(TASK, "dmoa", ASKING)
+    one = query_of_task(TASK, "dmoa", ASKING)
+    assert one == query_of_task(TASK, "dmoa", ASKING)
     others = [
-        query_of(TASK, "single", ASKING),
-        query_of(TASK.model_copy(update={"row_id": "arith/test/2"}), "dmoa", ASKING),
-        query_of(TASK, "dmoa", Asking(seed=4, limits=ASKING.limits)),
+        query_of_task(TASK, "single", ASKING),
+        query_of_task(TASK.model_copy(update={"row_id": "arith/test/2"}), "dmoa", ASKING),
+        query_of_task(TASK, "dmoa", Asking(seed=4, limits=ASKING.limits)),
     ]
     assert len({query.trace_id for query in (one, *others)}) == 4
     assert (one.text, one.limits.max_steps, one.limits.max_agents, one.limits.max_tokens) == (TASK.text, 3, 2, 96)
@@ -30,7 +30,7 @@ def test_a_query_depends_on_task_policy_and_seed_alone() -> None:
 
 def test_a_task_with_more_stages_than_steps_runs_them_all() -> None:
     staged = TASK.model_copy(update={"stages": (Stage(part="1"),) * 4})
-    query = query_of(staged, "dmoa", ASKING)
+    query = query_of_task(staged, "dmoa", ASKING)
     assert (query.limits.max_steps, len(query.stages)) == (4, 4)
 
 
@@ -47,7 +47,7 @@ def test_scores_carry_the_row_and_failed_rows_are_worth_nothing() -> None:
     label = Label(row_id=TASK.row_id, benchmark="arith", gold={"answer": "19"})
     good = Answered(row_id=TASK.row_id, benchmark="arith", policy="dmoa", group="carry", text="19")
     lost = failed(TASK, "dmoa", RuntimeError("no agent"), 5.0)
-    right, nothing = (score(answer, label, {"arith": judge}) for answer in (good, lost))
+    right, nothing = (score_answer(answer, label, {"arith": judge}) for answer in (good, lost))
     assert (right.value, right.is_scored, right.is_failed, right.group, right.metrics) == (1.0, True, False, "carry", {"f1": 0.5})
     assert (nothing.value, nothing.is_scored, nothing.is_failed, nothing.metrics) == (0.0, False, True, {"f1": 0.0})
     assert nothing.reason == "RuntimeError: no agent"

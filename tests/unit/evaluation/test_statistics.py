@@ -16,7 +16,7 @@ from dmoa.evaluation.statistics import (
     BOOTSTRAP,
     MCNEMAR,
     RESAMPLES,
-    compare,
+    compare_policies,
     interval,
     mcnemar,
     newcombe,
@@ -124,24 +124,24 @@ def test_mcnemar_sums_what_is_no_likelier(only_a: int, only_b: int) -> None:
 
 def test_mcnemar_by_hand() -> None:
     # Six rows that only a has right, none that only b has: 2 x (1/2)^6.
-    found = compare([1] * 6 + [1, 0], [0] * 6 + [1, 0])
+    found = compare_policies([1] * 6 + [1, 0], [0] * 6 + [1, 0])
     assert (found.n, found.difference, found.p, found.test) == (8, 0.75, pytest.approx(0.03125), MCNEMAR)
 
 
 @pytest.mark.parametrize("score", [0.0, 1.0])
 def test_no_row_that_tells_them_apart(score: float) -> None:
-    found = compare([score] * 9, [score] * 9)
+    found = compare_policies([score] * 9, [score] * 9)
     assert (found.difference, found.p) == (0.0, 1.0)
     assert -0.4 < found.low < 0.0 < found.high < 0.4
 
 
 def test_no_rows_of_both() -> None:
-    found = compare([], [])
+    found = compare_policies([], [])
     assert (found.n, found.difference, found.low, found.high, found.p) == (0, 0.0, -1.0, 1.0, 1.0)
 
 
 def test_one_row_of_both() -> None:
-    found = compare([1.0], [0.0])
+    found = compare_policies([1.0], [0.0])
     assert (found.difference, found.p) == (1.0, 1.0)
     assert found.low < 0.0
     assert found.high == 1.0
@@ -149,7 +149,7 @@ def test_one_row_of_both() -> None:
 
 def test_different_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="1 of a and 2 of b"):
-        compare([1.0], [0.0, 1.0])
+        compare_policies([1.0], [0.0, 1.0])
 
 
 # Newcombe's interval of a difference
@@ -186,7 +186,7 @@ def test_newcombe_covers_the_truth_by_enumeration() -> None:
 @settings(max_examples=60, deadline=None)
 def test_swapping_the_policies_mirrors_the_comparison(pairs: list[tuple[bool, bool]]) -> None:
     a, b = [float(x) for x, _ in pairs], [float(y) for _, y in pairs]
-    one, other = compare(a, b), compare(b, a)
+    one, other = compare_policies(a, b), compare_policies(b, a)
     assert one.p == pytest.approx(other.p)
     assert (one.difference, one.low, one.high) == pytest.approx((-other.difference, -other.high, -other.low))
     assert one.low <= one.difference + 1e-12
@@ -198,7 +198,7 @@ def test_swapping_the_policies_mirrors_the_comparison(pairs: list[tuple[bool, bo
 
 def test_fractions_are_compared_on_pairs() -> None:
     base = [0.1 * (i % 8) for i in range(40)]
-    found = compare([x + 0.2 for x in base], base)
+    found = compare_policies([x + 0.2 for x in base], base)
     # Every pair differs by the same 0.2, so pairing leaves no spread, although the scores themselves vary widely.
     assert (found.difference, found.low, found.high) == pytest.approx((0.2, 0.2, 0.2))
     assert found.p == pytest.approx(2 / (RESAMPLES + 1))
@@ -206,11 +206,11 @@ def test_fractions_are_compared_on_pairs() -> None:
 
 
 def test_fractions_without_a_difference() -> None:
-    found = compare([0.5, 0.25, 0.0, 1.0] * 5, [0.25, 0.5, 1.0, 0.0] * 5)
+    found = compare_policies([0.5, 0.25, 0.0, 1.0] * 5, [0.25, 0.5, 1.0, 0.0] * 5)
     assert found.difference == 0.0
     assert found.p > 0.9
     assert found.low < 0.0 < found.high
-    same = compare([0.5, 0.2], [0.5, 0.2])
+    same = compare_policies([0.5, 0.2], [0.5, 0.2])
     assert (same.difference, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
 
 
@@ -222,11 +222,11 @@ def test_the_bootstraps_p_is_near_that_of_a_sign_flip_test() -> None:
     seen = abs(sum(differences))
     flips = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in itertools.product((1, -1), repeat=12)]
     exact = sum(value >= seen - 1e-12 for value in flips) / len(flips)
-    found = compare(a, b)
+    found = compare_policies(a, b)
     assert 0.0 < exact < 0.2
     assert found.p == pytest.approx(exact, abs=0.06)
 
 
 def test_one_fractional_pair_says_nothing() -> None:
-    found = compare([0.5], [0.0])
+    found = compare_policies([0.5], [0.0])
     assert (found.n, found.difference, found.low, found.high, found.p) == (1, 0.5, -1.0, 1.0, 1.0)

@@ -15,7 +15,7 @@ import torch
 
 from dmoa.config import GateConfig
 from dmoa.core.gate import Gate, GateSpec
-from dmoa.evaluation.matrix import AnswerMatrix
+from dmoa.evaluation.answer_matrix import AnswerMatrix
 from dmoa.evaluation.records import Task
 from dmoa.training.cluster_router import KMeansRouter
 from dmoa.types import AgentReply

@@ -15,8 +15,7 @@ import torch
 
 from dmoa.cli.options import Common
 from dmoa.errors import ConfigError
-from dmoa.evaluation.matrix import AnswerMatrix
-from dmoa.evaluation.matrix_replay import Choice, replay
+from dmoa.evaluation.answer_matrix import AnswerMatrix, RouterChoice, replay_choices
 from dmoa.evaluation.records import Task
 from dmoa.types import AgentReply
 from tests.unit.evaluation.test_study_endpoints import job
@@ -219,8 +218,8 @@ def test_nobody_is_no_agent() -> None:
 
 
 def test_whom_a_cascade_asked() -> None:
-    choices = [Choice(ranking=(2, 0, 1), k=1), Choice(ranking=(2, 0, 1), k=1, theta=-9.0, limit=2)]
-    found = replay(matrix("arith").rows([0, 1]).only(("base", "words", "arith-plain")), choices)
+    choices = [RouterChoice(ranking=(2, 0, 1), k=1), RouterChoice(ranking=(2, 0, 1), k=1, theta=-9.0, limit=2)]
+    found = replay_choices(matrix("arith").rows([0, 1]).only(("base", "words", "arith-plain")), choices)
     assert found.asked_RA.tolist() == [[False, False, True], [True, False, True]]
 
 

@@ -19,13 +19,11 @@ from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Row
+from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.suites.arith import Arithmetic, Operations
 from dmoa.evaluation.suites.calendar import Calendar, UpTo, WithinMonth
 from dmoa.evaluation.suites.chain import CloseDifference
-from dmoa.evaluation.suites.kinds import Kind
-from dmoa.evaluation.suites.streams import PERCENT, SUITE_SPLITS, permuted, split_of
-from dmoa.evaluation.suites.suite import Suite
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.suites.suite import PERCENT, SUITE_SPLITS, Kind, Suite, permuted, split_of
 from dmoa.evaluation.suites.words import TEMPLATES, Words, vocabulary
 
 LEVELS = [(name, difficulty) for name, suite in SUITES.items() for difficulty in suite.difficulties]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.registry import SUITES
 from tests.unit.evaluation.slow_solvers import has_carry, solve, solve_second, suite_of, terms_of, weekday_named
 
 NUM_ROWS = 1000

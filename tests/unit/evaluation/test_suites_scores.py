@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoa.evaluation.records import Label, Reply
-from dmoa.evaluation.suites.scoring import find_answer
-from dmoa.evaluation.suites.table import SUITES
+from dmoa.evaluation.registry import SUITES
+from dmoa.evaluation.suites.suite import find_answer
 from tests.unit.evaluation.slow_solvers import suite_of
 
 FIRST = {name: next(suite.generate("test", 1, 0)).label for name, suite in SUITES.items()}

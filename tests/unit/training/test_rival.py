@@ -13,7 +13,7 @@ from dmoa.agents import pool as agent_pool
 from dmoa.cli import ablations
 from dmoa.cli.options import Common
 from dmoa.errors import ConfigError
-from dmoa.evaluation.run_files import RunFolder
+from dmoa.evaluation.run_folder import RunFolder
 from dmoa.training import ablations as training_ablations
 from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
 from dmoa.training.cluster_router import fit_rival, sample_of, training_scores

@@ -11,14 +11,16 @@ import hashlib
 import json
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from dmoa.evaluation.records import Split
+from dmoa.errors import ConfigError
+from dmoa.evaluation.records import Label, Score, Scorer, Split
 
 
 class RowError(ValueError):
@@ -29,7 +31,7 @@ class RowError(ValueError):
         self.field = field
 
 
-def show(value: object, max_chars: int = 100) -> str:
+def shown_field(value: object, max_chars: int = 100) -> str:
     """The value as text that fits into a message."""
     text = repr(value)
     return text if len(text) <= max_chars else f"{text[:max_chars]}... ({len(text)} characters)"
@@ -146,10 +148,10 @@ def validate(model: type[FieldsT], fields: Mapping[str, Any]) -> FieldsT:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"]) or "(whole row)"
         if first["type"] == "missing":
-            present = show(sorted(map(str, first["input"])))
+            present = shown_field(sorted(map(str, first["input"])))
             raise RowError(name, f"nothing; there are {present}", "this field") from None
         expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        raise RowError(name, show(first["input"]), expected) from None
+        raise RowError(name, shown_field(first["input"]), expected) from None
 
 
 def normalise(value: Any) -> Any:
@@ -173,9 +175,64 @@ def hash_content(content: Mapping[str, Any]) -> str:
     try:
         return hashlib.sha256(text.encode()).hexdigest()
     except UnicodeEncodeError as error:
-        raise RowError("(whole row)", show(text[error.start : error.end]), "valid Unicode text, no lone surrogates") from None
+        raise RowError(
+            "(whole row)", shown_field(text[error.start : error.end]), "valid Unicode text, no lone surrogates"
+        ) from None
 
 
 def fraction_of(family: str) -> float:
     """A number in [0, 1) that depends on nothing but the family's key: what divides a file among splits. Source: ours."""
     return int.from_bytes(hashlib.sha256(" ".join(family.split()).encode()).digest()[:6], "big") / 2**48
+
+
+VALUE = "value"
+"""The measure that accuracy is the mean of, beside the names of the secondary metrics."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorerEntry:
+    """One benchmark's scoring."""
+
+    score: Scorer
+    gold_replies: Callable[[Label], dict[str, str]]
+    """Measure (`value`, or a secondary metric) -> a reply that must reach 1.0 in it."""
+    primary: str
+    """What accuracy means here, such as `exact match`."""
+    metrics: tuple[str, ...] = ()
+    """Names of the secondary metrics; every score has exactly these."""
+    chance: Callable[[Sequence[Label]], float]
+    """Accuracy, 0..1, to expect of guessing: one of the choices where they are given, else another row's right answer."""
+    answer_key: Callable[[Label], Hashable]
+    """Rows of the same key have the same right answer."""
+    deviation: str
+    """How this differs from the benchmark's original protocol; empty where it does not. Every table says it."""
+    excuses: tuple[str, ...] = ()
+    """How the reasons begin with which a row is unscored whatever the reply says, because of this host's libraries."""
+    runs_programs: bool = False
+    """Whether scoring runs a program in the sandbox, which takes seconds a row."""
+
+
+def gold_of(label: Label, *keys: str) -> tuple[Any, ...]:
+    """Return the named gold values.
+
+    Raises:
+        ConfigError: a key is missing, so the label is not this benchmark's.
+    """
+    missing = [key for key in keys if key not in label.gold]
+    if missing:
+        raise ConfigError(
+            f"label {label.row_id}: gold has the keys {sorted(label.gold)}, and not {missing}, which scoring "
+            f"{label.benchmark!r} needs; load the rows again"
+        )
+    return tuple(label.gold[key] for key in keys)
+
+
+def unscored(reason: str, metrics: Iterable[str] = ()) -> Score:
+    """Return the score of a reply that could not be judged: 0 in everything, and not scored."""
+    return Score(value=0.0, reason=reason, is_scored=False, metrics=dict.fromkeys(metrics, 0.0))
+
+
+def chance_of(keys: Sequence[Hashable]) -> float:
+    """Return how often another row's right answer is right as well: the share of equal keys among all pairs of rows."""
+    pairs = len(keys) * (len(keys) - 1)
+    return sum(count * (count - 1) for count in Counter(keys).values()) / pairs if pairs else 0.0

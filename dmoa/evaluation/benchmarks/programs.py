@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dmoa import sandbox
 from dmoa.errors import SandboxError
-from dmoa.evaluation.scorers.statements import is_refusal
+from dmoa.evaluation.benchmarks.final_answer import is_refusal
 from dmoa.sandbox.launch import SandboxLimits
 
 MAX_CHARS = 200_000
@@ -45,7 +45,7 @@ class Verdict:
     """False: the sandbox failed, which says nothing about the program."""
 
 
-def judge(source: str, checker: str, limits: SandboxLimits, *, allow_weak: bool) -> Verdict:
+def judge_program(source: str, checker: str, limits: SandboxLimits, *, allow_weak: bool) -> Verdict:
     """Run a program and the code that checks it, in the sandbox.
 
     Raises:
@@ -74,7 +74,7 @@ def require_sandbox(*, allow_weak: bool) -> None:
     Raises:
         SandboxError: this host cannot contain programs as asked, or its sandbox does not work.
     """
-    verdict = judge("answer = 42", "assert answer == 42", SandboxLimits(), allow_weak=allow_weak)
+    verdict = judge_program("answer = 42", "assert answer == 42", SandboxLimits(), allow_weak=allow_weak)
     if not verdict.passed:
         raise SandboxError(f"a trivial program did not pass in the sandbox of this host ({verdict.reason}); see `dmoa doctor`")
 

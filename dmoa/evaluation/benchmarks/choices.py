@@ -1,9 +1,7 @@
-"""Multiple choice: the letter that a reply chooses (MMLU, AQuA). Source: ours.
+"""MMLU: four choices, 57 subjects.
 
-Read in this order: what the reply states last ("Answer: B", "the answer is option c", a LaTeX box), as a letter or as
-the full text of exactly one choice; else the whole reply or its first line so; "option B is correct" and its like; the
-last line; the only letter that stands in parentheses. A reply that names no letter, or letters that contradict each
-other, is unscored: there is no default letter.
+Label: `letter`, `choices` (4 texts). Asked without examples and answered by a written letter; the original protocol is
+5-shot and takes the likeliest next token among A-D.
 """
 
 from __future__ import annotations
@@ -12,11 +10,77 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
 
 from dmoa.core.answers import plain_text
+from dmoa.evaluation.benchmarks.base import VALUE, ScorerEntry, Text, UpstreamRow, gold_of, unscored
+from dmoa.evaluation.benchmarks.final_answer import final_statement, is_refusal, last_line, readable
 from dmoa.evaluation.records import Label, Reply, Score
-from dmoa.evaluation.scorers.entry import VALUE, ScorerEntry, gold_of, unscored
-from dmoa.evaluation.scorers.statements import final_statement, is_refusal, last_line, readable
+
+LETTERS = "ABCDE"
+LETTER_FORMAT = "End with a line `Answer: X`, X one letter."
+
+
+class MmluRow(UpstreamRow):
+    """A row of `cais/mmlu`."""
+
+    question: Text
+    subject: Text
+    choices: Annotated[list[str], Field(min_length=4, max_length=4)]
+    answer: Annotated[int, Field(ge=0, le=3)]
+    """Index of the right choice."""
+
+    def text(self) -> str:
+        """The subject in words, the question and the choices."""
+        task = f"Answer the multiple-choice question about {self.subject.replace('_', ' ')}. {LETTER_FORMAT}"
+        return f"{task}\n\nQuestion: {self.question.strip()}\n{render_choices(self.choices)}"
+
+    def gold(self) -> dict[str, Any]:
+        """The letter, and the texts it stands among."""
+        return {"letter": LETTERS[self.answer], "choices": list(self.choices)}
+
+    def group(self) -> str:
+        """The subject."""
+        return self.subject
+
+
+def render_choices(choices: list[str]) -> str:
+    """One line a choice: `A) text`."""
+    return "\n".join(f"{letter}) {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False))
+
+
+def _check_options(options: list[str]) -> list[str]:
+    if len(options) != len(LETTERS):
+        raise ValueError(f"five options, not {len(options)}")
+    for letter, option in zip(LETTERS, options, strict=True):
+        if not option.startswith(f"{letter})"):
+            raise ValueError(f"options that begin with A) to E) in order; the one for {letter} is {option!r:.60}")
+    return options
+
+
+class AquaRow(UpstreamRow):
+    """A row of `deepmind/aqua_rat`, raw."""
+
+    question: Text
+    options: Annotated[list[str], AfterValidator(_check_options)]
+    rationale: str
+    correct: Literal["A", "B", "C", "D", "E"]
+
+    def choices(self) -> list[str]:
+        """The options without their letters."""
+        return [re.sub(r"^[A-E]\)\s*", "", option) for option in self.options]
+
+    def text(self) -> str:
+        """The question and the options."""
+        task = f"Answer the multiple-choice algebra question. {LETTER_FORMAT}"
+        return f"{task}\n\nQuestion: {self.question.strip()}\n{render_choices(self.choices())}"
+
+    def gold(self) -> dict[str, Any]:
+        """The letter, and the texts it stands among."""
+        return {"letter": self.correct, "choices": self.choices()}
+
 
 _QUOTES = "\"'\u2018\u2019\u201c\u201d"
 _EDGES = _QUOTES + " \t\r\n$*_{}[]<>\\"
@@ -25,7 +89,7 @@ _NO_LETTER = "no letter found"
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChosenLetter:
     """What a reply chooses."""
 
     letter: str | None
@@ -70,22 +134,24 @@ def _patterns(num_choices: int) -> _Patterns:
     )
 
 
-def read_choice(text: str, choices: Sequence[str]) -> Choice:
+def read_choice(text: str, choices: Sequence[str]) -> ChosenLetter:
     """Return the letter, A for the first choice, that a reply chooses. Never raises."""
     prose = readable(text)
     final = final_statement(prose)
     if final is None:
-        return Choice(None, "the reply refuses to answer") if is_refusal(prose) else _unmarked_choice(prose.strip(), choices)
+        return (
+            ChosenLetter(None, "the reply refuses to answer") if is_refusal(prose) else _unmarked_choice(prose.strip(), choices)
+        )
     if not final.span:
-        return Choice(None, "an answer is announced and not given")
+        return ChosenLetter(None, "an answer is announced and not given")
     choice = _span_choice(final.span, choices)
     rival = _span_choice(final.rival, choices).letter if final.rival else None
     if choice.letter and rival and rival != choice.letter:
-        return Choice(None, f"two final answers: {rival} and {choice.letter}")
+        return ChosenLetter(None, f"two final answers: {rival} and {choice.letter}")
     return choice
 
 
-def _unmarked_choice(prose: str, choices: Sequence[str]) -> Choice:
+def _unmarked_choice(prose: str, choices: Sequence[str]) -> ChosenLetter:
     patterns = _patterns(len(choices))
     is_list = len({(match[1] or match[2]).upper() for match in patterns.listed.finditer(prose)}) > 1
     if not is_list:
@@ -103,13 +169,13 @@ def _unmarked_choice(prose: str, choices: Sequence[str]) -> Choice:
     return _only({match[1] for match in patterns.inside.finditer(prose)}, "the only letter in parentheses")
 
 
-def _only(letters: set[str], reason: str) -> Choice:
+def _only(letters: set[str], reason: str) -> ChosenLetter:
     if len(letters) == 1:
-        return Choice(letters.pop(), reason)
-    return Choice(None, f"several letters: {', '.join(sorted(letters))}" if letters else _NO_LETTER)
+        return ChosenLetter(letters.pop(), reason)
+    return ChosenLetter(None, f"several letters: {', '.join(sorted(letters))}" if letters else _NO_LETTER)
 
 
-def _span_choice(span: str, choices: Sequence[str]) -> Choice:
+def _span_choice(span: str, choices: Sequence[str]) -> ChosenLetter:
     """Return the choice that a span amounts to: the letter it begins with, or the full text of exactly one choice."""
     patterns = _patterns(len(choices))
     text = span.strip(_EDGES)
@@ -118,24 +184,24 @@ def _span_choice(span: str, choices: Sequence[str]) -> Choice:
         text = text[lead.end() :].strip(_EDGES)
     bare = patterns.bare.fullmatch(text)
     if bare:
-        return Choice(bare[1].upper(), "letter")
+        return ChosenLetter(bare[1].upper(), "letter")
     by_text = _choice_of_text(span, choices)
     if by_text:
-        return Choice(by_text, "text of a choice")
+        return ChosenLetter(by_text, "text of a choice")
     conflict = patterns.conflict.match(text)
     if conflict and conflict[1] != conflict[2]:
-        return Choice(None, f"two letters: {conflict[1]} and {conflict[2]}")
+        return ChosenLetter(None, f"two letters: {conflict[1]} and {conflict[2]}")
     start = patterns.start.match(text)
     if start:
         letter = (start[1] or start[2] or start[3]).upper()
         other = _choice_of_text(text[start.end() :], choices)
         if other and other != letter:
-            return Choice(None, f"letter {letter} with the text of choice {other}")
-        return Choice(letter, "letter")
+            return ChosenLetter(None, f"letter {letter} with the text of choice {other}")
+        return ChosenLetter(letter, "letter")
     spaced, _, rest = text.partition(" ")
     if len(spaced) == 1 and _choice_of_text(rest, choices) == spaced.upper():
-        return Choice(spaced.upper(), "letter and text")
-    return Choice(None, _NO_LETTER)
+        return ChosenLetter(spaced.upper(), "letter and text")
+    return ChosenLetter(None, _NO_LETTER)
 
 
 def _choice_of_text(text: str, choices: Sequence[str]) -> str | None:

@@ -1,0 +1,477 @@
+"""Rows from the Hugging Face hub: one table of data sets at fixed revisions, read through the `datasets` library.
+
+Used where no `--data-dir` is given. The table's revisions are commits of the data set repositories: the rows of a result
+are the same rows tomorrow. Both libraries are imported when they are first needed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import heapq
+import json
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dmoa.errors import ConfigError
+from dmoa.evaluation.benchmarks.base import ParsedRow, RowError, RowSpec, Slice, fraction_of, hash_content, shown_field
+from dmoa.evaluation.records import SPLITS, EvaluateOptions, Label, Row, Split, Task
+from dmoa.evaluation.registry import SUITES, spec_of
+from dmoa.evaluation.run_folder import RunFolder
+from dmoa.validation import did_you_mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSource:
+    """Where the hub keeps a benchmark."""
+
+    dataset: str
+    """Repository of the data set."""
+    revision: str
+    """Commit of that repository."""
+    config: str | None = None
+    """Configuration of the data set; None: its only one."""
+    slices: Mapping[Split, Slice] | None = None
+    """Which hub split each split comes from; None: the hub's splits are named as the benchmark's files are."""
+    max_rows: int | None = None
+    """At most this many rows of a hub split, evenly spaced; None: all. For data sets that would not fit into memory."""
+
+
+# Upstream has one split, `test`: a fifth of the families is set apart for training and adaptation.
+_FROM_TEST: dict[Split, Slice] = {
+    "train": Slice(file="test", high=0.12),
+    "adaptation": Slice(file="test", low=0.12, high=0.2),
+    "test": Slice(file="test", low=0.2),
+}
+_DDXPLUS: dict[Split, Slice] = {
+    "train": Slice(file="train", high=0.6),
+    "adaptation": Slice(file="train", low=0.6),
+    "test": Slice(file="validate"),
+}
+
+HUB: dict[str, HubSource] = {
+    "mmlu": HubSource(dataset="cais/mmlu", config="all", revision="c30699e8356da336a370243923dbaf21066bb9fe"),
+    "gsm8k": HubSource(dataset="openai/gsm8k", config="main", revision="740312add88f781978c0658806c59bc2815b9866"),
+    "multiarith": HubSource(dataset="ChilleD/MultiArith", revision="144d44c3fb87c0b9097ac9593c789e716a282e3e"),
+    "svamp": HubSource(dataset="ChilleD/SVAMP", revision="5e0bf1e5e7c0e9c4bc39180d224f41f3f801b7ef"),
+    "aqua_rat": HubSource(dataset="deepmind/aqua_rat", config="raw", revision="33301c6a050c96af81f63cad5562cb5363e88971"),
+    "humaneval": HubSource(
+        dataset="openai/openai_humaneval", revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", slices=_FROM_TEST
+    ),
+    "ds1000": HubSource(dataset="xlangai/DS-1000", revision="4416080ac5cb80bdf7576aefb8f9a0b4d5426a44", slices=_FROM_TEST),
+    "hotpotqa": HubSource(
+        dataset="hotpotqa/hotpot_qa", config="distractor", revision="1908d6afbbead072334abe2965f91bd2709910ab", max_rows=20_000
+    ),
+    "ddxplus": HubSource(
+        dataset="aai530-group6/ddxplus", revision="2ad986acc1ec62fb4a94171acc43f4fdd5bfde53", slices=_DDXPLUS, max_rows=20_000
+    ),
+}
+
+
+def read_split(source: HubSource, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
+    """The name under which the split is recorded, and its rows with upstream's field names.
+
+    Raises:
+        ConfigError: the data set cannot be had: no network, offline mode, no such revision, configuration or split.
+    """
+    import datasets
+    import httpx
+
+    name = f"{source.dataset}{f'[{source.config}]' if source.config else ''}:{split}"
+    try:
+        rows = datasets.load_dataset(source.dataset, source.config, split=split, revision=source.revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
+        raise unavailable(name, source, error) from error
+    stride = -(-len(rows) // source.max_rows) if source.max_rows else 1
+    if stride > 1:
+        name, rows = f"{name}[::{stride}]", rows.select(range(0, len(rows), stride))
+    return name, iter(rows)
+
+
+def fetch_file(source: HubSource, file: str) -> Path:
+    """A file of the data set's repository, in the hub's cache.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    import httpx
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(source.dataset, file, repo_type="dataset", revision=source.revision))
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise unavailable(f"{source.dataset}/{file}", source, error) from error
+
+
+def unavailable(name: str, source: HubSource, error: Exception) -> ConfigError:
+    """What to tell who asked for rows that the hub does not give."""
+    return ConfigError(
+        f"{name} at revision {source.revision} cannot be had from the Hugging Face hub: {type(error).__name__}: {error}. "
+        "Give the folder of the rows with --data-dir, or run where the hub or its cache can be reached."
+    )
+
+
+ID_CHARS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRow:
+    """A row that was left out because it does not parse."""
+
+    file: str
+    line: int
+    """From 1; on the hub, the row's number in its split."""
+    field: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """One split of one benchmark."""
+
+    rows: tuple[Row, ...]
+    """In the order of the file; every row once."""
+    bad: tuple[BadRow, ...]
+    """What was skipped in the files that were read, whichever split it would have belonged to."""
+    sources: dict[str, str]
+    """File name under the data folder -> SHA-256 hex, or hub data set and split -> revision."""
+    num_duplicates: int = 0
+    """Rows left out because an equal row came before."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """A split while it is being read."""
+
+    slice: Slice
+    rows: dict[str, Row] = field(default_factory=dict)
+    num_duplicates: int = 0
+
+    def add(self, spec: RowSpec, split: Split, parsed: ParsedRow, row_hash: str) -> None:
+        if not self.slice.holds(fraction_of(parsed.family or row_hash)):
+            return
+        if row_hash in self.rows:
+            self.num_duplicates += 1
+            return
+        row_id = f"{spec.name}/{split}/{row_hash[:ID_CHARS]}"
+        task = Task(row_id=row_id, benchmark=spec.name, text=parsed.text, group=parsed.group)
+        self.rows[row_hash] = Row(task=task, label=Label(row_id=row_id, benchmark=spec.name, gold=parsed.gold), row_hash=row_hash)
+
+
+def load_rows(name: str, split: Split, *, data_dir: Path | None, skip_bad_rows: bool = False) -> Loaded:
+    """One split of a benchmark; from the hub where `data_dir` is None.
+
+    Raises:
+        ConfigError: an unknown benchmark; a file is missing, damaged or empty; the hub cannot be reached; a row is bad and
+            `skip_bad_rows` is false: names file, line, field, value seen and what was expected.
+    """
+    return load_splits(name, [split], data_dir=data_dir, skip_bad_rows=skip_bad_rows)[split]
+
+
+def load_splits(name: str, splits: Sequence[Split], *, data_dir: Path | None, skip_bad_rows: bool = False) -> dict[Split, Loaded]:
+    """Several splits of a benchmark, each file read once; raises as `load` does."""
+    spec = spec_of(name)
+    slices = slices_of(spec, data_dir)
+    definitions, sources = find_definitions(spec, data_dir)
+    loaded: dict[Split, Loaded] = {}
+    for file in dict.fromkeys(slices[split].file for split in splits):
+        parts = {split: _Part(slices[split]) for split in splits if slices[split].file == file}
+        file_sources, bad = _read_file(spec, file, parts, definitions, data_dir, skip_bad_rows)
+        for split, part in parts.items():
+            rows = tuple(part.rows.values())
+            assert len({row.task.row_id for row in rows}) == len(rows), "two rows share the first 64 bits of their hashes"
+            loaded[split] = Loaded(
+                rows=rows, bad=tuple(bad), sources={**file_sources, **sources}, num_duplicates=part.num_duplicates
+            )
+    return loaded
+
+
+def slices_of(spec: RowSpec, data_dir: Path | None) -> Mapping[Split, Slice]:
+    """Where the splits come from: files, or the hub's splits."""
+    return spec.slices if data_dir is not None else HUB[spec.name].slices or spec.slices
+
+
+def find_file(spec: RowSpec, file: str, data_dir: Path) -> Path | None:
+    """The file of this name, plain or gzip; None where there is none.
+
+    Raises:
+        ConfigError: both are there.
+    """
+    found = [path for ending in ("jsonl", "jsonl.gz") if (path := data_dir / spec.name / f"{file}.{ending}").is_file()]
+    if len(found) > 1:
+        raise ConfigError(f"{found[0]} and {found[1]} are both there: which one counts is not said; remove one")
+    return found[0] if found else None
+
+
+def _read_file(
+    spec: RowSpec, file: str, parts: Mapping[Split, _Part], definitions: Any, data_dir: Path | None, skip_bad_rows: bool
+) -> tuple[dict[str, str], list[BadRow]]:
+    """Reads one file into the splits that it serves."""
+    lines: Iterator[tuple[int, bytes | dict[str, Any]]]
+    if data_dir is None:
+        source = HUB[spec.name]
+        name, records = read_split(source, file)
+        sources, lines = {name: source.revision}, enumerate(records, start=1)
+    else:
+        path = _require_file(spec, file, data_dir)
+        name = f"{spec.name}/{path.name}"
+        sources, lines = {name: hash_file(path)}, read_lines(path)
+    bad: list[BadRow] = []
+    num_lines = 0
+    for number, line in lines:
+        num_lines += 1
+        try:
+            parsed = spec.parse(line if isinstance(line, dict) else parse_line(line), definitions)
+            row_hash = hash_content(parsed.content)
+        except RowError as error:
+            if not skip_bad_rows:
+                advice = "Correct the row, or leave such rows out and count them with --skip-bad-rows."
+                raise ConfigError(f"{name}, line {number}, {error}. {advice}") from None
+            bad.append(BadRow(file=name, line=number, field=error.field, reason=str(error)))
+            continue
+        for split, part in parts.items():
+            part.add(spec, split, parsed, row_hash)
+    if num_lines == len(bad):
+        raise ConfigError(f"{name} holds no usable row ({len(bad)} bad ones); expected one {spec.name} row a line as JSON")
+    return sources, bad
+
+
+def _require_file(spec: RowSpec, file: str, data_dir: Path) -> Path:
+    folder = data_dir / spec.name
+    if not folder.is_dir():
+        advice = f"--data-dir must hold one folder a benchmark, this one with {file}.jsonl or {file}.jsonl.gz"
+        raise ConfigError(f"{spec.name}: there is no folder {folder}; {advice}")
+    path = find_file(spec, file, data_dir)
+    if path is None:
+        served = ", ".join(split for split, part in spec.slices.items() if part.file == file)
+        seen = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        raise ConfigError(
+            f"{spec.name}: {folder} has neither {file}.jsonl nor {file}.jsonl.gz, which the rows for {served} come from "
+            f"(it holds {seen}); put the file there or ask for another split"
+        )
+    return path
+
+
+def find_definitions(spec: RowSpec, data_dir: Path | None) -> tuple[Any, dict[str, str]]:
+    """What gives the codes a meaning, and the hashes (hub: the revision) of the files that say so."""
+    paths: dict[str, Path] = {}
+    sources: dict[str, str] = {}
+    for file in spec.definitions:
+        if data_dir is None:
+            source = HUB[spec.name]
+            paths[file] = fetch_file(source, file)
+            sources[f"{source.dataset}/{file}"] = source.revision
+            continue
+        paths[file] = data_dir / spec.name / file
+        if not paths[file].is_file():
+            raise ConfigError(f"{spec.name}: {paths[file]} is missing; its rows are codes that only this file explains: add it")
+        sources[f"{spec.name}/{file}"] = hash_file(paths[file])
+    return spec.read_definitions(paths), sources
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 hex of the file as it lies on the disk."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a plain or gzip file that are not blank, with their numbers from 1; streamed.
+
+    Raises:
+        ConfigError: the gzip file is damaged or cut short.
+    """
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ConfigError(f"{path} is not a whole gzip file: {error}; fetch it again, or name a plain file .jsonl") from error
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The JSON object of one line.
+
+    Raises:
+        RowError: it is not UTF-8, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise RowError("(whole row)", shown_field(line), f"one JSON object in UTF-8 ({error})") from None
+    if not isinstance(value, dict):
+        raise RowError("(whole row)", shown_field(value), "one JSON object")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """A row that was taken out of a split because another split has it."""
+
+    row_id: str
+    split: Split
+    kept_in: Split
+    is_equal_row: bool
+    """False: only the question is the same, its label or an unasked field differs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disjoint:
+    """The splits of a benchmark, no row in two of them."""
+
+    splits: dict[Split, Loaded]
+    """What there is; a split whose file is absent is absent."""
+    dropped: tuple[Dropped, ...]
+
+
+def load_disjoint(
+    name: str, *, data_dir: Path | None, skip_bad_rows: bool = False, required: tuple[Split, ...] = ("test",)
+) -> Disjoint:
+    """All splits of a benchmark that there are, made disjoint.
+
+    Raises:
+        ConfigError: as `loading.load` does; a required split has no file or no rows.
+    """
+    spec = spec_of(name)
+    slices = slices_of(spec, data_dir)
+    wanted = [split for split in SPLITS if data_dir is None or split in required or find_file(spec, slices[split].file, data_dir)]
+    splits, dropped = drop_overlaps(load_splits(name, wanted, data_dir=data_dir, skip_bad_rows=skip_bad_rows))
+    for split in required:
+        if not splits[split].rows:
+            raise ConfigError(f"{name}: no rows for {split} in {', '.join(splits[split].sources)}; give a larger file")
+    check_disjoint({split: loaded.rows for split, loaded in splits.items()})
+    return Disjoint(splits=splits, dropped=dropped)
+
+
+def drop_overlaps(splits: Mapping[Split, Loaded]) -> tuple[dict[Split, Loaded], tuple[Dropped, ...]]:
+    """Takes out of train what adaptation or test has, and out of adaptation what test has.
+
+    Rows count as the same when their hashes are equal or when agents would read the same text.
+    """
+    owners: dict[str, Split] = {}
+    kept: dict[Split, Loaded] = {}
+    dropped: list[Dropped] = []
+    for split in reversed(SPLITS):
+        if split not in splits:
+            continue
+        rows: list[Row] = []
+        for row in splits[split].rows:
+            owner = owners.get(row.row_hash) or owners.get(row.task.text)
+            if owner is None:
+                rows.append(row)
+            else:
+                dropped.append(Dropped(row_id=row.task.row_id, split=split, kept_in=owner, is_equal_row=row.row_hash in owners))
+        for row in rows:
+            owners[row.row_hash] = owners[row.task.text] = split
+        kept[split] = replace(splits[split], rows=tuple(rows))
+    return {split: kept[split] for split in SPLITS if split in kept}, tuple(dropped)
+
+
+def check_disjoint(splits: Mapping[Split, Collection[Row]]) -> None:
+    """Makes sure that no row is in two splits.
+
+    Raises:
+        ConfigError: one is; names it and the splits.
+    """
+    seen: dict[str, Split] = {}
+    for split, rows in splits.items():
+        for row in rows:
+            other = seen.setdefault(row.row_hash, split)
+            if other != split:
+                raise ConfigError(
+                    f"row {row.task.row_id} is in {other} and in {split}: what is learned there would be asked here; "
+                    "load the splits with splits.load_disjoint"
+                )
+
+
+SUITE_ROWS = 200
+"""Rows of a suite where no limit is given: suites have no end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRows:
+    """What is known of the rows of one benchmark of a run."""
+
+    name: str
+    num_rows: int
+    sources: dict[str, str]
+    """File -> SHA-256, or hub data set -> revision, or the generator and its parameters."""
+    num_bad: int = 0
+    """Rows left out because they do not parse (`--skip-bad-rows`)."""
+    num_duplicates: int = 0
+    """Rows left out because an equal row of the same split came before."""
+    num_dropped: int = 0
+    """Rows taken out of train or adaptation because a later split has them."""
+
+
+def prepare_rows(folder: RunFolder, name: str, options: EvaluateOptions) -> PreparedRows:
+    """Write the tasks and labels of one benchmark. Raises ConfigError as the loaders and the generators do."""
+    if name in SUITES:
+        return _prepare_suite(folder, name, options)
+    split = next((known for known in SPLITS if known == options.split), None)
+    if split is None:
+        raise ConfigError(
+            f"--split: value seen: {options.split!r}; allowed for {name}: {', '.join(SPLITS)}; only generated suites have more"
+            f"{did_you_mean(options.split, SPLITS)}"
+        )
+    loaded = load_disjoint(name, data_dir=options.data_dir, skip_bad_rows=options.skip_bad_rows, required=(split,))
+    part = loaded.splits[split]
+    rows = part.rows if options.limit is None else sample_rows(part.rows, options.limit, options.seed)
+    return PreparedRows(
+        name=name,
+        num_rows=write_rows(folder, name, rows),
+        sources={key: value for split in loaded.splits.values() for key, value in split.sources.items()},
+        num_bad=len(part.bad),
+        num_duplicates=part.num_duplicates,
+        num_dropped=len(loaded.dropped),
+    )
+
+
+def _prepare_suite(folder: RunFolder, name: str, options: EvaluateOptions) -> PreparedRows:
+    limit = options.limit or SUITE_ROWS
+    rows = SUITES[name].generate(options.split, limit, options.seed, options.difficulty)
+    return PreparedRows(
+        name=name,
+        num_rows=write_rows(folder, name, rows),
+        sources={f"generated:{name}": f"difficulty {options.difficulty}, seed {options.seed}"},
+    )
+
+
+def sample_rows(rows: Iterable[Row], limit: int, seed: int) -> list[Row]:
+    """Return `limit` rows drawn by seed, the same ones whatever the order of the rows; all where there are no more."""
+    return heapq.nsmallest(limit, rows, key=lambda row: hashlib.sha256(f"{seed}\0{row.row_hash}".encode()).digest())
+
+
+def write_rows(folder: RunFolder, name: str, rows: Iterable[Row]) -> int:
+    """Write tasks and labels, streaming, each file whole and then renamed; returns the number of rows."""
+    targets = folder.tasks(name), folder.gold(name)
+    parts = [target.with_name(f".{target.name}.part") for target in targets]
+    for part in parts:
+        part.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with parts[0].open("w", encoding="utf-8") as tasks, parts[1].open("w", encoding="utf-8") as labels:
+        for row in _unique(rows):
+            tasks.write(row.task.model_dump_json() + "\n")
+            labels.write(row.label.model_dump_json() + "\n")
+            count += 1
+    for part, target in zip(parts, targets, strict=True):
+        part.replace(target)
+    return count
+
+
+def _unique(rows: Iterable[Row]) -> Iterator[Row]:
+    """Pass rows through; asserts that no id comes twice, because answers are kept by it."""
+    seen: set[bytes] = set()
+    for row in rows:
+        key = hashlib.sha256(row.task.row_id.encode()).digest()[:8]
+        assert key not in seen, row.task.row_id
+        seen.add(key)
+        yield row

@@ -1,1 +1,0 @@
-"""Scorers: from a reply and a label to a score."""
