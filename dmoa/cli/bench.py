@@ -13,27 +13,27 @@ from dmoa.errors import ConfigError
 from dmoa.validation import did_you_mean
 
 if TYPE_CHECKING:
-    from dmoa.bench.measure import BenchResult
+    from dmoa.bench.harness import BenchResult
 
 _HOMES = {
-    "P1": "dmoa.bench.gate_bench",
-    "P3": "dmoa.bench.serving_bench",
-    "P4": "dmoa.bench.serving_bench",
-    "P5": "dmoa.bench.pipeline_bench",
-    "P6": "dmoa.bench.prefix_bench",
-    "P7": "dmoa.bench.prefix_bench",
-    "P8": "dmoa.bench.engine_bench",
-    "P13": "dmoa.bench.rollout_bench",
-    "P14": "dmoa.bench.train_bench",
-    "P17": "dmoa.bench.serving_bench",
-    "P18": "dmoa.bench.engine_bench",
-    "growth": "dmoa.bench.serving_bench",
-    "prefill": "dmoa.bench.prefix_bench",
+    "P1": "dmoa.bench.gate",
+    "P3": "dmoa.bench.latency",
+    "P4": "dmoa.bench.latency",
+    "P5": "dmoa.bench.throughput",
+    "P6": "dmoa.bench.prefix",
+    "P7": "dmoa.bench.prefix",
+    "P8": "dmoa.bench.engine",
+    "P13": "dmoa.bench.throughput",
+    "P14": "dmoa.bench.training",
+    "P17": "dmoa.bench.latency",
+    "P18": "dmoa.bench.engine",
+    "growth": "dmoa.bench.latency",
+    "prefill": "dmoa.bench.prefix",
 }
 """Metric -> the module that measures it, imported when asked for."""
-_ALONE = ("dmoa.bench.gate_bench", "dmoa.bench.train_bench")
+_ALONE = ("dmoa.bench.gate", "dmoa.bench.training")
 """The modules with a single metric: their `run` takes no ids."""
-_BOTH_ENGINES = ("dmoa.bench.pipeline_bench", "dmoa.bench.prefix_bench")
+_BOTH_ENGINES = ("dmoa.bench.throughput", "dmoa.bench.prefix")
 """The modules that measure every engine that is installed, or one."""
 
 
@@ -57,7 +57,7 @@ def bench(
     dmoa bench --only P5 --engine vllm
     """
     refuse_together({"--config": common.config, "--set": common.overrides}, "on benches, which bring their own pools")
-    from dmoa.bench.measure import BenchReport
+    from dmoa.bench.harness import BenchReport
     from dmoa.provenance import machine
 
     results: list[BenchResult] = []

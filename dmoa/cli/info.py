@@ -19,7 +19,7 @@ _SCHEMAS = {
     "trace": ("dmoa.trace", "Trace"),
     "rollout": ("dmoa.training.rollouts", "RolloutRow"),
     "checkpoint": ("dmoa.checkpoint", "Checkpoint"),
-    "bench": ("dmoa.bench.measure", "BenchReport"),
+    "bench": ("dmoa.bench.harness", "BenchReport"),
     "evaluation": ("dmoa.evaluation.results", "Evaluation"),
 }
 """Name of a contract -> module and record that define it; imported when asked for."""

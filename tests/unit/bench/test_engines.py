@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dmoa.agents.pool import fingerprint, load_pool
-from dmoa.bench.engines import on_engine
+from dmoa.bench.harness import on_engine
 from dmoa.config import VllmOptions
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dmoa.bench.gate_bench import run
+from dmoa.bench.gate import run
 
 
 def test_results_name_the_metric_its_bar_and_the_times_beside_it() -> None:

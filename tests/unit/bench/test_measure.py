@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dmoa.bench.measure import BenchResult, Spread, interleave, ratio, seconds_per_call, spread
+from dmoa.bench.harness import BenchResult, Spread, interleave, ratio, seconds_per_call, spread
 
 
 def test_arms_alternate_and_the_first_round_is_thrown_away() -> None:

@@ -9,8 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from dmoa.bench.call_graph import RecordedCall, RecordingEngine, graph_of, read_calls, replay, replay_flat, window_of
-from dmoa.bench.pipeline_bench import BAR, Round, judged, wide_result
+from dmoa.bench.throughput import (
+    BAR,
+    PipelineRound,
+    RecordedCall,
+    RecordingEngine,
+    graph_of,
+    pipeline_results,
+    read_calls,
+    replay_calls,
+    replay_flat,
+    wide_result,
+    window_of,
+)
 from dmoa.config import ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
@@ -90,7 +101,7 @@ async def test_a_replay_keeps_the_order_and_no_more_queries_under_way(in_flight:
         for agent in ("one", "two", "two#1")
     ]
     engine = Stepwise()
-    window = await replay(engine, graph_of(many), in_flight)  # type: ignore[arg-type]
+    window = await replay_calls(engine, graph_of(many), in_flight)  # type: ignore[arg-type]
     assert sorted(engine.began()) == sorted(call.request.call_id for call in many), "every call once"
     assert window.tokens == 2 * len(many)
     assert engine.most_queries() == in_flight
@@ -104,7 +115,7 @@ async def test_a_replay_keeps_the_order_and_no_more_queries_under_way(in_flight:
 
 async def test_agents_of_a_step_run_side_by_side_and_the_next_step_waits_for_all() -> None:
     engine = Stepwise()
-    await replay(engine, graph_of(CALLS), 2)  # type: ignore[arg-type]
+    await replay_calls(engine, graph_of(CALLS), 2)  # type: ignore[arg-type]
     log = engine.log
     assert log.index("+q1/0/one") < log.index("-q1/0/two")
     assert max(log.index(f"-q1/0/{agent}") for agent in ("two", "one", "one#1")) < log.index("+q1/1/two")
@@ -160,13 +171,16 @@ def test_a_window_runs_from_the_first_call_to_the_last_token() -> None:
 def test_p5_is_the_lowest_of_the_medians_of_ratios_taken_round_by_round() -> None:
     figures = {
         8: [
-            Round(pipeline=95.0, replay=100.0, fill=0.9),
-            Round(pipeline=190.0, replay=200.0, fill=1.0),
-            Round(pipeline=50.0, replay=100.0, fill=0.98),
+            PipelineRound(pipeline=95.0, replay=100.0, fill=0.9),
+            PipelineRound(pipeline=190.0, replay=200.0, fill=1.0),
+            PipelineRound(pipeline=50.0, replay=100.0, fill=0.98),
         ],
-        16: [Round(pipeline=80.0, replay=100.0, fill=1.0, flat=120.0), Round(pipeline=40.0, replay=50.0, fill=1.0, flat=60.0)],
+        16: [
+            PipelineRound(pipeline=80.0, replay=100.0, fill=1.0, flat=120.0),
+            PipelineRound(pipeline=40.0, replay=50.0, fill=1.0, flat=60.0),
+        ],
     }
-    results = {result.id: result for result in judged(figures, engine="e")}
+    results = {result.id: result for result in pipeline_results(figures, engine="e")}
     arms = [f"P5.{n}.{arm}" for n in (8, 16) for arm in ("pipeline", "replay")]
     assert list(results) == ["P5", "P5.8", "P5.16", "P5.8.fill", "P5.16.fill", *arms, "P5.flat"]
     assert (results["P5.8.fill"].value, results["P5.8.fill"].passed) == (0.98, None)
@@ -177,10 +191,12 @@ def test_p5_is_the_lowest_of_the_medians_of_ratios_taken_round_by_round() -> Non
 
 
 def test_p5_passes_at_the_bar() -> None:
-    (first, *_) = judged({8: [Round(pipeline=BAR * 64, replay=64.0, fill=1.0)]}, engine="e")
+    (first, *_) = pipeline_results({8: [PipelineRound(pipeline=BAR * 64, replay=64.0, fill=1.0)]}, engine="e")
     assert (first.id, first.passed) == ("P5", True)
 
 
 def test_an_engine_with_a_place_for_every_call_is_reported_and_not_judged() -> None:
-    found = wide_result([Round(pipeline=40.0, replay=80.0, fill=1.0), Round(pipeline=60.0, replay=80.0, fill=1.0)], engine="e")
+    found = wide_result(
+        [PipelineRound(pipeline=40.0, replay=80.0, fill=1.0), PipelineRound(pipeline=60.0, replay=80.0, fill=1.0)], engine="e"
+    )
     assert (found.id, found.value, found.bar, found.passed, found.rounds) == ("P5.wide", 0.625, "", None, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.bench.prefix_bench import STEPS, least_prefill, step_of
+from dmoa.bench.prefix import STEPS, least_prefill, step_of
 
 
 def test_least_prefill_by_hand() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dmoa.bench.call_graph import Window
-from dmoa.bench.rollout_bench import BAR, MODES, Round, judged
+from dmoa.bench.throughput import BAR, MODES, RolloutRound, Window, rollout_results
 
 
-def arms(rollouts: tuple[int, float], replay: tuple[int, float]) -> Round:
+def arms(rollouts: tuple[int, float], replay: tuple[int, float]) -> RolloutRound:
     """One round: tokens in 10 seconds and calls under way, of each arm."""
     made, bare = (Window(tokens=tokens, seconds=10.0, under_way=under_way) for tokens, under_way in (rollouts, replay))
-    return Round(rollouts=made, replay=bare)
+    return RolloutRound(rollouts=made, replay=bare)
 
 
 def test_p13_is_the_lower_of_the_medians_of_ratios_taken_round_by_round() -> None:
@@ -17,7 +16,7 @@ def test_p13_is_the_lower_of_the_medians_of_ratios_taken_round_by_round() -> Non
         "dense": [arms((950, 18.0), (1000, 20.0)), arms((990, 20.0), (1000, 20.0)), arms((500, 19.0), (1000, 20.0))],
         "epsilon": [arms((800, 9.0), (1000, 10.0))],
     }
-    results = {result.id: result for result in judged(figures, engine="e")}
+    results = {result.id: result for result in rollout_results(figures, engine="e")}
     assert list(results) == [
         "P13",
         "P13.dense",
@@ -35,5 +34,5 @@ def test_p13_is_the_lower_of_the_medians_of_ratios_taken_round_by_round() -> Non
 
 def test_p13_passes_at_the_bar_in_both_modes() -> None:
     at_bar = [arms((900, 9.0), (1000, 10.0))]
-    (first, *_) = judged(dict.fromkeys(MODES, at_bar), engine="e")
+    (first, *_) = rollout_results(dict.fromkeys(MODES, at_bar), engine="e")
     assert (first.id, first.value, first.passed) == ("P13", BAR, True)

@@ -13,9 +13,11 @@ import pytest
 
 from dmoa.agents.pool import build_encoder, build_local, build_pool_gate
 from dmoa.agents.prompts import agent_messages
-from dmoa.bench import hops_bench, memory_bench, orchestration_bench
-from dmoa.bench.bare_chain import Echo, records
-from dmoa.bench.hops_bench import STEPS, WIDTH, null_pool
+from dmoa.bench import latency as hops_bench
+from dmoa.bench import latency as orchestration_bench
+from dmoa.bench import memory as memory_bench
+from dmoa.bench.latency import STEPS, WIDTH, null_pool
+from dmoa.bench.serve_process import Echo, records
 from dmoa.policies.registry import POLICIES
 from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm, limits_for
@@ -121,7 +123,7 @@ def test_the_pss_of_a_process_holds_that_of_its_children() -> None:
     """Measured in a process of its own: others' threads of this one give memory back in between."""
     measured = """
 import subprocess, sys
-from dmoa.bench import memory_bench
+from dmoa.bench import memory as memory_bench
 holder = "import mmap, sys; m = mmap.mmap(-1, 32 << 20); m.write(b'x' * (32 << 20)); print(flush=True); sys.stdin.read()"
 before = memory_bench.pss_bytes()
 with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:

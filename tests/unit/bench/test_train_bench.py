@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dmoa.bench.train_bench import made_up_job, plain_rate
+from dmoa.bench.training import made_up_job, plain_rate
 from dmoa.training.distributed import SingleWorker
 from dmoa.training.loop import train_gate
 from dmoa.training.state import StateStore

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed
 
-from dmoa.bench.train_bench import made_up_job
+from dmoa.bench.training import made_up_job
 from dmoa.core.losses import LossSums
 from dmoa.training.distributed import SingleWorker, TorchGroup, flat_size
 from dmoa.training.ray_train import best_count, choose_workers

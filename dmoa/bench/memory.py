@@ -20,8 +20,7 @@ from typing import TextIO
 
 import psutil
 
-from dmoa.bench.engines import LABELS, engines_here, on_engine
-from dmoa.bench.measure import BenchResult, record, spread
+from dmoa.bench.harness import LABELS, BenchResult, engines_here, on_engine, record, spread
 from dmoa.errors import DmoaError
 
 BAR = 0.02
@@ -29,7 +28,7 @@ FEW, MANY = 1, 9
 STOP_TIMEOUT_S = 20.0
 
 
-def run(rounds: int) -> list[BenchResult]:
+def run_p17(rounds: int) -> list[BenchResult]:
     """Measure P17; a round is one process of each size, side by side, for each engine."""
     return [_measure(engine, rounds) for engine in engines_here()]
 
@@ -61,7 +60,7 @@ class _Host:
             mode="w+", encoding="utf-8", errors="replace"
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dmoa.bench.memory_bench", engine, str(num_agents)],
+            [sys.executable, "-m", "dmoa.bench.memory", engine, str(num_agents)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from dmoa.bench.measure import BenchResult, interleave, ratio, record, spread
-from dmoa.bench.stories import stories
+from dmoa.bench.harness import BenchResult, interleave, ratio, record, spread, stories
 from dmoa.config import LlmConfig, VllmOptions
 from dmoa.engines.chat_template import encode_chat, load_tokenizer
 from dmoa.engines.vllm.local import connect, engine_over

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from dmoa.agents.pool import vllm_builds
-from dmoa.bench import vllm_bench
-from dmoa.bench.measure import BenchResult, Spread, interleave, ratio, spread
-from dmoa.bench.stories import stories
+from dmoa.bench import engine_vllm as vllm_bench
+from dmoa.bench.harness import BenchResult, Spread, interleave, ratio, spread, stories
 from dmoa.config import TransformersOptions
 from dmoa.engines.models import fetch
 from dmoa.engines.transformers.engine import TransformersEngine

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmoa.bench.measure import BenchResult, interleave, ratio, record, spread
+from dmoa.bench.harness import BenchResult, interleave, ratio, record, spread
 from dmoa.config import GateConfig
 from dmoa.core.gate import GateSpec, init_gate
 from dmoa.core.inference import one_thread

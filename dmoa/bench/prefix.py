@@ -18,8 +18,7 @@ from typing import Any
 
 from dmoa.agents.pool import build_engine
 from dmoa.agents.prompts import COMMON_SYSTEM, agent_messages
-from dmoa.bench.engines import engines_here
-from dmoa.bench.measure import BenchResult, interleave, ratio, record, spread
+from dmoa.bench.harness import BenchResult, engines_here, interleave, ratio, record, spread
 from dmoa.config import Config
 from dmoa.engines.chat_template import encode_chat, load_tokenizer
 from dmoa.engines.models import fetch

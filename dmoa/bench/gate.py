@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import linear
 
-from dmoa.bench.measure import BenchResult, interleave, ratio, record, seconds_per_call, spread
+from dmoa.bench.harness import BenchResult, interleave, ratio, record, seconds_per_call, spread
 from dmoa.config import GateConfig
 from dmoa.core.activation import activate
 from dmoa.core.gate import Gate, GateSpec, init_gate, weights_version

@@ -1,8 +1,7 @@
-"""P4 and growth: what a step costs on Ray Serve when the agents cost nothing.
+"""P3: what orchestration adds to the engine's own time, one query at a time, on the embedded model.
 
-Scripted agents without delay, embeddings cached. P4 compares with a bare Serve chain of the same hops on the same Ray
-with the same flags, and the shipped flags with Serve's defaults; growth compares pools of 2 to 256 agents. All arms are
-up at the same time and take turns; a Ray whose turn it is not is frozen, because its idle replicas would take the cores.
+Share = (wall time of the query - engine time on the critical path) / that engine time. The critical path of a step is
+its slowest active agent and then the summarizer; an agent's engine time runs from the engine's accept to its last token.
 """
 
 from __future__ import annotations
@@ -11,18 +10,108 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import httpx
 
-from dmoa.bench.measure import BenchResult, interleave, ratio, spread
-from dmoa.bench.server import BenchServer
+from dmoa.agents.pool import load_pool
+from dmoa.bench import memory as memory_bench
+from dmoa.bench.harness import BenchResult, interleave, ratio, spread
+from dmoa.bench.serve_process import BenchServer
 from dmoa.config import Config
 from dmoa.errors import DmoaError
 from dmoa.serving.launch import SERVE_FLAGS
+
+BAR = 0.03
+QUESTIONS = (
+    "What is 12 + 7?",
+    "Write a Python function that returns the larger of two numbers.",
+    "What is the capital of France, and what is it known for?",
+    "A farmer has 3 boxes with 12 apples each and sells 5 apples. How many are left?",
+    "Why is the sky blue?",
+    "What helps against a sore throat?",
+)
+_TRACE_TIMEOUT_S = 30.0
+
+
+def run_p3(rounds: int) -> list[BenchResult]:
+    """Measure P3 on the default pool; a round asks every question once."""
+    pool = load_pool(None)
+    walls: list[float] = []
+    engines: list[float] = []
+    label = ""
+    with BenchServer({"default": pool}, env=SERVE_FLAGS).wait() as server, httpx.Client(timeout=300, trust_env=False) as client:
+        url = server.urls["default"]
+        _ask(client, url, pool.name, QUESTIONS[0])
+        for _ in range(rounds):
+            for question in QUESTIONS:
+                dmoa = _ask(client, url, pool.name, question)
+                walls.append(_wall_ms(client, url, dmoa["trace_id"]))
+                engines.append(critical_path_ms(dmoa))
+                label = engine_label(dmoa)
+    singles = [(wall - engine) / engine for wall, engine in zip(walls, engines, strict=True)]
+    shares = spread(singles)
+    overall = (sum(walls) - sum(engines)) / sum(engines)
+    added = spread([wall - engine for wall, engine in zip(walls, engines, strict=True)])
+    common: dict[str, Any] = {"rounds": rounds, "engine": label}
+    return [
+        BenchResult(
+            id="P3",
+            value=overall,
+            unit="share",
+            low=shares.low,
+            high=shares.high,
+            bar=f"<= {BAR}",
+            passed=overall <= BAR,
+            note=f"all of {len(walls)} queries together, c = 1, default pool; spread: quartiles of single queries; "
+            f"largest of one query {max(singles):.4f}",
+            **common,
+        ),
+        BenchResult(
+            id="P3.added_ms",
+            value=added.value,
+            unit="ms",
+            low=added.low,
+            high=added.high,
+            bar="",
+            passed=None,
+            note=f"per query, beside {sum(engines) / len(engines):.0f} ms of engine time",
+            **common,
+        ),
+    ]
+
+
+def critical_path_ms(dmoa: Mapping[str, Any]) -> float:
+    """Return the engine time of a reply's `dmoa` object: of every step the slowest agent's and the summarizer's, in ms."""
+    steps = dmoa["steps"]
+    return float(sum(max(agent["engine_ms"] for agent in step["agents"]) + step["summarizer"]["engine_ms"] for step in steps))
+
+
+def engine_label(dmoa: Mapping[str, Any]) -> str:
+    """Return the engines that a reply's `dmoa` object names."""
+    return ", ".join(sorted({agent["engine"] for step in dmoa["steps"] for agent in step["agents"]} - {""}))
+
+
+def _ask(client: httpx.Client, url: str, model: str, question: str) -> dict[str, Any]:
+    """Ask one question and return the reply's `dmoa` object."""
+    reply = client.post(f"{url}/v1/chat/completions", json={"model": model, "messages": [{"role": "user", "content": question}]})
+    reply.raise_for_status()
+    dmoa: dict[str, Any] = reply.json()["dmoa"]
+    return dmoa
+
+
+def _wall_ms(client: httpx.Client, url: str, trace_id: str) -> float:
+    deadline = time.monotonic() + _TRACE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        reply = client.get(f"{url}/v1/dmoa/traces/{trace_id}")
+        if reply.status_code == httpx.codes.OK:
+            return float(reply.json()["wall_ms"])
+        time.sleep(0.05)
+    raise DmoaError(f"bench: trace {trace_id} did not come within {_TRACE_TIMEOUT_S:.0f} s")
+
 
 ENGINE = "scripted"
 STEPS = 20
@@ -244,3 +333,18 @@ def run_growth(rounds: int) -> list[BenchResult]:
             note=f"time of a step against A on one shared deployment, K={WIDTH} (2 of 2 at A=2), 95 % interval: {times}",
         )
     ]
+
+
+_BENCHES: dict[str, tuple[Callable[[int], list[BenchResult]], int]] = {
+    "P3": (run_p3, 1),
+    "P4": (run_p4, 8),
+    "P17": (memory_bench.run_p17, 3),
+    "growth": (run_growth, 5),
+}
+"""Metric -> how it is measured, and its rounds unless told otherwise."""
+
+
+def run(ids: Iterable[str], rounds: int | None = None) -> list[BenchResult]:
+    """Measure some of P3, P4, P17 and growth, one after another."""
+    wanted = set(ids)
+    return [result for id_, (bench, usual) in _BENCHES.items() if id_ in wanted for result in bench(rounds or usual)]

@@ -1,0 +1,575 @@
+"""What P5 replays: the engine calls of answered queries, with what had to be done before each.
+
+A recording engine stands between the agents and the real one. Its notes become a graph: a query is a row of steps, a
+step holds the chains of its agents, a chain is one call, or several around tool results. Replaying it on a bare engine
+computes nothing in between, so it is the most that any orchestration of the same calls could reach.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dmoa import __version__
+from dmoa.agents.agent import LocalAgents
+from dmoa.agents.pool import build_agents, build_encoder, build_engine, build_pool_gate, fingerprint, load_pool
+from dmoa.bench.harness import LABELS, BenchResult, Spread, engines_here, on_engine, ratio, record, spread
+from dmoa.config import Config, callable_agents
+from dmoa.dataflow import OVERCOMMIT
+from dmoa.engines.models import fetch, resolve_model
+from dmoa.errors import DmoaError
+from dmoa.evaluation.answering import Asking, SwarmOutcome, ask_swarm
+from dmoa.evaluation.pipeline import AnswerWorkers, answer_all
+from dmoa.evaluation.registry import SUITES
+from dmoa.evaluation.run_folder import RunFolder, write_lines
+from dmoa.protocols import Encoder, Engine
+from dmoa.routing import LocalRouter
+from dmoa.swarm import Swarm, limits_for
+from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, RolloutAsking, SwarmCollector, collect, width
+from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery
+from dmoa.types import Generation, GenerationRequest, Limits, Message, Query, Sampling, TextDelta
+
+Chain = tuple[GenerationRequest, ...]
+"""One agent's calls in one step, each after the one before."""
+StepCalls = tuple[Chain, ...]
+"""Chains that run side by side."""
+QueryCalls = tuple[StepCalls, ...]
+"""Steps, each after all of the one before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedCall:
+    """One generation as it happened."""
+
+    request: GenerationRequest
+    began_s: float
+    """time.perf_counter() at the engine's accept, as `ended_s` at its last token: one clock for the whole machine."""
+    ended_s: float
+    completion_tokens: int
+
+
+class RecordingEngine:
+    """An engine that notes every generation of another in a file, at once; implements `protocols.Engine`.
+
+    `before`: done with the other engine once, before the first call is timed; nothing of it is noted.
+    """
+
+    def __init__(self, engine: Engine, path: Path, *, before: Callable[[Engine], Awaitable[None]] | None = None) -> None:
+        self._engine = engine
+        self._path = path
+        self._before = before
+        self._opening = asyncio.Lock()
+
+    @property
+    def label(self) -> str:
+        """The other engine's."""
+        return self._engine.label
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Generate and note it. Raises as the other engine."""
+        await self._open()
+        began_s = time.perf_counter()
+        generation = await self._engine.generate(request)
+        self._note(request, began_s, generation)
+        return generation
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Generation]:
+        """Generate piece by piece and note it. Raises as the other engine."""
+        await self._open()
+        began_s = time.perf_counter()
+        async for item in self._engine.stream(request):
+            if isinstance(item, Generation):
+                self._note(request, began_s, item)
+            yield item
+
+    async def close(self) -> None:
+        """Close the other engine."""
+        await self._engine.close()
+
+    async def _open(self) -> None:
+        async with self._opening:
+            if self._before is not None:
+                await self._before(self._engine)
+                self._before = None
+
+    def _note(self, request: GenerationRequest, began_s: float, generation: Generation) -> None:
+        call = RecordedCall(
+            request=request, began_s=began_s, ended_s=time.perf_counter(), completion_tokens=generation.completion_tokens
+        )
+        with self._path.open("ab", buffering=0) as file:
+            file.write(pickle.dumps(call))
+
+
+def read_calls(path: Path) -> list[RecordedCall]:
+    """Return the calls that a recording engine noted."""
+    calls: list[RecordedCall] = []
+    with path.open("rb") as file:
+        while file.peek(1):
+            calls.append(pickle.load(file))  # noqa: S301 -- written by this bench a moment ago
+    return calls
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Work between the first call and the last token."""
+
+    tokens: int
+    """Completion tokens."""
+    seconds: float
+    under_way: float
+    """Calls at the engine, mean over the window."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Completion tokens per second."""
+        return self.tokens / self.seconds
+
+
+def window_of(calls: Sequence[RecordedCall]) -> Window:
+    """Return the window of recorded calls."""
+    seconds = max(call.ended_s for call in calls) - min(call.began_s for call in calls)
+    return Window(
+        tokens=sum(call.completion_tokens for call in calls),
+        seconds=seconds,
+        under_way=sum(call.ended_s - call.began_s for call in calls) / seconds,
+    )
+
+
+def graph_of(calls: Iterable[RecordedCall]) -> tuple[QueryCalls, ...]:
+    """Return the queries behind recorded calls, in the order in which they began.
+
+    Reads `call_id`, which is `trace/step/agent`, with `#n` behind it from the second call of an agent's tool loop on.
+    """
+    graph: dict[str, dict[int, dict[str, list[GenerationRequest]]]] = {}
+    for call in sorted(calls, key=lambda call: call.began_s):
+        trace, step, agent = call.request.call_id.split("/")
+        steps = graph.setdefault(trace, {})
+        steps.setdefault(int(step), {}).setdefault(agent.partition("#")[0], []).append(call.request)
+    return tuple(tuple(tuple(map(tuple, steps[number].values())) for number in sorted(steps)) for steps in graph.values())
+
+
+async def replay_calls(engine: Engine, graph: Sequence[QueryCalls], in_flight: int) -> Window:
+    """Run a graph on a bare engine, `in_flight` queries at a time, and return its window."""
+    waiting = iter(graph)
+    done: list[RecordedCall] = []
+
+    async def chain(requests: Chain) -> None:
+        for request in requests:
+            done.append(await _timed(engine, request))
+
+    async def worker() -> None:
+        for query in waiting:
+            for step in query:
+                await asyncio.gather(*map(chain, step))
+
+    await asyncio.gather(*(worker() for _ in range(in_flight)))
+    return window_of(done)
+
+
+async def replay_flat(engine: Engine, graph: Sequence[QueryCalls]) -> Window:
+    """Run all calls of a graph as one list, none waiting for another, as the engine has room."""
+    requests = [request for query in graph for step in query for calls in step for request in calls]
+    return window_of(await asyncio.gather(*(_timed(engine, request) for request in requests)))
+
+
+async def _timed(engine: Engine, request: GenerationRequest) -> RecordedCall:
+    began_s = time.perf_counter()
+    generation = await engine.generate(request)
+    return RecordedCall(
+        request=request, began_s=began_s, ended_s=time.perf_counter(), completion_tokens=generation.completion_tokens
+    )
+
+
+def recorded_swarm(config: Config, calls: Path) -> tuple[Swarm, Engine]:
+    """Return a pool's swarm, warm, whose engine notes every call in a file, and that engine; blocks while models load."""
+    gate, record = build_pool_gate(config)
+    router = LocalRouter()
+    router.install(record.version, gate)
+    encoder = build_encoder(config)
+    asyncio.run(_touch(encoder))
+    name = _llm(config)
+    engine = RecordingEngine(build_engine(config, name, callable_agents(config, name)), calls, before=warm)
+    agents = LocalAgents(build_agents(config, name, engine))
+    return Swarm(config, agents=agents, router=router, encoder=encoder), engine
+
+
+def replayed(config: Config, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
+    """Replay a graph on the bare engine, in a fresh actor with an engine's environment; `in_flight` None: as a flat list."""
+    import ray
+
+    from dmoa.serving.agent_replica import ENGINE_ENV
+
+    gpus = config.llms[_llm(config)].gpus
+    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": dict(ENGINE_ENV)}}
+    actor = ray.remote(Replayer).options(**options).remote(config.model_dump_json())
+    try:
+        window: Window = ray.get(actor.run.remote(tuple(graph), in_flight))
+    finally:
+        ray.kill(actor)
+    return window
+
+
+class Replayer:
+    """The bare engine in an actor."""
+
+    def __init__(self, config_json: str) -> None:
+        config = Config.model_validate_json(config_json)
+        name = _llm(config)
+        self._engine = build_engine(config, name, callable_agents(config, name))
+
+    def run(self, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
+        """Replay a graph, once, with so many queries in flight; None: as a flat list. Stops the engine."""
+        return asyncio.run(_replay(self._engine, graph, in_flight))
+
+
+async def _replay(engine: Engine, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
+    """Warm an engine, replay and close it. Not a method: with an async one Ray gives the whole actor an event loop of its own."""
+    try:
+        await warm(engine)
+        return await (replay_flat(engine, graph) if in_flight is None else replay_calls(engine, graph, in_flight))
+    finally:
+        await engine.close()
+
+
+async def _touch(encoder: Encoder) -> None:
+    await encoder.embed(["A first text."])
+
+
+def _llm(config: Config) -> str:
+    """Return the one LLM of a pool."""
+    (name,) = config.llms
+    return name
+
+
+async def warm(engine: Engine) -> None:
+    """Let an engine generate once."""
+    words = (Message(role="user", content="Count to three."),)
+    await engine.generate(GenerationRequest(request_id="warm", messages=words, sampling=Sampling(max_tokens=8)))
+
+
+BAR = 0.9
+IN_FLIGHT = (8, 16, 32)
+WIDE_IN_FLIGHT = 32
+FLAT_IN_FLIGHT = 16
+"""Where the flat list is measured, and both engines on the same calls."""
+_PIPELINE_QUERIES = {8: 24, 16: 32, 32: 64}
+_SUITE = "shared"
+_MAX_TOKENS = 24
+_MAX_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineRound:
+    """Tokens per second of the arms in one round."""
+
+    pipeline: float
+    replay: float
+    fill: float
+    """Calls at the engine, mean over the window: the pipeline's over the replay's."""
+    flat: float | None = None
+    """None where the flat list was not run."""
+
+
+def run_p5(ids: Collection[str], rounds: int | None = None, engine: str | None = None) -> list[BenchResult]:
+    """Measure P5 on every engine that is installed, or on one; a round takes some four minutes on two cores and an engine.
+
+    Raises ConfigError for an engine that is not installed, DmoaError if a query failed.
+    """
+    import ray
+
+    from dmoa.serving.launch import start_ray
+
+    engines = engines_here(engine)
+    pool = load_pool(None)
+    for llm in pool.llms.values():
+        resolve_model(llm.model)
+    fetch("minilm")
+    started_ray = start_ray()
+    results: list[BenchResult] = []
+    try:
+        for name in engines:
+            own = on_engine(pool, name)
+            figures = {in_flight: _measure_pipeline(own, in_flight, rounds or 2) for in_flight in IN_FLIGHT}
+            results += pipeline_results({n: found for n, (found, _) in figures.items()}, engine=LABELS[name])
+            if name == "transformers":
+                wide, _ = _measure_pipeline(_with_room(own, WIDE_IN_FLIGHT), WIDE_IN_FLIGHT, rounds or 2)
+                results.append(wide_result(wide, engine=LABELS[name]))
+            else:
+                results.append(_beside(pool, own, figures[FLAT_IN_FLIGHT][1], rounds or 2, engine=LABELS[name]))
+    finally:
+        if started_ray:
+            ray.shutdown()
+    return results
+
+
+def pipeline_results(figures: Mapping[int, Sequence[PipelineRound]], *, engine: str) -> list[BenchResult]:
+    """Return the results of all rounds by queries in flight: the ratios, the lowest of them as P5, and what lies behind them."""
+    ratios = {n: ratio([r.pipeline for r in rounds], [r.replay for r in rounds]) for n, rounds in figures.items()}
+    worst = min(ratios, key=lambda n: ratios[n].value)
+    note = "evaluation pipeline's tokens/s / replay of the same calls on the bare engine"
+    results = [
+        record("P5", ratios[worst], "x", engine=engine, note=f"{note}; the lowest, {worst} queries in flight", at_least=BAR),
+        *(
+            record(f"P5.{n}", found, "x", engine=engine, note=f"{note}; {n} queries in flight", at_least=BAR)
+            for n, found in ratios.items()
+        ),
+    ]
+    fills = {n: spread([r.fill for r in rounds]) for n, rounds in figures.items()}
+    fill_note = "mean of the calls at the engine, pipeline / replay; below 1: gaps between calls"
+    results += [
+        record(f"P5.{n}.fill", found, "x", engine=engine, note=f"{fill_note}; {n} queries in flight")
+        for n, found in fills.items()
+    ]
+    for n, rounds in figures.items():
+        arms = {
+            f"P5.{n}.pipeline": [r.pipeline for r in rounds],
+            f"P5.{n}.replay": [r.replay for r in rounds],
+            "P5.flat": [r.flat for r in rounds if r.flat is not None],
+        }
+        for id_, values in arms.items():
+            what = "all calls handed in at once, none waiting for another; beside" if id_ == "P5.flat" else "with"
+            if values:
+                results.append(record(id_, spread(values), "tokens/s", engine=engine, note=f"{what} {n} queries in flight"))
+    return results
+
+
+def wide_result(rounds: Sequence[PipelineRound], *, engine: str) -> BenchResult:
+    """Return the ratio of an engine with a place for every call; reported, because no shipped pool has so wide a batch."""
+    found = ratio([r.pipeline for r in rounds], [r.replay for r in rounds])
+    what = f"as P5.{WIDE_IN_FLIGHT}, on an engine that decodes all calls of {WIDE_IN_FLIGHT} queries at once"
+    return record("P5.wide", found, "x", engine=engine, note=what)
+
+
+def _beside(pool: Config, moved: Config, graph: Sequence[QueryCalls], rounds: int, *, engine: str) -> BenchResult:
+    """Replay the same calls on the engine of `pool` and on that of `moved`, without anything between engine and calls."""
+    windows = [tuple(replayed(config, graph, FLAT_IN_FLIGHT) for config in (pool, moved)) for _ in range(rounds)]
+    speeds = [[window.tokens_per_s for window in side] for side in zip(*windows, strict=True)]
+    what = f"tokens/s of the bare engine / of transformers, {spread(speeds[0]).value:.1f}, on the same calls"
+    found = ratio(speeds[1], speeds[0])
+    return record("P5.engines", found, "x", engine=engine, note=f"{what}; {FLAT_IN_FLIGHT} queries in flight")
+
+
+def _measure_pipeline(config: Config, in_flight: int, rounds: int) -> tuple[list[PipelineRound], tuple[QueryCalls, ...]]:
+    """Run the arms in turns; every other round replays first, by the calls of the round before. Returns the last calls, too."""
+    graph: tuple[QueryCalls, ...] = ()
+    found: list[PipelineRound] = []
+    for number in range(rounds):
+        again = _replayed(config, graph, in_flight) if number % 2 else None
+        pipeline, graph = _piped(config, in_flight)
+        bare, flat = again or _replayed(config, graph, in_flight)
+        fill = pipeline.under_way / bare.under_way
+        flat_per_s = flat.tokens_per_s if flat is not None else None
+        found.append(PipelineRound(pipeline=pipeline.tokens_per_s, replay=bare.tokens_per_s, fill=fill, flat=flat_per_s))
+    return found, graph
+
+
+def _width(config: Config) -> int:
+    """Return the most calls that one query has under way."""
+    return min(config.gate.activation.max_agents, len(config.agents))
+
+
+def _with_room(pool: Config, in_flight: int) -> Config:
+    """Return the pool with an engine that decodes all calls of so many queries at once."""
+    llms = {name: llm.model_copy(update={"max_num_seqs": in_flight * _width(pool)}) for name, llm in pool.llms.items()}
+    return pool.model_copy(update={"llms": llms})
+
+
+def _piped(config: Config, in_flight: int) -> tuple[Window, tuple[QueryCalls, ...]]:
+    """Ask the rows through the pipeline; return its window and the graph of its calls."""
+    from dmoa.serving.agent_replica import ENGINE_ENV
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, calls = RunFolder(Path(scratch)), Path(scratch) / "calls"
+        rows = SUITES[_SUITE].generate("test", _PIPELINE_QUERIES[in_flight], 0)
+        write_lines(folder.tasks(_SUITE), (row.task for row in rows))
+        limits = limits_for(config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": _MAX_STEPS})}))
+        workers = AnswerWorkers(
+            open_answerer=OpenRecordedAnswerer(config_json=config.model_dump_json(), calls=calls),
+            places=in_flight * _width(config),
+            widths={"dmoa": _width(config)},
+            num_gpus=sum(llm.gpus for llm in config.llms.values()),
+            env=ENGINE_ENV,
+        )
+        asking = Asking(seed=0, limits=replace(limits, max_tokens=_MAX_TOKENS))
+        answer_all(folder, [_SUITE], ["dmoa"], asking, workers, lambda progress: None)
+        lost = [row for row in folder.read_answers(_SUITE, "dmoa") if row.status == "failed"]
+        if lost:
+            raise DmoaError(f"bench: {len(lost)} queries failed, the first by {lost[0].error}")
+        recorded = read_calls(calls)
+    return window_of(recorded), graph_of(recorded)
+
+
+def _replayed(config: Config, graph: tuple[QueryCalls, ...], in_flight: int) -> tuple[Window, Window | None]:
+    """Replay a graph; return the window, and that of the flat list where it is asked for."""
+    bare = replayed(config, graph, in_flight)
+    return bare, replayed(config, graph, None) if in_flight == FLAT_IN_FLIGHT else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRecordedAnswerer:
+    """Loads a pool as `dmoa evaluate` does, with an engine that notes its calls."""
+
+    config_json: str
+    calls: Path
+
+    def __call__(self) -> RecordedAnswerer:
+        """Return the swarm, warm; blocks while models load."""
+        return RecordedAnswerer(*recorded_swarm(Config.model_validate_json(self.config_json), self.calls))
+
+
+class RecordedAnswerer:
+    """A swarm on a recording engine; implements `evaluation.answering.Answerer`."""
+
+    def __init__(self, swarm: Swarm, engine: Engine) -> None:
+        self._swarm = swarm
+        self._engine = engine
+
+    async def answer(self, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
+        """Answer one query. Raises DmoaError."""
+        return await ask_swarm(self._swarm, query, policy, agent)
+
+    async def close(self) -> None:
+        """Stop the engine."""
+        await self._engine.close()
+
+
+MODES: dict[str, float | None] = {"dense": None, "epsilon": 0.2}
+"""Name of a mode -> its epsilon."""
+_ROLLOUT_QUERIES = {"dense": 16, "epsilon": 32}
+_LIMITS = Limits(max_steps=2, max_tokens=24)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRound:
+    """The arms in one round."""
+
+    rollouts: Window
+    replay: Window
+
+
+def run_p13(ids: Collection[str], rounds: int | None = None) -> list[BenchResult]:
+    """Measure P13; a round takes some three minutes on two cores. Raises DmoaError if a query failed."""
+    import ray
+
+    from dmoa.serving.launch import start_ray
+
+    pool = load_pool(None)
+    for llm in pool.llms.values():
+        resolve_model(llm.model)
+    fetch("minilm")
+    started_ray = start_ray()
+    try:
+        figures = {mode: _measure_rollouts(pool, mode, rounds or 2) for mode in MODES}
+    finally:
+        if started_ray:
+            ray.shutdown()
+    return rollout_results(figures, engine="transformers/float32")
+
+
+def rollout_results(figures: Mapping[str, Sequence[RolloutRound]], *, engine: str) -> list[BenchResult]:
+    """Return the ratios by mode, the lower of them as P13, and what lies behind them."""
+    found = {mode: _ratio(rounds, "tokens_per_s") for mode, rounds in figures.items()}
+    worst = min(found, key=lambda mode: found[mode].value)
+    note = "rollouts' tokens/s / replay of the same calls on the bare engine"
+    results = [record("P13", found[worst], "x", engine=engine, note=f"{note}; the lower, {worst}", at_least=BAR)]
+    results += [
+        record(f"P13.{mode}", one, "x", engine=engine, note=f"{note}; {mode}", at_least=BAR) for mode, one in found.items()
+    ]
+    for mode, rounds in figures.items():
+        fill = "mean of the calls at the engine, rollouts / replay; below 1: gaps between calls"
+        results.append(record(f"P13.{mode}.fill", _ratio(rounds, "under_way"), "x", engine=engine, note=fill))
+        speeds = spread([one.rollouts.tokens_per_s for one in rounds])
+        results.append(record(f"P13.{mode}.tokens", speeds, "tokens/s", engine=engine, note=f"{mode} rollouts"))
+    return results
+
+
+def _ratio(rounds: Sequence[RolloutRound], name: str) -> Spread:
+    return ratio([getattr(one.rollouts, name) for one in rounds], [getattr(one.replay, name) for one in rounds])
+
+
+def _measure_rollouts(config: Config, mode: str, rounds: int) -> list[RolloutRound]:
+    """Run the arms in turns; every other round replays first, by the calls of the round before."""
+    graph: tuple[QueryCalls, ...] = ()
+    found: list[RolloutRound] = []
+    in_flight = _places(config) // width(config, MODES[mode])
+    for number in range(rounds):
+        again = replayed(config, graph, in_flight) if number % 2 else None
+        collected, graph = _collected(config, mode)
+        found.append(RolloutRound(rollouts=collected, replay=again or replayed(config, graph, in_flight)))
+    return found
+
+
+def _places(config: Config) -> int:
+    return OVERCOMMIT * sum(llm.max_num_seqs for llm in config.llms.values())
+
+
+def _collected(config: Config, mode: str) -> tuple[Window, tuple[QueryCalls, ...]]:
+    """Collect rollouts; return their window and the graph of their calls."""
+    with tempfile.TemporaryDirectory() as scratch:
+        calls = Path(scratch) / "calls"
+        manifest = collect(_session(config, mode, Path(scratch) / "rollouts", calls))
+        if manifest.failures:
+            raise DmoaError(f"bench: {manifest.counts.failed} queries failed, the last: {manifest.failures[-1]}")
+        recorded = read_calls(calls)
+    return window_of(recorded), graph_of(recorded)
+
+
+def _session(config: Config, mode: str, root: Path, calls: Path) -> CollectSession:
+    """Return what `dmoa rollouts` would put together, on a recording engine."""
+    from contextlib import nullcontext
+
+    from dmoa.serving.agent_replica import ENGINE_ENV
+
+    epsilon, preset, own = MODES[mode], config.gate.preset, fingerprint(config)
+    rows = SUITES[_SUITE].generate("train", _ROLLOUT_QUERIES[mode], 0)
+    queries = [RolloutQuery(query_id=row.task.row_id, source=_SUITE, split="train", text=row.task.text) for row in rows]
+    return CollectSession(
+        folder=RolloutFolder(root),
+        manifest=Manifest(
+            pool=config.name,
+            pool_fingerprint=own,
+            agents=list(config.agent_names),
+            gate_version="",
+            preset=preset,
+            engines=[],
+            sources=[],
+            mode="dense" if epsilon is None else "epsilon",
+            epsilon=epsilon,
+            seed=0,
+            options={},
+            config={},
+            dmoa_version=__version__,
+            started_unix_s=time.time(),
+        ),
+        prepare=lambda: CollectedQueries(queries=queries, sources=[]),
+        asking=RolloutAsking(seed=0, round=0, limits=_LIMITS, preset=preset, fingerprint=own),
+        workers=CollectWorkers(
+            open_collector=OpenRecordedCollector(config_json=config.model_dump_json(), calls=calls, epsilon=epsilon),
+            places=_places(config),
+            width=width(config, epsilon),
+            env=ENGINE_ENV,
+        ),
+        say=lambda text: None,
+        watch=lambda progress: None,
+        open_ray=nullcontext,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRecordedCollector:
+    """Loads a pool as `dmoa rollouts` does, with an engine that notes its calls."""
+
+    config_json: str
+    calls: Path
+    epsilon: float | None
+
+    def __call__(self) -> SwarmCollector:
+        """Return the swarm, warm; blocks while models load."""
+        swarm, _ = recorded_swarm(Config.model_validate_json(self.config_json), self.calls)
+        return SwarmCollector(swarm, self.epsilon)
