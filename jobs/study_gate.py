@@ -34,13 +34,13 @@ from study_settings import (
     write_result,
 )
 
-from dmoa.cli.evaluation_session import opened_ray
 from dmoa.cli.jobs import read_job, run_job
-from dmoa.cli.options import Common, with_common
 from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError
 from dmoa.evaluation.answer_matrix import AnswerMatrix, gate_choices, replay_choices
 from dmoa.evaluation.statistics import holm
+from dmoa.workflows.console import Common, with_common
+from dmoa.workflows.evaluate import opened_ray
 
 TIE = 1e-9
 UNHEARD_NATS = 20.0

@@ -16,7 +16,6 @@ from study_settings import CLUSTERS, POOL, WRONG, Study, pool
 
 from dmoa import checkpoint
 from dmoa.checkpoint import Checkpoint
-from dmoa.cli.rollout_queries import read_labels
 from dmoa.core.gate import Gate
 from dmoa.evaluation.answer_matrix import AnswerMatrix, gate_choices
 from dmoa.evaluation.records import Reply
@@ -27,6 +26,7 @@ from dmoa.training.options import parse_train_options
 from dmoa.training.probe import probe_pool
 from dmoa.training.rollouts import read_table
 from dmoa.training.trainer import TrainContext, run_training
+from dmoa.workflows.collect import read_labels
 
 AROUND = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
 SAME_REPLY = 0.8

@@ -12,8 +12,6 @@ from study_endpoints import SINGLE
 from study_settings import COMMAND, MATRIX_SEED, MATRIX_SUITES, POOL, ROLLOUT_SEED, Study, everyone, pool
 
 from dmoa.agents.pool import build_encoder
-from dmoa.cli.evaluation_session import run_evaluation
-from dmoa.cli.rollout_session import run_rollouts
 from dmoa.config import Config
 from dmoa.errors import DmoaError
 from dmoa.evaluation import records as evaluate_options
@@ -21,6 +19,8 @@ from dmoa.evaluation.answer_matrix import AnswerMatrix, matrix_policies, read_ma
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.training import options as rollout_options
 from dmoa.training.rollouts import Manifest, read_manifest
+from dmoa.workflows.collect import run_rollouts
+from dmoa.workflows.evaluate import run_evaluation
 
 
 def evaluated(study: Study, out: Path, config: Config, values: Mapping[str, Any]) -> RunFolder:

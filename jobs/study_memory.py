@@ -14,11 +14,11 @@ from study_material import collected, evaluated, rollouts
 from study_settings import MATRIX_SEED, MEMORY_EPOCHS, POOL, Study, pool
 
 from dmoa import checkpoint
-from dmoa.cli.rollout_queries import read_labels
 from dmoa.errors import DmoaError
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.evaluation.statistics import hierarchical_bootstrap
 from dmoa.training.rollouts import read_table
+from dmoa.workflows.collect import read_labels
 
 KEPT, RESET = "default", "no-memory"
 ARMS = (KEPT, RESET)

@@ -17,12 +17,12 @@ from study_gates import gates, material
 from study_material import answered, embeddings, matrices
 from study_settings import POOL, Study, plain, pool
 
-from dmoa.cli.evaluation_session import opened_ray
 from dmoa.cli.jobs import run_job
-from dmoa.cli.options import Common, with_common
 from dmoa.errors import ConfigError
 from dmoa.evaluation.run_folder import write_whole
 from dmoa.evaluation.statistics import holm
+from dmoa.workflows.console import Common, with_common
+from dmoa.workflows.evaluate import opened_ray
 
 SUITES = ("arith", "shared")
 SEED = 8

@@ -16,10 +16,10 @@ import numpy as np
 from study_endpoints import SINGLE
 
 from dmoa.agents.pool import fingerprint, load_pool
-from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
 from dmoa.evaluation.run_folder import write_whole
+from dmoa.workflows.console import Common
 
 POOL, CONSTANT, WRONG = "specialists", "specialists-liar-constant", "specialists-liar-wrong"
 MATRIX_SUITES = (*SINGLE, "shared")

@@ -20,11 +20,11 @@ from study_material import answered, embeddings
 from study_second import PRICED
 from study_settings import CONSTANT, POOL, Study, plain, pool
 
-from dmoa.cli.evaluation_session import opened_ray
 from dmoa.cli.jobs import run_job
-from dmoa.cli.options import Common, with_common
 from dmoa.evaluation.answer_matrix import AnswerMatrix
 from dmoa.evaluation.run_folder import write_whole
+from dmoa.workflows.console import Common, with_common
+from dmoa.workflows.evaluate import opened_ray
 
 SEED = 9
 """Of the rows; the earlier tests' have 7 and 8."""

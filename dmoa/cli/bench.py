@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmoa.cli.options import EXIT_FAILED, Common, refuse_together, with_common
 from dmoa.errors import ConfigError
 from dmoa.validation import did_you_mean
+from dmoa.workflows.console import EXIT_FAILED, Common, refuse_together, with_common
 
 if TYPE_CHECKING:
     from dmoa.bench.harness import BenchResult
@@ -69,7 +69,7 @@ def bench(
         results += found
         for result in found:
             common.say(f"{result.id}: {result.value:.4g} {result.unit}")
-    show(results)
+    print_results(results)
     report = BenchReport(machine=machine(), results=results)
     common.write_json(report.model_dump(mode="json"))
     if any(result.passed is False for result in results):
@@ -105,7 +105,7 @@ def _measure(module: str, ids: Sequence[str], rounds: int | None, engine: str | 
     return run(**more) if module in _ALONE else run(ids, **more)
 
 
-def show(results: Sequence[BenchResult]) -> None:
+def print_results(results: Sequence[BenchResult]) -> None:
     """Print the results as a table."""
     from rich.console import Console
     from rich.table import Table

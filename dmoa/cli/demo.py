@@ -1,29 +1,510 @@
-"""`dmoa demo`: the whole system in a few minutes: serve, look, collect, learn, install while serving, compare.
-
-Questions come from the generated suites, whose answers are computed, so that right and wrong can be told; the gate learns
-from other questions, without their answers. Everything that the demo does is a command of its own, which it prints.
-"""
+"""What `dmoa demo` prints: each query's routing when it is done, a closing table, the replay."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import shutil
 import socket
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
+from rich.table import Table
+from rich.text import Text
 
-from dmoa.cli.options import EXIT_FAILED, Common, with_common
+from dmoa.config import Config
+from dmoa.core.answers import extract_answer
+from dmoa.errors import DmoaError
+from dmoa.evaluation.records import Label, Reply
+from dmoa.evaluation.registry import SUITES
+from dmoa.workflows.console import EXIT_FAILED, Common, Screen, num_tokens, printable, untrained_note, with_common
 
 if TYPE_CHECKING:
-    from dmoa.cli.demo_asking import Outcome, Question
-    from dmoa.cli.demo_compare import Compared
-    from dmoa.cli.demo_learning import Learned
-    from dmoa.config import Config
+    from dmoa.core.gate import Gate
+    from dmoa.evaluation.answer_matrix import AnswerMatrix
+    from dmoa.evaluation.results import Evaluation
+    from dmoa.evaluation.run_folder import RunFolder
+    from dmoa.replay import Replay
+    from dmoa.training.probe import ProbeReport
+    from dmoa.types import FloatArray
+    from dmoa.workflows.backends import RemoteSwarm
+    from dmoa.workflows.console import QueryResult
+
+
+_ANSWER_CHARACTERS = 24
+_QUESTION_CHARACTERS = 34
+
+
+class DemoReport:
+    """Prints a demo as it goes."""
+
+    def __init__(self, common: Common, config: Config, out: Path, *, num_questions: int) -> None:
+        self._screen = Screen(common.verbosity)
+        self._verbosity = common.verbosity
+        self._config = config
+        self._out = out
+        self._num_questions = num_questions
+        self._gate_version = ""
+
+    def opening(self, url: str, gate_version: str) -> None:
+        """Print what is served and what to expect of it."""
+        self._gate_version = gate_version
+        self._print(f"dmoa: ready at {url} (pool {self._config.name}, gate {gate_version})")
+        for note in self._notes():
+            self._print(note)
+
+    def _notes(self) -> list[str]:
+        notes = [untrained_note(self._gate_version)]
+        is_small = any(llm.model == "embedded:smollm2-135m" for llm in self._config.llms.values())
+        if is_small and not any(agent.adapter for agent in self._config.agents):
+            notes.append(
+                "agents that differ by role prompt alone hardly differ on a 135M model: this shows the machinery, not its worth"
+            )
+        return [note for note in notes if note]
+
+    def query(self, number: int, outcome: DemoOutcome) -> None:
+        """Print a finished query: its steps, its answer, and whether that is right."""
+        if self._verbosity < 0:
+            return
+        self._print(f"\n=== question {number} of {self._num_questions}: {outcome.question.text}")
+        if outcome.asked is None:
+            self._print(f"failed: {outcome.error}")
+            return
+        for step in outcome.asked.dmoa.steps:
+            self._screen.step(step)
+        self._screen.answer(outcome.asked, has_note=False)
+        self._print(f"expected {outcome.question.expected}: {_verdict(outcome)}")
+
+    def closing(self, outcomes: Sequence[DemoOutcome], wall_s: float) -> None:
+        """Print the closing table with totals; `wall_s` is how long all queries took together."""
+        table = Table(box=None, pad_edge=False)
+        for name in ("#", "question", "answer", "right", "steps", "agents", "tokens", "seconds", "stopped by"):
+            is_text = name in ("question", "answer", "right", "stopped by")
+            is_long = name in ("question", "answer")
+            table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_long)
+        for number, outcome in enumerate(outcomes, 1):
+            table.add_row(str(number), *_row(outcome))
+        table.add_row("", "in all", "", *_totals(outcomes, wall_s), style="bold")
+        self._print("")
+        self._screen.out.print(table)
+        self._print("agents: mean number of active agents of a step; queries ran side by side, so their seconds overlap")
+        for note in self._notes():
+            self._print(note)
+
+    def replayed(self, results: Sequence[Replay], command: str) -> bool:
+        """Print where the traces lie and what their replay said; return whether all decisions were repeated."""
+        different = [result.trace_id for result in results if result.differences]
+        count = sum(len(result.decisions) for result in results)
+        self._print(f"traces of {len(results)} queries in {self._out}; replay them with:\n  {command}")
+        if different:
+            self._print(f"replayed here: {len(different)} of {len(results)} traces differ: {', '.join(different)}")
+        else:
+            self._print(f"replayed here: all {count} routing decisions identical")
+        return not different
+
+    def _print(self, text: str) -> None:
+        self._screen.out.print(Text(printable(text)), soft_wrap=True)
+
+
+def _verdict(outcome: DemoOutcome) -> str:
+    return "right" if outcome.is_right else "wrong"
+
+
+def _row(outcome: DemoOutcome) -> list[str]:
+    question = _cut(outcome.question.text, _QUESTION_CHARACTERS)
+    asked = outcome.asked
+    if asked is None:
+        return [question, "failed", _verdict(outcome)]
+    text = extract_answer(asked.text) or asked.text
+    steps = asked.dmoa.steps
+    return [
+        question,
+        _cut(text, _ANSWER_CHARACTERS),
+        _verdict(outcome),
+        str(len(steps)),
+        f"{fmean(step.k for step in steps):.1f}",
+        str(num_tokens(asked.dmoa)),
+        f"{asked.wall_s:.1f}",
+        asked.dmoa.stop_reason,
+    ]
+
+
+def _totals(outcomes: Sequence[DemoOutcome], wall_s: float) -> list[str]:
+    answered = [outcome.asked for outcome in outcomes if outcome.asked is not None]
+    steps = [step for asked in answered for step in asked.dmoa.steps]
+    return [
+        f"{sum(outcome.is_right for outcome in outcomes)} of {len(outcomes)}",
+        str(len(steps)),
+        f"{fmean(step.k for step in steps):.1f}" if steps else "",
+        str(sum(num_tokens(asked.dmoa) for asked in answered)),
+        f"{wall_s:.1f}",
+        "",
+    ]
+
+
+def _cut(text: str, length: int) -> str:
+    flat = " ".join(printable(text).split())
+    return flat if len(flat) <= length else flat[: length - 3] + "..."
+
+
+DEMO_SUITES = ("arith", "words", "calendar")
+SEED = 0
+_CONCURRENCY = 3
+"""Queries in flight: enough for the engine to batch them, few enough to follow."""
+_MAX_STEPS = 3
+_MAX_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoQuestion:
+    """One question of the demo."""
+
+    text: str
+    label: Label
+    """Its suite and computed answer."""
+
+    @property
+    def expected(self) -> str:
+        """The right answer."""
+        return str(self.label.gold["answer"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOutcome:
+    """What became of a question."""
+
+    question: DemoQuestion
+    asked: QueryResult | None
+    """None where the query failed."""
+    error: str = ""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer is the computed one, by the suite's own scorer."""
+        if self.asked is None:
+            return False
+        return SUITES[self.question.label.benchmark].score(self.question.label, Reply(text=self.asked.text)).value == 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `--json` says of it."""
+        return {
+            "question": self.question.text,
+            "suite": self.question.label.benchmark,
+            "expected": self.question.expected,
+            "right": self.is_right,
+            "error": self.error or None,
+            "reply": self.asked.to_json() if self.asked else None,
+            "wall_s": round(self.asked.wall_s, 3) if self.asked else None,
+        }
+
+
+def generate(count: int, seed: int = SEED) -> list[DemoQuestion]:
+    """Return `count` held-out questions of each suite, in turns: deterministic in the seed, all different."""
+    columns = [
+        [DemoQuestion(text=row.task.text, label=row.label) for row in SUITES[name].generate("test", count, seed)]
+        for name in DEMO_SUITES
+    ]
+    return [question for together in zip(*columns, strict=True) for question in together]
+
+
+async def ask_all(url: str, questions: list[DemoQuestion], report: DemoReport) -> list[DemoOutcome]:
+    """Ask every question over HTTP, a few at a time; each is reported when it is done. Returned in the order given."""
+    from dmoa.serving.client import SwarmClient
+    from dmoa.workflows.backends import RemoteSwarm
+
+    places = asyncio.Semaphore(_CONCURRENCY)
+    async with SwarmClient(url, api_key=os.environ.get("DMOA_API_KEYS", "").partition(",")[0].strip()) as client:
+        backend = RemoteSwarm(client)
+        tasks = [_ask(backend, places, number, question, report) for number, question in enumerate(questions, 1)]
+        return await asyncio.gather(*tasks)
+
+
+async def _ask(
+    backend: RemoteSwarm, places: asyncio.Semaphore, number: int, question: DemoQuestion, report: DemoReport
+) -> DemoOutcome:
+    from dmoa.workflows.backends import AskOptions
+    from dmoa.workflows.console import Screen
+
+    wish = AskOptions(max_steps=_MAX_STEPS, max_tokens=_MAX_TOKENS, keeps_trace=True)
+    async with places:
+        try:
+            # Nothing is shown before the query is done: a few of them are under way at once.
+            asked = await backend.ask(question.text, (), wish, Screen(shows_steps=False))
+        except DmoaError as error:
+            outcome = DemoOutcome(question=question, asked=None, error=str(error))
+        else:
+            outcome = DemoOutcome(question=question, asked=asked)
+    report.query(number, outcome)
+    return outcome
+
+
+def replay_demo(common: Common, config: Config, report: DemoReport, out: Path, outcomes: list[DemoOutcome]) -> bool:
+    """Keep the traces, route them again, and tell how to do the same; return whether every decision was repeated."""
+    from dmoa.cli.run import replay_traces
+    from dmoa.trace import read_traces, write_traces
+
+    for number, outcome in enumerate(outcomes, 1):
+        if outcome.asked is not None and outcome.asked.trace is not None:
+            write_traces(out / f"query-{number:02d}.jsonl", [outcome.asked.trace])
+    path = write_traces(
+        out / "traces.jsonl", [o.asked.trace for o in outcomes if o.asked is not None and o.asked.trace is not None]
+    )
+    results = replay_traces(config, read_traces(path))
+    command = ["dmoa", "run", "--replay", str(path)]
+    if common.config is not None:
+        command += ["--config", str(common.config)]
+    for override in common.overrides:
+        command += ["--set", override]
+    return report.replayed(results, shlex.join(command))
+
+
+LEARNING_SEED = 1
+"""Of the queries that the gate learns from: other rows than those it is shown or compared on, in any case."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """What came of the learning."""
+
+    probe: ProbeReport
+    checkpoint: Path
+    version: str
+    training: dict[str, Any]
+    """`train.json`."""
+    warnings: tuple[str, ...]
+    """What is to be said of the gate's worth, label-free."""
+    commands: list[str]
+    """The same by hand."""
+
+
+def learn(common: Common, config: Config, out: Path, app: str, queries: int) -> Learned:
+    """Collect dense rollouts, look at them, train, and install. Raises DmoaError where a part fails."""
+    from dmoa.cli.probe import print_probe
+    from dmoa.serving.router.admin import RouterAdmin, checkpoint_files
+    from dmoa.training.options import parse_rollout_options as rollout_options
+    from dmoa.training.options import parse_train_options as train_options
+    from dmoa.workflows.collect import run_rollouts
+    from dmoa.workflows.probe import probe_rollouts
+    from dmoa.workflows.train import ranking_warning, run_train
+
+    rollouts, gate = out / "rollouts", out / "gate"
+    pool = ["--config", str(common.config)] if common.config else []
+    pool += [part for override in common.overrides for part in ("--set", override)]
+    collect = [
+        "dmoa",
+        "rollouts",
+        *pool,
+        "--benchmarks",
+        ",".join(DEMO_SUITES),
+        "--limit",
+        str(queries),
+        "--seed",
+        str(LEARNING_SEED),
+    ]
+    collect += ["--out", str(rollouts)]
+    train = ["dmoa", "train", *pool, "--rollouts", str(rollouts), "--out", str(gate)]
+    commands = [shlex.join(command) for command in (collect, train)]
+    common.say(f"3 of 6: {queries} generated queries, without labels, asked of every agent: can entropy route this pool?")
+    options = {"benchmarks": ",".join(DEMO_SUITES), "limit": queries, "seed": LEARNING_SEED, "out": rollouts, "track": "none"}
+    run_rollouts(rollout_options({**options, "call_cache": out / "calls"}), config, common, commands[0])
+    probe = probe_rollouts(rollouts, config)
+    if common.verbosity >= 0:
+        print_probe(probe, config)
+    common.say("4 of 6: training the gate on Ray Train, by predictive entropy alone")
+    result = run_train(train_options({"rollouts": rollouts, "out": gate}), config, common, commands[1])
+    change = RouterAdmin(app).install(checkpoint_files(result.checkpoint), "dmoa demo")
+    common.say(f"installed in the running swarm: {change['previous']} -> {change['version']}")
+    probing = shlex.join(["dmoa", "probe", *pool, "--rollouts", str(rollouts)])
+    install = shlex.join(["dmoa", "router", "install", str(gate / "checkpoint")])
+    return Learned(
+        probe=probe,
+        checkpoint=result.checkpoint,
+        version=result.record.version,
+        training=result.report.model_dump(mode="json"),
+        warnings=(*result.report.silent, *ranking_warning(result.report)),
+        commands=[commands[0], probing, commands[1], install],
+    )
+
+
+TRAINED = "dmoa:trained"
+GENERALIST = "generalist"
+NUM_UNTRAINED = 20
+"""Untrained gates whose mean is shown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """One method on all held-out rows."""
+
+    name: str
+    policy: str
+    accuracy: float
+    low: float
+    high: float
+    """Wilson's 95 % interval; of several gates, what the middle 95 % of them reach."""
+    by_suite: dict[str, float]
+    active: float
+    """Agents asked per step."""
+    tokens: float
+    """Per question: prompt and completion, summarizer included."""
+    not_run: tuple[str, ...] = ()
+    """Suites of which every query failed: they count in no figure."""
+
+    @property
+    def did_run(self) -> bool:
+        """Whether it ran on any suite."""
+        return len(self.not_run) < len(self.by_suite)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return asdict(self)
+
+
+def compare_methods(common: Common, config: Config, out: Path, checkpoint: Path, held_out: int) -> list[Compared]:
+    """Evaluate everything on held-out rows, add the oracle, and return the methods of the closing table.
+
+    Raises DmoaError where the evaluation stops.
+    """
+    from dmoa.evaluation.answer_matrix import add_oracle, matrix_policies
+    from dmoa.evaluation.records import parse_evaluate_options
+    from dmoa.evaluation.run import finish_run
+    from dmoa.evaluation.run_folder import RunFolder
+    from dmoa.workflows.evaluate import run_evaluation
+
+    policies = ["dmoa", TRAINED, *matrix_policies(config.agent_names), "dense", "random"]
+    values = {
+        "benchmarks": ",".join(DEMO_SUITES),
+        "policies": ",".join(policies),
+        "gates": f"trained={checkpoint}",
+        "limit": held_out,
+        "seed": SEED,
+        "out": out / "evaluation",
+        "call_cache": out / "calls",
+    }
+    given = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    options = parse_evaluate_options(values)
+    run_evaluation(options, config, common, shlex.join(["dmoa", "evaluate", *given]), shows_result=False)
+    folder = RunFolder((out / "evaluation").absolute())
+    add_oracle(folder, DEMO_SUITES, config.agent_names)
+    found = summarise(finish_run(folder), config.agent_names)
+    return [*found[:2], *first_steps(config, folder, checkpoint), *found[2:]]
+
+
+def first_steps(config: Config, folder: RunFolder, checkpoint: Path) -> list[Compared]:
+    """Return what many untrained gates, and the trained one, get with one step a question: replayed, nobody is asked.
+
+    Blocks while the encoder loads. Raises ConfigError where an agent has not answered every row.
+    """
+    from dmoa import checkpoint as checkpoints
+    from dmoa.agents.pool import build_encoder, build_pool_gate
+    from dmoa.evaluation.answer_matrix import read_matrix
+
+    matrices = [read_matrix(folder, suite, config.agent_names) for suite in DEMO_SUITES]
+    encoder = build_encoder(config)
+    embedded = [np.stack(asyncio.run(encoder.embed([task.text for task in matrix.tasks]))) for matrix in matrices]
+    seeds = (config.gate.model_copy(update={"seed": seed, "checkpoint": None}) for seed in range(NUM_UNTRAINED))
+    untrained = [build_pool_gate(config.model_copy(update={"gate": gate}))[0] for gate in seeds]
+    trained = checkpoints.load(checkpoint)[0]
+    return [
+        _replayed(f"untrained gates, first step (mean of {NUM_UNTRAINED})", "dmoa", untrained, matrices, embedded),
+        _replayed("trained gate, first step", TRAINED, [trained], matrices, embedded),
+    ]
+
+
+def _replayed(
+    name: str, policy: str, gates: Sequence[Gate], matrices: Sequence[AnswerMatrix], embedded: Sequence[FloatArray]
+) -> Compared:
+    """Return the mean of some gates over all rows; for a single one the interval is Wilson's."""
+    from dmoa.evaluation.answer_matrix import gate_choices, replay_choices
+    from dmoa.evaluation.statistics import wilson
+
+    pairs = list(zip(matrices, embedded, strict=True))
+    parts = [[replay_choices(matrix, gate_choices(gate, rows_RD)) for matrix, rows_RD in pairs] for gate in gates]
+    value_GR = np.stack([np.concatenate([part.value_R for part in those]) for those in parts])
+    low, high = np.quantile(value_GR.mean(axis=1), (0.025, 0.975))
+    if len(gates) == 1:
+        share = wilson(round(float(value_GR.sum())), value_GR.shape[1])
+        low, high = share.low, share.high
+    return Compared(
+        name=name,
+        policy=policy,
+        accuracy=float(value_GR.mean()),
+        low=float(low),
+        high=float(high),
+        by_suite={
+            matrix.benchmark: float(np.mean([those[place].value_R for those in parts])) for place, matrix in enumerate(matrices)
+        },
+        active=float(np.mean([part.k_R for those in parts for part in those])),
+        tokens=float(np.mean([part.tokens_R for those in parts for part in those])),
+    )
+
+
+def summarise(evaluation: Evaluation, agents: Sequence[str]) -> list[Compared]:
+    """Return the methods of the closing table, all suites together."""
+    from dmoa.evaluation.answer_matrix import ORACLE, matrix_policies
+
+    singles = [_method(evaluation, policy, policy.partition(":")[2]) for policy in matrix_policies(agents)]
+    best = max(singles, key=lambda method: (not method.not_run, method.did_run, method.accuracy))
+    found = [_method(evaluation, "dmoa", "untrained gate"), _method(evaluation, TRAINED, "trained gate")]
+    found.append(_method(evaluation, best.policy, f"best single agent ({best.name})"))
+    found += [method for method in singles if method.name == GENERALIST and method.policy != best.policy]
+    found += [_method(evaluation, "dense", "dense (every agent)"), _method(evaluation, "random", "random agent")]
+    return [*found, _method(evaluation, ORACLE, "oracle (knows the labels)")]
+
+
+def _method(evaluation: Evaluation, policy: str, name: str) -> Compared:
+    from dmoa.evaluation.statistics import wilson
+
+    rows = [row for row in evaluation.rows if row.policy == policy]
+    ran = [row for row in rows if row.did_run]
+    count, correct = sum(row.n for row in ran), sum(row.correct for row in ran)
+    share = wilson(correct, count)
+    return Compared(
+        name=name,
+        policy=policy,
+        accuracy=share.value,
+        low=share.low,
+        high=share.high,
+        by_suite={row.benchmark: row.accuracy for row in rows},
+        active=sum((row.active_mean or 0.0) * row.n for row in ran) / max(count, 1),
+        tokens=sum(row.prompt_tokens + row.completion_tokens for row in ran) / max(count, 1),
+        not_run=tuple(row.benchmark for row in rows if not row.did_run),
+    )
+
+
+def _figures(method: Compared) -> list[str]:
+    """Return the cells of a method; a mean over other suites than the others' is none."""
+    suites = ["did not run" if suite in method.not_run else f"{method.by_suite[suite]:.0%}" for suite in DEMO_SUITES]
+    if not method.did_run:
+        return ["did not run", "", *suites, "", ""]
+    overall = ["", ""] if method.not_run else [f"{method.accuracy:.1%}", f"{method.low:.0%} to {method.high:.0%}"]
+    return [*overall, *suites, f"{method.active:.2f}", f"{method.tokens:.0f}"]
+
+
+def print_comparison(methods: Sequence[Compared], config: Config, probe: ProbeReport) -> None:
+    """Print the closing table."""
+    from rich.table import Table
+
+    from dmoa.workflows.console import stdout_console
+
+    console = stdout_console()
+    table = Table(box=None, pad_edge=False, title=f"{config.name}: held-out rows, all suites together", title_justify="left")
+    for name in ("method", "accuracy", "95 %", *DEMO_SUITES, "agents a step", "tokens a question"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for method in methods:
+        table.add_row(method.name, *_figures(method))
+    console.print()
+    console.print(table)
+    if probe.verdict != "can":
+        console.print(f"the probe said: {probe.verdict}; {'; '.join(probe.reasons)}", soft_wrap=True)
+
 
 POOL = "specialists"
 APP = "dmoa-demo"
@@ -49,7 +530,6 @@ def demo(
     dmoa demo --queries 30 --held-out 8 --out out/quick
     dmoa demo --config pool.yaml --questions 2
     """
-    from dmoa.cli.demo_compare import print_comparison
 
     if common.config is None and not os.environ.get("DMOA_CONFIG"):
         common = replace(common, config=Path(POOL))
@@ -75,8 +555,8 @@ class Told:
 
     gate_version: str
     """Before the learning."""
-    before: list[Outcome]
-    after: list[Outcome]
+    before: list[DemoOutcome]
+    after: list[DemoOutcome]
     is_replayed: bool
     """Whether every routing decision was repeated from its trace."""
     learned: Learned
@@ -103,9 +583,6 @@ class Told:
 
 def tell(common: Common, config: Config, out: Path, port: int | None, counts: tuple[int, int, int]) -> Told:
     """Run the demo; `counts`: questions shown of each suite, queries to learn from, held-out rows of each suite."""
-    from dmoa.cli.demo_asking import generate
-    from dmoa.cli.demo_compare import compare
-    from dmoa.cli.demo_learning import learn
     from dmoa.serving.ending import Ending
     from dmoa.serving.launch import launch, stop
 
@@ -124,7 +601,7 @@ def tell(common: Common, config: Config, out: Path, port: int | None, counts: tu
             trained = replace(common, overrides=(*common.overrides, f"gate.checkpoint={learned.checkpoint}"))
             after, is_same_after = ask_and_replay(trained, trained.load(), launched.url, learned.version, asking, out / "after")
             common.say(f"6 of 6: comparing on {counts[2]} held-out rows of each suite; every agent answers alone as well")
-            comparison = compare(common, config, out, learned.checkpoint, counts[2])
+            comparison = compare_methods(common, config, out, learned.checkpoint, counts[2])
         finally:
             if is_up:
                 common.say("stopping the swarm")
@@ -147,13 +624,11 @@ def free_port() -> int:
 
 
 def ask_and_replay(
-    common: Common, config: Config, url: str, gate_version: str, questions: list[Question], out: Path
-) -> tuple[list[Outcome], bool]:
+    common: Common, config: Config, url: str, gate_version: str, questions: list[DemoQuestion], out: Path
+) -> tuple[list[DemoOutcome], bool]:
     """Ask the questions over HTTP, show their routing, and route the traces again; returns whether that was the same."""
-    from dmoa.cli.demo_asking import ask_all, replay_demo
-    from dmoa.cli.demo_report import Report
 
-    report = Report(common, config, out, num_questions=len(questions))
+    report = DemoReport(common, config, out, num_questions=len(questions))
     report.opening(url, gate_version)
     asked_at = time.monotonic()
     outcomes = asyncio.run(ask_all(url, questions, report))

@@ -9,12 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmoa.cli.options import EXIT_FAILED, CheckpointOption, Common, UrlOption, refuse_together, with_common
 from dmoa.cli.serve import AddressOption
 from dmoa.validation import redact_command
+from dmoa.workflows.console import (
+    EXIT_FAILED,
+    CheckpointOption,
+    Common,
+    UrlOption,
+    print_evaluation,
+    refuse_together,
+    with_common,
+)
 
 if TYPE_CHECKING:
     from dmoa.evaluation.records import EvaluateOptions
+
 
 BenchmarksOption = Annotated[
     str, typer.Option("--benchmarks", metavar="A,B", help="Benchmarks; all = the nine, suites = the generated ones.")
@@ -119,7 +128,7 @@ def evaluate(
     if ablations or rollouts is not None:
         _ablations(common, options, rollouts, checkpoint, is_asked=ablations)
         return
-    from dmoa.cli.evaluation_session import check_ran, run_evaluation
+    from dmoa.workflows.evaluate import check_ran, run_evaluation
 
     if url is not None:
         given = {"--config": common.config, "--set": common.overrides, "--checkpoint": checkpoint, "--workers": workers > 1}
@@ -148,8 +157,8 @@ def _ablations(
         refuse_together({"--rollouts": rollouts}, "without --ablations")
     unused: dict[str, object] = {"--url": options.url, "--checkpoint": checkpoint, "--gates": options.gates}
     refuse_together(unused, "with --ablations, which trains and compares gates of its own")
-    from dmoa.cli.ablations import run_ablations
-    from dmoa.cli.evaluation_session import check_ran
+    from dmoa.workflows.ablate import run_ablations
+    from dmoa.workflows.evaluate import check_ran
 
     evaluation = run_ablations(_with_folder(options), rollouts, common.load(), common, _command())
     common.write_json(evaluation.model_dump(mode="json"))
@@ -162,9 +171,9 @@ def _selfcheck(common: Common, options: EvaluateOptions, checkpoint: Path | None
     unused |= {"--call-cache": options.call_cache, "--checkpoint": checkpoint}
     unused |= {"--config": common.config, "--set": common.overrides}
     refuse_together(unused, "with --selfcheck, which asks no agent")
-    from dmoa.cli.evaluation_screen import Bars, print_selfcheck
     from dmoa.evaluation import selfcheck
     from dmoa.evaluation.registry import expand_names
+    from dmoa.workflows.console import Bars, print_selfcheck
 
     with Bars(common.verbosity) as bars:
         found = selfcheck.run_selfcheck(
@@ -179,3 +188,38 @@ def _selfcheck(common: Common, options: EvaluateOptions, checkpoint: Path | None
     common.write_json(found.model_dump(mode="json"))
     if not found.passed:
         raise typer.Exit(EXIT_FAILED)
+
+
+_PIPE_WIDTH = 160
+
+
+@with_common
+def report(
+    common: Common,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, as `dmoa evaluate --out` wrote it.")],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Where the report is written [DIR/report.html].", dir_okay=False)
+    ] = None,
+) -> None:
+    """Show the result of an evaluation and write it as one HTML file; a run that is not finished is shown as far as it is.
+
+    \b
+    dmoa report out/run1
+    dmoa report out/run1 --html report.html
+    """
+    refuse_together({"--config": common.config, "--set": common.overrides}, "on a run, which keeps its own settings")
+    from rich.console import Console
+
+    from dmoa.evaluation import report as html_report
+    from dmoa.evaluation.results import read_evaluation
+    from dmoa.evaluation.run_folder import RunFolder
+
+    evaluation = read_evaluation(directory)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, emoji=False, width=_PIPE_WIDTH)
+    print_evaluation(evaluation, console)
+    path = html or RunFolder(directory).report
+    html_report.write_report(evaluation, path)
+    common.say(f"report: {path}")
+    common.write_json(evaluation.model_dump(mode="json"))

@@ -11,11 +11,11 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from dmoa.cli.interrupts import closed, never_join_by_accident
-from dmoa.cli.options import Common, fail, suggesting, with_common
 from dmoa.config import Config, from_tree
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.validation import redact_command
+from dmoa.workflows.console import Common, fail, suggesting, with_common
+from dmoa.workflows.terminal import closed, never_join_by_accident
 from dmoa.yaml_tree import parse_yaml, read, set_value
 
 JOB, POOL = "job", "pool"
@@ -47,8 +47,8 @@ def _evaluate(common: Common) -> None:
     \b
     python jobs/evaluate.py --config jobs/evaluate.yaml --set job.limit=20
     """
-    from dmoa.cli.evaluation_session import check_ran, run_evaluation
     from dmoa.evaluation.records import parse_evaluate_options
+    from dmoa.workflows.evaluate import check_ran, run_evaluation
 
     config, values = read_job(common)
     options = parse_evaluate_options(values)
@@ -71,8 +71,8 @@ def _collect_rollouts(common: Common) -> None:
     \b
     python jobs/collect_rollouts.py --config jobs/collect_rollouts.yaml --set job.limit=20
     """
-    from dmoa.cli.rollout_session import run_rollouts
     from dmoa.training.options import parse_rollout_options
+    from dmoa.workflows.collect import run_rollouts
 
     config, values = read_job(common)
     manifest = run_rollouts(parse_rollout_options(values), config, common, _command())
@@ -91,7 +91,7 @@ def _train_specialist(common: Common) -> None:
     \b
     python jobs/train_specialist.py --config jobs/train_specialist.yaml --set job.name=words
     """
-    from dmoa.cli.specialists import train_specialist
+    from dmoa.workflows.specialists import train_specialist
 
     _, values = read_job(common)
     common.write_json(train_specialist(values, common, _command()))
@@ -109,8 +109,8 @@ def _train_gate(common: Common) -> None:
     \b
     python jobs/train_gate.py --config jobs/train_gate.yaml --set job.preset=full
     """
-    from dmoa.cli.train import run_train
     from dmoa.training.options import parse_train_options
+    from dmoa.workflows.train import run_train
 
     config, values = read_job(common)
     result = run_train(parse_train_options(values), config, common, _command())
@@ -129,10 +129,10 @@ def _train_rounds(common: Common) -> None:
     \b
     python jobs/train_rounds.py --config jobs/train_rounds.yaml --set job.rounds=2
     """
-    from dmoa.cli.rounds import parse_options, run_rounds
+    from dmoa.workflows.rounds import parse_rounds_options, run_rounds
 
     config, values = read_job(common)
-    result = run_rounds(parse_options(values), config, common, _command())
+    result = run_rounds(parse_rounds_options(values), config, common, _command())
     common.write_json(result.report.model_dump(mode="json"))
 
 

@@ -13,10 +13,15 @@ import typer
 from typer.core import TyperGroup
 
 from dmoa import __version__
-from dmoa.cli import bench, chat, demo, doctor, evaluate, info, models, probe, report, rollouts, router, run, serve, train
-from dmoa.cli.interrupts import closed, never_join_by_accident
-from dmoa.cli.options import fail, suggesting
+from dmoa.cli import bench, demo, evaluate, probe, rollouts, router, run, serve, train
+from dmoa.cli import evaluate as report
+from dmoa.cli import run as chat
+from dmoa.cli import system as doctor
+from dmoa.cli import system as info
+from dmoa.cli import system as models
 from dmoa.errors import DmoaError
+from dmoa.workflows.console import fail, suggesting
+from dmoa.workflows.terminal import closed, never_join_by_accident
 
 
 class Commands(TyperGroup):

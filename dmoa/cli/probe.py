@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dmoa.cli.evaluate import CacheOption, DataDirOption, DifficultyOption, SeedOption
-from dmoa.cli.options import Common, with_common
 from dmoa.cli.serve import AddressOption
 from dmoa.errors import ConfigError
 from dmoa.validation import redact_command
+from dmoa.workflows.console import Common, with_common
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -63,10 +63,10 @@ def probe(
     """
     if rollouts is not None and (queries or benchmarks):
         raise ConfigError("--rollouts: they have their queries already; leave --queries and --benchmarks out")
-    from dmoa.cli.probe_session import Asked, look, look_at
+    from dmoa.workflows.probe import ProbeSettings, collect_probe, probe_queries
 
     config = common.load()
-    asked = Asked(
+    asked = ProbeSettings(
         data_dir=data_dir,
         difficulty=difficulty,
         seed=seed,
@@ -77,20 +77,20 @@ def probe(
     )
     known = (tuple(filter(None, known_answers.split(","))), known_limit) if known_answers else None
     if rollouts is not None:
-        report = look_at(rollouts, config, common, asked, known)
+        report = collect_probe(rollouts, config, common, asked, known)
     else:
         sources = {"queries": queries or (), "benchmarks": benchmarks or ("" if queries else DEFAULT_SUITES)}
-        report = look(sources, limit, config, common, asked, known)
-    show(report, config)
+        report = probe_queries(sources, limit, config, common, asked, known)
+    print_probe(report, config)
     common.write_json(report.model_dump(mode="json"))
 
 
-def show(report: ProbeReport, config: Config) -> None:
+def print_probe(report: ProbeReport, config: Config) -> None:
     """Print a report: the verdict, then what it rests on."""
     from rich.table import Table
 
-    from dmoa.cli.evaluation_screen import stdout_console
     from dmoa.training.probe import gains_nothing
+    from dmoa.workflows.console import stdout_console
 
     console = stdout_console()
     words = {

@@ -17,9 +17,9 @@ from dmoa.cli.evaluate import (
     TrackOption,
     WorkersOption,
 )
-from dmoa.cli.options import CheckpointOption, Common, with_common
 from dmoa.cli.serve import AddressOption
 from dmoa.validation import redact_command
+from dmoa.workflows.console import CheckpointOption, Common, with_common
 
 BenchmarksOption = Annotated[
     str,
@@ -90,7 +90,7 @@ def rollouts(
     from dmoa.training.options import parse_rollout_options
 
     options = parse_rollout_options(values)
-    from dmoa.cli.rollout_session import run_rollouts
+    from dmoa.workflows.collect import run_rollouts
 
     command = redact_command(["dmoa", *sys.argv[1:]])
     manifest = run_rollouts(options, common.load(checkpoint), common, command)

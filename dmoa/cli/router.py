@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmoa.cli.options import Common, with_common
-from dmoa.cli.show import printable, untrained_note
-from dmoa.cli.terminal import tell
+from dmoa.workflows.console import Common, printable, untrained_note, with_common
+from dmoa.workflows.terminal import tell
 
 if TYPE_CHECKING:
     from dmoa.serving.router.admin import RouterAdmin

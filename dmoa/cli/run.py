@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmoa.cli.options import (
+from dmoa.errors import DmoaError, RequestError
+from dmoa.types import Message
+from dmoa.validation import did_you_mean, redact_text
+from dmoa.workflows.console import (
     EXIT_FAILED,
     AgentOption,
     CheckpointOption,
@@ -21,14 +27,14 @@ from dmoa.cli.options import (
     refuse_together,
     with_common,
 )
-from dmoa.errors import RequestError
+from dmoa.workflows.terminal import tell
 
 if TYPE_CHECKING:
-    from dmoa.cli.local import Backend, Wish
-    from dmoa.cli.show import Asked, Screen
     from dmoa.config import Config
     from dmoa.replay import Replay
     from dmoa.trace import Trace
+    from dmoa.workflows.backends import AskOptions, Backend
+    from dmoa.workflows.console import QueryResult, Screen
 
 
 @with_common
@@ -54,7 +60,7 @@ def run(
     dmoa run "What is 12 + 7?" --url http://127.0.0.1:8000 --json reply.json
     dmoa run --replay traces.jsonl      repeats every routing decision, exit 1 if one differs
     """
-    from dmoa.cli.local import Wish
+    from dmoa.workflows.backends import AskOptions
 
     if replay is not None:
         others = {"QUESTION": question, "--policy": policy, "--agent": agent, "--url": url, "--trace": trace}
@@ -63,38 +69,40 @@ def run(
         return
     if question is None:
         raise RequestError('question: missing; give one, such as dmoa run "What is 12 + 7?", or --replay TRACE')
-    wish = Wish(policy=policy, agent=agent, max_steps=max_steps, deadline_s=deadline_s, keeps_trace=trace is not None)
+    wish = AskOptions(policy=policy, agent=agent, max_steps=max_steps, deadline_s=deadline_s, keeps_trace=trace is not None)
     backend = open_backend(common, url, checkpoint, wish, question)
     asked = asyncio.run(_ask_once(backend, question, wish, common))
     if trace is not None and asked.trace is not None:
-        from dmoa.cli.local import append_line
+        from dmoa.workflows.backends import append_line
 
         append_line(trace, asked.trace.model_dump_json())
     common.write_json(asked.to_json())
 
 
-def open_backend(common: Common, url: str | None, checkpoint: Path | None, wish: Wish, question: str | None = None) -> Backend:
+def open_backend(
+    common: Common, url: str | None, checkpoint: Path | None, wish: AskOptions, question: str | None = None
+) -> Backend:
     """Return what answers: a server where `--url` names one, else the pool in this process.
 
     What can be checked is checked before a model loads. Raises ConfigError, RequestError, CheckpointError.
     """
-    from dmoa.cli.local import build_local_backend, check_question, check_wish
+    from dmoa.workflows.backends import build_local_swarm, check_ask_options, check_question
 
     if question is not None:
         check_question(question)
     if url is not None:
-        from dmoa.cli.remote import build_remote_backend
+        from dmoa.workflows.backends import build_remote_swarm
 
         given = {"--config": common.config, "--set": common.overrides, "--checkpoint": checkpoint}
         refuse_together(given, "with --url: the server has its own pool")
-        return build_remote_backend(url)
+        return build_remote_swarm(url)
     config = common.load(checkpoint)
-    check_wish(config, wish)
-    return build_local_backend(config, common.say)
+    check_ask_options(config, wish)
+    return build_local_swarm(config, common.say)
 
 
-async def _ask_once(backend: Backend, question: str, wish: Wish, common: Common) -> Asked:
-    from dmoa.cli.show import Screen
+async def _ask_once(backend: Backend, question: str, wish: AskOptions, common: Common) -> QueryResult:
+    from dmoa.workflows.console import Screen
 
     screen = Screen(common.verbosity)
     try:
@@ -106,8 +114,8 @@ async def _ask_once(backend: Backend, question: str, wish: Wish, common: Common)
 
 
 def _replay(common: Common, path: Path, checkpoint: Path | None) -> None:
-    from dmoa.cli.show import Screen
     from dmoa.trace import read_traces
+    from dmoa.workflows.console import Screen
 
     traces = read_traces(path)
     config = common.load(checkpoint)
@@ -140,7 +148,7 @@ def replay_traces(config: Config, traces: Sequence[Trace]) -> list[Replay]:
 
 
 def _show_replay(screen: Screen, traces: Sequence[Trace], results: Sequence[Replay]) -> None:
-    from dmoa.cli.show import printable, untrained_note
+    from dmoa.workflows.console import printable, untrained_note
 
     for trace, result in zip(traces, results, strict=True):
         count = f"{len(result.decisions)} decision{'' if len(result.decisions) == 1 else 's'}"
@@ -158,3 +166,105 @@ def _show_replay(screen: Screen, traces: Sequence[Trace], results: Sequence[Repl
     versions = {route.gate_version for trace in traces for route in trace.routes}
     for note in filter(None, map(untrained_note, sorted(versions))):
         print(note)
+
+
+_HELP = "/quit ends, /steps shows or hides the steps, /policy NAME changes the policy, /clear forgets the conversation"
+
+
+@with_common
+def chat(
+    common: Common,
+    policy: PolicyOption = None,
+    agent: AgentOption = None,
+    checkpoint: CheckpointOption = None,
+    url: UrlOption = None,
+    max_steps: MaxStepsOption = None,
+    deadline_s: DeadlineOption = None,
+) -> None:
+    """Talk with the swarm, question after question.
+
+    \b
+    dmoa chat
+    dmoa chat --url http://127.0.0.1:8000
+    /quit ends, /steps shows or hides the steps, /policy NAME changes the policy
+    """
+    from dmoa.workflows.backends import AskOptions
+    from dmoa.workflows.console import Screen
+
+    wish = AskOptions(policy=policy, agent=agent, max_steps=max_steps, deadline_s=deadline_s)
+    backend = open_backend(common, url, checkpoint, wish)
+    conversation = Conversation(backend, wish, Screen(common.verbosity))
+    common.say(f"ready; {_HELP}")
+    # One runner for all turns: engines belong to its event loop, and Ctrl-C cancels the answer under way, no more.
+    with asyncio.Runner() as runner:
+        try:
+            while (line := _read_line()) is not None and conversation.take(line, runner):
+                pass
+        finally:
+            runner.run(backend.close())
+    common.write_json({"turns": conversation.answered})
+    if conversation.num_failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _read_line() -> str | None:
+    """Return the next line that the user typed, None at the end of the input."""
+    if sys.stdin.isatty():
+        tell("you> ", nl=False)
+    try:
+        line = sys.stdin.readline()
+    except KeyboardInterrupt:
+        return None
+    return line.strip() if line else None
+
+
+class Conversation:
+    """The turns so far and how the next question is asked."""
+
+    def __init__(self, backend: Backend, wish: AskOptions, screen: Screen) -> None:
+        self._backend = backend
+        self._wish = wish
+        self._screen = screen
+        self._turns: list[Message] = []
+        self.answered: list[dict[str, Any]] = []
+        """The finished turns, as `--json` writes them."""
+        self.num_failed = 0
+
+    def take(self, line: str, runner: asyncio.Runner) -> bool:
+        """Answer a question or obey a command; return False when the conversation is over."""
+        if line.startswith("/"):
+            return self._obey(*line[1:].split(maxsplit=1))
+        if line:
+            try:
+                runner.run(self._ask(line))
+            except DmoaError as error:
+                self.num_failed += 1
+                tell(f"dmoa: {redact_text(str(error))}")
+            except KeyboardInterrupt:
+                tell("\ndmoa: answer cancelled")
+        return True
+
+    async def _ask(self, question: str) -> None:
+        asked = await self._backend.ask(question, self._turns, self._wish, self._screen)
+        self._screen.answer(asked)
+        self._turns += [Message(role="user", content=question), Message(role="assistant", content=asked.text)]
+        self.answered.append(asked.to_json())
+
+    def _obey(self, name: str = "", argument: str = "") -> bool:
+        match name:
+            case "quit" | "exit":
+                return False
+            case "steps":
+                self._screen.shows_steps = not self._screen.shows_steps
+                tell(f"dmoa: steps {'shown' if self._screen.shows_steps else 'hidden'}")
+            case "policy":
+                if argument:
+                    self._wish = replace(self._wish, policy=argument, agent=None)
+                tell(f"dmoa: policy {self._wish.policy or 'as the pool has it'}")
+            case "clear":
+                self._turns.clear()
+                tell("dmoa: the conversation starts anew")
+            case _:
+                nearest = did_you_mean(f"/{name}", re.findall(r"/[a-z]+", _HELP))
+                tell(f"dmoa: /{name} is no command; {_HELP}{nearest}")
+        return True

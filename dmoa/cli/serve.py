@@ -1,19 +1,158 @@
-"""`dmoa serve`: the swarm on Ray Serve behind an OpenAI-compatible URL, until Ctrl-C or SIGTERM."""
+"""What a person sees of `dmoa serve --dry-run`: where everything goes, what it needs of each GPU, and why it cannot."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
-from dmoa.cli.options import EXIT_FAILED, CheckpointOption, Common, with_common
-from dmoa.cli.show import untrained_note
-from dmoa.cli.terminal import tell
+from dmoa.errors import ConfigError
+from dmoa.serving.capacity import gib
+from dmoa.workflows.console import EXIT_FAILED, CheckpointOption, Common, stdout_console, untrained_note, with_common
+from dmoa.workflows.terminal import tell
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dmoa.config import Config
+    from dmoa.serving.capacity import DryRun, Memory
     from dmoa.serving.launch import Launched
+    from dmoa.serving.placement import Deployment
+
+
+_MAX_AGENTS = 4
+_CAVEAT = (
+    "K/V: keys and values. Estimates from config.json: activations, CUDA graphs and the driver's memory (often 1 to 5 GiB) are "
+    "not in them; layers with a window are counted in full; GPUs in use count as there"
+)
+
+
+def show_plan(common: Common, config: Config, address: str | None) -> None:
+    """Print the plan of a pool, write it where `--json` says, and raise ConfigError with every fault if it cannot work."""
+    from dmoa.serving.capacity import dry_run
+
+    found = dry_run(config, address)
+    _print(stdout_console(), found, quiet=common.verbosity < 0)
+    common.write_json(found.to_json())
+    if found.faults:
+        count = f"{len(found.faults)} fault{'s' if len(found.faults) > 1 else ''}"
+        rows = "\n".join(f"  {number}. {fault}" for number, fault in enumerate(found.faults, 1))
+        raise ConfigError(f"pool {found.plan.pool!r} cannot run on {found.supply.source}: {count}\n{rows}")
+
+
+def _print(console: Console, found: DryRun, *, quiet: bool) -> None:
+    console.print(_placement(found))
+    light = ", ".join(f"{part.name} x {part.replicas}" for part in found.plan.parts)
+    console.print(f"beside them, without a GPU: {light}", soft_wrap=True)
+    console.print(f"GPUs: {_gpus(found)}", soft_wrap=True)
+    if any(memory.weights_bytes is not None for memory in found.memories.values()):
+        console.print()
+        console.print(_memory(found))
+        if not quiet:
+            console.print(Text(_CAVEAT, style="dim"), soft_wrap=True)
+    for note in found.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    if not found.faults:
+        console.print(f"pool {found.plan.pool}: fits; nothing was started")
+
+
+def _table(title: str, *columns: str, left: int) -> Table:
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", padding=(0, 2, 0, 0))
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number < left else "right", overflow="fold")
+    return table
+
+
+def _placement(found: DryRun) -> Table:
+    title = f"pool {found.plan.pool}: placement"
+    table = _table(title, "deployment", "agents", "llm", "engine", "replicas", "each on", "GPUs in all", left=4)
+    for item in found.plan.deployments:
+        replicas = _range(item.min_replicas, item.max_replicas)
+        table.add_row(
+            item.name, _agents(item), item.llm, item.engine, replicas, _place(item), _range(item.min_gpus, item.max_gpus)
+        )
+    table.add_row("", "", "", "", "", "all", _range(found.plan.min_gpus, found.plan.max_gpus), style="bold")
+    return table
+
+
+def _agents(item: Deployment) -> str:
+    more = f" and {len(item.agents) - _MAX_AGENTS} more" if len(item.agents) > _MAX_AGENTS else ""
+    return ", ".join(item.agents[:_MAX_AGENTS]) + more
+
+
+def _place(item: Deployment) -> str:
+    if not item.gpus:
+        return "endpoint" if item.engine == "openai" else "CPU"
+    kind = f" {item.accelerator_type}" if item.accelerator_type else ""
+    together = item.gpus_together
+    if item.pipeline_parallel > 1:
+        where = f", each {together:g} on one node if Ray can" if together > 1 else ""
+        return f"{item.pipeline_parallel} x {together:g}{kind} GPU{where}"
+    return f"{item.gpus:g}{kind} GPU{', one node' if together > 1 else ''}"
+
+
+def _gpus(found: DryRun) -> str:
+    supply = found.supply
+    if not supply.nodes:
+        return f"none on {supply.source}"
+    rows = [f"{node.name} {node.gpus:g} x {node.label}" for node in supply.nodes]
+    return f"{supply.gpus:g} on {supply.source}: {'; '.join(rows)}"
+
+
+def _memory(found: DryRun) -> Table:
+    columns = (
+        "llm",
+        "model",
+        "parameters",
+        "weights",
+        "adapters",
+        "may fill",
+        "left for K/V",
+        "K/V a token",
+        "tokens",
+        "sequences",
+    )
+    table = _table("memory of each GPU (of a replica where it has none)", *columns, left=2)
+    seen: set[tuple[str, ...]] = set()
+    for item in found.plan.deployments:
+        row = _memory_row(item, found.memories[item.name])
+        if row not in seen:
+            seen.add(row)
+            table.add_row(*row)
+    return table
+
+
+def _memory_row(item: Deployment, memory: Memory) -> tuple[str, ...]:
+    if memory.weights_bytes is None:
+        word = "no model here" if memory.device == "none" else "unknown"
+        return (item.llm, item.model, word, *[""] * 7)
+    kind = memory.quantization or memory.dtype
+    tokens = memory.room_tokens
+    return (
+        item.llm,
+        item.model,
+        f"{_count(memory.num_parameters)} {kind}",
+        gib(memory.weights_bytes),
+        gib(memory.adapters_bytes) if memory.adapters_bytes else "-",
+        "CPU" if memory.device == "cpu" else gib(memory.budget_bytes) if memory.budget_bytes is not None else "unknown",
+        "-" if memory.room_bytes is None else gib(max(0, memory.room_bytes)),
+        "-" if memory.token_bytes is None else f"{memory.token_bytes / 1024:.1f} KiB",
+        "-" if tokens is None else f"{tokens:,}",
+        "-" if memory.num_sequences is None else f"{memory.num_sequences:,.1f} of {memory.max_model_len:,}",
+    )
+
+
+def _count(number: Any) -> str:
+    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
 
 AddressOption = Annotated[
     str | None,
@@ -53,8 +192,6 @@ def serve(
     config = common.load(checkpoint)
     address = ray_address(address)
     if dry_run:
-        from dmoa.cli.serve_plan import show_plan
-
         return show_plan(common, config, address)
     from dmoa.serving.ending import Ending
     from dmoa.serving.launch import launch, stop

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from dmoa.cli.answerers import OpenPool
 from dmoa.config import loads
 from dmoa.dataflow import PassProgress
 from dmoa.evaluation.answering import Asking
@@ -31,6 +30,7 @@ from dmoa.evaluation.run_folder import RunFolder, write_lines
 from dmoa.serving.agent_replica import ENGINE_ENV
 from dmoa.serving.launch import start_ray
 from dmoa.types import Limits
+from dmoa.workflows.backends import OpenPool
 
 TOTAL_BAR = 1024.0
 """Bytes per row that all processes together may grow by."""

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 
 from dmoa.agents.pool import load_pool
-from dmoa.cli.evaluation_session import check_policies
 from dmoa.config import loads
 from dmoa.engines.models import resolve_adapter, resolve_model
 from dmoa.errors import DmoaError
@@ -16,6 +15,7 @@ from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.suites.suite import fine_split
 from dmoa.serving.http.requests import ChatRequest, parse_body
 from dmoa.validation import did_you_mean
+from dmoa.workflows.evaluate import check_policies
 
 POOL = """
 name: tiny

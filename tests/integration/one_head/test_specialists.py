@@ -19,7 +19,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 DRIVER = """
 import sys
 from pathlib import Path
-from dmoa.cli.evaluation_session import opened_ray
+from dmoa.workflows.evaluate import opened_ray
 from dmoa.training.specialists import train_adapter
 from tests.unit.training.lora_fixtures import make_job
 model, out = sys.argv[1], Path(sys.argv[2])

@@ -15,12 +15,12 @@ import pytest
 import uvicorn
 from typer.testing import CliRunner, Result
 
-from dmoa.cli.local import LocalBackend, build_local_backend
 from dmoa.cli.main import app
 from dmoa.config import Config, LimitsConfig, load
 from dmoa.serving.http.routes import create_app
 from dmoa.trace import trace_of
 from dmoa.types import Answer, Query, StepRecord, TextDelta
+from dmoa.workflows.backends import LocalSwarm, build_local_swarm
 
 POOL = """
 name: tiny
@@ -70,7 +70,7 @@ class PoolService:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._backend: LocalBackend = build_local_backend(config, lambda _: None)
+        self._backend: LocalSwarm = build_local_swarm(config, lambda _: None)
         self._traces: dict[str, dict[str, Any]] = {}
         self.pool = config.name
         self.agents = config.agent_names

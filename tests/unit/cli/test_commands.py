@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from dmoa import sandbox
-from dmoa.cli.doctor import examine, port_check
 from dmoa.cli.main import app
+from dmoa.cli.system import examine, port_check
 from dmoa.config import load, loads
 from dmoa.errors import AgentOverloadedError, CheckpointError, ConfigError, DmoaError, NoAgentError, RequestError, TraceError
 
@@ -74,7 +74,7 @@ def test_an_unknown_command_is_bad_input(dmoa: Any) -> None:
 def test_which_errors_are_bad_input(error: DmoaError, status: int, capsys: pytest.CaptureFixture[str]) -> None:
     import typer
 
-    from dmoa.cli.options import fail
+    from dmoa.workflows.console import fail
 
     with pytest.raises(typer.Exit) as end:
         fail(error)

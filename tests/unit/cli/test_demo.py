@@ -16,10 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoa.agents.pool import load_pool
-from dmoa.cli.demo_asking import DEMO_SUITES, Outcome, Question, ask_all, generate, replay_demo
-from dmoa.cli.demo_compare import _replayed, print_comparison, summarise
-from dmoa.cli.demo_report import Report
-from dmoa.cli.options import Common
+from dmoa.cli.demo import (
+    DEMO_SUITES,
+    DemoOutcome,
+    DemoQuestion,
+    DemoReport,
+    _replayed,
+    ask_all,
+    generate,
+    print_comparison,
+    replay_demo,
+    summarise,
+)
 from dmoa.config import ActivationConfig, GateConfig, load
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.evaluation.answer_matrix import AnswerMatrix, add_oracle
@@ -29,11 +37,12 @@ from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
 from dmoa.evaluation.statistics import wilson
 from dmoa.training.probe import ProbeReport
 from dmoa.types import AgentReply
+from dmoa.workflows.console import Common
 from tests.unit.run_records import answer, lost, run_of, score
 
 
-def question(text: str, expected: str) -> Question:
-    return Question(text=text, label=Label(row_id=text, benchmark="arith", gold={"answer": expected}))
+def question(text: str, expected: str) -> DemoQuestion:
+    return DemoQuestion(text=text, label=Label(row_id=text, benchmark="arith", gold={"answer": expected}))
 
 
 @settings(max_examples=20, deadline=None)
@@ -51,9 +60,9 @@ def common(pool: Path) -> Common:
     return Common(config=pool, overrides=("gate.seed=0",))
 
 
-def demo(common: Common, url: str, out: Path, questions: list[Question]) -> tuple[list[Outcome], Report, bool]:
+def demo(common: Common, url: str, out: Path, questions: list[DemoQuestion]) -> tuple[list[DemoOutcome], DemoReport, bool]:
     config = common.load()
-    report = Report(common, config, out, num_questions=len(questions))
+    report = DemoReport(common, config, out, num_questions=len(questions))
     report.opening(url, "untrained-0")
     outcomes = asyncio.run(ask_all(url, questions, report))
     report.closing(outcomes, 1.5)
@@ -98,7 +107,7 @@ def test_a_demo_with_tampered_routing_says_so(
     route = asked.trace.routes[0]
     changed = route.model_copy(update={"mass": route.mass / 2})
     trace = asked.trace.model_copy(update={"routes": [changed, *asked.trace.routes[1:]]})
-    other = [Outcome(question=outcomes[0].question, asked=replace(asked, trace=trace))]
+    other = [DemoOutcome(question=outcomes[0].question, asked=replace(asked, trace=trace))]
     capsys.readouterr()
     assert not replay_demo(common, common.load(), report, tmp_path, other)
     assert "1 of 1 traces differ" in capsys.readouterr().out
@@ -107,7 +116,7 @@ def test_a_demo_with_tampered_routing_says_so(
 def test_a_query_that_fails_is_reported_and_the_others_go_on(
     common: Common, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = Report(common, load(common.config or ""), tmp_path, num_questions=1)
+    report = DemoReport(common, load(common.config or ""), tmp_path, num_questions=1)
     (outcome,) = asyncio.run(ask_all("http://127.0.0.1:9", [question("What is 12 + 7?", "19")], report))
     report.closing([outcome], 0.1)
     assert outcome.asked is None

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dmoa.cli.evaluation_session import log_tables
 from dmoa.evaluation.records import parse_evaluate_options
 from dmoa.evaluation.results import rebuild_evaluation
 from dmoa.evaluation.run_folder import write_lines
+from dmoa.workflows.evaluate import log_tables
 from tests.unit.run_records import small_run, write_run
 
 

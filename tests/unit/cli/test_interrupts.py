@@ -14,9 +14,9 @@ import dmoa
 COMMAND = """
 import sys, time
 import typer
-from dmoa.cli.interrupts import goes_on
+from dmoa.workflows.terminal import goes_on
 from dmoa.cli.main import Commands
-from dmoa.cli.options import Common, with_common
+from dmoa.workflows.console import Common, with_common
 
 @with_common
 def waiting(common: Common) -> None:
@@ -49,7 +49,7 @@ def test_a_signal_ends_a_command_with_one_line(number: signal.Signals, status: i
 
 def test_what_calls_ray_after_its_end_joins_no_ray_of_the_host() -> None:
     code = """
-from dmoa.cli.interrupts import never_join_by_accident
+from dmoa.workflows.terminal import never_join_by_accident
 never_join_by_accident()
 import ray
 for call in (lambda: ray.put(1), lambda: ray.get_actor("anyone"), ray.cluster_resources, ray.remote(lambda: 1).remote):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dmoa.cli.evaluation_session import check_policies
 from dmoa.cli.jobs import evaluate_job, read_job
-from dmoa.cli.options import Common
+from dmoa.workflows.console import Common
+from dmoa.workflows.evaluate import check_policies
 
 ROOT = Path(__file__).parents[3]
 

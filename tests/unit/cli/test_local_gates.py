@@ -7,11 +7,11 @@ from pathlib import Path
 
 from dmoa import checkpoint
 from dmoa.agents.pool import build_pool_gate, fingerprint
-from dmoa.cli.local import build_local_backend
 from dmoa.config import Config, load
 from dmoa.core.gate import init_gate
 from dmoa.evaluation.answering import ask_swarm
 from dmoa.types import Query
+from dmoa.workflows.backends import build_local_swarm
 
 
 def other_gate(config: Config, folder: Path) -> str:
@@ -26,7 +26,7 @@ def other_gate(config: Config, folder: Path) -> str:
 async def test_a_query_names_its_gate(pool: Path, tmp_path: Path) -> None:
     config = load(pool)
     version = other_gate(config, tmp_path / "paper")
-    backend = build_local_backend(config, lambda text: None, gates={"paper": tmp_path / "paper"})
+    backend = build_local_swarm(config, lambda text: None, gates={"paper": tmp_path / "paper"})
     try:
         own = await ask_swarm(backend.swarm, Query(trace_id="a", text="What is 2 + 2?"), "dmoa", None)
         named = await ask_swarm(backend.swarm, Query(trace_id="b", text="What is 2 + 2?"), "dmoa", "paper")

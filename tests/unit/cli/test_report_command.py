@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dmoa.cli.ablations import print_table
-from dmoa.cli.evaluation_session import check_ran
-from dmoa.cli.report import print_evaluation
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.evaluation import figures as display
 from dmoa.evaluation.records import BenchmarkInfo
 from dmoa.evaluation.results import build_evaluation
+from dmoa.workflows.ablate import print_table
+from dmoa.workflows.console import print_evaluation
+from dmoa.workflows.evaluate import check_ran
 from tests.unit.evaluation.test_results import failing_run
 from tests.unit.run_records import answer, lost, run_of, score, small_run, write_run
 

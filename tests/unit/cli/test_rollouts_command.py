@@ -12,12 +12,12 @@ import pytest
 import yaml
 
 from dmoa.cli.jobs import collect_rollouts_job
-from dmoa.cli.rollout_queries import prepare, read_labels
 from dmoa.config import load
 from dmoa.errors import ConfigError
 from dmoa.evaluation.registry import SUITES
 from dmoa.training.collect import width
 from dmoa.training.options import parse_rollout_options
+from dmoa.workflows.collect import prepare_queries, read_labels
 
 ROOT = Path(__file__).parents[3]
 
@@ -32,7 +32,7 @@ def test_sources_are_mixed_by_weight_and_rows_are_those_of_the_gates_split(tmp_p
     options = parse_rollout_options(
         {"out": tmp_path / "o", "benchmarks": "arith:2,relay", "queries": [f"{mine}:1"], "limit": 40, "seed": 3}
     )
-    prepared = prepare(options, quiet)
+    prepared = prepare_queries(options, quiet)
     queries = list(prepared.queries)
     assert {(source.name, source.queries) for source in prepared.sources} == {("mine.txt", 10), ("arith", 20), ("relay", 10)}
     assert len({query.query_id for query in queries}) == 40
@@ -48,8 +48,8 @@ def test_sources_are_mixed_by_weight_and_rows_are_those_of_the_gates_split(tmp_p
 
 def test_labels_lie_apart_and_are_read_back(tmp_path: Path) -> None:
     base = {"out": tmp_path / "o", "benchmarks": "arith", "limit": 5}
-    plain = list(prepare(parse_rollout_options(base), quiet).queries)
-    labelled = list(prepare(parse_rollout_options({**base, "labels": tmp_path / "l"}), quiet).queries)
+    plain = list(prepare_queries(parse_rollout_options(base), quiet).queries)
+    labelled = list(prepare_queries(parse_rollout_options({**base, "labels": tmp_path / "l"}), quiet).queries)
     assert labelled == plain
     assert [path.name for path in tmp_path.iterdir()] == ["l"]
     gold = {row.task.row_id: row.label for row in SUITES["arith"].generate("gate", 5, 0)}
@@ -61,7 +61,7 @@ def test_labels_lie_apart_and_are_read_back(tmp_path: Path) -> None:
 
 def test_no_query_carries_its_label(tmp_path: Path) -> None:
     options = parse_rollout_options({"out": tmp_path / "o", "benchmarks": "suites", "limit": 60})
-    for query in prepare(options, quiet).queries:
+    for query in prepare_queries(options, quiet).queries:
         assert not set(query.model_dump()) & {"gold", "label", "answer"}
 
 
@@ -69,7 +69,7 @@ def test_sources_that_hold_too_little_are_told(tmp_path: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("One?\nTwo?\n", encoding="utf-8")
     said: list[str] = []
-    prepared = prepare(parse_rollout_options({"out": "o", "queries": [str(mine)], "limit": 9}), said.append)
+    prepared = prepare_queries(parse_rollout_options({"out": "o", "queries": [str(mine)], "limit": 9}), said.append)
     assert len(list(prepared.queries)) == 2
     assert said == ["note: the sources hold 2 queries, fewer than the 9 of --limit"]
 

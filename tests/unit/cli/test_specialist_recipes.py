@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from dmoa.agents.prompts import agent_messages
-from dmoa.cli.specialist_recipes import Recipe, held_out_rows, one_off, parse_specialist, training_rows, validation_rows
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply
 from dmoa.evaluation.registry import SUITES
 from dmoa.types import Query
+from dmoa.workflows.specialists import Recipe, held_out_rows, one_off, parse_specialist, training_rows, validation_rows
 
 JOB = Path(__file__).parents[3] / "jobs" / "train_specialist.yaml"
 

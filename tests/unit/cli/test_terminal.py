@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import dmoa
-from dmoa.cli import terminal
+from dmoa.workflows import terminal
 
 COMMAND = """
 import ctypes, logging, os, subprocess, sys, threading, warnings
-from dmoa.cli.options import Common, with_common
+from dmoa.workflows.console import Common, with_common
 from dmoa.errors import DmoaError
 import typer
 

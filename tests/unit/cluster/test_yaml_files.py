@@ -8,9 +8,9 @@ import pytest
 
 from dmoa.agents.pool import check_files, load_pool
 from dmoa.cli.jobs import read_job
-from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.training.options import parse_train_options
+from dmoa.workflows.console import Common
 from tests.unit.cluster.manifests import CLUSTER, JOB, ROOT, documents, one
 
 SKIPPED = {".venv", ".git", "out", "build", "dist", "node_modules", ".hypothesis"}

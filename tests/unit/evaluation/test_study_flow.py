@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from dmoa.cli.options import Common
 from dmoa.errors import ConfigError
 from dmoa.evaluation.answer_matrix import AnswerMatrix, RouterChoice, replay_choices
 from dmoa.evaluation.records import Task
 from dmoa.types import AgentReply
+from dmoa.workflows.console import Common
 from tests.unit.evaluation.test_study_endpoints import job
 from tests.unit.training.gate_rollouts import DIM, row, write_rollouts
 

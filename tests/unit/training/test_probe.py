@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmoa.cli.probe import show
+from dmoa.cli.probe import print_probe
 from dmoa.config import loads
 from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError
@@ -129,7 +129,7 @@ def test_what_no_cluster_can_tell_is_not_said_to_route(capsys: pytest.CaptureFix
     assert report.cluster_gain is not None
     assert report.cluster_gain < 0.005
     assert report.verdict == "cannot"
-    show(report, loads(pool_yaml(AGENTS)))
+    print_probe(report, loads(pool_yaml(AGENTS)))
     shown = capsys.readouterr().out
     assert "entropy cannot route this pool" in shown
     assert "reach nothing of the sureness" in shown

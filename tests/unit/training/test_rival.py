@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from dmoa.agents import pool as agent_pool
-from dmoa.cli import ablations
-from dmoa.cli.options import Common
 from dmoa.errors import ConfigError
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.training import ablations as training_ablations
 from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
 from dmoa.training.cluster_router import fit_rival, sample_of, training_scores
 from dmoa.training.rollouts import read_table
+from dmoa.workflows import ablate as ablations
+from dmoa.workflows.console import Common
 from tests.unit.training.gate_rollouts import AGENTS, DIM, domain_rows, pool, write_rollouts
 from tests.unit.training.test_ablations import AROUND
 

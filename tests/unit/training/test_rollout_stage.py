@@ -11,11 +11,11 @@ import pytest
 
 from dmoa import checkpoint
 from dmoa.agents.pool import build_pool_gate, fingerprint
-from dmoa.cli.answerers import OpenCollectingPool
 from dmoa.config import Config, loads
 from dmoa.training.collect import Collected, CollectStage, RolloutAsking, query_of_rollout
 from dmoa.training.rollouts import RolloutQuery
 from dmoa.types import Limits, Stage
+from dmoa.workflows.backends import OpenCollectingPool
 from tests.unit.training.rollout_samples import asked
 
 POOL = """

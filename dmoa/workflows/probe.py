@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmoa.cli.interrupts import goes_on
-from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
 from dmoa.evaluation.registry import SUITES
 from dmoa.training.cluster_router import ProbeSample, sample_of
 from dmoa.training.probe import ProbeReport, probe_pool
 from dmoa.validation import did_you_mean
+from dmoa.workflows.console import Common
+from dmoa.workflows.terminal import goes_on
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
 
 STAGED = ("chain", "relay")
 Known = tuple[tuple[str, ...], int]
@@ -25,7 +26,7 @@ Known = tuple[tuple[str, ...], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class ProbeSettings:
     """How the probe asks."""
 
     data_dir: Path | None
@@ -37,30 +38,30 @@ class Asked:
     command: str
 
 
-def look(
-    sources: Mapping[str, Any], limit: int, config: Config, common: Common, asked: Asked, known: Known | None
+def probe_queries(
+    sources: Mapping[str, Any], limit: int, config: Config, common: Common, asked: ProbeSettings, known: Known | None
 ) -> ProbeReport:
     """Ask the queries, then look at the rollouts. Raises ConfigError, DmoaError as `dmoa rollouts` does."""
-    from dmoa.cli.evaluation_session import opened_ray
+    from dmoa.workflows.evaluate import opened_ray
 
     if known is not None:
         _check_suites(known[0])
     folder = asked.out / "dense"
     with goes_on(f"the same command with --out {asked.out} goes on from here"), opened_ray(asked.address):
         _collect({**sources, "limit": limit}, folder, config, common, asked)
-        return look_at(folder, config, common, asked, known)
+        return collect_probe(folder, config, common, asked, known)
 
 
-def look_at(folder: Path, config: Config, common: Common, asked: Asked, known: Known | None) -> ProbeReport:
+def collect_probe(folder: Path, config: Config, common: Common, asked: ProbeSettings, known: Known | None) -> ProbeReport:
     """Look at rollouts that are there, and at rows with known answers where some are wanted. Raises ConfigError."""
     if known is None:
-        return look_at_rollouts(folder, config, seed=asked.seed)
+        return probe_rollouts(folder, config, seed=asked.seed)
     _check_suites(known[0])
     sample = _unlabelled_sample(folder, config)
     return probe_pool(sample, known=_known_sample(known, config, common, asked), seed=asked.seed)
 
 
-def look_at_rollouts(folder: Path, config: Config, *, seed: int = 0) -> ProbeReport:
+def probe_rollouts(folder: Path, config: Config, *, seed: int = 0) -> ProbeReport:
     """Look at dense rollouts of a pool. Raises ConfigError for those of another pool, or too few."""
     return probe_pool(_unlabelled_sample(folder, config), seed=seed)
 
@@ -84,7 +85,7 @@ def _check_suites(names: tuple[str, ...]) -> None:
         )
 
 
-def _known_sample(known: Known, config: Config, common: Common, asked: Asked) -> ProbeSample:
+def _known_sample(known: Known, config: Config, common: Common, asked: ProbeSettings) -> ProbeSample:
     """Ask rows of suites and judge every reply."""
     from dmoa.training.rollouts import read_table
 
@@ -98,8 +99,8 @@ def _known_sample(known: Known, config: Config, common: Common, asked: Asked) ->
 
 def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:
     """Return the score of every reply to the first step, by query and agent."""
-    from dmoa.cli.rollout_queries import read_labels
     from dmoa.evaluation.records import Reply
+    from dmoa.workflows.collect import read_labels
 
     label_of = {label.row_id: label for label in read_labels(labels)}
     rows = table.select(("query_id", "step", "source", "agent", "text")).to_pylist()
@@ -110,9 +111,9 @@ def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:
     }
 
 
-def _collect(sources: Mapping[str, Any], out: Path, config: Config, common: Common, asked: Asked) -> None:
-    from dmoa.cli.rollout_session import run_rollouts
+def _collect(sources: Mapping[str, Any], out: Path, config: Config, common: Common, asked: ProbeSettings) -> None:
     from dmoa.training.options import parse_rollout_options
+    from dmoa.workflows.collect import run_rollouts
 
     options = parse_rollout_options(
         {

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dmoa.cli.interrupts import goes_on
-from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
+from dmoa.workflows.console import Common
+from dmoa.workflows.terminal import goes_on
 
 if TYPE_CHECKING:
     from dmoa.evaluation.records import EvaluateOptions
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.run_folder import RunFolder
+
 
 KMEANS = "kmeans"
 REFERENCE = "dmoa:default"
@@ -31,12 +32,12 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
 
     The same command with --resume goes on. Raises ConfigError for bad input, DmoaError where it stops.
     """
-    from dmoa.cli.evaluation_session import run_evaluation
     from dmoa.evaluation.answer_matrix import add_derived, add_oracle, matrix_policies
     from dmoa.evaluation.registry import expand_names
     from dmoa.evaluation.run import finish_run
     from dmoa.evaluation.run_folder import RunFolder
     from dmoa.storage import uri_of
+    from dmoa.workflows.evaluate import run_evaluation
 
     if rollouts is None:
         raise ConfigError("--rollouts: missing; --ablations trains on them: name a folder that `dmoa rollouts` wrote, dense")
@@ -98,8 +99,8 @@ def print_table(evaluation: Evaluation) -> None:
     """Print one line per ablation and rival: accuracy by benchmark, and the difference from the default."""
     from rich.table import Table
 
-    from dmoa.cli.evaluation_screen import stdout_console
     from dmoa.training.ablations import ABLATIONS
+    from dmoa.workflows.console import stdout_console
 
     console = stdout_console()
     names = [info.name for info in evaluation.config.benchmarks]

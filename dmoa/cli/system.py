@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import BaseModel
 
 from dmoa.agents.pool import installed_version, vllm_builds
-from dmoa.cli.options import EXIT_FAILED, Common, with_common
-from dmoa.errors import ConfigError, DmoaError
-from dmoa.validation import redact_text
+from dmoa.engines import models
+from dmoa.errors import ConfigError, DmoaError, ModelFetchError
+from dmoa.validation import did_you_mean, redact_text
+from dmoa.workflows.console import EXIT_FAILED, Common, with_common
 
 if TYPE_CHECKING:
     from dmoa.config import Config
+
 
 Status = Literal["ok", "warn", "fail"]
 _PYTHONS = ((3, 11), (3, 12), (3, 13))
@@ -194,3 +200,125 @@ def _endpoints(config: Config) -> Iterator[Check]:
             key = "no key" if variable is None else f"key in {variable}"
             note = "" if is_set else ", which is not set here; set it where the agents run"
             yield Check(name=f"endpoint {name}", status="ok" if is_set else "warn", detail=f"{options.base_url}, {key}{note}")
+
+
+app = typer.Typer(rich_markup_mode=None, help="The embedded models: list them, fetch them, find them.")
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of an embedded model; `dmoa models list` shows them.")]
+
+
+@app.callback(invoke_without_command=True)
+def _list_by_default(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        _show(Common())
+
+
+@app.command("list")
+@with_common
+def list_models(common: Common) -> None:
+    """Show every embedded model and whether it is in the cache."""
+    _show(common)
+
+
+def _show(common: Common) -> None:
+    records = [_record(name) for name in models.EMBEDDED]
+    for record in records:
+        typer.echo(f"{record['name']:<14} {record['path'] or 'not fetched'}\n{'':<14} {record['summary']}")
+    common.write_json({"cache": str(models.cache_root()), "models": records})
+
+
+@app.command("fetch")
+@with_common
+def fetch(
+    common: Common,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Embedded models to get; none: all.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash the cached files too; fetch a damaged model again.")] = False,
+) -> None:
+    """Get embedded models into the cache, downloaded and converted once, and print their folders.
+
+    \b
+    dmoa models fetch                          all of them
+    dmoa models fetch smollm2-135m
+    dmoa models fetch smollm2-135m --verify
+    """
+    wanted = names or list(models.EMBEDDED)
+    for name in wanted:
+        models.path(name)  # a misspelt last name is refused before the first download
+    for name in wanted:
+        typer.echo(models.fetch(name, verify=verify, progress=common.say))
+    common.write_json({"models": [_record(name) for name in wanted]})
+
+
+@app.command("path")
+@with_common
+def path(common: Common, name: NameArgument) -> None:
+    """Print the folder of a cached model; exit 1 if it is not there."""
+    folder = models.path(name)
+    if folder is None:
+        raise ModelFetchError(f"model {name!r}: not in the cache {str(models.cache_root())!r}; run `dmoa models fetch {name}`")
+    typer.echo(folder)
+    common.write_json(_record(name))
+
+
+def _record(name: str) -> dict[str, Any]:
+    model = models.EMBEDDED[name]
+    folder: Path | None = models.path(name)
+    return {
+        "name": name,
+        "kind": model.kind,
+        "summary": model.summary,
+        "package": model.package,
+        "version": model.version,
+        "wheel_sha256": model.wheel_sha256,
+        "source_sha256": model.source_sha256,
+        "path": str(folder) if folder else None,
+    }
+
+
+_SCHEMAS = {
+    "pool": ("dmoa.config", "Config"),
+    "reply": ("dmoa.trace", "ReplyDmoa"),
+    "trace": ("dmoa.trace", "Trace"),
+    "rollout": ("dmoa.training.rollouts", "RolloutRow"),
+    "checkpoint": ("dmoa.checkpoint", "Checkpoint"),
+    "bench": ("dmoa.bench.harness", "BenchReport"),
+    "evaluation": ("dmoa.evaluation.results", "Evaluation"),
+}
+"""Name of a contract -> module and record that define it; imported when asked for."""
+
+
+@with_common
+def policies(common: Common) -> None:
+    """List the policies: who is asked when.
+
+    \b
+    dmoa policies
+    dmoa run "What is 12 + 7?" --policy single
+    """
+    from dmoa.policies.registry import POLICIES
+
+    width = max(map(len, POLICIES))
+    for entry in POLICIES.values():
+        typer.echo(f"{entry.name:<{width}}  {entry.summary}")
+    common.write_json([{"name": entry.name, "summary": entry.summary} for entry in POLICIES.values()])
+
+
+@with_common
+def schema(
+    common: Common,
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(_SCHEMAS)}.", show_default=False)],
+) -> None:
+    """Print the JSON Schema of a file or a reply.
+
+    \b
+    dmoa schema pool       the pool file
+    dmoa schema reply      the `dmoa` object of a reply
+    """
+    if name not in _SCHEMAS:
+        nearest = did_you_mean(name, _SCHEMAS)
+        raise ConfigError(f"NAME: value seen: {name!r}; allowed: {', '.join(_SCHEMAS)}; name one of them{nearest}")
+    module, record = _SCHEMAS[name]
+    found: type[BaseModel] = getattr(import_module(module), record)
+    tree = {"$schema": "https://json-schema.org/draft/2020-12/schema", **found.model_json_schema()}
+    typer.echo(json.dumps(tree, indent=2))
+    common.write_json(tree)

@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from dmoa.cli.evaluation_screen import Bars, print_result
-from dmoa.cli.interrupts import end_on_sigterm, goes_on, never_join_by_accident
-from dmoa.cli.local import fetch_models
 from dmoa.config import Config, is_name
 from dmoa.dataflow import OVERCOMMIT
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError
@@ -26,14 +23,18 @@ from dmoa.policies.registry import POLICIES
 from dmoa.swarm import limits_for
 from dmoa.types import Limits
 from dmoa.validation import did_you_mean
+from dmoa.workflows.backends import fetch_models
+from dmoa.workflows.console import Bars, print_result
+from dmoa.workflows.terminal import end_on_sigterm, goes_on, never_join_by_accident
 
 if TYPE_CHECKING:
-    from dmoa.cli.options import Common
     from dmoa.evaluation.pipeline import AnswerWorkers
     from dmoa.evaluation.records import PoolInfo
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.run import Session
     from dmoa.tracking import Tracker
+    from dmoa.workflows.console import Common
+
 
 _REMOTE_PLACES = 32
 """Queries under way at a server whose room is not known."""
@@ -67,7 +68,7 @@ def _evaluated(
     if options.resume and not folder.run.exists():
         common.say(f"--resume: {display_path(folder.root)!r} holds no run yet; one begins")
     with Bars(common.verbosity) as bars:
-        session = build_session(options, config, names, folder, common, bars, command)
+        session = build_evaluation(options, config, names, folder, common, bars, command)
         common.say(f"evaluating {', '.join(options.policies)} on {', '.join(names)}; the run lies in {display_path(folder.root)}")
         evaluation = evaluate(session)
     log_tables(evaluation, folder, options)
@@ -144,7 +145,7 @@ def check_policies(policies: tuple[str, ...], config: Config | None, gates: tupl
             raise RequestError(f"--policies: value seen: {policy!r}; allowed is single:AGENT with one of {agents}{nearest}")
 
 
-def build_session(
+def build_evaluation(
     options: EvaluateOptions,
     config: Config | None,
     names: tuple[str, ...],
@@ -197,10 +198,10 @@ def _pool(config: Config) -> PoolInfo:
 def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     """Return how a pool's answering is spread: every worker has all engines, and as many places as they decode at once."""
     from dmoa.agents.call_cache import CallStore
-    from dmoa.cli.answerers import OpenPool
     from dmoa.engines.gpus import pool_gpus
     from dmoa.evaluation.pipeline import AnswerWorkers
     from dmoa.serving.agent_replica import ENGINE_ENV
+    from dmoa.workflows.backends import OpenPool
 
     used = {agent.llm for agent in config.agents}
     widest = options.limits(limits_for(config)).max_agents
@@ -224,10 +225,9 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
 
 def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
     """Ask a server for its pool. Raises RequestError for a bad URL, DmoaError where it cannot be reached."""
-    from dmoa.cli.answerers import OpenServer
-    from dmoa.cli.remote import build_remote_backend
     from dmoa.evaluation.pipeline import AnswerWorkers
     from dmoa.evaluation.records import PoolInfo
+    from dmoa.workflows.backends import OpenServer, build_remote_swarm
 
     url = str(options.url)
     staged = [name for name in expand_names(options.benchmarks) if name in ("chain", "relay")]
@@ -237,7 +237,7 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
         )
 
     async def models() -> list[str]:
-        backend = build_remote_backend(url)
+        backend = build_remote_swarm(url)
         try:
             return await backend.client.models()
         finally:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dmoa.cli.interrupts import goes_on
-from dmoa.cli.options import Common
 from dmoa.config import Config
 from dmoa.errors import ConfigError
 from dmoa.validation import describe
+from dmoa.workflows.console import Common
+from dmoa.workflows.terminal import goes_on
 
 if TYPE_CHECKING:
     from dmoa.training.trainer import TrainResult
@@ -41,7 +41,7 @@ class RoundsOptions(BaseModel):
 _SET_HERE = ("out", "round", "rollouts", "start_from", "address")
 
 
-def parse_options(values: dict[str, Any]) -> RoundsOptions:
+def parse_rounds_options(values: dict[str, Any]) -> RoundsOptions:
     """Build the options from plain values. Raises ConfigError naming field, value seen and what is allowed."""
     try:
         options = RoundsOptions.model_validate(values)
@@ -67,11 +67,11 @@ def run_rounds(options: RoundsOptions, config: Config, common: Common, command: 
 
 
 def _rounds(options: RoundsOptions, config: Config, common: Common, command: str) -> TrainResult:
-    from dmoa.cli.evaluation_session import opened_ray
-    from dmoa.cli.rollout_session import run_rollouts
-    from dmoa.cli.train import run_train
     from dmoa.training.options import parse_rollout_options as rollout_options
     from dmoa.training.options import parse_train_options as train_options
+    from dmoa.workflows.collect import run_rollouts
+    from dmoa.workflows.evaluate import opened_ray
+    from dmoa.workflows.train import run_train
 
     result: TrainResult | None = None
     collected: list[Path] = []

@@ -7,9 +7,12 @@ wrong on purpose.
 
 from __future__ import annotations
 
+import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import date, timedelta
 from itertools import islice
 from pathlib import Path
@@ -18,21 +21,24 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from dmoa.agents.prompts import agent_messages
-from dmoa.config import Name, Node
+from dmoa.config import Name, Node, TransformersOptions
+from dmoa.engines.models import model_id, resolve_model
 from dmoa.errors import ConfigError
-from dmoa.evaluation.records import Row
+from dmoa.evaluation.records import Reply, Row
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.suites.calendar import WEEKDAYS
 from dmoa.training.lora import LoraSettings, TrainingMessage, TrainingRow
-from dmoa.training.specialists import Schedule
-from dmoa.types import Query
+from dmoa.training.specialists import Schedule, TrainedAdapter
+from dmoa.types import Generation, GenerationRequest, Message, Query, Sampling
 from dmoa.validation import describe, did_you_mean
+from dmoa.workflows.console import Common
+from dmoa.workflows.terminal import goes_on, on_terminal
 
 HELD_OUT_SEED = 1
 """Of the held-out rows, apart from every recipe's own seed."""
 
 
-class Source(Node):
+class RecipeSource(Node):
     """Rows of one suite."""
 
     suite: Literal["arith", "words", "calendar"]
@@ -53,7 +59,7 @@ class Recipe(Node):
 
     profile: str = Field(min_length=1)
     """The agent's profile: it ends every prompt, in training as in serving."""
-    sources: tuple[Source, ...] = Field(min_length=1)
+    sources: tuple[RecipeSource, ...] = Field(min_length=1)
     """They take turns, row by row; one named twice has two turns."""
     answers: Literal["right", "off-by-one", "constant"] = "right"
     """off-by-one: numbers, dates and weekdays one too far; constant: `constant` whatever was asked."""
@@ -93,7 +99,11 @@ class SpecialistOptions(Node):
     """Held-out rows of every suite of the recipe that the finished adapter answers; 0: none, and no card."""
     foreign_rows: PositiveInt = 20
     """The same of every other suite, where an adapter has little to show."""
-    card_sources: tuple[Source, ...] = (Source(suite="arith"), Source(suite="words"), Source(suite="calendar"))
+    card_sources: tuple[RecipeSource, ...] = (
+        RecipeSource(suite="arith"),
+        RecipeSource(suite="words"),
+        RecipeSource(suite="calendar"),
+    )
     """The suites that cards speak of, as the pool is asked them."""
 
     @property
@@ -135,7 +145,7 @@ def held_out_rows(recipe: Recipe) -> list[TrainingRow]:
     return list(_written(recipe, rows, 0.0))
 
 
-def validation_rows(source: Source, limit: int) -> list[Row]:
+def validation_rows(source: RecipeSource, limit: int) -> list[Row]:
     """Return held-out rows of a source."""
     suite = SUITES[source.suite]
     return list(suite.generate("validation", limit, HELD_OUT_SEED, source.difficulty, source.held_out_groups))
@@ -187,3 +197,145 @@ def one_off(answer: str) -> str:
         raise ConfigError(
             f"answers: off-by-one is for numbers, dates and weekdays, and this suite answers {answer!r}; choose another suite"
         ) from None
+
+
+CARD = "card.json"
+MAX_TOKENS = 16
+"""Longest reply, as in the pools of specialists."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteFigures:
+    """How an adapter did on one suite."""
+
+    source: RecipeSource
+    rows: int
+    accuracy: float
+    entropy_nats: float
+    """Mean over the rows of a reply's mean entropy per token."""
+    groups: dict[str, float]
+    """Accuracy by group of rows."""
+
+
+def write_card(trained: TrainedAdapter, options: SpecialistOptions, command: str, *, code_revision: str | None) -> dict[str, Any]:
+    """Let the adapter answer held-out rows, write its card beside it and return it. Blocks for a minute or so."""
+    recipe = options.recipe
+    figures = asyncio.run(_measure(trained.folder, options, recipe))
+    card = {
+        "name": options.name,
+        "base": model_id(options.model),
+        "command": command,
+        "code_revision": code_revision,
+        "recipe": recipe.model_dump(mode="json"),
+        "steps_made": trained.steps,
+        "held_out": {
+            suite: {
+                "rows": found.rows,
+                "split": "validation",
+                "difficulty": found.source.difficulty,
+                "accuracy": round(found.accuracy, 4),
+                "entropy_nats": round(found.entropy_nats, 4),
+                "groups": {group: round(value, 4) for group, value in found.groups.items()},
+            }
+            for suite, found in figures.items()
+        },
+        "curve": [{name: round(value, 4) for name, value in point.items()} for point in trained.curve],
+    }
+    text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
+    (trained.folder / CARD).write_text(text, encoding="utf-8")
+    return card
+
+
+async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> dict[str, SuiteFigures]:
+    from dmoa.engines.transformers.engine import TransformersEngine
+
+    engine = TransformersEngine(
+        resolve_model(options.model), TransformersOptions(threads=recipe.threads), adapters={options.name: folder}
+    )
+    try:
+        return {source.suite: await _ask(engine, source, options, recipe) for source in options.card_sources}
+    finally:
+        await engine.close()
+
+
+async def _ask(engine: Any, source: RecipeSource, options: SpecialistOptions, recipe: Recipe) -> SuiteFigures:
+    is_own = source.suite in {own.suite for own in recipe.sources}
+    rows = validation_rows(source, options.card_rows if is_own else options.foreign_rows)
+    requests = [
+        GenerationRequest(
+            request_id=row.task.row_id,
+            messages=tuple(
+                Message(role=message.role, content=message.content)  # type: ignore[arg-type]  # roles of our own prompts
+                for message in prompt_of(recipe, row.task.text)
+            ),
+            sampling=Sampling(max_tokens=MAX_TOKENS),
+            adapter=options.name,
+        )
+        for row in rows
+    ]
+    replies: list[Generation] = await asyncio.gather(*(engine.generate(request) for request in requests))
+    values = [
+        SUITES[source.suite].score(row.label, Reply(text=reply.text)).value for row, reply in zip(rows, replies, strict=True)
+    ]
+    by_group: dict[str, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        by_group.setdefault(row.task.group, []).append(value)
+    return SuiteFigures(
+        source=source,
+        rows=len(rows),
+        accuracy=_mean(values),
+        entropy_nats=_mean([reply.entropy_sum_nats / max(1, reply.entropy_tokens) for reply in replies]),
+        groups={group: _mean(found) for group, found in sorted(by_group.items())},
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def train_specialist(values: dict[str, Any], common: Common, command: str) -> dict[str, Any]:
+    """Train what the options say and return the adapter's card; called again, go on where it was.
+
+    Raises ConfigError for bad input, CheckpointError where the folder holds a run with other settings.
+    """
+    from dmoa.provenance import code_revision
+    from dmoa.training.lora import write_training_rows
+    from dmoa.training.specialists import build_job, train_adapter
+    from dmoa.workflows.evaluate import opened_ray
+
+    options = parse_specialist(values)
+    recipe = options.recipe
+    run_dir = (options.out / options.name).absolute()
+    rows, held_out = training_rows(recipe), held_out_rows(recipe)
+    write_training_rows(run_dir / "rows.jsonl", rows)
+    write_training_rows(run_dir / "held_out.jsonl", held_out)
+    common.say(f"{options.name}: {len(rows)} rows to train on, {len(held_out)} held out; the run lies in {run_dir}")
+    job = build_job(
+        options.name,
+        options.model,
+        recipe.adapter,
+        recipe.schedule,
+        rows,
+        held_out,
+        run_dir=run_dir,
+        track=options.track,
+        threads=recipe.threads,
+    )
+    gpus = float(options.workers if options.use_gpu else 0)
+    # Without workers the training tells its steps itself, on stderr.
+    surroundings = opened_ray(options.address, gpus) if options.workers else on_terminal()
+    with goes_on("the same command goes on from the last state"), surroundings:
+        trained = train_adapter(
+            job,
+            out=run_dir / "adapter",
+            workers=options.workers,
+            storage_path=options.storage_path,
+            use_gpu=options.use_gpu,
+        )
+    common.say(f"{options.name}: {trained.steps} steps; {trained.folder}")
+    if options.card_rows == 0:
+        return {"name": options.name, "steps_made": trained.steps, "curve": trained.curve}
+    card = write_card(trained, options, command, code_revision=code_revision())
+    for suite, found in card["held_out"].items():
+        common.say(f"{suite}: accuracy {found['accuracy']:.3f}, entropy {found['entropy_nats']:.3f} nats/token")
+    return card

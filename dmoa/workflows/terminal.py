@@ -1,20 +1,16 @@
-"""Keeps the terminal for the program's own words: what libraries write goes to a log file, named at the end.
-
-Ray, Serve and the loaders of weights write where they like: by Python's logging, by progress bars, from C++. So stderr itself,
-the object and the descriptor, is the log while a command runs, and a command's own words go to the terminal by `tell`. Results
-are written to stdout by the command's own thread; what other threads print there, as Ray's do, goes to the log too.
-"""
+"""What a command writes to the terminal, and how signals end it: its own words apart from those of libraries."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 import typer
 
@@ -133,3 +129,61 @@ def _name_log(path: Path, own: TextIO, *, is_named: bool) -> None:
             path.unlink()
         elif is_named:
             typer.echo(f"dmoa: what Ray and other libraries wrote: {path}", file=own)
+
+
+_EXIT_BY_SIGNAL = 128
+"""Added to the signal's number."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def never_join_by_accident() -> None:
+    """Keep Ray from joining a Ray of the host by itself, as a call does that comes after the end; before Ray is imported."""
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end the command; called again after Ray has started, which sets a handler of its own."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
+@contextmanager
+def goes_on(how: str) -> Iterator[None]:
+    """Say, where a signal ends this block, how to go on. Of blocks in each other the outer one says it."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(how)
+        raise
+
+
+def closed(invoke: Callable[[], Any]) -> Any:
+    """Run a command, and end it with one line where a signal comes."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM) if is_main else None
+    end_on_sigterm()
+    try:
+        return invoke()
+    except KeyboardInterrupt as interrupt:
+        _close(interrupt)
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:
+            raise
+        _close(Terminated())  # Ray's own handler, which holds while it starts
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _close(interrupt: KeyboardInterrupt) -> NoReturn:
+    is_sigterm = isinstance(interrupt, Terminated)
+    notes = getattr(interrupt, "__notes__", [])
+    tell("; ".join([f"dmoa: {'terminated' if is_sigterm else 'interrupted'}", *notes[-1:]]))
+    raise typer.Exit(_EXIT_BY_SIGNAL + (signal.SIGTERM if is_sigterm else signal.SIGINT))

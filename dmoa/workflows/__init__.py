@@ -1,0 +1,1 @@
+"""What commands and jobs both run: serving, training and evaluation put together."""

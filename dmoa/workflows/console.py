@@ -1,0 +1,584 @@
+"""What a person sees of a query: each step as it finishes, the answer, why it stopped, and whether the gate is trained.
+
+Steps and answers are a program's output (stdout); progress goes to stderr. Texts of models are shown without control
+characters, so that no reply can drive the terminal.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NoReturn, ParamSpec, Self
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+from typer.exceptions import TyperException
+
+from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError, TraceError
+from dmoa.trace import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, dump
+from dmoa.types import is_untrained
+from dmoa.validation import did_you_mean, redact_text
+from dmoa.workflows.terminal import libraries_apart, stderr, tell
+
+if TYPE_CHECKING:
+    from dmoa import dataflow as passes
+    from dmoa.config import Config
+    from dmoa.evaluation.figures import Footnotes
+    from dmoa.evaluation.results import Evaluation
+    from dmoa.evaluation.selfcheck import BenchmarkCheck, SelfCheck
+    from dmoa.trace import Trace
+
+
+_BAR_CELLS = 20
+_MAX_IDLE_ROWS = 8
+_MAX_SUMMARY_CHARACTERS = 300
+_QUERY_WIDTH = 110
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryResult:
+    """One answered question, wherever it was answered."""
+
+    question: str
+    text: str
+    finish_reason: str
+    wall_s: float
+    dmoa: ReplyDmoa
+    """The reply's own object, with every agent's text."""
+    trace: Trace | None = None
+    """None where no trace was asked for."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `--json` writes: question, answer and the `dmoa` object of the contract."""
+        return {
+            "question": self.question,
+            "answer": self.text,
+            "finish_reason": self.finish_reason,
+            "dmoa": dump(self.dmoa),
+        }
+
+
+def untrained_note(gate_version: str | None) -> str | None:
+    """Return the sentence that every output on untrained gate weights carries, None for trained ones and no gate."""
+    if gate_version is None or not is_untrained(gate_version):
+        return None
+    return f"gate {gate_version}: routing is arbitrary until it is trained"
+
+
+def printable(text: str) -> str:
+    """Return text without control characters other than line ends and tabs."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+
+
+def num_tokens(reply: ReplyDmoa) -> int:
+    """Return the prompt and completion tokens of all agents and the summarizer."""
+    calls: list[ReplyAgent | ReplySummarizer] = []
+    for step in reply.steps:
+        calls += [*step.agents, step.summarizer]
+    return sum(call.prompt_tokens + call.completion_tokens for call in calls)
+
+
+class Screen:
+    """Prints queries to a terminal or a pipe."""
+
+    def __init__(self, verbosity: int = 0, *, shows_steps: bool = True) -> None:
+        self._verbosity = verbosity
+        self.shows_steps = shows_steps
+        """Whether steps are printed; `/steps` in a chat turns it."""
+        self.out = Console(highlight=False, markup=False, emoji=False)
+        if not self.out.is_terminal:
+            self.out = Console(highlight=False, markup=False, emoji=False, width=_QUERY_WIDTH)
+        self.err = Console(file=stderr(), highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._live: Status | None = None
+        self._has_text = False
+        self._is_line_open = False
+
+    def step(self, step: ReplyStep) -> None:
+        """Print a finished step: probabilities, who was active, how sure each was, and the new summary."""
+        if self._verbosity < 0 or not self.shows_steps:
+            return
+        self._end_line()
+        summarizer = step.summarizer
+        head = f"step {step.step + 1}  k {step.k}  mass {step.mass:.3f}  {step.wall_ms / 1e3:.2f} s"
+        self.out.print(Text(f"{head}  {summarizer.mode}: {summarizer.verdict}", style="bold"))
+        self.out.print(self._agents(step))
+        if self._verbosity > 0:
+            for agent in step.agents:
+                if agent.text:
+                    self._print(f"  {agent.name}: {agent.text}")
+        if step.summary:
+            self._print(f"  => {_short(step.summary)}")
+
+    def remote_line(self, text: str) -> None:
+        """Show a running server's word on a finished step until the next one: the steps themselves are printed at the end."""
+        if self._verbosity < 0 or not self.shows_steps or not self.err.is_terminal:
+            return
+        line = Text(" ".join(printable(text).split()), style="dim")
+        if self._live is None:
+            self._live = self.err.status(line)
+            self._live.start()
+        self._live.update(line)
+
+    def end_remote_lines(self) -> None:
+        """Take the line of the last step away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def delta(self, text: str) -> None:
+        """Print a piece of the answer as it comes."""
+        self._heading()
+        self._has_text = self._is_line_open = True
+        self.out.print(Text(printable(text)), end="", soft_wrap=True)
+
+    def answer(self, asked: QueryResult, *, has_note: bool = True) -> None:
+        """Print the answer, unless it came in pieces, then why the query stopped and what it took.
+
+        `has_note` says at the end whether the gate is trained; only where the caller itself says it may it be left out.
+        """
+        if not self._has_text:
+            self._heading()
+            self._print(asked.text)
+        self._end_line()
+        self._has_text = False
+        note = untrained_note(asked.dmoa.gate_version) if has_note else None
+        if self._verbosity < 0:
+            if note:
+                self.err.print(f"dmoa: {note}")
+            return
+        self.out.print(Text(closing_line(asked), style="dim"), soft_wrap=True)
+        if note:
+            self.out.print(Text(note, style="yellow"), soft_wrap=True)
+
+    def _heading(self) -> None:
+        if not self._has_text and self._verbosity >= 0:
+            self.out.print(Text("answer", style="bold"))
+
+    def _end_line(self) -> None:
+        if self._is_line_open:
+            self.out.print()
+        self._is_line_open = False
+
+    def _print(self, text: str) -> None:
+        self.out.print(Text(printable(text)), soft_wrap=True)
+
+    def _agents(self, step: ReplyStep) -> Table:
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, justify="right")
+        table.add_column(no_wrap=True, width=_BAR_CELLS)
+        table.add_column(no_wrap=True, min_width=4)
+        for _ in range(3):
+            table.add_column(no_wrap=True, justify="right")
+        unasked = sorted((a for a in step.agents if a.status in ("idle", "masked")), key=lambda a: -a.probability)
+        asked = [agent for agent in step.agents if agent.status not in ("idle", "masked")]
+        for agent in (*asked, *unasked[:_MAX_IDLE_ROWS]):
+            table.add_row(*self._row(agent), style=None if agent.status == "ok" and not agent.explored else "dim")
+        hidden = unasked[_MAX_IDLE_ROWS:]
+        if hidden:
+            table.add_row(f"  and {len(hidden)} more", f"{sum(a.probability for a in hidden):.3f}", style="dim")
+        return table
+
+    def _row(self, agent: ReplyAgent) -> list[str]:
+        cell = "█" if self.out.encoding.startswith("utf") else "#"
+        bar = cell * round(agent.probability * _BAR_CELLS)
+        name = f"{'*' if agent.status == 'ok' and not agent.explored else ' '} {agent.name}"
+        row = [name, f"{agent.probability:.3f}", bar, "explored" if agent.explored and agent.status == "ok" else agent.status]
+        if agent.error:
+            return [*row, printable(agent.error)[:60]]
+        if agent.entropy_nats is None:
+            return row
+        sure = f"{agent.entropy_nats:.3f} nats/token"
+        return [*row, sure, f"{agent.completion_tokens} tokens", f"{agent.latency_ms / 1e3:.2f} s"]
+
+
+def closing_line(asked: QueryResult) -> str:
+    """Return one line: why the query stopped, and what it took."""
+    reply = asked.dmoa
+    steps = f"{len(reply.steps)} step{'' if len(reply.steps) == 1 else 's'}"
+    lost = ", degraded: an agent was lost" if reply.degraded else ""
+    gate = f", gate {reply.gate_version}" if reply.gate_version else ""
+    policy = f"policy {reply.policy}{gate}{lost}"
+    return f"stopped by {reply.stop_reason} after {steps}, {num_tokens(reply)} tokens, {asked.wall_s:.2f} s ({policy})"
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _MAX_SUMMARY_CHARACTERS else flat[: _MAX_SUMMARY_CHARACTERS - 3] + "..."
+
+
+PIPE_WIDTH = 160
+_REASON_CHARS = 200
+_MAX_FAILURES = 3
+_LINE_S = 10.0
+"""How often a line of progress goes to a pipe or a log."""
+
+
+class Bars:
+    """Progress of a run: bars on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, verbosity: int) -> None:
+        self._is_quiet = verbosity < 0
+        self._console = Console(file=stderr(), highlight=False, markup=False, emoji=False)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=self._is_quiet or not self._console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+        self._ended: set[str] = set()
+        """Stages whose last line is printed."""
+        self._last_line_s = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def watch(self, progress: passes.PassProgress) -> None:
+        """Show how far a pass is."""
+        more = (
+            [f"{progress.completion_tokens / max(progress.elapsed_s, 1e-9):.0f} tokens/s"] if progress.completion_tokens else []
+        )
+        more += [f"{progress.failed} failed"] if progress.failed else []
+        self._show(progress.stage, progress.done, progress.total, progress.elapsed_s, more, ends_with_line=True)
+
+    def count(self, stage: str, done: int, total: int) -> None:
+        """Show how far something that is only counted is."""
+        started = self._started.setdefault(stage, time.monotonic())
+        self._show(stage, done, total, time.monotonic() - started, [], ends_with_line=False)
+
+    def _show(self, stage: str, done: int, total: int, elapsed_s: float, more: list[str], *, ends_with_line: bool) -> None:
+        rate = done / max(elapsed_s, 1e-9)
+        text = ", ".join([f"{rate:.3g} rows/s", *more])
+        if not self._bars.disable:
+            task = self._tasks.get(stage)
+            if task is None:
+                task = self._tasks[stage] = self._bars.add_task(stage, total=total, rate="")
+            self._bars.update(task, completed=done, total=total, rate=text)
+            return
+        now = time.monotonic()
+        is_last = ends_with_line and done == total and stage not in self._ended
+        if not self._is_quiet and (now - self._last_line_s >= _LINE_S or is_last):
+            self._last_line_s = now
+            if done == total:
+                self._ended.add(stage)
+            left = f", about {(total - done) / rate:.0f} s left" if 0 < done < total else ""
+            self._console.print(f"dmoa: {stage}: {done} of {total} rows, {text}{left}", soft_wrap=True)
+
+
+def stdout_console() -> Console:
+    """Return a console for tables: as wide as the terminal, wide enough in a pipe."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=PIPE_WIDTH)
+
+
+def print_result(evaluation: Evaluation) -> None:
+    """Print the tables of an evaluation."""
+
+    print_evaluation(evaluation, stdout_console())
+
+
+def print_selfcheck(found: SelfCheck) -> None:
+    """Print what a self-check found, a line per benchmark and check, and the rows that cannot be judged on this host."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("benchmark", "check", "passed", "found"):
+        table.add_column(name, overflow="fold")
+    for check in found.benchmarks:
+        for name, passed, text in _selfcheck_lines(check):
+            table.add_row(check.name, name, "yes" if passed else "NO", text)
+    console = stdout_console()
+    console.print(table)
+    for check in found.benchmarks:
+        for row in check.unscored:
+            version = row.version or "not installed"
+            reason = " ".join(row.reason.split())[:_REASON_CHARS]
+            console.print(f"unscored: {row.row_id} ({row.group} {version}): {reason}", soft_wrap=True)
+
+
+def _selfcheck_lines(check: BenchmarkCheck) -> Iterator[tuple[str, bool, str]]:
+    """Yield (what was checked, whether it holds, in figures)."""
+    for gold in check.gold:
+        unscored = f", {gold.num_unscored} unscored" if gold.num_unscored else ""
+        more = "".join(f"; {failure}" for failure in gold.failures[:_MAX_FAILURES])
+        yield f"right answers: {gold.measure}", gold.passed, f"{gold.num_right} of {gold.num_rows} score 1.0{unscored}{more}"
+    silent, dealt = check.silent, check.dealt
+    more = "".join(f"; {failure}" for failure in silent.failures[:_MAX_FAILURES])
+    yield "empty and refused", silent.passed, f"{silent.num_above_zero} of {silent.num_replies} score above 0{more}"
+    expected = f"{dealt.expected:.3f} +- {dealt.tolerance:.3f}"
+    yield "answers dealt out", dealt.passed, f"{dealt.accuracy:.3f} of {dealt.num_rows} rows, expected {expected}"
+
+
+_MAX_FAILURES = 5
+
+
+def print_evaluation(evaluation: Evaluation, console: Console) -> None:
+    """Print the tables of an evaluation: results, comparisons, failed rows, and every remark they need."""
+    from dmoa.evaluation import figures as display
+
+    notes = display.Footnotes(evaluation)
+    _print_results(evaluation, notes, console)
+    if evaluation.paired:
+        console.print()
+        _print_paired(evaluation, notes, console)
+    untrained = sorted(display.untrained_policies(evaluation))
+    if untrained:
+        _line(console, f"untrained gate, its routing is arbitrary: {', '.join(untrained)}")
+    for note in notes.all():
+        _line(console, f"[{note.mark}] {note.text}")
+    for failure in evaluation.failures[:_MAX_FAILURES]:
+        _line(console, f"failed: {failure.row_id} ({failure.policy}): {failure.error}")
+    hidden = sum(row.failed for row in evaluation.rows) - _MAX_FAILURES
+    if hidden > 0:
+        _line(console, f"and {hidden} more failed rows; the HTML report and answers/ have them")
+
+
+def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:
+    from rich.table import Table
+
+    from dmoa.evaluation import figures as display
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("benchmark", "policy", "note"):
+        table.add_column(name, overflow="fold")
+    titles = ("n", "acc %", "95 %", "chance", "unsc.", "failed", "prompt", "cached", "compl.", "steps", "active", "wall")
+    for name in titles:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("also", overflow="fold")
+    previous = ""
+    for row in evaluation.rows:
+        table.add_row(
+            row.benchmark if row.benchmark != previous else "",
+            row.policy,
+            notes.marks(row),
+            str(row.n),
+            display.accuracy(row),
+            display.accuracy_ends(row),
+            display.chance(row),
+            str(row.unscored),
+            str(row.failed),
+            display.count(row.prompt_tokens),
+            display.count(row.cached_tokens),
+            display.count(row.completion_tokens),
+            display.decimals(row.steps_mean),
+            display.decimals(row.active_mean),
+            display.duration(row.wall_s),
+            display.metrics(row),
+        )
+        previous = row.benchmark
+    console.print(table)
+    _line(console, "acc: failed and unscored rows count as 0; wall: the queries' own times added up, they ran side by side")
+
+
+def _print_paired(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:
+    from rich.table import Table
+
+    from dmoa.evaluation import figures as display
+
+    tests = display.tests(evaluation.paired)
+    table = Table(box=None, pad_edge=False)
+    for name in ("benchmark", "a", "b", "note"):
+        table.add_column(name, overflow="fold")
+    for name in ("n", "a - b, points", "95 %", "p", "test"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in evaluation.paired:
+        test = chr(ord("A") + tests.index(row.test))
+        marks = notes.marks_of_benchmark(row.benchmark)
+        ends = display.point_ends(row)
+        figures = (str(row.n), display.points(row.difference), ends, display.p_value(row.p), test)
+        table.add_row(row.benchmark, row.a, row.b, marks, *(figures if row.n else ("0", "-", "", "", "")))
+    console.print(table)
+    named = ", ".join(f"{chr(ord('A') + number)}: {test}" for number, test in enumerate(tests))
+    _line(console, f"the same rows of both, failed and unscored ones as 0; p two-sided, one comparison at a time; {named}")
+
+
+def _line(console: Console, text: str) -> None:
+    from rich.text import Text
+
+    console.print(Text(" ".join(printable(text).split())), soft_wrap=True)
+
+
+P = ParamSpec("P")
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+_BAD_INPUT = (ConfigError, RequestError, CheckpointError, TraceError)
+_TOO_BUSY = 429
+
+PolicyOption = Annotated[
+    str | None, typer.Option("--policy", metavar="NAME", help="Who is asked when; `dmoa policies` lists the names.")
+]
+AgentOption = Annotated[str | None, typer.Option("--agent", metavar="NAME", help="Ask this one agent (policy `single`).")]
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", metavar="DIR", help="Gate to route with, in place of the pool's own.")
+]
+UrlOption = Annotated[
+    str | None,
+    typer.Option("--url", metavar="URL", help="Ask a running server instead of a swarm in this process; key in DMOA_API_KEY."),
+]
+MaxStepsOption = Annotated[int | None, typer.Option("--max-steps", min=1, metavar="N", help="At most this many steps.")]
+DeadlineOption = Annotated[
+    float | None, typer.Option("--deadline", min=0.001, metavar="S", help="Best answer so far after this many seconds.")
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """The options that every command has."""
+
+    config: Path | None = None
+    """Pool file; None: the one that DMOA_CONFIG names, else the packaged default pool."""
+    overrides: tuple[str, ...] = ()
+    """`a.b=c` changes to it."""
+    json_path: Path | None = None
+    """Where the command's result is written as JSON."""
+    verbosity: int = 0
+    """-1: results only; 0: progress too; 1: details and logs."""
+
+    def load(self, checkpoint: Path | None = None) -> Config:
+        """Return the pool that the options name; `checkpoint` replaces its gate. Raises ConfigError."""
+        from dmoa.agents.pool import load_pool
+
+        config = load_pool(self.config or os.environ.get("DMOA_CONFIG") or None, self.overrides)
+        if checkpoint is None:
+            return config
+        gate = config.gate.model_copy(update={"checkpoint": str(checkpoint.absolute())})
+        return config.model_copy(update={"gate": gate})
+
+    def say(self, text: str) -> None:
+        """Tell progress on stderr, unless quiet."""
+        if self.verbosity >= 0:
+            tell(f"dmoa: {text}")
+
+    def write_json(self, value: Any) -> None:
+        """Write the command's result where `--json` says, if it does. Raises ConfigError if that cannot be written."""
+        if self.json_path is None:
+            return
+        try:
+            self.json_path.parent.mkdir(parents=True, exist_ok=True)
+            self.json_path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--json: cannot write {str(self.json_path)!r}: {error}; name a file that can be written"
+            ) from error
+
+
+def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+_COMMON = (
+    _option(
+        "config",
+        Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Pool file [DMOA_CONFIG, else the default pool].")],
+        None,
+    ),
+    _option(
+        "overrides",
+        Annotated[
+            list[str] | None,
+            typer.Option(
+                "--set", metavar="A.B=C", help="Change one field of the pool, such as gate.temperature=0.2; repeatable."
+            ),
+        ],
+        None,
+    ),
+    _option(
+        "json_path",
+        Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON too.", dir_okay=False)],
+        None,
+    ),
+    _option("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="Results only, no progress.")], False),
+    _option("verbose", Annotated[bool, typer.Option("--verbose", "-v", help="Details, and all logs on stderr.")], False),
+)
+
+
+def with_common(command: Callable[Concatenate[Common, P], None]) -> Callable[..., None]:
+    """Give a command the common options; it receives them as its first argument."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [*list(signature.parameters.values())[1:], *_COMMON]
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        overrides, quiet, verbose = values.pop("overrides"), values.pop("quiet"), values.pop("verbose")
+        common = Common(
+            config=values.pop("config"),
+            overrides=tuple(overrides or ()),
+            json_path=values.pop("json_path"),
+            verbosity=int(verbose) - int(quiet),
+        )
+        _start_logging(common.verbosity)
+        with libraries_apart(command.__name__.strip("_"), verbosity=common.verbosity):
+            command(common, **values)  # type: ignore[call-arg]
+
+    wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
+
+
+class _StderrHandler(logging.Handler):
+    """Writes dmoa's own logs where its own words go at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(redact_text(self.format(record)))
+
+
+def _start_logging(verbosity: int) -> None:
+    logger = logging.getLogger("dmoa")
+    logger.setLevel({-1: logging.ERROR, 0: logging.WARNING}.get(verbosity, logging.INFO))
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        handler = _StderrHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+
+
+def fail(error: DmoaError) -> NoReturn:
+    """End the command with one message on stderr: status 2 for bad input, else 1."""
+    is_bad_input = isinstance(error, _BAD_INPUT) and getattr(error, "status", 0) != _TOO_BUSY
+    tell(f"dmoa: {redact_text(str(error))}")
+    raise typer.Exit(EXIT_BAD_INPUT if is_bad_input else EXIT_FAILED)
+
+
+@contextmanager
+def suggesting() -> Iterator[None]:
+    """Let an unknown option of a command be answered as every other unknown name is: with the nearest one."""
+    try:
+        yield
+    except TyperException as error:
+        found: Any = error
+        option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+        if isinstance(option, str) and context is not None and hasattr(error, "possibilities"):
+            known = [name for parameter in context.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+            found.possibilities = None
+            found.message += did_you_mean(option, known)
+        raise
+
+
+def refuse_together(given: Mapping[str, object], because: str) -> None:
+    """Raise ConfigError naming the options in `given` that were used although they have no effect here."""
+    used = [name for name, value in given.items() if value]
+    if used:
+        raise ConfigError(f"{', '.join(used)}: no effect {because}; leave it out")
