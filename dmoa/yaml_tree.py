@@ -101,6 +101,8 @@ def read(path: str | Path) -> tuple[str, str]:
     global _taken
     if str(path) != STDIN:
         return Path(path).read_text(encoding="utf-8"), str(path)
+    if sys.stdin is None:  # Python's word for one that is closed
+        raise OSError("standard input is closed")
     if _taken is None or _taken[0] is not sys.stdin:
         _taken = (sys.stdin, sys.stdin.buffer.read().decode("utf-8"))
     return _taken[1], "standard input"

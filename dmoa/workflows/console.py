@@ -491,7 +491,12 @@ def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 _COMMON = (
     _option(
         "config",
-        Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Pool file [DMOA_CONFIG, else the default pool].")],
+        Annotated[
+            Path | None,
+            typer.Option(
+                "--config", metavar="FILE", help="Pool file, - for standard input [DMOA_CONFIG, else the default pool]."
+            ),
+        ],
         None,
     ),
     _option(

@@ -113,3 +113,6 @@ def test_standard_input_is_read_once_and_found_again(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "stdin", Bytes(b"\xff"))
     with pytest.raises(UnicodeDecodeError):
         read("-")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(OSError, match="closed"):
+        read("-")

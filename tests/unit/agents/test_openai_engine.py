@@ -374,3 +374,16 @@ def test_the_engine_is_quiet_at_info(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dmoa"):
         OpenaiEngine("m", OpenaiOptions(base_url="http://127.0.0.1:9/v1"), max_num_seqs=1)
     assert caplog.records == []
+
+
+async def test_an_endpoint_on_this_machine_is_asked_without_the_proxies_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    async with playing(ANSWER) as endpoint:
+        engine = engine_of(endpoint, max_retries=0)
+        assert (await engine.generate(request("What is 12 + 7?"))).text == "The 19."
+        await engine.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-MODULES = ("schemas", "service", "intake", "auth", "limits", "problems", "streaming", "render", "openapi", "http", "client")
+MODULES = ("http.requests", "http.service", "http.middleware", "http.errors", "http.responses", "http.routes", "client")
 
 
 def test_the_http_front_loads_neither_ray_nor_torch() -> None:
