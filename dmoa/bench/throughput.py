@@ -276,7 +276,7 @@ class PipelineRound:
     """None where the flat list was not run."""
 
 
-def run_p5(ids: Collection[str], rounds: int | None = None, engine: str | None = None) -> list[BenchResult]:
+def run_p5(rounds: int | None = None, engine: str | None = None) -> list[BenchResult]:
     """Measure P5 on every engine that is installed, or on one; a round takes some four minutes on two cores and an engine.
 
     Raises ConfigError for an engine that is not installed, DmoaError if a query failed.
@@ -453,7 +453,7 @@ class RolloutRound:
     replay: Window
 
 
-def run_p13(ids: Collection[str], rounds: int | None = None) -> list[BenchResult]:
+def run_p13(rounds: int | None = None) -> list[BenchResult]:
     """Measure P13; a round takes some three minutes on two cores. Raises DmoaError if a query failed."""
     import ray
 
@@ -573,3 +573,9 @@ class OpenRecordedCollector:
         """Return the swarm, warm; blocks while models load."""
         swarm, _ = recorded_swarm(Config.model_validate_json(self.config_json), self.calls)
         return SwarmCollector(swarm, self.epsilon)
+
+
+def run(ids: Collection[str], rounds: int | None = None, engine: str | None = None) -> list[BenchResult]:
+    """Measure P5, P13 or both; `engine` is for P5 alone. Raises as they do."""
+    results = run_p5(rounds, engine) if "P5" in ids else []
+    return [*results, *(run_p13(rounds) if "P13" in ids else [])]

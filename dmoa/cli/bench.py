@@ -33,8 +33,8 @@ _HOMES = {
 """Metric -> the module that measures it, imported when asked for."""
 _ALONE = ("dmoa.bench.gate", "dmoa.bench.training")
 """The modules with a single metric: their `run` takes no ids."""
-_BOTH_ENGINES = ("dmoa.bench.throughput", "dmoa.bench.prefix")
-"""The modules that measure every engine that is installed, or one."""
+_BOTH_ENGINES = ("P5", "P6", "P7", "prefill")
+"""The metrics that are measured on every engine that is installed, or on one."""
 
 
 @with_common
@@ -62,7 +62,7 @@ def bench(
 
     results: list[BenchResult] = []
     groups = group(only)
-    refuse_engine(engine, groups)
+    refuse_engine(engine, [name for ids in groups.values() for name in ids])
     for module, ids in groups.items():
         common.say(f"measuring {', '.join(ids)}")
         found = _measure(module, ids, rounds, engine)
@@ -90,11 +90,11 @@ def group(only: str | None) -> dict[str, list[str]]:
     return groups
 
 
-def refuse_engine(engine: str | None, groups: Collection[str]) -> None:
+def refuse_engine(engine: str | None, ids: Collection[str]) -> None:
     """Raise ConfigError for `--engine` beside a metric that knows no choice of one."""
-    others = [name for name, home in _HOMES.items() if home in groups and home not in _BOTH_ENGINES]
+    others = [name for name in ids if name not in _BOTH_ENGINES]
     if engine is not None and others:
-        both = ", ".join(name for name, home in _HOMES.items() if home in _BOTH_ENGINES)
+        both = ", ".join(_BOTH_ENGINES)
         raise ConfigError(f"--engine: value seen: {engine!r}, beside {', '.join(others)}; allowed with --only of {both}")
 
 

@@ -158,7 +158,8 @@ def _choose(allow_weak: bool, at: Level | None) -> Level:
     if chosen not in TRUSTED_LEVELS and not allow_weak:
         raise SandboxError(
             "the sandbox of this host is 'weak', 'seccomp' or 'namespaces' is needed to run programs that models wrote "
-            f"({probe_levels().detail}); install bubblewrap, or allow the weak sandbox (--allow-weak-sandbox) in a throw-away machine"
+            f"({probe_levels().detail}); install bubblewrap, or allow the weak sandbox (--allow-weak-sandbox) "
+            "in a throw-away machine"
         )
     return chosen
 
