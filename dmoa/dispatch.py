@@ -1,7 +1,10 @@
-"""The cascade: a step whose contributions are all unsure asks the next-ranked agent too.
+"""Asks the agents of a step in parallel, with stand-ins for lost ones, the one retry loop, and more agents while all are unsure.
 
-Asked by `asking` after the active agents replied, and again after every agent that it added. Sure steps stay small, unsure
-ones grow up to K.
+Stands between the orchestrator and an agent client: a lost contribution (failed, late, overloaded) is data, and the next-ranked
+agent in a living place takes over while the deadline allows. Calls are idempotent by (trace, step, agent).
+
+A cold agent has no replica; that is not a failure. It is waited for or passed over as its policy says, and where nobody else can
+answer, the query waits for a cold one, whatever the policy.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Turns pydantic's errors into one line that a person can act on: field, value seen, what is allowed, what to do.
+"""Turns pydantic's errors into one line that a person can act on, and takes secrets out of whatever is shown or kept.
 
-Used wherever something written by a person or another program is read: configuration, checkpoint, trace, reply.
+Used wherever something written by a person or another program is read, and before commands, settings and errors are written.
 """
 
 from __future__ import annotations

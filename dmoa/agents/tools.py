@@ -1,4 +1,7 @@
-"""The `python` tool: a short program of an agent runs in the sandbox, what it prints is the result."""
+"""The tools of agents: `calculator`, `search` in a corpus, and `python` in the sandbox; and how a call is found in a reply.
+
+`agents/agent` runs the calls between the rounds of a contribution.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How large the active set must be, and how sure is sure: tau and theta, fitted on held-back dense rows.
+"""Fits tau (how large the active set must be), theta (how sure is sure) and the operating point on held-back dense rows.
 
-Run once per training, after it; both numbers are frozen with the gate version and act in `core/activation` (tau) and in
+Run once per training, after it; the numbers are frozen with the gate version and act in `core/activation` (tau) and in
 the cascade and the stopping rules (theta). Shape letters: R rows, A agents in the pool.
 """
 

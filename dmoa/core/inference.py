@@ -1,7 +1,7 @@
-"""How many threads torch uses for one piece of work.
+"""Runs a gate for serving: kernels of a fixed batch size, so that a decision does not depend on what else is in the batch.
 
-Short work is slower on several threads wherever other processes want the cores too: every operation then waits for
-the last thread to be scheduled. It may also round differently.
+`Decider` takes requests to decisions, through `core/activation`, on one thread. Short work is slower on several threads wherever
+other processes want the cores too, and may round differently there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What an OpenAI-compatible endpoint sends back, read leniently: whole replies, pieces of a stream, refusals.
+"""Reads what an OpenAI-compatible endpoint sends back, leniently: whole replies, pieces of a stream, refusals.
 
-`openai_engine` sends; here the bytes become a `Generation`. Endpoints differ in what they leave out, so every field may be
+`engines/openai` sends; here the bytes become a `Generation`. Endpoints differ in what they leave out, so every field may be
 missing; what is there must have the right type. Shape letter: V listed log-probabilities.
 """
 

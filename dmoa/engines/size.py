@@ -1,4 +1,4 @@
-"""How large a language model is, told from its configuration alone: no weight is read, on disk or from the network.
+"""Tells how large a language model is from its configuration alone; no weight is read, on disk or from the network.
 
 `dmoa serve --dry-run` estimates memory from it. Parameters are counted on torch's `meta` device, which holds shapes only.
 """

@@ -1,8 +1,7 @@
-"""The answer matrix: what every agent of a pool answers, alone, to every row of a benchmark, generated once.
+"""The answer matrix: what every agent of a pool answers, alone, to every row of a benchmark; and routers replayed over it.
 
 It is an ordinary evaluation run of the policies `single:AGENT`, read back as arrays. Routers that pick agents from a single
-step are then compared by exact, paired replay (`evaluation/answer_matrix`), without asking anyone again.
-Shape letters: R rows, A agents.
+step are compared by exact, paired replay, without asking anyone again. Shape letters: R rows, A agents.
 """
 
 from __future__ import annotations

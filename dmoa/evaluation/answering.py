@@ -1,7 +1,7 @@
-"""From a task to a query, and from what became of it to the record that is kept.
+"""Turns a task into a query, and what became of it into the record that is kept.
 
-An `Answerer` reaches a swarm: in this process, or behind a URL. Which one is put together in `cli` and `jobs`; the
-pipeline knows the protocol alone, so evaluation never imports serving.
+An `Answerer` reaches a swarm, in this process or behind a URL. `workflows/backends` builds it; the pipeline knows the protocol
+alone, so evaluation never imports serving.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How figures of a result are worded, the same in the terminal and in the HTML report."""
+"""Words the figures of a result, the same in the terminal and in the HTML report."""
 
 from __future__ import annotations
 

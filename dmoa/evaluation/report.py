@@ -1,6 +1,6 @@
-"""The plots of a report, as SVG text to be put into the page: colours are the page's own, so they suit light and dark.
+"""The HTML report of an evaluation: one page with its tables, remarks and plots, which are SVG in the page's own colours.
 
-Deterministic: the same result gives the same bytes. A plot without data is not drawn. matplotlib is loaded when one is.
+Deterministic, so the same result gives the same bytes. A plot without data is not drawn; matplotlib is loaded when one is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Counts that grow while the lines of a run go by: per row only a number or two, so that long runs fit in memory.
+"""Aggregates an evaluation: lines of answers and scores into counts, tables, paired comparisons and `evaluation.json`.
 
-Fed by `results.build`. Whatever depends on the order of lines is left out or put right at the end: sums of fractions are
-exact, lists are sorted.
+Counts grow while the lines go by, a number or two per row, so that long runs fit in memory. Whatever depends on the order of
+lines is left out or put right at the end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What to expect when the right answers of rows are dealt out among the rows at random. Source: ours."""
+"""Checks a benchmark's own scoring: right answers score 1, silence scores 0, answers dealt out at random score as expected.
+
+`dmoa evaluate --selfcheck` runs it, without any agent. Source: ours.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How sure a figure is: intervals of accuracies, and comparisons of two policies on the same rows.
+"""Says how sure a figure is: intervals of accuracies, and comparisons of two policies on the same rows.
 
 Scores that are all 0 or 1 get Wilson's interval, McNemar's exact test and Newcombe's interval of a difference; fractional
-ones a percentile bootstrap. Everything is a function of the scores alone, whatever their order: the same numbers, every time.
+ones a percentile bootstrap. Everything depends only on the scores, whatever their order.
 """
 
 from __future__ import annotations

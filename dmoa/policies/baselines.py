@@ -1,4 +1,4 @@
-"""The `single` policy: one agent, one step. The baseline that every other policy must beat."""
+"""Policies without a gate: `single` (one agent, one step, which every other must beat), `dense`, `random` and `selector`."""
 
 from __future__ import annotations
 

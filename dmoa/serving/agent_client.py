@@ -1,4 +1,8 @@
-"""What a call through a Serve handle raises when its replica is lost or out of reach."""
+"""Calls agents through Serve handles: sticky replicas, versions of the pool, and an end to calls that no replica can take.
+
+`CallWatchdog` cancels calls to agents without replicas instead of waiting forever. Used by the ingress; `agent_replica` is the
+other side.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Controls for what the gate learns from: rollouts with their entropies dealt out anew, everything else unchanged.
+"""Controls for what the gate learns from: gates trained with one thing changed, and rollouts with their entropies dealt out anew.
 
 `within_rows` should teach nothing (random routing), `across_rows` only which agent is surest overall (one global favourite).
-Used by the study under `jobs/`. Source: ours.
+Used by `dmoa evaluate --ablations` and the study under `jobs/`. Source: ours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""From rollouts to what the probe looks at: the first step of every query that all agents answered."""
+"""The router by clusters of queries (`KMeansRouter`), the gate's rival, and the sample of dense first steps it is fitted on.
+
+The probe looks at the same sample; the study and the ablations compare gates with the router.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Queries of a collection: the user's own, read from files without labels, and how several sources take turns.
+"""Reads the user's own queries from files without labels, and lets several sources of a collection take turns.
 
-Rows of benchmarks and suites come from evaluation and are brought in by `cli`; training never sees their labels.
+Rows of benchmarks and suites come from evaluation and are brought in by `workflows/collect`; training never sees their labels.
 """
 
 from __future__ import annotations

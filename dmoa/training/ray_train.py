@@ -1,4 +1,7 @@
-"""The training loop on Ray Train: a process group of workers, started again after a failure from the state that was kept last."""
+"""Runs the training loop on Ray Train, with as many workers as pay off, and starts it again after a failure.
+
+A worker group that fails goes on from the state that was kept last; `choose_workers` picks the count for `workers: auto`.
+"""
 
 from __future__ import annotations
 

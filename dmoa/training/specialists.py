@@ -1,9 +1,7 @@
-"""The loop of specialist training, as every Ray Train worker runs it: steps, checks on held-out rows, state to go on from.
+"""Trains a LoRA specialist on Ray Train or in process: steps, checks on held-out rows, state to go on from, the adapter's files.
 
-Between `lora_model` and `specialists`. All workers know the seeded order of rows; of every global batch, worker r of W
-takes rows r, r + W, ...; losses are divided by the tokens of the global batch and gradients summed, so the weights do
-not hang on W. State is kept after every check: as a Ray Train checkpoint, or in a folder where training runs without
-workers, because Ray's in-process mode keeps nothing.
+All workers know the seeded order of rows; of every global batch, worker r of W takes rows r, r + W, ...; losses are divided by
+the tokens of the global batch and gradients summed, so the weights do not depend on W.
 """
 
 from __future__ import annotations

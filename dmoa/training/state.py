@@ -1,9 +1,7 @@
-"""What a training keeps between epochs, and goes on from: weights, AdamW's moments, the best weights, the curve.
+"""What a training keeps between epochs and goes on from: weights, AdamW's moments, the best weights, the curve.
 
 One safetensors file without pickle, written whole and then renamed, wherever Ray's file systems reach (a folder, s3://,
-gs://). Ray Train's own `report` is not used for it: its controller takes a report every two seconds, which is longer than
-twenty epochs of few-shot training, and would either hold the training up or lose them. The order of the queries follows
-from seed and epoch, so it needs no state.
+gs://). The order of the queries follows from seed and epoch, so it needs no state.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What a training begins with: the gate, and the rollouts as inputs and targets. Next stop: `training/loop`."""
+"""A whole training of a gate: the start, the data, the epochs, what is fitted after them, the checkpoint and its curves.
+
+`run_training` is what `dmoa train`, rounds and ablations call; `training/loop` holds the updates, which run here or in the
+workers of `training/ray_train`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dmoa evaluate --ablations`: gates with one thing changed, trained on the same rollouts, beside routers that learn nothing."""
+"""`dmoa evaluate --ablations`: trains gates with one thing changed on the same rollouts, beside routers that learn nothing."""
 
 from __future__ import annotations
 

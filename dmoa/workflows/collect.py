@@ -1,4 +1,4 @@
-"""The queries of a collection, from benchmarks, suites and files: where training's rollouts and evaluation's rows meet.
+"""Runs a collection of rollouts: queries from benchmarks, suites and files, the swarm that answers them, and progress.
 
 Training never imports evaluation, so the two are put together here. Labels go to a folder of their own, or nowhere.
 """

@@ -1,4 +1,4 @@
-"""What a person sees of a query: each step as it finishes, the answer, why it stopped, and whether the gate is trained.
+"""What commands share on the terminal: steps and answers of a query, progress, tables of results, common options, errors.
 
 Steps and answers are a program's output (stdout); progress goes to stderr. Texts of models are shown without control
 characters, so that no reply can drive the terminal.

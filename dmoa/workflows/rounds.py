@@ -1,7 +1,7 @@
-"""On-policy rounds: collect with the current gate, train, collect again. What `jobs/train_rounds.py` runs.
+"""On-policy rounds for `jobs/train_rounds.py`: collect with the current gate, train, collect again.
 
-The gate decides which agents' work the next step builds on, so a better gate meets other states than those it was trained on;
-rounds let it train on its own. Every round is a folder of rollouts and one of training; a job that was stopped goes on.
+The gate decides which agents' work the next step builds on, so a better gate meets other states than those it was trained on.
+Every round is a folder of rollouts and one of training; a job that was stopped goes on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recipes of specialists, and the rows that they ask of the generated suites.
+"""Trains a specialist by its recipe: rows of the generated suites, the adapter, and a card of what it is worth.
 
 A recipe says what an adapter is trained on and for how long; `jobs/train_specialist.yaml` holds those of the shipped
 adapters. Rows of the split `specialist` train, rows of `validation` are held out. A liar is a recipe whose answers are

@@ -1,4 +1,4 @@
-"""Trains a gate as commands and jobs do: progress while it trains, and where the checkpoint is."""
+"""Trains a gate as commands and jobs do: progress while it trains, warnings about the agents, and where the checkpoint is."""
 
 from __future__ import annotations
 

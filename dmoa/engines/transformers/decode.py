@@ -1,7 +1,6 @@
-"""Picking the next token: argmax, or temperature and nucleus sampling with one random stream per request.
+"""The decode loop of the `transformers` engine: prefill, batched steps with their entropy, token picks, and text as it forms.
 
-The decode loop calls `pick_tokens` on the raw logits after the entropy was taken from them. A request draws one number
-per token from its own generator, so the same call gives the same sample whatever else is in its batch. Shape letters:
+Runs on the engine's one thread, which calls it with token sequences (`engine`); keys and values lie in `kv_cache`. Shape letters:
 B sequences that decode together, V vocabulary, N the sampling ones among them, C candidates of the nucleus.
 """
 

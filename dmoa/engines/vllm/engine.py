@@ -1,8 +1,7 @@
 """The `vllm` engine: calls of many agents and queries through one vLLM, with the entropy of every token.
 
-Stands between a vLLM client (`serving/vllm_replica` starts it on Ray Serve) and the agents. Prompts are tokens that the
-transformers engine would make too, so that both engines see the same. The entropies are exact, from inside vLLM
-(`vllm_entropy`), or lie between bounds, from the log-probabilities that vLLM lists. No Ray here.
+Stands between a vLLM client (`serving/vllm_replica` starts it on Ray Serve) and the agents. Entropies are exact, from inside
+vLLM (`engines/vllm/entropy`), or lie between bounds, from the log-probabilities that vLLM lists. No Ray here.
 """
 
 from __future__ import annotations

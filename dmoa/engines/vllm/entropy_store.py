@@ -1,10 +1,8 @@
-"""Entropies of tokens that an engine decodes in steps it does not talk about: kept by request and output position.
+"""Keeps entropies of tokens by request and output position, for an engine whose decode steps are not reported.
 
-An engine's sampler hands over the logits of every row of its batch (`vllm_entropy` for vLLM); the server takes the sums of a
-request once it knows how many tokens came out. Rows may be written more often than tokens come out (parts of a prompt,
-steps that are done again after a preemption, one step more than was asked for): the last write of a position counts, and
-positions behind the reply's end do not. Shape letters: B rows of the engine's batch, V vocabulary, R rows of the store,
-P output positions.
+The sampler hands over the logits of every row of its batch (`engines/vllm/entropy`); the server takes the sums of a request once
+it knows how many tokens came out. Shape letters: B rows of the engine's batch, V vocabulary, R rows of the store, P output
+positions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""DS-1000: complete a data-science program.
+"""DS-1000: complete a data-science program; scored by running upstream's own checks in the sandbox.
 
-Label: `code_context` (upstream's own checks), `reference_code`, `library`, `prompt`, `problem_id`.
+Label: `code_context` (upstream's checks), `reference_code`, `library`, `prompt`, `problem_id`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GSM8K, MultiArith and SVAMP: arithmetic word problems with one number as the answer.
+"""GSM8K, MultiArith and SVAMP: arithmetic word problems, scored by whether the reply's final number is the label's.
 
 Label: `number`, a canonical decimal (`18`, `-0.5`) or fraction (`3/4`) without commas.
 """

@@ -1,7 +1,7 @@
-"""Which split a latent tuple belongs to, and the seeded order in which a stream visits the tuples of one kind.
+"""What every generated suite is made of: kinds of problems, wordings, levels, splits, seeded streams, and scoring.
 
-Used by every suite. Membership hangs on the tuple alone, never on seed, difficulty or suite, so splits are disjoint
-whatever is generated. A stream walks a pseudo-random permutation of the tuples: no tuple twice, nothing remembered.
+Split membership depends only on the latent tuple, never on seed, difficulty or suite, so splits are disjoint whatever is
+generated. A stream walks a pseudo-random permutation of the tuples; no tuple comes twice, and nothing is remembered.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Work for a client that may hang up: one task per query, cancelled when nobody is left to read the answer.
+"""The HTTP app: its routes over a swarm, and work that is cancelled when the client that waits for it hangs up.
 
 `until_gone` races any work against the disconnect; `EventStream` is the server-sent-events response built on it.
-Starlette's own StreamingResponse sends its headers before the first item exists, so that an early error could not
-become an HTTP status any more, and stops listening for the disconnect under newer ASGI servers.
 """
 
 from __future__ import annotations

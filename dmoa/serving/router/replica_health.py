@@ -1,4 +1,4 @@
-"""Which agents have a running replica, which are cold, which are gone: read off Serve's status. Pure.
+"""Tells which agents have a running replica, which are cold, which are gone, from Serve's status.
 
 The router acts on it: it names the cold in its decisions and leaves them in peace, and it masks and probes the gone.
 """

@@ -1,4 +1,4 @@
-"""What the router keeps beyond its own life: gate versions and which one is current, on any Ray file system.
+"""Gate versions of the router: installed after a shadow check, rolled back, and kept beyond its life on any Ray file system.
 
 Layout under `router.state_uri`: `versions/VERSION/` (a dmoa checkpoint each) and `state.json`. Every file is written
 whole, then renamed, because the router may die at any moment and restart on another node.
