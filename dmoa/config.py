@@ -147,7 +147,7 @@ class OpenaiOptions(Node):
         # A rule over the record, because the message of a rule over one field would show what may be a secret.
         if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
             raise ValueError(
-                "api_key_env: the value is no name of an environment variable; allowed are A-Z, 0-9 and '_', the first no digit; "
+                "api_key_env: the value is not an environment variable's name; allowed are A-Z, 0-9 and '_', the first not a digit; "
                 "name the variable that holds the key, and keep the key itself out of this file"
             )
         fault = _fault_of_url(self.base_url)
@@ -283,7 +283,7 @@ class LlmConfig(Node):
     autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
     """Replicas of the host in shared placement."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Typed per engine, unknown keys refused: see `options`."""
+    """Typed per engine, unknown keys refused: see `OPTIONS`."""
 
     @field_validator("model")
     @classmethod

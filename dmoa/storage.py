@@ -56,7 +56,7 @@ class Mirror:
     """A folder at a URI and its local copy."""
 
     def __init__(self, uri: str, local: Path, apart: Collection[str] = ()) -> None:
-        """`apart`: names at the top of the folder that are no part of the copy. Raises ConfigError for a URI that none serves."""
+        """`apart`: names at the top of the folder that are not in the copy. Raises ConfigError for a URI that none serves."""
         try:
             self._system, root = arrow_fs.FileSystem.from_uri(uri)
         except (*_FAILURES, ValueError) as error:

@@ -164,7 +164,7 @@ _LONG_LOGIN = 16
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """Return plain JSON values with every secret replaced by `[redacted]`; what is no plain value becomes text.
+    """Return plain JSON values with every secret replaced by `[redacted]`; what is not a plain value becomes text.
 
     Whatever a field named like a key, token, secret or password holds is replaced, at any depth, null and booleans aside; under
     `tokens` numbers stay too, which are counts. In other texts `redact_text` finds secrets. `name` is the field's own name.

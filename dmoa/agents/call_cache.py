@@ -75,7 +75,7 @@ class CallStore:
 
 
 class CachedAgents:
-    """An `AgentClient` that asks another one only for what no earlier call has asked."""
+    """An `AgentClient` that asks another one only for what no earlier call has asked; sampled calls pass by."""
 
     def __init__(self, agents: AgentClient, store: CallStore, identities: Mapping[str, str]) -> None:
         """`identities` says, by agent name, everything but the call itself that a reply depends on."""

@@ -217,7 +217,7 @@ def _whole_number(text: str) -> str | None:
 
 
 def _number(match: re.Match[str]) -> str | None:
-    """Return a matched number in its one canonical spelling: 1200, -0.5 or 1/3; None for what is no number."""
+    """Return a matched number in its one canonical spelling: 1200, -0.5 or 1/3; None for what is not a number."""
     value = _value(match)
     return None if value is None else spelled(value)
 

@@ -22,6 +22,7 @@ from dmoa.types import FloatArray, RouteDecision, RouteRequest
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch use one thread in this block. The setting is the calling thread's own: others keep theirs."""
+    # On several threads every operation of short work waits for the last thread to be scheduled.
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

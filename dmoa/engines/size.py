@@ -41,7 +41,7 @@ class ModelSize:
     """Bytes of all weights of a quantised model; None: not quantised, or in a way that is not known here."""
     lora_width: int
     """Inputs plus outputs, summed over the linear layers: the values of an adapter on all of them, per rank. Fused experts,
-    which are no linear layers in transformers, are not in it."""
+    which are not linear layers in transformers, are not in it."""
     num_layers: int
     num_heads: int
     """Key-value heads."""

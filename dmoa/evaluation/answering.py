@@ -49,7 +49,7 @@ class Answerer(Protocol):
 
 
 OpenAnswerer = Callable[[], Answerer]
-"""Builds an answerer where it is to work, which may be another process: it pickles, what it builds need not. May block."""
+"""Builds an answerer where it works, maybe in another process; must be picklable, what it builds need not be. May block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -338,7 +338,7 @@ def load_disjoint(
     """All splits of a benchmark that there are, made disjoint.
 
     Raises:
-        ConfigError: as `loading.load` does; a required split has no file or no rows.
+        ConfigError: as `load_rows` does; a required split has no file or no rows.
     """
     spec = spec_of(name)
     slices = slices_of(spec, data_dir)

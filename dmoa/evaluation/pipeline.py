@@ -38,7 +38,7 @@ from dmoa.evaluation.records import Answered, FileRecord, Label, Reply, Scored, 
 from dmoa.evaluation.run_folder import RunFolder, append, mend
 
 OpenScorers = Callable[[], Mapping[str, Scorer]]
-"""Builds the scorers by benchmark where they are to work; it pickles."""
+"""Builds the scorers by benchmark where they are to work; must be picklable."""
 
 _LOCK_S = 60.0
 _KEEP_S = 0.5
@@ -146,7 +146,7 @@ def score_block(block: pa.Table, open_scorers: OpenScorers, writer: Any) -> pa.T
 
 
 def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) -> Scored:
-    """Judge one answer; a failed query is worth 0 and is no case for the scorer."""
+    """Judge one answer; a failed query scores 0 and is not passed to the scorer."""
     common = {"row_id": answer.row_id, "benchmark": answer.benchmark, "policy": answer.policy, "group": answer.group}
     judged = scorers[answer.benchmark](label, Reply(text=answer.text, step_texts=answer.step_texts))
     if answer.status == "failed":

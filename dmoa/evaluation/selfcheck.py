@@ -100,7 +100,7 @@ class Subject:
 
 
 def subject_of(name: str, data_dir: Path | None, *, skip_bad_rows: bool, allow_weak_sandbox: bool, limit: int | None) -> Subject:
-    """Return a benchmark or suite to check, by name; raises as `loading.load` does."""
+    """Return a benchmark or suite to check, by name; raises as `load_rows` does."""
     if name in SUITES:
         return _suite(name, limit or _SUITE_ROWS)
     return _benchmark(name, data_dir, skip_bad_rows, allow_weak_sandbox, limit)

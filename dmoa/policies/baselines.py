@@ -45,7 +45,7 @@ class DensePolicy:
 
 
 class RandomPolicy:
-    """Asks one agent, drawn anew at every step; draws hang on the query's id and the step, so a repeated query repeats."""
+    """Asks one agent, drawn anew at every step; draws depend on the query's id and the step, so a repeated query repeats."""
 
     name = "random"
 

@@ -1,6 +1,6 @@
 """Runs programs that models wrote: one process each, contained, limited, judged from outside.
 
-Used by the scorers that execute code and by the `python` tool. In `isolation`: `host` says what contains a program,
+Used by the scorers that execute code and by the `python` tool. In this folder `host` says what contains a program,
 `launch` starts it, `monitor` ends it, `guard` applies the limits inside, `verdict` runs it together with its checker.
 What holds where (`level` names it, probed once):
 
@@ -107,7 +107,7 @@ def run_checked(
     """Run a program, then the checker among the program's names in the same interpreter; `ok` if the checker raised nothing.
 
     A checker that runs the program itself (as text) gets an empty one. The program cannot pass by ending early, in
-    whatever way; `proof` says how and what remains. Raises as `run`, and SyntaxError for a checker that is no Python.
+    whatever way; `verdict` says how and what remains. Raises as `run`, and SyntaxError for a checker that is not Python.
     """
     preload = sorted({name for node in ast.walk(ast.parse(checker)) for name in _imported(node)})
     return _execute(_job(program, checker, preload), program.stdin, limits or SandboxLimits(), _choose(allow_weak, at))

@@ -189,7 +189,7 @@ class ServeAgents:
         """`handles` are by agent name; `version` is the pool's, which every reply must come from.
 
         Calls of `affine` agents go to the replica of their conversation. `gone` says who has no replica; calls to them end.
-        So do calls without a deadline that no replica takes for `patience_s`, see `Vigil.watch`.
+        So do calls without a deadline that no replica takes for `patience_s`, see `CallWatchdog.watch`.
         """
         self._version = version
         self._patience_s = patience_s

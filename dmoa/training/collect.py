@@ -189,7 +189,7 @@ def width(config: Config, epsilon: float | None) -> int:
 
 
 OpenCollector = Callable[[], Collector]
-"""Builds a collector where it is to work, which may be another process: it pickles, what it builds need not. May block."""
+"""Builds a collector where it works, maybe in another process; must be picklable, what it builds need not be. May block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

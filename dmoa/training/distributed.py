@@ -96,5 +96,5 @@ class TorchGroup:
 
 
 def flat_size(parameters: Sequence[Tensor]) -> int:
-    """Return how many numbers `Group.backward` sends."""
+    """Return how many numbers `TorchGroup.backward` sends."""
     return sum(parameter.numel() for parameter in parameters) + 2

@@ -29,7 +29,7 @@ class OwnQueries:
     queries: tuple[RolloutQuery, ...]
     """Every text once: in the order of the file, or as drawn where there is a limit."""
     num_bad: int = 0
-    """Lines left out because they are no query."""
+    """Lines left out because they are not queries."""
 
 
 def read_queries(path: Path, *, skip_bad_rows: bool = False, limit: int | None = None, seed: int = 0) -> OwnQueries:

@@ -271,6 +271,7 @@ def _keep(worker: _Worker, metrics: dict[str, float]) -> None:
     import ray.train
 
     job = worker.job
+    # Training without workers keeps its state in a folder, because Ray's in-process mode keeps nothing.
     if job.state_dir is not None:
         root = Path(job.state_dir)
         unfinished, folder = root / "unfinished", root / f"step-{worker.step:08d}"

@@ -52,7 +52,7 @@ class EpochRecord(BaseModel):
 
 
 class TrainProgress(BaseModel):
-    """How far a training is: the part of its state that is no tensor."""
+    """How far a training is: the part of its state that is not a tensor."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -84,6 +84,9 @@ class RunState:
 
 class StateStore:
     """The place of a training's state. Cheap to make, and picklable: every worker makes its own."""
+
+    # Not Ray Train's `report`: its controller takes one every two seconds, longer than twenty epochs of few-shot training,
+    # and would either hold the training up or lose them.
 
     def __init__(self, place: str) -> None:
         """`place`: a folder, or a URI that Ray's file systems know."""

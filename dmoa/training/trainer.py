@@ -139,7 +139,7 @@ def prepare_training(options: TrainOptions, start: InitialGate, manifests: Seque
 
 
 def tell_constant(material: TrainingSet) -> list[str]:
-    """Return a line for every agent that gives one reply to nearly all dense steps: what it is, and what came of it."""
+    """Return a line for every agent that gives one reply to nearly all dense steps: what it is, and its effect."""
     scale, agents = material.evidence.scale, material.job.spec.agents
     if scale.score == "raw":
         then = "with score raw its sureness counts as everybody's; --score anchored discounts it"
@@ -254,7 +254,7 @@ class Curves:
             self._tracker.log(values, step=record.epoch)
 
     def end(self, trained: TrainedGate, load: Mapping[str, float], folder: Path, parent: str | None) -> None:
-        """Log what came of it: metrics, the routing table, the checkpoint; and the rollouts and the gate that it came of.
+        """Log the results (metrics, the routing table, the checkpoint), and link the rollouts and the gate that it started from.
 
         Nothing where that is logged already.
         """
@@ -397,7 +397,7 @@ Say = Callable[[str], None]
 
 
 class TrainReport(BaseModel):
-    """`train.json`: what a training was, and what came of it."""
+    """`train.json`: what a training was, and its results."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -411,7 +411,7 @@ class TrainReport(BaseModel):
     workers: int
     """Of the last session; 0: in process."""
     workers_note: str
-    """Why so many."""
+    """Why this number of workers was chosen."""
     trained_on: dict[str, Any]
     parent: str | None
     """Version of the gate that training began with; null: untrained weights."""

@@ -222,7 +222,7 @@ def _short(text: str) -> str:
 
 PIPE_WIDTH = 160
 _REASON_CHARS = 200
-_MAX_FAILURES = 3
+_MAX_CHECK_FAILURES = 3
 _LINE_S = 10.0
 """How often a line of progress goes to a pipe or a log."""
 
@@ -322,10 +322,10 @@ def _selfcheck_lines(check: BenchmarkCheck) -> Iterator[tuple[str, bool, str]]:
     """Yield (what was checked, whether it holds, in figures)."""
     for gold in check.gold:
         unscored = f", {gold.num_unscored} unscored" if gold.num_unscored else ""
-        more = "".join(f"; {failure}" for failure in gold.failures[:_MAX_FAILURES])
+        more = "".join(f"; {failure}" for failure in gold.failures[:_MAX_CHECK_FAILURES])
         yield f"right answers: {gold.measure}", gold.passed, f"{gold.num_right} of {gold.num_rows} score 1.0{unscored}{more}"
     silent, dealt = check.silent, check.dealt
-    more = "".join(f"; {failure}" for failure in silent.failures[:_MAX_FAILURES])
+    more = "".join(f"; {failure}" for failure in silent.failures[:_MAX_CHECK_FAILURES])
     yield "empty and refused", silent.passed, f"{silent.num_above_zero} of {silent.num_replies} score above 0{more}"
     expected = f"{dealt.expected:.3f} +- {dealt.tolerance:.3f}"
     yield "answers dealt out", dealt.passed, f"{dealt.accuracy:.3f} of {dealt.num_rows} rows, expected {expected}"

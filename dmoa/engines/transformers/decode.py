@@ -58,7 +58,8 @@ def draw_for(sampling: Sampling, call_id: str) -> Draw | None:
 def pick_tokens(logits_BV: Tensor, draws: Sequence[Draw | None]) -> Tensor:
     """Return the next token of every row, [B] int64: the argmax where `draws` has None, else one sample.
 
-    Advances the random stream of every sampling row by one number.
+    `logits_BV` are raw, after the entropy was taken from them. Advances the random stream of every sampling row by one number,
+    so the same call gives the same sample whatever else is in its batch.
     """
     tokens_B = _argmax(logits_BV)
     rows = [row for row, draw in enumerate(draws) if draw is not None]
@@ -137,7 +138,7 @@ class TextStream:
         return self._text
 
     def push(self, token: int) -> str:
-        """Take one token; return the text that may be shown now: it can be no part of a stop text."""
+        """Take one token; return the text that may be shown now: it cannot be part of a stop text."""
         self._tokens.append(token)
         piece = self._decoder.step(self._tokenizer, token)
         if piece:
@@ -460,7 +461,7 @@ class DecodeLoop:
         return entropy_s
 
     def _give_up(self, sequence: Running) -> None:
-        """End a sequence whose logits are no distribution; whatever else runs goes on."""
+        """End a sequence whose logits are not a distribution; whatever else runs goes on."""
         row = self._rows.index(sequence)
         # Its keys and values may hold NaN, which masking does not keep from those who use the row next: 0 x NaN is NaN.
         self._kv.wipe(row)

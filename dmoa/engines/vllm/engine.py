@@ -108,7 +108,7 @@ class VllmEngine:
     ) -> None:
         """`client`: a started vLLM client; `adapters` maps the names that requests use to LoRA folders on this machine.
 
-        Without `listed` the client must run `vllm_entropy`.
+        Without `listed` the client must run the classes of `engines/vllm/entropy`.
         """
         self._client = client
         self._tokenizer = tokenizer
@@ -205,7 +205,7 @@ class _Reply:
     def take(self, output: Any) -> str:
         """Take what vLLM tells next; return its text. Raises EngineError for a call that vLLM itself gave up."""
         part = output.outputs[0]
-        if part.finish_reason in ("abort", "error"):  # it was put to sleep, or failed: what came so far is no reply
+        if part.finish_reason in ("abort", "error"):  # it was put to sleep, or failed: what came so far is not a reply
             raise EngineError(f"vLLM gave the call up after {self.num_tokens} tokens ({part.finish_reason})")
         self.num_tokens += len(part.token_ids)
         self._cached_tokens = output.num_cached_tokens or self._cached_tokens

@@ -24,7 +24,7 @@ class RequestSums(NamedTuple):
     """What is known of a finished request."""
 
     sum_nats: float
-    """NaN where logits of a position that counts were no distribution, or were never written."""
+    """NaN where logits of a position that counts were not a distribution, or were never written."""
     sq_sum: float
     tokens: int
     """Positions that were counted."""
@@ -45,6 +45,9 @@ class _Entry:
 
 class EntropyStore:
     """Entropy by request and position, on the engine's device; nothing is copied to the host before it is asked for."""
+
+    # Rows may be written more often than tokens come out (parts of a prompt, steps done again after a preemption, one step more
+    # than was asked for), so the last write of a position counts, and positions behind the reply's end do not.
 
     def __init__(self, device: torch.device, *, is_pinned: bool = False) -> None:
         """`is_pinned`: whether index lists go to the device from pinned memory, which makes their copies asynchronous."""

@@ -104,7 +104,7 @@ class References:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def judge(self, context: str, reference: str, *, allow_weak: bool) -> Verdict:
-        """Return how a reference does, from memory where it has run before; raises as `programs.judge`."""
+        """Return how a reference does, from memory where it has run before; raises as `judge_program`."""
         key = (context, reference)
         with self._lock:
             known = self.verdicts.get(key)

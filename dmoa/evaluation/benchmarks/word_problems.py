@@ -137,7 +137,7 @@ _DECIMAL_IN_EXPRESSION = re.compile(r"([0-9]*)\.([0-9]+)")
 def expression_value(text: str) -> Fraction | None:
     """Return the exact value of an arithmetic expression.
 
-    None for what is none, is too long, or is no rational number. Never raises.
+    None if the text is not an expression, is too long, or is not rational. Never raises.
     """
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.strip().strip("$").strip())
     text = text.replace("\\left", "").replace("\\right", "")

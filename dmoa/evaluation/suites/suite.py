@@ -55,7 +55,7 @@ def split_of(root: str) -> SuiteSplit:
 
 
 def permuted(size: int, seed: str) -> Iterator[int]:
-    """Yield 0..size-1, each once, in an order that hangs on `seed` alone; O(1) memory. Source: ours.
+    """Yield 0..size-1, each once, in an order that depends only on `seed`; O(1) memory. Source: ours.
 
     Rounds of x -> odd * x + c and x -> x ^ (x >> s) on the next power of two are one-to-one; what lies beyond is left out.
     """

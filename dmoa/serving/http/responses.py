@@ -135,7 +135,7 @@ class Rendering:
         self._sent = ""
         """Text of the answer that was streamed."""
         self._held = ""
-        """White space at its start, which is no answer as long as nothing follows."""
+        """White space at its start, which is not an answer as long as nothing follows."""
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """Return the reply of a request that does not stream. Raises EmptyAnswerError."""

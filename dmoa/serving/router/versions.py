@@ -110,7 +110,7 @@ class RouterState:
         except ValueError as error:
             raise CheckpointError(f"router state {self._path('state.json')!r}: {error}; remove it to begin anew") from error
         if not isinstance(state, dict):
-            raise CheckpointError(f"router state {self._path('state.json')!r}: it is no JSON object; remove it to begin anew")
+            raise CheckpointError(f"router state {self._path('state.json')!r}: it is not a JSON object; remove it to begin anew")
         return state
 
     def _path(self, name: str) -> str:
@@ -399,7 +399,7 @@ def _line(history: Sequence[HistoryEntry]) -> list[str]:
 
 def _parse(tree: object) -> list[HistoryEntry]:
     if not isinstance(tree, list):
-        raise CheckpointError("router state: history is no list; remove state.json to begin anew")
+        raise CheckpointError("router state: history is not a list; remove state.json to begin anew")
     try:
         return [HistoryEntry.model_validate(one) for one in tree]
     except ValidationError as error:
