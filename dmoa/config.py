@@ -147,7 +147,7 @@ class OpenaiOptions(Node):
         # A rule over the record, because the message of a rule over one field would show what may be a secret.
         if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
             raise ValueError(
-                "api_key_env: the value is not an environment variable's name; allowed are A-Z, 0-9 and '_', the first not a digit; "
+                "api_key_env: the value is no name of an environment variable; allowed are A-Z, 0-9 and '_', the first no digit; "
                 "name the variable that holds the key, and keep the key itself out of this file"
             )
         fault = _fault_of_url(self.base_url)

@@ -364,7 +364,7 @@ def rebuild_evaluation(folder: Path) -> Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Return the result of a run: `evaluation.json` where there is one, else made from its lines. Raises as it."""
+    """Return the result of a run: `evaluation.json` if it exists, else made from its lines. Raises as `rebuild_evaluation`."""
     paths = RunFolder(folder)
     if paths.evaluation.exists():
         return _read_record(paths.evaluation, Evaluation)
