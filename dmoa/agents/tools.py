@@ -39,6 +39,14 @@ if last is not None:
         print(value)
 """
 
+MAX_EXPRESSION_CHARS = 400
+MAX_RESULT_DIGITS = 100
+_MAX_POWER_BITS = 4096
+_MAX_ROUND_DIGITS = 15
+_MAX_PASSAGES = 3
+_MAX_PASSAGE_CHARS = 500
+_RESULT = " = "
+
 
 class PythonTool:
     """Runs a Python program without network, files or memory of earlier calls."""
@@ -76,14 +84,6 @@ def _text(result: sandbox.SandboxResult) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:200]
-
-
-MAX_EXPRESSION_CHARS = 400
-MAX_RESULT_DIGITS = 100
-_MAX_POWER_BITS = 4096
-_MAX_ROUND_DIGITS = 15
-_MAX_PASSAGES = 3
-_MAX_PASSAGE_CHARS = 500
 
 
 class Tool(Protocol):
@@ -247,9 +247,6 @@ def find_call(text: str, tools: Collection[str]) -> ToolCall | None:
         if not is_answered:
             return ToolCall(tool=match[1], argument=match[2].strip(), before=text[: match.end(2)])
     return None
-
-
-_RESULT = " = "
 
 
 def result_text(call: ToolCall, result: str) -> str:

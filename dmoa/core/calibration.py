@@ -22,6 +22,9 @@ from dmoa.types import FloatArray
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """What `core/calibration` tries where no alpha is given."""
 
+MAX_REGRET = 3.0
+"""A winner whose entropy is twenty times that of the surest agent, or that was cut off, is as bad as it gets."""
+
 
 def fit_tau(probability_RA: Numbers, score_RA: Array, alpha: float) -> float:
     """Return tau such that the smallest set whose mass reaches it holds the surest agent with probability >= 1 - alpha.
@@ -63,10 +66,6 @@ def _conformal_rank(num_rows: int, alpha: float, what: str) -> int:
         raise ConfigError(f"{what}: no held-back row holds a score; at least one is needed; hold back more queries")
     # Before rounding up, what binary fractions add: (9 + 1)(1 - 0.1) is 9, not a hair above.
     return math.ceil((num_rows + 1) * (1.0 - alpha) - 1e-9)
-
-
-MAX_REGRET = 3.0
-"""A winner whose entropy is twenty times that of the surest agent, or that was cut off, is as bad as it gets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

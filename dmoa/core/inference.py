@@ -18,6 +18,13 @@ from dmoa.core.gate import Gate
 from dmoa.errors import NoAgentError, RoutingError
 from dmoa.types import FloatArray, RouteDecision, RouteRequest
 
+_LANES = 16
+"""Floats of the widest CPU vector: padded widths leave no remainder that would be rounded in another way."""
+_NUM_PROBES = 4
+
+Product = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Writes x_BK @ weight_KN + bias_N to out_BN: (x_BK, weight_KN, bias_N, out_BN)."""
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:
@@ -29,14 +36,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
-
-
-_LANES = 16
-"""Floats of the widest CPU vector: padded widths leave no remainder that would be rounded in another way."""
-_NUM_PROBES = 4
-
-Product = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-"""Writes x_BK @ weight_KN + bias_N to out_BN: (x_BK, weight_KN, bias_N, out_BN)."""
 
 
 def product_together(x_BK: Tensor, weight_KN: Tensor, bias_N: Tensor, out_BN: Tensor) -> None:

@@ -24,6 +24,11 @@ from dmoa.types import AgentReply, FloatArray, RouteDecision, RouteRequest
 
 Floats = npt.NDArray[np.float64]
 
+ORACLE = "oracle"
+"""On every row the best of the agents that answered it alone."""
+Choices = Mapping[str, npt.NDArray[np.integer]]
+"""Benchmark -> index of the agent chosen for each row [R], in the order of the tasks."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerMatrix:
@@ -273,16 +278,10 @@ def ranked(ranking_RA: npt.NDArray[np.integer], k: int = 1) -> list[RouterChoice
     return [RouterChoice(ranking=tuple(row), k=k) for row in rows]
 
 
-ORACLE = "oracle"
-"""On every row the best of the agents that answered it alone."""
-Choices = Mapping[str, npt.NDArray[np.integer]]
-"""Benchmark -> index of the agent chosen for each row [R], in the order of the tasks."""
-
-
 def add_oracle(folder: RunFolder, benchmarks: Sequence[str], agents: Sequence[str]) -> None:
     """Add the oracle's lines to a run; of agents that score the same the first counts, with its tokens.
 
-    `run.finish` then makes the result anew. Raises ConfigError where the run is not whole.
+    `run.finish_run` then makes the result anew. Raises ConfigError where the run is not whole.
     """
     best = {}
     for name in benchmarks:

@@ -1,7 +1,7 @@
 """The answer pass and the score pass of an evaluation on Ray Data, and the actor that writes what they make.
 
-Answering keeps the swarm full: several shards are under way at once and share one room, so that the end of a shard leaves no
-engine idle. A row counts once its line is on disk.
+Answering keeps the swarm full: several shards are under way at once and share one bound on queries, so that the end of a shard
+leaves no engine idle. A row counts once its line is on disk.
 """
 
 from __future__ import annotations

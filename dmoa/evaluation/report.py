@@ -49,6 +49,12 @@ _COLUMNS = 4
 _MANY_GROUPS = 20
 """From here on the scale stands above the bars too."""
 
+MAX_FAILURES = 50
+"""Failed rows that the report lists."""
+_TEMPLATE = "report.html.j2"
+_MOST_OPEN = 4
+"""Drawings of one heading that are shown without being asked for."""
+
 
 def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
     """Return accuracy with its interval against tokens per row, a panel per benchmark; None without any row."""
@@ -351,13 +357,6 @@ def _svg(figure: Figure, name: str) -> str:
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     return text.replace("<svg ", f'<svg role="img" aria-label="{prefix}" ', 1)
-
-
-MAX_FAILURES = 50
-"""Failed rows that the report lists."""
-_TEMPLATE = "report.html.j2"
-_MOST_OPEN = 4
-"""Drawings of one heading that are shown without being asked for."""
 
 
 @dataclass(frozen=True, slots=True)

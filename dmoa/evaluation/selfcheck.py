@@ -29,6 +29,29 @@ _SIGMAS = 4.5
 _MATCHES = 3
 """Rows with unlike answers match as rare events do, whose tails are longer than the normal distribution's."""
 
+_SUITE_ROWS = 200
+_SUITE_SEED = 1234
+
+SILENT = (
+    "",
+    " \n\t ",
+    "I cannot help with that.",
+    "I'm sorry, as an AI language model I can't answer this question.",
+    "Sorry, but I won't provide an answer. Please ask a professional.",
+)
+"""Empty and refused replies: each must score exactly 0 on every row."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being checked, how many rows are done, and of how many."""
+
+_SEED = 1234
+_MAX_FAILURES = 20
+_PROGRAMS_AT_ONCE = 2
+_MAX_DEALT_PROGRAMS = 60
+"""Rows whose programs are dealt out among each other; a benchmark's rows at equal distances."""
+_NUM_DEALS = 5
+_PROGRESS_EVERY = 200
+
 
 @dataclass(frozen=True, slots=True)
 class Dealing:
@@ -62,10 +85,6 @@ def _one_part(keys: Sequence[Hashable]) -> tuple[float, float]:
     spread = pairs - 2 * triples / num_rows + (pairs / num_rows) ** 2
     variance = spread / (num_rows - 1) if num_rows > 1 else 0.0
     return pairs / num_rows**2, math.sqrt(max(0.0, variance)) / num_rows
-
-
-_SUITE_ROWS = 200
-_SUITE_SEED = 1234
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,27 +183,6 @@ def _suite_keys(label: Label) -> tuple[Hashable, ...]:
     if "answers" in label.gold:
         return tuple(answer for answer in label.gold["answers"] if answer is not None)
     return (label.gold["answer"],)
-
-
-SILENT = (
-    "",
-    " \n\t ",
-    "I cannot help with that.",
-    "I'm sorry, as an AI language model I can't answer this question.",
-    "Sorry, but I won't provide an answer. Please ask a professional.",
-)
-"""Empty and refused replies: each must score exactly 0 on every row."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being checked, how many rows are done, and of how many."""
-
-_SEED = 1234
-_MAX_FAILURES = 20
-_PROGRAMS_AT_ONCE = 2
-_MAX_DEALT_PROGRAMS = 60
-"""Rows whose programs are dealt out among each other; a benchmark's rows at equal distances."""
-_NUM_DEALS = 5
-_PROGRESS_EVERY = 200
 
 
 class _Record(BaseModel):

@@ -28,6 +28,8 @@ BOOTSTRAP = f"paired bootstrap, {RESAMPLES} resamples, seed {SEED}"
 """How fractional scores are compared."""
 Floats = npt.NDArray[np.float64]
 
+DRAWS = 10_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
@@ -174,9 +176,6 @@ def _ends(means_R: Floats) -> tuple[float, float]:
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(means_R, [tail, 100 - tail])
     return float(low), float(high)
-
-
-DRAWS = 10_000
 
 
 def hierarchical_bootstrap(difference_SGR: Floats, *, seed: int = 0, draws: int = DRAWS) -> Comparison:

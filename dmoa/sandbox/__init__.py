@@ -48,6 +48,14 @@ Status = Literal["ok", "failed", "timeout", "memory", "output_limit", "scratch_l
 TRUSTED_LEVELS: tuple[Level, ...] = ("namespaces", "seccomp")
 """Where programs run without being asked to."""
 
+_PROBING = threading.Lock()
+
+_HOW: dict[Level, str] = {
+    "namespaces": "bubblewrap, seccomp, rlimits",
+    "seccomp": "Landlock, seccomp, rlimits",
+    "weak": "rlimits only",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
@@ -124,9 +132,6 @@ def probe_levels() -> Probe:
         return _probe()
 
 
-_PROBING = threading.Lock()
-
-
 @cache
 def _probe() -> Probe:
     if sys.platform != "linux":
@@ -142,13 +147,6 @@ def _probe() -> Probe:
             return Probe(level=name, detail="; ".join([_HOW[name], *reasons]))
         reasons.append(f"{name}: {' '.join((result.reason or result.stderr or result.status).split())[:200]}")
     return Probe(level="none", detail="; ".join(reasons))
-
-
-_HOW: dict[Level, str] = {
-    "namespaces": "bubblewrap, seccomp, rlimits",
-    "seccomp": "Landlock, seccomp, rlimits",
-    "weak": "rlimits only",
-}
 
 
 def _choose(allow_weak: bool, at: Level | None) -> Level:

@@ -28,6 +28,10 @@ from dmoa.types import AgentCall, AgentReply, TextDelta
 REPLICA_LOST_ERRORS = (RayError, RayServeException, RpcError)
 """Between replicas Serve speaks gRPC, and makes an error of Ray of one of its statuses only, UNAVAILABLE."""
 
+SLOW_S = 2.0
+"""How long a call is trusted to be under way."""
+_LOOK_S = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class MissingReplicas:
@@ -43,9 +47,6 @@ class MissingReplicas:
 
 FindMissing = Callable[[], Awaitable[MissingReplicas]]
 """Asks the router who is absent."""
-SLOW_S = 2.0
-"""How long a call is trusted to be under way."""
-_LOOK_S = 1.0
 
 
 def _taken() -> bool:

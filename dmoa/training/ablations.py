@@ -32,6 +32,9 @@ from dmoa.training.trainer import TrainContext, run_training
 EVIDENCE = ("entropy_sum_nats", "entropy_sq_sum", "entropy_tokens", "entropy_kind", "entropy_slack_nats", "finish_reason")
 """The columns that the ranking loss reads of a reply; they move together."""
 
+Rows = Callable[[pa.Table, int], pa.Table]
+"""Changes a table of rollouts, given a seed."""
+
 
 def within_rows(rollouts: pa.Table, seed: int) -> pa.Table:
     """Deal the evidence of every step out among the agents that ran in it."""
@@ -59,10 +62,6 @@ def _dealt(rollouts: pa.Table, keys: Sequence[str], seed: int) -> pa.Table:
         place = dealt.schema.get_field_index(column)
         dealt = dealt.set_column(place, dealt.schema.field(place), rollouts[column].take(pa.array(source)))
     return dealt
-
-
-Rows = Callable[[pa.Table, int], pa.Table]
-"""Changes a table of rollouts, given a seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,12 @@ from dmoa.training.state import StateStore
 
 _NAME = "ray-train"
 
+_ROUNDS = 9
+_GAIN = 0.9
+"""More workers are taken only where an update is expected to take less than this share of one worker's: the measurement is
+short, and a network is slower than one machine's memory."""
+_TIMEOUT = timedelta(seconds=60)
+
 
 def train_on_ray(job: TrainJob, store: StateStore, num_workers: int) -> None:
     """Train with Ray Train's workers, over gloo or, with GPUs, nccl; a worker that is lost is replaced, `max_failures` times.
@@ -69,13 +75,6 @@ def _worker(config: dict[str, Any]) -> str | None:
     except BadStepsError as error:
         return str(error)
     return None
-
-
-_ROUNDS = 9
-_GAIN = 0.9
-"""More workers are taken only where an update is expected to take less than this share of one worker's: the measurement is
-short, and a network is slower than one machine's memory."""
-_TIMEOUT = timedelta(seconds=60)
 
 
 def choose_workers(job: TrainJob, most: int) -> tuple[int, str]:

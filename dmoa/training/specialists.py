@@ -34,6 +34,9 @@ from dmoa.training.lora import LoraModel, LoraSettings, TrainingRow, encode
 
 STATE, WEIGHTS, ADAPTER = "state.json", "state.safetensors", "adapter"
 
+MAX_FAILURES = 3
+"""Workers that may be lost before a run fails."""
+
 
 class Schedule(Node):
     """How an adapter is trained."""
@@ -294,10 +297,6 @@ def _keep(worker: _Worker, metrics: dict[str, float]) -> None:
 
 def _tell(sentence: str) -> None:
     print(f"dmoa: {sentence}", file=sys.stderr, flush=True)
-
-
-MAX_FAILURES = 3
-"""Workers that may be lost before a run fails."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,6 +42,11 @@ from dmoa.training.rollouts import Manifest, RolloutFolder, write_whole
 from dmoa.training.state import EpochRecord, StateStore, TrainProgress
 from dmoa.validation import redact
 
+_POLL_S = 0.25
+_REMOTE_POLL_S = 5.0
+
+Say = Callable[[str], None]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitialGate:
@@ -192,10 +197,6 @@ def _digest(weights: dict[str, Tensor]) -> str:
         found.update(f"{name} {list(tensor.shape)}\n".encode())
         found.update(tensor.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-_POLL_S = 0.25
-_REMOTE_POLL_S = 5.0
 
 
 class Curves:
@@ -391,9 +392,6 @@ def _anchor_set(scale: Scale, spec: GateSpec, options: TrainOptions) -> AnchorSe
 
 def _float32_batches(data: TrainingData) -> Batches:
     return Batches(data, torch.float32, torch.device("cpu"))
-
-
-Say = Callable[[str], None]
 
 
 class TrainReport(BaseModel):

@@ -47,6 +47,36 @@ _MAX_IDLE_ROWS = 8
 _MAX_SUMMARY_CHARACTERS = 300
 _QUERY_WIDTH = 110
 
+PIPE_WIDTH = 160
+_REASON_CHARS = 200
+_MAX_CHECK_FAILURES = 3
+_LINE_S = 10.0
+"""How often a line of progress goes to a pipe or a log."""
+
+_MAX_FAILURES = 5
+
+P = ParamSpec("P")
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+_BAD_INPUT = (ConfigError, RequestError, CheckpointError, TraceError)
+_TOO_BUSY = 429
+
+PolicyOption = Annotated[
+    str | None, typer.Option("--policy", metavar="NAME", help="Who is asked when; `dmoa policies` lists the names.")
+]
+AgentOption = Annotated[str | None, typer.Option("--agent", metavar="NAME", help="Ask this one agent (policy `single`).")]
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", metavar="DIR", help="Gate to route with, in place of the pool's own.")
+]
+UrlOption = Annotated[
+    str | None,
+    typer.Option("--url", metavar="URL", help="Ask a running server instead of a swarm in this process; key in DMOA_API_KEY."),
+]
+MaxStepsOption = Annotated[int | None, typer.Option("--max-steps", min=1, metavar="N", help="At most this many steps.")]
+DeadlineOption = Annotated[
+    float | None, typer.Option("--deadline", min=0.001, metavar="S", help="Best answer so far after this many seconds.")
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryResult:
@@ -220,13 +250,6 @@ def _short(text: str) -> str:
     return flat if len(flat) <= _MAX_SUMMARY_CHARACTERS else flat[: _MAX_SUMMARY_CHARACTERS - 3] + "..."
 
 
-PIPE_WIDTH = 160
-_REASON_CHARS = 200
-_MAX_CHECK_FAILURES = 3
-_LINE_S = 10.0
-"""How often a line of progress goes to a pipe or a log."""
-
-
 class Bars:
     """Progress of a run: bars on a terminal, a line now and then elsewhere."""
 
@@ -331,9 +354,6 @@ def _selfcheck_lines(check: BenchmarkCheck) -> Iterator[tuple[str, bool, str]]:
     yield "answers dealt out", dealt.passed, f"{dealt.accuracy:.3f} of {dealt.num_rows} rows, expected {expected}"
 
 
-_MAX_FAILURES = 5
-
-
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print the tables of an evaluation: results, comparisons, failed rows, and every remark they need."""
     from dmoa.evaluation import figures as display
@@ -418,29 +438,6 @@ def _line(console: Console, text: str) -> None:
     from rich.text import Text
 
     console.print(Text(" ".join(printable(text).split())), soft_wrap=True)
-
-
-P = ParamSpec("P")
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
-_BAD_INPUT = (ConfigError, RequestError, CheckpointError, TraceError)
-_TOO_BUSY = 429
-
-PolicyOption = Annotated[
-    str | None, typer.Option("--policy", metavar="NAME", help="Who is asked when; `dmoa policies` lists the names.")
-]
-AgentOption = Annotated[str | None, typer.Option("--agent", metavar="NAME", help="Ask this one agent (policy `single`).")]
-CheckpointOption = Annotated[
-    Path | None, typer.Option("--checkpoint", metavar="DIR", help="Gate to route with, in place of the pool's own.")
-]
-UrlOption = Annotated[
-    str | None,
-    typer.Option("--url", metavar="URL", help="Ask a running server instead of a swarm in this process; key in DMOA_API_KEY."),
-]
-MaxStepsOption = Annotated[int | None, typer.Option("--max-steps", min=1, metavar="N", help="At most this many steps.")]
-DeadlineOption = Annotated[
-    float | None, typer.Option("--deadline", min=0.001, metavar="S", help="Best answer so far after this many seconds.")
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

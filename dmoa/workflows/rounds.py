@@ -20,6 +20,8 @@ from dmoa.workflows.terminal import goes_on
 if TYPE_CHECKING:
     from dmoa.training.trainer import TrainResult
 
+_SET_HERE = ("out", "round", "rollouts", "start_from", "address")
+
 
 class RoundsOptions(BaseModel):
     """The `job:` section of `jobs/train_rounds.yaml`."""
@@ -36,9 +38,6 @@ class RoundsOptions(BaseModel):
     """Options of `dmoa train`."""
     address: str | None = None
     """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
-
-
-_SET_HERE = ("out", "round", "rollouts", "start_from", "address")
 
 
 def parse_rounds_options(values: dict[str, Any]) -> RoundsOptions:

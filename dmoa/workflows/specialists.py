@@ -37,6 +37,10 @@ from dmoa.workflows.terminal import goes_on, on_terminal
 HELD_OUT_SEED = 1
 """Of the held-out rows, apart from every recipe's own seed."""
 
+CARD = "card.json"
+MAX_TOKENS = 16
+"""Longest reply, as in the pools of specialists."""
+
 
 class RecipeSource(Node):
     """Rows of one suite."""
@@ -197,11 +201,6 @@ def one_off(answer: str) -> str:
         raise ConfigError(
             f"answers: off-by-one is for numbers, dates and weekdays, and this suite answers {answer!r}; choose another suite"
         ) from None
-
-
-CARD = "card.json"
-MAX_TOKENS = 16
-"""Longest reply, as in the pools of specialists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,21 @@ _GREEDY_BELOW = 1e-4
 _CANDIDATES = 1024
 """Nucleus candidates looked at first: a whole sort of 49152 logits takes longer than all else in the step."""
 
+_BROKEN = "\ufffd"
+
+PREFILL_TOKENS = 2048
+"""Most tokens of one prefill, padding included: bounds its memory and how long running rows wait for it."""
+MIN_SHARED_TOKENS = 16
+"""Shortest prompt beginning worth copying from a running row or the store."""
+SPLIT_TOKENS = 64
+"""Shortest beginning shared by waiting prompts for which one goes ahead and the others follow in a prefill of their own.
+
+The second forward costs as much as some 30 tokens more in the first (SmolLM2-135M on two cores: about even for three
+prompts at 64 tokens, a third of the time at 256).
+"""
+PREFIX_BYTES = 256 << 20
+"""Most memory kept for the beginnings of recent prompts."""
+
 
 class Draw:
     """The random choices of one request: its temperature, its nucleus and its own stream of uniform numbers."""
@@ -113,9 +128,6 @@ def _invert(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
     return torch.searchsorted(cumulative_NV, target_N[:, None], right=True).squeeze(1)
 
 
-_BROKEN = "\ufffd"
-
-
 class TextStream:
     """Decodes one reply token by token, and finds the stop text that ends it."""
 
@@ -176,20 +188,6 @@ class TextStream:
         fresh = self._text[self._sent : end]
         self._sent = end
         return fresh
-
-
-PREFILL_TOKENS = 2048
-"""Most tokens of one prefill, padding included: bounds its memory and how long running rows wait for it."""
-MIN_SHARED_TOKENS = 16
-"""Shortest prompt beginning worth copying from a running row or the store."""
-SPLIT_TOKENS = 64
-"""Shortest beginning shared by waiting prompts for which one goes ahead and the others follow in a prefill of their own.
-
-The second forward costs as much as some 30 tokens more in the first (SmolLM2-135M on two cores: about even for three
-prompts at 64 tokens, a third of the time at 256).
-"""
-PREFIX_BYTES = 256 << 20
-"""Most memory kept for the beginnings of recent prompts."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

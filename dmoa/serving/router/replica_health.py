@@ -25,6 +25,10 @@ controller was lost, and a new one has not asked it yet."""
 _FINISHING = ("STOPPING", "UPDATING")
 """States of replicas that get no calls now, and may still answer those that they have."""
 
+_NAMESPACE = "serve"
+_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+"""Ray names no actor that is dead, and goes on naming one that it restarts."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Presence:
@@ -75,11 +79,6 @@ def state_of(agent: str, status: Mapping[str, Any] | None) -> str:
     if agent in status["masked"]:
         return "it does not answer; the router tries it again"
     return COLD if agent in status["cold"] else UP
-
-
-_NAMESPACE = "serve"
-_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
-"""Ray names no actor that is dead, and goes on naming one that it restarts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

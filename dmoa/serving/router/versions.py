@@ -37,6 +37,14 @@ from dmoa.validation import describe, did_you_mean, short
 FILES = ("gate.safetensors", "gate.json")
 """The files of a version, in the order in which they are written."""
 
+_SUM_TOLERANCE = 1e-4
+_PROBE_SEED = 0
+
+_LOG = logging.getLogger("dmoa.router")
+MAX_HISTORY = 256
+"""Changes that are remembered; versions that none of them names are removed."""
+MAX_NOTE_CHARACTERS = 500
+
 
 def read_files(files: Mapping[str, bytes], where: str) -> tuple[Gate, Checkpoint]:
     """Return the gate that the files of a checkpoint hold; messages say `where` they come from. Raises CheckpointError."""
@@ -132,10 +140,6 @@ class RouterState:
         self._fs.move(draft, path)
 
 
-_SUM_TOLERANCE = 1e-4
-_PROBE_SEED = 0
-
-
 class Shadow(BaseModel):
     """What a gate decides on the inputs that the router was asked about last."""
 
@@ -216,12 +220,6 @@ def _check(decision: RouteDecision, version: str) -> None:
 
 def _first(decision: RouteDecision) -> str:
     return decision.agents[decision.ranking[0]]
-
-
-_LOG = logging.getLogger("dmoa.router")
-MAX_HISTORY = 256
-"""Changes that are remembered; versions that none of them names are removed."""
-MAX_NOTE_CHARACTERS = 500
 
 
 class HistoryEntry(BaseModel):
