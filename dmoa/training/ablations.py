@@ -147,7 +147,7 @@ def left_out(config: Config) -> dict[str, str]:
 
 
 def train_ablation(
-    name: str, rollouts: Path, out: Path, config: Config, around: TrainContext, options: Mapping[str, Any] | None = None
+    name: str, rollouts: Path, out: Path, config: Config, context: TrainContext, options: Mapping[str, Any] | None = None
 ) -> Path:
     """Train one ablation in process, or take the one that is there, and return the folder of its checkpoint.
 
@@ -167,7 +167,7 @@ def train_ablation(
         source = folder / "rollouts"
         write_changed(rollouts, source, ablation.rows, seed=int(common.get("seed", 0)), preset=ablation.preset)
     values = {**common, **ablation.options, "rollouts": source, "out": folder, "workers": 0, "track": "none"}
-    result = run_training(parse_train_options(values), config, around)
+    result = run_training(parse_train_options(values), config, context)
     if not ablation.spec and not ablation.is_blind:
         return result.checkpoint
     trained, record = checkpoint.load(result.checkpoint)
