@@ -1,4 +1,7 @@
-"""Typed options of every engine: what `llms.NAME.engine_kwargs` may hold. Part of the configuration tree, and as inert."""
+"""The pool file as a tree of typed, inert records, with the options of every engine and all defaults.
+
+Read by everything that puts a pool together; `yaml_tree` parses the text, `agents/pool` builds from the records.
+"""
 
 from __future__ import annotations
 
@@ -280,7 +283,7 @@ class LlmConfig(Node):
     autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
     """Replicas of the host in shared placement."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Typed per engine, unknown keys refused: see `options`."""
+    """Typed per engine, unknown keys refused: see `OPTIONS`."""
 
     @field_validator("model")
     @classmethod

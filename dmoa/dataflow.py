@@ -1,7 +1,7 @@
-"""A Ray Data source over lines of files: rows are read where and when they are needed, a shard at a time.
+"""One pass over many rows on Ray Data: bounded in memory, resumable, with progress; rows come from files a shard at a time.
 
-The driver keeps only where each line begins; Ray Data reads shards ahead as far as its memory limits allow. The files of
-a run lie on the driver's node, so that is where shards are read.
+Evaluation and rollouts run their answering on it. The driver keeps only where each line begins, and shards are read on its node,
+where the files of a run lie.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""The cascade: a step whose contributions are all unsure asks the next-ranked agent too.
+"""Asks the agents of a step in parallel, with stand-ins for lost ones, the one retry loop, and more agents while all are unsure.
 
-Asked by `asking` after the active agents replied, and again after every agent that it added. Sure steps stay small, unsure
-ones grow up to K.
+Stands between the orchestrator and an agent client: a lost contribution (failed, late, overloaded) is data, and the next-ranked
+agent in a living place takes over while the deadline allows. Calls are idempotent by (trace, step, agent).
+
+A cold agent has no replica; that is not a failure. It is waited for or passed over as its policy says, and where nobody else can
+answer, the query waits for a cold one, whatever the policy.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ def should_escalate(decision: RouteDecision | None, replies: Sequence[AgentReply
 
 
 def is_any_sure(replies: Sequence[AgentReply], theta: float, anchors: Anchors) -> bool:
-    """Tell whether the score of at least one contribution is at most theta; blank and lost replies are no contribution."""
+    """Tell whether the score of at least one contribution is at most theta; blank and lost replies do not count."""
     return any(doubt(reply, anchors) <= theta for reply in contributions(replies))
 
 
@@ -123,7 +126,7 @@ class AgentCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReplies:
-    """What came of asking the agents of a step."""
+    """What the agents of a step replied."""
 
     replies: tuple[AgentReply, ...]
     """Replies that count, in the order they were asked; lost ones included."""
@@ -133,7 +136,7 @@ class StepReplies:
 
 @dataclass(slots=True, kw_only=True)
 class StepDispatch:
-    """The asking of one step while it is under way."""
+    """One step while its agents are being asked."""
 
     state: QueryState
     """The query before the step; its tokens grow by those of the step before every call of the cascade."""
@@ -164,7 +167,7 @@ async def _in_parallel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and wait until they are over, whatever came of them."""
+    """Cancel tasks and wait until they are over, whatever their outcome."""
     ending = list(tasks)
     for task in ending:
         task.cancel()
@@ -450,7 +453,7 @@ class Dispatcher:
 def _check_goes_on(emitted: str, seen: str, agent: str, *, is_whole: bool = False) -> None:
     """Raise BrokenStreamError where a repeated call says something else than what was handed on.
 
-    It need not repeat its text: an engine's numbers may hang on what else is in its batch.
+    It need not repeat its text: an engine's numbers may depend on what else is in its batch.
     """
     if not seen.startswith(emitted if is_whole else emitted[: len(seen)]):
         raise BrokenStreamError(f"agent {agent!r} was lost in mid-stream, and said something else when asked again; ask again")

@@ -1,4 +1,4 @@
-"""Which addresses are this machine's own, and that no proxy of the environment stands before them or between replicas."""
+"""Tells which addresses are this machine's own, and keeps the environment's proxies away from them and from replicas."""
 
 from __future__ import annotations
 

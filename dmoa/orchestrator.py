@@ -1,7 +1,7 @@
 """The step loop: plan, ask, fold, record, decide whether to go on.
 
-Over protocols only, so the same loop runs in unit tests, in one process, in the Serve ingress, in rollouts and in
-evaluation. A policy says whom to ask, `asking` reaches the agents, a summarizer folds what they say, `core.stopping`
+It knows protocols only, so the same loop runs in unit tests, in one process, in the Serve ingress, in rollouts and in
+evaluation. A policy says whom to ask, `dispatch` reaches the agents, a summarizer folds what they say, `core/stopping`
 holds the rules.
 """
 

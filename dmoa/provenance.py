@@ -1,4 +1,4 @@
-"""Which commit of the code is running, for the record of a run."""
+"""Where a result was made: the commit of the code and the machine, for the records of runs and benches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replay: route recorded queries again and say whether the decisions are the same, bit for bit."""
+"""Routes the queries of recorded traces again and says whether the decisions are the same, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The router's brain: gate weights by version, masks, micro-batched decisions. No Ray here.
+"""Routes in this process: gate weights by version, masks, micro-batched decisions. No Ray here.
 
-Used as it is in process (`dmoa run`), inside the router actor, and by an ingress while the actor is away. The hidden
+`dmoa run` uses it as it is, the router actor holds one, and an ingress falls back on one while the actor is away. The hidden
 state travels with the request, so nothing of a query is kept here.
 """
 

@@ -1,7 +1,7 @@
-"""Folders of runs that lie at a URI (`s3://`, `gs://`, `hdfs://`): a local copy is worked on, and kept in step with the URI.
+"""Folders of runs at a path or a URI (`s3://`, `gs://`, `hdfs://`): a local copy is worked on and kept in step with the URI.
 
-What is there is fetched first, so that a run goes on from any machine; what changes is written back every few seconds and at the
-end. A process that is killed loses the last seconds at most. Drafts, whose names begin with a dot, stay here.
+What lies there is fetched first, changes are written back every few seconds and at the end, so a process that is killed loses the
+last seconds at most. Drafts, whose names begin with a dot, stay local.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Mirror:
     """A folder at a URI and its local copy."""
 
     def __init__(self, uri: str, local: Path, apart: Collection[str] = ()) -> None:
-        """`apart`: names at the top of the folder that are no part of the copy. Raises ConfigError for a URI that none serves."""
+        """`apart`: names at the top of the folder that are not in the copy. Raises ConfigError for a URI that none serves."""
         try:
             self._system, root = arrow_fs.FileSystem.from_uri(uri)
         except (*_FAILURES, ValueError) as error:

@@ -1,7 +1,7 @@
-"""The reply's `dmoa` object: what became of a query, step by step, in the names of the contract.
+"""The reply's `dmoa` object, and traces: what became of a query, step by step, in the names of the contract.
 
-Made from an Answer, used by the HTTP reply and by the trace; `dmoa schema reply` prints `ReplyDmoa`. Durations are
-rounded to 3 decimals, probabilities and entropies to 6; no number in it is ever non-finite.
+Made from an Answer; the HTTP reply and the trace files hold it, `dmoa schema reply` prints `ReplyDmoa`. Durations are rounded to
+3 decimals, probabilities and entropies to 6; no number in it is ever non-finite.
 """
 
 from __future__ import annotations

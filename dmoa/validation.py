@@ -1,6 +1,6 @@
-"""Turns pydantic's errors into one line that a person can act on: field, value seen, what is allowed, what to do.
+"""Turns pydantic's errors into one line that a person can act on, and takes secrets out of whatever is shown or kept.
 
-Used wherever something written by a person or another program is read: configuration, checkpoint, trace, reply.
+Used wherever something written by a person or another program is read, and before commands, settings and errors are written.
 """
 
 from __future__ import annotations
@@ -21,6 +21,59 @@ from pydantic_core import ErrorDetails
 _MAX_CHARS = 80
 _LIKENESS = 0.6
 """Least `difflib` ratio of a name that is suggested."""
+
+REDACTED = "[redacted]"
+_SECRET_PARTS = re.compile(
+    r"token(?!iz|is[ae])|secret(?!ar)|passw|passphrase|passcode|credential|authori[sz]ation|apikey|accesskey"
+)
+_SECRET_WORDS = re.compile(r"key|keys|pwd|creds|cookie|cookies|bearer")
+_ENDS_IN_KEY = re.compile(r"keys?$")
+_ORDINARY = re.compile(r"^(?:mon|don|tur|hoc|joc|whis|lac|flun|hot)keys?$")
+_COUNTS = re.compile(
+    r"audio|avg|bos|budget|cached|cls|count|entropy|eos|extra|first|ids|image|len|length|mask|max|mean|min|num|of"
+    r"|pad|per|sep|size|special|start|stop|end|total|type|unk|usage|vocab|prompt|completion|reasoning"
+)
+"""Words beside `token` or `tokens` in the name of a count or of a part of a vocabulary, neither of which is a credential."""
+_COUNTED = re.compile(
+    r"accepted|added|batch|context|counted|draft|generated|input|last|new|next|number|out|output|prediction|rejected"
+    r"|step|text|used"
+)
+"""Words that say so beside `tokens` alone."""
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_COUNT_OF_KEYS = re.compile(r"^(?:num|max|min|total|n)_|_(?:count|size|length)$", re.IGNORECASE)
+
+_USERINFO = re.compile(r"(?:(?<=//)|(?<=\\/))[^/\s?#\"'<>]+@")
+_SIGNED = re.compile(r"([?&](?:sig|signature|X-\w+-Signature)=)[^&\s\"'<>]+", re.IGNORECASE)
+_GIVEN = re.compile(
+    r"(?P<name>(?<![\w.\-])[\w.\-]*\w|(?:api|access|secret|private)[ ]keys?(?:[ ]provided)?)"
+    r"(?P<sign>\\*[\"']?\s*(?::=|=>|=(?!=)|:(?!:|//))[ \t]*)"
+    r"|(?P<option>(?<![\w\-])--?[A-Za-z][\w\-]*)[ \t]+(?![\s\-])",
+    re.IGNORECASE,
+)
+"""A name and what stands before its value; `--name` needs no sign."""
+_VALUE = re.compile(
+    r"\[redacted\]"
+    r"|(?P<escape>\\+[\"'])(?:.*?(?P=escape)|.*)"
+    r'|"(?:[^"\\]|\\.)*"' + r"|'(?:[^'\\]|\\.)*'" + r"|[\"'].*"
+    r"|(?:(?:Bearer|Basic|Token|Digest)\s+)?[^\s&,;'\"{}\[\]()<>\\]+(?:,[^\s&,;'\"{}\[\]()<>=:\\]+)*",
+    re.IGNORECASE,
+)
+_QUOTE = re.compile(r"\\*[\"']")
+_BRACKET = re.compile(r"[{}\[\]]")
+_KNOWN = re.compile(
+    r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:"
+    r"sk-[\w\-]{8,}|[spr]k_(?:live|test)_\w{8,}"
+    r"|hf_(?!hub|transfer)\w{8,}|gh[a-z]_\w{8,}|github_pat_\w{8,}|gl[a-z]{1,6}-[\w\-]{8,}"
+    r"|AIza[\w\-]{8,}|ya29\.[\w\-]{8,}|xox[a-z]-[\w\-]{8,}|xapp-[\w\-]{8,}|AKIA\w{8,}|ASIA[A-Z0-9]{16}"
+    r"|npm_[A-Za-z0-9]{30,}|pypi-AgE\w{8,}|(?:gsk|r8)_[A-Za-z0-9]{20,}|(?:xai|nvapi|pplx|tvly)-[\w\-]{16,}|dop_v1_\w{16,}"
+    r"|SG\.[\w\-]{8,}\.[\w\-]{8,}|eyJ[\w\-]{5,}\.[\w\-]+(?:\.[\w\-]*)*"
+    r")"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*)",
+    re.DOTALL,
+)
+_BEARER = re.compile(r"(?<![A-Za-z0-9])(Bearer\s+|bearer\s+(?=\S*\d))(?!\[redacted\])[^\s\"'\\,;]+")
+_BASIC = re.compile(r"(?<![A-Za-z0-9])(Basic\s+)([A-Za-z0-9+/_\-]{4,}={0,2})", re.IGNORECASE)
+_LONG_LOGIN = 16
 
 
 def did_you_mean(seen: Iterable[str] | str, allowed: Iterable[str]) -> str:
@@ -109,62 +162,8 @@ def short(value: object) -> str:
     return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 3] + "..."
 
 
-REDACTED = "[redacted]"
-_SECRET_PARTS = re.compile(
-    r"token(?!iz|is[ae])|secret(?!ar)|passw|passphrase|passcode|credential|authori[sz]ation|apikey|accesskey"
-)
-_SECRET_WORDS = re.compile(r"key|keys|pwd|creds|cookie|cookies|bearer")
-_ENDS_IN_KEY = re.compile(r"keys?$")
-_ORDINARY = re.compile(r"^(?:mon|don|tur|hoc|joc|whis|lac|flun|hot)keys?$")
-_COUNTS = re.compile(
-    r"audio|avg|bos|budget|cached|cls|count|entropy|eos|extra|first|ids|image|len|length|mask|max|mean|min|num|of"
-    r"|pad|per|sep|size|special|start|stop|end|total|type|unk|usage|vocab|prompt|completion|reasoning"
-)
-"""Words beside `token` or `tokens` in the name of a count or of a part of a vocabulary, neither of which is a credential."""
-_COUNTED = re.compile(
-    r"accepted|added|batch|context|counted|draft|generated|input|last|new|next|number|out|output|prediction|rejected"
-    r"|step|text|used"
-)
-"""Words that say so beside `tokens` alone."""
-_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_COUNT_OF_KEYS = re.compile(r"^(?:num|max|min|total|n)_|_(?:count|size|length)$", re.IGNORECASE)
-
-_USERINFO = re.compile(r"(?:(?<=//)|(?<=\\/))[^/\s?#\"'<>]+@")
-_SIGNED = re.compile(r"([?&](?:sig|signature|X-\w+-Signature)=)[^&\s\"'<>]+", re.IGNORECASE)
-_GIVEN = re.compile(
-    r"(?P<name>(?<![\w.\-])[\w.\-]*\w|(?:api|access|secret|private)[ ]keys?(?:[ ]provided)?)"
-    r"(?P<sign>\\*[\"']?\s*(?::=|=>|=(?!=)|:(?!:|//))[ \t]*)"
-    r"|(?P<option>(?<![\w\-])--?[A-Za-z][\w\-]*)[ \t]+(?![\s\-])",
-    re.IGNORECASE,
-)
-"""A name and what stands before its value; `--name` needs no sign."""
-_VALUE = re.compile(
-    r"\[redacted\]"
-    r"|(?P<escape>\\+[\"'])(?:.*?(?P=escape)|.*)"
-    r'|"(?:[^"\\]|\\.)*"' + r"|'(?:[^'\\]|\\.)*'" + r"|[\"'].*"
-    r"|(?:(?:Bearer|Basic|Token|Digest)\s+)?[^\s&,;'\"{}\[\]()<>\\]+(?:,[^\s&,;'\"{}\[\]()<>=:\\]+)*",
-    re.IGNORECASE,
-)
-_QUOTE = re.compile(r"\\*[\"']")
-_BRACKET = re.compile(r"[{}\[\]]")
-_KNOWN = re.compile(
-    r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:"
-    r"sk-[\w\-]{8,}|[spr]k_(?:live|test)_\w{8,}"
-    r"|hf_(?!hub|transfer)\w{8,}|gh[a-z]_\w{8,}|github_pat_\w{8,}|gl[a-z]{1,6}-[\w\-]{8,}"
-    r"|AIza[\w\-]{8,}|ya29\.[\w\-]{8,}|xox[a-z]-[\w\-]{8,}|xapp-[\w\-]{8,}|AKIA\w{8,}|ASIA[A-Z0-9]{16}"
-    r"|npm_[A-Za-z0-9]{30,}|pypi-AgE\w{8,}|(?:gsk|r8)_[A-Za-z0-9]{20,}|(?:xai|nvapi|pplx|tvly)-[\w\-]{16,}|dop_v1_\w{16,}"
-    r"|SG\.[\w\-]{8,}\.[\w\-]{8,}|eyJ[\w\-]{5,}\.[\w\-]+(?:\.[\w\-]*)*"
-    r")"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*)",
-    re.DOTALL,
-)
-_BEARER = re.compile(r"(?<![A-Za-z0-9])(Bearer\s+|bearer\s+(?=\S*\d))(?!\[redacted\])[^\s\"'\\,;]+")
-_BASIC = re.compile(r"(?<![A-Za-z0-9])(Basic\s+)([A-Za-z0-9+/_\-]{4,}={0,2})", re.IGNORECASE)
-_LONG_LOGIN = 16
-
-
 def redact(value: Any, name: str = "") -> Any:
-    """Return plain JSON values with every secret replaced by `[redacted]`; what is no plain value becomes text.
+    """Return plain JSON values with every secret replaced by `[redacted]`; what is not a plain value becomes text.
 
     Whatever a field named like a key, token, secret or password holds is replaced, at any depth, null and booleans aside; under
     `tokens` numbers stay too, which are counts. In other texts `redact_text` finds secrets. `name` is the field's own name.

@@ -1,1 +1,1 @@
-"""Agents: prompts, tools, engines, the pool, and the embedder."""
+"""Agents: prompts, tools, summarizers, the encoder, and the pool put together from its file."""

@@ -1,9 +1,7 @@
-"""A cache of greedy agent calls by content: the same prompt to the same agent is generated once, whoever asks.
+"""Caches greedy agent calls by content: the same prompt to the same agent is generated once, whoever asks.
 
-Stands between the orchestrator and an agent client. Ten policies over the same rows, or three seeds of one, share their
-first steps; a reply from the cache counts its tokens as if it had been run, and is marked. Replies lie in one SQLite file
-as JSON, safe for several processes at once. Sampled calls (temperature above 0) pass by, and a reply that something beside
-the call cut short, such as a deadline, is nobody else's.
+Stands between the orchestrator and an agent client, in one SQLite file that is safe for several processes. A reply from the
+cache counts its tokens as if it had been run, and is marked.
 """
 
 from __future__ import annotations
@@ -77,7 +75,7 @@ class CallStore:
 
 
 class CachedAgents:
-    """An `AgentClient` that asks another one only for what no earlier call has asked."""
+    """An `AgentClient` that asks another one only for what no earlier call has asked; sampled calls pass by."""
 
     def __init__(self, agents: AgentClient, store: CallStore, identities: Mapping[str, str]) -> None:
         """`identities` says, by agent name, everything but the call itself that a reply depends on."""

@@ -1,7 +1,7 @@
-"""Sentence embeddings: what the gate reads of a query and of the summary.
+"""Embeds sentences, the query and the summary, for the gate to read.
 
-MiniLM (`MiniLmEncoder`, the home of sentence-transformers) behind an async front (`AsyncEncoder`), and a stand-in
-without a model (`HashEncoder`). Shape letters: N texts, C chunks of one text, D embedding (384).
+`MiniLmEncoder` (the home of sentence-transformers) works behind an async front (`AsyncEncoder`); `HashEncoder` stands in
+without a model. Shape letters: N texts, C chunks of one text, D embedding (384).
 """
 
 from __future__ import annotations

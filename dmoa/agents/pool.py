@@ -1,4 +1,7 @@
-"""Which packages are here: versions, and whether the engine `vllm` can be built and run in this environment."""
+"""Builds what a pool file describes: agents on their engines, encoder and gate; checks its files and gives it a fingerprint.
+
+Used by everything that loads a pool, in one process or in a Serve replica.
+"""
 
 from __future__ import annotations
 

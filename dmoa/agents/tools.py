@@ -1,4 +1,7 @@
-"""The `python` tool: a short program of an agent runs in the sandbox, what it prints is the result."""
+"""The tools of agents: `calculator`, `search` in a corpus, and `python` in the sandbox; and how a call is found in a reply.
+
+`agents/agent` runs the calls between the rounds of a contribution.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,14 @@ if last is not None:
     if value is not None:
         print(value)
 """
+
+MAX_EXPRESSION_CHARS = 400
+MAX_RESULT_DIGITS = 100
+_MAX_POWER_BITS = 4096
+_MAX_ROUND_DIGITS = 15
+_MAX_PASSAGES = 3
+_MAX_PASSAGE_CHARS = 500
+_RESULT = " = "
 
 
 class PythonTool:
@@ -73,14 +84,6 @@ def _text(result: sandbox.SandboxResult) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:200]
-
-
-MAX_EXPRESSION_CHARS = 400
-MAX_RESULT_DIGITS = 100
-_MAX_POWER_BITS = 4096
-_MAX_ROUND_DIGITS = 15
-_MAX_PASSAGES = 3
-_MAX_PASSAGE_CHARS = 500
 
 
 class Tool(Protocol):
@@ -244,9 +247,6 @@ def find_call(text: str, tools: Collection[str]) -> ToolCall | None:
         if not is_answered:
             return ToolCall(tool=match[1], argument=match[2].strip(), before=text[: match.end(2)])
     return None
-
-
-_RESULT = " = "
 
 
 def result_text(call: ToolCall, result: str) -> str:

@@ -1,1 +1,1 @@
-"""Benches: one file per group of numbers."""
+"""Benches: measured figures beside the bars they must reach, one file a subject."""

@@ -1,8 +1,8 @@
 """P8 and P18: the transformers engine beside exact references, on the embedded model.
 
-P8: what the exact entropy costs per decode step, and how far it is from a float64 softmax over the whole vocabulary.
-P18: tokens per second beside transformers' own batched `generate` on the same prompts, so that no other ratio is bought
-with a slow engine. Both arms decode greedily and end at the same stop token; entropy is on in the engine's arm only.
+P8 is what the exact entropy costs per decode step, and how far it is from a float64 softmax over the whole vocabulary.
+P18 is tokens per second beside transformers' own batched `generate` on the same prompts, greedy and with the same stop token;
+entropy is on in the engine's arm only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every benchmark shares: arms run in turns, medians with their spread, and the record of a result.
+"""What every bench shares: arms run in turns, medians with their spread, results as records, and the engines they run on.
 
 Ratios are taken within one round, so that a slow minute of a shared machine hits both arms alike.
 """

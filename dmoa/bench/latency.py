@@ -1,6 +1,6 @@
-"""P3: what orchestration adds to the engine's own time, one query at a time, on the embedded model.
+"""P3, P4 and growth: what orchestration adds to a query, Serve's hops to a step, and more agents on one deployment to a step.
 
-Share = (wall time of the query - engine time on the critical path) / that engine time. The critical path of a step is
+P3's share = (wall time of the query - engine time on the critical path) / that engine time. The critical path of a step is
 its slowest active agent and then the summarizer; an agent's engine time runs from the engine's accept to its last token.
 """
 

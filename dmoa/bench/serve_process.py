@@ -1,8 +1,7 @@
 """A Serve cluster of its own for a bench: a child process that starts apps, says where they answer, and ends with its parent.
 
-The parent's side is `BenchServer`; `python -m dmoa.bench.serve_process` is the child's. Between them: one JSON line of what to
-start, one JSON line of URLs, and the end of the child's standard input as the word to stop. Flags and OMP settings of
-the child are its environment, so arms with different flags can run side by side.
+The parent's side is `BenchServer`; `python -m dmoa.bench.serve_process` is the child's. They exchange one JSON line of what to
+start and one of URLs; the end of the child's standard input is the word to stop.
 """
 
 from __future__ import annotations

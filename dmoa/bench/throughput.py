@@ -1,4 +1,4 @@
-"""What P5 replays: the engine calls of answered queries, with what had to be done before each.
+"""P5 and P13: the throughput of evaluation and of rollouts, beside a replay of the same engine calls on a bare engine.
 
 A recording engine stands between the agents and the real one. Its notes become a graph: a query is a row of steps, a
 step holds the chains of its agents, a chain is one call, or several around tool results. Replaying it on a bare engine

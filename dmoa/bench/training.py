@@ -146,7 +146,7 @@ def _ray_arm(job: TrainJob, folder: Path) -> Callable[[], float]:
 def plain_rate(job: TrainJob, keep: Path | None) -> float:
     """Train the same job by a loop written by hand, and return the updates per second after the first epochs.
 
-    `keep`: where weights and optimizer are saved, as seldom as `train_loop` does, and at the end; None: neither saved nor the
+    `keep`: where weights and optimizer are saved, as seldom as `training/loop` does, and at the end; None: neither saved nor the
     held-back loss looked at.
     """
     options, data = job.options, job.data

@@ -1,1 +1,1 @@
-"""The `dmoa` command: one short file per group of commands."""
+"""The `dmoa` command: one file per group of commands."""

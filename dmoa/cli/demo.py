@@ -1,4 +1,4 @@
-"""What `dmoa demo` prints: each query's routing when it is done, a closing table, the replay."""
+"""`dmoa demo`: serves small specialists, asks, collects, trains, installs, replays and compares, and tells it as it goes."""
 
 from __future__ import annotations
 

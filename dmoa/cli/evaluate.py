@@ -1,4 +1,4 @@
-"""`dmoa evaluate`: benchmarks over policies on Ray Data, resumable, with a table, JSON and an HTML report."""
+"""`dmoa evaluate` and `dmoa report`: policies over benchmarks, ablations, the self-check, and the report of a run's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dmoa rollouts`: queries answered with exploration, and what every agent's reply was worth written down, without labels."""
+"""`dmoa rollouts`: answers queries with exploration, and writes down what every agent's reply was worth, without labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dmoa router`: which gate a running swarm routes with: look at it, put in another one, take it back."""
+"""`dmoa router`: shows which gate a running swarm routes with, installs another one, takes it back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dmoa run`: one question through the swarm, in this process or through a server; or recorded routing once more."""
+"""`dmoa run` and `dmoa chat`: questions to the swarm, in this process or through a server; or recorded routing once more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees of `dmoa serve --dry-run`: where everything goes, what it needs of each GPU, and why it cannot."""
+"""`dmoa serve`: serves a pool until it is ended, or shows with `--dry-run` where everything goes and whether it fits."""
 
 from __future__ import annotations
 

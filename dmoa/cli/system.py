@@ -1,4 +1,4 @@
-"""`dmoa doctor`: what this machine has, line by line, before anything is started."""
+"""`dmoa doctor`, `dmoa models`, `dmoa policies` and `dmoa schema`: what this machine and this package have and accept."""
 
 from __future__ import annotations
 

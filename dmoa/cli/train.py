@@ -1,4 +1,4 @@
-"""`dmoa train`: the gate learns from rollouts, and a checkpoint comes out; stopped, the same command goes on."""
+"""`dmoa train`: trains the gate on rollouts and writes a checkpoint; stopped, the same command goes on."""
 
 from __future__ import annotations
 

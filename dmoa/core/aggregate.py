@@ -1,4 +1,4 @@
-"""Folding the contributions of a step without a language model: the summarizer's `select` mode.
+"""Folds the contributions of a step without a language model: the summarizer's `select` mode.
 
 Sits between the agents' replies and `core/stopping`; says how unsure a reply is, which the cascade and the stopping rules
 ask too.

@@ -1,9 +1,8 @@
-"""The final answer of a reply, normalised: shared by stopping, aggregation and the benchmark scorers.
+"""Finds the final answer of a reply and normalises it, for stopping, aggregation and the benchmark scorers.
 
-Decided here once: percent signs, currency, thousands separators and units do not count (50% = 50, $1,200.00 = 1200);
-"million" and its like do (1.5 million = 1500000), and so do powers of ten; numbers compare exactly (1/2 = 0.5, but
-0.33 is not 1/3); dates and times are texts, not numbers; a choice is its letter in lower case. Nothing is ever made
-up: a reply without a recognisable answer has none.
+Percent signs, currency, thousands separators and units do not count (50% = 50, $1,200.00 = 1200); "million" and its like do
+(1.5 million = 1500000), and so do powers of ten; numbers compare exactly (1/2 = 0.5, but 0.33 is not 1/3); dates and times are
+texts, not numbers; a choice is its letter in lower case. A reply without a recognisable answer has none.
 """
 
 from __future__ import annotations
@@ -218,7 +217,7 @@ def _whole_number(text: str) -> str | None:
 
 
 def _number(match: re.Match[str]) -> str | None:
-    """Return a matched number in its one canonical spelling: 1200, -0.5 or 1/3; None for what is no number."""
+    """Return a matched number in its one canonical spelling: 1200, -0.5 or 1/3; None for what is not a number."""
     value = _value(match)
     return None if value is None else spelled(value)
 

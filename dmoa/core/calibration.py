@@ -1,6 +1,6 @@
-"""How large the active set must be, and how sure is sure: tau and theta, fitted on held-back dense rows.
+"""Fits tau (how large the active set must be), theta (how sure is sure) and the operating point on held-back dense rows.
 
-Run once per training, after it; both numbers are frozen with the gate version and act in `core/activation` (tau) and in
+Run once per training, after it; the numbers are frozen with the gate version and act in `core/activation` (tau) and in
 the cascade and the stopping rules (theta). Shape letters: R rows, A agents in the pool.
 """
 
@@ -21,6 +21,9 @@ from dmoa.types import FloatArray
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """What `core/calibration` tries where no alpha is given."""
+
+MAX_REGRET = 3.0
+"""A winner whose entropy is twenty times that of the surest agent, or that was cut off, is as bad as it gets."""
 
 
 def fit_tau(probability_RA: Numbers, score_RA: Array, alpha: float) -> float:
@@ -63,10 +66,6 @@ def _conformal_rank(num_rows: int, alpha: float, what: str) -> int:
         raise ConfigError(f"{what}: no held-back row holds a score; at least one is needed; hold back more queries")
     # Before rounding up, what binary fractions add: (9 + 1)(1 - 0.1) is 9, not a hair above.
     return math.ceil((num_rows + 1) * (1.0 - alpha) - 1e-9)
-
-
-MAX_REGRET = 3.0
-"""A winner whose entropy is twenty times that of the surest agent, or that was cut off, is as bad as it gets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""How many threads torch uses for one piece of work.
+"""Runs a gate for serving: kernels of a fixed batch size, so that a decision does not depend on what else is in the batch.
 
-Short work is slower on several threads wherever other processes want the cores too: every operation then waits for
-the last thread to be scheduled. It may also round differently.
+`Decider` takes requests to decisions, through `core/activation`, on one thread. Short work is slower on several threads wherever
+other processes want the cores too, and may round differently there.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from dmoa.core.gate import Gate
 from dmoa.errors import NoAgentError, RoutingError
 from dmoa.types import FloatArray, RouteDecision, RouteRequest
 
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread in this block. The setting is the calling thread's own: others keep theirs."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
 _LANES = 16
 """Floats of the widest CPU vector: padded widths leave no remainder that would be rounded in another way."""
 _NUM_PROBES = 4
 
 Product = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """Writes x_BK @ weight_KN + bias_N to out_BN: (x_BK, weight_KN, bias_N, out_BN)."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread in this block. The setting is the calling thread's own: others keep theirs."""
+    # On several threads every operation of short work waits for the last thread to be scheduled.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def product_together(x_BK: Tensor, weight_KN: Tensor, bias_N: Tensor, out_BN: Tensor) -> None:

@@ -101,7 +101,7 @@ def _pairs(score_NA: Tensor, weight_NA: Tensor, noise_NA: Tensor) -> _Pairs:
 def rank_weights(score_NA: Tensor, counts_NA: Tensor) -> Tensor:
     """Return |1/log2(1 + r_a) - 1/log2(1 + r_b)| of every pair, [.., A, A]; r ranks the agents that count by score.
 
-    Tied agents have the mean over all orders that they could stand in, so that nothing hangs on the order of the pool.
+    Tied agents have the mean over all orders that they could stand in, so that nothing depends on the order of the pool.
     Pairs with an agent that does not count have values without meaning.
     """
     is_both_NAA = counts_NA[..., :, None] & counts_NA[..., None, :]

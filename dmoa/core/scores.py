@@ -43,6 +43,13 @@ began: 75 to 90 % of answers right over four seeds; averaged, 83 to 85 %."""
 _MAX_ROUNDS = 100
 """Rounds of k-means; it settles after some ten."""
 
+CONSTANT_SHARE = 0.9
+"""Share of its replies that are one and the same, from which an agent counts as constant, ..."""
+USUAL_SHARE = 0.5
+"""... where for half of the other agents that share is at most this: the queries do have different answers."""
+MIN_ROWS = 10
+"""Replies of an agent that its judgement takes."""
+
 
 def raw_score(entropy_nats: float) -> float:
     """Return s = log(PE + 1e-3) of a mean entropy in nats per token; lower is surer. Source: ours (paper ranks PE itself)."""
@@ -178,14 +185,6 @@ def _squared_distances(x_UD: Array, centre_CD: Array) -> Array:
     # Centre by centre: rows that are centres are exactly 0 away, and there is no array of all three dimensions.
     distance_UC: Array = np.stack([((x_UD - centre_D) ** 2).sum(axis=1) for centre_D in centre_CD], axis=1)
     return distance_UC
-
-
-CONSTANT_SHARE = 0.9
-"""Share of its replies that are one and the same, from which an agent counts as constant, ..."""
-USUAL_SHARE = 0.5
-"""... where for half of the other agents that share is at most this: the queries do have different answers."""
-MIN_ROWS = 10
-"""Replies of an agent that its judgement takes."""
 
 
 def reply_key(text: str | None) -> int:

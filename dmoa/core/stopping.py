@@ -1,6 +1,6 @@
-"""When a query ends: by its summarizer's verdict, by agreement, by certainty, or by a budget.
+"""Decides when a query ends: by its summarizer's verdict, by agreement, by certainty, or by a budget.
 
-Called once after every step by the policies and the orchestrator. Pure: the clock is an argument.
+Called once after every step by the policies and the orchestrator. Pure; the clock is an argument.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _MAX_EXCESS = 0.01
-"""Listed probabilities may exceed 1 by this much, by rounding; more than that is no distribution."""
+"""Listed probabilities may exceed 1 by this much, by rounding; more than that is not a distribution."""
 
 
 class EntropyBounds(NamedTuple):
@@ -23,7 +23,7 @@ class EntropyBounds(NamedTuple):
 
 
 def entropy_bounds(listed_V: Sequence[float], vocab_size: int) -> EntropyBounds | None:
-    """Return the bounds that the listed natural log-probabilities set; None where they are no part of a distribution.
+    """Return the bounds that the listed natural log-probabilities set; None where they are not part of a distribution.
 
     H = -sum_listed p log p + h, with m the missing probability: h is least, -m log m, where one token has all of it, and
     greatest, m log((vocab_size - V) / m), where all others share it evenly. -inf is probability 0. No part of a distribution:

@@ -1,10 +1,8 @@
-"""Whether a LoRA adapter's files fit a model, told before any weights are loaded.
+"""Tells whether a LoRA adapter's files fit a model, before any weights are loaded.
 
 Loaders take what they find: a key that fits nothing is passed over, a layer that is missing stays as the base model has it,
-and the agent speaks as if it had no adapter. Both local engines and the checks of a pool ask here first. Read are the
-adapter's settings, the header and the values of its tensors, and the names and shapes of the base model's layers: from the
-headers of its weights or, where these do not settle it, from a model on torch's `meta` device. Shape letters: R rank, I inputs,
-O outputs of a layer.
+and the agent speaks as if it had no adapter. Both local engines and the checks of a pool ask here first. Shape letters: R rank,
+I inputs, O outputs of a layer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""From a conversation to the tokens of a prompt: the same for every engine that runs a model itself.
+"""Turns a conversation into the tokens of a prompt, the same for every engine that runs a model itself.
 
-The transformers engine, the vLLM engine and nothing else; what an endpoint does with messages is its own. The control tokens of
-a prompt (where a turn begins and ends, whose it is) come from the chat template alone: in a message their names are plain text.
+Used by the transformers and vLLM engines; what an endpoint does with messages is its own. Control tokens come from the chat
+template alone; in a message their names are plain text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which GPUs each engine takes where all engines of a pool run beside one process: `dmoa run`, rollouts and evaluation.
+"""Shares out the GPUs among the engines of a pool that run beside one process: `dmoa run`, rollouts and evaluation.
 
 There every engine would take the first GPU that it sees. On Ray Serve every replica sees its own GPUs alone.
 """

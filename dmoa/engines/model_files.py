@@ -1,4 +1,4 @@
-"""What can be told of a language model's files without loading them: that they are there, whole, and of the right kind.
+"""Checks a language model's files without loading them: that they are there, whole, and of the right kind.
 
 A pool is checked with it before anything starts; what only loading shows is the engine's to report.
 """

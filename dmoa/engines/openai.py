@@ -1,10 +1,7 @@
-"""Breaks up the names of control tokens in texts for an endpoint, which may read them as real ones.
+"""The `openai` engine: calls to an OpenAI-compatible endpoint, with deadlines, retries and a bound on calls under way.
 
-Where a turn begins and ends is said by tokens with names such as `<|im_end|>`. An endpoint that puts messages into its template
-as text, as most servers of open models do, takes such a name in a message for the token itself: a user's text, a tool's result
-or another agent's reply could end its turn and open a system turn. Engines that we tokenise for need none of this
-(`chat_tokens`). The break is a space that one can see, behind the first character: servers that clean texts remove characters
-without width, and the name would stand again.
+Prompts go out with the names of control tokens broken up, because an endpoint may read them as real ones; `openai_replies` reads
+what comes back.
 """
 
 from __future__ import annotations
@@ -55,7 +52,13 @@ _NAMES = re.compile(
 
 
 def break_names(text: str) -> str:
-    """Return a text in which no control token of a common family is named; others come back as they are."""
+    """Return a text in which no control token of a common family is named; others come back as they are.
+
+    An endpoint that puts messages into its template as text takes such a name in a message for the token itself, so a user's
+    text, a tool's result or another agent's reply could end its turn and open a system turn. Engines that we tokenise for need
+    none of this (`engines/chat_template`).
+    """
+    # A space that one can see: servers that clean texts remove characters without width, and the name would stand again.
     # Again, because what overlapped the name may be one itself.
     while _NAMES.search(text):
         text = _NAMES.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)

@@ -1,6 +1,6 @@
-"""What an OpenAI-compatible endpoint sends back, read leniently: whole replies, pieces of a stream, refusals.
+"""Reads what an OpenAI-compatible endpoint sends back, leniently: whole replies, pieces of a stream, refusals.
 
-`openai_engine` sends; here the bytes become a `Generation`. Endpoints differ in what they leave out, so every field may be
+`engines/openai` sends; here the bytes become a `Generation`. Endpoints differ in what they leave out, so every field may be
 missing; what is there must have the right type. Shape letter: V listed log-probabilities.
 """
 
@@ -150,7 +150,7 @@ class Draft:
     def take(self, data: bytes | str) -> str:
         """Add a whole reply or a piece of a stream, as JSON; returns the text in it.
 
-        Raises EngineError for what is no reply, for an error that the endpoint reports in its place, and for an ending other
+        Raises EngineError for what is not a reply, for an error that the endpoint reports in its place, and for an ending other
         than that of a whole text or of one cut by a limit of tokens.
         """
         try:
@@ -246,7 +246,7 @@ def _listed(row: _Row) -> list[float]:
     """Return the log-probabilities of a token's row: the listed ones, and the chosen token's where it is not among them."""
     listed_V = [item.logprob for item in row.top_logprobs or [] if item.logprob is not None]
     is_apart = row.logprob is not None and all(item.token != row.token for item in row.top_logprobs or [])
-    # Tokens whose bytes are no text of their own may share a name; only a less probable one can have been left out.
+    # Tokens whose bytes are not a text of their own may share a name; only a less probable one can have been left out.
     if row.logprob is not None and is_apart and not row.logprob > min(listed_V, default=math.inf):  # NaN is not above anything
         listed_V.append(row.logprob)
     return listed_V

@@ -1,4 +1,4 @@
-"""An engine without a model: deterministic replies, entropies, delays and failures, set by configuration.
+"""The `scripted` engine: deterministic replies, entropies, delays and failures set by configuration, without a model.
 
 Stands where a real engine stands, in tests and wherever the cost of everything but the model is measured.
 """

@@ -1,4 +1,4 @@
-"""How large a language model is, told from its configuration alone: no weight is read, on disk or from the network.
+"""Tells how large a language model is from its configuration alone; no weight is read, on disk or from the network.
 
 `dmoa serve --dry-run` estimates memory from it. Parameters are counted on torch's `meta` device, which holds shapes only.
 """
@@ -41,7 +41,7 @@ class ModelSize:
     """Bytes of all weights of a quantised model; None: not quantised, or in a way that is not known here."""
     lora_width: int
     """Inputs plus outputs, summed over the linear layers: the values of an adapter on all of them, per rank. Fused experts,
-    which are no linear layers in transformers, are not in it."""
+    which are not linear layers in transformers, are not in it."""
     num_layers: int
     num_heads: int
     """Key-value heads."""

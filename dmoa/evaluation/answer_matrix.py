@@ -1,8 +1,7 @@
-"""The answer matrix: what every agent of a pool answers, alone, to every row of a benchmark, generated once.
+"""The answer matrix: what every agent of a pool answers, alone, to every row of a benchmark; and routers replayed over it.
 
 It is an ordinary evaluation run of the policies `single:AGENT`, read back as arrays. Routers that pick agents from a single
-step are then compared by exact, paired replay (`evaluation/answer_matrix`), without asking anyone again.
-Shape letters: R rows, A agents.
+step are compared by exact, paired replay, without asking anyone again. Shape letters: R rows, A agents.
 """
 
 from __future__ import annotations
@@ -24,6 +23,11 @@ from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
 from dmoa.types import AgentReply, FloatArray, RouteDecision, RouteRequest
 
 Floats = npt.NDArray[np.float64]
+
+ORACLE = "oracle"
+"""On every row the best of the agents that answered it alone."""
+Choices = Mapping[str, npt.NDArray[np.integer]]
+"""Benchmark -> index of the agent chosen for each row [R], in the order of the tasks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,16 +278,10 @@ def ranked(ranking_RA: npt.NDArray[np.integer], k: int = 1) -> list[RouterChoice
     return [RouterChoice(ranking=tuple(row), k=k) for row in rows]
 
 
-ORACLE = "oracle"
-"""On every row the best of the agents that answered it alone."""
-Choices = Mapping[str, npt.NDArray[np.integer]]
-"""Benchmark -> index of the agent chosen for each row [R], in the order of the tasks."""
-
-
 def add_oracle(folder: RunFolder, benchmarks: Sequence[str], agents: Sequence[str]) -> None:
     """Add the oracle's lines to a run; of agents that score the same the first counts, with its tokens.
 
-    `run.finish` then makes the result anew. Raises ConfigError where the run is not whole.
+    `run.finish_run` then makes the result anew. Raises ConfigError where the run is not whole.
     """
     best = {}
     for name in benchmarks:

@@ -1,7 +1,7 @@
-"""From a task to a query, and from what became of it to the record that is kept.
+"""Turns a task into a query, and what became of it into the record that is kept.
 
-An `Answerer` reaches a swarm: in this process, or behind a URL. Which one is put together in `cli` and `jobs`; the
-pipeline knows the protocol alone, so evaluation never imports serving.
+An `Answerer` reaches a swarm, in this process or behind a URL. `workflows/backends` builds it; the pipeline knows the protocol
+alone, so evaluation never imports serving.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Answerer(Protocol):
 
 
 OpenAnswerer = Callable[[], Answerer]
-"""Builds an answerer where it is to work, which may be another process: it pickles, what it builds need not. May block."""
+"""Builds an answerer where it works, maybe in another process; must be picklable, what it builds need not be. May block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

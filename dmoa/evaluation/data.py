@@ -1,7 +1,7 @@
-"""Rows from the Hugging Face hub: one table of data sets at fixed revisions, read through the `datasets` library.
+"""Rows of benchmarks and suites: from files or the Hugging Face hub into splits without overlaps, sampled and written for a run.
 
-Used where no `--data-dir` is given. The table's revisions are commits of the data set repositories: the rows of a result
-are the same rows tomorrow. Both libraries are imported when they are first needed.
+The hub's data sets stand at fixed revisions, so the rows of a result are the same rows tomorrow. `prepare_rows` is what a run
+asks for; the benchmarks' own modules parse the lines.
 """
 
 from __future__ import annotations
@@ -338,7 +338,7 @@ def load_disjoint(
     """All splits of a benchmark that there are, made disjoint.
 
     Raises:
-        ConfigError: as `loading.load` does; a required split has no file or no rows.
+        ConfigError: as `load_rows` does; a required split has no file or no rows.
     """
     spec = spec_of(name)
     slices = slices_of(spec, data_dir)

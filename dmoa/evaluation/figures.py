@@ -1,4 +1,4 @@
-"""How figures of a result are worded, the same in the terminal and in the HTML report."""
+"""Words the figures of a result, the same in the terminal and in the HTML report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BOOTSTRAPPED = "fractional scores: bootstrap interval instead of Wilson's"
 MISSING = "not finished: rows are still to be answered or judged"
 NOT_RUN = "did not run: every query failed, so there is no accuracy and no comparison"
 MOSTLY_FAILED = "most queries failed: the accuracy says more about that than about the answers"
-NOT_SCORED = "not one reply could be judged: 0 is no measurement of right and wrong"
+NOT_SCORED = "not one reply could be judged: 0 is not a measurement of right and wrong"
 MEMOISED = "part of the tokens came from the call cache; they are counted as if run"
 
 

@@ -1,7 +1,7 @@
-"""The stages of the evaluation pipeline, run by Ray Data: answering, and scoring; and the actor that writes what they make.
+"""The answer pass and the score pass of an evaluation on Ray Data, and the actor that writes what they make.
 
-Answering holds the swarm and keeps it full: several shards are under way at once, and queries of all of them share one
-room, so that the end of a shard leaves no engine idle. A row counts once its line is on disk.
+Answering keeps the swarm full: several shards are under way at once and share one bound on queries, so that the end of a shard
+leaves no engine idle. A row counts once its line is on disk.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dmoa.evaluation.records import Answered, FileRecord, Label, Reply, Scored, 
 from dmoa.evaluation.run_folder import RunFolder, append, mend
 
 OpenScorers = Callable[[], Mapping[str, Scorer]]
-"""Builds the scorers by benchmark where they are to work; it pickles."""
+"""Builds the scorers by benchmark where they are to work; must be picklable."""
 
 _LOCK_S = 60.0
 _KEEP_S = 0.5
@@ -146,7 +146,7 @@ def score_block(block: pa.Table, open_scorers: OpenScorers, writer: Any) -> pa.T
 
 
 def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) -> Scored:
-    """Judge one answer; a failed query is worth 0 and is no case for the scorer."""
+    """Judge one answer; a failed query scores 0 and is not passed to the scorer."""
     common = {"row_id": answer.row_id, "benchmark": answer.benchmark, "policy": answer.policy, "group": answer.group}
     judged = scorers[answer.benchmark](label, Reply(text=answer.text, step_texts=answer.step_texts))
     if answer.status == "failed":

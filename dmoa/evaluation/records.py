@@ -1,4 +1,4 @@
-"""Records of evaluation: what is asked, what is right, what was answered, and how it scored.
+"""Records of evaluation: what is asked, what is right, what was answered, how it scored; a run's options and provenance.
 
 A row of a benchmark falls apart into a `Task`, which agents see, and a `Label`, which only scorers see; the two are
 written to different folders. `Answered` says what a policy did with a task, `Scored` whether it was right.

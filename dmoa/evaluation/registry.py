@@ -1,4 +1,4 @@
-"""The nine benchmarks, and the one table of where their splits come from.
+"""Every benchmark and suite by name: how rows are read and split, and how replies are scored.
 
 Where upstream has no rows for a split, a file is divided by the hash of each row's family: 60 % train, 40 % adaptation.
 A family is one row, or the rows that must stay together (equal questions of MultiArith, one body of SVAMP, variations of

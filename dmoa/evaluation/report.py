@@ -1,6 +1,6 @@
-"""The plots of a report, as SVG text to be put into the page: colours are the page's own, so they suit light and dark.
+"""The HTML report of an evaluation: one page with its tables, remarks and plots, which are SVG in the page's own colours.
 
-Deterministic: the same result gives the same bytes. A plot without data is not drawn. matplotlib is loaded when one is.
+Deterministic, so the same result gives the same bytes. A plot without data is not drawn; matplotlib is loaded when one is.
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ _LEGEND_LINE_INCHES = 0.19
 _COLUMNS = 4
 _MANY_GROUPS = 20
 """From here on the scale stands above the bars too."""
+
+MAX_FAILURES = 50
+"""Failed rows that the report lists."""
+_TEMPLATE = "report.html.j2"
+_MOST_OPEN = 4
+"""Drawings of one heading that are shown without being asked for."""
 
 
 def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
@@ -351,13 +357,6 @@ def _svg(figure: Figure, name: str) -> str:
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     return text.replace("<svg ", f'<svg role="img" aria-label="{prefix}" ', 1)
-
-
-MAX_FAILURES = 50
-"""Failed rows that the report lists."""
-_TEMPLATE = "report.html.j2"
-_MOST_OPEN = 4
-"""Drawings of one heading that are shown without being asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""Counts that grow while the lines of a run go by: per row only a number or two, so that long runs fit in memory.
+"""Aggregates an evaluation: lines of answers and scores into counts, tables, paired comparisons and `evaluation.json`.
 
-Fed by `results.build`. Whatever depends on the order of lines is left out or put right at the end: sums of fractions are
-exact, lists are sorted.
+Counts grow while the lines go by, a number or two per row, so that long runs fit in memory. Whatever depends on the order of
+lines is left out or put right at the end.
 """
 
 from __future__ import annotations
@@ -364,7 +364,7 @@ def rebuild_evaluation(folder: Path) -> Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Return the result of a run: `evaluation.json` where there is one, else made from its lines. Raises as `rebuild` does."""
+    """Return the result of a run: `evaluation.json` if it exists, else made from its lines. Raises as `rebuild_evaluation`."""
     paths = RunFolder(folder)
     if paths.evaluation.exists():
         return _read_record(paths.evaluation, Evaluation)

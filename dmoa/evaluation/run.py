@@ -1,6 +1,6 @@
-"""A whole evaluation: prepare or go on, answer, judge, and write the result.
+"""Runs a whole evaluation: prepare or go on, answer, judge, and write the result.
 
-The swarm is put together in `cli` or `jobs` and comes in as a `Session`; progress goes out through its callbacks.
+`workflows/evaluate` puts the swarm together and hands it in as a `Session`; progress goes out through its callbacks.
 """
 
 from __future__ import annotations

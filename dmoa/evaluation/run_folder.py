@@ -90,7 +90,7 @@ class RunFolder:
 def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
     """Yield the records of a file, none where it does not exist; a torn last line, which a killed run leaves, is passed over.
 
-    Raises ConfigError naming file and line for anything else that is no such record.
+    Raises ConfigError naming file and line for anything else that is not such a record.
     """
     if not path.exists():
         return

@@ -1,4 +1,7 @@
-"""What to expect when the right answers of rows are dealt out among the rows at random. Source: ours."""
+"""Checks a benchmark's own scoring: right answers score 1, silence scores 0, answers dealt out at random score as expected.
+
+`dmoa evaluate --selfcheck` runs it, without any agent. Source: ours.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,29 @@ from dmoa.evaluation.registry import SUITES, build_scorer, spec_of
 _SIGMAS = 4.5
 _MATCHES = 3
 """Rows with unlike answers match as rare events do, whose tails are longer than the normal distribution's."""
+
+_SUITE_ROWS = 200
+_SUITE_SEED = 1234
+
+SILENT = (
+    "",
+    " \n\t ",
+    "I cannot help with that.",
+    "I'm sorry, as an AI language model I can't answer this question.",
+    "Sorry, but I won't provide an answer. Please ask a professional.",
+)
+"""Empty and refused replies: each must score exactly 0 on every row."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being checked, how many rows are done, and of how many."""
+
+_SEED = 1234
+_MAX_FAILURES = 20
+_PROGRAMS_AT_ONCE = 2
+_MAX_DEALT_PROGRAMS = 60
+"""Rows whose programs are dealt out among each other; a benchmark's rows at equal distances."""
+_NUM_DEALS = 5
+_PROGRESS_EVERY = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +87,6 @@ def _one_part(keys: Sequence[Hashable]) -> tuple[float, float]:
     return pairs / num_rows**2, math.sqrt(max(0.0, variance)) / num_rows
 
 
-_SUITE_ROWS = 200
-_SUITE_SEED = 1234
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """One benchmark or suite with rows, scorer and perfect replies."""
@@ -97,7 +119,7 @@ class Subject:
 
 
 def subject_of(name: str, data_dir: Path | None, *, skip_bad_rows: bool, allow_weak_sandbox: bool, limit: int | None) -> Subject:
-    """Return a benchmark or suite to check, by name; raises as `loading.load` does."""
+    """Return a benchmark or suite to check, by name; raises as `load_rows` does."""
     if name in SUITES:
         return _suite(name, limit or _SUITE_ROWS)
     return _benchmark(name, data_dir, skip_bad_rows, allow_weak_sandbox, limit)
@@ -161,27 +183,6 @@ def _suite_keys(label: Label) -> tuple[Hashable, ...]:
     if "answers" in label.gold:
         return tuple(answer for answer in label.gold["answers"] if answer is not None)
     return (label.gold["answer"],)
-
-
-SILENT = (
-    "",
-    " \n\t ",
-    "I cannot help with that.",
-    "I'm sorry, as an AI language model I can't answer this question.",
-    "Sorry, but I won't provide an answer. Please ask a professional.",
-)
-"""Empty and refused replies: each must score exactly 0 on every row."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being checked, how many rows are done, and of how many."""
-
-_SEED = 1234
-_MAX_FAILURES = 20
-_PROGRAMS_AT_ONCE = 2
-_MAX_DEALT_PROGRAMS = 60
-"""Rows whose programs are dealt out among each other; a benchmark's rows at equal distances."""
-_NUM_DEALS = 5
-_PROGRESS_EVERY = 200
 
 
 class _Record(BaseModel):

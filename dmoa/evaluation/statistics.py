@@ -1,7 +1,7 @@
-"""How sure a figure is: intervals of accuracies, and comparisons of two policies on the same rows.
+"""Says how sure a figure is: intervals of accuracies, and comparisons of two policies on the same rows.
 
 Scores that are all 0 or 1 get Wilson's interval, McNemar's exact test and Newcombe's interval of a difference; fractional
-ones a percentile bootstrap. Everything is a function of the scores alone, whatever their order: the same numbers, every time.
+ones a percentile bootstrap. Everything depends only on the scores, whatever their order.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ MCNEMAR = "McNemar, exact; Newcombe's interval"
 BOOTSTRAP = f"paired bootstrap, {RESAMPLES} resamples, seed {SEED}"
 """How fractional scores are compared."""
 Floats = npt.NDArray[np.float64]
+
+DRAWS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,9 +176,6 @@ def _ends(means_R: Floats) -> tuple[float, float]:
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(means_R, [tail, 100 - tail])
     return float(low), float(high)
-
-
-DRAWS = 10_000
 
 
 def hierarchical_bootstrap(difference_SGR: Floats, *, seed: int = 0, draws: int = DRAWS) -> Comparison:

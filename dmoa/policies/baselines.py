@@ -1,4 +1,4 @@
-"""The `single` policy: one agent, one step. The baseline that every other policy must beat."""
+"""Policies without a gate: `single` (one agent, one step, which every other must beat), `dense`, `random` and `selector`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class DensePolicy:
 
 
 class RandomPolicy:
-    """Asks one agent, drawn anew at every step; draws hang on the query's id and the step, so a repeated query repeats."""
+    """Asks one agent, drawn anew at every step; draws depend on the query's id and the step, so a repeated query repeats."""
 
     name = "random"
 

@@ -1,6 +1,6 @@
 """Runs programs that models wrote: one process each, contained, limited, judged from outside.
 
-Used by the scorers that execute code and by the `python` tool. In `isolation`: `host` says what contains a program,
+Used by the scorers that execute code and by the `python` tool. In this folder `host` says what contains a program,
 `launch` starts it, `monitor` ends it, `guard` applies the limits inside, `verdict` runs it together with its checker.
 What holds where (`level` names it, probed once):
 
@@ -47,6 +47,14 @@ from dmoa.sandbox.monitor import Ending, watch
 Status = Literal["ok", "failed", "timeout", "memory", "output_limit", "scratch_limit", "killed", "sandbox_error"]
 TRUSTED_LEVELS: tuple[Level, ...] = ("namespaces", "seccomp")
 """Where programs run without being asked to."""
+
+_PROBING = threading.Lock()
+
+_HOW: dict[Level, str] = {
+    "namespaces": "bubblewrap, seccomp, rlimits",
+    "seccomp": "Landlock, seccomp, rlimits",
+    "weak": "rlimits only",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +115,7 @@ def run_checked(
     """Run a program, then the checker among the program's names in the same interpreter; `ok` if the checker raised nothing.
 
     A checker that runs the program itself (as text) gets an empty one. The program cannot pass by ending early, in
-    whatever way; `proof` says how and what remains. Raises as `run`, and SyntaxError for a checker that is no Python.
+    whatever way; `verdict` says how and what remains. Raises as `run`, and SyntaxError for a checker that is not Python.
     """
     preload = sorted({name for node in ast.walk(ast.parse(checker)) for name in _imported(node)})
     return _execute(_job(program, checker, preload), program.stdin, limits or SandboxLimits(), _choose(allow_weak, at))
@@ -122,9 +130,6 @@ def probe_levels() -> Probe:
     """Return the strongest isolation of this host and why it is not stronger."""
     with _PROBING:
         return _probe()
-
-
-_PROBING = threading.Lock()
 
 
 @cache
@@ -142,13 +147,6 @@ def _probe() -> Probe:
             return Probe(level=name, detail="; ".join([_HOW[name], *reasons]))
         reasons.append(f"{name}: {' '.join((result.reason or result.stderr or result.status).split())[:200]}")
     return Probe(level="none", detail="; ".join(reasons))
-
-
-_HOW: dict[Level, str] = {
-    "namespaces": "bubblewrap, seccomp, rlimits",
-    "seccomp": "Landlock, seccomp, rlimits",
-    "weak": "rlimits only",
-}
 
 
 def _choose(allow_weak: bool, at: Level | None) -> Level:

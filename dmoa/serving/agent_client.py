@@ -1,4 +1,8 @@
-"""What a call through a Serve handle raises when its replica is lost or out of reach."""
+"""Calls agents through Serve handles: sticky replicas, versions of the pool, and an end to calls that no replica can take.
+
+`CallWatchdog` cancels calls to agents without replicas instead of waiting forever. Used by the ingress; `agent_replica` is the
+other side.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,10 @@ from dmoa.types import AgentCall, AgentReply, TextDelta
 REPLICA_LOST_ERRORS = (RayError, RayServeException, RpcError)
 """Between replicas Serve speaks gRPC, and makes an error of Ray of one of its statuses only, UNAVAILABLE."""
 
+SLOW_S = 2.0
+"""How long a call is trusted to be under way."""
+_LOOK_S = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class MissingReplicas:
@@ -39,9 +47,6 @@ class MissingReplicas:
 
 FindMissing = Callable[[], Awaitable[MissingReplicas]]
 """Asks the router who is absent."""
-SLOW_S = 2.0
-"""How long a call is trusted to be under way."""
-_LOOK_S = 1.0
 
 
 def _taken() -> bool:
@@ -185,7 +190,7 @@ class ServeAgents:
         """`handles` are by agent name; `version` is the pool's, which every reply must come from.
 
         Calls of `affine` agents go to the replica of their conversation. `gone` says who has no replica; calls to them end.
-        So do calls without a deadline that no replica takes for `patience_s`, see `Vigil.watch`.
+        So do calls without a deadline that no replica takes for `patience_s`, see `CallWatchdog.watch`.
         """
         self._version = version
         self._patience_s = patience_s

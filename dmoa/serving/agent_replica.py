@@ -1,8 +1,7 @@
-"""Agents on Ray Serve: the deployments they run in, and the client that reaches them.
+"""A Serve replica that answers for agents: one engine, and the agents over it.
 
-`shared` placement: one `AgentHost` per LLM, its agents are records over one engine. `dedicated`: the same class, one
-deployment per agent, with its own engine, GPUs and replicas. Where there may be several replicas, all calls of a conversation
-go to one of them (`scaling` says how it is chosen), whose prefix cache knows how it began.
+In `shared` placement one replica holds every agent of an LLM, in `dedicated` placement one agent with an engine of its own;
+`deployments` says how many replicas there are and who gets which call.
 """
 
 from __future__ import annotations

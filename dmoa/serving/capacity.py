@@ -1,4 +1,7 @@
-"""Which GPUs there are: on the nodes of a running Ray, or on this machine. The supply side of `dmoa serve --dry-run`."""
+"""`dmoa serve --dry-run`: which GPUs there are, what a replica needs of each, and whether the pool's deployments fit.
+
+GPUs are those of the nodes of a running Ray, or of this machine. Starts from `placement`; nothing is started or loaded.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""An agent's replicas in Ray Serve's terms: how many, when more or fewer, how many calls may wait, and who gets which call.
+"""Agents as Ray Serve deployments: how many replicas, when more or fewer, how many calls may wait, and who gets which call.
 
-Plain values, without Ray: `agents` hands them to Serve.
+`bind_hosts` binds the replicas of `agent_replica` and `vllm_replica` for `app`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a command that serves ends on SIGTERM or SIGINT, whatever its Ray is doing at that moment: soon, and without noise.
+"""Ends a command that serves on SIGTERM or SIGINT, whatever its Ray is doing at that moment: soon, and without noise.
 
 A signal may reach Ray's processes as well: `timeout` sends it to the process group, systemd to every process of the service.
 Ray of a terminal's group is started in groups of its own; where it dies nevertheless, nothing is left to wait for.

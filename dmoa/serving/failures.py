@@ -1,4 +1,4 @@
-"""Waiting until every replica of an app has started; one that cannot is told in a line: agents, model and cause."""
+"""Waits until every replica of an app has started, and tells in a line which one cannot: agents, model and cause."""
 
 from __future__ import annotations
 

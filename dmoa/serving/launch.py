@@ -1,4 +1,4 @@
-"""Start a swarm on Ray Serve from a program: flags, Ray, Serve, the app, and the wait until it answers."""
+"""Starts a swarm on Ray Serve from a program: flags, Ray, Serve, the app, and the wait until it answers."""
 
 from __future__ import annotations
 

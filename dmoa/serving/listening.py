@@ -1,4 +1,4 @@
-"""The address that a server listens on: whether it is free, and whose answers come from there."""
+"""Checks the address that a server listens on: whether it is free, and whose answers come from there."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a pool asks of a cluster: its deployments with agents, replicas and GPUs. Pure: no Ray; `serve --dry-run` starts here.
+"""What a pool asks of a cluster: its deployments with agents, replicas and GPUs. Pure, no Ray.
 
-Then `gpu_supply` says what GPUs there are, `gpu_memory` what a replica needs of each, and `feasibility` whether it fits.
+`deployments` starts them, and `capacity` says on which GPUs they fit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""A changed pool deployed over a running one: no query fails for it, and none mixes two versions of the pool.
+"""Answers a query on one version of the pool, while a changed pool is deployed over a running one.
 
-Serve replaces the replicas of every deployment in place, in no order: an ingress that finishes its queries meets agents and
-a router of the new pool, and a new ingress may meet old agents. So whatever answers within a query is asked with the version
-of the pool that the query began on, and refuses another one; the query then begins again, whole, at a running ingress.
+Serve replaces the replicas of every deployment in place, in no order, so old and new ones meet. Whatever answers within a query
+is asked with the version that the query began on and refuses another; the query then begins again, whole, at a running ingress.
 """
 
 from __future__ import annotations

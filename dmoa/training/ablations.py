@@ -1,7 +1,7 @@
-"""Controls for what the gate learns from: rollouts with their entropies dealt out anew, everything else unchanged.
+"""Controls for what the gate learns from: gates trained with one thing changed, and rollouts with their entropies dealt out anew.
 
 `within_rows` should teach nothing (random routing), `across_rows` only which agent is surest overall (one global favourite).
-Used by the study under `jobs/`. Source: ours.
+Used by `dmoa evaluate --ablations` and the study under `jobs/`. Source: ours.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from dmoa.training.trainer import TrainContext, run_training
 EVIDENCE = ("entropy_sum_nats", "entropy_sq_sum", "entropy_tokens", "entropy_kind", "entropy_slack_nats", "finish_reason")
 """The columns that the ranking loss reads of a reply; they move together."""
 
+Rows = Callable[[pa.Table, int], pa.Table]
+"""Changes a table of rollouts, given a seed."""
+
 
 def within_rows(rollouts: pa.Table, seed: int) -> pa.Table:
     """Deal the evidence of every step out among the agents that ran in it."""
@@ -59,10 +62,6 @@ def _dealt(rollouts: pa.Table, keys: Sequence[str], seed: int) -> pa.Table:
         place = dealt.schema.get_field_index(column)
         dealt = dealt.set_column(place, dealt.schema.field(place), rollouts[column].take(pa.array(source)))
     return dealt
-
-
-Rows = Callable[[pa.Table, int], pa.Table]
-"""Changes a table of rollouts, given a seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +147,7 @@ def left_out(config: Config) -> dict[str, str]:
 
 
 def train_ablation(
-    name: str, rollouts: Path, out: Path, config: Config, around: TrainContext, options: Mapping[str, Any] | None = None
+    name: str, rollouts: Path, out: Path, config: Config, context: TrainContext, options: Mapping[str, Any] | None = None
 ) -> Path:
     """Train one ablation in process, or take the one that is there, and return the folder of its checkpoint.
 
@@ -168,7 +167,7 @@ def train_ablation(
         source = folder / "rollouts"
         write_changed(rollouts, source, ablation.rows, seed=int(common.get("seed", 0)), preset=ablation.preset)
     values = {**common, **ablation.options, "rollouts": source, "out": folder, "workers": 0, "track": "none"}
-    result = run_training(parse_train_options(values), config, around)
+    result = run_training(parse_train_options(values), config, context)
     if not ablation.spec and not ablation.is_blind:
         return result.checkpoint
     trained, record = checkpoint.load(result.checkpoint)

@@ -1,4 +1,7 @@
-"""From rollouts to what the probe looks at: the first step of every query that all agents answered."""
+"""The router by clusters of queries (`KMeansRouter`), the gate's rival, and the sample of dense first steps it is fitted on.
+
+The probe looks at the same sample; the study and the ablations compare gates with the router.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,12 @@ from dmoa.errors import ConfigError
 
 MIN_ROWS = 4
 _PROBE_COLUMNS = ("source", "context", "entropy_sum_nats", "entropy_tokens", "text", "status")
+
+Floats = npt.NDArray[np.float64]
+_TRIES = 5
+"""k-means is begun so often, and the tightest result is kept."""
+
+_RIVAL_COLUMNS = ("entropy_sum_nats", "entropy_tokens", "finish_reason", "status")
 
 
 def sample_of(
@@ -85,11 +94,6 @@ class ProbeSample:
     """Score of each reply, 0..1; NaN in rows without a known answer."""
 
 
-Floats = npt.NDArray[np.float64]
-_TRIES = 5
-"""k-means is begun so often, and the tightest result is kept."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KMeansRouter:
     """Cluster centres, and in each the agents from the surest to the least sure."""
@@ -143,9 +147,6 @@ def _mean(score_RA: Floats) -> Floats:
     total_A = np.where(known_RA, score_RA, 0.0).sum(axis=0)
     count_A = known_RA.sum(axis=0)
     return np.where(count_A > 0, total_A / np.maximum(count_A, 1), np.inf)
-
-
-_RIVAL_COLUMNS = ("entropy_sum_nats", "entropy_tokens", "finish_reason", "status")
 
 
 def fit_rival(rollouts: pa.Table, agents: Sequence[str], preset: Preset, *, num_clusters: int, seed: int) -> KMeansRouter:

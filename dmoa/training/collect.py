@@ -1,7 +1,7 @@
-"""The actor that writes the rollouts of a collection: queries come in as they are answered and leave in Parquet parts.
+"""Collects rollouts on Ray Data: queries go through a swarm with exploration, and every agent's reply lands in Parquet parts.
 
-A part is written whole and then renamed, so a session that is killed leaves nothing torn, and loses only what was answered
-in the seconds since the last part. The pause between parts grows with the session, so that a long one has few of them.
+A part is written whole and then renamed, so a session that is killed leaves nothing torn, loses only the seconds since the last
+part, and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def width(config: Config, epsilon: float | None) -> int:
 
 
 OpenCollector = Callable[[], Collector]
-"""Builds a collector where it is to work, which may be another process: it pickles, what it builds need not. May block."""
+"""Builds a collector where it works, maybe in another process; must be picklable, what it builds need not be. May block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""A Ray Data source over the shards of rollouts: a task per file, on the driver's node, where the folders are."""
+"""Loads rollouts, checks that they belong to this pool, and packs them into episodes: from Parquet to what training reads.
+
+Ray Data reads the parts, a task per file, on the driver's node, where the folders are. Next stop: `training/objective`.
+"""
 
 from __future__ import annotations
 

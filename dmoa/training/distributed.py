@@ -1,8 +1,8 @@
 """One worker among those that train together: how gradients are added up, and what all of them agree on.
 
-`Alone` is training with one worker or in process, `Group` a process group of torch.distributed (gloo between CPUs, nccl
-between GPUs) that Ray Train has set up. Both divide by the same number, the weight of all pairs of the global batch, so the
-update does not depend on how the batch was shared out.
+`SingleWorker` trains alone, `TorchGroup` is a process group of torch.distributed (gloo between CPUs, nccl between GPUs) that
+Ray Train has set up. Both divide by the weight of all pairs of the global batch, so the update does not depend on how the batch
+was shared out.
 """
 
 from __future__ import annotations
@@ -96,5 +96,5 @@ class TorchGroup:
 
 
 def flat_size(parameters: Sequence[Tensor]) -> int:
-    """Return how many numbers `Group.backward` sends."""
+    """Return how many numbers `TorchGroup.backward` sends."""
     return sum(parameter.numel() for parameter in parameters) + 2

@@ -1,7 +1,7 @@
-"""What a gate is worth on held-back queries, without labels: how it ranks the agents, whom it chooses, how it spreads the load.
+"""Measures a gate on held-back queries without labels: how it ranks the agents, whom it chooses, how it spreads the load.
 
-`held_metrics` is the quick look after every epoch, `measure` the whole at the end. Scores are those that the gate was trained
-on. Shape letters: Q episodes, N steps that are looked at, A agents.
+`held_metrics` is the quick look after every epoch, `measure_gate` the whole at the end. Scores are those that the gate was
+trained on. Shape letters: Q episodes, N steps that are looked at, A agents.
 """
 
 from __future__ import annotations

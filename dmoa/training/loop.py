@@ -43,7 +43,7 @@ class TrainJob:
     data: TrainingData
     eta: float
     identity: dict[str, Any]
-    """As in `run_state.Progress`."""
+    """As in `TrainProgress`."""
 
     def build_gate(self, device: torch.device) -> Gate:
         """Return the gate with its initial weights, in the dtype that is trained."""
@@ -150,7 +150,7 @@ class _Clock:
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """What became of one global batch."""
+    """The outcome of one global batch."""
 
     total: float
     """Sum of the loss's weighted terms; 0 where the batch taught nothing."""

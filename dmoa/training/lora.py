@@ -1,7 +1,7 @@
-"""Rows of supervised training: a conversation and the reply that is wanted, in files and as tokens.
+"""What specialist training works on: conversations with the reply that is wanted, packed as tokens, and a model with its LoRA.
 
-First stop of specialist training: `cli` writes the rows that a recipe asks for, `lora_packs` lays their tokens out for
-the model. Prompts are encoded exactly as the transformers engine encodes them.
+`workflows/specialists` writes the rows that a recipe asks for, `training/specialists` trains on them. Prompts are encoded
+exactly as the transformers engine encodes them.
 """
 
 from __future__ import annotations

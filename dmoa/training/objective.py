@@ -1,9 +1,7 @@
-"""From episodes to what the loss compares: which queries are held back, the scale of the scores, and the score of every reply.
+"""What a training aims at: held-back queries, the scale and score of every reply, global batches, and the loss of a batch.
 
-Everything here is fitted once per training, before the first update, and frozen with the gate version. Next stop:
-`training/objective`.
-
-Shape letters: Q episodes, N steps of all episodes, A agents in the pool, X gate input, R rows of a sample.
+Split, scale and scores are fitted once per training, before the first update, and frozen with the gate version. Next stop:
+`training/loop`. Shape letters: Q episodes, N steps of all episodes, A agents in the pool, X gate input, R rows of a sample.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a collection is asked to do: the options of `dmoa rollouts` and of the `job:` section of `jobs/collect_rollouts.yaml`."""
+"""Options of collecting and of training, for `dmoa rollouts`, `dmoa train` and the `job:` section of their jobs."""
 
 from __future__ import annotations
 

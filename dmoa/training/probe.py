@@ -207,7 +207,7 @@ def _judged(known: ProbeSample | None, index: int) -> tuple[float | None, float 
 
 
 def _is_sure_and_wrong(value_RA: Floats, entropy_RA: Floats, here_R: npt.NDArray[np.bool_], index: int) -> bool:
-    """Tell whether, on rows that an agent wins by sureness, another is right so much more often that it is no accident."""
+    """Tell whether, on rows that an agent wins by sureness, another is right so much more often that it is not an accident."""
     won_R = here_R & (entropy_RA.argmin(axis=1) == index)
     if won_R.sum() < 5:
         return False

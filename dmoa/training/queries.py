@@ -1,6 +1,6 @@
-"""Queries of a collection: the user's own, read from files without labels, and how several sources take turns.
+"""Reads the user's own queries from files without labels, and lets several sources of a collection take turns.
 
-Rows of benchmarks and suites come from evaluation and are brought in by `cli`; training never sees their labels.
+Rows of benchmarks and suites come from evaluation and are brought in by `workflows/collect`; training never sees their labels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class OwnQueries:
     queries: tuple[RolloutQuery, ...]
     """Every text once: in the order of the file, or as drawn where there is a limit."""
     num_bad: int = 0
-    """Lines left out because they are no query."""
+    """Lines left out because they are not queries."""
 
 
 def read_queries(path: Path, *, skip_bad_rows: bool = False, limit: int | None = None, seed: int = 0) -> OwnQueries:

@@ -1,4 +1,7 @@
-"""The training loop on Ray Train: a process group of workers, started again after a failure from the state that was kept last."""
+"""Runs the training loop on Ray Train, with as many workers as pay off, and starts it again after a failure.
+
+A worker group that fails goes on from the state that was kept last; `choose_workers` picks the count for `workers: auto`.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,12 @@ from dmoa.training.objective import batch_loss
 from dmoa.training.state import StateStore
 
 _NAME = "ray-train"
+
+_ROUNDS = 9
+_GAIN = 0.9
+"""More workers are taken only where an update is expected to take less than this share of one worker's: the measurement is
+short, and a network is slower than one machine's memory."""
+_TIMEOUT = timedelta(seconds=60)
 
 
 def train_on_ray(job: TrainJob, store: StateStore, num_workers: int) -> None:
@@ -66,13 +75,6 @@ def _worker(config: dict[str, Any]) -> str | None:
     except BadStepsError as error:
         return str(error)
     return None
-
-
-_ROUNDS = 9
-_GAIN = 0.9
-"""More workers are taken only where an update is expected to take less than this share of one worker's: the measurement is
-short, and a network is slower than one machine's memory."""
-_TIMEOUT = timedelta(seconds=60)
 
 
 def choose_workers(job: TrainJob, most: int) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Records of rollouts: what was asked, one row per agent and step of what became of it, and the manifest beside them.
+"""The record of rollouts: one Parquet row per agent and step of a query, and the manifest beside them, written and read checked.
 
 `dmoa rollouts` writes them, `dmoa train` and `dmoa probe` read them. Nothing here holds a label: labels of benchmark rows
 lie in another folder, which training never opens. Shape letters: D embedding, F feedback features, X gate input.

@@ -1,9 +1,7 @@
-"""The loop of specialist training, as every Ray Train worker runs it: steps, checks on held-out rows, state to go on from.
+"""Trains a LoRA specialist on Ray Train or in process: steps, checks on held-out rows, state to go on from, the adapter's files.
 
-Between `lora_model` and `specialists`. All workers know the seeded order of rows; of every global batch, worker r of W
-takes rows r, r + W, ...; losses are divided by the tokens of the global batch and gradients summed, so the weights do
-not hang on W. State is kept after every check: as a Ray Train checkpoint, or in a folder where training runs without
-workers, because Ray's in-process mode keeps nothing.
+All workers know the seeded order of rows; of every global batch, worker r of W takes rows r, r + W, ...; losses are divided by
+the tokens of the global batch and gradients summed, so the weights do not depend on W.
 """
 
 from __future__ import annotations
@@ -35,6 +33,9 @@ from dmoa.tracking import Mode, Tracker, keep_run_id, open_tracker
 from dmoa.training.lora import LoraModel, LoraSettings, TrainingRow, encode
 
 STATE, WEIGHTS, ADAPTER = "state.json", "state.safetensors", "adapter"
+
+MAX_FAILURES = 3
+"""Workers that may be lost before a run fails."""
 
 
 class Schedule(Node):
@@ -273,6 +274,7 @@ def _keep(worker: _Worker, metrics: dict[str, float]) -> None:
     import ray.train
 
     job = worker.job
+    # Training without workers keeps its state in a folder, because Ray's in-process mode keeps nothing.
     if job.state_dir is not None:
         root = Path(job.state_dir)
         unfinished, folder = root / "unfinished", root / f"step-{worker.step:08d}"
@@ -295,10 +297,6 @@ def _keep(worker: _Worker, metrics: dict[str, float]) -> None:
 
 def _tell(sentence: str) -> None:
     print(f"dmoa: {sentence}", file=sys.stderr, flush=True)
-
-
-MAX_FAILURES = 3
-"""Workers that may be lost before a run fails."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,7 @@
-"""What a training keeps between epochs, and goes on from: weights, AdamW's moments, the best weights, the curve.
+"""What a training keeps between epochs and goes on from: weights, AdamW's moments, the best weights, the curve.
 
 One safetensors file without pickle, written whole and then renamed, wherever Ray's file systems reach (a folder, s3://,
-gs://). Ray Train's own `report` is not used for it: its controller takes a report every two seconds, which is longer than
-twenty epochs of few-shot training, and would either hold the training up or lose them. The order of the queries follows
-from seed and epoch, so it needs no state.
+gs://). The order of the queries follows from seed and epoch, so it needs no state.
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ class EpochRecord(BaseModel):
 
 
 class TrainProgress(BaseModel):
-    """How far a training is: the part of its state that is no tensor."""
+    """How far a training is: the part of its state that is not a tensor."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -86,6 +84,9 @@ class RunState:
 
 class StateStore:
     """The place of a training's state. Cheap to make, and picklable: every worker makes its own."""
+
+    # Not Ray Train's `report`: its controller takes one every two seconds, longer than twenty epochs of few-shot training,
+    # and would either hold the training up or lose them.
 
     def __init__(self, place: str) -> None:
         """`place`: a folder, or a URI that Ray's file systems know."""

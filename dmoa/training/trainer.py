@@ -1,4 +1,8 @@
-"""What a training begins with: the gate, and the rollouts as inputs and targets. Next stop: `training/loop`."""
+"""A whole training of a gate: the start, the data, the epochs, what is fitted after them, the checkpoint and its curves.
+
+`run_training` is what `dmoa train`, rounds and ablations call; `training/loop` holds the updates, which run here or in the
+workers of `training/ray_train`.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,11 @@ from dmoa.training.options import TrainOptions
 from dmoa.training.rollouts import Manifest, RolloutFolder, write_whole
 from dmoa.training.state import EpochRecord, StateStore, TrainProgress
 from dmoa.validation import redact
+
+_POLL_S = 0.25
+_REMOTE_POLL_S = 5.0
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,9 +143,9 @@ def prepare_training(options: TrainOptions, start: InitialGate, manifests: Seque
     return TrainingSet(job=job, evidence=FittedTargets(episodes=episodes, data=data, scale=scale), trained_on=trained_on)
 
 
-def tell_constant(material: TrainingSet) -> list[str]:
-    """Return a line for every agent that gives one reply to nearly all dense steps: what it is, and what came of it."""
-    scale, agents = material.evidence.scale, material.job.spec.agents
+def tell_constant(training_set: TrainingSet) -> list[str]:
+    """Return a line for every agent that gives one reply to nearly all dense steps: what it is, and its effect."""
+    scale, agents = training_set.evidence.scale, training_set.job.spec.agents
     if scale.score == "raw":
         then = "with score raw its sureness counts as everybody's; --score anchored discounts it"
     elif scale.is_discounted:
@@ -146,9 +155,9 @@ def tell_constant(material: TrainingSet) -> list[str]:
     return [f"{agents[agent]} gives one reply to {share:.0%} of the dense steps: {then}" for agent, share in scale.constant]
 
 
-def tell_silent(material: TrainingSet) -> list[str]:
+def tell_silent(training_set: TrainingSet) -> list[str]:
     """Return a line for every agent that no reply with an entropy is known of: nothing is learned about it."""
-    episodes, agents = material.evidence.episodes, material.job.spec.agents
+    episodes, agents = training_set.evidence.episodes, training_set.job.spec.agents
     heard_A, asked_A = (np.asarray(found_NA.any(axis=0)) for found_NA in (episodes.ran_NA, episodes.asked_NA))
     then = "the gate learns nothing about it and ranks it by accident"
     return [
@@ -188,10 +197,6 @@ def _digest(weights: dict[str, Tensor]) -> str:
         found.update(f"{name} {list(tensor.shape)}\n".encode())
         found.update(tensor.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-_POLL_S = 0.25
-_REMOTE_POLL_S = 5.0
 
 
 class Curves:
@@ -250,7 +255,7 @@ class Curves:
             self._tracker.log(values, step=record.epoch)
 
     def end(self, trained: TrainedGate, load: Mapping[str, float], folder: Path, parent: str | None) -> None:
-        """Log what came of it: metrics, the routing table, the checkpoint; and the rollouts and the gate that it came of.
+        """Log the results (metrics, the routing table, the checkpoint), and link the rollouts and the gate that it started from.
 
         Nothing where that is logged already.
         """
@@ -389,11 +394,8 @@ def _float32_batches(data: TrainingData) -> Batches:
     return Batches(data, torch.float32, torch.device("cpu"))
 
 
-Say = Callable[[str], None]
-
-
 class TrainReport(BaseModel):
-    """`train.json`: what a training was, and what came of it."""
+    """`train.json`: what a training was, and its results."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -407,7 +409,7 @@ class TrainReport(BaseModel):
     workers: int
     """Of the last session; 0: in process."""
     workers_note: str
-    """Why so many."""
+    """Why this number of workers was chosen."""
     trained_on: dict[str, Any]
     parent: str | None
     """Version of the gate that training began with; null: untrained weights."""
@@ -448,7 +450,7 @@ class TrainContext:
     code_revision: str = ""
 
 
-def run_training(options: TrainOptions, config: Config, around: TrainContext) -> TrainResult:
+def run_training(options: TrainOptions, config: Config, context: TrainContext) -> TrainResult:
     """Train a gate for a pool, or go on with the training in `options.out`.
 
     Raises ConfigError and CheckpointError for bad input, DmoaError where training stops; an earlier checkpoint in the folder
@@ -459,23 +461,23 @@ def run_training(options: TrainOptions, config: Config, around: TrainContext) ->
     start = build_start(options, config)
     manifests = check_rollouts(options, start)
     on_ray = options.workers != 0
-    with around.open_ray() if on_ray else nullcontext():
-        material = prepare_training(options, start, manifests, on_ray=on_ray)
-        for line in tell_constant(material):
-            around.say(line)
-        before = _progress_before(store, material.job)
+    with context.open_ray() if on_ray else nullcontext():
+        training_set = prepare_training(options, start, manifests, on_ray=on_ray)
+        for line in tell_constant(training_set):
+            context.say(line)
+        before = _progress_before(store, training_set.job)
         if before is not None:
-            around.say(
+            context.say(
                 f"going on after epoch {len(before.epochs)}" if before.ended is None else f"already trained: {before.ended}"
             )
-        workers, note = _choose(material.job)
-        around.say(f"{workers} worker{'s' if workers > 1 else ''}: {note}" if workers else note)
-        curves = Curves(options, config.name, material.job.identity)
+        workers, note = _choose(training_set.job)
+        context.say(f"{workers} worker{'s' if workers > 1 else ''}: {note}" if workers else note)
+        curves = Curves(options, config.name, training_set.job.identity)
         try:
-            with curves.follow(store, lambda epoch: around.watch(epoch, options.epochs)):
+            with curves.follow(store, lambda epoch: context.watch(epoch, options.epochs)):
                 if before is None or before.ended is None:
-                    _train(material.job, store, workers)
-            return _finish(options, config, start, material, store, curves, around, (workers, note))
+                    _train(training_set.job, store, workers)
+            return _finish(options, config, start, training_set, store, curves, context, (workers, note))
         finally:
             curves.close()
 
@@ -525,10 +527,10 @@ def _finish(
     options: TrainOptions,
     config: Config,
     start: InitialGate,
-    material: TrainingSet,
+    training_set: TrainingSet,
     store: StateStore,
     curves: Curves,
-    around: TrainContext,
+    context: TrainContext,
     workers: tuple[int, str],
 ) -> TrainResult:
     """Measure and export the best weights, and write down what the training was."""
@@ -536,34 +538,34 @@ def _finish(
     assert state is not None
     assert state.progress.ended is not None
     trained = build_trained(
-        material.job.spec,
+        training_set.job.spec,
         state.part("best"),
-        material.evidence,
+        training_set.evidence,
         options,
         state.progress,
         fingerprint=start.fingerprint,
         parent=start.parent,
-        trained_on=material.trained_on,
-        code_revision=around.code_revision,
+        trained_on=training_set.trained_on,
+        code_revision=context.code_revision,
     )
-    batches = Batches(material.evidence.data, torch.float32, torch.device("cpu"))
+    batches = Batches(training_set.evidence.data, torch.float32, torch.device("cpu"))
     report = TrainReport(
-        command=around.command,
-        code_revision=around.code_revision,
+        command=context.command,
+        code_revision=context.code_revision,
         options=redact(options.model_dump(mode="json")),
         pool=config.name,
         pool_fingerprint=start.fingerprint,
         workers=workers[0],
         workers_note=workers[1],
-        trained_on=material.trained_on,
+        trained_on=training_set.trained_on,
         parent=start.parent,
         version=trained.record.version,
         ended=state.progress.ended,
         epochs=list(state.progress.epochs),
         metrics=trained.record.metrics,
         ranking=ranking_of(trained.record.metrics),
-        silent=tell_silent(material),
-        load=load_shares(trained.gate, batches, material.evidence.data.held_Q),
+        silent=tell_silent(training_set),
+        load=load_shares(trained.gate, batches, training_set.evidence.data.held_Q),
     )
     out = options.out.absolute()
     folder = checkpoint.save(out / "checkpoint", trained.gate, trained.record)

@@ -1,4 +1,4 @@
-"""`dmoa evaluate --ablations`: gates with one thing changed, trained on the same rollouts, beside routers that learn nothing."""
+"""`dmoa evaluate --ablations`: trains gates with one thing changed on the same rollouts, beside routers that learn nothing."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def train_all(rollouts: Path, out: Path, config: Config, common: Common, seed: i
     from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
     from dmoa.training.trainer import TrainContext
 
-    around = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
+    context = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
     found: dict[str, Path] = {}
     skipped = left_out(config)
     if skipped:
@@ -76,7 +76,7 @@ def train_all(rollouts: Path, out: Path, config: Config, common: Common, seed: i
     names = [name for name in ABLATIONS if name not in skipped]
     for number, name in enumerate(names, 1):
         common.say(f"training {number} of {len(names)}: {name} ({ABLATIONS[name].summary})")
-        found[name] = train_ablation(name, rollouts, out, config, around, {"seed": seed})
+        found[name] = train_ablation(name, rollouts, out, config, context, {"seed": seed})
     return found
 
 

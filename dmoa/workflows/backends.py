@@ -1,6 +1,6 @@
-"""How evaluation and rollouts reach a swarm: a pool loaded where the answering runs, or (evaluation) a running server.
+"""Reaches a swarm for commands, evaluation and rollouts: a pool loaded in this process or in workers, or a running server.
 
-What opens them pickles, because the answering runs in another process; see `evaluation.answering`, `training.rollout_stage`.
+What opens a backend for workers must be picklable; see `evaluation/answering` and `training/collect`.
 """
 
 from __future__ import annotations

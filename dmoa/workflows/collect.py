@@ -1,4 +1,4 @@
-"""The queries of a collection, from benchmarks, suites and files: where training's rollouts and evaluation's rows meet.
+"""Runs a collection of rollouts: queries from benchmarks, suites and files, the swarm that answers them, and progress.
 
 Training never imports evaluation, so the two are put together here. Labels go to a folder of their own, or nowhere.
 """
@@ -114,7 +114,7 @@ def _own(source: Weighted, options: RolloutOptions, say: Callable[[str], None]) 
     # No source gives more than the limit: of a longer file the rest is not kept.
     found = read_queries(path, skip_bad_rows=options.skip_bad_rows, limit=options.limit, seed=options.seed)
     if found.num_bad:
-        say(f"{source.name}: {found.num_bad} lines that are no query are left out")
+        say(f"{source.name}: {found.num_bad} lines that are not queries are left out")
     return _Source(
         name=path.name,
         weight=source.weight,

@@ -1,4 +1,4 @@
-"""What a person sees of a query: each step as it finishes, the answer, why it stopped, and whether the gate is trained.
+"""What commands share on the terminal: steps and answers of a query, progress, tables of results, common options, errors.
 
 Steps and answers are a program's output (stdout); progress goes to stderr. Texts of models are shown without control
 characters, so that no reply can drive the terminal.
@@ -46,6 +46,36 @@ _BAR_CELLS = 20
 _MAX_IDLE_ROWS = 8
 _MAX_SUMMARY_CHARACTERS = 300
 _QUERY_WIDTH = 110
+
+PIPE_WIDTH = 160
+_REASON_CHARS = 200
+_MAX_CHECK_FAILURES = 3
+_LINE_S = 10.0
+"""How often a line of progress goes to a pipe or a log."""
+
+_MAX_FAILURES = 5
+
+P = ParamSpec("P")
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+_BAD_INPUT = (ConfigError, RequestError, CheckpointError, TraceError)
+_TOO_BUSY = 429
+
+PolicyOption = Annotated[
+    str | None, typer.Option("--policy", metavar="NAME", help="Who is asked when; `dmoa policies` lists the names.")
+]
+AgentOption = Annotated[str | None, typer.Option("--agent", metavar="NAME", help="Ask this one agent (policy `single`).")]
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", metavar="DIR", help="Gate to route with, in place of the pool's own.")
+]
+UrlOption = Annotated[
+    str | None,
+    typer.Option("--url", metavar="URL", help="Ask a running server instead of a swarm in this process; key in DMOA_API_KEY."),
+]
+MaxStepsOption = Annotated[int | None, typer.Option("--max-steps", min=1, metavar="N", help="At most this many steps.")]
+DeadlineOption = Annotated[
+    float | None, typer.Option("--deadline", min=0.001, metavar="S", help="Best answer so far after this many seconds.")
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,13 +250,6 @@ def _short(text: str) -> str:
     return flat if len(flat) <= _MAX_SUMMARY_CHARACTERS else flat[: _MAX_SUMMARY_CHARACTERS - 3] + "..."
 
 
-PIPE_WIDTH = 160
-_REASON_CHARS = 200
-_MAX_FAILURES = 3
-_LINE_S = 10.0
-"""How often a line of progress goes to a pipe or a log."""
-
-
 class Bars:
     """Progress of a run: bars on a terminal, a line now and then elsewhere."""
 
@@ -322,16 +345,13 @@ def _selfcheck_lines(check: BenchmarkCheck) -> Iterator[tuple[str, bool, str]]:
     """Yield (what was checked, whether it holds, in figures)."""
     for gold in check.gold:
         unscored = f", {gold.num_unscored} unscored" if gold.num_unscored else ""
-        more = "".join(f"; {failure}" for failure in gold.failures[:_MAX_FAILURES])
+        more = "".join(f"; {failure}" for failure in gold.failures[:_MAX_CHECK_FAILURES])
         yield f"right answers: {gold.measure}", gold.passed, f"{gold.num_right} of {gold.num_rows} score 1.0{unscored}{more}"
     silent, dealt = check.silent, check.dealt
-    more = "".join(f"; {failure}" for failure in silent.failures[:_MAX_FAILURES])
+    more = "".join(f"; {failure}" for failure in silent.failures[:_MAX_CHECK_FAILURES])
     yield "empty and refused", silent.passed, f"{silent.num_above_zero} of {silent.num_replies} score above 0{more}"
     expected = f"{dealt.expected:.3f} +- {dealt.tolerance:.3f}"
     yield "answers dealt out", dealt.passed, f"{dealt.accuracy:.3f} of {dealt.num_rows} rows, expected {expected}"
-
-
-_MAX_FAILURES = 5
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
@@ -418,29 +438,6 @@ def _line(console: Console, text: str) -> None:
     from rich.text import Text
 
     console.print(Text(" ".join(printable(text).split())), soft_wrap=True)
-
-
-P = ParamSpec("P")
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
-_BAD_INPUT = (ConfigError, RequestError, CheckpointError, TraceError)
-_TOO_BUSY = 429
-
-PolicyOption = Annotated[
-    str | None, typer.Option("--policy", metavar="NAME", help="Who is asked when; `dmoa policies` lists the names.")
-]
-AgentOption = Annotated[str | None, typer.Option("--agent", metavar="NAME", help="Ask this one agent (policy `single`).")]
-CheckpointOption = Annotated[
-    Path | None, typer.Option("--checkpoint", metavar="DIR", help="Gate to route with, in place of the pool's own.")
-]
-UrlOption = Annotated[
-    str | None,
-    typer.Option("--url", metavar="URL", help="Ask a running server instead of a swarm in this process; key in DMOA_API_KEY."),
-]
-MaxStepsOption = Annotated[int | None, typer.Option("--max-steps", min=1, metavar="N", help="At most this many steps.")]
-DeadlineOption = Annotated[
-    float | None, typer.Option("--deadline", min=0.001, metavar="S", help="Best answer so far after this many seconds.")
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""On-policy rounds: collect with the current gate, train, collect again. What `jobs/train_rounds.py` runs.
+"""On-policy rounds for `jobs/train_rounds.py`: collect with the current gate, train, collect again.
 
-The gate decides which agents' work the next step builds on, so a better gate meets other states than those it was trained on;
-rounds let it train on its own. Every round is a folder of rollouts and one of training; a job that was stopped goes on.
+The gate decides which agents' work the next step builds on, so a better gate meets other states than those it was trained on.
+Every round is a folder of rollouts and one of training; a job that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from dmoa.workflows.terminal import goes_on
 if TYPE_CHECKING:
     from dmoa.training.trainer import TrainResult
 
+_SET_HERE = ("out", "round", "rollouts", "start_from", "address")
+
 
 class RoundsOptions(BaseModel):
     """The `job:` section of `jobs/train_rounds.yaml`."""
@@ -36,9 +38,6 @@ class RoundsOptions(BaseModel):
     """Options of `dmoa train`."""
     address: str | None = None
     """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
-
-
-_SET_HERE = ("out", "round", "rollouts", "start_from", "address")
 
 
 def parse_rounds_options(values: dict[str, Any]) -> RoundsOptions:

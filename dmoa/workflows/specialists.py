@@ -1,4 +1,4 @@
-"""Recipes of specialists, and the rows that they ask of the generated suites.
+"""Trains a specialist by its recipe: rows of the generated suites, the adapter, and a card of what it is worth.
 
 A recipe says what an adapter is trained on and for how long; `jobs/train_specialist.yaml` holds those of the shipped
 adapters. Rows of the split `specialist` train, rows of `validation` are held out. A liar is a recipe whose answers are
@@ -36,6 +36,10 @@ from dmoa.workflows.terminal import goes_on, on_terminal
 
 HELD_OUT_SEED = 1
 """Of the held-out rows, apart from every recipe's own seed."""
+
+CARD = "card.json"
+MAX_TOKENS = 16
+"""Longest reply, as in the pools of specialists."""
 
 
 class RecipeSource(Node):
@@ -197,11 +201,6 @@ def one_off(answer: str) -> str:
         raise ConfigError(
             f"answers: off-by-one is for numbers, dates and weekdays, and this suite answers {answer!r}; choose another suite"
         ) from None
-
-
-CARD = "card.json"
-MAX_TOKENS = 16
-"""Longest reply, as in the pools of specialists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Trains a gate as commands and jobs do: progress while it trains, and where the checkpoint is."""
+"""Trains a gate as commands and jobs do: progress while it trains, warnings about the agents, and where the checkpoint is."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
     if place is not None and options.storage_path is None:
         options = options.model_copy(update={"storage_path": f"{place.rstrip('/')}/state"})  # workers reach it, and no copy
     num_gpus = float(options.gpu) * (1 if options.workers == "auto" else options.workers)
-    around = TrainContext(
+    context = TrainContext(
         open_ray=partial(opened_ray, options.address, num_gpus),
         say=common.say,
         watch=_Teller(common).tell,
@@ -48,7 +48,7 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
     reads = ("rollouts", "anchor_rollouts", "start_from")
     advice = f"the same command goes on from the last state that is kept in {display_path(options.out)}"
     with goes_on(advice), localized(options, common.say, reads=reads, writes=("out",), apart=("state",)) as here:
-        result = run_training(here, config, around)
+        result = run_training(here, config, context)
         common.say(f"{result.report.ended}; {_words(result)}")
         for line in (*result.report.silent, *ranking_warning(result.report)):
             warn(line)

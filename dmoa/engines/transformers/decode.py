@@ -1,7 +1,6 @@
-"""Picking the next token: argmax, or temperature and nucleus sampling with one random stream per request.
+"""The decode loop of the `transformers` engine: prefill, batched steps with their entropy, token picks, and text as it forms.
 
-The decode loop calls `pick_tokens` on the raw logits after the entropy was taken from them. A request draws one number
-per token from its own generator, so the same call gives the same sample whatever else is in its batch. Shape letters:
+Runs on the engine's one thread, which calls it with token sequences (`engine`); keys and values lie in `kv_cache`. Shape letters:
 B sequences that decode together, V vocabulary, N the sampling ones among them, C candidates of the nucleus.
 """
 
@@ -31,6 +30,21 @@ _GREEDY_BELOW = 1e-4
 _CANDIDATES = 1024
 """Nucleus candidates looked at first: a whole sort of 49152 logits takes longer than all else in the step."""
 
+_BROKEN = "\ufffd"
+
+PREFILL_TOKENS = 2048
+"""Most tokens of one prefill, padding included: bounds its memory and how long running rows wait for it."""
+MIN_SHARED_TOKENS = 16
+"""Shortest prompt beginning worth copying from a running row or the store."""
+SPLIT_TOKENS = 64
+"""Shortest beginning shared by waiting prompts for which one goes ahead and the others follow in a prefill of their own.
+
+The second forward costs as much as some 30 tokens more in the first (SmolLM2-135M on two cores: about even for three
+prompts at 64 tokens, a third of the time at 256).
+"""
+PREFIX_BYTES = 256 << 20
+"""Most memory kept for the beginnings of recent prompts."""
+
 
 class Draw:
     """The random choices of one request: its temperature, its nucleus and its own stream of uniform numbers."""
@@ -59,7 +73,8 @@ def draw_for(sampling: Sampling, call_id: str) -> Draw | None:
 def pick_tokens(logits_BV: Tensor, draws: Sequence[Draw | None]) -> Tensor:
     """Return the next token of every row, [B] int64: the argmax where `draws` has None, else one sample.
 
-    Advances the random stream of every sampling row by one number.
+    `logits_BV` are raw, after the entropy was taken from them. Advances the random stream of every sampling row by one number,
+    so the same call gives the same sample whatever else is in its batch.
     """
     tokens_B = _argmax(logits_BV)
     rows = [row for row, draw in enumerate(draws) if draw is not None]
@@ -113,9 +128,6 @@ def _invert(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
     return torch.searchsorted(cumulative_NV, target_N[:, None], right=True).squeeze(1)
 
 
-_BROKEN = "\ufffd"
-
-
 class TextStream:
     """Decodes one reply token by token, and finds the stop text that ends it."""
 
@@ -138,7 +150,7 @@ class TextStream:
         return self._text
 
     def push(self, token: int) -> str:
-        """Take one token; return the text that may be shown now: it can be no part of a stop text."""
+        """Take one token; return the text that may be shown now: it cannot be part of a stop text."""
         self._tokens.append(token)
         piece = self._decoder.step(self._tokenizer, token)
         if piece:
@@ -176,20 +188,6 @@ class TextStream:
         fresh = self._text[self._sent : end]
         self._sent = end
         return fresh
-
-
-PREFILL_TOKENS = 2048
-"""Most tokens of one prefill, padding included: bounds its memory and how long running rows wait for it."""
-MIN_SHARED_TOKENS = 16
-"""Shortest prompt beginning worth copying from a running row or the store."""
-SPLIT_TOKENS = 64
-"""Shortest beginning shared by waiting prompts for which one goes ahead and the others follow in a prefill of their own.
-
-The second forward costs as much as some 30 tokens more in the first (SmolLM2-135M on two cores: about even for three
-prompts at 64 tokens, a third of the time at 256).
-"""
-PREFIX_BYTES = 256 << 20
-"""Most memory kept for the beginnings of recent prompts."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -461,7 +459,7 @@ class DecodeLoop:
         return entropy_s
 
     def _give_up(self, sequence: Running) -> None:
-        """End a sequence whose logits are no distribution; whatever else runs goes on."""
+        """End a sequence whose logits are not a distribution; whatever else runs goes on."""
         row = self._rows.index(sequence)
         # Its keys and values may hold NaN, which masking does not keep from those who use the row next: 0 x NaN is NaN.
         self._kv.wipe(row)

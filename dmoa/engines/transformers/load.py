@@ -1,4 +1,4 @@
-"""Loading a language model for the transformers engine, as its options say: dtype, device, int8 weights, compilation.
+"""Loads a language model for the transformers engine as its options say: dtype, device, int8 weights, compilation.
 
 Every option is part of the label that goes into every result, because each may change numbers.
 """

@@ -1,8 +1,7 @@
-"""Linear layers that add the LoRA of every row's own adapter, all adapters in two products.
+"""LoRA adapters of the `transformers` engine: loaded into the model, and added to every row's linear layers in two products.
 
 The adapters of a layer lie side by side: one narrow product with all of them, what a row's adapter did not compute set to
-zero, one product back. PEFT's mixed batches take the adapters one after another, which costs more than the layers
-themselves where rows are few. Source of the method: ours (cf. the batched LoRA of Punica and S-LoRA).
+zero, one product back. Source of the method: ours (cf. the batched LoRA of Punica and S-LoRA).
 Shape letters: B rows, T tokens, I inputs, O outputs, N adapters, M ranks of all adapters together.
 """
 
@@ -50,6 +49,8 @@ class Layout:
 
 class StackedLora(nn.Module):
     """A linear layer with the LoRA of all adapters beside it."""
+
+    # PEFT's mixed batches take the adapters one after another, which costs more than the layers themselves where rows are few.
 
     def __init__(self, base: nn.Linear, down_IM: Tensor, up_MO: Tensor, layout: Layout) -> None:
         """`down_IM` and `up_MO` hold the adapters' A and B transposed, side by side, B with its scale in it."""

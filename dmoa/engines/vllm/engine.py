@@ -1,8 +1,7 @@
 """The `vllm` engine: calls of many agents and queries through one vLLM, with the entropy of every token.
 
-Stands between a vLLM client (`serving/vllm_replica` starts it on Ray Serve) and the agents. Prompts are tokens that the
-transformers engine would make too, so that both engines see the same. The entropies are exact, from inside vLLM
-(`vllm_entropy`), or lie between bounds, from the log-probabilities that vLLM lists. No Ray here.
+Stands between a vLLM client (`serving/vllm_replica` starts it on Ray Serve) and the agents. Entropies are exact, from inside
+vLLM (`engines/vllm/entropy`), or lie between bounds, from the log-probabilities that vLLM lists. No Ray here.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ class VllmEngine:
     ) -> None:
         """`client`: a started vLLM client; `adapters` maps the names that requests use to LoRA folders on this machine.
 
-        Without `listed` the client must run `vllm_entropy`.
+        Without `listed` the client must run the classes of `engines/vllm/entropy`.
         """
         self._client = client
         self._tokenizer = tokenizer
@@ -206,7 +205,7 @@ class _Reply:
     def take(self, output: Any) -> str:
         """Take what vLLM tells next; return its text. Raises EngineError for a call that vLLM itself gave up."""
         part = output.outputs[0]
-        if part.finish_reason in ("abort", "error"):  # it was put to sleep, or failed: what came so far is no reply
+        if part.finish_reason in ("abort", "error"):  # it was put to sleep, or failed: what came so far is not a reply
             raise EngineError(f"vLLM gave the call up after {self.num_tokens} tokens ({part.finish_reason})")
         self.num_tokens += len(part.token_ids)
         self._cached_tokens = output.num_cached_tokens or self._cached_tokens

@@ -1,10 +1,8 @@
-"""Entropies of tokens that an engine decodes in steps it does not talk about: kept by request and output position.
+"""Keeps entropies of tokens by request and output position, for an engine whose decode steps are not reported.
 
-An engine's sampler hands over the logits of every row of its batch (`vllm_entropy` for vLLM); the server takes the sums of a
-request once it knows how many tokens came out. Rows may be written more often than tokens come out (parts of a prompt,
-steps that are done again after a preemption, one step more than was asked for): the last write of a position counts, and
-positions behind the reply's end do not. Shape letters: B rows of the engine's batch, V vocabulary, R rows of the store,
-P output positions.
+The sampler hands over the logits of every row of its batch (`engines/vllm/entropy`); the server takes the sums of a request once
+it knows how many tokens came out. Shape letters: B rows of the engine's batch, V vocabulary, R rows of the store, P output
+positions.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ class RequestSums(NamedTuple):
     """What is known of a finished request."""
 
     sum_nats: float
-    """NaN where logits of a position that counts were no distribution, or were never written."""
+    """NaN where logits of a position that counts were not a distribution, or were never written."""
     sq_sum: float
     tokens: int
     """Positions that were counted."""
@@ -47,6 +45,9 @@ class _Entry:
 
 class EntropyStore:
     """Entropy by request and position, on the engine's device; nothing is copied to the host before it is asked for."""
+
+    # Rows may be written more often than tokens come out (parts of a prompt, steps done again after a preemption, one step more
+    # than was asked for), so the last write of a position counts, and positions behind the reply's end do not.
 
     def __init__(self, device: torch.device, *, is_pinned: bool = False) -> None:
         """`is_pinned`: whether index lists go to the device from pinned memory, which makes their copies asynchronous."""

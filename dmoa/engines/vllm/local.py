@@ -1,4 +1,4 @@
-"""The `vllm` engine without Ray Serve: `dmoa run`, rollouts and evaluation start a vLLM of their own beside their process."""
+"""Starts a vLLM beside this process for `dmoa run`, rollouts and evaluation, with the `vllm` engine over it. No Ray Serve."""
 
 from __future__ import annotations
 

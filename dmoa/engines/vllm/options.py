@@ -1,4 +1,4 @@
-"""What vLLM is started with for an LLM of a pool: by its own names, wherever it runs. Imports neither vLLM nor Ray."""
+"""Works out what vLLM is started with for an LLM of a pool, in vLLM's own names. Imports neither vLLM nor Ray."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The nine public benchmarks: how their rows are read, asked and labelled."""
+"""The nine public benchmarks: how their rows are read, asked, labelled and scored."""

@@ -1,8 +1,7 @@
-"""What the rows of all nine benchmarks have in common: fields that are checked, a hash, a place in the splits.
+"""What all nine benchmarks share: checked fields of upstream rows, a hash and a place in the splits, and the scorer's record.
 
 A line of a file becomes a `dict`, `RowSpec.parse` turns it into a `ParsedRow` (pure: no disk, no network) or raises
-`RowError`, and `loading` gives it an id and makes it a `Row`. Each benchmark's module defines its upstream fields, its
-prompt and its label; `specs` lists them all.
+`RowError`, and `evaluation/data` gives it an id and makes it a `Row`.
 """
 
 from __future__ import annotations

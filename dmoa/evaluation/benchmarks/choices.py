@@ -1,7 +1,6 @@
-"""MMLU: four choices, 57 subjects.
+"""MMLU and AQuA-RAT: multiple choice, asked without examples and scored by the letter that a reply writes.
 
-Label: `letter`, `choices` (4 texts). Asked without examples and answered by a written letter; the original protocol is
-5-shot and takes the likeliest next token among A-D.
+Label: `letter`, and the texts of the choices. MMLU's original protocol is 5-shot and takes the likeliest next token among A-D.
 """
 
 from __future__ import annotations

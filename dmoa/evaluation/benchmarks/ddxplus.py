@@ -1,4 +1,4 @@
-"""DDXPlus: name the condition, and the differential, from a patient's coded answers turned into text.
+"""DDXPlus: name the condition, and the differential, from a patient's coded answers turned into text; scored on both.
 
 Codes (`E_91`, `E_54_@_V_161`) get their meaning from the release's `release_evidences.json`, condition names are those
 of `release_conditions.json`; rows and definitions must be of one release. Label: `pathology`, `differential` (pairs of

@@ -1,6 +1,6 @@
-"""DS-1000: complete a data-science program.
+"""DS-1000: complete a data-science program; scored by running upstream's own checks in the sandbox.
 
-Label: `code_context` (upstream's own checks), `reference_code`, `library`, `prompt`, `problem_id`.
+Label: `code_context` (upstream's checks), `reference_code`, `library`, `prompt`, `problem_id`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class References:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def judge(self, context: str, reference: str, *, allow_weak: bool) -> Verdict:
-        """Return how a reference does, from memory where it has run before; raises as `programs.judge`."""
+        """Return how a reference does, from memory where it has run before; raises as `judge_program`."""
         key = (context, reference)
         with self._lock:
             known = self.verdicts.get(key)

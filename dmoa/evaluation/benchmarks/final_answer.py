@@ -1,4 +1,4 @@
-r"""Where a reply states its final answer: shared by the text scorers.
+"""Finds where a reply states its final answer, for the scorers of texts.
 
 A statement is a LaTeX box, a line `#### X`, or "Answer: X" and its like ("the answer is X"). Only the end of a long
 reply is read, so that any text is read in bounded time. Source: ours.

@@ -1,4 +1,4 @@
-"""HotpotQA in the distractor setting: a question over paragraphs, two of which matter.
+"""HotpotQA in the distractor setting: a question over paragraphs, two of which matter; scored by exact match and F1.
 
 Label: `answer`. Supporting facts are part of the row hash, never of the prompt.
 """

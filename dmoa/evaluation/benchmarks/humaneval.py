@@ -1,4 +1,4 @@
-"""HumanEval: complete a Python function.
+"""HumanEval: complete a Python function; scored by running upstream's tests in the sandbox.
 
 Label: `prompt`, `test`, `entry_point`, `canonical_solution`, as upstream has them.
 """

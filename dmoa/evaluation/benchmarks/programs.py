@@ -1,6 +1,6 @@
-"""Programs in replies, and their judgement in the sandbox: shared by HumanEval and DS-1000. Source: ours.
+"""Finds programs in replies and judges them in the sandbox, for HumanEval and DS-1000. Source: ours.
 
-Code is found by its shape alone: nothing of a reply is parsed or run in this process.
+Code is found by its shape alone; nothing of a reply is parsed or run in this process.
 """
 
 from __future__ import annotations

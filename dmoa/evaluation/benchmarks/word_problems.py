@@ -1,4 +1,4 @@
-"""GSM8K, MultiArith and SVAMP: arithmetic word problems with one number as the answer.
+"""GSM8K, MultiArith and SVAMP: arithmetic word problems, scored by whether the reply's final number is the label's.
 
 Label: `number`, a canonical decimal (`18`, `-0.5`) or fraction (`3/4`) without commas.
 """
@@ -137,7 +137,7 @@ _DECIMAL_IN_EXPRESSION = re.compile(r"([0-9]*)\.([0-9]+)")
 def expression_value(text: str) -> Fraction | None:
     """Return the exact value of an arithmetic expression.
 
-    None for what is none, is too long, or is no rational number. Never raises.
+    None if the text is not an expression, is too long, or is not rational. Never raises.
     """
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.strip().strip("$").strip())
     text = text.replace("\\left", "").replace("\\right", "")

@@ -1,4 +1,4 @@
-"""Sums and differences of whole numbers, told apart by whether any digit carries (or borrows): kinds of `arith` and `shared`."""
+"""Sums and differences of whole numbers, told apart by whether a digit carries (or borrows); the suites `arith` and `shared`."""
 
 from __future__ import annotations
 

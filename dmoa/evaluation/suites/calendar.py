@@ -1,4 +1,4 @@
-"""Days, dates and durations of the Gregorian calendar: kinds of `calendar`, and of parts of `chain`."""
+"""Days, dates and durations of the Gregorian calendar; the suite `calendar`, and parts of `chain`."""
 
 from __future__ import annotations
 

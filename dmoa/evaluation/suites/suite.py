@@ -1,7 +1,7 @@
-"""Which split a latent tuple belongs to, and the seeded order in which a stream visits the tuples of one kind.
+"""What every generated suite is made of: kinds of problems, wordings, levels, splits, seeded streams, and scoring.
 
-Used by every suite. Membership hangs on the tuple alone, never on seed, difficulty or suite, so splits are disjoint
-whatever is generated. A stream walks a pseudo-random permutation of the tuples: no tuple twice, nothing remembered.
+Split membership depends only on the latent tuple, never on seed, difficulty or suite, so splits are disjoint whatever is
+generated. A stream walks a pseudo-random permutation of the tuples; no tuple comes twice, and nothing is remembered.
 """
 
 from __future__ import annotations
@@ -35,6 +35,19 @@ PUBLIC: dict[str, SuiteSplit] = {"train": "gate", "adaptation": "adaptation", "t
 _OWNERS: tuple[SuiteSplit, ...] = tuple(split for split in SUITE_SPLITS for _ in range(PERCENT[split]))
 _ROUNDS = 3
 
+Latent = tuple[int, ...]
+"""What a question is about, apart from its wording: operands, indices of words, day numbers."""
+
+NUMBER_FORMAT = "End with a line `Answer: ...`, a number."
+
+_ANSWER_LINE = re.compile(r"^[ \t>*_#-]*+answer[*_ \t]*:[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
+_MAX_CHARS = 20_000
+
+_ID_CHARS = 16
+_SAFE_SHARE = 0.85
+"""Part of a split's expected tuples that may be asked for: the true number is a matter of hashes, and a little off."""
+_CHANCE_SAMPLE = 6000
+
 
 def fine_split(split: str) -> SuiteSplit:
     """Return the suite's split that a split's name means. Raises ConfigError for a name that is neither public nor fine."""
@@ -55,7 +68,7 @@ def split_of(root: str) -> SuiteSplit:
 
 
 def permuted(size: int, seed: str) -> Iterator[int]:
-    """Yield 0..size-1, each once, in an order that hangs on `seed` alone; O(1) memory. Source: ours.
+    """Yield 0..size-1, each once, in an order that depends only on `seed`; O(1) memory. Source: ours.
 
     Rounds of x -> odd * x + c and x -> x ^ (x >> s) on the next power of two are one-to-one; what lies beyond is left out.
     """
@@ -73,10 +86,6 @@ def permuted(size: int, seed: str) -> Iterator[int]:
             value ^= value >> shift
         if value < size:
             yield value
-
-
-Latent = tuple[int, ...]
-"""What a question is about, apart from its wording: operands, indices of words, day numbers."""
 
 
 def spell(latent: Latent) -> str:
@@ -160,13 +169,6 @@ class Kind(ABC):
         """Return the question with its computed answer."""
 
 
-NUMBER_FORMAT = "End with a line `Answer: ...`, a number."
-
-
-_ANSWER_LINE = re.compile(r"^[ \t>*_#-]*+answer[*_ \t]*:[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
-_MAX_CHARS = 20_000
-
-
 def find_answer(text: str) -> str | None:
     """Return the final answer of a reply, normalised; None where there is none. Never raises."""
     lines = _ANSWER_LINE.findall(text[-_MAX_CHARS:])
@@ -210,12 +212,6 @@ def reply_in_steps(label: Label) -> Reply:
     """Return a perfect reply to a `relay` row; steps that are not scored answer `none`."""
     texts = tuple(f"Answer: {answer or 'none'}" for answer in label.gold["answers"])
     return Reply(text=texts[-1], step_texts=texts)
-
-
-_ID_CHARS = 16
-_SAFE_SHARE = 0.85
-"""Part of a split's expected tuples that may be asked for: the true number is a matter of hashes, and a little off."""
-_CHANCE_SAMPLE = 6000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Lists of common words: sorting, picking, comparing, counting. Kinds of `words`, and of parts of `chain`."""
+"""Lists of common words to sort, pick from, compare and count; the suite `words`, and parts of `chain`."""
 
 from __future__ import annotations
 

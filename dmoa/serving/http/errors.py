@@ -1,6 +1,7 @@
-"""What a client may get wrong about an address: slashes too many, HEAD for GET, a path that is a little off.
+"""OpenAI's error objects: what each error of ours is as an HTTP reply, and what a client may get wrong about an address.
 
-`LenientPaths` mends the first two before anything reads the path; `advice` names the right path for the last.
+`LenientPaths` mends slashes too many and HEAD for GET before anything reads the path; `advice` names the right path for one that
+is a little off.
 """
 
 from __future__ import annotations

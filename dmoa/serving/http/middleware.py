@@ -1,4 +1,4 @@
-"""API keys: who may use the server, and which server may run without them.
+"""What stands before the routes: API keys, the size of bodies, and a bound on queries in flight.
 
 Keys come from the environment variable `DMOA_API_KEYS`, are kept as SHA-256 hashes only, and appear in no log. The
 hash of the key that made a query is the owner of its trace.

@@ -1,8 +1,7 @@
-"""What a client may send: the request bodies of the two completion routes, and how bytes become them.
+"""Request bodies of the two completion routes, checked and turned into a Query for the swarm.
 
-First stop of a query over HTTP: bytes -> `parse` -> a checked request -> `serving/http/requests` (a Query) -> the swarm. The
-same models are the request schemas of the OpenAPI document. Validation is strict (no "0.5" for 0.5), unknown fields
-are refused, and every OpenAI field that would change an answer but is not supported is refused by name.
+First stop of a query over HTTP; the models are the request schemas of the OpenAPI document too. Validation is strict (no "0.5"
+for 0.5), unknown fields are refused, and every OpenAI field that would change an answer but is not supported is refused by name.
 """
 
 from __future__ import annotations

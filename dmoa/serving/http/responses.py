@@ -1,4 +1,4 @@
-"""From an Answer to OpenAI's objects: whole replies, stream chunks, usage, and the readable line of a finished step.
+"""Turns an Answer into OpenAI's objects (replies, stream chunks, usage, the line of a step), and documents them in OpenAPI.
 
 Last stop of a query over HTTP. The reply's own `dmoa` object is made in `dmoa.trace`, because traces keep it too.
 """
@@ -135,7 +135,7 @@ class Rendering:
         self._sent = ""
         """Text of the answer that was streamed."""
         self._held = ""
-        """White space at its start, which is no answer as long as nothing follows."""
+        """White space at its start, which is not an answer as long as nothing follows."""
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """Return the reply of a request that does not stream. Raises EmptyAnswerError."""

@@ -1,8 +1,6 @@
-"""Work for a client that may hang up: one task per query, cancelled when nobody is left to read the answer.
+"""The HTTP app: its routes over a swarm, and work that is cancelled when the client that waits for it hangs up.
 
 `until_gone` races any work against the disconnect; `EventStream` is the server-sent-events response built on it.
-Starlette's own StreamingResponse sends its headers before the first item exists, so that an early error could not
-become an HTTP status any more, and stops listening for the disconnect under newer ASGI servers.
 """
 
 from __future__ import annotations
@@ -75,6 +73,9 @@ async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
 class EventStream(Response):
     """Sends server-sent events; an error before the first event is raised, so that it becomes an HTTP status."""
 
+    # Starlette's own StreamingResponse sends its headers before the first item exists, and stops listening for the disconnect
+    # under newer ASGI servers.
+
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
@@ -116,7 +117,7 @@ def create_app(
     """Return the app of one server process.
 
     `service_getter` is called once per request, so the app may exist before its service does. `key_hashes` as
-    `auth.hash_keys` gives them; empty: no key is asked for. `has_request_ids`: a server in front of the app adds
+    `middleware.hash_keys` gives them; empty: no key is asked for. `has_request_ids`: a server in front of the app adds
     `X-Request-Id` to every answer; else the app adds the trace's id under that name.
     """
     app = FastAPI(title="dmoa", version=__version__, redirect_slashes=False)

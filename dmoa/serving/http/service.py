@@ -1,4 +1,4 @@
-"""What the HTTP front needs of a swarm: one protocol, implemented by the Ray ingress and by in-memory services.
+"""What the HTTP app needs of a swarm: one protocol, implemented by the Ray ingress and by in-memory services.
 
 The app of `serving/http/routes` is built over this and nothing else, so that the whole HTTP contract runs without Ray.
 """

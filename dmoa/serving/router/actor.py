@@ -1,4 +1,4 @@
-"""The central router: one named, detached actor per app, reached through `router_client`.
+"""The central router: one named, detached actor per app, reached through `serving/router/client`.
 
 The actor decides in micro-batches, masks dead agents until they answer again, says in its decisions which agents are cold
 (scaled to zero: those it never pings, which would wake them), and takes new gate versions while it runs:

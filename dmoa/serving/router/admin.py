@@ -1,4 +1,4 @@
-"""Changing the gate of a running swarm from another process: the router actor's operator side.
+"""Changes the gate of a running swarm from another process: the router actor's operator side.
 
 Used by `dmoa router` and by jobs that install what they trained. Joins the Ray that the swarm runs on.
 """

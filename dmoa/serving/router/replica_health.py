@@ -1,4 +1,4 @@
-"""Which agents have a running replica, which are cold, which are gone: read off Serve's status. Pure.
+"""Tells which agents have a running replica, which are cold, which are gone, from Serve's status.
 
 The router acts on it: it names the cold in its decisions and leaves them in peace, and it masks and probes the gone.
 """
@@ -24,6 +24,10 @@ _SERVING = ("RUNNING", "PENDING_MIGRATION", "RECOVERING")
 controller was lost, and a new one has not asked it yet."""
 _FINISHING = ("STOPPING", "UPDATING")
 """States of replicas that get no calls now, and may still answer those that they have."""
+
+_NAMESPACE = "serve"
+_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+"""Ray names no actor that is dead, and goes on naming one that it restarts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +79,6 @@ def state_of(agent: str, status: Mapping[str, Any] | None) -> str:
     if agent in status["masked"]:
         return "it does not answer; the router tries it again"
     return COLD if agent in status["cold"] else UP
-
-
-_NAMESPACE = "serve"
-_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
-"""Ray names no actor that is dead, and goes on naming one that it restarts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

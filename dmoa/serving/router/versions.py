@@ -1,4 +1,4 @@
-"""What the router keeps beyond its own life: gate versions and which one is current, on any Ray file system.
+"""Gate versions of the router: installed after a shadow check, rolled back, and kept beyond its life on any Ray file system.
 
 Layout under `router.state_uri`: `versions/VERSION/` (a dmoa checkpoint each) and `state.json`. Every file is written
 whole, then renamed, because the router may die at any moment and restart on another node.
@@ -36,6 +36,14 @@ from dmoa.validation import describe, did_you_mean, short
 
 FILES = ("gate.safetensors", "gate.json")
 """The files of a version, in the order in which they are written."""
+
+_SUM_TOLERANCE = 1e-4
+_PROBE_SEED = 0
+
+_LOG = logging.getLogger("dmoa.router")
+MAX_HISTORY = 256
+"""Changes that are remembered; versions that none of them names are removed."""
+MAX_NOTE_CHARACTERS = 500
 
 
 def read_files(files: Mapping[str, bytes], where: str) -> tuple[Gate, Checkpoint]:
@@ -110,7 +118,7 @@ class RouterState:
         except ValueError as error:
             raise CheckpointError(f"router state {self._path('state.json')!r}: {error}; remove it to begin anew") from error
         if not isinstance(state, dict):
-            raise CheckpointError(f"router state {self._path('state.json')!r}: it is no JSON object; remove it to begin anew")
+            raise CheckpointError(f"router state {self._path('state.json')!r}: it is not a JSON object; remove it to begin anew")
         return state
 
     def _path(self, name: str) -> str:
@@ -130,10 +138,6 @@ class RouterState:
         with self._fs.open_output_stream(draft) as stream:
             stream.write(data)
         self._fs.move(draft, path)
-
-
-_SUM_TOLERANCE = 1e-4
-_PROBE_SEED = 0
 
 
 class Shadow(BaseModel):
@@ -216,12 +220,6 @@ def _check(decision: RouteDecision, version: str) -> None:
 
 def _first(decision: RouteDecision) -> str:
     return decision.agents[decision.ranking[0]]
-
-
-_LOG = logging.getLogger("dmoa.router")
-MAX_HISTORY = 256
-"""Changes that are remembered; versions that none of them names are removed."""
-MAX_NOTE_CHARACTERS = 500
 
 
 class HistoryEntry(BaseModel):
@@ -399,7 +397,7 @@ def _line(history: Sequence[HistoryEntry]) -> list[str]:
 
 def _parse(tree: object) -> list[HistoryEntry]:
     if not isinstance(tree, list):
-        raise CheckpointError("router state: history is no list; remove state.json to begin anew")
+        raise CheckpointError("router state: history is not a list; remove state.json to begin anew")
     try:
         return [HistoryEntry.model_validate(one) for one in tree]
     except ValidationError as error:
