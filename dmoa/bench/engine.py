@@ -17,7 +17,7 @@ import torch
 
 from dmoa.agents.pool import vllm_builds
 from dmoa.bench import engine_vllm as vllm_bench
-from dmoa.bench.harness import BenchResult, Spread, interleave, ratio, spread, stories
+from dmoa.bench.harness import BenchResult, Spread, interleave, ratio, record, spread, stories
 from dmoa.config import TransformersOptions
 from dmoa.engines.models import fetch
 from dmoa.engines.transformers.engine import TransformersEngine
@@ -77,11 +77,10 @@ def _entropy_share(engine: TransformersEngine, runner: asyncio.Runner, rounds: i
     shares = {batch: spread(figures[str(batch)]) for batch in SHARE_BATCHES}
     note = "time in the entropy of the logits / time of the decode steps"
     worst = max(shares, key=lambda batch: shares[batch].value)
+    notes = {batch: f"{note}; batch {batch}" for batch in SHARE_BATCHES}
     return [
-        _result(
-            "P8", shares[worst], "share", engine, f"<= {SHARE_BAR}", shares[worst].value <= SHARE_BAR, f"{note}; batch {worst}"
-        ),
-        *(_result(f"P8.b{batch}", shares[batch], "share", engine, note=f"{note}; batch {batch}") for batch in SHARE_BATCHES),
+        record("P8", shares[worst], "share", engine=engine.label, note=notes[worst], at_most=SHARE_BAR),
+        *(record(f"P8.b{n}", shares[n], "share", engine=engine.label, note=notes[n]) for n in SHARE_BATCHES),
     ]
 
 
@@ -92,7 +91,7 @@ def _entropy_error(engine: TransformersEngine, loaded: LoadedModel, runner: asyn
     errors = [abs(r - g.entropy_sum_nats / g.entropy_tokens) for r, g in zip(references, generations, strict=True)]
     worst = Spread(max(errors), min(errors), max(errors), len(errors))
     note = "greatest difference of a reply's mean entropy from a float64 softmax over generate's own logits; 8 greedy replies"
-    return _result("P8.error", worst, "nats/token", engine, f"<= {ENTROPY_BAR_NATS}", worst.value <= ENTROPY_BAR_NATS, note)
+    return record("P8.error", worst, "nats/token", engine=engine.label, note=note, at_most=ENTROPY_BAR_NATS)
 
 
 def _mean_nats(loaded: LoadedModel, request: GenerationRequest) -> float:
@@ -119,12 +118,11 @@ def _speed(engine: TransformersEngine, loaded: LoadedModel, runner: asyncio.Runn
 
         figures = interleave({"engine": ours, "plain": plain}, rounds)
         found = ratio(figures["engine"], figures["plain"])
-        is_main = batch == SPEED_BATCH
-        bar, passed = (f">= {SPEED_BAR}", found.value >= SPEED_BAR) if is_main else ("", None)
         note = f"engine's tokens/s with entropy / batched generate's; batch {batch}, {_MAX_TOKENS} tokens at most"
-        results.append(_result("P18" if is_main else f"P18.b{batch}", found, "x", engine, bar, passed, note))
+        id_, bar = ("P18", SPEED_BAR) if batch == SPEED_BATCH else (f"P18.b{batch}", None)
+        results.append(record(id_, found, "x", engine=engine.label, note=note, at_least=bar))
         results += [
-            _result(f"P18.b{batch}.{name}", spread(values), "tokens/s", engine, note=f"batch {batch}")
+            record(f"P18.b{batch}.{name}", spread(values), "tokens/s", engine=engine.label, note=f"batch {batch}")
             for name, values in figures.items()
         ]
     return results
@@ -168,10 +166,3 @@ def _encode(loaded: LoadedModel, request: GenerationRequest) -> list[int]:
     )
     tokens: list[int] = loaded.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     return tokens
-
-
-def _result(
-    id_: str, found: Spread, unit: str, engine: TransformersEngine, bar: str = "", passed: bool | None = None, note: str = ""
-) -> BenchResult:
-    fields: dict[str, Any] = {"value": found.value, "low": found.low, "high": found.high, "rounds": found.rounds}
-    return BenchResult(id=id_, unit=unit, bar=bar, passed=passed, engine=engine.label, note=note, **fields)

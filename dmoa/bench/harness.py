@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -99,18 +99,23 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
 
 
 def record(
-    id_: str, found: Spread, unit: str, *, engine: str, note: str, at_least: float | None = None, at_most: float | None = None
+    id_: str,
+    found: Spread,
+    unit: str,
+    *,
+    engine: str,
+    note: str,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    bar_unit: str = "",
 ) -> BenchResult:
-    """Return the entry of a figure, judged where it has a bar in its own unit."""
+    """Return the entry of a figure, judged where it has a bar in its own unit; `bar_unit` is written behind the bar."""
     bar, passed = "", None
     if at_least is not None:
-        bar, passed = f">= {at_least}", found.value >= at_least
+        bar, passed = f">= {at_least}{bar_unit}", found.value >= at_least
     if at_most is not None:
-        bar, passed = f"<= {at_most}", found.value <= at_most
-    fields = {"value": found.value, "low": found.low, "high": found.high, "rounds": found.rounds}
-    return BenchResult.model_validate(
-        {"id": id_, "unit": unit, "bar": bar, "passed": passed, "engine": engine, "note": note} | fields
-    )
+        bar, passed = f"<= {at_most}{bar_unit}", found.value <= at_most
+    return BenchResult(id=id_, unit=unit, bar=bar, passed=passed, engine=engine, note=note, **asdict(found))
 
 
 def seconds_per_call(call: Callable[[], object], calls: int) -> float:

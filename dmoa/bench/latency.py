@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ import httpx
 
 from dmoa.agents.pool import load_pool
 from dmoa.bench import memory as memory_bench
-from dmoa.bench.harness import BenchResult, interleave, ratio, spread
+from dmoa.bench.harness import BenchResult, Spread, interleave, ratio, record, spread
 from dmoa.bench.serve_process import BenchServer
 from dmoa.config import Config
 from dmoa.errors import DmoaError
@@ -56,31 +57,12 @@ def run_p3(rounds: int) -> list[BenchResult]:
     shares = spread(singles)
     overall = (sum(walls) - sum(engines)) / sum(engines)
     added = spread([wall - engine for wall, engine in zip(walls, engines, strict=True)])
-    common: dict[str, Any] = {"rounds": rounds, "engine": label}
+    what = f"all of {len(walls)} queries together, c = 1, default pool; spread: quartiles of single queries; "
+    what += f"largest of one query {max(singles):.4f}"
+    beside = f"per query, beside {sum(engines) / len(engines):.0f} ms of engine time"
     return [
-        BenchResult(
-            id="P3",
-            value=overall,
-            unit="share",
-            low=shares.low,
-            high=shares.high,
-            bar=f"<= {BAR}",
-            passed=overall <= BAR,
-            note=f"all of {len(walls)} queries together, c = 1, default pool; spread: quartiles of single queries; "
-            f"largest of one query {max(singles):.4f}",
-            **common,
-        ),
-        BenchResult(
-            id="P3.added_ms",
-            value=added.value,
-            unit="ms",
-            low=added.low,
-            high=added.high,
-            bar="",
-            passed=None,
-            note=f"per query, beside {sum(engines) / len(engines):.0f} ms of engine time",
-            **common,
-        ),
+        record("P3", replace(shares, value=overall, rounds=rounds), "share", engine=label, note=what, at_most=BAR),
+        record("P3.added_ms", replace(added, rounds=rounds), "ms", engine=label, note=beside),
     ]
 
 
@@ -235,48 +217,22 @@ def _against_chain(medians: dict[str, list[float]]) -> list[BenchResult]:
         ("P4.default_flags", "default", "chain", "the same records"),
     ):
         found = ratio(medians[f"{flags}_swarm"], medians[f"{flags}_{chain}"])
-        has_bar = id_ == "P4"
         note = f"p50 of a step over a bare Serve chain of the same hops that carries {payload}; {flags} flags in both"
-        results.append(
-            BenchResult(
-                id=id_,
-                value=found.value,
-                unit="x",
-                low=found.low,
-                high=found.high,
-                rounds=found.rounds,
-                bar=f"<= {P4_BAR}x" if has_bar else "",
-                passed=found.value <= P4_BAR if has_bar else None,
-                engine=ENGINE,
-                note=f"{note}; A={NUM_AGENTS} dedicated, K={WIDTH}, llm summarizer, embeddings cached",
-            )
-        )
+        note += f"; A={NUM_AGENTS} dedicated, K={WIDTH}, llm summarizer, embeddings cached"
+        results.append(record(id_, found, "x", engine=ENGINE, note=note, at_most=P4_BAR if id_ == "P4" else None, bar_unit="x"))
     return results
 
 
 def _flags(medians: dict[str, list[float]]) -> list[BenchResult]:
     """Return how much the shipped flags gain: the time of a step alone, which has the bar, and under load."""
     results = []
-    for id_, arm, what in (
-        ("P4.flags", "swarm", "p50 of a step of one query at a time"),
-        ("P4.flags_c8", "swarm_c8", f"wall time by steps of {CONCURRENCY} queries at a time"),
+    for id_, arm, what, bar in (
+        ("P4.flags", "swarm", "p50 of a step of one query at a time", FLAGS_BAR),
+        ("P4.flags_c8", "swarm_c8", f"wall time by steps of {CONCURRENCY} queries at a time", None),
     ):
         found = ratio(medians[f"default_{arm}"], medians[f"shipped_{arm}"])
-        has_bar = id_ == "P4.flags"
-        results.append(
-            BenchResult(
-                id=id_,
-                value=found.value,
-                unit="x",
-                low=found.low,
-                high=found.high,
-                rounds=found.rounds,
-                bar=f">= {FLAGS_BAR}x" if has_bar else "",
-                passed=found.value >= FLAGS_BAR if has_bar else None,
-                engine=ENGINE,
-                note=f"{what}: Serve's default flags over the flags that dmoa ships",
-            )
-        )
+        note = f"{what}: Serve's default flags over the flags that dmoa ships"
+        results.append(record(id_, found, "x", engine=ENGINE, note=note, at_least=bar, bar_unit="x"))
     return results
 
 
@@ -288,20 +244,9 @@ def _percentiles(steps_ms: dict[str, list[list[float]]]) -> list[BenchResult]:
             continue
         cuts = statistics.quantiles([ms for figures in rounds[1:] for ms in figures], n=100, method="inclusive")
         for percent in (50, 99):
-            results.append(
-                BenchResult(
-                    id=f"P4.{name}_p{percent}",
-                    value=cuts[percent - 1],
-                    unit="ms",
-                    low=cuts[24],
-                    high=cuts[74],
-                    rounds=len(rounds) - 1,
-                    bar="",
-                    passed=None,
-                    engine=ENGINE,
-                    note=f"p{percent} of a step's time over all rounds; spread: quartiles of single steps",
-                )
-            )
+            found = Spread(cuts[percent - 1], cuts[24], cuts[74], len(rounds) - 1)
+            note = f"p{percent} of a step's time over all rounds; spread: quartiles of single steps"
+            results.append(record(f"P4.{name}_p{percent}", found, "ms", engine=ENGINE, note=note))
     return results
 
 
@@ -319,20 +264,10 @@ def run_growth(rounds: int) -> list[BenchResult]:
     y = [math.log(ms) for name in pools for ms in medians[name]]
     fit = linregress(x, y)
     times = ", ".join(f"A={size} {spread(medians[f'pool{size}']).value:.2f} ms" for size in SIZES)
-    return [
-        BenchResult(
-            id="growth",
-            value=float(fit.slope),
-            unit="log-log slope",
-            low=float(fit.slope - 1.96 * fit.stderr),
-            high=float(fit.slope + 1.96 * fit.stderr),
-            rounds=rounds,
-            bar=f"<= {GROWTH_BAR}",
-            passed=bool(fit.slope <= GROWTH_BAR),
-            engine=ENGINE,
-            note=f"time of a step against A on one shared deployment, K={WIDTH} (2 of 2 at A=2), 95 % interval: {times}",
-        )
-    ]
+    half = 1.96 * fit.stderr
+    found = Spread(float(fit.slope), float(fit.slope - half), float(fit.slope + half), rounds)
+    note = f"time of a step against A on one shared deployment, K={WIDTH} (2 of 2 at A=2), 95 % interval: {times}"
+    return [record("growth", found, "log-log slope", engine=ENGINE, note=note, at_most=GROWTH_BAR)]
 
 
 _BENCHES: dict[str, tuple[Callable[[int], list[BenchResult]], int]] = {

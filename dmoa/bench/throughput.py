@@ -1,4 +1,4 @@
-"""P5 and P13: the throughput of evaluation and of rollouts, beside a replay of the same engine calls on a bare engine.
+"""P5 and P13: tokens per second of the evaluation pipeline and of rollouts beside the same calls on the bare engine.
 
 A recording engine stands between the agents and the real one. Its notes become a graph: a query is a row of steps, a
 step holds the chains of its agents, a chain is one call, or several around tool results. Replaying it on a bare engine
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,34 +259,39 @@ IN_FLIGHT = (8, 16, 32)
 WIDE_IN_FLIGHT = 32
 FLAT_IN_FLIGHT = 16
 """Where the flat list is measured, and both engines on the same calls."""
+MODES: dict[str, float | None] = {"dense": None, "epsilon": 0.2}
+"""Name of a mode of rollouts -> its epsilon."""
 _PIPELINE_QUERIES = {8: 24, 16: 32, 32: 64}
+_ROLLOUT_QUERIES = {"dense": 16, "epsilon": 32}
 _SUITE = "shared"
 _MAX_TOKENS = 24
 _MAX_STEPS = 3
+_LIMITS = Limits(max_steps=2, max_tokens=24)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PipelineRound:
-    """Tokens per second of the arms in one round."""
+class Round:
+    """The arms in one round."""
 
-    pipeline: float
-    replay: float
-    fill: float
-    """Calls at the engine, mean over the window: the pipeline's over the replay's."""
-    flat: float | None = None
+    ours: Window
+    """The evaluation pipeline's, or rollouts'."""
+    replay: Window
+    """The same calls on the bare engine."""
+    flat: Window | None = None
     """None where the flat list was not run."""
 
 
-def run_p5(rounds: int | None = None, engine: str | None = None) -> list[BenchResult]:
-    """Measure P5 on every engine that is installed, or on one; a round takes some four minutes on two cores and an engine.
+def run(ids: Collection[str], rounds: int | None = None, engine: str | None = None) -> list[BenchResult]:
+    """Measure P5, P13 or both. A round of P5 takes some four minutes on two cores and an engine, one of P13 three.
 
-    Raises ConfigError for an engine that is not installed, DmoaError if a query failed.
+    P5 runs on every engine that is installed, or on `engine` alone. Raises ConfigError for an engine that is not installed,
+    DmoaError if a query failed.
     """
     import ray
 
     from dmoa.serving.launch import start_ray
 
-    engines = engines_here(engine)
+    engines = engines_here(engine) if "P5" in ids else ()
     pool = load_pool(None)
     for llm in pool.llms.values():
         resolve_model(llm.model)
@@ -294,56 +300,85 @@ def run_p5(rounds: int | None = None, engine: str | None = None) -> list[BenchRe
     results: list[BenchResult] = []
     try:
         for name in engines:
-            own = on_engine(pool, name)
-            figures = {in_flight: _measure_pipeline(own, in_flight, rounds or 2) for in_flight in IN_FLIGHT}
-            results += pipeline_results({n: found for n, (found, _) in figures.items()}, engine=LABELS[name])
-            if name == "transformers":
-                wide, _ = _measure_pipeline(_with_room(own, WIDE_IN_FLIGHT), WIDE_IN_FLIGHT, rounds or 2)
-                results.append(wide_result(wide, engine=LABELS[name]))
-            else:
-                results.append(_beside(pool, own, figures[FLAT_IN_FLIGHT][1], rounds or 2, engine=LABELS[name]))
+            results += _run_p5(pool, name, rounds or 2)
+        if "P13" in ids:
+            figures = {mode: _measure_rollouts(pool, mode, rounds or 2) for mode in MODES}
+            results += rollout_results(figures, engine=LABELS["transformers"])
     finally:
         if started_ray:
             ray.shutdown()
     return results
 
 
-def pipeline_results(figures: Mapping[int, Sequence[PipelineRound]], *, engine: str) -> list[BenchResult]:
+def _run_p5(pool: Config, name: str, rounds: int) -> list[BenchResult]:
+    own, label = on_engine(pool, name), LABELS[name]
+    figures = {in_flight: _measure_pipeline(own, in_flight, rounds) for in_flight in IN_FLIGHT}
+    results = pipeline_results({n: found for n, (found, _) in figures.items()}, engine=label)
+    if name != "transformers":
+        return [*results, _beside(pool, own, figures[FLAT_IN_FLIGHT][1], rounds, engine=label)]
+    wide, _ = _measure_pipeline(_with_room(own, WIDE_IN_FLIGHT), WIDE_IN_FLIGHT, rounds)
+    return [*results, wide_result(wide, engine=label)]
+
+
+def pipeline_results(figures: Mapping[int, Sequence[Round]], *, engine: str) -> list[BenchResult]:
     """Return the results of all rounds by queries in flight: the ratios, the lowest of them as P5, and what lies behind them."""
-    ratios = {n: ratio([r.pipeline for r in rounds], [r.replay for r in rounds]) for n, rounds in figures.items()}
-    worst = min(ratios, key=lambda n: ratios[n].value)
     note = "evaluation pipeline's tokens/s / replay of the same calls on the bare engine"
-    results = [
-        record("P5", ratios[worst], "x", engine=engine, note=f"{note}; the lowest, {worst} queries in flight", at_least=BAR),
-        *(
-            record(f"P5.{n}", found, "x", engine=engine, note=f"{note}; {n} queries in flight", at_least=BAR)
-            for n, found in ratios.items()
-        ),
-    ]
-    fills = {n: spread([r.fill for r in rounds]) for n, rounds in figures.items()}
-    fill_note = "mean of the calls at the engine, pipeline / replay; below 1: gaps between calls"
+    what = {n: f"{n} queries in flight" for n in figures}
+    results = _judged("P5", figures, what, note, engine, lowest="the lowest")
+    fill = "mean of the calls at the engine, pipeline / replay; below 1: gaps between calls"
     results += [
-        record(f"P5.{n}.fill", found, "x", engine=engine, note=f"{fill_note}; {n} queries in flight")
-        for n, found in fills.items()
+        record(f"P5.{n}.fill", _ratio(rounds, "under_way"), "x", engine=engine, note=f"{fill}; {what[n]}")
+        for n, rounds in figures.items()
     ]
     for n, rounds in figures.items():
         arms = {
-            f"P5.{n}.pipeline": [r.pipeline for r in rounds],
+            f"P5.{n}.pipeline": [r.ours for r in rounds],
             f"P5.{n}.replay": [r.replay for r in rounds],
             "P5.flat": [r.flat for r in rounds if r.flat is not None],
         }
-        for id_, values in arms.items():
-            what = "all calls handed in at once, none waiting for another; beside" if id_ == "P5.flat" else "with"
-            if values:
-                results.append(record(id_, spread(values), "tokens/s", engine=engine, note=f"{what} {n} queries in flight"))
+        for id_, windows in arms.items():
+            how = "all calls handed in at once, none waiting for another; beside" if id_ == "P5.flat" else "with"
+            if windows:
+                speeds = spread([window.tokens_per_s for window in windows])
+                results.append(record(id_, speeds, "tokens/s", engine=engine, note=f"{how} {what[n]}"))
     return results
 
 
-def wide_result(rounds: Sequence[PipelineRound], *, engine: str) -> BenchResult:
+def wide_result(rounds: Sequence[Round], *, engine: str) -> BenchResult:
     """Return the ratio of an engine with a place for every call; reported, because no shipped pool has so wide a batch."""
-    found = ratio([r.pipeline for r in rounds], [r.replay for r in rounds])
     what = f"as P5.{WIDE_IN_FLIGHT}, on an engine that decodes all calls of {WIDE_IN_FLIGHT} queries at once"
-    return record("P5.wide", found, "x", engine=engine, note=what)
+    return record("P5.wide", _ratio(rounds, "tokens_per_s"), "x", engine=engine, note=what)
+
+
+def rollout_results(figures: Mapping[str, Sequence[Round]], *, engine: str) -> list[BenchResult]:
+    """Return the ratios by mode, the lower of them as P13, and what lies behind them."""
+    note = "rollouts' tokens/s / replay of the same calls on the bare engine"
+    results = _judged("P13", figures, {mode: mode for mode in figures}, note, engine, lowest="the lower")
+    for mode, rounds in figures.items():
+        fill = "mean of the calls at the engine, rollouts / replay; below 1: gaps between calls"
+        results.append(record(f"P13.{mode}.fill", _ratio(rounds, "under_way"), "x", engine=engine, note=fill))
+        speeds = spread([one.ours.tokens_per_s for one in rounds])
+        results.append(record(f"P13.{mode}.tokens", speeds, "tokens/s", engine=engine, note=f"{mode} rollouts"))
+    return results
+
+
+def _judged(
+    id_: str, figures: Mapping[Any, Sequence[Round]], what: Mapping[Any, str], note: str, engine: str, *, lowest: str
+) -> list[BenchResult]:
+    """Return the lowest ratio under the bare id, and every one under its own."""
+    ratios = {key: _ratio(rounds, "tokens_per_s") for key, rounds in figures.items()}
+    worst = min(ratios, key=lambda key: ratios[key].value)
+    return [
+        record(id_, ratios[worst], "x", engine=engine, note=f"{note}; {lowest}, {what[worst]}", at_least=BAR),
+        *(
+            record(f"{id_}.{key}", found, "x", engine=engine, note=f"{note}; {what[key]}", at_least=BAR)
+            for key, found in ratios.items()
+        ),
+    ]
+
+
+def _ratio(rounds: Sequence[Round], name: str) -> Spread:
+    return ratio([getattr(one.ours, name) for one in rounds], [getattr(one.replay, name) for one in rounds])
 
 
 def _beside(pool: Config, moved: Config, graph: Sequence[QueryCalls], rounds: int, *, engine: str) -> BenchResult:
@@ -355,18 +390,36 @@ def _beside(pool: Config, moved: Config, graph: Sequence[QueryCalls], rounds: in
     return record("P5.engines", found, "x", engine=engine, note=f"{what}; {FLAT_IN_FLIGHT} queries in flight")
 
 
-def _measure_pipeline(config: Config, in_flight: int, rounds: int) -> tuple[list[PipelineRound], tuple[QueryCalls, ...]]:
-    """Run the arms in turns; every other round replays first, by the calls of the round before. Returns the last calls, too."""
+def _measure(
+    config: Config, in_flight: int, rounds: int, work: Callable[[Path], None], *, has_flat: bool = False
+) -> tuple[list[Round], tuple[QueryCalls, ...]]:
+    """Run the arms in turns; every other round replays first, by the calls of the round before. Returns the last calls, too.
+
+    `work` leaves its calls as `calls` in the folder it is given.
+    """
     graph: tuple[QueryCalls, ...] = ()
-    found: list[PipelineRound] = []
+    found: list[Round] = []
+
+    def bare() -> tuple[Window, Window | None]:
+        return replayed(config, graph, in_flight), replayed(config, graph, None) if has_flat else None
+
     for number in range(rounds):
-        again = _replayed(config, graph, in_flight) if number % 2 else None
-        pipeline, graph = _piped(config, in_flight)
-        bare, flat = again or _replayed(config, graph, in_flight)
-        fill = pipeline.under_way / bare.under_way
-        flat_per_s = flat.tokens_per_s if flat is not None else None
-        found.append(PipelineRound(pipeline=pipeline.tokens_per_s, replay=bare.tokens_per_s, fill=fill, flat=flat_per_s))
+        before = bare() if number % 2 else None
+        with tempfile.TemporaryDirectory() as scratch:
+            work(Path(scratch))
+            calls = read_calls(Path(scratch) / "calls")
+        graph = graph_of(calls)
+        replay, flat = before or bare()
+        found.append(Round(ours=window_of(calls), replay=replay, flat=flat))
     return found, graph
+
+
+def _measure_pipeline(config: Config, in_flight: int, rounds: int) -> tuple[list[Round], tuple[QueryCalls, ...]]:
+    return _measure(config, in_flight, rounds, partial(_answer, config, in_flight), has_flat=in_flight == FLAT_IN_FLIGHT)
+
+
+def _measure_rollouts(config: Config, mode: str, rounds: int) -> list[Round]:
+    return _measure(config, _places(config) // width(config, MODES[mode]), rounds, partial(_collect, config, mode))[0]
 
 
 def _width(config: Config) -> int:
@@ -380,144 +433,37 @@ def _with_room(pool: Config, in_flight: int) -> Config:
     return pool.model_copy(update={"llms": llms})
 
 
-def _piped(config: Config, in_flight: int) -> tuple[Window, tuple[QueryCalls, ...]]:
-    """Ask the rows through the pipeline; return its window and the graph of its calls."""
-    from dmoa.serving.agent_replica import ENGINE_ENV
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, calls = RunFolder(Path(scratch)), Path(scratch) / "calls"
-        rows = SUITES[_SUITE].generate("test", _PIPELINE_QUERIES[in_flight], 0)
-        write_lines(folder.tasks(_SUITE), (row.task for row in rows))
-        limits = limits_for(config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": _MAX_STEPS})}))
-        workers = AnswerWorkers(
-            open_answerer=OpenRecordedAnswerer(config_json=config.model_dump_json(), calls=calls),
-            places=in_flight * _width(config),
-            widths={"dmoa": _width(config)},
-            num_gpus=sum(llm.gpus for llm in config.llms.values()),
-            env=ENGINE_ENV,
-        )
-        asking = Asking(seed=0, limits=replace(limits, max_tokens=_MAX_TOKENS))
-        answer_all(folder, [_SUITE], ["dmoa"], asking, workers, lambda progress: None)
-        lost = [row for row in folder.read_answers(_SUITE, "dmoa") if row.status == "failed"]
-        if lost:
-            raise DmoaError(f"bench: {len(lost)} queries failed, the first by {lost[0].error}")
-        recorded = read_calls(calls)
-    return window_of(recorded), graph_of(recorded)
-
-
-def _replayed(config: Config, graph: tuple[QueryCalls, ...], in_flight: int) -> tuple[Window, Window | None]:
-    """Replay a graph; return the window, and that of the flat list where it is asked for."""
-    bare = replayed(config, graph, in_flight)
-    return bare, replayed(config, graph, None) if in_flight == FLAT_IN_FLIGHT else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenRecordedAnswerer:
-    """Loads a pool as `dmoa evaluate` does, with an engine that notes its calls."""
-
-    config_json: str
-    calls: Path
-
-    def __call__(self) -> RecordedAnswerer:
-        """Return the swarm, warm; blocks while models load."""
-        return RecordedAnswerer(*recorded_swarm(Config.model_validate_json(self.config_json), self.calls))
-
-
-class RecordedAnswerer:
-    """A swarm on a recording engine; implements `evaluation.answering.Answerer`."""
-
-    def __init__(self, swarm: Swarm, engine: Engine) -> None:
-        self._swarm = swarm
-        self._engine = engine
-
-    async def answer(self, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
-        """Answer one query. Raises DmoaError."""
-        return await ask_swarm(self._swarm, query, policy, agent)
-
-    async def close(self) -> None:
-        """Stop the engine."""
-        await self._engine.close()
-
-
-MODES: dict[str, float | None] = {"dense": None, "epsilon": 0.2}
-"""Name of a mode -> its epsilon."""
-_ROLLOUT_QUERIES = {"dense": 16, "epsilon": 32}
-_LIMITS = Limits(max_steps=2, max_tokens=24)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutRound:
-    """The arms in one round."""
-
-    rollouts: Window
-    replay: Window
-
-
-def run_p13(rounds: int | None = None) -> list[BenchResult]:
-    """Measure P13; a round takes some three minutes on two cores. Raises DmoaError if a query failed."""
-    import ray
-
-    from dmoa.serving.launch import start_ray
-
-    pool = load_pool(None)
-    for llm in pool.llms.values():
-        resolve_model(llm.model)
-    fetch("minilm")
-    started_ray = start_ray()
-    try:
-        figures = {mode: _measure_rollouts(pool, mode, rounds or 2) for mode in MODES}
-    finally:
-        if started_ray:
-            ray.shutdown()
-    return rollout_results(figures, engine="transformers/float32")
-
-
-def rollout_results(figures: Mapping[str, Sequence[RolloutRound]], *, engine: str) -> list[BenchResult]:
-    """Return the ratios by mode, the lower of them as P13, and what lies behind them."""
-    found = {mode: _ratio(rounds, "tokens_per_s") for mode, rounds in figures.items()}
-    worst = min(found, key=lambda mode: found[mode].value)
-    note = "rollouts' tokens/s / replay of the same calls on the bare engine"
-    results = [record("P13", found[worst], "x", engine=engine, note=f"{note}; the lower, {worst}", at_least=BAR)]
-    results += [
-        record(f"P13.{mode}", one, "x", engine=engine, note=f"{note}; {mode}", at_least=BAR) for mode, one in found.items()
-    ]
-    for mode, rounds in figures.items():
-        fill = "mean of the calls at the engine, rollouts / replay; below 1: gaps between calls"
-        results.append(record(f"P13.{mode}.fill", _ratio(rounds, "under_way"), "x", engine=engine, note=fill))
-        speeds = spread([one.rollouts.tokens_per_s for one in rounds])
-        results.append(record(f"P13.{mode}.tokens", speeds, "tokens/s", engine=engine, note=f"{mode} rollouts"))
-    return results
-
-
-def _ratio(rounds: Sequence[RolloutRound], name: str) -> Spread:
-    return ratio([getattr(one.rollouts, name) for one in rounds], [getattr(one.replay, name) for one in rounds])
-
-
-def _measure_rollouts(config: Config, mode: str, rounds: int) -> list[RolloutRound]:
-    """Run the arms in turns; every other round replays first, by the calls of the round before."""
-    graph: tuple[QueryCalls, ...] = ()
-    found: list[RolloutRound] = []
-    in_flight = _places(config) // width(config, MODES[mode])
-    for number in range(rounds):
-        again = replayed(config, graph, in_flight) if number % 2 else None
-        collected, graph = _collected(config, mode)
-        found.append(RolloutRound(rollouts=collected, replay=again or replayed(config, graph, in_flight)))
-    return found
-
-
 def _places(config: Config) -> int:
     return OVERCOMMIT * sum(llm.max_num_seqs for llm in config.llms.values())
 
 
-def _collected(config: Config, mode: str) -> tuple[Window, tuple[QueryCalls, ...]]:
-    """Collect rollouts; return their window and the graph of their calls."""
-    with tempfile.TemporaryDirectory() as scratch:
-        calls = Path(scratch) / "calls"
-        manifest = collect(_session(config, mode, Path(scratch) / "rollouts", calls))
-        if manifest.failures:
-            raise DmoaError(f"bench: {manifest.counts.failed} queries failed, the last: {manifest.failures[-1]}")
-        recorded = read_calls(calls)
-    return window_of(recorded), graph_of(recorded)
+def _answer(config: Config, in_flight: int, scratch: Path) -> None:
+    """Ask the rows through the evaluation pipeline. Raises DmoaError if a query failed."""
+    from dmoa.serving.agent_replica import ENGINE_ENV
+
+    folder = RunFolder(scratch)
+    rows = SUITES[_SUITE].generate("test", _PIPELINE_QUERIES[in_flight], 0)
+    write_lines(folder.tasks(_SUITE), (row.task for row in rows))
+    limits = limits_for(config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": _MAX_STEPS})}))
+    workers = AnswerWorkers(
+        open_answerer=OpenRecorded(config_json=config.model_dump_json(), calls=scratch / "calls"),
+        places=in_flight * _width(config),
+        widths={"dmoa": _width(config)},
+        num_gpus=sum(llm.gpus for llm in config.llms.values()),
+        env=ENGINE_ENV,
+    )
+    asking = Asking(seed=0, limits=replace(limits, max_tokens=_MAX_TOKENS))
+    answer_all(folder, [_SUITE], ["dmoa"], asking, workers, lambda progress: None)
+    lost = [row for row in folder.read_answers(_SUITE, "dmoa") if row.status == "failed"]
+    if lost:
+        raise DmoaError(f"bench: {len(lost)} queries failed, the first by {lost[0].error}")
+
+
+def _collect(config: Config, mode: str, scratch: Path) -> None:
+    """Collect rollouts. Raises DmoaError if a query failed."""
+    manifest = collect(_session(config, mode, scratch / "rollouts", scratch / "calls"))
+    if manifest.failures:
+        raise DmoaError(f"bench: {manifest.counts.failed} queries failed, the last: {manifest.failures[-1]}")
 
 
 def _session(config: Config, mode: str, root: Path, calls: Path) -> CollectSession:
@@ -550,7 +496,7 @@ def _session(config: Config, mode: str, root: Path, calls: Path) -> CollectSessi
         prepare=lambda: CollectedQueries(queries=queries, sources=[]),
         asking=RolloutAsking(seed=0, round=0, limits=_LIMITS, preset=preset, fingerprint=own),
         workers=CollectWorkers(
-            open_collector=OpenRecordedCollector(config_json=config.model_dump_json(), calls=calls, epsilon=epsilon),
+            open_collector=OpenRecorded(config_json=config.model_dump_json(), calls=calls, epsilon=epsilon),
             places=_places(config),
             width=width(config, epsilon),
             env=ENGINE_ENV,
@@ -562,20 +508,30 @@ def _session(config: Config, mode: str, root: Path, calls: Path) -> CollectSessi
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpenRecordedCollector:
-    """Loads a pool as `dmoa rollouts` does, with an engine that notes its calls."""
+class OpenRecorded:
+    """Loads a pool as `dmoa evaluate` and `dmoa rollouts` do, with an engine that notes its calls."""
 
     config_json: str
     calls: Path
-    epsilon: float | None
+    epsilon: float | None = None
+    """Of rollouts, as in `ExploringPolicy`."""
 
-    def __call__(self) -> SwarmCollector:
+    def __call__(self) -> RecordedSwarm:
         """Return the swarm, warm; blocks while models load."""
-        swarm, _ = recorded_swarm(Config.model_validate_json(self.config_json), self.calls)
-        return SwarmCollector(swarm, self.epsilon)
+        return RecordedSwarm(*recorded_swarm(Config.model_validate_json(self.config_json), self.calls), self.epsilon)
 
 
-def run(ids: Collection[str], rounds: int | None = None, engine: str | None = None) -> list[BenchResult]:
-    """Measure P5, P13 or both; `engine` is for P5 alone. Raises as they do."""
-    results = run_p5(rounds, engine) if "P5" in ids else []
-    return [*results, *(run_p13(rounds) if "P13" in ids else [])]
+class RecordedSwarm(SwarmCollector):
+    """A swarm on a recording engine; implements `evaluation.answering.Answerer` as well as `Collector`."""
+
+    def __init__(self, swarm: Swarm, engine: Engine, epsilon: float | None) -> None:
+        super().__init__(swarm, epsilon)
+        self._engine = engine
+
+    async def answer(self, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
+        """Answer one query. Raises DmoaError."""
+        return await ask_swarm(self._swarm, query, policy, agent)
+
+    async def close(self) -> None:
+        """Stop the engine."""
+        await self._engine.close()

@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from dmoa.config import Config
-from dmoa.core.answers import extract_answer
 from dmoa.errors import DmoaError
 from dmoa.evaluation.records import Label, Reply
 from dmoa.evaluation.registry import SUITES
@@ -31,43 +30,31 @@ if TYPE_CHECKING:
     from dmoa.evaluation.answer_matrix import AnswerMatrix
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.run_folder import RunFolder
-    from dmoa.replay import Replay
     from dmoa.training.probe import ProbeReport
     from dmoa.types import FloatArray
     from dmoa.workflows.backends import RemoteSwarm
     from dmoa.workflows.console import QueryResult
 
 
-_ANSWER_CHARACTERS = 24
-_QUESTION_CHARACTERS = 34
-
-
 class DemoReport:
-    """Prints a demo as it goes."""
+    """Prints what is asked in a demo as it goes."""
 
-    def __init__(self, common: Common, config: Config, out: Path, *, num_questions: int) -> None:
+    def __init__(self, common: Common, config: Config, *, num_questions: int) -> None:
         self._screen = Screen(common.verbosity)
         self._verbosity = common.verbosity
         self._config = config
-        self._out = out
         self._num_questions = num_questions
-        self._gate_version = ""
 
     def opening(self, url: str, gate_version: str) -> None:
         """Print what is served and what to expect of it."""
-        self._gate_version = gate_version
         self._print(f"dmoa: ready at {url} (pool {self._config.name}, gate {gate_version})")
-        for note in self._notes():
+        if note := untrained_note(gate_version):
             self._print(note)
-
-    def _notes(self) -> list[str]:
-        notes = [untrained_note(self._gate_version)]
         is_small = any(llm.model == "embedded:smollm2-135m" for llm in self._config.llms.values())
         if is_small and not any(agent.adapter for agent in self._config.agents):
-            notes.append(
+            self._print(
                 "agents that differ by role prompt alone hardly differ on a 135M model: this shows the machinery, not its worth"
             )
-        return [note for note in notes if note]
 
     def query(self, number: int, outcome: DemoOutcome) -> None:
         """Print a finished query: its steps, its answer, and whether that is right."""
@@ -80,78 +67,19 @@ class DemoReport:
         for step in outcome.asked.dmoa.steps:
             self._screen.step(step)
         self._screen.answer(outcome.asked, has_note=False)
-        self._print(f"expected {outcome.question.expected}: {_verdict(outcome)}")
+        self._print(f"expected {outcome.question.expected}: {'right' if outcome.is_right else 'wrong'}")
 
     def closing(self, outcomes: Sequence[DemoOutcome], wall_s: float) -> None:
-        """Print the closing table with totals; `wall_s` is how long all queries took together."""
-        table = Table(box=None, pad_edge=False)
-        for name in ("#", "question", "answer", "right", "steps", "agents", "tokens", "seconds", "stopped by"):
-            is_text = name in ("question", "answer", "right", "stopped by")
-            is_long = name in ("question", "answer")
-            table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_long)
-        for number, outcome in enumerate(outcomes, 1):
-            table.add_row(str(number), *_row(outcome))
-        table.add_row("", "in all", "", *_totals(outcomes, wall_s), style="bold")
-        self._print("")
-        self._screen.out.print(table)
-        self._print("agents: mean number of active agents of a step; queries ran side by side, so their seconds overlap")
-        for note in self._notes():
-            self._print(note)
-
-    def replayed(self, results: Sequence[Replay], command: str) -> bool:
-        """Print where the traces lie and what their replay said; return whether all decisions were repeated."""
-        different = [result.trace_id for result in results if result.differences]
-        count = sum(len(result.decisions) for result in results)
-        self._print(f"traces of {len(results)} queries in {self._out}; replay them with:\n  {command}")
-        if different:
-            self._print(f"replayed here: {len(different)} of {len(results)} traces differ: {', '.join(different)}")
-        else:
-            self._print(f"replayed here: all {count} routing decisions identical")
-        return not different
+        """Print how many were right and what all took; `wall_s` is how long all queries took together."""
+        answered = [outcome.asked.dmoa for outcome in outcomes if outcome.asked is not None]
+        active = [step.k for reply in answered for step in reply.steps]
+        right = f"right: {sum(outcome.is_right for outcome in outcomes)} of {len(outcomes)}"
+        width = f", {fmean(active):.1f} agents a step" if active else ""
+        tokens = sum(map(num_tokens, answered))
+        self._print(f"\n{right}; {len(active)} steps{width}, {tokens} tokens, {wall_s:.1f} s side by side")
 
     def _print(self, text: str) -> None:
         self._screen.out.print(Text(printable(text)), soft_wrap=True)
-
-
-def _verdict(outcome: DemoOutcome) -> str:
-    return "right" if outcome.is_right else "wrong"
-
-
-def _row(outcome: DemoOutcome) -> list[str]:
-    question = _cut(outcome.question.text, _QUESTION_CHARACTERS)
-    asked = outcome.asked
-    if asked is None:
-        return [question, "failed", _verdict(outcome)]
-    text = extract_answer(asked.text) or asked.text
-    steps = asked.dmoa.steps
-    return [
-        question,
-        _cut(text, _ANSWER_CHARACTERS),
-        _verdict(outcome),
-        str(len(steps)),
-        f"{fmean(step.k for step in steps):.1f}",
-        str(num_tokens(asked.dmoa)),
-        f"{asked.wall_s:.1f}",
-        asked.dmoa.stop_reason,
-    ]
-
-
-def _totals(outcomes: Sequence[DemoOutcome], wall_s: float) -> list[str]:
-    answered = [outcome.asked for outcome in outcomes if outcome.asked is not None]
-    steps = [step for asked in answered for step in asked.dmoa.steps]
-    return [
-        f"{sum(outcome.is_right for outcome in outcomes)} of {len(outcomes)}",
-        str(len(steps)),
-        f"{fmean(step.k for step in steps):.1f}" if steps else "",
-        str(sum(num_tokens(asked.dmoa) for asked in answered)),
-        f"{wall_s:.1f}",
-        "",
-    ]
-
-
-def _cut(text: str, length: int) -> str:
-    flat = " ".join(printable(text).split())
-    return flat if len(flat) <= length else flat[: length - 3] + "..."
 
 
 DEMO_SUITES = ("arith", "words", "calendar")
@@ -245,24 +173,29 @@ async def _ask(
     return outcome
 
 
-def replay_demo(common: Common, config: Config, report: DemoReport, out: Path, outcomes: list[DemoOutcome]) -> bool:
+def replay_demo(common: Common, config: Config, out: Path, outcomes: list[DemoOutcome]) -> bool:
     """Keep the traces, route them again, and tell how to do the same; return whether every decision was repeated."""
     from dmoa.cli.run import replay_traces
     from dmoa.trace import read_traces, write_traces
 
-    for number, outcome in enumerate(outcomes, 1):
-        if outcome.asked is not None and outcome.asked.trace is not None:
-            write_traces(out / f"query-{number:02d}.jsonl", [outcome.asked.trace])
-    path = write_traces(
-        out / "traces.jsonl", [o.asked.trace for o in outcomes if o.asked is not None and o.asked.trace is not None]
-    )
-    results = replay_traces(config, read_traces(path))
-    command = ["dmoa", "run", "--replay", str(path)]
-    if common.config is not None:
-        command += ["--config", str(common.config)]
-    for override in common.overrides:
-        command += ["--set", override]
-    return report.replayed(results, shlex.join(command))
+    traces = [
+        (number, o.asked.trace) for number, o in enumerate(outcomes, 1) if o.asked is not None and o.asked.trace is not None
+    ]
+    for number, trace in traces:
+        write_traces(out / f"query-{number:02d}.jsonl", [trace])
+    path = write_traces(out / "traces.jsonl", [trace for _, trace in traces])
+    typer.echo(f"traces of {len(traces)} queries in {out}; replay them with:")
+    typer.echo(f"  {_command('run', common, replay=path)}")
+    return all(not result.differences for result in replay_traces(config, read_traces(path)))
+
+
+def _command(name: str, common: Common, **options: Any) -> str:
+    """Return the command that does the same by hand, on the same pool."""
+    words = ["dmoa", *name.split()]
+    words += ["--config", str(common.config)] if common.config else []
+    words += [part for override in common.overrides for part in ("--set", override)]
+    words += [part for option, value in options.items() for part in (f"--{option.replace('_', '-')}", str(value))]
+    return shlex.join(words)
 
 
 LEARNING_SEED = 1
@@ -295,33 +228,18 @@ def learn(common: Common, config: Config, out: Path, app: str, queries: int) -> 
     from dmoa.workflows.train import ranking_warning, run_train
 
     rollouts, gate = out / "rollouts", out / "gate"
-    pool = ["--config", str(common.config)] if common.config else []
-    pool += [part for override in common.overrides for part in ("--set", override)]
-    collect = [
-        "dmoa",
-        "rollouts",
-        *pool,
-        "--benchmarks",
-        ",".join(DEMO_SUITES),
-        "--limit",
-        str(queries),
-        "--seed",
-        str(LEARNING_SEED),
-    ]
-    collect += ["--out", str(rollouts)]
-    train = ["dmoa", "train", *pool, "--rollouts", str(rollouts), "--out", str(gate)]
-    commands = [shlex.join(command) for command in (collect, train)]
+    sources = {"benchmarks": ",".join(DEMO_SUITES), "limit": queries, "seed": LEARNING_SEED, "out": rollouts}
+    training = {"rollouts": rollouts, "out": gate}
+    collecting, learning = _command("rollouts", common, **sources), _command("train", common, **training)
     common.say(f"3 of 6: {queries} generated queries, without labels, asked of every agent: can entropy route this pool?")
-    options = {"benchmarks": ",".join(DEMO_SUITES), "limit": queries, "seed": LEARNING_SEED, "out": rollouts, "track": "none"}
-    run_rollouts(rollout_options({**options, "call_cache": out / "calls"}), config, common, commands[0])
+    run_rollouts(rollout_options({**sources, "track": "none", "call_cache": out / "calls"}), config, common, collecting)
     probe = probe_rollouts(rollouts, config)
     if common.verbosity >= 0:
         print_probe(probe, config)
     common.say("4 of 6: training the gate on Ray Train, by predictive entropy alone")
-    result = run_train(train_options({"rollouts": rollouts, "out": gate}), config, common, commands[1])
+    result = run_train(train_options(training), config, common, learning)
     change = RouterAdmin(app).install(checkpoint_files(result.checkpoint), "dmoa demo")
     common.say(f"installed in the running swarm: {change['previous']} -> {change['version']}")
-    probing = shlex.join(["dmoa", "probe", *pool, "--rollouts", str(rollouts)])
     install = shlex.join(["dmoa", "router", "install", str(gate / "checkpoint")])
     return Learned(
         probe=probe,
@@ -329,7 +247,7 @@ def learn(common: Common, config: Config, out: Path, app: str, queries: int) -> 
         version=result.record.version,
         training=result.report.model_dump(mode="json"),
         warnings=(*result.report.silent, *ranking_warning(result.report)),
-        commands=[commands[0], probing, commands[1], install],
+        commands=[collecting, _command("probe", common, rollouts=rollouts), learning, install],
     )
 
 
@@ -362,10 +280,6 @@ class Compared:
         """Whether it ran on any suite."""
         return len(self.not_run) < len(self.by_suite)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as plain values."""
-        return asdict(self)
-
 
 def compare_methods(common: Common, config: Config, out: Path, checkpoint: Path, held_out: int) -> list[Compared]:
     """Evaluate everything on held-out rows, add the oracle, and return the methods of the closing table.
@@ -388,9 +302,7 @@ def compare_methods(common: Common, config: Config, out: Path, checkpoint: Path,
         "out": out / "evaluation",
         "call_cache": out / "calls",
     }
-    given = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    options = parse_evaluate_options(values)
-    run_evaluation(options, config, common, shlex.join(["dmoa", "evaluate", *given]), shows_result=False)
+    run_evaluation(parse_evaluate_options(values), config, common, _command("evaluate", common, **values), shows_result=False)
     folder = RunFolder((out / "evaluation").absolute())
     add_oracle(folder, DEMO_SUITES, config.agent_names)
     found = summarise(finish_run(folder), config.agent_names)
@@ -490,7 +402,6 @@ def _figures(method: Compared) -> list[str]:
 
 def print_comparison(methods: Sequence[Compared], config: Config, probe: ProbeReport) -> None:
     """Print the closing table."""
-    from rich.table import Table
 
     from dmoa.workflows.console import stdout_console
 
@@ -577,7 +488,7 @@ class Told:
             "after": [outcome.to_json() for outcome in self.after],
             "probe": self.learned.probe.model_dump(mode="json"),
             "training": self.learned.training,
-            "comparison": [row.to_json() for row in self.comparison],
+            "comparison": [asdict(row) for row in self.comparison],
         }
 
 
@@ -627,13 +538,12 @@ def ask_and_replay(
     common: Common, config: Config, url: str, gate_version: str, questions: list[DemoQuestion], out: Path
 ) -> tuple[list[DemoOutcome], bool]:
     """Ask the questions over HTTP, show their routing, and route the traces again; returns whether that was the same."""
-
-    report = DemoReport(common, config, out, num_questions=len(questions))
+    report = DemoReport(common, config, num_questions=len(questions))
     report.opening(url, gate_version)
     asked_at = time.monotonic()
     outcomes = asyncio.run(ask_all(url, questions, report))
     report.closing(outcomes, time.monotonic() - asked_at)
-    return outcomes, replay_demo(common, config, report, out, outcomes)
+    return outcomes, replay_demo(common, config, out, outcomes)
 
 
 def _closing(common: Common, learned: Learned, out: Path, seconds: float) -> None:

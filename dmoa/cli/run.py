@@ -115,13 +115,9 @@ async def _ask_once(backend: Backend, question: str, wish: AskOptions, common: C
 
 def _replay(common: Common, path: Path, checkpoint: Path | None) -> None:
     from dmoa.trace import read_traces
-    from dmoa.workflows.console import Screen
 
     traces = read_traces(path)
-    config = common.load(checkpoint)
-    results = replay_traces(config, traces)
-    screen = Screen(common.verbosity)
-    _show_replay(screen, traces, results)
+    results = replay_traces(common.load(checkpoint), traces)
     is_identical = all(not result.differences for result in results)
     rows = [
         {
@@ -138,16 +134,21 @@ def _replay(common: Common, path: Path, checkpoint: Path | None) -> None:
 
 
 def replay_traces(config: Config, traces: Sequence[Trace]) -> list[Replay]:
-    """Route traces again with a pool's gate, all of them in the same batches. Raises TraceError, CheckpointError."""
+    """Route traces again with a pool's gate, all of them in the same batches, and print what came of it.
+
+    Raises TraceError, CheckpointError.
+    """
     from dmoa.agents.pool import build_pool_gate, check_files
     from dmoa.replay import replay_routing
 
     check_files(config)
     gate, record = build_pool_gate(config)
-    return replay_routing(traces, gate, record.version)
+    results = replay_routing(traces, gate, record.version)
+    _show_replay(traces, results)
+    return results
 
 
-def _show_replay(screen: Screen, traces: Sequence[Trace], results: Sequence[Replay]) -> None:
+def _show_replay(traces: Sequence[Trace], results: Sequence[Replay]) -> None:
     from dmoa.workflows.console import printable, untrained_note
 
     for trace, result in zip(traces, results, strict=True):

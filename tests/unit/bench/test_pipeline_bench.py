@@ -11,9 +11,10 @@ import pytest
 
 from dmoa.bench.throughput import (
     BAR,
-    PipelineRound,
     RecordedCall,
     RecordingEngine,
+    Round,
+    Window,
     graph_of,
     pipeline_results,
     read_calls,
@@ -168,16 +169,25 @@ def test_a_window_runs_from_the_first_call_to_the_last_token() -> None:
     assert window.under_way == (2.0 + 8.0 + 2.0) / 8.0
 
 
+def one_round(ours: float, replay: float, fill: float, flat: float | None = None) -> Round:
+    """One round: tokens per second of the arms, and the pipeline's calls under way beside one of the replay's."""
+    made, bare, listed = (
+        Window(tokens=round(10 * speed), seconds=10.0, under_way=calls)
+        for speed, calls in ((ours, fill), (replay, 1.0), (flat or 0, 1.0))
+    )
+    return Round(ours=made, replay=bare, flat=None if flat is None else listed)
+
+
 def test_p5_is_the_lowest_of_the_medians_of_ratios_taken_round_by_round() -> None:
     figures = {
         8: [
-            PipelineRound(pipeline=95.0, replay=100.0, fill=0.9),
-            PipelineRound(pipeline=190.0, replay=200.0, fill=1.0),
-            PipelineRound(pipeline=50.0, replay=100.0, fill=0.98),
+            one_round(95.0, 100.0, 0.9),
+            one_round(190.0, 200.0, 1.0),
+            one_round(50.0, 100.0, 0.98),
         ],
         16: [
-            PipelineRound(pipeline=80.0, replay=100.0, fill=1.0, flat=120.0),
-            PipelineRound(pipeline=40.0, replay=50.0, fill=1.0, flat=60.0),
+            one_round(80.0, 100.0, 1.0, 120.0),
+            one_round(40.0, 50.0, 1.0, 60.0),
         ],
     }
     results = {result.id: result for result in pipeline_results(figures, engine="e")}
@@ -191,12 +201,10 @@ def test_p5_is_the_lowest_of_the_medians_of_ratios_taken_round_by_round() -> Non
 
 
 def test_p5_passes_at_the_bar() -> None:
-    (first, *_) = pipeline_results({8: [PipelineRound(pipeline=BAR * 64, replay=64.0, fill=1.0)]}, engine="e")
+    (first, *_) = pipeline_results({8: [one_round(BAR * 64, 64.0, 1.0)]}, engine="e")
     assert (first.id, first.passed) == ("P5", True)
 
 
 def test_an_engine_with_a_place_for_every_call_is_reported_and_not_judged() -> None:
-    found = wide_result(
-        [PipelineRound(pipeline=40.0, replay=80.0, fill=1.0), PipelineRound(pipeline=60.0, replay=80.0, fill=1.0)], engine="e"
-    )
+    found = wide_result([one_round(40.0, 80.0, 1.0), one_round(60.0, 80.0, 1.0)], engine="e")
     assert (found.id, found.value, found.bar, found.passed, found.rounds) == ("P5.wide", 0.625, "", None, 2)

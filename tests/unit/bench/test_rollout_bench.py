@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dmoa.bench.throughput import BAR, MODES, RolloutRound, Window, rollout_results
+from dmoa.bench.throughput import BAR, MODES, Round, Window, rollout_results
 
 
-def arms(rollouts: tuple[int, float], replay: tuple[int, float]) -> RolloutRound:
+def arms(rollouts: tuple[int, float], replay: tuple[int, float]) -> Round:
     """One round: tokens in 10 seconds and calls under way, of each arm."""
     made, bare = (Window(tokens=tokens, seconds=10.0, under_way=under_way) for tokens, under_way in (rollouts, replay))
-    return RolloutRound(rollouts=made, replay=bare)
+    return Round(ours=made, replay=bare)
 
 
 def test_p13_is_the_lower_of_the_medians_of_ratios_taken_round_by_round() -> None:

@@ -60,20 +60,20 @@ def common(pool: Path) -> Common:
     return Common(config=pool, overrides=("gate.seed=0",))
 
 
-def demo(common: Common, url: str, out: Path, questions: list[DemoQuestion]) -> tuple[list[DemoOutcome], DemoReport, bool]:
+def demo(common: Common, url: str, out: Path, questions: list[DemoQuestion]) -> tuple[list[DemoOutcome], bool]:
     config = common.load()
-    report = DemoReport(common, config, out, num_questions=len(questions))
+    report = DemoReport(common, config, num_questions=len(questions))
     report.opening(url, "untrained-0")
     outcomes = asyncio.run(ask_all(url, questions, report))
     report.closing(outcomes, 1.5)
-    return outcomes, report, replay_demo(common, config, report, out, outcomes)
+    return outcomes, replay_demo(common, config, out, outcomes)
 
 
 def test_a_demo_from_questions_to_replay(
     common: Common, url: str, tmp_path: Path, dmoa: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions = [question("What is 12 + 7?", "19"), question("What is 12 + 8?", "20")]
-    outcomes, _, is_identical = demo(common, url, tmp_path / "out", questions)
+    outcomes, is_identical = demo(common, url, tmp_path / "out", questions)
     shown = capsys.readouterr()
     assert all(outcome.asked for outcome in outcomes)
     for outcome in outcomes:
@@ -85,7 +85,7 @@ def test_a_demo_from_questions_to_replay(
     assert (shown.out + shown.err).lower().count("step 1 ") == 2, "each step is printed once"
     assert "gate untrained-0: routing is arbitrary until it is trained" in shown.out
     assert is_identical
-    assert "routing decisions identical" in shown.out
+    assert "replayed 2 traces together: identical" in shown.out
 
     command = next(line for line in shown.out.splitlines() if "--replay" in line).split()
     assert dmoa(*command[1:]).exit_code == 0, "the command that the demo prints works as it stands"
@@ -100,7 +100,7 @@ def test_a_demo_from_questions_to_replay(
 def test_a_demo_with_tampered_routing_says_so(
     common: Common, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcomes, report, _ = demo(common, url, tmp_path, [question("Why?", "1")])
+    outcomes, _ = demo(common, url, tmp_path, [question("Why?", "1")])
     asked = outcomes[0].asked
     assert asked is not None
     assert asked.trace is not None
@@ -109,14 +109,14 @@ def test_a_demo_with_tampered_routing_says_so(
     trace = asked.trace.model_copy(update={"routes": [changed, *asked.trace.routes[1:]]})
     other = [DemoOutcome(question=outcomes[0].question, asked=replace(asked, trace=trace))]
     capsys.readouterr()
-    assert not replay_demo(common, common.load(), report, tmp_path, other)
+    assert not replay_demo(common, common.load(), tmp_path, other)
     assert "1 of 1 traces differ" in capsys.readouterr().out
 
 
 def test_a_query_that_fails_is_reported_and_the_others_go_on(
     common: Common, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = DemoReport(common, load(common.config or ""), tmp_path, num_questions=1)
+    report = DemoReport(common, load(common.config or ""), num_questions=1)
     (outcome,) = asyncio.run(ask_all("http://127.0.0.1:9", [question("What is 12 + 7?", "19")], report))
     report.closing([outcome], 0.1)
     assert outcome.asked is None

@@ -20,22 +20,17 @@ from dmoa.evaluation.records import Task
 from dmoa.training.cluster_router import KMeansRouter
 from dmoa.types import AgentReply
 
-JOBS = Path(__file__).parents[3] / "jobs"
+FOLDER = Path(__file__).parents[3] / "jobs" / "study"
 AGENTS = ("base", "arith-carry", "arith-plain", "arith-both", "words", "calendar", "generalist")
 SUITES = ("arith", "words", "calendar", "shared")
 ROWS = 80
 
 
-def job(name: str) -> Any:
-    """A module that lies among the jobs and not in the package."""
-    if str(JOBS) not in sys.path:
-        sys.path.append(str(JOBS))
-    return importlib.import_module(name)
-
-
-def endpoints() -> Any:
-    """The endpoints."""
-    return job("study_endpoints")
+def study() -> Any:
+    """The study, which lies among the jobs and not in the package."""
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
+    return importlib.import_module("study")
 
 
 def matrix(suite: str, agents: tuple[str, ...] = AGENTS) -> AnswerMatrix:
@@ -104,24 +99,24 @@ def material(gate: Gate, agents: tuple[str, ...] = AGENTS) -> Any:
         for first in ("arith-both", "words", "calendar")
     ]
     clusters = [KMeansRouter(centres_CD=centres, ranking_CA=np.array(order))] * 2
-    return endpoints().Material(
+    return study().Material(
         validation=found, test=found, embedding={suite: embedding(suite) for suite in SUITES}, gates=[gate] * 2, clusters=clusters
     )
 
 
 def test_home() -> None:
-    found = endpoints().home(material(knowing_gate()))
+    found = study().home(material(knowing_gate()))
     assert (found["home_share"], found["accuracy"], found["passed"]) == (1.0, 1.0, True)
     assert found["oracle_agents"] == {"arith": "arith-both", "words": "words", "calendar": "calendar"}
     assert found["oracle_accuracy"] == pytest.approx((0.75 + 1 + 1) / 3)
     assert found["kmeans_accuracy"] == pytest.approx((0.75 + 1 + 1) / 3)
     assert found["best_specialist_accuracy"] == pytest.approx(1 / 3)
-    lost = endpoints().home(material(blind_gate(AGENTS, 0)))
+    lost = study().home(material(blind_gate(AGENTS, 0)))
     assert (lost["home_share"], lost["passed"]) == (0.0, False)
 
 
 def test_same_surface() -> None:
-    found = endpoints().same_surface(material(knowing_gate()))
+    found = study().same_surface(material(knowing_gate()))
     assert (found["accuracy"], found["kmeans_accuracy"], found["mean_active"], found["passed"]) == (1.0, 0.75, 1.0, True)
     assert found["against_kmeans"]["difference"] == pytest.approx(0.25)
     # A gate that cannot tell them apart, with a cascade: unsure rows ask the next one.
@@ -130,34 +125,34 @@ def test_same_surface() -> None:
         sums.head_bias[2] = 4.9
     cascading = Gate(replace(sums.spec, theta=-2.0, mass=0.6))
     cascading.load_state_dict(sums.state_dict())
-    asked = endpoints().same_surface(material(cascading))
+    asked = study().same_surface(material(cascading))
     assert (asked["accuracy"], asked["gate_alone"], asked["mean_active"]) == (1.0, 0.5, 1.5)
 
 
 def test_several_agents() -> None:
-    found = endpoints().several(material(knowing_gate()))
+    found = study().several(material(knowing_gate()))
     assert (found["best_agent"], found["best_accuracy"]) == ("arith-both", 0.75)
     assert (found["oracle_room"], found["gain"], found["share_of_room"]) == (0.25, 0.25, 1.0)
     assert found["token_share"] == pytest.approx(1 / 3)
     assert found["passed"] is True
-    assert endpoints().several(material(blind_gate(AGENTS, 3)))["passed"] is False
+    assert study().several(material(blind_gate(AGENTS, 3)))["passed"] is False
 
 
 def test_a_liar_may_get_no_rows() -> None:
     agents = (*AGENTS, "liar-constant")
     honest = material(knowing_gate())
-    ignored = endpoints().liar(material(knowing_gate(agents), agents), honest)
+    ignored = study().liar(material(knowing_gate(agents), agents), honest)
     assert (ignored["share"], ignored["passed"]) == (0.0, True)
     # Wilson's upper end for none of the 240 rows that every gate meets: two gates are no 480 independent rows.
     assert ignored["share_high"] == pytest.approx(1.96**2 / (240 + 1.96**2), rel=1e-3)
     assert ignored["share_high_by_bootstrap"] == ignored["asked_share"] == 0.0
-    believed = endpoints().liar(material(blind_gate(agents, 7), agents), honest)
+    believed = study().liar(material(blind_gate(agents, 7), agents), honest)
     assert (believed["share"], believed["passed"]) == (1.0, False)
 
 
 def test_controls() -> None:
     even, favourite = material(blind_gate(AGENTS, None)), material(blind_gate(AGENTS, 2))
-    found = endpoints().controls(even, favourite)
+    found = study().controls(even, favourite)
     assert found["across_favourite"] == 1.0
     assert found["within_shares"]["base"] == 1.0, "ties go to the pool's first"
     assert found["passed"] is False

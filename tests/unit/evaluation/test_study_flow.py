@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +17,12 @@ from dmoa.evaluation.answer_matrix import AnswerMatrix, RouterChoice, replay_cho
 from dmoa.evaluation.records import Task
 from dmoa.types import AgentReply
 from dmoa.workflows.console import Common
-from tests.unit.evaluation.test_study_endpoints import job
+from tests.unit.evaluation.test_study_endpoints import study
 from tests.unit.training.gate_rollouts import DIM, row, write_rollouts
 
 SUITES, SURFACES = ("arith", "words", "calendar", "shared"), ("arith", "words", "calendar")
 ROWS, SEEDS = 32, 2
+TRAIN = {"score": "anchored", "epochs": 8, "patience": 8, "discount_constant": True}
 CENTRES = np.random.default_rng(0).standard_normal((3, DIM)) / np.sqrt(DIM)
 
 
@@ -42,7 +42,7 @@ def embedding(suite: str, number: int) -> np.ndarray[Any, Any]:
 
 
 def matrix(suite: str) -> AnswerMatrix:
-    agents, surface = job("study_settings").everyone().agent_names, "arith" if suite == "shared" else suite
+    agents, surface = study().everyone().agent_names, "arith" if suite == "shared" else suite
     replies = []
     for number in range(ROWS):
         cells = [(name, *reply_of(name, surface, number)) for name in agents]
@@ -71,7 +71,7 @@ def matrix(suite: str) -> AnswerMatrix:
 
 def write_seed(settings: Any, name: str, seed: int) -> None:
     """Rollouts of 24 queries and their labels, as collected and settled."""
-    config = job("study_settings").pool(name)
+    config = study().pool(name)
     rows, labels = [], []
     for number in range(24):
         suite, query = SURFACES[number % 3], f"{SURFACES[number % 3]}/gate/{100 * seed + number}"
@@ -99,102 +99,39 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("study")
-    found = job("study_settings").Study(out=out, seeds=SEEDS, shuffles=2, common=Common(verbosity=-1))
+    found = study().Study(out=out, seeds=SEEDS, shuffles=2, train=TRAIN, common=Common(verbosity=-1))
     for name in ("specialists", "specialists-liar-constant", "specialists-liar-wrong"):
         for seed in range(SEEDS):
             write_seed(found, name, seed)
     return found
 
 
-def test_from_rollouts_to_endpoints(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = job("study_gate")
-    monkeypatch.setattr(study, "EPOCHS", (1, 8))
-    monkeypatch.setattr(study, "ALPHAS", ((0.1, 0.5), (0.5, 0.1)))
+def test_from_rollouts_to_endpoints(settings: Any) -> None:
     part = {suite: matrix(suite) for suite in SUITES}
-    found = {"validation": part, "test": part}
     rows = {suite: np.stack([embedding("arith" if suite == "shared" else suite, n) for n in range(ROWS)]) for suite in SUITES}
-    chosen, tried = study._tune(settings, found, rows)
-    assert chosen["patience"] == chosen["epochs"] == 8
-    assert tried["constant_agents"] == ["liar-constant"]
-    assert chosen["score"] == min(("raw", "anchored"), key=tried["sent_to_constant_agents"].get)
-    assert [(size["alpha"], size["theta_alpha"]) for size in tried["sizes"]] == [(0.1, 0.5), (0.5, 0.1)]
-    endpoints = study._endpoints(settings, chosen, found, rows)
-    assert list(endpoints) == ["1 home", "2 shared", "4 several", "5 liar", "6 controls"]
-    assert endpoints["1 home"]["home_share"] == endpoints["1 home"]["intervals"]["home_share"]["value"] > 0.9
-    assert endpoints["5 liar"]["sure_and_wrong"] == {"liar-wrong": ["calendar"]}
-    assert endpoints["5 liar"]["wrong_answers"]["share"] > 0.3, "it is believed on calendar"
-    assert endpoints["5 liar"]["asked_share"] >= endpoints["5 liar"]["share"]
-    controls = endpoints["6 controls"]
+    found = study().judge_matrices(settings, part, part, rows)
+    assert list(found) == ["1 home", "2 shared", "4 several", "5 liar", "6 controls"]
+    assert found["1 home"]["home_share"] == found["1 home"]["intervals"]["home_share"]["value"] > 0.9
+    assert all(1 <= found[name]["mean_active"] <= 3 for name in ("2 shared", "4 several"))
+    liar = found["5 liar"]
+    assert (liar["share"], liar["asked_share"]) == (0.0, 0.0)
+    assert liar["accuracy"] == pytest.approx(liar["accuracy_without"], abs=0.05)
+    assert liar["sure_and_wrong"] == {"liar-wrong": ["calendar"]}
+    assert liar["wrong_answers"]["share"] > 0.3, "it is believed on calendar"
+    assert liar["wrong_answers"]["asked_share"] >= liar["wrong_answers"]["share"]
+    controls = found["6 controls"]
     assert (controls["within_gates"], controls["across_gates"], controls["score"]) == (2 * SEEDS, SEEDS, "raw")
+    (own,) = (settings.out / "gates" / "specialists" / "main-0").glob("*/default")
+    assert own.parent.name == "discount_constant-True_epochs-8_patience-8_score-anchored_shuffle-0"
     # Every dealing out is another one, of its own gate; anchored gates of the control are never made.
     kept = sorted(path.parent.name for path in (settings.out / "gates" / "specialists").glob("main-0/*/shuffled-within"))
     assert len(kept) == 2
     assert all("score-raw" in name for name in kept)
     assert [("shuffle-1" in name) for name in kept].count(True) == 1
-    upper = study._upper_bound(settings, {**chosen, "score": "anchored"}, found, rows)
-    assert upper["home_share"] > 0.9
-    assert list((settings.out / "gates" / "specialists" / "main-0").glob("*score-raw*/labelled"))
-    # What came of it is plain JSON, and the same gates are found again.
-    study.write_result(settings, {"endpoints": endpoints, "tried": tried, "upper": upper})
-    assert json.loads((settings.out / "result.json").read_text())["tried"]["constant_agents"] == ["liar-constant"]
-    assert (
-        study._spent(settings, chosen, found, rows).items()
-        <= next(size for size in tried["sizes"] if size["alpha"] == chosen["alpha"]).items()
-    )
-
-
-def test_the_second_test_takes_the_first_ones_choice_with_a_price_on_agents(
-    settings: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    second = job("study_second")
-    with pytest.raises(ConfigError, match=r"holds no result; run jobs/study_gate.py to its end first"):
-        second._chosen(replace(settings, out=tmp_path))
-    first = {"score": "raw", "epochs": 8, "patience": 8, "alpha": 0.5, "theta_alpha": 0.1}
-    (settings.out / "result.json").write_text(json.dumps({"chosen": first}))
-    chosen = second._chosen(settings)
-    assert chosen == {"score": "raw", "epochs": 8, "patience": 8, "alpha": "auto", "agent_price": 0.1}
-    asked: list[str] = []
-
-    def answered(*_: Any, **__: Any) -> dict[str, AnswerMatrix]:
-        asked.append("test")
-        assert list((settings.out / "gates" / "specialists" / "main-0").glob("agent_price*")), "gates come before answers"
-        return {suite: matrix(suite).only(job("study_settings").pool("specialists").agent_names) for suite in second.SUITES}
-
-    monkeypatch.setattr(second, "answered", answered)
-    monkeypatch.setattr(second, "matrices", lambda *_: {suite: matrix(suite) for suite in SUITES})
-    rows = {suite: np.stack([embedding("arith", n) for n in range(ROWS)]) for suite in second.SUITES}
-    monkeypatch.setattr(second, "embeddings", lambda *_: rows)
-    found = second._run(settings, chosen)
-    assert asked == ["test"]
-    assert list(found["endpoints"]) == ["2 shared", "4 several"]
-    assert all(1 <= endpoint["mean_active"] <= 3 for endpoint in found["endpoints"].values())
-    assert len(found["points"]) == SEEDS
-    assert json.dumps(job("study_settings").plain(found))
-
-
-def test_the_third_test_holds_the_discount_against_gates_without_it(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    third, agents = job("study_third"), job("study_settings").pool("specialists-liar-constant").agent_names
-
-    def answered(*_: Any, rows: int, seed: int) -> dict[str, AnswerMatrix]:
-        assert (rows, seed) == (300, 9)
-        trained = settings.out / "gates" / "specialists-liar-constant" / "main-0"
-        assert len(list(trained.glob("*discount_constant-*"))) == 2, "gates come before answers"
-        return {suite: matrix(suite).only(agents) for suite in third.SINGLE}
-
-    monkeypatch.setattr(third, "answered", answered)
-    rows = {suite: np.stack([embedding(suite, n) for n in range(ROWS)]) for suite in third.SINGLE}
-    monkeypatch.setattr(third, "embeddings", lambda *_: rows)
-    found = third._run(settings)
-    judged = found["endpoints"]["5 liar"]
-    assert (judged["share"], judged["asked_share"]) == (0.0, 0.0)
-    assert judged["accuracy"] == pytest.approx(judged["accuracy_without"], abs=0.05)
-    assert judged.keys() == found["kept"].keys()
-    assert found["settings"]["discount_constant"] is True
-    assert json.dumps(job("study_settings").plain(found))
 
 
 def test_a_folder_keeps_its_settings(tmp_path: Path) -> None:
-    module = job("study_settings")
+    module = study()
     begun = module.Study(out=tmp_path, common=Common())
     module.check_same(begun)
     module.check_same(replace(begun, workers=7, common=Common(verbosity=1)))
@@ -207,16 +144,6 @@ def test_a_folder_keeps_its_settings(tmp_path: Path) -> None:
         module.check_same(begun)
 
 
-def test_results_are_plain() -> None:
-    found = job("study_settings").plain({1: (np.float64("nan"), np.bool_(True)), "a": [np.int64(3), math.inf, 0.5, None]})
-    assert json.dumps(found) == '{"1": [null, true], "a": [3, null, 0.5, null]}'
-
-
-def test_nobody_is_no_agent() -> None:
-    doubt = job("study_gate").winners_doubt(matrix("arith").only(("words", "arith-carry")), np.array([1, -1, *[0] * (ROWS - 2)]))
-    np.testing.assert_allclose(doubt[:3], np.log([0.05 + 1e-3, 20 + 1e-3, 1.2 + 1e-3]))
-
-
 def test_whom_a_cascade_asked() -> None:
     choices = [RouterChoice(ranking=(2, 0, 1), k=1), RouterChoice(ranking=(2, 0, 1), k=1, theta=-9.0, limit=2)]
     found = replay_choices(matrix("arith").rows([0, 1]).only(("base", "words", "arith-plain")), choices)
@@ -224,19 +151,19 @@ def test_whom_a_cascade_asked() -> None:
 
 
 def test_clusters_count_cut_replies_as_unsure(settings: Any, tmp_path: Path) -> None:
-    config, rows = job("study_settings").pool("specialists"), []
+    config, rows = study().pool("specialists"), []
     for number in range(16):
         context = np.concatenate([embedding("words", number), np.zeros(DIM)])
         for agent in config.agent_names:
             nats = {"words": 0.02, "calendar": 0.1}.get(agent, 1.0)
             rows.append(row(f"q{number}", 0, agent, nats, context, finish_reason="length" if agent == "words" else "stop"))
-    router = job("study_gates").clusters(write_rollouts(tmp_path / "r", rows, config), "specialists", 0)
+    router = study().clusters(write_rollouts(tmp_path / "r", rows, config), "specialists", 0)
     ranked = [config.agent_names[index] for index in router.rank(embedding("words", 99)[None])[0]]
     assert (ranked[0], ranked[-1]) == ("calendar", "words")
 
 
 def test_chain_at_the_floor_is_not_informative() -> None:
-    judge = job("study_memory").judge_chain
+    judge = study().judge_chain
     floor_GR = np.zeros((2, 200))
     found = judge(floor_GR, floor_GR)
     assert (found["passed"], found["informative"]) == (True, False)
@@ -252,7 +179,7 @@ def test_chain_at_the_floor_is_not_informative() -> None:
 
 
 def test_relay_needs_both_shares() -> None:
-    judge = job("study_memory").judge_relay
+    judge = study().judge_relay
     third_GR = np.arange(600)[None].repeat(2, axis=0) % 3 == 0
     found = judge(np.ones((2, 600), dtype=bool), third_GR)
     assert (found["kept"], found["cards"], found["passed"]) == (1.0, 600, True)

@@ -1,0 +1,728 @@
+"""The preregistered study of the gate: answers every row with every agent, trains gates without labels, judges six endpoints.
+
+    python jobs/study/study.py --config jobs/study/study.yaml --json out/study.json
+
+README.md of this folder says what each endpoint means. Hours on two cores, nearly all of them for the answer matrices; stopped,
+the same command goes on. Shape letters: S specialist sets (one here), G gate seeds, R rows, A agents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dmoa import checkpoint
+from dmoa.agents.pool import build_encoder, fingerprint, load_pool
+from dmoa.checkpoint import Checkpoint
+from dmoa.cli.jobs import read_job, run_job
+from dmoa.config import Config
+from dmoa.core.gate import Gate
+from dmoa.errors import ConfigError, DmoaError
+from dmoa.evaluation.answer_matrix import (
+    AnswerMatrix,
+    Replayed,
+    gate_choices,
+    matrix_policies,
+    one_agent,
+    ranked,
+    read_matrix,
+    replay_choices,
+    row_oracle,
+)
+from dmoa.evaluation.records import Reply, parse_evaluate_options
+from dmoa.evaluation.registry import SUITES
+from dmoa.evaluation.run_folder import RunFolder, write_whole
+from dmoa.evaluation.statistics import Comparison, hierarchical_bootstrap, holm, wilson
+from dmoa.training.ablations import train_ablation
+from dmoa.training.cluster_router import KMeansRouter, fit_rival, sample_of
+from dmoa.training.options import parse_rollout_options
+from dmoa.training.probe import probe_pool
+from dmoa.training.rollouts import Manifest, read_manifest, read_table
+from dmoa.training.trainer import TrainContext
+from dmoa.workflows.collect import read_labels, run_rollouts
+from dmoa.workflows.console import Common, with_common
+from dmoa.workflows.evaluate import opened_ray, run_evaluation
+
+COMMAND = "jobs/study/study.py"
+POOL, CONSTANT, WRONG = "specialists", "specialists-liar-constant", "specialists-liar-wrong"
+SINGLE = ("arith", "words", "calendar")
+MATRIX_SUITES = (*SINGLE, "shared")
+ARITH = ("arith-carry", "arith-plain", "arith-both")
+HOME = {"arith": ARITH, "words": ("words",), "calendar": ("calendar",)}
+LIAR = "liar-constant"
+JUDGED = ("1 home", "2 shared", "3 memory", "4 several", "5 liar")
+"""The family of Holm's correction."""
+MARGIN = 0.02
+"""What may be lost where nothing must be lost (non-inferiority)."""
+MEMORY_EPOCHS = 60
+"""A memory takes more passes than a lookup: fixed beforehand, for both arms alike."""
+CLUSTERS = 8
+"""Of the rival, k-means + surest agent."""
+ROLLOUT_SEED = 100
+"""Seeds of rollouts begin here, far from those of the matrices."""
+SHUFFLE_SEEDS = 100
+"""Training seeds of one gate seed's shuffles lie so far apart."""
+KEPT, RESET = "default", "no-memory"
+ARMS = (KEPT, RESET)
+INFORMATIVE = 0.1
+"""Accuracy above which `chain` can show a loss of two points."""
+VERSION_CHARS = 12
+CONTEXT = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
+Values = np.ndarray[Any, Any]
+Matrices = Mapping[str, AnswerMatrix]
+"""By suite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """Settings of the study, from its YAML file."""
+
+    out: Path
+    seed: int = 7
+    """Of the matrices' rows."""
+    test_rows: int = 1000
+    validation_rows: int = 300
+    seeds: int = 5
+    shuffles: int = 20
+    """Gates per seed that are trained on entropies shuffled within rows."""
+    queries: int = 80
+    relay_queries: int = 60
+    relay_test: int = 300
+    chain_test: int = 500
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `dmoa train` for every gate."""
+    workers: int = 2
+    """Answering actors, each with an engine of its own."""
+    common: Common
+
+    @property
+    def calls(self) -> Path:
+        """Cache of greedy calls: the same question to the same agent is paid for once."""
+        return self.out / "calls"
+
+
+def pool(name: str) -> Config:
+    """Return a packaged pool that answers in one step."""
+    config = load_pool(name)
+    return config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
+
+
+def everyone() -> Config:
+    """Return the pool of all agents, liars included: one matrix serves every pool."""
+    config = pool(POOL)
+    names = {agent.name for agent in config.agents}
+    liars = [agent for other in (CONSTANT, WRONG) for agent in pool(other).agents if agent.name not in names]
+    return config.model_copy(update={"name": "specialists-all", "agents": (*config.agents, *liars)})
+
+
+@with_common
+def study(common: Common) -> None:
+    """Run the study, or go on with it; settings stand in the `job:` section of --config."""
+    settings = open_study(common)
+    started = time.time()
+    with opened_ray(None):
+        result = {**judge(settings), "seconds_of_this_session": time.time() - started}
+    text = json.dumps(result, indent=2, allow_nan=False, default=np.generic.item)
+    write_whole(settings.out / "result.json", text + "\n")
+    common.write_json(json.loads(text))
+    for name, endpoint in result["endpoints"].items():
+        print(f"{name:<14} {'passed' if endpoint['passed'] else 'FAILED'}")
+
+
+def open_study(common: Common) -> Study:
+    """Return the settings of the `job:` section, checked against those that its folder was begun with. Raises ConfigError."""
+    _, values = read_job(common)
+    try:
+        settings = Study(**{**values, "out": Path(values["out"]).absolute()}, common=common)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"job: {error}; allowed: {', '.join(Study.__dataclass_fields__)}; out is needed") from error
+    check_same(settings)
+    return settings
+
+
+def check_same(study: Study) -> None:
+    """Write down what the folder is begun with, or raise ConfigError naming what differs from what it was begun with.
+
+    Fingerprints of pools hold the hash of every adapter's bytes. Gates are found by their options, so `train` may change.
+    """
+    compared = {item.name for item in fields(Study)} - {"common", "workers", "out", "train"}
+    now: dict[str, Any] = {name: getattr(study, name) for name in sorted(compared)}
+    now |= {f"pool {name}": fingerprint(pool(name)) for name in (POOL, CONSTANT, WRONG)}
+    path = study.out / "study.json"
+    if not path.exists():
+        write_whole(path, json.dumps(now, indent=2) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    names = [name for name in now | before if before.get(name) != now.get(name)]
+    different = [f"{name}: begun with {before.get(name)}, now {now.get(name)}" for name in names]
+    if different:
+        raise ConfigError(
+            f"job.out: {'; '.join(different)}; repeat the settings, and the adapters, of {str(path)!r}, or name another folder"
+        )
+
+
+def judge(study: Study) -> dict[str, Any]:
+    """Answer, train and judge, or go on with it; returns the endpoints with what they were computed on."""
+    for name in (POOL, CONSTANT, WRONG):
+        gates(study, name)  # before any test row is answered
+    validation, test = matrices(study, "validation"), matrices(study, "test")
+    endpoints = {**judge_matrices(study, validation, test, embeddings(study, "test", test)), "3 memory": memory(study)}
+    for name, p in zip(JUDGED, holm([endpoints[name]["p"] for name in JUDGED]), strict=True):
+        endpoints[name]["p_holm"] = p
+    return {
+        "train": study.train,
+        "rows": {"test": study.test_rows, "validation": study.validation_rows, "seed": study.seed},
+        "seeds": study.seeds,
+        "blank_replies": {"validation": blank_replies(validation), "test": blank_replies(test)},
+        "endpoints": dict(sorted(endpoints.items())),
+    }
+
+
+def judge_matrices(study: Study, validation: Matrices, test: Matrices, embedded: Mapping[str, Values]) -> dict[str, Any]:
+    """Train the gates on the study's rollouts and return all endpoints but that of memory, which asks agents again.
+
+    `embedded`: by suite, [R, D] of the test rows.
+    """
+
+    def of(name: str, trained: Iterable[Gate]) -> Material:
+        return material(study, name, trained, validation, test, embedded)
+
+    honest = of(POOL, gates(study, POOL))
+    wrong = liar(of(WRONG, gates(study, WRONG)), honest, "liar-wrong")
+    del wrong["passed"]  # damage is reported, without a bar
+    constant, named = liar(of(CONSTANT, gates(study, CONSTANT)), honest), sure_and_wrong(study)
+    is_named = "liar-wrong" in named
+    probed = {"wrong_answers": wrong, "sure_and_wrong": named, "probe_names_liar_wrong": is_named}
+    # Anchors take off what each agent gives on average: with them, one global favourite could not be learned.
+    within = gates(study, POOL, "shuffled-within", study.shuffles, score="raw")
+    across = gates(study, POOL, "shuffled-across", score="raw")
+    return {
+        "1 home": home(honest),
+        "2 shared": same_surface(honest),
+        "4 several": several(honest),
+        "5 liar": {**constant, **probed, "passed": constant["passed"] and is_named},
+        "6 controls": controls(of(POOL, within), of(POOL, across)),
+    }
+
+
+def evaluated(study: Study, out: Path, config: Config, values: Mapping[str, Any]) -> RunFolder:
+    """Run an evaluation, or go on with it; failed rows are run once more, and those that fail again are told."""
+    shared = {"seed": study.seed, "out": out, "call_cache": study.calls, "workers": study.workers, "track": "none"}
+
+    def run(**more: Any) -> int:
+        options = parse_evaluate_options({**shared, **values, **more})
+        return sum(row.failed for row in run_evaluation(options, config, study.common, COMMAND, shows_result=False).rows)
+
+    if (out / "evaluation.json").exists():
+        return RunFolder(out)
+    if run(resume=(out / "run.json").exists()) and (left := run(resume=True, retry_failed=True)):
+        study.common.say(f"{left} rows of {out} failed twice and count as answers of nothing")
+    return RunFolder(out)
+
+
+def matrices(study: Study, split: str) -> dict[str, AnswerMatrix]:
+    """Answer all rows of a split with every agent alone, or go on, and return the matrices by suite."""
+    config = everyone()
+    values = {
+        "benchmarks": MATRIX_SUITES,
+        "policies": matrix_policies(config.agent_names),
+        "split": split,
+        "limit": study.test_rows if split == "test" else study.validation_rows,
+    }
+    folder = evaluated(study, study.out / split, config, values)
+    return {name: read_matrix(folder, name, config.agent_names) for name in MATRIX_SUITES}
+
+
+def blank_replies(found: Matrices) -> dict[str, int]:
+    """Return per agent how many replies hold no text, over all suites."""
+    agents = next(iter(found.values())).agents
+    rows = [row for matrix in found.values() for row in matrix.replies]
+    return {agent: sum(not row[index].text.strip() for row in rows) for index, agent in enumerate(agents)}
+
+
+def embeddings(study: Study, split: str, found: Matrices) -> dict[str, Values]:
+    """Return the embeddings of all rows by suite, computed once."""
+    path = study.out / split / "embeddings.npz"
+    if not path.exists():
+        encoder = build_encoder(pool(POOL))
+        arrays = {
+            name: np.stack(list(asyncio.run(encoder.embed([task.text for task in matrix.tasks]))))
+            for name, matrix in found.items()
+        }
+        with path.with_suffix(".part").open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        path.with_suffix(".part").replace(path)
+    with np.load(path, allow_pickle=False) as stored:
+        return {name: stored[name] for name in found}
+
+
+def rollouts(study: Study, name: str, seed: int, *, suites: Sequence[str] = SINGLE, queries: int | None = None) -> Path:
+    """Collect dense rollouts of a pool, or take those that are there; their labels lie apart."""
+    key = "-".join(suites) if tuple(suites) != SINGLE else "main"
+    out = study.out / "rollouts" / name / f"{key}-{seed}"
+    settled = out / "settled"  # gates are trained on it: nothing may be added any more
+    if not settled.exists():
+        values = {
+            "benchmarks": ",".join(suites),
+            "split": "gate",
+            "limit": queries or study.queries,
+            "seed": ROLLOUT_SEED + seed,
+            "labels": study.out / "labels" / name / f"{key}-{seed}",
+        }
+        collected(study, out, pool(name), values)
+        settled.touch()
+    return out
+
+
+def collected(study: Study, out: Path, config: Config, values: Mapping[str, Any]) -> Manifest:
+    """Collect rollouts, or go on with them; failed queries are asked once more, and those that fail again are told."""
+    shared = {"out": out, "call_cache": study.calls, "workers": study.workers, "track": "none"}
+    options = parse_rollout_options({**shared, **values})
+    manifest = run_rollouts(options, config, study.common, COMMAND)
+    if manifest.counts.failed:
+        try:
+            run_rollouts(options, config, study.common, COMMAND)
+        except DmoaError:
+            # A collection that was ended anew asked all that was left, and all of it failed again.
+            if read_manifest(out).ended_unix_s == manifest.ended_unix_s:
+                raise
+        manifest = read_manifest(out)
+    if manifest.counts.failed:
+        study.common.say(f"{manifest.counts.failed} queries of {out} failed twice and are left out")
+    return manifest
+
+
+def gate(
+    study: Study, seed: int, ablation: str, source: Path, options: Mapping[str, Any], *, name: str = POOL, shuffle: int = 0
+) -> tuple[Path, Gate, Checkpoint]:
+    """Train one gate, or take the one that is there, and return its checkpoint's folder and what it holds.
+
+    `shuffle` counts gates of one seed, each with a dealing out of its own.
+    """
+    key = "_".join(f"{option}-{value}" for option, value in sorted({**options, "shuffle": shuffle}.items()))
+    out = study.out / "gates" / name / source.name / key
+    seeded = {**options, "seed": seed + SHUFFLE_SEEDS * shuffle}
+    folder = train_ablation(ablation, source, out, pool(name), CONTEXT, seeded)
+    return folder, *checkpoint.load(folder)
+
+
+def gates(study: Study, name: str, ablation: str = "default", shuffles: int = 1, **options: Any) -> list[Gate]:
+    """Return the gates of all seeds, `shuffles` of each; `options` over those of the study."""
+    sources = [rollouts(study, name, seed) for seed in range(study.seeds)]
+    return [
+        gate(study, seed, ablation, source, {**study.train, **options}, name=name, shuffle=shuffle)[1]
+        for seed, source in enumerate(sources)
+        for shuffle in range(shuffles)
+    ]
+
+
+def clusters(source: Path, name: str, seed: int) -> KMeansRouter:
+    """Fit k-means + surest agent on rollouts, by the raw scores that a gate is trained on: cut replies are the least sure."""
+    return fit_rival(read_table(source), pool(name).agent_names, "default", num_clusters=CLUSTERS, seed=seed)
+
+
+def material(
+    study: Study, name: str, trained: Iterable[Gate], validation: Matrices, test: Matrices, embedded: Mapping[str, Values]
+) -> Material:
+    """Put together what the endpoints of one configuration on one pool are computed from."""
+    agents = pool(name).agent_names
+    sources = [rollouts(study, name, seed) for seed in range(study.seeds)]
+    return Material(
+        validation={suite: matrix.only(agents) for suite, matrix in validation.items()},
+        test={suite: matrix.only(agents) for suite, matrix in test.items()},
+        embedding=embedded,
+        gates=list(trained),
+        clusters=[clusters(source, name, seed) for seed, source in enumerate(sources)],
+    )
+
+
+def judged(study: Study, name: str, source: Path, table: pa.Table) -> dict[tuple[str, str], float]:
+    """Return the score of every reply of single-step rollouts, by query and agent; opens their labels."""
+    labels = {label.row_id: label for label in read_labels(study.out / "labels" / name / source.name)}
+    return {
+        (row["query_id"], row["agent"]): SUITES[row["source"]].score(labels[row["query_id"]], Reply(text=row["text"])).value
+        for row in table.select(("query_id", "source", "agent", "text")).to_pylist()
+    }
+
+
+def sure_and_wrong(study: Study) -> dict[str, list[str]]:
+    """Return whom `dmoa probe --known-answers` names in the pool with `liar-wrong`, and on which suites.
+
+    The training queries of all seeds are the known rows, each once; nobody is asked anew.
+    """
+    agents, tables = pool(WRONG).agent_names, []
+    values: dict[tuple[str, str], float] = {}
+    for seed in range(study.seeds):
+        source = rollouts(study, WRONG, seed)
+        table = read_table(source)
+        known = {query for query, _ in values}
+        table = table.filter(pa.array([query not in known for query in table["query_id"].to_pylist()]))
+        values |= judged(study, WRONG, source, table)
+        tables.append(table)
+    known_sample = sample_of(pa.concat_tables(tables), agents, "default", values)
+    report = probe_pool(sample_of(tables[0], agents, "default"), known=known_sample)
+    return {finding.agent: finding.sure_and_wrong for finding in report.agents if finding.sure_and_wrong}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What an endpoint is computed from."""
+
+    validation: Mapping[str, AnswerMatrix]
+    """By suite; all agents of the pool, in its order."""
+    test: Mapping[str, AnswerMatrix]
+    embedding: Mapping[str, Values]
+    """By suite, [R, D] of the test rows."""
+    gates: Sequence[Gate]
+    """G of one configuration."""
+    clusters: Sequence[KMeansRouter]
+    """G, each fitted on the rollouts of the same seed."""
+
+    def routed(self, suite: str, *, cascades: bool = True) -> list[Replayed]:
+        """Return what each gate would have done on the test rows of a suite."""
+        choices = (gate_choices(gate, self.embedding[suite], cascades=cascades) for gate in self.gates)
+        return [replay_choices(self.test[suite], those) for those in choices]
+
+    def firsts(self) -> Values:
+        """Return each gate's most probable agent on the test rows of the single-domain suites, [G, R]."""
+        return np.array(
+            [
+                [choice.ranking[0] for suite in SINGLE for choice in gate_choices(gate, self.embedding[suite])]
+                for gate in self.gates
+            ]
+        )
+
+    def clustered(self, suite: str) -> list[Replayed]:
+        """Return what each cluster router would have done."""
+        return [replay_choices(self.test[suite], ranked(router.rank(self.embedding[suite]))) for router in self.clusters]
+
+    def alone(self, suite: str, agent: str) -> Replayed:
+        """Return what one agent did."""
+        return replay_choices(self.test[suite], one_agent(self.test[suite], agent))
+
+    def best(self, suites: Sequence[str], among: Sequence[str] | None = None) -> str:
+        """Return the agent that is best on the validation rows of some suites."""
+        agents = among or self.validation[suites[0]].agents
+        means = {agent: np.mean([_column(self.validation[suite], agent).mean() for suite in suites]) for agent in agents}
+        return max(means, key=lambda agent: means[agent])
+
+
+def _column(matrix: AnswerMatrix, agent: str) -> Values:
+    return matrix.value_RA[:, matrix.agents.index(agent)]
+
+
+def _compare(ours: Sequence[Replayed], theirs: Sequence[Replayed]) -> Comparison:
+    return hierarchical_bootstrap(_difference(ours, theirs)[None])
+
+
+def _joined(parts: Sequence[Sequence[Replayed]]) -> list[Replayed]:
+    """Join suites: [suite][seed] -> [seed], rows one after the other."""
+    return [
+        Replayed(**{name: np.concatenate([getattr(part, name) for part in together]) for name in Replayed.__dataclass_fields__})
+        for together in zip(*parts, strict=True)
+    ]
+
+
+def _mean(parts: Sequence[Replayed]) -> float:
+    return float(np.mean([part.accuracy for part in parts]))
+
+
+def _plain(found: Comparison) -> dict[str, Any]:
+    return {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p, "test": found.test}
+
+
+def spread(value_GR: Values) -> dict[str, float]:
+    """Return a mean over gates and rows and its 95 % interval."""
+    found = hierarchical_bootstrap(np.asarray(value_GR, dtype=np.float64)[None])
+    return {"value": found.difference, "low": found.low, "high": found.high}
+
+
+def not_worse(difference_GR: Values) -> dict[str, Any]:
+    """Return a difference with its interval, and whether it is worse than the margin; p is that of the bar itself."""
+    found = hierarchical_bootstrap(difference_GR[None])
+    p = hierarchical_bootstrap(difference_GR[None] + MARGIN).p
+    passed = found.low >= -MARGIN
+    return {**_plain(found), "p": p, "p_of": f"the difference against -{MARGIN}, the margin", "passed": passed}
+
+
+def _difference(ours: Sequence[Replayed], theirs: Sequence[Replayed], share: float = 1.0) -> Values:
+    """Return ours - share x theirs, value by value, [G, R]; one method without seeds is the same for all of ours."""
+    rivals = theirs if len(theirs) == len(ours) else [theirs[0]] * len(ours)
+    return np.stack([a.value_R - share * b.value_R for a, b in zip(ours, rivals, strict=True)])
+
+
+def _active(gates: Sequence[Replayed]) -> dict[str, float]:
+    return spread(np.stack([part.k_R for part in gates]))
+
+
+def home(material: Material) -> dict[str, Any]:
+    """Endpoint 1: the most probable agent is at home, and answers are as good as each suite's best agent."""
+    routed = {suite: material.routed(suite) for suite in SINGLE}
+    at_home = {suite: np.isin([part.first_R for part in routed[suite]], _places(material, suite)) for suite in SINGLE}
+    shares = {suite: float(at_home_GR.mean()) for suite, at_home_GR in at_home.items()}
+    gates = _joined(list(routed.values()))
+    oracle = {suite: material.best([suite]) for suite in SINGLE}
+    by_suite = _joined([[material.alone(suite, oracle[suite])] for suite in SINGLE])
+    specialists = [name for names in HOME.values() for name in names]
+    best = material.best(SINGLE, specialists)
+    single = _joined([[material.alone(suite, best)] for suite in SINGLE])
+    against_single = _compare(gates, single)
+    share, accuracy = float(np.mean(list(shares.values()))), _mean(gates)
+    found: dict[str, Any] = {
+        "home_share": share,
+        "home_share_by_suite": shares,
+        "accuracy": accuracy,
+        "mean_active": float(np.mean([part.k_R.mean() for part in gates])),
+        "oracle_agents": oracle,
+        "oracle_accuracy": _mean(by_suite),
+        "best_specialist": best,
+        "best_specialist_accuracy": _mean(single),
+        "generalist_accuracy": _mean(_joined([[material.alone(suite, "generalist")] for suite in SINGLE])),
+        "kmeans_accuracy": _mean(_joined([material.clustered(suite) for suite in SINGLE])),
+        "row_oracle_accuracy": _mean(_joined([[replay_choices(material.test[s], row_oracle(material.test[s]))] for s in SINGLE])),
+        "against_best_specialist": _plain(against_single),
+        "against_kmeans": _plain(_compare(gates, _joined([material.clustered(suite) for suite in SINGLE]))),
+        "intervals": {
+            "home_share": spread(np.concatenate(list(at_home.values()), axis=1)),
+            "accuracy_less_95_percent_of_oracle": spread(_difference(gates, by_suite, 0.95)),
+            "mean_active": _active(gates),
+        },
+        "p": against_single.p,
+        "p_of": "accuracy less the best specialist's, against 0; not against the bar of 25 points",
+    }
+    passed = share >= 0.95 and accuracy >= 0.95 * _mean(by_suite) and accuracy - _mean(single) >= 0.25
+    return {**found, "passed": passed}
+
+
+def _places(material: Material, suite: str) -> list[int]:
+    agents = material.test[suite].agents
+    return [agents.index(name) for name in HOME[suite]]
+
+
+def same_surface(material: Material) -> dict[str, Any]:
+    """Endpoint 2: on `shared`, the cascade beats clusters at few agents."""
+    gates, clusters = material.routed("shared"), material.clustered("shared")
+    compared, active = _compare(gates, clusters), float(np.mean([part.k_R.mean() for part in gates]))
+    return {
+        "accuracy": _mean(gates),
+        "gate_alone": _mean(material.routed("shared", cascades=False)),
+        "kmeans_accuracy": _mean(clusters),
+        "mean_active": active,
+        "row_oracle_accuracy": replay_choices(material.test["shared"], row_oracle(material.test["shared"])).accuracy,
+        "against_kmeans": _plain(compared),
+        "intervals": {"mean_active": _active(gates)},
+        "p": compared.p,
+        "p_of": "accuracy less that of k-means, against 0; not against the bar of 10 points",
+        "passed": compared.difference >= 0.10 and active <= 1.6,
+    }
+
+
+def several(material: Material) -> dict[str, Any]:
+    """Endpoint 4: on `arith`, adaptive k gets half of what the row oracle of the three specialists gains."""
+    three = material.test["arith"].only(ARITH)
+    best = material.best(["arith"], ARITH)
+    alone = material.alone("arith", best)
+    oracle = replay_choices(three, row_oracle(three))
+    room = oracle.accuracy - alone.accuracy
+    always = replay_choices(three, ranked(np.tile(np.arange(3), (len(three.tasks), 1)), k=3))
+    gates = material.routed("arith")
+    gain, tokens = _mean(gates) - alone.accuracy, float(np.mean([part.tokens_R.mean() for part in gates]))
+    share = tokens / float(always.tokens_R.mean())
+    half_R = (oracle.value_R + alone.value_R) / 2
+    tokens_GR = np.stack([part.tokens_R - share * always.tokens_R for part in gates])
+    compared = _compare(gates, [alone])
+    validation = material.validation["arith"].only(ARITH)
+    return {
+        "best_agent": best,
+        "best_accuracy": alone.accuracy,
+        "oracle_room": room,
+        "oracle_room_on_validation": replay_choices(validation, row_oracle(validation)).accuracy
+        - _column(validation, best).mean(),
+        "gain": gain,
+        "share_of_room": gain / room if room > 0 else 0.0,
+        "always_three_accuracy": always.accuracy,
+        "token_share": share,
+        "mean_active": float(np.mean([part.k_R.mean() for part in gates])),
+        "against_best": _plain(compared),
+        "intervals": {
+            "gain_less_half_of_room": spread(np.stack([part.value_R - half_R for part in gates])),
+            # A ratio of two means, linear in the rows (delta method).
+            "token_share": spread(share + tokens_GR / always.tokens_R.mean()),
+            "mean_active": _active(gates),
+        },
+        "p": compared.p,
+        "p_of": "accuracy less that of the best of the three, against 0; not against the bar of half of the room",
+        "passed": room >= 0.08 and gain >= 0.5 * room and share <= 0.6,
+    }
+
+
+def liar(with_liar: Material, without: Material, name: str = LIAR) -> dict[str, Any]:
+    """Endpoint 5: the liar gets next to no rows, and its being there costs nothing.
+
+    Judged is the larger of two upper ends: the bootstrap's over gates and rows, and Wilson's for the rows of one gate.
+    """
+    index = with_liar.test["arith"].agents.index(name)
+    gates = _joined([with_liar.routed(suite) for suite in SINGLE])
+    honest = _joined([without.routed(suite) for suite in SINGLE])
+    sent_GR = np.stack([part.first_R == index for part in gates])
+    num_gates, num_rows = sent_GR.shape
+    sent, alone = spread(sent_GR), wilson(-(-int(sent_GR.sum()) // num_gates), num_rows)
+    high = max(sent["high"], alone.high)
+    compared = not_worse(_difference(gates, honest))
+    return {
+        "share": sent["value"],
+        "share_high": high,
+        "share_high_by_bootstrap": sent["high"],
+        "share_high_by_wilson_at_one_gates_rows": alone.high,
+        "asked_share": float(np.mean([part.asked_RA[:, index].mean() for part in gates])),
+        "accuracy": _mean(gates),
+        "accuracy_without": _mean(honest),
+        "against_without": compared,
+        "p": compared["p"],
+        "p_of": compared["p_of"],
+        "passed": high <= 0.03 and compared["passed"],
+    }
+
+
+def controls(within: Material, across: Material) -> dict[str, Any]:
+    """Endpoint 6: shuffled entropies teach nothing, or one favourite.
+
+    A gate that was taught nothing has favourites of its own by region; only the mean over many of them is even.
+    """
+    agents = within.test["arith"].agents
+    within_GR, across_GR = within.firsts(), across.firsts()
+    shares = np.bincount(within_GR.ravel(), minlength=len(agents)) / within_GR.size
+    favourite = float(np.mean([np.bincount(first_R).max() / len(first_R) for first_R in across_GR]))
+    distance = float(np.abs(shares - 1 / len(agents)).max())
+    return {
+        "score": "raw",
+        "within_gates": len(within_GR),
+        "within_shares": dict(zip(agents, shares.tolist(), strict=True)),
+        "within_largest_distance": distance,
+        "across_gates": len(across_GR),
+        "across_favourite": favourite,
+        "passed": distance <= 0.05 and favourite >= 0.95,
+    }
+
+
+def memory(study: Study) -> dict[str, Any]:
+    """Return endpoint 3, both suites together: its p is the larger of theirs."""
+    parts = {"relay": relay(study), "chain": chain(study)}
+    return {
+        **parts,
+        "p": max(part["p"] for part in parts.values()),
+        "p_of": "the larger p of `relay` and `chain`",
+        "passed": all(part["passed"] for part in parts.values()),
+    }
+
+
+def relay(study: Study) -> dict[str, Any]:
+    """Return the share of scored cards whose most probable agent is at home, with and without the hidden state."""
+    trained = _trained(study, "relay")
+    hits = {arm: np.stack([_relay_hits(study, seed, arm, *trained[arm][seed]) for seed in range(study.seeds)]) for arm in ARMS}
+    return judge_relay(hits[KEPT], hits[RESET])
+
+
+def judge_relay(kept_GR: Values, reset_GR: Values) -> dict[str, Any]:
+    """Judge whether cards were sent home, [G, scored cards] with the hidden state and without it."""
+    kept, reset = spread(kept_GR), spread(reset_GR)
+    compared = hierarchical_bootstrap((kept_GR * 1.0 - reset_GR)[None])
+    return {
+        "kept": kept["value"],
+        "reset": reset["value"],
+        "by_seed": {KEPT: kept_GR.mean(axis=1).tolist(), RESET: reset_GR.mean(axis=1).tolist()},
+        "cards": kept_GR.shape[1],
+        "difference": compared.difference,
+        "low": compared.low,
+        "high": compared.high,
+        "p": compared.p,
+        "p_of": "share with the state less share without, against 0",
+        "intervals": {"kept": kept, "reset": reset},
+        "passed": kept["value"] >= 0.95 and abs(reset["value"] - 1 / 3) <= 0.05,
+    }
+
+
+def _trained(study: Study, suite: str) -> dict[str, list[tuple[Path, str]]]:
+    """Train both arms on a suite and return, by arm and seed, the checkpoint's folder and the gate's version."""
+    options = {**study.train, "epochs": MEMORY_EPOCHS, "patience": MEMORY_EPOCHS}
+    found: dict[str, list[tuple[Path, str]]] = {arm: [] for arm in ARMS}
+    for seed in range(study.seeds):
+        source = rollouts(study, POOL, seed, suites=(suite,), queries=study.relay_queries)
+        for arm in ARMS:
+            folder, _, record = gate(study, seed, arm, source, options)
+            found[arm].append((folder, record.version))
+    return found
+
+
+def _relay_hits(study: Study, seed: int, arm: str, trained: Path, version: str) -> Values:
+    """Run test rows of `relay` with a gate and return, card by scored card, whether it was sent home."""
+    name = f"{arm}-{seed}-{version[:VERSION_CHARS]}"
+    out, labels = study.out / "relay-test" / name, study.out / "labels" / "relay-test" / name
+    config = pool(POOL)
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"checkpoint": str(trained)})})
+    # epsilon: next to nobody is asked only to learn from.
+    asked = {"benchmarks": "relay", "split": "test", "limit": study.relay_test, "seed": study.seed, "epsilon": 1e-9}
+    collected(study, out, config, {**asked, "labels": labels})
+    gold = {label.row_id: label.gold["suites"] for label in read_labels(labels)}
+    first: dict[tuple[str, int], tuple[float, str]] = {}
+    for row in read_table(out).select(("query_id", "step", "agent", "probability")).to_pylist():
+        key = row["query_id"], row["step"]
+        first[key] = max(first.get(key, (-1.0, "")), (row["probability"], row["agent"]))
+    scored = [(query, step, suite) for query in sorted(gold) for step, suite in enumerate(gold[query]) if suite is not None]
+    missing = {query for query, step, _ in scored if (query, step) not in first}
+    if missing:
+        raise DmoaError(f"relay: {len(missing)} of {len(gold)} rows in {str(out)!r} lack a scored step; run the command again")
+    return np.array([first[query, step][1] in HOME[suite] for query, step, suite in scored])
+
+
+def chain(study: Study) -> dict[str, Any]:
+    """Return the accuracy on `chain` with the hidden state and without it, on the same rows."""
+    trained = _trained(study, "chain")
+    gates = {f"{arm}-{seed}": trained[arm][seed] for seed in range(study.seeds) for arm in ARMS}
+    versions = hashlib.sha256(" ".join(version for _, version in gates.values()).encode()).hexdigest()
+    values = {
+        "benchmarks": "chain",
+        "policies": [f"dmoa:{name}" for name in gates],
+        "gates": {name: folder for name, (folder, _) in gates.items()},
+        "limit": study.chain_test,
+    }
+    folder = evaluated(study, study.out / "chain-test" / versions[:VERSION_CHARS], pool(POOL), values)
+    by_arm = {arm: np.stack([_values(folder, f"dmoa:{arm}-{seed}") for seed in range(study.seeds)]) for arm in ARMS}
+    return judge_chain(by_arm[KEPT], by_arm[RESET])
+
+
+def judge_chain(kept_GR: Values, reset_GR: Values) -> dict[str, Any]:
+    """Judge scores [G, R] with the hidden state and without it; at the floor, a pass says nothing."""
+    kept, reset = float(kept_GR.mean()), float(reset_GR.mean())
+    informative = max(kept, reset) > INFORMATIVE
+    return {
+        "kept": kept,
+        "reset": reset,
+        "rows": kept_GR.shape[1],
+        "rows_right": {KEPT: kept_GR.sum(axis=1).tolist(), RESET: reset_GR.sum(axis=1).tolist()},
+        "discordant_rows": (kept_GR != reset_GR).sum(axis=1).tolist(),
+        "informative": informative,
+        "reading": "informative"
+        if informative
+        else f"not informative: neither is right on more than {INFORMATIVE:.0%} of the rows",
+        **not_worse(kept_GR - reset_GR),
+    }
+
+
+def _values(folder: RunFolder, policy: str) -> Values:
+    scores = {row.row_id: row.value for row in folder.read_scores("chain", policy)}
+    return np.array([scores[task.row_id] for task in folder.read_tasks("chain")])
+
+
+if __name__ == "__main__":
+    run_job(study)
