@@ -185,8 +185,8 @@ def guides() -> dict[str, str]:
 
 
 def subject(guide: str) -> str:
-    """Return what a guide is about, in one line: the paragraph under its heading."""
-    return " ".join(guide.split("\n\n")[1].split())
+    """Return what a guide is about: the first sentence under its heading."""
+    return " ".join(guide.split("\n\n")[1].split()).partition(". ")[0].removesuffix(".") + "."
 
 
 def show_markdown(text: str) -> None:
