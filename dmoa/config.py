@@ -37,10 +37,11 @@ class TransformersOptions(Node):
     """Options of the `transformers` engine; each is named in every result."""
 
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Weights and arithmetic; int8 is dynamic int8 weights on CPU."""
+    """Weights and arithmetic; int8 is dynamic int8 weights on CPU, without adapters."""
     compile: bool = False
-    """Run the decode step through torch.compile."""
+    """Run the decode step through torch.compile; needs a C++ compiler on CPU, and agents without adapters."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where torch sees one, else the CPU."""
     threads: int | None = Field(default=None, ge=1, le=256)
     """CPU threads of the engine; None: half of the cores, because the small operations of small models gain little from more,
     lose much where another process wants a core, and gateway, router and encoder need theirs."""
@@ -75,7 +76,9 @@ class VllmOptions(Node):
     max_model_len: int | None = Field(default=None, ge=64)
     """Longest prompt plus reply in tokens; None: as the model allows."""
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    """GPUs over which every layer is split; they are on one node."""
     pipeline_parallel_size: int = Field(default=1, ge=1, le=64)
+    """Groups of layers that run one after the other, each on GPUs of its own."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     """Part of each GPU's memory that weights, activations and keys and values may fill."""
     accelerator_type: str | None = Field(default=None, max_length=64)
@@ -186,6 +189,7 @@ class AutoscalingConfig(Node):
     min_replicas: int = Field(default=1, ge=0, le=1024)
     """0: while nobody asks it, it has no replica and holds no GPU; it is then cold, see `cold`."""
     max_replicas: int = Field(default=1, ge=1, le=1024)
+    """Most replicas under load."""
     target_ongoing_requests: float = Field(default=8.0, gt=0)
     """Calls in flight per replica that autoscaling aims at."""
     upscale_delay_s: float = Field(default=5.0, ge=0, le=86400)
@@ -274,12 +278,13 @@ class LlmConfig(Node):
     model: str = "embedded:smollm2-135m"
     """embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://... (vllm), openai:NAME (as the endpoint calls it), or scripted:NAME."""
     engine: EngineName = "transformers"
+    """transformers: dmoa's own; vllm: Ray Serve LLM; openai: an endpoint elsewhere; scripted: no model, fixed replies."""
     placement: Literal["shared", "dedicated"] = "shared"
     """shared: all agents of the LLM are records of one deployment; dedicated: one deployment per agent."""
     max_num_seqs: int = Field(default=16, ge=1, le=4096)
     """Most sequences in one decoding batch."""
     gpus: float = Field(default=0, ge=0)
-    """GPUs per replica; dedicated: per agent."""
+    """GPUs per replica; dedicated: per agent. With `vllm`: tensor_parallel_size x pipeline_parallel_size, or 0 for the CPU."""
     autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
     """Replicas of the host in shared placement."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -329,17 +334,20 @@ class AgentConfig(Node):
     """One agent: an LLM, perhaps with an adapter, in a role, with tools."""
 
     name: Name
+    """1-64 of a-z, 0-9, `-`, `_` and `.`; unique in the pool."""
     llm: Name
     """Key under `llms`."""
     adapter: AdapterSource | None = None
-    """None for the base model."""
+    """LoRA adapter, builtin:NAME (those that dmoa ships) or path:DIR; None for the base model."""
     profile: str = Field(min_length=1, max_length=4000)
     """The role, in a sentence or two: prompt and, for the `profile` head, the agent's own embedding."""
     tools: tuple[ToolName, ...] = ()
+    """What the agent may call: calculator, search (in `tools.search_corpus`), python (in the sandbox)."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
     """Replicas in dedicated placement."""
     tags: tuple[Name, ...] = ()
+    """Words of your own; nothing reads them."""
 
 
 class ToolsConfig(Node):
@@ -353,10 +361,13 @@ class SummarizerConfig(Node):
     """Who folds a step's contributions into the summary, and who decides to stop."""
 
     mode: Literal["select", "llm"] = "select"
+    """select: the reply that agents agree on, else the surest; llm: an agent writes the summary and its verdict."""
     llm: Name | None = None
     """Key under `llms`; needed in `llm` mode."""
     adapter: AdapterSource | None = None
+    """As an agent's."""
     profile: str = Field(default="Merges the agents' work into one correct, complete answer.", min_length=1, max_length=4000)
+    """Its role, in `llm` mode."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
     @model_validator(mode="after")
@@ -370,12 +381,14 @@ class ActivationConfig(Node):
     """How many agents a step activates."""
 
     rule: Literal["top_mass", "fixed", "effective_count"] = "top_mass"
+    """top_mass: the smallest set that reaches `mass`; fixed: `max_agents`; effective_count: exp of the entropy of the
+    probabilities, rounded up."""
     mass: float = Field(default=0.8, gt=0.0, le=1.0)
     """tau of `top_mass`: the smallest set whose probability reaches it."""
     cascade: bool = True
     """Let unsure steps run the next-ranked agent too, where a checkpoint carries theta."""
     max_agents: int = Field(default=4, ge=1, le=1024)
-    """K, and the k of `fixed`."""
+    """K, the most active agents of a step, and the k of `fixed`."""
 
 
 Core = Literal["gru", "reset", "linear", "mlp"]
@@ -385,20 +398,22 @@ class GateConfig(Node):
     """The recurrent gate."""
 
     preset: Literal["default", "paper"] = "default"
-    """paper: one embedding of query and summary, no feedback features, no cascade."""
+    """default: query and summary apart, with feedback. paper: one embedding of both, no feedback features, no cascade."""
     head: Literal["linear", "profile"] = "linear"
+    """linear: a row of weights for every agent; profile: logits from embeddings of the agents' profiles."""
     core: Core = "gru"
     """reset (no state between steps), linear (no GRU) and mlp (one hidden layer instead) are ablations."""
     hidden: int = Field(default=128, ge=1, le=4096)
-    """H."""
+    """H, the size of the state between steps."""
     temperature: float = Field(default=0.1, gt=0.0, le=100.0)
     """T of the softmax over gate logits."""
     score: Literal["raw", "anchored"] = "anchored"
-    """raw (the paper's) is what preset `paper` has where nothing is said; the preregistered study favoured anchored."""
+    """What training ranks and theta compares: anchored, the entropy less the agent's own usual, or raw. raw (the paper's) is
+    what preset `paper` has where nothing is said; the preregistered study favoured anchored."""
     seed: int = Field(default=0, ge=0)
     """Seed of the untrained weights."""
     checkpoint: str | None = None
-    """Folder of a dmoa checkpoint; None: untrained weights from `seed`."""
+    """Folder of a dmoa checkpoint, made with this preset; its own settings win over these. None: untrained weights of `seed`."""
     activation: ActivationConfig = Field(default_factory=ActivationConfig)
 
     @model_validator(mode="before")
@@ -419,8 +434,11 @@ class LimitsConfig(Node):
     """Budgets of a query where the client sets none; a client may only lower them."""
 
     max_steps: int = Field(default=20, ge=1, le=1000)
+    """Steps after which the best answer so far is given."""
     budget_tokens: int | None = Field(default=None, ge=1)
+    """Prompt and completion tokens of all agents and the summarizer; None: no such limit."""
     deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds after which the best answer so far is given; None: never."""
     max_queued_requests: int = Field(default=64, ge=1)
     """Queries in flight per ingress replica; one more is answered 429."""
 
@@ -431,6 +449,7 @@ class RouterConfig(Node):
     state_uri: str | None = None
     """Where versions and state are kept (file://, s3://, gs://); None: a folder in dmoa's cache, for one machine."""
     adaptation: Literal["off"] = "off"
+    """Learning while serving: off is the only value in this version."""
     max_wait_ms: float = Field(default=0.0, ge=0, le=1000)
     """How long a decision may wait for others to share its batch."""
     probe_interval_s: float = Field(default=0.5, gt=0, le=60)
@@ -448,9 +467,13 @@ class ServerConfig(Node):
     """The HTTP server."""
 
     host: str = "127.0.0.1"
+    """Address to listen on; one that other machines can reach is refused without API keys."""
     port: int = Field(default=8000, ge=1, le=65535)
+    """Port to listen on."""
     max_body_bytes: int = Field(default=1048576, ge=1024)
+    """Longest request body; a longer one is answered 413."""
     ingress_replicas: int = Field(default=1, ge=1, le=256)
+    """Processes that run the step loop."""
 
 
 class Config(Node):

@@ -50,6 +50,7 @@ class ReplyAgent(ReplyModel):
     """One agent in one step."""
 
     name: str
+    """Name of the agent."""
     probability: float = Field(ge=0, le=1)
     """The gate's; 1 for policies without a gate."""
     status: AgentStatus
@@ -58,10 +59,11 @@ class ReplyAgent(ReplyModel):
     explored: bool = False
     """Whether it was asked only to learn from: then its reply counts for nothing but tokens."""
     entropy_nats: float | None
-    """Mean predictive entropy per token; null without tokens."""
+    """Mean predictive entropy per token over the whole vocabulary, before temperature; null without tokens."""
     entropy_tokens: int
+    """Tokens that it is the mean of; 0: nothing is known of it."""
     entropy_kind: EntropyKind
-    """truncated: from listed log-probabilities only."""
+    """exact, or truncated: from listed log-probabilities only, the middle of two bounds."""
     entropy_slack_nats: float = 0.0
     """How far entropy_nats may be off either way, being the middle of two bounds; 0 where it is exact."""
     finish_reason: FinishReason | None
@@ -85,6 +87,7 @@ class ReplyAgent(ReplyModel):
     memoised: bool = False
     """Whether a call cache gave the contribution; its counts are those of the run that filled the cache."""
     error: str | None
+    """Why there is no contribution; null where there is one."""
     text: str | None = None
     """Its contribution; only with `dmoa.trace`."""
 
@@ -93,7 +96,9 @@ class ReplySummarizer(ReplyModel):
     """What the summarizer did in a step."""
 
     mode: Literal["select", "llm"]
+    """As in the pool."""
     verdict: Verdict
+    """final or continue; unparsable: an LLM said neither; rule: no LLM was asked."""
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
@@ -113,6 +118,7 @@ class ReplyStep(ReplyModel):
     k: int
     """Agents whose contributions counted."""
     wall_ms: float
+    """How long the step took."""
     mass: float
     """Probability of the active set."""
     agents: list[ReplyAgent]
@@ -127,17 +133,25 @@ class ReplyDmoa(ReplyModel):
     """What became of a query."""
 
     trace_id: str
+    """Names the query: GET /v1/dmoa/traces/ID."""
     pool: str
+    """The pool that answered."""
     policy: str
+    """The policy that chose who was asked."""
     gate_version: str | None
-    """null for policies without a gate."""
+    """Weights that decided; null for policies without a gate."""
     untrained: bool
     """Whether the gate that decided had untrained weights."""
     routed_by: RoutedBy
+    """router, or ingress where the router was away in some step."""
     degraded: bool
-    """At least one chosen agent failed, was masked, or was passed over because it was cold."""
+    """At least one chosen agent failed, was masked, or was passed over because it was cold, or a call had to be sent again."""
     stop_reason: StopReason
+    """Why the query ended: by the summarizer's verdict, agreement of the agents, low entropy, a policy that asks once (single),
+    or a budget (max_steps, budget_tokens, deadline). no_agent: agents were lost on the way, this is the best answer before.
+    stages: all set steps are done (evaluation)."""
     steps: list[ReplyStep]
+    """The finished steps, in order."""
 
 
 def reply_dmoa(answer: Answer, *, pool: str = "", with_texts: bool = False) -> ReplyDmoa:

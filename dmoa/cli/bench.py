@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -15,22 +15,62 @@ from dmoa.workflows.console import EXIT_FAILED, Common, refuse_together, with_co
 if TYPE_CHECKING:
     from dmoa.bench.harness import BenchResult
 
-_HOMES = {
-    "P1": "dmoa.bench.gate",
-    "P3": "dmoa.bench.latency",
-    "P4": "dmoa.bench.latency",
-    "P5": "dmoa.bench.throughput",
-    "P6": "dmoa.bench.prefix",
-    "P7": "dmoa.bench.prefix",
-    "P8": "dmoa.bench.engine",
-    "P13": "dmoa.bench.throughput",
-    "P14": "dmoa.bench.training",
-    "P17": "dmoa.bench.latency",
-    "P18": "dmoa.bench.engine",
-    "growth": "dmoa.bench.latency",
-    "prefill": "dmoa.bench.prefix",
+
+class _Metric(NamedTuple):
+    """One metric: the module that measures it, imported when asked for, what it measures, and its bar."""
+
+    home: str
+    measures: str
+    bar: str
+
+
+_METRICS = {
+    "P1": _Metric(
+        "dmoa.bench.gate",
+        "one gate decision (16 agents, one thread), against the bare matrix products of its sizes",
+        "<= 1.5 x",
+    ),
+    "P3": _Metric(
+        "dmoa.bench.latency",
+        "share of a query's time that is not the engines', one query at a time, real model",
+        "<= 3 %",
+    ),
+    "P4": _Metric(
+        "dmoa.bench.latency",
+        "a step through Serve with agents that take no time, against a bare Serve chain of the same hops",
+        "<= 1.3 x",
+    ),
+    "P5": _Metric(
+        "dmoa.bench.throughput",
+        "how full `dmoa evaluate` keeps an engine, against the same calls on the bare engine",
+        ">= 0.9",
+    ),
+    "P6": _Metric("dmoa.bench.prefix", "a step with 3 agents on one engine, against a step with 1", "reported"),
+    "P7": _Metric(
+        "dmoa.bench.prefix",
+        "prefilled prompt tokens, against the least that whole blocks allow; time to the first token, against role-first prompts",
+        "<= 1.15 x; <= 0.5 x",
+    ),
+    "P8": _Metric(
+        "dmoa.bench.engine",
+        "exact entropy: error against a float64 softmax; share of a decode step",
+        "<= 1e-3 nat; <= 3 %",
+    ),
+    "P13": _Metric(
+        "dmoa.bench.throughput",
+        "how full `dmoa rollouts` keeps an engine, dense and exploring, measured as P5 is",
+        ">= 0.9",
+    ),
+    "P14": _Metric("dmoa.bench.training", "gate updates/s under Ray Train, against a plain torch loop", ">= 0.95"),
+    "P17": _Metric("dmoa.bench.latency", "memory of one more role in `shared` placement, against an engine", "<= 2 %"),
+    "P18": _Metric("dmoa.bench.engine", "tokens/s of the `transformers` engine, against plain batched `generate`", ">= 0.9"),
+    "growth": _Metric("dmoa.bench.latency", "log-log slope of the time per step over the number of agents, up to 256", "<= 0.2"),
+    "prefill": _Metric(
+        "dmoa.bench.prefix",
+        "log-log slope of all prefilled tokens over the steps of a query, up to 20",
+        "<= 1.1",
+    ),
 }
-"""Metric -> the module that measures it, imported when asked for."""
 _ALONE = ("dmoa.bench.gate", "dmoa.bench.training")
 """The modules with a single metric: their `run` takes no ids."""
 _BOTH_ENGINES = ("P5", "P6", "P7", "prefill")
@@ -40,7 +80,7 @@ _BOTH_ENGINES = ("P5", "P6", "P7", "prefill")
 @with_common
 def bench(
     common: Common,
-    only: Annotated[str | None, typer.Option("--only", metavar="P1,P3", help=f"Some of {', '.join(_HOMES)} [all].")] = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="P1,P3", help=f"Some of {', '.join(_METRICS)} [all].")] = None,
     rounds: Annotated[
         int | None, typer.Option("--rounds", min=1, metavar="N", help="Rounds of each measurement [each bench's own].")
     ] = None,
@@ -48,15 +88,20 @@ def bench(
         str | None,
         typer.Option("--engine", metavar="E", help="transformers or vllm, for P5, P6, P7 and prefill alone [all installed]."),
     ] = None,
+    lists: Annotated[bool, typer.Option("--list", help="Say what each metric measures, and measure nothing.")] = False,
 ) -> None:
     """Measure speed and cost; exit 1 if a bar is missed.
 
     \b
+    dmoa bench --list
     dmoa bench --only P1
     dmoa bench --only P1,P3,P4,P8,P17 --json out/bench.json
     dmoa bench --only P5 --engine vllm
     """
     refuse_together({"--config": common.config, "--set": common.overrides}, "on benches, which bring their own pools")
+    if lists:
+        _list(common, group(only))
+        return
     from dmoa.bench.harness import BenchReport
     from dmoa.provenance import machine
 
@@ -76,17 +121,26 @@ def bench(
         raise typer.Exit(EXIT_FAILED)
 
 
+def _list(common: Common, groups: Mapping[str, Sequence[str]]) -> None:
+    from dmoa.workflows.reference import show_markdown
+
+    shown = {name: metric for name, metric in _METRICS.items() if any(name in ids for ids in groups.values())}
+    rows = "".join(f"| {name} | {metric.measures} | {metric.bar} |\n" for name, metric in shown.items())
+    show_markdown(f"| id | what it measures | bar |\n|---|---|---|\n{rows}")
+    common.write_json([{"id": name, "measures": metric.measures, "bar": metric.bar} for name, metric in shown.items()])
+
+
 def group(only: str | None) -> dict[str, list[str]]:
     """Return the metrics that were asked for, by the module that measures them. Raises ConfigError for unknown ones."""
-    asked = [name.strip() for name in only.split(",") if name.strip()] if only is not None else list(_HOMES)
-    unknown = [name for name in asked if name not in _HOMES]
+    asked = [name.strip() for name in only.split(",") if name.strip()] if only is not None else list(_METRICS)
+    unknown = [name for name in asked if name not in _METRICS]
     if unknown or not asked:
         seen = ", ".join(unknown) or repr(only)
-        nearest = did_you_mean(unknown, _HOMES)
-        raise ConfigError(f"--only: value seen: {seen}; allowed: {', '.join(_HOMES)}, separated by commas{nearest}")
+        nearest = did_you_mean(unknown, _METRICS)
+        raise ConfigError(f"--only: value seen: {seen}; allowed: {', '.join(_METRICS)}, separated by commas{nearest}")
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(asked):
-        groups.setdefault(_HOMES[name], []).append(name)
+        groups.setdefault(_METRICS[name].home, []).append(name)
     return groups
 
 

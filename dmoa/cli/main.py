@@ -70,6 +70,7 @@ def _root(
     dmoa run "What is 12 + 7?"          one question, in this process, every step shown
     dmoa serve                          the same swarm behind an OpenAI-compatible URL
     dmoa run "What is 12 + 7?" --url http://127.0.0.1:8000
+    dmoa docs                           guides: configuration, serving, learning, evaluation and more
     """
 
 
@@ -86,6 +87,7 @@ app.command("rollouts")(rollouts.rollouts)
 app.command("train")(train.train)
 app.command("policies")(info.policies)
 app.command("schema")(info.schema)
+app.command("docs")(info.docs)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 

@@ -1,4 +1,4 @@
-"""`dmoa doctor`, `dmoa models`, `dmoa policies` and `dmoa schema`: what this machine and this package have and accept."""
+"""`dmoa doctor`, and what dmoa says of itself: models, policies, schemas, guides."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dmoa.engines import models
 from dmoa.errors import ConfigError, DmoaError, ModelFetchError
 from dmoa.validation import did_you_mean, redact_text
 from dmoa.workflows.console import EXIT_FAILED, Common, with_common
+from dmoa.yaml_tree import parse_yaml
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -285,6 +286,8 @@ _SCHEMAS = {
     "evaluation": ("dmoa.evaluation.results", "Evaluation"),
 }
 """Name of a contract -> module and record that define it; imported when asked for."""
+_API = "api"
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 @with_common
@@ -306,19 +309,84 @@ def policies(common: Common) -> None:
 @with_common
 def schema(
     common: Common,
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(_SCHEMAS)}.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join((*_SCHEMAS, _API))}.", show_default=False)],
+    table: Annotated[bool, typer.Option("--table", help="A table of its fields, of `api` its routes, instead.")] = False,
+    example: Annotated[bool, typer.Option("--example", help="An annotated pool with every field instead; for `pool`.")] = False,
 ) -> None:
-    """Print the JSON Schema of a file or a reply.
+    """Print what a file or a reply may hold: as JSON Schema, a table, or an example.
 
     \b
-    dmoa schema pool       the pool file
-    dmoa schema reply      the `dmoa` object of a reply
+    dmoa schema pool                             the pool file
+    dmoa schema pool --example > pool.yaml       every field, its default, and what it means
+    dmoa schema reply --table                    the `dmoa` object of a reply, field by field
+    dmoa schema api                              the HTTP API as an OpenAPI document
     """
-    if name not in _SCHEMAS:
-        nearest = did_you_mean(name, _SCHEMAS)
-        raise ConfigError(f"NAME: value seen: {name!r}; allowed: {', '.join(_SCHEMAS)}; name one of them{nearest}")
+    from dmoa.workflows import reference
+
+    known = (*_SCHEMAS, _API)
+    if name not in known:
+        raise ConfigError(f"NAME: value seen: {name!r}; allowed: {', '.join(known)}; name one of them{did_you_mean(name, known)}")
+    if example and (table or name != "pool"):
+        raise ConfigError("--example: there is one of `pool`, and not beside --table; leave it out")
+    if example:
+        text = reference.pool_example()
+        typer.echo(text, nl=False)
+        common.write_json(parse_yaml(text, "example"))
+        return
+    record = None if name == _API else _record_of(name)
+    tree = _api() if record is None else {"$schema": _DIALECT, **record.model_json_schema()}
+    if table:
+        reference.show_markdown(reference.route_table(tree) if record is None else reference.field_table(record))
+    else:
+        typer.echo(json.dumps(tree, indent=2))
+    common.write_json(tree)
+
+
+def _record_of(name: str) -> type[BaseModel]:
     module, record = _SCHEMAS[name]
     found: type[BaseModel] = getattr(import_module(module), record)
-    tree = {"$schema": "https://json-schema.org/draft/2020-12/schema", **found.model_json_schema()}
-    typer.echo(json.dumps(tree, indent=2))
-    common.write_json(tree)
+    return found
+
+
+def _api() -> dict[str, Any]:
+    """Return the document that a server with API keys gives at /openapi.json."""
+    from dmoa.config import ServerConfig
+    from dmoa.serving.http.routes import create_app
+    from dmoa.serving.http.service import SwarmService
+
+    def nobody() -> SwarmService:
+        raise AssertionError("no request reaches this app")
+
+    return create_app(nobody, key_hashes=("set",), server=ServerConfig(), max_queued_requests=1).openapi()
+
+
+@with_common
+def docs(
+    common: Common,
+    topic: Annotated[str | None, typer.Argument(metavar="[TOPIC]", help="A guide; none: the list of them.")] = None,
+) -> None:
+    """Print a guide: rendered on a terminal, Markdown in a pipe.
+
+    \b
+    dmoa docs                      the guides, a line each
+    dmoa docs configuration
+    dmoa docs serving | less
+    """
+    from dmoa.workflows.reference import guides, show_markdown, subject
+
+    found = guides()
+    if topic is None:
+        width = max(map(len, found))
+        for name, text in found.items():
+            typer.echo(f"{name:<{width}}  {subject(text)}")
+        typer.echo(
+            f"{'':<{width}}  References: `dmoa schema pool --example`, `dmoa schema reply --table`, `dmoa schema api --table`,"
+        )
+        typer.echo(f"{'':<{width}}  `dmoa policies`, `dmoa bench --list`, and every command's --help.")
+        common.write_json([{"topic": name, "subject": subject(text)} for name, text in found.items()])
+        return
+    if topic not in found:
+        nearest = did_you_mean(topic, found)
+        raise ConfigError(f"TOPIC: value seen: {topic!r}; allowed: {', '.join(found)}; name one of them{nearest}")
+    show_markdown(found[topic])
+    common.write_json({"topic": topic, "text": found[topic]})

@@ -20,7 +20,7 @@ from dmoa.cli.system import examine, port_check
 from dmoa.config import load, loads
 from dmoa.errors import AgentOverloadedError, CheckpointError, ConfigError, DmoaError, NoAgentError, RequestError, TraceError
 
-COMMANDS = ("run", "chat", "serve", "models", "policies", "schema", "doctor", "bench", "demo", "evaluate", "report")
+COMMANDS = ("run", "chat", "serve", "models", "policies", "schema", "docs", "doctor", "bench", "demo", "evaluate", "report")
 COMMANDS += ("rollouts", "train", "probe", "router")
 SCHEMAS = ("pool", "reply", "trace", "rollout", "checkpoint", "bench", "evaluation")
 
