@@ -43,9 +43,12 @@ class OpenPool:
     call_cache: Path | None = None
     gates: Mapping[str, Path] = field(default_factory=dict)
     """Checkpoints beside the pool's own, by the NAME of `dmoa:NAME`."""
+    policy_files: tuple[str, ...] = ()
+    """Policies as `FILE.py:NAME`, with paths that this process finds too."""
 
     def __call__(self) -> PoolAnswerer:
         """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
+        POLICIES.resolve(self.policy_files, "--policies")
         config = Config.model_validate_json(self.config_json)
         return PoolAnswerer(build_local_swarm(config, lambda text: None, self.call_cache, self.gates))
 
