@@ -263,10 +263,10 @@ def fetch_models(config: Config, say: Callable[[str], None]) -> None:
     from dmoa.engines.models import fetch, resolve_model
 
     for name, llm in config.llms.items():
-        if llm.engine not in ("scripted", "openai"):
+        if llm.engine_entry.loads_weights:
             say(f"loading {name} ({llm.model})")
             resolve_model(llm.model, progress=say)
-    if any(llm.engine != "scripted" for llm in config.llms.values()):
+    if any(not llm.engine_entry.is_scripted for llm in config.llms.values()):
         fetch("minilm", progress=say)
 
 
