@@ -66,6 +66,11 @@ class Registry(MutableMapping[str, T]):
         self._owners: dict[str, tuple[str, str]] = {}
         self._files: dict[str, str] = {}
 
+    @property
+    def builtin(self) -> tuple[str, ...]:
+        """The names of dmoa's own."""
+        return tuple(self._builtin)
+
     @cached_property
     def _installed(self) -> dict[str, EntryPoint]:
         return {point.name: point for point in entry_points(group=self._group) if point.name not in self._builtin}
@@ -125,6 +130,9 @@ class Registry(MutableMapping[str, T]):
         if not hasattr(module, name):
             raise ConfigError(f"{where}: {path!r} has no {name}; name something in it that stands under @{self._what}")
         entry = self._entry_of(getattr(module, name), f"{where}: {reference!r}")
+        if entry.name in self and self._found.get(entry.name) is not entry:
+            raise ConfigError(f"{where}: {reference!r} is named {entry.name!r}, and that name is taken; choose another")
+        self._found[entry.name] = entry
         self._files[entry.name] = reference
         return entry
 
