@@ -99,6 +99,7 @@ class Registry(MutableMapping[str, T]):
     def __delitem__(self, name: str) -> None:
         del self._found[name]
         self._owners.pop(name, None)
+        self._files.pop(name, None)
 
     def add(self, entry: T, owner: F) -> F:
         """Enter what a decorator stands on, and return it. Raises ConfigError for a bad name and for one that is taken."""
