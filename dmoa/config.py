@@ -6,6 +6,8 @@ Read by everything that puts a pool together; `yaml_tree` parses the text, `agen
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -17,11 +19,15 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from dmoa.errors import ConfigError
+from dmoa.plugins import Registry, absolute_reference, is_reference
+from dmoa.protocols import Engine
 from dmoa.types import ColdPolicy, Sampling
 from dmoa.validation import describe, did_you_mean, short
 from dmoa.yaml_tree import parse_yaml, read, set_value
@@ -33,7 +39,20 @@ class Node(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class TransformersOptions(Node):
+class EngineOptions(Node):
+    """Base of the options of an engine, which `engine_kwargs` are read as."""
+
+    @property
+    def endpoint(self) -> str:
+        """URL of the server where the model runs, part of what the model is; empty where dmoa runs it."""
+        return ""
+
+    def fault_of_gpus(self, gpus: float) -> str | None:
+        """Return what is wrong with so many GPUs for a replica, None if nothing."""
+        return None
+
+
+class TransformersOptions(EngineOptions):
     """Options of the `transformers` engine; each is named in every result."""
 
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
@@ -51,7 +70,7 @@ class TransformersOptions(Node):
     """Reuse the keys and values of the prompt prefix shared by the agents of a step."""
 
 
-class ScriptedOptions(Node):
+class ScriptedOptions(EngineOptions):
     """Options of the `scripted` engine: deterministic stand-ins for tests and for measuring overhead."""
 
     delay_ms: float = Field(default=0.0, ge=0.0)
@@ -68,7 +87,7 @@ class ScriptedOptions(Node):
     """Mean entropy by agent name; others get one from the hash of agent and query."""
 
 
-class VllmOptions(Node):
+class VllmOptions(EngineOptions):
     """Options of the `vllm` engine (extra `vllm`): the ones of vLLM's own that a pool has a say in, by their names there."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -126,7 +145,7 @@ class VllmOptions(Node):
         return None
 
 
-class OpenaiOptions(Node):
+class OpenaiOptions(EngineOptions):
     """Options of the `openai` engine: an OpenAI-compatible endpoint that runs elsewhere."""
 
     base_url: str
@@ -144,6 +163,15 @@ class OpenaiOptions(Node):
     continue_final_message: bool = False
     """Ask for the assistant's own beginning to be continued in place, after a tool's result say (vLLM and SGLang can);
     else it stands as a turn before the reply."""
+
+    @property
+    def endpoint(self) -> str:
+        """The base URL."""
+        return self.base_url.rstrip("/")
+
+    def fault_of_gpus(self, gpus: float) -> str | None:
+        """Refuse any: the model runs elsewhere."""
+        return f"gpus: value seen: {gpus:g}; engine 'openai' runs its model elsewhere; set gpus to 0" if gpus else None
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> Self:
@@ -173,14 +201,57 @@ def _fault_of_url(url: str) -> str | None:
 
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
-EngineName = Literal["transformers", "scripted", "vllm", "openai"]
-EngineOptions = TransformersOptions | ScriptedOptions | VllmOptions | OpenaiOptions
-OPTIONS: dict[EngineName, type[EngineOptions]] = {
-    "transformers": TransformersOptions,
-    "scripted": ScriptedOptions,
-    "vllm": VllmOptions,
-    "openai": OpenaiOptions,
-}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineEntry:
+    """One engine: what the rest of dmoa has to know of it before it is built."""
+
+    name: str
+    options: type[EngineOptions]
+    """What `engine_kwargs` are read as."""
+    build: Callable[[Any], Engine]
+    """Builds the engine from an `engines.EngineContext`."""
+    model_prefix: str | None = None
+    """Its models are written PREFIX:NAME and are no other engine's; None: it takes what has weights, or scripted:NAME."""
+    is_light: bool = False
+    """Loads no weights and asks for no processor of its own."""
+    takes_adapters: bool = True
+    is_scripted: bool = False
+    """Has no model at all: replies hang on the agent's name, and a pool of such engines alone needs no sentence encoder."""
+    deployment: str | None = None
+    """`module:function` that makes its Serve deployment; None: replicas build the engine as any other process does."""
+
+    @property
+    def loads_weights(self) -> bool:
+        """Whether dmoa finds, fetches and checks the weights of its models."""
+        return not self.is_light and self.model_prefix is None
+
+
+ENGINES: Registry[EngineEntry] = Registry(
+    EngineEntry,
+    what="engine",
+    group="dmoa.engines",
+    # By name, because engines are above the configuration.
+    builtin={name: f"dmoa.engines:build_{name}" for name in ("transformers", "scripted", "vllm", "openai")},
+)
+
+
+def _check_engine(value: str) -> str:
+    if is_reference(value):
+        return absolute_reference(value)
+    if value not in ENGINES:
+        names = ", ".join(map(repr, ENGINES))
+        raise PydanticCustomError("engine", "input should be {expected} or FILE.py:NAME", {"expected": names})
+    return value
+
+
+EngineName = Annotated[
+    str,
+    AfterValidator(_check_engine),
+    WithJsonSchema({"anyOf": [{"enum": ["transformers", "scripted", "vllm", "openai"], "type": "string"}, {"type": "string"}]}),
+]
+"""Name of an engine, of dmoa's own or of an installed package, or `FILE.py:NAME`."""
 
 
 class AutoscalingConfig(Node):
@@ -269,7 +340,8 @@ class SamplingConfig(Node):
         return Sampling(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, stop=self.stop)
 
 
-_MODEL = re.compile(r"(embedded|hub|path|s3|openai|scripted):.+")
+_ALLOWED_MODELS = "allowed are embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://..., openai:NAME, scripted:NAME"
+_SOURCES = ("embedded", "hub", "path", "s3", "openai", "scripted")
 
 
 class LlmConfig(Node):
@@ -293,8 +365,8 @@ class LlmConfig(Node):
     @field_validator("model")
     @classmethod
     def _known_source(cls, value: str) -> str:
-        if not _MODEL.fullmatch(value):
-            raise ValueError("allowed are embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://..., openai:NAME, scripted:NAME")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*:.+", value):
+            raise ValueError(_ALLOWED_MODELS)
         return value
 
     @model_validator(mode="after")
@@ -302,32 +374,40 @@ class LlmConfig(Node):
         try:
             _ = self.options
         except ValidationError as error:
-            raise ValueError(f"engine_kwargs: {describe(error, OPTIONS[self.engine])}") from None
+            raise ValueError(f"engine_kwargs: {describe(error, self.engine_entry.options)}") from None
         return self
 
     @model_validator(mode="after")
-    def _endpoint_is_elsewhere(self) -> Self:
-        if (self.engine == "openai") != self.model.startswith("openai:"):
+    def _runs_the_model(self) -> Self:
+        prefix, own = self.model.partition(":")[0], self.engine_entry.model_prefix
+        if prefix == own:
+            return self
+        if own is not None or prefix == "openai":
+            owner, prefix = (self.engine_entry.name, own) if own else (prefix, prefix)
             raise ValueError(
-                f"model {short(self.model)} on engine {self.engine!r}; engine 'openai' runs models openai:NAME, and no other "
-                "engine does; change one of the two"
+                f"model {short(self.model)} on engine {self.engine!r}; engine {owner!r} runs models {prefix}:NAME, and no "
+                "other engine does; change one of the two"
             )
-        if self.engine == "openai" and self.gpus:
-            raise ValueError(f"gpus: value seen: {self.gpus:g}; engine 'openai' runs its model elsewhere; set gpus to 0")
+        if prefix not in _SOURCES:
+            raise ValueError(f"model: value seen: {short(self.model)}; {_ALLOWED_MODELS}; change it")
         return self
 
     @model_validator(mode="after")
     def _has_its_gpus(self) -> Self:
-        options = self.options
-        fault = options.fault_of_gpus(self.gpus) if isinstance(options, VllmOptions) else None
+        fault = self.options.fault_of_gpus(self.gpus)
         if fault:
             raise ValueError(fault)
         return self
 
     @property
+    def engine_entry(self) -> EngineEntry:
+        """The engine that runs it. A file's is loaded; raises ConfigError where it cannot be."""
+        return ENGINES.load(self.engine, "engine") if is_reference(self.engine) else ENGINES[self.engine]
+
+    @property
     def options(self) -> EngineOptions:
         """`engine_kwargs` as the engine's own typed record."""
-        return OPTIONS[self.engine].model_validate(self.engine_kwargs)
+        return self.engine_entry.options.model_validate(self.engine_kwargs)
 
 
 class AgentConfig(Node):
@@ -524,7 +604,7 @@ class Config(Node):
         return self
 
     def _check_adapter(self, where: str, adapter: str | None, llm: str) -> None:
-        if adapter is not None and self.llms[llm].engine == "openai":
+        if adapter is not None and not self.llms[llm].engine_entry.takes_adapters:
             raise ValueError(
                 f"{where}.adapter: value seen: {short(adapter)}; an endpoint (llms.{llm}) serves an adapter under a model "
                 "name of its own; set adapter to null, and add an LLM of that name"
@@ -601,10 +681,19 @@ def from_tree(tree: Any, *, source: str, overrides: tuple[str, ...] | list[str] 
     tree.pop("job", None)
     for override in overrides:
         set_value(tree, override)
+    _find_engine_files(tree, Path(source).parent if Path(source).is_file() else Path())
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: {describe(error, Config)}") from error
+
+
+def _find_engine_files(tree: dict[str, Any], folder: Path) -> None:
+    """Make the paths of engines absolute in place: they are beside the pool file, or in the working directory."""
+    llms = tree.get("llms")
+    for llm in llms.values() if isinstance(llms, dict) else ():
+        if isinstance(llm, dict) and isinstance(llm.get("engine"), str) and is_reference(llm["engine"]):
+            llm["engine"] = absolute_reference(llm["engine"], folder)
 
 
 def summarizer_agent(config: Config) -> AgentConfig | None:

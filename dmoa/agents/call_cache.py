@@ -175,7 +175,7 @@ def call_identities(config: Config) -> dict[str, str]:
             "tools": agent.tools,
             "corpus": _corpus_hash(config) if "search" in agent.tools else None,
             # Scripted replies go by the agent's name.
-            "name": agent.name if llm.engine == "scripted" else None,
+            "name": agent.name if llm.engine_entry.is_scripted else None,
         }
         found[agent.name] = json.dumps(identity, sort_keys=True)
     return found

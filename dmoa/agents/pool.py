@@ -25,7 +25,6 @@ from dmoa.config import (
     Config,
     LlmConfig,
     OpenaiOptions,
-    ScriptedOptions,
     TransformersOptions,
     VllmOptions,
     callable_agents,
@@ -33,8 +32,9 @@ from dmoa.config import (
     load,
     summarizer_agent,
 )
+from dmoa.engines import EngineContext, named
 from dmoa.engines.model_files import check_model
-from dmoa.engines.models import adapter_hash, fetch, model_id, resolve_adapter, resolve_model
+from dmoa.engines.models import adapter_hash, fetch, model_id, resolve_adapter
 from dmoa.errors import ConfigError
 from dmoa.protocols import Encoder, Engine
 from dmoa.types import FloatArray
@@ -79,9 +79,6 @@ def check_vllm(config: Config, version_of: Callable[[str], str | None] = install
         f"llms.{needing[0]}.engine: value seen: 'vllm'; vLLM is not installed here; `pip install 'dmoa[vllm]'` on the machines "
         "with GPUs and where the application is built (here, or on the cluster's head), or choose another engine"
     )
-
-
-_MAX_NAMED = 4
 
 
 def default_config_path() -> Path:
@@ -141,9 +138,8 @@ def llm_id(llm: LlmConfig) -> str:
 
     The same name at another endpoint may be another model. Raises ConfigError as `model_id`.
     """
-    options = llm.options
-    where = f"@{options.base_url.rstrip('/')}" if isinstance(options, OpenaiOptions) else ""
-    return model_id(llm.model) + where
+    endpoint = llm.options.endpoint
+    return model_id(llm.model) + (f"@{endpoint}" if endpoint else "")
 
 
 def check_files(config: Config) -> None:
@@ -153,7 +149,7 @@ def check_files(config: Config) -> None:
     """
     for llm in dict.fromkeys(agent.llm for agent in callable_agents(config)):
         part = config.llms[llm]
-        if isinstance(part.options, TransformersOptions | VllmOptions):
+        if part.engine_entry.loads_weights:
             try:
                 check_model(part.model)
             except ConfigError as error:
@@ -183,13 +179,6 @@ def _check_adapter(llm: LlmConfig, adapter: str) -> None:
             engine="vllm" if is_vllm else "transformers",
             max_rank=options.max_lora_rank if isinstance(options, VllmOptions) else None,
         )
-
-
-def named(agents: list[AgentConfig]) -> str:
-    """Return the names of agents for a message: the first few, and how many more there are."""
-    names = [agent.name for agent in agents]
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return ", ".join(names[:_MAX_NAMED]) + more
 
 
 def check_corpus(config: Config) -> None:
@@ -223,40 +212,9 @@ def build_engine(config: Config, llm: str, agents: list[AgentConfig], gpus: GpuS
     `gpus` are its own of those that this process sees; None: all of them.
     """
     part = config.llms[llm]
-    options = part.options
-    if isinstance(options, ScriptedOptions):
-        from dmoa.engines.scripted import ScriptedEngine
-
-        return ScriptedEngine(options)
-    if isinstance(options, OpenaiOptions):
-        from dmoa.engines.openai import OpenaiEngine
-
-        try:
-            return OpenaiEngine(part.model.partition(":")[2], options, max_num_seqs=part.max_num_seqs)
-        except ConfigError as error:
-            raise ConfigError(f"llms.{llm}.{error}") from error
-    if isinstance(options, TransformersOptions):
-        from dmoa.engines.transformers.engine import TransformersEngine
-
-        adapters = {agent.adapter: resolve_adapter(agent.adapter) for agent in agents if agent.adapter}
-        try:
-            return TransformersEngine(
-                resolve_model(part.model),
-                options,
-                max_num_seqs=part.max_num_seqs,
-                adapters=adapters,
-                model_label=model_id(part.model),
-                gpu=gpus.positions[0] if gpus else None,
-            )
-        except ConfigError as error:
-            if not str(error).startswith("model:"):
-                raise
-            raise ConfigError(f"llms.{llm}.{error} (agents on it: {named(agents)})") from error
-    from dmoa.engines.vllm.local import start_vllm
-
-    check_vllm(config)
-    engine: Engine = start_vllm(part, llm, sorted({agent.adapter for agent in agents if agent.adapter}), gpus)
-    return engine
+    if part.engine == "vllm":
+        check_vllm(config)
+    return part.engine_entry.build(EngineContext(config=config, llm=llm, agents=tuple(agents), gpus=gpus))
 
 
 def build_agents(config: Config, llm: str, engine: Engine) -> dict[str, Agent]:
@@ -289,7 +247,7 @@ def build_encoder(config: Config) -> Encoder:
     """
     from dmoa.agents.embedder import AsyncEncoder, HashEncoder, MiniLmEncoder
 
-    if all(llm.engine == "scripted" for llm in config.llms.values()):
+    if all(llm.engine_entry.is_scripted for llm in config.llms.values()):
         return HashEncoder()
     return AsyncEncoder(MiniLmEncoder(fetch("minilm"), threads=1))
 

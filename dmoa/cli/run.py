@@ -58,6 +58,7 @@ def run(
     dmoa run "What is 12 + 7?"
     dmoa run "What is 12 + 7?" --config pool.yaml --max-steps 2 --trace traces.jsonl
     dmoa run "What is 12 + 7?" --url http://127.0.0.1:8000 --json reply.json
+    dmoa run "What is 12 + 7?" --policy mine.py:Mine
     dmoa run --replay traces.jsonl      repeats every routing decision, exit 1 if one differs
     """
     from dmoa.workflows.backends import AskOptions
@@ -69,6 +70,7 @@ def run(
         return
     if question is None:
         raise RequestError('question: missing; give one, such as dmoa run "What is 12 + 7?", or --replay TRACE')
+    policy = _policy(policy, url)
     wish = AskOptions(policy=policy, agent=agent, max_steps=max_steps, deadline_s=deadline_s, keeps_trace=trace is not None)
     backend = open_backend(common, url, checkpoint, wish, question)
     asked = asyncio.run(_ask_once(backend, question, wish, common))
@@ -77,6 +79,17 @@ def run(
 
         append_line(trace, asked.trace.model_dump_json())
     common.write_json(asked.to_json())
+
+
+def _policy(asked: str | None, url: str | None) -> str | None:
+    """Return the name of the policy that `--policy` means; one of a file is loaded. Raises ConfigError, RequestError."""
+    from dmoa.plugins import is_reference
+    from dmoa.policies.registry import POLICIES
+
+    if asked is None or not is_reference(asked):
+        return asked
+    refuse_together({"--url": url}, "with a policy of a file: the server has its own policies")
+    return POLICIES.load(asked, "--policy").name
 
 
 def open_backend(
@@ -192,7 +205,7 @@ def chat(
     from dmoa.workflows.backends import AskOptions
     from dmoa.workflows.console import Screen
 
-    wish = AskOptions(policy=policy, agent=agent, max_steps=max_steps, deadline_s=deadline_s)
+    wish = AskOptions(policy=_policy(policy, url), agent=agent, max_steps=max_steps, deadline_s=deadline_s)
     backend = open_backend(common, url, checkpoint, wish)
     conversation = Conversation(backend, wish, Screen(common.verbosity))
     common.say(f"ready; {_HELP}")

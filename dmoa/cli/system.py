@@ -300,10 +300,21 @@ def policies(common: Common) -> None:
     """
     from dmoa.policies.registry import POLICIES
 
+    found = [{"name": name, "summary": _summary(name)} for name in POLICIES]
     width = max(map(len, POLICIES))
-    for entry in POLICIES.values():
-        typer.echo(f"{entry.name:<{width}}  {entry.summary}")
-    common.write_json([{"name": entry.name, "summary": entry.summary} for entry in POLICIES.values()])
+    for row in found:
+        typer.echo(f"{row['name']:<{width}}  {row['summary']}")
+    common.write_json(found)
+
+
+def _summary(name: str) -> str:
+    """Return what a policy says of itself, or why it cannot be loaded: one broken package does not hide the others."""
+    from dmoa.policies.registry import POLICIES
+
+    try:
+        return POLICIES[name].summary
+    except ConfigError as error:
+        return str(error)
 
 
 @with_common

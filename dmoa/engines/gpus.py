@@ -63,7 +63,7 @@ def local_gpus(config: Config, visible: Sequence[str] | None = None) -> dict[str
 
     Raises ConfigError where there are fewer than the pool asks for; without any, `transformers` takes the CPU.
     """
-    wanted = {llm: gpus for llm, gpus in _wanted(config).items() if config.llms[llm].engine in ("vllm", "transformers")}
+    wanted = {llm: gpus for llm, gpus in _wanted(config).items() if not config.llms[llm].engine_entry.is_light}
     if not wanted:
         return {}
     seen = visible_gpus() if visible is None else visible

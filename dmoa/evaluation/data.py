@@ -17,58 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.benchmarks.base import ParsedRow, RowError, RowSpec, Slice, fraction_of, hash_content, shown_field
+from dmoa.evaluation.benchmarks.base import (
+    Benchmark,
+    HubSource,
+    ParsedRow,
+    RowError,
+    Slice,
+    fraction_of,
+    hash_content,
+    shown_field,
+)
 from dmoa.evaluation.records import SPLITS, EvaluateOptions, Label, Row, Split, Task
 from dmoa.evaluation.registry import SUITES, spec_of
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.validation import did_you_mean
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HubSource:
-    """Where the hub keeps a benchmark."""
-
-    dataset: str
-    """Repository of the data set."""
-    revision: str
-    """Commit of that repository."""
-    config: str | None = None
-    """Configuration of the data set; None: its only one."""
-    slices: Mapping[Split, Slice] | None = None
-    """Which hub split each split comes from; None: the hub's splits are named as the benchmark's files are."""
-    max_rows: int | None = None
-    """At most this many rows of a hub split, evenly spaced; None: all. For data sets that would not fit into memory."""
-
-
-# Upstream has one split, `test`: a fifth of the families is set apart for training and adaptation.
-_FROM_TEST: dict[Split, Slice] = {
-    "train": Slice(file="test", high=0.12),
-    "adaptation": Slice(file="test", low=0.12, high=0.2),
-    "test": Slice(file="test", low=0.2),
-}
-_DDXPLUS: dict[Split, Slice] = {
-    "train": Slice(file="train", high=0.6),
-    "adaptation": Slice(file="train", low=0.6),
-    "test": Slice(file="validate"),
-}
-
-HUB: dict[str, HubSource] = {
-    "mmlu": HubSource(dataset="cais/mmlu", config="all", revision="c30699e8356da336a370243923dbaf21066bb9fe"),
-    "gsm8k": HubSource(dataset="openai/gsm8k", config="main", revision="740312add88f781978c0658806c59bc2815b9866"),
-    "multiarith": HubSource(dataset="ChilleD/MultiArith", revision="144d44c3fb87c0b9097ac9593c789e716a282e3e"),
-    "svamp": HubSource(dataset="ChilleD/SVAMP", revision="5e0bf1e5e7c0e9c4bc39180d224f41f3f801b7ef"),
-    "aqua_rat": HubSource(dataset="deepmind/aqua_rat", config="raw", revision="33301c6a050c96af81f63cad5562cb5363e88971"),
-    "humaneval": HubSource(
-        dataset="openai/openai_humaneval", revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", slices=_FROM_TEST
-    ),
-    "ds1000": HubSource(dataset="xlangai/DS-1000", revision="4416080ac5cb80bdf7576aefb8f9a0b4d5426a44", slices=_FROM_TEST),
-    "hotpotqa": HubSource(
-        dataset="hotpotqa/hotpot_qa", config="distractor", revision="1908d6afbbead072334abe2965f91bd2709910ab", max_rows=20_000
-    ),
-    "ddxplus": HubSource(
-        dataset="aai530-group6/ddxplus", revision="2ad986acc1ec62fb4a94171acc43f4fdd5bfde53", slices=_DDXPLUS, max_rows=20_000
-    ),
-}
 
 
 def read_split(source: HubSource, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
@@ -150,7 +112,7 @@ class _Part:
     rows: dict[str, Row] = field(default_factory=dict)
     num_duplicates: int = 0
 
-    def add(self, spec: RowSpec, split: Split, parsed: ParsedRow, row_hash: str) -> None:
+    def add(self, spec: Benchmark, split: Split, parsed: ParsedRow, row_hash: str) -> None:
         if not self.slice.holds(fraction_of(parsed.family or row_hash)):
             return
         if row_hash in self.rows:
@@ -189,12 +151,18 @@ def load_splits(name: str, splits: Sequence[Split], *, data_dir: Path | None, sk
     return loaded
 
 
-def slices_of(spec: RowSpec, data_dir: Path | None) -> Mapping[Split, Slice]:
+def slices_of(spec: Benchmark, data_dir: Path | None) -> Mapping[Split, Slice]:
     """Where the splits come from: files, or the hub's splits."""
-    return spec.slices if data_dir is not None else HUB[spec.name].slices or spec.slices
+    return spec.slices if data_dir is not None else _hub(spec).slices or spec.slices
 
 
-def find_file(spec: RowSpec, file: str, data_dir: Path) -> Path | None:
+def _hub(spec: Benchmark) -> HubSource:
+    if spec.hub is None:
+        raise ConfigError(f"{spec.name}: its rows are on no hub; give the folder of its rows with --data-dir")
+    return spec.hub
+
+
+def find_file(spec: Benchmark, file: str, data_dir: Path) -> Path | None:
     """The file of this name, plain or gzip; None where there is none.
 
     Raises:
@@ -207,12 +175,12 @@ def find_file(spec: RowSpec, file: str, data_dir: Path) -> Path | None:
 
 
 def _read_file(
-    spec: RowSpec, file: str, parts: Mapping[Split, _Part], definitions: Any, data_dir: Path | None, skip_bad_rows: bool
+    spec: Benchmark, file: str, parts: Mapping[Split, _Part], definitions: Any, data_dir: Path | None, skip_bad_rows: bool
 ) -> tuple[dict[str, str], list[BadRow]]:
     """Reads one file into the splits that it serves."""
     lines: Iterator[tuple[int, bytes | dict[str, Any]]]
     if data_dir is None:
-        source = HUB[spec.name]
+        source = _hub(spec)
         name, records = read_split(source, file)
         sources, lines = {name: source.revision}, enumerate(records, start=1)
     else:
@@ -239,7 +207,7 @@ def _read_file(
     return sources, bad
 
 
-def _require_file(spec: RowSpec, file: str, data_dir: Path) -> Path:
+def _require_file(spec: Benchmark, file: str, data_dir: Path) -> Path:
     folder = data_dir / spec.name
     if not folder.is_dir():
         advice = f"--data-dir must hold one folder a benchmark, this one with {file}.jsonl or {file}.jsonl.gz"
@@ -255,13 +223,13 @@ def _require_file(spec: RowSpec, file: str, data_dir: Path) -> Path:
     return path
 
 
-def find_definitions(spec: RowSpec, data_dir: Path | None) -> tuple[Any, dict[str, str]]:
+def find_definitions(spec: Benchmark, data_dir: Path | None) -> tuple[Any, dict[str, str]]:
     """What gives the codes a meaning, and the hashes (hub: the revision) of the files that say so."""
     paths: dict[str, Path] = {}
     sources: dict[str, str] = {}
     for file in spec.definitions:
         if data_dir is None:
-            source = HUB[spec.name]
+            source = _hub(spec)
             paths[file] = fetch_file(source, file)
             sources[f"{source.dataset}/{file}"] = source.revision
             continue

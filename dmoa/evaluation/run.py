@@ -19,6 +19,7 @@ from dmoa.dataflow import Watch
 from dmoa.errors import ConfigError
 from dmoa.evaluation import report, results
 from dmoa.evaluation.answering import Asking
+from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.evaluation.benchmarks.programs import require_sandbox
 from dmoa.evaluation.data import prepare_rows
 from dmoa.evaluation.pipeline import AnswerWorkers, answer_all, forget_failed, score_all
@@ -80,7 +81,7 @@ def _locked(session: Session) -> Evaluation:
     folder.evaluation.unlink(missing_ok=True)
     if options.retry_failed:
         session.say(f"{forget_failed(folder, names, info.policies)} failed rows are run again")
-    scorers = OpenScorers(names=names, allow_weak_sandbox=options.allow_weak_sandbox)
+    scorers = OpenScorers(names=names, allow_weak_sandbox=options.allow_weak_sandbox, files=BENCHMARKS.references(names))
     with session.open_ray():
         answer_all(folder, names, info.policies, session.asking, session.workers, session.watch)
         score_all(folder, names, info.policies, scorers, session.score_at_once, session.watch)

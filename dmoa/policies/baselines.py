@@ -6,7 +6,15 @@ import random
 import re
 from collections.abc import Mapping
 
+from dmoa.policies.registry import PolicyContext, policy
 from dmoa.types import Activation, QueryState, StepPlan, Stop
+
+
+@policy("single", "One agent answers once: the one named, or the pool's first.", width=lambda config: 1)
+def build_single(context: PolicyContext) -> SinglePolicy:
+    """Return the policy of the agent that is named, without stand-ins; else of the first, with all others as stand-ins."""
+    names = context.config.agent_names
+    return SinglePolicy(agent=context.agent) if context.agent is not None else SinglePolicy(agent=names[0], stand_ins=names)
 
 
 class SinglePolicy:
@@ -31,6 +39,12 @@ class SinglePolicy:
         )
 
 
+@policy("dense", "Every agent of the pool at every step.")
+def build_dense(context: PolicyContext) -> DensePolicy:
+    """Return the policy of the pool's agents."""
+    return DensePolicy(agents=context.config.agent_names)
+
+
 class DensePolicy:
     """Asks all agents of the pool at every step; stopping is the pool's own."""
 
@@ -42,6 +56,12 @@ class DensePolicy:
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask everyone, in the order of the pool."""
         return StepPlan(activations=tuple(Activation(agent=name, probability=1 / len(self._agents)) for name in self._agents))
+
+
+@policy("random", "One agent a step, drawn evenly; repeats for the same query.", width=lambda config: 1)
+def build_random(context: PolicyContext) -> RandomPolicy:
+    """Return the policy of the pool's agents."""
+    return RandomPolicy(agents=context.config.agent_names)
 
 
 class RandomPolicy:
@@ -59,6 +79,13 @@ class RandomPolicy:
         probability = 1 / len(order)
         drawn = tuple(Activation(agent=name, probability=probability) for name in order)
         return StepPlan(activations=drawn[:1], reserves=drawn[1:], mass=probability)
+
+
+@policy("selector", "The pool's first agent reads all profiles and names the one that answers.", width=lambda config: 1)
+def build_selector(context: PolicyContext) -> SelectorPolicy:
+    """Return the policy with the agent that is named, or the pool's first, as the chooser."""
+    agents = context.config.agents
+    return SelectorPolicy(chooser=context.agent or agents[0].name, profiles={agent.name: agent.profile for agent in agents})
 
 
 class SelectorPolicy:

@@ -10,9 +10,32 @@ from typing import Literal
 
 import numpy as np
 
+from dmoa.config import Config
 from dmoa.core.features import FEEDBACK_FEATURES, feedback, gate_input
+from dmoa.errors import RequestError
+from dmoa.policies.registry import PolicyContext, policy
 from dmoa.protocols import Encoder, Router
 from dmoa.types import Activation, FloatArray, QueryState, RouteDecision, RouteRequest, StepPlan, StepRecord, Stop
+from dmoa.validation import did_you_mean
+
+
+def _width(config: Config) -> int:
+    return min(config.gate.activation.max_agents, len(config.agents))
+
+
+@policy("dmoa", "The recurrent gate activates a sparse, adaptive set of agents at every step.", width=_width)
+def build_dmoa(context: PolicyContext) -> DmoaPolicy:
+    """Return the policy over the router's current gate, or over the one that is named. Raises RequestError for an unknown one."""
+    if context.agent is None:
+        return DmoaPolicy(router=context.router, encoder=context.encoder, preset=context.config.gate.preset)
+    gate = context.gates.get(context.agent)
+    if gate is None:
+        allowed = ", ".join(context.gates) or "none was given"
+        raise RequestError(
+            f"policy: dmoa:{context.agent}: allowed gates: {allowed}; give the gate, or leave its name out"
+            f"{did_you_mean(context.agent, context.gates)}"
+        )
+    return DmoaPolicy(router=context.router, encoder=context.encoder, preset=gate.preset, gate_version=gate.version)
 
 
 class DmoaPolicy:

@@ -34,8 +34,9 @@ def serve_config(tree: dict[str, Any], *, source: str) -> dict[str, Any]:
 
     The proxies listen where the pool's `server` section says, on every node that runs a replica. Raises ConfigError.
     """
-    config = from_tree(copy.deepcopy(tree), source=source)
-    application = {"name": APP, "route_prefix": "/", "import_path": BUILDER, "args": copy.deepcopy(tree)}
+    tree = copy.deepcopy(tree)
+    config = from_tree(tree, source=source)
+    application = {"name": APP, "route_prefix": "/", "import_path": BUILDER, "args": tree}
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": config.server.host, "port": config.server.port},

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
 from typing import Any
 
 from ray import serve
@@ -74,13 +75,12 @@ def bind_hosts(config: Config) -> dict[str, Any]:
         name = deployment_name(config, agent)
         if name in bound:
             continue
-        is_light = llm.engine in ("scripted", "openai")
-        options = _options(name, config.scaling_of(agent), max_num_seqs=llm.max_num_seqs, gpus=llm.gpus, is_light=is_light)
+        entry, scaling = llm.engine_entry, config.scaling_of(agent)
+        options = _options(name, scaling, max_num_seqs=llm.max_num_seqs, gpus=llm.gpus, is_light=entry.is_light)
         only = None if llm.placement == "shared" else agent.name
-        if llm.engine == "vllm":
-            from dmoa.serving.vllm_replica import vllm_deployment
-
-            deployment = vllm_deployment(config, agent.llm, hosted_agents(config, agent.llm, only), options)
+        if entry.deployment is not None:
+            make = resolve_name(entry.deployment)
+            deployment = make(config, agent.llm, hosted_agents(config, agent.llm, only), options)
         else:
             deployment = serve.deployment(AgentReplica).options(**options)
         bound[name] = deployment.bind(text, agent.llm, only)

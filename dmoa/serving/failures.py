@@ -6,8 +6,8 @@ import logging
 import re
 import time
 
-from dmoa.agents.pool import named
 from dmoa.config import Config, callable_agents
+from dmoa.engines import named
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.serving.placement import deployment_names
 from dmoa.validation import redact_text

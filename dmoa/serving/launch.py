@@ -143,7 +143,7 @@ def _build(config: Config, key_hashes: tuple[str, ...], address: str | None, mar
 
     # Ray Serve LLM asks Ray while an application is built, and would start one of its own making. Otherwise what is wrong
     # with a pool is told before Ray starts, which takes seconds.
-    started_ray = start_ray(address) if any(llm.engine == "vllm" for llm in config.llms.values()) else None
+    started_ray = start_ray(address) if any(llm.engine_entry.deployment for llm in config.llms.values()) else None
     # The proxy is on the head alone: an ingress beside it is lost with no other node, nor are the queries in it.
     application = build_app(config, key_hashes=key_hashes, is_ingress_on_head=True, mark=mark)
     return application, start_ray(address) if started_ray is None else started_ray

@@ -43,9 +43,12 @@ class OpenPool:
     call_cache: Path | None = None
     gates: Mapping[str, Path] = field(default_factory=dict)
     """Checkpoints beside the pool's own, by the NAME of `dmoa:NAME`."""
+    policy_files: tuple[str, ...] = ()
+    """Policies as `FILE.py:NAME`, with paths that this process finds too."""
 
     def __call__(self) -> PoolAnswerer:
         """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
+        POLICIES.resolve(self.policy_files, "--policies")
         config = Config.model_validate_json(self.config_json)
         return PoolAnswerer(build_local_swarm(config, lambda text: None, self.call_cache, self.gates))
 
@@ -260,10 +263,10 @@ def fetch_models(config: Config, say: Callable[[str], None]) -> None:
     from dmoa.engines.models import fetch, resolve_model
 
     for name, llm in config.llms.items():
-        if llm.engine not in ("scripted", "openai"):
+        if llm.engine_entry.loads_weights:
             say(f"loading {name} ({llm.model})")
             resolve_model(llm.model, progress=say)
-    if any(llm.engine != "scripted" for llm in config.llms.values()):
+    if any(not llm.engine_entry.is_scripted for llm in config.llms.values()):
         fetch("minilm", progress=say)
 
 

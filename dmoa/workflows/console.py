@@ -62,7 +62,7 @@ _BAD_INPUT = (ConfigError, RequestError, CheckpointError, TraceError)
 _TOO_BUSY = 429
 
 PolicyOption = Annotated[
-    str | None, typer.Option("--policy", metavar="NAME", help="Who is asked when; `dmoa policies` lists the names.")
+    str | None, typer.Option("--policy", metavar="NAME", help="Who is asked when: a name, see `dmoa policies`, or FILE.py:NAME.")
 ]
 AgentOption = Annotated[str | None, typer.Option("--agent", metavar="NAME", help="Ask this one agent (policy `single`).")]
 CheckpointOption = Annotated[

@@ -50,6 +50,7 @@ def run_evaluation(
     from dmoa.storage import display_path, localized
 
     names = expand_names(options.benchmarks)
+    options = options.model_copy(update={"policies": POLICIES.resolve(options.policies, "--policies")})
     check_policies(options.policies, config, tuple(options.gates))
     assert options.out is not None
     advice = f"the same command with --out {display_path(options.out)} --resume goes on from here"
@@ -214,6 +215,7 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
             config_json=config.model_dump_json(),
             call_cache=call_cache,
             gates={name: folder.absolute() for name, folder in options.gates.items()},
+            policy_files=POLICIES.references(name for name, _ in map(split_policy, options.policies)),
         ),
         count=options.workers,
         places=options.concurrency or OVERCOMMIT * sum(config.llms[name].max_num_seqs for name in used),

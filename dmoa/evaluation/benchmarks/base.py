@@ -1,7 +1,12 @@
 """What all nine benchmarks share: checked fields of upstream rows, a hash and a place in the splits, and the scorer's record.
 
-A line of a file becomes a `dict`, `RowSpec.parse` turns it into a `ParsedRow` (pure: no disk, no network) or raises
-`RowError`, and `evaluation/data` gives it an id and makes it a `Row`.
+A line of a file becomes a `dict`, `Benchmark.parse` turns it into a `ParsedRow` (pure: no disk, no network) or raises
+`RowError`, and `evaluation/data` gives it an id and makes it a `Row`. Each benchmark's module defines its upstream fields, its
+prompt, its label, its scorer and where its splits come from, in one `Benchmark`.
+
+Where upstream has no rows for a split, a file is divided by the hash of each row's family: 60 % train, 40 % adaptation.
+A family is one row, or the rows that must stay together (equal questions of MultiArith, one body of SVAMP, variations of
+one DS-1000 problem). HotpotQA's and DDXPlus's validation rows are the test slice, AQuA's validation rows the adaptation slice.
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.records import Label, Score, Scorer, Split
+from dmoa.evaluation.records import SPLITS, Label, Score, Scorer, Split
+from dmoa.plugins import Registry
 
 
 class RowError(ValueError):
@@ -108,20 +114,40 @@ class Slice:
         return self.low <= fraction < self.high
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowSpec:
-    """How the rows of one benchmark are read."""
+TRAIN_SHARE = 0.6
 
-    name: str
-    """Canonical name; also its folder under `--data-dir`."""
-    parse: Callable[[Mapping[str, Any], Any], ParsedRow]
-    """Pure function of a decoded row and of what `read_definitions` returned; raises RowError."""
-    slices: Mapping[Split, Slice]
-    """Where the rows of each split come from."""
-    definitions: tuple[str, ...] = ()
-    """Files beside the rows that give their codes a meaning."""
-    read_definitions: Callable[[Mapping[str, Path]], Any] = field(default=lambda _paths: None)
-    """Reads those files, by name; raises ConfigError."""
+
+def divided(test_file: str) -> dict[Split, Slice]:
+    """The splits of a benchmark with a file of test rows, and one, `train`, which is divided for the other two splits."""
+    return {
+        "train": Slice(file="train", high=TRAIN_SHARE),
+        "adaptation": Slice(file="train", low=TRAIN_SHARE),
+        "test": Slice(file=test_file),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSource:
+    """Where the Hugging Face hub keeps a benchmark."""
+
+    dataset: str
+    """Repository of the data set."""
+    revision: str
+    """Commit of that repository."""
+    config: str | None = None
+    """Configuration of the data set; None: its only one."""
+    slices: Mapping[Split, Slice] | None = None
+    """Which hub split each split comes from; None: the hub's splits are named as the benchmark's files are."""
+    max_rows: int | None = None
+    """At most this many rows of a hub split, evenly spaced; None: all. For data sets that would not fit into memory."""
+
+
+# Upstream has one split, `test`: a fifth of the families is set apart for training and adaptation.
+FROM_TEST: dict[Split, Slice] = {
+    "train": Slice(file="test", high=0.12),
+    "adaptation": Slice(file="test", low=0.12, high=0.2),
+    "test": Slice(file="test", low=0.2),
+}
 
 
 def model_parser(model: type[UpstreamRow]) -> Callable[[Mapping[str, Any], Any], ParsedRow]:
@@ -209,6 +235,71 @@ class ScorerEntry:
     """How the reasons begin with which a row is unscored whatever the reply says, because of this host's libraries."""
     runs_programs: bool = False
     """Whether scoring runs a program in the sandbox, which takes seconds a row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """One benchmark: how its rows are read, asked and judged, where they come from, and what tables call it."""
+
+    name: str
+    """Canonical name; also its folder under `--data-dir`."""
+    title: str
+    """Its name in tables."""
+    parse: Callable[[Mapping[str, Any], Any], ParsedRow]
+    """Pure function of a decoded row and of what `read_definitions` returned; raises RowError."""
+    slices: Mapping[Split, Slice]
+    """Where the rows of each split come from."""
+    scoring: Callable[[bool], ScorerEntry]
+    """Returns the scoring; true: programs may run where the host's isolation falls below the sandbox's stated level."""
+    hub: HubSource | None = None
+    """None: its rows are in files only."""
+    definitions: tuple[str, ...] = ()
+    """Files beside the rows that give their codes a meaning."""
+    read_definitions: Callable[[Mapping[str, Path]], Any] = field(default=lambda _paths: None)
+    """Reads those files, by name; raises ConfigError."""
+
+
+_HERE = "dmoa.evaluation.benchmarks"
+BENCHMARKS: Registry[Benchmark] = Registry(
+    Benchmark,
+    what="benchmark",
+    group="dmoa.benchmarks",
+    builtin={
+        "mmlu": f"{_HERE}.choices:MmluRow",
+        "gsm8k": f"{_HERE}.word_problems:Gsm8kRow",
+        "multiarith": f"{_HERE}.word_problems:MultiArithRow",
+        "svamp": f"{_HERE}.word_problems:SvampRow",
+        "aqua_rat": f"{_HERE}.choices:AquaRow",
+        "humaneval": f"{_HERE}.humaneval:HumanEvalRow",
+        "ds1000": f"{_HERE}.ds1000:Ds1000Row",
+        "hotpotqa": f"{_HERE}.hotpotqa:HotpotRow",
+        "ddxplus": f"{_HERE}.ddxplus:DDXPLUS",
+    },
+)
+RowT = TypeVar("RowT", bound=type[UpstreamRow])
+
+
+def benchmark(
+    name: str,
+    *,
+    title: str,
+    scoring: Callable[[bool], ScorerEntry],
+    slices: Mapping[Split, Slice] | None = None,
+    hub: HubSource | None = None,
+) -> Callable[[RowT], RowT]:
+    """Enter a benchmark under a name, over the class of its rows. The arguments are the fields of `Benchmark`.
+
+    `slices` None: test rows are in `test.jsonl`, the others in `train.jsonl`, if there is one.
+    """
+    parts = slices or divided("test")
+    if set(parts) != set(SPLITS):
+        raise ConfigError(f"@benchmark({name!r}): slices has {', '.join(parts)}; give exactly {', '.join(SPLITS)}")
+
+    def enter(row: RowT) -> RowT:
+        found = Benchmark(name=name, title=title, parse=model_parser(row), slices=parts, scoring=scoring, hub=hub)
+        return BENCHMARKS.add(found, row)
+
+    return enter
 
 
 def gold_of(label: Label, *keys: str) -> tuple[Any, ...]:

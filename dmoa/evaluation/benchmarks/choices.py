@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from dmoa.core.answers import plain_text
-from dmoa.evaluation.benchmarks.base import VALUE, ScorerEntry, Text, UpstreamRow, gold_of, unscored
+from dmoa.evaluation.benchmarks.base import VALUE, HubSource, ScorerEntry, Slice, Text, UpstreamRow, benchmark, gold_of, unscored
 from dmoa.evaluation.benchmarks.final_answer import final_statement, is_refusal, last_line, readable
 from dmoa.evaluation.records import Label, Reply, Score
 
@@ -22,6 +22,13 @@ LETTERS = "ABCDE"
 LETTER_FORMAT = "End with a line `Answer: X`, X one letter."
 
 
+@benchmark(
+    "mmlu",
+    title="MMLU",
+    slices={"train": Slice(file="dev"), "adaptation": Slice(file="validation"), "test": Slice(file="test")},
+    scoring=lambda _: entry("a generated letter, zero-shot, in place of 5-shot next-token probabilities"),
+    hub=HubSource(dataset="cais/mmlu", config="all", revision="c30699e8356da336a370243923dbaf21066bb9fe"),
+)
 class MmluRow(UpstreamRow):
     """A row of `cais/mmlu`."""
 
@@ -59,6 +66,13 @@ def _check_options(options: list[str]) -> list[str]:
     return options
 
 
+@benchmark(
+    "aqua_rat",
+    title="AQuA",
+    slices={"train": Slice(file="train"), "adaptation": Slice(file="validation"), "test": Slice(file="test")},
+    scoring=lambda _: entry(""),
+    hub=HubSource(dataset="deepmind/aqua_rat", config="raw", revision="33301c6a050c96af81f63cad5562cb5363e88971"),
+)
 class AquaRow(UpstreamRow):
     """A row of `deepmind/aqua_rat`, raw."""
 

@@ -23,11 +23,14 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from dmoa.errors import ConfigError
 from dmoa.evaluation.benchmarks.base import (
     VALUE,
+    Benchmark,
+    HubSource,
     ParsedRow,
     RowError,
     ScorerEntry,
     Text,
     UpstreamFields,
+    divided,
     gold_of,
     shown_field,
     unscored,
@@ -363,3 +366,20 @@ def _score(label: Label, reply: Reply) -> Score:
         reason=f"{diagnosis.reason}; right is {pathology}",
         metrics=metrics,
     )
+
+
+DDXPLUS = Benchmark(
+    name="ddxplus",
+    title="DDXPlus",
+    parse=parse_patient,
+    slices=divided("validation"),
+    scoring=lambda _: entry("top-1 of 49 given names, all evidences shown, no dialogue"),
+    hub=HubSource(
+        dataset="aai530-group6/ddxplus",
+        revision="2ad986acc1ec62fb4a94171acc43f4fdd5bfde53",
+        slices=divided("validate"),
+        max_rows=20_000,
+    ),
+    definitions=(EVIDENCES_FILE, CONDITIONS_FILE),
+    read_definitions=read_definitions,
+)

@@ -14,7 +14,19 @@ from functools import cache
 from importlib import metadata
 from typing import Any, ClassVar
 
-from dmoa.evaluation.benchmarks.base import VALUE, ScorerEntry, Text, UpstreamFields, UpstreamRow, chance_of, gold_of, unscored
+from dmoa.evaluation.benchmarks.base import (
+    FROM_TEST,
+    VALUE,
+    HubSource,
+    ScorerEntry,
+    Text,
+    UpstreamFields,
+    UpstreamRow,
+    benchmark,
+    chance_of,
+    gold_of,
+    unscored,
+)
 from dmoa.evaluation.benchmarks.programs import (
     MAX_CHARS,
     MAX_EXTRACTED_CHARS,
@@ -39,6 +51,12 @@ class Metadata(UpstreamFields):
     perturbation_origin_id: int
 
 
+@benchmark(
+    "ds1000",
+    title="DS-1000",
+    scoring=lambda allow_weak: entry(allow_weak_sandbox=allow_weak),
+    hub=HubSource(dataset="xlangai/DS-1000", revision="4416080ac5cb80bdf7576aefb8f9a0b4d5426a44", slices=FROM_TEST),
+)
 class Ds1000Row(UpstreamRow):
     """A row of `xlangai/DS-1000`, the simplified release."""
 

@@ -13,7 +13,19 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 
 from dmoa.core.answers import plain_text
-from dmoa.evaluation.benchmarks.base import VALUE, ScorerEntry, Text, UpstreamFields, UpstreamRow, chance_of, gold_of, unscored
+from dmoa.evaluation.benchmarks.base import (
+    VALUE,
+    HubSource,
+    ScorerEntry,
+    Text,
+    UpstreamFields,
+    UpstreamRow,
+    benchmark,
+    chance_of,
+    divided,
+    gold_of,
+    unscored,
+)
 from dmoa.evaluation.benchmarks.final_answer import final_statement, is_refusal, last_line, readable
 from dmoa.evaluation.records import Label, Reply, Score
 
@@ -38,6 +50,15 @@ class Context(UpstreamFields):
         return self
 
 
+@benchmark(
+    "hotpotqa",
+    title="HotpotQA (distractor)",
+    slices=divided("validation"),
+    scoring=lambda _: entry("answer only, no supporting facts"),
+    hub=HubSource(
+        dataset="hotpotqa/hotpot_qa", config="distractor", revision="1908d6afbbead072334abe2965f91bd2709910ab", max_rows=20_000
+    ),
+)
 class HotpotRow(UpstreamRow):
     """A row of `hotpotqa/hotpot_qa`, distractor."""
 

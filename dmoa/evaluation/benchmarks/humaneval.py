@@ -12,7 +12,18 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator
 
-from dmoa.evaluation.benchmarks.base import VALUE, ScorerEntry, Text, UpstreamRow, chance_of, gold_of, unscored
+from dmoa.evaluation.benchmarks.base import (
+    FROM_TEST,
+    VALUE,
+    HubSource,
+    ScorerEntry,
+    Text,
+    UpstreamRow,
+    benchmark,
+    chance_of,
+    gold_of,
+    unscored,
+)
 from dmoa.evaluation.benchmarks.programs import (
     MAX_CHARS,
     MAX_EXTRACTED_CHARS,
@@ -32,6 +43,12 @@ def _identifier(name: str) -> str:
     return name
 
 
+@benchmark(
+    "humaneval",
+    title="HumanEval",
+    scoring=lambda allow_weak: entry(allow_weak_sandbox=allow_weak),
+    hub=HubSource(dataset="openai/openai_humaneval", revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", slices=FROM_TEST),
+)
 class HumanEvalRow(UpstreamRow):
     """A row of `openai/openai_humaneval`."""
 

@@ -17,7 +17,17 @@ from pydantic import AfterValidator, BeforeValidator
 
 from dmoa.core.answers import SENTENCE_END, find_numbers, spelled
 from dmoa.errors import ConfigError
-from dmoa.evaluation.benchmarks.base import VALUE, ScorerEntry, Text, UpstreamRow, chance_of, gold_of, unscored
+from dmoa.evaluation.benchmarks.base import (
+    VALUE,
+    HubSource,
+    ScorerEntry,
+    Text,
+    UpstreamRow,
+    benchmark,
+    chance_of,
+    gold_of,
+    unscored,
+)
 from dmoa.evaluation.benchmarks.final_answer import final_statement, is_refusal, readable
 from dmoa.evaluation.records import Label, Reply, Score
 
@@ -62,6 +72,12 @@ def _ask(problem: str) -> str:
     return f"Solve the arithmetic problem. {NUMBER_FORMAT}\n\nProblem: {problem.strip()}"
 
 
+@benchmark(
+    "gsm8k",
+    title="GSM8K",
+    scoring=lambda _: entry(),
+    hub=HubSource(dataset="openai/gsm8k", config="main", revision="740312add88f781978c0658806c59bc2815b9866"),
+)
 class Gsm8kRow(UpstreamRow):
     """A row of `openai/gsm8k`, main."""
 
@@ -78,6 +94,12 @@ class Gsm8kRow(UpstreamRow):
         return {"number": canonical_number(self.answer.rpartition("####")[2])}
 
 
+@benchmark(
+    "multiarith",
+    title="MultiArith",
+    scoring=lambda _: entry(),
+    hub=HubSource(dataset="ChilleD/MultiArith", revision="144d44c3fb87c0b9097ac9593c789e716a282e3e"),
+)
 class MultiArithRow(UpstreamRow):
     """A row of `ChilleD/MultiArith`."""
 
@@ -97,6 +119,12 @@ class MultiArithRow(UpstreamRow):
         return self.question
 
 
+@benchmark(
+    "svamp",
+    title="SVAMP",
+    scoring=lambda _: entry(),
+    hub=HubSource(dataset="ChilleD/SVAMP", revision="5e0bf1e5e7c0e9c4bc39180d224f41f3f801b7ef"),
+)
 class SvampRow(UpstreamRow):
     """A row of `ChilleD/SVAMP`; `question_concat` is `Body` and `Question` again, and is not read."""
 

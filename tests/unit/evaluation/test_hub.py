@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 from dmoa.errors import ConfigError
 from dmoa.evaluation import data as hub
 from dmoa.evaluation import data as loading
-from dmoa.evaluation.data import HUB, HubSource, load_rows, load_splits, slices_of
+from dmoa.evaluation.benchmarks.base import HubSource
+from dmoa.evaluation.data import load_rows, load_splits, slices_of
 from dmoa.evaluation.records import SPLITS
 from dmoa.evaluation.registry import BENCHMARKS
 from tests.unit.evaluation.samples import CONDITIONS, EVIDENCES, row, write_rows
 
+HUB = {name: spec.hub for name, spec in BENCHMARKS.items() if spec.hub is not None}
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -41,6 +44,11 @@ def publish(tmp_path: Path, name: str, files: dict[str, list[dict[str, Any]]]) -
     return str(tmp_path / "hub" / name)
 
 
+def published(monkeypatch: pytest.MonkeyPatch, name: str, source: HubSource) -> None:
+    """Let a benchmark's rows come from there."""
+    monkeypatch.setitem(BENCHMARKS, name, replace(BENCHMARKS[name], hub=source))
+
+
 def test_the_table_has_every_benchmark_at_a_fixed_commit() -> None:
     assert set(HUB) == set(BENCHMARKS)
     for name, source in HUB.items():
@@ -60,7 +68,7 @@ def test_hub_splits_do_not_overlap_where_one_file_serves_several(name: str) -> N
 def test_rows_from_the_hub_equal_rows_from_files(tmp_path: Path, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row("hotpotqa", question=f"Who is {number}?") for number in range(5)]
     dataset = publish(tmp_path, "hotpotqa", {"validation": rows})
-    monkeypatch.setitem(HUB, "hotpotqa", HubSource(dataset=dataset, revision=SHA))
+    published(monkeypatch, "hotpotqa", HubSource(dataset=dataset, revision=SHA))
     from_hub = load_rows("hotpotqa", "test", data_dir=None)
     from_files = load_rows("hotpotqa", "test", data_dir=tmp_path / "hub")
     assert from_hub.rows == from_files.rows
@@ -73,7 +81,11 @@ def test_one_upstream_split_serves_all_three(tmp_path: Path, offline: Path, monk
         for number in range(164)
     ]
     dataset = publish(tmp_path, "humaneval", {"test": rows})
-    monkeypatch.setitem(HUB, "humaneval", HubSource(dataset=dataset, revision=SHA, slices=HUB["humaneval"].slices))
+    monkeypatch.setitem(
+        BENCHMARKS,
+        "humaneval",
+        replace(BENCHMARKS["humaneval"], hub=HubSource(dataset=dataset, revision=SHA, slices=HUB["humaneval"].slices)),
+    )
     parts = load_splits("humaneval", SPLITS, data_dir=None)
     names = {split: {each.label.gold["entry_point"] for each in loaded.rows} for split, loaded in parts.items()}
     assert sum(map(len, names.values())) == len(set().union(*names.values())) == 164
@@ -89,7 +101,7 @@ def test_a_large_split_is_thinned_evenly_and_says_so(tmp_path: Path, offline: Pa
 
 def test_bad_hub_rows_are_named_by_number(tmp_path: Path, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = publish(tmp_path, "gsm8k", {"test": [row("gsm8k"), row("gsm8k", answer="none")]})
-    monkeypatch.setitem(HUB, "gsm8k", HubSource(dataset=dataset, revision=SHA))
+    published(monkeypatch, "gsm8k", HubSource(dataset=dataset, revision=SHA))
     with pytest.raises(ConfigError, match=r"gsm8k:test, line 2, field `answer`: saw 'none'"):
         load_rows("gsm8k", "test", data_dir=None)
     assert len(load_rows("gsm8k", "test", data_dir=None, skip_bad_rows=True).bad) == 1
@@ -102,7 +114,7 @@ def test_definitions_come_from_the_repository_at_its_revision(
     snapshot.mkdir(parents=True)
     (snapshot / "release_evidences.json").write_text(json.dumps(EVIDENCES), encoding="utf-8")
     (snapshot / "release_conditions.json").write_text(json.dumps(CONDITIONS), encoding="utf-8")
-    monkeypatch.setitem(HUB, "ddxplus", HubSource(dataset="made/patients", revision=SHA))
+    published(monkeypatch, "ddxplus", HubSource(dataset="made/patients", revision=SHA))
     definitions, sources = loading.find_definitions(BENCHMARKS["ddxplus"], None)
     assert definitions.conditions == list(CONDITIONS)
     assert sources == {"made/patients/release_evidences.json": SHA, "made/patients/release_conditions.json": SHA}
