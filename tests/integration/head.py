@@ -36,6 +36,8 @@ class Head:
     """Of its dashboard."""
     address: str
     """HOST:PORT for RAY_ADDRESS."""
+    pid: int
+    """The process that all of it runs below."""
     env: dict[str, str]
     """The environment of a shell in which it is known, without RAY_ADDRESS."""
 
@@ -109,7 +111,7 @@ def _start(folder: Path) -> tuple[Head, subprocess.Popen[bytes]]:
     ]
     with (folder / "head.log").open("wb") as log:
         running = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    return Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", env), running
+    return Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", running.pid, env), running
 
 
 def _is_ready(head: Head, running: subprocess.Popen[bytes], folder: Path, *, must: bool) -> bool:

@@ -75,7 +75,7 @@ async def test_concurrent_requests_share_one_batch_and_do_not_change_each_other(
     assert sum(together.activations.values()) == sum(decision.k for decision in decided)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.permutations(range(12)), st.integers(1, 12))
 def test_a_decision_depends_on_neither_order_nor_neighbours(order: list[int], size: int) -> None:
     requests = random_requests(12, seed=1)

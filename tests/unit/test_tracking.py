@@ -326,6 +326,7 @@ def test_a_mode_that_wandb_refuses_is_offline(tmp_path: Path, monkeypatch: pytes
     assert b"kept_offline" in offline_runs(tmp_path)[0].read_bytes()
 
 
+@pytest.mark.contract
 def test_a_killed_run_leaves_its_curves_and_no_process(tmp_path: Path) -> None:
     code = (
         "import os, sys, time\nfrom pathlib import Path\nfrom dmoa.tracking import open_tracker\n"
@@ -355,6 +356,7 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.contract
 def test_importing_tracking_loads_no_wandb() -> None:
     code = "import sys, dmoa.tracking\nassert 'wandb' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -25,6 +25,7 @@ COMMANDS += ("rollouts", "train", "probe", "router")
 SCHEMAS = ("pool", "reply", "trace", "rollout", "checkpoint", "bench", "evaluation")
 
 
+@pytest.mark.contract
 def test_the_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\nfrom dmoa.cli.main import app\n"

@@ -45,7 +45,7 @@ def question(text: str, expected: str) -> DemoQuestion:
     return DemoQuestion(text=text, label=Label(row_id=text, benchmark="arith", gold={"answer": expected}))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(count=st.integers(1, 20), seed=st.integers(0, 2**32))
 def test_questions_are_held_out_rows_of_every_suite_in_turns(count: int, seed: int) -> None:
     questions = generate(count, seed)

@@ -116,6 +116,7 @@ def test_how_to_repeat_is_there(text: str) -> None:
         assert part in text
 
 
+@pytest.mark.contract
 def test_the_same_result_gives_the_same_page(evaluation: Evaluation, text: str) -> None:
     code = (
         "import sys\nfrom dmoa.evaluation.report import render_report as render\nfrom dmoa.evaluation.results import Evaluation\n"

@@ -151,6 +151,7 @@ def test_a_whole_split_streams_without_repeating_a_tuple() -> None:
         suite.generate("anchor", capacity + 1, 0, groups=groups)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", SUITES)
 def test_splits_are_disjoint_by_tuple_and_by_held_out_template(name: str) -> None:
     suite, num_seeds = SUITES[name], 3
@@ -235,6 +236,7 @@ def digest(suites: dict[str, Suite]) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+@pytest.mark.contract
 def test_every_process_generates_the_same_rows() -> None:
     code = "from tests.unit.evaluation.test_suites import SUITES, digest; print(digest(SUITES))"
     done = subprocess.run(

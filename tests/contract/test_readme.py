@@ -27,7 +27,7 @@ from dmoa.types import Answer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXECUTED = "<!-- executed by tests/unit/test_readme.py -->"
+EXECUTED = "<!-- executed by tests/contract/test_readme.py -->"
 POOL = """
 name: tiny
 llms:
