@@ -9,15 +9,12 @@ import time
 from collections.abc import Generator, Iterator
 
 import pytest
-from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
-import tests.examples  # registers the profiles
+from tests.examples import is_all
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow everything some thirty times on a busy machine
-
-settings.load_profile("dmoa")
 
 UNIT_CPU_S = 2.0
 """Most processor time of one call of a unit test. Not time by the clock, which a busy machine stretches."""
@@ -34,7 +31,7 @@ sys.addaudithook(_on_audit)
 
 
 def _is_unit(item: pytest.Item) -> bool:
-    if settings.get_current_profile_name() == "accept":
+    if is_all():
         return False
     return item.nodeid.startswith("tests/unit/") and not any(item.get_closest_marker(name) for name in _OF_OTHER_TIERS)
 

@@ -103,15 +103,17 @@ class Served:
         return status
 
 
-def serve(config: Path, *options: str, env: Mapping[str, str] | None = None, root: int | None = None) -> Served:
-    """Start `dmoa serve` for a pool file on a free port and wait until it answers; `root` as for `Served`."""
+def serve(
+    config: Path, *options: str, env: Mapping[str, str] | None = None, port: int | None = None, root: int | None = None
+) -> Served:
+    """Start `dmoa serve` for a pool file, on a free port by default, and wait until it answers; `root` as for `Served`."""
     command = [
         str(Path(sys.executable).with_name("dmoa")),
         "serve",
         "--config",
         str(config),
         "--port",
-        str(free_port()),
+        str(port or free_port()),
         *options,
     ]
     return Served(command, env, root).wait_ready()

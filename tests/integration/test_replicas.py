@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.integration.head import Head, environment
-from tests.integration.server import Served, serve
+from tests.integration.head import Head, serve_on
+from tests.integration.server import Served
 
 CONFIG = """
 name: replicas
@@ -35,7 +35,7 @@ QUERIES = 16
 def server(tmp_path: Path, head: Head) -> Iterator[Served]:
     path = tmp_path / "pool.yaml"
     path.write_text(CONFIG.replace("STATE", (tmp_path / "state").as_uri()), encoding="utf-8")
-    served = serve(path, env=environment(), root=head.pid)
+    served = serve_on(head, path)
     yield served
     assert served.stop() == 0
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dmoa.config import Config, load
-from tests.integration.head import Head, environment
-from tests.integration.server import Served, serve
+from tests.integration.head import Head, serve_on
+from tests.integration.server import Served
 
 KEYS = ("alpha-key", "beta-key")
 
@@ -43,6 +43,6 @@ def config(config_path: Path) -> Config:
 
 @pytest.fixture(scope="package")
 def server(config_path: Path, head: Head) -> Iterator[Served]:
-    served = serve(config_path, env=environment() | {"DMOA_API_KEYS": ",".join(KEYS)}, root=head.pid)
+    served = serve_on(head, config_path, env={"DMOA_API_KEYS": ",".join(KEYS)})
     yield served
     assert served.stop() == 0
