@@ -30,7 +30,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("swarm",),
     ("dataflow",),
     ("serving", "training", "evaluation"),
-    ("workflows", "bench"),
+    ("workflows", "bench", "testing"),
     ("cli",),
 ]
 SEPARATE = ("serving", "training", "evaluation")

@@ -16,10 +16,10 @@ from hypothesis.extra import numpy as hnp
 from dmoa import __version__
 from dmoa.errors import TraceError
 from dmoa.orchestrator import advance, begin, finish
+from dmoa.testing import decision, query
 from dmoa.trace import SCHEMA_VERSION, Trace, read_traces, trace_of, write_traces
 from dmoa.types import AgentReply, Limits, Message, Query, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
 from tests.examples import examples
-from tests.unit.fakes import decision, query
 
 TEXT = "line\u2028one\u2029two\x85three\x0bfour\r\n\N{SNOWMAN}"
 """Line separators that are none in a JSON Lines file."""

@@ -13,9 +13,11 @@ import pytest
 import yaml
 
 from dmoa import checkpoint
+from dmoa.testing import domain_rows, write_rollouts
+from dmoa.testing import scripted_pool as pool
+from dmoa.testing import scripted_pool_yaml as pool_yaml
 from tests.integration.head import Head
 from tests.integration.trainings import curve, num_epochs
-from tests.unit.training.gate_rollouts import domain_rows, pool, pool_yaml, write_rollouts
 
 ROOT = Path(__file__).parents[3]
 EPOCHS = 200

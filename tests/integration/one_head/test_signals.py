@@ -15,10 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dmoa.testing import domain_rows, write_rollouts
+from dmoa.testing import scripted_pool as pool
+from dmoa.testing import scripted_pool_yaml as pool_yaml
 from tests.integration.evaluations import DMOA, num_answers, scripted_pool
 from tests.integration.head import environment
 from tests.integration.trainings import num_epochs
-from tests.unit.training.gate_rollouts import domain_rows, pool, pool_yaml, write_rollouts
 
 pytestmark = pytest.mark.accept
 _TIMEOUT_S = 600.0

@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dmoa import checkpoint
+from dmoa.testing import domain_rows, write_rollouts
+from dmoa.testing import scripted_pool as pool
+from dmoa.testing import scripted_pool_yaml as pool_yaml
 from tests.integration.trainings import command, curve, greatest_difference, kept_weights, num_epochs, run, start
-from tests.unit.training.gate_rollouts import domain_rows, pool, pool_yaml, write_rollouts
 
 EPOCHS = 120
 

@@ -21,7 +21,11 @@ from dmoa.evaluation import report as plots
 from dmoa.evaluation.records import BenchmarkInfo
 from dmoa.evaluation.report import render_report, write_report
 from dmoa.evaluation.results import Evaluation, build_evaluation
-from tests.unit.run_records import answer, lost, run_of, score, small_run
+from dmoa.testing import answered as answer
+from dmoa.testing import failed as lost
+from dmoa.testing import run_info as run_of
+from dmoa.testing import scored as score
+from tests.unit.run_records import small_run
 
 VOID = {"meta", "br"}
 

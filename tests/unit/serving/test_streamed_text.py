@@ -18,9 +18,9 @@ from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.config import AgentConfig, ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
 from dmoa.policies.baselines import SinglePolicy
+from dmoa.testing import Schedule, asks, orchestrator_of
 from dmoa.types import Answer, Query, StepRecord, TextDelta
 from tests.examples import examples
-from tests.unit.fakes import Schedule, asks, orchestrator_of
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 CODE = "    if n < 2:\n        return n\n"

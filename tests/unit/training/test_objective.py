@@ -16,10 +16,13 @@ import torch
 from dmoa import checkpoint
 from dmoa.config import GateConfig
 from dmoa.core.gate import Gate, GateSpec, init_gate
+from dmoa.testing import AGENTS, write_rollouts
+from dmoa.testing import CONTEXT_DIM as DIM
+from dmoa.testing import rollout_row as row
+from dmoa.testing import scripted_pool as pool
 from dmoa.training.dataset import COLUMNS, EpisodeBuilder, Episodes, held_back
 from dmoa.training.gate_metrics import held_metrics, measure_gate, ranking_of
 from dmoa.training.objective import Batches, Split, anchor_sample, batch_loss, build_data, fit_scale, unroll
-from tests.unit.training.gate_rollouts import AGENTS, DIM, pool, row, write_rollouts
 from tests.unit.training.test_trainer import train
 
 CPU = torch.device("cpu")

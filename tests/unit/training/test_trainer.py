@@ -21,6 +21,9 @@ from dmoa.config import Config
 from dmoa.core.calibration import ALPHAS
 from dmoa.core.inference import Decider
 from dmoa.errors import ConfigError, DmoaError
+from dmoa.testing import AGENTS, domain_rows, write_rollouts
+from dmoa.testing import CONTEXT_DIM as DIM
+from dmoa.testing import scripted_pool as pool
 from dmoa.training import loop as train_loop
 from dmoa.training import objective as targets
 from dmoa.training.collect import silent_agents
@@ -31,7 +34,6 @@ from dmoa.training.state import EpochRecord, RunState, StateStore, TrainProgress
 from dmoa.training.trainer import Curves, TrainContext, TrainResult, build_start, check_rollouts, prepare_training, run_training
 from dmoa.types import RouteRequest
 from tests.unit.offline_runs import Synced, synced
-from tests.unit.training.gate_rollouts import AGENTS, DIM, domain_rows, pool, write_rollouts
 
 BASE: dict[str, Any] = {"workers": 0, "track": "jsonl"}
 
