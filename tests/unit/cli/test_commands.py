@@ -125,6 +125,7 @@ def statuses(config: Path, versions: dict[str, str]) -> dict[str, str]:
     return {check.name: check.status for check in examine(load(config), installed.get)}
 
 
+@pytest.mark.contract
 def test_the_doctor_is_content_here(dmoa: Any, pool: Path, tmp_path: Path) -> None:
     result = dmoa("doctor", "--config", pool, "--json", tmp_path / "d.json")
     assert result.exit_code == 0, result.stdout

@@ -33,6 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.contract
 def test_a_run_is_shown_and_reported(dmoa: Any, folder: Path, tmp_path: Path) -> None:
     result = dmoa("report", folder, "--json", tmp_path / "out.json")
     assert result.exit_code == 0

@@ -256,6 +256,7 @@ def test_streams_are_lazy() -> None:
     assert next(huge).task.benchmark == "words"
 
 
+@pytest.mark.contract
 def test_memory_stays_flat_over_20_000_rows() -> None:
     stream = SUITES["calendar"].generate("specialist", 20_000, 0, 2)
     assert sum(1 for _ in itertools.islice(stream, 16_000)) == 16_000

@@ -268,6 +268,7 @@ def test_of_a_gate_without_a_pair_nothing_is_known() -> None:
     assert ranking_of({"load_max": 1.0}) == "unknown"
 
 
+@pytest.mark.contract
 def test_the_soft_loss_has_a_finite_optimum_and_training_finds_it(tmp_path: Path) -> None:
     """Always the same query: the best probabilities are softmax(-s / eta), whatever the number of epochs."""
     nats = {"one": 0.2, "two": 0.4, "three": 1.5}

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import schemathesis
-from fake_service import QUESTION, FakeService, connect, make_app
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from starlette.testclient import TestClient
 
 from tests.examples import examples
+from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
 JSON = {"content-type": "application/json"}
