@@ -8,8 +8,10 @@ VLLM_READY := $(VENV)/.vllm-ready
 # Read when torch is loaded: on a busy machine, threads that spin while they wait slow everything some thirty times.
 export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST_ARGS ?=
+# The times of every test are left under out/tests.
+PYTEST := $(BIN)/python -m pytest -q --durations=15 --numprocesses=2
 
-.PHONY: setup demo test test-vllm check bench accept clean
+.PHONY: setup demo fast test test-vllm check bench accept clean
 
 setup: $(READY)
 
@@ -31,9 +33,13 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py
 
-# On two processes: one takes the tests on Ray, which come first and wait a good deal, the other one the unit tests.
+# What a change needs at every save: no Ray, no process, no model.
+fast: setup
+	$(PYTEST) -m "not contract and not real_model and not accept" --junitxml=out/tests/fast.xml tests/unit $(PYTEST_ARGS)
+
+# On two processes: one takes the tests on Ray, which come first and wait a good deal, the other one all that need none.
 test: setup
-	$(BIN)/python -m pytest -q --durations=15 --numprocesses=2 --no-loadscope-reorder -m "not long" tests/integration tests/unit $(PYTEST_ARGS)
+	$(PYTEST) --no-loadscope-reorder -m "not accept" --junitxml=out/tests/test.xml tests/integration tests/contract tests/unit $(PYTEST_ARGS)
 
 # vLLM's build for CPUs, by a third party and for tests alone, which takes the place of `vllm` in this environment.
 $(VLLM_READY): $(READY) tests/vllm/requirements.txt
@@ -43,12 +49,13 @@ $(VLLM_READY): $(READY) tests/vllm/requirements.txt
 	@touch $(VLLM_READY)
 
 test-vllm: $(VLLM_READY)
-	$(BIN)/python -m pytest -q --durations=15 -m "not long" tests/vllm $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q --durations=15 -m "not accept" --junitxml=out/tests/vllm.xml tests/vllm $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/dmoa bench --json out/bench.json
 
-# Judged figures and longer checks, outside CI; each writes JSON under out/accept.
+# Judged figures and longer tests, outside CI: what kills, scales or restarts, every level of the sandbox, all examples of
+# property tests. Each check writes JSON under out/accept.
 accept: setup
 	$(BIN)/python tests/accept/run_all.py --out out/accept
 

@@ -1,21 +1,53 @@
-"""Settings that must be made before torch is loaded, for property tests on a busy machine, and for tests on two processes."""
+"""Settings that must be made before torch is loaded, what a unit test may not do, and how tests are dealt to two processes."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Generator, Iterator
 
 import pytest
-from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
+from tests.examples import is_all
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow everything some thirty times on a busy machine
 
-# No test judges a time: a busy machine must not fail one.
-settings.register_profile("dmoa", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("dmoa")
+UNIT_CPU_S = 2.0
+"""Most processor time of one call of a unit test. Not time by the clock, which a busy machine stretches."""
+_OF_OTHER_TIERS = ("contract", "accept", "real_model")
+_started: list[str] = []
+
+
+def _on_audit(event: str, arguments: tuple[object, ...]) -> None:
+    if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"):
+        _started.append(f"{event} {arguments[0] if arguments else ''}")
+
+
+sys.addaudithook(_on_audit)
+
+
+def _is_unit(item: pytest.Item) -> bool:
+    if is_all():
+        return False
+    return item.nodeid.startswith("tests/unit/") and not any(item.get_closest_marker(name) for name in _OF_OTHER_TIERS)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Fail a unit test that starts a process or takes too long; every test's processor time stands in the JUnit file."""
+    _started.clear()
+    before = time.process_time()
+    result = yield
+    cpu_s = time.process_time() - before
+    item.user_properties.append(("cpu_s", round(cpu_s, 3)))
+    if _is_unit(item):
+        assert not _started, f"a unit test starts no process, see the marker `contract`: {_started}"
+        assert cpu_s <= UNIT_CPU_S, f"{cpu_s:.1f} s of processor time, a unit test takes {UNIT_CPU_S} at most"
+    return result
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +64,8 @@ class _RayInOneProcess(LoadFileScheduling):
     """Deals out files of tests; those that start a Ray go to one process, where they run one after the other."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "ray" if nodeid.startswith("tests/integration/") else super()._split_scope(nodeid)
+        on_ray = nodeid.startswith(("tests/integration/", "tests/cluster/"))
+        return "ray" if on_ray else super()._split_scope(nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:

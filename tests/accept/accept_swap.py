@@ -18,8 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
+from tests.cluster.swaps import crossed, mixed, swap_under_load, version_of, write_checkpoint, write_pool
 from tests.integration.server import serve
-from tests.integration.swaps import crossed, mixed, swap_under_load, version_of, write_checkpoint, write_pool
 
 SWAPS = 100
 STREAMS = 8

@@ -20,8 +20,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
+from dmoa.testing import domain_rows, write_rollouts
+from dmoa.testing import scripted_pool as pool
+from dmoa.testing import scripted_pool_yaml as pool_yaml
 from tests.integration.trainings import command, curve, greatest_difference, num_epochs, run, start
-from tests.unit.training.gate_rollouts import domain_rows, pool, pool_yaml, write_rollouts
 
 WORKERS = (0, 1, 2, 4)
 WEIGHTS_BAR = 1e-6

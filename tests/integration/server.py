@@ -27,9 +27,9 @@ def free_port() -> int:
 
 
 class Served:
-    """One server process with a Ray cluster of its own."""
+    """One server process with a Ray cluster of its own, or, with `root`, on the cluster below that process."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None, root: int | None = None) -> None:
         self.lines: list[str] = []
         self.errors: list[str] = []
         self.process = subprocess.Popen(
@@ -42,6 +42,7 @@ class Served:
         )
         assert self.process.stdout is not None
         assert self.process.stderr is not None
+        self._root = self.process.pid if root is None else root
         self._drains = [
             threading.Thread(target=self._drain, args=(stream, kept), daemon=True)
             for stream, kept in ((self.process.stdout, self.lines), (self.process.stderr, self.errors))
@@ -74,7 +75,7 @@ class Served:
     def processes(self, title: str) -> list[psutil.Process]:
         """Return the cluster's processes whose title contains `title`, such as `ray::RouterActor`."""
         found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
+        for process in psutil.Process(self._root).children(recursive=True):
             try:
                 if title in " ".join(process.cmdline()):
                     found.append(process)
@@ -102,15 +103,17 @@ class Served:
         return status
 
 
-def serve(config: Path, *options: str, env: Mapping[str, str] | None = None) -> Served:
-    """Start `dmoa serve` for a pool file on a free port and wait until it answers."""
+def serve(
+    config: Path, *options: str, env: Mapping[str, str] | None = None, port: int | None = None, root: int | None = None
+) -> Served:
+    """Start `dmoa serve` for a pool file, on a free port by default, and wait until it answers; `root` as for `Served`."""
     command = [
         str(Path(sys.executable).with_name("dmoa")),
         "serve",
         "--config",
         str(config),
         "--port",
-        str(free_port()),
+        str(port or free_port()),
         *options,
     ]
-    return Served(command, env).wait_ready()
+    return Served(command, env, root).wait_ready()

@@ -12,19 +12,7 @@ import pytest
 from dmoa.dispatch import PATIENCE_S, Dispatcher
 from dmoa.errors import BrokenStreamError, CallNotTakenError
 from dmoa.routing import LocalRouter
-from dmoa.types import (
-    Activation,
-    AgentReply,
-    Message,
-    Query,
-    QueryState,
-    Sampling,
-    StepPlan,
-    StepRecord,
-    SummarizerRecord,
-    TextDelta,
-)
-from tests.unit.fakes import (
+from dmoa.testing import (
     Fail,
     FakeAgents,
     Fate,
@@ -39,6 +27,18 @@ from tests.unit.fakes import (
     router_of,
     sheet,
     state_of,
+)
+from dmoa.types import (
+    Activation,
+    AgentReply,
+    Message,
+    Query,
+    QueryState,
+    Sampling,
+    StepPlan,
+    StepRecord,
+    SummarizerRecord,
+    TextDelta,
 )
 
 NAMES = "abcdef"

@@ -18,9 +18,7 @@ from dmoa.core.scores import CUT_PENALTY
 from dmoa.dispatch import should_escalate
 from dmoa.orchestrator import advance
 from dmoa.policies.dmoa import DmoaPolicy
-from dmoa.trace import reply_dmoa, trace_of
-from dmoa.types import Activation, AgentReply, StepPlan, StepRecord
-from tests.unit.fakes import (
+from dmoa.testing import (
     Fail,
     FakeAgents,
     FakeEncoder,
@@ -41,6 +39,8 @@ from tests.unit.fakes import (
     said,
     state_of,
 )
+from dmoa.trace import reply_dmoa, trace_of
+from dmoa.types import Activation, AgentReply, StepPlan, StepRecord
 
 NAMES = "abcd"
 P = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dmoa.checkpoint import SCHEMA_VERSION, Checkpoint, check_pool, describe_gate, load, save
 from dmoa.core.gate import Gate, init_gate, weights_version
 from dmoa.errors import CheckpointError
-from tests.unit.fakes import DIM, gate_spec
+from dmoa.testing import DIM, gate_spec
 
 AGENTS = ("adder", "sorter", "dater")
 FINGERPRINT = "f" * 64

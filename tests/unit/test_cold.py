@@ -11,8 +11,7 @@ import pytest
 
 from dmoa.dispatch import COLD_PATIENCE_S, Dispatcher
 from dmoa.errors import AgentUnavailableError
-from dmoa.types import AgentCall, AgentReply, ColdPolicy, QueryState, StepPlan, TextDelta
-from tests.unit.fakes import (
+from dmoa.testing import (
     Fail,
     FakeAgents,
     Fate,
@@ -28,6 +27,7 @@ from tests.unit.fakes import (
     sheet,
     state_of,
 )
+from dmoa.types import AgentCall, AgentReply, ColdPolicy, QueryState, StepPlan, TextDelta
 
 POOL = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}
 PLACES = {name: f"place-{name}" for name in POOL}

@@ -15,6 +15,7 @@ import dmoa
 from dmoa.agents.pool import default_config_path, load_pool
 from dmoa.config import Config, OpenaiOptions, ScriptedOptions, TransformersOptions, load, loads
 from dmoa.errors import ConfigError
+from tests.examples import examples
 
 ROOT = Path(dmoa.__file__).parent
 REPOSITORY = ROOT.parent
@@ -403,7 +404,7 @@ FULL = loads(default_config_path().read_text(encoding="utf-8")).model_dump(mode=
 PATHS = paths(FULL)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(st.lists(st.tuples(st.sampled_from(PATHS), st.sampled_from(["set", "drop", "add"]), ODD), min_size=1, max_size=3))
 def test_any_tree_loads_or_is_refused_in_one_line(changes: list[tuple[tuple[Any, ...], str, Any]]) -> None:
     mutated = copy.deepcopy(FULL)

@@ -30,7 +30,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("swarm",),
     ("dataflow",),
     ("serving", "training", "evaluation"),
-    ("workflows", "bench"),
+    ("workflows", "bench", "testing"),
     ("cli",),
 ]
 SEPARATE = ("serving", "training", "evaluation")
@@ -157,18 +157,22 @@ def loaded_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.contract
 def test_package_and_config_load_nothing_heavy() -> None:
     assert loaded_by("import dmoa, dmoa.config") == set()
 
 
+@pytest.mark.contract
 def test_orchestrator_loads_torch_at_most() -> None:
     assert loaded_by("import dmoa.orchestrator") <= {"torch"}
 
 
+@pytest.mark.contract
 def test_the_ingress_side_never_loads_torch() -> None:
     assert loaded_by("import dmoa.swarm, dmoa.trace, dmoa.serving.http.routes, dmoa.serving.router.client") <= {"ray"}
 
 
+@pytest.mark.contract
 def test_a_replica_that_only_speaks_to_endpoints_stays_light() -> None:
     assert loaded_by("import dmoa.engines.openai, dmoa.agents.pool") == set()
 

@@ -11,8 +11,7 @@ import pytest
 from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RoutingError
 from dmoa.orchestrator import begin
 from dmoa.policies.baselines import SinglePolicy
-from dmoa.types import Answer, FinishReason, QueryState, StepPlan, StepRecord, Stop, TextDelta
-from tests.unit.fakes import (
+from dmoa.testing import (
     Fail,
     FakeAgents,
     Hang,
@@ -28,6 +27,7 @@ from tests.unit.fakes import (
     orchestrator_of,
     query,
 )
+from dmoa.types import Answer, FinishReason, QueryState, StepPlan, StepRecord, Stop, TextDelta
 
 
 async def test_agreement_of_two_agents_ends_the_query() -> None:

@@ -17,9 +17,9 @@ from dmoa.errors import TraceError
 from dmoa.replay import replay_routing
 from dmoa.routing import LocalRouter, build_gate
 from dmoa.swarm import Swarm
+from dmoa.testing import gate_spec
 from dmoa.trace import Trace, TraceRoute, read_traces, trace_of, write_traces
 from dmoa.types import Answer, Limits, Query
-from tests.unit.fakes import gate_spec
 
 AGENTS = tuple(f"agent-{letter}" for letter in "abcdefg")
 NUM_TRACES = 20

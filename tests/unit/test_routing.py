@@ -14,8 +14,8 @@ from dmoa.config import GateConfig
 from dmoa.core.gate import Gate, init_gate, weights_version
 from dmoa.errors import ConfigError, NoAgentError, RoutingError
 from dmoa.routing import MAX_VERSIONS, LocalRouter, adopt_gate, build_gate
+from dmoa.testing import DIM, fixed_gate, gate_spec, jumping, router_of
 from dmoa.types import RouteDecision, RouteRequest
-from tests.unit.fakes import DIM, fixed_gate, gate_spec, jumping, router_of
 
 P1 = {"a": 0.6, "b": 0.3, "c": 0.1}
 P2 = {"a": 0.05, "b": 0.05, "c": 0.9}
@@ -75,7 +75,7 @@ async def test_concurrent_requests_share_one_batch_and_do_not_change_each_other(
     assert sum(together.activations.values()) == sum(decision.k for decision in decided)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.permutations(range(12)), st.integers(1, 12))
 def test_a_decision_depends_on_neither_order_nor_neighbours(order: list[int], size: int) -> None:
     requests = random_requests(12, seed=1)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from dmoa.policies.baselines import SinglePolicy
 from dmoa.policies.dmoa import DmoaPolicy
+from dmoa.testing import FakeAgents, FakeEncoder, Say, answer_of, asks, fixed_gate, orchestrator_of, query, router_of
+from dmoa.testing import Schedule as Planned
 from dmoa.types import Query, Stage
-from tests.unit.fakes import FakeAgents, FakeEncoder, Say, answer_of, asks, fixed_gate, orchestrator_of, query, router_of
-from tests.unit.fakes import Schedule as Planned
 
 STAGES = (
     Stage(observation="card one", part="Wait.", has_history=False),

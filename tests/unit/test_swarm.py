@@ -14,8 +14,8 @@ from dmoa.config import Config
 from dmoa.errors import RequestError
 from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm, limits_for
+from dmoa.testing import FakeAgents, Lose, Say
 from dmoa.types import Answer, Limits, Query, StepRecord, TextDelta
-from tests.unit.fakes import FakeAgents, Lose, Say
 
 
 def pool(placement: str = "shared", **changes: Any) -> Config:

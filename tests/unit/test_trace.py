@@ -16,9 +16,10 @@ from hypothesis.extra import numpy as hnp
 from dmoa import __version__
 from dmoa.errors import TraceError
 from dmoa.orchestrator import advance, begin, finish
+from dmoa.testing import decision, query
 from dmoa.trace import SCHEMA_VERSION, Trace, read_traces, trace_of, write_traces
 from dmoa.types import AgentReply, Limits, Message, Query, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
-from tests.unit.fakes import decision, query
+from tests.examples import examples
 
 TEXT = "line\u2028one\u2029two\x85three\x0bfour\r\n\N{SNOWMAN}"
 """Line separators that are none in a JSON Lines file."""
@@ -113,7 +114,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_draft(tmp_path: Path) -
 FLOATS = hnp.arrays(np.float32, st.integers(1, 8), elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(FLOATS, FLOATS, FLOATS)
 def test_json_carries_every_float32_exactly(input_X: Any, probability_A: Any, hidden_H: Any) -> None:
     names = [f"a{i}" for i in range(len(probability_A))]

@@ -170,6 +170,7 @@ def test_an_id_that_was_kept_before_is_still_the_runs(tmp_path: Path) -> None:
 # W&B
 
 
+@pytest.mark.contract
 def test_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("SOME_ENVIRONMENT", SECRET)
     config = {"gate": {"hidden": 128}, "api_key": SECRET, "url": f"https://me:{SECRET}@host/v1"}
@@ -230,6 +231,7 @@ def test_an_input_is_the_very_artifact_that_was_an_output(tmp_path: Path) -> Non
     assert entry.local_path == str(tmp_path / "rows" / "part-0.parquet")
 
 
+@pytest.mark.contract
 def test_no_session_of_a_run_replaces_another_when_they_are_synced(tmp_path: Path) -> None:
     for steps in ((1, 2), (3, 4)):
         tracker = open_tracker("auto", run_dir=tmp_path, name="x", finish_timeout_s=120.0, init_timeout_s=120.0)
@@ -261,6 +263,7 @@ def test_what_is_logged_is_known_by_the_last_of_its_kind(tmp_path: Path) -> None
     assert not is_logged(tmp_path, "log", metrics={"a": 1.0, "b": math.nan}, step=3), "the last one counts"
 
 
+@pytest.mark.contract
 def test_a_message_that_wandb_refuses_loses_no_other(tmp_path: Path) -> None:
     tracker = open_tracker("wandb", run_dir=tmp_path, name="x")
     tracker.artifact(tmp_path / "absent", "gate", "checkpoint")
@@ -271,6 +274,7 @@ def test_a_message_that_wandb_refuses_loses_no_other(tmp_path: Path) -> None:
     assert "artifact: " in (tmp_path / "tracking.log").read_text()
 
 
+@pytest.mark.contract
 def test_a_server_that_never_answers_slows_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_server: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -290,6 +294,7 @@ def test_a_server_that_never_answers_slows_nothing(
     assert b"f" * 40 not in everything_under(tmp_path)
 
 
+@pytest.mark.contract
 def test_a_server_that_never_answers_leaves_an_offline_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_server: str
 ) -> None:
@@ -302,6 +307,7 @@ def test_a_server_that_never_answers_leaves_an_offline_run(
     assert "going on offline" in (tmp_path / "tracking.log").read_text()
 
 
+@pytest.mark.contract
 def test_a_wandb_that_dies_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = open_tracker("wandb", run_dir=tmp_path, name="x", finish_timeout_s=60.0)
     os.kill(wandb_pid(tracker), signal.SIGKILL)
@@ -318,6 +324,7 @@ def wandb_pid(tracker: Any) -> int:
     return int(tracker._sinks[1]._process.pid)
 
 
+@pytest.mark.contract
 def test_a_mode_that_wandb_refuses_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "no such mode")
     tracker = open_tracker("wandb", run_dir=tmp_path, name="x")
@@ -326,6 +333,7 @@ def test_a_mode_that_wandb_refuses_is_offline(tmp_path: Path, monkeypatch: pytes
     assert b"kept_offline" in offline_runs(tmp_path)[0].read_bytes()
 
 
+@pytest.mark.contract
 def test_a_killed_run_leaves_its_curves_and_no_process(tmp_path: Path) -> None:
     code = (
         "import os, sys, time\nfrom pathlib import Path\nfrom dmoa.tracking import open_tracker\n"
@@ -355,11 +363,13 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.contract
 def test_importing_tracking_loads_no_wandb() -> None:
     code = "import sys, dmoa.tracking\nassert 'wandb' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.contract
 def test_the_level_of_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_server: str) -> None:
     """`auto` says nothing where W&B cannot run, at the level that users see."""
     monkeypatch.setenv("WANDB_BASE_URL", silent_server)

@@ -35,7 +35,7 @@ POOL = {
 }
 
 
-@pytest.mark.long
+@pytest.mark.accept
 def test_a_question_is_answered_without_a_server(tmp_path: Path) -> None:
     config, found = tmp_path / "pool.yaml", tmp_path / "reply.json"
     config.write_text(yaml.safe_dump(POOL), encoding="utf-8")

@@ -28,7 +28,7 @@ def pool_on_vllm(name: str | None) -> dict[str, Any]:
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(None, id="roles", marks=pytest.mark.long), pytest.param("specialists", id="adapters")]
+    scope="module", params=[pytest.param(None, id="roles", marks=pytest.mark.accept), pytest.param("specialists", id="adapters")]
 )
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A pool's server, on a Ray and a vLLM of its own."""

@@ -64,6 +64,7 @@ def test_a_run_leaves_its_rows_its_result_and_its_report(unbroken: Path) -> None
     assert "http://" not in html.replace("http://www.w3.org", "")
 
 
+@pytest.mark.accept
 def test_a_run_that_is_killed_goes_on_and_gives_the_same_table(unbroken: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     moments = [once_answered(out, 100)]
@@ -84,7 +85,7 @@ def test_a_folder_with_a_run_is_refused_and_other_settings_are_named(unbroken: P
     assert "seed: begun with 0, now 9" in other.stderr
 
 
-@pytest.mark.long
+@pytest.mark.accept
 def test_failed_rows_are_kept_counted_and_run_again_when_asked(tmp_path: Path) -> None:
     pool = yaml.safe_load(scripted_pool(tmp_path).read_text(encoding="utf-8"))
     path, out = tmp_path / "failing.yaml", tmp_path / "run"
@@ -122,7 +123,7 @@ def test_a_policy_that_never_ran_is_compared_with_nobody_and_ends_with_1(tmp_pat
     assert "did not run" in line
 
 
-@pytest.mark.long
+@pytest.mark.accept
 @pytest.mark.usefixtures("own_ray")
 def test_the_job_file_does_what_the_command_does(unbroken: Path, tmp_path: Path) -> None:
     tree = yaml.safe_load(scripted_pool(tmp_path).read_text(encoding="utf-8"))

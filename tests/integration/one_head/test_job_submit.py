@@ -13,17 +13,18 @@ import pytest
 import yaml
 
 from dmoa import checkpoint
+from dmoa.testing import domain_rows, write_rollouts
+from dmoa.testing import scripted_pool as pool
+from dmoa.testing import scripted_pool_yaml as pool_yaml
 from tests.integration.head import Head
 from tests.integration.trainings import curve, num_epochs
-from tests.unit.training.gate_rollouts import domain_rows, pool, pool_yaml, write_rollouts
 
 ROOT = Path(__file__).parents[3]
 EPOCHS = 200
 _TIMEOUT_S = 240.0
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Path:
+def job_file(tmp_path: Path, epochs: int) -> Path:
     """The file of a training job on made-up rollouts, beside a copy of the code as a clone has it."""
     (tmp_path / "code").mkdir()
     for name in ("jobs", "dmoa"):
@@ -34,8 +35,8 @@ def job(tmp_path: Path) -> Path:
     tree["job"] = {
         "rollouts": [(tmp_path / "rollouts").as_uri()],  # as they would lie at s3://
         "out": (tmp_path / "run").as_uri(),
-        "epochs": EPOCHS,
-        "patience": EPOCHS,
+        "epochs": epochs,
+        "patience": epochs,
         "workers": 1,
         "track": "jsonl",
     }
@@ -53,7 +54,20 @@ def _driver(config: Path) -> psutil.Process | None:
     return None
 
 
-def test_a_job_is_killed_and_goes_on_where_it_stopped(head: Head, job: Path) -> None:
+def test_a_job_runs_to_its_end_and_its_log_is_followed(head: Head, tmp_path: Path) -> None:
+    job = job_file(tmp_path, 2)
+    with head.submit(job) as submitted:
+        log, _ = submitted.communicate(timeout=_TIMEOUT_S)
+        assert submitted.returncode == 0, log
+    assert "succeeded" in log
+    gate, _ = checkpoint.load(job.parent / "run" / "checkpoint")
+    assert gate.spec.agents == pool().agent_names
+    assert [epoch["epoch"] for epoch in curve(job.parent / "run")] == [1, 2]
+
+
+@pytest.mark.accept
+def test_a_job_is_killed_and_goes_on_where_it_stopped(head: Head, tmp_path: Path) -> None:
+    job = job_file(tmp_path, EPOCHS)
     out = job.parent / "run"
     deadline = time.monotonic() + _TIMEOUT_S
     with head.submit(job) as first:

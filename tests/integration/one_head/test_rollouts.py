@@ -67,7 +67,7 @@ def test_every_query_is_there_once_with_every_agent_in_every_step(unbroken: Path
     )
 
 
-@pytest.mark.long
+@pytest.mark.accept
 def test_a_collection_that_is_killed_goes_on_and_asks_no_query_twice(unbroken: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = command(out, "--concurrency", "3")
@@ -132,7 +132,7 @@ def test_a_sparse_round_as_a_job_explores_as_often_as_it_says(tmp_path: Path) ->
     assert not list((tmp_path / "run").rglob("*label*"))
 
 
-@pytest.mark.long
+@pytest.mark.accept
 def test_failed_queries_are_named_and_asked_again(tmp_path: Path) -> None:
     pool = yaml.safe_load(scripted_pool(tmp_path).read_text(encoding="utf-8"))
     path, out = tmp_path / "failing.yaml", tmp_path / "run"

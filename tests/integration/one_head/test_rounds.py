@@ -18,7 +18,7 @@ from tests.integration.evaluations import SCRIPTED, run
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.long
+@pytest.mark.accept
 def test_two_rounds_and_the_same_job_again(tmp_path: Path) -> None:
     tree = yaml.safe_load(SCRIPTED)
     tree["job"] = {

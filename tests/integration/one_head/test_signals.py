@@ -15,11 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dmoa.testing import domain_rows, write_rollouts
+from dmoa.testing import scripted_pool as pool
+from dmoa.testing import scripted_pool_yaml as pool_yaml
 from tests.integration.evaluations import DMOA, num_answers, scripted_pool
 from tests.integration.head import environment
 from tests.integration.trainings import num_epochs
-from tests.unit.training.gate_rollouts import domain_rows, pool, pool_yaml, write_rollouts
 
+pytestmark = pytest.mark.accept
 _TIMEOUT_S = 600.0
 
 
@@ -101,7 +104,6 @@ def test_a_signal_ends_an_evaluation_on_a_ray_that_it_joined(
     check(ran, status, f"dmoa: {word}; the same command with --out {out} --resume goes on from here", logs)
 
 
-@pytest.mark.long
 def test_ctrl_c_ends_a_training_on_ray_train(tmp_path: Path, logs: Path) -> None:
     (tmp_path / "pool.yaml").write_text(pool_yaml())
     write_rollouts(tmp_path / "rollouts", domain_rows(22, steps=2), pool())

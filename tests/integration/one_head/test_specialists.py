@@ -35,7 +35,7 @@ def has_state(out: Path) -> bool:
     return (out / "ray" / "adapter-tiny" / "checkpoint_manager_snapshot.json").is_file()
 
 
-@pytest.mark.long
+@pytest.mark.accept
 def test_a_killed_driver_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     model = save_tiny_model(tmp_path / "model")

@@ -8,8 +8,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from dmoa import checkpoint
+from dmoa.testing import domain_rows, write_rollouts
+from dmoa.testing import scripted_pool as pool
+from dmoa.testing import scripted_pool_yaml as pool_yaml
 from tests.integration.trainings import command, curve, greatest_difference, kept_weights, num_epochs, run, start
-from tests.unit.training.gate_rollouts import domain_rows, pool, pool_yaml, write_rollouts
 
 EPOCHS = 120
 
@@ -35,7 +38,16 @@ def unbroken(material: Path, options: tuple[str, ...]) -> Path:
     return material / "whole"
 
 
-@pytest.mark.long
+def test_two_workers_train_a_gate_that_can_be_loaded(material: Path, tmp_path: Path) -> None:
+    ran = run(command(material, tmp_path / "run", "--epochs", "2", "--workers", "2"))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == [str(tmp_path / "run" / "checkpoint")]
+    assert [epoch["epoch"] for epoch in curve(tmp_path / "run")] == [1, 2]
+    gate, _ = checkpoint.load(tmp_path / "run" / "checkpoint")
+    assert gate.spec.agents == pool().agent_names
+
+
+@pytest.mark.accept
 def test_two_workers_one_killed_and_then_the_driver_end_as_one_unbroken(
     material: Path, unbroken: Path, options: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""One server (and so one Ray and one app) for the tests of this folder, which break nothing."""
+"""One server on the head for the tests of this folder, which break nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dmoa.config import Config, load
-from tests.integration.server import Served, serve
+from tests.integration.head import Head, serve_on
+from tests.integration.server import Served
 
 KEYS = ("alpha-key", "beta-key")
 
@@ -41,7 +42,7 @@ def config(config_path: Path) -> Config:
 
 
 @pytest.fixture(scope="package")
-def server(config_path: Path) -> Iterator[Served]:
-    served = serve(config_path, env={"DMOA_API_KEYS": ",".join(KEYS)})
+def server(config_path: Path, head: Head) -> Iterator[Served]:
+    served = serve_on(head, config_path, env={"DMOA_API_KEYS": ",".join(KEYS)})
     yield served
     assert served.stop() == 0

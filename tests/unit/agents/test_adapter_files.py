@@ -271,6 +271,7 @@ def test_a_model_that_is_not_here_leaves_the_adapter_itself_to_be_looked_at(plai
         check_adapter("adapter", changed(plain, tmp_path / "bad", spoilt(float("nan"))), base=None, engine="vllm")
 
 
+@pytest.mark.contract
 def test_headers_settle_what_fits_and_nothing_heavy_is_loaded(tiny_model: Path, plain: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_model / "model.safetensors", tmp_path)  # no config.json: no model could be built
     code = (
@@ -292,6 +293,7 @@ def test_embeddings_are_for_vllm_alone(tiny_model: Path, plain: Path, tmp_path: 
         check_files(pool_of(tiny_model, folder, "transformers"))
 
 
+@pytest.mark.contract
 def test_shipped_adapters_fit_the_embedded_model(smollm2: Path) -> None:
     for name in ("words", "arith-both"):
         for engine in ENGINES:

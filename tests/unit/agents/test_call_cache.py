@@ -14,8 +14,8 @@ import pytest
 from dmoa.agents.call_cache import FILE_NAME, CachedAgents, CallStore, call_identities, is_whole
 from dmoa.agents.pool import load_pool
 from dmoa.errors import AgentUnavailableError, ConfigError
+from dmoa.testing import Fail, FakeAgents, Lose, Say
 from dmoa.types import AgentCall, AgentReply, Message, Sampling, TextDelta
-from tests.unit.fakes import Fail, FakeAgents, Lose, Say
 
 SAME = {"a": "engine", "b": "engine", "c": "another engine"}
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TEMPLATE, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
@@ -15,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dmoa.engines.chat_template import encode_chat
 from dmoa.errors import EngineError
 from dmoa.types import Message
+from tests.unit.agents.conftest import TEMPLATE, tiny_tokenizer
 
 TINY = tiny_tokenizer()
 START, END = TINY.convert_tokens_to_ids(["<|start|>", "<|end|>"])

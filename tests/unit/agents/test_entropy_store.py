@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dmoa.core.entropy import token_entropy
 from dmoa.engines.vllm.entropy_store import EntropyStore
+from tests.examples import examples
 
 V = 7
 
@@ -274,7 +275,7 @@ class Reference:
                 self.outputs[key].append(0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(seed=st.integers(0, 10**6), actions=st.lists(st.integers(0, 9), max_size=60))
 def test_whatever_the_engine_does_every_sum_is_that_of_the_last_writes(seed: int, actions: list[int]) -> None:
     engine = Reference(seed)

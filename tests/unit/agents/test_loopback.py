@@ -55,6 +55,7 @@ except grpc.RpcError as error:
 """
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
 def test_grpc_asks_no_proxy(variable: str) -> None:
     """With the bare library the same call goes to the proxy, which is not there."""

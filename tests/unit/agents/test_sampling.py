@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dmoa.engines.transformers.decode import TextStream, draw_for, nucleus, pick_tokens
 from dmoa.types import Sampling
+from tests.examples import examples
 from tests.unit.agents.conftest import tiny_tokenizer
 
 
@@ -42,7 +43,7 @@ def test_samples_follow_the_tempered_distribution() -> None:
     assert ((counts / 4000 - expected_V).abs() <= 5 * (expected_V * (1 - expected_V) / 4000).sqrt() + 1e-9).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.lists(st.integers(-30, 30), min_size=2, max_size=40, unique=True), st.floats(0.05, 0.999))
 def test_nucleus_is_the_smallest_set_that_reaches_the_mass(logits: list[int], top_p: float) -> None:
     probability_V = torch.softmax(torch.tensor(logits, dtype=torch.float64) / 5, dim=-1)
@@ -90,7 +91,7 @@ def test_seed_and_call_id_name_the_stream() -> None:
 TOKENIZER = tiny_tokenizer().backend_tokenizer
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.lists(st.integers(2, 319), max_size=30))
 def test_pieces_join_to_the_decoded_text_without_broken_characters_at_the_end(tokens: list[int]) -> None:
     stream = TextStream(TOKENIZER)
@@ -99,7 +100,7 @@ def test_pieces_join_to_the_decoded_text_without_broken_characters_at_the_end(to
     assert "".join(pieces) == stream.text == TOKENIZER.decode(tokens).rstrip("\ufffd")
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.text(alphabet="ab😀 c\n", max_size=24), st.lists(st.text(alphabet="ab😀 c\n", min_size=1, max_size=5), max_size=3))
 def test_no_part_of_a_stop_text_is_shown(text: str, stop: list[str]) -> None:
     stream = TextStream(TOKENIZER, stop)

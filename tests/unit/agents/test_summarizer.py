@@ -9,8 +9,8 @@ import pytest
 
 from dmoa.agents.summarizer import Fold, LlmSummarizer, SelectSummarizer, parse_verdict, withhold
 from dmoa.config import SummarizerConfig
+from dmoa.testing import Fail, FakeAgents, Fate, Hang, Lose, Refuse, Say, query, said, state_of
 from dmoa.types import AgentCall, AgentReply, Sampling, StepRecord, SummarizerRecord, TextDelta
-from tests.unit.fakes import Fail, FakeAgents, Fate, Hang, Lose, Refuse, Say, query, said, state_of
 
 SURE, UNSURE = said("sure", Say(text="It is 19.", nats=0.1)), said("unsure", Say(text="It is 18.", nats=0.9))
 REPLIES = (UNSURE, SURE)

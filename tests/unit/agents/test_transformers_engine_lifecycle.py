@@ -143,6 +143,7 @@ async def test_agents_of_a_step_reuse_the_shared_prompt(
     await without.close()
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("has_prefix_cache", [True, False])
 async def test_a_running_row_lends_nothing_to_another_adapter(
     tiny_model: Path, tiny_adapters: dict[str, Path], has_prefix_cache: bool
@@ -201,6 +202,7 @@ async def test_a_reply_that_a_stop_text_ended_is_continued_without_computing_it_
     assert continued.cached_tokens >= stopped.prompt_tokens
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("options", "label", "tolerance"),
     [

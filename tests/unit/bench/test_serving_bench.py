@@ -119,6 +119,7 @@ def test_pss_grows_with_what_is_held() -> None:
     held.close()
 
 
+@pytest.mark.contract
 def test_the_pss_of_a_process_holds_that_of_its_children() -> None:
     """Measured in a process of its own: others' threads of this one give memory back in between."""
     measured = """

@@ -25,6 +25,7 @@ COMMANDS += ("rollouts", "train", "probe", "router")
 SCHEMAS = ("pool", "reply", "trace", "rollout", "checkpoint", "bench", "evaluation")
 
 
+@pytest.mark.contract
 def test_the_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\nfrom dmoa.cli.main import app\n"
@@ -124,6 +125,7 @@ def statuses(config: Path, versions: dict[str, str]) -> dict[str, str]:
     return {check.name: check.status for check in examine(load(config), installed.get)}
 
 
+@pytest.mark.contract
 def test_the_doctor_is_content_here(dmoa: Any, pool: Path, tmp_path: Path) -> None:
     result = dmoa("doctor", "--config", pool, "--json", tmp_path / "d.json")
     assert result.exit_code == 0, result.stdout

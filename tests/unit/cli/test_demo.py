@@ -35,17 +35,20 @@ from dmoa.evaluation.records import BenchmarkInfo, Label, Task
 from dmoa.evaluation.results import build_evaluation, rebuild_evaluation
 from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
 from dmoa.evaluation.statistics import wilson
+from dmoa.testing import answered as answer
+from dmoa.testing import failed as lost
+from dmoa.testing import run_info as run_of
+from dmoa.testing import scored as score
 from dmoa.training.probe import ProbeReport
 from dmoa.types import AgentReply
 from dmoa.workflows.console import Common
-from tests.unit.run_records import answer, lost, run_of, score
 
 
 def question(text: str, expected: str) -> DemoQuestion:
     return DemoQuestion(text=text, label=Label(row_id=text, benchmark="arith", gold={"answer": expected}))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(count=st.integers(1, 20), seed=st.integers(0, 2**32))
 def test_questions_are_held_out_rows_of_every_suite_in_turns(count: int, seed: int) -> None:
     questions = generate(count, seed)

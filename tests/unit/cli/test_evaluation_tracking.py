@@ -9,8 +9,9 @@ from typing import Any
 from dmoa.evaluation.records import parse_evaluate_options
 from dmoa.evaluation.results import rebuild_evaluation
 from dmoa.evaluation.run_folder import write_lines
+from dmoa.testing import write_run
 from dmoa.workflows.evaluate import log_tables
-from tests.unit.run_records import small_run, write_run
+from tests.unit.run_records import small_run
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:

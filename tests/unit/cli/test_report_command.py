@@ -15,11 +15,16 @@ from dmoa.errors import ConfigError, DmoaError
 from dmoa.evaluation import figures as display
 from dmoa.evaluation.records import BenchmarkInfo
 from dmoa.evaluation.results import build_evaluation
+from dmoa.testing import answered as answer
+from dmoa.testing import failed as lost
+from dmoa.testing import run_info as run_of
+from dmoa.testing import scored as score
+from dmoa.testing import write_run
 from dmoa.workflows.ablate import print_table
 from dmoa.workflows.console import print_evaluation
 from dmoa.workflows.evaluate import check_ran
 from tests.unit.evaluation.test_results import failing_run
-from tests.unit.run_records import answer, lost, run_of, score, small_run, write_run
+from tests.unit.run_records import small_run
 
 
 @pytest.fixture
@@ -28,6 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.contract
 def test_a_run_is_shown_and_reported(dmoa: Any, folder: Path, tmp_path: Path) -> None:
     result = dmoa("report", folder, "--json", tmp_path / "out.json")
     assert result.exit_code == 0

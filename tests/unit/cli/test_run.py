@@ -114,6 +114,7 @@ def test_limits_of_the_command_line_lower_the_pools(dmoa: Any, pool: Path, tmp_p
     assert {a["name"]: a["status"] for a in record["steps"][0]["agents"]}["guesser"] == "late"
 
 
+@pytest.mark.contract
 def test_runs_in_process_without_ray_or_a_model(pool: Path) -> None:
     code = (
         "import sys\nfrom dmoa.cli.main import app\n"

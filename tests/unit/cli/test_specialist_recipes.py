@@ -109,6 +109,7 @@ def test_bad_options_are_named(change: dict[str, Any], said: str) -> None:
         _ = parse_specialist(good | change).recipe
 
 
+@pytest.mark.contract
 def test_every_recipe_of_the_job_file_can_be_made() -> None:
     values = yaml.safe_load(JOB.read_text(encoding="utf-8"))["job"]
     for name in values["recipes"]:

@@ -23,6 +23,7 @@ agents:
 """
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("module", ["dmoa", "dmoa.cli.main"])
 def test_the_command_runs_as_a_module(module: str) -> None:
     command = [sys.executable, "-m", module, "--version"]

@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from dmoa.cli.jobs import train_gate_job
+from dmoa.testing import domain_rows, write_rollouts
+from dmoa.testing import scripted_pool as made_up_pool
+from dmoa.testing import scripted_pool_yaml as pool_yaml
 from tests.unit.cli.conftest import Invoke
-from tests.unit.training.gate_rollouts import domain_rows, pool_yaml, write_rollouts
-from tests.unit.training.gate_rollouts import pool as made_up_pool
 
 ROOT = Path(__file__).parents[3]
 

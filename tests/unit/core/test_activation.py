@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoa.core.activation import MASS_TOLERANCE, ActivationBatch, activate, effective_count, probabilities
+from tests.examples import examples
 
 Rule = Literal["top_mass", "fixed", "effective_count"]
 RULES: tuple[Rule, ...] = ("top_mass", "fixed", "effective_count")
@@ -124,7 +125,7 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float, float, int]:
     return logits_BA.reshape(rows, num_agents), available_BA, temperature, draw(st.floats(0.01, 1.0)), draw(st.integers(1, 24))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=examples(150), derandomize=True)
 @given(cases(), st.sampled_from(RULES))
 def test_invariants_and_float64_reference(case: tuple[np.ndarray, np.ndarray, float, float, int], rule: Rule) -> None:
     logits_BA, available_BA, temperature, mass, limit = case
@@ -153,7 +154,7 @@ def softmax_float64(logits_A: np.ndarray, available_A: np.ndarray, temperature: 
     return [weight / sum(weights) for weight in weights]
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=examples(50), derandomize=True)
 @given(cases())
 def test_more_mass_never_takes_fewer_agents(case: tuple[np.ndarray, np.ndarray, float, float, int]) -> None:
     logits_BA, available_BA, temperature, mass, limit = case

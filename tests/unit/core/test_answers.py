@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoa.core.answers import extract_answer, find_numbers, plain_text, same_answer, spelled
+from tests.examples import examples
 
 REPLIES = [
     # a bare number
@@ -186,7 +187,7 @@ TEXTS = st.text(max_size=300) | st.lists(
 ).map("".join)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=examples(400), derandomize=True)
 @given(TEXTS)
 def test_any_text_gives_none_or_a_clean_answer(text: str) -> None:
     answer = extract_answer(text)
@@ -197,7 +198,7 @@ def test_any_text_gives_none_or_a_clean_answer(text: str) -> None:
         assert same_answer(answer, text) == same_answer(text, answer)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(st.integers(-(10**9), 10**9), st.sampled_from([1, 2, 3, 4, 5, 7, 8, 10, 16, 100]))
 def test_every_spelling_of_a_number_is_the_same_answer(numerator: int, denominator: int) -> None:
     value = Fraction(numerator, denominator)
@@ -216,7 +217,7 @@ def test_every_spelling_of_a_number_is_the_same_answer(numerator: int, denominat
     assert all(same_answer(answer, spelling) for spelling in spellings)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(st.integers(-1000, 1000), st.integers(-1000, 1000))
 def test_different_numbers_are_different_answers(a: int, b: int) -> None:
     assert same_answer(str(a), f"{b}.0") == (a == b)

@@ -17,6 +17,7 @@ from dmoa.core.gate import Gate, GateSpec, init_gate
 from dmoa.core.inference import Decider, product_apart, product_together, rows_agree
 from dmoa.errors import NoAgentError, RoutingError
 from dmoa.types import RouteDecision, RouteRequest
+from tests.examples import examples
 
 
 def make_gate(num_agents: int = 5, seed: int = 0, **changes: object) -> Gate:
@@ -69,7 +70,7 @@ def test_every_row_position_of_an_ablation_gives_the_same_bits(num_agents: int, 
         assert same_bits(decider.decide([*others[:row], request, *others[row:]])[row], alone)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=examples(40), derandomize=True)
 @given(
     seeds=st.lists(st.integers(0, 30), min_size=1, max_size=20),
     shuffle=st.randoms(use_true_random=False),

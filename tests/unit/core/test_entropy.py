@@ -100,7 +100,7 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads() -> None:
     assert torch.equal(torch.cat([token_entropy(row_V[None]) for row_V in logits_BV]), whole_B)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30), st.floats(-100, 100, width=32))
 def test_bounds_order_and_shift(values: list[float], shift: float) -> None:
     logits_BV = torch.tensor([values])
@@ -120,7 +120,7 @@ def sums_of(values: list[float]) -> EntropySums:
 ENTROPIES = st.lists(st.floats(0, 12), min_size=1, max_size=40)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(ENTROPIES)
 def test_sums_give_mean_and_variance_of_the_list(values: list[float]) -> None:
     sums = sums_of(values)
@@ -129,7 +129,7 @@ def test_sums_give_mean_and_variance_of_the_list(values: list[float]) -> None:
     assert sums.variance == pytest.approx(statistics.pvariance(values), abs=1e-9)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(ENTROPIES, st.integers(0, 40))
 def test_merged_parts_equal_the_whole(values: list[float], cut: int) -> None:
     merged = sums_of(values[:cut])

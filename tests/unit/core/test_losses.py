@@ -191,7 +191,7 @@ def test_gradient_matches_finite_differences(loss: Loss) -> None:
     )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(loss=st.sampled_from(LOSSES), seed=st.integers(0, 50), shift=st.floats(-5, 5), shuffle=st.randoms(use_true_random=False))
 def test_invariances(loss: Loss, seed: int, shift: float, shuffle: object) -> None:
     """A constant on all logits, one on all scores, the order of the agents, missing agents' values: none matters."""

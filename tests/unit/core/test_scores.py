@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dmoa.core import scores as scores_module
 from dmoa.core.scores import CUT_PENALTY, MIN_ETA, fit_anchors, fit_eta, raw_score, reply_noise, reply_weights, score, scores
 from dmoa.errors import ConfigError
+from tests.examples import examples
 
 LARGEST_ENTROPY = math.log(2**18)
 """Nats per token of a uniform distribution over more tokens than any vocabulary has."""
@@ -46,7 +47,7 @@ def test_raw_arrays_need_neither_anchors_nor_cuts() -> None:
     assert sums.tolist() == [[0.0, 4.0, 1.0]]
 
 
-@settings(max_examples=200, derandomize=True)
+@settings(max_examples=examples(200), derandomize=True)
 @given(*(st.floats(0.0, LARGEST_ENTROPY) for _ in range(4)))
 def test_a_reply_cut_off_is_less_sure_than_every_finished_one(cut: float, done: float, mean_cut: float, mean_done: float) -> None:
     """Whatever the entropies, and whatever the anchors: these are means of raw scores."""

@@ -11,7 +11,9 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.answer_matrix import AnswerMatrix, RouterChoice, matrix_policies, read_matrix, replay_choices
 from dmoa.evaluation.records import Task
 from dmoa.evaluation.run_folder import RunFolder, write_lines
-from tests.unit.run_records import answer, lost, score
+from dmoa.testing import answered as answer
+from dmoa.testing import failed as lost
+from dmoa.testing import scored as score
 
 AGENTS = ("a", "b", "c")
 TEXTS = [("Answer: 1", "Answer: 2", "Answer: 2"), ("Answer: 5", "Answer: 6", "Answer: 7")]

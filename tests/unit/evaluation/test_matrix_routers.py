@@ -23,8 +23,8 @@ from dmoa.evaluation.answer_matrix import (
 from dmoa.evaluation.records import Task
 from dmoa.policies.dmoa import DmoaPolicy
 from dmoa.routing import LocalRouter
+from dmoa.testing import FakeEncoder, query, state_of
 from dmoa.types import AgentReply, StepPlan
-from tests.unit.fakes import FakeEncoder, query, state_of
 
 AGENTS = ("a", "b", "c")
 VALUES = np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])

@@ -16,7 +16,12 @@ from dmoa.evaluation.records import BenchmarkInfo, PoolInfo, RunInfo
 from dmoa.evaluation.results import Evaluation, build_evaluation, not_run, read_evaluation, rebuild_evaluation
 from dmoa.evaluation.run_folder import write_whole
 from dmoa.evaluation.statistics import wilson
-from tests.unit.run_records import answer, lost, run_of, score, small_run, write_run
+from dmoa.testing import answered as answer
+from dmoa.testing import failed as lost
+from dmoa.testing import run_info as run_of
+from dmoa.testing import scored as score
+from dmoa.testing import write_run
+from tests.unit.run_records import small_run
 
 # fmt: off
 CONTRACT_ROW = {
@@ -175,7 +180,7 @@ def test_a_result_of_before_says_by_its_counts_what_ran(tmp_path: Path) -> None:
 
 
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_the_order_of_lines_does_not_matter(order: random.Random) -> None:
     run = run_of([BenchmarkInfo(name="relay", rows=40), BenchmarkInfo(name="gsm8k", rows=40)])
     drawn = random.Random(5)

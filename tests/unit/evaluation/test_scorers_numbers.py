@@ -14,6 +14,7 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation import registry as table
 from dmoa.evaluation.benchmarks.word_problems import expression_value, read_number
 from dmoa.evaluation.records import Label, Reply
+from tests.examples import examples
 
 STATED = [
     ("Answer: 18", "18"),
@@ -156,7 +157,7 @@ def renderings(draw: st.DrawFn) -> tuple[Fraction, str]:
     return value, frame.format(spelling + unit)
 
 
-@settings(max_examples=10_000, derandomize=True, database=None)
+@settings(max_examples=examples(10_000), derandomize=True, database=None)
 @given(renderings())
 def test_every_rendering_of_a_number_is_read_as_it(rendering: tuple[Fraction, str]) -> None:
     value, text = rendering

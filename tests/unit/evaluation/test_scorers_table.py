@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dmoa.errors import ConfigError
 from dmoa.evaluation import registry as table
 from dmoa.evaluation.records import Label, Reply
+from tests.examples import examples
 
 GOLD: dict[str, dict[str, object]] = {
     "mmlu": {"letter": "B", "choices": ["one", "two", "three", "four"]},
@@ -35,7 +36,7 @@ TEXTS = (
 )
 
 
-@settings(max_examples=1500, derandomize=True, database=None)
+@settings(max_examples=examples(1500), derandomize=True, database=None)
 @given(TEXTS)
 def test_no_text_raises(text: str) -> None:
     for name, entry in ENTRIES.items():

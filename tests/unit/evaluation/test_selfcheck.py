@@ -75,6 +75,7 @@ def test_passes_on_hand_made_rows_and_counts_them(tmp_path: Path) -> None:
     assert SelfCheck.model_validate_json(found.model_dump_json()) == found
 
 
+@pytest.mark.contract
 def test_a_right_answer_that_scores_wrong_is_a_failure_with_its_row(tmp_path: Path) -> None:
     broken = [HUMANEVAL[0] | {"canonical_solution": "    return x - 1\n"}, *HUMANEVAL[1:]]
     write_rows(tmp_path / "humaneval", "test.jsonl", broken)
@@ -87,6 +88,7 @@ def test_a_right_answer_that_scores_wrong_is_a_failure_with_its_row(tmp_path: Pa
     assert "AssertionError" in gold.failures[0]
 
 
+@pytest.mark.contract
 def test_references_that_fail_here_are_listed_with_library_and_version(tmp_path: Path) -> None:
     rows = [
         ds1000_row(0, "result = 0"),
@@ -107,6 +109,7 @@ def test_references_that_fail_here_are_listed_with_library_and_version(tmp_path:
     assert (missing.group, missing.version) == ("Nosuchlib", None)
 
 
+@pytest.mark.contract
 def test_a_benchmark_of_which_no_row_can_be_judged_has_not_passed(tmp_path: Path) -> None:
     write_rows(tmp_path / "ds1000", "test.jsonl", [ds1000_row(n, f"result = {n}", library="Nosuchlib") for n in range(2)])
     found = selfcheck.run_selfcheck(["ds1000"], data_dir=tmp_path)
@@ -145,6 +148,7 @@ def test_parts_of_an_answer_count_equally() -> None:
 TEXT_BENCHMARKS = ["mmlu", "gsm8k", "multiarith", "svamp", "aqua_rat", "hotpotqa", "ddxplus"]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", TEXT_BENCHMARKS)
 def test_every_real_row_of_a_text_benchmark(rows_dir: Path, name: str) -> None:
     (check,) = selfcheck.run_selfcheck([name], data_dir=rows_dir).benchmarks
@@ -152,6 +156,7 @@ def test_every_real_row_of_a_text_benchmark(rows_dir: Path, name: str) -> None:
     assert all(gold.num_right == gold.num_rows == sum(check.rows.values()) for gold in check.gold)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(("name", "limit"), [("humaneval", 4), ("ds1000", 2)])
 def test_some_real_rows_of_programs(rows_dir: Path, name: str, limit: int) -> None:
     (check,) = selfcheck.run_selfcheck([name], data_dir=rows_dir, limit=limit).benchmarks

@@ -23,6 +23,7 @@ from dmoa.evaluation.statistics import (
     resampled_means,
     wilson,
 )
+from tests.examples import examples
 
 Z = 1.959963984540054
 
@@ -98,7 +99,7 @@ def test_one_fraction_says_nothing_of_the_spread() -> None:
 
 
 @given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 1.0]), min_size=1, max_size=30), st.randoms(use_true_random=False))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 def test_the_order_of_rows_does_not_matter(scores: list[float], order: random.Random) -> None:
     shuffled = order.sample(scores, len(scores))
     assert interval(scores) == interval(shuffled)
@@ -183,7 +184,7 @@ def test_newcombe_covers_the_truth_by_enumeration() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_swapping_the_policies_mirrors_the_comparison(pairs: list[tuple[bool, bool]]) -> None:
     a, b = [float(x) for x, _ in pairs], [float(y) for _, y in pairs]
     one, other = compare_policies(a, b), compare_policies(b, a)

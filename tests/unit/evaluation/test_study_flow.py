@@ -15,10 +15,12 @@ import torch
 from dmoa.errors import ConfigError
 from dmoa.evaluation.answer_matrix import AnswerMatrix, RouterChoice, replay_choices
 from dmoa.evaluation.records import Task
+from dmoa.testing import CONTEXT_DIM as DIM
+from dmoa.testing import rollout_row as row
+from dmoa.testing import write_rollouts
 from dmoa.types import AgentReply
 from dmoa.workflows.console import Common
 from tests.unit.evaluation.test_study_endpoints import study
-from tests.unit.training.gate_rollouts import DIM, row, write_rollouts
 
 SUITES, SURFACES = ("arith", "words", "calendar", "shared"), ("arith", "words", "calendar")
 ROWS, SEEDS = 32, 2

@@ -151,6 +151,7 @@ def test_a_whole_split_streams_without_repeating_a_tuple() -> None:
         suite.generate("anchor", capacity + 1, 0, groups=groups)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("name", SUITES)
 def test_splits_are_disjoint_by_tuple_and_by_held_out_template(name: str) -> None:
     suite, num_seeds = SUITES[name], 3
@@ -235,6 +236,7 @@ def digest(suites: dict[str, Suite]) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+@pytest.mark.contract
 def test_every_process_generates_the_same_rows() -> None:
     code = "from tests.unit.evaluation.test_suites import SUITES, digest; print(digest(SUITES))"
     done = subprocess.run(
@@ -254,6 +256,7 @@ def test_streams_are_lazy() -> None:
     assert next(huge).task.benchmark == "words"
 
 
+@pytest.mark.contract
 def test_memory_stays_flat_over_20_000_rows() -> None:
     stream = SUITES["calendar"].generate("specialist", 20_000, 0, 2)
     assert sum(1 for _ in itertools.islice(stream, 16_000)) == 16_000

@@ -123,6 +123,7 @@ def guesses(text: str, gold: str, rng: random.Random) -> str | None:
     return ", ".join(rng.sample(words, len(words))) if "commas" in text else rng.choice(words)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("name", "difficulty"),
     [("arith", 1), ("words", 1), ("words", 3), ("calendar", 3), ("shared", 1), ("chain", 1)],

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import replace
 
 from dmoa.policies.baselines import DensePolicy, RandomPolicy
+from dmoa.testing import query, state_of
 from dmoa.types import StepPlan, StepRecord, SummarizerRecord
-from tests.unit.fakes import query, state_of
 
 AGENTS = ("a", "b", "c")
 STEP = StepRecord(step=0, replies=(), active=(), summary="19", summarizer=SummarizerRecord(mode="select", verdict="rule"))

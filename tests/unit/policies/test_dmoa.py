@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dmoa.policies.dmoa import DmoaPolicy
+from dmoa.testing import DIM, FakeEncoder, Say, decision, embedding, fixed_gate, query, router_of, said, state_of
 from dmoa.types import AgentReply, Limits, Query, QueryState, RouteDecision, RouteRequest, StepPlan, StepRecord, SummarizerRecord
-from tests.unit.fakes import DIM, FakeEncoder, Say, decision, embedding, fixed_gate, query, router_of, said, state_of
 
 P = {"a": 0.6, "b": 0.3, "c": 0.1}
 

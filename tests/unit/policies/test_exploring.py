@@ -11,8 +11,7 @@ import pytest
 
 from dmoa.policies.dmoa import DmoaPolicy
 from dmoa.policies.exploring import ExploringPolicy, unexplored
-from dmoa.types import Answer, Limits, Query, StepPlan, Stop
-from tests.unit.fakes import (
+from dmoa.testing import (
     FakeAgents,
     FakeEncoder,
     Fate,
@@ -26,6 +25,7 @@ from tests.unit.fakes import (
     router_of,
     state_of,
 )
+from dmoa.types import Answer, Limits, Query, StepPlan, Stop
 
 P = {"a": 0.5, "b": 0.2, "c": 0.15, "d": 0.1, "e": 0.05}
 SAYINGS: dict[str, Fate] = {

@@ -10,8 +10,8 @@ from dmoa.config import Config
 from dmoa.errors import RequestError
 from dmoa.policies.dmoa import DmoaPolicy
 from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
+from dmoa.testing import FakeEncoder, fixed_gate, query, router_of, state_of
 from dmoa.types import StepPlan
-from tests.unit.fakes import FakeEncoder, fixed_gate, query, router_of, state_of
 
 
 def context(agent: str | None = None, **gate: object) -> PolicyContext:

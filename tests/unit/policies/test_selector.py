@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dmoa.policies.baselines import SelectorPolicy, named
+from dmoa.testing import query, state_of
 from dmoa.types import StepPlan, StepRecord, Stop, SummarizerRecord
-from tests.unit.fakes import query, state_of
 
 PROFILES = {"base": "General help.", "math": "Sums.", "math-inspector": "Checks sums."}
 POLICY = SelectorPolicy(chooser="base", profiles=PROFILES)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dmoa.policies.baselines import SinglePolicy
+from dmoa.testing import query, state_of
 from dmoa.types import StepPlan, StepRecord, Stop, SummarizerRecord
-from tests.unit.fakes import query, state_of
 
 
 async def test_one_agent_is_asked_once_and_the_others_stand_in() -> None:

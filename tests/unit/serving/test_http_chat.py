@@ -18,8 +18,8 @@ from dmoa.config import LimitsConfig, ServerConfig
 from dmoa.orchestrator import Event
 from dmoa.serving.http.middleware import hash_keys
 from dmoa.serving.http.routes import create_app
+from dmoa.testing import FakeAgents, Say, Schedule, asks, orchestrator_of
 from dmoa.types import FinishReason, Limits, Message, Query
-from tests.unit.fakes import FakeAgents, Say, Schedule, asks, orchestrator_of
 
 CHAT = "/v1/chat/completions"
 

@@ -71,6 +71,7 @@ def test_a_ray_address_of_nothing_is_none(
     assert os.environ.get("RAY_ADDRESS") == ((variable or "").strip() or None)  # Ray itself reads it too
 
 
+@pytest.mark.contract
 def test_among_several_rays_none_is_chosen() -> None:
     """Ray finds those of a machine by the command lines of their raylets, which are stood in for here."""
     addresses = [f"127.0.0.1:{port}" for port in (6001, 6002)]

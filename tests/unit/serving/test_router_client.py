@@ -22,8 +22,8 @@ from dmoa.serving.agent_client import MissingReplicas
 from dmoa.serving.rollover import pool_version
 from dmoa.serving.router.client import MAX_HELD, RemoteRouter
 from dmoa.serving.router.versions import FILES
+from dmoa.testing import DIM, gate_spec
 from dmoa.types import RouteRequest
-from tests.unit.fakes import DIM, gate_spec
 
 ASK = RouteRequest(input_X=np.ones(2 * DIM + 4, np.float32))
 CONFIG = Config.model_validate(

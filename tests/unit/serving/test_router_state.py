@@ -10,7 +10,7 @@ from dmoa.checkpoint import Checkpoint, describe_gate
 from dmoa.core.gate import Gate, init_gate
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.serving.router.versions import RouterState, default_state_uri
-from tests.unit.fakes import gate_spec
+from dmoa.testing import gate_spec
 
 
 def made(seed: int = 0) -> tuple[Gate, Checkpoint]:

@@ -9,8 +9,8 @@ import torch
 from dmoa.core.gate import Gate, init_gate
 from dmoa.errors import CheckpointError
 from dmoa.serving.router.versions import Shadow, shadow_check
+from dmoa.testing import DIM, fixed_gate, gate_spec
 from dmoa.types import FloatArray
-from tests.unit.fakes import DIM, fixed_gate, gate_spec
 
 X = 2 * DIM + 4
 P = {"a": 0.6, "b": 0.3, "c": 0.1}

@@ -18,8 +18,9 @@ from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.config import AgentConfig, ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
 from dmoa.policies.baselines import SinglePolicy
+from dmoa.testing import Schedule, asks, orchestrator_of
 from dmoa.types import Answer, Query, StepRecord, TextDelta
-from tests.unit.fakes import Schedule, asks, orchestrator_of
+from tests.examples import examples
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 CODE = "    if n < 2:\n        return n\n"
@@ -64,7 +65,7 @@ TEXTS = st.text(
 
 @pytest.mark.parametrize("path", [CHAT, PLAIN])
 @pytest.mark.parametrize("llm", [False, True])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(text=TEXTS)
 def test_streamed_pieces_are_the_whole_text(text: str, llm: bool, path: str) -> None:
     whole, streamed = asyncio.run(both(Speaker(text, llm=llm), path))

@@ -10,9 +10,9 @@ import numpy as np
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.serving.actors import pack_record
 from dmoa.serving.traces import AnsweredQuery, TraceStore
+from dmoa.testing import decision
 from dmoa.trace import Trace, trace_of
 from dmoa.types import AgentReply, Answer, Query, RouteRequest, StepRecord, SummarizerRecord
-from tests.unit.fakes import decision
 
 
 def answered(trace_id: str) -> AnsweredQuery:

@@ -21,6 +21,7 @@ from dmoa.core.gate import Gate, GateSpec, init_gate
 from dmoa.errors import CheckpointError
 from dmoa.routing import build_gate
 from dmoa.serving.router.versions import FILES, MAX_NOTE_CHARACTERS, GateVersions, HistoryEntry, RouterState, _line
+from tests.examples import examples
 
 AGENTS = ("adder", "sorter")
 X = 2 * 384 + 4
@@ -201,7 +202,7 @@ LETTERS = "abcd"
 
 
 @given(st.lists(st.one_of(st.sampled_from(LETTERS), st.none()), max_size=30))
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_the_line_of_versions_is_a_stack(moves: list[str | None]) -> None:
     """Installs push, rollbacks without a version pop: against a plain list."""
     history = [HistoryEntry(version="start", action="configured", previous=None, note="", unix_s=0.0)]

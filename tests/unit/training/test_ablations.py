@@ -12,10 +12,12 @@ import torch
 from dmoa import checkpoint
 from dmoa.config import Config
 from dmoa.core.gate import Gate
+from dmoa.testing import AGENTS, domain_rows, write_rollouts
+from dmoa.testing import CONTEXT_DIM as DIM
+from dmoa.testing import scripted_pool as pool
 from dmoa.training.ablations import ABLATIONS, as_paper, train_ablation, without_summary
 from dmoa.training.rollouts import read_manifest, read_table
 from dmoa.training.trainer import TrainContext
-from tests.unit.training.gate_rollouts import AGENTS, DIM, domain_rows, pool, write_rollouts
 
 AROUND = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
 

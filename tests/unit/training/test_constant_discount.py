@@ -12,9 +12,11 @@ import pytest
 from dmoa import checkpoint
 from dmoa.config import Config
 from dmoa.core.scores import CONSTANT_PENALTY
+from dmoa.testing import AGENTS, domain_rows, write_rollouts
+from dmoa.testing import rollout_row as row
+from dmoa.testing import scripted_pool as pool
 from dmoa.training.options import parse_train_options
 from dmoa.training.trainer import TrainContext, TrainResult, run_training
-from tests.unit.training.gate_rollouts import AGENTS, domain_rows, pool, row, write_rollouts
 
 LIAR = "liar"
 EVERYBODY = (*AGENTS, LIAR)

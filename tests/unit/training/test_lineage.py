@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from dmoa.config import Config
+from dmoa.testing import domain_rows, write_rollouts
+from dmoa.testing import scripted_pool as pool
 from dmoa.training.options import parse_rollout_options as rollout_options
 from dmoa.training.options import parse_train_options
 from dmoa.training.rollouts import RolloutFolder, read_manifest
 from dmoa.training.trainer import TrainContext, TrainResult, run_training
 from dmoa.workflows.collect import track
-from tests.unit.training.gate_rollouts import domain_rows, pool, write_rollouts
 
 
 def no_ray() -> AbstractContextManager[None]:

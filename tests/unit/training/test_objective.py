@@ -16,10 +16,13 @@ import torch
 from dmoa import checkpoint
 from dmoa.config import GateConfig
 from dmoa.core.gate import Gate, GateSpec, init_gate
+from dmoa.testing import AGENTS, write_rollouts
+from dmoa.testing import CONTEXT_DIM as DIM
+from dmoa.testing import rollout_row as row
+from dmoa.testing import scripted_pool as pool
 from dmoa.training.dataset import COLUMNS, EpisodeBuilder, Episodes, held_back
 from dmoa.training.gate_metrics import held_metrics, measure_gate, ranking_of
 from dmoa.training.objective import Batches, Split, anchor_sample, batch_loss, build_data, fit_scale, unroll
-from tests.unit.training.gate_rollouts import AGENTS, DIM, pool, row, write_rollouts
 from tests.unit.training.test_trainer import train
 
 CPU = torch.device("cpu")
@@ -265,6 +268,7 @@ def test_of_a_gate_without_a_pair_nothing_is_known() -> None:
     assert ranking_of({"load_max": 1.0}) == "unknown"
 
 
+@pytest.mark.contract
 def test_the_soft_loss_has_a_finite_optimum_and_training_finds_it(tmp_path: Path) -> None:
     """Always the same query: the best probabilities are softmax(-s / eta), whatever the number of epochs."""
     nats = {"one": 0.2, "two": 0.4, "three": 1.5}

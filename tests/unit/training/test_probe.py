@@ -11,9 +11,9 @@ from dmoa.cli.probe import print_probe
 from dmoa.config import loads
 from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError
+from dmoa.testing import scripted_pool_yaml as pool_yaml
 from dmoa.training.cluster_router import Floats, ProbeSample, fit_clusters
 from dmoa.training.probe import ProbeReport, auroc, gains_nothing, probe_pool, variance_shares
-from tests.unit.training.gate_rollouts import pool_yaml
 
 RNG = np.random.default_rng(5)
 AGENTS = ("base", "sums", "words")

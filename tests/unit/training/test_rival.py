@@ -12,13 +12,15 @@ import pytest
 from dmoa.agents import pool as agent_pool
 from dmoa.errors import ConfigError
 from dmoa.evaluation.run_folder import RunFolder
+from dmoa.testing import AGENTS, domain_rows, write_rollouts
+from dmoa.testing import CONTEXT_DIM as DIM
+from dmoa.testing import scripted_pool as pool
 from dmoa.training import ablations as training_ablations
 from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
 from dmoa.training.cluster_router import fit_rival, sample_of, training_scores
 from dmoa.training.rollouts import read_table
 from dmoa.workflows import ablate as ablations
 from dmoa.workflows.console import Common
-from tests.unit.training.gate_rollouts import AGENTS, DIM, domain_rows, pool, write_rollouts
 from tests.unit.training.test_ablations import AROUND
 
 PAPER = "{preset: paper, hidden: 16}"

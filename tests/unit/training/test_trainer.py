@@ -21,6 +21,9 @@ from dmoa.config import Config
 from dmoa.core.calibration import ALPHAS
 from dmoa.core.inference import Decider
 from dmoa.errors import ConfigError, DmoaError
+from dmoa.testing import AGENTS, domain_rows, write_rollouts
+from dmoa.testing import CONTEXT_DIM as DIM
+from dmoa.testing import scripted_pool as pool
 from dmoa.training import loop as train_loop
 from dmoa.training import objective as targets
 from dmoa.training.collect import silent_agents
@@ -31,7 +34,6 @@ from dmoa.training.state import EpochRecord, RunState, StateStore, TrainProgress
 from dmoa.training.trainer import Curves, TrainContext, TrainResult, build_start, check_rollouts, prepare_training, run_training
 from dmoa.types import RouteRequest
 from tests.unit.offline_runs import Synced, synced
-from tests.unit.training.gate_rollouts import AGENTS, DIM, domain_rows, pool, write_rollouts
 
 BASE: dict[str, Any] = {"workers": 0, "track": "jsonl"}
 
@@ -81,6 +83,7 @@ def test_the_gate_learns_who_is_sure_where(rollouts: Path, config: Config, tmp_p
     assert max(result.report.load.values()) < 0.6
 
 
+@pytest.mark.contract
 def test_the_alphas_are_the_given_ones_or_chosen_by_the_price_of_an_agent(rollouts: Path, config: Config, tmp_path: Path) -> None:
     given = train(tmp_path / "given", rollouts, config, alpha="0.3").record.metrics
     assert (given["alpha"], given["theta_alpha"]) == (0.3, 0.3)
@@ -235,6 +238,7 @@ def test_a_stopped_training_goes_on_and_ends_as_if_unbroken(
     assert sorted(line["step"] for line in lines if line["op"] == "log" and line["step"]) == list(range(1, 8))
 
 
+@pytest.mark.contract
 def test_the_curves_of_a_stopped_training_are_whole_when_they_are_synced(
     rollouts: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,12 +15,13 @@ from dmoa import checkpoint
 from dmoa.core.losses import Loss, Targets, ranking_loss
 from dmoa.core.scores import reply_noise
 from dmoa.errors import ConfigError
+from dmoa.testing import domain_rows, write_rollouts
+from dmoa.testing import scripted_pool as pool
 from dmoa.training.dataset import Episodes, read_episodes
 from dmoa.training.objective import Scale, Split, build_data
 from dmoa.training.options import parse_train_options
 from dmoa.training.rollouts import part_paths, read_table
 from dmoa.training.trainer import build_start, run_training
-from tests.unit.training.gate_rollouts import domain_rows, pool, write_rollouts
 from tests.unit.training.test_ablations import AROUND
 
 CONFIG = pool()

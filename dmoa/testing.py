@@ -1,26 +1,49 @@
-"""Small deterministic stand-ins behind the protocols: agents with set fates, a policy with a set schedule, a clock that jumps."""
+"""For tests of swarms, plug-ins and what reads their records: stand-ins that decide everything beforehand.
+
+Scripted swarm: `FakeAgents` meets each call with the agent's next fate (`Say`, `Lose`, `Refuse`, `Fail`, `Hang`);
+`orchestrator_of` runs the real step loop over them, `answer_of` and `events_of` ask it, and `jumping` runs it all on a clock
+that does not wait. A policy is tested by handing it to `answer_of`; `Schedule` is a policy with a set plan. Fake router:
+`router_of(fixed_gate({...}))` gives the same probabilities whatever it reads; `FakeEncoder` replaces the sentence encoder.
+
+    agents = FakeAgents({"adder": Say(text="19"), "echo": Lose()})
+    answer = await answer_of(orchestrator_of(agents, ["adder", "echo"]), query("12 + 7?"), MyPolicy())
+    assert answer.text == "19"
+
+Records: `domain_rows` and `write_rollouts` make a folder that `dmoa train` reads; `run_info`, `answered`, `failed`, `scored` and
+`write_run` one that `dmoa report` reads. Nothing here needs Ray, a model or a network; it is deterministic.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
 from collections import defaultdict
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
+from dmoa.agents.pool import fingerprint
 from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
-from dmoa.config import SummarizerConfig
+from dmoa.config import Config, SummarizerConfig, loads
+from dmoa.core.features import FEEDBACK_FEATURES
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.dispatch import AgentCard, Dispatcher
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError
+from dmoa.evaluation.records import Answered, BenchmarkInfo, PoolInfo, RunInfo, Scored
+from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
 from dmoa.orchestrator import Event, Orchestrator
 from dmoa.protocols import Policy
+from dmoa.provenance import Machine
 from dmoa.routing import LocalRouter
+from dmoa.training.rollouts import SCHEMA, SCHEMA_VERSION, Manifest
 from dmoa.types import (
     Activation,
     AgentCall,
@@ -42,6 +65,8 @@ from dmoa.types import (
 T = TypeVar("T")
 DIM = 4
 """Width of the fake embeddings."""
+CONTEXT_DIM = 384
+"""Width of the embeddings in made-up rollouts, whose context has two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,3 +375,165 @@ def jumping(work: Coroutine[Any, Any, T]) -> tuple[T, float]:
     with asyncio.Runner(loop_factory=_JumpingLoop) as runner:
         result = runner.run(work)
         return result, runner.get_loop().time()
+
+
+AGENTS = ("one", "two", "three")
+
+
+def scripted_pool_yaml(agents: Sequence[str] = AGENTS, gate: str = "{hidden: 16, activation: {max_agents: 2}}") -> str:
+    """A pool of scripted agents."""
+    lines = "".join(f"  - {{name: {name}, llm: s, profile: Is called {name}.}}\n" for name in agents)
+    return f'name: made-up\nllms: {{s: {{model: "scripted:echo", engine: scripted}}}}\nagents:\n{lines}gate: {gate}\n'
+
+
+def scripted_pool(agents: Sequence[str] = AGENTS, gate: str = "{hidden: 16, activation: {max_agents: 2}}") -> Config:
+    """The same pool as a configuration."""
+    return loads(scripted_pool_yaml(agents, gate))
+
+
+def rollout_row(query: str, step: int, agent: str, nats: float, context: FloatArray, **changes: Any) -> dict[str, Any]:
+    """One row: `nats` is the mean entropy of a reply of 8 tokens."""
+    values: dict[str, Any] = {
+        "query_id": query,
+        "source": "made-up",
+        "split": "train",
+        "step": step,
+        "num_steps": 1,
+        "context": context.astype(np.float32),
+        "feedback": np.zeros(FEEDBACK_FEATURES, np.float32),
+        "agent": agent,
+        "probability": 1 / 3,
+        "is_selected": agent == "one",
+        "is_explored": agent != "one",
+        "propensity": 1.0,
+        "entropy_sum_nats": 8 * nats,
+        "entropy_sq_sum": 8 * nats * nats,
+        "entropy_tokens": 8,
+        "entropy_kind": "exact",
+        "entropy_slack_nats": 0.0,
+        "finish_reason": "stop",
+        "prompt_tokens": 10,
+        "cached_tokens": 0,
+        "completion_tokens": 8,
+        "latency_ms": 1.0,
+        "text": "never read",
+        "status": "ok",
+        "gate_version": "untrained-0",
+        "engine": "scripted",
+        "seed": 0,
+        "pool_fingerprint": "",
+        "schema_version": SCHEMA_VERSION,
+    }
+    return values | changes
+
+
+def domain_rows(num_queries: int = 24, *, steps: int = 1, seed: int = 0, agents: Sequence[str] = AGENTS) -> list[dict[str, Any]]:
+    """Queries of as many domains as agents: agent d is sure (0.05 nats) in domain d, the others are not (0.8 to 1.6)."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((len(agents), 2 * CONTEXT_DIM)) / np.sqrt(CONTEXT_DIM)
+    rows = []
+    for number in range(num_queries):
+        for step in range(steps):
+            domain = (number + step) % len(agents)
+            context = centres[domain] + 0.2 * rng.standard_normal(2 * CONTEXT_DIM) / np.sqrt(CONTEXT_DIM)
+            for place, agent in enumerate(agents):
+                nats = 0.05 * rng.uniform(0.5, 1.5) if place == domain else rng.uniform(0.8, 1.6)
+                rows.append(rollout_row(f"q{number:03d}", step, agent, nats, context, num_steps=steps))
+    return rows
+
+
+def write_rollouts(folder: Path, rows: Sequence[dict[str, Any]], config: Config, *, files: int = 3, **changes: Any) -> Path:
+    """Write rows as a folder of rollouts of a pool, dealt out over some files; `changes`: of the manifest."""
+    name = fingerprint(config)
+    (folder / "rollouts").mkdir(parents=True)
+    for number in range(files):
+        columns = [
+            pa.array(
+                [value[field.name] for value in rows[number::files]]
+                if field.name != "pool_fingerprint"
+                else [name] * len(rows[number::files]),
+                field.type,
+            )
+            for field in SCHEMA
+        ]
+        pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), folder / "rollouts" / f"part-{number}.parquet")
+    manifest = {
+        "pool": config.name,
+        "pool_fingerprint": name,
+        "agents": list(config.agent_names),
+        "gate_version": "untrained-0",
+        "preset": config.gate.preset,
+        "engines": ["s: scripted"],
+        "sources": [{"name": "made-up", "weight": 1.0, "queries": len(rows), "origin": {}}],
+        "mode": "dense",
+        "seed": 0,
+        "options": {},
+        "config": {},
+        "dmoa_version": "0",
+        "started_unix_s": 0.0,
+    }
+    text = json.dumps(manifest | changes)
+    Manifest.model_validate_json(text)
+    (folder / "rollouts.json").write_text(text)
+    return folder
+
+
+MACHINE = Machine(cpu="some CPU", cores=2, memory_gib=8.0, gpus=[], python="3.11.7", versions={"dmoa": "0.1.0", "ray": "2.60.0"})
+
+
+def run_info(benchmarks: Sequence[BenchmarkInfo], policies: Sequence[str] = ("dmoa", "single"), **changes: Any) -> RunInfo:
+    values: dict[str, Any] = {
+        "dmoa_version": "0.1.0",
+        "pool": PoolInfo(
+            name="tiny", fingerprint="f" * 64, config={"name": "tiny", "agents": [{"name": "adder"}, {"name": "echo"}]}
+        ),
+        "benchmarks": list(benchmarks),
+        "policies": list(policies),
+        "seed": 7,
+        "machine": MACHINE,
+        "started_unix_s": 1_790_000_000.0,
+    }
+    return RunInfo(**values | changes)
+
+
+def answered(benchmark: str, number: int, policy: str, **changes: Any) -> Answered:
+    values: dict[str, Any] = {
+        "row_id": f"{benchmark}/test/{number:04}",
+        "benchmark": benchmark,
+        "policy": policy,
+        "text": "Answer: 1",
+        "stop_reason": "agreement",
+        "active": (("adder", "echo"), ("adder",)),
+        "prompt_tokens": 100,
+        "cached_tokens": 30,
+        "completion_tokens": 10,
+        "summarizer_tokens": 4,
+        "entropy_nats": 0.5,
+        "wall_ms": 250.0,
+        "gate_version": "abc",
+    }
+    return Answered(**values | changes)
+
+
+def failed(benchmark: str, number: int, policy: str, error: str = "DeadlineError: too late") -> Answered:
+    return Answered(
+        row_id=f"{benchmark}/test/{number:04}", benchmark=benchmark, policy=policy, status="failed", error=error, wall_ms=1000.0
+    )
+
+
+def scored(benchmark: str, number: int, policy: str, value: float, **changes: Any) -> Scored:
+    values = {"row_id": f"{benchmark}/test/{number:04}", "benchmark": benchmark, "policy": policy, "value": value}
+    return Scored(**values | changes)
+
+
+def write_run(root: Path, run: RunInfo, answers: Iterable[Answered], scores: Iterable[Scored]) -> RunFolder:
+    """Write a run's folder as the pipeline does."""
+    folder = RunFolder(root)
+    write_whole(folder.run, run.model_dump_json(indent=2))
+    answer_lines, score_lines = list(answers), list(scores)
+    for info in run.benchmarks:
+        for policy in run.policies:
+            cell = (info.name, policy)
+            write_lines(folder.answers(*cell), [line for line in answer_lines if (line.benchmark, line.policy) == cell])
+            write_lines(folder.scores(*cell), [line for line in score_lines if (line.benchmark, line.policy) == cell])
+    return folder

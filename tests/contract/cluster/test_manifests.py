@@ -16,7 +16,7 @@ import ray
 import yaml
 
 from dmoa.serving.launch import SERVE_FLAGS
-from tests.unit.cluster.manifests import (
+from tests.contract.cluster.manifests import (
     CLUSTER,
     KUBERAY,
     RAY_CLUSTER,
@@ -39,10 +39,7 @@ PART_OF = {"app.kubernetes.io/part-of": "dmoa"}
 @cache
 def schema(kind: str) -> dict[str, Any]:
     """The schema of a kind, as strict as the API server with field validation: unknown fields are errors."""
-    folder = ROOT.parent / "shared" / "kuberay"
-    if not folder.is_dir():
-        pytest.skip(f"KubeRay's schemas are not part of a clone; there is no folder {folder}")
-    text = gzip.decompress((folder / f"ray.io_{PLURALS[kind]}.yaml.gz").read_bytes()).decode()
+    text = gzip.decompress((Path(__file__).parent / "kuberay" / f"ray.io_{PLURALS[kind]}.yaml.gz").read_bytes()).decode()
     crd = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     (version,) = [item for item in crd["spec"]["versions"] if item["name"] == "v1"]
     tree: dict[str, Any] = version["schema"]["openAPIV3Schema"]

@@ -76,6 +76,7 @@ def test_it_is_a_tool_of_every_pool() -> None:
     assert loads(pool).agents[0].tools == ("python",)
 
 
+@pytest.mark.contract
 def test_where_the_sandbox_refuses_the_result_says_so() -> None:
     """In a fresh interpreter that believes to be on another system: the host of this one is probed once."""
     import subprocess

@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.cluster.swaps import crossed, mixed, swap_under_load, version_of, write_checkpoint, write_pool
 from tests.integration.server import Served, serve
-from tests.integration.swaps import crossed, mixed, swap_under_load, version_of, write_checkpoint, write_pool
 
 DMOA = Path(sys.executable).with_name("dmoa")
 SWAPS = 10

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from dmoa.serving.launch import SERVE_FLAGS
-from tests.unit.cluster.manifests import CLUSTER, ROOT, one
+from tests.contract.cluster.manifests import CLUSTER, ROOT, one
 
 DOCKERFILES = sorted(path for path in CLUSTER.glob("Dockerfile.*"))
 GRAFANA = CLUSTER / "monitoring" / "grafana"

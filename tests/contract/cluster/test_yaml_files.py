@@ -11,7 +11,7 @@ from dmoa.cli.jobs import read_job
 from dmoa.config import Config
 from dmoa.training.options import parse_train_options
 from dmoa.workflows.console import Common
-from tests.unit.cluster.manifests import CLUSTER, JOB, ROOT, documents, one
+from tests.contract.cluster.manifests import CLUSTER, JOB, ROOT, documents, one
 
 SKIPPED = {".venv", ".git", "out", "build", "dist", "node_modules", ".hypothesis"}
 FILES = sorted(path for path in [*ROOT.rglob("*.yaml"), *ROOT.rglob("*.yml")] if not SKIPPED & set(path.relative_to(ROOT).parts))

@@ -15,6 +15,7 @@ from dmoa.evaluation.benchmarks.humaneval import program, read_completion
 from dmoa.evaluation.benchmarks.programs import bare_code, indented, judge_program, require_sandbox
 from dmoa.evaluation.records import Label, Reply
 from dmoa.sandbox.launch import SandboxLimits
+from tests.examples import examples
 
 PROMPT = '''from typing import List
 
@@ -250,7 +251,7 @@ PIECES = [
 TEXTS = st.text(max_size=200) | st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
 
 
-@settings(max_examples=400, derandomize=True, database=None)
+@settings(max_examples=examples(400), derandomize=True, database=None)
 @given(TEXTS)
 def test_reading_code_never_raises(text: str) -> None:
     completion = read_completion(text, "total")

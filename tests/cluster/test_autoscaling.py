@@ -24,7 +24,7 @@ from dmoa.agents.pool import fingerprint
 from dmoa.checkpoint import describe_gate
 from dmoa.config import load
 from dmoa.routing import build_gate
-from tests.integration.nodes import Nodes, cluster
+from tests.cluster.nodes import Nodes, cluster
 from tests.integration.server import Served, serve
 
 GPUS = (3, 2, 2, 2)

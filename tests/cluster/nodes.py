@@ -55,7 +55,7 @@ class Nodes:
         """What a process needs in its environment to join."""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed in `stop`
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.nodes"],
+            [sys.executable, "-m", "tests.cluster.nodes"],
             cwd=ROOT,
             env=self.environ,
             stdin=subprocess.PIPE,

@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.nodes import Nodes, cluster, until
-from tests.integration.redis import find_redis, run_redis
+from tests.cluster.nodes import Nodes, cluster, until
+from tests.cluster.redis import find_redis, run_redis
 from tests.integration.server import Served, free_port
 
 POOL = """

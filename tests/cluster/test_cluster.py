@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.nodes import Nodes, Placed, cluster, until
+from tests.cluster.nodes import Nodes, Placed, cluster, until
 from tests.integration.server import Served, serve
 
 GPUS = (2, 2, 2, 2)

@@ -16,7 +16,7 @@ import yaml
 from dmoa.agents.pool import load_pool, vllm_builds
 from dmoa.config import from_tree
 from dmoa.errors import ConfigError
-from tests.unit.cluster.manifests import CLUSTER, ROOT, SERVICE, one
+from tests.contract.cluster.manifests import CLUSTER, ROOT, SERVICE, one
 
 with warnings.catch_warnings():
     # Serve's own records, as they are loaded (Ray 2.60).

@@ -1,4 +1,4 @@
-"""One Ray head for all tests of commands in this folder, which join it by RAY_ADDRESS."""
+"""One Ray head for all tests of this folder, which join it by RAY_ADDRESS."""
 
 from __future__ import annotations
 

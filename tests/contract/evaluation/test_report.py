@@ -21,7 +21,11 @@ from dmoa.evaluation import report as plots
 from dmoa.evaluation.records import BenchmarkInfo
 from dmoa.evaluation.report import render_report, write_report
 from dmoa.evaluation.results import Evaluation, build_evaluation
-from tests.unit.run_records import answer, lost, run_of, score, small_run
+from dmoa.testing import answered as answer
+from dmoa.testing import failed as lost
+from dmoa.testing import run_info as run_of
+from dmoa.testing import scored as score
+from tests.unit.run_records import small_run
 
 VOID = {"meta", "br"}
 
@@ -116,6 +120,7 @@ def test_how_to_repeat_is_there(text: str) -> None:
         assert part in text
 
 
+@pytest.mark.contract
 def test_the_same_result_gives_the_same_page(evaluation: Evaluation, text: str) -> None:
     code = (
         "import sys\nfrom dmoa.evaluation.report import render_report as render\nfrom dmoa.evaluation.results import Evaluation\n"

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import schemathesis
-from fake_service import QUESTION, FakeService, connect, make_app
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from starlette.testclient import TestClient
+
+from tests.examples import examples
+from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
 JSON = {"content-type": "application/json"}
@@ -108,7 +110,7 @@ VALUES = st.recursive(
 BODIES = st.dictionaries(st.sampled_from([*VALID, "n", "x"]), VALUES, max_size=6).map(lambda odd: {**VALID, **odd})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150))
 @given(
     content=st.binary(max_size=64) | st.one_of(VALUES, BODIES).map(lambda value: json.dumps(value).encode()),
     path=st.sampled_from(PATHS),
@@ -124,7 +126,7 @@ CLIENT = TestClient(make_app(FakeService()))
 
 DOCUMENT = schemathesis.openapi.from_asgi("/openapi.json", CLIENT.app)
 GET_PATHS = ("/healthz", "/readyz", "/metrics", "/v1/models", "/v1/models/{model}", "/v1/dmoa/traces/{trace_id}")
-KEEP = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+KEEP = settings(max_examples=examples(40), derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def walk(path: str, method: str, mode: GenerationMode, model: str | None = None) -> None:

@@ -157,7 +157,7 @@ async def swap_under_load(url: str, address: str, folders: Sequence[Path], *, sw
     """Install checkpoints in turn while streams ask; return what both met."""
     is_over = asyncio.Event()
     asking = asyncio.create_task(stream_until(url, is_over, streams))
-    command = [sys.executable, "-m", "tests.integration.swaps", address, str(swaps), *map(str, folders)]
+    command = [sys.executable, "-m", "tests.cluster.swaps", address, str(swaps), *map(str, folders)]
     swapper = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, cwd=ROOT
     )
