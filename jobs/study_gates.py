@@ -22,7 +22,7 @@ from dmoa.evaluation.records import Reply
 from dmoa.evaluation.registry import SUITES
 from dmoa.training.ablations import train_ablation, write_changed
 from dmoa.training.cluster_router import KMeansRouter, fit_rival, sample_of
-from dmoa.training.options import parse_train_options
+from dmoa.training.options import TrainOptions
 from dmoa.training.probe import probe_pool
 from dmoa.training.rollouts import read_table
 from dmoa.training.trainer import TrainContext, run_training
@@ -117,7 +117,7 @@ def labelled_gate(study: Study, seed: int, settings: Mapping[str, Any]) -> Gate:
     copy = study.out / "gates" / POOL / source.name / "labelled-rollouts"
     write_changed(source, copy, by_value, seed=seed)
     out = study.out / "gates" / POOL / source.name / key_of(settings) / "labelled"
-    options = parse_train_options({**settings, "rollouts": copy, "out": out, "seed": seed, "workers": 0, "track": "none"})
+    options = TrainOptions.parse({**settings, "rollouts": copy, "out": out, "seed": seed, "workers": 0, "track": "none"})
     return checkpoint.load(run_training(options, pool(POOL), AROUND).checkpoint)[0]
 
 

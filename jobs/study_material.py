@@ -28,7 +28,7 @@ def evaluated(study: Study, out: Path, config: Config, values: Mapping[str, Any]
     shared = {"seed": MATRIX_SEED, "out": out, "call_cache": study.calls, "workers": study.workers, "track": "none"}
 
     def run(**more: Any) -> int:
-        options = evaluate_options.parse_evaluate_options({**shared, **values, **more})
+        options = evaluate_options.EvaluateOptions.parse({**shared, **values, **more})
         return sum(row.failed for row in run_evaluation(options, config, study.common, COMMAND, shows_result=False).rows)
 
     if (out / "evaluation.json").exists():
@@ -103,7 +103,7 @@ def rollouts(study: Study, name: str, seed: int, *, suites: Sequence[str] = SING
 def collected(study: Study, out: Path, config: Config, values: Mapping[str, Any]) -> Manifest:
     """Collect rollouts, or go on with them; failed queries are asked once more, and those that fail again are told."""
     shared = {"out": out, "call_cache": study.calls, "workers": study.workers, "track": "none"}
-    options = rollout_options.parse_rollout_options({**shared, **values})
+    options = rollout_options.RolloutOptions.parse({**shared, **values})
     manifest = run_rollouts(options, config, study.common, COMMAND)
     if manifest.counts.failed:
         try:

@@ -288,8 +288,7 @@ def learn(common: Common, config: Config, out: Path, app: str, queries: int) -> 
     """Collect dense rollouts, look at them, train, and install. Raises DmoaError where a part fails."""
     from dmoa.cli.probe import print_probe
     from dmoa.serving.router.admin import RouterAdmin, checkpoint_files
-    from dmoa.training.options import parse_rollout_options as rollout_options
-    from dmoa.training.options import parse_train_options as train_options
+    from dmoa.training.options import RolloutOptions, TrainOptions
     from dmoa.workflows.collect import run_rollouts
     from dmoa.workflows.probe import probe_rollouts
     from dmoa.workflows.train import ranking_warning, run_train
@@ -313,12 +312,12 @@ def learn(common: Common, config: Config, out: Path, app: str, queries: int) -> 
     commands = [shlex.join(command) for command in (collect, train)]
     common.say(f"3 of 6: {queries} generated queries, without labels, asked of every agent: can entropy route this pool?")
     options = {"benchmarks": ",".join(DEMO_SUITES), "limit": queries, "seed": LEARNING_SEED, "out": rollouts, "track": "none"}
-    run_rollouts(rollout_options({**options, "call_cache": out / "calls"}), config, common, commands[0])
+    run_rollouts(RolloutOptions.parse({**options, "call_cache": out / "calls"}), config, common, commands[0])
     probe = probe_rollouts(rollouts, config)
     if common.verbosity >= 0:
         print_probe(probe, config)
     common.say("4 of 6: training the gate on Ray Train, by predictive entropy alone")
-    result = run_train(train_options({"rollouts": rollouts, "out": gate}), config, common, commands[1])
+    result = run_train(TrainOptions.parse({"rollouts": rollouts, "out": gate}), config, common, commands[1])
     change = RouterAdmin(app).install(checkpoint_files(result.checkpoint), "dmoa demo")
     common.say(f"installed in the running swarm: {change['previous']} -> {change['version']}")
     probing = shlex.join(["dmoa", "probe", *pool, "--rollouts", str(rollouts)])
@@ -373,7 +372,7 @@ def compare_methods(common: Common, config: Config, out: Path, checkpoint: Path,
     Raises DmoaError where the evaluation stops.
     """
     from dmoa.evaluation.answer_matrix import add_oracle, matrix_policies
-    from dmoa.evaluation.records import parse_evaluate_options
+    from dmoa.evaluation.records import EvaluateOptions
     from dmoa.evaluation.run import finish_run
     from dmoa.evaluation.run_folder import RunFolder
     from dmoa.workflows.evaluate import run_evaluation
@@ -389,7 +388,7 @@ def compare_methods(common: Common, config: Config, out: Path, checkpoint: Path,
         "call_cache": out / "calls",
     }
     given = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    options = parse_evaluate_options(values)
+    options = EvaluateOptions.parse(values)
     run_evaluation(options, config, common, shlex.join(["dmoa", "evaluate", *given]), shows_result=False)
     folder = RunFolder((out / "evaluation").absolute())
     add_oracle(folder, DEMO_SUITES, config.agent_names)

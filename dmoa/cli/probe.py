@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from dmoa.cli.evaluate import CacheOption, DataDirOption, DifficultyOption, SeedOption
-from dmoa.cli.serve import AddressOption
+from dmoa.cli.options import takes_options, this_command
 from dmoa.errors import ConfigError
-from dmoa.validation import redact_command
+from dmoa.training.options import ProbeOptions
 from dmoa.workflows.console import Common, with_common
 
 if TYPE_CHECKING:
     from dmoa.config import Config
     from dmoa.training.probe import ProbeReport
 
-DEFAULT_SUITES = "arith,words,calendar"
-KNOWN_ROWS = 60
-
 
 @with_common
-def probe(
-    common: Common,
-    queries: Annotated[
-        str | None, typer.Option("--queries", metavar="FILE.jsonl", help='Your own queries: a text, or {"query": TEXT}, a line.')
-    ] = None,
-    benchmarks: Annotated[
-        str | None, typer.Option("--benchmarks", metavar="A,B", help=f"Benchmarks and suites [{DEFAULT_SUITES}].")
-    ] = None,
-    rollouts: Annotated[
-        Path | None, typer.Option("--rollouts", metavar="DIR", help="Look at dense rollouts that are there; ask nobody.")
-    ] = None,
-    known_answers: Annotated[
-        str | None,
-        typer.Option("--known-answers", metavar="SUITE,...", help="Generated rows with computed answers, to find who is wrong."),
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=4, metavar="N", help="Queries without labels.")] = 30,
-    known_limit: Annotated[
-        int, typer.Option("--known-limit", min=4, metavar="N", help="Rows with known answers, all suites together.")
-    ] = KNOWN_ROWS,
-    data_dir: DataDirOption = None,
-    difficulty: DifficultyOption = 1,
-    seed: SeedOption = 0,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the rollouts [out/probe-TIME].")] = None,
-    call_cache: CacheOption = None,
-    address: AddressOption = None,
-) -> None:
+@takes_options(ProbeOptions, unset={"out": "out/probe-TIME"})
+def probe(common: Common, options: ProbeOptions) -> None:
     """Find out, before anything is trained, whether predictive entropy can route a pool.
 
     Entropy routes where agents differ in which queries they are sure of. The verdict is in words: it can, it cannot, or
@@ -61,26 +28,12 @@ def probe(
     dmoa probe --config specialists-liar-wrong --known-answers arith
     dmoa probe --config specialists --rollouts out/rollouts
     """
-    if rollouts is not None and (queries or benchmarks):
+    if options.rollouts is not None and (options.queries or options.benchmarks):
         raise ConfigError("--rollouts: they have their queries already; leave --queries and --benchmarks out")
-    from dmoa.workflows.probe import ProbeSettings, collect_probe, probe_queries
+    from dmoa.workflows.probe import run_probe
 
     config = common.load()
-    asked = ProbeSettings(
-        data_dir=data_dir,
-        difficulty=difficulty,
-        seed=seed,
-        out=out or Path("out") / time.strftime("probe-%Y%m%d-%H%M%S"),
-        call_cache=call_cache,
-        address=address,
-        command=redact_command(["dmoa", *sys.argv[1:]]),
-    )
-    known = (tuple(filter(None, known_answers.split(","))), known_limit) if known_answers else None
-    if rollouts is not None:
-        report = collect_probe(rollouts, config, common, asked, known)
-    else:
-        sources = {"queries": queries or (), "benchmarks": benchmarks or ("" if queries else DEFAULT_SUITES)}
-        report = probe_queries(sources, limit, config, common, asked, known)
+    report = run_probe(options, config, common, this_command())
     print_probe(report, config)
     common.write_json(report.model_dump(mode="json"))
 

@@ -93,3 +93,23 @@ def test_no_command_is_missing() -> None:
 def test_the_flags_of_a_command_stay(name: str) -> None:
     flags = [spelt(option) for option in FOUND[name].params if option.param_type_name == "option"]
     assert sorted(flags) == sorted(f"{FLAGS[name]} {COMMON}".split())
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_is_explained(name: str) -> None:
+    assert not [option.opts for option in FOUND[name].params if option.param_type_name == "option" and not option.help]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train", "--epochs N Maximum epochs [10; preset full: 60]. [x>=1]"),
+        ("train", "--loss soft|hard|hinge|listnet Ranking loss. [default: soft]"),
+        ("train", "--anchor-rollouts DIR Folder with dense rollouts that the anchor set is taken from [--rollouts]."),
+        ("evaluate", "--resume Go on with the run in --out."),
+        ("evaluate", "--out DIR Folder of the run, or a URI [out/evaluate-TIME]."),
+        ("rollouts", "--data-dir DIR Benchmark files, one folder a benchmark [the Hugging Face hub]."),
+    ],
+)
+def test_help_names_flags_choices_and_what_is_done_without(dmoa: Any, command: str, words: str) -> None:
+    assert words in " ".join(dmoa(command, "--help").stdout.split())
