@@ -286,7 +286,7 @@ class Learned:
 
 def learn(common: Common, config: Config, out: Path, app: str, queries: int) -> Learned:
     """Collect dense rollouts, look at them, train, and install. Raises DmoaError where a part fails."""
-    from dmoa.cli.probe import print_probe
+    from dmoa.cli.train import print_probe
     from dmoa.serving.router.admin import RouterAdmin, checkpoint_files
     from dmoa.training.options import RolloutOptions, TrainOptions
     from dmoa.workflows.collect import run_rollouts

@@ -1,13 +1,40 @@
-"""`dmoa train`: the gate learns from rollouts, and a checkpoint comes out; stopped, the same command goes on."""
+"""`dmoa probe`, `dmoa rollouts` and `dmoa train`: whether entropy can route a pool, what is learned from, and the gate."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import typer
+
 from dmoa.cli.options import takes_options, this_command
-from dmoa.training.options import JOB_ONLY, PRESETS, TrainOptions
-from dmoa.workflows.console import Common, with_common
+from dmoa.errors import ConfigError
+from dmoa.training.options import JOB_ONLY, PRESETS, ProbeOptions, RolloutOptions, TrainOptions
+from dmoa.workflows.console import CheckpointOption, Common, with_common
 from dmoa.workflows.train import run_train
 
+if TYPE_CHECKING:
+    from dmoa.config import Config
+    from dmoa.training.probe import ProbeReport
+
 _BY_PRESET = {name: f"{value:g}; preset full: {PRESETS['full'][name]:g}" for name, value in PRESETS["few-shot"].items()}
+
+
+@with_common
+@takes_options(RolloutOptions)
+def rollouts(common: Common, options: RolloutOptions, checkpoint: CheckpointOption = None) -> None:
+    """Collect rollouts for training the gate: who was how sure, step by step, over queries without labels.
+
+    \b
+    dmoa rollouts --config specialists --benchmarks arith:2,words --limit 60 --out out/rollouts
+    dmoa rollouts --queries prompts.jsonl --out out/rollouts
+    dmoa rollouts --queries prompts.jsonl --epsilon 0.2 --checkpoint out/gate/checkpoint --round 1 --out out/rollouts-1
+    """
+    from dmoa.storage import display_path
+    from dmoa.workflows.collect import run_rollouts
+
+    manifest = run_rollouts(options, common.load(checkpoint), common, this_command())
+    typer.echo(display_path(options.out))
+    common.write_json(manifest.model_dump(mode="json"))
 
 
 @with_common
@@ -22,3 +49,74 @@ def train(common: Common, options: TrainOptions) -> None:
     """
     result = run_train(options, common.load(), common, this_command())
     common.write_json(result.report.model_dump(mode="json"))
+
+
+@with_common
+@takes_options(ProbeOptions, unset={"out": "out/probe-TIME"})
+def probe(common: Common, options: ProbeOptions) -> None:
+    """Find out, before anything is trained, whether predictive entropy can route a pool.
+
+    Entropy routes where agents differ in which queries they are sure of. The verdict is in words: it can, it cannot, or
+    audit some rows first, because an agent ignores its input or is sure and wrong.
+
+    \b
+    dmoa probe --config specialists
+    dmoa probe --queries mine.jsonl --limit 30
+    dmoa probe --config specialists-liar-wrong --known-answers arith
+    dmoa probe --config specialists --rollouts out/rollouts
+    """
+    if options.rollouts is not None and (options.queries or options.benchmarks):
+        raise ConfigError("--rollouts: they have their queries already; leave --queries and --benchmarks out")
+    from dmoa.workflows.probe import run_probe
+
+    config = common.load()
+    report = run_probe(options, config, common, this_command())
+    print_probe(report, config)
+    common.write_json(report.model_dump(mode="json"))
+
+
+def print_probe(report: ProbeReport, config: Config) -> None:
+    """Print a report: the verdict, then what it rests on."""
+    from rich.table import Table
+
+    from dmoa.training.probe import gains_nothing
+    from dmoa.workflows.console import stdout_console
+
+    console = stdout_console()
+    words = {
+        "can": "entropy can route this pool",
+        "cannot": "entropy cannot route this pool",
+        "audit": f"audit first: look at some {report.audit_rows} rows with known answers per agent named below",
+    }
+    console.print(f"{config.name}: {words[report.verdict]}", soft_wrap=True)
+    for reason in report.reasons:
+        console.print(f"  {reason}", soft_wrap=True)
+    console.print(
+        f"{report.rows} queries, log PE varies by row {report.row_share:.0%}, by agent {report.agent_share:.0%}, by their "
+        f"interaction {report.interaction_share:.0%} (95 %: {report.interaction_low:.0%} to {report.interaction_high:.0%})",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in ("agent", "entropy (nats)", "surest on", "clusters choose", "same reply", "accuracy", "AUROC", "note"):
+        table.add_column(name, justify="left" if name in ("agent", "note") else "right")
+    for found in report.agents:
+        notes = ["ignores its input"] if found.ignores_input else []
+        notes += [f"sure and wrong on {', '.join(found.sure_and_wrong)}"] if found.sure_and_wrong else []
+        table.add_row(
+            found.agent,
+            f"{found.entropy_nats:.3f}",
+            f"{found.surest:.0%}",
+            f"{report.cluster_choices[found.agent]:.0%}",
+            f"{found.same_text:.0%}",
+            "" if found.accuracy is None else f"{found.accuracy:.0%}",
+            "" if found.auroc is None else f"{found.auroc:.2f}",
+            "; ".join(notes),
+        )
+    console.print(table)
+    if report.cluster_gain is not None:
+        gain = "nothing" if gains_nothing(report.cluster_gain) else f"{report.cluster_gain:.0%}"
+        console.print(
+            f"clusters + surest agent, without training, reach {gain} of the sureness that choosing per query could gain over "
+            "the best single agent",
+            soft_wrap=True,
+        )

@@ -229,7 +229,7 @@ class TrainOptions(Options):
     out: Path
     """Folder of the run, or a URI: `checkpoint/`, `train.json`, curves. The same folder goes on with the run in it."""
     preset: Literal["few-shot", "full"] = "few-shot"
-    """few-shot: some 40-80 queries; full: thousands. Sets `epochs`, `batch_queries`, `lr` and `patience` where these are not given."""
+    """few-shot: some 40-80 queries; full: thousands. Sets `epochs`, `batch_queries`, `lr`, `patience` unless given."""
     workers: Workers = "auto"
     """Ray Train workers; 0: in this process, without Ray; auto: as many as are not slower than one."""
     gpu: bool = False

@@ -107,7 +107,7 @@ def test_every_flag_is_explained(name: str) -> None:
         ("train", "--loss soft|hard|hinge|listnet Ranking loss. [default: soft]"),
         ("train", "--anchor-rollouts DIR Folder with dense rollouts that the anchor set is taken from [--rollouts]."),
         ("evaluate", "--resume Go on with the run in --out."),
-        ("evaluate", "--out DIR Folder of the run, or a URI [out/evaluate-TIME]."),
+        ("probe", "--benchmarks A,B Benchmarks and suites [arith,words,calendar]."),
         ("rollouts", "--data-dir DIR Benchmark files, one folder a benchmark [the Hugging Face hub]."),
     ],
 )
