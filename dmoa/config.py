@@ -6,15 +6,16 @@ Read by everything that puts a pool together; `yaml_tree` parses the text, `agen
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -37,6 +38,45 @@ class Node(BaseModel):
     """Base of every configuration record: frozen, unknown keys refused, fields documented in place."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flag:
+    """How a field of `Options` is written as a flag, where its type does not say so."""
+
+    metavar: str | None = None
+    """What stands for the value in the help; None: by the type."""
+    negation: str | None = None
+    """The flag that says no."""
+    envvar: str | None = None
+    """Environment variable that is read where the flag is not given."""
+    is_repeated: bool = False
+    """Whether the flag is given once for each value; else one text holds them all."""
+
+
+def _names(value: object) -> object:
+    """Accept `a,b` where a list of names is expected; a name counts once."""
+    names = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    return tuple(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(name, str) for name in names) else names
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Address = Annotated[str | None, Flag(metavar="RAY", envvar="RAY_ADDRESS")]
+
+
+class Options(Node):
+    """Base of what a command or job is asked to do: flags are made of its fields, and a `job:` section is read as it."""
+
+    where: ClassVar[str] = "job"
+    """What messages begin with."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Self:
+        """Build the options from plain values. Raises ConfigError naming field, value seen and what is allowed."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{cls.where}: {describe(error, cls)}") from error
 
 
 class EngineOptions(Node):

@@ -26,7 +26,7 @@ from dmoa.core.inference import one_thread
 from dmoa.core.losses import Targets, ranking_loss
 from dmoa.training.loop import KEEP_SHARE, TrainJob, epoch_batches
 from dmoa.training.objective import TrainingData
-from dmoa.training.options import parse_train_options
+from dmoa.training.options import TrainOptions
 from dmoa.training.state import StateStore
 
 NUM_AGENTS = 8
@@ -101,7 +101,7 @@ def made_up_job(folder: Path) -> TrainJob:
     num_steps = NUM_QUERIES * NUM_STEPS
     shape = (num_steps, NUM_AGENTS)
     held = NUM_QUERIES // 4
-    options = parse_train_options(
+    options = TrainOptions.parse(
         {
             "rollouts": ["made-up"],
             "out": folder / "run",

@@ -219,10 +219,9 @@ class Learned:
 
 def learn(common: Common, config: Config, out: Path, app: str, queries: int) -> Learned:
     """Collect dense rollouts, look at them, train, and install. Raises DmoaError where a part fails."""
-    from dmoa.cli.probe import print_probe
+    from dmoa.cli.train import print_probe
     from dmoa.serving.router.admin import RouterAdmin, checkpoint_files
-    from dmoa.training.options import parse_rollout_options as rollout_options
-    from dmoa.training.options import parse_train_options as train_options
+    from dmoa.training.options import RolloutOptions, TrainOptions
     from dmoa.workflows.collect import run_rollouts
     from dmoa.workflows.probe import probe_rollouts
     from dmoa.workflows.train import ranking_warning, run_train
@@ -232,12 +231,12 @@ def learn(common: Common, config: Config, out: Path, app: str, queries: int) -> 
     training = {"rollouts": rollouts, "out": gate}
     collecting, learning = _command("rollouts", common, **sources), _command("train", common, **training)
     common.say(f"3 of 6: {queries} generated queries, without labels, asked of every agent: can entropy route this pool?")
-    run_rollouts(rollout_options({**sources, "track": "none", "call_cache": out / "calls"}), config, common, collecting)
+    run_rollouts(RolloutOptions.parse({**sources, "track": "none", "call_cache": out / "calls"}), config, common, collecting)
     probe = probe_rollouts(rollouts, config)
     if common.verbosity >= 0:
         print_probe(probe, config)
     common.say("4 of 6: training the gate on Ray Train, by predictive entropy alone")
-    result = run_train(train_options(training), config, common, learning)
+    result = run_train(TrainOptions.parse(training), config, common, learning)
     change = RouterAdmin(app).install(checkpoint_files(result.checkpoint), "dmoa demo")
     common.say(f"installed in the running swarm: {change['previous']} -> {change['version']}")
     install = shlex.join(["dmoa", "router", "install", str(gate / "checkpoint")])
@@ -287,7 +286,7 @@ def compare_methods(common: Common, config: Config, out: Path, checkpoint: Path,
     Raises DmoaError where the evaluation stops.
     """
     from dmoa.evaluation.answer_matrix import add_oracle, matrix_policies
-    from dmoa.evaluation.records import parse_evaluate_options
+    from dmoa.evaluation.records import EvaluateOptions
     from dmoa.evaluation.run import finish_run
     from dmoa.evaluation.run_folder import RunFolder
     from dmoa.workflows.evaluate import run_evaluation
@@ -302,7 +301,7 @@ def compare_methods(common: Common, config: Config, out: Path, checkpoint: Path,
         "out": out / "evaluation",
         "call_cache": out / "calls",
     }
-    run_evaluation(parse_evaluate_options(values), config, common, _command("evaluate", common, **values), shows_result=False)
+    run_evaluation(EvaluateOptions.parse(values), config, common, _command("evaluate", common, **values), shows_result=False)
     folder = RunFolder((out / "evaluation").absolute())
     add_oracle(folder, DEMO_SUITES, config.agent_names)
     found = summarise(finish_run(folder), config.agent_names)

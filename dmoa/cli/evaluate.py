@@ -2,73 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dmoa.cli.serve import AddressOption
-from dmoa.validation import redact_command
+from dmoa.cli.options import takes_options, this_command
+from dmoa.evaluation.records import EvaluateOptions
 from dmoa.workflows.console import (
     EXIT_FAILED,
     CheckpointOption,
     Common,
-    UrlOption,
     print_evaluation,
     refuse_together,
     with_common,
 )
 
-if TYPE_CHECKING:
-    from dmoa.evaluation.records import EvaluateOptions
-
-
-BenchmarksOption = Annotated[
-    str, typer.Option("--benchmarks", metavar="A,B", help="Benchmarks; all = the nine, suites = the generated ones.")
-]
-PoliciesOption = Annotated[
-    str, typer.Option("--policies", metavar="P,Q", help="Policies to compare; single:NAME is one agent of the pool.")
-]
-GatesOption = Annotated[
-    str | None,
-    typer.Option("--gates", metavar="NAME=DIR,...", help="Checkpoints to compare in one run: policies dmoa:NAME."),
-]
-DataDirOption = Annotated[
-    Path | None,
-    typer.Option("--data-dir", metavar="DIR", help="Benchmark files, one folder a benchmark [the Hugging Face hub]."),
-]
-SplitOption = Annotated[str, typer.Option("--split", metavar="SPLIT", help="train, adaptation or test; suites have more.")]
-LimitOption = Annotated[
-    int | None, typer.Option("--limit", min=1, metavar="N", help="A seeded sample of N rows a benchmark [all; suites 200].")
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Seed of samples, suites and replies.")]
-DifficultyOption = Annotated[int, typer.Option("--difficulty", min=1, metavar="D", help="Difficulty of the suites.")]
-BudgetOption = Annotated[
-    str, typer.Option("--budget", metavar="NAME", help="pool: the pool's limits; cpu: 3 steps, 2 agents, 96 tokens a reply.")
-]
-OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the run, or a URI [out/evaluate-TIME].")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
-RetryOption = Annotated[bool, typer.Option("--retry-failed", help="With --resume: run failed rows again.")]
-SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count rows that do not parse.")]
-WeakOption = Annotated[
-    bool, typer.Option("--allow-weak-sandbox", help="Run model-written programs where the host can hardly contain them.")
-]
-CacheOption = Annotated[
-    Path | None, typer.Option("--call-cache", metavar="DIR", help="Keep greedy agent calls, and find them again.")
-]
-WorkersOption = Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Answering actors, each with all engines.")]
-ConcurrencyOption = Annotated[
-    int | None, typer.Option("--concurrency", min=1, metavar="N", help="Agent calls under way per worker [engines' room].")
-]
-TrackOption = Annotated[
-    str, typer.Option("--track", metavar="WHERE", help="auto (W&B, offline without a key), wandb, jsonl or none.")
-]
 SelfcheckOption = Annotated[
     bool, typer.Option("--selfcheck", help="Ask no agent: check that scorers, rows and sandbox agree; exit 1 if not.")
 ]
-
 AblationsOption = Annotated[
     bool, typer.Option("--ablations", help="Train gates with one thing changed each on --rollouts, and compare them.")
 ]
@@ -76,33 +29,13 @@ AblationRolloutsOption = Annotated[
     Path | None, typer.Option("--rollouts", metavar="DIR", help="With --ablations: dense rollouts to train on.")
 ]
 
-_NOT_OPTIONS = ("common", "checkpoint", "selfcheck", "ablations", "rollouts")
-
 
 @with_common
+@takes_options(EvaluateOptions, defaults={"benchmarks": "all"}, unset={"out": "out/evaluate-TIME"})
 def evaluate(
     common: Common,
-    benchmarks: BenchmarksOption = "all",
-    policies: PoliciesOption = "dmoa,single",
-    gates: GatesOption = None,
-    data_dir: DataDirOption = None,
-    split: SplitOption = "test",
-    limit: LimitOption = None,
-    seed: SeedOption = 0,
-    difficulty: DifficultyOption = 1,
-    budget: BudgetOption = "pool",
-    out: OutOption = None,
-    resume: ResumeOption = False,
-    retry_failed: RetryOption = False,
-    skip_bad_rows: SkipOption = False,
-    allow_weak_sandbox: WeakOption = False,
-    call_cache: CacheOption = None,
+    options: EvaluateOptions,
     checkpoint: CheckpointOption = None,
-    url: UrlOption = None,
-    address: AddressOption = None,
-    workers: WorkersOption = 1,
-    concurrency: ConcurrencyOption = None,
-    track: TrackOption = "auto",
     selfcheck: SelfcheckOption = False,
     ablations: AblationsOption = False,
     rollouts: AblationRolloutsOption = None,
@@ -118,10 +51,6 @@ def evaluate(
     dmoa evaluate --benchmarks arith --policies dmoa:old,dmoa:new --gates old=out/a/checkpoint,new=out/b/checkpoint
     dmoa report out/first
     """
-    values: dict[str, Any] = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
-    from dmoa.evaluation.records import parse_evaluate_options
-
-    options = parse_evaluate_options({**values, "gates": gates or {}})
     if selfcheck:
         _selfcheck(common, options, checkpoint)
         return
@@ -130,11 +59,12 @@ def evaluate(
         return
     from dmoa.workflows.evaluate import check_ran, run_evaluation
 
-    if url is not None:
-        given = {"--config": common.config, "--set": common.overrides, "--checkpoint": checkpoint, "--workers": workers > 1}
+    if options.url is not None:
+        given: dict[str, object] = {"--config": common.config, "--set": common.overrides}
+        given |= {"--checkpoint": checkpoint, "--workers": options.workers > 1}
         refuse_together(given, "with --url: the server has its own pool")
-    config = None if url else common.load(checkpoint)
-    evaluation = run_evaluation(_with_folder(options), config, common, _command())
+    config = None if options.url else common.load(checkpoint)
+    evaluation = run_evaluation(_with_folder(options), config, common, this_command())
     common.write_json(evaluation.model_dump(mode="json"))
     check_ran(evaluation)
 
@@ -143,10 +73,6 @@ def _with_folder(options: EvaluateOptions) -> EvaluateOptions:
     if options.out is not None:
         return options
     return options.model_copy(update={"out": Path("out") / time.strftime("evaluate-%Y%m%d-%H%M%S")})
-
-
-def _command() -> str:
-    return redact_command(["dmoa", *sys.argv[1:]])
 
 
 def _ablations(
@@ -160,7 +86,7 @@ def _ablations(
     from dmoa.workflows.ablate import run_ablations
     from dmoa.workflows.evaluate import check_ran
 
-    evaluation = run_ablations(_with_folder(options), rollouts, common.load(), common, _command())
+    evaluation = run_ablations(_with_folder(options), rollouts, common.load(), common, this_command())
     common.write_json(evaluation.model_dump(mode="json"))
     check_ran(evaluation)
 

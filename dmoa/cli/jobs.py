@@ -47,11 +47,11 @@ def _evaluate(common: Common) -> None:
     \b
     python jobs/evaluate.py --config jobs/evaluate.yaml --set job.limit=20
     """
-    from dmoa.evaluation.records import parse_evaluate_options
+    from dmoa.evaluation.records import EvaluateOptions
     from dmoa.workflows.evaluate import check_ran, run_evaluation
 
     config, values = read_job(common)
-    options = parse_evaluate_options(values)
+    options = EvaluateOptions.parse(values)
     if options.out is None:
         raise ConfigError("job.out: missing; name the folder of the run, so that a job that is submitted again goes on with it")
     evaluation = run_evaluation(options, None if options.url else config, common, _command())
@@ -71,11 +71,11 @@ def _collect_rollouts(common: Common) -> None:
     \b
     python jobs/collect_rollouts.py --config jobs/collect_rollouts.yaml --set job.limit=20
     """
-    from dmoa.training.options import parse_rollout_options
+    from dmoa.training.options import RolloutOptions
     from dmoa.workflows.collect import run_rollouts
 
     config, values = read_job(common)
-    manifest = run_rollouts(parse_rollout_options(values), config, common, _command())
+    manifest = run_rollouts(RolloutOptions.parse(values), config, common, _command())
     common.write_json(manifest.model_dump(mode="json"))
 
 
@@ -109,11 +109,11 @@ def _train_gate(common: Common) -> None:
     \b
     python jobs/train_gate.py --config jobs/train_gate.yaml --set job.preset=full
     """
-    from dmoa.training.options import parse_train_options
+    from dmoa.training.options import TrainOptions
     from dmoa.workflows.train import run_train
 
     config, values = read_job(common)
-    result = run_train(parse_train_options(values), config, common, _command())
+    result = run_train(TrainOptions.parse(values), config, common, _command())
     common.write_json(result.report.model_dump(mode="json"))
 
 
@@ -129,10 +129,10 @@ def _train_rounds(common: Common) -> None:
     \b
     python jobs/train_rounds.py --config jobs/train_rounds.yaml --set job.rounds=2
     """
-    from dmoa.workflows.rounds import parse_rounds_options, run_rounds
+    from dmoa.workflows.rounds import RoundsOptions, run_rounds
 
     config, values = read_job(common)
-    result = run_rounds(parse_rounds_options(values), config, common, _command())
+    result = run_rounds(RoundsOptions.parse(values), config, common, _command())
     common.write_json(result.report.model_dump(mode="json"))
 
 

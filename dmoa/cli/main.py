@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from dmoa import __version__
-from dmoa.cli import bench, demo, evaluate, probe, rollouts, router, run, serve, train
+from dmoa.cli import bench, demo, evaluate, router, run, serve, train
 from dmoa.cli import evaluate as report
 from dmoa.cli import run as chat
 from dmoa.cli import system as doctor
@@ -82,8 +82,8 @@ app.add_typer(router.app, name="router")
 app.command("demo")(demo.demo)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
-app.command("probe")(probe.probe)
-app.command("rollouts")(rollouts.rollouts)
+app.command("probe")(train.probe)
+app.command("rollouts")(train.rollouts)
 app.command("train")(train.train)
 app.command("policies")(info.policies)
 app.command("schema")(info.schema)

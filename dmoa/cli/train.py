@@ -1,115 +1,45 @@
-"""`dmoa train`: trains the gate on rollouts and writes a checkpoint; stopped, the same command goes on."""
+"""`dmoa probe`, `dmoa rollouts` and `dmoa train`: whether entropy can route a pool, what is learned from, and the gate."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from dmoa.cli.evaluate import TrackOption
-from dmoa.cli.serve import AddressOption
-from dmoa.validation import redact_command
-from dmoa.workflows.console import Common, with_common
+from dmoa.cli.options import takes_options, this_command
+from dmoa.errors import ConfigError
+from dmoa.training.options import JOB_ONLY, PRESETS, ProbeOptions, RolloutOptions, TrainOptions
+from dmoa.workflows.console import CheckpointOption, Common, with_common
 from dmoa.workflows.train import run_train
 
 if TYPE_CHECKING:
-    pass
+    from dmoa.config import Config
+    from dmoa.training.probe import ProbeReport
 
-RolloutsOption = Annotated[
-    list[Path], typer.Option("--rollouts", metavar="DIR", help="What `dmoa rollouts` wrote, folder or URI; repeatable.")
-]
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run, or a URI; the same folder goes on.")]
-PresetOption = Annotated[
-    str, typer.Option("--preset", metavar="NAME", help="few-shot (40-80 queries) or full (thousands); sets the next four.")
-]
-EpochsOption = Annotated[int | None, typer.Option("--epochs", min=1, metavar="N", help="At most so many [10; full 60].")]
-BatchOption = Annotated[
-    int | None, typer.Option("--batch-queries", min=1, metavar="N", help="Queries of an update, over all workers [4; full 16].")
-]
-RateOption = Annotated[float | None, typer.Option("--lr", metavar="X", help="Learning rate of AdamW [0.001].")]
-PatienceOption = Annotated[
-    int | None, typer.Option("--patience", min=1, metavar="N", help="Epochs without a lower held-back loss [5; full 8].")
-]
-WorkersOption = Annotated[
-    str, typer.Option("--workers", metavar="W", help="Ray Train workers; auto: never slower than one; 0: in process.")
-]
-GpuOption = Annotated[bool, typer.Option("--gpu", help="A GPU for every worker.")]
-LossOption = Annotated[str, typer.Option("--loss", metavar="NAME", help="soft, hard, hinge or listnet.")]
-ScoreOption = Annotated[
-    str | None, typer.Option("--score", metavar="NAME", help="What of a reply is ranked: raw or anchored [gate.score].")
-]
-HeadOption = Annotated[str | None, typer.Option("--head", metavar="NAME", help="linear or profile [gate.head].")]
-CoreOption = Annotated[
-    str | None, typer.Option("--core", metavar="NAME", help="gru, or for ablations reset, linear, mlp [gate.core].")
-]
-StartOption = Annotated[
-    Path | None, typer.Option("--start-from", metavar="DIR", help="Checkpoint to go on from, in a later round [untrained].")
-]
-AnchorsOption = Annotated[
-    Path | None, typer.Option("--anchor-rollouts", metavar="DIR", help="Dense rollouts for the anchor set [--rollouts].")
-]
-ConstantOption = Annotated[
-    bool,
-    typer.Option(
-        "--discount-constant/--keep-constant",
-        help="Anchored: an agent with one reply for nearly every query, where others have many, is never the surest.",
-    ),
-]
-HoldoutOption = Annotated[float, typer.Option("--holdout", metavar="X", help="Share of the queries that is held back.")]
-AlphaOption = Annotated[
-    str,
-    typer.Option("--alpha", metavar="X", help="tau covers the surest agent on 1 - alpha of the held-back steps; auto: chosen."),
-]
-ThetaOption = Annotated[
-    float | None, typer.Option("--theta-alpha", metavar="X", help="The same for theta [alpha; chosen with it].")
-]
-PriceOption = Annotated[
-    float, typer.Option("--agent-price", min=0.0, metavar="X", help="With --alpha auto: how much surer one more agent must make.")
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, metavar="S", help="Seed of weights and order.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="float32 or float64.")]
-BadStepsOption = Annotated[
-    int, typer.Option("--max-bad-steps", min=0, metavar="N", help="Updates that may be skipped as not finite.")
-]
-FailuresOption = Annotated[int, typer.Option("--max-failures", min=0, metavar="N", help="Lost workers that are replaced.")]
-StorageOption = Annotated[
-    str | None, typer.Option("--storage-path", metavar="URI", help="Where workers keep the run's state [in --out].")
-]
+_BY_PRESET = {name: f"{value:g}; preset full: {PRESETS['full'][name]:g}" for name, value in PRESETS["few-shot"].items()}
 
 
 @with_common
-def train(
-    common: Common,
-    rollouts: RolloutsOption,
-    out: OutOption,
-    preset: PresetOption = "few-shot",
-    epochs: EpochsOption = None,
-    batch_queries: BatchOption = None,
-    lr: RateOption = None,
-    patience: PatienceOption = None,
-    workers: WorkersOption = "auto",
-    gpu: GpuOption = False,
-    loss: LossOption = "soft",
-    score: ScoreOption = None,
-    head: HeadOption = None,
-    core: CoreOption = None,
-    start_from: StartOption = None,
-    anchor_rollouts: AnchorsOption = None,
-    discount_constant: ConstantOption = True,
-    holdout: HoldoutOption = 0.25,
-    alpha: AlphaOption = "auto",
-    theta_alpha: ThetaOption = None,
-    agent_price: PriceOption = 0.1,
-    seed: SeedOption = 0,
-    dtype: DtypeOption = "float32",
-    max_bad_steps: BadStepsOption = 10,
-    max_failures: FailuresOption = 3,
-    storage_path: StorageOption = None,
-    address: AddressOption = None,
-    track: TrackOption = "auto",
-) -> None:
+@takes_options(RolloutOptions)
+def rollouts(common: Common, options: RolloutOptions, checkpoint: CheckpointOption = None) -> None:
+    """Collect rollouts for training the gate: who was how sure, step by step, over queries without labels.
+
+    \b
+    dmoa rollouts --config specialists --benchmarks arith:2,words --limit 60 --out out/rollouts
+    dmoa rollouts --queries prompts.jsonl --out out/rollouts
+    dmoa rollouts --queries prompts.jsonl --epsilon 0.2 --checkpoint out/gate/checkpoint --round 1 --out out/rollouts-1
+    """
+    from dmoa.storage import display_path
+    from dmoa.workflows.collect import run_rollouts
+
+    manifest = run_rollouts(options, common.load(checkpoint), common, this_command())
+    typer.echo(display_path(options.out))
+    common.write_json(manifest.model_dump(mode="json"))
+
+
+@with_common
+@takes_options(TrainOptions, leave_out=JOB_ONLY, unset=_BY_PRESET)
+def train(common: Common, options: TrainOptions) -> None:
     """Train the gate on rollouts, label-free, on Ray Train; the checkpoint lies in --out/checkpoint.
 
     \b
@@ -117,9 +47,76 @@ def train(
     dmoa train --rollouts out/rollouts --rollouts out/rollouts-1 --start-from out/gate/checkpoint --out out/gate-1
     dmoa serve --checkpoint out/gate/checkpoint
     """
-    values: dict[str, Any] = {name: value for name, value in locals().items() if name != "common"}
-    from dmoa.training.options import parse_train_options
-
-    options = parse_train_options(values)
-    result = run_train(options, common.load(), common, redact_command(["dmoa", *sys.argv[1:]]))
+    result = run_train(options, common.load(), common, this_command())
     common.write_json(result.report.model_dump(mode="json"))
+
+
+@with_common
+@takes_options(ProbeOptions, unset={"out": "out/probe-TIME"})
+def probe(common: Common, options: ProbeOptions) -> None:
+    """Find out, before anything is trained, whether predictive entropy can route a pool.
+
+    Entropy routes where agents differ in which queries they are sure of. The verdict is in words: it can, it cannot, or
+    audit some rows first, because an agent ignores its input or is sure and wrong.
+
+    \b
+    dmoa probe --config specialists
+    dmoa probe --queries mine.jsonl --limit 30
+    dmoa probe --config specialists-liar-wrong --known-answers arith
+    dmoa probe --config specialists --rollouts out/rollouts
+    """
+    if options.rollouts is not None and (options.queries or options.benchmarks):
+        raise ConfigError("--rollouts: they have their queries already; leave --queries and --benchmarks out")
+    from dmoa.workflows.probe import run_probe
+
+    config = common.load()
+    report = run_probe(options, config, common, this_command())
+    print_probe(report, config)
+    common.write_json(report.model_dump(mode="json"))
+
+
+def print_probe(report: ProbeReport, config: Config) -> None:
+    """Print a report: the verdict, then what it rests on."""
+    from rich.table import Table
+
+    from dmoa.training.probe import gains_nothing
+    from dmoa.workflows.console import stdout_console
+
+    console = stdout_console()
+    words = {
+        "can": "entropy can route this pool",
+        "cannot": "entropy cannot route this pool",
+        "audit": f"audit first: look at some {report.audit_rows} rows with known answers per agent named below",
+    }
+    console.print(f"{config.name}: {words[report.verdict]}", soft_wrap=True)
+    for reason in report.reasons:
+        console.print(f"  {reason}", soft_wrap=True)
+    console.print(
+        f"{report.rows} queries, log PE varies by row {report.row_share:.0%}, by agent {report.agent_share:.0%}, by their "
+        f"interaction {report.interaction_share:.0%} (95 %: {report.interaction_low:.0%} to {report.interaction_high:.0%})",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in ("agent", "entropy (nats)", "surest on", "clusters choose", "same reply", "accuracy", "AUROC", "note"):
+        table.add_column(name, justify="left" if name in ("agent", "note") else "right")
+    for found in report.agents:
+        notes = ["ignores its input"] if found.ignores_input else []
+        notes += [f"sure and wrong on {', '.join(found.sure_and_wrong)}"] if found.sure_and_wrong else []
+        table.add_row(
+            found.agent,
+            f"{found.entropy_nats:.3f}",
+            f"{found.surest:.0%}",
+            f"{report.cluster_choices[found.agent]:.0%}",
+            f"{found.same_text:.0%}",
+            "" if found.accuracy is None else f"{found.accuracy:.0%}",
+            "" if found.auroc is None else f"{found.auroc:.2f}",
+            "; ".join(notes),
+        )
+    console.print(table)
+    if report.cluster_gain is not None:
+        gain = "nothing" if gains_nothing(report.cluster_gain) else f"{report.cluster_gain:.0%}"
+        console.print(
+            f"clusters + surest agent, without training, reach {gain} of the sureness that choosing per query could gain over "
+            "the best single agent",
+            soft_wrap=True,
+        )

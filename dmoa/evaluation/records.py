@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from dmoa.config import Name
-from dmoa.errors import ConfigError
+from dmoa.config import Address, Flag, Name, Names, Options
 from dmoa.provenance import Machine
 from dmoa.types import Limits, Stage
-from dmoa.validation import describe, redact, redact_text
+from dmoa.validation import redact, redact_text
 
 Split = Literal["train", "adaptation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "adaptation", "test")
@@ -143,12 +142,6 @@ class Scored(FileRecord):
     metrics: dict[str, float] = {}
 
 
-def _names(value: object) -> object:
-    """Accept `a,b` where a list of names is expected; a name counts once."""
-    names = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-    return tuple(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(name, str) for name in names) else names
-
-
 def _gates(value: object) -> object:
     """Accept `a=DIR,b=DIR` where a mapping of names to folders is expected."""
     if not isinstance(value, str):
@@ -156,49 +149,50 @@ def _gates(value: object) -> object:
     return dict(part.strip().partition("=")[::2] for part in value.split(",") if part.strip())
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Gates = Annotated[dict[Name, Path], BeforeValidator(_gates)]
 CPU_BUDGET = {"max_steps": 3, "max_agents": 2, "max_tokens": 96}
 """`--budget cpu`: what two cores can pay for."""
 
 
-class EvaluateOptions(BaseModel):
+class EvaluateOptions(Options):
     """One evaluation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    where = "evaluate"
 
-    benchmarks: Names = Field(min_length=1)
-    """Benchmarks and suites; `all` is the nine public benchmarks, `suites` the generated ones."""
-    policies: Names = Field(default=("dmoa", "single"), min_length=1)
-    """Policies; `single:NAME` is one agent of the pool, `dmoa:NAME` one of `gates`."""
-    gates: Gates = Field(default={}, max_length=50)
-    """Checkpoints to compare in one run, beside the pool's own: name -> folder."""
+    benchmarks: Annotated[Names, Flag(metavar="A,B")] = Field(min_length=1)
+    """Benchmarks and suites; all: the nine public benchmarks, suites: the generated ones."""
+    policies: Annotated[Names, Flag(metavar="P,Q")] = Field(default=("dmoa", "single"), min_length=1)
+    """Policies to compare; single:NAME is one agent of the pool, dmoa:NAME one of `gates`."""
+    gates: Annotated[Gates, Flag(metavar="NAME=DIR,...")] = Field(default={}, max_length=50)
+    """Checkpoints to compare in one run, beside the pool's own: policies dmoa:NAME."""
     data_dir: Path | None = None
-    """Folder of benchmark files; None: the Hugging Face hub."""
-    split: Split | FineSplit = "test"
-    """Suites have more than the three that every benchmark has; test is opened last, and once."""
+    """Benchmark files, one folder a benchmark; None: the Hugging Face hub."""
+    split: Annotated[Split | FineSplit, Flag(metavar="SPLIT")] = "test"
+    """train, adaptation or test; suites have more. Open test last, and once."""
     limit: int | None = Field(default=None, ge=1)
     """A seeded sample of this many rows per benchmark; None: every row of a file, 200 of a suite."""
     seed: int = Field(default=0, ge=0)
     """Seed of the samples, the suites and the sampling of replies."""
     difficulty: int = Field(default=1, ge=1)
-    """Of the suites; what it means is each suite's own."""
+    """Difficulty of the suites; each suite defines its own levels."""
     budget: Literal["pool", "cpu"] = "pool"
     """cpu: at most 3 steps, 2 agents a step and 96 new tokens a reply; pool: the pool's own limits."""
     out: Path | None = None
-    """Folder of the run."""
+    """Folder of the run, or a URI."""
     resume: bool = False
     """Go on with the run in `out`."""
     retry_failed: bool = False
     """With `resume`: run failed rows again."""
     skip_bad_rows: bool = False
+    """Leave out and count rows that do not parse."""
     allow_weak_sandbox: bool = False
+    """Run model-written programs where the host can hardly contain them."""
     call_cache: Path | None = None
     """Folder in which greedy agent calls are kept and found again."""
-    url: str | None = None
-    """A running server to evaluate instead of a swarm in this process's Ray."""
-    address: str | None = None
-    """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
+    url: Annotated[str | None, Flag(metavar="URL")] = None
+    """A running server to evaluate instead of a swarm in this process's Ray; key in DMOA_API_KEY."""
+    address: Address = None
+    """A Ray cluster to run on (auto, HOST:PORT); None: RAY_ADDRESS, else a Ray of its own."""
     workers: int = Field(default=1, ge=1, le=1024)
     """Answering actors, each with the pool's engines."""
     concurrency: int | None = Field(default=None, ge=1, le=65536)
@@ -229,14 +223,6 @@ class EvaluateOptions(BaseModel):
             deadline_s=pool.deadline_s,
             max_tokens=CPU_BUDGET["max_tokens"],
         )
-
-
-def parse_evaluate_options(values: dict[str, Any]) -> EvaluateOptions:
-    """Build the options from plain values. Raises ConfigError naming field, value seen and what is allowed."""
-    try:
-        return EvaluateOptions.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"evaluate: {describe(error, EvaluateOptions)}") from error
 
 
 class ResultRecord(BaseModel):

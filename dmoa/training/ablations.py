@@ -25,7 +25,7 @@ from dmoa.config import Config
 from dmoa.core.features import FEEDBACK_FEATURES
 from dmoa.core.gate import Gate
 from dmoa.errors import ConfigError
-from dmoa.training.options import parse_train_options
+from dmoa.training.options import TrainOptions
 from dmoa.training.rollouts import Manifest, RolloutFolder, read_manifest, read_table, write_whole
 from dmoa.training.trainer import TrainContext, run_training
 
@@ -167,7 +167,7 @@ def train_ablation(
         source = folder / "rollouts"
         write_changed(rollouts, source, ablation.rows, seed=int(common.get("seed", 0)), preset=ablation.preset)
     values = {**common, **ablation.options, "rollouts": source, "out": folder, "workers": 0, "track": "none"}
-    result = run_training(parse_train_options(values), config, context)
+    result = run_training(TrainOptions.parse(values), config, context)
     if not ablation.spec and not ablation.is_blind:
         return result.checkpoint
     trained, record = checkpoint.load(result.checkpoint)

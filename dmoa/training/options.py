@@ -6,22 +6,17 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from dmoa.config import Config, parse_gate
-from dmoa.core.calibration import ALPHAS
-from dmoa.errors import ConfigError
+from dmoa.config import Address, Config, Flag, Names, Node, Options, parse_gate
 from dmoa.types import Limits
-from dmoa.validation import describe
 
 _SAMPLE = ("benchmarks", "queries", "data_dir", "split", "limit", "difficulty", "max_steps", "max_tokens", "skip_bad_rows")
 """Options that say what is asked, and how: a collection that goes on must have the same."""
 
 
-class Weighted(BaseModel):
+class Weighted(Node):
     """A source of queries and its weight."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     name: str = Field(min_length=1)
     weight: float = Field(default=1.0, gt=0)
@@ -46,44 +41,45 @@ def _one(text: str) -> dict[str, Any]:
 Sources = Annotated[tuple[Weighted, ...], BeforeValidator(_weighted)]
 
 
-class RolloutOptions(BaseModel):
+class RolloutOptions(Options):
     """One collection of rollouts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    where = "rollouts"
 
-    benchmarks: Sources = ()
-    """Benchmarks and suites, each NAME or NAME:WEIGHT; `all` is the nine public benchmarks, `suites` the generated ones."""
-    queries: Sources = ()
-    """Files of the user's own queries, each FILE or FILE:WEIGHT: a line is a text, or {"query": TEXT}; no labels needed."""
+    benchmarks: Annotated[Sources, Flag(metavar="A:2,B")] = ()
+    """Benchmarks and suites, each NAME or NAME:WEIGHT; all: the nine public benchmarks, suites: the generated ones."""
+    queries: Annotated[Sources, Flag(metavar="FILE[:W]", is_repeated=True)] = ()
+    """Your own queries, each FILE or FILE:WEIGHT: a line is a text, or {"query": TEXT}; no labels needed; repeatable."""
     out: Path
-    """Folder of the collection. The same folder goes on with the collection in it."""
+    """Folder of the collection, or a URI. The same folder goes on with the collection in it."""
     data_dir: Path | None = None
-    """Folder of benchmark files; None: the Hugging Face hub."""
-    split: str = "train"
-    """train, adaptation or test; suites have more: specialist, anchor, gate (what `train` means there), validation."""
+    """Benchmark files, one folder a benchmark; None: the Hugging Face hub."""
+    split: Annotated[str, Flag(metavar="SPLIT")] = "train"
+    """train, adaptation or test; suites have more: specialist, anchor, gate (their `train`), validation."""
     difficulty: int = Field(default=1, ge=1)
-    """Of the suites; what it means is each suite's own."""
+    """Difficulty of the suites; each suite defines its own levels."""
     limit: int | None = Field(default=None, ge=1)
     """Queries in all, shared out by weight; None: all rows of a file, 200 of a suite."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the samples, the suites, the sampling of replies and the exploration."""
     dense: bool = False
-    """All agents run in every step; this is also what happens without `epsilon`."""
+    """Ask every agent in every step, as is also done without `epsilon`."""
     epsilon: float | None = Field(default=None, gt=0, le=1)
-    """Probability with which a step asks one agent beside the active ones; None: dense."""
+    """Sparse: probability with which a step asks one agent beside the active ones; None: dense."""
     round: int = Field(default=0, ge=0)
     """Number of the on-policy round, for the record."""
     labels: Path | None = None
-    """Folder for the labels of benchmark rows, apart from `out`; None: they are not kept."""
+    """Folder for the labels of benchmark rows, apart from `out`; None: not kept."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Most steps of a query; None: as many as the pool allows."""
+    """Maximum steps of a query; None: as many as the pool allows."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Most new tokens of a reply; None: as many as each agent's sampling says."""
+    """Maximum new tokens of a reply; None: as many as each agent's sampling says."""
     skip_bad_rows: bool = False
+    """Leave out and count rows that do not parse."""
     call_cache: Path | None = None
     """Folder in which greedy agent calls are kept and found again."""
-    address: str | None = None
-    """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
+    address: Address = None
+    """A Ray cluster to run on (auto, HOST:PORT); None: RAY_ADDRESS, else a Ray of its own."""
     workers: int = Field(default=1, ge=1, le=1024)
     """Answering actors, each with the pool's engines."""
     concurrency: int | None = Field(default=None, ge=1, le=65536)
@@ -123,16 +119,39 @@ class RolloutOptions(BaseModel):
         return tree
 
 
-def parse_rollout_options(values: dict[str, Any]) -> RolloutOptions:
-    """Build the options from plain values. Raises ConfigError naming field, value seen and what is allowed."""
-    try:
-        return RolloutOptions.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"rollouts: {describe(error, RolloutOptions)}") from error
-
-
 def _is_inside(folder: Path, other: Path) -> bool:
     return folder.absolute() == other.absolute() or other.absolute() in folder.absolute().parents
+
+
+class ProbeOptions(Options):
+    """One look at a pool before anything is trained."""
+
+    where = "probe"
+
+    queries: Annotated[str | None, Flag(metavar="FILE.jsonl")] = None
+    """Your own queries: a text, or {"query": TEXT}, a line."""
+    benchmarks: Annotated[str | None, Flag(metavar="A,B")] = None
+    """Benchmarks and suites; None: arith,words,calendar."""
+    rollouts: Path | None = None
+    """Look at dense rollouts that are there; ask nobody."""
+    known_answers: Annotated[Names | None, Flag(metavar="SUITE,...")] = None
+    """Generated suites with computed answers, to find which agents are wrong."""
+    limit: int = Field(default=30, ge=4)
+    """Queries without labels."""
+    known_limit: int = Field(default=60, ge=4)
+    """Rows with known answers, all suites together."""
+    data_dir: Path | None = None
+    """Benchmark files, one folder a benchmark; None: the Hugging Face hub."""
+    difficulty: int = Field(default=1, ge=1)
+    """Difficulty of the suites; each suite defines its own levels."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of samples, suites and replies."""
+    out: Path | None = None
+    """Folder of the rollouts."""
+    call_cache: Path | None = None
+    """Folder in which greedy agent calls are kept and found again."""
+    address: Address = None
+    """A Ray cluster to run on (auto, HOST:PORT); None: RAY_ADDRESS, else a Ray of its own."""
 
 
 def share_out(limit: int, weights: list[float], available: list[int | None]) -> list[int]:
@@ -167,6 +186,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": {"epochs": 60, "batch_queries": 16, "lr": 1e-3, "patience": 8},
 }
 """Preset -> what it sets where the options do not. Source: 40-80 queries from the paper; the rest ours."""
+JOB_ONLY = ("weight_decay", "clip", "hidden", "temperature", "max_agents", "clusters")
+"""Options of a training that job files may set and the command has no flags for."""
 NOT_COMPARED = ("out", "workers", "gpu", "track", "address", "max_failures", "storage_path")
 """Options that a run may be continued with other values of: they change where and how it runs, not what it learns."""
 
@@ -195,22 +216,26 @@ def _alpha(value: object) -> object:
         raise ValueError("allowed are auto or a number between 0 and 1") from None
 
 
-class TrainOptions(BaseModel):
+Workers = Annotated[Annotated[int, Field(ge=0, le=1024)] | Literal["auto"], BeforeValidator(_workers), Flag(metavar="W")]
+
+
+class TrainOptions(Options):
     """One training of the gate."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    where = "train"
 
-    rollouts: Annotated[tuple[Path, ...], BeforeValidator(_folders)] = Field(min_length=1)
-    """Folders that `dmoa rollouts` wrote; several are learned from together."""
+    rollouts: Annotated[tuple[Path, ...], BeforeValidator(_folders), Flag(is_repeated=True)] = Field(min_length=1)
+    """Folder or URI that `dmoa rollouts` wrote; repeatable: several are learned from together."""
     out: Path
-    """Folder of the run: `checkpoint/`, `train.json`, curves. The same folder goes on with the run in it."""
+    """Folder of the run, or a URI: `checkpoint/`, `train.json`, curves. The same folder goes on with the run in it."""
     preset: Literal["few-shot", "full"] = "few-shot"
-    """few-shot: some 40-80 queries; full: thousands. Sets epochs, batch_queries, lr and patience where these are not given."""
-    workers: Annotated[Annotated[int, Field(ge=0, le=1024)] | Literal["auto"], BeforeValidator(_workers)] = "auto"
+    """few-shot: some 40-80 queries; full: thousands. Sets `epochs`, `batch_queries`, `lr`, `patience` unless given."""
+    workers: Workers = "auto"
     """Ray Train workers; 0: in this process, without Ray; auto: as many as are not slower than one."""
     gpu: bool = False
     """Give every worker a GPU (all-reduce over nccl; on CPUs over gloo)."""
     epochs: int = Field(default=10, ge=1, le=100_000)
+    """Maximum epochs."""
     batch_queries: int = Field(default=4, ge=1, le=65536)
     """Queries of a global batch, shared out among the workers."""
     lr: float = Field(default=1e-3, gt=0)
@@ -219,27 +244,30 @@ class TrainOptions(BaseModel):
     clip: float = Field(default=1.0, gt=0)
     """Greatest norm of the gradient."""
     loss: Literal["soft", "hard", "hinge", "listnet"] = "soft"
+    """Ranking loss."""
     score: Literal["raw", "anchored"] | None = None
-    """What of a reply is ranked; None, here and below: as the pool's `gate` section says."""
+    """What of a reply is ranked; None: gate.score of the pool."""
     core: Literal["gru", "reset", "linear", "mlp"] | None = None
+    """Core of the gate, gru but for ablations; None: gate.core."""
     head: Literal["linear", "profile"] | None = None
+    """Head of the gate; None: gate.head."""
     hidden: int | None = Field(default=None, ge=1, le=4096)
     temperature: float | None = Field(default=None, gt=0, le=100)
     max_agents: int | None = Field(default=None, ge=1, le=1024)
     start_from: Path | None = None
-    """Checkpoint whose weights the training begins with: its version becomes `parent`. None: untrained weights."""
-    alpha: Annotated[Annotated[float, Field(gt=0, lt=1)] | Literal["auto"], BeforeValidator(_alpha)] = "auto"
-    """tau covers the surest agent on a share of 1 - alpha of the held-back rows; auto: chosen, together with theta_alpha."""
+    """Checkpoint whose weights the training begins with, as in a later round; None: untrained weights."""
+    alpha: Annotated[Annotated[float, Field(gt=0, lt=1)] | Literal["auto"], BeforeValidator(_alpha), Flag(metavar="X")] = "auto"
+    """tau covers the surest agent on a share of 1 - alpha of the held-back rows; auto: chosen, with `theta_alpha`."""
     theta_alpha: float | None = Field(default=None, gt=0, lt=1)
-    """theta lies above the surest reply's score on a share of 1 - theta_alpha of those rows; None: alpha, or chosen with it."""
+    """theta lies above the surest reply's score on a share of 1 - theta_alpha of those rows; None: `alpha`, or chosen with it."""
     agent_price: float = Field(default=0.1, ge=0)
-    """What one more agent per step must lower the logarithm of the winner's entropy by to be worth asking, where alphas are
-    chosen: 0.1, to make it a tenth surer."""
+    """With `alpha` auto: how much one more agent per step must lower the logarithm of the winner's entropy to be worth asking;
+    0.1 is a tenth surer."""
     anchor_rollouts: Path | None = None
-    """Folder with dense rollouts that the anchor set is taken from; None: the dense rollouts that are learned from."""
+    """Folder with dense rollouts that the anchor set is taken from; None: `rollouts`."""
     clusters: int = Field(default=8, ge=1, le=1024)
     """Embedding clusters over which the anchor set is balanced."""
-    discount_constant: bool = True
+    discount_constant: Annotated[bool, Flag(negation="--keep-constant")] = True
     """With score anchored, an agent that gives one reply to nearly all dense steps, where others do not, counts as less sure
     than everybody else."""
     holdout: float = Field(default=0.25, gt=0, lt=1)
@@ -251,12 +279,13 @@ class TrainOptions(BaseModel):
     max_bad_steps: int = Field(default=10, ge=0)
     """Updates that may be skipped because loss or gradient was not finite; one more fails the run."""
     max_failures: int = Field(default=3, ge=0)
-    """Lost workers that a run gets over."""
+    """Lost workers that are replaced."""
     dtype: Literal["float32", "float64"] = "float32"
-    storage_path: str | None = None
+    """Precision of the gate in training."""
+    storage_path: Annotated[str | None, Flag(metavar="URI")] = None
     """Where workers keep the run's state (a folder, s3://, gs://) that all of them and this process reach; None: in `out`."""
-    address: str | None = None
-    """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
+    address: Address = None
+    """A Ray cluster to run on (auto, HOST:PORT); None: RAY_ADDRESS, else a Ray of its own."""
     track: Literal["auto", "wandb", "jsonl", "none"] = "auto"
     """Where curves are logged; auto: W&B, offline without a key."""
 
@@ -271,6 +300,8 @@ class TrainOptions(BaseModel):
     @property
     def alphas(self) -> tuple[float, ...]:
         """Values of alpha to choose from."""
+        from dmoa.core.calibration import ALPHAS  # loads torch
+
         return ALPHAS if self.alpha == "auto" else (self.alpha,)
 
     @property
@@ -293,11 +324,3 @@ class TrainOptions(BaseModel):
     def identity(self) -> dict[str, Any]:
         """Return the options that decide what is learned: a run is continued only with the same."""
         return self.model_dump(mode="json", exclude=set(NOT_COMPARED) | {"rollouts", "anchor_rollouts", "start_from"})
-
-
-def parse_train_options(values: dict[str, Any]) -> TrainOptions:
-    """Build the options from plain values. Raises ConfigError naming field, value seen and what is allowed."""
-    try:
-        return TrainOptions.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"train: {describe(error, TrainOptions)}") from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,46 +20,59 @@ from dmoa.workflows.terminal import goes_on
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from dmoa.training.options import ProbeOptions
 
+
+DEFAULT_SUITES = "arith,words,calendar"
 STAGED = ("chain", "relay")
-Known = tuple[tuple[str, ...], int]
-"""Suites, and how many rows of them in all."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeSettings:
-    """How the probe asks."""
+def run_probe(options: ProbeOptions, config: Config, common: Common, command: str) -> ProbeReport:
+    """Ask the queries, unless there are rollouts, and rows with known answers where some are wanted; look at what was found.
 
-    data_dir: Path | None
-    difficulty: int
-    seed: int
-    out: Path
-    call_cache: Path | None
-    address: str | None
-    command: str
-
-
-def probe_queries(
-    sources: Mapping[str, Any], limit: int, config: Config, common: Common, asked: ProbeSettings, known: Known | None
-) -> ProbeReport:
-    """Ask the queries, then look at the rollouts. Raises ConfigError, DmoaError as `dmoa rollouts` does."""
+    Raises ConfigError, DmoaError as `dmoa rollouts` does.
+    """
     from dmoa.workflows.evaluate import opened_ray
 
-    if known is not None:
-        _check_suites(known[0])
-    folder = asked.out / "dense"
-    with goes_on(f"the same command with --out {asked.out} goes on from here"), opened_ray(asked.address):
-        _collect({**sources, "limit": limit}, folder, config, common, asked)
-        return collect_probe(folder, config, common, asked, known)
+    known = options.known_answers or ()
+    allowed = [name for name in SUITES if name not in STAGED]
+    unknown = [name for name in known if name not in allowed]
+    if unknown:
+        raise ConfigError(
+            f"--known-answers: value seen: {', '.join(unknown)}; allowed: {', '.join(allowed)}, generated suites whose answers "
+            f"are computed; name some of them{did_you_mean(unknown, allowed)}"
+        )
+    out = options.out or Path("out") / time.strftime("probe-%Y%m%d-%H%M%S")
+    collect = partial(_collect, config=config, common=common, options=options, command=command)
+    if options.rollouts is not None:
+        return _look(options.rollouts, out, config, common, options, collect)
+    benchmarks = options.benchmarks or ("" if options.queries else DEFAULT_SUITES)
+    sources = {"queries": options.queries or (), "benchmarks": benchmarks, "data_dir": options.data_dir}
+    with goes_on(f"the same command with --out {out} goes on from here"), opened_ray(options.address):
+        collect({**sources, "limit": options.limit}, out / "dense")
+        return _look(out / "dense", out, config, common, options, collect)
 
 
-def collect_probe(folder: Path, config: Config, common: Common, asked: ProbeSettings, known: Known | None) -> ProbeReport:
-    """Look at rollouts that are there, and at rows with known answers where some are wanted. Raises ConfigError."""
-    if known is None:
-        return probe_rollouts(folder, config, seed=asked.seed)
-    _check_suites(known[0])
+def _look(
+    folder: Path,
+    out: Path,
+    config: Config,
+    common: Common,
+    options: ProbeOptions,
+    collect: Callable[[dict[str, Any], Path], None],
+) -> ProbeReport:
+    """Look at rollouts that are there, and at rows with known answers, judged, where some are wanted."""
+    from dmoa.training.rollouts import read_table
+
+    if not options.known_answers:
+        return probe_rollouts(folder, config, seed=options.seed)
     sample = _unlabelled_sample(folder, config)
-    return probe_pool(sample, known=_known_sample(known, config, common, asked), seed=asked.seed)
+    common.say("uses probe labels: generated rows with computed answers")
+    labels = out / "known-labels"
+    collect({"benchmarks": options.known_answers, "limit": options.known_limit, "labels": labels}, out / "known")
+    table = read_table(out / "known")
+    known = sample_of(table, config.agent_names, config.gate.preset, _judged(table, labels))
+    return probe_pool(sample, known=known, seed=options.seed)
 
 
 def probe_rollouts(folder: Path, config: Config, *, seed: int = 0) -> ProbeReport:
@@ -75,28 +89,6 @@ def _unlabelled_sample(folder: Path, config: Config) -> ProbeSample:
     return sample_of(read_table(folder), config.agent_names, manifest.preset)
 
 
-def _check_suites(names: tuple[str, ...]) -> None:
-    allowed = [name for name in SUITES if name not in STAGED]
-    unknown = [name for name in names if name not in allowed]
-    if unknown:
-        raise ConfigError(
-            f"--known-answers: value seen: {', '.join(unknown)}; allowed: {', '.join(allowed)}, generated suites whose answers "
-            f"are computed; name some of them{did_you_mean(unknown, allowed)}"
-        )
-
-
-def _known_sample(known: Known, config: Config, common: Common, asked: ProbeSettings) -> ProbeSample:
-    """Ask rows of suites and judge every reply."""
-    from dmoa.training.rollouts import read_table
-
-    folder, labels = asked.out / "known", asked.out / "known-labels"
-    common.say("uses probe labels: generated rows with computed answers")
-    sources = {"benchmarks": ",".join(known[0]), "limit": known[1], "labels": labels}
-    _collect(sources, folder, config, common, replace(asked, data_dir=None))
-    table = read_table(folder)
-    return sample_of(table, config.agent_names, config.gate.preset, _judged(table, labels))
-
-
 def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:
     """Return the score of every reply to the first step, by query and agent."""
     from dmoa.evaluation.records import Reply
@@ -111,22 +103,10 @@ def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:
     }
 
 
-def _collect(sources: Mapping[str, Any], out: Path, config: Config, common: Common, asked: ProbeSettings) -> None:
-    from dmoa.training.options import parse_rollout_options
+def _collect(sources: dict[str, Any], out: Path, *, config: Config, common: Common, options: ProbeOptions, command: str) -> None:
+    from dmoa.training.options import RolloutOptions
     from dmoa.workflows.collect import run_rollouts
 
-    options = parse_rollout_options(
-        {
-            **sources,
-            "out": out,
-            "dense": True,
-            "max_steps": 1,
-            "data_dir": asked.data_dir,
-            "difficulty": asked.difficulty,
-            "seed": asked.seed,
-            "call_cache": asked.call_cache,
-            "address": asked.address,
-            "track": "none",
-        }
-    )
-    run_rollouts(options, config, common, asked.command)
+    shared = options.model_dump(include={"difficulty", "seed", "call_cache", "address"})
+    fixed = {"out": out, "dense": True, "max_steps": 1, "track": "none"}
+    run_rollouts(RolloutOptions.parse({**shared, **sources, **fixed}), config, common, command)

@@ -6,14 +6,14 @@ Every round is a folder of rollouts and one of training; a job that was stopped 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from dmoa.config import Config
+from dmoa.config import Address, Config, Options
 from dmoa.errors import ConfigError
-from dmoa.validation import describe
 from dmoa.workflows.console import Common
 from dmoa.workflows.terminal import goes_on
 
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 _SET_HERE = ("out", "round", "rollouts", "start_from", "address")
 
 
-class RoundsOptions(BaseModel):
+class RoundsOptions(Options):
     """The `job:` section of `jobs/train_rounds.yaml`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     out: Path
     """Folder of all rounds; the same folder goes on."""
@@ -34,23 +32,20 @@ class RoundsOptions(BaseModel):
     """How often to collect and train."""
     rollouts: dict[str, Any]
     """Options of `dmoa rollouts`; `limit` is per round."""
-    train: dict[str, Any] = {}
+    train: dict[str, Any] = Field(default={})
     """Options of `dmoa train`."""
-    address: str | None = None
-    """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
+    address: Address = None
+    """A Ray cluster to run on (auto, HOST:PORT); None: RAY_ADDRESS, else a Ray of its own."""
 
-
-def parse_rounds_options(values: dict[str, Any]) -> RoundsOptions:
-    """Build the options from plain values. Raises ConfigError naming field, value seen and what is allowed."""
-    try:
-        options = RoundsOptions.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"job: {describe(error, RoundsOptions)}") from error
-    for section in ("rollouts", "train"):
-        taken = [name for name in _SET_HERE if name in getattr(options, section)]
-        if taken:
-            raise ConfigError(f"job.{section}: {', '.join(taken)}: every round sets it itself; leave it out")
-    return options
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Self:
+        """Build the options from plain values. Raises ConfigError, also for what every round sets itself."""
+        options = super().parse(values)
+        for section in ("rollouts", "train"):
+            taken = [name for name in _SET_HERE if name in getattr(options, section)]
+            if taken:
+                raise ConfigError(f"job.{section}: {', '.join(taken)}: every round sets it itself; leave it out")
+        return options
 
 
 def run_rounds(options: RoundsOptions, config: Config, common: Common, command: str) -> TrainResult:
@@ -66,8 +61,7 @@ def run_rounds(options: RoundsOptions, config: Config, common: Common, command: 
 
 
 def _rounds(options: RoundsOptions, config: Config, common: Common, command: str) -> TrainResult:
-    from dmoa.training.options import parse_rollout_options as rollout_options
-    from dmoa.training.options import parse_train_options as train_options
+    from dmoa.training.options import RolloutOptions, TrainOptions
     from dmoa.workflows.collect import run_rollouts
     from dmoa.workflows.evaluate import opened_ray
     from dmoa.workflows.train import run_train
@@ -81,11 +75,11 @@ def _rounds(options: RoundsOptions, config: Config, common: Common, command: str
             values = {**options.rollouts, "out": folder / "rollouts", "round": number}
             if number == 0:
                 values |= {"epsilon": None, "dense": True}
-            run_rollouts(rollout_options(values), _with_gate(config, result), common, command)
+            run_rollouts(RolloutOptions.parse(values), _with_gate(config, result), common, command)
             collected.append(folder / "rollouts")
             training = {**options.train, "rollouts": tuple(collected), "out": folder / "gate"}
             training |= {} if result is None else {"start_from": result.checkpoint}
-            result = run_train(train_options(training), config, common, command)
+            result = run_train(TrainOptions.parse(training), config, common, command)
     assert result is not None
     return result
 

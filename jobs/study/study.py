@@ -39,13 +39,13 @@ from dmoa.evaluation.answer_matrix import (
     replay_choices,
     row_oracle,
 )
-from dmoa.evaluation.records import Reply, parse_evaluate_options
+from dmoa.evaluation.records import EvaluateOptions, Reply
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.run_folder import RunFolder, write_whole
 from dmoa.evaluation.statistics import Comparison, hierarchical_bootstrap, holm, wilson
 from dmoa.training.ablations import train_ablation
 from dmoa.training.cluster_router import KMeansRouter, fit_rival, sample_of
-from dmoa.training.options import parse_rollout_options
+from dmoa.training.options import RolloutOptions
 from dmoa.training.probe import probe_pool
 from dmoa.training.rollouts import Manifest, read_manifest, read_table
 from dmoa.training.trainer import TrainContext
@@ -220,7 +220,7 @@ def evaluated(study: Study, out: Path, config: Config, values: Mapping[str, Any]
     shared = {"seed": study.seed, "out": out, "call_cache": study.calls, "workers": study.workers, "track": "none"}
 
     def run(**more: Any) -> int:
-        options = parse_evaluate_options({**shared, **values, **more})
+        options = EvaluateOptions.parse({**shared, **values, **more})
         return sum(row.failed for row in run_evaluation(options, config, study.common, COMMAND, shows_result=False).rows)
 
     if (out / "evaluation.json").exists():
@@ -287,7 +287,7 @@ def rollouts(study: Study, name: str, seed: int, *, suites: Sequence[str] = SING
 def collected(study: Study, out: Path, config: Config, values: Mapping[str, Any]) -> Manifest:
     """Collect rollouts, or go on with them; failed queries are asked once more, and those that fail again are told."""
     shared = {"out": out, "call_cache": study.calls, "workers": study.workers, "track": "none"}
-    options = parse_rollout_options({**shared, **values})
+    options = RolloutOptions.parse({**shared, **values})
     manifest = run_rollouts(options, config, study.common, COMMAND)
     if manifest.counts.failed:
         try:

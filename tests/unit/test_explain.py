@@ -10,7 +10,7 @@ from dmoa.agents.pool import load_pool
 from dmoa.config import loads
 from dmoa.engines.models import resolve_adapter, resolve_model
 from dmoa.errors import DmoaError
-from dmoa.evaluation.records import parse_evaluate_options as evaluate_options
+from dmoa.evaluation.records import EvaluateOptions
 from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.suites.suite import fine_split
 from dmoa.serving.http.requests import ChatRequest, parse_body
@@ -61,7 +61,7 @@ def _chat(body: str) -> Callable[[], object]:
         (lambda: expand_names(["gms8k"]), "gsm8k"),
         (lambda: expand_names(["calender"]), "calendar"),
         (lambda: fine_split("tset"), "test"),
-        (lambda: evaluate_options({"benchmarks": "arith", "policies": "dmoa", "track": "wandbb"}), "wandb"),
+        (lambda: EvaluateOptions.parse({"benchmarks": "arith", "policies": "dmoa", "track": "wandbb"}), "wandb"),
         (lambda: check_policies(("dnese",), loads(POOL)), "dense"),
         (lambda: check_policies(("single:ader",), loads(POOL)), "adder"),
         (lambda: check_policies(("adder",), loads(POOL)), "single:adder"),

@@ -9,7 +9,7 @@ import pytest
 from dmoa.agents.pool import check_files, load_pool
 from dmoa.cli.jobs import read_job
 from dmoa.config import Config
-from dmoa.training.options import parse_train_options
+from dmoa.training.options import TrainOptions
 from dmoa.workflows.console import Common
 from tests.contract.cluster.manifests import CLUSTER, JOB, ROOT, documents, one
 
@@ -80,7 +80,7 @@ def test_job_of_the_manifest_is_a_training_of_a_shipped_pool(tmp_path: Path) -> 
     local = tmp_path / "job.yaml"
     local.write_text(path.read_text(encoding="utf-8").replace(IN_IMAGE, f"{ROOT}/"), encoding="utf-8")
     pool, values = read_job(Common(config=local))
-    options = parse_train_options(values)
+    options = TrainOptions.parse(values)
     assert pool == load_pool(POOLS / "paper.yaml")
     assert options.workers == one(JOB)["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
     assert options.out.is_absolute()

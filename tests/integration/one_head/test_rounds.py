@@ -12,7 +12,7 @@ import yaml
 from dmoa import checkpoint
 from dmoa.errors import ConfigError
 from dmoa.training.rollouts import read_manifest, read_table
-from dmoa.workflows.rounds import parse_rounds_options
+from dmoa.workflows.rounds import RoundsOptions
 from tests.integration.evaluations import SCRIPTED, run
 
 ROOT = Path(__file__).parents[3]
@@ -58,5 +58,5 @@ def test_two_rounds_and_the_same_job_again(tmp_path: Path) -> None:
 )
 def test_bad_options_are_named(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_rounds_options(values)
+        RoundsOptions.parse(values)
     assert message in str(caught.value)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dmoa.evaluation.records import parse_evaluate_options
+from dmoa.evaluation.records import EvaluateOptions
 from dmoa.evaluation.results import rebuild_evaluation
 from dmoa.evaluation.run_folder import write_lines
 from dmoa.testing import write_run
@@ -21,7 +21,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_that_goes_on_is_logged_again_only_where_there_is_more(tmp_path: Path) -> None:
     run, answers, scores = small_run()
     folder = write_run(tmp_path, run, answers[:-1], scores)
-    options = parse_evaluate_options({"benchmarks": "mmlu", "out": tmp_path, "track": "jsonl"})
+    options = EvaluateOptions.parse({"benchmarks": "mmlu", "out": tmp_path, "track": "jsonl"})
     log_tables(rebuild_evaluation(tmp_path), folder, options)
     before = lines_of(tmp_path)
     assert before[0]["op"] == "config"

@@ -18,7 +18,7 @@ from dmoa.config import ENGINES, Config, load
 from dmoa.errors import ConfigError, RequestError
 from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.evaluation.data import prepare_rows
-from dmoa.evaluation.records import Reply, parse_evaluate_options
+from dmoa.evaluation.records import EvaluateOptions, Reply
 from dmoa.evaluation.registry import OpenScorers, expand_names
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES, build_policy
@@ -137,7 +137,7 @@ def test_rows_of_a_file_are_asked_and_judged_in_another_process(shown: Path) -> 
     assert names == ("capitals",)
     assert "capitals" not in expand_names(["all"])
     folder = RunFolder(shown / "run")
-    options = parse_evaluate_options({"benchmarks": "capitals", "data_dir": shown / "rows"})
+    options = EvaluateOptions.parse({"benchmarks": "capitals", "data_dir": shown / "rows"})
     assert prepare_rows(folder, "capitals", options).num_rows == 3
     labels = {label.gold["capital"]: label for label in folder.read_gold("capitals")}
     scorers = OpenScorers(names=names, files=BENCHMARKS.references(names))
@@ -151,7 +151,7 @@ def test_rows_of_a_file_are_asked_and_judged_in_another_process(shown: Path) -> 
 def test_a_benchmark_without_a_hub_says_where_rows_are_needed(shown: Path) -> None:
     expand_names([f"{shown / 'capitals.py'}:CapitalRow"])
     with pytest.raises(ConfigError, match="capitals: its rows are on no hub; give the folder of its rows with --data-dir"):
-        prepare_rows(RunFolder(shown / "run"), "capitals", parse_evaluate_options({"benchmarks": "capitals"}))
+        prepare_rows(RunFolder(shown / "run"), "capitals", EvaluateOptions.parse({"benchmarks": "capitals"}))
 
 
 @pytest.mark.parametrize(

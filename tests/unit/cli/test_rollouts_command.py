@@ -16,7 +16,7 @@ from dmoa.config import load
 from dmoa.errors import ConfigError
 from dmoa.evaluation.registry import SUITES
 from dmoa.training.collect import width
-from dmoa.training.options import parse_rollout_options
+from dmoa.training.options import RolloutOptions
 from dmoa.workflows.collect import prepare_queries, read_labels
 
 ROOT = Path(__file__).parents[3]
@@ -29,7 +29,7 @@ def quiet(text: str) -> None:
 def test_sources_are_mixed_by_weight_and_rows_are_those_of_the_gates_split(tmp_path: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("".join(f"Own question {number}?\n" for number in range(50)), encoding="utf-8")
-    options = parse_rollout_options(
+    options = RolloutOptions.parse(
         {"out": tmp_path / "o", "benchmarks": "arith:2,relay", "queries": [f"{mine}:1"], "limit": 40, "seed": 3}
     )
     prepared = prepare_queries(options, quiet)
@@ -48,8 +48,8 @@ def test_sources_are_mixed_by_weight_and_rows_are_those_of_the_gates_split(tmp_p
 
 def test_labels_lie_apart_and_are_read_back(tmp_path: Path) -> None:
     base = {"out": tmp_path / "o", "benchmarks": "arith", "limit": 5}
-    plain = list(prepare_queries(parse_rollout_options(base), quiet).queries)
-    labelled = list(prepare_queries(parse_rollout_options({**base, "labels": tmp_path / "l"}), quiet).queries)
+    plain = list(prepare_queries(RolloutOptions.parse(base), quiet).queries)
+    labelled = list(prepare_queries(RolloutOptions.parse({**base, "labels": tmp_path / "l"}), quiet).queries)
     assert labelled == plain
     assert [path.name for path in tmp_path.iterdir()] == ["l"]
     gold = {row.task.row_id: row.label for row in SUITES["arith"].generate("gate", 5, 0)}
@@ -60,7 +60,7 @@ def test_labels_lie_apart_and_are_read_back(tmp_path: Path) -> None:
 
 
 def test_no_query_carries_its_label(tmp_path: Path) -> None:
-    options = parse_rollout_options({"out": tmp_path / "o", "benchmarks": "suites", "limit": 60})
+    options = RolloutOptions.parse({"out": tmp_path / "o", "benchmarks": "suites", "limit": 60})
     for query in prepare_queries(options, quiet).queries:
         assert not set(query.model_dump()) & {"gold", "label", "answer"}
 
@@ -69,7 +69,7 @@ def test_sources_that_hold_too_little_are_told(tmp_path: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("One?\nTwo?\n", encoding="utf-8")
     said: list[str] = []
-    prepared = prepare_queries(parse_rollout_options({"out": "o", "queries": [str(mine)], "limit": 9}), said.append)
+    prepared = prepare_queries(RolloutOptions.parse({"out": "o", "queries": [str(mine)], "limit": 9}), said.append)
     assert len(list(prepared.queries)) == 2
     assert said == ["note: the sources hold 2 queries, fewer than the 9 of --limit"]
 
@@ -110,7 +110,7 @@ def test_the_jobs_file_is_read_and_its_mistakes_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree = yaml.safe_load((ROOT / "jobs" / "collect_rollouts.yaml").read_text(encoding="utf-8"))
-    options = parse_rollout_options(tree["job"])
+    options = RolloutOptions.parse(tree["job"])
     assert next((source.name, source.weight) for source in options.benchmarks) == ("arith", 2.0)
     for text, message in (
         ("job: {out: o}", "both are empty"),

@@ -147,8 +147,8 @@ def test_the_job_trains_as_the_command_does(
 
 
 def test_the_shipped_job_file_names_options_that_there_are() -> None:
-    from dmoa.training.options import parse_train_options
+    from dmoa.training.options import TrainOptions
 
-    options = parse_train_options(yaml.safe_load((ROOT / "jobs" / "train_gate.yaml").read_text())["job"])
+    options = TrainOptions.parse(yaml.safe_load((ROOT / "jobs" / "train_gate.yaml").read_text())["job"])
     assert options.workers == "auto"
     assert (options.epochs, options.batch_queries) == (10, 4)

@@ -14,7 +14,7 @@ import dmoa
 from dmoa.evaluation.answering import Asking, query_of_task
 from dmoa.evaluation.data import prepare_rows
 from dmoa.evaluation.pipeline import pending_scores, pending_tasks, score_answer
-from dmoa.evaluation.records import Answered, Label, Task, parse_evaluate_options
+from dmoa.evaluation.records import Answered, EvaluateOptions, Label, Task
 from dmoa.evaluation.registry import OpenScorers
 from dmoa.evaluation.run_folder import RunFolder, append
 from dmoa.types import Limits
@@ -67,7 +67,7 @@ def watched() -> Iterator[list[tuple[str, str]]]:
 
 
 def test_labels_are_opened_by_evaluation_alone(tmp_path: Path) -> None:
-    folder, options = RunFolder(tmp_path), parse_evaluate_options({"benchmarks": "arith", "limit": 3})
+    folder, options = RunFolder(tmp_path), EvaluateOptions.parse({"benchmarks": "arith", "limit": 3})
     with watched() as opened:
         prepare_rows(folder, "arith", options)
         asking = Asking(seed=0, limits=Limits())

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.records import parse_evaluate_options
+from dmoa.evaluation.records import EvaluateOptions
 from dmoa.types import Limits
 
 
 def test_names_are_lists_or_texts_with_commas() -> None:
-    assert parse_evaluate_options({"benchmarks": "gsm8k, arith"}).benchmarks == ("gsm8k", "arith")
-    assert parse_evaluate_options({"benchmarks": ["gsm8k", "arith"]}).benchmarks == ("gsm8k", "arith")
+    assert EvaluateOptions.parse({"benchmarks": "gsm8k, arith"}).benchmarks == ("gsm8k", "arith")
+    assert EvaluateOptions.parse({"benchmarks": ["gsm8k", "arith"]}).benchmarks == ("gsm8k", "arith")
 
 
 @pytest.mark.parametrize("policies", ["single, dmoa,single", ["single", "dmoa", "single"]])
 def test_a_policy_named_twice_is_asked_once(policies: object) -> None:
-    assert parse_evaluate_options({"benchmarks": "arith", "policies": policies}).policies == ("single", "dmoa")
+    assert EvaluateOptions.parse({"benchmarks": "arith", "policies": policies}).policies == ("single", "dmoa")
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,9 @@ def test_a_policy_named_twice_is_asked_once(policies: object) -> None:
     ],
 )
 def test_the_cpu_budget_only_lowers_the_pools_limits(pool: Limits, expected: Limits) -> None:
-    options = parse_evaluate_options({"benchmarks": "arith", "budget": "cpu"})
+    options = EvaluateOptions.parse({"benchmarks": "arith", "budget": "cpu"})
     assert options.limits(pool) == expected
-    unlimited = parse_evaluate_options({"benchmarks": "arith"})
+    unlimited = EvaluateOptions.parse({"benchmarks": "arith"})
     assert unlimited.limits(pool) == pool
 
 
@@ -52,17 +52,17 @@ def test_the_cpu_budget_only_lowers_the_pools_limits(pool: Limits, expected: Lim
 )
 def test_bad_options_name_field_value_and_way_out(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"evaluate: .*{message}"):
-        parse_evaluate_options(values)
+        EvaluateOptions.parse(values)
 
 
 def test_paths_may_be_texts() -> None:
-    assert parse_evaluate_options({"benchmarks": "arith", "out": "out/x"}).out == Path("out/x")
+    assert EvaluateOptions.parse({"benchmarks": "arith", "out": "out/x"}).out == Path("out/x")
 
 
 def test_gates_are_named_folders() -> None:
-    options = parse_evaluate_options({"benchmarks": "arith", "gates": "old=a/b, new=c"})
+    options = EvaluateOptions.parse({"benchmarks": "arith", "gates": "old=a/b, new=c"})
     assert options.gates == {"old": Path("a/b"), "new": Path("c")}
     with pytest.raises(ConfigError, match=r"gates.No.*lower case"):
-        parse_evaluate_options({"benchmarks": "arith", "gates": "No=a"})
+        EvaluateOptions.parse({"benchmarks": "arith", "gates": "No=a"})
     with pytest.raises(ConfigError, match="gates have no effect with url"):
-        parse_evaluate_options({"benchmarks": "arith", "gates": "a=b", "url": "http://x"})
+        EvaluateOptions.parse({"benchmarks": "arith", "gates": "a=b", "url": "http://x"})

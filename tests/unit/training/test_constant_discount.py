@@ -15,7 +15,7 @@ from dmoa.core.scores import CONSTANT_PENALTY
 from dmoa.testing import AGENTS, domain_rows, write_rollouts
 from dmoa.testing import rollout_row as row
 from dmoa.testing import scripted_pool as pool
-from dmoa.training.options import parse_train_options
+from dmoa.training.options import TrainOptions
 from dmoa.training.trainer import TrainContext, TrainResult, run_training
 
 LIAR = "liar"
@@ -44,7 +44,7 @@ def train(out: Path, rollouts: Path, config: Config, **options: Any) -> tuple[Tr
     said: list[str] = []
     around = TrainContext(open_ray=nullcontext, say=said.append, watch=lambda epoch, most: None)
     values = {"workers": 0, "track": "none", "epochs": 40, "patience": 40, "lr": 3e-3, "score": "anchored"} | options
-    result = run_training(parse_train_options({**values, "rollouts": str(rollouts), "out": out}), config, around)
+    result = run_training(TrainOptions.parse({**values, "rollouts": str(rollouts), "out": out}), config, around)
     return result, [line for line in said if LIAR in line]
 
 

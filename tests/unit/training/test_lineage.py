@@ -13,8 +13,7 @@ import pytest
 from dmoa.config import Config
 from dmoa.testing import domain_rows, write_rollouts
 from dmoa.testing import scripted_pool as pool
-from dmoa.training.options import parse_rollout_options as rollout_options
-from dmoa.training.options import parse_train_options
+from dmoa.training.options import RolloutOptions, TrainOptions
 from dmoa.training.rollouts import RolloutFolder, read_manifest
 from dmoa.training.trainer import TrainContext, TrainResult, run_training
 from dmoa.workflows.collect import track
@@ -27,7 +26,7 @@ def no_ray() -> AbstractContextManager[None]:
 def train(out: Path, config: Config, *rollouts: Path, **options: Any) -> TrainResult:
     values = {"workers": 0, "track": "jsonl", "rollouts": rollouts, "out": out, "epochs": 2, **options}
     around = TrainContext(open_ray=no_ray, say=lambda text: None, watch=lambda epoch, most: None)
-    return run_training(parse_train_options(values), config, around)
+    return run_training(TrainOptions.parse(values), config, around)
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -59,7 +58,7 @@ def test_a_run_names_what_it_came_of_as_the_run_did_that_made_it(tmp_path: Path,
         manifest = read_manifest(folder)
         if folder == folders[1]:
             manifest = manifest.model_copy(update={"config": with_gate(config, first.checkpoint)})
-        options = rollout_options({"out": folder, "benchmarks": "arith", "limit": 1, "track": "jsonl"})
+        options = RolloutOptions.parse({"out": folder, "benchmarks": "arith", "limit": 1, "track": "jsonl"})
         track(manifest, RolloutFolder(options.out.absolute()), options)
     train(Path("second"), config, *folders, start_from=first.checkpoint)
     made = [artifacts_of(folder, "output") for folder in (*folders, Path("first"))]
@@ -74,7 +73,7 @@ def test_a_gate_that_is_gone_stops_no_tracking(tmp_path: Path) -> None:
     config = pool()
     folder = write_rollouts(tmp_path / "rollouts", domain_rows(), config)
     manifest = read_manifest(folder).model_copy(update={"config": with_gate(config, tmp_path / "gone")})
-    options = rollout_options({"out": folder, "benchmarks": "arith", "limit": 1, "track": "jsonl"})
+    options = RolloutOptions.parse({"out": folder, "benchmarks": "arith", "limit": 1, "track": "jsonl"})
     track(manifest, RolloutFolder(folder), options)
     assert artifacts_of(folder, "input") == set()
     assert {name for name, _, _ in artifacts_of(folder, "output")} == {"rollouts-rollouts"}
@@ -84,7 +83,7 @@ def test_a_collection_is_logged_again_only_where_it_has_grown(tmp_path: Path) ->
     config = pool()
     folder = write_rollouts(tmp_path / "rollouts", domain_rows(), config)
     manifest = read_manifest(folder)
-    options = rollout_options({"out": folder, "benchmarks": "arith", "limit": 1, "track": "jsonl"})
+    options = RolloutOptions.parse({"out": folder, "benchmarks": "arith", "limit": 1, "track": "jsonl"})
     track(manifest, RolloutFolder(folder), options)
     before = lines_of(folder)
     track(manifest, RolloutFolder(folder), options)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmoa.cli.probe import print_probe
+from dmoa.cli.train import print_probe
 from dmoa.config import loads
 from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError

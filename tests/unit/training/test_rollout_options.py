@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
-from dmoa.training.options import parse_rollout_options, share_out
+from dmoa.training.options import RolloutOptions, share_out
 from dmoa.types import Limits
 
 
 def sources(value: Any) -> list[tuple[str, float]]:
-    options = parse_rollout_options({"out": "o", "limit": 9, "benchmarks": value})
+    options = RolloutOptions.parse({"out": "o", "limit": 9, "benchmarks": value})
     return [(source.name, source.weight) for source in options.benchmarks]
 
 
@@ -52,23 +52,23 @@ def test_sources_have_weights(value: Any, expected: list[tuple[str, float]]) -> 
 )
 def test_bad_options_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        parse_rollout_options({"out": "o", **values})
+        RolloutOptions.parse({"out": "o", **values})
 
 
 def test_limits_are_the_pools_lowered_without_deadline_and_budget() -> None:
     pool = Limits(max_steps=4, max_agents=2, budget_tokens=100, deadline_s=1.0)
-    options = parse_rollout_options({"out": "o", "benchmarks": "arith", "max_steps": 9, "max_tokens": 32})
+    options = RolloutOptions.parse({"out": "o", "benchmarks": "arith", "max_steps": 9, "max_tokens": 32})
     assert options.limits(pool) == Limits(max_steps=4, max_agents=2, max_tokens=32)
-    assert parse_rollout_options({"out": "o", "benchmarks": "arith", "max_steps": 2}).limits(pool).max_steps == 2
+    assert RolloutOptions.parse({"out": "o", "benchmarks": "arith", "max_steps": 2}).limits(pool).max_steps == 2
 
 
 def test_where_and_how_fast_is_no_part_of_what_is_asked() -> None:
     base = {"benchmarks": "arith:2,words", "limit": 30, "queries": ["mine.txt:0.5"]}
-    one = parse_rollout_options({"out": "a", **base}).sample()
-    two = parse_rollout_options({"out": "b", "workers": 3, "concurrency": 2, "call_cache": "c", "track": "none", **base}).sample()
+    one = RolloutOptions.parse({"out": "a", **base}).sample()
+    two = RolloutOptions.parse({"out": "b", "workers": 3, "concurrency": 2, "call_cache": "c", "track": "none", **base}).sample()
     assert one == two
     assert (one["benchmarks"], one["queries"]) == (["arith:2", "words:1"], ["mine.txt:0.5"])
-    assert parse_rollout_options({"out": Path("a"), **base, "difficulty": 2}).sample() != one
+    assert RolloutOptions.parse({"out": Path("a"), **base, "difficulty": 2}).sample() != one
 
 
 @pytest.mark.parametrize(

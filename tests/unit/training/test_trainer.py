@@ -28,7 +28,7 @@ from dmoa.training import loop as train_loop
 from dmoa.training import objective as targets
 from dmoa.training.collect import silent_agents
 from dmoa.training.distributed import SingleWorker
-from dmoa.training.options import parse_train_options
+from dmoa.training.options import TrainOptions
 from dmoa.training.rollouts import RolloutFolder, read_manifest
 from dmoa.training.state import EpochRecord, RunState, StateStore, TrainProgress
 from dmoa.training.trainer import Curves, TrainContext, TrainResult, build_start, check_rollouts, prepare_training, run_training
@@ -51,7 +51,7 @@ def train(folder: Path, rollouts: Path, config: Config, *, said: list[str] | Non
     around = TrainContext(
         open_ray=no_ray, say=(said if said is not None else []).append, watch=lambda epoch, _: seen.append(epoch)
     )
-    return run_training(parse_train_options({**BASE, "rollouts": str(rollouts), "out": folder, **options}), config, around)
+    return run_training(TrainOptions.parse({**BASE, "rollouts": str(rollouts), "out": folder, **options}), config, around)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_the_alphas_are_the_given_ones_or_chosen_by_the_price_of_an_agent(rollou
 @pytest.mark.parametrize(("alpha", "seen"), [("often", "'often'"), ("1.5", "1.5"), (0, "0")])
 def test_an_alpha_that_is_none_is_refused(alpha: Any, seen: str) -> None:
     with pytest.raises(ConfigError, match=rf"train: alpha.*value seen: {seen}"):
-        parse_train_options({**BASE, "rollouts": "r", "out": "o", "alpha": alpha})
+        TrainOptions.parse({**BASE, "rollouts": "r", "out": "o", "alpha": alpha})
 
 
 def test_the_checkpoint_is_served_as_it_was_trained(rollouts: Path, config: Config, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ class StoppingStore(StateStore):
 
 def stopped_after(folder: Path, num_states: int, rollouts: Path, config: Config, **options: Any) -> None:
     """Train for so many epochs, and stop."""
-    wanted = parse_train_options({**BASE, "rollouts": str(rollouts), "out": folder, **options})
+    wanted = TrainOptions.parse({**BASE, "rollouts": str(rollouts), "out": folder, **options})
     start = build_start(wanted, config)
     job = prepare_training(wanted, start, check_rollouts(wanted, start), on_ray=False).job
     store = StoppingStore(str(folder / "state"), num_states)
@@ -248,7 +248,7 @@ def test_the_curves_of_a_stopped_training_are_whole_when_they_are_synced(
         monkeypatch.delenv(name)
     monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 120.0)
     out, options = tmp_path / "run", {"epochs": 5, "track": "wandb"}
-    wanted = parse_train_options({**BASE, "rollouts": str(rollouts), "out": out, **options})
+    wanted = TrainOptions.parse({**BASE, "rollouts": str(rollouts), "out": out, **options})
     start = build_start(wanted, config)
     job = prepare_training(wanted, start, check_rollouts(wanted, start), on_ray=False).job
     curves = Curves(wanted, config.name, job.identity)
@@ -295,7 +295,7 @@ def test_states_are_kept_as_often_as_they_are_worth_and_at_the_end(
     share: float, kept: list[int], rollouts: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_loop, "KEEP_SHARE", share)
-    wanted = parse_train_options({**BASE, "rollouts": str(rollouts), "out": tmp_path / "run", "epochs": 7})
+    wanted = TrainOptions.parse({**BASE, "rollouts": str(rollouts), "out": tmp_path / "run", "epochs": 7})
     start = build_start(wanted, config)
     store = CountingStore(str(tmp_path / "run" / "state"))
     store.check()

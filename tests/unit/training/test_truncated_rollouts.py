@@ -19,7 +19,7 @@ from dmoa.testing import domain_rows, write_rollouts
 from dmoa.testing import scripted_pool as pool
 from dmoa.training.dataset import Episodes, read_episodes
 from dmoa.training.objective import Scale, Split, build_data
-from dmoa.training.options import parse_train_options
+from dmoa.training.options import TrainOptions
 from dmoa.training.rollouts import part_paths, read_table
 from dmoa.training.trainer import build_start, run_training
 from tests.unit.training.test_ablations import AROUND
@@ -28,7 +28,7 @@ CONFIG = pool()
 
 
 def episodes_of(folder: Path) -> Episodes:
-    start = build_start(parse_train_options({"rollouts": folder, "out": folder / "out"}), CONFIG)
+    start = build_start(TrainOptions.parse({"rollouts": folder, "out": folder / "out"}), CONFIG)
     return read_episodes([folder], start.gate.spec, start.fingerprint, on_ray=False)
 
 
@@ -61,7 +61,7 @@ def test_exact_rollouts_teach_the_same_bits_with_and_without_the_column(tmp_path
         assert noise_of(found).tobytes() == plain.tobytes()
         hashes.append(found.digest())
         values = {"rollouts": folder, "out": folder / "run", "workers": 0, "track": "none", "epochs": 2}
-        weights.append(checkpoint.load(run_training(parse_train_options(values), CONFIG, AROUND).checkpoint)[0].state_dict())
+        weights.append(checkpoint.load(run_training(TrainOptions.parse(values), CONFIG, AROUND).checkpoint)[0].state_dict())
     assert hashes[0] == hashes[1]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -83,7 +83,7 @@ def test_of_truncated_sums_without_a_slack_any_gap_may_be_chance(tmp_path: Path)
         assert np.isinf(noise_NA[:, 1]).all()
         assert np.isfinite(noise_NA[:, [0, 2]]).all()
         values = {"rollouts": folder, "out": folder / "run", "workers": 0, "track": "none", "epochs": 1}
-        assert run_training(parse_train_options(values), CONFIG, AROUND).record.metrics["bad_steps"] == 0
+        assert run_training(TrainOptions.parse(values), CONFIG, AROUND).record.metrics["bad_steps"] == 0
 
 
 @pytest.mark.parametrize(("loss", "share"), [("soft", 0.5), ("hard", 0.0), ("hinge", 0.0), ("listnet", 1.0)])
