@@ -19,19 +19,8 @@ import numpy as np
 
 from dmoa.agents import tools as toolbox
 from dmoa.agents.agent import Agent, LocalAgents
-from dmoa.config import (
-    SUMMARIZER,
-    AgentConfig,
-    Config,
-    LlmConfig,
-    OpenaiOptions,
-    TransformersOptions,
-    VllmOptions,
-    callable_agents,
-    is_name,
-    load,
-    summarizer_agent,
-)
+from dmoa.config import SUMMARIZER, AgentConfig, Config, LlmConfig, callable_agents, is_name, load, summarizer_agent
+from dmoa.engine_options import OpenaiOptions, TransformersOptions, VllmOptions
 from dmoa.engines import EngineContext, named
 from dmoa.engines.model_files import check_model
 from dmoa.engines.models import adapter_hash, fetch, model_id, resolve_adapter

@@ -18,7 +18,7 @@ import torch
 from dmoa.agents.pool import vllm_builds
 from dmoa.bench import engine_vllm as vllm_bench
 from dmoa.bench.harness import BenchResult, Spread, interleave, ratio, record, spread, stories
-from dmoa.config import TransformersOptions
+from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import fetch
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.engines.transformers.load import LoadedModel, load_model, num_threads

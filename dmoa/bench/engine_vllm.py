@@ -14,7 +14,8 @@ from itertools import count
 from typing import Any
 
 from dmoa.bench.harness import BenchResult, interleave, ratio, record, spread, stories
-from dmoa.config import LlmConfig, VllmOptions
+from dmoa.config import LlmConfig
+from dmoa.engine_options import VllmOptions
 from dmoa.engines.chat_template import encode_chat, load_tokenizer
 from dmoa.engines.vllm.local import connect, engine_over
 from dmoa.engines.vllm.options import engine_args

@@ -10,14 +10,7 @@ import typer
 
 from dmoa.cli.options import takes_options, this_command
 from dmoa.evaluation.records import EvaluateOptions
-from dmoa.workflows.console import (
-    EXIT_FAILED,
-    CheckpointOption,
-    Common,
-    print_evaluation,
-    refuse_together,
-    with_common,
-)
+from dmoa.workflows.console import EXIT_FAILED, CheckpointOption, Common, print_evaluation, refuse_together, with_common
 
 SelfcheckOption = Annotated[
     bool, typer.Option("--selfcheck", help="Ask no agent: check that scorers, rows and sandbox agree; exit 1 if not.")

@@ -191,7 +191,7 @@ def _pool(config: Config) -> Iterator[Check]:
 
 def _endpoints(config: Config) -> Iterator[Check]:
     """Say of every endpoint where it is and whether its key is here; none is asked."""
-    from dmoa.config import OpenaiOptions
+    from dmoa.engine_options import OpenaiOptions
 
     for name, llm in config.llms.items():
         options = llm.options

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from dmoa.config import (
+from dmoa.config import AgentConfig, Config, LlmConfig
+from dmoa.engine_options import (
     ENGINES,
-    AgentConfig,
-    Config,
     EngineEntry,
     EngineOptions,
-    LlmConfig,
     OpenaiOptions,
     ScriptedOptions,
     TransformersOptions,

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 
 from dmoa import __version__
-from dmoa.config import OpenaiOptions
+from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai_replies import Draft, error_field, error_message, estimated_tokens, events
 from dmoa.errors import AgentOverloadedError, ConfigError, DeadlineError, DmoaError, EngineError, PromptTooLongError
 from dmoa.loopback import uses_proxies

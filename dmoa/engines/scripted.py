@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from dmoa.config import ScriptedOptions
+from dmoa.engine_options import ScriptedOptions
 from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, TextDelta
 

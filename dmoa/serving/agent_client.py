@@ -20,7 +20,6 @@ from ray.serve.handle import DeploymentHandle
 from dmoa.config import Config, callable_agents
 from dmoa.dispatch import COLD_PATIENCE_S, PATIENCE_S
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, ConfigError, PoolChangedError
-from dmoa.serving.agent_replica import _DEADLINE_SLACK_S
 from dmoa.serving.deployments import has_affinity
 from dmoa.serving.handles import Sent, ask
 from dmoa.types import AgentCall, AgentReply, TextDelta
@@ -31,6 +30,8 @@ REPLICA_LOST_ERRORS = (RayError, RayServeException, RpcError)
 SLOW_S = 2.0
 """How long a call is trusted to be under way."""
 _LOOK_S = 1.0
+_DEADLINE_SLACK_S = 1.0
+"""After a call's deadline, at which its caller ends it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class WatchedCall:
 
     def __init__(
         self,
-        vigil: CallWatchdog,
+        watchdog: CallWatchdog,
         agent: str,
         give_up: Callable[[], None],
         *,
@@ -119,7 +120,7 @@ class WatchedCall:
         patience_s: float,
         queue: object,
     ) -> None:
-        self._vigil = vigil
+        self._watchdog = watchdog
         self._agent = agent
         self._give_up = give_up
         self._is_taken = is_taken
@@ -142,14 +143,14 @@ class WatchedCall:
     def answered(self) -> None:
         """Stop watching: its replica has answered, so its queue moves."""
         self.end()
-        self._vigil.answered(self._queue, self._sent_s)
+        self._watchdog.answered(self._queue, self._sent_s)
 
     def _begin(self) -> None:
         self._looking = asyncio.get_running_loop().create_task(self._look())
 
     async def _look(self) -> None:
         since_s = self._sent_s
-        while not await self._vigil.is_gone(self._agent):
+        while not await self._watchdog.is_gone(self._agent):
             since_s = max(since_s, self._waits_since_s())
             if not self._is_taken() and time.monotonic() - since_s >= self.patience_s:
                 self.is_untaken = True
@@ -161,9 +162,9 @@ class WatchedCall:
     def _waits_since_s(self) -> float:
         """Return when the call could last hope for a replica to take it soon."""
         now_s = time.monotonic()
-        if self._vigil.is_cold(self._agent) and now_s - self._sent_s < COLD_PATIENCE_S:
+        if self._watchdog.is_cold(self._agent) and now_s - self._sent_s < COLD_PATIENCE_S:
             return now_s
-        return self._vigil.moved_s(self._queue, self._sent_s)
+        return self._watchdog.moved_s(self._queue, self._sent_s)
 
 
 def affine_agents(config: Config) -> frozenset[str]:
@@ -175,7 +176,7 @@ async def _nobody() -> MissingReplicas:
     return MissingReplicas()
 
 
-class ServeAgents:
+class ServeAgentClient:
     """Reaches agents through Serve handles; implements `protocols.AgentClient`."""
 
     def __init__(
@@ -194,7 +195,7 @@ class ServeAgents:
         """
         self._version = version
         self._patience_s = patience_s
-        self._vigil = CallWatchdog(gone)
+        self._watchdog = CallWatchdog(gone)
         # Made once, because a handle builds a new one for every method that is named on it. Calls are plain records:
         # pickle takes half of cloudpickle's time for them. Replies may be errors, which only cloudpickle carries safely.
         options = {"request_serialization": "pickle"}
@@ -263,7 +264,7 @@ class ServeAgents:
             raise
         except REPLICA_LOST_ERRORS as error:
             # Serve refuses calls to a deployment that was deleted, and so what waits by pings would wait for ever.
-            is_gone = watched.is_given_up or await self._vigil.is_gone(agent)
+            is_gone = watched.is_given_up or await self._watchdog.is_gone(agent)
             raise self._given_up(agent, watched) if is_gone else _lost(agent, error) from error
         finally:
             watched.end()
@@ -271,7 +272,7 @@ class ServeAgents:
 
     def _watch(self, agent: str, sent: Sent, deadline_unix_s: float | None = None) -> WatchedCall:
         left_s = None if deadline_unix_s is None else max(0.0, deadline_unix_s - time.time())
-        return self._vigil.watch(
+        return self._watchdog.watch(
             agent,
             sent.response.cancel,
             is_taken=sent.is_taken,
@@ -287,7 +288,7 @@ class ServeAgents:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             return asyncio.CancelledError()
-        if self._vigil.served not in (None, self._version):
+        if self._watchdog.served not in (None, self._version):
             return PoolChangedError(f"agent {agent!r} has no running replica, and another version of the pool is served by now")
         if watched.is_untaken:
             return CallNotTakenError(f"agent {agent!r}: no replica of it took the call for {watched.patience_s:.3g} s")

@@ -21,8 +21,6 @@ from dmoa.types import AgentCall, AgentReply, TextDelta
 
 ENGINE_ENV = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads of an engine that wait must sleep: spinning ones slow every token some thirty times on a busy machine."""
-_DEADLINE_SLACK_S = 1.0
-"""After a call's deadline, at which its caller ends it."""
 
 
 class AgentCalls:

@@ -23,7 +23,7 @@ from dmoa.dispatch import PATIENCE_S
 from dmoa.errors import DmoaError, PoolChangedError
 from dmoa.loopback import ignore_proxies
 from dmoa.serving.actors import pack_record
-from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, ServeAgents, affine_agents
+from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, ServeAgentClient, affine_agents
 from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.handles import ask
@@ -73,7 +73,7 @@ class SwarmIngress:
         handles = {agent.name: hosts[where[agent.name]] for agent in callable_agents(config)}
         self._sleepers = sleepers(config)
         self._router = RemoteRouter(ensure_router(config, app, configured), config, configured)
-        self._agents = ServeAgents(handles, pool_version(config), affine=affine_agents(config), gone=self._router.gone)
+        self._agents = ServeAgentClient(handles, pool_version(config), affine=affine_agents(config), gone=self._router.gone)
         self._traces = ensure_traces(app, config.router.num_traces)
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
         self._metrics = QueryMetrics(config.name)

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dmoa.agents.pool import check_corpus, check_files
-from dmoa.config import Config, LlmConfig, TransformersOptions, VllmOptions, callable_agents
+from dmoa.config import Config, LlmConfig, callable_agents
+from dmoa.engine_options import TransformersOptions, VllmOptions
 from dmoa.engines.models import resolve_adapter
 from dmoa.engines.size import DTYPE_BYTES, ModelSize, measure_models
 from dmoa.errors import ConfigError

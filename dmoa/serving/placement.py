@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dmoa.config import AgentConfig, Config, VllmOptions, callable_agents
+from dmoa.config import AgentConfig, Config, callable_agents
+from dmoa.engine_options import VllmOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

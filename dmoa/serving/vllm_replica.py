@@ -13,7 +13,8 @@ from typing import Any
 from ray import serve
 from ray.serve.llm import LLMConfig, LLMServer
 
-from dmoa.config import AgentConfig, Config, LlmConfig, VllmOptions
+from dmoa.config import AgentConfig, Config, LlmConfig
+from dmoa.engine_options import VllmOptions
 from dmoa.engines.vllm.local import check_adapters, engine_over
 from dmoa.engines.vllm.options import cpu_environment, engine_args, local_source, remote_source, vllm_options
 from dmoa.serving.agent_replica import AgentCalls, hosted_agents

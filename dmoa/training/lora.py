@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmoa.config import Node, TransformersOptions
 from dmoa.core.entropy import token_entropy
+from dmoa.engine_options import Node, TransformersOptions
 from dmoa.engines.models import resolve_model
 from dmoa.engines.transformers.load import load_model
 from dmoa.errors import ConfigError

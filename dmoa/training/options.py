@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dmoa.config import Address, Config, Flag, Names, Node, Options, parse_gate
+from dmoa.config import Address, Config, Flag, Names, Options, parse_gate
+from dmoa.engine_options import Node
 from dmoa.types import Limits
 
 _SAMPLE = ("benchmarks", "queries", "data_dir", "split", "limit", "difficulty", "max_steps", "max_tokens", "skip_bad_rows")

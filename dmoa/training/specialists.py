@@ -26,7 +26,7 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmoa.config import Node
+from dmoa.engine_options import Node
 from dmoa.engines.models import model_id
 from dmoa.errors import CheckpointError, ConfigError, DmoaError
 from dmoa.tracking import Mode, Tracker, keep_run_id, open_tracker

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dmoa.config import AgentConfig, Config, LlmConfig, Node
+from dmoa.config import AgentConfig, Config, LlmConfig
+from dmoa.engine_options import Node
 
 _GUIDES = ("configuration", "serving", "api", "learning", "evaluation", "extending", "operations", "limits")
 _COLUMN = 40

@@ -21,7 +21,8 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from dmoa.agents.prompts import agent_messages
-from dmoa.config import Name, Node, TransformersOptions
+from dmoa.config import Name
+from dmoa.engine_options import Node, TransformersOptions
 from dmoa.engines.models import model_id, resolve_model
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply, Row

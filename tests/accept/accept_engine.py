@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmoa.config import TransformersOptions
 from dmoa.core.entropy import EntropySums
+from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import fetch
 from dmoa.engines.transformers.decode import DecodeLoop, Running, TextStream, draw_for
 from dmoa.engines.transformers.engine import TransformersEngine

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dmoa.agents.pool import vllm_builds
-from dmoa.config import LlmConfig, TransformersOptions
+from dmoa.config import LlmConfig
+from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import resolve_adapter, resolve_model
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.engines.vllm.local import start_vllm

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import dmoa
 from dmoa.agents.pool import default_config_path, load_pool
-from dmoa.config import Config, OpenaiOptions, ScriptedOptions, TransformersOptions, load, loads
+from dmoa.config import Config, load, loads
+from dmoa.engine_options import OpenaiOptions, ScriptedOptions, TransformersOptions
 from dmoa.errors import ConfigError
 from tests.examples import examples
 

@@ -19,7 +19,7 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "wandb")
 FLOORS: list[tuple[str, ...]] = [
     ("types", "errors", "protocols"),
     ("validation", "provenance", "loopback", "yaml_tree", "plugins"),
-    ("config",),
+    ("config", "engine_options"),
     ("core", "sandbox"),
     ("checkpoint", "routing", "trace", "tracking", "storage"),
     ("replay",),

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmoa.config import TransformersOptions
 from dmoa.core.entropy import EntropySums
+from dmoa.engine_options import TransformersOptions
 from dmoa.engines.adapter_files import check_adapter
 from dmoa.engines.chat_template import encode_chat, room_for_reply
 from dmoa.engines.models import HubModel

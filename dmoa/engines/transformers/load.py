@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from dmoa.config import TransformersOptions
+from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import HubModel
 from dmoa.errors import ConfigError
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmoa.config import LlmConfig, VllmOptions
+from dmoa.config import LlmConfig
+from dmoa.engine_options import VllmOptions
 from dmoa.engines.adapter_files import check_adapter
 from dmoa.engines.chat_template import load_tokenizer
 from dmoa.engines.models import model_id, resolve_adapter

@@ -6,7 +6,8 @@ import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from dmoa.config import LlmConfig, VllmOptions
+from dmoa.config import LlmConfig
+from dmoa.engine_options import VllmOptions
 from dmoa.engines.models import HubModel, resolve_model
 from dmoa.errors import ConfigError
 

@@ -26,7 +26,7 @@ from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.errors import DmoaError
 from dmoa.serving.actors import detached, end_actors, pack_record, router_name, unpack_record
-from dmoa.serving.agent_client import ServeAgents
+from dmoa.serving.agent_client import ServeAgentClient
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.rollover import check_version, pool_version
 from dmoa.serving.router.replica_health import presence, read_status, sleepers
@@ -98,7 +98,7 @@ class RouterActor:
         self._pool_version = pool_version(config)
         self._state = RouterState(config.router.state_uri or default_state_uri(self._app))
         handles = {name: serve.get_deployment_handle(where, self._app) for name, where in deployment_names(config).items()}
-        self._agents = ServeAgents(handles, self._pool_version)
+        self._agents = ServeAgentClient(handles, self._pool_version)
         self._versions = GateVersions(self._state, config, configured)
         self._recent.clear()
         self._local = LocalRouter(reload=self._reload)

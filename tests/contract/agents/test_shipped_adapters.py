@@ -12,7 +12,8 @@ from safetensors import safe_open
 import dmoa
 from dmoa.agents.pool import check_files, fingerprint, load_pool, packaged_pools
 from dmoa.agents.prompts import agent_messages
-from dmoa.config import AgentConfig, TransformersOptions
+from dmoa.config import AgentConfig
+from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import model_id, resolve_adapter, resolve_model
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import ConfigError

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dmoa.config import TransformersOptions
+from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import fetch
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.types import GenerationRequest, Message, Sampling

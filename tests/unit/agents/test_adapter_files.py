@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmoa.agents.pool import check_files
-from dmoa.config import Config, TransformersOptions
+from dmoa.config import Config
+from dmoa.engine_options import TransformersOptions
 from dmoa.engines.adapter_files import EngineName, check_adapter
 from dmoa.engines.models import resolve_adapter
 from dmoa.engines.transformers.engine import TransformersEngine

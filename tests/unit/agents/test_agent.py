@@ -10,8 +10,9 @@ import pytest
 
 from dmoa.agents.agent import MAX_TOOL_ROUNDS, Agent, LocalAgents
 from dmoa.agents.tools import default_tools
-from dmoa.config import AgentConfig, ScriptedOptions
+from dmoa.config import AgentConfig
 from dmoa.core.aggregate import doubt, select_contribution
+from dmoa.engine_options import ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
 from dmoa.errors import EngineError
 from dmoa.types import AgentCall, AgentReply, Generation, GenerationRequest, Message, Sampling, TextDelta

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai_server import answer, playing, request
 
-from dmoa.config import OpenaiOptions
+from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine, break_names
 from dmoa.types import GenerationRequest, Message, Sampling
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dmoa.config import Config, TransformersOptions
+from dmoa.config import Config
+from dmoa.engine_options import TransformersOptions
 from dmoa.engines.gpus import GpuSlice, local_gpus, pool_gpus, share_gpus, visible_gpus
 from dmoa.engines.transformers import load as loading
 from dmoa.errors import ConfigError

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmoa.agents.agent import Agent
-from dmoa.config import AgentConfig, TransformersOptions
+from dmoa.config import AgentConfig
 from dmoa.core.aggregate import contributions
+from dmoa.engine_options import TransformersOptions
 from dmoa.engines.transformers.decode import draw_for, pick_tokens
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import EngineError

@@ -17,7 +17,8 @@ import pytest
 from openai_server import Call, FakeEndpoint, Turn, answer, content, opening, playing, refusal, request
 
 from dmoa.agents.agent import Agent
-from dmoa.config import AgentConfig, OpenaiOptions
+from dmoa.config import AgentConfig
+from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine
 from dmoa.errors import AgentOverloadedError, ConfigError, EngineError, PromptTooLongError
 from dmoa.types import AgentCall, AgentReply, Generation, Message, Sampling

@@ -13,8 +13,9 @@ import pytest
 from openai_server import USAGE, Call, FakeEndpoint, answer, content, event_bytes, opening, playing, request, row, stall, until
 
 from dmoa.agents.agent import Agent
-from dmoa.config import AgentConfig, OpenaiOptions
+from dmoa.config import AgentConfig
 from dmoa.core.aggregate import doubt
+from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine
 from dmoa.errors import DeadlineError, EngineError
 from dmoa.types import AgentCall, AgentReply, Generation, GenerationRequest, Message, Sampling, TextDelta

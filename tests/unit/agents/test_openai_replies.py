@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from openai_server import Call, FakeEndpoint, Turn, content, event_bytes, playing, request, row
 
-from dmoa.config import OpenaiOptions
+from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine
 from dmoa.engines.openai_replies import events
 from dmoa.errors import EngineError

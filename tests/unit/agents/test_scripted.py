@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.config import ScriptedOptions
+from dmoa.engine_options import ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
 from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta

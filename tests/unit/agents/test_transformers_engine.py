@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dmoa.config import TransformersOptions
+from dmoa.engine_options import TransformersOptions
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta

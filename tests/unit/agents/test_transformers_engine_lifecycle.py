@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from dmoa.config import TransformersOptions
+from dmoa.engine_options import TransformersOptions
 from dmoa.engines.transformers.decode import SPLIT_TOKENS
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import ConfigError, EngineError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dmoa.agents.pool import fingerprint, load_pool
 from dmoa.bench.harness import on_engine
-from dmoa.config import VllmOptions
+from dmoa.engine_options import VllmOptions
 
 
 def test_a_pool_on_its_own_engine_is_the_pool() -> None:

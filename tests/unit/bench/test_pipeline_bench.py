@@ -23,7 +23,7 @@ from dmoa.bench.throughput import (
     wide_result,
     window_of,
 )
-from dmoa.config import ScriptedOptions
+from dmoa.engine_options import ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import dmoa as package
-from dmoa.config import ENGINES, Config, load
+from dmoa.config import Config, load
+from dmoa.engine_options import ENGINES
 from dmoa.errors import ConfigError, RequestError
 from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.evaluation.data import prepare_rows

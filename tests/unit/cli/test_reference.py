@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field
 
 import dmoa as package
 from dmoa.cli.bench import _METRICS
-from dmoa.config import Config, LlmConfig, Node, loads
+from dmoa.config import Config, LlmConfig, loads
+from dmoa.engine_options import Node
 from dmoa.trace import ReplyAgent, ReplyDmoa, ReplyStep
 from dmoa.workflows.reference import field_table, guides, show_markdown, subject
 

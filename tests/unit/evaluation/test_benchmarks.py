@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation.benchmarks import ddxplus
-from dmoa.evaluation.benchmarks.base import ParsedRow, RowError, fraction_of, hash_content, normalise
+from dmoa.evaluation.benchmarks.base import BENCHMARKS, ParsedRow, RowError, fraction_of, hash_content, normalise
 from dmoa.evaluation.benchmarks.word_problems import canonical_number
-from dmoa.evaluation.registry import BENCHMARKS, spec_of
+from dmoa.evaluation.registry import spec_of
 from tests.unit.evaluation.samples import CONDITIONS, EVIDENCES, ROWS, row
 
 DEFINITIONS = ddxplus.Definitions(

@@ -13,10 +13,9 @@ import pytest
 from dmoa.errors import ConfigError
 from dmoa.evaluation import data as hub
 from dmoa.evaluation import data as loading
-from dmoa.evaluation.benchmarks.base import HubSource
+from dmoa.evaluation.benchmarks.base import BENCHMARKS, HubSource
 from dmoa.evaluation.data import load_rows, load_splits, slices_of
 from dmoa.evaluation.records import SPLITS
-from dmoa.evaluation.registry import BENCHMARKS
 from tests.unit.evaluation.samples import CONDITIONS, EVIDENCES, row, write_rows
 
 HUB = {name: spec.hub for name, spec in BENCHMARKS.items() if spec.hub is not None}

@@ -12,10 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.benchmarks.base import RowError
+from dmoa.evaluation.benchmarks.base import BENCHMARKS, RowError
 from dmoa.evaluation.data import Loaded, load_rows, load_splits, parse_line, read_lines
 from dmoa.evaluation.records import SPLITS, Split
-from dmoa.evaluation.registry import BENCHMARKS
 from tests.unit.evaluation.samples import row, write_lines, write_rows
 
 # File of the folder -> rows, as the README beside the real rows states them.

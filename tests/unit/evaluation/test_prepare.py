@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dmoa.errors import ConfigError
+from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.evaluation.data import SUITE_ROWS, prepare_rows, sample_rows
 from dmoa.evaluation.records import EvaluateOptions, Label, Row, Task
-from dmoa.evaluation.registry import BENCHMARKS, SUITES, expand_names, judging
+from dmoa.evaluation.registry import SUITES, expand_names, judging
 from dmoa.evaluation.run_folder import RunFolder
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dmoa.errors import ConfigError
+from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.evaluation.data import check_disjoint, drop_overlaps, load_disjoint, load_splits
 from dmoa.evaluation.records import SPLITS
-from dmoa.evaluation.registry import BENCHMARKS
 from tests.unit.evaluation.samples import row, write_rows
 
 

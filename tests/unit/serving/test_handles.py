@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     from dmoa.serving.app import _ask_ingress
 
 from dmoa.errors import AgentUnavailableError, PoolChangedError
-from dmoa.serving.agent_client import ServeAgents
+from dmoa.serving.agent_client import ServeAgentClient
 from dmoa.serving.encoder import ServeEncoder
 from dmoa.serving.handles import ask
 from dmoa.types import AgentCall, Limits, Query, Sampling
@@ -61,7 +61,7 @@ def handle_of(books: Books) -> Any:
 async def test_calls_of_one_request_have_ids_of_their_own(request_context: Any) -> None:
     books = Books()
     handle = handle_of(books)
-    agents = ServeAgents({"a": handle, "b": handle}, "v", affine="ab")
+    agents = ServeAgentClient({"a": handle, "b": handle}, "v", affine="ab")
     calls = [AgentCall(trace_id="t", step=0, agent=name, messages=(), sampling=Sampling(), conversation="c") for name in "ab"]
     asked = [*(agents.call(call) for call in calls), *(anext(agents.stream(call)) for call in calls)]  # type: ignore[call-overload]
     asked += [agents.ping("a"), agents.ping("b"), ServeEncoder(handle).embed(["x"])]

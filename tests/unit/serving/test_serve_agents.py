@@ -23,7 +23,7 @@ with warnings.catch_warnings():
 
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, PoolChangedError
 from dmoa.serving import agent_client as vigil
-from dmoa.serving.agent_client import MissingReplicas, ServeAgents
+from dmoa.serving.agent_client import MissingReplicas, ServeAgentClient
 from dmoa.types import AgentCall, Sampling
 
 CALL = AgentCall(trace_id="t", step=0, agent="solver", messages=(), sampling=Sampling())
@@ -75,7 +75,7 @@ def watched(handle: Handle, looks: asyncio.Event, served: str | None = "v") -> A
         looks.set()
         return MissingReplicas(frozenset({"solver"}), served)
 
-    return ServeAgents({"solver": handle}, "v", gone=gone)  # type: ignore[dict-item]
+    return ServeAgentClient({"solver": handle}, "v", gone=gone)  # type: ignore[dict-item]
 
 
 async def ask_by_call(agents: Any) -> None:
@@ -117,7 +117,7 @@ async def test_a_ping_that_is_refused_looks_whether_the_agent_is_gone_with_its_p
     with pytest.raises(error, match="no running replica"):
         await watched(Handle(future_of(error=refused)), looks, served).ping("solver")
     with pytest.raises(AgentUnavailableError, match="its replica died"):
-        await ServeAgents({"solver": Handle(future_of(error=refused))}, "v").ping("solver")  # type: ignore[dict-item]
+        await ServeAgentClient({"solver": Handle(future_of(error=refused))}, "v").ping("solver")  # type: ignore[dict-item]
 
 
 async def test_a_call_that_is_given_up_and_cancelled_ends_as_cancelled(looks: asyncio.Event) -> None:
@@ -133,7 +133,7 @@ async def test_a_call_that_is_given_up_and_cancelled_ends_as_cancelled(looks: as
 
 async def test_a_full_queue_is_told_as_such_by_streams_too() -> None:
     handle = Handle(future_of(error=BackPressureError(4, 4)), DeploymentResponseGenerator)
-    agents = ServeAgents({"solver": handle}, "v")  # type: ignore[dict-item]
+    agents = ServeAgentClient({"solver": handle}, "v")  # type: ignore[dict-item]
     with pytest.raises(AgentOverloadedError, match="its queue is full"):
         await anext(agents.stream(CALL))
 
@@ -142,10 +142,10 @@ async def test_a_full_queue_is_told_as_such_by_streams_too() -> None:
 async def test_a_connection_that_breaks_between_replicas_costs_a_call_and_no_more(status: grpc.StatusCode) -> None:
     broken = grpc.aio.AioRpcError(status, grpc.aio.Metadata(), grpc.aio.Metadata(), details="stream removed")
     with pytest.raises(AgentUnavailableError, match=r"agent 'solver': AioRpcError: its replica died or cannot be reached"):
-        await ServeAgents({"solver": Handle(future_of(error=broken))}, "v").call(CALL)  # type: ignore[dict-item]
+        await ServeAgentClient({"solver": Handle(future_of(error=broken))}, "v").call(CALL)  # type: ignore[dict-item]
     streamed = Handle(future_of(error=broken), DeploymentResponseGenerator)
     with pytest.raises(AgentUnavailableError, match="AioRpcError"):
-        await anext(ServeAgents({"solver": streamed}, "v").stream(CALL))  # type: ignore[dict-item]
+        await anext(ServeAgentClient({"solver": streamed}, "v").stream(CALL))  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("ask", [ask_by_call, ask_by_stream, ask_by_ping])
@@ -155,7 +155,7 @@ async def test_a_call_that_no_replica_takes_ends_though_some_run(
     monkeypatch.setattr(vigil, "_LOOK_S", 0.01)
     future = future_of()
     handle = Handle(future, DeploymentResponseGenerator if ask is ask_by_stream else DeploymentResponse)
-    agents = ServeAgents({"solver": handle}, "v", patience_s=0.05)  # type: ignore[dict-item]
+    agents = ServeAgentClient({"solver": handle}, "v", patience_s=0.05)  # type: ignore[dict-item]
     with pytest.raises(CallNotTakenError, match=r"agent 'solver': no replica of it took the call for 0\.05 s"):
         async with asyncio.timeout(5):
             await ask(agents)
@@ -164,7 +164,7 @@ async def test_a_call_that_no_replica_takes_ends_though_some_run(
 
 async def test_a_call_with_a_deadline_has_until_then_to_be_taken(looks: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vigil, "_LOOK_S", 0.01)
-    agents = ServeAgents({"solver": Handle(future_of())}, "v", patience_s=3600)  # type: ignore[dict-item]
+    agents = ServeAgentClient({"solver": Handle(future_of())}, "v", patience_s=3600)  # type: ignore[dict-item]
     with pytest.raises(CallNotTakenError):
         async with asyncio.timeout(5):
             await agents.call(replace(CALL, deadline_unix_s=time.time()))

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
 from dmoa.agents.agent import Agent, LocalAgents
-from dmoa.config import AgentConfig, ScriptedOptions
+from dmoa.config import AgentConfig
+from dmoa.engine_options import ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
 from dmoa.policies.baselines import SinglePolicy
 from dmoa.testing import Schedule, asks, orchestrator_of

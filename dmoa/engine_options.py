@@ -1,0 +1,237 @@
+"""Options of every engine, which `llms.NAME.engine_kwargs` are read as, and the table of engines by name. Loads nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from dmoa.plugins import Registry, absolute_reference, is_reference
+from dmoa.protocols import Engine
+from dmoa.validation import short
+
+
+class Node(BaseModel):
+    """Base of every configuration record: frozen, unknown keys refused, fields documented in place."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class EngineOptions(Node):
+    """Base of the options of an engine, which `engine_kwargs` are read as."""
+
+    @property
+    def endpoint(self) -> str:
+        """URL of the server where the model runs, part of what the model is; empty where dmoa runs it."""
+        return ""
+
+    def fault_of_gpus(self, gpus: float) -> str | None:
+        """Return what is wrong with so many GPUs for a replica, None if nothing."""
+        return None
+
+
+class TransformersOptions(EngineOptions):
+    """Options of the `transformers` engine; each is named in every result."""
+
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Weights and arithmetic; int8 is dynamic int8 weights on CPU, without adapters."""
+    compile: bool = False
+    """Run the decode step through torch.compile; needs a C++ compiler on CPU, and agents without adapters."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where torch sees one, else the CPU."""
+    threads: int | None = Field(default=None, ge=1, le=256)
+    """CPU threads of the engine; None: half of the cores, because the small operations of small models gain little from more,
+    lose much where another process wants a core, and gateway, router and encoder need theirs."""
+    max_model_len: int = Field(default=2048, ge=64, le=1048576)
+    """Longest prompt plus reply in tokens."""
+    prefix_cache: bool = True
+    """Reuse the keys and values of the prompt prefix shared by the agents of a step."""
+
+
+class ScriptedOptions(EngineOptions):
+    """Options of the `scripted` engine: deterministic stand-ins for tests and for measuring overhead."""
+
+    delay_ms: float = Field(default=0.0, ge=0.0)
+    """How long every reply takes."""
+    delays_ms: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Delay by agent name, over `delay_ms`."""
+    replies: dict[str, str] = Field(default_factory=dict)
+    """Reply by agent name; `{query}` in it stands for the last user message. Others echo."""
+    failing: tuple[str, ...] = ()
+    """Agents whose every call fails."""
+    tokens: int = Field(default=8, ge=1)
+    """Completion tokens that every reply claims."""
+    entropies_nats: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Mean entropy by agent name; others get one from the hash of agent and query."""
+
+
+class VllmOptions(EngineOptions):
+    """Options of the `vllm` engine (extra `vllm`): the ones of vLLM's own that a pool has a say in, by their names there."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and arithmetic; auto: as the model was published."""
+    max_model_len: int | None = Field(default=None, ge=64)
+    """Longest prompt plus reply in tokens; None: as the model allows."""
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    """GPUs over which every layer is split; they are on one node."""
+    pipeline_parallel_size: int = Field(default=1, ge=1, le=64)
+    """Groups of layers that run one after the other, each on GPUs of its own."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Part of each GPU's memory that weights, activations and keys and values may fill."""
+    accelerator_type: str | None = Field(default=None, max_length=64)
+    """Kind of GPU as Ray names it, such as H100; None: any."""
+    block_size: int | None = Field(default=None, ge=1, le=256)
+    """Tokens of one block of keys and values: only whole blocks are reused; None: 32 on a CPU, as vLLM chooses on a GPU."""
+    enforce_eager: bool = False
+    """Run without compiled graphs: starts sooner, decodes slower. Always so on a CPU."""
+    prefix_cache: bool = True
+    """Reuse the keys and values of the prompt prefix shared by the agents of a step."""
+    enable_sleep_mode: bool = False
+    """Start vLLM so that the methods `sleep` and `wakeup` of its replicas work, through a Serve handle. On GPUs only."""
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 16
+    """Room for the ranks of the agents' adapters."""
+    max_loras: int | None = Field(default=None, ge=1, le=256)
+    """Adapters of one batch; None: all that the agents of this LLM have."""
+    entropy: Literal["exact", "listed"] = "exact"
+    """exact: computed inside vLLM, over the whole vocabulary, by a logits processor; listed: bounds from `top_logprobs`
+    log-probabilities per token, from vLLM as it comes. No option here turns speculative decoding on; a checkpoint that names
+    its own draft model does so by itself, and with it vLLM takes no processor: then `listed` is needed."""
+    top_logprobs: int = Field(default=20, ge=1, le=20)
+    """Log-probabilities asked for per token where `entropy` is listed."""
+    cpu_kv_cache_gib: int = Field(default=1, ge=1, le=1024)
+    """Memory for keys and values where no GPU is asked for."""
+    threads: int | None = Field(default=None, ge=1, le=256)
+    """CPU threads where no GPU is asked for; None: half of the cores."""
+
+    @property
+    def num_workers(self) -> int:
+        """Devices that one replica runs on."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def fault_of_gpus(self, gpus: float) -> str | None:
+        """Return what is wrong with so many GPUs for a replica, None if nothing."""
+        if gpus and gpus != self.num_workers:
+            return (
+                f"gpus: value seen: {gpus:g}; tensor_parallel_size {self.tensor_parallel_size} x pipeline_parallel_size "
+                f"{self.pipeline_parallel_size} run on {self.num_workers}; set gpus to that, or to 0 for the CPU"
+            )
+        if self.enable_sleep_mode and not gpus:
+            return (
+                "engine_kwargs: enable_sleep_mode: value seen: true with gpus 0; vLLM gives memory back on GPUs only; allowed "
+                "on the CPU is false; leave it out, or set gpus"
+            )
+        return None
+
+
+class OpenaiOptions(EngineOptions):
+    """Options of the `openai` engine: an OpenAI-compatible endpoint that runs elsewhere."""
+
+    base_url: str
+    """What `/chat/completions` is appended to, such as https://api.example.com/v1; without user, query and fragment."""
+    api_key_env: str | None = None
+    """NAME of the environment variable that holds the key where the engine runs, never the key; None: no key is sent."""
+    timeout_s: float = Field(default=120.0, gt=0.0, le=3600.0)
+    """Longest silence: until the reply of an unstreamed call, between two pieces of a stream. Connecting may take 10 s of it."""
+    max_retries: int = Field(default=2, ge=0, le=10)
+    """How often a call is sent again after status 408, 429 or 5xx and after a lost connection, within the query's deadline."""
+    top_logprobs: int = Field(default=20, ge=0, le=20)
+    """Log-probabilities asked for per token; 0 asks for none: the entropies are then unknown, and no reply counts as sure."""
+    vocab_size: int = Field(default=128000, ge=2, le=10000000)
+    """Size of the model's vocabulary, which endpoints do not tell: what probability that is not listed may be spread over."""
+    continue_final_message: bool = False
+    """Ask for the assistant's own beginning to be continued in place, after a tool's result say (vLLM and SGLang can);
+    else it stands as a turn before the reply."""
+
+    @property
+    def endpoint(self) -> str:
+        """The base URL."""
+        return self.base_url.rstrip("/")
+
+    def fault_of_gpus(self, gpus: float) -> str | None:
+        """Refuse any: the model runs elsewhere."""
+        return f"gpus: value seen: {gpus:g}; engine 'openai' runs its model elsewhere; set gpus to 0" if gpus else None
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Self:
+        # A rule over the record, because the message of a rule over one field would show what may be a secret.
+        if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
+            raise ValueError(
+                "api_key_env: the value is no name of an environment variable; allowed are A-Z, 0-9 and '_', the first no digit; "
+                "name the variable that holds the key, and keep the key itself out of this file"
+            )
+        fault = _fault_of_url(self.base_url)
+        if fault:
+            raise ValueError(f"base_url: {fault}; write it as https://HOST[:PORT]/PATH, up to what /chat/completions follows")
+        return self
+
+
+def _fault_of_url(url: str) -> str | None:
+    """Return what is wrong with an endpoint's URL, None if nothing; parts that may hold a secret are not repeated."""
+    if re.search(r"[@?#]", url):
+        return "the URL has a user part, a query or a fragment; none is allowed (a key goes into the variable of api_key_env)"
+    try:
+        parts = urlsplit(url)
+        has_host = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        has_host = False
+    is_whole = has_host and url.isascii() and url.isprintable() and " " not in url
+    return None if is_whole else f"value seen: {short(url)}; allowed are http and https URLs with a host"
+
+
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineEntry:
+    """One engine: what the rest of dmoa has to know of it before it is built."""
+
+    name: str
+    options: type[EngineOptions]
+    """What `engine_kwargs` are read as."""
+    build: Callable[[Any], Engine]
+    """Builds the engine from an `engines.EngineContext`."""
+    model_prefix: str | None = None
+    """Its models are written PREFIX:NAME and are no other engine's; None: it takes what has weights, or scripted:NAME."""
+    is_light: bool = False
+    """Loads no weights and asks for no processor of its own."""
+    takes_adapters: bool = True
+    is_scripted: bool = False
+    """Has no model at all: replies hang on the agent's name, and a pool of such engines alone needs no sentence encoder."""
+    deployment: str | None = None
+    """`module:function` that makes its Serve deployment; None: replicas build the engine as any other process does."""
+
+    @property
+    def loads_weights(self) -> bool:
+        """Whether dmoa finds, fetches and checks the weights of its models."""
+        return not self.is_light and self.model_prefix is None
+
+
+ENGINES: Registry[EngineEntry] = Registry(
+    EngineEntry,
+    what="engine",
+    group="dmoa.engines",
+    # By name, because engines are above the configuration.
+    builtin={name: f"dmoa.engines:build_{name}" for name in ("transformers", "scripted", "vllm", "openai")},
+)
+
+
+def _check_engine(value: str) -> str:
+    if is_reference(value):
+        return absolute_reference(value)
+    if value not in ENGINES:
+        names = ", ".join(map(repr, ENGINES))
+        raise PydanticCustomError("engine", "input should be {expected} or FILE.py:NAME", {"expected": names})
+    return value
+
+
+EngineName = Annotated[
+    str,
+    AfterValidator(_check_engine),
+    WithJsonSchema({"anyOf": [{"enum": ["transformers", "scripted", "vllm", "openai"], "type": "string"}, {"type": "string"}]}),
+]
+"""Name of an engine, of dmoa's own or of an installed package, or `FILE.py:NAME`."""
