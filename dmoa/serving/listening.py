@@ -15,7 +15,7 @@ from dmoa.errors import ConfigError, NoAgentError
 MARK_HEADER = "x-dmoa-launch"
 """Header of /readyz by which a launch knows its own server among those that may share its port."""
 READY_TIMEOUT_S = 10.0
-_NUM_SURE = 8
+_NUM_SURE = 20
 """Connections in a row that have to reach the own server: the kernel deals them out where another listens there too."""
 FOREIGN_PATIENCE_S = 20.0
 """How long answers of others are waited out: the own proxy answers 404 until it has heard of the app."""

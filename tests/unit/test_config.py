@@ -284,6 +284,7 @@ BAD_TEXTS = [
 
 
 @pytest.mark.parametrize(("text", "part"), BAD_TEXTS, ids=range(len(BAD_TEXTS)))
+@pytest.mark.contract
 def test_a_text_that_is_no_pool_is_refused(text: str, part: str) -> None:
     message = refused(text)
     assert message.startswith("pool.yaml: ")

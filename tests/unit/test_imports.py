@@ -87,6 +87,7 @@ def imports(path: Path) -> frozenset[str]:
     return frozenset(found)
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """Module -> the modules of dmoa that it imports, without the package files that lead to them."""
     arrows: dict[str, set[str]] = {}

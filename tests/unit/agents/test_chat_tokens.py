@@ -109,6 +109,7 @@ PIECES = st.sampled_from(["", " ", "\n", "the quick", " fox\n\n", "<|", "|>", "<
 
 
 @given(st.lists(st.text(max_size=60) | PIECES, min_size=1, max_size=5))
+@pytest.mark.contract
 def test_ordinary_messages_are_tokenised_as_the_template_says(texts: list[str]) -> None:
     roles = ["system", "user", "assistant", "user", "assistant"]
     messages = said(*zip(roles, texts, strict=False))

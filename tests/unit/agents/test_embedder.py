@@ -143,6 +143,7 @@ class TestMiniLm:
         row, as_text = encoder.encode([f"sort {name} apples", f"sort {name.lower()} apples"])
         np.testing.assert_array_equal(row, as_text)
 
+    @pytest.mark.contract
     def test_a_row_does_not_depend_on_its_company(self, folder: Path, encoder: MiniLmEncoder) -> None:
         together = encoder.encode([*TEXTS, LONG])
         forgetful = MiniLmEncoder(folder, cache_size=0)

@@ -56,6 +56,7 @@ def shown(tokens: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
     return str(tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
 
 
+@pytest.mark.contract
 async def test_mixed_batch_equals_the_bare_models_one_by_one(
     tiny_engine: TransformersEngine, tiny_model: Path, tiny_adapters: dict[str, Path]
 ) -> None:

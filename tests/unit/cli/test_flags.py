@@ -51,9 +51,10 @@ FLAGS = {
         "--track:str=auto"
     ),
     "policies": "",
-    "schema": "",
+    "docs": "",
+    "schema": "--table:bool=False --example:bool=False",
     "doctor": "",
-    "bench": "--only:str --rounds:int>=1 --engine:str",
+    "bench": "--only:str --rounds:int>=1 --engine:str --list:bool=False",
     "models list": "",
     "models fetch": "--verify:bool=False",
     "models path": "",

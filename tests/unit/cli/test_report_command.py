@@ -49,12 +49,14 @@ def test_a_run_is_shown_and_reported(dmoa: Any, folder: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["accuracy"] == 0.5
 
 
+@pytest.mark.contract
 def test_the_html_goes_where_it_is_wanted(dmoa: Any, folder: Path, tmp_path: Path) -> None:
     assert dmoa("report", folder, "--html", tmp_path / "page.html", "-q").exit_code == 0
     assert (tmp_path / "page.html").exists()
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.contract
 def test_the_finished_result_is_preferred(dmoa: Any, folder: Path) -> None:
     run, answered, scored = small_run()
     evaluation = build_evaluation(run, answered, [*scored[1:], score("mmlu", 0, "dmoa", 0.0, group="art")])

@@ -96,6 +96,7 @@ def test_a_query_is_as_wide_as_its_exploration(pool: Path) -> None:
         (["--benchmarks", "arith", "--limit", "9999999"], "limit: value seen: 9999999"),
     ],
 )
+@pytest.mark.contract
 def test_bad_input_is_one_message_and_asks_nobody(
     dmoa: Any, pool: Path, tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

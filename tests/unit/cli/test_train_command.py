@@ -16,6 +16,8 @@ from dmoa.testing import scripted_pool as made_up_pool
 from dmoa.testing import scripted_pool_yaml as pool_yaml
 from tests.unit.cli.conftest import Invoke
 
+pytestmark = pytest.mark.contract  # asks git for the revision, and trains
+
 ROOT = Path(__file__).parents[3]
 
 

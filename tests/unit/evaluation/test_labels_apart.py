@@ -22,9 +22,10 @@ from dmoa.types import Limits
 PACKAGE = Path(dmoa.__file__).parent
 LABEL_NAMES = {"Label", "read_gold", "read_scores", "gold", "scores", "Scored", "pending_scores"}
 """What reaches labels: records, readers, paths."""
-WHO_MAY = ("workflows/collect.py", "cli/demo.py")
+WHO_MAY = ("workflows/collect.py", "cli/demo.py", "testing.py")
 """Outside evaluation: what writes the labels of rollouts into a folder apart, and reads them for `dmoa probe
---known-answers`; and the demo, which tells right answers from wrong ones on the screen. Neither is a part of training."""
+--known-answers`; the demo, which tells right answers from wrong ones on the
+screen; and records for tests. None is a part of training."""
 _opened: list[tuple[str, str]] = []
 _watched: list[str] = []
 

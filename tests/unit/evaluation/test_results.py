@@ -181,6 +181,7 @@ def test_a_result_of_before_says_by_its_counts_what_ran(tmp_path: Path) -> None:
 
 @given(st.randoms(use_true_random=False))
 @settings(max_examples=10)
+@pytest.mark.contract
 def test_the_order_of_lines_does_not_matter(order: random.Random) -> None:
     run = run_of([BenchmarkInfo(name="relay", rows=40), BenchmarkInfo(name="gsm8k", rows=40)])
     drawn = random.Random(5)

@@ -76,6 +76,7 @@ HUGE = [
 
 
 @pytest.mark.parametrize("text", HUGE, ids=range(len(HUGE)))
+@pytest.mark.contract
 def test_huge_replies_are_read_in_bounded_time(text: str) -> None:
     start = time.process_time()
     for name, entry in ENTRIES.items():
@@ -86,7 +87,7 @@ def test_huge_replies_are_read_in_bounded_time(text: str) -> None:
 def test_labels_of_other_benchmarks_and_unknown_benchmarks_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"'multiarith'.*'gsm8k'"):
         ENTRIES["gsm8k"].score(LABELS["multiarith"], Reply(text="3"))
-    with pytest.raises(ConfigError, match=r"no scorer.*'mmul'.*mmlu"):
+    with pytest.raises(ConfigError, match=r"'mmul' is not known.*mmlu"):
         table.build_scorer("mmul")
 
 

@@ -20,6 +20,8 @@ from dmoa.evaluation.records import Task
 from dmoa.training.cluster_router import KMeansRouter
 from dmoa.types import AgentReply
 
+pytestmark = pytest.mark.contract  # works for seconds
+
 FOLDER = Path(__file__).parents[3] / "jobs" / "study"
 AGENTS = ("base", "arith-carry", "arith-plain", "arith-both", "words", "calendar", "generalist")
 SUITES = ("arith", "words", "calendar", "shared")

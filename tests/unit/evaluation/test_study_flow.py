@@ -22,6 +22,8 @@ from dmoa.types import AgentReply
 from dmoa.workflows.console import Common
 from tests.unit.evaluation.test_study_endpoints import study
 
+pytestmark = pytest.mark.contract  # works for seconds
+
 SUITES, SURFACES = ("arith", "words", "calendar", "shared"), ("arith", "words", "calendar")
 ROWS, SEEDS = 32, 2
 TRAIN = {"score": "anchored", "epochs": 8, "patience": 8, "discount_constant": True}

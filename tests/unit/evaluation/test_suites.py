@@ -58,6 +58,7 @@ def test_every_difficulty_has_100_000_latent_tuples(name: str, difficulty: int) 
 
 
 @pytest.mark.parametrize("operations", ["+", "-", "++", "+-"])
+@pytest.mark.contract
 def test_arithmetic_tuples_are_counted_right(operations: Operations) -> None:
     first, *rest = np.meshgrid(*[np.arange(10, 100)] * (len(operations) + 1), indexing="ij")
     total, has_carried, is_valid = first, np.zeros(first.shape, dtype=bool), np.ones(first.shape, dtype=bool)
@@ -141,6 +142,7 @@ def test_the_smallest_kinds_hold_what_capacity_promises(kind: Kind) -> None:
         assert 0.85 * PERCENT[split] / 100 * kind.num_tuples <= counted[split] <= 1.15 * PERCENT[split] / 100 * kind.num_tuples
 
 
+@pytest.mark.contract
 def test_a_whole_split_streams_without_repeating_a_tuple() -> None:
     suite = SUITES["arith"]
     groups = ["sum-without-carries"]
@@ -174,6 +176,7 @@ def test_splits_are_disjoint_by_tuple_and_by_held_out_template(name: str) -> Non
 
 
 @pytest.mark.parametrize("other", ["shared", "chain", "relay"])
+@pytest.mark.contract
 def test_what_specialists_train_on_is_tested_nowhere(other: str) -> None:
     trained = {
         root

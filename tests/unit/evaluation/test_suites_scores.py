@@ -177,6 +177,7 @@ def test_no_router_without_memory_beats_one_third_on_relay(delay: int) -> None:
 
 
 @pytest.mark.parametrize("delay", [1, 2, 3])
+@pytest.mark.contract
 def test_generated_relays_tell_nothing_by_the_newest_card(delay: int) -> None:
     pairs: Counter[tuple[str, str]] = Counter()
     for row in SUITES["relay"].generate("gate", 1200, 1, delay):

@@ -48,6 +48,7 @@ def first_choices(gate: Gate, rollouts: Path) -> np.ndarray:  # type: ignore[typ
         return gate(input_QX, torch.zeros(len(input_QX), gate.spec.hidden)).logits_BA.argmax(dim=1).numpy()
 
 
+@pytest.mark.contract
 def test_every_ablation_trains_on_the_same_rollouts(rollouts: Path, config: Config, tmp_path: Path) -> None:
     gates = {name: trained(name, rollouts, tmp_path, config) for name in ABLATIONS}
     spec = gates["default"].spec

@@ -48,6 +48,7 @@ def train(out: Path, rollouts: Path, config: Config, **options: Any) -> tuple[Tr
     return result, [line for line in said if LIAR in line]
 
 
+@pytest.mark.contract
 def test_a_constant_agent_is_never_the_surest(rollouts: Path, config: Config, tmp_path: Path) -> None:
     found, said = train(tmp_path / "discounted", rollouts, config)
     kept, said_of_kept = train(tmp_path / "kept", rollouts, config, discount_constant=False)

@@ -73,6 +73,7 @@ def test_of_a_file_with_a_limit_the_sample_is_kept_and_no_more(tmp_path: Path, l
         assert list(read_queries(path, limit=limit, seed=seed).queries) == expected
 
 
+@pytest.mark.contract
 def test_a_long_file_with_a_limit_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
     path = own(tmp_path, "".join(f'{{"query": "What is {number} + 7, and why?"}}\n' for number in range(30_000)))
     tracemalloc.start()

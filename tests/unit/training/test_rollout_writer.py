@@ -48,6 +48,7 @@ def test_a_part_is_written_after_its_pause_without_another_query(tmp_path: Path)
     assert on_disk(tmp_path) == [["arith/gate/0001"]]
 
 
+@pytest.mark.contract
 def test_a_part_is_written_as_soon_as_it_is_large(tmp_path: Path) -> None:
     writer = RolloutWriter(str(tmp_path), first_pause_s=LONG_S)
     large = pa.concat_tables([rows(1)] * (PART_BYTES // rows(1).nbytes + 1))
