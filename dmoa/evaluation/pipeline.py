@@ -146,9 +146,9 @@ def score_block(block: pa.Table, open_scorers: OpenScorers, writer: Any) -> pa.T
 
 
 def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) -> Scored:
-    """Judge one answer; a failed query scores 0 and is not passed to the scorer."""
+    """Judge one answer; a failed query scores 0 in every metric, whatever its text."""
     common = {"row_id": answer.row_id, "benchmark": answer.benchmark, "policy": answer.policy, "group": answer.group}
-    judged = scorers[answer.benchmark](label, Reply(text=answer.text, step_texts=answer.step_texts))
+    judged = scorers[answer.benchmark](label, Reply(text=answer.text, step_texts=answer.step_texts))  # names the metrics
     if answer.status == "failed":
         zero = dict.fromkeys(judged.metrics, 0.0)
         return Scored(**common, value=0.0, is_scored=False, is_failed=True, reason=answer.error or "failed", metrics=zero)

@@ -26,6 +26,8 @@ from dmoa.policies.registry import POLICIES, build_policy
 from dmoa.workflows.backends import OpenPool
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
+pytestmark = pytest.mark.contract  # runs the examples of the guide
+
 TEXT = (files("dmoa") / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^```\w+ file=(\S+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL))
 CAPITALS = {"France": "Paris", "Peru": "Lima", "Chad": "N'Djamena"}
