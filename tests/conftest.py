@@ -17,7 +17,9 @@ from tests.examples import is_all
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow everything some thirty times on a busy machine
 
 UNIT_CPU_S = 2.0
-"""Most processor time of one call of a unit test. Not time by the clock, which a busy machine stretches."""
+"""Most processor time of one call of a unit test in `make fast`. Not time by the clock, which a busy machine stretches."""
+_BESIDE_OTHERS = 2.5
+"""As many times that where other tiers run beside it, which share caches and cores."""
 _OF_OTHER_TIERS = ("contract", "accept", "real_model")
 _started: list[str] = []
 
@@ -46,7 +48,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     item.user_properties.append(("cpu_s", round(cpu_s, 3)))
     if _is_unit(item):
         assert not _started, f"a unit test starts no process, see the marker `contract`: {_started}"
-        assert cpu_s <= UNIT_CPU_S, f"{cpu_s:.1f} s of processor time, a unit test takes {UNIT_CPU_S} at most"
+        is_fast = "not contract" in str(item.config.option.markexpr)
+        most_s = UNIT_CPU_S if is_fast else UNIT_CPU_S * _BESIDE_OTHERS
+        assert cpu_s <= most_s, f"{cpu_s:.1f} s of processor time, a unit test takes {most_s} at most"
     return result
 
 
