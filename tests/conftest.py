@@ -12,6 +12,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
+from dmoa import sandbox
 from tests.examples import is_all
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow everything some thirty times on a busy machine
@@ -52,6 +53,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
         most_s = UNIT_CPU_S if is_fast else UNIT_CPU_S * _BESIDE_OTHERS
         assert cpu_s <= most_s, f"{cpu_s:.1f} s of processor time, a unit test takes {most_s} at most"
     return result
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _host_is_known() -> None:
+    """Look once, before any test, at what the host offers programs: what asks for it first would start processes."""
+    sandbox.probe_levels()
 
 
 @pytest.fixture(autouse=True)

@@ -141,6 +141,7 @@ def test_the_doctor_is_content_here(dmoa: Any, pool: Path, tmp_path: Path) -> No
         assert line.endswith(check["detail"])
 
 
+@pytest.mark.contract
 def test_the_doctor_tells_how_programs_are_contained(pool: Path) -> None:
     check = next(check for check in examine(load(pool)) if check.name == "sandbox")
     assert check.detail.startswith(f"{sandbox.level()}: {sandbox.probe_levels().detail}")

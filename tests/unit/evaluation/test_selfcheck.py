@@ -57,6 +57,7 @@ def ds1000_row(number: int, reference: str, library: str = "Numpy") -> dict[str,
     return {"prompt": prompt, "reference_code": reference, "metadata": metadata, "code_context": context}
 
 
+@pytest.mark.contract
 def test_passes_on_hand_made_rows_and_counts_them(tmp_path: Path) -> None:
     write_rows(tmp_path / "gsm8k", "train.jsonl", numbers(40))
     write_rows(tmp_path / "gsm8k", "test.jsonl.gz", [*numbers(30), *numbers(1)])
