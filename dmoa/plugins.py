@@ -10,6 +10,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -175,11 +176,10 @@ def _run_file(path: Path) -> Any:
     assert spec.loader is not None, path
     module = module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pydantic look their module up while it is run
-    try:
+    with ExitStack() as undo:
+        undo.callback(sys.modules.pop, name, None)
         spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+        undo.pop_all()
     return module
 
 

@@ -198,6 +198,7 @@ async def test_a_client_that_goes_away_ends_all_calls_of_its_step(http: httpx.As
         query.cancel()
     await asyncio.gather(*queries, return_exceptions=True)
     await until(lambda: endpoint.waiting == 0, "the others' to end", 2)
+    assert endpoint.waiting == 0
 
 
 def test_a_call_counts_as_taken_while_its_replica_is_at_work(server: Served, endpoint: Endpoint, folder: Path) -> None:

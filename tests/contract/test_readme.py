@@ -109,7 +109,8 @@ def resolve(words: list[str]) -> tuple[Any, Any, list[str]]:
 @pytest.mark.parametrize("words", dmoa_commands(), ids=" ".join)
 def test_commands_in_blocks_are_accepted(words: list[str]) -> None:
     command, context, rest = resolve(words)
-    command.make_context(command.name, list(rest), parent=context.parent)  # raises for unknown options and missing arguments
+    made = command.make_context(command.name, list(rest), parent=context.parent)  # raises for what is unknown or missing
+    assert made.command is command
 
 
 @pytest.mark.parametrize("text", sorted(set(inline_commands())))
@@ -160,7 +161,7 @@ def test_the_scripted_pool_answers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", [block for block in of("python") if not block.is_executed], ids=lambda block: block.document)
 def test_python_that_needs_a_server_compiles(block: Block) -> None:
-    compile(block.text, block.document, "exec")
+    assert compile(block.text, block.document, "exec")
 
 
 def test_the_client_example_asks_the_default_pool() -> None:
