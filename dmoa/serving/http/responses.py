@@ -258,8 +258,6 @@ _ERRORS: dict[int, str] = {
     503: "No agent is left (`no_agent`), or every contribution was empty (`empty_answer`).",
     504: "The deadline passed before any contribution existed.",
 }
-
-
 NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": NotReadyReply, "description": "Agents are down."}}
 
 
@@ -299,11 +297,8 @@ def install_document(app: FastAPI, *, has_keys: bool) -> None:
 
 def _complete(document: dict[str, Any], has_keys: bool) -> None:
     components = document["components"]
-    requests: list[tuple[type[BaseModel], Literal["validation"]]] = [
-        (ChatRequest, "validation"),
-        (CompletionRequest, "validation"),
-    ]
-    components["schemas"] |= models_json_schema(requests, ref_template=_REF)[1]["$defs"]
+    _, requests = models_json_schema([(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template=_REF)
+    components["schemas"] |= requests["$defs"]
     if has_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
