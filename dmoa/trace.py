@@ -46,6 +46,10 @@ class ReplyModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class ReplyAgent(ReplyModel):
     """One agent in one step."""
 
@@ -88,7 +92,7 @@ class ReplyAgent(ReplyModel):
     """Whether a call cache gave the contribution; its counts are those of the run that filled the cache."""
     error: str | None
     """Why there is no contribution; null where there is one."""
-    text: str | None = None
+    text: str | None = Field(default=None, exclude_if=_is_none)
     """Its contribution; only with `dmoa.trace`."""
 
 
@@ -125,7 +129,7 @@ class ReplyStep(ReplyModel):
     """Asked agents first, the active ones in order of probability, explored ones last; then, where a gate decided, masked
     agents and the most probable ones of those left idle (16 at most: traces keep every probability)."""
     summarizer: ReplySummarizer
-    summary: str | None = None
+    summary: str | None = Field(default=None, exclude_if=_is_none)
     """The state after the step; only with `dmoa.trace`."""
 
 
@@ -167,17 +171,6 @@ def reply_dmoa(answer: Answer, *, pool: str = "", with_texts: bool = False) -> R
         stop_reason=answer.stop_reason,
         steps=[reply_step(step, with_texts=with_texts) for step in answer.steps],
     )
-
-
-def dump(reply: ReplyDmoa) -> dict[str, Any]:
-    """Return the object as plain JSON values; texts that were not asked for are left out, every other field is there."""
-    tree = reply.model_dump(mode="json")
-    for step in tree["steps"]:
-        for record in (step, *step["agents"]):
-            for name in ("summary", "text"):
-                if record.get(name, "") is None:
-                    del record[name]
-    return tree
 
 
 def step_probabilities(step: StepRecord) -> dict[str, float]:

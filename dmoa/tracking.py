@@ -1,7 +1,8 @@
 """Logs settings, curves, tables and files of a run: as JSON lines always, to Weights & Biases where it is wanted.
 
-A run neither waits for W&B nor fails by it: wandb lives in a process of its own (this module as a program), fed through a
-queue by a thread; a server that hangs costs the run nothing but the bounded wait of `finish`. Offline without a key.
+A run neither waits for W&B nor fails by it: wandb lives in a process of its own (this module as a program) that reads the JSON
+lines as they are written; a server that hangs costs the run nothing but the bounded wait of `finish`. In the run's own process
+wandb would hold it at its end for as long as the server does not answer. Offline without a key.
 
 Online, a run that goes on resumes its W&B run. Offline, every session of it is a W&B run with an id of its own, in one group
 named by the run's id: `wandb sync` writes a W&B run anew from its first step, and would lose a session of the same id.
@@ -13,17 +14,17 @@ import json
 import logging
 import math
 import os
-import queue
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn, Protocol
+from typing import IO, Any, Literal, NoReturn
 
 from dmoa.validation import redact
 
@@ -34,38 +35,57 @@ FINISH_TIMEOUT_S = 30.0
 """How long `finish` waits for W&B to have everything."""
 INIT_TIMEOUT_S = 15.0
 """How long W&B's server may take to begin a run, before the run goes on offline."""
-_MAX_QUEUED = 10_000
+_POLL_S = 0.5
+"""How often the process of W&B looks for new lines."""
 _LOG = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
+class Tracker:
     """Takes what a run logs. No method raises for what the tracker meets, and none waits, `finish` aside."""
 
-    run_id: str
-    """Stable name of the run, the same when it goes on later: W&B's id online, its group always."""
+    def __init__(self, run_id: str, lines: _JsonLines | None = None, wandb: _Wandb | None = None) -> None:
+        """Without `lines` nothing is logged."""
+        self.run_id = run_id
+        """Stable name of the run, the same when it goes on later: W&B's id online, its group always."""
+        self._lines = lines
+        self._wandb = wandb
+        self._is_finished = False
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log figures by name; those of one step belong together."""
-        ...
+        self._put({"op": "log", "step": step, "metrics": {name: float(value) for name, value in metrics.items()}})
 
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Log a table of plain values."""
-        ...
+        """Log a table of plain values; secrets are taken out, each cell by the name of its column."""
+        plain = [[redact(value, column) for value, column in zip(row, columns, strict=True)] for row in rows]
+        self._put({"op": "table", "name": name, "columns": list(columns), "rows": plain})
 
     def config(self, values: Mapping[str, Any]) -> None:
         """Add settings; secrets are taken out."""
-        ...
+        self._put({"op": "config", "values": redact(dict(values))})
 
     def artifact(self, path: Path, name: str, kind: str, role: Role = "output") -> None:
         """Log a file or a folder under a name and a kind, such as `checkpoint`: made by the run, or what it was made from.
 
         An input with the name, kind and content of another run's output is that very artifact: W&B links the two runs.
         """
-        ...
+        self._put({"op": "artifact", "path": str(path.absolute()), "name": name, "kind": kind, "role": role})
 
     def finish(self) -> None:
         """End the logging; waits for it, for a bounded time. Calling it again does nothing."""
-        ...
+        if self._is_finished:
+            return
+        self._is_finished = True
+        if self._lines:
+            self._lines.close()
+        if self._wandb:
+            self._wandb.close()
+
+    def _put(self, message: dict[str, Any]) -> None:
+        if self._is_finished:
+            _LOG.warning("tracking: %s after finish is not logged", message["op"])
+        elif self._lines:
+            self._lines.append(_finite({"time_unix_s": time.time(), **message}))
 
 
 def open_tracker(
@@ -87,13 +107,14 @@ def open_tracker(
     `run_id` and `of`: as in `keep_run_id`.
     """
     if mode == "none":
-        return _Nothing(run_id or "")
-    identity = keep_run_id(run_dir, run_id, of)
-    sinks: list[_Sink] = [_JsonLines(run_dir / "metrics.jsonl")]
-    if mode != "jsonl":
+        return Tracker(run_id or "")
+    identity, path = keep_run_id(run_dir, run_id, of), run_dir / "metrics.jsonl"
+    lines, wandb = _JsonLines(path), None
+    if mode != "jsonl" and lines.start is not None:
         begin = {"project": project, "name": name, "run_id": identity, "dir": str(run_dir), "init_timeout_s": init_timeout_s}
-        sinks.append(_Wandb(begin, run_dir / "tracking.log", finish_timeout_s, is_quiet=mode == "auto"))
-    tracker = _Tracker(identity, sinks)
+        follow = {"lines": str(path), "start": lines.start, "finish_timeout_s": finish_timeout_s}
+        wandb = _Wandb(begin | follow, run_dir / "tracking.log", finish_timeout_s, is_quiet=mode == "auto")
+    tracker = Tracker(identity, lines, wandb)
     if config:
         tracker.config(config)
     return tracker
@@ -142,71 +163,6 @@ def _kind(message: Mapping[str, Any]) -> Any:
     return message.get("name") or sorted(message.get("metrics") or ())
 
 
-class _Sink(Protocol):
-    def put(self, message: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _Nothing:
-    """Logs nothing."""
-
-    def __init__(self, run_id: str) -> None:
-        self.run_id = run_id
-
-    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log nothing."""
-
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Log nothing."""
-
-    def config(self, values: Mapping[str, Any]) -> None:
-        """Log nothing."""
-
-    def artifact(self, path: Path, name: str, kind: str, role: Role = "output") -> None:
-        """Log nothing."""
-
-    def finish(self) -> None:
-        """Do nothing."""
-
-
-class _Tracker:
-    """Hands plain messages to all sinks."""
-
-    def __init__(self, run_id: str, sinks: Sequence[_Sink]) -> None:
-        self.run_id = run_id
-        self._sinks = sinks
-        self._is_finished = False
-
-    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._put({"op": "log", "step": step, "metrics": {name: float(value) for name, value in metrics.items()}})
-
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        # Each cell by the name of its column, as a field.
-        plain = [[redact(value, column) for value, column in zip(row, columns, strict=True)] for row in rows]
-        self._put({"op": "table", "name": name, "columns": list(columns), "rows": plain})
-
-    def config(self, values: Mapping[str, Any]) -> None:
-        self._put({"op": "config", "values": redact(dict(values))})
-
-    def artifact(self, path: Path, name: str, kind: str, role: Role = "output") -> None:
-        self._put({"op": "artifact", "path": str(path.absolute()), "name": name, "kind": kind, "role": role})
-
-    def finish(self) -> None:
-        if not self._is_finished:
-            self._is_finished = True
-            for sink in self._sinks:
-                sink.close()
-
-    def _put(self, message: dict[str, Any]) -> None:
-        if self._is_finished:
-            _LOG.warning("tracking: %s after finish is not logged", message["op"])
-            return
-        plain = _finite({"time_unix_s": time.time(), **message})
-        for sink in self._sinks:
-            sink.put(plain)
-
-
 def _finite(value: Any) -> Any:
     """Return a message that is valid JSON: numbers that it does not have (NaN, infinities) become null."""
     if isinstance(value, float):
@@ -217,23 +173,26 @@ def _finite(value: Any) -> Any:
 
 
 class _JsonLines:
-    """Appends every message to a file, a line each."""
+    """Appends messages to a file, a line each; a file that cannot be written is given up with a warning."""
 
     def __init__(self, path: Path) -> None:
+        self.start: int | None = None
+        """Where in the file the first message goes; None where it cannot be written."""
         self._path = path
         self._file: IO[bytes] | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
-            self._file = path.open("ab", buffering=0)
-            if torn:
+            self._file = path.open("a+b", buffering=0)
+            self._file.seek(max(0, self._file.seek(0, os.SEEK_END) - 1))
+            if self._file.read(1) not in (b"", b"\n"):
                 # What a killed run left of a line stays a line of its own.
                 self._file.write(b"\n")
+            self.start = self._file.seek(0, os.SEEK_END)
         except OSError as error:
             self._give_up(error)
 
-    def put(self, message: dict[str, Any]) -> None:
-        """Append a message; a file that cannot be written is given up with a warning."""
+    def append(self, message: dict[str, Any]) -> None:
+        """Append a message at once."""
         if self._file is None:
             return
         try:
@@ -252,25 +211,17 @@ class _JsonLines:
         self._file = None
 
 
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
-
-
 class _Wandb:
-    """Feeds the process that holds wandb; when it hangs or dies, messages are dropped."""
+    """The process that holds wandb; the run is free of it, whatever becomes of it."""
 
     def __init__(self, begin: dict[str, Any], log_path: Path, finish_timeout_s: float, *, is_quiet: bool) -> None:
         self._finish_timeout_s = finish_timeout_s
         self._level = logging.INFO if is_quiet else logging.WARNING
-        self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue(_MAX_QUEUED)
-        self._num_dropped = 0
         self._process: subprocess.Popen[bytes] | None = None
         try:
             with log_path.open("ab") as log:
                 self._process = subprocess.Popen(  # noqa: S603 - our own module
-                    [sys.executable, "-P", "-m", "dmoa.tracking", str(finish_timeout_s)],
+                    [sys.executable, "-P", "-m", "dmoa.tracking", json.dumps(begin)],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
@@ -280,29 +231,16 @@ class _Wandb:
                 )
         except OSError as error:
             _LOG.log(self._level, "tracking: W&B cannot be started, the run goes on without it: %s", error)
-            return
-        self._thread = threading.Thread(target=self._feed, name="tracking", daemon=True)
-        self._thread.start()
-        self.put(begin)
-
-    def put(self, message: dict[str, Any]) -> None:
-        """Queue a message; drop it where the queue is full."""
-        try:
-            self._messages.put_nowait(message)
-        except queue.Full:
-            self._num_dropped += 1
 
     def close(self) -> None:
         """Wait until W&B has everything, for the bounded time; then end its process."""
         process = self._process
         if process is None:
             return
-        deadline = time.monotonic() + self._finish_timeout_s
-        with suppress(queue.Full):
-            self._messages.put(None, timeout=self._finish_timeout_s)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        assert process.stdin is not None
+        process.stdin.close()
         try:
-            status: int | None = process.wait(max(0.0, deadline - time.monotonic()))
+            status: int | None = process.wait(self._finish_timeout_s)
         except subprocess.TimeoutExpired:
             status = None
         if status != 0:
@@ -311,32 +249,18 @@ class _Wandb:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        self._thread.join()
-        if self._num_dropped:
-            _LOG.log(self._level, "tracking: W&B missed %d messages; metrics.jsonl has them", self._num_dropped)
-
-    def _feed(self) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        with suppress(OSError), self._process.stdin as pipe:
-            while (message := self._messages.get()) is not None:
-                pipe.write(json.dumps(message).encode() + b"\n")
-                pipe.flush()
 
 
-def main(lines: Iterable[bytes], finish_timeout_s: float) -> NoReturn:
-    """Be the process that holds wandb: the first line begins the run, the others are messages, their end finishes it."""
-    iterator = iter(lines)
-    begin = json.loads(next(iterator))
+def main(begin: dict[str, Any]) -> NoReturn:
+    """Be the process that holds wandb: take over every line of the run's file, and finish when the run ends or dies."""
     run = _begin(begin)
-    for line in iterator:
-        message = json.loads(line)
+    for message in _follow(Path(begin["lines"]), begin["start"]):
         try:
             _apply(run, message)
         except Exception as error:  # W&B is called here: what it cannot take must not lose what comes after
             print(f"{message['op']}: {error}", file=sys.stderr, flush=True)
     # A run that was killed waits for nobody: this process ends itself, with all that wandb started.
-    watchdog = threading.Timer(finish_timeout_s, os.killpg, (os.getpgid(0), signal.SIGKILL))
+    watchdog = threading.Timer(begin["finish_timeout_s"], os.killpg, (os.getpgid(0), signal.SIGKILL))
     watchdog.daemon = True
     watchdog.start()
     run.finish()
@@ -345,28 +269,27 @@ def main(lines: Iterable[bytes], finish_timeout_s: float) -> NoReturn:
     os._exit(0)
 
 
+def _follow(path: Path, start: int) -> Iterator[dict[str, Any]]:
+    """Yield the messages of a file from byte `start` on, as they are written, until standard input ends and all are read."""
+    line, is_over = b"", False
+    with path.open("rb") as file:
+        file.seek(start)
+        while True:
+            line += file.readline()
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+                line = b""
+            elif is_over:
+                return
+            else:
+                # Nothing is ever written to it: what can be read is its end, which a run that is killed leaves too.
+                is_over = bool(select.select([sys.stdin], [], [], _POLL_S)[0])
+
+
 def _begin(begin: dict[str, Any]) -> Any:
     """Begin or go on with a W&B run; offline where the server does not answer in time."""
     # Taken away, because wandb 0.31 cannot even go offline while the environment holds a mode that it does not know.
     mode: Any = os.environ.pop("WANDB_MODE", "") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-    import wandb
-
-    try:
-        if mode == "online":
-            return wandb.init(mode=mode, id=begin["run_id"], resume="allow", **_arguments(begin))
-        return wandb.init(mode=mode, id=_session_id(begin), **_arguments(begin))
-    except Exception as error:  # W&B is called here, and its errors have no common root
-        print(f"init: {error}; going on offline", file=sys.stderr, flush=True)
-        wandb.teardown()
-        return wandb.init(mode="offline", id=_session_id(begin), **_arguments(begin))
-
-
-def _session_id(begin: dict[str, Any]) -> str:
-    """Return an id that no other session of the run has, whatever machine that was on."""
-    return f"{begin['run_id']}-{uuid.uuid4().hex[:6]}"
-
-
-def _arguments(begin: dict[str, Any]) -> dict[str, Any]:
     import wandb
 
     # Nothing of the machine, the command line, the code or the environment goes to W&B, only what is logged.
@@ -386,13 +309,21 @@ def _arguments(begin: dict[str, Any]) -> dict[str, Any]:
         x_disable_machine_info=True,
         x_save_requirements=False,
     )
-    return {
+    session = {
+        # Of this session alone, whatever machines the others were on.
+        "id": f"{begin['run_id']}-{uuid.uuid4().hex[:6]}",
         "project": begin["project"],
         "name": begin["name"],
         "group": os.environ.get("WANDB_RUN_GROUP") or begin["run_id"],
         "dir": begin["dir"],
         "settings": settings,
     }
+    try:
+        return wandb.init(mode=mode, **session | ({"id": begin["run_id"], "resume": "allow"} if mode == "online" else {}))
+    except Exception as error:  # W&B is called here, and its errors have no common root
+        print(f"init: {error}; going on offline", file=sys.stderr, flush=True)
+        wandb.teardown()
+        return wandb.init(mode="offline", **session)
 
 
 def _apply(run: Any, message: dict[str, Any]) -> None:
@@ -419,4 +350,4 @@ def _apply(run: Any, message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.stdin.buffer, float(sys.argv[1]))
+    main(json.loads(sys.argv[1]))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from dmoa.core.losses import LossSums
 
@@ -93,8 +93,3 @@ class TorchGroup:
         shared = torch.tensor([value], dtype=torch.float64, device=self.device)
         distributed.broadcast(shared, src=0)
         return float(shared)
-
-
-def flat_size(parameters: Sequence[Tensor]) -> int:
-    """Return how many numbers `TorchGroup.backward` sends."""
-    return sum(parameter.numel() for parameter in parameters) + 2

@@ -232,7 +232,7 @@ class TrainOptions(Options):
     preset: Literal["few-shot", "full"] = "few-shot"
     """few-shot: some 40-80 queries; full: thousands. Sets `epochs`, `batch_queries`, `lr`, `patience` unless given."""
     workers: Workers = "auto"
-    """Ray Train workers; 0: in this process, without Ray; auto: as many as are not slower than one."""
+    """Ray Train workers; 0: in this process, without Ray; auto: 1, which is the fastest for a gate unless batches are large."""
     gpu: bool = False
     """Give every worker a GPU (all-reduce over nccl; on CPUs over gloo)."""
     epochs: int = Field(default=10, ge=1, le=100_000)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -470,7 +469,7 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
             context.say(
                 f"going on after epoch {len(before.epochs)}" if before.ended is None else f"already trained: {before.ended}"
             )
-        workers, note = _choose(training_set.job)
+        workers, note = _choose(options)
         context.say(f"{workers} worker{'s' if workers > 1 else ''}: {note}" if workers else note)
         curves = Curves(options, config.name, training_set.job.identity)
         try:
@@ -501,17 +500,11 @@ def _flat(identity: dict[str, Any]) -> dict[str, Any]:
     return {**identity.get("options", {}), **rest}
 
 
-def _choose(job: TrainJob) -> tuple[int, str]:
+def _choose(options: TrainOptions) -> tuple[int, str]:
     """Return the number of workers, and why."""
-    workers = job.options.workers
-    if workers == "auto":
-        import ray
-
-        from dmoa.training.ray_train import choose_workers
-
-        # This machine's own cores, whatever a Ray on it claims; a network between workers was not measured.
-        return choose_workers(job, min(int(ray.cluster_resources().get("CPU", 1)), os.cpu_count() or 1))
-    return workers, "in process, without Ray" if workers == 0 else "as asked for"
+    if options.workers == "auto":
+        return 1, "an update of a gate is shorter than what several workers would need to agree on it"
+    return options.workers, "in process, without Ray" if options.workers == 0 else "as asked for"
 
 
 def _train(job: TrainJob, store: StateStore, workers: int) -> None:

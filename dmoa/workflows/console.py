@@ -28,7 +28,7 @@ from rich.text import Text
 from typer.exceptions import TyperException
 
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError, TraceError
-from dmoa.trace import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, dump
+from dmoa.trace import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer
 from dmoa.types import is_untrained
 from dmoa.validation import did_you_mean, redact_text
 from dmoa.workflows.terminal import libraries_apart, stderr, tell
@@ -97,7 +97,7 @@ class QueryResult:
             "question": self.question,
             "answer": self.text,
             "finish_reason": self.finish_reason,
-            "dmoa": dump(self.dmoa),
+            "dmoa": self.dmoa.model_dump(mode="json"),
         }
 
 

@@ -321,7 +321,7 @@ def test_a_wandb_that_dies_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def wandb_pid(tracker: Any) -> int:
-    return int(tracker._sinks[1]._process.pid)
+    return int(tracker._wandb._process.pid)
 
 
 @pytest.mark.contract
@@ -338,7 +338,7 @@ def test_a_killed_run_leaves_its_curves_and_no_process(tmp_path: Path) -> None:
     code = (
         "import os, sys, time\nfrom pathlib import Path\nfrom dmoa.tracking import open_tracker\n"
         f"tracker = open_tracker('wandb', run_dir=Path({str(tmp_path)!r}), name='x', finish_timeout_s=20.0)\n"
-        "tracker.log({'before_the_kill': 1.0})\nprint(tracker._sinks[1]._process.pid, flush=True)\ntime.sleep(300)\n"
+        "tracker.log({'before_the_kill': 1.0})\nprint(tracker._wandb._process.pid, flush=True)\ntime.sleep(300)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert run.stdout is not None

@@ -11,10 +11,10 @@ import logging
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
@@ -25,6 +25,7 @@ from dmoa.errors import (
     AgentUnavailableError,
     BrokenStreamError,
     DeadlineError,
+    DmoaError,
     EmptyAnswerError,
     NoAgentError,
     RequestError,
@@ -95,56 +96,69 @@ _TYPES = {
     503: "server_error",
     504: "timeout_error",
 }
+_EXPECTED: dict[type[DmoaError], tuple[int, str]] = {
+    NoAgentError: (503, "no_agent"),
+    AgentUnavailableError: (503, "no_agent"),
+    AgentOverloadedError: (503, "no_agent"),
+    BrokenStreamError: (503, "stream_lost"),
+    EmptyAnswerError: (503, "empty_answer"),
+    DeadlineError: (504, "deadline_exceeded"),
+}
+"""What a swarm may fail by: the HTTP status and the OpenAI code of each error."""
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 _SURPRISE = "the server met an unexpected error; its log has the details"
 
 
 def encode_json(content: object) -> bytes:
-    """Encode a JSON body on one line. Non-finite numbers are an error; text that UTF-8 cannot carry is replaced by `?`.
+    """Encode a record or plain values as JSON on one line. Non-finite numbers are an error; what UTF-8 cannot carry becomes `?`.
 
     Characters at which some client may end a line, and so an event, are escaped; JSON itself escapes those below U+0020.
     """
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    plain = content.model_dump(mode="json") if isinstance(content, BaseModel) else content
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.translate(_LINE_ENDS).encode("utf-8", "replace")
 
 
 def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Return a JSON response."""
+    """Return a JSON response; `content` as in `encode_json`."""
     return Response(encode_json(content), status_code=status, headers=headers, media_type="application/json")
 
 
-def status_of(error: Exception) -> tuple[int, str | None, str | None]:
-    """Return the HTTP status, the OpenAI code and the parameter that an error stands for."""
-    if isinstance(error, RequestError):
-        return error.status, error.code, error.param
-    if isinstance(error, NoAgentError | AgentUnavailableError | AgentOverloadedError):
-        return 503, "no_agent", None
-    if isinstance(error, BrokenStreamError):
-        return 503, "stream_lost", None
-    if isinstance(error, EmptyAnswerError):
-        return 503, "empty_answer", None
-    if isinstance(error, DeadlineError):
-        return 504, "deadline_exceeded", None
-    return 500, "internal_error", None
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field at fault."""
+    code: str | None
 
 
-def problem(status: int, message: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+class ErrorReply(BaseModel):
+    """Body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+def problem(status: int, message: str, code: str | None, param: str | None = None) -> ErrorReply:
     """Return an OpenAI error object."""
     kind = _TYPES.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return ErrorReply(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
 
-def error_object(error: Exception) -> dict[str, Any]:
-    """Return the OpenAI error object of an error; a surprise gets a generic text."""
-    status, code, param = status_of(error)
-    return problem(status, _SURPRISE if status == 500 else str(error), code, param)
+def described(error: Exception) -> tuple[int, ErrorReply]:
+    """Return the HTTP status and the OpenAI error object that an error stands for; a surprise gets a generic text."""
+    if isinstance(error, RequestError):
+        return error.status, problem(error.status, str(error), error.code, error.param)
+    status, code = next((found for kind, found in _EXPECTED.items() if isinstance(error, kind)), (500, "internal_error"))
+    return status, problem(status, _SURPRISE if status == 500 else str(error), code)
 
 
 def error_response(error: Exception) -> Response:
     """Return the HTTP response of an error."""
-    status = status_of(error)[0]
+    status, reply = described(error)
     headers = {429: {"Retry-After": str(RETRY_AFTER_S)}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
-    return json_response(error_object(error), status, headers)
+    return json_response(reply, status, headers)
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -169,15 +183,8 @@ def install_handlers(app: FastAPI) -> None:
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE_STATUS)
 
-    for kind in (
-        RequestError,
-        NoAgentError,
-        AgentUnavailableError,
-        AgentOverloadedError,
-        BrokenStreamError,
-        EmptyAnswerError,
-        DeadlineError,
-    ):
+    kinds: list[type[DmoaError]] = [RequestError, *_EXPECTED]
+    for kind in kinds:
         app.add_exception_handler(kind, expected)
     app.add_exception_handler(HTTPException, unrouted)
     app.add_exception_handler(ClientDisconnect, gone)

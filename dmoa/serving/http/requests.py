@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -202,6 +201,21 @@ class SharedRequest(RequestModel):
     dmoa: DmoaOptions | None = None
 
     @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a chunk that carries `usage`."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wants_texts(self) -> bool:
+        """Whether the reply carries agents' texts and summaries."""
+        return bool(self.dmoa and self.dmoa.trace)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The client's own words about the query; a plain completion has none."""
+        return {}
+
+    @property
     def stop_texts(self) -> tuple[str, ...]:
         """The stop texts that are not empty, none if the field was absent."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -242,6 +256,11 @@ class ChatRequest(SharedRequest):
     cache_control: Any = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The client's `metadata`."""
+        return self.metadata or {}
 
 
 class CompletionRequest(SharedRequest):
@@ -302,16 +321,17 @@ def request_error(error: ValidationError) -> RequestError:
     if param is None:
         return RequestError(f"body: value seen: {shown_value(seen)}; allowed: a JSON object; send one", code="invalid_type")
     if kind == "missing":
-        return RequestError(f"{param}: missing; add it", param=param, code="missing_required_parameter")
+        return _refused(param, "missing; add it", "missing_required_parameter")
     if kind == "extra_forbidden":
         return unknown_field(param, seen, did_you_mean(str(first["loc"][-1])[:200], _fields_beside(first["loc"])))
-    if _is_other_part(first):
-        message = f"{param}: value seen: {shown_value(seen)}; allowed: text parts; other kinds of content are not supported"
-        return RequestError(message, param=param, code="unsupported")
-    if kind == "unsupported":
-        return RequestError(f"{param}: value seen: {shown_value(seen)}; {first['msg']}", param=param, code="unsupported")
-    text = "input should be a text or a list" if kind.startswith("union_tag") else first["msg"][0].lower() + first["msg"][1:]
-    return RequestError(f"{param}: value seen: {shown_value(seen)}; {text}; change it", param=param, code="invalid_value")
+    code, why = "invalid_value", f"{first['msg'][0].lower()}{first['msg'][1:]}; change it"
+    if kind == "literal_error" and first["loc"][-1] == "type" and "content" in first["loc"]:
+        code, why = "unsupported", "allowed: text parts; other kinds of content are not supported"
+    elif kind == "unsupported":
+        code, why = kind, first["msg"]
+    elif kind.startswith("union_tag"):
+        why = "input should be a text or a list; change it"
+    return _refused(param, f"value seen: {shown_value(seen)}; {why}", code)
 
 
 def _fields_beside(loc: tuple[int | str, ...]) -> list[str]:
@@ -326,12 +346,8 @@ def _fields_beside(loc: tuple[int | str, ...]) -> list[str]:
 
 def unknown_field(param: str, value: object, nearest: str = "") -> RequestError:
     """Return the error for a field that no request has; `nearest` ends it with the field that may have been meant."""
-    message = f"{param}: unknown field, value seen: {shown_value(value)}; remove it or check its spelling{nearest}"
-    return RequestError(message, param=param, code="unknown_parameter")
-
-
-def _is_other_part(item: Mapping[str, Any]) -> bool:
-    return item["type"] == "literal_error" and item["loc"][-1] == "type" and "content" in item["loc"]
+    why = f"unknown field, value seen: {shown_value(value)}; remove it or check its spelling{nearest}"
+    return _refused(param, why, "unknown_parameter")
 
 
 def param_of(loc: tuple[int | str, ...]) -> str | None:
@@ -360,20 +376,13 @@ N = TypeVar("N", int, float)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedRequest:
-    """One checked request: the query, and how the client wants its answer."""
+    """One checked request: the query, who answers it, and the body, which says how the client wants its answer."""
 
     query: Query
-    model: str
-    """The name that the client used."""
     policy: str
     agent: str | None
     """The one agent of the `single` policy where the client named one."""
-    is_stream: bool
-    has_usage_chunk: bool
-    with_texts: bool
-    """Whether the reply carries agents' texts and summaries."""
-    user: str | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    body: SharedRequest
 
 
 def chat_order(request: ChatRequest, service: SwarmService) -> ParsedRequest:
@@ -383,42 +392,38 @@ def chat_order(request: ChatRequest, service: SwarmService) -> ParsedRequest:
     """
     policy, agent = resolve(request, service)
     _check_messages(request)
-    if request.messages[-1].role != "user":
-        raise RequestError(
-            f"messages[{len(request.messages) - 1}].role: value seen: {request.messages[-1].role!r}; allowed for the last "
-            "message: 'user'; end the conversation with the question",
-            param=f"messages[{len(request.messages) - 1}].role",
-            code="invalid_value",
-        )
+    place, last = f"messages[{len(request.messages) - 1}]", request.messages[-1]
+    if last.role != "user":
+        seen = f"value seen: {last.role!r}; allowed for the last message: 'user'; end the conversation with the question"
+        raise _refused(f"{place}.role", seen)
     num_system = next(i for i, message in enumerate(request.messages) if message.role not in ("system", "developer"))
-    tokens = request.max_completion_tokens
-    if tokens is not None and request.max_tokens is not None and tokens != request.max_tokens:
-        raise RequestError(
-            f"max_tokens: value seen: {request.max_tokens}, and max_completion_tokens is {tokens}; they mean the same; send one",
-            param="max_tokens",
-            code="invalid_value",
-        )
-    return _order(
+    tokens, older = request.max_completion_tokens, request.max_tokens
+    if None not in (tokens, older) and tokens != older:
+        seen = f"value seen: {older}, and max_completion_tokens is {tokens}; they mean the same; send one"
+        raise _refused("max_tokens", seen)
+    query = _query(
         request,
         service,
-        policy=policy,
-        agent=agent,
-        text=_question(request.messages[-1].text, f"messages[{len(request.messages) - 1}].content"),
+        text=_question(last.text, f"{place}.content"),
+        max_tokens=tokens or older,
         system="\n\n".join(message.text for message in request.messages[:num_system]),
         turns=tuple(
             Message(role="system" if message.role == "developer" else message.role, content=message.text)
             for message in request.messages[num_system:-1]
         ),
-        max_tokens=tokens or request.max_tokens,
-        metadata=request.metadata or {},
     )
+    return ParsedRequest(query=query, policy=policy, agent=agent, body=request)
 
 
 def completion_order(request: CompletionRequest, service: SwarmService) -> ParsedRequest:
     """Return the order of a plain completion. Raises RequestError (400, 404)."""
     policy, agent = resolve(request, service)
-    text = _question(request.text, "prompt")
-    return _order(request, service, policy=policy, agent=agent, text=text, max_tokens=request.max_tokens)
+    query = _query(request, service, text=_question(request.text, "prompt"), max_tokens=request.max_tokens)
+    return ParsedRequest(query=query, policy=policy, agent=agent, body=request)
+
+
+def _refused(param: str, why: str, code: str = "invalid_value", status: int = 400) -> RequestError:
+    return RequestError(f"{param}: {why}", param=param, code=code, status=status)
 
 
 def _check_messages(request: ChatRequest) -> None:
@@ -433,40 +438,28 @@ def _check_messages(request: ChatRequest) -> None:
             continue
         param = f"messages[{number}].content"
         if "content" not in message.model_fields_set:
-            raise RequestError(f"{param}: missing; add it", param=param, code="missing_required_parameter")
-        raise RequestError(
-            f"{param}: value seen: {'null' if message.content is None else '[]'}; allowed: a text, or text parts; add some",
-            param=param,
-            code="invalid_value",
-        )
+            raise _refused(param, "missing; add it", "missing_required_parameter")
+        seen = "null" if message.content is None else "[]"
+        raise _refused(param, f"value seen: {seen}; allowed: a text, or text parts; add some")
 
 
 def _question(text: str, param: str) -> str:
     if not text.strip():
-        raise RequestError(
-            f"{param}: value seen: {shown_value(text)}; allowed: a text; ask something", param=param, code="invalid_value"
-        )
+        raise _refused(param, f"value seen: {shown_value(text)}; allowed: a text; ask something")
     return text
 
 
-def _order(
+def _query(
     request: SharedRequest,
     service: SwarmService,
     *,
-    policy: str,
-    agent: str | None,
     text: str,
     max_tokens: int | None,
     system: str = "",
     turns: tuple[Message, ...] = (),
-    metadata: Mapping[str, str] | None = None,
-) -> ParsedRequest:
+) -> Query:
     if request.stream_options is not None and not request.stream:
-        raise RequestError(
-            "stream_options: given without stream; allowed with stream: true; leave it out",
-            param="stream_options",
-            code="invalid_value",
-        )
+        raise _refused("stream_options", "given without stream; allowed with stream: true; leave it out")
     sampling: dict[str, Any] = {
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -474,24 +467,14 @@ def _order(
         "stop": request.stop_texts or None,
         "seed": request.seed,
     }
-    return ParsedRequest(
-        query=Query(
-            trace_id=uuid.uuid4().hex,
-            text=text,
-            system=system,
-            turns=turns,
-            sampling={name: value for name, value in sampling.items() if value is not None},
-            limits=_limits(request.dmoa or DmoaOptions(), service),
-            is_streamed=bool(request.stream),
-        ),
-        model=request.model,
-        policy=policy,
-        agent=agent,
-        is_stream=bool(request.stream),
-        has_usage_chunk=bool(request.stream_options and request.stream_options.include_usage),
-        with_texts=bool(request.dmoa and request.dmoa.trace),
-        user=request.user,
-        metadata=metadata or {},
+    return Query(
+        trace_id=uuid.uuid4().hex,
+        text=text,
+        system=system,
+        turns=turns,
+        sampling={name: value for name, value in sampling.items() if value is not None},
+        limits=_limits(request.dmoa or DmoaOptions(), service),
+        is_streamed=bool(request.stream),
     )
 
 
@@ -509,22 +492,15 @@ def resolve(request: SharedRequest, service: SwarmService) -> tuple[str, str | N
     if model not in model_names(service):
         raise unknown_model(model, service)
     if asked is not None and asked not in service.policies:
-        raise RequestError(
-            f"dmoa.policy: value seen: {shown_value(asked)}; allowed: {', '.join(service.policies)}; choose one of them"
-            f"{did_you_mean(asked, service.policies)}",
-            param="dmoa.policy",
-            code="unknown_policy",
-        )
+        allowed = f"allowed: {', '.join(service.policies)}; choose one of them{did_you_mean(asked, service.policies)}"
+        raise _refused("dmoa.policy", f"value seen: {shown_value(asked)}; {allowed}", "unknown_policy")
     if model == service.pool:
         return asked or service.policies[0], None
     agent = model if model in service.agents else None
     named = SINGLE if agent else model.removeprefix(f"{service.pool}/")
     if asked not in (None, named):
-        raise RequestError(
-            f"dmoa.policy: value seen: {asked!r}, but model {model!r} means {named!r}; make them agree, or leave one out",
-            param="dmoa.policy",
-            code="invalid_value",
-        )
+        seen = f"value seen: {asked!r}, but model {model!r} means {named!r}; make them agree, or leave one out"
+        raise _refused("dmoa.policy", seen)
     return named, agent
 
 
@@ -532,10 +508,8 @@ def unknown_model(model: str, service: SwarmService) -> RequestError:
     """Return the 404 of a model name that this server does not have."""
     names = model_names(service)
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    message = (
-        f"model: value seen: {shown_value(model)}; allowed: {shown}; GET /v1/models lists them{did_you_mean(model[:200], names)}"
-    )
-    return RequestError(message, param="model", code="model_not_found", status=404)
+    allowed = f"allowed: {shown}; GET /v1/models lists them{did_you_mean(model[:200], names)}"
+    return _refused("model", f"value seen: {shown_value(model)}; {allowed}", "model_not_found", 404)
 
 
 def _limits(options: DmoaOptions, service: SwarmService) -> Limits:

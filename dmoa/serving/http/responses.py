@@ -1,4 +1,4 @@
-"""Turns an Answer into OpenAI's objects (replies, stream chunks, usage, the line of a step), and documents them in OpenAPI.
+"""Turns an Answer into OpenAI's objects: replies, stream chunks, usage, the line of a step. The document is made of the same.
 
 Last stop of a query over HTTP. The reply's own `dmoa` object is made in `dmoa.trace`, because traces keep it too.
 """
@@ -10,16 +10,17 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
 from dmoa.errors import EmptyAnswerError
-from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, error_object
+from dmoa.serving.http.errors import RETRY_AFTER_S, ErrorReply, described, encode_json
+from dmoa.serving.http.middleware import OPEN_PATHS
 from dmoa.serving.http.requests import ChatRequest, CompletionRequest, ParsedRequest
-from dmoa.trace import ReplyDmoa, ReplyModel, dump, finite, reply_dmoa, step_probabilities
+from dmoa.trace import ReplyDmoa, ReplyModel, finite, reply_dmoa, step_probabilities
 from dmoa.types import AgentReply, Answer, StepRecord, SummarizerRecord
 
+_REF = "#/components/schemas/{model}"
 DONE = b"data: [DONE]\n\n"
 _SUMMARY_CHARACTERS = 500
 Finish = Literal["stop", "length"]
@@ -67,28 +68,30 @@ class TextChoice(ReplyModel):
     finish_reason: Finish
 
 
-class ChatReply(ReplyModel):
+class CompletionReply(ReplyModel):
+    """What the replies to both kinds of request have in common."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[Any]
+    usage: Usage
+    dmoa: ReplyDmoa
+
+
+class ChatReply(CompletionReply):
     """Body of the answer to POST /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
-    usage: Usage
-    dmoa: ReplyDmoa
 
 
-class TextReply(ReplyModel):
+class TextReply(CompletionReply):
     """Body of the answer to POST /v1/completions."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[TextChoice]
-    usage: Usage
-    dmoa: ReplyDmoa
 
 
 def usage_of(answer: Answer) -> Usage:
@@ -131,23 +134,24 @@ class Rendering:
         self._order = order
         self._pool = pool
         self._is_chat = is_chat
-        self._created = int(time.time())
+        self._head: dict[str, Any] = {
+            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{order.query.trace_id}",
+            "created": int(time.time()),
+            "model": order.body.model,
+        }
         self._sent = ""
         """Text of the answer that was streamed."""
         self._held = ""
         """White space at its start, which is not an answer as long as nothing follows."""
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
+    def whole(self, answer: Answer) -> CompletionReply:
         """Return the reply of a request that does not stream. Raises EmptyAnswerError."""
         check_not_empty(answer)
-        choice: dict[str, Any] = {"index": 0}
+        text, reason = answer.text.encode("utf-8", "replace").decode(), answer.finish_reason
+        shared = {**self._head, "usage": usage_of(answer), "dmoa": self._dmoa(answer)}
         if self._is_chat:
-            choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
-        else:
-            choice["text"] = answer.text
-        choice |= {"logprobs": None, "finish_reason": answer.finish_reason}
-        kind = "chat.completion" if self._is_chat else "text_completion"
-        return self._envelope(kind, [choice], usage=usage_of(answer).model_dump(), dmoa=self._dmoa(answer))
+            return ChatReply(choices=[ChatChoice(message=ReplyMessage(content=text), finish_reason=reason)], **shared)
+        return TextReply(choices=[TextChoice(text=text, finish_reason=reason)], **shared)
 
     def opening(self) -> bytes:
         """Return the chunk that opens a chat stream; plain completions have none."""
@@ -175,36 +179,23 @@ class Rendering:
         check_not_empty(answer)
         if answer.text != self._sent and answer.text.startswith(self._sent):
             events += self._chunk({"content": answer.text[len(self._sent) :]})
-        events += self._chunk({}, answer.finish_reason, dmoa=self._dmoa(answer))
-        if self._order.has_usage_chunk:
-            events += _event(self._envelope(self._kind, [], usage=usage_of(answer).model_dump()))
+        events += self._chunk({}, answer.finish_reason, dmoa=self._dmoa(answer).model_dump(mode="json"))
+        if self._order.body.wants_usage:
+            events += self._event([], usage=usage_of(answer).model_dump())
         return events + DONE
 
-    @property
-    def _kind(self) -> str:
-        return "chat.completion.chunk" if self._is_chat else "text_completion"
-
-    def _dmoa(self, answer: Answer) -> dict[str, Any]:
-        return dump(reply_dmoa(answer, pool=self._pool, with_texts=self._order.with_texts))
+    def _dmoa(self, answer: Answer) -> ReplyDmoa:
+        return reply_dmoa(answer, pool=self._pool, with_texts=self._order.body.wants_texts)
 
     def _chunk(self, delta: Mapping[str, str], finish_reason: Finish | None = None, **more: Any) -> bytes:
-        choice: dict[str, Any] = {"index": 0}
-        choice |= {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
-        choice |= {"logprobs": None, "finish_reason": finish_reason}
-        if self._order.has_usage_chunk:
+        said = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
+        if self._order.body.wants_usage:
             more["usage"] = None
-        return _event(self._envelope(self._kind, [choice], **more))
+        return self._event([{"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}], **more)
 
-    def _envelope(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        prefix = "chatcmpl" if self._is_chat else "cmpl"
-        return {
-            "id": f"{prefix}-{self._order.query.trace_id}",
-            "object": kind,
-            "created": self._created,
-            "model": self._order.model,
-            "choices": choices,
-            **more,
-        }
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        return _event({"id": self._head["id"], "object": kind, **self._head, "choices": choices, **more})
 
 
 def check_not_empty(answer: Answer) -> None:
@@ -215,30 +206,11 @@ def check_not_empty(answer: Answer) -> None:
 
 def failure(error: Exception) -> bytes:
     """Return the events of an error in mid-stream: the error object, then `[DONE]`."""
-    return _event(error_object(error)) + DONE
+    return _event(described(error)[1]) + DONE
 
 
 def _event(content: object) -> bytes:
     return b"data: " + encode_json(content) + b"\n\n"
-
-
-_REF = "#/components/schemas/{model}"
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    """The field at fault."""
-    code: str | None
-
-
-class ErrorReply(BaseModel):
-    """Body of every answer that is not a success."""
-
-    error: ErrorDetail
 
 
 class NotReadyReply(ErrorReply):
@@ -286,70 +258,53 @@ _ERRORS: dict[int, str] = {
     503: "No agent is left (`no_agent`), or every contribution was empty (`empty_answer`).",
     504: "The deadline passed before any contribution existed.",
 }
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": NotReadyReply, "description": "Agents are down."}}
 
 
-def _responses(success: type[BaseModel] | dict[str, Any], *statuses: int) -> dict[int | str, dict[str, Any]]:
-    whole = {"content": {"application/json": {"schema": _ref(success)}}} if isinstance(success, type) else success
-    found: dict[int | str, dict[str, Any]] = {200: {"description": "Done.", **whole}}
-    for status in sorted({*statuses, 500}):
-        found[status] = {"description": _ERRORS[status], "content": {"application/json": {"schema": _ref(ErrorReply)}}}
+def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return FastAPI's `responses` of a route that may fail with these statuses, and unexpectedly."""
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorReply, "description": _ERRORS[status]} for status in sorted({*statuses, 500})
+    }
     if 429 in found:
         found[429]["headers"] = {"Retry-After": {"schema": {"type": "integer", "minimum": RETRY_AFTER_S}}}
     return found
 
 
-def _ref(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": _REF.format(model=model.__name__)}
-
-
-def _body(model: type[BaseModel]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _ref(model)}}}}
-
-
-def _completions(request: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:
+def completions(request: type[BaseModel], reply: type[CompletionReply]) -> dict[str, Any]:
+    """Return FastAPI's arguments for a route that takes a request of ours and answers with a reply or a stream."""
     data = {"type": "string", "description": "One chunk as JSON, an error object as JSON, or `[DONE]`."}
     event = {"type": "object", "properties": {"data": data}, "required": ["data"], "description": "With `stream: true`."}
-    success = {"content": {"application/json": {"schema": _ref(reply)}, "text/event-stream": {"schema": event}}}
-    return {"openapi_extra": _body(request), "responses": _responses(success, 400, 401, 404, 413, 429, 503, 504)}
-
-
-CHAT = _completions(ChatRequest, ChatReply)
-COMPLETION = _completions(CompletionRequest, TextReply)
-MODELS: dict[str, Any] = {"responses": _responses(ModelListReply, 401)}
-MODEL: dict[str, Any] = {"responses": _responses(ModelReply, 401, 404)}
-TRACE: dict[str, Any] = {"responses": _responses({"content": {"application/json": {"schema": {"type": "object"}}}}, 401, 404)}
-HEALTHZ: dict[str, Any] = {"responses": _responses(AliveReply)}
-METRICS: dict[str, Any] = {"responses": _responses({"content": {"text/plain": {"schema": {"type": "string"}}}}, 401)}
-_NOT_READY = {"description": "Agents are down.", "content": {"application/json": {"schema": _ref(NotReadyReply)}}}
-READYZ: dict[str, Any] = {"responses": {**_responses(ReadyReply), 503: _NOT_READY}}
-_MODELS = (ChatRequest, CompletionRequest)
-_REPLIES = (ChatReply, TextReply, ErrorReply, NotReadyReply, ReadyReply, AliveReply, ModelReply, ModelListReply)
+    body = {"application/json": {"schema": {"$ref": _REF.format(model=request.__name__)}}}
+    return {
+        "response_model": reply,
+        "responses": {200: {"content": {"text/event-stream": {"schema": event}}}} | failures(400, 401, 404, 413, 429, 503, 504),
+        "openapi_extra": {"requestBody": {"required": True, "content": body}},
+    }
 
 
 def install_document(app: FastAPI, *, has_keys: bool) -> None:
-    """Make the app serve its document with the schemas above; with keys, every route but the probes asks for one."""
+    """Complete the document that FastAPI makes of the routes: the schemas of requests, which are not read by it, and keys."""
+    make = app.openapi
 
     def build() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app, has_keys)
-        return app.openapi_schema
+            _complete(make(), has_keys)
+        return make()
 
     app.openapi = build  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
 
 
-def _document(app: FastAPI, has_keys: bool) -> dict[str, Any]:
-    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    _, schemas = models_json_schema(
-        [*((model, "validation") for model in _MODELS), *((model, "serialization") for model in _REPLIES)],
-        ref_template=_REF,
-    )
-    components = document.setdefault("components", {})
-    components["schemas"] = schemas["$defs"]
+def _complete(document: dict[str, Any], has_keys: bool) -> None:
+    components = document["components"]
+    _, requests = models_json_schema([(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template=_REF)
+    components["schemas"] |= requests["$defs"]
     if has_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI adds it for path parameters; ours answer 404
-            if has_keys and path not in ("/healthz", "/readyz"):
+            if has_keys and path not in OPEN_PATHS:
                 operation["security"] = [{"key": []}]
-    return document
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)

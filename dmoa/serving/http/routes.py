@@ -19,21 +19,9 @@ from starlette.types import Receive, Scope, Send
 from dmoa import __version__
 from dmoa.config import ServerConfig
 from dmoa.errors import DmoaError, EmptyAnswerError, RequestError
-from dmoa.serving.http import errors as problems
-from dmoa.serving.http import responses as openapi
-from dmoa.serving.http import responses as render
-from dmoa.serving.http.errors import LenientPaths, json_response
+from dmoa.serving.http import errors, requests, responses
+from dmoa.serving.http.errors import json_response
 from dmoa.serving.http.middleware import BodyLimit, ConcurrencyLimit, KeyCheck
-from dmoa.serving.http.requests import (
-    ChatRequest,
-    CompletionRequest,
-    ParsedRequest,
-    chat_order,
-    completion_order,
-    model_names,
-    parse_body,
-    unknown_model,
-)
 from dmoa.serving.http.service import SwarmService
 from dmoa.types import Answer, StepRecord, TextDelta
 
@@ -122,24 +110,25 @@ def create_app(
     """
     app = FastAPI(title="dmoa", version=__version__, redirect_slashes=False)
     front = _Front(service_getter, ConcurrencyLimit(max_queued_requests), has_request_ids=has_request_ids)
-    problems.install_handlers(app)
+    errors.install_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body_bytes=server.max_body_bytes)
     app.add_middleware(KeyCheck, key_hashes=key_hashes)
-    app.add_middleware(LenientPaths)
-    app.add_middleware(problems.SurpriseGuard)
-    for method, path, endpoint, extra in (
-        ("POST", "/v1/chat/completions", front.chat, openapi.CHAT),
-        ("POST", "/v1/completions", front.completion, openapi.COMPLETION),
-        ("GET", "/v1/models", front.models, openapi.MODELS),
-        ("GET", "/v1/models/{model:path}", front.model, openapi.MODEL),
-        ("GET", "/healthz", front.healthz, openapi.HEALTHZ),
-        ("GET", "/readyz", front.readyz, openapi.READYZ),
-        ("GET", "/metrics", front.metrics, openapi.METRICS),
-        ("GET", "/v1/dmoa/traces/{trace_id}", front.trace, openapi.TRACE),
+    app.add_middleware(errors.LenientPaths)
+    app.add_middleware(errors.SurpriseGuard)
+    fails, text = responses.failures, {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    for method, path, endpoint, document in (
+        ("POST", "/v1/chat/completions", front.chat, responses.completions(requests.ChatRequest, responses.ChatReply)),
+        ("POST", "/v1/completions", front.completion, responses.completions(requests.CompletionRequest, responses.TextReply)),
+        ("GET", "/v1/models", front.models, {"responses": fails(401)}),
+        ("GET", "/v1/models/{model:path}", front.model, {"responses": fails(401, 404)}),
+        ("GET", "/healthz", front.healthz, {"responses": fails()}),
+        ("GET", "/readyz", front.readyz, {"response_model": responses.ReadyReply, "responses": fails() | responses.NOT_READY}),
+        ("GET", "/metrics", front.metrics, {"responses": text | fails(401)}),
+        ("GET", "/v1/dmoa/traces/{trace_id}", front.trace, {"response_model": dict[str, Any], "responses": fails(401, 404)}),
     ):
-        app.add_api_route(path, endpoint, methods=[method], response_model=None, **extra)
-    openapi.install_document(app, has_keys=bool(key_hashes))
+        app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)
+    responses.install_document(app, has_keys=bool(key_hashes))
     return app
 
 
@@ -155,32 +144,31 @@ class _Front:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        order = chat_order(parse_body(ChatRequest, await request.body(), _content_type(request)), self._service())
+        order = requests.chat_order(await _parsed(requests.ChatRequest, request), self._service())
         return await self._respond(request, order, is_chat=True)
 
     async def completion(self, request: Request) -> Response:
         """Answer a plain prompt."""
-        order = completion_order(parse_body(CompletionRequest, await request.body(), _content_type(request)), self._service())
+        order = requests.completion_order(await _parsed(requests.CompletionRequest, request), self._service())
         return await self._respond(request, order, is_chat=False)
 
-    async def models(self) -> Response:
+    async def models(self) -> responses.ModelListReply:
         """List the names that `model` may hold: the pool, the pool under each policy, each agent."""
-        service = self._service()
-        return json_response({"object": "list", "data": [self._model(name) for name in model_names(service)]})
+        return responses.ModelListReply(object="list", data=[self._model(name) for name in requests.model_names(self._service())])
 
-    async def model(self, model: str) -> Response:
+    async def model(self, model: str) -> responses.ModelReply:
         """Describe one model name."""
         service = self._service()
-        if model not in model_names(service):
-            raise unknown_model(model, service)
-        return json_response(self._model(model))
+        if model not in requests.model_names(service):
+            raise requests.unknown_model(model, service)
+        return self._model(model)
 
-    def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._created, "owned_by": self._service().pool}
+    def _model(self, name: str) -> responses.ModelReply:
+        return responses.ModelReply(id=name, object="model", created=self._created, owned_by=self._service().pool)
 
-    async def healthz(self) -> Response:
+    async def healthz(self) -> responses.AliveReply:
         """Say that the server is alive."""
-        return json_response({"status": "alive"})
+        return responses.AliveReply(status="alive")
 
     async def readyz(self) -> Response:
         """Say whether every agent is up, or cold: scaled to zero, and started when it is asked."""
@@ -188,9 +176,9 @@ class _Front:
         states = await service.ready()
         down = [name for name in service.agents if states.get(name) not in ("up", "cold")]
         if not down:
-            return json_response({"status": "ready", "agents": states})
-        problem = problems.problem(503, f"agents that are not up: {', '.join(down)}", "not_ready")
-        return json_response({**problem, "agents": states}, 503)
+            return json_response(responses.ReadyReply(status="ready", agents=states))
+        found = errors.problem(503, f"agents that are not up: {', '.join(down)}", "not_ready")
+        return json_response(responses.NotReadyReply(error=found.error, agents=states), 503)
 
     async def metrics(self) -> Response:
         """Return the router's aggregate."""
@@ -204,22 +192,22 @@ class _Front:
             raise RequestError(message, param="trace_id", code="trace_not_found", status=404)
         return json_response(found)
 
-    async def _respond(self, request: Request, order: ParsedRequest, *, is_chat: bool) -> Response:
-        rendering = render.Rendering(order, self._service().pool, is_chat=is_chat)
+    async def _respond(self, request: Request, order: requests.ParsedRequest, *, is_chat: bool) -> Response:
+        rendering = responses.Rendering(order, self._service().pool, is_chat=is_chat)
         headers = {} if self._has_request_ids else {"X-Request-Id": order.query.trace_id}
         items = self._items(order, _key_hash(request))
-        if order.is_stream:
+        if order.body.stream:
             return EventStream(_events(items, rendering), headers)
         return json_response(rendering.whole(await until_gone(request.receive, _last(items))), headers=headers)
 
-    async def _items(self, order: ParsedRequest, key_hash: str) -> AsyncGenerator[Item, None]:
+    async def _items(self, order: requests.ParsedRequest, key_hash: str) -> AsyncGenerator[Item, None]:
         """Yield what the service yields while holding a place; keep the trace before the answer leaves."""
         with self._places.take():
             service = self._service()
             async with closing(service.answer(order.query, order.policy, order.agent)) as items:
                 async for item in items:
                     if isinstance(item, Answer):
-                        service.record(order.query, item, key_hash=key_hash, user=order.user, metadata=order.metadata)
+                        service.record(order.query, item, key_hash=key_hash, user=order.body.user, metadata=order.body.labels)
                     yield item
 
 
@@ -232,7 +220,7 @@ async def _last(items: AsyncGenerator[Item, None]) -> Answer:
     raise EmptyAnswerError("the query ended without an answer; ask again")
 
 
-async def _events(items: AsyncGenerator[Item, None], rendering: render.Rendering) -> AsyncGenerator[bytes, None]:
+async def _events(items: AsyncGenerator[Item, None], rendering: responses.Rendering) -> AsyncGenerator[bytes, None]:
     """Yield the server-sent events of a query. An error before the first item is raised, a later one is an event."""
     is_open = False
     try:
@@ -249,16 +237,16 @@ async def _events(items: AsyncGenerator[Item, None], rendering: render.Rendering
     except DmoaError as error:
         if not is_open:
             raise
-        yield render.failure(error)
+        yield responses.failure(error)
     except Exception as error:  # agents and engines run inside: the client is owed an error event, the log the details
         if not is_open:
             raise
         logger.exception("unexpected error in mid-stream")
-        yield render.failure(error)
+        yield responses.failure(error)
 
 
-def _content_type(request: Request) -> str:
-    return request.headers.get("content-type", "")
+async def _parsed(model: type[requests.R], request: Request) -> requests.R:
+    return requests.parse_body(model, await request.body(), request.headers.get("content-type", ""))
 
 
 def _key_hash(request: Request) -> str:

@@ -105,6 +105,14 @@ async def test_chat_answers_with_usage_and_every_field_of_the_dmoa_object() -> N
     }
 
 
+async def test_a_text_that_utf_8_cannot_carry_is_sent_with_a_mark_in_its_place() -> None:
+    service = FakeService(overrides={"text": "19\ud800"})
+    reply = await post(service, {"model": "tiny", "messages": QUESTION})
+    assert reply["choices"][0]["message"] == {"role": "assistant", "content": "19?", "refusal": None}
+    reply = await post(service, {"model": "tiny", "prompt": "1"}, "/v1/completions")
+    assert reply["choices"][0]["text"] == "19?"
+
+
 @pytest.mark.parametrize("deltas", [(), ("The ans", "wer is 19.")])
 async def test_stream_is_role_then_steps_then_content_then_reason_then_usage(deltas: tuple[str, ...]) -> None:
     async with official(FakeService(deltas=deltas)) as client:

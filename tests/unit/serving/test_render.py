@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoa.serving.http.responses import step_line, usage_of
-from dmoa.trace import ReplyDmoa, dump, reply_dmoa
+from dmoa.trace import ReplyDmoa, reply_dmoa
 from dmoa.types import AgentReply, StepRecord, SummarizerRecord
 
 LOST = AgentReply(agent="adder", status="late", error="no reply after 2 s")
@@ -58,7 +58,7 @@ def test_an_untrained_gate_is_said(is_trained: bool | None, untrained: bool) -> 
 
 def test_texts_are_there_only_when_asked_for_and_empty_ones_are_kept() -> None:
     answer = make_answer("t", steps=(make_step(0, "", replies=(reply("adder", ""),), active=("adder",)),))
-    plain, full = dump(reply_dmoa(answer)), dump(reply_dmoa(answer, with_texts=True))
+    plain, full = (reply_dmoa(answer, with_texts=has).model_dump(mode="json") for has in (False, True))
     assert "summary" not in plain["steps"][0]
     assert [("text" in agent) for agent in plain["steps"][0]["agents"]] == [False] * 3
     assert full["steps"][0]["summary"] == ""
@@ -81,7 +81,7 @@ def test_a_reply_is_always_valid_json(
     summarizer = SummarizerRecord(mode="llm", verdict="final", latency_ms=latency)
     gate = decision([probability, 0.0, 0.0])
     step = make_step(0, "x", replies=(broken,), active=("adder",), mass=mass, wall_ms=wall, decision=gate, summarizer=summarizer)
-    text = json.dumps(dump(reply_dmoa(make_answer("t", steps=(step,)))), allow_nan=False)
+    text = json.dumps(reply_dmoa(make_answer("t", steps=(step,))).model_dump(mode="json"), allow_nan=False)
     ReplyDmoa.model_validate_json(text)
     step_line(step)
 

@@ -1,44 +1,15 @@
-"""How many workers are taken, and what one worker among several does; no test judges a time."""
+"""What one worker does alone, and as one of several."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-import pytest
 import torch
 from torch import distributed
 
-from dmoa.bench.training import made_up_job
 from dmoa.core.losses import LossSums
-from dmoa.training.distributed import SingleWorker, TorchGroup, flat_size
-from dmoa.training.ray_train import best_count, choose_workers
-
-
-@pytest.mark.parametrize(
-    ("seconds", "count"),
-    [
-        ({1: 2.0, 2: 2.1, 4: 3.0}, 1),
-        ({1: 2.0, 2: 1.9, 4: 3.0}, 1),  # not clearly shorter
-        ({1: 2.0, 2: 1.2, 4: 1.3}, 2),
-        ({1: 2.0, 2: 1.2, 4: 0.8}, 4),
-        ({1: 2.0}, 1),
-    ],
-)
-def test_more_workers_only_where_an_update_is_clearly_shorter(seconds: dict[int, float], count: int) -> None:
-    assert best_count(seconds) == count
-
-
-def test_the_choice_is_measured_and_explained(tmp_path: Path) -> None:
-    job = made_up_job(tmp_path)
-    count, note = choose_workers(job, most=2)
-    assert count in (1, 2)
-    assert "1: " in note
-    assert "2: " in note
-    assert choose_workers(job, most=1) == (1, "there is room for one")
-    on_gpu = replace(job, options=job.options.model_copy(update={"gpu": True}))
-    assert choose_workers(on_gpu, most=8)[0] == 1
+from dmoa.training.distributed import SingleWorker, TorchGroup
 
 
 def test_one_worker_divides_by_the_weight() -> None:
@@ -68,7 +39,6 @@ def test_a_group_of_one_agrees_with_working_alone(tmp_path: Path) -> None:
             weights = [torch.nn.Parameter(torch.tensor([[1.0, 2.0]])), torch.nn.Parameter(torch.tensor([3.0]))]
             total = (weights[0] ** 2).sum() * weights[1].sum()
             loss = world.backward(LossSums(total, torch.tensor(5.0)), weights)
-            assert flat_size(weights) == 5
             found.append((loss, [weight.grad.tolist() for weight in weights if weight.grad is not None]))
         assert found[0] == found[1]
         # A worker that has no query of a batch adds nothing; here nobody has one.
