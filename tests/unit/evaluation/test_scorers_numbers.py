@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoa.core.answers import spelled
+from dmoa.core.answers import read_number
+from dmoa.core.numbers import expression_value, spelled
 from dmoa.errors import ConfigError
 from dmoa.evaluation import registry as table
-from dmoa.evaluation.benchmarks.word_problems import expression_value, read_number
 from dmoa.evaluation.records import Label, Reply
 from tests.examples import examples
 
