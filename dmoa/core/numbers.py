@@ -1,16 +1,16 @@
 """Reads numbers in texts: separators of every locale, currencies, scales, fractions, powers and small calculations.
 
-A number that can be read in two ways has no value; another number is never made up. Values are exact fractions. Source: ours;
-calculations are worked out by math-verify.
+A number that can be read in two ways has no value; another number is never made up. Values are exact fractions. Source: ours.
 """
 
 from __future__ import annotations
 
-import logging
+import ast
 import math
+import operator
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
@@ -220,21 +220,33 @@ def spelled(value: Fraction) -> str:
 
 
 _MAX_CHARS = 120
-_MAX_DEPTH = 4
-"""Brackets inside one another: math-verify takes longer with every one, seconds for fifty."""
+_MAX_DEPTH = 8
+_MAX_BITS = 4096
 _TOKENS = re.compile(
-    r"(?:[0-9]{1,15}(?:\.[0-9]{1,15})?(?![0-9.])|\.[0-9]{1,15}|\\[dt]?frac|\\sqrt|\\times|\\cdot|\\div|\\left|\\right"
-    r"|\^(?:\{-?[0-9]{1,2}\}|[0-9]{1,2}(?![0-9]))|[-+*/(){}\u00d7\u00f7\u00b7=\s])+"
+    r"(?:[0-9]{1,15}(?:\.[0-9]{1,15})?(?![0-9.])|\.[0-9]{1,15}|\\[dt]?frac|\\sqrt|\\times|\\cdot|\\div"
+    r"|\^(?:\{-?[0-9]{1,2}\}|[0-9]{1,2}(?![0-9]))|[-+*/(){}\u00d7\u00f7\u00b7\s])+"
 )
 _OPERATOR = re.compile(r"\\[dt]?frac|\\sqrt|\\times|\\cdot|\\div|\^|[+*/\u00d7\u00f7\u00b7]|(?<=[\d)]) - (?=[\d(])")
-_JUXTAPOSED = re.compile(r"[0-9)}]\s*[({]|\)\s*[0-9]|[0-9]\s+[0-9.]")
-_FRACTION_OR_ROOT = re.compile(r"\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|\\sqrt\s*\{[^{}]*\}|\^\{-?[0-9]+\}")
-_DECIMAL_IN_EXPRESSION = re.compile(r"([0-9]*)\.([0-9]+)")
-_PLAIN_EXPONENT = re.compile(r"\^([0-9]{2})")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_AS_PYTHON = [
+    (re.compile(r"\\sqrt\s*(?=\{)"), "sqrt"),
+    (re.compile(r"\\times|\\cdot|\u00d7|\u00b7"), "*"),
+    (re.compile(r"\\div|\u00f7"), "/"),
+    (re.compile(r"\^"), "**"),
+    (re.compile(r"\{"), "("),
+    (re.compile(r"\}"), ")"),
+    (re.compile(r"(?<![0-9.])0+(?=[0-9])"), ""),
+]
+_OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def expression_value(text: str) -> Fraction | None:
-    """Return the exact value of an arithmetic expression.
+    """Return the exact value of an arithmetic expression, plain or in LaTeX.
 
     None if the text is not an expression, is too long, or is not rational. Never raises.
     """
@@ -244,25 +256,45 @@ def expression_value(text: str) -> Fraction | None:
         return None
     if max(accumulate((char in "({") - (char in ")}") for char in text)) > _MAX_DEPTH:
         return None
-    # math-verify reads 3(4) and 3 4 as mixed numbers
-    if _JUXTAPOSED.search(_FRACTION_OR_ROOT.sub(" + ", text)):
+    for _ in range(_MAX_DEPTH):
+        text = _FRACTION.sub(r"((\1)/(\2))", text)
+    for pattern, python in _AS_PYTHON:
+        text = pattern.sub(python, text)
+    try:
+        return _evaluated(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
         return None
-    text = _PLAIN_EXPONENT.sub(r"^{\1}", text)  # LaTeX raises to one digit alone without braces
-    return _parsed(_DECIMAL_IN_EXPRESSION.sub(_as_fraction, text).replace("\u00d7", "\\times ").replace("\u00b7", "\\cdot "))
 
 
-def _as_fraction(match: re.Match[str]) -> str:
-    return f"\\frac{{{match[1]}{match[2]}}}{{1{'0' * len(match[2])}}}"  # math-verify would make it a float
+def _evaluated(node: ast.expr) -> Fraction:
+    """Return the value of a parsed expression. Raises ValueError for anything but arithmetic on rational numbers."""
+    match node:
+        case ast.Constant(value=int() | float()):
+            return Fraction(ast.unparse(node)) if isinstance(node.value, int) else Fraction(repr(node.value))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluated(operand)
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            return _evaluated(operand)
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
+            return _power(_evaluated(left), _evaluated(right))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATIONS:
+            return _OPERATIONS[type(op)](_evaluated(left), _evaluated(right))
+        case ast.Call(func=ast.Name(id="sqrt"), args=[radicand], keywords=[]):
+            return _root(_evaluated(radicand))
+    raise ValueError("not arithmetic")
 
 
-def _parsed(latex: str) -> Fraction | None:
-    from math_verify import LatexExtractionConfig, parse
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    size = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if exponent.denominator != 1 or size * abs(exponent.numerator) > _MAX_BITS:
+        raise ValueError("not a small power")
+    return base**exponent.numerator
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    found = parse(f"${latex}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-    if not found or not hasattr(found[0], "doit"):
-        return None
-    value = found[0].doit()
-    if not getattr(value, "is_Rational", False):
-        return None
-    return Fraction(int(value.p), int(value.q))
+
+def _root(value: Fraction) -> Fraction:
+    if value < 0:
+        raise ValueError("not a real number")
+    root = Fraction(math.isqrt(value.numerator), math.isqrt(value.denominator))
+    if root * root != value:
+        raise ValueError("not rational")
+    return root
