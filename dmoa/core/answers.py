@@ -1,35 +1,273 @@
-"""Finds the final answer of a reply and normalises it, for stopping, aggregation and the benchmark scorers.
+r"""Finds what a reply answers: the one reader for stopping, selection, agreement, the scorers and the reports.
 
-Percent signs, currency, thousands separators and units do not count (50% = 50, $1,200.00 = 1200); "million" and its like do
-(1.5 million = 1500000), and so do powers of ten; numbers compare exactly (1/2 = 0.5, but 0.33 is not 1/3); dates and times are
-texts, not numbers; a choice is its letter in lower case. A reply without a recognisable answer has none.
+A reply states its answer in a LaTeX box, a line `#### X`, "Answer: X" and its like, or a JSON object with an answer; else a short
+reply is its answer, and of longer prose the last number. Thoughts count for nothing, and a question that a model made up after
+its answer is not read. Only the end of a long reply is read, so any text is read in bounded time. Source: ours.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
-import unicodedata
-from dataclasses import dataclass
-from decimal import Decimal
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
+from typing import Literal
 
-_MAX_CHARS = 20_000
-_MAX_NUMBER_CHARS = 64
+from dmoa.core.numbers import FoundNumber, dates_and_times, expression_value, find_numbers, iter_numbers, plain_text, spelled
+from dmoa.core.reasoning import split_reasoning
+
+MAX_CHARS = 20_000
+"""Characters at the end of a reply that are read."""
+_MAX_STATEMENTS = 64
 _MAX_SHORT_CHARS = 120
 _MAX_SHORT_WORDS = 10
 _MAX_LISTING_WORDS = 6
 """A longer line with several numbers is working, and its last number the result; a shorter one is a date or a list."""
+_MAX_SPAN_CHARS = 300
+_MAX_LINE_WORDS = 8
+"""A reply of one line and no more words is read as a statement."""
+
+Kind = Literal["number", "letter", "text", "code"]
+How = Literal["stated", "boxed", "json", "code", "choice", "short", "last"]
+"""Where the answer stands: stated in words or after ####, in a box, in JSON, in a block, a chosen letter, a short reply, the last
+number."""
 
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)\s*\Z", re.MULTILINE)
-_MARKER = re.compile(
-    r"\banswer(?:[ \t]+(?:to|for)[ \t]+[^.:=\n]{1,80}?)?[ \t]*"
-    r"(?::|=|\b(?:is|was|would[ \t]+be|should[ \t]+be|must[ \t]+be)\b[ \t]*:?)"
-    r"[ \t]*\n?[ \t]*([^\n]*)",
+_MARK = re.compile(
+    r"(?:^[ \t]*#{1,6}[ \t]*(?:the[ \t]+)?(?:final[ \t]+|correct[ \t]+)?answer[ \t]*(?=\n)"
+    r"|\b(?:answer|ans)\b\.?(?:[ \t]+(?:to|for)[ \t]+[^.:=\n]{1,80}?)?[ \t]*"
+    r"(?::|=|[-\u2013\u2014](?=[ \t])|\b(?:is|was|would[ \t]+be|should[ \t]+be|must[ \t]+be)\b[ \t]*:?))"
+    r"[ \t]*(?:\n[ \t]*){0,2}",
+    re.IGNORECASE | re.MULTILINE,
+)
+_NO_MARK = re.compile(
+    r"\b(?:find|get|give|gives|know|see|reach|compute|calculate|determine|obtain|derive|check|verify|write|an?)"
+    r"[ \t]+(?:(?:the|your|our|my|this|that|final|correct|right|complete)[ \t]+){0,3}\Z",
     re.IGNORECASE,
 )
+_HASHES = re.compile(r"^[ \t]*####[ \t]*([^\n]*)$", re.MULTILINE)
+_BRACES = re.compile(r"\\(?:boxed|fbox)[ ]?\{|\{|\}")
+_NEXT_TO = re.compile(r"[\s.,;:$*]*")
+_REFUSAL = re.compile(
+    r"(?:(?:i am|i'm|we are|we're)(?: \w+)? sorry|sorry\W*(?:but|i|we|as|\Z)|i apologi[sz]e"
+    r"|as an? (?:ai|assistant|(?:large )?language model)\b"
+    r"|(?:unfortunately,? )?(?:i|we)(?: am| are|'m|'re)? (?:cannot|can not|can't|could not|couldn't|won't|will not|do not|don't"
+    r"|not able to|unable to|not allowed to|not permitted to|must decline|decline)\b)",
+    re.IGNORECASE,
+)
+# A model that goes on after its answer makes up a next question; numbered ones are steps of its own.
+_NEXT_QUESTION = re.compile(
+    r"\n[ \t]*(?:#{1,6}[ \t]*)?(?:\*\*)?(?:question|problem|q|exercise|human|user|instruction)(?:\*\*)?[ \t]*:", re.IGNORECASE
+)
+_MADE_UP = re.compile(r"\?\s")
+_LETS_THINK = re.compile(r"\A(?:let'?s|let us|let me|first|to (?:solve|find|answer|determine))\b", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b[DdMmSsJj][rst])(?<!\bMrs)(?<!\bNo)(?<!\bvs)[.!?](?=\s)")
+_NEGATED = re.compile(r"\A\W*(?:(?:is|are|was|it)\s+)*(?:not|none|neither|never|nothing|isn't|cannot)\b", re.IGNORECASE)
+_NOT_BUT = re.compile(r"\A\W*not\b[^\n]*?\bbut\s+(?:rather\s+)?", re.IGNORECASE)
+_DENIED = re.compile(r"\b(?:not|n't|neither|nor|never)\s+(?:be\s+)?(?:option\s+|choice\s+)?\(?\Z", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """One place where a reply says what its answer is."""
+
+    span: str
+    """What it says: one line, what the box holds, or the value in JSON; empty where the answer is announced and not given."""
+    start: int
+    end: int
+    how: How = "stated"
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """What a reply states last."""
+
+    span: str
+    rival: str | None = None
+    """What it states directly before, with nothing in between; a contradiction where it says something else."""
+    before: str | None = None
+    """What it states before, wherever: of several numbers in the last statement, the one that repeats it is the answer."""
+    how: How = "stated"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyText:
+    """A reply made ready to be read: its thoughts and what follows its answer taken off."""
+
+    prose: str
+    """Plain text without fenced blocks; a reply that is nothing but a block is that block."""
+    final: Final | None
+    """What it states last; None if it states nothing."""
+    code: str | None = None
+    """The last fenced block, normalised; None without one."""
+    is_only_thought: bool = False
+    """Whether the reply ends inside a thought."""
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether it begins as a refusal does ("I'm sorry, ...", "I cannot ...", "As an AI ...")."""
+        return is_refusal(self.prose)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAnswer:
+    """What a reply answers, or why nothing was read."""
+
+    value: str | None
+    """Normalised; None where there is no answer."""
+    kind: Kind | None
+    how: How | None
+    reason: str
+    """In words: where the answer stood, or why there is none."""
+
+
+def open_reply(text: str) -> ReplyText:
+    """Return a reply ready to be read. Never raises."""
+    split = split_reasoning(text)
+    if split.is_open and not split.text:
+        return ReplyText("", None, is_only_thought=True)
+    said = _without_next_question(split.text[-MAX_CHARS:])
+    json_answer = _json_answer(said)
+    prose, code = split_code(said)
+    prose = plain_text(prose if prose.strip() or not code else code)
+    final = final_statement(prose)
+    if json_answer is not None:
+        span = plain_text(json_answer.span).strip()
+        final = replace(final, before=span) if final and _stated_after(said, json_answer) else Final(span, how="json")
+    return ReplyText(prose, final, code)
+
+
+def _stated_after(said: str, answer: Statement) -> bool:
+    after = final_statement(plain_text(said[answer.end :].replace("```", " ")))
+    return after is not None and bool(after.span)
+
+
+def _without_next_question(text: str) -> str:
+    """Cut a reply where, after a statement, the model asks itself the next question."""
+    first = next((mark for mark in re.finditer(f"(?:{_MARK.pattern})\\S|{_HASHES.pattern}", text, _MARK.flags)), None)
+    if first is None:
+        return text
+    question = _NEXT_QUESTION.search(text, first.end())
+    return text[: question.start()] if question else text
+
+
+def is_refusal(prose: str) -> bool:
+    """Tell whether a text begins as a refusal does."""
+    return _REFUSAL.match(prose.strip().replace("\u2019", "'")) is not None
+
+
+_JSON_KEY = re.compile(r"[\"'](?:final_?|correct_?)?answer[\"']\s*:\s*", re.IGNORECASE)
+_JSON_STRING = re.compile(r"\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
+_JSON_BARE = re.compile(r"[^\s}\]\"'][^}\n]*")
+_JSON_GOES_ON = re.compile(r"\s*(?:\Z|[}\]]|,\s*(?:[\"'}]|\Z))")
+
+
+def _json_answer(text: str) -> Statement | None:
+    """Return the answer of the last JSON object that has one, also of an object that does not parse as a whole."""
+    found: Statement | None = None
+    for key in _JSON_KEY.finditer(text):
+        opening = text.rfind("{", 0, key.start())
+        if opening < 0:
+            continue
+        value, end = _json_value(text, key.end())
+        closing = text.find("}", end)
+        found = Statement(value, opening, len(text) if closing < 0 else closing + 1, "json")
+    return found
+
+
+def _json_value(text: str, start: int) -> tuple[str, int]:
+    """Return a value of JSON as text and where it ends; objects and lists as they are written."""
+    try:
+        value, end = json.JSONDecoder(parse_float=str, parse_int=str, strict=False).raw_decode(text, start)
+        is_whole = _JSON_GOES_ON.match(text, end) is not None  # a calculation such as 150 * 2 begins with a number
+    except (ValueError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        match = _JSON_STRING.match(text, start) or _JSON_BARE.match(text, start)
+        return (match[match.lastindex or 0].strip(), match.end()) if match else ("", start)
+    return (value if isinstance(value, str) else text[start:end].strip("[]")), end
+
+
+def final_statement(prose: str) -> Final | None:
+    """Return what a plain text states last; None if it states nothing."""
+    found = _statements(prose)
+    given = [statement for statement in found if statement.span]
+    if not given:
+        return Final("") if found else None
+    last, before = given[-1], given[-2] if len(given) > 1 else None
+    is_next = before is not None and _NEXT_TO.fullmatch(prose, before.end, last.start)
+    return Final(last.span, before.span if before and is_next else None, before.span if before else None, last.how)
+
+
+def last_line(prose: str) -> str:
+    """Return the last line that is not blank, stripped."""
+    return prose.rstrip().rpartition("\n")[2].strip()
+
+
+def _statements(prose: str) -> list[Statement]:
+    """Return all statements by position; a box inside a marked line stands for the line."""
+    boxes = _boxes(prose)[-_MAX_STATEMENTS:]
+    marks = list(_MARK.finditer(prose))[-_MAX_STATEMENTS:]
+    found = list(boxes)
+    for number, mark in enumerate(marks):
+        if _NO_MARK.search(prose[max(0, mark.start() - 40) : mark.start()]):
+            continue
+        line_end = prose.find("\n", mark.end())
+        end = len(prose) if line_end < 0 else line_end
+        if number + 1 < len(marks):
+            end = max(mark.end(), min(end, marks[number + 1].start()))
+        span = prose[mark.end() : end].strip()
+        if "\n" not in mark[0]:  # on a line of its own it is the mark of a list
+            span = re.sub(r"\A[-\u2013\u2014]\s+(?=[$\u20ac\u00a3]?[0-9.])", "-", span)
+        if _LETS_THINK.match(span):
+            continue
+        if not any(mark.start() <= box.start < end for box in boxes):
+            found.append(Statement(span, mark.start(), end))
+    found += _hashed(prose)
+    return sorted(found, key=lambda statement: statement.start)
+
+
+def _hashed(prose: str) -> list[Statement]:
+    """Return the lines `#### X`; headings are none, and neither is what follows a question that was made up after the first."""
+    found: list[Statement] = []
+    for match in _HASHES.finditer(prose):
+        is_last = not prose[match.end() :].strip()
+        if not is_last and re.search("[A-Za-z]", match.group(1)):
+            continue
+        if found and _MADE_UP.search(prose, found[-1].end, match.start()):
+            break
+        found.append(Statement(match.group(1).strip(), match.start(), match.end()))
+    return found
+
+
+def _boxes(prose: str) -> list[Statement]:
+    """Return the closed outermost boxes."""
+    found: list[Statement] = []
+    open_braces: list[re.Match[str]] = []
+    for match in _BRACES.finditer(prose):
+        if match.group() != "}":
+            open_braces.append(match)
+        elif open_braces:
+            opening = open_braces.pop()
+            if opening.group() != "{":
+                while found and found[-1].start > opening.start():
+                    found.pop()  # an outer box holds the inner ones
+                found.append(Statement(prose[opening.end() : match.start()].strip(), opening.start(), match.end(), "boxed"))
+    return found
+
+
+def split_code(text: str) -> tuple[str, str | None]:
+    """Return the text without its fenced blocks, and the last block normalised, None if there is none. Never raises."""
+    blocks = _FENCE.findall(text)
+    if not blocks:
+        return text, None
+    lines = (line.rstrip() for line in textwrap.dedent(blocks[-1].expandtabs(4)).splitlines())
+    code = "\n".join(line for line in lines if line)
+    return _FENCE.sub("\n\n", text), code or None
+
+
 _CHOICE_START = re.compile(
     r"(?:(?:option|choice)\s+)?(?:\(([A-Ha-h])\)|([A-H])(?:[).:,](?=\s|\Z)|\s*\Z)|([a-h])(?:\)|\s*\Z))", re.IGNORECASE
 )
@@ -39,58 +277,40 @@ _CALENDAR = re.compile(
     r"|november|december|monday|tuesday|wednesday|thursday|friday|saturday|sunday)\b",
     re.IGNORECASE,
 )
-_UNITS = "km|cm|mm|m|kg|mg|g|lbs?|oz|ml|l|min|hrs?|h|sec|s|mph|ft|in"
-_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_VALUE = re.compile(
-    r"(?<![\w.^])"
-    r"(?:(?P<other>[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}|[0-9]+/[0-9]+/[0-9]+|[0-9]+(?::[0-9]+)+)"
-    rf"|(?P<sign>(?<![\w)%])[-+])?[$€£¥]?(?P<sign2>-)?"
-    r"(?:(?P<whole>[0-9]+) (?=[0-9]+/[0-9]))?"
-    rf"(?P<number>{_PLAIN})(?P<exponent>[eE][-+]?[0-9]{{1,2}})?(?:/(?P<below>{_PLAIN}))?)"
-    rf"(?![0-9]|(?!(?:{_UNITS})\b)[A-Za-z])"
-    rf"(?P<scale>\ (?i:{'|'.join(_SCALES)})\b)?"
-)
-_POWER_OF_TEN = re.compile(
-    r"(?<=[0-9])\ {0,2}(?:\u00d7|\*|x|\u00b7|\\times|\\cdot)\ {0,2}10\^(?:\{\ ?(-?[0-9]{1,2})\ ?\}|(-?[0-9]{1,2}))(?![0-9])"
-)
-_SUPERSCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+")
-_THIN_SEPARATOR = re.compile(r"(?<=[0-9])(?:[\u00a0\u2009\u202f]|\\,|\\!|\{,\})(?=[0-9]{3}(?![0-9]))")
-_TYPOGRAPHIC_MINUS = re.compile(r"\u2212|(?<![\w)\]%])[\u2012\u2013](?=[0-9.$])|(?<==)\ ?-\ (?=[0-9.$])")
 _EDGES = ".,;:!?\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb()[]{}<>*_~|\\#$"
+_ASIDE = re.compile(r"\([^()]*\)")
 
 
-@dataclass(frozen=True, slots=True)
-class FoundNumber:
-    """One number of a text."""
+def read_answer(text: str) -> ReadAnswer:
+    r"""Return the final answer of a reply with its kind and place, or why it has none. Never raises.
 
-    value: Fraction
-    start: int
-    """Position of its first character in the text."""
-    end: int
-
-
-def find_numbers(text: str) -> list[FoundNumber]:
-    """Return every number of a plain text (see `plain_text`) in order; dates and times are none. Never raises."""
-    found = ((_value(match), match) for match in _VALUE.finditer(text))
-    return [FoundNumber(value, match.start(), match.end()) for value, match in found if value is not None]
+    In this order: what it states last (a box, a line `#### X`, "the answer is X", JSON); the last code block; a choice such as
+    "(B)" or "B. ..."; a short single line, whole; the last number. Equal answers have values for which `same_answer` holds.
+    """
+    reply = open_reply(text)
+    if reply.is_only_thought:
+        return ReadAnswer(None, None, None, THOUGHT_ONLY)
+    if reply.final is not None and reply.final.span:
+        value, kind = _span_answer(reply.final.span)
+        if value:
+            return ReadAnswer(value, kind, reply.final.how, "stated")
+        if kind == "number":
+            return ReadAnswer(None, None, None, "it says what the answer is not, or leaves open which number it is")
+    if reply.code:
+        return ReadAnswer(reply.code, "code", "code", "the last code block")
+    letter = _choice(reply.prose)
+    if letter:
+        return ReadAnswer(letter, "letter", "choice", "the choice it names")
+    short = _short(reply.prose)
+    if short:
+        return ReadAnswer(short, "number" if _whole_number(short) else "text", "short", "a short reply")
+    last = _last_number(reply.prose)
+    return ReadAnswer(last, "number", "last", "the last number") if last else ReadAnswer(None, None, None, "no answer found")
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Return the final answer of a reply, normalised, or None if it has none. Never raises.
-
-    In this order: the last \boxed{...}; a last line `#### X`; the last "the answer is X" or "Answer: X"; the last code
-    block; a choice such as "(B)" or "B. ..."; a short single line, whole; the last number. Source: ours.
-    """
-    prose, code = split_code(text[-_MAX_CHARS:])
-    prose = plain_text(prose)
-    for span in (_boxed(prose), _after_hashes(prose), _marked(prose)):
-        answer = _span_answer(span) if span else None
-        if answer:
-            return answer
-    if code:
-        return code
-    return _choice(prose) or _short(prose) or _last_number(prose)
+    """Return the final answer of a reply, normalised, or None if it has none: the value of `read_answer`. Never raises."""
+    return read_answer(text).value
 
 
 def same_answer(a: str, b: str) -> bool:
@@ -105,75 +325,29 @@ def _canonical(answer: str) -> str:
     return _whole_number(answer) or _normal_text(answer)
 
 
-def split_code(text: str) -> tuple[str, str | None]:
-    """Return the text without its fenced blocks, and the last block normalised, None if there is none. Never raises."""
-    blocks = _FENCE.findall(text)
-    if not blocks:
-        return text, None
-    lines = (line.rstrip() for line in textwrap.dedent(blocks[-1].expandtabs(4)).splitlines())
-    code = "\n".join(line for line in lines if line)
-    return _FENCE.sub("\n\n", text), code or None
-
-
-def plain_text(text: str) -> str:
-    """Return the text with typographic and LaTeX spellings made plain, emphasis marks removed. Never raises."""
-    text = _THIN_SEPARATOR.sub(",", text)
-    text = _SUPERSCRIPTS.sub(lambda match: "^" + unicodedata.normalize("NFKC", match.group()).replace("\u2212", "-"), text)
-    # "3½" must become "3 1/2": NFKC alone would join the digits.
-    text = "".join(
-        " " + c if unicodedata.category(c) == "No" and "\u2044" in unicodedata.normalize("NFKC", c) else c for c in text
-    )
-    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
-    text = _POWER_OF_TEN.sub(_as_exponent, _TYPOGRAPHIC_MINUS.sub("-", text))
-    text = re.sub(r"\*\*|__|`", "", text)
-    text = text.replace("{,}", ",").replace("\\$", "$").replace("\\%", "%").replace("\\!", "")
-    text = re.sub(r"(?<=[0-9])\s?(?=\\[dt]?frac)", " ", text)  # a mixed number: 2\frac{1}{2} is 2 1/2
-    text = re.sub(r"\\[dt]?frac\s?(?:\{([^{}]*)\}\s?\{([^{}]*)\}|([0-9])([0-9]))", r"\1\3/\2\4", text)
-    text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"\\[()\[\],;]", " ", text)
-
-
-def _as_exponent(match: re.Match[str]) -> str:
-    return f"e{match.group(1) or match.group(2)}"
-
-
-def _boxed(prose: str) -> str | None:
-    """Return what the last closed \\boxed{...} holds."""
-    start = prose.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for position in range(start + 6, len(prose)):
-        depth += (prose[position] == "{") - (prose[position] == "}")
-        if depth == 0:
-            return prose[start + 7 : position]
-    return None
-
-
-def _after_hashes(prose: str) -> str | None:
-    match = _HASHES.search(prose)
-    return match.group(1) if match else None
-
-
-def _marked(prose: str) -> str | None:
-    found = None
-    for found in _MARKER.finditer(prose):  # noqa: B007  # the last one counts
-        pass
-    return SENTENCE_END.split(found.group(1), maxsplit=1)[0] if found else None
-
-
-def _span_answer(span: str) -> str | None:
-    """Return the answer that a marked span holds."""
-    span = span.strip()
+def _span_answer(span: str) -> tuple[str | None, Kind]:
+    """Return the answer that a statement holds."""
+    span = SENTENCE_END.split(span.strip(), maxsplit=1)[0].strip()
+    span = span[match.end() :] if (match := _NOT_BUT.match(span)) else span
     choice = _CHOICE_START.match(span.lstrip("*_ "))
     if choice:
-        return next(letter for letter in choice.groups() if letter).casefold()
-    return _numeric_line(span) or _normal_text(span) or None
+        return next(letter for letter in choice.groups() if letter).casefold(), "letter"
+    if _NEGATED.match(span) and (find_numbers(span) or _CHOICE_INSIDE.search(span)):
+        return None, "number"
+    number = _numeric_line(span)
+    if number:
+        return number, "number"
+    return (None, "number") if _is_range(span) else (_normal_text(span) or None, "text")
+
+
+def is_denied(text: str, place: int) -> bool:
+    """Tell whether what begins at `place` is said not to be the answer, as the second number of `5, not 6`."""
+    return _DENIED.search(text[max(0, place - 40) : place]) is not None
 
 
 def _choice(prose: str) -> str | None:
     start = _CHOICE_START.match(prose.strip())
-    inside = _CHOICE_INSIDE.findall(prose)
+    inside = [match[1] for match in _CHOICE_INSIDE.finditer(prose) if not is_denied(prose, match.start())]
     if start:
         letter = next(letter for letter in start.groups() if letter)
         # A reply that begins with (A) and goes on to (B) lists the choices before it decides.
@@ -186,7 +360,9 @@ def _short(prose: str) -> str | None:
     line = prose.strip()
     is_short = "\n" not in line and len(line) <= _MAX_SHORT_CHARS and len(line.split()) <= _MAX_SHORT_WORDS
     # "Answer:" and an empty or unclosed box announce an answer and give none.
-    if not is_short or line.endswith(":") or "\\boxed" in line:
+    if not is_short or line.endswith(":") or "\\boxed" in line or _is_range(line):
+        return None
+    if any(is_denied(line, match.start()) for match in _CHOICE_INSIDE.finditer(line)):
         return None
     return _numeric_line(line) or _normal_text(line) or None
 
@@ -196,61 +372,157 @@ def _numeric_line(line: str) -> str | None:
     if _CALENDAR.search(line):
         return None
     result = line.rpartition("=")[2]
-    values = list(_VALUE.finditer(result))
-    if len(values) > 1 and len(line.split()) <= _MAX_LISTING_WORDS:
+    value = expression_value(_UNIT_WORDS.sub("", result.strip(" .$")))
+    if value is not None:
+        return spelled(value)
+    found = _outside_asides(result)
+    if len(found) > 1 and len(line.split()) <= _MAX_LISTING_WORDS:
         return None
-    return _number(values[-1]) if values else None
+    return spelled(found[-1].value) if found and found[-1].value is not None else None
+
+
+def _outside_asides(text: str) -> list[FoundNumber]:
+    """Return the numbers of a text; those in parentheses only where there are no others."""
+    bare = _ASIDE.sub(lambda match: " " * len(match[0]), text)
+    return find_numbers(bare) or find_numbers(text)
 
 
 def _last_number(prose: str) -> str | None:
-    last = None
-    for match in _VALUE.finditer(prose):
-        last = match
-    if last is None:
-        return None
-    return last.group("other") or _number(last)
+    line = last_line(prose)
+    dates = dates_and_times(line)
+    if dates and not find_numbers(line):
+        return dates[-1]
+    reading = _last_reading(prose)
+    return None if reading.value is None else spelled(reading.value)
 
 
 def _whole_number(text: str) -> str | None:
-    match = _VALUE.match(text)
-    return _number(match) if match and match.end() == len(text.rstrip("%")) else None
-
-
-def _number(match: re.Match[str]) -> str | None:
-    """Return a matched number in its one canonical spelling: 1200, -0.5 or 1/3; None for what is not a number."""
-    value = _value(match)
-    return None if value is None else spelled(value)
-
-
-def _value(match: re.Match[str]) -> Fraction | None:
-    if match.group("other") or len(match.group()) > _MAX_NUMBER_CHARS:
-        return None
-    below = Fraction((match.group("below") or "1").replace(",", ""))
-    if below == 0:
-        return None
-    value = Fraction(match.group("number").replace(",", "") + (match.group("exponent") or "")) / below
-    value += int(match.group("whole") or 0)
-    if match.group("sign") == "-" or match.group("sign2"):
-        value = -value
-    return value * _SCALES[match.group("scale").strip().lower()] if match.group("scale") else value
-
-
-def spelled(value: Fraction) -> str:
-    """Return a number in its one canonical spelling: 1200, -0.5, or 1/3 where no decimal is exact."""
-    if value.denominator == 1:
-        return str(value.numerator)
-    rest = value.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    if rest != 1:
-        return f"{value.numerator}/{value.denominator}"
-    digits = value.denominator.bit_length()  # a denominator 2^a 5^b needs max(a, b) decimals, never more than its bits
-    scaled = value * 10**digits
-    return format(Decimal(scaled.numerator).scaleb(-digits).normalize(), "f")
+    first = next(iter_numbers(text), None)
+    is_whole = first is not None and first.start == 0 and first.end == len(text.rstrip("%"))
+    return spelled(first.value) if first and is_whole and first.value is not None else None
 
 
 def _normal_text(text: str) -> str:
     """Return the text casefolded, with single spaces and without punctuation at the edges of its words."""
     words = (word.strip(_EDGES) for word in text.replace(",", " ").casefold().split())
     return " ".join(word for word in words if word)
+
+
+_LEADING = re.compile(
+    r"(?:[\"'([{<$*~\u2248\s]|about|approximately|approx\.?|around|roughly|exactly|only|just|a total of|US|USD|Rs\.?)*",
+    re.IGNORECASE,
+)
+_TRAILING = re.compile(r"(?:[A-Za-z$\u20ac\u00a3\u00a5%.,;:!?\"')\]}>*\s\u00b0/]|(?<=[A-Za-z])\^[23](?![0-9]))*")
+_UNIT_WORDS = re.compile(r"[ \t][ \tA-Za-z.]*\Z")
+_GOES_ON = re.compile(r"\b(?:so|thus|therefore|hence|total|altogether|makes?|leaves?|which is|that is|equals?)\b", re.IGNORECASE)
+_ALTERNATIVE = re.compile(r"\s?[A-Za-z%]{0,12}\s?(?:\bor\b|\bto\b|[-\u2013\u2014])\s?\Z", re.IGNORECASE)
+_ORDINAL = re.compile(r"\W*([0-9]{1,6})(?:st|nd|rd|th)\b[A-Za-z\s]{0,40}\W*", re.IGNORECASE)
+_RANGE = re.compile(r"\bbetween\b[^\n]*\band\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The number that a reply gives."""
+
+    value: Fraction | None
+    """None where it gives none."""
+    reason: str
+
+
+THOUGHT_ONLY = "the thought never ended"
+_NONE = Reading(None, "no number, or several, where the answer stands")
+_AMBIGUOUS = Reading(None, "ambiguous separators")
+_DENIAL = Reading(None, "it says what the answer is not")
+
+
+def read_number(text: str) -> Reading:
+    """Return the number that a reply gives. Never raises."""
+    reply = open_reply(text)
+    final, prose = reply.final, reply.prose
+    if reply.is_only_thought:
+        return Reading(None, THOUGHT_ONLY)
+    if final is None:
+        if reply.is_refusal:
+            return Reading(None, "the reply refuses to answer")
+        line = prose.strip()
+        if "\n" not in line and len(line.split()) <= _MAX_LINE_WORDS:
+            return _named(_span_number(line), "a short reply")
+        return _last_reading(prose)
+    if not final.span:
+        return Reading(None, "an answer is announced and not given")
+    said = _json_number(final.span) if final.how == "json" else _span_number(final.span)
+    rival = _span_number(final.rival).value if final.rival else None
+    before = _span_number(final.before).value if final.before else None
+    if before is not None and rival is None and before in [number.value for number in find_numbers(final.span)]:
+        return Reading(before, "stated twice")
+    if said.value is not None and rival is not None and rival != said.value:
+        return Reading(None, f"two final answers: {spelled(rival)} and {spelled(said.value)}")
+    return _named(said, "stated")
+
+
+def _json_number(value: str) -> Reading:
+    """Return the number of a value in JSON: of several sentences or steps, the last one ends in it."""
+    is_worked = len(SENTENCE_END.split(value.strip())) > 1
+    return _last_reading(value) if is_worked else _span_number(value)
+
+
+def read_number_span(span: str) -> Fraction | None:
+    """Return the number that a statement or a choice amounts to, None where it amounts to none. Never raises."""
+    return _span_number(re.sub(r"\bper ?cent\b", "%", span)).value
+
+
+def _named(reading: Reading, place: str) -> Reading:
+    return reading if reading.value is None else Reading(reading.value, place)
+
+
+def _last_reading(prose: str) -> Reading:
+    """Return the last number of a text that states no answer; one in parentheses only where its line has no other."""
+    for line in reversed(prose.splitlines()):
+        for number in reversed(_outside_asides(line)):
+            if is_denied(line, number.start):
+                continue
+            return Reading(number.value, "the last number") if number.value is not None else _AMBIGUOUS
+    return Reading(None, "no number found")
+
+
+def _is_range(span: str) -> bool:
+    """Whether a text names two numbers and leaves open which: 5 or 6, 5-7, between 5 and 6."""
+    found = find_numbers(span)
+    if len(found) < 2 or "=" in span:
+        return False
+    return bool(_RANGE.search(span)) or any(_ALTERNATIVE.fullmatch(span, a.end, b.start) for a, b in pairwise(found))
+
+
+def _span_number(span: str) -> Reading:
+    """Return the number that a statement amounts to."""
+    span = SENTENCE_END.split(span[:_MAX_SPAN_CHARS], maxsplit=1)[0]
+    span = span[match.end() :] if (match := _NOT_BUT.match(span)) else span
+    if _NEGATED.match(span):
+        return _DENIAL
+    parts = [part.strip() for part in span.split("=") if part.strip()]
+    if not parts:
+        return _NONE
+    reading = _part_number(parts[-1])
+    # "8 = 3 + 5" ends in a calculation, "5 = five apples" in words
+    return reading if reading.value is not None or len(parts) == 1 else _part_number(parts[-2])
+
+
+def _part_number(part: str) -> Reading:
+    value = expression_value(_UNIT_WORDS.sub("", part.strip(" .$")))
+    found = find_numbers(part)
+    leading = _LEADING.match(part)
+    begin = leading.end() if leading else 0
+    is_first = bool(found) and found[0].start <= begin <= found[0].end
+    if is_first and _TRAILING.fullmatch(part, found[0].end):
+        return Reading(found[0].value, "") if found[0].value is not None else _AMBIGUOUS
+    if value is not None:
+        return Reading(value, "")
+    if not found and (ordinal := _ORDINAL.fullmatch(part)):
+        return Reading(Fraction(ordinal[1]), "")
+    if not found or _is_range(part):
+        return _NONE
+    outside = _outside_asides(part)
+    number = found[0] if is_first and not _GOES_ON.search(part, found[0].end) else outside[-1]
+    if is_denied(part, number.start):
+        return _DENIAL
+    return Reading(number.value, "") if number.value is not None else _AMBIGUOUS

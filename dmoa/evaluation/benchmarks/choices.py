@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from dmoa.core.answers import plain_text
+from dmoa.core.answers import THOUGHT_ONLY, is_denied, last_line, open_reply, read_number_span
+from dmoa.core.numbers import plain_text
 from dmoa.evaluation.benchmarks.base import VALUE, HubSource, ScorerEntry, Slice, Text, UpstreamRow, benchmark, gold_of, unscored
-from dmoa.evaluation.benchmarks.final_answer import final_statement, is_refusal, last_line, readable
 from dmoa.evaluation.records import Label, Reply, Score
 
 LETTERS = "ABCDE"
@@ -149,12 +149,12 @@ def _patterns(num_choices: int) -> _Patterns:
 
 def read_choice(text: str, choices: Sequence[str]) -> ChosenLetter:
     """Return the letter, A for the first choice, that a reply chooses. Never raises."""
-    prose = readable(text)
-    final = final_statement(prose)
+    reply = open_reply(text)
+    prose, final = reply.prose, reply.final
+    if reply.is_only_thought:
+        return ChosenLetter(None, THOUGHT_ONLY)
     if final is None:
-        return (
-            ChosenLetter(None, "the reply refuses to answer") if is_refusal(prose) else _unmarked_choice(prose.strip(), choices)
-        )
+        return ChosenLetter(None, "the reply refuses to answer") if reply.is_refusal else _unmarked_choice(prose.strip(), choices)
     if not final.span:
         return ChosenLetter(None, "an answer is announced and not given")
     choice = _span_choice(final.span, choices)
@@ -179,7 +179,10 @@ def _unmarked_choice(prose: str, choices: Sequence[str]) -> ChosenLetter:
     choice = _span_choice(line, choices)
     if choice.letter and not (is_list and patterns.listed.match(line) and not patterns.bare.fullmatch(line)):
         return choice
-    return _only({match[1] for match in patterns.inside.finditer(prose)}, "the only letter in parentheses")
+    return _only(
+        {match[1] for match in patterns.inside.finditer(prose) if not is_denied(prose, match.start())},
+        "the only letter in parentheses",
+    )
 
 
 def _only(letters: set[str], reason: str) -> ChosenLetter:
@@ -214,7 +217,21 @@ def _span_choice(span: str, choices: Sequence[str]) -> ChosenLetter:
     spaced, _, rest = text.partition(" ")
     if len(spaced) == 1 and _choice_of_text(rest, choices) == spaced.upper():
         return ChosenLetter(spaced.upper(), "letter and text")
-    return ChosenLetter(None, _NO_LETTER)
+    by_value = _choice_of_value(span, choices)
+    return ChosenLetter(by_value, "value of a choice") if by_value else ChosenLetter(None, _NO_LETTER)
+
+
+def _choice_of_value(span: str, choices: Sequence[str]) -> str | None:
+    """Return the letter of the only choice that is a number and has the value of this one; 1/2 is 0.5, 50 percent is 50%."""
+    values = [read_number_span(plain_text(choice)) if _is_value(plain_text(choice)) else None for choice in choices]
+    wanted = read_number_span(span)
+    same = [number for number, value in enumerate(values) if value is not None and value == wanted]
+    return chr(ord("A") + same[0]) if len(same) == 1 else None
+
+
+def _is_value(choice: str) -> bool:
+    """Whether a choice is a number with at most a unit: what holds several words may say anything."""
+    return len(choice) <= 40 and len(choice.split()) <= 4 and sum(word.isalpha() for word in choice.split()) <= 2
 
 
 def _choice_of_text(text: str, choices: Sequence[str]) -> str | None:

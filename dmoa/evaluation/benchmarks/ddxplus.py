@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
+from dmoa.core.answers import is_refusal, last_line, open_reply
 from dmoa.errors import ConfigError
 from dmoa.evaluation.benchmarks.base import (
     VALUE,
@@ -36,7 +37,6 @@ from dmoa.evaluation.benchmarks.base import (
     unscored,
     validate,
 )
-from dmoa.evaluation.benchmarks.final_answer import is_refusal, last_line, readable
 from dmoa.evaluation.records import Label, Reply, Score
 
 EVIDENCES_FILE = "release_evidences.json"
@@ -277,7 +277,7 @@ class Diagnosis:
 
 def read_diagnosis(text: str, conditions: Sequence[str]) -> Diagnosis:
     """Return the first diagnosis of a reply: its last `Diagnosis:` line, else its differential's first. Never raises."""
-    prose = readable(text)
+    prose = open_reply(text).prose
     found = _DIAGNOSIS.findall(prose)
     if not found:
         names = _names(tuple(conditions))
@@ -298,7 +298,7 @@ def read_diagnosis(text: str, conditions: Sequence[str]) -> Diagnosis:
 
 def read_differential(text: str, conditions: Sequence[str]) -> list[str]:
     """Return the names of a reply's last `Differential:` list, each once; unknown ones as they are spelled. Never raises."""
-    found = _DIFFERENTIAL.findall(readable(text))
+    found = _DIFFERENTIAL.findall(open_reply(text).prose)
     if not found:
         return []
     lines = [_BULLET.sub("", line) for line in str(found[-1]).splitlines()]

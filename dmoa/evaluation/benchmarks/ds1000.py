@@ -14,6 +14,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any, ClassVar
 
+from dmoa.core.reasoning import split_reasoning
 from dmoa.evaluation.benchmarks.base import (
     FROM_TEST,
     VALUE,
@@ -138,7 +139,7 @@ class References:
 
 def read_solution(text: str, prompt: str) -> str | None:
     """Return the code of a reply, indented as the end of the prompt is; None where it has none. Never raises."""
-    text = text[:MAX_CHARS]
+    text = split_reasoning(text).text[:MAX_CHARS]
     code = python_block(text)
     if code is None:
         tagged = _CODE_TAG.findall(text)

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
-from dmoa.core.answers import plain_text
+from dmoa.core.answers import is_refusal, last_line, open_reply
+from dmoa.core.numbers import plain_text
 from dmoa.evaluation.benchmarks.base import (
     VALUE,
     HubSource,
@@ -26,7 +27,6 @@ from dmoa.evaluation.benchmarks.base import (
     gold_of,
     unscored,
 )
-from dmoa.evaluation.benchmarks.final_answer import final_statement, is_refusal, last_line, readable
 from dmoa.evaluation.records import Label, Reply, Score
 
 
@@ -121,8 +121,8 @@ def f1(said: str, gold: str) -> float:
 
 def read_answer(text: str) -> str | None:
     """Return the answer of a reply, as it is spelled there; None for an empty reply or a refusal. Never raises."""
-    prose = readable(text)
-    final = final_statement(prose)
+    reply = open_reply(text)
+    prose, final = reply.prose, reply.final
     said = final.span if final is not None else last_line(prose)
     if not normalised(said) or is_refusal(said) or (final is None and is_refusal(prose)):
         return None
@@ -153,6 +153,8 @@ def _key(label: Label) -> str:
 
 def _score(label: Label, reply: Reply) -> Score:
     (gold,) = gold_of(label, "answer")
+    if not normalised(plain_text(gold)):
+        return unscored(f"the right answer {gold!r} is empty as the official script compares it: no reply can be right", (F1,))
     said = read_answer(reply.text)
     if said is None:
         return unscored("no answer found", (F1,))

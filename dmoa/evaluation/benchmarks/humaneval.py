@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator
 
+from dmoa.core.reasoning import split_reasoning
 from dmoa.evaluation.benchmarks.base import (
     FROM_TEST,
     VALUE,
@@ -76,7 +77,7 @@ _FUTURE = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
 
 def read_completion(text: str, entry_point: str) -> str | None:
     """Return the code of a reply; None where it has none. Never raises."""
-    text = text[:MAX_CHARS]
+    text = split_reasoning(text).text[:MAX_CHARS]
     defines = _definition(entry_point)
     defining = [code for _, code in code_blocks(text) if defines.search(code)]
     return defining[-1] if defining else python_block(text) or bare_code(text)

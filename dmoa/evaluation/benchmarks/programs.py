@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 
 from dmoa import sandbox
+from dmoa.core.answers import is_refusal
 from dmoa.errors import SandboxError
-from dmoa.evaluation.benchmarks.final_answer import is_refusal
 from dmoa.sandbox.launch import SandboxLimits
 
 MAX_CHARS = 200_000
@@ -19,9 +19,8 @@ MAX_EXTRACTED_CHARS = 4_000
 """Characters of code that a score repeats."""
 
 # Possessive (*+), so that a reply of one endless line is not searched in every way.
-_FENCE = re.compile(
-    r"^[ \t]*+(`{3,}+|~{3,}+)[ \t]*+([\w+#.-]*+)[^\n]*+\n(.*?)(?:^[ \t]*+\1[`~]*+[ \t]*+$|\Z)", re.DOTALL | re.MULTILINE
-)
+_FENCE = re.compile(r"[ \t]*+(`{3,}+|~{3,}+)[ \t]*+([\w+#.-]*+)([^\n]*+)")
+_QUOTES = re.compile(r"\"{3}|'{3}")
 _CODE_LINE = re.compile(
     r"(?:(?:import [\w.]+|from [\w.]+ import\b|(?:async )?def \w+\s*\(|class \w+\s*[(:]|@\w|return\b|assert\b|raise\b|del \w"
     r"|yield\b|pass\s*$|break\s*$|continue\s*$|try\s*:|else\s*:|finally\s*:|except\b[^\n]*:|lambda\b)"
@@ -81,7 +80,30 @@ def require_sandbox(*, allow_weak: bool) -> None:
 
 def code_blocks(text: str) -> list[tuple[str, str]]:
     """Return the fenced blocks of a reply as (language in lower case, code); an unclosed one goes to the end."""
-    return [(match[2].lower(), match[3]) for match in _FENCE.finditer(text[:MAX_CHARS])]
+    lines, place, found = text[:MAX_CHARS].split("\n"), 0, list[tuple[str, str]]()
+    while place < len(lines):
+        opening = _FENCE.match(lines[place])
+        place += 1
+        if opening is None or place == len(lines):
+            continue
+        end = _end_of_block(lines, place, opening[1])
+        found.append((opening[2].lower(), "".join(line + "\n" for line in lines[place:end])))
+        place = end + 1
+    return found
+
+
+def _end_of_block(lines: list[str], begin: int, fence: str) -> int:
+    """Return the line that closes a block; a fence inside a docstring closes it only if no other line does."""
+    first, quote = None, ""
+    for number in range(begin, len(lines)):
+        closing = _FENCE.match(lines[number])
+        if closing is not None and closing[1].startswith(fence) and not closing[2] and not closing[3].strip():
+            if not quote:
+                return number
+            first = number if first is None else first
+        for mark in _QUOTES.findall(lines[number]):
+            quote = mark if not quote else "" if mark == quote else quote
+    return len(lines) if first is None else first
 
 
 def python_block(text: str) -> str | None:

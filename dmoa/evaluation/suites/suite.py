@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Any, Literal, get_args
 
 from dmoa.core.answers import extract_answer, same_answer
+from dmoa.core.reasoning import split_reasoning
 from dmoa.errors import ConfigError
 from dmoa.evaluation.benchmarks.base import hash_content
 from dmoa.evaluation.records import SPLITS, Label, Reply, Row, Score, Task
@@ -171,6 +172,7 @@ class Kind(ABC):
 
 def find_answer(text: str) -> str | None:
     """Return the final answer of a reply, normalised; None where there is none. Never raises."""
+    text = split_reasoning(text).text
     lines = _ANSWER_LINE.findall(text[-_MAX_CHARS:])
     return (extract_answer(f"Answer: {lines[-1]}") if lines else None) or extract_answer(text)
 

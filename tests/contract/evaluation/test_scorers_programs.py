@@ -40,6 +40,8 @@ HUMANEVAL = Label(
     gold={"prompt": PROMPT, "test": TEST, "entry_point": "total", "canonical_solution": BODY},
 )
 WHOLE = "def total(numbers: List[int]) -> int:\n" + BODY
+_DOCSTRING = '    """Add.\n\n    ```\n    >>> total([1])\n    2\n    ```\n    """\n'
+WITH_FENCE = f"def total(numbers: List[int]) -> int:\n{_DOCSTRING}{BODY}"
 
 PASSING = {
     "prompt and body in a block": f"Here it is:\n```python\n{PROMPT}{BODY}```\nIt doubles.",
@@ -53,6 +55,8 @@ PASSING = {
     "an example in a later block": f"```python\n{WHOLE}```\nUse it so:\n```python\nprint(total([1]))\n```",
     "a correction in a later block": f"```python\n{WHOLE.replace('+=', '-=')}```\nWrong, rather:\n```python\n{WHOLE}```",
     "a block that is not closed": f"```python\n{WHOLE}",
+    "a fence in the docstring": f"```python\n{WITH_FENCE}```\nThat is all.",
+    "a thought with another program": f"<think>\n```python\nx = 0\n```\n</think>\n```python\n{WHOLE}```",
     "imports from the future": f"```python\nfrom __future__ import annotations\n{WHOLE}```",
     "an indented block in a list": "1. Write\n" + "".join(f"   {line}\n" for line in ["```python", *WHOLE.splitlines(), "```"]),
 }

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoa.core.answers import extract_answer, find_numbers, plain_text, same_answer, spelled
+from dmoa.core.answers import extract_answer, same_answer
+from dmoa.core.numbers import find_numbers, plain_text, spelled
 from tests.examples import examples
 
 REPLIES = [

@@ -127,3 +127,16 @@ def test_scores() -> None:
     assert near.metrics["f1"] == pytest.approx(0.8)
     none = score(label, Reply(text="I cannot help the King with that."))
     assert (none.value, none.is_scored, none.metrics) == (0.0, False, {"f1": 0.0})
+
+
+def test_a_row_whose_answer_is_an_article_is_unscorable() -> None:
+    label = Label(row_id="hotpotqa/test/1", benchmark="hotpotqa", gold={"answer": "A"})
+    found = table.build_scorer("hotpotqa").score(label, Reply(text="Answer: A"))
+    assert (found.value, found.is_scored) == (0.0, False)
+    assert "no reply can be right" in found.reason
+
+
+def test_an_answer_in_json_is_read_without_its_braces() -> None:
+    assert read_answer('{"answer": "Paris"}') == "Paris"
+    assert read_answer("<think>Rome?</think>\nParis") == "Paris"
+    assert read_answer("<think>Rome?") is None

@@ -1,18 +1,18 @@
-"""Numbers: the forms that models write, 10,000 generated renderings, and the seam to math-verify."""
+"""Numbers: the forms that models write, 10,000 generated renderings, and calculations against Python."""
 
 from __future__ import annotations
 
-import threading
+import re
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoa.core.answers import spelled
+from dmoa.core.answers import read_number
+from dmoa.core.numbers import expression_value, spelled
 from dmoa.errors import ConfigError
 from dmoa.evaluation import registry as table
-from dmoa.evaluation.benchmarks.word_problems import expression_value, read_number
 from dmoa.evaluation.records import Label, Reply
 from tests.examples import examples
 
@@ -165,6 +165,10 @@ def test_every_rendering_of_a_number_is_read_as_it(rendering: tuple[Fraction, st
     assert reading.value == value, (text, reading)
 
 
+def _calculations(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.tuples(inner, st.sampled_from([" + ", " - ", " * ", "/"]), inner).map(lambda parts: f"({''.join(parts)})")
+
+
 EXPRESSIONS = [
     (r"\frac{36}{2}", 18),
     (r"\sqrt{4}", 2),
@@ -179,16 +183,26 @@ EXPRESSIONS = [
     ("18 - 5", 13),
     ("0.1+0.2", Fraction(3, 10)),
     ("1+(2*(3+(4*(5+6))))", 95),
+    ("2^10", 1024),
+    (r"\frac{\frac{1}{2}}{3}", Fraction(1, 6)),
+    ("(2 + 3) - 007", -2),
 ]
 
 
 @pytest.mark.parametrize(("text", "value"), EXPRESSIONS)
-def test_math_verify_works_in_threads_and_is_exact(text: str, value: Fraction | int) -> None:
-    found: list[Fraction | None] = []
-    thread = threading.Thread(target=lambda: found.append(expression_value(text)))
-    thread.start()
-    thread.join(30)
-    assert found == [Fraction(value)]
+def test_a_calculation_is_exact(text: str, value: Fraction | int) -> None:
+    assert expression_value(text) == Fraction(value)
+
+
+@settings(max_examples=examples(200), derandomize=True)
+@given(st.recursive(st.integers(0, 999).map(str), _calculations, max_leaves=6))
+def test_a_calculation_is_what_python_makes_of_it(text: str) -> None:
+    number = re.sub(r"[0-9]+", r"Fraction(\g<0>)", text)
+    try:
+        expected = eval(number, {"Fraction": Fraction})
+    except ZeroDivisionError:
+        expected = None
+    assert expression_value(f"{text} + 0") == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,233 @@
+"""What a reply answers: public shapes of replies that were once read wrongly, and that no shape makes up another number."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmoa.core.answers import extract_answer, read_answer, read_number, same_answer
+from dmoa.core.numbers import find_numbers, plain_text, spelled
+from tests.examples import examples
+
+NUMBERS = [
+    # thoughts
+    ("<think>\nI cannot be sure. The answer is 41", None),
+    ("<think>\nThe answer is 41\n</think>\nThe answer is 42", "42"),
+    ("so 41 comes out\n</think>\n\nThe answer is 42", "42"),
+    ("<think>maybe 3</think>\n<think>no, 4", None),
+    ("analysisWe compute. The answer is 40? no 42.assistantfinal42", "42"),
+    ("analysisWe compute. The answer is 40", None),
+    ("<|channel|>analysis<|message|>It is 40.<|end|><|start|>assistant<|channel|>final<|message|>It is 42.<|return|>", "42"),
+    ("[THINK]40[/THINK]42", "42"),
+    # a next question that nobody asked
+    ("Tom has 5.\n#### 5\n\nAnn has 4 apples and buys 5. How many has she?\n4 + 5 = 9\n#### 9", "5"),
+    ("Answer: 5\n\nQuestion: What is 4 + 5?\nAnswer: 9", "5"),
+    ("#### 5\n\nProblem: What is 4 + 5?\n#### 9", "5"),
+    ("Question 1: how many are red? Answer: 3\nQuestion 2: how many are left?\nAnswer: 8", "8"),
+    ("Answer: 5\nWait, that is wrong.\nAnswer: 6", "6"),
+    # asides
+    ("The profit is $70,000 (150% of the value).", "70000"),
+    ("She earns $18 a day (9 eggs at $2 each).", "18"),
+    ("There are 12 of them left in the end (3 were sold and 5 were lost)\nand that is all", "12"),
+    ("It costs 5 (not 6).", "5"),
+    ("(18)", "18"),
+    # signs
+    ("The temperature is minus 7.", "-7"),
+    ("It was negative 7 degrees", "-7"),
+    ("Answer: \u2013 15", "-15"),
+    ("Answer: - 15", "-15"),
+    ("Answer:\n- 15", "15"),
+    ("x = \u2013 15", "-15"),
+    ("10 minus 7 makes 3", "3"),
+    # separators
+    ("The answer is 12 500", "12500"),
+    ("The answer is 12\u202f500", "12500"),
+    ("The answer is 1.234,50", "1234.5"),
+    ("The answer is 1.234.567", "1234567"),
+    ("The answer is 1'250", "1250"),
+    ("The answer is 1\u2019250", "1250"),
+    ("The answer is 1,25 euros", "1.25"),
+    ("The answer is \u20ac1,5", "1.5"),
+    ("The answer is 0,5", "0.5"),
+    ("The answer is 1,2", None),
+    ("The answer is 1 234,5 kg", "1234.5"),
+    ("The answer is 1.2.3", None),
+    ("The answer is 1_000", "1000"),
+    # several numbers name none
+    ("Answer: between 5 and 6", None),
+    ("Answer: 5 or 6", None),
+    ("Answer: 5 to 6", None),
+    ("Answer: 5\u20136", None),
+    # denials
+    ("The answer is not 829.", None),
+    ("Answer: none of 1, 2, 829", None),
+    ("Answer: neither 5 nor 6", None),
+    ("Answer: not 5 but 6", "6"),
+    ("Answer: 5, not 6", "5"),
+    # calculations
+    ("Answer: 2^10", "1024"),
+    ("Answer: 2^{10}", "1024"),
+    ("Answer: 10^3", "1000"),
+    ("Answer: \u221a4", "2"),
+    ("Answer: \\sqrt{144}", "12"),
+    ("Answer: 3 \u00d7 10\u00b2", "300"),
+    ("so in the end\nthere are 2^10 of them", "1024"),
+    ("so in the end\nthere are \\sqrt{2} of them", None),
+    # scales
+    ("$70k", "70000"),
+    ("Answer: 70K dollars", "70000"),
+    ("Answer: $5M", "5000000"),
+    ("Answer: 3 dozen", "36"),
+    ("Answer: 2.5 million", "2500000"),
+    # ordinals
+    ('{"answer": "6th"}', "6"),
+    ("Answer: 2nd place", "2"),
+    # JSON
+    ('{"reasoning": "3 and then 5", "answer": "18"}', "18"),
+    ('{"reasoning": "3 and then 5", "answer": 18}', "18"),
+    ('```json\n{"reasoning": "3",\n "answer": 18}\n```', "18"),
+    ('{"answer": "18", "reasoning": "because 3 * 6 = 18, not 17"}', "18"),
+    ('{"reasoning": "with "quotes" and 7", "answer": "18"', "18"),
+    ('{"reasoning": "x", "answer": (150 * 2) + 240}', "540"),
+    ('{"answer": "$1,080.50"}', "1080.5"),
+    ('{"answer": "It is 3 * 5 = 15. With the rest 15 + 4 = 19 in all."}', "19"),
+    ('{"answer": "Cannot be determined"}', None),
+    ('{"answer": null}', None),
+    ('{"answer": "5"}\nThe answer is that she bakes 5 dozens for 30 days.', "5"),
+    ('{"answer": "5"}\nWait.\nAnswer: 6', "6"),
+    # exactness
+    ("12345678901234567890123456789.5", "12345678901234567890123456789.5"),
+]
+
+
+@pytest.mark.parametrize(("text", "number"), NUMBERS)
+def test_the_number_of_a_reply_or_none(text: str, number: str | None) -> None:
+    reading = read_number(text)
+    assert (None if reading.value is None else spelled(reading.value)) == number
+    assert reading.reason
+
+
+ANSWERS = [
+    ("<think>\nMaybe the answer is A. Hmm", None),
+    ('{"answer": "C"}', "c"),
+    ('```json\n{"answer": "C"}\n```', "c"),
+    ('{"answer": "Paris"}', "paris"),
+    ('{"final_answer": ["x", "y"]}', "x y"),
+    ("It is not (B)", None),
+    ("It is not (B), it is (C)", "c"),
+    ("The answer is not 829.", None),
+    ("Answer: none of 1, 2, 829", None),
+    ("Answer: between 5 and 6", None),
+    ("Answer: None", "none"),
+    ("Answer: Let's think step by step. B is right, so (B).", "b"),
+    ("analysisIt is Rome?assistantfinalParis", "paris"),
+    ("Answer: 2^10", "1024"),
+    ("Answer: 10^3", "1000"),
+    ("Answer: \u221a4", "2"),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), ANSWERS)
+def test_the_answer_of_a_reply_or_none(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+def test_numbers_that_differ_in_the_last_of_thirty_digits_are_different() -> None:
+    assert not same_answer("12345678901234567890123456789.5", "12345678901234567890123456790")
+    assert same_answer("12345678901234567890123456789.50", "12345678901234567890123456789.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "how"),
+    [
+        ("Answer: 5", "number", "stated"),
+        ("\\boxed{5}", "number", "boxed"),
+        ('{"answer": "B"}', "letter", "json"),
+        ("Answer: Paris", "text", "stated"),
+        ("```py\nx = 1\n```", "code", "code"),
+        ("I choose (B) because", "letter", "choice"),
+        ("Paris", "text", "short"),
+        ("7", "number", "short"),
+        ("She buys 3 and 4 more of them at the market today.\nThat makes 7.", "number", "last"),
+    ],
+)
+def test_an_answer_says_what_it_is_and_where_it_stood(text: str, kind: str, how: str) -> None:
+    found = read_answer(text)
+    assert (found.kind, found.how) == (kind, how)
+
+
+SHAPES = [
+    "{}",
+    "{}.",
+    "**{}**",
+    "Answer: {}",
+    "Answer: {}.",
+    "answer is {}",
+    "The answer is: {}",
+    "The final answer is {}.",
+    "**Answer:** {}",
+    "**Answer: {}**",
+    "### Answer\n{}",
+    "Answer:\n\n{}",
+    "#### {}",
+    "First 12, then 99.\n#### {}",
+    "\\boxed{{{}}}",
+    "$\\boxed{{{}}}$",
+    "So it is \\(\\boxed{{{}}}\\).",
+    '{{"answer": "{}"}}',
+    '{{"reasoning": "12 and 99", "answer": "{}"}}',
+    '{{"answer": {}}}',
+    '```json\n{{"reasoning": "12",\n "answer": "{}"}}\n```',
+    "<think>12 or 99?</think>\n{}",
+    "it may be 12\n</think>\nAnswer: {}",
+    "analysisIt is 12? 99?assistantfinal{}",
+    "<think>12</think>\n\nThe answer is {}.",
+    "Answer: {}\n\nQuestion: What is 12 + 99?\nAnswer: 111",
+    "I thought of 12.\nAnswer: 12\nNo, wait.\nAnswer: {}",
+    "12 and 99 are steps on the way, and there are many more.\nIn the end it is {}",
+    "Answer: x = {}",
+    "Answer: **{}** (12 of 99)",
+    "The answer is {}, as 12 is too few.",
+    "Answer: {} apples",
+]
+
+
+@settings(max_examples=examples(600), derandomize=True)
+@given(
+    st.integers(-(10**7), 10**7) | st.fractions(-1000, 1000, max_denominator=1).map(int),
+    st.sampled_from(["{}", "{:,}", "{}.0"]),
+    st.sampled_from(SHAPES),
+)
+def test_a_right_answer_stays_right_in_every_shape(value: int, spelling: str, shape: str) -> None:
+    said = spelling.format(value)
+    if shape == '{{"answer": {}}}' and "," in said:
+        said = str(value)  # JSON's numbers have no separators
+    text = shape.format(said)
+    assert read_number(text).value == value, text
+    found = extract_answer(text)
+    assert found is not None, text
+    assert same_answer(found, str(value)), (text, found)
+
+
+UNKNOWN = ["", "unknown", "Cannot be determined", "not 12", "between 12 and 99", "12 or 99", "neither 12 nor 99", "1,2"]
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if "12" not in shape.replace("{}", "")])
+@pytest.mark.parametrize("said", UNKNOWN)
+def test_no_shape_makes_a_number_of_what_is_none(said: str, shape: str) -> None:
+    if said == "1,2" and "apples" in shape:
+        return  # with a unit it is a decimal comma
+    assert read_number(shape.format(said)).value is None
+
+
+@settings(max_examples=examples(300), derandomize=True)
+@given(st.integers(0, 10**9), st.integers(0, 99))
+def test_a_number_in_the_ways_of_other_countries_is_itself_or_ambiguous(whole: int, cents: int) -> None:
+    value = whole + Fraction(cents, 100)
+    english = f"{whole:,}.{cents:02d}"
+    for spelling in (english, english.translate(str.maketrans(",.", ".,")), english.replace(",", "'"), english.replace(",", " ")):
+        values = [number.value for number in find_numbers(plain_text(f"{spelling} in all"))]
+        assert values in ([value], [None]), spelling
