@@ -39,6 +39,7 @@ from dmoa.dispatch import AgentCard, Dispatcher
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError
 from dmoa.evaluation.records import Answered, BenchmarkInfo, PoolInfo, RunInfo, Scored
 from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
+from dmoa.flat import flat
 from dmoa.orchestrator import Event, Orchestrator
 from dmoa.protocols import Policy
 from dmoa.provenance import Machine
@@ -49,6 +50,7 @@ from dmoa.types import (
     AgentCall,
     AgentReply,
     Answer,
+    EntropySum,
     FinishReason,
     FloatArray,
     Limits,
@@ -60,6 +62,7 @@ from dmoa.types import (
     StepRecord,
     Stop,
     TextDelta,
+    TokenUsage,
 )
 
 T = TypeVar("T")
@@ -188,11 +191,8 @@ def said(agent: str, fate: Say) -> AgentReply:
         status="ok",
         text=fate.text,
         finish_reason=fate.finish_reason,
-        entropy_sum_nats=fate.nats * fate.tokens,
-        entropy_sq_sum=fate.nats**2 * fate.tokens,
-        entropy_tokens=fate.tokens,
-        prompt_tokens=fate.prompt_tokens,
-        completion_tokens=fate.tokens,
+        entropy=EntropySum(sum_nats=fate.nats * fate.tokens, sq_sum=fate.nats**2 * fate.tokens, tokens=fate.tokens),
+        usage=TokenUsage(prompt_tokens=fate.prompt_tokens, completion_tokens=fate.tokens),
     )
 
 
@@ -517,7 +517,13 @@ def answered(benchmark: str, number: int, policy: str, **changes: Any) -> Answer
 
 def failed(benchmark: str, number: int, policy: str, error: str = "DeadlineError: too late") -> Answered:
     return Answered(
-        row_id=f"{benchmark}/test/{number:04}", benchmark=benchmark, policy=policy, status="failed", error=error, wall_ms=1000.0
+        row_id=f"{benchmark}/test/{number:04}",
+        benchmark=benchmark,
+        policy=policy,
+        status="failed",
+        error=error,
+        **flat(TokenUsage()),
+        wall_ms=1000.0,
     )
 
 
