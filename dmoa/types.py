@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -98,9 +99,9 @@ class EntropySum:
     """truncated: of at least one part only listed log-probabilities are known."""
 
     @classmethod
-    def of_token(cls, entropy_nats: float, slack_nats: float = 0.0, kind: EntropyKind = "exact") -> EntropySum:
-        """Return the sum over a single token."""
-        return cls(sum_nats=entropy_nats, sq_sum=entropy_nats * entropy_nats, slack_nats=slack_nats, tokens=1, kind=kind)
+    def of_tokens(cls, entropies: Sequence[float]) -> EntropySum:
+        """Return the sum over tokens whose entropies are exact."""
+        return cls(sum_nats=sum(entropies, 0.0), sq_sum=sum((nats * nats for nats in entropies), 0.0), tokens=len(entropies))
 
     def __add__(self, other: EntropySum) -> EntropySum:
         """Return the sum over the tokens of both."""

@@ -52,8 +52,9 @@ def listed_entropy(listed_V: Sequence[float], vocab_size: int) -> EntropySum:
     by it (1 of 160), by the lower bound 10.
     """
     if any(math.isnan(logprob) or logprob == math.inf for logprob in listed_V):
-        return EntropySum.of_token(math.nan, math.nan, "truncated")
+        return EntropySum(sum_nats=math.nan, sq_sum=math.nan, slack_nats=math.nan, tokens=1, kind="truncated")
     bounds = entropy_bounds(listed_V, vocab_size)
     if bounds is None:
         return EntropySum(kind="truncated")
-    return EntropySum.of_token((bounds.lower + bounds.upper) / 2, (bounds.upper - bounds.lower) / 2, "truncated")
+    middle, slack = (bounds.lower + bounds.upper) / 2, (bounds.upper - bounds.lower) / 2
+    return EntropySum(sum_nats=middle, sq_sum=middle * middle, slack_nats=slack, tokens=1, kind="truncated")

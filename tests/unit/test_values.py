@@ -54,9 +54,11 @@ def test_usage_adds_up_in_any_order(a: TokenUsage, b: TokenUsage, c: TokenUsage)
 
 
 def test_entropy_by_hand() -> None:
-    token = EntropySum.of_token(3.0)
+    token = EntropySum.of_tokens([3.0])
     assert token == EntropySum(sum_nats=3.0, sq_sum=9.0, tokens=1)
-    middle = EntropySum.of_token(0.5, 0.25, "truncated")
+    assert EntropySum.of_tokens([1.0, 2.0]) == EntropySum(sum_nats=3.0, sq_sum=5.0, tokens=2)
+    assert repr(EntropySum.of_tokens([])) == repr(EntropySum())  # floats, also of nothing
+    middle = EntropySum(sum_nats=0.5, sq_sum=0.25, slack_nats=0.25, tokens=1, kind="truncated")
     assert token + middle == EntropySum(sum_nats=3.5, sq_sum=9.25, slack_nats=0.25, tokens=2, kind="truncated")
     assert (token + middle).mean_nats == 1.75
 
@@ -72,8 +74,7 @@ def test_entropy_adds_up_in_any_order(a: EntropySum, b: EntropySum, c: EntropySu
 @settings(derandomize=True)
 @given(TOKENS, st.integers(0, 40))
 def test_parts_of_a_reply_add_up_to_the_whole(values: list[float], cut: int) -> None:
-    tokens = [EntropySum.of_token(value) for value in values]
-    whole = sum(tokens[:cut], EntropySum()) + sum(tokens[cut:], EntropySum())
+    whole = EntropySum.of_tokens(values[:cut]) + EntropySum.of_tokens(values[cut:])
     assert whole.tokens == len(values)
     assert whole.mean_nats == pytest.approx(statistics.fmean(values), abs=1e-9)
     assert whole.sq_sum == pytest.approx(math.fsum(value * value for value in values), abs=1e-9)
@@ -95,7 +96,7 @@ def test_parts_of_a_reply_add_up_to_the_whole(values: list[float], cut: int) -> 
 def test_what_is_known_of_an_entropy(entropy: EntropySum, mean_nats: float | None, is_finite: bool) -> None:
     assert (entropy.mean_nats, entropy.is_finite) == (mean_nats, is_finite)
     if not is_finite:
-        assert not (entropy + EntropySum.of_token(1.0)).is_finite
+        assert not (entropy + EntropySum.of_tokens([1.0])).is_finite
 
 
 def test_flat_records_have_the_fields_of_the_values() -> None:
@@ -123,7 +124,7 @@ def test_a_reply_comes_back_from_its_line(usage: TokenUsage, entropy: EntropySum
 
 def test_a_reply_lies_in_the_call_cache_as_it_always_did() -> None:
     usage = TokenUsage(prompt_tokens=10, cached_tokens=6, completion_tokens=4)
-    reply = AgentReply(agent="a", status="ok", text="19", usage=usage, entropy=EntropySum.of_token(2.0), engine="list")
+    reply = AgentReply(agent="a", status="ok", text="19", usage=usage, entropy=EntropySum.of_tokens([2.0]), engine="list")
     assert json.dumps(flat_reply(reply)) == (
         '{"agent": "a", "status": "ok", "text": "19", "finish_reason": "stop", "entropy_sum_nats": 2.0, "entropy_sq_sum": 4.0, '
         '"entropy_slack_nats": 0.0, "entropy_tokens": 1, "entropy_kind": "exact", "prompt_tokens": 10, "cached_tokens": 6, '

@@ -209,8 +209,8 @@ class Running:
     on_done: Callable[[Generation | EngineError], None]
     """Told the whole generation, or why there is none, once."""
     outputs: list[int]
-    entropy: EntropySum = field(default_factory=EntropySum)
-    """Over `outputs`."""
+    nats: list[float] = field(default_factory=list)
+    """Entropy of each of the outputs."""
     cached_tokens: int = 0
     prefill_s: float | None = None
     """time.perf_counter() at the start of its prefill; None while it waits."""
@@ -224,7 +224,7 @@ class Running:
     def accept(self, token: int, entropy_nats: float, stop_tokens: frozenset[int]) -> None:
         """Take the next token; sets `finish` where it is the last one."""
         self.outputs.append(token)
-        self.entropy += EntropySum.of_token(entropy_nats)
+        self.nats.append(entropy_nats)
         if token in stop_tokens:
             self.finish = "stop"
         else:
@@ -246,7 +246,7 @@ class Running:
             Generation(
                 text=self.text.text,
                 finish_reason=self.finish or "length",
-                entropy=self.entropy,
+                entropy=EntropySum.of_tokens(self.nats),
                 usage=TokenUsage(
                     prompt_tokens=len(self.tokens), cached_tokens=self.cached_tokens, completion_tokens=len(self.outputs)
                 ),
