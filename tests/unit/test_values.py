@@ -122,7 +122,7 @@ def test_a_reply_comes_back_from_its_line(usage: TokenUsage, entropy: EntropySum
     assert reply_of(json.loads(line)) == reply
 
 
-def test_a_reply_lies_in_the_call_cache_as_it_always_did() -> None:
+def test_the_line_of_a_reply_in_the_call_cache() -> None:
     usage = TokenUsage(prompt_tokens=10, cached_tokens=6, completion_tokens=4)
     reply = AgentReply(agent="a", status="ok", text="19", usage=usage, entropy=EntropySum.of_tokens([2.0]), engine="list")
     assert json.dumps(flat_reply(reply)) == (
