@@ -260,7 +260,7 @@ class Dispatcher:
             replies = tuple(reply for chain in chains for _, reply in chain)
             if plan.fold == "pass" or not should_escalate(plan.decision, replies):
                 return replies
-            used = before.tokens_used + sum(reply.prompt_tokens + reply.completion_tokens for reply in replies)
+            used = before.tokens_used + sum(reply.usage.total for reply in replies)
             asking.state = replace(before, tokens_used=used)
             another = self._stand_in(asking) if self._can_afford(asking.state) else None
             if another is None:

@@ -178,9 +178,7 @@ def begin(query: Query) -> QueryState:
 
 def advance(state: QueryState, step: StepRecord) -> QueryState:
     """Return the state after one more step."""
-    used = sum(reply.prompt_tokens + reply.completion_tokens for reply in step.replies)
-    used += step.summarizer.prompt_tokens + step.summarizer.completion_tokens
-    return replace(state, steps=(*state.steps, step), tokens_used=state.tokens_used + used)
+    return replace(state, steps=(*state.steps, step), tokens_used=state.tokens_used + step.usage.total)
 
 
 def finish(state: QueryState, policy: str, reason: StopReason, *, wall_ms: float) -> Answer:

@@ -39,6 +39,7 @@ from dmoa.dispatch import AgentCard, Dispatcher
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError
 from dmoa.evaluation.records import Answered, BenchmarkInfo, PoolInfo, RunInfo, Scored
 from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
+from dmoa.flat import flat
 from dmoa.orchestrator import Event, Orchestrator
 from dmoa.protocols import Policy
 from dmoa.provenance import Machine
@@ -49,6 +50,7 @@ from dmoa.types import (
     AgentCall,
     AgentReply,
     Answer,
+    EntropySum,
     FinishReason,
     FloatArray,
     Limits,
@@ -60,6 +62,7 @@ from dmoa.types import (
     StepRecord,
     Stop,
     TextDelta,
+    TokenUsage,
 )
 
 T = TypeVar("T")
@@ -188,11 +191,8 @@ def said(agent: str, fate: Say) -> AgentReply:
         status="ok",
         text=fate.text,
         finish_reason=fate.finish_reason,
-        entropy_sum_nats=fate.nats * fate.tokens,
-        entropy_sq_sum=fate.nats**2 * fate.tokens,
-        entropy_tokens=fate.tokens,
-        prompt_tokens=fate.prompt_tokens,
-        completion_tokens=fate.tokens,
+        entropy=EntropySum(sum_nats=fate.nats * fate.tokens, sq_sum=fate.nats**2 * fate.tokens, tokens=fate.tokens),
+        usage=TokenUsage(prompt_tokens=fate.prompt_tokens, completion_tokens=fate.tokens),
     )
 
 
@@ -406,15 +406,9 @@ def rollout_row(query: str, step: int, agent: str, nats: float, context: FloatAr
         "is_selected": agent == "one",
         "is_explored": agent != "one",
         "propensity": 1.0,
-        "entropy_sum_nats": 8 * nats,
-        "entropy_sq_sum": 8 * nats * nats,
-        "entropy_tokens": 8,
-        "entropy_kind": "exact",
-        "entropy_slack_nats": 0.0,
+        **flat(EntropySum(sum_nats=8 * nats, sq_sum=8 * nats * nats, tokens=8)),
         "finish_reason": "stop",
-        "prompt_tokens": 10,
-        "cached_tokens": 0,
-        "completion_tokens": 8,
+        **flat(TokenUsage(prompt_tokens=10, completion_tokens=8)),
         "latency_ms": 1.0,
         "text": "never read",
         "status": "ok",
@@ -504,9 +498,7 @@ def answered(benchmark: str, number: int, policy: str, **changes: Any) -> Answer
         "text": "Answer: 1",
         "stop_reason": "agreement",
         "active": (("adder", "echo"), ("adder",)),
-        "prompt_tokens": 100,
-        "cached_tokens": 30,
-        "completion_tokens": 10,
+        **flat(TokenUsage(prompt_tokens=100, cached_tokens=30, completion_tokens=10)),
         "summarizer_tokens": 4,
         "entropy_nats": 0.5,
         "wall_ms": 250.0,
@@ -517,7 +509,13 @@ def answered(benchmark: str, number: int, policy: str, **changes: Any) -> Answer
 
 def failed(benchmark: str, number: int, policy: str, error: str = "DeadlineError: too late") -> Answered:
     return Answered(
-        row_id=f"{benchmark}/test/{number:04}", benchmark=benchmark, policy=policy, status="failed", error=error, wall_ms=1000.0
+        row_id=f"{benchmark}/test/{number:04}",
+        benchmark=benchmark,
+        policy=policy,
+        status="failed",
+        error=error,
+        **flat(TokenUsage()),
+        wall_ms=1000.0,
     )
 
 

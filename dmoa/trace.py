@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmoa import __version__
 from dmoa.errors import TraceError
+from dmoa.flat import TokenFields, flat
 from dmoa.types import (
     AgentReply,
     AgentStatus,
@@ -50,9 +51,7 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
-class ReplyAgent(ReplyModel):
-    """One agent in one step."""
-
+class _ReplyAgentHead(ReplyModel):
     name: str
     """Name of the agent."""
     probability: float = Field(ge=0, le=1)
@@ -72,10 +71,11 @@ class ReplyAgent(ReplyModel):
     """How far entropy_nats may be off either way, being the middle of two bounds; 0 where it is exact."""
     finish_reason: FinishReason | None
     """null where the agent generated nothing."""
-    prompt_tokens: int
-    cached_tokens: int
-    """Part of prompt_tokens that a prefix cache had."""
-    completion_tokens: int
+
+
+class ReplyAgent(TokenFields, _ReplyAgentHead):
+    """One agent in one step."""
+
     estimated: bool = False
     """Whether the token counts are guesses, because an endpoint did not tell."""
     latency_ms: float
@@ -96,16 +96,16 @@ class ReplyAgent(ReplyModel):
     """Its contribution; only with `dmoa.trace`."""
 
 
-class ReplySummarizer(ReplyModel):
-    """What the summarizer did in a step."""
-
+class _ReplySummarizerHead(ReplyModel):
     mode: Literal["select", "llm"]
     """As in the pool."""
     verdict: Verdict
     """final or continue; unparsable: an LLM said neither; rule: no LLM was asked."""
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
+
+
+class ReplySummarizer(TokenFields, _ReplySummarizerHead):
+    """What the summarizer did in a step."""
+
     latency_ms: float
     engine_ms: float
     memoised: bool = False
@@ -214,20 +214,18 @@ def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
 
 
 def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored: bool = False) -> ReplyAgent:
-    entropy = reply.entropy_nats
+    entropy = reply.entropy
     return ReplyAgent(
         name=reply.agent,
         probability=min(max(finite(probability, 6), 0.0), 1.0),
         status=reply.status,
         explored=explored,
-        entropy_nats=None if entropy is None or not math.isfinite(entropy) else round(entropy, 6),
-        entropy_tokens=reply.entropy_tokens,
-        entropy_kind=reply.entropy_kind,
-        entropy_slack_nats=finite(reply.entropy_slack_nats / max(1, reply.entropy_tokens), 6),
-        finish_reason=reply.finish_reason if reply.status == "ok" or reply.completion_tokens else None,
-        prompt_tokens=reply.prompt_tokens,
-        cached_tokens=reply.cached_tokens,
-        completion_tokens=reply.completion_tokens,
+        entropy_nats=None if entropy.mean_nats is None else round(entropy.mean_nats, 6),
+        entropy_tokens=entropy.tokens,
+        entropy_kind=entropy.kind,
+        entropy_slack_nats=finite(entropy.slack_nats / max(1, entropy.tokens), 6),
+        finish_reason=reply.finish_reason if reply.status == "ok" or reply.usage.completion_tokens else None,
+        **flat(reply.usage),
         estimated=reply.are_tokens_estimated,
         latency_ms=finite(reply.latency_ms),
         engine_ms=finite(reply.engine_ms),
@@ -244,9 +242,7 @@ def _summarizer(record: SummarizerRecord) -> ReplySummarizer:
     return ReplySummarizer(
         mode=record.mode,
         verdict=record.verdict,
-        prompt_tokens=record.prompt_tokens,
-        cached_tokens=record.cached_tokens,
-        completion_tokens=record.completion_tokens,
+        **flat(record.usage),
         latency_ms=finite(record.latency_ms),
         engine_ms=finite(record.engine_ms),
         memoised=record.is_memoised,

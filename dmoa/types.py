@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -63,6 +64,68 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenUsage:
+    """Tokens of one call, or with `+` of several."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Part of prompt_tokens whose keys and values were reused from another request."""
+    completion_tokens: int = 0
+    """Generated tokens, stop tokens included."""
+
+    @property
+    def total(self) -> int:
+        """Prompt and completion tokens."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def __add__(self, other: TokenUsage) -> TokenUsage:
+        """Return the tokens of both."""
+        return TokenUsage(**{part.name: getattr(self, part.name) + getattr(other, part.name) for part in fields(self)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntropySum:
+    """Entropy of the next-token distributions of a reply, summed over its tokens; `+` puts tokens together."""
+
+    sum_nats: float = 0.0
+    """Sum over the tokens of the entropy of the whole next-token distribution, before temperature."""
+    sq_sum: float = 0.0
+    """Sum of the squares of the same entropies."""
+    slack_nats: float = 0.0
+    """How far the sum may be off either way where it is the middle of two bounds; 0 for exact entropies."""
+    tokens: int = 0
+    """Tokens in the sums: for exact entropies all generated ones, 0 where nothing is known of the entropy."""
+    kind: EntropyKind = "exact"
+    """truncated: of at least one part only listed log-probabilities are known."""
+
+    @classmethod
+    def of_tokens(cls, entropies: Sequence[float]) -> EntropySum:
+        """Return the sum over tokens whose entropies are exact."""
+        return cls(sum_nats=sum(entropies, 0.0), sq_sum=sum((nats * nats for nats in entropies), 0.0), tokens=len(entropies))
+
+    def __add__(self, other: EntropySum) -> EntropySum:
+        """Return the sum over the tokens of both."""
+        return EntropySum(
+            sum_nats=self.sum_nats + other.sum_nats,
+            sq_sum=self.sq_sum + other.sq_sum,
+            slack_nats=self.slack_nats + other.slack_nats,
+            tokens=self.tokens + other.tokens,
+            kind=self.kind if self.kind == other.kind else "truncated",
+        )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all sums are finite; if not, the engine's numbers broke."""
+        return math.isfinite(self.sum_nats) and math.isfinite(self.sq_sum) and math.isfinite(self.slack_nats)
+
+    @property
+    def mean_nats(self) -> float | None:
+        """Mean entropy in nats per token; None where it is not known: no tokens, or a sum that is not a number from 0."""
+        is_known = self.tokens > 0 and math.isfinite(self.sum_nats) and self.sum_nats >= 0.0
+        return self.sum_nats / self.tokens if is_known else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """What an engine is asked to generate: one continuation of one conversation."""
 
@@ -87,22 +150,11 @@ class Generation:
 
     text: str
     finish_reason: FinishReason
-    entropy_sum_nats: float
-    """Sum over the generated tokens (stop token included) of the entropy of the whole next-token distribution."""
-    entropy_sq_sum: float
-    """Sum of the squares of the same entropies."""
-    entropy_slack_nats: float = 0.0
-    """How far the sum may be off either way where it is the middle of two bounds; 0 for exact entropies."""
-    entropy_tokens: int
-    """Tokens in the sums; equals completion_tokens for exact entropies, 0 where nothing is known of the entropy."""
-    entropy_kind: EntropyKind = "exact"
-    prompt_tokens: int
-    cached_tokens: int = 0
-    """Prompt tokens whose keys and values were reused from another request."""
-    completion_tokens: int
-    """Generated tokens, stop token included."""
+    entropy: EntropySum
+    """Over the generated tokens, stop token included."""
+    usage: TokenUsage
     are_tokens_estimated: bool = False
-    """Whether prompt_tokens and completion_tokens are guesses, because an endpoint did not tell."""
+    """Whether the counts in `usage` are guesses, because an endpoint did not tell."""
     engine_ms: float = 0.0
     """From the engine's accept to the last token."""
     queue_ms: float = 0.0
@@ -144,14 +196,8 @@ class AgentReply:
     status: AgentStatus
     text: str = ""
     finish_reason: FinishReason = "stop"
-    entropy_sum_nats: float = 0.0
-    entropy_sq_sum: float = 0.0
-    entropy_slack_nats: float = 0.0
-    entropy_tokens: int = 0
-    entropy_kind: EntropyKind = "exact"
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
+    entropy: EntropySum = EntropySum()
+    usage: TokenUsage = TokenUsage()
     are_tokens_estimated: bool = False
     latency_ms: float = 0.0
     """From the call to the reply, as the caller saw it."""
@@ -167,12 +213,6 @@ class AgentReply:
     """Whether the call cache gave this reply; its counts and times are those of the run that filled the cache."""
     replica: str = ""
     """Serve's name of the replica that answered; empty where agents do not run on Serve."""
-
-    @property
-    def entropy_nats(self) -> float | None:
-        """Mean entropy in nats per token; None where it is not known: no tokens, or a sum that is not a number from 0."""
-        is_known = self.entropy_tokens > 0 and math.isfinite(self.entropy_sum_nats) and self.entropy_sum_nats >= 0.0
-        return self.entropy_sum_nats / self.entropy_tokens if is_known else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,9 +269,7 @@ class SummarizerRecord:
 
     mode: Literal["select", "llm"]
     verdict: Verdict
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
+    usage: TokenUsage = TokenUsage()
     latency_ms: float = 0.0
     engine_ms: float = 0.0
     finish_reason: FinishReason = "stop"
@@ -262,6 +300,11 @@ class StepRecord:
     """None for policies without a gate."""
     route: RouteRequest | None = None
     """The gate's input, kept for replay; None for policies without a gate."""
+
+    @property
+    def usage(self) -> TokenUsage:
+        """Tokens of all agents and the summarizer, lost calls included."""
+        return sum((reply.usage for reply in self.replies), self.summarizer.usage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,6 +375,11 @@ class Answer:
     """Whether the gate's weights were trained; None for policies without a gate."""
     routed_by: RoutedBy = "router"
     wall_ms: float = 0.0
+
+    @property
+    def usage(self) -> TokenUsage:
+        """Tokens of all agents and the summarizer in all steps, lost calls included."""
+        return sum((step.usage for step in self.steps), TokenUsage())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

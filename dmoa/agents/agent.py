@@ -6,7 +6,6 @@ tool is continued after the tool's result, and counts as one contribution.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -15,7 +14,17 @@ from dmoa.agents import tools as toolbox
 from dmoa.config import AgentConfig
 from dmoa.errors import AgentOverloadedError, DeadlineError, DmoaError, EngineError, PromptTooLongError
 from dmoa.protocols import Engine
-from dmoa.types import AgentCall, AgentReply, AgentStatus, Generation, GenerationRequest, Message, TextDelta
+from dmoa.types import (
+    AgentCall,
+    AgentReply,
+    AgentStatus,
+    EntropySum,
+    Generation,
+    GenerationRequest,
+    Message,
+    TextDelta,
+    TokenUsage,
+)
 from dmoa.validation import redact_text
 
 MAX_TOOL_ROUNDS = 4
@@ -75,7 +84,7 @@ class Agent:
         yield self._reply(call, text, rounds, started, is_cut=found is not None)
 
     def _room(self, call: AgentCall, rounds: list[Generation]) -> int:
-        return call.sampling.max_tokens - sum(item.completion_tokens for item in rounds)
+        return call.sampling.max_tokens - sum(item.usage.completion_tokens for item in rounds)
 
     def _request(self, call: AgentCall, text: str, rounds: list[Generation]) -> GenerationRequest:
         number = len(rounds)
@@ -93,24 +102,15 @@ class Agent:
 
     def _reply(self, call: AgentCall, text: str, rounds: list[Generation], started: float, *, is_cut: bool) -> AgentReply:
         """Add up the rounds; `is_cut`: the last one ended in a tool call for which there was no room."""
-        kinds = {item.entropy_kind for item in rounds}
-        sums = [sum(values) for values in zip(*map(_entropies, rounds), strict=True)]
-        if not all(map(math.isfinite, sums)):  # an engine whose numbers broke: nothing is known of the whole
-            sums = [0.0] * len(sums)
-        sum_nats, sq_sum, slack_nats, tokens = sums
+        entropy = sum((item.entropy for item in rounds), EntropySum())
         return AgentReply(
             agent=call.agent,
             status="ok",
             text=text,
             finish_reason="length" if is_cut else rounds[-1].finish_reason,
-            entropy_sum_nats=sum_nats,
-            entropy_sq_sum=sq_sum,
-            entropy_slack_nats=slack_nats,
-            entropy_tokens=int(tokens),
-            entropy_kind="truncated" if "truncated" in kinds else "exact",
-            prompt_tokens=sum(item.prompt_tokens for item in rounds),
-            cached_tokens=sum(item.cached_tokens for item in rounds),
-            completion_tokens=sum(item.completion_tokens for item in rounds),
+            # An engine whose numbers broke: nothing is known of the whole.
+            entropy=entropy if entropy.is_finite else EntropySum(kind=entropy.kind),
+            usage=sum((item.usage for item in rounds), TokenUsage()),
             are_tokens_estimated=any(item.are_tokens_estimated for item in rounds),
             latency_ms=(time.perf_counter() - started) * 1e3,
             engine_ms=sum(item.engine_ms for item in rounds),
@@ -128,10 +128,6 @@ class Agent:
             latency_ms=(time.perf_counter() - started) * 1e3,
             engine=self._engine.label,
         )
-
-
-def _entropies(round_: Generation) -> tuple[float, float, float, int]:
-    return round_.entropy_sum_nats, round_.entropy_sq_sum, round_.entropy_slack_nats, round_.entropy_tokens
 
 
 class LocalAgents:

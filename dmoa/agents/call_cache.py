@@ -13,7 +13,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +23,7 @@ from filelock import FileLock
 from dmoa.config import Config, callable_agents
 from dmoa.engines.models import adapter_hash, model_id
 from dmoa.errors import ConfigError
+from dmoa.flat import flat_reply, reply_of
 from dmoa.protocols import AgentClient
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
@@ -58,13 +59,13 @@ class CallStore:
         if row is None:
             return None
         try:
-            return AgentReply(**json.loads(row[0]))
+            return reply_of(json.loads(row[0]))
         except (ValueError, TypeError):  # written by another version
             return None
 
     def put(self, key: str, reply: AgentReply) -> None:
         """Keep a reply; the first one kept under a key stays, so that all who share the file read the same."""
-        text = json.dumps(asdict(reply))
+        text = json.dumps(flat_reply(reply))
         with self._lock:
             self._connection.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, text))
 
@@ -155,7 +156,7 @@ def is_whole(reply: AgentReply, call: AgentCall) -> bool:
     """
     if reply.status != "ok":
         return False
-    is_full = reply.completion_tokens >= call.sampling.max_tokens and not reply.are_tokens_estimated
+    is_full = reply.usage.completion_tokens >= call.sampling.max_tokens and not reply.are_tokens_estimated
     return reply.finish_reason == "stop" or (reply.finish_reason == "length" and is_full)
 
 

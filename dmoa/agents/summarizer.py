@@ -88,9 +88,7 @@ class LlmSummarizer:
         record = SummarizerRecord(
             mode="llm",
             verdict=verdict,
-            prompt_tokens=reply.prompt_tokens,
-            cached_tokens=reply.cached_tokens,
-            completion_tokens=reply.completion_tokens,
+            usage=reply.usage,
             latency_ms=reply.latency_ms,
             engine_ms=reply.engine_ms,
             finish_reason=reply.finish_reason if text else _ending(selection, replies),

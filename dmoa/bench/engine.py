@@ -88,7 +88,7 @@ def _entropy_error(engine: TransformersEngine, loaded: LoadedModel, runner: asyn
     requests = stories(8, 1, max_tokens=_MAX_TOKENS)
     generations = runner.run(_generate(engine, requests))
     references = [_mean_nats(loaded, request) for request in requests]
-    errors = [abs(r - g.entropy_sum_nats / g.entropy_tokens) for r, g in zip(references, generations, strict=True)]
+    errors = [abs(r - g.entropy.sum_nats / g.entropy.tokens) for r, g in zip(references, generations, strict=True)]
     worst = Spread(max(errors), min(errors), max(errors), len(errors))
     note = "greatest difference of a reply's mean entropy from a float64 softmax over generate's own logits; 8 greedy replies"
     return record("P8.error", worst, "nats/token", engine=engine.label, note=note, at_most=ENTROPY_BAR_NATS)
@@ -109,7 +109,7 @@ def _speed(engine: TransformersEngine, loaded: LoadedModel, runner: asyncio.Runn
             requests = stories(batch, next(salts["engine"]), max_tokens=_MAX_TOKENS)
             began = time.perf_counter()
             generations = runner.run(_generate(engine, requests))
-            return sum(g.completion_tokens for g in generations) / (time.perf_counter() - began)
+            return sum(g.usage.completion_tokens for g in generations) / (time.perf_counter() - began)
 
         def plain(batch: int = batch, salts: Mapping[str, Iterator[int]] = salts) -> float:
             requests = stories(batch, next(salts["plain"]), max_tokens=_MAX_TOKENS)

@@ -119,7 +119,7 @@ async def _spent(client: Any) -> float:
 
 async def _decode(engine: Engine, salt: int) -> int:
     replies = await asyncio.gather(*map(engine.generate, stories(BATCH, salt, max_tokens=_MAX_TOKENS)))
-    return sum(reply.completion_tokens for reply in replies)
+    return sum(reply.usage.completion_tokens for reply in replies)
 
 
 async def _bare(client: Any, tokenizer: Any, salt: int) -> int:

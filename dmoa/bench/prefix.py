@@ -144,7 +144,7 @@ def _prefill(arm: Arm, ids: Collection[str]) -> list[BenchResult]:
         requests = step_of(1000, step, num_agents=3, max_tokens=2)
         replies = arm.runner.run(_ask(arm, requests))
         prompts += [encode_chat(arm.tokenizer, request.messages, model=MODEL) for request in requests]
-        prefilled.append(sum(reply.prompt_tokens - reply.cached_tokens for reply in replies))
+        prefilled.append(sum(reply.usage.prompt_tokens - reply.usage.cached_tokens for reply in replies))
     costs = least_prefill(prompts, _BLOCK[arm.name])
     least = [sum(costs[3 * step : 3 * step + 3]) for step in range(STEPS)]
     slope = _slope([sum(prefilled[: step + 1]) for step in range(STEPS)])
@@ -224,7 +224,7 @@ def _more_agents(arm: Arm, rounds: int) -> BenchResult:
             began = time.perf_counter()
             replies = arm.runner.run(_ask(arm, requests))
             # By the longest reply: the arms are to be compared at equal tokens.
-            return (time.perf_counter() - began) / max(reply.completion_tokens for reply in replies)
+            return (time.perf_counter() - began) / max(reply.usage.completion_tokens for reply in replies)
 
         return call
 

@@ -26,7 +26,7 @@ import psutil
 
 from dmoa.config import Config
 from dmoa.errors import DmoaError
-from dmoa.types import AgentCall, AgentReply, Message, RouteDecision, RouteRequest, Sampling
+from dmoa.types import AgentCall, AgentReply, EntropySum, Message, RouteDecision, RouteRequest, Sampling
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -211,7 +211,7 @@ def records(num_agents: int) -> Payloads:
         ),
         call_out=call,
         fold_out=call,
-        reply=AgentReply(agent=names[0], status="ok", text="work", entropy_sum_nats=1.0, entropy_tokens=8, engine="scripted"),
+        reply=AgentReply(agent=names[0], status="ok", text="work", entropy=EntropySum(sum_nats=1.0, tokens=8), engine="scripted"),
     )
 
 

@@ -101,7 +101,7 @@ class RecordingEngine:
 
     def _note(self, request: GenerationRequest, began_s: float, generation: Generation) -> None:
         call = RecordedCall(
-            request=request, began_s=began_s, ended_s=time.perf_counter(), completion_tokens=generation.completion_tokens
+            request=request, began_s=began_s, ended_s=time.perf_counter(), completion_tokens=generation.usage.completion_tokens
         )
         with self._path.open("ab", buffering=0) as file:
             file.write(pickle.dumps(call))
@@ -183,7 +183,7 @@ async def _timed(engine: Engine, request: GenerationRequest) -> RecordedCall:
     began_s = time.perf_counter()
     generation = await engine.generate(request)
     return RecordedCall(
-        request=request, began_s=began_s, ended_s=time.perf_counter(), completion_tokens=generation.completion_tokens
+        request=request, began_s=began_s, ended_s=time.perf_counter(), completion_tokens=generation.usage.completion_tokens
     )
 
 

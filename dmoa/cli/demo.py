@@ -385,7 +385,7 @@ def _method(evaluation: Evaluation, policy: str, name: str) -> Compared:
         high=share.high,
         by_suite={row.benchmark: row.accuracy for row in rows},
         active=sum((row.active_mean or 0.0) * row.n for row in ran) / max(count, 1),
-        tokens=sum(row.prompt_tokens + row.completion_tokens for row in ran) / max(count, 1),
+        tokens=sum(row.usage.total for row in ran) / max(count, 1),
         not_run=tuple(row.benchmark for row in rows if not row.did_run),
     )
 

@@ -52,7 +52,7 @@ def doubt(reply: AgentReply, anchors: Anchors = RAW) -> float:
 
     A reply that was cut off counts as less sure than every finished one. Source: ours.
     """
-    entropy = reply.entropy_nats
+    entropy = reply.entropy.mean_nats
     if entropy is None or math.isnan(entropy):
         return math.inf
     return score(entropy, anchors.get(reply.agent), is_cut=is_cut(reply))
@@ -69,7 +69,7 @@ def select_contribution(replies: Sequence[AgentReply], anchors: Anchors = RAW) -
     """
 
     def key(reply: AgentReply) -> tuple[bool, float, bool]:
-        return is_cut(reply), doubt(reply, anchors), reply.entropy_kind == "truncated"
+        return is_cut(reply), doubt(reply, anchors), reply.entropy.kind == "truncated"
 
     counted = sorted(contributions(replies), key=key)
     if not counted:

@@ -1,4 +1,4 @@
-"""Predictive entropy: exact per token from the logits, streamed into three sums per call.
+"""Predictive entropy: exact per token, from the logits.
 
 Engines call `token_entropy` at every decode step, before temperature and sampling filters. All entropies are in nats.
 Shape letters: B sequences that decode together, V vocabulary.
@@ -43,40 +43,3 @@ def _entropy_of_rows(logits_BV: Tensor) -> Tensor:
     total_B = weight_BV.sum(dim=1)
     weighted_B = shifted_BV.mul_(weight_BV).sum(dim=1)
     return (total_B.log() - weighted_B / total_B).clamp_(min=0.0)
-
-
-class EntropySums:
-    """Sum, sum of squares and count of token entropies: all that is kept of a call, whatever its length."""
-
-    __slots__ = ("sq_sum", "sum_nats", "tokens")
-
-    def __init__(self, sum_nats: float = 0.0, sq_sum: float = 0.0, tokens: int = 0) -> None:
-        """Start from nothing, or from sums kept earlier."""
-        self.sum_nats = sum_nats
-        self.sq_sum = sq_sum
-        self.tokens = tokens
-
-    def add(self, entropy_nats: float) -> None:
-        """Count one more token."""
-        self.sum_nats += entropy_nats
-        self.sq_sum += entropy_nats * entropy_nats
-        self.tokens += 1
-
-    def merge(self, other: EntropySums) -> None:
-        """Count the tokens of another call too."""
-        self.sum_nats += other.sum_nats
-        self.sq_sum += other.sq_sum
-        self.tokens += other.tokens
-
-    @property
-    def mean_nats(self) -> float | None:
-        """Mean entropy in nats per token; None without tokens."""
-        return self.sum_nats / self.tokens if self.tokens else None
-
-    @property
-    def variance(self) -> float | None:
-        """Population variance over the tokens, in nats squared, never negative; None without tokens."""
-        if not self.tokens:
-            return None
-        mean = self.sum_nats / self.tokens
-        return max(self.sq_sum / self.tokens - mean * mean, 0.0)

@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dmoa.types import EntropySum
+
 _MAX_EXCESS = 0.01
 """Listed probabilities may exceed 1 by this much, by rounding; more than that is not a distribution."""
 
@@ -41,37 +43,18 @@ def entropy_bounds(listed_V: Sequence[float], vocab_size: int) -> EntropyBounds 
     return EntropyBounds(lower, lower + missing * math.log(max(1, vocab_size - len(listed_V))))
 
 
-class TruncatedSums:
-    """Sums over the tokens of a call: the middle of the bounds, its square, and half the distance between the bounds.
+def listed_entropy(listed_V: Sequence[float], vocab_size: int) -> EntropySum:
+    """Return the entropy of the one token that these log-probabilities are listed of: the middle of its bounds.
 
-    The middle, because the tail of a language model's distribution is neither one token nor flat. On SmolLM2-135M and four
-    of its specialists, 20 listed of 49,152: as good as no pair of replies changes order by it (1 of 160), by the lower bound 10.
+    Zero tokens where they are not part of a distribution. NaN or +inf among them says that the engine's numbers broke: all sums
+    are NaN then, and whatever they are added to. The middle, because the tail of a language model's distribution is neither one
+    token nor flat. On SmolLM2-135M and four of its specialists, 20 listed of 49,152: as good as no pair of replies changes order
+    by it (1 of 160), by the lower bound 10.
     """
-
-    __slots__ = ("slack_nats", "sq_sum", "sum_nats", "tokens")
-
-    def __init__(self) -> None:
-        self.sum_nats = 0.0
-        self.sq_sum = 0.0
-        self.slack_nats = 0.0
-        self.tokens = 0
-
-    def take(self, listed_V: Sequence[float], vocab_size: int) -> None:
-        """Count the token that these log-probabilities are listed of, if they are part of a distribution.
-
-        NaN or +inf among them says that the engine's numbers broke: all sums are NaN from then on.
-        """
-        if any(math.isnan(logprob) or logprob == math.inf for logprob in listed_V):
-            self.add(EntropyBounds(math.nan, math.nan))
-            return
-        bounds = entropy_bounds(listed_V, vocab_size)
-        if bounds is not None:
-            self.add(bounds)
-
-    def add(self, bounds: EntropyBounds) -> None:
-        """Count one more token."""
-        middle = (bounds.lower + bounds.upper) / 2
-        self.sum_nats += middle
-        self.sq_sum += middle * middle
-        self.slack_nats += (bounds.upper - bounds.lower) / 2
-        self.tokens += 1
+    if any(math.isnan(logprob) or logprob == math.inf for logprob in listed_V):
+        return EntropySum(sum_nats=math.nan, sq_sum=math.nan, slack_nats=math.nan, tokens=1, kind="truncated")
+    bounds = entropy_bounds(listed_V, vocab_size)
+    if bounds is None:
+        return EntropySum(kind="truncated")
+    middle, slack = (bounds.lower + bounds.upper) / 2, (bounds.upper - bounds.lower) / 2
+    return EntropySum(sum_nats=middle, sq_sum=middle * middle, slack_nats=slack, tokens=1, kind="truncated")

@@ -14,9 +14,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
-from dmoa.core.truncated_entropy import TruncatedSums
+from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.errors import EngineError
-from dmoa.types import FinishReason, Generation
+from dmoa.types import EntropySum, FinishReason, Generation, TokenUsage
 from dmoa.validation import REDACTED
 
 CHARS_PER_TOKEN = 4
@@ -122,7 +122,7 @@ class Draft:
         self._refusal = ""
         self._has_called = False
         self._has_choice = False
-        self._sums = TruncatedSums()
+        self._entropy = EntropySum(kind="truncated")
         self._num_rows = 0
         self._finish: FinishReason | None = None
         self._usage: _Usage | None = None
@@ -145,7 +145,7 @@ class Draft:
     @property
     def has_entropy(self) -> bool:
         """Whether log-probabilities were listed for at least one token."""
-        return self._sums.tokens > 0
+        return self._entropy.tokens > 0
 
     def take(self, data: bytes | str) -> str:
         """Add a whole reply or a piece of a stream, as JSON; returns the text in it.
@@ -175,7 +175,7 @@ class Draft:
         self._has_called = self._has_called or bool(words.tool_calls or words.function_call)
         for row in (choice.logprobs.content if choice.logprobs else None) or []:
             self._num_rows += 1
-            self._sums.take(_listed(row), self._vocab_size)
+            self._entropy += listed_entropy(_listed(row), self._vocab_size)
         self._end(choice.finish_reason)
         return text
 
@@ -223,19 +223,17 @@ class Draft:
         Token counts that the endpoint did not tell are estimated: the prompt's is `prompt_tokens`, the reply's the number of
         tokens whose log-probabilities were listed, else by its length.
         """
-        usage, sums = self._usage, self._sums
+        usage = self._usage
         details = usage.prompt_tokens_details if usage else None
         return Generation(
             text=self.text,
             finish_reason="length" if is_late else self._finish or "stop",
-            entropy_sum_nats=sums.sum_nats,
-            entropy_sq_sum=sums.sq_sum,
-            entropy_slack_nats=sums.slack_nats,
-            entropy_tokens=sums.tokens,
-            entropy_kind="truncated",
-            prompt_tokens=usage.prompt_tokens if usage else prompt_tokens,
-            cached_tokens=(details.cached_tokens if details else None) or 0,
-            completion_tokens=usage.completion_tokens if usage else self._num_rows or estimated_tokens(len(self.text)),
+            entropy=self._entropy,
+            usage=TokenUsage(
+                prompt_tokens=usage.prompt_tokens if usage else prompt_tokens,
+                cached_tokens=(details.cached_tokens if details else None) or 0,
+                completion_tokens=usage.completion_tokens if usage else self._num_rows or estimated_tokens(len(self.text)),
+            ),
             are_tokens_estimated=usage is None,
             engine_ms=engine_ms,
             queue_ms=queue_ms,

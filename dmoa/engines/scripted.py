@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from dmoa.engine_options import ScriptedOptions
 from dmoa.errors import EngineError
-from dmoa.types import Generation, GenerationRequest, TextDelta
+from dmoa.types import EntropySum, Generation, GenerationRequest, TextDelta, TokenUsage
 
 _MIN_NATS, _MAX_NATS = 0.05, 2.0
 _MAX_DELTAS = 4
@@ -104,11 +104,10 @@ class ScriptedEngine:
         return Generation(
             text=text,
             finish_reason="stop" if tokens == self._options.tokens else "length",
-            entropy_sum_nats=mean_nats * tokens,
-            entropy_sq_sum=mean_nats**2 * (tokens + 0.25 * swings),
-            entropy_tokens=tokens,
-            prompt_tokens=sum(len(message.content.split()) for message in request.messages),
-            completion_tokens=tokens,
+            entropy=EntropySum(sum_nats=mean_nats * tokens, sq_sum=mean_nats**2 * (tokens + 0.25 * swings), tokens=tokens),
+            usage=TokenUsage(
+                prompt_tokens=sum(len(message.content.split()) for message in request.messages), completion_tokens=tokens
+            ),
         )
 
 

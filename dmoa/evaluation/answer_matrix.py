@@ -20,7 +20,7 @@ from dmoa.dispatch import is_any_sure
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, RunInfo, Scored, Task
 from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
-from dmoa.types import AgentReply, FloatArray, RouteDecision, RouteRequest
+from dmoa.types import AgentReply, EntropySum, FloatArray, RouteDecision, RouteRequest
 
 Floats = npt.NDArray[np.float64]
 
@@ -46,12 +46,12 @@ class AnswerMatrix:
     def entropies(self) -> Floats:
         """Return the mean predictive entropy in nats per token; [R, A]; NaN where nothing was generated."""
         return np.array(
-            [[np.nan if reply.entropy_nats is None else reply.entropy_nats for reply in row] for row in self.replies]
+            [[np.nan if reply.entropy.mean_nats is None else reply.entropy.mean_nats for reply in row] for row in self.replies]
         ).reshape(len(self.tasks), len(self.agents))
 
     def tokens(self) -> npt.NDArray[np.int64]:
         """Return the prompt and completion tokens of each reply, [R, A]."""
-        counts = [[reply.prompt_tokens + reply.completion_tokens for reply in row] for row in self.replies]
+        counts = [[reply.usage.total for reply in row] for row in self.replies]
         return np.array(counts, dtype=np.int64).reshape(len(self.tasks), len(self.agents))
 
     def rows(self, indices: Sequence[int]) -> AnswerMatrix:
@@ -134,11 +134,8 @@ def _reply(agent: str, row: Answered) -> AgentReply:
         status="ok",
         text=row.text,
         finish_reason="length" if row.finish_reason == "length" else "stop",
-        entropy_sum_nats=(row.entropy_nats or 0.0) * tokens,
-        entropy_tokens=tokens,
-        prompt_tokens=row.prompt_tokens,
-        cached_tokens=row.cached_tokens,
-        completion_tokens=row.completion_tokens,
+        entropy=EntropySum(sum_nats=(row.entropy_nats or 0.0) * tokens, tokens=tokens),
+        usage=row.usage,
     )
 
 
@@ -218,7 +215,7 @@ def _row(matrix: AnswerMatrix, row: int, choice: RouterChoice) -> tuple[int, int
     active = ranked[:asked]
     selection = select_contribution(active, anchors)
     winner = -1 if selection is None else matrix.agents.index(selection.agent)
-    return winner, asked, sum(reply.prompt_tokens + reply.completion_tokens for reply in active)
+    return winner, asked, sum(reply.usage.total for reply in active)
 
 
 def _has_room(asked: Sequence[AgentReply], limit: int) -> bool:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from dmoa.evaluation.records import Answered, Task
+from dmoa.flat import flat
 from dmoa.trace import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, reply_dmoa
-from dmoa.types import Answer, Limits, Query
+from dmoa.types import Answer, Limits, Query, TokenUsage
 from dmoa.validation import redact_text
 
 if TYPE_CHECKING:
@@ -111,11 +112,9 @@ def answered(task: Task, policy: str, outcome: SwarmOutcome) -> Answered:
         finish_reason=outcome.finish_reason,
         degraded=outcome.dmoa.degraded,
         active=tuple(_active(step) for step in steps),
-        prompt_tokens=sum(part.prompt_tokens for part in parts),
-        cached_tokens=sum(part.cached_tokens for part in parts),
-        completion_tokens=sum(part.completion_tokens for part in parts),
-        summarizer_tokens=sum(step.summarizer.prompt_tokens + step.summarizer.completion_tokens for step in steps),
-        memoised_tokens=sum(part.prompt_tokens + part.completion_tokens for part in parts if part.memoised),
+        **flat(sum((part.usage for part in parts), TokenUsage())),
+        summarizer_tokens=sum(step.summarizer.usage.total for step in steps),
+        memoised_tokens=sum(part.usage.total for part in parts if part.memoised),
         entropy_nats=_entropy(steps[-1]) if steps else None,
         wall_ms=outcome.wall_ms,
         gate_version=outcome.dmoa.gate_version,
@@ -131,6 +130,7 @@ def failed(task: Task, policy: str, error: Exception, wall_ms: float) -> Answere
         group=task.group,
         status="failed",
         error=_storable(redact_text(f"{type(error).__name__}: {error}")),
+        **flat(TokenUsage()),
         wall_ms=wall_ms,
     )
 

@@ -125,7 +125,7 @@ def _overall(policy: str, rows: Sequence[EvaluationRow]) -> Overall:
         accuracy=share(sum(row.accuracy * row.n for row in ran) / n) if is_whole else "-",
         ends=ends(found.low, found.high) if has_ends else "",
         active=decimals(active / sum(steps) if sum(steps) else None),
-        tokens=count(sum(row.prompt_tokens + row.completion_tokens for row in ran) / n) if n else "-",
+        tokens=count(sum(row.usage.total for row in ran) / n) if n else "-",
     )
 
 

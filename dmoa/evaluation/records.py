@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from dmoa.config import Address, Flag, Name, Names, Options
+from dmoa.flat import TokenFields
 from dmoa.provenance import Machine
 from dmoa.types import Limits, Stage
 from dmoa.validation import redact, redact_text
@@ -93,9 +94,7 @@ Scorer = Callable[[Label, Reply], Score]
 """Judges a reply. Never raises, whatever the reply says; raises only for a label that is not its benchmark's."""
 
 
-class Answered(FileRecord):
-    """What one policy did with one task: a line of `answers/`."""
-
+class _AnsweredHead(FileRecord):
     row_id: str
     benchmark: str
     policy: str
@@ -111,11 +110,11 @@ class Answered(FileRecord):
     degraded: bool = False
     active: tuple[tuple[str, ...], ...] = ()
     """Per step, the agents whose contributions counted."""
-    prompt_tokens: int = 0
-    """All agents and the summarizer, as in the other counts."""
-    cached_tokens: int = 0
-    """Part of prompt_tokens that an engine did not compute again."""
-    completion_tokens: int = 0
+
+
+class Answered(TokenFields, _AnsweredHead):
+    """What one policy did with one task: a line of `answers/`. Counts of tokens are of all agents and the summarizer."""
+
     summarizer_tokens: int = 0
     """Part of prompt_tokens and completion_tokens that the summarizer took."""
     memoised_tokens: int = 0

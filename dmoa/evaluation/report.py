@@ -85,7 +85,7 @@ def _accuracy_panel(axes: Axes, name: str, rows: Sequence[EvaluationRow], evalua
     for row in rows:
         number = evaluation.config.all_policies.index(row.policy)
         colour = _colour(number)
-        tokens = (row.prompt_tokens + row.completion_tokens) / row.n
+        tokens = row.usage.total / row.n
         axes.plot([tokens, tokens], [100 * row.low, 100 * row.high], color=colour, linewidth=1.4)
         axes.plot([tokens], [100 * row.accuracy], **_marker(number, size=6.5))
     if rows[0].chance is not None:
@@ -447,7 +447,7 @@ def render_report(evaluation: Evaluation) -> str:
 
 def _summary(evaluation: Evaluation) -> list[tuple[str, str]]:
     run = evaluation.config
-    tokens = sum(row.prompt_tokens + row.completion_tokens for row in evaluation.rows)
+    tokens = sum(row.usage.total for row in evaluation.rows)
     pairs = [
         ("policies", ", ".join(display.names(evaluation).values())),
         ("gate", _gates(evaluation)),

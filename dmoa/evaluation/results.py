@@ -22,6 +22,8 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, BenchmarkInfo, ResultRecord, RunInfo, Scored
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.evaluation.statistics import Method, compare_policies, interval
+from dmoa.flat import TokenFields, flat
+from dmoa.types import TokenUsage
 from dmoa.validation import describe
 
 MAX_FAILURES = 50
@@ -46,9 +48,7 @@ class AnswerTally:
 
     seen: set[int] = field(default_factory=set)
     ok: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
+    usage: TokenUsage = field(default_factory=TokenUsage)
     summarizer_tokens: int = 0
     memoised_tokens: int = 0
     steps: int = 0
@@ -70,9 +70,7 @@ class AnswerTally:
         if row in self.seen:
             raise _twice("answers", line)
         self.seen.add(row)
-        self.prompt_tokens += line.prompt_tokens
-        self.cached_tokens += line.cached_tokens
-        self.completion_tokens += line.completion_tokens
+        self.usage += line.usage
         self.summarizer_tokens += line.summarizer_tokens
         self.memoised_tokens += line.memoised_tokens
         self.wall_ms.append(line.wall_ms)
@@ -160,9 +158,7 @@ R = TypeVar("R", RunInfo, "Evaluation")
 T = TypeVar("T", AnswerTally, ScoreTally)
 
 
-class EvaluationRow(ResultRecord):
-    """What one policy did on one benchmark."""
-
+class _EvaluationRowHead(ResultRecord):
     benchmark: str
     policy: str
     n: int
@@ -181,11 +177,11 @@ class EvaluationRow(ResultRecord):
     """Upper end of the 95 % interval of accuracy."""
     interval: Method
     """`wilson` for scores of 0 and 1, `bootstrap` (percentile) where any is a fraction."""
-    prompt_tokens: int
-    """All agents and the summarizer, as in the other counts."""
-    cached_tokens: int
-    """Part of prompt_tokens that an engine did not compute again."""
-    completion_tokens: int
+
+
+class EvaluationRow(TokenFields, _EvaluationRowHead):
+    """What one policy did on one benchmark. Counts of tokens are of all agents and the summarizer."""
+
     summarizer_tokens: int
     """Part of prompt_tokens and completion_tokens that the summarizer took."""
     memoised_tokens: int
@@ -404,7 +400,7 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
     n = len(values)
     did_run = answers.ok > 0 or scores.did_run
     found = interval(values if did_run else [])
-    tokens, points = answers.prompt_tokens + answers.completion_tokens, found.value * n
+    tokens, points = answers.usage.total, found.value * n
     return EvaluationRow(
         benchmark=info.name,
         policy=policy,
@@ -416,9 +412,7 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         low=found.low,
         high=found.high,
         interval=found.method,
-        prompt_tokens=answers.prompt_tokens,
-        cached_tokens=answers.cached_tokens,
-        completion_tokens=answers.completion_tokens,
+        **flat(answers.usage),
         summarizer_tokens=answers.summarizer_tokens,
         memoised_tokens=answers.memoised_tokens,
         tokens_per_correct=tokens / points if points else None,

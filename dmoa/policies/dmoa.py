@@ -87,7 +87,9 @@ def _feedback(state: QueryState) -> FloatArray:
     last = state.steps[-1] if state.steps else None
     if last is None or last.decision is None:
         return feedback([], 0, 1, 0.0)
-    entropies = [reply.entropy_nats for reply in last.replies if reply.agent in last.active and reply.entropy_nats is not None]
+    entropies = [
+        reply.entropy.mean_nats for reply in last.replies if reply.agent in last.active and reply.entropy.mean_nats is not None
+    ]
     return feedback(entropies, len(last.active), last.decision.max_agents, _budget_share(state))
 
 

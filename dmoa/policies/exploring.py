@@ -65,4 +65,4 @@ def _unexplored_step(step: StepRecord) -> StepRecord:
 
 
 def _tokens(step: StepRecord) -> int:
-    return sum(reply.prompt_tokens + reply.completion_tokens for reply in step.replies)
+    return sum(reply.usage.total for reply in step.replies)

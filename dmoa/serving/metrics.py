@@ -10,10 +10,14 @@ from ray.util import metrics as ray_metrics
 from dmoa.types import Answer
 
 _LATENCY_MS = [50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000]
+"""Upper ends of the histogram's buckets."""
 
 
 class QueryMetrics:
-    """Counts answered queries; Ray exports the numbers of every replica."""
+    """Counts answered queries; Ray exports the numbers of every replica.
+
+    Tokens are those of all calls, lost ones and the explored included; `kind` is prompt or completion.
+    """
 
     def __init__(self, pool: str) -> None:
         tags = {"pool": pool}
@@ -30,21 +34,20 @@ class QueryMetrics:
         self._queries.inc(1, {"policy": answer.policy, "stop_reason": answer.stop_reason})
         self._latency.observe(answer.wall_ms, {"policy": answer.policy})
         self._steps.observe(len(answer.steps), {"policy": answer.policy})
-        prompt = completion = 0
         for step in answer.steps:
-            prompt += step.summarizer.prompt_tokens
-            completion += step.summarizer.completion_tokens
             for reply in step.replies:
                 self._calls.inc(1, {"agent": reply.agent, "status": reply.status})
-                prompt += reply.prompt_tokens
-                completion += reply.completion_tokens
-        for kind, tokens in (("prompt", prompt), ("completion", completion)):
+        usage = answer.usage
+        for kind, tokens in (("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)):
             if tokens:
                 self._tokens.inc(tokens, {"kind": kind})
 
 
 def exposition(status: dict[str, Any] | None) -> str:
-    """Return the router's account of itself as Prometheus text; None while the router is away."""
+    """Return the router's account of itself as Prometheus text; None while the router is away.
+
+    Its counters start at 0 whenever the router actor is started anew, as Prometheus expects of a process.
+    """
     registry = CollectorRegistry()
     Gauge("dmoa_router_up", "1 while the router actor answers.", registry=registry).set(0 if status is None else 1)
     if status is not None:

@@ -25,11 +25,13 @@ from dmoa.config import Config
 from dmoa.core.features import FEEDBACK_FEATURES
 from dmoa.core.gate import Gate
 from dmoa.errors import ConfigError
+from dmoa.flat import flat
 from dmoa.training.options import TrainOptions
 from dmoa.training.rollouts import Manifest, RolloutFolder, read_manifest, read_table, write_whole
 from dmoa.training.trainer import TrainContext, run_training
+from dmoa.types import EntropySum
 
-EVIDENCE = ("entropy_sum_nats", "entropy_sq_sum", "entropy_tokens", "entropy_kind", "entropy_slack_nats", "finish_reason")
+EVIDENCE = (*flat(EntropySum()), "finish_reason")
 """The columns that the ranking loss reads of a reply; they move together."""
 
 Rows = Callable[[pa.Table, int], pa.Table]

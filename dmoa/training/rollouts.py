@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmoa.core.features import FEEDBACK_FEATURES, Preset
 from dmoa.errors import ConfigError
+from dmoa.flat import TokenFields, flat_reply
 from dmoa.types import AgentReply, AgentStatus, Answer, EntropyKind, FinishReason, FloatArray, Stage, StepRecord
 from dmoa.validation import describe, short
 
@@ -33,9 +34,7 @@ class RolloutModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class RolloutRow(RolloutModel):
-    """One row of the Parquet files: one agent that was asked, or masked, in one step of one query."""
-
+class _RolloutRowHead(RolloutModel):
     query_id: str
     """Names the query in every file: `benchmark/split/hash`, or `queries/hash` for the user's own."""
     source: str
@@ -69,9 +68,11 @@ class RolloutRow(RolloutModel):
     entropy_slack_nats: float = 0.0
     """How far the bounds of a truncated sum lie off, either way; NaN: not known, as in files from before this column."""
     finish_reason: FinishReason
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
+
+
+class RolloutRow(TokenFields, _RolloutRowHead):
+    """One row of the Parquet files: one agent that was asked, or masked, in one step of one query."""
+
     latency_ms: float
     """From the call to the reply."""
     text: str
@@ -96,8 +97,9 @@ def _schema() -> pa.Schema:
 
 SCHEMA: pa.Schema = _schema()
 """Columns of the Parquet files, in order."""
-LATER_COLUMNS = {"entropy_slack_nats": float("nan")}
-"""Columns that older files lack, each with what is read then."""
+LATER_COLUMNS = {name: field.default for name, field in RolloutRow.model_fields.items() if not field.is_required()}
+LATER_COLUMNS["entropy_slack_nats"] = float("nan")
+"""Columns that older files lack, each with what is read then: those that have a default."""
 
 
 class RolloutQuery(RolloutModel):
@@ -189,7 +191,7 @@ def table_of(asked: RolloutQuery, answer: Answer, *, preset: Preset, seed: int, 
 
 
 def _rows(step: StepRecord, preset: Preset) -> list[dict[str, Any]]:
-    """Return what is particular to each row of a step: agents that were asked, then masked ones."""
+    """Return what is particular to each row of a step, and more than its columns: agents that were asked, then masked ones."""
     assert step.decision is not None
     assert step.route is not None
     context, feedback_F = split_input(step.route.input_X, preset)
@@ -202,35 +204,16 @@ def _rows(step: StepRecord, preset: Preset) -> list[dict[str, Any]]:
             "step": step.step,
             "context": context,
             "feedback": feedback_F,
-            "agent": reply.agent,
             "probability": chance[reply.agent],
             "is_selected": reply.agent in step.active,
             "is_explored": reply.agent in explored,
             "propensity": explored.get(reply.agent, 1.0),
             "gate_version": step.decision.gate_version,
-            **_measures(reply),
+            **flat_reply(reply),
+            "text": reply.text.encode("utf-8", "replace").decode("utf-8"),  # UTF-8 carries no lone surrogates
         }
         for reply in (*asked.values(), *masked)
     ]
-
-
-def _measures(reply: AgentReply) -> dict[str, Any]:
-    """Return the columns that are fields of the reply."""
-    return {
-        "entropy_sum_nats": reply.entropy_sum_nats,
-        "entropy_sq_sum": reply.entropy_sq_sum,
-        "entropy_tokens": reply.entropy_tokens,
-        "entropy_kind": reply.entropy_kind,
-        "entropy_slack_nats": reply.entropy_slack_nats,
-        "finish_reason": reply.finish_reason,
-        "prompt_tokens": reply.prompt_tokens,
-        "cached_tokens": reply.cached_tokens,
-        "completion_tokens": reply.completion_tokens,
-        "latency_ms": reply.latency_ms,
-        "text": reply.text.encode("utf-8", "replace").decode("utf-8"),  # UTF-8 carries no lone surrogates
-        "status": reply.status,
-        "engine": reply.engine,
-    }
 
 
 def split_input(input_X: FloatArray, preset: Preset) -> tuple[FloatArray, FloatArray]:

@@ -113,7 +113,7 @@ def print_table(evaluation: Evaluation) -> None:
         ran = [row for row in rows.values() if row.did_run]
         count = max(sum(row.n for row in ran), 1)
         active = sum((row.active_mean or 0.0) * row.n for row in ran) / count
-        tokens = sum(row.prompt_tokens + row.completion_tokens for row in ran) / count
+        tokens = sum(row.usage.total for row in ran) / count
         overall = _overall(evaluation, policy)
         table.add_row(
             policy,

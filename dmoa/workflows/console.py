@@ -118,7 +118,7 @@ def num_tokens(reply: ReplyDmoa) -> int:
     calls: list[ReplyAgent | ReplySummarizer] = []
     for step in reply.steps:
         calls += [*step.agents, step.summarizer]
-    return sum(call.prompt_tokens + call.completion_tokens for call in calls)
+    return sum(call.usage.total for call in calls)
 
 
 class Screen:

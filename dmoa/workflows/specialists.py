@@ -284,7 +284,7 @@ async def _ask(engine: Any, source: RecipeSource, options: SpecialistOptions, re
         source=source,
         rows=len(rows),
         accuracy=_mean(values),
-        entropy_nats=_mean([reply.entropy_sum_nats / max(1, reply.entropy_tokens) for reply in replies]),
+        entropy_nats=_mean([reply.entropy.sum_nats / max(1, reply.entropy.tokens) for reply in replies]),
         groups={group: _mean(found) for group, found in sorted(by_group.items())},
     )
 

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmoa.core.entropy import EntropySums
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import fetch
 from dmoa.engines.transformers.decode import DecodeLoop, Running, TextStream, draw_for
@@ -91,8 +90,8 @@ def entropy_errors(folder: Path, count: int, max_tokens: int) -> EntropyCheck:
     errors, agree = [], True
     for sequence, generation in done:
         exact = teacher_forced_entropies(loaded.model, sequence.tokens.tolist(), sequence.outputs)
-        errors.append(abs(sum(exact) - generation.entropy_sum_nats) / len(exact))
-        agree &= generation.entropy_tokens == generation.completion_tokens == len(sequence.outputs)
+        errors.append(abs(sum(exact) - generation.entropy.sum_nats) / len(exact))
+        agree &= generation.entropy.tokens == generation.usage.completion_tokens == len(sequence.outputs)
     stopped = sum(generation.finish_reason == "stop" for _, generation in done)
     return EntropyCheck(len(done), max(errors), agree, stopped, len(done) - stopped)
 
@@ -115,7 +114,6 @@ def _running(
         on_text=lambda piece: None,
         on_done=lambda generation: done.append((sequence, generation)),
         outputs=[],
-        sums=EntropySums(),
     )
     return sequence
 
@@ -147,7 +145,7 @@ async def cancel_steps(folder: Path, tries: int) -> int:
         before = engine.times.steps
         running.cancel()
         result = await waiting
-        worst = max(worst, engine.times.steps - before - (result.completion_tokens - 1))
+        worst = max(worst, engine.times.steps - before - (result.usage.completion_tokens - 1))
     await engine.close()
     return worst
 

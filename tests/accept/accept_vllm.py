@@ -118,7 +118,7 @@ async def end_of(task: asyncio.Task[Generation]) -> str:
         return "cancelled"
     except EngineError:
         return "refused"
-    return reply.finish_reason if reply.entropy_tokens == reply.completion_tokens else "wrong count"
+    return reply.finish_reason if reply.entropy.tokens == reply.usage.completion_tokens else "wrong count"
 
 
 async def check_vllm_engine() -> dict[str, Any]:

@@ -170,7 +170,7 @@ def test_more_is_wanted_exactly_while_nobody_is_sure_and_there_is_room(
         for name, value, is_cut in zip(NAMES, nats, cut, strict=False)
     ]
     fitted = decision(P, 1, theta=theta, limit=limit)
-    scores = [math.log(reply.entropy_sum_nats / 4 + 1e-3) + 20.0 * is_cut for reply, is_cut in zip(replies, cut, strict=False)]
+    scores = [math.log(reply.entropy.sum_nats / 4 + 1e-3) + 20.0 * is_cut for reply, is_cut in zip(replies, cut, strict=False)]
     assert should_escalate(fitted, replies) == (min(scores) > theta and len(replies) < limit)
 
 

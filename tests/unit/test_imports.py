@@ -18,7 +18,7 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "wandb")
 # Floors from the bottom up; a module may import from its own floor and from those below it.
 FLOORS: list[tuple[str, ...]] = [
     ("types", "errors", "protocols"),
-    ("validation", "provenance", "loopback", "yaml_tree", "plugins"),
+    ("validation", "provenance", "loopback", "yaml_tree", "plugins", "flat"),
     ("config", "engine_options"),
     ("core", "sandbox"),
     ("checkpoint", "routing", "trace", "tracking", "storage"),

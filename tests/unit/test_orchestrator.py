@@ -282,8 +282,8 @@ async def test_tokens_of_agents_and_summarizer_add_up() -> None:
     policy = Schedule(asks("a", "b"))
     answer = await answer_of(orchestrator_of(agents, "ab", llm=True), query(), policy)
     assert [state.tokens_used for state in policy.states] == [0, 10 + 3 + 11 + 5 + 20 + 7]
-    assert [step.summarizer.completion_tokens for step in answer.steps] == [7, 8]
-    assert [step.summarizer.prompt_tokens for step in answer.steps] == [20, 30]
+    assert [step.summarizer.usage.completion_tokens for step in answer.steps] == [7, 8]
+    assert [step.summarizer.usage.prompt_tokens for step in answer.steps] == [20, 30]
 
 
 async def test_history_grows_at_its_end_and_consecutive_prompts_share_their_prefix() -> None:

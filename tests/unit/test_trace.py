@@ -18,7 +18,7 @@ from dmoa.errors import TraceError
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.testing import decision, query
 from dmoa.trace import SCHEMA_VERSION, Trace, read_traces, trace_of, write_traces
-from dmoa.types import AgentReply, Limits, Message, Query, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
+from dmoa.types import AgentReply, EntropySum, Limits, Message, Query, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
 from tests.examples import examples
 
 TEXT = "line\u2028one\u2029two\x85three\x0bfour\r\n\N{SNOWMAN}"
@@ -29,7 +29,7 @@ def step_of(number: int, decided: RouteDecision | None, input_X: Any = (1.0,), t
     request = RouteRequest(input_X=np.asarray(input_X, np.float32), max_agents=2) if decided else None
     return StepRecord(
         step=number,
-        replies=(AgentReply(agent="a", status="ok", text=text, entropy_sum_nats=1.0, entropy_tokens=4),),
+        replies=(AgentReply(agent="a", status="ok", text=text, entropy=EntropySum(sum_nats=1.0, tokens=4)),),
         active=("a",),
         summary=text,
         summarizer=SummarizerRecord(mode="select", verdict="rule"),

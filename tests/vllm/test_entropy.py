@@ -35,9 +35,9 @@ def request(
 def same(one: Generation, other: Generation) -> None:
     """The same reply, however it came about."""
     assert one.text == other.text
-    assert one.completion_tokens == other.completion_tokens == one.entropy_tokens == other.entropy_tokens
-    assert one.entropy_sum_nats == pytest.approx(other.entropy_sum_nats, abs=PER_TOKEN_NATS * one.completion_tokens)
-    assert one.entropy_sq_sum == pytest.approx(other.entropy_sq_sum, rel=1e-3, abs=1e-3)
+    assert one.usage.completion_tokens == other.usage.completion_tokens == one.entropy.tokens == other.entropy.tokens
+    assert one.entropy.sum_nats == pytest.approx(other.entropy.sum_nats, abs=PER_TOKEN_NATS * one.usage.completion_tokens)
+    assert one.entropy.sq_sum == pytest.approx(other.entropy.sq_sum, rel=1e-3, abs=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +82,11 @@ async def test_a_prompt_in_three_parts_or_more(vllm: Running, model: Any) -> Non
 async def test_the_stop_token_counts_and_a_limit_ends_the_reply(vllm: Running) -> None:
     stopped = await vllm.engine.generate(request("What is the capital of France?"))
     assert stopped.finish_reason == "stop"
-    assert stopped.entropy_tokens == stopped.completion_tokens
+    assert stopped.entropy.tokens == stopped.usage.completion_tokens
     limited = await vllm.engine.generate(request("What is the capital of France?", max_tokens=3))
-    assert (limited.finish_reason, limited.completion_tokens, limited.entropy_tokens) == ("length", 3, 3)
+    assert (limited.finish_reason, limited.usage.completion_tokens, limited.entropy.tokens) == ("length", 3, 3)
     assert stopped.text.startswith(limited.text)
-    assert limited.entropy_sum_nats < stopped.entropy_sum_nats
+    assert limited.entropy.sum_nats < stopped.entropy.sum_nats
 
 
 async def test_a_text_that_ends_the_reply_is_not_part_of_it(vllm: Running) -> None:
@@ -94,14 +94,14 @@ async def test_a_text_that_ends_the_reply_is_not_part_of_it(vllm: Running) -> No
     cut = await vllm.engine.generate(request("What is the capital of France?", stop=(" of",)))
     assert cut.finish_reason == "stop"
     assert cut.text == whole.text.partition(" of")[0]
-    assert cut.entropy_tokens == cut.completion_tokens < whole.completion_tokens
+    assert cut.entropy.tokens == cut.usage.completion_tokens < whole.usage.completion_tokens
 
 
 async def test_a_second_call_takes_the_prompt_from_the_first_with_the_same_entropies(vllm: Running) -> None:
     text = "Here are some words: " + "sun moon star cloud rain " * 12 + "Which one comes first?"
     first = await vllm.engine.generate(request(text, 1))
     second = await vllm.engine.generate(request(text, 2))
-    assert second.cached_tokens >= 32
+    assert second.usage.cached_tokens >= 32
     same(first, second)
 
 
@@ -144,10 +144,10 @@ async def test_listed_log_probabilities_bound_the_exact_entropy(vllm: Running) -
         exact = await vllm.engine.generate(request(text, 1, max_tokens=12))
         listed = await engine.generate(request(text, 2, max_tokens=12))
         assert listed.text == exact.text
-        assert listed.entropy_kind == "truncated"
-        assert listed.entropy_tokens == listed.completion_tokens == exact.completion_tokens
-        distance = abs(listed.entropy_sum_nats - exact.entropy_sum_nats)
-        assert 0 < distance <= listed.entropy_slack_nats + PER_TOKEN_NATS * exact.completion_tokens
+        assert listed.entropy.kind == "truncated"
+        assert listed.entropy.tokens == listed.usage.completion_tokens == exact.usage.completion_tokens
+        distance = abs(listed.entropy.sum_nats - exact.entropy.sum_nats)
+        assert 0 < distance <= listed.entropy.slack_nats + PER_TOKEN_NATS * exact.usage.completion_tokens
     assert await vllm.engine.count_kept() == 0
 
 
@@ -160,7 +160,7 @@ async def test_cancelled_and_late_calls_leave_nothing_behind(vllm: Running) -> N
     await asyncio.gather(*calls, return_exceptions=True)
     late = await vllm.engine.generate(request(QUESTIONS[3], 11, max_tokens=400, deadline_unix_s=time.time() + 1.0))
     assert late.finish_reason == "length"
-    assert late.entropy_tokens == late.completion_tokens < 400
+    assert late.entropy.tokens == late.usage.completion_tokens < 400
     async with asyncio.timeout(60):
         while await vllm.engine.count_kept():  # noqa: ASYNC110  # it is vLLM's processes that are waited for
             await asyncio.sleep(0.05)

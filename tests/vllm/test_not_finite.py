@@ -63,4 +63,4 @@ async def test_a_call_with_broken_logits_fails_with_the_reason(is_listed: bool) 
 @pytest.mark.parametrize("is_listed", [False, True])
 async def test_a_call_with_sound_logits_does_not(is_listed: bool) -> None:
     found = await engine_of(Client(0.5, [0.0]), is_listed=is_listed).generate(ASKED)
-    assert (found.text, found.entropy_tokens, found.entropy_sum_nats) == ("word word ", 2, 0.0 if is_listed else 0.5)
+    assert (found.text, found.entropy.tokens, found.entropy.sum_nats) == ("word word ", 2, 0.0 if is_listed else 0.5)

@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from dmoa.core.entropy import NOT_FINITE, EntropySums, token_entropy
+from dmoa.core.entropy import NOT_FINITE, token_entropy
 from dmoa.engines.transformers.kv_cache import KvRows, PrefixStore, StoredPrefix, TokenArray, common_prefix
 from dmoa.engines.transformers.load import LoadedModel
 from dmoa.engines.transformers.lora import Adapters
 from dmoa.errors import EngineError
-from dmoa.types import FinishReason, Generation, Sampling
+from dmoa.types import EntropySum, FinishReason, Generation, Sampling, TokenUsage
 
 _GREEDY_BELOW = 1e-4
 """Temperatures below this are greedy: the quotient would leave the range of float32."""
@@ -209,7 +209,8 @@ class Running:
     on_done: Callable[[Generation | EngineError], None]
     """Told the whole generation, or why there is none, once."""
     outputs: list[int]
-    sums: EntropySums
+    nats: list[float] = field(default_factory=list)
+    """Entropy of each of the outputs."""
     cached_tokens: int = 0
     prefill_s: float | None = None
     """time.perf_counter() at the start of its prefill; None while it waits."""
@@ -223,7 +224,7 @@ class Running:
     def accept(self, token: int, entropy_nats: float, stop_tokens: frozenset[int]) -> None:
         """Take the next token; sets `finish` where it is the last one."""
         self.outputs.append(token)
-        self.sums.add(entropy_nats)
+        self.nats.append(entropy_nats)
         if token in stop_tokens:
             self.finish = "stop"
         else:
@@ -245,12 +246,10 @@ class Running:
             Generation(
                 text=self.text.text,
                 finish_reason=self.finish or "length",
-                entropy_sum_nats=self.sums.sum_nats,
-                entropy_sq_sum=self.sums.sq_sum,
-                entropy_tokens=self.sums.tokens,
-                prompt_tokens=len(self.tokens),
-                cached_tokens=self.cached_tokens,
-                completion_tokens=len(self.outputs),
+                entropy=EntropySum.of_tokens(self.nats),
+                usage=TokenUsage(
+                    prompt_tokens=len(self.tokens), cached_tokens=self.cached_tokens, completion_tokens=len(self.outputs)
+                ),
                 engine_ms=(now - self.accepted_s) * 1e3,
                 queue_ms=((self.prefill_s or now) - self.accepted_s) * 1e3,
             )

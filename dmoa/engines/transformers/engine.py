@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmoa.core.entropy import EntropySums
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.adapter_files import check_adapter
 from dmoa.engines.chat_template import encode_chat, room_for_reply
@@ -173,7 +172,6 @@ class TransformersEngine:
             on_text=(lambda text: self._post(listener, TextDelta(text=text))) if has_text else (lambda text: None),
             on_done=lambda result: self._finish(ticket, result),
             outputs=[],
-            sums=EntropySums(),
         )
         ticket = _Ticket(sequence, listener)
         return ticket

@@ -21,12 +21,12 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from dmoa.core.entropy import NOT_FINITE
-from dmoa.core.truncated_entropy import TruncatedSums
+from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.engines.chat_template import encode_chat, room_for_reply
 from dmoa.engines.vllm.entropy import KEY
 from dmoa.engines.vllm.entropy_store import RequestSums
 from dmoa.errors import EngineError
-from dmoa.types import FinishReason, Generation, GenerationRequest, Sampling, TextDelta
+from dmoa.types import EntropySum, FinishReason, Generation, GenerationRequest, Sampling, TextDelta, TokenUsage
 
 
 class Listed(NamedTuple):
@@ -163,8 +163,8 @@ class VllmEngine:
             raise EngineError(f"{self._name}: {type(error).__name__}: {error}") from error
         if self._listed is None and sums is None and reply.num_tokens:
             raise EngineError(f"{self._name}: vLLM kept no entropies of a call; is `logits_processors` set?")
-        whole = reply.estimated() if self._listed else reply.exact(sums or RequestSums(0.0, 0.0, 0))
-        if not math.isfinite(whole.entropy_sum_nats):
+        whole = reply.whole(None if self._listed else sums or RequestSums(0.0, 0.0, 0))
+        if not math.isfinite(whole.entropy.sum_nats):
             raise EngineError(f"{self._name}: {NOT_FINITE}")
         yield whole
 
@@ -194,7 +194,7 @@ class _Reply:
     def __init__(self, prompt_tokens: int, accepted_s: float, listed: Listed | None) -> None:
         self.num_tokens = 0
         self._vocab_size = listed.vocab_size if listed else 0
-        self._bounds = TruncatedSums()
+        self._listed_entropy = EntropySum(kind="truncated")
         self._prompt_tokens = prompt_tokens
         self._accepted_s = accepted_s
         self._text: list[str] = []
@@ -223,35 +223,19 @@ class _Reply:
         """Count the tokens of vLLM's flat record; a position lists the chosen token, and again where it is among the first."""
         for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True):
             listed = dict(zip(logprobs.token_ids[start:end], logprobs.logprobs[start:end], strict=True))
-            self._bounds.take(list(listed.values()), self._vocab_size)
+            self._listed_entropy += listed_entropy(list(listed.values()), self._vocab_size)
 
-    def exact(self, sums: RequestSums) -> Generation:
-        """Return the whole of it, with the sums that vLLM kept."""
-        return self._whole(
-            entropy_sum_nats=sums.sum_nats, entropy_sq_sum=sums.sq_sum, entropy_tokens=sums.tokens, entropy_kind="exact"
-        )
-
-    def estimated(self) -> Generation:
-        """Return the whole of it, with the middle of the bounds."""
-        found = self._bounds
-        return self._whole(
-            entropy_sum_nats=found.sum_nats,
-            entropy_sq_sum=found.sq_sum,
-            entropy_slack_nats=found.slack_nats,
-            entropy_tokens=found.tokens,
-            entropy_kind="truncated",
-        )
-
-    def _whole(self, **entropy: Any) -> Generation:
+    def whole(self, sums: RequestSums | None) -> Generation:
+        """Return the whole of it, with the sums that vLLM kept; None: with those of the listed log-probabilities."""
         return Generation(
             text="".join(self._text),
             finish_reason=self._finish,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
-            completion_tokens=self.num_tokens,
+            entropy=EntropySum(**sums._asdict()) if sums is not None else self._listed_entropy,
+            usage=TokenUsage(
+                prompt_tokens=self._prompt_tokens, cached_tokens=self._cached_tokens, completion_tokens=self.num_tokens
+            ),
             engine_ms=(time.perf_counter() - self._accepted_s) * 1e3,
             queue_ms=self._queue_ms,
-            **entropy,
         )
 
 

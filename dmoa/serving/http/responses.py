@@ -18,7 +18,7 @@ from dmoa.serving.http.errors import RETRY_AFTER_S, ErrorReply, described, encod
 from dmoa.serving.http.middleware import OPEN_PATHS
 from dmoa.serving.http.requests import ChatRequest, CompletionRequest, ParsedRequest
 from dmoa.trace import ReplyDmoa, ReplyModel, finite, reply_dmoa, step_probabilities
-from dmoa.types import AgentReply, Answer, StepRecord, SummarizerRecord
+from dmoa.types import Answer, StepRecord
 
 _REF = "#/components/schemas/{model}"
 DONE = b"data: [DONE]\n\n"
@@ -96,16 +96,12 @@ class TextReply(CompletionReply):
 
 def usage_of(answer: Answer) -> Usage:
     """Return the tokens of a query, summed over all agents and the summarizer."""
-    calls: list[AgentReply | SummarizerRecord] = []
-    for step in answer.steps:
-        calls += [*step.replies, step.summarizer]
-    prompt = sum(call.prompt_tokens for call in calls)
-    completion = sum(call.completion_tokens for call in calls)
+    usage = answer.usage
     return Usage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=prompt + completion,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(call.cached_tokens for call in calls)),
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.total,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
     )
 
 
@@ -115,7 +111,7 @@ def step_line(step: StepRecord) -> str:
     replies = {reply.agent: reply for reply in step.replies}
     parts = []
     for name in step.active:
-        entropy = replies[name].entropy_nats if name in replies else None
+        entropy = replies[name].entropy.mean_nats if name in replies else None
         sure = "" if entropy is None else f", entropy {finite(entropy):.3f} nats"
         parts.append(f"{name} (p {finite(chance.get(name, 1.0)):.3f}{sure})")
     explored = {name for name, _ in step.explored}

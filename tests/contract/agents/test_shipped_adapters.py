@@ -113,5 +113,5 @@ async def test_the_words_specialist_answers_where_the_base_does_not() -> None:
         for name, found in replies.items()
     }
     assert right["words"] >= right["base"] + 3
-    entropy = {name: sum(g.entropy_sum_nats / g.entropy_tokens for g in found) for name, found in replies.items()}
+    entropy = {name: sum(g.entropy.sum_nats / g.entropy.tokens for g in found) for name, found in replies.items()}
     assert entropy["words"] < 0.5 * entropy["base"]

@@ -32,7 +32,7 @@ async def test_a_mixed_batch_equals_single_calls(smollm2_engine: TransformersEng
     # Two nearly equal logits may change places between batches of different size.
     assert sum(a.text == b.text for a, b in zip(together, alone, strict=True)) >= len(requests) - 1
     assert len({item.text for item in alone}) > 6
-    assert any(item.cached_tokens for item in together)
+    assert any(item.usage.cached_tokens for item in together)
 
 
 async def test_it_answers_and_counts_its_prompt(smollm2_engine: TransformersEngine) -> None:
@@ -40,5 +40,5 @@ async def test_it_answers_and_counts_its_prompt(smollm2_engine: TransformersEngi
     asked = GenerationRequest(request_id="q", messages=tuple(messages), sampling=Sampling(max_tokens=12))
     result = await smollm2_engine.generate(asked)
     assert "19" in result.text
-    assert result.prompt_tokens == smollm2_engine.count_prompt_tokens(messages)
+    assert result.usage.prompt_tokens == smollm2_engine.count_prompt_tokens(messages)
     assert smollm2_engine.label == "transformers/float32"

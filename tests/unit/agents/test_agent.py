@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,20 +16,19 @@ from dmoa.core.aggregate import doubt, select_contribution
 from dmoa.engine_options import ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
 from dmoa.errors import EngineError
-from dmoa.types import AgentCall, AgentReply, Generation, GenerationRequest, Message, Sampling, TextDelta
+from dmoa.types import AgentCall, AgentReply, EntropySum, Generation, GenerationRequest, Message, Sampling, TextDelta, TokenUsage
 
 QUESTION = Message(role="user", content="What is 12 times 7?")
+ENTROPY = EntropySum(sum_nats=2.0, sq_sum=1.0, tokens=4)
+USAGE = TokenUsage(prompt_tokens=10, completion_tokens=4)
 
 
 def generated(text: str, **changes: Any) -> Generation:
     """A generation of 4 tokens at 0.5 nats."""
     values: dict[str, Any] = {
         "finish_reason": "stop",
-        "entropy_sum_nats": 2.0,
-        "entropy_sq_sum": 1.0,
-        "entropy_tokens": 4,
-        "prompt_tokens": 10,
-        "completion_tokens": 4,
+        "entropy": ENTROPY,
+        "usage": USAGE,
     }
     return Generation(text=text, **(values | changes))
 
@@ -89,13 +89,20 @@ async def items_of(agent: Agent, call: AgentCall) -> tuple[list[str], AgentReply
 
 
 async def test_a_reply_without_tools_is_the_generation() -> None:
-    engine = ListEngine(generated(" It is 84.\n", cached_tokens=6, engine_ms=30.0, queue_ms=5.0, finish_reason="length"))
+    engine = ListEngine(
+        generated(" It is 84.\n", usage=replace(USAGE, cached_tokens=6), engine_ms=30.0, queue_ms=5.0, finish_reason="length")
+    )
     reply = await agent_of(engine, adapter="path:/adapters/x").call(
         call_of(temperature=0.5, stop=("END",), max_tokens=20, seed=7)
     )
     assert (reply.agent, reply.status, reply.text, reply.finish_reason) == ("solver", "ok", " It is 84.\n", "length")
-    assert (reply.entropy_sum_nats, reply.entropy_sq_sum, reply.entropy_tokens, reply.entropy_kind) == (2.0, 1.0, 4, "exact")
-    assert (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens, reply.engine_ms) == (10, 6, 4, 30.0)
+    assert (reply.entropy.sum_nats, reply.entropy.sq_sum, reply.entropy.tokens, reply.entropy.kind) == (2.0, 1.0, 4, "exact")
+    assert (reply.usage.prompt_tokens, reply.usage.cached_tokens, reply.usage.completion_tokens, reply.engine_ms) == (
+        10,
+        6,
+        4,
+        30.0,
+    )
     assert (reply.engine, reply.error, reply.attempts) == ("list", None, 1)
     (request,) = engine.requests
     assert request.messages == (QUESTION,)
@@ -105,20 +112,20 @@ async def test_a_reply_without_tools_is_the_generation() -> None:
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("field", ["entropy_sum_nats", "entropy_sq_sum", "entropy_slack_nats"])
+@pytest.mark.parametrize("field", ["sum_nats", "sq_sum", "slack_nats"])
 async def test_a_round_with_an_entropy_that_is_not_a_number_leaves_nothing_known_of_the_whole(field: str, broken: float) -> None:
-    engine = ListEngine(generated("<calculator>12*7", **{field: broken}), generated(" So 84."))
+    engine = ListEngine(generated("<calculator>12*7", entropy=replace(ENTROPY, **{field: broken})), generated(" So 84."))
     reply = await agent_of(engine, ["calculator"]).call(call_of(max_tokens=50))
-    assert (reply.status, len(engine.requests), reply.completion_tokens) == ("ok", 2, 8)
-    assert (reply.entropy_nats, reply.entropy_tokens, reply.entropy_sum_nats, reply.entropy_sq_sum) == (None, 0, 0.0, 0.0)
+    assert (reply.status, len(engine.requests), reply.usage.completion_tokens) == ("ok", 2, 8)
+    assert (reply.entropy.mean_nats, reply.entropy.tokens, reply.entropy.sum_nats, reply.entropy.sq_sum) == (None, 0, 0.0, 0.0)
     assert doubt(reply) == float("inf")
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -1.0])
 def test_an_entropy_that_is_not_a_number_from_0_is_unknown_wherever_it_comes_from(broken: float) -> None:
-    reply = AgentReply(agent="a", status="ok", text="84", entropy_sum_nats=broken, entropy_tokens=4)
-    assert reply.entropy_nats is None
-    sure = AgentReply(agent="b", status="ok", text="85", entropy_sum_nats=8.0, entropy_tokens=4)
+    reply = AgentReply(agent="a", status="ok", text="84", entropy=EntropySum(sum_nats=broken, tokens=4))
+    assert reply.entropy.mean_nats is None
+    sure = AgentReply(agent="b", status="ok", text="85", entropy=EntropySum(sum_nats=8.0, tokens=4))
     chosen = select_contribution([reply, sure])
     assert chosen is not None
     assert chosen.agent == "b"
@@ -135,17 +142,27 @@ async def test_requests_have_names_of_their_own_and_calls_keep_theirs() -> None:
 
 async def test_a_tool_call_is_answered_and_the_reply_goes_on() -> None:
     engine = ListEngine(
-        generated("12 times 7: <calculator>12*7", entropy_sum_nats=3.0, completion_tokens=6, entropy_tokens=6, engine_ms=30.0),
-        generated("Check: <calculator>84/7", entropy_sum_nats=0.25, cached_tokens=9, engine_ms=20.0, entropy_kind="truncated"),
-        generated("The answer is 84.", prompt_tokens=30, finish_reason="length", engine_ms=10.0),
+        generated(
+            "12 times 7: <calculator>12*7",
+            usage=replace(USAGE, completion_tokens=6),
+            entropy=replace(ENTROPY, sum_nats=3.0, tokens=6),
+            engine_ms=30.0,
+        ),
+        generated(
+            "Check: <calculator>84/7",
+            entropy=replace(ENTROPY, sum_nats=0.25, kind="truncated"),
+            usage=replace(USAGE, cached_tokens=9),
+            engine_ms=20.0,
+        ),
+        generated("The answer is 84.", usage=replace(USAGE, prompt_tokens=30), finish_reason="length", engine_ms=10.0),
     )
     reply = await agent_of(engine, ["calculator"]).call(call_of(max_tokens=20, stop=("END",)))
     first = "12 times 7: <calculator>12*7</calculator> = 84\n"
     second = first + "Check: <calculator>84/7</calculator> = 12\n"
     assert reply.text == second + "The answer is 84."
-    assert (reply.status, reply.finish_reason, reply.entropy_kind) == ("ok", "length", "truncated")
-    assert (reply.entropy_sum_nats, reply.entropy_sq_sum, reply.entropy_tokens) == (3.0 + 0.25 + 2.0, 3.0, 6 + 4 + 4)
-    assert (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens) == (10 + 10 + 30, 9, 6 + 4 + 4)
+    assert (reply.status, reply.finish_reason, reply.entropy.kind) == ("ok", "length", "truncated")
+    assert (reply.entropy.sum_nats, reply.entropy.sq_sum, reply.entropy.tokens) == (3.0 + 0.25 + 2.0, 3.0, 6 + 4 + 4)
+    assert (reply.usage.prompt_tokens, reply.usage.cached_tokens, reply.usage.completion_tokens) == (10 + 10 + 30, 9, 6 + 4 + 4)
     assert reply.engine_ms == 60.0
     assert [request.messages for request in engine.requests] == [
         (QUESTION,),
@@ -162,7 +179,7 @@ async def test_the_scripted_engine_takes_part_in_the_tool_loop() -> None:
     engine = ScriptedEngine(ScriptedOptions(replies={"solver": script}, tokens=3))
     reply = await agent_of(engine, ["calculator"]).call(call_of())
     assert reply.text == "12 times 7 is <calculator>12*7</calculator> = 84\nso the answer is 84."
-    assert reply.completion_tokens == 6
+    assert reply.usage.completion_tokens == 6
 
 
 async def test_a_tool_that_fails_says_so_in_the_text() -> None:
@@ -175,15 +192,18 @@ async def test_a_model_that_calls_tools_for_ever_is_stopped() -> None:
     engine = ListEngine(generated("<calculator>1+1"))
     reply = await agent_of(engine, ["calculator"]).call(call_of(max_tokens=1000))
     assert len(engine.requests) == MAX_TOOL_ROUNDS == 4
-    assert (reply.status, reply.finish_reason, reply.completion_tokens) == ("ok", "length", 16)
+    assert (reply.status, reply.finish_reason, reply.usage.completion_tokens) == ("ok", "length", 16)
     assert reply.text == "<calculator>1+1</calculator> = 2\n" * 3 + "<calculator>1+1"
 
 
 async def test_the_rounds_share_the_token_limit_of_the_call() -> None:
-    engine = ListEngine(generated("<calculator>1+1", completion_tokens=7), generated("<calculator>2+2", completion_tokens=3))
+    engine = ListEngine(
+        generated("<calculator>1+1", usage=replace(USAGE, completion_tokens=7)),
+        generated("<calculator>2+2", usage=replace(USAGE, completion_tokens=3)),
+    )
     reply = await agent_of(engine, ["calculator"]).call(call_of(max_tokens=10))
     assert [request.sampling.max_tokens for request in engine.requests] == [10, 3]
-    assert (reply.completion_tokens, reply.finish_reason) == (10, "length")
+    assert (reply.usage.completion_tokens, reply.finish_reason) == (10, "length")
 
 
 async def test_tags_are_text_to_an_agent_without_tools() -> None:
@@ -205,7 +225,7 @@ async def test_tags_are_text_to_an_agent_without_tools() -> None:
 async def test_whatever_the_engine_raises_is_the_agents_own_failure(entry: Exception, message: str, rounds_before: int) -> None:
     engine = ListEngine(*[generated("<calculator>1+1")] * rounds_before, entry)
     reply = await agent_of(engine, ["calculator"]).call(call_of())
-    assert (reply.status, reply.text, reply.completion_tokens, reply.engine) == ("failed", "", 0, "list")
+    assert (reply.status, reply.text, reply.usage.completion_tokens, reply.engine) == ("failed", "", 0, "list")
     assert reply.error is not None
     assert message in reply.error
 

@@ -14,6 +14,7 @@ import pytest
 from dmoa.agents.call_cache import FILE_NAME, CachedAgents, CallStore, call_identities, is_whole
 from dmoa.agents.pool import load_pool
 from dmoa.errors import AgentUnavailableError, ConfigError
+from dmoa.flat import reply_of
 from dmoa.testing import Fail, FakeAgents, Lose, Say
 from dmoa.types import AgentCall, AgentReply, Message, Sampling, TextDelta
 
@@ -42,7 +43,7 @@ async def test_the_same_call_is_run_once_and_its_second_reply_is_marked(tmp_path
     assert len(agents.calls) == 1
     assert (first.text, first.is_memoised) == ("19", False)
     assert second == replace(first, is_memoised=True)  # tokens and entropies as if it had been run
-    assert (second.completion_tokens, second.entropy_sum_nats) == (3, 0.75)
+    assert (second.usage.completion_tokens, second.entropy.sum_nats) == (3, 0.75)
 
 
 async def test_replies_outlive_the_process(tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ async def test_a_reply_that_the_calls_own_limit_cut_is_kept(tmp_path: Path) -> N
     ],
 )
 def test_what_is_whole(changes: dict[str, Any], expected: bool) -> None:
-    assert is_whole(AgentReply(**({"agent": "a", "status": "ok", "text": "19"} | changes)), call_of(max_tokens=8)) is expected
+    assert is_whole(reply_of({"agent": "a", "status": "ok", "text": "19"} | changes), call_of(max_tokens=8)) is expected
 
 
 async def test_who_waits_for_a_call_that_a_deadline_cuts_runs_it(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ async def test_a_model_with_a_broken_row_of_lm_head_fails_with_the_reason(
         sampling=Sampling(temperature=temperature),
     )
     reply = await agent.call(call)
-    assert (reply.status, reply.entropy_nats, contributions([reply])) == ("failed", None, [])
+    assert (reply.status, reply.entropy.mean_nats, contributions([reply])) == ("failed", None, [])
     streamed = [item async for item in agent.stream(call)]
     assert len(streamed) == 1
     assert engine.num_running == 0

@@ -18,7 +18,7 @@ from dmoa.core.aggregate import doubt
 from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine
 from dmoa.errors import DeadlineError, EngineError
-from dmoa.types import AgentCall, AgentReply, Generation, GenerationRequest, Message, Sampling, TextDelta
+from dmoa.types import AgentCall, AgentReply, EntropySum, Generation, GenerationRequest, Message, Sampling, TextDelta
 
 LOG2 = math.log(2)
 ROWS = [row("The ", 0.5, 0.25), row("19", 1.0), row(".", 0.5, 0.5)]
@@ -50,12 +50,17 @@ async def test_a_reply_has_its_text_tokens_and_entropy(is_stream: bool) -> None:
         engine = engine_of(endpoint)
         found = await generated(engine, request("What is 12 + 7?"), is_stream=is_stream)
         await engine.close()
-    assert (found.text, found.finish_reason, found.entropy_kind) == ("The 19.", "stop", "truncated")
-    assert (found.prompt_tokens, found.cached_tokens, found.completion_tokens, found.entropy_tokens) == (11, 5, 3, 3)
+    assert (found.text, found.finish_reason, found.entropy.kind) == ("The 19.", "stop", "truncated")
+    assert (found.usage.prompt_tokens, found.usage.cached_tokens, found.usage.completion_tokens, found.entropy.tokens) == (
+        11,
+        5,
+        3,
+        3,
+    )
     assert not found.are_tokens_estimated
-    assert found.entropy_sum_nats == pytest.approx(MIDDLE + LOG2)
-    assert found.entropy_sq_sum == pytest.approx(MIDDLE**2 + LOG2**2)
-    assert found.entropy_slack_nats == pytest.approx(3 * LOG2 / 8)
+    assert found.entropy.sum_nats == pytest.approx(MIDDLE + LOG2)
+    assert found.entropy.sq_sum == pytest.approx(MIDDLE**2 + LOG2**2)
+    assert found.entropy.slack_nats == pytest.approx(3 * LOG2 / 8)
     assert 0.0 <= found.queue_ms <= found.engine_ms
 
 
@@ -126,7 +131,7 @@ async def test_an_endpoint_that_never_streams_is_understood() -> None:
         engine = engine_of(endpoint)
         pieces, found = await read(engine, request("Hi"))
         await engine.close()
-    assert (pieces, found.text, found.completion_tokens) == (["The 19."], "The 19.", 3)
+    assert (pieces, found.text, found.usage.completion_tokens) == (["The 19."], "The 19.", 3)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -138,8 +143,8 @@ async def test_token_counts_that_are_not_told_are_estimated_and_marked(is_stream
         unlisted = await generated(engine, asked, is_stream=is_stream)
         await engine.close()
     assert engine.count_prompt_tokens(asked.messages) == 10
-    assert (listed.prompt_tokens, listed.completion_tokens, listed.are_tokens_estimated) == (10, 2, True)
-    assert (unlisted.prompt_tokens, unlisted.completion_tokens, unlisted.are_tokens_estimated) == (10, 3, True)
+    assert (listed.usage.prompt_tokens, listed.usage.completion_tokens, listed.are_tokens_estimated) == (10, 2, True)
+    assert (unlisted.usage.prompt_tokens, unlisted.usage.completion_tokens, unlisted.are_tokens_estimated) == (10, 3, True)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -149,9 +154,9 @@ async def test_without_log_probabilities_the_entropy_is_unknown(is_stream: bool,
         found = [await generated(engine, request("Hi"), is_stream=is_stream) for _ in range(2)]
         await engine.close()
         assert not {"logprobs", "top_logprobs"} & endpoint.calls[0].body.keys()
-    assert (found[0].entropy_tokens, found[0].entropy_sum_nats, found[0].entropy_kind) == (0, 0.0, "truncated")
-    reply = AgentReply(agent="a", status="ok", text="19", entropy_tokens=found[0].entropy_tokens, entropy_kind="truncated")
-    assert reply.entropy_nats is None
+    assert (found[0].entropy.tokens, found[0].entropy.sum_nats, found[0].entropy.kind) == (0, 0.0, "truncated")
+    reply = AgentReply(agent="a", status="ok", text="19", entropy=EntropySum(tokens=found[0].entropy.tokens, kind="truncated"))
+    assert reply.entropy.mean_nats is None
     assert doubt(reply) == math.inf
     assert [record.getMessage() for record in caplog.records if record.name == "dmoa.openai"] == [
         "openai:some-model lists no log-probabilities: the entropy of its replies is unknown, so they never count as sure, and "
@@ -175,8 +180,8 @@ async def test_rows_of_every_kind(listed: list[dict[str, Any]], nats: float) -> 
         engine = engine_of(endpoint)
         found = await engine.generate(request("Hi"))
         await engine.close()
-    assert found.entropy_tokens == 1
-    assert found.entropy_sum_nats == pytest.approx(nats)
+    assert found.entropy.tokens == 1
+    assert found.entropy.sum_nats == pytest.approx(nats)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -200,8 +205,8 @@ async def test_a_reply_with_a_log_probability_that_is_not_a_number_is_never_a_su
         await engine.close()
     reply = replies[-1]
     assert isinstance(reply, AgentReply)
-    assert (reply.status, reply.text, reply.entropy_nats, reply.entropy_tokens) == ("ok", "abc", None, 0)
-    assert (reply.entropy_sum_nats, reply.entropy_sq_sum, reply.entropy_slack_nats) == (0.0, 0.0, 0.0)
+    assert (reply.status, reply.text, reply.entropy.mean_nats, reply.entropy.tokens) == ("ok", "abc", None, 0)
+    assert (reply.entropy.sum_nats, reply.entropy.sq_sum, reply.entropy.slack_nats) == (0.0, 0.0, 0.0)
     assert doubt(reply) == math.inf
 
 
@@ -368,7 +373,7 @@ async def test_the_usage_of_the_reply_is_believed_whatever_else_is_in_it() -> No
         engine = engine_of(endpoint)
         found = await engine.generate(request("Hi"))
         await engine.close()
-    assert (found.prompt_tokens, found.cached_tokens, found.completion_tokens) == (11, 0, 3)
+    assert (found.usage.prompt_tokens, found.usage.cached_tokens, found.usage.completion_tokens) == (11, 0, 3)
 
 
 def test_the_engine_is_quiet_at_info(caplog: pytest.LogCaptureFixture) -> None:

@@ -167,14 +167,14 @@ SHAPES = [
 async def test_log_probabilities_of_another_shape_leave_the_reply_with_an_unknown_entropy(shape: Any, is_stream: bool) -> None:
     found = await ask(saying({"content": "It is 19."}, "stop", logprobs=shape), is_stream=is_stream)
     assert (found.text, found.finish_reason) == ("It is 19.", "stop")
-    assert (found.entropy_tokens, found.entropy_sum_nats) == (0, 0.0)
+    assert (found.entropy.tokens, found.entropy.sum_nats) == (0, 0.0)
 
 
 @pytest.mark.parametrize("usage", [[], "3", {"prompt_tokens": None}, {"prompt_tokens": "many"}], ids=json.dumps)
 async def test_a_usage_of_another_shape_leaves_the_reply_with_estimated_counts(usage: Any) -> None:
     tree = {"choices": [{"message": {"content": "12345678"}, "finish_reason": "stop"}], "usage": usage}
     found = await ask(content(json.dumps(tree).encode()), is_stream=False)
-    assert (found.text, found.completion_tokens, found.are_tokens_estimated) == ("12345678", 2, True)
+    assert (found.text, found.usage.completion_tokens, found.are_tokens_estimated) == ("12345678", 2, True)
 
 
 async def test_a_text_in_parts_is_put_together() -> None:
@@ -199,8 +199,8 @@ async def test_other_choices_are_not_glued_to_the_text() -> None:
         event_bytes("[DONE]"),
     )
     found = await ask(turn, is_stream=True)
-    assert (found.text, found.finish_reason, found.entropy_tokens) == ("It is 19", "stop", 1)
-    assert found.entropy_sum_nats == pytest.approx(math.log(2))
+    assert (found.text, found.finish_reason, found.entropy.tokens) == ("It is 19", "stop", 1)
+    assert found.entropy.sum_nats == pytest.approx(math.log(2))
 
 
 async def test_of_several_whole_choices_the_first_by_index_is_the_reply() -> None:

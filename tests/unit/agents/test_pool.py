@@ -209,7 +209,7 @@ async def test_a_summarizer_may_live_behind_an_endpoint() -> None:
     assert (answered.text, answered.stop_reason, len(answered.steps)) == ("It is 19.", "summarizer", 1)
     assert "".join(event.text for event in events if isinstance(event, TextDelta)) == "It is 19."
     written = answered.steps[0].summarizer
-    assert (written.verdict, written.prompt_tokens, written.completion_tokens) == ("final", 11, 3)
+    assert (written.verdict, written.usage.prompt_tokens, written.usage.completion_tokens) == ("final", 11, 3)
     assert [call.body["model"] for call in server.calls] == ["big"]
 
 

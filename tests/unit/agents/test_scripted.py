@@ -34,12 +34,12 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def same(a: Generation, b: Generation) -> bool:
-    return (a.text, a.entropy_sum_nats, a.entropy_sq_sum, a.finish_reason, a.completion_tokens) == (
+    return (a.text, a.entropy.sum_nats, a.entropy.sq_sum, a.finish_reason, a.usage.completion_tokens) == (
         b.text,
-        b.entropy_sum_nats,
-        b.entropy_sq_sum,
+        b.entropy.sum_nats,
+        b.entropy.sq_sum,
         b.finish_reason,
-        b.completion_tokens,
+        b.usage.completion_tokens,
     )
 
 
@@ -59,11 +59,11 @@ def test_a_generation_is_repeatable_and_consistent(text: str, agent: str, tokens
     )
     assert same(first, second)
     count = min(tokens, max_tokens)
-    assert first.entropy_tokens == first.completion_tokens == count
+    assert first.entropy.tokens == first.usage.completion_tokens == count
     assert first.finish_reason == ("length" if max_tokens < tokens else "stop")
-    mean = first.entropy_sum_nats / count
+    mean = first.entropy.sum_nats / count
     assert 0.05 <= mean <= 2.0
-    variance = first.entropy_sq_sum / count - mean**2
+    variance = first.entropy.sq_sum / count - mean**2
     assert variance >= -1e-12
     assert variance <= mean**2
 
@@ -71,7 +71,7 @@ def test_a_generation_is_repeatable_and_consistent(text: str, agent: str, tokens
 async def test_entropies_tell_agents_and_questions_apart() -> None:
     engine = ScriptedEngine(ScriptedOptions())
     pairs = [(f"question {i}", f"agent{j}") for i in range(10) for j in range(10)]
-    sums = [(await engine.generate(request(text, agent=agent))).entropy_sum_nats for text, agent in pairs]
+    sums = [(await engine.generate(request(text, agent=agent))).entropy.sum_nats for text, agent in pairs]
     assert len(set(sums)) == 100
     means = sorted(value / 8 for value in sums)
     assert means[10] < 0.6
@@ -82,14 +82,14 @@ async def test_set_entropies_and_their_spread() -> None:
     engine = ScriptedEngine(ScriptedOptions(tokens=5, entropies_nats={"solver": 0.4}))
     made = await engine.generate(request())
     by_token = [0.2, 0.6, 0.2, 0.6, 0.4]
-    assert made.entropy_sum_nats == pytest.approx(sum(by_token))
-    assert made.entropy_sq_sum == pytest.approx(sum(h * h for h in by_token))
+    assert made.entropy.sum_nats == pytest.approx(sum(by_token))
+    assert made.entropy.sq_sum == pytest.approx(sum(h * h for h in by_token))
 
 
 async def test_a_limit_cuts_the_text_too() -> None:
     engine = ScriptedEngine(ScriptedOptions(tokens=10, replies={"solver": "0123456789"}))
     made = await engine.generate(request(max_tokens=4))
-    assert (made.text, made.finish_reason, made.completion_tokens) == ("0123", "length", 4)
+    assert (made.text, made.finish_reason, made.usage.completion_tokens) == ("0123", "length", 4)
 
 
 async def test_stop_strings_end_a_reply_and_a_continuation_goes_on() -> None:

@@ -101,7 +101,7 @@ async def test_the_summarizer_is_asked_with_the_contributions_of_the_step() -> N
     assert "Contribution of lost" not in content
     record = result.record
     assert (result.summary, record.mode, record.verdict, record.error) == ("new", "llm", "continue", None)
-    assert (record.prompt_tokens, record.completion_tokens) == (30, 7)
+    assert (record.usage.prompt_tokens, record.usage.completion_tokens) == (30, 7)
     assert record.latency_ms > 0
     assert result.selection is None  # no contribution was chosen: the summarizer wrote its own
 

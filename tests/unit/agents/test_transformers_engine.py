@@ -72,10 +72,10 @@ async def test_mixed_batch_equals_the_bare_models_one_by_one(
         tokens = slow_generate(model, prompt, item.sampling.max_tokens)
         entropies = teacher_forced_entropies(model, prompt, tokens)
         assert result.text == shown(tokens, tiny_tokenizer())
-        assert (result.prompt_tokens, result.completion_tokens) == (len(prompt), len(tokens))
-        assert result.entropy_tokens == len(tokens)
-        assert result.entropy_sum_nats == pytest.approx(sum(entropies), abs=1e-4 * len(tokens))
-        assert result.entropy_sq_sum == pytest.approx(sum(h * h for h in entropies), rel=1e-4)
+        assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (len(prompt), len(tokens))
+        assert result.entropy.tokens == len(tokens)
+        assert result.entropy.sum_nats == pytest.approx(sum(entropies), abs=1e-4 * len(tokens))
+        assert result.entropy.sq_sum == pytest.approx(sum(h * h for h in entropies), rel=1e-4)
         assert result.finish_reason == ("stop" if tokens[-1] == 0 else "length")
         assert 0 <= result.queue_ms <= result.engine_ms
         ends.add(result.finish_reason)
@@ -103,7 +103,7 @@ async def test_stop_text_ends_the_reply_and_counts_its_tokens(tiny_engine: Trans
     assert result.text == cut == "".join(item.text for item in items if isinstance(item, TextDelta))
     assert result.finish_reason == "stop"
     assert len(cut) < len(whole.text)
-    assert 0 < result.entropy_tokens == result.completion_tokens < whole.completion_tokens
+    assert 0 < result.entropy.tokens == result.usage.completion_tokens < whole.usage.completion_tokens
 
 
 async def test_same_call_gives_the_same_sample_in_any_batch(tiny_engine: TransformersEngine) -> None:
@@ -129,7 +129,7 @@ async def test_prompt_over_the_models_length_names_the_numbers(tiny_engine: Tran
     with pytest.raises(EngineError, match=r"prompt has \d{4} tokens; allowed are 1023"):
         await tiny_engine.generate(request("fox " * 1100))
     fitting = await tiny_engine.generate(request("fox" * 400, max_tokens=4000))
-    assert fitting.prompt_tokens + fitting.completion_tokens <= 1024
+    assert fitting.usage.total <= 1024
 
 
 async def test_unknown_adapter_names_the_allowed_ones(tiny_engine: TransformersEngine) -> None:
@@ -145,7 +145,7 @@ async def test_no_messages_is_an_error(tiny_engine: TransformersEngine) -> None:
 async def test_deadline_ends_a_request_with_what_it_has(tiny_model: Path) -> None:
     engine = TransformersEngine(tiny_model, CPU.model_copy(update={"max_model_len": 100_000}), max_num_seqs=1)
     late = await engine.generate(request("fox", deadline_unix_s=time.time() - 1))
-    assert (late.text, late.finish_reason, late.completion_tokens) == ("", "length", 0)
+    assert (late.text, late.finish_reason, late.usage.completion_tokens) == ("", "length", 0)
     endless = Sampling(max_tokens=90_000, temperature=2.0, seed=1)
     endless_requests = [
         GenerationRequest(
@@ -161,5 +161,5 @@ async def test_deadline_ends_a_request_with_what_it_has(tiny_model: Path) -> Non
     assert time.time() - began < 5
     for result in (running, waiting):
         assert result.finish_reason in ("length", "stop")
-        assert result.entropy_tokens == result.completion_tokens < 90_000
+        assert result.entropy.tokens == result.usage.completion_tokens < 90_000
     await engine.close()

@@ -43,7 +43,7 @@ async def test_a_cancelled_request_frees_its_place_within_two_steps(tiny_model: 
     running.cancel()
     result = await waiting
     # Its own steps (the first token comes from the prefill), and at most two of the cancelled request's.
-    assert engine.times.steps - before <= (result.completion_tokens - 1) + 2
+    assert engine.times.steps - before <= (result.usage.completion_tokens - 1) + 2
     with pytest.raises(asyncio.CancelledError):
         await running
     assert engine.num_running == 0
@@ -110,8 +110,8 @@ async def test_a_failing_forward_fails_its_requests_and_no_later_ones(tmp_path: 
         with pytest.raises(EngineError, match="small: IndexError"):
             await engine.generate(request(rare))
     after = await engine.generate(request(shared, max_tokens=4))
-    assert after.cached_tokens == 0, "keys and values of a forward that failed were reused"
-    assert (await engine.generate(request("?", max_tokens=4))).completion_tokens > 0
+    assert after.usage.cached_tokens == 0, "keys and values of a forward that failed were reused"
+    assert (await engine.generate(request("?", max_tokens=4))).usage.completion_tokens > 0
     await engine.close()
 
 
@@ -130,15 +130,15 @@ async def test_agents_of_a_step_reuse_the_shared_prompt(
         plain = await asyncio.gather(*map(without.generate, step))
         assert [r.text for r in ours] == [r.text for r in plain]
         for a, b in zip(ours, plain, strict=True):
-            assert a.entropy_sum_nats == pytest.approx(b.entropy_sum_nats, abs=1e-4 * b.entropy_tokens)
-            assert b.cached_tokens == 0
-        reused = sorted(r.cached_tokens for r in ours)
+            assert a.entropy.sum_nats == pytest.approx(b.entropy.sum_nats, abs=1e-4 * b.entropy.tokens)
+            assert b.usage.cached_tokens == 0
+        reused = sorted(r.usage.cached_tokens for r in ours)
         shared = tokens_of("<|start|>user\n" + step[0].messages[0].content.removesuffix("solve")) - 1
         # A few tokens less are worth a common prefill.
         assert reused[1] >= shared - SPLIT_TOKENS
         assert (reused[0] == 0) == (step is steps[0])
     base = await with_reuse.generate(request(STEP, adapter=ADAPTERS[1]))
-    assert base.cached_tokens == 0, "another adapter's keys and values were reused"
+    assert base.usage.cached_tokens == 0, "another adapter's keys and values were reused"
     await with_reuse.close()
     await without.close()
 
@@ -164,7 +164,7 @@ async def test_a_running_row_lends_nothing_to_another_adapter(
         together = await asyncio.gather(*map(engine.generate, others))
         assert engine.num_running == 1, "the first one ended too early to lend anything"
         assert [item.text for item in together] == [text for number, text in enumerate(expected) if number != first]
-        assert [item.cached_tokens for item in together] == [0] * len(others)
+        assert [item.usage.cached_tokens for item in together] == [0] * len(others)
         await running.aclose()
         await engine.close()
 
@@ -188,7 +188,7 @@ async def test_an_idle_engine_keeps_recent_prompts_longer_than_its_rows(tiny_mod
     full = engine.held_bytes
     await wait_until(lambda: engine.held_bytes < full)
     assert engine.held_bytes > 0
-    assert (await engine.generate(request(STEP, name="again", max_tokens=8))).cached_tokens > 0
+    assert (await engine.generate(request(STEP, name="again", max_tokens=8))).usage.cached_tokens > 0
     await engine.close()
 
 
@@ -199,7 +199,7 @@ async def test_a_reply_that_a_stop_text_ended_is_continued_without_computing_it_
     continued = await tiny_engine.generate(
         GenerationRequest(request_id="c", messages=(user, begun), sampling=Sampling(max_tokens=4))
     )
-    assert continued.cached_tokens >= stopped.prompt_tokens
+    assert continued.usage.cached_tokens >= stopped.usage.prompt_tokens
 
 
 @pytest.mark.contract
@@ -218,9 +218,9 @@ async def test_options_are_named_in_the_label(tiny_model: Path, options: dict[st
     for i, result in enumerate(results):
         text = f"<|start|>user\n{f'fox {i} ' * 4}<|end|><|start|>assistant\n"
         prompt = tiny_tokenizer().backend_tokenizer.encode(text).ids
-        assert len(prompt) == result.prompt_tokens
+        assert len(prompt) == result.usage.prompt_tokens
         exact = teacher_forced_entropies(plain_model(tiny_model), prompt, [0])[0]
-        assert result.entropy_sum_nats == pytest.approx(exact, abs=tolerance)
+        assert result.entropy.sum_nats == pytest.approx(exact, abs=tolerance)
     await engine.close()
 
 
@@ -282,4 +282,4 @@ def test_a_model_with_sliding_windows_is_refused(tmp_path: Path) -> None:
 async def test_generations_are_records_of_this_engine(tiny_engine: TransformersEngine) -> None:
     result = await tiny_engine.generate(request("fox", max_tokens=3))
     assert isinstance(result, Generation)
-    assert result.entropy_kind == "exact"
+    assert result.entropy.kind == "exact"

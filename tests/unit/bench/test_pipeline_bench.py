@@ -25,7 +25,7 @@ from dmoa.bench.throughput import (
 )
 from dmoa.engine_options import ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
-from dmoa.types import Generation, GenerationRequest, Message, Sampling
+from dmoa.types import EntropySum, Generation, GenerationRequest, Message, Sampling, TokenUsage
 
 
 def asked(call_id: str) -> GenerationRequest:
@@ -64,11 +64,8 @@ class Stepwise:
         return Generation(
             text="x",
             finish_reason="stop",
-            entropy_sum_nats=0.0,
-            entropy_sq_sum=0.0,
-            entropy_tokens=2,
-            prompt_tokens=1,
-            completion_tokens=2,
+            entropy=EntropySum(sum_nats=0.0, sq_sum=0.0, tokens=2),
+            usage=TokenUsage(prompt_tokens=1, completion_tokens=2),
         )
 
     def began(self) -> list[str]:

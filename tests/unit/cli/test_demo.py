@@ -40,7 +40,7 @@ from dmoa.testing import failed as lost
 from dmoa.testing import run_info as run_of
 from dmoa.testing import scored as score
 from dmoa.training.probe import ProbeReport
-from dmoa.types import AgentReply
+from dmoa.types import AgentReply, EntropySum, TokenUsage
 from dmoa.workflows.console import Common
 
 
@@ -229,7 +229,13 @@ def test_the_mean_of_several_gates_is_replayed_from_what_agents_said_alone() -> 
             tasks=tuple(Task(row_id=f"{suite}/{n}", benchmark=suite, text=str(n)) for n in range(2)),
             replies=(
                 tuple(
-                    AgentReply(agent=name, status="ok", text="1", entropy_sum_nats=1.0, entropy_tokens=1, prompt_tokens=tokens)
+                    AgentReply(
+                        agent=name,
+                        status="ok",
+                        text="1",
+                        entropy=EntropySum(sum_nats=1.0, tokens=1),
+                        usage=TokenUsage(prompt_tokens=tokens),
+                    )
                     for name, tokens in (("adder", 10), ("echo", 30))
                 ),
             )

@@ -55,11 +55,15 @@ async def test_agents_behind_a_server_and_agents_here_agree(url: str) -> None:
     assert (answered.text, answered.stop_reason, answered.degraded) == ("The answer is 19.", "agreement", False)
     assert {name: reply.status for name, reply in replies.items()} == dict.fromkeys(("near", "far", "pool"), "ok")
     assert replies["far"].text == "The answer is 19."
-    assert (replies["near"].entropy_kind, replies["near"].entropy_tokens) == ("exact", 8)
+    assert (replies["near"].entropy.kind, replies["near"].entropy.tokens) == ("exact", 8)
     # dmoa's server refuses `logprobs`: the call is sent again without, and nothing is known of the entropy.
-    assert (replies["far"].entropy_kind, replies["far"].entropy_tokens, replies["far"].entropy_nats) == ("truncated", 0, None)
-    assert (replies["far"].completion_tokens, replies["far"].are_tokens_estimated) == (8, False)
-    assert replies["pool"].completion_tokens >= 16  # the far swarm tells what all its agents used
+    assert (replies["far"].entropy.kind, replies["far"].entropy.tokens, replies["far"].entropy.mean_nats) == (
+        "truncated",
+        0,
+        None,
+    )
+    assert (replies["far"].usage.completion_tokens, replies["far"].are_tokens_estimated) == (8, False)
+    assert replies["pool"].usage.completion_tokens >= 16  # the far swarm tells what all its agents used
 
 
 async def test_a_far_agent_streams(url: str) -> None:

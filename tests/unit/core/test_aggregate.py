@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from dmoa.core.aggregate import Selection, anchors_of, select_contribution
-from dmoa.types import AgentReply, AgentStatus, EntropyKind, RouteDecision
+from dmoa.types import AgentReply, AgentStatus, EntropyKind, EntropySum, RouteDecision
 
 
 def reply(
     agent: str, text: str, entropy: float | None = 1.0, status: AgentStatus = "ok", kind: EntropyKind = "exact"
 ) -> AgentReply:
     """Return a reply of four tokens with the given mean entropy, or of no tokens."""
-    sums = {} if entropy is None else {"entropy_sum_nats": 4 * entropy, "entropy_tokens": 4}
-    return AgentReply(agent=agent, status=status, text=text, entropy_kind=kind, **sums)
+    sums = {} if entropy is None else {"sum_nats": 4 * entropy, "tokens": 4}
+    return AgentReply(agent=agent, status=status, text=text, entropy=EntropySum(kind=kind, **sums))
 
 
 def test_nothing_to_select() -> None:
@@ -89,7 +89,9 @@ def test_a_cut_reply_never_beats_a_finished_one_whatever_is_known_of_their_entro
     anchors = {"c": -30.0}  # as of an agent that says the same to everything
     assert select_contribution([*cut, finished], anchors) == Selection(agent="c", text="The answer is 7.", is_agreed=False)
     assert select_contribution(cut) == Selection(agent="a", text="So, let us", is_agreed=True)
-    agreed = select_contribution([*cut, replace(cut[0], agent="d", finish_reason="stop", entropy_sum_nats=40.0), finished])
+    agreed = select_contribution(
+        [*cut, replace(cut[0], agent="d", finish_reason="stop", entropy=EntropySum(sum_nats=40.0, tokens=4)), finished]
+    )
     assert agreed == Selection(agent="d", text="So, let us", is_agreed=True)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoa.core.entropy import EntropySums, token_entropy
+from dmoa.core.entropy import token_entropy
 from dmoa.core.scores import raw_score
 
 
@@ -108,52 +107,6 @@ def test_bounds_order_and_shift(values: list[float], shift: float) -> None:
     assert 0.0 <= entropy <= math.log(len(values)) + 1e-5
     assert token_entropy(logits_BV.flip(1)).item() == pytest.approx(entropy, abs=1e-5)
     assert token_entropy(logits_BV.double() + shift).item() == pytest.approx(entropy, abs=1e-3)
-
-
-def sums_of(values: list[float]) -> EntropySums:
-    sums = EntropySums()
-    for value in values:
-        sums.add(value)
-    return sums
-
-
-ENTROPIES = st.lists(st.floats(0, 12), min_size=1, max_size=40)
-
-
-@settings(derandomize=True)
-@given(ENTROPIES)
-def test_sums_give_mean_and_variance_of_the_list(values: list[float]) -> None:
-    sums = sums_of(values)
-    assert sums.tokens == len(values)
-    assert sums.mean_nats == pytest.approx(statistics.fmean(values), abs=1e-9)
-    assert sums.variance == pytest.approx(statistics.pvariance(values), abs=1e-9)
-
-
-@settings(derandomize=True)
-@given(ENTROPIES, st.integers(0, 40))
-def test_merged_parts_equal_the_whole(values: list[float], cut: int) -> None:
-    merged = sums_of(values[:cut])
-    merged.merge(sums_of(values[cut:]))
-    whole = sums_of(values)
-    assert merged.tokens == whole.tokens
-    assert merged.sum_nats == pytest.approx(whole.sum_nats)
-    assert merged.sq_sum == pytest.approx(whole.sq_sum)
-
-
-def test_equal_entropies_have_no_negative_variance() -> None:
-    assert sums_of([0.1] * 1000).variance == pytest.approx(0.0, abs=1e-12)
-    assert sums_of([0.1] * 1000).variance >= 0.0
-
-
-def test_no_tokens_have_neither_mean_nor_variance() -> None:
-    assert EntropySums().mean_nats is None
-    assert EntropySums().variance is None
-
-
-def test_sums_go_on_from_kept_ones() -> None:
-    sums = EntropySums(3.0, 5.0, 2)
-    sums.add(2.0)
-    assert (sums.sum_nats, sums.sq_sum, sums.tokens) == (5.0, 9.0, 3)
 
 
 def test_raw_score_by_hand() -> None:

@@ -7,12 +7,12 @@ import pytest
 from dmoa.core.aggregate import select_contribution
 from dmoa.core.scores import raw_score
 from dmoa.core.stopping import budget_stop, rule_stop
-from dmoa.types import AgentReply, StopReason, Verdict
+from dmoa.types import AgentReply, EntropySum, StopReason, Verdict
 
 
 def reply(agent: str, text: str, entropy: float | None = 0.5) -> AgentReply:
-    sums = {} if entropy is None else {"entropy_sum_nats": 2 * entropy, "entropy_tokens": 2}
-    return AgentReply(agent=agent, status="ok", text=text, **sums)
+    sums = EntropySum() if entropy is None else EntropySum(sum_nats=2 * entropy, tokens=2)
+    return AgentReply(agent=agent, status="ok", text=text, entropy=sums)
 
 
 LOST = AgentReply(agent="lost", status="failed", error="gone")

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.core.truncated_entropy import EntropyBounds, TruncatedSums, entropy_bounds
+from dmoa.core.truncated_entropy import entropy_bounds, listed_entropy
+from dmoa.types import EntropySum
 
 LOG2 = math.log(2)
 
@@ -81,22 +82,18 @@ def test_listing_more_never_widens_the_bounds_and_listing_all_closes_them(weight
 
 @pytest.mark.parametrize("broken", [[math.nan], [0.0, math.nan], [math.inf, 0.0]])
 def test_one_broken_token_leaves_nothing_known_of_the_call(broken: list[float]) -> None:
-    sums = TruncatedSums()
-    for listed in ([0.0], broken, [0.0]):
-        sums.take(listed, 100)
+    sums = sum((listed_entropy(listed, 100) for listed in ([0.0], broken, [0.0])), EntropySum())
     assert math.isnan(sums.sum_nats)
     assert math.isnan(sums.slack_nats)
 
 
 def test_a_token_whose_list_is_no_distribution_is_left_out() -> None:
-    sums = TruncatedSums()
-    for listed in ([], [0.5], [0.0]):
-        sums.take(listed, 100)
+    sums = sum((listed_entropy(listed, 100) for listed in ([], [0.5], [0.0])), EntropySum())
     assert (sums.sum_nats, sums.tokens) == (0.0, 1)
 
 
-def test_sums_hold_the_middle_and_how_far_it_may_be_off() -> None:
-    sums = TruncatedSums()
-    sums.add(EntropyBounds(1.0, 3.0))
-    sums.add(EntropyBounds(0.5, 0.5))
-    assert (sums.sum_nats, sums.sq_sum, sums.slack_nats, sums.tokens) == (2.5, 4.25, 1.0, 2)
+def test_a_token_is_the_middle_of_its_bounds_and_how_far_it_may_be_off() -> None:
+    # The missing half is one token, log 2 in all, or 8 even ones, log 2 + log(8) / 2.
+    token = listed_entropy([math.log(0.5)], 9)
+    assert (token.sum_nats, token.slack_nats) == (pytest.approx(1.75 * math.log(2)), pytest.approx(0.75 * math.log(2)))
+    assert (token.sq_sum, token.tokens, token.kind) == (pytest.approx((1.75 * math.log(2)) ** 2), 1, "truncated")

@@ -17,7 +17,8 @@ from dmoa.evaluation.pipeline import pending_scores, pending_tasks, score_answer
 from dmoa.evaluation.records import Answered, EvaluateOptions, Label, Task
 from dmoa.evaluation.registry import OpenScorers
 from dmoa.evaluation.run_folder import RunFolder, append
-from dmoa.types import Limits
+from dmoa.flat import flat
+from dmoa.types import Limits, TokenUsage
 
 PACKAGE = Path(dmoa.__file__).parent
 LABEL_NAMES = {"Label", "read_gold", "read_scores", "gold", "scores", "Scored", "pending_scores"}
@@ -75,7 +76,10 @@ def test_labels_are_opened_by_evaluation_alone(tmp_path: Path) -> None:
         assert len(pending_tasks(folder, ["arith"], ["dmoa"])) == 3
         for task in folder.read_tasks("arith"):
             assert query_of_task(task, "dmoa", asking).text == task.text
-            append(folder.answers("arith", "dmoa"), [Answered(row_id=task.row_id, benchmark="arith", policy="dmoa", text="5")])
+            append(
+                folder.answers("arith", "dmoa"),
+                [Answered(row_id=task.row_id, benchmark="arith", policy="dmoa", text="5", **flat(TokenUsage()))],
+            )
         before_scoring = list(opened)
         assert len(pending_scores(folder, ["arith"], ["dmoa"])) == 3
         labels = {label.row_id: label for label in folder.read_gold("arith")}

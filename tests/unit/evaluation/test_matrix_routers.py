@@ -24,7 +24,7 @@ from dmoa.evaluation.records import Task
 from dmoa.policies.dmoa import DmoaPolicy
 from dmoa.routing import LocalRouter
 from dmoa.testing import FakeEncoder, query, state_of
-from dmoa.types import AgentReply, StepPlan
+from dmoa.types import AgentReply, StepPlan, TokenUsage
 
 AGENTS = ("a", "b", "c")
 VALUES = np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
@@ -34,7 +34,10 @@ VALUES = np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0,
 def matrix() -> AnswerMatrix:
     tasks = tuple(Task(row_id=f"r{n}", benchmark="sums", text=f"question {n}") for n in range(4))
     replies = tuple(
-        tuple(AgentReply(agent=name, status="ok", text=f"{name}{n}", prompt_tokens=1, completion_tokens=1) for name in AGENTS)
+        tuple(
+            AgentReply(agent=name, status="ok", text=f"{name}{n}", usage=TokenUsage(prompt_tokens=1, completion_tokens=1))
+            for name in AGENTS
+        )
         for n in range(4)
     )
     return AnswerMatrix(benchmark="sums", agents=AGENTS, tasks=tasks, replies=replies, value_RA=VALUES)

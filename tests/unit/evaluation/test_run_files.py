@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, Task
 from dmoa.evaluation.run_folder import RunFolder, append, mend, read_lines, write_lines, write_whole
+from dmoa.flat import flat
+from dmoa.types import TokenUsage
 
 
 def row(number: int, text: str = "19") -> Answered:
-    return Answered(row_id=f"arith/test/{number}", benchmark="arith", policy="dmoa", text=text)
+    return Answered(row_id=f"arith/test/{number}", benchmark="arith", policy="dmoa", text=text, **flat(TokenUsage()))
 
 
 def test_what_is_appended_is_read_back(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from dmoa.evaluation.answering import Asking, failed, query_of_task, split_polic
 from dmoa.evaluation.pipeline import RunWriter, score_answer
 from dmoa.evaluation.records import Answered, Label, Reply, Score, Task
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.types import Limits, Stage
+from dmoa.flat import flat
+from dmoa.types import Limits, Stage, TokenUsage
 
 TASK = Task(row_id="arith/test/1", benchmark="arith", text="What is 12 + 7?", group="carry")
 ASKING = Asking(seed=3, limits=Limits(max_steps=3, max_agents=2, max_tokens=96))
@@ -45,7 +46,7 @@ def judge(label: Label, reply: Reply) -> Score:
 
 def test_scores_carry_the_row_and_failed_rows_are_worth_nothing() -> None:
     label = Label(row_id=TASK.row_id, benchmark="arith", gold={"answer": "19"})
-    good = Answered(row_id=TASK.row_id, benchmark="arith", policy="dmoa", group="carry", text="19")
+    good = Answered(row_id=TASK.row_id, benchmark="arith", policy="dmoa", group="carry", text="19", **flat(TokenUsage()))
     lost = failed(TASK, "dmoa", RuntimeError("no agent"), 5.0)
     right, nothing = (score_answer(answer, label, {"arith": judge}) for answer in (good, lost))
     assert (right.value, right.is_scored, right.is_failed, right.group, right.metrics) == (1.0, True, False, "carry", {"f1": 0.5})
@@ -55,7 +56,10 @@ def test_scores_carry_the_row_and_failed_rows_are_worth_nothing() -> None:
 
 def test_a_shard_that_runs_twice_is_written_once(tmp_path: Path) -> None:
     writer = RunWriter(str(tmp_path))
-    lines = [Answered(row_id=f"arith/test/{i}", benchmark="arith", policy="dmoa").model_dump_json() for i in range(4)]
+    lines = [
+        Answered(row_id=f"arith/test/{i}", benchmark="arith", policy="dmoa", **flat(TokenUsage())).model_dump_json()
+        for i in range(4)
+    ]
     writer.write_answers(lines[:3])
     writer.write_answers(lines)
     rows = list(RunFolder(tmp_path).read_answers("arith", "dmoa"))

@@ -18,7 +18,7 @@ from dmoa.core.gate import Gate, GateSpec
 from dmoa.evaluation.answer_matrix import AnswerMatrix
 from dmoa.evaluation.records import Task
 from dmoa.training.cluster_router import KMeansRouter
-from dmoa.types import AgentReply
+from dmoa.types import AgentReply, EntropySum, TokenUsage
 
 pytestmark = pytest.mark.contract  # works for seconds
 
@@ -51,10 +51,8 @@ def matrix(suite: str, agents: tuple[str, ...] = AGENTS) -> AnswerMatrix:
                 agent=name,
                 status="ok",
                 text=f"Answer: {100 + index if value else index}",
-                entropy_sum_nats=0.1 if value else 5.0,
-                entropy_tokens=5,
-                prompt_tokens=20,
-                completion_tokens=5,
+                entropy=EntropySum(sum_nats=0.1 if value else 5.0, tokens=5),
+                usage=TokenUsage(prompt_tokens=20, completion_tokens=5),
             )
             for index, (name, value) in enumerate(zip(agents, values[row], strict=True))
         )

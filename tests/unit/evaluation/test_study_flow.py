@@ -18,7 +18,7 @@ from dmoa.evaluation.records import Task
 from dmoa.testing import CONTEXT_DIM as DIM
 from dmoa.testing import rollout_row as row
 from dmoa.testing import write_rollouts
-from dmoa.types import AgentReply
+from dmoa.types import AgentReply, EntropySum, TokenUsage
 from dmoa.workflows.console import Common
 from tests.unit.evaluation.test_study_endpoints import study
 
@@ -56,10 +56,8 @@ def matrix(suite: str) -> AnswerMatrix:
                     agent=name,
                     status="ok",
                     text=text,
-                    entropy_sum_nats=5 * nats,
-                    entropy_tokens=5,
-                    prompt_tokens=20,
-                    completion_tokens=5,
+                    entropy=EntropySum(sum_nats=5 * nats, tokens=5),
+                    usage=TokenUsage(prompt_tokens=20, completion_tokens=5),
                 )
                 for name, text, nats in cells
             )

@@ -118,19 +118,17 @@ async def test_a_budget_stops_by_the_tokens_of_active_agents_alone() -> None:
     assert (await run("none", budget=60)).stop_reason == "budget_tokens"
     answer = await run(None, budget=60)
     assert answer.stop_reason == "budget_tokens"
-    everyone = sum(reply.prompt_tokens + reply.completion_tokens for reply in answer.steps[0].replies)
+    everyone = sum(reply.usage.total for reply in answer.steps[0].replies)
     assert everyone > 60, "with the explorers' tokens the first step alone would have used it up"
     assert len(answer.steps) == 3
 
 
 async def test_a_state_without_its_explorers_is_as_if_nobody_had_been_explored() -> None:
     plain, explored = await run("none"), await run(None)
-    used = sum(reply.prompt_tokens + reply.completion_tokens for step in explored.steps for reply in step.replies)
+    used = sum(reply.usage.total for step in explored.steps for reply in step.replies)
     asked = Query(trace_id="t1", text="?", limits=Limits())
     state = unexplored(state_of(asked, steps=explored.steps, tokens_used=used))
-    assert state.tokens_used == sum(
-        reply.prompt_tokens + reply.completion_tokens for step in plain.steps for reply in step.replies
-    )
+    assert state.tokens_used == sum(reply.usage.total for step in plain.steps for reply in step.replies)
     assert [[reply.agent for reply in step.replies] for step in state.steps] == [
         [reply.agent for reply in step.replies] for step in plain.steps
     ]

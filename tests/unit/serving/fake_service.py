@@ -13,8 +13,9 @@ import numpy as np
 from fastapi import FastAPI
 
 from dmoa.config import LimitsConfig, ServerConfig
+from dmoa.flat import reply_of
 from dmoa.serving.http.routes import create_app
-from dmoa.types import AgentReply, Answer, Query, RouteDecision, StepRecord, SummarizerRecord, TextDelta
+from dmoa.types import AgentReply, Answer, Query, RouteDecision, StepRecord, SummarizerRecord, TextDelta, TokenUsage
 
 AGENTS = ("adder", "sorter", "dater")
 QUESTION = [{"role": "user", "content": "What is 12 + 7?"}]
@@ -47,7 +48,7 @@ def reply(agent: str, text: str = "19", **more: Any) -> AgentReply:
         "completion_tokens": 4,
         "latency_ms": 12.34567,
     }
-    return AgentReply(agent=agent, text=text, **(values | more))
+    return reply_of({"agent": agent, "text": text, **values, **more})
 
 
 def make_step(step: int, summary: str, **more: Any) -> StepRecord:
@@ -56,7 +57,7 @@ def make_step(step: int, summary: str, **more: Any) -> StepRecord:
         "replies": (reply("sorter", entropy_sum_nats=8.0), reply("adder")),
         "active": ("adder", "sorter"),
         "summarizer": SummarizerRecord(
-            mode="select", verdict="rule", prompt_tokens=5, cached_tokens=1, completion_tokens=2, latency_ms=1.0
+            mode="select", verdict="rule", usage=TokenUsage(prompt_tokens=5, cached_tokens=1, completion_tokens=2), latency_ms=1.0
         ),
         "mass": 0.875,
         "wall_ms": 20.00049,

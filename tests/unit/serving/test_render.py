@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dmoa.serving.http.responses import step_line, usage_of
 from dmoa.trace import ReplyDmoa, reply_dmoa
-from dmoa.types import AgentReply, StepRecord, SummarizerRecord
+from dmoa.types import AgentReply, StepRecord, SummarizerRecord, TokenUsage
 
 LOST = AgentReply(agent="adder", status="late", error="no reply after 2 s")
 
@@ -95,7 +95,7 @@ def test_numbers_are_rounded_but_keep_a_thousandth_of_a_nat() -> None:
 
 
 def test_usage_counts_lost_calls_and_the_summarizer() -> None:
-    lost = AgentReply(agent="dater", status="late", prompt_tokens=100, cached_tokens=10, completion_tokens=7)
+    lost = AgentReply(agent="dater", status="late", usage=TokenUsage(prompt_tokens=100, cached_tokens=10, completion_tokens=7))
     usage = usage_of(make_answer("t", steps=(make_step(0, "x", replies=(reply("adder"), lost)),)))
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (115, 13, 128)
     assert usage.prompt_tokens_details.cached_tokens == 17

@@ -12,14 +12,14 @@ from dmoa.serving.actors import pack_record
 from dmoa.serving.traces import AnsweredQuery, TraceStore
 from dmoa.testing import decision
 from dmoa.trace import Trace, trace_of
-from dmoa.types import AgentReply, Answer, Query, RouteRequest, StepRecord, SummarizerRecord
+from dmoa.types import AgentReply, Answer, EntropySum, Query, RouteRequest, StepRecord, SummarizerRecord
 
 
 def answered(trace_id: str) -> AnsweredQuery:
     asked = Query(trace_id=trace_id, text="What is 12 + 7?")
     step = StepRecord(
         step=0,
-        replies=(AgentReply(agent="a", status="ok", text="19", entropy_sum_nats=1.0, entropy_tokens=4),),
+        replies=(AgentReply(agent="a", status="ok", text="19", entropy=EntropySum(sum_nats=1.0, tokens=4)),),
         active=("a",),
         summary="19",
         summarizer=SummarizerRecord(mode="select", verdict="rule"),

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from dmoa.training.rollouts import SCHEMA, Manifest, RolloutFolder, RolloutQuery, table_of, write_whole
-from dmoa.types import AgentReply, Answer, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
+from dmoa.types import AgentReply, Answer, EntropySum, RouteDecision, RouteRequest, StepRecord, SummarizerRecord, TokenUsage
 
 AGENTS = ("adder", "guesser", "echo", "dead")
 POOL = "f" * 64
@@ -33,16 +33,12 @@ def step_of(number: int, *, text: str = "It is 19.") -> StepRecord:
                 agent="adder",
                 status="ok",
                 text=text,
-                entropy_sum_nats=2.0,
-                entropy_sq_sum=1.25,
-                entropy_tokens=4,
-                prompt_tokens=30,
-                cached_tokens=16,
-                completion_tokens=4,
+                entropy=EntropySum(sum_nats=2.0, sq_sum=1.25, tokens=4),
+                usage=TokenUsage(prompt_tokens=30, cached_tokens=16, completion_tokens=4),
                 latency_ms=20.5,
                 engine="scripted",
             ),
-            AgentReply(agent="echo", status="ok", text="?", finish_reason="length", entropy_sum_nats=6.0, entropy_tokens=3),
+            AgentReply(agent="echo", status="ok", text="?", finish_reason="length", entropy=EntropySum(sum_nats=6.0, tokens=3)),
         ),
         active=("adder",),
         explored=(("echo", 0.1),),

@@ -1,0 +1,59 @@
+"""Value objects as the flat fields of records in files and on the wire: there `entropy.sum_nats` is `entropy_sum_nats`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from dmoa.types import AgentReply, EntropySum, TokenUsage
+
+Value = TypeVar("Value", TokenUsage, EntropySum)
+_PREFIXES: dict[type, str] = {TokenUsage: "", EntropySum: "entropy_"}
+
+
+class TokenFields(BaseModel):
+    """The counts of a `TokenUsage`, as a base of records.
+
+    The fields of a base come before a record's own: what comes before them in a file is in a base of its own.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Part of prompt_tokens that an engine did not compute again."""
+    completion_tokens: int
+
+    @property
+    def usage(self) -> TokenUsage:
+        """The counts as one value."""
+        return _value_of(TokenUsage, {name: getattr(self, name) for name in TokenFields.model_fields})
+
+
+def flat(value: TokenUsage | EntropySum) -> dict[str, Any]:
+    """Return the fields of a value object by their flat names."""
+    return {_PREFIXES[type(value)] + name: part for name, part in asdict(value).items()}
+
+
+def flat_reply(reply: AgentReply) -> dict[str, Any]:
+    """Return the fields of a reply, with those of its value objects in their places."""
+    found: dict[str, Any] = {}
+    for name, value in ((part.name, getattr(reply, part.name)) for part in fields(reply)):
+        found |= flat(value) if type(value) in _PREFIXES else {name: value}
+    return found
+
+
+def reply_of(row: Mapping[str, Any]) -> AgentReply:
+    """Return the reply that `flat_reply` made flat; what is not there has its default. Raises TypeError for other fields."""
+    rest = dict(row)
+    usage, entropy = _value_of(TokenUsage, rest), _value_of(EntropySum, rest)
+    return AgentReply(**rest, usage=usage, entropy=entropy)
+
+
+def _value_of(kind: type[Value], row: dict[str, Any]) -> Value:
+    """Take the fields of a value object out of a flat record."""
+    names = {part.name: _PREFIXES[kind] + part.name for part in fields(kind)}
+    return kind(**{name: row.pop(key) for name, key in names.items() if key in row})
