@@ -6,6 +6,8 @@ missing; what is there must have the right type. Shape letter: V listed log-prob
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import math
 import re
@@ -264,17 +266,11 @@ def _first(error: ValidationError) -> str:
 
 def error_message(body: Any) -> str:
     """Return the message in an error's body as plain values: OpenAI's object, its usual variants, or the body itself."""
-    inner = body.get("error", body) if isinstance(body, dict) else body
-    if isinstance(inner, dict):
-        inner = inner.get("message") or inner.get("detail") or json.dumps(inner)
-    return str(inner)
-
-
-def error_field(body: Any, name: str) -> str:
-    """Return `code` or `param` of an OpenAI error object, empty where there is none."""
-    inner = body.get("error") if isinstance(body, dict) else None
-    value = inner.get(name) if isinstance(inner, dict) else None
-    return value if isinstance(value, str) else ""
+    while isinstance(body, dict) and body.get("error"):
+        body = body["error"]
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail") or json.dumps(body)
+    return str(body)
 
 
 async def events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
@@ -286,50 +282,39 @@ async def events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
     """
     held, kind = list[str](), ""
     async for line in _lines(chunks):
-        name, _, value = line.partition(b":")
-        text = value.removeprefix(b" ").decode("utf-8", "replace")
-        if name == b"event":
-            kind = text.strip()
-        elif name == b"data" and not held and _is_whole(text):
-            yield _as_kind(text.strip(), kind)
-        elif name == b"data":
-            held.append(text)
-        elif not line:
-            if "".join(held).strip():
-                yield _as_kind("\n".join(held).strip(), kind)
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "event":
+            kind = value.strip()
+        elif name == "data":
+            held.append(value)
+        text = "\n".join(held).strip()
+        if text and (not line or (name == "data" and len(held) == 1 and _is_whole(text))):
+            yield text if kind != "error" or text == _DONE else json.dumps({"error": _plain(text)})
+            held = []
+        if not line:
             held, kind = [], ""
-    if "".join(held).strip():
-        yield _as_kind("\n".join(held).strip(), kind)
 
 
-async def _lines(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """Yield the lines of a stream without their ends, and the first without its byte order mark."""
-    rest, is_first, has_cr = b"", True, False
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
+    """Yield the lines of a stream without their ends and without its byte order mark, and last an empty one."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
+    rest = ""
     async for chunk in chunks:
-        # A line that ended with the last chunk's CR has ended; the LF that may follow is a part of that end.
-        fresh = chunk[1:] if has_cr and chunk.startswith(b"\n") else chunk
-        has_cr = fresh.endswith(b"\r") or (has_cr and not chunk)
-        *lines, rest = re.split(rb"\r\n|\n|\r", rest + fresh)
+        *lines, rest = (rest + decoder.decode(chunk)).split("\n")
         for line in lines:
-            yield line.removeprefix(_BOM) if is_first else line
-            is_first = False
-    if rest:
-        yield rest.removeprefix(_BOM) if is_first else rest
+            yield line
+    yield (rest + decoder.decode(b"", final=True)).rstrip("\n")
+    yield ""
+
+
+def _plain(text: str) -> Any:
+    """Return JSON as plain values, and any other text as it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _is_whole(text: str) -> bool:
-    try:
-        return text.strip() == _DONE or isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _as_kind(data: str, kind: str) -> str:
-    """Return the data of an event of some kind; an error's as the `error` of an object."""
-    if kind != "error" or data == _DONE:
-        return data
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError):
-        tree = data
-    return json.dumps(tree if isinstance(tree, dict) and tree.get("error") else {"error": tree or "no details"})
+    return text == _DONE or isinstance(_plain(text), dict)
