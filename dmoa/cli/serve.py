@@ -160,6 +160,11 @@ AddressOption = Annotated[
     typer.Option("--address", metavar="RAY", envvar="RAY_ADDRESS", help="Join this Ray cluster (auto, HOST:PORT), start none."),
 ]
 
+PolicyFilesOption = Annotated[
+    list[str] | None,
+    typer.Option("--policy", metavar="FILE.py:NAME", help="Let clients ask for this policy as POOL/its name; repeatable."),
+]
+
 
 @with_common
 def serve(
@@ -171,10 +176,7 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow a host that others can reach without API keys (DMOA_API_KEYS).")
     ] = False,
-    policies: Annotated[
-        list[str] | None,
-        typer.Option("--policy", metavar="FILE.py:NAME", help="Let clients ask for this policy as POOL/its name; repeatable."),
-    ] = None,
+    policies: PolicyFilesOption = None,
     app: Annotated[str, typer.Option("--app", metavar="NAME", help="Name of the Serve application.")] = "dmoa",
     dry_run: Annotated[
         bool,

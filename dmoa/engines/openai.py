@@ -192,7 +192,7 @@ class OpenaiEngine:
 
     def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Return an estimate of a conversation's prompt in tokens, by its length: an endpoint shows no tokenizer."""
-        return estimated_tokens(_prompt_chars(messages))
+        return estimated_tokens(sum(len(message.content) + _TEMPLATE_CHARS for message in messages))
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation. Cancelling closes the connection.
@@ -303,9 +303,9 @@ class OpenaiEngine:
         _DEADLINE_UNIX_S.set(request.deadline_unix_s)
         retries = self._options.max_retries
         while True:
-            drafts.append(Draft(self._options.vocab_size, self._key.get_secret_value()))
+            drafts.append(Draft(self._options.vocab_size, self._key.get_secret_value(), self._fault, on_text or _drop))
             try:
-                return await self._exchange(client, request, on_text, drafts[-1])
+                return await self._exchange(client, request, drafts[-1], is_stream=on_text is not None)
             except _FieldRefusedError:
                 continue
             except _BrokenOffError as broken:
@@ -315,9 +315,9 @@ class OpenaiEngine:
             client = client.with_options(max_retries=retries)
             await asyncio.sleep(BROKEN_OFF_S)
 
-    async def _exchange(self, client: AsyncOpenAI, request: GenerationRequest, on_text: OnText | None, draft: Draft) -> None:
+    async def _exchange(self, client: AsyncOpenAI, request: GenerationRequest, draft: Draft, *, is_stream: bool) -> None:
         """Ask, and read the reply into the draft."""
-        body = self._body(request, is_stream=on_text is not None)
+        body = self._body(request, is_stream=is_stream)
         retries_taken: int | None = None
         is_whole = True
         try:
@@ -328,10 +328,10 @@ class OpenaiEngine:
             ) as response:
                 retries_taken = response.retries_taken
                 kind = response.headers.get("content-type", "").lower()
-                if kind.startswith("application/json") or (on_text is None and not kind.startswith("text/event-stream")):
-                    self._take(draft, await response.read(), on_text)
+                if kind.startswith("application/json") or not (is_stream or kind.startswith("text/event-stream")):
+                    draft.take(await response.read())
                 else:
-                    is_whole = await self._read_events(response.iter_bytes(), on_text, draft)
+                    is_whole = await _read_events(response.iter_bytes(), draft)
         except APIStatusError as error:
             raise self._refusal(error, body) from None
         except (APIConnectionError, httpx2.RequestError, ssl.SSLError) as error:
@@ -339,29 +339,7 @@ class OpenaiEngine:
                 raise self._failure(error.__cause__ or error, retries_taken) from None
         if not is_whole:
             raise _BrokenOffError(self._error("its stream broke off before the end of the reply; ask again"), retries_taken or 0)
-        try:
-            rest = draft.finish()
-        except EngineError as error:
-            raise self._error(self._quoted(str(error))) from None
-        if rest and on_text is not None:
-            on_text(rest)
-
-    async def _read_events(self, chunks: AsyncIterator[bytes], on_text: OnText | None, draft: Draft) -> bool:
-        """Read a stream into the draft; tells whether the endpoint has ended it."""
-        async with aclosing(events(chunks)) as found:
-            async for data in found:
-                if data == "[DONE]":
-                    return True
-                self._take(draft, data, on_text)
-        return draft.is_ended
-
-    def _take(self, draft: Draft, data: bytes | str, on_text: OnText | None) -> None:
-        try:
-            text = draft.take(data)
-        except EngineError as error:
-            raise self._error(self._quoted(str(error))) from None
-        if text and on_text is not None:
-            on_text(text)
+        draft.finish()
 
     def _body(self, request: GenerationRequest, *, is_stream: bool) -> dict[str, Any]:
         sampling, options = request.sampling, self._options
@@ -440,6 +418,9 @@ class OpenaiEngine:
     def _error(self, text: str) -> EngineError:
         return EngineError(self._named(text))
 
+    def _fault(self, text: str) -> EngineError:
+        return self._error(self._quoted(text))
+
     def _named(self, text: str) -> str:
         return f"openai:{self._model}: {text}"
 
@@ -449,5 +430,15 @@ class OpenaiEngine:
         return redact_text(clean)[:_MAX_QUOTED_CHARS]
 
 
-def _prompt_chars(messages: Sequence[Message]) -> int:
-    return sum(len(message.content) + _TEMPLATE_CHARS for message in messages)
+async def _read_events(chunks: AsyncIterator[bytes], draft: Draft) -> bool:
+    """Read a stream into the draft; tells whether the endpoint has ended it."""
+    async with aclosing(events(chunks)) as found:
+        async for data in found:
+            if data == "[DONE]":
+                return True
+            draft.take(data)
+    return draft.is_ended
+
+
+def _drop(text: str) -> None:
+    """Take a piece of text that nobody listens for."""

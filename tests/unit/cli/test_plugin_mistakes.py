@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_the_place_of_a_mistake_is_shown_with_v(dmoa: Invoke, pool: Path, tmp_pa
     path = policy_file(tmp_path, step="return {}['who']")
     found = dmoa("run", "Hi", "--config", pool, "--policy", f"{path}:Relay", "-v")
     assert found.exit_code == 2
-    assert f'File "{path}", line 14, in next_step' in found.stderr
+    assert re.search(rf'File "{path}", line \d+, in next_step', found.stderr)
     assert "dmoa: policy 'relay'" in found.stderr.splitlines()[-1]
 
 
