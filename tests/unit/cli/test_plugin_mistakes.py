@@ -86,7 +86,7 @@ def test_the_place_of_a_mistake_is_shown_with_v(dmoa: Invoke, pool: Path, tmp_pa
     assert "dmoa: policy 'relay'" in found.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", ["run", "serve", "evaluate"])
+@pytest.mark.parametrize("command", ["run", "serve", pytest.param("evaluate", marks=pytest.mark.contract)])
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -238,6 +238,7 @@ def test_an_engine_of_a_file_says_where_it_runs(tmp_path: Path, monkeypatch: pyt
     check_keys(config)
 
 
+@pytest.mark.contract  # loads Ray Serve
 @pytest.mark.filterwarnings("ignore:Using extra keyword arguments:DeprecationWarning")
 def test_a_server_may_be_given_policies_of_files(
     dmoa: Invoke, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
