@@ -22,7 +22,7 @@ from pydantic import (
 
 from dmoa.engine_options import ENGINES, EngineEntry, EngineName, EngineOptions, Node
 from dmoa.errors import ConfigError
-from dmoa.plugins import absolute_reference, is_reference
+from dmoa.plugins import absolute_reference, is_reference, missing_file
 from dmoa.types import ColdPolicy, Sampling
 from dmoa.validation import describe, did_you_mean, short
 from dmoa.yaml_tree import parse_yaml, read, set_value
@@ -502,10 +502,13 @@ def from_tree(tree: Any, *, source: str, overrides: tuple[str, ...] | list[str] 
 
 
 def _find_engine_files(tree: dict[str, Any], folder: Path) -> None:
-    """Make the paths of engines absolute in place: they are beside the pool file, or in the working directory."""
+    """Make the paths of engines absolute in place; raises ConfigError for one that is in neither of the two folders."""
     llms = tree.get("llms")
-    for llm in llms.values() if isinstance(llms, dict) else ():
+    for name, llm in llms.items() if isinstance(llms, dict) else ():
         if isinstance(llm, dict) and isinstance(llm.get("engine"), str) and is_reference(llm["engine"]):
+            fault = missing_file(llm["engine"], folder)
+            if fault:
+                raise ConfigError(f"llms.{name}: engine: {fault}")
             llm["engine"] = absolute_reference(llm["engine"], folder)
 
 

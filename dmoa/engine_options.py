@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from dmoa.errors import ConfigError
 from dmoa.plugins import Registry, absolute_reference, is_reference
 from dmoa.protocols import Engine
 from dmoa.validation import short
@@ -22,13 +24,56 @@ class Node(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """What an engine does with memory, as far as `--dry-run` estimates it."""
+
+    dtype: str
+    """What weights, keys and values are kept in; auto: as the model was published."""
+    max_model_len: int | None
+    """Longest prompt plus reply in tokens; None: as the model allows."""
+    gpu_share: float | None = None
+    """Part of each of its GPUs that it may fill; None: the part of a GPU that the replica has."""
+    cpu_room_gib: int | None = None
+    """Memory for keys and values without a GPU; None: what there is."""
+    adapter_rank: int | None = None
+    """Rank that room is made for, whatever the adapter's own; None: adapters are loaded as their files are."""
+    max_adapters: int | None = None
+    """Adapters of one batch, where room is made for them; None: all."""
+
+
 class EngineOptions(Node):
-    """Base of the options of an engine, which `engine_kwargs` are read as."""
+    """Base of the options of an engine, which `engine_kwargs` are read as; an engine from a file says the same by its own."""
 
     @property
     def endpoint(self) -> str:
         """URL of the server where the model runs, part of what the model is; empty where dmoa runs it."""
         return ""
+
+    @property
+    def key_variable(self) -> str | None:
+        """NAME of the environment variable with the endpoint's key, which `serve` and `doctor` look for; None: no key."""
+        return None
+
+    @property
+    def gpu_split(self) -> tuple[int, int] | None:
+        """GPUs of a replica that compute each layer together, and groups of layers; None: all its GPUs are on one node."""
+        return None
+
+    @property
+    def gpu_kind(self) -> str | None:
+        """Kind of GPU that it must have, as Ray names it; None: any."""
+        return None
+
+    @property
+    def max_adapter_rank(self) -> int | None:
+        """Largest rank of an adapter; None: any."""
+        return None
+
+    @property
+    def memory_use(self) -> MemoryUse | None:
+        """What it does with memory; None: it loads no model, or nothing is known of it."""
+        return None
 
     def fault_of_gpus(self, gpus: float) -> str | None:
         """Return what is wrong with so many GPUs for a replica, None if nothing."""
@@ -51,6 +96,11 @@ class TransformersOptions(EngineOptions):
     """Longest prompt plus reply in tokens."""
     prefix_cache: bool = True
     """Reuse the keys and values of the prompt prefix shared by the agents of a step."""
+
+    @property
+    def memory_use(self) -> MemoryUse:
+        """Weights as they are, on the part of a GPU that the replica has."""
+        return MemoryUse(dtype=self.dtype, max_model_len=self.max_model_len)
 
 
 class ScriptedOptions(EngineOptions):
@@ -113,6 +163,33 @@ class VllmOptions(EngineOptions):
         """Devices that one replica runs on."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
+    @property
+    def gpu_split(self) -> tuple[int, int]:
+        """As vLLM is told."""
+        return self.tensor_parallel_size, self.pipeline_parallel_size
+
+    @property
+    def gpu_kind(self) -> str | None:
+        """As vLLM is told."""
+        return self.accelerator_type
+
+    @property
+    def max_adapter_rank(self) -> int:
+        """The room for ranks."""
+        return self.max_lora_rank
+
+    @property
+    def memory_use(self) -> MemoryUse:
+        """A part of each GPU, with room for adapters set aside."""
+        return MemoryUse(
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            gpu_share=self.gpu_memory_utilization,
+            cpu_room_gib=self.cpu_kv_cache_gib,
+            adapter_rank=self.max_lora_rank,
+            max_adapters=self.max_loras,
+        )
+
     def fault_of_gpus(self, gpus: float) -> str | None:
         """Return what is wrong with so many GPUs for a replica, None if nothing."""
         if gpus and gpus != self.num_workers:
@@ -152,6 +229,11 @@ class OpenaiOptions(EngineOptions):
         """The base URL."""
         return self.base_url.rstrip("/")
 
+    @property
+    def key_variable(self) -> str | None:
+        """As `api_key_env` names it."""
+        return self.api_key_env
+
     def fault_of_gpus(self, gpus: float) -> str | None:
         """Refuse any: the model runs elsewhere."""
         return f"gpus: value seen: {gpus:g}; engine 'openai' runs its model elsewhere; set gpus to 0" if gpus else None
@@ -186,6 +268,21 @@ def _fault_of_url(url: str) -> str | None:
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
 
 
+def read_key(variable: str | None) -> str:
+    """Return the key in an environment variable, empty where none is named. Raises ConfigError, never with the key."""
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(
+            f"engine_kwargs.api_key_env: the variable {variable} is not set where the engine runs, or empty; set it there "
+            "before Ray is started, or set api_key_env to null for an endpoint without keys"
+        )
+    if not re.fullmatch(r"[\x21-\x7e]+", key):  # else the HTTP library would refuse the header and show it
+        raise ConfigError(f"engine_kwargs.api_key_env: the value of {variable} holds characters that no key has; set it again")
+    return key
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineEntry:
     """One engine: what the rest of dmoa has to know of it before it is built."""
@@ -200,6 +297,8 @@ class EngineEntry:
     is_light: bool = False
     """Loads no weights and asks for no processor of its own."""
     takes_adapters: bool = True
+    adapter_rules: Literal["transformers", "vllm"] | None = None
+    """Which of dmoa's checks the files of its adapters must pass before it is built; None: it checks them itself."""
     is_scripted: bool = False
     """Has no model at all: replies hang on the agent's name, and a pool of such engines alone needs no sentence encoder."""
     deployment: str | None = None

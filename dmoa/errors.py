@@ -16,6 +16,10 @@ class ConfigError(DmoaError, ValueError):
     """A configuration or a command line is wrong; commands exit with status 2."""
 
 
+class PluginError(ConfigError):
+    """A policy or an engine that is not dmoa's own breaks its contract; names it, its file and what went wrong."""
+
+
 class RequestError(DmoaError, ValueError):
     """A client's request is wrong.
 

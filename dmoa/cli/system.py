@@ -191,16 +191,13 @@ def _pool(config: Config) -> Iterator[Check]:
 
 def _endpoints(config: Config) -> Iterator[Check]:
     """Say of every endpoint where it is and whether its key is here; none is asked."""
-    from dmoa.engine_options import OpenaiOptions
-
     for name, llm in config.llms.items():
-        options = llm.options
-        if isinstance(options, OpenaiOptions):
-            variable = options.api_key_env
+        if llm.options.endpoint:
+            variable = llm.options.key_variable
             is_set = variable is None or bool(os.environ.get(variable, "").strip())
             key = "no key" if variable is None else f"key in {variable}"
             note = "" if is_set else ", which is not set here; set it where the agents run"
-            yield Check(name=f"endpoint {name}", status="ok" if is_set else "warn", detail=f"{options.base_url}, {key}{note}")
+            yield Check(name=f"endpoint {name}", status="ok" if is_set else "warn", detail=f"{llm.options.endpoint}, {key}{note}")
 
 
 app = typer.Typer(rich_markup_mode=None, help="The embedded models: list them, fetch them, find them.")
@@ -297,6 +294,7 @@ def policies(common: Common) -> None:
     \b
     dmoa policies
     dmoa run "What is 12 + 7?" --policy single
+    dmoa run "What is 12 + 7?" --policy mine.py:Mine    one of your own, see `dmoa docs extending`
     """
     from dmoa.policies.registry import POLICIES
 
@@ -304,6 +302,7 @@ def policies(common: Common) -> None:
     width = max(map(len, POLICIES))
     for row in found:
         typer.echo(f"{row['name']:<{width}}  {row['summary']}")
+    common.say("FILE.py:NAME is one of a file of your own, see `dmoa docs extending`")
     common.write_json(found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from dmoa.config import AgentConfig, Config, LlmConfig
 from dmoa.engine_options import (
@@ -67,6 +67,7 @@ def engine(
     model_prefix: str | None = None,
     is_light: bool = False,
     takes_adapters: bool = True,
+    adapter_rules: Literal["transformers", "vllm"] | None = None,
     is_scripted: bool = False,
     deployment: str | None = None,
 ) -> Callable[[Build], Build]:
@@ -83,6 +84,7 @@ def engine(
             model_prefix=model_prefix,
             is_light=is_light,
             takes_adapters=takes_adapters,
+            adapter_rules=adapter_rules,
             is_scripted=is_scripted,
             deployment=deployment,
         )
@@ -91,7 +93,7 @@ def engine(
     return enter
 
 
-@engine("transformers", options=TransformersOptions)
+@engine("transformers", options=TransformersOptions, adapter_rules="transformers")
 def build_transformers(context: EngineContext) -> Engine:
     """Load a model into this process."""
     from dmoa.engines.models import model_id, resolve_adapter, resolve_model
@@ -124,7 +126,7 @@ def build_scripted(context: EngineContext) -> Engine:
     return ScriptedEngine(context.options)
 
 
-@engine("vllm", options=VllmOptions, deployment="dmoa.serving.vllm_replica:vllm_deployment")
+@engine("vllm", options=VllmOptions, adapter_rules="vllm", deployment="dmoa.serving.vllm_replica:vllm_deployment")
 def build_vllm(context: EngineContext) -> Engine:
     """Start a vLLM beside this process."""
     from dmoa.engines.vllm.local import start_vllm

@@ -1,32 +1,33 @@
-"""The `openai` engine: calls to an OpenAI-compatible endpoint, with deadlines, retries and a bound on calls under way.
+"""The `openai` engine: calls to an OpenAI-compatible endpoint through OpenAI's own client, with deadlines and a bound on calls.
 
-Prompts go out with the names of control tokens broken up, because an endpoint may read them as real ones; `openai_replies` reads
-what comes back.
+The client connects and asks again. Ours is what it does not promise: waits that fit into a deadline, fields that an endpoint
+refuses, streams that break off, errors that keep secrets, and headers that come from the pool file alone. Prompts go out with the
+names of control tokens broken up, because an endpoint may read them as real ones; `openai_replies` reads what comes back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
-import os
 import re
 import ssl
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from random import SystemRandom
 from typing import Any
 
-import httpx
+import httpx2
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient
+from pydantic import SecretStr
 
 from dmoa import __version__
-from dmoa.engine_options import OpenaiOptions
-from dmoa.engines.openai_replies import Draft, error_field, error_message, estimated_tokens, events
-from dmoa.errors import AgentOverloadedError, ConfigError, DeadlineError, DmoaError, EngineError, PromptTooLongError
+from dmoa.engine_options import OpenaiOptions, read_key
+from dmoa.engines.openai_replies import Draft, error_message, estimated_tokens, events
+from dmoa.errors import AgentOverloadedError, DeadlineError, EngineError, PromptTooLongError
 from dmoa.loopback import uses_proxies
 from dmoa.types import Generation, GenerationRequest, Message, TextDelta
 from dmoa.validation import Conceal, redact_text
@@ -67,235 +68,79 @@ def break_names(text: str) -> str:
 
 _LOG = logging.getLogger("dmoa.openai")
 CONNECT_TIMEOUT_S = 10.0
-FIRST_BACKOFF_S = 0.5
-MAX_BACKOFF_S = 8.0
+BROKEN_OFF_S = 0.4
+"""How long to wait after a stream broke off; every other wait is the client's."""
 _MAX_READ_CHARS = 4000
 _MAX_QUOTED_CHARS = 300
+_TEMPLATE_CHARS = 16
+"""What a chat template adds to a message, in an estimate of its length."""
 _OPTIONAL = {name: name for name in ("logprobs", "stream_options", "seed")} | {"max_tokens": "max_completion_tokens"}
 """Fields that an endpoint may refuse, and the word of its refusal: max_tokens is then sent by that name, the others not."""
-_RANDOM = SystemRandom()
+_DEADLINE_UNIX_S: ContextVar[float | None] = ContextVar("deadline_unix_s", default=None)
+"""Of the call in hand: no wait goes beyond it."""
 OnText = Callable[[str], None]
-
-
-class _PassingError(Exception):
-    """A failure that may be gone a moment later: what to raise if it stays, and when the endpoint wants to be asked again."""
-
-    def __init__(self, error: DmoaError, retry_after_s: float | None = None) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.retry_after_s = retry_after_s
 
 
 class _FieldRefusedError(Exception):
     """The endpoint does not take an optional field; the call is sent again without it."""
 
 
-class Endpoint:
-    """Sends calls to one model of one endpoint."""
+class _BrokenOffError(Exception):
+    """A reply ended before its end: what to raise if that stays so, and how often the call had been sent again before."""
 
-    def __init__(self, model: str, options: OpenaiOptions) -> None:
-        """`model` is the name that the endpoint knows. Raises ConfigError where the key's variable holds no key."""
-        self._model = model
-        self._options = options
-        self._key = read_key(options.api_key_env)
-        self._conceal = Conceal(self._key)
-        self._url = f"{options.base_url.rstrip('/')}/chat/completions"
-        self._refused: set[str] = set()
-        # Made here, because reading the certificates takes a while, which a first call's deadline should not pay for.
-        is_secure = self._url.startswith("https")
-        self._tls = ssl.create_default_context() if is_secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    def __init__(self, error: EngineError, retries_taken: int) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.retries_taken = retries_taken
 
-    def connect(self, max_connections: int) -> httpx.AsyncClient:
-        """Return a client whose connections carry the key; it belongs to the event loop that first uses it."""
-        options = self._options
-        headers = {"User-Agent": f"dmoa/{__version__}"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        return httpx.AsyncClient(
-            headers=headers,
-            verify=self._tls,
-            trust_env=uses_proxies(self._url),
-            timeout=httpx.Timeout(options.timeout_s, connect=min(CONNECT_TIMEOUT_S, options.timeout_s), pool=None),
-            limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
-        )
 
-    def error(self, text: str) -> EngineError:
-        """Return an error that names the model."""
-        return EngineError(self._named(text))
+class _Client(AsyncOpenAI):
+    """OpenAI's client, without a look at the machine: it would run `uname` to tell the endpoint."""
 
-    async def answer(
-        self, client: httpx.AsyncClient, request: GenerationRequest, on_text: OnText | None, drafts: list[Draft]
-    ) -> Draft:
-        """Return the reply to one call, as a stream where `on_text` listens.
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._platform = "Unknown"
 
-        Sends it again after a passing failure, up to `max_retries` times, unless text has been handed on or the deadline would
-        pass before. `drafts` gets what each attempt has read, for a caller whose patience ends. Raises as `Engine.generate`.
-        """
-        attempt = 0
-        while True:
-            drafts.append(Draft(self._options.vocab_size, self._key))
-            try:
-                await self._exchange(client, request, on_text, drafts[-1])
-            except _FieldRefusedError:
-                continue
-            except _PassingError as failure:
-                wait_s = self._wait_s(failure, attempt)
-                if attempt >= self._options.max_retries or drafts[-1].is_begun or not self._has_time(request, wait_s):
-                    raise failure.error from None
-                attempt += 1
-                await asyncio.sleep(wait_s)
-            else:
-                return drafts[-1]
 
-    def _wait_s(self, failure: _PassingError, attempt: int) -> float:
-        """Return how long to wait: as the endpoint asks, else twice as long each time, spread so that callers do not meet."""
-        if failure.retry_after_s is not None:
-            return failure.retry_after_s
-        return min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0**attempt) * _RANDOM.uniform(0.5, 1.0)
+class _Connections(DefaultAsyncHttpxClient):
+    """Connections that say which failures OpenAI's client may answer by asking again."""
 
-    def _has_time(self, request: GenerationRequest, wait_s: float) -> bool:
-        deadline = request.deadline_unix_s
-        return wait_s <= self._options.timeout_s if deadline is None else time.time() + wait_s < deadline
-
-    async def _exchange(
-        self, client: httpx.AsyncClient, request: GenerationRequest, on_text: OnText | None, draft: Draft
-    ) -> None:
-        """Send the call once and read the reply into the draft."""
-        body, is_begun = self._body(request, is_stream=on_text is not None), False
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        """Send a request with this object's own headers: the client adds some about the machine and from OPENAI_ variables."""
+        given = request.headers
+        retries_taken = int(given["x-stainless-retry-count"])
+        timeout_s = request.extensions["timeout"]["read"]
+        backoff_s = min(8.0, 0.5 * 2.0**retries_taken)  # the longest wait of OpenAI's client where nobody asks for another
+        parts = {name: given[name] for name in ("host", "content-type", "content-length")}
+        request.headers = httpx2.Headers({**self.headers, **parts})
         try:
-            async with client.stream("POST", self._url, json=body) as response:
-                is_begun = True
-                if response.status_code != httpx.codes.OK:
-                    raise self._refusal(response, await response.aread(), body)
-                kind = response.headers.get("content-type", "").lower()
-                if kind.startswith("application/json") or (on_text is None and not kind.startswith("text/event-stream")):
-                    self._take(draft, await response.aread(), on_text)
-                else:
-                    await self._read_events(response, on_text, draft)
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            if not draft.is_ended:  # else what was lost came after the end of the reply
-                raise self._failure(error, is_begun=is_begun) from None
-        try:
-            rest = draft.finish()
-        except EngineError as error:
-            raise self.error(self._quoted(str(error))) from None
-        if rest and on_text is not None:
-            on_text(rest)
-
-    def _failure(self, error: Exception, *, is_begun: bool) -> Exception:
-        """Return what a lost or silent connection stands for; `is_begun`: the endpoint had begun to answer."""
-        said = f"{type(error).__name__}: {self._quoted(str(error)) or 'no details'}"
-        if isinstance(error, httpx.ConnectTimeout):
-            return _PassingError(self.error("no connection in time; check base_url, or raise timeout_s"))
-        if isinstance(error, httpx.TimeoutException):
-            return self.error(f"nothing came for {self._options.timeout_s:g} s; raise timeout_s, or lower max_tokens")
-        if isinstance(error, httpx.DecodingError):
-            return self.error(f"its reply cannot be decoded ({said})")
-        if is_begun:
-            return _PassingError(self.error(f"the connection failed in mid-reply ({said}); ask again"))
-        if isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
-            advice = "ask again; where that never helps, check base_url, http or https"
-            return _PassingError(self.error(f"the connection failed before the reply ({said}); {advice}"))
-        return _PassingError(self.error(f"the connection failed ({said}); check base_url"))
-
-    async def _read_events(self, response: httpx.Response, on_text: OnText | None, draft: Draft) -> None:
-        is_done = False
-        async with aclosing(events(response.aiter_bytes())) as found:
-            async for data in found:
-                if data == "[DONE]":
-                    is_done = True
-                    break
-                if data:
-                    self._take(draft, data, on_text)
-        if not is_done and not draft.is_ended:
-            raise _PassingError(self.error("its stream broke off before the end of the reply; ask again"))
-
-    def _take(self, draft: Draft, data: bytes | str, on_text: OnText | None) -> None:
-        try:
-            text = draft.take(data)
-        except EngineError as error:
-            raise self.error(self._quoted(str(error))) from None
-        if text and on_text is not None:
-            on_text(text)
-
-    def _body(self, request: GenerationRequest, *, is_stream: bool) -> dict[str, Any]:
-        sampling, options = request.sampling, self._options
-        body: dict[str, Any] = {
-            "model": self._model,
-            "messages": [{"role": message.role, "content": break_names(message.content)} for message in request.messages],
-            "temperature": sampling.temperature,
-            "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens": sampling.max_tokens,
-            "stream": is_stream,
-        }
-        if sampling.top_p < 1.0:
-            body["top_p"] = sampling.top_p
-        if sampling.stop:
-            body["stop"] = list(sampling.stop)
-        if sampling.temperature > 0.0 and "seed" not in self._refused:
-            body["seed"] = _seed(request)
-        if options.top_logprobs and "logprobs" not in self._refused:
-            body |= {"logprobs": True, "top_logprobs": options.top_logprobs}
-        if is_stream and "stream_options" not in self._refused:
-            body["stream_options"] = {"include_usage": True}
-        if options.continue_final_message and request.messages[-1].role == "assistant":
-            body |= {"continue_final_message": True, "add_generation_prompt": False}
-        return body
-
-    def _refusal(self, response: httpx.Response, content: bytes, body: dict[str, Any]) -> Exception:
-        """Return what a status other than 200 stands for."""
-        status = response.status_code
-        try:
-            tree = json.loads(content)
-        except ValueError:
-            tree = content.decode("utf-8", "replace")
-        message = error_message(tree)
-        said = self._quoted(message) or "no details"
-        if error_field(tree, "code") == "context_length_exceeded" or re.search(r"maximum context length|context window", message):
-            return PromptTooLongError(self._named(f"the prompt does not fit: {said}"))
-        if status in (400, 422) and self._learn(f"{error_field(tree, 'param')} {message}", body):
-            return _FieldRefusedError()
-        if status in (401, 403):
-            whose = (
-                f"the key in {self._options.api_key_env}" if self._options.api_key_env else "a call without a key (api_key_env)"
-            )
-            return self.error(f"it refuses {whose} with status {status}: {said}")
-        text = f"it answered with status {status}: {said}"
-        if status == 429:
-            overloaded = AgentOverloadedError(self._named(text))
-            return _PassingError(overloaded, _retry_after_s(response.headers.get("retry-after", "")))
-        if status == 408 or status >= 500:
-            return _PassingError(self.error(text), _retry_after_s(response.headers.get("retry-after", "")))
-        return self.error(text)
-
-    def _learn(self, said: str, body: dict[str, Any]) -> bool:
-        """Remember an optional field that a refusal names and the call held; tells whether there was one."""
-        for name, word in _OPTIONAL.items():
-            if re.search(rf"\b{word}\b", said) and name in body and name not in self._refused:
-                self._refused.add(name)
-                _LOG.warning("openai:%s refuses %s, which is no longer sent: %s", self._model, name, self._quoted(said))
-                return True
-        return False
-
-    def _named(self, text: str) -> str:
-        return f"openai:{self._model}: {text}"
-
-    def _quoted(self, text: str) -> str:
-        """Return a text of the endpoint or about it, on one line, short, without the key or a part of it."""
-        clean = " ".join(self._conceal(text[:_MAX_READ_CHARS]).split())
-        return redact_text(clean)[:_MAX_QUOTED_CHARS]
+            response = await super().send(request, **options)
+        except httpx2.RequestError as error:
+            # An endpoint that is silent is at work on a long reply, which it would begin anew.
+            is_silent = isinstance(error, httpx2.TimeoutException) and not isinstance(error, httpx2.ConnectTimeout)
+            if is_silent or not _has_time(backoff_s, timeout_s):
+                raise APIConnectionError(request=request) from error
+            raise
+        finally:
+            request.headers = given  # in which the client reads how the reply is to be handed on
+        is_passing = response.status_code in (408, 429) or response.status_code >= 500
+        wait_s = _asked_wait_s(response.headers.get("retry-after", "")) or backoff_s
+        response.headers["x-should-retry"] = "true" if is_passing and _has_time(wait_s, timeout_s) else "false"
+        return response
 
 
-def read_key(variable: str | None) -> str:
-    """Return the key in an environment variable, empty where none is named. Raises ConfigError, never with the key."""
-    if variable is None:
-        return ""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ConfigError(
-            f"engine_kwargs.api_key_env: the variable {variable} is not set where the engine runs, or empty; set it there "
-            "before Ray is started, or set api_key_env to null for an endpoint without keys"
-        )
-    if not re.fullmatch(r"[\x21-\x7e]+", key):  # else the HTTP library would refuse the header and show it
-        raise ConfigError(f"engine_kwargs.api_key_env: the value of {variable} holds characters that no key has; set it again")
-    return key
+def _has_time(wait_s: float, timeout_s: float) -> bool:
+    """Tell whether the call in hand may wait so long: until its deadline, without one as long as an endpoint may be silent."""
+    deadline = _DEADLINE_UNIX_S.get()
+    return wait_s <= timeout_s if deadline is None else time.time() + wait_s < deadline
+
+
+def _asked_wait_s(retry_after: str) -> float:
+    """Return the seconds of a Retry-After header, given as seconds or as a date; 0 where it says nothing."""
+    for read in (float, lambda text: parsedate_to_datetime(text).timestamp() - time.time()):
+        with suppress(ValueError, TypeError, OverflowError):
+            return max(0.0, read(retry_after))
+    return 0.0
 
 
 def _seed(request: GenerationRequest) -> int:
@@ -305,28 +150,12 @@ def _seed(request: GenerationRequest) -> int:
     return int.from_bytes(hashlib.sha256(request.call_id.encode()).digest()[:4], "little") >> 1
 
 
-def _retry_after_s(value: str) -> float | None:
-    """Return the seconds of a Retry-After header, given as seconds or as a date; None where it says nothing."""
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
-
-
-_TEMPLATE_CHARS = 16
-"""What a chat template adds to a message, in an estimate of its length."""
-
-
 @dataclass(slots=True)
 class _Room:
     """What belongs to one event loop: the connections, and the places of calls in flight."""
 
     loop: asyncio.AbstractEventLoop
-    client: httpx.AsyncClient
+    client: AsyncOpenAI
     places: asyncio.Semaphore
     limits: set[asyncio.Timeout] = field(default_factory=set)
     """What ends the calls in flight: at their deadlines, or at once when the engine closes."""
@@ -340,10 +169,16 @@ class OpenaiEngine:
         self._model = model
         self._options = options
         self._max_num_seqs = max_num_seqs
-        self._endpoint = Endpoint(model, options)
+        self._key = SecretStr(read_key(options.api_key_env))
+        self._conceal = Conceal(self._key.get_secret_value())
+        self._url = options.base_url
+        self._refused: set[str] = set()
         self._is_told = False
         self._is_closed = False
         self._room: _Room | None = None
+        # Made here, because reading the certificates takes a while, which a first call's deadline should not pay for.
+        is_secure = self._url.startswith("https")
+        self._tls = ssl.create_default_context() if is_secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     @property
     def label(self) -> str:
@@ -357,7 +192,7 @@ class OpenaiEngine:
 
     def count_prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Return an estimate of a conversation's prompt in tokens, by its length: an endpoint shows no tokenizer."""
-        return estimated_tokens(_prompt_chars(messages))
+        return estimated_tokens(sum(len(message.content) + _TEMPLATE_CHARS for message in messages))
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation. Cancelling closes the connection.
@@ -394,9 +229,10 @@ class OpenaiEngine:
                     limit.reschedule(room.loop.time())
             for _ in range(self._max_num_seqs):  # once every place is free nobody uses the connections any more
                 await room.places.acquire()
-            await room.client.aclose()
+            await room.client.close()
 
     async def _answer(self, request: GenerationRequest, on_text: OnText | None) -> Generation:
+        """Return the reply to one call, as a stream where `on_text` listens."""
         started = time.perf_counter()
         self._check(request)
         room, drafts, deadline = self._room_here(), list[Draft](), request.deadline_unix_s
@@ -408,14 +244,14 @@ class OpenaiEngine:
                 try:
                     async with room.places:
                         placed = time.perf_counter()
-                        await self._endpoint.answer(room.client, request, on_text, drafts)
+                        await self._ask(room.client, request, on_text, drafts)
                 finally:
                     room.limits.discard(limit)
         except TimeoutError:
             if self._is_closed:
-                raise self._endpoint.error("the engine was closed") from None
+                raise self._error("the engine was closed") from None
             if not drafts or not drafts[-1].is_begun:
-                raise DeadlineError(f"openai:{self._model}: the deadline passed before the endpoint's reply") from None
+                raise DeadlineError(self._named("the deadline passed before the endpoint's reply")) from None
             is_late = not drafts[-1].is_ended
         self._tell_if_unlisted(drafts[-1])
         return drafts[-1].generation(
@@ -427,21 +263,146 @@ class OpenaiEngine:
 
     def _check(self, request: GenerationRequest) -> None:
         if self._is_closed:
-            raise self._endpoint.error("the engine is closed; build a new one")
+            raise self._error("the engine is closed; build a new one")
         if request.adapter is not None:
-            raise self._endpoint.error(
+            raise self._error(
                 f"adapter: value seen: {request.adapter!r}; an endpoint serves adapters as models of their own; set it to null"
             )
         if not request.messages:
-            raise self._endpoint.error("messages: value seen: none; at least one message is needed")
+            raise self._error("messages: value seen: none; at least one message is needed")
 
     def _room_here(self) -> _Room:
         """Return what belongs to the running event loop; connections of a loop that has ended went with it."""
         loop = asyncio.get_running_loop()
         if self._room is None or self._room.loop is not loop:
-            client = self._endpoint.connect(self._max_num_seqs)
-            self._room = _Room(loop=loop, client=client, places=asyncio.Semaphore(self._max_num_seqs))
+            self._room = _Room(loop=loop, client=self._connect(), places=asyncio.Semaphore(self._max_num_seqs))
         return self._room
+
+    def _connect(self) -> AsyncOpenAI:
+        timeout_s, key = self._options.timeout_s, self._key.get_secret_value()
+        connections = _Connections(
+            headers={"User-Agent": f"dmoa/{__version__}"} | ({"Authorization": f"Bearer {key}"} if key else {}),
+            verify=self._tls,
+            trust_env=uses_proxies(self._url),
+            follow_redirects=False,
+            limits=httpx2.Limits(max_connections=self._max_num_seqs, max_keepalive_connections=self._max_num_seqs),
+        )
+        return _Client(
+            base_url=self._url,
+            api_key=key or "none",  # the client insists on some key; the connections send the true one or none
+            timeout=httpx2.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s), pool=None),
+            max_retries=self._options.max_retries,
+            http_client=connections,
+        )
+
+    async def _ask(self, client: AsyncOpenAI, request: GenerationRequest, on_text: OnText | None, drafts: list[Draft]) -> None:
+        """Read the reply to a call into the last of `drafts`, which gets one for each time that the endpoint was asked.
+
+        Text that was handed on is never asked for again.
+        """
+        _DEADLINE_UNIX_S.set(request.deadline_unix_s)
+        retries = self._options.max_retries
+        while True:
+            drafts.append(Draft(self._options.vocab_size, self._key.get_secret_value(), self._fault, on_text or _drop))
+            try:
+                return await self._exchange(client, request, drafts[-1], is_stream=on_text is not None)
+            except _FieldRefusedError:
+                continue
+            except _BrokenOffError as broken:
+                retries -= broken.retries_taken + 1
+                if retries < 0 or drafts[-1].is_begun:
+                    raise broken.error from None
+            client = client.with_options(max_retries=retries)
+            await asyncio.sleep(BROKEN_OFF_S)
+
+    async def _exchange(self, client: AsyncOpenAI, request: GenerationRequest, draft: Draft, *, is_stream: bool) -> None:
+        """Ask, and read the reply into the draft."""
+        body = self._body(request, is_stream=is_stream)
+        retries_taken: int | None = None
+        is_whole = True
+        try:
+            async with client.chat.completions.with_streaming_response.create(
+                model=self._model,
+                messages=[],
+                extra_body=body,  # which holds both again
+            ) as response:
+                retries_taken = response.retries_taken
+                kind = response.headers.get("content-type", "").lower()
+                if kind.startswith("application/json") or not (is_stream or kind.startswith("text/event-stream")):
+                    draft.take(await response.read())
+                else:
+                    is_whole = await _read_events(response.iter_bytes(), draft)
+        except APIStatusError as error:
+            raise self._refusal(error, body) from None
+        except (APIConnectionError, httpx2.RequestError, ssl.SSLError) as error:
+            if not draft.is_ended:  # else what was lost came after the end of the reply
+                raise self._failure(error.__cause__ or error, retries_taken) from None
+        if not is_whole:
+            raise _BrokenOffError(self._error("its stream broke off before the end of the reply; ask again"), retries_taken or 0)
+        draft.finish()
+
+    def _body(self, request: GenerationRequest, *, is_stream: bool) -> dict[str, Any]:
+        sampling, options = request.sampling, self._options
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": [{"role": message.role, "content": break_names(message.content)} for message in request.messages],
+            "temperature": sampling.temperature,
+            "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens": sampling.max_tokens,
+            "stream": is_stream,
+        }
+        if sampling.top_p < 1.0:
+            body["top_p"] = sampling.top_p
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        if sampling.temperature > 0.0 and "seed" not in self._refused:
+            body["seed"] = _seed(request)
+        if options.top_logprobs and "logprobs" not in self._refused:
+            body |= {"logprobs": True, "top_logprobs": options.top_logprobs}
+        if is_stream and "stream_options" not in self._refused:
+            body["stream_options"] = {"include_usage": True}
+        if options.continue_final_message and request.messages[-1].role == "assistant":
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        return body
+
+    def _failure(self, error: BaseException, retries_taken: int | None) -> Exception:
+        """Return what a lost or silent connection stands for; `retries_taken` is None before the endpoint began to answer."""
+        said = f"{type(error).__name__}: {self._quoted(str(error)) or 'no details'}"
+        if isinstance(error, httpx2.ConnectTimeout):
+            return self._error("no connection in time; check base_url, or raise timeout_s")
+        if isinstance(error, httpx2.TimeoutException):
+            return self._error(f"nothing came for {self._options.timeout_s:g} s; raise timeout_s, or lower max_tokens")
+        if isinstance(error, httpx2.DecodingError):
+            return self._error(f"its reply cannot be decoded ({said})")
+        if retries_taken is not None:
+            return _BrokenOffError(self._error(f"the connection failed in mid-reply ({said}); ask again"), retries_taken)
+        if isinstance(error, httpx2.ReadError | httpx2.RemoteProtocolError):
+            advice = "ask again; where that never helps, check base_url, http or https"
+            return self._error(f"the connection failed before the reply ({said}); {advice}")
+        return self._error(f"the connection failed ({said}); check base_url")
+
+    def _refusal(self, error: APIStatusError, body: dict[str, Any]) -> Exception:
+        """Return what a status of the endpoint stands for."""
+        status, message = error.status_code, error_message(error.body)
+        said = self._quoted(message) or "no details"
+        if error.code == "context_length_exceeded" or re.search(r"maximum context length|context window", message):
+            return PromptTooLongError(self._named(f"the prompt does not fit: {said}"))
+        if status in (400, 422) and self._learn(f"{error.param or ''} {message}", body):
+            return _FieldRefusedError()
+        if status in (401, 403):
+            variable = self._options.api_key_env
+            whose = f"the key in {variable}" if variable else "a call without a key (api_key_env)"
+            return self._error(f"it refuses {whose} with status {status}: {said}")
+        text = self._named(f"it answered with status {status}: {said}")
+        return AgentOverloadedError(text) if status == 429 else EngineError(text)
+
+    def _learn(self, said: str, body: dict[str, Any]) -> bool:
+        """Remember an optional field that a refusal names and the call held; tells whether there was one."""
+        for name, word in _OPTIONAL.items():
+            if re.search(rf"\b{word}\b", said) and name in body and name not in self._refused:
+                self._refused.add(name)
+                _LOG.warning("openai:%s refuses %s, which is no longer sent: %s", self._model, name, self._quoted(said))
+                return True
+        return False
 
     def _tell_if_unlisted(self, draft: Draft) -> None:
         """Warn, once, of an endpoint that gives the gate nothing to learn from."""
@@ -454,6 +415,30 @@ class OpenaiEngine:
             self._model,
         )
 
+    def _error(self, text: str) -> EngineError:
+        return EngineError(self._named(text))
 
-def _prompt_chars(messages: Sequence[Message]) -> int:
-    return sum(len(message.content) + _TEMPLATE_CHARS for message in messages)
+    def _fault(self, text: str) -> EngineError:
+        return self._error(self._quoted(text))
+
+    def _named(self, text: str) -> str:
+        return f"openai:{self._model}: {text}"
+
+    def _quoted(self, text: str) -> str:
+        """Return a text of the endpoint or about it, on one line, short, without the key or a part of it."""
+        clean = " ".join(self._conceal(text[:_MAX_READ_CHARS]).split())
+        return redact_text(clean)[:_MAX_QUOTED_CHARS]
+
+
+async def _read_events(chunks: AsyncIterator[bytes], draft: Draft) -> bool:
+    """Read a stream into the draft; tells whether the endpoint has ended it."""
+    async with aclosing(events(chunks)) as found:
+        async for data in found:
+            if data == "[DONE]":
+                return True
+            draft.take(data)
+    return draft.is_ended
+
+
+def _drop(text: str) -> None:
+    """Take a piece of text that nobody listens for."""

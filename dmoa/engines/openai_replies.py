@@ -6,10 +6,12 @@ missing; what is there must have the right type. Shape letter: V listed log-prob
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import math
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
@@ -113,10 +115,15 @@ class _Reply(_Part):
 class Draft:
     """What an endpoint has said so far of one reply."""
 
-    def __init__(self, vocab_size: int, key: str = "") -> None:
-        """`key` is the endpoint's, which no text may hold; a short one is as good as a word, and stays."""
+    def __init__(self, vocab_size: int, key: str, fault: Callable[[str], EngineError], on_text: Callable[[str], None]) -> None:
+        """`key` is the endpoint's, which no text may hold; a short one is as good as a word, and stays.
+
+        `fault` makes the error of what is wrong with the reply; `on_text` gets each piece of text.
+        """
         self._vocab_size = vocab_size
         self._key = key if len(key) >= _MIN_KEY_CHARS else ""
+        self._fault = fault
+        self._on_text = on_text
         self._held = ""
         self._pieces: list[str] = []
         self._refusal = ""
@@ -147,8 +154,8 @@ class Draft:
         """Whether log-probabilities were listed for at least one token."""
         return self._entropy.tokens > 0
 
-    def take(self, data: bytes | str) -> str:
-        """Add a whole reply or a piece of a stream, as JSON; returns the text in it.
+    def take(self, data: bytes | str) -> None:
+        """Add a whole reply or a piece of a stream, as JSON.
 
         Raises EngineError for what is not a reply, for an error that the endpoint reports in its place, and for an ending other
         than that of a whole text or of one cut by a limit of tokens.
@@ -156,28 +163,31 @@ class Draft:
         try:
             reply = _Reply.model_validate_json(data.removeprefix(_BOM) if isinstance(data, bytes) else data)
         except ValidationError as error:
-            raise EngineError(f"its reply is not understood ({error.error_count()} faults, the first: {_first(error)})") from None
+            raise self._fault(f"its reply is not understood ({error.error_count()} faults, the first: {_first(error)})") from None
         choice = next((choice for choice in reply.choices or [] if not choice.index), None)
         problem = reply.error or (choice.error if choice else None) or (json.loads(data) if reply.object == "error" else None)
         if problem:
-            raise EngineError(f"it reported an error: {error_message({'error': problem})}")
+            raise self._fault(f"it reported an error: {error_message({'error': problem})}")
         self._usage = reply.usage or self._usage
-        return self._choose(choice) if choice else ""
+        if choice:
+            self._choose(choice)
 
-    def _choose(self, choice: _Choice) -> str:
+    def _choose(self, choice: _Choice) -> None:
         self._has_choice = True
         words = choice.message or choice.delta or _Words()
-        text = words.content or ""
-        text = self._without_key(text)
-        if text:
-            self._pieces.append(text)
+        text = self._without_key(words.content or "")
         self._refusal += words.refusal or ""
         self._has_called = self._has_called or bool(words.tool_calls or words.function_call)
         for row in (choice.logprobs.content if choice.logprobs else None) or []:
             self._num_rows += 1
             self._entropy += listed_entropy(_listed(row), self._vocab_size)
         self._end(choice.finish_reason)
-        return text
+        self._add(text)
+
+    def _add(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
+            self._on_text(text)
 
     def _without_key(self, text: str) -> str:
         """Return the text that may be shown now: what could be the beginning of the key is held back."""
@@ -193,29 +203,27 @@ class Draft:
         if word in ("", "null", "none"):
             return
         if _FILTERED.fullmatch(word):
-            raise EngineError("its content filter ended the reply; ask in other words, or ask another agent")
+            raise self._fault("its content filter ended the reply; ask in other words, or ask another agent")
         if not any(known.fullmatch(word) for known in (_WHOLE, _CUT, _CALLED)):
-            raise EngineError(f"its reply ended with finish_reason {str(said)[:40]!r}, so the text is not whole; ask again")
+            raise self._fault(f"its reply ended with finish_reason {str(said)[:40]!r}, so the text is not whole; ask again")
         self._has_called = self._has_called or _CALLED.fullmatch(word) is not None
         self._finish = "length" if _CUT.fullmatch(word) else "stop"
 
-    def finish(self) -> str:
-        """Take the reply as ended; return the text that was still held back.
+    def finish(self) -> None:
+        """Take the reply as ended.
 
         Raises EngineError for a reply without a text of its own, and says what stands in its place.
         """
         if not self._has_choice:
-            raise EngineError("its reply holds no choice; check base_url and model, and that chat completions are served there")
-        rest, self._held = self._held, ""
-        if rest:
-            self._pieces.append(rest)
+            raise self._fault("its reply holds no choice; check base_url and model, and that chat completions are served there")
+        self._add(self._held)
+        self._held = ""
         if self.text.strip():
-            return rest
+            return
         if self._refusal:
-            raise EngineError(f"it refused to answer: {self._refusal}")
+            raise self._fault(f"it refused to answer: {self._refusal}")
         if self._has_called:
-            raise EngineError("it called a tool in place of an answer, and none was offered; set its tool choice to none there")
-        return rest
+            raise self._fault("it called a tool in place of an answer, and none was offered; set its tool choice to none there")
 
     def generation(self, *, prompt_tokens: int, engine_ms: float, queue_ms: float, is_late: bool = False) -> Generation:
         """Return the reply as it stands. `is_late`: the deadline ended it.
@@ -262,17 +270,11 @@ def _first(error: ValidationError) -> str:
 
 def error_message(body: Any) -> str:
     """Return the message in an error's body as plain values: OpenAI's object, its usual variants, or the body itself."""
-    inner = body.get("error", body) if isinstance(body, dict) else body
-    if isinstance(inner, dict):
-        inner = inner.get("message") or inner.get("detail") or json.dumps(inner)
-    return str(inner)
-
-
-def error_field(body: Any, name: str) -> str:
-    """Return `code` or `param` of an OpenAI error object, empty where there is none."""
-    inner = body.get("error") if isinstance(body, dict) else None
-    value = inner.get(name) if isinstance(inner, dict) else None
-    return value if isinstance(value, str) else ""
+    while isinstance(body, dict) and body.get("error"):
+        body = body["error"]
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail") or json.dumps(body)
+    return str(body)
 
 
 async def events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
@@ -284,50 +286,39 @@ async def events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
     """
     held, kind = list[str](), ""
     async for line in _lines(chunks):
-        name, _, value = line.partition(b":")
-        text = value.removeprefix(b" ").decode("utf-8", "replace")
-        if name == b"event":
-            kind = text.strip()
-        elif name == b"data" and not held and _is_whole(text):
-            yield _as_kind(text.strip(), kind)
-        elif name == b"data":
-            held.append(text)
-        elif not line:
-            if "".join(held).strip():
-                yield _as_kind("\n".join(held).strip(), kind)
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "event":
+            kind = value.strip()
+        elif name == "data":
+            held.append(value)
+        text = "\n".join(held).strip()
+        if text and (not line or (name == "data" and len(held) == 1 and _is_whole(text))):
+            yield text if kind != "error" or text == _DONE else json.dumps({"error": _plain(text)})
+            held = []
+        if not line:
             held, kind = [], ""
-    if "".join(held).strip():
-        yield _as_kind("\n".join(held).strip(), kind)
 
 
-async def _lines(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """Yield the lines of a stream without their ends, and the first without its byte order mark."""
-    rest, is_first, has_cr = b"", True, False
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
+    """Yield the lines of a stream without their ends and without its byte order mark, and last an empty one."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
+    rest = ""
     async for chunk in chunks:
-        # A line that ended with the last chunk's CR has ended; the LF that may follow is a part of that end.
-        fresh = chunk[1:] if has_cr and chunk.startswith(b"\n") else chunk
-        has_cr = fresh.endswith(b"\r") or (has_cr and not chunk)
-        *lines, rest = re.split(rb"\r\n|\n|\r", rest + fresh)
+        *lines, rest = (rest + decoder.decode(chunk)).split("\n")
         for line in lines:
-            yield line.removeprefix(_BOM) if is_first else line
-            is_first = False
-    if rest:
-        yield rest.removeprefix(_BOM) if is_first else rest
+            yield line
+    yield (rest + decoder.decode(b"", final=True)).rstrip("\n")
+    yield ""
+
+
+def _plain(text: str) -> Any:
+    """Return JSON as plain values, and any other text as it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _is_whole(text: str) -> bool:
-    try:
-        return text.strip() == _DONE or isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _as_kind(data: str, kind: str) -> str:
-    """Return the data of an event of some kind; an error's as the `error` of an object."""
-    if kind != "error" or data == _DONE:
-        return data
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError):
-        tree = data
-    return json.dumps(tree if isinstance(tree, dict) and tree.get("error") else {"error": tree or "no details"})
+    return text == _DONE or isinstance(_plain(text), dict)

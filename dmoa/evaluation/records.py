@@ -161,7 +161,7 @@ class EvaluateOptions(Options):
     benchmarks: Annotated[Names, Flag(metavar="A,B")] = Field(min_length=1)
     """Benchmarks and suites; all: the nine public benchmarks, suites: the generated ones."""
     policies: Annotated[Names, Flag(metavar="P,Q")] = Field(default=("dmoa", "single"), min_length=1)
-    """Policies to compare; single:NAME is one agent of the pool, dmoa:NAME one of `gates`."""
+    """Policies to compare; single:NAME is one agent of the pool, dmoa:NAME one of `gates`, FILE.py:NAME one of a file."""
     gates: Annotated[Gates, Flag(metavar="NAME=DIR,...")] = Field(default={}, max_length=50)
     """Checkpoints to compare in one run, beside the pool's own: policies dmoa:NAME."""
     data_dir: Path | None = None

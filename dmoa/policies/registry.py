@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from dmoa.config import Config
 from dmoa.core.features import Preset
-from dmoa.errors import RequestError
-from dmoa.plugins import Registry
+from dmoa.errors import DmoaError, PluginError, RequestError
+from dmoa.plugins import Registry, home_of
 from dmoa.protocols import Encoder, Policy, Router
-from dmoa.validation import did_you_mean
+from dmoa.types import QueryState, StepPlan, Stop
+from dmoa.validation import did_you_mean, short
+
+_LOG = logging.getLogger("dmoa.policies")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +84,69 @@ def policy(name: str, summary: str, *, width: Callable[[Config], int] = _everyon
 
 
 def build_policy(name: str, context: PolicyContext) -> Policy:
-    """Return the policy called `name`, built for one query. Raises RequestError for an unknown name, never runs a file."""
+    """Return the policy called `name`, built for one query; never runs a file.
+
+    Raises RequestError for an unknown name, PluginError for a policy that is not dmoa's own and breaks its contract.
+    """
     if name not in POLICIES:
         raise RequestError(
             f"policy: {name!r} is not known; allowed: {', '.join(POLICIES)}{did_you_mean(name, POLICIES)}",
             param="dmoa.policy",
             code="unknown_policy",
         )
-    return POLICIES[name].build(context)
+    entry = POLICIES[name]
+    return entry.build(context) if name in POLICIES.builtin else PluginPolicy(entry, context)
+
+
+class PluginPolicy:
+    """A policy that is not dmoa's own; its mistakes are one message that names policy, file and step."""
+
+    def __init__(self, entry: PolicyEntry, context: PolicyContext) -> None:
+        """Build the policy. Raises PluginError where that fails, or where it is not a `Policy`."""
+        self._entry = entry
+        self._agents = context.config.agent_names
+        try:
+            self._policy = entry.build(context)
+        except DmoaError:
+            raise
+        except Exception as error:  # code of others
+            raise self._raised("building it", error) from error
+        if not isinstance(getattr(self._policy, "name", None), str):
+            raise self._error(f"it has no `name`; write `name = {entry.name!r}` in its class")
+        if not callable(getattr(self._policy, "next_step", None)):
+            raise self._error("it has no `next_step`; write `async def next_step(self, state)` in its class")
+
+    @property
+    def name(self) -> str:
+        """The policy's own name."""
+        return self._policy.name
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Return what the policy says. Raises PluginError where it fails, or says what no policy may."""
+        where = f"next_step of step {len(state.steps) + 1}"
+        try:
+            plan = await self._policy.next_step(state)
+        except DmoaError:
+            raise
+        except Exception as error:  # code of others
+            raise self._raised(where, error) from error
+        if isinstance(plan, Stop):
+            return plan
+        if not isinstance(plan, StepPlan) or not plan.activations:
+            raise self._error(f"{where}: value seen: {short(plan)}; allowed are Stop and a StepPlan that asks somebody")
+        asked = dict.fromkeys(item.agent for item in (*plan.activations, *plan.reserves, *plan.explored))
+        unknown = [name for name in asked if name not in self._agents]
+        if unknown:
+            seen, allowed = ", ".join(map(repr, unknown)), ", ".join(self._agents)
+            raise self._error(
+                f"{where}: agent {seen} is not in the pool; allowed: {allowed}{did_you_mean(unknown, self._agents)}"
+            )
+        return plan
+
+    def _raised(self, where: str, error: Exception) -> PluginError:
+        _LOG.info("policy %s: %s failed", self._entry.name, where, exc_info=error)
+        return self._error(f"{where} raised {error!r}; mend it, -v shows where")
+
+    def _error(self, text: str) -> PluginError:
+        file = POLICIES.references([self._entry.name]) or (home_of(self._entry.build),)
+        return PluginError(f"policy {self._entry.name!r} ({file[0]}): {text}")

@@ -22,6 +22,7 @@ from dmoa.config import Config, LimitsConfig, callable_agents
 from dmoa.dispatch import PATIENCE_S
 from dmoa.errors import DmoaError, PoolChangedError
 from dmoa.loopback import ignore_proxies
+from dmoa.policies.registry import POLICIES
 from dmoa.serving.actors import pack_record
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, ServeAgentClient, affine_agents
 from dmoa.serving.deployments import bind_hosts
@@ -61,7 +62,9 @@ class SwarmIngress:
         encoder: DeploymentHandle,
         hosts: dict[str, DeploymentHandle],
         mark: str = "",
+        policy_files: tuple[str, ...] = (),
     ) -> None:
+        POLICIES.resolve(policy_files, "--policy")
         ignore_proxies()  # where Ray was started by others, its processes may not have been told
         config = Config.model_validate_json(config_json)
         app = serve.get_replica_context().app_name
@@ -243,12 +246,20 @@ async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None
             responses.cancel()
 
 
-def build_app(config: Config, *, key_hashes: tuple[str, ...] = (), is_ingress_on_head: bool = False, mark: str = "") -> Any:
+def build_app(
+    config: Config,
+    *,
+    key_hashes: tuple[str, ...] = (),
+    is_ingress_on_head: bool = False,
+    mark: str = "",
+    policy_files: tuple[str, ...] = (),
+) -> Any:
     """Return the bound Serve application of a pool; with `is_ingress_on_head` its ingress runs on the cluster's head alone.
 
     A query is lost with its ingress: where the proxy is on the head alone, that keeps it from depending on a second node. By
-    `mark` a launch knows its own server. Raises ConfigError for a model or an adapter that is not there and for a vLLM that is
-    not installed, CheckpointError for a checkpoint of another pool.
+    `mark` a launch knows its own server. `policy_files` are policies as FILE.py:NAME, with paths that every node has. Raises
+    ConfigError for a model or an adapter that is not there and for a vLLM that is not installed, CheckpointError for a
+    checkpoint of another pool.
     """
     check_files(config)
     check_vllm(config)
@@ -262,7 +273,8 @@ def build_app(config: Config, *, key_hashes: tuple[str, ...] = (), is_ingress_on
         "graceful_shutdown_timeout_s": query_drain_s(config.limits.deadline_s),
     }
     ingress = serve.deployment(serve.ingress()(SwarmIngress)).options(**options)
-    return ingress.bind(config.model_dump_json(), key_hashes, configured, bind_encoder(config), bind_hosts(config), mark)
+    hosts = bind_hosts(config)
+    return ingress.bind(config.model_dump_json(), key_hashes, configured, bind_encoder(config), hosts, mark, policy_files)
 
 
 def _configured_version(config: Config) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dmoa.agents.pool import check_corpus, check_files
 from dmoa.config import Config, LlmConfig, callable_agents
-from dmoa.engine_options import TransformersOptions, VllmOptions
+from dmoa.engine_options import MemoryUse
 from dmoa.engines.models import resolve_adapter
 from dmoa.engines.size import DTYPE_BYTES, ModelSize, measure_models
 from dmoa.errors import ConfigError
@@ -219,25 +219,25 @@ def estimate(
     the transformers engine loads as they are.
     """
     device: Literal["gpu", "cpu"] = "gpu" if deployment.gpus else "cpu"
-    options = llm.options
-    if not isinstance(options, VllmOptions | TransformersOptions):
+    use = llm.options.memory_use
+    if use is None:
         return Memory(deployment=deployment.name, device="none", reason="no model is loaded")
-    dtype = _dtype(options, size)
+    dtype = _dtype(use, size)
     weights = None if isinstance(size, str) or dtype is None else size.weight_bytes(dtype)
     if isinstance(size, str) or dtype is None or weights is None:
         reason = size if isinstance(size, str) else f"weights of kind {size.quantization or 'int8'} are not estimated"
         return Memory(deployment=deployment.name, device=device, reason=reason, memory_bytes=memory_bytes)
     wide, deep = (deployment.tensor_parallel, deployment.pipeline_parallel) if device == "gpu" else (1, 1)
-    if isinstance(options, VllmOptions):
-        slots = (options.max_loras or len(deployment.adapters)) if deployment.adapters else 0
-        adapters = size.lora_width * options.max_lora_rank * slots * DTYPE_BYTES[dtype]
+    if use.adapter_rank is not None:
+        slots = (use.max_adapters or len(deployment.adapters)) if deployment.adapters else 0
+        adapters = size.lora_width * use.adapter_rank * slots * DTYPE_BYTES[dtype]
     else:
         adapters = sum((adapter_bytes or {}).get(name, 0) for name in deployment.adapters)
     weights, adapters = -(-weights // (wide * deep)), -(-adapters // (wide * deep))
-    budget = _budget(deployment, options, memory_bytes)
+    budget = _budget(deployment, use, memory_bytes)
     room = None if budget is None else budget - weights - adapters
-    if device == "cpu" and isinstance(options, VllmOptions):
-        room = options.cpu_kv_cache_gib * 2**30
+    if device == "cpu" and use.cpu_room_gib is not None:
+        room = use.cpu_room_gib * 2**30
     return Memory(
         deployment=deployment.name,
         device=device,
@@ -251,25 +251,24 @@ def estimate(
         room_bytes=room,
         token_bytes=size.token_bytes(dtype, tensor_parallel=wide, pipeline_parallel=deep),
         least_token_bytes=size.token_bytes(dtype, tensor_parallel=wide, pipeline_parallel=deep, counts_windows=False),
-        max_model_len=options.max_model_len or size.max_model_len,
+        max_model_len=use.max_model_len or size.max_model_len,
     )
 
 
-def _dtype(options: VllmOptions | TransformersOptions, size: ModelSize | str) -> str | None:
+def _dtype(use: MemoryUse, size: ModelSize | str) -> str | None:
     """Return what weights, keys and values are kept in; None where it is not known, or not one type."""
-    if options.dtype == "int8" or isinstance(size, str):
+    if use.dtype == "int8" or isinstance(size, str):
         return None
-    if options.dtype != "auto":
-        return options.dtype
+    if use.dtype != "auto":
+        return use.dtype
     return "bfloat16" if size.dtype == "float32" else size.dtype  # vLLM 0.29 runs float32 models in half of it under auto
 
 
-def _budget(deployment: Deployment, options: VllmOptions | TransformersOptions, memory_bytes: int | None) -> int | None:
+def _budget(deployment: Deployment, use: MemoryUse, memory_bytes: int | None) -> int | None:
     if not deployment.gpus or memory_bytes is None:
         return None
-    if isinstance(options, VllmOptions):
-        return int(memory_bytes * options.gpu_memory_utilization)
-    return int(memory_bytes * min(1.0, deployment.gpus))  # a replica with a part of a GPU has that part of its memory
+    # A replica with a part of a GPU has that part of its memory.
+    return int(memory_bytes * (use.gpu_share or min(1.0, deployment.gpus)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,7 +335,7 @@ def _shapes(plan: Plan, supply: Supply) -> Iterator[str]:
         nodes = supply.of_kind(item.accelerator_type)
         widest = max((node.gpus for node in nodes), default=0.0)
         if nodes and item.gpus_together > widest:
-            name = "engine_kwargs.tensor_parallel_size" if item.engine == "vllm" else "gpus"
+            name = "engine_kwargs.tensor_parallel_size" if item.tensor_parallel > 1 else "gpus"
             yield (
                 f"llms.{item.llm}.{name}: value seen: {item.gpus_together:g}; a replica's GPUs belong on one node, and the "
                 f"largest of {supply.source} has {widest:g}{_of(item)} ({_nodes(nodes)}); allowed are at most {widest:g}; lower "
@@ -374,11 +373,12 @@ def _memory(config: Config, item: Deployment, memory: Memory, supply: Supply) ->
         return
     assert memory.memory_bytes is not None
     options = config.llms[item.llm].options
-    part = f"{options.gpu_memory_utilization:g}" if isinstance(options, VllmOptions) else f"{min(1.0, item.gpus):g}"
+    assert options.memory_use is not None  # else there was no budget
+    part = f"{options.memory_use.gpu_share or min(1.0, item.gpus):g}"
     where = f"{gib(memory.budget_bytes)} ({part} of {gib(memory.memory_bytes)}{_largest(item, supply)})"
     adapters = f" and {gib(memory.adapters_bytes)} of adapters" if memory.adapters_bytes else ""
     if memory.room_bytes <= 0:
-        ways = "raise tensor_parallel_size and gpus, name a larger kind of GPU" if item.engine == "vllm" else "name a larger GPU"
+        ways = "raise tensor_parallel_size and gpus, name a larger kind of GPU" if options.gpu_split else "name a larger GPU"
         yield (
             f"llms.{item.llm}.model: value seen: {item.model!r}, which has {gib(memory.weights_bytes)} of weights{adapters} on "
             f"each of {max(1.0, item.gpus):g} GPU(s); allowed are {where}; {ways}, or a smaller or quantised model"
@@ -523,7 +523,7 @@ def dry_run(config: Config, address: str | None = None) -> DryRun:
     """
     supply = joined_supply(address) if address else local_supply()
     used = [config.llms[agent.llm] for agent in callable_agents(config)]
-    loaded = [llm.model for llm in used if isinstance(llm.options, VllmOptions | TransformersOptions)]
+    loaded = [llm.model for llm in used if llm.options.memory_use]
     return assemble(config, supply, measure_models(loaded), is_here=not address)
 
 

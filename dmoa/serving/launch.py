@@ -72,10 +72,12 @@ def launch(
     app: str = "dmoa",
     route_prefix: str = "/",
     insecure: bool = False,
+    policy_files: tuple[str, ...] = (),
 ) -> Launched:
     """Start or join Ray, deploy the pool, and return once it answers.
 
-    `address` joins a running cluster; `route_prefix` lets several apps share one server. Raises ConfigError for bad
+    `address` joins a running cluster; `route_prefix` lets several apps share one server; `policy_files`
+    are policies as FILE.py:NAME, which clients may then ask for. Raises ConfigError for bad
     files, a port that is taken or an exposed server without keys, NoAgentError if it does not answer in time.
     """
     host, port = listening.bare(host or config.server.host), port or config.server.port
@@ -93,7 +95,7 @@ def launch(
     from ray import serve
 
     mark = secrets.token_hex(16)
-    application, started_ray = _build(config, key_hashes, address, mark)
+    application, started_ray = _build(config, key_hashes, address, mark, policy_files)
     host = _start_serve(host, port, is_here=started_ray)
     target = serve.RunTarget(target=application, name=app, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
@@ -137,7 +139,9 @@ def _start_serve(host: str, port: int, *, is_here: bool) -> str:
     return host
 
 
-def _build(config: Config, key_hashes: tuple[str, ...], address: str | None, mark: str) -> tuple[Any, bool]:
+def _build(
+    config: Config, key_hashes: tuple[str, ...], address: str | None, mark: str, policy_files: tuple[str, ...]
+) -> tuple[Any, bool]:
     """Build the application and start or join Ray; return it, and whether Ray was started here."""
     from dmoa.serving.app import build_app
 
@@ -145,7 +149,7 @@ def _build(config: Config, key_hashes: tuple[str, ...], address: str | None, mar
     # with a pool is told before Ray starts, which takes seconds.
     started_ray = start_ray(address) if any(llm.engine_entry.deployment for llm in config.llms.values()) else None
     # The proxy is on the head alone: an ingress beside it is lost with no other node, nor are the queries in it.
-    application = build_app(config, key_hashes=key_hashes, is_ingress_on_head=True, mark=mark)
+    application = build_app(config, key_hashes=key_hashes, is_ingress_on_head=True, mark=mark, policy_files=policy_files)
     return application, start_ray(address) if started_ray is None else started_ray
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dmoa.config import AgentConfig, Config, callable_agents
-from dmoa.engine_options import VllmOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +33,8 @@ class Deployment:
     """Groups of these in one replica; they may be on several nodes, and Ray keeps a group together only where it can."""
     accelerator_type: str | None
     """Kind of GPU that it must have, as Ray names it."""
+    is_remote: bool = False
+    """The model runs at an endpoint elsewhere."""
 
     @property
     def min_gpus(self) -> float:
@@ -48,7 +49,7 @@ class Deployment:
     @property
     def gpus_together(self) -> float:
         """GPUs that one node must have."""
-        return min(self.gpus, self.tensor_parallel) if self.engine == "vllm" else self.gpus
+        return self.gpus / self.pipeline_parallel
 
     @property
     def is_on_one_node(self) -> bool:
@@ -104,7 +105,7 @@ def plan_of(config: Config) -> Plan:
         llm = config.llms[hosted[0].llm]
         scaling = config.scaling_of(hosted[0])
         options = llm.options
-        vllm = options if isinstance(options, VllmOptions) else None
+        wide, deep = options.gpu_split or (1, 1)
         deployments.append(
             Deployment(
                 name=name,
@@ -117,9 +118,10 @@ def plan_of(config: Config) -> Plan:
                 min_replicas=scaling.min_replicas,
                 max_replicas=scaling.max_replicas,
                 gpus=llm.gpus,
-                tensor_parallel=vllm.tensor_parallel_size if vllm else 1,
-                pipeline_parallel=vllm.pipeline_parallel_size if vllm else 1,
-                accelerator_type=vllm.accelerator_type if vllm and llm.gpus else None,
+                tensor_parallel=wide,
+                pipeline_parallel=deep,
+                accelerator_type=options.gpu_kind if llm.gpus else None,
+                is_remote=bool(options.endpoint),
             )
         )
     parts = (

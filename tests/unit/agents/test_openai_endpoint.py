@@ -85,6 +85,45 @@ async def test_a_wait_past_the_deadline_or_the_timeout_is_not_begun(later: str, 
     assert len(endpoint.calls) == 1
 
 
+@pytest.mark.parametrize("asked_s", ["30", None])
+async def test_no_wait_of_any_length_goes_beyond_the_deadline(asked_s: str | None) -> None:
+    headers = {"Retry-After": asked_s} if asked_s else None
+    async with playing(refusal(500, "the GPU is gone", headers=headers)) as endpoint:
+        engine = engine_of(endpoint)
+        with pytest.raises(EngineError, match="status 500: the GPU is gone"):
+            await ask(engine, deadline_unix_s=time.time() + (5.0 if asked_s else 0.45))
+        await engine.close()
+    assert len(endpoint.calls) == 1
+
+
+async def test_retries_are_counted_together_whatever_they_are_for() -> None:
+    turns = (refusal(500, "oh", headers={"Retry-After": "0.01"}), opening(then="cut"), opening(then="end"), answer("19"))
+    async with playing(*turns) as endpoint:
+        engine = engine_of(endpoint, max_retries=2)
+        with pytest.raises(EngineError, match="its stream broke off"):
+            await ask(engine, is_stream=True)
+        await engine.close()
+    assert len(endpoint.calls) == 3
+
+
+async def test_nothing_is_sent_that_the_pool_file_does_not_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID", "WEBHOOK_SECRET"):
+        monkeypatch.setenv(f"OPENAI_{name}", f"from-{name}")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/other")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer other\nX-Other: other")
+    monkeypatch.setenv("SOME_KEY", KEY)
+    async with playing(answer("19")) as endpoint:
+        for key in (None, "SOME_KEY"):
+            engine = engine_of(endpoint, api_key_env=key)
+            await ask(engine)
+            await engine.close()
+    bare, keyed = (call.headers for call in endpoint.calls)
+    allowed = {"host", "accept", "accept-encoding", "connection", "user-agent", "content-length", "content-type"}
+    assert bare.keys() == allowed
+    assert bare["user-agent"].startswith("dmoa/")
+    assert keyed == bare | {"authorization": f"Bearer {KEY}"}
+
+
 @pytest.mark.parametrize("status", [302, 400, 401, 403, 404, 422])
 async def test_other_refusals_are_final(status: int) -> None:
     async with playing(refusal(status, "no\nsuch model")) as endpoint:
@@ -216,7 +255,7 @@ async def test_the_key_is_in_no_error_log_or_text(monkeypatch: pytest.MonkeyPatc
                     await ask(engine)
                 assert endpoint.calls[0].headers["authorization"] == f"Bearer {KEY}"
                 shown += [str(caught.value), repr(pickle.loads(pickle.dumps(caught.value))), repr(engine), engine.label]
-                shown += [repr(vars(engine)), repr(engine._room and engine._room.client.headers)]
+                shown += [repr(vars(engine)), repr(engine._room and engine._room.client.default_headers)]
                 await engine.close()
     shown += [record.getMessage() for record in caplog.records] + [caplog.text]
     assert any("redacted" in text for text in shown)

@@ -315,11 +315,11 @@ def test_one_event_loop_may_follow_another() -> None:
     async def ask() -> str:
         async with playing(ANSWER) as endpoint:
             engine = engine_of(endpoint) if not engines else engines[0]
-            engine._endpoint._url = f"{endpoint.url}/chat/completions"
+            engine._url = endpoint.url
             engines.append(engine)
             text = (await engine.generate(request("Hi"))).text
             assert engine._room is not None
-            await engine._room.client.aclose()
+            await engine._room.client.close()
             return text
 
     assert [asyncio.run(ask()), asyncio.run(ask())] == ["The 19.", "The 19."]

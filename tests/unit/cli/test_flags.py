@@ -18,7 +18,7 @@ FLAGS = {
     "chat": "--policy:str --agent:str --checkpoint:Path --url:str --max-steps:int>=1 --deadline:float>=0.001",
     "serve": (
         "--host:str --port:int>=1 --address:str$RAY_ADDRESS --checkpoint:Path --insecure:bool=False "
-        "--app:str=dmoa --dry-run:bool=False"
+        "--policy:str* --app:str=dmoa --dry-run:bool=False"
     ),
     "demo": "--port:int>=1 --out:Path=out/demo --questions:int>=1=1 --queries:int>=12=45 --held-out:int>=1=16",
     "evaluate": (
