@@ -18,8 +18,8 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from dmoa.config import Config, callable_agents
-from dmoa.dispatch import COLD_PATIENCE_S, PATIENCE_S
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, ConfigError, PoolChangedError
+from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S
 from dmoa.serving.deployments import has_affinity
 from dmoa.serving.handles import Sent, ask
 from dmoa.types import AgentCall, AgentReply, TextDelta

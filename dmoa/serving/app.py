@@ -19,9 +19,9 @@ from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.pool import check_files, check_vllm, fingerprint
 from dmoa.config import Config, LimitsConfig, callable_agents
-from dmoa.dispatch import PATIENCE_S
 from dmoa.errors import DmoaError, PoolChangedError
 from dmoa.loopback import ignore_proxies
+from dmoa.recovery import PATIENCE_S
 from dmoa.serving.actors import pack_record
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, ServeAgentClient, affine_agents
 from dmoa.serving.deployments import bind_hosts
