@@ -72,10 +72,10 @@ class NextCall:
 
 
 class StepCalls:
-    """The calls of one step. Every agent of a plan is asked at most once, and nobody in a place that is known to be dead.
+    """The calls of one step: no reserve is asked twice, or in a place that is known to be dead.
 
-    A lost agent's place in the step is taken by the next-ranked one whose place is up. Where nobody contributed, each chain
-    waits for a cold agent, and then for its newest dead place. Last, unsure replies call for one agent more at a time.
+    The next-ranked agent whose place is up stands in for a lost one. Where nobody contributed, each chain waits for a cold
+    agent, and then for its newest dead place. Last, unsure replies call for one agent more at a time.
     """
 
     def __init__(self, plan: StepPlan, cards: Mapping[str, AgentCard], places: Places, *, tokens_left: int | None) -> None:
@@ -87,6 +87,7 @@ class StepCalls:
         self._reserves = list(plan.reserves)
         self._chains: list[list[tuple[Activation, AgentReply]]] = []
         self._under_way = 0
+        self._has_text = False
         self._has_insisted = False
 
     @property
@@ -118,29 +119,27 @@ class StepCalls:
         else:
             chain[:] = [(activation, reply if old is call.lost else old) for activation, old in chain]
         self._under_way -= 1
-        following = self._follow(call, reply, has_time=has_time, has_text=has_text)
-        if following is not None:
-            calls = [following]
-        else:
-            calls = [] if self._under_way else self._go_on(has_time=has_time, has_text=has_text)
+        self._has_text = has_text
+        following = self._follow(call, reply, has_time=has_time)
+        calls = [following] if following is not None else [] if self._under_way else self._go_on(has_time=has_time)
         self._under_way += len(calls)
         return calls
 
-    def _follow(self, call: NextCall, reply: AgentReply, *, has_time: bool, has_text: bool) -> NextCall | None:
+    def _follow(self, call: NextCall, reply: AgentReply, *, has_time: bool) -> NextCall | None:
         """Return the next call of the same chain."""
         if reply.status == "ok" or call.lost is not None:
             return None
         if call.insists:
             return self._wait_for_place(call.chain)
-        stand_in = self._next_reserve(has_text=has_text) if has_time else None
+        stand_in = self._next_reserve() if has_time else None
         return stand_in and NextCall(activation=stand_in, chain=call.chain, tokens_used=call.tokens_used)
 
-    def _go_on(self, *, has_time: bool, has_text: bool) -> list[NextCall]:
+    def _go_on(self, *, has_time: bool) -> list[NextCall]:
         """Return the calls after all chains have ended: each insists where nobody contributed, else the cascade's next."""
         if not self._has_insisted:
             self._has_insisted = True
             if has_time and not any(reply.status == "ok" for reply in self.replies):
-                calls = [call for chain in range(len(self._chains)) if (call := self._insist(chain, has_text=has_text))]
+                calls = [call for chain in range(len(self._chains)) if (call := self._insist(chain))]
                 if calls:
                     return calls
         replies = self.replies
@@ -148,19 +147,19 @@ class StepCalls:
             return []
         used = sum(reply.prompt_tokens + reply.completion_tokens for reply in replies)
         can_afford = has_time and (self._tokens_left is None or used < self._tokens_left)
-        another = self._next_reserve(has_text=has_text) if can_afford else None
+        another = self._next_reserve() if can_afford else None
         return [] if another is None else [self._new_chain(another, tokens_used=used)]
 
     def _new_chain(self, activation: Activation, *, tokens_used: int) -> NextCall:
         self._chains.append([])
         return NextCall(activation=activation, chain=len(self._chains) - 1, tokens_used=tokens_used)
 
-    def _insist(self, number: int, *, has_text: bool) -> NextCall | None:
+    def _insist(self, number: int) -> NextCall | None:
         """Wait for a cold agent, of the chain or else of the reserves, or else for a dead place."""
         chain = self._chains[number]
         passed_over = (activation for activation, reply in chain if reply.status == "cold")
-        cold = None if has_text else next(passed_over, None)
-        waited_for = cold or self._next_reserve(has_text=has_text, is_cold=True)
+        cold = None if self._has_text else next(passed_over, None)
+        waited_for = cold or self._next_reserve(is_cold=True)
         if waited_for is None:
             return self._wait_for_place(number)
         chain[:] = [link for link in chain if link[0] is not cold]
@@ -174,10 +173,10 @@ class StepCalls:
                 return NextCall(activation=activation, chain=number, tokens_used=0, lost=lost)
         return None
 
-    def _next_reserve(self, *, has_text: bool, is_cold: bool = False) -> Activation | None:
+    def _next_reserve(self, *, is_cold: bool = False) -> Activation | None:
         """Take the next-ranked reserve whose place is up, or is cold."""
         alive = (x for x in self._reserves if self._place(x) not in self._places.dead)
-        chosen = None if has_text else next((x for x in alive if (self._place(x) in self._places.cold) == is_cold), None)
+        chosen = None if self._has_text else next((x for x in alive if (self._place(x) in self._places.cold) == is_cold), None)
         if chosen is not None:
             self._reserves.remove(chosen)
         return chosen
