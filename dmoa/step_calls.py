@@ -132,7 +132,7 @@ class StepCalls:
         if call.insists:
             return self._wait_for_place(call.chain)
         stand_in = self._next_reserve() if has_time else None
-        return stand_in and NextCall(activation=stand_in, chain=call.chain, tokens_used=call.tokens_used)
+        return None if stand_in is None else NextCall(activation=stand_in, chain=call.chain, tokens_used=call.tokens_used)
 
     def _go_on(self, *, has_time: bool) -> list[NextCall]:
         """Return the calls after all chains have ended: each insists where nobody contributed, else the cascade's next."""

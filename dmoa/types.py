@@ -224,6 +224,39 @@ class RouteDecision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouterStatus:
+    """A router's account of itself; its fields, in this order, are the JSON of `dmoa router status`."""
+
+    app: str
+    """Name of the Serve application."""
+    pool: str
+    pool_fingerprint: str
+    pool_version: str
+    gate_version: str
+    """The current one, which new queries begin with."""
+    configured_version: str | None
+    """The one that the app was deployed with."""
+    untrained: bool
+    installed_unix_s: float | None
+    """When the current version became current."""
+    recent_inputs: int
+    """Inputs kept for the shadow check of the next install."""
+    masked: list[str]
+    """Agents left out of decisions because they do not answer; this list and the next three are sorted."""
+    cold: list[str]
+    """Agents scaled to zero, or on their way up from there, the masked ones left out."""
+    gone: list[str]
+    """Agents that no replica can still be answering calls to, though they should have one."""
+    agents: list[str]
+    """All agents, with the summarizer of mode `llm`."""
+    activations: dict[str, int]
+    """How often each agent was activated."""
+    decisions: int
+    batches: int
+    started_unix_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SummarizerRecord:
     """What the summarizer did in a step."""
 
