@@ -13,7 +13,7 @@ from typing import Any
 
 from dmoa.agents.prompts import agent_messages
 from dmoa.protocols import AgentClient, Router
-from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, AgentCaller, ColdStarter, StreamedText, time_left
+from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, AgentCaller, StreamedText, time_left
 from dmoa.step_calls import AgentCard, NextCall, Places, StepCalls
 from dmoa.types import Activation, AgentCall, AgentReply, Query, QueryState, Sampling, StepPlan, TextDelta
 
@@ -54,8 +54,7 @@ class Dispatcher:
         self._cards = cards
         self._is_select = is_select
         self._patience_s = patience_s
-        self._cold_starter = ColdStarter(agents, patience_s=cold_patience_s)
-        self._caller = AgentCaller(agents, router, self._cold_starter, patience_s=patience_s)
+        self._caller = AgentCaller(agents, router, patience_s=patience_s, cold_patience_s=cold_patience_s)
 
     def patience(self, state: QueryState) -> float:
         """Seconds that the query may still wait for an agent to come back."""
@@ -119,7 +118,7 @@ class Dispatcher:
         ranked = {decision.agents[index] for index in decision.ranking[: decision.max_agents]}
         for name in decision.cold:
             if name in ranked and self._cards[name].cold == "warm_on_rank":
-                self._cold_starter.start(self._cards[name])
+                self._caller.cold_starter.start(self._cards[name])
         return {self._cards[name].place for name in decision.cold}
 
     def _agent_call(self, state: QueryState, wanted: NextCall, *, is_final: bool) -> AgentCall:

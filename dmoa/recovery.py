@@ -48,7 +48,7 @@ def time_left(deadline_unix_s: float | None) -> float | None:
 class ColdStarter:
     """Has replicas started by pinging agents without one."""
 
-    def __init__(self, agents: AgentClient, *, patience_s: float = COLD_PATIENCE_S) -> None:
+    def __init__(self, agents: AgentClient, *, patience_s: float) -> None:
         """A replica may take `patience_s` to start."""
         self._agents = agents
         self._patience_s = patience_s
@@ -116,11 +116,11 @@ class StreamedText:
 class AgentCaller:
     """Makes calls through an agent client, and tells the router of dead places."""
 
-    def __init__(self, agents: AgentClient, router: Router | None, starter: ColdStarter, *, patience_s: float) -> None:
-        """A dead place is waited for `patience_s` where the call has no deadline."""
+    def __init__(self, agents: AgentClient, router: Router | None, *, patience_s: float, cold_patience_s: float) -> None:
+        """Without a deadline a dead place is waited for `patience_s`; a replica may take `cold_patience_s` to start."""
         self._agents = agents
         self._router = router
-        self._starter = starter
+        self.cold_starter = ColdStarter(agents, patience_s=cold_patience_s)
         self._patience_s = patience_s
 
     async def call_with_recovery(
@@ -163,11 +163,11 @@ class AgentCaller:
     async def _comes_up(self, call: AgentCall, card: AgentCard, *, insists: bool, has_other: bool) -> bool:
         """Have a cold agent's replica started; tell whether it came up in the time that the agent's policy gives it."""
         if card.cold == "skip" and not insists:
-            self._starter.start(card)
+            self.cold_starter.start(card)
             return False
         left = time_left(call.deadline_unix_s)
         within_s = left / 2 if left is not None and has_other and not insists else left
-        return await self._starter.is_up(card, within_s=within_s)
+        return await self.cold_starter.is_up(card, within_s=within_s)
 
     async def _send_until_back(self, call: AgentCall, lost: AgentReply, text: StreamedText | None) -> AgentReply:
         """Send the call again until its place is back; patience is for the place, the reply has until the deadline.

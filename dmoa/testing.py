@@ -56,7 +56,6 @@ from dmoa.types import (
     Query,
     QueryState,
     RouteDecision,
-    RouterStatus,
     Sampling,
     StepPlan,
     StepRecord,
@@ -249,30 +248,6 @@ def router_of(gate: Gate, version: str = "v1") -> LocalRouter:
     router = LocalRouter()
     router.install(version, gate)
     return router
-
-
-def router_status(**changes: Any) -> RouterStatus:
-    """The account of a router that has just begun, with one agent that is up."""
-    values: dict[str, Any] = {
-        "app": "dmoa",
-        "pool": "p",
-        "pool_fingerprint": "f",
-        "pool_version": "v",
-        "gate_version": "v1",
-        "configured_version": "v1",
-        "untrained": False,
-        "installed_unix_s": 0.0,
-        "recent_inputs": 0,
-        "masked": [],
-        "cold": [],
-        "gone": [],
-        "agents": ["a"],
-        "activations": {},
-        "decisions": 0,
-        "batches": 0,
-        "started_unix_s": 0.0,
-    }
-    return RouterStatus(**(values | changes))
 
 
 def decision(probabilities: Mapping[str, float], k: int, *, masked: tuple[str, ...] = (), **changes: Any) -> RouteDecision:

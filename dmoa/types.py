@@ -234,26 +234,26 @@ class RouterStatus:
     pool_version: str
     gate_version: str
     """The current one, which new queries begin with."""
-    configured_version: str | None
+    configured_version: str | None = None
     """The one that the app was deployed with."""
-    untrained: bool
-    installed_unix_s: float | None
+    untrained: bool = False
+    installed_unix_s: float | None = None
     """When the current version became current."""
-    recent_inputs: int
+    recent_inputs: int = 0
     """Inputs kept for the shadow check of the next install."""
-    masked: list[str]
-    """Agents left out of decisions because they do not answer; this list and the next three are sorted."""
-    cold: list[str]
+    masked: tuple[str, ...] = ()
+    """Agents left out of decisions because they do not answer."""
+    cold: tuple[str, ...] = ()
     """Agents scaled to zero, or on their way up from there, the masked ones left out."""
-    gone: list[str]
+    gone: tuple[str, ...] = ()
     """Agents that no replica can still be answering calls to, though they should have one."""
-    agents: list[str]
+    agents: tuple[str, ...]
     """All agents, with the summarizer of mode `llm`."""
-    activations: dict[str, int]
+    activations: dict[str, int] = field(default_factory=dict)
     """How often each agent was activated."""
-    decisions: int
-    batches: int
-    started_unix_s: float
+    decisions: int = 0
+    batches: int = 0
+    started_unix_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from dmoa.serving.agent_client import MissingReplicas
 from dmoa.serving.rollover import pool_version
 from dmoa.serving.router.client import MAX_HELD, RemoteRouter
 from dmoa.serving.router.versions import FILES
-from dmoa.testing import DIM, gate_spec, router_status
+from dmoa.testing import DIM, gate_spec
 from dmoa.types import RouteRequest, RouterStatus
 
 ASK = RouteRequest(input_X=np.ones(2 * DIM + 4, np.float32))
@@ -158,7 +158,7 @@ async def test_copies_stay_bounded(pair: tuple[FakeActor, RemoteRouter]) -> None
 async def test_agents_without_a_replica_and_those_of_an_older_pool_are_gone(tmp_path: Path) -> None:
     actor = FakeActor(tmp_path)
     router = RemoteRouter(actor, CONFIG)
-    told = router_status(agents=["a", "b"])
+    told = RouterStatus(app="dmoa", pool="p", pool_fingerprint="f", pool_version="v", gate_version="v1", agents=("a", "b"))
 
     async def status() -> RouterStatus:
         if actor.is_away:
@@ -167,9 +167,9 @@ async def test_agents_without_a_replica_and_those_of_an_older_pool_are_gone(tmp_
 
     actor.status = Method(status)  # type: ignore[attr-defined]
     assert await router.missing_replicas() == MissingReplicas(version="v")
-    told = replace(told, gone=["b"])
+    told = replace(told, gone=("b",))
     assert await router.missing_replicas() == MissingReplicas(frozenset({"b"}), "v")
-    told = replace(told, agents=["b"], pool_version="w")  # the router serves a newer pool, without `a`
+    told = replace(told, agents=("b",), pool_version="w")  # the router serves a newer pool, without `a`
     assert await router.missing_replicas() == MissingReplicas(frozenset({"a", "b"}), "w")
     actor.is_away = True
     assert await router.missing_replicas() == MissingReplicas()

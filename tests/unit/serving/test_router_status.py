@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from dmoa.serving.metrics import exposition
-from dmoa.testing import router_status
+from dmoa.types import RouterStatus
+
+STATUS = RouterStatus(app="dmoa", pool="p", pool_fingerprint="f", pool_version="v", gate_version="v1", agents=("a", "b"))
 
 
 def test_the_json_has_these_fields_in_this_order() -> None:
-    told = json.loads(json.dumps(asdict(router_status(activations={"a": 2}, masked=["b"]))))
+    told = json.loads(json.dumps(asdict(replace(STATUS, activations={"a": 2}, masked=("b",)))))
     assert list(told) == [
         "app",
         "pool",
@@ -34,7 +36,7 @@ def test_the_json_has_these_fields_in_this_order() -> None:
 
 
 def test_the_exposition_tells_the_counters_or_that_the_router_is_away() -> None:
-    status = router_status(decisions=7, batches=3, masked=["a"], cold=["b", "c"], activations={"a": 5, "d": 2})
+    status = replace(STATUS, decisions=7, batches=3, masked=("a",), cold=("b", "c"), activations={"a": 5, "d": 2})
     lines = exposition(status).splitlines()
     for line in (
         "dmoa_router_up 1.0",
