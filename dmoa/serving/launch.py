@@ -49,7 +49,7 @@ class Launched:
     """Base URL of the server, without /v1."""
     pool: str
     gate_version: str
-    configured_version: str
+    configured_version: str | None
     """Gate that the app was deployed with; another one where a gate was installed since."""
     ray_address: str
     """Where other commands join the Ray that it runs on."""

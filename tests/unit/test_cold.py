@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
-from dmoa.dispatch import Dispatcher
+from dmoa.dispatch import Dispatcher, StepReplies
 from dmoa.errors import AgentUnavailableError
 from dmoa.recovery import COLD_PATIENCE_S
 from dmoa.testing import (
@@ -28,7 +29,7 @@ from dmoa.testing import (
     router_of,
     state_of,
 )
-from dmoa.types import AgentCall, AgentReply, ColdPolicy, QueryState, StepPlan, TextDelta
+from dmoa.types import Activation, AgentCall, AgentReply, ColdPolicy, QueryState, StepPlan, TextDelta
 
 POOL = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}
 PLACES = {name: f"place-{name}" for name in POOL}
@@ -176,6 +177,21 @@ def test_a_cold_reserve_answers_where_everybody_who_is_up_was_lost(fate: Fate) -
     found, _, took_s = asked(agents, dispatcher_of(agents, "skip"), plan_of("a", "bcd", cold="cd"))
     lost = "overloaded" if isinstance(fate, Refuse) else "failed"
     assert found == [("a", lost), ("b", lost), ("c", "ok")]
+    assert took_s == pytest.approx(40.0)
+
+
+@pytest.mark.parametrize("policy", ["wait", "skip"])
+def test_a_cold_reserve_that_is_explored_counts_once_where_it_is_needed(policy: ColdPolicy) -> None:
+    agents = SleepyAgents(ALL | {"a": Refuse()}, starts_s={"b": 40.0})
+    plan = replace(plan_of("a", "b", cold="b"), explored=(Activation(agent="b"), Activation(agent="c")))
+
+    async def work() -> StepReplies:
+        return await dispatcher_of(agents, policy).ask(state_of(query()), plan, None)
+
+    found, took_s = jumping(work())
+    assert [(reply.agent, reply.status) for reply in found.replies] == [("a", "overloaded"), ("b", "ok")]
+    assert [activation.agent for activation, _ in found.explored] == ["c"]
+    assert [call.agent for call in agents.calls] == ["a", "c", "b"]
     assert took_s == pytest.approx(40.0)
 
 

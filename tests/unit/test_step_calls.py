@@ -182,6 +182,12 @@ def test_a_dead_place_is_waited_for_where_nobody_contributed(agents: str, fates:
         assert all(reply is not last.lost for reply in step.decision.replies)  # what came of the repeated call takes its place
 
 
+def test_only_calls_that_were_lost_with_the_place_are_sent_again() -> None:
+    step = step_of("ab|", "a=cold,overloaded b=lost,ok", cold="a", together="ab")
+    step.run()
+    assert step.transcript == "a b a! b~"
+
+
 @pytest.mark.parametrize(
     ("agents", "cold", "fates", "transcript"),
     [
