@@ -191,7 +191,7 @@ def test_a_cold_reserve_that_is_explored_counts_once_where_it_is_needed(policy: 
     found, took_s = jumping(work())
     assert [(reply.agent, reply.status) for reply in found.replies] == [("a", "overloaded"), ("b", "ok")]
     assert [activation.agent for activation, _ in found.explored] == ["c"]
-    assert [call.agent for call in agents.calls] == ["a", "c", "b"]
+    assert sorted(call.agent for call in agents.calls) == ["a", "b", "c"]
     assert took_s == pytest.approx(40.0)
 
 
