@@ -30,8 +30,8 @@ REPLICA_LOST_ERRORS = (RayError, RayServeException, RpcError)
 
 SLOW_S = 2.0
 """How long a call is trusted to be under way."""
-LOOK_S = 1.0
-"""How often the router is asked about slow calls."""
+CHECK_INTERVAL_S = 1.0
+"""How often the router is asked about slow calls, for all of them together."""
 _DEADLINE_SLACK_S = 1.0
 """After a call's deadline, at which its caller ends it."""
 
@@ -68,17 +68,17 @@ class CallWatchdog:
         find_missing: FindMissing = _nobody,
         *,
         slow_s: float = SLOW_S,
-        look_s: float = LOOK_S,
+        check_interval_s: float = CHECK_INTERVAL_S,
         cold_patience_s: float = COLD_PATIENCE_S,
     ) -> None:
-        """A call is watched after `slow_s`, the router asked every `look_s`, a cold agent's replica has `cold_patience_s`."""
+        """A replica may take `cold_patience_s` to start; the router is asked about calls that last `slow_s`, and then repeatedly."""
         self._find_missing = find_missing
         self.slow_s = slow_s
-        self.look_s = look_s
+        self.check_interval_s = check_interval_s
         self.cold_patience_s = cold_patience_s
         self._known = MissingReplicas()
         self._known_s = float("-inf")
-        self._looking = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._moved: dict[object, tuple[float, float]] = {}
 
     def watch(
@@ -104,8 +104,8 @@ class CallWatchdog:
 
     async def is_gone(self, agent: str) -> bool:
         """Tell whether an agent has no replica, as of a second ago at most."""
-        async with self._looking:
-            if time.monotonic() - self._known_s > self.look_s:
+        async with self._lock:
+            if time.monotonic() - self._known_s > self.check_interval_s:
                 self._known = await self._find_missing()
                 self._known_s = time.monotonic()
         return agent in self._known.agents
@@ -147,15 +147,15 @@ class WatchedCall:
         self.is_given_up = False
         self.is_untaken = False
         """Whether it was given up because no replica took it, though its agent has some."""
-        self._looking: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | None = None
         # A timer, not a task: nearly all calls end before it goes off.
         self._timer = asyncio.get_running_loop().call_later(watchdog.slow_s, self._begin)
 
     def end(self) -> None:
         """Stop watching: the call is over, or its replica has answered."""
         self._timer.cancel()
-        if self._looking is not None:
-            self._looking.cancel()
+        if self._checking is not None:
+            self._checking.cancel()
 
     def answered(self) -> None:
         """Stop watching: its replica has answered, so its queue moves."""
@@ -163,16 +163,16 @@ class WatchedCall:
         self._watchdog.answered(self._queue, self._sent_s)
 
     def _begin(self) -> None:
-        self._looking = asyncio.get_running_loop().create_task(self._look())
+        self._checking = asyncio.get_running_loop().create_task(self._check())
 
-    async def _look(self) -> None:
+    async def _check(self) -> None:
         since_s = self._sent_s
         while not await self._watchdog.is_gone(self._agent):
             since_s = max(since_s, self._waits_since_s())
             if not self._is_taken() and time.monotonic() - since_s >= self.patience_s:
                 self.is_untaken = True
                 break
-            await asyncio.sleep(self._watchdog.look_s)
+            await asyncio.sleep(self._watchdog.check_interval_s)
         self.is_given_up = True
         self._give_up()
 

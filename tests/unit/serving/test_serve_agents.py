@@ -69,7 +69,7 @@ def looks() -> asyncio.Event:
 
 
 def quick() -> CallWatchdog:
-    return CallWatchdog(slow_s=0.01, look_s=0.01)
+    return CallWatchdog(slow_s=0.01, check_interval_s=0.01)
 
 
 def watched(handle: Handle, looks: asyncio.Event, served: str | None = "v") -> Any:

@@ -27,7 +27,7 @@ class Router:
 
 
 def watchdog_of(router: Router, **changes: float) -> CallWatchdog:
-    return CallWatchdog(router, **({"slow_s": 0.02, "look_s": 0.02} | changes))
+    return CallWatchdog(router, **({"slow_s": 0.02, "check_interval_s": 0.02} | changes))
 
 
 async def within(event: asyncio.Event, timeout_s: float = 5.0) -> None:
