@@ -86,15 +86,17 @@ class Dispatcher:
             card, has_other = self._cards[agent_call.agent], step.has_agent_up
             return asyncio.create_task(self._caller.call_with_recovery(agent_call, card, call, places, text, has_other=has_other))
 
-        exploring = {x.agent: start(NextCall(activation=x, chain=-1, tokens_used=0), None) for x in plan.explored}
+        exploring: dict[str, asyncio.Task[AgentReply]] = {}
         running: dict[asyncio.Task[AgentReply], NextCall] = {}
-        upcoming = step.begin()
         try:
+            for activation in plan.explored:
+                exploring[activation.agent] = start(NextCall(activation=activation, chain=-1, tokens_used=0), None)
+            upcoming = step.begin()
             while upcoming or running:
                 for call in upcoming:
                     explored = exploring.pop(call.activation.agent, None)
-                    if explored is not None and call.insists:  # nobody called for it to be waited for, but now
-                        await _end((explored,))
+                    if explored is not None and call.insists:
+                        await _end((explored,))  # it was passed over as cold, or would be
                         explored = None
                     running[explored or start(call, text)] = call
                 upcoming = []

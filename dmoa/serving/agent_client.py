@@ -71,7 +71,7 @@ class CallWatchdog:
         check_interval_s: float = CHECK_INTERVAL_S,
         cold_patience_s: float = COLD_PATIENCE_S,
     ) -> None:
-        """A replica may take `cold_patience_s` to start; the router is asked about calls that last `slow_s`, and then repeatedly."""
+        """A replica may take `cold_patience_s` to start; the router is asked about calls after `slow_s`, and repeatedly."""
         self._find_missing = find_missing
         self.slow_s = slow_s
         self.check_interval_s = check_interval_s
