@@ -18,6 +18,7 @@ from dmoa.core.stopping import budget_stop, rule_stop
 from dmoa.dispatch import Dispatcher
 from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.protocols import Policy
+from dmoa.recovery import patiently
 from dmoa.types import (
     AgentReply,
     Answer,
@@ -42,7 +43,7 @@ _CLOCK_SLACK_S = 0.05
 class Orchestrator:
     """Answers queries with the agents of one pool."""
 
-    asker: Dispatcher
+    dispatcher: Dispatcher
     """Reaches the agents, with the one retry loop."""
     summarizer: Summarizer
     summarizer_sampling: Sampling
@@ -97,8 +98,8 @@ class Orchestrator:
                 raise
 
         try:
-            async with asyncio.timeout(self.asker.patience(state)):
-                return await self.asker.patiently(attempt)
+            async with asyncio.timeout(self.dispatcher.patience(state)):
+                return await patiently(attempt)
         except TimeoutError:
             if state.summary:
                 return Stop(reason="no_agent" if state.deadline_unix_s is None else "deadline")
@@ -107,7 +108,7 @@ class Orchestrator:
     async def _step(self, state: QueryState, plan: StepPlan, emit: Emit, started: float) -> tuple[StepRecord, Fold]:
         """Ask the planned agents and fold what they contributed; the step's clock began with its planning."""
         is_last_word = plan.ends_with is not None and plan.fold == "pass" and len(plan.activations) == 1
-        asked = await self.asker.ask(state, plan, emit if is_last_word and state.query.is_streamed else None)
+        asked = await self.dispatcher.ask(state, plan, emit if is_last_word and state.query.is_streamed else None)
         usable = tuple(contributions(asked.replies))
         if not usable and not state.summary:
             raise _nothing_said(state, asked.replies)
@@ -136,7 +137,7 @@ class Orchestrator:
             return Fold(
                 summary=text, record=SummarizerRecord(mode="select", verdict="rule", finish_reason=ending), selection=None
             )
-        sampling = self.asker.sampling_for(state.query, self.summarizer_sampling, is_final=True)
+        sampling = self.dispatcher.sampling_for(state.query, self.summarizer_sampling, is_final=True)
         return await self.summarizer.fold(state, usable, sampling, emit, anchors_of(plan.decision))
 
     def _stop_reason(self, state: QueryState, step: StepRecord, fold: Fold, plan: StepPlan, previous: str) -> StopReason | None:

@@ -12,10 +12,11 @@ from typing import TypeVar
 from dmoa.agents import tools as toolbox
 from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
 from dmoa.config import AgentConfig, Config
-from dmoa.dispatch import AgentCard, Dispatcher
+from dmoa.dispatch import Dispatcher
 from dmoa.orchestrator import Event, Orchestrator
 from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
 from dmoa.protocols import AgentClient, Encoder, Policy, Router
+from dmoa.step_calls import AgentCard
 from dmoa.types import Limits, Query
 
 N = TypeVar("N", int, float)
@@ -39,9 +40,9 @@ class Swarm:
         self.router = router
         self.encoder = encoder
         is_select = config.summarizer.mode == "select"
-        sheets = {agent.name: _sheet(config, agent) for agent in config.agents}
+        cards = {agent.name: _card(config, agent) for agent in config.agents}
         self._orchestrator = Orchestrator(
-            asker=Dispatcher(agents=agents, sheets=sheets, router=router, is_select=is_select),
+            dispatcher=Dispatcher(agents=agents, cards=cards, router=router, is_select=is_select),
             summarizer=SelectSummarizer() if is_select else LlmSummarizer(agents, config.summarizer),
             summarizer_sampling=config.summarizer.sampling.to_sampling(),
             is_select=is_select,
@@ -65,7 +66,7 @@ class Swarm:
         return self._orchestrator.answer(query, policy)
 
 
-def _sheet(config: Config, agent: AgentConfig) -> AgentCard:
+def _card(config: Config, agent: AgentConfig) -> AgentCard:
     is_shared = config.llms[agent.llm].placement == "shared"
     return AgentCard(
         name=agent.name,

@@ -35,7 +35,7 @@ from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
 from dmoa.config import Config, SummarizerConfig, loads
 from dmoa.core.features import FEEDBACK_FEATURES
 from dmoa.core.gate import Gate, GateSpec
-from dmoa.dispatch import AgentCard, Dispatcher
+from dmoa.dispatch import Dispatcher
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError
 from dmoa.evaluation.records import Answered, BenchmarkInfo, PoolInfo, RunInfo, Scored
 from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
@@ -44,6 +44,7 @@ from dmoa.orchestrator import Event, Orchestrator
 from dmoa.protocols import Policy
 from dmoa.provenance import Machine
 from dmoa.routing import LocalRouter
+from dmoa.step_calls import AgentCard
 from dmoa.training.rollouts import SCHEMA, SCHEMA_VERSION, Manifest
 from dmoa.types import (
     Activation,
@@ -305,7 +306,7 @@ def state_of(asked: Query, **changes: Any) -> QueryState:
     return QueryState(query=asked, started_unix_s=0.0, **changes)
 
 
-def sheet(name: str, place: str | None = None, **changes: Any) -> AgentCard:
+def card(name: str, place: str | None = None, **changes: Any) -> AgentCard:
     """What is known of an agent; without `place` all agents live together in `llm`."""
     values: dict[str, Any] = {
         "profile": f"You are {name}.",
@@ -325,10 +326,10 @@ def orchestrator_of(
     places: Mapping[str, str] | None = None,
 ) -> Orchestrator:
     """An orchestrator over fake agents; `llm`: the summarizer is the agent `summarizer`."""
-    sheets = {name: sheet(name, (places or {}).get(name)) for name in names}
+    cards = {name: card(name, (places or {}).get(name)) for name in names}
     config = SummarizerConfig(mode="llm", llm="tiny") if llm else SummarizerConfig()
     return Orchestrator(
-        asker=Dispatcher(agents=agents, sheets=sheets, router=router, is_select=not llm),
+        dispatcher=Dispatcher(agents=agents, cards=cards, router=router, is_select=not llm),
         summarizer=LlmSummarizer(agents, config) if llm else SelectSummarizer(),
         summarizer_sampling=Sampling(max_tokens=70),
         is_select=not llm,

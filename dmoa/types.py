@@ -264,6 +264,39 @@ class RouteDecision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouterStatus:
+    """A router's account of itself; its fields, in this order, are the JSON of `dmoa router status`."""
+
+    app: str
+    """Name of the Serve application."""
+    pool: str
+    pool_fingerprint: str
+    pool_version: str
+    gate_version: str
+    """The current one, which new queries begin with."""
+    configured_version: str | None = None
+    """The one that the app was deployed with."""
+    untrained: bool = False
+    installed_unix_s: float | None = None
+    """When the current version became current."""
+    recent_inputs: int = 0
+    """Inputs kept for the shadow check of the next install."""
+    masked: tuple[str, ...] = ()
+    """Agents left out of decisions because they do not answer."""
+    cold: tuple[str, ...] = ()
+    """Agents scaled to zero, or on their way up from there, the masked ones left out."""
+    gone: tuple[str, ...] = ()
+    """Agents that no replica can still be answering calls to, though they should have one."""
+    agents: tuple[str, ...]
+    """All agents, with the summarizer of mode `llm`."""
+    activations: dict[str, int] = field(default_factory=dict)
+    """How often each agent was activated."""
+    decisions: int = 0
+    batches: int = 0
+    started_unix_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SummarizerRecord:
     """What the summarizer did in a step."""
 

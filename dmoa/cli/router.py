@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,20 +96,20 @@ def history(common: Common, address: AddressOption = None, app_name: AppOption =
 def status(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
     """Show the current gate, which agents are masked, and how often each was activated."""
     found = _connect(common, app_name, address).status()
-    is_installed = found["gate_version"] != found["configured_version"]
-    typer.echo(f"pool          {found['pool']} ({found['pool_fingerprint'][:12]}), app {found['app']}")
-    typer.echo(f"gate          {found['gate_version']}, current since {_when(found['installed_unix_s'])}")
+    is_installed = found.gate_version != found.configured_version
+    typer.echo(f"pool          {found.pool} ({found.pool_fingerprint[:12]}), app {found.app}")
+    typer.echo(f"gate          {found.gate_version}, current since {_when(found.installed_unix_s)}")
     if is_installed:
-        typer.echo(f"deployed with {found['configured_version']}")
-    note = untrained_note(found["gate_version"])
+        typer.echo(f"deployed with {found.configured_version}")
+    note = untrained_note(found.gate_version)
     if note:
         typer.echo(f"              {note}")
-    typer.echo(f"decisions     {found['decisions']} in {found['batches']} batches since {_when(found['started_unix_s'])}")
-    active = sorted(found["activations"].items(), key=lambda item: -item[1])
+    typer.echo(f"decisions     {found.decisions} in {found.batches} batches since {_when(found.started_unix_s)}")
+    active = sorted(found.activations.items(), key=lambda item: -item[1])
     typer.echo(f"activations   {', '.join(f'{name} {count}' for name, count in active) or 'none'}")
-    typer.echo(f"masked        {', '.join(found['masked']) or 'none'}")
-    typer.echo(f"cold          {', '.join(found['cold']) or 'none'}")
-    common.write_json(found)
+    typer.echo(f"masked        {', '.join(found.masked) or 'none'}")
+    typer.echo(f"cold          {', '.join(found.cold) or 'none'}")
+    common.write_json(asdict(found))
 
 
 def _tell(common: Common, changed: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,8 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from dmoa.config import Config, callable_agents
-from dmoa.dispatch import COLD_PATIENCE_S, PATIENCE_S
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, ConfigError, PoolChangedError
+from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, time_left
 from dmoa.serving.deployments import has_affinity
 from dmoa.serving.handles import Sent, ask
 from dmoa.types import AgentCall, AgentReply, TextDelta
@@ -29,7 +30,8 @@ REPLICA_LOST_ERRORS = (RayError, RayServeException, RpcError)
 
 SLOW_S = 2.0
 """How long a call is trusted to be under way."""
-_LOOK_S = 1.0
+CHECK_INTERVAL_S = 1.0
+"""How often the router is asked about slow calls, for all of them together."""
 _DEADLINE_SLACK_S = 1.0
 """After a call's deadline, at which its caller ends it."""
 
@@ -47,21 +49,36 @@ class MissingReplicas:
 
 
 FindMissing = Callable[[], Awaitable[MissingReplicas]]
-"""Asks the router who is absent."""
+"""Asks the router whom no call can reach."""
 
 
 def _taken() -> bool:
     return True
 
 
+async def _nobody() -> MissingReplicas:
+    return MissingReplicas()
+
+
 class CallWatchdog:
     """Watches the slow calls of one process."""
 
-    def __init__(self, gone: FindMissing) -> None:
-        self._ask = gone
+    def __init__(
+        self,
+        find_missing: FindMissing = _nobody,
+        *,
+        slow_s: float = SLOW_S,
+        check_interval_s: float = CHECK_INTERVAL_S,
+        cold_patience_s: float = COLD_PATIENCE_S,
+    ) -> None:
+        """A replica may take `cold_patience_s` to start; the router is asked about calls after `slow_s`, and repeatedly."""
+        self._find_missing = find_missing
+        self.slow_s = slow_s
+        self.check_interval_s = check_interval_s
+        self.cold_patience_s = cold_patience_s
         self._known = MissingReplicas()
         self._known_s = float("-inf")
-        self._looking = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._moved: dict[object, tuple[float, float]] = {}
 
     def watch(
@@ -87,9 +104,9 @@ class CallWatchdog:
 
     async def is_gone(self, agent: str) -> bool:
         """Tell whether an agent has no replica, as of a second ago at most."""
-        async with self._looking:
-            if time.monotonic() - self._known_s > _LOOK_S:
-                self._known = await self._ask()
+        async with self._lock:
+            if time.monotonic() - self._known_s > self.check_interval_s:
+                self._known = await self._find_missing()
                 self._known_s = time.monotonic()
         return agent in self._known.agents
 
@@ -130,15 +147,15 @@ class WatchedCall:
         self.is_given_up = False
         self.is_untaken = False
         """Whether it was given up because no replica took it, though its agent has some."""
-        self._looking: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | None = None
         # A timer, not a task: nearly all calls end before it goes off.
-        self._timer = asyncio.get_running_loop().call_later(SLOW_S, self._begin)
+        self._timer = asyncio.get_running_loop().call_later(watchdog.slow_s, self._begin)
 
     def end(self) -> None:
         """Stop watching: the call is over, or its replica has answered."""
         self._timer.cancel()
-        if self._looking is not None:
-            self._looking.cancel()
+        if self._checking is not None:
+            self._checking.cancel()
 
     def answered(self) -> None:
         """Stop watching: its replica has answered, so its queue moves."""
@@ -146,23 +163,23 @@ class WatchedCall:
         self._watchdog.answered(self._queue, self._sent_s)
 
     def _begin(self) -> None:
-        self._looking = asyncio.get_running_loop().create_task(self._look())
+        self._checking = asyncio.get_running_loop().create_task(self._check())
 
-    async def _look(self) -> None:
+    async def _check(self) -> None:
         since_s = self._sent_s
         while not await self._watchdog.is_gone(self._agent):
             since_s = max(since_s, self._waits_since_s())
             if not self._is_taken() and time.monotonic() - since_s >= self.patience_s:
                 self.is_untaken = True
                 break
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(self._watchdog.check_interval_s)
         self.is_given_up = True
         self._give_up()
 
     def _waits_since_s(self) -> float:
         """Return when the call could last hope for a replica to take it soon."""
         now_s = time.monotonic()
-        if self._watchdog.is_cold(self._agent) and now_s - self._sent_s < COLD_PATIENCE_S:
+        if self._watchdog.is_cold(self._agent) and now_s - self._sent_s < self._watchdog.cold_patience_s:
             return now_s
         return self._watchdog.moved_s(self._queue, self._sent_s)
 
@@ -170,10 +187,6 @@ class WatchedCall:
 def affine_agents(config: Config) -> frozenset[str]:
     """Return the agents (and the summarizer) that may have several replicas: a conversation stays on one of them."""
     return frozenset(agent.name for agent in callable_agents(config) if has_affinity(config.scaling_of(agent)))
-
-
-async def _nobody() -> MissingReplicas:
-    return MissingReplicas()
 
 
 class ServeAgentClient:
@@ -185,17 +198,17 @@ class ServeAgentClient:
         version: str,
         *,
         affine: Collection[str] = (),
-        gone: FindMissing = _nobody,
+        watchdog: CallWatchdog | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
         """`handles` are by agent name; `version` is the pool's, which every reply must come from.
 
-        Calls of `affine` agents go to the replica of their conversation. `gone` says who has no replica; calls to them end.
-        So do calls without a deadline that no replica takes for `patience_s`, see `CallWatchdog.watch`.
+        Calls of `affine` agents go to the replica of their conversation. Calls to agents that have no replica, as the watchdog
+        finds, end. So do calls without a deadline that no replica takes for `patience_s`, see `CallWatchdog.watch`.
         """
         self._version = version
         self._patience_s = patience_s
-        self._watchdog = CallWatchdog(gone)
+        self._watchdog = watchdog or CallWatchdog()
         # Made once, because a handle builds a new one for every method that is named on it. Calls are plain records:
         # pickle takes half of cloudpickle's time for them. Replies may be errors, which only cloudpickle carries safely.
         options = {"request_serialization": "pickle"}
@@ -211,42 +224,27 @@ class ServeAgentClient:
         Raises AgentUnavailableError, CallNotTakenError among them, AgentOverloadedError, PoolChangedError.
         """
         sent = ask(self._handle(self._calls, call), call, self._version)
-        response, watched = sent.response, self._watch(call.agent, sent, call.deadline_unix_s)
-        try:
-            reply: AgentReply = await response
-        except asyncio.CancelledError:
-            response.cancel()
-            if watched.is_given_up:
-                raise self._given_up(call.agent, watched) from None
-            raise
-        except REPLICA_LOST_ERRORS as error:
-            raise self._given_up(call.agent, watched) if watched.is_given_up else _lost(call.agent, error) from error
-        finally:
-            watched.end()
+        with self._watch(call.agent, sent, call.deadline_unix_s) as watched:
+            reply: AgentReply = await sent.response
         watched.answered()
         return reply
 
     async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Ask one agent and yield its text as it comes, last the reply. Raises as `call` does."""
         sent = ask(self._handle(self._streams, call), call, self._version)
-        responses, watched = sent.response, self._watch(call.agent, sent, call.deadline_unix_s)
         is_done = False
-        try:
-            async for item in responses:
-                watched.answered()
-                is_done = isinstance(item, AgentReply)
-                yield item
-        except asyncio.CancelledError:
-            if watched.is_given_up:
-                raise self._given_up(call.agent, watched) from None
-            raise
-        except REPLICA_LOST_ERRORS as error:
-            is_done = True  # to cancel it now could raise the same error again
-            raise self._given_up(call.agent, watched) if watched.is_given_up else _lost(call.agent, error) from error
-        finally:
-            watched.end()
-            if not is_done:
-                responses.cancel()
+        with self._watch(call.agent, sent, call.deadline_unix_s) as watched:
+            try:
+                async for item in sent.response:
+                    watched.answered()
+                    is_done = isinstance(item, AgentReply)
+                    yield item
+            except REPLICA_LOST_ERRORS:
+                is_done = True  # to cancel it now could raise the same error again
+                raise
+            finally:
+                if not is_done:
+                    sent.response.cancel()
 
     async def ping(self, agent: str) -> None:
         """Return once the agent's place answers. Raises AgentUnavailableError, AgentOverloadedError, PoolChangedError.
@@ -254,31 +252,37 @@ class ServeAgentClient:
         Serve starts a replica for a ping as for any call; cancelled, it no longer asks for one.
         """
         sent = ask(self._pings[agent])
-        response, watched = sent.response, self._watch(agent, sent)
-        try:
-            await response
-        except asyncio.CancelledError:
-            response.cancel()
-            if watched.is_given_up:
-                raise self._given_up(agent, watched) from None
-            raise
-        except REPLICA_LOST_ERRORS as error:
-            # Serve refuses calls to a deployment that was deleted, and so what waits by pings would wait for ever.
-            is_gone = watched.is_given_up or await self._watchdog.is_gone(agent)
-            raise self._given_up(agent, watched) if is_gone else _lost(agent, error) from error
-        finally:
-            watched.end()
+        with self._watch(agent, sent) as watched:
+            try:
+                await sent.response
+            except REPLICA_LOST_ERRORS:
+                # Serve refuses calls to a deployment that was deleted, and so what waits by pings would wait for ever.
+                watched.is_given_up = watched.is_given_up or await self._watchdog.is_gone(agent)
+                raise
         watched.answered()
 
-    def _watch(self, agent: str, sent: Sent, deadline_unix_s: float | None = None) -> WatchedCall:
-        left_s = None if deadline_unix_s is None else max(0.0, deadline_unix_s - time.time())
-        return self._watchdog.watch(
+    @contextmanager
+    def _watch(self, agent: str, sent: Sent, deadline_unix_s: float | None = None) -> Iterator[WatchedCall]:
+        """Watch a call until it ends, cancel it with its task, and raise losses as errors of ours."""
+        left_s = time_left(deadline_unix_s)
+        watched = self._watchdog.watch(
             agent,
             sent.response.cancel,
             is_taken=sent.is_taken,
             patience_s=self._patience_s if left_s is None else left_s + _DEADLINE_SLACK_S,
             queue=self._queues[agent],
         )
+        try:
+            yield watched
+        except asyncio.CancelledError:
+            sent.response.cancel()
+            if watched.is_given_up:
+                raise self._given_up(agent, watched) from None
+            raise
+        except REPLICA_LOST_ERRORS as error:
+            raise self._given_up(agent, watched) if watched.is_given_up else _lost(agent, error) from error
+        finally:
+            watched.end()
 
     def _given_up(self, agent: str, watched: WatchedCall) -> AgentUnavailableError | PoolChangedError | asyncio.CancelledError:
         """Return how what was given up ends: as cancelled where its own task is, for Serve tells both by one error.

@@ -19,12 +19,12 @@ from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.pool import check_files, check_vllm, fingerprint
 from dmoa.config import Config, LimitsConfig, callable_agents
-from dmoa.dispatch import PATIENCE_S
 from dmoa.errors import DmoaError, PoolChangedError
 from dmoa.loopback import ignore_proxies
 from dmoa.policies.registry import POLICIES
+from dmoa.recovery import PATIENCE_S
 from dmoa.serving.actors import pack_record
-from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, ServeAgentClient, affine_agents
+from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAgentClient, affine_agents
 from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.handles import ask
@@ -76,7 +76,8 @@ class SwarmIngress:
         handles = {agent.name: hosts[where[agent.name]] for agent in callable_agents(config)}
         self._sleepers = sleepers(config)
         self._router = RemoteRouter(ensure_router(config, app, configured), config, configured)
-        self._agents = ServeAgentClient(handles, pool_version(config), affine=affine_agents(config), gone=self._router.gone)
+        watchdog = CallWatchdog(self._router.missing_replicas)
+        self._agents = ServeAgentClient(handles, pool_version(config), affine=affine_agents(config), watchdog=watchdog)
         self._traces = ensure_traces(app, config.router.num_traces)
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
         self._metrics = QueryMetrics(config.name)
@@ -161,15 +162,9 @@ class SwarmIngress:
         asked = [name for name in names if name not in self._sleepers]
         states = dict(zip(asked, await asyncio.gather(*(self._state(name) for name in asked)), strict=True))
         if self._sleepers:
-            states |= await self._states_by_router()
-        return {name: states[name] for name in names}
-
-    async def _states_by_router(self) -> dict[str, str]:
-        try:
             status = await self._router.status()
-        except (RayError, TimeoutError):
-            status = None
-        return {name: state_of(name, status) for name in self._sleepers}
+            states |= {name: state_of(name, status) for name in self._sleepers}
+        return {name: states[name] for name in names}
 
     async def _state(self, agent: str) -> str:
         try:
@@ -183,11 +178,7 @@ class SwarmIngress:
 
     async def metrics(self) -> str:
         """Return the router's aggregate in the Prometheus text format."""
-        try:
-            status = await self._router.status()
-        except (RayError, TimeoutError):
-            status = None
-        return exposition(status)
+        return exposition(await self._router.status())
 
     async def trace(self, trace_id: str, key_hash: str) -> dict[str, Any] | None:
         """Return the trace of a query that the same key made."""

@@ -20,6 +20,7 @@ from dmoa.serving import listening
 from dmoa.serving.ending import own_process_groups
 from dmoa.serving.failures import last_words, wait_running
 from dmoa.serving.http.middleware import check_exposure, hash_keys
+from dmoa.types import RouterStatus
 
 SERVE_FLAGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -48,7 +49,7 @@ class Launched:
     """Base URL of the server, without /v1."""
     pool: str
     gate_version: str
-    configured_version: str
+    configured_version: str | None
     """Gate that the app was deployed with; another one where a gate was installed since."""
     ray_address: str
     """Where other commands join the Ray that it runs on."""
@@ -261,12 +262,12 @@ def _launched(url: str, pool: str, app: str, *, started_ray: bool) -> Launched:
 
     from dmoa.serving.actors import NAMESPACE, router_name
 
-    status = ray.get(ray.get_actor(router_name(app), namespace=NAMESPACE).status.remote())
+    status: RouterStatus = ray.get(ray.get_actor(router_name(app), namespace=NAMESPACE).status.remote())
     return Launched(
         url=url,
         pool=pool,
-        gate_version=status["gate_version"],
-        configured_version=status["configured_version"],
+        gate_version=status.gate_version,
+        configured_version=status.configured_version,
         ray_address=ray.get_runtime_context().gcs_address,
         started_ray=started_ray,
     )

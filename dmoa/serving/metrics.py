@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from ray.util import metrics as ray_metrics
 
-from dmoa.types import Answer
+from dmoa.types import Answer, RouterStatus
 
 _LATENCY_MS = [50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000]
 """Upper ends of the histogram's buckets."""
@@ -43,7 +41,7 @@ class QueryMetrics:
                 self._tokens.inc(tokens, {"kind": kind})
 
 
-def exposition(status: dict[str, Any] | None) -> str:
+def exposition(status: RouterStatus | None) -> str:
     """Return the router's account of itself as Prometheus text; None while the router is away.
 
     Its counters start at 0 whenever the router actor is started anew, as Prometheus expects of a process.
@@ -51,13 +49,13 @@ def exposition(status: dict[str, Any] | None) -> str:
     registry = CollectorRegistry()
     Gauge("dmoa_router_up", "1 while the router actor answers.", registry=registry).set(0 if status is None else 1)
     if status is not None:
-        Counter("dmoa_router_decisions", "Routing decisions.", registry=registry).inc(status["decisions"])
-        Counter("dmoa_router_batches", "Micro-batches.", registry=registry).inc(status["batches"])
-        Gauge("dmoa_router_masked_agents", "Agents left out because they are down.", registry=registry).set(len(status["masked"]))
-        Gauge("dmoa_router_cold_agents", "Agents scaled to zero.", registry=registry).set(len(status["cold"]))
+        Counter("dmoa_router_decisions", "Routing decisions.", registry=registry).inc(status.decisions)
+        Counter("dmoa_router_batches", "Micro-batches.", registry=registry).inc(status.batches)
+        Gauge("dmoa_router_masked_agents", "Agents left out because they are down.", registry=registry).set(len(status.masked))
+        Gauge("dmoa_router_cold_agents", "Agents scaled to zero.", registry=registry).set(len(status.cold))
         gate = Gauge("dmoa_router_gate", "1 for the current gate version.", ["version", "pool"], registry=registry)
-        gate.labels(version=status["gate_version"], pool=status["pool"]).set(1)
+        gate.labels(version=status.gate_version, pool=status.pool).set(1)
         active = Counter("dmoa_router_activations", "How often each agent was activated.", ["agent"], registry=registry)
-        for agent, times in status["activations"].items():
+        for agent, times in status.activations.items():
             active.labels(agent=agent).inc(times)
     return generate_latest(registry).decode()

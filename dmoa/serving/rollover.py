@@ -24,7 +24,7 @@ CALL_DRAIN_S = 60.0
 """How long an agent's replica that is replaced may go on with the calls it has; its GPUs are free only after them."""
 _QUERY_DRAIN_S = 300.0
 _DRAIN_SLACK_S = 30.0
-_PATIENCE_S = 240.0
+PATIENCE_S = 240.0
 """How long a query looks for one version of the pool; less than its ingress may go on."""
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
@@ -49,11 +49,13 @@ def check_version(asked: str, here: str) -> None:
         raise PoolChangedError(f"pool version: value seen: {asked}; this part runs {here}; begin the query again")
 
 
-async def answer_on_one_pool_version(here: Attempt, elsewhere: Attempt, query: Query) -> AsyncGenerator[str | Event]:
+async def answer_on_one_pool_version(
+    here: Attempt, elsewhere: Attempt, query: Query, *, patience_s: float = PATIENCE_S
+) -> AsyncGenerator[str | Event]:
     """Yield what one attempt at a query yields, the first `here`; one that met another version begins again `elsewhere`.
 
     Steps of attempts that were given up are yielded too; the Answer holds those of its own alone. The query keeps its
-    deadline. Raises what the attempt raises, and NoAgentError where no one version could be met in time.
+    deadline. Raises what the attempt raises, and NoAgentError where no one version could be met for `patience_s`.
     """
     began, give_up, pause = time.monotonic(), None, _FIRST_PAUSE_S
     attempt, left = here, query
@@ -66,7 +68,7 @@ async def answer_on_one_pool_version(here: Attempt, elsewhere: Attempt, query: Q
                     yield event
             return
         except PoolChangedError as error:
-            give_up = give_up or time.monotonic() + _PATIENCE_S
+            give_up = give_up or time.monotonic() + patience_s
             if has_text or time.monotonic() > give_up:
                 raise NoAgentError(f"the pool was replaced while it answered, ask again ({error})") from error
         await asyncio.sleep(pause)

@@ -190,9 +190,9 @@ def _swap(address: str, swaps: int, folders: Sequence[str]) -> dict[str, list[fl
     rng = random.Random(0)
     moments, seconds = [], []
     for number in range(swaps):
-        wanted = admin.status()["decisions"] + rng.randint(*DECISIONS_BETWEEN)
+        wanted = admin.status().decisions + rng.randint(*DECISIONS_BETWEEN)
         deadline = time.monotonic() + _PATIENCE_S
-        while admin.status()["decisions"] < wanted:
+        while admin.status().decisions < wanted:
             assert time.monotonic() < deadline, "the streams stand still"
             time.sleep(0.005)
         began = time.time()

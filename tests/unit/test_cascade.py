@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from dmoa.core.aggregate import anchors_of, doubt
 from dmoa.core.scores import CUT_PENALTY
-from dmoa.dispatch import should_escalate
 from dmoa.orchestrator import advance
 from dmoa.policies.dmoa import DmoaPolicy
+from dmoa.step_calls import should_escalate
 from dmoa.testing import (
     Fail,
     FakeAgents,

@@ -25,7 +25,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("replay",),
     ("engines", "policies"),
     ("agents",),
-    ("dispatch",),
+    ("step_calls", "recovery", "dispatch"),
     ("orchestrator",),
     ("swarm",),
     ("dataflow",),

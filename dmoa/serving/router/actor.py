@@ -30,7 +30,7 @@ from dmoa.serving.agent_client import ServeAgentClient
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.rollover import check_version, pool_version
 from dmoa.serving.router.replica_health import presence, read_status, sleepers
-from dmoa.types import FloatArray, RouteRequest, is_untrained
+from dmoa.types import FloatArray, RouteRequest, RouterStatus, is_untrained
 
 if TYPE_CHECKING:
     from dmoa.core.gate import Gate
@@ -49,12 +49,15 @@ MAX_RECENT = 256
 class RouterActor:
     """Gate weights by version, micro-batched decisions, health masks, installs on a running swarm."""
 
-    def __init__(self, config_json: str, app: str, configured: str | None = None) -> None:
+    def __init__(
+        self, config_json: str, app: str, configured: str | None = None, *, watch_interval_s: float = WATCH_INTERVAL_S
+    ) -> None:
         """`configured` is the version of the configured checkpoint, None where none is configured."""
         self._app = app
+        self._watch_interval_s = watch_interval_s
         self._started_unix_s = time.time()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._watching: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._probing: set[str] = set()
         self._changing = asyncio.Lock()
         self._recent: deque[FloatArray] = deque(maxlen=MAX_RECENT)
@@ -72,8 +75,8 @@ class RouterActor:
 
     def _begin(self) -> None:
         """Begin to watch the app; also after a restart, when nobody but queries calls."""
-        if self._watching is None or self._watching.done():
-            self._watching = self._spawn(self._watch())
+        if self._watcher is None or self._watcher.done():
+            self._watcher = self._spawn(self._watch())
 
     async def configure(self, config_json: str, configured: str | None = None) -> str:
         """Serve this configuration from now on; returns the gate version that new queries begin with.
@@ -176,27 +179,27 @@ class RouterActor:
         """Return the files of a version's checkpoint, by name, for an ingress to hold."""
         return await asyncio.to_thread(self._state.read_version, version)
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> RouterStatus:
         """Return versions, masks and counters."""
-        return {
-            "app": self._app,
-            "pool": self._config.name,
-            "pool_fingerprint": self._fingerprint,
-            "pool_version": self._pool_version,
-            "gate_version": self._local.current,
-            "configured_version": self._versions.configured,
-            "untrained": is_untrained(self._local.current),
-            "installed_unix_s": self._versions.since_unix_s,
-            "recent_inputs": len(self._recent),
-            "masked": sorted(self._local.masked),
-            "cold": sorted(self._local.cold - self._local.masked),
-            "gone": sorted(self._deserted),
-            "agents": sorted(deployment_names(self._config)),
-            "activations": dict(self._local.activations),
-            "decisions": self._local.num_decisions,
-            "batches": self._local.num_batches,
-            "started_unix_s": self._started_unix_s,
-        }
+        return RouterStatus(
+            app=self._app,
+            pool=self._config.name,
+            pool_fingerprint=self._fingerprint,
+            pool_version=self._pool_version,
+            gate_version=self._local.current,
+            configured_version=self._versions.configured,
+            untrained=is_untrained(self._local.current),
+            installed_unix_s=self._versions.since_unix_s,
+            recent_inputs=len(self._recent),
+            masked=tuple(sorted(self._local.masked)),
+            cold=tuple(sorted(self._local.cold - self._local.masked)),
+            gone=tuple(sorted(self._deserted)),
+            agents=tuple(sorted(deployment_names(self._config))),
+            activations=dict(self._local.activations),
+            decisions=self._local.num_decisions,
+            batches=self._local.num_batches,
+            started_unix_s=self._started_unix_s,
+        )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -208,18 +211,18 @@ class RouterActor:
         """Mask agents whose replicas are gone, note the cold ones; end the app's actors once the app is gone."""
         missed = 0
         while missed < MAX_MISSED:
-            await asyncio.sleep(WATCH_INTERVAL_S)
-            config, sight = self._config, await asyncio.to_thread(read_status, self._app, self._seen)
-            if sight is None:
+            await asyncio.sleep(self._watch_interval_s)
+            config, snapshot = self._config, await asyncio.to_thread(read_status, self._app, self._seen)
+            if snapshot is None:
                 continue
-            missed = 0 if sight.deployments is not None else missed + 1
-            if sight.deployments is None or config is not self._config:  # a new configuration came in while Serve was asked
+            missed = 0 if snapshot.deployments is not None else missed + 1
+            if snapshot.deployments is None or config is not self._config:  # a new configuration came in while Serve was asked
                 self._seen = None
                 continue
-            found = presence(config, sight.deployments)
-            self._seen = sight.actors if found.is_settled else None
-            self._local.cold, self._deserted = found.cold, found.deserted
-            for agent in found.gone:
+            known = presence(config, snapshot.deployments)
+            self._seen = snapshot.actors if known.is_settled else None
+            self._local.cold, self._deserted = known.cold, known.deserted
+            for agent in known.gone:
                 await self.report_unavailable(agent, "it has no running replica")
         _LOG.info("app %s is gone: its actors end", self._app)
         end_actors(self._app)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmoa.errors import ConfigError, DmoaError
+from dmoa.types import RouterStatus
 
 CALL_TIMEOUT_S = 120.0
 """How long a call may take; a router that restarts answers within seconds."""
@@ -58,9 +59,9 @@ class RouterAdmin:
         changes: list[dict[str, Any]] = self._call("history")
         return changes
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> RouterStatus:
         """Return the router's account of itself. Raises DmoaError."""
-        status: dict[str, Any] = self._call("status")
+        status: RouterStatus = self._call("status")
         return status
 
     def _call(self, method: str, *arguments: object) -> Any:

@@ -20,7 +20,7 @@ from dmoa.serving.actors import pack_record, unpack_record
 from dmoa.serving.agent_client import MissingReplicas
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.rollover import pool_version
-from dmoa.types import RouteDecision, RouteRequest
+from dmoa.types import RouteDecision, RouteRequest, RouterStatus
 
 if TYPE_CHECKING:
     from dmoa.core.gate import Gate
@@ -82,23 +82,25 @@ class RemoteRouter:
         self._masked_until[agent] = time.monotonic() + AWAY_S
         self._spawn(self._tell(agent, reason))
 
-    async def status(self) -> dict[str, Any]:
-        """Return the actor's own account of itself. Raises RayError while it is away."""
-        async with asyncio.timeout(ROUTE_TIMEOUT_S):
-            status: dict[str, Any] = await self._actor.status.remote()
+    async def status(self) -> RouterStatus | None:
+        """Return the actor's own account of itself; None while it is away."""
+        try:
+            async with asyncio.timeout(ROUTE_TIMEOUT_S):
+                status: RouterStatus = await self._actor.status.remote()
+        except (RayError, TimeoutError):
+            return None
         return status
 
-    async def gone(self) -> MissingReplicas:
+    async def missing_replicas(self) -> MissingReplicas:
         """Return the agents that no replica can be answering, though they should have one; nobody while the router is away.
 
         Those too that a newer pool no longer has: their deployments are deleted, and Serve keeps calls to them for ever.
         """
-        try:
-            status = await self.status()
-        except (RayError, TimeoutError):
+        status = await self.status()
+        if status is None:
             return MissingReplicas()
-        deleted = frozenset(deployment_names(self._config)) - frozenset(status["agents"])
-        return MissingReplicas(frozenset(status["gone"]) | deleted, status["pool_version"], frozenset(status.get("cold", ())))
+        deleted = frozenset(deployment_names(self._config)) - frozenset(status.agents)
+        return MissingReplicas(frozenset(status.gone) | deleted, status.pool_version, frozenset(status.cold))
 
     async def _tell(self, agent: str, reason: str) -> None:
         with contextlib.suppress(RayError):

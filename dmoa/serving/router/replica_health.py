@@ -15,6 +15,7 @@ from ray import serve
 from dmoa.config import Config, callable_agents
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS
 from dmoa.serving.placement import deployment_name
+from dmoa.types import RouterStatus
 
 UP = "up"
 COLD = "cold"
@@ -72,13 +73,13 @@ def _has(replica_states: Mapping[str, int], states: tuple[str, ...]) -> bool:
     return any(replica_states.get(state) for state in states)
 
 
-def state_of(agent: str, status: Mapping[str, Any] | None) -> str:
+def state_of(agent: str, status: RouterStatus | None) -> str:
     """Return how /readyz tells of an agent that may sleep, by the router's status; None while the router is away."""
     if status is None:
         return "unknown: the router is away"
-    if agent in status["masked"]:
+    if agent in status.masked:
         return "it does not answer; the router tries it again"
-    return COLD if agent in status["cold"] else UP
+    return COLD if agent in status.cold else UP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

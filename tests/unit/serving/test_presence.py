@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from dmoa.config import Config
 from dmoa.serving.router.replica_health import presence, sleepers, state_of
+from dmoa.types import RouterStatus
 
 CONFIG = Config.model_validate(
     {
@@ -93,7 +95,8 @@ def test_calls_are_left_to_replicas_that_may_still_answer_them(busy: Any, gone: 
 
 
 def test_readiness_of_those_who_may_sleep_is_the_routers_word() -> None:
-    status = {"masked": ["one"], "cold": ["rare"]}
+    known = RouterStatus(app="dmoa", pool="p", pool_fingerprint="f", pool_version="v", gate_version="v1", agents=("one", "two"))
+    status = replace(known, masked=("one",), cold=("rare",))
     assert [state_of(name, status) for name in ("rare", "two")] == ["cold", "up"]
     assert state_of("one", status) == "it does not answer; the router tries it again"
     assert state_of("rare", None) == "unknown: the router is away"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dmoa.serving.rollover import pool_version
 from dmoa.serving.router.client import MAX_HELD, RemoteRouter
 from dmoa.serving.router.versions import FILES
 from dmoa.testing import DIM, gate_spec
-from dmoa.types import RouteRequest
+from dmoa.types import RouteRequest, RouterStatus
 
 ASK = RouteRequest(input_X=np.ones(2 * DIM + 4, np.float32))
 CONFIG = Config.model_validate(
@@ -157,18 +158,18 @@ async def test_copies_stay_bounded(pair: tuple[FakeActor, RemoteRouter]) -> None
 async def test_agents_without_a_replica_and_those_of_an_older_pool_are_gone(tmp_path: Path) -> None:
     actor = FakeActor(tmp_path)
     router = RemoteRouter(actor, CONFIG)
-    told: dict[str, Any] = {"gone": [], "agents": ["a", "b"], "pool_version": "v"}
+    told = RouterStatus(app="dmoa", pool="p", pool_fingerprint="f", pool_version="v", gate_version="v1", agents=("a", "b"))
 
-    async def status() -> dict[str, Any]:
+    async def status() -> RouterStatus:
         if actor.is_away:
             raise ActorUnavailableError("it restarts", b"0" * 16)
         return told
 
     actor.status = Method(status)  # type: ignore[attr-defined]
-    assert await router.gone() == MissingReplicas(version="v")
-    told["gone"] = ["b"]
-    assert await router.gone() == MissingReplicas(frozenset({"b"}), "v")
-    told |= {"agents": ["b"], "pool_version": "w"}  # the router serves a newer pool, without `a`
-    assert await router.gone() == MissingReplicas(frozenset({"a", "b"}), "w")
+    assert await router.missing_replicas() == MissingReplicas(version="v")
+    told = replace(told, gone=("b",))
+    assert await router.missing_replicas() == MissingReplicas(frozenset({"b"}), "v")
+    told = replace(told, agents=("b",), pool_version="w")  # the router serves a newer pool, without `a`
+    assert await router.missing_replicas() == MissingReplicas(frozenset({"a", "b"}), "w")
     actor.is_away = True
-    assert await router.gone() == MissingReplicas()
+    assert await router.missing_replicas() == MissingReplicas()

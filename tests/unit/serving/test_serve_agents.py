@@ -22,8 +22,7 @@ with warnings.catch_warnings():
     from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, PoolChangedError
-from dmoa.serving import agent_client as vigil
-from dmoa.serving.agent_client import MissingReplicas, ServeAgentClient
+from dmoa.serving.agent_client import CallWatchdog, MissingReplicas, ServeAgentClient
 from dmoa.types import AgentCall, Sampling
 
 CALL = AgentCall(trace_id="t", step=0, agent="solver", messages=(), sampling=Sampling())
@@ -65,9 +64,12 @@ def future_of(result: Any = None, error: Exception | None = None) -> concurrent.
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
-    monkeypatch.setattr(vigil, "SLOW_S", 0.01)
+def looks() -> asyncio.Event:
     return asyncio.Event()
+
+
+def quick() -> CallWatchdog:
+    return CallWatchdog(slow_s=0.01, check_interval_s=0.01)
 
 
 def watched(handle: Handle, looks: asyncio.Event, served: str | None = "v") -> Any:
@@ -75,7 +77,7 @@ def watched(handle: Handle, looks: asyncio.Event, served: str | None = "v") -> A
         looks.set()
         return MissingReplicas(frozenset({"solver"}), served)
 
-    return ServeAgentClient({"solver": handle}, "v", gone=gone)  # type: ignore[dict-item]
+    return ServeAgentClient({"solver": handle}, "v", watchdog=CallWatchdog(gone, slow_s=0.01))  # type: ignore[dict-item]
 
 
 async def ask_by_call(agents: Any) -> None:
@@ -150,21 +152,19 @@ async def test_a_connection_that_breaks_between_replicas_costs_a_call_and_no_mor
 
 @pytest.mark.parametrize("ask", [ask_by_call, ask_by_stream, ask_by_ping])
 async def test_a_call_that_no_replica_takes_ends_though_some_run(
-    looks: asyncio.Event, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Any], Awaitable[None]]
+    ask: Callable[[Any], Awaitable[None]],
 ) -> None:
-    monkeypatch.setattr(vigil, "_LOOK_S", 0.01)
     future = future_of()
     handle = Handle(future, DeploymentResponseGenerator if ask is ask_by_stream else DeploymentResponse)
-    agents = ServeAgentClient({"solver": handle}, "v", patience_s=0.05)  # type: ignore[dict-item]
+    agents = ServeAgentClient({"solver": handle}, "v", watchdog=quick(), patience_s=0.05)  # type: ignore[dict-item]
     with pytest.raises(CallNotTakenError, match=r"agent 'solver': no replica of it took the call for 0\.05 s"):
         async with asyncio.timeout(5):
             await ask(agents)
     assert future.cancelled()
 
 
-async def test_a_call_with_a_deadline_has_until_then_to_be_taken(looks: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vigil, "_LOOK_S", 0.01)
-    agents = ServeAgentClient({"solver": Handle(future_of())}, "v", patience_s=3600)  # type: ignore[dict-item]
+async def test_a_call_with_a_deadline_has_until_then_to_be_taken() -> None:
+    agents = ServeAgentClient({"solver": Handle(future_of())}, "v", watchdog=quick(), patience_s=3600)  # type: ignore[dict-item]
     with pytest.raises(CallNotTakenError):
         async with asyncio.timeout(5):
             await agents.call(replace(CALL, deadline_unix_s=time.time()))

@@ -8,7 +8,6 @@ import pytest
 
 from dmoa.config import Config
 from dmoa.errors import DeadlineError, NoAgentError, PoolChangedError
-from dmoa.serving import rollover as upgrade
 from dmoa.serving.rollover import Event, answer_on_one_pool_version, check_version, pool_version, query_drain_s
 from dmoa.types import Limits, Query, TextDelta
 
@@ -64,11 +63,11 @@ async def test_text_that_left_cannot_be_taken_back() -> None:
         [event async for event in answer_on_one_pool_version(here.answer, Ingress().answer, QUERY)]
 
 
-async def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upgrade, "_PATIENCE_S", 0.01)
+async def test_patience_ends() -> None:
     elsewhere = Ingress(([], CHANGED))
+    attempts = answer_on_one_pool_version(Ingress(([], CHANGED)).answer, elsewhere.answer, QUERY, patience_s=0.01)
     with pytest.raises(NoAgentError, match="another version"):
-        [event async for event in answer_on_one_pool_version(Ingress(([], CHANGED)).answer, elsewhere.answer, QUERY)]
+        [event async for event in attempts]
     assert elsewhere.deadlines == [None]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 
 import pytest
 
-from dmoa.serving import agent_client as vigil
-from dmoa.serving.agent_client import CallWatchdog, MissingReplicas
+with warnings.catch_warnings():
+    # Ray 2.60's own, with this pydantic.
+    warnings.filterwarnings("ignore", message="Using extra keyword arguments", category=DeprecationWarning)
+    from dmoa.serving.agent_client import CallWatchdog, MissingReplicas
 
 
 class Router:
@@ -23,10 +26,8 @@ class Router:
         return MissingReplicas(self.gone, "v", self.cold)
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vigil, "SLOW_S", 0.02)
-    monkeypatch.setattr(vigil, "_LOOK_S", 0.02)
+def watchdog_of(router: Router, **changes: float) -> CallWatchdog:
+    return CallWatchdog(router, **({"slow_s": 0.02, "check_interval_s": 0.02} | changes))
 
 
 async def within(event: asyncio.Event, timeout_s: float = 5.0) -> None:
@@ -36,7 +37,7 @@ async def within(event: asyncio.Event, timeout_s: float = 5.0) -> None:
 
 async def test_a_slow_call_to_an_agent_without_replica_is_given_up_once() -> None:
     router, given_up = Router(), asyncio.Event()
-    watched = CallWatchdog(router).watch("solver", given_up.set)
+    watched = watchdog_of(router).watch("solver", given_up.set)
     async with asyncio.timeout(5):
         while router.asked < 3:  # noqa: ASYNC110 the fake counts
             await asyncio.sleep(0.005)
@@ -52,8 +53,8 @@ async def test_others_go_on() -> None:
     router = Router()
     router.gone = frozenset({"other"})
     other_given_up, given_up = asyncio.Event(), asyncio.Event()
-    watching = CallWatchdog(router)
-    calls = [watching.watch("solver", given_up.set), watching.watch("other", other_given_up.set)]
+    watchdog = watchdog_of(router)
+    calls = [watchdog.watch("solver", given_up.set), watchdog.watch("other", other_given_up.set)]
     await within(other_given_up)
     assert not given_up.is_set()
     for call in calls:
@@ -62,7 +63,7 @@ async def test_others_go_on() -> None:
 
 async def test_a_call_that_ends_in_time_asks_nobody() -> None:
     router = Router()
-    watched = CallWatchdog(router).watch("solver", lambda: pytest.fail("given up"))
+    watched = watchdog_of(router).watch("solver", lambda: pytest.fail("given up"))
     watched.end()
     later = asyncio.Event()
     asyncio.get_running_loop().call_later(0.1, later.set)
@@ -72,8 +73,8 @@ async def test_a_call_that_ends_in_time_asks_nobody() -> None:
 
 async def test_many_slow_calls_share_one_look() -> None:
     router, given_up = Router(), asyncio.Event()
-    watching = CallWatchdog(router)
-    calls = [watching.watch(f"agent-{n}", given_up.set) for n in range(50)]
+    watchdog = watchdog_of(router)
+    calls = [watchdog.watch(f"agent-{n}", given_up.set) for n in range(50)]
     async with asyncio.timeout(5):
         while router.asked < 3:  # noqa: ASYNC110 the fake counts
             await asyncio.sleep(0.005)
@@ -86,7 +87,7 @@ async def test_many_slow_calls_share_one_look() -> None:
 
 async def test_a_call_that_no_replica_takes_is_given_up_when_its_patience_ends() -> None:
     router, given_up = Router(), asyncio.Event()
-    watched = CallWatchdog(router).watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.1)
+    watched = watchdog_of(router).watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.1)
     await within(given_up)
     assert watched.is_given_up
     assert watched.is_untaken
@@ -96,18 +97,18 @@ async def test_a_call_that_no_replica_takes_is_given_up_when_its_patience_ends()
 
 async def test_a_call_that_was_taken_may_take_its_time() -> None:
     router = Router()
-    watched = CallWatchdog(router).watch("solver", lambda: pytest.fail("given up"), is_taken=lambda: True, patience_s=0.05)
+    watched = watchdog_of(router).watch("solver", lambda: pytest.fail("given up"), is_taken=lambda: True, patience_s=0.05)
     async with asyncio.timeout(5):
         while router.asked < 8:  # noqa: ASYNC110 the fake counts
             await asyncio.sleep(0.005)
     watched.end()
 
 
-async def test_a_cold_agents_replica_may_take_longer_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cold_agents_replica_may_take_longer_to_start() -> None:
     router, given_up = Router(), asyncio.Event()
     router.cold = frozenset({"solver"})
-    watching = CallWatchdog(router)
-    watched = watching.watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.05)
+    watchdog = watchdog_of(router)
+    watched = watchdog.watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.05)
     async with asyncio.timeout(5):
         while router.asked < 8:  # noqa: ASYNC110 the fake counts
             await asyncio.sleep(0.005)
@@ -117,19 +118,18 @@ async def test_a_cold_agents_replica_may_take_longer_to_start(monkeypatch: pytes
     assert watched.is_untaken
 
     router.cold = frozenset({"solver"})
-    monkeypatch.setattr(vigil, "COLD_PATIENCE_S", 0.1)
     given_up.clear()
-    watching.watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.05)
+    watchdog_of(router, cold_patience_s=0.1).watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.05)
     await within(given_up)  # a cold start ends too
 
 
 async def test_a_queue_that_moves_is_waited_in_and_one_that_others_pass_is_not() -> None:
     router, given_up, passed = Router(), asyncio.Event(), asyncio.Event()
-    watching = CallWatchdog(router)
-    before = [watching.watch("solver", lambda: None, queue="llm") for _ in range(12)]
-    waits = watching.watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.15, queue="llm")
-    left_behind = watching.watch("other", passed.set, is_taken=lambda: False, patience_s=0.15, queue="other llm")
-    after = [watching.watch("other", lambda: None, queue="other llm") for _ in range(12)]
+    watchdog = watchdog_of(router)
+    before = [watchdog.watch("solver", lambda: None, queue="llm") for _ in range(12)]
+    waits = watchdog.watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.15, queue="llm")
+    left_behind = watchdog.watch("other", passed.set, is_taken=lambda: False, patience_s=0.15, queue="other llm")
+    after = [watchdog.watch("other", lambda: None, queue="other llm") for _ in range(12)]
     for first, later in zip(before, after, strict=True):
         await asyncio.sleep(0.03)
         first.answered()

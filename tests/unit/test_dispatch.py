@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from dmoa.dispatch import PATIENCE_S, Dispatcher
+from dmoa.dispatch import Dispatcher
 from dmoa.errors import BrokenStreamError, CallNotTakenError
+from dmoa.recovery import PATIENCE_S
 from dmoa.routing import LocalRouter
 from dmoa.testing import (
     Fail,
@@ -21,11 +22,11 @@ from dmoa.testing import (
     Refuse,
     Say,
     asks,
+    card,
     fixed_gate,
     jumping,
     query,
     router_of,
-    sheet,
     state_of,
 )
 from dmoa.types import (
@@ -44,19 +45,19 @@ from dmoa.types import (
 NAMES = "abcdef"
 
 
-def asker_of(
+def dispatcher_of(
     agents: FakeAgents, *, places: Mapping[str, str] | None = None, router: LocalRouter | None = None, is_select: bool = True
 ) -> Dispatcher:
-    """An asker over fake agents; every agent has a place of its own unless `places` says otherwise."""
-    sheets = {name: sheet(name, (places or {}).get(name, f"place-{name}")) for name in NAMES}
-    return Dispatcher(agents=agents, sheets=sheets, router=router, is_select=is_select)
+    """A dispatcher over fake agents; every agent has a place of its own unless `places` says otherwise."""
+    cards = {name: card(name, (places or {}).get(name, f"place-{name}")) for name in NAMES}
+    return Dispatcher(agents=agents, cards=cards, router=router, is_select=is_select)
 
 
 async def replies_of(
-    asker: Dispatcher, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None = None
+    dispatcher: Dispatcher, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None = None
 ) -> tuple[AgentReply, ...]:
     """The replies of a step that explores nothing."""
-    asked = await asker.ask(state, plan, emit)
+    asked = await dispatcher.ask(state, plan, emit)
     assert asked.explored == ()
     return asked.replies
 
@@ -68,28 +69,30 @@ def outcomes(replies: tuple[AgentReply, ...]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("fate", "status"), [(Fail(), "failed"), (Refuse(), "overloaded"), (Lose(), "failed")])
 async def test_the_next_ranked_agent_takes_the_place_of_a_lost_one(fate: Fate, status: str) -> None:
     agents = FakeAgents({"a": Say(text="1"), "b": fate, "c": fate, "d": Say(text="2"), "e": Say(text="3")})
-    replies = await replies_of(asker_of(agents), state_of(query()), asks("a", "b", reserves="cde"))
+    replies = await replies_of(dispatcher_of(agents), state_of(query()), asks("a", "b", reserves="cde"))
     assert outcomes(replies) == [("a", "ok"), ("b", status), ("c", status), ("d", "ok")]
     assert agents.calls_of("e") == []
 
 
 async def test_every_lost_agent_gets_a_stand_in_of_its_own() -> None:
     agents = FakeAgents({"a": Fail(), "b": Fail(), "c": Say(text="1"), "d": Say(text="2"), "e": Say(text="3")})
-    replies = await replies_of(asker_of(agents), state_of(query()), asks("a", "b", reserves="cde"))
+    replies = await replies_of(dispatcher_of(agents), state_of(query()), asks("a", "b", reserves="cde"))
     assert sorted(outcomes(replies)) == [("a", "failed"), ("b", "failed"), ("c", "ok"), ("d", "ok")]
 
 
 async def test_stand_ins_in_a_dead_place_are_passed_over() -> None:
     agents = FakeAgents({"a": Lose(), "b": Say(text="1"), "c": Say(text="2")})
     places = {"a": "gpu-0", "b": "gpu-0", "c": "gpu-1"}
-    replies = await replies_of(asker_of(agents, places=places), state_of(query()), asks("a", reserves="bc"))
+    replies = await replies_of(dispatcher_of(agents, places=places), state_of(query()), asks("a", reserves="bc"))
     assert outcomes(replies) == [("a", "failed"), ("c", "ok")]
     assert agents.calls_of("b") == []
 
 
 async def test_an_agent_that_fails_leaves_its_place_alive() -> None:
     agents = FakeAgents({"a": Fail(), "b": Say(text="1")})
-    replies = await replies_of(asker_of(agents, places={"a": "gpu-0", "b": "gpu-0"}), state_of(query()), asks("a", reserves="b"))
+    replies = await replies_of(
+        dispatcher_of(agents, places={"a": "gpu-0", "b": "gpu-0"}), state_of(query()), asks("a", reserves="b")
+    )
     assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
     assert replies[0].error == "out of memory"
 
@@ -97,7 +100,7 @@ async def test_an_agent_that_fails_leaves_its_place_alive() -> None:
 async def test_nobody_stands_in_after_the_deadline() -> None:
     agents = FakeAgents({"a": Hang(), "b": Say(text="1")})
     state = state_of(query(), deadline_unix_s=time.time() + 0.05)
-    replies = await replies_of(asker_of(agents), state, asks("a", reserves="b"))
+    replies = await replies_of(dispatcher_of(agents), state, asks("a", reserves="b"))
     assert outcomes(replies) == [("a", "late")]
     assert replies[0].error == "the deadline passed before the reply"
     assert agents.cancelled == ["a"]
@@ -107,14 +110,14 @@ async def test_nobody_stands_in_after_the_deadline() -> None:
 async def test_a_dead_place_is_reported_and_nothing_else_is() -> None:
     agents = FakeAgents({"a": Lose(error="node lost"), "b": Fail(), "c": Refuse(), "d": Say(text="1")})
     router = router_of(fixed_gate(dict.fromkeys("abcd", 0.25)))
-    await asker_of(agents, router=router).ask(state_of(query()), asks("a", "b", "c", "d"), None)
+    await dispatcher_of(agents, router=router).ask(state_of(query()), asks("a", "b", "c", "d"), None)
     assert router.masked == {"a"}
 
 
 def test_a_dead_place_with_nobody_else_is_waited_for() -> None:
     async def work() -> tuple[tuple[AgentReply, ...], list[str]]:
         agents = FakeAgents({"a": (Lose(error="node lost"), Lose(), Lose(), Say(text="1"))})
-        replies = await replies_of(asker_of(agents), state_of(query()), asks("a"))
+        replies = await replies_of(dispatcher_of(agents), state_of(query()), asks("a"))
         return replies, [call.call_id for call in agents.calls]
 
     ((reply,), call_ids), waited_s = jumping(work())
@@ -129,7 +132,7 @@ def test_all_agents_of_the_one_dead_place_are_waited_for() -> None:
     async def work() -> tuple[AgentReply, ...]:
         agents = FakeAgents({"a": (Lose(), Say(text="1")), "b": (Lose(), Lose(), Say(text="2")), "c": Say(text="3")})
         places = dict.fromkeys("abc", "llm")
-        return await replies_of(asker_of(agents, places=places), state_of(query()), asks("a", "b", reserves="c"))
+        return await replies_of(dispatcher_of(agents, places=places), state_of(query()), asks("a", "b", reserves="c"))
 
     replies, _ = jumping(work())
     assert [(reply.agent, reply.status, reply.attempts) for reply in replies] == [("a", "ok", 2), ("b", "ok", 3)]
@@ -138,7 +141,7 @@ def test_all_agents_of_the_one_dead_place_are_waited_for() -> None:
 def test_the_newest_of_a_chain_of_dead_places_is_waited_for() -> None:
     async def work() -> tuple[AgentReply, ...]:
         agents = FakeAgents({"a": Lose(), "b": (Lose(), Say(text="2"))})
-        return await replies_of(asker_of(agents), state_of(query()), asks("a", reserves="b"))
+        return await replies_of(dispatcher_of(agents), state_of(query()), asks("a", reserves="b"))
 
     replies, _ = jumping(work())
     assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
@@ -147,7 +150,7 @@ def test_the_newest_of_a_chain_of_dead_places_is_waited_for() -> None:
 def test_nobody_waits_for_a_dead_place_beside_a_contribution() -> None:
     async def work() -> tuple[AgentReply, ...]:
         agents = FakeAgents({"a": Lose(), "b": Say(text="1")})
-        return await replies_of(asker_of(agents), state_of(query()), asks("a", "b"))
+        return await replies_of(dispatcher_of(agents), state_of(query()), asks("a", "b"))
 
     replies, waited_s = jumping(work())
     assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
@@ -157,7 +160,7 @@ def test_nobody_waits_for_a_dead_place_beside_a_contribution() -> None:
 def test_patience_ends_after_a_minute() -> None:
     async def work() -> tuple[AgentReply, ...]:
         agents = FakeAgents({"a": Lose(error="node lost")})
-        return await replies_of(asker_of(agents), state_of(query()), asks("a"))
+        return await replies_of(dispatcher_of(agents), state_of(query()), asks("a"))
 
     (reply,), waited_s = jumping(work())
     assert (reply.status, reply.error) == ("failed", "node lost")
@@ -169,7 +172,9 @@ def test_patience_ends_after_a_minute() -> None:
 def test_a_place_that_took_no_call_for_as_long_is_not_waited_for_again() -> None:
     async def work() -> tuple[AgentReply, ...]:
         agents = FakeAgents({"a": Lose(error="no replica took it", kind=CallNotTakenError), "b": Lose(), "c": Say(text="3")})
-        return await replies_of(asker_of(agents, places={"a": "llm", "c": "llm"}), state_of(query()), asks("a", reserves="bc"))
+        return await replies_of(
+            dispatcher_of(agents, places={"a": "llm", "c": "llm"}), state_of(query()), asks("a", reserves="bc")
+        )
 
     replies, waited_s = jumping(work())
     assert outcomes(replies) == [("a", "failed"), ("b", "failed")]
@@ -182,7 +187,7 @@ def test_patience_is_for_the_place_and_not_for_the_reply() -> None:
         written = asyncio.Event()
         asyncio.get_running_loop().call_later(3 * PATIENCE_S, written.set)
         agents = FakeAgents({"a": (Lose(error="node lost"), Say(text="late but whole", after=written))})
-        return await replies_of(asker_of(agents), state_of(query()), asks("a"))
+        return await replies_of(dispatcher_of(agents), state_of(query()), asks("a"))
 
     (reply,), waited_s = jumping(work())
     assert (reply.status, reply.text, reply.attempts) == ("ok", "late but whole", 2)
@@ -192,7 +197,7 @@ def test_patience_is_for_the_place_and_not_for_the_reply() -> None:
 def test_a_place_that_never_comes_up_ends_patience() -> None:
     async def work() -> tuple[AgentReply, ...]:
         agents = FakeAgents({"a": (Lose(error="node lost"), Hang())})
-        return await replies_of(asker_of(agents), state_of(query()), asks("a"))
+        return await replies_of(dispatcher_of(agents), state_of(query()), asks("a"))
 
     (reply,), waited_s = jumping(work())
     assert (reply.status, reply.error, reply.attempts) == ("failed", "node lost", 1)
@@ -202,7 +207,7 @@ def test_a_place_that_never_comes_up_ends_patience() -> None:
 async def test_patience_ends_at_the_deadline() -> None:
     agents = FakeAgents({"a": Lose(error="node lost")})
     state = state_of(query(), deadline_unix_s=time.time() + 0.2)
-    (reply,) = await replies_of(asker_of(agents), state, asks("a"))
+    (reply,) = await replies_of(dispatcher_of(agents), state, asks("a"))
     assert (reply.status, reply.error) == ("late", "node lost")
     assert 2 <= reply.attempts <= 4  # after 0, 0.05 and 0.15 s
 
@@ -212,7 +217,7 @@ async def test_patience_ends_at_the_deadline() -> None:
 )
 async def test_waiting_ends_with_any_reply(then: Fate, status: str, error: str) -> None:
     agents = FakeAgents({"a": (Lose(), then)})
-    (reply,) = await replies_of(asker_of(agents), state_of(query()), asks("a"))
+    (reply,) = await replies_of(dispatcher_of(agents), state_of(query()), asks("a"))
     assert (reply.status, reply.error, reply.attempts) == (status, error, 2)
 
 
@@ -220,7 +225,7 @@ async def ask_streaming(agents: FakeAgents, reserves: str = "") -> tuple[tuple[A
     """Ask `a` with its text handed on; return the replies and the pieces."""
     pieces: list[TextDelta] = []
     plan = asks("a", reserves=reserves, fold="pass", ends_with="single")
-    replies = await replies_of(asker_of(agents), state_of(query()), plan, pieces.append)
+    replies = await replies_of(dispatcher_of(agents), state_of(query()), plan, pieces.append)
     return replies, [piece.text for piece in pieces]
 
 
@@ -243,7 +248,7 @@ async def test_a_lost_stream_that_would_go_on_with_other_words_ends_in_an_error(
     agents = FakeAgents({"a": (Lose(pieces=("It ", "is")), again)})
     plan = asks("a", fold="pass", ends_with="single")
     with pytest.raises(BrokenStreamError, match="said something else when asked again"):
-        await replies_of(asker_of(agents), state_of(query()), plan, pieces.append)
+        await replies_of(dispatcher_of(agents), state_of(query()), plan, pieces.append)
     assert [piece.text for piece in pieces] == ["It ", "is"]
 
 
@@ -277,7 +282,7 @@ async def test_a_failure_after_text_was_handed_on_is_final() -> None:
 @pytest.mark.parametrize(("used", "max_tokens"), [(0, 50), (70, 30), (99, 1), (100, 1), (200, 1)])
 async def test_the_budget_limits_a_reply(used: int, max_tokens: int) -> None:
     agents = FakeAgents({"a": Say(text="1")})
-    await asker_of(agents).ask(state_of(query(budget_tokens=100), tokens_used=used), asks("a"), None)
+    await dispatcher_of(agents).ask(state_of(query(budget_tokens=100), tokens_used=used), asks("a"), None)
     assert agents.calls[0].sampling == Sampling(max_tokens=max_tokens)
 
 
@@ -299,13 +304,13 @@ async def test_the_clients_sampling_applies_to_every_call_when_selecting_else_to
     is_select: bool, plan: StepPlan, expected: Sampling
 ) -> None:
     agents = FakeAgents({"a": Say(text="1")})
-    await asker_of(agents, is_select=is_select).ask(state_of(query(sampling=dict(WISH))), plan, None)
+    await dispatcher_of(agents, is_select=is_select).ask(state_of(query(sampling=dict(WISH))), plan, None)
     assert agents.calls[0].sampling == expected
 
 
 async def test_fields_that_the_client_leaves_out_stay_the_agents_own() -> None:
     agents = FakeAgents({"a": Say(text="1")})
-    await asker_of(agents).ask(state_of(query(sampling={"seed": 3})), asks("a"), None)
+    await dispatcher_of(agents).ask(state_of(query(sampling={"seed": 3})), asks("a"), None)
     assert agents.calls[0].sampling == Sampling(max_tokens=50, seed=3)
 
 
@@ -322,7 +327,7 @@ async def test_what_a_call_carries() -> None:
         )
     )
     agents = FakeAgents(dict.fromkeys("abc", Say(text="1")))
-    await asker_of(agents).ask(state_of(asked, steps=(step,), deadline_unix_s=time.time() + 60), plan, None)
+    await dispatcher_of(agents).ask(state_of(asked, steps=(step,), deadline_unix_s=time.time() + 60), plan, None)
     a, b, c = (agents.calls_of(name)[0] for name in "abc")
     assert (a.call_id, a.step, a.agent) == ("t9/1/a", 1, "a")
     assert a.deadline_unix_s == b.deadline_unix_s
@@ -340,7 +345,7 @@ async def test_what_a_call_carries() -> None:
 async def test_all_calls_of_a_conversation_say_that_they_belong_together() -> None:
     async def conversations(asked: Query) -> set[str]:
         agents = FakeAgents(dict.fromkeys("abc", Say(text="1")))
-        await asker_of(agents).ask(state_of(asked), asks("a", "b"), None)
+        await dispatcher_of(agents).ask(state_of(asked), asks("a", "b"), None)
         return {call.conversation for call in agents.calls}
 
     opening = Query(trace_id="t1", text="12 + 7?", system="Be kind.")
@@ -359,20 +364,20 @@ async def test_all_calls_of_a_conversation_say_that_they_belong_together() -> No
 
 
 async def test_latency_is_measured_by_the_caller() -> None:
-    (reply,) = await replies_of(asker_of(FakeAgents({"a": Say(text="1")})), state_of(query()), asks("a"))
+    (reply,) = await replies_of(dispatcher_of(FakeAgents({"a": Say(text="1")})), state_of(query()), asks("a"))
     assert 0 < reply.latency_ms < 10_000
 
 
 async def test_an_unexpected_error_cancels_the_other_calls() -> None:
     agents = FakeAgents({"a": Hang()})  # b is unknown to the client
     with pytest.raises(KeyError):
-        await asker_of(agents).ask(state_of(query()), asks("a", "b"), None)
+        await dispatcher_of(agents).ask(state_of(query()), asks("a", "b"), None)
     assert agents.cancelled in (["a"], [])  # [] where a had not begun
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 def test_patience_is_the_deadlines_or_a_minute() -> None:
-    asker = asker_of(FakeAgents({}))
-    assert asker.patience(state_of(query())) == PATIENCE_S == 60.0
-    assert asker.patience(state_of(query(), deadline_unix_s=time.time() - 5)) == 0.0
-    assert asker.patience(state_of(query(), deadline_unix_s=time.time() + 5)) == pytest.approx(5.0, abs=1.0)
+    dispatcher = dispatcher_of(FakeAgents({}))
+    assert dispatcher.patience(state_of(query())) == PATIENCE_S == 60.0
+    assert dispatcher.patience(state_of(query(), deadline_unix_s=time.time() - 5)) == 0.0
+    assert dispatcher.patience(state_of(query(), deadline_unix_s=time.time() + 5)) == pytest.approx(5.0, abs=1.0)

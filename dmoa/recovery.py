@@ -1,0 +1,216 @@
+"""Makes one call of one agent, with its deadline, a cold start, the one retry loop, and streams that go on after a loss.
+
+A lost contribution (failed, late, overloaded) is data, and calls are idempotent by (trace, step, agent). A cold agent has no
+replica; that is not a failure: it is waited for or passed over as its policy says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError, BrokenStreamError, CallNotTakenError, NoAgentError
+from dmoa.protocols import AgentClient, Router
+from dmoa.step_calls import AgentCard, NextCall, Places
+from dmoa.types import AgentCall, AgentReply, AgentStatus, TextDelta
+from dmoa.validation import redact_text
+
+_LOG = logging.getLogger("dmoa.dispatch")
+T = TypeVar("T")
+COLD_PATIENCE_S = 600.0
+"""How long a replica may take to start; a large model's takes minutes. After that its agent counts as dead."""
+PATIENCE_S = 60.0
+"""How long a query without a deadline waits for a dead place to come back."""
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+
+
+async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Repeat `attempt` with growing pauses while it finds no agent; the caller sets the time limit."""
+    pause = _FIRST_PAUSE_S
+    while True:
+        try:
+            return await attempt()
+        except (NoAgentError, AgentUnavailableError):
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def time_left(deadline_unix_s: float | None) -> float | None:
+    """Return the seconds until a deadline, 0 where it passed; None without one."""
+    return None if deadline_unix_s is None else max(0.0, deadline_unix_s - time.time())
+
+
+class ColdStarter:
+    """Has replicas started by pinging agents without one."""
+
+    def __init__(self, agents: AgentClient, *, patience_s: float) -> None:
+        """A replica may take `patience_s` to start."""
+        self._agents = agents
+        self._patience_s = patience_s
+        self._starting: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, card: AgentCard) -> asyncio.Task[None]:
+        """Have a replica started at the agent's place; returns at once the task that ends when it answers."""
+        found = self._starting.get(card.place)
+        if found is None:
+            found = asyncio.get_running_loop().create_task(self._ping(card.name))
+            self._starting[card.place] = found
+            found.add_done_callback(lambda task: self._over(card.place, task))
+        return found
+
+    async def is_up(self, card: AgentCard, *, within_s: float | None) -> bool:
+        """Wait until the agent's place answers; False if it does not in time (None: no limit), and then it goes on starting.
+
+        Raises AgentUnavailableError where it cannot start, AgentOverloadedError where its queue is full.
+        """
+        task = self.start(card)
+        done, _ = await asyncio.wait((task,), timeout=within_s)
+        if done:
+            task.result()
+        return bool(done)
+
+    async def _ping(self, agent: str) -> None:
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._agents.ping(agent)
+        except TimeoutError:
+            raise AgentUnavailableError(f"agent {agent!r}: no replica of it started within {self._patience_s:.0f} s") from None
+
+    def _over(self, place: str, task: asyncio.Task[None]) -> None:
+        del self._starting[place]
+        if not task.cancelled() and task.exception() is not None:
+            _LOG.warning("%s was not woken: %s", place, redact_text(str(task.exception())))
+
+
+class StreamedText:
+    """What was handed on of a step's one streamed reply; a repeated call repeats its text, and goes on from there."""
+
+    def __init__(self, emit: Callable[[TextDelta], None]) -> None:
+        self._emit = emit
+        self._text = ""
+
+    def __bool__(self) -> bool:
+        """Tell whether any text was handed on."""
+        return bool(self._text)
+
+    def go_on(self, seen: str, agent: str, *, is_whole: bool = False) -> None:
+        """Hand on what is new in the text `seen` of an attempt, or of its whole reply.
+
+        Raises BrokenStreamError where it says something else than what was handed on. It need not repeat its text: an engine's
+        numbers may depend on what else is in its batch.
+        """
+        if not seen.startswith(self._text if is_whole else self._text[: len(seen)]):
+            raise BrokenStreamError(
+                f"agent {agent!r} was lost in mid-stream, and said something else when asked again; ask again"
+            )
+        if len(seen) > len(self._text):
+            self._emit(TextDelta(text=seen[len(self._text) :]))
+            self._text = seen
+
+
+class AgentCaller:
+    """Makes calls through an agent client, and tells the router of dead places."""
+
+    def __init__(self, agents: AgentClient, router: Router | None, *, patience_s: float, cold_patience_s: float) -> None:
+        """Without a deadline a dead place is waited for `patience_s`; a replica may take `cold_patience_s` to start."""
+        self._agents = agents
+        self._router = router
+        self.cold_starter = ColdStarter(agents, patience_s=cold_patience_s)
+        self._patience_s = patience_s
+
+    async def call_with_recovery(
+        self, call: AgentCall, card: AgentCard, wanted: NextCall, places: Places, text: StreamedText | None, *, has_other: bool
+    ) -> AgentReply:
+        """Return an agent's reply, or one that says how it was lost; what is learned of its place is noted in `places`.
+
+        With `text` the reply is streamed. `has_other`: an agent that is up could answer in place of a cold one.
+        Raises BrokenStreamError.
+        """
+        if wanted.lost is not None:
+            return await self._send_until_back(call, wanted.lost, text)
+        started = time.perf_counter()
+        status: AgentStatus
+        try:
+            async with asyncio.timeout(time_left(call.deadline_unix_s)):
+                if card.place not in places.cold:
+                    return await self._send(call, text)
+                if await self._comes_up(call, card, insists=wanted.insists, has_other=has_other):
+                    places.cold.discard(card.place)
+                    waited_ms = (time.perf_counter() - started) * 1e3
+                    reply = await self._send(call, text)
+                    error = reply.error or f"it was cold: its replica was there after {waited_ms / 1e3:.1f} s"
+                    return replace(reply, latency_ms=reply.latency_ms + waited_ms, error=error)
+            status, error = "cold", "it has no replica yet; one is being started"
+        except AgentUnavailableError as lost:
+            status, error = "failed", str(lost)
+            places.dead.add(card.place)
+            if isinstance(lost, CallNotTakenError):
+                places.waited_out.add(card.place)
+            if self._router is not None:
+                self._router.report_unavailable(call.agent, error)
+        except AgentOverloadedError as busy:
+            status, error = "overloaded", str(busy)
+        except TimeoutError:
+            status, error = "late", "the deadline passed before the reply"
+        latency_ms = (time.perf_counter() - started) * 1e3
+        return AgentReply(agent=call.agent, status=status, error=error, latency_ms=latency_ms)
+
+    async def _comes_up(self, call: AgentCall, card: AgentCard, *, insists: bool, has_other: bool) -> bool:
+        """Have a cold agent's replica started; tell whether it came up in the time that the agent's policy gives it."""
+        if card.cold == "skip" and not insists:
+            self.cold_starter.start(card)
+            return False
+        left = time_left(call.deadline_unix_s)
+        within_s = left / 2 if left is not None and has_other and not insists else left
+        return await self.cold_starter.is_up(card, within_s=within_s)
+
+    async def _send_until_back(self, call: AgentCall, lost: AgentReply, text: StreamedText | None) -> AgentReply:
+        """Send the call again until its place is back; patience is for the place, the reply has until the deadline.
+
+        The reply keeps what the lost attempt met.
+        """
+        attempts, loop, left = lost.attempts, asyncio.get_running_loop(), time_left(call.deadline_unix_s)
+        give_up = loop.time() + (self._patience_s if left is None else left)
+        too_late = None if left is None else loop.time() + left
+
+        async def attempt() -> AgentReply:
+            nonlocal attempts
+            await self._agents.ping(call.agent)
+            attempts += 1
+            limit.reschedule(too_late)
+            try:
+                return await self._send(call, text)
+            except AgentUnavailableError:
+                limit.reschedule(give_up)
+                raise
+
+        try:
+            async with asyncio.timeout_at(give_up) as limit:
+                reply = await patiently(attempt)
+        except TimeoutError:
+            status: AgentStatus = "late" if call.deadline_unix_s else "failed"
+            return replace(lost, status=status, attempts=attempts)
+        except AgentOverloadedError as busy:
+            return replace(lost, status="overloaded", error=str(busy), attempts=attempts)
+        return replace(reply, attempts=attempts, error=reply.error or f"an earlier attempt was lost: {lost.error}")
+
+    async def _send(self, call: AgentCall, text: StreamedText | None) -> AgentReply:
+        started = time.perf_counter()
+        reply = await (self._agents.call(call) if text is None else self._stream(call, text))
+        return replace(reply, latency_ms=(time.perf_counter() - started) * 1e3)
+
+    async def _stream(self, call: AgentCall, text: StreamedText) -> AgentReply:
+        seen = ""
+        async for item in self._agents.stream(call):
+            if isinstance(item, AgentReply):
+                if item.status == "ok":
+                    text.go_on(seen, call.agent, is_whole=True)
+                return item
+            seen += item.text
+            text.go_on(seen, call.agent)
+        raise AgentUnavailableError(f"agent {call.agent!r}: the stream ended without a reply")

@@ -1,0 +1,185 @@
+"""Decides whom a step asks next and how, from its plan, the replies so far and what is known of places.
+
+No clock and no I/O: whether time is left, and whether text was handed on, come in as values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dmoa.core.aggregate import Anchors, anchors_of, contributions, doubt
+from dmoa.types import Activation, AgentReply, ColdPolicy, RouteDecision, Sampling, StepPlan
+
+
+def should_escalate(decision: RouteDecision | None, replies: Sequence[AgentReply]) -> bool:
+    """Tell whether the step should ask one agent more, given the replies that count so far.
+
+    True where the gate version fitted theta, fewer than `decision.limit` agents replied, and no contribution is as sure
+    as theta. Agents that were lost take no place of the limit. Source: ours (cf. arXiv 2403.07652).
+    """
+    if decision is None or decision.theta is None:
+        return False
+    if sum(reply.status == "ok" for reply in replies) >= decision.limit:
+        return False
+    return not is_any_sure(replies, decision.theta, anchors_of(decision))
+
+
+def is_any_sure(replies: Sequence[AgentReply], theta: float, anchors: Anchors) -> bool:
+    """Tell whether the score of at least one contribution is at most theta; blank and lost replies do not count."""
+    return any(doubt(reply, anchors) <= theta for reply in contributions(replies))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentCard:
+    """What the orchestrator must know of an agent to ask it."""
+
+    name: str
+    profile: str
+    tools_text: str
+    """How to call the agent's tools, part of its role prompt."""
+    sampling: Sampling
+    place: str
+    """What dies together: the LLM's name in shared placement, the agent's own name in dedicated placement."""
+    cold: ColdPolicy = "wait"
+    """What to do with the agent while its place has no replica."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Places:
+    """What a step knows of the places of its agents; one that is in no set is up."""
+
+    cold: set[str] = field(default_factory=set)
+    """Those without a replica, as the router knew when it decided; one that came up since is taken out."""
+    dead: set[str] = field(default_factory=set)
+    waited_out: set[str] = field(default_factory=set)
+    """Those of the dead places that a call has waited for already, for as long as patience lasts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextCall:
+    """One call that a step makes next."""
+
+    activation: Activation
+    chain: int
+    """Which of the step's chains it belongs to: an agent that was asked and the stand-ins after it."""
+    tokens_used: int
+    """Tokens of the step that count against the budget of this call: those from before the cascade asked for it."""
+    insists: bool = False
+    """Whether a cold agent is waited for as long as the query has; else as its policy says."""
+    lost: AgentReply | None = None
+    """The reply of the same call when it was lost with its place, where it is now sent again until the place is back."""
+
+
+class StepCalls:
+    """The calls of one step: no reserve is asked twice, or in a place that is known to be dead.
+
+    The next-ranked agent whose place is up stands in for a lost one. Where nobody contributed, each chain waits for a cold
+    agent, and then for its newest dead place. Last, unsure replies call for one agent more at a time.
+    """
+
+    def __init__(self, plan: StepPlan, cards: Mapping[str, AgentCard], places: Places, *, tokens_left: int | None) -> None:
+        """`places` is the caller's, who keeps it up to date; `tokens_left` of the query's budget, None: no budget."""
+        self._plan = plan
+        self._cards = cards
+        self._places = places
+        self._tokens_left = tokens_left
+        self._reserves = list(plan.reserves)
+        self._chains: list[list[tuple[Activation, AgentReply]]] = []
+        self._under_way = 0
+        self._has_text = False
+        self._has_insisted = False
+
+    @property
+    def replies(self) -> tuple[AgentReply, ...]:
+        """The replies that count, in the order of the chains; a lost call that was repeated is there once."""
+        return tuple(reply for chain in self._chains for _, reply in chain)
+
+    @property
+    def has_agent_up(self) -> bool:
+        """Whether a chosen agent, or one of the reserves that are left, is in a place that is up."""
+        unfit = self._places.cold | self._places.dead
+        return any(self._place(x) not in unfit for x in (*self._plan.activations, *self._reserves))
+
+    def begin(self) -> list[NextCall]:
+        """Return the calls of the plan's agents."""
+        calls = [self._new_chain(activation, tokens_used=0) for activation in self._plan.activations]
+        self._under_way = len(calls)
+        return calls
+
+    def after(self, call: NextCall, reply: AgentReply, *, has_time: bool, has_text: bool) -> list[NextCall]:
+        """Note the reply of a call and return the calls that it leads to; with none, and none under way, the step is done.
+
+        `has_time`: the deadline has not passed. `has_text`: some of the one streamed reply was handed on, and another
+        agent's words must not follow.
+        """
+        chain = self._chains[call.chain]
+        if call.lost is None:
+            chain.append((call.activation, reply))
+        else:
+            chain[:] = [(activation, reply if old is call.lost else old) for activation, old in chain]
+        self._under_way -= 1
+        self._has_text = has_text
+        following = self._follow(call, reply, has_time=has_time)
+        calls = [following] if following is not None else [] if self._under_way else self._go_on(has_time=has_time)
+        self._under_way += len(calls)
+        return calls
+
+    def _follow(self, call: NextCall, reply: AgentReply, *, has_time: bool) -> NextCall | None:
+        """Return the next call of the same chain."""
+        if reply.status == "ok" or call.lost is not None:
+            return None
+        if call.insists:
+            return self._wait_for_place(call.chain)
+        stand_in = self._next_reserve() if has_time else None
+        return None if stand_in is None else NextCall(activation=stand_in, chain=call.chain, tokens_used=call.tokens_used)
+
+    def _go_on(self, *, has_time: bool) -> list[NextCall]:
+        """Return the calls after all chains have ended: each insists where nobody contributed, else the cascade's next."""
+        if not self._has_insisted:
+            self._has_insisted = True
+            if has_time and not any(reply.status == "ok" for reply in self.replies):
+                calls = [call for chain in range(len(self._chains)) if (call := self._insist(chain))]
+                if calls:
+                    return calls
+        replies = self.replies
+        if self._plan.fold == "pass" or not should_escalate(self._plan.decision, replies):
+            return []
+        used = sum(reply.usage.total for reply in replies)
+        can_afford = has_time and (self._tokens_left is None or used < self._tokens_left)
+        another = self._next_reserve() if can_afford else None
+        return [] if another is None else [self._new_chain(another, tokens_used=used)]
+
+    def _new_chain(self, activation: Activation, *, tokens_used: int) -> NextCall:
+        self._chains.append([])
+        return NextCall(activation=activation, chain=len(self._chains) - 1, tokens_used=tokens_used)
+
+    def _insist(self, number: int) -> NextCall | None:
+        """Wait for a cold agent, of the chain or else of the reserves, or else for a dead place."""
+        chain = self._chains[number]
+        passed_over = (activation for activation, reply in chain if reply.status == "cold")
+        cold = None if self._has_text else next(passed_over, None)
+        waited_for = cold or self._next_reserve(is_cold=True)
+        if waited_for is None:
+            return self._wait_for_place(number)
+        chain[:] = [link for link in chain if link[0] is not cold]
+        return NextCall(activation=waited_for, chain=number, tokens_used=0, insists=True)
+
+    def _wait_for_place(self, number: int) -> NextCall | None:
+        """Send the chain's newest call that was lost with its place again, unless that place was waited out already."""
+        waitable = self._places.dead - self._places.waited_out
+        for activation, lost in reversed(self._chains[number]):
+            if lost.status == "failed" and self._place(activation) in waitable:
+                return NextCall(activation=activation, chain=number, tokens_used=0, lost=lost)
+        return None
+
+    def _next_reserve(self, *, is_cold: bool = False) -> Activation | None:
+        """Take the next-ranked reserve whose place is up, or is cold."""
+        alive = (x for x in self._reserves if self._place(x) not in self._places.dead)
+        chosen = None if self._has_text else next((x for x in alive if (self._place(x) in self._places.cold) == is_cold), None)
+        if chosen is not None:
+            self._reserves.remove(chosen)
+        return chosen
+
+    def _place(self, activation: Activation) -> str:
+        return self._cards[activation.agent].place
