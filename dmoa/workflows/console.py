@@ -174,17 +174,14 @@ class Screen:
         self._has_text = self._is_line_open = True
         self.out.print(Text(printable(text)), end="", soft_wrap=True)
 
-    def answer(self, asked: QueryResult, *, has_note: bool = True) -> None:
-        """Print the answer, unless it came in pieces, then why the query stopped and what it took.
-
-        `has_note` says at the end whether the gate is trained; only where the caller itself says it may it be left out.
-        """
+    def answer(self, asked: QueryResult) -> None:
+        """Print the answer, unless it came in pieces, then why the query stopped, what it took, and an untrained gate."""
         if not self._has_text:
             self._heading()
             self._print(asked.text)
         self._end_line()
         self._has_text = False
-        note = untrained_note(asked.dmoa.gate_version) if has_note else None
+        note = untrained_note(asked.dmoa.gate_version)
         if self._verbosity < 0:
             if note:
                 self.err.print(f"dmoa: {note}")
@@ -410,6 +407,28 @@ def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -
         previous = row.benchmark
     console.print(table)
     _line(console, "acc: failed and unscored rows count as 0; wall: the queries' own times added up, they ran side by side")
+
+
+def print_overall(evaluation: Evaluation, names: Mapping[str, str], reference: str | None = None) -> None:
+    """Print a line per policy over all benchmarks together; `names`: what the policies shown are called, in their order.
+
+    With a `reference` policy every line has its difference from it.
+    """
+    from dmoa.evaluation import figures
+
+    rows = {row.policy: row for row in figures.overall(evaluation)}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("policy", overflow="fold")
+    against = ["against default"] if reference else []
+    for name in ("all rows %", "95 %", *(info.name for info in evaluation.config.benchmarks), *against, "active", "tokens a row"):
+        table.add_column(name, justify="right", no_wrap=True)
+    base = rows[reference].accuracy if reference else None
+    for policy, name in names.items():
+        row = rows[policy]
+        mean = "-" if row.accuracy is None else figures.share(row.accuracy)
+        change = "-" if row.accuracy is None or base is None else figures.points(row.accuracy - base)
+        table.add_row(name, mean, row.ends, *row.by_benchmark, *([change] if reference else []), row.active, row.tokens)
+    stdout_console().print(table)
 
 
 def _print_paired(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:
