@@ -91,10 +91,10 @@ def _train_specialist(common: Common) -> None:
     \b
     python jobs/train_specialist.py --config jobs/train_specialist.yaml --set job.name=words
     """
-    from dmoa.workflows.specialists import train_specialist
+    from dmoa.workflows.specialists import SpecialistOptions, train_specialist
 
     _, values = read_job(common)
-    common.write_json(train_specialist(values, common, _command()))
+    common.write_json(train_specialist(SpecialistOptions.parse(values), common, _command()))
 
 
 def train_gate_job() -> None:

@@ -18,20 +18,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from dmoa.agents.prompts import agent_messages
-from dmoa.config import Name
+from dmoa.config import Address, Name, Options
 from dmoa.engine_options import Node, TransformersOptions
 from dmoa.engines.models import model_id, resolve_model
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply, Row
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.suites.calendar import WEEKDAYS
-from dmoa.training.lora import LoraSettings, TrainingMessage, TrainingRow
+from dmoa.training.lora import LoraSettings, TrainingRow
 from dmoa.training.specialists import Schedule, TrainedAdapter
 from dmoa.types import Generation, GenerationRequest, Message, Query, Sampling
-from dmoa.validation import describe, did_you_mean
+from dmoa.validation import did_you_mean
 from dmoa.workflows.console import Common
 from dmoa.workflows.terminal import goes_on, on_terminal
 
@@ -80,7 +80,7 @@ class Recipe(Node):
     adapter: LoraSettings = LoraSettings()
 
 
-class SpecialistOptions(Node):
+class SpecialistOptions(Options):
     """The `job:` section of `jobs/train_specialist.yaml`."""
 
     name: Name
@@ -96,7 +96,7 @@ class SpecialistOptions(Node):
     """One GPU for every worker."""
     storage_path: str | None = None
     """Where Ray Train keeps checkpoints, in any of Ray's file systems; None: in `out`."""
-    address: str | None = None
+    address: Address = None
     """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
     track: Literal["auto", "wandb", "jsonl", "none"] = "auto"
     """Where curves are logged; auto: W&B, offline without a key."""
@@ -120,14 +120,6 @@ class SpecialistOptions(Node):
                 f"it under job.recipes{did_you_mean(self.name, self.recipes)}"
             )
         return self.recipes[self.name]
-
-
-def parse_specialist(values: dict[str, Any]) -> SpecialistOptions:
-    """Build the options from plain values. Raises ConfigError naming field, value seen and what is allowed."""
-    try:
-        return SpecialistOptions.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"job: {describe(error, SpecialistOptions)}") from error
 
 
 def training_rows(recipe: Recipe) -> list[TrainingRow]:
@@ -156,10 +148,9 @@ def validation_rows(source: RecipeSource, limit: int) -> list[Row]:
     return list(suite.generate("validation", limit, HELD_OUT_SEED, source.difficulty, source.held_out_groups))
 
 
-def prompt_of(recipe: Recipe, text: str, history: tuple[str, ...] = ()) -> tuple[TrainingMessage, ...]:
+def prompt_of(recipe: Recipe, text: str, history: tuple[str, ...] = ()) -> tuple[Message, ...]:
     """Return the very messages that serving sends an agent with the recipe's profile."""
-    messages = agent_messages(Query(trace_id="", text=text), history, profile=recipe.profile)
-    return tuple(TrainingMessage(role=message.role, content=message.content) for message in messages)
+    return agent_messages(Query(trace_id="", text=text), history, profile=recipe.profile)
 
 
 def _written(recipe: Recipe, rows: list[Row], history_share: float) -> Iterator[TrainingRow]:
@@ -264,10 +255,7 @@ async def _ask(engine: Any, source: RecipeSource, options: SpecialistOptions, re
     requests = [
         GenerationRequest(
             request_id=row.task.row_id,
-            messages=tuple(
-                Message(role=message.role, content=message.content)  # type: ignore[arg-type]  # roles of our own prompts
-                for message in prompt_of(recipe, row.task.text)
-            ),
+            messages=prompt_of(recipe, row.task.text),
             sampling=Sampling(max_tokens=MAX_TOKENS),
             adapter=options.name,
         )
@@ -293,30 +281,29 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def train_specialist(values: dict[str, Any], common: Common, command: str) -> dict[str, Any]:
+def train_specialist(options: SpecialistOptions, common: Common, command: str) -> dict[str, Any]:
     """Train what the options say and return the adapter's card; called again, go on where it was.
 
     Raises ConfigError for bad input, CheckpointError where the folder holds a run with other settings.
     """
     from dmoa.provenance import code_revision
     from dmoa.training.lora import write_training_rows
-    from dmoa.training.specialists import build_job, train_adapter
+    from dmoa.training.specialists import LoraJob, train_adapter
     from dmoa.workflows.evaluate import opened_ray
 
-    options = parse_specialist(values)
     recipe = options.recipe
     run_dir = (options.out / options.name).absolute()
     rows, held_out = training_rows(recipe), held_out_rows(recipe)
     write_training_rows(run_dir / "rows.jsonl", rows)
     write_training_rows(run_dir / "held_out.jsonl", held_out)
     common.say(f"{options.name}: {len(rows)} rows to train on, {len(held_out)} held out; the run lies in {run_dir}")
-    job = build_job(
-        options.name,
-        options.model,
-        recipe.adapter,
-        recipe.schedule,
-        rows,
-        held_out,
+    job = LoraJob(
+        name=options.name,
+        model=options.model,
+        settings=recipe.adapter,
+        schedule=recipe.schedule,
+        rows=tuple(rows),
+        held_out=tuple(held_out),
         run_dir=run_dir,
         track=options.track,
         threads=recipe.threads,
