@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -317,7 +318,7 @@ def _summary(name: str) -> str:
         return str(error)
 
 
-@with_common
+@partial(with_common, has_pool=False)
 def schema(
     common: Common,
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join((*_SCHEMAS, _API))}.", show_default=False)],
@@ -371,7 +372,7 @@ def _api() -> dict[str, Any]:
     return create_app(nobody, key_hashes=("set",), server=ServerConfig(), max_queued_requests=1).openapi()
 
 
-@with_common
+@partial(with_common, has_pool=False)
 def docs(
     common: Common,
     topic: Annotated[str | None, typer.Argument(metavar="[TOPIC]", help="A guide; none: the list of them.")] = None,

@@ -535,16 +535,20 @@ _COMMON = (
 )
 
 
-def with_common(command: Callable[Concatenate[Common, P], None]) -> Callable[..., None]:
-    """Give a command the common options; it receives them as its first argument."""
+def with_common(command: Callable[Concatenate[Common, P], None], *, has_pool: bool = True) -> Callable[..., None]:
+    """Give a command the common options; it receives them as its first argument.
+
+    A command that `has_pool` False looks at no pool, and has no options for one.
+    """
     signature = inspect.signature(command, eval_str=True)
-    parameters = [*list(signature.parameters.values())[1:], *_COMMON]
+    options = _COMMON if has_pool else [option for option in _COMMON if option.name not in ("config", "overrides")]
+    parameters = [*list(signature.parameters.values())[1:], *options]
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
-        overrides, quiet, verbose = values.pop("overrides"), values.pop("quiet"), values.pop("verbose")
+        overrides, quiet, verbose = values.pop("overrides", None), values.pop("quiet"), values.pop("verbose")
         common = Common(
-            config=values.pop("config"),
+            config=values.pop("config", None),
             overrides=tuple(overrides or ()),
             json_path=values.pop("json_path"),
             verbosity=int(verbose) - int(quiet),
