@@ -120,6 +120,7 @@ async def ask_once(backend: Backend, question: str, wish: AskOptions, common: Co
         asked = await backend.ask(question, (), wish, screen)
         screen.answer(asked)
     finally:
+        screen.end_live_line()
         await backend.close()
     if trace is not None and asked.trace is not None:
         append_line(trace, asked.trace.model_dump_json())
@@ -259,7 +260,10 @@ class Conversation:
         return True
 
     async def _ask(self, question: str) -> None:
-        asked = await self._backend.ask(question, self._turns, self._wish, self._screen)
+        try:
+            asked = await self._backend.ask(question, self._turns, self._wish, self._screen)
+        finally:
+            self._screen.end_live_line()
         self._screen.answer(asked)
         self._turns += [Message(role="user", content=question), Message(role="assistant", content=asked.text)]
         self.answered.append(asked.to_json())
