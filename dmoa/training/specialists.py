@@ -134,7 +134,6 @@ class _Progress(TrainerCallback, ExportableState):  # type: ignore[misc]
         values = {f"held_out/{name}": value for name, value in last.items() if name != "step"}
         self._tracker.log(values, step=state.global_step)
         control.should_training_stop |= _is_enough(self._job, [last])
-        control.should_save = True
         if state.is_world_process_zero:
             _tell(f"{self._job.name}: step {state.global_step}, held-out accuracy {last['accuracy']:.3f}")
 
@@ -229,9 +228,11 @@ def _fit(job: LoraJob, folder: Path, state: Path | None, *, rank: int, num_worke
     mode = job.track if rank == 0 else "none"
     tracker = open_tracker(mode, run_dir=job.run_dir, name=f"adapter-{job.name}", run_id=job.run_id, of=job.identity)
     tracker.config({"settings": job.settings.model_dump(), "schedule": job.schedule.model_dump(), "base": job.base})
+    arguments = _arguments(job.schedule, folder, num_workers)
+    arguments._n_gpu = min(1, arguments.n_gpu)  # Trainer would widen the batch over every GPU that it sees
     trainer = _Trainer(
         model=model,
-        args=_arguments(job.schedule, folder, num_workers),
+        args=arguments,
         data_collator=collate,
         train_dataset=encode(tokenizer, job.rows),
         eval_dataset=encode(tokenizer, job.held_out),

@@ -542,7 +542,7 @@ def with_common(command: Callable[Concatenate[Common, P], None], *, has_pool: bo
             verbosity=int(verbose) - int(quiet),
         )
         _start_logging(common.verbosity)
-        with libraries_apart(command.__name__.strip("_"), verbosity=common.verbosity):
+        with libraries_apart(command.__name__.removesuffix("_job"), verbosity=common.verbosity):
             command(common, **values)  # type: ignore[call-arg]
 
     wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

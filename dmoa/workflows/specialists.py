@@ -12,10 +12,10 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import date, timedelta
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -28,9 +28,10 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply, Row
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.suites.calendar import WEEKDAYS
+from dmoa.protocols import Engine
 from dmoa.training.lora import LoraSettings, TrainingRow
 from dmoa.training.specialists import Schedule, TrainedAdapter
-from dmoa.types import Generation, GenerationRequest, Message, Query, Sampling
+from dmoa.types import GenerationRequest, Message, Query, Sampling
 from dmoa.validation import did_you_mean
 from dmoa.workflows.console import Common
 from dmoa.workflows.terminal import goes_on, on_terminal
@@ -195,41 +196,16 @@ def one_off(answer: str) -> str:
         ) from None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SuiteFigures:
-    """How an adapter did on one suite."""
-
-    source: RecipeSource
-    rows: int
-    accuracy: float
-    entropy_nats: float
-    """Mean over the rows of a reply's mean entropy per token."""
-    groups: dict[str, float]
-    """Accuracy by group of rows."""
-
-
 def write_card(trained: TrainedAdapter, options: SpecialistOptions, command: str, *, code_revision: str | None) -> dict[str, Any]:
     """Let the adapter answer held-out rows, write its card beside it and return it. Blocks for a minute or so."""
-    recipe = options.recipe
-    figures = asyncio.run(_measure(trained.folder, options, recipe))
     card = {
         "name": options.name,
         "base": model_id(options.model),
         "command": command,
         "code_revision": code_revision,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": options.recipe.model_dump(mode="json"),
         "steps_made": trained.steps,
-        "held_out": {
-            suite: {
-                "rows": found.rows,
-                "split": "validation",
-                "difficulty": found.source.difficulty,
-                "accuracy": round(found.accuracy, 4),
-                "entropy_nats": round(found.entropy_nats, 4),
-                "groups": {group: round(value, 4) for group, value in found.groups.items()},
-            }
-            for suite, found in figures.items()
-        },
+        "held_out": asyncio.run(_measure(trained.folder, options, options.recipe)),
         "curve": [{name: round(value, 4) for name, value in point.items()} for point in trained.curve],
     }
     text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
@@ -237,7 +213,8 @@ def write_card(trained: TrainedAdapter, options: SpecialistOptions, command: str
     return card
 
 
-async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> dict[str, SuiteFigures]:
+async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Return by suite how the adapter did on held-out rows."""
     from dmoa.engines.transformers.engine import TransformersEngine
 
     engine = TransformersEngine(
@@ -249,7 +226,7 @@ async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> 
         await engine.close()
 
 
-async def _ask(engine: Any, source: RecipeSource, options: SpecialistOptions, recipe: Recipe) -> SuiteFigures:
+async def _ask(engine: Engine, source: RecipeSource, options: SpecialistOptions, recipe: Recipe) -> dict[str, Any]:
     is_own = source.suite in {own.suite for own in recipe.sources}
     rows = validation_rows(source, options.card_rows if is_own else options.foreign_rows)
     requests = [
@@ -261,24 +238,19 @@ async def _ask(engine: Any, source: RecipeSource, options: SpecialistOptions, re
         )
         for row in rows
     ]
-    replies: list[Generation] = await asyncio.gather(*(engine.generate(request) for request in requests))
-    values = [
-        SUITES[source.suite].score(row.label, Reply(text=reply.text)).value for row, reply in zip(rows, replies, strict=True)
-    ]
+    replies = await asyncio.gather(*(engine.generate(request) for request in requests))
     by_group: dict[str, list[float]] = {}
-    for row, value in zip(rows, values, strict=True):
+    for row, reply in zip(rows, replies, strict=True):
+        value = SUITES[source.suite].score(row.label, Reply(text=reply.text)).value
         by_group.setdefault(row.task.group, []).append(value)
-    return SuiteFigures(
-        source=source,
-        rows=len(rows),
-        accuracy=_mean(values),
-        entropy_nats=_mean([reply.entropy_sum_nats / max(1, reply.entropy_tokens) for reply in replies]),
-        groups={group: _mean(found) for group, found in sorted(by_group.items())},
-    )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    return {
+        "rows": len(rows),
+        "split": "validation",
+        "difficulty": source.difficulty,
+        "accuracy": round(fmean(chain(*by_group.values())), 4),
+        "entropy_nats": round(fmean(reply.entropy_sum_nats / max(1, reply.entropy_tokens) for reply in replies), 4),
+        "groups": {group: round(fmean(values), 4) for group, values in sorted(by_group.items())},
+    }
 
 
 def train_specialist(options: SpecialistOptions, common: Common, command: str) -> dict[str, Any]:
