@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -57,7 +58,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _host_is_known() -> None:
-    """Look once, before any test, at what the host offers programs: what asks for it first would start processes."""
+    """Look once, before any test, at what the host is and offers programs: what asks for it first would start processes."""
+    platform.platform()  # the client of endpoints names it in every request
     sandbox.probe_levels()
 
 

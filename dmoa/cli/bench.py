@@ -10,7 +10,7 @@ import typer
 
 from dmoa.errors import ConfigError
 from dmoa.validation import did_you_mean
-from dmoa.workflows.console import EXIT_FAILED, Common, refuse_together, with_common
+from dmoa.workflows.console import EXIT_FAILED, Common, new_table, refuse_together, stdout_console, with_common
 
 if TYPE_CHECKING:
     from dmoa.bench.harness import BenchResult
@@ -161,15 +161,10 @@ def _measure(module: str, ids: Sequence[str], rounds: int | None, engine: str | 
 
 def print_results(results: Sequence[BenchResult]) -> None:
     """Print the results as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("id", "value", "spread", "bar", "passed", "engine", "note"):
-        table.add_column(name, overflow="fold", justify="right" if name in ("value", "spread") else "left")
+    columns = ("id", "value", "spread", "bar", "passed", "engine", "note")
+    table = new_table(*columns, words=[name for name in columns if name not in ("value", "spread")])
     for result in results:
         passed = {True: "yes", False: "NO", None: ""}[result.passed]
         spread = f"{result.low:.4g}..{result.high:.4g} ({result.rounds})"
         table.add_row(result.id, f"{result.value:.4g} {result.unit}", spread, result.bar, passed, result.engine, result.note)
-    console = Console(highlight=False, markup=False)
-    (console if console.is_terminal else Console(highlight=False, markup=False, width=160)).print(table)
+    stdout_console().print(table)

@@ -10,7 +10,15 @@ import typer
 
 from dmoa.cli.options import takes_options, this_command
 from dmoa.evaluation.records import EvaluateOptions
-from dmoa.workflows.console import EXIT_FAILED, CheckpointOption, Common, print_evaluation, refuse_together, with_common
+from dmoa.workflows.console import (
+    EXIT_FAILED,
+    CheckpointOption,
+    Common,
+    print_evaluation,
+    refuse_together,
+    stdout_console,
+    with_common,
+)
 
 SelfcheckOption = Annotated[
     bool, typer.Option("--selfcheck", help="Ask no agent: check that scorers, rows and sandbox agree; exit 1 if not.")
@@ -110,9 +118,6 @@ def _selfcheck(common: Common, options: EvaluateOptions, checkpoint: Path | None
         raise typer.Exit(EXIT_FAILED)
 
 
-_PIPE_WIDTH = 160
-
-
 @with_common
 def report(
     common: Common,
@@ -128,18 +133,13 @@ def report(
     dmoa report out/run1 --html report.html
     """
     refuse_together({"--config": common.config, "--set": common.overrides}, "on a run, which keeps its own settings")
-    from rich.console import Console
-
-    from dmoa.evaluation import report as html_report
+    from dmoa.evaluation.report import write_report
     from dmoa.evaluation.results import read_evaluation
     from dmoa.evaluation.run_folder import RunFolder
 
     evaluation = read_evaluation(directory)
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, emoji=False, width=_PIPE_WIDTH)
-    print_evaluation(evaluation, console)
+    print_evaluation(evaluation, stdout_console())
     path = html or RunFolder(directory).report
-    html_report.write_report(evaluation, path)
+    write_report(evaluation, path)
     common.say(f"report: {path}")
     common.write_json(evaluation.model_dump(mode="json"))

@@ -35,13 +35,23 @@ class _Job(TyperCommand):
             return super().make_context(*args, **extra)
 
 
-def evaluate_job() -> None:
-    """Run `jobs/evaluate.py`."""
-    run_job(_evaluate)
+def run_job(command: Callable[..., None]) -> None:
+    """Run a job's command to the end of the process; errors become exit codes as in `dmoa`."""
+    # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    never_join_by_accident()
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(cls=_Job)(command)
+    app()
 
 
-@with_common
-def _evaluate(common: Common) -> None:
+def job(command: Callable[[Common], None]) -> Callable[[], None]:
+    """Make the entry point of a script in `jobs/` of a command that takes nothing but the common options."""
+    return partial(run_job, with_common(command))
+
+
+@job
+def evaluate_job(common: Common) -> None:
     """Evaluate policies on benchmarks; the options of `dmoa evaluate` stand in the `job:` section of --config.
 
     \b
@@ -59,13 +69,8 @@ def _evaluate(common: Common) -> None:
     check_ran(evaluation)
 
 
-def collect_rollouts_job() -> None:
-    """Run `jobs/collect_rollouts.py`."""
-    run_job(_collect_rollouts)
-
-
-@with_common
-def _collect_rollouts(common: Common) -> None:
+@job
+def collect_rollouts_job(common: Common) -> None:
     """Collect rollouts; the options of `dmoa rollouts` stand in the `job:` section of --config.
 
     \b
@@ -79,31 +84,21 @@ def _collect_rollouts(common: Common) -> None:
     common.write_json(manifest.model_dump(mode="json"))
 
 
-def train_specialist_job() -> None:
-    """Run `jobs/train_specialist.py`."""
-    run_job(_train_specialist)
-
-
-@with_common
-def _train_specialist(common: Common) -> None:
+@job
+def train_specialist_job(common: Common) -> None:
     """Train the LoRA adapter of one recipe; recipes and options stand in the `job:` section of --config.
 
     \b
     python jobs/train_specialist.py --config jobs/train_specialist.yaml --set job.name=words
     """
-    from dmoa.workflows.specialists import train_specialist
+    from dmoa.workflows.specialists import SpecialistOptions, train_specialist
 
     _, values = read_job(common)
-    common.write_json(train_specialist(values, common, _command()))
+    common.write_json(train_specialist(SpecialistOptions.parse(values), common, _command()))
 
 
-def train_gate_job() -> None:
-    """Run `jobs/train_gate.py`."""
-    run_job(_train_gate)
-
-
-@with_common
-def _train_gate(common: Common) -> None:
+@job
+def train_gate_job(common: Common) -> None:
     """Train the gate on rollouts; the options of `dmoa train` stand in the `job:` section of --config.
 
     \b
@@ -117,13 +112,8 @@ def _train_gate(common: Common) -> None:
     common.write_json(result.report.model_dump(mode="json"))
 
 
-def train_rounds_job() -> None:
-    """Run `jobs/train_rounds.py`."""
-    run_job(_train_rounds)
-
-
-@with_common
-def _train_rounds(common: Common) -> None:
+@job
+def train_rounds_job(common: Common) -> None:
     """Collect and train in turns; the options stand in the `job:` section of --config.
 
     \b
@@ -169,13 +159,3 @@ def read_job(common: Common) -> tuple[Config, dict[str, Any]]:
         set_value(tree, override)
     values = tree.pop(JOB)
     return from_tree(tree, source=source), values
-
-
-def run_job(command: Callable[..., None]) -> None:
-    """Run a job's command to the end of the process; errors become exit codes as in `dmoa`."""
-    # Read when torch is loaded: threads that spin while they wait slow every token some thirty times on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    never_join_by_accident()
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(cls=_Job)(command)
-    app()

@@ -13,12 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from dmoa import __version__
-from dmoa.cli import bench, demo, evaluate, router, run, serve, train
-from dmoa.cli import evaluate as report
-from dmoa.cli import run as chat
-from dmoa.cli import system as doctor
-from dmoa.cli import system as info
-from dmoa.cli import system as models
+from dmoa.cli import bench, demo, evaluate, router, run, serve, system, train
 from dmoa.errors import DmoaError
 from dmoa.workflows.console import fail, suggesting
 from dmoa.workflows.terminal import closed, never_join_by_accident
@@ -75,20 +70,20 @@ def _root(
 
 
 app.command("run")(run.run)
-app.command("chat")(chat.chat)
+app.command("chat")(run.chat)
 app.command("serve")(serve.serve)
-app.add_typer(models.app, name="models")
+app.add_typer(system.app, name="models")
 app.add_typer(router.app, name="router")
 app.command("demo")(demo.demo)
 app.command("evaluate")(evaluate.evaluate)
-app.command("report")(report.report)
+app.command("report")(evaluate.report)
 app.command("probe")(train.probe)
 app.command("rollouts")(train.rollouts)
 app.command("train")(train.train)
-app.command("policies")(info.policies)
-app.command("schema")(info.schema)
-app.command("docs")(info.docs)
-app.command("doctor")(doctor.doctor)
+app.command("policies")(system.policies)
+app.command("schema")(system.schema)
+app.command("docs")(system.docs)
+app.command("doctor")(system.doctor)
 app.command("bench")(bench.bench)
 
 

@@ -73,11 +73,7 @@ def run(
     policy = _policy(policy, url)
     wish = AskOptions(policy=policy, agent=agent, max_steps=max_steps, deadline_s=deadline_s, keeps_trace=trace is not None)
     backend = open_backend(common, url, checkpoint, wish, question)
-    asked = asyncio.run(_ask_once(backend, question, wish, common))
-    if trace is not None and asked.trace is not None:
-        from dmoa.workflows.backends import append_line
-
-        append_line(trace, asked.trace.model_dump_json())
+    asked = asyncio.run(ask_once(backend, question, wish, common, trace))
     common.write_json(asked.to_json())
 
 
@@ -114,7 +110,9 @@ def open_backend(
     return build_local_swarm(config, common.say)
 
 
-async def _ask_once(backend: Backend, question: str, wish: AskOptions, common: Common) -> QueryResult:
+async def ask_once(backend: Backend, question: str, wish: AskOptions, common: Common, trace: Path | None) -> QueryResult:
+    """Ask one question, show how it is answered, append its trace to a file, and close the backend. Raises DmoaError."""
+    from dmoa.workflows.backends import append_line
     from dmoa.workflows.console import Screen
 
     screen = Screen(common.verbosity)
@@ -122,7 +120,10 @@ async def _ask_once(backend: Backend, question: str, wish: AskOptions, common: C
         asked = await backend.ask(question, (), wish, screen)
         screen.answer(asked)
     finally:
+        screen.end_live_line()
         await backend.close()
+    if trace is not None and asked.trace is not None:
+        append_line(trace, asked.trace.model_dump_json())
     return asked
 
 
@@ -259,7 +260,10 @@ class Conversation:
         return True
 
     async def _ask(self, question: str) -> None:
-        asked = await self._backend.ask(question, self._turns, self._wish, self._screen)
+        try:
+            asked = await self._backend.ask(question, self._turns, self._wish, self._screen)
+        finally:
+            self._screen.end_live_line()
         self._screen.answer(asked)
         self._turns += [Message(role="user", content=question), Message(role="assistant", content=asked.text)]
         self.answered.append(asked.to_json())

@@ -215,7 +215,7 @@ def serve(
                 config, host=host, port=port, address=address, app=app, insecure=insecure, policy_files=policy_files
             )
             ending.ready()
-            _announce(common, launched)
+            announce(common, launched)
             threading.Event().wait()
         except (KeyboardInterrupt, SystemExit):  # the latter from Ray's own handler, which holds while it starts
             if launched is None:
@@ -240,7 +240,8 @@ def _ray_is_up() -> bool:
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
-def _announce(common: Common, launched: Launched) -> None:
+def announce(common: Common, launched: Launched) -> None:
+    """Say where a swarm answers and with which gate, and write it where `--json` says."""
     typer.echo(f"dmoa: ready at {launched.url} (pool {launched.pool}, gate {launched.gate_version})")
     note = untrained_note(launched.gate_version)
     if note:

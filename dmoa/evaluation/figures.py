@@ -95,8 +95,8 @@ class Overall:
     """Accuracy in percent, in the order of the run."""
     n: int
     failed: int
-    accuracy: str
-    """In percent; a dash where it did not run on some benchmark: its mean would be over other rows than the others'."""
+    accuracy: float | None
+    """None where it did not run on some benchmark: its mean would be over other rows than the others'."""
     ends: str
     """Wilson's interval; empty where some scores are fractions."""
     active: str
@@ -122,7 +122,7 @@ def _overall(policy: str, rows: Sequence[EvaluationRow]) -> Overall:
         by_benchmark=[accuracy(row) for row in rows],
         n=sum(row.n for row in rows),
         failed=sum(row.failed for row in rows),
-        accuracy=share(sum(row.accuracy * row.n for row in ran) / n) if is_whole else "-",
+        accuracy=sum(row.accuracy * row.n for row in ran) / n if is_whole else None,
         ends=ends(found.low, found.high) if has_ends else "",
         active=decimals(active / sum(steps) if sum(steps) else None),
         tokens=count(sum(row.usage.total for row in ran) / n) if n else "-",

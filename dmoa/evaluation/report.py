@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation import figures as display
+from dmoa.evaluation import figures
 from dmoa.evaluation.results import Evaluation, EvaluationRow, GroupRow, not_run
 from dmoa.evaluation.run_folder import write_whole
 from dmoa.types import is_untrained
@@ -94,7 +94,7 @@ def _accuracy_panel(axes: Axes, name: str, rows: Sequence[EvaluationRow], evalua
     axes.set_ylim(-4, 104)
     axes.margins(x=0.25)
     axes.locator_params(axis="x", nbins=3)
-    axes.xaxis.set_major_formatter(lambda value, _: display.count(value))
+    axes.xaxis.set_major_formatter(lambda value, _: figures.count(value))
 
 
 def groups(evaluation: Evaluation, benchmark: str) -> str | None:
@@ -288,7 +288,7 @@ def _labels(names: Sequence[str]) -> list[str]:
 
 def _legend_columns(policies: Sequence[str], width: float) -> int:
     """Return how many names stand side by side in a figure of some inches."""
-    longest = max(map(len, _labels(policies))) + len(display.UNTRAINED) + 6
+    longest = max(map(len, _labels(policies))) + len(figures.UNTRAINED) + 6
     return max(1, min(6, len(policies), int(width * _CHARS_PER_INCH / longest)))
 
 
@@ -305,15 +305,15 @@ def _legend(figure: Figure, evaluation: Evaluation, shown: Sequence[str]) -> Non
     handles = [
         Line2D([], [], linewidth=1.4, **_marker(evaluation.config.all_policies.index(policy), size=6.5)) for policy in ordered
     ]
-    untrained = display.untrained_policies(evaluation)
-    names = [name + display.UNTRAINED * (policy in untrained) for name, policy in zip(_labels(ordered), ordered, strict=True)]
+    untrained = figures.untrained_policies(evaluation)
+    names = [name + figures.UNTRAINED * (policy in untrained) for name, policy in zip(_labels(ordered), ordered, strict=True)]
     columns = _legend_columns(ordered, figure.get_figwidth())
     figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
 
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Figure]:
-    """Give a figure in the page's style, drawn without any display."""
+    """Give a figure in the page's style, drawn without any figures."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -426,8 +426,8 @@ def render_report(evaluation: Evaluation) -> str:
     return environment.get_template(_TEMPLATE).render(
         evaluation=evaluation,
         run=run,
-        notes=display.Footnotes(evaluation),
-        show=display,
+        notes=figures.Footnotes(evaluation),
+        show=figures,
         colours=_COLOURS,
         titles={info.name: info.title or info.name for info in run.benchmarks},
         num_rows=sum(row.n for row in evaluation.rows),
@@ -436,8 +436,8 @@ def render_report(evaluation: Evaluation) -> str:
         started=f"begun {_moment(run.started_unix_s)}",
         summary=_summary(evaluation),
         warnings=_warnings(evaluation),
-        names=display.names(evaluation),
-        overall=display.overall(evaluation),
+        names=figures.names(evaluation),
+        overall=figures.overall(evaluation),
         first=next((plot for plot in _first_plot(evaluation)), None),
         sections=[section for section in _sections(evaluation) if section.plots],
         provenance=_provenance(evaluation),
@@ -449,23 +449,23 @@ def _summary(evaluation: Evaluation) -> list[tuple[str, str]]:
     run = evaluation.config
     tokens = sum(row.usage.total for row in evaluation.rows)
     pairs = [
-        ("policies", ", ".join(display.names(evaluation).values())),
+        ("policies", ", ".join(figures.names(evaluation).values())),
         ("gate", _gates(evaluation)),
         ("rows", f"{run.split} split, {'all' if run.limit is None else f'at most {run.limit}'} per benchmark, seed {run.seed}"),
         ("limits of a query", _pairs(run.limits)),
         ("engines", ", ".join(run.engines)),
-        ("tokens", f"{display.count(tokens)} prompt and completion"),
+        ("tokens", f"{figures.count(tokens)} prompt and completion"),
         ("machine", _machine(evaluation)),
     ]
     if run.ended_unix_s is not None:
-        pairs.append(("from first start to end", display.duration(max(0.0, run.ended_unix_s - run.started_unix_s))))
+        pairs.append(("from first start to end", figures.duration(max(0.0, run.ended_unix_s - run.started_unix_s))))
     return [(name, text) for name, text in pairs if text]
 
 
 def _gates(evaluation: Evaluation) -> str:
     run = evaluation.config
     named = {"": run.gate_version, **{f"{name} ": version for name, version in run.gates.items()}}
-    shown = [f"{name}{version}{display.UNTRAINED * is_untrained(version)}" for name, version in named.items() if version]
+    shown = [f"{name}{version}{figures.UNTRAINED * is_untrained(version)}" for name, version in named.items() if version]
     return ", ".join(shown) or "none"
 
 
@@ -538,7 +538,7 @@ def _first_plot(evaluation: Evaluation) -> Iterator[_Plot]:
 def _sections(evaluation: Evaluation) -> Iterator[_Section]:
     """Yield the other drawings by heading, those for which there is no data left out."""
 
-    names = display.names(evaluation)
+    names = figures.names(evaluation)
     yield _Section(heading="Steps", plots=list(_drawn(steps(evaluation))))
     yield _Section(heading="Why queries ended", plots=list(_drawn(stop_reasons(evaluation))))
     by_group = [

@@ -1,7 +1,7 @@
-"""Trains a LoRA specialist on Ray Train or in process: steps, checks on held-out rows, state to go on from, the adapter's files.
+"""Trains a LoRA specialist with transformers' Trainer, in this process or in Ray Train's workers; a broken run goes on.
 
-All workers know the seeded order of rows; of every global batch, worker r of W takes rows r, r + W, ...; losses are divided by
-the tokens of the global batch and gradients summed, so the weights do not depend on W.
+Rows are taken in their order, each once. Losses are divided by the target tokens of the whole batch, so that the weights do
+not depend on the number of workers, but for rounding.
 """
 
 from __future__ import annotations
@@ -10,30 +10,34 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
+import transformers
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
+from dmoa.core.entropy import token_entropy
 from dmoa.engine_options import Node
 from dmoa.engines.models import model_id
 from dmoa.errors import CheckpointError, ConfigError, DmoaError
 from dmoa.tracking import Mode, Tracker, keep_run_id, open_tracker
-from dmoa.training.lora import LoraModel, LoraSettings, TrainingRow, encode
+from dmoa.training.lora import IGNORED, LoraSettings, TrainingRow, collate, encode, export_adapter, load_lora
 
-STATE, WEIGHTS, ADAPTER = "state.json", "state.safetensors", "adapter"
-
+STATE = "trainer_state.json"
+"""The file of a state that is written last: a folder without it was not finished."""
 MAX_FAILURES = 3
 """Workers that may be lost before a run fails."""
 
@@ -44,8 +48,7 @@ class Schedule(Node):
     steps: int = Field(ge=1)
     """Most updates; every row is used once, so `steps` x `batch_rows` rows are needed."""
     batch_rows: int = Field(default=16, ge=1)
-    """Rows of one update, all workers together."""
-    rows_per_pack: int = Field(default=4, ge=1)
+    """Rows of one update, all workers together: a multiple of their number."""
     learning_rate: float = Field(default=2e-3, gt=0)
     """Of AdamW at its highest: it rises over the first steps and falls along half a cosine."""
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
@@ -61,238 +64,215 @@ class Schedule(Node):
     """End as soon as so many of the held-out rows are right; None: after `steps`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoraJob:
     """Everything that a worker is told; pickles."""
 
     name: str
     model: str
     """The `model` of an LLM, such as `embedded:smollm2-135m`."""
-    base: str
-    """Stable id of the base's bytes: goes into the adapter's settings."""
     settings: LoraSettings
     schedule: Schedule
     rows: tuple[TrainingRow, ...]
     held_out: tuple[TrainingRow, ...]
-    identity: str
-    """Hash of all the above: state of another job is refused."""
-    run_dir: str
+    run_dir: Path
     """Absolute folder for curves, on the machine of the first worker."""
-    track: Mode
-    threads: int | None
+    track: Mode = "none"
+    threads: int | None = None
     """CPU threads of a worker; None: as torch finds them."""
-    state_dir: str | None
-    """Where state is kept without workers; None: Ray Train keeps it."""
     run_id: str | None = None
     """Of the tracker's run, whatever machine the first worker is on; None: the one kept in `run_dir`."""
+
+    @cached_property
+    def base(self) -> str:
+        """Stable id of the base's bytes: goes into the adapter's settings."""
+        return model_id(self.model)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what decides the adapter: state of another job is refused."""
+        texts = [row.model_dump_json() for row in (*self.rows, *self.held_out)]
+        values = [self.name, self.base, self.settings.model_dump(), self.schedule.model_dump(), texts]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class _Trainer(Trainer):  # type: ignore[misc]  # transformers ships no usable types
+    """Computes logits for targets alone: those of a whole prompt are most of the work on a large vocabulary."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        return super().compute_loss(model, inputs | {"logits_to_keep": inputs["labels"].shape[1]}, *args, **options)
+
+
+class _Progress(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Tells how the training goes, ends it, and hands every state to Ray Train where that keeps them."""
+
+    def __init__(self, job: LoraJob, tracker: Tracker, *, reports: bool) -> None:
+        self._job, self._tracker, self._reports = job, tracker, reports
+        self._begun_s = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Return what is kept beside a state."""
+        return {"args": {}, "attributes": {"identity": self._job.identity}}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self._begun_s = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **more: Any) -> None:
+        if "loss" not in logs:
+            return
+        loss, took_s = logs["loss"], time.perf_counter() - self._begun_s
+        if not math.isfinite(loss):
+            raise DmoaError(f"{self._job.name}: the loss of step {state.global_step} is {loss}; lower the learning_rate")
+        values = {"loss_nats": loss, "gradient_norm": float(logs["grad_norm"]), "step_s": took_s}
+        self._tracker.log(values, step=state.global_step)
+        if state.is_world_process_zero:
+            place = f"step {state.global_step}/{state.max_steps}"
+            _tell(f"{self._job.name}: {place}, loss {loss:.3f} nats/token, {took_s:.1f} s")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        last = _curve(state.log_history)[-1]
+        values = {f"held_out/{name}": value for name, value in last.items() if name != "step"}
+        self._tracker.log(values, step=state.global_step)
+        control.should_training_stop |= _is_enough(self._job, [last])
+        if state.is_world_process_zero:
+            _tell(f"{self._job.name}: step {state.global_step}, held-out accuracy {last['accuracy']:.3f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        import ray.train
+
+        if not self._reports:
+            return
+        checkpoint = None
+        if state.is_world_process_zero:
+            checkpoint = ray.train.Checkpoint.from_directory(args.output_dir)
+        ray.train.report(_curve(state.log_history)[-1], checkpoint=checkpoint)
+
+
+def _curve(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Return the held-out figures of every check: step, accuracy, entropy_nats, and both per source."""
+    own = ("step", "eval_accuracy", "eval_entropy_nats")
+    checks = (point for point in history if "eval_accuracy" in point)
+    return [{name.removeprefix("eval_"): float(point[name]) for name in point if name.startswith(own)} for point in checks]
+
+
+def _is_enough(job: LoraJob, curve: Sequence[dict[str, float]]) -> bool:
+    stop = job.schedule.stop_accuracy
+    return bool(curve) and stop is not None and curve[-1]["accuracy"] >= stop
+
+
+def judge_rows(logits_NKV: Tensor, labels_NK: Tensor) -> Tensor:
+    """Return [N, 2]: whether greedy decoding gives the target, and the mean entropy of its tokens in nats."""
+    logits_NKV, target_NK = logits_NKV[:, :-1], labels_NK[:, 1:]
+    is_asked_NK = target_NK != IGNORED
+    is_right_N = ((logits_NKV.argmax(dim=-1) == target_NK) | ~is_asked_NK).all(dim=1)
+    entropy_NK = token_entropy(logits_NKV.flatten(0, 1)).view(target_NK.shape)
+    entropy_N = torch.where(is_asked_NK, entropy_NK, 0.0).sum(dim=1) / is_asked_NK.sum(dim=1)
+    return torch.stack([is_right_N.float(), entropy_N], dim=1)
+
+
+def _figures(sources: Sequence[str], judged_N2: np.ndarray[Any, Any]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for name in (None, *sorted(set(sources))):
+        own = [number for number, source in enumerate(sources) if name in (None, source)]
+        accuracy, entropy = judged_N2[own].mean(axis=0)
+        end = "" if name is None else f"/{name}"
+        figures |= {f"accuracy{end}": float(accuracy), f"entropy_nats{end}": float(entropy)}
+    return figures
+
+
+def _arguments(schedule: Schedule, folder: Path, num_workers: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.batch_rows // num_workers,
+        per_device_eval_batch_size=schedule.batch_rows,
+        train_sampling_strategy="sequential",
+        learning_rate=schedule.learning_rate,
+        adam_beta2=0.99,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": schedule.final_share},
+        warmup_steps=int(schedule.warmup_share * schedule.steps),
+        max_grad_norm=schedule.clip,
+        seed=schedule.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=schedule.check_every,
+        save_steps=schedule.check_every,
+        save_total_limit=2,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _train(job: LoraJob, folder: Path, state: Path | None, *, rank: int = 0, num_workers: int = 1, reports: bool = False) -> None:
+    """Train to the end, from a state where there is one; states go to `folder`. Raises CheckpointError for another job's."""
+    if state is not None and _is_done(job, state):
+        return
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    transformers.utils.logging.set_verbosity_error()
+    # transformers, accelerate and PEFT warn of each other's calls, and steps are told on the same stderr.
+    with warnings.catch_warnings(action="ignore"):
+        _fit(job, folder, state, rank=rank, num_workers=num_workers, reports=reports)
+
+
+def _fit(job: LoraJob, folder: Path, state: Path | None, *, rank: int, num_workers: int, reports: bool) -> None:
+    model, tokenizer = load_lora(job.model, job.settings, seed=job.schedule.seed)
+    sources = [row.source for row in job.held_out]
+    mode = job.track if rank == 0 else "none"
+    tracker = open_tracker(mode, run_dir=job.run_dir, name=f"adapter-{job.name}", run_id=job.run_id, of=job.identity)
+    tracker.config({"settings": job.settings.model_dump(), "schedule": job.schedule.model_dump(), "base": job.base})
+    arguments = _arguments(job.schedule, folder, num_workers)
+    arguments._n_gpu = min(1, arguments.n_gpu)  # Trainer would widen the batch over every GPU that it sees
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=encode(tokenizer, job.rows),
+        eval_dataset=encode(tokenizer, job.held_out),
+        preprocess_logits_for_metrics=judge_rows,
+        compute_metrics=lambda found: _figures(sources, found.predictions),
+        callbacks=[_Progress(job, tracker, reports=reports)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    finally:
+        tracker.finish()
+
+
+def _is_done(job: LoraJob, state: Path) -> bool:
+    """Tell whether a state is that of a finished training. Raises CheckpointError for that of another job."""
+    plain = json.loads((state / STATE).read_text(encoding="utf-8"))
+    if plain["stateful_callbacks"][_Progress.__name__]["attributes"]["identity"] != job.identity:
+        raise CheckpointError(
+            f"{job.name}: the folder holds the state of a run with other settings, rows or base model; name another folder in "
+            "job.out, or remove the old one"
+        )
+    return plain["global_step"] >= job.schedule.steps or _is_enough(job, _curve(plain["log_history"]))
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Train to the end; Ray Train calls this in every worker with {"job": LoraJob}."""
     import ray.train
 
-    job: LoraJob = config["job"]
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
-    context = ray.train.get_context()
-    worker = _Worker(job, rank=context.get_world_rank(), num_workers=context.get_world_size())
-    with _kept(job) as folder:
-        if folder is not None:
-            worker.restore(folder)
-    # A training that is over has nothing to log.
-    mode, place = job.track if worker.rank == 0 and not worker.is_done else "none", Path(job.run_dir)
-    tracker = open_tracker(mode, run_dir=place, name=f"adapter-{job.name}", run_id=job.run_id, of=job.identity)
-    tracker.config({"settings": job.settings.model_dump(), "schedule": job.schedule.model_dump(), "base": job.base})
-    try:
-        while not worker.is_done:
-            worker.update(tracker)
-            if worker.is_due:
-                metrics = worker.check(tracker)
-                _keep(worker, metrics)
-    finally:
-        tracker.finish()
+    context, checkpoint = ray.train.get_context(), ray.train.get_checkpoint()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    kept = checkpoint.as_directory() if checkpoint else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, kept as directory:
+        state = latest_state(Path(directory)) if directory else None
+        _train(config["job"], Path(folder), state, rank=rank, num_workers=num_workers, reports=True)
 
 
-class _Worker:
-    """One worker's share of the training, and the state that all workers have alike."""
-
-    def __init__(self, job: LoraJob, *, rank: int, num_workers: int) -> None:
-        self.job, self.rank, self.num_workers = job, rank, num_workers
-        self.model = LoraModel(job.model, job.settings, seed=job.schedule.seed)
-        self.rows = encode(self.model.tokenizer, job.rows)
-        self.held_out = encode(self.model.tokenizer, job.held_out)
-        self.weights = self.model.weights
-        schedule = job.schedule
-        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-        self.step = 0
-        self.curve: list[dict[str, float]] = []
-        self.has_stopped = False
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all updates are made, or the accuracy asked for is reached."""
-        return self.has_stopped or self.step >= self.job.schedule.steps
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the held-out rows are to be looked at."""
-        return self.step % self.job.schedule.check_every == 0 or self.step >= self.job.schedule.steps
-
-    def update(self, tracker: Tracker) -> None:
-        """Make one update from the next global batch. Raises DmoaError for a loss that is not finite."""
-        schedule, begun_s = self.job.schedule, time.perf_counter()
-        batch = self.rows[self.step * schedule.batch_rows :][: schedule.batch_rows]
-        num_tokens = sum(len(row.target) for row in batch)
-        self.optimizer.zero_grad(set_to_none=False)
-        own = batch[self.rank :: self.num_workers]
-        total = torch.zeros(1)
-        if own:
-            loss = self.model.loss(own, schedule.rows_per_pack) / num_tokens
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach().cpu()
-        _sum_over_workers([total, *(_gradient(weight) for weight in self.weights.values())])
-        if not math.isfinite(float(total)):
-            raise DmoaError(f"{self.job.name}: the loss of step {self.step} is {float(total)}; lower the learning_rate")
-        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), schedule.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = schedule.learning_rate * _share(schedule, self.step)
-        self.optimizer.step()
-        self.step += 1
-        took_s = time.perf_counter() - begun_s
-        tracker.log({"loss_nats": float(total), "gradient_norm": float(norm), "step_s": took_s}, step=self.step)
-        if self.rank == 0:
-            _tell(f"{self.job.name}: step {self.step}/{schedule.steps}, loss {float(total):.3f} nats/token, {took_s:.1f} s")
-
-    def check(self, tracker: Tracker) -> dict[str, float]:
-        """Look at the held-out rows, the same on all workers; decide whether to stop."""
-        share = self.held_out[self.rank :: self.num_workers]
-        size = self.job.schedule.batch_rows
-        judged = [
-            result
-            for first in range(0, len(share), size)
-            for result in self.model.judge(share[first : first + size], self.job.schedule.rows_per_pack)
-        ]
-        names = sorted({row.source for row in self.held_out})
-        sums = torch.zeros(len(names), 3, dtype=torch.float64)
-        for row, result in zip(share, judged, strict=True):
-            sums[names.index(row.source)] += torch.tensor([1.0, float(result.is_right), result.entropy_nats])
-        _sum_over_workers([sums])
-        metrics = {"step": float(self.step), **_figures(names, sums)}
-        self.curve.append(metrics)
-        stop = self.job.schedule.stop_accuracy
-        self.has_stopped = stop is not None and metrics["accuracy"] >= stop
-        tracker.log({f"held_out/{name}": value for name, value in metrics.items() if name != "step"}, step=self.step)
-        if self.rank == 0:
-            _tell(f"{self.job.name}: step {self.step}, held-out accuracy {metrics['accuracy']:.3f}")
-        return metrics
-
-    def save(self, folder: Path) -> None:
-        """Write the state, and the adapter as it is now."""
-        tensors: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            state = self.optimizer.state[weight]
-            tensors |= {f"{name}|weight": weight.detach()}
-            tensors |= {f"{name}|{key}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
-        save_file(tensors, folder / WEIGHTS)
-        plain = {"identity": self.job.identity, "step": self.step, "has_stopped": self.has_stopped, "curve": self.curve}
-        (folder / STATE).write_text(json.dumps(plain), encoding="utf-8")
-        self.model.save(folder / ADAPTER, base=self.job.base)
-
-    def restore(self, folder: Path) -> None:
-        """Go on from a state. Raises CheckpointError for that of another job."""
-        plain = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if plain["identity"] != self.job.identity:
-            raise CheckpointError(
-                f"{self.job.name}: the folder holds the state of a run with other settings, rows or base model; name another "
-                "folder in job.out, or remove the old one"
-            )
-        tensors = load_file(folder / WEIGHTS)
-        for name, weight in self.weights.items():
-            weight.data.copy_(tensors[f"{name}|weight"])
-            self.optimizer.state[weight] = {
-                key: tensors[f"{name}|{key}"].to(weight.device if key != "step" else "cpu")
-                for key in ("exp_avg", "exp_avg_sq", "step")
-            }
-        self.step, self.has_stopped, self.curve = plain["step"], plain["has_stopped"], plain["curve"]
-
-
-def _gradient(weight: torch.nn.Parameter) -> Tensor:
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    return weight.grad
-
-
-def _sum_over_workers(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their sums over all workers, in one exchange."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flat = torch.cat([tensor.flatten().to(device) for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-
-
-def _share(schedule: Schedule, step: int) -> float:
-    """Part of the learning rate at a step, counted from 0."""
-    rise = min(1.0, (step + 1) / max(1.0, schedule.warmup_share * schedule.steps))
-    fall = 0.5 * (1.0 + math.cos(math.pi * step / schedule.steps))
-    return rise * (schedule.final_share + (1.0 - schedule.final_share) * fall)
-
-
-def _figures(names: Sequence[str], sums: Tensor) -> dict[str, float]:
-    total = sums.sum(dim=0)
-    figures = {"accuracy": float(total[1] / total[0]), "entropy_nats": float(total[2] / total[0])}
-    for name, (count, right, entropy) in zip(names, sums.tolist(), strict=True):
-        figures |= {f"accuracy/{name}": right / count, f"entropy_nats/{name}": entropy / count}
-    return figures
-
-
-@contextmanager
-def _kept(job: LoraJob) -> Iterator[Path | None]:
-    """Yield the folder of the state to go on from, None where there is none."""
-    import ray.train
-
-    if job.state_dir is not None:
-        yield latest_state(Path(job.state_dir))
-        return
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        yield None
-        return
-    with checkpoint.as_directory() as directory:
-        yield Path(directory)
-
-
-def latest_state(state_dir: Path) -> Path | None:
-    """Return the newest state in a folder that training without workers keeps, None where there is none."""
-    return max((file.parent for file in state_dir.glob(f"step-*/{STATE}")), default=None)
-
-
-def _keep(worker: _Worker, metrics: dict[str, float]) -> None:
-    """Keep the state: every worker reports, the first one with its files."""
-    import ray.train
-
-    job = worker.job
-    # Training without workers keeps its state in a folder, because Ray's in-process mode keeps nothing.
-    if job.state_dir is not None:
-        root = Path(job.state_dir)
-        unfinished, folder = root / "unfinished", root / f"step-{worker.step:08d}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        worker.save(unfinished)
-        unfinished.rename(folder)
-        for older in root.glob("step-*"):
-            if older != folder:
-                shutil.rmtree(older)
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        checkpoint = None
-        if worker.rank == 0:
-            worker.save(Path(directory))
-            checkpoint = ray.train.Checkpoint.from_directory(directory)
-        ray.train.report(metrics, checkpoint=checkpoint)
+def latest_state(folder: Path) -> Path | None:
+    """Return the newest whole state in a folder, None where there is none."""
+    return max((file.parent for file in folder.glob(f"checkpoint-*/{STATE}")), key=lambda p: int(p.name[11:]), default=None)
 
 
 def _tell(sentence: str) -> None:
@@ -310,50 +290,40 @@ class TrainedAdapter:
     """Held-out figures of every check, oldest first: step, accuracy, entropy_nats, and both per source."""
 
 
-def build_job(
-    name: str,
-    model: str,
-    settings: LoraSettings,
-    schedule: Schedule,
-    rows: list[TrainingRow],
-    held_out: list[TrainingRow],
-    *,
-    run_dir: Path,
-    track: Mode,
-    threads: int | None,
-) -> LoraJob:
-    """Put a job together. Raises ConfigError where there are too few rows for the schedule."""
-    needed = schedule.steps * schedule.batch_rows
-    if len(rows) < needed:
-        raise ConfigError(
-            f"steps: value seen: {schedule.steps} of {schedule.batch_rows} rows; there are {len(rows)} rows and each is used "
-            f"once; give {needed} rows or fewer steps"
-        )
-    base = model_id(model)
-    texts = [row.model_dump_json() for row in (*rows, *held_out)]
-    identity = json.dumps([name, base, settings.model_dump(), schedule.model_dump(), texts], sort_keys=True)
-    return LoraJob(
-        name=name,
-        model=model,
-        base=base,
-        settings=settings,
-        schedule=schedule,
-        rows=tuple(rows),
-        held_out=tuple(held_out),
-        identity=hashlib.sha256(identity.encode()).hexdigest(),
-        run_dir=str(run_dir.absolute()),
-        track=track,
-        threads=threads,
-        state_dir=None,
-    )
-
-
 def train_adapter(job: LoraJob, *, out: Path, workers: int, storage_path: str | None, use_gpu: bool = False) -> TrainedAdapter:
     """Train an adapter and write it into `out`; `workers` 0 trains in this process, else Ray must be up.
 
-    `storage_path` is where Ray Train keeps checkpoints (any of Ray's file systems; None: beside the curves).
-    Raises CheckpointError where the run's folder belongs to another job, DmoaError where training ends without an adapter.
+    `storage_path` is where Ray Train keeps checkpoints (any of Ray's file systems; None: beside the curves). Raises
+    ConfigError where there are too few rows, or workers cannot share a batch evenly, CheckpointError where the run's folder
+    belongs to another job, DmoaError where training ends without an adapter.
     """
+    schedule = job.schedule
+    needed = schedule.steps * schedule.batch_rows
+    if len(job.rows) < needed:
+        raise ConfigError(
+            f"steps: value seen: {schedule.steps} of {schedule.batch_rows} rows; there are {len(job.rows)} rows and each is used "
+            f"once; give {needed} rows or fewer steps"
+        )
+    if workers and schedule.batch_rows % workers:
+        raise ConfigError(
+            f"workers: value seen: {workers}; batch_rows is {schedule.batch_rows}, which they cannot share evenly; give a "
+            "number that divides it"
+        )
+    run_dir = job.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if job.track != "none":
+        job = replace(job, run_id=keep_run_id(run_dir, of=job.identity))
+    if workers == 0:
+        states = run_dir / "state"
+        _train(job, states, latest_state(states))
+        return _hand_over(job, states, out)
+    checkpoint = _train_on_ray(job, workers, storage_path or str(run_dir / "ray"), use_gpu=use_gpu)
+    with checkpoint.as_directory() as directory:
+        return _hand_over(job, Path(directory), out)
+
+
+def _train_on_ray(job: LoraJob, workers: int, storage_path: str, *, use_gpu: bool) -> Any:
+    """Return Ray Train's last checkpoint. Raises DmoaError where training ends without one."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -361,48 +331,33 @@ def train_adapter(job: LoraJob, *, out: Path, workers: int, storage_path: str | 
     from dmoa.dataflow import in_background
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    run_dir = Path(job.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if job.track != "none":
-        job = replace(job, run_id=keep_run_id(run_dir, of=job.identity))
-    state_dir = run_dir / "state"
-    if workers == 0:
-        job = replace(job, state_dir=str(state_dir))
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         run_config=RunConfig(
             name=f"adapter-{job.name}",
-            storage_path=storage_path or str(run_dir / "ray"),
+            storage_path=storage_path,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     try:
-        # Without workers it trains in this thread.
-        result = in_background(trainer.fit, "training") if workers else trainer.fit()
+        result = in_background(trainer.fit, "training")
     except TrainingFailedError as error:
         reason = " ".join(str(error).split())[-1500:]
         raise DmoaError(f"{job.name}: training stopped: {reason}; the same command goes on from the last state") from error
-    if workers == 0:
-        folder = latest_state(state_dir)
-        if folder is None:
-            raise DmoaError(f"{job.name}: training kept no state in {str(state_dir)!r}; remove the folder and train again")
-        return _hand_over(folder, out)
     if result.checkpoint is None:
         raise DmoaError(f"{job.name}: Ray Train returned no checkpoint; look at {result.path} and train again")
-    with result.checkpoint.as_directory() as directory:
-        return _hand_over(Path(directory), out)
+    return result.checkpoint
 
 
-def _hand_over(state: Path, out: Path) -> TrainedAdapter:
-    """Copy the finished adapter out of a state."""
-    plain: dict[str, Any] = json.loads((state / STATE).read_text(encoding="utf-8"))
-    out.mkdir(parents=True, exist_ok=True)
-    for file in sorted((state / ADAPTER).iterdir()):
-        unfinished = out / f"{file.name}.tmp"
-        shutil.copyfile(file, unfinished)
-        unfinished.replace(out / file.name)
-    return TrainedAdapter(folder=out, steps=plain["step"], curve=plain["curve"])
+def _hand_over(job: LoraJob, states: Path, out: Path) -> TrainedAdapter:
+    """Write the finished adapter of the newest state."""
+    state = latest_state(states)
+    if state is None:
+        raise DmoaError(f"{job.name}: training kept no state in {str(states)!r}; remove the folder and train again")
+    plain = json.loads((state / STATE).read_text(encoding="utf-8"))
+    export_adapter(state, out, base=job.base)
+    return TrainedAdapter(folder=out, steps=plain["global_step"], curve=_curve(plain["log_history"]))

@@ -97,43 +97,13 @@ def cluster_choices(
 
 def print_table(evaluation: Evaluation) -> None:
     """Print one line per ablation and rival: accuracy by benchmark, and the difference from the default."""
-    from rich.table import Table
-
     from dmoa.training.ablations import ABLATIONS
-    from dmoa.workflows.console import stdout_console
+    from dmoa.workflows.console import print_overall, stdout_console
 
+    print_overall(evaluation, {policy: policy for policy in evaluation.config.all_policies}, REFERENCE)
     console = stdout_console()
-    names = [info.name for info in evaluation.config.benchmarks]
-    table = Table(box=None, pad_edge=False)
-    for name in ("policy", *names, "all rows", "against default", "agents a step", "tokens a row"):
-        table.add_column(name, justify="left" if name == "policy" else "right")
-    reference = _overall(evaluation, REFERENCE)
-    for policy in evaluation.config.all_policies:
-        rows = {row.benchmark: row for row in evaluation.rows if row.policy == policy}
-        ran = [row for row in rows.values() if row.did_run]
-        count = max(sum(row.n for row in ran), 1)
-        active = sum((row.active_mean or 0.0) * row.n for row in ran) / count
-        tokens = sum(row.usage.total for row in ran) / count
-        overall = _overall(evaluation, policy)
-        table.add_row(
-            policy,
-            *(f"{rows[name].accuracy:.1%}" if rows[name].did_run else "did not run" for name in names),
-            "-" if overall is None else f"{overall:.1%}",
-            "-" if overall is None or reference is None else f"{100 * (overall - reference):+.1f}",
-            f"{active:.2f}" if ran else "-",
-            f"{tokens:.0f}" if ran else "-",
-        )
-    console.print(table)
     for name, ablation in ABLATIONS.items():
         if f"dmoa:{name}" in evaluation.config.policies:
             console.print(f"dmoa:{name}: {ablation.summary}", soft_wrap=True)
     console.print(f"{KMEANS}: k-means over embeddings, the surest agent of the cluster; oracle: knows the labels", soft_wrap=True)
     console.print("paired tests of every two policies on every benchmark are in the report and in --json", soft_wrap=True)
-
-
-def _overall(evaluation: Evaluation, policy: str) -> float | None:
-    """Return a policy's accuracy over all rows; None where it did not run on some benchmark, so that means compare."""
-    rows = [row for row in evaluation.rows if row.policy == policy]
-    if not all(row.did_run for row in rows):
-        return None
-    return sum(row.accuracy * row.n for row in rows) / sum(row.n for row in rows)

@@ -345,11 +345,11 @@ class RemoteSwarm:
         try:
             async for event in self.client.stream(messages, model=wish.agent, dmoa=_options(wish), sampling=wish.sampling):
                 if isinstance(event, StepLine):
-                    screen.remote_line(event.text)
+                    screen.live_line(event.text)
                 elif not isinstance(event, TextDelta):
                     reply = event
         finally:
-            screen.end_remote_lines()
+            screen.end_live_line()
         wall_s = time.perf_counter() - started
         record = _record(self.client, reply)
         for step in record.steps:

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,8 @@ from dmoa.validation import did_you_mean, redact_text
 from dmoa.workflows.terminal import libraries_apart, stderr, tell
 
 if TYPE_CHECKING:
-    from dmoa import dataflow as passes
     from dmoa.config import Config
+    from dmoa.dataflow import PassProgress
     from dmoa.evaluation.figures import Footnotes
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.selfcheck import BenchmarkCheck, SelfCheck
@@ -133,14 +133,15 @@ class Screen:
             self.out = Console(highlight=False, markup=False, emoji=False, width=_QUERY_WIDTH)
         self.err = Console(file=stderr(), highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._live: Status | None = None
+        self._coming = ""
+        """What has come of the answer while its step is not printed yet."""
         self._has_text = False
-        self._is_line_open = False
 
     def step(self, step: ReplyStep) -> None:
         """Print a finished step: probabilities, who was active, how sure each was, and the new summary."""
         if self._verbosity < 0 or not self.shows_steps:
             return
-        self._end_line()
+        self.end_live_line()
         summarizer = step.summarizer
         head = f"step {step.step + 1}  k {step.k}  mass {step.mass:.3f}  {step.wall_ms / 1e3:.2f} s"
         self.out.print(Text(f"{head}  {summarizer.mode}: {summarizer.verdict}", style="bold"))
@@ -152,8 +153,8 @@ class Screen:
         if step.summary:
             self._print(f"  => {_short(step.summary)}")
 
-    def remote_line(self, text: str) -> None:
-        """Show a running server's word on a finished step until the next one: the steps themselves are printed at the end."""
+    def live_line(self, text: str) -> None:
+        """Show what goes on in a line of its own, on a terminal, until the next step is printed or `end_live_line`."""
         if self._verbosity < 0 or not self.shows_steps or not self.err.is_terminal:
             return
         line = Text(" ".join(printable(text).split()), style="dim")
@@ -162,29 +163,32 @@ class Screen:
             self._live.start()
         self._live.update(line)
 
-    def end_remote_lines(self) -> None:
-        """Take the line of the last step away."""
+    def end_live_line(self) -> None:
+        """Take the line of what goes on away."""
+        self._coming = ""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def delta(self, text: str) -> None:
-        """Print a piece of the answer as it comes."""
+        """Show a piece of the answer as it comes: printed, or in a line of its own until the answer's step is printed."""
+        if self._verbosity >= 0 and self.shows_steps:
+            self._coming += text
+            self.live_line(self._coming[-_QUERY_WIDTH:])
+            return
         self._heading()
-        self._has_text = self._is_line_open = True
+        self._has_text = True
         self.out.print(Text(printable(text)), end="", soft_wrap=True)
 
-    def answer(self, asked: QueryResult, *, has_note: bool = True) -> None:
-        """Print the answer, unless it came in pieces, then why the query stopped and what it took.
-
-        `has_note` says at the end whether the gate is trained; only where the caller itself says it may it be left out.
-        """
-        if not self._has_text:
+    def answer(self, asked: QueryResult) -> None:
+        """Print the answer, unless it came in pieces, then why the query stopped, what it took, and an untrained gate."""
+        if self._has_text:
+            self.out.print()
+        else:
             self._heading()
             self._print(asked.text)
-        self._end_line()
         self._has_text = False
-        note = untrained_note(asked.dmoa.gate_version) if has_note else None
+        note = untrained_note(asked.dmoa.gate_version)
         if self._verbosity < 0:
             if note:
                 self.err.print(f"dmoa: {note}")
@@ -196,11 +200,6 @@ class Screen:
     def _heading(self) -> None:
         if not self._has_text and self._verbosity >= 0:
             self.out.print(Text("answer", style="bold"))
-
-    def _end_line(self) -> None:
-        if self._is_line_open:
-            self.out.print()
-        self._is_line_open = False
 
     def _print(self, text: str) -> None:
         self.out.print(Text(printable(text)), soft_wrap=True)
@@ -280,7 +279,7 @@ class Bars:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bars.stop()
 
-    def watch(self, progress: passes.PassProgress) -> None:
+    def watch(self, progress: PassProgress) -> None:
         """Show how far a pass is."""
         more = (
             [f"{progress.completion_tokens / max(progress.elapsed_s, 1e-9):.0f} tokens/s"] if progress.completion_tokens else []
@@ -318,17 +317,19 @@ def stdout_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=PIPE_WIDTH)
 
 
-def print_result(evaluation: Evaluation) -> None:
-    """Print the tables of an evaluation."""
-
-    print_evaluation(evaluation, stdout_console())
+def new_table(*columns: str, words: Collection[str]) -> Table:
+    """Return a table without lines: columns of `words` fold on the left, figures stay whole on the right."""
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        is_text = name in words
+        table.add_column(name, overflow="fold", no_wrap=not is_text, justify="left" if is_text else "right")
+    return table
 
 
 def print_selfcheck(found: SelfCheck) -> None:
     """Print what a self-check found, a line per benchmark and check, and the rows that cannot be judged on this host."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("benchmark", "check", "passed", "found"):
-        table.add_column(name, overflow="fold")
+    columns = ("benchmark", "check", "passed", "found")
+    table = new_table(*columns, words=columns)
     for check in found.benchmarks:
         for name, passed, text in _selfcheck_lines(check):
             table.add_row(check.name, name, "yes" if passed else "NO", text)
@@ -356,14 +357,14 @@ def _selfcheck_lines(check: BenchmarkCheck) -> Iterator[tuple[str, bool, str]]:
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print the tables of an evaluation: results, comparisons, failed rows, and every remark they need."""
-    from dmoa.evaluation import figures as display
+    from dmoa.evaluation import figures
 
-    notes = display.Footnotes(evaluation)
+    notes = figures.Footnotes(evaluation)
     _print_results(evaluation, notes, console)
     if evaluation.paired:
         console.print()
         _print_paired(evaluation, notes, console)
-    untrained = sorted(display.untrained_policies(evaluation))
+    untrained = sorted(figures.untrained_policies(evaluation))
     if untrained:
         _line(console, f"untrained gate, its routing is arbitrary: {', '.join(untrained)}")
     for note in notes.all():
@@ -376,17 +377,11 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 
 
 def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:
-    from rich.table import Table
+    from dmoa.evaluation import figures
 
-    from dmoa.evaluation import figures as display
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("benchmark", "policy", "note"):
-        table.add_column(name, overflow="fold")
-    titles = ("n", "acc %", "95 %", "chance", "unsc.", "failed", "prompt", "cached", "compl.", "steps", "active", "wall")
-    for name in titles:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("also", overflow="fold")
+    texts = ("benchmark", "policy", "note", "also")
+    figure_names = ("n", "acc %", "95 %", "chance", "unsc.", "failed", "prompt", "cached", "compl.", "steps", "active", "wall")
+    table = new_table(*texts[:3], *figure_names, texts[3], words=texts)
     previous = ""
     for row in evaluation.rows:
         table.add_row(
@@ -394,49 +389,61 @@ def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -
             row.policy,
             notes.marks(row),
             str(row.n),
-            display.accuracy(row),
-            display.accuracy_ends(row),
-            display.chance(row),
+            figures.accuracy(row),
+            figures.accuracy_ends(row),
+            figures.chance(row),
             str(row.unscored),
             str(row.failed),
-            display.count(row.prompt_tokens),
-            display.count(row.cached_tokens),
-            display.count(row.completion_tokens),
-            display.decimals(row.steps_mean),
-            display.decimals(row.active_mean),
-            display.duration(row.wall_s),
-            display.metrics(row),
+            figures.count(row.prompt_tokens),
+            figures.count(row.cached_tokens),
+            figures.count(row.completion_tokens),
+            figures.decimals(row.steps_mean),
+            figures.decimals(row.active_mean),
+            figures.duration(row.wall_s),
+            figures.metrics(row),
         )
         previous = row.benchmark
     console.print(table)
     _line(console, "acc: failed and unscored rows count as 0; wall: the queries' own times added up, they ran side by side")
 
 
+def print_overall(evaluation: Evaluation, names: Mapping[str, str], reference: str | None = None) -> None:
+    """Print a line per policy over all benchmarks together; `names`: what the policies shown are called, in their order.
+
+    With a `reference` policy every line has its difference from it.
+    """
+    from dmoa.evaluation import figures
+
+    rows = {row.policy: row for row in figures.overall(evaluation)}
+    benchmarks = [info.name for info in evaluation.config.benchmarks]
+    against = ["against default"] if reference else []
+    table = new_table("policy", "all rows %", "95 %", *benchmarks, *against, "active", "tokens a row", words=("policy",))
+    base = rows[reference].accuracy if reference else None
+    for policy, name in names.items():
+        row = rows[policy]
+        mean = "-" if row.accuracy is None else figures.share(row.accuracy)
+        change = "-" if row.accuracy is None or base is None else figures.points(row.accuracy - base)
+        table.add_row(name, mean, row.ends, *row.by_benchmark, *([change] if reference else []), row.active, row.tokens)
+    stdout_console().print(table)
+
+
 def _print_paired(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:
-    from rich.table import Table
+    from dmoa.evaluation import figures
 
-    from dmoa.evaluation import figures as display
-
-    tests = display.tests(evaluation.paired)
-    table = Table(box=None, pad_edge=False)
-    for name in ("benchmark", "a", "b", "note"):
-        table.add_column(name, overflow="fold")
-    for name in ("n", "a - b, points", "95 %", "p", "test"):
-        table.add_column(name, justify="right", no_wrap=True)
+    tests = figures.tests(evaluation.paired)
+    texts = ("benchmark", "a", "b", "note")
+    table = new_table(*texts, "n", "a - b, points", "95 %", "p", "test", words=texts)
     for row in evaluation.paired:
         test = chr(ord("A") + tests.index(row.test))
         marks = notes.marks_of_benchmark(row.benchmark)
-        ends = display.point_ends(row)
-        figures = (str(row.n), display.points(row.difference), ends, display.p_value(row.p), test)
-        table.add_row(row.benchmark, row.a, row.b, marks, *(figures if row.n else ("0", "-", "", "", "")))
+        cells = (str(row.n), figures.points(row.difference), figures.point_ends(row), figures.p_value(row.p), test)
+        table.add_row(row.benchmark, row.a, row.b, marks, *(cells if row.n else ("0", "-", "", "", "")))
     console.print(table)
     named = ", ".join(f"{chr(ord('A') + number)}: {test}" for number, test in enumerate(tests))
     _line(console, f"the same rows of both, failed and unscored ones as 0; p two-sided, one comparison at a time; {named}")
 
 
 def _line(console: Console, text: str) -> None:
-    from rich.text import Text
-
     console.print(Text(" ".join(printable(text).split())), soft_wrap=True)
 
 
@@ -516,22 +523,26 @@ _COMMON = (
 )
 
 
-def with_common(command: Callable[Concatenate[Common, P], None]) -> Callable[..., None]:
-    """Give a command the common options; it receives them as its first argument."""
+def with_common(command: Callable[Concatenate[Common, P], None], *, has_pool: bool = True) -> Callable[..., None]:
+    """Give a command the common options; it receives them as its first argument.
+
+    A command that `has_pool` False looks at no pool, and has no options for one.
+    """
     signature = inspect.signature(command, eval_str=True)
-    parameters = [*list(signature.parameters.values())[1:], *_COMMON]
+    options = _COMMON if has_pool else [option for option in _COMMON if option.name not in ("config", "overrides")]
+    parameters = [*list(signature.parameters.values())[1:], *options]
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
-        overrides, quiet, verbose = values.pop("overrides"), values.pop("quiet"), values.pop("verbose")
+        overrides, quiet, verbose = values.pop("overrides", None), values.pop("quiet"), values.pop("verbose")
         common = Common(
-            config=values.pop("config"),
+            config=values.pop("config", None),
             overrides=tuple(overrides or ()),
             json_path=values.pop("json_path"),
             verbosity=int(verbose) - int(quiet),
         )
         _start_logging(common.verbosity)
-        with libraries_apart(command.__name__.strip("_"), verbosity=common.verbosity):
+        with libraries_apart(command.__name__.removesuffix("_job"), verbosity=common.verbosity):
             command(common, **values)  # type: ignore[call-arg]
 
     wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from dmoa.swarm import limits_for
 from dmoa.types import Limits
 from dmoa.validation import did_you_mean
 from dmoa.workflows.backends import fetch_models
-from dmoa.workflows.console import Bars, print_result
+from dmoa.workflows.console import Bars, print_evaluation, stdout_console
 from dmoa.workflows.terminal import end_on_sigterm, goes_on, never_join_by_accident
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _evaluated(
         evaluation = evaluate(session)
     log_tables(evaluation, folder, options)
     if shows_result:
-        print_result(evaluation)
+        print_evaluation(evaluation, stdout_console())
         common.say(f"report: {display_path(folder.report)}")
     return evaluation
 

@@ -12,26 +12,27 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import date, timedelta
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from dmoa.agents.prompts import agent_messages
-from dmoa.config import Name
+from dmoa.config import Address, Name, Options
 from dmoa.engine_options import Node, TransformersOptions
 from dmoa.engines.models import model_id, resolve_model
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply, Row
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.suites.calendar import WEEKDAYS
-from dmoa.training.lora import LoraSettings, TrainingMessage, TrainingRow
+from dmoa.protocols import Engine
+from dmoa.training.lora import LoraSettings, TrainingRow
 from dmoa.training.specialists import Schedule, TrainedAdapter
-from dmoa.types import Generation, GenerationRequest, Message, Query, Sampling
-from dmoa.validation import describe, did_you_mean
+from dmoa.types import GenerationRequest, Message, Query, Sampling
+from dmoa.validation import did_you_mean
 from dmoa.workflows.console import Common
 from dmoa.workflows.terminal import goes_on, on_terminal
 
@@ -80,7 +81,7 @@ class Recipe(Node):
     adapter: LoraSettings = LoraSettings()
 
 
-class SpecialistOptions(Node):
+class SpecialistOptions(Options):
     """The `job:` section of `jobs/train_specialist.yaml`."""
 
     name: Name
@@ -96,7 +97,7 @@ class SpecialistOptions(Node):
     """One GPU for every worker."""
     storage_path: str | None = None
     """Where Ray Train keeps checkpoints, in any of Ray's file systems; None: in `out`."""
-    address: str | None = None
+    address: Address = None
     """A Ray cluster to run on; None: RAY_ADDRESS, else a Ray of its own."""
     track: Literal["auto", "wandb", "jsonl", "none"] = "auto"
     """Where curves are logged; auto: W&B, offline without a key."""
@@ -120,14 +121,6 @@ class SpecialistOptions(Node):
                 f"it under job.recipes{did_you_mean(self.name, self.recipes)}"
             )
         return self.recipes[self.name]
-
-
-def parse_specialist(values: dict[str, Any]) -> SpecialistOptions:
-    """Build the options from plain values. Raises ConfigError naming field, value seen and what is allowed."""
-    try:
-        return SpecialistOptions.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"job: {describe(error, SpecialistOptions)}") from error
 
 
 def training_rows(recipe: Recipe) -> list[TrainingRow]:
@@ -156,10 +149,9 @@ def validation_rows(source: RecipeSource, limit: int) -> list[Row]:
     return list(suite.generate("validation", limit, HELD_OUT_SEED, source.difficulty, source.held_out_groups))
 
 
-def prompt_of(recipe: Recipe, text: str, history: tuple[str, ...] = ()) -> tuple[TrainingMessage, ...]:
+def prompt_of(recipe: Recipe, text: str, history: tuple[str, ...] = ()) -> tuple[Message, ...]:
     """Return the very messages that serving sends an agent with the recipe's profile."""
-    messages = agent_messages(Query(trace_id="", text=text), history, profile=recipe.profile)
-    return tuple(TrainingMessage(role=message.role, content=message.content) for message in messages)
+    return agent_messages(Query(trace_id="", text=text), history, profile=recipe.profile)
 
 
 def _written(recipe: Recipe, rows: list[Row], history_share: float) -> Iterator[TrainingRow]:
@@ -204,41 +196,16 @@ def one_off(answer: str) -> str:
         ) from None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SuiteFigures:
-    """How an adapter did on one suite."""
-
-    source: RecipeSource
-    rows: int
-    accuracy: float
-    entropy_nats: float
-    """Mean over the rows of a reply's mean entropy per token."""
-    groups: dict[str, float]
-    """Accuracy by group of rows."""
-
-
 def write_card(trained: TrainedAdapter, options: SpecialistOptions, command: str, *, code_revision: str | None) -> dict[str, Any]:
     """Let the adapter answer held-out rows, write its card beside it and return it. Blocks for a minute or so."""
-    recipe = options.recipe
-    figures = asyncio.run(_measure(trained.folder, options, recipe))
     card = {
         "name": options.name,
         "base": model_id(options.model),
         "command": command,
         "code_revision": code_revision,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": options.recipe.model_dump(mode="json"),
         "steps_made": trained.steps,
-        "held_out": {
-            suite: {
-                "rows": found.rows,
-                "split": "validation",
-                "difficulty": found.source.difficulty,
-                "accuracy": round(found.accuracy, 4),
-                "entropy_nats": round(found.entropy_nats, 4),
-                "groups": {group: round(value, 4) for group, value in found.groups.items()},
-            }
-            for suite, found in figures.items()
-        },
+        "held_out": asyncio.run(_measure(trained.folder, options, options.recipe)),
         "curve": [{name: round(value, 4) for name, value in point.items()} for point in trained.curve],
     }
     text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
@@ -246,7 +213,8 @@ def write_card(trained: TrainedAdapter, options: SpecialistOptions, command: str
     return card
 
 
-async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> dict[str, SuiteFigures]:
+async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Return by suite how the adapter did on held-out rows."""
     from dmoa.engines.transformers.engine import TransformersEngine
 
     engine = TransformersEngine(
@@ -258,65 +226,56 @@ async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> 
         await engine.close()
 
 
-async def _ask(engine: Any, source: RecipeSource, options: SpecialistOptions, recipe: Recipe) -> SuiteFigures:
+async def _ask(engine: Engine, source: RecipeSource, options: SpecialistOptions, recipe: Recipe) -> dict[str, Any]:
     is_own = source.suite in {own.suite for own in recipe.sources}
     rows = validation_rows(source, options.card_rows if is_own else options.foreign_rows)
     requests = [
         GenerationRequest(
             request_id=row.task.row_id,
-            messages=tuple(
-                Message(role=message.role, content=message.content)  # type: ignore[arg-type]  # roles of our own prompts
-                for message in prompt_of(recipe, row.task.text)
-            ),
+            messages=prompt_of(recipe, row.task.text),
             sampling=Sampling(max_tokens=MAX_TOKENS),
             adapter=options.name,
         )
         for row in rows
     ]
-    replies: list[Generation] = await asyncio.gather(*(engine.generate(request) for request in requests))
-    values = [
-        SUITES[source.suite].score(row.label, Reply(text=reply.text)).value for row, reply in zip(rows, replies, strict=True)
-    ]
+    replies = await asyncio.gather(*(engine.generate(request) for request in requests))
     by_group: dict[str, list[float]] = {}
-    for row, value in zip(rows, values, strict=True):
+    for row, reply in zip(rows, replies, strict=True):
+        value = SUITES[source.suite].score(row.label, Reply(text=reply.text)).value
         by_group.setdefault(row.task.group, []).append(value)
-    return SuiteFigures(
-        source=source,
-        rows=len(rows),
-        accuracy=_mean(values),
-        entropy_nats=_mean([reply.entropy.sum_nats / max(1, reply.entropy.tokens) for reply in replies]),
-        groups={group: _mean(found) for group, found in sorted(by_group.items())},
-    )
+    return {
+        "rows": len(rows),
+        "split": "validation",
+        "difficulty": source.difficulty,
+        "accuracy": round(fmean(chain(*by_group.values())), 4),
+        "entropy_nats": round(fmean(reply.entropy.sum_nats / max(1, reply.entropy.tokens) for reply in replies), 4),
+        "groups": {group: round(fmean(values), 4) for group, values in sorted(by_group.items())},
+    }
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def train_specialist(values: dict[str, Any], common: Common, command: str) -> dict[str, Any]:
+def train_specialist(options: SpecialistOptions, common: Common, command: str) -> dict[str, Any]:
     """Train what the options say and return the adapter's card; called again, go on where it was.
 
     Raises ConfigError for bad input, CheckpointError where the folder holds a run with other settings.
     """
     from dmoa.provenance import code_revision
     from dmoa.training.lora import write_training_rows
-    from dmoa.training.specialists import build_job, train_adapter
+    from dmoa.training.specialists import LoraJob, train_adapter
     from dmoa.workflows.evaluate import opened_ray
 
-    options = parse_specialist(values)
     recipe = options.recipe
     run_dir = (options.out / options.name).absolute()
     rows, held_out = training_rows(recipe), held_out_rows(recipe)
     write_training_rows(run_dir / "rows.jsonl", rows)
     write_training_rows(run_dir / "held_out.jsonl", held_out)
     common.say(f"{options.name}: {len(rows)} rows to train on, {len(held_out)} held out; the run lies in {run_dir}")
-    job = build_job(
-        options.name,
-        options.model,
-        recipe.adapter,
-        recipe.schedule,
-        rows,
-        held_out,
+    job = LoraJob(
+        name=options.name,
+        model=options.model,
+        settings=recipe.adapter,
+        schedule=recipe.schedule,
+        rows=tuple(rows),
+        held_out=tuple(held_out),
         run_dir=run_dir,
         track=options.track,
         threads=recipe.threads,

@@ -8,121 +8,65 @@ the same command goes on. Shape letters: S specialist sets (one here), G gate se
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from study_memory import memory
+from study_runs import (
+    ARITH,
+    CONSTANT,
+    HOME,
+    POOL,
+    SINGLE,
+    WRONG,
+    Matrices,
+    Study,
+    Values,
+    blank_replies,
+    clusters,
+    embeddings,
+    gates,
+    matrices,
+    not_worse,
+    plain,
+    pool,
+    rollouts,
+    spread,
+)
 
-from dmoa import checkpoint
-from dmoa.agents.pool import build_encoder, fingerprint, load_pool
-from dmoa.checkpoint import Checkpoint
+from dmoa.agents.pool import fingerprint
 from dmoa.cli.jobs import read_job, run_job
-from dmoa.config import Config
 from dmoa.core.gate import Gate
-from dmoa.errors import ConfigError, DmoaError
+from dmoa.errors import ConfigError
 from dmoa.evaluation.answer_matrix import (
     AnswerMatrix,
     Replayed,
     gate_choices,
-    matrix_policies,
     one_agent,
     ranked,
-    read_matrix,
     replay_choices,
     row_oracle,
 )
-from dmoa.evaluation.records import EvaluateOptions, Reply
+from dmoa.evaluation.records import Reply
 from dmoa.evaluation.registry import SUITES
-from dmoa.evaluation.run_folder import RunFolder, write_whole
+from dmoa.evaluation.run_folder import write_whole
 from dmoa.evaluation.statistics import Comparison, hierarchical_bootstrap, holm, wilson
-from dmoa.training.ablations import train_ablation
-from dmoa.training.cluster_router import KMeansRouter, fit_rival, sample_of
-from dmoa.training.options import RolloutOptions
+from dmoa.training.cluster_router import KMeansRouter, sample_of
 from dmoa.training.probe import probe_pool
-from dmoa.training.rollouts import Manifest, read_manifest, read_table
-from dmoa.training.trainer import TrainContext
-from dmoa.workflows.collect import read_labels, run_rollouts
+from dmoa.training.rollouts import read_table
+from dmoa.workflows.collect import read_labels
 from dmoa.workflows.console import Common, with_common
-from dmoa.workflows.evaluate import opened_ray, run_evaluation
+from dmoa.workflows.evaluate import opened_ray
 
-COMMAND = "jobs/study/study.py"
-POOL, CONSTANT, WRONG = "specialists", "specialists-liar-constant", "specialists-liar-wrong"
-SINGLE = ("arith", "words", "calendar")
-MATRIX_SUITES = (*SINGLE, "shared")
-ARITH = ("arith-carry", "arith-plain", "arith-both")
-HOME = {"arith": ARITH, "words": ("words",), "calendar": ("calendar",)}
 LIAR = "liar-constant"
 JUDGED = ("1 home", "2 shared", "3 memory", "4 several", "5 liar")
 """The family of Holm's correction."""
-MARGIN = 0.02
-"""What may be lost where nothing must be lost (non-inferiority)."""
-MEMORY_EPOCHS = 60
-"""A memory takes more passes than a lookup: fixed beforehand, for both arms alike."""
-CLUSTERS = 8
-"""Of the rival, k-means + surest agent."""
-ROLLOUT_SEED = 100
-"""Seeds of rollouts begin here, far from those of the matrices."""
-SHUFFLE_SEEDS = 100
-"""Training seeds of one gate seed's shuffles lie so far apart."""
-KEPT, RESET = "default", "no-memory"
-ARMS = (KEPT, RESET)
-INFORMATIVE = 0.1
-"""Accuracy above which `chain` can show a loss of two points."""
-VERSION_CHARS = 12
-CONTEXT = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
-Values = np.ndarray[Any, Any]
-Matrices = Mapping[str, AnswerMatrix]
-"""By suite."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Study:
-    """Settings of the study, from its YAML file."""
-
-    out: Path
-    seed: int = 7
-    """Of the matrices' rows."""
-    test_rows: int = 1000
-    validation_rows: int = 300
-    seeds: int = 5
-    shuffles: int = 20
-    """Gates per seed that are trained on entropies shuffled within rows."""
-    queries: int = 80
-    relay_queries: int = 60
-    relay_test: int = 300
-    chain_test: int = 500
-    train: Mapping[str, Any] = field(default_factory=dict)
-    """Options of `dmoa train` for every gate."""
-    workers: int = 2
-    """Answering actors, each with an engine of its own."""
-    common: Common
-
-    @property
-    def calls(self) -> Path:
-        """Cache of greedy calls: the same question to the same agent is paid for once."""
-        return self.out / "calls"
-
-
-def pool(name: str) -> Config:
-    """Return a packaged pool that answers in one step."""
-    config = load_pool(name)
-    return config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
-
-
-def everyone() -> Config:
-    """Return the pool of all agents, liars included: one matrix serves every pool."""
-    config = pool(POOL)
-    names = {agent.name for agent in config.agents}
-    liars = [agent for other in (CONSTANT, WRONG) for agent in pool(other).agents if agent.name not in names]
-    return config.model_copy(update={"name": "specialists-all", "agents": (*config.agents, *liars)})
 
 
 @with_common
@@ -213,122 +157,6 @@ def judge_matrices(study: Study, validation: Matrices, test: Matrices, embedded:
         "5 liar": {**constant, **probed, "passed": constant["passed"] and is_named},
         "6 controls": controls(of(POOL, within), of(POOL, across)),
     }
-
-
-def evaluated(study: Study, out: Path, config: Config, values: Mapping[str, Any]) -> RunFolder:
-    """Run an evaluation, or go on with it; failed rows are run once more, and those that fail again are told."""
-    shared = {"seed": study.seed, "out": out, "call_cache": study.calls, "workers": study.workers, "track": "none"}
-
-    def run(**more: Any) -> int:
-        options = EvaluateOptions.parse({**shared, **values, **more})
-        return sum(row.failed for row in run_evaluation(options, config, study.common, COMMAND, shows_result=False).rows)
-
-    if (out / "evaluation.json").exists():
-        return RunFolder(out)
-    if run(resume=(out / "run.json").exists()) and (left := run(resume=True, retry_failed=True)):
-        study.common.say(f"{left} rows of {out} failed twice and count as answers of nothing")
-    return RunFolder(out)
-
-
-def matrices(study: Study, split: str) -> dict[str, AnswerMatrix]:
-    """Answer all rows of a split with every agent alone, or go on, and return the matrices by suite."""
-    config = everyone()
-    values = {
-        "benchmarks": MATRIX_SUITES,
-        "policies": matrix_policies(config.agent_names),
-        "split": split,
-        "limit": study.test_rows if split == "test" else study.validation_rows,
-    }
-    folder = evaluated(study, study.out / split, config, values)
-    return {name: read_matrix(folder, name, config.agent_names) for name in MATRIX_SUITES}
-
-
-def blank_replies(found: Matrices) -> dict[str, int]:
-    """Return per agent how many replies hold no text, over all suites."""
-    agents = next(iter(found.values())).agents
-    rows = [row for matrix in found.values() for row in matrix.replies]
-    return {agent: sum(not row[index].text.strip() for row in rows) for index, agent in enumerate(agents)}
-
-
-def embeddings(study: Study, split: str, found: Matrices) -> dict[str, Values]:
-    """Return the embeddings of all rows by suite, computed once."""
-    path = study.out / split / "embeddings.npz"
-    if not path.exists():
-        encoder = build_encoder(pool(POOL))
-        arrays = {
-            name: np.stack(list(asyncio.run(encoder.embed([task.text for task in matrix.tasks]))))
-            for name, matrix in found.items()
-        }
-        with path.with_suffix(".part").open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        path.with_suffix(".part").replace(path)
-    with np.load(path, allow_pickle=False) as stored:
-        return {name: stored[name] for name in found}
-
-
-def rollouts(study: Study, name: str, seed: int, *, suites: Sequence[str] = SINGLE, queries: int | None = None) -> Path:
-    """Collect dense rollouts of a pool, or take those that are there; their labels lie apart."""
-    key = "-".join(suites) if tuple(suites) != SINGLE else "main"
-    out = study.out / "rollouts" / name / f"{key}-{seed}"
-    settled = out / "settled"  # gates are trained on it: nothing may be added any more
-    if not settled.exists():
-        values = {
-            "benchmarks": ",".join(suites),
-            "split": "gate",
-            "limit": queries or study.queries,
-            "seed": ROLLOUT_SEED + seed,
-            "labels": study.out / "labels" / name / f"{key}-{seed}",
-        }
-        collected(study, out, pool(name), values)
-        settled.touch()
-    return out
-
-
-def collected(study: Study, out: Path, config: Config, values: Mapping[str, Any]) -> Manifest:
-    """Collect rollouts, or go on with them; failed queries are asked once more, and those that fail again are told."""
-    shared = {"out": out, "call_cache": study.calls, "workers": study.workers, "track": "none"}
-    options = RolloutOptions.parse({**shared, **values})
-    manifest = run_rollouts(options, config, study.common, COMMAND)
-    if manifest.counts.failed:
-        try:
-            run_rollouts(options, config, study.common, COMMAND)
-        except DmoaError:
-            # A collection that was ended anew asked all that was left, and all of it failed again.
-            if read_manifest(out).ended_unix_s == manifest.ended_unix_s:
-                raise
-        manifest = read_manifest(out)
-    if manifest.counts.failed:
-        study.common.say(f"{manifest.counts.failed} queries of {out} failed twice and are left out")
-    return manifest
-
-
-def gate(
-    study: Study, seed: int, ablation: str, source: Path, options: Mapping[str, Any], *, name: str = POOL, shuffle: int = 0
-) -> tuple[Path, Gate, Checkpoint]:
-    """Train one gate, or take the one that is there, and return its checkpoint's folder and what it holds.
-
-    `shuffle` counts gates of one seed, each with a dealing out of its own.
-    """
-    key = "_".join(f"{option}-{value}" for option, value in sorted({**options, "shuffle": shuffle}.items()))
-    out = study.out / "gates" / name / source.name / key
-    seeded = {**options, "seed": seed + SHUFFLE_SEEDS * shuffle}
-    folder = train_ablation(ablation, source, out, pool(name), CONTEXT, seeded)
-    return folder, *checkpoint.load(folder)
-
-
-def gates(study: Study, name: str, ablation: str = "default", shuffles: int = 1, **options: Any) -> list[Gate]:
-    """Return the gates of all seeds, `shuffles` of each; `options` over those of the study."""
-    sources = [rollouts(study, name, seed) for seed in range(study.seeds)]
-    return [
-        gate(study, seed, ablation, source, {**study.train, **options}, name=name, shuffle=shuffle)[1]
-        for seed, source in enumerate(sources)
-        for shuffle in range(shuffles)
-    ]
-
-
-def clusters(source: Path, name: str, seed: int) -> KMeansRouter:
-    """Fit k-means + surest agent on rollouts, by the raw scores that a gate is trained on: cut replies are the least sure."""
-    return fit_rival(read_table(source), pool(name).agent_names, "default", num_clusters=CLUSTERS, seed=seed)
 
 
 def material(
@@ -437,24 +265,6 @@ def _mean(parts: Sequence[Replayed]) -> float:
     return float(np.mean([part.accuracy for part in parts]))
 
 
-def _plain(found: Comparison) -> dict[str, Any]:
-    return {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p, "test": found.test}
-
-
-def spread(value_GR: Values) -> dict[str, float]:
-    """Return a mean over gates and rows and its 95 % interval."""
-    found = hierarchical_bootstrap(np.asarray(value_GR, dtype=np.float64)[None])
-    return {"value": found.difference, "low": found.low, "high": found.high}
-
-
-def not_worse(difference_GR: Values) -> dict[str, Any]:
-    """Return a difference with its interval, and whether it is worse than the margin; p is that of the bar itself."""
-    found = hierarchical_bootstrap(difference_GR[None])
-    p = hierarchical_bootstrap(difference_GR[None] + MARGIN).p
-    passed = found.low >= -MARGIN
-    return {**_plain(found), "p": p, "p_of": f"the difference against -{MARGIN}, the margin", "passed": passed}
-
-
 def _difference(ours: Sequence[Replayed], theirs: Sequence[Replayed], share: float = 1.0) -> Values:
     """Return ours - share x theirs, value by value, [G, R]; one method without seeds is the same for all of ours."""
     rivals = theirs if len(theirs) == len(ours) else [theirs[0]] * len(ours)
@@ -490,8 +300,8 @@ def home(material: Material) -> dict[str, Any]:
         "generalist_accuracy": _mean(_joined([[material.alone(suite, "generalist")] for suite in SINGLE])),
         "kmeans_accuracy": _mean(_joined([material.clustered(suite) for suite in SINGLE])),
         "row_oracle_accuracy": _mean(_joined([[replay_choices(material.test[s], row_oracle(material.test[s]))] for s in SINGLE])),
-        "against_best_specialist": _plain(against_single),
-        "against_kmeans": _plain(_compare(gates, _joined([material.clustered(suite) for suite in SINGLE]))),
+        "against_best_specialist": plain(against_single),
+        "against_kmeans": plain(_compare(gates, _joined([material.clustered(suite) for suite in SINGLE]))),
         "intervals": {
             "home_share": spread(np.concatenate(list(at_home.values()), axis=1)),
             "accuracy_less_95_percent_of_oracle": spread(_difference(gates, by_suite, 0.95)),
@@ -519,7 +329,7 @@ def same_surface(material: Material) -> dict[str, Any]:
         "kmeans_accuracy": _mean(clusters),
         "mean_active": active,
         "row_oracle_accuracy": replay_choices(material.test["shared"], row_oracle(material.test["shared"])).accuracy,
-        "against_kmeans": _plain(compared),
+        "against_kmeans": plain(compared),
         "intervals": {"mean_active": _active(gates)},
         "p": compared.p,
         "p_of": "accuracy less that of k-means, against 0; not against the bar of 10 points",
@@ -553,7 +363,7 @@ def several(material: Material) -> dict[str, Any]:
         "always_three_accuracy": always.accuracy,
         "token_share": share,
         "mean_active": float(np.mean([part.k_R.mean() for part in gates])),
-        "against_best": _plain(compared),
+        "against_best": plain(compared),
         "intervals": {
             "gain_less_half_of_room": spread(np.stack([part.value_R - half_R for part in gates])),
             # A ratio of two means, linear in the rows (delta method).
@@ -613,115 +423,6 @@ def controls(within: Material, across: Material) -> dict[str, Any]:
         "across_favourite": favourite,
         "passed": distance <= 0.05 and favourite >= 0.95,
     }
-
-
-def memory(study: Study) -> dict[str, Any]:
-    """Return endpoint 3, both suites together: its p is the larger of theirs."""
-    parts = {"relay": relay(study), "chain": chain(study)}
-    return {
-        **parts,
-        "p": max(part["p"] for part in parts.values()),
-        "p_of": "the larger p of `relay` and `chain`",
-        "passed": all(part["passed"] for part in parts.values()),
-    }
-
-
-def relay(study: Study) -> dict[str, Any]:
-    """Return the share of scored cards whose most probable agent is at home, with and without the hidden state."""
-    trained = _trained(study, "relay")
-    hits = {arm: np.stack([_relay_hits(study, seed, arm, *trained[arm][seed]) for seed in range(study.seeds)]) for arm in ARMS}
-    return judge_relay(hits[KEPT], hits[RESET])
-
-
-def judge_relay(kept_GR: Values, reset_GR: Values) -> dict[str, Any]:
-    """Judge whether cards were sent home, [G, scored cards] with the hidden state and without it."""
-    kept, reset = spread(kept_GR), spread(reset_GR)
-    compared = hierarchical_bootstrap((kept_GR * 1.0 - reset_GR)[None])
-    return {
-        "kept": kept["value"],
-        "reset": reset["value"],
-        "by_seed": {KEPT: kept_GR.mean(axis=1).tolist(), RESET: reset_GR.mean(axis=1).tolist()},
-        "cards": kept_GR.shape[1],
-        "difference": compared.difference,
-        "low": compared.low,
-        "high": compared.high,
-        "p": compared.p,
-        "p_of": "share with the state less share without, against 0",
-        "intervals": {"kept": kept, "reset": reset},
-        "passed": kept["value"] >= 0.95 and abs(reset["value"] - 1 / 3) <= 0.05,
-    }
-
-
-def _trained(study: Study, suite: str) -> dict[str, list[tuple[Path, str]]]:
-    """Train both arms on a suite and return, by arm and seed, the checkpoint's folder and the gate's version."""
-    options = {**study.train, "epochs": MEMORY_EPOCHS, "patience": MEMORY_EPOCHS}
-    found: dict[str, list[tuple[Path, str]]] = {arm: [] for arm in ARMS}
-    for seed in range(study.seeds):
-        source = rollouts(study, POOL, seed, suites=(suite,), queries=study.relay_queries)
-        for arm in ARMS:
-            folder, _, record = gate(study, seed, arm, source, options)
-            found[arm].append((folder, record.version))
-    return found
-
-
-def _relay_hits(study: Study, seed: int, arm: str, trained: Path, version: str) -> Values:
-    """Run test rows of `relay` with a gate and return, card by scored card, whether it was sent home."""
-    name = f"{arm}-{seed}-{version[:VERSION_CHARS]}"
-    out, labels = study.out / "relay-test" / name, study.out / "labels" / "relay-test" / name
-    config = pool(POOL)
-    config = config.model_copy(update={"gate": config.gate.model_copy(update={"checkpoint": str(trained)})})
-    # epsilon: next to nobody is asked only to learn from.
-    asked = {"benchmarks": "relay", "split": "test", "limit": study.relay_test, "seed": study.seed, "epsilon": 1e-9}
-    collected(study, out, config, {**asked, "labels": labels})
-    gold = {label.row_id: label.gold["suites"] for label in read_labels(labels)}
-    first: dict[tuple[str, int], tuple[float, str]] = {}
-    for row in read_table(out).select(("query_id", "step", "agent", "probability")).to_pylist():
-        key = row["query_id"], row["step"]
-        first[key] = max(first.get(key, (-1.0, "")), (row["probability"], row["agent"]))
-    scored = [(query, step, suite) for query in sorted(gold) for step, suite in enumerate(gold[query]) if suite is not None]
-    missing = {query for query, step, _ in scored if (query, step) not in first}
-    if missing:
-        raise DmoaError(f"relay: {len(missing)} of {len(gold)} rows in {str(out)!r} lack a scored step; run the command again")
-    return np.array([first[query, step][1] in HOME[suite] for query, step, suite in scored])
-
-
-def chain(study: Study) -> dict[str, Any]:
-    """Return the accuracy on `chain` with the hidden state and without it, on the same rows."""
-    trained = _trained(study, "chain")
-    gates = {f"{arm}-{seed}": trained[arm][seed] for seed in range(study.seeds) for arm in ARMS}
-    versions = hashlib.sha256(" ".join(version for _, version in gates.values()).encode()).hexdigest()
-    values = {
-        "benchmarks": "chain",
-        "policies": [f"dmoa:{name}" for name in gates],
-        "gates": {name: folder for name, (folder, _) in gates.items()},
-        "limit": study.chain_test,
-    }
-    folder = evaluated(study, study.out / "chain-test" / versions[:VERSION_CHARS], pool(POOL), values)
-    by_arm = {arm: np.stack([_values(folder, f"dmoa:{arm}-{seed}") for seed in range(study.seeds)]) for arm in ARMS}
-    return judge_chain(by_arm[KEPT], by_arm[RESET])
-
-
-def judge_chain(kept_GR: Values, reset_GR: Values) -> dict[str, Any]:
-    """Judge scores [G, R] with the hidden state and without it; at the floor, a pass says nothing."""
-    kept, reset = float(kept_GR.mean()), float(reset_GR.mean())
-    informative = max(kept, reset) > INFORMATIVE
-    return {
-        "kept": kept,
-        "reset": reset,
-        "rows": kept_GR.shape[1],
-        "rows_right": {KEPT: kept_GR.sum(axis=1).tolist(), RESET: reset_GR.sum(axis=1).tolist()},
-        "discordant_rows": (kept_GR != reset_GR).sum(axis=1).tolist(),
-        "informative": informative,
-        "reading": "informative"
-        if informative
-        else f"not informative: neither is right on more than {INFORMATIVE:.0%} of the rows",
-        **not_worse(kept_GR - reset_GR),
-    }
-
-
-def _values(folder: RunFolder, policy: str) -> Values:
-    scores = {row.row_id: row.value for row in folder.read_scores("chain", policy)}
-    return np.array([scores[task.row_id] for task in folder.read_tasks("chain")])
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main() -> int:
         wandb = list((Path(out) / "gate" / "wandb").glob("offline-run-*"))
         report = Path(out) / "evaluation" / "report.html"
         is_whole = report.exists() and bool(wandb)
-    accuracy = {row["name"]: row["accuracy"] for row in found["comparison"]}
+    accuracy = {row["name"]: row["accuracy"] or 0.0 for row in found["comparison"]}
     gained = accuracy.get("trained gate", 0.0) - accuracy.get("untrained gate", 0.0)
     gained_over_mean = accuracy.get("trained gate, first step", 0.0) - accuracy.get(UNTRAINED, 1.0)
     passed = demo.returncode == 0 and seconds <= LIMIT_S and is_whole and gained > 0

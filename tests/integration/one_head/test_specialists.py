@@ -1,19 +1,21 @@
-"""An adapter trained by a Ray Train worker: the driver is killed, and the same call goes on and ends as an unbroken run."""
+"""Adapters trained by Ray Train's workers: a killed driver goes on and ends as an unbroken run; two train what one does."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dmoa.training.specialists import train_adapter
 from tests.integration.evaluations import run_and_kill
 from tests.unit.training.lora_fixtures import make_job, save_tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 ROOT = Path(__file__).parents[3]
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 DRIVER = """
@@ -25,7 +27,7 @@ from tests.unit.training.lora_fixtures import make_job
 model, out = sys.argv[1], Path(sys.argv[2])
 job = make_job(model, out, steps=12, check_every=1)
 with opened_ray(None):
-    trained = train_adapter(job, out=out / "adapter", workers=1, storage_path=None)
+    trained = train_adapter(job, out=out / "adapter", workers=int(sys.argv[3]), storage_path=None)
 print(trained.steps)
 """
 
@@ -39,7 +41,7 @@ def has_state(out: Path) -> bool:
 def test_a_killed_driver_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     model = save_tiny_model(tmp_path / "model")
-    out, command = tmp_path / "run", [sys.executable, "-c", DRIVER, model, str(tmp_path / "run")]
+    out, command = tmp_path / "run", [sys.executable, "-c", DRIVER, model, str(tmp_path / "run"), "1"]
     assert run_and_kill(command, lambda: has_state(out), tmp_path / "log")
     assert not (out / "adapter").exists()
     assert not run_and_kill(command, lambda: False, tmp_path / "log"), (tmp_path / "log").read_text()
@@ -53,3 +55,15 @@ def test_a_killed_driver_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert alone.steps == 12
     for name in FILES:
         assert (out / "adapter" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+@pytest.mark.accept
+def test_two_workers_train_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    model = save_tiny_model(tmp_path / "model")
+    subprocess.run([sys.executable, "-c", DRIVER, model, str(tmp_path / "two"), "2"], check=True, timeout=300)
+    alone = make_job(model, tmp_path / "one", steps=12, check_every=1)
+    train_adapter(alone, out=tmp_path / "one" / "adapter", workers=0, storage_path=None)
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=2e-3, rtol=0)  # shipped in bfloat16

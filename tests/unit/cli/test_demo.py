@@ -1,10 +1,10 @@
-"""`dmoa demo`: its questions, what it asks over HTTP, what it prints, its replay, its closing table; the launch and the
-learning are the integration tests'."""
+"""`dmoa demo`: its questions, what it asks over HTTP, what it prints, its replay, its closing table; the acceptance run does
+the launch and the learning."""
 
 from __future__ import annotations
 
-import asyncio
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,47 +15,36 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoa.agents.pool import load_pool
-from dmoa.cli.demo import (
-    DEMO_SUITES,
-    DemoOutcome,
-    DemoQuestion,
-    DemoReport,
-    _replayed,
-    ask_all,
-    generate,
-    print_comparison,
-    replay_demo,
-    summarise,
-)
-from dmoa.config import ActivationConfig, GateConfig, load
+from dmoa.cli.demo import DEMO_SUITES, ask_and_replay, generate, name_methods, replay_first
+from dmoa.config import ActivationConfig, GateConfig
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.evaluation.answer_matrix import AnswerMatrix, add_oracle
-from dmoa.evaluation.records import BenchmarkInfo, Label, Task
+from dmoa.evaluation.figures import overall
+from dmoa.evaluation.records import BenchmarkInfo, Label, Row, Task
 from dmoa.evaluation.results import build_evaluation, rebuild_evaluation
 from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
-from dmoa.evaluation.statistics import wilson
 from dmoa.testing import answered as answer
 from dmoa.testing import failed as lost
 from dmoa.testing import run_info as run_of
 from dmoa.testing import scored as score
-from dmoa.training.probe import ProbeReport
+from dmoa.trace import read_traces, write_traces
 from dmoa.types import AgentReply, EntropySum, TokenUsage
-from dmoa.workflows.console import Common
+from dmoa.workflows.console import Common, print_overall
 
 
-def question(text: str, expected: str) -> DemoQuestion:
-    return DemoQuestion(text=text, label=Label(row_id=text, benchmark="arith", gold={"answer": expected}))
+def question(text: str, expected: str) -> Row:
+    task = Task(row_id=text, benchmark="arith", text=text)
+    return Row(task=task, label=Label(row_id=text, benchmark="arith", gold={"answer": expected}), row_hash="")
 
 
 @settings(max_examples=20)
 @given(count=st.integers(1, 20), seed=st.integers(0, 2**32))
 def test_questions_are_held_out_rows_of_every_suite_in_turns(count: int, seed: int) -> None:
-    questions = generate(count, seed)
-    assert [asked.label.benchmark for asked in questions] == [*DEMO_SUITES] * count
-    assert len({asked.text for asked in questions}) == 3 * count
-    assert all(asked.label.row_id.split("/")[1] == "test" for asked in questions)
-    assert generate(count, seed) == questions
+    rows = generate(count, seed)
+    assert [row.label.benchmark for row in rows] == [*DEMO_SUITES] * count
+    assert len({row.task.text for row in rows}) == 3 * count
+    assert all(row.label.row_id.split("/")[1] == "test" for row in rows)
+    assert generate(count, seed) == rows
 
 
 @pytest.fixture
@@ -63,72 +52,64 @@ def common(pool: Path) -> Common:
     return Common(config=pool, overrides=("gate.seed=0",))
 
 
-def demo(common: Common, url: str, out: Path, questions: list[DemoQuestion]) -> tuple[list[DemoOutcome], bool]:
-    config = common.load()
-    report = DemoReport(common, config, num_questions=len(questions))
-    report.opening(url, "untrained-0")
-    outcomes = asyncio.run(ask_all(url, questions, report))
-    report.closing(outcomes, 1.5)
-    return outcomes, replay_demo(common, config, out, outcomes)
-
-
 def test_a_demo_from_questions_to_replay(
     common: Common, url: str, tmp_path: Path, dmoa: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    questions = [question("What is 12 + 7?", "19"), question("What is 12 + 8?", "20")]
-    outcomes, is_identical = demo(common, url, tmp_path / "out", questions)
+    rows = [question("What is 12 + 7?", "19"), question("What is 12 + 8?", "20")]
+    told, is_identical = ask_and_replay(common, common.load(), url, rows, tmp_path / "out")
     shown = capsys.readouterr()
-    assert all(outcome.asked for outcome in outcomes)
-    for outcome in outcomes:
-        assert outcome.asked is not None
-        assert outcome.is_right == (f"answer is {outcome.question.expected}." in outcome.asked.text)
-    assert f"{sum(outcome.is_right for outcome in outcomes)} of 2" in shown.out
+    assert [(asked["question"], asked["suite"], asked["error"]) for asked in told] == [
+        ("What is 12 + 7?", "arith", None),
+        ("What is 12 + 8?", "arith", None),
+    ]
+    for asked in json.loads(json.dumps(told)):
+        assert asked["right"] == (f"answer is {asked['expected']}." in asked["reply"]["answer"])
+    assert f"right: {sum(asked['right'] for asked in told)} of 2" in shown.out
     for number in (1, 2):
         assert f"=== question {number} of 2" in shown.out
     assert (shown.out + shown.err).lower().count("step 1 ") == 2, "each step is printed once"
-    assert "gate untrained-0: routing is arbitrary until it is trained" in shown.out
+    assert "routing is arbitrary until it is trained" in shown.out
     assert is_identical
     assert "replayed 2 traces together: identical" in shown.out
 
     command = next(line for line in shown.out.splitlines() if "--replay" in line).split()
     assert dmoa(*command[1:]).exit_code == 0, "the command that the demo prints works as it stands"
-    files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["query-01.jsonl", "query-02.jsonl", "traces.jsonl"]
-    single = (tmp_path / "out" / "query-02.jsonl").read_text(encoding="utf-8")
-    assert json.loads(single)["query"]["text"] == "What is 12 + 8?"
-    record = json.loads(json.dumps([outcome.to_json() for outcome in outcomes]))
-    assert [(row["right"], row["suite"]) for row in record] == [(outcome.is_right, "arith") for outcome in outcomes]
+    traces = (tmp_path / "out" / "traces.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(trace)["query"]["text"] for trace in traces] == [row.task.text for row in rows]
 
 
-def test_a_demo_with_tampered_routing_says_so(
+def test_a_demo_with_other_routing_than_was_recorded_says_so(
     common: Common, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcomes, _ = demo(common, url, tmp_path, [question("Why?", "1")])
-    asked = outcomes[0].asked
-    assert asked is not None
-    assert asked.trace is not None
-    route = asked.trace.routes[0]
-    changed = route.model_copy(update={"mass": route.mass / 2})
-    trace = asked.trace.model_copy(update={"routes": [changed, *asked.trace.routes[1:]]})
-    other = [DemoOutcome(question=outcomes[0].question, asked=replace(asked, trace=trace))]
+    """The first question's trace is recorded, changed, and then routed again beside the second one's."""
+    ask_and_replay(common, common.load(), url, [question("Why?", "1")], tmp_path)
+    path = tmp_path / "traces.jsonl"
+    (trace,) = read_traces(path)
+    changed = trace.routes[0].model_copy(update={"mass": trace.routes[0].mass / 2})
+    path.unlink()
+    write_traces(path, [trace.model_copy(update={"routes": [changed, *trace.routes[1:]]})])
     capsys.readouterr()
-    assert not replay_demo(common, common.load(), tmp_path, other)
-    assert "1 of 1 traces differ" in capsys.readouterr().out
+    _, is_identical = ask_and_replay(common, common.load(), url, [question("How?", "1")], tmp_path)
+    assert not is_identical
+    assert "1 of 2 traces differ" in capsys.readouterr().out
 
 
 def test_a_query_that_fails_is_reported_and_the_others_go_on(
     common: Common, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = DemoReport(common, load(common.config or ""), num_questions=1)
-    (outcome,) = asyncio.run(ask_all("http://127.0.0.1:9", [question("What is 12 + 7?", "19")], report))
-    report.closing([outcome], 0.1)
-    assert outcome.asked is None
-    assert outcome.is_right is False
-    assert "cannot be reached" in outcome.error
-    assert "0 of 1" in capsys.readouterr().out
+    rows = [question("What is 12 + 7?", "19"), question("What is 12 + 8?", "20")]
+    told, _ = ask_and_replay(common, common.load(), "http://127.0.0.1:9", rows, tmp_path)
+    for asked in told:
+        assert (asked["reply"], asked["right"]) == (None, False)
+        assert "cannot be reached" in asked["error"]
+    shown = capsys.readouterr().out
+    assert shown.count("failed: ") == 2
+    assert "right: 0 of 2" in shown
 
 
-def test_the_closing_table_pools_the_suites_and_knows_the_best_agent_and_the_oracle(tmp_path: Path) -> None:
+def test_the_closing_table_pools_the_suites_and_knows_the_best_agent_and_the_oracle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two agents, each right on its own suite; the trained gate finds both, the untrained one none."""
     values = {
         ("arith", "single:adder"): [1, 1], ("arith", "single:echo"): [0, 0], ("arith", "dmoa"): [0, 0],
@@ -150,8 +131,10 @@ def test_the_closing_table_pools_the_suites_and_knows_the_best_agent_and_the_ora
     write_whole(folder.run, info.model_dump_json())
     for _ in range(2):
         add_oracle(folder, ("arith", "words"), ("adder", "echo"))
-    found = summarise(rebuild_evaluation(tmp_path), ("adder", "echo"))
-    assert [(method.name, method.accuracy) for method in found] == [
+    evaluation = rebuild_evaluation(tmp_path)
+    rows = {row.policy: row for row in overall(evaluation)}
+    names = name_methods(evaluation, ("adder", "echo"))
+    assert [(name, rows[policy].accuracy) for policy, name in names.items()] == [
         ("untrained gate", 0.0),
         ("trained gate", 0.75),
         ("best single agent (adder)", 0.5),
@@ -159,8 +142,9 @@ def test_the_closing_table_pools_the_suites_and_knows_the_best_agent_and_the_ora
         ("random agent", 0.25),
         ("oracle (knows the labels)", 0.75),
     ]
-    assert found[1].by_suite == {"arith": 1.0, "words": 0.5}
-    assert (found[1].tokens, found[1].active) == (110.0, 1.0)
+    print_overall(evaluation, names)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained gate")]
+    assert re.split(r"  +", line.strip()) == ["trained gate", "75.0", "[30.1, 95.4]", "100.0", "50.0", "1.00", "110"]
 
 
 def test_the_oracle_takes_a_wrong_answer_before_none_at_all(tmp_path: Path) -> None:
@@ -194,17 +178,13 @@ def test_a_method_that_never_ran_has_no_figures_and_is_never_the_best(capsys: py
                 answered.append(answer(suite, 0, policy, active=(("adder",),)))
                 scored.append(score(suite, 0, policy, 0.0 if policy == "single:echo" else 1.0))
     run = run_of([BenchmarkInfo(name=name, rows=1) for name in suites], policies)
-    found = {method.policy: method for method in summarise(build_evaluation(run, answered, scored), ("adder", "echo"))}
-    assert found["random"].not_run == suites
-    assert not found["random"].did_run
-    assert (found["random"].low, found["random"].high, found["random"].tokens) == (0.0, 1.0, 0.0)
-    assert "single:echo" in found, "an agent that ran everywhere is the best before one that did not"
-    probe = ProbeReport.model_construct(verdict="can", reasons=[])
-    print_comparison(list(found.values()), load_pool("default"), probe)
-    lines = capsys.readouterr().out.splitlines()
-    (random_line,) = [line for line in lines if line.startswith("random agent")]
-    assert random_line.count("did not run") == 4
-    assert "%" not in random_line
+    evaluation = build_evaluation(run, answered, scored)
+    names = name_methods(evaluation, ("adder", "echo"))
+    assert "single:adder" not in names, "an agent that ran everywhere is the best before one that did not"
+    print_overall(evaluation, names)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("random agent")]
+    assert line.count("did not run") == 3
+    assert re.split(r"  +", line.replace("did not run", "").strip()) == ["random agent", "-", "-", "-"]
 
 
 def gate_that_asks(agent: int) -> Gate:
@@ -219,7 +199,7 @@ def gate_that_asks(agent: int) -> Gate:
     return gate
 
 
-def test_the_mean_of_several_gates_is_replayed_from_what_agents_said_alone() -> None:
+def test_first_steps_of_gates_are_replayed_from_what_agents_said_alone() -> None:
     """Values by hand: `adder` is right on both rows of arith, `echo` on one row of words."""
     value_by_suite = {"arith": [[1.0, 0.0], [1.0, 0.0]], "words": [[0.0, 1.0], [0.0, 0.0]]}
     matrices = [
@@ -245,10 +225,5 @@ def test_the_mean_of_several_gates_is_replayed_from_what_agents_said_alone() -> 
         for suite, values in value_by_suite.items()
     ]
     embedded = [np.zeros((2, 4), np.float32)] * 2
-    both = _replayed("both", "dmoa", [gate_that_asks(0), gate_that_asks(1)], matrices, embedded)
-    assert (both.accuracy, both.by_suite) == (0.375, {"arith": 0.5, "words": 0.25})
-    assert (both.active, both.tokens) == (1.0, 20.0)
-    assert (both.low, both.high) == pytest.approx((0.25 + 0.025 * 0.25, 0.5 - 0.025 * 0.25))
-    one = _replayed("one", "dmoa:trained", [gate_that_asks(0)], matrices, embedded)
-    assert (one.accuracy, one.tokens) == (0.5, 10.0)
-    assert (one.low, one.high) == pytest.approx((wilson(2, 4).low, wilson(2, 4).high))
+    gates = [gate_that_asks(0), gate_that_asks(1)]
+    assert replay_first(gates, matrices, embedded).tolist() == [0.5, 0.25]

@@ -14,7 +14,7 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply
 from dmoa.evaluation.registry import SUITES
 from dmoa.types import Query
-from dmoa.workflows.specialists import Recipe, held_out_rows, one_off, parse_specialist, training_rows, validation_rows
+from dmoa.workflows.specialists import Recipe, SpecialistOptions, held_out_rows, one_off, training_rows, validation_rows
 
 JOB = Path(__file__).parents[3] / "jobs" / "train_specialist.yaml"
 
@@ -106,12 +106,12 @@ def test_one_off_refuses_words() -> None:
 def test_bad_options_are_named(change: dict[str, Any], said: str) -> None:
     good = {"name": "a", "out": "o", "recipes": {"a": recipe().model_dump()}}
     with pytest.raises(ConfigError, match=re.escape(said)):
-        _ = parse_specialist(good | change).recipe
+        _ = SpecialistOptions.parse(good | change).recipe
 
 
 @pytest.mark.contract
 def test_every_recipe_of_the_job_file_can_be_made() -> None:
     values = yaml.safe_load(JOB.read_text(encoding="utf-8"))["job"]
     for name in values["recipes"]:
-        one = parse_specialist(values | {"name": name}).recipe
+        one = SpecialistOptions.parse(values | {"name": name}).recipe
         assert len(training_rows(one)) == one.schedule.steps * one.schedule.batch_rows

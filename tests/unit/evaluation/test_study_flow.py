@@ -46,7 +46,7 @@ def embedding(suite: str, number: int) -> np.ndarray[Any, Any]:
 
 
 def matrix(suite: str) -> AnswerMatrix:
-    agents, surface = study().everyone().agent_names, "arith" if suite == "shared" else suite
+    agents, surface = study("study_runs").everyone().agent_names, "arith" if suite == "shared" else suite
     replies = []
     for number in range(ROWS):
         cells = [(name, *reply_of(name, surface, number)) for name in agents]
@@ -165,7 +165,7 @@ def test_clusters_count_cut_replies_as_unsure(settings: Any, tmp_path: Path) -> 
 
 
 def test_chain_at_the_floor_is_not_informative() -> None:
-    judge = study().judge_chain
+    judge = study("study_memory").judge_chain
     floor_GR = np.zeros((2, 200))
     found = judge(floor_GR, floor_GR)
     assert (found["passed"], found["informative"]) == (True, False)
@@ -181,7 +181,7 @@ def test_chain_at_the_floor_is_not_informative() -> None:
 
 
 def test_relay_needs_both_shares() -> None:
-    judge = study().judge_relay
+    judge = study("study_memory").judge_relay
     third_GR = np.arange(600)[None].repeat(2, axis=0) % 3 == 0
     found = judge(np.ones((2, 600), dtype=bool), third_GR)
     assert (found["kept"], found["cards"], found["passed"]) == (1.0, 600, True)

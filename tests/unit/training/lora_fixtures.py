@@ -8,8 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dmoa.training.lora import LoraSettings, TrainingMessage, TrainingRow
-from dmoa.training.specialists import LoraJob, Schedule, build_job
+from dmoa.training.lora import LoraSettings, TrainingRow
+from dmoa.training.specialists import LoraJob, Schedule
+from dmoa.types import Message
 
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>{% endfor %}"
@@ -49,8 +50,8 @@ def make_rows(count: int) -> list[TrainingRow]:
     return [
         TrainingRow(
             messages=(
-                TrainingMessage(role="system", content="Be brief."),
-                TrainingMessage(role="user", content=f"{'ab' * (number % 4)} {number}?"),
+                Message(role="system", content="Be brief."),
+                Message(role="user", content=f"{'ab' * (number % 4)} {number}?"),
             ),
             target="no" if number % 3 else "yes",
             source="odd" if number % 2 else "even",
@@ -61,15 +62,15 @@ def make_rows(count: int) -> list[TrainingRow]:
 
 def make_job(model: str, run_dir: Path, **schedule: object) -> LoraJob:
     """Return a job of a few quick steps."""
-    settings = {"steps": 12, "batch_rows": 6, "rows_per_pack": 3, "learning_rate": 0.02, "check_every": 4} | schedule
-    return build_job(
-        "tiny",
-        model,
-        LoraSettings(rank=2, alpha=4, first_layer=1),
-        Schedule.model_validate(settings),
-        make_rows(72),
-        make_rows(12),
-        run_dir=run_dir,
+    settings = {"steps": 12, "batch_rows": 6, "learning_rate": 0.02, "check_every": 4} | schedule
+    return LoraJob(
+        name="tiny",
+        model=model,
+        settings=LoraSettings(rank=2, alpha=4, first_layer=1),
+        schedule=Schedule.model_validate(settings),
+        rows=tuple(make_rows(72)),
+        held_out=tuple(make_rows(12)),
+        run_dir=run_dir.absolute(),
         track="jsonl",
         threads=1,
     )

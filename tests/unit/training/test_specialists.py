@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dmoa.errors import CheckpointError, ConfigError, DmoaError
-from dmoa.tracking import open_tracker
-from dmoa.training import specialists as lora_loop
-from dmoa.training.specialists import build_job, latest_state, train_adapter
+from dmoa.training.specialists import STATE, latest_state, train_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning", "ignore::DeprecationWarning:ray.*")
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -33,20 +33,22 @@ def unbroken(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """What was logged of the updates of a run."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["op"] == "log" and "loss_nats" in line["metrics"]]
+
+
 def test_it_learns(unbroken: Path) -> None:
-    state = latest_state(unbroken / "state")
-    assert state is not None
-    curve = json.loads((state / lora_loop.STATE).read_text())["curve"]
-    assert [point["step"] for point in curve] == [4, 8, 12]
-    losses = [
-        line["metrics"]["loss_nats"]
-        for line in map(json.loads, (unbroken / "metrics.jsonl").read_text().splitlines())
-        if line["op"] == "log" and "loss_nats" in line["metrics"]
-    ]
+    losses = [line["metrics"]["loss_nats"] for line in logged(unbroken)]
     assert len(losses) == 12
     assert losses[-1] < 0.5 * losses[0]
+    state = latest_state(unbroken / "state")
+    assert state is not None
+    assert state.name == "checkpoint-12"
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT
 def test_the_adapter_loads_and_changes_the_base(model: str, unbroken: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(model.removeprefix("path:"))
     tokens = torch.arange(2, 12)[None]
@@ -63,20 +65,22 @@ def test_the_adapter_names_no_path(unbroken: Path) -> None:
 
 
 def test_a_broken_run_ends_as_the_unbroken_one(model: str, unbroken: Path, tmp_path: Path) -> None:
-    job, tracker = make_job(model, tmp_path), open_tracker("none", run_dir=tmp_path, name="x")
-    worker = lora_loop._Worker(job, rank=0, num_workers=1)
-    for _ in range(4):
-        worker.update(tracker)
-    worker.check(tracker)
-    kept = tmp_path / "state" / "step-00000004"
-    kept.mkdir(parents=True)
-    worker.save(kept)
-    for _ in range(3):
-        worker.update(tracker)  # lost
-    trained = train_adapter(job, out=tmp_path / "adapter", workers=0, storage_path=None)
+    """It is broken in the middle of keeping its second state."""
+    shutil.copytree(unbroken / "state" / "checkpoint-8", tmp_path / "state" / "checkpoint-8")
+    shutil.copytree(unbroken / "state" / "checkpoint-12", tmp_path / "state" / "checkpoint-12")
+    (tmp_path / "state" / "checkpoint-12" / STATE).unlink()
+    trained = train_adapter(make_job(model, tmp_path), out=tmp_path / "adapter", workers=0, storage_path=None)
     assert [point["step"] for point in trained.curve] == [4, 8, 12]
+    assert [line["step"] for line in logged(tmp_path)] == [9, 10, 11, 12]
     for name in FILES:
         assert (tmp_path / "adapter" / name).read_bytes() == (unbroken / "adapter" / name).read_bytes()
+
+
+def test_a_training_that_is_over_asks_the_model_nothing(unbroken: Path, tmp_path: Path, model: str) -> None:
+    before = (unbroken / "metrics.jsonl").read_text()
+    trained = train_adapter(make_job(model, unbroken), out=tmp_path, workers=0, storage_path=None)
+    assert trained.steps == 12
+    assert (unbroken / "metrics.jsonl").read_text() == before
 
 
 def test_state_of_another_job_is_refused(model: str, unbroken: Path, tmp_path: Path) -> None:
@@ -93,28 +97,19 @@ def test_it_stops_at_the_accuracy_asked_for(model: str, tmp_path: Path) -> None:
     assert all(point["accuracy"] < 0.3 for point in trained.curve[:-1])
 
 
-def test_shares_of_two_workers_add_up_to_one_workers_batch(model: str, tmp_path: Path) -> None:
-    job = make_job(model, tmp_path)
-    whole, first, second = (lora_loop._Worker(job, rank=rank, num_workers=n) for rank, n in ((0, 1), (0, 2), (1, 2)))
-    batch = whole.rows[:6]
-    whole.model.loss(batch, 3).backward()
-    first.model.loss(batch[0::2], 3).backward()
-    second.model.loss(batch[1::2], 3).backward()
-    for one, a, b in zip(whole.weights.values(), first.weights.values(), second.weights.values(), strict=True):
-        assert one.grad is not None and a.grad is not None and b.grad is not None  # noqa: PT018 -- for the type checker
-        torch.testing.assert_close(a.grad + b.grad, one.grad, atol=1e-4, rtol=1e-4)
-
-
 def test_a_loss_that_is_not_finite_ends_the_run(model: str, tmp_path: Path) -> None:
-    worker = lora_loop._Worker(make_job(model, tmp_path), rank=0, num_workers=1)
-    next(iter(worker.weights.values())).data.fill_(float("nan"))
+    job = make_job(model, tmp_path, learning_rate=1e30, clip=1e30)
     with pytest.raises(DmoaError, match="lower the learning_rate"):
-        worker.update(open_tracker("none", run_dir=tmp_path, name="x"))
+        train_adapter(job, out=tmp_path / "adapter", workers=0, storage_path=None)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_too_few_rows_are_named(model: str, tmp_path: Path) -> None:
     job = make_job(model, tmp_path)
     with pytest.raises(ConfigError, match="there are 5 rows"):
-        build_job(
-            "tiny", model, job.settings, job.schedule, make_rows(5), make_rows(2), run_dir=tmp_path, track="none", threads=1
-        )
+        train_adapter(replace(job, rows=tuple(make_rows(5))), out=tmp_path, workers=0, storage_path=None)
+
+
+def test_workers_that_cannot_share_a_batch_are_named(model: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="workers: value seen: 4; batch_rows is 6"):
+        train_adapter(make_job(model, tmp_path), out=tmp_path, workers=4, storage_path=None)
