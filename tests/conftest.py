@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -23,6 +24,15 @@ _BESIDE_OTHERS = 2.5
 """As many times that where other tiers run beside it, which share caches and cores."""
 _OF_OTHER_TIERS = ("contract", "accept", "real_model")
 _started: list[str] = []
+
+
+gc.disable()  # until all tests are collected: their imports make millions of objects that stay
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later look for garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 def _on_audit(event: str, arguments: tuple[object, ...]) -> None:

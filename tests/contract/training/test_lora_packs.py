@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_fixtures import make_rows, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dmoa.errors import ConfigError
@@ -19,6 +18,7 @@ from dmoa.training.lora import (
     read_training_rows,
     write_training_rows,
 )
+from tests.unit.training.lora_fixtures import make_rows, save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 

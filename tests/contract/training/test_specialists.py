@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_fixtures import make_job, make_rows, save_tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +14,7 @@ from dmoa.errors import CheckpointError, ConfigError, DmoaError
 from dmoa.tracking import open_tracker
 from dmoa.training import specialists as lora_loop
 from dmoa.training.specialists import build_job, latest_state, train_adapter
+from tests.unit.training.lora_fixtures import make_job, make_rows, save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning", "ignore::DeprecationWarning:ray.*")
 FILES = ("adapter_config.json", "adapter_model.safetensors")
