@@ -164,6 +164,7 @@ def test_texts_and_sources_are_not_read(config: Config, tmp_path: Path) -> None:
     assert versions[0] == versions[1]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("core", ["gru", "reset", "linear", "mlp"])
 @pytest.mark.parametrize("head", ["linear", "profile"])
 def test_every_core_and_head_learns(core: str, head: str, rollouts: Path, config: Config, tmp_path: Path) -> None:
@@ -172,6 +173,7 @@ def test_every_core_and_head_learns(core: str, head: str, rollouts: Path, config
     assert result.record.metrics["surest_share"] > 0.9
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("loss", ["soft", "hard", "hinge", "listnet"])
 @pytest.mark.parametrize("score", ["raw", "anchored"])
 def test_every_loss_and_score_learns(loss: str, score: str, rollouts: Path, config: Config, tmp_path: Path) -> None:
