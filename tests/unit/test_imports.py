@@ -87,6 +87,13 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _parsed() -> None:
+    """Parse all files once, which is no test's own time."""
+    for path in modules():
+        imports(path)
+
+
 def lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 

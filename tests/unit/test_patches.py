@@ -51,7 +51,8 @@ def patches(text: str) -> Iterator[int]:
 
 def test_no_test_patches_what_is_ours() -> None:
     names = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "tests").rglob("*.py"))}
-    found = {name: list(patches(path.read_text(encoding="utf-8"))) for name, path in names.items() if name not in STILL_PATCHING}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in names.items() if name not in STILL_PATCHING}
+    found = {name: list(patches(text)) for name, text in texts.items() if "setattr" in text or "mock" in text}
     assert {name: where for name, where in found.items() if where} == {}
 
 
