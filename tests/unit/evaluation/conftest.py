@@ -11,7 +11,7 @@ from tests.unit.evaluation.real_rows import find_rows
 
 @pytest.fixture(scope="session")
 def rows_dir() -> Path:
-    """The folder of real benchmark rows. Where a file is missing the test is skipped; in CI with data beside its clone it fails."""
+    """The folder of real benchmark rows. Where one is missing tests are skipped; in CI with data beside its clone they fail."""
     folder, lacks, is_wrong = find_rows()
     if is_wrong:
         pytest.fail(lacks)
