@@ -35,6 +35,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_sessionfinish() -> None:
+    """Give it back, for extension modules that complain at the end of what is never freed."""
+    gc.unfreeze()
+
+
 def _on_audit(event: str, arguments: tuple[object, ...]) -> None:
     if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"):
         _started.append(f"{event} {arguments[0] if arguments else ''}")
