@@ -19,7 +19,7 @@ from dmoa.training.cluster_router import fit_rival, sample_of, training_scores
 from dmoa.training.rollouts import read_table
 from dmoa.workflows import ablate as ablations
 from dmoa.workflows.console import Common
-from tests.unit.training.test_ablations import AROUND
+from tests.unit.training.in_process import AROUND
 
 PAPER = "{preset: paper, hidden: 16}"
 

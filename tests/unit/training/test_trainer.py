@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +28,15 @@ from dmoa.training.distributed import SingleWorker
 from dmoa.training.loop import train_gate
 from dmoa.training.options import TrainOptions
 from dmoa.training.rollouts import RolloutFolder, read_manifest
-from dmoa.training.state import EpochRecord, RunState, StateStore, TrainProgress
-from dmoa.training.trainer import Curves, TrainContext, TrainResult, build_start, check_rollouts, prepare_training, run_training
+from dmoa.training.state import RunState, StateStore, TrainProgress
+from dmoa.training.trainer import Curves, build_start, check_rollouts, prepare_training
 from dmoa.types import RouteRequest
 from tests.unit.offline_runs import Synced, synced
-
-BASE: dict[str, Any] = {"workers": 0, "track": "jsonl"}
-_FINISH_TIMEOUT_S = 120.0
-"""On a busy machine W&B takes its time."""
+from tests.unit.training.in_process import BASE, FINISH_TIMEOUT_S, train
 
 
 class StoppedError(Exception):
     """Stands for a killed process."""
-
-
-def no_ray() -> AbstractContextManager[None]:
-    raise AssertionError("a training in process starts no Ray")
-
-
-def train(folder: Path, rollouts: Path, config: Config, *, said: list[str] | None = None, **options: Any) -> TrainResult:
-    seen: list[EpochRecord] = []
-    around = TrainContext(
-        open_ray=no_ray,
-        say=(said if said is not None else []).append,
-        watch=lambda epoch, _: seen.append(epoch),
-        finish_timeout_s=_FINISH_TIMEOUT_S,
-    )
-    return run_training(TrainOptions.parse({**BASE, "rollouts": str(rollouts), "out": folder, **options}), config, around)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +235,7 @@ def test_the_curves_of_a_stopped_training_are_whole_when_they_are_synced(
     wanted = TrainOptions.parse({**BASE, "rollouts": str(rollouts), "out": out, **options})
     start = build_start(wanted, config)
     job = prepare_training(wanted, start, check_rollouts(wanted, start), on_ray=False).job
-    curves = Curves(wanted, config.name, job.identity, _FINISH_TIMEOUT_S)
+    curves = Curves(wanted, config.name, job.identity, FINISH_TIMEOUT_S)
     with curves.follow(StateStore(str(out / "state")), lambda epoch: None):
         stopped_after(out, 2, rollouts, config, **options)
     curves.close()
