@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 VLLM_READY := $(VENV)/.vllm-ready
 # Read when torch is loaded: on a busy machine, threads that spin while they wait slow everything some thirty times.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Python may keep what it compiled: else every test process rewrites the assertions of all tests anew, for some ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST_ARGS ?=
 # The times of every test are left under out/tests.
 PYTEST := $(BIN)/python -m pytest -q --durations=15 --numprocesses=2
@@ -33,9 +35,9 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py
 
-# What a change needs at every save: no Ray, no process, no model.
+# What a change needs at every save: no Ray, no process, no model. Plug-ins that its tests do not need are not loaded.
 fast: setup
-	$(PYTEST) -m "not contract and not real_model and not accept" --junitxml=out/tests/fast.xml tests/unit $(PYTEST_ARGS)
+	$(PYTEST) -p no:schemathesis -p no:anyio -m "not contract and not real_model and not accept" --junitxml=out/tests/fast.xml tests/unit $(PYTEST_ARGS)
 
 # On two processes: one takes the tests on Ray, which come first and wait a good deal, the other one all that need none.
 test: setup

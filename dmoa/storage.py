@@ -129,11 +129,13 @@ def localized(
     reads: Sequence[str] = (),
     writes: Sequence[str] = (),
     apart: Collection[str] = (),
+    period_s: float = PERIOD_S,
 ) -> Iterator[_Options]:
     """Yield the options with a local copy in place of every URI in the fields named; those in `writes` are written back.
 
-    Raises ConfigError for a URI that cannot be read, or a folder to read that is not there; DmoaError where the last writing
-    back fails, with the place of the local copy, which is kept then.
+    What has changed is written back every `period_s`, and at the end. Raises ConfigError for a URI that cannot be read, or a
+    folder to read that is not there; DmoaError where the last writing back fails, with the place of the local copy, which is
+    kept then.
     """
     with ExitStack() as stack:
         changes: dict[str, Any] = {}
@@ -141,7 +143,7 @@ def localized(
             value = getattr(options, name)
             places = value if isinstance(value, tuple) else (value,)
             if any(place is not None and uri_of(place) for place in places):
-                local = tuple(stack.enter_context(_copy(place, name, say, name in writes, apart)) for place in places)
+                local = tuple(stack.enter_context(_copy(place, name, say, name in writes, apart, period_s)) for place in places)
                 changes[name] = local if isinstance(value, tuple) else local[0]
         yield options.model_copy(update=changes)
 
@@ -154,7 +156,9 @@ def local_copy(place: Path, field: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _copy(place: Path, field: str, say: Callable[[str], None], is_written: bool, apart: Collection[str]) -> Iterator[Path]:
+def _copy(
+    place: Path, field: str, say: Callable[[str], None], is_written: bool, apart: Collection[str], period_s: float = PERIOD_S
+) -> Iterator[Path]:
     uri = uri_of(place)
     if uri is None:
         yield place
@@ -173,7 +177,7 @@ def _copy(place: Path, field: str, say: Callable[[str], None], is_written: bool,
     _uris[local] = uri.rstrip("/")
     if is_written:
         say(f"{uri} holds {found} files; it is kept in step with {local}")
-        with _kept_in_step(mirror, uri, local):
+        with _kept_in_step(mirror, uri, local, period_s):
             yield local
         return
     try:
@@ -183,12 +187,12 @@ def _copy(place: Path, field: str, say: Callable[[str], None], is_written: bool,
 
 
 @contextmanager
-def _kept_in_step(mirror: Mirror, uri: str, local: Path) -> Iterator[None]:
+def _kept_in_step(mirror: Mirror, uri: str, local: Path, period_s: float) -> Iterator[None]:
     """Write back now and then, and at the end whatever happened. Raises DmoaError where that last one fails."""
     over = threading.Event()
 
     def keep() -> None:
-        while not over.wait(PERIOD_S):
+        while not over.wait(period_s):
             try:
                 mirror.push()
             except _FAILURES as error:

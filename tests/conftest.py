@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -24,6 +25,20 @@ _BESIDE_OTHERS = 2.5
 """As many times that where other tiers run beside it, which share caches and cores."""
 _OF_OTHER_TIERS = ("contract", "accept", "real_model")
 _started: list[str] = []
+
+
+gc.disable()  # until all tests are collected: their imports make millions of objects that stay
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later look for garbage."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """Give it back, for extension modules that complain at the end of what is never freed."""
+    gc.unfreeze()
 
 
 def _on_audit(event: str, arguments: tuple[object, ...]) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from importlib.resources import files
@@ -221,18 +221,21 @@ def build_agents(config: Config, llm: str, engine: Engine) -> dict[str, Agent]:
     return {agent.name: Agent(agent, engine, tools) for agent in callable_agents(config, llm)}
 
 
-def build_local(config: Config) -> tuple[LocalAgents, list[Engine]]:
+def build_local(
+    config: Config, *, visible: Sequence[str] | None = None, build: Callable[..., Engine] = build_engine
+) -> tuple[LocalAgents, list[Engine]]:
     """Build every engine of a pool in this process, each with GPUs of its own; the caller closes the engines.
 
-    Raises ConfigError, also where this process sees fewer GPUs than the pool asks for.
+    `visible` are the GPUs that it sees, None: look; `build` is called as `build_engine`. Raises ConfigError, also
+    where it sees fewer GPUs than the pool asks for.
     """
     from dmoa.engines.gpus import local_gpus
 
-    slices = local_gpus(config)
+    slices = local_gpus(config, visible)
     agents: dict[str, Agent] = {}
     engines: list[Engine] = []
     for llm in dict.fromkeys(agent.llm for agent in callable_agents(config)):
-        engine = build_engine(config, llm, callable_agents(config, llm), slices.get(llm))
+        engine = build(config, llm, callable_agents(config, llm), slices.get(llm))
         engines.append(engine)
         agents.update(build_agents(config, llm, engine))
     return LocalAgents(agents), engines

@@ -125,12 +125,14 @@ def fit_eta(score_RA: Array) -> float:
     return max(float(np.median(gaps)), MIN_ETA)
 
 
-def fit_anchors(raw_RA: Array, embedding_RD: Numbers, *, num_clusters: int, seed: int) -> tuple[float, ...]:
+def fit_anchors(
+    raw_RA: Array, embedding_RD: Numbers, *, num_clusters: int, seed: int, num_clusterings: int = _CLUSTERINGS
+) -> tuple[float, ...]:
     """Return per agent the mean raw score over the anchor set, in which every cluster of embeddings weighs the same.
 
     `raw_RA` are raw scores of dense rows (NaN where an agent gave nothing), `embedding_RD` what the rows are clustered by
     (k-means over the different embeddings; fewer clusters where there are fewer of those). An agent's clusters without
-    a score are left out of its mean. The result is the average over 16 clusterings, each from its own start. Deterministic
+    a score are left out of its mean. The result is the average over `num_clusterings`, each from its own start. Deterministic
     in the seed, whatever the order of the rows up to rounding. Raises ConfigError for an empty sample and for an agent
     without any score. Source: ours.
     """
@@ -142,7 +144,7 @@ def fit_anchors(raw_RA: Array, embedding_RD: Numbers, *, num_clusters: int, seed
     distinct_UD, row_R = np.unique(np.asarray(embedding_RD, dtype=np.float64), axis=0, return_inverse=True)
     rng = np.random.default_rng(seed)
     is_one_only = min(num_clusters, len(distinct_UD)) in (1, len(distinct_UD))
-    clusterings = (_clusters(distinct_UD, num_clusters, rng)[row_R] for _ in range(1 if is_one_only else _CLUSTERINGS))
+    clusterings = (_clusters(distinct_UD, num_clusters, rng)[row_R] for _ in range(1 if is_one_only else num_clusterings))
     mean_A = np.mean([_balanced_means(raw_RA, cluster_R) for cluster_R in clusterings], axis=0)
     return tuple(float(value) for value in mean_A)
 

@@ -155,16 +155,16 @@ def _paired_bootstrap(difference_N: Floats) -> Comparison:
     return Comparison(n=len(difference_N), difference=mean, low=min(low, mean), high=max(high, mean), p=p, test=BOOTSTRAP)
 
 
-def resampled_means(value_N: Floats) -> Floats:
+def resampled_means(value_N: Floats, *, chunk_cells: int = _CHUNK_CELLS) -> Floats:
     """Return [R] float64, the means of RESAMPLES samples of N values drawn with replacement.
 
     Drawn as multinomial counts of the distinct values, which has the same distribution as drawing rows, depends on no
-    order, and costs the number of distinct values (U) instead of rows.
+    order, and costs the number of distinct values (U) instead of rows. `chunk_cells` counts are held at a time.
     """
     value_U, count_U = np.unique(value_N, return_counts=True)
     generator = np.random.default_rng(SEED)
     share_U = count_U / len(value_N)
-    rows = max(1, _CHUNK_CELLS // len(value_U))
+    rows = max(1, chunk_cells // len(value_U))
     parts: list[Floats] = []
     for start in range(0, RESAMPLES, rows):
         draws_RU = generator.multinomial(len(value_N), share_U, size=min(rows, RESAMPLES - start))

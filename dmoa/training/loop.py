@@ -168,10 +168,10 @@ def _end(options: TrainOptions, epoch: int, best_epoch: int) -> str | None:
     return "all epochs done" if epoch >= options.epochs else None
 
 
-def train_gate(job: TrainJob, world: WorkerGroup, store: StateStore) -> TrainProgress:
+def train_gate(job: TrainJob, world: WorkerGroup, store: StateStore, keep_share: float = KEEP_SHARE) -> TrainProgress:
     """Train to the end, from the state in `store` if there is one; states of whole epochs are kept there.
 
-    One is kept as soon as keeping has taken no more than KEEP_SHARE of the time, and at the end: what a failure costs is some
+    One is kept as soon as keeping has taken no more than `keep_share` of the time, and at the end: what a failure costs is some
     fifty times what writing takes. Raises DmoaError, the state that was kept last intact, where more than `max_bad_steps`
     updates were not finite.
     """
@@ -185,7 +185,7 @@ def train_gate(job: TrainJob, world: WorkerGroup, store: StateStore) -> TrainPro
             raise DmoaError(
                 f"train: the workers read states of different epochs from {store.place!r}; is another run writing it?"
             )
-        keeper = _Keeper(store)
+        keeper = _Keeper(store, keep_share)
         while learner.progress.ended is None:
             run_epoch(learner, job, world)
             if world.rank == 0:
@@ -196,8 +196,8 @@ def train_gate(job: TrainJob, world: WorkerGroup, store: StateStore) -> TrainPro
 class _Keeper:
     """Keeps states, not more often than they are worth."""
 
-    def __init__(self, store: StateStore) -> None:
-        self._store = store
+    def __init__(self, store: StateStore, share: float) -> None:
+        self._store, self._share = store, share
         self._due_s = time.perf_counter()
 
     def epoch_ended(self, learner: Learner) -> None:
@@ -207,7 +207,7 @@ class _Keeper:
             return
         self._store.write(learner.snapshot())
         ended = time.perf_counter()
-        self._due_s = ended + (ended - began) / KEEP_SHARE
+        self._due_s = ended + (ended - began) / self._share
 
 
 def run_epoch(learner: Learner, job: TrainJob, world: WorkerGroup) -> None:

@@ -30,7 +30,7 @@ from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.scores import scores
 from dmoa.errors import ConfigError
 from dmoa.storage import display_path
-from dmoa.tracking import Tracker, is_logged, keep_run_id, open_tracker
+from dmoa.tracking import FINISH_TIMEOUT_S, Tracker, is_logged, keep_run_id, open_tracker
 from dmoa.training.dataset import Episodes, read_episodes, read_manifests
 from dmoa.training.distributed import SingleWorker
 from dmoa.training.gate_metrics import Ranking, load_shares, logits_of, measure_gate, ranking_of
@@ -201,9 +201,11 @@ def _digest(weights: dict[str, Tensor]) -> str:
 class Curves:
     """The tracker of a training, and the thread that feeds it."""
 
-    def __init__(self, options: TrainOptions, pool: str, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, options: TrainOptions, pool: str, identity: Mapping[str, Any], finish_timeout_s: float = FINISH_TIMEOUT_S
+    ) -> None:
         """Follow the run in `options.out`; its tracker is opened when there is something to log. `identity`: of the training."""
-        self._options, self._out = options, options.out.absolute()
+        self._options, self._out, self._finish_timeout_s = options, options.out.absolute(), finish_timeout_s
         self._settings = {"pool_name": pool, **identity}
         self._of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._opened: Tracker | None = None
@@ -215,7 +217,14 @@ class Curves:
     def _tracker(self) -> Tracker:
         if self._opened is None:
             mode, name = self._options.track, self._out.name or "train"
-            self._opened = open_tracker(mode, run_dir=self._out, name=name, of=self._of, config=self._settings)
+            self._opened = open_tracker(
+                mode,
+                run_dir=self._out,
+                name=name,
+                of=self._of,
+                config=self._settings,
+                finish_timeout_s=self._finish_timeout_s,
+            )
         return self._opened
 
     @contextmanager
@@ -447,6 +456,8 @@ class TrainContext:
     """Called with each epoch of this session, and how many there may be."""
     command: str = ""
     code_revision: str = ""
+    finish_timeout_s: float = FINISH_TIMEOUT_S
+    """How long the end of the logging is waited for."""
 
 
 def run_training(options: TrainOptions, config: Config, context: TrainContext) -> TrainResult:
@@ -471,7 +482,7 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
             )
         workers, note = _choose(options)
         context.say(f"{workers} worker{'s' if workers > 1 else ''}: {note}" if workers else note)
-        curves = Curves(options, config.name, training_set.job.identity)
+        curves = Curves(options, config.name, training_set.job.identity, context.finish_timeout_s)
         try:
             with curves.follow(store, lambda epoch: context.watch(epoch, options.epochs)):
                 if before is None or before.ended is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dmoa.evaluation.records import EvaluateOptions
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.run_folder import RunFolder
+    from dmoa.protocols import Encoder
 
 
 KMEANS = "kmeans"
@@ -63,8 +64,13 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
     return evaluation
 
 
-def train_all(rollouts: Path, out: Path, config: Config, common: Common, seed: int) -> dict[str, Path]:
-    """Train every ablation that the pool allows in process, or take those that are there; returns their checkpoints by name."""
+def train_all(
+    rollouts: Path, out: Path, config: Config, common: Common, seed: int, train: Callable[..., Path] | None = None
+) -> dict[str, Path]:
+    """Train every ablation that the pool allows in process, or take those that are there; returns their checkpoints by name.
+
+    `train`: in place of `train_ablation`.
+    """
     from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
     from dmoa.training.trainer import TrainContext
 
@@ -76,12 +82,17 @@ def train_all(rollouts: Path, out: Path, config: Config, common: Common, seed: i
     names = [name for name in ABLATIONS if name not in skipped]
     for number, name in enumerate(names, 1):
         common.say(f"training {number} of {len(names)}: {name} ({ABLATIONS[name].summary})")
-        found[name] = train_ablation(name, rollouts, out, config, context, {"seed": seed})
+        found[name] = (train or train_ablation)(name, rollouts, out, config, context, {"seed": seed})
     return found
 
 
 def cluster_choices(
-    folder: RunFolder, benchmarks: Sequence[str], rollouts: Path, config: Config, seed: int
+    folder: RunFolder,
+    benchmarks: Sequence[str],
+    rollouts: Path,
+    config: Config,
+    seed: int,
+    encoder: Encoder | None = None,
 ) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
     """Return whom k-means over embeddings + the surest agent of each cluster, fitted on the rollouts, would ask."""
     from dmoa.agents.pool import build_encoder
@@ -90,7 +101,7 @@ def cluster_choices(
 
     preset = read_manifest(rollouts).preset
     router = fit_rival(read_table(rollouts), config.agent_names, preset, num_clusters=_CLUSTERS, seed=seed)
-    encoder = build_encoder(config)
+    encoder = encoder or build_encoder(config)
     texts = {name: [task.text for task in folder.read_tasks(name)] for name in benchmarks}
     return {name: router.rank(np.stack(list(asyncio.run(encoder.embed(those)))))[:, 0] for name, those in texts.items()}
 

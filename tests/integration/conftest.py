@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration import head as head_module
-from tests.integration.head import Head, joined, running_head
+from tests.integration.head import Head, alone, joined, running_head
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -18,6 +17,7 @@ def head() -> Iterator[Head]:
 
 
 @pytest.fixture
-def own_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_ray() -> Iterator[None]:
     """Have the commands of one test start a Ray of their own, as they do where there is none to join."""
-    monkeypatch.setattr(head_module, "_joined", {})
+    with alone():
+        yield

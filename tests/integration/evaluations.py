@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typer.testing import CliRunner
+
+from dmoa.cli.main import app
 from tests.integration.head import environment
 
 DMOA = str(Path(sys.executable).with_name("dmoa"))
@@ -49,6 +52,12 @@ def run(arguments: Sequence[str], cwd: Path | None = None) -> subprocess.Complet
     """Run a command to its end."""
     env = environment()
     return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S, env=env, cwd=cwd)
+
+
+def run_here(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which is sooner done; for commands that end before they would join a Ray."""
+    ended = CliRunner().invoke(app, list(arguments[1:]))
+    return subprocess.CompletedProcess(arguments, ended.exit_code, ended.stdout, ended.stderr)
 
 
 def run_and_kill(arguments: Sequence[str], is_time: Callable[[], bool], log: Path) -> bool:

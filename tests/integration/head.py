@@ -78,6 +78,17 @@ def joined(head: Head) -> Iterator[None]:
 
 
 @contextmanager
+def alone() -> Iterator[None]:
+    """Have commands that tests start know of no head for a while."""
+    kept = dict(_joined)
+    _joined.clear()
+    try:
+        yield
+    finally:
+        _joined.update(kept)
+
+
+@contextmanager
 def running_head() -> Iterator[Head]:
     """Start a head; everything that it started is ended with it."""
     for attempt in range(_START_ATTEMPTS):

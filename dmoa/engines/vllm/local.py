@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,14 +43,35 @@ def check_adapters(part: LlmConfig, given: VllmOptions, adapters: Collection[str
         check_adapter(f"adapters.{name}", resolve_adapter(name), base=base, engine="vllm", max_rank=given.max_lora_rank)
 
 
-def connect(part: LlmConfig, given: VllmOptions, args: Mapping[str, Any], gpus: GpuSlice | None = None) -> Any:
-    """Start vLLM with these arguments, on GPUs of its own, and return the client. Blocks; raises ConfigError."""
+def _start(args: dict[str, Any]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    # Kept by vLLM for the first GPU that was visible: by now it may be one of another kind.
+    forget = getattr(current_platform.get_device_capability, "cache_clear", None)
+    if forget is not None:
+        forget()
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+
+
+def connect(
+    part: LlmConfig,
+    given: VllmOptions,
+    args: Mapping[str, Any],
+    gpus: GpuSlice | None = None,
+    start: Callable[[dict[str, Any]], Any] = _start,
+) -> Any:
+    """Start vLLM with these arguments, on GPUs of its own, and return the client. Blocks; raises ConfigError.
+
+    `start` makes the client of vLLM's arguments, with the environment that its processes need.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported
     source = local_source(part.model) or remote_source(part.model)
     # Its workers run beside this process, also where that is a part of a Ray job.
     beside = {"distributed_executor_backend": "mp"} if given.num_workers > 1 else {}
     with environment(start_environment(part, given, gpus)):
-        return _start({"model": source, **args, **beside})
+        return start({"model": source, **args, **beside})
 
 
 def start_environment(part: LlmConfig, given: VllmOptions, gpus: GpuSlice | None) -> dict[str, str]:
@@ -74,18 +95,6 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
-
-
-def _start(args: Mapping[str, Any]) -> Any:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.platforms import current_platform
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    # Kept by vLLM for the first GPU that was visible: by now it may be one of another kind.
-    forget = getattr(current_platform.get_device_capability, "cache_clear", None)
-    if forget is not None:
-        forget()
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
 
 
 def engine_over(client: Any, part: LlmConfig, given: VllmOptions, adapters: Collection[str]) -> Any:

@@ -16,6 +16,7 @@ from tests.integration.evaluations import (
     once_answered,
     rows_of,
     run,
+    run_here,
     scripted_pool,
     table_of,
     whole_lines,
@@ -77,10 +78,10 @@ def test_a_run_that_is_killed_goes_on_and_gives_the_same_table(unbroken: Path, t
 
 
 def test_a_folder_with_a_run_is_refused_and_other_settings_are_named(unbroken: Path) -> None:
-    again = run(scripted(unbroken))
+    again = run_here(scripted(unbroken))
     assert again.returncode == 2
     assert "--resume" in again.stderr
-    other = run([*scripted(unbroken, "--resume"), "--seed", "9"])
+    other = run_here([*scripted(unbroken, "--resume"), "--seed", "9"])
     assert other.returncode == 2
     assert "seed: begun with 0, now 9" in other.stderr
 
@@ -142,6 +143,7 @@ def test_the_job_file_does_what_the_command_does(unbroken: Path, tmp_path: Path)
     assert table_of(tmp_path / "run") == table_of(unbroken)
 
 
+@pytest.mark.accept
 @pytest.mark.real_model
 def test_the_embedded_model_is_evaluated_and_its_calls_are_found_again(tmp_path: Path) -> None:
     base = ["--benchmarks", "arith", "--policies", "single,dmoa", "--limit", "1", "--budget", "cpu"]

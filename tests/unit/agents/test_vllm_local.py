@@ -8,27 +8,39 @@ from typing import Any
 import pytest
 
 from dmoa.agents import pool
-from dmoa.agents.pool import build_local
-from dmoa.config import Config
-from dmoa.engines import gpus as gpu_slices
-from dmoa.engines.transformers import engine as transformers_engine
-from dmoa.engines.vllm import local as vllm_local
+from dmoa.config import AgentConfig, Config
+from dmoa.engines.gpus import GpuSlice
+from dmoa.engines.vllm.local import connect
+from dmoa.engines.vllm.options import engine_args, vllm_options
 from dmoa.errors import ConfigError
 
+GPUS = ("4", "5", "7", "GPU-8a")
 GPU_NAMES = ("CUDA_VISIBLE_DEVICES", "VLLM_WORKER_MULTIPROC_METHOD")
 CPU_NAMES = ("OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE")
 
 
 class Recorder:
-    """Stands in for engines; keeps what each was started with."""
+    """Stands in for vLLM and for transformers' engine; keeps what each was started with."""
 
     def __init__(self) -> None:
         self.args: list[dict[str, Any]] = []
         self.environments: list[dict[str, str]] = []
-        self.gpus: list[int | None] = []
+        self.gpus: list[int] = []
         self.fails = False
 
-    def start(self, args: dict[str, Any]) -> str:
+    def build_local(self, config: Config) -> None:
+        pool.build_local(config, visible=GPUS, build=self._build)
+
+    def _build(self, config: Config, llm: str, agents: list[AgentConfig], gpus: GpuSlice | None) -> Any:
+        part = config.llms[llm]
+        if part.engine == "vllm":
+            given = vllm_options(part, llm)
+            return connect(part, given, engine_args(part, given, ()), gpus, self._start)
+        assert gpus is not None
+        self.gpus.append(gpus.positions[0])
+        return "engine"
+
+    def _start(self, args: dict[str, Any]) -> str:
         self.args.append(dict(args))
         self.environments.append(dict(os.environ))
         if self.fails:
@@ -41,17 +53,10 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    found = Recorder()
-    monkeypatch.setattr(pool, "check_vllm", lambda config: None)
-    monkeypatch.setattr(vllm_local, "_start", found.start)
-    monkeypatch.setattr(vllm_local, "engine_over", lambda client, *_: client)
-    monkeypatch.setattr(gpu_slices, "visible_gpus", lambda: ("4", "5", "7", "GPU-8a"))
-    monkeypatch.setattr(pool, "build_agents", lambda *_: {})
-    monkeypatch.setattr(transformers_engine, "TransformersEngine", lambda *_, gpu, **__: found.gpus.append(gpu))
     for name in (*GPU_NAMES, *CPU_NAMES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-    return found
+    return Recorder()
 
 
 def of(**llms: dict[str, Any]) -> Config:
@@ -64,7 +69,7 @@ def test_every_engine_sees_its_own_gpus_alone(recorder: Recorder, monkeypatch: p
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7,GPU-8a")
     wide = {"gpus": 2, "engine_kwargs": {"tensor_parallel_size": 2}}
     share = {"engine": "transformers", "gpus": 0.5}
-    build_local(of(one={"gpus": 1}, wide=wide, small=share, other=share))
+    recorder.build_local(of(one={"gpus": 1}, wide=wide, small=share, other=share))
     assert recorder.seen(*GPU_NAMES) == [("4", "spawn"), ("5,7", "spawn")]
     assert recorder.gpus == [3, 3]
     assert [args.get("distributed_executor_backend") for args in recorder.args] == [None, "mp"]
@@ -73,13 +78,13 @@ def test_every_engine_sees_its_own_gpus_alone(recorder: Recorder, monkeypatch: p
 
 def test_more_gpus_than_visible_are_refused_before_any_engine_starts(recorder: Recorder) -> None:
     with pytest.raises(ConfigError, match=r"^llms\.a\.gpus and of b: value seen: 5 .* \(a 1, b 4\); allowed are the 4 "):
-        build_local(of(a={"gpus": 1}, b={"gpus": 4, "engine_kwargs": {"tensor_parallel_size": 4}}))
+        recorder.build_local(of(a={"gpus": 1}, b={"gpus": 4, "engine_kwargs": {"tensor_parallel_size": 4}}))
     assert recorder.args == []
 
 
 def test_every_engine_on_the_cpu_has_its_own_threads_and_room(recorder: Recorder) -> None:
     first, second = ({"engine_kwargs": {"threads": n, "cpu_kv_cache_gib": 2 * n}} for n in (1, 3))
-    build_local(of(first=first, second=second))
+    recorder.build_local(of(first=first, second=second))
     assert recorder.seen(*CPU_NAMES) == [("1", "2"), ("3", "6")]
     assert [name for name in CPU_NAMES if name in os.environ] == []
 
@@ -88,7 +93,7 @@ def test_the_environment_is_as_before_also_after_a_start_that_failed(recorder: R
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     recorder.fails = True
     with pytest.raises(RuntimeError, match="no memory"):
-        build_local(of(only={"engine_kwargs": {"threads": 2}}))
+        recorder.build_local(of(only={"engine_kwargs": {"threads": 2}}))
     assert recorder.seen("OMP_NUM_THREADS") == [("2",)]
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ

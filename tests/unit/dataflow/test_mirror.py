@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from dmoa import storage as mirror
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.storage import Mirror, display_path, local_copy, localized, uri_of
 
@@ -73,12 +72,9 @@ def test_what_changed_goes_there_and_what_went_goes_there_too(tmp_path: Path) ->
     assert files(there) == {"deep/kept": "kept and more", "new": "new", "state/weights": "the workers'"}
 
 
-def test_a_run_is_written_back_while_it_goes_on_and_at_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
-) -> None:
-    monkeypatch.setattr(mirror, "PERIOD_S", 0.01)
+def test_a_run_is_written_back_while_it_goes_on_and_at_its_end(tmp_path: Path, said: list[str]) -> None:
     there = tmp_path / "there" / "run"
-    with localized(Options(out=Path(there.as_uri())), said.append, writes=("out",)) as options:
+    with localized(Options(out=Path(there.as_uri())), said.append, writes=("out",), period_s=0.01) as options:
         assert options.out.name == "run"
         assert options.out.is_dir()
         (options.out / "first").write_text("1")

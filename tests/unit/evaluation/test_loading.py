@@ -15,20 +15,10 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.benchmarks.base import BENCHMARKS, RowError
 from dmoa.evaluation.data import Loaded, load_rows, load_splits, parse_line, read_lines
 from dmoa.evaluation.records import SPLITS, Split
+from tests.unit.evaluation.real_rows import REAL_ROWS
 from tests.unit.evaluation.samples import row, write_lines, write_rows
 
 # File of the folder -> rows, as the README beside the real rows states them.
-REAL_ROWS = {
-    "gsm8k": {"train": 500, "test": 1219},
-    "multiarith": {"train": 420, "test": 144},
-    "svamp": {"train": 700, "test": 240},
-    "aqua_rat": {"validation": 254, "test": 204},
-    "humaneval": {"train": 32, "test": 100},
-    "ds1000": {"train": 200, "test": 700},
-    "mmlu": {"dev": 285, "validation": 452, "test": 1900},
-    "hotpotqa": {"train": 100, "validation": 400},
-    "ddxplus": {"train": 98, "validation": 488},
-}
 SPLIT_FILES = {
     "mmlu": {"train": "dev", "adaptation": "validation", "test": "test"},
     "aqua_rat": {"train": "train", "adaptation": "validation", "test": "test"},

@@ -86,9 +86,8 @@ def test_resamples_have_the_mean_and_spread_of_the_theory() -> None:
     assert means.std() == pytest.approx(values.std() / math.sqrt(len(values)), rel=0.05)
 
 
-def test_resampling_in_chunks_draws_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmoa.evaluation.statistics._CHUNK_CELLS", 3000)
-    means = resampled_means(np.array([0.0, 0.5, 1.0]))
+def test_resampling_in_chunks_draws_as_many() -> None:
+    means = resampled_means(np.array([0.0, 0.5, 1.0]), chunk_cells=3000)
     assert len(means) == RESAMPLES
     assert means.std() == pytest.approx(math.sqrt(1 / 6 / 3), rel=0.05)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,7 @@ from dmoa.testing import CONTEXT_DIM as DIM
 from dmoa.testing import scripted_pool as pool
 from dmoa.training.ablations import ABLATIONS, as_paper, train_ablation, without_summary
 from dmoa.training.rollouts import read_manifest, read_table
-from dmoa.training.trainer import TrainContext
-
-AROUND = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
+from tests.unit.training.in_process import AROUND
 
 
 @pytest.fixture(scope="module")

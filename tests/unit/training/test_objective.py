@@ -23,7 +23,7 @@ from dmoa.testing import scripted_pool as pool
 from dmoa.training.dataset import COLUMNS, EpisodeBuilder, Episodes, held_back
 from dmoa.training.gate_metrics import held_metrics, measure_gate, ranking_of
 from dmoa.training.objective import Batches, Split, anchor_sample, batch_loss, build_data, fit_scale, unroll
-from tests.unit.training.test_trainer import train
+from tests.unit.training.in_process import train
 
 CPU = torch.device("cpu")
 

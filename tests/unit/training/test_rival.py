@@ -9,19 +9,17 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from dmoa.agents import pool as agent_pool
 from dmoa.errors import ConfigError
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.testing import AGENTS, domain_rows, write_rollouts
 from dmoa.testing import CONTEXT_DIM as DIM
 from dmoa.testing import scripted_pool as pool
-from dmoa.training import ablations as training_ablations
 from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
 from dmoa.training.cluster_router import fit_rival, sample_of, training_scores
 from dmoa.training.rollouts import read_table
 from dmoa.workflows import ablate as ablations
 from dmoa.workflows.console import Common
-from tests.unit.training.test_ablations import AROUND
+from tests.unit.training.in_process import AROUND
 
 PAPER = "{preset: paper, hidden: 16}"
 
@@ -42,7 +40,7 @@ def test_scores_are_those_of_the_rows_of_the_sample_and_cut_replies_are_last(tmp
     assert (np.nanmin(score_RA[:, 1]) > np.nanmax(score_RA[:, [0, 2]])).all()
 
 
-def test_the_commands_rival_is_the_studys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_rival_is_the_studys(tmp_path: Path) -> None:
     config, rows = pool(), rows_with_cut_replies("two")
     rollouts = write_rollouts(tmp_path / "r", rows, config)
     contexts = [row["context"][:DIM] for row in rows if row["step"] == 0 and row["agent"] == "one"]
@@ -51,17 +49,16 @@ def test_the_commands_rival_is_the_studys(tmp_path: Path, monkeypatch: pytest.Mo
         async def embed(self, texts: list[str]) -> list[Any]:
             return [contexts[int(text)] for text in texts]
 
-    monkeypatch.setattr(agent_pool, "build_encoder", lambda config: Encoder())
     tasks = [SimpleNamespace(text=str(number)) for number in range(len(contexts))]
     folder = cast("RunFolder", SimpleNamespace(read_tasks=lambda name: tasks))
-    chosen = ablations.cluster_choices(folder, ["made-up"], rollouts, config, 3)["made-up"]
+    chosen = ablations.cluster_choices(folder, ["made-up"], rollouts, config, 3, Encoder())["made-up"]
     studys = fit_rival(read_table(rollouts), AGENTS, "default", num_clusters=8, seed=3).rank(np.stack(contexts))[:, 0]
     assert np.array_equal(chosen, studys)
     assert AGENTS.index("two") not in chosen
     assert len(set(chosen)) == 2
 
 
-def test_ablations_that_do_not_apply_are_told_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ablations_that_do_not_apply_are_told_and_left_out(tmp_path: Path) -> None:
     done: list[str] = []
 
     def say(text: str) -> None:
@@ -71,14 +68,13 @@ def test_ablations_that_do_not_apply_are_told_and_left_out(tmp_path: Path, monke
         done.append(name)
         return tmp_path / name
 
-    monkeypatch.setattr(training_ablations, "train_ablation", train)
     common = cast("Common", SimpleNamespace(say=say))
-    found = ablations.train_all(tmp_path, tmp_path, pool(gate=PAPER), common, 0)
+    found = ablations.train_all(tmp_path, tmp_path, pool(gate=PAPER), common, 0, train)
     assert set(ABLATIONS) - set(found) == {"no-summary", "paper"} == set(left_out(pool(gate=PAPER)))
     assert done[0].startswith("left out: no-summary (gate.preset paper embeds query and summary together); paper (")
     assert done[1:3] == [f"training 1 of {len(ABLATIONS) - 2}: default (the default configuration)", "default"]
     done.clear()
-    assert set(ablations.train_all(tmp_path, tmp_path, pool(), common, 0)) == set(ABLATIONS)
+    assert set(ablations.train_all(tmp_path, tmp_path, pool(), common, 0, train)) == set(ABLATIONS)
     assert not any("left out" in line for line in done)
 
 

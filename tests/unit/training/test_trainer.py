@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmoa import checkpoint, tracking
+from dmoa import checkpoint
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.core.calibration import ALPHAS
@@ -24,34 +23,20 @@ from dmoa.errors import ConfigError, DmoaError
 from dmoa.testing import AGENTS, domain_rows, write_rollouts
 from dmoa.testing import CONTEXT_DIM as DIM
 from dmoa.testing import scripted_pool as pool
-from dmoa.training import loop as train_loop
-from dmoa.training import objective as targets
 from dmoa.training.collect import silent_agents
 from dmoa.training.distributed import SingleWorker
+from dmoa.training.loop import train_gate
 from dmoa.training.options import TrainOptions
 from dmoa.training.rollouts import RolloutFolder, read_manifest
-from dmoa.training.state import EpochRecord, RunState, StateStore, TrainProgress
-from dmoa.training.trainer import Curves, TrainContext, TrainResult, build_start, check_rollouts, prepare_training, run_training
+from dmoa.training.state import RunState, StateStore, TrainProgress
+from dmoa.training.trainer import Curves, build_start, check_rollouts, prepare_training
 from dmoa.types import RouteRequest
 from tests.unit.offline_runs import Synced, synced
-
-BASE: dict[str, Any] = {"workers": 0, "track": "jsonl"}
+from tests.unit.training.in_process import BASE, FINISH_TIMEOUT_S, train
 
 
 class StoppedError(Exception):
     """Stands for a killed process."""
-
-
-def no_ray() -> AbstractContextManager[None]:
-    raise AssertionError("a training in process starts no Ray")
-
-
-def train(folder: Path, rollouts: Path, config: Config, *, said: list[str] | None = None, **options: Any) -> TrainResult:
-    seen: list[EpochRecord] = []
-    around = TrainContext(
-        open_ray=no_ray, say=(said if said is not None else []).append, watch=lambda epoch, _: seen.append(epoch)
-    )
-    return run_training(TrainOptions.parse({**BASE, "rollouts": str(rollouts), "out": folder, **options}), config, around)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +145,7 @@ def test_texts_and_sources_are_not_read(config: Config, tmp_path: Path) -> None:
     assert versions[0] == versions[1]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("core", ["gru", "reset", "linear", "mlp"])
 @pytest.mark.parametrize("head", ["linear", "profile"])
 def test_every_core_and_head_learns(core: str, head: str, rollouts: Path, config: Config, tmp_path: Path) -> None:
@@ -168,6 +154,7 @@ def test_every_core_and_head_learns(core: str, head: str, rollouts: Path, config
     assert result.record.metrics["surest_share"] > 0.9
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("loss", ["soft", "hard", "hinge", "listnet"])
 @pytest.mark.parametrize("score", ["raw", "anchored"])
 def test_every_loss_and_score_learns(loss: str, score: str, rollouts: Path, config: Config, tmp_path: Path) -> None:
@@ -214,14 +201,13 @@ def stopped_after(folder: Path, num_states: int, rollouts: Path, config: Config,
     store = StoppingStore(str(folder / "state"), num_states)
     store.check()
     with pytest.raises(StoppedError):
-        train_loop.train_gate(job, SingleWorker(torch.device("cpu")), store)
+        train_gate(job, SingleWorker(torch.device("cpu")), store, keep_share=math.inf)  # every epoch is kept
 
 
 @pytest.mark.parametrize("stops", [(1,), (2, 3)])
 def test_a_stopped_training_goes_on_and_ends_as_if_unbroken(
-    stops: tuple[int, ...], rollouts: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stops: tuple[int, ...], rollouts: Path, config: Config, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(train_loop, "KEEP_SHARE", math.inf)  # every epoch is kept
     whole = train(tmp_path / "whole", rollouts, config, epochs=7)
     for epochs in stops:
         stopped_after(tmp_path / "broken", epochs, rollouts, config, epochs=7)
@@ -243,15 +229,13 @@ def test_the_curves_of_a_stopped_training_are_whole_when_they_are_synced(
     rollouts: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each epoch is on the server once, and the command on a finished training tells W&B nothing."""
-    monkeypatch.setattr(train_loop, "KEEP_SHARE", math.inf)  # every epoch is kept
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 120.0)
     out, options = tmp_path / "run", {"epochs": 5, "track": "wandb"}
     wanted = TrainOptions.parse({**BASE, "rollouts": str(rollouts), "out": out, **options})
     start = build_start(wanted, config)
     job = prepare_training(wanted, start, check_rollouts(wanted, start), on_ray=False).job
-    curves = Curves(wanted, config.name, job.identity)
+    curves = Curves(wanted, config.name, job.identity, FINISH_TIMEOUT_S)
     with curves.follow(StateStore(str(out / "state")), lambda epoch: None):
         stopped_after(out, 2, rollouts, config, **options)
     curves.close()
@@ -292,16 +276,14 @@ class CountingStore(StateStore):
 
 @pytest.mark.parametrize(("share", "kept"), [(1e-9, [1, 7]), (math.inf, [1, 2, 3, 4, 5, 6, 7])])
 def test_states_are_kept_as_often_as_they_are_worth_and_at_the_end(
-    share: float, kept: list[int], rollouts: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    share: float, kept: list[int], rollouts: Path, config: Config, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(train_loop, "KEEP_SHARE", share)
     wanted = TrainOptions.parse({**BASE, "rollouts": str(rollouts), "out": tmp_path / "run", "epochs": 7})
     start = build_start(wanted, config)
     store = CountingStore(str(tmp_path / "run" / "state"))
     store.check()
-    train_loop.train_gate(
-        prepare_training(wanted, start, check_rollouts(wanted, start), on_ray=False).job, SingleWorker(torch.device("cpu")), store
-    )
+    job = prepare_training(wanted, start, check_rollouts(wanted, start), on_ray=False).job
+    train_gate(job, SingleWorker(torch.device("cpu")), store, keep_share=share)
     assert store.kept == kept
 
 
@@ -324,12 +306,13 @@ def test_other_options_or_rollouts_in_the_same_folder_are_refused(rollouts: Path
     assert same(weights_of(tmp_path / "run"), before)
 
 
-def test_anchors_of_another_versions_fit_are_refused_in_the_same_folder(
-    rollouts: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_anchors_of_another_versions_fit_are_refused_in_the_same_folder(rollouts: Path, config: Config, tmp_path: Path) -> None:
     train(tmp_path / "run", rollouts, config, epochs=2, score="anchored")
-    fit = targets.fit_anchors
-    monkeypatch.setattr(targets, "fit_anchors", lambda *a, **k: tuple(value + 0.25 for value in fit(*a, **k)))
+    store = StateStore(str(tmp_path / "run" / "state"))
+    state = store.read()
+    assert state is not None
+    identity = state.progress.identity | {"targets": "eta 0.5, anchors [-1.25, -1, -0.75]"}
+    store.write(RunState(state.progress.model_copy(update={"identity": identity}), state.tensors))
     with pytest.raises(ConfigError, match=r"targets: begun with eta .*anchors .*, now eta"):
         train(tmp_path / "run", rollouts, config, epochs=2, score="anchored")
 
@@ -372,13 +355,11 @@ def test_batches_that_are_not_finite_are_skipped_and_counted(config: Config, tmp
     assert all(torch.isfinite(tensor).all() for tensor in weights_of(tmp_path / "run").values())
 
 
-def test_too_many_bad_batches_fail_the_run_and_keep_the_state(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train_loop, "KEEP_SHARE", math.inf)  # every epoch is kept
-    rollouts = poisoned(tmp_path, config)
+def test_too_many_bad_batches_fail_the_run_and_keep_the_state(config: Config, tmp_path: Path) -> None:
+    rollouts, options = poisoned(tmp_path, config), {"epochs": 6, "batch_queries": 1, "core": "linear", "max_bad_steps": 2}
+    stopped_after(tmp_path / "run", 2, rollouts, config, **options)
     with pytest.raises(DmoaError, match="not finite in 3 updates, max_bad_steps is 2"):
-        train(tmp_path / "run", rollouts, config, epochs=6, batch_queries=1, core="linear", max_bad_steps=2)
+        train(tmp_path / "run", rollouts, config, **options)
     progress = StateStore(str(tmp_path / "run" / "state")).read_progress()
     assert progress is not None
     assert (len(progress.epochs), progress.bad_steps, progress.ended) == (2, 2, None)

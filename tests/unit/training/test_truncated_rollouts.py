@@ -22,7 +22,7 @@ from dmoa.training.objective import Scale, Split, build_data
 from dmoa.training.options import TrainOptions
 from dmoa.training.rollouts import part_paths, read_table
 from dmoa.training.trainer import build_start, run_training
-from tests.unit.training.test_ablations import AROUND
+from tests.unit.training.in_process import AROUND
 
 CONFIG = pool()
 

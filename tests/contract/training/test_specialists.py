@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from lora_fixtures import make_job, make_rows, save_tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dmoa.errors import CheckpointError, ConfigError, DmoaError
 from dmoa.training.specialists import STATE, latest_state, train_adapter
+from tests.unit.training.lora_fixtures import make_job, make_rows, save_tiny_model
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
