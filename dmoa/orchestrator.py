@@ -21,6 +21,7 @@ from dmoa.protocols import Policy
 from dmoa.types import (
     AgentReply,
     Answer,
+    Event,
     Query,
     QueryState,
     Sampling,
@@ -33,7 +34,6 @@ from dmoa.types import (
     is_untrained,
 )
 
-Event = StepRecord | TextDelta | Answer
 Emit = Callable[[Event], None]
 _CLOCK_SLACK_S = 0.05
 

@@ -13,10 +13,10 @@ from dmoa.agents import tools as toolbox
 from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
 from dmoa.config import AgentConfig, Config
 from dmoa.dispatch import AgentCard, Dispatcher
-from dmoa.orchestrator import Event, Orchestrator
+from dmoa.orchestrator import Orchestrator
 from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
 from dmoa.protocols import AgentClient, Encoder, Policy, Router
-from dmoa.types import Limits, Query
+from dmoa.types import Event, Limits, Query
 
 N = TypeVar("N", int, float)
 

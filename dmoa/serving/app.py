@@ -32,13 +32,13 @@ from dmoa.serving.http.routes import create_app
 from dmoa.serving.listening import LaunchMark
 from dmoa.serving.metrics import QueryMetrics, exposition
 from dmoa.serving.placement import deployment_names
-from dmoa.serving.rollover import Event, answer_on_one_pool_version, pool_version, query_drain_s
+from dmoa.serving.rollover import answer_on_one_pool_version, pool_version, query_drain_s
 from dmoa.serving.router.actor import ensure_router
 from dmoa.serving.router.client import RemoteRouter
 from dmoa.serving.router.replica_health import UP, sleepers, state_of
 from dmoa.serving.traces import AnsweredQuery, ensure_traces
 from dmoa.swarm import Swarm
-from dmoa.types import Answer, Query
+from dmoa.types import Answer, Event, Query
 
 _LOG = logging.getLogger("dmoa.ingress")
 READY_TIMEOUT_S = 2.0

@@ -35,7 +35,7 @@ from dmoa.serving.http.requests import (
     unknown_model,
 )
 from dmoa.serving.http.service import SwarmService
-from dmoa.types import Answer, StepRecord, TextDelta
+from dmoa.types import Answer, Event, StepRecord
 
 T = TypeVar("T")
 
@@ -103,7 +103,6 @@ class EventStream(Response):
 
 
 logger = logging.getLogger(__name__)
-Item = StepRecord | TextDelta | Answer
 
 
 def create_app(
@@ -212,7 +211,7 @@ class _Front:
             return EventStream(_events(items, rendering), headers)
         return json_response(rendering.whole(await until_gone(request.receive, _last(items))), headers=headers)
 
-    async def _items(self, order: ParsedRequest, key_hash: str) -> AsyncGenerator[Item, None]:
+    async def _items(self, order: ParsedRequest, key_hash: str) -> AsyncGenerator[Event]:
         """Yield what the service yields while holding a place; keep the trace before the answer leaves."""
         with self._places.take():
             service = self._service()
@@ -223,7 +222,7 @@ class _Front:
                     yield item
 
 
-async def _last(items: AsyncGenerator[Item, None]) -> Answer:
+async def _last(items: AsyncGenerator[Event]) -> Answer:
     """Run a query to its end and return the Answer."""
     async with aclosing(items):
         async for item in items:
@@ -232,7 +231,7 @@ async def _last(items: AsyncGenerator[Item, None]) -> Answer:
     raise EmptyAnswerError("the query ended without an answer; ask again")
 
 
-async def _events(items: AsyncGenerator[Item, None], rendering: render.Rendering) -> AsyncGenerator[bytes, None]:
+async def _events(items: AsyncGenerator[Event], rendering: render.Rendering) -> AsyncGenerator[bytes, None]:
     """Yield the server-sent events of a query. An error before the first item is raised, a later one is an event."""
     is_open = False
     try:

@@ -15,11 +15,10 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from pydantic import BaseModel
 
 from dmoa.config import LimitsConfig, ServerConfig
-from dmoa.orchestrator import Event
 from dmoa.serving.http.middleware import hash_keys
 from dmoa.serving.http.routes import create_app
 from dmoa.testing import FakeAgents, Say, Schedule, asks, orchestrator_of
-from dmoa.types import FinishReason, Limits, Message, Query
+from dmoa.types import Event, FinishReason, Limits, Message, Query
 
 CHAT = "/v1/chat/completions"
 
