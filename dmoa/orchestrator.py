@@ -30,7 +30,6 @@ from dmoa.types import (
     Stop,
     StopReason,
     SummarizerRecord,
-    TextDelta,
     is_untrained,
 )
 

@@ -23,7 +23,7 @@ from dmoa.config import Config
 from dmoa.errors import DmoaError
 from dmoa.evaluation.records import Label, Reply
 from dmoa.evaluation.registry import SUITES
-from dmoa.workflows.console import EXIT_FAILED, Common, Screen, num_tokens, printable, untrained_note, with_common
+from dmoa.workflows.console import EXIT_FAILED, Common, Screen, printable, untrained_note, with_common
 
 if TYPE_CHECKING:
     from dmoa.core.gate import Gate
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dmoa.evaluation.run_folder import RunFolder
     from dmoa.training.probe import ProbeReport
     from dmoa.types import FloatArray
-    from dmoa.workflows.backends import RemoteSwarm
+    from dmoa.workflows.backends import Backend
     from dmoa.workflows.console import QueryResult
 
 
@@ -64,18 +64,18 @@ class DemoReport:
         if outcome.asked is None:
             self._print(f"failed: {outcome.error}")
             return
-        for step in outcome.asked.dmoa.steps:
+        for step in outcome.asked.answer.steps:
             self._screen.step(step)
         self._screen.answer(outcome.asked, has_note=False)
         self._print(f"expected {outcome.question.expected}: {'right' if outcome.is_right else 'wrong'}")
 
     def closing(self, outcomes: Sequence[DemoOutcome], wall_s: float) -> None:
         """Print how many were right and what all took; `wall_s` is how long all queries took together."""
-        answered = [outcome.asked.dmoa for outcome in outcomes if outcome.asked is not None]
-        active = [step.k for reply in answered for step in reply.steps]
+        answers = [outcome.asked.answer for outcome in outcomes if outcome.asked is not None]
+        active = [len(step.active) for answer in answers for step in answer.steps]
         right = f"right: {sum(outcome.is_right for outcome in outcomes)} of {len(outcomes)}"
         width = f", {fmean(active):.1f} agents a step" if active else ""
-        tokens = sum(map(num_tokens, answered))
+        tokens = sum(answer.usage.total for answer in answers)
         self._print(f"\n{right}; {len(active)} steps{width}, {tokens} tokens, {wall_s:.1f} s side by side")
 
     def _print(self, text: str) -> None:
@@ -118,7 +118,7 @@ class DemoOutcome:
         """Whether the answer is the computed one, by the suite's own scorer."""
         if self.asked is None:
             return False
-        return SUITES[self.question.label.benchmark].score(self.question.label, Reply(text=self.asked.text)).value == 1.0
+        return SUITES[self.question.label.benchmark].score(self.question.label, Reply(text=self.asked.answer.text)).value == 1.0
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` says of it."""
@@ -129,7 +129,7 @@ class DemoOutcome:
             "right": self.is_right,
             "error": self.error or None,
             "reply": self.asked.to_json() if self.asked else None,
-            "wall_s": round(self.asked.wall_s, 3) if self.asked else None,
+            "wall_s": round(self.asked.answer.wall_ms / 1e3, 3) if self.asked else None,
         }
 
 
@@ -144,18 +144,19 @@ def generate(count: int, seed: int = SEED) -> list[DemoQuestion]:
 
 async def ask_all(url: str, questions: list[DemoQuestion], report: DemoReport) -> list[DemoOutcome]:
     """Ask every question over HTTP, a few at a time; each is reported when it is done. Returned in the order given."""
-    from dmoa.serving.client import SwarmClient
-    from dmoa.workflows.backends import RemoteSwarm
+    from dmoa.workflows.backends import Backend, open_client
 
     places = asyncio.Semaphore(_CONCURRENCY)
-    async with SwarmClient(url, api_key=os.environ.get("DMOA_API_KEYS", "").partition(",")[0].strip()) as client:
-        backend = RemoteSwarm(client)
+    backend = Backend(open_client(url, os.environ.get("DMOA_API_KEYS", "").partition(",")[0].strip()))
+    try:
         tasks = [_ask(backend, places, number, question, report) for number, question in enumerate(questions, 1)]
         return await asyncio.gather(*tasks)
+    finally:
+        await backend.close()
 
 
 async def _ask(
-    backend: RemoteSwarm, places: asyncio.Semaphore, number: int, question: DemoQuestion, report: DemoReport
+    backend: Backend, places: asyncio.Semaphore, number: int, question: DemoQuestion, report: DemoReport
 ) -> DemoOutcome:
     from dmoa.workflows.backends import AskOptions
     from dmoa.workflows.console import Screen

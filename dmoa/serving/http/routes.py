@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -58,16 +58,6 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 async def _hung_up(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-@asynccontextmanager
-async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """Close an iterator at the end of the block, if it is one that can be closed."""
-    try:
-        yield items
-    finally:
-        if isinstance(items, AsyncGenerator):
-            await items.aclose()
 
 
 class EventStream(Response):
@@ -215,7 +205,7 @@ class _Front:
         """Yield what the service yields while holding a place; keep the trace before the answer leaves."""
         with self._places.take():
             service = self._service()
-            async with closing(service.answer(order.query, order.policy, order.agent)) as items:
+            async with aclosing(service.ask(order.query, order.policy, order.agent)) as items:
                 async for item in items:
                     if isinstance(item, Answer):
                         service.record(order.query, item, key_hash=key_hash, user=order.user, metadata=order.metadata)

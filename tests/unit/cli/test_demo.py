@@ -81,7 +81,7 @@ def test_a_demo_from_questions_to_replay(
     assert all(outcome.asked for outcome in outcomes)
     for outcome in outcomes:
         assert outcome.asked is not None
-        assert outcome.is_right == (f"answer is {outcome.question.expected}." in outcome.asked.text)
+        assert outcome.is_right == (f"answer is {outcome.question.expected}." in outcome.asked.answer.text)
     assert f"{sum(outcome.is_right for outcome in outcomes)} of 2" in shown.out
     for number in (1, 2):
         assert f"=== question {number} of 2" in shown.out

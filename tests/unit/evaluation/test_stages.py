@@ -56,12 +56,9 @@ def test_scores_carry_the_row_and_failed_rows_are_worth_nothing() -> None:
 
 def test_a_shard_that_runs_twice_is_written_once(tmp_path: Path) -> None:
     writer = RunWriter(str(tmp_path))
-    lines = [
-        Answered(row_id=f"arith/test/{i}", benchmark="arith", policy="dmoa", **flat(TokenUsage())).model_dump_json()
-        for i in range(4)
-    ]
-    writer.write_answers(lines[:3])
-    writer.write_answers(lines)
+    records = [Answered(row_id=f"arith/test/{i}", benchmark="arith", policy="dmoa", **flat(TokenUsage())) for i in range(4)]
+    writer.write_answers(records[:3])
+    writer.write_answers(records)
     rows = list(RunFolder(tmp_path).read_answers("arith", "dmoa"))
     assert [row.row_id for row in rows] == [f"arith/test/{i}" for i in range(4)]
     assert writer.counts()["rows"] == 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -388,7 +388,7 @@ class Stepping(FakeService):
         self._says = {name: [Say(text=f"{i}", finish_reason=end) for i, end in enumerate(endings)] for name in agents}
         self._limits = Limits(**limits)
 
-    async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[Event]:
+    async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
         orchestrator = orchestrator_of(FakeAgents(self._says), self._asked)
         async for event in orchestrator.answer(replace(query, limits=self._limits), Schedule(asks(*self._asked))):
             yield event
