@@ -22,6 +22,7 @@ from dmoa.recovery import patiently
 from dmoa.types import (
     AgentReply,
     Answer,
+    Event,
     Query,
     QueryState,
     Sampling,
@@ -30,11 +31,9 @@ from dmoa.types import (
     Stop,
     StopReason,
     SummarizerRecord,
-    TextDelta,
     is_untrained,
 )
 
-Event = StepRecord | TextDelta | Answer
 Emit = Callable[[Event], None]
 _CLOCK_SLACK_S = 0.05
 

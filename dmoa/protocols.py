@@ -6,15 +6,20 @@ Ray Serve handles and over HTTP.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from typing import Protocol
 
+from dmoa.errors import EmptyAnswerError
 from dmoa.types import (
     AgentCall,
     AgentReply,
+    Answer,
+    Event,
     FloatArray,
     Generation,
     GenerationRequest,
+    Query,
     QueryState,
     RouteDecision,
     RouteRequest,
@@ -99,3 +104,36 @@ class Policy(Protocol):
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Return whom to ask next, or stop. Reads the state, changes nothing."""
         ...
+
+
+class SwarmClient(Protocol):
+    """Reaches a swarm: in this process, on Serve, or a server behind a URL."""
+
+    def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
+        """Answer one query: steps as they finish, pieces of the final text if it streams, last the Answer, exactly once.
+
+        The whole iteration runs in one task; closing or cancelling it cancels the agent calls in flight. `agent` is the one
+        agent of the `single` policy, or the gate of `dmoa:NAME`, else None. Raises NoAgentError, EmptyAnswerError,
+        DeadlineError, and RequestError for what only the engine can refuse (a prompt over the model's length).
+        """
+        ...
+
+    async def close(self) -> None:
+        """Free what the client holds."""
+        ...
+
+
+OpenSwarm = Callable[[], SwarmClient]
+"""Builds a client where it works, maybe in another process; must be picklable, what it builds need not be. May block."""
+
+
+async def final_answer(swarm: SwarmClient, query: Query, policy: str, agent: str | None = None) -> Answer:
+    """Ask a swarm and return the Answer alone. Raises as `SwarmClient.ask` does."""
+    answer = None
+    async with aclosing(swarm.ask(query, policy, agent)) as events:
+        async for event in events:
+            if isinstance(event, Answer):
+                answer = event
+    if answer is None:
+        raise EmptyAnswerError("the query ended without an answer; ask again")
+    return answer

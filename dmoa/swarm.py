@@ -6,24 +6,24 @@ the router and the encoder behind it differ.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TypeVar
 
 from dmoa.agents import tools as toolbox
 from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
 from dmoa.config import AgentConfig, Config
 from dmoa.dispatch import Dispatcher
-from dmoa.orchestrator import Event, Orchestrator
+from dmoa.orchestrator import Orchestrator
 from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
-from dmoa.protocols import AgentClient, Encoder, Policy, Router
+from dmoa.protocols import AgentClient, Encoder, Engine, Policy, Router
 from dmoa.step_calls import AgentCard
-from dmoa.types import Limits, Query
+from dmoa.types import Event, Limits, Query
 
 N = TypeVar("N", int, float)
 
 
 class Swarm:
-    """Answers queries for one pool."""
+    """Answers queries for one pool; implements `SwarmClient`."""
 
     def __init__(
         self,
@@ -33,9 +33,14 @@ class Swarm:
         router: Router,
         encoder: Encoder,
         gates: Mapping[str, NamedGate] | None = None,
+        engines: Sequence[Engine] = (),
     ) -> None:
-        """`gates`: versions that the router holds beside its current one, by the names that queries may ask for."""
+        """`gates`: versions that the router holds beside its current one, by the names that queries may ask for.
+
+        `engines`: those that `close` stops.
+        """
         self.config = config
+        self._engines = tuple(engines)
         self._gates = dict(gates or {})
         self.router = router
         self.encoder = encoder
@@ -53,7 +58,7 @@ class Swarm:
         """Names of the policies that queries may ask for."""
         return tuple(POLICIES)
 
-    def answer(self, query: Query, policy: str = "dmoa", agent: str | None = None) -> AsyncGenerator[Event]:
+    def ask(self, query: Query, policy: str = "dmoa", agent: str | None = None) -> AsyncGenerator[Event]:
         """Yield steps, text deltas and last the Answer; see `Orchestrator.answer`. `agent` is for policies of one agent.
 
         For `dmoa` it names one of the gates. Raises RequestError for an unknown policy or gate.
@@ -62,8 +67,13 @@ class Swarm:
         return self._orchestrator.answer(query, build_policy(policy, context))
 
     def follow(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:
-        """Answer as `answer` does, by a policy of the caller's own."""
+        """Answer as `ask` does, by a policy of the caller's own."""
         return self._orchestrator.answer(query, policy)
+
+    async def close(self) -> None:
+        """Stop the engines."""
+        for engine in self._engines:
+            await engine.close()
 
 
 def _card(config: Config, agent: AgentConfig) -> AgentCard:

@@ -40,18 +40,19 @@ from dmoa.errors import AgentOverloadedError, AgentUnavailableError
 from dmoa.evaluation.records import Answered, BenchmarkInfo, PoolInfo, RunInfo, Scored
 from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
 from dmoa.flat import flat
-from dmoa.orchestrator import Event, Orchestrator
+from dmoa.orchestrator import Orchestrator
 from dmoa.protocols import Policy
 from dmoa.provenance import Machine
 from dmoa.routing import LocalRouter
 from dmoa.step_calls import AgentCard
-from dmoa.training.rollouts import SCHEMA, SCHEMA_VERSION, Manifest
+from dmoa.training.rollouts import LATER_COLUMNS, SCHEMA, SCHEMA_VERSION, Manifest
 from dmoa.types import (
     Activation,
     AgentCall,
     AgentReply,
     Answer,
     EntropySum,
+    Event,
     FinishReason,
     FloatArray,
     Limits,
@@ -444,7 +445,7 @@ def write_rollouts(folder: Path, rows: Sequence[dict[str, Any]], config: Config,
     for number in range(files):
         columns = [
             pa.array(
-                [value[field.name] for value in rows[number::files]]
+                [(LATER_COLUMNS | value)[field.name] for value in rows[number::files]]
                 if field.name != "pool_fingerprint"
                 else [name] * len(rows[number::files]),
                 field.type,

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmoa import __version__
@@ -26,6 +27,7 @@ from dmoa.types import (
     AgentStatus,
     Answer,
     EntropyKind,
+    EntropySum,
     FinishReason,
     Query,
     RoutedBy,
@@ -173,6 +175,93 @@ def reply_dmoa(answer: Answer, *, pool: str = "", with_texts: bool = False) -> R
     )
 
 
+def answer_of_reply(reply: ReplyDmoa, *, text: str, finish_reason: Literal["stop", "length"], wall_ms: float) -> Answer:
+    """Return the answer that a reply tells of: the inverse of `reply_dmoa`, with what the reply leaves out.
+
+    Numbers are rounded as there; states of the gate, propensities and agents left idle beyond those listed are not known.
+    """
+    return Answer(
+        trace_id=reply.trace_id,
+        text=text,
+        policy=reply.policy,
+        stop_reason=reply.stop_reason,
+        steps=tuple(_step_of(step, reply) for step in reply.steps),
+        degraded=reply.degraded,
+        finish_reason=finish_reason,
+        gate_version=reply.gate_version,
+        gate_trained=None if reply.gate_version is None else not reply.untrained,
+        routed_by=reply.routed_by,
+        wall_ms=wall_ms,
+    )
+
+
+def _step_of(step: ReplyStep, reply: ReplyDmoa) -> StepRecord:
+    asked = [agent for agent in step.agents if agent.status not in ("masked", "idle")]
+    summarizer = step.summarizer
+    return StepRecord(
+        step=step.step,
+        replies=tuple(map(_reply_of, asked)),
+        active=tuple(agent.name for agent in asked[: step.k]),
+        summary=step.summary or "",
+        summarizer=SummarizerRecord(
+            mode=summarizer.mode,
+            verdict=summarizer.verdict,
+            usage=summarizer.usage,
+            latency_ms=summarizer.latency_ms,
+            engine_ms=summarizer.engine_ms,
+            is_memoised=summarizer.memoised,
+            error=summarizer.error,
+        ),
+        mass=step.mass,
+        explored=tuple((agent.name, math.nan) for agent in asked if agent.explored),
+        wall_ms=step.wall_ms,
+        decision=None if reply.gate_version is None else _decision_of(step, reply.gate_version, reply.routed_by),
+    )
+
+
+def _decision_of(step: ReplyStep, gate_version: str, routed_by: RoutedBy) -> RouteDecision:
+    masked = tuple(agent.name for agent in step.agents if agent.status == "masked")
+    ranking = sorted(range(len(step.agents)), key=lambda a: -step.agents[a].probability)
+    return RouteDecision(
+        gate_version=gate_version,
+        agents=tuple(agent.name for agent in step.agents),
+        probability_A=np.array([agent.probability for agent in step.agents], dtype=np.float32),
+        ranking=tuple(a for a in ranking if step.agents[a].name not in masked),
+        k=step.k,
+        mass=step.mass,
+        masked=masked,
+        hidden_H=np.zeros(0, dtype=np.float32),
+        routed_by=routed_by,
+    )
+
+
+def _reply_of(agent: ReplyAgent) -> AgentReply:
+    tokens = agent.entropy_tokens
+    mean_nats = math.nan if agent.entropy_nats is None else agent.entropy_nats
+    return AgentReply(
+        agent=agent.name,
+        status=agent.status,
+        text=agent.text or "",
+        finish_reason=agent.finish_reason or "stop",
+        entropy=EntropySum(
+            sum_nats=mean_nats * tokens if tokens else 0.0,
+            sq_sum=math.nan if tokens else 0.0,
+            slack_nats=agent.entropy_slack_nats * max(1, tokens),
+            tokens=tokens,
+            kind=agent.entropy_kind,
+        ),
+        usage=agent.usage,
+        are_tokens_estimated=agent.estimated,
+        latency_ms=agent.latency_ms,
+        engine_ms=agent.engine_ms,
+        error=agent.error,
+        attempts=agent.attempts,
+        engine=agent.engine,
+        is_memoised=agent.memoised,
+        replica=agent.replica,
+    )
+
+
 def step_probabilities(step: StepRecord) -> dict[str, float]:
     """Return each agent's probability in a step; empty for policies without a gate."""
     if step.decision is None:
@@ -198,11 +287,17 @@ def reply_step(step: StepRecord, *, with_texts: bool = False) -> ReplyStep:
     )
 
 
-def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
-    chance = step_probabilities(step)
+def replies_in_order(step: StepRecord) -> list[AgentReply]:
+    """Return a step's replies: the active agents in order of probability, then the lost ones, then the explored ones."""
     rank = {name: i for i, name in enumerate(step.active)}
     explored = {name for name, _ in step.explored}
-    asked = sorted(step.replies, key=lambda reply: (reply.agent in explored, rank.get(reply.agent, len(rank))))
+    return sorted(step.replies, key=lambda reply: (reply.agent in explored, rank.get(reply.agent, len(rank))))
+
+
+def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
+    chance = step_probabilities(step)
+    explored = {name for name, _ in step.explored}
+    asked = replies_in_order(step)
     for reply in asked:
         yield _agent(reply, chance.get(reply.agent, 0.0 if chance else 1.0), with_texts, explored=reply.agent in explored)
     passed_over = set(chance) - {reply.agent for reply in asked}

@@ -415,6 +415,10 @@ class Answer:
         return sum((step.usage for step in self.steps), TokenUsage())
 
 
+Event = StepRecord | TextDelta | Answer
+"""What comes of a query: steps as they finish, pieces of the final text if it streams, and last, exactly once, the Answer."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
     """One agent that a policy asks in a step."""

@@ -25,16 +25,16 @@ from dmoa.config import Config, callable_agents
 from dmoa.dataflow import OVERCOMMIT
 from dmoa.engines.models import fetch, resolve_model
 from dmoa.errors import DmoaError
-from dmoa.evaluation.answering import Asking, SwarmOutcome, ask_swarm
+from dmoa.evaluation.answering import Asking
 from dmoa.evaluation.pipeline import AnswerWorkers, answer_all
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.run_folder import RunFolder, write_lines
-from dmoa.protocols import Encoder, Engine
+from dmoa.protocols import Encoder, Engine, SwarmClient
 from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm, limits_for
-from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, RolloutAsking, SwarmCollector, collect, width
+from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, ExploringSwarm, RolloutAsking, collect, width
 from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery
-from dmoa.types import Generation, GenerationRequest, Limits, Message, Query, Sampling, TextDelta
+from dmoa.types import Generation, GenerationRequest, Limits, Message, Sampling, TextDelta
 
 Chain = tuple[GenerationRequest, ...]
 """One agent's calls in one step, each after the one before."""
@@ -187,8 +187,8 @@ async def _timed(engine: Engine, request: GenerationRequest) -> RecordedCall:
     )
 
 
-def recorded_swarm(config: Config, calls: Path) -> tuple[Swarm, Engine]:
-    """Return a pool's swarm, warm, whose engine notes every call in a file, and that engine; blocks while models load."""
+def recorded_swarm(config: Config, calls: Path) -> Swarm:
+    """Return a pool's swarm, warm, whose engine notes every call in a file; blocks while models load."""
     gate, record = build_pool_gate(config)
     router = LocalRouter()
     router.install(record.version, gate)
@@ -197,7 +197,7 @@ def recorded_swarm(config: Config, calls: Path) -> tuple[Swarm, Engine]:
     name = _llm(config)
     engine = RecordingEngine(build_engine(config, name, callable_agents(config, name)), calls, before=warm)
     agents = LocalAgents(build_agents(config, name, engine))
-    return Swarm(config, agents=agents, router=router, encoder=encoder), engine
+    return Swarm(config, agents=agents, router=router, encoder=encoder, engines=(engine,))
 
 
 def replayed(config: Config, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
@@ -446,7 +446,7 @@ def _answer(config: Config, in_flight: int, scratch: Path) -> None:
     write_lines(folder.tasks(_SUITE), (row.task for row in rows))
     limits = limits_for(config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": _MAX_STEPS})}))
     workers = AnswerWorkers(
-        open_answerer=OpenRecorded(config_json=config.model_dump_json(), calls=scratch / "calls"),
+        open_swarm=OpenRecorded(config_json=config.model_dump_json(), calls=scratch / "calls"),
         places=in_flight * _width(config),
         widths={"dmoa": _width(config)},
         num_gpus=sum(llm.gpus for llm in config.llms.values()),
@@ -496,7 +496,7 @@ def _session(config: Config, mode: str, root: Path, calls: Path) -> CollectSessi
         prepare=lambda: CollectedQueries(queries=queries, sources=[]),
         asking=RolloutAsking(seed=0, round=0, limits=_LIMITS, preset=preset, fingerprint=own),
         workers=CollectWorkers(
-            open_collector=OpenRecorded(config_json=config.model_dump_json(), calls=calls, epsilon=epsilon),
+            open_swarm=OpenRecorded(config_json=config.model_dump_json(), calls=calls, explores=True, epsilon=epsilon),
             places=_places(config),
             width=width(config, epsilon),
             env=ENGINE_ENV,
@@ -513,25 +513,12 @@ class OpenRecorded:
 
     config_json: str
     calls: Path
+    explores: bool = False
+    """Whether it is asked for rollouts."""
     epsilon: float | None = None
     """Of rollouts, as in `ExploringPolicy`."""
 
-    def __call__(self) -> RecordedSwarm:
+    def __call__(self) -> SwarmClient:
         """Return the swarm, warm; blocks while models load."""
-        return RecordedSwarm(*recorded_swarm(Config.model_validate_json(self.config_json), self.calls), self.epsilon)
-
-
-class RecordedSwarm(SwarmCollector):
-    """A swarm on a recording engine; implements `evaluation.answering.Answerer` as well as `Collector`."""
-
-    def __init__(self, swarm: Swarm, engine: Engine, epsilon: float | None) -> None:
-        super().__init__(swarm, epsilon)
-        self._engine = engine
-
-    async def answer(self, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
-        """Answer one query. Raises DmoaError."""
-        return await ask_swarm(self._swarm, query, policy, agent)
-
-    async def close(self) -> None:
-        """Stop the engine."""
-        await self._engine.close()
+        swarm = recorded_swarm(Config.model_validate_json(self.config_json), self.calls)
+        return ExploringSwarm(swarm, self.epsilon) if self.explores else swarm

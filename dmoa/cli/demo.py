@@ -170,20 +170,20 @@ def ask_and_replay(common: Common, config: Config, url: str, rows: Sequence[Row]
 def _ask(common: Common, url: str, row: Row, trace: Path, place: str) -> dict[str, Any]:
     """Ask one question, show how it is answered, and judge the answer by the suite's own scorer."""
     from dmoa.cli.run import ask_once
-    from dmoa.workflows.backends import AskOptions, build_remote_swarm
+    from dmoa.workflows.backends import AskOptions, Backend, open_client
 
     options = AskOptions(max_steps=_MAX_STEPS, max_tokens=_MAX_TOKENS, keeps_trace=True)
     label, expected = row.label, str(row.label.gold["answer"])
     found = {"question": row.task.text, "suite": label.benchmark, "expected": expected}
     typer.echo(f"\n=== question {place}: {row.task.text}")
     try:
-        asked = asyncio.run(ask_once(build_remote_swarm(url), row.task.text, options, common, trace))
+        asked = asyncio.run(ask_once(Backend(open_client(url)), row.task.text, options, common, trace))
     except DmoaError as error:
         typer.echo(f"failed: {error}")
         return {**found, "right": False, "error": str(error), "reply": None, "wall_s": None}
-    is_right = SUITES[label.benchmark].score(label, Reply(text=asked.text)).value == 1.0
+    is_right = SUITES[label.benchmark].score(label, Reply(text=asked.answer.text)).value == 1.0
     typer.echo(f"expected {expected}: {'right' if is_right else 'wrong'}")
-    return {**found, "right": is_right, "error": None, "reply": asked.to_json(), "wall_s": round(asked.wall_s, 3)}
+    return {**found, "right": is_right, "error": None, "reply": asked.to_json(), "wall_s": round(asked.answer.wall_ms / 1e3, 3)}
 
 
 def _command(name: str, common: Common, **options: Any) -> str:

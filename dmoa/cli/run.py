@@ -95,19 +95,19 @@ def open_backend(
 
     What can be checked is checked before a model loads. Raises ConfigError, RequestError, CheckpointError.
     """
-    from dmoa.workflows.backends import build_local_swarm, check_ask_options, check_question
+    from dmoa.workflows.backends import Backend, build_local_swarm, check_ask_options, check_question
 
     if question is not None:
         check_question(question)
     if url is not None:
-        from dmoa.workflows.backends import build_remote_swarm
+        from dmoa.workflows.backends import open_client
 
         given = {"--config": common.config, "--set": common.overrides, "--checkpoint": checkpoint}
         refuse_together(given, "with --url: the server has its own pool")
-        return build_remote_swarm(url)
+        return Backend(open_client(url))
     config = common.load(checkpoint)
     check_ask_options(config, wish)
-    return build_local_swarm(config, common.say)
+    return Backend(build_local_swarm(config, common.say))
 
 
 async def ask_once(backend: Backend, question: str, wish: AskOptions, common: Common, trace: Path | None) -> QueryResult:
@@ -265,7 +265,7 @@ class Conversation:
         finally:
             self._screen.end_live_line()
         self._screen.answer(asked)
-        self._turns += [Message(role="user", content=question), Message(role="assistant", content=asked.text)]
+        self._turns += [Message(role="user", content=question), Message(role="assistant", content=asked.answer.text)]
         self.answered.append(asked.to_json())
 
     def _obey(self, name: str = "", argument: str = "") -> bool:

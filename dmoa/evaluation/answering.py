@@ -1,56 +1,21 @@
 """Turns a task into a query, and what became of it into the record that is kept.
 
-An `Answerer` reaches a swarm, in this process or behind a URL. `workflows/backends` builds it; the pipeline knows the protocol
-alone, so evaluation never imports serving.
+`workflows/backends` builds the swarm's client; the pipeline knows its protocol alone, so evaluation never imports serving.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable
-from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
 
 from dmoa.evaluation.records import Answered, Task
 from dmoa.flat import flat
-from dmoa.trace import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer, reply_dmoa
-from dmoa.types import Answer, Limits, Query, TokenUsage
+from dmoa.trace import replies_in_order
+from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, SummarizerRecord, TokenUsage
 from dmoa.validation import redact_text
-
-if TYPE_CHECKING:
-    from dmoa.swarm import Swarm
 
 AGENT_MARK = ":"
 """`single:NAME` is the policy `single` on the agent NAME."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SwarmOutcome:
-    """A swarm's answer to one query, wherever it runs."""
-
-    text: str
-    finish_reason: str
-    dmoa: ReplyDmoa
-    """With texts."""
-    wall_ms: float
-
-
-class Answerer(Protocol):
-    """Reaches a swarm."""
-
-    async def answer(self, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
-        """Answer one query. Raises DmoaError; cancelling it cancels the agent calls in flight."""
-        ...
-
-    async def close(self) -> None:
-        """Free what it holds."""
-        ...
-
-
-OpenAnswerer = Callable[[], Answerer]
-"""Builds an answerer where it works, maybe in another process; must be picklable, what it builds need not be. May block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,21 +25,6 @@ class Asking:
     seed: int
     limits: Limits
     """Budgets of a query; a task with more stages than steps allowed still runs all its stages."""
-
-
-async def ask_swarm(swarm: Swarm, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
-    """Answer one query with a swarm of this process. Raises DmoaError."""
-    started = time.perf_counter()
-    async with aclosing(swarm.answer(query, policy, agent)) as events:
-        async for event in events:
-            if isinstance(event, Answer):
-                answer = event
-    return SwarmOutcome(
-        text=answer.text,
-        finish_reason=answer.finish_reason,
-        dmoa=reply_dmoa(answer, pool=swarm.config.name, with_texts=True),
-        wall_ms=(time.perf_counter() - started) * 1e3,
-    )
 
 
 def split_policy(policy: str) -> tuple[str, str | None]:
@@ -96,28 +46,27 @@ def query_of_task(task: Task, policy: str, asking: Asking) -> Query:
     )
 
 
-def answered(task: Task, policy: str, outcome: SwarmOutcome) -> Answered:
+def answered(task: Task, policy: str, answer: Answer) -> Answered:
     """Return the record of an answer."""
-    steps = outcome.dmoa.steps
-    parts: list[ReplyAgent | ReplySummarizer] = [agent for step in steps for agent in step.agents]
-    parts += [step.summarizer for step in steps]
+    calls: list[AgentReply | SummarizerRecord] = [reply for step in answer.steps for reply in step.replies]
+    calls += [step.summarizer for step in answer.steps]
     return Answered(
         row_id=task.row_id,
         benchmark=task.benchmark,
         policy=policy,
         group=task.group,
-        text=_storable(outcome.text),
-        step_texts=tuple(_storable(step.summary or "") for step in steps),
-        stop_reason=outcome.dmoa.stop_reason,
-        finish_reason=outcome.finish_reason,
-        degraded=outcome.dmoa.degraded,
-        active=tuple(_active(step) for step in steps),
-        **flat(sum((part.usage for part in parts), TokenUsage())),
-        summarizer_tokens=sum(step.summarizer.usage.total for step in steps),
-        memoised_tokens=sum(part.usage.total for part in parts if part.memoised),
-        entropy_nats=_entropy(steps[-1]) if steps else None,
-        wall_ms=outcome.wall_ms,
-        gate_version=outcome.dmoa.gate_version,
+        text=_storable(answer.text),
+        step_texts=tuple(_storable(step.summary) for step in answer.steps),
+        stop_reason=answer.stop_reason,
+        finish_reason=answer.finish_reason,
+        degraded=answer.degraded,
+        active=tuple(tuple(reply.agent for reply in _contributing(step)) for step in answer.steps),
+        **flat(answer.usage),
+        summarizer_tokens=sum(step.summarizer.usage.total for step in answer.steps),
+        memoised_tokens=sum(call.usage.total for call in calls if call.is_memoised),
+        entropy_nats=_entropy(answer.steps[-1]) if answer.steps else None,
+        wall_ms=answer.wall_ms,
+        gate_version=answer.gate_version,
     )
 
 
@@ -140,11 +89,13 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _active(step: ReplyStep) -> tuple[str, ...]:
-    return tuple(agent.name for agent in step.agents if agent.status == "ok" and not agent.explored)
+def _contributing(step: StepRecord) -> list[AgentReply]:
+    explored = {name for name, _ in step.explored}
+    return [reply for reply in replies_in_order(step) if reply.status == "ok" and reply.agent not in explored]
 
 
-def _entropy(step: ReplyStep) -> float | None:
-    active = [agent for agent in step.agents if agent.status == "ok" and not agent.explored]
-    known = [agent.entropy_nats for agent in active if agent.entropy_nats is not None]
+def _entropy(step: StepRecord) -> float | None:
+    """Return the mean over the agents of nats per token, each as precise as replies over HTTP have it."""
+    means = [reply.entropy.mean_nats for reply in _contributing(step)]
+    known = [round(mean_nats, 6) for mean_nats in means if mean_nats is not None]
     return sum(known) / len(known) if known else None

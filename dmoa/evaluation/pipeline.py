@@ -33,9 +33,10 @@ from dmoa.dataflow import (
     shard_rows,
     stream,
 )
-from dmoa.evaluation.answering import Answerer, Asking, OpenAnswerer, answered, failed, query_of_task, split_policy
+from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, split_policy
 from dmoa.evaluation.records import Answered, FileRecord, Label, Reply, Scored, Scorer, Task
 from dmoa.evaluation.run_folder import RunFolder, append, mend
+from dmoa.protocols import OpenSwarm, final_answer
 
 OpenScorers = Callable[[], Mapping[str, Scorer]]
 """Builds the scorers by benchmark where they are to work; must be picklable."""
@@ -56,16 +57,16 @@ class RunWriter:
         self._counts = {"rows": 0, "failed": 0, "tokens": 0}
         self._seen: set[bytes] = set()
 
-    def write_answers(self, lines: list[str]) -> None:
+    def write_answers(self, answers: list[Answered]) -> None:
         """Append answers; they are on disk when this returns."""
-        records = list(filter(self._is_new, map(Answered.model_validate_json, lines)))
+        records = list(filter(self._is_new, answers))
         self._append(records)
         self._counts["failed"] += sum(record.status == "failed" for record in records)
         self._counts["tokens"] += sum(record.completion_tokens for record in records)
 
-    def write_scores(self, lines: list[str]) -> None:
+    def write_scores(self, scores: list[Scored]) -> None:
         """Append scores; they are on disk when this returns."""
-        self._append(list(filter(self._is_new, map(Scored.model_validate_json, lines))))
+        self._append(list(filter(self._is_new, scores)))
 
     def ready(self) -> None:
         """Return once this is the run's only writer."""
@@ -94,13 +95,13 @@ class RunWriter:
 class AnswerStage:
     """Answers the tasks of a shard with every policy that is still to answer them."""
 
-    def __init__(self, open_answerer: OpenAnswerer, asking: Asking, writer: Any, places: int, widths: Mapping[str, int]) -> None:
+    def __init__(self, open_swarm: OpenSwarm, asking: Asking, writer: Any, places: int, widths: Mapping[str, int]) -> None:
         """Build the swarm. `places`: agent calls that may be under way; `widths`: how many a query of a policy may take."""
         self._asking = asking
         self._room = AdmissionControl(places)
         self._widths = dict(widths)
-        self._outbox: BatchedWriter[str] = BatchedWriter(writer.write_answers.remote)
-        self._answerer: Answerer = open_answerer()
+        self._outbox: BatchedWriter[Answered] = BatchedWriter(writer.write_answers.remote)
+        self._swarm = open_swarm()
         self._loop = BackgroundLoop()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -118,13 +119,13 @@ class AnswerStage:
         taken = await self._room.enter(self._widths[policy])
         started = time.perf_counter()
         try:
-            outcome = await self._answerer.answer(query_of_task(task, policy, self._asking), name, agent)
-            record = answered(task, policy, outcome)
+            answer = await final_answer(self._swarm, query_of_task(task, policy, self._asking), name, agent)
+            record = answered(task, policy, answer)
         except Exception as error:  # agents are called here: a row that fails is kept with its error, and counted
             record = failed(task, policy, error, (time.perf_counter() - started) * 1e3)
         finally:
             self._room.leave(taken)
-        await self._outbox.put(record.model_dump_json())
+        await self._outbox.put(record)
 
 
 def score_block(block: pa.Table, open_scorers: OpenScorers, writer: Any) -> pa.Table:
@@ -132,16 +133,14 @@ def score_block(block: pa.Table, open_scorers: OpenScorers, writer: Any) -> pa.T
     import ray
 
     scorers = open_scorers()
-    lines: list[str] = []
+    scores: list[Scored] = []
     written_s = time.monotonic()
     for answer, label in zip(block["answer"].to_pylist(), block["label"].to_pylist(), strict=True):
-        lines.append(
-            score_answer(Answered.model_validate_json(answer), Label.model_validate_json(label), scorers).model_dump_json()
-        )
+        scores.append(score_answer(Answered.model_validate_json(answer), Label.model_validate_json(label), scorers))
         if time.monotonic() - written_s > _KEEP_S:
-            ray.get(writer.write_scores.remote(lines))
-            lines, written_s = [], time.monotonic()
-    ray.get(writer.write_scores.remote(lines))
+            ray.get(writer.write_scores.remote(scores))
+            scores, written_s = [], time.monotonic()
+    ray.get(writer.write_scores.remote(scores))
     return pa.table({"answers": [block.num_rows]})
 
 
@@ -169,7 +168,7 @@ _ADVICE = "the same command with --resume goes on from here"
 class AnswerWorkers:
     """How the answering is spread."""
 
-    open_answerer: OpenAnswerer
+    open_swarm: OpenSwarm
     count: int = 1
     """Actors, each with a swarm of its own."""
     places: int = 16
@@ -228,7 +227,7 @@ def answer_all(
             return
         total = sum(len(str(item[1]).split()) for item in items)
         per_shard = shard_rows(len(items), len(policies), num_actors=workers.count, places=workers.places)
-        stage = (workers.open_answerer, asking, writer, workers.places, dict(workers.widths))
+        stage = (workers.open_swarm, asking, writer, workers.places, dict(workers.widths))
         actors = actor_options(count=workers.count, num_gpus=workers.num_gpus, env=workers.env)
         dataset = stream(("task", "policies"), items, per_shard).map_batches(AnswerStage, fn_constructor_args=stage, **actors)
         run_pass(dataset, writer, "answering", total, watch, advice=_ADVICE)

@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -33,13 +33,13 @@ from dmoa.serving.http.routes import create_app
 from dmoa.serving.listening import LaunchMark
 from dmoa.serving.metrics import QueryMetrics, exposition
 from dmoa.serving.placement import deployment_names
-from dmoa.serving.rollover import Event, answer_on_one_pool_version, pool_version, query_drain_s
+from dmoa.serving.rollover import answer_on_one_pool_version, pool_version, query_drain_s
 from dmoa.serving.router.actor import ensure_router
 from dmoa.serving.router.client import RemoteRouter
 from dmoa.serving.router.replica_health import UP, sleepers, state_of
 from dmoa.serving.traces import AnsweredQuery, ensure_traces
 from dmoa.swarm import Swarm
-from dmoa.types import Answer, Query
+from dmoa.types import Answer, Event, Query
 
 _LOG = logging.getLogger("dmoa.ingress")
 READY_TIMEOUT_S = 2.0
@@ -120,8 +120,8 @@ class SwarmIngress:
         """The pool's limits."""
         return self._config.limits
 
-    async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[Event]:
-        """Answer one query on one version of the pool, here or at the ingress of a newer one; see `Swarm.answer`."""
+    async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
+        """Answer one query on one version of the pool, here or at the ingress of a newer one; see `Swarm.ask`."""
 
         def here(query: Query) -> AsyncGenerator[str | Event]:
             return self.answer_here(query, policy, agent)
@@ -147,11 +147,15 @@ class SwarmIngress:
         if agent is not None and agent not in self.agents:
             raise unknown_model(agent, self)
         yield self._fingerprint
-        async with aclosing(self._swarm.answer(query, policy, agent)) as events:
+        async with aclosing(self._swarm.ask(query, policy, agent)) as events:
             async for event in events:
                 if isinstance(event, Answer):
                     self._metrics.count(event)
                 yield event
+
+    async def close(self) -> None:
+        """Wait until the traces of the queries answered so far are kept."""
+        await asyncio.gather(*self._tasks)
 
     async def ready(self) -> dict[str, str]:
         """Return agent -> "up", "cold", or the reason why it is neither.

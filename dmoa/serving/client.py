@@ -6,7 +6,7 @@ dmoa's own errors in place of HTTP statuses.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -47,7 +47,7 @@ class RemoteReply:
     """The reply's `dmoa` object, with the fields of `dmoa.trace.ReplyDmoa`."""
 
 
-class SwarmClient:
+class ServerClient:
     """Asks a running server; use it as `async with`, or call `close`."""
 
     def __init__(
@@ -62,7 +62,7 @@ class SwarmClient:
             base_url=f"{self.url}/v1", api_key=api_key or "none", timeout=timeout_s, max_retries=0, http_client=http_client
         )
 
-    async def __aenter__(self) -> SwarmClient:
+    async def __aenter__(self) -> ServerClient:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -72,7 +72,7 @@ class SwarmClient:
         """Close the connections."""
         await self._openai.close()
 
-    async def ask(
+    async def chat(
         self,
         messages: Sequence[Message],
         *,
@@ -109,8 +109,8 @@ class SwarmClient:
         model: str | None = None,
         dmoa: Mapping[str, Any] | None = None,
         sampling: Mapping[str, Any] | None = None,
-    ) -> AsyncIterator[StepLine | TextDelta | RemoteReply]:
-        """Yield the steps and pieces of the answer as they come, and last, exactly once, the whole reply. As `ask`."""
+    ) -> AsyncGenerator[StepLine | TextDelta | RemoteReply]:
+        """Yield the steps and pieces of the answer as they come, and last, exactly once, the whole reply. As `chat`."""
         with self._errors():
             chunks = await self._openai.chat.completions.create(
                 model=model or await self.pool(),

@@ -15,9 +15,8 @@ from dataclasses import replace
 
 from dmoa.config import Config
 from dmoa.errors import DeadlineError, NoAgentError, PoolChangedError
-from dmoa.types import Answer, Query, StepRecord, TextDelta
+from dmoa.types import Event, Query, TextDelta
 
-Event = StepRecord | TextDelta | Answer
 Attempt = Callable[[Query], AsyncGenerator[str | Event]]
 """Answers a query: yields the fingerprint of the pool that does, steps, pieces of the final text, and last the Answer."""
 CALL_DRAIN_S = 60.0

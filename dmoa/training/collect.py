@@ -10,11 +10,11 @@ import hashlib
 import io
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -40,6 +40,7 @@ from dmoa.dataflow import (
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.policies.exploring import ExploringPolicy
 from dmoa.policies.registry import PolicyContext, build_policy
+from dmoa.protocols import OpenSwarm, final_answer
 from dmoa.swarm import Swarm
 from dmoa.training.rollouts import (
     SCHEMA,
@@ -54,7 +55,7 @@ from dmoa.training.rollouts import (
     table_of,
     write_whole,
 )
-from dmoa.types import Answer, Limits, Query
+from dmoa.types import Event, Limits, Query
 from dmoa.validation import redact_text
 
 PART_BYTES = 64 << 20
@@ -154,42 +155,30 @@ def _number(path: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-class Collector(Protocol):
-    """A swarm that answers with exploration."""
-
-    async def collect(self, query: Query) -> Answer:
-        """Answer one query, its steps with decisions and inputs of the gate. Raises DmoaError."""
-        ...
-
-
-class SwarmCollector:
-    """A swarm of this process; implements `Collector`."""
+class ExploringSwarm:
+    """A swarm of this process that asks more agents than the gate would; implements `SwarmClient`."""
 
     def __init__(self, swarm: Swarm, epsilon: float | None) -> None:
         """`epsilon` as in `ExploringPolicy`."""
         self._swarm = swarm
         self._epsilon = epsilon
 
-    async def collect(self, query: Query) -> Answer:
-        """Answer one query. Raises DmoaError."""
+    def ask(self, query: Query, policy: str = "dmoa", agent: str | None = None) -> AsyncGenerator[Event]:
+        """Answer one query as `Swarm.ask`, by a policy and exploration; its steps have decisions and inputs of the gate."""
         swarm = self._swarm
-        inner = build_policy("dmoa", PolicyContext(config=swarm.config, router=swarm.router, encoder=swarm.encoder))
-        policy = ExploringPolicy(inner, epsilon=self._epsilon, budget_tokens=swarm.config.limits.budget_tokens)
-        async with aclosing(swarm.follow(query, policy)) as events:
-            async for event in events:
-                if isinstance(event, Answer):
-                    answer = event
-        return answer
+        context = PolicyContext(config=swarm.config, router=swarm.router, encoder=swarm.encoder, agent=agent)
+        budget = swarm.config.limits.budget_tokens
+        return swarm.follow(query, ExploringPolicy(build_policy(policy, context), epsilon=self._epsilon, budget_tokens=budget))
+
+    async def close(self) -> None:
+        """Stop the engines."""
+        await self._swarm.close()
 
 
 def width(config: Config, epsilon: float | None) -> int:
     """Return the agent calls that one query may have under way."""
     everyone = len(config.agents)
     return everyone if epsilon is None else min(config.gate.activation.max_agents + 1, everyone)
-
-
-OpenCollector = Callable[[], Collector]
-"""Builds a collector where it works, maybe in another process; must be picklable, what it builds need not be. May block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,13 +204,13 @@ def query_of_rollout(asked: RolloutQuery, asking: RolloutAsking) -> Query:
 class CollectStage:
     """Answers the queries of a shard and hands their rows to the writer."""
 
-    def __init__(self, open_collector: OpenCollector, asking: RolloutAsking, writer: Any, places: int, width: int) -> None:
+    def __init__(self, open_swarm: OpenSwarm, asking: RolloutAsking, writer: Any, places: int, width: int) -> None:
         """Build the swarm. `places`: agent calls that may be under way; `width`: how many one query may take."""
         self._asking = asking
         self._width = width
         self._room = AdmissionControl(places)
         self._outbox: BatchedWriter[Collected] = BatchedWriter(writer.take.remote)
-        self._collector = open_collector()
+        self._swarm = open_swarm()
         self._loop = BackgroundLoop()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -235,7 +224,7 @@ class CollectStage:
     async def _query(self, asked: RolloutQuery) -> None:
         taken = await self._room.enter(self._width)
         try:
-            answer = await self._collector.collect(query_of_rollout(asked, self._asking))
+            answer = await final_answer(self._swarm, query_of_rollout(asked, self._asking), "dmoa")
         except Exception as error:  # agents are called here: a query that fails is counted with its error, and asked again later
             collected = Collected(query_id=asked.query_id, error=redact_text(f"{type(error).__name__}: {error}"))
         else:
@@ -256,7 +245,7 @@ _FIXED = ("pool_fingerprint", "gate_version", "preset", "mode", "epsilon", "seed
 class CollectWorkers:
     """How the asking is spread."""
 
-    open_collector: OpenCollector
+    open_swarm: OpenSwarm
     count: int = 1
     """Actors, each with a swarm of its own."""
     places: int = 16
@@ -414,7 +403,7 @@ def _ask(session: CollectSession, manifest: Manifest) -> list[str]:
         items = pending(folder, collected_ids(folder, manifest))
         in_flight = max(1, workers.places // workers.width)
         per_shard = shard_rows(len(items), 1, num_actors=workers.count, places=in_flight)
-        stage = (workers.open_collector, session.asking, writer, workers.places, workers.width)
+        stage = (workers.open_swarm, session.asking, writer, workers.places, workers.width)
         actors = actor_options(count=workers.count, num_gpus=workers.num_gpus, env=workers.env)
         dataset = stream(("query",), items, per_shard).map_batches(CollectStage, fn_constructor_args=stage, **actors)
         try:

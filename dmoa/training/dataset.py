@@ -25,7 +25,16 @@ from dmoa.core.gate import GateSpec
 from dmoa.core.scores import Array, BoolArray, reply_key
 from dmoa.dataflow import quiet
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.training.rollouts import Manifest, check_rollout_pool, part_paths, read_manifest, read_part
+from dmoa.training.rollouts import (
+    LEARNED,
+    MEASURE,
+    Manifest,
+    check_rollout_pool,
+    columns_with,
+    part_paths,
+    read_manifest,
+    read_part,
+)
 from dmoa.types import FloatArray
 
 _READERS = 2
@@ -73,29 +82,20 @@ def read_parts(parts: Sequence[tuple[int, str]], fingerprint: str) -> ray.data.D
     )
 
 
-COLUMNS = (
-    "query_id",
-    "step",
-    "num_steps",
-    "context",
-    "feedback",
-    "agent",
-    "probability",
-    "propensity",
-    "entropy_sum_nats",
-    "entropy_sq_sum",
-    "entropy_tokens",
-    "entropy_kind",
-    "entropy_slack_nats",
-    "finish_reason",
-    "status",
-    "text",
-    "gate_version",
-    "seed",
-)
+COLUMNS = columns_with(LEARNED, MEASURE)
 """The columns of a rollout that training reads."""
 _KEY = ("query_id", "gate_version", "seed")
-_NUMBERS = ("probability", "propensity", "entropy_sum_nats", "entropy_sq_sum", "entropy_tokens")
+_MEASURES = columns_with(MEASURE)
+_CELL = np.dtype(
+    [
+        *((name, np.float64) for name in _MEASURES),
+        ("slack", np.float64),
+        ("ran", np.bool_),
+        ("cut", np.bool_),
+        ("reply", np.int64),
+    ]
+)
+"""What training keeps of a row: its measures by their columns' names, and what follows from the other columns."""
 
 
 class EpisodeKey(NamedTuple):
@@ -174,9 +174,8 @@ def held_back(episodes: Episodes, share: float) -> BoolArray:
 
 class _Step(NamedTuple):
     input_X: FloatArray
-    rows: dict[str, tuple[float, ...]]
-    """By agent: probability, propensity, sum, sum of squares, tokens, whether it replied, whether it was cut, reply key,
-    slack."""
+    cells: dict[str, np.void]
+    """By agent: a record of `_CELL`."""
 
 
 class EpisodeBuilder:
@@ -197,10 +196,9 @@ class EpisodeBuilder:
         """
         if not table.num_rows:
             return
-        columns = {name: table.column(name).to_pylist() for name in COLUMNS if name not in ("context", "feedback", *_NUMBERS)}
-        slack_R = _slack(columns)
-        number_RF = np.stack([table.column(name).to_numpy().astype(np.float64) for name in _NUMBERS], axis=1)
-        _check_numbers(columns, number_RF)
+        lists = ("context", "feedback")
+        columns = {name: table.column(name).to_pylist() for name in COLUMNS if name not in (*lists, *_MEASURES)}
+        cell_R = _cells(table, columns)
         keys = [
             EpisodeKey(query, folder, version, int(seed))
             for query, version, seed in zip(*(columns[n] for n in _KEY), strict=True)
@@ -213,16 +211,13 @@ class EpisodeBuilder:
             self._episodes.setdefault(key, {})[step] = _Step(input_X, {})
         for row, key in enumerate(keys):
             self._num_steps.setdefault(key, columns["num_steps"][row])
-            replied = columns["status"][row] == "ok" and number_RF[row, -1] > 0
-            is_cut, key_of_text = columns["finish_reason"][row] == "length", reply_key(columns["text"][row])
-            values = (*number_RF[row], replied, is_cut, key_of_text, slack_R[row])
-            rows = self._episodes[key][columns["step"][row]].rows
-            if columns["agent"][row] in rows:
+            cells = self._episodes[key][columns["step"][row]].cells
+            if columns["agent"][row] in cells:
                 raise ConfigError(
                     f"rollouts: query {key.query_id!r}, step {columns['step'][row]}, agent {columns['agent'][row]!r} is there "
                     "twice; remove one of the copies"
                 )
-            rows[columns["agent"][row]] = values
+            cells[columns["agent"][row]] = cell_R[row]
 
     def _inputs(self, table: pa.Table, rows: list[int]) -> Iterator[FloatArray]:
         """Return the gate's inputs [X] of some rows: context, and feedback where the preset has it."""
@@ -252,14 +247,14 @@ class EpisodeBuilder:
 
     def _pack(self, keys: tuple[EpisodeKey, ...], steps: list[_Step]) -> Episodes:
         place = {name: a for a, name in enumerate(self._agents)}
-        value_FNA = np.zeros((9, len(steps), len(self._agents)))
-        value_FNA[0], value_FNA[1] = np.nan, 1.0
-        asked_NA = np.zeros(value_FNA.shape[1:], dtype=np.bool_)
+        cell_NA = np.zeros((len(steps), len(self._agents)), dtype=_CELL)
+        cell_NA["probability"], cell_NA["propensity"] = np.nan, 1.0
+        asked_NA = np.zeros(cell_NA.shape, dtype=np.bool_)
         for n, step in enumerate(steps):
-            for agent, values in step.rows.items():
-                value_FNA[:, n, place[agent]] = values
+            for agent, cell in step.cells.items():
+                cell_NA[n, place[agent]] = cell
                 asked_NA[n, place[agent]] = True
-        ran_NA = value_FNA[5] > 0
+        ran_NA = cell_NA["ran"].copy()
         return Episodes(
             agents=self._agents,
             key_Q=keys,
@@ -267,15 +262,28 @@ class EpisodeBuilder:
             input_NX=np.stack([step.input_X for step in steps]),
             asked_NA=asked_NA,
             ran_NA=ran_NA,
-            cut_NA=ran_NA & (value_FNA[6] > 0),
-            sum_NA=np.where(ran_NA, value_FNA[2], 0.0),
-            sq_sum_NA=np.where(ran_NA, value_FNA[3], 0.0),
-            tokens_NA=np.where(ran_NA, value_FNA[4], 0.0),
-            slack_NA=np.where(ran_NA, value_FNA[8], 0.0),
-            propensity_NA=value_FNA[1],
-            probability_NA=value_FNA[0],
-            reply_NA=np.where(ran_NA, value_FNA[7], 0.0).astype(np.int64),  # 32 bits: whole in a float64
+            cut_NA=ran_NA & cell_NA["cut"],
+            sum_NA=np.where(ran_NA, cell_NA["entropy_sum_nats"], 0.0),
+            sq_sum_NA=np.where(ran_NA, cell_NA["entropy_sq_sum"], 0.0),
+            tokens_NA=np.where(ran_NA, cell_NA["entropy_tokens"], 0.0),
+            slack_NA=np.where(ran_NA, cell_NA["slack"], 0.0),
+            propensity_NA=cell_NA["propensity"].copy(),
+            probability_NA=cell_NA["probability"].copy(),
+            reply_NA=np.where(ran_NA, cell_NA["reply"], 0),
         )
+
+
+def _cells(table: pa.Table, columns: Mapping[str, list[Any]]) -> npt.NDArray[np.void]:
+    """Return what training keeps of each row [R]. Raises ConfigError for numbers that cannot be."""
+    cell_R = np.zeros(table.num_rows, dtype=_CELL)
+    for name in _MEASURES:
+        cell_R[name] = table.column(name).to_numpy()
+    cell_R["slack"] = _slack(columns)
+    _check_measures(columns, cell_R)
+    cell_R["ran"] = (np.array(columns["status"]) == "ok") & (cell_R["entropy_tokens"] > 0)
+    cell_R["cut"] = np.array(columns["finish_reason"]) == "length"
+    cell_R["reply"] = [reply_key(text) for text in columns["text"]]
+    return cell_R
 
 
 def _slack(columns: Mapping[str, list[Any]]) -> list[float]:
@@ -294,11 +302,13 @@ def _slack(columns: Mapping[str, list[Any]]) -> list[float]:
     ]
 
 
-def _check_numbers(columns: Mapping[str, list[Any]], number_RF: Array) -> None:
-    bad_R = ~np.isfinite(number_RF).all(axis=1) | (number_RF < 0).any(axis=1) | (number_RF[:, 1] <= 0)
+def _check_measures(columns: Mapping[str, list[Any]], cell_R: npt.NDArray[np.void]) -> None:
+    bad_R = cell_R["propensity"] <= 0
+    for name in _MEASURES:
+        bad_R |= ~np.isfinite(cell_R[name]) | (cell_R[name] < 0)
     if bad_R.any():
         row = int(np.argmax(bad_R))
-        seen = dict(zip(_NUMBERS, number_RF[row].tolist(), strict=True))
+        seen = {name: float(cell_R[name][row]) for name in _MEASURES}
         raise ConfigError(
             f"rollouts: query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}: {seen}; allowed are finite numbers "
             "from 0, propensity above 0; collect the query again"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,10 @@ from dmoa.types import AgentReply, AgentStatus, Answer, EntropyKind, FinishReaso
 from dmoa.validation import describe, short
 
 SCHEMA_VERSION = 1
-_LISTS = ("context", "feedback")
+LEARNED = "learned"
+"""Marks a column that training reads."""
+MEASURE = "measure"
+"""Marks a column of finite numbers from 0 that training reads."""
 
 
 class RolloutModel(BaseModel):
@@ -35,39 +38,39 @@ class RolloutModel(BaseModel):
 
 
 class _RolloutRowHead(RolloutModel):
-    query_id: str
+    query_id: Annotated[str, LEARNED]
     """Names the query in every file: `benchmark/split/hash`, or `queries/hash` for the user's own."""
     source: str
     """Benchmark, suite, or name of the file of queries."""
     split: str
     """Of the benchmark or suite; `train` for the user's own queries."""
-    step: int
+    step: Annotated[int, LEARNED]
     """Counts from 0."""
-    num_steps: int
+    num_steps: Annotated[int, LEARNED]
     """Steps that the query took."""
-    context: list[float]
+    context: Annotated[list[float], LEARNED]
     """float32; the embedding part of the gate's input: [2D] in the default preset, [D] in `paper`."""
-    feedback: list[float]
+    feedback: Annotated[list[float], LEARNED]
     """float32 [F]; the rest of the gate's input, zeros in the `paper` preset."""
-    agent: str
-    probability: float
+    agent: Annotated[str, LEARNED]
+    probability: Annotated[float, MEASURE]
     """The gate's; exactly 0 where masked."""
     is_selected: bool
     """Whether the agent was in the step's active set, from which the next context was built."""
     is_explored: bool
     """Whether it was asked only to learn from."""
-    propensity: float
+    propensity: Annotated[float, MEASURE]
     """Probability with which exploration came to ask it; 1.0 for selected agents and in dense rollouts."""
-    entropy_sum_nats: float
+    entropy_sum_nats: Annotated[float, MEASURE]
     """Sum over the generated tokens, stop token included, of the entropy of the next-token distribution."""
-    entropy_sq_sum: float
+    entropy_sq_sum: Annotated[float, MEASURE]
     """Sum of the squares of the same entropies."""
-    entropy_tokens: int
-    entropy_kind: EntropyKind
+    entropy_tokens: Annotated[int, MEASURE]
+    entropy_kind: Annotated[EntropyKind, LEARNED]
     """truncated: the sums are the middle of two bounds."""
-    entropy_slack_nats: float = 0.0
+    entropy_slack_nats: Annotated[float, LEARNED] = 0.0
     """How far the bounds of a truncated sum lie off, either way; NaN: not known, as in files from before this column."""
-    finish_reason: FinishReason
+    finish_reason: Annotated[FinishReason, LEARNED]
 
 
 class RolloutRow(TokenFields, _RolloutRowHead):
@@ -75,17 +78,22 @@ class RolloutRow(TokenFields, _RolloutRowHead):
 
     latency_ms: float
     """From the call to the reply."""
-    text: str
+    text: Annotated[str, LEARNED]
     """What it contributed."""
-    status: AgentStatus
+    status: Annotated[AgentStatus, LEARNED]
     """ok, masked, or why there is no contribution."""
-    gate_version: str
+    gate_version: Annotated[str, LEARNED]
     engine: str
     """Engine and the options that may change numbers; empty where nothing ran."""
-    seed: int
+    seed: Annotated[int, LEARNED]
     """Of the collection."""
     pool_fingerprint: str
     schema_version: int
+
+
+def columns_with(*marks: str) -> tuple[str, ...]:
+    """Return the columns that have one of the marks, in order."""
+    return tuple(name for name, field in RolloutRow.model_fields.items() if set(marks) & set(field.metadata))
 
 
 def _schema() -> pa.Schema:
@@ -183,7 +191,7 @@ def table_of(asked: RolloutQuery, answer: Answer, *, preset: Preset, seed: int, 
     rows = [common | row for step in answer.steps for row in _rows(step, preset)]
     columns = [
         _lists([row[field.name] for row in rows])
-        if field.name in _LISTS
+        if pa.types.is_list(field.type)
         else pa.array([row[field.name] for row in rows], field.type)
         for field in SCHEMA
     ]

@@ -1,6 +1,6 @@
 """Reaches a swarm for commands, evaluation and rollouts: a pool loaded in this process or in workers, or a running server.
 
-What opens a backend for workers must be picklable; see `evaluation/answering` and `training/collect`.
+What opens a swarm for workers must be picklable; see `protocols.OpenSwarm`.
 """
 
 from __future__ import annotations
@@ -9,30 +9,31 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
+from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError, RequestError
-from dmoa.evaluation.answering import SwarmOutcome, ask_swarm
 from dmoa.policies.registry import POLICIES
-from dmoa.trace import ReplyDmoa, Trace, reply_dmoa, reply_step, trace_of
-from dmoa.types import Answer, Limits, Message, Query, StepRecord, TextDelta
+from dmoa.protocols import SwarmClient
+from dmoa.swarm import Swarm, limits_for
+from dmoa.trace import ReplyDmoa, Trace, answer_of_reply, trace_of
+from dmoa.types import Answer, Event, Limits, Message, Query, StepRecord, TextDelta
 from dmoa.validation import describe, did_you_mean
 from dmoa.workflows.console import QueryResult, Screen
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import Callable
 
-    from dmoa.protocols import AgentClient, Engine
-    from dmoa.serving.client import RemoteReply, SwarmClient
-    from dmoa.swarm import Swarm
-    from dmoa.training.collect import SwarmCollector
+    from dmoa.protocols import AgentClient
+    from dmoa.serving.client import RemoteReply, ServerClient
+    from dmoa.training.collect import ExploringSwarm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,26 +47,11 @@ class OpenPool:
     policy_files: tuple[str, ...] = ()
     """Policies as `FILE.py:NAME`, with paths that this process finds too."""
 
-    def __call__(self) -> PoolAnswerer:
+    def __call__(self) -> Swarm:
         """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
         POLICIES.resolve(self.policy_files, "--policies")
         config = Config.model_validate_json(self.config_json)
-        return PoolAnswerer(build_local_swarm(config, lambda text: None, self.call_cache, self.gates))
-
-
-class PoolAnswerer:
-    """A pool in this process."""
-
-    def __init__(self, backend: LocalSwarm) -> None:
-        self._backend = backend
-
-    async def answer(self, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
-        """Answer one query. Raises DmoaError."""
-        return await ask_swarm(self._backend.swarm, query, policy, agent)
-
-    async def close(self) -> None:
-        """Stop the engines."""
-        await self._backend.close()
+        return build_local_swarm(config, lambda text: None, self.call_cache, self.gates)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +63,12 @@ class OpenCollectingPool:
     """As in `ExploringPolicy`."""
     call_cache: Path | None = None
 
-    def __call__(self) -> SwarmCollector:
+    def __call__(self) -> ExploringSwarm:
         """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
-        from dmoa.training.collect import SwarmCollector
+        from dmoa.training.collect import ExploringSwarm
 
         config = Config.model_validate_json(self.config_json)
-        return SwarmCollector(build_local_swarm(config, lambda text: None, self.call_cache).swarm, self.epsilon)
+        return ExploringSwarm(build_local_swarm(config, lambda text: None, self.call_cache), self.epsilon)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,50 +79,100 @@ class OpenServer:
     pool: str
     api_key: str = field(default="", repr=False)
 
-    def __call__(self) -> ServerAnswerer:
+    def __call__(self) -> RemoteSwarm:
         """Return the client."""
-        from dmoa.serving.client import SwarmClient
-
-        return ServerAnswerer(SwarmClient(self.url, api_key=self.api_key), self.pool)
+        return RemoteSwarm(open_client(self.url, self.api_key), pool=self.pool, has_seeds=True)
 
 
-class ServerAnswerer:
-    """A running server."""
+MOST_STEPS = 1000
+"""What a server takes for any number of steps: its own limit holds."""
 
-    def __init__(self, client: SwarmClient, pool: str) -> None:
-        self._client = client
-        self._pool = pool
 
-    async def answer(self, query: Query, policy: str, agent: str | None) -> SwarmOutcome:
-        """Answer one query. Raises DmoaError as the server says, RequestError for what it refuses."""
-        limits = query.limits
-        asked = {
-            "max_steps": limits.max_steps,
-            "max_agents": limits.max_agents,
-            "budget_tokens": limits.budget_tokens,
-            "deadline_s": limits.deadline_s,
-            "trace": True,
-        }
-        sampling = {"seed": int(query.trace_id[:8], 16)}
-        if limits.max_tokens is not None:
-            sampling["max_tokens"] = limits.max_tokens
+class RemoteSwarm:
+    """A running server; implements `SwarmClient`."""
+
+    def __init__(
+        self,
+        client: ServerClient,
+        *,
+        pool: str | None = None,
+        has_seeds: bool = False,
+        on_line: Callable[[str], None] | None = None,
+    ) -> None:
+        """`pool`: the server's, None to ask for its name; `has_seeds`: queries are seeded by their ids, so that they repeat.
+
+        `on_line` gets the readable line of each step as soon as the step is finished.
+        """
+        self.client = client
+        self.pool = pool or ""
+        """Name of the pool; where it was not given, as the last reply has it."""
+        self._asked_pool = pool
+        self._has_seeds = has_seeds
+        self.on_line = on_line
+
+    async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
+        """Yield the steps and the Answer; `policy` may be empty for the server's own.
+
+        The server tells of the steps with its last words, so its pieces of text, which come before them, are not yielded.
+        Raises DmoaError as the server says, RequestError for what it refuses.
+        """
+        from dmoa.serving.client import RemoteReply, StepLine
+
+        messages = [*([Message(role="system", content=query.system)] if query.system else []), *query.turns]
+        messages.append(Message(role="user", content=query.text))
+        model, options, sampling = agent or self._asked_pool, _options(query.limits, policy), self._sampling(query)
         started = time.perf_counter()
-        reply = await self._client.ask(
-            [Message(role="user", content=query.text)],
-            model=agent or f"{self._pool}/{policy}",
-            dmoa={name: value for name, value in asked.items() if value is not None},
-            sampling=sampling,
-        )
-        return SwarmOutcome(
-            text=reply.text,
-            finish_reason=reply.finish_reason,
-            dmoa=ReplyDmoa.model_validate(reply.dmoa),
-            wall_ms=(time.perf_counter() - started) * 1e3,
-        )
+        if query.is_streamed:
+            async with aclosing(self.client.stream(messages, model=model, dmoa=options, sampling=sampling)) as chunks:
+                async for chunk in chunks:
+                    if isinstance(chunk, StepLine) and self.on_line:
+                        self.on_line(chunk.text)
+                    elif isinstance(chunk, RemoteReply):
+                        reply = chunk
+        else:
+            reply = await self.client.chat(messages, model=model, dmoa=options, sampling=sampling)
+        wall_ms = (time.perf_counter() - started) * 1e3
+        record = _record(self.client, reply)
+        self.pool = record.pool
+        finish_reason: Literal["stop", "length"] = "length" if reply.finish_reason == "length" else "stop"
+        answer = answer_of_reply(record, text=reply.text, finish_reason=finish_reason, wall_ms=wall_ms)
+        for step in answer.steps:
+            yield step
+        yield answer
+
+    def _sampling(self, query: Query) -> dict[str, Any]:
+        sampling = dict(query.sampling)
+        if self._has_seeds:
+            sampling.setdefault("seed", int(query.trace_id[:8], 16))
+        if query.limits.max_tokens is not None:
+            sampling["max_tokens"] = query.limits.max_tokens
+        return sampling
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.close()
+        await self.client.close()
+
+
+def _options(limits: Limits, policy: str) -> dict[str, Any]:
+    """Return the request's `dmoa` object."""
+    asked = {
+        "policy": policy or None,
+        "max_steps": limits.max_steps,
+        "max_agents": limits.max_agents,
+        "budget_tokens": limits.budget_tokens,
+        "deadline_s": limits.deadline_s,
+        "trace": True,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def open_client(url: str, api_key: str | None = None) -> ServerClient:
+    """Return a client of a server; the key, where it wants one, is DMOA_API_KEY unless given. Raises RequestError."""
+    if not url.startswith(("http://", "https://")):
+        raise RequestError(f"--url: value seen: {url!r}; give the server's address, such as http://127.0.0.1:8000")
+    from dmoa.serving.client import ServerClient
+
+    return ServerClient(url, api_key=os.environ.get("DMOA_API_KEY", "") if api_key is None else api_key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,63 +193,56 @@ class AskOptions:
         """The sampling fields of the request."""
         return {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
 
+    def limits(self, max_steps: int) -> Limits:
+        """Return the limits that are asked for; `max_steps` where no number of steps is."""
+        return Limits(max_steps=self.max_steps or max_steps, deadline_s=self.deadline_s)
 
-class Backend(Protocol):
-    """Answers questions for a command: in this process, or through a server."""
+
+class Backend:
+    """Puts the questions of a command to a swarm: one in this process, or a server."""
+
+    def __init__(self, source: Swarm | ServerClient) -> None:
+        self._source = source
 
     async def ask(self, question: str, turns: Sequence[Message], wish: AskOptions, screen: Screen) -> QueryResult:
         """Answer one question after earlier turns, showing its steps. Raises DmoaError."""
-        ...
+        source = self._source
+        if isinstance(source, Swarm):
+            policy = check_ask_options(source.config, wish)
+            query = new_query(question, turns, wish, limits_for(source.config, wish.limits(source.config.limits.max_steps)))
+            answer = await _shown(source, query, policy, wish.agent, screen)
+            pool, trace = source.config.name, None
+            if wish.keeps_trace:
+                trace = trace_of(query, answer, pool=pool, fingerprint=fingerprint(source.config))
+        else:
+            remote = RemoteSwarm(source, on_line=screen.live_line)
+            query = new_query(question, turns, wish, wish.limits(MOST_STEPS))
+            answer = await _shown(remote, query, wish.policy or "", wish.agent, screen)
+            pool, trace = remote.pool, await fetch_trace(source, answer.trace_id) if wish.keeps_trace else None
+        return QueryResult(question=question, answer=answer, pool=pool, trace=trace)
 
     async def close(self) -> None:
-        """Free what the backend holds."""
-        ...
+        """Stop the engines, or close the connections."""
+        await self._source.close()
 
 
-class LocalSwarm:
-    """A pool put together in this process."""
-
-    def __init__(self, config: Config, swarm: Swarm, engines: Sequence[Engine], fingerprint: str) -> None:
-        self._config = config
-        self.swarm = swarm
-        self._engines = engines
-        self.fingerprint = fingerprint
-
-    async def ask(self, question: str, turns: Sequence[Message], wish: AskOptions, screen: Screen) -> QueryResult:
-        """Answer one question after earlier turns, showing its steps. Raises DmoaError."""
-        policy = check_ask_options(self._config, wish)
-        query = new_query(self._config, question, turns, wish)
-        started = time.perf_counter()
-        async with aclosing(_generator(self.swarm, query, policy, wish.agent)) as events:
+async def _shown(swarm: SwarmClient, query: Query, policy: str, agent: str | None, screen: Screen) -> Answer:
+    """Return the answer, showing what comes of the query. Raises EmptyAnswerError for one without a text."""
+    try:
+        async with aclosing(swarm.ask(query, policy, agent)) as events:
             async for event in events:
                 if isinstance(event, StepRecord):
-                    screen.step(reply_step(event, with_texts=True))
+                    screen.end_live_line()
+                    screen.step(event)
                 elif isinstance(event, TextDelta):
                     screen.delta(event.text)
                 else:
                     answer = event
-        if not answer.text.strip():
-            raise EmptyAnswerError("every contribution was empty; ask again, or raise max_tokens")
-        return QueryResult(
-            question=question,
-            text=answer.text,
-            finish_reason=answer.finish_reason,
-            wall_s=time.perf_counter() - started,
-            dmoa=reply_dmoa(answer, pool=self._config.name, with_texts=True),
-            trace=trace_of(query, answer, pool=self._config.name, fingerprint=self.fingerprint) if wish.keeps_trace else None,
-        )
-
-    async def close(self) -> None:
-        """Stop the engines."""
-        for engine in self._engines:
-            await engine.close()
-
-
-async def _generator(
-    swarm: Swarm, query: Query, policy: str, agent: str | None
-) -> AsyncGenerator[StepRecord | TextDelta | Answer, None]:
-    async for event in swarm.answer(query, policy, agent):
-        yield event
+    finally:
+        screen.end_live_line()
+    if not answer.text.strip():
+        raise EmptyAnswerError("every contribution was empty; ask again, or raise max_tokens")
+    return answer
 
 
 def check_ask_options(config: Config, wish: AskOptions) -> str:
@@ -244,18 +273,10 @@ def check_question(question: str) -> str:
     return question
 
 
-def new_query(config: Config, question: str, turns: Sequence[Message], wish: AskOptions) -> Query:
-    """Return the query of a question; its limits are the pool's, lowered by the wish."""
-    from dmoa.swarm import limits_for
-
-    asked = Limits(max_steps=wish.max_steps or config.limits.max_steps, deadline_s=wish.deadline_s)
-    return Query(
-        trace_id=uuid.uuid4().hex,
-        text=check_question(question),
-        turns=tuple(turns),
-        sampling=wish.sampling,
-        limits=limits_for(config, asked),
-    )
+def new_query(question: str, turns: Sequence[Message], wish: AskOptions, limits: Limits) -> Query:
+    """Return the query of a question. Raises RequestError for one that cannot be asked."""
+    text = check_question(question)
+    return Query(trace_id=uuid.uuid4().hex, text=text, turns=tuple(turns), sampling=wish.sampling, limits=limits)
 
 
 def fetch_models(config: Config, say: Callable[[str], None]) -> None:
@@ -275,7 +296,7 @@ def build_local_swarm(
     say: Callable[[str], None],
     call_cache: Path | None = None,
     gates: Mapping[str, Path] | None = None,
-) -> LocalSwarm:
+) -> Swarm:
     """Load a pool's gates, encoder and engines in this process, saying what is under way.
 
     `call_cache` is a folder in which greedy agent calls are kept and found again; `gates` are checkpoints beside the
@@ -290,11 +311,9 @@ def build_local_swarm(
         build_pool_gate,
         check_corpus,
         check_files,
-        fingerprint,
     )
     from dmoa.policies.registry import NamedGate
     from dmoa.routing import LocalRouter
-    from dmoa.swarm import Swarm
 
     check_files(config)
     check_corpus(config)
@@ -311,8 +330,7 @@ def build_local_swarm(
     agents, engines = build_local(config)
     if call_cache is not None:
         agents = CachedAgents(agents, CallStore(call_cache), call_identities(config))
-    swarm = Swarm(config, agents=agents, router=router, encoder=build_encoder(config), gates=named)
-    return LocalSwarm(config, swarm, engines, fingerprint(config))
+    return Swarm(config, agents=agents, router=router, encoder=build_encoder(config), gates=named, engines=engines)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -330,54 +348,7 @@ _TRACE_PAUSE_S = 0.1
 _NOT_FOUND = 404
 
 
-class RemoteSwarm:
-    """Asks a running server."""
-
-    def __init__(self, client: SwarmClient) -> None:
-        self.client = client
-
-    async def ask(self, question: str, turns: Sequence[Message], wish: AskOptions, screen: Screen) -> QueryResult:
-        """Answer one question after earlier turns, showing its steps. Raises DmoaError."""
-        from dmoa.serving.client import StepLine
-
-        messages = [*turns, Message(role="user", content=check_question(question))]
-        started = time.perf_counter()
-        try:
-            async for event in self.client.stream(messages, model=wish.agent, dmoa=_options(wish), sampling=wish.sampling):
-                if isinstance(event, StepLine):
-                    screen.live_line(event.text)
-                elif not isinstance(event, TextDelta):
-                    reply = event
-        finally:
-            screen.end_live_line()
-        wall_s = time.perf_counter() - started
-        record = _record(self.client, reply)
-        for step in record.steps:
-            screen.step(step)
-        return QueryResult(
-            question=question,
-            text=reply.text,
-            finish_reason=reply.finish_reason,
-            wall_s=wall_s,
-            dmoa=record,
-            trace=await fetch_trace(self.client, record.trace_id) if wish.keeps_trace else None,
-        )
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self.client.close()
-
-
-def build_remote_swarm(url: str) -> RemoteSwarm:
-    """Return a backend for a server's URL; the key, where it wants one, is DMOA_API_KEY. Raises RequestError."""
-    from dmoa.serving.client import SwarmClient
-
-    if not url.startswith(("http://", "https://")):
-        raise RequestError(f"--url: value seen: {url!r}; give the server's address, such as http://127.0.0.1:8000")
-    return RemoteSwarm(SwarmClient(url, api_key=os.environ.get("DMOA_API_KEY", "")))
-
-
-async def fetch_trace(client: SwarmClient, trace_id: str) -> Trace:
+async def fetch_trace(client: ServerClient, trace_id: str) -> Trace:
     """Return a query's trace from the server, which keeps it a moment after the reply. Raises RequestError."""
     deadline = time.monotonic() + _TRACE_PATIENCE_S
     while True:
@@ -389,12 +360,7 @@ async def fetch_trace(client: SwarmClient, trace_id: str) -> Trace:
         await asyncio.sleep(_TRACE_PAUSE_S)
 
 
-def _options(wish: AskOptions) -> dict[str, Any]:
-    asked = {"policy": wish.policy, "max_steps": wish.max_steps, "deadline_s": wish.deadline_s, "trace": True}
-    return {name: value for name, value in asked.items() if value is not None}
-
-
-def _record(client: SwarmClient, reply: RemoteReply) -> ReplyDmoa:
+def _record(client: ServerClient, reply: RemoteReply) -> ReplyDmoa:
     try:
         return ReplyDmoa.model_validate(reply.dmoa)
     except ValidationError as error:

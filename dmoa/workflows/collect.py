@@ -281,7 +281,7 @@ def _workers(options: RolloutOptions, config: Config) -> CollectWorkers:
         CallStore(call_cache).close()  # a folder that cannot be written is refused here, not in a worker
     used = {agent.llm for agent in config.agents}
     return CollectWorkers(
-        open_collector=OpenCollectingPool(config_json=config.model_dump_json(), epsilon=options.epsilon, call_cache=call_cache),
+        open_swarm=OpenCollectingPool(config_json=config.model_dump_json(), epsilon=options.epsilon, call_cache=call_cache),
         count=options.workers,
         places=options.concurrency or OVERCOMMIT * sum(config.llms[name].max_num_seqs for name in used),
         width=width(config, options.epsilon),

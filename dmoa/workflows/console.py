@@ -28,8 +28,8 @@ from rich.text import Text
 from typer.exceptions import TyperException
 
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError, TraceError
-from dmoa.trace import ReplyAgent, ReplyDmoa, ReplyStep, ReplySummarizer
-from dmoa.types import is_untrained
+from dmoa.trace import ReplyAgent, ReplyStep, reply_dmoa, reply_step
+from dmoa.types import Answer, StepRecord, is_untrained
 from dmoa.validation import did_you_mean, redact_text
 from dmoa.workflows.terminal import libraries_apart, stderr, tell
 
@@ -83,11 +83,8 @@ class QueryResult:
     """One answered question, wherever it was answered."""
 
     question: str
-    text: str
-    finish_reason: str
-    wall_s: float
-    dmoa: ReplyDmoa
-    """The reply's own object, with every agent's text."""
+    answer: Answer
+    pool: str
     trace: Trace | None = None
     """None where no trace was asked for."""
 
@@ -95,9 +92,9 @@ class QueryResult:
         """Return what `--json` writes: question, answer and the `dmoa` object of the contract."""
         return {
             "question": self.question,
-            "answer": self.text,
-            "finish_reason": self.finish_reason,
-            "dmoa": self.dmoa.model_dump(mode="json"),
+            "answer": self.answer.text,
+            "finish_reason": self.answer.finish_reason,
+            "dmoa": reply_dmoa(self.answer, pool=self.pool, with_texts=True).model_dump(mode="json"),
         }
 
 
@@ -111,14 +108,6 @@ def untrained_note(gate_version: str | None) -> str | None:
 def printable(text: str) -> str:
     """Return text without control characters other than line ends and tabs."""
     return "".join(c for c in text if c.isprintable() or c in "\n\t")
-
-
-def num_tokens(reply: ReplyDmoa) -> int:
-    """Return the prompt and completion tokens of all agents and the summarizer."""
-    calls: list[ReplyAgent | ReplySummarizer] = []
-    for step in reply.steps:
-        calls += [*step.agents, step.summarizer]
-    return sum(call.usage.total for call in calls)
 
 
 class Screen:
@@ -137,11 +126,12 @@ class Screen:
         """What has come of the answer while its step is not printed yet."""
         self._has_text = False
 
-    def step(self, step: ReplyStep) -> None:
+    def step(self, record: StepRecord) -> None:
         """Print a finished step: probabilities, who was active, how sure each was, and the new summary."""
         if self._verbosity < 0 or not self.shows_steps:
             return
         self.end_live_line()
+        step = reply_step(record, with_texts=True)
         summarizer = step.summarizer
         head = f"step {step.step + 1}  k {step.k}  mass {step.mass:.3f}  {step.wall_ms / 1e3:.2f} s"
         self.out.print(Text(f"{head}  {summarizer.mode}: {summarizer.verdict}", style="bold"))
@@ -186,14 +176,14 @@ class Screen:
             self.out.print()
         else:
             self._heading()
-            self._print(asked.text)
+            self._print(asked.answer.text)
         self._has_text = False
-        note = untrained_note(asked.dmoa.gate_version)
+        note = untrained_note(asked.answer.gate_version)
         if self._verbosity < 0:
             if note:
                 self.err.print(f"dmoa: {note}")
             return
-        self.out.print(Text(closing_line(asked), style="dim"), soft_wrap=True)
+        self.out.print(Text(closing_line(asked.answer), style="dim"), soft_wrap=True)
         if note:
             self.out.print(Text(note, style="yellow"), soft_wrap=True)
 
@@ -234,14 +224,13 @@ class Screen:
         return [*row, sure, f"{agent.completion_tokens} tokens", f"{agent.latency_ms / 1e3:.2f} s"]
 
 
-def closing_line(asked: QueryResult) -> str:
+def closing_line(answer: Answer) -> str:
     """Return one line: why the query stopped, and what it took."""
-    reply = asked.dmoa
-    steps = f"{len(reply.steps)} step{'' if len(reply.steps) == 1 else 's'}"
-    lost = ", degraded: an agent was lost" if reply.degraded else ""
-    gate = f", gate {reply.gate_version}" if reply.gate_version else ""
-    policy = f"policy {reply.policy}{gate}{lost}"
-    return f"stopped by {reply.stop_reason} after {steps}, {num_tokens(reply)} tokens, {asked.wall_s:.2f} s ({policy})"
+    steps = f"{len(answer.steps)} step{'' if len(answer.steps) == 1 else 's'}"
+    lost = ", degraded: an agent was lost" if answer.degraded else ""
+    gate = f", gate {answer.gate_version}" if answer.gate_version else ""
+    took = f"{steps}, {answer.usage.total} tokens, {answer.wall_ms / 1e3:.2f} s"
+    return f"stopped by {answer.stop_reason} after {took} (policy {answer.policy}{gate}{lost})"
 
 
 def _short(text: str) -> str:

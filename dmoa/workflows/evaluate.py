@@ -211,7 +211,7 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     if call_cache is not None:
         CallStore(call_cache).close()  # a folder that cannot be written is refused here, not in a worker
     return AnswerWorkers(
-        open_answerer=OpenPool(
+        open_swarm=OpenPool(
             config_json=config.model_dump_json(),
             call_cache=call_cache,
             gates={name: folder.absolute() for name, folder in options.gates.items()},
@@ -229,7 +229,7 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
     """Ask a server for its pool. Raises RequestError for a bad URL, DmoaError where it cannot be reached."""
     from dmoa.evaluation.pipeline import AnswerWorkers
     from dmoa.evaluation.records import PoolInfo
-    from dmoa.workflows.backends import OpenServer, build_remote_swarm
+    from dmoa.workflows.backends import OpenServer, open_client
 
     url = str(options.url)
     staged = [name for name in expand_names(options.benchmarks) if name in ("chain", "relay")]
@@ -239,11 +239,8 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
         )
 
     async def models() -> list[str]:
-        backend = build_remote_swarm(url)
-        try:
-            return await backend.client.models()
-        finally:
-            await backend.close()
+        async with open_client(url) as client:
+            return await client.models()
 
     known = asyncio.run(models())
     name = known[0]
@@ -254,8 +251,8 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
                 f"--policies: value seen: {agent or policy!r}; {url} has {', '.join(known)}; name some of them{nearest}"
             )
     workers = AnswerWorkers(
-        # The key travels with the answerer: a runtime environment would show it in Ray's own records.
-        open_answerer=OpenServer(url=url, pool=name, api_key=os.environ.get("DMOA_API_KEY", "")),
+        # The key travels with the client: a runtime environment would show it in Ray's own records.
+        open_swarm=OpenServer(url=url, pool=name, api_key=os.environ.get("DMOA_API_KEY", "")),
         places=options.concurrency or _REMOTE_PLACES,
         widths=dict.fromkeys(options.policies, 1),
         env={},

@@ -115,7 +115,7 @@ def measure(root: Path, rows: int) -> tuple[Samples, dict[str, float]]:
     write_lines(folder.tasks(_SUITE), (row.task for row in suite.generate("test", rows, 0, _DIFFICULTY)))
     write_lines(folder.gold(_SUITE), (row.label for row in suite.generate("test", rows, 0, _DIFFICULTY)))
     workers = AnswerWorkers(
-        open_answerer=OpenPool(config_json=loads(_POOL).model_dump_json()), places=48, widths={"dmoa": 3}, env=ENGINE_ENV
+        open_swarm=OpenPool(config_json=loads(_POOL).model_dump_json()), places=48, widths={"dmoa": 3}, env=ENGINE_ENV
     )
     seconds: dict[str, float] = {}
     began = time.monotonic()

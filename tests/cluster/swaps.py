@@ -21,7 +21,7 @@ from dmoa.checkpoint import describe_gate
 from dmoa.config import Config, load
 from dmoa.errors import DmoaError, RequestError
 from dmoa.routing import build_gate
-from dmoa.serving.client import RemoteReply, SwarmClient
+from dmoa.serving.client import RemoteReply, ServerClient
 from dmoa.types import Message
 
 ROOT = Path(__file__).parents[2]
@@ -97,12 +97,12 @@ class Load:
 async def stream_until(url: str, is_over: asyncio.Event, streams: int) -> Load:
     """Ask one query after the other in every one of `streams` streams until the event is set; traces are read too."""
     load_ = Load()
-    async with SwarmClient(url) as client:
+    async with ServerClient(url) as client:
         await asyncio.gather(*(_stream(client, number, is_over, load_) for number in range(streams)))
     return load_
 
 
-async def _stream(client: SwarmClient, number: int, is_over: asyncio.Event, found: Load) -> None:
+async def _stream(client: ServerClient, number: int, is_over: asyncio.Event, found: Load) -> None:
     count = 0
     while not is_over.is_set():
         count += 1
@@ -112,7 +112,7 @@ async def _stream(client: SwarmClient, number: int, is_over: asyncio.Event, foun
             found.failures.append(f"{type(error).__name__}: {error}")
 
 
-async def _ask(client: SwarmClient, text: str) -> Seen:
+async def _ask(client: ServerClient, text: str) -> Seen:
     began = time.time()
     async for event in client.stream([Message(role="user", content=text)], model="swaps"):
         reply = event
@@ -131,7 +131,7 @@ async def _ask(client: SwarmClient, text: str) -> Seen:
     )
 
 
-async def _trace(client: SwarmClient, trace_id: str) -> dict[str, Any]:
+async def _trace(client: ServerClient, trace_id: str) -> dict[str, Any]:
     """Return a trace, which is kept a moment after the reply."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:

@@ -56,7 +56,7 @@ async def traces_of(
             router.restore(AGENTS[2])
         limits = Limits(max_steps=4, max_agents=1 if number % 5 == 0 else None)
         asked = Query(trace_id=f"t{number}", text=f"Question {number}?", limits=limits)
-        events = [event async for event in swarm.answer(asked, policy)]
+        events = [event async for event in swarm.ask(asked, policy)]
         assert isinstance(events[-1], Answer)
         traces.append(trace_of(asked, events[-1], pool=config.name, fingerprint=fingerprint(config)))
     for engine in engines:

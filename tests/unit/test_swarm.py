@@ -43,7 +43,7 @@ def swarm_of(config: Config, agents: Any = None) -> Swarm:
 
 
 async def answer(swarm: Swarm, policy: str = "dmoa", agent: str | None = None) -> tuple[Answer, list[Any]]:
-    events = [event async for event in swarm.answer(Query(trace_id="t", text="12 + 7?"), policy, agent)]
+    events = [event async for event in swarm.ask(Query(trace_id="t", text="12 + 7?"), policy, agent)]
     assert isinstance(events[-1], Answer)
     return events[-1], events
 
@@ -76,7 +76,7 @@ def test_an_unknown_policy_is_refused_at_once() -> None:
     swarm = swarm_of(pool())
     assert swarm.policies == ("dmoa", "single", "dense", "random", "selector")
     with pytest.raises(RequestError, match="policy: 'vote' is not known"):
-        swarm.answer(Query(trace_id="t", text="12 + 7?"), "vote")
+        swarm.ask(Query(trace_id="t", text="12 + 7?"), "vote")
 
 
 async def test_agents_are_asked_with_their_own_profile_tools_and_sampling() -> None:
@@ -107,7 +107,7 @@ async def test_theta_decides_whether_a_lone_agent_is_sure_enough(slack: float, r
     router.install("v1", gate)
     agents = FakeAgents({"adder": Say(text="19", nats=0.5)})
     swarm = Swarm(config, agents=agents, router=router, encoder=HashEncoder())
-    events = [event async for event in swarm.answer(Query(trace_id="t", text="12 + 7?", limits=limits_for(config)))]
+    events = [event async for event in swarm.ask(Query(trace_id="t", text="12 + 7?", limits=limits_for(config)))]
     assert isinstance(events[-1], Answer)
     assert events[-1].stop_reason == reason
 
@@ -124,7 +124,7 @@ async def test_a_newly_installed_version_brings_its_own_theta_and_running_querie
     agents = FakeAgents({"adder": Say(text="1", nats=0.5), "sorter": Say(text="2", nats=0.6)})
     swarm = Swarm(config, agents=agents, router=router, encoder=HashEncoder())
     seen = []
-    async for event in swarm.answer(Query(trace_id="t", text="12 + 7?", limits=Limits(max_steps=2))):
+    async for event in swarm.ask(Query(trace_id="t", text="12 + 7?", limits=Limits(max_steps=2))):
         if isinstance(event, StepRecord):
             seen.append(len(event.active))
             other, _ = build_pool_gate(config)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -23,7 +23,7 @@ from dmoa.serving.http import errors, requests, responses
 from dmoa.serving.http.errors import json_response
 from dmoa.serving.http.middleware import BodyLimit, ConcurrencyLimit, KeyCheck
 from dmoa.serving.http.service import SwarmService
-from dmoa.types import Answer, StepRecord, TextDelta
+from dmoa.types import Answer, Event, StepRecord
 
 T = TypeVar("T")
 
@@ -46,16 +46,6 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 async def _hung_up(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-@asynccontextmanager
-async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """Close an iterator at the end of the block, if it is one that can be closed."""
-    try:
-        yield items
-    finally:
-        if isinstance(items, AsyncGenerator):
-            await items.aclose()
 
 
 class EventStream(Response):
@@ -91,7 +81,6 @@ class EventStream(Response):
 
 
 logger = logging.getLogger(__name__)
-Item = StepRecord | TextDelta | Answer
 
 
 def create_app(
@@ -200,18 +189,18 @@ class _Front:
             return EventStream(_events(items, rendering), headers)
         return json_response(rendering.whole(await until_gone(request.receive, _last(items))), headers=headers)
 
-    async def _items(self, order: requests.ParsedRequest, key_hash: str) -> AsyncGenerator[Item, None]:
+    async def _items(self, order: requests.ParsedRequest, key_hash: str) -> AsyncGenerator[Event]:
         """Yield what the service yields while holding a place; keep the trace before the answer leaves."""
         with self._places.take():
             service = self._service()
-            async with closing(service.answer(order.query, order.policy, order.agent)) as items:
+            async with aclosing(service.ask(order.query, order.policy, order.agent)) as items:
                 async for item in items:
                     if isinstance(item, Answer):
                         service.record(order.query, item, key_hash=key_hash, user=order.body.user, metadata=order.body.labels)
                     yield item
 
 
-async def _last(items: AsyncGenerator[Item, None]) -> Answer:
+async def _last(items: AsyncGenerator[Event]) -> Answer:
     """Run a query to its end and return the Answer."""
     async with aclosing(items):
         async for item in items:
@@ -220,7 +209,7 @@ async def _last(items: AsyncGenerator[Item, None]) -> Answer:
     raise EmptyAnswerError("the query ended without an answer; ask again")
 
 
-async def _events(items: AsyncGenerator[Item, None], rendering: responses.Rendering) -> AsyncGenerator[bytes, None]:
+async def _events(items: AsyncGenerator[Event], rendering: responses.Rendering) -> AsyncGenerator[bytes, None]:
     """Yield the server-sent events of a query. An error before the first item is raised, a later one is an event."""
     is_open = False
     try:

@@ -5,15 +5,16 @@ The app of `serving/http/routes` is built over this and nothing else, so that th
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dmoa.config import LimitsConfig
-from dmoa.types import Answer, Query, StepRecord, TextDelta
+from dmoa.protocols import SwarmClient
+from dmoa.types import Answer, Query
 
 
-class SwarmService(Protocol):
-    """One pool that answers queries."""
+class SwarmService(SwarmClient, Protocol):
+    """One pool that answers queries, and tells of itself."""
 
     @property
     def pool(self) -> str:
@@ -33,15 +34,6 @@ class SwarmService(Protocol):
     @property
     def limits(self) -> LimitsConfig:
         """The pool's limits; a client may only lower them."""
-        ...
-
-    def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[StepRecord | TextDelta | Answer]:
-        """Answer one query: steps as they finish, pieces of the final text if it streams, last the Answer, exactly once.
-
-        The whole iteration runs in one task; closing or cancelling it cancels the agent calls in flight. `agent` is the
-        one agent of the `single` policy, else None. Raises NoAgentError, EmptyAnswerError, DeadlineError, and
-        RequestError for what only the engine can refuse (a prompt over the model's length).
-        """
         ...
 
     async def ready(self) -> dict[str, str]:

@@ -201,7 +201,7 @@ async def test_a_summarizer_may_live_behind_an_endpoint() -> None:
         router = LocalRouter()
         router.install(record.version, gate)
         swarm = Swarm(config, agents=agents, router=router, encoder=HashEncoder())
-        events = [event async for event in swarm.answer(Query(trace_id="t", text="What is 12 + 7?"), "dmoa", None)]
+        events = [event async for event in swarm.ask(Query(trace_id="t", text="What is 12 + 7?"), "dmoa", None)]
         for engine in engines:
             await engine.close()
     answered = events[-1]

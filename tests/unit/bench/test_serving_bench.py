@@ -32,7 +32,7 @@ async def answer_of(num_agents: int, *, placement: str, mode: str) -> Answer:
     router.install(record.version, gate)
     swarm = Swarm(config, agents=agents, router=router, encoder=build_encoder(config))
     asked = Query(trace_id="t", text="What is this?", limits=limits_for(config))
-    return [event async for event in swarm.answer(asked, next(iter(POLICIES)))][-1]  # type: ignore[return-value]
+    return [event async for event in swarm.ask(asked, next(iter(POLICIES)))][-1]  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(("placement", "mode"), [("dedicated", "llm"), ("shared", "select")])

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import pytest
 import uvicorn
 from typer.testing import CliRunner, Result
 
+from dmoa.agents.pool import fingerprint
 from dmoa.cli.main import app
 from dmoa.config import Config, LimitsConfig, load
 from dmoa.serving.http.routes import create_app
 from dmoa.trace import trace_of
-from dmoa.types import Answer, Query, StepRecord, TextDelta
-from dmoa.workflows.backends import LocalSwarm, build_local_swarm
+from dmoa.types import Answer, Event, Query
+from dmoa.workflows.backends import build_local_swarm
 
 POOL = """
 name: tiny
@@ -70,16 +71,20 @@ class PoolService:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._backend: LocalSwarm = build_local_swarm(config, lambda _: None)
+        self._swarm = build_local_swarm(config, lambda _: None)
+        self._fingerprint = fingerprint(config)
         self._traces: dict[str, dict[str, Any]] = {}
         self.pool = config.name
         self.agents = config.agent_names
         self.policies = ("dmoa", "single")
         self.limits: LimitsConfig = config.limits
 
-    async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[StepRecord | TextDelta | Answer]:
-        async for event in self._backend.swarm.answer(query, policy, agent):
+    async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
+        async for event in self._swarm.ask(query, policy, agent):
             yield event
+
+    async def close(self) -> None:
+        await self._swarm.close()
 
     async def ready(self) -> dict[str, str]:
         return dict.fromkeys(self.agents, "up")
@@ -92,7 +97,7 @@ class PoolService:
 
     def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
         # Kept a moment after the reply, as the real store does.
-        trace = json.loads(trace_of(query, answer, pool=self.pool, fingerprint=self._backend.fingerprint).model_dump_json())
+        trace = json.loads(trace_of(query, answer, pool=self.pool, fingerprint=self._fingerprint).model_dump_json())
         asyncio.get_running_loop().call_later(0.05, self._traces.__setitem__, answer.trace_id, trace)
 
 

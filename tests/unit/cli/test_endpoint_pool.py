@@ -44,7 +44,7 @@ async def swarm_at(url: str) -> AsyncIterator[Swarm]:
 
 
 async def ask(swarm: Swarm, policy: str, agent: str | None = None) -> tuple[list[Any], Answer, dict[str, AgentReply]]:
-    events = [event async for event in swarm.answer(Query(trace_id="t", text="What is 12 + 7?"), policy, agent)]
+    events = [event async for event in swarm.ask(Query(trace_id="t", text="What is 12 + 7?"), policy, agent)]
     assert isinstance(events[-1], Answer)
     return events, events[-1], {reply.agent: reply for step in events[-1].steps for reply in step.replies}
 

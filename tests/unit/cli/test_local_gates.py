@@ -9,7 +9,7 @@ from dmoa import checkpoint
 from dmoa.agents.pool import build_pool_gate, fingerprint
 from dmoa.config import Config, load
 from dmoa.core.gate import init_gate
-from dmoa.evaluation.answering import ask_swarm
+from dmoa.protocols import final_answer
 from dmoa.types import Query
 from dmoa.workflows.backends import build_local_swarm
 
@@ -28,9 +28,9 @@ async def test_a_query_names_its_gate(pool: Path, tmp_path: Path) -> None:
     version = other_gate(config, tmp_path / "paper")
     backend = build_local_swarm(config, lambda text: None, gates={"paper": tmp_path / "paper"})
     try:
-        own = await ask_swarm(backend.swarm, Query(trace_id="a", text="What is 2 + 2?"), "dmoa", None)
-        named = await ask_swarm(backend.swarm, Query(trace_id="b", text="What is 2 + 2?"), "dmoa", "paper")
+        own = await final_answer(backend, Query(trace_id="a", text="What is 2 + 2?"), "dmoa")
+        named = await final_answer(backend, Query(trace_id="b", text="What is 2 + 2?"), "dmoa", "paper")
     finally:
         await backend.close()
-    assert own.dmoa.gate_version == build_pool_gate(config)[1].version
-    assert (named.dmoa.gate_version, named.dmoa.untrained) == (version, False)
+    assert own.gate_version == build_pool_gate(config)[1].version
+    assert (named.gate_version, named.gate_trained) == (version, True)

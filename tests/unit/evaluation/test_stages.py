@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from dmoa.errors import NoAgentError
 from dmoa.evaluation.answering import Asking, failed, query_of_task, split_policy
-from dmoa.evaluation.pipeline import RunWriter, score_answer
+from dmoa.evaluation.pipeline import AnswerStage, RunWriter, score_answer
 from dmoa.evaluation.records import Answered, Label, Reply, Score, Task
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.flat import flat
-from dmoa.types import Limits, Stage, TokenUsage
+from dmoa.types import AgentReply, Answer, EntropySum, Event, Limits, Query, Stage, StepRecord, SummarizerRecord, TokenUsage
 
 TASK = Task(row_id="arith/test/1", benchmark="arith", text="What is 12 + 7?", group="carry")
 ASKING = Asking(seed=3, limits=Limits(max_steps=3, max_agents=2, max_tokens=96))
@@ -56,12 +60,71 @@ def test_scores_carry_the_row_and_failed_rows_are_worth_nothing() -> None:
 
 def test_a_shard_that_runs_twice_is_written_once(tmp_path: Path) -> None:
     writer = RunWriter(str(tmp_path))
-    lines = [
-        Answered(row_id=f"arith/test/{i}", benchmark="arith", policy="dmoa", **flat(TokenUsage())).model_dump_json()
-        for i in range(4)
-    ]
-    writer.write_answers(lines[:3])
-    writer.write_answers(lines)
+    records = [Answered(row_id=f"arith/test/{i}", benchmark="arith", policy="dmoa", **flat(TokenUsage())) for i in range(4)]
+    writer.write_answers(records[:3])
+    writer.write_answers(records)
     rows = list(RunFolder(tmp_path).read_answers("arith", "dmoa"))
     assert [row.row_id for row in rows] == [f"arith/test/{i}" for i in range(4)]
     assert writer.counts()["rows"] == 4
+
+
+class Swarm:
+    """Implements `SwarmClient`: answers every question for the policy dmoa, none for another."""
+
+    async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
+        if policy != "dmoa":
+            raise NoAgentError(f"nobody is there for {policy}")
+        sure = AgentReply(agent="adder", status="ok", entropy=EntropySum(sum_nats=1.0, tokens=3), usage=SPENT)
+        heard = AgentReply(agent="echo", status="ok", is_memoised=True, entropy=EntropySum(sum_nats=9.0, tokens=3), usage=SPENT)
+        step = StepRecord(
+            step=0,
+            replies=(heard, AgentReply(agent="guesser", status="late", usage=SPENT), sure),
+            active=("adder", "guesser"),
+            explored=(("echo", 0.1),),
+            summary="19",
+            summarizer=SummarizerRecord(mode="llm", verdict="final", usage=TokenUsage(prompt_tokens=1)),
+        )
+        yield step
+        yield Answer(
+            trace_id=query.trace_id,
+            text="19",
+            policy=policy,
+            stop_reason="summarizer",
+            steps=(step,),
+            degraded=True,
+            finish_reason="stop",
+            wall_ms=7.0,
+        )
+
+    async def close(self) -> None:
+        pass
+
+
+SPENT = TokenUsage(prompt_tokens=10, cached_tokens=4, completion_tokens=3)
+
+
+class Writer:
+    """Takes what the stage hands over, through a pickle, as the actor does."""
+
+    def __init__(self) -> None:
+        self.taken: list[Answered] = []
+
+    @property
+    def write_answers(self) -> Writer:
+        return self
+
+    async def remote(self, answers: list[Answered]) -> None:
+        self.taken += pickle.loads(pickle.dumps(answers))
+
+
+def test_every_query_of_a_shard_becomes_a_record() -> None:
+    writer = Writer()
+    stage = AnswerStage(Swarm, ASKING, writer, 4, {"dmoa": 2, "single:adder": 1})
+    block = pa.table({"task": [TASK.model_dump_json()], "policies": ["dmoa single:adder"]})
+    assert stage(block).to_pydict() == {"queries": [2]}
+    good, lost = sorted(writer.taken, key=lambda record: record.policy)
+    assert (lost.policy, lost.status, lost.error) == ("single:adder", "failed", "NoAgentError: nobody is there for single")
+    assert (good.row_id, good.text, good.step_texts, good.active) == (TASK.row_id, "19", ("19",), (("adder",),))
+    assert good.usage == TokenUsage(prompt_tokens=31, cached_tokens=12, completion_tokens=9)
+    assert (good.summarizer_tokens, good.memoised_tokens, good.wall_ms) == (1, 13, 7.0)
+    assert good.entropy_nats == 0.333333, "of the active agents alone, to 6 digits, as a server tells it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from dmoa.config import LimitsConfig, ServerConfig
 from dmoa.flat import reply_of
 from dmoa.serving.http.routes import create_app
-from dmoa.types import AgentReply, Answer, Query, RouteDecision, StepRecord, SummarizerRecord, TextDelta, TokenUsage
+from dmoa.types import AgentReply, Answer, Event, Query, RouteDecision, StepRecord, SummarizerRecord, TextDelta, TokenUsage
 
 AGENTS = ("adder", "sorter", "dater")
 QUESTION = [{"role": "user", "content": "What is 12 + 7?"}]
@@ -105,7 +105,7 @@ class FakeService:
     asked: list[tuple[Query, str, str | None]] = field(default_factory=list)
     recorded: list[dict[str, Any]] = field(default_factory=list)
 
-    async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[StepRecord | TextDelta | Answer]:
+    async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
         self.asked.append((query, policy, agent))
         answer = make_answer(query.trace_id, **({"policy": policy} | self.overrides))
         items = [*answer.steps, *(TextDelta(text=text) for text in self.deltas), answer]
@@ -122,6 +122,9 @@ class FakeService:
             raise
         finally:
             self.running -= 1
+
+    async def close(self) -> None:
+        pass
 
     async def ready(self) -> dict[str, str]:
         return self.states

@@ -11,7 +11,7 @@ from fake_service import AGENTS, FakeService, make_app
 from openai import DefaultAsyncHttpxClient
 
 from dmoa.errors import DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
-from dmoa.serving.client import RemoteReply, StepLine, SwarmClient
+from dmoa.serving.client import RemoteReply, ServerClient, StepLine
 from dmoa.serving.http.middleware import hash_keys
 from dmoa.trace import ReplyDmoa
 from dmoa.types import Message, TextDelta
@@ -19,16 +19,16 @@ from dmoa.types import Message, TextDelta
 HI = (Message(role="user", content="What is 12 + 7?"),)
 
 
-def client_of(service: FakeService, *, api_key: str = "", **options: Any) -> SwarmClient:
+def client_of(service: FakeService, *, api_key: str = "", **options: Any) -> ServerClient:
     """A client of an app over the service, without sockets."""
     transport = httpx2.ASGITransport(make_app(service, **options))
-    return SwarmClient("http://test/v1/", api_key=api_key, http_client=DefaultAsyncHttpxClient(transport=transport))
+    return ServerClient("http://test/v1/", api_key=api_key, http_client=DefaultAsyncHttpxClient(transport=transport))
 
 
 async def test_ask_returns_text_usage_and_a_dmoa_object_of_the_schema() -> None:
     service = FakeService()
     async with client_of(service) as client:
-        reply = await client.ask(HI, dmoa={"max_steps": 2, "trace": True}, sampling={"temperature": 0.5, "max_tokens": 9})
+        reply = await client.chat(HI, dmoa={"max_steps": 2, "trace": True}, sampling={"temperature": 0.5, "max_tokens": 9})
     assert (reply.text, reply.finish_reason, reply.model) == ("The answer is 19.", "stop", "tiny")
     assert reply.usage["total_tokens"] == 70
     assert ReplyDmoa.model_validate(reply.dmoa).steps[1].summary == "19"
@@ -38,7 +38,7 @@ async def test_ask_returns_text_usage_and_a_dmoa_object_of_the_schema() -> None:
 
 async def test_stream_gives_steps_then_pieces_then_the_same_reply() -> None:
     async with client_of(FakeService(deltas=("The answer ", "is 19."))) as client:
-        whole = await client.ask(HI, model="tiny/single")
+        whole = await client.chat(HI, model="tiny/single")
         events = [event async for event in client.stream(HI, model="tiny/single")]
     assert [type(event) for event in events] == [StepLine, StepLine, TextDelta, TextDelta, RemoteReply]
     reply = events[-1]
@@ -55,7 +55,7 @@ async def test_models_readiness_and_traces() -> None:
         assert await client.ready() == dict.fromkeys(AGENTS, "up")
         service.states = {"adder": "restarting"}
         assert await client.ready() == {"adder": "restarting"}
-        reply = await client.ask(HI)
+        reply = await client.chat(HI)
         assert (await client.trace(reply.dmoa["trace_id"]))["key_hash"] == hashes[0]
         with pytest.raises(RequestError, match="no trace of that id"):
             await client.trace("nope")
@@ -65,7 +65,7 @@ async def test_no_error_shows_the_clients_key() -> None:
     key = "Zq9/w+Tr_4kV=mB7x"
     async with client_of(FakeService(error=NoAgentError(f"no: {key}, {key[:9]}..., api_key: other")), api_key=key) as client:
         with pytest.raises(NoAgentError) as caught:
-            await client.ask(HI)
+            await client.chat(HI)
     assert str(caught.value) == "http://test: no: [redacted], [redacted], api_key: [redacted]"
 
 
@@ -74,7 +74,7 @@ async def test_no_error_shows_the_clients_key() -> None:
 async def test_the_swarms_errors_arrive_as_themselves(error: DmoaError, error_at: int) -> None:
     async with client_of(FakeService(error=error, error_at=error_at)) as client:
         with pytest.raises(type(error), match=f"http://test: {error}"):
-            await client.ask(HI)
+            await client.chat(HI)
         with pytest.raises(type(error), match=f"http://test: {error}"):
             [event async for event in client.stream(HI)]
 
@@ -82,27 +82,27 @@ async def test_the_swarms_errors_arrive_as_themselves(error: DmoaError, error_at
 async def test_refusals_name_the_field() -> None:
     async with client_of(FakeService()) as client:
         with pytest.raises(RequestError) as caught:
-            await client.ask(HI, dmoa={"policy": "nope"})
+            await client.chat(HI, dmoa={"policy": "nope"})
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, "dmoa.policy", "unknown_policy")
 
 
 async def test_a_wrong_key_is_a_refusal() -> None:
     async with client_of(FakeService(), api_key="no", keys=hash_keys({"DMOA_API_KEYS": "k"})) as client:
         with pytest.raises(RequestError) as caught:
-            await client.ask(HI)
+            await client.chat(HI)
     assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
 
 
 async def test_a_surprise_is_no_category() -> None:
     async with client_of(FakeService(error=KeyError("x"))) as client:
         with pytest.raises(DmoaError, match="unexpected error") as caught:
-            await client.ask(HI)
+            await client.chat(HI)
     assert type(caught.value) is DmoaError
 
 
 async def test_no_server_is_said_in_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        async with SwarmClient(f"http://127.0.0.1:{taken.getsockname()[1]}") as client:
+        async with ServerClient(f"http://127.0.0.1:{taken.getsockname()[1]}") as client:
             with pytest.raises(DmoaError, match=r"cannot be reached .* is the server running there"):
-                await client.ask(HI)
+                await client.chat(HI)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,10 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from pydantic import BaseModel
 
 from dmoa.config import LimitsConfig, ServerConfig
-from dmoa.orchestrator import Event
 from dmoa.serving.http.middleware import hash_keys
 from dmoa.serving.http.routes import create_app
 from dmoa.testing import FakeAgents, Say, Schedule, asks, orchestrator_of
-from dmoa.types import FinishReason, Limits, Message, Query
+from dmoa.types import Event, FinishReason, Limits, Message, Query
 
 CHAT = "/v1/chat/completions"
 
@@ -397,7 +396,7 @@ class Stepping(FakeService):
         self._says = {name: [Say(text=f"{i}", finish_reason=end) for i, end in enumerate(endings)] for name in agents}
         self._limits = Limits(**limits)
 
-    async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[Event]:
+    async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
         orchestrator = orchestrator_of(FakeAgents(self._says), self._asked)
         async for event in orchestrator.answer(replace(query, limits=self._limits), Schedule(asks(*self._asked))):
             yield event

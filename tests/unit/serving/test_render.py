@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoa.serving.http.responses import step_line, usage_of
-from dmoa.trace import ReplyDmoa, reply_dmoa
-from dmoa.types import AgentReply, StepRecord, SummarizerRecord, TokenUsage
+from dmoa.trace import ReplyDmoa, answer_of_reply, reply_dmoa
+from dmoa.types import AgentReply, EntropySum, StepRecord, SummarizerRecord, TokenUsage
 
 LOST = AgentReply(agent="adder", status="late", error="no reply after 2 s")
 
@@ -122,3 +122,39 @@ def test_the_schema_names_every_field_of_the_contract() -> None:
         *("cached_tokens", "completion_tokens", "latency_ms", "engine_ms", "engine", "attempts", "error")
     }
     assert set(schema["$defs"]["ReplyStep"]["required"]) == {"step", "k", "wall_ms", "mass", "agents", "summarizer"}
+
+
+SUMMED = AgentReply(agent="dater", status="ok", text="?", finish_reason="length", entropy=EntropySum(sum_nats=1.0, tokens=3))
+STEPS = {
+    "a gate": make_step(0, "18 or 19"),
+    "lost, masked": make_step(
+        0, "x", replies=(LOST, reply("sorter")), active=("sorter",), decision=decision([0.75, 0.25, 0.0], ("dater",))
+    ),
+    "explored": make_step(0, "x", replies=(SUMMED, reply("adder")), active=("adder",), explored=(("dater", 0.1),)),
+    "bounds": make_step(0, "x", replies=(reply("adder", entropy_kind="truncated", entropy_slack_nats=0.1),), active=("adder",)),
+    "broken numbers": make_step(0, "x", replies=(reply("adder", entropy_sum_nats=float("nan")),), active=("adder",)),
+    "no gate": make_step(0, "x", decision=None, replies=(reply("adder", is_memoised=True, attempts=2),), active=("adder",)),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
+def test_an_answer_read_from_its_reply_is_told_in_the_same_words(step: StepRecord) -> None:
+    gate = {"gate_version": None, "gate_trained": None} if step.decision is None else {}
+    answer = make_answer("t", steps=(step, step), degraded=True, **gate)
+    told = reply_dmoa(answer, pool="tiny", with_texts=True)
+    sent = ReplyDmoa.model_validate_json(told.model_dump_json())
+    read = answer_of_reply(sent, text=answer.text, finish_reason="stop", wall_ms=2.0)
+    assert reply_dmoa(read, pool="tiny", with_texts=True) == told
+    assert (read.usage, read.steps[0].active, read.gate_trained) == (answer.usage, step.active, answer.gate_trained)
+    assert [reply.text for reply in read.steps[1].replies] == [
+        agent.text for agent in told.steps[1].agents if agent.text is not None
+    ]
+    assert read.steps[0].replies[0].entropy.tokens == told.steps[0].agents[0].entropy_tokens
+
+
+def test_entropy_read_from_a_reply_is_the_mean_times_the_tokens() -> None:
+    answer = make_answer("t", steps=(make_step(0, "x"),))
+    read = answer_of_reply(reply_dmoa(answer), text="", finish_reason="length", wall_ms=2.0)
+    adder, sorter = read.steps[0].replies
+    assert (adder.agent, adder.entropy.sum_nats, sorter.agent, sorter.entropy.sum_nats) == ("adder", 2.0, "sorter", 8.0)
+    assert (read.finish_reason, read.wall_ms, adder.text, read.steps[0].summary) == ("length", 2.0, "", "")

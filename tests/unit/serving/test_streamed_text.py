@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -20,7 +20,7 @@ from dmoa.engine_options import ScriptedOptions
 from dmoa.engines.scripted import ScriptedEngine
 from dmoa.policies.baselines import SinglePolicy
 from dmoa.testing import Schedule, asks, orchestrator_of
-from dmoa.types import Answer, Query, StepRecord, TextDelta
+from dmoa.types import Event, Query
 from tests.examples import examples
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -38,7 +38,7 @@ class Speaker(FakeService):
         self._orchestrator = orchestrator_of(LocalAgents(agents), ["adder"], llm=llm)
         self._policy = Schedule(asks("adder")) if llm else SinglePolicy(agent="adder")
 
-    async def answer(self, query: Query, policy: str, agent: str | None) -> AsyncIterator[StepRecord | TextDelta | Answer]:
+    async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
         async for event in self._orchestrator.answer(query, self._policy):
             yield event
 

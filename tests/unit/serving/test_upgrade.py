@@ -8,8 +8,8 @@ import pytest
 
 from dmoa.config import Config
 from dmoa.errors import DeadlineError, NoAgentError, PoolChangedError
-from dmoa.serving.rollover import Event, answer_on_one_pool_version, check_version, pool_version, query_drain_s
-from dmoa.types import Limits, Query, TextDelta
+from dmoa.serving.rollover import answer_on_one_pool_version, check_version, pool_version, query_drain_s
+from dmoa.types import Event, Limits, Query, TextDelta
 
 TREE = {
     "name": "p",

@@ -23,6 +23,7 @@ from dmoa.testing import scripted_pool as pool
 from dmoa.training.dataset import COLUMNS, EpisodeBuilder, Episodes, held_back
 from dmoa.training.gate_metrics import held_metrics, measure_gate, ranking_of
 from dmoa.training.objective import Batches, Split, anchor_sample, batch_loss, build_data, fit_scale, unroll
+from dmoa.training.rollouts import LATER_COLUMNS
 from tests.unit.training.in_process import train
 
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ def episodes_of(rows: list[dict[str, Any]]) -> Episodes:
     builder = EpisodeBuilder(AGENTS, 2 * DIM + 4, has_feedback=True)
     order = np.random.default_rng(0).permutation(len(rows))
     for part in (order[::2], order[1::2]):
-        builder.add(pa.table({name: [rows[i][name] for i in part] for name in COLUMNS}), 0)
+        builder.add(pa.table({name: [(LATER_COLUMNS | rows[i])[name] for i in part] for name in COLUMNS}), 0)
     return builder.build()
 
 
