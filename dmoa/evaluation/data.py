@@ -30,6 +30,7 @@ from dmoa.evaluation.benchmarks.base import (
 from dmoa.evaluation.records import SPLITS, EvaluateOptions, Label, Row, Split, Task
 from dmoa.evaluation.registry import SUITES, spec_of
 from dmoa.evaluation.run_folder import RunFolder
+from dmoa.storage import replacing
 from dmoa.validation import did_you_mean
 
 
@@ -420,18 +421,12 @@ def sample_rows(rows: Iterable[Row], limit: int, seed: int) -> list[Row]:
 
 def write_rows(folder: RunFolder, name: str, rows: Iterable[Row]) -> int:
     """Write tasks and labels, streaming, each file whole and then renamed; returns the number of rows."""
-    targets = folder.tasks(name), folder.gold(name)
-    parts = [target.with_name(f".{target.name}.part") for target in targets]
-    for part in parts:
-        part.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with parts[0].open("w", encoding="utf-8") as tasks, parts[1].open("w", encoding="utf-8") as labels:
+    with replacing(folder.tasks(name)) as tasks, replacing(folder.gold(name)) as labels:
         for row in _unique(rows):
-            tasks.write(row.task.model_dump_json() + "\n")
-            labels.write(row.label.model_dump_json() + "\n")
+            tasks.write(row.task.model_dump_json().encode() + b"\n")
+            labels.write(row.label.model_dump_json().encode() + b"\n")
             count += 1
-    for part, target in zip(parts, targets, strict=True):
-        part.replace(target)
     return count
 
 

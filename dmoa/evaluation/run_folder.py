@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from dmoa import storage
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, FileRecord, Label, Scored, Task
 
@@ -146,11 +147,8 @@ def append(path: Path, records: Iterable[FileRecord]) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole, then rename it into place. Raises ConfigError if that cannot be done."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        storage.write_whole(path, text)
     except OSError as error:
         raise _unwritable(path, str(error)) from error
 
@@ -161,12 +159,9 @@ def _unwritable(path: Path, reason: str) -> ConfigError:
 
 def write_lines(path: Path, records: Iterable[FileRecord]) -> int:
     """Write a file of records whole, streaming, then rename it into place; returns how many."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with temporary.open("w", encoding="utf-8") as file:
+    with storage.replacing(path) as file:
         for record in records:
-            file.write(record.model_dump_json() + "\n")
+            file.write(record.model_dump_json().encode() + b"\n")
             count += 1
-    temporary.replace(path)
     return count

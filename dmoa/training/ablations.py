@@ -25,8 +25,9 @@ from dmoa.config import Config
 from dmoa.core.features import FEEDBACK_FEATURES
 from dmoa.core.gate import Gate
 from dmoa.errors import ConfigError
+from dmoa.storage import write_whole
 from dmoa.training.options import TrainOptions
-from dmoa.training.rollouts import Manifest, RolloutFolder, read_manifest, read_table, write_whole
+from dmoa.training.rollouts import Manifest, RolloutFolder, read_manifest, read_table
 from dmoa.training.trainer import TrainContext, run_training
 
 EVIDENCE = ("entropy_sum_nats", "entropy_sq_sum", "entropy_tokens", "entropy_kind", "entropy_slack_nats", "finish_reason")

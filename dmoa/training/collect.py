@@ -40,6 +40,7 @@ from dmoa.dataflow import (
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.policies.exploring import ExploringPolicy
 from dmoa.policies.registry import PolicyContext, build_policy
+from dmoa.storage import write_whole
 from dmoa.swarm import Swarm
 from dmoa.training.rollouts import (
     SCHEMA,
@@ -52,7 +53,6 @@ from dmoa.training.rollouts import (
     read_manifest,
     read_part,
     table_of,
-    write_whole,
 )
 from dmoa.types import Answer, Limits, Query
 from dmoa.validation import redact_text
