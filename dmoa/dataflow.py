@@ -52,7 +52,7 @@ def line_table(columns: Sequence[str], items: Sequence[Item]) -> pa.Table:
         starts = pa.array([cell.offset if isinstance(cell, Line) else None for cell in cells], pa.int64())
         return pa.StructArray.from_arrays([names, starts], ["name", "start"])
 
-    return pa.table({name: column(cells) for name, cells in zip(columns, zip(*items, strict=True), strict=True)})
+    return pa.table({name: column([item[number] for item in items]) for number, name in enumerate(columns)})
 
 
 def read_lines(block: pa.Table) -> pa.Table:
@@ -85,8 +85,8 @@ def offsets(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def stream(columns: Sequence[str], items: Sequence[Item], shard_rows: int) -> ray.data.Dataset:
-    """Return a dataset over the items, of which there is one at least, a shard of so many rows per block."""
-    shards = [line_table(columns, items[i : i + shard_rows]) for i in range(0, len(items), shard_rows)]
+    """Return a dataset over the items, a shard of so many rows per block; an empty block where there are none."""
+    shards = [line_table(columns, items[i : i + shard_rows]) for i in range(0, max(1, len(items)), shard_rows)]
     return on_this_node(shards, read_lines)
 
 
