@@ -38,8 +38,8 @@ class OwnQueries:
 def read_queries(path: Path, *, skip_bad_rows: bool = False, limit: int | None = None, seed: int = 0) -> OwnQueries:
     """Read a file of queries, one a line: a text, or {"query": TEXT}, other keys of which are not read.
 
-    With a `limit` only the queries that `sample_queries` draws by `seed` are kept, in its order, so that a long file takes no more
-    memory than a short one. Every line is checked all the same.
+    With a `limit` only the queries that `sample_queries` draws by `seed` are kept, in its order, so that a long file takes no
+    more memory than a short one. Every line is checked all the same.
 
     Raises ConfigError naming file, line, value seen and what is allowed, for a file that cannot be read, holds no query, or
     (unless they are to be skipped) holds a line that is none.
