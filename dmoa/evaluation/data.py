@@ -366,7 +366,7 @@ SUITE_ROWS = 200
 
 
 def prepare_rows(folder: RunFolder, name: str, options: EvaluateOptions) -> BenchmarkInfo:
-    """Write tasks and labels of one benchmark and return what is known of its rows. Raises ConfigError as loaders and generators."""
+    """Write tasks and labels of one benchmark, and return what is known of its rows. Raises ConfigError as loaders do."""
     if name in SUITES:
         return _prepare_suite(folder, name, options)
     split = next((known for known in SPLITS if known == options.split), None)
