@@ -93,7 +93,8 @@ def stream(columns: Sequence[str], items: Sequence[Item], shard_rows: int) -> ra
 def on_this_node(blocks: Sequence[pa.Table], read: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
     """Return what `read` makes of each block, of which there is one at least, on this node, where the files are."""
     # No CPU: a head node of a cluster may have none to give, and reading takes next to nothing.
-    return ray.data.from_arrow(list(blocks)).map_batches(
+    # Not `from_arrow`, which asks every block for its size by a task of its own, wherever there is a CPU.
+    return ray.data.from_blocks(list(blocks)).map_batches(
         read,
         batch_size=None,
         batch_format="pyarrow",
