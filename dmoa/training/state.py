@@ -94,10 +94,7 @@ class StateStore:
         self.place = place if "://" in place else str(Path(place).absolute())
 
     def _open(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        if "://" in self.place:
-            system, root = pyarrow.fs.FileSystem.from_uri(self.place)
-        else:
-            system, root = pyarrow.fs.LocalFileSystem(), self.place
+        system, root = pyarrow.fs.FileSystem.from_uri(self.place)  # takes absolute paths too
         return system, root
 
     def check(self) -> None:
