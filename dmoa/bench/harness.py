@@ -165,6 +165,12 @@ def _on_vllm(part: LlmConfig, options: dict[str, Any]) -> LlmConfig:
     return LlmConfig.model_validate(part.model_dump() | {"engine": "vllm", "engine_kwargs": kept | _VLLM_OPTIONS | options})
 
 
+async def warm(engine: Engine) -> None:
+    """Let an engine generate once."""
+    words = (Message(role="user", content="Count to three."),)
+    await engine.generate(GenerationRequest(request_id="warm", messages=words, sampling=Sampling(max_tokens=8)))
+
+
 async def generate_all(engine: Engine, requests: Iterable[GenerationRequest]) -> list[Generation]:
     """Generate side by side, replies in the order of the requests. Raises as the engine."""
     return list(await asyncio.gather(*map(engine.generate, requests)))

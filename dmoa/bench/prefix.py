@@ -20,7 +20,7 @@ from scipy.stats import linregress
 
 from dmoa.agents.pool import build_engine
 from dmoa.agents.prompts import COMMON_SYSTEM, agent_messages
-from dmoa.bench.harness import BenchResult, engines_here, generate_all, interleave, ratio, record, spread
+from dmoa.bench.harness import BenchResult, engines_here, generate_all, interleave, ratio, record, spread, warm
 from dmoa.config import Config
 from dmoa.engines.chat_template import encode_chat, load_tokenizer
 from dmoa.engines.models import fetch
@@ -85,7 +85,7 @@ def _arm(name: str) -> Iterator[Arm]:
     with asyncio.Runner() as runner:
         engine = build_engine(config, "m", list(config.agents))
         arm = Arm(name, engine, runner, load_tokenizer(str(fetch(MODEL)), None))
-        runner.run(generate_all(arm.engine, [_request("warm", (Message(role="user", content="Count to three."),), max_tokens=4)]))
+        runner.run(warm(engine))
         try:
             yield arm
         finally:

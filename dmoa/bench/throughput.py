@@ -20,7 +20,7 @@ from typing import Any
 from dmoa import __version__
 from dmoa.agents.agent import LocalAgents
 from dmoa.agents.pool import build_agents, build_encoder, build_engine, build_pool_gate, fingerprint, load_pool
-from dmoa.bench.harness import LABELS, BenchResult, Spread, engines_here, on_engine, ratio, record, spread
+from dmoa.bench.harness import LABELS, BenchResult, Spread, engines_here, on_engine, ratio, record, spread, warm
 from dmoa.config import Config, callable_agents
 from dmoa.dataflow import OVERCOMMIT
 from dmoa.engines.models import fetch, resolve_model
@@ -34,7 +34,7 @@ from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm, limits_for
 from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, RolloutAsking, SwarmCollector, collect, width
 from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery
-from dmoa.types import Generation, GenerationRequest, Limits, Message, Query, Sampling, TextDelta
+from dmoa.types import Generation, GenerationRequest, Limits, Query, TextDelta
 
 Chain = tuple[GenerationRequest, ...]
 """One agent's calls in one step, each after the one before."""
@@ -235,12 +235,6 @@ def _llm(config: Config) -> str:
     """Return the one LLM of a pool."""
     (name,) = config.llms
     return name
-
-
-async def warm(engine: Engine) -> None:
-    """Let an engine generate once."""
-    words = (Message(role="user", content="Count to three."),)
-    await engine.generate(GenerationRequest(request_id="warm", messages=words, sampling=Sampling(max_tokens=8)))
 
 
 BAR = 0.9
