@@ -123,10 +123,6 @@ def _stop(apps: Sequence[str]) -> None:
         stop(app, end_ray=number == len(apps))
 
 
-if __name__ == "__main__":
-    main()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Payloads:
     """What travels on the way out and back of every hop."""
@@ -219,3 +215,7 @@ def bind_chain(width: int, num_agents: int) -> Any:
     hops = [serve.deployment(Echo).options(name=f"hop-{i}", **light).bind(*replies) for i in range(width + 1)]
     ingress = serve.deployment(ChainIngress).options(name="ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
     return ingress.bind(payloads, hops[:-1], hops[-1])
+
+
+if __name__ == "__main__":
+    main()
