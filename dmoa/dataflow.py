@@ -10,10 +10,9 @@ import asyncio
 import logging
 import threading
 import time
-from array import array
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -21,9 +20,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import ReadTask
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -47,79 +44,32 @@ Item = tuple[Cell, ...]
 """One row: a cell per column."""
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """Cells of one column of a shard in a few bytes each: Ray keeps what describes a shard for as long as a pass runs."""
+def line_table(columns: Sequence[str], items: Sequence[Item]) -> pa.Table:
+    """Return items as `read_lines` takes them: per column the texts, or the paths and the bytes where lines begin."""
 
-    names: tuple[str, ...]
-    """Different values, and paths of lines."""
-    codes: array[int]
-    """Per cell, which of the names."""
-    starts: array[int]
-    """Per cell, where its line begins; -1: the name is the value."""
+    def column(cells: Sequence[Cell]) -> pa.StructArray:
+        names = pa.array([cell.path if isinstance(cell, Line) else cell for cell in cells], pa.string()).dictionary_encode()
+        starts = pa.array([cell.offset if isinstance(cell, Line) else None for cell in cells], pa.int64())
+        return pa.StructArray.from_arrays([names, starts], ["name", "start"])
 
-
-def pack_lines(cells: Sequence[Cell]) -> Packed:
-    """Return the cells packed."""
-    names = [cell.path if isinstance(cell, Line) else cell for cell in cells]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    starts = array("q", (cell.offset if isinstance(cell, Line) else -1 for cell in cells))
-    return Packed(tuple(numbers), array("l", (numbers[name] for name in names)), starts)
+    return pa.table({name: column([item[number] for item in items]) for number, name in enumerate(columns)})
 
 
-class LinesSource(Datasource):  # type: ignore[misc] # Ray ships no types
-    """Rows of texts, shard by shard."""
+def read_lines(block: pa.Table) -> pa.Table:
+    """Return a block of a `line_table` with the lines in place of where they begin, without their line ends."""
+    with ExitStack() as stack:
+        files: dict[str, BinaryIO] = {}
 
-    def __init__(self, columns: Sequence[str], items: Sequence[Item], shard_rows: int) -> None:
-        super().__init__()
-        self._columns = tuple(columns)
-        shards = (items[i : i + shard_rows] for i in range(0, len(items), shard_rows))
-        self._shards = [tuple(map(pack_lines, zip(*shard, strict=True))) for shard in shards]
+        def text(cell: dict[str, Any]) -> str:
+            name, start = cell["name"], cell["start"]
+            if start is None:
+                return str(name)
+            if name not in files:
+                files[name] = stack.enter_context(Path(name).open("rb"))
+            files[name].seek(start)
+            return files[name].readline().decode("utf-8").rstrip("\n")
 
-    @property
-    def num_shards(self) -> int:
-        """How many shards there are."""
-        return len(self._shards)
-
-    def get_name(self) -> str:
-        """Return the name under which Ray Data lists the source."""
-        return "Lines"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Return None: the size is not known before the lines are read."""
-        return None
-
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
-        """Return one task per shard, whatever parallelism is asked for."""
-        return [self._task(shard) for shard in self._shards]
-
-    def _task(self, shard: Sequence[Packed]) -> ReadTask:
-        names = self._columns
-
-        def read() -> Iterator[pa.Table]:
-            yield pa.table({name: pa.array(read_cells(column), pa.string()) for name, column in zip(names, shard, strict=True)})
-
-        metadata = BlockMetadata(num_rows=len(shard[0].codes), size_bytes=None, input_files=None, exec_stats=None)
-        return ReadTask(read, metadata)
-
-
-def read_cells(column: Packed) -> list[str]:
-    """Return the values of a column; those of lines are read, without their line ends."""
-    files: dict[str, BinaryIO] = {}
-    try:
-        return [_read(column.names[code], start, files) for code, start in zip(column.codes, column.starts, strict=True)]
-    finally:
-        for file in files.values():
-            file.close()
-
-
-def _read(name: str, start: int, files: dict[str, BinaryIO]) -> str:
-    if start < 0:
-        return name
-    if name not in files:
-        files[name] = Path(name).open("rb")  # noqa: SIM115 -- closed by the caller, after the last line
-    files[name].seek(start)
-    return files[name].readline().decode("utf-8").rstrip("\n")
+        return pa.table({name: [text(cell) for cell in block[name].to_pylist()] for name in block.column_names})
 
 
 def offsets(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -135,14 +85,21 @@ def offsets(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def stream(columns: Sequence[str], items: Sequence[Item], shard_rows: int) -> ray.data.Dataset:
-    """Return a dataset over the items; reading is pinned to this node, where the files are."""
-    source = LinesSource(columns, items, shard_rows)
-    # No CPU: a head node of a cluster may have none to give, and reading lines takes next to nothing.
-    return ray.data.read_datasource(
-        source,
-        override_num_blocks=max(1, source.num_shards),
+    """Return a dataset over the items, a shard of so many rows per block; an empty block where there are none."""
+    shards = [line_table(columns, items[i : i + shard_rows]) for i in range(0, max(1, len(items)), shard_rows)]
+    return on_this_node(shards, read_lines)
+
+
+def on_this_node(blocks: Sequence[pa.Table], read: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
+    """Return what `read` makes of each block, of which there is one at least, on this node, where the files are."""
+    # No CPU: a head node of a cluster may have none to give, and reading takes next to nothing.
+    # Not `from_arrow`, which asks every block for its size by a task of its own, wherever there is a CPU.
+    return ray.data.from_blocks(list(blocks)).map_batches(
+        read,
+        batch_size=None,
+        batch_format="pyarrow",
         num_cpus=0,
-        concurrency=_READERS,
+        compute=TaskPoolStrategy(size=min(_READERS, len(blocks))),
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     )
 
@@ -377,4 +334,5 @@ def quiet() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what stops a pass is raised, and shown once

@@ -1,20 +1,22 @@
-"""Folders of runs at a path or a URI (`s3://`, `gs://`, `hdfs://`): a local copy is worked on and kept in step with the URI.
+"""Writes files whole, and keeps local copies of folders at a URI (`s3://`, `gs://`, `hdfs://`) in step with it.
 
-What lies there is fetched first, changes are written back every few seconds and at the end, so a process that is killed loses the
-last seconds at most. Drafts, whose names begin with a dot, stay local.
+What lies at a URI is fetched first, changes are written back every few seconds and at the end, so a process that is killed loses
+the last seconds at most. Drafts, whose names begin with a dot, stay local.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
+import secrets
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pyarrow import fs as arrow_fs
 from pyarrow.lib import ArrowException
@@ -33,6 +35,42 @@ _log = logging.getLogger(__name__)
 _Options = TypeVar("_Options", bound=BaseModel)
 _uris: dict[Path, str] = {}
 """Local copy -> what it is a copy of, for messages."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that takes the place of `path`, on disk and whole, when the block ends; nothing is left of it if that fails.
+
+    Makes the folder. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file by way of `replacing`, text as UTF-8. Raises OSError."""
+    with replacing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_at(system: arrow_fs.FileSystem, path: str, data: bytes) -> None:
+    """Write a file of a file system so that a reader sees the one before or this one, whole; makes the folder. Raises OSError."""
+    parent, _, name = path.rpartition("/")
+    system.create_dir(parent, recursive=True)
+    is_whole = system.type_name in _WHOLE_AT_ONCE
+    draft = path if is_whole else f"{parent}/.{name}.{secrets.token_hex(4)}.draft"
+    with system.open_output_stream(draft) as stream:
+        stream.write(data)
+    if not is_whole:
+        system.move(draft, path)
 
 
 def uri_of(place: Path | str) -> str | None:
@@ -91,7 +129,7 @@ class Mirror:
             except FileNotFoundError:
                 continue  # replaced or removed just now
             if data is not None:
-                self._write(name, data)
+                write_at(self._system, f"{self._root}/{name}", data)
                 self._marks[name] = mark
                 pushed += 1
         for name in self._marks.keys() - here.keys():
@@ -102,18 +140,6 @@ class Mirror:
     def _is_copied(self, name: str) -> bool:
         parts = name.split("/")
         return parts[0] not in self._apart and not parts[-1].startswith(".")
-
-    def _write(self, name: str, data: bytes) -> None:
-        """Write a file so that a reader sees the one before or this one, whole."""
-        path = f"{self._root}/{name}"
-        parent, _, base = path.rpartition("/")
-        self._system.create_dir(parent, recursive=True)
-        is_whole = self._system.type_name in _WHOLE_AT_ONCE
-        draft = path if is_whole else f"{parent}/.{base}.draft"
-        with self._system.open_output_stream(draft) as stream:
-            stream.write(data)
-        if not is_whole:
-            self._system.move(draft, path)
 
 
 def _mark(path: Path) -> tuple[int, int]:

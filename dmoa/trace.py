@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -22,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dmoa import __version__
 from dmoa.errors import TraceError
 from dmoa.flat import TokenFields, flat
+from dmoa.storage import replacing
 from dmoa.types import (
     AgentReply,
     AgentStatus,
@@ -449,18 +448,9 @@ def _route(step: StepRecord, request: RouteRequest, decision: RouteDecision) -> 
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> Path:
     """Write traces as JSON lines, whole, then renamed. Returns the path."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.parent / f".{target.name}.{secrets.token_hex(4)}"
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.writelines(trace.model_dump_json() + "\n" for trace in traces)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
-    return target
+    with replacing(Path(path)) as file:
+        file.writelines(trace.model_dump_json().encode() + b"\n" for trace in traces)
+    return Path(path)
 
 
 def read_traces(path: str | Path) -> list[Trace]:

@@ -8,8 +8,8 @@ entropy is on in the engine's arm only.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -17,12 +17,13 @@ import torch
 
 from dmoa.agents.pool import vllm_builds
 from dmoa.bench import engine_vllm as vllm_bench
-from dmoa.bench.harness import BenchResult, Spread, interleave, ratio, record, spread, stories
+from dmoa.bench.harness import BenchResult, Spread, generate_all, interleave, ratio, record, spread, stories, tokens_per_s
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import fetch
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.engines.transformers.load import LoadedModel, load_model, num_threads
-from dmoa.types import Generation, GenerationRequest
+from dmoa.protocols import Engine
+from dmoa.types import GenerationRequest
 
 MODEL = "smollm2-135m"
 ENTROPY_BAR_NATS = 1e-3
@@ -58,17 +59,13 @@ def run(ids: Collection[str], rounds: int = 5) -> list[BenchResult]:
     return results
 
 
-async def _generate(engine: TransformersEngine, requests: Sequence[GenerationRequest]) -> list[Generation]:
-    return list(await asyncio.gather(*map(engine.generate, requests)))
-
-
 def _entropy_share(engine: TransformersEngine, runner: asyncio.Runner, rounds: int) -> list[BenchResult]:
     salts = count(1001)
 
     def arm(batch: int) -> Callable[[], float]:
         def call() -> float:
             entropy_s, decode_s = engine.times.entropy_s, engine.times.decode_s
-            runner.run(_generate(engine, stories(batch, next(salts), max_tokens=_MAX_TOKENS)))
+            runner.run(generate_all(engine, stories(batch, next(salts), max_tokens=_MAX_TOKENS)))
             return (engine.times.entropy_s - entropy_s) / (engine.times.decode_s - decode_s)
 
         return call
@@ -86,7 +83,7 @@ def _entropy_share(engine: TransformersEngine, runner: asyncio.Runner, rounds: i
 
 def _entropy_error(engine: TransformersEngine, loaded: LoadedModel, runner: asyncio.Runner) -> BenchResult:
     requests = stories(8, 1, max_tokens=_MAX_TOKENS)
-    generations = runner.run(_generate(engine, requests))
+    generations = runner.run(generate_all(engine, requests))
     references = [_mean_nats(loaded, request) for request in requests]
     errors = [abs(r - g.entropy.sum_nats / g.entropy.tokens) for r, g in zip(references, generations, strict=True)]
     worst = Spread(max(errors), min(errors), max(errors), len(errors))
@@ -103,20 +100,11 @@ def _mean_nats(loaded: LoadedModel, request: GenerationRequest) -> float:
 def _speed(engine: TransformersEngine, loaded: LoadedModel, runner: asyncio.Runner, rounds: int) -> list[BenchResult]:
     results = []
     for batch in SPEED_BATCHES:
-        salts = {"engine": count(1001), "plain": count(1001)}
-
-        def ours(batch: int = batch, salts: Mapping[str, Iterator[int]] = salts) -> float:
-            requests = stories(batch, next(salts["engine"]), max_tokens=_MAX_TOKENS)
-            began = time.perf_counter()
-            generations = runner.run(_generate(engine, requests))
-            return sum(g.usage.completion_tokens for g in generations) / (time.perf_counter() - began)
-
-        def plain(batch: int = batch, salts: Mapping[str, Iterator[int]] = salts) -> float:
-            requests = stories(batch, next(salts["plain"]), max_tokens=_MAX_TOKENS)
-            began = time.perf_counter()
-            return _made(loaded, requests, _plain_generate(loaded, requests)) / (time.perf_counter() - began)
-
-        figures = interleave({"engine": ours, "plain": plain}, rounds)
+        arms = {
+            "engine": tokens_per_s(partial(_engine_tokens, engine, runner, batch)),
+            "plain": tokens_per_s(partial(_plain_tokens, loaded, batch)),
+        }
+        figures = interleave(arms, rounds)
         found = ratio(figures["engine"], figures["plain"])
         note = f"engine's tokens/s with entropy / batched generate's; batch {batch}, {_MAX_TOKENS} tokens at most"
         id_, bar = ("P18", SPEED_BAR) if batch == SPEED_BATCH else (f"P18.b{batch}", None)
@@ -126,6 +114,16 @@ def _speed(engine: TransformersEngine, loaded: LoadedModel, runner: asyncio.Runn
             for name, values in figures.items()
         ]
     return results
+
+
+def _engine_tokens(engine: Engine, runner: asyncio.Runner, batch: int, salt: int) -> int:
+    replies = runner.run(generate_all(engine, stories(batch, salt, max_tokens=_MAX_TOKENS)))
+    return sum(reply.usage.completion_tokens for reply in replies)
+
+
+def _plain_tokens(loaded: LoadedModel, batch: int, salt: int) -> int:
+    requests = stories(batch, salt, max_tokens=_MAX_TOKENS)
+    return _made(loaded, requests, _plain_generate(loaded, requests))
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from dmoa.bench.harness import BenchResult, interleave, ratio, record, spread, stories
+from dmoa.bench.harness import BenchResult, generate_all, interleave, ratio, record, spread, stories
 from dmoa.config import LlmConfig
 from dmoa.engine_options import VllmOptions
 from dmoa.engines.chat_template import encode_chat, load_tokenizer
@@ -81,34 +81,17 @@ def _measure(
 
 
 def _results(figures: dict[str, list[float]], shares: list[float], part: LlmConfig, label: str) -> list[BenchResult]:
-    bar = GPU_SPEED_BAR if part.gpus else None
-    share_bar = None if part.gpus else SHARE_BAR
     what = f"batch {BATCH}, {_MAX_TOKENS} tokens at most"
     per_s = {name: round(spread(values).value, 1) for name, values in figures.items()}
+    share = f"time in the processor / wall time; {what}"
+    exact = f"tokens/s with exact entropies, {per_s['exact']} / of the stock engine, {per_s['stock']}; {what}"
+    listed = f"tokens/s with 20 log-probabilities listed, {per_s['listed']} / of the stock engine; {what}"
+    ratios = {name: ratio(figures[name], figures["stock"]) for name in ("exact", "listed")}
+    share_bar, speed_bar = (None, GPU_SPEED_BAR) if part.gpus else (SHARE_BAR, None)
     return [
-        record(
-            "P8.vllm.share",
-            spread(shares),
-            "share",
-            engine=label,
-            note=f"time in the processor / wall time; {what}",
-            at_most=share_bar,
-        ),
-        record(
-            "P8.vllm",
-            ratio(figures["exact"], figures["stock"]),
-            "x",
-            engine=label,
-            note=f"tokens/s with exact entropies, {per_s['exact']} / of the stock engine, {per_s['stock']}; {what}",
-            at_least=bar,
-        ),
-        record(
-            "P8.vllm.listed",
-            ratio(figures["listed"], figures["stock"]),
-            "x",
-            engine=label,
-            note=f"tokens/s with 20 log-probabilities listed, {per_s['listed']} / of the stock engine; {what}",
-        ),
+        record("P8.vllm.share", spread(shares), "share", engine=label, note=share, at_most=share_bar),
+        record("P8.vllm", ratios["exact"], "x", engine=label, note=exact, at_least=speed_bar),
+        record("P8.vllm.listed", ratios["listed"], "x", engine=label, note=listed),
     ]
 
 
@@ -118,7 +101,7 @@ async def _spent(client: Any) -> float:
 
 
 async def _decode(engine: Engine, salt: int) -> int:
-    replies = await asyncio.gather(*map(engine.generate, stories(BATCH, salt, max_tokens=_MAX_TOKENS)))
+    replies = await generate_all(engine, stories(BATCH, salt, max_tokens=_MAX_TOKENS))
     return sum(reply.usage.completion_tokens for reply in replies)
 
 

@@ -5,10 +5,12 @@ Ratios are taken within one round, so that a slow minute of a shared machine hit
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -16,8 +18,9 @@ from pydantic import BaseModel, ConfigDict
 from dmoa.agents.pool import vllm_builds
 from dmoa.config import Config, LlmConfig
 from dmoa.errors import ConfigError
+from dmoa.protocols import Engine
 from dmoa.provenance import Machine
-from dmoa.types import GenerationRequest, Message, Sampling
+from dmoa.types import Generation, GenerationRequest, Message, Sampling
 from dmoa.validation import did_you_mean
 
 
@@ -160,6 +163,29 @@ def on_engine(pool: Config, engine: str, **options: Any) -> Config:
 def _on_vllm(part: LlmConfig, options: dict[str, Any]) -> LlmConfig:
     kept = {key: part.engine_kwargs[key] for key in ("max_model_len",) if key in part.engine_kwargs}
     return LlmConfig.model_validate(part.model_dump() | {"engine": "vllm", "engine_kwargs": kept | _VLLM_OPTIONS | options})
+
+
+async def warm(engine: Engine) -> None:
+    """Let an engine generate once."""
+    words = (Message(role="user", content="Count to three."),)
+    await engine.generate(GenerationRequest(request_id="warm", messages=words, sampling=Sampling(max_tokens=8)))
+
+
+async def generate_all(engine: Engine, requests: Iterable[GenerationRequest]) -> list[Generation]:
+    """Generate side by side, replies in the order of the requests. Raises as the engine."""
+    return list(await asyncio.gather(*map(engine.generate, requests)))
+
+
+def tokens_per_s(work: Callable[[int], int]) -> Callable[[], float]:
+    """Return an arm that times `work`, which takes a number of its own every time and returns how many tokens it made."""
+    salts = count(1001)
+
+    def call() -> float:
+        began = time.perf_counter()
+        tokens = work(next(salts))
+        return tokens / (time.perf_counter() - began)
+
+    return call
 
 
 _TOPICS = ("a river", "seven apples", "the moon", "an old clock", "a lazy fox and its day", "bread", "the number twelve", "rain")

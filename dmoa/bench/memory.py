@@ -11,15 +11,14 @@ import contextlib
 import gc
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 import psutil
 
+from dmoa.bench.child import Child, to_parent
 from dmoa.bench.harness import LABELS, BenchResult, engines_here, on_engine, record, spread
 from dmoa.errors import DmoaError
 
@@ -45,65 +44,20 @@ def _measure(engine: str, rounds: int) -> BenchResult:
 
 def _pss_of_hosts(engine: str, sizes: Sequence[int]) -> list[float]:
     """Return the PSS in bytes of hosts with so many agents, all up and warm at the same time."""
+    env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     with contextlib.ExitStack() as stack:
-        hosts = [stack.enter_context(_Host(engine, size)) for size in sizes]
+        # vLLM's processes outlive a parent that is killed: a host is given the time to close its engine.
+        hosts = [
+            stack.enter_context(Child("dmoa.bench.memory", engine, str(size), env=env, stop_timeout_s=STOP_TIMEOUT_S))
+            for size in sizes
+        ]
         for host in hosts:
-            host.wait()
-        return [host.pss() for host in hosts]
-
-
-class _Host:
-    """A child process with an engine and some agents."""
-
-    def __init__(self, engine: str, num_agents: int) -> None:
-        self._errors = tempfile.TemporaryFile(  # noqa: SIM115 -- closed when the host ends
-            mode="w+", encoding="utf-8", errors="replace"
-        )
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "dmoa.bench.memory", engine, str(num_agents)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
-        )
-
-    def __enter__(self) -> _Host:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        # vLLM's processes outlive a parent that is killed: it is asked to close its engine, and what is left is killed.
-        own = psutil.Process(self._process.pid)
-        tree = [own, *own.children(recursive=True)]
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        _, left = psutil.wait_procs(tree, timeout=STOP_TIMEOUT_S)
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._errors.close()
-
-    def wait(self) -> None:
-        """Return once every agent has answered."""
-        self._line()
-
-    def pss(self) -> float:
-        """Return the PSS of this moment in bytes."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return float(json.loads(self._line())["pss_bytes"])
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            raise DmoaError(f"bench: a host of agents ended too early: {self._errors.read()[-2000:]}")
-        return line
+            host.hear()
+        found = []
+        for host in hosts:
+            host.say("pss")
+            found.append(float(host.hear()))
+        return found
 
 
 def pss_bytes() -> int:
@@ -123,10 +77,7 @@ def main() -> None:
     """Run the child's side: host so many agents, ask each once, then print the PSS for every line that comes in."""
     import asyncio
 
-    # What vLLM prints must not get between the parent and the lines that it reads.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    asyncio.run(_serve(sys.argv[1], int(sys.argv[2]), answers))
+    asyncio.run(_serve(sys.argv[1], int(sys.argv[2]), to_parent()))
 
 
 async def _serve(engine: str, num_agents: int, answers: TextIO) -> None:
@@ -149,16 +100,11 @@ async def _serve(engine: str, num_agents: int, answers: TextIO) -> None:
         messages = agent_messages(query, (), profile=agent.profile)
         await agents.call(AgentCall(trace_id="m", step=0, agent=agent.name, messages=messages, sampling=Sampling(max_tokens=4)))
     gc.collect()
-    _say(answers, {"ready": True})
+    print(json.dumps("ready"), file=answers)
     for _ in sys.stdin:
-        _say(answers, {"pss_bytes": pss_bytes()})
+        print(pss_bytes(), file=answers)
     for started in engines:
         await started.close()
-
-
-def _say(answers: TextIO, answer: dict[str, object]) -> None:
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ time to the first token against prompts that begin with the role. P6 is what two
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +15,17 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+import numpy as np
+from scipy.stats import linregress
+
 from dmoa.agents.pool import build_engine
 from dmoa.agents.prompts import COMMON_SYSTEM, agent_messages
-from dmoa.bench.harness import BenchResult, engines_here, interleave, ratio, record, spread
+from dmoa.bench.harness import BenchResult, engines_here, generate_all, interleave, ratio, record, spread, warm
 from dmoa.config import Config
 from dmoa.engines.chat_template import encode_chat, load_tokenizer
 from dmoa.engines.models import fetch
 from dmoa.protocols import Engine
-from dmoa.types import Generation, GenerationRequest, Message, Query, Sampling
+from dmoa.types import GenerationRequest, Message, Query, Sampling
 
 MODEL = "smollm2-135m"
 PREFILL_BAR = 1.15
@@ -83,7 +85,7 @@ def _arm(name: str) -> Iterator[Arm]:
     with asyncio.Runner() as runner:
         engine = build_engine(config, "m", list(config.agents))
         arm = Arm(name, engine, runner, load_tokenizer(str(fetch(MODEL)), None))
-        runner.run(_ask(arm, [_request("warm", (Message(role="user", content="Count to three."),), max_tokens=4)]))
+        runner.run(warm(engine))
         try:
             yield arm
         finally:
@@ -92,10 +94,6 @@ def _arm(name: str) -> Iterator[Arm]:
 
 def _request(name: str, messages: Sequence[Message], *, max_tokens: int) -> GenerationRequest:
     return GenerationRequest(request_id=name, call_id=name, messages=tuple(messages), sampling=Sampling(max_tokens=max_tokens))
-
-
-async def _ask(arm: Arm, requests: Sequence[GenerationRequest]) -> list[Generation]:
-    return list(await asyncio.gather(*map(arm.engine.generate, requests)))
 
 
 def step_of(
@@ -142,12 +140,11 @@ def _prefill(arm: Arm, ids: Collection[str]) -> list[BenchResult]:
     prompts: list[list[int]] = []
     for step in range(STEPS):
         requests = step_of(1000, step, num_agents=3, max_tokens=2)
-        replies = arm.runner.run(_ask(arm, requests))
+        replies = arm.runner.run(generate_all(arm.engine, requests))
         prompts += [encode_chat(arm.tokenizer, request.messages, model=MODEL) for request in requests]
         prefilled.append(sum(reply.usage.prompt_tokens - reply.usage.cached_tokens for reply in replies))
     costs = least_prefill(prompts, _BLOCK[arm.name])
     least = [sum(costs[3 * step : 3 * step + 3]) for step in range(STEPS)]
-    slope = _slope([sum(prefilled[: step + 1]) for step in range(STEPS)])
     results = []
     if "P7" in ids:
         note = f"prefilled prompt tokens / the least with blocks of {_BLOCK[arm.name]}; {STEPS} steps of 3 agents"
@@ -155,17 +152,9 @@ def _prefill(arm: Arm, ids: Collection[str]) -> list[BenchResult]:
         results.append(record("P7", found, "x", engine=arm.engine.label, note=note, at_most=PREFILL_BAR))
     if "prefill" in ids:
         note = f"log-log slope of all prefilled tokens over the steps, 1 to {STEPS}, 3 agents"
-        found = spread([slope])
+        found = spread([float(linregress(np.log(np.arange(1, STEPS + 1)), np.log(np.cumsum(prefilled))).slope)])
         results.append(record("prefill", found, "slope", engine=arm.engine.label, note=note, at_most=GROWTH_BAR))
     return results
-
-
-def _slope(totals: Sequence[float]) -> float:
-    """Return the least-squares slope of log(total) over log(step), steps from 1."""
-    points = [(math.log(step), math.log(total)) for step, total in enumerate(totals, 1)]
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    slope: float = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-    return slope
 
 
 def _first_token(arm: Arm, rounds: int, num_agents: int) -> BenchResult:
@@ -222,7 +211,7 @@ def _more_agents(arm: Arm, rounds: int) -> BenchResult:
         def call() -> float:
             requests = step_of(next(salts), 1, num_agents=num_agents, max_tokens=24)
             began = time.perf_counter()
-            replies = arm.runner.run(_ask(arm, requests))
+            replies = arm.runner.run(generate_all(arm.engine, requests))
             # By the longest reply: the arms are to be compared at equal tokens.
             return (time.perf_counter() - began) / max(reply.usage.completion_tokens for reply in replies)
 

@@ -12,20 +12,18 @@ import json
 import os
 import pickle
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 
+from dmoa.bench.child import Child, to_parent
 from dmoa.config import Config
-from dmoa.errors import DmoaError
 from dmoa.types import AgentCall, AgentReply, EntropySum, Message, RouteDecision, RouteRequest, Sampling
 
 if TYPE_CHECKING:
@@ -37,10 +35,9 @@ STOP_TIMEOUT_S = 60.0
 _SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_worker_niceness": "0"}
 """Ray starts its workers at niceness 15: whatever else runs on the machine would be measured instead of them."""
 _NOT_OURS = ("RAY_ADDRESS", "DMOA_API_KEYS")
-_SPOKEN_STDERR = 4000
 
 
-class BenchServer:
+class BenchServer(Child):
     """Apps on a Ray of their own; use it as a context manager."""
 
     def __init__(
@@ -52,72 +49,31 @@ class BenchServer:
         """
         self.urls: dict[str, str] = {}
         """App -> base URL without /v1; the chain's is called `chain`. Empty before `wait`."""
-        self._errors = tempfile.TemporaryFile(  # noqa: SIM115 -- the server closes it when it stops
-            mode="w+", encoding="utf-8", errors="replace"
-        )
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "dmoa.bench.serve_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env={name: text for name, text in os.environ.items() if name not in _NOT_OURS} | _SETTINGS | dict(env or {}),
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None
-        order = {"pools": {app: config.model_dump_json() for app, config in pools.items()}, "chain": chain}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
+        kept = {name: text for name, text in os.environ.items() if name not in _NOT_OURS}
+        super().__init__("dmoa.bench.serve_process", env=kept | _SETTINGS | dict(env or {}), stop_timeout_s=STOP_TIMEOUT_S)
+        self.say({"pools": {app: config.model_dump_json() for app, config in pools.items()}, "chain": chain})
 
     def wait(self) -> BenchServer:
         """Return once every app answers. Raises DmoaError with the child's last words if it ends instead."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            raise DmoaError(f"bench: the server ended before it was ready: {self._errors.read()[-_SPOKEN_STDERR:]}")
-        self.urls = json.loads(line)
+        self.urls = self.hear()
         return self
-
-    def __enter__(self) -> BenchServer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
 
     def suspend(self) -> None:
         """Freeze every process of the Ray, for as long as another server is measured; a minute would be too long for Ray."""
-        for process in reversed(self._tree()):
+        for process in reversed(self.processes()):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
 
     def resume(self) -> None:
         """Undo `suspend`."""
-        for process in self._tree():
+        for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
 
-    def _tree(self) -> list[psutil.Process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
-        return []
-
     def stop(self) -> None:
-        """End the apps and their Ray, and make sure that no process of theirs is left."""
+        """End the apps and their Ray, frozen or not."""
         self.resume()
-        tree = self._tree()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_TIMEOUT_S)
-        for process in tree:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self._process.wait()
-        self._process.stdout.close()
-        self._errors.close()
+        super().stop()
 
 
 def free_port() -> int:
@@ -129,16 +85,13 @@ def free_port() -> int:
 
 def main() -> None:
     """Run the child's side: start what the first line of standard input asks for, and stop at its end."""
-    # What Ray and Serve print must not get between the parent and the one line that it reads.
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    answers = to_parent()
     order = json.loads(sys.stdin.readline())
     with tempfile.TemporaryDirectory() as state_dir:
         apps: list[str] = []
         try:
             urls = _start(order["pools"], order["chain"], state_dir, apps)
-            answer.write(json.dumps(urls) + "\n")
-            answer.flush()
+            print(json.dumps(urls), file=answers)
             sys.stdin.read()
         finally:
             _stop(apps)
@@ -168,10 +121,6 @@ def _stop(apps: Sequence[str]) -> None:
 
     for number, app in enumerate(reversed(apps), 1):
         stop(app, end_ray=number == len(apps))
-
-
-if __name__ == "__main__":
-    main()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,3 +215,7 @@ def bind_chain(width: int, num_agents: int) -> Any:
     hops = [serve.deployment(Echo).options(name=f"hop-{i}", **light).bind(*replies) for i in range(width + 1)]
     ingress = serve.deployment(ChainIngress).options(name="ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
     return ingress.bind(payloads, hops[:-1], hops[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ from typing import Any
 from dmoa import __version__
 from dmoa.agents.agent import LocalAgents
 from dmoa.agents.pool import build_agents, build_encoder, build_engine, build_pool_gate, fingerprint, load_pool
-from dmoa.bench.harness import LABELS, BenchResult, Spread, engines_here, on_engine, ratio, record, spread
+from dmoa.bench.harness import LABELS, BenchResult, Spread, engines_here, on_engine, ratio, record, spread, warm
 from dmoa.config import Config, callable_agents
 from dmoa.dataflow import OVERCOMMIT
 from dmoa.engines.models import fetch, resolve_model
@@ -34,7 +34,7 @@ from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm, limits_for
 from dmoa.training.collect import CollectedQueries, CollectSession, CollectWorkers, ExploringSwarm, RolloutAsking, collect, width
 from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery
-from dmoa.types import Generation, GenerationRequest, Limits, Message, Sampling, TextDelta
+from dmoa.types import Generation, GenerationRequest, Limits, TextDelta
 
 Chain = tuple[GenerationRequest, ...]
 """One agent's calls in one step, each after the one before."""
@@ -201,41 +201,30 @@ def recorded_swarm(config: Config, calls: Path) -> Swarm:
 
 
 def replayed(config: Config, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
-    """Replay a graph on the bare engine, in a fresh actor with an engine's environment; `in_flight` None: as a flat list."""
+    """Replay a graph on the bare engine, in a fresh process with an engine's environment; `in_flight` None: as a flat list."""
     import ray
 
     from dmoa.serving.agent_replica import ENGINE_ENV
 
     gpus = config.llms[_llm(config)].gpus
-    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": dict(ENGINE_ENV)}}
-    actor = ray.remote(Replayer).options(**options).remote(config.model_dump_json())
-    try:
-        window: Window = ray.get(actor.run.remote(tuple(graph), in_flight))
-    finally:
-        ray.kill(actor)
+    replay = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, runtime_env={"env_vars": dict(ENGINE_ENV)})(_replay)
+    window: Window = ray.get(replay.remote(config.model_dump_json(), tuple(graph), in_flight))
     return window
 
 
-class Replayer:
-    """The bare engine in an actor."""
+def _replay(config_json: str, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
+    config = Config.model_validate_json(config_json)
+    name = _llm(config)
+    engine = build_engine(config, name, callable_agents(config, name))
 
-    def __init__(self, config_json: str) -> None:
-        config = Config.model_validate_json(config_json)
-        name = _llm(config)
-        self._engine = build_engine(config, name, callable_agents(config, name))
+    async def run() -> Window:
+        try:
+            await warm(engine)
+            return await (replay_flat(engine, graph) if in_flight is None else replay_calls(engine, graph, in_flight))
+        finally:
+            await engine.close()
 
-    def run(self, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
-        """Replay a graph, once, with so many queries in flight; None: as a flat list. Stops the engine."""
-        return asyncio.run(_replay(self._engine, graph, in_flight))
-
-
-async def _replay(engine: Engine, graph: Sequence[QueryCalls], in_flight: int | None) -> Window:
-    """Warm an engine, replay and close it. Not a method: with an async one Ray gives the whole actor an event loop of its own."""
-    try:
-        await warm(engine)
-        return await (replay_flat(engine, graph) if in_flight is None else replay_calls(engine, graph, in_flight))
-    finally:
-        await engine.close()
+    return asyncio.run(run())
 
 
 async def _touch(encoder: Encoder) -> None:
@@ -246,12 +235,6 @@ def _llm(config: Config) -> str:
     """Return the one LLM of a pool."""
     (name,) = config.llms
     return name
-
-
-async def warm(engine: Engine) -> None:
-    """Let an engine generate once."""
-    words = (Message(role="user", content="Count to three."),)
-    await engine.generate(GenerationRequest(request_id="warm", messages=words, sampling=Sampling(max_tokens=8)))
 
 
 BAR = 0.9

@@ -62,28 +62,12 @@ def run(rounds: int = 7) -> list[BenchResult]:
         if is_own:
             ray.shutdown()
     size = f"{NUM_QUERIES} queries of {NUM_STEPS} steps, {NUM_AGENTS} agents, batches of {BATCH_QUERIES}"
-    found = ratio(rates["ray"], rates["plain"])
-    results = [
-        record(
-            "P14",
-            found,
-            "x",
-            engine=ENGINE,
-            note=f"one Ray Train worker / plain torch loop, updates/s after start-up; {size}",
-            at_least=BAR,
-        )
-    ]
-    results.append(
-        record(
-            "P14.bare",
-            ratio(rates["ray"], rates["bare"]),
-            "x",
-            engine=ENGINE,
-            note="the same against a loop that neither looks nor keeps",
-        )
-    )
-    return results + [
-        record(f"P14.{arm}_rate", spread(rates[arm]), "updates/s", engine=ENGINE, note=note) for arm, note in _ARMS.items()
+    judged = f"one Ray Train worker / plain torch loop, updates/s after start-up; {size}"
+    bare = "the same against a loop that neither looks nor keeps"
+    return [
+        record("P14", ratio(rates["ray"], rates["plain"]), "x", engine=ENGINE, note=judged, at_least=BAR),
+        record("P14.bare", ratio(rates["ray"], rates["bare"]), "x", engine=ENGINE, note=bare),
+        *(record(f"P14.{arm}_rate", spread(rates[arm]), "updates/s", engine=ENGINE, note=note) for arm, note in _ARMS.items()),
     ]
 
 

@@ -238,15 +238,6 @@ def gate_choices(
     return [RouterChoice(ranking=choice.ranking, k=choice.k, anchors=choice.anchors) for choice in choices]
 
 
-def check_agents(gate: Gate, matrix: AnswerMatrix) -> None:
-    """Raise ConfigError unless a gate's agents are the matrix's, in its order."""
-    if gate.spec.agents != matrix.agents:
-        raise ConfigError(
-            f"checkpoint: agents: value seen: {', '.join(gate.spec.agents)}; allowed: {', '.join(matrix.agents)}, the answer "
-            "matrix's; use the matrix of the same pool, or `AnswerMatrix.only`"
-        )
-
-
 def one_agent(matrix: AnswerMatrix, agent: str) -> list[RouterChoice]:
     """Return the choice of one agent for every row."""
     return ranked(np.full((len(matrix.tasks), 1), matrix.agents.index(agent)))
@@ -256,12 +247,6 @@ def everyone(matrix: AnswerMatrix) -> list[RouterChoice]:
     """Return the choice of all agents for every row, in the pool's order."""
     count = len(matrix.agents)
     return ranked(np.tile(np.arange(count), (len(matrix.tasks), 1)), k=count)
-
-
-def anyone(matrix: AnswerMatrix, seed: int) -> list[RouterChoice]:
-    """Return one agent drawn evenly for every row."""
-    rng = np.random.default_rng(seed)
-    return ranked(np.stack([rng.permutation(len(matrix.agents)) for _ in matrix.tasks]))
 
 
 def row_oracle(matrix: AnswerMatrix) -> list[RouterChoice]:

@@ -27,9 +27,10 @@ from dmoa.evaluation.benchmarks.base import (
     hash_content,
     shown_field,
 )
-from dmoa.evaluation.records import SPLITS, EvaluateOptions, Label, Row, Split, Task
+from dmoa.evaluation.records import SPLITS, BenchmarkInfo, EvaluateOptions, Label, Row, Split, Task
 from dmoa.evaluation.registry import SUITES, spec_of
 from dmoa.evaluation.run_folder import RunFolder
+from dmoa.storage import replacing
 from dmoa.validation import did_you_mean
 
 
@@ -364,24 +365,8 @@ SUITE_ROWS = 200
 """Rows of a suite where no limit is given: suites have no end."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedRows:
-    """What is known of the rows of one benchmark of a run."""
-
-    name: str
-    num_rows: int
-    sources: dict[str, str]
-    """File -> SHA-256, or hub data set -> revision, or the generator and its parameters."""
-    num_bad: int = 0
-    """Rows left out because they do not parse (`--skip-bad-rows`)."""
-    num_duplicates: int = 0
-    """Rows left out because an equal row of the same split came before."""
-    num_dropped: int = 0
-    """Rows taken out of train or adaptation because a later split has them."""
-
-
-def prepare_rows(folder: RunFolder, name: str, options: EvaluateOptions) -> PreparedRows:
-    """Write the tasks and labels of one benchmark. Raises ConfigError as the loaders and the generators do."""
+def prepare_rows(folder: RunFolder, name: str, options: EvaluateOptions) -> BenchmarkInfo:
+    """Write tasks and labels of one benchmark, and return what is known of its rows. Raises ConfigError as loaders do."""
     if name in SUITES:
         return _prepare_suite(folder, name, options)
     split = next((known for known in SPLITS if known == options.split), None)
@@ -393,22 +378,22 @@ def prepare_rows(folder: RunFolder, name: str, options: EvaluateOptions) -> Prep
     loaded = load_disjoint(name, data_dir=options.data_dir, skip_bad_rows=options.skip_bad_rows, required=(split,))
     part = loaded.splits[split]
     rows = part.rows if options.limit is None else sample_rows(part.rows, options.limit, options.seed)
-    return PreparedRows(
+    return BenchmarkInfo(
         name=name,
-        num_rows=write_rows(folder, name, rows),
+        rows=write_rows(folder, name, rows),
         sources={key: value for split in loaded.splits.values() for key, value in split.sources.items()},
-        num_bad=len(part.bad),
-        num_duplicates=part.num_duplicates,
-        num_dropped=len(loaded.dropped),
+        bad_rows=len(part.bad),
+        duplicates=part.num_duplicates,
+        dropped=len(loaded.dropped),
     )
 
 
-def _prepare_suite(folder: RunFolder, name: str, options: EvaluateOptions) -> PreparedRows:
+def _prepare_suite(folder: RunFolder, name: str, options: EvaluateOptions) -> BenchmarkInfo:
     limit = options.limit or SUITE_ROWS
     rows = SUITES[name].generate(options.split, limit, options.seed, options.difficulty)
-    return PreparedRows(
+    return BenchmarkInfo(
         name=name,
-        num_rows=write_rows(folder, name, rows),
+        rows=write_rows(folder, name, rows),
         sources={f"generated:{name}": f"difficulty {options.difficulty}, seed {options.seed}"},
     )
 
@@ -420,18 +405,12 @@ def sample_rows(rows: Iterable[Row], limit: int, seed: int) -> list[Row]:
 
 def write_rows(folder: RunFolder, name: str, rows: Iterable[Row]) -> int:
     """Write tasks and labels, streaming, each file whole and then renamed; returns the number of rows."""
-    targets = folder.tasks(name), folder.gold(name)
-    parts = [target.with_name(f".{target.name}.part") for target in targets]
-    for part in parts:
-        part.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with parts[0].open("w", encoding="utf-8") as tasks, parts[1].open("w", encoding="utf-8") as labels:
+    with replacing(folder.tasks(name)) as tasks, replacing(folder.gold(name)) as labels:
         for row in _unique(rows):
-            tasks.write(row.task.model_dump_json() + "\n")
-            labels.write(row.label.model_dump_json() + "\n")
+            tasks.write(row.task.model_dump_json().encode() + b"\n")
+            labels.write(row.label.model_dump_json().encode() + b"\n")
             count += 1
-    for part, target in zip(parts, targets, strict=True):
-        part.replace(target)
     return count
 
 

@@ -10,7 +10,7 @@ import math
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, TypeVar
@@ -441,17 +441,7 @@ def _paired(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally])
         if not rows or not (scores[benchmark, a].num_scored or scores[benchmark, b].num_scored):
             continue
         found = compare_policies([of_a[row] for row in rows], [of_b[row] for row in rows])
-        yield PairedRow(
-            benchmark=benchmark,
-            a=a,
-            b=b,
-            n=found.n,
-            difference=found.difference,
-            low=found.low,
-            high=found.high,
-            p=found.p,
-            test=found.test,
-        )
+        yield PairedRow(benchmark=benchmark, a=a, b=b, **asdict(found))
 
 
 def _groups(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally]) -> Iterator[GroupRow]:

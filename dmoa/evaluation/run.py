@@ -119,20 +119,16 @@ def _benchmark_info(session: Session, name: str) -> BenchmarkInfo:
     options = session.options
     judge = judging(name, difficulty=options.difficulty, allow_weak_sandbox=options.allow_weak_sandbox)
     prepared = prepare_rows(session.folder, name, options)
-    left_out = f", {prepared.num_bad} bad ones left out" if prepared.num_bad else ""
-    session.say(f"{name}: {prepared.num_rows} rows{left_out}" + (f"; {judge.summary}" if judge.summary else ""))
-    return BenchmarkInfo(
-        name=name,
-        title=judge.title,
-        is_generated=judge.is_generated,
-        deviation=judge.deviation,
-        primary=judge.primary,
-        chance=judge.chance(tuple(session.folder.read_gold(name))),
-        sources=prepared.sources,
-        rows=prepared.num_rows,
-        bad_rows=prepared.num_bad,
-        duplicates=prepared.num_duplicates,
-        dropped=prepared.num_dropped,
+    left_out = f", {prepared.bad_rows} bad ones left out" if prepared.bad_rows else ""
+    session.say(f"{name}: {prepared.rows} rows{left_out}" + (f"; {judge.summary}" if judge.summary else ""))
+    return prepared.model_copy(
+        update={
+            "title": judge.title,
+            "is_generated": judge.is_generated,
+            "deviation": judge.deviation,
+            "primary": judge.primary,
+            "chance": judge.chance(tuple(session.folder.read_gold(name))),
+        }
     )
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
+from dmoa import storage
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, FileRecord, Label, Scored, Task
 
@@ -109,21 +111,12 @@ def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
 
 def mend(path: Path) -> None:
     """Cut a torn last line off a file, so that the next append begins a line of its own."""
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         return
     with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        position = size
-        while position > 0:
-            start = max(0, position - 4096)
-            file.seek(start)
-            newline = file.read(position - start).rfind(b"\n")
-            if newline >= 0:
-                position = start + newline + 1
-                break
-            position = start
-        if position < size:
-            file.truncate(position)
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            end = data.rfind(b"\n") + 1
+        file.truncate(end)
 
 
 def append(path: Path, records: Iterable[FileRecord]) -> None:
@@ -146,11 +139,8 @@ def append(path: Path, records: Iterable[FileRecord]) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole, then rename it into place. Raises ConfigError if that cannot be done."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        storage.write_whole(path, text)
     except OSError as error:
         raise _unwritable(path, str(error)) from error
 
@@ -161,12 +151,9 @@ def _unwritable(path: Path, reason: str) -> ConfigError:
 
 def write_lines(path: Path, records: Iterable[FileRecord]) -> int:
     """Write a file of records whole, streaming, then rename it into place; returns how many."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with temporary.open("w", encoding="utf-8") as file:
+    with storage.replacing(path) as file:
         for record in records:
-            file.write(record.model_dump_json() + "\n")
+            file.write(record.model_dump_json().encode() + b"\n")
             count += 1
-    temporary.replace(path)
     return count

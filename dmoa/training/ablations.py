@@ -26,8 +26,9 @@ from dmoa.core.features import FEEDBACK_FEATURES
 from dmoa.core.gate import Gate
 from dmoa.errors import ConfigError
 from dmoa.flat import flat
+from dmoa.storage import write_whole
 from dmoa.training.options import TrainOptions
-from dmoa.training.rollouts import Manifest, RolloutFolder, read_manifest, read_table, write_whole
+from dmoa.training.rollouts import Manifest, RolloutFolder, read_manifest, read_table
 from dmoa.training.trainer import TrainContext, run_training
 from dmoa.types import EntropySum
 

@@ -41,6 +41,7 @@ from dmoa.errors import ConfigError, DmoaError
 from dmoa.policies.exploring import ExploringPolicy
 from dmoa.policies.registry import PolicyContext, build_policy
 from dmoa.protocols import OpenSwarm, final_answer
+from dmoa.storage import write_whole
 from dmoa.swarm import Swarm
 from dmoa.training.rollouts import (
     SCHEMA,
@@ -53,7 +54,6 @@ from dmoa.training.rollouts import (
     read_manifest,
     read_part,
     table_of,
-    write_whole,
 )
 from dmoa.types import Event, Limits, Query
 from dmoa.validation import redact_text

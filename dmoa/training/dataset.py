@@ -16,14 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-from ray.data import Datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import ReadTask
 
 from dmoa.core.gate import GateSpec
 from dmoa.core.scores import Array, BoolArray, reply_key
-from dmoa.dataflow import quiet
+from dmoa.dataflow import on_this_node, quiet
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.training.rollouts import (
     LEARNED,
@@ -36,51 +32,6 @@ from dmoa.training.rollouts import (
     read_part,
 )
 from dmoa.types import FloatArray
-
-_READERS = 2
-
-
-class RolloutSource(Datasource):  # type: ignore[misc] # Ray ships no types
-    """Rows of rollouts, file by file."""
-
-    def __init__(self, parts: Sequence[tuple[int, str]], fingerprint: str) -> None:
-        """`parts`: place of the folder and path of each file."""
-        super().__init__()
-        self._parts = tuple(parts)
-        self._fingerprint = fingerprint
-
-    def get_name(self) -> str:
-        """Return the name under which Ray Data lists the source."""
-        return "Rollouts"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Return None: the size is not known before the files are read."""
-        return None
-
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
-        """Return one task per file, whatever parallelism is asked for."""
-        return [self._task(*part) for part in self._parts]
-
-    def _task(self, place: int, path: str) -> ReadTask:
-        fingerprint = self._fingerprint
-
-        def read() -> Iterator[pa.Table]:
-            yield read_rollout_rows(place, path, fingerprint)
-
-        return ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, input_files=[path], exec_stats=None))
-
-
-def read_parts(parts: Sequence[tuple[int, str]], fingerprint: str) -> ray.data.Dataset:
-    """Return a dataset over the files. Reading takes no CPU: a head node of a cluster may have none to give."""
-    quiet()
-    return ray.data.read_datasource(
-        RolloutSource(parts, fingerprint),
-        override_num_blocks=len(parts),
-        num_cpus=0,
-        concurrency=_READERS,
-        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
-    )
-
 
 COLUMNS = columns_with(LEARNED, MEASURE)
 """The columns of a rollout that training reads."""
@@ -369,8 +320,13 @@ def _stream(parts: Sequence[tuple[int, str]], fingerprint: str) -> Iterator[pa.T
     """Yield the rows of the files by way of Ray Data. Raises ConfigError for a bad file, DmoaError where Ray stops."""
     from ray.exceptions import RayError
 
+    def read(block: pa.Table) -> pa.Table:
+        return read_rollout_rows(block["place"][0].as_py(), block["path"][0].as_py(), fingerprint)
+
+    quiet()
+    paths = [pa.table({"place": [place], "path": [path]}) for place, path in parts]
     try:
-        yield from read_parts(parts, fingerprint).iter_batches(batch_size=None, batch_format="pyarrow")
+        yield from on_this_node(paths, read).iter_batches(batch_size=None, batch_format="pyarrow")
     except (RayError, ConfigError) as error:
         reason = _first_config_error(error)
         if reason is not None:
@@ -382,6 +338,6 @@ def _first_config_error(error: BaseException | None) -> str | None:
     """Return the message of the bad input behind an error that crossed Ray, None where it was something else."""
     while error is not None:
         if type(error) is ConfigError:
-            return str(error)
+            return str(error).partition("\n")[0]  # Ray adds lines about trying again
         error = getattr(error, "cause", None) or error.__cause__
     return None

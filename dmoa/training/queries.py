@@ -10,6 +10,7 @@ import heapq
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,8 @@ from dmoa.validation import short
 
 T = TypeVar("T")
 _ID_CHARS = 16
+_MANY = 1000
+"""Texts beyond twice a limit that are kept before those that will not be drawn are dropped."""
 _ALLOWED = 'a line is a text, or a JSON object such as {"query": "What is 12 + 7?"}'
 
 
@@ -35,22 +38,27 @@ class OwnQueries:
 def read_queries(path: Path, *, skip_bad_rows: bool = False, limit: int | None = None, seed: int = 0) -> OwnQueries:
     """Read a file of queries, one a line: a text, or {"query": TEXT}, other keys of which are not read.
 
-    With a `limit` only the queries that `sample` draws by `seed` are kept, in its order, so that a long file takes no more
-    memory than a short one. Every line is checked all the same.
+    With a `limit` only the queries that `sample_queries` draws by `seed` are kept, in its order, so that a long file takes no
+    more memory than a short one. Every line is checked all the same.
 
     Raises ConfigError naming file, line, value seen and what is allowed, for a file that cannot be read, holds no query, or
     (unless they are to be skipped) holds a line that is none.
     """
-    kept: _All | _Drawn = _All() if limit is None else _Drawn(limit, seed)
+    texts: dict[str, str] = {}
     num_bad = 0
     for number, line in _lines(path):
         try:
-            kept.add(_text(line))
+            text = _text(line)
         except ValueError as error:
             if not skip_bad_rows:
                 raise ConfigError(f"--queries: {path}, line {number}: {error}; {_ALLOWED}; or add --skip-bad-rows") from None
             num_bad += 1
-    queries = [RolloutQuery(query_id=key, source=path.name, split="train", text=text) for key, text in kept.items()]
+            continue
+        texts.setdefault(_id_of(text), text)
+        if limit is not None and len(texts) >= 2 * limit + _MANY:
+            texts = dict(sample_queries(texts.items(), limit, seed, itemgetter(0)))
+    drawn = sample_queries(texts.items(), limit, seed, itemgetter(0))
+    queries = [RolloutQuery(query_id=query_id, source=path.name, split="train", text=text) for query_id, text in drawn]
     if not queries:
         raise ConfigError(f"--queries: {str(path)!r} holds no query; {_ALLOWED}")
     return OwnQueries(queries=tuple(queries), num_bad=num_bad)
@@ -70,50 +78,6 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _id_of(text: str) -> str:
     return f"queries/{hashlib.sha256(text.encode()).hexdigest()[:_ID_CHARS]}"
-
-
-class _All:
-    """Keeps every text once, in the order of their coming."""
-
-    def __init__(self) -> None:
-        self._texts: dict[str, str] = {}
-
-    def add(self, text: str) -> None:
-        """Take a text."""
-        self._texts.setdefault(_id_of(text), text)
-
-    def items(self) -> Iterable[tuple[str, str]]:
-        """Return (query_id, text) of what was kept."""
-        return self._texts.items()
-
-
-class _Drawn:
-    """Keeps as many texts as `sample` would draw of all that come, and no more."""
-
-    def __init__(self, limit: int, seed: int) -> None:
-        self._limit, self._seed = limit, seed
-        self._heap: list[tuple[int, str, str]] = []
-        self._ids: set[str] = set()
-        self._last = b""
-        """Place of what goes next, where as many are kept as there may be."""
-
-    def add(self, text: str) -> None:
-        """Take a text; the one drawn last is dropped where there are too many."""
-        query_id = _id_of(text)
-        place = _place(query_id, self._seed)
-        if (self._last and place >= self._last) or query_id in self._ids:
-            return
-        self._ids.add(query_id)
-        # Negative, because the heap gives its smallest entry and the greatest place is what goes.
-        heapq.heappush(self._heap, (-int.from_bytes(place), query_id, text))
-        if len(self._heap) > self._limit:
-            self._ids.remove(heapq.heappop(self._heap)[1])
-        if len(self._heap) == self._limit:
-            self._last = _place(self._heap[0][1], self._seed)
-
-    def items(self) -> Iterable[tuple[str, str]]:
-        """Return (query_id, text) of what was kept, in the order drawn."""
-        return [(query_id, text) for _, query_id, text in sorted(self._heap, reverse=True)]
 
 
 def _text(line: bytes) -> str:

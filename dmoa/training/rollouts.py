@@ -6,7 +6,6 @@ lie in another folder, which training never opens. Shape letters: D embedding, F
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -363,17 +362,3 @@ def _other_version(path: str | Path, seen: object) -> ConfigError:
         f"{path}: schema_version: value seen: {short(seen)}; this dmoa reads {SCHEMA_VERSION}; "
         "use the dmoa that wrote it, or collect the rollouts again"
     )
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole, see that it reaches the disk, and rename it into place. Raises OSError; nothing is left then."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    try:
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise

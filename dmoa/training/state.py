@@ -7,7 +7,6 @@ gs://). The order of the queries follows from seed and epoch, so it needs no sta
 from __future__ import annotations
 
 import json
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dmoa.errors import ConfigError
+from dmoa.storage import write_at
 
 FILE = "state.safetensors"
 _META = "dmoa"
@@ -94,10 +94,7 @@ class StateStore:
         self.place = place if "://" in place else str(Path(place).absolute())
 
     def _open(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        if "://" in self.place:
-            system, root = pyarrow.fs.FileSystem.from_uri(self.place)
-        else:
-            system, root = pyarrow.fs.LocalFileSystem(), self.place
+        system, root = pyarrow.fs.FileSystem.from_uri(self.place)  # takes absolute paths too
         return system, root
 
     def check(self) -> None:
@@ -115,10 +112,7 @@ class StateStore:
         """Keep a state in place of the one before; a reader sees either of them whole."""
         system, root = self._open()
         data = save(dict(state.tensors), metadata={_META: state.progress.model_dump_json()})
-        draft = f"{root}/.{FILE}.{secrets.token_hex(4)}"
-        with system.open_output_stream(draft) as stream:
-            stream.write(data)
-        system.move(draft, f"{root}/{FILE}")
+        write_at(system, f"{root}/{FILE}", data)
 
     def read(self) -> RunState | None:
         """Return the state, None before the first. Raises ConfigError where the file is damaged."""

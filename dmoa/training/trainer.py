@@ -29,7 +29,7 @@ from dmoa.core.calibration import OperatingPoint, fit_operating_point
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.scores import scores
 from dmoa.errors import ConfigError
-from dmoa.storage import display_path
+from dmoa.storage import display_path, write_whole
 from dmoa.tracking import FINISH_TIMEOUT_S, Tracker, is_logged, keep_run_id, open_tracker
 from dmoa.training.dataset import Episodes, read_episodes, read_manifests
 from dmoa.training.distributed import SingleWorker
@@ -37,7 +37,7 @@ from dmoa.training.gate_metrics import Ranking, load_shares, logits_of, measure_
 from dmoa.training.loop import TrainJob, train_gate
 from dmoa.training.objective import Batches, IndexArray, Scale, TrainingData, anchor_sample, build_data, fit_scale, split_episodes
 from dmoa.training.options import TrainOptions
-from dmoa.training.rollouts import Manifest, RolloutFolder, write_whole
+from dmoa.training.rollouts import Manifest, RolloutFolder
 from dmoa.training.state import EpochRecord, StateStore, TrainProgress
 from dmoa.validation import redact
 

@@ -22,11 +22,12 @@ from dmoa.evaluation.records import SPLITS, Label, Row
 from dmoa.evaluation.registry import SUITES, expand_names
 from dmoa.evaluation.suites.suite import fine_split
 from dmoa.provenance import code_revision
+from dmoa.storage import write_whole
 from dmoa.swarm import limits_for
 from dmoa.training.collect import CollectedQueries
 from dmoa.training.options import RolloutOptions, Weighted, share_out
 from dmoa.training.queries import read_queries, sample_queries, take_turns
-from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery, SourceInfo, write_whole
+from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery, SourceInfo
 from dmoa.validation import did_you_mean
 from dmoa.workflows.backends import fetch_models
 from dmoa.workflows.console import Bars

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import posixpath
-import secrets
 import tempfile
 import time
 from collections import Counter
@@ -31,6 +30,7 @@ from dmoa.config import Config
 from dmoa.core.gate import Gate
 from dmoa.core.inference import Decider
 from dmoa.errors import CheckpointError, ConfigError, RoutingError
+from dmoa.storage import write_at
 from dmoa.types import FloatArray, RouteDecision, RouteRequest, is_untrained
 from dmoa.validation import describe, did_you_mean, short
 
@@ -132,12 +132,7 @@ class RouterState:
             return bytes(stream.readall())
 
     def _write(self, name: str, data: bytes) -> None:
-        path = self._path(name)
-        draft = f"{path}.{secrets.token_hex(4)}.part"
-        self._fs.create_dir(posixpath.dirname(path), recursive=True)
-        with self._fs.open_output_stream(draft) as stream:
-            stream.write(data)
-        self._fs.move(draft, path)
+        write_at(self._fs, self._path(name), data)
 
 
 class Shadow(BaseModel):

@@ -141,7 +141,7 @@ def test_rows_of_a_file_are_asked_and_judged_in_another_process(shown: Path) -> 
     assert "capitals" not in expand_names(["all"])
     folder = RunFolder(shown / "run")
     options = EvaluateOptions.parse({"benchmarks": "capitals", "data_dir": shown / "rows"})
-    assert prepare_rows(folder, "capitals", options).num_rows == 3
+    assert prepare_rows(folder, "capitals", options).rows == 3
     labels = {label.gold["capital"]: label for label in folder.read_gold("capitals")}
     scorers = OpenScorers(names=names, files=BENCHMARKS.references(names))
     del BENCHMARKS["capitals"]

@@ -130,15 +130,15 @@ def test_a_place_that_cannot_be_written_leaves_the_local_copy(tmp_path: Path, sa
     shutil.rmtree(options.out.parent)
 
 
-def test_a_place_that_is_gone_is_no_file_that_is_gone(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(self: Mirror, name: str, data: bytes) -> None:
-        raise FileNotFoundError("no such bucket")
-
-    monkeypatch.setattr(Mirror, "_write", gone)
+def test_a_place_that_is_gone_is_no_file_that_is_gone(said: list[str]) -> None:
+    nowhere = Path("file:///proc/none/run")  # Linux says "no such file" to whoever makes a folder there
+    with pytest.raises(FileNotFoundError):
+        Path("/proc/none").mkdir()
     with (
-        pytest.raises(DmoaError, match="no such bucket; what was made lies in") as raised,
-        localized(Options(out=Path((tmp_path / "run").as_uri())), said.append, writes=("out",)) as options,
+        pytest.raises(DmoaError, match="what was made lies in") as raised,
+        localized(Options(out=nowhere), said.append, writes=("out",)) as options,
     ):
         (options.out / "made").write_text("hours of work")
     assert files(options.out) == {"made": "hours of work"}, raised.value
+    assert isinstance(raised.value.__cause__, FileNotFoundError)
     shutil.rmtree(options.out.parent)

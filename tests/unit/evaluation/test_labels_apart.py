@@ -46,10 +46,15 @@ def test_no_module_outside_evaluation_reaches_for_labels() -> None:
         assert not {text for text in texts if "labels/" in text}, f"{path.relative_to(PACKAGE)} names the folder of labels"
 
 
+def _is_reader(module: str) -> bool:
+    """Whether a module opens files for itself: `dmoa.storage` does it for whoever calls it."""
+    return module.startswith("dmoa.") and module != "dmoa.storage"
+
+
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open" and _watched and isinstance(arguments[0], str | Path) and "/labels/" in str(arguments[0]):
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and not frame.f_globals.get("__name__", "").startswith("dmoa."):
+        while frame is not None and not _is_reader(frame.f_globals.get("__name__", "")):
             frame = frame.f_back
         _opened.append((str(arguments[0]), frame.f_globals["__name__"] if frame else "elsewhere"))
 

@@ -49,7 +49,7 @@ def test_tasks_and_labels_are_written_apart_and_in_step(tmp_path: Path) -> None:
     options = EvaluateOptions.parse({"benchmarks": "arith", "limit": 30, "seed": 4})
     prepared = prepare_rows(folder, "arith", options)
     tasks, labels = list(folder.read_tasks("arith")), list(folder.read_gold("arith"))
-    assert prepared.num_rows == len(tasks) == len(labels) == 30
+    assert prepared.rows == len(tasks) == len(labels) == 30
     assert [task.row_id for task in tasks] == [label.row_id for label in labels]
     text = folder.tasks("arith").read_text(encoding="utf-8")
     assert "gold" not in text
@@ -58,7 +58,7 @@ def test_tasks_and_labels_are_written_apart_and_in_step(tmp_path: Path) -> None:
 
 
 def test_a_suite_without_a_limit_has_a_set_number_of_rows(tmp_path: Path) -> None:
-    assert prepare_rows(RunFolder(tmp_path), "words", EvaluateOptions.parse({"benchmarks": "words"})).num_rows == SUITE_ROWS
+    assert prepare_rows(RunFolder(tmp_path), "words", EvaluateOptions.parse({"benchmarks": "words"})).rows == SUITE_ROWS
 
 
 def test_benchmark_rows_come_with_the_hashes_of_their_files(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_benchmark_rows_come_with_the_hashes_of_their_files(tmp_path: Path) -> N
     (data / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "not json\n", encoding="utf-8")
     options = EvaluateOptions.parse({"benchmarks": "svamp", "limit": 5, "data_dir": tmp_path / "data", "skip_bad_rows": True})
     prepared = prepare_rows(RunFolder(tmp_path / "run"), "svamp", options)
-    assert (prepared.num_rows, prepared.num_bad) == (5, 1)
+    assert (prepared.rows, prepared.bad_rows) == (5, 1)
     assert list(prepared.sources) == ["svamp/test.jsonl"]
     with pytest.raises(ConfigError, match=r"svamp/test.jsonl, line 13"):
         prepare_rows(RunFolder(tmp_path / "run"), "svamp", options.model_copy(update={"skip_bad_rows": False}))
@@ -98,7 +98,7 @@ def test_every_benchmark_says_how_it_is_judged(name: str) -> None:
 def test_only_suites_have_fine_splits(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     prepared = prepare_rows(folder, "arith", EvaluateOptions.parse({"benchmarks": "arith", "split": "validation", "limit": 3}))
-    assert prepared.num_rows == 3
+    assert prepared.rows == 3
     assert {task.row_id.split("/")[1] for task in folder.read_tasks("arith")} == {"validation"}
     with pytest.raises(ConfigError, match=r"--split: value seen: 'gate'; allowed for gsm8k: train, adaptation, test"):
         prepare_rows(folder, "gsm8k", EvaluateOptions.parse({"benchmarks": "gsm8k", "split": "gate"}))

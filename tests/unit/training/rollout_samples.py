@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dmoa.training.rollouts import SCHEMA, Manifest, RolloutFolder, RolloutQuery, table_of, write_whole
+from dmoa.storage import write_whole
+from dmoa.training.rollouts import SCHEMA, Manifest, RolloutFolder, RolloutQuery, table_of
 from dmoa.types import AgentReply, Answer, EntropySum, RouteDecision, RouteRequest, StepRecord, SummarizerRecord, TokenUsage
 
 AGENTS = ("adder", "guesser", "echo", "dead")
