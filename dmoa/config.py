@@ -60,7 +60,7 @@ class Options(Node):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """Build the options from plain values. Raises ConfigError naming field, value seen and what is allowed."""
+        """Build the options from plain values. Raises ConfigError naming field, value and what is expected."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -102,7 +102,7 @@ class AutoscalingConfig(Node):
     def _can_be_cold(self) -> Self:
         if self.cold != "wait" and self.min_replicas > 0:
             raise ValueError(
-                f"cold: value seen: {self.cold!r}; with min_replicas {self.min_replicas} there is always a replica; "
+                f"cold is {self.cold!r}; with min_replicas {self.min_replicas} there is always a replica; "
                 "set min_replicas to 0, or leave cold out"
             )
         return self
@@ -118,13 +118,13 @@ def is_name(value: str) -> bool:
 
 def _check_name(value: str) -> str:
     if not is_name(value):
-        raise ValueError("allowed are 1-64 lower case letters, digits, '-', '_', '.', the first a letter or digit")
+        raise ValueError("expected 1-64 lower case letters, digits, '-', '_', '.', the first a letter or digit")
     return value
 
 
 def _check_adapter(value: str) -> str:
     if not re.fullmatch(r"(builtin|path):.+", value):
-        raise ValueError("allowed are builtin:NAME, path:DIR or null")
+        raise ValueError("expected builtin:NAME, path:DIR or null")
     return value
 
 
@@ -153,7 +153,7 @@ class SamplingConfig(Node):
         return Sampling(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, stop=self.stop)
 
 
-_ALLOWED_MODELS = "allowed are embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://..., openai:NAME, scripted:NAME"
+_ALLOWED_MODELS = "expected embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://..., openai:NAME, scripted:NAME"
 _SOURCES = ("embedded", "hub", "path", "s3", "openai", "scripted")
 
 
@@ -202,7 +202,7 @@ class LlmConfig(Node):
                 "other engine does; change one of the two"
             )
         if prefix not in _SOURCES:
-            raise ValueError(f"model: value seen: {short(self.model)}; {_ALLOWED_MODELS}; change it")
+            raise ValueError(f"model is {short(self.model)}; {_ALLOWED_MODELS}")
         return self
 
     @model_validator(mode="after")
@@ -410,8 +410,8 @@ class Config(Node):
             room = llm.autoscaling.max_queued_calls
             if llm.placement == "shared" and room is not None and room < together:
                 raise ValueError(
-                    f"llms.{name}.autoscaling.max_queued_calls: value seen: {room}; one step may send it {together} calls at "
-                    f"once, and calls on their way count; allowed are at least {together}; raise it, or lower "
+                    f"llms.{name}.autoscaling.max_queued_calls is {room}; one step may send it {together} calls at "
+                    f"once, and calls on their way count; expected at least {together}; raise it, or lower "
                     "gate.activation.max_agents"
                 )
         return self
@@ -419,13 +419,13 @@ class Config(Node):
     def _check_adapter(self, where: str, adapter: str | None, llm: str) -> None:
         if adapter is not None and not self.llms[llm].engine_entry.takes_adapters:
             raise ValueError(
-                f"{where}.adapter: value seen: {short(adapter)}; an endpoint (llms.{llm}) serves an adapter under a model "
+                f"{where}.adapter is {short(adapter)}; an endpoint (llms.{llm}) serves an adapter under a model "
                 "name of its own; set adapter to null, and add an LLM of that name"
             )
 
     def _undefined(self, llm: str) -> str:
         nearest = did_you_mean(llm, self.llms)
-        return f"{llm!r} is not defined; allowed: {', '.join(self.llms)}; add it under llms or fix the name{nearest}"
+        return f"{llm!r} is not defined; expected one of {', '.join(self.llms)}; add it under llms or fix the name{nearest}"
 
     @property
     def agent_names(self) -> tuple[str, ...]:
@@ -471,7 +471,7 @@ def parse_gate(tree: dict[str, Any]) -> GateConfig:
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
     """Read a pool file, `-` for standard input, and apply `a.b=c` overrides.
 
-    Raises ConfigError naming file, field, value seen and what is allowed.
+    Raises ConfigError naming file, field, value and what is expected.
     """
     try:
         text, source = read(path)
@@ -489,7 +489,7 @@ def from_tree(tree: Any, *, source: str, overrides: tuple[str, ...] | list[str] 
     """Build a configuration from plain values, which are changed. Raises ConfigError."""
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{source}: value seen: {short(tree)}; a pool is a mapping with the keys {', '.join(Config.model_fields)}; write one"
+            f"{source}: {short(tree)} is not a pool; write a mapping with the keys {', '.join(Config.model_fields)}"
         )
     tree.pop("job", None)
     for override in overrides:

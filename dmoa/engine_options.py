@@ -194,13 +194,13 @@ class VllmOptions(EngineOptions):
         """Return what is wrong with so many GPUs for a replica, None if nothing."""
         if gpus and gpus != self.num_workers:
             return (
-                f"gpus: value seen: {gpus:g}; tensor_parallel_size {self.tensor_parallel_size} x pipeline_parallel_size "
+                f"gpus is {gpus:g}; tensor_parallel_size {self.tensor_parallel_size} x pipeline_parallel_size "
                 f"{self.pipeline_parallel_size} run on {self.num_workers}; set gpus to that, or to 0 for the CPU"
             )
         if self.enable_sleep_mode and not gpus:
             return (
-                "engine_kwargs: enable_sleep_mode: value seen: true with gpus 0; vLLM gives memory back on GPUs only; allowed "
-                "on the CPU is false; leave it out, or set gpus"
+                "engine_kwargs: enable_sleep_mode is true with gpus 0; vLLM gives memory back on GPUs only; leave it out, or set "
+                "gpus"
             )
         return None
 
@@ -236,14 +236,14 @@ class OpenaiOptions(EngineOptions):
 
     def fault_of_gpus(self, gpus: float) -> str | None:
         """Refuse any: the model runs elsewhere."""
-        return f"gpus: value seen: {gpus:g}; engine 'openai' runs its model elsewhere; set gpus to 0" if gpus else None
+        return f"gpus is {gpus:g}; engine 'openai' runs its model elsewhere; set gpus to 0" if gpus else None
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> Self:
         # A rule over the record, because the message of a rule over one field would show what may be a secret.
         if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
             raise ValueError(
-                "api_key_env: the value is no name of an environment variable; allowed are A-Z, 0-9 and '_', the first no digit; "
+                "api_key_env: the value is not a variable's name (A-Z, 0-9 and '_', not beginning with a digit); "
                 "name the variable that holds the key, and keep the key itself out of this file"
             )
         fault = _fault_of_url(self.base_url)
@@ -262,7 +262,7 @@ def _fault_of_url(url: str) -> str | None:
     except ValueError:
         has_host = False
     is_whole = has_host and url.isascii() and url.isprintable() and " " not in url
-    return None if is_whole else f"value seen: {short(url)}; allowed are http and https URLs with a host"
+    return None if is_whole else f"{short(url)} is not an http or https URL with a host"
 
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
@@ -324,7 +324,7 @@ def _check_engine(value: str) -> str:
         return absolute_reference(value)
     if value not in ENGINES:
         names = ", ".join(map(repr, ENGINES))
-        raise PydanticCustomError("engine", "input should be {expected} or FILE.py:NAME", {"expected": names})
+        raise PydanticCustomError("engine", "expected {expected} or FILE.py:NAME", {"expected": names})
     return value
 
 

@@ -1,7 +1,7 @@
 """All errors that dmoa raises on purpose.
 
 One root, `DmoaError`; every category is also the standard error that a caller would expect, and survives pickling
-(Ray sends errors between processes). A message states the field or object, the value seen, what is allowed, and what
+(Ray sends errors between processes). A message states the field or object, its value, what is expected, and what
 to do next.
 """
 

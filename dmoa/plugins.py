@@ -160,7 +160,7 @@ class Registry(MutableMapping[str, T]):
             raise ConfigError(f"{where}: cannot load {reference!r}: {_said(error)}; mend the file, or name another") from error
         if not hasattr(module, name):
             names = [name for name, found in vars(module).items() if isinstance(_entered(found), self._kind)]
-            seen = f"{path!r} has no {name}" if name else f"value seen: {path!r}; it is written FILE.py:NAME"
+            seen = f"{path!r} has no {name}" if name else f"{path!r} lacks a name; it is written FILE.py:NAME"
             there = f"in it {', '.join(names) or 'nothing'} stands under @{self._what}"
             way = f"name it {path}:{names[0]}" if len(names) == 1 else "name one such thing"
             raise ConfigError(f"{where}: {seen}; {there}; {way}{did_you_mean(name, names)}")

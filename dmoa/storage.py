@@ -99,7 +99,7 @@ class Mirror:
             self._system, root = arrow_fs.FileSystem.from_uri(uri)
         except (*_FAILURES, ValueError) as error:
             reason = f"no file system serves it ({error})"
-            raise ConfigError(f"{uri!r}: {reason}; allowed are s3://, gs://, hdfs:// or a folder") from error
+            raise ConfigError(f"{uri!r}: {reason}; expected s3://, gs://, hdfs:// or a folder") from error
         self._root, self._local, self._apart = root.rstrip("/"), local, frozenset(apart)
         self._marks: dict[str, tuple[int, int]] = {}
         """File -> its time and size when it was copied last."""
@@ -199,7 +199,7 @@ def _copy(
         raise ConfigError(f"{field}: cannot read {uri!r}: {' '.join(str(error).split())[:300]}") from error
     if not found and not is_written:
         shutil.rmtree(local.parent)
-        raise ConfigError(f"{field}: value seen: {uri!r}; nothing lies there; name a folder that an earlier run wrote")
+        raise ConfigError(f"{field} is {uri!r}; nothing lies there; name a folder that an earlier run wrote")
     _uris[local] = uri.rstrip("/")
     if is_written:
         say(f"{uri} holds {found} files; it is kept in step with {local}")

@@ -104,14 +104,21 @@ def _sentence(item: ErrorDetails, model: type[BaseModel] | None) -> str:
         return f"{where}: missing; add it"
     if item["type"] == "extra_forbidden":
         keys = list(_keys_beside(item["loc"], model)) if model else []
-        allowed = f"; allowed: {', '.join(keys)}" if model else ""
+        allowed = f"; expected one of {', '.join(keys)}" if model else ""
         nearest = did_you_mean(str(item["loc"][-1]), keys)
-        return f"{where}: unknown key (value seen: {_seen(item)}){allowed}; remove it or fix its spelling{nearest}"
+        return f"{where}: unknown key (value {_seen(item)}){allowed}; remove it or fix its spelling{nearest}"
     if item["type"] == "value_error" and isinstance(item["input"], dict | list | BaseModel):
         # A rule over several fields: its own message names them and their values.
         return f"{where}: {message}" if where else message
-    message = message[0].lower() + message[1:]
-    return f"{where}: value seen: {_seen(item)}; {message}; change it{_nearest_word(item)}"
+    message = expectation(message)
+    return f"{where} is {_seen(item)}; {message}{_nearest_word(item)}"
+
+
+def expectation(message: str) -> str:
+    """Return pydantic's sentence on a value as what was expected of it, such as `expected a number greater than 0`."""
+    message = re.sub(r"^[Ii]nput should be (?=greater|less)", "expected a number ", message)
+    message = re.sub(r"^[Ii]nput should be ", "expected ", message)
+    return message[:1].lower() + message[1:]
 
 
 def _nearest_word(item: ErrorDetails) -> str:

@@ -52,16 +52,14 @@ class _Loader(yaml.SafeLoader):
         text = self.construct_scalar(node)
         as_is: int | float = self.construct_yaml_int(node) if node.tag == f"{_TAG}int" else self.construct_yaml_float(node)
         if _NUMBER_OF_ANOTHER_BASE.fullmatch(text):
-            raise _refused(
-                node, f"value seen: {text}; YAML 1.1 reads it as {as_is:g}; write that number in decimal, or the text in quotes"
-            )
+            raise _refused(node, f"YAML 1.1 reads {text} as {as_is:g}; write that number in decimal, or the text in quotes")
         return as_is
 
     def date(self, node: Any) -> None:
         """Refuse a node: no field holds a date."""
         self.construct_yaml_timestamp(node)
         text = self.construct_scalar(node)
-        raise _refused(node, f"value seen: {text}; YAML 1.1 reads it as a date; write the text in quotes")
+        raise _refused(node, f"YAML 1.1 reads {text} as a date; write the text in quotes")
 
 
 def _refused(node: Any, what: str) -> _RefusedError:
@@ -137,7 +135,7 @@ def _place(node: Any, key: str, override: str) -> Any:
         return key
     where = f"--set {redact_text(override)!r}: {key!r}"
     if not isinstance(node, list):
-        raise ConfigError(f"{where} lies under the value {short(node)}, allowed is a section; set that value as a whole")
+        raise ConfigError(f"{where} lies under the value {short(node)}, which is not a section; set that value as a whole")
     if not key.isdecimal() or int(key) >= len(node):
-        raise ConfigError(f"{where} is no entry of this list; allowed: an index below {len(node)}; use one of them")
+        raise ConfigError(f"{where} is not an entry of this list; expected an index below {len(node)}")
     return int(key)

@@ -67,7 +67,7 @@ def check_vllm(config: Config, version_of: Callable[[str], str | None] = install
         both = " and ".join(f"{name} {version}" for name, version in builds.items())
         raise ConfigError(f"llms.{needing[0]}.engine: 'vllm': {both} own the same folder; uninstall both, then install one")
     raise ConfigError(
-        f"llms.{needing[0]}.engine: value seen: 'vllm'; vLLM is not installed here; `pip install 'dmoa[vllm]'` on the machines "
+        f"llms.{needing[0]}.engine is 'vllm'; vLLM is not installed here; `pip install 'dmoa[vllm]'` on the machines "
         "with GPUs and where the application is built (here, or on the cluster's head), or choose another engine"
     )
 
@@ -93,7 +93,7 @@ def load_pool(path: str | Path | None, overrides: tuple[str, ...] | list[str] = 
     is_bare = is_name(str(path)) and not Path(path).suffix and not Path(path).is_file()
     if is_bare and str(path) not in pools:
         raise ConfigError(
-            f"config: cannot read {str(path)!r}: neither a file nor a packaged pool; allowed: the path of a pool YAML file, or "
+            f"config: cannot read {str(path)!r}: neither a file nor a packaged pool; give the path of a pool YAML file, or "
             f"{', '.join(pools)}; name one of them{did_you_mean(str(path), pools)}"
         )
     return load(pools[str(path)] if is_bare else path, overrides)

@@ -77,7 +77,7 @@ def interleave(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
     its place. Raises ValueError for fewer than one round.
     """
     if rounds < 1:
-        raise ValueError(f"rounds: value seen: {rounds}; at least 1 is allowed; ask for more")
+        raise ValueError(f"rounds is {rounds}; expected at least 1")
     names = list(arms)
     figures: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
@@ -145,7 +145,7 @@ def engines_here(only: str | None = None) -> tuple[str, ...]:
     if only not in here:
         nearest = did_you_mean(only, here)
         raise ConfigError(
-            f"--engine: value seen: {only!r}; allowed: {', '.join(here)}, the engines that are installed here{nearest}"
+            f"--engine is {only!r}; expected one of {', '.join(here)}, the engines that are installed here{nearest}"
         )
     return (only,)
 

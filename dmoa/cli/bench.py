@@ -137,7 +137,7 @@ def group(only: str | None) -> dict[str, list[str]]:
     if unknown or not asked:
         seen = ", ".join(unknown) or repr(only)
         nearest = did_you_mean(unknown, _METRICS)
-        raise ConfigError(f"--only: value seen: {seen}; allowed: {', '.join(_METRICS)}, separated by commas{nearest}")
+        raise ConfigError(f"--only is {seen}; expected one of {', '.join(_METRICS)}, separated by commas{nearest}")
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(asked):
         groups.setdefault(_METRICS[name].home, []).append(name)
@@ -149,7 +149,7 @@ def refuse_engine(engine: str | None, ids: Collection[str]) -> None:
     others = [name for name in ids if name not in _BOTH_ENGINES]
     if engine is not None and others:
         both = ", ".join(_BOTH_ENGINES)
-        raise ConfigError(f"--engine: value seen: {engine!r}, beside {', '.join(others)}; allowed with --only of {both}")
+        raise ConfigError(f"--engine: {engine!r} stands beside {', '.join(others)}; give it with --only of {both}")
 
 
 def _measure(module: str, ids: Sequence[str], rounds: int | None, engine: str | None) -> list[BenchResult]:

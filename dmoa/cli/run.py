@@ -284,5 +284,5 @@ class Conversation:
                 tell("dmoa: the conversation starts anew")
             case _:
                 nearest = did_you_mean(f"/{name}", re.findall(r"/[a-z]+", _HELP))
-                tell(f"dmoa: /{name} is no command; {_HELP}{nearest}")
+                tell(f"dmoa: /{name} is not a command; {_HELP}{nearest}")
         return True

@@ -127,7 +127,7 @@ def _sandbox() -> Check:
 
 def _token_mode(mode: str) -> Check:
     if mode and mode not in _TOKEN_MODES:
-        detail = f"RAY_AUTH_MODE is {mode!r}; allowed: {', '.join(_TOKEN_MODES)}; set one of them or unset it"
+        detail = f"RAY_AUTH_MODE is {mode!r}; expected one of {', '.join(_TOKEN_MODES)}; set one of them or unset it"
         return Check(name="ray token mode", status="fail", detail=detail)
     if mode == "token":
         return Check(name="ray token mode", status="ok", detail="RAY_AUTH_MODE=token")
@@ -315,7 +315,7 @@ def schema(
 
     known = (*_SCHEMAS, _API)
     if name not in known:
-        raise ConfigError(f"NAME: value seen: {name!r}; allowed: {', '.join(known)}; name one of them{did_you_mean(name, known)}")
+        raise ConfigError(f"NAME is {name!r}; expected one of {', '.join(known)}{did_you_mean(name, known)}")
     if example and (table or name != "pool"):
         raise ConfigError("--example: there is one of `pool`, and not beside --table; leave it out")
     if example:
@@ -377,6 +377,6 @@ def docs(
         return
     if topic not in found:
         nearest = did_you_mean(topic, found)
-        raise ConfigError(f"TOPIC: value seen: {topic!r}; allowed: {', '.join(found)}; name one of them{nearest}")
+        raise ConfigError(f"TOPIC is {topic!r}; expected one of {', '.join(found)}{nearest}")
     show_markdown(found[topic])
     common.write_json({"topic": topic, "text": found[topic]})

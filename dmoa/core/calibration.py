@@ -61,7 +61,7 @@ def fit_theta(score_RA: Array, alpha: float) -> float:
 def _conformal_rank(num_rows: int, alpha: float, what: str) -> int:
     """Return ceil((n + 1)(1 - alpha)): which of n sorted values is the quantile, n + 1 where none is."""
     if not 0.0 < alpha < 1.0:
-        raise ConfigError(f"{what}: alpha is {alpha!r}; allowed is a number between 0 and 1; change it")
+        raise ConfigError(f"{what}: alpha is {alpha!r}; expected a number between 0 and 1")
     if not num_rows:
         raise ConfigError(f"{what}: no held-back row holds a score; at least one is needed; hold back more queries")
     # Before rounding up, what binary fractions add: (9 + 1)(1 - 0.1) is 9, not a hair above.

@@ -108,7 +108,7 @@ class GateSpec:
         for word, keys in (("unknown", set(tree) - names), ("missing", names - {"core", "anchors"} - set(tree))):
             if keys:
                 raise CheckpointError(
-                    f"gate spec: {word} keys {sorted(keys)}; allowed are exactly {sorted(names)}; "
+                    f"gate spec: {word} keys {sorted(keys)}; expected exactly {sorted(names)}; "
                     "use a checkpoint written by this version of dmoa"
                 )
         settings: dict[str, Any] = {
@@ -122,9 +122,9 @@ class GateSpec:
         spec = cls.from_config(config, _agent_names(tree["agents"]))
         dim, theta = tree["embedding_dim"], tree["theta"]
         if type(dim) is not int or dim < 1:
-            raise CheckpointError(f"gate spec: embedding_dim: value seen: {dim!r}; allowed is a whole number from 1; change it")
+            raise CheckpointError(f"gate spec: embedding_dim is {dim!r}; expected a whole number from 1")
         if theta is not None and not _is_finite(theta):
-            raise CheckpointError(f"gate spec: theta: value seen: {theta!r}; allowed are null or a finite number; change it")
+            raise CheckpointError(f"gate spec: theta is {theta!r}; expected null or a finite number")
         anchors = _anchors(tree.get("anchors"), len(spec.agents))
         return dataclasses.replace(spec, embedding_dim=dim, theta=None if theta is None else float(theta), anchors=anchors)
 
@@ -132,7 +132,7 @@ class GateSpec:
 def _agent_names(value: object) -> tuple[str, ...]:
     ok = isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value)
     if not ok or len(set(value)) != len(value):  # type: ignore[arg-type, call-overload]  # checked one line above
-        raise CheckpointError(f"gate spec: agents: value seen: {value!r}; allowed is a list of different agent names; change it")
+        raise CheckpointError(f"gate spec: agents is {value!r}; expected a list of different agent names")
     return tuple(value)  # type: ignore[arg-type]  # a list of strings by the check above
 
 
@@ -145,8 +145,7 @@ def _anchors(value: object, num_agents: int) -> tuple[float, ...] | None:
         return None
     if not isinstance(value, list | tuple) or len(value) != num_agents or not all(map(_is_finite, value)):
         raise CheckpointError(
-            f"gate spec: anchors: value seen: {short(value)}; allowed are null or {num_agents} finite numbers, one per agent; "
-            "change it"
+            f"gate spec: anchors is {short(value)}; expected null or {num_agents} finite numbers, one per agent"
         )
     return tuple(float(number) for number in value)
 

@@ -282,7 +282,7 @@ class Decider:
 
     def _misshapen(self, name: str, value: FloatArray, rows: FloatArray) -> RoutingError:
         return RoutingError(
-            f"route: {name} has shape {value.shape}, allowed is {rows.shape[1:]}; "
+            f"route: {name} has shape {value.shape}, expected {rows.shape[1:]}; "
             f"build it for gate {self.version} (preset {self.spec.preset!r})"
         )
 

@@ -66,7 +66,7 @@ def ranking_loss(loss: Loss, logits_NA: Tensor, targets: Targets, *, temperature
     """
     for name, value in (("temperature", temperature), ("eta", eta)):
         if not value > 0.0:
-            raise ConfigError(f"ranking loss: {name} is {value!r}; allowed is a number above 0; change it")
+            raise ConfigError(f"ranking loss: {name} is {value!r}; expected a number above 0")
     counts_NA = targets.ran_NA & torch.isfinite(targets.score_NA)
     score_NA, weight_NA, noise_NA = (
         torch.where(counts_NA, value.to(logits_NA), 0.0) for value in (targets.score_NA, targets.weight_NA, targets.noise_NA)

@@ -96,7 +96,7 @@ class AdapterFiles:
 
     def refusal(self, what: str, todo: str = "train it on this model, or leave the adapter out") -> ConfigError:
         """Return the error that names the adapter."""
-        return ConfigError(f"{self.where}: value seen: {str(self.folder)!r}: {what}; {todo}")
+        return ConfigError(f"{self.where}: {str(self.folder)!r}: {what}; {todo}")
 
 
 def check_adapter(
@@ -154,7 +154,7 @@ def _check_layer(adapter: AdapterFiles, key: str, shape: Shape, layer: Layer, en
     kind = layer.kind or ("Embedding" if is_embedding else "Linear")
     if kind != ("Embedding" if is_embedding else "Linear") or (is_embedding and engine == "transformers"):
         raise ConfigError(
-            f"{adapter.where.partition('.')[0]}: {name}: value seen: LoRA on a layer of type {kind}; allowed is LoRA on linear "
+            f"{adapter.where.partition('.')[0]}: {name}: LoRA on a layer of type {kind}; expected LoRA on linear "
             f"layers; train {str(adapter.folder)!r} without it"
         )
     assert layer.shape is not None
@@ -223,7 +223,7 @@ def read_adapter(where: str, folder: Path) -> AdapterFiles:
 
 def _settings(where: str, folder: Path) -> dict[str, Any]:
     """Return the settings of a plain LoRA adapter. Raises ConfigError for another kind."""
-    seen = f"{where}: value seen: {str(folder)!r}"
+    seen = f"{where}: {str(folder)!r}"
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
@@ -241,7 +241,7 @@ def _settings(where: str, folder: Path) -> dict[str, Any]:
         )
     for name, is_allowed, allowed in _judged(settings):
         if not is_allowed:
-            raise ConfigError(f"{seen}: {SETTINGS}: {name}: {settings.get(name)!r}; allowed is {allowed}; train it as plain LoRA")
+            raise ConfigError(f"{seen}: {SETTINGS}: {name}: {settings.get(name)!r}; expected {allowed}; train it as plain LoRA")
     return settings
 
 
@@ -358,7 +358,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Shape, bool]]:
         for name in sorted(table):
             dtype, (begin, end) = table[name]["dtype"], table[name]["data_offsets"]
             if dtype not in _DTYPES:
-                raise ValueError(f"{name}: numbers of type {dtype}; allowed are {', '.join(_DTYPES)}")
+                raise ValueError(f"{name}: numbers of type {dtype}; expected {', '.join(_DTYPES)}")
             file.seek(start + begin)
             values = np.frombuffer(file.read(end - begin), _DTYPES[dtype])
             if dtype == "BF16":

@@ -31,7 +31,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], *, model: str) -> l
     name are encoded as the text that they are, so no message can end its turn or open another.
     """
     if not messages:
-        raise EngineError(f"{model}: messages: value seen: none; at least one message is needed")
+        raise EngineError(f"{model}: messages is empty; give at least one")
     controls = _controls_of(tokenizer)
     is_forged = any(controls.are_in(message.content) for message in messages)
     is_continued = messages[-1].role == "assistant"
@@ -155,7 +155,7 @@ def room_for_reply(num_tokens: int, max_model_len: int, *, model: str) -> int:
     room = max_model_len - num_tokens
     if room < 1:
         raise PromptTooLongError(
-            f"{model}: the prompt has {num_tokens} tokens; allowed are {max_model_len - 1} "
+            f"{model}: the prompt has {num_tokens} tokens; expected at most {max_model_len - 1} "
             f"(max_model_len {max_model_len}, 1 for the reply); shorten it or raise max_model_len"
         )
     return room

@@ -76,8 +76,8 @@ def local_gpus(config: Config, visible: Sequence[str] | None = None) -> dict[str
         more = f" and of {', '.join(others)}" if others else ""
         each = ", ".join(f"{llm} {gpus:g}" for llm, gpus in wanted.items())
         raise ConfigError(
-            f"llms.{first}.gpus{more}: value seen: {needed} GPU(s) in all ({each}); allowed are the {len(seen)} that this "
-            f"process sees ({VISIBLE}: {os.environ.get(VISIBLE, 'not set')}); lower gpus (0 for the CPU), let the process see "
+            f"llms.{first}.gpus{more}: the pool needs {needed} GPU(s) in all ({each}), and this process sees "
+            f"{len(seen)} ({VISIBLE}: {os.environ.get(VISIBLE, 'not set')}); lower gpus (0 for the CPU), let the process see "
             "more, or serve the pool and name the server by --url"
         )
     return {llm: GpuSlice(positions, tuple(seen[i] for i in positions)) for llm, positions in shares.items()}

@@ -30,10 +30,10 @@ def check_model(model: str) -> None:
         except ConfigError:
             raise
         except (OSError, ValueError) as error:  # a folder that this user may not look into, or no path at all
-            raise ConfigError(f"model: value seen: {model!r}; it cannot be looked at ({error}); fix the path") from error
+            raise ConfigError(f"model is {model!r}; it cannot be looked at ({error}); fix the path") from error
         fault = fault_of_folder(found) if isinstance(found, Path) else None
         if fault:
-            raise ConfigError(f"model: value seen: {model!r}; {fault}; save or copy the model again, or fix the path")
+            raise ConfigError(f"model is {model!r}; {fault}; save or copy the model again, or fix the path")
 
 
 def fault_of_folder(folder: Path) -> str | None:

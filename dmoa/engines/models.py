@@ -204,7 +204,7 @@ def resolve_model(model: str, *, progress: Progress | None = None) -> Path | Hub
     if source == "hub":
         return _hub_model(model, rest)
     raise ConfigError(
-        f"model: {model!r} has no weights that the transformers engine can load; allowed: {_names('llm')}, path:DIR, "
+        f"model: {model!r} has no weights that the transformers engine can load; expected {_names('llm')}, path:DIR, "
         "hub:REPO[@REVISION]; name one of these or choose the engine that this model belongs to"
     )
 
@@ -212,7 +212,7 @@ def resolve_model(model: str, *, progress: Progress | None = None) -> Path | Hub
 def check_embedded(model: str) -> None:
     """Check that `embedded:NAME` is a language model that comes with dmoa; nothing is fetched. Raises ConfigError."""
     if _embedded(model.partition(":")[2]).kind != "llm":
-        raise ConfigError(f"model: {model!r} is a sentence encoder; allowed: {_names('llm')}; name one of these")
+        raise ConfigError(f"model: {model!r} is a sentence encoder; expected {_names('llm')}")
 
 
 def resolve_adapter(adapter: str) -> Path:
@@ -220,7 +220,7 @@ def resolve_adapter(adapter: str) -> Path:
     source, _, rest = adapter.partition(":")
     folder = _builtin_root() / rest if source == "builtin" else Path(rest).expanduser().absolute()
     if source not in ("builtin", "path"):
-        raise ConfigError(f"adapter: {adapter!r}; allowed are builtin:NAME, path:DIR or null; write one of these")
+        raise ConfigError(f"adapter: {adapter!r}; expected builtin:NAME, path:DIR or null; write one of these")
     missing = [name for name in _ADAPTER_FILES if not (folder / name).is_file()]
     if not missing:
         return folder
@@ -314,7 +314,7 @@ def convert_gguf(source: Path, into: Path) -> None:
 def _embedded(name: str) -> EmbeddedModel:
     if name not in EMBEDDED:
         nearest = did_you_mean(name, EMBEDDED)
-        raise ConfigError(f"model: {name!r} is no embedded model; allowed: {', '.join(EMBEDDED)}; name one of these{nearest}")
+        raise ConfigError(f"model: {name!r} is not an embedded model; expected one of {', '.join(EMBEDDED)}{nearest}")
     return EMBEDDED[name]
 
 
@@ -327,7 +327,7 @@ def _model_folder(model: str, folder: Path) -> Path:
     if not (folder / "config.json").is_file() or not has_weights:
         lacks = "safetensors weights" if (folder / "config.json").is_file() else "config.json"
         raise ConfigError(
-            f"model: {model!r} lacks {lacks}; allowed is a folder as save_pretrained writes it (config.json, *.safetensors, "
+            f"model: {model!r} lacks {lacks}; expected a folder as save_pretrained writes it (config.json, *.safetensors, "
             "tokenizer); fix the path"
         )
     return folder.absolute()

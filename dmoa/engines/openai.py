@@ -266,10 +266,10 @@ class OpenaiEngine:
             raise self._error("the engine is closed; build a new one")
         if request.adapter is not None:
             raise self._error(
-                f"adapter: value seen: {request.adapter!r}; an endpoint serves adapters as models of their own; set it to null"
+                f"adapter is {request.adapter!r}; an endpoint serves adapters as models of their own; set it to null"
             )
         if not request.messages:
-            raise self._error("messages: value seen: none; at least one message is needed")
+            raise self._error("messages is empty; give at least one")
 
     def _room_here(self) -> _Room:
         """Return what belongs to the running event loop; connections of a loop that has ended went with it."""

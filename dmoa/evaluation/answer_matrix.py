@@ -68,9 +68,7 @@ class AnswerMatrix:
         """Return the matrix of some agents, in the order given. Raises ConfigError for one that is not in it."""
         missing = [name for name in agents if name not in self.agents]
         if missing:
-            raise ConfigError(
-                f"agents: value seen: {', '.join(missing)}; allowed: {', '.join(self.agents)}; name agents that the matrix holds"
-            )
+            raise ConfigError(f"agents: the matrix does not hold {', '.join(missing)}; name some of {', '.join(self.agents)}")
         columns = [self.agents.index(name) for name in agents]
         return AnswerMatrix(
             benchmark=self.benchmark,

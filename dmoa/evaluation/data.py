@@ -129,7 +129,7 @@ def load_rows(name: str, split: Split, *, data_dir: Path | None, skip_bad_rows: 
 
     Raises:
         ConfigError: an unknown benchmark; a file is missing, damaged or empty; the hub cannot be reached; a row is bad and
-            `skip_bad_rows` is false: names file, line, field, value seen and what was expected.
+            `skip_bad_rows` is false: names file, line, field, value and what was expected.
     """
     return load_splits(name, [split], data_dir=data_dir, skip_bad_rows=skip_bad_rows)[split]
 
@@ -372,7 +372,7 @@ def prepare_rows(folder: RunFolder, name: str, options: EvaluateOptions) -> Benc
     split = next((known for known in SPLITS if known == options.split), None)
     if split is None:
         raise ConfigError(
-            f"--split: value seen: {options.split!r}; allowed for {name}: {', '.join(SPLITS)}; only generated suites have more"
+            f"--split: {name} has no split {options.split!r}; choose from {', '.join(SPLITS)}; only generated suites have more"
             f"{did_you_mean(options.split, SPLITS)}"
         )
     loaded = load_disjoint(name, data_dir=options.data_dir, skip_bad_rows=options.skip_bad_rows, required=(split,))

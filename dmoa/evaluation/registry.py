@@ -131,9 +131,9 @@ def expand_names(names: Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in found if name not in BENCHMARKS and name not in SUITES]
     if unknown or not found:
         allowed = (*BENCHMARKS, *SUITES, ALL, ALL_SUITES)
-        seen = ", ".join(unknown) or "nothing"
+        seen = ", ".join(unknown) or "an empty name"
         raise ConfigError(
-            f"--benchmarks: value seen: {seen}; allowed: {', '.join(allowed)}; name some of them, separated by commas"
+            f"--benchmarks: {seen} not known; name some of {', '.join(allowed)}, separated by commas"
             f"{did_you_mean(unknown, allowed)}"
         )
     return tuple(dict.fromkeys(found))

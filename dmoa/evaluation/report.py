@@ -411,7 +411,7 @@ class _Plot:
 def write_report(evaluation: Evaluation, path: Path) -> None:
     """Write the report whole. Raises ConfigError if it cannot be written."""
     if path.is_dir():
-        raise ConfigError(f"--html: value seen: {str(path)!r}, a folder; allowed is a file; name one, such as report.html")
+        raise ConfigError(f"--html is {str(path)!r}, a folder; expected a file; name one, such as report.html")
     write_whole(path, render_report(evaluation))
 
 

@@ -390,7 +390,7 @@ def _of_line(parts: dict[Cell, T], line: Answered | Scored) -> T:
         return parts[line.benchmark, line.policy]
     except KeyError:
         raise ConfigError(
-            f"row {line.row_id!r}: benchmark {line.benchmark!r} with policy {line.policy!r} is no part of this run; allowed: "
+            f"row {line.row_id!r}: benchmark {line.benchmark!r} with policy {line.policy!r} is not part of this run, which has "
             f"{', '.join(f'{benchmark} with {policy}' for benchmark, policy in parts)}; run.json and the lines must be of one run"
         ) from None
 

@@ -30,9 +30,9 @@ def build_dmoa(context: PolicyContext) -> DmoaPolicy:
         return DmoaPolicy(router=context.router, encoder=context.encoder, preset=context.config.gate.preset)
     gate = context.gates.get(context.agent)
     if gate is None:
-        allowed = ", ".join(context.gates) or "none was given"
+        allowed = ", ".join(context.gates) or "none"
         raise RequestError(
-            f"policy: dmoa:{context.agent}: allowed gates: {allowed}; give the gate, or leave its name out"
+            f"policy: dmoa:{context.agent} is not a gate of this swarm, which has {allowed}; give the gate, or leave its name out"
             f"{did_you_mean(context.agent, context.gates)}"
         )
     return DmoaPolicy(router=context.router, encoder=context.encoder, preset=gate.preset, gate_version=gate.version)

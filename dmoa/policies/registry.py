@@ -90,7 +90,7 @@ def build_policy(name: str, context: PolicyContext) -> Policy:
     """
     if name not in POLICIES:
         raise RequestError(
-            f"policy: {name!r} is not known; allowed: {', '.join(POLICIES)}{did_you_mean(name, POLICIES)}",
+            f"policy: {name!r} is not known; expected one of {', '.join(POLICIES)}{did_you_mean(name, POLICIES)}",
             param="dmoa.policy",
             code="unknown_policy",
         )
@@ -133,13 +133,13 @@ class PluginPolicy:
         if isinstance(plan, Stop):
             return plan
         if not isinstance(plan, StepPlan) or not plan.activations:
-            raise self._error(f"{where}: value seen: {short(plan)}; allowed are Stop and a StepPlan that asks somebody")
+            raise self._error(f"{where} is {short(plan)}; expected Stop and a StepPlan that asks somebody")
         asked = dict.fromkeys(item.agent for item in (*plan.activations, *plan.reserves, *plan.explored))
         unknown = [name for name in asked if name not in self._agents]
         if unknown:
             seen, allowed = ", ".join(map(repr, unknown)), ", ".join(self._agents)
             raise self._error(
-                f"{where}: agent {seen} is not in the pool; allowed: {allowed}{did_you_mean(unknown, self._agents)}"
+                f"{where}: agent {seen} is not in the pool; expected {allowed}{did_you_mean(unknown, self._agents)}"
             )
         return plan
 

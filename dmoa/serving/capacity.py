@@ -276,7 +276,7 @@ class Judgement:
     """What is wrong with a plan on a cluster, and what to know of it."""
 
     faults: tuple[str, ...]
-    """Each names field, value seen, what is allowed and what to do; empty: it fits."""
+    """Each names field, value, what is expected and what to do; empty: it fits."""
     notes: tuple[str, ...]
 
 
@@ -319,8 +319,8 @@ def _counts(plan: Plan, supply: Supply) -> Iterator[str]:
         if not has:
             kinds = sorted({name for node in supply.nodes for name in node.kinds})
             yield (
-                f"{_field(asking, 'engine_kwargs.accelerator_type')}: value seen: {kind!r}; no node of {supply.source} has it; "
-                f"allowed are {', '.join(kinds) or 'none: it has no GPU of a known kind'}; name one of these, or add such nodes"
+                f"{_field(asking, 'engine_kwargs.accelerator_type')} is {kind!r}; no node of {supply.source} has it; "
+                f"it has {', '.join(kinds) or 'no GPU of a known kind'}; name one that it has, or add such nodes"
             )
         elif needed > has:
             yield _too_many(asking, needed, has, f"{kind} on {supply.source} ({_nodes(supply.of_kind(kind))})")
@@ -337,8 +337,8 @@ def _shapes(plan: Plan, supply: Supply) -> Iterator[str]:
         if nodes and item.gpus_together > widest:
             name = "engine_kwargs.tensor_parallel_size" if item.tensor_parallel > 1 else "gpus"
             yield (
-                f"llms.{item.llm}.{name}: value seen: {item.gpus_together:g}; a replica's GPUs belong on one node, and the "
-                f"largest of {supply.source} has {widest:g}{_of(item)} ({_nodes(nodes)}); allowed are at most {widest:g}; lower "
+                f"llms.{item.llm}.{name}: a replica's {item.gpus_together:g} GPUs belong on one node, and the "
+                f"largest of {supply.source} has {widest:g}{_of(item)} ({_nodes(nodes)}); lower "
                 "it (pipeline_parallel_size may span nodes), or add a wider node"
             )
 
@@ -355,8 +355,8 @@ def _pieces(plan: Plan, supply: Supply) -> Iterator[str]:
             pieces, places = sum(item.min_replicas for item in wide), _places(nodes, width)
             if places and pieces > places:
                 yield (
-                    f"{_field(wide, 'gpus')}: value seen: {pieces} replicas at min_replicas with {width:g} GPUs or more, each on "
-                    f"one node; allowed are {places}: {supply.source} has room for so many{f' of kind {kind}' if kind else ''} "
+                    f"{_field(wide, 'gpus')}: {pieces} replicas at min_replicas have {width:g} GPUs or more, each on "
+                    f"one node, and {supply.source} has room for {places}{f' of kind {kind}' if kind else ''} "
                     f"({_nodes(nodes)}); lower min_replicas or gpus, or add a node with {width:g} GPUs"
                 )
                 break
@@ -380,15 +380,15 @@ def _memory(config: Config, item: Deployment, memory: Memory, supply: Supply) ->
     if memory.room_bytes <= 0:
         ways = "raise tensor_parallel_size and gpus, name a larger kind of GPU" if options.gpu_split else "name a larger GPU"
         yield (
-            f"llms.{item.llm}.model: value seen: {item.model!r}, which has {gib(memory.weights_bytes)} of weights{adapters} on "
-            f"each of {max(1.0, item.gpus):g} GPU(s); allowed are {where}; {ways}, or a smaller or quantised model"
+            f"llms.{item.llm}.model: {item.model!r} has {gib(memory.weights_bytes)} of weights{adapters} on "
+            f"each of {max(1.0, item.gpus):g} GPU(s), more than {where}; {ways}, or a smaller or quantised model"
         )
     elif memory.is_too_long:
         assert memory.least_token_bytes is not None  # it is what makes a sequence too long
         most = memory.room_bytes // memory.least_token_bytes
         windows = " in the layers without a window" if memory.least_token_bytes != memory.token_bytes else ""
         yield (
-            f"llms.{item.llm}.engine_kwargs.max_model_len: value seen: {memory.max_model_len}; allowed are at most {most}: "
+            f"llms.{item.llm}.engine_kwargs.max_model_len: {memory.max_model_len} tokens do not fit, at most {most} do: "
             f"{gib(memory.weights_bytes)} of weights{adapters} leave {gib(memory.room_bytes)} of {where} for keys and values, "
             f"{memory.least_token_bytes} bytes a token{windows}; lower it, or give the replica more or larger GPUs"
         )
@@ -453,7 +453,7 @@ def _too_many(asking: list[Deployment], needed: float, has: float, where: str) -
     rows = [f"{item.name} {item.min_replicas} x {item.gpus:g}" for item in asking]
     shown = ", ".join(rows[:12]) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
     return (
-        f"{_field(asking, 'gpus')}: value seen: {needed:g} in all at min_replicas ({shown}); allowed are the {has:g} {where}; "
+        f"{_field(asking, 'gpus')}: {needed:g} in all at min_replicas ({shown}), and there are {has:g} {where}; "
         "lower min_replicas or gpus, set placement to shared, add GPUs, or name a cluster that has them with --address"
     )
 

@@ -125,7 +125,7 @@ def _start_serve(host: str, port: int, *, is_here: bool) -> str:
         options = running.http_config
         if options.port != port:
             raise ConfigError(
-                f"server.port: value seen: {port}; Serve listens on {options.host}:{options.port} on this Ray; give that port "
+                f"server.port is {port}; Serve listens on {options.host}:{options.port} on this Ray; give that port "
                 "(--port), or start a Ray of its own (no --address)"
             )
         return str(options.host)
@@ -173,7 +173,7 @@ def start_ray(address: str | None = None) -> bool:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ray.exceptions.RayError) as error:
             raise ConfigError(
-                f"address: value seen: {address!r}; no Ray answers there as asked; check that it runs, and set "
+                f"address is {address!r}; no Ray answers there as asked; check that it runs, and set "
                 f"RAY_AUTH_MODE=token where it wants tokens ({' '.join(str(error).split())[:200]})"
             ) from error
     return is_own
@@ -189,9 +189,7 @@ def _only_ray() -> str:
         started = find_bootstrap_address(None)
         if started:
             return str(started)
-        raise ConfigError(
-            f"address: value seen: {AUTO!r}; no Ray runs on this machine; give HOST:PORT of a running one (--address)"
-        )
+        raise ConfigError(f"address is {AUTO!r}; no Ray runs on this machine; give HOST:PORT of a running one (--address)")
     if len(found) > 1:
         raise ConfigError(
             f"address: several Rays run on this machine, and none of them was asked: {', '.join(found)}; name the one that "
@@ -209,7 +207,7 @@ def _check_listening(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            f"address: value seen: {address!r}; nothing listens there ({error}); give HOST:PORT of a running Ray, or auto"
+            f"address is {address!r}; nothing listens there ({error}); give HOST:PORT of a running Ray, or auto"
         ) from error
 
 

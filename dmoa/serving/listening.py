@@ -68,16 +68,14 @@ def check_free(host: str, port: int) -> None:
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if fault.errno == errno.EADDRINUSE:
         raise ConfigError(
-            f"server.port: value seen: {port}; another program listens on {place} already; stop it, or choose another "
-            "port (--port)"
+            f"server.port is {port}; another program listens on {place} already; stop it, or choose another port (--port)"
         )
     if fault.errno in (errno.EACCES, errno.EPERM):
         raise ConfigError(
-            f"server.port: value seen: {port}; this user may not listen on {place} ({fault.strerror}); choose one from 1024 on "
-            "(--port)"
+            f"server.port is {port}; this user may not listen on {place} ({fault.strerror}); choose one from 1024 on (--port)"
         )
     raise ConfigError(
-        f"server.host: value seen: {host!r}; nothing can listen there ({fault.strerror or fault}); give an address of this "
+        f"server.host is {host!r}; nothing can listen there ({fault.strerror or fault}); give an address of this "
         "machine, such as 127.0.0.1, or 0.0.0.0 for all of them (--host)"
     )
 

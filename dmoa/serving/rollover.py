@@ -45,7 +45,7 @@ def pool_version(config: Config) -> str:
 def check_version(asked: str, here: str) -> None:
     """Raise PoolChangedError where a query on the version `asked` meets a part that runs `here`."""
     if asked != here:
-        raise PoolChangedError(f"pool version: value seen: {asked}; this part runs {here}; begin the query again")
+        raise PoolChangedError(f"this part runs pool version {here}, and the query began with {asked}; begin the query again")
 
 
 async def answer_on_one_pool_version(

@@ -160,7 +160,7 @@ def train_ablation(
     ablation = ABLATIONS[name]
     if name in left_out(config):
         allowed = ", ".join(other for other in ABLATIONS if other not in left_out(config))
-        raise ConfigError(f"ablation: value seen: {name!r}; {left_out(config)[name]}; allowed: {allowed}; choose one of them")
+        raise ConfigError(f"ablation is {name!r}; {left_out(config)[name]}; choose one of {allowed}")
     folder, common = out / name, dict(options or {})
     if ablation.preset is not None:
         gate = config.gate.model_copy(update={"preset": ablation.preset, "head": "linear"})

@@ -360,7 +360,7 @@ def collected_ids(folder: RolloutFolder, manifest: Manifest) -> set[str]:
         part = read_part(path, fingerprint=manifest.pool_fingerprint, columns=("query_id",))
         ids = set(part["query_id"].unique().to_pylist())
         if twice := sorted(found & ids):
-            raise ConfigError(f"{path}: query_id: value seen: {twice[0]}, which an earlier part has; remove one of the two files")
+            raise ConfigError(f"{path}: query_id is {twice[0]}, which an earlier part has; remove one of the two files")
         found |= ids
     return found
 

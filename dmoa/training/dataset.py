@@ -243,8 +243,8 @@ def _slack(columns: Mapping[str, list[Any]]) -> list[float]:
     for row, (kind, slack) in enumerate(zip(columns["entropy_kind"], slack_R, strict=True)):
         if slack < 0:
             raise ConfigError(
-                f"rollouts: query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}: entropy_slack_nats: value seen: "
-                f"{slack} ({kind}); allowed are numbers from 0, and NaN where it is not known; collect the query again"
+                f"rollouts: query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}: entropy_slack_nats is "
+                f"{slack} ({kind}); expected numbers from 0, and NaN where it is not known; collect the query again"
             )
     # Of what nobody knows, any difference may be chance.
     return [
@@ -261,7 +261,7 @@ def _check_measures(columns: Mapping[str, list[Any]], cell_R: npt.NDArray[np.voi
         row = int(np.argmax(bad_R))
         seen = {name: float(cell_R[name][row]) for name in _MEASURES}
         raise ConfigError(
-            f"rollouts: query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}: {seen}; allowed are finite numbers "
+            f"rollouts: query {columns['query_id'][row]!r}, agent {columns['agent'][row]!r}: {seen}; expected finite numbers "
             "from 0, propensity above 0; collect the query again"
         )
 
@@ -281,7 +281,7 @@ def read_manifests(folders: Sequence[Path], spec: GateSpec, fingerprint: str) ->
         check_rollout_pool(manifest, fingerprint=fingerprint, agents=spec.agents)
         if manifest.preset != spec.preset:
             raise ConfigError(
-                f"--rollouts: {str(folder)!r}: preset: value seen: {manifest.preset!r}; the gate that is to learn has "
+                f"--rollouts: {str(folder)!r}: preset is {manifest.preset!r}; the gate that is to learn has "
                 f"{spec.preset!r}, which reads other inputs; set gate.preset to {manifest.preset!r}, or collect again"
             )
     for _, path in _parts(folders):

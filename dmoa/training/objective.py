@@ -130,7 +130,7 @@ def fit_scale(
         anchors = tuple(next(found) if is_heard else 0.0 for is_heard in is_heard_A)
     if score == "anchored" and anchors is None:
         raise ConfigError(
-            "score: value seen: 'anchored'; anchors need dense steps, and these rollouts have none; add a folder collected with "
+            "score is 'anchored'; anchors need dense steps, and these rollouts have none; add a folder collected with "
             "--dense, start from a checkpoint that has anchors, or use score 'raw'"
         )
     held = episodes.dense_steps(split.held_Q)

@@ -98,7 +98,7 @@ class RolloutOptions(Options):
         if self.limit is None and len(weights) > 1:
             raise ValueError("weights share out limit, which is not given; add --limit N, or leave the weights out")
         if self.labels is not None and _is_inside(self.labels, self.out):
-            raise ValueError(f"labels: value seen: {str(self.labels)!r}, inside out; training reads out: name a folder apart")
+            raise ValueError(f"labels is {str(self.labels)!r}, inside out; training reads out: name a folder apart")
         return self
 
     def limits(self, pool: Limits) -> Limits:
@@ -203,7 +203,7 @@ def _folders(value: object) -> object:
 def _workers(value: object) -> object:
     """Accept `auto`, or a number in words too."""
     if isinstance(value, str) and value != "auto" and not value.isdecimal():
-        raise ValueError("allowed are auto or a whole number from 0")
+        raise ValueError("expected auto or a whole number from 0")
     return int(value) if isinstance(value, str) and value != "auto" else value
 
 
@@ -214,7 +214,7 @@ def _alpha(value: object) -> object:
     try:
         return float(value)
     except ValueError:
-        raise ValueError("allowed are auto or a number between 0 and 1") from None
+        raise ValueError("expected auto or a number between 0 and 1") from None
 
 
 Workers = Annotated[Annotated[int, Field(ge=0, le=1024)] | Literal["auto"], BeforeValidator(_workers), Flag(metavar="W")]

@@ -41,7 +41,7 @@ def read_queries(path: Path, *, skip_bad_rows: bool = False, limit: int | None =
     With a `limit` only the queries that `sample_queries` draws by `seed` are kept, in its order, so that a long file takes no
     more memory than a short one. Every line is checked all the same.
 
-    Raises ConfigError naming file, line, value seen and what is allowed, for a file that cannot be read, holds no query, or
+    Raises ConfigError naming file, line, value and what is expected, for a file that cannot be read, holds no query, or
     (unless they are to be skipped) holds a line that is none.
     """
     texts: dict[str, str] = {}
@@ -88,10 +88,10 @@ def _text(line: bytes) -> str:
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError(f"value seen: {short(text)}; it begins as JSON and is none") from None
+        raise ValueError(f"{short(text)} starts like JSON but does not parse") from None
     query = tree.get("query") if isinstance(tree, dict) else None
     if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"query: value seen: {short(query)}")
+        raise ValueError(f"query is {short(query)}; expected a text that is not blank")
     query.encode("utf-8")
     return query.strip()
 

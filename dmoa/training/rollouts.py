@@ -269,7 +269,7 @@ class RolloutFolder:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Return the manifest of a collection. Raises ConfigError naming file, value seen and what is allowed."""
+    """Return the manifest of a collection. Raises ConfigError naming file, value and what is expected."""
     path = RolloutFolder(Path(folder)).manifest
     try:
         text = path.read_text(encoding="utf-8")
@@ -294,8 +294,8 @@ def check_rollout_pool(manifest: Manifest, *, fingerprint: str, agents: Sequence
     if missing or added:
         detail = f"only in the rollouts: {', '.join(missing) or 'none'}; only in the pool: {', '.join(added) or 'none'}"
     raise ConfigError(
-        f"--rollouts: pool_fingerprint: value seen: {manifest.pool_fingerprint[:12]} (pool {manifest.pool}); allowed is "
-        f"{fingerprint[:12]}, this pool's; {detail}; use the pool that they were collected with, or collect them again"
+        f"--rollouts: pool_fingerprint is {manifest.pool_fingerprint[:12]} (pool {manifest.pool}), and this "
+        f"pool's {fingerprint[:12]}; {detail}; use the pool that they were collected with, or collect them again"
     )
 
 
@@ -307,7 +307,7 @@ def part_paths(folder: str | Path) -> list[Path]:
 def read_part(path: str | Path, *, fingerprint: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
     """Return the rows of one Parquet file, checked; `columns` reads a part of them. Older files get `LATER_COLUMNS`.
 
-    Raises ConfigError naming file, value seen and what is allowed: a file that is damaged or cut short, a column that is
+    Raises ConfigError naming file, value and what is expected: a file that is damaged or cut short, a column that is
     missing or of another type, rows of another schema version, or of a pool other than `fingerprint`.
     """
     wanted = list(SCHEMA.names if columns is None else columns)
@@ -327,7 +327,7 @@ def read_part(path: str | Path, *, fingerprint: str | None = None, columns: Sequ
     for seen in table["pool_fingerprint"].unique().to_pylist() if fingerprint is not None else ():
         if seen != fingerprint:
             raise ConfigError(
-                f"{path}: pool_fingerprint: value seen: {short(seen)}; allowed is {fingerprint!r}, the collection's; "
+                f"{path}: pool_fingerprint is {short(seen)}; expected {fingerprint!r}, the collection's; "
                 "take the file of another pool out of this folder"
             )
     for name in absent:
@@ -347,7 +347,7 @@ def _check_columns(path: str | Path, schema: pa.Schema, wanted: Sequence[str]) -
         expected = SCHEMA.field(name).type
         seen = schema.field(name).type if name in schema.names else None
         if not _is_same(seen, expected):
-            raise ConfigError(f"{path}: column {name}: value seen: {seen}; allowed is {expected}; {_AGAIN}")
+            raise ConfigError(f"{path}: column {name} is {seen}; expected {expected}; {_AGAIN}")
 
 
 def _is_same(seen: pa.DataType | None, expected: pa.DataType) -> bool:
@@ -359,6 +359,6 @@ def _is_same(seen: pa.DataType | None, expected: pa.DataType) -> bool:
 
 def _other_version(path: str | Path, seen: object) -> ConfigError:
     return ConfigError(
-        f"{path}: schema_version: value seen: {short(seen)}; this dmoa reads {SCHEMA_VERSION}; "
+        f"{path}: schema_version is {short(seen)}; this dmoa reads {SCHEMA_VERSION}; "
         "use the dmoa that wrote it, or collect the rollouts again"
     )

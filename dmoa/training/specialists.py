@@ -301,12 +301,12 @@ def train_adapter(job: LoraJob, *, out: Path, workers: int, storage_path: str | 
     needed = schedule.steps * schedule.batch_rows
     if len(job.rows) < needed:
         raise ConfigError(
-            f"steps: value seen: {schedule.steps} of {schedule.batch_rows} rows; there are {len(job.rows)} rows and each is used "
+            f"steps is {schedule.steps} of {schedule.batch_rows} rows; there are {len(job.rows)} rows and each is used "
             f"once; give {needed} rows or fewer steps"
         )
     if workers and schedule.batch_rows % workers:
         raise ConfigError(
-            f"workers: value seen: {workers}; batch_rows is {schedule.batch_rows}, which they cannot share evenly; give a "
+            f"workers is {workers}; batch_rows is {schedule.batch_rows}, which they cannot share evenly; give a "
             "number that divides it"
         )
     run_dir = job.run_dir

@@ -82,7 +82,7 @@ def build_start(options: TrainOptions, config: Config) -> InitialGate:
             wanted, seen = getattr(options, name), getattr(gate.spec, name)
             if wanted not in (None, seen):
                 raise ConfigError(
-                    f"train: {name}: value seen: {wanted!r}; the checkpoint to start from has {seen!r}, and training cannot "
+                    f"train: {name} is {wanted!r}; the checkpoint to start from has {seen!r}, and training cannot "
                     "change it; leave one of the two out"
                 )
     changes = {"score": options.score or gate.spec.score, "max_agents": options.max_agents or gate.spec.max_agents}

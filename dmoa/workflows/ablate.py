@@ -45,9 +45,7 @@ def run_ablations(options: EvaluateOptions, rollouts: Path | None, config: Confi
     assert options.out is not None
     for option, place in (("--out", options.out), ("--rollouts", rollouts)):
         if uri_of(place):
-            raise ConfigError(
-                f"{option}: value seen: {uri_of(place)!r}; with --ablations it is a folder of this machine; copy it here"
-            )
+            raise ConfigError(f"{option} is {uri_of(place)!r}; with --ablations it is a folder of this machine; copy it here")
     out = options.out.absolute()
     with goes_on(f"the same command with --out {options.out} --resume goes on from here"):
         gates = train_all(rollouts, out / "ablations", config, common, options.seed)

@@ -169,7 +169,7 @@ def _options(limits: Limits, policy: str) -> dict[str, Any]:
 def open_client(url: str, api_key: str | None = None) -> ServerClient:
     """Return a client of a server; the key, where it wants one, is DMOA_API_KEY unless given. Raises RequestError."""
     if not url.startswith(("http://", "https://")):
-        raise RequestError(f"--url: value seen: {url!r}; give the server's address, such as http://127.0.0.1:8000")
+        raise RequestError(f"--url is {url!r}; give the server's address, such as http://127.0.0.1:8000")
     from dmoa.serving.client import ServerClient
 
     return ServerClient(url, api_key=os.environ.get("DMOA_API_KEY", "") if api_key is None else api_key)
@@ -250,13 +250,11 @@ def check_ask_options(config: Config, wish: AskOptions) -> str:
     names = config.agent_names
     if wish.agent is not None and wish.agent not in names:
         nearest = did_you_mean(wish.agent, names)
-        raise RequestError(
-            f"--agent: value seen: {wish.agent!r}; allowed: {', '.join(names)}; name an agent of the pool{nearest}"
-        )
+        raise RequestError(f"--agent is {wish.agent!r}; expected one of {', '.join(names)}; name an agent of the pool{nearest}")
     policy = wish.policy or ("single" if wish.agent else "dmoa")
     if policy not in POLICIES:
         nearest = did_you_mean(policy, POLICIES)
-        raise RequestError(f"--policy: value seen: {policy!r}; allowed: {', '.join(POLICIES)}; see `dmoa policies`{nearest}")
+        raise RequestError(f"--policy is {policy!r}; expected one of {', '.join(POLICIES)}; see `dmoa policies`{nearest}")
     if wish.agent is not None and policy != "single":
         raise RequestError(f"--agent: {wish.agent!r} is asked alone, policy {policy!r} chooses itself; leave one of them out")
     return policy

@@ -63,7 +63,7 @@ def check_names(options: RolloutOptions) -> None:
     files = [name for name in names if name not in SUITES]
     if files and options.split not in SPLITS:
         raise ConfigError(
-            f"--split: value seen: {options.split!r}; allowed for {', '.join(files)}: {', '.join(SPLITS)}; name one of them"
+            f"--split: {', '.join(files)} has no split {options.split!r}; expected one of {', '.join(SPLITS)}"
             f"{did_you_mean(options.split, SPLITS)}"
         )
     if len(files) < len(names):

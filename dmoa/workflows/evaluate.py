@@ -114,7 +114,7 @@ def opened_ray(address: str | None, num_gpus: float = 0.0) -> Iterator[None]:
         found = ray.cluster_resources().get("GPU", 0.0)
         if is_own and found < num_gpus:
             raise ConfigError(
-                f"llms: value seen: gpus adding up to {num_gpus:g} for the workers; this machine has {found:g}; lower "
+                f"llms: the workers need {num_gpus:g} GPUs and this machine has {found:g}; lower "
                 "llms.NAME.gpus or --workers, or name a cluster by --address"
             )
         yield
@@ -131,19 +131,19 @@ def check_policies(policies: tuple[str, ...], config: Config | None, gates: tupl
             if agent not in gates:
                 known, nearest = ", ".join(gates) or "none is given", did_you_mean(agent, gates)
                 raise RequestError(
-                    f"--policies: value seen: {policy!r}; allowed gates: {known}; add --gates {agent}=DIR{nearest}"
+                    f"--policies: no gate is named as in {policy!r}; gates given: {known}; add --gates {agent}=DIR{nearest}"
                 )
             continue
         if name not in POLICIES:
             allowed = ", ".join((*POLICIES, "single:AGENT", "dmoa:GATE"))
             is_agent = config is not None and name in config.agent_names
             nearest = f"; did you mean 'single:{name}'?" if is_agent else did_you_mean(name, POLICIES)
-            raise RequestError(f"--policies: value seen: {policy!r}; allowed: {allowed}; name some of them{nearest}")
+            raise RequestError(f"--policies: {policy!r} is not known; name some of {allowed}{nearest}")
         is_agent = agent is None or (name == "single" and (is_name(agent) if config is None else agent in config.agent_names))
         if not is_agent:
             agents = ", ".join(config.agent_names) if config else "the server's agents"
             nearest = did_you_mean(agent, config.agent_names) if config and agent else ""
-            raise RequestError(f"--policies: value seen: {policy!r}; allowed is single:AGENT with one of {agents}{nearest}")
+            raise RequestError(f"--policies: {policy!r} names no agent; write single:AGENT with one of {agents}{nearest}")
 
 
 def build_evaluation(
@@ -235,7 +235,7 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
     staged = [name for name in expand_names(options.benchmarks) if name in ("chain", "relay")]
     if staged:
         raise ConfigError(
-            f"--benchmarks: value seen: {', '.join(staged)}; their stages fit in no HTTP request; leave them out with --url"
+            f"--benchmarks: the stages of {', '.join(staged)} do not fit in an HTTP request; leave it out with --url"
         )
 
     async def models() -> list[str]:
@@ -247,9 +247,7 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
     for policy, agent in map(split_policy, options.policies):
         if (agent or f"{name}/{policy}") not in known:
             nearest = did_you_mean(agent or f"{name}/{policy}", known)
-            raise RequestError(
-                f"--policies: value seen: {agent or policy!r}; {url} has {', '.join(known)}; name some of them{nearest}"
-            )
+            raise RequestError(f"--policies: {url} does not have {agent or policy!r}; name some of {', '.join(known)}{nearest}")
     workers = AnswerWorkers(
         # The key travels with the client: a runtime environment would show it in Ray's own records.
         open_swarm=OpenServer(url=url, pool=name, api_key=os.environ.get("DMOA_API_KEY", "")),

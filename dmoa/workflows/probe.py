@@ -39,8 +39,8 @@ def run_probe(options: ProbeOptions, config: Config, common: Common, command: st
     unknown = [name for name in known if name not in allowed]
     if unknown:
         raise ConfigError(
-            f"--known-answers: value seen: {', '.join(unknown)}; allowed: {', '.join(allowed)}, generated suites whose answers "
-            f"are computed; name some of them{did_you_mean(unknown, allowed)}"
+            f"--known-answers: {', '.join(unknown)} not known; name some of {', '.join(allowed)}, the generated suites "
+            f"whose answers are computed{did_you_mean(unknown, allowed)}"
         )
     out = options.out or Path("out") / time.strftime("probe-%Y%m%d-%H%M%S")
     collect = partial(_collect, config=config, common=common, options=options, command=command)

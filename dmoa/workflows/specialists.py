@@ -117,7 +117,7 @@ class SpecialistOptions(Options):
         """The recipe of `name`. Raises ConfigError."""
         if self.name not in self.recipes:
             raise ConfigError(
-                f"job.name: value seen: {self.name!r}; allowed: {', '.join(self.recipes) or 'none'}; name one of them or add "
+                f"job.name is {self.name!r}; expected one of {', '.join(self.recipes) or 'none'}; name one of them or add "
                 f"it under job.recipes{did_you_mean(self.name, self.recipes)}"
             )
         return self.recipes[self.name]

@@ -89,7 +89,7 @@ def open_study(common: Common) -> Study:
     try:
         settings = Study(**{**values, "out": Path(values["out"]).absolute()}, common=common)
     except (TypeError, KeyError) as error:
-        raise ConfigError(f"job: {error}; allowed: {', '.join(Study.__dataclass_fields__)}; out is needed") from error
+        raise ConfigError(f"job: {error}; expected one of {', '.join(Study.__dataclass_fields__)}; out is needed") from error
     check_same(settings)
     return settings
 

@@ -129,11 +129,11 @@ def test_every_agent_has_its_own_gpu_and_a_wide_one_two_of_one_node(running: Run
     [
         (
             "llms.wide.gpus=3",
-            "llms.wide.gpus: value seen: 3; a replica's GPUs belong on one node, and the largest of the Ray at ADDRESS has 2",
+            "llms.wide.gpus: a replica's 3 GPUs belong on one node, and the largest of the Ray at ADDRESS has 2",
         ),
         (
             "agents.0.autoscaling.min_replicas=2",
-            "llms.small.gpus and of wide: value seen: 9 in all at min_replicas (agent-a0 2 x 1, agent-a1 1 x 1",
+            "llms.small.gpus and of wide: 9 in all at min_replicas (agent-a0 2 x 1, agent-a1 1 x 1",
         ),
     ],
 )

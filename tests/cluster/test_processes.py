@@ -67,7 +67,7 @@ def test_behind_a_proxy_on_its_port_alone_until_its_group_is_ended(pool: Path, h
         command = [DMOA, "serve", "--config", str(pool), "--host", host, "--port", port]
         second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert second.returncode == 2
-        assert f"server.port: value seen: {port}; another program listens on " in second.stderr
+        assert f"server.port is {port}; another program listens on " in second.stderr
         assert "Traceback" not in second.stderr
 
         said = len(served.errors)

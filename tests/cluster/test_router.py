@@ -89,7 +89,7 @@ def test_install_refuse_and_roll_back(running: Running, tmp_path: Path) -> None:
     refused, _ = running.router("install", str(tmp_path), code=2)
     assert "a checkpoint is a folder with gate.safetensors and gate.json" in refused.stderr
     refused, _ = running.router("status", "--app", "nobody", code=2)
-    assert "app: value seen: 'nobody'; running on this Ray: dmoa" in refused.stderr
+    assert "app is 'nobody'; running on this Ray: dmoa" in refused.stderr
     assert running.ask()["gate_version"] == version_of(running.two)
 
     _, changed = running.router("rollback")

@@ -54,7 +54,7 @@ def test_an_address_where_nothing_listens_ends_the_command(tmp_path: Path) -> No
     command = [str(Path(sys.executable).with_name("dmoa")), "serve", "--config", str(tmp_path / "pool.yaml")]
     done = subprocess.run([*command, "--address", address], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2, done.stderr
-    assert f"address: value seen: '{address}'; nothing listens there" in done.stderr
+    assert f"address is '{address}'; nothing listens there" in done.stderr
 
 
 def ask_until_up(served: Served, url: str) -> dict[str, Any]:

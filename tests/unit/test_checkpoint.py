@@ -188,14 +188,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another core": (change_spec(core="linear"), "weight_ih"),
     "an anchor set with an unknown key": (
         change(anchor_set={"means": [0.0], "rows": 1, "clusters": 1, "mode": 1}),
-        "anchor_set.mode: unknown key (value seen: 1); allowed: means, rows, clusters, constant; remove it",
+        "anchor_set.mode: unknown key (value 1); expected one of means, rows, clusters, constant; remove it",
     ),
     "a spec of another size": (change_spec(hidden=4), "weight_ih"),
     "a spec too big for any memory": (change_spec(embedding_dim=10**15), "damaged or mixed"),
     "a profile head without profiles": (change_spec(head="profile"), "profile"),
     "an unknown key in the spec": (change_spec(colour=1), "unknown keys ['colour']"),
-    "an unknown key": (change(colour=1), "colour: unknown key (value seen: 1); allowed: schema_version, version"),
-    "a wrong type": (change(temperature="hot"), "temperature: value seen: 'hot'"),
+    "an unknown key": (change(colour=1), "colour: unknown key (value 1); expected one of schema_version, version"),
+    "a wrong type": (change(temperature="hot"), "temperature is 'hot'"),
     "a newer schema": (change(schema_version=2, colour=1), "schema_version is 2, this dmoa reads 1; use the dmoa that wrote it"),
     "a schema that is no number": (change(schema_version=None), "schema_version is None, this dmoa reads 1"),
 }

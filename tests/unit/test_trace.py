@@ -136,9 +136,9 @@ BAD_LINES = [
     ("[" * 100_000, "not valid JSON"),
     ("[1]", "dictionary"),
     (json.dumps({k: v for k, v in GOOD.items() if k != "routes"}), "routes: missing; add it"),
-    (json.dumps(GOOD | {"colour": 1}), "colour: unknown key (value seen: 1); allowed: schema_version, trace_id"),
-    (json.dumps(GOOD | {"wall_ms": "long"}), "wall_ms: value seen: 'long'"),
-    (json.dumps(GOOD | {"routes": [GOOD["routes"][0] | {"k": 1.5}]}), "routes.0.k: value seen: 1.5"),
+    (json.dumps(GOOD | {"colour": 1}), "colour: unknown key (value 1); expected one of schema_version, trace_id"),
+    (json.dumps(GOOD | {"wall_ms": "long"}), "wall_ms is 'long'"),
+    (json.dumps(GOOD | {"routes": [GOOD["routes"][0] | {"k": 1.5}]}), "routes.0.k is 1.5"),
     (json.dumps(GOOD | {"schema_version": 2, "colour": 1}), "schema_version is 2, this dmoa reads 1; use the dmoa that wrote it"),
 ]
 

@@ -44,18 +44,18 @@ def test_what_is_read_is_what_is_written(text: str, value: object) -> None:
 
 
 REFUSED = [
-    ("010", "reads it as 8"),
-    ("-012", "reads it as -10"),
-    ("00", "reads it as 0"),
-    ("0_7", "reads it as 7"),
-    ("0b11", "reads it as 3"),
-    ("1:30", "reads it as 90"),
-    ("+1:30", "reads it as 90"),
-    ("190:20:30", "reads it as 685230"),
-    ("1:30.5", "reads it as 90.5"),
-    ("!!int '010'", "reads it as 8"),
-    ("2001-01-01", "reads it as a date"),
-    ("2001-12-14 21:59:43", "reads it as a date"),
+    ("010", "as 8"),
+    ("-012", "as -10"),
+    ("00", "as 0"),
+    ("0_7", "as 7"),
+    ("0b11", "as 3"),
+    ("1:30", "as 90"),
+    ("+1:30", "as 90"),
+    ("190:20:30", "as 685230"),
+    ("1:30.5", "as 90.5"),
+    ("!!int '010'", "as 8"),
+    ("2001-01-01", "as a date"),
+    ("2001-12-14 21:59:43", "as a date"),
 ]
 
 
@@ -64,7 +64,9 @@ def test_a_number_that_means_another_one_is_refused(text: str, part: str) -> Non
     for place, line in (("{}", 1), ("a: {}", 1), ("a:\n  - {}", 2), ("{}: a", 1)):
         with pytest.raises(ConfigError) as caught:
             parse_yaml(place.format(text), "pool.yaml")
-        assert str(caught.value).startswith(f"pool.yaml: line {line}: value seen: {text.removeprefix('!!int ').strip(chr(39))}; ")
+        assert str(caught.value).startswith(
+            f"pool.yaml: line {line}: YAML 1.1 reads {text.split("'")[1] if "'" in text else text} "
+        )
         assert part in str(caught.value)
         assert "in quotes" in str(caught.value)
 
@@ -73,7 +75,7 @@ def test_an_override_is_read_alike() -> None:
     tree: dict[str, object] = {}
     set_value(tree, "name=off")
     assert tree == {"name": "off"}
-    with pytest.raises(ConfigError, match=r"--set 'gate.seed=010': line 1: value seen: 010; YAML 1.1 reads it as 8"):
+    with pytest.raises(ConfigError, match=r"--set 'gate.seed=010': line 1: YAML 1.1 reads 010 as 8"):
         set_value(tree, "gate.seed=010")
 
 

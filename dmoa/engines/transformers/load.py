@@ -70,7 +70,7 @@ def load_model(
         raise
     except _UNLOADABLE as error:
         raise ConfigError(
-            f"model: value seen: {name!r}; a folder with a transformers language model and its tokenizer is allowed; "
+            f"model: {name!r} is not a folder with a transformers language model and its tokenizer; "
             f"check the path: {' '.join(str(error).split())[:400]}"
         ) from error
     if not tokenizer.chat_template:
@@ -121,7 +121,7 @@ def give_back(device: torch.device) -> None:
 def device_of(options: TransformersOptions, gpu: int | None = None) -> torch.device:
     """Return the device that an engine computes on. Raises ConfigError for a GPU where there is none."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine_kwargs.device: value seen: 'cuda'; this machine has no CUDA device; use 'auto' or 'cpu'")
+        raise ConfigError("engine_kwargs.device is 'cuda'; this machine has no CUDA device; use 'auto' or 'cpu'")
     if options.device == "auto":
         name = "cuda" if torch.cuda.is_available() and options.dtype != "int8" else "cpu"
     else:
@@ -131,27 +131,23 @@ def device_of(options: TransformersOptions, gpu: int | None = None) -> torch.dev
 
 def _check(options: TransformersOptions, device: torch.device, has_adapters: bool) -> None:
     if options.dtype == "int8" and device.type != "cpu":
-        raise ConfigError(
-            "engine_kwargs.dtype: value seen: 'int8'; int8 weights run on device 'cpu' only; use 'bfloat16' on a GPU"
-        )
+        raise ConfigError("engine_kwargs.dtype is 'int8'; int8 weights run on device 'cpu' only; use 'bfloat16' on a GPU")
     if options.dtype == "int8" and has_adapters:
         raise ConfigError(
-            "engine_kwargs.dtype: value seen: 'int8' with LoRA adapters; adapters need 'float32' or 'bfloat16' weights; "
+            "engine_kwargs.dtype is 'int8' with LoRA adapters; adapters need 'float32' or 'bfloat16' weights; "
             "change the dtype or leave the adapters out"
         )
     if options.dtype == "bfloat16" and device.type == "cpu":
         _check_bfloat16()
     if options.compile and has_adapters:
         raise ConfigError(
-            "engine_kwargs.compile: value seen: true with LoRA adapters; a batch of mixed adapters would be compiled anew for "
+            "engine_kwargs.compile is true with LoRA adapters; a batch of mixed adapters would be compiled anew for "
             "every mixture; set compile to false or leave the adapters out"
         )
     if options.compile and options.dtype == "int8":
-        raise ConfigError("engine_kwargs.compile: value seen: true with dtype 'int8'; compile 'float32' or 'bfloat16' weights")
+        raise ConfigError("engine_kwargs.compile is true with dtype 'int8'; compile 'float32' or 'bfloat16' weights")
     if options.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
-        raise ConfigError(
-            "engine_kwargs.compile: value seen: true; it needs a C++ compiler (g++ or clang++); install one or use false"
-        )
+        raise ConfigError("engine_kwargs.compile is true; it needs a C++ compiler (g++ or clang++); install one or use false")
 
 
 def _check_bfloat16() -> None:
@@ -160,7 +156,7 @@ def _check_bfloat16() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300, check=False)  # noqa: S603 our own code
     if done.returncode:
         raise ConfigError(
-            "engine_kwargs.dtype: value seen: 'bfloat16'; this processor reports matrix instructions that it does not run "
+            "engine_kwargs.dtype is 'bfloat16'; this processor reports matrix instructions that it does not run "
             f"(a trial ended with status {done.returncode}); use 'float32', or set the environment variable "
             "ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 before the start"
         )

@@ -101,7 +101,7 @@ class Adapters:
         """Raise EngineError for an adapter that is not loaded."""
         if adapter is not None and adapter not in self._numbers:
             allowed = ", ".join(self._numbers) or "none is loaded"
-            raise EngineError(f"adapter: value seen: {adapter!r}; allowed: null, {allowed}; name it in the pool, then restart")
+            raise EngineError(f"adapter is {adapter!r}; expected null, {allowed}; name it in the pool, then restart")
 
     def choose(self, adapters: Sequence[str | None]) -> None:
         """Set the adapter of every row of the next forwards; None is the base model."""
@@ -124,7 +124,7 @@ class Adapters:
                         wrapped.load_adapter(folder, adapter_name=_peft_name(self._numbers[name]))
             except (RuntimeError, ValueError, OSError, KeyError) as error:
                 raise ConfigError(
-                    f"adapters.{name}: value seen: {str(folder)!r}; a LoRA adapter of this model is allowed; "
+                    f"adapters.{name}: {str(folder)!r} is not a LoRA adapter of this model; "
                     f"train it on this model: {' '.join(str(error).split())[:400]}"
                 ) from error
         wrapped.eval().requires_grad_(False)

@@ -184,7 +184,7 @@ class VllmEngine:
             return None
         if adapter not in self._loras:
             allowed = ", ".join(self._loras) or "none is loaded"
-            raise EngineError(f"adapter: value seen: {adapter!r}; allowed: null, {allowed}; name it in the pool, then restart")
+            raise EngineError(f"adapter is {adapter!r}; expected null, {allowed}; name it in the pool, then restart")
         return self._loras[adapter]
 
 

@@ -19,7 +19,7 @@ def vllm_options(part: LlmConfig, llm: str) -> VllmOptions:
     """Return the options of an LLM whose engine is `vllm`. Raises ConfigError for another engine."""
     options = part.options
     if not isinstance(options, VllmOptions):
-        raise ConfigError(f"llms.{llm}.engine: value seen: {part.engine!r}; allowed here is 'vllm'")
+        raise ConfigError(f"llms.{llm}.engine is {part.engine!r}; expected 'vllm' here")
     return options
 
 

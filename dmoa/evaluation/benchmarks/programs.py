@@ -53,7 +53,7 @@ def judge_program(source: str, checker: str, limits: SandboxLimits, *, allow_wea
     try:
         result = sandbox.run_checked(sandbox.Program(source=source), checker, limits, allow_weak=allow_weak)
     except SyntaxError as error:
-        return Verdict(False, f"the checker is no Python: {error}", is_judged=False)
+        return Verdict(False, f"the checker is not Python: {error}", is_judged=False)
     if result.status == "ok":
         return Verdict(True, "passed")
     if result.status == "sandbox_error":

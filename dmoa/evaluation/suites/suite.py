@@ -59,7 +59,7 @@ def fine_split(split: str) -> SuiteSplit:
         return PUBLIC[split]
     allowed = list(dict.fromkeys((*SPLITS, *SUITE_SPLITS)))
     nearest = did_you_mean(split, allowed)
-    raise ConfigError(f"split: value seen: {split!r}; allowed: {', '.join(allowed)}; name one of them{nearest}")
+    raise ConfigError(f"split is {split!r}; expected one of {', '.join(allowed)}{nearest}")
 
 
 def split_of(root: str) -> SuiteSplit:
@@ -305,7 +305,7 @@ class Suite:
         capacity = self.capacity(fine, difficulty, groups)
         if not 1 <= limit <= capacity:
             raise ConfigError(
-                f"limit: value seen: {limit}; allowed: 1 to {capacity} (rows of suite {self.name}, split {fine}, difficulty "
+                f"limit is {limit}; expected 1 to {capacity} (rows of suite {self.name}, split {fine}, difficulty "
                 f"{difficulty}); ask for fewer rows or another difficulty"
             )
         return islice(self._rows(fine, seed, difficulty, groups), limit)
@@ -321,9 +321,7 @@ class Suite:
     def _level(self, difficulty: int) -> Level:
         if not 1 <= difficulty <= len(self.levels):
             meanings = ", ".join(f"{number} ({meaning})" for number, meaning in self.difficulties.items())
-            raise ConfigError(
-                f"difficulty: value seen: {difficulty}; allowed for suite {self.name}: {meanings}; choose one of them"
-            )
+            raise ConfigError(f"difficulty is {difficulty}; suite {self.name} has {meanings}; choose one of them")
         return self.levels[difficulty - 1]
 
     def _kinds(self, difficulty: int, groups: Collection[str]) -> tuple[Kind, ...]:
@@ -335,7 +333,7 @@ class Suite:
         unknown = sorted(set(groups) - set(allowed))
         if unknown:
             raise ConfigError(
-                f"groups: value seen: {', '.join(unknown)}; allowed for suite {self.name} at difficulty {difficulty}: "
+                f"groups: {', '.join(unknown)} not known; suite {self.name} has at difficulty {difficulty}: "
                 f"{', '.join(allowed)}; name some of them{did_you_mean(unknown, allowed)}"
             )
 

@@ -30,7 +30,7 @@ def hash_keys(env: Mapping[str, str]) -> tuple[str, ...]:
     raw = env.get(VARIABLE, "")
     keys = [key for part in raw.split(",") if (key := part.strip())]
     if raw and not keys:
-        raise ConfigError(f"{VARIABLE}: set, but holds no key; allowed: keys separated by commas; give one or unset it")
+        raise ConfigError(f"{VARIABLE}: it is set but holds no key; give keys separated by commas, or unset it")
     return tuple(dict.fromkeys(_digest(key.encode("utf-8", "surrogateescape")) for key in keys))
 
 
@@ -39,8 +39,8 @@ def check_exposure(host: str, key_hashes: tuple[str, ...], insecure: bool) -> No
     if key_hashes or insecure or is_loopback(host):
         return
     raise ConfigError(
-        f"server.host: value seen: {host!r}, which other machines can reach, and no API keys; allowed without keys: a loopback "
-        f"address such as 127.0.0.1; set {VARIABLE}, or pass --insecure if the network itself is trusted"
+        f"server.host is {host!r}, which other machines can reach, and there are no API keys; without keys it must be a "
+        f"loopback address such as 127.0.0.1; set {VARIABLE}, or pass --insecure if the network itself is trusted"
     )
 
 
@@ -118,7 +118,7 @@ class BodyLimit:
         await self.app(scope, counted, send)
 
     def _too_large(self, seen: str) -> RequestError:
-        message = f"body: {seen} bytes; allowed: {self.max_body_bytes} bytes (server.max_body_bytes); send a shorter request"
+        message = f"body: {seen} bytes; expected at most {self.max_body_bytes} (server.max_body_bytes); send a shorter request"
         return RequestError(message, code="request_too_large", status=413)
 
 
@@ -140,7 +140,7 @@ class ConcurrencyLimit:
         """Hold one place. Raises RequestError (429) when all are taken."""
         if self.taken >= self.max_queued_requests:
             raise RequestError(
-                f"{self.taken} queries are in flight; allowed: {self.max_queued_requests} (limits.max_queued_requests); "
+                f"{self.taken} queries are in flight, and {self.max_queued_requests} is the limit (limits.max_queued_requests); "
                 "try again after the seconds in Retry-After",
                 code="too_many_requests",
                 status=429,

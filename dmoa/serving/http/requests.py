@@ -29,7 +29,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from dmoa.errors import RequestError
 from dmoa.serving.http.service import SwarmService
 from dmoa.types import Limits, Message, Query
-from dmoa.validation import did_you_mean
+from dmoa.validation import did_you_mean, expectation
 
 MAX_NEW_TOKENS = 131072
 """Most tokens that a client may ask for."""
@@ -58,7 +58,7 @@ class Only:
         shown = ", ".join(json.dumps(one) for one in self.allowed)
         way = f"; {self.way}" if self.way else ""
         raise PydanticCustomError(
-            "unsupported", "not supported; allowed: {shown}; leave the field out{way}", {"shown": shown, "way": way}
+            "unsupported", "which is not supported; expected {shown}; leave the field out{way}", {"shown": shown, "way": way}
         )
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -288,13 +288,13 @@ R = TypeVar("R", bound=SharedRequest)
 def parse_body(model: type[R], body: bytes, content_type: str) -> R:
     """Turn the bytes of a body into a checked request.
 
-    Raises RequestError (400) naming the first field that is wrong, the value seen and what is allowed. A declared JSON
+    Raises RequestError (400) naming the first field that is wrong, its value and what is expected. A declared JSON
     content type is required, because a page in a browser can post any other kind to a loopback server unasked.
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(
-            f"Content-Type: value seen: {kind[:80]!r}; allowed: application/json; send the body as JSON under that header",
+            f"Content-Type is {kind[:80]!r}; expected application/json; send the body as JSON under that header",
             code="unsupported_content_type",
         )
     try:
@@ -319,19 +319,19 @@ def request_error(error: ValidationError) -> RequestError:
     if kind == "json_invalid":
         return RequestError(f"body: {first['msg']}; send one JSON object in UTF-8", code="invalid_json")
     if param is None:
-        return RequestError(f"body: value seen: {shown_value(seen)}; allowed: a JSON object; send one", code="invalid_type")
+        return RequestError(f"body is {shown_value(seen)}; expected a JSON object; send one", code="invalid_type")
     if kind == "missing":
         return _refused(param, "missing; add it", "missing_required_parameter")
     if kind == "extra_forbidden":
         return unknown_field(param, seen, did_you_mean(str(first["loc"][-1])[:200], _fields_beside(first["loc"])))
-    code, why = "invalid_value", f"{first['msg'][0].lower()}{first['msg'][1:]}; change it"
+    code, why = "invalid_value", f"; {expectation(first['msg'])}"
     if kind == "literal_error" and first["loc"][-1] == "type" and "content" in first["loc"]:
-        code, why = "unsupported", "allowed: text parts; other kinds of content are not supported"
+        code, why = "unsupported", "; expected text parts; other kinds of content are not supported"
     elif kind == "unsupported":
-        code, why = kind, first["msg"]
+        code, why = kind, f", {first['msg']}"
     elif kind.startswith("union_tag"):
-        why = "input should be a text or a list; change it"
-    return _refused(param, f"value seen: {shown_value(seen)}; {why}", code)
+        why = "; expected a text or a list"
+    return _refused(param, f"is {shown_value(seen)}{why}", code)
 
 
 def _fields_beside(loc: tuple[int | str, ...]) -> list[str]:
@@ -346,7 +346,7 @@ def _fields_beside(loc: tuple[int | str, ...]) -> list[str]:
 
 def unknown_field(param: str, value: object, nearest: str = "") -> RequestError:
     """Return the error for a field that no request has; `nearest` ends it with the field that may have been meant."""
-    why = f"unknown field, value seen: {shown_value(value)}; remove it or check its spelling{nearest}"
+    why = f"unknown field (value {shown_value(value)}); remove it or check its spelling{nearest}"
     return _refused(param, why, "unknown_parameter")
 
 
@@ -394,12 +394,12 @@ def chat_order(request: ChatRequest, service: SwarmService) -> ParsedRequest:
     _check_messages(request)
     place, last = f"messages[{len(request.messages) - 1}]", request.messages[-1]
     if last.role != "user":
-        seen = f"value seen: {last.role!r}; allowed for the last message: 'user'; end the conversation with the question"
+        seen = f"is {last.role!r}; expected 'user' for the last message; end the conversation with the question"
         raise _refused(f"{place}.role", seen)
     num_system = next(i for i, message in enumerate(request.messages) if message.role not in ("system", "developer"))
     tokens, older = request.max_completion_tokens, request.max_tokens
     if None not in (tokens, older) and tokens != older:
-        seen = f"value seen: {older}, and max_completion_tokens is {tokens}; they mean the same; send one"
+        seen = f"is {older}, and max_completion_tokens is {tokens}; they mean the same; send one"
         raise _refused("max_tokens", seen)
     query = _query(
         request,
@@ -423,7 +423,9 @@ def completion_order(request: CompletionRequest, service: SwarmService) -> Parse
 
 
 def _refused(param: str, why: str, code: str = "invalid_value", status: int = 400) -> RequestError:
-    return RequestError(f"{param}: {why}", param=param, code=code, status=status)
+    """Return the error of a field; `why` goes on after its name: `is 3; expected ...`, or says what is wrong."""
+    joint = " " if why.startswith("is ") else ": "
+    return RequestError(f"{param}{joint}{why}", param=param, code=code, status=status)
 
 
 def _check_messages(request: ChatRequest) -> None:
@@ -440,12 +442,12 @@ def _check_messages(request: ChatRequest) -> None:
         if "content" not in message.model_fields_set:
             raise _refused(param, "missing; add it", "missing_required_parameter")
         seen = "null" if message.content is None else "[]"
-        raise _refused(param, f"value seen: {seen}; allowed: a text, or text parts; add some")
+        raise _refused(param, f"is {seen}; expected a text, or text parts")
 
 
 def _question(text: str, param: str) -> str:
     if not text.strip():
-        raise _refused(param, f"value seen: {shown_value(text)}; allowed: a text; ask something")
+        raise _refused(param, f"is {shown_value(text)}; expected a text; ask something")
     return text
 
 
@@ -459,7 +461,7 @@ def _query(
     turns: tuple[Message, ...] = (),
 ) -> Query:
     if request.stream_options is not None and not request.stream:
-        raise _refused("stream_options", "given without stream; allowed with stream: true; leave it out")
+        raise _refused("stream_options", "given without stream; set stream: true, or leave it out")
     sampling: dict[str, Any] = {
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -492,14 +494,14 @@ def resolve(request: SharedRequest, service: SwarmService) -> tuple[str, str | N
     if model not in model_names(service):
         raise unknown_model(model, service)
     if asked is not None and asked not in service.policies:
-        allowed = f"allowed: {', '.join(service.policies)}; choose one of them{did_you_mean(asked, service.policies)}"
-        raise _refused("dmoa.policy", f"value seen: {shown_value(asked)}; {allowed}", "unknown_policy")
+        allowed = f"expected one of {', '.join(service.policies)}{did_you_mean(asked, service.policies)}"
+        raise _refused("dmoa.policy", f"is {shown_value(asked)}; {allowed}", "unknown_policy")
     if model == service.pool:
         return asked or service.policies[0], None
     agent = model if model in service.agents else None
     named = SINGLE if agent else model.removeprefix(f"{service.pool}/")
     if asked not in (None, named):
-        seen = f"value seen: {asked!r}, but model {model!r} means {named!r}; make them agree, or leave one out"
+        seen = f"is {asked!r}, but model {model!r} means {named!r}; make them agree, or leave one out"
         raise _refused("dmoa.policy", seen)
     return named, agent
 
@@ -508,8 +510,8 @@ def unknown_model(model: str, service: SwarmService) -> RequestError:
     """Return the 404 of a model name that this server does not have."""
     names = model_names(service)
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    allowed = f"allowed: {shown}; GET /v1/models lists them{did_you_mean(model[:200], names)}"
-    return _refused("model", f"value seen: {shown_value(model)}; {allowed}", "model_not_found", 404)
+    allowed = f"expected {shown}; GET /v1/models lists them{did_you_mean(model[:200], names)}"
+    return _refused("model", f"is {shown_value(model)}; {allowed}", "model_not_found", 404)
 
 
 def _limits(options: DmoaOptions, service: SwarmService) -> Limits:

@@ -177,7 +177,7 @@ class _Front:
         """Return the trace of a query, to the key that made it."""
         found = await self._service().trace(trace_id, _key_hash(request))
         if found is None:
-            message = f"trace_id: value seen: {trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
+            message = f"trace_id is {trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
             raise RequestError(message, param="trace_id", code="trace_not_found", status=404)
         return json_response(found)
 

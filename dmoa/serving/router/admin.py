@@ -37,7 +37,7 @@ class RouterAdmin:
         except ValueError as error:
             running = ", ".join(running_apps()) or "none"
             raise ConfigError(
-                f"app: value seen: {app!r}; running on this Ray: {running}; this is the one at {self.address}; "
+                f"app is {app!r}; running on this Ray: {running}; this is the one at {self.address}; "
                 "name one of them (--app), or the Ray that it runs on (--address)"
             ) from error
 

@@ -49,7 +49,7 @@ MAX_NOTE_CHARACTERS = 500
 def read_files(files: Mapping[str, bytes], where: str) -> tuple[Gate, Checkpoint]:
     """Return the gate that the files of a checkpoint hold; messages say `where` they come from. Raises CheckpointError."""
     if set(files) != set(FILES):
-        raise CheckpointError(f"{where}: its files are {short(sorted(files))}; allowed are exactly {', '.join(FILES)}")
+        raise CheckpointError(f"{where}: its files are {short(sorted(files))}; expected exactly {', '.join(FILES)}")
     with tempfile.TemporaryDirectory() as scratch:
         for name in FILES:
             (Path(scratch) / name).write_bytes(files[name])
@@ -72,9 +72,7 @@ class RouterState:
         try:
             self._fs, self._root = arrow_fs.FileSystem.from_uri(uri)
         except (ArrowException, OSError, ValueError) as error:
-            raise ConfigError(
-                f"router.state_uri: value seen: {uri!r}; allowed are file:///DIR, s3://..., gs://...; change it ({error})"
-            ) from error
+            raise ConfigError(f"router.state_uri is {uri!r}; expected file:///DIR, s3://..., gs://... ({error})") from error
 
     def save_version(self, gate: Gate, record: Checkpoint) -> None:
         """Keep a version; one that is already there is left alone, because its name is its content."""

@@ -96,7 +96,7 @@ BAD_WEIGHTS: dict[str, tuple[Callable[[Weights], Weights], str]] = {
     "a norm": (plus("base_model.model.model.norm.weight", 48), "key 'base_model.model.model.norm.weight' has no place"),
     "LoRA on a norm": (
         lora("base_model.model.model.norm", 48),
-        "model.norm: value seen: LoRA on a layer of type LlamaRMSNorm|leaves this layer out",
+        "model.norm: LoRA on a layer of type LlamaRMSNorm|leaves this layer out",
     ),
     "NaN": (spoilt(float("nan")), rf"key '{LAYER}.lora_B.weight' holds NaN or infinity"),
     "infinity": (spoilt(float("inf")), "holds NaN or infinity"),
@@ -117,8 +117,8 @@ BAD_WEIGHTS: dict[str, tuple[Callable[[Weights], Weights], str]] = {
     "three dimensions": (shaped("A", 4, 48, 1), r"has the shape \[4, 48, 1\]"),
 }
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "lora_bias": ({"lora_bias": True}, "lora_bias: True; allowed is null or false"),
-    "bias": ({"bias": "lora_only"}, "bias: 'lora_only'; allowed is 'none'"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias: True; expected null or false"),
+    "bias": ({"bias": "lora_only"}, "bias: 'lora_only'; expected 'none'"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save: \['lm_head'\]"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "parameters": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
@@ -129,7 +129,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "no type": ({"peft_type": None}, "None; only plain LoRA is allowed"),
     "DoRA": ({"use_dora": True}, "DoRA; only plain LoRA"),
     "rank": ({"r": 8}, "which is not of rank 8"),
-    "no rank": ({"r": 0}, "r: 0; allowed is a whole number from 1"),
+    "no rank": ({"r": 0}, "r: 0; expected a whole number from 1"),
     "alpha 0": ({"lora_alpha": 0}, "lora_alpha: 0"),
     "alpha NaN": ({"lora_alpha": float("nan")}, "lora_alpha: nan"),
     "no targets": ({"target_modules": None}, "target_modules: None"),
@@ -290,7 +290,7 @@ def test_embeddings_are_for_vllm_alone(tiny_model: Path, plain: Path, tmp_path: 
     targets = [*TARGETS, "embed_tokens"]
     folder = changed(plain, tmp_path / "table", change, target_modules=targets)
     check_files(pool_of(tiny_model, folder, "vllm"))
-    with pytest.raises(ConfigError, match=r"model.embed_tokens: value seen: LoRA on a layer of type Embedding"):
+    with pytest.raises(ConfigError, match=r"model.embed_tokens: LoRA on a layer of type Embedding"):
         check_files(pool_of(tiny_model, folder, "transformers"))
 
 

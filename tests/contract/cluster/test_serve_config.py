@@ -118,7 +118,7 @@ def test_builder_binds_the_pool_and_leaves_its_arguments_alone(monkeypatch: pyte
 def test_builder_refuses_a_reachable_server_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     open_pool = {**POOL, "server": {"host": "0.0.0.0"}}
     monkeypatch.delenv("DMOA_API_KEYS", raising=False)
-    with pytest.raises(ConfigError, match=r"server\.host: value seen: '0\.0\.0\.0'"):
+    with pytest.raises(ConfigError, match=r"server\.host is '0\.0\.0\.0'"):
         build_pool(open_pool)
     monkeypatch.setenv("DMOA_API_KEYS", "secret")
     assert isinstance(build_pool(open_pool), Application)

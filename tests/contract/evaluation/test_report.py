@@ -136,7 +136,7 @@ def test_the_report_is_written_whole(evaluation: Evaluation, text: str, tmp_path
     write_report(evaluation, tmp_path / "deep" / "report.html")
     assert (tmp_path / "deep" / "report.html").read_text(encoding="utf-8") == text
     assert len(list((tmp_path / "deep").iterdir())) == 1
-    with pytest.raises(ConfigError, match="a folder; allowed is a file"):
+    with pytest.raises(ConfigError, match="a folder; expected a file"):
         write_report(evaluation, tmp_path)
 
 

@@ -111,5 +111,5 @@ def test_too_few_rows_are_named(model: str, tmp_path: Path) -> None:
 
 
 def test_workers_that_cannot_share_a_batch_are_named(model: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="workers: value seen: 4; batch_rows is 6"):
+    with pytest.raises(ConfigError, match="workers is 4; batch_rows is 6"):
         train_adapter(make_job(model, tmp_path), out=tmp_path, workers=4, storage_path=None)

@@ -137,7 +137,7 @@ def test_added_tokens_that_are_ordinary_text_stay_what_they_are() -> None:
 
 
 def test_nothing_is_no_conversation() -> None:
-    with pytest.raises(EngineError, match="x: messages: value seen: none"):
+    with pytest.raises(EngineError, match="x: messages is empty"):
         encode_chat(TINY, (), model="x")
 
 

@@ -78,19 +78,19 @@ def test_too_few_visible_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ConfigError) as refused:
         local_gpus(pool(a=llm(2, tensor_parallel_size=2), b=llm(1)), ["3"])
     assert str(refused.value) == (
-        "llms.a.gpus and of b: value seen: 3 GPU(s) in all (a 2, b 1); allowed are the 1 that this process sees "
+        "llms.a.gpus and of b: the pool needs 3 GPU(s) in all (a 2, b 1), and this process sees 1 "
         "(CUDA_VISIBLE_DEVICES: 3); lower gpus (0 for the CPU), let the process see more, or serve the pool and name the server "
         "by --url"
     )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.raises(ConfigError, match=r"^llms\.a\.gpus: value seen: 1 GPU\(s\) .* allowed are the 0 .*: not set\)"):
+    with pytest.raises(ConfigError, match=r"^llms\.a\.gpus: the pool needs 1 GPU\(s\) .* this process sees 0 .*: not set\)"):
         local_gpus(pool(a=llm(1)), [])
 
 
 def test_without_a_gpu_transformers_takes_the_cpu() -> None:
     config = pool(a=llm(1, "transformers"), b=llm(0.5, "transformers"))
     assert local_gpus(config, []) == {}
-    with pytest.raises(ConfigError, match=r"^llms\.a\.gpus and of b: value seen: 2 "):
+    with pytest.raises(ConfigError, match=r"^llms\.a\.gpus and of b: the pool needs 2 "):
         local_gpus(config, ["0"])
 
 

@@ -25,7 +25,7 @@ def test_one_build_will_do() -> None:
 
 
 def test_none_is_told_with_the_llm_and_the_way_out() -> None:
-    with pytest.raises(ConfigError, match=r"llms\.big\.engine: value seen: 'vllm'; .*pip install 'dmoa\[vllm\]'"):
+    with pytest.raises(ConfigError, match=r"llms\.big\.engine is 'vllm'; .*pip install 'dmoa\[vllm\]'"):
         check_vllm(ON_VLLM, {}.get)
 
 

@@ -250,11 +250,11 @@ class TestNames:
     @pytest.mark.parametrize(
         ("model", "message"),
         [
-            ("embedded:nope", "'nope' is no embedded model; allowed: smollm2-135m, minilm"),
-            ("embedded:minilm", "is a sentence encoder; allowed: embedded:smollm2-135m"),
-            ("path:/nowhere", "'path:/nowhere' lacks config.json; allowed is a folder"),
+            ("embedded:nope", "'nope' is not an embedded model; expected one of smollm2-135m, minilm"),
+            ("embedded:minilm", "is a sentence encoder; expected embedded:smollm2-135m"),
+            ("path:/nowhere", "'path:/nowhere' lacks config.json; expected a folder"),
             ("hub:a/b/c", "write hub:OWNER/REPO"),
-            ("scripted:x", "no weights that the transformers engine can load; allowed: embedded:smollm2-135m, path:DIR"),
+            ("scripted:x", "no weights that the transformers engine can load; expected embedded:smollm2-135m, path:DIR"),
         ],
     )
     def test_bad_models_say_what_is_allowed(self, model: str, message: str, cache: Path) -> None:
@@ -317,7 +317,7 @@ class TestAdapters:
         assert "set adapter to null" in message
 
     def test_an_unknown_source_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match="allowed are builtin:NAME, path:DIR or null"):
+        with pytest.raises(ConfigError, match="expected builtin:NAME, path:DIR or null"):
             models.resolve_adapter("s3://bucket/a")
 
 

@@ -328,9 +328,9 @@ def test_one_event_loop_may_follow_another() -> None:
 async def test_adapters_and_empty_conversations_are_refused_without_a_call() -> None:
     async with playing(ANSWER) as endpoint:
         engine = engine_of(endpoint)
-        with pytest.raises(EngineError, match="adapter: value seen: 'path:x'; an endpoint serves adapters as models"):
+        with pytest.raises(EngineError, match="adapter is 'path:x'; an endpoint serves adapters as models"):
             await engine.generate(request("Hi", adapter="path:x"))
-        with pytest.raises(EngineError, match="messages: value seen: none"):
+        with pytest.raises(EngineError, match="messages is empty"):
             await engine.generate(replace(request("Hi"), messages=()))
         assert endpoint.calls == []
         assert engine.label == "openai/top20/vocab10"

@@ -149,7 +149,7 @@ async def test_every_agent_runs_on_the_engine_of_its_llm() -> None:
 @pytest.mark.skipif(vllm_builds() != {}, reason="vLLM is installed here")
 def test_an_engine_that_cannot_run_here_is_refused() -> None:
     config = pool(llms__one={"model": "hub:org/model", "engine": "vllm"})
-    with pytest.raises(ConfigError, match=r"llms\.one\.engine: value seen: 'vllm'; vLLM is not installed here; "):
+    with pytest.raises(ConfigError, match=r"llms\.one\.engine is 'vllm'; vLLM is not installed here; "):
         build_engine(config, "one", [])
 
 

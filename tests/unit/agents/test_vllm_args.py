@@ -70,7 +70,7 @@ def test_listed_entropies_need_no_processor() -> None:
 def test_sleep_is_passed_on_and_refused_without_a_gpu() -> None:
     assert "enable_sleep_mode" not in started()
     assert started(engine_kwargs={"enable_sleep_mode": True})["enable_sleep_mode"] is True
-    with pytest.raises(ValidationError, match=r"enable_sleep_mode: value seen: true with gpus 0; .* leave it out, or set gpus"):
+    with pytest.raises(ValidationError, match=r"enable_sleep_mode is true with gpus 0; .* leave it out, or set gpus"):
         llm(gpus=0, engine_kwargs={"enable_sleep_mode": True})
 
 
@@ -89,5 +89,5 @@ def test_the_environment_of_a_cpu() -> None:
 
 
 def test_another_engine_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"llms\.big\.engine: value seen: 'transformers'; allowed here is 'vllm'"):
+    with pytest.raises(ConfigError, match=r"llms\.big\.engine is 'transformers'; expected 'vllm' here"):
         vllm_options(LlmConfig(), "big")

@@ -77,7 +77,7 @@ def test_every_engine_sees_its_own_gpus_alone(recorder: Recorder, monkeypatch: p
 
 
 def test_more_gpus_than_visible_are_refused_before_any_engine_starts(recorder: Recorder) -> None:
-    with pytest.raises(ConfigError, match=r"^llms\.a\.gpus and of b: value seen: 5 .* \(a 1, b 4\); allowed are the 4 "):
+    with pytest.raises(ConfigError, match=r"^llms\.a\.gpus and of b: the pool needs 5 .* \(a 1, b 4\), and this process sees 4 "):
         recorder.build_local(of(a={"gpus": 1}, b={"gpus": 4, "engine_kwargs": {"tensor_parallel_size": 4}}))
     assert recorder.args == []
 

@@ -49,8 +49,8 @@ def test_a_failed_turn_does_not_end_the_chat(dmoa: Any, pool: Path, tmp_path: Pa
     lines = ["/policy vote", "one", "/policy single", "two", "/fly"]
     result = talk(dmoa, "--config", pool, "--json", tmp_path / "c.json", lines=lines)
     assert result.exit_code == 1
-    assert "'vote'; allowed: dmoa, single" in result.stderr
-    assert "/fly is no command" in result.stderr
+    assert "'vote'; expected one of dmoa, single" in result.stderr
+    assert "/fly is not a command" in result.stderr
     assert len(json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))["turns"]) == 1
 
 

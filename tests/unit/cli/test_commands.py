@@ -116,7 +116,7 @@ def test_the_pools_schema_knows_a_pool_from_a_misspelt_one(dmoa: Any, pool: Path
 def test_an_unknown_schema_lists_the_known(dmoa: Any) -> None:
     result = dmoa("schema", "weather")
     assert result.exit_code == 2
-    assert f"'weather'; allowed: {', '.join(SCHEMAS)}" in result.stderr
+    assert f"'weather'; expected one of {', '.join(SCHEMAS)}" in result.stderr
 
 
 # doctor
@@ -245,7 +245,7 @@ def test_bench_measures_what_was_asked_for(dmoa: Any, tmp_path: Path) -> None:
 def test_bench_refuses_unknown_metrics(dmoa: Any, only: str) -> None:
     result = dmoa("bench", "--only", only)
     assert result.exit_code == 2
-    assert "allowed: P1, P3, P4, P5, P6, P7, P8, P13, P14, P17, P18, growth, prefill" in result.stderr
+    assert "expected one of P1, P3, P4, P5, P6, P7, P8, P13, P14, P17, P18, growth, prefill" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -109,12 +109,12 @@ def test_the_pool_keeps_the_absolute_path_of_its_engine(shown: Path, monkeypatch
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("llms.voice.engine_kwargs.pitch=3", r"engine_kwargs: pitch: unknown key .* allowed: mark"),
+        ("llms.voice.engine_kwargs.pitch=3", r"engine_kwargs: pitch: unknown key .* expected one of mark"),
         ("llms.voice.model=scripted:x", r"engine 'shout' runs models shout:NAME, and no other engine does"),
         ("llms.voice.engine=shout.py:Loud", r"llms.voice: engine: .*shout.py' has no Loud"),
         ("llms.voice.engine=none.py:Shout", r"llms.voice: engine: cannot load .*none.py:Shout': FileNotFoundError"),
-        ("llms.voice.engine=scripted", r"model: value seen: 'shout:any'; allowed are embedded:NAME"),
-        ("llms.voice.engine=shot", r"llms.voice.engine: value seen: 'shot'; input should be 'transformers'"),
+        ("llms.voice.engine=scripted", r"model is 'shout:any'; expected embedded:NAME"),
+        ("llms.voice.engine=shot", r"llms.voice.engine is 'shot'; expected 'transformers'"),
     ],
 )
 def test_a_bad_engine_is_refused_when_the_pool_is_read(shown: Path, change: str, said: str) -> None:

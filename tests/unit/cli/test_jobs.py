@@ -29,9 +29,9 @@ def test_the_shipped_jobs_use_the_pool_that_knows_their_suites(name: str) -> Non
         ("", [], "--config: missing"),
         ("name: x", ["--config", "job.yaml"], "job: missing"),
         ("job: {benchmarks: [arith]}", ["--config", "job.yaml"], "job.out: missing"),
-        ("job: {benchmarks: [arith], out: o}", ["--config", "job.yaml", "--set", "job.limit=0"], "limit: value seen: 0"),
-        ("job: {benchmarks: [arith], out: o}", ["--config", "job.yaml", "--set", "job.benchmarks=[nope]"], "value seen: nope"),
-        ("job: {benchmarks: [arith], out: o}", ["--config", "job.yaml", "--set", "job.policies=[nope]"], "value seen: 'nope'"),
+        ("job: {benchmarks: [arith], out: o}", ["--config", "job.yaml", "--set", "job.limit=0"], "limit is 0"),
+        ("job: {benchmarks: [arith], out: o}", ["--config", "job.yaml", "--set", "job.benchmarks=[nope]"], "nope not known"),
+        ("job: {benchmarks: [arith], out: o}", ["--config", "job.yaml", "--set", "job.policies=[nope]"], "'nope' is not known"),
     ],
 )
 def test_bad_input_is_one_message(

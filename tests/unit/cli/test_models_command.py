@@ -58,4 +58,4 @@ def test_an_absent_model_exits_1_and_says_how_to_get_it(cache: Path) -> None:
 def test_an_unknown_name_exits_2_and_says_what_is_allowed(command: str, cache: Path) -> None:
     result = CliRunner().invoke(app, ["models", command, "nope"])
     assert result.exit_code == 2
-    assert "'nope' is no embedded model; allowed: smollm2-135m, minilm" in result.stderr
+    assert "'nope' is not an embedded model; expected one of smollm2-135m, minilm" in result.stderr

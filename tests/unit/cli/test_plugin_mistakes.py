@@ -60,12 +60,12 @@ def policy_file(
     [
         (
             {"step": "return StepPlan(activations=(Activation(agent='addr'),))"},
-            "next_step of step 1: agent 'addr' is not in the pool; allowed: adder, guesser, echo; did you mean 'adder'?",
+            "next_step of step 1: agent 'addr' is not in the pool; expected adder, guesser, echo; did you mean 'adder'?",
         ),
         ({"name": "pass"}, "it has no `name`; write `name = 'relay'` in its class"),
         ({"step": "return {}['who']"}, "next_step of step 1 raised KeyError('who'); mend it, -v shows where"),
-        ({"step": "return None"}, "next_step of step 1: value seen: None; allowed are Stop and a StepPlan that asks somebody"),
-        ({"step": "return StepPlan(activations=())"}, "allowed are Stop and a StepPlan that asks somebody"),
+        ({"step": "return None"}, "next_step of step 1 is None; expected Stop and a StepPlan that asks somebody"),
+        ({"step": "return StepPlan(activations=())"}, "expected Stop and a StepPlan that asks somebody"),
         ({"init": "context.nothing"}, "building it raised AttributeError(\"'PolicyContext' object has no attribute 'nothing'\")"),
     ],
 )
@@ -90,7 +90,7 @@ def test_the_place_of_a_mistake_is_shown_with_v(dmoa: Invoke, pool: Path, tmp_pa
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("", "value seen: '{path}'; it is written FILE.py:NAME; in it Relay stands under @policy; name it {path}:Relay"),
+        ("", "'{path}' lacks a name; it is written FILE.py:NAME; in it Relay stands under @policy; name it {path}:Relay"),
         (":Rely", "'{path}' has no Rely; in it Relay stands under @policy; name it {path}:Relay; did you mean 'Relay'?"),
     ],
 )
@@ -109,9 +109,7 @@ def test_a_policy_that_is_not_named_rightly(command: str, name: str, said: str, 
 
 
 def test_what_an_engines_file_defines_is_told_where_the_pool_names_none(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"llms.voice: engine: value seen: .*shout.py'; it is written FILE.py:NAME; in it Shout st"
-    ):
+    with pytest.raises(ConfigError, match=r"llms.voice: engine is .*shout.py'; it is written FILE.py:NAME; in it Shout st"):
         load(engine_pool(tmp_path), ["llms.voice.engine=shout.py"])
 
 

@@ -86,14 +86,14 @@ def test_a_query_is_as_wide_as_its_exploration(pool: Path) -> None:
     ("arguments", "message"),
     [
         ([], "both are empty"),
-        (["--benchmarks", "nope"], "value seen: nope"),
-        (["--benchmarks", "gsm8k", "--split", "anchor"], "--split: value seen: 'anchor'; allowed for gsm8k: train"),
-        (["--benchmarks", "arith", "--split", "other"], "split: value seen: 'other'"),
+        (["--benchmarks", "nope"], "nope not known"),
+        (["--benchmarks", "gsm8k", "--split", "anchor"], "--split: gsm8k has no split 'anchor'; expected one of train"),
+        (["--benchmarks", "arith", "--split", "other"], "split is 'other'"),
         (["--benchmarks", "arith", "--dense", "--epsilon", "0.2"], "epsilon is 0.2"),
         (["--queries", "nowhere.txt"], "--queries: cannot read 'nowhere.txt'"),
         (["--queries", "nowhere.txt", "--labels", "l"], "--labels: no effect without --benchmarks"),
         (["--benchmarks", "arith", "--checkpoint", "nowhere"], "nowhere"),
-        (["--benchmarks", "arith", "--limit", "9999999"], "limit: value seen: 9999999"),
+        (["--benchmarks", "arith", "--limit", "9999999"], "limit is 9999999"),
     ],
 )
 @pytest.mark.contract

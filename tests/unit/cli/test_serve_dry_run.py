@@ -41,7 +41,7 @@ def test_an_impossible_pool_is_refused_with_the_numbers(dmoa: Invoke, tmp_path: 
     (tmp_path / "pool.yaml").write_text(GPUS, encoding="utf-8")
     result = dmoa("serve", "--dry-run", "--config", tmp_path / "pool.yaml", "--json", tmp_path / "plan.json")
     assert result.exit_code == 2
-    assert "1. llms.big.gpus: value seen: 1500 in all at min_replicas (agent-one 1 x 500, agent-two 2 x 500)" in result.stderr
+    assert "1. llms.big.gpus: 1500 in all at min_replicas (agent-one 1 x 500, agent-two 2 x 500)" in result.stderr
     assert "1500 to 2000" in result.stdout  # the table comes first, whatever is wrong
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert (plan["ok"], plan["gpus"]["needed_min"], plan["gpus"]["needed_max"]) == (False, 1500, 2000)
@@ -58,4 +58,4 @@ def test_an_address_where_nothing_listens_is_refused_at_once(dmoa: Invoke, pool:
         address = f"127.0.0.1:{closed.getsockname()[1]}"
     result = dmoa("serve", "--dry-run", "--config", pool, "--address", address)
     assert result.exit_code == 2
-    assert f"address: value seen: '{address}'; nothing listens there" in result.stderr
+    assert f"address is '{address}'; nothing listens there" in result.stderr

@@ -97,9 +97,9 @@ def test_one_off_refuses_words() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"name": "nobody"}, "job.name: value seen: 'nobody'; allowed: a"),
+        ({"name": "nobody"}, "job.name is 'nobody'; expected one of a"),
         ({"recipes": {"a": {"profile": "x", "sources": [], "schedule": {"steps": 1}}}}, "sources"),
-        ({"workers": -1}, "workers: value seen: -1"),
+        ({"workers": -1}, "workers is -1"),
         ({"oven": 1}, "oven: unknown key"),
     ],
 )

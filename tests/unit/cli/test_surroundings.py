@@ -38,7 +38,7 @@ def test_a_pool_may_come_from_standard_input(dmoa: Invoke, arguments: tuple[str,
     assert "tiny" in result.stdout or "The answer is" in result.stdout
     refused = dmoa(*arguments, "--config", "-", input="name: 1:30")
     assert refused.exit_code == 2
-    assert "standard input: line 1: value seen: 1:30" in refused.stderr
+    assert "standard input: line 1: YAML 1.1 reads 1:30" in refused.stderr
 
 
 def test_a_job_may_come_from_standard_input(
@@ -53,7 +53,7 @@ def test_a_job_may_come_from_standard_input(
         with pytest.raises(SystemExit) as ended:
             evaluate_job()
     assert ended.value.code == 2
-    assert "standard input: line 1: value seen: 010" in capsys.readouterr().err
+    assert "standard input: line 1: YAML 1.1 reads 010" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [("serve",), ("serve", "--dry-run"), ("run", "What is 12 + 7?"), ("doctor",)])
@@ -77,7 +77,7 @@ def test_serve_refuses_a_port_that_is_taken_before_it_starts_ray(dmoa: Invoke, p
         port = holder.getsockname()[1]
         result = dmoa("serve", "--config", pool, "--port", port)
     assert result.exit_code == 2
-    assert f"server.port: value seen: {port}; another program listens on 127.0.0.1:{port} already" in result.stderr
+    assert f"server.port is {port}; another program listens on 127.0.0.1:{port} already" in result.stderr
     assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
 
 

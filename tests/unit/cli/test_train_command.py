@@ -111,17 +111,17 @@ def test_rollouts_and_run_may_lie_at_a_uri(dmoa: Invoke, material: Path, tmp_pat
     assert "already trained" in again.stderr
     gone = dmoa("train", *arguments[:2], "--rollouts", f"{place}-nowhere", *arguments[4:])
     assert gone.exit_code == 2
-    assert f"rollouts: value seen: '{place}-nowhere'; nothing lies there" in gone.stderr
+    assert f"rollouts is '{place}-nowhere'; nothing lies there" in gone.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--workers", "many"), "workers: value seen: 'many'; allowed are auto or a whole number from 0"),
-        (("--workers", "-1"), "workers: value seen: '-1'; allowed are auto or a whole number from 0"),
-        (("--holdout", "1.5"), "holdout: value seen: 1.5"),
-        (("--loss", "squared"), "loss: value seen: 'squared'"),
-        (("--preset", "huge"), "preset: value seen: 'huge'"),
+        (("--workers", "many"), "workers is 'many'; expected auto or a whole number from 0"),
+        (("--workers", "-1"), "workers is '-1'; expected auto or a whole number from 0"),
+        (("--holdout", "1.5"), "holdout is 1.5"),
+        (("--loss", "squared"), "loss is 'squared'"),
+        (("--preset", "huge"), "preset is 'huge'"),
         (("--workers", "0", "--start-from", "nowhere"), "checkpoint '"),
         (("--workers", "0", "--rollouts", "nowhere"), "name a folder that `dmoa rollouts` wrote"),
     ],

@@ -235,7 +235,7 @@ def test_nobody_left_is_an_error() -> None:
 def test_misshapen_requests_are_refused() -> None:
     gate = make_gate()
     decider = Decider(gate, "v")
-    with pytest.raises(RoutingError, match=r"input_X has shape \(3,\), allowed is \(28,\)"):
+    with pytest.raises(RoutingError, match=r"input_X has shape \(3,\), expected \(28,\)"):
         decider.decide([RouteRequest(input_X=np.zeros(3, dtype=np.float32))])
     with pytest.raises(RoutingError, match=r"hidden_H has shape \(1, 20\)"):
         decider.decide([make_request(gate.spec, 1, hidden_H=np.zeros((1, 20), dtype=np.float32))])

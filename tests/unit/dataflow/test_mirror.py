@@ -109,7 +109,7 @@ def test_folders_to_read_are_fetched_and_never_written(tmp_path: Path, said: lis
 def test_nothing_to_read_and_no_file_system_are_one_message(tmp_path: Path, said: list[str]) -> None:
     nowhere = Path((tmp_path / "nowhere").as_uri())
     with (
-        pytest.raises(ConfigError, match=r"rollouts: value seen: 'file:///.*nowhere'; nothing lies there"),
+        pytest.raises(ConfigError, match=r"rollouts is 'file:///.*nowhere'; nothing lies there"),
         localized(Options(out=tmp_path, rollouts=(nowhere,)), said.append, reads=("rollouts",)),
     ):
         pass

@@ -52,7 +52,7 @@ def test_agents_and_rows_can_be_chosen(matrix: AnswerMatrix) -> None:
     assert part.agents == ("c", "a")
     assert part.value_RA.tolist() == [[0.0, 1.0]]
     assert [reply.text for reply in part.replies[0]] == ["Answer: 7", "Answer: 5"]
-    with pytest.raises(ConfigError, match=r"agents: value seen: x; allowed: a, b, c"):
+    with pytest.raises(ConfigError, match=r"agents: the matrix does not hold x; name some of a, b, c"):
         matrix.only(("x",))
 
 

@@ -149,7 +149,7 @@ def test_a_whole_split_streams_without_repeating_a_tuple() -> None:
     capacity = suite.capacity("anchor", groups=groups)
     latents = [row.label.gold["tuple"] for row in suite.generate("anchor", capacity, 0, groups=groups)]
     assert len(set(latents)) == len(latents) == capacity
-    with pytest.raises(ConfigError, match=rf"limit: value seen: {capacity + 1}; allowed: 1 to {capacity}"):
+    with pytest.raises(ConfigError, match=rf"limit is {capacity + 1}; expected 1 to {capacity}"):
         suite.generate("anchor", capacity + 1, 0, groups=groups)
 
 
@@ -276,11 +276,11 @@ def test_memory_stays_flat_over_20_000_rows() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("middle", 5, 0), "split: value seen: 'middle'; allowed: train, adaptation, test, specialist"),
-        (("test", 0, 0), "limit: value seen: 0; allowed: 1 to"),
-        (("test", 5, 0, 0), "difficulty: value seen: 0; allowed"),
-        (("test", 5, 0, 9), "difficulty: value seen: 9; allowed"),
-        (("test", 5, 0, 1, ["none"]), "groups: value seen: none; allowed"),
+        (("middle", 5, 0), "split is 'middle'; expected one of train, adaptation, test, specialist"),
+        (("test", 0, 0), "limit is 0; expected 1 to"),
+        (("test", 5, 0, 0), "difficulty is 0; suite "),
+        (("test", 5, 0, 9), "difficulty is 9; suite "),
+        (("test", 5, 0, 1, ["none"]), "groups: none not known; suite "),
     ],
 )
 def test_bad_parameters_are_refused_at_once(name: str, arguments: tuple[object, ...], message: str) -> None:

@@ -15,7 +15,7 @@ ray::ServeReplica:dmoa:llm-t.initialize_and_get_metadata() (pid=7, ip=192.0.2.2,
 RuntimeError: Traceback (most recent call last):
   File "/srv/dmoa/agents/loading.py", line 65, in load_model
     raise ConfigError(
-dmoa.errors.ConfigError: llms.t.model: value seen: '/m'; a folder with a language model is allowed"""
+dmoa.errors.ConfigError: llms.t.model: '/m' is not a folder with a language model"""
 OTHERS = """Error:
 Traceback (most recent call last):
   File "x.py", line 1, in f
@@ -34,7 +34,7 @@ POOL = Config.model_validate(
 
 
 def test_the_last_exception_is_found() -> None:
-    assert raised(OURS) == ("ConfigError", "llms.t.model: value seen: '/m'; a folder with a language model is allowed")
+    assert raised(OURS) == ("ConfigError", "llms.t.model: '/m' is not a folder with a language model")
     found = raised(OTHERS)
     assert found is not None
     kind, words = found
@@ -51,7 +51,7 @@ def test_other_messages_are_no_exception(text: str) -> None:
 
 
 def test_last_words_are_one_line() -> None:
-    assert last_words(OURS) == "llms.t.model: value seen: '/m'; a folder with a language model is allowed"
+    assert last_words(OURS) == "llms.t.model: '/m' is not a folder with a language model"
     assert last_words("Failed to update\nthe deployments ['llm-t'].") == "Failed to update the deployments ['llm-t']."
     assert last_words(ConfigError()) == "ConfigError"
     assert len(last_words("ValueError: " + "x" * 5000)) == 600

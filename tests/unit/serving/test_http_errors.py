@@ -125,9 +125,9 @@ async def test_chat_refuses_by_name(body: dict[str, Any], status: int, param: st
 async def test_a_message_names_field_value_seen_and_what_is_allowed() -> None:
     async with connect(make_app(FakeService())) as client:
         message = check(await client.post(CHAT, json=chat(temperature=3)), 400, "temperature", "invalid_value")
-        assert message == "temperature: value seen: 3; input should be less than or equal to 2; change it"
+        assert message == "temperature is 3; expected a number less than or equal to 2"
         message = check(await client.post(CHAT, json=chat(n=2)), 400, "n", "unsupported")
-        assert message == "n: value seen: 2; not supported; allowed: 1, null; leave the field out"
+        assert message == "n is 2, which is not supported; expected 1, null; leave the field out"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_a_port_that_is_held_is_refused(held: str, asked: str, shares: bool) -> 
     with listener(held, shares=shares) as port:
         with pytest.raises(ConfigError) as caught:
             check_free(asked, port)
-        assert f"server.port: value seen: {port}; another program listens on {asked}:{port} already" in str(caught.value)
+        assert f"server.port is {port}; another program listens on {asked}:{port} already" in str(caught.value)
     check_free(asked, port)
 
 
@@ -59,7 +59,7 @@ def test_ipv6_is_looked_at_on_its_own() -> None:
 def test_an_address_of_another_machine_is_named(host: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_free(host, 8000)
-    assert f"server.host: value seen: {host!r}; nothing can listen there" in str(caught.value)
+    assert f"server.host is {host!r}; nothing can listen there" in str(caught.value)
 
 
 @pytest.mark.parametrize(

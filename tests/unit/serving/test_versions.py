@@ -159,7 +159,7 @@ def test_a_refused_gate_leaves_the_current_one_untouched(root: Path, tmp_path: P
 @pytest.mark.parametrize("names", [(), ("gate.json",), ("gate.json", "gate.safetensors", "../../etc/passwd")])
 def test_only_the_two_files_of_a_checkpoint_are_taken(root: Path, names: tuple[str, ...]) -> None:
     with pytest.raises(
-        CheckpointError, match=r"the checkpoint: its files are .*; allowed are exactly gate\.safetensors, gate\.json"
+        CheckpointError, match=r"the checkpoint: its files are .*; expected exactly gate\.safetensors, gate\.json"
     ):
         opened(root).install(dict.fromkeys(names, b""), "", [])
 

@@ -80,7 +80,7 @@ def test_ablations_that_do_not_apply_are_told_and_left_out(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["no-summary", "paper"])
 def test_one_that_does_not_apply_is_refused_before_it_is_trained(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"ablation: value seen: '{name}'; .*paper.*; allowed: default, raw"):
+    with pytest.raises(ConfigError, match=rf"ablation is '{name}'; .*paper.*; choose one of default, raw"):
         train_ablation(name, tmp_path / "nowhere", tmp_path / "out", pool(gate=PAPER), AROUND)
     assert not (tmp_path / "out").exists()
 

@@ -38,16 +38,16 @@ def test_sources_have_weights(value: Any, expected: list[tuple[str, float]]) -> 
     ("values", "message"),
     [
         ({}, "benchmarks, queries: both are empty; name benchmarks, or a file of queries"),
-        ({"benchmarks": "arith:0", "limit": 3}, "benchmarks.0.weight: value seen: 0.0"),
-        ({"benchmarks": "arith:nan", "limit": 3}, "benchmarks.0.weight: value seen: nan"),
+        ({"benchmarks": "arith:0", "limit": 3}, "benchmarks.0.weight is 0.0"),
+        ({"benchmarks": "arith:nan", "limit": 3}, "benchmarks.0.weight is nan"),
         ({"benchmarks": "arith:2,words"}, "weights share out limit, which is not given; add --limit N"),
-        ({"benchmarks": "arith", "epsilon": 0}, "epsilon: value seen: 0"),
-        ({"benchmarks": "arith", "epsilon": 1.5}, "epsilon: value seen: 1.5"),
+        ({"benchmarks": "arith", "epsilon": 0}, "epsilon is 0"),
+        ({"benchmarks": "arith", "epsilon": 1.5}, "epsilon is 1.5"),
         ({"benchmarks": "arith", "epsilon": 0.2, "dense": True}, "epsilon is 0.2, and dense is set"),
-        ({"benchmarks": "arith", "limit": 0}, "limit: value seen: 0"),
-        ({"benchmarks": "arith", "labels": "o/labels"}, "labels: value seen: 'o/labels', inside out"),
+        ({"benchmarks": "arith", "limit": 0}, "limit is 0"),
+        ({"benchmarks": "arith", "labels": "o/labels"}, "labels is 'o/labels', inside out"),
         ({"benchmarks": "arith", "labels": "o"}, "inside out"),
-        ({"benchmarks": "arith", "mood": 1}, "mood: unknown key (value seen: 1); allowed: benchmarks, queries"),
+        ({"benchmarks": "arith", "mood": 1}, "mood: unknown key (value 1); expected one of benchmarks, queries"),
     ],
 )
 def test_bad_options_are_named(values: dict[str, Any], message: str) -> None:

@@ -36,10 +36,10 @@ def test_texts_and_objects_are_queries_each_once(tmp_path: Path) -> None:
 
 
 BAD = [
-    (b'{"query": "a', 'line 2: value seen: \'{"query": "a\'; it begins as JSON and is none'),
-    (b'{"question": "a"}', "line 2: query: value seen: None"),
-    (b'{"query": 7}', "line 2: query: value seen: 7"),
-    (b'{"query": " "}', "line 2: query: value seen: ' '"),
+    (b'{"query": "a', 'line 2: \'{"query": "a\' starts like JSON but does not parse'),
+    (b'{"question": "a"}', "line 2: query is None"),
+    (b'{"query": 7}', "line 2: query is 7"),
+    (b'{"query": " "}', "line 2: query is ' '"),
     (b'{"query": "\\ud800"}', "line 2: 'utf-8' codec can't encode"),
     (b"\xff\xfe", "line 2: 'utf-8' codec can't decode"),
 ]
@@ -88,7 +88,7 @@ def test_a_long_file_with_a_limit_takes_no_more_memory_than_a_short_one(tmp_path
 
 def test_every_line_of_a_file_with_a_limit_is_checked(tmp_path: Path) -> None:
     path = own(tmp_path, "one\ntwo\n{broken\n")
-    with pytest.raises(ConfigError, match="line 3: value seen"):
+    with pytest.raises(ConfigError, match="line 3: "):
         read_queries(path, limit=1)
     assert read_queries(path, limit=1, skip_bad_rows=True).num_bad == 1
 

@@ -62,8 +62,8 @@ def test_every_flipped_byte_of_the_data_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("pool_fingerprint", "e" * 64, f"pool_fingerprint: value seen: '{'e' * 64}'; allowed is '{POOL}'"),
-        ("schema_version", 2, "schema_version: value seen: 2; this dmoa reads 1; use the dmoa that wrote it"),
+        ("pool_fingerprint", "e" * 64, f"pool_fingerprint is '{'e' * 64}'; expected '{POOL}'"),
+        ("schema_version", 2, "schema_version is 2; this dmoa reads 1; use the dmoa that wrote it"),
     ],
 )
 def test_rows_of_another_pool_or_version_are_refused(tmp_path: Path, name: str, value: Any, message: str) -> None:
@@ -75,14 +75,14 @@ def test_rows_of_another_pool_or_version_are_refused(tmp_path: Path, name: str, 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (rows().drop_columns(["propensity"]), "column propensity: value seen: None; allowed is double"),
+        (rows().drop_columns(["propensity"]), "column propensity is None; expected double"),
         (
             rows().set_column(3, "step", pa.array(["0"] * len(rows()))),
-            "column step: value seen: string; allowed is int64",
+            "column step is string; expected int64",
         ),
         (
             rows().set_column(5, "context", pa.array([[1.0]] * len(rows()), pa.list_(pa.float64()))),
-            "column context: value seen: list<element: double>; allowed is list<item: float>",
+            "column context is list<element: double>; expected list<item: float>",
         ),
     ],
 )
@@ -97,8 +97,8 @@ def test_other_columns_are_refused(tmp_path: Path, table: pa.Table, message: str
     [
         (None, "cannot read"),
         ("{", "invalid JSON"),
-        (manifest().model_dump_json().replace('"schema_version":1', '"schema_version":7'), "schema_version: value seen: 7"),
-        (json.dumps(json.loads(manifest().model_dump_json()) | {"mood": 1}), "mood: unknown key (value seen: 1)"),
+        (manifest().model_dump_json().replace('"schema_version":1', '"schema_version":7'), "schema_version is 7"),
+        (json.dumps(json.loads(manifest().model_dump_json()) | {"mood": 1}), "mood: unknown key (value 1)"),
     ],
 )
 def test_a_bad_manifest_is_named(tmp_path: Path, text: str | None, message: str) -> None:
@@ -112,7 +112,7 @@ def test_a_bad_manifest_is_named(tmp_path: Path, text: str | None, message: str)
 def test_another_pool_is_refused_with_the_agents_that_differ() -> None:
     check_rollout_pool(manifest(), fingerprint=POOL, agents=AGENTS)
     with pytest.raises(
-        ConfigError, match=r"value seen: ffffffffffff \(pool tiny\).*only in the rollouts: dead; only in the pool: new"
+        ConfigError, match=r"pool_fingerprint is ffffffffffff \(pool tiny\), .*only in the rollouts: dead; only in the pool: new"
     ):
         check_rollout_pool(manifest(), fingerprint="0" * 64, agents=("adder", "guesser", "echo", "new"))
     with pytest.raises(ConfigError, match="or the order of the agents differs"):

@@ -103,5 +103,5 @@ def test_pairs_within_the_bounds_count_half_or_not_at_all(loss: Loss, share: flo
 
 def test_a_slack_below_zero_is_refused(tmp_path: Path) -> None:
     folder = write_rollouts(tmp_path / "r", truncated(domain_rows(), "two", -0.5), CONFIG)
-    with pytest.raises(ConfigError, match=r"agent 'two': entropy_slack_nats: value seen: -0.5 \(truncated\); allowed are"):
+    with pytest.raises(ConfigError, match=r"agent 'two': entropy_slack_nats is -0.5 \(truncated\); expected numbers"):
         episodes_of(folder)
