@@ -62,7 +62,11 @@ _NEXT_QUESTION = re.compile(
     r"\n[ \t]*(?:#{1,6}[ \t]*)?(?:\*\*)?(?:question|problem|q|exercise|human|user|instruction)(?:\*\*)?[ \t]*:", re.IGNORECASE
 )
 _MADE_UP = re.compile(r"\?\s")
-_LETS_THINK = re.compile(r"\A(?:let'?s|let us|let me|first|to (?:solve|find|answer|determine))\b", re.IGNORECASE)
+_LETS_THINK = re.compile(
+    r"\A(?:let(?:'s|s|\u2019s| us| me)\s+(?:think|see|solve|work|break|start|find|calculate|compute|go|consider|look)\b"
+    r"|first,?\s+(?:we|i|let|calculate|compute|determine|find)\b|to (?:solve|find|answer|determine) (?:the|this|out|how|what)\b)",
+    re.IGNORECASE,
+)
 SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b[DdMmSsJj][rst])(?<!\bMrs)(?<!\bNo)(?<!\bvs)[.!?](?=\s)")
 _NEGATED = re.compile(r"\A\W*(?:(?:is|are|was|it)\s+)*(?:not|none|neither|never|nothing|isn't|cannot)\b", re.IGNORECASE)
 _NOT_BUT = re.compile(r"\A\W*not\b[^\n]*?\bbut\s+(?:rather\s+)?", re.IGNORECASE)

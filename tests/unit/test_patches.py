@@ -10,15 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-STILL_PATCHING = frozenset(
-    {
-        "tests/unit/dataflow/test_mirror.py",
-        "tests/unit/serving/test_serve_agents.py",
-        "tests/unit/serving/test_upgrade.py",
-        "tests/unit/serving/test_vigil.py",
-    }
-)
-
 
 def ours(tree: ast.Module) -> set[str]:
     """The names that a file imports from dmoa or from tests."""
@@ -51,7 +42,7 @@ def patches(text: str) -> Iterator[int]:
 
 def test_no_test_patches_what_is_ours() -> None:
     names = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "tests").rglob("*.py"))}
-    texts = {name: path.read_text(encoding="utf-8") for name, path in names.items() if name not in STILL_PATCHING}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in names.items()}
     found = {name: list(patches(text)) for name, text in texts.items() if "setattr" in text or "mock" in text}
     assert {name: where for name, where in found.items() if where} == {}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai_server import answer, playing, request
 
 from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine, break_names
 from dmoa.types import GenerationRequest, Message, Sampling
+from tests.unit.agents.openai_server import answer, playing, request
 
 NAMES = {
     "ChatML and Qwen": ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_response>", "<|fim_prefix|>"],

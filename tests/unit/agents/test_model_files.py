@@ -74,7 +74,7 @@ def test_a_model_that_cannot_load_is_named_with_its_agents(
     with pytest.raises(ConfigError) as caught:
         check_files(pool(folder, engine))
     message = str(caught.value)
-    assert message.startswith("llms.real.model: ")
+    assert message.startswith("llms.real.model")
     for text in (repr(f"path:{folder}"), part, "(agents on it: agent0, agent1, agent2, agent3 and 2 more)"):
         assert text in message
     assert "\n" not in message

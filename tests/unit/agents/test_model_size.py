@@ -173,7 +173,7 @@ def test_models_elsewhere_are_unknown_with_the_reason(tmp_path: Path) -> None:
     assert "no config.json" in str(found[f"path:{tmp_path}/gone"])
     assert "not looked at" in str(found["s3://bucket/model"])
     assert "hub:OWNER/REPO" in str(found["hub:a/b/c"])
-    assert "no embedded model" in str(found["embedded:nothing"])
+    assert "not an embedded model" in str(found["embedded:nothing"])
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from openai_server import Call, FakeEndpoint, Turn, answer, content, opening, playing, refusal, request
 
 from dmoa.agents.agent import Agent
 from dmoa.config import AgentConfig
@@ -22,6 +21,7 @@ from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine
 from dmoa.errors import AgentOverloadedError, ConfigError, EngineError, PromptTooLongError
 from dmoa.types import AgentCall, AgentReply, Generation, Message, Sampling
+from tests.unit.agents.openai_server import Call, FakeEndpoint, Turn, answer, content, opening, playing, refusal, request
 
 AT_ONCE = {"Retry-After": "0"}
 KEY = "sk-proj-abcDEF0123456789"

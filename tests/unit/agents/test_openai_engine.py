@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from openai_server import USAGE, Call, FakeEndpoint, answer, content, event_bytes, opening, playing, request, row, stall, until
 
 from dmoa.agents.agent import Agent
 from dmoa.config import AgentConfig
@@ -19,6 +18,20 @@ from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine
 from dmoa.errors import DeadlineError, EngineError
 from dmoa.types import AgentCall, AgentReply, EntropySum, Generation, GenerationRequest, Message, Sampling, TextDelta
+from tests.unit.agents.openai_server import (
+    USAGE,
+    Call,
+    FakeEndpoint,
+    answer,
+    content,
+    event_bytes,
+    opening,
+    playing,
+    request,
+    row,
+    stall,
+    until,
+)
 
 LOG2 = math.log(2)
 ROWS = [row("The ", 0.5, 0.25), row("19", 1.0), row(".", 0.5, 0.5)]

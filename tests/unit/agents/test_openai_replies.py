@@ -8,13 +8,13 @@ import time
 from typing import Any
 
 import pytest
-from openai_server import Call, FakeEndpoint, Turn, content, event_bytes, playing, request, row
 
 from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine
 from dmoa.engines.openai_replies import events
 from dmoa.errors import EngineError
 from dmoa.types import Generation
+from tests.unit.agents.openai_server import Call, FakeEndpoint, Turn, content, event_bytes, playing, request, row
 
 
 def engine_of(endpoint: FakeEndpoint, **options: Any) -> OpenaiEngine:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from openai_server import answer, playing
 
 from dmoa import checkpoint
 from dmoa.agents.embedder import HashEncoder
@@ -31,6 +30,7 @@ from dmoa.errors import CheckpointError, ConfigError
 from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm
 from dmoa.types import AgentCall, Answer, Message, Query, Sampling, TextDelta, is_untrained
+from tests.unit.agents.openai_server import answer, playing
 
 TREE: dict[str, Any] = {
     "name": "pool",

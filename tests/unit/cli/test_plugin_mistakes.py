@@ -109,7 +109,9 @@ def test_a_policy_that_is_not_named_rightly(command: str, name: str, said: str, 
 
 
 def test_what_an_engines_file_defines_is_told_where_the_pool_names_none(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"llms.voice: engine is .*shout.py'; it is written FILE.py:NAME; in it Shout st"):
+    with pytest.raises(
+        ConfigError, match=r"llms.voice: engine: .*shout.py' lacks a name; it is written FILE.py:NAME; in it Shout"
+    ):
         load(engine_pool(tmp_path), ["llms.voice.engine=shout.py"])
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx2
 import pytest
-from fake_service import AGENTS, FakeService, make_app
 from openai import DefaultAsyncHttpxClient
 
 from dmoa.errors import DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
@@ -15,6 +14,7 @@ from dmoa.serving.client import RemoteReply, ServerClient, StepLine
 from dmoa.serving.http.middleware import hash_keys
 from dmoa.trace import ReplyDmoa
 from dmoa.types import Message, TextDelta
+from tests.unit.serving.fake_service import AGENTS, FakeService, make_app
 
 HI = (Message(role="user", content="What is 12 + 7?"),)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_service import AGENTS, QUESTION, FakeService, connect, make_app, make_step
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from pydantic import BaseModel
 
@@ -19,6 +18,7 @@ from dmoa.serving.http.middleware import hash_keys
 from dmoa.serving.http.routes import create_app
 from dmoa.testing import FakeAgents, Say, Schedule, asks, orchestrator_of
 from dmoa.types import Event, FinishReason, Limits, Message, Query
+from tests.unit.serving.fake_service import AGENTS, QUESTION, FakeService, connect, make_app, make_step
 
 CHAT = "/v1/chat/completions"
 

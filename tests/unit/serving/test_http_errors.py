@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fake_service import QUESTION, FakeService, connect, make_app, until
 from openai import AsyncOpenAI
 
 from dmoa.errors import AgentUnavailableError, DeadlineError, DmoaError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.serving.http.middleware import hash_keys
+from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app, until
 
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}

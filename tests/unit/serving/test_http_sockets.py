@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from fake_service import QUESTION, FakeService, make_app, until
+
+from tests.unit.serving.fake_service import QUESTION, FakeService, make_app, until
 
 CHAT = "/v1/chat/completions"
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_service import decision, make_answer, make_step, reply
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoa.serving.http.responses import step_line, usage_of
 from dmoa.trace import ReplyDmoa, answer_of_reply, reply_dmoa
 from dmoa.types import AgentReply, EntropySum, StepRecord, SummarizerRecord, TokenUsage
+from tests.unit.serving.fake_service import decision, make_answer, make_step, reply
 
 LOST = AgentReply(agent="adder", status="late", error="no reply after 2 s")
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_service import QUESTION, FakeService, connect, make_app
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import AsyncOpenAI
@@ -22,6 +21,7 @@ from dmoa.policies.baselines import SinglePolicy
 from dmoa.testing import Schedule, asks, orchestrator_of
 from dmoa.types import Event, Query
 from tests.examples import examples
+from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 CODE = "    if n < 2:\n        return n\n"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_fixtures import make_rows, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dmoa.training.lora import IGNORED, TrainingRow, collate, encode, write_training_rows
 from dmoa.training.specialists import judge_rows
+from tests.unit.training.lora_fixtures import make_rows, save_tiny_model
 
 
 def test_layout_by_hand() -> None:
