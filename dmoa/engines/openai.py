@@ -101,6 +101,12 @@ class _Client(AsyncOpenAI):
         super().__init__(**options)
         self._platform = "Unknown"
 
+    def _calculate_retry_timeout(self, remaining_retries: int, options: Any, response_headers: Any = None) -> float:
+        """Return the seconds before the next attempt; `Retry-After: 0` means at once, where the client would back off."""
+        if response_headers is not None and response_headers.get("retry-after", "").strip() == "0":
+            return 0.0
+        return super()._calculate_retry_timeout(remaining_retries, options, response_headers)
+
 
 class _Connections(DefaultAsyncHttpxClient):
     """Connections that say which failures OpenAI's client may answer by asking again."""
