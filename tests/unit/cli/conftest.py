@@ -18,6 +18,9 @@ from typer.testing import CliRunner, Result
 from dmoa.agents.pool import fingerprint
 from dmoa.cli.main import app
 from dmoa.config import Config, LimitsConfig, load
+from dmoa.engine_options import ENGINES
+from dmoa.evaluation.benchmarks.base import BENCHMARKS
+from dmoa.policies.registry import POLICIES
 from dmoa.serving.http.routes import create_app
 from dmoa.trace import trace_of
 from dmoa.types import Answer, Event, Query
@@ -119,3 +122,13 @@ def url(pool: Path) -> Iterator[str]:
         server.should_exit = True
         thread.join(timeout=30.0)
         assert not thread.is_alive()
+
+
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    """The registries forget what a test has loaded."""
+    before = [(registry, set(registry)) for registry in (POLICIES, ENGINES, BENCHMARKS)]
+    yield
+    for registry, names in before:
+        for name in set(registry) - names:
+            del registry[name]  # type: ignore[attr-defined]

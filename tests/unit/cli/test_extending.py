@@ -6,7 +6,6 @@ import json
 import pickle
 import re
 import sys
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,7 @@ BLOCKS = dict(re.findall(r"^```\w+ file=(\S+)\n(.*?)^```$", TEXT, re.MULTILINE |
 CAPITALS = {"France": "Paris", "Peru": "Lima", "Chad": "N'Djamena"}
 
 
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    """The registries forget what a test has loaded."""
-    before = [(registry, set(registry)) for registry in (POLICIES, ENGINES, BENCHMARKS)]
-    yield
-    for registry, names in before:
-        for name in set(registry) - names:
-            del registry[name]  # type: ignore[attr-defined]
+pytestmark = pytest.mark.usefixtures("as_before")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,11 @@ from dmoa.agents.pool import check_keys
 from dmoa.config import Config, load
 from dmoa.engine_options import ENGINES
 from dmoa.errors import ConfigError
-from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.policies.registry import POLICIES
 from dmoa.serving.placement import plan_of
 from tests.unit.cli.conftest import Invoke
 
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    """The registries forget what a test has loaded."""
-    before = [(registry, set(registry)) for registry in (POLICIES, ENGINES, BENCHMARKS)]
-    yield
-    for registry, names in before:
-        for name in set(registry) - names:
-            del registry[name]  # type: ignore[attr-defined]
-
+pytestmark = pytest.mark.usefixtures("as_before")
 
 POLICY = """
 from dmoa import policy
