@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dmoa.core.aggregate import Anchors, anchors_of, contributions, doubt
+from dmoa.core.aggregate import anchors_of, is_any_sure
 from dmoa.types import Activation, AgentReply, ColdPolicy, RouteDecision, Sampling, StepPlan
 
 
@@ -23,11 +23,6 @@ def should_escalate(decision: RouteDecision | None, replies: Sequence[AgentReply
     if sum(reply.status == "ok" for reply in replies) >= decision.limit:
         return False
     return not is_any_sure(replies, decision.theta, anchors_of(decision))
-
-
-def is_any_sure(replies: Sequence[AgentReply], theta: float, anchors: Anchors) -> bool:
-    """Tell whether the score of at least one contribution is at most theta; blank and lost replies do not count."""
-    return any(doubt(reply, anchors) <= theta for reply in contributions(replies))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

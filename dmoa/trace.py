@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dmoa import __version__
 from dmoa.errors import TraceError
@@ -134,6 +134,10 @@ class ReplyStep(ReplyModel):
     """The state after the step; only with `dmoa.trace`."""
 
 
+def _stop_reason(value: object) -> object:
+    return "sure" if value == "entropy" else value  # as older traces call it
+
+
 class ReplyDmoa(ReplyModel):
     """What became of a query."""
 
@@ -151,10 +155,10 @@ class ReplyDmoa(ReplyModel):
     """router, or ingress where the router was away in some step."""
     degraded: bool
     """At least one chosen agent failed, was masked, or was passed over because it was cold, or a call had to be sent again."""
-    stop_reason: StopReason
-    """Why the query ended: by the summarizer's verdict, agreement of the agents, low entropy, a policy that asks once (single),
-    or a budget (max_steps, budget_tokens, deadline). no_agent: agents were lost on the way, this is the best answer before.
-    stages: all set steps are done (evaluation)."""
+    stop_reason: Annotated[StopReason, BeforeValidator(_stop_reason)]
+    """Why the query ended: by the summarizer's verdict, agreement of the agents, a reply that was sure, a policy that asks once
+    (single), or a budget (max_steps, budget_tokens, deadline). no_agent: agents were lost on the way, this is the best answer
+    before. stages: all set steps are done (evaluation)."""
     steps: list[ReplyStep]
     """The finished steps, in order."""
 

@@ -24,9 +24,7 @@ AgentStatus = Literal["ok", "failed", "late", "overloaded", "cold", "masked", "i
 ColdPolicy = Literal["wait", "skip", "warm_on_rank"]
 EntropyKind = Literal["exact", "truncated"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-StopReason = Literal[
-    "summarizer", "agreement", "entropy", "max_steps", "budget_tokens", "deadline", "single", "no_agent", "stages"
-]
+StopReason = Literal["summarizer", "agreement", "sure", "max_steps", "budget_tokens", "deadline", "single", "no_agent", "stages"]
 Verdict = Literal["final", "continue", "unparsable", "rule"]
 RoutedBy = Literal["router", "ingress"]
 

@@ -58,6 +58,11 @@ def doubt(reply: AgentReply, anchors: Anchors = RAW) -> float:
     return score(entropy, anchors.get(reply.agent), is_cut=is_cut(reply))
 
 
+def is_any_sure(replies: Sequence[AgentReply], theta: float, anchors: Anchors) -> bool:
+    """Tell whether the score of at least one contribution is at most theta; blank and lost replies do not count."""
+    return any(doubt(reply, anchors) <= theta for reply in contributions(replies))
+
+
 def select_contribution(replies: Sequence[AgentReply], anchors: Anchors = RAW) -> Selection | None:
     """Return the contribution to go on with, None if there is none.
 

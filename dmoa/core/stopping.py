@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from dmoa.core.aggregate import RAW, Anchors, Selection, contributions, doubt
+from dmoa.core.aggregate import RAW, Anchors, Selection, contributions, is_any_sure
 from dmoa.core.answers import extract_answer, same_answer
 from dmoa.types import AgentReply, StopReason, Verdict
 
@@ -26,8 +26,8 @@ def rule_stop(
     """Return why the query is done after this step, None to go on.
 
     `llm`: `summarizer` on the verdict final, nothing else. `select`: `agreement` when two or more contributions give
-    the same answer; with one contribution that repeats the last summary's answer, `entropy` if theta is given and
-    its score is at most theta, `agreement` if there is no theta. `active_replies` and `selection` are this step's,
+    the same answer; else, if theta is given, `sure` when the score of a contribution is at most theta; if there is no theta,
+    `agreement` when a lone contribution repeats the last summary's answer. `active_replies` and `selection` are this step's,
     `previous_summary` the last step's (empty at the first); `theta` and `anchors` are those of the gate version that
     decided the step. Source: paper (summarizer); the rules ours.
     """
@@ -38,11 +38,9 @@ def rule_stop(
     if selection.is_agreed:
         return "agreement"
     counted = contributions(active_replies)
-    if len(counted) != 1 or not _repeats(selection.text, previous_summary):
-        return None
-    if theta is None:
-        return "agreement"
-    return "entropy" if doubt(counted[0], anchors) <= theta else None
+    if theta is not None:
+        return "sure" if is_any_sure(counted, theta, anchors) else None
+    return "agreement" if len(counted) == 1 and _repeats(selection.text, previous_summary) else None
 
 
 def _repeats(text: str, previous_summary: str) -> bool:

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dmoa.core.aggregate import RAW, select_contribution
+from dmoa.core.aggregate import RAW, is_any_sure, select_contribution
 from dmoa.core.features import gate_input
 from dmoa.core.gate import Gate
 from dmoa.core.inference import Decider
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, RunInfo, Scored, Task
 from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
-from dmoa.step_calls import is_any_sure
 from dmoa.types import AgentReply, EntropySum, FloatArray, RouteDecision, RouteRequest
 
 Floats = npt.NDArray[np.float64]

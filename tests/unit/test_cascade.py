@@ -153,7 +153,7 @@ async def test_theta_is_that_of_the_step() -> None:
     policy = Schedule(plan_of(limit=2), plan_of(theta=9.0), plan_of(theta=None))
     answer = await answer_of(orchestrator_of(agents, NAMES), query(max_steps=3), policy)
     assert [step.active for step in answer.steps[:2]] == [("a", "b"), ("a",)]
-    assert answer.stop_reason == "entropy"  # under the second step's theta it was sure
+    assert answer.stop_reason == "sure"  # under the second step's theta it was sure
 
 
 @given(

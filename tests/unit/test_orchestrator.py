@@ -48,8 +48,8 @@ async def test_one_agent_that_repeats_the_summary_ends_the_query() -> None:
     assert answer.text == "19"
 
 
-@pytest.mark.parametrize(("slack", "reason", "num_steps"), [(1e-9, "entropy", 2), (-1e-9, "max_steps", 4)])
-async def test_a_sure_agent_that_repeats_the_summary_ends_the_query(slack: float, reason: str, num_steps: int) -> None:
+@pytest.mark.parametrize(("slack", "reason", "num_steps"), [(1e-9, "sure", 1), (-1e-9, "max_steps", 4)])
+async def test_a_sure_agent_ends_the_query_without_being_asked_again(slack: float, reason: str, num_steps: int) -> None:
     agents = FakeAgents({"a": Say(text="19", nats=0.5)})
     fitted = decision({"a": 1.0}, 1, theta=math.log(0.5 + 1e-3) - 2.0 + slack, anchors=(2.0,))
     answer = await answer_of(orchestrator_of(agents, "a"), query(max_steps=4), Schedule(asks("a", decision=fitted)))

@@ -98,7 +98,7 @@ async def test_agents_of_a_shared_llm_die_together(placement: str, asked: list[s
     assert answered.degraded
 
 
-@pytest.mark.parametrize(("slack", "reason"), [(1e-6, "entropy"), (-1e-6, "max_steps")])
+@pytest.mark.parametrize(("slack", "reason"), [(1e-6, "sure"), (-1e-6, "max_steps")])
 async def test_theta_decides_whether_a_lone_agent_is_sure_enough(slack: float, reason: str) -> None:
     config = pool(agents=[{"name": "adder", "llm": "tiny", "profile": "Adds."}], limits={"max_steps": 3})
     gate, _ = build_pool_gate(config)

@@ -55,6 +55,18 @@ def test_what_the_client_says_of_itself_is_kept_without_secrets() -> None:
     assert trace.user == "u Bearer [redacted]"
 
 
+def test_traces_from_before_sure_was_called_so_are_read(tmp_path: Path) -> None:
+    trace = trace_with(step_of(0, None))
+    old = trace.model_dump_json().replace('"stop_reason":"max_steps"', '"stop_reason":"entropy"')
+    assert old != trace.model_dump_json()
+    (tmp_path / "t.jsonl").write_text(old)
+    (found,) = read_traces(tmp_path / "t.jsonl")
+    assert found.dmoa.stop_reason == "sure"
+    (tmp_path / "t.jsonl").write_text(old.replace('"entropy"', '"entropies"'))
+    with pytest.raises(TraceError, match="stop_reason"):
+        read_traces(tmp_path / "t.jsonl")
+
+
 def test_a_trace_keeps_what_repeats_the_query() -> None:
     asked = Query(
         trace_id="t1",

@@ -44,7 +44,7 @@ def test_two_equal_answers_agree() -> None:
 
 def test_different_answers_go_on_even_if_one_repeats_the_summary() -> None:
     assert stop([reply("a", "7"), reply("b", "8")], previous="7") is None
-    assert stop([reply("a", "7"), reply("b", "8")], previous="7", theta=9.0) is None
+    assert stop([reply("a", "7"), reply("b", "8")], previous="7", theta=-9.0) is None
 
 
 def test_one_agent_without_theta_stops_on_repeating_itself() -> None:
@@ -54,12 +54,13 @@ def test_one_agent_without_theta_stops_on_repeating_itself() -> None:
     assert stop([reply("a", "7"), LOST], previous="7") == "agreement"
 
 
-def test_one_agent_with_theta_must_be_sure() -> None:
+@pytest.mark.parametrize("previous", ["", "7", "8"])
+def test_with_theta_a_sure_contribution_ends_the_query_at_once(previous: str) -> None:
     theta = raw_score(0.5)
-    assert stop([reply("a", "7", 0.5)], previous="7", theta=theta) == "entropy"
-    assert stop([reply("a", "7", 0.51)], previous="7", theta=theta) is None
-    assert stop([reply("a", "7", 0.1)], previous="8", theta=theta) is None
-    assert stop([reply("a", "7", 0.1)], previous="", theta=theta) is None
+    assert stop([reply("a", "7", 0.5)], previous=previous, theta=theta) == "sure"
+    assert stop([reply("a", "7", 0.51)], previous=previous, theta=theta) is None
+    assert stop([reply("a", "7", 0.9), reply("b", "8", 0.5)], previous=previous, theta=theta) == "sure"
+    assert stop([reply("a", "7", 0.5), reply("b", "7", 0.5)], previous=previous, theta=theta) == "agreement"
     assert stop([reply("a", "7", None)], previous="7", theta=1e9) is None
 
 
