@@ -12,6 +12,7 @@ from dmoa.types import AgentReply, EntropySum, TokenUsage
 
 Value = TypeVar("Value", TokenUsage, EntropySum)
 _PREFIXES: dict[type, str] = {TokenUsage: "", EntropySum: "entropy_"}
+_REASONING = "reasoning_entropy_"
 
 
 class TokenFields(BaseModel):
@@ -26,6 +27,8 @@ class TokenFields(BaseModel):
     cached_tokens: int
     """Part of prompt_tokens that an engine did not compute again."""
     completion_tokens: int
+    reasoning_tokens: int = 0
+    """Part of completion_tokens that was thought, not answered."""
 
     @property
     def usage(self) -> TokenUsage:
@@ -33,27 +36,30 @@ class TokenFields(BaseModel):
         return _value_of(TokenUsage, {name: getattr(self, name) for name in TokenFields.model_fields})
 
 
-def flat(value: TokenUsage | EntropySum) -> dict[str, Any]:
-    """Return the fields of a value object by their flat names."""
-    return {_PREFIXES[type(value)] + name: part for name, part in asdict(value).items()}
+def flat(value: TokenUsage | EntropySum, prefix: str | None = None) -> dict[str, Any]:
+    """Return the fields of a value object by their flat names; `prefix`: ahead of each, None: that of its kind."""
+    before = _PREFIXES[type(value)] if prefix is None else prefix
+    return {before + name: part for name, part in asdict(value).items()}
 
 
 def flat_reply(reply: AgentReply) -> dict[str, Any]:
     """Return the fields of a reply, with those of its value objects in their places."""
     found: dict[str, Any] = {}
     for name, value in ((part.name, getattr(reply, part.name)) for part in fields(reply)):
-        found |= flat(value) if type(value) in _PREFIXES else {name: value}
+        prefix = _REASONING if name == "reasoning_entropy" else None
+        found |= flat(value, prefix) if type(value) in _PREFIXES else {name: value}
     return found
 
 
 def reply_of(row: Mapping[str, Any]) -> AgentReply:
     """Return the reply that `flat_reply` made flat; what is not there has its default. Raises TypeError for other fields."""
     rest = dict(row)
-    usage, entropy = _value_of(TokenUsage, rest), _value_of(EntropySum, rest)
-    return AgentReply(**rest, usage=usage, entropy=entropy)
+    usage, entropy, thought = _value_of(TokenUsage, rest), _value_of(EntropySum, rest), _value_of(EntropySum, rest, _REASONING)
+    return AgentReply(**rest, usage=usage, entropy=entropy, reasoning_entropy=thought)
 
 
-def _value_of(kind: type[Value], row: dict[str, Any]) -> Value:
+def _value_of(kind: type[Value], row: dict[str, Any], prefix: str | None = None) -> Value:
     """Take the fields of a value object out of a flat record."""
-    names = {part.name: _PREFIXES[kind] + part.name for part in fields(kind)}
+    before = _PREFIXES[kind] if prefix is None else prefix
+    names = {part.name: before + part.name for part in fields(kind)}
     return kind(**{name: row.pop(key) for name, key in names.items() if key in row})

@@ -70,6 +70,10 @@ class _ReplyAgentHead(ReplyModel):
     """exact, or truncated: from listed log-probabilities only, the middle of two bounds."""
     entropy_slack_nats: float = 0.0
     """How far entropy_nats may be off either way, being the middle of two bounds; 0 where it is exact."""
+    reasoning_entropy_nats: float | None = None
+    """The same mean over the tokens of its thought; null where it did not think, or nothing is known of it."""
+    reasoning_entropy_tokens: int = 0
+    """Tokens of the thought that it is the mean of."""
     finish_reason: FinishReason | None
     """null where the agent generated nothing."""
 
@@ -95,6 +99,8 @@ class ReplyAgent(TokenFields, _ReplyAgentHead):
     """Why there is no contribution; null where there is one."""
     text: str | None = Field(default=None, exclude_if=_is_none)
     """Its contribution; only with `dmoa.trace`."""
+    reasoning: str | None = Field(default=None, exclude_if=_is_none)
+    """What it thought before; only with `dmoa.trace`."""
 
 
 class _ReplySummarizerHead(ReplyModel):
@@ -113,6 +119,8 @@ class ReplySummarizer(TokenFields, _ReplySummarizerHead):
     """Whether a call cache gave its words."""
     error: str | None
     """Why the summarizer's own words are missing; the summary is then the chosen contribution."""
+    reasoning: str | None = Field(default=None, exclude_if=_is_none)
+    """What it thought before; only with `dmoa.trace`."""
 
 
 class ReplyStep(ReplyModel):
@@ -209,6 +217,7 @@ def _step_of(step: ReplyStep, reply: ReplyDmoa) -> StepRecord:
         summarizer=SummarizerRecord(
             mode=summarizer.mode,
             verdict=summarizer.verdict,
+            reasoning=summarizer.reasoning or "",
             usage=summarizer.usage,
             latency_ms=summarizer.latency_ms,
             engine_ms=summarizer.engine_ms,
@@ -239,18 +248,25 @@ def _decision_of(step: ReplyStep, gate_version: str, routed_by: RoutedBy) -> Rou
 
 
 def _reply_of(agent: ReplyAgent) -> AgentReply:
-    tokens = agent.entropy_tokens
+    tokens, thought_tokens = agent.entropy_tokens, agent.reasoning_entropy_tokens
     mean_nats = math.nan if agent.entropy_nats is None else agent.entropy_nats
     return AgentReply(
         agent=agent.name,
         status=agent.status,
         text=agent.text or "",
+        reasoning=agent.reasoning or "",
         finish_reason=agent.finish_reason or "stop",
         entropy=EntropySum(
             sum_nats=mean_nats * tokens if tokens else 0.0,
             sq_sum=math.nan if tokens else 0.0,
             slack_nats=agent.entropy_slack_nats * max(1, tokens),
             tokens=tokens,
+            kind=agent.entropy_kind,
+        ),
+        reasoning_entropy=EntropySum(
+            sum_nats=(agent.reasoning_entropy_nats or 0.0) * thought_tokens,
+            sq_sum=math.nan if thought_tokens else 0.0,
+            tokens=thought_tokens,
             kind=agent.entropy_kind,
         ),
         usage=agent.usage,
@@ -285,7 +301,7 @@ def reply_step(step: StepRecord, *, with_texts: bool = False) -> ReplyStep:
         wall_ms=finite(step.wall_ms),
         mass=finite(step.mass, 6),
         agents=list(_agents(step, with_texts)),
-        summarizer=_summarizer(step.summarizer),
+        summarizer=_summarizer(step.summarizer, with_texts),
         summary=step.summary if with_texts else None,
     )
 
@@ -312,7 +328,7 @@ def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
 
 
 def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored: bool = False) -> ReplyAgent:
-    entropy = reply.entropy
+    entropy, thought = reply.entropy, reply.reasoning_entropy.mean_nats
     return ReplyAgent(
         name=reply.agent,
         probability=min(max(finite(probability, 6), 0.0), 1.0),
@@ -322,6 +338,8 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored:
         entropy_tokens=entropy.tokens,
         entropy_kind=entropy.kind,
         entropy_slack_nats=finite(entropy.slack_nats / max(1, entropy.tokens), 6),
+        reasoning_entropy_nats=None if thought is None else round(thought, 6),
+        reasoning_entropy_tokens=reply.reasoning_entropy.tokens,
         finish_reason=reply.finish_reason if reply.status == "ok" or reply.usage.completion_tokens else None,
         **flat(reply.usage),
         estimated=reply.are_tokens_estimated,
@@ -333,10 +351,11 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored:
         memoised=reply.is_memoised,
         error=reply.error,
         text=reply.text if with_texts else None,
+        reasoning=(reply.reasoning or None) if with_texts else None,
     )
 
 
-def _summarizer(record: SummarizerRecord) -> ReplySummarizer:
+def _summarizer(record: SummarizerRecord, with_texts: bool) -> ReplySummarizer:
     return ReplySummarizer(
         mode=record.mode,
         verdict=record.verdict,
@@ -345,6 +364,7 @@ def _summarizer(record: SummarizerRecord) -> ReplySummarizer:
         engine_ms=finite(record.engine_ms),
         memoised=record.is_memoised,
         error=record.error,
+        reasoning=(record.reasoning or None) if with_texts else None,
     )
 
 

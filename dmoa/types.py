@@ -70,6 +70,8 @@ class TokenUsage:
     """Part of prompt_tokens whose keys and values were reused from another request."""
     completion_tokens: int = 0
     """Generated tokens, stop tokens included."""
+    reasoning_tokens: int = 0
+    """Part of completion_tokens that the model thought with, delimiters included."""
 
     @property
     def total(self) -> int:
@@ -147,9 +149,14 @@ class Generation:
     """What an engine generated."""
 
     text: str
+    """The answer; an engine that does not part thoughts leaves them in it, and the agent parts them."""
+    reasoning: str = ""
+    """What the model thought before it answered, where the engine parts it from the text."""
     finish_reason: FinishReason
     entropy: EntropySum
-    """Over the generated tokens, stop token included."""
+    """Over the generated tokens of the text, stop token included."""
+    reasoning_entropy: EntropySum = EntropySum()
+    """Over the generated tokens of the thought, delimiters included."""
     usage: TokenUsage
     are_tokens_estimated: bool = False
     """Whether the counts in `usage` are guesses, because an endpoint did not tell."""
@@ -164,6 +171,8 @@ class TextDelta:
     """A piece of streamed text."""
 
     text: str
+    is_reasoning: bool = False
+    """Whether it is a piece of a thought, and so no part of the text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,8 +202,14 @@ class AgentReply:
     agent: str
     status: AgentStatus
     text: str = ""
+    """The answer: what everybody else sees, compares and builds on."""
+    reasoning: str = ""
+    """What it thought before: kept for traces, no part of the contribution."""
     finish_reason: FinishReason = "stop"
     entropy: EntropySum = EntropySum()
+    """Over the answer's tokens; with `gate.entropy_scope: all` over the thought's too."""
+    reasoning_entropy: EntropySum = EntropySum()
+    """Over the thought's tokens alone."""
     usage: TokenUsage = TokenUsage()
     are_tokens_estimated: bool = False
     latency_ms: float = 0.0
@@ -300,6 +315,8 @@ class SummarizerRecord:
 
     mode: Literal["select", "llm"]
     verdict: Verdict
+    reasoning: str = ""
+    """What the summarizer, or the agent whose text became the summary, thought before it."""
     usage: TokenUsage = TokenUsage()
     latency_ms: float = 0.0
     engine_ms: float = 0.0
@@ -395,6 +412,8 @@ class Answer:
 
     trace_id: str
     text: str
+    reasoning: str = ""
+    """What whoever wrote the text thought before it: the summarizer's thought or the chosen agent's."""
     policy: str
     stop_reason: StopReason
     steps: tuple[StepRecord, ...]

@@ -61,7 +61,8 @@ class _RolloutRowHead(RolloutModel):
     propensity: Annotated[float, MEASURE]
     """Probability with which exploration came to ask it; 1.0 for selected agents and in dense rollouts."""
     entropy_sum_nats: Annotated[float, MEASURE]
-    """Sum over the generated tokens, stop token included, of the entropy of the next-token distribution."""
+    """Sum over the tokens of the answer, stop token included, of the entropy of the next-token distribution; with
+    `gate.entropy_scope: all` over those of the thought too."""
     entropy_sq_sum: Annotated[float, MEASURE]
     """Sum of the squares of the same entropies."""
     entropy_tokens: Annotated[int, MEASURE]
@@ -79,6 +80,11 @@ class RolloutRow(TokenFields, _RolloutRowHead):
     """From the call to the reply."""
     text: Annotated[str, LEARNED]
     """What it contributed."""
+    reasoning: str = ""
+    """What it thought before, no part of the contribution."""
+    reasoning_entropy_sum_nats: float = 0.0
+    """As entropy_sum_nats, over the tokens of the thought alone."""
+    reasoning_entropy_tokens: int = 0
     status: Annotated[AgentStatus, LEARNED]
     """ok, masked, or why there is no contribution."""
     gate_version: Annotated[str, LEARNED]
@@ -217,10 +223,16 @@ def _rows(step: StepRecord, preset: Preset) -> list[dict[str, Any]]:
             "propensity": explored.get(reply.agent, 1.0),
             "gate_version": step.decision.gate_version,
             **flat_reply(reply),
-            "text": reply.text.encode("utf-8", "replace").decode("utf-8"),  # UTF-8 carries no lone surrogates
+            "text": _storable(reply.text),
+            "reasoning": _storable(reply.reasoning),
         }
         for reply in (*asked.values(), *masked)
     ]
+
+
+def _storable(text: str) -> str:
+    """Replace what UTF-8 cannot carry (lone surrogates)."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def split_input(input_X: FloatArray, preset: Preset) -> tuple[FloatArray, FloatArray]:

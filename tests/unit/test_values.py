@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +19,7 @@ from dmoa.training.rollouts import RolloutRow
 from dmoa.types import AgentReply, EntropySum, StepRecord, SummarizerRecord, TokenUsage
 
 SMALL = st.integers(0, 1000)
-USAGES = st.builds(TokenUsage, prompt_tokens=SMALL, cached_tokens=SMALL, completion_tokens=SMALL)
+USAGES = st.builds(TokenUsage, prompt_tokens=SMALL, cached_tokens=SMALL, completion_tokens=SMALL, reasoning_tokens=SMALL)
 # Whole numbers: their sums are exact, so that the law holds to the last bit.
 WHOLE = SMALL.map(float)
 ENTROPIES = st.builds(
@@ -118,6 +118,7 @@ def test_a_flat_record_gives_its_usage_back(usage: TokenUsage) -> None:
 @given(USAGES, ENTROPIES)
 def test_a_reply_comes_back_from_its_line(usage: TokenUsage, entropy: EntropySum) -> None:
     reply = AgentReply(agent="a", status="ok", text="19", usage=usage, entropy=entropy, are_tokens_estimated=True, attempts=2)
+    reply = replace(reply, reasoning="10 and 9", reasoning_entropy=entropy + EntropySum.of_tokens([2.0]))
     line = json.dumps(flat_reply(reply))
     assert reply_of(json.loads(line)) == reply
 
@@ -126,10 +127,12 @@ def test_the_line_of_a_reply_in_the_call_cache() -> None:
     usage = TokenUsage(prompt_tokens=10, cached_tokens=6, completion_tokens=4)
     reply = AgentReply(agent="a", status="ok", text="19", usage=usage, entropy=EntropySum.of_tokens([2.0]), engine="list")
     assert json.dumps(flat_reply(reply)) == (
-        '{"agent": "a", "status": "ok", "text": "19", "finish_reason": "stop", "entropy_sum_nats": 2.0, "entropy_sq_sum": 4.0, '
-        '"entropy_slack_nats": 0.0, "entropy_tokens": 1, "entropy_kind": "exact", "prompt_tokens": 10, "cached_tokens": 6, '
-        '"completion_tokens": 4, "are_tokens_estimated": false, "latency_ms": 0.0, "engine_ms": 0.0, "error": null, '
-        '"attempts": 1, "engine": "list", "is_memoised": false, "replica": ""}'
+        '{"agent": "a", "status": "ok", "text": "19", "reasoning": "", "finish_reason": "stop", '
+        '"entropy_sum_nats": 2.0, "entropy_sq_sum": 4.0, "entropy_slack_nats": 0.0, "entropy_tokens": 1, "entropy_kind": "exact", '
+        '"reasoning_entropy_sum_nats": 0.0, "reasoning_entropy_sq_sum": 0.0, "reasoning_entropy_slack_nats": 0.0, '
+        '"reasoning_entropy_tokens": 0, "reasoning_entropy_kind": "exact", "prompt_tokens": 10, "cached_tokens": 6, '
+        '"completion_tokens": 4, "reasoning_tokens": 0, "are_tokens_estimated": false, "latency_ms": 0.0, "engine_ms": 0.0, '
+        '"error": null, "attempts": 1, "engine": "list", "is_memoised": false, "replica": ""}'
     )
 
 
