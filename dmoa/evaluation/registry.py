@@ -13,6 +13,7 @@ from dmoa.evaluation.suites.calendar import CALENDAR
 from dmoa.evaluation.suites.chain import CHAIN
 from dmoa.evaluation.suites.relay import RELAY
 from dmoa.evaluation.suites.suite import Suite
+from dmoa.evaluation.suites.tables import DYES, PARCELS, SIGNALS
 from dmoa.evaluation.suites.words import WORDS
 from dmoa.validation import did_you_mean
 
@@ -53,7 +54,10 @@ def _checked(name: str, entry: ScorerEntry) -> Callable[[Label, Reply], Score]:
     return score
 
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (ARITH, WORDS, CALENDAR, SHARED, CHAIN, RELAY)}
+SKILLS = (ARITH, WORDS, CALENDAR, PARCELS, SIGNALS, DYES)
+"""The suites that one specialist each of the pool `specialists` has been taught."""
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (*SKILLS, SHARED, CHAIN, RELAY)}
 """In the order of tables."""
 
 

@@ -62,6 +62,8 @@ class Schedule(Node):
     """Updates between two looks at the held-out rows; each keeps the state."""
     stop_accuracy: float | None = Field(default=None, gt=0, le=1)
     """End as soon as so many of the held-out rows are right; None: after `steps`."""
+    bfloat16: bool = False
+    """Multiply in bfloat16, several times quicker where the processor has it; the adapter itself stays float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +202,7 @@ def _arguments(schedule: Schedule, folder: Path, num_workers: int) -> TrainingAr
         eval_steps=schedule.check_every,
         save_steps=schedule.check_every,
         save_total_limit=2,
+        bf16=schedule.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
         remove_unused_columns=False,

@@ -26,7 +26,7 @@ from dmoa.engine_options import Node, TransformersOptions
 from dmoa.engines.models import model_id, resolve_model
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply, Row
-from dmoa.evaluation.registry import SUITES
+from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.evaluation.suites.calendar import WEEKDAYS
 from dmoa.protocols import Engine
 from dmoa.training.lora import LoraSettings, TrainingRow
@@ -47,7 +47,7 @@ MAX_TOKENS = 16
 class RecipeSource(Node):
     """Rows of one suite."""
 
-    suite: Literal["arith", "words", "calendar"]
+    suite: Literal["arith", "words", "calendar", "parcels", "signals", "dyes"]
     difficulty: PositiveInt = 1
     groups: tuple[str, ...] = ()
     """Groups of rows to train on; empty: all."""
@@ -105,11 +105,7 @@ class SpecialistOptions(Options):
     """Held-out rows of every suite of the recipe that the finished adapter answers; 0: none, and no card."""
     foreign_rows: PositiveInt = 20
     """The same of every other suite, where an adapter has little to show."""
-    card_sources: tuple[RecipeSource, ...] = (
-        RecipeSource(suite="arith"),
-        RecipeSource(suite="words"),
-        RecipeSource(suite="calendar"),
-    )
+    card_sources: tuple[RecipeSource, ...] = tuple(RecipeSource.model_validate({"suite": suite.name}) for suite in SKILLS)
     """The suites that cards speak of, as the pool is asked them."""
 
     @property

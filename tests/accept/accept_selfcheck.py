@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = {"mmlu", "gsm8k", "multiarith", "svamp", "aqua_rat", "humaneval", "ds1000", "hotpotqa", "ddxplus"}
-SUITES = {"arith", "words", "calendar", "shared", "chain", "relay"}
+SUITES = {"arith", "words", "calendar", "parcels", "signals", "dyes", "shared", "chain", "relay"}
 MAX_UNSCORED_SHARE = 0.25
 """More references than these failing is no matter of library versions."""
 

@@ -95,6 +95,53 @@ class Arithmetic(Kind):
         return Problem({"terms": terms}, str(total))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DigitSum(Kind):
+    """A whole number of some digits and a digit to add, 1 to 9."""
+
+    digits: int
+    has_carries: bool
+
+    @property
+    def group(self) -> str:  # type: ignore[override]  # a constant elsewhere
+        """As of other sums."""
+        return f"sum-{'with' if self.has_carries else 'without'}-carries"
+
+    @property
+    def size(self) -> int:
+        """Numbers times digits."""
+        return int(9 * 10 ** (self.digits - 1) * 9)
+
+    @property
+    def num_tuples(self) -> int:
+        """Of 90 pairs of a last digit and a digit to add, 45 carry."""
+        return self.size // 2
+
+    @property
+    def templates(self) -> Templates:
+        """The same wordings for every operation."""
+        return TEMPLATES
+
+    @property
+    def answer_format(self) -> str:
+        """A number."""
+        return NUMBER_FORMAT
+
+    def latent(self, number: int) -> Latent | None:
+        """Return the number and the digit."""
+        rest, digit = divmod(number, 9)
+        operands = [int(10 ** (self.digits - 1)) + rest, digit + 1]
+        return tuple(operands) if _carries("+", operands) == self.has_carries else None
+
+    def root(self, latent: Latent) -> str:
+        """Return the operands."""
+        return f"+ {latent[1]} {latent[0]}"
+
+    def ask(self, latent: Latent) -> Problem:
+        """Return the sum."""
+        return Problem({"terms": f"{latent[0]} + {latent[1]}"}, str(sum(latent)))
+
+
 @cache
 def _plain_columns(operations: Operations) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Return the digits of one column that neither carry nor borrow: of a lower column, and of the leading one (no 0)."""
@@ -154,6 +201,7 @@ ARITH = Suite(
     title="arith (generated)",
     summary="Sums and differences of whole numbers, one or two operations; half of the rows carry or borrow, half do not.",
     levels=(
+        Level(meaning="a + b, 5 digits and 1", kinds=tuple(DigitSum(digits=5, has_carries=has) for has in (True, False))),
         Level(meaning="a + b, 3 digits", kinds=both("+", 3)),
         Level(meaning="a + b and a - b, 4 digits", kinds=(*both("+", 4), *both("-", 4))),
         Level(meaning="a + b + c and a + b - c, 3 digits", kinds=(*both("++", 3), *both("+-", 3))),

@@ -180,6 +180,7 @@ WORDS = Suite(
     title="words (generated)",
     summary="Questions about lists of common English words: sort, name the n-th, find the longest, count letters or words.",
     levels=(
+        Level(meaning="n-th of 3 words", kinds=_kinds(3, "pick")),
         Level(meaning="sorting and n-th of 3 words", kinds=_kinds(3, "sort", "pick")),
         Level(meaning="sorting, n-th and longest of 5 words", kinds=_kinds(5, "sort", "pick", "longest")),
         *(

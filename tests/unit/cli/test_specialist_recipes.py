@@ -12,7 +12,7 @@ import yaml
 from dmoa.agents.prompts import agent_messages
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply
-from dmoa.evaluation.registry import SUITES
+from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.types import Query
 from dmoa.workflows.specialists import Recipe, SpecialistOptions, held_out_rows, one_off, training_rows, validation_rows
 
@@ -39,7 +39,7 @@ def test_prompts_are_those_of_serving() -> None:
 
 
 def test_targets_are_right_by_the_suites_own_scorer() -> None:
-    for suite in ("arith", "words", "calendar"):
+    for suite in (skill.name for skill in SKILLS):
         one = recipe(sources=[{"suite": suite}], held_out_rows=30)
         for row, wanted in zip(validation_rows(one.sources[0], 30), held_out_rows(one), strict=True):
             assert SUITES[suite].score(row.label, Reply(text=wanted.target)).value == 1.0
@@ -61,7 +61,7 @@ def test_held_out_rows_are_of_all_groups_and_no_training_tuple() -> None:
 
 
 def test_a_source_named_twice_has_two_turns_of_rows_of_its_own() -> None:
-    sort, pick = {"suite": "words", "groups": ["sort"]}, {"suite": "words", "groups": ["pick"]}
+    sort, pick = ({"suite": "words", "difficulty": 2, "groups": [group]} for group in ("sort", "pick"))
     one = recipe(sources=[sort, sort, pick], history_share=0.0, held_out_rows=12)
     rows = training_rows(one)
     assert [row.source for row in rows[:6]] == ["words/sort", "words/sort", "words/pick"] * 2

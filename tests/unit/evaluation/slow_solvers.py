@@ -13,6 +13,29 @@ _WORD_LIST = re.compile(r"(?<=: )[a-z]+(?:, [a-z]+)+")
 _DATE = re.compile(r"(\d{4})-(\d\d)-(\d\d)")
 _DAY_NAMES = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 _SATURDAY = (2000, 1, 1)
+_CODE = re.compile(r"([A-Z])-(\d{5})")
+_GRAMS = re.compile(r"(\d+) grams of ([a-z]+)")
+_DEPOTS = ["B Mill", "D Lake", "F Park", "H Bridge", "K Stone", "M Wood", "P North", "R Hill"]
+_FLAGS = [
+    "star danger",
+    "ring welcome",
+    "cross repair",
+    "bar medicine",
+    "dot fishing",
+    "fork storm",
+    "wave silence",
+    "crown landing",
+]
+_DYES = {
+    "plum": ["madder woad", "woad lichen"],
+    "rust": ["madder weld", "sumac lichen"],
+    "wine": ["madder sumac", "sumac walnut"],
+    "slate": ["madder lichen", "woad walnut"],
+    "sand": ["madder walnut", "weld lichen"],
+    "moss": ["woad weld", "weld walnut"],
+    "teal": ["woad sumac", "lichen walnut"],
+    "straw": ["weld sumac"],
+}
 
 Day = tuple[int, int, int]
 
@@ -22,11 +45,17 @@ def suite_of(text: str) -> str:
     question = _FORMAT.sub("", text)
     if _DATE.search(question):
         return "calendar"
+    if text.endswith("the meaning in one word."):
+        return "signals"
+    if _CODE.search(question):
+        return "parcels"
+    if _GRAMS.search(question):
+        return "dyes"
     return "arith" if _TERMS.search(question) else "words"
 
 
-def solve(text: str) -> str:
-    """Answer a question of `arith`, `shared`, `words` or `calendar`."""
+def solve(text: str, *, difficulty: int = 1) -> str:
+    """Answer a question of a skill or of `shared`; the difficulty is that of a suite with a table."""
     assert _FORMAT.search(text), text
     question = _FORMAT.sub("", text)
     match suite_of(text):
@@ -34,6 +63,12 @@ def solve(text: str) -> str:
             return _solve_terms(_TERMS.findall(question)[0])
         case "words":
             return _solve_words(question)
+        case "parcels":
+            return _solve_parcel(question, has_exception=difficulty > 1)
+        case "signals":
+            return _solve_signal(question, has_exception=difficulty > 1)
+        case "dyes":
+            return _solve_dye(question, has_exception=difficulty > 1)
     return _solve_dates(question)
 
 
@@ -137,6 +172,33 @@ def _longest(words: list[str]) -> str:
             best = word
     assert [len(word) for word in words].count(len(best)) == 1, words
     return best
+
+
+def _solve_parcel(question: str, *, has_exception: bool) -> str:
+    letter, number = _CODE.findall(question)[0]
+    return _look_up(_DEPOTS, letter, goes_on=has_exception and number[-1] in "13579")
+
+
+def _solve_signal(question: str, *, has_exception: bool) -> str:
+    row = re.findall(r"[a-z]+(?:, [a-z]+){5}", question)[0].split(", ")
+    return _look_up(_FLAGS, row[5], goes_on=has_exception and row[0] == row[5])
+
+
+def _look_up(table: list[str], key: str, *, goes_on: bool) -> str:
+    for entry, after in zip(table, [*table[1:], table[0]], strict=True):
+        if entry.startswith(f"{key} "):
+            return (after if goes_on else entry).split()[1]
+    raise AssertionError(key)
+
+
+def _solve_dye(question: str, *, has_exception: bool) -> str:
+    grams = {dye: int(number) for number, dye in _GRAMS.findall(question)}
+    for colour, pairs in _DYES.items():
+        for pair in pairs:
+            first, second = pair.split()
+            if {first, second} == set(grams):
+                return f"{'deep' if grams[first] > grams[second] else 'pale'} {colour}" if has_exception else colour
+    raise AssertionError(question)
 
 
 def _solve_dates(question: str) -> str:

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Row
-from dmoa.evaluation.registry import SUITES
+from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.evaluation.suites.arith import Arithmetic, Operations
 from dmoa.evaluation.suites.calendar import Calendar, UpTo, WithinMonth
 from dmoa.evaluation.suites.chain import CloseDifference
 from dmoa.evaluation.suites.suite import PERCENT, SUITE_SPLITS, Kind, Suite, permuted, split_of
+from dmoa.evaluation.suites.tables import DEPOTS, MEANINGS, MIXTURES, Signal
 from dmoa.evaluation.suites.words import TEMPLATES, Words, vocabulary
 
 LEVELS = [(name, difficulty) for name, suite in SUITES.items() for difficulty in suite.difficulties]
@@ -45,7 +46,7 @@ def templates(row: Row) -> list[str]:
 
 
 def test_the_table_names_the_suites_and_says_that_they_are_generated() -> None:
-    assert list(SUITES) == ["arith", "words", "calendar", "shared", "chain", "relay"]
+    assert list(SUITES) == ["arith", "words", "calendar", "parcels", "signals", "dyes", "shared", "chain", "relay"]
     for name, suite in SUITES.items():
         assert suite.name == name
         assert suite.is_generated
@@ -132,8 +133,9 @@ def test_permuted_orders_hang_on_the_seed_and_look_random() -> None:
         CloseDifference(digits=3, max_result=5),
         CloseDifference(digits=3, max_result=28),
         Calendar(group="weekday", spans=UpTo(min_days=0, max_days=0)),
+        Signal(),
     ],
-    ids=["sums", "few-differences", "differences", "weekdays"],
+    ids=["sums", "few-differences", "differences", "weekdays", "signals"],
 )
 def test_the_smallest_kinds_hold_what_capacity_promises(kind: Kind) -> None:
     latents = [latent for latent in map(kind.latent, range(kind.size)) if latent is not None]
@@ -178,12 +180,7 @@ def test_splits_are_disjoint_by_tuple_and_by_held_out_template(name: str) -> Non
 @pytest.mark.parametrize("other", ["shared", "chain", "relay"])
 @pytest.mark.contract
 def test_what_specialists_train_on_is_tested_nowhere(other: str) -> None:
-    trained = {
-        root
-        for name in ("arith", "words", "calendar")
-        for row in SUITES[name].generate("specialist", 1000, 1)
-        for root in roots(row)
-    }
+    trained = {root for suite in SKILLS for row in suite.generate("specialist", 1000, 1) for root in roots(row)}
     tested = {root for row in SUITES[other].generate("test", 1000, 1) for root in roots(row)}
     assert not trained & tested
 
@@ -206,7 +203,7 @@ def test_every_wording_occurs(name: str) -> None:
     assert {number.rsplit("/", 1)[1] for number in numbers} == {"0", "1"}
 
 
-@pytest.mark.parametrize("name", ["arith", "words", "calendar", "shared", "chain"])
+@pytest.mark.parametrize("name", ["arith", "words", "calendar", "parcels", "signals", "dyes", "shared", "chain"])
 def test_kinds_take_turns(name: str) -> None:
     suite = SUITES[name]
     counted = Counter(row.task.group for row in suite.generate("gate", 100, 0))
@@ -290,3 +287,11 @@ def test_bad_parameters_are_refused_at_once(name: str, arguments: tuple[object, 
 
 def test_all_kinds_of_questions_about_words_have_wordings() -> None:
     assert {kind.group for kind in KINDS.values() if isinstance(kind, Words)} == set(TEMPLATES)
+
+
+def test_no_two_tables_share_an_answer() -> None:
+    """So that an agent that was taught one table is right on no other by luck."""
+    tables = [set(table) for table in (DEPOTS.values(), MEANINGS.values(), MIXTURES.values())]
+    assert [len(answers) for answers in tables] == [8, 8, 8]
+    assert len(set.union(*({answer.lower() for answer in answers} for answers in tables))) == 24
+    assert len(MIXTURES) == 15

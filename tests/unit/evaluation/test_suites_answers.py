@@ -10,7 +10,8 @@ from tests.unit.evaluation.slow_solvers import has_carry, solve, solve_second, s
 NUM_ROWS = 1000
 """Per suite, over its splits and difficulties."""
 
-SINGLE = [(name, difficulty) for name in ("arith", "words", "calendar", "shared") for difficulty in SUITES[name].difficulties]
+SKILLS = ("arith", "words", "calendar", "parcels", "signals", "dyes")
+SINGLE = [(name, difficulty) for name in (*SKILLS, "shared") for difficulty in SUITES[name].difficulties]
 
 
 @pytest.mark.parametrize(("name", "difficulty"), SINGLE)
@@ -18,7 +19,7 @@ SINGLE = [(name, difficulty) for name in ("arith", "words", "calendar", "shared"
 def test_a_slow_solver_confirms_the_answers(name: str, difficulty: int, split: str) -> None:
     limit = -(-NUM_ROWS // (3 * len(SUITES[name].difficulties)))
     for row in SUITES[name].generate(split, limit, 11, difficulty):
-        assert solve(row.task.text) == row.label.gold["answer"], row.task.text
+        assert solve(row.task.text, difficulty=difficulty) == row.label.gold["answer"], row.task.text
         assert row.task.text.count("End with a line `Answer: ...`") == 1
 
 
@@ -68,7 +69,7 @@ def test_weekdays_that_questions_claim_are_true() -> None:
 
 
 def test_answers_at_the_lowest_difficulty_are_short() -> None:
-    for name in ("arith", "words", "calendar"):
+    for name in SKILLS:
         rows = SUITES[name].generate("test", 500, 5)
         # Ten characters of a date are the most tokens that a digit-by-digit tokenizer makes of one.
         assert all(len(answer) <= 10 or answer.count(",") == 2 for answer in (row.label.gold["answer"] for row in rows))

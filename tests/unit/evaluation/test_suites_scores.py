@@ -40,7 +40,7 @@ def test_gold_replies_score_one_and_empty_ones_zero(name: str) -> None:
             assert (empty.value, empty.is_scored, empty.extracted) == (0.0, False, None)
 
 
-@pytest.mark.parametrize("name", ["arith", "words", "calendar", "shared", "chain"])
+@pytest.mark.parametrize("name", ["arith", "words", "calendar", "parcels", "signals", "dyes", "shared", "chain"])
 def test_answers_of_other_rows_score_zero_unless_equal(name: str) -> None:
     suite = SUITES[name]
     rows = list(suite.generate("test", 200, 2))
@@ -126,7 +126,17 @@ def guesses(text: str, gold: str, rng: random.Random) -> str | None:
 @pytest.mark.contract
 @pytest.mark.parametrize(
     ("name", "difficulty"),
-    [("arith", 1), ("words", 1), ("words", 3), ("calendar", 3), ("shared", 1), ("chain", 1)],
+    [
+        ("arith", 1),
+        ("words", 1),
+        ("words", 4),
+        ("calendar", 3),
+        ("parcels", 1),
+        ("signals", 2),
+        ("dyes", 2),
+        ("shared", 1),
+        ("chain", 1),
+    ],
 )
 def test_chance_is_what_guessing_gets(name: str, difficulty: int) -> None:
     suite, rng = SUITES[name], random.Random(0)
