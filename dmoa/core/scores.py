@@ -144,7 +144,7 @@ def fit_anchors(
     distinct_UD, row_R = np.unique(np.asarray(embedding_RD, dtype=np.float64), axis=0, return_inverse=True)
     rng = np.random.default_rng(seed)
     is_one_only = min(num_clusters, len(distinct_UD)) in (1, len(distinct_UD))
-    clusterings = (_clusters(distinct_UD, num_clusters, rng)[row_R] for _ in range(1 if is_one_only else num_clusterings))
+    clusterings = (clusters(distinct_UD, num_clusters, rng)[row_R] for _ in range(1 if is_one_only else num_clusterings))
     mean_A = np.mean([_balanced_means(raw_RA, cluster_R) for cluster_R in clusterings], axis=0)
     return tuple(float(value) for value in mean_A)
 
@@ -162,19 +162,19 @@ def _balanced_means(raw_RA: Array, cluster_R: npt.NDArray[np.int64]) -> Array:
     return mean_A
 
 
-def _clusters(distinct_UD: Array, num_clusters: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+def clusters(distinct_UD: Array, num_clusters: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """Return the cluster [U] of every row: k-means from k-means++ centres, over different rows in sorted order.
 
     So neither the order of the rows nor their repetition matters. A centre that loses its rows stays where it is.
     """
     centre_CD = distinct_UD[[rng.integers(len(distinct_UD))]]
     while len(centre_CD) < min(num_clusters, len(distinct_UD)):
-        distance_U = _squared_distances(distinct_UD, centre_CD).min(axis=1)
+        distance_U = squared_distances(distinct_UD, centre_CD).min(axis=1)
         next_one = rng.choice(len(distinct_UD), p=distance_U / distance_U.sum())
         centre_CD = np.vstack([centre_CD, distinct_UD[next_one]])
     cluster_U = np.full(len(distinct_UD), -1)
     for _ in range(_MAX_ROUNDS):
-        before_U, cluster_U = cluster_U, _squared_distances(distinct_UD, centre_CD).argmin(axis=1)
+        before_U, cluster_U = cluster_U, squared_distances(distinct_UD, centre_CD).argmin(axis=1)
         if np.array_equal(before_U, cluster_U):
             break
         for cluster in np.unique(cluster_U):
@@ -183,7 +183,7 @@ def _clusters(distinct_UD: Array, num_clusters: int, rng: np.random.Generator) -
     return found_U
 
 
-def _squared_distances(x_UD: Array, centre_CD: Array) -> Array:
+def squared_distances(x_UD: Array, centre_CD: Array) -> Array:
     # Centre by centre: rows that are centres are exactly 0 away, and there is no array of all three dimensions.
     distance_UC: Array = np.stack([((x_UD - centre_D) ** 2).sum(axis=1) for centre_D in centre_CD], axis=1)
     return distance_UC

@@ -1,0 +1,359 @@
+"""The probability that a reply is right, learnt without labels: from agreement, entropy, length and outcomes.
+
+Fitted by expectation maximisation over queries that several agents answered. Per context (a cluster of queries) and agent a
+competence; one slope each for entropy and for length, which tell hard queries from easy ones; one table of who errs alike, so
+that correlated agents are not counted as independent witnesses. Outcomes, where there are any, enter as evidence about the
+truth of their rows. Source: ours, after Dawid and Skene (1979). Never reads labels of benchmarks.
+
+Shape letters: R queries, A agents, C contexts, D embedding, K nodes of difficulty, Z candidates for the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from dmoa.core.posterior import Truth, right_of, truth_posterior
+from dmoa.core.scores import clusters, fit_anchors, squared_distances
+from dmoa.core.witnesses import Array, IntArray, Witnesses
+from dmoa.errors import ConfigError
+
+MIN_ROWS = 8
+_ROUNDS = 25
+_NODES = 5
+_SPREADS = (0.0, 1.0, 2.0)
+_CONTEXTS = (1, 2, 3, 4, 6, 8)
+_ROWS_PER_CONTEXT = 8
+_ABILITY = (0.5, 1.5)
+"""Mean and standard deviation of competence (log odds of being right) beforehand."""
+_CONTEXT_SD = 1.0
+"""How far the competence of an agent differs between contexts beforehand."""
+_DOUBT = (1.0, 0.5)
+_LENGTH = (0.3, 0.5)
+_COPY = 0.1
+"""Probability that two wrong agents say the same beforehand, ..."""
+_COPY_ERRORS = 3.0
+"""... and for how many joint errors that counts in the estimate of what is usual, ..."""
+_PAIR_ERRORS = 10.0
+"""... as what is usual does in that of each pair."""
+_NOISE = 0.05
+_CLIP = 6.0
+_BACKED = 0.5
+
+
+Signal = Literal["agreement", "entropy", "outcomes", "none"]
+
+
+_ARRAYS = (
+    "centre_CD",
+    "ability_CA",
+    "doubt_mean_A",
+    "doubt_slope_A",
+    "length_mean_CA",
+    "length_sd_A",
+    "copy_AA",
+)
+_NUMBERS = ("length_share", "length_slope", "spread", "noise")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """Which signal the model goes by in one context, and why."""
+
+    signal: Signal
+    reason: str
+    """One sentence in words."""
+    rows: int
+    """Queries of the context that it was fitted on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelModel:
+    """What is known of each agent's competence, by context."""
+
+    centre_CD: Array
+    ability_CA: Array
+    """Log odds of a right answer at average doubt, length and difficulty."""
+    doubt_mean_A: Array
+    doubt_slope_A: Array
+    length_mean_CA: Array
+    length_sd_A: Array
+    length_share: float
+    """Correlation of the lengths of two agents' replies to the same query."""
+    length_slope: float
+    copy_AA: Array
+    """Probability that two agents that are both wrong say the same."""
+    spread: float
+    """Standard deviation of the difficulty of a query, in log odds; all agents share it."""
+    noise: float
+    """Share of outcomes that are taken to be wrong."""
+    trust: tuple[Trust, ...] = ()
+    """By context."""
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the arrays, for a tensor file; `from_arrays` takes them back with `numbers`."""
+        return {name: np.asarray(getattr(self, name), dtype=np.float64) for name in _ARRAYS}
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what is no array, as plain values for JSON."""
+        return {name: getattr(self, name) for name in _NUMBERS} | {"trust": [asdict(trust) for trust in self.trust]}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], numbers: Mapping[str, Any]) -> LabelModel:
+        """Return the model that `arrays` and `numbers` describe. Raises ConfigError if one is missing."""
+        missing = [name for name in _ARRAYS if name not in arrays] + [
+            name for name in (*_NUMBERS, "trust") if name not in numbers
+        ]
+        if missing:
+            raise ConfigError(f"label model: {', '.join(missing)} missing; expected what `arrays` and `numbers` return")
+        held: dict[str, Any] = {name: np.asarray(arrays[name], dtype=np.float64) for name in _ARRAYS}
+        held |= {name: float(numbers[name]) for name in _NUMBERS}
+        held["trust"] = tuple(Trust(**one) for one in numbers["trust"])
+        return cls(**held)
+
+    @property
+    def num_agents(self) -> int:
+        """Agents of the pool."""
+        return int(self.ability_CA.shape[1])
+
+    @property
+    def order(self) -> IntArray:
+        """The agents, the most competent first."""
+        return np.argsort(-self.ability_CA.mean(axis=0), kind="stable")
+
+    def context(self, embedding_RD: Array | None, num_rows: int) -> IntArray:
+        """Return the context of each query: the nearest centre."""
+        if embedding_RD is None or len(self.centre_CD) == 1:
+            return np.zeros(num_rows, dtype=np.int64)
+        nearest_R: IntArray = np.argmin(squared_distances(np.asarray(embedding_RD, dtype=np.float64), self.centre_CD), axis=1)
+        return nearest_R
+
+    def logits(self, witnesses: Witnesses, *, with_difficulty: bool = True) -> Array:
+        """Return the log odds of each agent being right before answers are compared [R, A, K]."""
+        context_R = self.context(witnesses.embedding_RD, len(witnesses.answer_RA))
+        doubt_RA = np.where(np.isnan(witnesses.doubt_RA), 0.0, witnesses.doubt_RA - self.doubt_mean_A)
+        logit_RA = self.ability_CA[context_R] - self.doubt_slope_A * doubt_RA
+        logit_RA = logit_RA - self.length_slope * self.length_factor(witnesses, context_R)[:, None]
+        node_K, _ = nodes(self.spread if with_difficulty else 0.0)
+        logit_RAK: Array = np.clip(logit_RA[:, :, None] - node_K, -_CLIP, _CLIP)
+        return logit_RAK
+
+    def length_factor(self, witnesses: Witnesses, context_R: IntArray) -> Array:
+        """Return how long each query's replies are beside what their agents usually write [R], shrunk where few are known."""
+        with np.errstate(invalid="ignore"):
+            scaled_RA = (np.log1p(witnesses.length_RA) - self.length_mean_CA[context_R]) / self.length_sd_A
+        known_RA = np.isfinite(scaled_RA) & witnesses.asked
+        share = max(self.length_share, 1e-3)
+        total_R: Array = np.where(known_RA, np.clip(scaled_RA, -3, 3), 0.0).sum(axis=1)
+        factor_R: Array = total_R / (known_RA.sum(axis=1) + (1 - share) / share)
+        return factor_R
+
+    def truth(self, witnesses: Witnesses) -> Truth:
+        """Return what the replies of each query say about its truth."""
+        _, weight_K = nodes(self.spread)
+        right_RAK = 1 / (1 + np.exp(-self.logits(witnesses)))
+        log_prior_RZ = outcome_evidence(witnesses, self.noise)
+        return truth_posterior(witnesses.answer_RA, right_RAK, self.copy_AA, weight_K, log_prior_RZ, self.order)
+
+    def right_probability(self, witnesses: Witnesses) -> Array:
+        """Return the probability of each agent being right, given its row's replies [R, A]; beforehand if not asked."""
+        truth = self.truth(witnesses)
+        given_RA = right_of(truth.weight_RZK, witnesses.answer_RA).sum(axis=2)
+        node_RK = truth.weight_RZK.sum(axis=1)
+        prior_RA = np.einsum("rak,rk->ra", 1 / (1 + np.exp(-self.logits(witnesses))), node_RK)
+        return np.where(witnesses.asked, given_RA, prior_RA)
+
+    def log_likelihood(self, witnesses: Witnesses) -> float:
+        """Return the mean log probability of a row's pattern of answers."""
+        return float(self.truth(witnesses).log_likelihood_R.mean())
+
+
+def nodes(spread: float) -> tuple[Array, Array]:
+    """Return values and weights of the difficulty: Gauss-Hermite nodes of a normal of that standard deviation."""
+    if spread == 0:
+        return np.zeros(1), np.ones(1)
+    value_K, weight_K = np.polynomial.hermite_e.hermegauss(_NODES)
+    return value_K * spread, weight_K / weight_K.sum()
+
+
+def outcome_evidence(witnesses: Witnesses, noise: float) -> Array:
+    """Return the log probability of the known outcomes, had each candidate been the truth [R, Z]."""
+    num_rows, num_agents = witnesses.answer_RA.shape
+    log_RZ = np.zeros((num_rows, num_agents + 1))
+    for agent in range(num_agents):
+        outcome_R, answer_R = witnesses.outcome_RA[:, agent], witnesses.answer_RA[:, agent]
+        known_R = np.isfinite(outcome_R) & (answer_R != -2)
+        if not known_R.any():
+            continue
+        good_R = np.where(known_R, outcome_R, 0.5)
+        if_right = np.log(good_R * (1 - noise) + (1 - good_R) * noise)
+        if_wrong = np.log(good_R * noise + (1 - good_R) * (1 - noise))
+        is_right_RZ = np.arange(num_agents + 1) == answer_R[:, None]
+        log_RZ += np.where(known_R[:, None], np.where(is_right_RZ, if_right[:, None], if_wrong[:, None]), 0.0)
+    return log_RZ
+
+
+def fit_label_model(witnesses: Witnesses, *, seed: int) -> LabelModel:
+    """Return the label model of the witnesses."""
+    num_rows, num_agents = witnesses.answer_RA.shape
+    if num_rows < MIN_ROWS or num_agents < 1:
+        raise ConfigError(f"label model: {num_rows} rows of {num_agents} agents; expected at least {MIN_ROWS} rows and one agent")
+    choices = [
+        (count, 1.0)
+        for count in _CONTEXTS
+        if count == 1 or (witnesses.embedding_RD is not None and num_rows >= count * _ROWS_PER_CONTEXT)
+    ]
+    best = max(choices, key=lambda choice: _held_back(witnesses, *choice, seed=seed)) if len(choices) > 1 else choices[0]
+    spreads = [(best[0], spread) for spread in _SPREADS]
+    best = max(spreads, key=lambda choice: _held_back(witnesses, *choice, seed=seed))
+    model = fit_fixed(witnesses, *best, seed=seed)
+    return replace(model, trust=trusted(model, witnesses))
+
+
+def trusted(model: LabelModel, witnesses: Witnesses) -> tuple[Trust, ...]:
+    """Return which signal decides in each context: agreement where most answers that are believed have two backers."""
+    truth = model.truth(witnesses)
+    num_agents = witnesses.answer_RA.shape[1]
+    mass_RZ = truth.weight_RZK.sum(axis=2)
+    backers_RZ = (witnesses.answer_RA[:, None, :] == np.arange(num_agents)[:, None]).sum(axis=2)
+    backed_R = np.where(backers_RZ >= 2, mass_RZ[:, :-1], 0.0).sum(axis=1)
+    context_R = model.context(witnesses.embedding_RD, len(mass_RZ))
+    found = []
+    for context in range(len(model.ability_CA)):
+        rows = context_R == context
+        outcomes = int(np.isfinite(witnesses.outcome_RA[rows]).any(axis=1).sum())
+        share = float(backed_R[rows].mean()) if rows.any() else 0.0
+        if share >= _BACKED:
+            signal: Signal = "agreement"
+            reason = f"on {share:.0%} of the queries two or more agents give the answer that is probably right"
+        elif np.isfinite(witnesses.doubt_RA[rows]).any():
+            signal, reason = "entropy", f"agents agree on what is probably right for {share:.0%} of the queries only"
+        elif outcomes:
+            signal, reason = "outcomes", f"agents seldom agree ({share:.0%}), no entropies are known, {outcomes} outcomes are"
+        else:
+            signal, reason = "none", f"agents seldom agree ({share:.0%}), and neither entropies nor outcomes are known"
+        found.append(Trust(signal=signal, reason=reason, rows=int(rows.sum())))
+    return tuple(found)
+
+
+def _held_back(witnesses: Witnesses, num_contexts: int, spread: float, *, seed: int, folds: int = 2) -> float:
+    fold_R = np.random.default_rng(seed).permutation(len(witnesses.answer_RA)) % folds
+    return sum(
+        fit_fixed(witnesses.rows(fold_R != fold), num_contexts, spread, seed=seed).log_likelihood(witnesses.rows(fold_R == fold))
+        for fold in range(folds)
+    )
+
+
+def fit_fixed(witnesses: Witnesses, num_contexts: int, spread: float, *, seed: int, rounds: int = _ROUNDS) -> LabelModel:
+    """Return the model of so many contexts and that spread of difficulty."""
+    model = _start(witnesses, num_contexts, spread, seed)
+    context_R = model.context(witnesses.embedding_RD, len(witnesses.answer_RA))
+    for _ in range(rounds):
+        model = _maximised(model, witnesses, context_R, model.truth(witnesses))
+    return model
+
+
+def _start(witnesses: Witnesses, num_contexts: int, spread: float, seed: int) -> LabelModel:
+    num_rows, num_agents = witnesses.answer_RA.shape
+    embedding_RD = (
+        np.zeros((num_rows, 1)) if witnesses.embedding_RD is None else np.asarray(witnesses.embedding_RD, dtype=np.float64)
+    )
+    distinct_UD, row_R = np.unique(embedding_RD, axis=0, return_inverse=True)
+    context_R = clusters(distinct_UD, min(num_contexts, len(distinct_UD)), np.random.default_rng(seed))[row_R.reshape(-1)]
+    count = int(context_R.max()) + 1
+    centre_CD = np.array([embedding_RD[context_R == c].mean(axis=0) for c in range(count)])
+    doubt_A = np.zeros(num_agents)
+    heard_A = np.isfinite(witnesses.doubt_RA).any(axis=0)
+    if heard_A.any():
+        doubt_A[heard_A] = fit_anchors(witnesses.doubt_RA[:, heard_A], embedding_RD, num_clusters=8, seed=seed, num_clusterings=4)
+    log_RA = np.where(witnesses.asked, np.log1p(witnesses.length_RA), np.nan)
+    mean_CA, sd_A, share = _lengths(log_RA, context_R, count)
+    return LabelModel(
+        centre_CD=centre_CD,
+        ability_CA=np.full((count, num_agents), _ABILITY[0]),
+        doubt_mean_A=doubt_A,
+        doubt_slope_A=np.full(num_agents, _DOUBT[0]),
+        length_mean_CA=mean_CA,
+        length_sd_A=sd_A,
+        length_share=share,
+        length_slope=_LENGTH[0] if share > 0 else 0.0,
+        copy_AA=np.full((num_agents, num_agents), _COPY),
+        spread=spread,
+        noise=_NOISE,
+    )
+
+
+def _lengths(log_RA: Array, context_R: IntArray, count: int) -> tuple[Array, Array, float]:
+    """Return mean per context, standard deviation within contexts, and the correlation between agents of log lengths."""
+    known_RA = np.isfinite(log_RA)
+    mean_A = np.where(known_RA, log_RA, 0).sum(axis=0) / np.maximum(known_RA.sum(axis=0), 1)
+    mean_CA = np.empty((count, log_RA.shape[1]))
+    for c in range(count):
+        rows = context_R == c
+        mean_CA[c] = (np.where(known_RA[rows], log_RA[rows], 0).sum(axis=0) + 2 * mean_A) / (known_RA[rows].sum(axis=0) + 2)
+    centred_RA = np.where(known_RA, log_RA - mean_CA[context_R], 0)
+    sd_A = np.sqrt((centred_RA**2).sum(axis=0) / np.maximum(known_RA.sum(axis=0), 1))
+    sd_A = np.maximum(sd_A, 0.05)
+    scaled_RA = np.clip(centred_RA / sd_A, -3, 3)
+    both = float((known_RA.sum(axis=1) ** 2 - known_RA.sum(axis=1)).sum())
+    cross = float((scaled_RA.sum(axis=1) ** 2 - (scaled_RA**2).sum(axis=1)).sum())
+    return mean_CA, sd_A, min(max(cross / max(both, 1.0), 0.0), 0.9)
+
+
+def _maximised(model: LabelModel, witnesses: Witnesses, context_R: IntArray, truth: Truth) -> LabelModel:
+    """Return the model after one step of maximisation: a Newton step of competences and slopes, then the shared errors."""
+    asked_RA = witnesses.asked
+    right_RAK = right_of(truth.weight_RZK, witnesses.answer_RA)
+    all_RAK = truth.weight_RZK.sum(axis=1)[:, None, :] * asked_RA[:, :, None]
+    p_RAK = 1 / (1 + np.exp(-model.logits(witnesses)))
+    slope_RA = (right_RAK - all_RAK * p_RAK).sum(axis=2)
+    curve_RA = (all_RAK * p_RAK * (1 - p_RAK)).sum(axis=2)
+    member_CR = (context_R == np.arange(len(model.ability_CA))[:, None]).astype(np.float64)
+    mean_A, variance = _mean_ability(model.ability_CA)
+    step_CA = (member_CR @ slope_RA - (model.ability_CA - mean_A) / variance) / (member_CR @ curve_RA + 1 / variance)
+    ability_CA = np.clip(model.ability_CA + np.clip(step_CA, -1, 1), -_CLIP, _CLIP)
+    doubt_RA = np.where(np.isnan(witnesses.doubt_RA), 0.0, witnesses.doubt_RA - model.doubt_mean_A)
+    shared = model.doubt_slope_A.mean()
+    grad_A = -(slope_RA * doubt_RA).sum(axis=0) - (model.doubt_slope_A - (4 * shared + _DOUBT[0]) / 5) / _DOUBT[1] ** 2
+    step_A = grad_A / ((curve_RA * doubt_RA**2).sum(axis=0) + 1 / _DOUBT[1] ** 2)
+    factor_R = model.length_factor(witnesses, context_R)
+    grad = -(slope_RA * factor_R[:, None]).sum() - (model.length_slope - _LENGTH[0]) / _LENGTH[1] ** 2
+    step = grad / ((curve_RA * factor_R[:, None] ** 2).sum() + 1 / _LENGTH[1] ** 2)
+    return replace(
+        model,
+        ability_CA=ability_CA,
+        doubt_slope_A=np.clip(model.doubt_slope_A + np.clip(step_A, -0.3, 0.3), 0, 4),
+        length_slope=float(np.clip(model.length_slope + np.clip(step, -0.3, 0.3), 0, 4)) if model.length_share > 0 else 0.0,
+        copy_AA=_shared_errors(witnesses.answer_RA, truth),
+    )
+
+
+def _mean_ability(ability_CA: Array) -> tuple[Array, float]:
+    """Return what competence in a context is drawn to, [A], and its variance: the agent's mean over contexts, itself shrunk."""
+    mean, sd = _ABILITY
+    count = len(ability_CA)
+    if count == 1:
+        return np.full(ability_CA.shape[1], mean), sd**2
+    weight = count / _CONTEXT_SD**2
+    return (weight * ability_CA.mean(axis=0) + mean / sd**2) / (weight + 1 / sd**2), _CONTEXT_SD**2
+
+
+def _shared_errors(answer_RA: IntArray, truth: Truth) -> Array:
+    """Return how probable it is that two agents, both wrong, say the same [A, A]; drawn to the mean of all pairs."""
+    right_RA = right_of(truth.weight_RZK, answer_RA).sum(axis=2)
+    given_RA = answer_RA >= 0
+    both_RAA = given_RA[:, :, None] & given_RA[:, None, :]
+    same_RAA = both_RAA & (answer_RA[:, :, None] == answer_RA[:, None, :])
+    wrong_RA = 1 - right_RA
+    same_AA = np.where(same_RAA, wrong_RA[:, :, None], 0.0).sum(axis=0)
+    apart_RAA = both_RAA & ~same_RAA
+    apart_AA = np.where(apart_RAA, np.maximum(1 - right_RA[:, :, None] - right_RA[:, None, :], 0.0), 0.0).sum(axis=0)
+    off_AA = ~np.eye(len(same_AA), dtype=bool)
+    # The median of all pairs is the chance that a pair is drawn to: two that collude do not make others suspect.
+    chance_AA = (same_AA + _COPY * _COPY_ERRORS) / (same_AA + apart_AA + _COPY_ERRORS)
+    pooled = float(np.median(chance_AA[off_AA])) if off_AA.any() else _COPY
+    copy_AA: Array = (same_AA + pooled * _PAIR_ERRORS) / (same_AA + apart_AA + _PAIR_ERRORS)
+    return copy_AA

@@ -1,0 +1,91 @@
+"""The probability of every reply being right, given who answered the same: one pass over the agents, a query a row.
+
+A query has a hidden truth z (one of the answers given, or none of them) and a hidden difficulty d. An agent is right with a
+probability that depends on d; wrong answers are its own unless it errs alike with an agent before it. Source: ours; without
+difficulty and shared errors it is the one-coin model of Dawid and Skene (1979) over free-form answers.
+
+Shape letters: R queries, A agents, Z = A + 1 candidates for the truth (a class of answers each; the last: none of them),
+K nodes of difficulty.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dmoa.core.witnesses import Array, IntArray
+
+MAX_SHARED = 0.95
+"""The most that a wrong agent repeats other wrong answers: an answer of its own is never impossible."""
+MIN_CHANCE = 1e-3
+
+
+class Truth(NamedTuple):
+    """What the replies say about the truth."""
+
+    weight_RZK: Array
+    """Posterior of truth and difficulty; a row sums to 1."""
+    log_likelihood_R: Array
+    """Logarithm of the probability of the row's answers."""
+
+
+def truth_posterior(
+    answer_RA: IntArray, right_RAK: Array, copy_AA: Array, node_weight_K: Array, log_prior_RZ: Array, order: IntArray
+) -> Truth:
+    """Return the posterior of truth and difficulty.
+
+    `right_RAK`: probability that an agent is right at a difficulty; `copy_AA`: that two agents, both wrong, say the same;
+    `log_prior_RZ`: what outcomes say of each candidate; `order`: agents in the order in which they count, the most competent
+    first. Agents with an answer below 0 are left out where not asked, and wrong where they gave none.
+    """
+    num_rows, num_agents = answer_RA.shape
+    num_truths = num_agents + 1
+    log_RZK = np.repeat(log_prior_RZ[:, :, None], len(node_weight_K), axis=2) + np.log(node_weight_K)
+    is_used_RZ = np.zeros((num_rows, num_truths), dtype=bool)
+    is_used_RZ[:, -1] = True
+    rows = np.arange(num_rows)
+    for answer_R in answer_RA.T:
+        is_used_RZ[rows[answer_R >= 0], answer_R[answer_R >= 0]] = True
+    log_RZK[~is_used_RZ] = -np.inf
+    log_right_RAK, log_wrong_RAK = np.log(right_RAK), np.log1p(-right_RAK)
+    for place, agent in enumerate(order):
+        answer_R = answer_RA[:, agent]
+        shared_RZ = shared_errors(answer_RA, copy_AA[agent], order[:place])
+        is_given_R = answer_R >= 0
+        said_R = np.maximum(answer_R, 0)
+        # Given z, the wrong answers are those of the other classes.
+        total_RZ = shared_RZ.sum(axis=1, keepdims=True) - shared_RZ
+        said_share_R = shared_RZ[rows, said_R]
+        scale_RZ = MAX_SHARED / np.maximum(total_RZ, MAX_SHARED)
+        chance_RZ = np.where(said_share_R[:, None] > 0, said_share_R[:, None] * scale_RZ, 1 - total_RZ * scale_RZ)
+        term_RZK = log_wrong_RAK[:, agent, None, :] + np.log(np.maximum(chance_RZ, MIN_CHANCE))[:, :, None]
+        term_RZK[rows, said_R] = log_right_RAK[:, agent]
+        term_RZK = np.where((answer_R == -1)[:, None, None], log_wrong_RAK[:, agent, None, :], term_RZK)
+        log_RZK += np.where((is_given_R | (answer_R == -1))[:, None, None], term_RZK, 0.0)
+    top_R = log_RZK.max(axis=(1, 2), keepdims=True)
+    weight_RZK = np.exp(log_RZK - top_R)
+    total_R = weight_RZK.sum(axis=(1, 2), keepdims=True)
+    return Truth(weight_RZK / total_R, (np.log(total_R) + top_R)[:, 0, 0])
+
+
+def shared_errors(answer_RA: IntArray, copy_A: Array, before: IntArray) -> Array:
+    """Return how probable it is that an agent, if wrong, repeats each class of wrong answers given before it [R, Z].
+
+    Of several agents with one answer the one counts that it errs most alike with: a crowd of copies is one witness.
+    """
+    num_rows, num_agents = answer_RA.shape
+    shared_RZ = np.zeros((num_rows, num_agents + 1))
+    rows = np.arange(num_rows)
+    for other in before:
+        given = answer_RA[:, other] >= 0
+        row, said = rows[given], answer_RA[given, other]
+        shared_RZ[row, said] = np.maximum(shared_RZ[row, said], copy_A[other])
+    return shared_RZ
+
+
+def right_of(weight_RZK: Array, answer_RA: IntArray) -> npt.NDArray[np.float64]:
+    """Return the joint posterior of each agent being right and of the difficulty [R, A, K]; 0 without an answer."""
+    found_RAK = np.take_along_axis(weight_RZK, np.maximum(answer_RA, 0)[:, :, None], axis=1)
+    return np.where((answer_RA >= 0)[:, :, None], found_RAK, 0.0)

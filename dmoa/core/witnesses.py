@@ -1,0 +1,127 @@
+"""What the replies of many queries say, as arrays: who agrees with whom, how unsure and how long each is, and known outcomes.
+
+What `core/label_model` is fitted on, made from texts by the one reader of answers (`core/answers`). No label of a
+benchmark gets in; outcomes are what the user handed over. Shape letters: R queries, A agents of the pool, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from dmoa.core.answers import extract_answer, same_answer
+from dmoa.core.scores import raw_score
+from dmoa.errors import ConfigError
+
+Array = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+NO_ANSWER = -1
+"""In `answer_RA`: the reply came, and nothing that could agree with another was read from it."""
+NOT_ASKED = -2
+"""In `answer_RA`: there is no reply."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Witnesses:
+    """Replies of A agents to R queries; a dense rollout has no NOT_ASKED."""
+
+    answer_RA: IntArray
+    """Equality class of the answer within its row, 0 to A - 1, or NO_ANSWER or NOT_ASKED."""
+    doubt_RA: Array
+    """Logarithm of the mean entropy (`core/scores.raw_score`); NaN where unknown."""
+    length_RA: Array
+    """Length of the reply in characters or tokens, the same unit within a column; NaN where unknown."""
+    outcome_RA: Array
+    """How good the reply was found to be, 0 to 1; NaN where nobody said."""
+    embedding_RD: Array | None = None
+    """Of the query; None: all queries are of one context."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for shapes that differ and for outcomes outside 0 to 1."""
+        shape = self.answer_RA.shape
+        for name in ("doubt_RA", "length_RA", "outcome_RA"):
+            if getattr(self, name).shape != shape:
+                raise ConfigError(f"witnesses.{name} has shape {getattr(self, name).shape}; expected {shape}, that of answer_RA")
+        if self.embedding_RD is not None and len(self.embedding_RD) != len(self.answer_RA):
+            raise ConfigError(f"witnesses.embedding_RD has {len(self.embedding_RD)} rows; expected {len(self.answer_RA)}")
+        known = self.outcome_RA[~np.isnan(self.outcome_RA)]
+        if known.size and (known.min() < 0 or known.max() > 1):
+            raise ConfigError(f"witnesses.outcome_RA holds {known.min():g} to {known.max():g}; expected numbers from 0 to 1")
+        if shape[1] and self.answer_RA.size and not NOT_ASKED <= self.answer_RA.min() <= self.answer_RA.max() < shape[1]:
+            raise ConfigError(f"witnesses.answer_RA holds values outside {NOT_ASKED} to {shape[1] - 1}")
+
+    @property
+    def asked(self) -> npt.NDArray[np.bool_]:
+        """Which agents replied [R, A]."""
+        asked_RA: npt.NDArray[np.bool_] = self.answer_RA != NOT_ASKED
+        return asked_RA
+
+    def rows(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_] | slice) -> Witnesses:
+        """Return some of the rows."""
+        embedding_RD = None if self.embedding_RD is None else self.embedding_RD[rows]
+        return Witnesses(
+            answer_RA=self.answer_RA[rows],
+            doubt_RA=self.doubt_RA[rows],
+            length_RA=self.length_RA[rows],
+            outcome_RA=self.outcome_RA[rows],
+            embedding_RD=embedding_RD,
+        )
+
+    def only(self, asked_RA: npt.NDArray[np.bool_]) -> Witnesses:
+        """Return the same rows as if the other agents had not been asked."""
+        return replace(
+            self,
+            answer_RA=np.where(asked_RA, self.answer_RA, NOT_ASKED),
+            doubt_RA=np.where(asked_RA, self.doubt_RA, np.nan),
+            length_RA=np.where(asked_RA, self.length_RA, np.nan),
+            outcome_RA=np.where(asked_RA, self.outcome_RA, np.nan),
+        )
+
+
+def answer_classes(texts: Sequence[str | None]) -> list[int]:
+    """Return the equality class of each reply to one query, numbered as they come; None is a reply that is not there.
+
+    A reply without an answer that can be read agrees with none: prose is not compared by meaning.
+    """
+    known: list[str] = []
+    found: list[int] = []
+    for text in texts:
+        answer = None if text is None else extract_answer(text)
+        if answer is None:
+            found.append(NOT_ASKED if text is None else NO_ANSWER)
+            continue
+        place = next((number for number, other in enumerate(known) if same_answer(other, answer)), len(known))
+        found.append(place)
+        if place == len(known):
+            known.append(answer)
+    return found
+
+
+def witnesses_of(
+    texts: Sequence[Sequence[str | None]],
+    *,
+    entropies: Sequence[Sequence[float | None]] | None = None,
+    embedding_RD: Array | None = None,
+    outcomes: Sequence[Sequence[float | None]] | None = None,
+) -> Witnesses:
+    """Return the witnesses of R queries from A texts each, None where an agent was not asked.
+
+    `entropies` are mean nats per token, `outcomes` 0 to 1, both of the same shape and None where unknown.
+    """
+    answer_RA = np.array([answer_classes(row) for row in texts], dtype=np.int64)
+    if answer_RA.ndim != 2:
+        raise ConfigError(f"witnesses: rows of {sorted({len(row) for row in texts})} replies; expected as many as agents in each")
+    length_RA = np.array([[np.nan if text is None else float(len(text)) for text in row] for row in texts])
+    unknown_RA = np.full(answer_RA.shape, np.nan)
+    doubt_RA, outcome_RA = unknown_RA, unknown_RA
+    if entropies is not None:
+        doubt_RA = np.array([[np.nan if value is None else raw_score(value) for value in row] for row in entropies])
+    if outcomes is not None:
+        outcome_RA = np.array([[np.nan if value is None else value for value in row] for row in outcomes], dtype=np.float64)
+    return Witnesses(
+        answer_RA=answer_RA, doubt_RA=doubt_RA, length_RA=length_RA, outcome_RA=outcome_RA, embedding_RD=embedding_RD
+    )

@@ -1,0 +1,202 @@
+"""The label model: hand-computed posteriors, a brute-force reference, recovery of competence, and agents that lie."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from dmoa.core.label_model import LabelModel, fit_label_model
+from dmoa.core.posterior import truth_posterior
+from dmoa.core.sequential import standing
+from dmoa.core.witnesses import NO_ANSWER, NOT_ASKED, Witnesses, answer_classes, witnesses_of
+from dmoa.errors import ConfigError
+
+
+def witnesses(
+    answer: np.ndarray, *, doubt: np.ndarray | None = None, outcome: np.ndarray | None = None, embedding: np.ndarray | None = None
+) -> Witnesses:
+    unknown = np.full(answer.shape, np.nan)
+    return Witnesses(
+        answer_RA=answer,
+        doubt_RA=unknown if doubt is None else doubt,
+        length_RA=unknown,
+        outcome_RA=unknown if outcome is None else outcome,
+        embedding_RD=embedding,
+    )
+
+
+def compact(values: np.ndarray) -> np.ndarray:
+    """Classes of equal values by row, numbered as they come."""
+    return np.array([[list(dict.fromkeys(row)).index(value) for value in row] for row in values.tolist()])
+
+
+def simulated(rng: np.random.Generator, right: np.ndarray, rows: int, values: int = 50) -> tuple[np.ndarray, np.ndarray]:
+    """Answers (0 is the truth) of agents that are right independently, and whether they are right."""
+    is_right = rng.random((rows, len(right))) < right
+    return np.where(is_right, 0, rng.integers(1, values, is_right.shape)), is_right
+
+
+def by_hand(right: list[float], copy: float = 0.1) -> LabelModel:
+    """One context, no difficulty, nothing known of length and entropy."""
+    agents = len(right)
+    return LabelModel(
+        centre_CD=np.zeros((1, 1)),
+        ability_CA=np.array([[math.log(p / (1 - p)) for p in right]]),
+        doubt_mean_A=np.zeros(agents),
+        doubt_slope_A=np.zeros(agents),
+        length_mean_CA=np.zeros((1, agents)),
+        length_sd_A=np.ones(agents),
+        length_share=0.0,
+        length_slope=0.0,
+        copy_AA=np.full((agents, agents), copy),
+        spread=0.0,
+        noise=0.05,
+    )
+
+
+def test_three_agents_two_agreeing_by_hand() -> None:
+    """P(a, a, b) with p = .8, .6, .7 and one tenth of joint errors shared."""
+    model = by_hand([0.8, 0.6, 0.7])
+    # In order of competence: agents 0, 2, 1; answers a, b, a.
+    if_a = 0.8 * 0.3 * 0.6  # agent 2 wrong with an answer of its own: no wrong one is there to repeat
+    if_b = 0.2 * 0.7 * 0.4 * 0.1  # agent 1 repeats what agent 0 got wrong
+    if_none = 0.2 * (0.3 * 0.9) * (0.4 * 0.1)
+    total = if_a + if_b + if_none
+    got = model.right_probability(witnesses(np.array([[0, 0, 1]])))
+    assert got[0] == pytest.approx([if_a / total, if_a / total, if_b / total])
+
+
+def test_posterior_sums_to_one_and_likelihoods_of_all_patterns_sum_to_one() -> None:
+    """Over every partition of four agents' answers, whichever the truth."""
+    model = by_hand([0.9, 0.4, 0.6, 0.7], copy=0.3)
+    patterns = {tuple(compact(np.array([values]))[0]) for values in itertools.product(range(4), repeat=4)}
+    truth = model.truth(witnesses(np.array(sorted(patterns))))
+    assert truth.weight_RZK.sum(axis=(1, 2)) == pytest.approx(1.0)
+    assert np.exp(truth.log_likelihood_R).sum() == pytest.approx(1.0)
+
+
+def test_no_answer_is_wrong_and_not_asked_says_nothing() -> None:
+    model = by_hand([0.8, 0.6])
+    got = model.right_probability(witnesses(np.array([[0, NO_ANSWER], [0, NOT_ASKED]])))
+    assert got == pytest.approx(np.array([[0.8, 0.0], [0.8, 0.6]]))
+
+
+def test_competence_is_recovered_without_labels() -> None:
+    right = np.linspace(0.3, 0.9, 8)
+    values, is_right = simulated(np.random.default_rng(0), right, 200)
+    model = fit_label_model(witnesses(compact(values)), seed=0)
+    got = model.right_probability(witnesses(compact(values)))
+    assert np.corrcoef(got.mean(axis=0), is_right.mean(axis=0))[0, 1] > 0.97
+    assert np.abs(got.mean(axis=0) - is_right.mean(axis=0)).max() < 0.08
+
+
+def test_order_of_agents_does_not_matter() -> None:
+    values, _ = simulated(np.random.default_rng(1), np.array([0.9, 0.7, 0.5, 0.6]), 60)
+    place = np.array([2, 0, 3, 1])
+    straight = fit_label_model(witnesses(compact(values)), seed=0).right_probability(witnesses(compact(values)))
+    permuted = fit_label_model(witnesses(compact(values[:, place])), seed=0).right_probability(
+        witnesses(compact(values[:, place]))
+    )
+    assert permuted == pytest.approx(straight[:, place], abs=1e-6)
+
+
+def test_two_that_err_alike_are_one_witness() -> None:
+    """A pair that always says the same, and is refuted by three others that agree, gains nothing by agreeing."""
+    rng = np.random.default_rng(2)
+    values, _ = simulated(rng, np.array([0.8, 0.8, 0.8, 0.2]), 120)
+    values = np.concatenate([values, values[:, 3:]], axis=1)
+    model = fit_label_model(witnesses(compact(values)), seed=0)
+    assert model.copy_AA[3, 4] > 0.8 > 0.5 > model.copy_AA[0, 1]
+    got = model.right_probability(witnesses(np.array([[0, NOT_ASKED, NOT_ASKED, 1, 1]])))
+    assert got[0, 0] > got[0, 3]
+
+
+@pytest.mark.parametrize("liar", ["constant", "different"])
+def test_a_liar_is_found(liar: str) -> None:
+    values, _ = simulated(np.random.default_rng(3), np.array([0.85, 0.8, 0.75, 0.0]), 80)
+    values[:, 3] = 42 if liar == "constant" else 1000
+    model = fit_label_model(witnesses(compact(values)), seed=0)
+    assert model.right_probability(witnesses(compact(values)))[:, 3].mean() < 0.1
+
+
+def test_outcomes_decide_where_nobody_agrees() -> None:
+    answer = np.tile(np.arange(3), (40, 1))
+    outcome = np.full(answer.shape, np.nan)
+    outcome[:20] = [1.0, 0.0, 0.0]
+    without = fit_label_model(witnesses(answer), seed=0)
+    with_them = fit_label_model(witnesses(answer, outcome=outcome), seed=0)
+    assert without.order.tolist() == [0, 1, 2]
+    assert np.ptp(without.ability_CA) == pytest.approx(0, abs=0.5)
+    assert with_them.ability_CA[0, 0] - with_them.ability_CA[0, 1] > 1.5
+
+
+def test_arrays_and_numbers_give_the_model_back() -> None:
+    values, _ = simulated(np.random.default_rng(4), np.array([0.9, 0.6, 0.5]), 40)
+    model = fit_label_model(witnesses(compact(values)), seed=0)
+    again = LabelModel.from_arrays(model.arrays(), model.numbers())
+    assert np.array_equal(again.ability_CA, model.ability_CA)
+    assert again.trust == model.trust
+    assert again.spread == model.spread
+    with pytest.raises(ConfigError, match="copy_AA"):
+        LabelModel.from_arrays({k: v for k, v in model.arrays().items() if k != "copy_AA"}, model.numbers())
+
+
+def test_worth_of_one_more_reply_against_enumeration() -> None:
+    """One step ahead, by summing the posterior of every pattern that the next reply can make."""
+    model = by_hand([0.8, 0.7, 0.75], copy=0.2)
+    now = witnesses(np.array([[0, NOT_ASKED, NOT_ASKED]]))
+    got = standing(model, now, price=0.02)
+    assert got.leader == 0
+    assert got.probability == pytest.approx(0.8)
+    # Both may be asked: after 0 and 1 agree, or not, agent 2 can break the tie.
+    value = 0.0
+    for pattern in ((0, 0), (0, 1)):
+        joint = np.exp(model.truth(witnesses(np.array([[*pattern, NOT_ASKED]]))).log_likelihood_R[0])
+        stop = model.right_probability(witnesses(np.array([[*pattern, NOT_ASKED]])))[0, :2].max()
+        thirds = [(*pattern, third) for third in range(max(pattern) + 2)]
+        rows = witnesses(np.array(thirds))
+        weights = np.exp(model.truth(rows).log_likelihood_R)
+        go_on = (weights * model.right_probability(rows).max(axis=1)).sum() / weights.sum() - 0.02
+        value += joint * max(stop, go_on)
+    assert got.worth_A[1] == pytest.approx(value - 0.8 - 0.02, abs=0.01)
+
+
+def test_a_sure_leader_stops_and_unavailable_agents_are_not_asked() -> None:
+    model = by_hand([0.97, 0.6, 0.6])
+    assert standing(model, witnesses(np.array([[0, NOT_ASKED, NOT_ASKED]]))).next_agent is None
+    first = standing(model, witnesses(np.full((1, 3), NOT_ASKED)))
+    assert (first.leader, first.next_agent) == (None, 0)
+    without = standing(model, witnesses(np.full((1, 3), NOT_ASKED)), available_A=np.array([False, True, True]))
+    assert without.next_agent == 1
+
+
+def test_leader_is_the_most_trusted_of_those_that_agree() -> None:
+    got = standing(by_hand([0.6, 0.7, 0.8]), witnesses(np.array([[0, 0, 1]])))
+    assert got.leader == 1
+
+
+def test_classes_follow_the_one_reader_of_answers() -> None:
+    assert answer_classes(["The answer is 7.", "#### 7.0", None, "The answer is 8.", ""]) == [0, 0, NOT_ASKED, 1, NO_ANSWER]
+    made = witnesses_of([["7", None, "8"]], entropies=[[0.1, None, 0.2]])
+    assert made.answer_RA.tolist() == [[0, NOT_ASKED, 1]]
+    assert np.isnan(made.doubt_RA[0, 1])
+    assert made.length_RA[0, 0] == 1
+
+
+def test_bad_witnesses_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="outcome_RA holds 2"):
+        witnesses(np.zeros((1, 2), np.int64), outcome=np.full((1, 2), 2.0))
+    with pytest.raises(ConfigError, match="outside -2 to 1"):
+        witnesses(np.full((1, 2), 5))
+    with pytest.raises(ConfigError, match="expected at least"):
+        fit_label_model(witnesses(np.zeros((2, 2), np.int64)), seed=0)
+
+
+def test_a_lone_truth_posterior_without_answers_is_none_of_them() -> None:
+    found = truth_posterior(
+        np.array([[NOT_ASKED]]), np.full((1, 1, 1), 0.7), np.ones((1, 1)), np.ones(1), np.zeros((1, 2)), np.array([0])
+    )
+    assert found.weight_RZK[0, :, 0].tolist() == [0.0, 1.0]
