@@ -90,7 +90,7 @@ def _core(gate: Gate, requests: list[RouteRequest]) -> Callable[[], object]:
             available_BA,
             temperature=spec.temperature,
             rule=spec.rule,
-            mass=spec.mass,
+            mass_left=spec.mass_left,
             max_agents_B=max_agents_B,
         )
 

@@ -18,8 +18,8 @@ from dmoa.types import FloatArray
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 
-MASS_TOLERANCE = 1e-6
-"""A set whose mass misses tau by no more than float32 rounding reaches it."""
+LEFT_TOLERANCE = 1e-4
+"""Share of 1 - tau by which the mass that is left may be above it: float32 rounds the logits of sharp gates as coarsely."""
 COUNT_TOLERANCE = 1e-4
 """exp(H) of n equal agents is n up to rounding; this keeps the ceiling from giving n + 1."""
 
@@ -60,22 +60,24 @@ def effective_count(probability_BA: FloatArray) -> IntArray:
 
 
 def activate(
-    logits_BA: FloatArray, available_BA: BoolArray, *, temperature: float, rule: Rule, mass: float, max_agents_B: IntArray
+    logits_BA: FloatArray, available_BA: BoolArray, *, temperature: float, rule: Rule, mass_left: float, max_agents_B: IntArray
 ) -> ActivationBatch:
     """Choose the active agents of every row.
 
-    `top_mass`: the smallest set whose probability reaches `mass`; `fixed`: max_agents; `effective_count`:
-    ceil(exp(H(p))); always at least 1, at most `max_agents_B` (each at least 1) and the number of available agents.
-    Every row needs an available agent. Source: sparse adaptive activation from the paper, the rules ours.
+    `top_mass`: the smallest set that leaves at most `mass_left` (1 - tau) of the probability to the others; `fixed`:
+    max_agents; `effective_count`: ceil(exp(H(p))); always at least 1, at most `max_agents_B` (each at least 1) and the number
+    of available agents. Every row needs an available agent. Source: sparse adaptive activation from the paper, the rules ours.
     """
     probability_BA = probabilities(logits_BA, available_BA, temperature)
     # Masked agents sort behind available ones even where those underflow to 0; a stable sort keeps pool order on ties.
     ranking_BA = np.where(available_BA, -probability_BA, np.float32(1.0)).argsort(axis=1, kind="stable")
     offset_B1 = _row_offsets(*ranking_BA.shape)
-    cumulative_BA = np.add.accumulate(probability_BA.take(ranking_BA + offset_B1), axis=1)
+    ranked_BA = probability_BA.take(ranking_BA + offset_B1)
+    cumulative_BA = np.add.accumulate(ranked_BA, axis=1)
     limit_B = np.minimum(max_agents_B, np.add.reduce(available_BA, axis=1, dtype=np.int64))
     if rule == "top_mass":
-        k_B = np.add.reduce(cumulative_BA < np.float32(mass - MASS_TOLERANCE), axis=1, dtype=np.int64) + 1
+        # Not the mass that is reached: a sharp gate's first agent has all of it but 1e-6, which float32 takes for tau.
+        k_B = np.add.reduce(_left(ranked_BA)[:, 1:] > np.float32(mass_left * (1 + LEFT_TOLERANCE)), axis=1, dtype=np.int64) + 1
     elif rule == "fixed":
         k_B = max_agents_B
     else:
@@ -83,6 +85,12 @@ def activate(
     k_B = np.minimum(k_B, limit_B)
     mass_B = cumulative_BA.take(offset_B1[:, 0] + k_B - 1)
     return ActivationBatch(probability_BA, ranking_BA, k_B, np.minimum(mass_B, np.float32(1.0)))
+
+
+def _left(ranked_BA: FloatArray) -> FloatArray:
+    """Return the probability from every place on [B, A], summed from the smallest up, so that tiny sums stay exact."""
+    left_BA: FloatArray = np.add.accumulate(ranked_BA[:, ::-1], axis=1)[:, ::-1]
+    return left_BA
 
 
 @lru_cache(maxsize=64)

@@ -26,11 +26,11 @@ MAX_REGRET = 3.0
 """A winner whose entropy is twenty times that of the surest agent, or that was cut off, is as bad as it gets."""
 
 
-def fit_tau(probability_RA: Numbers, score_RA: Array, alpha: float) -> float:
-    """Return tau such that the smallest set whose mass reaches it holds the surest agent with probability >= 1 - alpha.
+def fit_mass_left(probability_RA: Numbers, score_RA: Array, alpha: float) -> float:
+    """Return 1 - tau such that the smallest set that leaves no more holds the surest agent with probability >= 1 - alpha.
 
-    The conformal quantile (rank ceil((n + 1)(1 - alpha)) of n rows) of the cumulative probability down to the surest
-    agent, in the order of `core/activation`; 1 where there are too few rows for alpha. It holds on average over
+    The conformal quantile (rank ceil((n + 1)(1 - alpha)) of n rows) of the probability left after the surest agent, in the
+    order of `core/activation`, summed from the smallest up; 0 where there are too few rows for alpha. It holds on average over
     exchangeable rows, where K does not cut the set first, and says nothing of the *correct* agent. Scores are NaN where an
     agent gave nothing; rows without any score are left out; of agents equally sure the most probable counts. Raises
     ConfigError without rows, or for an alpha outside (0, 1). Source: ours (conformal prediction: Vovk; adaptive sets:
@@ -40,17 +40,19 @@ def fit_tau(probability_RA: Numbers, score_RA: Array, alpha: float) -> float:
     p_RA = np.asarray(probability_RA, dtype=np.float64)[is_heard_R]
     surest_RA = score_RA[is_heard_R] == np.nanmin(score_RA[is_heard_R], axis=1, keepdims=True)
     ranking_RA = np.argsort(-p_RA, axis=1, kind="stable")
-    mass_RA = np.cumsum(np.take_along_axis(p_RA, ranking_RA, axis=1), axis=1)
+    ranked_RA = np.take_along_axis(p_RA, ranking_RA, axis=1)
+    left_RA = np.zeros_like(ranked_RA)
+    left_RA[:, :-1] = np.cumsum(ranked_RA[:, :0:-1], axis=1)[:, ::-1]
     place_R1 = np.take_along_axis(surest_RA, ranking_RA, axis=1).argmax(axis=1)[:, None]
-    mass_R = np.take_along_axis(mass_RA, place_R1, axis=1)[:, 0]
-    rank = _conformal_rank(len(mass_R), alpha, "tau")
-    return 1.0 if rank > len(mass_R) else min(float(np.sort(mass_R)[rank - 1]), 1.0)
+    left_R = np.take_along_axis(left_RA, place_R1, axis=1)[:, 0]
+    rank = _conformal_rank(len(left_R), alpha, "tau")
+    return 0.0 if rank > len(left_R) else float(np.sort(left_R)[-rank])
 
 
 def fit_theta(score_RA: Array, alpha: float) -> float:
     """Return theta, the score that the surest agent of a row stays at or below with probability >= 1 - alpha.
 
-    The same quantile as `fit_tau`'s, of each row's lowest score; the largest of them where there are too few rows for
+    The same quantile as `fit_mass_left`'s, of each row's lowest score; the largest of them where there are too few rows for
     alpha. Raises ConfigError without rows, or for an alpha outside (0, 1). Source: ours.
     """
     lowest_R = np.nanmin(score_RA[np.isfinite(score_RA).any(axis=1)], axis=1)
@@ -75,12 +77,18 @@ class OperatingPoint:
     alpha: float
     theta_alpha: float | None
     """None where no theta is fitted."""
-    tau: float
+    mass_left: float
+    """1 - tau."""
     theta: float | None
     agents: float
     """Agents asked per row, those of the cascade included, mean."""
     regret: float
     """Score of the surest agent asked minus that of the surest of all, at most `MAX_REGRET`, mean."""
+
+    @property
+    def tau(self) -> float:
+        """Mass that the active set must reach."""
+        return 1.0 - self.mass_left
 
 
 def fit_operating_point(
@@ -96,7 +104,7 @@ def fit_operating_point(
     """Return the pair of alphas with the smallest regret + price x agents; of equally good ones the most cautious.
 
     `score_RA` ranks all replies, NaN where an agent gave none; `finished_RA` has NaN for those that were cut off too, and
-    theta is fitted on it; None: no theta. Rows without any score are left out. Raises ConfigError as `fit_tau` does.
+    theta is fitted on it; None: no theta. Rows without any score are left out. Raises ConfigError as `fit_mass_left` does.
     Source: ours (conformal quantiles; the price is a Lagrange multiplier on compute).
     """
     is_heard_R = np.isfinite(score_RA).any(axis=1)
@@ -107,14 +115,14 @@ def fit_operating_point(
     best_RA = np.minimum.accumulate(ranked_RA, axis=1)
     found = []
     for alpha, theta_alpha in product(alphas, theta_alphas if finished_RA is not None else (None,)):
-        tau = fit_tau(p_RA, score_RA, alpha)
+        left = fit_mass_left(p_RA, score_RA, alpha)
         theta = None if finished_RA is None or theta_alpha is None else fit_theta(finished_RA, theta_alpha)
-        k_R = _asked(spec, logits_RA, best_RA, tau, theta)
+        k_R = _asked(spec, logits_RA, best_RA, left, theta)
         regret_R = np.minimum(best_RA[np.arange(len(k_R)), k_R - 1] - best_RA[:, -1], MAX_REGRET)
         point = OperatingPoint(
             alpha=alpha,
             theta_alpha=theta_alpha,
-            tau=tau,
+            mass_left=left,
             theta=theta,
             agents=float(k_R.mean()),
             regret=float(regret_R.mean()),
@@ -123,7 +131,7 @@ def fit_operating_point(
     return min(found, key=lambda point: round(point.regret + price * point.agents, 9))
 
 
-def _asked(spec: GateSpec, logits_RA: FloatArray, best_RA: Array, tau: float, theta: float | None) -> IntArray:
+def _asked(spec: GateSpec, logits_RA: FloatArray, best_RA: Array, mass_left: float, theta: float | None) -> IntArray:
     """Return how many agents a step asks [R]: those active by tau, and one more while none is as sure as theta."""
     limit = min(spec.max_agents, logits_RA.shape[1])
     k_R = activate(
@@ -131,7 +139,7 @@ def _asked(spec: GateSpec, logits_RA: FloatArray, best_RA: Array, tau: float, th
         np.ones(logits_RA.shape, dtype=np.bool_),
         temperature=spec.temperature,
         rule=spec.rule,
-        mass=tau,
+        mass_left=mass_left,
         max_agents_B=np.full(len(logits_RA), limit),
     ).k_B
     if theta is None or not spec.cascade:

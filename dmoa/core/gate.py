@@ -44,6 +44,8 @@ class GateSpec:
     rule: Rule
     mass: float
     """tau of `top_mass`, (0, 1]."""
+    fitted_left: float | None = None
+    """1 - tau as it was fitted, which `mass` rounds for sharp gates; None where nothing was fitted."""
     max_agents: int
     """K, and the k of `fixed`."""
     cascade: bool
@@ -61,6 +63,11 @@ class GateSpec:
     def input_dim(self) -> int:
         """X: D in the `paper` preset, else 2D + F."""
         return self.embedding_dim if self.preset == "paper" else 2 * self.embedding_dim + FEEDBACK_FEATURES
+
+    @property
+    def mass_left(self) -> float:
+        """The probability that the active set may leave to the others: 1 - tau, exactly where it was fitted."""
+        return 1.0 - self.mass if self.fitted_left is None or 1.0 - self.fitted_left != self.mass else self.fitted_left
 
     @classmethod
     def from_config(cls, config: GateConfig, agents: tuple[str, ...]) -> GateSpec:
@@ -90,11 +97,13 @@ class GateSpec:
     def to_json(self) -> dict[str, Any]:
         """Return a plain dictionary that `from_json` reads.
 
-        `core` and `anchors` are left out at their defaults: versions are hashes of this, and older ones lack them.
+        What has a default is left out at it: versions are hashes of this, and older ones lack the newer fields.
         """
         tree: dict[str, Any] = {**dataclasses.asdict(self), "agents": list(self.agents)}
         if self.core == "gru":
             del tree["core"]
+        if self.fitted_left is None:
+            del tree["fitted_left"]
         if self.anchors is None:
             del tree["anchors"]
         else:
@@ -105,7 +114,7 @@ class GateSpec:
     def from_json(cls, tree: dict[str, Any]) -> GateSpec:
         """Build the spec from `to_json`'s dictionary. Raises CheckpointError for any key or value that does not fit."""
         names = {field.name for field in dataclasses.fields(cls)}
-        for word, keys in (("unknown", set(tree) - names), ("missing", names - {"core", "anchors"} - set(tree))):
+        for word, keys in (("unknown", set(tree) - names), ("missing", names - {"core", "anchors", "fitted_left"} - set(tree))):
             if keys:
                 raise CheckpointError(
                     f"gate spec: {word} keys {sorted(keys)}; expected exactly {sorted(names)}; "
@@ -120,11 +129,14 @@ class GateSpec:
         except ConfigError as error:
             raise CheckpointError(f"gate spec: {error}") from error
         spec = cls.from_config(config, _agent_names(tree["agents"]))
-        dim, theta = tree["embedding_dim"], tree["theta"]
+        dim, theta, left = tree["embedding_dim"], tree["theta"], tree.get("fitted_left")
         if type(dim) is not int or dim < 1:
             raise CheckpointError(f"gate spec: embedding_dim is {dim!r}; expected a whole number from 1")
         if theta is not None and not _is_finite(theta):
             raise CheckpointError(f"gate spec: theta is {theta!r}; expected null or a finite number")
+        if left is not None and not (_is_finite(left) and 1.0 - left == spec.mass):
+            raise CheckpointError(f"gate spec: fitted_left is {left!r}; expected null or 1 - mass, which is {1.0 - spec.mass!r}")
+        spec = dataclasses.replace(spec, fitted_left=None if left is None else float(left))
         anchors = _anchors(tree.get("anchors"), len(spec.agents))
         return dataclasses.replace(spec, embedding_dim=dim, theta=None if theta is None else float(theta), anchors=anchors)
 

@@ -252,7 +252,7 @@ class Decider:
             available_BA,
             temperature=spec.temperature,
             rule=spec.rule,
-            mass=spec.mass,
+            mass_left=spec.mass_left,
             max_agents_B=max_agents_B,
         )
         limit_B = max_agents_B if self._has_cascade else active.k_B

@@ -12,7 +12,7 @@ from dmoa.types import is_untrained
 UNTRAINED = " (untrained gate)"
 """Follows the name of a policy whose gate nobody trained."""
 GENERATED = "generated rows: made by a seeded generator, not a public benchmark"
-BOOTSTRAPPED = "fractional scores: bootstrap interval instead of Wilson's"
+FRACTIONAL = "fractional scores: Student's interval instead of Wilson's"
 MISSING = "not finished: rows are still to be answered or judged"
 NOT_RUN = "did not run: every query failed, so there is no accuracy and no comparison"
 MOSTLY_FAILED = "most queries failed: the accuracy says more about that than about the answers"
@@ -63,7 +63,7 @@ def _remarks(row: EvaluationRow) -> list[str]:
         NOT_RUN: is_not_run(row),
         MOSTLY_FAILED: row.did_run and 2 * row.failed > row.n,
         NOT_SCORED: row.did_run and row.n > 0 and row.num_scored == 0,
-        BOOTSTRAPPED: row.interval == "bootstrap",
+        FRACTIONAL: row.interval != "wilson",
         MISSING: row.missing > 0,
         MEMOISED: row.memoised_tokens > 0,
     }
@@ -182,8 +182,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def p_value(p: float) -> str:
-    """Return p in three decimals, or as a bound."""
+def p_value(p: float | None) -> str:
+    """Return p in three decimals, or as a bound; a dash where it is not known."""
+    if p is None:
+        return "-"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 

@@ -21,7 +21,7 @@ from pydantic import ValidationError, model_validator
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, BenchmarkInfo, ResultRecord, RunInfo, Scored
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.evaluation.statistics import Method, compare_policies, interval
+from dmoa.evaluation.statistics import Method, compare_policies, holm, interval
 from dmoa.flat import TokenFields, flat
 from dmoa.types import TokenUsage
 from dmoa.validation import describe
@@ -176,7 +176,7 @@ class _EvaluationRowHead(ResultRecord):
     high: float
     """Upper end of the 95 % interval of accuracy."""
     interval: Method
-    """`wilson` for scores of 0 and 1, `bootstrap` (percentile) where any is a fraction."""
+    """`wilson` for scores of 0 and 1, `student` where any is a fraction."""
 
 
 class EvaluationRow(TokenFields, _EvaluationRowHead):
@@ -253,6 +253,8 @@ class PairedRow(ResultRecord):
     """Upper end of the 95 % interval of the difference."""
     p: float
     """Two-sided, not corrected for the number of comparisons."""
+    p_holm: float | None = None
+    """p corrected for the number of comparisons on this benchmark (Holm); None in results of earlier versions."""
     test: str
     """What gave p and the interval."""
 
@@ -434,14 +436,17 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
     )
 
 
-def _paired(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally]) -> Iterator[PairedRow]:
+def _paired(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally]) -> list[PairedRow]:
+    compared: list[PairedRow] = []
     for a, b in combinations([policy for policy in policies if scores[benchmark, policy].did_run], 2):
         of_a, of_b = scores[benchmark, a].values, scores[benchmark, b].values
         rows = [row for row in of_a if row in of_b]
         if not rows or not (scores[benchmark, a].num_scored or scores[benchmark, b].num_scored):
             continue
         found = compare_policies([of_a[row] for row in rows], [of_b[row] for row in rows])
-        yield PairedRow(benchmark=benchmark, a=a, b=b, **asdict(found))
+        compared.append(PairedRow(benchmark=benchmark, a=a, b=b, **asdict(found)))
+    corrected = holm([row.p for row in compared])
+    return [row.model_copy(update={"p_holm": p}) for row, p in zip(compared, corrected, strict=True)]
 
 
 def _groups(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally]) -> Iterator[GroupRow]:

@@ -348,7 +348,7 @@ def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tupl
         theta_alphas=options.theta_alphas,
         price=options.agent_price,
     )
-    return dataclasses.replace(spec, mass=point.tau, theta=point.theta), point
+    return dataclasses.replace(spec, mass=point.tau, fitted_left=point.mass_left, theta=point.theta), point
 
 
 def build_trained(

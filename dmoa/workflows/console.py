@@ -421,15 +421,25 @@ def _print_paired(evaluation: Evaluation, notes: Footnotes, console: Console) ->
 
     tests = figures.tests(evaluation.paired)
     texts = ("benchmark", "a", "b", "note")
-    table = new_table(*texts, "n", "a - b, points", "95 %", "p", "test", words=texts)
+    table = new_table(*texts, "n", "a - b, points", "95 %", "p", "p (Holm)", "test", words=texts)
     for row in evaluation.paired:
         test = chr(ord("A") + tests.index(row.test))
         marks = notes.marks_of_benchmark(row.benchmark)
-        cells = (str(row.n), figures.points(row.difference), figures.point_ends(row), figures.p_value(row.p), test)
-        table.add_row(row.benchmark, row.a, row.b, marks, *(cells if row.n else ("0", "-", "", "", "")))
+        cells = (
+            str(row.n),
+            figures.points(row.difference),
+            figures.point_ends(row),
+            figures.p_value(row.p),
+            figures.p_value(row.p_holm),
+            test,
+        )
+        table.add_row(row.benchmark, row.a, row.b, marks, *(cells if row.n else ("0", "-", "", "", "", "")))
     console.print(table)
     named = ", ".join(f"{chr(ord('A') + number)}: {test}" for number, test in enumerate(tests))
-    _line(console, f"the same rows of both, failed and unscored ones as 0; p two-sided, one comparison at a time; {named}")
+    _line(
+        console,
+        f"the same rows of both, failed and unscored ones as 0; p two-sided, by Holm corrected within a benchmark; {named}",
+    )
 
 
 def _line(console: Console, text: str) -> None:

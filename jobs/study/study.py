@@ -56,7 +56,7 @@ from dmoa.evaluation.answer_matrix import (
 from dmoa.evaluation.records import Reply
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.run_folder import write_whole
-from dmoa.evaluation.statistics import Comparison, hierarchical_bootstrap, holm, wilson
+from dmoa.evaluation.statistics import Comparison, compare_crossed, holm, wilson
 from dmoa.training.cluster_router import KMeansRouter, sample_of
 from dmoa.training.probe import probe_pool
 from dmoa.training.rollouts import read_table
@@ -250,7 +250,7 @@ def _column(matrix: AnswerMatrix, agent: str) -> Values:
 
 
 def _compare(ours: Sequence[Replayed], theirs: Sequence[Replayed]) -> Comparison:
-    return hierarchical_bootstrap(_difference(ours, theirs)[None])
+    return compare_crossed(_difference(ours, theirs)[None])
 
 
 def _joined(parts: Sequence[Sequence[Replayed]]) -> list[Replayed]:
@@ -379,7 +379,7 @@ def several(material: Material) -> dict[str, Any]:
 def liar(with_liar: Material, without: Material, name: str = LIAR) -> dict[str, Any]:
     """Endpoint 5: the liar gets next to no rows, and its being there costs nothing.
 
-    Judged is the larger of two upper ends: the bootstrap's over gates and rows, and Wilson's for the rows of one gate.
+    Judged is the larger of two upper ends: that over gates and rows, and Wilson's for the rows of one gate.
     """
     index = with_liar.test["arith"].agents.index(name)
     gates = _joined([with_liar.routed(suite) for suite in SINGLE])
@@ -392,7 +392,7 @@ def liar(with_liar: Material, without: Material, name: str = LIAR) -> dict[str, 
     return {
         "share": sent["value"],
         "share_high": high,
-        "share_high_by_bootstrap": sent["high"],
+        "share_high_over_gates": sent["high"],
         "share_high_by_wilson_at_one_gates_rows": alone.high,
         "asked_share": float(np.mean([part.asked_RA[:, index].mean() for part in gates])),
         "accuracy": _mean(gates),

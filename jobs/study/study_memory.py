@@ -11,7 +11,7 @@ from study_runs import HOME, POOL, Study, Values, collected, evaluated, gate, no
 
 from dmoa.errors import DmoaError
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.evaluation.statistics import hierarchical_bootstrap
+from dmoa.evaluation.statistics import compare_crossed
 from dmoa.training.rollouts import read_table
 from dmoa.workflows.collect import read_labels
 
@@ -45,7 +45,7 @@ def relay(study: Study) -> dict[str, Any]:
 def judge_relay(kept_GR: Values, reset_GR: Values) -> dict[str, Any]:
     """Judge whether cards were sent home, [G, scored cards] with the hidden state and without it."""
     kept, reset = spread(kept_GR), spread(reset_GR)
-    compared = hierarchical_bootstrap((kept_GR * 1.0 - reset_GR)[None])
+    compared = compare_crossed((kept_GR * 1.0 - reset_GR)[None])
     return {
         "kept": kept["value"],
         "reset": reset["value"],

@@ -27,7 +27,7 @@ from dmoa.evaluation.answer_matrix import (
 )
 from dmoa.evaluation.records import EvaluateOptions
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.evaluation.statistics import Comparison, hierarchical_bootstrap
+from dmoa.evaluation.statistics import Comparison, compare_crossed
 from dmoa.training.ablations import train_ablation
 from dmoa.training.cluster_router import KMeansRouter, fit_rival
 from dmoa.training.options import RolloutOptions
@@ -221,13 +221,13 @@ def plain(found: Comparison) -> dict[str, Any]:
 
 def spread(value_GR: Values) -> dict[str, float]:
     """Return a mean over gates and rows and its 95 % interval."""
-    found = hierarchical_bootstrap(np.asarray(value_GR, dtype=np.float64)[None])
+    found = compare_crossed(np.asarray(value_GR, dtype=np.float64)[None])
     return {"value": found.difference, "low": found.low, "high": found.high}
 
 
 def not_worse(difference_GR: Values) -> dict[str, Any]:
     """Return a difference with its interval, and whether it is worse than the margin; p is that of the bar itself."""
-    found = hierarchical_bootstrap(difference_GR[None])
-    p = hierarchical_bootstrap(difference_GR[None] + MARGIN).p
+    found = compare_crossed(difference_GR[None])
+    p = compare_crossed(difference_GR[None] + MARGIN).p
     passed = found.low >= -MARGIN
     return {**plain(found), "p": p, "p_of": f"the difference against -{MARGIN}, the margin", "passed": passed}

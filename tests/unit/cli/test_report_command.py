@@ -42,7 +42,7 @@ def test_a_run_is_shown_and_reported(dmoa: Any, folder: Path, tmp_path: Path) ->
     assert ["relay", "dmoa", "single", "2", "3"] in [line[:5] for line in lines]
     assert "[1] mmlu: a generated letter instead of 5-shot scoring" in result.stdout
     assert "[2] generated rows" in result.stdout
-    assert "A: McNemar, exact; Newcombe's interval, B: paired bootstrap" in result.stdout
+    assert "A: McNemar, exact; Newcombe's interval, B: sign-flip test" in result.stdout
     assert "failed: mmlu/test/0003 (dmoa): DeadlineError" in result.stdout
     assert str(folder / "report.html") in result.stderr
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")

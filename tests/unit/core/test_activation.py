@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoa.core.activation import MASS_TOLERANCE, ActivationBatch, activate, effective_count, probabilities
+from dmoa.core.activation import LEFT_TOLERANCE, ActivationBatch, activate, effective_count, probabilities
 from tests.examples import examples
 
 Rule = Literal["top_mass", "fixed", "effective_count"]
@@ -34,7 +34,7 @@ def activate_one(
     available_BA = np.ones(logits_BA.shape, dtype=bool)
     available_BA[:, list(masked)] = False
     limits_B = np.full(len(logits_BA), limit)
-    return activate(logits_BA, available_BA, temperature=t, rule=rule, mass=mass, max_agents_B=limits_B)
+    return activate(logits_BA, available_BA, temperature=t, rule=rule, mass_left=1 - mass, max_agents_B=limits_B)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_limits_are_per_row() -> None:
     logits_BA = np.zeros((3, 4), dtype=np.float32)
     available_BA = np.ones((3, 4), dtype=bool)
     limits_B = np.array([1, 2, 4])
-    active = activate(logits_BA, available_BA, temperature=0.1, rule="top_mass", mass=1.0, max_agents_B=limits_B)
+    active = activate(logits_BA, available_BA, temperature=0.1, rule="top_mass", mass_left=0.0, max_agents_B=limits_B)
     assert active.k_B.tolist() == [1, 2, 4]
 
 
@@ -130,7 +130,7 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float, float, int]:
 def test_invariants_and_float64_reference(case: tuple[np.ndarray, np.ndarray, float, float, int], rule: Rule) -> None:
     logits_BA, available_BA, temperature, mass, limit = case
     limits_B = np.full(len(logits_BA), limit)
-    active = activate(logits_BA, available_BA, temperature=temperature, rule=rule, mass=mass, max_agents_B=limits_B)
+    active = activate(logits_BA, available_BA, temperature=temperature, rule=rule, mass_left=1 - mass, max_agents_B=limits_B)
     for row, available_A in enumerate(available_BA):
         p_A, k = active.probability_BA[row], int(active.k_B[row])
         exact_A = softmax_float64(logits_BA[row], available_A, temperature)
@@ -144,8 +144,9 @@ def test_invariants_and_float64_reference(case: tuple[np.ndarray, np.ndarray, fl
         cumulative = np.cumsum(p_A[order].astype(np.float64))
         assert float(active.mass_B[row]) == pytest.approx(min(cumulative[k - 1], 1.0), abs=1e-5)
         if rule == "top_mass":
-            assert k == 1 or cumulative[k - 2] < mass
-            assert k == min(limit, num_available) or cumulative[k - 1] >= mass - 2 * MASS_TOLERANCE
+            left = [float(p_A[order[place:]].astype(np.float64).sum()) for place in range(num_available + 1)]
+            assert k == 1 or left[k - 1] > (1 - mass)
+            assert k == min(limit, num_available) or left[k] <= (1 - mass) * (1 + 2 * LEFT_TOLERANCE)
 
 
 def softmax_float64(logits_A: np.ndarray, available_A: np.ndarray, temperature: float) -> list[float]:
@@ -160,7 +161,7 @@ def test_more_mass_never_takes_fewer_agents(case: tuple[np.ndarray, np.ndarray, 
     logits_BA, available_BA, temperature, mass, limit = case
     limits_B = np.full(len(logits_BA), limit)
     low, high = (
-        activate(logits_BA, available_BA, temperature=temperature, rule="top_mass", mass=tau, max_agents_B=limits_B)
+        activate(logits_BA, available_BA, temperature=temperature, rule="top_mass", mass_left=1 - tau, max_agents_B=limits_B)
         for tau in (mass / 2, mass)
     )
     assert (low.k_B <= high.k_B).all()

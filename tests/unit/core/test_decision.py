@@ -312,10 +312,10 @@ def test_activation_of_a_batch_equals_its_rows_alone() -> None:
     logits_BA = rng.standard_normal((7, 13)).astype(np.float32)
     available_BA = rng.random((7, 13)) < 0.7
     limits_B = np.full(7, 4)
-    whole = activate(logits_BA, available_BA, temperature=0.1, rule="top_mass", mass=0.8, max_agents_B=limits_B)
+    whole = activate(logits_BA, available_BA, temperature=0.1, rule="top_mass", mass_left=0.2, max_agents_B=limits_B)
     for row in range(7):
         part = slice(row, row + 1)
         alone = activate(
-            logits_BA[part], available_BA[part], temperature=0.1, rule="top_mass", mass=0.8, max_agents_B=limits_B[part]
+            logits_BA[part], available_BA[part], temperature=0.1, rule="top_mass", mass_left=0.2, max_agents_B=limits_B[part]
         )
         assert all(np.array_equal(a[row], b[0]) for a, b in zip(whole, alone, strict=True))

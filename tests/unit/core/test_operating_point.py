@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmoa.core.calibration import ALPHAS, MAX_REGRET, OperatingPoint, fit_operating_point, fit_tau, fit_theta
+from dmoa.core.calibration import ALPHAS, MAX_REGRET, OperatingPoint, fit_mass_left, fit_operating_point, fit_theta
 from dmoa.core.gate import GateSpec
 from dmoa.errors import ConfigError
 
@@ -33,7 +33,7 @@ def test_by_hand() -> None:
     # Both begin with one agent (.5 < .6: with two in the last row, which has the surest then); theta -1 stops there, theta
     # -2 asks the third agent of the last row too, for nothing.
     assert found == OperatingPoint(
-        alpha=0.5, theta_alpha=0.3, tau=pytest.approx(0.6), theta=-1.0, agents=pytest.approx(5 / 4), regret=0.0
+        alpha=0.5, theta_alpha=0.3, mass_left=pytest.approx(0.4), theta=-1.0, agents=pytest.approx(5 / 4), regret=0.0
     )
     cascade = fit_operating_point(spec_of(3), logits, score, score, alphas=(0.9,), theta_alphas=(0.7,), price=0.1)
     # tau is the lowest mass, .6, again; theta -2.5 asks everyone in the last two rows.
@@ -77,7 +77,7 @@ def test_the_cheapest_pair_against_a_replay_row_by_row(seed: int, max_agents: in
     costs = {}
     for alpha in ALPHAS:
         for theta_alpha in ALPHAS:
-            tau, theta = fit_tau(p.astype(np.float32), score, alpha), fit_theta(finished, theta_alpha)
+            tau, theta = 1 - fit_mass_left(p.astype(np.float32), score, alpha), fit_theta(finished, theta_alpha)
             agents, regret = slowly(spec, p, score, tau, theta)
             costs[alpha, theta_alpha] = regret + price * agents
     found = fit_operating_point(spec, logits, score, finished, price=price)

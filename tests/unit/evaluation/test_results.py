@@ -57,7 +57,7 @@ def test_a_row_by_hand() -> None:
 
 def test_a_fractional_row_by_hand() -> None:
     row = next(row for row in build_evaluation(*small_run()).rows if (row.benchmark, row.policy) == ("relay", "dmoa"))
-    assert (row.n, row.correct, row.accuracy, row.interval) == (3, 1, pytest.approx(1.75 / 3), "bootstrap")
+    assert (row.n, row.correct, row.accuracy, row.interval) == (3, 1, pytest.approx(1.75 / 3), "student")
     assert row.low < row.accuracy < row.high
     assert row.metrics == {"f1": pytest.approx(1.75 / 6)}
     assert row.tokens_per_correct == pytest.approx(330 / 1.75)
@@ -70,7 +70,7 @@ def test_policies_are_compared_on_the_rows_of_both() -> None:
     assert (found.benchmark, found.a, found.b, found.n) == ("mmlu", "dmoa", "single", 4)
     assert (found.difference, found.p) == (0.25, 1.0)
     assert found.test.startswith("McNemar")
-    assert build_evaluation(*small_run()).paired[1].test.startswith("paired bootstrap")
+    assert build_evaluation(*small_run()).paired[1].test.startswith("sign-flip test")
 
 
 def test_rows_of_one_policy_alone_are_not_compared() -> None:

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from dmoa.evaluation.statistics import (
-    BOOTSTRAP,
+    FLIPS,
     MCNEMAR,
-    RESAMPLES,
+    SIGN_FLIP,
     compare_policies,
     interval,
     mcnemar,
     newcombe,
-    resampled_means,
+    sign_flip_p,
     wilson,
 )
 from tests.examples import examples
@@ -64,32 +65,36 @@ def test_all_alike_is_no_certainty(score: float) -> None:
     assert found.high - found.low > 0.3
 
 
-# Bootstrap
+# Student
 
 
-def test_fractions_are_bootstrapped_as_an_independent_bootstrap_does() -> None:
+def test_fractions_have_students_interval() -> None:
     scores = [0.0, 0.25, 0.5, 1.0, 1.0, 0.1, 0.9, 0.4] * 5
     found = interval(scores)
-    drawn = random.Random(7)
-    means = sorted(sum(drawn.choices(scores, k=len(scores))) / len(scores) for _ in range(20_000))
-    assert found.method == "bootstrap"
-    assert found.value == pytest.approx(sum(scores) / len(scores), abs=1e-12)
-    assert found.low == pytest.approx(means[500], abs=0.01)
-    assert found.high == pytest.approx(means[19_500], abs=0.01)
+    reference = stats.ttest_1samp(scores, 0.0).confidence_interval(0.95)
+    assert found.method == "student"
+    assert (found.value, found.low, found.high) == pytest.approx((np.mean(scores), reference.low, reference.high), abs=1e-9)
 
 
-def test_resamples_have_the_mean_and_spread_of_the_theory() -> None:
-    values = np.array([0.0, 0.0, 0.5, 1.0, 0.3])
-    means = resampled_means(values)
-    assert len(means) == RESAMPLES
-    assert means.mean() == pytest.approx(values.mean(), abs=0.01)
-    assert means.std() == pytest.approx(values.std() / math.sqrt(len(values)), rel=0.05)
+def test_students_interval_stays_within_the_scores() -> None:
+    found = interval([0.0, 0.0, 0.9])
+    assert (found.low, found.high) == (0.0, 1.0)
 
 
-def test_resampling_in_chunks_draws_as_many() -> None:
-    means = resampled_means(np.array([0.0, 0.5, 1.0]), chunk_cells=3000)
-    assert len(means) == RESAMPLES
-    assert means.std() == pytest.approx(math.sqrt(1 / 6 / 3), rel=0.05)
+def test_one_value_many_times_leaves_a_width() -> None:
+    few, many = interval([0.75] * 5), interval([0.75] * 500)
+    # Wilson's upper end for none of five: z^2 / (5 + z^2).
+    assert few.high - few.value == pytest.approx(0.25)  # cut at 1
+    assert few.value - few.low == pytest.approx(Z**2 / (5 + Z**2))
+    assert 0.0 < many.high - many.low < 0.02
+
+
+@pytest.mark.parametrize("bad", [math.nan, -0.1, 1.01, math.inf])
+def test_what_is_not_a_score_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="1 of 2 are outside"):
+        interval([0.5, bad])
+    with pytest.raises(ValueError, match="outside"):
+        compare_policies([0.5, 1.0], [bad, 0.0])
 
 
 def test_one_fraction_says_nothing_of_the_spread() -> None:
@@ -193,38 +198,56 @@ def test_swapping_the_policies_mirrors_the_comparison(pairs: list[tuple[bool, bo
     assert one.difference <= one.high + 1e-12
 
 
-# Paired bootstrap
+# Sign flips
+
+
+def test_five_rows_cannot_be_more_certain_than_their_signs() -> None:
+    found = compare_policies([0.75] * 5, [0.5] * 5)
+    # All five differ by the same sign: 2 / 2^5.
+    assert found.p == pytest.approx(0.0625)
+    assert (found.difference, found.test) == (pytest.approx(0.25), SIGN_FLIP)
+    assert found.low < 0.0 < 0.25 < found.high
 
 
 def test_fractions_are_compared_on_pairs() -> None:
     base = [0.1 * (i % 8) for i in range(40)]
     found = compare_policies([x + 0.2 for x in base], base)
-    # Every pair differs by the same 0.2, so pairing leaves no spread, although the scores themselves vary widely.
-    assert (found.difference, found.low, found.high) == pytest.approx((0.2, 0.2, 0.2))
-    assert found.p == pytest.approx(2 / (RESAMPLES + 1))
-    assert found.test == BOOTSTRAP
+    # Every pair differs by the same 0.2, so pairing leaves little spread, although the scores themselves vary widely.
+    assert found.difference == pytest.approx(0.2)
+    assert found.high - found.low < 0.2
+    assert found.p == pytest.approx(1 / (FLIPS + 1))
 
 
 def test_fractions_without_a_difference() -> None:
     found = compare_policies([0.5, 0.25, 0.0, 1.0] * 5, [0.25, 0.5, 1.0, 0.0] * 5)
     assert found.difference == 0.0
-    assert found.p > 0.9
+    assert found.p == 1.0
     assert found.low < 0.0 < found.high
     same = compare_policies([0.5, 0.2], [0.5, 0.2])
-    assert (same.difference, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+    assert (same.difference, same.p) == (0.0, 1.0)
+    assert same.low < 0.0 < same.high
 
 
-def test_the_bootstraps_p_is_near_that_of_a_sign_flip_test() -> None:
-    drawn = random.Random(3)
-    a = [round(drawn.random(), 2) for _ in range(12)]
-    b = [round(max(0.0, x - 0.15 + 0.5 * (drawn.random() - 0.5)), 2) for x in a]
-    differences = [x - y for x, y in zip(a, b, strict=True)]
+@pytest.mark.parametrize("count", [3, 8, 12, 14])
+def test_p_is_that_of_all_signs(count: int) -> None:
+    drawn = random.Random(count)
+    differences = [round(drawn.random() - 0.35, 2) for _ in range(count)]
     seen = abs(sum(differences))
-    flips = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in itertools.product((1, -1), repeat=12)]
-    exact = sum(value >= seen - 1e-12 for value in flips) / len(flips)
-    found = compare_policies(a, b)
-    assert 0.0 < exact < 0.2
-    assert found.p == pytest.approx(exact, abs=0.06)
+    flips = [
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in itertools.product((1, -1), repeat=count)
+    ]
+    exact = sum(value >= seen - 1e-9 for value in flips) / len(flips)
+    assert sign_flip_p(np.asarray(differences)) == pytest.approx(exact)
+
+
+def test_drawn_flips_are_near_all_of_them() -> None:
+    drawn = np.random.default_rng(1)
+    difference_N = np.round(drawn.normal(0.1, 0.3, 40), 1)
+    reference = stats.permutation_test(
+        (difference_N,), np.mean, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(2)
+    ).pvalue
+    assert sign_flip_p(difference_N) == pytest.approx(reference, abs=0.02)
+    assert sign_flip_p(difference_N[::-1]) == sign_flip_p(difference_N) == sign_flip_p(-difference_N)
 
 
 def test_one_fractional_pair_says_nothing() -> None:

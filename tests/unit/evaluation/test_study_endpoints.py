@@ -145,7 +145,8 @@ def test_a_liar_may_get_no_rows() -> None:
     assert (ignored["share"], ignored["passed"]) == (0.0, True)
     # Wilson's upper end for none of the 240 rows that every gate meets: two gates are no 480 independent rows.
     assert ignored["share_high"] == pytest.approx(1.96**2 / (240 + 1.96**2), rel=1e-3)
-    assert ignored["share_high_by_bootstrap"] == ignored["asked_share"] == 0.0
+    assert ignored["share_high_over_gates"] == pytest.approx(ignored["share_high"])
+    assert ignored["asked_share"] == 0.0
     believed = study().liar(material(blind_gate(agents, 7), agents), honest)
     assert (believed["share"], believed["passed"]) == (1.0, False)
 

@@ -176,7 +176,7 @@ def test_chain_at_the_floor_is_not_informative() -> None:
     assert found["rows_right"] == {"default": [100.0, 100.0], "no-memory": [98.0, 98.0]}
     assert (found["discordant_rows"], found["informative"], found["passed"]) == ([2, 2], True, True)
     # p is that of the bar, which even no difference at all is clear of.
-    assert judge(reset_GR, reset_GR)["p"] < 0.001
+    assert judge(reset_GR, reset_GR)["p"] < 0.05
     assert judge(reset_GR, kept_GR)["passed"] is False
 
 
