@@ -153,7 +153,7 @@ class SamplingConfig(Node):
         return Sampling(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, stop=self.stop)
 
 
-_ALLOWED_MODELS = "expected embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://..., openai:NAME, scripted:NAME"
+_ALLOWED_MODELS = "expected embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://..., openai:NAME, scripted:NAME, recorded:NAME"
 _SOURCES = ("embedded", "hub", "path", "s3", "openai", "scripted")
 
 
@@ -161,9 +161,11 @@ class LlmConfig(Node):
     """One language model and how it is run."""
 
     model: str = "embedded:smollm2-135m"
-    """embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://... (vllm), openai:NAME (as the endpoint calls it), or scripted:NAME."""
+    """embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://... (vllm), openai:NAME (as the endpoint calls it), scripted:NAME, or
+    recorded:NAME."""
     engine: EngineName = "transformers"
-    """transformers: dmoa's own; vllm: Ray Serve LLM; openai: an endpoint elsewhere; scripted: no model, fixed replies."""
+    """transformers: dmoa's own; vllm: Ray Serve LLM; openai: an endpoint elsewhere; scripted: no model, fixed replies;
+    recorded: no model, replies from files."""
     placement: Literal["shared", "dedicated"] = "shared"
     """shared: all agents of the LLM are records of one deployment; dedicated: one deployment per agent."""
     max_num_seqs: int = Field(default=16, ge=1, le=4096)
@@ -195,7 +197,7 @@ class LlmConfig(Node):
         prefix, own = self.model.partition(":")[0], self.engine_entry.model_prefix
         if prefix == own:
             return self
-        if own is not None or prefix == "openai":
+        if own is not None or prefix in ("openai", "recorded"):
             owner, prefix = (self.engine_entry.name, own) if own else (prefix, prefix)
             raise ValueError(
                 f"model {short(self.model)} on engine {self.engine!r}; engine {owner!r} runs models {prefix}:NAME, and no "
@@ -403,6 +405,29 @@ class Config(Node):
         return self
 
     @model_validator(mode="after")
+    def _recorded_once(self) -> Self:
+        """Recorded replies answer the query alone: what would ask more is refused here, before anything starts."""
+        recorded = {name for name, llm in self.llms.items() if llm.engine_entry.is_recorded}
+        asked = [agent for agent in self.agents if agent.llm in recorded]
+        if self.summarizer.llm in recorded:
+            raise ValueError(
+                f"summarizer.llm is {self.summarizer.llm!r}, whose replies are recorded; a summarizer reads other agents' "
+                "replies; use mode 'select'"
+            )
+        for agent in asked:
+            if agent.tools:
+                raise ValueError(
+                    f"agents.{agent.name}.tools is {list(agent.tools)}; the replies of llms.{agent.llm} are recorded and call no "
+                    "tool; leave tools out"
+                )
+        if asked and self.limits.max_steps != 1:
+            raise ValueError(
+                f"limits.max_steps is {self.limits.max_steps}; the replies of llms.{asked[0].llm} are recorded, to the query "
+                "alone, and a second step asks more; set limits.max_steps to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _room_for_a_step(self) -> Self:
         for name, llm in self.llms.items():
             hosted = sum(agent.llm == name for agent in self.agents)
@@ -419,8 +444,8 @@ class Config(Node):
     def _check_adapter(self, where: str, adapter: str | None, llm: str) -> None:
         if adapter is not None and not self.llms[llm].engine_entry.takes_adapters:
             raise ValueError(
-                f"{where}.adapter is {short(adapter)}; an endpoint (llms.{llm}) serves an adapter under a model "
-                "name of its own; set adapter to null, and add an LLM of that name"
+                f"{where}.adapter is {short(adapter)}; engine {self.llms[llm].engine!r} (llms.{llm}) takes none: an endpoint "
+                "serves an adapter under a model name of its own; set adapter to null, and add an LLM of that name"
             )
 
     def _undefined(self, llm: str) -> str:
@@ -502,7 +527,10 @@ def from_tree(tree: Any, *, source: str, overrides: tuple[str, ...] | list[str] 
 
 
 def _find_engine_files(tree: dict[str, Any], folder: Path) -> None:
-    """Make the paths of engines absolute in place; raises ConfigError for one that is in neither of the two folders."""
+    """Make the paths of engines and of their files absolute in place.
+
+    Raises ConfigError for an engine's file that is in neither of the two folders.
+    """
     llms = tree.get("llms")
     for name, llm in llms.items() if isinstance(llms, dict) else ():
         if isinstance(llm, dict) and isinstance(llm.get("engine"), str) and is_reference(llm["engine"]):
@@ -510,6 +538,10 @@ def _find_engine_files(tree: dict[str, Any], folder: Path) -> None:
             if fault:
                 raise ConfigError(f"llms.{name}: engine: {fault}")
             llm["engine"] = absolute_reference(llm["engine"], folder)
+        given = llm.get("engine_kwargs") if isinstance(llm, dict) and llm.get("engine") == "recorded" else None
+        if isinstance(given, dict) and isinstance(given.get("replies"), str):
+            beside = folder / given["replies"]
+            given["replies"] = str((beside if beside.exists() else Path(given["replies"])).absolute())
 
 
 def summarizer_agent(config: Config) -> AgentConfig | None:

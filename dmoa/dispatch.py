@@ -15,7 +15,7 @@ from dmoa.agents.prompts import agent_messages
 from dmoa.protocols import AgentClient, Router
 from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, AgentCaller, StreamedText, time_left
 from dmoa.step_calls import AgentCard, NextCall, Places, StepCalls
-from dmoa.types import Activation, AgentCall, AgentReply, Query, QueryState, Sampling, StepPlan, TextDelta
+from dmoa.types import Activation, AgentCall, AgentReply, Query, QueryState, Sampling, StepPlan, TextDelta, question_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +112,18 @@ class Dispatcher:
             explored=tuple((x, exploring[x.agent].result()) for x in plan.explored if x.agent in exploring),
         )
 
+    def fault_of(self, state: QueryState, plan: StepPlan) -> str | None:
+        """Return why a plan cannot run because agents with recorded replies alone would be asked more than the query."""
+        for activation in (*plan.activations, *plan.reserves, *plan.explored):
+            extra = _extra(*_seen(state, activation), activation) if self._cards[activation.agent].is_recorded else ""
+            if extra:
+                return (
+                    f"step {len(state.steps) + 1} asks {activation.agent} with {extra} in the prompt; its replies are recorded, "
+                    "to the query alone; ask one question without earlier turns, by single, dense, random or dmoa, or use a pool "
+                    "whose engines generate"
+                )
+        return None
+
     def _cold_places(self, plan: StepPlan) -> set[str]:
         """Return the places without a replica, and start those of agents among the K most probable that want it so."""
         decision = plan.decision
@@ -126,11 +138,7 @@ class Dispatcher:
     def _agent_call(self, state: QueryState, wanted: NextCall, *, is_final: bool) -> AgentCall:
         activation = wanted.activation
         card = self._cards[activation.agent]
-        history = state.history if activation.history is None else activation.history
-        query, stage = state.query, state.stage
-        if stage is not None:
-            history = history if stage.has_history else ()
-            query = query if stage.part is None else replace(query, text=stage.part)
+        query, history = _seen(state, activation)
         sampling = self.sampling_for(query, card.sampling, is_final=is_final)
         budget = query.limits.budget_tokens
         if budget is not None:
@@ -146,4 +154,21 @@ class Dispatcher:
             sampling=sampling,
             deadline_unix_s=state.deadline_unix_s,
             conversation=state.query.conversation,
+            question="" if _extra(query, history, activation) else question_key(query.text),
+            query_id=query.query_id,
         )
+
+
+def _seen(state: QueryState, activation: Activation) -> tuple[Query, tuple[str, ...]]:
+    """Return the query and the earlier work as an agent sees them at the next step."""
+    history = state.history if activation.history is None else activation.history
+    query, stage = state.query, state.stage
+    if stage is None:
+        return query, history
+    return (query if stage.part is None else replace(query, text=stage.part)), (history if stage.has_history else ())
+
+
+def _extra(query: Query, history: tuple[str, ...], activation: Activation) -> str:
+    """Return what a prompt holds beside the query's text and the agent's role; empty where that is all."""
+    parts = {"an instruction of its own": activation.instruction, "earlier work": history, "earlier turns": query.turns}
+    return " and ".join(name for name, part in parts.items() if part)

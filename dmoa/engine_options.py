@@ -252,6 +252,23 @@ class OpenaiOptions(EngineOptions):
         return self
 
 
+class RecordedOptions(EngineOptions):
+    """Options of the `recorded` engine: replies that models gave before, from files; nothing is generated."""
+
+    replies: str
+    """File of replies, or folder of such files: JSON Lines (also .gz) or Parquet with query_id, query, agent and text. A relative
+    path is taken from the pool file, else from the working directory."""
+    names: dict[str, str] = Field(default_factory=dict)
+    """What the files call an agent, by its name in the pool; others go by their own name, in small letters and with `-` for
+    signs that no name has."""
+    vocab_size: int = Field(default=128000, ge=2, le=10000000)
+    """Size of the models' vocabulary, for replies with `top_logprobs`: what probability that is not listed may be spread over."""
+
+    def fault_of_gpus(self, gpus: float) -> str | None:
+        """Refuse any: nothing is computed."""
+        return f"gpus is {gpus:g}; engine 'recorded' runs no model; set gpus to 0" if gpus else None
+
+
 def _fault_of_url(url: str) -> str | None:
     """Return what is wrong with an endpoint's URL, None if nothing; parts that may hold a secret are not repeated."""
     if re.search(r"[@?#]", url):
@@ -301,6 +318,8 @@ class EngineEntry:
     """Which of dmoa's checks the files of its adapters must pass before it is built; None: it checks them itself."""
     is_scripted: bool = False
     """Has no model at all: replies hang on the agent's name, and a pool of such engines alone needs no sentence encoder."""
+    is_recorded: bool = False
+    """Has replies to queries alone: a prompt with earlier work, turns, tools or an instruction in it cannot be answered."""
     deployment: str | None = None
     """`module:function` that makes its Serve deployment; None: replicas build the engine as any other process does."""
 
@@ -315,7 +334,7 @@ ENGINES: Registry[EngineEntry] = Registry(
     what="engine",
     group="dmoa.engines",
     # By name, because engines are above the configuration.
-    builtin={name: f"dmoa.engines:build_{name}" for name in ("transformers", "scripted", "vllm", "openai")},
+    builtin={name: f"dmoa.engines:build_{name}" for name in ("transformers", "scripted", "vllm", "openai", "recorded")},
 )
 
 
@@ -331,6 +350,13 @@ def _check_engine(value: str) -> str:
 EngineName = Annotated[
     str,
     AfterValidator(_check_engine),
-    WithJsonSchema({"anyOf": [{"enum": ["transformers", "scripted", "vllm", "openai"], "type": "string"}, {"type": "string"}]}),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["transformers", "scripted", "vllm", "openai", "recorded"], "type": "string"},
+                {"type": "string"},
+            ]
+        }
+    ),
 ]
 """Name of an engine, of dmoa's own or of an installed package, or `FILE.py:NAME`."""

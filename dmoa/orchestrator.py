@@ -75,6 +75,9 @@ class Orchestrator:
             if isinstance(plan, Stop):
                 reason = plan.reason
                 break
+            fault = self.dispatcher.fault_of(state, plan)
+            if fault:
+                raise RequestError(f"policy: {policy.name!r}: {fault}")
             previous = state.summary
             step, fold = await self._step(state, plan, emit, step_started)
             state = advance(state, step)

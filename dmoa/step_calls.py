@@ -38,6 +38,8 @@ class AgentCard:
     """What dies together: the LLM's name in shared placement, the agent's own name in dedicated placement."""
     cold: ColdPolicy = "wait"
     """What to do with the agent while its place has no replica."""
+    is_recorded: bool = False
+    """Whether its engine has replies to queries alone, and to no other prompt."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -85,6 +85,7 @@ def _card(config: Config, agent: AgentConfig) -> AgentCard:
         sampling=agent.sampling.to_sampling(),
         place=agent.llm if is_shared else agent.name,
         cold=config.scaling_of(agent).cold,
+        is_recorded=config.llms[agent.llm].engine_entry.is_recorded,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -30,6 +31,12 @@ RoutedBy = Literal["router", "ingress"]
 
 UNTRAINED = "untrained-"
 """Prefix of the version of gate weights that no training has touched."""
+
+
+def question_key(text: str) -> str:
+    """Return the digest of a query's text, the same for texts that differ in white space or Unicode composition alone."""
+    plain = " ".join(unicodedata.normalize("NFC", text).split())
+    return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def is_untrained(gate_version: str) -> bool:
@@ -142,6 +149,10 @@ class GenerationRequest:
     """Name of the agent that asks; scripted engines answer by it."""
     call_id: str = ""
     """Stable name of the call, `trace/step/agent`: seeds the sampling, so a repeated call repeats."""
+    question: str = ""
+    """As the call's."""
+    query_id: str = ""
+    """As the call's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +199,10 @@ class AgentCall:
     deadline_unix_s: float | None = None
     conversation: str = ""
     """`Query.conversation`: calls that share it find each other's prompt prefix in a replica's cache; empty: none is shared."""
+    question: str = ""
+    """`question_key` of the query where the prompt is that text in the agent's role; empty where there is more in the prompt."""
+    query_id: str = ""
+    """`Query.query_id`."""
 
     @property
     def call_id(self) -> str:
@@ -387,6 +402,8 @@ class Query:
     trace_id: str
     text: str
     """The last user message: what the gate reads."""
+    query_id: str = ""
+    """What a file of queries or a benchmark calls it; empty where it comes from a client."""
     system: str = ""
     """The client's system message."""
     turns: tuple[Message, ...] = ()

@@ -101,6 +101,8 @@ class Agent:
             deadline_unix_s=call.deadline_unix_s,
             agent=call.agent,
             call_id=f"{call.call_id}#{number}" if number else call.call_id,
+            question=call.question,
+            query_id=call.query_id,
         )
 
     def _reply(self, call: AgentCall, text: str, rounds: list[Generation], started: float, *, is_cut: bool) -> AgentReply:

@@ -178,8 +178,8 @@ def call_identities(config: Config) -> dict[str, str]:
             "adapter": adapter_hash(agent.adapter) if agent.adapter else None,
             "tools": agent.tools,
             "corpus": _corpus_hash(config) if "search" in agent.tools else None,
-            # Scripted replies go by the agent's name.
-            "name": agent.name if entry.is_scripted else None,
+            # Scripted and recorded replies go by the agent's name.
+            "name": agent.name if entry.is_scripted or entry.is_recorded else None,
         }
         found[agent.name] = json.dumps(identity, sort_keys=True)
     return found

@@ -95,9 +95,9 @@ def _versions(version_of: Callable[[str], str | None]) -> Iterator[Check]:
 def _engines(version_of: Callable[[str], str | None]) -> Check:
     missing = [package for package in ("torch", "transformers", "peft") if version_of(package) is None]
     if missing:
-        return Check(name="engines", status="fail", detail=f"openai, scripted; transformers needs {', '.join(missing)}")
+        return Check(name="engines", status="fail", detail=f"openai, scripted, recorded; transformers needs {', '.join(missing)}")
     more = "vllm, " if len(vllm_builds(version_of)) == 1 else ""
-    return Check(name="engines", status="ok", detail=f"transformers, {more}openai, scripted")
+    return Check(name="engines", status="ok", detail=f"transformers, {more}openai, scripted, recorded")
 
 
 def _compute() -> Iterator[Check]:

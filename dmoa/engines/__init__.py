@@ -12,6 +12,7 @@ from dmoa.engine_options import (
     EngineEntry,
     EngineOptions,
     OpenaiOptions,
+    RecordedOptions,
     ScriptedOptions,
     TransformersOptions,
     VllmOptions,
@@ -69,6 +70,7 @@ def engine(
     takes_adapters: bool = True,
     adapter_rules: Literal["transformers", "vllm"] | None = None,
     is_scripted: bool = False,
+    is_recorded: bool = False,
     deployment: str | None = None,
 ) -> Callable[[Build], Build]:
     """Enter an engine under a name: its class, built from an `EngineContext`, or a function that builds it.
@@ -86,6 +88,7 @@ def engine(
             takes_adapters=takes_adapters,
             adapter_rules=adapter_rules,
             is_scripted=is_scripted,
+            is_recorded=is_recorded,
             deployment=deployment,
         )
         return ENGINES.add(entry, build)
@@ -143,6 +146,18 @@ def build_openai(context: EngineContext) -> Engine:
     assert isinstance(context.options, OpenaiOptions), context.options
     try:
         return OpenaiEngine(context.model, context.options, max_num_seqs=context.part.max_num_seqs)
+    except ConfigError as error:
+        raise ConfigError(f"llms.{context.llm}.{error}") from error
+
+
+@engine("recorded", options=RecordedOptions, model_prefix="recorded", is_light=True, takes_adapters=False, is_recorded=True)
+def build_recorded(context: EngineContext) -> Engine:
+    """Index the files of replies, and return the engine over them."""
+    from dmoa.engines.recorded import RecordedEngine
+
+    assert isinstance(context.options, RecordedOptions), context.options
+    try:
+        return RecordedEngine(context.options, tuple(agent.name for agent in context.agents))
     except ConfigError as error:
         raise ConfigError(f"llms.{context.llm}.{error}") from error
 

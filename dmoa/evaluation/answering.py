@@ -39,6 +39,7 @@ def query_of_task(task: Task, policy: str, asking: Asking) -> Query:
     limits = replace(asking.limits, max_steps=max(asking.limits.max_steps, len(task.stages)))
     return Query(
         trace_id=digest[:32],
+        query_id=task.row_id,
         text=task.text,
         limits=limits,
         stages=task.stages,

@@ -198,7 +198,9 @@ def query_of_rollout(asked: RolloutQuery, asking: RolloutAsking) -> Query:
     """Return the query to be asked; its id, and with it sampling and exploration, depends on query, seed and round alone."""
     digest = hashlib.sha256(f"{asked.query_id}\0{asking.seed}\0{asking.round}".encode()).hexdigest()
     limits = replace(asking.limits, max_steps=max(asking.limits.max_steps, len(asked.stages)))
-    return Query(trace_id=digest[:32], text=asked.text, limits=limits, stages=asked.stages, is_streamed=False)
+    return Query(
+        trace_id=digest[:32], query_id=asked.query_id, text=asked.text, limits=limits, stages=asked.stages, is_streamed=False
+    )
 
 
 class CollectStage:

@@ -126,7 +126,7 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"llms__tiny": ENDPOINT, "agents__1__adapter": "path:x"}, ("agents.1.adapter is 'path:x'", "set adapter to null")),
     (
         {"llms__tiny": ENDPOINT, "summarizer": {"mode": "llm", "llm": "tiny", "adapter": "path:x"}},
-        ("summarizer.adapter is 'path:x'", "an endpoint (llms.tiny) serves", "add an LLM of that name"),
+        ("summarizer.adapter is 'path:x'", "(llms.tiny) takes none: an endpoint serves", "add an LLM of that name"),
     ),
     (endpoint(top_logprobs=21), ("llms.tiny: engine_kwargs: top_logprobs is 21", "less than or equal to 20")),
     (endpoint(max_retries=-1), ("engine_kwargs: max_retries is -1",)),

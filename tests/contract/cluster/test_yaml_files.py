@@ -37,7 +37,7 @@ def gpus(config: Config) -> float:
 
 @pytest.mark.parametrize(
     ("name", "agents", "num_gpus"),
-    [("paper", 8, 8), ("ensemble", 6, 7), ("roles", 16, 1), ("lora", 7, 1)],
+    [("paper", 8, 8), ("ensemble", 6, 7), ("roles", 16, 1), ("lora", 7, 1), ("recorded", 3, 0)],
 )
 def test_pools_load_with_the_gpus_that_they_promise(name: str, agents: int, num_gpus: int) -> None:
     config = load_pool(POOLS / f"{name}.yaml")
@@ -70,7 +70,7 @@ def test_remote_pool_names_variables_and_holds_no_key() -> None:
 
 
 def test_every_pool_is_tested_here() -> None:
-    assert {path.stem for path in POOLS.iterdir()} == {"paper", "ensemble", "roles", "lora", "remote"}
+    assert {path.stem for path in POOLS.iterdir()} == {"paper", "ensemble", "roles", "lora", "remote", "recorded"}
 
 
 def test_job_of_the_manifest_is_a_training_of_a_shipped_pool(tmp_path: Path) -> None:
