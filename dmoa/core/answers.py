@@ -15,6 +15,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
 
+from dmoa.core.expressions import expression_key, is_symbolic
 from dmoa.core.numbers import FoundNumber, dates_and_times, expression_value, find_numbers, iter_numbers, plain_text, spelled
 from dmoa.core.reasoning import split_reasoning
 
@@ -29,7 +30,7 @@ _MAX_SPAN_CHARS = 300
 _MAX_LINE_WORDS = 8
 """A reply of one line and no more words is read as a statement."""
 
-Kind = Literal["number", "letter", "text", "code"]
+Kind = Literal["number", "letter", "expression", "text", "code"]
 How = Literal["stated", "boxed", "json", "code", "choice", "short", "last"]
 """Where the answer stands: stated in words or after ####, in a box, in JSON, in a block, a chosen letter, a short reply, the last
 number."""
@@ -132,7 +133,7 @@ def open_reply(text: str) -> ReplyText:
     split = split_reasoning(text)
     if split.is_open and not split.text:
         return ReplyText("", None, is_only_thought=True)
-    said = _without_next_question(split.text[-MAX_CHARS:])
+    said = without_next_question(split.text[-MAX_CHARS:])
     json_answer = _json_answer(said)
     prose, code = split_code(said)
     prose = plain_text(prose if prose.strip() or not code else code)
@@ -148,7 +149,7 @@ def _stated_after(said: str, answer: Statement) -> bool:
     return after is not None and bool(after.span)
 
 
-def _without_next_question(text: str) -> str:
+def without_next_question(text: str) -> str:
     """Cut a reply where, after a statement, the model asks itself the next question."""
     first = next((mark for mark in re.finditer(f"(?:{_MARK.pattern})\\S|{_HASHES.pattern}", text, _MARK.flags)), None)
     if first is None:
@@ -196,7 +197,7 @@ def _json_value(text: str, start: int) -> tuple[str, int]:
 
 def final_statement(prose: str) -> Final | None:
     """Return what a plain text states last; None if it states nothing."""
-    found = _statements(prose)
+    found = statement_places(prose)
     given = [statement for statement in found if statement.span]
     if not given:
         return Final("") if found else None
@@ -210,7 +211,7 @@ def last_line(prose: str) -> str:
     return prose.rstrip().rpartition("\n")[2].strip()
 
 
-def _statements(prose: str) -> list[Statement]:
+def statement_places(prose: str) -> list[Statement]:
     """Return all statements by position; a box inside a marked line stands for the line."""
     boxes = _boxes(prose)[-_MAX_STATEMENTS:]
     marks = list(_MARK.finditer(prose))[-_MAX_STATEMENTS:]
@@ -307,9 +308,13 @@ def read_answer(text: str) -> ReadAnswer:
         return ReadAnswer(letter, "letter", "choice", "the choice it names")
     short = _short(reply.prose)
     if short:
-        return ReadAnswer(short, "number" if _whole_number(short) else "text", "short", "a short reply")
+        return ReadAnswer(short, _kind_of(short), "short", "a short reply")
     last = _last_number(reply.prose)
     return ReadAnswer(last, "number", "last", "the last number") if last else ReadAnswer(None, None, None, "no answer found")
+
+
+def _kind_of(answer: str) -> Kind:
+    return "expression" if is_symbolic(answer) else "number" if _whole_number(answer) else "text"
 
 
 def extract_answer(text: str) -> str | None:
@@ -319,14 +324,16 @@ def extract_answer(text: str) -> str | None:
 
 def same_answer(a: str, b: str) -> bool:
     """Return whether two answers are the same: equal numbers (1,200 = 1200.0, 1/2 = 0.5) or equal normalised texts."""
-    return a == b or _canonical(a) == _canonical(b)
+    return a == b or canonical_answer(a) == canonical_answer(b)
 
 
-def _canonical(answer: str) -> str:
+def canonical_answer(answer: str) -> str:
+    """Return the spelling that answers share for which `same_answer` holds."""
     if "\n" in answer:
         return answer
     answer = plain_text(answer).strip()
-    return _whole_number(answer) or _normal_text(answer)
+    number = None if is_symbolic(answer) else _whole_number(answer)
+    return number or (is_symbolic(answer) and expression_key(answer)) or _normal_text(answer)
 
 
 def _span_answer(span: str) -> tuple[str | None, Kind]:
@@ -338,6 +345,8 @@ def _span_answer(span: str) -> tuple[str | None, Kind]:
         return next(letter for letter in choice.groups() if letter).casefold(), "letter"
     if _NEGATED.match(span) and (find_numbers(span) or _CHOICE_INSIDE.search(span)):
         return None, "number"
+    if is_symbolic(span):
+        return span, "expression"
     number = _numeric_line(span)
     if number:
         return number, "number"
@@ -368,7 +377,7 @@ def _short(prose: str) -> str | None:
         return None
     if any(is_denied(line, match.start()) for match in _CHOICE_INSIDE.finditer(line)):
         return None
-    return _numeric_line(line) or _normal_text(line) or None
+    return line if is_symbolic(line) else _numeric_line(line) or _normal_text(line) or None
 
 
 def _numeric_line(line: str) -> str | None:
@@ -437,6 +446,7 @@ THOUGHT_ONLY = "the thought never ended"
 _NONE = Reading(None, "no number, or several, where the answer stands")
 _AMBIGUOUS = Reading(None, "ambiguous separators")
 _DENIAL = Reading(None, "it says what the answer is not")
+_EXPRESSION = Reading(None, "an expression, not a number")
 
 
 def read_number(text: str) -> Reading:
@@ -506,6 +516,8 @@ def _span_number(span: str) -> Reading:
     parts = [part.strip() for part in span.split("=") if part.strip()]
     if not parts:
         return _NONE
+    if is_symbolic(parts[-1]):
+        return _EXPRESSION
     reading = _part_number(parts[-1])
     # "8 = 3 + 5" ends in a calculation, "5 = five apples" in words
     return reading if reading.value is not None or len(parts) == 1 else _part_number(parts[-2])

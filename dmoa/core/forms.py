@@ -1,0 +1,62 @@
+"""Gives a reply the key of its answer: replies whose keys are equal agree. The equality is the one that scorers use.
+
+A number is its exact value, a choice its letter, a Python literal its value, a mathematical expression its values at fixed points
+(`core/expressions`), and anything else its words. Source: ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from dmoa.core.answers import canonical_answer, read_answer, read_number
+from dmoa.core.literals import read_literal
+from dmoa.core.numbers import spelled
+
+Form = Literal["any", "literal"]
+"""What kind of answer a query asks for: a Python literal, whose quotes and capitals count, or any other."""
+
+_ASKS_LITERAL = re.compile(r"\bassert\s+\w+\(.*\)\s*==\s*(?:\?\?|\.\.\.)|\bPython literal\b", re.DOTALL)
+NO_ANSWER = -1
+"""The class of a reply without an answer."""
+
+
+def form_of(query: str) -> Form:
+    """Return what kind of answer a query asks for."""
+    return "literal" if _ASKS_LITERAL.search(query) else "any"
+
+
+def agreement_key(reply: str, query: str = "") -> str | None:
+    """Return the key of a reply's answer, None where it has none. Never raises.
+
+    Args:
+        reply: the whole text of a reply; a thought in it counts for nothing.
+        query: what was asked, which tells the form of the answer; without it a Python literal is compared as text, so that
+            case and quotes do not count.
+    """
+    if form_of(query) == "literal":
+        literal = read_literal(reply).key
+        return None if literal is None else f"literal:{literal}"
+    found = read_answer(reply)
+    if found.value is None:
+        return None
+    number = read_number(reply).value if found.kind == "number" else None
+    return f"{found.kind}:{canonical_answer(found.value) if number is None else spelled(number)}"
+
+
+def answer_classes(replies: Sequence[str], query: str = "") -> list[int]:
+    """Return which replies to one query agree: equal numbers for equal answers, counted from 0 as they first appear.
+
+    Args:
+        replies: whole texts, in any order.
+        query: as for `agreement_key`.
+
+    A reply without an answer has `NO_ANSWER`, -1: it agrees with nobody, also not with another such reply.
+    """
+    classes: dict[str, int] = {}
+    found: list[int] = []
+    for reply in replies:
+        key = agreement_key(reply, query)
+        found.append(NO_ANSWER if key is None else classes.setdefault(key, len(classes)))
+    return found
