@@ -10,7 +10,9 @@ import gzip
 import hashlib
 import heapq
 import json
+import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,6 +114,8 @@ class _Part:
     slice: Slice
     rows: dict[str, Row] = field(default_factory=dict)
     num_duplicates: int = 0
+    num_of_text: Counter[str] = field(default_factory=Counter)
+    """Rows of each text so far, by its hash: the same question with another answer is another row."""
 
     def add(self, spec: Benchmark, split: Split, parsed: ParsedRow, row_hash: str) -> None:
         if not self.slice.holds(fraction_of(parsed.family or row_hash)):
@@ -119,7 +123,11 @@ class _Part:
         if row_hash in self.rows:
             self.num_duplicates += 1
             return
-        row_id = f"{spec.name}/{split}/{row_hash[:ID_CHARS]}"
+        # Of what is asked alone: a hash of the gold answer would tell a short one to whoever tries them all.
+        text_hash = hash_content({"text": parsed.text})[:ID_CHARS]
+        self.num_of_text[text_hash] += 1
+        again = f"-{self.num_of_text[text_hash]}" if self.num_of_text[text_hash] > 1 else ""
+        row_id = f"{spec.name}/{split}/{text_hash}{again}"
         task = Task(row_id=row_id, benchmark=spec.name, text=parsed.text, group=parsed.group)
         self.rows[row_hash] = Row(task=task, label=Label(row_id=row_id, benchmark=spec.name, gold=parsed.gold), row_hash=row_hash)
 
@@ -323,7 +331,8 @@ def load_disjoint(
 def drop_overlaps(splits: Mapping[Split, Loaded]) -> tuple[dict[Split, Loaded], tuple[Dropped, ...]]:
     """Takes out of train what adaptation or test has, and out of adaptation what test has.
 
-    Rows count as the same when their hashes are equal or when agents would read the same text.
+    Rows count as the same when their hashes are equal or when agents would read the same text, but for case, white space and
+    the way in which Unicode writes a character.
     """
     owners: dict[str, Split] = {}
     kept: dict[Split, Loaded] = {}
@@ -333,15 +342,19 @@ def drop_overlaps(splits: Mapping[Split, Loaded]) -> tuple[dict[Split, Loaded], 
             continue
         rows: list[Row] = []
         for row in splits[split].rows:
-            owner = owners.get(row.row_hash) or owners.get(row.task.text)
+            owner = owners.get(row.row_hash) or owners.get(_text_key(row))
             if owner is None:
                 rows.append(row)
             else:
                 dropped.append(Dropped(row_id=row.task.row_id, split=split, kept_in=owner, is_equal_row=row.row_hash in owners))
         for row in rows:
-            owners[row.row_hash] = owners[row.task.text] = split
+            owners[row.row_hash] = owners[_text_key(row)] = split
         kept[split] = replace(splits[split], rows=tuple(rows))
     return {split: kept[split] for split in SPLITS if split in kept}, tuple(dropped)
+
+
+def _text_key(row: Row) -> str:
+    return unicodedata.normalize("NFKC", " ".join(row.task.text.split())).casefold()
 
 
 def check_disjoint(splits: Mapping[Split, Collection[Row]]) -> None:

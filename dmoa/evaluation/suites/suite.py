@@ -366,10 +366,10 @@ def word(templates: Templates, question: Problem, split: SuiteSplit, rng: random
 
 
 def make_row(suite: str, split: SuiteSplit, text: str, group: str, gold: dict[str, Any], stages: tuple[Stage, ...] = ()) -> Row:
-    """Return a row; its hash covers everything that is asked and everything that is right."""
-    parts = [[stage.observation, stage.part] for stage in stages]
-    row_hash = hash_content({"suite": suite, "text": text, "group": group, "stages": parts, "gold": gold})
-    row_id = f"{suite}/{split}/{row_hash[:_ID_CHARS]}"
+    """Return a row; its hash covers everything that is asked and everything that is right, its id what is asked alone."""
+    asked = {"suite": suite, "text": text, "group": group, "stages": [[stage.observation, stage.part] for stage in stages]}
+    row_hash = hash_content({**asked, "gold": gold})
+    row_id = f"{suite}/{split}/{hash_content(asked)[:_ID_CHARS]}"
     task = Task(row_id=row_id, benchmark=suite, text=text, group=group, stages=stages)
     return Row(task=task, label=Label(row_id=row_id, benchmark=suite, gold=gold), row_hash=row_hash)
 

@@ -18,7 +18,10 @@ from dmoa.evaluation.records import Answered, EvaluateOptions, Label, Task
 from dmoa.evaluation.registry import OpenScorers
 from dmoa.evaluation.run_folder import RunFolder, append
 from dmoa.flat import flat
+from dmoa.testing import domain_rows, scripted_pool, write_rollouts
 from dmoa.types import Limits, TokenUsage
+from dmoa.workflows.collect import read_labels
+from tests.unit.training.in_process import train
 
 PACKAGE = Path(dmoa.__file__).parent
 LABEL_NAMES = {"Label", "read_gold", "read_scores", "gold", "scores", "Scored", "pending_scores"}
@@ -98,6 +101,20 @@ def test_labels_are_opened_by_evaluation_alone(tmp_path: Path) -> None:
     }
     # Until the judging begins, labels have been written and never read.
     assert {module for _, module in before_scoring} == {"dmoa.evaluation.data"}
+
+
+def test_a_whole_training_opens_no_labels(tmp_path: Path) -> None:
+    """Labels lie beside the rollouts, and by mistake among them: a training from start to end opens neither."""
+    config = scripted_pool()
+    rollouts = write_rollouts(tmp_path / "rollouts", domain_rows(), config)
+    for folder in (tmp_path / "labels", rollouts / "labels"):
+        folder.mkdir()
+        (folder / "labels.jsonl").write_text('{"query_id": "q", "benchmark": "arith", "gold": {"answer": "5"}}\n')
+    with watched() as opened:
+        train(tmp_path / "run", rollouts, config, epochs=2)
+        assert opened == []
+        assert [label.gold for label in read_labels(tmp_path / "labels")] == [{"answer": "5"}]
+        assert [module for _, module in opened] == ["dmoa.workflows.collect"], "the hook sees what is opened"
 
 
 def test_a_task_has_no_place_for_a_label() -> None:

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.benchmarks.base import BENCHMARKS, RowError
+from dmoa.evaluation.benchmarks.base import BENCHMARKS, RowError, hash_content
 from dmoa.evaluation.data import Loaded, load_rows, load_splits, parse_line, read_lines
 from dmoa.evaluation.records import SPLITS, Split
 from tests.unit.evaluation.real_rows import REAL_ROWS
@@ -46,7 +46,7 @@ def test_one_row_of_every_benchmark_loads(name: str, tmp_path: Path) -> None:
     path = write_rows(tmp_path, name, f"{BENCHMARKS[name].slices['test'].file}.jsonl", [row(name)])
     loaded = load_rows(name, "test", data_dir=tmp_path)
     (only,) = loaded.rows
-    assert only.task.row_id == only.label.row_id == f"{name}/test/{only.row_hash[:16]}"
+    assert only.task.row_id == only.label.row_id == f"{name}/test/{hash_content({'text': only.task.text})[:16]}"
     assert only.task.benchmark == only.label.benchmark == name
     assert len(only.row_hash) == 64
     files = [path.name, *BENCHMARKS[name].definitions]

@@ -10,6 +10,7 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.evaluation.data import check_disjoint, drop_overlaps, load_disjoint, load_splits
 from dmoa.evaluation.records import SPLITS
+from dmoa.evaluation.suites.suite import make_row
 from tests.unit.evaluation.samples import row, write_rows
 
 
@@ -47,6 +48,28 @@ def test_an_equal_question_with_another_label_is_dropped_too(tmp_path: Path) -> 
     disjoint = load_disjoint("mmlu", data_dir=tmp_path)
     (dropped,) = disjoint.dropped
     assert (dropped.split, dropped.kept_in, dropped.is_equal_row) == ("train", "test", False)
+
+
+def test_the_same_question_in_other_letters_is_the_same_row(tmp_path: Path) -> None:
+    write_mmlu(tmp_path, dev=["a", "Which  CAFÉ?"], validation=["b"], test=["c", "which cafe\u0301?"])
+    (dropped,) = load_disjoint("mmlu", data_dir=tmp_path).dropped
+    assert (dropped.split, dropped.kept_in, dropped.is_equal_row) == ("train", "test", False)
+
+
+def test_ids_are_of_the_question_alone(tmp_path: Path) -> None:
+    """Else the id of a row is a hash that tells a short gold answer to whoever tries all answers."""
+    ids = []
+    for answer in (0, 1):
+        folder = tmp_path / str(answer)
+        questions = [row("mmlu", question="Left?", answer=answer), *(row("mmlu", question="And now?", answer=n) for n in (1, 2))]
+        write_rows(folder, "mmlu", "test.jsonl", questions)
+        rows = load_splits("mmlu", ["test"], data_dir=folder)["test"].rows
+        ids.append([each.task.row_id for each in rows])
+        assert len({each.row_hash for each in rows}) == len(set(ids[-1])) == 3
+    assert ids[0] == ids[1]
+    assert ids[0][2] == f"{ids[0][1]}-2"
+    two = [make_row("arith", "test", "What is 1 + 1?", "sum", {"answer": gold}).task.row_id for gold in ("2", "3")]
+    assert two[0] == two[1]
 
 
 def test_the_check_names_the_row_and_both_splits(tmp_path: Path) -> None:
