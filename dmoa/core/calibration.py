@@ -31,7 +31,8 @@ def fit_mass_left(probability_RA: Numbers, score_RA: Array, alpha: float) -> flo
 
     The conformal quantile (rank ceil((n + 1)(1 - alpha)) of n rows) of the probability left after the surest agent, in the
     order of `core/activation`, summed from the smallest up; 0 where there are too few rows for alpha. It holds on average over
-    exchangeable rows, where K does not cut the set first, and says nothing of the *correct* agent. Scores are NaN where an
+    exchangeable rows, where K does not cut the set first, and says nothing of the *correct* agent. The level is nominal where
+    the same rows also chose alpha, eta or when training stopped. Scores are NaN where an
     agent gave nothing; rows without any score are left out; of agents equally sure the most probable counts. Raises
     ConfigError without rows, or for an alpha outside (0, 1). Source: ours (conformal prediction: Vovk; adaptive sets:
     Romano et al. 2020).
