@@ -107,7 +107,7 @@ def replies_files(place: Path) -> list[Path]:
 
 def read_replies(path: Path) -> Iterator[RecordedReply]:
     """Yield the replies of a file. Raises ConfigError naming file, line, field and what is expected."""
-    for number, line in _lines(path):
+    for number, line in _rows(path) if path.suffix == ".parquet" else read_lines(path):
         yield _parse(path, number, line)
 
 
@@ -118,12 +118,9 @@ def _parse(path: Path, number: int, line: bytes | Mapping[str, Any]) -> Recorded
         raise ConfigError(f"{path}, line {number}: {describe(error)}; mend the line or take it out") from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes | Mapping[str, Any]]]:
-    """Yield the lines of a file that are not blank, or the rows of a table, numbered from 1. Raises ConfigError."""
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that are not blank of a file of JSON Lines, also .gz, numbered from 1. Raises ConfigError."""
     try:
-        if path.suffix == ".parquet":
-            yield from _rows(path)
-            return
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
@@ -148,7 +145,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except pa.ArrowException as error:
+    except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"{path}: cannot be read as Parquet: {error}; write it again") from error
 
 

@@ -6,7 +6,6 @@ part, and goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import time
 from collections import deque
@@ -43,6 +42,7 @@ from dmoa.policies.registry import PolicyContext, build_policy
 from dmoa.protocols import OpenSwarm, final_answer
 from dmoa.storage import write_whole
 from dmoa.swarm import Swarm
+from dmoa.training.outcomes import rollout_trace_id
 from dmoa.training.rollouts import (
     SCHEMA,
     Counts,
@@ -196,10 +196,14 @@ class RolloutAsking:
 
 def query_of_rollout(asked: RolloutQuery, asking: RolloutAsking) -> Query:
     """Return the query to be asked; its id, and with it sampling and exploration, depends on query, seed and round alone."""
-    digest = hashlib.sha256(f"{asked.query_id}\0{asking.seed}\0{asking.round}".encode()).hexdigest()
     limits = replace(asking.limits, max_steps=max(asking.limits.max_steps, len(asked.stages)))
     return Query(
-        trace_id=digest[:32], query_id=asked.query_id, text=asked.text, limits=limits, stages=asked.stages, is_streamed=False
+        trace_id=rollout_trace_id(asked.query_id, asking.seed, asking.round),
+        query_id=asked.query_id,
+        text=asked.text,
+        limits=limits,
+        stages=asked.stages,
+        is_streamed=False,
     )
 
 

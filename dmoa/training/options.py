@@ -50,7 +50,8 @@ class RolloutOptions(Options):
     benchmarks: Annotated[Sources, Flag(metavar="A:2,B")] = ()
     """Benchmarks and suites, each NAME or NAME:WEIGHT; all: the nine public benchmarks, suites: the generated ones."""
     queries: Annotated[Sources, Flag(metavar="FILE[:W]", is_repeated=True)] = ()
-    """Your own queries, each FILE or FILE:WEIGHT: a line is a text, or {"query": TEXT}; no labels needed; repeatable."""
+    """Your own queries, each FILE or FILE:WEIGHT: a line is a text, or {"query": TEXT}; or recorded replies; no labels needed;
+    repeatable."""
     out: Path
     """Folder of the collection, or a URI. The same folder goes on with the collection in it."""
     data_dir: Path | None = None
@@ -130,9 +131,9 @@ class ProbeOptions(Options):
     where = "probe"
 
     queries: Annotated[str | None, Flag(metavar="FILE.jsonl")] = None
-    """Your own queries: a text, or {"query": TEXT}, a line."""
+    """Your own queries: a text, or {"query": TEXT}, a line; None: those of a recorded pool."""
     benchmarks: Annotated[str | None, Flag(metavar="A,B")] = None
-    """Benchmarks and suites; None: arith,words,calendar."""
+    """Benchmarks and suites; None: arith,words,calendar, where there are no queries."""
     rollouts: Path | None = None
     """Look at dense rollouts that are there; ask nobody."""
     known_answers: Annotated[Names | None, Flag(metavar="SUITE,...")] = None

@@ -8,17 +8,21 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
+from dmoa.engines.recorded import read_replies, replies_files
 from dmoa.errors import ConfigError
 from dmoa.training.rollouts import RolloutQuery
 from dmoa.validation import short
 
 T = TypeVar("T")
+_Found = tuple[str, str]
+"""Id and text of a query."""
 _ID_CHARS = 16
 _MANY = 1000
 """Texts beyond twice a limit that are kept before those that will not be drawn are dropped."""
@@ -36,7 +40,9 @@ class OwnQueries:
 
 
 def read_queries(path: Path, *, skip_bad_rows: bool = False, limit: int | None = None, seed: int = 0) -> OwnQueries:
-    """Read a file of queries, one a line: a text, or {"query": TEXT}, other keys of which are not read.
+    """Read a file of queries, one a line: a text, or {"query": TEXT}, of whose other keys `query_id` alone is read.
+
+    A folder, .jsonl.gz and .parquet hold recorded replies; their queries are read, each once.
 
     With a `limit` only the queries that `sample_queries` draws by `seed` are kept, in its order, so that a long file takes no
     more memory than a short one. Every line is checked all the same.
@@ -44,24 +50,43 @@ def read_queries(path: Path, *, skip_bad_rows: bool = False, limit: int | None =
     Raises ConfigError naming file, line, value and what is expected, for a file that cannot be read, holds no query, or
     (unless they are to be skipped) holds a line that is none.
     """
-    texts: dict[str, str] = {}
+    found: dict[str, _Found] = {}
     num_bad = 0
-    for number, line in _lines(path):
+    for number, line in _recorded(path) if _is_recorded(path) else _lines(path):
         try:
-            text = _text(line)
+            query = _query(line) if isinstance(line, bytes) else line
         except ValueError as error:
             if not skip_bad_rows:
                 raise ConfigError(f"--queries: {path}, line {number}: {error}; {_ALLOWED}; or add --skip-bad-rows") from None
             num_bad += 1
             continue
-        texts.setdefault(_id_of(text), text)
-        if limit is not None and len(texts) >= 2 * limit + _MANY:
-            texts = dict(sample_queries(texts.items(), limit, seed, itemgetter(0)))
-    drawn = sample_queries(texts.items(), limit, seed, itemgetter(0))
+        found.setdefault(_id_of(query[1]), query)
+        if limit is not None and len(found) >= 2 * limit + _MANY:
+            found = {_id_of(text): (name, text) for name, text in sample_queries(found.values(), limit, seed, itemgetter(0))}
+    drawn = sample_queries(found.values(), limit, seed, itemgetter(0))
     queries = [RolloutQuery(query_id=query_id, source=path.name, split="train", text=text) for query_id, text in drawn]
     if not queries:
         raise ConfigError(f"--queries: {str(path)!r} holds no query; {_ALLOWED}")
+    twice = next((name for name, count in Counter(query.query_id for query in queries).items() if count > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--queries: {path}: query_id {twice!r} names two texts; give each query an id of its own, or none")
     return OwnQueries(queries=tuple(queries), num_bad=num_bad)
+
+
+def _is_recorded(path: Path) -> bool:
+    return path.is_dir() or path.name.endswith((".jsonl.gz", ".parquet"))
+
+
+def _recorded(path: Path) -> Iterator[tuple[int, _Found]]:
+    """Yield the queries of recorded replies that have a text, one a reply. Raises ConfigError."""
+    try:
+        for file in replies_files(path):
+            for number, reply in enumerate(read_replies(file), start=1):
+                text = (reply.query or "").strip()
+                if text:
+                    yield number, (reply.query_id or _id_of(text), text)
+    except ConfigError as error:
+        raise ConfigError(f"--queries: {error}") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -80,11 +105,11 @@ def _id_of(text: str) -> str:
     return f"queries/{hashlib.sha256(text.encode()).hexdigest()[:_ID_CHARS]}"
 
 
-def _text(line: bytes) -> str:
-    """Return the query of a line. Raises ValueError."""
+def _query(line: bytes) -> _Found:
+    """Return the query of a line, its id first. Raises ValueError."""
     text = line.decode("utf-8").strip()
     if not text.startswith("{"):
-        return text
+        return _id_of(text), text
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):
@@ -93,7 +118,8 @@ def _text(line: bytes) -> str:
     if not isinstance(query, str) or not query.strip():
         raise ValueError(f"query is {short(query)}; expected a text that is not blank")
     query.encode("utf-8")
-    return query.strip()
+    name = tree.get("query_id")
+    return (name if isinstance(name, str) and name else _id_of(query.strip())), query.strip()
 
 
 def sample_queries(items: Iterable[T], limit: int | None, seed: int, query_id: Callable[[T], str]) -> list[T]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from dmoa import __version__
 from dmoa.config import Config
 from dmoa.dataflow import OVERCOMMIT
+from dmoa.engines.recorded import replies_files
 from dmoa.errors import ConfigError
 from dmoa.evaluation.data import SUITE_ROWS, hash_file, load_disjoint
 from dmoa.evaluation.records import SPLITS, Label, Row
@@ -119,7 +120,7 @@ def _own(source: Weighted, options: RolloutOptions, say: Callable[[str], None]) 
     return _Source(
         name=path.name,
         weight=source.weight,
-        origin={source.name: hash_file(path)},
+        origin={str(file): hash_file(file) for file in (replies_files(path) if path.is_dir() else [path])},
         size=len(found.queries),
         take=lambda limit: [(query, None) for query in sample_queries(found.queries, limit, options.seed, _id_of_query)],
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmoa.config import Config
+from dmoa.engine_options import RecordedOptions
 from dmoa.errors import ConfigError
 from dmoa.evaluation.registry import SUITES
 from dmoa.training.cluster_router import ProbeSample, sample_of
@@ -46,11 +47,18 @@ def run_probe(options: ProbeOptions, config: Config, common: Common, command: st
     collect = partial(_collect, config=config, common=common, options=options, command=command)
     if options.rollouts is not None:
         return _look(options.rollouts, out, config, common, options, collect)
-    benchmarks = options.benchmarks or ("" if options.queries else DEFAULT_SUITES)
-    sources = {"queries": options.queries or (), "benchmarks": benchmarks, "data_dir": options.data_dir}
+    queries = options.queries or (None if options.benchmarks else _recorded_place(config))
+    benchmarks = options.benchmarks or ("" if queries else DEFAULT_SUITES)
+    sources = {"queries": queries or (), "benchmarks": benchmarks, "data_dir": options.data_dir}
     with goes_on(f"the same command with --out {out} goes on from here"), opened_ray(options.address):
         collect({**sources, "limit": options.limit}, out / "dense")
         return _look(out / "dense", out, config, common, options, collect)
+
+
+def _recorded_place(config: Config) -> str | None:
+    """Return where the replies of a recorded pool lie, whose queries are then asked; None for any other pool."""
+    recorded = [llm.options for llm in config.llms.values() if isinstance(llm.options, RecordedOptions)]
+    return recorded[0].replies if recorded else None
 
 
 def _look(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import re
 import tracemalloc
@@ -117,3 +118,23 @@ def test_sources_take_turns_in_proportion(sizes: list[int]) -> None:
         for end in range(len(mixed) + 1):
             due = end * size / max(1, len(mixed))
             assert abs(sum(item[0] == number for item in mixed[:end]) - due) <= len(sizes)
+
+
+def test_queries_of_recorded_replies_are_read_once_each_under_their_own_ids(tmp_path: Path) -> None:
+    lines = [
+        '{"query_id": "q1", "query": "What is 2 + 2?", "agent": "a", "text": "4"}',
+        '{"query_id": "q1", "query": "What is 2 + 2?", "agent": "b", "text": "5"}',
+        '{"query": "Name a day.", "agent": "a", "text": "Monday"}',
+    ]
+    expected = [("q1", "What is 2 + 2?"), ("queries/" + hashlib.sha256(b"Name a day.").hexdigest()[:16], "Name a day.")]
+    folder = tmp_path / "replies"
+    folder.mkdir()
+    (folder / "r.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    for path in (own(tmp_path, "\n".join(lines)), folder / "r.jsonl.gz", folder):
+        assert [(query.query_id, query.text) for query in read_queries(path).queries] == expected
+    twice = own(tmp_path, '{"query_id": "q", "query": "one"}\n{"query_id": "q", "query": "two"}')
+    with pytest.raises(ConfigError, match="query_id 'q' names two texts; give each query an id of its own"):
+        read_queries(twice)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"--queries: .*holds no file of replies"):
+        read_queries(tmp_path / "empty")
