@@ -263,6 +263,8 @@ class SummarizerConfig(Node):
     """As an agent's."""
     profile: str = Field(default="Merges the agents' work into one correct, complete answer.", min_length=1, max_length=4000)
     """Its role, in `llm` mode."""
+    share_reasoning: bool = False
+    """Whether it reads what agents thought before their answers, in `llm` mode; other agents never do."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
     @model_validator(mode="after")
@@ -289,6 +291,9 @@ class ActivationConfig(Node):
 Core = Literal["gru", "reset", "linear", "mlp"]
 
 
+EntropyScope = Literal["answer", "all"]
+
+
 class GateConfig(Node):
     """The recurrent gate."""
 
@@ -305,6 +310,8 @@ class GateConfig(Node):
     score: Literal["raw", "anchored"] = "anchored"
     """What training ranks and theta compares: anchored, the entropy less the agent's own usual, or raw. raw (the paper's) is
     what preset `paper` has where nothing is said; the preregistered study favoured anchored."""
+    entropy_scope: EntropyScope = "answer"
+    """Which tokens of a reply its entropy is taken over, where a model thinks first: the answer's, or all (paper)."""
     seed: int = Field(default=0, ge=0)
     """Seed of the untrained weights."""
     checkpoint: str | None = None

@@ -136,9 +136,11 @@ class Orchestrator:
             # Without a contribution the last summary stands, and it ended as it did.
             source = usable[0] if usable else state.steps[-1].summarizer
             text, ending = usable[0].text if usable else state.summary, source.finish_reason
-            return Fold(
-                summary=text, record=SummarizerRecord(mode="select", verdict="rule", finish_reason=ending), selection=None
+            is_final = not usable or plan.ends_with is not None  # else the thought of one agent among others
+            record = SummarizerRecord(
+                mode="select", verdict="rule", reasoning=source.reasoning if is_final else "", finish_reason=ending
             )
+            return Fold(summary=text, record=record, selection=None)
         sampling = self.dispatcher.sampling_for(state.query, self.summarizer_sampling, is_final=True)
         return await self.summarizer.fold(state, usable, sampling, emit, anchors_of(plan.decision))
 
@@ -194,6 +196,7 @@ def finish(state: QueryState, policy: str, reason: StopReason, *, wall_ms: float
     return Answer(
         trace_id=state.query.trace_id,
         text=state.summary,
+        reasoning=state.steps[-1].summarizer.reasoning,
         policy=policy,
         stop_reason=reason,
         steps=state.steps,

@@ -93,6 +93,7 @@ class StreamedText:
     def __init__(self, emit: Callable[[TextDelta], None]) -> None:
         self._emit = emit
         self._text = ""
+        self._thought = ""
 
     def __bool__(self) -> bool:
         """Tell whether any text was handed on."""
@@ -111,6 +112,12 @@ class StreamedText:
         if len(seen) > len(self._text):
             self._emit(TextDelta(text=seen[len(self._text) :]))
             self._text = seen
+
+    def think(self, seen: str) -> None:
+        """Hand on what is new in the thought `seen` of an attempt; one that goes another way than the first is not."""
+        if len(seen) > len(self._thought) and seen.startswith(self._thought):
+            self._emit(TextDelta(text=seen[len(self._thought) :], is_reasoning=True))
+            self._thought = seen
 
 
 class AgentCaller:
@@ -205,12 +212,16 @@ class AgentCaller:
         return replace(reply, latency_ms=(time.perf_counter() - started) * 1e3)
 
     async def _stream(self, call: AgentCall, text: StreamedText) -> AgentReply:
-        seen = ""
+        seen, thought = "", ""
         async for item in self._agents.stream(call):
             if isinstance(item, AgentReply):
                 if item.status == "ok":
                     text.go_on(seen, call.agent, is_whole=True)
                 return item
-            seen += item.text
-            text.go_on(seen, call.agent)
+            if item.is_reasoning:
+                thought += item.text
+                text.think(thought)
+            else:
+                seen += item.text
+                text.go_on(seen, call.agent)
         raise AgentUnavailableError(f"agent {call.agent!r}: the stream ended without a reply")

@@ -186,7 +186,9 @@ def reply_dmoa(answer: Answer, *, pool: str = "", with_texts: bool = False) -> R
     )
 
 
-def answer_of_reply(reply: ReplyDmoa, *, text: str, finish_reason: Literal["stop", "length"], wall_ms: float) -> Answer:
+def answer_of_reply(
+    reply: ReplyDmoa, *, text: str, finish_reason: Literal["stop", "length"], wall_ms: float, reasoning: str = ""
+) -> Answer:
     """Return the answer that a reply tells of: the inverse of `reply_dmoa`, with what the reply leaves out.
 
     Numbers are rounded as there; states of the gate, propensities and agents left idle beyond those listed are not known.
@@ -194,6 +196,7 @@ def answer_of_reply(reply: ReplyDmoa, *, text: str, finish_reason: Literal["stop
     return Answer(
         trace_id=reply.trace_id,
         text=text,
+        reasoning=reasoning,
         policy=reply.policy,
         stop_reason=reply.stop_reason,
         steps=tuple(_step_of(step, reply) for step in reply.steps),

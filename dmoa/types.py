@@ -163,6 +163,8 @@ class Generation:
     """The answer; an engine that does not part thoughts leaves them in it, and the agent parts them."""
     reasoning: str = ""
     """What the model thought before it answered, where the engine parts it from the text."""
+    raw: str = ""
+    """All that was generated, thought and delimiters included, as a message that is continued holds it; empty: the text."""
     finish_reason: FinishReason
     entropy: EntropySum
     """Over the generated tokens of the text, stop token included."""

@@ -1,7 +1,7 @@
 """An agent: an LLM (perhaps with an adapter) in a role, with tools, on an engine; and a client for agents in process.
 
 Between the orchestrator's `AgentCall` and the engine's `GenerationRequest` stands the tool loop: a reply that calls a
-tool is continued after the tool's result, and counts as one contribution.
+tool is continued after the tool's result, and counts as one contribution. What was thought is parted from the text here, once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 
 from dmoa.agents import tools as toolbox
-from dmoa.config import AgentConfig
+from dmoa.config import AgentConfig, EntropyScope
+from dmoa.core.reasoning import ReasoningSplitter, split_reasoning
 from dmoa.errors import AgentOverloadedError, DeadlineError, DmoaError, EngineError, PromptTooLongError
 from dmoa.protocols import Engine
 from dmoa.types import (
@@ -36,8 +37,17 @@ MAX_TOOL_ROUNDS = 4
 class Agent:
     """One agent on one engine."""
 
-    def __init__(self, config: AgentConfig, engine: Engine, tools: Mapping[str, toolbox.Tool] | None = None) -> None:
+    def __init__(
+        self,
+        config: AgentConfig,
+        engine: Engine,
+        tools: Mapping[str, toolbox.Tool] | None = None,
+        *,
+        entropy_scope: EntropyScope = "answer",
+    ) -> None:
+        """`entropy_scope`: whether the entropy of a reply is that of its answer's tokens, or of the thought's too."""
         self._config = config
+        self._entropy_scope = entropy_scope
         self._engine = engine
         self._tools: dict[str, toolbox.Tool] = {name: (tools or {})[name] for name in config.tools}
 
@@ -60,6 +70,7 @@ class Agent:
         started = time.perf_counter()
         rounds: list[Generation] = []
         text = ""
+        splitter = ReasoningSplitter()
         try:
             while True:
                 generation: Generation | None = None
@@ -70,12 +81,17 @@ class Agent:
                     async for item in self._engine.stream(request):
                         if isinstance(item, Generation):
                             generation = item
-                        else:
+                        elif item.is_reasoning:
                             yield item
+                        else:
+                            for delta in splitter.feed(item.text):
+                                yield delta
+                    for delta in splitter.close():
+                        yield delta
                 if generation is None:
                     raise EngineError(f"engine {self._engine.label}: its stream ended without a generation")
                 rounds.append(generation)
-                text += generation.text
+                text += generation.raw or generation.text
                 found = toolbox.find_call(text, self._tools) if self._tools else None
                 if found is None or len(rounds) >= MAX_TOOL_ROUNDS or self._room(call, rounds) <= 0:
                     break
@@ -106,17 +122,31 @@ class Agent:
         )
 
     def _reply(self, call: AgentCall, text: str, rounds: list[Generation], started: float, *, is_cut: bool) -> AgentReply:
-        """Add up the rounds; `is_cut`: the last one ended in a tool call for which there was no room."""
-        entropy = sum((item.entropy for item in rounds), EntropySum())
+        """Add up the rounds; `is_cut`: the last one ended in a tool call for which there was no room.
+
+        A thought that never ended is no contribution: the text is empty, and cut.
+        """
+        split = split_reasoning(text)
+        asides = (item.reasoning for item in rounds if not item.raw)  # of engines that leave no trace of it in the text
+        reasoning = "\n\n".join(thought for thought in (*asides, split.reasoning) if thought)
+        answer = "" if split.is_open else split.text
+        usage, is_guess = _counted(sum((item.usage for item in rounds), TokenUsage()), reasoning, answer)
+        entropy, thought_entropy = (
+            sum((item.entropy for item in rounds), EntropySum()),
+            sum((item.reasoning_entropy for item in rounds), EntropySum()),
+        )
+        if self._entropy_scope == "all":
+            entropy += thought_entropy
         return AgentReply(
             agent=call.agent,
             status="ok",
-            text=text,
-            finish_reason="length" if is_cut else rounds[-1].finish_reason,
-            # An engine whose numbers broke: nothing is known of the whole.
-            entropy=entropy if entropy.is_finite else EntropySum(kind=entropy.kind),
-            usage=sum((item.usage for item in rounds), TokenUsage()),
-            are_tokens_estimated=any(item.are_tokens_estimated for item in rounds),
+            text=answer,
+            reasoning=reasoning,
+            finish_reason="length" if is_cut or split.is_open else rounds[-1].finish_reason,
+            entropy=_known(entropy),
+            reasoning_entropy=_known(thought_entropy),
+            usage=usage,
+            are_tokens_estimated=is_guess or any(item.are_tokens_estimated for item in rounds),
             latency_ms=(time.perf_counter() - started) * 1e3,
             engine_ms=sum(item.engine_ms for item in rounds),
             engine=self._engine.label,
@@ -135,6 +165,19 @@ class Agent:
             latency_ms=(time.perf_counter() - started) * 1e3,
             engine=self._engine.label,
         )
+
+
+def _known(entropy: EntropySum) -> EntropySum:
+    """Return an entropy, or nothing where an engine's numbers broke: then nothing is known of the whole."""
+    return entropy if entropy.is_finite else EntropySum(kind=entropy.kind)
+
+
+def _counted(usage: TokenUsage, reasoning: str, answer: str) -> tuple[TokenUsage, bool]:
+    """Return usage with the tokens of the thought, and whether they are a guess: by characters, where the engine did not tell."""
+    if not reasoning or usage.reasoning_tokens:
+        return usage, False
+    share = len(reasoning) / (len(reasoning) + len(answer))
+    return replace(usage, reasoning_tokens=round(share * usage.completion_tokens)), True
 
 
 class LocalAgents:

@@ -31,7 +31,7 @@ from dmoa.types import AgentCall, AgentReply, TextDelta
 T = TypeVar("T")
 _LOG = logging.getLogger("dmoa.call_cache")
 FILE_NAME = "calls.sqlite3"
-_VERSION = 2
+_VERSION = 3
 _BUSY_S = 60.0
 
 
@@ -130,6 +130,8 @@ class CachedAgents:
     async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Yield the whole text at once, then the reply."""
         reply = await self.call(call)
+        if reply.reasoning:
+            yield TextDelta(text=reply.reasoning, is_reasoning=True)
         if reply.text:
             yield TextDelta(text=reply.text)
         yield reply
@@ -175,6 +177,7 @@ def call_identities(config: Config) -> dict[str, str]:
             # Of an engine from a file its content: an edited one says other things, and a moved one the same.
             "engine": ENGINES.digest(entry.name) or entry.name,
             "options": llm.options.model_dump(mode="json"),
+            "entropy_scope": config.gate.entropy_scope,
             "adapter": adapter_hash(agent.adapter) if agent.adapter else None,
             "tools": agent.tools,
             "corpus": _corpus_hash(config) if "search" in agent.tools else None,

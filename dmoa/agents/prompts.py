@@ -21,7 +21,7 @@ COMMON_SYSTEM = "You work with other experts on a user's question. Be brief and 
 
 _LINE_END = re.compile(r"(\r\n|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029])")
 _FRAME = re.compile(
-    r"\W*(?:contribution\W+of\W+\S{1,80}?\W*:|work\W+so\W+far\W+step\W*\d|your\W+role\W*:|answer\W+the\W+question\W+above\b"
+    r"\W*(?:(?:contribution|thoughts)\W+of\W+\S{1,80}?\W*:|work\W+so\W+far\W+step\W*\d|your\W+role\W*:|answer\W+the\W+question\W+above\b"
     r"|write\W+on\W+the\W+first\W+line\b|(?-i:FINAL|CONTINUE)\W*$)",
     re.IGNORECASE,
 )
@@ -46,10 +46,17 @@ def agent_messages(
 
 
 def summarizer_messages(
-    query: Query, history: Sequence[str], replies: Sequence[AgentReply], *, profile: str
+    query: Query, history: Sequence[str], replies: Sequence[AgentReply], *, profile: str, share_reasoning: bool = False
 ) -> tuple[Message, ...]:
-    """Return the prompt of the `llm` summarizer: the shared prefix, the step's contributions, role and verdict rule."""
-    work = "\n\n".join(f"Contribution of {reply.agent}:\n{_framed(reply.text)}" for reply in replies)
+    """Return the prompt of the `llm` summarizer: the shared prefix, the step's contributions, role and verdict rule.
+
+    What agents thought is left out, or stands before each contribution where it is shared.
+    """
+    work = "\n\n".join(
+        (f"Thoughts of {reply.agent}:\n{_framed(reply.reasoning)}\n\n" if share_reasoning and reply.reasoning else "")
+        + f"Contribution of {reply.agent}:\n{_framed(reply.text)}"
+        for reply in replies
+    )
     return (*_opening(query), _user(_task(query, history), work, f"Your role: {profile.strip()} {_VERDICT}"))
 
 

@@ -71,7 +71,9 @@ class LlmSummarizer:
     ) -> Fold:
         """Ask the summarizer; where it fails, fall back on the chosen contribution and say so in the record."""
         usable = [reply for reply in replies if reply.status == "ok" and reply.text.strip()]
-        messages = summarizer_messages(state.query, state.history, usable, profile=self._config.profile)
+        messages = summarizer_messages(
+            state.query, state.history, usable, profile=self._config.profile, share_reasoning=self._config.share_reasoning
+        )
         call = AgentCall(
             trace_id=state.query.trace_id,
             step=len(state.steps),
@@ -88,6 +90,7 @@ class LlmSummarizer:
         record = SummarizerRecord(
             mode="llm",
             verdict=verdict,
+            reasoning=reply.reasoning if text else "",
             usage=reply.usage,
             latency_ms=reply.latency_ms,
             engine_ms=reply.engine_ms,
@@ -109,13 +112,12 @@ class LlmSummarizer:
         except TimeoutError:
             reply = replace(lost, status="late", error="the deadline passed before the summary")
         if reply.status != "ok":
-            reply = replace(
-                reply, text=heard.text if heard.is_final else "", finish_reason="length" if heard.is_final else "error"
-            )
+            text, thought = (heard.text, heard.thought) if heard.is_final else ("", "")
+            reply = replace(reply, text=text, reasoning=thought, finish_reason="length" if heard.is_final else "error")
         return replace(reply, latency_ms=(time.perf_counter() - started) * 1e3)
 
     async def _read(self, call: AgentCall, emit: Emit, heard: _Heard) -> AgentReply | None:
-        """Read the stream; text after a FINAL line is handed on at once, everything else is withheld.
+        """Read the stream; text after a FINAL line is handed on at once, and the thought before it, everything else is withheld.
 
         Where nobody reads along the reply comes whole; with a deadline it streams all the same, for what is there by then.
         """
@@ -124,30 +126,41 @@ class LlmSummarizer:
         async for item in self._agents.stream(call):
             if isinstance(item, AgentReply):
                 return item
-            heard.text += item.text
+            if item.is_reasoning and not heard.is_final:
+                heard.thought += item.text
+                continue
+            heard.text += "" if item.is_reasoning else item.text
             head, newline, rest = heard.text.lstrip().partition("\n")
             if heard.is_final:
+                heard.thought += item.text if item.is_reasoning else ""
                 emit(item)
             elif newline and head.strip() == _FINAL and rest.strip():
                 heard.is_final = True
+                if heard.thought:
+                    emit(TextDelta(text=heard.thought, is_reasoning=True))
                 emit(TextDelta(text=_without_blank_lines(rest)))
         return None
 
 
 async def withhold(items: AsyncIterator[TextDelta | AgentReply]) -> AsyncIterator[TextDelta | AgentReply]:
-    """Yield a summarizer's stream as its listener needs it: text from a FINAL line on, else the whole reply alone.
+    """Yield a summarizer's stream as its listener needs it: thought and text once a FINAL line is there, else the reply alone.
 
     Run where the summarizer runs, it spares a message per token for text that is not handed on.
     """
-    held, is_final = "", False
+    held, thought, is_final = "", "", False
     async for item in items:
         if isinstance(item, AgentReply) or is_final:
             yield item
+            continue
+        if item.is_reasoning:
+            thought += item.text
             continue
         held += item.text
         head, newline, _ = held.lstrip().partition("\n")
         if newline and head.strip() == _FINAL:
             is_final = True
+            if thought:
+                yield TextDelta(text=thought, is_reasoning=True)
             yield TextDelta(text=held)
 
 
@@ -158,6 +171,7 @@ class _Heard:
     is_awaited: bool
     """Whether pieces of the text are of use before the whole of it."""
     text: str = ""
+    thought: str = ""
     is_final: bool = False
     """Whether text after a FINAL line was handed on."""
 

@@ -46,3 +46,8 @@ def scoped_entropy(pieces: Sequence[str], nats: Sequence[float], split: SplitRep
     answer = [value for value, is_in in zip(nats, is_answer, strict=True) if is_in]
     thought = [value for value, is_in in zip(nats, is_answer, strict=True) if not is_in]
     return ScopedEntropy(EntropySum.of_tokens(answer), EntropySum.of_tokens(thought), len(thought))
+
+
+def unscoped(nats: Sequence[float]) -> ScopedEntropy:
+    """Return the entropy of a reply without a thought."""
+    return ScopedEntropy(EntropySum.of_tokens(nats), EntropySum(), 0)

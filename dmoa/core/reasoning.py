@@ -79,6 +79,13 @@ def split_reasoning(text: str, *, is_opened: bool = False) -> SplitReply:
     return splitter.split()
 
 
+def opened_at_end(prompt: str) -> str:
+    """Return the opening tag that a prompt ends with, the blanks behind it too; empty where it opens no thought."""
+    end = len(prompt.rstrip())
+    tag = next((mark for mark in _OPENED if prompt[:end].lower().endswith(mark)), "")
+    return prompt[end - len(tag) :] if tag else ""
+
+
 class ReasoningSplitter:
     """Splits a reply that comes in pieces; however it is cut, the whole is split alike.
 

@@ -15,11 +15,13 @@ from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from dmoa.core.reasoning import opened_at_end, split_reasoning
 from dmoa.errors import EngineError, PromptTooLongError
 from dmoa.types import Message
 
 _REASONING = re.compile(r"</?(?:think|thinking|reasoning)>", re.IGNORECASE)
 """What a model writes around its reasoning: no turn can be forged with it, and a reply that is continued holds it."""
+_TAIL_TOKENS = 16
 _KNOWN: WeakKeyDictionary[Any, _Controls] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
@@ -49,6 +51,17 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], *, model: str) -> l
     # The backend's own call: transformers' sets padding on the shared tokenizer, which is not safe among threads.
     tokens: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     return tokens
+
+
+def opened_thought(tokenizer: Any, tokens: Sequence[int], messages: Sequence[Message]) -> tuple[bool, str]:
+    """Tell whether a prompt leaves a thought open, and the text by which the chat template opened it.
+
+    That text is empty where none is open, and where it is the assistant's own unfinished message that is continued.
+    """
+    if messages[-1].role == "assistant":
+        return split_reasoning(messages[-1].content).is_open, ""
+    tag = opened_at_end(tokenizer.decode(tokens[-_TAIL_TOKENS:], skip_special_tokens=False))
+    return bool(tag), tag
 
 
 def _controls_of(tokenizer: Any) -> _Controls:

@@ -13,7 +13,10 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 
+from dmoa.core.entropy_scope import ScopedEntropy, scoped_entropy
+from dmoa.core.reasoning import split_reasoning
 from dmoa.engine_options import ScriptedOptions
 from dmoa.errors import EngineError
 from dmoa.types import EntropySum, Generation, GenerationRequest, TextDelta, TokenUsage
@@ -101,12 +104,21 @@ class ScriptedEngine:
             mean_nats = _MIN_NATS + (_MAX_NATS - _MIN_NATS) * _fraction(request.agent, query)
         # Token entropies alternate between half and one and a half of the mean; an odd one out is the mean itself.
         swings = tokens // 2 * 2
+        whole = EntropySum(sum_nats=mean_nats * tokens, sq_sum=mean_nats**2 * (tokens + 0.25 * swings), tokens=tokens)
+        entropy, split = ScopedEntropy(whole, EntropySum(), 0), split_reasoning(text)
+        if split.reasoning or split.is_open:
+            nats = [mean_nats * (0.5 + i % 2) for i in range(swings)] + [mean_nats] * (tokens - swings)
+            ends = [len(text) * (i + 1) // tokens for i in range(tokens)]
+            entropy = scoped_entropy([text[start:end] for start, end in pairwise((0, *ends))], nats, split)
         return Generation(
             text=text,
             finish_reason="stop" if tokens == self._options.tokens else "length",
-            entropy=EntropySum(sum_nats=mean_nats * tokens, sq_sum=mean_nats**2 * (tokens + 0.25 * swings), tokens=tokens),
+            entropy=entropy.answer,
+            reasoning_entropy=entropy.thought,
             usage=TokenUsage(
-                prompt_tokens=sum(len(message.content.split()) for message in request.messages), completion_tokens=tokens
+                prompt_tokens=sum(len(message.content.split()) for message in request.messages),
+                completion_tokens=tokens,
+                reasoning_tokens=entropy.thought_tokens,
             ),
         )
 

@@ -39,10 +39,12 @@ class RemoteReply:
     """A server's whole reply."""
 
     text: str
+    reasoning: str = ""
+    """What the model of the final call thought before."""
     finish_reason: str
     model: str
     usage: dict[str, Any]
-    """prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details."""
+    """prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details, completion_tokens_details."""
     dmoa: dict[str, Any]
     """The reply's `dmoa` object, with the fields of `dmoa.trace.ReplyDmoa`."""
 
@@ -96,6 +98,7 @@ class ServerClient:
         choice = reply.choices[0]
         return RemoteReply(
             text=choice.message.content or "",
+            reasoning=(choice.message.model_extra or {}).get("reasoning_content") or "",
             finish_reason=choice.finish_reason,
             model=reply.model,
             usage=reply.usage.model_dump(exclude_none=True) if reply.usage else {},
@@ -120,7 +123,7 @@ class ServerClient:
                 extra_body={"dmoa": dict(dmoa or {})},
                 **(sampling or {}),
             )
-            texts: list[str] = []
+            texts: dict[bool, list[str]] = {False: [], True: []}
             finish_reason, used_model = "", ""
             record: dict[str, Any] = {}
             usage: dict[str, Any] = {}
@@ -134,9 +137,16 @@ class ServerClient:
                     )
                     for event in _events(chunk):
                         if isinstance(event, TextDelta):
-                            texts.append(event.text)
+                            texts[event.is_reasoning].append(event.text)
                         yield event
-        yield RemoteReply(text="".join(texts), finish_reason=finish_reason, model=used_model, usage=usage, dmoa=record)
+        yield RemoteReply(
+            text="".join(texts[False]),
+            reasoning="".join(texts[True]),
+            finish_reason=finish_reason,
+            model=used_model,
+            usage=usage,
+            dmoa=record,
+        )
 
     async def models(self) -> list[str]:
         """Return every model name of the server, the pool first."""
@@ -189,9 +199,10 @@ def _error(message: str, error: openai.APIError) -> DmoaError:
 
 def _events(chunk: ChatCompletionChunk) -> Iterator[StepLine | TextDelta]:
     for choice in chunk.choices:
-        line = (choice.delta.model_extra or {}).get("reasoning_content")
-        if line:
-            yield StepLine(text=line)
+        extra = choice.delta.model_extra or {}
+        said = extra.get("reasoning_content")
+        if said:
+            yield TextDelta(text=said, is_reasoning=True) if extra.get("dmoa_step") is None else StepLine(text=said)
         if choice.delta.content:
             yield TextDelta(text=choice.delta.content)
 

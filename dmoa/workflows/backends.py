@@ -135,7 +135,7 @@ class RemoteSwarm:
         record = _record(self.client, reply)
         self.pool = record.pool
         finish_reason: Literal["stop", "length"] = "length" if reply.finish_reason == "length" else "stop"
-        answer = answer_of_reply(record, text=reply.text, finish_reason=finish_reason, wall_ms=wall_ms)
+        answer = answer_of_reply(record, text=reply.text, finish_reason=finish_reason, wall_ms=wall_ms, reasoning=reply.reasoning)
         for step in answer.steps:
             yield step
         yield answer
@@ -235,7 +235,8 @@ async def _shown(swarm: SwarmClient, query: Query, policy: str, agent: str | Non
                     screen.end_live_line()
                     screen.step(event)
                 elif isinstance(event, TextDelta):
-                    screen.delta(event.text)
+                    if not event.is_reasoning:
+                        screen.delta(event.text)
                 else:
                     answer = event
     finally:

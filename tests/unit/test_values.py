@@ -129,10 +129,11 @@ def test_the_line_of_a_reply_in_the_call_cache() -> None:
     assert json.dumps(flat_reply(reply)) == (
         '{"agent": "a", "status": "ok", "text": "19", "reasoning": "", "finish_reason": "stop", '
         '"entropy_sum_nats": 2.0, "entropy_sq_sum": 4.0, "entropy_slack_nats": 0.0, "entropy_tokens": 1, '
-        '"entropy_kind": "exact", "reasoning_entropy_sum_nats": 0.0, "reasoning_entropy_sq_sum": 0.0, "reasoning_entropy_slack_nats": 0.0, '
-        '"reasoning_entropy_tokens": 0, "reasoning_entropy_kind": "exact", "prompt_tokens": 10, "cached_tokens": 6, '
-        '"completion_tokens": 4, "reasoning_tokens": 0, "are_tokens_estimated": false, "latency_ms": 0.0, "engine_ms": 0.0, '
-        '"error": null, "attempts": 1, "engine": "list", "is_memoised": false, "replica": ""}'
+        '"entropy_kind": "exact", "reasoning_entropy_sum_nats": 0.0, "reasoning_entropy_sq_sum": 0.0, '
+        '"reasoning_entropy_slack_nats": 0.0, "reasoning_entropy_tokens": 0, "reasoning_entropy_kind": "exact", '
+        '"prompt_tokens": 10, "cached_tokens": 6, "completion_tokens": 4, "reasoning_tokens": 0, '
+        '"are_tokens_estimated": false, "latency_ms": 0.0, "engine_ms": 0.0, "error": null, '
+        '"attempts": 1, "engine": "list", "is_memoised": false, "replica": ""}'
     )
 
 

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from dmoa.core.entropy import NOT_FINITE, token_entropy
+from dmoa.core.entropy_scope import scoped_entropy, unscoped
+from dmoa.core.reasoning import ReasoningSplitter
 from dmoa.engines.transformers.kv_cache import KvRows, PrefixStore, StoredPrefix, TokenArray, common_prefix
 from dmoa.engines.transformers.load import LoadedModel
 from dmoa.engines.transformers.lora import Adapters
 from dmoa.errors import EngineError
-from dmoa.types import EntropySum, FinishReason, Generation, Sampling, TokenUsage
+from dmoa.types import FinishReason, Generation, Sampling, TextDelta, TokenUsage
 
 _GREEDY_BELOW = 1e-4
 """Temperatures below this are greedy: the quotient would leave the range of float32."""
@@ -131,7 +134,7 @@ def _invert(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
 class TextStream:
     """Decodes one reply token by token, and finds the stop text that ends it."""
 
-    __slots__ = ("_decoder", "_sent", "_stop", "_text", "_tokenizer", "_tokens", "stopped")
+    __slots__ = ("_decoder", "_ends", "_sent", "_stop", "_text", "_tokenizer", "_tokens", "stopped")
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         """`tokenizer` is a `tokenizers.Tokenizer`; empty stop texts are ignored."""
@@ -140,6 +143,8 @@ class TextStream:
         self._stop = tuple(text for text in stop if text)
         self._tokens: list[int] = []
         self._text = ""
+        self._ends: list[int] = []
+        """Where in the text each token ends; tokens amid a character end where the one before does."""
         self._sent = 0
         self.stopped = False
         """Whether a stop text was met; the text ends before it."""
@@ -149,12 +154,18 @@ class TextStream:
         """All text so far, without the stop text and without a character whose bytes are not complete."""
         return self._text
 
+    def pieces(self, tokens: int) -> list[str]:
+        """Return the text of each of so many tokens, as the whole text has it; of a stop token it is empty."""
+        found = [self._text[start:end] for start, end in pairwise((0, *self._ends))]
+        return found + [""] * (tokens - len(found))
+
     def push(self, token: int) -> str:
         """Take one token; return the text that may be shown now: it cannot be part of a stop text."""
         self._tokens.append(token)
         piece = self._decoder.step(self._tokenizer, token)
         if piece:
             self._extend(piece)
+        self._ends.append(len(self._text))
         return self._release(0 if self.stopped else self._held())
 
     def finish(self) -> str:
@@ -204,11 +215,14 @@ class Running:
     deadline_unix_s: float | None
     accepted_s: float
     """time.perf_counter() of the engine's accept."""
-    on_text: Callable[[str], None]
-    """Told every new piece of text."""
+    on_text: Callable[[TextDelta], None]
+    """Told every new piece of text, and of the thought before it."""
     on_done: Callable[[Generation | EngineError], None]
     """Told the whole generation, or why there is none, once."""
     outputs: list[int]
+    splitter: ReasoningSplitter = field(default_factory=ReasoningSplitter)
+    opening: str = ""
+    """What the chat template opened the thought with."""
     nats: list[float] = field(default_factory=list)
     """Entropy of each of the outputs."""
     cached_tokens: int = 0
@@ -229,26 +243,37 @@ class Running:
             self.finish = "stop"
         else:
             piece = self.text.push(token)
-            if piece:
-                self.on_text(piece)
+            self._say(self.splitter.feed(piece))
             if self.text.stopped:
                 self.finish = "stop"
             elif len(self.outputs) >= self.max_tokens:
                 self.finish = "length"
 
+    def _say(self, deltas: Sequence[TextDelta]) -> None:
+        for delta in deltas:
+            self.on_text(delta)
+
     def end(self) -> None:
         """Report the whole generation, whatever there is of it."""
         now = time.perf_counter()
-        piece = self.text.finish()
-        if piece:
-            self.on_text(piece)
+        self._say(self.splitter.feed(self.text.finish()))
+        self._say(self.splitter.close())
+        split = self.splitter.split()
+        has_thought = split.is_open or split.text != self.text.text
+        entropy = scoped_entropy(self.text.pieces(len(self.nats)), self.nats, split) if has_thought else unscoped(self.nats)
         self.on_done(
             Generation(
-                text=self.text.text,
+                text=split.text,
+                reasoning=split.reasoning,
+                raw=self.opening + self.text.text if has_thought else "",
                 finish_reason=self.finish or "length",
-                entropy=EntropySum.of_tokens(self.nats),
+                entropy=entropy.answer,
+                reasoning_entropy=entropy.thought,
                 usage=TokenUsage(
-                    prompt_tokens=len(self.tokens), cached_tokens=self.cached_tokens, completion_tokens=len(self.outputs)
+                    prompt_tokens=len(self.tokens),
+                    cached_tokens=self.cached_tokens,
+                    completion_tokens=len(self.outputs),
+                    reasoning_tokens=entropy.thought_tokens,
                 ),
                 engine_ms=(now - self.accepted_s) * 1e3,
                 queue_ms=((self.prefill_s or now) - self.accepted_s) * 1e3,

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmoa.core.reasoning import ReasoningSplitter
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.adapter_files import check_adapter
-from dmoa.engines.chat_template import encode_chat, room_for_reply
+from dmoa.engines.chat_template import encode_chat, opened_thought, room_for_reply
 from dmoa.engines.models import HubModel
 from dmoa.engines.transformers.decode import DecodeLoop, LoopTimes, Running, TextStream, draw_for
 from dmoa.engines.transformers.load import give_back, load_model, num_threads
@@ -158,6 +159,7 @@ class TransformersEngine:
             raise EngineError(f"{self._name}: the engine is closed; start it again")
         self._adapters.check(request.adapter)
         tokens = self._encode(request.messages)
+        is_opened, opening = opened_thought(self._tokenizer, tokens, request.messages)
         room = room_for_reply(len(tokens), self._options.max_model_len, model=self._name)
         sampling = request.sampling
         listener = _Listener(asyncio.get_running_loop())
@@ -169,7 +171,9 @@ class TransformersEngine:
             text=TextStream(self._tokenizer.backend_tokenizer, sampling.stop),
             deadline_unix_s=request.deadline_unix_s,
             accepted_s=accepted_s,
-            on_text=(lambda text: self._post(listener, TextDelta(text=text))) if has_text else (lambda text: None),
+            on_text=(lambda delta: self._post(listener, delta)) if has_text else (lambda delta: None),
+            splitter=ReasoningSplitter(is_opened=is_opened),
+            opening=opening,
             on_done=lambda result: self._finish(ticket, result),
             outputs=[],
         )

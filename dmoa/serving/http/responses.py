@@ -32,6 +32,13 @@ class PromptTokensDetails(ReplyModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(ReplyModel):
+    """Parts of the completion tokens."""
+
+    reasoning_tokens: int
+    """What models thought before they answered."""
+
+
 class Usage(ReplyModel):
     """Tokens over all agents and the summarizer, lost calls included."""
 
@@ -39,6 +46,7 @@ class Usage(ReplyModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class ReplyMessage(ReplyModel):
@@ -46,6 +54,8 @@ class ReplyMessage(ReplyModel):
 
     role: Literal["assistant"] = "assistant"
     content: str = Field(min_length=1)
+    reasoning_content: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """What the model of the final call thought before; left out where it did not think."""
     refusal: None = None
 
 
@@ -102,6 +112,7 @@ def usage_of(answer: Answer) -> Usage:
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.total,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=usage.reasoning_tokens),
     )
 
 
@@ -137,6 +148,8 @@ class Rendering:
         }
         self._sent = ""
         """Text of the answer that was streamed."""
+        self._thought = ""
+        """What was streamed of the thought before it."""
         self._held = ""
         """White space at its start, which is not an answer as long as nothing follows."""
 
@@ -146,7 +159,9 @@ class Rendering:
         text, reason = answer.text.encode("utf-8", "replace").decode(), answer.finish_reason
         shared = {**self._head, "usage": usage_of(answer), "dmoa": self._dmoa(answer)}
         if self._is_chat:
-            return ChatReply(choices=[ChatChoice(message=ReplyMessage(content=text), finish_reason=reason)], **shared)
+            thought = answer.reasoning.encode("utf-8", "replace").decode() or None
+            message = ReplyMessage(content=text, reasoning_content=thought)
+            return ChatReply(choices=[ChatChoice(message=message, finish_reason=reason)], **shared)
         return TextReply(choices=[TextChoice(text=text, finish_reason=reason)], **shared)
 
     def opening(self) -> bytes:
@@ -154,8 +169,13 @@ class Rendering:
         return self._chunk({"role": "assistant", "content": ""}) if self._is_chat else b""
 
     def step(self, step: StepRecord) -> bytes:
-        """Return the chunk of a finished step; plain completions have none."""
-        return self._chunk({"reasoning_content": step_line(step)}) if self._is_chat else b""
+        """Return the chunk of a finished step, `dmoa_step` tells it from a thought; plain completions have none."""
+        return self._chunk({"reasoning_content": step_line(step), "dmoa_step": step.step}) if self._is_chat else b""
+
+    def thought(self, text: str) -> bytes:
+        """Return the chunk of a piece of the final call's thought; plain completions have none."""
+        self._thought += text
+        return self._chunk({"reasoning_content": text}) if self._is_chat and text else b""
 
     def delta(self, text: str) -> bytes:
         """Return the chunk of a piece of the answer; nothing while all is white space, which goes with the first word."""
@@ -173,6 +193,8 @@ class Rendering:
         """
         events = b""
         check_not_empty(answer)
+        if answer.reasoning.startswith(self._thought):
+            events += self.thought(answer.reasoning[len(self._thought) :])
         if answer.text != self._sent and answer.text.startswith(self._sent):
             events += self._chunk({"content": answer.text[len(self._sent) :]})
         events += self._chunk({}, answer.finish_reason, dmoa=self._dmoa(answer).model_dump(mode="json"))
@@ -183,7 +205,7 @@ class Rendering:
     def _dmoa(self, answer: Answer) -> ReplyDmoa:
         return reply_dmoa(answer, pool=self._pool, with_texts=self._order.body.wants_texts)
 
-    def _chunk(self, delta: Mapping[str, str], finish_reason: Finish | None = None, **more: Any) -> bytes:
+    def _chunk(self, delta: Mapping[str, Any], finish_reason: Finish | None = None, **more: Any) -> bytes:
         said = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
         if self._order.body.wants_usage:
             more["usage"] = None

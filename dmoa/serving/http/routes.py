@@ -219,7 +219,10 @@ async def _events(items: AsyncGenerator[Event], rendering: responses.Rendering) 
                 if isinstance(item, Answer):
                     yield events + rendering.closing(item)
                     return
-                events += rendering.step(item) if isinstance(item, StepRecord) else rendering.delta(item.text)
+                if isinstance(item, StepRecord):
+                    events += rendering.step(item)
+                else:
+                    events += rendering.thought(item.text) if item.is_reasoning else rendering.delta(item.text)
                 is_open = True
                 yield events
         raise EmptyAnswerError("the query ended without an answer; ask again")
