@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -127,6 +128,47 @@ def _overall(policy: str, rows: Sequence[EvaluationRow]) -> Overall:
         active=decimals(active / sum(steps) if sum(steps) else None),
         tokens=count(sum(row.usage.total for row in ran) / n) if n else "-",
     )
+
+
+def gate_policies(evaluation: Evaluation) -> list[str]:
+    """Return the policies that a gate routes, untrained ones first, so that before and after a training stand side by side."""
+    untrained = untrained_policies(evaluation)
+    found = [policy for policy in evaluation.config.all_policies if policy.partition(":")[0] == "dmoa"]
+    return sorted(found, key=lambda policy: policy not in untrained)
+
+
+def routing_shares(evaluation: Evaluation, policy: str) -> dict[tuple[str, str | int], float]:
+    """Return the share of steps in which an agent's contribution counted, by (agent, benchmark) and (agent, step from 0)."""
+    counts: dict[tuple[str, str | int], int] = defaultdict(int)
+    for row in evaluation.routing:
+        if row.policy == policy:
+            counts[row.agent, row.benchmark] += row.count
+            counts[row.agent, row.step] += row.count
+    by_benchmark, by_step = steps_taken(evaluation, policy)
+    totals = {**by_benchmark, **by_step}
+    return {key: count / totals[key[1]] for key, count in counts.items() if totals.get(key[1])}
+
+
+def agents_of(evaluation: Evaluation, asked: set[str]) -> list[str]:
+    """Return the pool's agents in its order, those that were never asked among them, then any others."""
+    listed = evaluation.config.pool.config.get("agents")
+    pool = [str(agent.get("name")) for agent in listed if isinstance(agent, dict)] if isinstance(listed, list) else []
+    return [*pool, *sorted(asked - set(pool))]
+
+
+def steps_taken(evaluation: Evaluation, policy: str) -> tuple[dict[str | int, int], dict[str | int, int]]:
+    """Return how many steps a policy took, by benchmark and by number of the step."""
+    by_benchmark: dict[str | int, int] = {}
+    by_step: dict[str | int, int] = defaultdict(int)
+    for row in evaluation.rows:
+        if row.policy == policy:
+            taken = sum(number * count for number, count in row.steps_histogram.items())
+            if taken:
+                by_benchmark[row.benchmark] = taken
+            for number, count in row.steps_histogram.items():
+                for step in range(number):
+                    by_step[step] += count
+    return by_benchmark, dict(sorted(by_step.items()))
 
 
 def share(value: float) -> str:

@@ -9,7 +9,7 @@ import io
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import yaml
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation import figures
+from dmoa.evaluation.answer_matrix import ORACLE
 from dmoa.evaluation.results import Evaluation, EvaluationRow, GroupRow, not_run
 from dmoa.evaluation.run_folder import write_whole
 from dmoa.types import is_untrained
@@ -82,12 +83,22 @@ def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
 
 
 def _accuracy_panel(axes: Axes, name: str, rows: Sequence[EvaluationRow], evaluation: Evaluation) -> None:
+    marked = _marked(rows)
     for row in rows:
         number = evaluation.config.all_policies.index(row.policy)
         colour = _colour(number)
         tokens = row.usage.total / row.n
         axes.plot([tokens, tokens], [100 * row.low, 100 * row.high], color=colour, linewidth=1.4)
         axes.plot([tokens], [100 * row.accuracy], **_marker(number, size=6.5))
+        if row.policy in marked:
+            axes.annotate(
+                marked[row.policy],
+                (tokens, 100 * row.accuracy),
+                xytext=(6, 6),
+                textcoords="offset points",
+                fontsize=7.5,
+                color=_MUTED,
+            )
     if rows[0].chance is not None:
         axes.axhline(100 * rows[0].chance, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
     axes.set_title(name + (" (generated)" if rows[0].is_generated else ""), fontsize=9.5)
@@ -95,6 +106,13 @@ def _accuracy_panel(axes: Axes, name: str, rows: Sequence[EvaluationRow], evalua
     axes.margins(x=0.25)
     axes.locator_params(axis="x", nbins=3)
     axes.xaxis.set_major_formatter(lambda value, _: figures.count(value))
+
+
+def _marked(rows: Sequence[EvaluationRow]) -> dict[str, str]:
+    """Return what stands beside the points of a panel: the best agent alone, where several ran, and what no router can pass."""
+    singles = [row for row in rows if row.policy.startswith("single:")]
+    best = {max(singles, key=lambda row: row.accuracy).policy: "best single"} if len(singles) > 1 else {}
+    return best | {row.policy: "oracle" for row in rows if row.policy == ORACLE}
 
 
 def groups(evaluation: Evaluation, benchmark: str) -> str | None:
@@ -187,63 +205,38 @@ def routing(evaluation: Evaluation, policy: str) -> str | None:
     found = [row for row in evaluation.routing if row.policy == policy]
     if not found:
         return None
-    agents = _agents(evaluation, {row.agent for row in found})
-    by_benchmark, by_step = _steps_taken(evaluation, policy)
-    active: dict[tuple[str, str | int], int] = defaultdict(int)
-    for row in found:
-        active[row.agent, row.benchmark] += row.count
-        active[row.agent, row.step] += row.count
+    agents = figures.agents_of(evaluation, {row.agent for row in found})
+    by_benchmark, by_step = figures.steps_taken(evaluation, policy)
+    shares = figures.routing_shares(evaluation, policy)
     width = 2.2 + 0.5 * (len(by_benchmark) + len(by_step)) + max(0, max(map(len, _labels(agents))) - 20) / _CHARS_PER_INCH
     with _figure(max(5.0, width), 0.27 * len(agents) + 1.9) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[len(by_benchmark), len(by_step)], sharey=True)
-        _heat(left, agents, by_benchmark, active, [str(name) for name in by_benchmark])
+        _heat(left, agents, by_benchmark, shares, [str(name) for name in by_benchmark])
         left.set_xticks(left.get_xticks(), [str(name) for name in by_benchmark], rotation=50, ha="right", rotation_mode="anchor")
         left.set_xlabel("benchmark")
-        _heat(right, agents, by_step, active, [str(int(step) + 1) for step in by_step])
+        _heat(right, agents, by_step, shares, [str(int(step) + 1) for step in by_step])
         right.set_xlabel("step")
         return _svg(figure, f"routing-{policy}")
-
-
-def _agents(evaluation: Evaluation, asked: set[str]) -> list[str]:
-    """Return the pool's agents in its order, those that were never asked among them, then any others."""
-    listed = evaluation.config.pool.config.get("agents")
-    pool = [str(agent.get("name")) for agent in listed if isinstance(agent, dict)] if isinstance(listed, list) else []
-    return [*pool, *sorted(asked - set(pool))]
-
-
-def _steps_taken(evaluation: Evaluation, policy: str) -> tuple[dict[str | int, int], dict[str | int, int]]:
-    """Return how many steps a policy took, by benchmark and by number of the step."""
-    by_benchmark: dict[str | int, int] = {}
-    by_step: dict[str | int, int] = defaultdict(int)
-    for row in evaluation.rows:
-        if row.policy == policy:
-            taken = sum(number * count for number, count in row.steps_histogram.items())
-            if taken:
-                by_benchmark[row.benchmark] = taken
-            for number, count in row.steps_histogram.items():
-                for step in range(number):
-                    by_step[step] += count
-    return by_benchmark, dict(sorted(by_step.items()))
 
 
 def _heat(
     axes: Axes,
     agents: Sequence[str],
-    totals: dict[str | int, int],
-    active: dict[tuple[str, str | int], int],
+    columns: Collection[str | int],
+    shares: dict[tuple[str, str | int], float],
     labels: Sequence[str],
 ) -> None:
     from matplotlib.patches import Rectangle
 
-    for column, (key, total) in enumerate(totals.items()):
+    for column, key in enumerate(columns):
         for line, agent in enumerate(agents):
-            share = active[agent, key] / total
+            share = shares.get((agent, key), 0.0)
             axes.add_patch(Rectangle((column, line), 1, 1, facecolor=_SERIES[0], alpha=0.75 * share, linewidth=0))
             if share > 0:
                 axes.text(column + 0.5, line + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=7.5)
-    axes.set_xlim(0, len(totals))
+    axes.set_xlim(0, len(columns))
     axes.set_ylim(len(agents), 0)
-    axes.set_xticks([place + 0.5 for place in range(len(totals))], labels, fontsize=8)
+    axes.set_xticks([place + 0.5 for place in range(len(columns))], labels, fontsize=8)
     axes.set_yticks([place + 0.5 for place in range(len(agents))], _labels(agents), fontsize=8)
     axes.tick_params(length=0)
     axes.grid(visible=False)
@@ -538,7 +531,9 @@ def _first_plot(evaluation: Evaluation) -> Iterator[_Plot]:
 def _sections(evaluation: Evaluation) -> Iterator[_Section]:
     """Yield the other drawings by heading, those for which there is no data left out."""
 
-    names = figures.names(evaluation)
+    caption = "Share of the steps, in percent, in which the agent's contribution counted."
+    gates = figures.gate_policies(evaluation)
+    yield _Section(heading="Whom the gate asks", plots=list(_routed(evaluation, gates, caption)))
     yield _Section(heading="Steps", plots=list(_drawn(steps(evaluation))))
     yield _Section(heading="Why queries ended", plots=list(_drawn(stop_reasons(evaluation))))
     by_group = [
@@ -547,10 +542,11 @@ def _sections(evaluation: Evaluation) -> Iterator[_Section]:
         for plot in _drawn(groups(evaluation, info.name), title=info.title or info.name)
     ]
     yield _Section(heading="Accuracy by group", plots=by_group)
-    caption = "Share of the steps, in percent, in which the agent's contribution counted."
-    routed = [
-        plot
-        for policy in evaluation.config.all_policies
-        for plot in _drawn(routing(evaluation, policy), title=names[policy], caption=caption)
-    ]
-    yield _Section(heading="Routing", plots=routed)
+    others = [policy for policy in evaluation.config.all_policies if policy not in gates]
+    yield _Section(heading="Routing of the other policies", plots=list(_routed(evaluation, others, caption)))
+
+
+def _routed(evaluation: Evaluation, policies: Sequence[str], caption: str) -> Iterator[_Plot]:
+    names = figures.names(evaluation)
+    for policy in policies:
+        yield from _drawn(routing(evaluation, policy), title=names[policy], caption=caption)

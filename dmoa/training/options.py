@@ -259,7 +259,7 @@ class TrainOptions(Options):
     start_from: Path | None = None
     """Checkpoint whose weights the training begins with, as in a later round; None: untrained weights."""
     alpha: Annotated[Annotated[float, Field(gt=0, lt=1)] | Literal["auto"], BeforeValidator(_alpha), Flag(metavar="X")] = "auto"
-    """tau covers the surest agent on a share of 1 - alpha of the held-back rows, a nominal level for others; auto: chosen, with `theta_alpha`."""
+    """tau covers the surest agent on 1 - alpha of the held-back rows, a nominal level; auto: chosen, with `theta_alpha`."""
     theta_alpha: float | None = Field(default=None, gt=0, lt=1)
     """theta lies above the surest reply's score on a share of 1 - theta_alpha of those rows; None: `alpha`, or chosen with it."""
     agent_price: float = Field(default=0.1, ge=0)

@@ -53,6 +53,8 @@ _MAX_CHECK_FAILURES = 3
 _LINE_S = 10.0
 """How often a line of progress goes to a pipe or a log."""
 
+_MOST_ROUTED = 24
+"""Agents up to which the table of whom a gate asks is printed."""
 _MAX_FAILURES = 5
 
 P = ParamSpec("P")
@@ -350,6 +352,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 
     notes = figures.Footnotes(evaluation)
     _print_results(evaluation, notes, console)
+    print_routing(evaluation, console)
     if evaluation.paired:
         console.print()
         _print_paired(evaluation, notes, console)
@@ -414,6 +417,29 @@ def print_overall(evaluation: Evaluation, names: Mapping[str, str], reference: s
         change = "-" if row.accuracy is None or base is None else figures.points(row.accuracy - base)
         table.add_row(name, mean, row.ends, *row.by_benchmark, *([change] if reference else []), row.active, row.tokens)
     stdout_console().print(table)
+
+
+def print_routing(evaluation: Evaluation, console: Console) -> None:
+    """Print whom the gate asks on each benchmark, in percent of its steps; before and after training where both gates ran.
+
+    Nothing where no gate ran, or where a pool has more agents than a screen has lines.
+    """
+    from dmoa.evaluation import figures
+
+    shares = {policy: figures.routing_shares(evaluation, policy) for policy in figures.gate_policies(evaluation)}
+    shares = {policy: found for policy, found in shares.items() if found}
+    agents = figures.agents_of(evaluation, {agent for found in shares.values() for agent, _ in found})
+    if not shares or len(agents) > _MOST_ROUTED:
+        return
+    benchmarks = [info.name for info in evaluation.config.benchmarks]
+    table = new_table("agent", *benchmarks, words=("agent",))
+    for agent in agents:
+        cells = (" > ".join(f"{100 * found.get((agent, name), 0.0):.0f}" for found in shares.values()) for name in benchmarks)
+        table.add_row(agent, *cells)
+    console.print()
+    console.print(table)
+    names = figures.names(evaluation)
+    _line(console, f"whom the gate asks, % of its steps: {' > '.join(names[policy] for policy in shares)}")
 
 
 def _print_paired(evaluation: Evaluation, notes: Footnotes, console: Console) -> None:

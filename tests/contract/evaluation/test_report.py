@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation import figures as display
 from dmoa.evaluation import report as plots
+from dmoa.evaluation.answer_matrix import ORACLE
 from dmoa.evaluation.records import BenchmarkInfo
 from dmoa.evaluation.report import render_report, write_report
 from dmoa.evaluation.results import Evaluation, build_evaluation
@@ -25,6 +28,7 @@ from dmoa.testing import answered as answer
 from dmoa.testing import failed as lost
 from dmoa.testing import run_info as run_of
 from dmoa.testing import scored as score
+from dmoa.workflows.console import print_routing
 from tests.unit.run_records import small_run
 
 VOID = {"meta", "br"}
@@ -176,6 +180,48 @@ def test_heat_maps_give_the_share_of_steps(evaluation: Evaluation) -> None:
     assert {"adder", "echo", "mmlu", "relay"} <= set(found)
 
 
+def test_the_page_shows_whom_the_gate_asks_before_and_after_training_first(text: str) -> None:
+    assert (
+        text.index("<h2>Whom the gate asks</h2>")
+        < text.index("<h2>Steps</h2>")
+        < text.index("<h2>Routing of the other policies</h2>")
+    )
+    assert display.gate_policies(before_and_after()) == ["dmoa", "dmoa:trained"]
+
+
+def before_and_after() -> Evaluation:
+    run = run_of([BenchmarkInfo(name="gsm8k", rows=2)], ["dmoa:trained", "dmoa", "single:adder", "single:echo"])
+    run = run.model_copy(update={"gate_version": "untrained-1", "gates": {"trained": "abc"}})
+    asked = {"dmoa:trained": ("adder",), "dmoa": ("adder", "echo"), "single:adder": ("adder",), "single:echo": ("echo",)}
+    lines = [answer("gsm8k", n, policy, active=(agents,)) for policy, agents in asked.items() for n in range(2)]
+    scores = [score("gsm8k", n, policy, float("echo" not in policy)) for policy in asked for n in range(2)]
+    return build_evaluation(run, lines, scores)
+
+
+def test_the_terminal_shows_whom_the_gate_asks_as_well() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    print_routing(before_and_after(), console)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert ["adder", "100", ">", "100"] in lines
+    assert ["echo", "100", ">", "0"] in lines
+    assert "dmoa (untrained gate) > dmoa:trained" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_best_single_agent_and_the_oracle_are_marked() -> None:
+    evaluation = before_and_after()
+    drawn = plots.accuracy_against_tokens(evaluation)
+    assert drawn is not None
+    assert texts_of(drawn).count("best single") == 1
+    assert "oracle" not in texts_of(drawn)
+    rows = [row.model_copy(update={"policy": ORACLE}) if row.policy == "dmoa" else row for row in evaluation.rows]
+    run = evaluation.config.model_copy(
+        update={"policies": [p for p in evaluation.config.policies if p != "dmoa"], "derived": [ORACLE]}
+    )
+    drawn = plots.accuracy_against_tokens(evaluation.model_copy(update={"rows": rows, "config": run}))
+    assert drawn is not None
+    assert "oracle" in texts_of(drawn)
+
+
 def test_an_agent_that_is_never_asked_has_its_row(evaluation: Evaluation) -> None:
     run = run_of([BenchmarkInfo(name="gsm8k", rows=1)], ["single"])
     drawn = plots.routing(build_evaluation(run, [answer("gsm8k", 0, "single", active=(("adder",),))], []), "single")
@@ -192,7 +238,7 @@ def test_a_plot_without_data_is_not_drawn() -> None:
     all_failed = render_report(
         build_evaluation(run, [lost("gsm8k", 0, "dmoa")], [score("gsm8k", 0, "dmoa", 0.0, is_failed=True, is_scored=False)])
     )
-    assert "<h2>Routing</h2>" not in all_failed
+    assert "<h2>Whom the gate asks</h2>" not in all_failed
     assert "<svg" not in render_report(empty)
 
 
@@ -258,7 +304,7 @@ def compared(methods: Sequence[str] = METHODS, **changes: Any) -> Evaluation:
 def test_drawings_come_before_tables_and_comparisons_are_folded() -> None:
     found = render_report(compared())
     assert found.index("<svg") < found.index("All benchmarks together</h2>") < found.index("Results by benchmark</h2>")
-    assert found.index("Routing</h2>") < found.index("Results by benchmark</h2>")
+    assert found.index("Whom the gate asks</h2>") < found.index("Results by benchmark</h2>")
     folded = re.findall(r"<details>(.*?)</details>", found, re.DOTALL)
     (comparisons,) = [text for text in folded if "<th>test</th>" in text]
     assert comparisons.count("<tr") == 1 + 2 * 120
