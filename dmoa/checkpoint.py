@@ -17,11 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dmoa.core.gate import Gate, GateSpec, weights_version
+from dmoa.core.label_model import LabelModel
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.types import UNTRAINED
 from dmoa.validation import describe, short
 
 SCHEMA_VERSION = 1
+_JUDGE = "label_model."
+"""Ahead of the names of the label model's arrays."""
 
 
 class AnchorSet(BaseModel):
@@ -63,6 +66,8 @@ class Checkpoint(BaseModel):
     pool_fingerprint: str
     trained_on: dict[str, Any] | None = None
     """Rollouts behind the weights; null: untrained."""
+    label_model: dict[str, Any] | None = None
+    """With score posterior, what of the label model is no array; its arrays lie beside the weights."""
     metrics: dict[str, float] = Field(default_factory=dict)
     code_revision: str = ""
     spec: dict[str, Any]
@@ -96,6 +101,7 @@ def _fields(gate: Gate, *, is_trained: bool) -> dict[str, Any]:
             "theta": spec.theta,
         },
         "score": spec.score,
+        "label_model": None if gate.label_model is None else gate.label_model.numbers(),
         "agents": list(spec.agents),
         "spec": spec.to_json(),
     }
@@ -114,6 +120,8 @@ def save(folder: str | Path, gate: Gate, record: Checkpoint) -> Path:
     draft.mkdir()
     try:
         tensors = {name: tensor.detach().contiguous() for name, tensor in gate.state_dict().items()}
+        if gate.label_model is not None:
+            tensors |= {_JUDGE + name: torch.tensor(array) for name, array in gate.label_model.arrays().items()}
         save_file(tensors, str(draft / "gate.safetensors"))
         (draft / "gate.json").write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if target.exists():
@@ -151,14 +159,16 @@ def load(folder: str | Path) -> tuple[Gate, Checkpoint]:
         return _restore(record, tensors), record
     except ValidationError as error:
         raise CheckpointError(f"{where}: gate.json: {describe(error, Checkpoint)}") from error
-    except (ConfigError, CheckpointError, RuntimeError) as error:
+    except (ConfigError, CheckpointError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{where}: {' '.join(str(error).split())}; the files are damaged or mixed") from error
 
 
 def _restore(record: Checkpoint, tensors: dict[str, torch.Tensor]) -> Gate:
     """Build the gate; raises CheckpointError, ConfigError or RuntimeError where record and tensors do not fit."""
-    gate = Gate(GateSpec.from_json(record.spec), profile_AD=tensors.get("profile_AD"))
-    gate.load_state_dict(tensors)
+    arrays = {name.removeprefix(_JUDGE): tensor.numpy() for name, tensor in tensors.items() if name.startswith(_JUDGE)}
+    label_model = None if record.label_model is None else LabelModel.from_arrays(arrays, record.label_model)
+    gate = Gate(GateSpec.from_json(record.spec), profile_AD=tensors.get("profile_AD"), label_model=label_model)
+    gate.load_state_dict({name: tensor for name, tensor in tensors.items() if label_model is None or not name.startswith(_JUDGE)})
     expected = _fields(gate, is_trained=not record.version.startswith(UNTRAINED))
     for name, value in expected.items():
         seen = getattr(record, name)

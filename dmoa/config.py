@@ -307,9 +307,11 @@ class GateConfig(Node):
     """H, the size of the state between steps."""
     temperature: float = Field(default=0.1, gt=0.0, le=100.0)
     """T of the softmax over gate logits."""
-    score: Literal["raw", "anchored"] = "anchored"
-    """What training ranks and theta compares: anchored, the entropy less the agent's own usual, or raw. raw (the paper's) is
-    what preset `paper` has where nothing is said; the preregistered study favoured anchored."""
+    score: Literal["raw", "anchored", "posterior"] = "anchored"
+    """What training ranks and theta compares: anchored, the entropy less the agent's own usual, or raw (the paper's, and what
+    preset `paper` has where nothing is said); posterior: the probability of being right by agreement, entropy and outcomes."""
+    agent_price: float = Field(default=0.02, ge=0.0, le=1.0)
+    """With score posterior, the probability of a right answer that one more agent must be expected to bring to be asked."""
     entropy_scope: EntropyScope = "answer"
     """Which tokens of a reply its entropy is taken over, where a model thinks first: the answer's, or all (paper)."""
     seed: int = Field(default=0, ge=0)

@@ -13,7 +13,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
 from dmoa.agents.summarizer import Fold, Summarizer
-from dmoa.core.aggregate import anchors_of, contributions
+from dmoa.core.aggregate import anchors_of, contributions, select_contribution
+from dmoa.core.in_step import Judgement, judge
 from dmoa.core.stopping import budget_stop, rule_stop
 from dmoa.dispatch import Dispatcher
 from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
@@ -35,6 +36,7 @@ from dmoa.types import (
 )
 
 Emit = Callable[[Event], None]
+_Stepped = tuple[StepRecord, Fold, Judgement | None]
 _CLOCK_SLACK_S = 0.05
 
 
@@ -79,10 +81,10 @@ class Orchestrator:
             if fault:
                 raise RequestError(f"policy: {policy.name!r}: {fault}")
             previous = state.summary
-            step, fold = await self._step(state, plan, emit, step_started)
+            step, fold, judgement = await self._step(state, plan, emit, step_started)
             state = advance(state, step)
             emit(step)
-            reason = self._stop_reason(state, step, fold, plan, previous)
+            reason = self._stop_reason(state, step, fold, plan, previous, judgement)
         if not state.summary:
             raise EmptyAnswerError(f"policy {policy.name!r} stopped before any agent was asked; use another policy")
         emit(finish(state, policy.name, reason, wall_ms=(time.perf_counter() - started) * 1e3))
@@ -107,19 +109,21 @@ class Orchestrator:
                 return Stop(reason="no_agent" if state.deadline_unix_s is None else "deadline")
             raise _no_contribution(state, why) from None
 
-    async def _step(self, state: QueryState, plan: StepPlan, emit: Emit, started: float) -> tuple[StepRecord, Fold]:
+    async def _step(self, state: QueryState, plan: StepPlan, emit: Emit, started: float) -> _Stepped:
         """Ask the planned agents and fold what they contributed; the step's clock began with its planning."""
         is_last_word = plan.ends_with is not None and plan.fold == "pass" and len(plan.activations) == 1
         asked = await self.dispatcher.ask(state, plan, emit if is_last_word and state.query.is_streamed else None)
         usable = tuple(contributions(asked.replies))
         if not usable and not state.summary:
             raise _nothing_said(state, asked.replies)
-        fold = await self._fold(state, plan, usable, emit)
+        judgement = judge(plan.decision, asked.replies) if plan.fold == "summarizer" else None
+        fold = await self._fold(state, plan, usable, emit, judgement)
+        replies = tuple(_judged(reply, judgement) for reply in asked.replies)
         ranked = {activation.agent: i for i, activation in enumerate((*plan.activations, *plan.reserves))}
         active = sorted((reply.agent for reply in asked.replies if reply.status == "ok"), key=lambda name: ranked[name])
         step = StepRecord(
             step=len(state.steps),
-            replies=(*asked.replies, *(reply for _, reply in asked.explored)),
+            replies=(*replies, *(reply for _, reply in asked.explored)),
             active=tuple(active),
             explored=tuple((activation.agent, activation.propensity) for activation, _ in asked.explored),
             summary=fold.summary,
@@ -128,10 +132,13 @@ class Orchestrator:
             wall_ms=(time.perf_counter() - started) * 1e3,
             decision=plan.decision,
             route=plan.route,
+            right_probability=judgement.probability if judgement else None,
         )
-        return step, fold
+        return step, fold, judgement
 
-    async def _fold(self, state: QueryState, plan: StepPlan, usable: tuple[AgentReply, ...], emit: Emit) -> Fold:
+    async def _fold(
+        self, state: QueryState, plan: StepPlan, usable: tuple[AgentReply, ...], emit: Emit, judgement: Judgement | None
+    ) -> Fold:
         if not usable or plan.fold == "pass":
             # Without a contribution the last summary stands, and it ended as it did.
             source = usable[0] if usable else state.steps[-1].summarizer
@@ -142,9 +149,14 @@ class Orchestrator:
             )
             return Fold(summary=text, record=record, selection=None)
         sampling = self.dispatcher.sampling_for(state.query, self.summarizer_sampling, is_final=True)
-        return await self.summarizer.fold(state, usable, sampling, emit, anchors_of(plan.decision))
+        leading, anchors = judgement.selection if judgement else None, anchors_of(plan.decision)
+        return await self.summarizer.fold(
+            state, usable, sampling, emit, lambda replies: leading or select_contribution(replies, anchors)
+        )
 
-    def _stop_reason(self, state: QueryState, step: StepRecord, fold: Fold, plan: StepPlan, previous: str) -> StopReason | None:
+    def _stop_reason(
+        self, state: QueryState, step: StepRecord, fold: Fold, plan: StepPlan, previous: str, judgement: Judgement | None
+    ) -> StopReason | None:
         """Apply the stopping rules to the step just finished, then the budgets."""
         limits = state.query.limits
         usable = contributions([reply for reply in step.replies if reply.agent in step.active])
@@ -162,6 +174,7 @@ class Orchestrator:
                 previous_summary=previous,
                 theta=plan.decision.theta if plan.decision else None,
                 anchors=anchors_of(plan.decision),
+                judgement=judgement,
             )
         budget = budget_stop(
             step=len(state.steps),
@@ -207,6 +220,12 @@ def finish(state: QueryState, policy: str, reason: StopReason, *, wall_ms: float
         routed_by="ingress" if any(d.routed_by == "ingress" for d in decisions) else "router",
         wall_ms=wall_ms,
     )
+
+
+def _judged(reply: AgentReply, judgement: Judgement | None) -> AgentReply:
+    """Return a reply with the probability that it is right, where that is known."""
+    right = judgement.right.get(reply.agent) if judgement else None
+    return reply if right is None else replace(reply, right_probability=right)
 
 
 def _has_lost(step: StepRecord) -> bool:

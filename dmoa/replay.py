@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dmoa.core.gate import Gate
+from dmoa.core.in_step import judge
 from dmoa.core.inference import Decider
 from dmoa.errors import TraceError
-from dmoa.trace import Trace, TraceRoute
+from dmoa.trace import ReplyStep, Trace, TraceRoute, reply_of_agent
 from dmoa.types import FloatArray, RouteDecision, RouteRequest
 
 
@@ -80,6 +81,19 @@ def _differences(trace: Trace, decisions: list[RouteDecision]) -> Iterable[str]:
         }
         if route.limit is not None:
             pairs |= {"theta": (route.theta, decision.theta), "limit": (route.limit, decision.limit)}
+        step = next((step for step in trace.dmoa.steps if step.step == route.step), None)
+        if step is not None and decision.label_model is not None:
+            pairs["right_probability"] = _right_probabilities(step, decision)
         for name, (seen, now) in pairs.items():
             if seen != now:
                 yield f"step {route.step}: {name} was {seen}, is {now}"
+
+
+def _right_probabilities(step: ReplyStep, decision: RouteDecision) -> tuple[object, object]:
+    """Return the probabilities of a step's replies being right, and of its leading answer: as recorded, and judged again."""
+    counted = [agent for agent in step.agents if not agent.explored]
+    found = judge(decision, [reply_of_agent(agent) for agent in counted])
+    seen = {agent.name: agent.right_probability for agent in counted if agent.right_probability is not None}
+    if found is None or step.right_probability is None:  # a step whose first reply passed was not judged
+        return seen, {}
+    return (step.right_probability, seen), (round(found.probability, 6), {name: round(p, 6) for name, p in found.right.items()})

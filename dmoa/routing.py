@@ -172,6 +172,9 @@ def build_gate(config: GateConfig, agents: tuple[str, ...], profile_AD: FloatArr
 def adopt_gate(gate: Gate, agents: tuple[str, ...], profile_AD: FloatArray) -> Gate:
     """Return a gate with the weights of a `profile` gate over other agents, described by their profiles' embeddings."""
     profiles = torch.from_numpy(profile_AD)
-    adopted = Gate(gate.spec.for_agents(agents), profile_AD=profiles)
+    spec = gate.spec.for_agents(agents)
+    if gate.label_model is not None:  # which knows the other agents only, and theta is a score of its own
+        spec = replace(spec, theta=None)
+    adopted = Gate(spec, profile_AD=profiles)
     adopted.load_state_dict({**gate.state_dict(), "profile_AD": profiles})
     return adopted

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dmoa.core.aggregate import anchors_of, is_any_sure
+from dmoa.core.in_step import judge
 from dmoa.types import Activation, AgentReply, ColdPolicy, RouteDecision, Sampling, StepPlan
 
 
@@ -18,11 +19,14 @@ def should_escalate(decision: RouteDecision | None, replies: Sequence[AgentReply
     True where the gate version fitted theta, fewer than `decision.limit` agents replied, and no contribution is as sure
     as theta. Agents that were lost take no place of the limit. Source: ours (cf. arXiv 2403.07652).
     """
-    if decision is None or decision.theta is None:
-        return False
-    if sum(reply.status == "ok" for reply in replies) >= decision.limit:
+    if decision is None or decision.theta is None or not has_room(decision, replies):
         return False
     return not is_any_sure(replies, decision.theta, anchors_of(decision))
+
+
+def has_room(decision: RouteDecision | None, replies: Sequence[AgentReply]) -> bool:
+    """Tell whether the decision allows one contribution more; agents that were lost take no place."""
+    return decision is not None and sum(reply.status == "ok" for reply in replies) < decision.limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +76,8 @@ class StepCalls:
     """The calls of one step: no reserve is asked twice, or in a place that is known to be dead.
 
     The next-ranked agent whose place is up stands in for a lost one. Where nobody contributed, each chain waits for a cold
-    agent, and then for its newest dead place. Last, unsure replies call for one agent more at a time.
+    agent, and then for its newest dead place. Last, unsure replies call for one agent more at a time: the next-ranked, or with a
+    label model whoever's reply is worth most.
     """
 
     def __init__(self, plan: StepPlan, cards: Mapping[str, AgentCard], places: Places, *, tokens_left: int | None) -> None:
@@ -140,12 +145,20 @@ class StepCalls:
                 if calls:
                     return calls
         replies = self.replies
-        if self._plan.fold == "pass" or not should_escalate(self._plan.decision, replies):
+        if self._plan.fold == "pass" or not has_room(self._plan.decision, replies):
             return []
         used = sum(reply.usage.total for reply in replies)
         can_afford = has_time and (self._tokens_left is None or used < self._tokens_left)
-        another = self._next_reserve() if can_afford else None
+        another = self._one_more(replies) if can_afford else None
         return [] if another is None else [self._new_chain(another, tokens_used=used)]
+
+    def _one_more(self, replies: Sequence[AgentReply]) -> Activation | None:
+        """Take the reserve that the replies so far call for: the worthiest by the label model, else the next-ranked."""
+        unfit = self._places.cold | self._places.dead
+        judgement = judge(self._plan.decision, replies, [x.agent for x in self._reserves if self._place(x) not in unfit])
+        if judgement is None or not judgement.right:
+            return self._next_reserve() if should_escalate(self._plan.decision, replies) or judgement else None
+        return self._next_reserve(among=judgement.worthwhile)
 
     def _new_chain(self, activation: Activation, *, tokens_used: int) -> NextCall:
         self._chains.append([])
@@ -170,9 +183,11 @@ class StepCalls:
                 return NextCall(activation=activation, chain=number, tokens_used=0, lost=lost)
         return None
 
-    def _next_reserve(self, *, is_cold: bool = False) -> Activation | None:
-        """Take the next-ranked reserve whose place is up, or is cold."""
-        alive = (x for x in self._reserves if self._place(x) not in self._places.dead)
+    def _next_reserve(self, *, is_cold: bool = False, among: Sequence[str] | None = None) -> Activation | None:
+        """Take the next-ranked reserve whose place is up, or is cold; `among`: the first of these agents that is a reserve."""
+        alive = [x for x in self._reserves if self._place(x) not in self._places.dead]
+        if among is not None:
+            alive = sorted((x for x in alive if x.agent in among), key=lambda x: among.index(x.agent))
         chosen = None if self._has_text else next((x for x in alive if (self._place(x) in self._places.cold) == is_cold), None)
         if chosen is not None:
             self._reserves.remove(chosen)

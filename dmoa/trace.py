@@ -74,6 +74,8 @@ class _ReplyAgentHead(ReplyModel):
     """The same mean over the tokens of its thought; null where it did not think, or nothing is known of it."""
     reasoning_entropy_tokens: int = 0
     """Tokens of the thought that it is the mean of."""
+    right_probability: float | None = Field(default=None, exclude_if=_is_none)
+    """That its answer is right, given all replies of the step; only where the gate was trained on such probabilities."""
     finish_reason: FinishReason | None
     """null where the agent generated nothing."""
 
@@ -134,6 +136,8 @@ class ReplyStep(ReplyModel):
     """How long the step took."""
     mass: float
     """Probability of the active set."""
+    right_probability: float | None = Field(default=None, exclude_if=_is_none)
+    """That the leading answer is right; only where the gate was trained on such probabilities."""
     agents: list[ReplyAgent]
     """Asked agents first, the active ones in order of probability, explored ones last; then, where a gate decided, masked
     agents and the most probable ones of those left idle (16 at most: traces keep every probability)."""
@@ -214,7 +218,7 @@ def _step_of(step: ReplyStep, reply: ReplyDmoa) -> StepRecord:
     summarizer = step.summarizer
     return StepRecord(
         step=step.step,
-        replies=tuple(map(_reply_of, asked)),
+        replies=tuple(map(reply_of_agent, asked)),
         active=tuple(agent.name for agent in asked[: step.k]),
         summary=step.summary or "",
         summarizer=SummarizerRecord(
@@ -228,6 +232,7 @@ def _step_of(step: ReplyStep, reply: ReplyDmoa) -> StepRecord:
             error=summarizer.error,
         ),
         mass=step.mass,
+        right_probability=step.right_probability,
         explored=tuple((agent.name, math.nan) for agent in asked if agent.explored),
         wall_ms=step.wall_ms,
         decision=None if reply.gate_version is None else _decision_of(step, reply.gate_version, reply.routed_by),
@@ -250,7 +255,8 @@ def _decision_of(step: ReplyStep, gate_version: str, routed_by: RoutedBy) -> Rou
     )
 
 
-def _reply_of(agent: ReplyAgent) -> AgentReply:
+def reply_of_agent(agent: ReplyAgent) -> AgentReply:
+    """Return the reply that a record of an agent tells of."""
     tokens, thought_tokens = agent.entropy_tokens, agent.reasoning_entropy_tokens
     mean_nats = math.nan if agent.entropy_nats is None else agent.entropy_nats
     return AgentReply(
@@ -281,6 +287,7 @@ def _reply_of(agent: ReplyAgent) -> AgentReply:
         engine=agent.engine,
         is_memoised=agent.memoised,
         replica=agent.replica,
+        right_probability=agent.right_probability,
     )
 
 
@@ -296,6 +303,10 @@ def finite(value: float, digits: int = 3) -> float:
     return round(float(value), digits) if math.isfinite(value) else 0.0
 
 
+def _rounded(probability: float | None) -> float | None:
+    return None if probability is None else round(probability, 6)
+
+
 def reply_step(step: StepRecord, *, with_texts: bool = False) -> ReplyStep:
     """Return one finished step of the `dmoa` object; `with_texts` as in `reply_dmoa`."""
     return ReplyStep(
@@ -303,6 +314,7 @@ def reply_step(step: StepRecord, *, with_texts: bool = False) -> ReplyStep:
         k=len(step.active),
         wall_ms=finite(step.wall_ms),
         mass=finite(step.mass, 6),
+        right_probability=_rounded(step.right_probability),
         agents=list(_agents(step, with_texts)),
         summarizer=_summarizer(step.summarizer, with_texts),
         summary=step.summary if with_texts else None,
@@ -341,6 +353,7 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored:
         entropy_tokens=entropy.tokens,
         entropy_kind=entropy.kind,
         entropy_slack_nats=finite(entropy.slack_nats / max(1, entropy.tokens), 6),
+        right_probability=_rounded(reply.right_probability),
         reasoning_entropy_nats=None if thought is None else round(thought, 6),
         reasoning_entropy_tokens=reply.reasoning_entropy.tokens,
         finish_reason=reply.finish_reason if reply.status == "ok" or reply.usage.completion_tokens else None,

@@ -243,6 +243,8 @@ class AgentReply:
     """Whether the call cache gave this reply; its counts and times are those of the run that filled the cache."""
     replica: str = ""
     """Serve's name of the replica that answered; empty where agents do not run on Serve."""
+    right_probability: float | None = None
+    """That its answer is right, given all replies of its step; None where the gate version has no label model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,6 +293,10 @@ class RouteDecision:
     """Per agent, what the version's anchored score subtracts; None for raw scores."""
     max_agents: int = 1
     """K of the gate version: what the next step's feedback takes the number of active agents as a share of."""
+    label_model: Any = None
+    """The version's `core.label_model.LabelModel` in the context of this query; None where it has none."""
+    agent_price: float = 0.02
+    """Probability of a right answer that one more reply must be expected to bring; read with a label model only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,6 +325,8 @@ class RouterStatus:
     """Agents that no replica can still be answering calls to, though they should have one."""
     agents: tuple[str, ...]
     """All agents, with the summarizer of mode `llm`."""
+    score: str = ""
+    """What the current gate learnt to rank: raw, anchored or posterior."""
     activations: dict[str, int] = field(default_factory=dict)
     """How often each agent was activated."""
     decisions: int = 0
@@ -365,6 +373,8 @@ class StepRecord:
     """None for policies without a gate."""
     route: RouteRequest | None = None
     """The gate's input, kept for replay; None for policies without a gate."""
+    right_probability: float | None = None
+    """That the leading answer is right; None where the gate version has no label model."""
 
     @property
     def usage(self) -> TokenUsage:

@@ -13,12 +13,13 @@ from typing import Protocol
 
 from dmoa.agents.prompts import summarizer_messages
 from dmoa.config import SUMMARIZER, SummarizerConfig
-from dmoa.core.aggregate import RAW, Anchors, Selection, select_contribution
+from dmoa.core.aggregate import Selection, select_contribution
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError
 from dmoa.protocols import AgentClient
 from dmoa.types import AgentCall, AgentReply, FinishReason, QueryState, Sampling, SummarizerRecord, TextDelta, Verdict
 
 Emit = Callable[[TextDelta], None]
+Choose = Callable[[Sequence[AgentReply]], Selection | None]
 _FINAL = "FINAL"
 _CONTINUE = "CONTINUE"
 
@@ -37,11 +38,16 @@ class Summarizer(Protocol):
     """Folds a step."""
 
     async def fold(
-        self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit, anchors: Anchors = RAW
+        self,
+        state: QueryState,
+        replies: tuple[AgentReply, ...],
+        sampling: Sampling,
+        emit: Emit,
+        choose: Choose = select_contribution,
     ) -> Fold:
         """Fold the step's contributions; `emit` takes pieces of the final answer as they are written.
 
-        `anchors` are the step's: what the choice of the surest contribution scores by.
+        `choose` is the step's rule for choosing a contribution.
         """
         ...
 
@@ -50,10 +56,15 @@ class SelectSummarizer:
     """The agreed answer, or else the surest agent's (ours)."""
 
     async def fold(
-        self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit, anchors: Anchors = RAW
+        self,
+        state: QueryState,
+        replies: tuple[AgentReply, ...],
+        sampling: Sampling,
+        emit: Emit,
+        choose: Choose = select_contribution,
     ) -> Fold:
         """Choose one contribution; nothing is generated."""
-        selection = select_contribution(replies, anchors)
+        selection = choose(replies)
         summary = selection.text if selection else state.summary
         record = SummarizerRecord(mode="select", verdict="rule", finish_reason=_ending(selection, replies))
         return Fold(summary=summary, record=record, selection=selection)
@@ -67,7 +78,12 @@ class LlmSummarizer:
         self._config = config
 
     async def fold(
-        self, state: QueryState, replies: tuple[AgentReply, ...], sampling: Sampling, emit: Emit, anchors: Anchors = RAW
+        self,
+        state: QueryState,
+        replies: tuple[AgentReply, ...],
+        sampling: Sampling,
+        emit: Emit,
+        choose: Choose = select_contribution,
     ) -> Fold:
         """Ask the summarizer; where it fails, fall back on the chosen contribution and say so in the record."""
         usable = [reply for reply in replies if reply.status == "ok" and reply.text.strip()]
@@ -85,7 +101,7 @@ class LlmSummarizer:
         )
         reply = await self._listen(call, emit, is_streamed=state.query.is_streamed)
         verdict, text = parse_verdict(reply.text)
-        selection = None if text else select_contribution(replies, anchors)
+        selection = None if text else choose(replies)
         summary = text or (selection.text if selection else state.summary)
         record = SummarizerRecord(
             mode="llm",

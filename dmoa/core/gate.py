@@ -21,6 +21,8 @@ from torch.nn.functional import linear
 
 from dmoa.config import Core, GateConfig, parse_gate
 from dmoa.core.features import FEEDBACK_FEATURES
+from dmoa.core.label_model import LabelModel
+from dmoa.core.sequential import AGENT_PRICE
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.validation import short
 
@@ -52,12 +54,14 @@ class GateSpec:
     """Whether unsure steps run the next-ranked agent too; acts only with `theta`."""
     theta: float | None = None
     """Highest score of a sure reply, as `core.scores` gives it; None where nothing was fitted."""
-    score: Literal["raw", "anchored"]
+    score: Literal["raw", "anchored", "posterior"]
     core: Core = "gru"
     """What the head reads: `gru` the state of the GRU, `reset` the same from a state of zeros at every step, `linear` the
     input itself, `mlp` one hidden layer over it. All but `gru` are ablations."""
     anchors: tuple[float, ...] | None = None
     """Per agent, what the anchored score subtracts; None where nothing was fitted."""
+    agent_price: float = AGENT_PRICE
+    """Probability of a right answer that one more reply must be expected to bring; read with a label model only."""
 
     @property
     def input_dim(self) -> int:
@@ -85,6 +89,7 @@ class GateSpec:
             cascade=activation.cascade and config.preset != "paper",
             score=config.score,
             core=config.core,
+            agent_price=config.agent_price,
         )
 
     def for_agents(self, agents: tuple[str, ...]) -> GateSpec:
@@ -104,6 +109,8 @@ class GateSpec:
             del tree["core"]
         if self.fitted_left is None:
             del tree["fitted_left"]
+        if self.agent_price == AGENT_PRICE:
+            del tree["agent_price"]
         if self.anchors is None:
             del tree["anchors"]
         else:
@@ -114,14 +121,15 @@ class GateSpec:
     def from_json(cls, tree: dict[str, Any]) -> GateSpec:
         """Build the spec from `to_json`'s dictionary. Raises CheckpointError for any key or value that does not fit."""
         names = {field.name for field in dataclasses.fields(cls)}
-        for word, keys in (("unknown", set(tree) - names), ("missing", names - {"core", "anchors", "fitted_left"} - set(tree))):
+        optional = {"core", "anchors", "fitted_left", "agent_price"}
+        for word, keys in (("unknown", set(tree) - names), ("missing", names - optional - set(tree))):
             if keys:
                 raise CheckpointError(
                     f"gate spec: {word} keys {sorted(keys)}; expected exactly {sorted(names)}; "
                     "use a checkpoint written by this version of dmoa"
                 )
         settings: dict[str, Any] = {
-            key: tree[key] for key in ("preset", "head", "hidden", "temperature", "score", "core") if key in tree
+            key: tree[key] for key in ("preset", "head", "hidden", "temperature", "score", "core", "agent_price") if key in tree
         }
         activation = {key: tree[key] for key in ("rule", "mass", "cascade", "max_agents")}
         try:
@@ -179,10 +187,12 @@ class Gate(nn.Module):
     of their profile texts), so an agent joins or leaves by another buffer with the same weights.
     """
 
-    def __init__(self, spec: GateSpec, profile_AD: Tensor | None = None) -> None:
+    def __init__(self, spec: GateSpec, profile_AD: Tensor | None = None, *, label_model: LabelModel | None = None) -> None:
         """Raises ConfigError where the profile embeddings do not fit the spec."""
         super().__init__()
         self.spec = spec
+        self.label_model = label_model
+        """Judges the replies of a step where the gate was trained on its probabilities (score posterior); no weight."""
         hidden, num_agents, features = spec.hidden, len(spec.agents), spec.hidden
         if spec.core in ("gru", "reset"):
             self.weight_ih = nn.Parameter(torch.zeros(3 * hidden, spec.input_dim))
@@ -275,9 +285,11 @@ def init_gate(spec: GateSpec, *, seed: int, profile_AD: Tensor | None = None) ->
 
 
 def weights_version(gate: Gate) -> str:
-    """Return the content hash that names a gate version: 16 hex digits of SHA-256 over spec and tensors by name."""
+    """Return the content hash that names a gate version: 16 hex digits of SHA-256 over spec, tensors, label model."""
     digest = hashlib.sha256(json.dumps(gate.spec.to_json(), sort_keys=True).encode())
     for name, tensor in sorted(gate.state_dict().items()):
         digest.update(f"\n{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    if gate.label_model is not None:
+        digest.update(f"\nlabel model {gate.label_model.digest()}".encode())
     return digest.hexdigest()[:16]

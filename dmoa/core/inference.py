@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dmoa.core.activation import ActivationBatch, activate
 from dmoa.core.gate import Gate
+from dmoa.core.in_step import context_part, in_context
 from dmoa.errors import NoAgentError, RoutingError
 from dmoa.types import FloatArray, RouteDecision, RouteRequest
 
@@ -218,7 +220,8 @@ class Decider:
         self._kernel = kernel_of(gate, batch_size)
         self._index = {name: i for i, name in enumerate(gate.spec.agents)}
         self._anchors = gate.spec.anchors if gate.spec.score == "anchored" else None
-        self._has_cascade = gate.spec.cascade and gate.spec.theta is not None
+        self._label_model = gate.label_model
+        self._has_cascade = gate.spec.cascade and (gate.spec.theta is not None or gate.label_model is not None)
 
     def decide(self, requests: Sequence[RouteRequest], masked: frozenset[str] = frozenset()) -> list[RouteDecision]:
         """Decide one step of every request, in order. A decision does not depend on the other requests, bit for bit.
@@ -256,7 +259,19 @@ class Decider:
             max_agents_B=max_agents_B,
         )
         limit_B = max_agents_B if self._has_cascade else active.k_B
-        return self._records(active, left_out, kernel.next_BH.copy(), limit_B.tolist())
+        return self._judged(requests, self._records(active, left_out, kernel.next_BH.copy(), limit_B.tolist()))
+
+    def _judged(self, requests: Sequence[RouteRequest], decisions: list[RouteDecision]) -> list[RouteDecision]:
+        """Return the decisions with the label model, if there is one, in the context of each query."""
+        model = self._label_model
+        if model is None:
+            return decisions
+        contexts = (context_part(request.input_X, self.spec.preset) for request in requests)
+        price = self.spec.agent_price
+        return [
+            replace(decision, label_model=in_context(model, context_D), agent_price=price)
+            for decision, context_D in zip(decisions, contexts, strict=True)
+        ]
 
     def _left_out(self, masked: frozenset[str], unavailable: tuple[str, ...]) -> list[int]:
         """Return the indices of the unavailable agents in pool order."""

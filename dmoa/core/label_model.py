@@ -10,6 +10,8 @@ Shape letters: R queries, A agents, C contexts, D embedding, K nodes of difficul
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -113,6 +115,14 @@ class LabelModel:
         held |= {name: float(numbers[name]) for name in _NUMBERS}
         held["trust"] = tuple(Trust(**one) for one in numbers["trust"])
         return cls(**held)
+
+    def digest(self) -> str:
+        """Return a hash of everything in it."""
+        found = hashlib.sha256(json.dumps(self.numbers(), sort_keys=True).encode())
+        for name, array in self.arrays().items():
+            found.update(f"\n{name} {list(array.shape)}\n".encode())
+            found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()[:16]
 
     @property
     def num_agents(self) -> int:

@@ -31,6 +31,8 @@ CUT_PENALTY = 20.0
 finished replies are less than 19 apart: a cut one is less sure than every finished one, whatever the agents."""
 CONSTANT_PENALTY = CUT_PENALTY
 """Taken off the anchor of an agent that says the same to every query, so that all its scores are as much higher."""
+MIN_PROBABILITY = 1e-3
+"""Probabilities of being right closer than this to 0 or 1 count as this close: no model knows better."""
 HALF_WEIGHT_TOKENS = 4
 """Tokens at which a reply has half a say."""
 MAX_INVERSE_PROPENSITY = 20.0
@@ -81,15 +83,26 @@ def scores(
     return score_SA
 
 
+def posterior_scores(right_SA: Numbers | float) -> Array:
+    """Return the score of a probability of being right [..]: its log odds, negated, at most some 7 either way; NaN stays NaN."""
+    right = np.clip(np.asarray(right_SA, dtype=np.float64), MIN_PROBABILITY, 1.0 - MIN_PROBABILITY)
+    score_SA: Array = np.log1p(-right) - np.log(right)
+    return score_SA
+
+
 def reply_weights(tokens_SA: Numbers, propensity_SA: Numbers) -> Array:
     """Return the say of every reply [.., A]: n / (n + 4), times 1 / propensity clipped at 20; 0 without tokens.
 
     A pair of replies has the product of theirs. Source: ours.
     """
     tokens = np.asarray(tokens_SA, dtype=np.float64)
-    propensity = np.maximum(np.asarray(propensity_SA, dtype=np.float64), 1.0 / MAX_INVERSE_PROPENSITY)
-    weight_SA: Array = tokens / (tokens + HALF_WEIGHT_TOKENS) / propensity
+    weight_SA: Array = tokens / (tokens + HALF_WEIGHT_TOKENS) / clipped_propensity(propensity_SA)
     return weight_SA
+
+
+def clipped_propensity(propensity_SA: Numbers) -> Array:
+    """Return propensities of which none is below 1 / 20 [..]."""
+    return np.maximum(np.asarray(propensity_SA, dtype=np.float64), 1.0 / MAX_INVERSE_PROPENSITY)
 
 
 def reply_noise(sum_SA: Numbers, sq_sum_SA: Numbers, tokens_SA: Numbers, slack_SA: Numbers | None = None) -> Array:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from dmoa.core.aggregate import RAW, Anchors, Selection, contributions, is_any_sure
 from dmoa.core.answers import extract_answer, same_answer
+from dmoa.core.in_step import Judgement
 from dmoa.types import AgentReply, StopReason, Verdict
 
 
@@ -22,6 +23,7 @@ def rule_stop(
     previous_summary: str,
     theta: float | None = None,
     anchors: Anchors = RAW,
+    judgement: Judgement | None = None,
 ) -> StopReason | None:
     """Return why the query is done after this step, None to go on.
 
@@ -29,7 +31,8 @@ def rule_stop(
     the same answer; else, if theta is given, `sure` when the score of a contribution is at most theta; if there is no theta,
     `agreement` when a lone contribution repeats the last summary's answer. `active_replies` and `selection` are this step's,
     `previous_summary` the last step's (empty at the first); `theta` and `anchors` are those of the gate version that
-    decided the step. Source: paper (summarizer); the rules ours.
+    decided the step. With a `judgement` it is the score of the leading answer that theta is compared with, and a lone
+    contribution that is not sure may end the query by repeating the summary too. Source: paper (summarizer); the rules ours.
     """
     if mode == "llm":
         return "summarizer" if verdict == "final" else None
@@ -39,7 +42,10 @@ def rule_stop(
         return "agreement"
     counted = contributions(active_replies)
     if theta is not None:
-        return "sure" if is_any_sure(counted, theta, anchors) else None
+        if judgement.doubt <= theta if judgement is not None else is_any_sure(counted, theta, anchors):
+            return "sure"
+        if judgement is None:
+            return None
     return "agreement" if len(counted) == 1 and _repeats(selection.text, previous_summary) else None
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmoa.core.gate import GateSpec
+from dmoa.core.in_step import read_classes
 from dmoa.core.scores import Array, BoolArray, reply_key
 from dmoa.dataflow import on_this_node, quiet
 from dmoa.errors import ConfigError, DmoaError
@@ -59,6 +60,15 @@ class EpisodeKey(NamedTuple):
     seed: int
 
 
+class Said(NamedTuple):
+    """What the agents of every step said, for the label model."""
+
+    answer_NA: npt.NDArray[np.int64]
+    """Equality class of the answer within its step (`core/witnesses`)."""
+    length_NA: Array
+    """Characters of the reply; 0 where there is none."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episodes:
     """All episodes of a training, packed: step n of episode q is entry `start_Q[q] + n`."""
@@ -86,6 +96,8 @@ class Episodes:
     """Of the policy that collected; NaN where an agent has no row."""
     reply_NA: npt.NDArray[np.int64]
     """`reply_key` of each reply's text, 0 where nothing ran."""
+    said: Said | None = None
+    """None where the episodes were read without answers."""
 
     def dense_steps(self, episodes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the steps of some episodes in which every agent was asked for certain."""
@@ -127,14 +139,20 @@ class _Step(NamedTuple):
     input_X: FloatArray
     cells: dict[str, np.void]
     """By agent: a record of `_CELL`."""
+    texts: dict[str, str]
+    """By agent: the replies that answers are read from; empty unless they are wanted."""
 
 
 class EpisodeBuilder:
     """Collects rows, in any order, into episodes. Not safe to use from two threads at once."""
 
-    def __init__(self, agents: tuple[str, ...], input_dim: int, *, has_feedback: bool) -> None:
-        """`input_dim`: X of the gate that is to learn; `has_feedback`: whether its preset reads the feedback features."""
+    def __init__(self, agents: tuple[str, ...], input_dim: int, *, has_feedback: bool, reads_answers: bool = False) -> None:
+        """`input_dim`: X of the gate that is to learn; `has_feedback`: whether its preset reads the feedback features.
+
+        `reads_answers`: fill `Episodes.said`.
+        """
         self._agents = agents
+        self._reads_answers = reads_answers
         self._input_dim = input_dim
         self._parts = ("context", "feedback") if has_feedback else ("context",)
         self._episodes: dict[EpisodeKey, dict[int, _Step]] = {}
@@ -159,16 +177,18 @@ class EpisodeBuilder:
             if place[1] not in self._episodes.get(place[0], {}):
                 fresh.setdefault(place, row)
         for (key, step), input_X in zip(fresh, self._inputs(table, list(fresh.values())), strict=True):
-            self._episodes.setdefault(key, {})[step] = _Step(input_X, {})
+            self._episodes.setdefault(key, {})[step] = _Step(input_X, {}, {})
         for row, key in enumerate(keys):
             self._num_steps.setdefault(key, columns["num_steps"][row])
-            cells = self._episodes[key][columns["step"][row]].cells
+            _, cells, texts = self._episodes[key][columns["step"][row]]
             if columns["agent"][row] in cells:
                 raise ConfigError(
                     f"rollouts: query {key.query_id!r}, step {columns['step'][row]}, agent {columns['agent'][row]!r} is there "
                     "twice; remove one of the copies"
                 )
             cells[columns["agent"][row]] = cell_R[row]
+            if self._reads_answers and columns["status"][row] == "ok":
+                texts[columns["agent"][row]] = columns["text"][row]
 
     def _inputs(self, table: pa.Table, rows: list[int]) -> Iterator[FloatArray]:
         """Return the gate's inputs [X] of some rows: context, and feedback where the preset has it."""
@@ -221,7 +241,17 @@ class EpisodeBuilder:
             propensity_NA=cell_NA["propensity"].copy(),
             probability_NA=cell_NA["probability"].copy(),
             reply_NA=np.where(ran_NA, cell_NA["reply"], 0),
+            said=_said(self._agents, steps) if self._reads_answers else None,
         )
+
+
+def _said(agents: tuple[str, ...], steps: list[_Step]) -> Said:
+    answers, lengths = [], []
+    for step in steps:
+        texts = [step.texts.get(name) for name in agents]
+        answers.append(read_classes(texts, [name in step.cells and bool(step.cells[name]["cut"]) for name in agents]))
+        lengths.append([float(len(text or "")) for text in texts])
+    return Said(np.array(answers, dtype=np.int64), np.array(lengths))
 
 
 def _cells(table: pa.Table, columns: Mapping[str, list[Any]]) -> npt.NDArray[np.void]:
@@ -301,9 +331,14 @@ def _parts(folders: Sequence[Path]) -> list[tuple[int, str]]:
 
 
 def read_episodes(folders: Sequence[Path], spec: GateSpec, fingerprint: str, *, on_ray: bool) -> Episodes:
-    """Return the episodes of all folders. Raises ConfigError for files that are damaged, missing or hold what cannot be used."""
+    """Return the episodes of all folders; for the score `posterior` with the answers.
+
+    Raises ConfigError for files that are damaged, missing or hold what cannot be used.
+    """
     parts = _parts(folders)
-    builder = EpisodeBuilder(spec.agents, spec.input_dim, has_feedback=spec.preset != "paper")
+    builder = EpisodeBuilder(
+        spec.agents, spec.input_dim, has_feedback=spec.preset != "paper", reads_answers=spec.score == "posterior"
+    )
     for table in _stream(parts, fingerprint) if on_ray else (read_rollout_rows(*part, fingerprint) for part in parts):
         for place in table[FOLDER].unique().to_pylist():
             builder.add(table.filter(pc.equal(table[FOLDER], place)), place)

@@ -163,9 +163,17 @@ def _choices(p_NA: Array, nats_NA: Array, score_NA: Array, ran_NA: BoolArray) ->
     return {
         "chosen_nats": float(nats_NA[rows, first_N].mean()),
         "surest_nats": float(nats_NA[rows, score_NA.argmin(axis=1)].mean()),
-        "mean_nats": float(np.nanmean(nats_NA, axis=1).mean()),
+        "mean_nats": float(_mean_known(nats_NA).mean()),
         "surest_share": float((score_NA[rows, first_N] == lowest_N).mean()),
     }
+
+
+def _mean_known(value_NA: Array) -> Array:
+    """Return the mean of each row's numbers, NaN where it has none."""
+    is_known_NA = np.isfinite(value_NA)
+    count_N = is_known_NA.sum(axis=1)
+    mean_N: Array = np.where(is_known_NA, value_NA, 0.0).sum(axis=1) / np.where(count_N, count_N, np.nan)
+    return mean_N
 
 
 def _load(p_NA: Array) -> dict[str, float]:

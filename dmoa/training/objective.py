@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from dmoa.core.gate import Gate
+from dmoa.core.label_model import LabelModel
 from dmoa.core.losses import Loss, LossSums, Targets, ranking_loss
 from dmoa.core.scores import (
     CONSTANT_PENALTY,
     Array,
     BoolArray,
+    clipped_propensity,
     constant_agents,
     fit_anchors,
     fit_eta,
+    posterior_scores,
     reply_noise,
     reply_weights,
     same_reply_shares,
@@ -47,9 +50,9 @@ class Split:
 class Scale:
     """How entropies become scores, and scores targets."""
 
-    score: Literal["raw", "anchored"]
+    score: Literal["raw", "anchored", "posterior"]
     eta: float
-    """Scale of the soft loss: the median gap between two agents' scores."""
+    """Scale of the soft loss: the median gap between two agents' scores; 1 for `posterior`, whose scores are log odds."""
     anchors: tuple[float, ...] | None
     """Per agent its mean raw score over the anchor set, `CONSTANT_PENALTY` less where it is discounted; None where that was
     not needed."""
@@ -59,6 +62,10 @@ class Scale:
     """Agents, by place, that gave one reply to nearly all steps of the anchor set, and to which share of them."""
     is_discounted: bool = False
     """Whether these count as less sure than everybody else."""
+    label_model: LabelModel | None = None
+    """With score `posterior`: what its scores come from."""
+    right_NA: Array | None = None
+    """With score `posterior`: the probability of each reply being right, NaN where there is none."""
 
     @property
     def used_anchors(self) -> tuple[float, ...] | None:
@@ -109,7 +116,7 @@ def fit_scale(
     split: Split,
     sample: AnchorSample,
     *,
-    score: Literal["raw", "anchored"],
+    score: Literal["raw", "anchored", "posterior"],
     num_clusters: int,
     seed: int,
     earlier: tuple[float, ...] | None = None,
@@ -136,7 +143,7 @@ def fit_scale(
     held = episodes.dense_steps(split.held_Q)
     held = held if len(held) else episodes.steps_of(split.held_Q)
     used = anchors if score == "anchored" else None
-    eta = fit_eta(scores(episodes.sum_NA[held], episodes.tokens_NA[held], used))
+    eta = 1.0 if score == "posterior" else fit_eta(scores(episodes.sum_NA[held], episodes.tokens_NA[held], used))
     share_A = same_reply_shares(sample.reply_RA, np.isfinite(sample.raw_RA))
     constant = tuple((int(agent), float(share_A[agent])) for agent in np.flatnonzero(constant_agents(share_A)))
     is_discounted = discounts_constant and score == "anchored"
@@ -156,6 +163,19 @@ def fit_scale(
 def build_data(episodes: Episodes, split: Split, scale: Scale) -> TrainingData:
     """Return inputs and targets of all steps."""
     tokens_NA = episodes.tokens_NA
+    if scale.right_NA is not None:
+        # Its probability has a reply's length, spread and slack in it already.
+        said_NA = np.isfinite(scale.right_NA)
+        return TrainingData(
+            start_Q=episodes.start_Q,
+            input_NX=episodes.input_NX,
+            score_NA=posterior_scores(scale.right_NA),
+            ran_NA=said_NA,
+            weight_NA=said_NA / clipped_propensity(episodes.propensity_NA),
+            noise_NA=np.zeros(said_NA.shape),
+            train_Q=split.train_Q,
+            held_Q=split.held_Q,
+        )
     return TrainingData(
         start_Q=episodes.start_Q,
         input_NX=episodes.input_NX,

@@ -247,7 +247,7 @@ class TrainOptions(Options):
     """Greatest norm of the gradient."""
     loss: Literal["soft", "hard", "hinge", "listnet"] = "soft"
     """Ranking loss."""
-    score: Literal["raw", "anchored"] | None = None
+    score: Literal["raw", "anchored", "posterior"] | None = None
     """What of a reply is ranked; None: gate.score of the pool."""
     core: Literal["gru", "reset", "linear", "mlp"] | None = None
     """Core of the gate, gru but for ablations; None: gate.core."""

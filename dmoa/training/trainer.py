@@ -34,6 +34,7 @@ from dmoa.tracking import FINISH_TIMEOUT_S, Tracker, is_logged, keep_run_id, ope
 from dmoa.training.dataset import Episodes, read_episodes, read_manifests
 from dmoa.training.distributed import SingleWorker
 from dmoa.training.gate_metrics import Ranking, load_shares, logits_of, measure_gate, ranking_of
+from dmoa.training.judging import fit_judge, fit_judged_point, right_probabilities, tell_trust, witnesses_of_steps
 from dmoa.training.loop import TrainJob, train_gate
 from dmoa.training.objective import Batches, IndexArray, Scale, TrainingData, anchor_sample, build_data, fit_scale, split_episodes
 from dmoa.training.options import TrainOptions
@@ -88,6 +89,7 @@ def build_start(options: TrainOptions, config: Config) -> InitialGate:
     changes = {"score": options.score or gate.spec.score, "max_agents": options.max_agents or gate.spec.max_agents}
     begun = Gate(dataclasses.replace(gate.spec, **changes), profile_AD=gate.state_dict().get("profile_AD"))  # type: ignore[arg-type] # typed by the fields
     begun.load_state_dict(gate.state_dict())
+    begun.label_model = gate.label_model
     return InitialGate(gate=begun, parent=parent, fingerprint=fingerprint(config))
 
 
@@ -117,6 +119,9 @@ def prepare_training(options: TrainOptions, start: InitialGate, manifests: Seque
         earlier=spec.anchors,
         discounts_constant=options.discount_constant,
     )
+    if spec.score == "posterior":
+        judge = fit_judge(episodes, split.train_Q, spec, seed=options.seed, earlier=start.gate.label_model)
+        scale = dataclasses.replace(scale, label_model=judge, right_NA=right_probabilities(judge, episodes, spec))
     data = build_data(episodes, split, scale)
     weights = {name: tensor.detach().clone() for name, tensor in start.gate.state_dict().items()}
     identity = {
@@ -147,6 +152,8 @@ def tell_constant(training_set: TrainingSet) -> list[str]:
     scale, agents = training_set.evidence.scale, training_set.job.spec.agents
     if scale.score == "raw":
         then = "with score raw its sureness counts as everybody's; --score anchored discounts it"
+    elif scale.score == "posterior":
+        then = "it counts for as much as others confirm"
     elif scale.is_discounted:
         then = "it counts as less sure than everybody else; --keep-constant takes its sureness as it is"
     else:
@@ -155,9 +162,9 @@ def tell_constant(training_set: TrainingSet) -> list[str]:
 
 
 def tell_silent(training_set: TrainingSet) -> list[str]:
-    """Return a line for every agent that no reply with an entropy is known of: nothing is learned about it."""
-    episodes, agents = training_set.evidence.episodes, training_set.job.spec.agents
-    heard_A, asked_A = (np.asarray(found_NA.any(axis=0)) for found_NA in (episodes.ran_NA, episodes.asked_NA))
+    """Return a line for every agent that no reply with a score is known of: nothing is learned about it."""
+    evidence, agents = training_set.evidence, training_set.job.spec.agents
+    heard_A, asked_A = (np.asarray(found_NA.any(axis=0)) for found_NA in (evidence.data.ran_NA, evidence.episodes.asked_NA))
     then = "the gate learns nothing about it and ranks it by accident"
     return [
         f"{name} {'never answered with an entropy' if is_asked else 'was never asked'} in these rollouts: {then}; "
@@ -167,6 +174,12 @@ def tell_silent(training_set: TrainingSet) -> list[str]:
     ]
 
 
+def tell_trusted(training_set: TrainingSet) -> list[str]:
+    """Return a line for every context of the label model, if there is one: what it goes by."""
+    model = training_set.evidence.scale.label_model
+    return [] if model is None else tell_trust(model, training_set.job.spec.agents)
+
+
 def _all(episodes: Episodes) -> IndexArray:
     return np.arange(len(episodes.key_Q))
 
@@ -174,7 +187,8 @@ def _all(episodes: Episodes) -> IndexArray:
 def _targets(scale: Scale) -> str:
     """Return what scores are measured by, in words: by another version's fit, a run is another run."""
     anchors = ", ".join(f"{value:.6g}" for value in scale.anchors or ())
-    return f"eta {scale.eta:.6g}, anchors [{anchors}]"
+    judge = "" if scale.label_model is None else f", label model {scale.label_model.digest()}"
+    return f"eta {scale.eta:.6g}, anchors [{anchors}]{judge}"
 
 
 def _summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -321,20 +335,31 @@ class FittedTargets:
     scale: Scale
 
 
-def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tuple[GateSpec, OperatingPoint | None]:
-    """Return the gate's spec with tau, theta and anchors as the held-back dense steps give them, and the point they make.
+def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tuple[GateSpec, dict[str, float]]:
+    """Return the gate's spec with tau, theta and anchors as the held-back dense steps give them, and the point's metrics.
 
-    Without such steps tau and theta stay as they are, and there is no point. theta is fitted on finished replies only, and left
-    out in the `paper` preset, whose steps end by the summarizer. Source: ours.
+    Without such steps tau and theta stay as they are, and there are no metrics. theta is fitted on finished replies only, and
+    left out in the `paper` preset, whose steps end by the summarizer. Source: ours.
     """
     spec, episodes, scale = gate.spec, evidence.episodes, evidence.scale
     anchors = tuple(float(value) for value in scale.used_anchors) if scale.used_anchors is not None else None
     spec = dataclasses.replace(spec, score=scale.score, anchors=anchors)
     dense = episodes.dense_steps(evidence.data.held_Q)
-    if not episodes.ran_NA[dense].any():
-        return spec, None
+    if not evidence.data.ran_NA[dense].any():
+        return spec, {}
     is_dense_N = np.isin(episodes.steps_of(evidence.data.held_Q), dense)
     logits_NA = logits_of(gate, _float32_batches(evidence.data), evidence.data.held_Q)[is_dense_N].astype(np.float32)
+    if scale.label_model is not None and scale.right_NA is not None:
+        point, shares = fit_judged_point(
+            spec,
+            scale.label_model,
+            witnesses_of_steps(episodes, dense, spec),
+            logits_NA,
+            scale.right_NA[dense],
+            alphas=options.alphas,
+            theta_alpha=options.theta_alpha or (None if options.alpha == "auto" else options.alpha),
+        )
+        return _fitted(spec, point), _metrics_of(point) | shares
     finished_NA = np.where(
         episodes.cut_NA[dense], np.nan, scores(episodes.sum_NA[dense], episodes.tokens_NA[dense], scale.used_anchors)
     )
@@ -348,7 +373,11 @@ def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tupl
         theta_alphas=options.theta_alphas,
         price=options.agent_price,
     )
-    return dataclasses.replace(spec, mass=point.tau, fitted_left=point.mass_left, theta=point.theta), point
+    return _fitted(spec, point), _metrics_of(point)
+
+
+def _fitted(spec: GateSpec, point: OperatingPoint) -> GateSpec:
+    return dataclasses.replace(spec, mass=point.tau, fitted_left=point.mass_left, theta=point.theta)
 
 
 def build_trained(
@@ -367,13 +396,13 @@ def build_trained(
     gate = Gate(spec, profile_AD=weights.get("profile_AD"))
     gate.load_state_dict(weights)  # float64 weights become float32 here
     fitted, point = fit_spec(gate, evidence, options)
-    final = Gate(fitted, profile_AD=weights.get("profile_AD"))
+    final = Gate(fitted, profile_AD=weights.get("profile_AD"), label_model=evidence.scale.label_model)
     final.load_state_dict(gate.state_dict())
     metrics = measure_gate(final, _float32_batches(evidence.data), evidence.episodes, evidence.data)
     metrics |= {"eta": evidence.scale.eta, "epochs": float(len(progress.epochs)), "best_epoch": float(progress.best_epoch)}
     metrics |= {"updates": float(progress.num_updates), "bad_steps": float(progress.bad_steps)}
     metrics |= {} if progress.best_loss is None else {"held_loss": progress.best_loss}
-    metrics |= {} if point is None else _metrics_of(point)
+    metrics |= point
     record = describe_gate(
         final,
         fingerprint=fingerprint,
@@ -430,6 +459,8 @@ class TrainReport(BaseModel):
     """Of the checkpoint's weights, on the held-back queries."""
     ranking: Ranking = "unknown"
     """Whether the interval of `pairwise` among the metrics lies above 0.5."""
+    trust: list[str] = []
+    """With score posterior, a line for every context of the label model: what it goes by there, and why."""
     silent: list[str] = []
     """A line for every agent that the rollouts hold no reply of: what that means."""
     load: dict[str, float]
@@ -473,7 +504,7 @@ def run_training(options: TrainOptions, config: Config, context: TrainContext) -
     on_ray = options.workers != 0
     with context.open_ray() if on_ray else nullcontext():
         training_set = prepare_training(options, start, manifests, on_ray=on_ray)
-        for line in tell_constant(training_set):
+        for line in (*tell_constant(training_set), *tell_trusted(training_set)):
             context.say(line)
         before = _progress_before(store, training_set.job)
         if before is not None:
@@ -568,6 +599,7 @@ def _finish(
         epochs=list(state.progress.epochs),
         metrics=trained.record.metrics,
         ranking=ranking_of(trained.record.metrics),
+        trust=tell_trusted(training_set),
         silent=tell_silent(training_set),
         load=load_shares(trained.gate, batches, training_set.evidence.data.held_Q),
     )

@@ -220,10 +220,11 @@ class Screen:
         row = [name, f"{agent.probability:.3f}", bar, "explored" if agent.explored and agent.status == "ok" else agent.status]
         if agent.error:
             return [*row, printable(agent.error)[:60]]
-        if agent.entropy_nats is None:
+        known = [] if agent.entropy_nats is None else [f"{agent.entropy_nats:.3f} nats/token"]
+        known += [] if agent.right_probability is None else [f"{agent.right_probability:.0%} right"]
+        if not known:
             return row
-        sure = f"{agent.entropy_nats:.3f} nats/token"
-        return [*row, sure, f"{agent.completion_tokens} tokens", f"{agent.latency_ms / 1e3:.2f} s"]
+        return [*row, ", ".join(known), f"{agent.completion_tokens} tokens", f"{agent.latency_ms / 1e3:.2f} s"]
 
 
 def closing_line(answer: Answer) -> str:

@@ -194,6 +194,7 @@ class RouterActor:
             masked=tuple(sorted(self._local.masked)),
             cold=tuple(sorted(self._local.cold - self._local.masked)),
             gone=tuple(sorted(self._deserted)),
+            score=self._versions.gate.spec.score,
             agents=tuple(sorted(deployment_names(self._config))),
             activations=dict(self._local.activations),
             decisions=self._local.num_decisions,

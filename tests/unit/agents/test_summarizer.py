@@ -9,6 +9,7 @@ import pytest
 
 from dmoa.agents.summarizer import Fold, LlmSummarizer, SelectSummarizer, parse_verdict, withhold
 from dmoa.config import SummarizerConfig
+from dmoa.core.aggregate import Selection, select_contribution
 from dmoa.testing import Fail, FakeAgents, Fate, Hang, Lose, Refuse, Say, query, said, state_of
 from dmoa.types import AgentCall, AgentReply, Sampling, StepRecord, SummarizerRecord, TextDelta
 
@@ -82,11 +83,15 @@ async def test_selecting_says_how_the_chosen_contribution_ended() -> None:
 
 async def test_the_surest_contribution_is_chosen_by_anchored_scores() -> None:
     anchors = {reply.agent: 5.0 * (reply.agent == UNSURE.agent) for reply in REPLIES}
-    result = await SelectSummarizer().fold(state_of(query()), REPLIES, Sampling(), lambda _: None, anchors)
+
+    def choose(replies: Sequence[AgentReply]) -> Selection | None:
+        return select_contribution(replies, anchors)
+
+    result = await SelectSummarizer().fold(state_of(query()), REPLIES, Sampling(), lambda _: None, choose)
     assert result.summary == UNSURE.text
     agents = FakeAgents({"summarizer": Fail()})
     config = SummarizerConfig(mode="llm", llm="tiny", profile="Merges.")
-    result = await LlmSummarizer(agents, config).fold(state_of(query()), REPLIES, Sampling(), lambda _: None, anchors)
+    result = await LlmSummarizer(agents, config).fold(state_of(query()), REPLIES, Sampling(), lambda _: None, choose)
     assert result.summary == UNSURE.text
 
 

@@ -1,0 +1,169 @@
+"""Score `posterior`: a label model fitted on the rollouts of a training, and what tau and theta are under it.
+
+Between the episodes (`training/dataset`) and the objective. No label gets in: what a reply says, how unsure it is and who agrees
+with it are all that is read. Shape letters: N steps of all episodes, R rows looked at, A agents in the pool, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmoa.core.activation import IntArray, activate, probabilities
+from dmoa.core.calibration import OperatingPoint, fit_mass_left, fit_theta
+from dmoa.core.gate import GateSpec
+from dmoa.core.in_step import context_part
+from dmoa.core.label_model import MIN_ROWS, LabelModel, fit_label_model
+from dmoa.core.scores import Array, BoolArray, posterior_scores, scores
+from dmoa.core.sequential import standing
+from dmoa.core.witnesses import NOT_ASKED, Witnesses
+from dmoa.errors import ConfigError
+from dmoa.training.dataset import Episodes
+from dmoa.types import FloatArray
+
+THETA_ALPHA = 0.1
+"""Share of the held-back queries that may go on to another step, where nothing else is asked for."""
+_MOST_NAMED = 2
+
+
+def witnesses_of_steps(episodes: Episodes, steps_R: IntArray, spec: GateSpec) -> Witnesses:
+    """Return the replies of some steps as witnesses. The episodes must have been read with their answers."""
+    assert episodes.said is not None
+    answer_RA = episodes.said.answer_NA[steps_R]
+    is_said_RA = answer_RA != NOT_ASKED
+    return Witnesses(
+        answer_RA=answer_RA,
+        doubt_RA=np.where(is_said_RA, scores(episodes.sum_NA[steps_R], episodes.tokens_NA[steps_R]), np.nan),
+        length_RA=np.where(is_said_RA, episodes.said.length_NA[steps_R], np.nan),
+        outcome_RA=np.full(answer_RA.shape, np.nan),
+        embedding_RD=context_part(episodes.input_NX[steps_R], spec.preset).astype(np.float64),
+    )
+
+
+def fit_judge(
+    episodes: Episodes, among_Q: IntArray, spec: GateSpec, *, seed: int, earlier: LabelModel | None = None
+) -> LabelModel:
+    """Return the label model of the dense first steps of some episodes; `earlier` where there are too few of them.
+
+    First steps, because in later ones the agents read a summary and agree with it. Raises ConfigError for too few steps and no
+    earlier model.
+    """
+    dense = episodes.dense_steps(among_Q)
+    first = dense[np.isin(dense, episodes.start_Q)]
+    rows = first if len(first) >= MIN_ROWS else dense
+    if len(rows) >= MIN_ROWS:
+        return fit_label_model(witnesses_of_steps(episodes, rows, spec), seed=seed)
+    if earlier is not None:
+        return earlier
+    raise ConfigError(
+        f"score is 'posterior'; it needs {MIN_ROWS} dense steps to learn from, and these rollouts have {len(rows)}; add a folder "
+        "collected with --dense, start from a checkpoint of that score, or use score 'anchored'"
+    )
+
+
+def right_probabilities(model: LabelModel, episodes: Episodes, spec: GateSpec) -> Array:
+    """Return the probability of each reply being right [N, A], given all replies of its step; NaN where there is none."""
+    witnesses = witnesses_of_steps(episodes, np.arange(len(episodes.input_NX)), spec)
+    right_NA: Array = np.where(witnesses.asked, model.right_probability(witnesses), np.nan)
+    return right_NA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What steps come to that ask by the label model."""
+
+    count_R: IntArray
+    """Agents asked."""
+    right_R: Array
+    """Probability that the answer they end with is right, given everybody's replies."""
+    score_R: Array
+    """Score of that answer as the step itself sees it; NaN where it has none."""
+
+
+def ask_in_turn(
+    model: LabelModel, witnesses: Witnesses, right_RA: Array, ranking_RA: IntArray, k_R: IntArray, *, limit: int, price: float
+) -> Asked:
+    """Return what steps come to that ask their first k agents and go on while a reply is worth its price."""
+    counts, rights, found_scores = [], [], []
+    for row, (ranking_A, k) in enumerate(zip(ranking_RA, k_R, strict=True)):
+        whole = witnesses.rows(slice(row, row + 1))
+        asked_1A = np.zeros(whole.answer_RA.shape, dtype=np.bool_)
+        asked_1A[0, ranking_A[:k]] = True
+        is_there_A = whole.asked[0]
+        while True:
+            found = standing(model, whole.only(asked_1A), price=price, available_A=is_there_A & ~asked_1A[0])
+            if found.next_agent is None or asked_1A.sum() >= limit:
+                break
+            asked_1A[0, found.next_agent] = True
+        is_answer = found.leader is not None and whole.answer_RA[0, found.leader] >= 0
+        counts.append(int(asked_1A.sum()))
+        rights.append(float(right_RA[row, found.leader]) if is_answer else 0.0)
+        found_scores.append(float(posterior_scores(found.probability)) if is_answer else np.nan)
+    return Asked(count_R=np.array(counts), right_R=np.array(rights), score_R=np.array(found_scores))
+
+
+def fit_judged_point(
+    spec: GateSpec,
+    model: LabelModel,
+    witnesses: Witnesses,
+    logits_RA: FloatArray,
+    right_RA: Array,
+    *,
+    alphas: Sequence[float],
+    theta_alpha: float | None,
+) -> tuple[OperatingPoint, dict[str, float]]:
+    """Return the tau and theta that serve held-back dense steps best, and what the steps come to by the label model.
+
+    Of tau's levels the one with the most right answers, net of the price of the agents; theta lies above the score of the answer
+    that a step ends with on a share of 1 - theta_alpha of the rows. Rows without any answer are left out. Source: ours.
+    """
+    has_answer_R: BoolArray = np.asarray((witnesses.answer_RA >= 0).any(axis=1))
+    witnesses, logits_RA, right_RA = witnesses.rows(has_answer_R), logits_RA[has_answer_R], right_RA[has_answer_R]
+    p_RA = probabilities(logits_RA, np.ones(logits_RA.shape, dtype=np.bool_), spec.temperature)
+    ranking_RA = np.argsort(-p_RA, axis=1, kind="stable")
+    limit = min(spec.max_agents, logits_RA.shape[1])
+    best_R = np.nanmax(right_RA, axis=1)
+    found: list[tuple[OperatingPoint, Asked]] = []
+    for alpha in alphas:
+        left = fit_mass_left(p_RA, posterior_scores(right_RA), alpha)
+        k_R = _active(spec, logits_RA, left, limit)
+        asked = ask_in_turn(
+            model, witnesses, right_RA, ranking_RA, k_R, limit=limit if spec.cascade else int(k_R.max()), price=spec.agent_price
+        )
+        level = None if spec.preset == "paper" else theta_alpha or THETA_ALPHA
+        point = OperatingPoint(
+            alpha=alpha,
+            theta_alpha=level,
+            mass_left=left,
+            theta=None if level is None or not np.isfinite(asked.score_R).any() else fit_theta(asked.score_R[:, None], level),
+            agents=float(asked.count_R.mean()),
+            regret=float((best_R - asked.right_R).mean()),
+        )
+        found.append((point, asked))
+    point, asked = min(found, key=lambda one: round(one[0].regret + spec.agent_price * one[0].agents, 9))
+    first_R = np.nan_to_num(right_RA[np.arange(len(right_RA)), ranking_RA[:, 0]])
+    return point, {"right": float(asked.right_R.mean()), "right_first": float(first_R.mean()), "right_best": float(best_R.mean())}
+
+
+def _active(spec: GateSpec, logits_RA: FloatArray, mass_left: float, limit: int) -> IntArray:
+    k_R = activate(
+        logits_RA,
+        np.ones(logits_RA.shape, dtype=np.bool_),
+        temperature=spec.temperature,
+        rule=spec.rule,
+        mass_left=mass_left,
+        max_agents_B=np.full(len(logits_RA), limit),
+    ).k_B
+    return np.asarray(k_R, dtype=np.int64)
+
+
+def tell_trust(model: LabelModel, agents: Sequence[str]) -> list[str]:
+    """Return a line for every context of the label model: what it goes by there, why, and who is right most often by it."""
+    lines = []
+    for trust, ability_A in zip(model.trust, model.ability_CA, strict=True):
+        best = np.argsort(-ability_A, kind="stable")[:_MOST_NAMED]
+        named = ", ".join(f"{agents[a]} {1 / (1 + np.exp(-ability_A[a])):.0%}" for a in best)
+        lines.append(f"label model: {trust.rows} queries go by {trust.signal}, {trust.reason}; right most often: {named}")
+    return lines

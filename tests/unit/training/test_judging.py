@@ -1,0 +1,236 @@
+"""Score posterior: hand-computed targets, a training that sees through a sure liar, and what its gate does in the step loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dmoa import checkpoint
+from dmoa.agents.embedder import HashEncoder
+from dmoa.config import Config
+from dmoa.core.gate import Gate
+from dmoa.core.in_step import judge
+from dmoa.core.scores import posterior_scores
+from dmoa.errors import CheckpointError, ConfigError
+from dmoa.replay import replay_routing
+from dmoa.swarm import Swarm
+from dmoa.testing import (
+    CONTEXT_DIM,
+    FakeAgents,
+    Fate,
+    Say,
+    decision,
+    rollout_row,
+    router_of,
+    said,
+    scripted_pool,
+    write_rollouts,
+)
+from dmoa.trace import Trace, read_traces, trace_of, write_traces
+from dmoa.training.dataset import EpisodeBuilder, Episodes
+from dmoa.training.judging import fit_judge
+from dmoa.training.objective import Scale, Split, build_data
+from dmoa.types import Answer, Limits, Query
+from tests.unit.training.in_process import train
+
+AGENTS = ("good", "fine", "liar")
+QUERIES = 40
+NATS = {"good": 0.4, "fine": 0.5, "liar": 0.01}
+
+
+def pool(**gate: Any) -> Config:
+    return scripted_pool(
+        AGENTS,
+        f"{{hidden: 16, score: posterior, activation: {{max_agents: 3}}, {', '.join(f'{k}: {v}' for k, v in gate.items())}}}",
+    )
+
+
+def texts(number: int) -> dict[str, str]:
+    """Two agents that are right, and one that is sure of something else every time."""
+    return {"good": f"Answer: {number}", "fine": f"It is so. Answer: {number}", "liar": f"Answer: {1000 + 7 * number}"}
+
+
+def rows(queries: int = QUERIES, **changes: Any) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    found = []
+    for number in range(queries):
+        context = np.concatenate([rng.standard_normal(CONTEXT_DIM) / math.sqrt(CONTEXT_DIM), np.zeros(CONTEXT_DIM)])
+        for agent, text in texts(number).items():
+            nats = NATS[agent] * rng.uniform(0.8, 1.2)
+            found.append(rollout_row(f"q{number:03d}", 0, agent, nats, context, text=text, **changes))
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[str]]:
+    """A gate that was trained on posteriors: the folder of its checkpoint, its result, and what the training said."""
+    folder = tmp_path_factory.mktemp("trained")
+    lines: list[str] = []
+    rollouts = write_rollouts(folder / "rollouts", rows(), pool())
+    result = train(folder / "gate", rollouts, pool(), said=lines, track="none", epochs=30)
+    return result.checkpoint, result, lines
+
+
+def test_the_targets_are_the_log_odds_of_being_right() -> None:
+    assert posterior_scores(0.5) == 0.0
+    assert posterior_scores(0.9) == pytest.approx(-math.log(9))
+    assert posterior_scores(np.array([0.0, 1.0])) == pytest.approx([math.log(999), -math.log(999)])
+    assert math.isnan(posterior_scores(math.nan))
+
+
+def episodes_of(lines: list[dict[str, Any]]) -> Episodes:
+    import pyarrow as pa
+
+    from dmoa.training.dataset import COLUMNS
+    from dmoa.training.rollouts import LATER_COLUMNS, SCHEMA
+
+    builder = EpisodeBuilder(AGENTS, 2 * CONTEXT_DIM + 4, has_feedback=True, reads_answers=True)
+    columns = {name: pa.array([(LATER_COLUMNS | line)[name] for line in lines], SCHEMA.field(name).type) for name in COLUMNS}
+    builder.add(pa.table(columns), 0)
+    return builder.build()
+
+
+def test_answers_are_classed_by_step_and_what_was_cut_or_lost_has_none() -> None:
+    lines = rows(3)
+    lines[1]["finish_reason"] = "length"
+    lines[4]["status"] = "failed"
+    lines[6]["text"] = " "
+    said_ = episodes_of(lines).said
+    assert said_ is not None
+    assert said_.answer_NA.tolist() == [[0, -1, 1], [0, -2, 1], [-1, 0, 1]]
+    assert said_.length_NA[0].tolist() == [9.0, 19.0, 12.0]
+
+
+def test_scores_weights_and_noise_of_the_targets() -> None:
+    lines = rows(3)
+    lines[4]["status"] = "failed"
+    lines[5]["propensity"] = 0.25
+    lines[8]["entropy_tokens"] = 0  # nothing is known of its entropy, and it said something all the same
+    episodes = episodes_of(lines)
+    right_NA = np.array([[0.9, 0.9, 0.5], [0.8, np.nan, 0.2], [0.7, 0.7, 0.1]])
+    scale = Scale(score="posterior", eta=1.0, anchors=None, right_NA=right_NA)
+    data = build_data(episodes, Split(train_Q=np.arange(2), held_Q=np.array([2])), scale)
+    assert data.score_NA[0] == pytest.approx([-math.log(9), -math.log(9), 0.0])
+    assert data.ran_NA.tolist() == [[True, True, True], [True, False, True], [True, True, True]]
+    assert data.weight_NA.tolist() == [[1, 1, 1], [1, 0, 4], [1, 1, 1]]
+    assert not data.noise_NA.any()
+
+
+def test_a_label_model_needs_dense_steps_or_an_earlier_one() -> None:
+    episodes, spec = episodes_of(rows(5)), Gate(replace_spec()).spec
+    with pytest.raises(
+        ConfigError, match=r"score is 'posterior'; it needs 8 dense steps to learn from, and these rollouts have 5"
+    ):
+        fit_judge(episodes, np.arange(5), spec, seed=0)
+    earlier = fit_judge(episodes_of(rows(20)), np.arange(20), spec, seed=0)
+    assert fit_judge(episodes, np.arange(5), spec, seed=0, earlier=earlier) is earlier
+
+
+def replace_spec() -> Any:
+    from dmoa.core.gate import GateSpec
+
+    return GateSpec.from_config(pool().gate, AGENTS)
+
+
+def test_a_gate_trained_on_posteriors_leaves_the_sure_liar_out(trained: tuple[Path, Any, list[str]]) -> None:
+    _, result, lines = trained
+    assert result.report.load["liar"] == 0.0
+    assert result.record.score == "posterior"
+    metrics = result.record.metrics
+    assert metrics["right"] > 0.9
+    assert metrics["right_first"] > 0.9
+    assert metrics["agents"] <= 1.3
+    assert [line for line in lines if line.startswith("label model: ")] == result.report.trust
+    assert "agreement" in result.report.trust[0]
+    assert "liar" not in result.report.trust[0]
+
+
+def test_the_checkpoint_carries_the_label_model(trained: tuple[Path, Any, list[str]], tmp_path: Path) -> None:
+    folder, result, _ = trained
+    gate, record = checkpoint.load(folder)
+    assert gate.label_model is not None
+    assert record.version == result.record.version
+    again = checkpoint.save(tmp_path / "again", gate, record)
+    assert checkpoint.load(again)[0].label_model.digest() == gate.label_model.digest()  # type: ignore[union-attr]
+    assert gate.spec.fitted_left is not None
+    other = replace(gate.label_model, ability_CA=gate.label_model.ability_CA + 1.0)
+    changed = Gate(gate.spec, label_model=other)
+    changed.load_state_dict(gate.state_dict())
+    assert checkpoint.weights_version(changed) != record.version
+    checkpoint.save(tmp_path / "mixed", changed, record)
+    with pytest.raises(CheckpointError, match="damaged or mixed"):
+        checkpoint.load(tmp_path / "mixed")
+
+
+async def ask(gate: Gate, fates: Mapping[str, Fate], config: Config) -> tuple[Answer, FakeAgents, Trace]:
+    agents = FakeAgents(fates)
+    swarm = Swarm(config, agents=agents, router=router_of(gate), encoder=HashEncoder())
+    asked = Query(trace_id="t", text="12 + 7?", limits=Limits(max_steps=4))
+    events = [event async for event in swarm.ask(asked)]
+    assert isinstance(events[-1], Answer)
+    return events[-1], agents, trace_of(asked, events[-1], pool="p", fingerprint="f")
+
+
+SAID = {
+    "good": Say(text="Answer: 19", nats=0.4),
+    "fine": Say(text="So, Answer: 19", nats=0.5),
+    "liar": Say(text="Answer: 42", nats=0.01),
+}
+
+
+async def test_one_competent_agent_is_enough_and_the_liar_is_not_asked(trained: tuple[Path, Any, list[str]]) -> None:
+    gate, _ = checkpoint.load(trained[0])
+    answer, agents, _ = await ask(gate, SAID, pool())
+    assert [call.agent for call in agents.calls] != ["liar"]
+    assert len(agents.calls) == 1
+    assert (answer.stop_reason, len(answer.steps)) == ("sure", 1)
+    (step,) = answer.steps
+    assert step.right_probability is not None
+    assert step.right_probability > 0.8
+    assert step.replies[0].right_probability == step.right_probability
+
+
+async def test_a_step_judges_replies_and_asks_whoever_is_worth_most(trained: tuple[Path, Any, list[str]]) -> None:
+    gate, _ = checkpoint.load(trained[0])
+    with_liar = Gate(replace(gate.spec, mass=0.5, fitted_left=None, theta=-50.0), label_model=gate.label_model)
+    with_liar.head_bias.data[2] = 5.0  # the liar first, whatever is asked
+    answer, agents, trace = await ask(with_liar, SAID, pool())
+    first = answer.steps[0]
+    assert agents.calls[0].agent == "liar"
+    assert agents.calls[1].agent in ("good", "fine")
+    assert first.summary.endswith("Answer: 19")
+    by_name = {reply.agent: reply.right_probability for reply in first.replies}
+    assert by_name["liar"] < 0.2 < first.right_probability  # type: ignore[operator]
+    shown = trace.dmoa.steps[0]
+    assert shown.right_probability == round(first.right_probability, 6)  # type: ignore[arg-type]
+    assert {agent.name: agent.right_probability for agent in shown.agents if agent.status == "ok"} == {
+        name: round(p, 6) for name, p in by_name.items() if p is not None
+    }
+
+
+async def test_a_trace_with_a_label_model_replays_bit_for_bit(trained: tuple[Path, Any, list[str]], tmp_path: Path) -> None:
+    gate, _ = checkpoint.load(trained[0])
+    fates = SAID | {"good": Say(text="Answer: 3", nats=0.1234567891)}
+    _, _, trace = await ask(gate, fates, pool())
+    (read,) = read_traces(write_traces(tmp_path / "t.jsonl", [trace]))
+    assert replay_routing([read], gate, "v1")[0].differences == ()
+    step = read.dmoa.steps[0]
+    lied = step.model_copy(update={"right_probability": 0.123})
+    changed = read.model_copy(update={"dmoa": read.dmoa.model_copy(update={"steps": [lied, *read.dmoa.steps[1:]]})})
+    (difference,) = replay_routing([changed], gate, "v1")[0].differences
+    assert difference.startswith("step 0: right_probability was (0.123, ")
+
+
+async def test_without_a_label_model_nothing_is_judged(trained: tuple[Path, Any, list[str]]) -> None:
+    gate, _ = checkpoint.load(trained[0])
+    gate.label_model = None
+    answer, _, trace = await ask(gate, SAID, pool())
+    assert all(step.right_probability is None for step in answer.steps)
+    assert "right_probability" not in trace.dmoa.model_dump_json()
+    assert judge(decision({"good": 0.5, "fine": 0.5}, 1), [said("good", Say(text="1"))]) is None
