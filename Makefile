@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST_ARGS ?=
 # The times of every test are left under out/tests.
-PYTEST := $(BIN)/python -m pytest -q --durations=15 --numprocesses=2
+PYTEST := $(BIN)/python -m pytest -q --durations=15
 
 .PHONY: setup demo fast test test-vllm check bench accept clean
 
@@ -37,11 +37,11 @@ check: setup
 
 # What a change needs at every save: no Ray, no process, no model. Plug-ins that its tests do not need are not loaded.
 fast: setup
-	$(PYTEST) -p no:schemathesis -p no:anyio -m "not contract and not real_model and not accept" --junitxml=out/tests/fast.xml tests/unit $(PYTEST_ARGS)
+	$(PYTEST) --tx=2*popen --dist=each -p no:schemathesis -p no:anyio -m "not contract and not real_model and not accept" --junitxml=out/tests/fast.xml tests/unit $(PYTEST_ARGS)
 
 # On two processes: one takes the tests on Ray, which come first and wait a good deal, the other one all that need none.
 test: setup
-	$(PYTEST) --no-loadscope-reorder -m "not accept" --junitxml=out/tests/test.xml tests/integration tests/contract tests/unit $(PYTEST_ARGS)
+	$(PYTEST) --numprocesses=2 --no-loadscope-reorder -m "not accept" --junitxml=out/tests/test.xml tests/integration tests/contract tests/unit $(PYTEST_ARGS)
 
 # vLLM's build for CPUs, by a third party and for tests alone, which takes the place of `vllm` in this environment.
 $(VLLM_READY): $(READY) tests/vllm/requirements.txt

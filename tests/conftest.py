@@ -8,11 +8,14 @@ import os
 import platform
 import sys
 import time
+import zlib
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 from xdist.remote import Producer
-from xdist.scheduler import LoadFileScheduling
+from xdist.scheduler import EachScheduling, LoadFileScheduling
+from xdist.workermanage import WorkerController
 
 from dmoa import sandbox
 from tests.examples import is_all
@@ -96,6 +99,23 @@ class _RayInOneProcess(LoadFileScheduling):
         return "ray" if on_ray else super()._split_scope(nodeid)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
-    """Have `--numprocesses` deal out tests as above; `--no-loadscope-reorder` keeps the order of the command line."""
-    return _RayInOneProcess(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | EachScheduling:
+    """Have `--numprocesses` deal out tests as above; `--no-loadscope-reorder` keeps the order of the command line.
+
+    With `--dist=each` every process runs all that it collects, which is its own share of the files, see below.
+    """
+    return EachScheduling(config, log) if config.getoption("dist") == "each" else _RayInOneProcess(config, log)
+
+
+def pytest_configure_node(node: WorkerController) -> None:
+    """Tell a process whether it has a share of the files; what `--dist` says does not reach it."""
+    node.workerinput["has_share"] = node.config.getoption("dist") == "each"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--dist=each`, let a process collect its own share of the files: to collect all of them takes each 16 seconds."""
+    mine = getattr(config, "workerinput", None)
+    if mine is None or not mine["has_share"] or not collection_path.name.startswith("test_"):
+        return None
+    is_other = zlib.crc32(collection_path.name.encode()) % int(mine["workercount"]) != int(mine["workerid"].removeprefix("gw"))
+    return is_other or None
