@@ -8,7 +8,7 @@ import typer
 
 from dmoa.cli.options import takes_options, this_command
 from dmoa.errors import ConfigError
-from dmoa.training.options import JOB_ONLY, PRESETS, ProbeOptions, RolloutOptions, TrainOptions
+from dmoa.training.options import JOB_ONLY, PRESETS, ImportOptions, ProbeOptions, RolloutOptions, TrainOptions
 from dmoa.workflows.console import CheckpointOption, Common, with_common
 from dmoa.workflows.train import run_train
 
@@ -49,6 +49,30 @@ def train(common: Common, options: TrainOptions) -> None:
     """
     result = run_train(options, common.load(), common, this_command())
     common.write_json(result.report.model_dump(mode="json"))
+
+
+@with_common
+@takes_options(ImportOptions)
+def import_logs(common: Common, options: ImportOptions) -> None:
+    """Turn logs of model calls into a pool of recorded replies, which is probed, trained, evaluated and served without calls.
+
+    OpenAI-style {request, response} lines, batch files, W&B tables and LiteLLM spend logs are known by their shape. Keys, headers
+    and users are not copied.
+
+    \b
+    dmoa import-logs --logs calls.jsonl --out replies.jsonl --pool pool.yaml
+    dmoa import-logs --logs batch_input.jsonl --logs batch_output.jsonl --out replies.jsonl
+    dmoa import-logs --logs predictions.table.json --columns query=prompt,text=output --agent my-model --out replies.jsonl
+    dmoa probe --config pool.yaml
+    """
+    from dmoa.workflows.import_logs import import_logs as run
+
+    report = run(options, common.say)
+    left_out = [f"{count}: {reason}" for reason, count in report.skipped.items()]
+    common.say(f"{report.read} records, {report.written} replies of {len(report.agents)} agents to {report.queries} queries")
+    common.say(f"every agent replied to {report.complete} of them" + (f"; left out {'; '.join(left_out)}" if left_out else ""))
+    typer.echo(options.out)
+    common.write_json(report.model_dump(mode="json"))
 
 
 @with_common

@@ -258,6 +258,14 @@ def _listed(row: _Row) -> list[float]:
     return listed_V
 
 
+def listed_logprobs(rows: list[Any]) -> list[list[float]]:
+    """Return the log-probabilities that rows of `logprobs.content` list, a list a token; empty where one is not understood."""
+    try:
+        return [_listed(row) for row in _Logprobs.model_validate({"content": rows}).content or []]
+    except ValidationError:
+        return []
+
+
 def estimated_tokens(num_chars: int) -> int:
     """Return how many tokens a text of that length may have."""
     return math.ceil(num_chars / CHARS_PER_TOKEN)

@@ -133,7 +133,7 @@ class ProbeOptions(Options):
     queries: Annotated[str | None, Flag(metavar="FILE.jsonl")] = None
     """Your own queries: a text, or {"query": TEXT}, a line; None: those of a recorded pool."""
     benchmarks: Annotated[str | None, Flag(metavar="A,B")] = None
-    """Benchmarks and suites; None: arith,words,calendar, where there are no queries."""
+    """Benchmarks and suites; None: arith,words,calendar."""
     rollouts: Path | None = None
     """Look at dense rollouts that are there; ask nobody."""
     known_answers: Annotated[Names | None, Flag(metavar="SUITE,...")] = None
@@ -219,6 +219,34 @@ def _alpha(value: object) -> object:
 
 
 Workers = Annotated[Annotated[int, Field(ge=0, le=1024)] | Literal["auto"], BeforeValidator(_workers), Flag(metavar="W")]
+
+
+class ImportOptions(Options):
+    """One import of logs."""
+
+    where = "import-logs"
+
+    logs: Annotated[tuple[Path, ...], BeforeValidator(_folders), Flag(metavar="FILE", is_repeated=True)] = Field(min_length=1)
+    """File of logs: JSON Lines (also .gz), a JSON array or a W&B table; repeatable, batch output beside its input."""
+    out: Annotated[Path, Flag(metavar="FILE.jsonl")]
+    """File of recorded replies, written whole: .jsonl or .jsonl.gz."""
+    pool: Annotated[Path | None, Flag(metavar="FILE.yaml")] = None
+    """Pool file over the replies that is written too; None: none is."""
+    agent: Annotated[str | None, Flag(metavar="NAME")] = None
+    """Who replied, over what the logs say; None: each record's model."""
+    columns: Annotated[Names, Flag(metavar="FIELD=COLUMN,...")] = ()
+    """Columns of a W&B table, such as query=prompt,text=output; others are guessed by their names."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if not self.out.name.endswith((".jsonl", ".jsonl.gz")):
+            raise ValueError(f"out is {str(self.out)!r}; expected a name that ends with .jsonl or .jsonl.gz")
+        if any(path.absolute() == self.out.absolute() for path in self.logs):
+            raise ValueError(f"out is {str(self.out)!r}, which is read; name another file")
+        for pair in self.columns:
+            if "=" not in pair:
+                raise ValueError(f"columns holds {pair!r}; expected FIELD=COLUMN, such as query=prompt")
+        return self
 
 
 class TrainOptions(Options):

@@ -37,6 +37,7 @@ FLAGS = {
         "--known-limit:int>=4=60 --data-dir:Path --difficulty:int>=1=1 --seed:int>=0=0 --out:Path "
         "--call-cache:Path --address:str$RAY_ADDRESS"
     ),
+    "import-logs": "--logs:Path*! --out:Path! --pool:Path --agent:str --columns:str=",
     "rollouts": (
         "--out:Path! --benchmarks:str= --queries:str* --data-dir:Path --split:str=train --difficulty:int>=1=1 "
         "--limit:int>=1 --seed:int>=0=0 --dense:bool=False --epsilon:float --round:int>=0=0 --checkpoint:Path "

@@ -1,0 +1,249 @@
+"""Importing logs: each format end to end to a pool that answers; what is left out is counted; secrets are never copied."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmoa.agents.embedder import HashEncoder
+from dmoa.agents.pool import build_local, build_pool_gate, load_pool
+from dmoa.engines.recorded import RecordedReply, read_replies
+from dmoa.errors import ConfigError
+from dmoa.protocols import final_answer
+from dmoa.routing import LocalRouter
+from dmoa.swarm import Swarm
+from dmoa.testing import query
+from dmoa.training.options import ImportOptions
+from dmoa.workflows.import_logs import ImportReport, SkippedError, import_logs, question_of, reply_of
+
+pytestmark = pytest.mark.contract
+SECRET = "sk-0123456789abcdef0123"
+ASKED = "What is 12 + 7?"
+
+
+def user(text: Any = ASKED, *before: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": "Be brief."}, *before, {"role": "user", "content": text}]
+
+
+def completion(text: str | None = "The answer is 19.", model: str = "Big/Model-8B", **message: Any) -> dict[str, Any]:
+    return {
+        "id": "chatcmpl-1",
+        "model": f"{model}-0613",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": text} | message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 21, "completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 2}},
+    }
+
+
+def pair(text: str | None = "The answer is 19.", model: str = "Big/Model-8B", asked: Any = ASKED, **more: Any) -> dict[str, Any]:
+    request = {"model": model, "messages": user(asked), "api_key": SECRET, "extra_headers": {"Authorization": f"Bearer {SECRET}"}}
+    return {"request": request, "response": completion(text, model), "headers": {"x-api-key": SECRET}} | more
+
+
+def run(folder: Path, records: Any, name: str = "logs.jsonl", **options: Any) -> tuple[ImportReport, list[RecordedReply]]:
+    text = "".join(f"{json.dumps(item)}\n" for item in records) if name.endswith(".jsonl") else json.dumps(records)
+    (folder / name).write_text(text, encoding="utf-8")
+    values = {"logs": (folder / name,), "out": folder / "replies.jsonl"} | options
+    parsed = ImportOptions.parse(values)
+    report = import_logs(parsed, lambda text: None)
+    opened = gzip.open if parsed.out.suffix == ".gz" else open
+    with opened(parsed.out, "rt", encoding="utf-8") as file:
+        assert SECRET not in file.read()
+    return report, list(read_replies(parsed.out))
+
+
+async def answer_of_pool(path: Path, agent: str) -> str:
+    config = load_pool(path)
+    gate, record = build_pool_gate(config)
+    router = LocalRouter()
+    router.install(record.version, gate)
+    agents, engines = build_local(config)
+    swarm = Swarm(config, agents=agents, router=router, encoder=HashEncoder(), engines=engines)
+    answer = await final_answer(swarm, query(ASKED, max_steps=1), "single", agent)
+    await swarm.close()
+    return answer.text
+
+
+async def test_pairs_of_request_and_response_become_a_pool_that_answers(tmp_path: Path) -> None:
+    rows = [
+        {"token": "19", "logprob": -0.1, "top_logprobs": [{"token": "19", "logprob": -0.1}, {"token": "20", "logprob": -3.0}]}
+    ]
+    first = pair(latency_ms=250, query_id="q1", user_api_key=SECRET)
+    first["response"]["choices"][0]["logprobs"] = {"content": rows}
+    first["response"]["choices"][0]["message"]["reasoning_content"] = "12 and 7"
+    report, replies = run(
+        tmp_path,
+        [
+            first,
+            pair("It is 19.", "small"),
+            pair("Thursday", "small", asked=[{"type": "text", "text": "Which day?"}]),
+            pair("again", "small"),
+            pair(None, "small", asked="Other?"),
+            pair(asked=[{"type": "image_url", "image_url": {}}]),
+            {
+                "request": {"model": "m", "messages": user("and?", {"role": "assistant", "content": "x"})},
+                "response": completion(),
+            },
+            {"request": {"model": "m", "messages": user()}, "response": {"error": "no"}, "error": {"message": SECRET}},
+            {"something": "else"},
+        ],
+        pool=tmp_path / "pool.yaml",
+    )
+    assert report.model_dump() == {
+        "read": 9,
+        "written": 3,
+        "skipped": {
+            "a reply of this agent to this query came before": 1,
+            "the response holds no text": 1,
+            "the question is not text": 1,
+            "a conversation of several turns": 1,
+            "the call failed": 1,
+            "neither a request with its response, nor a spend log": 1,
+        },
+        "agents": {"big-model-8b": 1, "small": 2},
+        "queries": 2,
+        "complete": 1,
+    }
+    assert replies[0].model_dump(exclude_none=True) == {
+        "query_id": "q1",
+        "query": ASKED,
+        "agent": "Big/Model-8B",
+        "text": "The answer is 19.",
+        "reasoning": "12 and 7",
+        "top_logprobs": [[-0.1, -3.0]],
+        "prompt_tokens": 21,
+        "completion_tokens": 5,
+        "reasoning_tokens": 2,
+        "latency_ms": 250.0,
+        "finish_reason": "stop",
+    }
+    assert await answer_of_pool(tmp_path / "pool.yaml", "big-model-8b") == "The answer is 19."
+    assert await answer_of_pool(tmp_path / "pool.yaml", "small") == "It is 19."
+
+
+def test_batch_output_is_joined_with_its_input_and_goes_without(tmp_path: Path) -> None:
+    asked = {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": user()}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(asked), encoding="utf-8")
+    output = [
+        {"id": "b", "custom_id": "r1", "response": {"status_code": 200, "request_id": "x", "body": completion()}, "error": None},
+        {"id": "b", "custom_id": "r2", "response": {"status_code": 500, "body": {"error": {}}}, "error": None},
+        {"id": "b", "custom_id": "r3", "response": {"status_code": 200, "body": completion("20")}, "error": None},
+    ]
+    report, replies = run(tmp_path, output, logs=(tmp_path / "logs.jsonl", tmp_path / "in.jsonl"))
+    assert [(reply.query_id, reply.query, reply.agent) for reply in replies] == [
+        ("r1", ASKED, "m"),
+        ("r3", None, "Big/Model-8B-0613"),
+    ]
+    assert report.skipped == {"the call failed": 1, "a request of a batch, for the reply in its output file": 1}
+
+
+def test_a_wandb_table_is_read_by_its_columns(tmp_path: Path) -> None:
+    table = {
+        "columns": ["Prompt", "model", "output", "latency_ms", "Cost", "api_key"],
+        "data": [[ASKED, "a", "19", 12.5, 0.1, SECRET], [ASKED, "b", None, 1, 0.1, SECRET], ["x?", "b", "y", None, None, SECRET]],
+        "ncols": 6,
+    }
+    report, replies = run(tmp_path, table, "predictions.table.json", out=tmp_path / "replies.jsonl.gz")
+    assert [reply.model_dump(exclude_none=True) for reply in replies] == [
+        {"query": ASKED, "agent": "a", "text": "19", "latency_ms": 12.5, "price": 0.1},
+        {"query": "x?", "agent": "b", "text": "y"},
+    ]
+    assert report.skipped == {"the table has no column of the text; name it by --columns text=COLUMN": 1}
+    _, named = run(tmp_path, table, "predictions.table.json", columns=("text=model",), agent="mine")
+    assert [(reply.agent, reply.text) for reply in named] == [("mine", "a"), ("mine", "b")]
+    with pytest.raises(ConfigError, match="--columns: text=nothing: the table has Prompt, model, output"):
+        run(tmp_path, table, "predictions.table.json", columns=("text=nothing",))
+
+
+def test_litellm_spend_logs_give_price_latency_and_counts(tmp_path: Path) -> None:
+    row = {
+        "request_id": "1",
+        "call_type": "acompletion",
+        "api_key": SECRET,
+        "spend": 0.0021,
+        "prompt_tokens": 30,
+        "completion_tokens": 6,
+        "startTime": "2026-11-01T10:00:00Z",
+        "endTime": "2026-11-01T10:00:01.500000Z",
+        "model": "openai/gpt-4o",
+        "model_group": "GPT 4o",
+        "metadata": {"user_api_key": SECRET},
+        "status": "success",
+    }
+    as_text = {"messages": json.dumps(user()), "response": json.dumps(completion())}
+    proxied = {
+        "messages": "{}",
+        "proxy_server_request": json.dumps({"messages": user("Which day?")}),
+        "response": completion("Monday"),
+    }
+    logs = [row | as_text, row | proxied, row | as_text | {"status": "failure"}, row | {"messages": {}, "response": {}}]
+    report, replies = run(tmp_path, logs, "spend.json")
+    assert [(reply.query, reply.agent, reply.text) for reply in replies] == [
+        (ASKED, "GPT 4o", "The answer is 19."),
+        ("Which day?", "GPT 4o", "Monday"),
+    ]
+    assert (replies[0].price, replies[0].latency_ms, replies[0].prompt_tokens, replies[0].completion_tokens) == (
+        0.0021,
+        1500,
+        30,
+        6,
+    )
+    assert (report.read, report.written, report.agents) == (4, 2, {"gpt-4o": 2})
+    assert set(report.skipped) == {
+        "the call failed",
+        "what was asked is not there: LiteLLM keeps it with store_prompts_in_spend_logs",
+    }
+
+
+def test_bad_files_leave_no_output_behind(tmp_path: Path) -> None:
+    (tmp_path / "logs.jsonl").write_text(f"{json.dumps(pair())}\n{{broken\n", encoding="utf-8")
+    options = ImportOptions.parse({"logs": (tmp_path / "logs.jsonl",), "out": tmp_path / "replies.jsonl"})
+    with pytest.raises(ConfigError, match=r"logs.jsonl, line 2: no JSON"):
+        import_logs(options, lambda text: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["logs.jsonl"]
+    with pytest.raises(ConfigError, match=r"no reply was found in 1 records \(1: neither a request"):
+        run(tmp_path, [{"a": 1}])
+    for options_of, said in (
+        ({"out": tmp_path / "x.json"}, "ends with .jsonl"),
+        ({"out": tmp_path / "logs.jsonl"}, "which is read"),
+        ({"columns": ("text",)}, "expected FIELD=COLUMN"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            run(tmp_path, [pair()], **options_of)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["body", "messages", "choices", "message", "content", "role", "usage", "status_code"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["request", "response", "spend", "columns", "custom_id", "body", "error"]), JSON, max_size=4)
+)
+def test_any_record_is_a_reply_or_left_out(record: dict[str, Any]) -> None:
+    options = ImportOptions.parse({"logs": (Path("logs.jsonl"),), "out": Path("replies.jsonl")})
+    if not isinstance(record.get("columns", {}), dict):
+        return
+    with suppress(SkippedError):
+        reply_of(record, {}, options)
+
+
+@given(JSON)
+def test_any_conversation_is_one_question_or_left_out(messages: Any) -> None:
+    with suppress(SkippedError):
+        assert question_of(messages).strip()
