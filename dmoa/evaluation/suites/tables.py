@@ -12,20 +12,29 @@ from typing import Literal
 
 from dmoa.evaluation.suites.suite import Kind, Latent, Level, Problem, Suite, Templates
 
-DEPOTS = {"B": "Mill", "D": "Lake", "F": "Park", "H": "Bridge", "K": "Stone", "M": "Wood", "P": "North", "R": "Hill"}
-"""First letter of a parcel's code -> depot; from difficulty 2 on, odd codes go to the depot after it."""
+DEPOTS = {
+    "Oslo": "Mill",
+    "Paris": "Lake",
+    "Cairo": "Park",
+    "Lima": "Bridge",
+    "Delhi": "Stone",
+    "Tokyo": "Wood",
+    "Sydney": "North",
+    "Boston": "Hill",
+}
+"""Where a parcel is for -> depot; from difficulty 2 on, odd parcels go to the depot after it."""
 
 MEANINGS = {
-    "star": "danger",
-    "ring": "welcome",
-    "cross": "repair",
-    "bar": "medicine",
-    "dot": "fishing",
-    "fork": "storm",
-    "wave": "silence",
-    "crown": "landing",
+    "red": "danger",
+    "blue": "welcome",
+    "green": "repair",
+    "white": "medicine",
+    "black": "fishing",
+    "yellow": "storm",
+    "brown": "silence",
+    "pink": "landing",
 }
-"""Last flag of a row -> meaning; from difficulty 2 on, a row that begins and ends alike means the one after it."""
+"""Pennant over a row of flags -> meaning; from difficulty 2 on, a row that begins and ends alike means the one after it."""
 
 _PAIRS_OF = {
     "plum": "madder+woad woad+lichen",
@@ -43,31 +52,41 @@ MIXTURES = {tuple(pair.split("+")): colour for colour, pairs in _PAIRS_OF.items(
 _DYES = ("madder", "woad", "weld", "sumac", "lichen", "walnut")
 _PAIRS = tuple(permutations(range(len(_DYES)), 2))
 
-_FIRST_CODE, _NUM_CODES = 10_000, 90_000
-_NUM_FLAGS = 6
+_FIRST_PARCEL, _NUM_PARCELS = 10_000, 90_000
+_FLAGS = ("star", "ring", "cross", "bar", "dot", "fork", "wave", "crown")
+_NUM_FLAGS = 5
 _MAX_GRAMS = 99
 
 PARCEL_TEMPLATES = Templates(
     name="depot",
     open=(
-        "Which depot does parcel {code} go to?",
-        "Name the depot for the parcel with the code {code}.",
-        "A parcel is marked {code}. Where is its depot?",
-        "To which depot do we send parcel {code}?",
+        "Which depot does parcel {number} for {town} go to?",
+        "Name the depot for parcel {number} with the goal {town}.",
+        "Parcel {number} is for {town}. Where is its depot?",
+        "To which depot do we send parcel {number} for {town}?",
     ),
-    validation=("Find the depot that handles parcel {code}.", "Parcel {code} has come in. Which depot takes it?"),
-    test=("Say which depot parcel {code} belongs to.", "The code of a parcel is {code}. What is its depot?"),
+    validation=(
+        "Find the depot that handles parcel {number} for {town}.",
+        "Parcel {number} to {town} is in. Which depot takes it?",
+    ),
+    test=("Say which depot parcel {number} for {town} belongs to.", "{town} is the goal of parcel {number}. What is its depot?"),
 )
 SIGNAL_TEMPLATES = Templates(
     name="meaning",
     open=(
-        "A ship shows these flags: {flags}. What does it say?",
-        "What do the flags {flags} mean?",
-        "Read this row of flags: {flags}.",
-        "Give the meaning of the flags {flags}.",
+        "A ship shows the flags {flags} under a {pennant} pennant. What does it say?",
+        "What do the flags {flags} and a {pennant} pennant mean?",
+        "Read these flags with a {pennant} pennant: {flags}.",
+        "Give the meaning of a {pennant} pennant over the flags {flags}.",
     ),
-    validation=("The mast carries the flags {flags}. What is the message?", "Tell me what these flags stand for: {flags}."),
-    test=("Translate this row of flags: {flags}.", "You see the flags {flags} on a ship. What do they mean?"),
+    validation=(
+        "The mast carries a {pennant} pennant and the flags {flags}. What is the message?",
+        "Tell me what the flags {flags} stand for with a {pennant} pennant.",
+    ),
+    test=(
+        "Translate this signal: a {pennant} pennant, then the flags {flags}.",
+        "You see the flags {flags} on a ship, and a {pennant} pennant. What do they mean?",
+    ),
 )
 DYE_TEMPLATES = Templates(
     name="colour",
@@ -106,14 +125,14 @@ class Lookup(Kind):
 
 @dataclass(frozen=True, kw_only=True)
 class Parcel(Lookup):
-    """Where a parcel goes; a latent tuple is the letter's place and the number of the code."""
+    """Where a parcel goes; a latent tuple is the town's place in the table and the parcel's number."""
 
     group: Literal["depot"] = "depot"
 
     @property
     def size(self) -> int:
-        """Letters times numbers."""
-        return len(DEPOTS) * _NUM_CODES
+        """Towns times numbers."""
+        return len(DEPOTS) * _NUM_PARCELS
 
     @property
     def templates(self) -> Templates:
@@ -126,31 +145,32 @@ class Parcel(Lookup):
         return "End with a line `Answer: ...`, the name of a depot."
 
     def latent(self, number: int) -> Latent:
-        """Return the letter's place and the number."""
-        code, letter = divmod(number, len(DEPOTS))
-        return letter, _FIRST_CODE + code
+        """Return the town's place and the number."""
+        parcel, town = divmod(number, len(DEPOTS))
+        return town, _FIRST_PARCEL + parcel
 
     def root(self, latent: Latent) -> str:
-        """Return the code."""
+        """Return town and number."""
         return f"parcel {latent[0]} {latent[1]}"
 
     def ask(self, latent: Latent) -> Problem:
-        """Return the code and its depot."""
-        letter, code = latent
-        place = letter + (self.has_exception and code % 2)
-        return Problem({"code": f"{list(DEPOTS)[letter]}-{code}"}, list(DEPOTS.values())[place % len(DEPOTS)], len(DEPOTS))
+        """Return the parcel and its depot."""
+        town, parcel = latent
+        fields: dict[str, object] = {"town": list(DEPOTS)[town], "number": parcel}
+        place = town + (self.has_exception and parcel % 2)
+        return Problem(fields, list(DEPOTS.values())[place % len(DEPOTS)], len(DEPOTS))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signal(Lookup):
-    """What a row of flags means; a latent tuple is the flags' places in the table, in order."""
+    """What a signal means; a latent tuple is the pennant's place in the table, then those of the flags, in order."""
 
     group: Literal["meaning"] = "meaning"
 
     @property
     def size(self) -> int:
-        """Rows of flags, repeats allowed."""
-        return int(len(MEANINGS) ** _NUM_FLAGS)
+        """Pennants times rows of flags, repeats allowed."""
+        return int(len(MEANINGS) * len(_FLAGS) ** _NUM_FLAGS)
 
     @property
     def templates(self) -> Templates:
@@ -163,19 +183,20 @@ class Signal(Lookup):
         return "End with a line `Answer: ...`, the meaning in one word."
 
     def latent(self, number: int) -> Latent:
-        """Return the flags."""
-        return tuple(number // len(MEANINGS) ** place % len(MEANINGS) for place in range(_NUM_FLAGS))
+        """Return pennant and flags."""
+        row, pennant = divmod(number, len(MEANINGS))
+        return pennant, *(row // len(_FLAGS) ** place % len(_FLAGS) for place in range(_NUM_FLAGS))
 
     def root(self, latent: Latent) -> str:
-        """Return the row."""
-        return " ".join(map(str, ("flags", *latent)))
+        """Return the signal."""
+        return " ".join(map(str, ("signal", *latent)))
 
     def ask(self, latent: Latent) -> Problem:
-        """Return the row and its meaning."""
-        flags = list(MEANINGS)
-        place = latent[-1] + (self.has_exception and latent[0] == latent[-1])
-        meaning = list(MEANINGS.values())[place % len(MEANINGS)]
-        return Problem({"flags": ", ".join(flags[flag] for flag in latent)}, meaning, len(MEANINGS))
+        """Return the signal and its meaning."""
+        pennant, *flags = latent
+        fields: dict[str, object] = {"pennant": list(MEANINGS)[pennant], "flags": ", ".join(_FLAGS[flag] for flag in flags)}
+        place = pennant + (self.has_exception and flags[0] == flags[-1])
+        return Problem(fields, list(MEANINGS.values())[place % len(MEANINGS)], len(MEANINGS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,10 +245,10 @@ class Dye(Lookup):
 PARCELS = Suite(
     name="parcels",
     title="parcels (generated)",
-    summary="Which depot a parcel goes to, by a made-up table of code letters.",
+    summary="Which depot a parcel goes to, by a made-up table of towns.",
     levels=(
-        Level(meaning="the letter of the code decides", kinds=(Parcel(),)),
-        Level(meaning="the letter decides, and whether the number is odd", kinds=(Parcel(has_exception=True),)),
+        Level(meaning="the town decides", kinds=(Parcel(),)),
+        Level(meaning="the town decides, and whether the number is odd", kinds=(Parcel(has_exception=True),)),
     ),
 )
 """The suite `parcels`."""
@@ -235,10 +256,10 @@ PARCELS = Suite(
 SIGNALS = Suite(
     name="signals",
     title="signals (generated)",
-    summary="What a row of six flags means, by a made-up table.",
+    summary="What a pennant over a row of flags means, by a made-up table.",
     levels=(
-        Level(meaning="the last flag decides", kinds=(Signal(),)),
-        Level(meaning="the last flag decides, and whether the first is the same", kinds=(Signal(has_exception=True),)),
+        Level(meaning="the pennant decides", kinds=(Signal(),)),
+        Level(meaning="the pennant decides, and whether the first flag is the last", kinds=(Signal(has_exception=True),)),
     ),
 )
 """The suite `signals`."""

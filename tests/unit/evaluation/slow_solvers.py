@@ -13,19 +13,15 @@ _WORD_LIST = re.compile(r"(?<=: )[a-z]+(?:, [a-z]+)+")
 _DATE = re.compile(r"(\d{4})-(\d\d)-(\d\d)")
 _DAY_NAMES = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 _SATURDAY = (2000, 1, 1)
-_CODE = re.compile(r"([A-Z])-(\d{5})")
+_PARCEL = re.compile(r"[Pp]arcel (\d{5})")
 _GRAMS = re.compile(r"(\d+) grams of ([a-z]+)")
-_DEPOTS = ["B Mill", "D Lake", "F Park", "H Bridge", "K Stone", "M Wood", "P North", "R Hill"]
-_FLAGS = [
-    "star danger",
-    "ring welcome",
-    "cross repair",
-    "bar medicine",
-    "dot fishing",
-    "fork storm",
-    "wave silence",
-    "crown landing",
-]
+_DEPOTS = [
+    "Oslo Mill", "Paris Lake", "Cairo Park", "Lima Bridge", "Delhi Stone", "Tokyo Wood", "Sydney North", "Boston Hill",
+]  # fmt: skip
+_PENNANTS = [
+    "red danger", "blue welcome", "green repair", "white medicine", "black fishing", "yellow storm", "brown silence",
+    "pink landing",
+]  # fmt: skip
 _DYES = {
     "plum": ["madder woad", "woad lichen"],
     "rust": ["madder weld", "sumac lichen"],
@@ -47,7 +43,7 @@ def suite_of(text: str) -> str:
         return "calendar"
     if text.endswith("the meaning in one word."):
         return "signals"
-    if _CODE.search(question):
+    if _PARCEL.search(question):
         return "parcels"
     if _GRAMS.search(question):
         return "dyes"
@@ -175,20 +171,20 @@ def _longest(words: list[str]) -> str:
 
 
 def _solve_parcel(question: str, *, has_exception: bool) -> str:
-    letter, number = _CODE.findall(question)[0]
-    return _look_up(_DEPOTS, letter, goes_on=has_exception and number[-1] in "13579")
+    (number,) = _PARCEL.findall(question)
+    return _look_up(_DEPOTS, question, goes_on=has_exception and number[-1] in "13579")
 
 
 def _solve_signal(question: str, *, has_exception: bool) -> str:
-    row = re.findall(r"[a-z]+(?:, [a-z]+){5}", question)[0].split(", ")
-    return _look_up(_FLAGS, row[5], goes_on=has_exception and row[0] == row[5])
+    row = re.findall(r"[a-z]+(?:, [a-z]+){4}", question)[0].split(", ")
+    return _look_up(_PENNANTS, question, goes_on=has_exception and row[0] == row[4])
 
 
-def _look_up(table: list[str], key: str, *, goes_on: bool) -> str:
+def _look_up(table: list[str], question: str, *, goes_on: bool) -> str:
     for entry, after in zip(table, [*table[1:], table[0]], strict=True):
-        if entry.startswith(f"{key} "):
+        if entry.split()[0] in re.findall(r"\w+", question):
             return (after if goes_on else entry).split()[1]
-    raise AssertionError(key)
+    raise AssertionError(question)
 
 
 def _solve_dye(question: str, *, has_exception: bool) -> str:
