@@ -153,6 +153,9 @@ class VllmOptions(EngineOptions):
     its own draft model does so by itself, and with it vLLM takes no processor: then `listed` is needed."""
     top_logprobs: int = Field(default=20, ge=1, le=20)
     """Log-probabilities asked for per token where `entropy` is listed."""
+    reasoning_parser: str | None = Field(default=None, max_length=64)
+    """One of vLLM's own reasoning parsers, by its name there, such as deepseek_r1: it then tells thoughts from the answer; None:
+    tags such as <think> and the channels of gpt-oss do, which is enough where the tokenizer keeps them."""
     cpu_kv_cache_gib: int = Field(default=1, ge=1, le=1024)
     """Memory for keys and values where no GPU is asked for."""
     threads: int | None = Field(default=None, ge=1, le=256)

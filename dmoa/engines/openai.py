@@ -78,7 +78,7 @@ _OPTIONAL = {name: name for name in ("logprobs", "stream_options", "seed")} | {"
 """Fields that an endpoint may refuse, and the word of its refusal: max_tokens is then sent by that name, the others not."""
 _DEADLINE_UNIX_S: ContextVar[float | None] = ContextVar("deadline_unix_s", default=None)
 """Of the call in hand: no wait goes beyond it."""
-OnText = Callable[[str], None]
+OnText = Callable[[TextDelta], None]
 
 
 class _FieldRefusedError(Exception):
@@ -214,12 +214,12 @@ class OpenaiEngine:
         A deadline in mid-text ends it with what is there, as `length`. Closing the iterator closes the connection. Raises as
         `generate`; a connection lost in mid-text is not opened again.
         """
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        pieces: asyncio.Queue[TextDelta | None] = asyncio.Queue()
         answering = asyncio.create_task(self._answer(request, pieces.put_nowait))
         answering.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             while (piece := await pieces.get()) is not None:
-                yield TextDelta(text=piece)
+                yield piece
             yield await answering
         finally:
             answering.cancel()
@@ -446,5 +446,5 @@ async def _read_events(chunks: AsyncIterator[bytes], draft: Draft) -> bool:
     return draft.is_ended
 
 
-def _drop(text: str) -> None:
+def _drop(text: TextDelta) -> None:
     """Take a piece of text that nobody listens for."""

@@ -11,14 +11,28 @@ import io
 import json
 import math
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Annotated, Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
+from dmoa.core.entropy_scope import answer_tokens
+from dmoa.core.reasoning import split_reasoning
 from dmoa.core.truncated_entropy import listed_entropy
+from dmoa.engines.thoughts import placed_split
 from dmoa.errors import EngineError
-from dmoa.types import EntropySum, FinishReason, Generation, TokenUsage
+from dmoa.types import EntropySum, FinishReason, Generation, TextDelta, TokenUsage
 from dmoa.validation import REDACTED
 
 CHARS_PER_TOKEN = 4
@@ -66,24 +80,54 @@ class _Listed(_Part):
 
 class _Row(_Listed):
     top_logprobs: list[_Listed] | None = None
+    data: _Extra[list[Annotated[int, Field(ge=0, le=255)]]] = Field(default=None, alias="bytes")
 
 
 class _Logprobs(_Part):
     content: list[_Row] | None = None
+    reasoning_content: _Extra[list[_Row]] = None
+
+
+_THOUGHTS = ("thinking", "reasoning", "reasoning_text", "reasoning_content")
+"""Types of a part of content that is a thought, and the names under which its text may stand."""
+
+
+def _is_thought(part: dict[str, Any]) -> bool:
+    return part.get("type") in _THOUGHTS
 
 
 def _joined(value: Any) -> Any:
-    """Return the text of content that comes in parts; anything else as it is."""
+    """Return the text of content that comes in parts, without parts that are thoughts; anything else as it is."""
     if isinstance(value, list) and all(isinstance(part, dict) for part in value):
-        return "".join(part["text"] for part in value if isinstance(part.get("text"), str))
+        return "".join(part["text"] for part in value if isinstance(part.get("text"), str) and not _is_thought(part))
     return value
+
+
+def _thought(value: Any) -> str:
+    """Return the text of a thought: a string, a part, or parts that may hold parts; empty for anything else."""
+    if isinstance(value, list):
+        return "".join(map(_thought, value))
+    if isinstance(value, dict):
+        return next((text for name in ("text", "content", *_THOUGHTS) if (text := _thought(value.get(name)))), "")
+    return value if isinstance(value, str) else ""
 
 
 class _Words(_Part):
     content: Annotated[str | None, BeforeValidator(_joined)] = None
+    reasoning: Annotated[str, BeforeValidator(_thought)] = ""
     refusal: _Extra[str] = None
     tool_calls: Any = None
     function_call: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_thought(cls, tree: Any) -> Any:
+        """Put what was thought under one name; endpoints that use two send the same by both."""
+        if not isinstance(tree, dict):
+            return tree
+        content = tree.get("content")
+        parts = [part for part in content if isinstance(part, dict) and _is_thought(part)] if isinstance(content, list) else []
+        return tree | {"reasoning": _thought(tree.get("reasoning_content")) or _thought(tree.get("reasoning")) or _thought(parts)}
 
 
 class _Choice(_Part):
@@ -99,10 +143,28 @@ class _PromptDetails(_Part):
     cached_tokens: _Extra[int] = None
 
 
+class _CompletionDetails(_Part):
+    reasoning_tokens: _Extra[NonNegativeInt] = None
+
+
 class _Usage(_Part):
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    total_tokens: _Extra[int] = None
     prompt_tokens_details: _Extra[_PromptDetails] = None
+    completion_tokens_details: _Extra[_CompletionDetails] = None
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Tokens of the thought; None where the endpoint does not tell."""
+        return self.completion_tokens_details.reasoning_tokens if self.completion_tokens_details else None
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens of thought and text; some endpoints leave those of the thought out of completion_tokens."""
+        thought, said = self.reasoning_tokens or 0, self.completion_tokens
+        is_apart = thought > said or self.total_tokens == self.prompt_tokens + said + thought
+        return said + thought if is_apart else said
 
 
 class _Reply(_Part):
@@ -112,37 +174,78 @@ class _Reply(_Part):
     error: Any = None
 
 
+class _Shown:
+    """A text as it may be shown, without the endpoint's key."""
+
+    def __init__(self, key: str) -> None:
+        """A key that is short is as good as a word, and stays."""
+        self._key = key if len(key) >= _MIN_KEY_CHARS else ""
+        self._held = ""
+        self.pieces: list[str] = []
+
+    def add(self, text: str) -> str:
+        """Return the text that may be shown now: what could be the beginning of the key is held back."""
+        text = (self._held + text).replace(self._key, REDACTED) if self._key else text
+        size = next((n for n in range(min(len(self._key) - 1, len(text)), 0, -1) if self._key.startswith(text[-n:])), 0)
+        text, self._held = text[: len(text) - size], text[len(text) - size :]
+        return self._keep(text)
+
+    def rest(self) -> str:
+        """Return what is still held back."""
+        text, self._held = self._held, ""
+        return self._keep(text)
+
+    def _keep(self, text: str) -> str:
+        if text:
+            self.pieces.append(text)
+        return text
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.pieces)
+
+
+class _Token(NamedTuple):
+    """A token whose log-probabilities were listed."""
+
+    said: str
+    """One character a byte."""
+    entropy: EntropySum
+    is_thought: bool
+    """Whether it came beside a piece of a thought alone."""
+
+
 class Draft:
     """What an endpoint has said so far of one reply."""
 
-    def __init__(self, vocab_size: int, key: str, fault: Callable[[str], EngineError], on_text: Callable[[str], None]) -> None:
-        """`key` is the endpoint's, which no text may hold; a short one is as good as a word, and stays.
+    def __init__(
+        self, vocab_size: int, key: str, fault: Callable[[str], EngineError], on_text: Callable[[TextDelta], None]
+    ) -> None:
+        """`key` is the endpoint's, which no text may hold.
 
-        `fault` makes the error of what is wrong with the reply; `on_text` gets each piece of text.
+        `fault` makes the error of what is wrong with the reply; `on_text` gets each piece of text and of its thought.
         """
         self._vocab_size = vocab_size
-        self._key = key if len(key) >= _MIN_KEY_CHARS else ""
         self._fault = fault
         self._on_text = on_text
-        self._held = ""
-        self._pieces: list[str] = []
+        self._said, self._thought = _Shown(key), _Shown(key)
         self._refusal = ""
         self._has_called = False
         self._has_choice = False
-        self._entropy = EntropySum(kind="truncated")
-        self._num_rows = 0
+        self._tokens: list[_Token] = []
         self._finish: FinishReason | None = None
         self._usage: _Usage | None = None
 
     @property
     def text(self) -> str:
         """The text so far."""
-        return "".join(self._pieces)
+        return self._said.text
 
     @property
     def is_begun(self) -> bool:
-        """Whether some of the text is there."""
-        return bool(self._pieces)
+        """Whether some of the text or of its thought is there."""
+        return bool(self._said.pieces or self._thought.pieces)
 
     @property
     def is_ended(self) -> bool:
@@ -152,7 +255,7 @@ class Draft:
     @property
     def has_entropy(self) -> bool:
         """Whether log-probabilities were listed for at least one token."""
-        return self._entropy.tokens > 0
+        return any(token.entropy.tokens for token in self._tokens)
 
     def take(self, data: bytes | str) -> None:
         """Add a whole reply or a piece of a stream, as JSON.
@@ -175,26 +278,25 @@ class Draft:
     def _choose(self, choice: _Choice) -> None:
         self._has_choice = True
         words = choice.message or choice.delta or _Words()
-        text = self._without_key(words.content or "")
+        said, thought = words.content or "", words.reasoning
         self._refusal += words.refusal or ""
         self._has_called = self._has_called or bool(words.tool_calls or words.function_call)
-        for row in (choice.logprobs.content if choice.logprobs else None) or []:
-            self._num_rows += 1
-            self._entropy += listed_entropy(_listed(row), self._vocab_size)
+        if choice.logprobs:
+            self._list(choice.logprobs.reasoning_content or (), is_thought=True)
+            self._list(choice.logprobs.content or (), is_thought=bool(thought) and not said)
         self._end(choice.finish_reason)
-        self._add(text)
+        self._tell(self._thought.add(thought), self._said.add(said))
 
-    def _add(self, text: str) -> None:
-        if text:
-            self._pieces.append(text)
-            self._on_text(text)
+    def _list(self, rows: Iterable[_Row], *, is_thought: bool) -> None:
+        for row in rows:
+            said = bytes(row.data).decode("latin-1") if row.data else _as_bytes(row.token)
+            self._tokens.append(_Token(said, listed_entropy(_listed(row), self._vocab_size), is_thought))
 
-    def _without_key(self, text: str) -> str:
-        """Return the text that may be shown now: what could be the beginning of the key is held back."""
-        text = (self._held + text).replace(self._key, REDACTED) if self._key else text
-        size = next((n for n in range(min(len(self._key) - 1, len(text)), 0, -1) if self._key.startswith(text[-n:])), 0)
-        text, self._held = text[: len(text) - size], text[len(text) - size :]
-        return text
+    def _tell(self, thought: str, said: str) -> None:
+        if thought:
+            self._on_text(TextDelta(text=thought, is_reasoning=True))
+        if said:
+            self._on_text(TextDelta(text=said))
 
     def _end(self, said: Any) -> None:
         """Take how the reply ended; raises EngineError where what is there is not a reply of its own."""
@@ -216,8 +318,7 @@ class Draft:
         """
         if not self._has_choice:
             raise self._fault("its reply holds no choice; check base_url and model, and that chat completions are served there")
-        self._add(self._held)
-        self._held = ""
+        self._tell(self._thought.rest(), self._said.rest())
         if self.text.strip():
             return
         if self._refusal:
@@ -231,21 +332,60 @@ class Draft:
         Token counts that the endpoint did not tell are estimated: the prompt's is `prompt_tokens`, the reply's the number of
         tokens whose log-probabilities were listed, else by its length.
         """
-        usage = self._usage
+        usage, text, thought = self._usage, self.text, self._thought.text
+        entropy, its_entropy, num_listed = self._entropies(text, has_thought=bool(thought))
+        if usage:
+            completion = usage.generated_tokens
+        else:  # what is not listed is estimated
+            completion = len(self._tokens) or estimated_tokens(len(text))
+            completion += estimated_tokens(len(thought)) if not num_listed else 0
+        told = usage.reasoning_tokens if usage else None
+        reasoning = told if told is not None else num_listed or round(completion * len(thought) / max(1, len(thought + text)))
         details = usage.prompt_tokens_details if usage else None
+        is_cut = is_late or bool(thought and not text.strip())  # a thought without an answer never ended
         return Generation(
-            text=self.text,
-            finish_reason="length" if is_late else self._finish or "stop",
-            entropy=self._entropy,
+            text=text,
+            reasoning=thought,
+            finish_reason="length" if is_cut else self._finish or "stop",
+            entropy=entropy,
+            reasoning_entropy=its_entropy,
             usage=TokenUsage(
                 prompt_tokens=usage.prompt_tokens if usage else prompt_tokens,
                 cached_tokens=(details.cached_tokens if details else None) or 0,
-                completion_tokens=usage.completion_tokens if usage else self._num_rows or estimated_tokens(len(self.text)),
+                completion_tokens=completion,
+                reasoning_tokens=min(reasoning, completion),
             ),
             are_tokens_estimated=usage is None,
             engine_ms=engine_ms,
             queue_ms=queue_ms,
         )
+
+    def _entropies(self, text: str, *, has_thought: bool) -> tuple[EntropySum, EntropySum, int]:
+        """Return the entropies of the answer's tokens and of the thought's, and how many tokens of the thought were listed.
+
+        Where a thought cannot be told from the answer, all counts as the thought's: of the answer nothing is known then.
+        """
+        told = [token for token in self._tokens if not token.is_thought]
+        split = split_reasoning(text)
+        is_answer = [True] * len(told)
+        if has_thought or split.reasoning or split.is_open:
+            spans = tuple((len(text[:start].encode()), len(text[:end].encode())) for start, end in split.spans)
+            placed = placed_split("".join(token.said for token in told), _as_bytes(text), replace(split, spans=spans))
+            is_answer = answer_tokens([token.said for token in told], placed) if placed else [False] * len(told)
+        answer = [token for token, is_in in zip(told, is_answer, strict=True) if is_in]
+        thought = [token for token, is_in in zip(told, is_answer, strict=True) if not is_in]
+        thought += [token for token in self._tokens if token.is_thought]
+        none = EntropySum(kind="truncated")
+        return _added(answer, none), _added(thought, none if thought else EntropySum()), len(thought)
+
+
+def _as_bytes(text: str) -> str:
+    """Return a text with one character a byte: the bytes of one may be several tokens'."""
+    return text.encode(errors="replace").decode("latin-1")
+
+
+def _added(tokens: Sequence[_Token], start: EntropySum) -> EntropySum:
+    return sum((token.entropy for token in tokens), start)
 
 
 def _listed(row: _Row) -> list[float]:

@@ -15,7 +15,7 @@ from ray.serve.llm import LLMConfig, LLMServer
 
 from dmoa.config import AgentConfig, Config, LlmConfig
 from dmoa.engine_options import VllmOptions
-from dmoa.engines.vllm.local import check_adapters, engine_over
+from dmoa.engines.vllm.local import check_adapters, check_parser, engine_over
 from dmoa.engines.vllm.options import cpu_environment, engine_args, local_source, remote_source, vllm_options
 from dmoa.serving.agent_replica import AgentCalls, hosted_agents
 
@@ -31,6 +31,7 @@ class VllmReplica(AgentCalls, LLMServer):
         given = vllm_options(part, llm)
         source = await asyncio.to_thread(local_source, part.model)
         await asyncio.to_thread(check_adapters, part, given, _adapters(hosted))
+        await asyncio.to_thread(check_parser, given, llm)
         await super().__init__(llm_config(config, llm, hosted, source=source))
         engine: Any = self.engine
         built = await asyncio.to_thread(engine_over, engine._engine_client, part, given, _adapters(hosted))

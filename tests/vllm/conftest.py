@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
 
 # Read when vLLM is imported and when its processes start.
@@ -65,3 +66,12 @@ async def vllm() -> AsyncIterator[Running]:
     engine = VllmEngine(client, tokenizer, max_model_len=MAX_MODEL_LEN, label="vllm/float32", adapters=adapters)
     yield Running(engine, client, tokenizer, folder)
     await engine.close()
+
+
+@pytest.fixture(scope="session")
+def model(vllm: Running) -> Any:
+    """The same model in transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(vllm.folder, dtype=torch.float32).eval()

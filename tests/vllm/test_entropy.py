@@ -40,13 +40,6 @@ def same(one: Generation, other: Generation) -> None:
     assert one.entropy.sq_sum == pytest.approx(other.entropy.sq_sum, rel=1e-3, abs=1e-3)
 
 
-@pytest.fixture(scope="module")
-def model(vllm: Running) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(vllm.folder, dtype=torch.float32).eval()
-
-
 async def forced(vllm: Running, model: Any, prompt: list[int], key: str, max_tokens: int) -> None:
     """Decode with vLLM, and compare with transformers on the very tokens that vLLM chose."""
     from vllm import SamplingParams

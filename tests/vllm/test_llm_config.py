@@ -10,8 +10,12 @@ import pytest
 import ray
 
 from dmoa.config import Config
+from dmoa.engines.chat_template import load_tokenizer
+from dmoa.engines.models import resolve_model
 from dmoa.engines.vllm.engine import _Reply
+from dmoa.engines.vllm.thoughts import ReasoningFormat, ReplyText
 from dmoa.errors import EngineError
+from dmoa.types import TextDelta
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # Ray 2.60's own and vLLM's, with this pydantic
@@ -111,12 +115,12 @@ async def test_a_replica_hands_sleep_to_vllm(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("reason", ["abort", "error"])
 def test_a_call_that_vllm_gave_up_is_no_reply(reason: str) -> None:
-    reply = _Reply(3, 0.0, None)
+    reply = _Reply(3, 0.0, None, ReplyText(ReasoningFormat(load_tokenizer(str(resolve_model("embedded:smollm2-135m")))), [1]))
 
     def told(text: str, finish_reason: str | None) -> Any:
         part = SimpleNamespace(text=text, token_ids=[1], finish_reason=finish_reason, logprobs=None)
         return SimpleNamespace(outputs=[part], num_cached_tokens=0, metrics=None)
 
-    assert reply.take(told("The", None)) == "The"
+    assert reply.take(told("The", None)) == [TextDelta(text="The")]
     with pytest.raises(EngineError, match=rf"vLLM gave the call up after 1 tokens \({reason}\)"):
         reply.take(told("", reason))

@@ -74,7 +74,7 @@ def summed(*names: int) -> tuple[float, float, int]:
 
 
 def close(found: RequestSums | None, *names: int) -> bool:
-    return found is not None and tuple(found) == pytest.approx(summed(*names), abs=1e-6)
+    return found is not None and tuple(found)[:3] == pytest.approx(summed(*names), abs=1e-6)
 
 
 def test_it_changes_no_argmax_and_yet_always_runs() -> None:

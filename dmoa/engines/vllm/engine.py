@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from itertools import count
 from pathlib import Path
@@ -23,8 +23,10 @@ from vllm.sampling_params import RequestOutputKind
 from dmoa.core.entropy import NOT_FINITE
 from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.engines.chat_template import encode_chat, room_for_reply
+from dmoa.engines.thoughts import cuts_of
 from dmoa.engines.vllm.entropy import KEY
-from dmoa.engines.vllm.entropy_store import RequestSums
+from dmoa.engines.vllm.entropy_store import RequestSums, Wanted
+from dmoa.engines.vllm.thoughts import ReasoningFormat, ReplyText
 from dmoa.errors import EngineError
 from dmoa.types import EntropySum, FinishReason, Generation, GenerationRequest, Sampling, TextDelta, TokenUsage
 
@@ -44,12 +46,15 @@ class EntropyTaker:
     def __init__(self, client: Any) -> None:
         """`client`: a vLLM client, for `collective_rpc`."""
         self._client = client
-        self._due: dict[str, tuple[int, asyncio.Future[RequestSums | None]]] = {}
+        self._due: dict[str, tuple[Wanted, asyncio.Future[RequestSums | None]]] = {}
         self._running: asyncio.Task[None] | None = None
 
-    async def take(self, key: str, tokens: int) -> RequestSums | None:
-        """Return a call's sums over its first tokens, None where the workers know nothing of it."""
-        return await self._ask(key, tokens)
+    async def take(self, key: str, tokens: int, cuts: Sequence[int] = ()) -> RequestSums | None:
+        """Return a call's sums over its first tokens, None where the workers know nothing of it.
+
+        `cuts`: the tokens at which thoughts begin and end in turn.
+        """
+        return await self._ask(key, tokens, *cuts)
 
     def forget(self, key: str) -> None:
         """Have whatever is kept of a call dropped; returns at once."""
@@ -61,9 +66,9 @@ class EntropyTaker:
         while self._running is not None:
             await asyncio.wait([self._running])
 
-    def _ask(self, key: str, tokens: int) -> asyncio.Future[RequestSums | None]:
+    def _ask(self, key: str, tokens: int, *cuts: int) -> asyncio.Future[RequestSums | None]:
         future: asyncio.Future[RequestSums | None] = asyncio.get_running_loop().create_future()
-        self._due[key] = (tokens, future)
+        self._due[key] = ((key, tokens, *cuts), future)
         if self._running is None:
             self._running = asyncio.create_task(self._fetch())
         return future
@@ -73,7 +78,7 @@ class EntropyTaker:
             while self._due:
                 due, self._due = self._due, {}
                 try:
-                    wanted = [(key, tokens) for key, (tokens, _) in due.items()]
+                    wanted = [item for item, _ in due.values()]
                     found = _merged(await self._client.collective_rpc("take_entropies", args=(wanted,)))
                 except Exception as error:  # every call that waits for its sums is told
                     for _, future in due.values():
@@ -105,10 +110,12 @@ class VllmEngine:
         adapters: Mapping[str, Path] | None = None,
         model_label: str = "vllm",
         listed: Listed | None = None,
+        reasoning_parser: str | None = None,
     ) -> None:
         """`client`: a started vLLM client; `adapters` maps the names that requests use to LoRA folders on this machine.
 
-        Without `listed` the client must run the classes of `engines/vllm/entropy`.
+        Without `listed` the client must run the classes of `engines/vllm/entropy`. `reasoning_parser` names one of vLLM's; raises
+        ConfigError for one that does not fit.
         """
         self._client = client
         self._tokenizer = tokenizer
@@ -119,6 +126,7 @@ class VllmEngine:
         self._loras = {
             name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate((adapters or {}).items(), 1)
         }
+        self._format = ReasoningFormat(tokenizer, reasoning_parser)
         self._taker = EntropyTaker(client)
         self._numbers = count()
 
@@ -141,8 +149,9 @@ class VllmEngine:
         tokens = encode_chat(self._tokenizer, request.messages, model=self._name)
         room = room_for_reply(len(tokens), self._max_model_len, model=self._name)
         key = f"{request.request_id}-{next(self._numbers)}"
-        reply = _Reply(len(tokens), accepted_s, self._listed)
+        reply = _Reply(len(tokens), accepted_s, self._listed, ReplyText(self._format, tokens))
         params = _params(request.sampling, request.call_id, room)
+        params.skip_special_tokens = not self._format.keeps_marks
         if self._listed is None:
             params.extra_args = {KEY: key}
         else:
@@ -151,10 +160,11 @@ class VllmEngine:
             outputs = self._client.generate({"prompt_token_ids": tokens}, params, key, lora_request=self._lora(request.adapter))
             async with aclosing(outputs):
                 async for delta in _until(outputs, request.deadline_unix_s):
-                    text = reply.take(delta)
-                    if text:
-                        yield TextDelta(text=text)
-            sums = None if self._listed else await self._taker.take(key, reply.num_tokens)
+                    for piece in reply.take(delta):
+                        yield piece
+            for piece in reply.finish():
+                yield piece
+            sums = None if self._listed else await self._taker.take(key, reply.num_tokens, cuts_of(reply.is_answer))
         except BaseException as error:
             if self._listed is None:
                 self._taker.forget(key)
@@ -164,7 +174,7 @@ class VllmEngine:
         if self._listed is None and sums is None and reply.num_tokens:
             raise EngineError(f"{self._name}: vLLM kept no entropies of a call; is `logits_processors` set?")
         whole = reply.whole(None if self._listed else sums or RequestSums(0.0, 0.0, 0))
-        if not math.isfinite(whole.entropy.sum_nats):
+        if not math.isfinite(whole.entropy.sum_nats + whole.reasoning_entropy.sum_nats):
             raise EngineError(f"{self._name}: {NOT_FINITE}")
         yield whole
 
@@ -191,19 +201,21 @@ class VllmEngine:
 class _Reply:
     """What has come of one call."""
 
-    def __init__(self, prompt_tokens: int, accepted_s: float, listed: Listed | None) -> None:
+    def __init__(self, prompt_tokens: int, accepted_s: float, listed: Listed | None, text: ReplyText) -> None:
         self.num_tokens = 0
+        self.is_answer: list[bool] = []
+        """Of every token whether it is the answer's, once the reply has ended."""
         self._vocab_size = listed.vocab_size if listed else 0
-        self._listed_entropy = EntropySum(kind="truncated")
+        self._listed_entropies: list[EntropySum] = []
         self._prompt_tokens = prompt_tokens
         self._accepted_s = accepted_s
-        self._text: list[str] = []
+        self._text = text
         self._cached_tokens = 0
         self._queue_ms = 0.0
         self._finish: FinishReason = "length"
 
-    def take(self, output: Any) -> str:
-        """Take what vLLM tells next; return its text. Raises EngineError for a call that vLLM itself gave up."""
+    def take(self, output: Any) -> list[TextDelta]:
+        """Take what vLLM tells next; return what may be shown. Raises EngineError for a call that vLLM itself gave up."""
         part = output.outputs[0]
         if part.finish_reason in ("abort", "error"):  # it was put to sleep, or failed: what came so far is not a reply
             raise EngineError(f"vLLM gave the call up after {self.num_tokens} tokens ({part.finish_reason})")
@@ -216,23 +228,44 @@ class _Reply:
         metrics = output.metrics
         if metrics is not None and metrics.scheduled_ts and metrics.queued_ts:
             self._queue_ms = max(0.0, (metrics.scheduled_ts - metrics.queued_ts) * 1e3)
-        self._text.append(part.text)
-        return str(part.text)
+        return self._text.feed(part.text, part.token_ids)
+
+    def finish(self) -> list[TextDelta]:
+        """Take the reply as ended, at the deadline too; return what is still to be shown."""
+        shown = self._text.finish()
+        self.is_answer = self._text.answer_tokens()
+        return shown
 
     def _bound(self, logprobs: Any) -> None:
         """Count the tokens of vLLM's flat record; a position lists the chosen token, and again where it is among the first."""
         for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True):
             listed = dict(zip(logprobs.token_ids[start:end], logprobs.logprobs[start:end], strict=True))
-            self._listed_entropy += listed_entropy(list(listed.values()), self._vocab_size)
+            self._listed_entropies.append(listed_entropy(list(listed.values()), self._vocab_size))
 
     def whole(self, sums: RequestSums | None) -> Generation:
         """Return the whole of it, with the sums that vLLM kept; None: with those of the listed log-probabilities."""
+        if sums is not None:
+            entropy, its_entropy = sums.text, sums.thought
+        else:
+            entropy = its_entropy = EntropySum(kind="truncated")
+            for is_answer, of_token in zip(self.is_answer, self._listed_entropies, strict=True):
+                if is_answer:
+                    entropy += of_token
+                else:
+                    its_entropy += of_token
+        text, thought_tokens = self._text.text, self.is_answer.count(False)
         return Generation(
-            text="".join(self._text),
-            finish_reason=self._finish,
-            entropy=EntropySum(**sums._asdict()) if sums is not None else self._listed_entropy,
+            text=text,
+            reasoning=self._text.reasoning,
+            # A thought without an answer never ended, or might as well not have.
+            finish_reason="length" if thought_tokens and not text.strip() else self._finish,
+            entropy=entropy,
+            reasoning_entropy=its_entropy if thought_tokens else EntropySum(),
             usage=TokenUsage(
-                prompt_tokens=self._prompt_tokens, cached_tokens=self._cached_tokens, completion_tokens=self.num_tokens
+                prompt_tokens=self._prompt_tokens,
+                cached_tokens=self._cached_tokens,
+                completion_tokens=self.num_tokens,
+                reasoning_tokens=thought_tokens,
             ),
             engine_ms=(time.perf_counter() - self._accepted_s) * 1e3,
             queue_ms=self._queue_ms,

@@ -16,7 +16,7 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from dmoa.engines.vllm.entropy_store import EntropyStore, RequestSums
+from dmoa.engines.vllm.entropy_store import EntropyStore, RequestSums, Wanted
 
 KEY = "dmoa_entropy_key"
 """In `extra_args` of a call whose entropy is wanted; the ingress lets no client set it."""
@@ -61,8 +61,8 @@ class EntropyWorker:
 
     model_runner: Any
 
-    def take_entropies(self, wanted: Sequence[tuple[str, int]]) -> dict[str, RequestSums]:
-        """Return and forget the sums of finished calls, over so many tokens each; nothing where no logits are made here."""
+    def take_entropies(self, wanted: Sequence[Wanted]) -> dict[str, RequestSums]:
+        """Return and forget the sums of finished calls (`EntropyStore.take`); nothing where no logits are made here."""
         store = self._entropy_store()
         return {} if store is None else store.take(wanted)
 

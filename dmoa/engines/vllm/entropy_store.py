@@ -2,7 +2,7 @@
 
 The sampler hands over the logits of every row of its batch (`engines/vllm/entropy`); the server takes the sums of a request once
 it knows how many tokens came out. Shape letters: B rows of the engine's batch, V vocabulary, R rows of the store, P output
-positions.
+positions, N requests that are taken, C cuts between text and thought.
 """
 
 from __future__ import annotations
@@ -15,19 +15,37 @@ import torch
 from torch import Tensor
 
 from dmoa.core.entropy import token_entropy
+from dmoa.types import EntropySum
 
 _FIRST_ROWS = 32
 _FIRST_POSITIONS = 256
 
 
 class RequestSums(NamedTuple):
-    """What is known of a finished request."""
+    """What is known of a finished request, the tokens of its thought apart from those of its text."""
 
     sum_nats: float
     """NaN where logits of a position that counts were not a distribution, or were never written."""
     sq_sum: float
     tokens: int
     """Positions that were counted."""
+    thought_nats: float = 0.0
+    thought_sq_sum: float = 0.0
+    thought_tokens: int = 0
+
+    @property
+    def text(self) -> EntropySum:
+        """The sums over the text."""
+        return EntropySum(sum_nats=self.sum_nats, sq_sum=self.sq_sum, tokens=self.tokens)
+
+    @property
+    def thought(self) -> EntropySum:
+        """The sums over the thought."""
+        return EntropySum(sum_nats=self.thought_nats, sq_sum=self.thought_sq_sum, tokens=self.thought_tokens)
+
+
+Wanted = tuple[str, int, *tuple[int, ...]]
+"""A request, how many of its first tokens count, and where its thoughts begin and end in turn."""
 
 
 @dataclass(slots=True)
@@ -114,25 +132,20 @@ class EntropyStore:
         nats_B = token_entropy(logits_BV if everyone else logits_BV[batch_B])
         self._nats_RP[row_B, position_B] = nats_B[batch_B] if everyone else nats_B
 
-    def take(self, wanted: Iterable[tuple[str, int]]) -> dict[str, RequestSums]:
+    def take(self, wanted: Iterable[Wanted]) -> dict[str, RequestSums]:
         """Return the sums of requests over their first so many tokens, in one copy, and forget them.
 
         Requests that are not known are left out. With 0 tokens a request is only forgotten. Each may be wanted once.
         """
-        known = [(key, tokens) for key, tokens in wanted if key in self._entries]
-        counts = [min(tokens, self._entries[key].num_seen) for key, tokens in known]
+        known = [(key, tokens, tuple(cuts)) for key, tokens, *cuts in wanted if key in self._entries]
+        counts = [min(tokens, self._entries[key].num_seen) for key, tokens, _ in known]
         found: dict[str, RequestSums] = {}
         if any(counts):
-            rows = torch.tensor([self._entries[key].row for key, _ in known], device=self._device)
-            count_N = torch.tensor(counts, device=self._device)
-            nats_NP = self._nats_RP[rows, : max(counts)].double()
-            nats_NP = nats_NP.masked_fill(torch.arange(max(counts), device=self._device) >= count_N[:, None], 0.0)
-            sums = torch.stack([nats_NP.sum(dim=1), nats_NP.square().sum(dim=1)], dim=1).tolist()
-            found = {
-                key: RequestSums(sum_nats, sq_sum, count)
-                for (key, _), count, (sum_nats, sq_sum) in zip(known, counts, sums, strict=True)
-            }
-        for key, _ in known:
+            rows = torch.tensor([self._entries[key].row for key, _, _ in known], device=self._device)
+            sums = _sums(self._nats_RP[rows, : max(counts)].double(), counts, [cuts for _, _, cuts in known]).tolist()
+            for (key, _, _), ((nats, squares, tokens), (thought, its_squares, its_tokens)) in zip(known, sums, strict=True):
+                found[key] = RequestSums(nats, squares, int(tokens), thought, its_squares, int(its_tokens))
+        for key, _, _ in known:
             entry = self._entries.pop(key)
             self._free.append(entry.row)
             if entry.index is not None:  # an engine may run one step more: nothing of it is kept
@@ -153,3 +166,18 @@ class EntropyStore:
         if positions > have:
             more = max(positions, 2 * have) - have
             self._nats_RP = torch.nn.functional.pad(self._nats_RP, (0, more), value=torch.nan)
+
+
+def _sums(nats_NP: Tensor, counts: list[int], cuts: list[tuple[int, ...]]) -> Tensor:
+    """Return sum, sum of squares and number of the first positions outside and inside of thoughts, [N, 2, 3]."""
+    width, device = nats_NP.shape[1], nats_NP.device
+    position_P = torch.arange(width, device=device)
+    counted_NP = position_P < torch.tensor(counts, device=device)[:, None]
+    most = max(map(len, cuts))
+    cut_NC = torch.tensor([[*row, *[width] * (most - len(row))] for row in cuts], dtype=torch.int64, device=device)
+    inside_NP = (position_P[:, None] >= cut_NC[:, None, :]).sum(dim=2) % 2 == 1
+    parts = []
+    for mask_NP in (counted_NP & ~inside_NP, counted_NP & inside_NP):
+        kept_NP = nats_NP.masked_fill(~mask_NP, 0.0)
+        parts.append(torch.stack([kept_NP.sum(dim=1), kept_NP.square().sum(dim=1), mask_NP.sum(dim=1)], dim=1))
+    return torch.stack(parts, dim=1)

@@ -16,6 +16,7 @@ from dmoa.engines.chat_template import load_tokenizer
 from dmoa.engines.models import model_id, resolve_adapter
 from dmoa.engines.size import cached_folder
 from dmoa.engines.vllm.options import cpu_environment, engine_args, gpu_environment, local_source, remote_source, vllm_options
+from dmoa.errors import ConfigError
 
 if TYPE_CHECKING:
     from dmoa.engines.gpus import GpuSlice
@@ -32,7 +33,21 @@ def start_vllm(part: LlmConfig, llm: str, adapters: Collection[str], gpus: GpuSl
     """
     given = vllm_options(part, llm)
     check_adapters(part, given, adapters)
+    check_parser(given, llm)
     return engine_over(connect(part, given, engine_args(part, given, adapters), gpus), part, given, adapters)
+
+
+def check_parser(given: VllmOptions, llm: str) -> None:
+    """Check that vLLM has the reasoning parser that an LLM names, before vLLM starts. Blocks; raises ConfigError."""
+    if given.reasoning_parser is None:
+        return
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported
+    from dmoa.engines.vllm.thoughts import parser_class
+
+    try:
+        parser_class(given.reasoning_parser)
+    except ConfigError as error:
+        raise ConfigError(f"llms.{llm}.{error}") from error
 
 
 def check_adapters(part: LlmConfig, given: VllmOptions, adapters: Collection[str]) -> None:
@@ -110,4 +125,5 @@ def engine_over(client: Any, part: LlmConfig, given: VllmOptions, adapters: Coll
         adapters={name: resolve_adapter(name) for name in adapters},
         model_label=model_id(part.model),
         listed=None if given.entropy == "exact" else Listed(given.top_logprobs, built.get_vocab_size()),
+        reasoning_parser=given.reasoning_parser,
     )

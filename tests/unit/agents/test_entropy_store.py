@@ -310,4 +310,4 @@ def check(engine: Reference, key: str) -> None:
         assert found[key].sum_nats == pytest.approx(sum(values), abs=1e-5)
         assert found[key].sq_sum == pytest.approx(sum(value**2 for value in values), abs=1e-5)
     elif key in found:
-        assert found[key] == (0.0, 0.0, 0)
+        assert found[key] == (0.0, 0.0, 0, 0.0, 0.0, 0)
