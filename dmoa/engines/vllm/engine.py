@@ -22,7 +22,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from dmoa.core.entropy import NOT_FINITE
 from dmoa.core.truncated_entropy import listed_entropy
-from dmoa.engines.chat_template import encode_chat, room_for_reply
+from dmoa.engines.chat_template import encode_chat, opened_thought, room_for_reply
 from dmoa.engines.thoughts import cuts_of
 from dmoa.engines.vllm.entropy import KEY
 from dmoa.engines.vllm.entropy_store import RequestSums, Wanted
@@ -149,7 +149,8 @@ class VllmEngine:
         tokens = encode_chat(self._tokenizer, request.messages, model=self._name)
         room = room_for_reply(len(tokens), self._max_model_len, model=self._name)
         key = f"{request.request_id}-{next(self._numbers)}"
-        reply = _Reply(len(tokens), accepted_s, self._listed, ReplyText(self._format, tokens))
+        text = ReplyText(self._format, tokens, opened_thought(self._tokenizer, tokens, request.messages))
+        reply = _Reply(len(tokens), accepted_s, self._listed, text)
         params = _params(request.sampling, request.call_id, room)
         params.skip_special_tokens = not self._format.keeps_marks
         if self._listed is None:
@@ -257,6 +258,7 @@ class _Reply:
         return Generation(
             text=text,
             reasoning=self._text.reasoning,
+            raw=self._text.raw,
             # A thought without an answer never ended, or might as well not have.
             finish_reason="length" if thought_tokens and not text.strip() else self._finish,
             entropy=entropy,

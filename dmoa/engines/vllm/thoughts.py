@@ -22,7 +22,6 @@ from dmoa.types import TextDelta
 HARMONY = "openai_gptoss"
 """Of the channels of gpt-oss vLLM's reasoning parser knows no more than that they end: they are parted by their marks."""
 _CHANNEL = "<|channel|>"
-_TAIL_TOKENS = 16
 
 
 def parser_class(name: str | None) -> type[ReasoningParser] | None:
@@ -63,12 +62,6 @@ class ReasoningFormat:
         """Return vLLM's parser for one reply; None where the marks are known here."""
         return self._parser(self._tokenizer) if self._parser else None
 
-    def is_opened(self, prompt_tokens: Sequence[int]) -> bool:
-        """Tell whether a prompt opens the thought already: its last line is the mark."""
-        tail = self.backend.decode(list(prompt_tokens[-_TAIL_TOKENS:]), skip_special_tokens=False)
-        last = split_reasoning(tail.rstrip().rpartition("\n")[2])
-        return last.is_open and not last.reasoning
-
     def decoder(self, prompt_tokens: Sequence[int]) -> DecodeStream:
         """Return what decodes a reply token by token, as vLLM does."""
         return DecodeStream(ids=list(prompt_tokens), skip_special_tokens=not self.keeps_marks)
@@ -81,8 +74,10 @@ def _is_mark(name: str) -> bool:
 class ReplyText:
     """The text of one reply as it comes, without its thoughts."""
 
-    def __init__(self, given: ReasoningFormat, prompt_tokens: Sequence[int]) -> None:
+    def __init__(self, given: ReasoningFormat, prompt_tokens: Sequence[int], opened: tuple[bool, str] = (False, "")) -> None:
+        """`opened`: whether the prompt leaves a thought open, and by which text of the chat template (`opened_thought`)."""
         self._format = given
+        self._opening = opened[1]
         self._prompt_tokens = prompt_tokens
         self._decoder: DecodeStream | None = None
         self._tokens: list[int] = []
@@ -91,7 +86,7 @@ class ReplyText:
         self._raw = ""
         self._said: list[str] = []
         self._thought: list[str] = []
-        self._splitter = ReasoningSplitter(is_opened=given.is_opened(prompt_tokens))
+        self._splitter = ReasoningSplitter(is_opened=opened[0])
         self._parser = given.new_parser()
         self._num_parsed = 0
         self._num_thought: int | None = None
@@ -111,6 +106,12 @@ class ReplyText:
     def reasoning(self) -> str:
         """The thoughts so far."""
         return "".join(self._thought)
+
+    @property
+    def raw(self) -> str:
+        """Thoughts and answer as they were written, where the marks say which is which; empty where nothing was thought."""
+        split = self._splitter.split()
+        return self._opening + self._raw if self._parser is None and (split.is_open or split.text != self._raw) else ""
 
     def feed(self, text: str, tokens: Sequence[int]) -> list[TextDelta]:
         """Take what vLLM sent; return what may be shown of it."""
@@ -137,7 +138,7 @@ class ReplyText:
     def answer_tokens(self) -> list[bool]:
         """Tell of every token whether it is the answer's."""
         split = self._splitter.split() if self._parser is None else split_reasoning(self.text)
-        if not (self._thought or split.reasoning or split.is_open):
+        if not (self._thought or split.is_open or split.text != (self._raw if self._parser is None else self.text)):
             return [True] * len(self._tokens)
         placed = split if self._parser is None else placed_split(self._raw, self.text, split)
         if placed is None:  # a parser that does not leave the words of the answer as they are
