@@ -7,7 +7,7 @@ Speaks the step loop's terms (decisions, replies, names) to the label model that
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -96,11 +96,4 @@ def context_part(input_X: FloatArray, preset: Preset) -> FloatArray:
 def in_context(model: LabelModel, context_D: FloatArray) -> LabelModel:
     """Return the model of one query's context alone: what its decisions carry."""
     (context,) = model.context(context_D[None].astype(np.float64), 1)
-    rows = slice(context, context + 1)
-    return replace(
-        model,
-        centre_CD=np.zeros((1, 0)),
-        ability_CA=model.ability_CA[rows],
-        length_mean_CA=model.length_mean_CA[rows],
-        trust=model.trust[rows],
-    )
+    return model.in_context(int(context))

@@ -18,31 +18,28 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dmoa.core.posterior import Truth, right_of, truth_posterior
+from dmoa.core.posterior import USUAL_COPY, Truth, copies, nodes, outcome_evidence, right_of, truth_posterior
 from dmoa.core.scores import clusters, fit_anchors, squared_distances
 from dmoa.core.witnesses import Array, IntArray, Witnesses
 from dmoa.errors import ConfigError
 
 MIN_ROWS = 8
 _ROUNDS = 25
-_NODES = 5
-_SPREADS = (0.0, 1.0, 2.0)
-_CONTEXTS = (1, 2, 3, 4, 6, 8)
+MAX_CONTEXTS = 8
 _ROWS_PER_CONTEXT = 8
+_SPREAD = 1.0
+"""Standard deviation of difficulty: of 0, 1, 2 and 3 it gave the largest held-back likelihood on recorded pools."""
 _ABILITY = (0.5, 1.5)
 """Mean and standard deviation of competence (log odds of being right) beforehand."""
-_CONTEXT_SD = 1.0
+_CONTEXT_SD = 0.5
 """How far the competence of an agent differs between contexts beforehand."""
 _DOUBT = (1.0, 0.5)
 _LENGTH = (0.3, 0.5)
-_COPY = 0.1
-"""Probability that two wrong agents say the same beforehand, ..."""
-_COPY_ERRORS = 3.0
-"""... and for how many joint errors that counts in the estimate of what is usual, ..."""
-_PAIR_ERRORS = 10.0
-"""... as what is usual does in that of each pair."""
 _NOISE = 0.05
 _CLIP = 6.0
+_MIN_JUDGED = 4
+_FOLDS = 4
+_RELIANCES = (1.0, 0.3, 0.1, 0.0)
 _BACKED = 0.5
 
 
@@ -53,12 +50,14 @@ _ARRAYS = (
     "centre_CD",
     "ability_CA",
     "doubt_mean_A",
+    "doubt_CA",
     "doubt_slope_A",
     "length_mean_CA",
     "length_sd_A",
     "copy_AA",
+    "reliance_C",
 )
-_NUMBERS = ("length_share", "length_slope", "spread", "noise")
+_NUMBERS = ("length_share", "length_slope", "context_sd", "spread", "noise")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +79,9 @@ class LabelModel:
     ability_CA: Array
     """Log odds of a right answer at average doubt, length and difficulty."""
     doubt_mean_A: Array
+    """Anchor of each agent: its mean score over balanced contexts."""
+    doubt_CA: Array
+    """Mean score in each context, beside the anchor: what is expected of a reply before it comes."""
     doubt_slope_A: Array
     length_mean_CA: Array
     length_sd_A: Array
@@ -88,10 +90,14 @@ class LabelModel:
     length_slope: float
     copy_AA: Array
     """Probability that two agents that are both wrong say the same."""
+    context_sd: float
+    """Standard deviation of an agent's competence between contexts, in log odds; estimated."""
     spread: float
     """Standard deviation of the difficulty of a query, in log odds; all agents share it."""
     noise: float
     """Share of outcomes that are taken to be wrong."""
+    reliance_C: Array
+    """What a query without outcome counted beside one with, in each context; 1 without outcomes."""
     trust: tuple[Trust, ...] = ()
     """By context."""
 
@@ -129,10 +135,20 @@ class LabelModel:
         """Agents of the pool."""
         return int(self.ability_CA.shape[1])
 
+    def competence(self) -> Array:
+        """Return the log odds of a right answer before the reply comes [C, A], at average length and difficulty."""
+        return self.ability_CA - self.doubt_slope_A * self.doubt_CA
+
     @property
     def order(self) -> IntArray:
         """The agents, the most competent first."""
-        return np.argsort(-self.ability_CA.mean(axis=0), kind="stable")
+        return np.argsort(-self.competence().mean(axis=0), kind="stable")
+
+    def in_context(self, context: int) -> LabelModel:
+        """Return the model of one context alone, for queries that are known to be of it."""
+        rows = slice(context, context + 1)
+        parts = {name: getattr(self, name)[rows] for name in _ARRAYS if name.endswith("_CA") or name == "reliance_C"}
+        return replace(self, centre_CD=np.zeros((1, 0)), trust=self.trust[rows], **parts)
 
     def context(self, embedding_RD: Array | None, num_rows: int) -> IntArray:
         """Return the context of each query: the nearest centre."""
@@ -144,12 +160,17 @@ class LabelModel:
     def logits(self, witnesses: Witnesses, *, with_difficulty: bool = True) -> Array:
         """Return the log odds of each agent being right before answers are compared [R, A, K]."""
         context_R = self.context(witnesses.embedding_RD, len(witnesses.answer_RA))
-        doubt_RA = np.where(np.isnan(witnesses.doubt_RA), 0.0, witnesses.doubt_RA - self.doubt_mean_A)
+        doubt_RA = self.doubts(witnesses, context_R)
         logit_RA = self.ability_CA[context_R] - self.doubt_slope_A * doubt_RA
         logit_RA = logit_RA - self.length_slope * self.length_factor(witnesses, context_R)[:, None]
         node_K, _ = nodes(self.spread if with_difficulty else 0.0)
         logit_RAK: Array = np.clip(logit_RA[:, :, None] - node_K, -_CLIP, _CLIP)
         return logit_RAK
+
+    def doubts(self, witnesses: Witnesses, context_R: IntArray) -> Array:
+        """Return the anchored scores [R, A]; what is usual in the context where there is none."""
+        doubt_RA: Array = witnesses.doubt_RA - self.doubt_mean_A
+        return np.where(np.isnan(doubt_RA), self.doubt_CA[context_R], doubt_RA)
 
     def length_factor(self, witnesses: Witnesses, context_R: IntArray) -> Array:
         """Return how long each query's replies are beside what their agents usually write [R], shrunk where few are known."""
@@ -181,46 +202,51 @@ class LabelModel:
         return float(self.truth(witnesses).log_likelihood_R.mean())
 
 
-def nodes(spread: float) -> tuple[Array, Array]:
-    """Return values and weights of the difficulty: Gauss-Hermite nodes of a normal of that standard deviation."""
-    if spread == 0:
-        return np.zeros(1), np.ones(1)
-    value_K, weight_K = np.polynomial.hermite_e.hermegauss(_NODES)
-    return value_K * spread, weight_K / weight_K.sum()
-
-
-def outcome_evidence(witnesses: Witnesses, noise: float) -> Array:
-    """Return the log probability of the known outcomes, had each candidate been the truth [R, Z]."""
-    num_rows, num_agents = witnesses.answer_RA.shape
-    log_RZ = np.zeros((num_rows, num_agents + 1))
-    for agent in range(num_agents):
-        outcome_R, answer_R = witnesses.outcome_RA[:, agent], witnesses.answer_RA[:, agent]
-        known_R = np.isfinite(outcome_R) & (answer_R != -2)
-        if not known_R.any():
-            continue
-        good_R = np.where(known_R, outcome_R, 0.5)
-        if_right = np.log(good_R * (1 - noise) + (1 - good_R) * noise)
-        if_wrong = np.log(good_R * noise + (1 - good_R) * (1 - noise))
-        is_right_RZ = np.arange(num_agents + 1) == answer_R[:, None]
-        log_RZ += np.where(known_R[:, None], np.where(is_right_RZ, if_right[:, None], if_wrong[:, None]), 0.0)
-    return log_RZ
-
-
 def fit_label_model(witnesses: Witnesses, *, seed: int) -> LabelModel:
     """Return the label model of the witnesses."""
     num_rows, num_agents = witnesses.answer_RA.shape
     if num_rows < MIN_ROWS or num_agents < 1:
         raise ConfigError(f"label model: {num_rows} rows of {num_agents} agents; expected at least {MIN_ROWS} rows and one agent")
-    choices = [
-        (count, 1.0)
-        for count in _CONTEXTS
-        if count == 1 or (witnesses.embedding_RD is not None and num_rows >= count * _ROWS_PER_CONTEXT)
-    ]
-    best = max(choices, key=lambda choice: _held_back(witnesses, *choice, seed=seed)) if len(choices) > 1 else choices[0]
-    spreads = [(best[0], spread) for spread in _SPREADS]
-    best = max(spreads, key=lambda choice: _held_back(witnesses, *choice, seed=seed))
-    model = fit_fixed(witnesses, *best, seed=seed)
+    num_contexts = 1 if witnesses.embedding_RD is None else min(MAX_CONTEXTS, num_rows // _ROWS_PER_CONTEXT)
+    model = _start(witnesses, num_contexts, _SPREAD, seed)
+    context_R = model.context(witnesses.embedding_RD, num_rows)
+    judged_R = np.isfinite(witnesses.outcome_RA).any(axis=1)
+    model = _fitted(model, witnesses, context_R, np.ones(num_rows), _ROUNDS)
+    if judged_R.sum() >= _MIN_JUDGED:
+        reliance_C = _reliance(model, witnesses, context_R, seed)
+        weight_R = np.where(judged_R, 1.0, reliance_C[context_R])
+        model = replace(_fitted(model, witnesses, context_R, weight_R, _ROUNDS), reliance_C=reliance_C)
     return replace(model, trust=trusted(model, witnesses))
+
+
+def _reliance(model: LabelModel, witnesses: Witnesses, context_R: IntArray, seed: int) -> Array:
+    """Return how much a query without outcome counts beside one with, by context [C]: what foretells held-back outcomes best.
+
+    Where weak agents err alike, agreement teaches the wrong competences, and 20 outcomes beside 60 unlabelled queries could not
+    set that right. Each context goes by its own outcomes and, for a quarter, by those of all others.
+    """
+    judged = np.flatnonzero(np.isfinite(witnesses.outcome_RA).any(axis=1))
+    fold_J = np.random.default_rng(seed).permutation(len(judged)) % _FOLDS
+    score_WC = np.zeros((len(_RELIANCES), len(model.ability_CA)))
+    for fold in range(_FOLDS):
+        hidden = judged[fold_J == fold]
+        outcome_RA = witnesses.outcome_RA.copy()
+        outcome_RA[hidden] = np.nan
+        seen = replace(witnesses, outcome_RA=outcome_RA)
+        judged_R = np.isfinite(outcome_RA).any(axis=1)
+        for place, reliance in enumerate(_RELIANCES):
+            weight_R = np.where(judged_R, 1.0, reliance)
+            fitted = _fitted(model, seen, context_R, weight_R, _ROUNDS // 2)
+            right_RA = np.clip(fitted.right_probability(seen.rows(hidden)), _NOISE, 1 - _NOISE)
+            told_RA = witnesses.outcome_RA[hidden]
+            log_RA = told_RA * np.log(right_RA) + (1 - told_RA) * np.log1p(-right_RA)
+            # The outcomes of one query are not independent.
+            log_R = np.nansum(log_RA, axis=1) / np.sqrt(np.isfinite(log_RA).sum(axis=1))
+            np.add.at(score_WC[place], context_R[hidden], log_R)
+    score_WC = 0.75 * score_WC + 0.25 * score_WC.sum(axis=1, keepdims=True)
+    share_WC = np.exp(score_WC - score_WC.max(axis=0))
+    reliance_C: Array = np.array(_RELIANCES) @ (share_WC / share_WC.sum(axis=0))
+    return reliance_C
 
 
 def trusted(model: LabelModel, witnesses: Witnesses) -> tuple[Trust, ...]:
@@ -249,20 +275,10 @@ def trusted(model: LabelModel, witnesses: Witnesses) -> tuple[Trust, ...]:
     return tuple(found)
 
 
-def _held_back(witnesses: Witnesses, num_contexts: int, spread: float, *, seed: int, folds: int = 2) -> float:
-    fold_R = np.random.default_rng(seed).permutation(len(witnesses.answer_RA)) % folds
-    return sum(
-        fit_fixed(witnesses.rows(fold_R != fold), num_contexts, spread, seed=seed).log_likelihood(witnesses.rows(fold_R == fold))
-        for fold in range(folds)
-    )
-
-
-def fit_fixed(witnesses: Witnesses, num_contexts: int, spread: float, *, seed: int, rounds: int = _ROUNDS) -> LabelModel:
-    """Return the model of so many contexts and that spread of difficulty."""
-    model = _start(witnesses, num_contexts, spread, seed)
-    context_R = model.context(witnesses.embedding_RD, len(witnesses.answer_RA))
+def _fitted(model: LabelModel, witnesses: Witnesses, context_R: IntArray, weight_R: Array, rounds: int) -> LabelModel:
+    """Return the model after so many rounds of expectation and maximisation from where it is."""
     for _ in range(rounds):
-        model = _maximised(model, witnesses, context_R, model.truth(witnesses))
+        model = _maximised(model, witnesses, context_R, weight_R, model.truth(witnesses))
     return model
 
 
@@ -285,25 +301,34 @@ def _start(witnesses: Witnesses, num_contexts: int, spread: float, seed: int) ->
         centre_CD=centre_CD,
         ability_CA=np.full((count, num_agents), _ABILITY[0]),
         doubt_mean_A=doubt_A,
+        doubt_CA=_by_context(witnesses.doubt_RA - doubt_A, context_R, count),
         doubt_slope_A=np.full(num_agents, _DOUBT[0]),
         length_mean_CA=mean_CA,
         length_sd_A=sd_A,
         length_share=share,
         length_slope=_LENGTH[0] if share > 0 else 0.0,
-        copy_AA=np.full((num_agents, num_agents), _COPY),
+        copy_AA=np.full((num_agents, num_agents), USUAL_COPY),
+        context_sd=_CONTEXT_SD,
         spread=spread,
         noise=_NOISE,
+        reliance_C=np.ones(count),
     )
+
+
+def _by_context(value_RA: Array, context_R: IntArray, count: int) -> Array:
+    """Return means by context [C, A], with the mean over all contexts as two values more; 0 where nothing is known."""
+    known_RA = np.isfinite(value_RA)
+    value_RA = np.where(known_RA, value_RA, 0.0)
+    mean_A = value_RA.sum(axis=0) / np.maximum(known_RA.sum(axis=0), 1)
+    member_CR = (context_R == np.arange(count)[:, None]).astype(np.float64)
+    mean_CA: Array = (member_CR @ value_RA + 2 * mean_A) / (member_CR @ known_RA + 2)
+    return mean_CA
 
 
 def _lengths(log_RA: Array, context_R: IntArray, count: int) -> tuple[Array, Array, float]:
     """Return mean per context, standard deviation within contexts, and the correlation between agents of log lengths."""
     known_RA = np.isfinite(log_RA)
-    mean_A = np.where(known_RA, log_RA, 0).sum(axis=0) / np.maximum(known_RA.sum(axis=0), 1)
-    mean_CA = np.empty((count, log_RA.shape[1]))
-    for c in range(count):
-        rows = context_R == c
-        mean_CA[c] = (np.where(known_RA[rows], log_RA[rows], 0).sum(axis=0) + 2 * mean_A) / (known_RA[rows].sum(axis=0) + 2)
+    mean_CA = _by_context(log_RA, context_R, count)
     centred_RA = np.where(known_RA, log_RA - mean_CA[context_R], 0)
     sd_A = np.sqrt((centred_RA**2).sum(axis=0) / np.maximum(known_RA.sum(axis=0), 1))
     sd_A = np.maximum(sd_A, 0.05)
@@ -313,19 +338,19 @@ def _lengths(log_RA: Array, context_R: IntArray, count: int) -> tuple[Array, Arr
     return mean_CA, sd_A, min(max(cross / max(both, 1.0), 0.0), 0.9)
 
 
-def _maximised(model: LabelModel, witnesses: Witnesses, context_R: IntArray, truth: Truth) -> LabelModel:
+def _maximised(model: LabelModel, witnesses: Witnesses, context_R: IntArray, weight_R: Array, truth: Truth) -> LabelModel:
     """Return the model after one step of maximisation: a Newton step of competences and slopes, then the shared errors."""
     asked_RA = witnesses.asked
-    right_RAK = right_of(truth.weight_RZK, witnesses.answer_RA)
-    all_RAK = truth.weight_RZK.sum(axis=1)[:, None, :] * asked_RA[:, :, None]
+    right_RAK = right_of(truth.weight_RZK, witnesses.answer_RA) * weight_R[:, None, None]
+    all_RAK = truth.weight_RZK.sum(axis=1)[:, None, :] * (asked_RA * weight_R[:, None])[:, :, None]
     p_RAK = 1 / (1 + np.exp(-model.logits(witnesses)))
     slope_RA = (right_RAK - all_RAK * p_RAK).sum(axis=2)
     curve_RA = (all_RAK * p_RAK * (1 - p_RAK)).sum(axis=2)
     member_CR = (context_R == np.arange(len(model.ability_CA))[:, None]).astype(np.float64)
-    mean_A, variance = _mean_ability(model.ability_CA)
+    mean_A, variance = _mean_ability(model)
     step_CA = (member_CR @ slope_RA - (model.ability_CA - mean_A) / variance) / (member_CR @ curve_RA + 1 / variance)
     ability_CA = np.clip(model.ability_CA + np.clip(step_CA, -1, 1), -_CLIP, _CLIP)
-    doubt_RA = np.where(np.isnan(witnesses.doubt_RA), 0.0, witnesses.doubt_RA - model.doubt_mean_A)
+    doubt_RA = model.doubts(witnesses, context_R)
     shared = model.doubt_slope_A.mean()
     grad_A = -(slope_RA * doubt_RA).sum(axis=0) - (model.doubt_slope_A - (4 * shared + _DOUBT[0]) / 5) / _DOUBT[1] ** 2
     step_A = grad_A / ((curve_RA * doubt_RA**2).sum(axis=0) + 1 / _DOUBT[1] ** 2)
@@ -337,33 +362,25 @@ def _maximised(model: LabelModel, witnesses: Witnesses, context_R: IntArray, tru
         ability_CA=ability_CA,
         doubt_slope_A=np.clip(model.doubt_slope_A + np.clip(step_A, -0.3, 0.3), 0, 4),
         length_slope=float(np.clip(model.length_slope + np.clip(step, -0.3, 0.3), 0, 4)) if model.length_share > 0 else 0.0,
-        copy_AA=_shared_errors(witnesses.answer_RA, truth),
+        copy_AA=copies(witnesses.answer_RA, truth, weight_R),
+        context_sd=_context_sd(ability_CA, member_CR @ curve_RA, model.context_sd),
     )
 
 
-def _mean_ability(ability_CA: Array) -> tuple[Array, float]:
+def _mean_ability(model: LabelModel) -> tuple[Array, float]:
     """Return what competence in a context is drawn to, [A], and its variance: the agent's mean over contexts, itself shrunk."""
     mean, sd = _ABILITY
-    count = len(ability_CA)
+    count, num_agents = model.ability_CA.shape
     if count == 1:
-        return np.full(ability_CA.shape[1], mean), sd**2
-    weight = count / _CONTEXT_SD**2
-    return (weight * ability_CA.mean(axis=0) + mean / sd**2) / (weight + 1 / sd**2), _CONTEXT_SD**2
+        return np.full(num_agents, mean), sd**2
+    weight = count / model.context_sd**2
+    return (weight * model.ability_CA.mean(axis=0) + mean / sd**2) / (weight + 1 / sd**2), model.context_sd**2
 
 
-def _shared_errors(answer_RA: IntArray, truth: Truth) -> Array:
-    """Return how probable it is that two agents, both wrong, say the same [A, A]; drawn to the mean of all pairs."""
-    right_RA = right_of(truth.weight_RZK, answer_RA).sum(axis=2)
-    given_RA = answer_RA >= 0
-    both_RAA = given_RA[:, :, None] & given_RA[:, None, :]
-    same_RAA = both_RAA & (answer_RA[:, :, None] == answer_RA[:, None, :])
-    wrong_RA = 1 - right_RA
-    same_AA = np.where(same_RAA, wrong_RA[:, :, None], 0.0).sum(axis=0)
-    apart_RAA = both_RAA & ~same_RAA
-    apart_AA = np.where(apart_RAA, np.maximum(1 - right_RA[:, :, None] - right_RA[:, None, :], 0.0), 0.0).sum(axis=0)
-    off_AA = ~np.eye(len(same_AA), dtype=bool)
-    # The median of all pairs is the chance that a pair is drawn to: two that collude do not make others suspect.
-    chance_AA = (same_AA + _COPY * _COPY_ERRORS) / (same_AA + apart_AA + _COPY_ERRORS)
-    pooled = float(np.median(chance_AA[off_AA])) if off_AA.any() else _COPY
-    copy_AA: Array = (same_AA + pooled * _PAIR_ERRORS) / (same_AA + apart_AA + _PAIR_ERRORS)
-    return copy_AA
+def _context_sd(ability_CA: Array, curve_CA: Array, old: float) -> float:
+    """Return how far competence differs between contexts: what is seen, and what is uncertain of it (empirical Bayes)."""
+    count, num_agents = ability_CA.shape
+    if count == 1:
+        return old
+    seen = ((ability_CA - ability_CA.mean(axis=0)) ** 2).sum() * count / (count - 1) + (1 / (curve_CA + 1 / old**2)).sum()
+    return float(np.sqrt((seen + _CONTEXT_SD**2 * num_agents) / (ability_CA.size + num_agents)))

@@ -10,16 +10,24 @@ K nodes of difficulty.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dmoa.core.witnesses import Array, IntArray
+from dmoa.core.witnesses import NOT_ASKED, Array, IntArray, Witnesses
 
 MAX_SHARED = 0.95
 """The most that a wrong agent repeats other wrong answers: an answer of its own is never impossible."""
 MIN_CHANCE = 1e-3
+NODES = 5
+USUAL_COPY = 0.15
+"""Probability that two wrong agents say the same beforehand, ..."""
+_COPY_ERRORS = 30.0
+"""... and for how many joint errors that counts in the estimate of what is usual, ..."""
+_PAIR_ERRORS = 10.0
+"""... as what is usual does in that of each pair."""
 
 
 class Truth(NamedTuple):
@@ -50,6 +58,7 @@ def truth_posterior(
         is_used_RZ[rows[answer_R >= 0], answer_R[answer_R >= 0]] = True
     log_RZK[~is_used_RZ] = -np.inf
     log_right_RAK, log_wrong_RAK = np.log(right_RAK), np.log1p(-right_RAK)
+    order = order[(answer_RA[:, order] > NOT_ASKED).any(axis=0)]
     for place, agent in enumerate(order):
         answer_R = answer_RA[:, agent]
         shared_RZ = shared_errors(answer_RA, copy_AA[agent], order[:place])
@@ -89,3 +98,48 @@ def right_of(weight_RZK: Array, answer_RA: IntArray) -> npt.NDArray[np.float64]:
     """Return the joint posterior of each agent being right and of the difficulty [R, A, K]; 0 without an answer."""
     found_RAK = np.take_along_axis(weight_RZK, np.maximum(answer_RA, 0)[:, :, None], axis=1)
     return np.where((answer_RA >= 0)[:, :, None], found_RAK, 0.0)
+
+
+@cache
+def nodes(spread: float) -> tuple[Array, Array]:
+    """Return values and weights of the difficulty: Gauss-Hermite nodes of a normal of that standard deviation."""
+    if spread == 0:
+        return np.zeros(1), np.ones(1)
+    value_K, weight_K = np.polynomial.hermite_e.hermegauss(NODES)
+    return value_K * spread, weight_K / weight_K.sum()
+
+
+def outcome_evidence(witnesses: Witnesses, noise: float) -> Array:
+    """Return the log probability of the known outcomes, had each candidate been the truth [R, Z]."""
+    num_rows, num_agents = witnesses.answer_RA.shape
+    log_RZ = np.zeros((num_rows, num_agents + 1))
+    for agent in np.flatnonzero(np.isfinite(witnesses.outcome_RA).any(axis=0)):
+        outcome_R, answer_R = witnesses.outcome_RA[:, agent], witnesses.answer_RA[:, agent]
+        known_R = np.isfinite(outcome_R) & (answer_R != NOT_ASKED)
+        if not known_R.any():
+            continue
+        good_R = np.where(known_R, outcome_R, 0.5)
+        if_right = np.log(good_R * (1 - noise) + (1 - good_R) * noise)
+        if_wrong = np.log(good_R * noise + (1 - good_R) * (1 - noise))
+        is_right_RZ = np.arange(num_agents + 1) == answer_R[:, None]
+        log_RZ += np.where(known_R[:, None], np.where(is_right_RZ, if_right[:, None], if_wrong[:, None]), 0.0)
+    return log_RZ
+
+
+def copies(answer_RA: IntArray, truth: Truth, weight_R: Array) -> Array:
+    """Return how probable it is that two agents, both wrong, say the same [A, A]; drawn to the mean of all pairs."""
+    right_RA = right_of(truth.weight_RZK, answer_RA).sum(axis=2)
+    given_RA = answer_RA >= 0
+    both_RAA = given_RA[:, :, None] & given_RA[:, None, :]
+    is_same_RAA = answer_RA[:, :, None] == answer_RA[:, None, :]
+    wrong_RA = 1 - right_RA
+    apart_RAA = np.maximum(wrong_RA[:, :, None] - right_RA[:, None, :], 0.0)  # two answers cannot both be right
+    weighted_RAA = np.where(both_RAA, weight_R[:, None, None], 0.0)
+    same_AA = (weighted_RAA * is_same_RAA * wrong_RA[:, :, None]).sum(axis=0)
+    apart_AA = (weighted_RAA * ~is_same_RAA * apart_RAA).sum(axis=0)
+    off_AA = ~np.eye(len(same_AA), dtype=bool)
+    # The median of all pairs is the chance that a pair is drawn to: two that collude do not make others suspect.
+    chance_AA = (same_AA + USUAL_COPY * _COPY_ERRORS) / (same_AA + apart_AA + _COPY_ERRORS)
+    pooled = float(np.median(chance_AA[off_AA])) if off_AA.any() else USUAL_COPY
+    copy_AA: Array = (same_AA + pooled * _PAIR_ERRORS) / (same_AA + apart_AA + _PAIR_ERRORS)
+    return copy_AA

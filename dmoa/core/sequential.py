@@ -4,8 +4,8 @@ Reads a label model (`core/label_model`). The worth of a reply is how much it is
 answer is right, looking up to two replies ahead: one that can only break a tie of two is worth something too. Source: ours, after
 the expected value of sample information.
 
-Shape letters: A agents, B candidates to ask, J answers that one may give, Z candidates for the truth, K nodes of difficulty;
-C and L as B and J, of the reply after.
+Shape letters: A agents, B candidates to ask, F those looked at two replies ahead, J answers known, Z candidates for the truth,
+K nodes of difficulty, S states of a query.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmoa.core.label_model import LabelModel
-from dmoa.core.posterior import MAX_SHARED, MIN_CHANCE, right_of, shared_errors
+from dmoa.core.posterior import MAX_SHARED, right_of
 from dmoa.core.witnesses import NO_ANSWER, NOT_ASKED, Array, IntArray, Witnesses
 
 AGENT_PRICE = 0.02
@@ -87,61 +87,68 @@ def _worth(
     """Return the worth of each candidate [B], net of price, the better of one and of two replies ahead."""
     answers = int(max(answer_A.max(), -1)) + 1
     state_ZK = np.concatenate([weight_ZK[:answers], weight_ZK[-1:]])  # the answers given, none of them
-    asked = np.flatnonzero(answer_A >= 0)
-    asked = asked[np.argsort(model.ability_CA.mean(axis=0)[asked])[::-1]]
-    shared_BJ = np.stack([shared_errors(answer_A[None], model.copy_AA[b], asked)[0, :answers] for b in open_B])
+    asked = [agent for agent in model.order.tolist() if answer_A[agent] >= 0]
+    shared_BJ = np.zeros((len(open_B), answers))
+    for agent in asked:
+        column_B = shared_BJ[:, answer_A[agent]]
+        np.maximum(column_B, model.copy_AA[open_B, agent], out=column_B)
     lead = float(state_ZK[:-1].sum(axis=1).max()) if answers else 0.0
-    first_BJZK = extended(state_ZK, right_BK, shared_BJ)
+    first_BJZK = extended(state_ZK[None], right_BK[None], shared_BJ[None])[0]
     best_BJ = first_BJZK[:, :, :-1].sum(axis=3).max(axis=2)
     worth_B: Array = best_BJ.sum(axis=1) - lead - price
-    ahead = np.argsort(-right_B, kind="stable")[:_AHEAD]
-    if len(open_B) > 1:
-        for place in ahead:
-            others = ahead[ahead != place]
-            if not len(others):
-                continue
-            copy_C = model.copy_AA[open_B[place], open_B[others]]
-            later = _best_after(first_BJZK[place], best_BJ[place], shared_BJ[others], copy_C, right_BK[others], price)
-            worth_B[place] = max(worth_B[place], later - lead - price)
+    ahead_F = np.argsort(-right_B, kind="stable")[:_AHEAD]
+    if len(ahead_F) > 1:
+        later_FJ = _best_after(
+            first_BJZK[ahead_F], shared_BJ[ahead_F], right_BK[ahead_F], model.copy_AA[np.ix_(*[open_B[ahead_F]] * 2)], price
+        )
+        worth_F = np.maximum(best_BJ[ahead_F], later_FJ).sum(axis=1) - lead - price
+        worth_B[ahead_F] = np.maximum(worth_B[ahead_F], worth_F)
     return worth_B
 
 
-def _best_after(state_JZK: Array, best_J: Array, shared_CZ: Array, copy_C: Array, right_CK: Array, price: float) -> float:
-    """Return the expected probability of a right answer, net of the second price, if the first reply may be followed by another.
+def _best_after(state_FJZK: Array, shared_FJ: Array, right_FK: Array, copy_FF: Array, price: float) -> Array:
+    """Return, for every first candidate and answer, the weight of a right answer if the best other one is asked next [F, J + 1].
 
-    `shared_CZ`: what the candidates share with the answers there before the first reply; its own answer is class J - 1 if new.
+    Net of the second price, which is paid where the first answer comes out so. `shared_FJ`: what each candidate shares with the
+    answers there before; the new answer, if there is one, is that of the first candidate alone.
     """
-    num_answers = len(state_JZK) - 1
-    total = 0.0
-    for said in range(num_answers + 1):
-        shared = np.concatenate([shared_CZ, np.zeros((len(shared_CZ), 1))], axis=1)
-        shared[:, said] = np.maximum(shared[:, said], copy_C)
-        state_ZK = state_JZK[said]
-        after_CLZK = extended(state_ZK, right_CK, shared)
-        after_C = after_CLZK[:, :, :-1].sum(axis=3).max(axis=2).sum(axis=1) - price * state_ZK.sum()
-        total += max(float(best_J[said]), float(after_C.max()))
-    return total
+    num_first, num_answers = len(shared_FJ), shared_FJ.shape[1] + 1
+    shared_FJFL = np.zeros((num_first, num_answers, num_first, num_answers))
+    shared_FJFL[..., :-1] = shared_FJ
+    said = np.arange(num_answers)
+    shared_FJFL[:, said, :, said] = np.maximum(shared_FJFL[:, said, :, said], copy_FF)
+    states = num_first * num_answers
+    after = extended(
+        state_FJZK.reshape(states, *state_FJZK.shape[2:]),
+        np.broadcast_to(right_FK, (states, *right_FK.shape)),
+        shared_FJFL.reshape(states, num_first, num_answers),
+    )
+    best_FJF = after[..., :-1, :].sum(axis=-1).max(axis=-1).sum(axis=-1).reshape(num_first, num_answers, num_first)
+    best_FJF[np.arange(num_first), :, np.arange(num_first)] = -np.inf
+    best_FJ: Array = best_FJF.max(axis=-1) - price * state_FJZK.sum(axis=(2, 3))
+    return best_FJ
 
 
-def extended(state_ZK: Array, right_BK: Array, shared_BJ: Array) -> Array:
-    """Return the joint weights after each candidate's each possible answer [B, J + 1, Z + 1, K], given those before [Z, K].
+def extended(state_SZK: Array, right_SBK: Array, shared_SBJ: Array) -> Array:
+    """Return the joint weights after each possible answer of each candidate in each state [S, B, J + 1, J + 2, K].
 
-    The J answers known so far come first and a new one after them, "none of them" is the last candidate for the truth: Z = J + 1
-    before. Summed over all but B it is 1 again where the state sums to 1.
+    `state_SZK` are the weights before, Z = J + 1: the J answers that are known, and none of them; after it a new answer comes
+    behind the known ones. `shared_SBJ`: how probable a wrong candidate repeats each known answer if that is wrong too.
+    Summed over all but S and B it is what the state sums to.
     """
-    num_answers = shared_BJ.shape[1]
+    num_states, num_agents, num_answers = shared_SBJ.shape
     # Given truth z, the wrong answers that may be repeated are all others.
-    total_BZ = shared_BJ.sum(axis=1, keepdims=True) - np.concatenate([shared_BJ, np.zeros((len(shared_BJ), 1))], axis=1)
-    scale_BZ = MAX_SHARED / np.maximum(total_BZ, MAX_SHARED)
-    chance_BJZ = np.empty((len(shared_BJ), num_answers + 1, num_answers + 2))
-    chance_BJZ[:, :num_answers, :-2] = shared_BJ[:, :, None] * scale_BZ[:, None, :-1]
-    chance_BJZ[:, :num_answers, -2:] = (shared_BJ * scale_BZ[:, -1:])[:, :, None]
-    chance_BJZ[:, -1, :-2] = 1 - (total_BZ * scale_BZ)[:, :-1]
-    chance_BJZ[:, -1, -2:] = (1 - (total_BZ * scale_BZ)[:, -1])[:, None]
-    before_ZK = np.concatenate([state_ZK, state_ZK[-1:]])
-    wrong_BJZK = np.maximum(chance_BJZ, MIN_CHANCE)[..., None] * (1 - right_BK)[:, None, None, :]
+    total_SBZ = np.empty((num_states, num_agents, num_answers + 1))
+    total_SBZ[..., -1] = shared_SBJ.sum(axis=2)
+    total_SBZ[..., :-1] = total_SBZ[..., -1:] - shared_SBJ
+    scale_SBZ = MAX_SHARED / np.maximum(total_SBZ, MAX_SHARED)
+    chance_SBJZ = np.empty((num_states, num_agents, num_answers + 1, num_answers + 2))
+    chance_SBJZ[:, :, :-1, :-1] = shared_SBJ[..., None] * scale_SBZ[:, :, None]
+    chance_SBJZ[:, :, -1, :-1] = 1 - total_SBZ * scale_SBZ
+    chance_SBJZ[..., -1] = chance_SBJZ[..., -2]
+    wrong_SBJZK = chance_SBJZ[..., None] * (1 - right_SBK)[:, :, None, None]
     spot = np.arange(num_answers + 1)
-    wrong_BJZK[:, spot, spot] = right_BK[:, None, :]
-    out_BJZK: Array = before_ZK * wrong_BJZK
-    out_BJZK[:, :num_answers, -2] = 0.0  # an answer nobody gave is no candidate of its own
-    return out_BJZK
+    wrong_SBJZK[:, :, spot, spot] = right_SBK[:, :, None]
+    wrong_SBJZK *= np.concatenate([state_SZK, state_SZK[:, -1:]], axis=1)[:, None, None]
+    wrong_SBJZK[:, :, :-1, -2] = 0.0  # an answer that nobody gave is no candidate of its own
+    return wrong_SBJZK

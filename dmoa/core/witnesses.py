@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from dmoa.core.answers import extract_answer, same_answer
+from dmoa.core import forms
 from dmoa.core.scores import raw_score
 from dmoa.errors import ConfigError
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-NO_ANSWER = -1
+NO_ANSWER = forms.NO_ANSWER
 """In `answer_RA`: the reply came, and nothing that could agree with another was read from it."""
 NOT_ASKED = -2
 """In `answer_RA`: there is no reply."""
@@ -82,37 +82,30 @@ class Witnesses:
         )
 
 
-def answer_classes(texts: Sequence[str | None]) -> list[int]:
+def answer_classes(texts: Sequence[str | None], query: str = "") -> list[int]:
     """Return the equality class of each reply to one query, numbered as they come; None is a reply that is not there.
 
-    A reply without an answer that can be read agrees with none: prose is not compared by meaning.
+    The equality is that of the scorers (`core/forms`). A reply without an answer that can be read agrees with none: prose is not
+    compared by meaning.
     """
-    known: list[str] = []
-    found: list[int] = []
-    for text in texts:
-        answer = None if text is None else extract_answer(text)
-        if answer is None:
-            found.append(NOT_ASKED if text is None else NO_ANSWER)
-            continue
-        place = next((number for number, other in enumerate(known) if same_answer(other, answer)), len(known))
-        found.append(place)
-        if place == len(known):
-            known.append(answer)
-    return found
+    classes = iter(forms.answer_classes([text for text in texts if text is not None], query))
+    return [NOT_ASKED if text is None else next(classes) for text in texts]
 
 
 def witnesses_of(
     texts: Sequence[Sequence[str | None]],
     *,
+    queries: Sequence[str] | None = None,
     entropies: Sequence[Sequence[float | None]] | None = None,
     embedding_RD: Array | None = None,
     outcomes: Sequence[Sequence[float | None]] | None = None,
 ) -> Witnesses:
     """Return the witnesses of R queries from A texts each, None where an agent was not asked.
 
-    `entropies` are mean nats per token, `outcomes` 0 to 1, both of the same shape and None where unknown.
+    `queries` tell the form of the answers (`core/forms`). `entropies` are mean nats per token, `outcomes` 0 to 1, both of
+    the same shape and None where unknown.
     """
-    answer_RA = np.array([answer_classes(row) for row in texts], dtype=np.int64)
+    answer_RA = np.array([answer_classes(*row) for row in zip(texts, queries or [""] * len(texts), strict=True)], dtype=np.int64)
     if answer_RA.ndim != 2:
         raise ConfigError(f"witnesses: rows of {sorted({len(row) for row in texts})} replies; expected as many as agents in each")
     length_RA = np.array([[np.nan if text is None else float(len(text)) for text in row] for row in texts])

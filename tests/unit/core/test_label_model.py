@@ -47,13 +47,16 @@ def by_hand(right: list[float], copy: float = 0.1) -> LabelModel:
         ability_CA=np.array([[math.log(p / (1 - p)) for p in right]]),
         doubt_mean_A=np.zeros(agents),
         doubt_slope_A=np.zeros(agents),
+        doubt_CA=np.zeros((1, agents)),
         length_mean_CA=np.zeros((1, agents)),
         length_sd_A=np.ones(agents),
         length_share=0.0,
         length_slope=0.0,
         copy_AA=np.full((agents, agents), copy),
+        context_sd=0.5,
         spread=0.0,
         noise=0.05,
+        reliance_C=np.ones(1),
     )
 
 
