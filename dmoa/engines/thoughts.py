@@ -1,11 +1,20 @@
-"""Finds an answer again in all that was generated, where somebody else parted the thoughts: an endpoint, a parser of vLLM's."""
+"""Which thoughts are marked by special tokens; and where an answer stands in all that was generated, if others parted them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from dmoa.core.reasoning import SplitReply
+from dmoa.core.reasoning import SplitReply, split_reasoning
+
+_CHANNEL = "<|channel|>"
+
+
+def has_special_marks(tokenizer: Any) -> bool:
+    """Tell whether special tokens of a tokenizer mark thoughts, so that a reply is decoded with its special tokens."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    return any(token.special and (token.content == _CHANNEL or split_reasoning(token.content).is_open) for token in added)
 
 
 def placed_split(raw: str, text: str, split: SplitReply) -> SplitReply | None:

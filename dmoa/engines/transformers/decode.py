@@ -134,12 +134,13 @@ def _invert(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
 class TextStream:
     """Decodes one reply token by token, and finds the stop text that ends it."""
 
-    __slots__ = ("_decoder", "_ends", "_sent", "_stop", "_text", "_tokenizer", "_tokens", "stopped")
+    __slots__ = ("_decoder", "_ends", "_keeps_special", "_sent", "_stop", "_text", "_tokenizer", "_tokens", "stopped")
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        """`tokenizer` is a `tokenizers.Tokenizer`; empty stop texts are ignored."""
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, keeps_special: bool = False) -> None:
+        """`tokenizer` is a `tokenizers.Tokenizer`; empty stop texts are ignored. `keeps_special`: special tokens are text."""
         self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._keeps_special = keeps_special
+        self._decoder = DecodeStream(skip_special_tokens=not keeps_special)
         self._stop = tuple(text for text in stop if text)
         self._tokens: list[int] = []
         self._text = ""
@@ -172,7 +173,7 @@ class TextStream:
         """Return the text still held back, once the reply has ended; bytes of an incomplete character are dropped."""
         if not self.stopped:
             # The decoder holds back everything of a token that ends amid a character, its whole characters too.
-            whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True).rstrip(_BROKEN)
+            whole = self._tokenizer.decode(self._tokens, skip_special_tokens=not self._keeps_special).rstrip(_BROKEN)
             if whole.startswith(self._text):
                 self._extend(whole[len(self._text) :])
         return self._release(0)

@@ -23,6 +23,7 @@ from dmoa.engine_options import TransformersOptions
 from dmoa.engines.adapter_files import check_adapter
 from dmoa.engines.chat_template import encode_chat, opened_thought, room_for_reply
 from dmoa.engines.models import HubModel
+from dmoa.engines.thoughts import has_special_marks
 from dmoa.engines.transformers.decode import DecodeLoop, LoopTimes, Running, TextStream, draw_for
 from dmoa.engines.transformers.load import give_back, load_model, num_threads
 from dmoa.engines.transformers.lora import Adapters
@@ -81,6 +82,7 @@ class TransformersEngine:
         self._label = loaded.label
         self._device = loaded.device
         self._tokenizer = loaded.tokenizer
+        self._keeps_special = has_special_marks(loaded.tokenizer.backend_tokenizer)
         self._adapters = Adapters(loaded.model, folders)
         self._loop: DecodeLoop | None = DecodeLoop(
             loaded, self._adapters, max_rows=max_num_seqs, has_prefix_cache=self._options.prefix_cache
@@ -168,7 +170,7 @@ class TransformersEngine:
             adapter=request.adapter,
             max_tokens=max(1, min(sampling.max_tokens, room)),
             draw=draw_for(sampling, request.call_id),
-            text=TextStream(self._tokenizer.backend_tokenizer, sampling.stop),
+            text=TextStream(self._tokenizer.backend_tokenizer, sampling.stop, keeps_special=self._keeps_special),
             deadline_unix_s=request.deadline_unix_s,
             accepted_s=accepted_s,
             on_text=(lambda delta: self._post(listener, delta)) if has_text else (lambda delta: None),

@@ -15,13 +15,12 @@ from vllm.reasoning import ReasoningParser, ReasoningParserManager
 
 from dmoa.core.entropy_scope import answer_tokens
 from dmoa.core.reasoning import ReasoningSplitter, split_reasoning
-from dmoa.engines.thoughts import placed_split
+from dmoa.engines.thoughts import has_special_marks, placed_split
 from dmoa.errors import ConfigError
 from dmoa.types import TextDelta
 
 HARMONY = "openai_gptoss"
 """Of the channels of gpt-oss vLLM's reasoning parser knows no more than that they end: they are parted by their marks."""
-_CHANNEL = "<|channel|>"
 
 
 def parser_class(name: str | None) -> type[ReasoningParser] | None:
@@ -47,8 +46,7 @@ class ReasoningFormat:
         self.backend = tokenizer.backend_tokenizer
         self._tokenizer = tokenizer
         self._parser = parser_class(parser)
-        added = self.backend.get_added_tokens_decoder().values()
-        self.keeps_marks = parser is not None or any(token.special and _is_mark(token.content) for token in added)
+        self.keeps_marks = parser is not None or has_special_marks(self.backend)
         """Whether vLLM is to leave special tokens in the text, because some of them mark thoughts."""
         try:
             self.new_parser()
@@ -65,10 +63,6 @@ class ReasoningFormat:
     def decoder(self, prompt_tokens: Sequence[int]) -> DecodeStream:
         """Return what decodes a reply token by token, as vLLM does."""
         return DecodeStream(ids=list(prompt_tokens), skip_special_tokens=not self.keeps_marks)
-
-
-def _is_mark(name: str) -> bool:
-    return name == _CHANNEL or split_reasoning(name).is_open
 
 
 class ReplyText:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tokenizers import Tokenizer
 
 from dmoa.agents.agent import Agent
 from dmoa.config import AgentConfig
 from dmoa.core.reasoning import ReasoningSplitter
 from dmoa.engines.chat_template import opened_thought
+from dmoa.engines.thoughts import has_special_marks
 from dmoa.engines.transformers.decode import Running, TextStream
 from dmoa.types import EntropySum, Generation, Message, TextDelta
 from tests.unit.agents.conftest import tiny_tokenizer
@@ -115,6 +117,16 @@ def test_the_decode_loop_parts_the_entropy_by_the_positions_of_the_answer(whole:
     assert found.reasoning_entropy == EntropySum.of_tokens([float(n + 1) for n in range(first)])
     assert found.usage.reasoning_tokens == first
     assert found.usage.completion_tokens == len(tokens) + 1
+
+
+def test_special_tokens_stay_in_the_text_where_some_mark_thoughts() -> None:
+    tokenizer = Tokenizer.from_str(TOKENIZER.backend_tokenizer.to_str())
+    assert not has_special_marks(tokenizer)
+    tokenizer.add_special_tokens(["[THINK]", "[/THINK]"])
+    assert has_special_marks(tokenizer)
+    tokens = tokenizer.encode("[THINK]6[/THINK]42", add_special_tokens=False).ids
+    streams = [TextStream(tokenizer, keeps_special=keeps) for keeps in (True, False)]
+    assert ["".join(map(stream.push, tokens)) for stream in streams] == ["[THINK]6[/THINK]42", "642"]
 
 
 def test_a_reply_without_a_thought_has_all_its_entropy() -> None:
