@@ -192,7 +192,13 @@ def _json_value(text: str, start: int) -> tuple[str, int]:
     if not is_whole:
         match = _JSON_STRING.match(text, start) or _JSON_BARE.match(text, start)
         return (match[match.lastindex or 0].strip(), match.end()) if match else ("", start)
-    return (value if isinstance(value, str) else text[start:end].strip("[]")), end
+    return (_with_latex(value) if isinstance(value, str) else text[start:end].strip("[]")), end
+
+
+def _with_latex(value: str) -> str:
+    """Give LaTeX its backslash back where one was written and JSON read it as an escape: of frac, beta, text, times."""
+    value = value.replace("\x0c", "\\f").replace("\x08", "\\b")
+    return re.sub(r"\t(?=ext|imes|heta|an\b)", r"\\t", value)
 
 
 def final_statement(prose: str) -> Final | None:

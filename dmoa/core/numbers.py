@@ -182,9 +182,16 @@ def plain_text(text: str) -> str:
     text = re.sub(r"\*\*|__|`", "", text)
     text = text.replace("{,}", ",").replace("\\$", "$").replace("\\%", "%").replace("\\!", "")
     text = re.sub(r"(?<=[0-9])\s?(?=\\[dt]?frac)", " ", text)  # a mixed number: 2\frac{1}{2} is 2 1/2
-    text = re.sub(r"\\[dt]?frac\s?(?:\{([^{}]*)\}\s?\{([^{}]*)\}|([0-9])([0-9]))", r"\1\3/\2\4", text)
+    text = re.sub(r"\\[dt]?frac\s?(?:\{([^{}]*)\}\s?\{([^{}]*)\}|([0-9])([0-9]))", _as_ratio, text)
     text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     return _signed(re.sub(r"\\[()\[\],;]", " ", text))
+
+
+def _as_ratio(match: re.Match[str]) -> str:
+    """Write a fraction on one line, its parts in parentheses where they would come apart."""
+    above, below = (match[1] or match[3] or "").strip(), (match[2] or match[4] or "").strip()
+    above = f"({above})" if re.search(r"(?<=.)[-+]", above) else above
+    return f"{above}/{below}" if re.fullmatch(r"[-0-9.,$%\s]*|[A-Za-z]", below) else f"{above}/({below})"
 
 
 def _as_root(match: re.Match[str]) -> str:

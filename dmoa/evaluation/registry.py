@@ -124,14 +124,21 @@ class OpenScorers:
         return {name: judging(name, allow_weak_sandbox=self.allow_weak_sandbox).score for name in self.names}
 
 
+def _everywhere() -> list[str]:
+    """Return dmoa's benchmarks whose rows can be had without files."""
+    return [name for name in BENCHMARKS.builtin if BENCHMARKS[name].hub is not None]
+
+
 def expand_names(names: Sequence[str]) -> tuple[str, ...]:
     """Return benchmark names with `all`, `suites` and each `FILE.py:NAME` replaced by what they stand for.
 
-    `all` is dmoa's nine. Raises ConfigError for unknown ones, and for a file that cannot be loaded.
+    `all` is dmoa's nine whose rows the hub has at a fixed revision.
+
+    Raises ConfigError for unknown ones, and for a file that cannot be loaded.
     """
     found: list[str] = []
     for name in BENCHMARKS.resolve(names, "--benchmarks"):
-        found.extend(BENCHMARKS.builtin if name == ALL else SUITES if name == ALL_SUITES else (name,))
+        found.extend(_everywhere() if name == ALL else SUITES if name == ALL_SUITES else (name,))
     unknown = [name for name in found if name not in BENCHMARKS and name not in SUITES]
     if unknown or not found:
         allowed = (*BENCHMARKS, *SUITES, ALL, ALL_SUITES)

@@ -1,4 +1,4 @@
-"""What all nine benchmarks share: checked fields of upstream rows, a hash and a place in the splits, and the scorer's record.
+"""What all benchmarks share: checked fields of upstream rows, a hash and a place in the splits, and the scorer's record.
 
 A line of a file becomes a `dict`, `Benchmark.parse` turns it into a `ParsedRow` (pure: no disk, no network) or raises
 `RowError`, and `evaluation/data` gives it an id and makes it a `Row`. Each benchmark's module defines its upstream fields, its
@@ -274,6 +274,8 @@ BENCHMARKS: Registry[Benchmark] = Registry(
         "ds1000": f"{_HERE}.ds1000:Ds1000Row",
         "hotpotqa": f"{_HERE}.hotpotqa:HotpotRow",
         "ddxplus": f"{_HERE}.ddxplus:DDXPLUS",
+        "cruxeval_o": f"{_HERE}.cruxeval:CruxevalRow",
+        "math": f"{_HERE}.competition_math:MathRow",
     },
 )
 RowT = TypeVar("RowT", bound=type[UpstreamRow])

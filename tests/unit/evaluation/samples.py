@@ -104,6 +104,13 @@ ROWS: dict[str, dict[str, Any]] = {
         "EVIDENCES": "['E_1', 'E_2_@_V_0', 'E_2_@_V_2', 'E_2_@_V_1', 'E_3_@_4', 'E_4_@_V_6']",
         "INITIAL_EVIDENCE": "E_1",
     },
+    "cruxeval_o": {"id": "made_1", "code": "def f(x):\n    return x[::-1]", "input": "[1, 'a']", "output": "['a', 1]"},
+    "math": {
+        "problem": "What is half of $\\pi$?",
+        "level": "Level 5",
+        "type": "Geometry",
+        "solution": "Halving gives $\\boxed{\\frac{\\pi}{2}}$.",
+    },
 }
 """One row per benchmark."""
 

@@ -101,6 +101,19 @@ Antecedents:
 - Have you been on a boat? yes
 
 Everything that is not listed is absent.""",
+    "cruxeval_o": """\
+Complete the assertion with the Python literal that the function returns, even if the function is wrong. \
+End with a line `Answer: X`, X the literal.
+
+```python
+def f(x):
+    return x[::-1]
+assert f([1, 'a']) == ??
+```""",
+    "math": """\
+Solve the problem. End with the final answer in \\boxed{}.
+
+Problem: What is half of $\\pi$?""",
 }
 GOLD: dict[str, dict[str, Any]] = {
     "mmlu": {"letter": "C", "choices": ["4", "6", "7", "9"]},
@@ -122,8 +135,10 @@ GOLD: dict[str, dict[str, Any]] = {
         "differential": [["Loud hiccups", 0.75], ["Sea legs", 0.25]],
         "conditions": ["Green spots", "Loud hiccups", "Sea legs"],
     },
+    "cruxeval_o": {"output": "['a', 1]"},
+    "math": {"answer": "\\frac{\\pi}{2}"},
 }
-GROUPS = {"mmlu": "number_games", "ds1000": "Pandas", "hotpotqa": "bridge"}
+GROUPS = {"mmlu": "number_games", "math": "Geometry", "ds1000": "Pandas", "hotpotqa": "bridge"}
 
 # What is right, and why, under other values: the prompt must not notice.
 OTHER_LABELS: dict[str, dict[str, Any]] = {
@@ -136,6 +151,8 @@ OTHER_LABELS: dict[str, dict[str, Any]] = {
     "ds1000": {"reference_code": "x", "code_context": "y", "metadata": {**ROWS["ds1000"]["metadata"], "problem_id": 1}},
     "hotpotqa": {"id": "x", "answer": "y", "type": "z", "level": "w", "supporting_facts": {"title": [], "sent_id": []}},
     "ddxplus": {"PATHOLOGY": "Sea legs", "DIFFERENTIAL_DIAGNOSIS": "[['Sea legs', 1.0]]"},
+    "cruxeval_o": {"id": "x", "output": "2"},
+    "math": {"level": "x", "type": "y", "solution": "$\\boxed{3}$"},
 }
 
 
@@ -162,7 +179,13 @@ def test_the_prompt_does_not_depend_on_the_label(name: str) -> None:
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_field_that_is_no_name_counts_in_the_hash(name: str) -> None:
-    names = {"svamp": {"ID", "question_concat"}, "humaneval": {"task_id"}, "hotpotqa": {"id"}, "ds1000": {"metadata"}}
+    names = {
+        "svamp": {"ID", "question_concat"},
+        "humaneval": {"task_id"},
+        "hotpotqa": {"id"},
+        "ds1000": {"metadata"},
+        "cruxeval_o": {"id"},
+    }
     assert set(ROWS[name]) - names.get(name, set()) <= set(parse(name).content)
 
 
@@ -214,6 +237,8 @@ def parse_odd(name: str, field: str) -> None:
         ("aqua_rat", {"options": ["A)1", "C)2", "B)3", "D)4", "E)5"]}, "the one for B is 'C.2'"),
         ("humaneval", {"entry_point": "not a name"}, "field `entry_point`.*name of a Python function"),
         ("ds1000", {"metadata": {"library": "Pandas"}}, "field `metadata.problem_id`: saw nothing"),
+        ("cruxeval_o", {"output": "f(2)"}, "field `output`: saw 'f\\(2\\)'; expected a Python literal such as"),
+        ("math", {"solution": "It is 3."}, r"field `solution`.*a solution with its answer in .boxed"),
         ("hotpotqa", {"context": {"title": ["a"], "sentences": []}}, "field `context`.*there are 0 and 1"),
         ("hotpotqa", {"supporting_facts": {"title": ["a"], "sent_id": ["0"]}}, "field `supporting_facts.sent_id.0`: saw '0'"),
         ("ddxplus", {"PATHOLOGY": "Hoquet"}, "field `PATHOLOGY`: saw 'Hoquet'; expected one of the 3 conditions .*French"),

@@ -21,6 +21,8 @@ GOLD: dict[str, dict[str, object]] = {
     "aqua_rat": {"letter": "E", "choices": ["1", "2", "3", "4", "None of these"]},
     "hotpotqa": {"answer": "I cannot help with that"},
     "ddxplus": {"pathology": "GERD", "differential": [["GERD", 0.9], ["Croup", 0.1]], "conditions": ["GERD", "Croup", "SLE"]},
+    "cruxeval_o": {"output": "{'911': [1, None]}"},
+    "math": {"answer": "\\frac{911}{\\sqrt{2}}"},
 }
 LABELS = {name: Label(row_id=f"{name}/test/0", benchmark=name, gold=gold) for name, gold in GOLD.items()}
 ENTRIES = {name: table.build_scorer(name) for name in GOLD}
@@ -100,4 +102,4 @@ def test_chance_is_one_of_the_choices_or_another_rows_answer() -> None:
 
 
 def test_deviations_are_said() -> None:
-    assert {name for name, entry in ENTRIES.items() if entry.deviation} == {"mmlu", "hotpotqa", "ddxplus"}
+    assert {name for name, entry in ENTRIES.items() if entry.deviation} == {"mmlu", "hotpotqa", "ddxplus", "cruxeval_o"}

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.evaluation.data import check_disjoint, drop_overlaps, load_disjoint, load_splits
 from dmoa.evaluation.records import SPLITS
 from dmoa.evaluation.suites.suite import make_row
+from tests.unit.evaluation.real_rows import REAL_ROWS
 from tests.unit.evaluation.samples import row, write_rows
 
 
@@ -105,7 +105,7 @@ def test_bad_rows_are_skipped_where_that_is_asked_for(tmp_path: Path) -> None:
     assert len(load_disjoint("gsm8k", data_dir=tmp_path, skip_bad_rows=True).splits["test"].bad) == 1
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", REAL_ROWS)
 def test_the_real_rows_are_disjoint_as_they_are(name: str, rows_dir: Path) -> None:
     disjoint = load_disjoint(name, data_dir=rows_dir)
     assert not disjoint.dropped

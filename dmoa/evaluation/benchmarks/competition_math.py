@@ -1,0 +1,170 @@
+r"""MATH: competition problems; scored by whether the final answer is equivalent to the one in the solution's last box.
+
+Numbers and expressions are compared exactly by `dmoa.core`; what that cannot decide is put to math-verify.
+
+Label: `answer`, in LaTeX.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from dmoa.core.answers import THOUGHT_ONLY, open_reply, read_number, read_number_span, statement_places
+from dmoa.core.expressions import expression_key, is_symbolic
+from dmoa.core.numbers import expression_value, find_numbers, plain_text, spelled
+from dmoa.evaluation.benchmarks.base import VALUE, ScorerEntry, Text, UpstreamRow, benchmark, chance_of, gold_of, unscored
+from dmoa.evaluation.records import Label, Reply, Score
+
+_MAX_SPAN_CHARS = 300
+_MAX_SHORT_WORDS = 8
+_VERIFY_S = 2
+_PROSE = re.compile(r"[A-Za-z]{3,}\s+[A-Za-z]{2,}")
+_OPERATORS = re.compile(r"[\\^*/+<>,;|\u2264\u2265]|(?<=\d)\s*-")
+# What takes a computer algebra system forever: towers of powers, huge exponents and factorials.
+_HUGE = re.compile(r"\^\s*\{?\s*-?[0-9]{4,}|\^[^^+*/,-]*\^|[0-9]{3,}\s*!")
+
+
+def _boxed(solution: str) -> str:
+    boxes = [place.span for place in statement_places(solution) if place.how == "boxed"]
+    if not boxes or not boxes[-1]:
+        raise ValueError(r"a solution with its answer in \boxed{}")
+    return boxes[-1]
+
+
+def _with_box(solution: str) -> str:
+    _boxed(solution)
+    return solution
+
+
+@benchmark("math", title="MATH", scoring=lambda _: entry())
+class MathRow(UpstreamRow):
+    """A row of MATH (Hendrycks et al. 2021), such as `EleutherAI/hendrycks_math` keeps."""
+
+    problem: Text
+    level: str
+    type: str
+    solution: Annotated[str, AfterValidator(_with_box)]
+
+    def text(self) -> str:
+        """The problem."""
+        return f"Solve the problem. End with the final answer in \\boxed{{}}.\n\nProblem: {self.problem.strip()}"
+
+    def gold(self) -> dict[str, Any]:
+        """What the last box of the solution holds."""
+        return {"answer": _boxed(self.solution)}
+
+    def group(self) -> str:
+        """The subject."""
+        return self.type
+
+
+@dataclass(frozen=True, slots=True)
+class ReadExpression:
+    """The expression that a reply gives."""
+
+    span: str | None
+    """As it is written, LaTeX made plain; None where it gives none."""
+    reason: str
+
+
+def read_expression(text: str) -> ReadExpression:
+    """Return what a reply gives as its answer: what it states last, a short reply, or the last number. Never raises."""
+    reply = open_reply(text)
+    if reply.is_only_thought:
+        return ReadExpression(None, THOUGHT_ONLY)
+    final = reply.final
+    if final is not None:
+        if not final.span.strip(" $."):
+            return ReadExpression(None, "an answer is announced and not given")
+        if final.rival is not None and _key(final.rival) != _key(final.span):
+            return ReadExpression(None, f"two final answers: {final.rival[:80]} and {final.span[:80]}")
+        return ReadExpression(final.span[:_MAX_SPAN_CHARS], final.how)
+    if reply.is_refusal:
+        return ReadExpression(None, "the reply refuses to answer")
+    line = reply.prose.strip()
+    if line and "\n" not in line and len(line.split()) <= _MAX_SHORT_WORDS:
+        return ReadExpression(line[:_MAX_SPAN_CHARS], "a short reply")
+    number = read_number(text)
+    return ReadExpression(None if number.value is None else spelled(number.value), number.reason)
+
+
+def entry() -> ScorerEntry:
+    """Return the scoring of MATH, whose gold has `answer`."""
+    return ScorerEntry(
+        score=_score,
+        gold_replies=lambda label: {VALUE: f"\\boxed{{{gold_of(label, 'answer')[0]}}}"},
+        primary="accuracy (equivalent expression)",
+        chance=lambda labels: chance_of([_gold_key(label) for label in labels]),
+        answer_key=_gold_key,
+        deviation="",
+    )
+
+
+def _gold_key(label: Label) -> str:
+    return _key(plain_text(gold_of(label, "answer")[0]))
+
+
+def _key(span: str) -> str:
+    """Return what equal answers share as far as it can be told without algebra."""
+    span = span.strip()
+    number = _number(span)
+    return (
+        spelled(number) if number is not None else expression_key(span) or re.sub(r"[\s{}$\\]+", "", span).casefold().rstrip(".")
+    )
+
+
+def _number(span: str) -> Fraction | None:
+    """Return the number that a span is, with a unit or in a sentence; None where it is more than that."""
+    bare = span.strip(" .$")
+    if (value := expression_value(bare)) is not None:
+        return value
+    is_sentence = _PROSE.search(bare) is not None and "\\" not in bare and "^" not in bare
+    if is_symbolic(bare) or (not is_sentence and (len(find_numbers(bare)) != 1 or _OPERATORS.search(bare))):
+        return None
+    return read_number_span(bare)
+
+
+def _score(label: Label, reply: Reply) -> Score:
+    (gold,) = gold_of(label, "answer")
+    said = read_expression(reply.text)
+    if said.span is None:
+        return unscored(said.reason)
+    value = float(is_equivalent(said.span, gold))
+    return Score(value=value, extracted=said.span, reason=f"{said.reason}: {said.span}, right is {gold}")
+
+
+def is_equivalent(said: str, gold: str) -> bool:
+    """Tell whether a reply's span is the right answer in LaTeX. Never raises."""
+    right = plain_text(gold)
+    result = said.rpartition("=")[2] if not _PROSE.search(said) else said
+    if _key(right) in {_key(said), _key(result)}:
+        return True
+    if _number(right) is not None and (_number(said) is not None or _PROSE.search(said)):
+        return False
+    return _verified(said[:_MAX_SPAN_CHARS].encode("ascii", "ignore").decode(), gold)
+
+
+@lru_cache(maxsize=4096)
+def _verified(said: str, gold: str) -> bool:
+    """Ask math-verify, whose clock works in the main thread alone; elsewhere `_HUGE` bounds the time."""
+    if not re.search(r"[0-9a-zA-Z]", said) or _HUGE.search(said) or _HUGE.search(gold):
+        return False
+    from math_verify import parse, verify
+
+    limit = _VERIFY_S if threading.current_thread() is threading.main_thread() else None
+    pair = [parse(f"${text.strip('$ ')}$", parsing_timeout=limit) for text in (gold, said)]
+    # A text of which it read a part only is not what it read.
+    read = [len(_bare(str(found[-1]))) if len(found) > 1 else 0 for found in pair]
+    is_whole = read[0] >= len(_bare(gold)) and read[1] >= len(_bare(said))
+    return is_whole and bool(verify(*pair, timeout_seconds=limit))
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[\s$.]|\\[,;:! ]", "", text)
