@@ -71,6 +71,7 @@ _LETS_THINK = re.compile(
 SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b[DdMmSsJj][rst])(?<!\bMrs)(?<!\bNo)(?<!\bvs)[.!?](?=\s)")
 _NEGATED = re.compile(r"\A\W*(?:(?:is|are|was|it)\s+)*(?:not|none|neither|never|nothing|isn't|cannot)\b", re.IGNORECASE)
 _NOT_BUT = re.compile(r"\A\W*not\b[^\n]*?\bbut\s+(?:rather\s+)?", re.IGNORECASE)
+_REASON = re.compile(r",\s*as\b|,?\s+(?:because|since|due to|given that|considering)\b", re.IGNORECASE)
 _DENIED = re.compile(r"\b(?:not|n't|neither|nor|never)\s+(?:be\s+)?(?:option\s+|choice\s+)?\(?\Z", re.IGNORECASE)
 
 
@@ -140,13 +141,9 @@ def open_reply(text: str) -> ReplyText:
     final = final_statement(prose)
     if json_answer is not None:
         span = plain_text(json_answer.span).strip()
-        final = replace(final, before=span) if final and _stated_after(said, json_answer) else Final(span, how="json")
+        after = final_statement(plain_text(said[json_answer.end :].replace("```", " ")))
+        final = replace(after, before=span) if after is not None and after.span else Final(span, how="json")
     return ReplyText(prose, final, code)
-
-
-def _stated_after(said: str, answer: Statement) -> bool:
-    after = final_statement(plain_text(said[answer.end :].replace("```", " ")))
-    return after is not None and bool(after.span)
 
 
 def without_next_question(text: str) -> str:
@@ -315,6 +312,8 @@ def read_answer(text: str) -> ReadAnswer:
     short = _short(reply.prose)
     if short:
         return ReadAnswer(short, _kind_of(short), "short", "a short reply")
+    if "\n" not in reply.prose.strip() and _is_range(reply.prose):
+        return ReadAnswer(None, None, None, _NONE.reason)
     last = _last_number(reply.prose)
     return ReadAnswer(last, "number", "last", "the last number") if last else ReadAnswer(None, None, None, "no answer found")
 
@@ -353,10 +352,18 @@ def _span_answer(span: str) -> tuple[str | None, Kind]:
         return None, "number"
     if is_symbolic(span):
         return span, "expression"
-    number = _numeric_line(span)
+    number = _numeric_line(_without_reason(span))
     if number:
         return number, "number"
     return (None, "number") if _is_range(span) else (_normal_text(span) or None, "text")
+
+
+def _without_reason(span: str) -> str:
+    """Cut a statement where, after its number, it says why: `0, as 12 is too few`, unless a result follows."""
+    reason = _REASON.search(span)
+    if reason is None or not find_numbers(span[: reason.start()]) or _GOES_ON.search(span, reason.end()):
+        return span
+    return span[: reason.start()]
 
 
 def is_denied(text: str, place: int) -> bool:
@@ -379,11 +386,15 @@ def _short(prose: str) -> str | None:
     line = prose.strip()
     is_short = "\n" not in line and len(line) <= _MAX_SHORT_CHARS and len(line.split()) <= _MAX_SHORT_WORDS
     # "Answer:" and an empty or unclosed box announce an answer and give none.
-    if not is_short or line.endswith(":") or "\\boxed" in line or _is_range(line):
+    if not is_short or line.endswith(":") or "\\boxed" in line:
+        return None
+    if is_symbolic(line):
+        return line
+    if _is_range(line):
         return None
     if any(is_denied(line, match.start()) for match in _CHOICE_INSIDE.finditer(line)):
         return None
-    return line if is_symbolic(line) else _numeric_line(line) or _normal_text(line) or None
+    return _numeric_line(_without_reason(line)) or _normal_text(line) or None
 
 
 def _numeric_line(line: str) -> str | None:
@@ -436,6 +447,7 @@ _UNIT_WORDS = re.compile(r"[ \t][ \tA-Za-z.]*\Z")
 _GOES_ON = re.compile(r"\b(?:so|thus|therefore|hence|total|altogether|makes?|leaves?|which is|that is|equals?)\b", re.IGNORECASE)
 _ALTERNATIVE = re.compile(r"\s?[A-Za-z%]{0,12}\s?(?:\bor\b|\bto\b|[-\u2013\u2014])\s?\Z", re.IGNORECASE)
 _ORDINAL = re.compile(r"\W*([0-9]{1,6})(?:st|nd|rd|th)\b[A-Za-z\s]{0,40}\W*", re.IGNORECASE)
+_LIST = re.compile(r"\W*[-$]?[0-9.]+%?(?:(?:,\s+|;\s*|,?\s+(?:and|&)\s+)[-$]?[0-9.]+%?){1,20}\W*")
 _RANGE = re.compile(r"\bbetween\b[^\n]*\band\b", re.IGNORECASE)
 
 
@@ -510,6 +522,8 @@ def _is_range(span: str) -> bool:
     found = find_numbers(span)
     if len(found) < 2 or "=" in span:
         return False
+    if _LIST.fullmatch(span):
+        return True
     return bool(_RANGE.search(span)) or any(_ALTERNATIVE.fullmatch(span, a.end, b.start) for a, b in pairwise(found))
 
 
@@ -519,6 +533,7 @@ def _span_number(span: str) -> Reading:
     span = span[match.end() :] if (match := _NOT_BUT.match(span)) else span
     if _NEGATED.match(span):
         return _DENIAL
+    span = _without_reason(span)
     parts = [part.strip() for part in span.split("=") if part.strip()]
     if not parts:
         return _NONE

@@ -122,7 +122,7 @@ def _key_of(span: str, *, is_whole: bool) -> str | None:
             if (key := literal_key(attempt)) is not None:
                 return key
     found = literal_at(bare, 0) if not is_whole or bare[:1] in "[({" else None
-    if found is not None and (not is_whole or re.match(r"\s*(?:#|\(|\n|because|since|as\b)", bare[found[1] :])):
+    if found is not None and (not is_whole or re.match(r"\s*(?:#|\(|\n|because|since|as\b|['\"]\Z)", bare[found[1] :])):
         return found[0]
     if not is_whole:
         inner = [key for key, _ in _literals(bare)]
@@ -226,7 +226,7 @@ def _field_value(said: str, start: int) -> tuple[str, int]:
     found = literal_at(said, start)
     if found is not None and _GOES_ON.match(said, found[1]):
         text = said[start : found[1]]
-        return (_unescaped(text[1:-1]) if text[0] == '"' else text), found[1]
+        return (_unescaped(text[1:-1]) if text[0] in "'\"" else text), found[1]
     line_end = said.find("\n", start)
     line = said[start : len(said) if line_end < 0 else line_end]
     quoted = re.match(r"\"(.*)\"\s*,?\s*}?\s*(?:```)?\s*\Z", line)

@@ -27,6 +27,8 @@ _MAX_SHORT_WORDS = 8
 _VERIFY_S = 2
 _PROSE = re.compile(r"[A-Za-z]{3,}\s+[A-Za-z]{2,}")
 _OPERATORS = re.compile(r"[\\^*/+<>,;|\u2264\u2265]|(?<=\d)\s*-")
+# A list, a variable or a word: no number, whatever a part of it is.
+_NO_NUMBER = re.compile(r"[,;]|(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])|\\(?:cos|sin|tan)\b|\bmod\b")
 # What takes a computer algebra system forever: towers of powers, huge exponents and factorials.
 _HUGE = re.compile(r"\^\s*\{?\s*-?[0-9]{4,}|\^[^^+*/,-]*\^|[0-9]{3,}\s*!")
 
@@ -113,7 +115,7 @@ def _gold_key(label: Label) -> str:
 
 def _key(span: str) -> str:
     """Return what equal answers share as far as it can be told without algebra."""
-    span = span.strip()
+    span = span.strip(" _")
     number = _number(span)
     return (
         spelled(number) if number is not None else expression_key(span) or re.sub(r"[\s{}$\\]+", "", span).casefold().rstrip(".")
@@ -122,7 +124,7 @@ def _key(span: str) -> str:
 
 def _number(span: str) -> Fraction | None:
     """Return the number that a span is, with a unit or in a sentence; None where it is more than that."""
-    bare = span.strip(" .$")
+    bare = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", span.strip(" .$"))
     if (value := expression_value(bare)) is not None:
         return value
     is_sentence = _PROSE.search(bare) is not None and "\\" not in bare and "^" not in bare
@@ -146,7 +148,7 @@ def is_equivalent(said: str, gold: str) -> bool:
     result = said.rpartition("=")[2] if not _PROSE.search(said) else said
     if _key(right) in {_key(said), _key(result)}:
         return True
-    if _number(right) is not None and (_number(said) is not None or _PROSE.search(said)):
+    if _number(right) is not None and (_number(said) is not None or _PROSE.search(said) or _NO_NUMBER.search(said)):
         return False
     return _verified(said[:_MAX_SPAN_CHARS].encode("ascii", "ignore").decode(), gold)
 
