@@ -79,7 +79,8 @@ class Dispatcher:
         """
         budget = state.query.limits.budget_tokens
         places, text = Places(cold=self._cold_places(plan)), StreamedText(emit) if emit else None
-        step = StepCalls(plan, self._cards, places, tokens_left=None if budget is None else budget - state.tokens_used)
+        left = None if budget is None else budget - state.tokens_used
+        step = StepCalls(plan, self._cards, places, tokens_left=left, asked=state.asked)
 
         def start(call: NextCall, text: StreamedText | None) -> asyncio.Task[AgentReply]:
             agent_call = self._agent_call(state, call, is_final=plan.ends_with is not None)

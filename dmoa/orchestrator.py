@@ -116,7 +116,7 @@ class Orchestrator:
         usable = tuple(contributions(asked.replies))
         if not usable and not state.summary:
             raise _nothing_said(state, asked.replies)
-        judgement = judge(plan.decision, asked.replies) if plan.fold == "summarizer" else None
+        judgement = judge(plan.decision, asked.replies, asked=state.asked) if plan.fold == "summarizer" else None
         fold = await self._fold(state, plan, usable, emit, judgement)
         replies = tuple(_judged(reply, judgement) for reply in asked.replies)
         ranked = {activation.agent: i for i, activation in enumerate((*plan.activations, *plan.reserves))}

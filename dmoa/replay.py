@@ -83,16 +83,23 @@ def _differences(trace: Trace, decisions: list[RouteDecision]) -> Iterable[str]:
             pairs |= {"theta": (route.theta, decision.theta), "limit": (route.limit, decision.limit)}
         step = next((step for step in trace.dmoa.steps if step.step == route.step), None)
         if step is not None and decision.label_model is not None:
-            pairs["right_probability"] = _right_probabilities(step, decision)
+            pairs["right_probability"] = _right_probabilities(step, decision, _asked(trace, route.step))
         for name, (seen, now) in pairs.items():
             if seen != now:
                 yield f"step {route.step}: {name} was {seen}, is {now}"
 
 
-def _right_probabilities(step: ReplyStep, decision: RouteDecision) -> tuple[object, object]:
+def _asked(trace: Trace, step: int) -> str:
+    """Return what the agents were asked at a step."""
+    stages = trace.query.get("stages") or ()
+    part = stages[step].get("part") if step < len(stages) else None
+    return str(trace.query["text"] if part is None else part)
+
+
+def _right_probabilities(step: ReplyStep, decision: RouteDecision, asked: str) -> tuple[object, object]:
     """Return the probabilities of a step's replies being right, and of its leading answer: as recorded, and judged again."""
     counted = [agent for agent in step.agents if not agent.explored]
-    found = judge(decision, [reply_of_agent(agent) for agent in counted])
+    found = judge(decision, [reply_of_agent(agent) for agent in counted], asked=asked)
     seen = {agent.name: agent.right_probability for agent in counted if agent.right_probability is not None}
     if found is None or step.right_probability is None:  # a step whose first reply passed was not judged
         return seen, {}

@@ -80,8 +80,14 @@ class StepCalls:
     label model whoever's reply is worth most.
     """
 
-    def __init__(self, plan: StepPlan, cards: Mapping[str, AgentCard], places: Places, *, tokens_left: int | None) -> None:
-        """`places` is the caller's, who keeps it up to date; `tokens_left` of the query's budget, None: no budget."""
+    def __init__(
+        self, plan: StepPlan, cards: Mapping[str, AgentCard], places: Places, *, tokens_left: int | None, asked: str = ""
+    ) -> None:
+        """`places` is the caller's, who keeps it up to date; `tokens_left` of the query's budget, None: no budget.
+
+        `asked` is what the agents are asked.
+        """
+        self._asked = asked
         self._plan = plan
         self._cards = cards
         self._places = places
@@ -155,7 +161,8 @@ class StepCalls:
     def _one_more(self, replies: Sequence[AgentReply]) -> Activation | None:
         """Take the reserve that the replies so far call for: the worthiest by the label model, else the next-ranked."""
         unfit = self._places.cold | self._places.dead
-        judgement = judge(self._plan.decision, replies, [x.agent for x in self._reserves if self._place(x) not in unfit])
+        available = [x.agent for x in self._reserves if self._place(x) not in unfit]
+        judgement = judge(self._plan.decision, replies, available, asked=self._asked)
         if judgement is None or not judgement.right:
             return self._next_reserve() if should_escalate(self._plan.decision, replies) or judgement else None
         return self._next_reserve(among=judgement.worthwhile)

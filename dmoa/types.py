@@ -528,6 +528,12 @@ class QueryState:
         return stages[len(self.steps)] if len(self.steps) < len(stages) else None
 
     @property
+    def asked(self) -> str:
+        """What the agents are asked at the next step: the query's text, or the stage's part of it."""
+        part = self.stage.part if self.stage else None
+        return self.query.text if part is None else part
+
+    @property
     def history(self) -> tuple[str, ...]:
         """The summaries of all steps so far, oldest first."""
         return tuple(step.summary for step in self.steps if step.summary)

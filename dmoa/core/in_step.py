@@ -6,7 +6,7 @@ Speaks the step loop's terms (decisions, replies, names) to the label model that
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,16 +42,23 @@ class Judgement:
         return float(posterior_scores(self.probability))
 
 
-def judge(decision: RouteDecision | None, replies: Sequence[AgentReply], available: Collection[str] = ()) -> Judgement | None:
-    """Return what the decision's label model makes of the replies; None where it has none. `available`: who could be asked."""
+def judge(
+    decision: RouteDecision | None, replies: Sequence[AgentReply], available: Sequence[str] = (), *, asked: str
+) -> Judgement | None:
+    """Return what the decision's label model makes of the replies; None where it has none.
+
+    `available` are the agents that could be asked, best ranked first; `asked` is the question, whose form answers have.
+    """
     if decision is None or decision.label_model is None:
         return None
     model: LabelModel = decision.label_model
     agents, said = decision.agents, {reply.agent: reply for reply in contributions(replies)}
-    witnesses = _witnesses(agents, said)
+    witnesses = _witnesses(agents, said, asked)
     is_available_A = np.array([name in available for name in agents], dtype=np.bool_)
     found = standing(model, witnesses, price=decision.agent_price, available_A=is_available_A)
-    order = np.argsort(-found.worth_A, kind="stable")
+    worth = {name: float(value) for name, value in zip(agents, found.worth_A, strict=True)}
+    # What is worth the same but for a thousandth is asked in the gate's order.
+    worthwhile = sorted((name for name in available if worth[name] > 0), key=lambda name: -round(worth[name], 3))
     answer_A = witnesses.answer_RA[0]
     selection = None
     if found.leader is not None and answer_A[found.leader] >= 0:
@@ -62,30 +69,31 @@ def judge(decision: RouteDecision | None, replies: Sequence[AgentReply], availab
         right={name: float(p) for name, p in zip(agents, found.right_A, strict=True) if name in said},
         selection=selection,
         probability=found.probability if selection else 0.0,
-        worthwhile=tuple(agents[a] for a in order if found.worth_A[a] > 0),
+        worthwhile=tuple(worthwhile),
     )
 
 
-def _witnesses(agents: Sequence[str], said: Mapping[str, AgentReply]) -> Witnesses:
+def _witnesses(agents: Sequence[str], said: Mapping[str, AgentReply], asked: str) -> Witnesses:
     """Return the contributions of one step as witnesses [1, A]."""
     replies = [said.get(name) for name in agents]
     nats = [None if reply is None else reply.entropy.mean_nats for reply in replies]
     return Witnesses(
-        answer_RA=np.array([classes_of(replies)], dtype=np.int64),
+        answer_RA=np.array([classes_of(replies, asked)], dtype=np.int64),
         doubt_RA=np.array([[np.nan if value is None else raw_score(round(value, DIGITS)) for value in nats]]),
         length_RA=np.array([[np.nan if reply is None else float(len(reply.text)) for reply in replies]]),
         outcome_RA=np.full((1, len(agents)), np.nan),
     )
 
 
-def classes_of(replies: Sequence[AgentReply | None]) -> list[int]:
+def classes_of(replies: Sequence[AgentReply | None], asked: str) -> list[int]:
     """Return the equality class of each reply's answer (`core/witnesses`); one that was cut off has none."""
-    return read_classes([None if reply is None else reply.text for reply in replies], [bool(r and is_cut(r)) for r in replies])
+    texts = [None if reply is None else reply.text for reply in replies]
+    return read_classes(texts, [bool(reply and is_cut(reply)) for reply in replies], asked)
 
 
-def read_classes(texts: Sequence[str | None], are_cut: Sequence[bool]) -> list[int]:
+def read_classes(texts: Sequence[str | None], are_cut: Sequence[bool], asked: str) -> list[int]:
     """Return the same for texts, None where there is no reply."""
-    return answer_classes(["" if text is not None and cut else text for text, cut in zip(texts, are_cut, strict=True)])
+    return answer_classes(["" if text is not None and cut else text for text, cut in zip(texts, are_cut, strict=True)], asked)
 
 
 def context_part(input_X: FloatArray, preset: Preset) -> FloatArray:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dmoa.core.aggregate import RAW, is_any_sure, select_contribution
+from dmoa.core.aggregate import RAW, Anchors, is_any_sure, select_contribution
 from dmoa.core.features import gate_input
 from dmoa.core.gate import Gate
+from dmoa.core.in_step import judge
 from dmoa.core.inference import Decider
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, RunInfo, Scored, Task
@@ -150,6 +151,8 @@ class RouterChoice:
     """Most agents that may come to be asked."""
     anchors: tuple[float, ...] | None = None
     """Per agent, what the anchored score subtracts; None: raw scores."""
+    judged_by: RouteDecision | None = None
+    """The gate's decision where it has a label model, which then says whom to ask next and whose reply wins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +186,7 @@ def choice_of(decision: RouteDecision) -> RouterChoice:
         theta=decision.theta,
         limit=decision.limit,
         anchors=decision.anchors,
+        judged_by=decision if decision.label_model is not None else None,
     )
 
 
@@ -191,28 +195,40 @@ def replay_choices(matrix: AnswerMatrix, choices: Sequence[RouterChoice]) -> Rep
     rows = [_row(matrix, row, choice) for row, choice in enumerate(choices)]
     if len(rows) != len(matrix.tasks):
         raise ValueError(f"choices: {len(rows)} for {len(matrix.tasks)} rows; give one per row")
-    chosen, k, tokens = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
+    chosen = np.array([winner for winner, _, _ in rows], dtype=np.int64)
+    k, tokens = (np.array(column, dtype=np.int64) for column in ([len(asked) for _, asked, _ in rows], [n for _, _, n in rows]))
     value_R = np.where(chosen >= 0, matrix.value_RA[np.arange(len(rows)), chosen], 0.0)
     first = np.array([choice.ranking[0] for choice in choices], dtype=np.int64)
     asked_RA = np.zeros((len(rows), len(matrix.agents)), dtype=np.bool_)
-    for row, (choice, count) in enumerate(zip(choices, k, strict=True)):
-        asked_RA[row, list(choice.ranking[:count])] = True
+    for row, (_, asked, _) in enumerate(rows):
+        asked_RA[row, asked] = True
     return Replayed(value_R=value_R, first_R=first, chosen_R=chosen, k_R=k, tokens_R=tokens, asked_RA=asked_RA)
 
 
-def _row(matrix: AnswerMatrix, row: int, choice: RouterChoice) -> tuple[int, int, int]:
+def _row(matrix: AnswerMatrix, row: int, choice: RouterChoice) -> tuple[int, list[int], int]:
     """Return (agent that won or -1, agents asked, tokens) of one row."""
-    ranked = [matrix.replies[row][index] for index in choice.ranking]
     anchors = dict(zip(matrix.agents, choice.anchors, strict=True)) if choice.anchors else RAW
-    asked = choice.k
-    while choice.theta is not None and _has_room(ranked[:asked], choice.limit) and asked < len(ranked):
-        if is_any_sure(ranked[:asked], choice.theta, anchors):
-            break
-        asked += 1
-    active = ranked[:asked]
-    selection = select_contribution(active, anchors)
+    asked = list(choice.ranking[: choice.k])
+    while (another := _another(matrix, row, choice, asked, anchors)) is not None:
+        asked.append(another)
+    active = [matrix.replies[row][index] for index in asked]
+    judgement = judge(choice.judged_by, active, asked=matrix.tasks[row].text)
+    selection = (judgement.selection if judgement else None) or select_contribution(active, anchors)
     winner = -1 if selection is None else matrix.agents.index(selection.agent)
     return winner, asked, sum(reply.usage.total for reply in active)
+
+
+def _another(matrix: AnswerMatrix, row: int, choice: RouterChoice, asked: Sequence[int], anchors: Anchors) -> int | None:
+    """Return the agent that the step asks after those asked, as `step_calls` does; None: it ends."""
+    left = [index for index in choice.ranking if index not in asked]
+    active = [matrix.replies[row][index] for index in asked]
+    if not left or not _has_room(active, choice.limit):
+        return None
+    judgement = judge(choice.judged_by, active, [matrix.agents[index] for index in left], asked=matrix.tasks[row].text)
+    if judgement is not None and judgement.right:
+        return matrix.agents.index(judgement.worthwhile[0]) if judgement.worthwhile else None
+    is_sure = choice.theta is None or is_any_sure(active, choice.theta, anchors)
+    return left[0] if judgement is not None or not is_sure else None
 
 
 def _has_room(asked: Sequence[AgentReply], limit: int) -> bool:

@@ -26,6 +26,8 @@ from dmoa.training.rollouts import (
     LEARNED,
     MEASURE,
     Manifest,
+    RolloutFolder,
+    RolloutQuery,
     check_rollout_pool,
     columns_with,
     part_paths,
@@ -146,13 +148,15 @@ class _Step(NamedTuple):
 class EpisodeBuilder:
     """Collects rows, in any order, into episodes. Not safe to use from two threads at once."""
 
-    def __init__(self, agents: tuple[str, ...], input_dim: int, *, has_feedback: bool, reads_answers: bool = False) -> None:
+    def __init__(
+        self, agents: tuple[str, ...], input_dim: int, *, has_feedback: bool, asked: Mapping[tuple[str, int], str] | None = None
+    ) -> None:
         """`input_dim`: X of the gate that is to learn; `has_feedback`: whether its preset reads the feedback features.
 
-        `reads_answers`: fill `Episodes.said`.
+        `asked`: by query and step, what was asked where that is known; with it `Episodes.said` is filled.
         """
         self._agents = agents
-        self._reads_answers = reads_answers
+        self._asked = asked
         self._input_dim = input_dim
         self._parts = ("context", "feedback") if has_feedback else ("context",)
         self._episodes: dict[EpisodeKey, dict[int, _Step]] = {}
@@ -187,7 +191,7 @@ class EpisodeBuilder:
                     "twice; remove one of the copies"
                 )
             cells[columns["agent"][row]] = cell_R[row]
-            if self._reads_answers and columns["status"][row] == "ok":
+            if self._asked is not None and columns["status"][row] == "ok":
                 texts[columns["agent"][row]] = columns["text"][row]
 
     def _inputs(self, table: pa.Table, rows: list[int]) -> Iterator[FloatArray]:
@@ -216,6 +220,15 @@ class EpisodeBuilder:
         keys = tuple(sorted(self._episodes))
         return self._pack(keys, [self._episodes[key][step] for key in keys for step in range(self._num_steps[key])])
 
+    def _questions(self, keys: tuple[EpisodeKey, ...]) -> list[str]:
+        """Return what was asked at every step, in order; empty where that is not known."""
+        known = self._asked or {}
+        return [
+            known.get((key.query_id, step), known.get((key.query_id, -1), ""))
+            for key in keys
+            for step in range(self._num_steps[key])
+        ]
+
     def _pack(self, keys: tuple[EpisodeKey, ...], steps: list[_Step]) -> Episodes:
         place = {name: a for a, name in enumerate(self._agents)}
         cell_NA = np.zeros((len(steps), len(self._agents)), dtype=_CELL)
@@ -241,15 +254,30 @@ class EpisodeBuilder:
             propensity_NA=cell_NA["propensity"].copy(),
             probability_NA=cell_NA["probability"].copy(),
             reply_NA=np.where(ran_NA, cell_NA["reply"], 0),
-            said=_said(self._agents, steps) if self._reads_answers else None,
+            said=None if self._asked is None else _said(self._agents, steps, self._questions(keys)),
         )
 
 
-def _said(agents: tuple[str, ...], steps: list[_Step]) -> Said:
+def _asked_questions(folders: Sequence[Path]) -> dict[tuple[str, int], str]:
+    """Return what each query of the folders asks at each step; of folders without a list of queries nothing is known.
+
+    A step beyond the stages asks what the query does, which stands at step -1.
+    """
+    found: dict[tuple[str, int], str] = {}
+    for folder in folders:
+        path = RolloutFolder(folder).queries
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        for query in (RolloutQuery.model_validate_json(line) for line in lines if line.strip()):
+            found[query.query_id, -1] = query.text
+            found |= {(query.query_id, step): stage.part for step, stage in enumerate(query.stages) if stage.part is not None}
+    return found
+
+
+def _said(agents: tuple[str, ...], steps: list[_Step], asked_N: list[str]) -> Said:
     answers, lengths = [], []
-    for step in steps:
+    for step, asked in zip(steps, asked_N, strict=True):
         texts = [step.texts.get(name) for name in agents]
-        answers.append(read_classes(texts, [name in step.cells and bool(step.cells[name]["cut"]) for name in agents]))
+        answers.append(read_classes(texts, [name in step.cells and bool(step.cells[name]["cut"]) for name in agents], asked))
         lengths.append([float(len(text or "")) for text in texts])
     return Said(np.array(answers, dtype=np.int64), np.array(lengths))
 
@@ -336,9 +364,8 @@ def read_episodes(folders: Sequence[Path], spec: GateSpec, fingerprint: str, *, 
     Raises ConfigError for files that are damaged, missing or hold what cannot be used.
     """
     parts = _parts(folders)
-    builder = EpisodeBuilder(
-        spec.agents, spec.input_dim, has_feedback=spec.preset != "paper", reads_answers=spec.score == "posterior"
-    )
+    asked = _asked_questions(folders) if spec.score == "posterior" else None
+    builder = EpisodeBuilder(spec.agents, spec.input_dim, has_feedback=spec.preset != "paper", asked=asked)
     for table in _stream(parts, fingerprint) if on_ray else (read_rollout_rows(*part, fingerprint) for part in parts):
         for place in table[FOLDER].unique().to_pylist():
             builder.add(table.filter(pc.equal(table[FOLDER], place)), place)

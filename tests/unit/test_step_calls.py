@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dmoa.core.label_model import LabelModel, fit_label_model
+from dmoa.core.witnesses import witnesses_of
 from dmoa.step_calls import NextCall, Places, StepCalls
 from dmoa.testing import Say, asks, card, decision, said
 from dmoa.types import AgentReply, AgentStatus, StepPlan
@@ -33,6 +36,8 @@ class Step:
     places: Places = field(default_factory=Places)
     place_of: Mapping[str, str] = field(default_factory=dict)
     tokens_left: int | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """By agent, what it says where that is not 1."""
     calls: list[NextCall] = field(default_factory=list)
     has_time: bool = True
     has_text: bool = False
@@ -69,7 +74,7 @@ class Step:
         self.has_time = self.has_time and fate != "late"
         if fate in ("ok", "sure"):
             self.places.cold.discard(self.place_of.get(name, name))
-            return said(name, Say(text="1", nats=0.01 if fate == "sure" else 0.9))
+            return said(name, Say(text=self.texts.get(name, "1"), nats=0.01 if fate == "sure" else 0.9))
         return AgentReply(agent=name, status=STATUS.get(fate, fate))  # type: ignore[arg-type]
 
     @property
@@ -234,6 +239,35 @@ def test_unsure_replies_call_for_one_agent_more_at_a_time(
     assert {call.tokens_used for call in passing.calls} == {0}
 
 
+@cache
+def two_liars() -> LabelModel:
+    """What is learnt of six agents when c to f agree, b says the same always, and a something else every time."""
+    texts = [[f"{1000 + 7 * row}", "42", *(4 * [str(row)])] for row in range(12)]
+    return fit_label_model(witnesses_of(texts), seed=0)
+
+
+JUDGED = {"decision": replace(UNSURE["decision"], label_model=two_liars())}
+
+
+@pytest.mark.parametrize(
+    ("agents", "fates", "price", "transcript"),
+    [
+        ("c|abdef", "", 0.1, "c"),  # a competent agent is believed at once
+        ("c|abdef", "", 0.02, "c d"),  # unless one more costs next to nothing
+        ("a|bcdef", "", 0.1, "a c"),  # the other liar is next-ranked, and worth nothing
+        ("a|bfedc", "", 0.1, "a f"),  # of equals the next-ranked
+        ("a|b", "", 0.02, "a"),
+        ("a|bc", "", 1.0, "a"),
+        ("c|bdef", "c=failed", 0.1, "c b d"),  # a liar stands in for the lost agent, and is not believed
+    ],
+)
+def test_with_a_label_model_whoever_is_worth_most_is_asked(agents: str, fates: str, price: float, transcript: str) -> None:
+    step = step_of(agents, fates, plan={"decision": replace(JUDGED["decision"], agent_price=price)})
+    step.texts = {"a": "5", "b": "42"}
+    step.run()
+    assert step.transcript == transcript
+
+
 def test_a_reserve_whose_place_came_up_is_asked() -> None:
     step = step_of("ab|cd", "a=failed", cold="bc", together="bc")
     first, second = step.decision.begin()
@@ -251,8 +285,12 @@ def test_whether_anybody_is_up(cold: str, dead: str, expected: bool) -> None:
     assert step.decision.has_agent_up is expected
 
 
+@dataclass
 class Checked(Step):
     """A step of which every decision is judged when it is made."""
+
+    is_ranked: bool = True
+    """Whether the next-ranked agent is always the next to be asked, as without a label model."""
 
     def check(self, more: list[NextCall]) -> None:
         known, asked = self.places, [call.activation.agent for call in self.calls]
@@ -273,7 +311,7 @@ class Checked(Step):
             else:
                 assert name not in asked
                 assert place[name] not in known.cold
-            if name not in asked:  # no better ranked reserve was passed over
+            if name not in asked and self.is_ranked:  # no better ranked reserve was passed over
                 taken = {*asked, *(one.activation.agent for one in more[:number])}
                 fit = [x.agent for x in self.plan.reserves if x.agent not in taken and place[x.agent] not in known.dead]
                 assert name == next(one for one in fit if (place[one] in known.cold) == call.insists)
@@ -291,6 +329,7 @@ FATES = st.lists(st.sampled_from((*STATUS, "ok", "sure", "failed", "overloaded",
     cold=st.sets(st.sampled_from("uvwxyz")),
     limit=st.integers(1, 6),
     tokens_left=st.none() | st.integers(0, 60),
+    is_judged=st.booleans(),
     data=st.data(),
 )
 def test_every_step_ends_and_asks_nobody_twice_or_in_a_dead_place(
@@ -302,11 +341,13 @@ def test_every_step_ends_and_asks_nobody_twice_or_in_a_dead_place(
     cold: set[str],
     limit: int,
     tokens_left: int | None,
+    is_judged: bool,
     data: st.DataObject,
 ) -> None:
-    plan = asks(*order[:active], reserves=order[active : active + reserves], decision=replace(UNSURE["decision"], limit=limit))
+    decided = replace((JUDGED if is_judged else UNSURE)["decision"], limit=limit)
+    plan = asks(*order[:active], reserves=order[active : active + reserves], decision=decided)
     told = {name: " ".join(met) for name, met in fates.items()}
-    step = Checked(plan, told, Places(cold=set(cold)), place_of, tokens_left)
+    step = Checked(plan, told, Places(cold=set(cold)), place_of, tokens_left, is_ranked=not is_judged)
     step.run(data)
     assert len(step.calls) <= active + reserves + 2 * active  # a chain insists once, and waits once
     replied = [reply.agent for reply in step.decision.replies]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dmoa.core.label_model import fit_label_model
+from dmoa.core.witnesses import witnesses_of
 from dmoa.errors import ConfigError
-from dmoa.evaluation.answer_matrix import AnswerMatrix, RouterChoice, matrix_policies, read_matrix, replay_choices
+from dmoa.evaluation.answer_matrix import AnswerMatrix, RouterChoice, choice_of, matrix_policies, read_matrix, replay_choices
 from dmoa.evaluation.records import Task
 from dmoa.evaluation.run_folder import RunFolder, write_lines
 from dmoa.testing import answered as answer
+from dmoa.testing import decision
 from dmoa.testing import failed as lost
 from dmoa.testing import scored as score
 
@@ -89,6 +93,19 @@ def test_the_cascade_asks_on_until_somebody_is_sure(matrix: AnswerMatrix) -> Non
     # Anchors shift the scores: what is ordinary for b is sure for nobody.
     shifted = [RouterChoice(ranking=(0, 1, 2), k=1, theta=sure, limit=3, anchors=(-5.0, -5.0, -5.0))] * 2
     assert replay_choices(matrix, shifted).k_R.tolist() == [3, 3]
+
+
+def test_a_label_model_says_whom_to_ask_and_whose_answer_wins(matrix: AnswerMatrix) -> None:
+    # By what is learnt b and c are right, a never: row 0 b and c agree on 2, row 1 all differ.
+    known = fit_label_model(witnesses_of([[str(1000 + row), str(row), str(row)] for row in range(12)]), seed=0)
+    decided = replace(decision({"a": 0.6, "b": 0.3, "c": 0.1}, 1, label_model=known, limit=3), agent_price=0.1)
+    choices = [choice_of(decided)] * 2
+    found = replay_choices(matrix, choices)
+    assert found.asked_RA[:, :2].all()  # a is not believed, so b is asked
+    assert found.k_R.tolist() == [2, 2]
+    assert found.chosen_R.tolist() == [1, 1]
+    assert replay_choices(matrix, [replace(choice, limit=1) for choice in choices]).chosen_R.tolist() == [0, 0]
+    assert choice_of(replace(decided, label_model=None)).judged_by is None
 
 
 def test_every_row_needs_a_choice(matrix: AnswerMatrix) -> None:

@@ -90,7 +90,7 @@ def episodes_of(lines: list[dict[str, Any]]) -> Episodes:
     from dmoa.training.dataset import COLUMNS
     from dmoa.training.rollouts import LATER_COLUMNS, SCHEMA
 
-    builder = EpisodeBuilder(AGENTS, 2 * CONTEXT_DIM + 4, has_feedback=True, reads_answers=True)
+    builder = EpisodeBuilder(AGENTS, 2 * CONTEXT_DIM + 4, has_feedback=True, asked={})
     columns = {name: pa.array([(LATER_COLUMNS | line)[name] for line in lines], SCHEMA.field(name).type) for name in COLUMNS}
     builder.add(pa.table(columns), 0)
     return builder.build()
@@ -233,4 +233,4 @@ async def test_without_a_label_model_nothing_is_judged(trained: tuple[Path, Any,
     answer, _, trace = await ask(gate, SAID, pool())
     assert all(step.right_probability is None for step in answer.steps)
     assert "right_probability" not in trace.dmoa.model_dump_json()
-    assert judge(decision({"good": 0.5, "fine": 0.5}, 1), [said("good", Say(text="1"))]) is None
+    assert judge(decision({"good": 0.5, "fine": 0.5}, 1), [said("good", Say(text="1"))], asked="") is None
