@@ -127,6 +127,8 @@ class _Words(_Part):
             return tree
         content = tree.get("content")
         parts = [part for part in content if isinstance(part, dict) and _is_thought(part)] if isinstance(content, list) else []
+        if tree.get("dmoa_step") is not None:  # the line of a finished step of another swarm is nobody's thought
+            return tree | {"reasoning": ""}
         return tree | {"reasoning": _thought(tree.get("reasoning_content")) or _thought(tree.get("reasoning")) or _thought(parts)}
 
 
