@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,6 +134,14 @@ async def test_listed_log_probabilities_are_kept_apart_too(vllm: Running, model:
 
 
 @pytest.fixture(scope="module")
+def thinking_tokenizer(tokenizer: Any) -> Any:
+    """The same, with a token for each tag."""
+    found = copy.deepcopy(tokenizer)
+    found.add_tokens(["<think>", "</think>"])
+    return found
+
+
+@pytest.fixture(scope="module")
 def tokenizer() -> Any:
     from dmoa.engines.chat_template import load_tokenizer
     from dmoa.engines.models import resolve_model
@@ -159,11 +168,40 @@ def test_however_vllm_puts_tokens_together_and_holds_text_back(tokenizer: Any, s
     assert reply.answer_tokens() == [number > 2 for number in range(len(tokens))]
 
 
+@pytest.mark.parametrize("parser", ["deepseek_r1", "qwen3", "glm45", "kimi_k2", "olmo3", "ernie45", "step3p5", HARMONY, None])
+@pytest.mark.parametrize("text", ["<think>I add.</think>\n\nIt is 5.", "I add.</think>\n\nIt is 5.", "<think>I add."])
+def test_parsers_of_vllm_and_our_marks_part_the_same(thinking_tokenizer: Any, parser: str | None, text: str) -> None:
+    tokens = thinking_tokenizer.encode(text)
+    reply = ReplyText(ReasoningFormat(thinking_tokenizer, parser), thinking_tokenizer.encode("<|im_start|>assistant\n"))
+    for token in tokens:
+        reply.feed(thinking_tokenizer.decode([token]), [token])
+    reply.finish()
+    assert (reply.reasoning.strip(), reply.text) == ("I add.", "It is 5." if "It" in text else "")
+    said = "".join(
+        thinking_tokenizer.decode([token]) for token, is_in in zip(tokens, reply.answer_tokens(), strict=True) if is_in
+    )
+    assert said == reply.text
+    assert reply.raw == (text if parser in (HARMONY, None) else "")
+
+
+def test_granite_marks_its_thoughts_in_words(tokenizer: Any) -> None:
+    text = "Here is my thought process: I add. Here is my response: It is 5."
+    reply = ReplyText(ReasoningFormat(tokenizer, "granite"), tokenizer.encode("<|im_start|>assistant\n"))
+    for token in (tokens := tokenizer.encode(text)):
+        reply.feed(tokenizer.decode([token]), [token])
+    reply.finish()
+    assert (reply.reasoning.strip(), reply.text) == ("I add.", "It is 5.")
+    said = [tokenizer.decode([token]) for token, is_in in zip(tokens, reply.answer_tokens(), strict=True) if is_in]
+    assert "".join(said) == " It is 5."
+
+
 def test_a_parser_that_vllm_lacks_or_that_does_not_fit_is_named(tokenizer: Any) -> None:
     with pytest.raises(
         ConfigError, match=r"engine_kwargs.reasoning_parser is 'qwen2'; did you mean 'qwen3'\? this vLLM has .*gr"
     ):
         parser_class("qwen2")
+    with pytest.raises(ConfigError, match=r"is 'cohere_command3', which vLLM cannot load: .*cohere_melody"):
+        parser_class("cohere_command3")
     with pytest.raises(ConfigError, match=r"is 'deepseek_r1', which does not fit the model: .*could not locate think start/end"):
         ReasoningFormat(tokenizer, "deepseek_r1")
     assert ReasoningFormat(tokenizer, HARMONY).keeps_marks

@@ -34,7 +34,10 @@ def parser_class(name: str | None) -> type[ReasoningParser] | None:
         raise ConfigError(
             f"engine_kwargs.reasoning_parser is {name!r}; {hint}this vLLM has {', '.join(known)}; name one, or leave it out"
         )
-    found: type[ReasoningParser] = ReasoningParserManager.get_reasoning_parser(name)
+    try:
+        found: type[ReasoningParser] = ReasoningParserManager.get_reasoning_parser(name)
+    except ImportError as error:
+        raise ConfigError(f"engine_kwargs.reasoning_parser is {name!r}, which vLLM cannot load: {error}; install that") from error
     return found
 
 
@@ -80,6 +83,7 @@ class ReplyText:
         self._raw = ""
         self._said: list[str] = []
         self._thought: list[str] = []
+        """What a parser told."""
         self._splitter = ReasoningSplitter(is_opened=opened[0])
         self._parser = given.new_parser()
         self._num_parsed = 0
@@ -94,12 +98,12 @@ class ReplyText:
     @property
     def text(self) -> str:
         """The answer so far."""
-        return "".join(self._said)
+        return "".join(self._said) if self._parser is not None else self._splitter.split().text
 
     @property
     def reasoning(self) -> str:
         """The thoughts so far."""
-        return "".join(self._thought)
+        return "".join(self._thought) if self._parser is not None else self._splitter.split().reasoning
 
     @property
     def raw(self) -> str:
@@ -112,7 +116,7 @@ class ReplyText:
         self._raw += text
         self._tokens += tokens
         if self._parser is None:
-            return self._kept(self._splitter.feed(text))
+            return self._splitter.feed(text)
         self._measure()
         # vLLM holds text back that may begin a stop text, and puts pieces together where nobody takes them in time.
         shown = list[TextDelta]()
@@ -123,7 +127,7 @@ class ReplyText:
     def finish(self) -> list[TextDelta]:
         """Take the reply as ended; return what was held back."""
         if self._parser is None:
-            return self._kept(self._splitter.close())
+            return self._splitter.close()
         shown = list[TextDelta]()
         while self._num_parsed < len(self._tokens) and self._start(self._num_parsed) < len(self._raw):
             shown += self._parse(self._parser)
@@ -131,10 +135,11 @@ class ReplyText:
 
     def answer_tokens(self) -> list[bool]:
         """Tell of every token whether it is the answer's."""
-        split = self._splitter.split() if self._parser is None else split_reasoning(self.text)
-        if not (self._thought or split.is_open or split.text != (self._raw if self._parser is None else self.text)):
+        text = self._raw if self._parser is None else self.text
+        split = self._splitter.split() if self._parser is None else split_reasoning(text)
+        if not (self._thought or split.is_open or split.text != text):
             return [True] * len(self._tokens)
-        placed = split if self._parser is None else placed_split(self._raw, self.text, split)
+        placed = split if self._parser is None else placed_split(self._raw, text, split)
         if placed is None:  # a parser that does not leave the words of the answer as they are
             return [self._num_thought is not None and number >= self._num_thought for number in range(len(self._tokens))]
         self._measure()
