@@ -110,26 +110,30 @@ def print_probe(report: ProbeReport, config: Config) -> None:
         "cannot": "entropy cannot route this pool",
         "audit": f"audit first: look at some {report.audit_rows} rows with known answers per agent named below",
     }
+    for line in report.answers.summary if report.answers else ():
+        console.print(f"{config.name}: {line}", soft_wrap=True)
     console.print(f"{config.name}: {words[report.verdict]}", soft_wrap=True)
     for reason in report.reasons:
         console.print(f"  {reason}", soft_wrap=True)
-    console.print(
-        f"{report.rows} queries, log PE varies by row {report.row_share:.0%}, by agent {report.agent_share:.0%}, by their "
-        f"interaction {report.interaction_share:.0%} (95 %: {report.interaction_low:.0%} to {report.interaction_high:.0%})",
-        soft_wrap=True,
-    )
-    columns = ("agent", "entropy (nats)", "surest on", "clusters choose", "same reply", "accuracy", "AUROC", "note")
+    if report.pairs:
+        console.print(
+            f"{report.rows} queries, log PE varies by row {report.row_share:.0%}, by agent {report.agent_share:.0%}, by their "
+            f"interaction {report.interaction_share:.0%} (95 %: {report.interaction_low:.0%} to {report.interaction_high:.0%})",
+            soft_wrap=True,
+        )
+    columns = ("agent", "right", "entropy (nats)", "surest on", "clusters choose", "same reply", "accuracy", "AUROC", "note")
     table = new_table(*columns, words=("agent", "note"))
     for found in report.agents:
         notes = ["ignores its input"] if found.ignores_input else []
         notes += [f"sure and wrong on {', '.join(found.sure_and_wrong)}"] if found.sure_and_wrong else []
         table.add_row(
             found.agent,
-            f"{found.entropy_nats:.3f}",
-            f"{found.surest:.0%}",
-            f"{report.cluster_choices[found.agent]:.0%}",
+            _share(report.answers.competence[found.agent] if report.answers else None),
+            "" if found.entropy_nats is None else f"{found.entropy_nats:.3f}",
+            _share(found.surest),
+            _share(report.cluster_choices.get(found.agent)),
             f"{found.same_text:.0%}",
-            "" if found.accuracy is None else f"{found.accuracy:.0%}",
+            _share(found.accuracy),
             "" if found.auroc is None else f"{found.auroc:.2f}",
             "; ".join(notes),
         )
@@ -141,3 +145,7 @@ def print_probe(report: ProbeReport, config: Config) -> None:
             "the best single agent",
             soft_wrap=True,
         )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"

@@ -20,7 +20,9 @@ from dmoa.core.scores import scores
 from dmoa.errors import ConfigError
 
 MIN_ROWS = 4
-_PROBE_COLUMNS = ("source", "context", "entropy_sum_nats", "entropy_tokens", "text", "status")
+_PROBE_COLUMNS = (
+    "source", "context", "entropy_sum_nats", "entropy_tokens", "text", "status", "prompt_tokens", "completion_tokens",
+)  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
 _TRIES = 5
@@ -34,8 +36,11 @@ def sample_of(
     agents: Sequence[str],
     preset: Preset,
     values: Mapping[tuple[str, str], float] | None = None,
+    outcomes: Mapping[tuple[str, str], float] | None = None,
 ) -> ProbeSample:
     """Return the sample of a table of rollouts; `values`: (query_id, agent) -> score, for queries with a known answer.
+
+    `outcomes`: the same of what the user knows (`training/outcomes`).
 
     Raises ConfigError where fewer than four queries were asked of every agent.
     """
@@ -55,6 +60,11 @@ def sample_of(
         value_RA=None
         if values is None
         else np.array([[values.get((query, name), np.nan) for name in agents] for query in dense]),
+        heard_RA=np.array([[cell["status"] == "ok" for cell in row] for row in rows]),
+        tokens_RA=np.array([[_tokens(cell) for cell in row] for row in rows]),
+        outcome_RA=None
+        if outcomes is None
+        else np.array([[outcomes.get((query, name), np.nan) for name in agents] for query in dense]),
     )
 
 
@@ -78,6 +88,10 @@ def _entropy(row: Mapping[str, Any]) -> float:
     return float(row["entropy_sum_nats"]) / tokens if row["status"] == "ok" and tokens else float("nan")
 
 
+def _tokens(row: Mapping[str, Any]) -> float:
+    return float(row["prompt_tokens"] + row["completion_tokens"]) if row["status"] == "ok" else float("nan")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeSample:
     """A dense sample."""
@@ -92,6 +106,12 @@ class ProbeSample:
     """[R][A]"""
     value_RA: Floats | None = None
     """Score of each reply, 0..1; NaN in rows without a known answer."""
+    heard_RA: npt.NDArray[np.bool_] | None = None
+    """Whether each agent contributed; None: all did."""
+    tokens_RA: Floats | None = None
+    """Prompt and completion tokens of each reply; NaN where there is none. None: not known."""
+    outcome_RA: Floats | None = None
+    """Rewards that the user handed over, 0..1; NaN where there are none. None: there are none at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

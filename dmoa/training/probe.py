@@ -18,6 +18,7 @@ from scipy.stats import binomtest, rankdata
 from dmoa.core.scores import SCORE_OFFSET_NATS
 from dmoa.errors import ConfigError
 from dmoa.training.cluster_router import Floats, ProbeSample, fit_clusters
+from dmoa.training.probe_answers import AnswerFinding, probe_answers
 
 Verdict = Literal["can", "cannot", "audit"]
 AUDIT_ROWS = 30
@@ -41,11 +42,11 @@ class AgentFinding(_Record):
     """What the probe saw of one agent."""
 
     agent: str
-    entropy_nats: float
-    """Mean over the rows of the mean entropy per token."""
-    surest: float
+    entropy_nats: float | None
+    """Mean over the rows of the mean entropy per token; null where none is known."""
+    surest: float | None
     """Share of rows on which it is the surest."""
-    row_spread: float
+    row_spread: float | None
     """Standard deviation over rows of its log PE."""
     same_text: float
     """Share of rows with its commonest reply."""
@@ -93,7 +94,10 @@ class ProbeReport(_Record):
     """Its gain in sureness over the best single agent, as a share of what the surest agent of every row gains; null where
     there is nothing to gain."""
     verdict: Verdict
+    """Whether entropy can route the pool; what can is said in `answers`."""
     reasons: list[str]
+    answers: AnswerFinding | None = None
+    """What the answers tell; null for fewer than eight queries."""
     audit_rows: int = AUDIT_ROWS
 
 
@@ -102,6 +106,8 @@ def probe_pool(sample: ProbeSample, *, known: ProbeSample | None = None, seed: i
 
     Raises ConfigError for fewer than two agents, or fewer than four rows that all of them replied to.
     """
+    if not np.isfinite(sample.entropy_RA).any() and sample.heard_RA is not None and sample.heard_RA.any():
+        return _without_entropies(sample, seed)
     log_RA = np.log(sample.entropy_RA + SCORE_OFFSET_NATS)
     whole_R = np.asarray(np.isfinite(log_RA).all(axis=1))
     if whole_R.sum() < 4 or len(sample.agents) < 2:
@@ -131,6 +137,28 @@ def probe_pool(sample: ProbeSample, *, known: ProbeSample | None = None, seed: i
         cluster_gain=gain,
         verdict=verdict,
         reasons=reasons,
+        answers=probe_answers(sample, can_entropy=verdict == "can", seed=seed),
+    )
+
+
+def _without_entropies(sample: ProbeSample, seed: int) -> ProbeReport:
+    """Return the report of a pool whose entropies nobody knows, such as one of recorded replies: what the answers tell."""
+    nobody = np.full((0, len(sample.agents)), np.nan)
+    return ProbeReport(
+        rows=len(sample.texts),
+        known_rows=0,
+        row_share=0.0,
+        agent_share=0.0,
+        interaction_share=0.0,
+        interaction_low=0.0,
+        interaction_high=0.0,
+        agents=[_agent(sample, nobody, np.zeros(len(sample.texts), dtype=bool), None, a) for a in range(len(sample.agents))],
+        pairs=[],
+        cluster_choices={},
+        cluster_gain=None,
+        verdict="cannot",
+        reasons=["no entropies are known"],
+        answers=probe_answers(sample, can_entropy=False, seed=seed),
     )
 
 
@@ -178,9 +206,9 @@ def _agent(
     accuracy, auroc, bad = _judged(known, index)
     return AgentFinding(
         agent=sample.agents[index],
-        entropy_nats=float(sample.entropy_RA[whole_R, index].mean()),
-        surest=float((log_RA.argmin(axis=1) == index).mean()),
-        row_spread=float(log_RA[:, index].std()),
+        entropy_nats=float(sample.entropy_RA[whole_R, index].mean()) if len(log_RA) else None,
+        surest=float((log_RA.argmin(axis=1) == index).mean()) if len(log_RA) else None,
+        row_spread=float(log_RA[:, index].std()) if len(log_RA) else None,
         same_text=same,
         ignores_input=same >= _SAME_TEXT and min(others) < _SAME_TEXT,
         accuracy=accuracy,
@@ -246,13 +274,13 @@ def gains_nothing(gain: float | None) -> bool:
 def _verdict(interaction: float, low: float, agents: list[AgentFinding], gain: float | None) -> tuple[Verdict, list[str]]:
     """Return the verdict and why, in words."""
     reasons: list[str] = []
-    favourite = max(agents, key=lambda found: found.surest)
+    favourite = max(agents, key=lambda found: found.surest or 0.0)
     if low < _ENOUGH_INTERACTION:
         reasons.append(
             f"who is sure hardly depends on the query: interaction is {interaction:.1%} of Var(log PE) (lower end {low:.1%}, "
             f"{_ENOUGH_INTERACTION:.0%} needed)"
         )
-    if favourite.surest >= _FAVOURITE:
+    if favourite.surest is not None and favourite.surest >= _FAVOURITE:
         reasons.append(f"{favourite.agent} is the surest on {favourite.surest:.0%} of the rows: a router would ask nobody else")
     if reasons:
         return "cannot", reasons

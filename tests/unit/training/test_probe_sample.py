@@ -22,6 +22,8 @@ def table(queries: int = 4, **changes: Any) -> pa.Table:
             "context": [float(n), 1.0, 9.0, 9.0],
             "entropy_sum_nats": float(n + 1) * (1 if agent == "a" else 2),
             "entropy_tokens": 2,
+            "prompt_tokens": 5,
+            "completion_tokens": 2,
             "text": f"{agent}{n}",
             "status": "ok",
         }

@@ -1,0 +1,158 @@
+"""What a probe reads in answers: pools made by hand with competent, redundant, constant, colluding and lying agents."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dmoa.cli.train import print_probe
+from dmoa.config import loads
+from dmoa.testing import scripted_pool_yaml
+from dmoa.training.cluster_router import ProbeSample
+from dmoa.training.probe import probe_pool
+from dmoa.training.probe_answers import AnswerFinding, probe_answers
+
+ROWS = 48
+SHARED = Path(__file__).parents[4] / "shared"
+
+
+def sample(says: dict[str, list[str]], **changes: Any) -> ProbeSample:
+    """A pool without entropies whose agents give these answers, a row each."""
+    num_rows = len(next(iter(says.values())))
+    values: dict[str, Any] = {
+        "agents": tuple(says),
+        "sources": ("made-up",) * num_rows,
+        "embedding_RD": np.ones((num_rows, 2)),
+        "entropy_RA": np.full((num_rows, len(says)), np.nan),
+        "texts": tuple(tuple(f"The answer is {says[name][row]}." for name in says) for row in range(num_rows)),
+        "heard_RA": np.ones((num_rows, len(says)), dtype=bool),
+        "tokens_RA": np.tile(np.arange(1, len(says) + 1) * 10.0, (num_rows, 1)),
+    }
+    return ProbeSample(**values | changes)
+
+
+def right(share: float, seed: int) -> list[str]:
+    """Answers of which a share is right (the row's number), the others wrong each in a way of its own."""
+    rng = np.random.default_rng(seed)
+    return [str(row) if rng.uniform() < share else str(1000 * seed + row) for row in range(ROWS)]
+
+
+def found(says: dict[str, list[str]], **changes: Any) -> AnswerFinding:
+    finding = probe_answers(sample(says, **changes), can_entropy=False)
+    assert finding is not None
+    return finding
+
+
+GOOD = {"a": right(0.95, 1), "b": right(0.85, 2), "c": right(0.8, 3), "d": right(0.75, 4)}
+
+
+def test_competent_agents_that_agree_can_be_routed_by_agreement() -> None:
+    finding = found(GOOD)
+    assert (finding.signal, finding.is_trusted, finding.outcomes_to_settle) == ("agreement", True, 0)
+    true = {name: np.mean([text == str(row) for row, text in enumerate(says)]) for name, says in GOOD.items()}
+    assert finding.competence == pytest.approx(true, abs=0.06)
+    one, turn, everybody = finding.expected
+    assert (one.way, one.agent, one.calls, one.tokens) == ("one agent", "a", 1.0, 10.0)
+    assert (everybody.calls, everybody.tokens) == (4.0, 100.0)
+    assert one.accuracy <= turn.accuracy <= everybody.accuracy + 0.01
+    assert 1.0 <= turn.calls < 3.0
+    assert turn.tokens == pytest.approx(25.0 * turn.calls, abs=0.1)
+    assert (finding.redundant, finding.colluding, finding.constant, finding.seldom_right) == ([], [], [], [])
+    assert finding.summary[0].startswith("agreement can route this pool: two or more agents give the right answer to probably ")
+    assert "against a alone" in finding.summary[1]
+
+
+def test_agents_that_never_agree_leave_it_to_outcomes() -> None:
+    finding = found({name: [f"{seed}{row:03d}" for row in range(ROWS)] for seed, name in enumerate("abcd", start=1)})
+    assert (finding.signal, finding.is_trusted) == ("none", False)
+    assert 16 <= finding.outcomes_to_settle <= 97
+    assert finding.summary[0].startswith(
+        "agreement is not to be trusted here: two or more agents give the right answer to probably 0%"
+    )
+    assert f"{finding.outcomes_to_settle} outcomes" in finding.summary[1]
+
+
+def test_outcomes_settle_it() -> None:
+    says = {name: [f"{seed}{row:03d}" for row in range(ROWS)] for seed, name in enumerate("abcd", start=1)}
+    outcome_RA = np.full((ROWS, 4), np.nan)
+    outcome_RA[:24, 1], outcome_RA[:24, 0] = 1.0, 0.0
+    finding = found(says, outcome_RA=outcome_RA)
+    assert (finding.signal, finding.is_trusted, finding.outcomes, finding.outcomes_to_settle) == ("outcomes", True, 24, 0)
+    assert finding.expected[0].agent == "b"
+
+
+def test_a_pair_that_agrees_with_nobody_else_is_named_and_costs_it_no_trust() -> None:
+    lies = [str(5000 + row) for row in range(ROWS)]
+    finding = found(GOOD | {"x": lies, "y": lies})
+    assert finding.colluding == [("x", "y")]
+    assert finding.redundant == []
+    assert any(line.startswith("x and y agree with each other and nobody else") for line in finding.summary)
+    assert finding.expected[0].agent == "a"
+
+
+def test_constant_redundant_and_lying_agents_are_named() -> None:
+    finding = found(GOOD | {"copy": GOOD["a"], "constant": ["42"] * ROWS, "liar": [str(7000 + row) for row in range(ROWS)]})
+    assert finding.redundant == [("a", "copy")]
+    assert finding.constant == ["constant"]
+    assert finding.seldom_right == ["liar"]
+    assert finding.colluding == []
+    text = "\n".join(finding.summary)
+    for words in ("a and copy give the same answers", "constant gives one answer", "liar is probably wrong on nearly all"):
+        assert words in text
+
+
+def test_few_rows_say_nothing() -> None:
+    assert probe_answers(sample({"a": list("1234567"), "b": list("1234567")}), can_entropy=True) is None
+
+
+def test_agents_that_were_not_heard_are_no_witnesses() -> None:
+    heard_RA = np.ones((ROWS, 4), dtype=bool)
+    heard_RA[:, 3] = False
+    finding = found(GOOD, heard_RA=heard_RA)
+    assert finding.expected[-1].calls == 3.0
+    assert finding.is_trusted
+
+
+def test_a_pool_without_entropies_is_probed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    report = probe_pool(sample(GOOD))
+    assert (report.verdict, report.reasons, report.pairs) == ("cannot", ["no entropies are known"], [])
+    assert report.agents[0].entropy_nats is None
+    json.dumps(report.model_dump(mode="json"), allow_nan=False)
+    print_probe(report, loads(scripted_pool_yaml(tuple(GOOD))))
+    printed = capsys.readouterr().out
+    assert "agreement can route this pool" in printed
+    assert "no entropies are known" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "is_trusted"), [("gsm8k", True), pytest.param("cruxeval_o", False), pytest.param("math_l5", False)]
+)
+@pytest.mark.contract
+def test_recorded_replies_of_public_models(name: str, *, is_trusted: bool) -> None:
+    path = Path(os.environ.get("DMOA_RECORDED_REPLIES", SHARED / "outcomes")) / f"{name}.replies.jsonl.gz"
+    if not path.is_file():
+        if "CI" in os.environ and SHARED.is_dir():
+            pytest.fail(f"{path.name} is missing in {SHARED}")
+        pytest.skip("recorded replies are not part of a clone; DMOA_RECORDED_REPLIES may name their folder")
+    texts: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            texts[row["query_id"]][row["agent"]] = row["text"]
+    agents = tuple(sorted(next(iter(texts.values()))))
+    asked = sorted(texts)[:60]
+    pool = sample(
+        {agent: [""] * len(asked) for agent in agents},
+        texts=tuple(tuple(texts[query][agent] for agent in agents) for query in asked),
+    )
+    finding = probe_answers(pool, can_entropy=False)
+    assert finding is not None
+    assert finding.is_trusted is is_trusted
+    assert (finding.outcomes_to_settle == 0) is is_trusted
+    assert (finding.colluding, finding.constant, finding.seldom_right if is_trusted else []) == ([], [], [])
