@@ -78,22 +78,39 @@ def mixed_requests(count: int, adapters: Sequence[str | None], max_tokens: int) 
 
 def entropy_errors(folder: Path, count: int, max_tokens: int) -> EntropyCheck:
     """Run `count` generations through the decode loop, then the same tokens through the bare model."""
+    requests = mixed_requests(count, [None], max_tokens)
+    lengths = [3 + number % max_tokens if number % 2 else 2 * max_tokens for number in range(count)]
+    done = decoded(folder, requests, lengths)
+    errors, agree = [], True
+    for sequence, generation, exact, _ in done:
+        errors.append(abs(sum(exact) - generation.entropy.sum_nats) / len(exact))
+        agree &= generation.entropy.tokens == generation.usage.completion_tokens == len(sequence.outputs)
+    stopped = sum(generation.finish_reason == "stop" for _, generation, _, _ in done)
+    return EntropyCheck(len(done), max(errors), agree, stopped, len(done) - stopped)
+
+
+def decoded(
+    folder: Path, requests: Sequence[GenerationRequest], lengths: Sequence[int]
+) -> list[tuple[Running, Generation, list[float], list[str]]]:
+    """Decode requests; return each with the bare model's entropies of its tokens, and the text up to them."""
     torch.set_num_threads(num_threads(TransformersOptions()))
     loaded = load_model(folder, TransformersOptions(), has_adapters=False)
     loop = DecodeLoop(loaded, Adapters(loaded.model, {}), max_rows=16, has_prefix_cache=True)
     done: list[tuple[Running, Generation]] = []
-    for number, item in enumerate(mixed_requests(count, [None], max_tokens)):
-        loop.submit(_running(loaded, item, 3 + number % max_tokens if number % 2 else 2 * max_tokens, number, done))
+    for number, (item, length) in enumerate(zip(requests, lengths, strict=True)):
+        loop.submit(_running(loaded, item, length, number, done))
     with torch.inference_mode():
         while not loop.is_idle:
             loop.step()
-    errors, agree = [], True
-    for sequence, generation in done:
-        exact = teacher_forced_entropies(loaded.model, sequence.tokens.tolist(), sequence.outputs)
-        errors.append(abs(sum(exact) - generation.entropy.sum_nats) / len(exact))
-        agree &= generation.entropy.tokens == generation.usage.completion_tokens == len(sequence.outputs)
-    stopped = sum(generation.finish_reason == "stop" for _, generation in done)
-    return EntropyCheck(len(done), max(errors), agree, stopped, len(done) - stopped)
+        return [
+            (
+                sequence,
+                generation,
+                teacher_forced_entropies(loaded.model, sequence.tokens.tolist(), sequence.outputs),
+                [loaded.tokenizer.decode(sequence.outputs[: n + 1]) for n in range(len(sequence.outputs))],
+            )
+            for sequence, generation in done
+        ]
 
 
 def _running(
