@@ -160,10 +160,16 @@ def _active(spec: GateSpec, logits_RA: FloatArray, mass_left: float, limit: int)
 
 
 def tell_trust(model: LabelModel, agents: Sequence[str]) -> list[str]:
-    """Return a line for every context of the label model: what it goes by there, why, and who is right most often by it."""
+    """Return a line for every signal that the label model goes by: for how many queries, why, and who is right most often."""
     lines = []
-    for trust, ability_A in zip(model.trust, model.ability_CA, strict=True):
-        best = np.argsort(-ability_A, kind="stable")[:_MOST_NAMED]
-        named = ", ".join(f"{agents[a]} {1 / (1 + np.exp(-ability_A[a])):.0%}" for a in best)
-        lines.append(f"label model: {trust.rows} queries go by {trust.signal}, {trust.reason}; right most often: {named}")
+    for signal in dict.fromkeys(trust.signal for trust in model.trust):
+        contexts = [context for context, trust in enumerate(model.trust) if trust.signal == signal]
+        rows_C = np.array([model.trust[context].rows for context in contexts])
+        largest = model.trust[contexts[int(rows_C.argmax())]]
+        right_A = np.average(1 / (1 + np.exp(-model.ability_CA[contexts])), axis=0, weights=np.maximum(rows_C, 1))
+        named = ", ".join(f"{agents[a]} {right_A[a]:.0%}" for a in np.argsort(-right_A, kind="stable")[:_MOST_NAMED])
+        of = "" if len(contexts) == 1 else f" of {len(contexts)} kinds"
+        lines.append(
+            f"label model: {rows_C.sum()} queries{of} go by {signal}, {largest.reason}; by its account right most often: {named}"
+        )
     return lines

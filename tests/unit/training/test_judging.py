@@ -84,13 +84,13 @@ def test_the_targets_are_the_log_odds_of_being_right() -> None:
     assert math.isnan(posterior_scores(math.nan))
 
 
-def episodes_of(lines: list[dict[str, Any]]) -> Episodes:
+def episodes_of(lines: list[dict[str, Any]], asked: Mapping[tuple[str, int], str] | None = None) -> Episodes:
     import pyarrow as pa
 
     from dmoa.training.dataset import COLUMNS
     from dmoa.training.rollouts import LATER_COLUMNS, SCHEMA
 
-    builder = EpisodeBuilder(AGENTS, 2 * CONTEXT_DIM + 4, has_feedback=True, asked={})
+    builder = EpisodeBuilder(AGENTS, 2 * CONTEXT_DIM + 4, has_feedback=True, asked=asked or {})
     columns = {name: pa.array([(LATER_COLUMNS | line)[name] for line in lines], SCHEMA.field(name).type) for name in COLUMNS}
     builder.add(pa.table(columns), 0)
     return builder.build()
@@ -234,3 +234,18 @@ async def test_without_a_label_model_nothing_is_judged(trained: tuple[Path, Any,
     assert all(step.right_probability is None for step in answer.steps)
     assert "right_probability" not in trace.dmoa.model_dump_json()
     assert judge(decision({"good": 0.5, "fine": 0.5}, 1), [said("good", Say(text="1"))], asked="") is None
+
+
+def test_what_was_asked_tells_the_form_of_answers() -> None:
+    lines = rows(1)
+    for line, text in zip(lines, ("Answer: 'a'", "Answer: 'A'", 'Answer: "a"'), strict=True):
+        line["text"] = text
+    assert answers_to("assert f(1) == ??", lines) == [[0, 1, 0]]
+    assert answers_to("Which letter?", lines) == [[0, 0, 0]]
+
+
+def answers_to(asked: str, lines: list[dict[str, Any]]) -> list[list[int]]:
+    said_ = episodes_of(lines, {("q000", -1): asked}).said
+    assert said_ is not None
+    found: list[list[int]] = said_.answer_NA.tolist()
+    return found
