@@ -12,8 +12,10 @@ from vllm import SamplingParams
 from vllm.reasoning import ReasoningParserManager
 from vllm.reasoning.deepseek_r1_reasoning_parser import DeepSeekR1ReasoningParser
 
+from dmoa.engine_options import VllmOptions
 from dmoa.engines.chat_template import encode_chat
 from dmoa.engines.vllm.engine import Listed, VllmEngine
+from dmoa.engines.vllm.local import check_parser
 from dmoa.engines.vllm.thoughts import HARMONY, ReasoningFormat, ReplyText, parser_class
 from dmoa.errors import ConfigError
 from dmoa.types import EntropySum, Generation, GenerationRequest, Message, Sampling, TextDelta
@@ -200,6 +202,8 @@ def test_a_parser_that_vllm_lacks_or_that_does_not_fit_is_named(tokenizer: Any) 
         ConfigError, match=r"engine_kwargs.reasoning_parser is 'qwen2'; did you mean 'qwen3'\? this vLLM has .*gr"
     ):
         parser_class("qwen2")
+    with pytest.raises(ConfigError, match=r"^llms\.big\.engine_kwargs\.reasoning_parser is 'none'"):
+        check_parser(VllmOptions(reasoning_parser="none"), "big")
     with pytest.raises(ConfigError, match=r"is 'cohere_command3', which vLLM cannot load: .*cohere_melody"):
         parser_class("cohere_command3")
     with pytest.raises(ConfigError, match=r"is 'deepseek_r1', which does not fit the model: .*could not locate think start/end"):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dmoa.core.entropy import token_entropy
 from dmoa.engines.vllm.entropy_store import EntropyStore
+from dmoa.types import EntropySum
 from tests.examples import examples
 
 V = 7
@@ -44,6 +45,36 @@ def test_sums_are_those_of_the_first_tokens() -> None:
     assert found.sum_nats == pytest.approx(first + second, abs=1e-6)
     assert found.sq_sum == pytest.approx(first**2 + second**2, abs=1e-6)
     assert len(kept) == 0
+
+
+def test_thoughts_and_text_have_sums_of_their_own() -> None:
+    kept, one, other, plain = store(), [], [], []
+    for index, (key, outputs) in enumerate((("one", one), ("other", other), ("plain", plain))):
+        kept.add(index, key, outputs)
+    seeds = range(1, 6)
+    for seed in seeds:
+        kept.write(logits(seed, seed + 10, seed + 20))
+        for outputs in (one, other, plain):
+            outputs.append(9)
+    # Positions 0 to 2 are a thought; 1 and from 3 on are two; the fifth of them does not count.
+    found = kept.take([("one", 5, 0, 3), ("other", 4, 1, 2, 3), ("plain", 2)])
+    for key, base, thought, text in (("one", 0, (0, 1, 2), (3, 4)), ("other", 10, (1, 3), (0, 2)), ("plain", 20, (), (0, 1))):
+        values = nats(*(seed + base for seed in seeds))
+        for entropy, places in ((found[key].thought, thought), (found[key].text, text)):
+            assert entropy.tokens == len(places)
+            assert entropy.sum_nats == pytest.approx(sum(values[place] for place in places), abs=1e-6)
+            assert entropy.sq_sum == pytest.approx(sum(values[place] ** 2 for place in places), abs=1e-6)
+
+
+def test_a_broken_position_of_the_thought_leaves_the_text_known() -> None:
+    kept, outputs = store(), []
+    kept.add(0, "a", outputs)
+    for rows in (torch.full((1, V), torch.nan), logits(2)):
+        kept.write(rows)
+        outputs.append(0)
+    found = kept.take([("a", 2, 0, 1)])["a"]
+    assert math.isnan(found.thought.sum_nats)
+    assert found.text.sum_nats == pytest.approx(nats(2)[0], abs=1e-6)
 
 
 def test_parts_of_a_prompt_are_overwritten_by_its_last_part() -> None:
@@ -303,11 +334,14 @@ def test_whatever_the_engine_does_every_sum_is_that_of_the_last_writes(seed: int
 def check(engine: Reference, key: str) -> None:
     """Take a request's sums, and compare."""
     wanted = engine.random.randint(0, len(engine.outputs[key]))
-    found = engine.store.take([(key, wanted)])
-    values = [engine.last[key][position] for position in range(wanted)]
-    if wanted:
-        assert found[key].tokens == wanted
-        assert found[key].sum_nats == pytest.approx(sum(values), abs=1e-5)
-        assert found[key].sq_sum == pytest.approx(sum(value**2 for value in values), abs=1e-5)
-    elif key in found:
-        assert found[key] == (0.0, 0.0, 0, 0.0, 0.0, 0)
+    cuts = sorted(engine.random.randint(0, wanted + 1) for _ in range(engine.random.randint(0, 3)))
+    found = engine.store.take([(key, wanted, *cuts)])
+    inside = [sum(cut <= position for cut in cuts) % 2 == 1 for position in range(wanted)]
+    for side in (False, True):
+        values = [engine.last[key][position] for position in range(wanted) if inside[position] == side]
+        entropy = (found[key].thought if side else found[key].text) if wanted else EntropySum()
+        assert entropy.tokens == len(values)
+        assert entropy.sum_nats == pytest.approx(sum(values), abs=1e-5)
+        assert entropy.sq_sum == pytest.approx(sum(value**2 for value in values), abs=1e-5)
+    if not wanted and key in found:
+        assert set(found[key]) == {0}
