@@ -27,9 +27,9 @@ MIN_ROWS = 8
 _ROUNDS = 25
 MAX_CONTEXTS = 8
 _ROWS_PER_CONTEXT = 8
-_SPREAD = 1.0
-"""Standard deviation of difficulty: of 0, 1, 2 and 3 it gave the largest held-back likelihood on recorded pools."""
-_ABILITY = (0.5, 1.5)
+_SPREAD = 1.5
+"""Standard deviation of difficulty. Held-back likelihood hardly tells 1 from 2; above 1 the calibration is better."""
+_ABILITY = (0.0, 1.5)
 """Mean and standard deviation of competence (log odds of being right) beforehand."""
 _CONTEXT_SD = 0.5
 """How far the competence of an agent differs between contexts beforehand."""
@@ -41,6 +41,9 @@ _MIN_JUDGED = 4
 _FOLDS = 4
 _RELIANCES = (1.0, 0.3, 0.1, 0.0)
 _BACKED = 0.5
+"""Share of queries on which a probable answer must have two backers, for agreement to be what the model goes by."""
+_DISTRUST = 0.25
+"""Reliance below which outcomes are what it goes by; without evidence either way it is 0.35."""
 
 
 Signal = Literal["agreement", "entropy", "outcomes", "none"]
@@ -262,8 +265,11 @@ def trusted(model: LabelModel, witnesses: Witnesses) -> tuple[Trust, ...]:
         rows = context_R == context
         outcomes = int(np.isfinite(witnesses.outcome_RA[rows]).any(axis=1).sum())
         share = float(backed_R[rows].mean()) if rows.any() else 0.0
-        if share >= _BACKED:
-            signal: Signal = "agreement"
+        if outcomes and model.reliance_C[context] < _DISTRUST:
+            signal: Signal = "outcomes"
+            reason = "what agents agree on foretells the outcomes that were held back worse than outcomes alone do"
+        elif share >= _BACKED:
+            signal = "agreement"
             reason = f"on {share:.0%} of the queries two or more agents give the answer that is probably right"
         elif np.isfinite(witnesses.doubt_RA[rows]).any():
             signal, reason = "entropy", f"agents agree on what is probably right for {share:.0%} of the queries only"

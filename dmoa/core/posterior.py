@@ -22,11 +22,11 @@ MAX_SHARED = 0.95
 """The most that a wrong agent repeats other wrong answers: an answer of its own is never impossible."""
 MIN_CHANCE = 1e-3
 NODES = 5
-USUAL_COPY = 0.15
+USUAL_COPY = 0.2
 """Probability that two wrong agents say the same beforehand, ..."""
-_COPY_ERRORS = 30.0
+_COPY_ERRORS = 60.0
 """... and for how many joint errors that counts in the estimate of what is usual, ..."""
-_PAIR_ERRORS = 10.0
+_PAIR_ERRORS = 20.0
 """... as what is usual does in that of each pair."""
 
 

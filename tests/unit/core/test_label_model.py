@@ -136,6 +136,76 @@ def test_outcomes_decide_where_nobody_agrees() -> None:
     assert with_them.ability_CA[0, 0] - with_them.ability_CA[0, 1] > 1.5
 
 
+def test_outcomes_refute_a_crowd_that_errs_alike() -> None:
+    """Four of five agents copy one another's errors; 20 judged queries show that the lone one is right."""
+    rng = np.random.default_rng(5)
+    lone = np.where(rng.random(80) < 0.8, 0, rng.integers(1, 50, 80))
+    crowd = np.where(rng.random(80) < 0.2, 0, rng.integers(50, 99, 80))
+    values = np.column_stack([lone, crowd, crowd, crowd, crowd])
+    outcome = np.full(values.shape, np.nan)
+    outcome[:20] = values[:20] == 0
+    misled = fit_label_model(witnesses(compact(values)), seed=0)
+    told = fit_label_model(witnesses(compact(values), outcome=outcome), seed=0)
+    flip = np.where(rng.random(outcome.shape) < 0.2, 1 - outcome, outcome)
+    mostly = fit_label_model(witnesses(compact(values), outcome=flip), seed=0)
+    assert misled.order[0] != 0
+    assert told.order[0] == mostly.order[0] == 0
+    assert told.reliance_C[0] < 0.5
+    assert told.trust[0].signal == "outcomes"
+    got = told.right_probability(witnesses(np.array([[0, 1, 1, 1, 1]])))
+    assert got[0, 0] > got[0, 1]
+
+
+def test_entropy_decides_where_one_agent_alone_is_competent() -> None:
+    """Two skills, one agent each, and a third that is sure of nothing: nobody agrees, and each is sure at home alone."""
+    rng = np.random.default_rng(6)
+    home = np.repeat([0, 1], 40)
+    doubt = np.where(np.arange(3) == home[:, None], -5.0, -0.5) + rng.normal(0, 0.3, (80, 3))
+    embedding = np.eye(2)[home] + rng.normal(0, 0.1, (80, 2))
+    given = witnesses(np.tile(np.arange(3), (80, 1)), doubt=doubt, embedding=embedding)
+    model = fit_label_model(given, seed=0)
+    assert (model.right_probability(given).argmax(axis=1) == home).all()
+    assert {trust.signal for trust in model.trust} == {"entropy"}
+    before = Witnesses(
+        answer_RA=np.full((1, 3), NOT_ASKED),
+        doubt_RA=np.full((1, 3), np.nan),
+        length_RA=np.full((1, 3), np.nan),
+        outcome_RA=np.full((1, 3), np.nan),
+        embedding_RD=np.array([[0.0, 1.0]]),
+    )
+    assert standing(model, before).next_agent == 1
+
+
+def test_long_replies_tell_hard_queries() -> None:
+    """Length is learnt from agreement: where replies are long, agents differ."""
+    rng = np.random.default_rng(7)
+    hard = rng.random(120)
+    values = np.where(rng.random((120, 4)) < (1 - 0.8 * hard)[:, None], 0, rng.integers(1, 50, (120, 4)))
+    given = witnesses(compact(values))
+    length = np.exp(5 + hard[:, None] + rng.normal(0, 0.1, (120, 4)))
+    given = Witnesses(answer_RA=given.answer_RA, doubt_RA=given.doubt_RA, length_RA=length, outcome_RA=given.outcome_RA)
+    model = fit_label_model(given, seed=0)
+    assert model.length_slope > 0.5
+    first = given.only(np.arange(4) == np.zeros((120, 1)))
+    p = model.right_probability(first)[:, 0]
+    assert p[hard < 0.2].mean() > p[hard > 0.8].mean() + 0.3
+
+
+def test_one_context_of_a_model_judges_as_the_whole_does() -> None:
+    rng = np.random.default_rng(8)
+    values, _ = simulated(rng, np.array([0.9, 0.7, 0.5]), 64)
+    embedding = rng.normal(size=(64, 2))
+    given = witnesses(compact(values), doubt=rng.normal(size=(64, 3)), embedding=embedding)
+    model = fit_label_model(given, seed=0)
+    context = model.context(embedding[:1], 1)[0]
+    alone = Witnesses(
+        answer_RA=given.answer_RA[:1], doubt_RA=given.doubt_RA[:1], length_RA=given.length_RA[:1], outcome_RA=given.outcome_RA[:1]
+    )
+    part = model.in_context(int(context))
+    assert part.right_probability(alone) == pytest.approx(model.right_probability(given.rows(slice(0, 1))), abs=0.02)
+    assert part.trust == (model.trust[context],)
+
+
 def test_arrays_and_numbers_give_the_model_back() -> None:
     values, _ = simulated(np.random.default_rng(4), np.array([0.9, 0.6, 0.5]), 40)
     model = fit_label_model(witnesses(compact(values)), seed=0)
