@@ -23,6 +23,10 @@ from dmoa.workflows.console import (
 SelfcheckOption = Annotated[
     bool, typer.Option("--selfcheck", help="Ask no agent: check that scorers, rows and sandbox agree; exit 1 if not.")
 ]
+ExplainOption = Annotated[
+    str | None, typer.Option("--explain", metavar="ROW", help="Ask no agent: show how replies to one row are read and judged.")
+]
+ReplyOption = Annotated[str | None, typer.Option("--reply", metavar="TEXT", help="With --explain: the reply, or a file with it.")]
 AblationsOption = Annotated[
     bool, typer.Option("--ablations", help="Train gates with one thing changed each on --rollouts, and compare them.")
 ]
@@ -40,6 +44,8 @@ def evaluate(
     selfcheck: SelfcheckOption = False,
     ablations: AblationsOption = False,
     rollouts: AblationRolloutsOption = None,
+    explain: ExplainOption = None,
+    reply: ReplyOption = None,
 ) -> None:
     """Measure policies on benchmarks: accuracy with intervals, tokens, steps, paired comparisons.
 
@@ -48,11 +54,15 @@ def evaluate(
     dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first
     dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first --resume
     dmoa evaluate --selfcheck --data-dir DIR --json out/selfcheck.json
+    dmoa evaluate --explain gsm8k/test/0123456789abcdef --data-dir DIR --reply "The answer is 18."
     dmoa evaluate --ablations --rollouts out/rollouts --benchmarks arith,words,calendar --config specialists
     dmoa evaluate --benchmarks arith --policies dmoa:old,dmoa:new --gates old=out/a/checkpoint,new=out/b/checkpoint
     dmoa evaluate --benchmarks mine.py:Rows --policies dmoa,mine.py:Mine --data-dir DIR     see `dmoa docs extending`
     dmoa report out/first
     """
+    if explain is not None or reply is not None:
+        _explain(common, options, explain, reply, is_mixed=selfcheck or ablations)
+        return
     if selfcheck:
         _selfcheck(common, options, checkpoint)
         return
@@ -91,6 +101,22 @@ def _ablations(
     evaluation = run_ablations(_with_folder(options), rollouts, common.load(), common, this_command())
     common.write_json(evaluation.model_dump(mode="json"))
     check_ran(evaluation)
+
+
+def _explain(common: Common, options: EvaluateOptions, row_id: str | None, reply: str | None, *, is_mixed: bool) -> None:
+    """Show how replies to a row are judged."""
+    if row_id is None:
+        refuse_together({"--reply": reply}, "without --explain ROW")
+    refuse_together({"--selfcheck or --ablations": is_mixed, "--url": options.url}, "with --explain, which asks no agent")
+    from dmoa.evaluation.explain import explain
+    from dmoa.workflows.console import print_explanation
+
+    found = explain(
+        row_id or "", reply=reply, out=options.out, data_dir=options.data_dir, allow_weak_sandbox=options.allow_weak_sandbox
+    )
+    for each in found:
+        print_explanation(each)
+    common.write_json([each.model_dump(mode="json") for each in found])
 
 
 def _selfcheck(common: Common, options: EvaluateOptions, checkpoint: Path | None) -> None:

@@ -55,6 +55,10 @@ class Footnotes:
 
 def _remarks_of_benchmark(row: EvaluationRow) -> list[str]:
     remarks = [f"{row.benchmark}: {row.deviation}"] if row.deviation else []
+    if row.left_out:
+        remarks.append(
+            f"{row.benchmark}: {row.left_out} rows cannot be judged here, whatever is replied; no policy is judged by them"
+        )
     return [*remarks, GENERATED] if row.is_generated else remarks
 
 

@@ -150,13 +150,22 @@ def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) 
     judged = scorers[answer.benchmark](label, Reply(text=answer.text, step_texts=answer.step_texts))  # names the metrics
     if answer.status == "failed":
         zero = dict.fromkeys(judged.metrics, 0.0)
-        return Scored(**common, value=0.0, is_scored=False, is_failed=True, reason=answer.error or "failed", metrics=zero)
+        return Scored(
+            **common,
+            value=0.0,
+            is_scored=False,
+            is_left_out=judged.is_left_out,
+            is_failed=True,
+            reason=answer.error or "failed",
+            metrics=zero,
+        )
     return Scored(
         **common,
         value=judged.value,
         extracted=judged.extracted,
         reason=judged.reason,
         is_scored=judged.is_scored,
+        is_left_out=judged.is_left_out,
         metrics=judged.metrics,
     )
 

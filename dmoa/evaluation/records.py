@@ -86,6 +86,8 @@ class Score:
     """One short sentence: why this value, or why it could not be scored."""
     is_scored: bool = True
     """False: the reply held no answer, or the checker itself failed; counted beside wrong ones, as *unscored*."""
+    is_left_out: bool = False
+    """The row cannot be judged here whatever is replied; it leaves the denominator of every policy. Never with `is_scored`."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Secondary measures, such as `f1`; every scored or unscored row of a benchmark has the same keys."""
 
@@ -136,6 +138,8 @@ class Scored(FileRecord):
     extracted: str | None = None
     reason: str = ""
     is_scored: bool = True
+    is_left_out: bool = False
+    """The row cannot be judged here whatever is replied: it counts for no policy of the run."""
     is_failed: bool = False
     """The query itself failed: no answer to judge; value is 0."""
     metrics: dict[str, float] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain, combinations
 from pathlib import Path
@@ -110,36 +110,59 @@ class ScoreTally:
 
     values: dict[int, float] = field(default_factory=dict)
     """Row -> score."""
-    unscored: int = 0
-    failed: int = 0
-    groups: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
-    metrics: dict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+    unscored: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
+    left_out: set[int] = field(default_factory=set)
+    """Rows that cannot be judged whatever is replied, as this policy's replies show; in no other field once counted."""
+    group_of: dict[int, str] = field(default_factory=dict)
+    metrics_of: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
 
     @property
     def did_run(self) -> bool:
         """Whether a row was judged whose query did not fail."""
-        return self.failed < len(self.values)
+        return len(self.failed) < len(self.values)
 
     @property
     def num_scored(self) -> int:
         """Rows whose reply could be judged."""
-        return len(self.values) - self.failed - self.unscored
+        return len(self.values) - len(self.failed) - len(self.unscored)
 
     def add(self, row: int, line: Scored) -> None:
         """Count one score. Raises ConfigError for a row that was counted before."""
         if row in self.values:
             raise _twice("labels/scores", line)
-        self.failed += line.is_failed
-        self.unscored += not (line.is_scored or line.is_failed)
-        value = line.value if line.is_scored else 0.0
-        self.values[row] = value
+        if line.is_left_out:
+            self.left_out.add(row)
+        if line.is_failed:
+            self.failed.add(row)
+        elif not line.is_scored:
+            self.unscored.add(row)
+        self.values[row] = line.value if line.is_scored else 0.0
         if line.group:
-            self.groups[line.group].append(value)
+            self.group_of[row] = line.group
         for name, figure in line.metrics.items():
-            self.metrics[name].append(figure)
+            self.metrics_of[name][row] = figure
+
+    def leave_out(self, rows: set[int]) -> None:
+        """Take rows out of every count."""
+        for row in rows & self.values.keys():
+            del self.values[row]
+            self.group_of.pop(row, None)
+            for figures in self.metrics_of.values():
+                figures.pop(row, None)
+        self.unscored -= rows
+        self.failed -= rows
+        self.left_out = set(rows)
+
+    def groups(self) -> dict[str, list[float]]:
+        """Return the scores by group."""
+        found: dict[str, list[float]] = defaultdict(list)
+        for row, group in self.group_of.items():
+            found[group].append(self.values[row])
+        return found
 
 
-def mean(figures: array[float], n: int | None = None) -> float | None:
+def mean(figures: Collection[float], n: int | None = None) -> float | None:
     """Return the exact sum of figures over n, or over their number; None over none."""
     count = len(figures) if n is None else n
     return math.fsum(figures) / count if count else None
@@ -169,6 +192,8 @@ class _EvaluationRowHead(ResultRecord):
     """Rows whose reply could not be judged; worth 0 in accuracy. Failed rows are not among them."""
     failed: int
     """Rows whose query failed; worth 0 in accuracy."""
+    left_out: int = 0
+    """Rows that cannot be judged here whatever is replied: not in n, for any policy of the run; missing in older results."""
     accuracy: float
     """Mean score over n, 0..1; what it is the mean of is the benchmark's `primary`."""
     low: float
@@ -322,6 +347,11 @@ def build_evaluation(run: RunInfo, answered: Iterable[Answered], scored: Iterabl
     for score in scored:
         _of_line(scores, score).add(numbers.of(score.row_id), score)
     infos = {info.name: info for info in run.benchmarks}
+    for name in infos:
+        tallies = [scores[name, policy] for policy in run.all_policies]
+        left_out = set[int]().union(*(tally.left_out for tally in tallies))
+        for tally in tallies:
+            tally.leave_out(left_out)
     return Evaluation(
         config=run,
         rows=[_row(run, infos[cell[0]], cell[1], answers[cell], scores[cell]) for cell in _cells(run)],
@@ -408,8 +438,9 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         policy=policy,
         n=n,
         correct=int(np.sum(values == 1.0)),
-        unscored=scores.unscored,
-        failed=scores.failed,
+        unscored=len(scores.unscored),
+        failed=len(scores.failed),
+        left_out=len(scores.left_out),
         accuracy=found.value,
         low=found.low,
         high=found.high,
@@ -422,10 +453,10 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         active_mean=answers.active / answers.steps if answers.steps else None,
         wall_s=(mean(answers.wall_ms, 1) or 0.0) / 1e3,
         seed=run.seed,
-        metrics={name: mean(figures, n) or 0.0 for name, figures in sorted(scores.metrics.items())} if did_run else {},
+        metrics={name: mean(found.values(), n) or 0.0 for name, found in sorted(scores.metrics_of.items())} if did_run else {},
         entropy_nats=mean(answers.entropy_nats),
         degraded=answers.degraded,
-        missing=max(0, info.rows - min(n, len(answers.seen))),
+        missing=max(0, info.rows - min(n + len(scores.left_out), len(answers.seen))),
         stop_reasons=dict(sorted(answers.stop_reasons.items())),
         steps_histogram=dict(sorted(answers.steps_histogram.items())),
         gate_versions=sorted(answers.gate_versions),
@@ -450,11 +481,11 @@ def _paired(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally])
 
 
 def _groups(benchmark: str, policies: list[str], scores: dict[Cell, ScoreTally]) -> Iterator[GroupRow]:
-    by_group: dict[str, dict[str, array[float]]] = defaultdict(dict)
+    by_group: dict[str, dict[str, list[float]]] = defaultdict(dict)
     for policy in policies:
         if not scores[benchmark, policy].did_run:
             continue
-        for group, values in scores[benchmark, policy].groups.items():
+        for group, values in scores[benchmark, policy].groups().items():
             by_group[group][policy] = values
     if len(by_group) < 2:
         return

@@ -36,6 +36,7 @@ from dmoa.workflows.terminal import libraries_apart, stderr, tell
 if TYPE_CHECKING:
     from dmoa.config import Config
     from dmoa.dataflow import PassProgress
+    from dmoa.evaluation.explain import Explanation
     from dmoa.evaluation.figures import Footnotes
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.selfcheck import BenchmarkCheck, SelfCheck
@@ -318,6 +319,27 @@ def new_table(*columns: str, words: Collection[str]) -> Table:
     return table
 
 
+def print_explanation(found: Explanation) -> None:
+    """Print how a reply is judged, a line or more a field; the part of the text that states the answer is marked."""
+    console = stdout_console()
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    text = Text(printable(found.text))
+    if found.span:
+        text.highlight_words([found.span], style="reverse")
+    gold = ", ".join(f"{name} {printable(str(value))[:_MAX_SUMMARY_CHARACTERS]}" for name, value in found.gold.items())
+    fields = {"row": found.row_id, "reply": found.source, "thought": printable(_short(found.reasoning))}
+    fields |= {"span": printable(found.span), "rule": found.rule, "read as": printable(found.extracted or "nothing")}
+    fields |= {"gold": gold, "verdict": f"{found.verdict}: {printable(found.reason)}"}
+    for name, value in fields.items():
+        if name == "span":
+            table.add_row("text", text)
+        table.add_row(name, Text(value))
+    console.print(table)
+    console.print()
+
+
 def print_selfcheck(found: SelfCheck) -> None:
     """Print what a self-check found, a line per benchmark and check, and the rows that cannot be judged on this host."""
     columns = ("benchmark", "check", "passed", "found")
@@ -344,7 +366,8 @@ def _selfcheck_lines(check: BenchmarkCheck) -> Iterator[tuple[str, bool, str]]:
     more = "".join(f"; {failure}" for failure in silent.failures[:_MAX_CHECK_FAILURES])
     yield "empty and refused", silent.passed, f"{silent.num_above_zero} of {silent.num_replies} score above 0{more}"
     expected = f"{dealt.expected:.3f} +- {dealt.tolerance:.3f}"
-    yield "answers dealt out", dealt.passed, f"{dealt.accuracy:.3f} of {dealt.num_rows} rows, expected {expected}"
+    more = "" if dealt.can_fail else "; so few rows cannot fail, and show nothing"
+    yield "answers dealt out", dealt.passed, f"{dealt.accuracy:.3f} of {dealt.num_rows} rows, expected {expected}{more}"
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:

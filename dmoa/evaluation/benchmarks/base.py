@@ -231,8 +231,6 @@ class ScorerEntry:
     """Rows of the same key have the same right answer."""
     deviation: str
     """How this differs from the benchmark's original protocol; empty where it does not. Every table says it."""
-    excuses: tuple[str, ...] = ()
-    """How the reasons begin with which a row is unscored whatever the reply says, because of this host's libraries."""
     runs_programs: bool = False
     """Whether scoring runs a program in the sandbox, which takes seconds a row."""
 
@@ -319,9 +317,9 @@ def gold_of(label: Label, *keys: str) -> tuple[Any, ...]:
     return tuple(label.gold[key] for key in keys)
 
 
-def unscored(reason: str, metrics: Iterable[str] = ()) -> Score:
+def unscored(reason: str, metrics: Iterable[str] = (), *, is_left_out: bool = False) -> Score:
     """Return the score of a reply that could not be judged: 0 in everything, and not scored."""
-    return Score(value=0.0, reason=reason, is_scored=False, metrics=dict.fromkeys(metrics, 0.0))
+    return Score(value=0.0, reason=reason, is_scored=False, is_left_out=is_left_out, metrics=dict.fromkeys(metrics, 0.0))
 
 
 def chance_of(keys: Sequence[Hashable]) -> float:

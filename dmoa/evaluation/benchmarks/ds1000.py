@@ -97,7 +97,6 @@ class Ds1000Row(UpstreamRow):
 
 
 LIMITS = SandboxLimits(wall_s=60.0, cpu_s=60, memory_bytes=4 << 30)
-_NO_LIBRARY, _NO_REFERENCE = "no library", "the reference fails with"
 _PACKAGES = {
     "Pandas": "pandas",
     "Numpy": "numpy",
@@ -172,12 +171,12 @@ def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
 
     def score(label: Label, reply: Reply) -> Score:
         context, reference, library, prompt = gold_of(label, "code_context", "reference_code", "library", "prompt")
+        version = library_version(library)
+        if version is None:
+            return unscored(f"no library {library}: its rows cannot be judged", is_left_out=True)
         solution = read_solution(reply.text, prompt)
         if solution is None:
             return unscored("no code found")
-        version = library_version(library)
-        if version is None:
-            return unscored(f"{_NO_LIBRARY} {library}: its rows cannot be judged")
         verdict = _judge(context, solution, allow_weak=allow_weak_sandbox)
         if not verdict.is_judged:
             return unscored(verdict.reason)
@@ -186,7 +185,7 @@ def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
             if not known.is_judged:
                 return unscored(known.reason)
             if not known.passed:
-                return unscored(f"{_NO_REFERENCE} {library} {version}: {known.reason}")
+                return unscored(f"the reference fails with {library} {version}: {known.reason}", is_left_out=True)
         return Score(value=float(verdict.passed), extracted=solution[:MAX_EXTRACTED_CHARS], reason=verdict.reason)
 
     return ScorerEntry(
@@ -196,7 +195,6 @@ def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
         chance=lambda labels: chance_of([_key(label) for label in labels]),
         answer_key=_key,
         deviation=f"installed library versions in place of the pinned ones; {LIMITS.wall_s:.0f} s a problem in place of 120 s",
-        excuses=(_NO_LIBRARY, _NO_REFERENCE),
         runs_programs=True,
     )
 

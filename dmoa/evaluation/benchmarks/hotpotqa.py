@@ -154,7 +154,11 @@ def _key(label: Label) -> str:
 def _score(label: Label, reply: Reply) -> Score:
     (gold,) = gold_of(label, "answer")
     if not normalised(plain_text(gold)):
-        return unscored(f"the right answer {gold!r} is empty as the official script compares it: no reply can be right", (F1,))
+        return unscored(
+            f"the right answer {gold!r} is empty as the official script compares it: no reply can be right",
+            (F1,),
+            is_left_out=True,
+        )
     said = read_answer(reply.text)
     if said is None:
         return unscored("no answer found", (F1,))

@@ -196,6 +196,7 @@ def test_a_row_whose_reference_fails_here_is_unscored_with_library_and_version()
     failed = score(label, Reply(text="```python\nresult = 0\n```"))
     assert (failed.value, failed.is_scored) == (0.0, False)
     assert failed.reason.startswith(f"the reference fails with Numpy {ds1000.library_version('Numpy')}: ")
+    assert failed.is_left_out
     assert "no attribute 'sums'" in failed.reason
     # a candidate that passes is right, whatever the reference does
     assert score(label, Reply(text="```python\nresult = sum(numbers)\n```")).value == 1.0

@@ -29,7 +29,7 @@ FLAGS = {
         "--resume:bool=False --retry-failed:bool=False --skip-bad-rows:bool=False "
         "--allow-weak-sandbox:bool=False --call-cache:Path --checkpoint:Path --url:str "
         "--address:str$RAY_ADDRESS --workers:int>=1=1 --concurrency:int>=1 --track:str=auto "
-        "--selfcheck:bool=False --ablations:bool=False --rollouts:Path"
+        "--selfcheck:bool=False --ablations:bool=False --rollouts:Path --explain:str --reply:str"
     ),
     "report": "--html:Path",
     "probe": (

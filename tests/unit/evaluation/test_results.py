@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
+from dmoa.evaluation.figures import Footnotes
 from dmoa.evaluation.records import BenchmarkInfo, PoolInfo, RunInfo
 from dmoa.evaluation.results import Evaluation, build_evaluation, not_run, read_evaluation, rebuild_evaluation
 from dmoa.evaluation.run_folder import write_whole
@@ -280,3 +281,20 @@ def test_a_run_keeps_no_secret() -> None:
     assert "hunter2" not in text
     assert run.pool.config["llms"]["a"]["max_num_seqs"] == 4
     assert RunInfo.model_validate_json(text) == run
+
+
+def test_a_row_that_cannot_be_judged_leaves_every_denominator_alike() -> None:
+    run = run_of([BenchmarkInfo(name="ds1000", rows=3)])
+    cannot = score("ds1000", 1, "dmoa", 0.0).model_copy(update={"is_scored": False, "is_left_out": True, "reason": "no library"})
+    scored = [score("ds1000", n, "dmoa", 1.0) for n in (0, 2)] + [cannot] + [score("ds1000", n, "single", 1.0) for n in range(3)]
+    answers = [answer("ds1000", n, policy) for policy in ("dmoa", "single") for n in range(3)]
+    evaluation = build_evaluation(run, answers, scored)
+    for row in evaluation.rows:
+        # By single's reply nobody would know that row 1 cannot be judged: dmoa's says so, and both lose it.
+        assert (row.n, row.correct, row.unscored, row.left_out, row.missing, row.accuracy) == (2, 2, 0, 1, 0, 1.0)
+    assert evaluation.paired[0].n == 2
+    assert [note.text for note in Footnotes(evaluation).all()] == [
+        "ds1000: 1 rows cannot be judged here, whatever is replied; no policy is judged by them"
+    ]
+    older = [{key: value for key, value in row.items() if key != "left_out"} for row in evaluation.model_dump()["rows"]]
+    assert [Evaluation.model_validate({**evaluation.model_dump(), "rows": older}).rows[0].left_out] == [0]

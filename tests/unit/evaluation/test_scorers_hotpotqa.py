@@ -134,6 +134,8 @@ def test_a_row_whose_answer_is_an_article_is_unscorable() -> None:
     found = table.build_scorer("hotpotqa").score(label, Reply(text="Answer: A"))
     assert (found.value, found.is_scored) == (0.0, False)
     assert "no reply can be right" in found.reason
+    assert found.is_left_out
+    assert not found.is_scored
 
 
 def test_an_answer_in_json_is_read_without_its_braces() -> None:

@@ -62,7 +62,7 @@ def test_passes_on_hand_made_rows_and_counts_them(tmp_path: Path) -> None:
     write_rows(tmp_path / "gsm8k", "train.jsonl", numbers(40))
     write_rows(tmp_path / "gsm8k", "test.jsonl.gz", [*numbers(30), *numbers(1)])
     seen: list[tuple[str, int, int]] = []
-    found = selfcheck.run_selfcheck(["gsm8k"], data_dir=tmp_path, progress=lambda *event: seen.append(event))
+    found = selfcheck.selfcheck.run_selfcheck(["gsm8k"], data_dir=tmp_path, progress=lambda *event: seen.append(event))
     (check,) = found.benchmarks
     assert found.passed
     assert sum(check.rows.values()) == 70
@@ -72,6 +72,7 @@ def test_passes_on_hand_made_rows_and_counts_them(tmp_path: Path) -> None:
     assert (check.silent.num_replies, check.silent.num_above_zero) == (70 * len(SILENT), 0)
     # 30 answers occur twice among 70 rows, 10 once
     assert check.dealt.expected == pytest.approx((30 * 4 + 10) / 70**2)
+    assert check.dealt.can_fail
     assert seen[-1] == ("gsm8k: answers dealt out", 350, 350)
     assert SelfCheck.model_validate_json(found.model_dump_json()) == found
 
@@ -126,7 +127,7 @@ def test_suites_are_checked_too() -> None:
 
 def test_missing_rows_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gsm8k"):
-        selfcheck.run_selfcheck(["gsm8k"], data_dir=tmp_path)
+        selfcheck.selfcheck.run_selfcheck(["gsm8k"], data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("keys", ["aaab", "abcd", "aabbc", "aaaaa"])
@@ -163,3 +164,10 @@ def test_some_real_rows_of_programs(rows_dir: Path, name: str, limit: int) -> No
     (check,) = selfcheck.run_selfcheck([name], data_dir=rows_dir, limit=limit).benchmarks
     assert check.passed, check
     assert check.gold[0].num_right > 0
+
+
+def test_a_check_that_cannot_fail_says_so(tmp_path: Path) -> None:
+    write_rows(tmp_path / "gsm8k", "test.jsonl", numbers(3))
+    (check,) = selfcheck.run_selfcheck(["gsm8k"], data_dir=tmp_path).benchmarks
+    assert check.passed
+    assert not check.dealt.can_fail

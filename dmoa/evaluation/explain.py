@@ -1,0 +1,145 @@
+"""Says how one reply to one row is judged: what was read, where it stood, by which rule, what is right, and the verdict.
+
+`dmoa evaluate --explain ROW` shows it, without asking any agent. Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from dmoa.core.answers import open_reply, read_answer
+from dmoa.core.forms import form_of
+from dmoa.core.literals import read_literal
+from dmoa.core.reasoning import split_reasoning
+from dmoa.errors import ConfigError
+from dmoa.evaluation.data import load_rows
+from dmoa.evaluation.records import Label, Reply, Split, Task
+from dmoa.evaluation.registry import SUITES, judging
+from dmoa.evaluation.results import read_evaluation
+from dmoa.evaluation.run_folder import RunFolder
+
+T = TypeVar("T")
+
+
+class Explanation(BaseModel):
+    """How one reply is judged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    row_id: str
+    source: str
+    """Whose reply: a policy of the run, or `given`."""
+    query: str
+    text: str
+    """The reply without its thoughts."""
+    reasoning: str
+    """What was thought before; no scorer reads it."""
+    span: str
+    """The part of the text that states the answer; empty where nothing is stated."""
+    rule: str
+    """By which rule the answer was found, or why there is none."""
+    extracted: str | None
+    """The answer as the benchmark's scorer read it; None where it found none."""
+    gold: dict[str, Any]
+    verdict: str
+    """right, wrong, a fraction, unscored, or left out: no reply to this row can be judged here."""
+    value: float
+    reason: str
+    """The scorer's own words."""
+
+
+def explain(
+    row_id: str, *, reply: str | None, out: Path | None, data_dir: Path | None, allow_weak_sandbox: bool = False
+) -> list[Explanation]:
+    """Return how a given reply is judged, or each policy's reply of the run in `out`.
+
+    Args:
+        row_id: `benchmark/split/hash`, or its unambiguous beginning.
+        reply: the text to judge, or the name of a file that holds it; None: the replies of the run.
+        out: folder of a run; its rows and labels are used, and neither files nor the hub.
+
+    Raises:
+        ConfigError: no such row, or no reply to explain.
+    """
+    benchmark = row_id.partition("/")[0]
+    task, label = _from_run(row_id, out) if out is not None else _from_rows(row_id, benchmark, data_dir)
+    replies = [("given", _text_of(reply))] if reply is not None else list(_replies(task, out))
+    if not replies:
+        raise ConfigError(f"--explain: there is no reply to {task.row_id}; give one with --reply TEXT, or a run with --out DIR")
+    score = judging(benchmark, allow_weak_sandbox=allow_weak_sandbox).score
+    return [_explained(task, label, source, text, score(label, Reply(text=text))) for source, text in replies]
+
+
+def _explained(task: Task, label: Label, source: str, text: str, score: Any) -> Explanation:
+    split = split_reasoning(text)
+    if form_of(task.text) == "literal":
+        literal = read_literal(text)
+        span, rule = literal.span, literal.reason if literal.how is None else f"{literal.how}: {literal.reason}"
+    else:
+        final, found = open_reply(text).final, read_answer(text)
+        span = final.span if final is not None else ""
+        rule = found.reason if found.how is None else f"{found.how}: {found.reason}, read as {found.kind}"
+    left_out = "left out" if score.is_left_out else "unscored"
+    verdict = {1.0: "right", 0.0: "wrong"}.get(score.value, f"{score.value:g}") if score.is_scored else left_out
+    return Explanation(
+        row_id=task.row_id,
+        source=source,
+        query=task.text,
+        text=split.text,
+        reasoning=split.reasoning,
+        span=span,
+        rule=rule,
+        extracted=score.extracted,
+        gold=label.gold,
+        verdict=verdict,
+        value=score.value,
+        reason=score.reason,
+    )
+
+
+def _text_of(reply: str) -> str:
+    """Return the text that a reply names: what the file of this name holds, else itself."""
+    try:
+        path = Path(reply)
+        return path.read_text(encoding="utf-8") if path.is_file() else reply
+    except (OSError, ValueError):  # too long or too odd for a name
+        return reply
+
+
+def _replies(task: Task, out: Path | None) -> Iterator[tuple[str, str]]:
+    if out is None:
+        return
+    for policy in read_evaluation(out).config.policies:
+        for answer in RunFolder(out).read_answers(task.benchmark, policy):
+            if answer.row_id == task.row_id:
+                yield policy, answer.text
+
+
+def _from_run(row_id: str, out: Path) -> tuple[Task, Label]:
+    folder, benchmark = RunFolder(out), row_id.partition("/")[0]
+    task = _one(row_id, {task.row_id: task for task in folder.read_tasks(benchmark)}, str(out))
+    labels = {label.row_id: label for label in folder.read_gold(benchmark)}
+    return task, labels[task.row_id]
+
+
+def _from_rows(row_id: str, benchmark: str, data_dir: Path | None) -> tuple[Task, Label]:
+    split = row_id.split("/")[1] if row_id.count("/") else ""
+    if benchmark in SUITES:
+        raise ConfigError(f"--explain: rows of {benchmark} are generated by a run; name its folder with --out DIR")
+    if split not in get_args(Split):
+        raise ConfigError(f"--explain is {row_id!r}; expected a row as tables name it, such as gsm8k/test/0123456789abcdef")
+    rows = load_rows(benchmark, split, data_dir=data_dir, skip_bad_rows=True).rows  # type: ignore[arg-type]
+    row = _one(row_id, {row.task.row_id: row for row in rows}, str(data_dir or "the hub"))
+    return row.task, row.label
+
+
+def _one(row_id: str, rows: dict[str, T], where: str) -> T:
+    found = [name for name in rows if name.startswith(row_id)]
+    if row_id not in rows and len(found) != 1:
+        some = ", ".join(list(rows)[:3])
+        raise ConfigError(f"--explain: {len(found)} rows of {where} begin with {row_id!r}; name one, such as {some}")
+    return rows[row_id if row_id in rows else found[0]]
