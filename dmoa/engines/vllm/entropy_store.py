@@ -173,11 +173,13 @@ def _sums(nats_NP: Tensor, counts: list[int], cuts: list[tuple[int, ...]]) -> Te
     width, device = nats_NP.shape[1], nats_NP.device
     position_P = torch.arange(width, device=device)
     counted_NP = position_P < torch.tensor(counts, device=device)[:, None]
-    most = max(map(len, cuts))
-    cut_NC = torch.tensor([[*row, *[width] * (most - len(row))] for row in cuts], dtype=torch.int64, device=device)
-    inside_NP = (position_P[:, None] >= cut_NC[:, None, :]).sum(dim=2) % 2 == 1
+    masks = [counted_NP]
+    if most := max(map(len, cuts)):
+        cut_NC = torch.tensor([[*row, *[width] * (most - len(row))] for row in cuts], device=device)
+        inside_NP = (position_P[:, None] >= cut_NC[:, None, :]).sum(dim=2) % 2 == 1
+        masks = [counted_NP & ~inside_NP, counted_NP & inside_NP]
     parts = []
-    for mask_NP in (counted_NP & ~inside_NP, counted_NP & inside_NP):
+    for mask_NP in masks:
         kept_NP = nats_NP.masked_fill(~mask_NP, 0.0)
         parts.append(torch.stack([kept_NP.sum(dim=1), kept_NP.square().sum(dim=1), mask_NP.sum(dim=1)], dim=1))
-    return torch.stack(parts, dim=1)
+    return torch.stack(parts if most else [*parts, torch.zeros_like(parts[0])], dim=1)
