@@ -100,6 +100,8 @@ class Episodes:
     """`reply_key` of each reply's text, 0 where nothing ran."""
     said: Said | None = None
     """None where the episodes were read without answers."""
+    outcome_NA: Array | None = None
+    """How good replies were found to be, 0 to 1, NaN where nobody said; None: no outcomes were handed over."""
 
     def dense_steps(self, episodes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the steps of some episodes in which every agent was asked for certain."""

@@ -7,7 +7,8 @@ with it are all that is read. Shape letters: N steps of all episodes, R rows loo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from dmoa.core.sequential import standing
 from dmoa.core.witnesses import NOT_ASKED, Witnesses
 from dmoa.errors import ConfigError
 from dmoa.training.dataset import Episodes
+from dmoa.training.outcomes import Outcome, credit_replies
+from dmoa.training.rollouts import Manifest, read_table
 from dmoa.types import FloatArray
 
 THETA_ALPHA = 0.1
@@ -37,9 +40,34 @@ def witnesses_of_steps(episodes: Episodes, steps_R: IntArray, spec: GateSpec) ->
         answer_RA=answer_RA,
         doubt_RA=np.where(is_said_RA, scores(episodes.sum_NA[steps_R], episodes.tokens_NA[steps_R]), np.nan),
         length_RA=np.where(is_said_RA, episodes.said.length_NA[steps_R], np.nan),
-        outcome_RA=np.full(answer_RA.shape, np.nan),
+        outcome_RA=np.full(answer_RA.shape, np.nan)
+        if episodes.outcome_NA is None
+        else np.where(is_said_RA, episodes.outcome_NA[steps_R], np.nan),
         embedding_RD=context_part(episodes.input_NX[steps_R], spec.preset).astype(np.float64),
     )
+
+
+def with_outcomes(
+    episodes: Episodes, outcomes: Sequence[Outcome], folders: Sequence[Path], manifests: Sequence[Manifest]
+) -> tuple[Episodes, int]:
+    """Return the episodes with what outcomes say of the replies to first steps, and how many outcomes that were.
+
+    Raises ConfigError where none of them is about these rollouts.
+    """
+    outcome_NA = np.full(episodes.ran_NA.shape, np.nan)
+    used = 0
+    for place, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
+        found = credit_replies(outcomes, read_table(folder), seed=manifest.seed, round_=manifest.round)
+        used += found.used
+        mine_Q = np.array([key.folder == place for key in episodes.key_Q], dtype=np.bool_)
+        queries = [key.query_id for key in episodes.key_Q if key.folder == place]
+        outcome_NA[episodes.start_Q[:-1][mine_Q]] = found.array(queries, episodes.agents)
+    if not used:
+        raise ConfigError(
+            f"--outcomes: none of {len(outcomes)} outcomes is of a query and an agent of these rollouts; name queries as "
+            "their query_id does, or collect rollouts of those queries"
+        )
+    return replace(episodes, outcome_NA=outcome_NA), min(used, len(outcomes))
 
 
 def fit_judge(

@@ -256,6 +256,9 @@ class TrainOptions(Options):
 
     rollouts: Annotated[tuple[Path, ...], BeforeValidator(_folders), Flag(is_repeated=True)] = Field(min_length=1)
     """Folder or URI that `dmoa rollouts` wrote; repeatable: several are learned from together."""
+    outcomes: Annotated[Path | None, Flag(metavar="FILE")] = None
+    """Outcomes that you know, for score posterior: a line is {query_id or trace_id, agent or null, reward 0 to 1}; None: learn
+    without."""
     out: Path
     """Folder of the run, or a URI: `checkpoint/`, `train.json`, curves. The same folder goes on with the run in it."""
     preset: Literal["few-shot", "full"] = "few-shot"
@@ -353,4 +356,4 @@ class TrainOptions(Options):
 
     def identity(self) -> dict[str, Any]:
         """Return the options that decide what is learned: a run is continued only with the same."""
-        return self.model_dump(mode="json", exclude=set(NOT_COMPARED) | {"rollouts", "anchor_rollouts", "start_from"})
+        return self.model_dump(mode="json", exclude=set(NOT_COMPARED) | {"rollouts", "anchor_rollouts", "start_from", "outcomes"})

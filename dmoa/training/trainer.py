@@ -34,10 +34,11 @@ from dmoa.tracking import FINISH_TIMEOUT_S, Tracker, is_logged, keep_run_id, ope
 from dmoa.training.dataset import Episodes, read_episodes, read_manifests
 from dmoa.training.distributed import SingleWorker
 from dmoa.training.gate_metrics import Ranking, load_shares, logits_of, measure_gate, ranking_of
-from dmoa.training.judging import fit_judge, fit_judged_point, right_probabilities, tell_trust, witnesses_of_steps
+from dmoa.training.judging import fit_judge, fit_judged_point, right_probabilities, tell_trust, with_outcomes, witnesses_of_steps
 from dmoa.training.loop import TrainJob, train_gate
 from dmoa.training.objective import Batches, IndexArray, Scale, TrainingData, anchor_sample, build_data, fit_scale, split_episodes
 from dmoa.training.options import TrainOptions
+from dmoa.training.outcomes import read_outcomes
 from dmoa.training.rollouts import Manifest, RolloutFolder
 from dmoa.training.state import EpochRecord, StateStore, TrainProgress
 from dmoa.validation import redact
@@ -104,6 +105,12 @@ def prepare_training(options: TrainOptions, start: InitialGate, manifests: Seque
     """Read the rollouts and make of them what training needs. Raises ConfigError for what cannot be learned from."""
     spec = start.gate.spec
     episodes = read_episodes(options.rollouts, spec, start.fingerprint, on_ray=on_ray)
+    supervision = "none"
+    if options.outcomes is not None:
+        if spec.score != "posterior":
+            raise ConfigError(f"--outcomes: score is {spec.score!r}, which reads none; add --score posterior, or leave them out")
+        episodes, used = with_outcomes(episodes, read_outcomes(options.outcomes), options.rollouts, manifests)
+        supervision = f"outcomes({used})"
     split = split_episodes(episodes, options.holdout)
     sample, anchors_of = anchor_sample(episodes, split.train_Q, spec.embedding_dim), "rollouts"
     if options.anchor_rollouts is not None:
@@ -142,6 +149,7 @@ def prepare_training(options: TrainOptions, start: InitialGate, manifests: Seque
         "steps": len(episodes.input_NX),
         "dense_steps": len(episodes.dense_steps(_all(episodes))),
         "options": options.identity(),
+        "supervision": supervision,
     }
     job = TrainJob(options=options, spec=spec, weights=weights, data=data, eta=scale.eta, identity=identity)
     return TrainingSet(job=job, evidence=FittedTargets(episodes=episodes, data=data, scale=scale), trained_on=trained_on)
@@ -407,6 +415,7 @@ def build_trained(
         final,
         fingerprint=fingerprint,
         trained_on=trained_on,
+        supervision=trained_on.get("supervision", "none"),
         parent=parent,
         anchor_set=_anchor_set(evidence.scale, spec, options),
         metrics=metrics,

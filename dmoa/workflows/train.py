@@ -45,7 +45,7 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
     )
     rollouts = ", ".join(map(display_path, options.rollouts))
     common.say(f"training a gate for {config.name} on {rollouts}; the run lies in {display_path(options.out)}")
-    reads = ("rollouts", "anchor_rollouts", "start_from")
+    reads = ("rollouts", "anchor_rollouts", "start_from", "outcomes")
     advice = f"the same command goes on from the last state that is kept in {display_path(options.out)}"
     with goes_on(advice), localized(options, common.say, reads=reads, writes=("out",), apart=("state",)) as here:
         result = run_training(here, config, context)

@@ -45,7 +45,7 @@ FLAGS = {
         "--address:str$RAY_ADDRESS --workers:int>=1=1 --concurrency:int>=1 --track:str=auto"
     ),
     "train": (
-        "--rollouts:Path*! --out:Path! --preset:str=few-shot --epochs:int>=1 --batch-queries:int>=1 "
+        "--rollouts:Path*! --out:Path! --outcomes:Path --preset:str=few-shot --epochs:int>=1 --batch-queries:int>=1 "
         "--lr:float --patience:int>=1 --workers:str=auto --gpu:bool=False --loss:str=soft --score:str "
         "--head:str --core:str --start-from:Path --anchor-rollouts:Path "
         "--discount-constant/--keep-constant:bool=True --holdout:float=0.25 --alpha:str=auto "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -249,3 +250,29 @@ def answers_to(asked: str, lines: list[dict[str, Any]]) -> list[list[int]]:
     assert said_ is not None
     found: list[list[int]] = said_.answer_NA.tolist()
     return found
+
+
+def test_outcomes_decide_where_nobody_agrees_and_the_gate_says_so(tmp_path: Path) -> None:
+    lines = rows(24)
+    for number, line in enumerate(lines):
+        line["text"], line["entropy_sum_nats"], line["entropy_sq_sum"] = f"Answer: {5000 + number}", 8 * 0.4, 8 * 0.16
+    folder = write_rollouts(tmp_path / "rollouts", lines, pool())
+    known = [
+        {"query_id": f"q{number:03d}", "agent": name, "reward": float(name == "fine"), "source": "users"}
+        for number in range(20)
+        for name in AGENTS
+    ]
+    (tmp_path / "outcomes.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in known), encoding="utf-8")
+    told = train(tmp_path / "told", folder, pool(), outcomes=tmp_path / "outcomes.jsonl")
+    untold = train(tmp_path / "untold", folder, pool())
+    assert (told.record.supervision, untold.record.supervision) == ("outcomes(60)", "none")
+    gate, record = checkpoint.load(tmp_path / "told" / "checkpoint")
+    assert record.supervision == "outcomes(60)"
+    assert gate.label_model is not None
+    assert gate.label_model.order[0] == AGENTS.index("fine")
+    assert 1 / (1 + np.exp(-gate.label_model.ability_CA[:, 1].mean())) > 0.7
+    with pytest.raises(ConfigError, match="--outcomes: score is 'anchored', which reads none; add --score posterior"):
+        train(tmp_path / "other", folder, pool(), outcomes=tmp_path / "outcomes.jsonl", score="anchored")
+    (tmp_path / "strange.jsonl").write_text('{"query_id": "elsewhere", "reward": 1}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="--outcomes: none of 1 outcomes is of a query and an agent of these rollouts"):
+        train(tmp_path / "none", folder, pool(), outcomes=tmp_path / "strange.jsonl")
