@@ -110,6 +110,7 @@ ABLATIONS: dict[str, Ablation] = {
     "default": Ablation(summary="the default configuration"),
     "raw": Ablation(summary="raw score", options={"score": "raw"}),
     "anchored": Ablation(summary="anchored score", options={"score": "anchored"}),
+    "posterior": Ablation(summary="score by the probability of being right", options={"score": "posterior"}),
     "no-memory": Ablation(summary="hidden state reset at every step", options={"core": "reset"}),
     "linear": Ablation(summary="linear router, no hidden layer", options={"core": "linear"}),
     "mlp": Ablation(summary="one hidden layer, no memory", options={"core": "mlp"}),
