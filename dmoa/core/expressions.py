@@ -64,7 +64,7 @@ _SIDE = re.compile(r"\A\s*[a-zA-Z]\w?(?:\([a-zA-Z]\))?\s*(?:=|\\in\b|\u2208)\s*(
 _EDGES = " .,;:*`\"'"
 # Letters that stand for a unit beside a number (12 m^2, 5 km/h) are no variables there.
 _SYMBOLIC = re.compile(
-    r"\\(?:pi|infty|cup|sin|cos|tan|log|ln|sqrt)(?![a-z])|[\u03c0\u221e\u222a\u221a]|\b(?:pi|sqrt)\b"
+    r"\\(?:pi|infty|cup|sin|cos|tan|log|ln|sqrt)(?![a-z])|[\u03c0\u221e\u222a\u221a]|\b(?:pi|sqrt|sin|cos|tan|log|ln)\b|\^\{[^{}]*/"
     r"|(?<![a-zA-Z])[a-fi-jn-rt-zA-Z]\s?(?:[-+*/]\s?[0-9a-zA-Z(\\]|\^)|[-+*]\s?[0-9]*[a-z](?![a-zA-Z])|/\s?[a-fi-jn-rt-z](?![a-zA-Z])|[0-9][inxyz](?![a-zA-Z])"
     r"|\A\W*[(\[{][^\n]*[0-9a-z}\u221e],[^\n]*[)\]}]\W*\Z"
 )

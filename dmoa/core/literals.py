@@ -253,6 +253,6 @@ def _unstated(said: str) -> ReadLiteral:
     if key is not None:
         return ReadLiteral(key, bare, "short", "the whole reply")
     for line in reversed(bare.splitlines()):
-        if found := list(_literals(line)):
+        if "??" not in line and (found := list(_literals(line))):
             return ReadLiteral(found[-1][0], line.strip(), "last", "the last literal")
     return ReadLiteral(None, "", None, "no Python literal found")

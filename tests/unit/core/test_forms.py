@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmoa.core.expressions import expression_key
 from dmoa.core.forms import agreement_key, answer_classes
 from dmoa.core.literals import literal_key, read_literal
+from tests.examples import examples
+from tests.unit.core.test_reading import SHAPES
 
 OUTPUT = "Complete the assertion.\ndef f(x):\n    return x\nassert f([1, 2]) == ??"
 
@@ -78,3 +85,130 @@ def test_a_literal_is_never_run_and_read_within_bounds() -> None:
     assert literal_key("9" * 20_000) is None
     assert literal_key("1e999") == "inf"
     assert read_literal("[" * 50_000).key is None
+
+
+LITERALS = st.recursive(
+    st.none() | st.booleans() | st.integers(-999, 999) | st.text("abcXYZ 01", min_size=1, max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text("ab", max_size=2), inner, max_size=2)
+    ),
+    max_leaves=6,
+)
+PLAIN_SHAPES = [shape for shape in SHAPES if "apples" not in shape and "x = {}" not in shape]
+
+
+@settings(max_examples=examples(500), derandomize=True)
+@given(LITERALS, st.sampled_from(PLAIN_SHAPES))
+def test_a_literal_stays_itself_in_every_shape(value: object, shape: str) -> None:
+    said = repr(value)
+    if '"{}"' in shape:
+        said = json.dumps(said)[1:-1]
+    elif "{{" in shape and "boxed" not in shape and isinstance(value, dict | tuple | str):
+        return  # JSON has no such values
+    if "boxed" in shape and "{" in said:
+        return  # LaTeX writes a brace with a backslash
+    text = shape.format(said)
+    assert read_literal(text).key == literal_key(repr(value)), text
+
+
+EXPRESSIONS = [
+    ("\\frac{3\\pi}{4}", "0.75\u03c0"),
+    ("2\\sqrt{3}", "\\sqrt{12}"),
+    ("x^2 - 2x + 1", "(x-1)^2"),
+    ("\\frac{x+1}{2}", "0.5x + 0.5"),
+    ("\\frac{1}{2x}", "1/(2x)"),
+    ("(2, -3)", "\\left( 2, -3 \\right)"),
+    ("[0, \\infty)", "[0,\u221e)"),
+    ("\\{1, 2\\}", "\\{2,1\\}"),
+    ("3 - 2i", "-2i + 3"),
+    ("\\sqrt[3]{2}", "2^{1/3}"),
+    ("\\sin x", "\\sin(x)"),
+    ("e^{-x}", "1/e^x"),
+    ("|x - 1|", "|1 - x|"),
+]
+SMALL_SHAPES = [
+    shape
+    for shape in SHAPES
+    if "apples" not in shape and "of 99" not in shape and "{}." not in shape and "," not in shape.replace("{}", "")
+]
+
+
+@pytest.mark.parametrize("shape", SMALL_SHAPES)
+@pytest.mark.parametrize(("one", "other"), EXPRESSIONS)
+def test_equal_expressions_agree_in_every_shape(one: str, other: str, shape: str) -> None:
+    said = [json.dumps(each)[1:-1] if '"{}"' in shape else each for each in (one, other)]
+    if '{{"answer": {}}}' in shape:
+        return  # no value of JSON
+    keys = {expression_key(one), expression_key(other)}
+    assert len(keys) == 1
+    found = [agreement_key(shape.format(each)) for each in said]
+    assert found[0] is not None
+    assert found[0] == found[1], (shape, found)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("2x", "x^2"),
+        ("\\frac{x+1}{2}", "x + \\frac{1}{2}"),
+        ("\\sqrt{2}", "1.41"),
+        ("(1, 2)", "(2, 1)"),
+        ("[0, 1)", "[0, 1]"),
+        ("\\pi", "3.14"),
+    ],
+)
+def test_other_expressions_do_not(one: str, other: str) -> None:
+    assert expression_key(one) != expression_key(other)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a cat", "to be or not", "1 +", "((1)", "x^^2", "\\frac{1}{0}", "9^9^9^9", "(" * 200, "2024-06-05 at noon"]
+)
+def test_what_is_no_expression_has_no_key(text: str) -> None:
+    assert expression_key(text) is None
+
+
+OUTPUTS = [
+    ("The function returns [1, 2].", "[1,2]"),
+    ("So f([3]) == [3]", "[3]"),
+    ("assert f([1], 2) == {'a': (1, 2)}  # as computed", "{'a':(1,2)}"),
+    ("```python\nassert f('x') == 'y'\n```", "'y'"),
+    ("[ANSWER]'abc'[/ANSWER]", "'abc'"),
+    ("Answer: `{'a': 1}`", "{'a':1}"),
+    ("Answer: **True**", "1"),
+    ("The output is 'a, b'.", "'a, b'"),
+    ('{"answer": ["a", true, null]}', "['a',1,None]"),
+    ('{"answer": "\\"x\\""}', "'x'"),
+    ('{"answer": ""}', "''"),
+    ('{"answer": "[1, 2", "x": 1}', "'[1, 2'"),
+    ("{\"answer\": [(1, 'a')]}", "[(1,'a')]"),
+    ('{"answer": {1: {"b": 2}}}', "{1:{'b':2}}"),
+    ('{"answer": "f(2) == 4"}', "4"),
+    ('```json\n{"reasoning": "assert f(1) == 3", "answer": "4"}\n```', "4"),
+    ('{"answer": "4"}\n\nWait. Answer: 5', "5"),
+    ("assert f([1]) == ??", None),
+    ("I cannot run code.", None),
+    ("Answer:", None),
+    ("Answer: 1.50", "1.5"),
+    ("Answer: -0", "0"),
+    ("Answer: {3, 1, 3}", "{1,3}s"),
+    ("Answer: set()", "{}s"),
+    ("Answer: b'x'", "b'x'"),
+    ("Answer: [\u20181\u2019, \u20182\u2019]", "['1','2']"),
+    ("First [1], then [1, 2].\nIn the end it is [1, 2, 3].", "[1,2,3]"),
+    ("Answer: [1, 2] because 3 is missing", "[1,2]"),
+]
+
+
+@pytest.mark.parametrize(("reply", "key"), OUTPUTS)
+def test_the_literal_of_a_reply_or_none(reply: str, key: str | None) -> None:
+    assert read_literal(reply).key == key
+
+
+@settings(max_examples=examples(300), derandomize=True)
+@given(st.text(max_size=120) | st.text("[](){}'\",:.=fassert0123 \n\\`", max_size=120))
+def test_no_text_raises(text: str) -> None:
+    agreement_key(text)
+    expression_key(text)
+    found = read_literal(text)
+    assert (found.key is None) == (found.how is None)
