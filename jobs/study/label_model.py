@@ -29,7 +29,8 @@ from dmoa.engines import models
 NAMES = ("gsm8k", "cruxeval_o", "math_l5")
 TRAIN = 80
 DRAWS = 5
-REFIT = 200
+MARGIN = 0.1
+REFIT = 100
 """Queries answered between two fits, where the model learns while it answers."""
 BARS = {  # suite: (calls allowed, outcomes)
     "gsm8k": (2.2, 0),
@@ -133,7 +134,11 @@ def answer(model: LabelModel, material: Material, rows: Ints, price: float) -> t
 
 
 def price_within(model: LabelModel, material: Material, rows: Ints, calls: float) -> float:
-    """Return the lowest price at which the unlabelled training queries take so many calls; a bisection of its logarithm."""
+    """Return the lowest price at which the unlabelled training queries take so many calls; a bisection of its logarithm.
+
+    They take a little fewer than new ones do, because the model has learnt from them: `MARGIN` of the calls are spared.
+    """
+    calls = 1 + (calls - 1) * (1 - MARGIN)
     low, high = np.log(0.002), np.log(0.3)
     for _ in range(8):
         middle = (low + high) / 2
@@ -175,14 +180,14 @@ def majority(material: Material, rows: Ints) -> float:
     return float(np.mean(hits))
 
 
-def judge(material: Material, calls: float, outcomes: int) -> dict[str, Any]:
+def judge(material: Material, calls: float, outcomes: int, limit: int | None) -> dict[str, Any]:
     """Return the figures of one suite: means over draws, and of each accuracy and number of calls the extremes."""
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     trust: list[list[str]] = []
     for draw in range(DRAWS):
         rng = np.random.default_rng(draw)
         rows = rng.permutation(len(material.right_RA))
-        train, test = rows[:TRAIN], rows[TRAIN:]
+        train, test = rows[:TRAIN], rows[TRAIN:][:limit]
         best = int(material.right_RA[test].mean(axis=0).argmax())
         found["best single"].append({"accuracy": float(material.right_RA[test, best].mean()), "calls": 1.0})
         found["majority of all"].append({"accuracy": majority(material, test), "calls": float(len(material.agents))})
@@ -215,19 +220,26 @@ def summary(each: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all suites and write one JSON file."""
+    """Run the suites; each is added to the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--suites", nargs="+", choices=tuple(BARS), default=tuple(BARS))
+    parser.add_argument("--limit", type=int, help="test rows of a draw [all]")
     options = parser.parse_args()
     encoder = MiniLmEncoder(models.fetch("minilm"))
-    suites = {name: load(options.folder, name, encoder) for name in NAMES}
-    common = tuple(agent for agent in suites["gsm8k"].agents if all(agent in one.agents for one in suites.values()))
-    suites["mixed"] = joined([load(options.folder, name, encoder, common) for name in NAMES])
-    results = {name: judge(material, *BARS[name]) for name, material in suites.items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(results, indent=1))
+    for suite in options.suites:
+        if suite == "mixed":
+            named = [{row["agent"] for row in lines(options.folder / f"{name}.replies.jsonl.gz")} for name in NAMES]
+            common = tuple(sorted(set.intersection(*named)))
+            material = joined([load(options.folder, name, encoder, common) for name in NAMES])
+        else:
+            material = load(options.folder, suite, encoder)
+        found = judge(material, *BARS[suite], options.limit)
+        print(suite, json.dumps(found, indent=1), flush=True)
+        known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+        options.out.write_text(json.dumps(known | {suite: found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
