@@ -29,6 +29,9 @@ from dmoa.types import FloatArray
 THETA_ALPHA = 0.1
 """Share of the held-back queries that may go on to another step, where nothing else is asked for."""
 _MOST_NAMED = 2
+_ONE_FIRST = 1.0
+"""Level of tau at which a step begins with one agent, however even the gate's probabilities are: it may go on anyway."""
+_TAU_OF_ONE = 1e-6
 
 
 def witnesses_of_steps(episodes: Episodes, steps_R: IntArray, spec: GateSpec) -> Witnesses:
@@ -154,8 +157,8 @@ def fit_judged_point(
     limit = min(spec.max_agents, logits_RA.shape[1])
     best_R = np.nanmax(right_RA, axis=1)
     found: list[tuple[OperatingPoint, Asked]] = []
-    for alpha in alphas:
-        left = fit_mass_left(p_RA, posterior_scores(right_RA), alpha)
+    for alpha in (*alphas, *((_ONE_FIRST,) if len(alphas) > 1 else ())):
+        left = 1.0 - _TAU_OF_ONE if alpha == _ONE_FIRST else fit_mass_left(p_RA, posterior_scores(right_RA), alpha)
         k_R = _active(spec, logits_RA, left, limit)
         asked = ask_in_turn(
             model, witnesses, right_RA, ranking_RA, k_R, limit=limit if spec.cascade else int(k_R.max()), price=spec.agent_price
