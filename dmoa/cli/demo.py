@@ -8,7 +8,8 @@ import shlex
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,12 +20,13 @@ import typer
 from dmoa.config import Config
 from dmoa.errors import DmoaError
 from dmoa.evaluation.records import Reply, Row
-from dmoa.evaluation.registry import SUITES
+from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.workflows.console import EXIT_FAILED, Common, print_overall, with_common
 
 if TYPE_CHECKING:
     from dmoa.core.gate import Gate
     from dmoa.evaluation.answer_matrix import AnswerMatrix
+    from dmoa.evaluation.figures import Overall
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.run_folder import RunFolder
     from dmoa.training.probe import ProbeReport
@@ -33,13 +35,14 @@ if TYPE_CHECKING:
 
 POOL = "specialists"
 APP = "dmoa-demo"
-DEMO_SUITES = ("arith", "words", "calendar")
+DEMO_SUITES = tuple(suite.name for suite in SKILLS)
 SEED = 0
 LEARNING_SEED = 1
 """Of the queries that the gate learns from: other rows than those it is shown or compared on, in any case."""
 TRAINED = "dmoa:trained"
 NUM_UNTRAINED = 20
-"""Untrained gates whose mean is shown."""
+"""Untrained gates whose mean is told."""
+UNTRAINED = f"untrained gates, first step (mean of {NUM_UNTRAINED})"
 _MAX_STEPS = 3
 _MAX_TOKENS = 64
 _OWN = ("before", "after", "rollouts", "gate", "evaluation", "calls", "router")
@@ -53,9 +56,9 @@ def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where traces, rollouts, gate and report go.")] = Path(
         "out/demo"
     ),
-    questions: Annotated[int, typer.Option("--questions", min=1, max=20, metavar="N", help="Shown, of each suite.")] = 1,
-    queries: Annotated[int, typer.Option("--queries", min=12, max=1000, metavar="N", help="To learn from, without labels.")] = 45,
-    held_out: Annotated[int, typer.Option("--held-out", min=1, max=1000, metavar="N", help="To compare on, of each suite.")] = 16,
+    questions: Annotated[int, typer.Option("--questions", min=1, max=20, metavar="N", help="Shown, before and after.")] = 1,
+    queries: Annotated[int, typer.Option("--queries", min=12, max=1000, metavar="N", help="To learn from, without labels.")] = 60,
+    held_out: Annotated[int, typer.Option("--held-out", min=1, max=1000, metavar="N", help="To compare on, of each suite.")] = 8,
 ) -> None:
     """Serve a swarm, let its gate learn without labels, install what it learned while serving, and compare.
 
@@ -78,8 +81,9 @@ def demo(
     record, commands = tell(common, config, out, port, (questions, queries, held_out))
     seconds = time.monotonic() - started
     if common.verbosity >= 0:
-        typer.echo(f"report: {out / 'evaluation' / 'report.html'}; W&B runs (offline without a key) in {out / 'gate' / 'wandb'}")
         typer.echo("\n  ".join(["the same by hand:", *commands]))
+        serve = _command("serve", common, checkpoint=out / "gate" / "checkpoint")
+        typer.echo(f"next: {serve}; the report: {out / 'evaluation' / 'report.html'}")
         typer.echo(f"{seconds:.0f} s in all")
     common.write_json({"pool": config.name, "seconds": seconds, **record})
     is_answered = all(asked["reply"] is not None for asked in (*record["before"], *record["after"]))
@@ -93,7 +97,7 @@ def tell(
 ) -> tuple[dict[str, Any], list[str]]:
     """Run the demo and return its record, as `--json` has it, and the commands that do the same by hand.
 
-    `counts`: questions shown of each suite, queries to learn from, held-out rows of each suite.
+    `counts`: questions shown, queries to learn from, held-out rows of each suite.
     """
     from dmoa.cli.serve import announce
     from dmoa.serving.ending import Ending
@@ -108,10 +112,10 @@ def tell(
             is_up = True
             ending.ready(EXIT_FAILED)
             announce(replace(common, json_path=None), launched)
-            common.say(f"2 of 6: {len(rows)} questions over HTTP, gate {launched.gate_version}")
+            common.say(f"2 of 6: asking over HTTP, gate {launched.gate_version}")
             before, is_same = ask_and_replay(common, config, launched.url, rows, out / "before")
             probe, result, commands = learn(common, config, out, counts[1])
-            common.say(f"5 of 6: the same questions, gate {result.record.version}, installed in the running swarm")
+            common.say(f"5 of 6: the same again, gate {result.record.version}")
             trained = replace(common, overrides=(*common.overrides, f"gate.checkpoint={result.checkpoint}"))
             after, is_same_after = ask_and_replay(trained, trained.load(), launched.url, rows, out / "after")
             common.say(f"6 of 6: comparing on {counts[2]} held-out rows of each suite; every agent answers alone as well")
@@ -140,9 +144,9 @@ def free_port() -> int:
 
 
 def generate(count: int, seed: int = SEED) -> list[Row]:
-    """Return `count` held-out rows of each suite, in turns: deterministic in the seed, all different."""
+    """Return `count` held-out rows, suite by suite in turns: deterministic in the seed, all different."""
     columns = [SUITES[name].generate("test", count, seed) for name in DEMO_SUITES]
-    return [row for together in zip(*columns, strict=True) for row in together]
+    return [row for together in zip(*columns, strict=True) for row in together][:count]
 
 
 def ask_and_replay(common: Common, config: Config, url: str, rows: Sequence[Row], out: Path) -> tuple[list[dict[str, Any]], bool]:
@@ -160,10 +164,9 @@ def ask_and_replay(common: Common, config: Config, url: str, rows: Sequence[Row]
         )
     path = out / "traces.jsonl"
     shown = [_ask(common, url, row, path, f"{number} of {len(rows)}") for number, row in enumerate(rows, 1)]
-    typer.echo(f"\nright: {sum(asked['right'] for asked in shown)} of {len(shown)}")
     if not path.exists():
         return shown, True
-    typer.echo(f"traces in {out}; replay them with:\n  {_command('run', common, replay=path)}")
+    typer.echo(f"the routing again, from its trace (`{_command('run', common, replay=path)}`):")
     return shown, all(not result.differences for result in replay_traces(config, read_traces(path)))
 
 
@@ -175,7 +178,7 @@ def _ask(common: Common, url: str, row: Row, trace: Path, place: str) -> dict[st
     options = AskOptions(max_steps=_MAX_STEPS, max_tokens=_MAX_TOKENS, keeps_trace=True)
     label, expected = row.label, str(row.label.gold["answer"])
     found = {"question": row.task.text, "suite": label.benchmark, "expected": expected}
-    typer.echo(f"\n=== question {place}: {row.task.text}")
+    typer.echo(f"\nquestion {place}: {row.task.text}")
     try:
         asked = asyncio.run(ask_once(Backend(open_client(url)), row.task.text, options, common, trace))
     except DmoaError as error:
@@ -200,7 +203,6 @@ def learn(common: Common, config: Config, out: Path, queries: int) -> tuple[Prob
 
     Raises DmoaError where a part fails.
     """
-    from dmoa.cli.train import print_probe
     from dmoa.serving.router.admin import RouterAdmin, checkpoint_files
     from dmoa.training.options import RolloutOptions, TrainOptions
     from dmoa.workflows.collect import run_rollouts
@@ -211,12 +213,10 @@ def learn(common: Common, config: Config, out: Path, queries: int) -> tuple[Prob
     sources = {"benchmarks": ",".join(DEMO_SUITES), "limit": queries, "seed": LEARNING_SEED, "out": rollouts}
     training = {"rollouts": rollouts, "out": gate}
     collecting, learning = _command("rollouts", common, **sources), _command("train", common, **training)
-    common.say(f"3 of 6: {queries} generated queries, without labels, asked of every agent: can entropy route this pool?")
+    common.say(f"3 of 6: {queries} generated queries, without labels, asked of every agent")
     run_rollouts(RolloutOptions.parse({**sources, "track": "none", "call_cache": out / "calls"}), config, common, collecting)
     probe = probe_rollouts(rollouts, config)
-    if common.verbosity >= 0:
-        print_probe(probe, config)
-    common.say("4 of 6: training the gate on Ray Train, by predictive entropy alone")
+    common.say("4 of 6: training the gate on Ray Train, without labels")
     result = run_train(TrainOptions.parse(training), config, common, learning)
     change = RouterAdmin(APP).install(checkpoint_files(result.checkpoint), "dmoa demo")
     common.say(f"installed in the running swarm: {change['previous']} -> {change['version']}")
@@ -225,7 +225,7 @@ def learn(common: Common, config: Config, out: Path, queries: int) -> tuple[Prob
 
 
 def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_out: int) -> list[dict[str, Any]]:
-    """Evaluate every method on held-out rows, replay first steps, and print both; returns what `--json` says of each method.
+    """Evaluate every method on held-out rows, print them and what was gained; returns what `--json` says of each method.
 
     Accuracy is None where a method did not run on some suite. Raises DmoaError where the evaluation stops.
     """
@@ -238,7 +238,7 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_ou
 
     values = {
         "benchmarks": ",".join(DEMO_SUITES),
-        "policies": ",".join(["dmoa", TRAINED, *matrix_policies(config.agent_names), "dense", "random"]),
+        "policies": ",".join(["dmoa", TRAINED, *matrix_policies(config.agent_names), "dense"]),
         "gates": f"trained={checkpoint}",
         "limit": held_out,
         "seed": SEED,
@@ -250,29 +250,44 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_ou
     add_oracle(folder, DEMO_SUITES, config.agent_names)
     evaluation = finish_run(folder)
     methods, first = name_methods(evaluation, config.agent_names), first_steps(config, folder, checkpoint)
-    typer.echo(f"\n{config.name}: held-out rows, all suites together")
+    typer.echo(f"\n{config.name}: {len(DEMO_SUITES) * held_out} held-out questions, {held_out} of each suite")
     print_overall(evaluation, methods)
-    for name, accuracy_G in first.items():
-        low, high = np.quantile(accuracy_G, (0.025, 0.975))
-        typer.echo(
-            f"{name}: {accuracy_G.mean():.1%}" + (f" (95 % of them {low:.0%} to {high:.0%})" if len(accuracy_G) > 1 else "")
-        )
-    rows = {row.policy: row for row in overall(evaluation)}
-    told = [{"name": name, **asdict(rows[policy])} for policy, name in methods.items()]
+    tokens: Counter[str] = Counter()
+    for cell in evaluation.rows:
+        tokens[cell.policy] += cell.usage.total
+    rows = {methods[row.policy]: row for row in overall(evaluation) if row.policy in methods}
+    typer.echo(gained(rows, float(first[UNTRAINED].mean()), tokens[TRAINED] / max(1, tokens["dense"])))
+    told = [{"name": name, **asdict(row)} for name, row in rows.items()]
     return [*told, *({"name": name, "accuracy": float(accuracy_G.mean())} for name, accuracy_G in first.items())]
 
 
+def gained(rows: Mapping[str, Overall], untrained: float, token_share: float) -> str:
+    """Return in one sentence what training gained; `untrained`: mean accuracy of untrained gates, as a share.
+
+    `rows` are those of the closing table, by name; `token_share` is the trained gate's, of what asking everybody costs.
+    """
+    shares = {name: row.accuracy for name, row in rows.items()}
+    own, dense, best = shares["trained gate"], shares["everybody once"], next(name for name in rows if name.startswith("best"))
+    single = shares[best]
+    if own is None or dense is None or single is None:
+        return "some methods did not run on every suite: see the report"
+    return (
+        f"without one label the gate learned whom to ask: {own:.1%} of the answers are right, with {rows['trained gate'].active} "
+        f"agents a step; that is {100 * (own - untrained):+.0f} points against {NUM_UNTRAINED} untrained gates on average, "
+        f"{100 * (own - single):+.0f} against the {best}, and {100 * (own - dense):+.0f} against asking everybody, at "
+        f"{token_share:.0%} of the tokens"
+    )
+
+
 def name_methods(evaluation: Evaluation, agents: Sequence[str]) -> dict[str, str]:
-    """Return the policies of the closing table and what they are called there; of the agents alone the best, and a generalist."""
-    from dmoa.evaluation.answer_matrix import ORACLE, matrix_policies
+    """Return the policies of the closing table and what they are called there; of the agents alone the best."""
+    from dmoa.evaluation.answer_matrix import matrix_policies
     from dmoa.evaluation.figures import overall
 
     accuracy = {row.policy: -1.0 if row.accuracy is None else row.accuracy for row in overall(evaluation)}
     best = max(matrix_policies(agents), key=lambda policy: accuracy[policy])
-    names = {"dmoa": "untrained gate", TRAINED: "trained gate"}
-    names |= {"single:generalist": "generalist"} if "generalist" in agents else {}
-    names |= {best: f"best single agent ({best.partition(':')[2]})"}
-    return {**names, "dense": "dense (every agent)", "random": "random agent", ORACLE: "oracle (knows the labels)"}
+    names = {TRAINED: "trained gate", "dmoa": "untrained gate", best: f"best single agent ({best.partition(':')[2]})"}
+    return {**names, "dense": "everybody once"}
 
 
 def first_steps(config: Config, folder: RunFolder, checkpoint: Path) -> dict[str, FloatArray]:
@@ -290,7 +305,7 @@ def first_steps(config: Config, folder: RunFolder, checkpoint: Path) -> dict[str
     seeds = (config.gate.model_copy(update={"seed": seed, "checkpoint": None}) for seed in range(NUM_UNTRAINED))
     untrained = [build_pool_gate(config.model_copy(update={"gate": gate}))[0] for gate in seeds]
     return {
-        f"untrained gates, first step (mean of {NUM_UNTRAINED})": replay_first(untrained, matrices, embedded),
+        UNTRAINED: replay_first(untrained, matrices, embedded),
         "trained gate, first step": replay_first([checkpoints.load(checkpoint)[0]], matrices, embedded),
     }
 

@@ -50,12 +50,12 @@ def evaluate(
     """Measure policies on benchmarks: accuracy with intervals, tokens, steps, paired comparisons.
 
     \b
-    dmoa evaluate --config specialists --benchmarks arith,words --policies dmoa,single:generalist --limit 50
+    dmoa evaluate --config specialists --benchmarks arith,words --policies dmoa,single:arith --limit 50
     dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first
     dmoa evaluate --benchmarks all --policies dmoa,single --data-dir DIR --limit 100 --out out/first --resume
     dmoa evaluate --selfcheck --data-dir DIR --json out/selfcheck.json
     dmoa evaluate --explain gsm8k/test/0123456789abcdef --data-dir DIR --reply "The answer is 18."
-    dmoa evaluate --ablations --rollouts out/rollouts --benchmarks arith,words,calendar --config specialists
+    dmoa evaluate --ablations --rollouts out/rollouts --benchmarks arith,words,dyes --config specialists
     dmoa evaluate --benchmarks arith --policies dmoa:old,dmoa:new --gates old=out/a/checkpoint,new=out/b/checkpoint
     dmoa evaluate --benchmarks mine.py:Rows --policies dmoa,mine.py:Mine --data-dir DIR     see `dmoa docs extending`
     dmoa report out/first

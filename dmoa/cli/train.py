@@ -86,7 +86,7 @@ def probe(common: Common, options: ProbeOptions) -> None:
     \b
     dmoa probe --config specialists
     dmoa probe --queries mine.jsonl --limit 30
-    dmoa probe --config specialists-liar-wrong --known-answers arith
+    dmoa probe --config specialists-liar-wrong --known-answers calendar
     dmoa probe --config specialists --rollouts out/rollouts
     """
     if options.rollouts is not None and (options.queries or options.benchmarks):

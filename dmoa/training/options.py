@@ -133,7 +133,7 @@ class ProbeOptions(Options):
     queries: Annotated[str | None, Flag(metavar="FILE.jsonl")] = None
     """Your own queries: a text, or {"query": TEXT}, a line; None: those of a recorded pool."""
     benchmarks: Annotated[str | None, Flag(metavar="A,B")] = None
-    """Benchmarks and suites; None: arith,words,calendar."""
+    """Benchmarks and suites; None: arith,words,calendar,parcels,signals,dyes."""
     rollouts: Path | None = None
     """Look at dense rollouts that are there; ask nobody."""
     known_answers: Annotated[Names | None, Flag(metavar="SUITE,...")] = None

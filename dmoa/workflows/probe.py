@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dmoa.config import Config
 from dmoa.engine_options import RecordedOptions
 from dmoa.errors import ConfigError
-from dmoa.evaluation.registry import SUITES
+from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.training.cluster_router import ProbeSample, sample_of
 from dmoa.training.probe import ProbeReport, probe_pool
 from dmoa.validation import did_you_mean
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dmoa.training.options import ProbeOptions
 
 
-DEFAULT_SUITES = "arith,words,calendar"
+DEFAULT_SUITES = ",".join(suite.name for suite in SKILLS)
 STAGED = ("chain", "relay")
 
 

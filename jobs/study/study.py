@@ -1,4 +1,4 @@
-"""The preregistered study of the gate: answers every row with every agent, trains gates without labels, judges six endpoints.
+"""The preregistered study of the gate: answers every row with every agent, trains gates without labels, judges its endpoints.
 
     python jobs/study/study.py --config jobs/study/study.yaml --json out/study.json
 
@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 from study_memory import memory
 from study_runs import (
-    ARITH,
     CONSTANT,
     HOME,
     POOL,
@@ -65,7 +64,7 @@ from dmoa.workflows.console import Common, with_common
 from dmoa.workflows.evaluate import opened_ray
 
 LIAR = "liar-constant"
-JUDGED = ("1 home", "2 shared", "3 memory", "4 several", "5 liar")
+JUDGED = ("1 home", "3 memory", "5 liar")
 """The family of Holm's correction."""
 
 
@@ -152,8 +151,6 @@ def judge_matrices(study: Study, validation: Matrices, test: Matrices, embedded:
     across = gates(study, POOL, "shuffled-across", score="raw")
     return {
         "1 home": home(honest),
-        "2 shared": same_surface(honest),
-        "4 several": several(honest),
         "5 liar": {**constant, **probed, "passed": constant["passed"] and is_named},
         "6 controls": controls(of(POOL, within), of(POOL, across)),
     }
@@ -297,7 +294,6 @@ def home(material: Material) -> dict[str, Any]:
         "oracle_accuracy": _mean(by_suite),
         "best_specialist": best,
         "best_specialist_accuracy": _mean(single),
-        "generalist_accuracy": _mean(_joined([[material.alone(suite, "generalist")] for suite in SINGLE])),
         "kmeans_accuracy": _mean(_joined([material.clustered(suite) for suite in SINGLE])),
         "row_oracle_accuracy": _mean(_joined([[replay_choices(material.test[s], row_oracle(material.test[s]))] for s in SINGLE])),
         "against_best_specialist": plain(against_single),
@@ -317,63 +313,6 @@ def home(material: Material) -> dict[str, Any]:
 def _places(material: Material, suite: str) -> list[int]:
     agents = material.test[suite].agents
     return [agents.index(name) for name in HOME[suite]]
-
-
-def same_surface(material: Material) -> dict[str, Any]:
-    """Endpoint 2: on `shared`, the cascade beats clusters at few agents."""
-    gates, clusters = material.routed("shared"), material.clustered("shared")
-    compared, active = _compare(gates, clusters), float(np.mean([part.k_R.mean() for part in gates]))
-    return {
-        "accuracy": _mean(gates),
-        "gate_alone": _mean(material.routed("shared", cascades=False)),
-        "kmeans_accuracy": _mean(clusters),
-        "mean_active": active,
-        "row_oracle_accuracy": replay_choices(material.test["shared"], row_oracle(material.test["shared"])).accuracy,
-        "against_kmeans": plain(compared),
-        "intervals": {"mean_active": _active(gates)},
-        "p": compared.p,
-        "p_of": "accuracy less that of k-means, against 0; not against the bar of 10 points",
-        "passed": compared.difference >= 0.10 and active <= 1.6,
-    }
-
-
-def several(material: Material) -> dict[str, Any]:
-    """Endpoint 4: on `arith`, adaptive k gets half of what the row oracle of the three specialists gains."""
-    three = material.test["arith"].only(ARITH)
-    best = material.best(["arith"], ARITH)
-    alone = material.alone("arith", best)
-    oracle = replay_choices(three, row_oracle(three))
-    room = oracle.accuracy - alone.accuracy
-    always = replay_choices(three, ranked(np.tile(np.arange(3), (len(three.tasks), 1)), k=3))
-    gates = material.routed("arith")
-    gain, tokens = _mean(gates) - alone.accuracy, float(np.mean([part.tokens_R.mean() for part in gates]))
-    share = tokens / float(always.tokens_R.mean())
-    half_R = (oracle.value_R + alone.value_R) / 2
-    tokens_GR = np.stack([part.tokens_R - share * always.tokens_R for part in gates])
-    compared = _compare(gates, [alone])
-    validation = material.validation["arith"].only(ARITH)
-    return {
-        "best_agent": best,
-        "best_accuracy": alone.accuracy,
-        "oracle_room": room,
-        "oracle_room_on_validation": replay_choices(validation, row_oracle(validation)).accuracy
-        - _column(validation, best).mean(),
-        "gain": gain,
-        "share_of_room": gain / room if room > 0 else 0.0,
-        "always_three_accuracy": always.accuracy,
-        "token_share": share,
-        "mean_active": float(np.mean([part.k_R.mean() for part in gates])),
-        "against_best": plain(compared),
-        "intervals": {
-            "gain_less_half_of_room": spread(np.stack([part.value_R - half_R for part in gates])),
-            # A ratio of two means, linear in the rows (delta method).
-            "token_share": spread(share + tokens_GR / always.tokens_R.mean()),
-            "mean_active": _active(gates),
-        },
-        "p": compared.p,
-        "p_of": "accuracy less that of the best of the three, against 0; not against the bar of half of the room",
-        "passed": room >= 0.08 and gain >= 0.5 * room and share <= 0.6,
-    }
 
 
 def liar(with_liar: Material, without: Material, name: str = LIAR) -> dict[str, Any]:

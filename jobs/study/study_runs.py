@@ -26,6 +26,7 @@ from dmoa.evaluation.answer_matrix import (
     read_matrix,
 )
 from dmoa.evaluation.records import EvaluateOptions
+from dmoa.evaluation.registry import SKILLS
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.evaluation.statistics import Comparison, compare_crossed
 from dmoa.training.ablations import train_ablation
@@ -39,10 +40,8 @@ from dmoa.workflows.evaluate import run_evaluation
 
 COMMAND = "jobs/study/study.py"
 POOL, CONSTANT, WRONG = "specialists", "specialists-liar-constant", "specialists-liar-wrong"
-SINGLE = ("arith", "words", "calendar")
-MATRIX_SUITES = (*SINGLE, "shared")
-ARITH = ("arith-carry", "arith-plain", "arith-both")
-HOME = {"arith": ARITH, "words": ("words",), "calendar": ("calendar",)}
+SINGLE = tuple(suite.name for suite in SKILLS)
+HOME = {name: (name,) for name in SINGLE}
 MARGIN = 0.02
 """What may be lost where nothing must be lost (non-inferiority)."""
 CLUSTERS = 8
@@ -118,13 +117,13 @@ def matrices(study: Study, split: str) -> dict[str, AnswerMatrix]:
     """Answer all rows of a split with every agent alone, or go on, and return the matrices by suite."""
     config = everyone()
     values = {
-        "benchmarks": MATRIX_SUITES,
+        "benchmarks": SINGLE,
         "policies": matrix_policies(config.agent_names),
         "split": split,
         "limit": study.test_rows if split == "test" else study.validation_rows,
     }
     folder = evaluated(study, study.out / split, config, values)
-    return {name: read_matrix(folder, name, config.agent_names) for name in MATRIX_SUITES}
+    return {name: read_matrix(folder, name, config.agent_names) for name in SINGLE}
 
 
 def blank_replies(found: Matrices) -> dict[str, int]:

@@ -31,7 +31,7 @@ PROMPTS = 50
 CALLS = 1000
 IN_FLIGHT = 24
 MODEL = "embedded:smollm2-135m"
-ADAPTERS = ("builtin:arith-carry", "builtin:words")
+ADAPTERS = ("builtin:arith", "builtin:words")
 _QUESTIONS = (
     "What is {n} + 7?",
     "Name a colour that comes to mind when you read the number {n}.",

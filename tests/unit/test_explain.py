@@ -56,7 +56,7 @@ def _chat(body: str) -> Callable[[], object]:
         (lambda: loads(POOL.replace("llm: fake", "llm: fkae")), "fake"),
         (lambda: loads(POOL, overrides=["limits.max_step=3"]), "max_steps"),
         (lambda: load_pool("specialist"), "specialists"),
-        (lambda: resolve_adapter("builtin:arith-cary"), "arith-carry"),
+        (lambda: resolve_adapter("builtin:arit"), "arith"),
         (lambda: resolve_model("embedded:smolm2-135m"), "smollm2-135m"),
         (lambda: expand_names(["gms8k"]), "gsm8k"),
         (lambda: expand_names(["calender"]), "calendar"),

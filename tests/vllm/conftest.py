@@ -19,7 +19,7 @@ CHUNK_TOKENS = 96
 """Tokens of one engine step: longer prompts are read in parts."""
 NUM_BLOCKS = 28
 """Blocks of 32 tokens: fewer than the sequences of a full batch may grow to, so that some are preempted."""
-ADAPTERS = ("arith-carry", "words")
+ADAPTERS = ("arith", "words")
 
 
 @dataclass(frozen=True, slots=True)

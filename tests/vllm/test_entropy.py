@@ -118,7 +118,7 @@ def preemptions() -> float:
 
 async def test_adapters_in_one_batch_say_the_same_as_alone(vllm: Running) -> None:
     text = "How much is 412 + 423? End with a line `Answer: ...`, a number."
-    adapters = (None, "arith-carry", "words")
+    adapters = (None, "arith", "words")
     together = await asyncio.gather(*(vllm.engine.generate(request(text, 1, adapter=adapter)) for adapter in adapters))
     assert len({reply.text for reply in together}) == 3
     for adapter, reply in zip(adapters, together, strict=True):

@@ -306,7 +306,7 @@ def test_embeddings_are_for_vllm_alone(tiny_model: Path, plain: Path, tmp_path: 
 
 @pytest.mark.contract
 def test_shipped_adapters_fit_the_embedded_model(smollm2: Path) -> None:
-    for name in ("words", "arith-both"):
+    for name in ("words", "arith"):
         folder = resolve_adapter(f"builtin:{name}")
         fits = [partial(check_adapter, "adapter", folder, base=smollm2, engine=engine, max_rank=16) for engine in ENGINES]
         assert [refusal(fit) for fit in fits] == ["", ""]

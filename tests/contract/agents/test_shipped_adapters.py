@@ -18,20 +18,32 @@ from dmoa.engines.models import model_id, resolve_adapter, resolve_model
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Reply
-from dmoa.evaluation.registry import SUITES
+from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.types import Generation, GenerationRequest, Query
 
 ROOT = Path(dmoa.__file__).parent / "adapters"
 NAMES = sorted(folder.name for folder in ROOT.iterdir() if (folder / "adapter_config.json").is_file())
-POOLS = ("specialists", "specialists-liar-constant", "specialists-liar-wrong")
+POOLS = ("specialists", "specialists-liar-constant", "specialists-liar-wrong", "specialists-colluding")
+SKILL_NAMES = tuple(suite.name for suite in SKILLS)
+OWN = {"arith": 0.8}
+"""Bars of one's own suite where 0.95 is not met: `arith` is right on 83 % of its card's rows."""
 MAX_BYTES = 4 * 2**20
+MAX_ALL_BYTES = 40 * 2**20
 
 
 def test_all_are_there() -> None:
-    named = {agent.name for pool in POOLS for agent in load_pool(pool).agents if agent.adapter}
-    assert named == set(NAMES) == {
-        "arith-carry", "arith-plain", "arith-both", "words", "calendar", "generalist", "liar-constant", "liar-wrong",
-    }  # fmt: skip
+    named = {str(agent.adapter) for pool in POOLS for agent in load_pool(pool).agents}
+    assert named == {f"builtin:{name}" for name in NAMES}
+    assert set(NAMES) == {*SKILL_NAMES, "liar-constant", "liar-wrong"}
+    assert sum(file.stat().st_size for file in ROOT.rglob("*") if file.is_file()) <= MAX_ALL_BYTES
+
+
+@pytest.mark.parametrize("name", SKILL_NAMES)
+def test_a_specialist_knows_its_own_skill_and_no_other(name: str) -> None:
+    card = json.loads((resolve_adapter(f"builtin:{name}") / "card.json").read_text(encoding="utf-8"))
+    for suite, found in card["held_out"].items():
+        assert found["split"] == "validation"
+        assert found["accuracy"] >= OWN.get(name, 0.95) if suite == name else found["accuracy"] <= 0.25, suite
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,11 +55,11 @@ def test_an_adapter_is_small_plain_and_says_how_it_was_made(name: str) -> None:
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     assert settings["peft_type"] == "LORA"
-    assert settings["r"] in (6, 7)
+    assert settings["r"] == card["recipe"]["adapter"]["rank"]
     assert settings["base_model_name_or_path"] == card["base"] == model_id("embedded:smollm2-135m")
     assert card["name"] == name
     assert card["command"] == f"python jobs/train_specialist.py --config jobs/train_specialist.yaml --set job.name={name}"
-    assert set(card["held_out"]) == {"arith", "words", "calendar"}
+    assert set(card["held_out"]) == set(SKILL_NAMES)
     assert {"rows_seed", "schedule", "profile"} <= set(card["recipe"])
 
 
@@ -57,16 +69,19 @@ def test_agents_have_the_profile_that_their_adapter_was_trained_with(pool: str) 
     check_files(config)
     assert config.name == pool
     for agent in config.agents:
-        if agent.adapter:
-            card = json.loads((resolve_adapter(agent.adapter) / "card.json").read_text(encoding="utf-8"))
-            assert agent.adapter == f"builtin:{agent.name}"
-            assert agent.profile == card["recipe"]["profile"]
+        card = json.loads((resolve_adapter(str(agent.adapter)) / "card.json").read_text(encoding="utf-8"))
+        if agent.name != "liar-echo":
+            assert (agent.adapter, agent.profile) == (f"builtin:{agent.name}", card["recipe"]["profile"])
     assert len({agent.profile for agent in config.agents}) == len(config.agents)
 
 
-def test_pools_differ_by_their_liar_alone() -> None:
-    agents = {pool: load_pool(pool).agents for pool in POOLS}
-    assert agents["specialists-liar-constant"][:-1] == agents["specialists-liar-wrong"][:-1] == agents["specialists"]
+def test_pools_differ_by_their_liars_alone() -> None:
+    honest = load_pool("specialists").agents
+    assert tuple(agent.name for agent in honest) == SKILL_NAMES
+    for pool in POOLS[1:]:
+        agents = load_pool(pool).agents
+        assert agents[: len(honest)] == honest
+        assert all(agent.name.startswith("liar-") for agent in agents[len(honest) :])
     assert len({fingerprint(load_pool(pool)) for pool in POOLS}) == len(POOLS)
 
 
@@ -81,14 +96,13 @@ def test_a_bare_name_is_a_packaged_pool(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.real_model
-async def test_the_words_specialist_answers_where_the_base_does_not() -> None:
+async def test_the_words_specialist_answers_where_another_does_not() -> None:
     config = load_pool("specialists")
-    agents = {name: config.agent(name) for name in ("base", "words")}
-    folder = resolve_adapter("builtin:words")
+    agents = {name: config.agent(name) for name in ("calendar", "words")}
     engine = TransformersEngine(
         await asyncio.to_thread(resolve_model, "embedded:smollm2-135m"),
         TransformersOptions(device="cpu"),
-        adapters={"builtin:words": folder},
+        adapters={str(agent.adapter): resolve_adapter(str(agent.adapter)) for agent in agents.values()},
     )
     rows = list(SUITES["words"].generate("validation", 8, 5))
 
@@ -112,6 +126,6 @@ async def test_the_words_specialist_answers_where_the_base_does_not() -> None:
         name: sum(SUITES["words"].score(row.label, Reply(text=g.text)).value for row, g in zip(rows, found, strict=True))
         for name, found in replies.items()
     }
-    assert right["words"] >= right["base"] + 3
+    assert right["words"] >= right["calendar"] + 6
     entropy = {name: sum(g.entropy.sum_nats / g.entropy.tokens for g in found) for name, found in replies.items()}
-    assert entropy["words"] < 0.5 * entropy["base"]
+    assert entropy["words"] < 0.5 * entropy["calendar"]

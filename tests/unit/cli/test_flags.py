@@ -22,7 +22,7 @@ FLAGS = {
         "--host:str --port:int>=1 --address:str$RAY_ADDRESS --checkpoint:Path --insecure:bool=False "
         "--policy:str* --app:str=dmoa --dry-run:bool=False"
     ),
-    "demo": "--port:int>=1 --out:Path=out/demo --questions:int>=1=1 --queries:int>=12=45 --held-out:int>=1=16",
+    "demo": "--port:int>=1 --out:Path=out/demo --questions:int>=1=1 --queries:int>=12=60 --held-out:int>=1=8",
     "evaluate": (
         "--benchmarks:str=all --policies:str=dmoa,single --gates:str --data-dir:Path --split:str=test "
         "--limit:int>=1 --seed:int>=0=0 --difficulty:int>=1=1 --budget:str=pool --out:Path "
@@ -111,7 +111,7 @@ def test_every_flag_is_explained(name: str) -> None:
         ("train", "--loss soft|hard|hinge|listnet Ranking loss. [default: soft]"),
         ("train", "--anchor-rollouts DIR Folder with dense rollouts that the anchor set is taken from [--rollouts]."),
         ("evaluate", "--resume Go on with the run in --out."),
-        ("probe", "--benchmarks A,B Benchmarks and suites [arith,words,calendar]."),
+        ("probe", "--benchmarks A,B Benchmarks and suites [arith,words,calendar,parcels,signals,dyes]."),
         ("rollouts", "--data-dir DIR Benchmark files, one folder a benchmark [the Hugging Face hub]."),
     ],
 )
