@@ -62,7 +62,7 @@ def test_passes_on_hand_made_rows_and_counts_them(tmp_path: Path) -> None:
     write_rows(tmp_path / "gsm8k", "train.jsonl", numbers(40))
     write_rows(tmp_path / "gsm8k", "test.jsonl.gz", [*numbers(30), *numbers(1)])
     seen: list[tuple[str, int, int]] = []
-    found = selfcheck.selfcheck.run_selfcheck(["gsm8k"], data_dir=tmp_path, progress=lambda *event: seen.append(event))
+    found = selfcheck.run_selfcheck(["gsm8k"], data_dir=tmp_path, progress=lambda *event: seen.append(event))
     (check,) = found.benchmarks
     assert found.passed
     assert sum(check.rows.values()) == 70
@@ -127,7 +127,7 @@ def test_suites_are_checked_too() -> None:
 
 def test_missing_rows_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gsm8k"):
-        selfcheck.selfcheck.run_selfcheck(["gsm8k"], data_dir=tmp_path)
+        selfcheck.run_selfcheck(["gsm8k"], data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("keys", ["aaab", "abcd", "aabbc", "aaaaa"])
