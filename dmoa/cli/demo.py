@@ -21,7 +21,7 @@ from dmoa.config import Config
 from dmoa.errors import DmoaError
 from dmoa.evaluation.records import Reply, Row
 from dmoa.evaluation.registry import SKILLS, SUITES
-from dmoa.workflows.console import EXIT_FAILED, Common, print_overall, with_common
+from dmoa.workflows.console import EXIT_FAILED, Common, print_overall, print_routing, stdout_console, with_common
 
 if TYPE_CHECKING:
     from dmoa.core.gate import Gate
@@ -87,8 +87,7 @@ def demo(
         typer.echo(f"{seconds:.0f} s in all")
     common.write_json({"pool": config.name, "seconds": seconds, **record})
     is_answered = all(asked["reply"] is not None for asked in (*record["before"], *record["after"]))
-    has_run = all(method["accuracy"] is not None for method in record["comparison"])
-    if not (record["replay_identical"] and is_answered and has_run):
+    if not (record["replay_identical"] and is_answered and record["pays"]):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -132,8 +131,38 @@ def tell(
         "probe": probe.model_dump(mode="json"),
         "training": result.report.model_dump(mode="json"),
         "comparison": comparison,
+        "pays": pays(comparison),
+        "missed": missed(comparison),
     }
     return record, commands
+
+
+def pays(comparison: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether the trained gate is above the untrained ones and above the best agent alone, where all of them ran."""
+    accuracy = {row["name"].partition(" (")[0]: row["accuracy"] for row in comparison}
+    if any(value is None for value in accuracy.values()):
+        return False
+    rivals = ("untrained gate", "untrained gates, first step", "best single agent")
+    return all(accuracy["trained gate"] > accuracy[name] for name in rivals)
+
+
+def missed(comparison: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the bars of the pool `specialists` that this run missed, in words; its bars mean nothing for other pools."""
+    rows = {row["name"].partition(" (")[0]: row for row in comparison}
+    own, dense, single = rows["trained gate"], rows["everybody once"], rows["best single agent"]
+    if any(row["accuracy"] is None for row in (own, dense, single)):
+        return ["a method did not run"]
+    bars = {
+        f"accuracy >= 93 %: {own['accuracy']:.1%}": own["accuracy"] >= 0.93,
+        f"60 points above the best single agent: {100 * (own['accuracy'] - single['accuracy']):+.1f}": own["accuracy"]
+        >= single["accuracy"] + 0.6,
+        f"at most one point below everybody: {100 * (own['accuracy'] - dense['accuracy']):+.1f}": own["accuracy"]
+        >= dense["accuracy"] - 0.01,
+        f"at most 1.3 agents a step: {own['active']}": float(own["active"]) <= 1.3,
+        f"at most 20 % of everybody's tokens: {own['tokens_total'] / dense['tokens_total']:.1%}": own["tokens_total"]
+        <= 0.2 * dense["tokens_total"],
+    }
+    return [words for words, is_met in bars.items() if not is_met]
 
 
 def free_port() -> int:
@@ -245,7 +274,10 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_ou
         "out": out / "evaluation",
         "call_cache": out / "calls",
     }
-    run_evaluation(EvaluateOptions.parse(values), config, common, _command("evaluate", common, **values), shows_result=False)
+    # One step a question, for everybody: agents that disagree are else asked all over again.
+    once = replace(common, overrides=(*common.overrides, "limits.max_steps=1"))
+    config = config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
+    run_evaluation(EvaluateOptions.parse(values), config, once, _command("evaluate", once, **values), shows_result=False)
     folder = RunFolder((out / "evaluation").absolute())
     add_oracle(folder, DEMO_SUITES, config.agent_names)
     evaluation = finish_run(folder)
@@ -257,7 +289,10 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_ou
         tokens[cell.policy] += cell.usage.total
     rows = {methods[row.policy]: row for row in overall(evaluation) if row.policy in methods}
     typer.echo(gained(rows, float(first[UNTRAINED].mean()), tokens[TRAINED] / max(1, tokens["dense"])))
-    told = [{"name": name, **asdict(row)} for name, row in rows.items()]
+    print_routing(evaluation, stdout_console())
+    told = [
+        {"name": name, **asdict(row), "tokens_total": tokens[policy]} for policy, name in methods.items() for row in [rows[name]]
+    ]
     return [*told, *({"name": name, "accuracy": float(accuracy_G.mean())} for name, accuracy_G in first.items())]
 
 
