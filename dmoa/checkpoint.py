@@ -77,15 +77,17 @@ class Checkpoint(BaseModel):
 
 
 def describe_gate(gate: Gate, *, fingerprint: str, trained_on: dict[str, Any] | None = None, **extra: Any) -> Checkpoint:
-    """Return the record of a gate, its version included."""
-    return Checkpoint(**_fields(gate, is_trained=bool(trained_on)), pool_fingerprint=fingerprint, trained_on=trained_on, **extra)
+    """Return the record of a gate, its version included; `trained_on` says what supervision there was."""
+    supervision = (trained_on or {}).get("supervision", "none")
+    known = _fields(gate, is_trained=bool(trained_on), supervision=supervision)
+    return Checkpoint(**known, pool_fingerprint=fingerprint, trained_on=trained_on, supervision=supervision, **extra)
 
 
-def _fields(gate: Gate, *, is_trained: bool) -> dict[str, Any]:
+def _fields(gate: Gate, *, is_trained: bool, supervision: str) -> dict[str, Any]:
     """Return the fields of a record that follow from the gate itself."""
     spec = gate.spec
     return {
-        "version": ("" if is_trained else UNTRAINED) + weights_version(gate),
+        "version": _prefix(is_trained, supervision) + weights_version(gate),
         "preset": spec.preset,
         "head": spec.head,
         "sizes": {
@@ -107,6 +109,12 @@ def _fields(gate: Gate, *, is_trained: bool) -> dict[str, Any]:
         "agents": list(spec.agents),
         "spec": spec.to_json(),
     }
+
+
+def _prefix(is_trained: bool, supervision: str) -> str:
+    if not is_trained:
+        return UNTRAINED
+    return "" if supervision == "none" else f"{supervision.replace('(', '-').removesuffix(')')}-"
 
 
 def artifact_name(version: str) -> str:
@@ -171,7 +179,7 @@ def _restore(record: Checkpoint, tensors: dict[str, torch.Tensor]) -> Gate:
     label_model = None if record.label_model is None else LabelModel.from_arrays(arrays, record.label_model)
     gate = Gate(GateSpec.from_json(record.spec), profile_AD=tensors.get("profile_AD"), label_model=label_model)
     gate.load_state_dict({name: tensor for name, tensor in tensors.items() if label_model is None or not name.startswith(_JUDGE)})
-    expected = _fields(gate, is_trained=not record.version.startswith(UNTRAINED))
+    expected = _fields(gate, is_trained=not record.version.startswith(UNTRAINED), supervision=record.supervision)
     for name, value in expected.items():
         seen = getattr(record, name)
         if seen != value:

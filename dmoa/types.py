@@ -39,9 +39,19 @@ def question_key(text: str) -> str:
     return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
+OUTCOMES = "outcomes"
+"""Begins the version of weights that outcomes were a part of: `outcomes-20-` and the hash, so that whoever sees it knows."""
+
+
 def is_untrained(gate_version: str) -> bool:
     """Tell whether a gate version names weights that no training has touched."""
     return gate_version.startswith(UNTRAINED)
+
+
+def supervision_of(gate_version: str) -> str:
+    """Return what a gate's training was told of how good replies are, as its version says: `none`, or `outcomes(N)`."""
+    word, number, *_ = [*gate_version.split("-"), ""]
+    return f"outcomes({number})" if word == OUTCOMES and number.isdigit() else "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +335,8 @@ class RouterStatus:
     """Agents that no replica can still be answering calls to, though they should have one."""
     agents: tuple[str, ...]
     """All agents, with the summarizer of mode `llm`."""
+    supervision: str = "none"
+    """What the training of the current gate was told of how good replies are: none, or outcomes(N)."""
     score: str = ""
     """What the current gate learnt to rank: raw, anchored or posterior."""
     activations: dict[str, int] = field(default_factory=dict)

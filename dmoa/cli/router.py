@@ -105,6 +105,7 @@ def status(common: Common, address: AddressOption = None, app_name: AppOption = 
     if note:
         typer.echo(f"              {note}")
     typer.echo(f"score         {found.score}")
+    typer.echo(f"supervision   {found.supervision}")
     typer.echo(f"decisions     {found.decisions} in {found.batches} batches since {_when(found.started_unix_s)}")
     active = sorted(found.activations.items(), key=lambda item: -item[1])
     typer.echo(f"activations   {', '.join(f'{name} {count}' for name, count in active) or 'none'}")

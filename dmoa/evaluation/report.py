@@ -22,7 +22,7 @@ from dmoa.evaluation import figures
 from dmoa.evaluation.answer_matrix import ORACLE
 from dmoa.evaluation.results import Evaluation, EvaluationRow, GroupRow, not_run
 from dmoa.evaluation.run_folder import write_whole
-from dmoa.types import is_untrained
+from dmoa.types import is_untrained, supervision_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -458,8 +458,12 @@ def _summary(evaluation: Evaluation) -> list[tuple[str, str]]:
 def _gates(evaluation: Evaluation) -> str:
     run = evaluation.config
     named = {"": run.gate_version, **{f"{name} ": version for name, version in run.gates.items()}}
-    shown = [f"{name}{version}{figures.UNTRAINED * is_untrained(version)}" for name, version in named.items() if version]
-    return ", ".join(shown) or "none"
+    shown = [
+        f"{name}{version}{figures.UNTRAINED * is_untrained(version)}, supervision {supervision_of(version)}"
+        for name, version in named.items()
+        if version
+    ]
+    return "; ".join(shown) or "none"
 
 
 def _warnings(evaluation: Evaluation) -> list[str]:

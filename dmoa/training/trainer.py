@@ -41,6 +41,7 @@ from dmoa.training.options import TrainOptions
 from dmoa.training.outcomes import read_outcomes
 from dmoa.training.rollouts import Manifest, RolloutFolder
 from dmoa.training.state import EpochRecord, StateStore, TrainProgress
+from dmoa.types import supervision_of
 from dmoa.validation import redact
 
 _POLL_S = 0.25
@@ -105,7 +106,7 @@ def prepare_training(options: TrainOptions, start: InitialGate, manifests: Seque
     """Read the rollouts and make of them what training needs. Raises ConfigError for what cannot be learned from."""
     spec = start.gate.spec
     episodes = read_episodes(options.rollouts, spec, start.fingerprint, on_ray=on_ray)
-    supervision = "none"
+    supervision = supervision_of(start.parent or "")
     if options.outcomes is not None:
         if spec.score != "posterior":
             raise ConfigError(f"--outcomes: score is {spec.score!r}, which reads none; add --score posterior, or leave them out")
@@ -415,7 +416,6 @@ def build_trained(
         final,
         fingerprint=fingerprint,
         trained_on=trained_on,
-        supervision=trained_on.get("supervision", "none"),
         parent=parent,
         anchor_set=_anchor_set(evidence.scale, spec, options),
         metrics=metrics,

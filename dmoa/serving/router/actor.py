@@ -30,7 +30,7 @@ from dmoa.serving.agent_client import ServeAgentClient
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.rollover import check_version, pool_version
 from dmoa.serving.router.replica_health import presence, read_status, sleepers
-from dmoa.types import FloatArray, RouteRequest, RouterStatus, is_untrained
+from dmoa.types import FloatArray, RouteRequest, RouterStatus, is_untrained, supervision_of
 
 if TYPE_CHECKING:
     from dmoa.core.gate import Gate
@@ -194,6 +194,7 @@ class RouterActor:
             masked=tuple(sorted(self._local.masked)),
             cold=tuple(sorted(self._local.cold - self._local.masked)),
             gone=tuple(sorted(self._deserted)),
+            supervision=supervision_of(self._local.current),
             score=self._versions.gate.spec.score,
             agents=tuple(sorted(deployment_names(self._config))),
             activations=dict(self._local.activations),

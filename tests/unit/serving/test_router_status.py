@@ -27,6 +27,7 @@ def test_the_json_has_these_fields_in_this_order() -> None:
         "cold",
         "gone",
         "agents",
+        "supervision",
         "score",
         "activations",
         "decisions",

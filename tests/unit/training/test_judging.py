@@ -37,7 +37,7 @@ from dmoa.trace import Trace, read_traces, trace_of, write_traces
 from dmoa.training.dataset import EpisodeBuilder, Episodes
 from dmoa.training.judging import fit_judge
 from dmoa.training.objective import Scale, Split, build_data
-from dmoa.types import Answer, Limits, Query
+from dmoa.types import Answer, Limits, Query, supervision_of
 from tests.unit.training.in_process import train
 
 AGENTS = ("good", "fine", "liar")
@@ -268,6 +268,8 @@ def test_outcomes_decide_where_nobody_agrees_and_the_gate_says_so(tmp_path: Path
     assert (told.record.supervision, untold.record.supervision) == ("outcomes(60)", "none")
     gate, record = checkpoint.load(tmp_path / "told" / "checkpoint")
     assert record.supervision == "outcomes(60)"
+    assert record.version.startswith("outcomes-60-")
+    assert [supervision_of(found.record.version) for found in (told, untold)] == ["outcomes(60)", "none"]
     assert gate.label_model is not None
     assert gate.label_model.order[0] == AGENTS.index("fine")
     assert 1 / (1 + np.exp(-gate.label_model.ability_CA[:, 1].mean())) > 0.7
