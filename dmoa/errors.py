@@ -67,6 +67,11 @@ class BrokenStreamError(DmoaError, RuntimeError):
 class EmptyAnswerError(DmoaError, RuntimeError):
     """Every contribution to a query was empty (HTTP 503, code `empty_answer`)."""
 
+    def __init__(self, message: str, replies: tuple[object, ...] = ()) -> None:
+        """Keep the replies (`types.AgentReply`), so that what they cost can be counted; none where a server says it."""
+        super().__init__(message)
+        self.replies = replies
+
 
 class DeadlineError(DmoaError, TimeoutError):
     """The deadline passed before any contribution existed (HTTP 504)."""

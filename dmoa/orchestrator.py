@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from dmoa.agents.summarizer import Fold, Summarizer
 from dmoa.core.aggregate import anchors_of, contributions, select_contribution
+from dmoa.core.answers import THOUGHT_ONLY
 from dmoa.core.in_step import Judgement, judge
 from dmoa.core.stopping import budget_stop, rule_stop
 from dmoa.dispatch import Dispatcher
@@ -38,6 +39,7 @@ from dmoa.types import (
 Emit = Callable[[Event], None]
 _Stepped = tuple[StepRecord, Fold, Judgement | None]
 _CLOCK_SLACK_S = 0.05
+EMPTY = "every contribution was empty; ask again, or raise max_tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +88,7 @@ class Orchestrator:
             emit(step)
             reason = self._stop_reason(state, step, fold, plan, previous, judgement)
         if not state.summary:
-            raise EmptyAnswerError(f"policy {policy.name!r} stopped before any agent was asked; use another policy")
+            raise RequestError(f"policy: {policy.name!r} stopped before any agent was asked; use another policy")
         emit(finish(state, policy.name, reason, wall_ms=(time.perf_counter() - started) * 1e3))
 
     async def _plan(self, state: QueryState, policy: Policy) -> StepPlan | Stop:
@@ -151,7 +153,7 @@ class Orchestrator:
         sampling = self.dispatcher.sampling_for(state.query, self.summarizer_sampling, is_final=True)
         leading, anchors = judgement.selection if judgement else None, anchors_of(plan.decision)
         return await self.summarizer.fold(
-            state, usable, sampling, emit, lambda replies: leading or select_contribution(replies, anchors)
+            state, usable, sampling, emit, lambda replies: leading or select_contribution(replies, anchors, asked=state.asked)
         )
 
     def _stop_reason(
@@ -175,6 +177,7 @@ class Orchestrator:
                 theta=plan.decision.theta if plan.decision else None,
                 anchors=anchors_of(plan.decision),
                 judgement=judgement,
+                asked=state.query.text,
             )
         budget = budget_stop(
             step=len(state.steps),
@@ -246,7 +249,9 @@ def _mass(plan: StepPlan, active: list[str]) -> float:
 
 def _nothing_said(state: QueryState, replies: tuple[AgentReply, ...]) -> Exception:
     if any(reply.status == "ok" for reply in replies):
-        return EmptyAnswerError("every contribution was empty; ask again, or raise max_tokens")
+        is_thought = any(reply.reasoning and reply.finish_reason == "length" for reply in replies)
+        why = f"{THOUGHT_ONLY}, and nothing else was said; raise max_tokens" if is_thought else EMPTY
+        return EmptyAnswerError(why, replies)
     if replies and all(reply.status == "failed" and reply.finish_reason == "length" for reply in replies):
         return RequestError(f"messages: {replies[0].error}", param="messages", code="context_length_exceeded")
     reasons = "; ".join(f"{reply.agent}: {reply.status}, {reply.error}" for reply in replies)

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
-from dmoa.errors import EmptyAnswerError
+from dmoa.errors import NoAgentError
 from dmoa.types import (
     AgentCall,
     AgentReply,
@@ -135,5 +135,5 @@ async def final_answer(swarm: SwarmClient, query: Query, policy: str, agent: str
             if isinstance(event, Answer):
                 answer = event
     if answer is None:
-        raise EmptyAnswerError("the query ended without an answer; ask again")
+        raise NoAgentError("the query ended without an answer; ask again")
     return answer

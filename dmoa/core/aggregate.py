@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dmoa.core.answers import extract_answer, same_answer
+from dmoa.core.forms import agreement_key
 from dmoa.core.scores import score
 from dmoa.types import AgentReply, RouteDecision
 
@@ -63,14 +63,19 @@ def is_any_sure(replies: Sequence[AgentReply], theta: float, anchors: Anchors) -
     return any(doubt(reply, anchors) <= theta for reply in contributions(replies))
 
 
-def select_contribution(replies: Sequence[AgentReply], anchors: Anchors = RAW) -> Selection | None:
+def answer_key(text: str, asked: str) -> str:
+    """Return what replies share that give the same answer to a question; prose without one agrees word for word."""
+    return agreement_key(text, asked) or f"words:{' '.join(text.split())}"
+
+
+def select_contribution(replies: Sequence[AgentReply], anchors: Anchors = RAW, *, asked: str = "") -> Selection | None:
     """Return the contribution to go on with, None if there is none.
 
     One passes unchanged. Of several, the agreed answer wins: the largest group of at least two equal answers, of
     groups equally large the one with the surest member, in that member's words. Else the surest reply: lowest score
     under the step's `anchors`, exact before truncated entropy, then the order given. A reply that was cut off comes after
     every finished one, whatever is known of their entropies, and cut replies alone agree on nothing that a finished reply
-    does not say. Source: ours.
+    does not say. `asked` is the question, whose form answers have. Source: ours.
     """
 
     def key(reply: AgentReply) -> tuple[bool, float, bool]:
@@ -79,18 +84,11 @@ def select_contribution(replies: Sequence[AgentReply], anchors: Anchors = RAW) -
     counted = sorted(contributions(replies), key=key)
     if not counted:
         return None
-    groups: list[tuple[str, list[AgentReply]]] = []
+    groups: dict[str, list[AgentReply]] = {}
     for reply in counted:
-        # Prose without a recognisable answer agrees only word for word.
-        answer = extract_answer(reply.text) or " ".join(reply.text.split())
-        for known, members in groups:
-            if same_answer(known, answer):
-                members.append(reply)
-                break
-        else:
-            groups.append((answer, [reply]))
+        groups.setdefault(answer_key(reply.text, asked), []).append(reply)
     # A group's first member is finished if any is. max keeps the first of equals, and groups come in order of their surest.
-    sound = [members for _, members in groups if is_cut(members[0]) == is_cut(counted[0])]
+    sound = [members for members in groups.values() if is_cut(members[0]) == is_cut(counted[0])]
     largest = max(sound, key=len)
     is_agreed = len(largest) >= 2
     chosen = largest[0] if is_agreed else counted[0]

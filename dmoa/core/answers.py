@@ -62,7 +62,9 @@ _REFUSAL = re.compile(
 _NEXT_QUESTION = re.compile(
     r"\n[ \t]*(?:#{1,6}[ \t]*)?(?:\*\*)?(?:question|problem|q|exercise|human|user|instruction)(?:\*\*)?[ \t]*:", re.IGNORECASE
 )
-_MADE_UP = re.compile(r"\?\s")
+_MADE_UP = re.compile(
+    r"\?\s|(?:^|[.!]\s)[ \t]*(?:find|calculate|determine|compute|work out)\s+(?:the|how|what|which)\b", re.I | re.M
+)
 _LETS_THINK = re.compile(
     r"\A(?:let(?:'s|s|\u2019s| us| me)\s+(?:think|see|solve|work|break|start|find|calculate|compute|go|consider|look)\b"
     r"|first,?\s+(?:we|i|let|calculate|compute|determine|find)\b|to (?:solve|find|answer|determine) (?:the|this|out|how|what)\b)",
@@ -406,7 +408,7 @@ def _numeric_line(line: str) -> str | None:
     if value is not None:
         return spelled(value)
     found = _outside_asides(result)
-    if len(found) > 1 and len(line.split()) <= _MAX_LISTING_WORDS:
+    if len(found) > 1 and len(line.split()) <= _MAX_LISTING_WORDS and not _GOES_ON.search(result, found[-2].end, found[-1].start):
         return None
     return spelled(found[-1].value) if found and found[-1].value is not None else None
 

@@ -139,6 +139,8 @@ def _run_value(run: str, *, is_decimal_comma: bool) -> Fraction:
         head, _, tail = run.rpartition(point)
         if point not in ".," or point in head or not _is_grouped(head, thousands):
             raise _NoNumberError
+        if not tail.isdigit():  # 1,234.567,8
+            raise _AmbiguousError
         return Fraction(f"{head.replace(thousands, '')}.{tail}")
     if not kinds:
         return Fraction(run)

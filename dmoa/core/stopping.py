@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from dmoa.core.aggregate import RAW, Anchors, Selection, contributions, is_any_sure
-from dmoa.core.answers import extract_answer, same_answer
+from dmoa.core.aggregate import RAW, Anchors, Selection, answer_key, contributions, is_any_sure
 from dmoa.core.in_step import Judgement
 from dmoa.types import AgentReply, StopReason, Verdict
 
@@ -24,6 +23,7 @@ def rule_stop(
     theta: float | None = None,
     anchors: Anchors = RAW,
     judgement: Judgement | None = None,
+    asked: str = "",
 ) -> StopReason | None:
     """Return why the query is done after this step, None to go on.
 
@@ -32,7 +32,8 @@ def rule_stop(
     `agreement` when a lone contribution repeats the last summary's answer. `active_replies` and `selection` are this step's,
     `previous_summary` the last step's (empty at the first); `theta` and `anchors` are those of the gate version that
     decided the step. With a `judgement` it is the score of the leading answer that theta is compared with, and a lone
-    contribution that is not sure may end the query by repeating the summary too. Source: paper (summarizer); the rules ours.
+    contribution that is not sure may end the query by repeating the summary too. `asked` is the question, whose form answers
+    have. Source: paper (summarizer); the rules ours.
     """
     if mode == "llm":
         return "summarizer" if verdict == "final" else None
@@ -46,15 +47,11 @@ def rule_stop(
             return "sure"
         if judgement is None:
             return None
-    return "agreement" if len(counted) == 1 and _repeats(selection.text, previous_summary) else None
+    return "agreement" if len(counted) == 1 and _repeats(selection.text, previous_summary, asked) else None
 
 
-def _repeats(text: str, previous_summary: str) -> bool:
-    answer, previous = extract_answer(text), extract_answer(previous_summary)
-    if answer is None or previous is None:
-        # Prose without a recognisable answer repeats only word for word.
-        return bool(text.strip()) and text.split() == previous_summary.split()
-    return same_answer(answer, previous)
+def _repeats(text: str, previous_summary: str, asked: str) -> bool:
+    return bool(text.strip()) and answer_key(text, asked) == answer_key(previous_summary, asked)
 
 
 def budget_stop(

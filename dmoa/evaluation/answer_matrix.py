@@ -213,7 +213,7 @@ def _row(matrix: AnswerMatrix, row: int, choice: RouterChoice) -> tuple[int, lis
         asked.append(another)
     active = [matrix.replies[row][index] for index in asked]
     judgement = judge(choice.judged_by, active, asked=matrix.tasks[row].text)
-    selection = (judgement.selection if judgement else None) or select_contribution(active, anchors)
+    selection = (judgement.selection if judgement else None) or select_contribution(active, anchors, asked=matrix.tasks[row].text)
     winner = -1 if selection is None else matrix.agents.index(selection.agent)
     return winner, asked, sum(reply.usage.total for reply in active)
 

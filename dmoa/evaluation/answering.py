@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 
+from dmoa.errors import EmptyAnswerError
 from dmoa.evaluation.records import Answered, Task
 from dmoa.flat import flat
 from dmoa.trace import replies_in_order
@@ -68,6 +69,26 @@ def answered(task: Task, policy: str, answer: Answer) -> Answered:
         entropy_nats=_entropy(answer.steps[-1]) if answer.steps else None,
         wall_ms=answer.wall_ms,
         gate_version=answer.gate_version,
+    )
+
+
+def unanswered(task: Task, policy: str, error: EmptyAnswerError, wall_ms: float) -> Answered:
+    """Return the record of a query whose every contribution was empty: it was asked, so it is judged and counts what it cost."""
+    replies = [reply for reply in error.replies if isinstance(reply, AgentReply)]
+    said = tuple(reply.agent for reply in replies if reply.status == "ok")
+    return Answered(
+        row_id=task.row_id,
+        benchmark=task.benchmark,
+        policy=policy,
+        group=task.group,
+        error=_storable(redact_text(str(error))),
+        stop_reason="empty",
+        finish_reason="length" if any(reply.finish_reason == "length" for reply in replies) else "stop",
+        degraded=len(said) < len(replies),
+        active=(said,) if said else (),
+        **flat(sum((reply.usage for reply in replies), TokenUsage())),
+        memoised_tokens=sum(reply.usage.total for reply in replies if reply.is_memoised),
+        wall_ms=wall_ms,
     )
 
 

@@ -33,7 +33,8 @@ from dmoa.dataflow import (
     shard_rows,
     stream,
 )
-from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, split_policy
+from dmoa.errors import EmptyAnswerError
+from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, split_policy, unanswered
 from dmoa.evaluation.records import Answered, FileRecord, Label, Reply, Scored, Scorer, Task
 from dmoa.evaluation.run_folder import RunFolder, append, mend
 from dmoa.protocols import OpenSwarm, final_answer
@@ -121,6 +122,8 @@ class AnswerStage:
         try:
             answer = await final_answer(self._swarm, query_of_task(task, policy, self._asking), name, agent)
             record = answered(task, policy, answer)
+        except EmptyAnswerError as error:  # they were asked, and said nothing: no failure, but a reply without an answer
+            record = unanswered(task, policy, error, (time.perf_counter() - started) * 1e3)
         except Exception as error:  # agents are called here: a row that fails is kept with its error, and counted
             record = failed(task, policy, error, (time.perf_counter() - started) * 1e3)
         finally:
@@ -163,7 +166,7 @@ def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) 
         **common,
         value=judged.value,
         extracted=judged.extracted,
-        reason=judged.reason,
+        reason=judged.reason if judged.is_scored else answer.error or judged.reason,
         is_scored=judged.is_scored,
         is_left_out=judged.is_left_out,
         metrics=judged.metrics,

@@ -103,7 +103,7 @@ class _AnsweredHead(FileRecord):
     group: str = ""
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
-    """Why there is no answer; None where there is one."""
+    """Why there is no answer; None where there is one. With status ok every contribution was empty: the query is judged."""
     text: str = ""
     step_texts: tuple[str, ...] = ()
     """The summary after every step."""

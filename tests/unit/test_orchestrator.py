@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RoutingError
+from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RequestError, RoutingError
 from dmoa.orchestrator import begin
 from dmoa.policies.baselines import SinglePolicy
 from dmoa.testing import (
@@ -137,7 +137,7 @@ async def test_a_policy_may_stop() -> None:
 
 
 async def test_a_policy_that_stops_at_once_gives_no_empty_answer() -> None:
-    with pytest.raises(EmptyAnswerError, match="'schedule' stopped before any agent was asked"):
+    with pytest.raises(RequestError, match="'schedule' stopped before any agent was asked"):
         await events_of(orchestrator_of(FakeAgents({}), ()), query(), Schedule(Stop(reason="single")))
 
 
@@ -145,6 +145,14 @@ async def test_blank_contributions_are_no_answer() -> None:
     agents = FakeAgents({"a": Say(text=" \n"), "b": Fail()})
     with pytest.raises(EmptyAnswerError, match="every contribution was empty"):
         await events_of(orchestrator_of(agents, "ab"), query(), Schedule(asks("a", "b")))
+
+
+async def test_agents_agree_by_what_the_query_asks_for() -> None:
+    """Without regard to capitals a and b would agree, and the first step would end the query."""
+    agents = FakeAgents({"a": Say(text="Answer: 'aB'"), "b": (Say(text="Answer: 'ab'"), Say(text="Answer: 'aB'"))})
+    asked = replace(query(), text="def f(s): return s\nassert f('aB') == ??")
+    answer = await answer_of(orchestrator_of(agents, "ab"), asked, Schedule(asks("a", "b")))
+    assert (answer.stop_reason, len(answer.steps), answer.text) == ("agreement", 2, "Answer: 'aB'")
 
 
 async def test_failures_everywhere_are_named() -> None:

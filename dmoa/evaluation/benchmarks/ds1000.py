@@ -174,29 +174,34 @@ def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
         version = library_version(library)
         if version is None:
             return unscored(f"no library {library}: its rows cannot be judged", is_left_out=True)
+        # Asked for every reply: did only a wrong one ask, such rows would count where a reply happens to pass.
+        right = read_solution(_in_block(reference), prompt) or reference
+        known = references.judge(context, right, allow_weak=allow_weak_sandbox)
+        if not known.is_judged:
+            return unscored(known.reason)
+        if not known.passed:
+            return unscored(f"the reference fails with {library} {version}: {known.reason}", is_left_out=True)
         solution = read_solution(reply.text, prompt)
         if solution is None:
             return unscored("no code found")
-        verdict = _judge(context, solution, allow_weak=allow_weak_sandbox)
+        verdict = known if solution == right else _judge(context, solution, allow_weak=allow_weak_sandbox)
         if not verdict.is_judged:
             return unscored(verdict.reason)
-        if not verdict.passed:
-            known = references.judge(context, reference, allow_weak=allow_weak_sandbox)
-            if not known.is_judged:
-                return unscored(known.reason)
-            if not known.passed:
-                return unscored(f"the reference fails with {library} {version}: {known.reason}", is_left_out=True)
         return Score(value=float(verdict.passed), extracted=solution[:MAX_EXTRACTED_CHARS], reason=verdict.reason)
 
     return ScorerEntry(
         score=score,
-        gold_replies=lambda label: {VALUE: f"```python\n{gold_of(label, 'reference_code')[0]}\n```"},
+        gold_replies=lambda label: {VALUE: _in_block(gold_of(label, "reference_code")[0])},
         primary="pass@1",
         chance=lambda labels: chance_of([_key(label) for label in labels]),
         answer_key=_key,
         deviation=f"installed library versions in place of the pinned ones; {LIMITS.wall_s:.0f} s a problem in place of 120 s",
         runs_programs=True,
     )
+
+
+def _in_block(code: str) -> str:
+    return f"```python\n{code}\n```"
 
 
 def _judge(context: str, solution: str, *, allow_weak: bool) -> Verdict:

@@ -20,6 +20,7 @@ MAX_EXTRACTED_CHARS = 4_000
 
 # Possessive (*+), so that a reply of one endless line is not searched in every way.
 _FENCE = re.compile(r"[ \t]*+(`{3,}+|~{3,}+)[ \t]*+([\w+#.-]*+)([^\n]*+)")
+_DEFINITION = re.compile(r"\s{0,40}(?:async )?(?:def|class) \w")
 _QUOTES = re.compile(r"\"{3}|'{3}")
 _CODE_LINE = re.compile(
     r"(?:(?:import [\w.]+|from [\w.]+ import\b|(?:async )?def \w+\s*\(|class \w+\s*[(:]|@\w|return\b|assert\b|raise\b|del \w"
@@ -79,13 +80,22 @@ def require_sandbox(*, allow_weak: bool) -> None:
 
 
 def code_blocks(text: str) -> list[tuple[str, str]]:
-    """Return the fenced blocks of a reply as (language in lower case, code); an unclosed one goes to the end."""
+    """Return the fenced blocks of a reply as (language in lower case, code); an unclosed one goes to the end.
+
+    A fence inside a docstring opens and closes nothing, whether the program around it is in a block or not.
+    """
     lines, place, found = text[:MAX_CHARS].split("\n"), 0, list[tuple[str, str]]()
+    last_quote = {mark: number for number, line in enumerate(lines) for mark in _QUOTES.findall(line)}
+    quote, is_code = "", False
     while place < len(lines):
-        opening = _FENCE.match(lines[place])
+        line = lines[place]
+        opening = _FENCE.match(line)
         place += 1
-        if opening is None or place == len(lines):
+        if opening is None or place == len(lines) or (is_code and last_quote.get(quote, 0) >= place):
+            is_code = is_code or _DEFINITION.match(line) is not None
+            quote = _quoted_after(line, quote)
             continue
+        quote, is_code = "", False
         end = _end_of_block(lines, place, opening[1])
         found.append((opening[2].lower(), "".join(line + "\n" for line in lines[place:end])))
         place = end + 1
@@ -93,7 +103,7 @@ def code_blocks(text: str) -> list[tuple[str, str]]:
 
 
 def _end_of_block(lines: list[str], begin: int, fence: str) -> int:
-    """Return the line that closes a block; a fence inside a docstring closes it only if no other line does."""
+    """Return the line that closes a block; a fence inside a docstring closes it only where the docstring never ends."""
     first, quote = None, ""
     for number in range(begin, len(lines)):
         closing = _FENCE.match(lines[number])
@@ -101,9 +111,15 @@ def _end_of_block(lines: list[str], begin: int, fence: str) -> int:
             if not quote:
                 return number
             first = number if first is None else first
-        for mark in _QUOTES.findall(lines[number]):
-            quote = mark if not quote else "" if mark == quote else quote
-    return len(lines) if first is None else first
+        quote = _quoted_after(lines[number], quote)
+    return first if first is not None and quote else len(lines)
+
+
+def _quoted_after(line: str, quote: str) -> str:
+    """Return the marks of the docstring that is open after a line; empty outside of one."""
+    for mark in _QUOTES.findall(line):
+        quote = mark if not quote else "" if mark == quote else quote
+    return quote
 
 
 def python_block(text: str) -> str | None:

@@ -178,7 +178,8 @@ def test_ds1000_runs_both_tests(text: str, value: float) -> None:
 
 def test_ds1000_indents_where_the_prompt_ends_inside_a_function() -> None:
     context = CONTEXT.replace("[insert]\n", "def f(numbers):\n[insert]\nresult = f(numbers)\n", 1)
-    label = ds_label(code_context=context, prompt="def f(numbers):\n    # return the solution\n    ### BEGIN SOLUTION\n")
+    prompt = "def f(numbers):\n    # return the solution\n    ### BEGIN SOLUTION\n"
+    label = ds_label(code_context=context, prompt=prompt, reference_code="return sum(numbers)")
     score = table.build_scorer("ds1000").score
     bodies = [
         "return sum(numbers)",
@@ -198,8 +199,9 @@ def test_a_row_whose_reference_fails_here_is_unscored_with_library_and_version()
     assert failed.reason.startswith(f"the reference fails with Numpy {ds1000.library_version('Numpy')}: ")
     assert failed.is_left_out
     assert "no attribute 'sums'" in failed.reason
-    # a candidate that passes is right, whatever the reference does
-    assert score(label, Reply(text="```python\nresult = sum(numbers)\n```")).value == 1.0
+    # nor does one that passes count: the rows that are judged do not depend on the replies
+    passing = score(label, Reply(text="```python\nresult = sum(numbers)\n```"))
+    assert (passing.value, passing.is_scored, passing.is_left_out) == (0.0, False, True)
 
 
 def test_a_reference_runs_once_and_the_oldest_is_forgotten() -> None:

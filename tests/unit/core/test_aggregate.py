@@ -120,3 +120,11 @@ def test_prose_without_an_answer_agrees_only_word_for_word() -> None:
     assert (same.agent, same.is_agreed) == ("b", True)
     differing = select_contribution([reply("a", prose, 0.5), reply("b", other, 0.4)])
     assert differing == Selection(agent="b", text=other, is_agreed=False)
+
+
+def test_the_question_says_whether_capitals_count() -> None:
+    asked = "def f(s): ...\nassert f('aB') == ??"
+    replies = [reply("a", "Answer: 'aB'", 0.5), reply("b", "Answer: 'ab'", 0.3), reply("c", "assert f('aB') == 'aB'", 0.9)]
+    assert select_contribution(replies, asked=asked) == Selection(agent="a", text=replies[0].text, is_agreed=True)
+    found = [select_contribution(replies[:2], asked=question) for question in (asked, "What is f('aB')?")]
+    assert [chosen.is_agreed for chosen in found if chosen] == [False, True]

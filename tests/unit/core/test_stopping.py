@@ -70,6 +70,22 @@ def test_prose_without_an_answer_repeats_word_for_word() -> None:
     assert stop([reply("a", prose)], previous="One thought,\nand then a third") is None
 
 
+def test_the_question_says_whether_a_repetition_counts() -> None:
+    one = [reply("a", "Answer: 'aB'")]
+    for asked, expected in (("assert f('aB') == ??", None), ("What is it?", "agreement")):
+        assert (
+            rule_stop(
+                mode="select",
+                verdict="rule",
+                active_replies=one,
+                selection=select_contribution(one),
+                previous_summary="Answer: 'ab'",
+                asked=asked,
+            )
+            == expected
+        )
+
+
 def test_nobody_replied() -> None:
     assert stop([LOST], previous="7") is None
     assert stop([], previous="7") is None
