@@ -1,4 +1,4 @@
-"""Turns a task into a query, and what became of it into the record that is kept.
+"""Turns a task into a query, what became of it into the record that is kept, and that into a score.
 
 `workflows/backends` builds the swarm's client; the pipeline knows its protocol alone, so evaluation never imports serving.
 """
@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dmoa.errors import EmptyAnswerError
-from dmoa.evaluation.records import Answered, Task
+from dmoa.evaluation.records import Answered, Label, Reply, Scored, Scorer, Task
 from dmoa.flat import flat
 from dmoa.trace import replies_in_order
 from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, SummarizerRecord, TokenUsage
@@ -103,6 +104,32 @@ def failed(task: Task, policy: str, error: Exception, wall_ms: float) -> Answere
         error=_storable(redact_text(f"{type(error).__name__}: {error}")),
         **flat(TokenUsage()),
         wall_ms=wall_ms,
+    )
+
+
+def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) -> Scored:
+    """Judge one answer; a failed query scores 0 in every metric, whatever its text."""
+    common = {"row_id": answer.row_id, "benchmark": answer.benchmark, "policy": answer.policy, "group": answer.group}
+    judged = scorers[answer.benchmark](label, Reply(text=answer.text, step_texts=answer.step_texts))  # names the metrics
+    if answer.status == "failed":
+        zero = dict.fromkeys(judged.metrics, 0.0)
+        return Scored(
+            **common,
+            value=0.0,
+            is_scored=False,
+            is_left_out=judged.is_left_out,
+            is_failed=True,
+            reason=answer.error or "failed",
+            metrics=zero,
+        )
+    return Scored(
+        **common,
+        value=judged.value,
+        extracted=judged.extracted,
+        reason=judged.reason if judged.is_scored else answer.error or judged.reason,
+        is_scored=judged.is_scored,
+        is_left_out=judged.is_left_out,
+        metrics=judged.metrics,
     )
 
 

@@ -16,11 +16,14 @@ from dmoa.core.forms import form_of
 from dmoa.core.literals import read_literal
 from dmoa.core.reasoning import split_reasoning
 from dmoa.errors import ConfigError
+from dmoa.evaluation.answering import score_answer
 from dmoa.evaluation.data import load_rows
-from dmoa.evaluation.records import Label, Reply, Split, Task
+from dmoa.evaluation.records import Answered, Label, Scored, Split, Task
 from dmoa.evaluation.registry import SUITES, judging
 from dmoa.evaluation.results import read_evaluation
 from dmoa.evaluation.run_folder import RunFolder
+from dmoa.flat import flat
+from dmoa.types import TokenUsage
 
 T = TypeVar("T")
 
@@ -46,7 +49,7 @@ class Explanation(BaseModel):
     """The answer as the benchmark's scorer read it; None where it found none."""
     gold: dict[str, Any]
     verdict: str
-    """right, wrong, a fraction, unscored, or left out: no reply to this row can be judged here."""
+    """right, wrong, a fraction, unscored, failed (the query has no answer), or left out (no reply can be judged here)."""
     value: float
     reason: str
     """The scorer's own words."""
@@ -67,14 +70,15 @@ def explain(
     """
     benchmark = row_id.partition("/")[0]
     task, label = _from_run(row_id, out) if out is not None else _from_rows(row_id, benchmark, data_dir)
-    replies = [("given", _text_of(reply))] if reply is not None else list(_replies(task, out))
+    replies = [_given(task, _text_of(reply))] if reply is not None else list(_replies(task, out))
     if not replies:
         raise ConfigError(f"--explain: there is no reply to {task.row_id}; give one with --reply TEXT, or a run with --out DIR")
-    score = judging(benchmark, allow_weak_sandbox=allow_weak_sandbox).score
-    return [_explained(task, label, source, text, score(label, Reply(text=text))) for source, text in replies]
+    scorers = {benchmark: judging(benchmark, allow_weak_sandbox=allow_weak_sandbox).score}
+    return [_explained(task, label, answer, score_answer(answer, label, scorers)) for answer in replies]
 
 
-def _explained(task: Task, label: Label, source: str, text: str, score: Any) -> Explanation:
+def _explained(task: Task, label: Label, answer: Answered, score: Scored) -> Explanation:
+    text = answer.text
     split = split_reasoning(text)
     if form_of(task.text) == "literal":
         literal = read_literal(text)
@@ -83,11 +87,11 @@ def _explained(task: Task, label: Label, source: str, text: str, score: Any) -> 
         final, found = open_reply(text).final, read_answer(text)
         span = final.span if final is not None else ""
         rule = found.reason if found.how is None else f"{found.how}: {found.reason}, read as {found.kind}"
-    left_out = "left out" if score.is_left_out else "unscored"
+    left_out = "left out" if score.is_left_out else "failed" if score.is_failed else "unscored"
     verdict = {1.0: "right", 0.0: "wrong"}.get(score.value, f"{score.value:g}") if score.is_scored else left_out
     return Explanation(
         row_id=task.row_id,
-        source=source,
+        source=answer.policy,
         query=task.text,
         text=split.text,
         reasoning=split.reasoning,
@@ -101,6 +105,10 @@ def _explained(task: Task, label: Label, source: str, text: str, score: Any) -> 
     )
 
 
+def _given(task: Task, text: str) -> Answered:
+    return Answered(row_id=task.row_id, benchmark=task.benchmark, policy="given", text=text, **flat(TokenUsage()))
+
+
 def _text_of(reply: str) -> str:
     """Return the text that a reply names: what the file of this name holds, else itself."""
     try:
@@ -110,13 +118,13 @@ def _text_of(reply: str) -> str:
         return reply
 
 
-def _replies(task: Task, out: Path | None) -> Iterator[tuple[str, str]]:
+def _replies(task: Task, out: Path | None) -> Iterator[Answered]:
     if out is None:
         return
     for policy in read_evaluation(out).config.policies:
         for answer in RunFolder(out).read_answers(task.benchmark, policy):
             if answer.row_id == task.row_id:
-                yield policy, answer.text
+                yield answer
 
 
 def _from_run(row_id: str, out: Path) -> tuple[Task, Label]:

@@ -34,8 +34,8 @@ from dmoa.dataflow import (
     stream,
 )
 from dmoa.errors import EmptyAnswerError
-from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, split_policy, unanswered
-from dmoa.evaluation.records import Answered, FileRecord, Label, Reply, Scored, Scorer, Task
+from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, score_answer, split_policy, unanswered
+from dmoa.evaluation.records import Answered, FileRecord, Label, Scored, Scorer, Task
 from dmoa.evaluation.run_folder import RunFolder, append, mend
 from dmoa.protocols import OpenSwarm, final_answer
 
@@ -145,32 +145,6 @@ def score_block(block: pa.Table, open_scorers: OpenScorers, writer: Any) -> pa.T
             scores, written_s = [], time.monotonic()
     ray.get(writer.write_scores.remote(scores))
     return pa.table({"answers": [block.num_rows]})
-
-
-def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) -> Scored:
-    """Judge one answer; a failed query scores 0 in every metric, whatever its text."""
-    common = {"row_id": answer.row_id, "benchmark": answer.benchmark, "policy": answer.policy, "group": answer.group}
-    judged = scorers[answer.benchmark](label, Reply(text=answer.text, step_texts=answer.step_texts))  # names the metrics
-    if answer.status == "failed":
-        zero = dict.fromkeys(judged.metrics, 0.0)
-        return Scored(
-            **common,
-            value=0.0,
-            is_scored=False,
-            is_left_out=judged.is_left_out,
-            is_failed=True,
-            reason=answer.error or "failed",
-            metrics=zero,
-        )
-    return Scored(
-        **common,
-        value=judged.value,
-        extracted=judged.extracted,
-        reason=judged.reason if judged.is_scored else answer.error or judged.reason,
-        is_scored=judged.is_scored,
-        is_left_out=judged.is_left_out,
-        metrics=judged.metrics,
-    )
 
 
 _ADVICE = "the same command with --resume goes on from here"

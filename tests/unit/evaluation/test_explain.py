@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dmoa.cli.main import app
 from dmoa.errors import ConfigError
 from dmoa.evaluation.data import load_rows
-from dmoa.evaluation.explain import explain
+from dmoa.evaluation.explain import Explanation, explain
+from dmoa.evaluation.records import Answered, BenchmarkInfo
+from dmoa.evaluation.registry import SUITES
+from dmoa.evaluation.run_folder import RunFolder, write_lines
+from dmoa.flat import flat
+from dmoa.testing import run_info, write_run
+from dmoa.types import TokenUsage
 from tests.unit.evaluation.samples import row, write_rows
 
 
@@ -59,3 +68,62 @@ def test_what_cannot_be_explained_is_said(rows: dict[str, str], tmp_path: Path) 
         explain("arith/test/0", reply="5", out=None, data_dir=tmp_path)
     with pytest.raises(ConfigError, match="expected a row as tables name it"):
         explain("gsm8k", reply="5", out=None, data_dir=tmp_path)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[RunFolder, str, str]:
+    """A run over a row of arith and one of relay, and the names of the two."""
+    tasks = {name: next(SUITES[name].generate("test", 1, 0)) for name in ("arith", "relay")}
+    answers = {
+        ("arith", "dmoa"): {"text": f"<think>It is 1.</think>Answer: {tasks['arith'].label.gold['answer']}"},
+        ("arith", "single:a"): {"text": "I think it is -3."},
+        ("arith", "single:b"): {"status": "failed", "error": "NoAgentError: nobody is there"},
+        ("arith", "dense"): {"error": "the thought never ended, and nothing else was said", "finish_reason": "length"},
+        ("relay", "dmoa"): {"step_texts": SUITES["relay"].gold_reply(tasks["relay"].label).step_texts, "text": "Answer: none"},
+    }
+    info = run_info([BenchmarkInfo(name=name, rows=1) for name in tasks], ["dmoa", "single:a", "single:b", "dense"])
+    lines = [
+        Answered(row_id=tasks[name].task.row_id, benchmark=name, policy=policy, **{**flat(TokenUsage()), **fields})
+        for (name, policy), fields in answers.items()
+    ]
+    folder = write_run(tmp_path / "run", info, lines, [])
+    for name, row_ in tasks.items():
+        write_lines(folder.tasks(name), [row_.task])
+        write_lines(folder.gold(name), [row_.label])
+    return folder, tasks["arith"].task.row_id, tasks["relay"].task.row_id
+
+
+def test_each_policys_reply_of_a_run_is_explained(run: tuple[RunFolder, str, str]) -> None:
+    folder, arith, relay = run
+    found = explain(arith, reply=None, out=folder.root, data_dir=None)
+    assert [(each.source, each.verdict) for each in found] == [
+        ("dmoa", "right"), ("single:a", "wrong"), ("single:b", "failed"), ("dense", "unscored"),
+    ]  # fmt: skip
+    assert (found[0].reasoning, found[0].rule) == ("It is 1.", "stated: stated, read as number")
+    assert [each.reason for each in found[2:]] == [
+        "NoAgentError: nobody is there", "the thought never ended, and nothing else was said",
+    ]  # fmt: skip
+    (steps,) = explain(relay, reply=None, out=folder.root, data_dir=None)
+    assert steps.verdict == "right", "its steps are judged, not its last text alone"
+
+
+def test_a_reply_may_be_judged_by_a_runs_row(run: tuple[RunFolder, str, str]) -> None:
+    folder, arith, _ = run
+    (found,) = explain(arith, reply="Answer: between 5 and 6", out=folder.root, data_dir=None)
+    assert (found.source, found.verdict) == ("given", "unscored")
+
+
+def test_the_command_shows_it_and_writes_it(run: tuple[RunFolder, str, str], tmp_path: Path) -> None:
+    folder, arith, _ = run
+    base = ["evaluate", "--out", str(folder.root), "--explain"]
+    ran = CliRunner().invoke(app, [*base, arith[:-4], "--json", str(tmp_path / "found.json")])
+    assert ran.exit_code == 0, ran.output
+    written = [Explanation.model_validate(each) for each in json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))]
+    assert written == explain(arith, reply=None, out=folder.root, data_dir=None)
+    shown = [line.strip().split(maxsplit=1) for line in ran.stdout.splitlines() if line.strip()]
+    assert [line[1] for line in shown if line[0] == "reply"] == ["dmoa", "single:a", "single:b", "dense"]
+    assert [line[1] for line in shown if line[0] == "thought"] == ["It is 1."]
+    assert [line[1].partition(":")[0] for line in shown if line[0] == "verdict"] == ["right", "wrong", "failed", "unscored"]
+    refused = CliRunner().invoke(app, [*base, "arith/test/zz"])
+    assert refused.exit_code == 2
+    assert "0 rows of" in refused.stderr

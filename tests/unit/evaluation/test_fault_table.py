@@ -24,8 +24,8 @@ from dmoa.config import Config
 from dmoa.core.answers import read_answer
 from dmoa.core.forms import answer_classes
 from dmoa.errors import DmoaError, EmptyAnswerError
-from dmoa.evaluation.answering import Asking, unanswered
-from dmoa.evaluation.pipeline import AnswerStage, score_answer
+from dmoa.evaluation.answering import Asking, score_answer, unanswered
+from dmoa.evaluation.pipeline import AnswerStage
 from dmoa.evaluation.records import Answered, BenchmarkInfo, Label, Reply, Scored, Task
 from dmoa.evaluation.registry import build_scorer, judging
 from dmoa.evaluation.results import Evaluation, build_evaluation

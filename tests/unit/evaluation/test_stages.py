@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from dmoa.errors import NoAgentError
-from dmoa.evaluation.answering import Asking, failed, query_of_task, split_policy
-from dmoa.evaluation.pipeline import AnswerStage, RunWriter, score_answer
+from dmoa.evaluation.answering import Asking, failed, query_of_task, score_answer, split_policy
+from dmoa.evaluation.pipeline import AnswerStage, RunWriter
 from dmoa.evaluation.records import Answered, Label, Reply, Score, Task
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.flat import flat
