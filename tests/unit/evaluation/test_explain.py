@@ -120,7 +120,7 @@ def test_the_command_shows_it_and_writes_it(run: tuple[RunFolder, str, str], tmp
     assert ran.exit_code == 0, ran.output
     written = [Explanation.model_validate(each) for each in json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))]
     assert written == explain(arith, reply=None, out=folder.root, data_dir=None)
-    shown = [line.strip().split(maxsplit=1) for line in ran.stdout.splitlines() if line.strip()]
+    shown = [line.strip().split(maxsplit=1) for line in ran.stdout.splitlines() if len(line.split()) > 1]
     assert [line[1] for line in shown if line[0] == "reply"] == ["dmoa", "single:a", "single:b", "dense"]
     assert [line[1] for line in shown if line[0] == "thought"] == ["It is 1."]
     assert [line[1].partition(":")[0] for line in shown if line[0] == "verdict"] == ["right", "wrong", "failed", "unscored"]
