@@ -157,6 +157,15 @@ _ALLOWED_MODELS = "expected embedded:NAME, hub:REPO[@REVISION], path:DIR, s3://.
 _SOURCES = ("embedded", "hub", "path", "s3", "openai", "scripted")
 
 
+class PriceConfig(Node):
+    """What a model's tokens cost, in any one currency; the same for all models of a pool."""
+
+    prompt_per_1m: float = Field(ge=0.0, allow_inf_nan=False)
+    """For a million prompt tokens, cached ones included."""
+    completion_per_1m: float = Field(ge=0.0, allow_inf_nan=False)
+    """For a million generated tokens, thoughts included."""
+
+
 class LlmConfig(Node):
     """One language model and how it is run."""
 
@@ -174,6 +183,8 @@ class LlmConfig(Node):
     """GPUs per replica; dedicated: per agent. With `vllm`: tensor_parallel_size x pipeline_parallel_size, or 0 for the CPU."""
     autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
     """Replicas of the host in shared placement."""
+    price: PriceConfig | None = None
+    """What its tokens cost; None: replies have no price, but for recorded ones that have their own."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Typed per engine, unknown keys refused: see `OPTIONS`."""
 
@@ -341,6 +352,8 @@ class LimitsConfig(Node):
     """Steps after which the best answer so far is given."""
     budget_tokens: int | None = Field(default=None, ge=1)
     """Prompt and completion tokens of all agents and the summarizer; None: no such limit."""
+    budget_price: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """What all agents and the summarizer may cost, in the currency of `llms.NAME.price`; None: no such limit."""
     deadline_s: float | None = Field(default=None, gt=0)
     """Seconds after which the best answer so far is given; None: never."""
     max_queued_requests: int = Field(default=64, ge=1)
@@ -437,6 +450,16 @@ class Config(Node):
         return self
 
     @model_validator(mode="after")
+    def _budget_has_prices(self) -> Self:
+        lacking = self.unpriced
+        if self.limits.budget_price is not None and lacking:
+            raise ValueError(
+                f"limits.budget_price is {self.limits.budget_price:g}, and llms.{lacking[0]} has no price; a budget needs one of "
+                f"every model; set llms.{lacking[0]}.price, or leave budget_price out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _room_for_a_step(self) -> Self:
         for name, llm in self.llms.items():
             hosted = sum(agent.llm == name for agent in self.agents)
@@ -460,6 +483,14 @@ class Config(Node):
     def _undefined(self, llm: str) -> str:
         nearest = did_you_mean(llm, self.llms)
         return f"{llm!r} is not defined; expected one of {', '.join(self.llms)}; add it under llms or fix the name{nearest}"
+
+    @property
+    def unpriced(self) -> tuple[str, ...]:
+        """The models that are asked and have no price; recorded replies have their own."""
+        asked = {agent.llm for agent in self.agents} | {self.summarizer.llm}
+        return tuple(
+            name for name, llm in self.llms.items() if name in asked and llm.price is None and not llm.engine_entry.is_recorded
+        )
 
     @property
     def agent_names(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from dmoa.agents.prompts import agent_messages
 from dmoa.protocols import AgentClient, Router
 from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, AgentCaller, StreamedText, time_left
 from dmoa.step_calls import AgentCard, NextCall, Places, StepCalls
-from dmoa.types import Activation, AgentCall, AgentReply, Query, QueryState, Sampling, StepPlan, TextDelta, question_key
+from dmoa.types import Activation, AgentCall, AgentReply, Query, QueryState, Sampling, StepPlan, TextDelta, priced, question_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +80,20 @@ class Dispatcher:
         budget = state.query.limits.budget_tokens
         places, text = Places(cold=self._cold_places(plan)), StreamedText(emit) if emit else None
         left = None if budget is None else budget - state.tokens_used
-        step = StepCalls(plan, self._cards, places, tokens_left=left, asked=state.asked)
+        limits = state.query.limits
+        step = StepCalls(
+            plan,
+            self._cards,
+            places,
+            tokens_left=left,
+            price_left=None if limits.budget_price is None else limits.budget_price - state.price_used,
+            calls_left=calls_left(state),
+            asked=state.asked,
+        )
 
         def start(call: NextCall, text: StreamedText | None) -> asyncio.Task[AgentReply]:
             agent_call = self._agent_call(state, call, is_final=plan.ends_with is not None)
-            card, has_other = self._cards[agent_call.agent], step.has_agent_up
-            return asyncio.create_task(self._caller.call_with_recovery(agent_call, card, call, places, text, has_other=has_other))
+            return asyncio.create_task(self._priced_call(agent_call, call, places, text, has_other=step.has_agent_up))
 
         exploring: dict[str, asyncio.Task[AgentReply]] = {}
         running: dict[asyncio.Task[AgentReply], NextCall] = {}
@@ -112,6 +120,12 @@ class Dispatcher:
             replies=step.replies,
             explored=tuple((x, exploring[x.agent].result()) for x in plan.explored if x.agent in exploring),
         )
+
+    async def _priced_call(
+        self, call: AgentCall, wanted: NextCall, places: Places, text: StreamedText | None, *, has_other: bool
+    ) -> AgentReply:
+        card = self._cards[call.agent]
+        return priced(await self._caller.call_with_recovery(call, card, wanted, places, text, has_other=has_other), card.price)
 
     def fault_of(self, state: QueryState, plan: StepPlan) -> str | None:
         """Return why a plan cannot run because agents with recorded replies alone would be asked more than the query."""
@@ -145,6 +159,10 @@ class Dispatcher:
         if budget is not None:
             left = budget - state.tokens_used - wanted.tokens_used
             sampling = replace(sampling, max_tokens=max(1, min(sampling.max_tokens, left)))
+        if query.limits.budget_price is not None and card.price is not None and card.price.completion_per_1m > 0:
+            money = query.limits.budget_price - state.price_used - wanted.price_used
+            affordable = int(min(money / card.price.completion_per_1m * 1e6, sampling.max_tokens))
+            sampling = replace(sampling, max_tokens=max(1, affordable))
         return AgentCall(
             trace_id=query.trace_id,
             step=len(state.steps),
@@ -158,6 +176,12 @@ class Dispatcher:
             question="" if _extra(query, history, activation) else question_key(query.text),
             query_id=query.query_id,
         )
+
+
+def calls_left(state: QueryState) -> int | None:
+    """Return how many calls the query's budget of calls allows; None: any number."""
+    budget = state.query.limits.budget_calls
+    return None if budget is None else budget - state.calls_used
 
 
 def _seen(state: QueryState, activation: Activation) -> tuple[Query, tuple[str, ...]]:

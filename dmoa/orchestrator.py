@@ -17,7 +17,7 @@ from dmoa.core.aggregate import anchors_of, contributions, select_contribution
 from dmoa.core.answers import THOUGHT_ONLY
 from dmoa.core.in_step import Judgement, judge
 from dmoa.core.stopping import budget_stop, rule_stop
-from dmoa.dispatch import Dispatcher
+from dmoa.dispatch import Dispatcher, calls_left
 from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.protocols import Policy
 from dmoa.recovery import patiently
@@ -25,6 +25,7 @@ from dmoa.types import (
     AgentReply,
     Answer,
     Event,
+    Price,
     Query,
     QueryState,
     Sampling,
@@ -34,6 +35,7 @@ from dmoa.types import (
     StopReason,
     SummarizerRecord,
     is_untrained,
+    priced,
 )
 
 Emit = Callable[[Event], None]
@@ -52,6 +54,8 @@ class Orchestrator:
     summarizer_sampling: Sampling
     is_select: bool
     """Whether the summarizer only selects: then rules decide when to stop."""
+    summarizer_price: Price | None = None
+    """What an `llm` summarizer's tokens cost."""
 
     async def answer(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:
         """Yield every finished step, pieces of the final text where it streams, and last the Answer.
@@ -79,6 +83,7 @@ class Orchestrator:
             if isinstance(plan, Stop):
                 reason = plan.reason
                 break
+            plan = self._within_calls(state, plan)
             fault = self.dispatcher.fault_of(state, plan)
             if fault:
                 raise RequestError(f"policy: {policy.name!r}: {fault}")
@@ -152,9 +157,18 @@ class Orchestrator:
             return Fold(summary=text, record=record, selection=None)
         sampling = self.dispatcher.sampling_for(state.query, self.summarizer_sampling, is_final=True)
         leading, anchors = judgement.selection if judgement else None, anchors_of(plan.decision)
-        return await self.summarizer.fold(
+        fold = await self.summarizer.fold(
             state, usable, sampling, emit, lambda replies: leading or select_contribution(replies, anchors, asked=state.asked)
         )
+        return replace(fold, record=priced(fold.record, self.summarizer_price))
+
+    def _within_calls(self, state: QueryState, plan: StepPlan) -> StepPlan:
+        """Return the plan with as many agents as the calls that are left allow, the summarizer's own kept back."""
+        left = calls_left(state)
+        if left is None:
+            return plan
+        own = 0 if self.is_select or plan.fold == "pass" else 1
+        return replace(plan, activations=plan.activations[: max(1, left - own)])
 
     def _stop_reason(
         self, state: QueryState, step: StepRecord, fold: Fold, plan: StepPlan, previous: str, judgement: Judgement | None
@@ -184,6 +198,10 @@ class Orchestrator:
             max_steps=limits.max_steps,
             tokens_used=state.tokens_used,
             budget_tokens=limits.budget_tokens,
+            price_used=state.price_used,
+            budget_price=limits.budget_price,
+            calls_used=state.calls_used,
+            budget_calls=limits.budget_calls,
             now=time.time(),
             deadline=state.deadline_unix_s,
         )

@@ -6,11 +6,11 @@ No clock and no I/O: whether time is left, and whether text was handed on, come 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dmoa.core.aggregate import anchors_of, is_any_sure
 from dmoa.core.in_step import judge
-from dmoa.types import Activation, AgentReply, ColdPolicy, RouteDecision, Sampling, StepPlan
+from dmoa.types import Activation, AgentReply, ColdPolicy, Price, RouteDecision, Sampling, StepPlan
 
 
 def should_escalate(decision: RouteDecision | None, replies: Sequence[AgentReply]) -> bool:
@@ -44,6 +44,8 @@ class AgentCard:
     """What to do with the agent while its place has no replica."""
     is_recorded: bool = False
     """Whether its engine has replies to queries alone, and to no other prompt."""
+    price: Price | None = None
+    """What its tokens cost; None: not known."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,6 +68,8 @@ class NextCall:
     """Which of the step's chains it belongs to: an agent that was asked and the stand-ins after it."""
     tokens_used: int
     """Tokens of the step that count against the budget of this call: those from before the cascade asked for it."""
+    price_used: float = 0.0
+    """The same of what they cost."""
     insists: bool = False
     """Whether a cold agent is waited for as long as the query has; else as its policy says."""
     lost: AgentReply | None = None
@@ -81,9 +85,17 @@ class StepCalls:
     """
 
     def __init__(
-        self, plan: StepPlan, cards: Mapping[str, AgentCard], places: Places, *, tokens_left: int | None, asked: str = ""
+        self,
+        plan: StepPlan,
+        cards: Mapping[str, AgentCard],
+        places: Places,
+        *,
+        tokens_left: int | None,
+        price_left: float | None = None,
+        calls_left: int | None = None,
+        asked: str = "",
     ) -> None:
-        """`places` is the caller's, who keeps it up to date; `tokens_left` of the query's budget, None: no budget.
+        """`places` is the caller's, who keeps it up to date; what is left of the query's budgets, None: no budget.
 
         `asked` is what the agents are asked.
         """
@@ -92,6 +104,8 @@ class StepCalls:
         self._cards = cards
         self._places = places
         self._tokens_left = tokens_left
+        self._price_left = price_left
+        self._calls_left = calls_left
         self._reserves = list(plan.reserves)
         self._chains: list[list[tuple[Activation, AgentReply]]] = []
         self._under_way = 0
@@ -140,7 +154,7 @@ class StepCalls:
         if call.insists:
             return self._wait_for_place(call.chain)
         stand_in = self._next_reserve() if has_time else None
-        return None if stand_in is None else NextCall(activation=stand_in, chain=call.chain, tokens_used=call.tokens_used)
+        return None if stand_in is None else replace(call, activation=stand_in)
 
     def _go_on(self, *, has_time: bool) -> list[NextCall]:
         """Return the calls after all chains have ended: each insists where nobody contributed, else the cascade's next."""
@@ -153,10 +167,11 @@ class StepCalls:
         replies = self.replies
         if self._plan.fold == "pass" or not has_room(self._plan.decision, replies):
             return []
-        used = sum(reply.usage.total for reply in replies)
-        can_afford = has_time and (self._tokens_left is None or used < self._tokens_left)
+        used, price = sum(reply.usage.total for reply in replies), sum(reply.price or 0.0 for reply in replies)
+        spent = ((used, self._tokens_left), (price, self._price_left), (len(replies), self._calls_left))
+        can_afford = has_time and all(left is None or sofar < left for sofar, left in spent)
         another = self._one_more(replies) if can_afford else None
-        return [] if another is None else [self._new_chain(another, tokens_used=used)]
+        return [] if another is None else [self._new_chain(another, tokens_used=used, price_used=price)]
 
     def _one_more(self, replies: Sequence[AgentReply]) -> Activation | None:
         """Take the reserve that the replies so far call for: the worthiest by the label model, else the next-ranked."""
@@ -167,9 +182,10 @@ class StepCalls:
             return self._next_reserve() if should_escalate(self._plan.decision, replies) or judgement else None
         return self._next_reserve(among=judgement.worthwhile)
 
-    def _new_chain(self, activation: Activation, *, tokens_used: int) -> NextCall:
+    def _new_chain(self, activation: Activation, *, tokens_used: int, price_used: float = 0.0) -> NextCall:
         self._chains.append([])
-        return NextCall(activation=activation, chain=len(self._chains) - 1, tokens_used=tokens_used)
+        chain = len(self._chains) - 1
+        return NextCall(activation=activation, chain=chain, tokens_used=tokens_used, price_used=price_used)
 
     def _insist(self, number: int) -> NextCall | None:
         """Wait for a cold agent, of the chain or else of the reserves, or else for a dead place."""

@@ -17,7 +17,7 @@ from dmoa.orchestrator import Orchestrator
 from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
 from dmoa.protocols import AgentClient, Encoder, Engine, Policy, Router
 from dmoa.step_calls import AgentCard
-from dmoa.types import Event, Limits, Query
+from dmoa.types import Event, Limits, Price, Query
 
 N = TypeVar("N", int, float)
 
@@ -51,6 +51,7 @@ class Swarm:
             summarizer=SelectSummarizer() if is_select else LlmSummarizer(agents, config.summarizer),
             summarizer_sampling=config.summarizer.sampling.to_sampling(),
             is_select=is_select,
+            summarizer_price=_price(config, config.summarizer.llm),
         )
 
     @property
@@ -86,7 +87,13 @@ def _card(config: Config, agent: AgentConfig) -> AgentCard:
         place=agent.llm if is_shared else agent.name,
         cold=config.scaling_of(agent).cold,
         is_recorded=config.llms[agent.llm].engine_entry.is_recorded,
+        price=_price(config, agent.llm),
     )
+
+
+def _price(config: Config, llm: str | None) -> Price | None:
+    found = config.llms[llm].price if llm is not None else None
+    return None if found is None else Price(**found.model_dump())
 
 
 def limits_for(config: Config, asked: Limits | None = None) -> Limits:
@@ -96,6 +103,8 @@ def limits_for(config: Config, asked: Limits | None = None) -> Limits:
         max_steps=min(pool.max_steps, wish.max_steps),
         max_agents=_lower(config.gate.activation.max_agents, wish.max_agents) if wish.max_agents else None,
         budget_tokens=_lower(pool.budget_tokens, wish.budget_tokens),
+        budget_price=_lower(pool.budget_price, wish.budget_price),
+        budget_calls=wish.budget_calls,
         deadline_s=_lower(pool.deadline_s, wish.deadline_s),
         max_tokens=wish.max_tokens,
     )

@@ -56,6 +56,7 @@ from dmoa.types import (
     FinishReason,
     FloatArray,
     Limits,
+    Price,
     Query,
     QueryState,
     RouteDecision,
@@ -325,15 +326,17 @@ def orchestrator_of(
     router: LocalRouter | None = None,
     llm: bool = False,
     places: Mapping[str, str] | None = None,
+    price: Price | None = None,
 ) -> Orchestrator:
-    """An orchestrator over fake agents; `llm`: the summarizer is the agent `summarizer`."""
-    cards = {name: card(name, (places or {}).get(name)) for name in names}
+    """An orchestrator over fake agents; `llm`: the summarizer is the agent `summarizer`; `price`: that of everybody's tokens."""
+    cards = {name: card(name, (places or {}).get(name), price=price) for name in names}
     config = SummarizerConfig(mode="llm", llm="tiny") if llm else SummarizerConfig()
     return Orchestrator(
         dispatcher=Dispatcher(agents=agents, cards=cards, router=router, is_select=not llm),
         summarizer=LlmSummarizer(agents, config) if llm else SelectSummarizer(),
         summarizer_sampling=Sampling(max_tokens=70),
         is_select=not llm,
+        summarizer_price=price,
     )
 
 

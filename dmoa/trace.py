@@ -97,6 +97,8 @@ class ReplyAgent(TokenFields, _ReplyAgentHead):
     """How often the call was sent; above 1 an earlier attempt was lost."""
     memoised: bool = False
     """Whether a call cache gave the contribution; its counts are those of the run that filled the cache."""
+    price: float | None = None
+    """What the call cost, in the currency of the pool's prices; null where no price is known."""
     error: str | None
     """Why there is no contribution; null where there is one."""
     text: str | None = Field(default=None, exclude_if=_is_none)
@@ -119,6 +121,8 @@ class ReplySummarizer(TokenFields, _ReplySummarizerHead):
     engine_ms: float
     memoised: bool = False
     """Whether a call cache gave its words."""
+    price: float | None = None
+    """What the call cost; null where no price is known, or no LLM was asked."""
     error: str | None
     """Why the summarizer's own words are missing; the summary is then the chosen contribution."""
     reasoning: str | None = Field(default=None, exclude_if=_is_none)
@@ -169,8 +173,10 @@ class ReplyDmoa(ReplyModel):
     """At least one chosen agent failed, was masked, or was passed over because it was cold, or a call had to be sent again."""
     stop_reason: Annotated[StopReason, BeforeValidator(_stop_reason)]
     """Why the query ended: by the summarizer's verdict, agreement of the agents, a reply that was sure, a policy that asks once
-    (single), or a budget (max_steps, budget_tokens, deadline). no_agent: agents were lost on the way, this is the best answer
-    before. stages: all set steps are done (evaluation)."""
+    (single), or a budget (max_steps, budget_tokens, budget_price, budget_calls, deadline). no_agent: agents were lost on the way,
+    this is the best answer before. stages: all set steps are done (evaluation)."""
+    price: float | None = None
+    """What all calls cost together; null where that of one is not known."""
     steps: list[ReplyStep]
     """The finished steps, in order."""
 
@@ -186,6 +192,7 @@ def reply_dmoa(answer: Answer, *, pool: str = "", with_texts: bool = False) -> R
         routed_by=answer.routed_by,
         degraded=answer.degraded,
         stop_reason=answer.stop_reason,
+        price=answer.price,
         steps=[reply_step(step, with_texts=with_texts) for step in answer.steps],
     )
 
@@ -230,6 +237,7 @@ def _step_of(step: ReplyStep, reply: ReplyDmoa) -> StepRecord:
             engine_ms=summarizer.engine_ms,
             is_memoised=summarizer.memoised,
             error=summarizer.error,
+            price=summarizer.price,
         ),
         mass=step.mass,
         right_probability=step.right_probability,
@@ -288,6 +296,7 @@ def reply_of_agent(agent: ReplyAgent) -> AgentReply:
         is_memoised=agent.memoised,
         replica=agent.replica,
         right_probability=agent.right_probability,
+        price=agent.price,
     )
 
 
@@ -365,6 +374,7 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored:
         replica=reply.replica,
         attempts=reply.attempts,
         memoised=reply.is_memoised,
+        price=reply.price,
         error=reply.error,
         text=reply.text if with_texts else None,
         reasoning=(reply.reasoning or None) if with_texts else None,
@@ -379,6 +389,7 @@ def _summarizer(record: SummarizerRecord, with_texts: bool) -> ReplySummarizer:
         latency_ms=finite(record.latency_ms),
         engine_ms=finite(record.engine_ms),
         memoised=record.is_memoised,
+        price=record.price,
         error=record.error,
         reasoning=(record.reasoning or None) if with_texts else None,
     )

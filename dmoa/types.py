@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,19 @@ AgentStatus = Literal["ok", "failed", "late", "overloaded", "cold", "masked", "i
 ColdPolicy = Literal["wait", "skip", "warm_on_rank"]
 EntropyKind = Literal["exact", "truncated"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-StopReason = Literal["summarizer", "agreement", "sure", "max_steps", "budget_tokens", "deadline", "single", "no_agent", "stages"]
+StopReason = Literal[
+    "summarizer",
+    "agreement",
+    "sure",
+    "max_steps",
+    "budget_tokens",
+    "budget_price",
+    "budget_calls",
+    "deadline",
+    "single",
+    "no_agent",
+    "stages",
+]
 Verdict = Literal["final", "continue", "unparsable", "rule"]
 RoutedBy = Literal["router", "ingress"]
 
@@ -98,6 +110,20 @@ class TokenUsage:
     def __add__(self, other: TokenUsage) -> TokenUsage:
         """Return the tokens of both."""
         return TokenUsage(**{part.name: getattr(self, part.name) + getattr(other, part.name) for part in fields(self)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What tokens of a model cost, in any one currency."""
+
+    prompt_per_1m: float = 0.0
+    """For a million prompt tokens, cached ones included."""
+    completion_per_1m: float = 0.0
+    """For a million generated tokens, thoughts included."""
+
+    def of(self, usage: TokenUsage) -> float:
+        """Return what the tokens of a call cost."""
+        return (usage.prompt_tokens * self.prompt_per_1m + usage.completion_tokens * self.completion_per_1m) / 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +209,8 @@ class Generation:
     usage: TokenUsage
     are_tokens_estimated: bool = False
     """Whether the counts in `usage` are guesses, because an endpoint did not tell."""
+    price: float | None = None
+    """What it cost, where the engine knows; None: as the configured price of its tokens says."""
     engine_ms: float = 0.0
     """From the engine's accept to the last token."""
     queue_ms: float = 0.0
@@ -255,6 +283,8 @@ class AgentReply:
     """Serve's name of the replica that answered; empty where agents do not run on Serve."""
     right_probability: float | None = None
     """That its answer is right, given all replies of its step; None where the gate version has no label model."""
+    price: float | None = None
+    """What the call cost; None where no price is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,6 +392,23 @@ class SummarizerRecord:
     is_memoised: bool = False
     """Whether the call cache gave the summarizer's words."""
     error: str | None = None
+    price: float | None = None
+    """What the call cost; None where no price is known, or nobody was called."""
+
+
+Call = TypeVar("Call", AgentReply, SummarizerRecord)
+
+
+def priced(call: Call, price: Price | None) -> Call:
+    """Return a call with what its tokens cost, unless its engine knew, or no price is known."""
+    return call if price is None or call.price is not None else replace(call, price=price.of(call.usage))
+
+
+def total_price(calls: Iterable[AgentReply | SummarizerRecord]) -> float | None:
+    """Return what calls cost together; None where one that took tokens has no price, or none has any."""
+    counted = [call for call in calls if call.price is not None or call.usage.total]
+    known = [call.price for call in counted if call.price is not None]
+    return math.fsum(known) if known and len(known) == len(counted) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -393,6 +440,11 @@ class StepRecord:
         """Tokens of all agents and the summarizer, lost calls included."""
         return sum((reply.usage for reply in self.replies), self.summarizer.usage)
 
+    @property
+    def calls(self) -> tuple[AgentReply | SummarizerRecord, ...]:
+        """What was generated in the step: the agents' replies, and the summarizer's where it was asked."""
+        return (*self.replies, *((self.summarizer,) if self.summarizer.verdict != "rule" else ()))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -402,6 +454,10 @@ class Limits:
     max_agents: int | None = None
     budget_tokens: int | None = None
     """Prompt and completion tokens of all agents and the summarizer."""
+    budget_price: float | None = None
+    """What all agents and the summarizer may cost; calls without a price cost nothing."""
+    budget_calls: int | None = None
+    """Calls of agents and the summarizer; where a step would ask more agents, its least probable ones are left out."""
     deadline_s: float | None = None
     max_tokens: int | None = None
     """Most new tokens of any one reply, the summarizer's included; None: as each agent's sampling says."""
@@ -472,6 +528,11 @@ class Answer:
         """Tokens of all agents and the summarizer in all steps, lost calls included."""
         return sum((step.usage for step in self.steps), TokenUsage())
 
+    @property
+    def price(self) -> float | None:
+        """What all calls cost; None as `total_price` says."""
+        return total_price(call for step in self.steps for call in step.calls)
+
 
 Event = StepRecord | TextDelta | Answer
 """What comes of a query: steps as they finish, pieces of the final text if it streams, and last, exactly once, the Answer."""
@@ -527,6 +588,16 @@ class QueryState:
     deadline_unix_s: float | None = None
     tokens_used: int = 0
     """Prompt and completion tokens of all agents and the summarizer so far."""
+
+    @property
+    def price_used(self) -> float:
+        """What all calls so far cost, those without a price left out."""
+        return math.fsum(call.price or 0.0 for step in self.steps for call in step.calls)
+
+    @property
+    def calls_used(self) -> int:
+        """Calls of agents and the summarizer so far."""
+        return sum(len(step.calls) for step in self.steps)
 
     @property
     def summary(self) -> str:

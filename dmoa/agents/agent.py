@@ -147,6 +147,7 @@ class Agent:
             reasoning_entropy=_known(thought_entropy),
             usage=usage,
             are_tokens_estimated=is_guess or any(item.are_tokens_estimated for item in rounds),
+            price=None if any(item.price is None for item in rounds) else sum(item.price or 0.0 for item in rounds),
             latency_ms=(time.perf_counter() - started) * 1e3,
             engine_ms=sum(item.engine_ms for item in rounds),
             engine=self._engine.label,

@@ -55,15 +55,29 @@ def _repeats(text: str, previous_summary: str, asked: str) -> bool:
 
 
 def budget_stop(
-    *, step: int, max_steps: int, tokens_used: int, budget_tokens: int | None, now: float, deadline: float | None
+    *,
+    step: int,
+    max_steps: int,
+    tokens_used: int,
+    budget_tokens: int | None,
+    now: float,
+    deadline: float | None,
+    price_used: float = 0.0,
+    budget_price: float | None = None,
+    calls_used: int = 0,
+    budget_calls: int | None = None,
 ) -> StopReason | None:
     """Return the budget that is spent, None if another step may start.
 
     `step` is the number of finished steps; `now` and `deadline` are Unix seconds. Where several are spent the order is
-    deadline, tokens, steps. Source: paper (20 steps); the others ours.
+    deadline, tokens, price, calls, steps. Source: paper (20 steps); the others ours.
     """
     if deadline is not None and now >= deadline:
         return "deadline"
     if budget_tokens is not None and tokens_used >= budget_tokens:
         return "budget_tokens"
+    if budget_price is not None and price_used >= budget_price:
+        return "budget_price"
+    if budget_calls is not None and calls_used >= budget_calls:
+        return "budget_calls"
     return "max_steps" if step >= max_steps else None

@@ -285,6 +285,7 @@ class RecordedEngine:
                 reasoning_tokens=reply.reasoning_tokens or 0,
             ),
             are_tokens_estimated=is_estimated,
+            price=reply.price,
             engine_ms=engine_ms if reply.latency_ms is None else reply.latency_ms,
         )
 

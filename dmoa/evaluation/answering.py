@@ -70,6 +70,8 @@ def answered(task: Task, policy: str, answer: Answer) -> Answered:
         entropy_nats=_entropy(answer.steps[-1]) if answer.steps else None,
         wall_ms=answer.wall_ms,
         gate_version=answer.gate_version,
+        price=answer.price,
+        calls=sum(len(step.calls) for step in answer.steps),
     )
 
 

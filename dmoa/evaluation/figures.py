@@ -221,6 +221,11 @@ def decimals(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def money(price: float | None) -> str:
+    """Return a price in three figures; a dash where it is not known."""
+    return "-" if price is None else f"{price:.3g}"
+
+
 def duration(seconds: float) -> str:
     """Return a duration, such as `8.3 s`, `12.4 min`, `3.1 h`."""
     if seconds < 120:

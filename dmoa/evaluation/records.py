@@ -125,6 +125,10 @@ class Answered(TokenFields, _AnsweredHead):
     """Mean over the active agents of the last step, nats per token."""
     wall_ms: float = 0.0
     gate_version: str | None = None
+    price: float | None = None
+    """What all calls cost; None where that of one is not known."""
+    calls: int | None = None
+    """Calls of agents and the summarizer; None in lines of earlier versions."""
 
 
 class Scored(FileRecord):
@@ -223,6 +227,7 @@ class EvaluateOptions(Options):
             max_steps=min(pool.max_steps, CPU_BUDGET["max_steps"]),
             max_agents=min(pool.max_agents or CPU_BUDGET["max_agents"], CPU_BUDGET["max_agents"]),
             budget_tokens=pool.budget_tokens,
+            budget_price=pool.budget_price,
             deadline_s=pool.deadline_s,
             max_tokens=CPU_BUDGET["max_tokens"],
         )

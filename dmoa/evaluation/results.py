@@ -51,6 +51,9 @@ class AnswerTally:
     usage: TokenUsage = field(default_factory=TokenUsage)
     summarizer_tokens: int = 0
     memoised_tokens: int = 0
+    calls: int = 0
+    price: array[float] = field(default_factory=lambda: array("d"))
+    """Per answered row whose price is known."""
     steps: int = 0
     active: int = 0
     """Agents, summed over steps."""
@@ -73,6 +76,7 @@ class AnswerTally:
         self.usage += line.usage
         self.summarizer_tokens += line.summarizer_tokens
         self.memoised_tokens += line.memoised_tokens
+        self.calls += line.calls or 0
         self.wall_ms.append(line.wall_ms)
         if line.gate_version is not None:
             self.gate_versions.add(line.gate_version)
@@ -83,6 +87,8 @@ class AnswerTally:
 
     def _add_steps(self, line: Answered) -> None:
         self.ok += 1
+        if line.price is not None:
+            self.price.append(line.price)
         self.degraded += line.degraded
         self.steps += len(line.active)
         self.steps_histogram[len(line.active)] += 1
@@ -240,6 +246,12 @@ class EvaluationRow(TokenFields, _EvaluationRowHead):
     """Accuracy of guessing; None where unknown."""
     deviation: str
     """How the scoring differs from the benchmark's original protocol; empty where it does not."""
+    calls: int = 0
+    """Calls of agents and the summarizer in all rows; 0 in older results."""
+    price: float | None = None
+    """What all rows cost; None where that of an answered row is not known."""
+    price_per_correct: float | None = None
+    """Price per point of score; None without any point or price."""
     did_run: bool
     """Whether any query was answered. Where every one failed nothing is known: accuracy 0, interval 0..1, no comparison."""
 
@@ -433,6 +445,7 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
     did_run = answers.ok > 0 or scores.did_run
     found = interval(values if did_run else [])
     tokens, points = answers.usage.total, found.value * n
+    price = mean(answers.price, 1) if answers.ok and len(answers.price) == answers.ok else None
     return EvaluationRow(
         benchmark=info.name,
         policy=policy,
@@ -463,6 +476,9 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         is_generated=info.is_generated,
         chance=info.chance,
         deviation=info.deviation,
+        calls=answers.calls,
+        price=price,
+        price_per_correct=price / points if points and price is not None else None,
         did_run=did_run,
     )
 

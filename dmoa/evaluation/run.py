@@ -166,6 +166,7 @@ def _limits(asking: Asking) -> dict[str, Any]:
         "max_steps": limits.max_steps,
         "max_agents": limits.max_agents,
         "budget_tokens": limits.budget_tokens,
+        "budget_price": limits.budget_price,
         "deadline_s": limits.deadline_s,
         "max_tokens": limits.max_tokens,
     }

@@ -160,6 +160,7 @@ def _options(limits: Limits, policy: str) -> dict[str, Any]:
         "max_steps": limits.max_steps,
         "max_agents": limits.max_agents,
         "budget_tokens": limits.budget_tokens,
+        "budget_price": limits.budget_price,
         "deadline_s": limits.deadline_s,
         "trace": True,
     }

@@ -233,7 +233,8 @@ def closing_line(answer: Answer) -> str:
     steps = f"{len(answer.steps)} step{'' if len(answer.steps) == 1 else 's'}"
     lost = ", degraded: an agent was lost" if answer.degraded else ""
     gate = f", gate {answer.gate_version}" if answer.gate_version else ""
-    took = f"{steps}, {answer.usage.total} tokens, {answer.wall_ms / 1e3:.2f} s"
+    price = "" if answer.price is None else f", price {answer.price:.3g}"
+    took = f"{steps}, {answer.usage.total} tokens, {answer.wall_ms / 1e3:.2f} s{price}"
     return f"stopped by {answer.stop_reason} after {took} (policy {answer.policy}{gate}{lost})"
 
 
@@ -396,8 +397,10 @@ def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -
     from dmoa.evaluation import figures
 
     texts = ("benchmark", "policy", "note", "also")
+    has_prices = any(row.price is not None for row in evaluation.rows)
     figure_names = ("n", "acc %", "95 %", "chance", "unsc.", "failed", "prompt", "cached", "compl.", "steps", "active", "wall")
-    table = new_table(*texts[:3], *figure_names, texts[3], words=texts)
+    prices = ("price",) if has_prices else ()
+    table = new_table(*texts[:3], *figure_names, *prices, texts[3], words=texts)
     previous = ""
     for row in evaluation.rows:
         table.add_row(
@@ -416,6 +419,7 @@ def _print_results(evaluation: Evaluation, notes: Footnotes, console: Console) -
             figures.decimals(row.steps_mean),
             figures.decimals(row.active_mean),
             figures.duration(row.wall_s),
+            *([figures.money(row.price)] if has_prices else []),
             figures.metrics(row),
         )
         previous = row.benchmark

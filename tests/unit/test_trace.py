@@ -87,6 +87,8 @@ def test_a_trace_keeps_what_repeats_the_query() -> None:
         "max_steps": 2,
         "max_agents": None,
         "budget_tokens": None,
+        "budget_price": None,
+        "budget_calls": None,
         "deadline_s": 1.5,
         "max_tokens": None,
     }

@@ -133,7 +133,7 @@ def test_the_line_of_a_reply_in_the_call_cache() -> None:
         '"reasoning_entropy_slack_nats": 0.0, "reasoning_entropy_tokens": 0, "reasoning_entropy_kind": "exact", '
         '"prompt_tokens": 10, "cached_tokens": 6, "completion_tokens": 4, "reasoning_tokens": 0, '
         '"are_tokens_estimated": false, "latency_ms": 0.0, "engine_ms": 0.0, "error": null, '
-        '"attempts": 1, "engine": "list", "is_memoised": false, "replica": "", "right_probability": null}'
+        '"attempts": 1, "engine": "list", "is_memoised": false, "replica": "", "right_probability": null, "price": null}'
     )
 
 

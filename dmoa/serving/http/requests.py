@@ -162,6 +162,8 @@ class DmoaOptions(RequestModel):
     """Most active agents of a step."""
     budget_tokens: Annotated[int, Field(ge=1, le=2**53), WHOLE] | None = None
     """Prompt and completion tokens of all agents and the summarizer."""
+    budget_price: float | None = Field(default=None, gt=0, le=1e9)
+    """What all agents and the summarizer may cost, in the currency of the pool's prices."""
     deadline_s: float | None = Field(default=None, gt=0, le=86400)
     """Seconds after which the best answer so far is given."""
     policy: str | None = Field(default=None, max_length=128)
@@ -521,6 +523,7 @@ def _limits(options: DmoaOptions, service: SwarmService) -> Limits:
         max_steps=_lower(options.max_steps, pool.max_steps) or pool.max_steps,
         max_agents=options.max_agents,
         budget_tokens=_lower(options.budget_tokens, pool.budget_tokens),
+        budget_price=_lower(options.budget_price, pool.budget_price),
         deadline_s=_lower(options.deadline_s, pool.deadline_s),
     )
 

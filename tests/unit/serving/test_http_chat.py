@@ -63,6 +63,7 @@ async def test_chat_answers_with_usage_and_every_field_of_the_dmoa_object() -> N
         "routed_by": "router",
         "degraded": False,
         "stop_reason": "agreement",
+        "price": None,
     }
     first = dmoa["steps"][0]
     assert {key: first[key] for key in ("step", "k", "wall_ms", "mass")} == {"step": 0, "k": 2, "wall_ms": 20.0, "mass": 0.875}
@@ -90,6 +91,7 @@ async def test_chat_answers_with_usage_and_every_field_of_the_dmoa_object() -> N
         "attempts": 1,
         "memoised": False,
         "explored": False,
+        "price": None,
         "error": None,
     }
     assert first["agents"][2] | {"probability": 0.125} == first["agents"][2]
@@ -104,6 +106,7 @@ async def test_chat_answers_with_usage_and_every_field_of_the_dmoa_object() -> N
         "latency_ms": 1.0,
         "engine_ms": 0.0,
         "memoised": False,
+        "price": None,
         "error": None,
     }
 
