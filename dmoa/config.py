@@ -373,11 +373,20 @@ class RouterConfig(Node):
     """How often a masked agent is tried again."""
     num_traces: int = Field(default=1000, ge=1)
     """Traces kept for GET /v1/dmoa/traces/{id}."""
+    feedback: Literal["on", "off"] = "on"
+    """Keep a sample of finished queries to learn from, under state_uri: the gate's inputs (embeddings) and hashes of answers, no
+    texts. off: nothing is kept, and outcomes are refused."""
+    feedback_mb: int = Field(default=32, ge=1, le=65536)
+    """Most megabytes of memory that the sample takes, about."""
+    outcomes_per_minute: int = Field(default=600, ge=1)
+    """Most outcomes that one API key may post in a minute; one more is answered 429."""
+    outcome_days: float = Field(default=7.0, gt=0, le=3660)
+    """Days after its answer in which a query may be judged."""
 
-    @field_validator("adaptation", mode="before")
+    @field_validator("adaptation", "feedback", mode="before")
     @classmethod
-    def _yaml_off(cls, value: object) -> object:
-        return "off" if value is False else value
+    def _yaml_switch(cls, value: object) -> object:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class ServerConfig(Node):

@@ -114,6 +114,58 @@ def status(common: Common, address: AddressOption = None, app_name: AppOption = 
     common.write_json(asdict(found))
 
 
+outcomes = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="What clients said of the answers of a swarm: list, export for `dmoa train`.",
+)
+StateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--state", metavar="URI", help="Read what is saved under this router.state_uri; ask no Ray [the running swarm]."
+    ),
+]
+
+
+@outcomes.command("list")
+@with_common
+def list_outcomes(common: Common, state: StateOption = None, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
+    """Show the outcomes that clients posted, key by key, oldest first."""
+    from dmoa.workflows.traffic import read_traffic
+
+    found = read_traffic(common, app_name, address, state).outcomes
+    for one in found:
+        whose = (one.agent or "final answer") + (f", step {one.step}" if one.step else "")
+        typer.echo(f"{one.trace_id}  {one.reward:g}  {whose}{f'  {printable(one.source)}' if one.source else ''}")
+    common.say(f"{len(found)} outcomes")
+    common.write_json({"app": app_name, "outcomes": [one.model_dump(mode="json", exclude={"query_id"}) for one in found]})
+
+
+@outcomes.command("export")
+@with_common
+def export_outcomes(
+    common: Common,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.jsonl", help="Where they are written.")] = Path("outcomes.jsonl"),
+    state: StateOption = None,
+    address: AddressOption = None,
+    app_name: AppOption = "dmoa",
+) -> None:
+    """Write the outcomes as a file that `dmoa train --outcomes` reads.
+
+    \b
+    dmoa rollouts --from-traffic running --out out/traffic
+    dmoa outcomes export --out outcomes.jsonl
+    dmoa train --rollouts out/traffic --outcomes outcomes.jsonl --out out/gate
+    """
+    from dmoa.workflows.traffic import read_traffic, write_outcomes
+
+    traffic = read_traffic(common, app_name, address, state)
+    write_outcomes(out, traffic)
+    common.say(f"{len(traffic.outcomes)} outcomes")
+    typer.echo(out)
+    common.write_json({"app": app_name, "out": str(out), "outcomes": len(traffic.outcomes)})
+
+
 def _tell(common: Common, changed: dict[str, Any]) -> None:
     version, previous = changed["version"], changed["previous"]
     typer.echo(

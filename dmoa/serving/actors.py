@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import ray
+from platformdirs import user_state_path
 
 NAMESPACE = "dmoa"
 
@@ -19,6 +20,16 @@ def router_name(app: str) -> str:
 def traces_name(app: str) -> str:
     """Return the name of an app's trace store actor."""
     return f"dmoa-traces-{app}"
+
+
+def feedback_name(app: str) -> str:
+    """Return the name of an app's feedback actor."""
+    return f"dmoa-feedback-{app}"
+
+
+def default_state_uri(app: str) -> str:
+    """Return where state is kept when the configuration names no place: a folder of this user on this machine."""
+    return (user_state_path("dmoa") / "router" / app).as_uri()
 
 
 def detached(name: str) -> dict[str, Any]:
@@ -46,6 +57,6 @@ def unpack_record(packed: bytes) -> Any:
 
 def end_actors(app: str) -> None:
     """End the actors of an app, those that are there; they do not restart."""
-    for name in (traces_name(app), router_name(app)):
+    for name in (traces_name(app), feedback_name(app), router_name(app)):
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from dmoa.agents.pool import check_files, check_vllm, fingerprint
 from dmoa.config import Config, LimitsConfig, callable_agents
-from dmoa.errors import DmoaError, PoolChangedError
+from dmoa.errors import DmoaError, PoolChangedError, RequestError
 from dmoa.loopback import ignore_proxies
 from dmoa.policies.registry import POLICIES
 from dmoa.recovery import PATIENCE_S
@@ -27,6 +27,8 @@ from dmoa.serving.actors import pack_record
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAgentClient, affine_agents
 from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
+from dmoa.serving.feedback import FeedbackSender
+from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.serving.handles import ask
 from dmoa.serving.http.requests import unknown_model
 from dmoa.serving.http.routes import create_app
@@ -79,12 +81,15 @@ class SwarmIngress:
         watchdog = CallWatchdog(self._router.missing_replicas)
         self._agents = ServeAgentClient(handles, pool_version(config), affine=affine_agents(config), watchdog=watchdog)
         self._traces = ensure_traces(app, config.router.num_traces)
+        self._feedback = FeedbackSender(config, app) if config.router.feedback == "on" else None
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
         self._metrics = QueryMetrics(config.name)
         self._any_ingress = serve.get_deployment_handle(_INGRESS, app).options(method_name="answer_here", stream=True)
         self._answered_elsewhere: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         version = await self._router.start()
+        if self._feedback is not None:
+            await self._feedback.start()
         _LOG.info("ingress of pool %s: gate %s", config.name, version)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -193,10 +198,19 @@ class SwarmIngress:
         return json.loads(found) if found else None
 
     def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
-        """Keep the trace of an answered query, after the reply."""
+        """Keep the trace of an answered query and hand it to the feedback, after the reply."""
+        if self._feedback is not None:
+            answering = self._answered_elsewhere.get(answer.trace_id, self._fingerprint)
+            self._feedback.send(query, answer, key_hash=key_hash, fingerprint=answering)
         task = asyncio.get_running_loop().create_task(self._record(query, answer, key_hash, user, metadata))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:
+        """Keep what the key that made a query says of it. Raises RequestError."""
+        if self._feedback is None:
+            raise RequestError("outcomes: this server keeps none (router.feedback is off)", code="feedback_off", status=404)
+        return await self._feedback.judge(outcome, key_hash)
 
     async def _record(self, query: Query, answer: Answer, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
         answered = AnsweredQuery(

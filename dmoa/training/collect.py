@@ -6,7 +6,6 @@ part, and goes on where it stopped.
 
 from __future__ import annotations
 
-import io
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -17,7 +16,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from dmoa.config import Config
@@ -44,12 +42,12 @@ from dmoa.storage import write_whole
 from dmoa.swarm import Swarm
 from dmoa.training.outcomes import rollout_trace_id
 from dmoa.training.rollouts import (
-    SCHEMA,
     Counts,
     Manifest,
     RolloutFolder,
     RolloutQuery,
     SourceInfo,
+    part_of,
     part_paths,
     read_manifest,
     read_part,
@@ -137,13 +135,7 @@ class RolloutWriter:
 
     def _write(self) -> None:
         if self._waiting:
-            data = io.BytesIO()
-            strings = [field.name for field in SCHEMA if pa.types.is_string(field.type)]
-            # Contexts repeat from agent to agent: zstd finds that, a dictionary of single numbers would not.
-            pq.write_table(
-                pa.concat_tables(self._waiting), data, compression="zstd", use_dictionary=strings, write_page_checksum=True
-            )
-            write_whole(self._folder.parts / f"part-{self._number:06d}.parquet", data.getvalue())
+            write_whole(self._folder.parts / f"part-{self._number:06d}.parquet", part_of(self._waiting))
             self._number += 1
             self._waiting, self._waiting_bytes = [], 0
         self._written_s = time.monotonic()

@@ -52,6 +52,10 @@ class RolloutOptions(Options):
     queries: Annotated[Sources, Flag(metavar="FILE[:W]", is_repeated=True)] = ()
     """Your own queries, each FILE or FILE:WEIGHT: a line is a text, or {"query": TEXT}; or recorded replies; no labels needed;
     repeatable."""
+    from_traffic: Annotated[str | None, Flag(metavar="running|URI")] = None
+    """Ask nobody: take the queries that a swarm answered, `running` at `address`, or saved under its router.state_uri."""
+    app: str = "dmoa"
+    """Name of the Serve application of `from_traffic`."""
     out: Path
     """Folder of the collection, or a URI. The same folder goes on with the collection in it."""
     data_dir: Path | None = None
@@ -91,7 +95,11 @@ class RolloutOptions(Options):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if not self.benchmarks and not self.queries:
+        if self.from_traffic is not None:
+            given = [name for name in ("benchmarks", "queries", "epsilon", "labels", "limit") if getattr(self, name)]
+            if given:
+                raise ValueError(f"from_traffic: its queries are answered already; leave {', '.join(given)} out")
+        elif not self.benchmarks and not self.queries:
             raise ValueError("benchmarks, queries: both are empty; name benchmarks, or a file of queries")
         if self.dense and self.epsilon is not None:
             raise ValueError(f"epsilon is {self.epsilon}, and dense is set, which explores everyone; leave one of them out")

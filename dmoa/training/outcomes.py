@@ -21,6 +21,7 @@ from dmoa.core.aggregate import select_contribution
 from dmoa.core.answers import extract_answer, same_answer
 from dmoa.engines.recorded import agent_name, read_lines
 from dmoa.errors import ConfigError
+from dmoa.feedback import MARK
 from dmoa.training.rollouts import RolloutModel
 from dmoa.types import AgentReply, EntropySum
 from dmoa.validation import describe
@@ -44,6 +45,8 @@ class Outcome(RolloutModel):
     """Or which trace: one asking of a query."""
     agent: str | None = Field(default=None, min_length=1)
     """Whose reply was judged; null: the final answer."""
+    step: int | None = Field(default=None, ge=0)
+    """Which of its replies; null: that to the first step. Those to later steps credit nothing yet."""
     reward: float = Field(ge=0, le=1)
     """How good it was: 1 right, 0 wrong."""
     source: str = ""
@@ -85,7 +88,7 @@ class Credited:
     used: int
     """Outcomes that credit some reply."""
     unknown: int
-    """Outcomes of queries or agents that the rollouts do not have, and of answers that no agent gave."""
+    """Outcomes of queries or agents that the rollouts do not have, of answers that no agent gave, and of later steps."""
 
     def array(self, queries: Sequence[str], agents: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return the rewards as an array [R, A] of float64, NaN where nothing is known."""
@@ -108,12 +111,13 @@ def credit_replies(outcomes: Iterable[Outcome], rollouts: pa.Table, *, seed: int
     """
     queries = _replies_by_query(rollouts)
     by_trace = {rollout_trace_id(query, seed, round_): query for query in queries}
+    by_trace |= {query.removeprefix(MARK): query for query in queries if query.startswith(MARK)}
     rewards: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     used = unknown = 0
     for outcome in outcomes:
         query = outcome.query_id if outcome.query_id is not None else by_trace.get(outcome.trace_id or "")
         steps = queries.get(query or "", {})
-        names = _credited(steps, outcome.agent)
+        names = [] if outcome.step else _credited(steps, outcome.agent)
         for name in names:
             rewards[query or "", name].append(outcome.reward)
         used, unknown = used + bool(names), unknown + (not names)

@@ -6,6 +6,7 @@ lie in another folder, which training never opens. Shape letters: D embedding, F
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -201,6 +202,15 @@ def table_of(asked: RolloutQuery, answer: Answer, *, preset: Preset, seed: int, 
         for field in SCHEMA
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def part_of(tables: Sequence[pa.Table]) -> bytes:
+    """Return the Parquet file of some queries' rows."""
+    data = io.BytesIO()
+    strings = [field.name for field in SCHEMA if pa.types.is_string(field.type)]
+    # Contexts repeat from agent to agent: zstd finds that, a dictionary of single numbers would not.
+    pq.write_table(pa.concat_tables(tables), data, compression="zstd", use_dictionary=strings, write_page_checksum=True)
+    return data.getvalue()
 
 
 def _rows(step: StepRecord, preset: Preset) -> list[dict[str, Any]]:

@@ -201,6 +201,9 @@ def run_rollouts(options: RolloutOptions, config: Config, common: Common, comman
     """
     from dmoa.storage import display_path, localized
 
+    if options.from_traffic is not None:
+        with localized(options, common.say, writes=("out",)) as here:
+            return _taken_from_traffic(here, config, common, command)
     mode = "dense" if options.epsilon is None else "epsilon"
     common.say(f"collecting {mode} rollouts of {config.name} into {display_path(options.out)}")
     advice = f"the same command with --out {display_path(options.out)} goes on from here"
@@ -227,7 +230,7 @@ def _collected(options: RolloutOptions, config: Config, common: Common, command:
 
 def build_collection(options: RolloutOptions, config: Config, common: Common, bars: Bars, command: str) -> CollectSession:
     """Return the session of a collection. Raises ConfigError, CheckpointError, ModelFetchError."""
-    from dmoa.agents.pool import build_pool_gate, check_files, fingerprint
+    from dmoa.agents.pool import build_pool_gate, check_files
     from dmoa.training.collect import CollectSession, RolloutAsking
 
     check_names(options)
@@ -237,12 +240,31 @@ def build_collection(options: RolloutOptions, config: Config, common: Common, ba
     gate_version = build_pool_gate(config)[1].version
     limits = options.limits(limits_for(config))
     preset = config.gate.preset
-    manifest = Manifest(
+    manifest = new_manifest(options, config, gate_version, command)
+    return CollectSession(
+        folder=RolloutFolder(options.out.absolute()),
+        manifest=manifest,
+        prepare=partial(prepare_queries, options, common.say),
+        asking=RolloutAsking(
+            seed=options.seed, round=options.round, limits=limits, preset=preset, fingerprint=manifest.pool_fingerprint
+        ),
+        workers=workers,
+        say=common.say,
+        watch=bars.watch,
+        open_ray=partial(opened_ray, options.address, workers.count * workers.num_gpus),
+    )
+
+
+def new_manifest(options: RolloutOptions, config: Config, gate_version: str, command: str) -> Manifest:
+    """Return the manifest that a collection of a pool begins with."""
+    from dmoa.agents.pool import fingerprint
+
+    return Manifest(
         pool=config.name,
         pool_fingerprint=fingerprint(config),
         agents=list(config.agent_names),
         gate_version=gate_version,
-        preset=preset,
+        preset=config.gate.preset,
         engines=[f"{name}: {llm.engine}/{llm.options.model_dump_json()}" for name, llm in config.llms.items()],
         sources=[],
         mode="dense" if options.epsilon is None else "epsilon",
@@ -256,18 +278,22 @@ def build_collection(options: RolloutOptions, config: Config, common: Common, ba
         command=command,
         started_unix_s=time.time(),
     )
-    return CollectSession(
-        folder=RolloutFolder(options.out.absolute()),
-        manifest=manifest,
-        prepare=partial(prepare_queries, options, common.say),
-        asking=RolloutAsking(
-            seed=options.seed, round=options.round, limits=limits, preset=preset, fingerprint=manifest.pool_fingerprint
-        ),
-        workers=workers,
-        say=common.say,
-        watch=bars.watch,
-        open_ray=partial(opened_ray, options.address, workers.count * workers.num_gpus),
+
+
+def _taken_from_traffic(options: RolloutOptions, config: Config, common: Common, command: str) -> Manifest:
+    from dmoa.storage import display_path
+    from dmoa.workflows.traffic import read_traffic, rollouts_of_traffic
+
+    state = None if options.from_traffic == "running" else options.from_traffic
+    traffic = read_traffic(common, options.app, options.address, state)
+    manifest = rollouts_of_traffic(traffic, new_manifest(options, config, "", command), options.out)
+    track(manifest, RolloutFolder(options.out.absolute()), options)
+    counts, left_out = manifest.counts, manifest.options["other_pools"]
+    common.say(
+        f"{counts.queries} queries, {counts.steps} steps, {counts.rows} rows and {len(traffic.outcomes)} outcomes in "
+        f"{display_path(options.out)}" + (f"; {left_out} queries of other pools are left out" if left_out else "")
     )
+    return manifest
 
 
 def _workers(options: RolloutOptions, config: Config) -> CollectWorkers:

@@ -26,7 +26,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("config", "engine_options"),
     ("core", "sandbox"),
     ("checkpoint", "routing", "trace", "tracking", "storage"),
-    ("replay",),
+    ("replay", "feedback"),
     ("engines", "policies"),
     ("agents",),
     ("step_calls", "recovery", "dispatch"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,6 +28,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
 from dmoa.errors import RequestError
+from dmoa.serving.feedback_buffer import KeptOutcome
 from dmoa.serving.http.service import SwarmService
 from dmoa.types import Limits, Message, Query
 from dmoa.validation import did_you_mean, expectation
@@ -284,7 +286,24 @@ class CompletionRequest(SharedRequest):
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
-R = TypeVar("R", bound=SharedRequest)
+class OutcomeRequest(RequestModel):
+    """What a client knows of one of its queries."""
+
+    trace_id: str = Field(min_length=1, max_length=64)
+    """Of the reply (`dmoa.trace_id`)."""
+    reward: float | None = Field(default=None, ge=0, le=1)
+    """How good it was: 1 right, 0 wrong."""
+    verdict: Literal["right", "wrong"] | None = None
+    """In place of `reward`."""
+    agent: str | None = Field(default=None, max_length=64)
+    """Whose reply is meant; null: the final answer."""
+    step: Annotated[int, Field(ge=0, le=1000), WHOLE] | None = None
+    """Which step's reply of that agent; null: the first's."""
+    source: str = Field(default="", max_length=64)
+    """Who or what judged, such as `users` or `unit tests`; the last word of each source counts."""
+
+
+R = TypeVar("R", bound=RequestModel)
 
 
 def parse_body(model: type[R], body: bytes, content_type: str) -> R:
@@ -422,6 +441,19 @@ def completion_order(request: CompletionRequest, service: SwarmService) -> Parse
     policy, agent = resolve(request, service)
     query = _query(request, service, text=_question(request.text, "prompt"), max_tokens=request.max_tokens)
     return ParsedRequest(query=query, policy=policy, agent=agent, body=request)
+
+
+def outcome_of(request: OutcomeRequest, agents: Sequence[str]) -> KeptOutcome:
+    """Return the outcome that a client posts. Raises RequestError (400)."""
+    if (request.reward is None) == (request.verdict is None):
+        seen = "missing; send it, or verdict" if request.reward is None else "is sent with verdict; they mean the same; send one"
+        raise _refused("reward", seen)
+    if request.agent is not None and request.agent not in agents:
+        raise _refused("agent", f"is {shown_value(request.agent)}; expected one of {', '.join(agents)}, or null")
+    if request.step is not None and request.agent is None:
+        raise _refused("step", f"is {request.step} without agent; the final answer is of no step; send agent too")
+    reward = request.reward if request.reward is not None else float(request.verdict == "right")
+    return KeptOutcome(trace_id=request.trace_id, agent=request.agent, step=request.step, reward=reward, source=request.source)
 
 
 def _refused(param: str, why: str, code: str = "invalid_value", status: int = 400) -> RequestError:

@@ -16,7 +16,7 @@ from pydantic.json_schema import models_json_schema
 from dmoa.errors import EmptyAnswerError
 from dmoa.serving.http.errors import RETRY_AFTER_S, ErrorReply, described, encode_json
 from dmoa.serving.http.middleware import OPEN_PATHS
-from dmoa.serving.http.requests import ChatRequest, CompletionRequest, ParsedRequest
+from dmoa.serving.http.requests import ChatRequest, CompletionRequest, OutcomeRequest, ParsedRequest
 from dmoa.trace import ReplyDmoa, ReplyModel, finite, reply_dmoa, step_probabilities
 from dmoa.types import Answer, StepRecord
 
@@ -266,12 +266,20 @@ class ModelListReply(BaseModel):
     data: list[ModelReply] = Field(min_length=1)
 
 
+class OutcomeReply(BaseModel):
+    """Body of /v1/dmoa/outcomes."""
+
+    trace_id: str
+    kept: Literal["new", "same", "changed"]
+    """changed: another word of the same source was there."""
+
+
 _ERRORS: dict[int, str] = {
     400: "A field is wrong; `param` names it.",
     401: "The API key is missing or not known.",
     404: "There is no such model, trace or route.",
     413: "The body is over server.max_body_bytes.",
-    429: "Too many queries are in flight; try again after Retry-After.",
+    429: "Too many queries are in flight, or too many outcomes; try again after Retry-After.",
     500: "An unexpected error; the server's log has the details.",
     503: "No agent is left (`no_agent`), or every contribution was empty (`empty_answer`).",
     504: "The deadline passed before any contribution existed.",
@@ -301,6 +309,16 @@ def completions(request: type[BaseModel], reply: type[CompletionReply]) -> dict[
     }
 
 
+def outcomes() -> dict[str, Any]:
+    """Return FastAPI's arguments for the route that takes outcomes."""
+    body = {"application/json": {"schema": {"$ref": _REF.format(model=OutcomeRequest.__name__)}}}
+    return {
+        "response_model": OutcomeReply,
+        "responses": failures(400, 401, 404, 413, 429, 503),
+        "openapi_extra": {"requestBody": {"required": True, "content": body}},
+    }
+
+
 def install_document(app: FastAPI, *, has_keys: bool) -> None:
     """Complete the document that FastAPI makes of the routes: the schemas of requests, which are not read by it, and keys."""
     make = app.openapi
@@ -315,7 +333,9 @@ def install_document(app: FastAPI, *, has_keys: bool) -> None:
 
 def _complete(document: dict[str, Any], has_keys: bool) -> None:
     components = document["components"]
-    _, requests = models_json_schema([(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template=_REF)
+    _, requests = models_json_schema(
+        [(kind, "validation") for kind in (ChatRequest, CompletionRequest, OutcomeRequest)], ref_template=_REF
+    )
     components["schemas"] |= requests["$defs"]
     if has_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -115,6 +115,7 @@ def create_app(
         ("GET", "/readyz", front.readyz, {"response_model": responses.ReadyReply, "responses": fails() | responses.NOT_READY}),
         ("GET", "/metrics", front.metrics, {"responses": text | fails(401)}),
         ("GET", "/v1/dmoa/traces/{trace_id}", front.trace, {"response_model": dict[str, Any], "responses": fails(401, 404)}),
+        ("POST", "/v1/dmoa/outcomes", front.outcome, responses.outcomes()),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)
     responses.install_document(app, has_keys=bool(key_hashes))
@@ -180,6 +181,13 @@ class _Front:
             message = f"trace_id is {trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
             raise RequestError(message, param="trace_id", code="trace_not_found", status=404)
         return json_response(found)
+
+    async def outcome(self, request: Request) -> Response:
+        """Take what a client knows of how good an answer to one of its queries was, or one agent's reply."""
+        service = self._service()
+        outcome = requests.outcome_of(await _parsed(requests.OutcomeRequest, request), service.agents)
+        said = await service.judge(outcome, _key_hash(request))
+        return json_response(responses.OutcomeReply(trace_id=outcome.trace_id, kept=said))
 
     async def _respond(self, request: Request, order: requests.ParsedRequest, *, is_chat: bool) -> Response:
         rendering = responses.Rendering(order, self._service().pool, is_chat=is_chat)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from dmoa.config import LimitsConfig
 from dmoa.protocols import SwarmClient
+from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.types import Answer, Query
 
 
@@ -50,4 +51,11 @@ class SwarmService(SwarmClient, Protocol):
 
     def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
         """Keep the trace of an answered query; returns at once and never raises."""
+        ...
+
+    async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:
+        """Keep what the key that made a query says of it, and say whether that was new.
+
+        Raises RequestError: 404 where no query of this key has the trace id, 429 for too many, 503 where they cannot be kept.
+        """
         ...

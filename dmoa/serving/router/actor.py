@@ -25,7 +25,7 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.errors import DmoaError
-from dmoa.serving.actors import detached, end_actors, pack_record, router_name, unpack_record
+from dmoa.serving.actors import default_state_uri, detached, end_actors, pack_record, router_name, unpack_record
 from dmoa.serving.agent_client import ServeAgentClient
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.rollover import check_version, pool_version
@@ -92,7 +92,7 @@ class RouterActor:
 
     def _configure(self, config: Config, configured: str | None) -> None:
         from dmoa.routing import LocalRouter
-        from dmoa.serving.router.versions import GateVersions, RouterState, default_state_uri
+        from dmoa.serving.router.versions import GateVersions, RouterState
 
         self._config, self._configured = config, configured
         served = {"config": config.model_dump(mode="json"), "configured": configured}

@@ -30,6 +30,7 @@ class RouterAdmin:
 
         from dmoa.serving.actors import NAMESPACE, router_name
 
+        self._app = app
         self.address: str = ray.get_runtime_context().gcs_address
         """The Ray that is asked."""
         try:
@@ -64,12 +65,25 @@ class RouterAdmin:
         status: RouterStatus = self._call("status")
         return status
 
-    def _call(self, method: str, *arguments: object) -> Any:
+    def feedback(self) -> tuple[bytes, bytes]:
+        """Return the records and the state of the app's feedback, as `FeedbackActor.snapshot`. Raises ConfigError, DmoaError."""
+        import ray
+
+        from dmoa.serving.actors import NAMESPACE, feedback_name
+
+        try:
+            actor = ray.get_actor(feedback_name(self._app), namespace=NAMESPACE)
+        except ValueError:
+            raise ConfigError(f"app {self._app!r} keeps no feedback; set router.feedback to on") from None
+        found: tuple[bytes, bytes] = self._call("snapshot", actor=actor)
+        return found
+
+    def _call(self, method: str, *arguments: object, actor: Any = None) -> Any:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         try:
-            return ray.get(getattr(self._actor, method).remote(*arguments), timeout=CALL_TIMEOUT_S)
+            return ray.get(getattr(actor or self._actor, method).remote(*arguments), timeout=CALL_TIMEOUT_S)
         except RayTaskError as error:
             if isinstance(error.cause, DmoaError):
                 raise error.cause from error

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from platformdirs import user_state_path
 from pyarrow import fs as arrow_fs
 from pyarrow.lib import ArrowException
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -57,11 +56,6 @@ def read_files(files: Mapping[str, bytes], where: str) -> tuple[Gate, Checkpoint
             return checkpoint.load(scratch)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(f"checkpoint {scratch!r}", where)) from error
-
-
-def default_state_uri(app: str) -> str:
-    """Return where state is kept when the configuration names no place: a folder of this user on this machine."""
-    return (user_state_path("dmoa") / "router" / app).as_uri()
 
 
 class RouterState:

@@ -17,6 +17,7 @@ from tests.examples import examples
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
+OUTCOMES = "/v1/dmoa/outcomes"
 JSON = {"content-type": "application/json"}
 VALID: dict[str, Any] = {
     "model": "tiny",
@@ -113,7 +114,7 @@ BODIES = st.dictionaries(st.sampled_from([*VALID, "n", "x"]), VALUES, max_size=6
 @settings(max_examples=examples(150))
 @given(
     content=st.binary(max_size=64) | st.one_of(VALUES, BODIES).map(lambda value: json.dumps(value).encode()),
-    path=st.sampled_from(PATHS),
+    path=st.sampled_from((*PATHS, OUTCOMES)),
 )
 def test_any_bytes(content: bytes, path: str) -> None:
     response = CLIENT.post(path, content=content, headers=JSON)
@@ -140,7 +141,7 @@ def walk(path: str, method: str, mode: GenerationMode, model: str | None = None)
     @KEEP
     @given(case=DOCUMENT[path][method].as_strategy(generation_mode=mode))
     def run(case: schemathesis.Case) -> None:
-        if model is not None and isinstance(case.body, dict):
+        if model is not None and path != OUTCOMES and isinstance(case.body, dict):
             case.body["model"] = model
         statuses.append(case.call_and_validate(excluded_checks=beyond).status_code)
 
@@ -161,6 +162,11 @@ def test_what_can_be_asked_is_as_documented(path: str, mode: GenerationMode, mod
     assert walk(path, "post", mode, model) > 0
 
 
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_outcomes_are_taken_as_documented(mode: GenerationMode) -> None:
+    assert walk(OUTCOMES, "post", mode, "tiny") > 0
+
+
 def test_every_route_is_walked() -> None:
     found = {(operation.ok().path, operation.ok().method) for operation in DOCUMENT.get_all_operations()}
-    assert found == {*((path, "get") for path in GET_PATHS), *((path, "post") for path in PATHS)}
+    assert found == {*((path, "get") for path in GET_PATHS), *((path, "post") for path in (*PATHS, OUTCOMES))}

@@ -21,7 +21,7 @@ from dmoa.config import load, loads
 from dmoa.errors import AgentOverloadedError, CheckpointError, ConfigError, DmoaError, NoAgentError, RequestError, TraceError
 
 COMMANDS = ("run", "chat", "serve", "models", "policies", "schema", "docs", "doctor", "bench", "demo", "evaluate", "report")
-COMMANDS += ("rollouts", "train", "probe", "router", "import-logs")
+COMMANDS += ("rollouts", "train", "probe", "router", "outcomes", "import-logs")
 SCHEMAS = ("pool", "reply", "trace", "rollout", "checkpoint", "bench", "evaluation")
 
 
@@ -42,7 +42,7 @@ def test_every_command_of_the_contract_is_there(dmoa: Any) -> None:
     assert app.info.name == "dmoa"
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("models", "router")])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("models", "router", "outcomes")])
 def test_every_help_has_an_example_and_the_common_options(dmoa: Any, command: str) -> None:
     result = dmoa(command, "--help")
     assert result.exit_code == 0

@@ -42,7 +42,8 @@ FLAGS = {
         "--out:Path! --benchmarks:str= --queries:str* --data-dir:Path --split:str=train --difficulty:int>=1=1 "
         "--limit:int>=1 --seed:int>=0=0 --dense:bool=False --epsilon:float --round:int>=0=0 --checkpoint:Path "
         "--labels:Path --max-steps:int>=1 --max-tokens:int>=1 --skip-bad-rows:bool=False --call-cache:Path "
-        "--address:str$RAY_ADDRESS --workers:int>=1=1 --concurrency:int>=1 --track:str=auto"
+        "--address:str$RAY_ADDRESS --workers:int>=1=1 --concurrency:int>=1 --track:str=auto "
+        "--from-traffic:str --app:str=dmoa"
     ),
     "train": (
         "--rollouts:Path*! --out:Path! --outcomes:Path --preset:str=few-shot --epochs:int>=1 --batch-queries:int>=1 "
@@ -65,6 +66,8 @@ FLAGS = {
     "router rollback": "--note:str= --address:str$RAY_ADDRESS --app:str=dmoa",
     "router history": "--address:str$RAY_ADDRESS --app:str=dmoa",
     "router status": "--address:str$RAY_ADDRESS --app:str=dmoa",
+    "outcomes list": "--state:str --address:str$RAY_ADDRESS --app:str=dmoa",
+    "outcomes export": "--out:Path=outcomes.jsonl --state:str --address:str$RAY_ADDRESS --app:str=dmoa",
 }
 """Command -> its flags beside the common ones: NAME/OTHER:TYPE>=LEAST, then * for repeatable, ! for required, =DEFAULT."""
 

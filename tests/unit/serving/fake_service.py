@@ -13,7 +13,10 @@ import numpy as np
 from fastapi import FastAPI
 
 from dmoa.config import LimitsConfig, ServerConfig
+from dmoa.feedback import feedback_of, tenant_of
 from dmoa.flat import reply_of
+from dmoa.serving.feedback import check_said
+from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
 from dmoa.serving.http.routes import create_app
 from dmoa.types import AgentReply, Answer, Event, Query, RouteDecision, StepRecord, SummarizerRecord, TextDelta, TokenUsage
 
@@ -104,6 +107,9 @@ class FakeService:
     cancelled: int = 0
     asked: list[tuple[Query, str, str | None]] = field(default_factory=list)
     recorded: list[dict[str, Any]] = field(default_factory=list)
+    buffer: FeedbackBuffer = field(
+        default_factory=lambda: FeedbackBuffer(preset="default", max_bytes=2**20, outcomes_per_minute=1000, max_age_s=60)
+    )
 
     async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
         self.asked.append((query, policy, agent))
@@ -140,6 +146,10 @@ class FakeService:
 
     def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
         self.recorded.append({"trace_id": query.trace_id, "key_hash": key_hash, "user": user, "metadata": dict(metadata)})
+        self.buffer.put(feedback_of(query, answer, key_hash=key_hash, fingerprint="f", salt=b"s", created_unix_s=time.time()))
+
+    async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:
+        return check_said(self.buffer.judge(tenant_of(key_hash), outcome, time.time()), outcome)
 
 
 def make_app(service: FakeService, *, keys: tuple[str, ...] = (), max_body_bytes: int = 65536, queued: int = 8) -> FastAPI:

@@ -9,7 +9,8 @@ import pytest
 from dmoa.checkpoint import Checkpoint, describe_gate
 from dmoa.core.gate import Gate, init_gate
 from dmoa.errors import CheckpointError, ConfigError
-from dmoa.serving.router.versions import RouterState, default_state_uri
+from dmoa.serving.actors import default_state_uri
+from dmoa.serving.router.versions import RouterState
 from dmoa.testing import gate_spec
 
 

@@ -1,0 +1,215 @@
+"""The stream of finished queries: an ingress hands each to one named, detached actor per app, which keeps and saves a sample.
+
+Nobody waits for it: a record is made and sent after the reply, and given up where too many are on their way or the actor is gone.
+The actor comes back with its last snapshot, so that its death costs the records of the last seconds and no query.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+
+import ray
+from pyarrow import fs as arrow_fs
+from pyarrow.lib import ArrowException
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+from dmoa.config import Config
+from dmoa.errors import ConfigError, RequestError
+from dmoa.feedback import FILE, Feedback, feedback_of, read_feedback, tenant_of, write_feedback
+from dmoa.serving.actors import default_state_uri, detached, feedback_name, pack_record, unpack_record
+from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
+from dmoa.storage import write_at
+from dmoa.types import Answer, Query
+
+_LOG = logging.getLogger("dmoa.feedback")
+MAX_PENDING = 64
+"""Records of an ingress that may be on their way; one more is given up."""
+PATIENCE_S = 10.0
+"""How long an ingress waits for the actor to take a record, or an outcome."""
+SAVE_S = 2.0
+"""How often what is new is saved, where saving takes no more than a twentieth of the time."""
+_SHARE = 20
+STATE = "feedback.json"
+"""Traces and outcomes, beside the records."""
+
+
+class FeedbackStore:
+    """A snapshot under `feedback/` of `router.state_uri`; every file is written whole, then renamed."""
+
+    def __init__(self, uri: str) -> None:
+        """Open the place. Raises ConfigError for a URI that no file system serves."""
+        try:
+            self._fs, root = arrow_fs.FileSystem.from_uri(uri)
+        except (ArrowException, OSError, ValueError) as error:
+            raise ConfigError(f"router.state_uri is {uri!r}; expected file:///DIR, s3://..., gs://... ({error})") from error
+        self._root = f"{root.rstrip('/')}/feedback"
+        self.place = f"{uri.rstrip('/')}/feedback"
+
+    def save(self, records: bytes, state: bytes) -> None:
+        """Keep a snapshot. Raises OSError."""
+        write_at(self._fs, f"{self._root}/{FILE}", records)
+        write_at(self._fs, f"{self._root}/{STATE}", state)
+
+    def load(self) -> tuple[list[Feedback], bytes] | None:
+        """Return the records and the state, None where there are none. Raises ConfigError where they cannot be read."""
+        names = (f"{self._root}/{FILE}", f"{self._root}/{STATE}")
+        if any(info.type != arrow_fs.FileType.File for info in self._fs.get_file_info(list(names))):
+            return None
+        records, state = (self._fs.open_input_stream(name).readall() for name in names)
+        return read_feedback(records, f"{self.place}/{FILE}"), state
+
+
+def buffer_of(config: Config) -> FeedbackBuffer:
+    """Return an empty buffer with the bounds of a configuration."""
+    router = config.router
+    return FeedbackBuffer(
+        preset=config.gate.preset,
+        max_bytes=router.feedback_mb * 2**20,
+        outcomes_per_minute=router.outcomes_per_minute,
+        max_age_s=router.outcome_days * 86_400,
+    )
+
+
+class FeedbackActor:
+    """The buffer of one app, and its snapshots."""
+
+    def __init__(self, config_json: str, app: str) -> None:
+        config = Config.model_validate_json(config_json)
+        served = _internal_kv_get(f"dmoa/config/{app}".encode())
+        if served and ray.get_runtime_context().was_current_actor_reconstructed:
+            config = Config.model_validate(json.loads(served)["config"])  # the constructor sees only the first one
+        self._app = app
+        self._saver: asyncio.Task[None] | None = None
+        self._changes = self._saved = 0
+        self._configure(config)
+
+    def _configure(self, config: Config) -> None:
+        self._buffer = buffer_of(config)
+        self._store = FeedbackStore(config.router.state_uri or default_state_uri(self._app))
+        try:
+            found = self._store.load()
+            if found:
+                self._buffer.restore(*found)
+        except (ConfigError, OSError) as error:
+            _LOG.warning("feedback begins anew: %s", error)
+            self._buffer = buffer_of(config)
+        self._config = config
+
+    async def configure(self, config_json: str) -> None:
+        """Take the bounds and the place of a configuration; what was kept goes on being kept."""
+        config = Config.model_validate_json(config_json)
+        if config != self._config:
+            await self.save()
+            self._configure(config)
+        if self._saver is None or self._saver.done():
+            self._saver = asyncio.get_running_loop().create_task(self._save_often())
+
+    async def put(self, packed: bytes) -> None:
+        """Take one packed `Feedback`."""
+        self._buffer.put(unpack_record(packed))
+        self._touch()
+
+    async def judge(self, tenant: str, outcome: KeptOutcome) -> Said:
+        """Keep an outcome as `FeedbackBuffer.judge`."""
+        self._touch()
+        return self._buffer.judge(tenant, outcome, time.time())
+
+    async def snapshot(self) -> tuple[bytes, bytes]:
+        """Return records and state as they are now, as in the files of a snapshot."""
+        return await asyncio.to_thread(write_feedback, self._buffer.records()), self._buffer.state()
+
+    async def save(self) -> None:
+        """Write a snapshot, where something is new."""
+        if self._changes == self._saved:
+            return
+        changes, (records, state) = self._changes, await self.snapshot()
+        try:
+            await asyncio.to_thread(self._store.save, records, state)
+            self._saved = changes
+        except (OSError, ArrowException) as error:
+            _LOG.warning("feedback was not saved: %s", error)
+
+    def _touch(self) -> None:
+        self._changes += 1
+        if self._saver is None or self._saver.done():
+            self._saver = asyncio.get_running_loop().create_task(self._save_often())
+
+    async def _save_often(self) -> None:
+        while True:
+            started = time.monotonic()
+            await self.save()
+            await asyncio.sleep(max(SAVE_S, _SHARE * (time.monotonic() - started)))
+
+
+class FeedbackSender:
+    """The ingress's side: hands over finished queries and outcomes, and never makes a query wait."""
+
+    def __init__(self, config: Config, app: str) -> None:
+        """Find the app's actor, or create it."""
+        self._config_json = config.model_dump_json()
+        self._actor = ray.remote(FeedbackActor).options(**detached(feedback_name(app))).remote(self._config_json, app)
+        name = f"dmoa/feedback-salt/{app}".encode()
+        _internal_kv_put(name, os.urandom(32), overwrite=False)  # never saved: without it a token tells nothing
+        self._salt: bytes = _internal_kv_get(name)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.given_up = 0
+        """Records that were not sent."""
+
+    async def start(self) -> None:
+        """Hand the configuration over."""
+        await self._actor.configure.remote(self._config_json)
+
+    def send(self, query: Query, answer: Answer, *, key_hash: str, fingerprint: str) -> None:
+        """Send the record of an answered query, later; returns at once and never raises."""
+        if len(self._tasks) >= MAX_PENDING:
+            self._give_up("too many are on their way")
+            return
+        task = asyncio.get_running_loop().create_task(self._send(query, answer, key_hash, fingerprint))
+        self._tasks[answer.trace_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(answer.trace_id, None))
+
+    async def _send(self, query: Query, answer: Answer, key_hash: str, fingerprint: str) -> None:
+        now = time.time()
+        try:
+            record = await asyncio.to_thread(
+                feedback_of, query, answer, key_hash=key_hash, fingerprint=fingerprint, salt=self._salt, created_unix_s=now
+            )
+            async with asyncio.timeout(PATIENCE_S):
+                await self._actor.put.remote(pack_record(record))
+        except (RayError, TimeoutError) as error:
+            self._give_up(type(error).__name__)
+
+    def _give_up(self, reason: str) -> None:
+        self.given_up += 1
+        if self.given_up & (self.given_up - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: a log is bounded too
+            _LOG.warning("feedback of %d queries was lost so far, now because of %s", self.given_up, reason)
+
+    async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:
+        """Hand over an outcome. Raises RequestError: 404 and 429 for what the buffer refuses, 503 while the actor is away."""
+        pending = self._tasks.get(outcome.trace_id)  # a client may be quicker than the record of its query
+        if pending is not None:
+            await asyncio.wait({pending})
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                said: Said = await self._actor.judge.remote(tenant_of(key_hash), outcome)
+        except (RayError, TimeoutError) as error:
+            raise RequestError(
+                f"outcomes are not taken just now ({type(error).__name__}); send it again", code="feedback_away", status=503
+            ) from error
+        return check_said(said, outcome)
+
+
+def check_said(said: Said, outcome: KeptOutcome) -> Said:
+    """Return what the buffer said. Raises RequestError (404, 429) where it refused the outcome."""
+    if said == "unknown":
+        message = f"trace_id is {outcome.trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
+        raise RequestError(message, param="trace_id", code="trace_not_found", status=404)
+    if said == "too_many":
+        message = "too many outcomes of this key in the last minute (router.outcomes_per_minute); send the rest later"
+        raise RequestError(message, code="too_many_requests", status=429)
+    return said

@@ -1,0 +1,200 @@
+"""What the feedback actor holds, apart from Ray: samples of finished queries per key and context, and what clients say of them.
+
+Everything is kept key by key: what one key sends takes no place of another's context, trace or outcome, and where the records
+together are too many, the largest group gives one up.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import random
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from dmoa.core.features import Preset
+from dmoa.core.in_step import context_part
+from dmoa.errors import ConfigError
+from dmoa.feedback import Feedback
+from dmoa.types import FloatArray
+
+MAX_CONTEXTS = 16
+"""Groups of similar queries that are told apart within a key; further kinds join the nearest."""
+SAME_CONTEXT = 0.3
+"""Least cosine of two first inputs of one group; questions of one benchmark have more, those of two mostly less."""
+MAX_TRACES = 10_000
+"""Newest queries of a key that an outcome may speak of, and outcomes of a key that are kept."""
+_STEP_BYTES, _REPLY_BYTES = 1500, 1200
+"""About what the objects of a step and of a reply take in memory beside their arrays."""
+Said = Literal["new", "same", "changed", "unknown", "too_many"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptOutcome:
+    """What a client said of one of its queries."""
+
+    trace_id: str
+    agent: str | None
+    """Whose reply was judged; None: the final answer."""
+    step: int | None
+    """Which of its replies; None: that to the first step."""
+    reward: float
+    """1 right, 0 wrong."""
+    source: str
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """All that is known of one key."""
+
+    traces: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    """Newest queries, and when each was answered."""
+    outcomes: OrderedDict[tuple[str, str, str | None, int | None], KeptOutcome] = field(default_factory=OrderedDict)
+    leaders: list[FloatArray] = field(default_factory=list)
+    """First input [D] of each context, of unit length."""
+    asked: deque[float] = field(default_factory=deque)
+    """When outcomes came in the last minute."""
+
+    def context(self, input_D: FloatArray) -> int:
+        """Return which group of queries an input belongs to, or begin one (leader clustering, Hartigan 1975)."""
+        unit_D = input_D / max(float(np.linalg.norm(input_D)), 1e-12)
+        near = [float(leader_D @ unit_D) if leader_D.shape == unit_D.shape else -1.0 for leader_D in self.leaders]
+        best = int(np.argmax(near)) if near else -1
+        if best >= 0 and (near[best] >= SAME_CONTEXT or len(near) >= MAX_CONTEXTS):
+            return best
+        self.leaders.append(unit_D)
+        return len(near)
+
+
+class FeedbackBuffer:
+    """An even sample of the queries of every key and context, the newest traces, and outcomes. Not for two threads at once."""
+
+    def __init__(
+        self, *, preset: Preset, max_bytes: int, outcomes_per_minute: int, max_age_s: float, seed: int | None = None
+    ) -> None:
+        """`max_bytes`: about what all records may take; `max_age_s`: how long after its answer a query may be judged."""
+        self.preset = preset
+        self.max_bytes = max_bytes
+        self.outcomes_per_minute = outcomes_per_minute
+        self.max_age_s = max_age_s
+        self.seen = 0
+        """Records taken so far, those since given up too."""
+        self.bytes = 0
+        self._random = random.Random(seed)  # noqa: S311 -- a sample, not a secret
+        self._numbers = itertools.count()
+        self._tenants: dict[str, _Tenant] = {}
+        self._groups: dict[tuple[str, int], list[tuple[float, int, Feedback]]] = {}
+        """A heap each, whose first entry has the highest draw: the next one to go (bottom-k sample, Cohen & Kaplan 2007)."""
+        self._group_bytes: dict[tuple[str, int], int] = {}
+
+    def put(self, record: Feedback) -> None:
+        """Take a record, unless its query is known already; one of the largest group's goes where there are too many."""
+        tenant = self._tenants.setdefault(record.tenant, _Tenant())
+        trace_id = record.answer.trace_id
+        if trace_id in tenant.traces:
+            return
+        _remember(tenant.traces, trace_id, record.created_unix_s)
+        self._keep(tenant, record)
+
+    def _keep(self, tenant: _Tenant, record: Feedback) -> None:
+        route = record.answer.steps[0].route if record.answer.steps else None
+        if route is None:
+            return  # no gate decided: only outcomes of other queries can be learned from
+        group = record.tenant, tenant.context(_query_part(route.input_X, self.preset))
+        self.seen += 1
+        heapq.heappush(self._groups.setdefault(group, []), (-self._random.random(), next(self._numbers), record))
+        self._count(group, size_of(record))
+        while self.bytes > self.max_bytes:
+            largest = max(self._group_bytes, key=lambda name: self._group_bytes[name])
+            *_, gone = heapq.heappop(self._groups[largest])
+            self._count(largest, -size_of(gone))
+
+    def _count(self, group: tuple[str, int], size: int) -> None:
+        self.bytes += size
+        self._group_bytes[group] = self._group_bytes.get(group, 0) + size
+
+    def judge(self, tenant_name: str, outcome: KeptOutcome, now: float) -> Said:
+        """Keep what a key says of one of its queries; the last word of a source on an answer counts.
+
+        unknown: no query of this key that is young enough has the trace id, whoever else's may; too_many: this minute.
+        """
+        tenant = self._tenants.setdefault(tenant_name, _Tenant())
+        while tenant.asked and tenant.asked[0] <= now - 60:
+            tenant.asked.popleft()
+        if len(tenant.asked) >= self.outcomes_per_minute:
+            return "too_many"
+        tenant.asked.append(now)
+        if now - tenant.traces.get(outcome.trace_id, -np.inf) > self.max_age_s:
+            return "unknown"
+        name = outcome.trace_id, outcome.source, outcome.agent, outcome.step
+        before = tenant.outcomes.get(name)
+        _remember(tenant.outcomes, name, outcome)
+        return "new" if before is None else "same" if before == outcome else "changed"
+
+    def records(self) -> list[Feedback]:
+        """Return what is kept, in the order in which it came."""
+        return [record for _, _, record in sorted(itertools.chain(*self._groups.values()), key=lambda entry: entry[1])]
+
+    def groups(self) -> dict[tuple[str, int], int]:
+        """Return how many records are kept, by key and context."""
+        return {group: len(entries) for group, entries in self._groups.items() if entries}
+
+    def outcomes(self) -> list[KeptOutcome]:
+        """Return all outcomes, key by key, oldest first."""
+        return [outcome for tenant in self._tenants.values() for outcome in tenant.outcomes.values()]
+
+    def state(self) -> bytes:
+        """Return what is known beside the records, as JSON."""
+        tenants = {
+            name: {"traces": dict(tenant.traces), "outcomes": [asdict(outcome) for outcome in tenant.outcomes.values()]}
+            for name, tenant in self._tenants.items()
+        }
+        return json.dumps({"tenants": tenants}).encode()
+
+    def restore(self, records: list[Feedback], state: bytes) -> None:
+        """Take up a snapshot in an empty buffer. Raises ConfigError for a state that cannot be read."""
+        for record in records:
+            self.put(record)
+        for name, kept, outcomes in read_state(state):
+            tenant = self._tenants.setdefault(name, _Tenant())
+            tenant.traces = OrderedDict(kept)
+            tenant.outcomes = OrderedDict(((one.trace_id, one.source, one.agent, one.step), one) for one in outcomes)
+
+
+def read_state(state: bytes) -> Iterator[tuple[str, dict[str, float], list[KeptOutcome]]]:
+    """Yield each key of a snapshot's state with its traces and outcomes. Raises ConfigError for what is none."""
+    try:
+        for name, tree in json.loads(state)["tenants"].items():
+            traces = {str(trace): float(unix_s) for trace, unix_s in tree["traces"].items()}
+            yield name, traces, [KeptOutcome(**one) for one in tree["outcomes"]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"feedback state: {error}; remove the file to begin anew") from error
+
+
+def _remember(kept: OrderedDict[Any, Any], name: object, value: object) -> None:
+    kept[name] = value
+    kept.move_to_end(name)
+    while len(kept) > MAX_TRACES:
+        kept.popitem(last=False)
+
+
+def _query_part(input_X: FloatArray, preset: Preset) -> FloatArray:
+    """Return the part of a first input that the query alone makes: its embedding [D]."""
+    context_D = context_part(input_X, preset)
+    return context_D if preset == "paper" else context_D[: len(context_D) // 2]
+
+
+def size_of(record: Feedback) -> int:
+    """Return about how many bytes a record takes in memory."""
+    size = _STEP_BYTES
+    for step in record.answer.steps:
+        arrays = (0 if step.route is None else step.route.input_X.nbytes) + (
+            0 if step.decision is None else step.decision.probability_A.nbytes
+        )
+        size += _STEP_BYTES + arrays + _REPLY_BYTES * len(step.replies)
+    return size

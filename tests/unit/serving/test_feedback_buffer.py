@@ -1,0 +1,157 @@
+"""The feedback buffer: bounded, fair between keys, an even sample, and outcomes by the key that asked alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmoa.errors import ConfigError
+from dmoa.feedback import Feedback, write_feedback
+from dmoa.serving import feedback_buffer
+from dmoa.serving.feedback import FeedbackStore
+from dmoa.serving.feedback_buffer import MAX_CONTEXTS, FeedbackBuffer, KeptOutcome, size_of
+from dmoa.types import FloatArray
+from tests.unit.test_feedback import record_of
+
+ONE = record_of(["19", "20"])
+SIZE = size_of(ONE)
+D = 8
+
+
+def buffer(num_records: int = 100, **changes: float) -> FeedbackBuffer:
+    values = {"outcomes_per_minute": 100, "max_age_s": 1000.0, "seed": 1} | changes
+    # A step's input of 20 numbers takes 68 bytes more than one of 3.
+    return FeedbackBuffer(preset="default", max_bytes=num_records * (SIZE + 68), **values)  # type: ignore[arg-type]
+
+
+def made(number: int, tenant: str = "mine", direction: int = 0) -> Feedback:
+    """A record whose query points in one of D directions: 2D numbers of context, 4 of feedback."""
+    input_X: FloatArray = np.zeros(2 * D + 4, np.float32)
+    input_X[direction] = 2.0
+    (step,) = ONE.answer.steps
+    assert step.route is not None
+    steps = (replace(step, route=replace(step.route, input_X=input_X)),)
+    return replace(ONE, tenant=tenant, answer=replace(ONE.answer, trace_id=f"{tenant}{number}", steps=steps))
+
+
+def said(trace_id: str, reward: float = 1.0, **changes: object) -> KeptOutcome:
+    values: dict[str, object] = {"agent": None, "step": None, "source": ""}
+    return KeptOutcome(trace_id=trace_id, reward=reward, **values | changes)  # type: ignore[arg-type]
+
+
+def test_the_buffer_never_holds_more_than_it_may() -> None:
+    kept = buffer(10)
+    for number in range(200):
+        kept.put(made(number, direction=number % D))
+        assert kept.bytes <= kept.max_bytes
+        assert kept.bytes == sum(map(size_of, kept.records()))
+    assert (kept.seen, len(kept.records())) == (200, 10)
+    assert max(kept.groups().values()) - min(kept.groups().values()) <= 1
+
+
+def test_one_key_takes_no_place_of_another() -> None:
+    kept = buffer(20)
+    for number in range(5):
+        kept.put(made(number, "small"))
+    for number in range(500):
+        kept.put(made(number, "large"))
+    assert Counter(record.tenant for record in kept.records()) == {"small": 5, "large": 15}
+
+
+def test_a_sample_is_even_over_time() -> None:
+    times: Counter[bool] = Counter()
+    for seed in range(40):
+        kept = buffer(10, seed=seed)
+        for number in range(100):
+            kept.put(made(number))
+        times.update(int(record.answer.trace_id.removeprefix("mine")) < 50 for record in kept.records())
+    # 400 draws, half of them early: 10 standard deviations of a fair coin are 100.
+    assert times[True] == pytest.approx(200, abs=50)
+
+
+def test_queries_that_are_alike_are_one_context_and_contexts_are_bounded() -> None:
+    kept = buffer(1000)
+    for number in range(30):
+        kept.put(made(number, direction=number % 3))
+    assert sorted(kept.groups().values()) == [10, 10, 10]
+    wide = FeedbackBuffer(preset="paper", max_bytes=2**20, outcomes_per_minute=1, max_age_s=1.0)
+    (step,) = ONE.answer.steps
+    assert step.route is not None
+    for number, row_D in enumerate(np.eye(40, dtype=np.float32)):
+        steps = (replace(step, route=replace(step.route, input_X=row_D)),)
+        wide.put(replace(ONE, answer=replace(ONE.answer, trace_id=str(number), steps=steps)))
+    assert len(wide.groups()) == MAX_CONTEXTS
+    assert sum(wide.groups().values()) == 40
+
+
+def test_a_query_is_taken_once() -> None:
+    kept = buffer()
+    kept.put(made(1))
+    kept.put(made(1))
+    assert (kept.seen, len(kept.records())) == (1, 1)
+
+
+def test_outcomes_are_of_the_key_that_asked() -> None:
+    kept = buffer()
+    kept.put(made(1))
+    assert kept.judge("mine", said("mine1"), 10.0) == "new"
+    assert kept.judge("mine", said("mine1"), 11.0) == "same"
+    assert kept.judge("mine", said("mine1", 0.0), 12.0) == "changed"
+    assert kept.judge("mine", said("mine1", source="tests"), 13.0) == "new"
+    assert kept.judge("mine", said("mine1", agent="a0"), 13.0) == "new"
+    assert kept.judge("other", said("mine1"), 14.0) == kept.judge("other", said("nothing"), 14.0) == "unknown"
+    assert kept.judge("mine", said("mine1"), 7.0 + 1000.1) == "unknown"  # ONE was answered at 7 s
+    assert [(one.reward, one.source, one.agent) for one in kept.outcomes()] == [
+        (0.0, "", None),
+        (1.0, "tests", None),
+        (1.0, "", "a0"),
+    ]
+
+
+def test_outcomes_are_bounded_by_the_minute_of_each_key() -> None:
+    kept = buffer(outcomes_per_minute=2)
+    kept.put(made(1))
+    kept.put(made(1, "other"))
+    assert [kept.judge("mine", said(trace), 10.0) for trace in ("mine1", "guess", "mine1")] == ["new", "unknown", "too_many"]
+    assert kept.judge("other", said("other1"), 10.0) == "new"
+    assert kept.judge("mine", said("mine1"), 69.9) == "too_many"
+    assert kept.judge("mine", said("mine1"), 70.0) == "same"
+
+
+def test_traces_of_a_key_are_bounded() -> None:
+    kept = buffer(5)
+    for number in range(feedback_buffer.MAX_TRACES + 1):
+        feedback_buffer._remember(kept._tenants.setdefault("mine", feedback_buffer._Tenant()).traces, f"mine{number}", 7.0)
+    assert kept.judge("mine", said("mine0"), 8.0) == "unknown"
+    assert kept.judge("mine", said("mine1"), 8.0) == "new"
+
+
+def test_a_snapshot_is_taken_up(tmp_path: Path) -> None:
+    kept, store = buffer(10), FeedbackStore((tmp_path / "state").as_uri())
+    assert store.load() is None
+    for number in range(30):
+        kept.put(made(number, direction=number % 2))
+    kept.judge("mine", said("mine3", 0.25), 10.0)
+    store.save(write_feedback(kept.records()), kept.state())
+    found, again = store.load(), buffer(10)
+    assert found is not None
+    again.restore(*found)
+    assert [one.answer.trace_id for one in again.records()] == [one.answer.trace_id for one in kept.records()]
+    assert (again.groups(), again.outcomes()) == (kept.groups(), kept.outcomes())
+    assert again.judge("mine", said("mine0"), 10.0) == "new", "a query that is no longer in the sample can still be judged"
+    assert sorted(path.name for path in (tmp_path / "state" / "feedback").iterdir()) == ["feedback.json", "queries.parquet"]
+
+
+@pytest.mark.parametrize("state", [b"", b"[]", b'{"tenants": {"a": {"traces": {}, "outcomes": [{}]}}}'])
+def test_a_damaged_state_is_an_error(state: bytes) -> None:
+    with pytest.raises(ConfigError, match="feedback state"):
+        buffer().restore([], state)
+
+
+def test_a_bad_place_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"router\.state_uri is 'nowhere://x'; expected file:///DIR"):
+        FeedbackStore("nowhere://x")
