@@ -113,11 +113,14 @@ class Dispatcher:
                 for task in [task for task in running if task in done]:
                     reply, has_time = task.result(), state.deadline_unix_s is None or time.time() < state.deadline_unix_s
                     upcoming += step.after(running.pop(task), reply, has_time=has_time, has_text=bool(text))
+                if plan.quorum is not None and sum(reply.status == "ok" for reply in step.replies) >= plan.quorum:
+                    break
             await asyncio.gather(*exploring.values())
         finally:
             await _end((*running, *exploring.values()))
+        late = f"the step had its {plan.quorum} contributions before"
         return StepReplies(
-            replies=step.replies,
+            replies=(*step.replies, *(AgentReply(agent=x.activation.agent, status="late", error=late) for x in running.values())),
             explored=tuple((x, exploring[x.agent].result()) for x in plan.explored if x.agent in exploring),
         )
 
@@ -154,7 +157,7 @@ class Dispatcher:
         activation = wanted.activation
         card = self._cards[activation.agent]
         query, history = _seen(state, activation)
-        sampling = self.sampling_for(query, card.sampling, is_final=is_final)
+        sampling = _sampling_of(activation, self.sampling_for(query, card.sampling, is_final=is_final))
         budget = query.limits.budget_tokens
         if budget is not None:
             left = budget - state.tokens_used - wanted.tokens_used
@@ -175,6 +178,7 @@ class Dispatcher:
             conversation=state.query.conversation,
             question="" if _extra(query, history, activation) else question_key(query.text),
             query_id=query.query_id,
+            sample=activation.sample,
         )
 
 
@@ -182,6 +186,16 @@ def calls_left(state: QueryState) -> int | None:
     """Return how many calls the query's budget of calls allows; None: any number."""
     budget = state.query.limits.budget_calls
     return None if budget is None else budget - state.calls_used
+
+
+def _sampling_of(activation: Activation, sampling: Sampling) -> Sampling:
+    """Return how a call is decoded: what its activation asks for comes before the agent's and the client's wishes."""
+    return replace(
+        sampling,
+        temperature=sampling.temperature if activation.temperature is None else activation.temperature,
+        max_tokens=min(sampling.max_tokens, activation.max_tokens or sampling.max_tokens),
+        seed=None if sampling.seed is None else sampling.seed + activation.sample,
+    )
 
 
 def _seen(state: QueryState, activation: Activation) -> tuple[Query, tuple[str, ...]]:

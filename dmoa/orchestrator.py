@@ -12,8 +12,8 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
-from dmoa.agents.summarizer import Fold, Summarizer
-from dmoa.core.aggregate import anchors_of, contributions, select_contribution
+from dmoa.agents.summarizer import Fold, SelectSummarizer, Summarizer
+from dmoa.core.aggregate import anchors_of, contributions, select_contribution, surest_contribution
 from dmoa.core.answers import THOUGHT_ONLY
 from dmoa.core.in_step import Judgement, judge
 from dmoa.core.stopping import budget_stop, rule_stop
@@ -157,7 +157,12 @@ class Orchestrator:
             return Fold(summary=text, record=record, selection=None)
         sampling = self.dispatcher.sampling_for(state.query, self.summarizer_sampling, is_final=True)
         leading, anchors = judgement.selection if judgement else None, anchors_of(plan.decision)
-        fold = await self.summarizer.fold(
+        if plan.fold == "surest":
+            return await SelectSummarizer().fold(
+                state, usable, sampling, emit, lambda replies: surest_contribution(replies, anchors)
+            )
+        folder = SelectSummarizer() if plan.fold == "vote" else self.summarizer
+        fold = await folder.fold(
             state, usable, sampling, emit, lambda replies: leading or select_contribution(replies, anchors, asked=state.asked)
         )
         return replace(fold, record=priced(fold.record, self.summarizer_price))
@@ -167,7 +172,7 @@ class Orchestrator:
         left = calls_left(state)
         if left is None:
             return plan
-        own = 0 if self.is_select or plan.fold == "pass" else 1
+        own = 0 if self.is_select or plan.fold != "summarizer" else 1
         return replace(plan, activations=plan.activations[: max(1, left - own)])
 
     def _stop_reason(

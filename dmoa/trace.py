@@ -174,7 +174,7 @@ class ReplyDmoa(ReplyModel):
     stop_reason: Annotated[StopReason, BeforeValidator(_stop_reason)]
     """Why the query ended: by the summarizer's verdict, agreement of the agents, a reply that was sure, a policy that asks once
     (single), or a budget (max_steps, budget_tokens, budget_price, budget_calls, deadline). no_agent: agents were lost on the way,
-    this is the best answer before. stages: all set steps are done (evaluation)."""
+    this is the best answer before. stages: all set steps are done (evaluation). schedule: the policy's last step is done."""
     price: float | None = None
     """What all calls cost together; null where that of one is not known."""
     steps: list[ReplyStep]

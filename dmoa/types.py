@@ -37,6 +37,7 @@ StopReason = Literal[
     "single",
     "no_agent",
     "stages",
+    "schedule",
 ]
 Verdict = Literal["final", "continue", "unparsable", "rule"]
 RoutedBy = Literal["router", "ingress"]
@@ -243,11 +244,13 @@ class AgentCall:
     """`question_key` of the query where the prompt is that text in the agent's role; empty where there is more in the prompt."""
     query_id: str = ""
     """`Query.query_id`."""
+    sample: int = 0
+    """As the activation's."""
 
     @property
     def call_id(self) -> str:
-        """`trace/step/agent`, the same for every attempt of the call."""
-        return f"{self.trace_id}/{self.step}/{self.agent}"
+        """`trace/step/agent`, with `~sample` after the first of several; the same for every attempt of the call."""
+        return f"{self.trace_id}/{self.step}/{self.agent}{f'~{self.sample}' if self.sample else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -550,6 +553,12 @@ class Activation:
     """Earlier work that the agent sees, oldest first; None: the summaries of all steps so far."""
     propensity: float = 1.0
     """Probability with which exploration came to ask this agent, given the policy's own choice; 1.0 where it was certain."""
+    sample: int = 0
+    """Which of several calls of the agent in this step it is: each draws its own words, where temperature is above 0."""
+    temperature: float | None = None
+    """Temperature of this call, 0..2; None: the agent's, or the client's."""
+    max_tokens: int | None = None
+    """Most new tokens of this call, where that is less than the agent's own limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -562,8 +571,11 @@ class StepPlan:
     """Who takes the place of a lost agent, and whom the cascade asks, next-ranked first."""
     explored: tuple[Activation, ...] = ()
     """Agents asked only to learn from: their replies are recorded and count for nothing else, nobody stands in for them."""
-    fold: Literal["summarizer", "pass"] = "summarizer"
-    """Whether the pool's summarizer folds the replies, or the first reply passes unchanged."""
+    fold: Literal["summarizer", "pass", "vote", "surest"] = "summarizer"
+    """What becomes the summary: what the pool's summarizer makes of the replies, the first reply, the answer that most agree on
+    (or else the surest reply), or the reply of the lowest score. None but the summarizer calls a model or ends a query."""
+    quorum: int | None = None
+    """Contributions that end the step, the others are cancelled; None: all are waited for."""
     ends_with: StopReason | None = None
     """Set on the last step of a schedule: why the query ends after it, whatever its budgets say."""
     mass: float = 1.0

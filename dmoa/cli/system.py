@@ -274,26 +274,34 @@ def policies(common: Common) -> None:
     \b
     dmoa policies
     dmoa run "What is 12 + 7?" --policy single
+    dmoa run "What is 12 + 7?" --policy moa:layers=2:agents=adder+echo
     dmoa run "What is 12 + 7?" --policy mine.py:Mine    one of your own, see `dmoa docs extending`
     """
     from dmoa.policies.registry import POLICIES
 
-    found = [{"name": name, "summary": _summary(name)} for name in POLICIES]
+    found = [{"name": name, **_policy_facts(name)} for name in POLICIES]
     width = max(map(len, POLICIES))
     for row in found:
         typer.echo(f"{row['name']:<{width}}  {row['summary']}")
+        parameters = ", ".join(key if value is None else f"{key}={value}" for key, value in row["parameters"].items())
+        if row["calls"]:
+            typer.echo(f"{'':<{width}}  calls: {row['calls']}{f'; {parameters}' if parameters else ''}")
+    common.say("A: agents that take part (agents=NAME+NAME, else the pool); parameters follow a name, as in moa:layers=2")
     common.say("FILE.py:NAME is one of a file of your own, see `dmoa docs extending`")
     common.write_json(found)
 
 
-def _summary(name: str) -> str:
+def _policy_facts(name: str) -> dict[str, Any]:
     """Return what a policy says of itself, or why it cannot be loaded: one broken package does not hide the others."""
     from dmoa.policies.registry import POLICIES
 
     try:
-        return POLICIES[name].summary
+        entry = POLICIES[name]
     except ConfigError as error:
-        return str(error)
+        return {"summary": str(error), "calls": "", "parameters": {}, "first_step_only": None}
+    fields = entry.options.model_fields if entry.options else {}
+    parameters = {key: field.default for key, field in fields.items() if key != "agents"}
+    return {"summary": entry.summary, "calls": entry.cost, "parameters": parameters, "first_step_only": entry.first_step_only}
 
 
 @partial(with_common, has_pool=False)

@@ -78,10 +78,7 @@ def select_contribution(replies: Sequence[AgentReply], anchors: Anchors = RAW, *
     does not say. `asked` is the question, whose form answers have. Source: ours.
     """
 
-    def key(reply: AgentReply) -> tuple[bool, float, bool]:
-        return is_cut(reply), doubt(reply, anchors), reply.entropy.kind == "truncated"
-
-    counted = sorted(contributions(replies), key=key)
+    counted = _by_sureness(replies, anchors)
     if not counted:
         return None
     groups: dict[str, list[AgentReply]] = {}
@@ -93,3 +90,16 @@ def select_contribution(replies: Sequence[AgentReply], anchors: Anchors = RAW, *
     is_agreed = len(largest) >= 2
     chosen = largest[0] if is_agreed else counted[0]
     return Selection(agent=chosen.agent, text=chosen.text, is_agreed=is_agreed)
+
+
+def surest_contribution(replies: Sequence[AgentReply], anchors: Anchors = RAW) -> Selection | None:
+    """Return the contribution of the lowest score, whatever the others say; None if there is none."""
+    counted = _by_sureness(replies, anchors)
+    return Selection(agent=counted[0].agent, text=counted[0].text, is_agreed=False) if counted else None
+
+
+def _by_sureness(replies: Sequence[AgentReply], anchors: Anchors) -> list[AgentReply]:
+    def key(reply: AgentReply) -> tuple[bool, float, bool]:
+        return is_cut(reply), doubt(reply, anchors), reply.entropy.kind == "truncated"
+
+    return sorted(contributions(replies), key=key)

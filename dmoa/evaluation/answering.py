@@ -16,9 +16,6 @@ from dmoa.trace import replies_in_order
 from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, SummarizerRecord, TokenUsage
 from dmoa.validation import redact_text
 
-AGENT_MARK = ":"
-"""`single:NAME` is the policy `single` on the agent NAME."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asking:
@@ -27,12 +24,6 @@ class Asking:
     seed: int
     limits: Limits
     """Budgets of a query; a task with more stages than steps allowed still runs all its stages."""
-
-
-def split_policy(policy: str) -> tuple[str, str | None]:
-    """Return a policy's name and the agent it names, as in `single:NAME`."""
-    name, mark, agent = policy.partition(AGENT_MARK)
-    return name, agent if mark else None
 
 
 def query_of_task(task: Task, policy: str, asking: Asking) -> Query:

@@ -34,9 +34,10 @@ from dmoa.dataflow import (
     stream,
 )
 from dmoa.errors import EmptyAnswerError
-from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, score_answer, split_policy, unanswered
+from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, score_answer, unanswered
 from dmoa.evaluation.records import Answered, FileRecord, Label, Scored, Scorer, Task
 from dmoa.evaluation.run_folder import RunFolder, append, mend
+from dmoa.policies.registry import split_policy
 from dmoa.protocols import OpenSwarm, final_answer
 
 OpenScorers = Callable[[], Mapping[str, Scorer]]

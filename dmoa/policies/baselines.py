@@ -10,7 +10,14 @@ from dmoa.policies.registry import PolicyContext, policy
 from dmoa.types import Activation, QueryState, StepPlan, Stop
 
 
-@policy("single", "One agent answers once: the one named, or the pool's first.", width=lambda config: 1)
+@policy(
+    "single",
+    "One agent answers once: the one named, or the pool's first.",
+    width=lambda config: 1,
+    cost="1",
+    reads="0",
+    first_step_only=True,
+)
 def build_single(context: PolicyContext) -> SinglePolicy:
     """Return the policy of the agent that is named, without stand-ins; else of the first, with all others as stand-ins."""
     names = context.config.agent_names
@@ -39,7 +46,7 @@ class SinglePolicy:
         )
 
 
-@policy("dense", "Every agent of the pool at every step.")
+@policy("dense", "Every agent of the pool at every step.", cost="steps * A", first_step_only=True)
 def build_dense(context: PolicyContext) -> DensePolicy:
     """Return the policy of the pool's agents."""
     return DensePolicy(agents=context.config.agent_names)
@@ -58,7 +65,13 @@ class DensePolicy:
         return StepPlan(activations=tuple(Activation(agent=name, probability=1 / len(self._agents)) for name in self._agents))
 
 
-@policy("random", "One agent a step, drawn evenly; repeats for the same query.", width=lambda config: 1)
+@policy(
+    "random",
+    "One agent a step, drawn evenly; repeats for the same query.",
+    width=lambda config: 1,
+    cost="steps",
+    first_step_only=True,
+)
 def build_random(context: PolicyContext) -> RandomPolicy:
     """Return the policy of the pool's agents."""
     return RandomPolicy(agents=context.config.agent_names)
@@ -81,7 +94,14 @@ class RandomPolicy:
         return StepPlan(activations=drawn[:1], reserves=drawn[1:], mass=probability)
 
 
-@policy("selector", "The pool's first agent reads all profiles and names the one that answers.", width=lambda config: 1)
+@policy(
+    "selector",
+    "The pool's first agent reads all profiles and names the one that answers.",
+    width=lambda config: 1,
+    cost="2",
+    reads="0",
+    first_step_only=False,
+)
 def build_selector(context: PolicyContext) -> SelectorPolicy:
     """Return the policy with the agent that is named, or the pool's first, as the chooser."""
     agents = context.config.agents

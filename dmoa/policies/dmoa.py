@@ -23,7 +23,13 @@ def _width(config: Config) -> int:
     return min(config.gate.activation.max_agents, len(config.agents))
 
 
-@policy("dmoa", "The recurrent gate activates a sparse, adaptive set of agents at every step.", width=_width)
+@policy(
+    "dmoa",
+    "The recurrent gate activates a sparse, adaptive set of agents at every step.",
+    width=_width,
+    cost="steps * max_agents at most",
+    first_step_only=True,
+)
 def build_dmoa(context: PolicyContext) -> DmoaPolicy:
     """Return the policy over the router's current gate, or over the one that is named. Raises RequestError for an unknown one."""
     if context.agent is None:

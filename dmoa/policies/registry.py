@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from dmoa.config import Config
 from dmoa.core.features import Preset
 from dmoa.errors import DmoaError, PluginError, RequestError
 from dmoa.plugins import Registry, home_of
+from dmoa.policies.options import PolicyOptions, Staged
 from dmoa.protocols import Encoder, Policy, Router
 from dmoa.types import QueryState, StepPlan, Stop
 from dmoa.validation import did_you_mean, short
@@ -36,6 +37,8 @@ class PolicyContext:
     agent: str | None = None
     """The agent that was named, for policies of one agent; for `dmoa` the name of a gate."""
     gates: Mapping[str, NamedGate] = field(default_factory=dict)
+    options: Any = None
+    """For policies with parameters their checked record, whose `agents` are those that take part; None for the others."""
 
 
 def _everyone(config: Config) -> int:
@@ -51,6 +54,19 @@ class PolicyEntry:
     build: Callable[[PolicyContext], Policy]
     width: Callable[[Config], int] = _everyone
     """Most agents that one of its steps asks at once; evaluation lets in as many queries as engines have room for."""
+    options: type[PolicyOptions] | None = None
+    """Its parameters, as in `moa:layers=3:temperature=0.7`; None: it has none."""
+    cost: str = ""
+    """Calls of one query, a formula of A agents and the parameters; empty: not told."""
+    reads: str = ""
+    """Earlier texts that the prompts of one query hold together, a formula as `cost`."""
+    first_step_only: bool | None = None
+    """Whether it asks each agent the query alone, once: what a pool of recorded replies can answer. None: seen at each step."""
+
+    def options_of(self, words: str | None, config: Config) -> PolicyOptions:
+        """Return the parameters that `words` name, of a policy that has some. Raises RequestError."""
+        assert self.options is not None, self.name
+        return self.options.of(self.name, words, config.agent_names)
 
 
 POLICIES: Registry[PolicyEntry] = Registry(
@@ -63,22 +79,86 @@ POLICIES: Registry[PolicyEntry] = Registry(
         "dense": "dmoa.policies.baselines:build_dense",
         "random": "dmoa.policies.baselines:build_random",
         "selector": "dmoa.policies.baselines:build_selector",
+        **{name: f"dmoa.policies.voting:build_{name}" for name in ("cot", "self_consistency", "best_of_n")},
+        "majority_k": "dmoa.policies.voting:MajorityPolicy",
+        "moa": "dmoa.policies.layers:MoaPolicy",
+        "self_moa": "dmoa.policies.layers:SelfMoaPolicy",
+        "self_moa_seq": "dmoa.policies.layers:SelfMoaSeqPolicy",
+        "smoa": "dmoa.policies.layers:SmoaPolicy",
+        "fusion": "dmoa.policies.layers:FusionPolicy",
     },
 )
+
+
+def split_policy(policy: str) -> tuple[str, str | None]:
+    """Return a policy's name, and what follows it: the agent of `single:NAME`, the gate of `dmoa:NAME`, or its parameters."""
+    name, mark, words = policy.partition(":")
+    return name, words if mark else None
+
+
+def width_of(policy: str, config: Config) -> int:
+    """Return the most agents that one step of a policy asks at once, with the parameters that its name holds."""
+    name, words = split_policy(policy)
+    entry = POLICIES[name]
+    return entry.options_of(words, config).width if entry.options else entry.width(config)
+
+
+def check_words(entry: PolicyEntry, words: str | None, config: Config) -> PolicyOptions | None:
+    """Return the parameters of a policy, None where it has none.
+
+    Raises RequestError for parameters that cannot be, and where agents with recorded replies would be asked more than the query,
+    once.
+    """
+    options = entry.options_of(words, config) if entry.options else None
+    if entry.first_step_only is not False:
+        return options
+    asked = options.named if options else config.agent_names
+    recorded = next((x.name for x in config.agents if x.name in asked and config.llms[x.llm].engine_entry.is_recorded), None)
+    if recorded is not None:
+        fit = ", ".join(name for name in POLICIES.builtin if POLICIES[name].first_step_only)
+        raise RequestError(
+            f"policy: {entry.name!r} asks agents more than the query alone, and the replies of {recorded} are recorded, one to "
+            f"each query; expected one of {fit}; name one of these, or use a pool whose engines generate"
+        )
+    return options
+
 
 Build = TypeVar("Build", bound=Callable[[PolicyContext], Policy])
 
 
-def policy(name: str, summary: str, *, width: Callable[[Config], int] = _everyone) -> Callable[[Build], Build]:
+def policy(
+    name: str,
+    summary: str,
+    *,
+    width: Callable[[Config], int] = _everyone,
+    options: type[PolicyOptions] | None = None,
+    cost: str = "",
+    reads: str = "",
+    first_step_only: bool | None = None,
+) -> Callable[[Build], Build]:
     """Enter a policy under a name: its class, built from a `PolicyContext`, or a function that builds it.
 
     Args:
         summary: one sentence, which `dmoa policies` shows.
         width: most agents that one of its steps asks at once.
+        options: the record of its parameters, which the context then holds; its own `width` counts.
+        cost: calls of one query, such as `layers * A + 1`; A: agents that take part.
+        reads: earlier texts that its prompts hold together, such as `layers * A * A`.
+        first_step_only: whether it asks each agent the query alone, once.
     """
 
     def enter(build: Build) -> Build:
-        return POLICIES.add(PolicyEntry(name=name, summary=summary, build=build, width=width), build)
+        entry = PolicyEntry(
+            name=name,
+            summary=summary,
+            build=build,
+            width=width,
+            options=options,
+            cost=cost,
+            reads=reads,
+            first_step_only=first_step_only,
+        )
+        return POLICIES.add(entry, build)
 
     return enter
 
@@ -95,7 +175,9 @@ def build_policy(name: str, context: PolicyContext) -> Policy:
             code="unknown_policy",
         )
     entry = POLICIES[name]
-    return entry.build(context) if name in POLICIES.builtin else PluginPolicy(entry, context)
+    context = replace(context, options=check_words(entry, context.agent, context.config))
+    built = entry.build(context) if name in POLICIES.builtin else PluginPolicy(entry, context)
+    return built if entry.options is None else Staged(built)
 
 
 class PluginPolicy:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError, RequestError
-from dmoa.policies.registry import POLICIES
+from dmoa.policies.registry import POLICIES, check_words, split_policy
 from dmoa.protocols import SwarmClient
 from dmoa.swarm import Swarm, limits_for
 from dmoa.trace import ReplyDmoa, Trace, answer_of_reply, trace_of
@@ -211,7 +211,8 @@ class Backend:
         if isinstance(source, Swarm):
             policy = check_ask_options(source.config, wish)
             query = new_query(question, turns, wish, limits_for(source.config, wish.limits(source.config.limits.max_steps)))
-            answer = await _shown(source, query, policy, wish.agent, screen)
+            name, words = split_policy(policy)
+            answer = await _shown(source, query, name, wish.agent or words, screen)
             pool, trace = source.config.name, None
             if wish.keeps_trace:
                 trace = trace_of(query, answer, pool=pool, fingerprint=fingerprint(source.config))
@@ -254,11 +255,17 @@ def check_ask_options(config: Config, wish: AskOptions) -> str:
         nearest = did_you_mean(wish.agent, names)
         raise RequestError(f"--agent is {wish.agent!r}; expected one of {', '.join(names)}; name an agent of the pool{nearest}")
     policy = wish.policy or ("single" if wish.agent else "dmoa")
-    if policy not in POLICIES:
+    name, words = split_policy(policy)
+    if name not in POLICIES:
         nearest = did_you_mean(policy, POLICIES)
         raise RequestError(f"--policy is {policy!r}; expected one of {', '.join(POLICIES)}; see `dmoa policies`{nearest}")
     if wish.agent is not None and policy != "single":
         raise RequestError(f"--agent: {wish.agent!r} is asked alone, policy {policy!r} chooses itself; leave one of them out")
+    entry = POLICIES[name]
+    has_agent = words is None or name == "dmoa" or (name == "single" and words in names)
+    if check_words(entry, words, config) is None and not has_agent:
+        seen = f"--policy is {policy!r}, and {name!r} has no parameters; single:AGENT takes one of {', '.join(names)}"
+        raise RequestError(f"{seen}; see `dmoa policies`{did_you_mean(words or '', names)}")
     return policy
 
 

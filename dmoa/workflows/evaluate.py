@@ -15,11 +15,11 @@ from pydantic import BaseModel
 from dmoa.config import Config, is_name
 from dmoa.dataflow import OVERCOMMIT
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, RequestError
-from dmoa.evaluation.answering import Asking, split_policy
+from dmoa.evaluation.answering import Asking
 from dmoa.evaluation.records import EvaluateOptions
 from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.policies.registry import POLICIES
+from dmoa.policies.registry import POLICIES, check_words, split_policy, width_of
 from dmoa.swarm import limits_for
 from dmoa.types import Limits
 from dmoa.validation import did_you_mean
@@ -139,6 +139,11 @@ def check_policies(policies: tuple[str, ...], config: Config | None, gates: tupl
             is_agent = config is not None and name in config.agent_names
             nearest = f"; did you mean 'single:{name}'?" if is_agent else did_you_mean(name, POLICIES)
             raise RequestError(f"--policies: {policy!r} is not known; name some of {allowed}{nearest}")
+        entry = POLICIES[name]
+        if config is not None:
+            check_words(entry, agent, config)
+            if entry.options:
+                continue
         is_agent = agent is None or (name == "single" and (is_name(agent) if config is None else agent in config.agent_names))
         if not is_agent:
             agents = ", ".join(config.agent_names) if config else "the server's agents"
@@ -206,7 +211,7 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
 
     used = {agent.llm for agent in config.agents}
     widest = options.limits(limits_for(config)).max_agents
-    widths = {policy: POLICIES[split_policy(policy)[0]].width(config) for policy in options.policies}
+    widths = {policy: width_of(policy, config) for policy in options.policies}
     call_cache: Path | None = options.call_cache.absolute() if options.call_cache else None
     if call_cache is not None:
         CallStore(call_cache).close()  # a folder that cannot be written is refused here, not in a worker

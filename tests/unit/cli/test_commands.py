@@ -92,8 +92,14 @@ def test_policies_names_each_with_a_sentence(dmoa: Any, tmp_path: Path) -> None:
     result = dmoa("policies", "--json", tmp_path / "p.json")
     rows = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
     assert {row["name"] for row in rows} >= {"dmoa", "single"}
-    for row, line in zip(rows, result.stdout.splitlines(), strict=True):
+    lines = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
+    for row, line in zip(rows, lines, strict=True):
         assert line.split(maxsplit=1) == [row["name"], row["summary"]]
+
+
+def test_policies_says_what_each_costs_and_its_parameters(dmoa: Any) -> None:
+    lines = [line.strip() for line in dmoa("policies").stdout.splitlines()]
+    assert "calls: (layers - 1) * A + 1; aggregator, layers=3, temperature" in lines
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pytest
 
 from dmoa.errors import NoAgentError
-from dmoa.evaluation.answering import Asking, failed, query_of_task, score_answer, split_policy
+from dmoa.evaluation.answering import Asking, failed, query_of_task, score_answer
 from dmoa.evaluation.pipeline import AnswerStage, RunWriter
 from dmoa.evaluation.records import Answered, Label, Reply, Score, Task
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.flat import flat
+from dmoa.policies.registry import split_policy
 from dmoa.types import AgentReply, Answer, EntropySum, Event, Limits, Query, Stage, StepRecord, SummarizerRecord, TokenUsage
 
 TASK = Task(row_id="arith/test/1", benchmark="arith", text="What is 12 + 7?", group="carry")

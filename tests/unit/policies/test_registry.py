@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from dmoa.config import Config
+from dmoa.config import Config, loads
 from dmoa.errors import RequestError
 from dmoa.policies.dmoa import DmoaPolicy
-from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
+from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy, width_of
 from dmoa.testing import FakeEncoder, fixed_gate, query, router_of, state_of
 from dmoa.types import StepPlan
 
@@ -28,10 +29,48 @@ def context(agent: str | None = None, **gate: object) -> PolicyContext:
 
 
 def test_every_policy_answers_to_its_own_name() -> None:
-    assert list(POLICIES) == ["dmoa", "single", "dense", "random", "selector"]
+    assert list(POLICIES)[:5] == ["dmoa", "single", "dense", "random", "selector"]
     for name, entry in POLICIES.items():
         assert entry.name == name == build_policy(name, context()).name
         assert entry.summary.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("layers=1", "layers is '1'; expected "),
+        ("layer=2", "layer: unknown key"),
+        ("agents=a+x", "'x' is not in the pool; expected some of a, b, c"),
+        ("aggregator=aa", "'aa' is not in the pool; expected some of a, b, c; name one of them"),
+        ("agents=", "agents is "),
+    ],
+)
+def test_a_parameter_that_cannot_be_is_refused_by_name(words: str, said: str) -> None:
+    with pytest.raises(RequestError, match=r"^policy: moa: ") as caught:
+        build_policy("moa", context(words))
+    assert said in str(caught.value)
+
+
+def test_a_width_is_that_of_the_parameters() -> None:
+    config = context().config
+    assert [width_of(name, config) for name in ("single:b", "moa", "moa:b", "self_consistency:k=9", "cot")] == [1, 3, 1, 9, 1]
+
+
+def test_recorded_replies_are_refused_to_policies_that_ask_more_than_the_query(tmp_path: Path) -> None:
+    config = loads(
+        f"""name: pool
+llms: {{r: {{model: "recorded:x", engine: recorded, engine_kwargs: {{replies: "{tmp_path}"}}}}}}
+agents: [{{name: a, llm: r, profile: x}}, {{name: b, llm: r, profile: x}}]
+limits: {{max_steps: 1}}
+"""
+    )
+    asked = replace(context(), config=config)
+    for name in POLICIES.builtin:
+        if POLICIES[name].first_step_only:
+            assert build_policy(name, asked)
+        else:
+            with pytest.raises(RequestError, match=f"^policy: '{name}' asks agents more than the query alone"):
+                build_policy(name, asked)
 
 
 def test_an_unknown_policy_is_refused() -> None:

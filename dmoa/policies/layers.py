@@ -1,0 +1,279 @@
+"""Mixture-of-agents policies: proposers answer, and an aggregator writes one answer from what they said, without their names.
+
+Sources: MoA arXiv 2406.04692, Self-MoA and its sequential form arXiv 2502.00674, SMoA arXiv 2411.03284; `fusion` is the panel
+and judge that several vendors sell behind one model name. The words of the instructions are ours.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from dmoa.policies.options import Count, PolicyOptions, SampledOptions, ask, others, texts
+from dmoa.policies.registry import PolicyContext, policy
+from dmoa.types import QueryState, StepPlan, StepRecord, Stop
+
+AGGREGATE = (
+    "The work above holds answers of several assistants to the question; some may be wrong. Weigh them, then write one answer, "
+    "complete and correct."
+)
+
+
+def aggregation(agents: Sequence[str], aggregator: str, answers: Sequence[str]) -> StepPlan:
+    """Return the last step of a mixture: one agent writes the answer from what others said; it streams."""
+    history = tuple(answers)
+    return StepPlan(
+        activations=ask([aggregator], instruction=AGGREGATE, history=history),
+        reserves=others(agents, aggregator, instruction=AGGREGATE, history=history),
+        fold="pass",
+        ends_with="schedule",
+    )
+
+
+class AggregatorOptions(PolicyOptions):
+    """Parameters of policies with an aggregator."""
+
+    aggregator: str | None = None
+    """Who writes the answer; None: the first of `agents`."""
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The agents that take part, and the aggregator."""
+        return (*self.agents, *([self.aggregator] if self.aggregator else ()))
+
+    @property
+    def writer(self) -> str:
+        """Who writes the answer."""
+        return self.aggregator or self.agents[0]
+
+
+class MoaOptions(AggregatorOptions):
+    """Parameters of `moa`."""
+
+    layers: Annotated[int, Field(ge=2, le=16)] = 3
+    """Layers, the aggregator's included."""
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
+    """Of the proposers; None: each agent's own."""
+
+
+@policy(
+    "moa",
+    "Layers of proposers, each reading the layer before, then an aggregator (Mixture-of-Agents, arXiv 2406.04692).",
+    options=MoaOptions,
+    cost="(layers - 1) * A + 1",
+    reads="(layers - 2) * A * A + A",
+    first_step_only=False,
+)
+class MoaPolicy:
+    """All agents answer in every layer but the last, and see all answers of the layer before."""
+
+    name = "moa"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: MoaOptions = context.options
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask the next layer."""
+        options, done = self._options, len(state.steps)
+        answers = texts(state.steps[-1]) if state.steps else ()
+        if done == options.layers - 1:
+            return aggregation(options.agents, options.writer, answers)
+        if done >= options.layers:
+            return Stop(reason="schedule")
+        layer = ask(options.agents, instruction=AGGREGATE if answers else "", history=answers, temperature=options.temperature)
+        return StepPlan(activations=layer, fold="vote")
+
+
+class SelfMoaOptions(SampledOptions):
+    """Parameters of `self_moa`."""
+
+    k: Count = 6
+    """Samples."""
+
+    @property
+    def width(self) -> int:
+        """All samples are taken at once."""
+        return self.k
+
+
+@policy(
+    "self_moa",
+    "k samples of one agent, which it aggregates itself (Self-MoA, arXiv 2502.00674).",
+    options=SelfMoaOptions,
+    cost="k + 1",
+    reads="k",
+    first_step_only=False,
+)
+class SelfMoaPolicy:
+    """The best agent alone in place of a mixture: name it as `self_moa:AGENT`, else it is the pool's first."""
+
+    name = "self_moa"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: SelfMoaOptions = context.options
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Take the samples, then have them aggregated."""
+        options = self._options
+        if len(state.steps) > 1:
+            return Stop(reason="schedule")
+        if state.steps:
+            return aggregation((), options.agent, texts(state.steps[0]))
+        return StepPlan(activations=ask([options.agent] * options.k, temperature=options.temperature), fold="vote")
+
+
+class SelfMoaSeqOptions(SelfMoaOptions):
+    """Parameters of `self_moa_seq`."""
+
+    window: Annotated[int, Field(ge=2, le=64)] = 3
+    """Texts that the aggregator reads at once, its own last answer included."""
+
+
+@policy(
+    "self_moa_seq",
+    "k samples of one agent, aggregated a window at a time (Self-MoA-Seq, arXiv 2502.00674).",
+    options=SelfMoaSeqOptions,
+    cost="k + ceil((k - 1) / (window - 1))",
+    reads="k + ceil((k - 1) / (window - 1)) - 1",
+    first_step_only=False,
+)
+class SelfMoaSeqPolicy:
+    """The first window holds samples alone; each later one the last aggregate and new samples, so context stays bounded."""
+
+    name = "self_moa_seq"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: SelfMoaSeqOptions = context.options
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Take the samples, then aggregate window by window."""
+        options, done = self._options, len(state.steps)
+        if not state.steps:
+            return StepPlan(activations=ask([options.agent] * options.k, temperature=options.temperature), fold="vote")
+        samples = texts(state.steps[0])
+        seen = 1 + (done - 1) * (options.window - 1) if done > 1 else 0
+        if done > 1 and seen >= len(samples):
+            return Stop(reason="schedule")
+        last = (state.summary,) if done > 1 else ()
+        end = seen + options.window - len(last)
+        plan = aggregation((), options.agent, (*last, *samples[seen:end]))
+        return plan if end >= len(samples) else StepPlan(activations=plan.activations, fold="pass")
+
+
+class SmoaOptions(AggregatorOptions):
+    """Parameters of `smoa`."""
+
+    layers: Count = 2
+    """Most layers of proposers."""
+    keep: Count = 2
+    """Answers that the judge lets through."""
+
+
+@policy(
+    "smoa",
+    "As moa, but a judge lets the best answers through and a moderator may end it early (Sparse MoA, arXiv 2411.03284).",
+    options=SmoaOptions,
+    cost="layers * (A + 2) at most",
+    reads="(2 * layers - 1) * A + ((layers - 1) * A + 1) * min(keep, A) at most",
+    first_step_only=False,
+)
+class SmoaPolicy:
+    """Steps in turns: a layer in the agents' roles, then judge and moderator side by side, who read the layer's answers.
+
+    Roles are the agents' profiles. A judge that names nothing lets the first answers through.
+    """
+
+    name = "smoa"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: SmoaOptions = context.options
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask a layer, its judges, or at last the aggregator."""
+        options, steps = self._options, state.steps
+        if not steps:
+            return StepPlan(activations=ask(options.agents, history=()), fold="vote")
+        if len(steps) % 2:
+            return self._judging(steps)
+        answers, words = texts(steps[-2]), texts(steps[-1])
+        kept = chosen(words[0] if words else "", answers, options.keep)
+        is_over = len(steps) == 2 * options.layers or (len(words) > 1 and re.search(r"\bSTOP\b", words[-1]) is not None)
+        if is_over:
+            return aggregation(options.agents, options.writer, kept)
+        return StepPlan(activations=ask(options.agents, instruction=AGGREGATE, history=kept), fold="vote")
+
+    def _judging(self, steps: tuple[StepRecord, ...]) -> StepPlan:
+        options, answers = self._options, texts(steps[-1])
+        judge = (
+            f"Do not answer it yourself. The work above is answers of several assistants. Reply with the numbers of the best "
+            f"{options.keep} alone."
+        )
+        moderator = (
+            "Do not answer it yourself. The work above is answers of several assistants. Reply STOP if they agree on a good "
+            "answer, else GO."
+        )
+        asked = ask([options.writer] * 2, instruction=judge, history=answers)
+        if len(steps) == 2 * options.layers - 1:  # after the last layer there is nothing to moderate
+            return StepPlan(activations=asked[:1], fold="pass")
+        second = ask([options.writer] * 2, instruction=moderator, history=answers)[1:]
+        return StepPlan(activations=(*asked[:1], *second), fold="pass")
+
+
+def chosen(words: str, answers: Sequence[str], keep: int) -> tuple[str, ...]:
+    """Return the answers whose numbers, from 1, a judge names first; the first ones where it names none."""
+    named = dict.fromkeys(int(number) for number in re.findall(r"\d{1,3}", words) if 1 <= int(number) <= len(answers))
+    return tuple(answers[number - 1] for number in list(named)[:keep]) or tuple(answers[:keep])
+
+
+class FusionOptions(PolicyOptions):
+    """Parameters of `fusion`."""
+
+    panel: Count = 3
+    """Agents that answer at first; the others take the places of lost ones, in order."""
+    quorum: Count | None = None
+    """Contributions that are enough: the slower ones are cancelled; None: all of the panel."""
+    judge: str | None = None
+    """Who writes the answer; None: the first of `agents`."""
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The agents that take part, and the judge."""
+        return (*self.agents, *([self.judge] if self.judge else ()))
+
+    @property
+    def width(self) -> int:
+        """The panel is asked at once."""
+        return min(self.panel, len(self.agents))
+
+
+@policy(
+    "fusion",
+    "A panel answers, a judge writes one answer from its words, unnamed and shuffled; the judge streams.",
+    options=FusionOptions,
+    cost="min(panel, A) + 1",
+    reads="min(panel, A)",
+    first_step_only=False,
+)
+class FusionPolicy:
+    """Panel and judge: names are left out and the order is drawn by the query's id, so neither sways the judge."""
+
+    name = "fusion"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: FusionOptions = context.options
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask the panel, then the judge."""
+        options = self._options
+        if len(state.steps) > 1:
+            return Stop(reason="schedule")
+        if not state.steps:
+            asked, size = ask(options.agents), options.width
+            return StepPlan(activations=asked[:size], reserves=asked[size:], fold="vote", quorum=options.quorum)
+        answers = list(texts(state.steps[0]))
+        random.Random(f"{state.query.trace_id}/1").shuffle(answers)  # noqa: S311 -- an order, not a secret
+        return aggregation(options.agents, options.judge or options.agents[0], answers)

@@ -1,0 +1,129 @@
+"""Parameters of policies, as `NAME:key=value:key=value` gives them, and what policies with a set schedule share.
+
+Every such policy asks the agents that its `agents` names, the whole pool unless told. A query with stages runs one step a
+stage, so there a policy asks as at its own first step, and the answer most agents agree on is the stage's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from dmoa.core.aggregate import contributions
+from dmoa.errors import RequestError
+from dmoa.protocols import Policy
+from dmoa.types import Activation, AgentReply, QueryState, StepPlan, StepRecord, Stop
+from dmoa.validation import describe, did_you_mean
+
+
+def _split(value: Any) -> Any:
+    return tuple(part for part in value.split("+") if part) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+"""Several names, written A+B+C."""
+Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
+Count = Annotated[int, Field(ge=1, le=64)]
+_SAMPLED = 0.7
+
+
+class PolicyOptions(BaseModel):
+    """Parameters that every policy of a set schedule has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    agents: Names = Field(default=(), min_length=1)
+    """Agents that take part, in this order; none named: the whole pool."""
+
+    @classmethod
+    def of(cls, policy: str, words: str | None, pool: tuple[str, ...]) -> Self:
+        """Return the parameters that `key=value:key=value` gives, with all agents of the pool where none is named.
+
+        A word without `=` is the one agent that takes part. Raises RequestError naming the parameter.
+        """
+        given: dict[str, str] = {}
+        for word in filter(None, (words or "").split(":")):
+            key, mark, value = word.partition("=")
+            given |= {key: value} if mark else {"agents": key}
+        try:
+            options = cls.model_validate({"agents": pool} | given)
+        except ValidationError as error:
+            raise RequestError(f"policy: {policy}: {describe(error, cls)}; written {policy}:KEY=VALUE") from None
+        for name in options.named:
+            if name not in pool:
+                seen = f"{name!r} is not in the pool; expected some of {', '.join(pool)}"
+                raise RequestError(f"policy: {policy}: {seen}; name one of them{did_you_mean(name, pool)}")
+        return options
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Every agent that the parameters name."""
+        return self.agents
+
+    @property
+    def width(self) -> int:
+        """Most agents that one step asks at once."""
+        return len(self.agents)
+
+
+class SampledOptions(PolicyOptions):
+    """Parameters of policies that take several samples of one agent: the first of `agents`."""
+
+    temperature: Temperature = _SAMPLED
+    """Of the samples; at 0 they are all the same."""
+
+    @property
+    def agent(self) -> str:
+        """The agent that is sampled."""
+        return self.agents[0]
+
+
+class Staged:
+    """Any policy of a set schedule, over queries with stages too."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    @property
+    def name(self) -> str:
+        """The policy's own name."""
+        return self._policy.name
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Return the policy's plan; at a stage the plan of its first step, whose agents see what the stage lets them see."""
+        if not state.query.stages:
+            return await self._policy.next_step(state)
+        if state.stage is None:
+            return Stop(reason="stages")
+        asked = replace(state.query, text=state.asked, stages=())
+        plan = await self._policy.next_step(replace(state, query=asked, steps=()))
+        if isinstance(plan, Stop):
+            return plan
+        activations = tuple(replace(x, history=None) for x in plan.activations)
+        return replace(plan, activations=activations, fold="vote" if len(activations) > 1 else "pass", ends_with=None)
+
+
+def ask(agents: Iterable[str], **changes: Any) -> tuple[Activation, ...]:
+    """Return activations that differ in their agent alone; an agent that comes again is a further sample of it."""
+    found: list[Activation] = []
+    for agent in agents:
+        found.append(Activation(agent=agent, sample=sum(x.agent == agent for x in found), **changes))
+    return tuple(found)
+
+
+def others(agents: Sequence[str], asked: str, **changes: Any) -> tuple[Activation, ...]:
+    """Return who stands in for an agent: all others, in their order, asked the same."""
+    return ask((name for name in agents if name != asked), **changes)
+
+
+def said(step: StepRecord) -> tuple[AgentReply, ...]:
+    """Return the contributions of a step in the order in which agents were asked."""
+    return tuple(contributions(step.replies))
+
+
+def texts(step: StepRecord) -> tuple[str, ...]:
+    """Return what agents contributed to a step, without their names."""
+    return tuple(reply.text for reply in said(step))

@@ -1,0 +1,110 @@
+"""A scripted pool of four agents that notes who was asked when, and what each saw of the others' words."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from dmoa.agents.summarizer import SelectSummarizer
+from dmoa.config import Config
+from dmoa.dispatch import Dispatcher
+from dmoa.orchestrator import Orchestrator
+from dmoa.policies.registry import POLICIES, PolicyContext, build_policy, split_policy
+from dmoa.testing import FakeEncoder, answer_of, card, fixed_gate, query, router_of, scripted_pool
+from dmoa.types import AgentCall, AgentReply, Answer, EntropySum, Query, Sampling, TextDelta, TokenUsage
+
+POOL = ("a", "b", "c", "d")
+_FILLER = "word " * 3000
+QUESTION = f"What is said here? {_FILLER}"
+
+Says = Callable[[AgentCall], str | None]
+
+
+class NotingAgents:
+    """Implements `AgentClient`: each reply is its own mark and 3000 words; tokens are words."""
+
+    def __init__(self, says: Says, nats: Mapping[str, float]) -> None:
+        self._says = says
+        self._nats = nats
+        self.calls: list[AgentCall] = []
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        self.calls.append(call)
+        said = self._says(call)
+        text = f"[{mark_of(call)}] {_FILLER}" if said is None else said
+        tokens = len(text.split())
+        nats = self._nats.get(mark_of(call), 0.5)
+        return AgentReply(
+            agent=call.agent,
+            status="ok",
+            text=text,
+            entropy=EntropySum(sum_nats=nats * tokens, sq_sum=nats * nats * tokens, tokens=tokens),
+            usage=TokenUsage(prompt_tokens=words_of(call), completion_tokens=tokens),
+        )
+
+    async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
+        reply = await self.call(call)
+        yield TextDelta(text=reply.text)
+        yield reply
+
+    async def ping(self, agent: str) -> None:
+        return
+
+
+def mark_of(call: AgentCall) -> str:
+    """`agent.step`, and the sample where it is not the first."""
+    return f"{call.agent}.{call.step}" + (f"~{call.sample}" if call.sample else "")
+
+
+def words_of(call: AgentCall) -> int:
+    """Words of a prompt: its tokens."""
+    return sum(len(message.content.split()) for message in call.messages)
+
+
+def context_of(policy: str, config: Config | None = None) -> PolicyContext:
+    """What a policy is built from, over the four agents; the gate ranks them d, c, b, a."""
+    router = router_of(fixed_gate({"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}))
+    return PolicyContext(
+        config=config or scripted_pool(POOL), router=router, encoder=FakeEncoder(), agent=split_policy(policy)[1]
+    )
+
+
+async def run(
+    policy: str, says: Says = lambda call: None, asked: Query | None = None, nats: Mapping[str, float] | None = None
+) -> tuple[Answer, list[AgentCall]]:
+    """Ask a policy, `NAME` or `NAME:key=value`; `says` gives an agent's words, None: its mark and 3000 words."""
+    agents = NotingAgents(says, nats or {})
+    dispatcher = Dispatcher(agents=agents, cards={name: card(name) for name in POOL}, router=None, is_select=True)
+    sampling = Sampling(max_tokens=70)
+    loop = Orchestrator(dispatcher=dispatcher, summarizer=SelectSummarizer(), summarizer_sampling=sampling, is_select=True)
+    built = build_policy(split_policy(policy)[0], context_of(policy))
+    return await answer_of(loop, asked or query(QUESTION, max_steps=50), built), agents.calls
+
+
+def schedule_of(calls: list[AgentCall]) -> list[str]:
+    """One line a call, in order: its mark, and the marks of the texts that it saw."""
+    seen = (re.findall(r"\[([a-d]\.\d+(?:~\d+)?)\]", call.messages[-1].content) for call in calls)
+    return [" ".join((mark_of(call), *(["<-", *marks] if marks else []))) for call, marks in zip(calls, seen, strict=True)]
+
+
+def cost_of(policy: str) -> tuple[int, int]:
+    """Calls and reads as the formulas of a policy's entry have them, for four agents."""
+    name, words = split_policy(policy)
+    entry = POLICIES[name]
+    assert entry.options is not None
+    options = entry.options_of(words, scripted_pool(POOL))
+    names: dict[str, Any] = {**options.model_dump(), "A": len(options.agents), "ceil": math.ceil, "min": min, "max": max}
+    calls, reads = (eval(text.removesuffix(" at most"), {"__builtins__": {}}, names) for text in (entry.cost, entry.reads))
+    return calls, reads
+
+
+async def check_cost(policy: str, says: Says = lambda call: None) -> None:
+    """Assert that calls are those of the formula, and tokens within 1 % of what calls and reads come to."""
+    answer, calls = await run(policy, says)
+    expected_calls, reads = cost_of(policy)
+    assert len(calls) == expected_calls
+    prompt = len(QUESTION.split())
+    expected = sum(prompt + len((says(call) or f"x {_FILLER}").split()) for call in calls) + reads * (len(_FILLER.split()) + 1)
+    assert abs(answer.usage.total - expected) <= 0.01 * expected
