@@ -72,9 +72,18 @@ _LETS_THINK = re.compile(
 )
 SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b[DdMmSsJj][rst])(?<!\bMrs)(?<!\bNo)(?<!\bvs)[.!?](?=\s)")
 _NEGATED = re.compile(r"\A\W*(?:(?:is|are|was|it)\s+)*(?:not|none|neither|never|nothing|isn't|cannot)\b", re.IGNORECASE)
-_NOT_BUT = re.compile(r"\A\W*not\b[^\n]*?\bbut\s+(?:rather\s+)?", re.IGNORECASE)
+_NOT_BUT = re.compile(r"\A\W*(?:(?:it|this|that)\s+(?:is|was)\s+)?not\b[^\n]*?\bbut\s+(?:rather\s+)?", re.IGNORECASE)
 _REASON = re.compile(r",\s*as\b|,?\s+(?:because|since|due to|given that|considering)\b", re.IGNORECASE)
-_DENIED = re.compile(r"\b(?:not|n't|neither|nor|never)\s+(?:be\s+)?(?:option\s+|choice\s+)?\(?\Z", re.IGNORECASE)
+_DENIED = re.compile(
+    r"\b(?:not|n't|neither|nor|never|(?:rul(?:e|es|ed|ing)|cross(?:ed)?)\s+out|eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)|reject(?:s|ed)?"
+    r"|discard(?:s|ed)?)\s+(?:be\s+)?(?:option\s+|choice\s+|answer\s+)?\(?\Z",
+    re.IGNORECASE,
+)
+_IS_WRONG = re.compile(
+    r"[)\].:*\s]*(?:(?:is|are|was|seems|looks|must\s+be)\s+(?:clearly\s+|also\s+|definitely\s+)?"
+    r"(?:not\b|wrong|incorrect|false|ruled\s+out|impossible|excluded)|isn't\b|cannot\s+be|can't\s+be)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +175,12 @@ _JSON_KEY = re.compile(r"[\"'](?:final_?|correct_?)?answer[\"']\s*:\s*", re.IGNO
 _JSON_STRING = re.compile(r"\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
 _JSON_BARE = re.compile(r"[^\s}\]\"'][^}\n]*")
 _JSON_GOES_ON = re.compile(r"\s*(?:\Z|[}\]]|,\s*(?:[\"'}]|\Z))")
+
+
+def json_answer(text: str) -> str | None:
+    """Return the answer that a JSON object in a text has, as it is written; None without one. Never raises."""
+    found = _json_answer(text[-MAX_CHARS:])
+    return found.span if found else None
 
 
 def _json_answer(text: str) -> Statement | None:
@@ -368,15 +383,25 @@ def _without_reason(span: str) -> str:
     return span[: reason.start()]
 
 
-def is_denied(text: str, place: int) -> bool:
-    """Tell whether what begins at `place` is said not to be the answer, as the second number of `5, not 6`."""
-    return _DENIED.search(text[max(0, place - 40) : place]) is not None
+def is_denied(text: str, place: int, end: int | None = None) -> bool:
+    """Tell whether what begins at `place` is said not to be the answer, as the second number of `5, not 6`.
+
+    With its `end` also whether what follows says so, as in `(A) is wrong`.
+    """
+    is_wrong = end is not None and _IS_WRONG.match(text, end) is not None
+    return is_wrong or _DENIED.search(text[max(0, place - 40) : place]) is not None
+
+
+def without_denial(span: str) -> str | None:
+    """Return what a statement leaves: Y of `not X but Y`; None where it says no more than what the answer is not."""
+    span = span[match.end() :] if (match := _NOT_BUT.match(span)) else span
+    return None if _NEGATED.match(span) else span
 
 
 def _choice(prose: str) -> str | None:
     start = _CHOICE_START.match(prose.strip())
-    inside = [match[1] for match in _CHOICE_INSIDE.finditer(prose) if not is_denied(prose, match.start())]
-    if start:
+    inside = [match[1] for match in _CHOICE_INSIDE.finditer(prose) if not is_denied(prose, match.start(), match.end())]
+    if start and not _IS_WRONG.match(prose.strip(), start.end()):
         letter = next(letter for letter in start.groups() if letter)
         # A reply that begins with (A) and goes on to (B) lists the choices before it decides.
         if not (letter in "Aa" and "B" in inside):
@@ -394,7 +419,7 @@ def _short(prose: str) -> str | None:
         return line
     if _is_range(line):
         return None
-    if any(is_denied(line, match.start()) for match in _CHOICE_INSIDE.finditer(line)):
+    if any(is_denied(line, match.start(), match.end()) for match in _CHOICE_INSIDE.finditer(line)):
         return None
     return _numeric_line(_without_reason(line)) or _normal_text(line) or None
 
@@ -465,7 +490,8 @@ class Reading:
 THOUGHT_ONLY = "the thought never ended"
 _NONE = Reading(None, "no number, or several, where the answer stands")
 _AMBIGUOUS = Reading(None, "ambiguous separators")
-_DENIAL = Reading(None, "it says what the answer is not")
+NOT_THIS = "it says what the answer is not"
+_DENIAL = Reading(None, NOT_THIS)
 _EXPRESSION = Reading(None, "an expression, not a number")
 
 
@@ -532,10 +558,10 @@ def _is_range(span: str) -> bool:
 def _span_number(span: str) -> Reading:
     """Return the number that a statement amounts to."""
     span = SENTENCE_END.split(span[:_MAX_SPAN_CHARS], maxsplit=1)[0]
-    span = span[match.end() :] if (match := _NOT_BUT.match(span)) else span
-    if _NEGATED.match(span):
+    left = without_denial(span)
+    if left is None:
         return _DENIAL
-    span = _without_reason(span)
+    span = _without_reason(left)
     parts = [part.strip() for part in span.split("=") if part.strip()]
     if not parts:
         return _NONE

@@ -32,6 +32,7 @@ _GOES_ON = re.compile(r"\s*(?:\Z|[}\]`]|,\s*(?:[\"'}]|\Z))")
 _ASSERTED = re.compile(r"^[^\n]*?\bassert\b[^\n]*?(?<![=!<>])==(?!=)[ \t]*(?P<said>[^\n]+)$", re.MULTILINE)
 _CALL = re.compile(r"\A(?:assert\s+)?\w+\(.*\)\s*==\s*", re.DOTALL)
 _SCALAR = re.compile(r"(?<![\w.])(?:[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?!\w|\.\d)|True\b|False\b|None\b|set\(\))")
+_DENIED = re.compile(r"\W*(?:it\s+is\s+|is\s+)?not\s+(?=[-\[({'\"0-9]|(?:True|False|None)\b)")
 _PREFIX = re.compile(r"(?<!\w)[bBrRuU]{1,2}(?=['\"])")
 _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'})
 _FENCE = re.compile(r"```[^\n`]*\n?(.*?)(?:```|\Z)", re.DOTALL)
@@ -59,6 +60,8 @@ def read_literal(text: str) -> ReadLiteral:
         return ReadLiteral(None, "", None, THOUGHT_ONLY)
     said = without_next_question(_SCAFFOLD.sub("  ", split.text[-MAX_CHARS:]))
     for span, how, reason in _places(said):
+        if how == "stated" and _DENIED.match(span):
+            return ReadLiteral(None, span, None, "it says what the answer is not")
         key = _key_of(span, is_whole=how == "json")
         if key is not None:
             return ReadLiteral(key, span, how, reason)

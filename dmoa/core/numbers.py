@@ -34,6 +34,8 @@ _VALUE = re.compile(
     rf"(?P<scale>\ (?i:{'|'.join(_SCALES)})\b)?"
 )
 _MONEY_OR_UNIT = re.compile(r"\s?(?:[%\u20ac$\u00a3\u00a5\u00b0]|[A-Za-z])")
+_THOUSANDS_OF_EUROS = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}\s?(?:\u20ac|(?:EUR|[Ee]uros?)\b)")
+"""1.250 euros are a thousand and more to who writes the sign behind."""
 _POWER_OF_TEN = re.compile(
     r"(?<=[0-9])\ {0,2}(?:\u00d7|\*|x|\u00b7|\\times|\\cdot)\ {0,2}10\^(?:\{\ ?(-?[0-9]{1,2})\ ?\}|(-?[0-9]{1,2}))(?![0-9])"
 )
@@ -108,6 +110,8 @@ class _AmbiguousError(Exception):
 
 def _value(match: re.Match[str], text: str) -> Fraction:
     is_decimal_comma = bool(match["currency"]) or bool(_MONEY_OR_UNIT.match(text, match.end("number")))
+    if _THOUSANDS_OF_EUROS.match(text, match.start("number")):
+        raise _AmbiguousError
     above = _run_value(match["number"], is_decimal_comma=is_decimal_comma)
     below = _run_value(match["below"], is_decimal_comma=False) if match["below"] else Fraction(1)
     if below == 0:
@@ -181,7 +185,7 @@ def plain_text(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
     text = _POWER_OF_TEN.sub(_as_exponent, _TYPOGRAPHIC_MINUS.sub("-", text))
     text = _LATEX_ROOT.sub(_as_root, _ROOT.sub(r"\\sqrt{\1\2}", text))
-    text = re.sub(r"\*\*|__|`", "", text)
+    text = re.sub(r"\*\*|__|`", "", re.sub(r"(?<=[0-9])(\s?)\*\*\1(?=[0-9])", "^", text))  # 2**3 is no emphasis
     text = text.replace("{,}", ",").replace("\\$", "$").replace("\\%", "%").replace("\\!", "")
     text = re.sub(r"(?<=[0-9])\s?(?=\\[dt]?frac)", " ", text)  # a mixed number: 2\frac{1}{2} is 2 1/2
     text = re.sub(r"\\[dt]?frac\s?(?:\{([^{}]*)\}\s?\{([^{}]*)\}|([0-9])([0-9]))", _as_ratio, text)

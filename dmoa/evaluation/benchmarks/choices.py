@@ -180,7 +180,7 @@ def _unmarked_choice(prose: str, choices: Sequence[str]) -> ChosenLetter:
     if choice.letter and not (is_list and patterns.listed.match(line) and not patterns.bare.fullmatch(line)):
         return choice
     return _only(
-        {match[1] for match in patterns.inside.finditer(prose) if not is_denied(prose, match.start())},
+        {match[1] for match in patterns.inside.finditer(prose) if not is_denied(prose, match.start(), match.end())},
         "the only letter in parentheses",
     )
 
@@ -210,6 +210,8 @@ def _span_choice(span: str, choices: Sequence[str]) -> ChosenLetter:
     start = patterns.start.match(text)
     if start:
         letter = (start[1] or start[2] or start[3]).upper()
+        if is_denied(text, start.start(), start.end()):
+            return ChosenLetter(None, f"{letter} is said to be wrong")
         other = _choice_of_text(text[start.end() :], choices)
         if other and other != letter:
             return ChosenLetter(None, f"letter {letter} with the text of choice {other}")

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from dmoa.core.answers import THOUGHT_ONLY, open_reply, read_number, read_number_span, statement_places
+from dmoa.core.answers import NOT_THIS, THOUGHT_ONLY, open_reply, read_number, read_number_span, statement_places, without_denial
 from dmoa.core.expressions import expression_key, is_symbolic
 from dmoa.core.numbers import expression_value, find_numbers, plain_text, spelled
 from dmoa.evaluation.benchmarks.base import VALUE, ScorerEntry, Text, UpstreamRow, benchmark, chance_of, gold_of, unscored
@@ -28,6 +28,7 @@ _VERIFY_S = 2
 _PROSE = re.compile(r"[A-Za-z]{3,}\s+[A-Za-z]{2,}")
 _OPERATORS = re.compile(r"[\\^*/+<>,;|\u2264\u2265]|(?<=\d)\s*-")
 # A list, a variable or a word: no number, whatever a part of it is.
+_BETWEEN = re.compile(r"\W*(?:it is )?(?:somewhere )?between\b[^\n]*\band\b", re.IGNORECASE)
 _NO_NUMBER = re.compile(r"[,;]|(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])|\\(?:cos|sin|tan)\b|\bmod\b")
 # What takes a computer algebra system forever: towers of powers, huge exponents and factorials.
 _HUGE = re.compile(r"\^\s*\{?\s*-?[0-9]{4,}|\^[^^+*/,-]*\^|[0-9]{3,}\s*!")
@@ -87,14 +88,23 @@ def read_expression(text: str) -> ReadExpression:
             return ReadExpression(None, "an answer is announced and not given")
         if final.rival is not None and _key(final.rival) != _key(final.span):
             return ReadExpression(None, f"two final answers: {final.rival[:80]} and {final.span[:80]}")
-        return ReadExpression(final.span[:_MAX_SPAN_CHARS], final.how)
+        return _named(final.span, final.how)
     if reply.is_refusal:
         return ReadExpression(None, "the reply refuses to answer")
     line = reply.prose.strip()
     if line and "\n" not in line and len(line.split()) <= _MAX_SHORT_WORDS:
-        return ReadExpression(line[:_MAX_SPAN_CHARS], "a short reply")
+        return _named(line, "a short reply")
     number = read_number(text)
     return ReadExpression(None if number.value is None else spelled(number.value), number.reason)
+
+
+def _named(span: str, place: str) -> ReadExpression:
+    left = without_denial(span)
+    if left is None:
+        return ReadExpression(None, NOT_THIS)
+    if _BETWEEN.match(left):
+        return ReadExpression(None, "two numbers name none")
+    return ReadExpression(left[:_MAX_SPAN_CHARS], place)
 
 
 def entry() -> ScorerEntry:
@@ -125,6 +135,7 @@ def _key(span: str) -> str:
 def _number(span: str) -> Fraction | None:
     """Return the number that a span is, with a unit or in a sentence; None where it is more than that."""
     bare = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", span.strip(" .$"))
+    bare = re.sub(r"\A(\d+),(\d{1,2})(?=\s?[a-zA-Z\u20ac])", r"\1.\2", bare)  # 1,25 euros
     if (value := expression_value(bare)) is not None:
         return value
     is_sentence = _PROSE.search(bare) is not None and "\\" not in bare and "^" not in bare

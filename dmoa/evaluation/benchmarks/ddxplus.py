@@ -230,6 +230,8 @@ _DIFFERENTIAL = re.compile(
     r"([^\n]*(?:\n[ \t]*(?:[-*\u2022]|[0-9]{1,2}[.)])[ \t]*[^\n]*)*)",
     re.IGNORECASE | re.MULTILINE,
 )
+_JSON_DIAGNOSIS = re.compile(r"[\"'](?:(?:final|primary|main)[_ ])?(?:diagnosis|answer)[\"']\s*:\s*\"([^\"\n]+)\"", re.IGNORECASE)
+_JSON_DIFFERENTIAL = re.compile(r"[\"']differential(?:[_ ]diagnos[ie]s)?[\"']\s*:\s*\[([^\]]*)\]", re.IGNORECASE)
 _NAME_END = re.compile(r"\s*[;,(]|\s[-\u2013\u2014]\s|\.\s")
 _BULLET = re.compile(r"^[ \t]*(?:[-*\u2022]|[0-9]{1,2}[.)])[ \t]*")
 _PROBABILITY = re.compile(r"[\s(\[:,=-]*(?:p\s*=\s*)?(?:([0-9]{1,3}(?:\.[0-9]{1,6})?)\s?%|([01]?\.[0-9]{1,9}|[01]))[)\]\s.]*\Z")
@@ -278,7 +280,7 @@ class Diagnosis:
 def read_diagnosis(text: str, conditions: Sequence[str]) -> Diagnosis:
     """Return the first diagnosis of a reply: its last `Diagnosis:` line, else its differential's first. Never raises."""
     prose = open_reply(text).prose
-    found = _DIAGNOSIS.findall(prose)
+    found = _DIAGNOSIS.findall(prose) or _JSON_DIAGNOSIS.findall(prose)
     if not found:
         names = _names(tuple(conditions))
         alone = next((name for line in (prose, last_line(prose)) if (name := names.get(_tidy(line[:_MAX_NAME_CHARS])))), None)
@@ -298,7 +300,10 @@ def read_diagnosis(text: str, conditions: Sequence[str]) -> Diagnosis:
 
 def read_differential(text: str, conditions: Sequence[str]) -> list[str]:
     """Return the names of a reply's last `Differential:` list, each once; unknown ones as they are spelled. Never raises."""
-    found = _DIFFERENTIAL.findall(open_reply(text).prose)
+    prose = open_reply(text).prose
+    found = _DIFFERENTIAL.findall(prose)
+    if not found:
+        found = ["; ".join(re.findall(r"\"([^\"\n]+)\"", each)) for each in _JSON_DIFFERENTIAL.findall(prose)]
     if not found:
         return []
     lines = [_BULLET.sub("", line) for line in str(found[-1]).splitlines()]

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from dmoa import sandbox
-from dmoa.core.answers import is_refusal
+from dmoa.core.answers import is_refusal, json_answer
 from dmoa.errors import SandboxError
 from dmoa.sandbox.launch import SandboxLimits
 
@@ -130,9 +130,14 @@ def python_block(text: str) -> str | None:
 
 
 def bare_code(text: str) -> str | None:
-    """Return the code of a reply without fences: from its first line of code to the prose after it; None without code."""
+    """Return the code of a reply without fences: from its first line of code to the prose after it; None without code.
+
+    Of a JSON object that has an answer it is the answer's code.
+    """
     if is_refusal(text[:MAX_CHARS]):
         return None
+    if (said := json_answer(text[:MAX_CHARS])) is not None:
+        text = said
     lines = text[:MAX_CHARS].split("\n")
     first = next((number for number, line in enumerate(lines) if _CODE_LINE.match(line.strip()[:400])), None)
     if first is None:

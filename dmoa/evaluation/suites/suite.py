@@ -16,7 +16,7 @@ from functools import cache
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from dmoa.core.answers import extract_answer, same_answer
+from dmoa.core.answers import extract_answer, same_answer, without_next_question
 from dmoa.core.reasoning import split_reasoning
 from dmoa.errors import ConfigError
 from dmoa.evaluation.benchmarks.base import hash_content
@@ -172,8 +172,8 @@ class Kind(ABC):
 
 def find_answer(text: str) -> str | None:
     """Return the final answer of a reply, normalised; None where there is none. Never raises."""
-    text = split_reasoning(text).text
-    lines = _ANSWER_LINE.findall(text[-_MAX_CHARS:])
+    text = without_next_question(split_reasoning(text).text[-_MAX_CHARS:])
+    lines = _ANSWER_LINE.findall(text)
     return (extract_answer(f"Answer: {lines[-1]}") if lines else None) or extract_answer(text)
 
 

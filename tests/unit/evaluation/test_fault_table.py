@@ -7,6 +7,7 @@ never ran, a thought that never ended) goes through a scripted pool, the pipelin
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from functools import partial
 from pathlib import Path
@@ -114,6 +115,60 @@ def test_each_row_of_the_table(benchmark: str, gold: dict[str, Any], text: str, 
     assert found.reason
 
 
+PATIENT = {"pathology": "GERD", "differential": [["GERD", 0.9], ["Croup", 0.1]], "conditions": ["GERD", "Croup", "SLE"]}
+ELSEWHERE: list[tuple[str, dict[str, Any], str, str | bool]] = [
+    # the same kinds at other places
+    ("mmlu", letter("B"), '{"answer": "B) 6"}', True),
+    ("mmlu", letter("B"), '{"answer": 6}', True),
+    ("mmlu", letter("B"), "Answer: A or B", UNSCORED),
+    ("mmlu", letter("B"), "(A) is wrong. (B) is wrong as well.", UNSCORED),
+    ("mmlu", letter("B"), "I can rule out (B).", UNSCORED),
+    ("mmlu", letter("B"), "It isn't B.", UNSCORED),
+    ("mmlu", letter("B"), "(A) is not right, so (B).", True),
+    ("mmlu", letter("B"), "analysisA? no.assistantfinalB", True),
+    ("mmlu", letter("B"), "Answer: B\n\nQuestion: the next one?\nAnswer: C", True),
+    ("aqua_rat", letter("A", ["$12,000", "$1,200", "10", "5", "none"]), "Answer: 12 000 dollars", True),
+    ("gsm8k", number("8"), "Answer: 2**3", True),
+    ("gsm8k", number("8"), "**Answer: 2 ** 3**", True),
+    ("gsm8k", number("5"), "**Step 1** 5 apples", True),
+    ("gsm8k", number("1250"), "Answer: 1.250 \u20ac", UNSCORED),
+    ("gsm8k", number("5"), "Answer: 5 (not 6)", True),
+    ("gsm8k", number("6"), "It is not 5 but 6.", True),
+    ("arith", {"answer": "5"}, "Answer: 5\n\nProblem: 4 + 5?\nAnswer: 9", True),
+    ("arith", {"answer": "5"}, 'Answer: {"answer": 5}', True),
+    ("hotpotqa", {"answer": "Paris"}, 'Answer: {"answer": "Paris"}', True),
+    ("hotpotqa", {"answer": "Paris"}, "Answer: Paris\n\nQuestion: What next?\nAnswer: Rome", True),
+    ("hotpotqa", {"answer": "Paris"}, "<think>\nThe answer is Paris", UNSCORED),
+    ("ddxplus", PATIENT, '{"diagnosis": "GERD", "differential": ["GERD", "Croup"]}', True),
+    ("ddxplus", PATIENT, '```json\n{"answer": "GERD"}\n```', True),
+    ("ddxplus", PATIENT, "<think>\nDiagnosis: GERD", UNSCORED),
+    ("math", {"answer": "5"}, "The answer is not 5.", UNSCORED),
+    ("math", {"answer": "5"}, "It is not 5.", UNSCORED),
+    ("math", {"answer": "5"}, "Answer: between 5 and 6", UNSCORED),
+    ("math", {"answer": "6"}, "The answer is not 5 but 6.", True),
+    ("math", {"answer": "12500"}, "The answer is 12 500.", True),
+    ("math", {"answer": "1.25"}, "The answer is 1,25 euros.", True),
+    ("math", {"answer": "5"}, f"#### 5{MADE_UP}", True),
+    ("cruxeval_o", {"output": "5"}, "The answer is not 5.", UNSCORED),
+    ("cruxeval_o", {"output": "'not here'"}, "Answer: not here", True),
+    ("cruxeval_o", {"output": "None"}, "Answer: None", True),
+    ("cruxeval_o", {"output": "'a'"}, "analysisIt is 'b'.assistantfinal'a'", True),
+]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "gold", "text", "verdict"), ELSEWHERE, ids=[f"{row[0]}-{row[2][:24]}" for row in ELSEWHERE]
+)
+def test_the_kinds_at_their_other_places(benchmark: str, gold: dict[str, Any], text: str, verdict: str | bool) -> None:
+    score = judged(benchmark, gold, text)
+    assert (score.value == 1.0 if score.is_scored else UNSCORED) == verdict, score
+
+
+def test_a_diagnosis_in_json_brings_its_differential() -> None:
+    score = judged("ddxplus", PATIENT, '{"diagnosis": "GERD", "differential": ["GERD", "Croup"]}')
+    assert score.metrics == {"ddr": 1.0, "ddp": 1.0, "ddf1": 1.0}
+
+
 def test_reasons_say_why_nothing_was_read() -> None:
     unended = [judged(*row[:3]) for row in TABLE if row[2].startswith("<think>")]
     assert {score.reason for score in unended} == {"the thought never ended"}
@@ -167,6 +222,8 @@ def test_a_docstring_with_a_fence_leaves_the_program_whole(fence: str) -> None:
     ):
         assert judged("humaneval", gold, text).value == 1.0, text
     assert judged("humaneval", gold, f"```python\n{prompt}    return x\n```").value == 0.0
+    inner = json.dumps({"answer": f"{prompt}    return 2 * x\n"})
+    assert judged("humaneval", gold, inner).value == 1.0, "of JSON the answer's code"
 
 
 class Writer:
