@@ -113,12 +113,15 @@ def tell(
             announce(replace(common, json_path=None), launched)
             common.say(f"2 of 6: asking over HTTP, gate {launched.gate_version}")
             before, is_same = ask_and_replay(common, config, launched.url, rows, out / "before")
-            probe, result, commands = learn(common, config, out, counts[1])
+            # Learning and comparing take one step a question, for everybody: agents that disagree are else asked all over again.
+            once = replace(common, overrides=(*common.overrides, "limits.max_steps=1"))
+            briefly = config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
+            probe, result, commands = learn(once, briefly, out, counts[1])
             common.say(f"5 of 6: the same again, gate {result.record.version}")
             trained = replace(common, overrides=(*common.overrides, f"gate.checkpoint={result.checkpoint}"))
             after, is_same_after = ask_and_replay(trained, trained.load(), launched.url, rows, out / "after")
             common.say(f"6 of 6: comparing on {counts[2]} held-out rows of each suite; every agent answers alone as well")
-            comparison = compare(common, config, out, result.checkpoint, counts[2])
+            comparison = compare(once, briefly, out, result.checkpoint, counts[2])
         finally:
             if is_up:
                 common.say("stopping the swarm")
@@ -274,10 +277,7 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_ou
         "out": out / "evaluation",
         "call_cache": out / "calls",
     }
-    # One step a question, for everybody: agents that disagree are else asked all over again.
-    once = replace(common, overrides=(*common.overrides, "limits.max_steps=1"))
-    config = config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
-    run_evaluation(EvaluateOptions.parse(values), config, once, _command("evaluate", once, **values), shows_result=False)
+    run_evaluation(EvaluateOptions.parse(values), config, common, _command("evaluate", common, **values), shows_result=False)
     folder = RunFolder((out / "evaluation").absolute())
     add_oracle(folder, DEMO_SUITES, config.agent_names)
     evaluation = finish_run(folder)
