@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,6 +64,8 @@ class _ReplyAgentHead(ReplyModel):
     """Whether it was asked only to learn from: then its reply counts for nothing but tokens."""
     entropy_nats: float | None
     """Mean predictive entropy per token over the whole vocabulary, before temperature; null without tokens."""
+    entropy_sq_nats: float | None = Field(default=None, exclude_if=_is_none)
+    """Mean of the squares of the tokens' entropies; only with `dmoa.trace`."""
     entropy_tokens: int
     """Tokens that it is the mean of; 0: nothing is known of it."""
     entropy_kind: EntropyKind
@@ -275,7 +277,7 @@ def reply_of_agent(agent: ReplyAgent) -> AgentReply:
         finish_reason=agent.finish_reason or "stop",
         entropy=EntropySum(
             sum_nats=mean_nats * tokens if tokens else 0.0,
-            sq_sum=math.nan if tokens else 0.0,
+            sq_sum=(math.nan if agent.entropy_sq_nats is None else agent.entropy_sq_nats * tokens) if tokens else 0.0,
             slack_nats=agent.entropy_slack_nats * max(1, tokens),
             tokens=tokens,
             kind=agent.entropy_kind,
@@ -300,6 +302,40 @@ def reply_of_agent(agent: ReplyAgent) -> AgentReply:
     )
 
 
+def answer_of_trace(trace: Trace, epsilon: float | None = None) -> Answer:
+    """Return the answer that a trace tells of, with decisions and inputs of the gate as they were; entropies are rounded.
+
+    `epsilon` as the query had it, for the propensities of explored agents; None: they were asked for certain.
+    """
+    finish_reason: Literal["stop", "length"] = "length" if trace.finish_reason == "length" else "stop"
+    answer = answer_of_reply(trace.dmoa, text=trace.answer, finish_reason=finish_reason, wall_ms=trace.wall_ms)
+    routes = {route.step: route for route in trace.routes}
+    steps = [_routed(step, routes[step.step], trace, epsilon) if step.step in routes else step for step in answer.steps]
+    return replace(answer, trace_id=trace.trace_id, steps=tuple(steps))
+
+
+def _routed(step: StepRecord, route: TraceRoute, trace: Trace, epsilon: float | None) -> StepRecord:
+    chance = 1.0 if epsilon is None else epsilon / max(1, len(route.ranking) - route.k)
+    return replace(
+        step,
+        explored=tuple((name, chance) for name, _ in step.explored),
+        decision=RouteDecision(
+            gate_version=route.gate_version,
+            agents=tuple(trace.agents),
+            probability_A=np.asarray(route.probability_A, np.float32),
+            ranking=tuple(route.ranking),
+            k=route.k,
+            mass=route.mass,
+            masked=tuple(route.masked),
+            cold=tuple(route.cold),
+            hidden_H=np.asarray(route.hidden_H, np.float32),
+            routed_by=trace.dmoa.routed_by,
+            theta=route.theta,
+        ),
+        route=RouteRequest(input_X=np.asarray(route.input_X, np.float32), max_agents=route.max_agents),
+    )
+
+
 def step_probabilities(step: StepRecord) -> dict[str, float]:
     """Return each agent's probability in a step; empty for policies without a gate."""
     if step.decision is None:
@@ -310,6 +346,11 @@ def step_probabilities(step: StepRecord) -> dict[str, float]:
 def finite(value: float, digits: int = 3) -> float:
     """Return a number that JSON can carry, rounded; 0.0 for what is not finite."""
     return round(float(value), digits) if math.isfinite(value) else 0.0
+
+
+def _mean_square(entropy: EntropySum) -> float | None:
+    is_known = entropy.mean_nats is not None and math.isfinite(entropy.sq_sum)
+    return round(entropy.sq_sum / entropy.tokens, 6) if is_known else None
 
 
 def _rounded(probability: float | None) -> float | None:
@@ -359,6 +400,7 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored:
         status=reply.status,
         explored=explored,
         entropy_nats=None if entropy.mean_nats is None else round(entropy.mean_nats, 6),
+        entropy_sq_nats=_mean_square(entropy) if with_texts else None,
         entropy_tokens=entropy.tokens,
         entropy_kind=entropy.kind,
         entropy_slack_nats=finite(entropy.slack_nats / max(1, entropy.tokens), 6),

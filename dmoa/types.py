@@ -496,6 +496,8 @@ class Query:
     limits: Limits = field(default_factory=Limits)
     stages: tuple[Stage, ...] = ()
     """Where given, the query runs exactly these steps, if its budgets allow, and no rule ends it before."""
+    epsilon: float | None = None
+    """With policy `exploring`, the probability with which a step asks one agent beside the active ones; None: all of them."""
     is_streamed: bool = True
     """Whether somebody reads the final text piece by piece; if not, no call has to send it so."""
 

@@ -27,6 +27,7 @@ def rollouts(common: Common, options: RolloutOptions, checkpoint: CheckpointOpti
     \b
     dmoa rollouts --config specialists --benchmarks arith:2,words --limit 60 --out out/rollouts
     dmoa rollouts --queries prompts.jsonl --out out/rollouts
+    dmoa rollouts --queries prompts.jsonl --url http://127.0.0.1:8000 --out out/rollouts
     dmoa rollouts --from-traffic running --out out/traffic
     dmoa rollouts --queries prompts.jsonl --epsilon 0.2 --checkpoint out/gate/checkpoint --round 1 --out out/rollouts-1
     """

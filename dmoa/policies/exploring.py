@@ -9,8 +9,21 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+from dmoa.policies.dmoa import build_dmoa
+from dmoa.policies.registry import PolicyContext, policy
 from dmoa.protocols import Policy
 from dmoa.types import Activation, QueryState, StepPlan, StepRecord, Stop
+
+
+@policy(
+    "exploring",
+    "As dmoa, and beside it the other agents are asked only to learn from: all, or one with `dmoa.epsilon`.",
+    cost="steps * A",
+    first_step_only=True,
+)
+def build_exploring(context: PolicyContext) -> ExploringPolicy:
+    """Return the policy around `dmoa`; explored agents use up the query's own budgets too."""
+    return ExploringPolicy(build_dmoa(context), epsilon=None, budget_tokens=context.config.limits.budget_tokens)
 
 
 class ExploringPolicy:
@@ -19,7 +32,7 @@ class ExploringPolicy:
     name = "exploring"
 
     def __init__(self, policy: Policy, *, epsilon: float | None, budget_tokens: int | None = None) -> None:
-        """`epsilon`: probability, (0, 1], with which a step explores one agent; None: every step explores all (dense).
+        """`epsilon`: probability, (0, 1], with which a step explores one agent; None: the query's own, else all (dense).
 
         `budget_tokens` is the budget that the other policy lives on; give the query itself none, explorers would use it up.
         """
@@ -44,12 +57,13 @@ class ExploringPolicy:
         return replace(state, query=replace(state.query, limits=limits))
 
     def _draw(self, state: QueryState, others: tuple[Activation, ...]) -> tuple[Activation, ...]:
-        if self._epsilon is None:
+        epsilon = state.query.epsilon if self._epsilon is None else self._epsilon
+        if epsilon is None:
             return others
         rng = random.Random(f"{state.query.trace_id}/{len(state.steps)}")  # noqa: S311 -- exploration, not secrets
-        if not others or rng.random() >= self._epsilon:
+        if not others or rng.random() >= epsilon:
             return ()
-        return (replace(rng.choice(others), propensity=self._epsilon / len(others)),)
+        return (replace(rng.choice(others), propensity=epsilon / len(others)),)
 
 
 def unexplored(state: QueryState) -> QueryState:

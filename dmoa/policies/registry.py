@@ -86,6 +86,7 @@ POLICIES: Registry[PolicyEntry] = Registry(
         "self_moa_seq": "dmoa.policies.layers:SelfMoaSeqPolicy",
         "smoa": "dmoa.policies.layers:SmoaPolicy",
         "fusion": "dmoa.policies.layers:FusionPolicy",
+        "exploring": "dmoa.policies.exploring:build_exploring",
     },
 )
 

@@ -56,6 +56,10 @@ class RolloutOptions(Options):
     """Ask nobody: take the queries that a swarm answered, `running` at `address`, or saved under its router.state_uri."""
     app: str = "dmoa"
     """Name of the Serve application of `from_traffic`."""
+    url: Annotated[str | None, Flag(metavar="URL")] = None
+    """Ask the agents of this running server, whose pool is this one; its key is DMOA_API_KEY. None: a pool of its own."""
+    share: float = Field(default=0.25, gt=0, le=1)
+    """Part of the agent calls that the served pool runs at once that may be this collection's; with `url`."""
     out: Path
     """Folder of the collection, or a URI. The same folder goes on with the collection in it."""
     data_dir: Path | None = None
@@ -101,6 +105,8 @@ class RolloutOptions(Options):
                 raise ValueError(f"from_traffic: its queries are answered already; leave {', '.join(given)} out")
         elif not self.benchmarks and not self.queries:
             raise ValueError("benchmarks, queries: both are empty; name benchmarks, or a file of queries")
+        if self.url is not None and self.call_cache is not None:
+            raise ValueError("call_cache: no effect with url, the server's agents are asked; leave it out")
         if self.dense and self.epsilon is not None:
             raise ValueError(f"epsilon is {self.epsilon}, and dense is set, which explores everyone; leave one of them out")
         weights = {source.weight for source in (*self.benchmarks, *self.queries)}

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,7 @@ from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError, RequestError
 from dmoa.policies.registry import POLICIES, check_words, split_policy
 from dmoa.protocols import SwarmClient
 from dmoa.swarm import Swarm, limits_for
-from dmoa.trace import ReplyDmoa, Trace, answer_of_reply, trace_of
+from dmoa.trace import ReplyDmoa, Trace, answer_of_reply, answer_of_trace, trace_of
 from dmoa.types import Answer, Event, Limits, Message, Query, StepRecord, TextDelta
 from dmoa.validation import describe, did_you_mean
 from dmoa.workflows.console import QueryResult, Screen
@@ -84,6 +84,53 @@ class OpenServer:
         return RemoteSwarm(open_client(self.url, self.api_key), pool=self.pool, has_seeds=True)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenCollectingServer:
+    """Opens a client of a running server whose agents are asked with exploration."""
+
+    url: str
+    pool: str
+    fingerprint: str
+    """Of the pool that the server is to have."""
+    epsilon: float | None
+    """As in `ExploringPolicy`."""
+    api_key: str = field(default="", repr=False)
+
+    def __call__(self) -> CollectingServer:
+        """Return the client."""
+        return CollectingServer(self)
+
+
+class CollectingServer:
+    """A running server, asked to learn from; implements `SwarmClient`. Answers have the gate's inputs, which traces tell."""
+
+    def __init__(self, opened: OpenCollectingServer) -> None:
+        self._opened = opened
+        self._swarm = RemoteSwarm(open_client(opened.url, opened.api_key), pool=opened.pool, has_seeds=True)
+
+    async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
+        """Yield the answer by policy `exploring`, whatever `policy` says, once its trace is there.
+
+        Raises DmoaError as `RemoteSwarm.ask`, RequestError for stages, which no request carries, and for another pool.
+        """
+        if query.stages:
+            raise RequestError("stages: they do not fit in an HTTP request; leave suites that have some out with --url")
+        async with aclosing(self._swarm.ask(replace(query, epsilon=self._opened.epsilon), "exploring")) as events:
+            async for event in events:
+                if isinstance(event, Answer):
+                    trace = await fetch_trace(self._swarm.client, event.trace_id)
+        if trace.pool_fingerprint != self._opened.fingerprint:
+            raise RequestError(
+                f"--url: the server's pool is {trace.pool_fingerprint[:12]}, this one {self._opened.fingerprint[:12]}; give the "
+                "pool that is served (--config)"
+            )
+        yield answer_of_trace(trace, self._opened.epsilon)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._swarm.close()
+
+
 MOST_STEPS = 1000
 """What a server takes for any number of steps: its own limit holds."""
 
@@ -121,6 +168,7 @@ class RemoteSwarm:
         messages = [*([Message(role="system", content=query.system)] if query.system else []), *query.turns]
         messages.append(Message(role="user", content=query.text))
         model, options, sampling = agent or self._asked_pool, _options(query.limits, policy), self._sampling(query)
+        options |= {} if query.epsilon is None else {"epsilon": query.epsilon}
         started = time.perf_counter()
         if query.is_streamed:
             async with aclosing(self.client.stream(messages, model=model, dmoa=options, sampling=sampling)) as chunks:

@@ -6,6 +6,7 @@ Training never imports evaluation, so the two are put together here. Labels go t
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -235,9 +236,10 @@ def build_collection(options: RolloutOptions, config: Config, common: Common, ba
 
     check_names(options)
     check_files(config)
-    fetch_models(config, common.say)
-    workers = _workers(options, config)
-    gate_version = build_pool_gate(config)[1].version
+    if options.url is None:
+        fetch_models(config, common.say)
+    workers = _workers(options, config) if options.url is None else _remote_workers(options, config)
+    gate_version = build_pool_gate(config)[1].version if options.url is None else f"of {options.url}"
     limits = options.limits(limits_for(config))
     preset = config.gate.preset
     manifest = new_manifest(options, config, gate_version, command)
@@ -315,6 +317,34 @@ def _workers(options: RolloutOptions, config: Config) -> CollectWorkers:
         width=width(config, options.epsilon),
         num_gpus=pool_gpus(config),
         env=ENGINE_ENV,
+    )
+
+
+def _remote_workers(options: RolloutOptions, config: Config) -> CollectWorkers:
+    """Return how a running server is asked: one client, and at most `share` of the calls that its replicas run at once.
+
+    Of replicas those are counted that are there in any case.
+    """
+    from dmoa.agents.pool import fingerprint
+    from dmoa.training.collect import CollectWorkers, width
+    from dmoa.workflows.backends import OpenCollectingServer, open_client
+
+    url = str(options.url)
+    open_client(url)  # a URL that is none is refused before Ray starts
+    hosts = {agent.llm if config.llms[agent.llm].placement == "shared" else agent.name: agent for agent in config.agents}
+    room = sum(max(1, config.scaling_of(one).min_replicas) * config.llms[one.llm].max_num_seqs for one in hosts.values())
+    wide = width(config, options.epsilon)
+    return CollectWorkers(
+        open_swarm=OpenCollectingServer(
+            url=url,
+            pool=config.name,
+            fingerprint=fingerprint(config),
+            epsilon=options.epsilon,
+            api_key=os.environ.get("DMOA_API_KEY", ""),  # it travels with the client: Ray would show an environment
+        ),
+        places=options.concurrency or max(wide, int(options.share * room)),
+        width=wide,
+        env={},
     )
 
 

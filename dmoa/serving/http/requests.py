@@ -170,6 +170,8 @@ class DmoaOptions(RequestModel):
     """Seconds after which the best answer so far is given."""
     policy: str | None = Field(default=None, max_length=128)
     """Name of a policy of this server; must agree with a `POOL/POLICY` model name."""
+    epsilon: float | None = Field(default=None, gt=0, le=1)
+    """With policy `exploring`: probability with which a step asks one agent beside the active ones; null: all others."""
     trace: bool | None = None
     """Add every agent's text and every step's summary to the reply."""
 
@@ -510,6 +512,7 @@ def _query(
         turns=turns,
         sampling={name: value for name, value in sampling.items() if value is not None},
         limits=_limits(request.dmoa or DmoaOptions(), service),
+        epsilon=request.dmoa.epsilon if request.dmoa else None,
         is_streamed=bool(request.stream),
     )
 

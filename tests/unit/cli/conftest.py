@@ -79,7 +79,7 @@ class PoolService:
         self._traces: dict[str, dict[str, Any]] = {}
         self.pool = config.name
         self.agents = config.agent_names
-        self.policies = ("dmoa", "single")
+        self.policies = ("dmoa", "single", "exploring")
         self.limits: LimitsConfig = config.limits
 
     async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:

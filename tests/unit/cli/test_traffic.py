@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dmoa.agents.pool import fingerprint
-from dmoa.config import Config
+from dmoa.config import Config, load
 from dmoa.core.witnesses import answer_classes
+from dmoa.errors import RequestError
 from dmoa.feedback import feedback_of, tenant_of, write_feedback
+from dmoa.protocols import final_answer
 from dmoa.serving.feedback import FeedbackStore, buffer_of
 from dmoa.serving.feedback_buffer import KeptOutcome
 from dmoa.testing import AGENTS, decision, domain_rows, scripted_pool, scripted_pool_yaml
+from dmoa.training.collect import RolloutAsking, query_of_rollout
 from dmoa.training.outcomes import credit_replies, read_outcomes
-from dmoa.training.rollouts import read_manifest, read_table
-from dmoa.types import AgentReply, Answer, EntropySum, Query, RouteRequest, StepRecord, SummarizerRecord
+from dmoa.training.rollouts import RolloutQuery, read_manifest, read_table, table_of
+from dmoa.types import AgentReply, Answer, EntropySum, Limits, Query, RouteRequest, StepRecord, SummarizerRecord
+from dmoa.workflows.backends import OpenCollectingPool, OpenCollectingServer
 from tests.unit.cli.conftest import Invoke
 
 pytestmark = pytest.mark.contract
@@ -154,6 +160,38 @@ def test_outcomes_are_listed_and_exported(dmoa: Invoke, tmp_path: Path) -> None:
     }
     missing = dmoa("outcomes", "list", "--state", tmp_path / "nowhere")
     assert (missing.exit_code, "no feedback lies there" in missing.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("epsilon", [None, 1.0])
+async def test_a_server_gives_the_rollouts_that_its_pool_gives_here(url: str, pool: Path, epsilon: float | None) -> None:
+    config = load(pool)
+    asked = [RolloutQuery(query_id=f"q{n}", source="mine", split="train", text=f"What is {n} + 7?") for n in range(3)]
+    name = fingerprint(config)
+    asking = RolloutAsking(seed=0, round=0, limits=Limits(max_steps=2, max_agents=1), preset="default", fingerprint=name)
+    opened = OpenCollectingServer(url=url, pool=config.name, fingerprint=name, epsilon=epsilon)
+    here, there = OpenCollectingPool(config_json=config.model_dump_json(), epsilon=epsilon)(), opened()
+    for query in asked:
+        rows, found = [], []
+        for swarm, kept in ((here, rows), (there, found)):
+            answer = await final_answer(swarm, query_of_rollout(query, asking), "dmoa")
+            kept += table_of(query, answer, preset="default", seed=0, fingerprint=name).to_pylist()
+        chances = [1.0, 1.0, 1.0] if epsilon is None else [0.5, 1.0]
+        for each in (rows, found):
+            assert [sorted(row["propensity"] for row in each if row["step"] == step) for step in range(2)] == [chances] * 2
+            assert [row["is_explored"] for row in each] == [not row["is_selected"] for row in each]
+        # Which agent epsilon draws depends on the trace's id, which is the server's.
+        key, is_compared = itemgetter("step", "agent"), (lambda row: epsilon is None or row["is_selected"])
+        pairs = zip(sorted(filter(is_compared, rows), key=key), sorted(filter(is_compared, found), key=key), strict=True)
+        for row, other in pairs:
+            for column in ("step", "num_steps", "agent", "context", "feedback", "probability", "gate_version", "text", "status"):
+                assert other[column] == row[column], column
+            for column in ("entropy_sum_nats", "entropy_sq_sum", "entropy_tokens", "completion_tokens"):
+                assert other[column] == pytest.approx(row[column], abs=1e-4), column
+    foreign = replace(opened, fingerprint="f" * 64)()
+    with pytest.raises(RequestError, match="the server's pool is"):
+        await final_answer(foreign, query_of_rollout(asked[0], asking), "dmoa")
+    for swarm in (here, there, foreign):
+        await swarm.close()
 
 
 def test_what_is_answered_already_is_not_asked(dmoa: Invoke, tmp_path: Path, pool_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,14 @@ async def test_the_draw_repeats_and_differs_from_step_to_step() -> None:
     orchestrator = orchestrator_of(FakeAgents(SAYINGS), list(P))
     steps = (await answer_of(orchestrator, query(max_steps=12), policy)).steps
     assert len({step.explored[0][0] for step in steps}) > 1
+
+
+async def test_a_query_may_say_how_often_itself() -> None:
+    plan = asks("a", reserves=["b", "c"])
+    asked = replace(query(), epsilon=1.0)
+    found = await ExploringPolicy(Schedule(plan), epsilon=None).next_step(state_of(asked))
+    assert isinstance(found, StepPlan)
+    assert [activation.propensity for activation in found.explored] == [0.5]
 
 
 async def test_a_policy_that_stops_is_not_held_up() -> None:
