@@ -109,7 +109,7 @@ class ReasoningSplitter:
         self._is_quoted = False
         """Whether the text speaks about an opening tag."""
         self.is_retracted = False
-        """Whether text that was handed on turned out to be a thought, which the prompt had opened."""
+        """Whether text that was handed on turned out to be a thought that the prompt opened; it is handed on again as one."""
         self._is_ended = False
         self._text: list[str] = []
         self._thought: list[str] = []

@@ -109,3 +109,11 @@ def test_text_is_handed_on_at_once_but_for_what_may_be_a_tag() -> None:
     said = [[delta.text for delta in splitter.feed(piece)] for piece in ("It ", "is 1 <", " 2 <th", "is> 3", "\n</")]
     assert said == [["It "], ["is 1 "], ["< 2 "], ["<this> 3"], ["\n"]]
     assert [delta.text for delta in splitter.close()] == ["</"]
+
+
+def test_a_thought_that_only_its_end_tells_comes_once_more_as_one() -> None:
+    splitter = ReasoningSplitter()
+    said = [(delta.text, delta.is_reasoning) for piece in ("6 by", " 7?", "</think>", "\n\n42") for delta in splitter.feed(piece)]
+    assert said == [("6 by", False), (" 7?", False), ("6 by 7?", True), ("42", False)]
+    assert splitter.is_retracted
+    assert (splitter.split().text, splitter.split().reasoning) == ("42", "6 by 7?")
