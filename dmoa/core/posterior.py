@@ -28,6 +28,8 @@ _COPY_ERRORS = 60.0
 """... and for how many joint errors that counts in the estimate of what is usual, ..."""
 _PAIR_ERRORS = 20.0
 """... as what is usual does in that of each pair."""
+_NOISE_OUTCOMES = 40.0
+"""For how many outcomes the share of wrong ones that is expected beforehand counts."""
 
 
 class Truth(NamedTuple):
@@ -124,6 +126,14 @@ def outcome_evidence(witnesses: Witnesses, noise: float) -> Array:
         is_right_RZ = np.arange(num_agents + 1) == answer_R[:, None]
         log_RZ += np.where(known_R[:, None], np.where(is_right_RZ, if_right[:, None], if_wrong[:, None]), 0.0)
     return log_RZ
+
+
+def wrong_outcomes(witnesses: Witnesses, truth: Truth, *, expected: float) -> float:
+    """Return the share of outcomes that are wrong: what the posterior contradicts, drawn to what is expected beforehand."""
+    right_RA = right_of(truth.weight_RZK, witnesses.answer_RA).sum(axis=2)
+    outcome_RA = np.where(witnesses.asked, witnesses.outcome_RA, np.nan)
+    wrong_RA = outcome_RA * (1 - right_RA) + (1 - outcome_RA) * right_RA
+    return float((np.nansum(wrong_RA) + expected * _NOISE_OUTCOMES) / (np.isfinite(outcome_RA).sum() + _NOISE_OUTCOMES))
 
 
 def copies(answer_RA: IntArray, truth: Truth, weight_R: Array) -> Array:

@@ -118,3 +118,26 @@ def witnesses_of(
     return Witnesses(
         answer_RA=answer_RA, doubt_RA=doubt_RA, length_RA=length_RA, outcome_RA=outcome_RA, embedding_RD=embedding_RD
     )
+
+
+def by_context(value_RA: Array, context_R: IntArray, count: int) -> Array:
+    """Return means by context [C, A], with the mean over all contexts as two values more; 0 where nothing is known."""
+    known_RA = np.isfinite(value_RA)
+    value_RA = np.where(known_RA, value_RA, 0.0)
+    mean_A = value_RA.sum(axis=0) / np.maximum(known_RA.sum(axis=0), 1)
+    member_CR = (context_R == np.arange(count)[:, None]).astype(np.float64)
+    mean_CA: Array = (member_CR @ value_RA + 2 * mean_A) / (member_CR @ known_RA + 2)
+    return mean_CA
+
+
+def lengths(log_RA: Array, context_R: IntArray, count: int) -> tuple[Array, Array, float]:
+    """Return mean per context, standard deviation within contexts, and the correlation between agents of log lengths."""
+    known_RA = np.isfinite(log_RA)
+    mean_CA = by_context(log_RA, context_R, count)
+    centred_RA = np.where(known_RA, log_RA - mean_CA[context_R], 0)
+    sd_A = np.sqrt((centred_RA**2).sum(axis=0) / np.maximum(known_RA.sum(axis=0), 1))
+    sd_A = np.maximum(sd_A, 0.05)
+    scaled_RA = np.clip(centred_RA / sd_A, -3, 3)
+    both = float((known_RA.sum(axis=1) ** 2 - known_RA.sum(axis=1)).sum())
+    cross = float((scaled_RA.sum(axis=1) ** 2 - (scaled_RA**2).sum(axis=1)).sum())
+    return mean_CA, sd_A, min(max(cross / max(both, 1.0), 0.0), 0.9)

@@ -16,15 +16,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from dmoa.core.answers import extract_answer
-from dmoa.core.label_model import MIN_ROWS, LabelModel, Signal, fit_label_model
+from dmoa.core.label_model import ENOUGH_BACKED, MIN_ROWS, LabelModel, Signal, fit_label_model
 from dmoa.core.sequential import AGENT_PRICE
 from dmoa.core.witnesses import NO_ANSWER, Array, Witnesses, witnesses_of
 from dmoa.training.cluster_router import ProbeSample
 from dmoa.training.judging import ask_in_turn
 
-ENOUGH_BACKED = 0.85
-"""Share of queries to which two or more agents must probably give the right answer for agreement to be trusted. Of 40 to 80
-recorded queries: .94 to 1 on GSM8K, .68 to .82 on CRUXEval-O and .32 to .52 on MATH, where weak agents err alike."""
 _SAME = 0.95
 _CLIQUE, _APART = 0.6, 0.25
 _CONSTANT = 0.8

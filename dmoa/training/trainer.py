@@ -34,7 +34,15 @@ from dmoa.tracking import FINISH_TIMEOUT_S, Tracker, is_logged, keep_run_id, ope
 from dmoa.training.dataset import Episodes, read_episodes, read_manifests
 from dmoa.training.distributed import SingleWorker
 from dmoa.training.gate_metrics import Ranking, load_shares, logits_of, measure_gate, ranking_of
-from dmoa.training.judging import fit_judge, fit_judged_point, right_probabilities, tell_trust, with_outcomes, witnesses_of_steps
+from dmoa.training.judging import (
+    competence_bias,
+    fit_judge,
+    fit_judged_point,
+    right_probabilities,
+    tell_trust,
+    with_outcomes,
+    witnesses_of_steps,
+)
 from dmoa.training.loop import TrainJob, train_gate
 from dmoa.training.objective import Batches, IndexArray, Scale, TrainingData, anchor_sample, build_data, fit_scale, split_episodes
 from dmoa.training.options import TrainOptions
@@ -385,6 +393,19 @@ def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tupl
     return _fitted(spec, point), _metrics_of(point)
 
 
+def _credit_competence(gate: Gate, evidence: FittedTargets) -> None:
+    """Let a linear gate of score posterior start from the competence of its agents (`judging.competence_bias`)."""
+    scale, held_Q = evidence.scale, evidence.data.held_Q
+    dense = evidence.episodes.dense_steps(held_Q)
+    if scale.label_model is None or scale.right_NA is None or gate.spec.head != "linear" or not len(dense):
+        return
+    is_dense_N = np.isin(evidence.episodes.steps_of(held_Q), dense)
+    logits_RA = logits_of(gate, _float32_batches(evidence.data), held_Q)[is_dense_N]
+    bias_A = competence_bias(scale.label_model, logits_RA, scale.right_NA[dense], gate.spec.temperature)
+    with torch.no_grad():
+        gate.head_bias.add_(torch.from_numpy(bias_A))
+
+
 def _fitted(spec: GateSpec, point: OperatingPoint) -> GateSpec:
     return dataclasses.replace(spec, mass=point.tau, fitted_left=point.mass_left, theta=point.theta)
 
@@ -404,6 +425,7 @@ def build_trained(
     """Return the gate with the given weights, fitted and measured, and its record."""
     gate = Gate(spec, profile_AD=weights.get("profile_AD"))
     gate.load_state_dict(weights)  # float64 weights become float32 here
+    _credit_competence(gate, evidence)
     fitted, point = fit_spec(gate, evidence, options)
     final = Gate(fitted, profile_AD=weights.get("profile_AD"), label_model=evidence.scale.label_model)
     final.load_state_dict(gate.state_dict())

@@ -205,6 +205,7 @@ def judge(material: Material, calls: float, outcomes: int, limit: int | None) ->
                 estimated = model.right_probability(material.witnesses.rows(train)).mean(axis=0)
                 accuracy = material.right_RA.mean(axis=0)
                 found["competence estimated against accuracy, r"].append({"r": float(np.corrcoef(estimated, accuracy)[0, 1])})
+            if not outcomes:
                 learned = while_answering(model, material, train, test, price, draw)
                 found[f"{name}, within {calls:g} calls, learning while answering"].append(learned.figures())
     return {"trust": trust, **{name: summary(each) for name, each in found.items()}}

@@ -156,6 +156,39 @@ def test_outcomes_refute_a_crowd_that_errs_alike() -> None:
     assert got[0, 0] > got[0, 1]
 
 
+@pytest.mark.parametrize("flipped", [0.0, 0.25])
+def test_the_share_of_wrong_outcomes_is_estimated(flipped: float) -> None:
+    """Where agents agree, outcomes that contradict one another tell how many of them are wrong."""
+    rng = np.random.default_rng(9)
+    values, is_right = simulated(rng, np.array([0.9, 0.8, 0.7, 0.6]), 60)
+    outcome = np.where(rng.random(is_right.shape) < flipped, ~is_right, is_right).astype(float)
+    model = fit_label_model(witnesses(compact(values), outcome=outcome), seed=0)
+    assert model.noise == pytest.approx(flipped, abs=0.07)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("crowd", [False, True])
+def test_outcomes_help_and_never_harm_much(crowd: bool) -> None:
+    """Log score of the posterior on new queries, over four pools: agreement that is right, and a crowd that errs alike."""
+    scores = {0: 0.0, 20: 0.0, 60: 0.0, -20: 0.0}
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        values, is_right = simulated(rng, np.array([0.75, 0.7, 0.35, 0.35, 0.35] if crowd else [0.85, 0.75, 0.65, 0.6, 0.5]), 160)
+        if crowd:
+            wrong = rng.integers(1, 50, 160)
+            values[:, 2:] = np.where(is_right[:, 2:], 0, wrong[:, None])
+        answer, new = compact(values), slice(80, 160)
+        for count in scores:
+            outcome = np.full((80, 5), np.nan)
+            told = is_right[: abs(count)]
+            outcome[: abs(count)] = np.where(rng.random(told.shape) < 0.2, ~told, told) if count < 0 else told
+            model = fit_label_model(witnesses(answer[:80], outcome=outcome), seed=seed)
+            right = np.clip(model.right_probability(witnesses(answer[new])), 0.01, 0.99)
+            scores[count] += float(np.where(is_right[new], np.log(right), np.log1p(-right)).mean()) / 4
+    assert scores[60] > scores[20] > scores[0]
+    assert scores[-20] > scores[0] + (0.1 if crowd else -0.005)  # of which a fifth is wrong
+
+
 def test_entropy_decides_where_one_agent_alone_is_competent() -> None:
     """Two skills, one agent each, and a third that is sure of nothing: nobody agrees, and each is sure at home alone."""
     rng = np.random.default_rng(6)

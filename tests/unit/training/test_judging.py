@@ -35,9 +35,10 @@ from dmoa.testing import (
 )
 from dmoa.trace import Trace, read_traces, trace_of, write_traces
 from dmoa.training.dataset import EpisodeBuilder, Episodes
-from dmoa.training.judging import fit_judge
+from dmoa.training.judging import competence_bias, fit_judge
 from dmoa.training.objective import Scale, Split, build_data
 from dmoa.types import Answer, Limits, Query, supervision_of
+from tests.unit.core.test_label_model import by_hand
 from tests.unit.training.in_process import train
 
 AGENTS = ("good", "fine", "liar")
@@ -137,6 +138,22 @@ def replace_spec() -> Any:
     from dmoa.core.gate import GateSpec
 
     return GateSpec.from_config(pool().gate, AGENTS)
+
+
+def test_preferences_of_a_gate_count_for_what_held_back_rows_say() -> None:
+    """Agents of 90, 60, 30 %: a gate of noise is led by competence, one that knows who is right of which query is left alone."""
+    rng = np.random.default_rng(0)
+    model = by_hand([0.9, 0.6, 0.3])
+    right = (rng.random((200, 3)) < np.array([0.9, 0.6, 0.3])) * 0.9 + 0.05
+    noise = rng.normal(0, 0.1, right.shape)
+    noise[:, 2] += 0.1  # its favourite
+    led = noise + competence_bias(model, noise, right, 0.1)
+    assert (noise.argmax(axis=1) == 0).mean() < 0.5 < 0.9 < (led.argmax(axis=1) == 0).mean()
+    knows = np.eye(3)[rng.integers(0, 3, 200)]
+    alone = competence_bias(model, knows, np.where(knows > 0, 0.95, 0.05), 0.1)
+    assert (np.abs(alone) < 0.05).all()
+    missing = np.where(np.arange(3) == 2, np.nan, right)
+    assert competence_bias(model, noise, missing, 0.1)[0] > 0
 
 
 def test_a_gate_trained_on_posteriors_leaves_the_sure_liar_out(trained: tuple[Path, Any, list[str]]) -> None:
