@@ -298,8 +298,9 @@ def _told(start: LabelModel, witnesses: Witnesses, context_R: IntArray, reliance
     Queries with outcomes speak first: a model that a crowd has misled would take them for wrong ones.
     """
     judged_R = np.isfinite(witnesses.outcome_RA).any(axis=1)
-    model = _fitted(start, witnesses, context_R, judged_R.astype(np.float64), _ROUNDS // 4)
-    return _fitted(model, witnesses, context_R, np.where(judged_R, 1.0, reliance_R), rounds)
+    first_R: Array = np.where(judged_R, 1.0, 0.0)
+    then_R: Array = np.where(judged_R, 1.0, reliance_R)
+    return _fitted(_fitted(start, witnesses, context_R, first_R, _ROUNDS // 4), witnesses, context_R, then_R, rounds)
 
 
 def _start(witnesses: Witnesses, num_contexts: int, spread: float, seed: int) -> LabelModel:
