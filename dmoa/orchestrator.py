@@ -146,6 +146,10 @@ class Orchestrator:
     async def _fold(
         self, state: QueryState, plan: StepPlan, usable: tuple[AgentReply, ...], emit: Emit, judgement: Judgement | None
     ) -> Fold:
+        if plan.fold == "keep" and not state.summary:
+            return Fold(summary="", record=SummarizerRecord(mode="select", verdict="rule"), selection=None)
+        if plan.fold == "keep":
+            usable = ()
         if not usable or plan.fold == "pass":
             # Without a contribution the last summary stands, and it ended as it did.
             source = usable[0] if usable else state.steps[-1].summarizer

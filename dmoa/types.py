@@ -40,6 +40,7 @@ StopReason = Literal[
     "schedule",
 ]
 Verdict = Literal["final", "continue", "unparsable", "rule"]
+Fold = Literal["summarizer", "pass", "vote", "surest", "keep"]
 RoutedBy = Literal["router", "ingress"]
 
 UNTRAINED = "untrained-"
@@ -573,9 +574,10 @@ class StepPlan:
     """Who takes the place of a lost agent, and whom the cascade asks, next-ranked first."""
     explored: tuple[Activation, ...] = ()
     """Agents asked only to learn from: their replies are recorded and count for nothing else, nobody stands in for them."""
-    fold: Literal["summarizer", "pass", "vote", "surest"] = "summarizer"
+    fold: Fold = "summarizer"
     """What becomes the summary: what the pool's summarizer makes of the replies, the first reply, the answer that most agree on
-    (or else the surest reply), or the reply of the lowest score. None but the summarizer calls a model or ends a query."""
+    (or else the surest reply), the reply of the lowest score, or the summary before. None but the summarizer calls a model or
+    ends a query."""
     quorum: int | None = None
     """Contributions that end the step, the others are cancelled; None: all are waited for."""
     ends_with: StopReason | None = None

@@ -218,9 +218,9 @@ class SmoaPolicy:
         )
         asked = ask([options.writer] * 2, instruction=judge, history=answers)
         if len(steps) == 2 * options.layers - 1:  # after the last layer there is nothing to moderate
-            return StepPlan(activations=asked[:1], fold="pass")
+            return StepPlan(activations=asked[:1], fold="keep")
         second = ask([options.writer] * 2, instruction=moderator, history=answers)[1:]
-        return StepPlan(activations=(*asked[:1], *second), fold="pass")
+        return StepPlan(activations=(*asked[:1], *second), fold="keep")
 
 
 def chosen(words: str, answers: Sequence[str], keep: int) -> tuple[str, ...]:

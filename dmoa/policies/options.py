@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from dmoa.core.aggregate import contributions
 from dmoa.errors import RequestError
@@ -37,6 +37,13 @@ class PolicyOptions(BaseModel):
 
     agents: Names = Field(default=(), min_length=1)
     """Agents that take part, in this order; none named: the whole pool."""
+
+    @field_validator("agents")
+    @classmethod
+    def _differ(cls, agents: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(agents)) < len(agents):
+            raise ValueError("one agent stands there twice; name each once")
+        return agents
 
     @classmethod
     def of(cls, policy: str, words: str | None, pool: tuple[str, ...]) -> Self:

@@ -87,6 +87,12 @@ POLICIES: Registry[PolicyEntry] = Registry(
         "smoa": "dmoa.policies.layers:SmoaPolicy",
         "fusion": "dmoa.policies.layers:FusionPolicy",
         "exploring": "dmoa.policies.exploring:build_exploring",
+        **{name: f"dmoa.policies.graphs:build_{name}" for name in ("chain", "tree", "star", "complete", "random_graph")},
+        "debate": "dmoa.policies.debate:DebatePolicy",
+        "refine": "dmoa.policies.debate:RefinePolicy",
+        "group_chat": "dmoa.policies.debate:GroupChatPolicy",
+        "escalate": "dmoa.policies.adaptive:EscalatePolicy",
+        "elastic": "dmoa.policies.adaptive:ElasticPolicy",
     },
 )
 

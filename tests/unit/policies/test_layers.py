@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from dmoa.policies.layers import chosen
+from dmoa.policies.registry import build_policy
+from dmoa.testing import FakeAgents, Hang, Lose, Say, answer_of, orchestrator_of, query
 from dmoa.types import AgentCall
-from tests.unit.policies.schedules import check_cost, run, schedule_of
+from tests.unit.policies.schedules import POOL, check_cost, context_of, run, schedule_of
 
 LAYER = ["a.0", "b.0", "c.0", "d.0"]
 SEEN = "<- a.0 b.0 c.0 d.0"
@@ -74,6 +76,20 @@ async def test_fusion_asks_a_panel_and_its_judge_sees_all_of_it_in_an_order_of_t
     _, calls = await run("fusion:judge=d")
     assert [line.split()[0] for line in schedule_of(calls)] == ["a.0", "b.0", "c.0", "d.1"]
     assert sorted(schedule_of(calls)[-1].split()[2:]) == ["a.0", "b.0", "c.0"]
+
+
+async def test_a_quorum_is_enough_and_a_lost_agents_place_is_taken_by_the_next() -> None:
+    fates = {"a": Hang(), "b": Lose(), "c": Say(text="Answer: 19"), "d": Say(text="Answer: 20")}
+    agents = FakeAgents(fates | {"a": (Hang(), Say(text="Answer: 19"))})
+    loop = orchestrator_of(agents, POOL, places={name: name for name in POOL})
+    policy = build_policy("fusion", context_of("fusion:panel=3:quorum=2"))
+    answer = await answer_of(loop, query(max_steps=5), policy)
+    assert [call.agent for call in agents.calls] == ["a", "b", "c", "d", "a"]
+    assert agents.cancelled == ["a"]
+    assert [(reply.agent, reply.status) for reply in answer.steps[0].replies] == [
+        ("b", "failed"), ("d", "ok"), ("c", "ok"), ("a", "late"),
+    ]  # fmt: skip
+    assert answer.degraded
 
 
 @pytest.mark.parametrize(

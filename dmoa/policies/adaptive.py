@@ -1,0 +1,111 @@
+"""Policies that spend by how sure agents are: from small to large until one is sure, and short opinions before a long answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import Field
+
+from dmoa.core.aggregate import doubt, is_cut
+from dmoa.policies.dmoa import build_dmoa
+from dmoa.policies.layers import AGGREGATE
+from dmoa.policies.options import Count, PolicyOptions, ask, others, said
+from dmoa.policies.registry import PolicyContext, policy
+from dmoa.types import Activation, QueryState, StepPlan, Stop, StopReason
+
+
+class EscalateOptions(PolicyOptions):
+    """Parameters of `escalate`: `agents` from the cheapest to the best."""
+
+    nats: Annotated[float, Field(ge=0.0)] = 0.3
+    """Highest mean entropy, nats per token, of an answer that is sure enough."""
+
+    @property
+    def width(self) -> int:
+        """One agent is asked at a time."""
+        return 1
+
+
+@policy(
+    "escalate",
+    "Agents in order, one at a time, until an answer is sure (the confidence looper of vLLM Semantic Router).",
+    options=EscalateOptions,
+    cost="A at most",
+    reads="0",
+    first_step_only=False,
+)
+class EscalatePolicy:
+    """Nobody sees another's answer. Where none is sure the last agent's answer stands; a reply that was cut off is not sure."""
+
+    name = "escalate"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: EscalateOptions = context.options
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Stop at a sure answer, or ask the next agent."""
+        agents, done = self._options.agents, len(state.steps)
+        reply = next(iter(said(state.steps[-1])), None) if state.steps else None
+        nats = reply.entropy.mean_nats if reply else None
+        if reply is not None and not is_cut(reply) and nats is not None and nats <= self._options.nats:
+            return Stop(reason="sure")
+        if done >= len(agents):
+            return Stop(reason="schedule")
+        ends_with: StopReason | None = "schedule" if done == len(agents) - 1 else None
+        later = ask(agents[done:], history=())
+        return StepPlan(activations=later[:1], reserves=later[1:], fold="pass", ends_with=ends_with)
+
+
+class ElasticOptions(PolicyOptions):
+    """Parameters of `elastic`."""
+
+    least: Count = 16
+    """Fewest tokens of an opinion."""
+
+
+@policy(
+    "elastic",
+    "All give opinions, the shorter the less the gate thinks of them; the surest then writes the answer.",
+    options=ElasticOptions,
+    cost="A + 1",
+    reads="A",
+    first_step_only=False,
+)
+class ElasticPolicy:
+    """The gate's probability of an agent, as a share of the highest, is its share of its own `max_tokens` (ours)."""
+
+    name = "elastic"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: ElasticOptions = context.options
+        self._gate = build_dmoa(replace(context, agent=None, options=None))
+        self._most = {agent.name: agent.sampling.max_tokens for agent in context.config.agents}
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask for opinions, then for the answer."""
+        if len(state.steps) > 1:
+            return Stop(reason="schedule")
+        if not state.steps:
+            return await self._opinions(state)
+        opinions = said(state.steps[0])
+        surest = min(opinions, key=lambda reply: (is_cut(reply), doubt(reply)))
+        history = tuple(reply.text for reply in opinions)
+        return StepPlan(
+            activations=ask([surest.agent], instruction=AGGREGATE, history=history),
+            reserves=others(self._options.agents, surest.agent, instruction=AGGREGATE, history=history),
+            fold="pass",
+            ends_with="schedule",
+        )
+
+    async def _opinions(self, state: QueryState) -> StepPlan | Stop:
+        plan = await self._gate.next_step(state)
+        if isinstance(plan, Stop):
+            return plan
+        ranked = [x for x in (*plan.activations, *plan.reserves) if x.agent in self._options.agents]
+        asked = tuple(replace(x, max_tokens=self._tokens(x, ranked[0])) for x in ranked)
+        return replace(plan, activations=asked, reserves=(), fold="vote", mass=sum(x.probability for x in asked))
+
+    def _tokens(self, activation: Activation, first: Activation) -> int:
+        share = activation.probability / first.probability if first.probability else 1.0
+        return max(self._options.least, round(share * self._most[activation.agent]))

@@ -1,0 +1,185 @@
+"""Policies in which agents answer each other: debate, refinement by kind of mistake, and a chat that a manager leads."""
+
+from __future__ import annotations
+
+from dmoa.policies.baselines import named
+from dmoa.policies.options import Count, PolicyOptions, ask, others, said, texts
+from dmoa.policies.registry import PolicyContext, policy
+from dmoa.types import Activation, Fold, QueryState, StepPlan, Stop, StopReason
+
+DEBATE = (
+    "The first work above is your own answer, the others are those of other assistants. Use them as additional advice, and write "
+    "your answer anew, complete and on its own."
+)
+
+
+class DebateOptions(PolicyOptions):
+    """Parameters of `debate`."""
+
+    rounds: Count = 2
+    """Rounds after the first answers."""
+
+
+@policy(
+    "debate",
+    "All answer, then in every round all read all answers and write theirs anew; the vote wins (arXiv 2305.14325).",
+    options=DebateOptions,
+    cost="A * (rounds + 1)",
+    reads="A * A * rounds",
+    first_step_only=False,
+)
+class DebatePolicy:
+    """Each agent sees its own last answer first, then the others' in the pool's order."""
+
+    name = "debate"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: DebateOptions = context.options
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask everyone, with the answers of the round before."""
+        agents, done = self._options.agents, len(state.steps)
+        if done > self._options.rounds:
+            return Stop(reason="schedule")
+        ends_with: StopReason | None = "schedule" if done == self._options.rounds else None
+        if not state.steps:
+            return StepPlan(activations=ask(agents, history=()), fold="vote", ends_with=ends_with)
+        replies = said(state.steps[-1])
+        asked = tuple(
+            Activation(
+                agent=name, instruction=DEBATE, history=tuple(x.text for x in sorted(replies, key=lambda x: x.agent != name))
+            )
+            for name in agents
+        )
+        return StepPlan(activations=asked, fold="vote", ends_with=ends_with)
+
+
+MISTAKES = {
+    "MISREAD": "It answers another question than the one that was asked. Read the question again, then write the answer anew.",
+    "CONCEPT": "It uses a wrong idea or rule. Say which one is right, then write the answer anew.",
+    "COMPUTATION": "It has a mistake of calculation. Work it out again, step by step, then write the answer anew.",
+}
+"""Kinds of mistakes that MoRA tells apart, and what their refiner is told."""
+IDENTIFY = (
+    "Do not answer it yourself. The last work above is an answer to the question. Reply with one word: NONE if it is right, "
+    f"else the kind of its worst mistake, one of {', '.join(MISTAKES)}."
+)
+
+
+class RefineOptions(PolicyOptions):
+    """Parameters of `refine`: the first of `agents` answers, the second looks for mistakes, the next ones refine, a kind each."""
+
+    rounds: Count = 2
+    """Most rounds of looking and refining."""
+
+    @property
+    def width(self) -> int:
+        """One agent is asked at a time."""
+        return 1
+
+
+@policy(
+    "refine",
+    "One answers, one names the kind of its mistake, that kind's refiner mends it, again until none (MoRA, arXiv 2412.00821).",
+    options=RefineOptions,
+    cost="1 + 2 * rounds at most",
+    reads="2 * rounds at most",
+    first_step_only=False,
+)
+class RefinePolicy:
+    """Answer, then identifier and refiner in turns; a word that names no kind counts as NONE."""
+
+    name = "refine"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: RefineOptions = context.options
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask for the answer, for its mistake, or for one without it."""
+        done = len(state.steps)
+        if not state.steps:
+            return self._asks(0, "", (), fold="pass")
+        if done % 2 and done <= 2 * self._options.rounds:
+            return self._asks(1, IDENTIFY, (state.summary,), fold="keep")
+        words = " ".join(texts(state.steps[-1])).upper()
+        kind = next((kind for kind in MISTAKES if kind in words), None)
+        if kind is None or done > 2 * self._options.rounds:
+            return Stop(reason="schedule")
+        task = f"The work above is an answer to the question. {MISTAKES[kind]}"
+        return self._asks(2 + list(MISTAKES).index(kind), task, (state.summary,), fold="pass")
+
+    def _asks(self, place: int, instruction: str, history: tuple[str, ...], *, fold: Fold) -> StepPlan:
+        agents = self._options.agents
+        agent = agents[place % len(agents)]
+        return StepPlan(
+            activations=ask([agent], instruction=instruction, history=history),
+            reserves=others(agents, agent, instruction=instruction, history=history),
+            fold=fold,
+        )
+
+
+SPEAK = "The work above is what was said so far, oldest first. Go on from there: write the best answer, complete and on its own."
+
+
+class GroupChatOptions(PolicyOptions):
+    """Parameters of `group_chat`."""
+
+    turns: Count = 4
+    """Most messages of the chat."""
+    manager: str | None = None
+    """Who says who speaks next; None: the first of `agents`."""
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The speakers, and the manager."""
+        return (*self.agents, *([self.manager] if self.manager else ()))
+
+    @property
+    def width(self) -> int:
+        """One agent is asked at a time."""
+        return 1
+
+
+@policy(
+    "group_chat",
+    "A manager names who speaks next, who reads all that was said, until it says DONE (AutoGen, arXiv 2308.08155).",
+    options=GroupChatOptions,
+    cost="2 * turns at most",
+    reads="turns * (turns - 1) at most",
+    first_step_only=False,
+)
+class GroupChatPolicy:
+    """Manager and speaker in turns; where the manager names nobody the next agent in order speaks. The last message counts."""
+
+    name = "group_chat"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: GroupChatOptions = context.options
+        profiles = {agent.name: agent.profile.strip() for agent in context.config.agents}
+        speakers = "\n".join(f"{name}: {profiles[name]}" for name in dict.fromkeys(self._options.agents))
+        self._task = (
+            f"Do not answer it yourself. You lead a chat of these assistants:\n{speakers}\nReply with the name of the one who "
+            "should speak next, or DONE if the last message answers the question."
+        )
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask the manager, or the one it named."""
+        options, done = self._options, len(state.steps)
+        chat = tuple(text for step in state.steps[1::2] for text in texts(step)[:1])
+        manager = options.manager or options.agents[0]
+        if done % 2 == 0:
+            if done == 2 * options.turns:
+                return Stop(reason="schedule")
+            return StepPlan(activations=ask([manager], instruction=self._task, history=chat), fold="keep")
+        words = " ".join(texts(state.steps[-1]))
+        speaker = named(words, options.agents)
+        if chat and speaker is None and "DONE" in words:
+            return Stop(reason="schedule")
+        chosen = speaker or options.agents[len(chat) % len(options.agents)]
+        task = SPEAK if chat else ""
+        return StepPlan(
+            activations=ask([chosen], instruction=task, history=chat),
+            reserves=others(options.agents, chosen, instruction=task, history=chat),
+            fold="pass",
+            ends_with="schedule" if done == 2 * options.turns - 1 else None,
+        )
