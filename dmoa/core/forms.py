@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 from dmoa.core.answers import canonical_answer, read_answer, read_number
@@ -27,6 +28,7 @@ def form_of(query: str) -> Form:
     return "literal" if _ASKS_LITERAL.search(query) else "any"
 
 
+@lru_cache(maxsize=1024)  # a step reads its replies again after each one that comes, between two awaits
 def agreement_key(reply: str, query: str = "") -> str | None:
     """Return the key of a reply's answer, None where it has none. Never raises.
 
