@@ -88,6 +88,7 @@ class Dispatcher:
             tokens_left=left,
             price_left=None if limits.budget_price is None else limits.budget_price - state.price_used,
             calls_left=calls_left(state),
+            is_paced=limits.within_steps,
             asked=state.asked,
         )
 

@@ -211,6 +211,7 @@ class Orchestrator:
             budget_price=limits.budget_price,
             calls_used=state.calls_used,
             budget_calls=limits.budget_calls,
+            is_paced=limits.within_steps,
             now=time.time(),
             deadline=state.deadline_unix_s,
         )

@@ -93,12 +93,15 @@ class StepCalls:
         tokens_left: int | None,
         price_left: float | None = None,
         calls_left: int | None = None,
+        is_paced: bool = False,
         asked: str = "",
     ) -> None:
         """`places` is the caller's, who keeps it up to date; what is left of the query's budgets, None: no budget.
 
-        `asked` is what the agents are asked.
+        `is_paced`: `Limits.within_steps`; `asked` is what the agents are asked.
         """
+        self._is_paced = is_paced and (tokens_left is not None or price_left is not None)
+        self._held: list[Activation] = []
         self._asked = asked
         self._plan = plan
         self._cards = cards
@@ -125,7 +128,9 @@ class StepCalls:
 
     def begin(self) -> list[NextCall]:
         """Return the calls of the plan's agents."""
-        calls = [self._new_chain(activation, tokens_used=0) for activation in self._plan.activations]
+        together = 1 if self._is_paced else len(self._plan.activations)
+        self._held = list(self._plan.activations[together:])
+        calls = [self._new_chain(activation, tokens_used=0) for activation in self._plan.activations[:together]]
         self._under_way = len(calls)
         return calls
 
@@ -143,8 +148,23 @@ class StepCalls:
         self._under_way -= 1
         self._has_text = has_text
         following = self._follow(call, reply, has_time=has_time)
-        calls = [following] if following is not None else [] if self._under_way else self._go_on(has_time=has_time)
+        calls = [] if following is None else [following]
+        calls += self._release(len(calls)) if has_time else []
+        calls = calls or ([] if self._under_way else self._go_on(has_time=has_time))
         self._under_way += len(calls)
+        return calls
+
+    def _release(self, following: int) -> list[NextCall]:
+        """Return the calls of held agents that what is left pays for, if each takes what the calls so far took."""
+        replies = self.replies
+        if not self._held:
+            return []
+        used, price = sum(reply.usage.total for reply in replies), sum(reply.price or 0.0 for reply in replies)
+        shares = [(used, self._tokens_left), (price, self._price_left)]
+        affordable = [int((left - took) * len(replies) / took) for took, left in shares if left is not None and took]
+        room = min(affordable, default=len(self._held)) - self._under_way - following
+        calls = [self._new_chain(held, tokens_used=used, price_used=price) for held in self._held[: max(0, room)]]
+        self._held = self._held[len(calls) :]
         return calls
 
     def _follow(self, call: NextCall, reply: AgentReply, *, has_time: bool) -> NextCall | None:

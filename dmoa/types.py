@@ -462,6 +462,9 @@ class Limits:
     """What all agents and the summarizer may cost; calls without a price cost nothing."""
     budget_calls: int | None = None
     """Calls of agents and the summarizer; where a step would ask more agents, its least probable ones are left out."""
+    within_steps: bool = False
+    """Whether the budgets of tokens and price hold within a step too: its first agent is asked alone, then as many more as what
+    is left pays for, by what the calls so far took. Source: ours."""
     deadline_s: float | None = None
     max_tokens: int | None = None
     """Most new tokens of any one reply, the summarizer's included; None: as each agent's sampling says."""

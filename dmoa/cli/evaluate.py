@@ -1,15 +1,15 @@
-"""`dmoa evaluate` and `dmoa report`: policies over benchmarks, ablations, the self-check, and the report of a run's folder."""
+"""`dmoa evaluate`, `compare` and `report`: policies over benchmarks, ablations, the self-check, and a run's report."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from dmoa.cli.options import takes_options, this_command
-from dmoa.evaluation.records import EvaluateOptions
+from dmoa.evaluation.records import CompareOptions, EvaluateOptions
 from dmoa.workflows.console import (
     EXIT_FAILED,
     CheckpointOption,
@@ -20,6 +20,7 @@ from dmoa.workflows.console import (
     with_common,
 )
 
+Options = TypeVar("Options", bound=EvaluateOptions)
 SelfcheckOption = Annotated[
     bool, typer.Option("--selfcheck", help="Ask no agent: check that scorers, rows and sandbox agree; exit 1 if not.")
 ]
@@ -81,10 +82,10 @@ def evaluate(
     check_ran(evaluation)
 
 
-def _with_folder(options: EvaluateOptions) -> EvaluateOptions:
+def _with_folder(options: Options, command: str = "evaluate") -> Options:
     if options.out is not None:
         return options
-    return options.model_copy(update={"out": Path("out") / time.strftime("evaluate-%Y%m%d-%H%M%S")})
+    return options.model_copy(update={"out": Path("out") / time.strftime(f"{command}-%Y%m%d-%H%M%S")})
 
 
 def _ablations(
@@ -142,6 +143,29 @@ def _selfcheck(common: Common, options: EvaluateOptions, checkpoint: Path | None
     common.write_json(found.model_dump(mode="json"))
     if not found.passed:
         raise typer.Exit(EXIT_FAILED)
+
+
+@with_common
+@takes_options(CompareOptions, unset={"out": "out/compare-TIME"})
+def compare(common: Common, options: CompareOptions, checkpoint: CheckpointOption = None) -> None:
+    """Compare policies on the same rows, each with the budget that the first one takes: tokens, calls, time or price.
+
+    \b
+    dmoa compare --config specialists --benchmarks arith,words --policies dmoa,dense --limit 50
+    dmoa compare --benchmarks all --data-dir DIR --policies dmoa,dense,single --match calls --limit 100 --out out/equal --resume
+    dmoa compare --benchmarks arith --policies dmoa,dense --match tokens --match-budget 600 --repeats 3
+    dmoa report out/equal
+    """
+    from dmoa.workflows.compare import run_comparison
+    from dmoa.workflows.evaluate import check_ran
+
+    if options.url is not None:
+        given: dict[str, object] = {"--config": common.config, "--set": common.overrides, "--checkpoint": checkpoint}
+        refuse_together(given, "with --url: the server has its own pool")
+    options = _with_folder(options, "compare")
+    evaluation = run_comparison(options, None if options.url else common.load(checkpoint), common, this_command())
+    common.write_json(evaluation.model_dump(mode="json"))
+    check_ran(evaluation)
 
 
 @with_common

@@ -66,17 +66,20 @@ def budget_stop(
     budget_price: float | None = None,
     calls_used: int = 0,
     budget_calls: int | None = None,
+    is_paced: bool = False,
 ) -> StopReason | None:
     """Return the budget that is spent, None if another step may start.
 
     `step` is the number of finished steps; `now` and `deadline` are Unix seconds. Where several are spent the order is
-    deadline, tokens, price, calls, steps. Source: paper (20 steps); the others ours.
+    deadline, tokens, price, calls, steps. `is_paced`: tokens and price are spent too where one more call, as the calls so far
+    were in the mean, would be too much. Source: paper (20 steps); the others ours.
     """
+    ahead = 1 + 1 / calls_used if is_paced and calls_used else 1.0
     if deadline is not None and now >= deadline:
         return "deadline"
-    if budget_tokens is not None and tokens_used >= budget_tokens:
+    if budget_tokens is not None and (tokens_used >= budget_tokens or tokens_used * ahead > budget_tokens):
         return "budget_tokens"
-    if budget_price is not None and price_used >= budget_price:
+    if budget_price is not None and (price_used >= budget_price or price_used * ahead > budget_price):
         return "budget_price"
     if budget_calls is not None and calls_used >= budget_calls:
         return "budget_calls"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dmoa.errors import EmptyAnswerError
 from dmoa.evaluation.records import Answered, Label, Reply, Scored, Scorer, Task
@@ -24,12 +25,18 @@ class Asking:
     seed: int
     limits: Limits
     """Budgets of a query; a task with more stages than steps allowed still runs all its stages."""
+    budgets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Benchmark -> limits that lower those, and hold within steps too."""
 
 
 def query_of_task(task: Task, policy: str, asking: Asking) -> Query:
     """Return the query that puts a task to a policy; its id depends on task, policy and seed alone, so it repeats."""
     digest = hashlib.sha256(f"{task.row_id}\0{policy}\0{asking.seed}".encode()).hexdigest()
     limits = replace(asking.limits, max_steps=max(asking.limits.max_steps, len(task.stages)))
+    matched = asking.budgets.get(task.benchmark, {})
+    if matched:
+        lowered: dict[str, Any] = {name: min(getattr(limits, name) or amount, amount) for name, amount in matched.items()}
+        limits = replace(limits, within_steps=True, **lowered)
     return Query(
         trace_id=digest[:32],
         query_id=task.row_id,

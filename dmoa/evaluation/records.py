@@ -6,7 +6,8 @@ written to different folders. `Answered` says what a policy did with a task, `Sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from dmoa.config import Address, Flag, Name, Names, Options
+from dmoa.errors import DmoaError
 from dmoa.flat import TokenFields
 from dmoa.provenance import Machine
 from dmoa.types import Limits, Stage
@@ -219,6 +221,11 @@ class EvaluateOptions(Options):
             raise ValueError("gates have no effect with url: the server has its own; leave one out")
         return self
 
+    @property
+    def matching(self) -> Matching | None:
+        """What every policy may spend as much of as a reference; None: no such thing."""
+        return None
+
     def limits(self, pool: Limits) -> Limits:
         """Return a query's limits: the pool's, lowered by the budget."""
         if self.budget == "pool":
@@ -231,6 +238,71 @@ class EvaluateOptions(Options):
             deadline_s=pool.deadline_s,
             max_tokens=CPU_BUDGET["max_tokens"],
         )
+
+
+Match = Literal["tokens", "calls", "latency", "price", "none"]
+_LIMITS = {"tokens": "budget_tokens", "calls": "budget_calls", "latency": "deadline_s", "price": "budget_price"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matching:
+    """What every policy of a comparison may spend on a query."""
+
+    by: Match
+    reference: str
+    """The policy that sets the budget: on each benchmark the mean of its answered rows."""
+    amount: float | None = None
+    """The budget itself; None: the reference's."""
+
+    def budget(self, benchmark: str, lines: Iterable[Answered]) -> dict[str, float]:
+        """Return a query's limit on a benchmark, given what the reference answered. Raises DmoaError where that is not known."""
+        amount = self.amount
+        if amount is None:
+            spent = [self._spent(line) for line in lines if line.status == "ok"]
+            known = [value for value in spent if value]
+            if not known or len(known) < len(spent):
+                raise DmoaError(
+                    f"--match {self.by}: what {self.reference} takes on {benchmark} is not known: {len(known)} of {len(spent)} "
+                    "answered rows say it; mend what failed (or give llms.NAME.price), or set --match-budget"
+                )
+            amount = math.fsum(known) / len(known)
+        return {_LIMITS[self.by]: math.ceil(amount) if self.by in ("tokens", "calls") else amount}
+
+    def _spent(self, line: Answered) -> float | None:
+        of = {"tokens": line.usage.total, "calls": line.calls, "latency": line.wall_ms / 1e3, "price": line.price}
+        return of[self.by]
+
+
+class CompareOptions(EvaluateOptions):
+    """One comparison of policies at equal budgets."""
+
+    where = "compare"
+
+    policies: Annotated[Names, Flag(metavar="P,Q")] = Field(default=("dmoa",), min_length=1)
+    """Policies to compare; the first is the reference. As in `dmoa evaluate`."""
+    match: Match = "tokens"
+    """What every policy may spend as much of on a query as the reference does in the mean: tokens, calls, latency or price."""
+    match_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The budget of a query, in tokens, calls, seconds or the prices' currency; None: what the reference takes."""
+    baselines: Annotated[bool, Flag(negation="--no-baselines")] = True
+    """Add self_moa, self_consistency and single, which a claim must beat, where they are not named."""
+    repeats: int = Field(default=1, ge=1, le=100)
+    """Runs over the same rows with other seeds of the replies; tables show the mean of a row's scores."""
+
+    @property
+    def matching(self) -> Matching | None:
+        """What is matched."""
+        return None if self.match == "none" else Matching(by=self.match, reference=self.policies[0], amount=self.match_budget)
+
+    @model_validator(mode="after")
+    def _can_match(self) -> Self:
+        if self.match_budget is not None and self.match == "none":
+            raise ValueError("match_budget has no effect with match 'none'; choose what is matched, or leave it out")
+        if self.match == "calls" and self.url is not None:
+            raise ValueError("match is 'calls'; a server has no budget of calls; match tokens, or leave url out")
+        if self.repeats > 1 and self.call_cache is not None:
+            raise ValueError(f"repeats is {self.repeats} with call_cache; cached calls do not vary; leave one out")
+        return self
 
 
 class ResultRecord(BaseModel):
@@ -338,6 +410,14 @@ class RunInfo(ResultRecord):
     """Seed of samples, suites and replies."""
     limits: dict[str, Any] = {}
     """Budgets of a query, such as max_steps, max_agents, budget_tokens, deadline_s."""
+    match: Match = "none"
+    """What the policies may spend equally much of (`dmoa compare`)."""
+    reference: str | None = None
+    """The policy that sets the budget, and that the others are compared with."""
+    budgets: dict[str, dict[str, float]] = {}
+    """Benchmark -> the limit that matching sets for a query of every policy but the reference."""
+    repeats: int = 1
+    """Runs over the same rows that the lines are the means of."""
     gate_version: str | None = None
     """Gate that the run began with; None for policies without one."""
     gates: dict[str, str] = {}

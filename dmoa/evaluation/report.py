@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -57,9 +57,21 @@ _MOST_OPEN = 4
 """Drawings of one heading that are shown without being asked for."""
 
 
-def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
-    """Return accuracy with its interval against tokens per row, a panel per benchmark; None without any row."""
-    benchmarks = _benchmarks(row for row in evaluation.rows if row.n and row.did_run)
+Measure = Literal["tokens", "seconds", "price"]
+_MEASURES: dict[Measure, str] = {
+    "tokens": "prompt and completion tokens per row",
+    "seconds": "seconds of a query, mean; queries run side by side",
+    "price": "price per row",
+}
+
+
+def accuracy_against(evaluation: Evaluation, measure: Measure = "tokens") -> str | None:
+    """Return accuracy with its interval against what a row took, a panel per benchmark; None without any row.
+
+    A dashed line goes through the policies that no other one beats in both.
+    """
+    ran = [row for row in evaluation.rows if row.n and row.did_run]
+    benchmarks = _benchmarks(row for row in ran if _taken(row, measure) is not None)
     if not benchmarks:
         return None
     columns = min(_COLUMNS, len(benchmarks))
@@ -73,27 +85,44 @@ def accuracy_against_tokens(evaluation: Evaluation) -> str | None:
     with _figure(width, (2.25 if lines > 1 else 3.0) * lines + 0.5 + _legend_inches(policies, width)) as figure:
         panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
         for axes, (name, rows) in zip(panels, benchmarks.items(), strict=False):
-            _accuracy_panel(axes, name, rows, evaluation)
+            _accuracy_panel(axes, name, rows, evaluation, measure)
         for axes in panels[len(benchmarks) :]:
             axes.remove()
-        figure.supxlabel("prompt and completion tokens per row")
+        figure.supxlabel(_MEASURES[measure])
         figure.supylabel("accuracy, %")
         _legend(figure, evaluation, policies)
-        return _svg(figure, "tokens")
+        return _svg(figure, measure)
 
 
-def _accuracy_panel(axes: Axes, name: str, rows: Sequence[EvaluationRow], evaluation: Evaluation) -> None:
+def _taken(row: EvaluationRow, measure: Measure) -> float | None:
+    """Return what a row took in the mean; None where that is not known."""
+    whole = {"tokens": row.usage.total, "seconds": row.wall_s, "price": row.price}[measure]
+    return None if whole is None else whole / row.n
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points (cost, worth) than which no other costs no more and is worth more, cheapest first."""
+    front: list[tuple[float, float]] = []
+    for cost, worth in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or worth > front[-1][1]:
+            front.append((cost, worth))
+    return front
+
+
+def _accuracy_panel(axes: Axes, name: str, rows: Sequence[EvaluationRow], evaluation: Evaluation, measure: Measure) -> None:
     marked = _marked(rows)
+    front = pareto([(_taken(row, measure) or 0.0, 100 * row.accuracy) for row in rows if row.policy != ORACLE])
+    axes.plot(*zip(*front, strict=True), color=_MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
     for row in rows:
         number = evaluation.config.all_policies.index(row.policy)
         colour = _colour(number)
-        tokens = row.usage.total / row.n
-        axes.plot([tokens, tokens], [100 * row.low, 100 * row.high], color=colour, linewidth=1.4)
-        axes.plot([tokens], [100 * row.accuracy], **_marker(number, size=6.5))
+        taken = _taken(row, measure) or 0.0
+        axes.plot([taken, taken], [100 * row.low, 100 * row.high], color=colour, linewidth=1.4)
+        axes.plot([taken], [100 * row.accuracy], **_marker(number, size=6.5))
         if row.policy in marked:
             axes.annotate(
                 marked[row.policy],
-                (tokens, 100 * row.accuracy),
+                (taken, 100 * row.accuracy),
                 xytext=(6, 6),
                 textcoords="offset points",
                 fontsize=7.5,
@@ -105,7 +134,8 @@ def _accuracy_panel(axes: Axes, name: str, rows: Sequence[EvaluationRow], evalua
     axes.set_ylim(-4, 104)
     axes.margins(x=0.25)
     axes.locator_params(axis="x", nbins=3)
-    axes.xaxis.set_major_formatter(lambda value, _: figures.count(value))
+    if measure == "tokens":
+        axes.xaxis.set_major_formatter(lambda value, _: figures.count(value))
 
 
 def _marked(rows: Sequence[EvaluationRow]) -> dict[str, str]:
@@ -446,6 +476,8 @@ def _summary(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("gate", _gates(evaluation)),
         ("rows", f"{run.split} split, {'all' if run.limit is None else f'at most {run.limit}'} per benchmark, seed {run.seed}"),
         ("limits of a query", _pairs(run.limits)),
+        ("matched", _matched(evaluation)),
+        ("repeats", str(run.repeats) if run.repeats > 1 else ""),
         ("engines", ", ".join(run.engines)),
         ("tokens", f"{figures.count(tokens)} prompt and completion"),
         ("machine", _machine(evaluation)),
@@ -453,6 +485,14 @@ def _summary(evaluation: Evaluation) -> list[tuple[str, str]]:
     if run.ended_unix_s is not None:
         pairs.append(("from first start to end", figures.duration(max(0.0, run.ended_unix_s - run.started_unix_s))))
     return [(name, text) for name, text in pairs if text]
+
+
+def _matched(evaluation: Evaluation) -> str:
+    run = evaluation.config
+    budgets = ", ".join(
+        f"{name} {_pairs({key: f'{value:.6g}' for key, value in found.items()})}" for name, found in run.budgets.items()
+    )
+    return f"{run.match}, as {run.reference} takes: {budgets}" if run.budgets else ""
 
 
 def _gates(evaluation: Evaluation) -> str:
@@ -527,8 +567,9 @@ def _first_plot(evaluation: Evaluation) -> Iterator[_Plot]:
     """Yield the drawing that the page begins with, where there is data."""
 
     yield from _drawn(
-        accuracy_against_tokens(evaluation),
-        caption="Vertical lines: 95 % intervals. Dashed: chance. Up and to the left is better.",
+        accuracy_against(evaluation, "tokens"),
+        caption="Vertical lines: 95 % intervals. Dashed: chance. Dotted: the policies that no other beats in both. "
+        "Up and to the left is better.",
     )
 
 
@@ -537,6 +578,9 @@ def _sections(evaluation: Evaluation) -> Iterator[_Section]:
 
     caption = "Share of the steps, in percent, in which the agent's contribution counted."
     gates = figures.gate_policies(evaluation)
+    others: list[Measure] = ["seconds", "price"] if evaluation.config.reference else []
+    against = [plot for measure in others for plot in _drawn(accuracy_against(evaluation, measure))]
+    yield _Section(heading="Accuracy against time and price", plots=against)
     yield _Section(heading="Whom the gate asks", plots=list(_routed(evaluation, gates, caption)))
     yield _Section(heading="Steps", plots=list(_drawn(steps(evaluation))))
     yield _Section(heading="Why queries ended", plots=list(_drawn(stop_reasons(evaluation))))
@@ -546,8 +590,8 @@ def _sections(evaluation: Evaluation) -> Iterator[_Section]:
         for plot in _drawn(groups(evaluation, info.name), title=info.title or info.name)
     ]
     yield _Section(heading="Accuracy by group", plots=by_group)
-    others = [policy for policy in evaluation.config.all_policies if policy not in gates]
-    yield _Section(heading="Routing of the other policies", plots=list(_routed(evaluation, others, caption)))
+    rest = [policy for policy in evaluation.config.all_policies if policy not in gates]
+    yield _Section(heading="Routing of the other policies", plots=list(_routed(evaluation, rest, caption)))
 
 
 def _routed(evaluation: Evaluation, policies: Sequence[str], caption: str) -> Iterator[_Plot]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -29,7 +30,7 @@ from dmoa.evaluation.results import Evaluation
 from dmoa.evaluation.run_folder import RunFolder, write_whole
 from dmoa.provenance import code_revision, machine
 
-_FIXED = ("policies", "split", "limit", "seed", "limits", "gate_version", "gates")
+_FIXED = ("policies", "split", "limit", "seed", "limits", "match", "reference", "gate_version", "gates")
 """What a run that goes on must have in common with its beginning, beside its benchmarks, its pool and the difficulty."""
 _VERSIONS = ("transformers", "datasets", "math-verify", "pyarrow", "wandb")
 
@@ -83,10 +84,29 @@ def _locked(session: Session) -> Evaluation:
         session.say(f"{forget_failed(folder, names, info.policies)} failed rows are run again")
     scorers = OpenScorers(names=names, allow_weak_sandbox=options.allow_weak_sandbox, files=BENCHMARKS.references(names))
     with session.open_ray():
-        answer_all(folder, names, info.policies, session.asking, session.workers, session.watch)
+        info = _answer(session, info)
         score_all(folder, names, info.policies, scorers, session.score_at_once, session.watch)
     write_whole(folder.run, _json(info.model_copy(update={"ended_unix_s": time.time()})))
     return finish_run(folder)
+
+
+def _answer(session: Session, info: RunInfo) -> RunInfo:
+    """Answer what has no answer yet; with a budget to match, the policy that sets it first, and note the budget."""
+    folder, names, matching = session.folder, session.benchmarks, session.options.matching
+    ask = partial(answer_all, folder, names, workers=session.workers, watch=session.watch)
+    if matching is None:
+        ask(policies=info.policies, asking=session.asking)
+        return info
+    free = [] if matching.amount is not None else [matching.reference]
+    if free:
+        ask(policies=free, asking=session.asking)
+    if not info.budgets:
+        budgets = {name: matching.budget(name, folder.read_answers(name, matching.reference)) for name in names}
+        info = info.model_copy(update={"budgets": budgets})
+        write_whole(folder.run, _json(info))
+    matched = [policy for policy in info.policies if policy not in free]
+    ask(policies=matched, asking=replace(session.asking, budgets=info.budgets))
+    return info
 
 
 def finish_run(folder: RunFolder) -> Evaluation:
@@ -133,7 +153,7 @@ def _benchmark_info(session: Session, name: str) -> BenchmarkInfo:
 
 
 def _run_info(session: Session, benchmarks: Sequence[BenchmarkInfo]) -> RunInfo:
-    options = session.options
+    options, matching = session.options, session.options.matching
     return RunInfo(
         command=session.command,
         options=options.model_dump(mode="json"),
@@ -146,6 +166,8 @@ def _run_info(session: Session, benchmarks: Sequence[BenchmarkInfo]) -> RunInfo:
         limit=options.limit,
         seed=options.seed,
         limits=_limits(session.asking),
+        match=matching.by if matching else "none",
+        reference=matching.reference if matching else None,
         gate_version=session.gate_version,
         gates=session.gates,
         engines=session.engines,

@@ -61,7 +61,8 @@ def run_evaluation(
 def _evaluated(
     options: EvaluateOptions, config: Config | None, names: tuple[str, ...], common: Common, command: str, *, shows_result: bool
 ) -> Evaluation:
-    from dmoa.evaluation.run import evaluate
+    from dmoa.evaluation.records import CompareOptions
+    from dmoa.evaluation.repeats import evaluate_repeatedly
     from dmoa.storage import display_path
 
     assert options.out is not None
@@ -71,7 +72,7 @@ def _evaluated(
     with Bars(common.verbosity) as bars:
         session = build_evaluation(options, config, names, folder, common, bars, command)
         common.say(f"evaluating {', '.join(options.policies)} on {', '.join(names)}; the run lies in {display_path(folder.root)}")
-        evaluation = evaluate(session)
+        evaluation = evaluate_repeatedly(session, options.repeats if isinstance(options, CompareOptions) else 1)
     log_tables(evaluation, folder, options)
     if shows_result:
         print_evaluation(evaluation, stdout_console())

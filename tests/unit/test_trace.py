@@ -89,6 +89,7 @@ def test_a_trace_keeps_what_repeats_the_query() -> None:
         "budget_tokens": None,
         "budget_price": None,
         "budget_calls": None,
+        "within_steps": False,
         "deadline_s": 1.5,
         "max_tokens": None,
     }

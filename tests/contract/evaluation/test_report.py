@@ -162,7 +162,7 @@ def texts_of(svg: str) -> list[str]:
 
 
 def test_plots_are_well_formed_with_names_in_them(evaluation: Evaluation) -> None:
-    drawn = plots.accuracy_against_tokens(evaluation)
+    drawn = plots.accuracy_against(evaluation)
     assert drawn is not None
     assert {"mmlu", "relay (generated)", "dmoa", "single"} <= set(texts_of(drawn))
     grouped = plots.groups(evaluation, "mmlu")
@@ -209,7 +209,7 @@ def test_the_terminal_shows_whom_the_gate_asks_as_well() -> None:
 
 def test_the_best_single_agent_and_the_oracle_are_marked() -> None:
     evaluation = before_and_after()
-    drawn = plots.accuracy_against_tokens(evaluation)
+    drawn = plots.accuracy_against(evaluation)
     assert drawn is not None
     assert texts_of(drawn).count("best single") == 1
     assert "oracle" not in texts_of(drawn)
@@ -217,7 +217,7 @@ def test_the_best_single_agent_and_the_oracle_are_marked() -> None:
     run = evaluation.config.model_copy(
         update={"policies": [p for p in evaluation.config.policies if p != "dmoa"], "derived": [ORACLE]}
     )
-    drawn = plots.accuracy_against_tokens(evaluation.model_copy(update={"rows": rows, "config": run}))
+    drawn = plots.accuracy_against(evaluation.model_copy(update={"rows": rows, "config": run}))
     assert drawn is not None
     assert "oracle" in texts_of(drawn)
 
@@ -232,7 +232,7 @@ def test_an_agent_that_is_never_asked_has_its_row(evaluation: Evaluation) -> Non
 def test_a_plot_without_data_is_not_drawn() -> None:
     run = run_of([BenchmarkInfo(name="gsm8k", rows=2)], ["dmoa"])
     empty = build_evaluation(run, [], [])
-    assert plots.accuracy_against_tokens(empty) is None
+    assert plots.accuracy_against(empty) is None
     assert (plots.groups(empty, "gsm8k"), plots.steps(empty), plots.stop_reasons(empty)) == (None, None, None)
     assert plots.routing(empty, "dmoa") is None
     all_failed = render_report(
@@ -343,7 +343,7 @@ def test_an_untrained_gate_is_called_untrained_wherever_it_is_named() -> None:
     cells = [cell for row in page.rows for cell in row]
     assert "dmoa" not in cells
     assert cells.count("dmoa (untrained gate)") > 4
-    drawn = plots.accuracy_against_tokens(found)
+    drawn = plots.accuracy_against(found)
     assert drawn is not None
     assert {"dmoa (untrained gate)", "dmoa:trained"} <= set(texts_of(drawn))
 
@@ -352,7 +352,7 @@ def test_sixteen_methods_differ_in_colour_and_without_it_in_marker() -> None:
     looks = [plots._marker(number, size=6.0) for number in range(16)]
     assert len({look["color"] for look in looks}) == 16
     assert len({(look["marker"], look["markerfacecolor"] == "none") for look in looks}) == 16
-    drawn = plots.accuracy_against_tokens(compared())
+    drawn = plots.accuracy_against(compared())
     assert drawn is not None
     assert set(re.findall(r"--series-(\d+)", drawn)) == {str(number) for number in range(16)}
     assert set(METHODS) - {"dmoa"} <= set(texts_of(drawn))
@@ -404,13 +404,13 @@ def test_colours_are_told_apart_and_stand_off_the_page(text: str, scheme: str, d
 
 def test_long_names_get_room_and_stay_apart() -> None:
     names = [f"single:{'x' * 30}{number}{'y' * 30}" for number in range(3)]
-    drawn = plots.accuracy_against_tokens(compared(names))
+    drawn = plots.accuracy_against(compared(names))
     assert drawn is not None
     assert set(names) <= set(texts_of(drawn)), "cut at both ends they would be one"
-    drawn = plots.accuracy_against_tokens(compared([f"single:{number}-{'x' * 60}" for number in range(16)]))
+    drawn = plots.accuracy_against(compared([f"single:{number}-{'x' * 60}" for number in range(16)]))
     assert drawn is not None
     assert max(map(len, texts_of(drawn))) <= 48
-    few = plots.accuracy_against_tokens(compared(["a", "b"]))
+    few = plots.accuracy_against(compared(["a", "b"]))
     assert few is not None
     heights = [float(ET.fromstring(text).attrib["height"].removesuffix("pt")) for text in (drawn, few)]
     assert heights[0] > heights[1] + 14 * 12, "sixteen long names stand one below the other"

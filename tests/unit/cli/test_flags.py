@@ -31,6 +31,14 @@ FLAGS = {
         "--address:str$RAY_ADDRESS --workers:int>=1=1 --concurrency:int>=1 --track:str=auto "
         "--selfcheck:bool=False --ablations:bool=False --rollouts:Path --explain:str --reply:str"
     ),
+    "compare": (
+        "--benchmarks:str! --policies:str=dmoa --gates:str --data-dir:Path --split:str=test "
+        "--limit:int>=1 --seed:int>=0=0 --difficulty:int>=1=1 --budget:str=pool --out:Path "
+        "--resume:bool=False --retry-failed:bool=False --skip-bad-rows:bool=False "
+        "--allow-weak-sandbox:bool=False --call-cache:Path --checkpoint:Path --url:str "
+        "--address:str$RAY_ADDRESS --workers:int>=1=1 --concurrency:int>=1 --track:str=auto "
+        "--match:str=tokens --match-budget:float --baselines/--no-baselines:bool=True --repeats:int>=1=1"
+    ),
     "report": "--html:Path",
     "probe": (
         "--queries:str --benchmarks:str --rollouts:Path --known-answers:str --limit:int>=4=30 "

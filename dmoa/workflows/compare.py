@@ -1,0 +1,84 @@
+"""`dmoa compare`: an evaluation in which every policy may spend what the reference does, and the table of what each took."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dmoa.evaluation import figures
+from dmoa.evaluation.answering import split_policy
+from dmoa.policies.registry import POLICIES
+from dmoa.workflows.console import new_table, stdout_console
+from dmoa.workflows.evaluate import run_evaluation
+
+if TYPE_CHECKING:
+    from dmoa.config import Config
+    from dmoa.evaluation.records import CompareOptions
+    from dmoa.evaluation.results import Evaluation, EvaluationRow
+    from dmoa.workflows.console import Common
+
+BASELINES = ("self_moa", "self_consistency", "single")
+"""What a claim of being better has to beat at equal budgets."""
+
+
+def run_comparison(options: CompareOptions, config: Config | None, common: Common, command: str) -> Evaluation:
+    """Compare policies and show the result. Raises as `run_evaluation`."""
+    options = options.model_copy(update={"policies": with_baselines(options)})
+    evaluation = run_evaluation(options, config, common, command)
+    print_matched(evaluation)
+    return evaluation
+
+
+def with_baselines(options: CompareOptions) -> tuple[str, ...]:
+    """Return the policies with the baselines that are not among them, those that this version has."""
+    named = {split_policy(policy)[0] for policy in options.policies}
+    more = [name for name in BASELINES if name in POLICIES and name not in named] if options.baselines else []
+    return (*options.policies, *more)
+
+
+def print_matched(evaluation: Evaluation) -> None:
+    """Print what each policy took on a query, and how it differs from the reference."""
+    run = evaluation.config
+    reference = run.reference or run.policies[0]
+    console = stdout_console()
+    head = ("accuracy %", f"against {reference}", "p (Holm)", "tokens", "calls", "seconds", "price", "of the budget")
+    table = new_table("benchmark", "policy", *head, words=("benchmark", "policy"))
+    previous = ""
+    for row in evaluation.rows:
+        difference, p = against(evaluation, row, reference)
+        cells = [figures.accuracy(row), difference, p, *taken(row)]
+        name = row.benchmark if row.benchmark != previous else ""
+        table.add_row(name, row.policy, *cells, share_of_budget(evaluation, row))
+        previous = row.benchmark
+    console.print()
+    console.print(table)
+    matched = "nothing is matched" if run.match == "none" else f"budgets match {run.match}"
+    repeats = f", means of {run.repeats} repeats" if run.repeats > 1 else ""
+    console.print(
+        f"per query{repeats}; {matched}; over 100 %: calls under way when the budget ran out were finished", soft_wrap=True
+    )
+
+
+def against(evaluation: Evaluation, row: EvaluationRow, reference: str) -> tuple[str, str]:
+    """Return how a policy differs from the reference in points, and Holm's p; dashes where nothing was compared."""
+    for pair in evaluation.paired:
+        if pair.benchmark == row.benchmark and {pair.a, pair.b} == {row.policy, reference}:
+            sign = 1 if pair.a == row.policy else -1
+            return figures.points(sign * pair.difference), figures.p_value(pair.p_holm)
+    return "-", "-"
+
+
+def taken(row: EvaluationRow) -> tuple[str, str, str, str]:
+    """Return tokens, calls, seconds and price per query."""
+    if not row.n:
+        return "-", "-", "-", "-"
+    price = None if row.price is None else row.price / row.n
+    return figures.count(row.usage.total / row.n), f"{row.calls / row.n:.1f}", f"{row.wall_s / row.n:.2f}", figures.money(price)
+
+
+def share_of_budget(evaluation: Evaluation, row: EvaluationRow) -> str:
+    """Return the share of the budget that a policy took in the mean, in percent; a dash without a budget."""
+    budget = next(iter(evaluation.config.budgets.get(row.benchmark, {}).values()), None)
+    spent = {"tokens": row.usage.total, "calls": row.calls, "latency": row.wall_s, "price": row.price}.get(
+        evaluation.config.match
+    )
+    return "-" if budget is None or spent is None or not row.n else f"{100 * spent / row.n / budget:.0f} %"

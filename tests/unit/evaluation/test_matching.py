@@ -1,0 +1,141 @@
+"""Comparisons at equal budgets: the budget, how it holds within a step, repeats, and the table's figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dmoa.errors import ConfigError, DmoaError
+from dmoa.evaluation.answering import Asking, query_of_task
+from dmoa.evaluation.records import BenchmarkInfo, CompareOptions, Matching, Task
+from dmoa.evaluation.repeats import merge_repeats
+from dmoa.evaluation.report import pareto
+from dmoa.evaluation.results import build_evaluation
+from dmoa.testing import FakeAgents, Say, Schedule, answer_of, answered, asks, orchestrator_of, query, run_info, scored, write_run
+from dmoa.types import Limits, Price
+from dmoa.workflows.compare import against, share_of_budget, taken, with_baselines
+
+TASK = Task(row_id="gsm8k/test/1", benchmark="gsm8k", text="?")
+
+
+def test_the_budget_is_the_mean_of_what_the_reference_took() -> None:
+    lines = [
+        answered("gsm8k", number, "dmoa", prompt_tokens=tokens, completion_tokens=1, calls=calls, wall_ms=500.0, price=0.25)
+        for number, (tokens, calls) in enumerate([(10, 1), (20, 2), (30, 2)])
+    ]
+    expected = {
+        "tokens": {"budget_tokens": 21},
+        "calls": {"budget_calls": 2},
+        "latency": {"deadline_s": 0.5},
+        "price": {"budget_price": 0.25},
+    }
+    for by, limits in expected.items():
+        assert Matching(by=by, reference="dmoa").budget("gsm8k", lines) == limits  # type: ignore[arg-type]
+    assert Matching(by="tokens", reference="dmoa", amount=7.0).budget("gsm8k", []) == {"budget_tokens": 7}
+    unknown = [*lines, answered("gsm8k", 4, "dmoa", price=None)]
+    with pytest.raises(DmoaError, match=r"--match price: what dmoa takes on gsm8k is not known: 3 of 4 answered rows"):
+        Matching(by="price", reference="dmoa").budget("gsm8k", unknown)
+
+
+def test_a_matched_budget_lowers_the_limits_of_its_benchmark_alone() -> None:
+    limits = Limits(max_steps=3, budget_tokens=50)
+    asking = Asking(seed=0, limits=limits, budgets={"gsm8k": {"budget_tokens": 60, "deadline_s": 2.0}})
+    matched = query_of_task(TASK, "dense", asking).limits
+    assert (matched.budget_tokens, matched.deadline_s, matched.within_steps) == (50, 2.0, True)
+    assert query_of_task(TASK.model_copy(update={"benchmark": "svamp"}), "dense", asking).limits == limits
+
+
+# A call takes 10 + 4 tokens; its price is 1 + 2.
+@pytest.mark.parametrize(
+    ("limits", "asked"),
+    [
+        ({"budget_tokens": 14}, ["a"]),
+        ({"budget_tokens": 41}, ["ab"]),
+        ({"budget_tokens": 42}, ["abc"]),
+        ({"budget_tokens": 70}, ["abcd", "a"]),
+        ({"budget_tokens": 1}, ["a"]),
+        ({"budget_price": 8.9}, ["ab"]),
+        ({"budget_price": 9.0}, ["abc"]),
+        ({"budget_price": 9.0, "budget_tokens": 28}, ["ab"]),
+    ],
+)
+async def test_a_paced_budget_holds_within_a_step(limits: dict[str, float], asked: list[str]) -> None:
+    agents = FakeAgents({name: (Say(text=f"{name}1"), Say(text=f"{name}2")) for name in "abcd"})
+    orchestrator = orchestrator_of(agents, "abcd", price=Price(prompt_per_1m=1e5, completion_per_1m=5e5))
+    answer = await answer_of(orchestrator, query(within_steps=True, max_steps=2, **limits), Schedule(asks(*"abcd")))
+    assert ["".join(sorted(step.active)) for step in answer.steps] == asked
+    assert answer.stop_reason.startswith("budget_") or len(asked) == 2
+
+
+async def test_without_pace_all_agents_of_a_step_are_asked_at_once() -> None:
+    agents = FakeAgents({name: Say(text=name) for name in "abcd"})
+    answer = await answer_of(orchestrator_of(agents, "abcd"), query(budget_tokens=14, max_steps=1), Schedule(asks(*"abcd")))
+    assert len(answer.steps[0].active) == 4
+
+
+def test_repeats_are_one_run_of_means(tmp_path: Path) -> None:
+    info = run_info([BenchmarkInfo(name="gsm8k", rows=2)], policies=("dmoa",), budgets={"gsm8k": {"budget_tokens": 30}})
+    parts = [
+        write_run(
+            tmp_path / f"repeat-{number}",
+            info.model_copy(update={"budgets": {"gsm8k": {"budget_tokens": 30 + 2 * number}}}),
+            [answered("gsm8k", row, "dmoa", prompt_tokens=10 * (number + 1), price=float(number), calls=2) for row in (0, 1)],
+            [scored("gsm8k", 0, "dmoa", float(number)), scored("gsm8k", 1, "dmoa", 1.0)],
+        )
+        for number in (0, 1)
+    ]
+    from dmoa.evaluation.run_folder import RunFolder
+
+    found = merge_repeats(RunFolder(tmp_path), parts)
+    row = found.rows[0]
+    assert (row.n, row.accuracy, row.correct, row.prompt_tokens, row.price, row.calls) == (2, 0.75, 1, 30, 1.0, 4)
+    assert (found.config.repeats, found.config.budgets) == (2, {"gsm8k": {"budget_tokens": 31.0}})
+
+
+def test_the_table_says_what_each_policy_took_and_how_it_differs_from_the_reference() -> None:
+    info = run_info(
+        [BenchmarkInfo(name="gsm8k", rows=2)],
+        policies=("dmoa", "single"),
+        match="tokens",
+        reference="dmoa",
+        budgets={"gsm8k": {"budget_tokens": 20}},
+    )
+    counts = {"prompt_tokens": 8, "completion_tokens": 2, "calls": 3, "wall_ms": 1500.0, "price": 0.5}
+    lines = [answered("gsm8k", row, policy, **counts) for policy in info.policies for row in (0, 1)]
+    scores = [scored("gsm8k", row, policy, float(policy == "single")) for policy in info.policies for row in (0, 1)]
+    found = build_evaluation(info, lines, scores)
+    dmoa, single = found.rows
+    assert against(found, single, "dmoa") == ("+100.0", "0.500")
+    assert against(found, dmoa, "dmoa") == ("-", "-")
+    assert taken(single) == ("10", "3.0", "1.50", "0.5")
+    assert share_of_budget(found, single) == "50 %"
+
+
+def test_baselines_are_added_once() -> None:
+    def policies(**values: object) -> tuple[str, ...]:
+        return with_baselines(CompareOptions.parse({"benchmarks": "arith", **values}))
+
+    assert policies()[0] == "dmoa"
+    assert "single" in policies()
+    assert "single" not in policies(policies="dmoa,single:a")
+    assert policies(policies="dense", baselines=False) == ("dense",)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"match": "none", "match_budget": 3}, "match_budget has no effect"),
+        ({"match": "calls", "url": "http://x"}, "a server has no budget of calls"),
+        ({"repeats": 2, "call_cache": "c"}, "cached calls do not vary"),
+        ({"match_budget": 0}, "match_budget is 0"),
+    ],
+)
+def test_comparisons_that_make_no_sense_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CompareOptions.parse({"benchmarks": "arith", **values})
+
+
+def test_the_front_holds_what_nobody_beats_in_both() -> None:
+    points = [(3.0, 50.0), (1.0, 20.0), (2.0, 60.0), (1.0, 30.0), (5.0, 60.0), (6.0, 61.0)]
+    assert pareto(points) == [(1.0, 30.0), (2.0, 60.0), (6.0, 61.0)]
