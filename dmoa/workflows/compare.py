@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dmoa.evaluation import figures
-from dmoa.evaluation.answering import split_policy
-from dmoa.policies.registry import POLICIES
+from dmoa.policies.registry import POLICIES, split_policy
 from dmoa.workflows.console import new_table, stdout_console
 from dmoa.workflows.evaluate import run_evaluation
 
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 
 BASELINES = ("self_moa", "self_consistency", "single")
 """What a claim of being better has to beat at equal budgets."""
+MOST_SAMPLES = 16
+_SAMPLING = ("self_consistency", "best_of_n")
 
 
 def run_comparison(options: CompareOptions, config: Config | None, common: Common, command: str) -> Evaluation:
@@ -29,10 +30,16 @@ def run_comparison(options: CompareOptions, config: Config | None, common: Commo
 
 
 def with_baselines(options: CompareOptions) -> tuple[str, ...]:
-    """Return the policies with the baselines that are not among them, those that this version has."""
+    """Return the policies with the baselines that are not among them.
+
+    Where a budget holds within steps, samplers without a number of their own may take `MOST_SAMPLES`: the budget ends them.
+    """
     named = {split_policy(policy)[0] for policy in options.policies}
     more = [name for name in BASELINES if name in POLICIES and name not in named] if options.baselines else []
-    return (*options.policies, *more)
+    is_paced = options.match in ("tokens", "calls", "price") and options.url is None
+    reference, *others = (*options.policies, *more)
+    raised = [f"{name}:k={MOST_SAMPLES}" if is_paced and name in _SAMPLING else name for name in others]
+    return tuple(dict.fromkeys((reference, *raised)))
 
 
 def print_matched(evaluation: Evaluation) -> None:

@@ -116,8 +116,9 @@ def test_baselines_are_added_once() -> None:
     def policies(**values: object) -> tuple[str, ...]:
         return with_baselines(CompareOptions.parse({"benchmarks": "arith", **values}))
 
-    assert policies()[0] == "dmoa"
-    assert "single" in policies()
+    assert policies() == ("dmoa", "self_moa", "self_consistency:k=16", "single")
+    assert policies(match="latency") == ("dmoa", "self_moa", "self_consistency", "single")
+    assert policies(policies="self_consistency,best_of_n:k=3", baselines=False) == ("self_consistency", "best_of_n:k=3")
     assert "single" not in policies(policies="dmoa,single:a")
     assert policies(policies="dense", baselines=False) == ("dense",)
 
