@@ -46,6 +46,8 @@ def libraries_apart(command: str, *, verbosity: int) -> Iterator[None]:
     if verbosity > 0 or _own is not None:
         yield
         return
+    # Read when Ray is imported: what it holds back to count repeats would come out at the end, in this thread.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     results, before, descriptor = sys.stdout, sys.stderr, os.dup(_STDERR)
     is_terminal = _descriptor(before) == _STDERR
     path = _open_log(command)
