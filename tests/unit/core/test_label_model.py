@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -268,6 +269,44 @@ def test_worth_of_one_more_reply_against_enumeration() -> None:
         go_on = (weights * model.right_probability(rows).max(axis=1)).sum() / weights.sum() - 0.02
         value += joint * max(stop, go_on)
     assert got.worth_A[1] == pytest.approx(value - 0.8 - 0.02, abs=0.01)
+
+
+def test_the_stop_rule_against_exact_dynamic_programming() -> None:
+    """Four agents, all plans enumerated: what two replies of foresight lose is little, and nothing on most pools."""
+    losses, gains = [], []
+    start = (NOT_ASKED,) * 4
+    for seed in range(6):
+        right = np.random.default_rng(seed).uniform(0.6, 0.9, 4)
+        model = replace(by_hand(right.tolist(), copy=0.1), spread=1.5 * (seed % 2))
+        exact = planned(model, start, 0.02, {})
+        losses.append(exact - planned(model, start, 0.02, {}, follow=True))
+        gains.append(exact - (float(model.right_probability(witnesses(np.array([start]))).max()) - 0.02))
+    assert max(gains) > 0.03  # there is something to lose
+    assert min(losses) > -1e-9
+    assert np.mean(losses) < 0.005
+    assert np.median(losses) < 1e-6
+
+
+def planned(
+    model: LabelModel, said: tuple[int, ...], price: float, known: dict[tuple[int, ...], float], *, follow: bool = False
+) -> float:
+    """Value of a state, net of price: of the best plan there is, or of following `standing`."""
+    if said in known:
+        return known[said]
+    given = [agent for agent, value in enumerate(said) if value >= 0]
+    stop = float(model.right_probability(witnesses(np.array([said])))[0, given].max()) if given else 0.0
+    chosen = [agent for agent, value in enumerate(said) if value == NOT_ASKED]
+    if follow:
+        found = standing(model, witnesses(np.array([said])), price=price).next_agent
+        chosen = [] if found is None else [found]
+    values = [] if follow and chosen else [stop]
+    for agent in chosen:
+        after = [(*said[:agent], value, *said[agent + 1 :]) for value in range(max(max(said), -1) + 2)]
+        chance = np.exp(model.truth(witnesses(np.array(after))).log_likelihood_R)
+        then = [planned(model, state, price, known, follow=follow) for state in after]
+        values.append(float(chance @ then / chance.sum()) - price)
+    known[said] = max(values)
+    return known[said]
 
 
 def test_a_sure_leader_stops_and_unavailable_agents_are_not_asked() -> None:
