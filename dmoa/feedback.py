@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from dmoa.core.forms import agreement_key
 from dmoa.errors import ConfigError
-from dmoa.flat import flat_reply, reply_of
+from dmoa.flat import reply_of
 from dmoa.types import AgentReply, Answer, Query, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
 
 _LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")
@@ -91,6 +91,8 @@ _REPLY = pa.struct(
     | {name: pa.float64() for name in ("entropy_sum_nats", "entropy_sq_sum", "entropy_slack_nats", "latency_ms", "engine_ms")}
     | {"right_probability": pa.float64(), "attempts": pa.int64()}
 )
+_FIELDS = frozenset(_REPLY.names)
+_OWN = tuple(part.name for part in fields(AgentReply) if part.name in _FIELDS)
 _NAMES = pa.list_(pa.string())
 SCHEMA = pa.schema(
     {name: pa.string() for name in ("trace_id", "tenant", "fingerprint", "policy", "stop_reason", "finish_reason", "answer")}
@@ -141,8 +143,16 @@ def _rows(record: Feedback) -> Iterable[dict[str, Any]]:
             "summarizer": step.summarizer.mode,
             "verdict": step.summarizer.verdict,
             "input": step.route.input_X,
-            "replies": [{name: flat_reply(reply)[name] for name in _REPLY.names} for reply in step.replies],
+            "replies": [_flat(reply) for reply in step.replies],
         }
+
+
+def _flat(reply: AgentReply) -> dict[str, Any]:
+    """Return the fields of `_REPLY`, as `flat_reply` names them, which would take ten times as long."""
+    found = {name: getattr(reply, name) for name in _OWN}
+    for prefix, value in (("entropy_", reply.entropy), ("", reply.usage)):
+        found |= {prefix + part: getattr(value, part) for part in value.__slots__ if prefix + part in _FIELDS}
+    return found
 
 
 def write_feedback(records: Iterable[Feedback]) -> bytes:

@@ -32,6 +32,11 @@ def rollouts(common: Common, options: RolloutOptions, checkpoint: CheckpointOpti
     dmoa rollouts --queries prompts.jsonl --epsilon 0.2 --checkpoint out/gate/checkpoint --round 1 --out out/rollouts-1
     """
     from dmoa.storage import display_path
+
+    if options.from_traffic == "running":
+        from dmoa.serving.launch import AUTO, ray_address
+
+        ray_address(options.address or AUTO)  # before Ray is imported: it reads the environment then
     from dmoa.workflows.collect import run_rollouts
 
     manifest = run_rollouts(options, common.load(checkpoint), common, this_command())

@@ -32,8 +32,8 @@ MAX_PENDING = 64
 PATIENCE_S = 10.0
 """How long an ingress waits for the actor to take a record, or an outcome."""
 SAVE_S = 2.0
-"""How often what is new is saved, where saving takes no more than a twentieth of the time."""
-_SHARE = 20
+"""How often what is new is saved, where saving takes no more than a ninth of the time."""
+_SHARE = 8
 STATE = "feedback.json"
 """Traces and outcomes, beside the records."""
 
@@ -86,11 +86,9 @@ class FeedbackActor:
         self._app = app
         self._saver: asyncio.Task[None] | None = None
         self._changes = self._saved = 0
-        self._configure(config)
-
-    def _configure(self, config: Config) -> None:
+        self._config = config
         self._buffer = buffer_of(config)
-        self._store = FeedbackStore(config.router.state_uri or default_state_uri(self._app))
+        self._store = FeedbackStore(config.router.state_uri or default_state_uri(app))
         try:
             found = self._store.load()
             if found:
@@ -98,14 +96,15 @@ class FeedbackActor:
         except (ConfigError, OSError) as error:
             _LOG.warning("feedback begins anew: %s", error)
             self._buffer = buffer_of(config)
-        self._config = config
 
     async def configure(self, config_json: str) -> None:
         """Take the bounds and the place of a configuration; what was kept goes on being kept."""
         config = Config.model_validate_json(config_json)
         if config != self._config:
-            await self.save()
-            self._configure(config)
+            before, self._buffer, self._config = self._buffer, buffer_of(config), config
+            self._buffer.restore(before.records(), before.state())
+            self._store = FeedbackStore(config.router.state_uri or default_state_uri(self._app))
+            self._touch()
         if self._saver is None or self._saver.done():
             self._saver = asyncio.get_running_loop().create_task(self._save_often())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -31,10 +32,14 @@ router: {state_uri: "STATE"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("faults")
-    config = folder / "pool.yaml"
-    config.write_text(CONFIG.replace("STATE", (folder / "state").as_uri()), encoding="utf-8")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults") / "state"
+
+
+@pytest.fixture(scope="module")
+def server(state: Path) -> Iterator[Served]:
+    config = state.parent / "pool.yaml"
+    config.write_text(CONFIG.replace("STATE", state.as_uri()), encoding="utf-8")
     served = serve(config)
     yield served
     served.stop()
@@ -106,6 +111,32 @@ async def test_ten_queries_survive_the_loss_of_router_and_replica(server: Served
         later = await ask(client, 20)
         assert later["dmoa"]["gate_version"] == server.gate
         assert later["dmoa"]["routed_by"] == "router"
+
+
+@pytest.mark.real_model
+async def test_no_query_fails_without_the_feedback_which_comes_back_with_its_snapshot(server: Served, state: Path) -> None:
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=30) as http,
+        AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        outcome = {"trace_id": (await ask(client, 30))["dmoa"]["trace_id"], "verdict": "right"}
+        assert (await http.post("/v1/dmoa/outcomes", json=outcome)).json()["kept"] == "new"
+
+        async def is_saved() -> bool:
+            return f'"{outcome["trace_id"]}", "agent"' in (state / "feedback" / "feedback.json").read_text(encoding="utf-8")
+
+        await until(is_saved, "the snapshot with the outcome")
+        (actor,) = server.processes("ray::FeedbackActor")
+        actor.kill()
+        for reply in await asyncio.gather(*(ask(client, number) for number in range(31, 35))):
+            assert reply["choices"][0]["message"]["content"].strip()
+
+        async def is_back() -> bool:
+            reply = await http.post("/v1/dmoa/outcomes", json=outcome)
+            assert reply.status_code == 200 or reply.json()["error"]["code"] == "feedback_away"
+            return reply.status_code == 200 and reply.json()["kept"] == "same"
+
+        await until(is_back, "the feedback with what it had saved")
 
 
 DEDICATED = """
