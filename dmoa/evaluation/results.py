@@ -97,7 +97,7 @@ class AnswerTally:
             self.entropy_nats.append(line.entropy_nats)
         for step, agents in enumerate(line.active):
             self.active += len(agents)
-            self.routing.update((step, agent) for agent in agents)
+            self.routing.update((step, agent) for agent in set(agents))  # a policy may take several samples of one agent
 
     def _add_failure(self, row_id: str, error: str) -> None:
         text = error if len(error) <= _MAX_ERROR_CHARACTERS else error[: _MAX_ERROR_CHARACTERS - 3] + "..."

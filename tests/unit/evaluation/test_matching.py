@@ -140,3 +140,9 @@ def test_comparisons_that_make_no_sense_are_refused(values: dict[str, object], m
 def test_the_front_holds_what_nobody_beats_in_both() -> None:
     points = [(3.0, 50.0), (1.0, 20.0), (2.0, 60.0), (1.0, 30.0), (5.0, 60.0), (6.0, 61.0)]
     assert pareto(points) == [(1.0, 30.0), (2.0, 60.0), (6.0, 61.0)]
+
+
+def test_an_agent_that_is_sampled_several_times_in_a_step_is_in_one_step() -> None:
+    info = run_info([BenchmarkInfo(name="gsm8k", rows=1)], policies=("self_moa",))
+    found = build_evaluation(info, [answered("gsm8k", 0, "self_moa", active=(("a", "a", "b"), ("a",)))], [])
+    assert [(row.step, row.agent, row.count) for row in found.routing] == [(0, "a", 1), (0, "b", 1), (1, "a", 1)]
