@@ -8,7 +8,7 @@ import typer
 
 from dmoa.cli.options import takes_options, this_command
 from dmoa.errors import ConfigError
-from dmoa.training.options import JOB_ONLY, PRESETS, ImportOptions, ProbeOptions, RolloutOptions, TrainOptions
+from dmoa.training.options import JOB_ONLY, PRESETS, ExportOptions, ImportOptions, ProbeOptions, RolloutOptions, TrainOptions
 from dmoa.workflows.console import CheckpointOption, Common, with_common
 from dmoa.workflows.train import run_train
 
@@ -56,6 +56,23 @@ def train(common: Common, options: TrainOptions) -> None:
     """
     result = run_train(options, common.load(), common, this_command())
     common.write_json(result.report.model_dump(mode="json"))
+
+
+@with_common
+@takes_options(ExportOptions)
+def export(common: Common, options: ExportOptions) -> None:
+    """Write what a swarm said as JSON Lines to train a single model with: answers (sft), or better and worse replies (dpo).
+
+    \b
+    dmoa export --format sft --traces traces.jsonl --out sft.jsonl
+    dmoa export --format dpo --run out/first --out pairs.jsonl
+    """
+    from dmoa.workflows.export import export as run
+
+    count = run(options)
+    common.say(f"{count} lines of {options.format}")
+    typer.echo(options.out)
+    common.write_json({"lines": count, "out": str(options.out)})
 
 
 @with_common

@@ -263,6 +263,29 @@ class ImportOptions(Options):
         return self
 
 
+class ExportOptions(Options):
+    """One export of what a swarm said."""
+
+    where = "export"
+
+    format: Literal["sft", "dpo"]
+    """sft: conversations with the chosen answer; dpo: pairs of a better and a worse reply."""
+    out: Annotated[Path, Flag(metavar="FILE.jsonl")]
+    """File that is written whole."""
+    traces: Annotated[Path | None, Flag(metavar="FILE")] = None
+    """Traces, as `dmoa run --trace` writes them: no label is read."""
+    run: Path | None = None
+    """Folder of an evaluation: its scores say which answers are right."""
+    margin: float = Field(default=0.2, gt=0, le=1)
+    """With `traces`, dpo: how far the probabilities of being right of a pair must lie apart."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.traces is None) == (self.run is None):
+            raise ValueError("run and traces: give one of the two, --run DIR of an evaluation or --traces FILE")
+        return self
+
+
 class TrainOptions(Options):
     """One training of the gate."""
 

@@ -45,6 +45,7 @@ FLAGS = {
         "--known-limit:int>=4=60 --data-dir:Path --difficulty:int>=1=1 --seed:int>=0=0 --out:Path "
         "--call-cache:Path --address:str$RAY_ADDRESS"
     ),
+    "export": "--format:str! --out:Path! --traces:Path --run:Path --margin:float=0.2",
     "import-logs": "--logs:Path*! --out:Path! --pool:Path --agent:str --columns:str=",
     "rollouts": (
         "--out:Path! --benchmarks:str= --queries:str* --data-dir:Path --split:str=train --difficulty:int>=1=1 "

@@ -1,0 +1,100 @@
+"""Exports of traces and runs: which answers and pairs they hold, and what stands beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmoa.errors import ConfigError
+from dmoa.evaluation.records import BenchmarkInfo, Task
+from dmoa.evaluation.run_folder import write_lines
+from dmoa.orchestrator import advance, begin, finish
+from dmoa.testing import answered, decision, failed, query, run_info, scored, write_run
+from dmoa.trace import trace_of, write_traces
+from dmoa.training.options import ExportOptions
+from dmoa.types import AgentReply, Message, StepRecord, SummarizerRecord
+from dmoa.workflows.export import export
+
+
+def step(*right: float | None, finish_reason: Any = "stop") -> StepRecord:
+    replies = tuple(
+        AgentReply(agent=name, status="ok", text=f"{name} says", right_probability=p, finish_reason=finish_reason)
+        for name, p in zip("abc", right, strict=False)
+    )
+    return StepRecord(
+        step=0,
+        replies=replies,
+        active=tuple(reply.agent for reply in replies),
+        summary="a says",
+        summarizer=SummarizerRecord(mode="select", verdict="rule", finish_reason=finish_reason),
+        decision=decision({"a": 0.5, "b": 0.25, "c": 0.25}, 2),
+    )
+
+
+def lines(path: Path, **options: Any) -> list[dict[str, Any]]:
+    out = path / "out.jsonl"
+    count = export(ExportOptions.parse({"out": str(out), **options}))
+    found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert len(found) == count
+    return found
+
+
+def traces(path: Path, *steps: StepRecord) -> Path:
+    asked = replace(query("Why?"), system="Be kind.", turns=(Message(role="user", content="Hi"),))
+    made = (
+        trace_of(asked, finish(advance(begin(asked), one), "dmoa", "sure", wall_ms=1.0), pool="p", fingerprint="f")
+        for one in steps
+    )
+    return write_traces(path / "traces.jsonl", made)
+
+
+def test_a_trace_is_a_conversation_with_the_chosen_answer(tmp_path: Path) -> None:
+    (line,) = lines(tmp_path, format="sft", traces=str(traces(tmp_path, step(0.9, 0.1), step(0.9, finish_reason="length"))))
+    assert [message["role"] for message in line["messages"]] == ["system", "user", "user", "assistant"]
+    assert [message["content"] for message in line["messages"]] == ["Be kind.", "Hi", "Why?", "a says"]
+    assert line["dmoa"]["steps"] == [{"step": 0, "k": 2, "agents": {"a": 0.5, "b": 0.25}}]
+    assert (line["dmoa"]["policy"], line["dmoa"]["stop_reason"], line["dmoa"]["gate_version"]) == ("dmoa", "sure", "v1")
+
+
+def test_replies_that_are_judged_apart_are_a_pair(tmp_path: Path) -> None:
+    source = traces(tmp_path, step(0.2, 0.9, 0.5), step(0.5, 0.55), step(None, 0.9), step(None, None))
+    (line,) = lines(tmp_path, format="dpo", traces=str(source))
+    assert line["chosen"] == [{"role": "assistant", "content": "b says"}]
+    assert line["rejected"] == [{"role": "assistant", "content": "a says"}]
+    assert (line["dmoa"]["chosen"], line["dmoa"]["rejected"], line["dmoa"]["right"]) == ("b", "a", [0.9, 0.2])
+    assert line["prompt"][-1] == {"role": "user", "content": "Why?"}
+    assert len(lines(tmp_path, format="dpo", traces=str(source), margin=0.04)) == 2
+
+
+def test_a_run_gives_right_answers_and_pairs_by_its_scores(tmp_path: Path) -> None:
+    info = run_info([BenchmarkInfo(name="gsm8k", rows=3)], policies=("dmoa", "single"))
+    answers = [answered("gsm8k", row, policy, text=f"{policy} {row}") for policy in info.policies for row in (0, 1)]
+    answers += [failed("gsm8k", 2, "dmoa"), answered("gsm8k", 2, "single", text="single 2")]
+    values = {("dmoa", 0): 1.0, ("dmoa", 1): 0.0, ("single", 0): 0.0, ("single", 1): 0.5, ("single", 2): 1.0}
+    scores = [scored("gsm8k", row, policy, value) for (policy, row), value in values.items()]
+    scores.append(scored("gsm8k", 2, "dmoa", 0.0, is_failed=True, is_scored=False))
+    folder = write_run(tmp_path / "run", info, answers, scores)
+    write_lines(
+        folder.tasks("gsm8k"),
+        [
+            Task(row_id=line.row_id, benchmark="gsm8k", text=f"ask {number}")
+            for number, line in enumerate([*answers[:2], answers[-1]])
+        ],
+    )
+    pairs = lines(tmp_path, format="dpo", run=str(folder.root))
+    assert [(line["prompt"][0]["content"], line["chosen"][0]["content"], line["rejected"][0]["content"]) for line in pairs] == [
+        ("ask 0", "dmoa 0", "single 0")
+    ]
+    assert pairs[0]["dmoa"]["rejected"]["policy"] == "single"
+    told = lines(tmp_path, format="sft", run=str(folder.root))
+    assert [line["messages"][-1]["content"] for line in told] == ["dmoa 0", "single 2"]
+
+
+@pytest.mark.parametrize("sources", [{}, {"run": "r", "traces": "t"}])
+def test_there_is_one_source(sources: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="run and traces: give one of the two"):
+        ExportOptions.parse({"format": "sft", "out": "o.jsonl", **sources})
