@@ -300,7 +300,7 @@ def _policy_facts(name: str) -> dict[str, Any]:
     except ConfigError as error:
         return {"summary": str(error), "calls": "", "parameters": {}, "first_step_only": None}
     fields = entry.options.model_fields if entry.options else {}
-    parameters = {key: field.default for key, field in fields.items() if key != "agents"}
+    parameters = {key: None if x.is_required() else x.default for key, x in fields.items() if key != "agents"}
     return {"summary": entry.summary, "calls": entry.cost, "parameters": parameters, "first_step_only": entry.first_step_only}
 
 

@@ -66,11 +66,11 @@ class RunFolder:
 
     def answers(self, benchmark: str, policy: str) -> Path:
         """Answers of a policy to a benchmark."""
-        return self.root / "answers" / f"{benchmark}.{policy}.jsonl"
+        return self.root / "answers" / f"{benchmark}.{policy.replace('/', '%2F')}.jsonl"
 
     def scores(self, benchmark: str, policy: str) -> Path:
         """Scores of a policy on a benchmark."""
-        return self.root / "labels" / "scores" / f"{benchmark}.{policy}.jsonl"
+        return self.root / "labels" / "scores" / f"{benchmark}.{policy.replace('/', '%2F')}.jsonl"
 
     def read_tasks(self, benchmark: str) -> Iterator[Task]:
         """Yield the tasks of a benchmark, in the order of the sample."""

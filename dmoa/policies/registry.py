@@ -93,6 +93,11 @@ POLICIES: Registry[PolicyEntry] = Registry(
         "group_chat": "dmoa.policies.debate:GroupChatPolicy",
         "escalate": "dmoa.policies.adaptive:EscalatePolicy",
         "elastic": "dmoa.policies.adaptive:ElasticPolicy",
+        "random_router": "dmoa.policies.routers:RandomRouter",
+        "bandit": "dmoa.policies.routers:BanditRouter",
+        "knn_router": "dmoa.policies.routers:KnnRouter",
+        "linear_router": "dmoa.policies.routers:LinearRouter",
+        "kmeans": "dmoa.policies.routers:KmeansRouter",
     },
 )
 

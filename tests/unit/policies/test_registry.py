@@ -31,7 +31,8 @@ def context(agent: str | None = None, **gate: object) -> PolicyContext:
 def test_every_policy_answers_to_its_own_name() -> None:
     assert list(POLICIES)[:5] == ["dmoa", "single", "dense", "random", "selector"]
     for name, entry in POLICIES.items():
-        assert entry.name == name == build_policy(name, context()).name
+        needs_data = entry.options is not None and "data" in entry.options.model_fields
+        assert entry.name == name == build_policy(name, context("data=somewhere" if needs_data else None)).name
         assert entry.summary.endswith(".")
 
 
@@ -68,7 +69,8 @@ limits: {{max_steps: 1}}
     asked = replace(context(), config=config)
     for name in POLICIES.builtin:
         if POLICIES[name].first_step_only:
-            assert build_policy(name, asked)
+            options = POLICIES[name].options
+            assert build_policy(name, replace(asked, agent="data=x" if options and "data" in options.model_fields else None))
         else:
             with pytest.raises(RequestError, match=f"^policy: '{name}' asks agents more than the query alone"):
                 build_policy(name, asked)

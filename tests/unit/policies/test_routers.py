@@ -1,0 +1,88 @@
+"""Routers without a gate, on rewards whose best answer is known by hand."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmoa.errors import RequestError
+from dmoa.policies.registry import build_policy, split_policy
+from dmoa.policies.routers import mean_rewards
+from dmoa.testing import query, state_of
+from dmoa.types import StepPlan
+from tests.unit.policies.schedules import context_of
+
+
+def write(path: Path, rows: list[tuple[str, str, float]]) -> Path:
+    lines = (json.dumps({"query": text, "agent": agent, "reward": reward}) for text, agent, reward in rows)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+async def chosen(policy: str, text: str, trace_id: str = "t") -> list[str]:
+    """Who is asked, then who stands in."""
+    plan = await build_policy(split_policy(policy)[0], context_of(policy)).next_step(
+        state_of(replace(query(text), trace_id=trace_id))
+    )
+    assert isinstance(plan, StepPlan)
+    assert (plan.fold, plan.ends_with, len(plan.activations)) == ("pass", "schedule", 1)
+    return [x.agent for x in (*plan.activations, *plan.reserves)]
+
+
+@pytest.mark.parametrize("policy", ["knn_router:k=1", "linear_router:ridge=0.01", "kmeans:clusters=4"])
+async def test_each_query_goes_to_the_agent_that_was_right_on_it(policy: str, tmp_path: Path) -> None:
+    # The fake embeddings of four texts are four different directions; agent i is right on text i alone.
+    texts = {"a": "one", "b": "two", "c": "three", "d": "four"}
+    rows = [(text, agent, float(agent == right)) for right, text in texts.items() for agent in texts]
+    data = write(tmp_path / "judged.jsonl", rows)
+    for agent, text in texts.items():
+        assert (await chosen(f"{policy}:data={data}", text))[0] == agent
+
+
+async def test_the_nearest_neighbours_are_averaged(tmp_path: Path) -> None:
+    rows = [("x", "b", 1.0), ("y", "b", 0.0), ("z", "b", 0.0), ("x", "c", 0.5), ("y", "c", 0.5), ("z", "c", 0.5)]
+    data = write(tmp_path / "judged.jsonl", rows)
+    assert (await chosen(f"knn_router:k=1:agents=b+c:data={data}", "x"))[0] == "b"
+    assert (await chosen(f"knn_router:k=3:agents=b+c:data={data}", "x"))[0] == "c"
+
+
+def test_a_mean_counts_its_prior_as_one_row() -> None:
+    reward_QA = np.array([[1.0, np.nan], [0.0, np.nan], [1.0, 1.0]], np.float32)
+    assert mean_rewards(reward_QA).tolist() == pytest.approx([2.5 / 4, 1.5 / 2])
+
+
+async def test_a_bandit_draws_good_agents_more_often_and_ucb_tries_the_unknown_first(tmp_path: Path) -> None:
+    rows = [("q", "a", 1.0)] * 8 + [("q", "a", 0.0)] * 2 + [("q", "b", 0.0)] * 10 + [("q", "c", 1.0)] * 5
+    data = write(tmp_path / "judged.jsonl", rows)
+    drawn = Counter([(await chosen(f"bandit:agents=a+b+c:data={data}", "q", f"t{i}"))[0] for i in range(200)])
+    assert drawn["c"] > drawn["a"] > drawn["b"]
+    assert (await chosen(f"bandit:rule=ucb:data={data}", "q"))[0] == "d"
+    # N = 25: a 0.8 + (2 ln 25 / 10) ** .5 = 1.60, b 0.80, c 1 + (2 ln 25 / 5) ** .5 = 2.13.
+    assert await chosen(f"bandit:rule=ucb:agents=a+b+c:data={data}", "q") == ["c", "a", "b"]
+
+
+async def test_the_random_router_is_even_and_repeats() -> None:
+    drawn = Counter([(await chosen("random_router", "q", f"t{i}"))[0] for i in range(400)])
+    assert all(abs(drawn[name] - 100) < 44 for name in "abcd")  # five standard deviations
+    assert await chosen("random_router", "q", "t7") == await chosen("random_router", "q", "t7")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "has no line"), ('{"query": "x", "agent": "a", "reward": 2}\n', "line 1: reward is 2"), (None, "cannot read")],
+)
+async def test_a_file_that_cannot_be_is_refused_by_name(text: str | None, said: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "r.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(RequestError, match=said):
+        await chosen(f"knn_router:data={tmp_path / 'r.jsonl'}", "q")
+
+
+def test_a_router_without_its_file_is_refused() -> None:
+    with pytest.raises(RequestError, match="policy: knn_router: data: missing; add it"):
+        build_policy("knn_router", context_of("knn_router"))
