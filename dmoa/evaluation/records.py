@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from dmoa.agents.adversaries import Kind
 from dmoa.config import Address, Flag, Name, Names, Options
 from dmoa.errors import DmoaError
 from dmoa.flat import TokenFields
@@ -186,6 +187,10 @@ class EvaluateOptions(Options):
     """Difficulty of the suites; each suite defines its own levels."""
     budget: Literal["pool", "cpu"] = "pool"
     """cpu: at most 3 steps, 2 agents a step and 96 new tokens a reply; pool: the pool's own limits."""
+    adversaries: int = Field(default=0, ge=0)
+    """Agents of the pool, its last ones, that work against it."""
+    kind: Kind = "liar"
+    """What `adversaries` do."""
     out: Path | None = None
     """Folder of the run, or a URI."""
     resume: bool = False
@@ -217,6 +222,8 @@ class EvaluateOptions(Options):
             raise ValueError("resume needs out, the folder of the run to go on with; add --out DIR")
         if self.url is not None and self.call_cache is not None:
             raise ValueError("call_cache has no effect with url: the server calls its own agents; leave one out")
+        if self.url is not None and self.adversaries:
+            raise ValueError("adversaries have no effect with url: the server has its own agents; leave one out")
         if self.url is not None and self.gates:
             raise ValueError("gates have no effect with url: the server has its own; leave one out")
         return self

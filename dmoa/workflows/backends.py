@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
+from dmoa.agents.adversaries import AdversarialAgents, Adversaries
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError, RequestError
@@ -46,12 +47,14 @@ class OpenPool:
     """Checkpoints beside the pool's own, by the NAME of `dmoa:NAME`."""
     policy_files: tuple[str, ...] = ()
     """Policies as `FILE.py:NAME`, with paths that this process finds too."""
+    adversaries: Adversaries | None = None
+    """Agents that work against the swarm; None: nobody does."""
 
     def __call__(self) -> Swarm:
         """Return the swarm; blocks while models load. Raises ConfigError, CheckpointError, ModelFetchError."""
         POLICIES.resolve(self.policy_files, "--policies")
         config = Config.model_validate_json(self.config_json)
-        return build_local_swarm(config, lambda text: None, self.call_cache, self.gates)
+        return build_local_swarm(config, lambda text: None, self.call_cache, self.gates, self.adversaries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,6 +354,7 @@ def build_local_swarm(
     say: Callable[[str], None],
     call_cache: Path | None = None,
     gates: Mapping[str, Path] | None = None,
+    adversaries: Adversaries | None = None,
 ) -> Swarm:
     """Load a pool's gates, encoder and engines in this process, saying what is under way.
 
@@ -385,6 +389,8 @@ def build_local_swarm(
     agents, engines = build_local(config)
     if call_cache is not None:
         agents = CachedAgents(agents, CallStore(call_cache), call_identities(config))
+    if adversaries is not None:
+        agents = AdversarialAgents(agents, adversaries.of(config.agent_names), adversaries.kind)
     return Swarm(config, agents=agents, router=router, encoder=build_encoder(config), gates=named, engines=engines)
 
 

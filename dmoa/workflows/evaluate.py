@@ -204,12 +204,16 @@ def _pool(config: Config) -> PoolInfo:
 
 def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
     """Return how a pool's answering is spread: every worker has all engines, and as many places as they decode at once."""
+    from dmoa.agents.adversaries import Adversaries
     from dmoa.agents.call_cache import CallStore
     from dmoa.engines.gpus import pool_gpus
     from dmoa.evaluation.pipeline import AnswerWorkers
     from dmoa.serving.agent_replica import ENGINE_ENV
     from dmoa.workflows.backends import OpenPool
 
+    adversaries = Adversaries(count=options.adversaries, kind=options.kind) if options.adversaries else None
+    if adversaries is not None:
+        adversaries.of(config.agent_names)  # more than there are agents are refused here, not in a worker
     used = {agent.llm for agent in config.agents}
     widest = options.limits(limits_for(config)).max_agents
     widths = {policy: width_of(policy, config) for policy in options.policies}
@@ -222,6 +226,7 @@ def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:
             call_cache=call_cache,
             gates={name: folder.absolute() for name, folder in options.gates.items()},
             policy_files=POLICIES.references(name for name, _ in map(split_policy, options.policies)),
+            adversaries=adversaries,
         ),
         count=options.workers,
         places=options.concurrency or OVERCOMMIT * sum(config.llms[name].max_num_seqs for name in used),
