@@ -1,4 +1,4 @@
-"""Policies that spend by how sure agents are: from small to large until one is sure, and short opinions before a long answer."""
+"""Policies that fit whom they ask to the query: until one is sure, by the gate's opinion of each, or by the skills it needs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Annotated
 from pydantic import Field
 
 from dmoa.core.aggregate import doubt, is_cut
+from dmoa.policies.baselines import named
 from dmoa.policies.dmoa import build_dmoa
-from dmoa.policies.layers import AGGREGATE
-from dmoa.policies.options import Count, PolicyOptions, ask, others, said
+from dmoa.policies.layers import AGGREGATE, aggregation
+from dmoa.policies.options import Count, PolicyOptions, ask, others, said, texts
 from dmoa.policies.registry import PolicyContext, policy
 from dmoa.types import Activation, QueryState, StepPlan, Stop, StopReason
 
@@ -109,3 +110,59 @@ class ElasticPolicy:
     def _tokens(self, activation: Activation, first: Activation) -> int:
         share = activation.probability / first.probability if first.probability else 1.0
         return max(self._options.least, round(share * self._most[activation.agent]))
+
+
+class SymbolicOptions(PolicyOptions):
+    """Parameters of `symbolic`."""
+
+    k: Count = 3
+    """Agents that are recruited."""
+    recruiter: str | None = None
+    """Who says which skills the query needs, and writes the answer; None: the first of `agents`."""
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The agents that may be recruited, and the recruiter."""
+        return (*self.agents, *([self.recruiter] if self.recruiter else ()))
+
+    @property
+    def width(self) -> int:
+        """The recruits are asked at once."""
+        return min(self.k, len(self.agents))
+
+
+@policy(
+    "symbolic",
+    "A recruiter names the skills needed, the k agents with most of them answer, it aggregates (Symbolic-MoE, arXiv 2503.05641).",
+    options=SymbolicOptions,
+    cost="min(k, A) + 2",
+    reads="min(k, A)",
+    first_step_only=False,
+)
+class SymbolicPolicy:
+    """Skills are the `tags` of agents in the pool, their names where they have none; of equally fit agents the first are taken.
+
+    The paper weighs skills by accuracy on labelled rows; here every skill that is named counts once, without labels.
+    """
+
+    name = "symbolic"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: SymbolicOptions = context.options
+        tags = {agent.name: agent.tags or (agent.name,) for agent in context.config.agents}
+        self._skills = {name: frozenset(tag.lower() for tag in tags[name]) for name in self._options.agents}
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask for the skills, then the recruits, then for the answer."""
+        options, done = self._options, len(state.steps)
+        recruiter = options.recruiter or options.agents[0]
+        if not state.steps:
+            known = ", ".join(sorted(frozenset().union(*self._skills.values())))
+            task = f"Do not answer it yourself. Skills: {known}. Reply with those that the question needs, and nothing else."
+            return StepPlan(activations=ask([recruiter], instruction=task, history=()), fold="keep")
+        if done == 1:
+            words = " ".join(reply.text.lower() for reply in said(state.steps[0]))
+            needed = {skill for found in self._skills.values() for skill in found if named(words, (skill,))}
+            ranked = ask(sorted(options.agents, key=lambda name: -len(self._skills[name] & needed)), history=())
+            return StepPlan(activations=ranked[: options.width], reserves=ranked[options.width :], fold="vote")
+        return aggregation(options.agents, recruiter, texts(state.steps[1])) if done == 2 else Stop(reason="schedule")

@@ -58,7 +58,7 @@ class PolicyOptions(BaseModel):
         try:
             options = cls.model_validate({"agents": pool} | given)
         except ValidationError as error:
-            raise RequestError(f"policy: {policy}: {describe(error, cls)}; written {policy}:KEY=VALUE") from None
+            raise RequestError(f"policy: {policy}: {describe(error, cls)}; written {policy}:name=value") from None
         for name in options.named:
             if name not in pool:
                 seen = f"{name!r} is not in the pool; expected some of {', '.join(pool)}"

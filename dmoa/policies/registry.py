@@ -93,6 +93,7 @@ POLICIES: Registry[PolicyEntry] = Registry(
         "group_chat": "dmoa.policies.debate:GroupChatPolicy",
         "escalate": "dmoa.policies.adaptive:EscalatePolicy",
         "elastic": "dmoa.policies.adaptive:ElasticPolicy",
+        "symbolic": "dmoa.policies.adaptive:SymbolicPolicy",
         "random_router": "dmoa.policies.routers:RandomRouter",
         "bandit": "dmoa.policies.routers:BanditRouter",
         "knn_router": "dmoa.policies.routers:KnnRouter",

@@ -29,6 +29,24 @@ async def test_opinions_are_as_long_as_the_gate_thinks_of_agents_and_the_surest_
     assert answer.steps[0].mass == pytest.approx(1.0)
 
 
+async def test_those_with_most_of_the_skills_that_a_recruiter_names_answer_and_it_aggregates() -> None:
+    # Without tags an agent's skill is its name.
+    answer, calls = await run("symbolic:k=2:recruiter=b", lambda call: "D, then c." if call.step == 0 else None)
+    assert schedule_of(calls) == ["b.0", "c.1", "d.1", "b.2 <- c.1 d.1"]
+    assert "Skills: a, b, c, d." in calls[0].messages[-1].content
+    assert answer.text.startswith("[b.2]")
+
+
+async def test_where_no_skill_is_named_the_first_agents_are_recruited() -> None:
+    _, calls = await run("symbolic:k=2", lambda call: "none" if call.step == 0 else None)
+    assert [call.agent for call in calls] == ["a", "a", "b", "a"]
+
+
 @pytest.mark.parametrize("policy", ["escalate", "elastic", "elastic:agents=b+c"])
 async def test_calls_and_tokens_are_those_of_the_formula(policy: str) -> None:
     await check_cost(policy)
+
+
+@pytest.mark.parametrize("policy", ["symbolic", "symbolic:k=9"])
+async def test_a_recruiters_short_word_is_one_call_of_the_formula(policy: str) -> None:
+    await check_cost(policy, lambda call: "none" if call.step == 0 else None)
