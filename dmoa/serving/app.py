@@ -27,7 +27,7 @@ from dmoa.serving.actors import pack_record
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAgentClient, affine_agents
 from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
-from dmoa.serving.feedback import FeedbackSender
+from dmoa.serving.feedback import FeedbackClient
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.serving.handles import ask
 from dmoa.serving.http.requests import unknown_model
@@ -81,12 +81,13 @@ class SwarmIngress:
         watchdog = CallWatchdog(self._router.missing_replicas)
         self._agents = ServeAgentClient(handles, pool_version(config), affine=affine_agents(config), watchdog=watchdog)
         self._traces = ensure_traces(app, config.router.num_traces)
-        self._feedback = FeedbackSender(config, app) if config.router.feedback == "on" else None
+        self._feedback = FeedbackClient(config, app) if config.router.feedback == "on" else None
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
         self._metrics = QueryMetrics(config.name)
         self._any_ingress = serve.get_deployment_handle(_INGRESS, app).options(method_name="answer_here", stream=True)
         self._answered_elsewhere: dict[str, str] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._learner = app if config.router.feedback == "on" else None
         version = await self._router.start()
         if self._feedback is not None:
             await self._feedback.start()
@@ -160,7 +161,7 @@ class SwarmIngress:
 
     async def close(self) -> None:
         """Wait until the traces of the queries answered so far are kept."""
-        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*self._tasks.values())
 
     async def ready(self) -> dict[str, str]:
         """Return agent -> "up", "cold", or the reason why it is neither.
@@ -199,17 +200,17 @@ class SwarmIngress:
 
     def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
         """Keep the trace of an answered query and hand it to the feedback, after the reply."""
-        if self._feedback is not None:
-            answering = self._answered_elsewhere.get(answer.trace_id, self._fingerprint)
-            self._feedback.send(query, answer, key_hash=key_hash, fingerprint=answering)
         task = asyncio.get_running_loop().create_task(self._record(query, answer, key_hash, user, metadata))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[answer.trace_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(answer.trace_id, None))
 
     async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:
         """Keep what the key that made a query says of it. Raises RequestError."""
         if self._feedback is None:
             raise RequestError("outcomes: this server keeps none (router.feedback is off)", code="feedback_off", status=404)
+        pending = self._tasks.get(outcome.trace_id)  # a client may be quicker than the record of its query
+        if pending is not None:
+            await asyncio.wait({pending})
         return await self._feedback.judge(outcome, key_hash)
 
     async def _record(self, query: Query, answer: Answer, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
@@ -223,7 +224,7 @@ class SwarmIngress:
             created_unix_s=time.time(),
         )
         try:
-            await self._traces.put.remote(answer.trace_id, pack_record(answered), key_hash)
+            await self._traces.put.remote(answer.trace_id, pack_record(answered), key_hash, self._learner)
         except RayError as error:
             _LOG.warning("trace %s was lost: %s", answer.trace_id, type(error).__name__)
 

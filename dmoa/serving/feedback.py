@@ -1,7 +1,8 @@
-"""The stream of finished queries: an ingress hands each to one named, detached actor per app, which keeps and saves a sample.
+"""The stream of finished queries: each goes to one named, detached actor per app, which keeps and saves a sample.
 
-Nobody waits for it: a record is made and sent after the reply, and given up where too many are on their way or the actor is gone.
-The actor comes back with its last snapshot, so that its death costs the records of the last seconds and no query.
+Nobody waits for it: records are made of the queries that the trace store has, in its process and after the reply, and given up
+where too many are on their way or the actor is gone. The actor comes back with its last snapshot, so that its death costs the
+records of the last seconds and no query.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from dmoa.config import Config
 from dmoa.errors import ConfigError, RequestError
 from dmoa.feedback import FILE, Feedback, feedback_of, read_feedback, tenant_of, write_feedback
-from dmoa.serving.actors import default_state_uri, detached, feedback_name, pack_record, unpack_record
+from dmoa.serving.actors import NAMESPACE, default_state_uri, detached, feedback_name, pack_record, unpack_record
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
 from dmoa.storage import write_at
 from dmoa.types import Answer, Query
 
 _LOG = logging.getLogger("dmoa.feedback")
 MAX_PENDING = 64
-"""Records of an ingress that may be on their way; one more is given up."""
+"""Records that may be on their way; one more is given up."""
 PATIENCE_S = 10.0
-"""How long an ingress waits for the actor to take a record, or an outcome."""
+"""How long the actor may take for a record, or an outcome."""
 SAVE_S = 2.0
 """How often what is new is saved, where saving takes no more than a ninth of the time."""
 _SHARE = 8
@@ -146,53 +147,61 @@ class FeedbackActor:
 
 
 class FeedbackSender:
-    """The ingress's side: hands over finished queries and outcomes, and never makes a query wait."""
+    """Makes records of finished queries and sends them on: where the traces are, so that no ingress works for it."""
 
-    def __init__(self, config: Config, app: str) -> None:
-        """Find the app's actor, or create it."""
-        self._config_json = config.model_dump_json()
-        self._actor = ray.remote(FeedbackActor).options(**detached(feedback_name(app))).remote(self._config_json, app)
+    def __init__(self, app: str) -> None:
+        """Find the app's actor. Raises ValueError where there is none."""
+        self._actor = ray.get_actor(feedback_name(app), namespace=NAMESPACE)
         name = f"dmoa/feedback-salt/{app}".encode()
         _internal_kv_put(name, os.urandom(32), overwrite=False)  # never saved: without it a token tells nothing
         self._salt: bytes = _internal_kv_get(name)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._pending = 0
         self.given_up = 0
         """Records that were not sent."""
 
-    async def start(self) -> None:
-        """Hand the configuration over."""
-        await self._actor.configure.remote(self._config_json)
-
-    def send(self, query: Query, answer: Answer, *, key_hash: str, fingerprint: str) -> None:
-        """Send the record of an answered query, later; returns at once and never raises."""
-        if len(self._tasks) >= MAX_PENDING:
+    async def send(self, query: Query, answer: Answer, *, key_hash: str, fingerprint: str, created_unix_s: float) -> None:
+        """Send the record of an answered query, unless too many are on their way; never raises."""
+        if self._pending >= MAX_PENDING:
             self._give_up("too many are on their way")
             return
-        task = asyncio.get_running_loop().create_task(self._send(query, answer, key_hash, fingerprint))
-        self._tasks[answer.trace_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(answer.trace_id, None))
-
-    async def _send(self, query: Query, answer: Answer, key_hash: str, fingerprint: str) -> None:
-        now = time.time()
+        self._pending += 1
         try:
             record = await asyncio.to_thread(
-                feedback_of, query, answer, key_hash=key_hash, fingerprint=fingerprint, salt=self._salt, created_unix_s=now
+                feedback_of,
+                query,
+                answer,
+                key_hash=key_hash,
+                fingerprint=fingerprint,
+                salt=self._salt,
+                created_unix_s=created_unix_s,
             )
             async with asyncio.timeout(PATIENCE_S):
                 await self._actor.put.remote(pack_record(record))
         except (RayError, TimeoutError) as error:
             self._give_up(type(error).__name__)
+        finally:
+            self._pending -= 1
 
     def _give_up(self, reason: str) -> None:
         self.given_up += 1
         if self.given_up & (self.given_up - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: a log is bounded too
             _LOG.warning("feedback of %d queries was lost so far, now because of %s", self.given_up, reason)
 
+
+class FeedbackClient:
+    """The ingress's side: creates the actor, and hands outcomes over."""
+
+    def __init__(self, config: Config, app: str) -> None:
+        """Find the app's actor, or create it."""
+        self._config_json = config.model_dump_json()
+        self._actor = ray.remote(FeedbackActor).options(**detached(feedback_name(app))).remote(self._config_json, app)
+
+    async def start(self) -> None:
+        """Hand the configuration over."""
+        await self._actor.configure.remote(self._config_json)
+
     async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:
         """Hand over an outcome. Raises RequestError: 404 and 429 for what the buffer refuses, 503 while the actor is away."""
-        pending = self._tasks.get(outcome.trace_id)  # a client may be quicker than the record of its query
-        if pending is not None:
-            await asyncio.wait({pending})
         try:
             async with asyncio.timeout(PATIENCE_S):
                 said: Said = await self._actor.judge.remote(tenant_of(key_hash), outcome)

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from dmoa.serving.actors import detached, traces_name, unpack_record
+from dmoa.serving.feedback import FeedbackSender
 from dmoa.trace import trace_of
 from dmoa.types import Answer, Query
 
@@ -36,12 +37,26 @@ class TraceStore:
     def __init__(self, max_traces: int) -> None:
         self._max_traces = max_traces
         self._answered: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
+        self._sender: FeedbackSender | None = None
 
-    async def put(self, trace_id: str, packed: bytes, key_hash: str) -> None:
-        """Keep one packed `Answered`; the oldest goes when there are too many."""
+    async def put(self, trace_id: str, packed: bytes, key_hash: str, learner: str | None = None) -> None:
+        """Keep one packed `Answered`; the oldest goes when there are too many.
+
+        `learner` is the app whose feedback gets a record of it, without texts; it is there when this returns.
+        """
         self._answered[trace_id] = (packed, key_hash)
         while len(self._answered) > self._max_traces:
             self._answered.popitem(last=False)
+        if learner is not None:
+            self._sender = self._sender or FeedbackSender(learner)
+            kept: AnsweredQuery = unpack_record(packed)
+            await self._sender.send(
+                kept.query,
+                kept.answer,
+                key_hash=key_hash,
+                fingerprint=kept.fingerprint,
+                created_unix_s=kept.created_unix_s,
+            )
 
     async def get(self, trace_id: str, key_hash: str) -> str | None:
         """Return the trace of a query made with the same key as JSON, else None."""

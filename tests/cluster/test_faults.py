@@ -123,7 +123,8 @@ async def test_no_query_fails_without_the_feedback_which_comes_back_with_its_sna
         assert (await http.post("/v1/dmoa/outcomes", json=outcome)).json()["kept"] == "new"
 
         async def is_saved() -> bool:
-            return f'"{outcome["trace_id"]}", "agent"' in (state / "feedback" / "feedback.json").read_text(encoding="utf-8")
+            saved = state / "feedback" / "feedback.json"
+            return saved.exists() and f'"{outcome["trace_id"]}", "agent"' in saved.read_text(encoding="utf-8")
 
         await until(is_saved, "the snapshot with the outcome")
         (actor,) = server.processes("ray::FeedbackActor")
