@@ -23,7 +23,7 @@ from pydantic import (
 from dmoa.engine_options import ENGINES, EngineEntry, EngineName, EngineOptions, Node
 from dmoa.errors import ConfigError
 from dmoa.plugins import absolute_reference, is_reference, missing_file
-from dmoa.types import ColdPolicy, Sampling
+from dmoa.types import ColdPolicy, Defence, Sampling
 from dmoa.validation import describe, did_you_mean, short
 from dmoa.yaml_tree import parse_yaml, read, set_value
 
@@ -276,6 +276,9 @@ class SummarizerConfig(Node):
     """Its role, in `llm` mode."""
     share_reasoning: bool = False
     """Whether it reads what agents thought before their answers, in `llm` mode; other agents never do."""
+    defence: Defence = "none"
+    """Which contributions of three or more it may read: those that agree, whose answer another agent shares (cluster_filter), or
+    whose entropy is no outlier (entropy_outlier)."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
     @model_validator(mode="after")

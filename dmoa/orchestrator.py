@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
 from dmoa.agents.summarizer import Fold, SelectSummarizer, Summarizer
-from dmoa.core.aggregate import anchors_of, contributions, select_contribution, surest_contribution
+from dmoa.core.aggregate import anchors_of, contributions, defended, select_contribution, surest_contribution
 from dmoa.core.answers import THOUGHT_ONLY
 from dmoa.core.in_step import Judgement, judge
 from dmoa.core.stopping import budget_stop, rule_stop
@@ -24,6 +24,7 @@ from dmoa.recovery import patiently
 from dmoa.types import (
     AgentReply,
     Answer,
+    Defence,
     Event,
     Price,
     Query,
@@ -56,6 +57,8 @@ class Orchestrator:
     """Whether the summarizer only selects: then rules decide when to stop."""
     summarizer_price: Price | None = None
     """What an `llm` summarizer's tokens cost."""
+    defence: Defence = "none"
+    """Which contributions the pool's summarizer may read."""
 
     async def answer(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:
         """Yield every finished step, pieces of the final text where it streams, and last the Answer.
@@ -166,6 +169,7 @@ class Orchestrator:
                 state, usable, sampling, emit, lambda replies: surest_contribution(replies, anchors)
             )
         folder = SelectSummarizer() if plan.fold == "vote" else self.summarizer
+        usable = usable if plan.fold == "vote" else defended(usable, self.defence, asked=state.asked)
         fold = await folder.fold(
             state, usable, sampling, emit, lambda replies: leading or select_contribution(replies, anchors, asked=state.asked)
         )

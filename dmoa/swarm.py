@@ -52,6 +52,7 @@ class Swarm:
             summarizer_sampling=config.summarizer.sampling.to_sampling(),
             is_select=is_select,
             summarizer_price=_price(config, config.summarizer.llm),
+            defence=config.summarizer.defence,
         )
 
     @property

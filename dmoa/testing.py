@@ -51,6 +51,7 @@ from dmoa.types import (
     AgentCall,
     AgentReply,
     Answer,
+    Defence,
     EntropySum,
     Event,
     FinishReason,
@@ -327,6 +328,7 @@ def orchestrator_of(
     llm: bool = False,
     places: Mapping[str, str] | None = None,
     price: Price | None = None,
+    defence: Defence = "none",
 ) -> Orchestrator:
     """An orchestrator over fake agents; `llm`: the summarizer is the agent `summarizer`; `price`: that of everybody's tokens."""
     cards = {name: card(name, (places or {}).get(name), price=price) for name in names}
@@ -337,6 +339,7 @@ def orchestrator_of(
         summarizer_sampling=Sampling(max_tokens=70),
         is_select=not llm,
         summarizer_price=price,
+        defence=defence,
     )
 
 

@@ -41,6 +41,7 @@ StopReason = Literal[
 ]
 Verdict = Literal["final", "continue", "unparsable", "rule"]
 Fold = Literal["summarizer", "pass", "vote", "surest", "keep"]
+Defence = Literal["none", "agreement", "cluster_filter", "entropy_outlier"]
 RoutedBy = Literal["router", "ingress"]
 
 UNTRAINED = "untrained-"

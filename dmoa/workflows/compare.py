@@ -70,7 +70,7 @@ def against(evaluation: Evaluation, row: EvaluationRow, reference: str) -> tuple
     for pair in evaluation.paired:
         if pair.benchmark == row.benchmark and {pair.a, pair.b} == {row.policy, reference}:
             sign = 1 if pair.a == row.policy else -1
-            return figures.points(sign * pair.difference), figures.p_value(pair.p_holm)
+            return figures.points(sign * pair.difference + 0.0), figures.p_value(pair.p_holm)
     return "-", "-"
 
 
