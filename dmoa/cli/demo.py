@@ -37,8 +37,6 @@ POOL = "specialists"
 APP = "dmoa-demo"
 DEMO_SUITES = tuple(suite.name for suite in SKILLS)
 SEED = 0
-LEARNING_SEED = 1
-"""Of the queries that the gate learns from: other rows than those it is shown or compared on, in any case."""
 TRAINED = "dmoa:trained"
 NUM_UNTRAINED = 20
 """Untrained gates whose mean is told."""
@@ -59,6 +57,7 @@ def demo(
     questions: Annotated[int, typer.Option("--questions", min=1, max=20, metavar="N", help="Shown, before and after.")] = 1,
     queries: Annotated[int, typer.Option("--queries", min=12, max=1000, metavar="N", help="To learn from, without labels.")] = 60,
     held_out: Annotated[int, typer.Option("--held-out", min=1, max=1000, metavar="N", help="To compare on, of each suite.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of questions, queries and rows [0].")] = SEED,
 ) -> None:
     """Serve a swarm, let its gate learn without labels, install what it learned while serving, and compare.
 
@@ -78,7 +77,7 @@ def demo(
     place = config.router.model_copy(update={"state_uri": (out / "router").absolute().as_uri()})
     config = config.model_copy(update={"router": place})
     started = time.monotonic()
-    record, commands = tell(common, config, out, port, (questions, queries, held_out))
+    record, commands = tell(common, config, out, port, (questions, queries, held_out, seed))
     seconds = time.monotonic() - started
     if common.verbosity >= 0:
         typer.echo("\n  ".join(["the same by hand:", *commands]))
@@ -92,17 +91,17 @@ def demo(
 
 
 def tell(
-    common: Common, config: Config, out: Path, port: int | None, counts: tuple[int, int, int]
+    common: Common, config: Config, out: Path, port: int | None, counts: tuple[int, int, int, int]
 ) -> tuple[dict[str, Any], list[str]]:
     """Run the demo and return its record, as `--json` has it, and the commands that do the same by hand.
 
-    `counts`: questions shown, queries to learn from, held-out rows of each suite.
+    `counts`: questions shown, queries to learn from, held-out rows of each suite; and the seed of all three.
     """
     from dmoa.cli.serve import announce
     from dmoa.serving.ending import Ending
     from dmoa.serving.launch import launch, stop
 
-    rows = generate(counts[0])
+    rows = generate(counts[0], counts[3])
     common.say(f"1 of 6: starting pool {config.name} ({len(config.agents)} agents) on Ray Serve; this takes a minute or so")
     is_up = False
     with Ending(common.say) as ending:
@@ -116,12 +115,12 @@ def tell(
             # Learning and comparing take one step a question, for everybody: agents that disagree are else asked all over again.
             once = replace(common, overrides=(*common.overrides, "limits.max_steps=1"))
             briefly = config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
-            probe, result, commands = learn(once, briefly, out, counts[1])
+            probe, result, commands = learn(once, briefly, out, counts[1], counts[3])
             common.say(f"5 of 6: the same again, gate {result.record.version}")
             trained = replace(common, overrides=(*common.overrides, f"gate.checkpoint={result.checkpoint}"))
             after, is_same_after = ask_and_replay(trained, trained.load(), launched.url, rows, out / "after")
             common.say(f"6 of 6: comparing on {counts[2]} held-out rows of each suite; every agent answers alone as well")
-            comparison = compare(once, briefly, out, result.checkpoint, counts[2])
+            comparison = compare(once, briefly, out, result.checkpoint, (counts[2], counts[3]))
         finally:
             if is_up:
                 common.say("stopping the swarm")
@@ -230,7 +229,7 @@ def _command(name: str, common: Common, **options: Any) -> str:
     return shlex.join(words)
 
 
-def learn(common: Common, config: Config, out: Path, queries: int) -> tuple[ProbeReport, TrainResult, list[str]]:
+def learn(common: Common, config: Config, out: Path, queries: int, seed: int) -> tuple[ProbeReport, TrainResult, list[str]]:
     """Collect dense rollouts, look at them, train, and install; the commands do the same by hand.
 
     Raises DmoaError where a part fails.
@@ -242,7 +241,7 @@ def learn(common: Common, config: Config, out: Path, queries: int) -> tuple[Prob
     from dmoa.workflows.train import run_train
 
     rollouts, gate = out / "rollouts", out / "gate"
-    sources = {"benchmarks": ",".join(DEMO_SUITES), "limit": queries, "seed": LEARNING_SEED, "out": rollouts}
+    sources = {"benchmarks": ",".join(DEMO_SUITES), "limit": queries, "seed": seed + 1, "out": rollouts}
     training = {"rollouts": rollouts, "out": gate}
     collecting, learning = _command("rollouts", common, **sources), _command("train", common, **training)
     common.say(f"3 of 6: {queries} generated queries, without labels, asked of every agent")
@@ -256,8 +255,10 @@ def learn(common: Common, config: Config, out: Path, queries: int) -> tuple[Prob
     return probe, result, [collecting, _command("probe", common, rollouts=rollouts), learning, install]
 
 
-def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_out: int) -> list[dict[str, Any]]:
+def compare(common: Common, config: Config, out: Path, checkpoint: Path, held: tuple[int, int]) -> list[dict[str, Any]]:
     """Evaluate every method on held-out rows, print them and what was gained; returns what `--json` says of each method.
+
+    `held`: rows of each suite, and their seed.
 
     Accuracy is None where a method did not run on some suite. Raises DmoaError where the evaluation stops.
     """
@@ -268,12 +269,13 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held_ou
     from dmoa.evaluation.run_folder import RunFolder
     from dmoa.workflows.evaluate import run_evaluation
 
+    held_out, seed = held
     values = {
         "benchmarks": ",".join(DEMO_SUITES),
         "policies": ",".join(["dmoa", TRAINED, *matrix_policies(config.agent_names), "dense"]),
         "gates": f"trained={checkpoint}",
         "limit": held_out,
-        "seed": SEED,
+        "seed": seed,
         "out": out / "evaluation",
         "call_cache": out / "calls",
     }
