@@ -16,6 +16,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, Self
 
@@ -158,14 +159,13 @@ class ReplyIndex:
         self._names: dict[str, str] = {}
         # One file of lines for all kinds: a compressed file and a table cannot be read from the middle.
         self._file: IO[bytes] = tempfile.TemporaryFile(prefix="dmoa-replies-")  # noqa: SIM115 -- open for the engine's life
-        try:
+        with ExitStack() as unread:
+            unread.callback(self._file.close)
             for path in replies_files(place):
                 for reply in read_replies(path):
                     self._add(path, reply)
             self._file.flush()
-        except BaseException:
-            self._file.close()
-            raise
+            unread.pop_all()
 
     @property
     def agents(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ rewards are labels, which the gate never needs: a table that holds such a router
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -74,7 +75,7 @@ class RouterOptions(PolicyOptions):
         return 1
 
 
-class _Ranked:
+class _Ranked(ABC):
     """Asks the best agent of a ranking once; the others stand in, best first."""
 
     name = ""
@@ -92,8 +93,9 @@ class _Ranked:
         asked = ask(self._agents[a] for a in order)
         return StepPlan(activations=asked[:1], reserves=asked[1:], fold="pass", ends_with="schedule")
 
+    @abstractmethod
     async def _scores(self, state: QueryState) -> Sequence[float]:
-        raise NotImplementedError
+        """Return a score per agent, in the order of `options.agents`; the highest is asked."""
 
 
 class RandomRouterOptions(PolicyOptions):
@@ -184,8 +186,9 @@ class _Learnt(_Ranked):
         (query_D,) = await encoder.embed([state.query.text])
         return known[key](query_D)
 
+    @abstractmethod
     def _fit(self, query_QD: FloatArray, reward_QA: FloatArray) -> Predictor:
-        raise NotImplementedError
+        """Return what embeddings [Q, D] and rewards [Q, A], NaN where there is none, teach."""
 
 
 def mean_rewards(reward_QA: FloatArray, prior: FloatArray | float = 0.5) -> FloatArray:

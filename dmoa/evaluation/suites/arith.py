@@ -21,8 +21,22 @@ TEMPLATES = Templates(
 )
 
 
+class _OfNumbers(Kind):
+    """What all kinds of sums have."""
+
+    @property
+    def templates(self) -> Templates:
+        """The same wordings for every operation."""
+        return TEMPLATES
+
+    @property
+    def answer_format(self) -> str:
+        """A number."""
+        return NUMBER_FORMAT
+
+
 @dataclass(frozen=True, kw_only=True)
-class Arithmetic(Kind):
+class Arithmetic(_OfNumbers):
     """One or two operations on whole numbers of equally many digits, all results 0 or more."""
 
     operations: Operations
@@ -50,16 +64,6 @@ class Arithmetic(Kind):
         low, top = _plain_columns(self.operations)
         num_plain = int(len(top) * len(low) ** (self.digits - 1))
         return _num_not_negative(self.operations, self.digits) - num_plain if self.has_carries else num_plain
-
-    @property
-    def templates(self) -> Templates:
-        """The same wordings for every operation."""
-        return TEMPLATES
-
-    @property
-    def answer_format(self) -> str:
-        """A number."""
-        return NUMBER_FORMAT
 
     def latent(self, number: int) -> Latent | None:
         """Return the operands."""
@@ -96,7 +100,7 @@ class Arithmetic(Kind):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitSum(Kind):
+class DigitSum(_OfNumbers):
     """A whole number of some digits and a digit to add, 1 to 9."""
 
     digits: int
@@ -116,16 +120,6 @@ class DigitSum(Kind):
     def num_tuples(self) -> int:
         """Of 90 pairs of a last digit and a digit to add, 45 carry."""
         return self.size // 2
-
-    @property
-    def templates(self) -> Templates:
-        """The same wordings for every operation."""
-        return TEMPLATES
-
-    @property
-    def answer_format(self) -> str:
-        """A number."""
-        return NUMBER_FORMAT
 
     def latent(self, number: int) -> Latent | None:
         """Return the number and the digit."""

@@ -240,7 +240,9 @@ def test_any_record_is_a_reply_or_left_out(record: dict[str, Any]) -> None:
     if not isinstance(record.get("columns", {}), dict):
         return
     with suppress(SkippedError):
-        reply_of(record, {}, options)
+        read = reply_of(record, {}, options)
+        assert RecordedReply.model_validate_json(read.model_dump_json()) == read
+        assert read.agent
 
 
 @given(JSON)
