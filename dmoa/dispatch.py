@@ -177,7 +177,7 @@ class Dispatcher:
             sampling=sampling,
             deadline_unix_s=state.deadline_unix_s,
             conversation=state.query.conversation,
-            question="" if _extra(query, history, activation) else question_key(query.text),
+            question=question_key(query.text) if card.is_recorded and not _extra(query, history, activation) else "",
             query_id=query.query_id,
             sample=activation.sample,
         )
