@@ -112,6 +112,7 @@ def probe(common: Common, options: ProbeOptions) -> None:
     dmoa probe --queries mine.jsonl --limit 30
     dmoa probe --config specialists-liar-wrong --known-answers calendar
     dmoa probe --config specialists --rollouts out/rollouts
+    dmoa probe --config specialists --rollouts out/rollouts --outcomes outcomes.jsonl
     """
     if options.rollouts is not None and (options.queries or options.benchmarks):
         raise ConfigError("--rollouts: they have their queries already; leave --queries and --benchmarks out")
@@ -125,6 +126,7 @@ def probe(common: Common, options: ProbeOptions) -> None:
 
 def print_probe(report: ProbeReport, config: Config) -> None:
     """Print a report: the verdict, then what it rests on."""
+    from dmoa.evaluation.figures import money
     from dmoa.training.probe import gains_nothing
     from dmoa.workflows.console import new_table, stdout_console
 
@@ -145,6 +147,12 @@ def print_probe(report: ProbeReport, config: Config) -> None:
             f"interaction {report.interaction_share:.0%} (95 %: {report.interaction_low:.0%} to {report.interaction_high:.0%})",
             soft_wrap=True,
         )
+    if report.answers:
+        ways = new_table("way", "right", "calls", "tokens", "price", words=("way",))
+        for one in report.answers.expected:
+            way, tokens = f"{one.agent} alone" if one.agent else one.way, "" if one.tokens is None else f"{one.tokens:.0f}"
+            ways.add_row(way, f"{one.accuracy:.0%}", f"{one.calls:.1f}", tokens, money(one.price))
+        console.print(ways)
     columns = ("agent", "right", "entropy (nats)", "surest on", "clusters choose", "same reply", "accuracy", "AUROC", "note")
     table = new_table(*columns, words=("agent", "note"))
     for found in report.agents:

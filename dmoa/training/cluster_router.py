@@ -18,6 +18,7 @@ from scipy.cluster.vq import ClusterError, kmeans2, vq
 from dmoa.core.features import Preset
 from dmoa.core.scores import scores
 from dmoa.errors import ConfigError
+from dmoa.types import Price, TokenUsage
 
 MIN_ROWS = 4
 _PROBE_COLUMNS = (
@@ -37,10 +38,11 @@ def sample_of(
     preset: Preset,
     values: Mapping[tuple[str, str], float] | None = None,
     outcomes: Mapping[tuple[str, str], float] | None = None,
+    prices: Mapping[str, Price] | None = None,
 ) -> ProbeSample:
     """Return the sample of a table of rollouts; `values`: (query_id, agent) -> score, for queries with a known answer.
 
-    `outcomes`: the same of what the user knows (`training/outcomes`).
+    `outcomes`: the same of what the user knows (`training/outcomes`). `prices`: of the tokens of agents, where they are known.
 
     Raises ConfigError where fewer than four queries were asked of every agent.
     """
@@ -62,6 +64,9 @@ def sample_of(
         else np.array([[values.get((query, name), np.nan) for name in agents] for query in dense]),
         heard_RA=np.array([[cell["status"] == "ok" for cell in row] for row in rows]),
         tokens_RA=np.array([[_tokens(cell) for cell in row] for row in rows]),
+        price_RA=None
+        if not prices
+        else np.array([[_price(cell, prices.get(name)) for name, cell in zip(agents, row, strict=True)] for row in rows]),
         outcome_RA=None
         if outcomes is None
         else np.array([[outcomes.get((query, name), np.nan) for name in agents] for query in dense]),
@@ -92,6 +97,12 @@ def _tokens(row: Mapping[str, Any]) -> float:
     return float(row["prompt_tokens"] + row["completion_tokens"]) if row["status"] == "ok" else float("nan")
 
 
+def _price(row: Mapping[str, Any], price: Price | None) -> float:
+    if price is None or row["status"] != "ok":
+        return float("nan")
+    return price.of(TokenUsage(prompt_tokens=row["prompt_tokens"], completion_tokens=row["completion_tokens"]))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeSample:
     """A dense sample."""
@@ -110,6 +121,8 @@ class ProbeSample:
     """Whether each agent contributed; None: all did."""
     tokens_RA: Floats | None = None
     """Prompt and completion tokens of each reply; NaN where there is none. None: not known."""
+    price_RA: Floats | None = None
+    """What each reply cost; NaN where its agent has no price, or gave nothing. None: no agent has a price."""
     outcome_RA: Floats | None = None
     """Rewards that the user handed over, 0..1; NaN where there are none. None: there are none at all."""
 

@@ -22,7 +22,7 @@ from dmoa.core.sequential import standing
 from dmoa.core.witnesses import NOT_ASKED, Witnesses
 from dmoa.errors import ConfigError
 from dmoa.training.dataset import Episodes
-from dmoa.training.outcomes import Outcome, credit_replies
+from dmoa.training.outcomes import Outcome, credit_replies, no_outcome_fits
 from dmoa.training.rollouts import Manifest, read_table
 from dmoa.types import FloatArray
 
@@ -70,10 +70,7 @@ def with_outcomes(
         queries = [key.query_id for key in episodes.key_Q if key.folder == place]
         outcome_NA[episodes.start_Q[:-1][mine_Q]] = found.array(queries, episodes.agents)
     if not used:
-        raise ConfigError(
-            f"--outcomes: none of {len(outcomes)} outcomes is of a query and an agent of these rollouts; name queries as "
-            "their query_id does, or collect rollouts of those queries"
-        )
+        raise no_outcome_fits(len(outcomes))
     return replace(episodes, outcome_NA=outcome_NA), min(used, len(outcomes))
 
 
@@ -139,6 +136,8 @@ class Asked:
 
     count_R: IntArray
     """Agents asked."""
+    asked_RA: BoolArray
+    """Which."""
     right_R: Array
     """Probability that the answer they end with is right, given everybody's replies."""
     score_R: Array
@@ -149,7 +148,7 @@ def ask_in_turn(
     model: LabelModel, witnesses: Witnesses, right_RA: Array, ranking_RA: IntArray, k_R: IntArray, *, limit: int, price: float
 ) -> Asked:
     """Return what steps come to that ask their first k agents and go on while a reply is worth its price."""
-    counts, rights, found_scores = [], [], []
+    counts, rights, found_scores, asked = [], [], [], []
     for row, (ranking_A, k) in enumerate(zip(ranking_RA, k_R, strict=True)):
         whole = witnesses.rows(slice(row, row + 1))
         asked_1A = np.zeros(whole.answer_RA.shape, dtype=np.bool_)
@@ -162,9 +161,10 @@ def ask_in_turn(
             asked_1A[0, found.next_agent] = True
         is_answer = found.leader is not None and whole.answer_RA[0, found.leader] >= 0
         counts.append(int(asked_1A.sum()))
+        asked.append(asked_1A[0])
         rights.append(float(right_RA[row, found.leader]) if is_answer else 0.0)
         found_scores.append(float(posterior_scores(found.probability)) if is_answer else np.nan)
-    return Asked(count_R=np.array(counts), right_R=np.array(rights), score_R=np.array(found_scores))
+    return Asked(count_R=np.array(counts), asked_RA=np.array(asked), right_R=np.array(rights), score_R=np.array(found_scores))
 
 
 def fit_judged_point(

@@ -150,6 +150,8 @@ class ProbeOptions(Options):
     """Benchmarks and suites; None: arith,words,calendar,parcels,signals,dyes."""
     rollouts: Path | None = None
     """Look at dense rollouts that are there; ask nobody."""
+    outcomes: Annotated[Path | None, Flag(metavar="FILE")] = None
+    """How good some answers were, as `dmoa train --outcomes` reads them: what they settle is said."""
     known_answers: Annotated[Names | None, Flag(metavar="SUITE,...")] = None
     """Generated suites with computed answers, to find which agents are wrong."""
     limit: int = Field(default=30, ge=4)

@@ -124,6 +124,14 @@ def credit_replies(outcomes: Iterable[Outcome], rollouts: pa.Table, *, seed: int
     return Credited(credit={key: float(np.mean(values)) for key, values in rewards.items()}, used=used, unknown=unknown)
 
 
+def no_outcome_fits(count: int) -> ConfigError:
+    """Return the error of outcomes none of which is of these rollouts."""
+    return ConfigError(
+        f"--outcomes: none of {count} outcomes is of a query and an agent of these rollouts; name queries as "
+        "their query_id does, or collect rollouts of those queries"
+    )
+
+
 _Steps = dict[int, list[dict[str, Any]]]
 
 

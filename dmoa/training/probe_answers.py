@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +22,7 @@ from dmoa.core.sequential import AGENT_PRICE
 from dmoa.core.witnesses import NO_ANSWER, Array, Witnesses, witnesses_of
 from dmoa.training.cluster_router import ProbeSample
 from dmoa.training.judging import ask_in_turn
+from dmoa.training.probe_outcomes import Judged, Settled, judged_agents, settled_words
 
 _SAME = 0.95
 _CLIQUE, _APART = 0.6, 0.25
@@ -47,6 +49,8 @@ class Expected(_Record):
     """Agents asked a query."""
     tokens: float | None
     """Prompt and completion tokens a query; null where they are not known."""
+    price: float | None
+    """What a query costs by `llms.NAME.price`; null where an agent that is asked has none."""
 
 
 class AnswerFinding(_Record):
@@ -76,12 +80,36 @@ class AnswerFinding(_Record):
     """Agents that are probably wrong nearly everywhere, in a pool whose best agent is not."""
     outcomes_to_settle: int
     """How many more outcomes would settle what is unclear; 0 where nothing is."""
+    settled: Settled | None = None
+    """What the outcomes that were handed over changed; null without any."""
 
 
 def probe_answers(sample: ProbeSample, *, can_entropy: bool, seed: int = 0) -> AnswerFinding | None:
     """Return the finding; None for fewer rows than a label model needs. `can_entropy`: whether entropies were found to route."""
     if len(sample.texts) < MIN_ROWS or len(sample.agents) < 2:
         return None
+    finding, _ = _found(sample, can_entropy=can_entropy, seed=seed)
+    if finding.outcomes:
+        assert sample.outcome_RA is not None
+        before, right_RA = _found(replace(sample, outcome_RA=None), can_entropy=can_entropy, seed=seed)
+        finding = _settle(finding, before, judged_agents(sample.agents, right_RA, sample.outcome_RA))
+    return finding.model_copy(update={"summary": [*_signal_words(finding), *_outcome_words(finding), *_agent_words(finding)]})
+
+
+def _settle(finding: AnswerFinding, before: AnswerFinding, judged: list[Judged]) -> AnswerFinding:
+    """Return the finding with what outcomes changed; agreement that they contradict is trusted no more, they are."""
+    settled = Settled(
+        signal_before=before.signal, was_trusted=before.is_trusted, best_before=before.expected[0].agent or "", agents=judged
+    )
+    update: dict[str, Any] = {"settled": settled}
+    if settled.contradicted and finding.signal != "outcomes":
+        missing = max(0, _to_settle(finding.expected) - finding.outcomes)
+        update |= {"signal": "outcomes", "is_trusted": finding.outcomes >= _least(_GAPS[1]), "outcomes_to_settle": missing}
+    return finding.model_copy(update=update)
+
+
+def _found(sample: ProbeSample, *, can_entropy: bool, seed: int) -> tuple[AnswerFinding, Array]:
+    """Return the finding, without its sentences, and the probability of each agent being right [R, A]."""
     witnesses = _witnesses(sample)
     pairs = _same_answers(witnesses)
     colluding, redundant = _colluding(pairs, sample.agents), _redundant(pairs, sample.agents)
@@ -110,7 +138,7 @@ def probe_answers(sample: ProbeSample, *, can_entropy: bool, seed: int = 0) -> A
         seldom_right=[name for name in seldom if name not in (*constant, *(name for pair in colluding for name in pair))],
         outcomes_to_settle=open_outcomes,
     )
-    return finding.model_copy(update={"summary": [*_signal_words(finding), *_agent_words(finding)]})
+    return finding, right_RA
 
 
 def _witnesses(sample: ProbeSample) -> Witnesses:
@@ -157,14 +185,14 @@ def _signal(sample: ProbeSample, backed: float, outcomes: int, *, can_entropy: b
 
 def _expected(sample: ProbeSample, model: LabelModel, witnesses: Witnesses, right_RA: Array) -> list[Expected]:
     num_rows, num_agents = right_RA.shape
-    tokens_A = np.full(num_agents, np.nan) if sample.tokens_RA is None else np.nanmean(sample.tokens_RA, axis=0)
+    tokens_A, price_A = _means(sample.tokens_RA, num_agents), _means(sample.price_RA, num_agents)
     best = int(np.nanmean(right_RA, axis=0).argmax())
     context_R = model.context(witnesses.embedding_RD, num_rows)
     ranking_RA = np.argsort(-model.ability_CA[context_R], axis=1, kind="stable")
     turn = ask_in_turn(
         model, witnesses, right_RA, ranking_RA, np.ones(num_rows, dtype=np.int64), limit=num_agents, price=AGENT_PRICE
     )
-    calls = float(turn.count_R.mean())
+    turn_A = turn.asked_RA.mean(axis=0)
     given_RA = np.where(witnesses.answer_RA >= 0, right_RA, 0.0)
     return [
         Expected(
@@ -172,20 +200,41 @@ def _expected(sample: ProbeSample, model: LabelModel, witnesses: Witnesses, righ
             agent=sample.agents[best],
             accuracy=float(given_RA[:, best].mean()),
             calls=1.0,
-            tokens=_tokens(tokens_A[best]),
+            tokens=_rounded(tokens_A[best], 1),
+            price=_rounded(price_A[best]),
         ),
-        Expected(way="in turn", accuracy=float(turn.right_R.mean()), calls=calls, tokens=_tokens(calls * tokens_A.mean())),
+        Expected(
+            way="in turn",
+            accuracy=float(turn.right_R.mean()),
+            calls=float(turn.count_R.mean()),
+            tokens=_rounded(_spent(turn_A, tokens_A), 1),
+            price=_rounded(_spent(turn_A, price_A)),
+        ),
         Expected(
             way="everybody",
             accuracy=float(given_RA.max(axis=1).mean()),
             calls=float(witnesses.asked.sum(axis=1).mean()),
-            tokens=_tokens(tokens_A.sum()),
+            tokens=_rounded(tokens_A.sum(), 1),
+            price=_rounded(price_A.sum()),
         ),
     ]
 
 
-def _tokens(value: float) -> float | None:
-    return round(float(value), 1) if math.isfinite(value) else None
+def _means(value_RA: Array | None, num_agents: int) -> Array:
+    """Return the mean of every agent's replies [A]; NaN where nothing is known."""
+    known_RA = np.full((1, num_agents), np.nan) if value_RA is None else value_RA
+    counts_A = np.isfinite(known_RA).sum(axis=0)
+    mean_A: Array = np.where(counts_A > 0, np.nansum(known_RA, axis=0) / np.maximum(counts_A, 1), np.nan)
+    return mean_A
+
+
+def _spent(share_A: Array, value_A: Array) -> float:
+    """Return what a query takes that asks each agent with such a share; NaN where one that is asked is not known."""
+    return float(np.where(share_A > 0, share_A * value_A, 0.0).sum())
+
+
+def _rounded(value: float, digits: int = 9) -> float | None:
+    return round(float(value), digits) if math.isfinite(value) else None
 
 
 def _least(gap: float) -> int:
@@ -256,12 +305,20 @@ def _signal_words(found: AnswerFinding) -> list[str]:
     one, turn, everybody = found.expected
     gain, saved = turn.accuracy - one.accuracy, everybody.calls / turn.calls
     tokens = f", {turn.tokens:.0f} tokens" if turn.tokens is not None else ""
+    tokens += f", price {turn.price:.3g}" if turn.price is not None else ""
     begin = "expect" if found.is_trusted else "if it could be trusted,"
     lines.append(
         f"{begin} {turn.accuracy:.0%} right at {turn.calls:.1f} calls{tokens} a query by asking in turn: {gain:+.0%} against "
         f"{one.agent} alone ({one.accuracy:.0%}), {everybody.accuracy:.0%} by asking everybody at {saved:.1f} times the calls"
     )
     return lines
+
+
+def _outcome_words(found: AnswerFinding) -> list[str]:
+    if found.settled is None:
+        return []
+    best = found.expected[0].agent or ""
+    return settled_words(found.settled, outcomes=found.outcomes, signal=found.signal, is_trusted=found.is_trusted, best=best)
 
 
 def _agent_words(found: AnswerFinding) -> list[str]:

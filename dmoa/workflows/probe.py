@@ -14,6 +14,7 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.registry import SKILLS, SUITES
 from dmoa.training.cluster_router import ProbeSample, sample_of
 from dmoa.training.probe import ProbeReport, probe_pool
+from dmoa.types import Price
 from dmoa.validation import did_you_mean
 from dmoa.workflows.console import Common
 from dmoa.workflows.terminal import goes_on
@@ -72,9 +73,9 @@ def _look(
     """Look at rollouts that are there, and at rows with known answers, judged, where some are wanted."""
     from dmoa.training.rollouts import read_table
 
+    sample = _unlabelled_sample(folder, config, options.outcomes)
     if not options.known_answers:
-        return probe_rollouts(folder, config, seed=options.seed)
-    sample = _unlabelled_sample(folder, config)
+        return probe_pool(sample, seed=options.seed)
     common.say("uses probe labels: generated rows with computed answers")
     labels = out / "known-labels"
     collect({"benchmarks": options.known_answers, "limit": options.known_limit, "labels": labels}, out / "known")
@@ -88,13 +89,22 @@ def probe_rollouts(folder: Path, config: Config, *, seed: int = 0) -> ProbeRepor
     return probe_pool(_unlabelled_sample(folder, config), seed=seed)
 
 
-def _unlabelled_sample(folder: Path, config: Config) -> ProbeSample:
+def _unlabelled_sample(folder: Path, config: Config, outcomes: Path | None = None) -> ProbeSample:
     from dmoa.agents.pool import fingerprint
+    from dmoa.training.outcomes import credit_replies, no_outcome_fits, read_outcomes
     from dmoa.training.rollouts import check_rollout_pool, read_manifest, read_table
 
     manifest = read_manifest(folder)
     check_rollout_pool(manifest, fingerprint=fingerprint(config), agents=config.agent_names)
-    return sample_of(read_table(folder), config.agent_names, manifest.preset)
+    table, credit = read_table(folder), None
+    if outcomes is not None:
+        given = read_outcomes(outcomes)
+        found = credit_replies(given, table, seed=manifest.seed, round_=manifest.round)
+        if not found.used:
+            raise no_outcome_fits(len(given))
+        credit = found.credit
+    prices = {agent.name: Price(**price.model_dump()) for agent in config.agents if (price := config.llms[agent.llm].price)}
+    return sample_of(table, config.agent_names, manifest.preset, outcomes=credit, prices=prices)
 
 
 def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:

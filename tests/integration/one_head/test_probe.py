@@ -58,6 +58,14 @@ def test_rollouts_that_are_there_can_be_looked_at_again(probed: Path) -> None:
     again = run_here([DMOA, "probe", "--config", str(probed / "pool.yaml"), "--rollouts", str(probed / "run" / "dense")])
     assert again.returncode == 0, again.stderr
     assert "16 queries" in again.stdout
+    asked = [json.loads(line)["query_id"] for line in (probed / "run" / "dense" / "queries.jsonl").read_text().splitlines()]
+    outcomes = [{"query_id": query, "agent": "three", "reward": 0} for query in asked[:12]]
+    (probed / "outcomes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in outcomes), encoding="utf-8")
+    files = ["--rollouts", str(probed / "run" / "dense"), "--outcomes", str(probed / "outcomes.jsonl")]
+    told = run_here([DMOA, "probe", "--config", str(probed / "pool.yaml"), *files, "--json", str(probed / "told.json")])
+    assert told.returncode == 0, told.stderr
+    assert "12 queries have outcomes; right by them: three 0% of 12 (0% to 24%)" in told.stdout
+    assert json.loads((probed / "told.json").read_text())["answers"]["outcomes"] == 12
     other = run_here([DMOA, "probe", "--rollouts", str(probed / "run" / "dense")])
     assert other.returncode == 2
     assert "only in the rollouts: one, two, three" in other.stderr

@@ -43,7 +43,7 @@ FLAGS = {
     ),
     "report": "--html:Path",
     "probe": (
-        "--queries:str --benchmarks:str --rollouts:Path --known-answers:str --limit:int>=4=30 "
+        "--queries:str --benchmarks:str --rollouts:Path --outcomes:Path --known-answers:str --limit:int>=4=30 "
         "--known-limit:int>=4=60 --data-dir:Path --difficulty:int>=1=1 --seed:int>=0=0 --out:Path "
         "--call-cache:Path --address:str$RAY_ADDRESS"
     ),

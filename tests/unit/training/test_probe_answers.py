@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dmoa.testing import scripted_pool_yaml
 from dmoa.training.cluster_router import ProbeSample
 from dmoa.training.probe import probe_pool
 from dmoa.training.probe_answers import AnswerFinding, probe_answers
+from dmoa.training.probe_outcomes import judged_agents
 
 ROWS = 48
 SHARED = Path(__file__).parents[4] / "shared"
@@ -63,7 +65,7 @@ def test_competent_agents_that_agree_can_be_routed_by_agreement() -> None:
     assert (everybody.calls, everybody.tokens) == (4.0, 100.0)
     assert one.accuracy <= turn.accuracy <= everybody.accuracy + 0.01
     assert 1.0 <= turn.calls < 3.0
-    assert turn.tokens == pytest.approx(25.0 * turn.calls, abs=0.1)
+    assert turn.tokens == pytest.approx(10.0 + 20.0 + 30.0 * (turn.calls - 2.0), abs=0.1)  # a, then b, c at times
     assert (finding.redundant, finding.colluding, finding.constant, finding.seldom_right) == ([], [], [], [])
     assert finding.summary[0].startswith("agreement can route this pool: two or more agents give the right answer to probably ")
     assert "against a alone" in finding.summary[1]
@@ -86,6 +88,61 @@ def test_outcomes_settle_it() -> None:
     finding = found(says, outcome_RA=outcome_RA)
     assert (finding.signal, finding.is_trusted, finding.outcomes, finding.outcomes_to_settle) == ("outcomes", True, 24, 0)
     assert finding.expected[0].agent == "b"
+
+
+def test_outcomes_that_bear_out_the_answers_are_said_to() -> None:
+    outcome_RA = np.full((ROWS, 4), np.nan)
+    outcome_RA[:20, 0] = [text == str(row) for row, text in enumerate(GOOD["a"][:20])]
+    finding = found(GOOD, outcome_RA=outcome_RA)
+    assert finding.settled is not None
+    assert (finding.settled.best_before, finding.settled.contradicted) == ("a", [])
+    assert (finding.signal, finding.is_trusted, finding.outcomes) == ("agreement", True, 20)
+    share = np.mean(outcome_RA[:20, 0])
+    assert any(line.startswith(f"20 queries have outcomes; right by them: a {share:.0%} of 20 (") for line in finding.summary)
+    assert "they contradict nothing that was found without them" in finding.summary
+
+
+def test_outcomes_that_speak_against_agreement_take_its_trust_away() -> None:
+    """Three agents err alike, so agreement is sure of them; one is right alone."""
+    lies = [str(5000 + row) for row in range(ROWS)]
+    says = {"x": lies, "y": lies, "z": lies, "alone": [str(row) for row in range(ROWS)]}
+    outcome_RA = np.full((ROWS, 4), np.nan)
+    outcome_RA[:20] = (0.0, 0.0, 0.0, 1.0)
+    before, after = found(says), found(says, outcome_RA=outcome_RA)
+    assert (before.signal, before.is_trusted, before.settled) == ("agreement", True, None)
+    assert (after.signal, after.is_trusted, after.outcomes_to_settle) == ("outcomes", True, 0)
+    assert after.settled is not None
+    assert after.settled.contradicted == ["x", "y", "z", "alone"]
+    assert after.expected[0].agent == "alone"
+    assert f"the best single agent is alone, not {before.expected[0].agent}" in after.summary
+    assert any(line.startswith("they decide what can route the pool: outcomes, to be trusted") for line in after.summary)
+
+
+def test_judged_replies_are_held_against_their_own_estimates() -> None:
+    """Ten replies expected right at .9 each, five were: z = 4 / sqrt(.9 + .25); Wilson's interval of 5 of 10 is .237 to .763."""
+    right_RA, outcome_RA = np.full((12, 3), 0.9), np.full((12, 3), np.nan)
+    outcome_RA[:10, 0] = [1, 0] * 5
+    outcome_RA[:4, 1] = 0
+    first, second = judged_agents(("a", "b", "c"), right_RA, outcome_RA)
+    assert (first.agent, first.replies, first.reward, first.estimate) == ("a", 10, 0.5, pytest.approx(0.9))
+    assert (first.low, first.high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+    assert first.is_contradicted  # |z| = 3.73 against 2.24 of two agents
+    assert (second.replies, second.is_contradicted) == (4, False)  # too few
+
+
+def test_what_a_query_costs_is_told_where_every_agent_asked_has_a_price(capsys: pytest.CaptureFixture[str]) -> None:
+    price_RA = np.tile([4.0, 2.0, 1.0, 1.0], (ROWS, 1)) / 1000
+    finding = found(GOOD, price_RA=price_RA)
+    one, turn, everybody = finding.expected
+    assert (one.price, everybody.price) == (0.004, 0.008)
+    assert turn.price is not None
+    assert 0.004 <= turn.price < 0.008
+    assert f"price {turn.price:.3g} a query" in finding.summary[1]
+    price_RA[:, 3] = np.nan
+    unpriced = found(GOOD, price_RA=price_RA).expected
+    assert (unpriced[0].price, unpriced[-1].price) == (0.004, None)
+    print_probe(probe_pool(sample(GOOD, price_RA=price_RA)), loads(scripted_pool_yaml(tuple(GOOD))))
+    assert re.search(r"a alone +\d+% +1.0 +10 +0.004\n", capsys.readouterr().out)
 
 
 def test_a_pair_that_agrees_with_nobody_else_is_named_and_costs_it_no_trust() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from dmoa.errors import ConfigError
 from dmoa.training.cluster_router import sample_of
+from dmoa.types import Price
 
 
 def table(queries: int = 4, **changes: Any) -> pa.Table:
@@ -44,6 +45,15 @@ def test_the_first_step_of_every_query_counts() -> None:
     assert sample.value_RA[1].tolist() == [1.0, 0.0]
     assert np.isnan(sample.value_RA[[0, 2, 3]]).all()
     assert sample_of(table(), ("a", "b"), "paper").embedding_RD.shape == (4, 4)
+
+
+def test_what_replies_cost() -> None:
+    """Five prompt and two completion tokens at 2 and 10 a million; b has no price."""
+    sample = sample_of(table(), ("a", "b"), "default", prices={"a": Price(prompt_per_1m=2.0, completion_per_1m=10.0)})
+    assert sample.price_RA is not None
+    assert sample.price_RA[:, 0].tolist() == [30e-6] * 4
+    assert np.isnan(sample.price_RA[:, 1]).all()
+    assert sample_of(table(), ("a", "b"), "default").price_RA is None
 
 
 def test_a_lost_reply_has_no_entropy() -> None:
