@@ -5,6 +5,7 @@ Ray Data reads the parts, a task per file, on the driver's node, where the folde
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,6 +116,35 @@ class Episodes:
         parts = [np.arange(self.start_Q[q], self.start_Q[q + 1]) for q in episodes]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
+    def take(self, episodes: npt.NDArray[np.int64]) -> Episodes:
+        """Return some episodes, in the order given."""
+        steps = self.steps_of(episodes)
+        length_Q = (self.start_Q[1:] - self.start_Q[:-1])[episodes]
+        return dataclasses.replace(
+            self,
+            key_Q=tuple(self.key_Q[q] for q in episodes),
+            start_Q=np.concatenate([[0], np.cumsum(length_Q)]).astype(np.int64),
+            said=None if self.said is None else Said(self.said.answer_NA[steps], self.said.length_NA[steps]),
+            outcome_NA=None if self.outcome_NA is None else self.outcome_NA[steps],
+            **{name: getattr(self, name)[steps] for name in _OF_STEPS},
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Episodes]) -> Episodes:
+        """Return the episodes of all parts, one after the other; what one part lacks (`said`, outcomes) is unknown there."""
+        first, sizes = parts[0], [len(part.input_NX) for part in parts]
+        starts = np.cumsum([0, *sizes[:-1]])
+        blank_NA = [np.full(part.ran_NA.shape, np.nan) for part in parts]
+        outcomes = [blank if part.outcome_NA is None else part.outcome_NA for part, blank in zip(parts, blank_NA, strict=True)]
+        return dataclasses.replace(
+            first,
+            key_Q=tuple(key for part in parts for key in part.key_Q),
+            start_Q=np.concatenate([*(part.start_Q[:-1] + at for part, at in zip(parts, starts, strict=True)), [sum(sizes)]]),
+            said=_joined_said([part.said for part in parts]),
+            outcome_NA=np.concatenate(outcomes),
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _OF_STEPS},
+        )
+
     def digest(self) -> str:
         """Return a hash of everything that is learned from."""
         found = hashlib.sha256(repr((self.agents, self.key_Q)).encode())
@@ -123,6 +153,19 @@ class Episodes:
         if self.slack_NA.any():  # exact rollouts keep the hash that they had before there was a slack
             found.update(np.ascontiguousarray(self.slack_NA).tobytes())
         return found.hexdigest()
+
+
+def _joined_said(parts: Sequence[Said | None]) -> Said | None:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    return Said(np.concatenate([part.answer_NA for part in known]), np.concatenate([part.length_NA for part in known]))
+
+
+_OF_STEPS = tuple(
+    field.name for field in dataclasses.fields(Episodes) if field.name not in ("agents", "key_Q", "start_Q", "said", "outcome_NA")
+)
+"""Arrays of `Episodes` with an entry a step."""
 
 
 def held_back(episodes: Episodes, share: float) -> BoolArray:

@@ -8,12 +8,14 @@ was shared out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import distributed, nn
 
 from dmoa.core.losses import LossSums
+
+Shared = TypeVar("Shared")
 
 
 class GlobalLoss(NamedTuple):
@@ -39,6 +41,10 @@ class WorkerGroup(Protocol):
         """Return the first worker's value to all of them."""
         ...
 
+    def share(self, value: Shared) -> Shared:
+        """Return the first worker's value, anything that pickles, to all of them; what the others give is not read."""
+        ...
+
 
 class SingleWorker:
     """The only worker."""
@@ -58,6 +64,10 @@ class SingleWorker:
         return GlobalLoss(total, weight)
 
     def agree(self, value: float) -> float:
+        """Return the value."""
+        return value
+
+    def share(self, value: Shared) -> Shared:
         """Return the value."""
         return value
 
@@ -93,3 +103,9 @@ class TorchGroup:
         shared = torch.tensor([value], dtype=torch.float64, device=self.device)
         distributed.broadcast(shared, src=0)
         return float(shared)
+
+    def share(self, value: Shared) -> Shared:
+        """Return the first worker's value to all of them."""
+        found = [value]
+        distributed.broadcast_object_list(found, src=0, device=self.device)
+        return found[0]

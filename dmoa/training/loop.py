@@ -75,6 +75,11 @@ class Learner:
         options = job.options
         self._optimizer = torch.optim.AdamW(self._parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True)
 
+    def follow(self, job: TrainJob) -> None:
+        """Go on with another job's data and targets: weights and moments stay as they are, and so does the optimizer."""
+        self._job = job
+        self.batches = Batches(job.data, _DTYPES[job.options.dtype], self._world.device)
+
     def update(self, episodes: IndexArray) -> UpdateResult:
         """Learn from one global batch; a loss or gradient that is not finite changes nothing."""
         mine = episodes[self._world.rank :: self._world.size]

@@ -288,6 +288,35 @@ class ExportOptions(Options):
         return self
 
 
+class AdaptSettings(Options):
+    """How a gate's weights follow new records: settings of `training/adapt.Adapter`."""
+
+    where = "adapt"
+
+    lr: float = Field(default=1e-3, gt=0)
+    """Learning rate of AdamW."""
+    steps: int = Field(default=4, ge=1, le=1000)
+    """Gradient steps of an update."""
+    batch_queries: int = Field(default=4, ge=1, le=65536)
+    """Queries of the stream in each gradient step, the newest first; replayed ones come on top."""
+    replay_ratio: float = Field(default=3.0, ge=0)
+    """Replayed queries of old domains for each of the stream."""
+    recent: int = Field(default=64, ge=1, le=100_000)
+    """Newest queries of the stream that are learned from again; older ones join the replay."""
+    replay_queries: int = Field(default=512, ge=1, le=1_000_000)
+    """Most queries that are kept to be replayed; of more a fair sample stays."""
+    pull: float = Field(default=0.002, ge=0, lt=1)
+    """Part of the way back to the deployed weights that every gradient step ends with."""
+    loss: Literal["soft", "hard", "hinge", "listnet"] = "soft"
+    """Ranking loss."""
+    clip: float = Field(default=1.0, gt=0)
+    """Greatest norm of the gradient."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of what is replayed."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the gate in training."""
+
+
 class TrainOptions(Options):
     """One training of the gate."""
 

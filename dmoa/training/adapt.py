@@ -1,0 +1,417 @@
+"""Adaptation: one update of a deployed gate's weights from newly answered queries, label-free, with a replay of old domains.
+
+`dmoa adapt` drives it over the first queries of a benchmark, the long-lived job over the feedback of a running swarm. Loss,
+targets and batches are those of training (`training/objective`, `training/loop`); what is added is the replay, the pull back to
+the deployed weights, and that tau, theta, anchors and label model stay as deployed unless a shift is declared. Source: replay
+and anchoring after CoTTA and EATA, the rest ours. Shape letters: Q episodes, N steps, A agents, X gate input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmoa.checkpoint import AnchorSet, Checkpoint, describe_gate
+from dmoa.core.gate import Gate, GateSpec
+from dmoa.core.inference import one_thread
+from dmoa.core.label_model import MIN_ROWS
+from dmoa.core.scores import fit_eta, scores
+from dmoa.errors import ConfigError
+from dmoa.feedback import MARK, Feedback
+from dmoa.training.dataset import EpisodeBuilder, Episodes
+from dmoa.training.distributed import WorkerGroup
+from dmoa.training.judging import fit_judge, right_probabilities
+from dmoa.training.loop import Learner, TrainJob
+from dmoa.training.objective import (
+    IndexArray,
+    Scale,
+    Split,
+    TrainingData,
+    anchor_sample,
+    build_data,
+    fit_scale,
+    unroll,
+)
+from dmoa.training.options import AdaptSettings, TrainOptions
+from dmoa.training.rollouts import RolloutQuery, table_of
+from dmoa.training.trainer import FittedTargets, fit_spec
+from dmoa.types import Answer, Stage, supervision_of
+
+_PROBED = 64
+"""Replayed queries, at most, that the drift is measured on."""
+_CLUSTERS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """One answered query to learn from: every step with its decision, its gate input, and the replies with their propensities."""
+
+    query_id: str
+    answer: Answer
+    asked: str = ""
+    """What was asked, for reading the answers; empty where their texts are tokens (`dmoa/feedback`)."""
+    stages: tuple[Stage, ...] = ()
+    outcomes: Mapping[str, float] = field(default_factory=dict)
+    """Agent -> how good its reply to the first step was found to be, 0 to 1. Read by score posterior only."""
+
+
+def lesson_of(record: Feedback, outcomes: Mapping[str, float] | None = None) -> Lesson:
+    """Return a query of the traffic as a lesson, with what outcomes say of its first replies."""
+    return Lesson(query_id=f"{MARK}{record.answer.trace_id}", answer=record.answer, outcomes=outcomes or {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptUpdate:
+    """What one call of `Adapter.learn` did."""
+
+    number: int
+    """Updates so far, this one included; calls that changed nothing do not count."""
+    loss: float | None
+    """Mean over its gradient steps, each by the weights before it; None where nothing could be learned from."""
+    used: int
+    """Records that were taken in."""
+    skipped: Mapping[str, int]
+    """Reason -> records that were not."""
+    replayed: int
+    """Replayed queries, over all gradient steps."""
+    bad_steps: int
+    """Gradient steps that were left out because loss or gradient was not finite."""
+    drift: float
+    """KL(deployed routing || this one), nats, mean over replayed steps, over the stream's where nothing is replayed."""
+    distance: float
+    """||weights - deployed|| / ||deployed||."""
+    refitted: bool
+    """Whether anchors, eta, label model, tau and theta were fitted anew."""
+
+
+class Adapter:
+    """A deployed gate that follows new records. Not safe to use from two threads at once.
+
+    Every worker of `world` makes its own from the same arguments and calls `learn` with the same records, in the same order
+    (`WorkerGroup.share` gives the first worker's to all); each takes its part of every batch, and all hold the same weights.
+    """
+
+    def __init__(
+        self, gate: Gate, checkpoint: Checkpoint, replay: Episodes | None, options: AdaptSettings, world: WorkerGroup
+    ) -> None:
+        """`gate` and `checkpoint`: as deployed. `replay`: dense or exploring episodes of old domains; None: none are known.
+
+        Raises ConfigError for a replay of other agents.
+        """
+        if replay is not None and replay.agents != gate.spec.agents:
+            raise ConfigError(f"replay: agents are {', '.join(replay.agents)}; expected {', '.join(gate.spec.agents)}")
+        self.updates = 0
+        self.used = 0
+        self.outcomes = 0
+        """Outcomes that came with the records taken in."""
+        self._deployed, self._checkpoint, self._options, self._world = gate, checkpoint, options, world
+        self._spec: GateSpec = gate.spec
+        self._old, self._recent = replay, None if replay is None else replay.take(np.zeros(0, np.int64))
+        self._scale = self._deployed_scale()
+        self._is_own_scale = False
+        self._refits = 0
+        weights = {name: tensor.detach().clone() for name, tensor in gate.state_dict().items()}
+        empty = _blank(gate.spec) if replay is None else replay
+        self._start = TrainJob(
+            options=_training(options), spec=gate.spec, weights=weights, data=_data(empty, None), eta=1.0, identity={}
+        )
+        self._learner = Learner(self._start, world)
+        self._home = [parameter.detach().clone() for parameter in self._learner.gate.parameters()]
+        self._home_gate = self._start.build_gate(world.device)
+
+    def _deployed_scale(self) -> Scale | None:
+        """Return what the deployed gate measures replies by; None where it was never fitted."""
+        spec, judge = self._deployed.spec, self._deployed.label_model
+        if (spec.score == "anchored" and spec.anchors is None) or (spec.score == "posterior" and judge is None):
+            return None
+        eta = 1.0 if spec.score == "posterior" else self._checkpoint.metrics.get("eta")
+        if eta is None and self._old is not None:
+            used = spec.anchors if spec.score == "anchored" else None
+            eta = fit_eta(scores(self._old.sum_NA, self._old.tokens_NA, used))
+        return None if eta is None else Scale(score=spec.score, eta=eta, anchors=spec.anchors, label_model=judge)
+
+    def learn(self, records: Sequence[Feedback | Lesson], *, shift: bool = False) -> AdaptUpdate:
+        """Take records in and update the weights once, by `steps` gradient steps.
+
+        With `shift`, anchors, eta, label model, tau and theta are fitted anew before, on all dense steps that are kept; the same
+        goes for a gate without any, as soon as there are enough of them.
+        """
+        fresh, skipped = self._taken(records)
+        with one_thread():
+            refitted = bool(fresh) and self._refitted(shift)
+            if not fresh or self._scale is None:
+                return self._update(None, fresh, skipped, replayed=0, bad=0, refitted=False)
+            self._follow()
+            assert self._recent is not None
+            rng = np.random.default_rng([self._options.seed, self.updates])
+            results, replayed = [], 0
+            for _ in range(self._options.steps):
+                episodes, count = self._drawn(rng, fresh)
+                results.append(self._learner.update(episodes))
+                replayed += count
+                self._pull()
+        total, weight = sum(one.total for one in results), sum(one.weight for one in results)
+        bad = sum(one.is_bad for one in results)
+        self.updates += weight > 0
+        return self._update(total / weight if weight else None, fresh, skipped, replayed=replayed, bad=bad, refitted=refitted)
+
+    def _update(
+        self, loss: float | None, fresh: int, skipped: Mapping[str, int], *, replayed: int, bad: int, refitted: bool
+    ) -> AdaptUpdate:
+        here = [parameter.detach() for parameter in self._learner.gate.parameters()]
+        moved = sum(float(((now - home) ** 2).sum()) for now, home in zip(here, self._home, strict=True)) ** 0.5
+        length = sum(float((home**2).sum()) for home in self._home) ** 0.5
+        return AdaptUpdate(
+            number=self.updates,
+            loss=loss,
+            used=fresh,
+            skipped=skipped,
+            replayed=replayed,
+            bad_steps=bad,
+            drift=self._drift() if loss is not None else 0.0,
+            distance=moved / length if length else 0.0,
+            refitted=refitted,
+        )
+
+    def _taken(self, records: Sequence[Feedback | Lesson]) -> tuple[int, dict[str, int]]:
+        """Keep what can be learned from among the recent queries; return how many, and why the others are left out."""
+        skipped: Counter[str] = Counter()
+        fresh: list[Episodes] = []
+        for record in records:
+            lesson = lesson_of(record) if isinstance(record, Feedback) else record
+            found = episodes_of(lesson, self._deployed.spec)
+            if isinstance(found, str):
+                skipped[found] += 1
+            else:
+                fresh.append(found)
+                self.outcomes += len(lesson.outcomes)
+        if fresh:
+            kept = Episodes.joined([*([] if self._recent is None else [self._recent]), *fresh])
+            self._recent = self._retire(kept)
+        self.used += len(fresh)
+        return len(fresh), dict(skipped)
+
+    def _retire(self, recent: Episodes) -> Episodes:
+        """Let the oldest of the recent queries join the replay, of which a fair sample stays."""
+        spare = len(recent.key_Q) - self._options.recent
+        if spare <= 0:
+            return recent
+        ends = np.arange(len(recent.key_Q))
+        retired = recent.take(ends[:spare])
+        old = retired if self._old is None else Episodes.joined([self._old, retired])
+        if len(old.key_Q) > self._options.replay_queries:
+            rng = np.random.default_rng([self._options.seed, self.used, len(old.key_Q)])
+            old = old.take(np.sort(rng.choice(len(old.key_Q), self._options.replay_queries, replace=False)))
+        self._old = old
+        return recent.take(ends[spare:])
+
+    def _kept(self) -> Episodes:
+        """Return the replay and after it the recent queries."""
+        parts = [part for part in (self._old, self._recent) if part is not None]
+        return Episodes.joined(parts)
+
+    def _refitted(self, shift: bool) -> bool:
+        """Fit the scale and the operating point anew where that is due; tell whether it was done."""
+        is_first = self._scale is None or self._is_own_scale
+        if not (shift or (is_first and self.used <= self._options.recent)):
+            return False
+        kept, spec = self._kept(), self._spec
+        everything = np.arange(len(kept.key_Q))
+        if len(kept.dense_steps(everything)) < MIN_ROWS:
+            return False
+        scale = fit_scale(
+            kept,
+            Split(train_Q=everything, held_Q=everything),
+            anchor_sample(kept, everything, spec.embedding_dim),
+            score=spec.score,
+            num_clusters=_CLUSTERS,
+            seed=self._options.seed,
+            earlier=spec.anchors,
+        )
+        if spec.score == "posterior":
+            judge = fit_judge(kept, everything, spec, seed=self._options.seed, earlier=self._deployed.label_model)
+            scale = dataclasses.replace(scale, label_model=judge)
+        self._scale, self._is_own_scale, self._refits = scale, is_first, self._refits + 1
+        return True
+
+    def _follow(self) -> None:
+        """Hand replay and recent queries, with the targets of this moment, to the learner."""
+        assert self._scale is not None
+        data = _data(self._kept(), self._scale, self._spec)
+        self._learner.follow(dataclasses.replace(self._start, data=data, eta=self._scale.eta))
+
+    def _drawn(self, rng: np.random.Generator, fresh: int) -> tuple[IndexArray, int]:
+        """Return a global batch: the newest queries, others of the stream, and the replay on top; and how many are replayed."""
+        assert self._recent is not None
+        num_old, num_recent = (0 if self._old is None else len(self._old.key_Q)), len(self._recent.key_Q)
+        newest = np.arange(num_recent)[::-1][:fresh]
+        wanted = max(self._options.batch_queries - len(newest), 0)
+        rest = rng.permutation(num_recent - len(newest))[:wanted]
+        stream = np.concatenate([rng.permutation(newest)[: max(self._options.batch_queries, len(newest))], rest])
+        count = min(num_old, int(np.ceil(self._options.replay_ratio * len(stream))))
+        return np.concatenate([num_old + stream, rng.permutation(num_old)[:count]]).astype(np.int64), count
+
+    def _pull(self) -> None:
+        with torch.no_grad():
+            for parameter, home in zip(self._learner.gate.parameters(), self._home, strict=True):
+                parameter.lerp_(home, self._options.pull)
+
+    def _drift(self) -> float:
+        """Return how far the routing of the replayed queries is from the deployed gate's."""
+        num_old = 0 if self._old is None else len(self._old.key_Q)
+        probed = np.arange(num_old or (0 if self._recent is None else len(self._recent.key_Q)))[-_PROBED:]
+        batch = self._learner.batches.gather(probed)
+        with torch.no_grad():
+            before, now = (
+                torch.log_softmax(unroll(gate, batch) / self._spec.temperature, dim=-1)
+                for gate in (self._home_gate, self._learner.gate)
+            )
+            return float((before.exp() * (before - now)).sum(dim=-1).mean())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights and buffers as they are now, in the precision that is trained."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._learner.gate.state_dict().items()}
+
+    def candidate(self) -> tuple[Gate, Checkpoint]:
+        """Return the gate as it is now, in float32, and its record: the version is a hash of its content."""
+        weights = self.weights()
+        scale, record = self._scale, self._checkpoint
+        judge = self._deployed.label_model if scale is None else scale.label_model
+        spec, anchor_set = self._deployed.spec, record.anchor_set
+        gate = Gate(spec, profile_AD=weights.get("profile_AD"), label_model=judge)
+        gate.load_state_dict(weights)
+        if self._refits and scale is not None:
+            spec, anchor_set = self._fitted_spec(gate, scale)
+            fitted = Gate(spec, profile_AD=weights.get("profile_AD"), label_model=judge)
+            fitted.load_state_dict(gate.state_dict())
+            gate = fitted
+        metrics = {} if scale is None else {"eta": scale.eta}
+        return gate, describe_gate(
+            gate,
+            fingerprint=record.pool_fingerprint,
+            trained_on=self._trained_on(),
+            parent=record.version,
+            anchor_set=anchor_set,
+            metrics=metrics,
+            code_revision=record.code_revision,
+        )
+
+    def _fitted_spec(self, gate: Gate, scale: Scale) -> tuple[GateSpec, AnchorSet | None]:
+        """Return the spec with tau, theta and anchors as everything that is kept gives them."""
+        kept = self._kept()
+        data = _data(kept, scale, self._spec)
+        if scale.score == "posterior":
+            scale = dataclasses.replace(scale, right_NA=right_probabilities(_judge(scale), kept, self._spec))
+        evidence = FittedTargets(episodes=kept, data=dataclasses.replace(data, held_Q=data.train_Q), scale=scale)
+        spec, _ = fit_spec(gate, evidence, _training(self._options))
+        if spec.anchors is None:
+            return spec, None
+        constant = tuple(spec.agents[agent] for agent, _ in scale.constant) if scale.is_discounted else ()
+        return spec, AnchorSet(means=spec.anchors, rows=scale.anchor_rows, clusters=_CLUSTERS, constant=constant)
+
+    def _trained_on(self) -> dict[str, Any]:
+        """Return the account of the training: the parent's, and what was adapted to since."""
+        parent = self._checkpoint
+        earlier = supervision_of(parent.version)
+        before = int(earlier[len("outcomes(") : -1]) if earlier != "none" else 0
+        told = before + self.outcomes
+        adapted = {
+            "parent": parent.version,
+            "updates": self.updates,
+            "queries": self.used,
+            "outcomes": self.outcomes,
+            "replay": 0 if self._old is None else len(self._old.key_Q),
+            "refits": self._refits,
+            "options": self._options.model_dump(mode="json", include=set(AdaptSettings.model_fields)),
+        }
+        return {
+            **(parent.trained_on or {}),
+            "source": "adaptation",
+            "adapted": adapted,
+            "supervision": f"outcomes({told})" if told else "none",
+        }
+
+
+def episodes_of(lesson: Lesson, spec: GateSpec) -> Episodes | str:
+    """Return an answered query as an episode of a gate, or why nothing can be learned from it."""
+    steps = lesson.answer.steps
+    if not steps or any(step.decision is None or step.route is None for step in steps):
+        return "no gate decided it"
+    seen = {name for step in steps for name in step.decision.agents} if steps else set()  # type: ignore[union-attr] # checked above
+    if not seen <= set(spec.agents):
+        return "agents that the gate does not know"
+    asked = {(lesson.query_id, -1): lesson.asked}
+    asked |= {(lesson.query_id, at): stage.part for at, stage in enumerate(lesson.stages) if stage.part is not None}
+    known = asked if spec.score == "posterior" else None
+    builder = EpisodeBuilder(spec.agents, spec.input_dim, has_feedback=spec.preset != "paper", asked=known)
+    query = RolloutQuery(query_id=lesson.query_id, source="adaptation", split="train", text=lesson.asked, stages=lesson.stages)
+    try:
+        builder.add(table_of(query, lesson.answer, preset=spec.preset, seed=0, fingerprint=""), 0)
+        found = builder.build()
+    except ConfigError:
+        return "numbers that are not finite, or do not fit the gate"
+    if found.ran_NA.sum(axis=1).max() < 2:
+        return "fewer than two replies to compare"
+    if not lesson.outcomes:
+        return found
+    outcome_NA = np.full(found.ran_NA.shape, np.nan)
+    outcome_NA[0] = [lesson.outcomes.get(name, np.nan) for name in spec.agents]
+    return dataclasses.replace(found, outcome_NA=outcome_NA)
+
+
+def _judge(scale: Scale) -> Any:
+    assert scale.label_model is not None
+    return scale.label_model
+
+
+def _data(episodes: Episodes, scale: Scale | None, spec: GateSpec | None = None) -> TrainingData:
+    """Return inputs and targets of episodes that are all learned from; raw scores without a scale."""
+    everything = np.arange(len(episodes.key_Q))
+    split = Split(train_Q=everything, held_Q=everything[:0])
+    if scale is None or spec is None:
+        return build_data(episodes, split, Scale(score="raw", eta=1.0, anchors=None))
+    if scale.score == "posterior":
+        scale = dataclasses.replace(scale, right_NA=right_probabilities(_judge(scale), episodes, spec))
+    return build_data(episodes, split, scale)
+
+
+def _blank(spec: GateSpec) -> Episodes:
+    """Return no episodes."""
+    zero_NA, none_NA = np.zeros((0, len(spec.agents))), np.zeros((0, len(spec.agents)), dtype=np.bool_)
+    return Episodes(
+        agents=spec.agents,
+        key_Q=(),
+        start_Q=np.zeros(1, np.int64),
+        input_NX=np.zeros((0, spec.input_dim), np.float32),
+        asked_NA=none_NA,
+        ran_NA=none_NA,
+        cut_NA=none_NA,
+        sum_NA=zero_NA,
+        sq_sum_NA=zero_NA,
+        tokens_NA=zero_NA,
+        slack_NA=zero_NA,
+        propensity_NA=zero_NA,
+        probability_NA=zero_NA,
+        reply_NA=zero_NA.astype(np.int64),
+    )
+
+
+def _training(options: AdaptSettings) -> TrainOptions:
+    """Return the settings as options of a training, which names places that nothing reads or writes."""
+    return TrainOptions(
+        rollouts=(Path(),),
+        out=Path(),
+        lr=options.lr,
+        weight_decay=0.0,
+        clip=options.clip,
+        loss=options.loss,
+        dtype=options.dtype,
+        seed=options.seed,
+    )

@@ -1,0 +1,265 @@
+"""One update of adaptation: what it learns from, what it leaves alone, and that workers agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from dmoa.checkpoint import Checkpoint, describe_gate
+from dmoa.core.gate import Gate, GateSpec, init_gate
+from dmoa.core.losses import LossSums
+from dmoa.feedback import Feedback
+from dmoa.training.adapt import Adapter, Lesson, episodes_of
+from dmoa.training.dataset import Episodes
+from dmoa.training.distributed import GlobalLoss, Shared, SingleWorker, WorkerGroup
+from dmoa.training.options import AdaptSettings
+from dmoa.types import (
+    AgentReply,
+    Answer,
+    EntropySum,
+    FloatArray,
+    RouteDecision,
+    RouteRequest,
+    StepRecord,
+    SummarizerRecord,
+)
+
+AGENTS = ("one", "two", "three")
+DIM = 8
+CENTRES = np.random.default_rng(7).standard_normal((3, DIM)) / np.sqrt(DIM)
+CPU = torch.device("cpu")
+
+
+def spec(**changes: object) -> GateSpec:
+    base = GateSpec(
+        preset="paper",
+        head="linear",
+        hidden=16,
+        temperature=0.1,
+        agents=AGENTS,
+        embedding_dim=DIM,
+        rule="top_mass",
+        mass=0.9,
+        max_agents=2,
+        cascade=False,
+        score="anchored",
+    )
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type] # typed by the fields
+
+
+def place(domain: int, number: int) -> FloatArray:
+    noise = np.random.default_rng([domain, number]).standard_normal(DIM) / np.sqrt(DIM)
+    return (CENTRES[domain] + 0.2 * noise).astype(np.float32)
+
+
+def lesson(domain: int, number: int, *, agents: Sequence[str] = AGENTS, nats: float | None = None) -> Lesson:
+    """A dense query of a domain: agent `domain` is sure, the others are not."""
+    rng = np.random.default_rng([9, domain, number])
+    drawn = [0.05 * rng.uniform(0.5, 1.5) if a == domain else rng.uniform(0.8, 1.6) for a in range(len(AGENTS))]
+    replies = tuple(
+        AgentReply(
+            agent=name,
+            status="ok",
+            text=f"{name} {number}",
+            entropy=EntropySum(sum_nats=8 * (value if nats is None else nats), sq_sum=8 * value * value, tokens=8),
+        )
+        for name, value in zip(agents, drawn, strict=False)
+    )
+    step = StepRecord(
+        step=0,
+        replies=replies,
+        active=(agents[0],),
+        explored=tuple((name, 1.0) for name in agents[1:]),
+        summary="",
+        summarizer=SummarizerRecord(mode="select", verdict="rule"),
+        decision=RouteDecision(
+            gate_version="v1",
+            agents=tuple(agents),
+            probability_A=np.full(len(agents), 1 / len(agents), np.float32),
+            ranking=tuple(range(len(agents))),
+            k=1,
+            mass=0.5,
+            hidden_H=np.zeros(0, np.float32),
+        ),
+        route=RouteRequest(input_X=place(domain, number)),
+    )
+    answer = Answer(
+        trace_id=f"{domain}-{number}",
+        text="",
+        policy="exploring",
+        stop_reason="single",
+        steps=(step,),
+        degraded=False,
+        finish_reason="stop",
+    )
+    return Lesson(query_id=f"d{domain}/{number}", answer=answer)
+
+
+def episodes(domains: Sequence[int], count: int) -> Episodes:
+    found = [episodes_of(lesson(domain, number), spec()) for number in range(count) for domain in domains]
+    return Episodes.joined([one for one in found if isinstance(one, Episodes)])
+
+
+def deployed(domains: Sequence[int] = (0, 1)) -> tuple[Gate, Checkpoint]:
+    """A gate that knows some domains, and was never told of the others."""
+    gate = init_gate(spec(), seed=3)
+    start = describe_gate(gate, fingerprint="f" * 64)
+    adapter = Adapter(gate, start, None, AdaptSettings(pull=0.0, steps=4, lr=3e-3), SingleWorker(CPU))
+    for number in range(10):
+        adapter.learn([lesson(domain, number) for domain in domains])
+    return adapter.candidate()
+
+
+@pytest.fixture(scope="module", name="start")
+def _start() -> tuple[Gate, Checkpoint]:
+    return deployed()
+
+
+def right(gate: Gate, domain: int) -> float:
+    """Share of unseen queries of a domain whose most probable agent is the one that knows it."""
+    x_BX = torch.from_numpy(np.stack([place(domain, 1000 + number) for number in range(50)]))
+    with torch.no_grad():
+        logits_BA = gate(x_BX, torch.zeros(50, gate.spec.hidden)).logits_BA
+    return float((logits_BA.argmax(dim=1) == domain).float().mean())
+
+
+def adapter_of(start: tuple[Gate, Checkpoint], world: WorkerGroup | None = None, **settings: object) -> Adapter:
+    options = AdaptSettings.parse(settings)
+    return Adapter(*start, episodes((0, 1), 12), options, world or SingleWorker(CPU))
+
+
+def test_thirty_queries_teach_a_new_domain_and_keep_the_old_ones(start: tuple[Gate, Checkpoint]) -> None:
+    assert [right(start[0], domain) for domain in (0, 1)] == [1.0, 1.0]
+    assert right(start[0], 2) < 0.5
+    adapter = adapter_of(start)
+    updates = [adapter.learn([lesson(2, number)]) for number in range(30)]
+    gate, record = adapter.candidate()
+    assert right(gate, 2) >= 0.95
+    assert min(right(gate, 0), right(gate, 1)) >= 0.98
+    assert updates[-1].number == 30
+    assert updates[-1].distance > updates[0].distance > 0
+    assert record.parent == start[1].version
+    assert record.trained_on is not None
+    assert record.trained_on["adapted"]["queries"] == 30
+
+
+def test_three_old_queries_are_replayed_for_each_new_one(start: tuple[Gate, Checkpoint]) -> None:
+    update = adapter_of(start, steps=5).learn([lesson(2, 0)])
+    assert update.replayed == 5 * 3
+    update = adapter_of(start, steps=1, batch_queries=1).learn([lesson(2, number) for number in range(2)])
+    assert update.replayed == 6
+
+
+def test_point_and_anchors_stay_but_at_a_declared_shift(start: tuple[Gate, Checkpoint]) -> None:
+    adapter = adapter_of(start)
+    for number in range(8):
+        assert not adapter.learn([lesson(2, number)]).refitted
+    still, record = adapter.candidate()
+    assert still.spec == start[0].spec
+    assert record.metrics["eta"] == start[1].metrics["eta"]
+    assert adapter.learn([lesson(2, 8)], shift=True).refitted
+    moved, record = adapter.candidate()
+    assert moved.spec.anchors != start[0].spec.anchors
+    assert record.anchor_set is not None
+    assert record.anchor_set.rows == 24 + 9
+
+
+def test_the_version_is_by_content(start: tuple[Gate, Checkpoint]) -> None:
+    first, second = adapter_of(start), adapter_of(start)
+    assert first.candidate()[1].version == start[1].version
+    for adapter in (first, second):
+        adapter.learn([lesson(2, 0)])
+    assert first.candidate()[1].version == second.candidate()[1].version != start[1].version
+
+
+def test_records_that_teach_nothing_are_counted_by_reason(start: tuple[Gate, Checkpoint]) -> None:
+    adapter, whole = adapter_of(start), lesson(2, 0)
+    alone = dataclasses.replace(whole.answer.steps[0], replies=whole.answer.steps[0].replies[:1], explored=())
+    undecided = dataclasses.replace(whole.answer.steps[0], decision=None)
+    bad = [dataclasses.replace(whole, answer=dataclasses.replace(whole.answer, steps=(step,))) for step in (alone, undecided)]
+    update = adapter.learn([*bad, lesson(2, 1, nats=float("nan")), lesson(2, 2, agents=("one", "other"))])
+    assert update.used == 0
+    assert update.loss is None
+    assert update.number == 0
+    assert update.skipped == {
+        "fewer than two replies to compare": 1,
+        "no gate decided it": 1,
+        "numbers that are not finite, or do not fit the gate": 1,
+        "agents that the gate does not know": 1,
+    }
+    assert adapter.candidate()[1].version == start[1].version
+
+
+def test_feedback_is_taken_as_it_is(start: tuple[Gate, Checkpoint]) -> None:
+    record = Feedback(answer=lesson(2, 0).answer, tenant="t", fingerprint="f" * 64, created_unix_s=1.0)
+    assert adapter_of(start).learn([record]).used == 1
+
+
+def test_what_leaves_the_recent_queries_is_replayed(start: tuple[Gate, Checkpoint]) -> None:
+    adapter = adapter_of(start, recent=4, replay_queries=26, replay_ratio=100, steps=1)
+    counts = [adapter.learn([lesson(2, number)]).replayed for number in range(9)]
+    assert counts == [24, 24, 24, 24, 25, 26, 26, 26, 26]
+
+
+def test_joined_episodes_are_taken_apart_again() -> None:
+    whole = episodes((0, 1, 2), 3)
+    parts = [whole.take(np.array(chosen)) for chosen in ([0, 1], [2], [3, 4, 5, 6, 7, 8])]
+    again = Episodes.joined(parts)
+    assert again.digest() == whole.digest()
+    assert [key.query_id for key in whole.take(np.array([8, 0])).key_Q] == ["d2/2", "d0/0"]
+
+
+class Pair:
+    """Two workers in two threads: gradients are added up by hand."""
+
+    def __init__(self, rank: int, together: threading.Barrier, desk: dict[int, tuple[list[torch.Tensor], float, float]]) -> None:
+        self.rank, self.size, self.device = rank, 2, CPU
+        self._together, self._desk = together, desk
+
+    def backward(self, sums: LossSums | None, parameters: Sequence[torch.nn.Parameter]) -> GlobalLoss:
+        if sums is not None:
+            torch.autograd.backward(sums.total)
+        mine = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        self._desk[self.rank] = (mine, 0.0, 0.0) if sums is None else (mine, float(sums.total.detach()), float(sums.weight))
+        self._together.wait()
+        weight = self._desk[0][2] + self._desk[1][2]
+        for number, parameter in enumerate(parameters):
+            parameter.grad = (self._desk[0][0][number] + self._desk[1][0][number]) / weight
+        found = GlobalLoss(self._desk[0][1] + self._desk[1][1], weight)
+        self._together.wait()
+        return found
+
+    def agree(self, value: float) -> float:
+        return value
+
+    def share(self, value: Shared) -> Shared:
+        return value
+
+
+def test_two_workers_hold_the_weights_of_one(start: tuple[Gate, Checkpoint]) -> None:
+    def adapted(world: WorkerGroup, found: list[dict[str, torch.Tensor]]) -> None:
+        adapter = adapter_of(start, world, dtype="float64")
+        for number in range(4):
+            adapter.learn([lesson(2, 2 * number), lesson(2, 2 * number + 1)])
+        found.append(adapter.weights())
+
+    alone: list[dict[str, torch.Tensor]] = []
+    adapted(SingleWorker(CPU), alone)
+    together = threading.Barrier(2, timeout=30)
+    desk: dict[int, tuple[list[torch.Tensor], float, float]] = {}
+    both: list[dict[str, torch.Tensor]] = []
+    threads = [threading.Thread(target=adapted, args=(Pair(rank, together, desk), both)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(both) == 2
+    for name, value in alone[0].items():
+        assert value.dtype == torch.float64
+        for other in both:
+            assert float((value - other[name]).abs().max()) < 1e-12
