@@ -401,6 +401,11 @@ class ServerConfig(Node):
     """Port to listen on."""
     max_body_bytes: int = Field(default=1048576, ge=1024)
     """Longest request body; a longer one is answered 413."""
+    unknown_fields: Literal["warn", "refuse"] = "warn"
+    """What becomes of request fields that dmoa does not know: warn passes over them, and names them in the log, in the header
+    x-dmoa-ignored and in the reply; refuse answers 400."""
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...] = ()
+    """Origins (https://HOST[:PORT], or *) whose pages may ask this server from a browser."""
     ingress_replicas: int = Field(default=1, ge=1, le=256)
     """Processes that run the step loop."""
 

@@ -323,6 +323,8 @@ class EngineEntry:
     """Has no model at all: replies hang on the agent's name, and a pool of such engines alone needs no sentence encoder."""
     is_recorded: bool = False
     """Has replies to queries alone: a prompt with earlier work, turns, tools or an instruction in it cannot be answered."""
+    abilities: tuple[str, ...] = ()
+    """What it can do beyond plain replies: names of `Sampling` fields that it knows (template, top_k, min_p, ...)."""
     deployment: str | None = None
     """`module:function` that makes its Serve deployment; None: replicas build the engine as any other process does."""
 

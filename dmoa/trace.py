@@ -179,6 +179,8 @@ class ReplyDmoa(ReplyModel):
     this is the best answer before. stages: all set steps are done (evaluation). schedule: the policy's last step is done."""
     price: float | None = None
     """What all calls cost together; null where that of one is not known."""
+    ignored: list[str] = Field(default_factory=list, exclude_if=lambda value: not value)
+    """Fields of the request that were passed over; left out where there are none."""
     steps: list[ReplyStep]
     """The finished steps, in order."""
 

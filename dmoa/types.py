@@ -91,6 +91,14 @@ class Sampling:
     """Texts that end a generation; the text itself is not part of the reply."""
     seed: int | None = None
     """Seed of the sampling; None: from the call's id, so a repeated call repeats."""
+    top_k: int | None = None
+    """Most probable tokens that are kept; None: all. This and the fields below are for engines that know them."""
+    min_p: float | None = None
+    """Least probability of a kept token, as a share of the most probable one's."""
+    repetition_penalty: float | None = None
+    """Factor above 1 by which tokens that were there before lose."""
+    template: tuple[tuple[str, bool | int | float | str], ...] = ()
+    """Settings of the model's chat template, such as enable_thinking, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

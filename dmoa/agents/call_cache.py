@@ -148,6 +148,8 @@ class CachedAgents:
             "messages": [(message.role, message.content) for message in call.messages],
             "max_tokens": call.sampling.max_tokens,
             "stop": call.sampling.stop,
+            **({"repetition_penalty": penalty} if (penalty := call.sampling.repetition_penalty) else {}),
+            **({"template": template} if (template := call.sampling.template) else {}),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 

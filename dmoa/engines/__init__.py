@@ -71,6 +71,7 @@ def engine(
     adapter_rules: Literal["transformers", "vllm"] | None = None,
     is_scripted: bool = False,
     is_recorded: bool = False,
+    abilities: tuple[str, ...] = (),
     deployment: str | None = None,
 ) -> Callable[[Build], Build]:
     """Enter an engine under a name: its class, built from an `EngineContext`, or a function that builds it.
@@ -89,6 +90,7 @@ def engine(
             adapter_rules=adapter_rules,
             is_scripted=is_scripted,
             is_recorded=is_recorded,
+            abilities=abilities,
             deployment=deployment,
         )
         return ENGINES.add(entry, build)
@@ -96,7 +98,10 @@ def engine(
     return enter
 
 
-@engine("transformers", options=TransformersOptions, adapter_rules="transformers")
+_HINTS = ("top_k", "min_p", "repetition_penalty", "template")
+
+
+@engine("transformers", options=TransformersOptions, adapter_rules="transformers", abilities=("template",))
 def build_transformers(context: EngineContext) -> Engine:
     """Load a model into this process."""
     from dmoa.engines.models import model_id, resolve_adapter, resolve_model
@@ -129,7 +134,13 @@ def build_scripted(context: EngineContext) -> Engine:
     return ScriptedEngine(context.options)
 
 
-@engine("vllm", options=VllmOptions, adapter_rules="vllm", deployment="dmoa.serving.vllm_replica:vllm_deployment")
+@engine(
+    "vllm",
+    options=VllmOptions,
+    adapter_rules="vllm",
+    abilities=_HINTS,
+    deployment="dmoa.serving.vllm_replica:vllm_deployment",
+)
 def build_vllm(context: EngineContext) -> Engine:
     """Start a vLLM beside this process."""
     from dmoa.engines.vllm.local import start_vllm
@@ -138,7 +149,7 @@ def build_vllm(context: EngineContext) -> Engine:
     return started
 
 
-@engine("openai", options=OpenaiOptions, model_prefix="openai", is_light=True, takes_adapters=False)
+@engine("openai", options=OpenaiOptions, model_prefix="openai", is_light=True, takes_adapters=False, abilities=_HINTS)
 def build_openai(context: EngineContext) -> Engine:
     """Return the client of an endpoint."""
     from dmoa.engines.openai import OpenaiEngine

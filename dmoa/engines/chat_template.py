@@ -26,11 +26,13 @@ _KNOWN: WeakKeyDictionary[Any, _Controls] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Message], *, model: str) -> list[int]:
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Message], *, model: str, settings: Sequence[tuple[str, Any]] = ()
+) -> list[int]:
     """Return a prompt's tokens by the chat template of a transformers tokenizer; raises EngineError without a message.
 
     A last message of the assistant's is continued; after any other the template opens the reply. Control tokens that messages
-    name are encoded as the text that they are, so no message can end its turn or open another.
+    name are encoded as the text that they are, so no message can end its turn or open another. `settings`: `Sampling.template`.
     """
     if not messages:
         raise EngineError(f"{model}: messages is empty; give at least one")
@@ -45,6 +47,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], *, model: str) -> l
         tokenize=False,
         add_generation_prompt=not is_continued,
         continue_final_message=is_continued,
+        **dict(settings),
     )
     if is_forged:
         return controls.encode(text)

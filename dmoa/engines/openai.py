@@ -74,7 +74,8 @@ _MAX_READ_CHARS = 4000
 _MAX_QUOTED_CHARS = 300
 _TEMPLATE_CHARS = 16
 """What a chat template adds to a message, in an estimate of its length."""
-_OPTIONAL = {name: name for name in ("logprobs", "stream_options", "seed")} | {"max_tokens": "max_completion_tokens"}
+_HINTS = ("top_k", "min_p", "repetition_penalty", "chat_template_kwargs")
+_OPTIONAL = {name: name for name in ("logprobs", "stream_options", "seed", *_HINTS)} | {"max_tokens": "max_completion_tokens"}
 """Fields that an endpoint may refuse, and the word of its refusal: max_tokens is then sent by that name, the others not."""
 _DEADLINE_UNIX_S: ContextVar[float | None] = ContextVar("deadline_unix_s", default=None)
 """Of the call in hand: no wait goes beyond it."""
@@ -364,6 +365,10 @@ class OpenaiEngine:
             body["seed"] = _seed(request)
         if options.top_logprobs and "logprobs" not in self._refused:
             body |= {"logprobs": True, "top_logprobs": options.top_logprobs}
+        hints = dict(
+            zip(_HINTS, (sampling.top_k, sampling.min_p, sampling.repetition_penalty, dict(sampling.template)), strict=True)
+        )
+        body |= {name: value for name, value in hints.items() if value and name not in self._refused}
         if is_stream and "stream_options" not in self._refused:
             body["stream_options"] = {"include_usage": True}
         if options.continue_final_message and request.messages[-1].role == "assistant":

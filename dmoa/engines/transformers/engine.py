@@ -28,12 +28,13 @@ from dmoa.engines.transformers.decode import DecodeLoop, LoopTimes, Running, Tex
 from dmoa.engines.transformers.load import give_back, load_model, num_threads
 from dmoa.engines.transformers.lora import Adapters
 from dmoa.errors import EngineError
-from dmoa.types import Generation, GenerationRequest, Message, TextDelta
+from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta
 
 IDLE_S = (1.0, 30.0)
 """Idle seconds after which an engine gives back the memory of its rows, and further ones after which that of recent prompts:
 a conversation goes on with what it said before."""
 _Item = TextDelta | Generation | EngineError
+_PLAIN = Sampling()
 
 
 @dataclass(slots=True, eq=False)
@@ -160,7 +161,7 @@ class TransformersEngine:
         if self._is_closed:
             raise EngineError(f"{self._name}: the engine is closed; start it again")
         self._adapters.check(request.adapter)
-        tokens = self._encode(request.messages)
+        tokens = self._encode(request.messages, request.sampling)
         is_opened, opening = opened_thought(self._tokenizer, tokens, request.messages)
         room = room_for_reply(len(tokens), self._options.max_model_len, model=self._name)
         sampling = request.sampling
@@ -182,8 +183,8 @@ class TransformersEngine:
         ticket = _Ticket(sequence, listener)
         return ticket
 
-    def _encode(self, messages: Sequence[Message]) -> list[int]:
-        return encode_chat(self._tokenizer, messages, model=self._name)
+    def _encode(self, messages: Sequence[Message], sampling: Sampling = _PLAIN) -> list[int]:
+        return encode_chat(self._tokenizer, messages, model=self._name, settings=sampling.template)
 
     # The rest runs in the engine's thread.
 

@@ -146,7 +146,7 @@ class VllmEngine:
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TextDelta | Generation, None]:
         """Generate one continuation, yielding pieces of text and last the whole Generation. Raises EngineError."""
         accepted_s = time.perf_counter()
-        tokens = encode_chat(self._tokenizer, request.messages, model=self._name)
+        tokens = encode_chat(self._tokenizer, request.messages, model=self._name, settings=request.sampling.template)
         room = room_for_reply(len(tokens), self._max_model_len, model=self._name)
         key = f"{request.request_id}-{next(self._numbers)}"
         text = ReplyText(self._format, tokens, opened_thought(self._tokenizer, tokens, request.messages))
@@ -297,6 +297,9 @@ def _params(sampling: Sampling, call_id: str, room: int) -> SamplingParams:
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        top_k=sampling.top_k or 0,
+        min_p=sampling.min_p or 0.0,
+        repetition_penalty=sampling.repetition_penalty or 1.0,
         max_tokens=max(1, min(sampling.max_tokens, room)),
         stop=list(sampling.stop) or None,
         seed=None if sampling.temperature == 0.0 else seed % 2**63,

@@ -18,8 +18,9 @@ from dmoa.loopback import is_loopback
 from dmoa.serving.http.errors import error_response
 
 VARIABLE = "DMOA_API_KEYS"
-OPEN_PATHS = ("/healthz", "/readyz")
-"""What probes of a cluster read, without a key."""
+DOCS_PATH = "/docs"
+OPEN_PATHS = ("/healthz", "/readyz", DOCS_PATH)
+"""What is read without a key: by the probes of a cluster, and the page about the API, which tells nothing of the pool."""
 
 
 def hash_keys(env: Mapping[str, str]) -> tuple[str, ...]:

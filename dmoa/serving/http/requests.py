@@ -1,15 +1,17 @@
 """Request bodies of the two completion routes, checked and turned into a Query for the swarm.
 
 First stop of a query over HTTP; the models are the request schemas of the OpenAPI document too. Validation is strict (no "0.5"
-for 0.5), unknown fields are refused, and every OpenAI field that would change an answer but is not supported is refused by name.
+for 0.5), and every OpenAI field that would change an answer but is not supported is refused by name. Fields that nobody knows are
+passed over and named, or refused where the server is so set.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,6 +25,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     Tag,
     ValidationError,
+    WithJsonSchema,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
@@ -90,13 +93,30 @@ WHOLE = BeforeValidator(_whole)
 """Lets an integer be written as 5.0, as JSON Schema does."""
 
 
+def _or_absent(value: Any) -> Any:
+    return None if value == -1 and not isinstance(value, bool) else _whole(value)
+
+
+_TOKENS: JsonSchemaValue = {
+    "anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_NEW_TOKENS}, {"const": -1}, {"type": "null"}]
+}
+Tokens = Annotated[Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None, BeforeValidator(_or_absent), WithJsonSchema(_TOKENS)]
+"""A number of tokens; -1, as some clients write it, is as good as absent."""
+
+
 class RequestModel(BaseModel):
     """Base of every request record: strict, unknown fields refused, fields documented in place."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class TextPart(RequestModel):
+class LenientModel(RequestModel):
+    """A request record whose unknown fields are found by `unknown_in`."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class TextPart(LenientModel):
     """A text part of a message; other kinds of part are not supported."""
 
     type: Literal["text"]
@@ -111,10 +131,8 @@ Content = Annotated[Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Ta
 _OWN_TOOLS = "agents call the tools that the pool gives them (agents[].tools)"
 
 
-class ChatMessage(RequestModel):
-    """One message of the conversation. What else clients send back of a reply is ignored; in other messages it is refused."""
-
-    model_config = ConfigDict(extra="allow")
+class ChatMessage(LenientModel):
+    """One message of the conversation. What else clients send back of a reply, in an assistant's message, is ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
@@ -147,7 +165,7 @@ class ChatMessage(RequestModel):
         return "\n".join(part.text for part in self.content) if self.content else self.refusal or ""
 
 
-class StreamOptions(RequestModel):
+class StreamOptions(LenientModel):
     """Options of a streamed reply."""
 
     include_usage: bool | None = None
@@ -176,7 +194,11 @@ class DmoaOptions(RequestModel):
     """Add every agent's text and every step's summary to the reply."""
 
 
-class SharedRequest(RequestModel):
+def _dmoa_kind(value: Any) -> str:
+    return "<off>" if value is False else "<options>"
+
+
+class SharedRequest(LenientModel):
     """The fields that chat and plain completions have in common."""
 
     model: str = Field(max_length=256)
@@ -186,7 +208,7 @@ class SharedRequest(RequestModel):
     """Only with `stream`."""
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), WHOLE] | None = None
+    max_tokens: Tokens = None
     """Most new tokens of the call that writes the final answer (in `select` mode: of every agent call)."""
     stop: (
         Annotated[
@@ -204,7 +226,26 @@ class SharedRequest(RequestModel):
     frequency_penalty: Annotated[Any, Only(0, 0.0)] = None
     presence_penalty: Annotated[Any, Only(0, 0.0)] = None
     logit_bias: Annotated[Any, Only({})] = None
-    dmoa: DmoaOptions | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = None
+    """Most probable tokens that are kept, 0 or -1: all. For engines that know it, as are the next five."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Settings of the models' chat templates: booleans, numbers and words."""
+    enable_thinking: bool | None = None
+    """The setting of that name."""
+    skip_special_tokens: bool | None = None
+    """Ignored: control tokens are never part of a text."""
+    dmoa: (
+        Annotated[Annotated[DmoaOptions, Tag("<options>")] | Annotated[Literal[False], Tag("<off>")], Discriminator(_dmoa_kind)]
+        | None
+    ) = None
+    """What is asked of the swarm; false leaves the `dmoa` object out of the reply."""
+
+    @property
+    def options(self) -> DmoaOptions:
+        """What is asked of the swarm."""
+        return self.dmoa or DmoaOptions()
 
     @property
     def wants_usage(self) -> bool:
@@ -214,7 +255,7 @@ class SharedRequest(RequestModel):
     @property
     def wants_texts(self) -> bool:
         """Whether the reply carries agents' texts and summaries."""
-        return bool(self.dmoa and self.dmoa.trace)
+        return bool(self.options.trace)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -233,12 +274,10 @@ class ChatRequest(SharedRequest):
 
     messages: list[ChatMessage] = Field(min_length=1)
     """The last one is the user's: the question that the gate reads."""
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS), WHOLE] | None = None
+    max_completion_tokens: Tokens = None
     """Newer name of `max_tokens`."""
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
-        default=None, max_length=16
-    )
-    """Kept in the trace."""
+    metadata: dict[Annotated[str, Field(max_length=64)], Any] | None = Field(default=None, max_length=16)
+    """Kept in the trace, the first 512 characters of each value; what is no text as JSON."""
     logprobs: Annotated[Any, Only(False)] = None
     top_logprobs: Annotated[Any, Only(0)] = None
     response_format: Annotated[Any, Only({"type": "text"}, way="describe the wanted form in the question")] = None
@@ -266,7 +305,8 @@ class ChatRequest(SharedRequest):
     @property
     def labels(self) -> dict[str, str]:
         """The client's `metadata`."""
-        return self.metadata or {}
+        given = (self.metadata or {}).items()
+        return {name: (value if isinstance(value, str) else json.dumps(value))[:_METADATA_CHARS] for name, value in given}
 
 
 class CompletionRequest(SharedRequest):
@@ -308,11 +348,12 @@ class OutcomeRequest(RequestModel):
 R = TypeVar("R", bound=RequestModel)
 
 
-def parse_body(model: type[R], body: bytes, content_type: str) -> R:
+def parse_body(model: type[R], body: bytes, content_type: str, *, refuses_unknown: bool = False) -> R:
     """Turn the bytes of a body into a checked request.
 
-    Raises RequestError (400) naming the first field that is wrong, its value and what is expected. A declared JSON
-    content type is required, because a page in a browser can post any other kind to a loopback server unasked.
+    Raises RequestError (400) naming the first field that is wrong, its value and what is expected; with `refuses_unknown` also
+    for one that nobody knows. A declared JSON content type is required, because a page in a browser can post any other kind to a
+    loopback server unasked.
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -321,9 +362,71 @@ def parse_body(model: type[R], body: bytes, content_type: str) -> R:
             code="unsupported_content_type",
         )
     try:
-        return model.model_validate_json(_plain(body))
+        request = model.model_validate_json(_plain(body))
     except ValidationError as error:
         raise request_error(error) from None
+    for param, value, near in unknown_in(request) if refuses_unknown else ():
+        raise unknown_field(param, value, did_you_mean(param.rpartition(".")[2], near))
+    return request
+
+
+def unknown_in(record: BaseModel, at: str = "") -> Iterator[tuple[str, Any, list[str]]]:
+    """Yield path, value and known neighbours of every field that no record of a request has; an assistant's words are no such."""
+    known = list(type(record).model_fields)
+    is_echo = isinstance(record, ChatMessage) and record.role == "assistant"
+    for name, value in ({} if is_echo else record.model_extra or {}).items():
+        yield f"{at}{name}"[:200], value, known
+    for name in known if not is_echo else ():
+        value = getattr(record, name)
+        if isinstance(value, BaseModel):
+            yield from unknown_in(value, f"{at}{name}.")
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                if isinstance(item, BaseModel):
+                    yield from unknown_in(item, f"{at}{name}[{number}].")
+
+
+def _ignored(request: SharedRequest, abilities: frozenset[str]) -> tuple[str, ...]:
+    """Return the fields of a request that change nothing here: unknown ones, and those that no engine of the pool knows."""
+    unknown = [param for param, _, _ in unknown_in(request)]
+    wished = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty"}
+    wished |= {"chat_template_kwargs": "template", "enable_thinking": "template", "skip_special_tokens": ""}
+    unused = [name for name, ability in wished.items() if getattr(request, name) is not None and ability not in abilities]
+    for param in unknown:
+        if param not in _TOLD and len(_TOLD) < _MAX_TOLD:
+            _TOLD.add(param)
+            _LOG.warning("request field %r is not known here and is passed over (server.unknown_fields is warn)", param)
+    return (*unknown, *unused)
+
+
+_LOG = logging.getLogger("dmoa.http")
+_TOLD: set[str] = set()
+"""Unknown fields that the log of this process has named."""
+_MAX_TOLD = 256
+_METADATA_CHARS = 512
+_TEMPLATE_SETTING = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+_OWN_SETTINGS = re.compile(
+    r"chat_template|tokenize|tools|documents|messages|conversation|return_.*|add_.*|continue_.*|padding|.*token.*"
+)
+"""What a chat template is given by others than clients, or is no setting of it."""
+_MAX_TEMPLATE_SETTINGS = 16
+
+
+def _template(request: SharedRequest) -> tuple[tuple[str, Any], ...]:
+    """Return the settings of chat templates that a client asks for. Raises RequestError."""
+    found = dict(request.chat_template_kwargs or {})
+    if request.enable_thinking is not None:
+        found.setdefault("enable_thinking", request.enable_thinking)
+    if len(found) > _MAX_TEMPLATE_SETTINGS:
+        raise _refused("chat_template_kwargs", f"is of {len(found)} settings; expected at most {_MAX_TEMPLATE_SETTINGS}")
+    for name, value in found.items():
+        param = f"chat_template_kwargs.{name}"[:200]
+        if not _TEMPLATE_SETTING.fullmatch(name) or _OWN_SETTINGS.fullmatch(name):
+            raise _refused(param, f"is {shown_value(value)}; the name is not one of a template's settings; leave it out")
+        is_word = isinstance(value, str) and _TEMPLATE_SETTING.fullmatch(value)
+        if not (is_word or isinstance(value, bool | int | float)):
+            raise _refused(param, f"is {shown_value(value)}; expected a boolean, a number or a word")
+    return tuple(found.items())
 
 
 def _plain(body: bytes) -> bytes:
@@ -349,7 +452,8 @@ def request_error(error: ValidationError) -> RequestError:
         return unknown_field(param, seen, did_you_mean(str(first["loc"][-1])[:200], _fields_beside(first["loc"])))
     code, why = "invalid_value", f"; {expectation(first['msg'])}"
     if kind == "literal_error" and first["loc"][-1] == "type" and "content" in first["loc"]:
-        code, why = "unsupported", "; expected text parts; other kinds of content are not supported"
+        what = "images are" if "image" in str(seen) else "other kinds of content are"
+        code, why = "unsupported", f"; expected text parts; {what} not supported"
     elif kind == "unsupported":
         code, why = kind, f", {first['msg']}"
     elif kind.startswith("union_tag"):
@@ -358,13 +462,8 @@ def request_error(error: ValidationError) -> RequestError:
 
 
 def _fields_beside(loc: tuple[int | str, ...]) -> list[str]:
-    """Return the fields of the record in which the last part of `loc` was found; those of both kinds of request at the top."""
-    records: dict[int | str, type[RequestModel]] = {"dmoa": DmoaOptions, "stream_options": StreamOptions}
-    if len(loc) == 1:
-        return [*ChatRequest.model_fields, *CompletionRequest.model_fields]
-    if len(loc) == 3 and loc[0] == "messages":
-        return list(ChatMessage.model_fields)
-    return list(records[loc[0]].model_fields) if len(loc) == 2 and loc[0] in records else []
+    """Return the fields of the record in which the last part of `loc` was found; all others take unknown ones."""
+    return list(DmoaOptions.model_fields) if loc[0] == "dmoa" else list(OutcomeRequest.model_fields)
 
 
 def unknown_field(param: str, value: object, nearest: str = "") -> RequestError:
@@ -379,7 +478,7 @@ def param_of(loc: tuple[int | str, ...]) -> str | None:
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in ("<text>", "<list>", "[key]"):
+        elif part not in ("<text>", "<list>", "<options>", "<off>", "[key]"):
             path += f".{part}" if path else part
     return path[:200] or None
 
@@ -406,6 +505,8 @@ class ParsedRequest:
     agent: str | None
     """The one agent of the `single` policy where the client named one."""
     body: SharedRequest
+    ignored: tuple[str, ...] = ()
+    """Fields of the request that change nothing here."""
 
 
 def chat_order(request: ChatRequest, service: SwarmService) -> ParsedRequest:
@@ -435,14 +536,14 @@ def chat_order(request: ChatRequest, service: SwarmService) -> ParsedRequest:
             for message in request.messages[num_system:-1]
         ),
     )
-    return ParsedRequest(query=query, policy=policy, agent=agent, body=request)
+    return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=_ignored(request, service.abilities))
 
 
 def completion_order(request: CompletionRequest, service: SwarmService) -> ParsedRequest:
     """Return the order of a plain completion. Raises RequestError (400, 404)."""
     policy, agent = resolve(request, service)
     query = _query(request, service, text=_question(request.text, "prompt"), max_tokens=request.max_tokens)
-    return ParsedRequest(query=query, policy=policy, agent=agent, body=request)
+    return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=_ignored(request, service.abilities))
 
 
 def outcome_of(request: OutcomeRequest, agents: Sequence[str]) -> KeptOutcome:
@@ -465,13 +566,10 @@ def _refused(param: str, why: str, code: str = "invalid_value", status: int = 40
 
 
 def _check_messages(request: ChatRequest) -> None:
-    """Raise RequestError for a message without content or with an unknown field, which only an assistant's may be."""
+    """Raise RequestError for a message without content, which only an assistant's may be."""
     for number, message in enumerate(request.messages):
         if message.role == "assistant":
             continue
-        for name, value in (message.model_extra or {}).items():
-            nearest = did_you_mean(name[:200], list(ChatMessage.model_fields))
-            raise unknown_field(f"messages[{number}].{name}"[:200], value, nearest)
         if isinstance(message.content, str) or message.content:
             continue
         param = f"messages[{number}].content"
@@ -504,6 +602,10 @@ def _query(
         "max_tokens": max_tokens,
         "stop": request.stop_texts or None,
         "seed": request.seed,
+        "top_k": request.top_k if request.top_k and request.top_k > 0 else None,
+        "min_p": request.min_p or None,
+        "repetition_penalty": request.repetition_penalty,
+        "template": _template(request) or None,
     }
     return Query(
         trace_id=uuid.uuid4().hex,
@@ -511,8 +613,8 @@ def _query(
         system=system,
         turns=turns,
         sampling={name: value for name, value in sampling.items() if value is not None},
-        limits=_limits(request.dmoa or DmoaOptions(), service),
-        epsilon=request.dmoa.epsilon if request.dmoa else None,
+        limits=_limits(request.options, service),
+        epsilon=request.options.epsilon,
         is_streamed=bool(request.stream),
     )
 
@@ -527,7 +629,7 @@ def resolve(request: SharedRequest, service: SwarmService) -> tuple[str, str | N
 
     Raises RequestError: 404 `model_not_found` for an unknown name, 400 for an unknown policy or two that disagree.
     """
-    model, asked = request.model, request.dmoa.policy if request.dmoa else None
+    model, asked = request.model, request.options.policy
     if model not in model_names(service):
         raise unknown_model(model, service)
     if asked is not None and asked not in service.policies:

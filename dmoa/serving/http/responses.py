@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from html import escape
 from typing import Any, Literal
+from urllib.parse import quote
 
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
@@ -23,6 +25,9 @@ from dmoa.types import Answer, StepRecord
 _REF = "#/components/schemas/{model}"
 DONE = b"data: [DONE]\n\n"
 _SUMMARY_CHARACTERS = 500
+IGNORED_HEADER = "x-dmoa-ignored"
+MAX_IGNORED = 16
+"""Most passed-over fields that a reply names."""
 Finish = Literal["stop", "length"]
 
 
@@ -87,7 +92,7 @@ class CompletionReply(ReplyModel):
     model: str
     choices: list[Any]
     usage: Usage
-    dmoa: ReplyDmoa
+    dmoa: ReplyDmoa | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class ChatReply(CompletionReply):
@@ -170,7 +175,8 @@ class Rendering:
 
     def step(self, step: StepRecord) -> bytes:
         """Return the chunk of a finished step, `dmoa_step` tells it from a thought; plain completions have none."""
-        return self._chunk({"reasoning_content": step_line(step), "dmoa_step": step.step}) if self._is_chat else b""
+        said = {"reasoning_content": step_line(step), "dmoa_step": step.step}
+        return self._chunk(said) if self._is_chat and self._order.body.dmoa is not False else b""
 
     def thought(self, text: str) -> bytes:
         """Return the chunk of a piece of the final call's thought; plain completions have none."""
@@ -197,13 +203,24 @@ class Rendering:
             events += self.thought(answer.reasoning[len(self._thought) :])
         if answer.text != self._sent and answer.text.startswith(self._sent):
             events += self._chunk({"content": answer.text[len(self._sent) :]})
-        events += self._chunk({}, answer.finish_reason, dmoa=self._dmoa(answer).model_dump(mode="json"))
+        told = self._dmoa(answer)
+        events += self._chunk({}, answer.finish_reason, **({"dmoa": told.model_dump(mode="json")} if told else {}))
         if self._order.body.wants_usage:
             events += self._event([], usage=usage_of(answer).model_dump())
         return events + DONE
 
-    def _dmoa(self, answer: Answer) -> ReplyDmoa:
-        return reply_dmoa(answer, pool=self._pool, with_texts=self._order.body.wants_texts)
+    def _dmoa(self, answer: Answer) -> ReplyDmoa | None:
+        """Return the reply's `dmoa` object, None where the client wants none."""
+        if self._order.body.dmoa is False:
+            return None
+        told = reply_dmoa(answer, pool=self._pool, with_texts=self._order.body.wants_texts)
+        return told.model_copy(update={"ignored": list(self._order.ignored[:MAX_IGNORED])}) if self._order.ignored else told
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of the reply."""
+        named = ", ".join(quote(name, safe="[]._-") for name in self._order.ignored[:MAX_IGNORED])
+        return {IGNORED_HEADER: named} if named else {}
 
     def _chunk(self, delta: Mapping[str, Any], finish_reason: Finish | None = None, **more: Any) -> bytes:
         said = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
@@ -346,3 +363,25 @@ def _complete(document: dict[str, Any], has_keys: bool) -> None:
                 operation["security"] = [{"key": []}]
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
+
+
+def docs_page(document: dict[str, Any]) -> str:
+    """Return the OpenAPI document as a page of HTML that loads nothing: routes, then the fields of every record."""
+    parts = [
+        f"<h1>dmoa {escape(document['info']['version'])}</h1>",
+        "<p>The document itself: <code>/openapi.json</code></p><h2>Routes</h2>",
+    ]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            codes = ", ".join(operation["responses"])
+            said = escape(operation.get("description", operation.get("summary", "")))
+            parts.append(f"<h3><code>{method.upper()} {escape(path)}</code></h3><p>{said} Answers: {codes}.</p>")
+    parts.append("<h2>Records</h2>")
+    for name, schema in sorted(document["components"]["schemas"].items()):
+        rows = "".join(
+            f"<tr><td><code>{escape(field)}</code></td><td>{escape(about.get('description', ''))}</td></tr>"
+            for field, about in schema.get("properties", {}).items()
+        )
+        parts.append(f"<h3>{escape(name)}</h3><p>{escape(schema.get('description', ''))}</p><table>{rows}</table>")
+    style = "body{font:15px/1.5 sans-serif;max-width:60rem;margin:2rem auto}td{padding:.1rem .8rem .1rem 0;vertical-align:top}"
+    return f"<!doctype html><meta charset=utf-8><title>dmoa</title><style>{style}</style>{''.join(parts)}"

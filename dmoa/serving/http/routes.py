@@ -13,6 +13,8 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -21,7 +23,7 @@ from dmoa.config import ServerConfig
 from dmoa.errors import DmoaError, EmptyAnswerError, RequestError
 from dmoa.serving.http import errors, requests, responses
 from dmoa.serving.http.errors import json_response
-from dmoa.serving.http.middleware import BodyLimit, ConcurrencyLimit, KeyCheck
+from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit, KeyCheck
 from dmoa.serving.http.service import SwarmService
 from dmoa.types import Answer, Event, StepRecord
 
@@ -97,12 +99,19 @@ def create_app(
     `middleware.hash_keys` gives them; empty: no key is asked for. `has_request_ids`: a server in front of the app adds
     `X-Request-Id` to every answer; else the app adds the trace's id under that name.
     """
-    app = FastAPI(title="dmoa", version=__version__, redirect_slashes=False)
-    front = _Front(service_getter, ConcurrencyLimit(max_queued_requests), has_request_ids=has_request_ids)
+    # FastAPI's own pages of documentation load scripts from elsewhere.
+    app = FastAPI(title="dmoa", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
+    places, is_strict = ConcurrencyLimit(max_queued_requests), server.unknown_fields == "refuse"
+    front = _Front(service_getter, places, has_request_ids=has_request_ids, refuses_unknown=is_strict)
     errors.install_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body_bytes=server.max_body_bytes)
     app.add_middleware(KeyCheck, key_hashes=key_hashes)
+    if server.cors_origins:
+        shown = ["x-request-id", responses.IGNORED_HEADER]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=server.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=shown
+        )
     app.add_middleware(errors.LenientPaths)
     app.add_middleware(errors.SurpriseGuard)
     fails, text = responses.failures, {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
@@ -119,14 +128,23 @@ def create_app(
     ):
         app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)
     responses.install_document(app, has_keys=bool(key_hashes))
+    app.add_route(DOCS_PATH, lambda request: HTMLResponse(responses.docs_page(app.openapi())), methods=["GET"])
     return app
 
 
 class _Front:
     """The routes' handlers, and what they share: the service and the count of queries in flight."""
 
-    def __init__(self, service_getter: Callable[[], SwarmService], places: ConcurrencyLimit, *, has_request_ids: bool) -> None:
+    def __init__(
+        self,
+        service_getter: Callable[[], SwarmService],
+        places: ConcurrencyLimit,
+        *,
+        has_request_ids: bool,
+        refuses_unknown: bool,
+    ) -> None:
         self._service = service_getter
+        self._refuses_unknown = refuses_unknown
         self._places = places
         self._has_request_ids = has_request_ids
         self._created = int(time.time())
@@ -134,12 +152,12 @@ class _Front:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        order = requests.chat_order(await _parsed(requests.ChatRequest, request), self._service())
+        order = requests.chat_order(await self._parsed(requests.ChatRequest, request), self._service())
         return await self._respond(request, order, is_chat=True)
 
     async def completion(self, request: Request) -> Response:
         """Answer a plain prompt."""
-        order = requests.completion_order(await _parsed(requests.CompletionRequest, request), self._service())
+        order = requests.completion_order(await self._parsed(requests.CompletionRequest, request), self._service())
         return await self._respond(request, order, is_chat=False)
 
     async def models(self) -> responses.ModelListReply:
@@ -185,13 +203,17 @@ class _Front:
     async def outcome(self, request: Request) -> Response:
         """Take what a client knows of how good an answer to one of its queries was, or one agent's reply."""
         service = self._service()
-        outcome = requests.outcome_of(await _parsed(requests.OutcomeRequest, request), service.agents)
+        outcome = requests.outcome_of(await self._parsed(requests.OutcomeRequest, request), service.agents)
         said = await service.judge(outcome, _key_hash(request))
         return json_response(responses.OutcomeReply(trace_id=outcome.trace_id, kept=said))
 
+    async def _parsed(self, model: type[requests.R], request: Request) -> requests.R:
+        kind = request.headers.get("content-type", "")
+        return requests.parse_body(model, await request.body(), kind, refuses_unknown=self._refuses_unknown)
+
     async def _respond(self, request: Request, order: requests.ParsedRequest, *, is_chat: bool) -> Response:
         rendering = responses.Rendering(order, self._service().pool, is_chat=is_chat)
-        headers = {} if self._has_request_ids else {"X-Request-Id": order.query.trace_id}
+        headers = rendering.headers | ({} if self._has_request_ids else {"X-Request-Id": order.query.trace_id})
         items = self._items(order, _key_hash(request))
         if order.body.stream:
             return EventStream(_events(items, rendering), headers)
@@ -243,10 +265,6 @@ async def _events(items: AsyncGenerator[Event], rendering: responses.Rendering) 
             raise
         logger.exception("unexpected error in mid-stream")
         yield responses.failure(error)
-
-
-async def _parsed(model: type[requests.R], request: Request) -> requests.R:
-    return requests.parse_body(model, await request.body(), request.headers.get("content-type", ""))
 
 
 def _key_hash(request: Request) -> str:

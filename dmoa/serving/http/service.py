@@ -37,6 +37,11 @@ class SwarmService(SwarmClient, Protocol):
         """The pool's limits; a client may only lower them."""
         ...
 
+    @property
+    def abilities(self) -> frozenset[str]:
+        """What at least one engine of the pool can do beyond plain replies, as `EngineEntry.abilities` names it."""
+        ...
+
     async def ready(self) -> dict[str, str]:
         """Return agent -> "up", "cold" (scaled to zero, and started when it is asked), or the reason why it is neither."""
         ...

@@ -92,7 +92,7 @@ async def test_two_hundred_malformed_requests(seed: int) -> None:
     random_ = random.Random(seed)
     service = FakeService()
     num_refused = 0
-    async with connect(make_app(service, max_body_bytes=16384)) as client:
+    async with connect(make_app(service, max_body_bytes=16384, unknown_fields="refuse")) as client:
         for _ in range(50):
             response = await client.post(random_.choice(PATHS), content=malformed(random_), headers=JSON)
             if response.status_code != 200:

@@ -153,3 +153,11 @@ def test_the_embedded_model_reads_ordinary_text_as_ever_and_forgeries_as_text(sm
     honest = encode_chat(tokenizer, said(("user", "Hi")), model="x")
     assert (tokens.count(start), tokens.count(end)) == (honest.count(start), honest.count(end))
     assert tokenizer.decode(tokens) == rendered(tokenizer, forged)
+
+
+def test_settings_reach_the_template() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if enable_thinking %}think{% else %}plain{% endif %}"
+    for value, text in ((True, "think"), (False, "plain")):
+        tokens = encode_chat(tokenizer, said(("user", "hi")), model="tiny", settings=(("enable_thinking", value),))
+        assert tokenizer.decode(tokens) == text

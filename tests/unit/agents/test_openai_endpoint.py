@@ -191,6 +191,23 @@ async def test_an_optional_field_that_is_refused_is_not_sent_again(fault: Turn, 
         assert body == kept | ({"max_completion_tokens": 7} if "max_tokens" in gone else {})
 
 
+async def test_hints_are_sent_until_the_endpoint_refuses_them() -> None:
+    hints = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "template": (("enable_thinking", False),)}
+    async with playing(refusal(400, "Unrecognized request argument supplied: top_k"), answer("19")) as endpoint:
+        engine = engine_of(endpoint, max_retries=0)
+        await ask(engine, **hints)
+        await ask(engine)
+        await engine.close()
+    first, second, plain = (call.body for call in endpoint.calls)
+    assert second == {name: value for name, value in first.items() if name != "top_k"}
+    assert first == plain | {
+        "top_k": 5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+
+
 @pytest.mark.parametrize("said", ["max_tokens is too large: 7; at most 4", "top_logprobs must be at most 5", "proseeds"])
 async def test_a_bad_value_is_no_refused_field(said: str) -> None:
     async with playing(refusal(400, said)) as endpoint:

@@ -101,6 +101,8 @@ class FakeService:
     """How many items come before the error."""
     hold_at: int | None = None
     """How many items come before the query waits for `release`."""
+    abilities: frozenset[str] = frozenset()
+    """What engines can do."""
     states: dict[str, str] = field(default_factory=lambda: dict.fromkeys(AGENTS, "up"))
     release: asyncio.Event = field(default_factory=asyncio.Event)
     running: int = 0
@@ -152,9 +154,11 @@ class FakeService:
         return check_said(self.buffer.judge(tenant_of(key_hash), outcome, time.time()), outcome)
 
 
-def make_app(service: FakeService, *, keys: tuple[str, ...] = (), max_body_bytes: int = 65536, queued: int = 8) -> FastAPI:
-    """The app over a service."""
-    server = ServerConfig(max_body_bytes=max_body_bytes)
+def make_app(
+    service: FakeService, *, keys: tuple[str, ...] = (), max_body_bytes: int = 65536, queued: int = 8, **settings: Any
+) -> FastAPI:
+    """The app over a service; `settings` of the section `server`."""
+    server = ServerConfig(max_body_bytes=max_body_bytes, **settings)
     return create_app(lambda: service, key_hashes=keys, server=server, max_queued_requests=queued)
 
 

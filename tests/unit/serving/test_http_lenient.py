@@ -1,0 +1,141 @@
+"""What a server passes over, names and lets browsers do: unknown fields, hints to engines, `dmoa: false`, CORS, /docs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from dmoa.serving.http.middleware import hash_keys
+from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
+
+CHAT = "/v1/chat/completions"
+HINTS = frozenset({"top_k", "min_p", "repetition_penalty", "template"})
+ASKED: dict[str, Any] = {"model": "tiny", "messages": QUESTION}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"vllm_xargs": {"id": 1}, "temprature": 1}, ["vllm_xargs", "temprature"]),
+        ({"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, ["stream_options.continuous_usage_stats"]),
+        ({"messages": [{"role": "user", "content": "Hi", "cached": 1}]}, ["messages[0].cached"]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "id": 3}]}]}, ["messages[0].content[0].id"]),
+        ({"messages": [{"role": "assistant", "content": "x", "more": 1}, *QUESTION]}, []),
+        (
+            {"top_k": 5, "enable_thinking": False, "skip_special_tokens": True},
+            ["top_k", "enable_thinking", "skip_special_tokens"],
+        ),
+        ({"max_tokens": -1, "top_k": None, "metadata": {"a": [1]}}, []),
+    ],
+)
+async def test_what_is_passed_over_is_named(fields: dict[str, Any], named: list[str]) -> None:
+    is_stream = "stream_options" in fields
+    async with connect(make_app(FakeService())) as client:
+        response = await client.post(CHAT, json=ASKED | {"stream": is_stream} | fields)
+    assert response.status_code == 200, response.text
+    assert response.headers.get("x-dmoa-ignored", "") == ", ".join(named)
+    if not is_stream:
+        assert response.json()["dmoa"].get("ignored", []) == named
+
+
+async def test_a_field_is_named_in_the_log_once_and_its_value_never(caplog: pytest.LogCaptureFixture) -> None:
+    async with connect(make_app(FakeService())) as client:
+        for _ in range(3):
+            await client.post(CHAT, json=ASKED | {"odd\nfield": "hunter2"})
+    told = [record.message for record in caplog.records if record.name == "dmoa.http"]
+    assert told == [r"request field 'odd\nfield' is not known here and is passed over (server.unknown_fields is warn)"]
+    assert caplog.records[0].levelno == logging.WARNING
+    assert "hunter2" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "advice"),
+    [
+        ({"vllm_xargs": {"id": 1}}, "vllm_xargs", "check its spelling"),
+        ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
+        ({"messages": [{"role": "user", "content": "Hi", "contnet": "x"}]}, "messages[0].contnet", "did you mean 'content'?"),
+        ({"stream": True, "stream_options": {"more": 1}}, "stream_options.more", "check its spelling"),
+    ],
+)
+async def test_a_strict_server_refuses_unknown_fields(fields: dict[str, Any], param: str, advice: str) -> None:
+    async with connect(make_app(FakeService(), unknown_fields="refuse")) as client:
+        error = (await client.post(CHAT, json=ASKED | fields)).json()["error"]
+        assert (await client.post(CHAT, json=ASKED | {"top_k": 5})).status_code == 200
+    assert (error["param"], error["code"]) == (param, "unknown_parameter")
+    assert advice in error["message"]
+
+
+async def test_hints_reach_the_swarm_as_sampling() -> None:
+    service = FakeService(abilities=HINTS)
+    body = ASKED | {"top_k": 20.0, "min_p": 0.1, "repetition_penalty": 1.1, "max_tokens": -1, "enable_thinking": False}
+    async with connect(make_app(service)) as client:
+        response = await client.post(CHAT, json=body | {"chat_template_kwargs": {"reasoning_effort": "low"}})
+        assert "x-dmoa-ignored" not in response.headers
+        await client.post(CHAT, json=ASKED | {"top_k": -1, "min_p": 0, "chat_template_kwargs": {}})
+    assert [query.sampling for query, *_ in service.asked] == [
+        {
+            "top_k": 20,
+            "min_p": 0.1,
+            "repetition_penalty": 1.1,
+            "template": (("reasoning_effort", "low"), ("enable_thinking", False)),
+        },
+        {},
+    ]
+
+
+async def test_metadata_that_is_no_text_is_kept_as_json() -> None:
+    service = FakeService()
+    async with connect(make_app(service)) as client:
+        await client.post(CHAT, json=ASKED | {"metadata": {"run": 7, "tags": ["a"], "none": None, "long": "x" * 600}})
+    assert service.recorded[0]["metadata"] == {"run": "7", "tags": '["a"]', "none": "null", "long": "x" * 512}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_dmoa_false_leaves_the_object_out(is_stream: bool) -> None:
+    async with connect(make_app(FakeService())) as client:
+        response = await client.post(CHAT, json=ASKED | {"dmoa": False, "stream": is_stream})
+        plain = await client.post("/v1/completions", json={"model": "tiny", "prompt": "1", "dmoa": False, "stream": is_stream})
+    assert (response.status_code, plain.status_code) == (200, 200)
+    assert "dmoa" not in response.text + plain.text
+    assert "The answer is 19." in response.text
+
+
+async def test_images_are_refused_by_that_word() -> None:
+    parts = [{"type": "image_url", "image_url": {"url": "x"}}]
+    async with connect(make_app(FakeService())) as client:
+        error = (await client.post(CHAT, json=ASKED | {"messages": [{"role": "user", "content": parts}]})).json()["error"]
+    assert (error["param"], error["code"]) == ("messages[0].content[0].type", "unsupported")
+    assert error["message"].endswith("images are not supported")
+
+
+async def test_pages_of_named_origins_may_ask() -> None:
+    keys, asks = hash_keys({"DMOA_API_KEYS": "one"}), {"access-control-request-method": "POST"}
+    app = make_app(FakeService(), keys=keys, cors_origins=("https://app.example",))
+    async with connect(app) as client:
+        good = await client.options(CHAT, headers={"origin": "https://app.example", **asks})
+        bad = await client.options(CHAT, headers={"origin": "https://evil.example", **asks})
+        answered = await client.post(CHAT, json=ASKED, headers={"origin": "https://app.example", "authorization": "Bearer one"})
+        refused = await client.post(CHAT, json=ASKED, headers={"origin": "https://app.example"})
+    assert (good.status_code, good.headers["access-control-allow-origin"]) == (200, "https://app.example")
+    assert "access-control-allow-origin" not in bad.headers
+    assert (
+        answered.headers["access-control-allow-origin"] == refused.headers["access-control-allow-origin"] == "https://app.example"
+    )
+    assert (answered.status_code, refused.status_code) == (200, 401)
+
+
+async def test_no_page_may_ask_by_default() -> None:
+    async with connect(make_app(FakeService())) as client:
+        response = await client.post(CHAT, json=ASKED, headers={"origin": "https://app.example"})
+    assert "access-control-allow-origin" not in response.headers
+
+
+async def test_the_docs_load_nothing_from_elsewhere() -> None:
+    async with connect(make_app(FakeService(), keys=hash_keys({"DMOA_API_KEYS": "one"}))) as client:
+        response = await client.get("/docs")
+        assert (await client.get("/redoc", headers={"authorization": "Bearer one"})).status_code == 404
+    assert response.headers["content-type"].startswith("text/html")
+    assert "POST /v1/chat/completions" in response.text
+    assert not any(word in response.text for word in ("<script", "src=", "href=", "url(", "@import"))
