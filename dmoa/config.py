@@ -129,6 +129,7 @@ def _check_adapter(value: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_check_name)]
+KeyName = Annotated[str, Field(pattern=r"^([0-9a-f]{16}|[0-9a-f]{64})$")]
 AdapterSource = Annotated[str, AfterValidator(_check_adapter)]
 """builtin:NAME or path:DIR."""
 ToolName = Literal["calculator", "search", "python"]
@@ -381,6 +382,18 @@ class RouterConfig(Node):
     texts. off: nothing is kept, and outcomes are refused."""
     feedback_mb: int = Field(default=32, ge=1, le=65536)
     """Most megabytes of memory that the sample takes, about."""
+    feedback_exclude: tuple[KeyName, ...] = ()
+    """API keys whose queries teach nothing and are not kept: SHA-256 of each (64 hex digits), or its name in the records (16)."""
+    feedback_key_share: float = Field(default=0.5, gt=0, le=1)
+    """Most of the sample that one key may fill, and of a batch where others teach too."""
+    feedback_mix_keys: bool = False
+    """Whether a batch that is learned from while serving may hold queries of several keys; else they take turns."""
+    feedback_anonymous: bool = False
+    """Whether queries without an API key teach while serving; they are kept either way."""
+    explore: float = Field(default=0.05, ge=0, le=1)
+    """With adaptation, the share of queries that are asked once more, of all agents, after their answer has left."""
+    explore_after_shift: float = Field(default=0.5, ge=0, le=1)
+    """The same for some time after the stream of queries has changed."""
     outcomes_per_minute: int = Field(default=600, ge=1)
     """Most outcomes that one API key may post in a minute; one more is answered 429."""
     outcome_days: float = Field(default=7.0, gt=0, le=3660)

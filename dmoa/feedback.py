@@ -16,10 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dmoa.core.features import Preset
 from dmoa.core.forms import agreement_key
+from dmoa.core.in_step import context_part
 from dmoa.errors import ConfigError
 from dmoa.flat import reply_of
-from dmoa.types import AgentReply, Answer, Query, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
+from dmoa.types import AgentReply, Answer, FloatArray, Query, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
 
 _LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")
 """Tokens have no digits: a number in a text would be read as its answer."""
@@ -29,6 +31,12 @@ OUTCOMES = "outcomes.jsonl"
 """Beside it, in the format of `dmoa train --outcomes`."""
 MARK = "traffic/"
 """What the query_id of a recorded query begins with; its trace id follows."""
+
+
+MAX_CONTEXTS = 16
+"""Groups of similar queries that are told apart; further kinds join the nearest."""
+SAME_CONTEXT = 0.3
+"""Least cosine of two first inputs of one group; questions of one benchmark have more, those of two mostly less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +56,29 @@ class Feedback:
 def tenant_of(key_hash: str) -> str:
     """Return the name of a key in records: a hash of its hash; the same for all who come without a key."""
     return hashlib.sha256(f"dmoa-tenant\0{key_hash}".encode()).hexdigest()[:16]
+
+
+class Contexts:
+    """Groups queries by their first inputs (leader clustering, Hartigan 1975)."""
+
+    def __init__(self) -> None:
+        self._leaders: list[FloatArray] = []
+
+    def of(self, input_D: FloatArray) -> int:
+        """Return which group of queries an input belongs to, or begin one."""
+        unit_D = input_D / max(float(np.linalg.norm(input_D)), 1e-12)
+        near = [float(leader_D @ unit_D) if leader_D.shape == unit_D.shape else -1.0 for leader_D in self._leaders]
+        best = int(np.argmax(near)) if near else -1
+        if best >= 0 and (near[best] >= SAME_CONTEXT or len(near) >= MAX_CONTEXTS):
+            return best
+        self._leaders.append(unit_D)
+        return len(near)
+
+
+def query_part(input_X: FloatArray, preset: Preset) -> FloatArray:
+    """Return the part of a first input that the query alone makes: its embedding [D]."""
+    context_D = context_part(input_X, preset)
+    return context_D if preset == "paper" else context_D[: len(context_D) // 2]
 
 
 def feedback_of(query: Query, answer: Answer, *, key_hash: str, fingerprint: str, salt: bytes, created_unix_s: float) -> Feedback:

@@ -73,6 +73,8 @@ def buffer_of(config: Config) -> FeedbackBuffer:
         max_bytes=router.feedback_mb * 2**20,
         outcomes_per_minute=router.outcomes_per_minute,
         max_age_s=router.outcome_days * 86_400,
+        key_share=router.feedback_key_share,
+        exclude=[name if len(name) < 64 else tenant_of(name) for name in router.feedback_exclude],
     )
 
 
@@ -87,6 +89,7 @@ class FeedbackActor:
         self._app = app
         self._saver: asyncio.Task[None] | None = None
         self._changes = self._saved = 0
+        self._life = os.urandom(8).hex()
         self._config = config
         self._buffer = buffer_of(config)
         self._store = FeedbackStore(config.router.state_uri or default_state_uri(app))
@@ -102,7 +105,7 @@ class FeedbackActor:
         """Take the bounds and the place of a configuration; what was kept goes on being kept."""
         config = Config.model_validate_json(config_json)
         if config != self._config:
-            before, self._buffer, self._config = self._buffer, buffer_of(config), config
+            before, self._buffer, self._config, self._life = self._buffer, buffer_of(config), config, os.urandom(8).hex()
             self._buffer.restore(before.records(), before.state())
             self._store = FeedbackStore(config.router.state_uri or default_state_uri(self._app))
             self._touch()
@@ -122,6 +125,14 @@ class FeedbackActor:
     async def snapshot(self) -> tuple[bytes, bytes]:
         """Return records and state as they are now, as in the files of a snapshot."""
         return await asyncio.to_thread(write_feedback, self._buffer.records()), self._buffer.state()
+
+    async def since(self, life: str, number: int) -> tuple[str, int, bytes, bytes]:
+        """Return what came after the first `number` records: this actor's life, how many have come, records and state.
+
+        All that are kept for another life: the actor was started anew since, and counts from 0.
+        """
+        count, records = self._buffer.since(number if life == self._life else 0)
+        return self._life, count, await asyncio.to_thread(write_feedback, records), self._buffer.state()
 
     async def save(self) -> None:
         """Write a snapshot, where something is new."""

@@ -11,22 +11,16 @@ import itertools
 import json
 import random
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from dmoa.core.features import Preset
-from dmoa.core.in_step import context_part
 from dmoa.errors import ConfigError
-from dmoa.feedback import Feedback
-from dmoa.types import FloatArray
+from dmoa.feedback import Contexts, Feedback, query_part
 
-MAX_CONTEXTS = 16
-"""Groups of similar queries that are told apart within a key; further kinds join the nearest."""
-SAME_CONTEXT = 0.3
-"""Least cosine of two first inputs of one group; questions of one benchmark have more, those of two mostly less."""
 MAX_TRACES = 10_000
 """Newest queries of a key that an outcome may speak of, and outcomes of a key that are kept."""
 _STEP_BYTES, _REPLY_BYTES = 1500, 1200
@@ -55,31 +49,33 @@ class _Tenant:
     traces: OrderedDict[str, float] = field(default_factory=OrderedDict)
     """Newest queries, and when each was answered."""
     outcomes: OrderedDict[tuple[str, str, str | None, int | None], KeptOutcome] = field(default_factory=OrderedDict)
-    leaders: list[FloatArray] = field(default_factory=list)
-    """First input [D] of each context, of unit length."""
+    contexts: Contexts = field(default_factory=Contexts)
     asked: deque[float] = field(default_factory=deque)
     """When outcomes came in the last minute."""
-
-    def context(self, input_D: FloatArray) -> int:
-        """Return which group of queries an input belongs to, or begin one (leader clustering, Hartigan 1975)."""
-        unit_D = input_D / max(float(np.linalg.norm(input_D)), 1e-12)
-        near = [float(leader_D @ unit_D) if leader_D.shape == unit_D.shape else -1.0 for leader_D in self.leaders]
-        best = int(np.argmax(near)) if near else -1
-        if best >= 0 and (near[best] >= SAME_CONTEXT or len(near) >= MAX_CONTEXTS):
-            return best
-        self.leaders.append(unit_D)
-        return len(near)
 
 
 class FeedbackBuffer:
     """An even sample of the queries of every key and context, the newest traces, and outcomes. Not for two threads at once."""
 
     def __init__(
-        self, *, preset: Preset, max_bytes: int, outcomes_per_minute: int, max_age_s: float, seed: int | None = None
+        self,
+        *,
+        preset: Preset,
+        max_bytes: int,
+        outcomes_per_minute: int,
+        max_age_s: float,
+        key_share: float = 1.0,
+        exclude: Collection[str] = (),
+        seed: int | None = None,
     ) -> None:
-        """`max_bytes`: about what all records may take; `max_age_s`: how long after its answer a query may be judged."""
+        """`max_bytes`: about what all records may take; `max_age_s`: how long after its answer a query may be judged.
+
+        `key_share`: most of the bytes that one key's records may take; `exclude`: keys, as records name them, that are not kept.
+        """
         self.preset = preset
         self.max_bytes = max_bytes
+        self.key_share = key_share
+        self.exclude = frozenset(exclude)
         self.outcomes_per_minute = outcomes_per_minute
         self.max_age_s = max_age_s
         self.seen = 0
@@ -91,6 +87,7 @@ class FeedbackBuffer:
         self._groups: dict[tuple[str, int], list[tuple[float, int, Feedback]]] = {}
         """A heap each, whose first entry has the highest draw: the next one to go (bottom-k sample, Cohen & Kaplan 2007)."""
         self._group_bytes: dict[tuple[str, int], int] = {}
+        self._key_bytes: dict[str, int] = {}
 
     def put(self, record: Feedback) -> None:
         """Take a record, unless its query is known already; one of the largest group's goes where there are too many."""
@@ -103,20 +100,27 @@ class FeedbackBuffer:
 
     def _keep(self, tenant: _Tenant, record: Feedback) -> None:
         route = record.answer.steps[0].route if record.answer.steps else None
-        if route is None:
-            return  # no gate decided: only outcomes of other queries can be learned from
-        group = record.tenant, tenant.context(_query_part(route.input_X, self.preset))
+        if route is None or record.tenant in self.exclude:
+            return  # no gate decided, or its key teaches nothing: only outcomes of other queries can be learned from
+        group = record.tenant, tenant.contexts.of(query_part(route.input_X, self.preset))
         self.seen += 1
         heapq.heappush(self._groups.setdefault(group, []), (-self._random.random(), next(self._numbers), record))
         self._count(group, size_of(record))
+        while self._key_bytes[record.tenant] > self.key_share * self.max_bytes:
+            self._drop(name for name in self._groups if name[0] == record.tenant)
         while self.bytes > self.max_bytes:
-            largest = max(self._group_bytes, key=lambda name: self._group_bytes[name])
-            *_, gone = heapq.heappop(self._groups[largest])
-            self._count(largest, -size_of(gone))
+            self._drop(self._groups)
+
+    def _drop(self, names: Iterable[tuple[str, int]]) -> None:
+        """Give up one record of the largest of some groups."""
+        largest = max(names, key=lambda name: self._group_bytes[name])
+        *_, gone = heapq.heappop(self._groups[largest])
+        self._count(largest, -size_of(gone))
 
     def _count(self, group: tuple[str, int], size: int) -> None:
         self.bytes += size
         self._group_bytes[group] = self._group_bytes.get(group, 0) + size
+        self._key_bytes[group[0]] = self._key_bytes.get(group[0], 0) + size
 
     def judge(self, tenant_name: str, outcome: KeptOutcome, now: float) -> Said:
         """Keep what a key says of one of its queries; the last word of a source on an answer counts.
@@ -139,6 +143,11 @@ class FeedbackBuffer:
     def records(self) -> list[Feedback]:
         """Return what is kept, in the order in which it came."""
         return [record for _, _, record in sorted(itertools.chain(*self._groups.values()), key=lambda entry: entry[1])]
+
+    def since(self, number: int) -> tuple[int, list[Feedback]]:
+        """Return how many records have come, and those that are kept of the ones after so many."""
+        newer = [entry for entry in itertools.chain(*self._groups.values()) if entry[1] >= number]
+        return self.seen, [record for _, _, record in sorted(newer, key=lambda entry: entry[1])]
 
     def groups(self) -> dict[tuple[str, int], int]:
         """Return how many records are kept, by key and context."""
@@ -181,12 +190,6 @@ def _remember(kept: OrderedDict[Any, Any], name: object, value: object) -> None:
     kept.move_to_end(name)
     while len(kept) > MAX_TRACES:
         kept.popitem(last=False)
-
-
-def _query_part(input_X: FloatArray, preset: Preset) -> FloatArray:
-    """Return the part of a first input that the query alone makes: its embedding [D]."""
-    context_D = context_part(input_X, preset)
-    return context_D if preset == "paper" else context_D[: len(context_D) // 2]
 
 
 def size_of(record: Feedback) -> int:

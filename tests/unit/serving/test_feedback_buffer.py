@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.feedback import Feedback, write_feedback
+from dmoa.feedback import MAX_CONTEXTS, Feedback, write_feedback
 from dmoa.serving import feedback_buffer
 from dmoa.serving.feedback import FeedbackStore
-from dmoa.serving.feedback_buffer import MAX_CONTEXTS, FeedbackBuffer, KeptOutcome, size_of
+from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, size_of
 from dmoa.types import FloatArray
 from tests.unit.test_feedback import record_of
 
@@ -155,3 +155,24 @@ def test_a_damaged_state_is_an_error(state: bytes) -> None:
 def test_a_bad_place_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"router\.state_uri is 'nowhere://x'; expected file:///DIR"):
         FeedbackStore("nowhere://x")
+
+
+def test_one_key_fills_its_share_and_an_excluded_one_nothing() -> None:
+    kept = buffer(20, key_share=0.5, exclude=["bad"])  # type: ignore[arg-type] # names
+    for number in range(100):
+        kept.put(made(number, "large", number % 3))
+        kept.put(made(number, "bad"))
+    assert Counter(record.tenant for record in kept.records()) == {"large": 10}
+    assert kept.judge("bad", said("bad3"), 8.0) == "new"  # its queries are known, they teach nothing
+    for number in range(4):
+        kept.put(made(number, "small"))
+    assert Counter(record.tenant for record in kept.records()) == {"large": 10, "small": 4}
+
+
+def test_what_came_since() -> None:
+    kept = buffer()
+    for number in range(5):
+        kept.put(made(number))
+    count, records = kept.since(3)
+    assert (count, [record.answer.trace_id for record in records]) == (5, ["mine3", "mine4"])
+    assert kept.since(count) == (5, [])

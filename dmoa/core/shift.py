@@ -1,0 +1,206 @@
+"""Notices that the stream of queries is not what it was: other questions, or agents that are as sure as they never were.
+
+A reference of earlier queries says how far from its neighbours a usual query lies. How unusual the next one is becomes a
+p-value among all since, a bet against it, and the bets of all possible beginnings of a shift are summed up (Shiryaev-Roberts).
+While queries are exchangeable the mean number of queries to a false alarm is at least `run_length`, whatever their
+distribution. Sources: conformal test martingales (Vovk 2003), e-detectors (Shin, Ramdas, Rinaldo 2022); the distances ours,
+after LOF (Breunig 2000).
+
+Shape letters: D embedding, A agents; in this file alone R rows of the reference, Q queries that wait to join it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dmoa.core.scores import Array
+from dmoa.errors import ConfigError
+
+NEIGHBOURS = 5
+"""Rows of the reference that a query is compared with."""
+MAX_ROWS = 512
+"""Rows of the reference; a new one takes the place of any."""
+FAMILIAR = 0.1
+"""Least p-value of a query's input for its signals to be compared with those of its neighbours."""
+SETTLE = 40
+"""Queries after a shift, and before the first, that are looked at before any is judged."""
+Cause = Literal["inputs", "signals"]
+"""Questions unlike those before, or replies as sure or unsure as none before to such questions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shift:
+    """A change of the stream."""
+
+    at: int
+    """Number of the query, from 1, at which it was noticed."""
+    cause: Cause
+    evidence: float
+    """What the sum of bets came to."""
+
+
+class _Evidence:
+    """The bets on one kind of unusual."""
+
+    def __init__(self, calibration: list[float]) -> None:
+        self._seen = sorted(calibration)
+        self.total = 0.0
+
+    def add(self, score: float, rng: np.random.Generator) -> float:
+        """Bet on a query being more unusual than those before (mixture of the power bets, Vovk); return its p-value."""
+        above = len(self._seen) - bisect.bisect_right(self._seen, score)
+        ties = len(self._seen) - above - bisect.bisect_left(self._seen, score)
+        bisect.insort(self._seen, score)
+        p = (above + float(rng.uniform()) * (ties + 1)) / len(self._seen)
+        self.total = (self.total + 1.0) * bet(p)
+        return p
+
+
+def bet(p: float) -> float:
+    """Return what a bet on small p-values pays: the integral of k p^(k - 1) over k from 0 to 1, whose mean is 1 for uniform p."""
+    p = min(max(p, 1e-12), 1.0 - 1e-6)
+    log = math.log(p)
+    return (1.0 - p + p * log) / (p * log * log)
+
+
+Row = tuple[Array, Array]
+"""Embedding [D] and signals [A] of a query."""
+
+
+class ShiftDetector:
+    """Looks at queries one by one. The same queries and seed give the same verdicts."""
+
+    def __init__(self, *, run_length: float = 20_000.0, seed: int = 0) -> None:
+        """`run_length`: least mean number of queries between false alarms. Raises ConfigError for less than 2."""
+        if not run_length >= 2:
+            raise ConfigError(f"shift detector: run_length is {run_length!r}; expected a number of queries from 2")
+        self.run_length = run_length
+        self.seen = 0
+        self.shifts: list[Shift] = []
+        self.odd_agents: set[int] = set()
+        """Agents whose signals are unlike their own before while most others' are not, and those that were never heard."""
+        self._rng = np.random.default_rng(seed)
+        self._waiting: list[Row] = []
+        self._recent: deque[Row] = deque(maxlen=SETTLE // 2)
+        self._reference: _Reference | None = None
+        self._inputs: _Evidence | None = None
+        self._agents: list[_Evidence] = []
+
+    @property
+    def is_settling(self) -> bool:
+        """Whether it is still learning what is usual."""
+        return self._inputs is None
+
+    @property
+    def evidence(self) -> float:
+        """What speaks for a shift, as a share of what an alarm takes."""
+        return max(self._shares().values(), default=0.0)
+
+    def _shares(self) -> dict[Cause, float]:
+        """Return the evidence for each cause. Half of the false alarms may come of inputs, the rest of any agent's signals."""
+        if self._inputs is None:
+            return {}
+        known = [share for agent, share in enumerate(self._agent_shares()) if agent not in self.odd_agents or share >= 1.0]
+        # Most agents changed: the middle one of them did.
+        signals = sorted(known)[(len(known) - 1) // 2] if len(known) > 1 else 0.0
+        return {"inputs": self._inputs.total / (2 * self.run_length), "signals": signals}
+
+    def _agent_shares(self) -> list[float]:
+        return [kind.total / (2 * len(self._agents) * self.run_length) for kind in self._agents]
+
+    def prime(self, input_RD: npt.ArrayLike, signal_RA: npt.ArrayLike) -> None:
+        """Begin with earlier queries as what is usual; agents without a signal among them are odd. Too few change nothing."""
+        rows = list(zip(np.asarray(input_RD, np.float64), np.asarray(signal_RA, np.float64), strict=True))
+        if len(rows) < SETTLE:
+            return
+        self._waiting = [rows[place] for place in self._rng.permutation(len(rows))[: 2 * MAX_ROWS]]
+        self._settle()
+        heard_A = np.isfinite(np.stack([signal_A for _, signal_A in rows])).sum(axis=0) >= NEIGHBOURS
+        self.odd_agents |= set(np.flatnonzero(~heard_A).tolist())
+
+    def see(self, input_D: npt.ArrayLike, signal_A: npt.ArrayLike) -> Shift | None:
+        """Take the next query: its embedding, and per agent how sure it was (any number, NaN where nothing is known).
+
+        Returns the shift that it completes, else None. Inputs that are not finite are not looked at.
+        """
+        row = np.asarray(input_D, np.float64), np.asarray(signal_A, np.float64)
+        if not np.isfinite(row[0]).all():
+            return None
+        self.seen += 1
+        if self._inputs is None or self._reference is None:
+            self._waiting.append(row)
+            if len(self._waiting) >= SETTLE:
+                self._settle()
+            return None
+        self._recent.append(row)
+        apart, off_A = self._reference.unusual(*row)
+        is_familiar = self._inputs.add(apart, self._rng) >= FAMILIAR and self._inputs.total < math.sqrt(self.run_length)
+        if is_familiar:  # else its neighbours tell nothing about it
+            for agent in np.flatnonzero(np.isfinite(off_A)):
+                self._agents[agent].add(float(off_A[agent]), self._rng)
+        shares = self._shares()
+        cause = max(shares, key=lambda kind: shares[kind])
+        if shares[cause] < 1.0:
+            self.odd_agents |= {agent for agent, share in enumerate(self._agent_shares()) if share >= 1.0}
+            return None
+        if cause == "signals":
+            self.odd_agents = set()
+        shift = Shift(at=self.seen, cause=cause, evidence=shares[cause])
+        self.shifts.append(shift)
+        # The queries that gave the alarm are the first of what is usual from now on.
+        self._waiting, self._inputs, self._agents = list(self._recent), None, []
+        return shift
+
+    def _settle(self) -> None:
+        """Make the queries that waited part of the reference, and judge the next ones as unusual as half of these are."""
+        odd = list(self.odd_agents)
+        for _, signal_A in self._waiting:
+            signal_A[odd] = np.nan  # what they say now is not to become usual
+        joined, held = self._waiting[::2], self._waiting[1::2]
+        rows = [*(self._reference.rows if self._reference else ()), *joined]
+        if len(rows) > MAX_ROWS:
+            room = max(MAX_ROWS - len(joined), 0)
+            old = self._rng.permutation(len(rows) - len(joined))[:room]
+            rows = [*(rows[place] for place in sorted(old)), *joined[:MAX_ROWS]]
+        self._reference = _Reference(rows)
+        found = [self._reference.unusual(*row) for row in held]
+        self._inputs = _Evidence([apart for apart, _ in found])
+        off_HA = np.stack([off_A for _, off_A in found])
+        self._agents = [_Evidence(off_H[np.isfinite(off_H)].tolist()) for off_H in off_HA.T]
+        self._waiting = []
+
+
+class _Reference:
+    """Queries that are usual, and how far apart such lie."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        self._input_RD = np.stack([input_D for input_D, _ in rows])
+        self._signal_RA = np.stack([signal_A for _, signal_A in rows])
+        distance_RR = np.sqrt(np.maximum(_squares(self._input_RD, self._input_RD), 0.0))
+        np.fill_diagonal(distance_RR, np.inf)
+        near_RR = np.partition(distance_RR, NEIGHBOURS - 1, axis=1)[:, :NEIGHBOURS]
+        # Copies of one query lie nowhere apart; what is near them must not count as infinitely far.
+        self._usual_R = np.maximum(near_RR.mean(axis=1), 1e-3)
+
+    def unusual(self, input_D: Array, signal_A: Array) -> tuple[float, Array]:
+        """Return how much farther off than its neighbours are a query lies, and per agent how far its signal is from theirs."""
+        distance_R = np.sqrt(np.maximum(_squares(input_D[None], self._input_RD)[0], 0.0))
+        near = np.argpartition(distance_R, NEIGHBOURS - 1)[:NEIGHBOURS]
+        is_known_RA = np.isfinite(self._signal_RA[near])
+        count_A = is_known_RA.sum(axis=0)
+        theirs_A = np.where(is_known_RA, self._signal_RA[near], 0.0).sum(axis=0) / np.maximum(count_A, 1)
+        off_A: Array = np.where(count_A > 0, np.abs(signal_A - theirs_A), np.nan)
+        return float(distance_R[near].mean() / self._usual_R[near].mean()), off_A
+
+
+def _squares(x_QD: Array, y_RD: Array) -> Array:
+    found_QR: Array = (x_QD**2).sum(axis=1)[:, None] + (y_RD**2).sum(axis=1)[None] - 2.0 * x_QD @ y_RD.T
+    return found_QR
