@@ -364,13 +364,51 @@ class LimitsConfig(Node):
     """Queries in flight per ingress replica; one more is answered 429."""
 
 
+Adaptation = Literal["off", "observe", "canary", "on"]
+Guard = Literal["drift", "distance", "held_back", "load", "disagreement", "known_answers", "canary"]
+
+
+class GuardsConfig(Node):
+    """What an offered gate must pass before it decides queries, with `router.adaptation`."""
+
+    off: tuple[Guard, ...] = ()
+    """Guards that are left out. That weights and decisions are finite is always checked."""
+    max_kl: float = Field(default=4.0, gt=0, allow_inf_nan=False)
+    """drift: most nats by which routing on recent inputs may differ from the current gate's, on average; twice at a shift."""
+    max_distance: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    """distance: most that the weights may lie from the anchor's, as a share of their norm; twice that at a shift."""
+    held_back: float = Field(default=0.2, gt=0, lt=1)
+    """held_back: share of finished queries that gates are judged by and never learn from."""
+    margin: float = Field(default=0.02, ge=0, lt=1)
+    """held_back, known_answers, canary: loss of quality (0 to 1) that does not count as worse."""
+    error_rate: float = Field(default=0.05, gt=0, lt=1)
+    """held_back, known_answers, canary: probability with which a gate that is not worse is taken for worse."""
+    min_effective_agents: float = Field(default=1.5, ge=1, allow_inf_nan=False)
+    """load: fewest agents in effect; where the current gate has hardly more, three quarters of what it has."""
+    known_answers: str | None = None
+    """File of probe inputs with who is right on them (JSON Lines; uses probe labels); None: no such guard."""
+    canary_share: float = Field(default=0.2, gt=0, le=0.5)
+    """canary: share of new queries that decides between two gates: the candidate's (canary), the former gate's (on)."""
+    canary_queries: int = Field(default=50, ge=1)
+    """canary: queries of that share after which a gate that was not found worse has passed."""
+    cooldown_s: float = Field(default=300.0, ge=0, allow_inf_nan=False)
+    """Seconds after a rollback in which no offer is taken."""
+
+    @field_validator("off", mode="before")
+    @classmethod
+    def _one_word(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+
 class RouterConfig(Node):
     """The central router."""
 
     state_uri: str | None = None
     """Where versions and state are kept (file://, s3://, gs://); None: a folder in dmoa's cache, for one machine."""
-    adaptation: Literal["off"] = "off"
-    """Learning while serving: off is the only value in this version."""
+    adaptation: Adaptation = "off"
+    """Learning while serving. observe: offered gates are judged, none is installed. canary: one that passes decides a share of
+    new queries, then all. on: it decides all but a share at once. Both: it goes where it does worse. See `guards`."""
+    guards: GuardsConfig = Field(default_factory=GuardsConfig)
     max_wait_ms: float = Field(default=0.0, ge=0, le=1000)
     """How long a decision may wait for others to share its batch."""
     probe_interval_s: float = Field(default=0.5, gt=0, le=60)
@@ -403,6 +441,19 @@ class RouterConfig(Node):
     @classmethod
     def _yaml_switch(cls, value: object) -> object:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _adaptation_is_judged(self) -> Self:
+        if self.adaptation != "off" and self.feedback == "off":
+            raise ValueError(
+                f"router.adaptation is {self.adaptation!r} and router.feedback 'off'; offers are judged by finished queries; set "
+                "feedback to 'on', or adaptation to 'off'"
+            )
+        if self.adaptation == "canary" and "canary" in self.guards.off:
+            raise ValueError(
+                "router.guards.off names 'canary' and router.adaptation is 'canary'; take it out, or set adaptation to 'on'"
+            )
+        return self
 
 
 class ServerConfig(Node):

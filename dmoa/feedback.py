@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -79,6 +80,11 @@ def query_part(input_X: FloatArray, preset: Preset) -> FloatArray:
     """Return the part of a first input that the query alone makes: its embedding [D]."""
     context_D = context_part(input_X, preset)
     return context_D if preset == "paper" else context_D[: len(context_D) // 2]
+
+
+def is_held_back(trace_id: str, share: float) -> bool:
+    """Tell whether a query is one of the share (`router.guards.held_back`) that gates are judged by and never learn from."""
+    return zlib.crc32(f"held back\0{trace_id}".encode()) < share * 2**32
 
 
 def feedback_of(query: Query, answer: Answer, *, key_hash: str, fingerprint: str, salt: bytes, created_unix_s: float) -> Feedback:

@@ -176,7 +176,10 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"limits": {"max_steps": 0}}, ("limits.max_steps is 0", "greater than or equal to 1")),
     ({"limits": {"deadline_s": float("inf")}}, ("limits.deadline_s is inf", "finite")),
     ({"limits": {1: 2}}, ("limits.1 is 1", "keys should be strings")),
-    ({"router": {"adaptation": "on"}}, ("router.adaptation is 'on'", "'off'")),
+    ({"router": {"adaptation": "sometimes"}}, ("router.adaptation is 'sometimes'", "'observe'")),
+    ({"router": {"adaptation": "on", "feedback": "off"}}, ("router.adaptation is 'on'", "set feedback to 'on'")),
+    ({"router": {"adaptation": "canary", "guards": {"off": "canary"}}}, ("router.guards.off names 'canary'", "to 'on'")),
+    ({"router": {"guards": {"off": ["finite"]}}}, ("router.guards.off.0 is 'finite'", "'drift'")),
     ({"server": {"port": 70000}}, ("server.port is 70000", "less than or equal to 65535")),
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dmoa.core.in_step import read_classes
 from dmoa.errors import ConfigError
-from dmoa.feedback import Feedback, feedback_of, read_feedback, tenant_of, write_feedback
+from dmoa.feedback import Feedback, feedback_of, is_held_back, read_feedback, tenant_of, write_feedback
 from dmoa.testing import decision
 from dmoa.types import AgentReply, Answer, EntropySum, Query, RouteRequest, StepRecord, SummarizerRecord, TokenUsage
 
@@ -136,3 +136,10 @@ def test_a_damaged_snapshot_is_an_error(place: int) -> None:
     whole = write_feedback([record_of(["19", "20"])])
     with pytest.raises(ConfigError, match="here: not a whole snapshot"):
         read_feedback(whole[: min(place, len(whole) - 1)], "here")
+
+
+def test_a_share_of_queries_is_held_back_whatever_else_is_known_of_them() -> None:
+    names = [f"{number:032x}" for number in range(4000)]
+    held = [name for name in names if is_held_back(name, 0.2)]
+    assert len(held) == pytest.approx(800, abs=80)  # three standard deviations are 76
+    assert set(held) < {name for name in names if is_held_back(name, 0.5)}

@@ -1,0 +1,238 @@
+"""Verdicts on an offered gate, from arrays alone: each guard says whether it passed, what it saw, its bound, and why in words.
+
+`serving/router` brings the arrays: routing of the current gate and the offered one on the same inputs, values of replayed
+queries, what canary queries came to. Sequential tests are tests by betting: evidence is the wealth of one who bets that the
+mean of bounded differences lies above a margin, and 1 / error_rate of it is a finding whenever it is looked at (Ville's
+inequality; Waudby-Smith and Ramdas 2023, "Estimating means of bounded random variables by betting"). That such a test may
+stop as soon as it knows is what TensorZero's adaptive experiments do with a generalised likelihood ratio (track and stop,
+Garivier and Kaufmann 2016); betting needs no model of the differences. The choice of signals and bounds is ours.
+
+Shape letters: R rows (inputs, queries), A agents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+BETS = (0.05, 0.15, 0.35, 0.65, 0.95)
+"""Shares of the largest stake; the evidence is the mean wealth of one player for each (method of mixtures)."""
+MIN_PROBABILITY = 1e-6
+"""Routing probabilities below it count as it: an agent that is never chosen costs at most 14 nats."""
+RISE = 3.0
+"""Standard errors by which an agent's sureness must rise, and its agreement fall, to be distrusted, ..."""
+MIN_REPLIES = 8
+"""... of at least so many replies before and after, in contexts that both have."""
+GAIN = 0.05
+"""Share of the load by which a gate may favour distrusted agents more than before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What one guard found."""
+
+    guard: str
+    passed: bool
+    value: float
+    bound: float
+    words: str
+    """One sentence."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values; numbers that JSON has no name for as null."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in asdict(self).items()
+        }
+
+
+class SequentialTest:
+    """Tests whether the mean of differences in [-1, 1] is at most a margin, looked at after every one of them.
+
+    While it is (given the past), the probability that evidence ever reaches 1 / error_rate is at most error_rate. With
+    `restarts` wealth below 1 is made good at every step, so that a change after a long quiet time is found as fast as one
+    at the start; then false findings come 1 / error_rate differences apart or more on average (e-detector: Shin, Ramdas and
+    Rinaldo 2023).
+    """
+
+    def __init__(
+        self, margin: float, error_rate: float, *, restarts: bool = False, log_wealth: Sequence[float] | None = None
+    ) -> None:
+        """`log_wealth`: of an earlier test that this one goes on with, one entry for each of `BETS`."""
+        self.margin = margin
+        self.threshold = 1.0 / error_rate
+        self._stakes = [bet / (1.0 + margin) for bet in BETS]
+        self._restarts = restarts
+        self.log_wealth = list(log_wealth or [0.0] * len(BETS))
+        """By bet, for another test to go on with."""
+
+    def update(self, difference: float) -> None:
+        """Take one difference; what lies outside [-1, 1] counts as its end. NaN says nothing."""
+        if math.isnan(difference):
+            return
+        gain = min(max(difference, -1.0), 1.0) - self.margin
+        before = [max(value, 0.0) for value in self.log_wealth] if self._restarts else self.log_wealth
+        self.log_wealth = [value + math.log1p(stake * gain) for value, stake in zip(before, self._stakes, strict=True)]
+
+    @property
+    def evidence(self) -> float:
+        """The mean wealth: 1 at first."""
+        return math.fsum(math.exp(min(value, 700.0)) for value in self.log_wealth) / len(BETS)
+
+    @property
+    def is_found(self) -> bool:
+        """Whether the mean is above the margin, by what came so far."""
+        return self.evidence >= self.threshold
+
+
+def finite(arrays: Mapping[str, npt.NDArray[Any]]) -> Verdict:
+    """Judge whether all weights are numbers."""
+    bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    words = f"{bad[0]} holds NaN or infinity" if bad else "all weights are finite"
+    return Verdict(guard="finite", passed=not bad, value=float(len(bad)), bound=0.0, words=words)
+
+
+def kl(new_RA: npt.ArrayLike, old_RA: npt.ArrayLike) -> Array:
+    """Return the Kullback-Leibler divergence KL(new || old) of every row [R], in nats."""
+    new, old = (np.maximum(np.asarray(rows, dtype=np.float64), MIN_PROBABILITY) for rows in (new_RA, old_RA))
+    new, old = new / new.sum(axis=1, keepdims=True), old / old.sum(axis=1, keepdims=True)
+    found_R: Array = (new * np.log(new / old)).sum(axis=1)
+    return found_R
+
+
+def drift(new_RA: npt.ArrayLike, old_RA: npt.ArrayLike, max_nats: float) -> Verdict:
+    """Judge how far the routing probabilities on the same inputs moved: mean KL(new || old)."""
+    divergence_R = kl(new_RA, old_RA) if len(np.asarray(new_RA)) else np.zeros(1)
+    value = float(divergence_R.mean())
+    words = f"routing moved by {value:.3g} nats on average, {max_nats:g} are allowed"
+    return Verdict(guard="drift", passed=value <= max_nats, value=value, bound=max_nats, words=words)
+
+
+def distance(new: Mapping[str, npt.NDArray[Any]], anchor: Mapping[str, npt.NDArray[Any]], max_share: float) -> Verdict:
+    """Judge how far the weights lie from the anchor's: L2 distance over the anchor's norm. Both have the same names."""
+    gap = math.sqrt(sum(float(((new[name].astype(np.float64) - anchor[name]) ** 2).sum()) for name in anchor))
+    norm = math.sqrt(sum(float((array.astype(np.float64) ** 2).sum()) for array in anchor.values()))
+    value = gap / norm if norm > 0 else math.inf if gap > 0 else 0.0
+    words = f"weights lie {value:.3g} of the anchor's norm from it, {max_share:g} is allowed"
+    return Verdict(guard="distance", passed=value <= max_share, value=value, bound=max_share, words=words)
+
+
+def not_worse(guard: str, loss_R: Iterable[float], *, margin: float, error_rate: float) -> Verdict:
+    """Judge paired differences, value of the current gate minus that of the offered one, each in [-1, 1], in an order by chance.
+
+    Refuses where the offered gate is worse by more than `margin` beyond reasonable doubt; a gate that is not is refused with
+    probability `error_rate` at most. Few rows find gross losses only: `detectable` says which.
+    """
+    test, total, count, lead = SequentialTest(margin, error_rate), 0.0, 0, 1.0
+    for loss in loss_R:
+        if math.isnan(loss):
+            continue
+        test.update(loss)
+        total, count, lead = total + loss, count + 1, max(lead, test.evidence)
+    mean = total / count if count else 0.0
+    seen = f"evidence that it is worse by more than {margin:g} is {lead:.3g} of {test.threshold:g}"
+    blind = f"a loss below {margin + detectable(count, error_rate):.2g} need not show"
+    words = f"quality on {count} queries {-mean:+.3f}; {seen}; {blind}"
+    return Verdict(guard=guard, passed=lead < test.threshold, value=lead, bound=test.threshold, words=words)
+
+
+def detectable(count: int, error_rate: float) -> float:
+    """Return about the smallest mean loss beyond the margin that so many differences find, as far as they differ (Hoeffding)."""
+    return min(1.0, math.sqrt(2.0 * math.log(len(BETS) / error_rate) / count)) if count else 1.0
+
+
+def effective_agents(load_RA: npt.ArrayLike) -> float:
+    """Return how many agents share the load in effect: exp of the entropy of their mean shares; 0 without rows."""
+    load = np.asarray(load_RA, dtype=np.float64)
+    if not len(load):
+        return 0.0
+    share_A = load.mean(axis=0)
+    share_A = share_A[share_A > 0] / share_A.sum()
+    return float(np.exp(-(share_A * np.log(share_A)).sum()))
+
+
+def load(new_RA: npt.ArrayLike, old_RA: npt.ArrayLike, floor: float) -> Verdict:
+    """Judge whether the load [R, A] collapses onto few agents; where it has already, whether it does so further."""
+    value, before = effective_agents(new_RA), effective_agents(old_RA)
+    bound = min(floor, 0.75 * before)
+    words = f"{value:.3g} agents share the load in effect, before {before:.3g}; at least {bound:.3g} are wanted"
+    return Verdict(guard="load", passed=value >= bound, value=value, bound=bound, words=words)
+
+
+def distrusted(sureness_RA: Array, agreement_RA: Array, context_R: IntArray) -> BoolArray:
+    """Return which agents [A] became surer while fewer agreed with them: the later half of their replies against the earlier.
+
+    Rows are in order of time; NaN where an agent did not reply. `sureness_RA`: minus the score, `agreement_RA`: the share of
+    the other replies that gave the same answer. Both are compared within a context (a group of similar queries), because a
+    change of traffic moves both by itself. Source: ours.
+    """
+    found = [
+        _rise(sureness_R, agreement_R, context_R) >= RISE and _rise(-agreement_R, sureness_R, context_R) >= RISE
+        for sureness_R, agreement_R in zip(sureness_RA.T, agreement_RA.T, strict=True)
+    ]
+    return np.array(found, dtype=np.bool_)
+
+
+def _rise(value_R: Array, other_R: Array, context_R: IntArray) -> float:
+    """Return the rise of the later half over the earlier within contexts, in standard errors; rows with both values count."""
+    known = np.isfinite(value_R) & np.isfinite(other_R)
+    is_late_R = np.zeros(len(value_R), dtype=np.bool_)
+    is_late_R[np.flatnonzero(known)[known.sum() // 2 :]] = True
+    rise, variance, before, after = 0.0, 0.0, 0, 0
+    for context in np.unique(context_R[known]):
+        rows = known & (context_R == context)
+        early, late = value_R[rows & ~is_late_R], value_R[rows & is_late_R]
+        if len(early) < 2 or len(late) < 2:
+            continue
+        weight = len(early) * len(late) / (len(early) + len(late))
+        rise += weight * (late.mean() - early.mean())
+        variance += weight**2 * (early.var(ddof=1) / len(early) + late.var(ddof=1) / len(late))
+        before, after = before + len(early), after + len(late)
+    if min(before, after) < MIN_REPLIES or rise <= 0:
+        return 0.0
+    return float(rise / math.sqrt(variance)) if variance > 0 else math.inf
+
+
+def disagreement(new_RA: npt.ArrayLike, old_RA: npt.ArrayLike, distrusted_A: BoolArray, agents: Sequence[str]) -> Verdict:
+    """Judge whether the load [R, A] moves to agents that are distrusted."""
+    new, old = np.asarray(new_RA, dtype=np.float64), np.asarray(old_RA, dtype=np.float64)
+    gain = float((new - old).mean(axis=0)[distrusted_A].sum()) if len(new) and distrusted_A.any() else 0.0
+    names = ", ".join(name for name, bad in zip(agents, distrusted_A, strict=True) if bad)
+    words = f"{names} became surer while fewer agreed; their load changes by {gain:+.3f}" if names else "no agent is distrusted"
+    return Verdict(guard="disagreement", passed=gain <= GAIN, value=gain, bound=GAIN, words=words)
+
+
+class ArmComparison:
+    """Compares two arms of a stream in which chance sends every query to one of them: each arm's newest against the other's.
+
+    A difference is made as soon as both arms have something new: the mean of what the suspect gave since the last
+    difference, minus that of the control; a value that is not known (NaN) is left out.
+    """
+
+    def __init__(self, test: SequentialTest) -> None:
+        self.test = test
+        self.pairs = 0
+        self.mean = 0.0
+        """Of the differences."""
+        self._new: tuple[list[float], list[float]] = ([], [])
+
+    def add(self, value: float, *, is_suspect: bool) -> None:
+        """Take what one query came to; higher is worse."""
+        if math.isnan(value):
+            return
+        self._new[is_suspect].append(value)
+        control, suspect = self._new
+        if control and suspect:
+            difference = math.fsum(suspect) / len(suspect) - math.fsum(control) / len(control)
+            self.test.update(difference)
+            self.pairs += 1
+            self.mean += (difference - self.mean) / self.pairs
+            self._new = ([], [])
