@@ -99,6 +99,12 @@ POLICIES: Registry[PolicyEntry] = Registry(
         "knn_router": "dmoa.policies.routers:KnnRouter",
         "linear_router": "dmoa.policies.routers:LinearRouter",
         "kmeans": "dmoa.policies.routers:KmeansRouter",
+        "mcts": "dmoa.policies.mcts:MctsPolicy",
+        "capacity_aware": "dmoa.policies.rosters:CapacityPolicy",
+        "knapsack": "dmoa.policies.rosters:KnapsackPolicy",
+        "free_agency": "dmoa.policies.rosters:FreeAgencyPolicy",
+        "gptswarm": "dmoa.policies.learned_graphs:GptswarmPolicy",
+        "g_designer": "dmoa.policies.learned_graphs:GDesignerPolicy",
     },
 )
 
@@ -119,10 +125,13 @@ def width_of(policy: str, config: Config) -> int:
 def check_words(entry: PolicyEntry, words: str | None, config: Config) -> PolicyOptions | None:
     """Return the parameters of a policy, None where it has none.
 
-    Raises RequestError for parameters that cannot be, and where agents with recorded replies would be asked more than the query,
-    once.
+    Raises RequestError for parameters that cannot be, of the policy itself or one that it wraps, and where agents with recorded
+    replies would be asked more than the query, once.
     """
     options = entry.options_of(words, config) if entry.options else None
+    wrapped = getattr(options, "inner", None)
+    if isinstance(wrapped, str) and wrapped in POLICIES:
+        check_words(POLICIES[wrapped], None, config)
     if entry.first_step_only is not False:
         return options
     asked = options.named if options else config.agent_names

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -164,27 +164,38 @@ class Predictor(Protocol):
         ...
 
 
-_FITTED: WeakKeyDictionary[Encoder, dict[tuple[object, ...], Predictor]] = WeakKeyDictionary()
+Fitted = TypeVar("Fitted")
+_FITTED: WeakKeyDictionary[Encoder, dict[tuple[object, ...], Any]] = WeakKeyDictionary()
+
+
+async def fitted_to_labels(context: PolicyContext, name: str, fit: Callable[[FloatArray, FloatArray], Fitted]) -> Fitted:
+    """Return what `fit` makes of the embeddings [Q, D] and rewards [Q, A] of a policy's file, NaN where there is none.
+
+    It is fitted when it is asked for first, and kept as long as the encoder is.
+    """
+    options, encoder = context.options, context.encoder
+    changed_ns, rows = judged_of(options.data)
+    known = _FITTED.setdefault(encoder, {})
+    key = (name, options, changed_ns)
+    if key not in known:
+        queries = list(dict.fromkeys(row.query for row in rows))
+        place = {query: i for i, query in enumerate(queries)}
+        reward_QA = np.full((len(queries), len(options.agents)), np.nan, np.float32)
+        for row in rows:
+            if row.agent in options.agents:
+                reward_QA[place[row.query], options.agents.index(row.agent)] = row.reward
+        known[key] = fit(np.stack(await encoder.embed(queries)), reward_QA)
+    found: Fitted = known[key]
+    return found
 
 
 class _Learnt(_Ranked):
-    """A router that is fitted to embeddings and rewards when it is asked first, and kept as long as the encoder is."""
+    """A router that is fitted to embeddings and rewards."""
 
     async def _scores(self, state: QueryState) -> Sequence[float]:
-        options, encoder = self._context.options, self._context.encoder
-        changed_ns, rows = judged_of(options.data)
-        known = _FITTED.setdefault(encoder, {})
-        key = (self.name, options, changed_ns)
-        if key not in known:
-            queries = list(dict.fromkeys(row.query for row in rows))
-            place = {query: i for i, query in enumerate(queries)}
-            reward_QA = np.full((len(queries), len(self._agents)), np.nan, np.float32)
-            for row in rows:
-                if row.agent in self._agents:
-                    reward_QA[place[row.query], self._agents.index(row.agent)] = row.reward
-            known[key] = self._fit(np.stack(await encoder.embed(queries)), reward_QA)
-        (query_D,) = await encoder.embed([state.query.text])
-        return known[key](query_D)
+        predict = await fitted_to_labels(self._context, self.name, self._fit)
+        (query_D,) = await self._context.encoder.embed([state.query.text])
+        return predict(query_D)
 
     @abstractmethod
     def _fit(self, query_QD: FloatArray, reward_QA: FloatArray) -> Predictor:

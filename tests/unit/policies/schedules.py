@@ -96,6 +96,8 @@ def cost_of(policy: str) -> tuple[int, int]:
     assert entry.options is not None
     options = entry.options_of(words, scripted_pool(POOL))
     names: dict[str, Any] = {**options.model_dump(), "A": len(options.agents), "ceil": math.ceil, "min": min, "max": max}
+    if "inner" in names:
+        names["inner"], names["inner_reads"] = cost_of(names["inner"])
     calls, reads = (eval(text.removesuffix(" at most"), {"__builtins__": {}}, names) for text in (entry.cost, entry.reads))
     return calls, reads
 

@@ -68,12 +68,15 @@ limits: {{max_steps: 1}}
     )
     asked = replace(context(), config=config)
     for name in POLICIES.builtin:
+        options = POLICIES[name].options
+        named = replace(asked, agent="data=x" if options and "data" in options.model_fields else None)
         if POLICIES[name].first_step_only:
-            options = POLICIES[name].options
-            assert build_policy(name, replace(asked, agent="data=x" if options and "data" in options.model_fields else None))
+            assert build_policy(name, named)
         else:
             with pytest.raises(RequestError, match=f"^policy: '{name}' asks agents more than the query alone"):
-                build_policy(name, asked)
+                build_policy(name, named)
+    with pytest.raises(RequestError, match="^policy: 'star' asks agents more than the query alone"):
+        build_policy("knapsack", replace(asked, agent="inner=star"))
 
 
 def test_an_unknown_policy_is_refused() -> None:

@@ -1,0 +1,133 @@
+"""Monte Carlo tree search over answers: an agent answers or mends an answer, another rates it, and good branches grow.
+
+Source: after the MCTS of Patched MOA (arXiv 2407.18521), small: nodes are answers instead of conversations, one rating stands for
+a rollout, and the rule of choice is UCT (Kocsis and Szepesvari 2006). The words of the instructions are ours.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
+
+from dmoa.policies.graphs import IMPROVE
+from dmoa.policies.options import Count, PolicyOptions, Temperature, ask, others, texts
+from dmoa.policies.registry import PolicyContext, policy
+from dmoa.types import Activation, QueryState, StepPlan, StepRecord, Stop
+
+RATE = (
+    "Do not answer it yourself. The last work above is an answer to the question. Reply with one number, from 0 if it is wrong "
+    "to 10 if it is certainly right."
+)
+FINISH = "The work above is the best answer that was found. Write the answer, complete and on its own."
+_UNRATED = 0.5
+
+
+@dataclass(slots=True)
+class Node:
+    """One answer of the tree; the root holds none."""
+
+    text: str = ""
+    rating: float = 0.0
+    parent: Node | None = None
+    children: list[Node] = field(default_factory=list)
+    visits: int = 0
+    worth: float = 0.0
+    """Sum of the ratings of this answer and of those below it."""
+
+
+class MctsOptions(PolicyOptions):
+    """Parameters of `mcts`; the agents answer in turn."""
+
+    simulations: Count = 4
+    """Answers that are tried."""
+    children: Count = 2
+    """Most answers that follow from one."""
+    exploration: Annotated[float, Field(ge=0.0, le=100.0)] = 1.4
+    """Weight of what was seldom tried."""
+    temperature: Temperature = 0.7
+    """Of the answers."""
+    rater: str | None = None
+    """Who rates the answers and writes the last one; None: the first of `agents`."""
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The agents that answer, and the rater."""
+        return (*self.agents, *([self.rater] if self.rater else ()))
+
+    @property
+    def width(self) -> int:
+        """One agent is asked at a time."""
+        return 1
+
+
+@policy(
+    "mcts",
+    "Answers grow as a tree: one is tried, one rates it, the best branch is mended (after Patched MOA, arXiv 2407.18521).",
+    options=MctsOptions,
+    cost="2 * simulations + 1",
+    reads="2 * simulations + 1 - min(children, simulations)",
+    first_step_only=False,
+)
+class MctsPolicy:
+    """Steps in turns: an answer, then its rating; the answer rated best is written out at last."""
+
+    name = "mcts"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: MctsOptions = context.options
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask for an answer, for its rating, or for the last word."""
+        options, done = self._options, len(state.steps)
+        agents, rater = options.agents, options.rater or options.agents[0]
+        if done > 2 * options.simulations:
+            return Stop(reason="schedule")
+        if done % 2:
+            history = texts(state.steps[-1])
+            return StepPlan(activations=ask([rater], instruction=RATE, history=history), fold="keep")
+        root, nodes = self._tree(state.steps)
+        number = done // 2
+        if number == options.simulations:
+            best = max(nodes, key=lambda node: node.rating)
+            last = ask([rater], instruction=FINISH, history=(best.text,))
+            stand_ins = others(agents, rater, instruction=FINISH, history=(best.text,))
+            return StepPlan(activations=last, reserves=stand_ins, fold="pass", ends_with="schedule")
+        leaf = self._leaf(root)
+        task, seen = (IMPROVE, (leaf.text,)) if leaf.text else ("", ())
+        agent = agents[number % len(agents)]
+        asked = Activation(agent=agent, instruction=task, history=seen, temperature=options.temperature, sample=number)
+        stand_ins = others(agents, agent, instruction=task, history=seen, temperature=options.temperature)
+        return StepPlan(activations=(asked,), reserves=stand_ins, fold="pass")
+
+    def _tree(self, steps: tuple[StepRecord, ...]) -> tuple[Node, list[Node]]:
+        """Return the root and all answers so far: the search goes the same ways again, as the replies led it."""
+        root, nodes = Node(), list[Node]()
+        for tried, rated in zip(steps[::2], steps[1::2], strict=False):
+            parent, said = self._leaf(root), texts(tried)
+            node = Node(text=said[0] if said else "", rating=rating_of(" ".join(texts(rated))), parent=parent)
+            parent.children.append(node)
+            nodes.append(node)
+            above: Node | None = node
+            while above is not None:
+                above.visits += 1
+                above.worth += node.rating
+                above = above.parent
+        return root, nodes
+
+    def _leaf(self, node: Node) -> Node:
+        """Return the node that grows next: from the root down the best child by UCT, until one has room for another."""
+        while len(node.children) >= self._options.children:
+            weight, tries = self._options.exploration, math.log(node.visits)
+            node = max(node.children, key=lambda child: child.worth / child.visits + weight * math.sqrt(tries / child.visits))
+        return node
+
+
+def rating_of(words: str) -> float:
+    """Return the rating that a text names first, 0..1; the middle where it names none from 0 to 10."""
+    found = re.search(r"(?<![\d.])\d{1,2}(?:\.\d+)?(?![\d.]*\d)", words)
+    value = float(found[0]) if found else math.inf
+    return value / 10 if value <= 10 else _UNRATED

@@ -1,0 +1,312 @@
+"""Policies about who is in the pool: agents that are busy yield, a budget chooses a sub-pool, and who keeps failing is replaced.
+
+`capacity_aware` and `knapsack` wrap another policy, which `inner` names and which runs with its defaults. What happened before is
+kept in this process, apart for each set of parameters; a restart forgets it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from pydantic import Field
+
+from dmoa.core.aggregate import answer_key
+from dmoa.errors import RequestError
+from dmoa.policies.dmoa import build_dmoa
+from dmoa.policies.options import Count, PolicyOptions, ask
+from dmoa.policies.registry import POLICIES, PolicyContext, policy
+from dmoa.policies.routers import judged_of
+from dmoa.protocols import Encoder, Policy
+from dmoa.types import Activation, QueryState, StepPlan, Stop
+from dmoa.validation import did_you_mean
+
+_MOST_SEARCHED = 16
+"""Agents of which every choice is tried."""
+_KEPT: WeakKeyDictionary[Encoder, dict[tuple[str, PolicyOptions], Any]] = WeakKeyDictionary()
+"""What happened before, by swarm, policy and parameters."""
+
+Kept = TypeVar("Kept")
+
+
+def _kept(context: PolicyContext, name: str, new: Kept) -> Kept:
+    found: Kept = _KEPT.setdefault(context.encoder, {}).setdefault((name, context.options), new)
+    return found
+
+
+def inner_policy(context: PolicyContext, outer: str, name: str, agents: tuple[str, ...] | None = None) -> Policy:
+    """Return another policy with its defaults, over some agents where they are given. Raises RequestError where it cannot be."""
+    if name not in POLICIES:
+        known = f"{name!r} is not known; expected one of {', '.join(POLICIES)}{did_you_mean(name, POLICIES)}"
+        raise RequestError(f"policy: {outer}: inner: {known}")
+    entry = POLICIES[name]
+    if entry.options is None and agents is not None and agents != context.config.agent_names:
+        raise RequestError(
+            f"policy: {outer}: inner: {name!r} asks the whole pool; name a policy with `agents`, such as majority_k"
+        )
+    words = f"agents={'+'.join(agents or context.config.agent_names)}"
+    options = entry.options_of(words, context.config) if entry.options else None
+    return entry.build(replace(context, agent=None, options=options))
+
+
+class CapacityOptions(PolicyOptions):
+    """Parameters of `capacity_aware`."""
+
+    inner: str = "dmoa"
+    """The policy that ranks the agents."""
+    factor: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.25
+    """How much more than an even share of the window an agent may take."""
+    window: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Calls, the newest ones of this process, that shares are counted over."""
+
+    @property
+    def capacity(self) -> int:
+        """Calls of the window that one agent may take."""
+        return max(1, math.ceil(self.factor * self.window / len(self.agents)))
+
+
+@policy(
+    "capacity_aware",
+    "Another policy whose overflow goes to the next-ranked agent, past each one's capacity (after GShard, arXiv 2006.16668).",
+    options=CapacityOptions,
+    cost="inner",
+    reads="inner_reads",
+    first_step_only=True,
+)
+class CapacityPolicy:
+    """The capacity factor of mixtures of experts, over the newest calls instead of a batch (ours).
+
+    An agent that is full yields to the first reserve with room; where none has room, it is asked all the same.
+    """
+
+    name = "capacity_aware"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._options: CapacityOptions = context.options
+        self._inner = inner_policy(context, self.name, self._options.inner)
+        self._newest: deque[str] = _kept(context, self.name, deque(maxlen=self._options.window))
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Return the inner policy's plan, with agents in place of those that are full."""
+        plan = await self._inner.next_step(state)
+        if isinstance(plan, Stop):
+            return plan
+        taken, asked, reserves = Counter(self._newest), list[Activation](), list(plan.reserves)
+        for activation in plan.activations:
+            chosen = activation
+            if taken[activation.agent] >= self._options.capacity:
+                known = {x.agent for x in (*plan.activations, *asked)}
+                has_room = (x for x in reserves if taken[x.agent] < self._options.capacity and x.agent not in known)
+                chosen = next(has_room, activation)
+            if chosen is not activation:
+                reserves.remove(chosen)
+                reserves.append(activation)
+            asked.append(chosen)
+            taken[chosen.agent] += 1
+        self._newest.extend(x.agent for x in asked)
+        mass = plan.mass if plan.decision is None else sum(x.probability for x in asked)
+        return replace(plan, activations=tuple(asked), reserves=tuple(reserves), mass=mass)
+
+
+class KnapsackOptions(PolicyOptions):
+    """Parameters of `knapsack`."""
+
+    inner: str = "majority_k"
+    """The policy that runs over the chosen agents."""
+    gpus: Annotated[float, Field(ge=0.0)] | None = None
+    """GPUs that the chosen agents' models may take together; a model counts once, however many agents share it."""
+    price: Annotated[float, Field(ge=0.0)] | None = None
+    """What a million prompt and a million completion tokens of every chosen agent may cost together."""
+    rewards: str | None = None
+    """File of judged replies, as routers read, whose mean rewards are what agents are worth; None: the gate's probabilities."""
+
+
+@policy(
+    "knapsack",
+    "Another policy over the sub-pool that is worth most within a budget of GPUs or price (0/1 knapsack); labels: optional.",
+    options=KnapsackOptions,
+    cost="inner at most",
+    reads="inner_reads at most",
+    first_step_only=True,
+)
+class KnapsackPolicy:
+    """Chooses for every query, by what the gate thinks of the agents, or once, by labels. Source: ours."""
+
+    name = "knapsack"
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._context = context
+        self._options: KnapsackOptions = context.options
+        self._gate = build_dmoa(replace(context, agent=None, options=None))
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Choose the agents, as at the query's first step, and ask the inner policy."""
+        options = self._options
+        worth = await self._worth(state)
+        chosen = self._chosen([worth[name] for name in options.agents])
+        inner = inner_policy(self._context, self.name, options.inner, tuple(options.agents[a] for a in chosen))
+        return await inner.next_step(state)
+
+    async def _worth(self, state: QueryState) -> dict[str, float]:
+        if self._options.rewards is not None:
+            rows = judged_of(self._options.rewards)[1]
+            of_agent = {name: [row.reward for row in rows if row.agent == name] for name in self._options.agents}
+            return {name: (sum(found) + 0.5) / (len(found) + 1) for name, found in of_agent.items()}
+        plan = await self._gate.next_step(replace(state, steps=()))
+        assert isinstance(plan, StepPlan)
+        return {x.agent: x.probability for x in (*plan.activations, *plan.reserves)} | dict.fromkeys(
+            plan.decision.masked if plan.decision else (), 0.0
+        )
+
+    def _chosen(self, worth: Sequence[float]) -> list[int]:
+        options, config = self._options, self._context.config
+        model_of = {agent.name: agent.llm for agent in config.agents}
+        models = [model_of[name] for name in options.agents]
+        prices = [config.llms[model].price for model in models]
+        unknown = [model for model, price in zip(models, prices, strict=True) if price is None]
+        if options.price is not None and unknown:
+            raise RequestError(f"policy: knapsack: price: llms.{unknown[0]}.price is not set; set it, or give a budget of gpus")
+        found = best_subset(
+            worth,
+            price_A=[0.0 if price is None else price.prompt_per_1m + price.completion_per_1m for price in prices],
+            model_A=models,
+            gpus={model: config.llms[model].gpus for model in models},
+            most_price=options.price,
+            most_gpus=options.gpus,
+        )
+        if not found:
+            raise RequestError("policy: knapsack: no agent fits the budget; raise gpus or price")
+        return found
+
+
+def best_subset(
+    worth_A: Sequence[float],
+    *,
+    price_A: Sequence[float],
+    model_A: Sequence[str],
+    gpus: dict[str, float],
+    most_price: float | None,
+    most_gpus: float | None,
+) -> list[int]:
+    """Return the agents that are worth most together within the budgets, in order; of equal choices the cheaper one.
+
+    Every subset is tried, of the `_MOST_SEARCHED` agents worth most.
+    """
+    tried = sorted(sorted(range(len(worth_A)), key=lambda a: -worth_A[a])[:_MOST_SEARCHED])
+    bits_SA = (np.arange(1, 2 ** len(tried))[:, None] >> np.arange(len(tried))) & 1
+    price_S = bits_SA @ np.array([price_A[a] for a in tried])
+    gpus_S = sum(
+        (count * (bits_SA @ np.array([model_A[a] == model for a in tried]) > 0) for model, count in gpus.items()),
+        np.zeros(len(bits_SA)),
+    )
+    fits_S = np.ones(len(bits_SA), dtype=bool)
+    for spent_S, most in ((price_S, most_price), (gpus_S, most_gpus)):
+        if most is not None:
+            fits_S &= spent_S <= most + 1e-9
+    if not fits_S.any():
+        return []
+    worth_S = np.where(fits_S, (bits_SA @ np.array([worth_A[a] for a in tried])).round(12), -np.inf)
+    best = min(np.flatnonzero(worth_S == worth_S.max()), key=lambda s: (price_S[s], gpus_S[s]))
+    return [a for a, bit in zip(tried, bits_SA[best], strict=True) if bit]
+
+
+class FreeAgencyOptions(PolicyOptions):
+    """Parameters of `free_agency`: the first of `agents` are the roster, the others free agents."""
+
+    roster: Count = 3
+    """Agents that answer."""
+    window: Annotated[int, Field(ge=1, le=10_000)] = 20
+    """Queries that an agent is judged by."""
+    least: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Share of queries on which an agent must agree with the vote, or else it goes on probation."""
+
+    @property
+    def width(self) -> int:
+        """The roster, and a shadow of each."""
+        return min(2 * self.roster, len(self.agents))
+
+
+@dataclass(slots=True)
+class Contract:
+    """A place of the roster."""
+
+    agent: str
+    agreed: list[bool] = field(default_factory=list)
+    """Of its newest queries, whether it agreed with the vote."""
+    shadow: str | None = None
+    """The free agent that is tried beside it while it is on probation."""
+    shadow_agreed: list[bool] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Roster:
+    """Who plays, and who is free, the next one first."""
+
+    places: list[Contract]
+    free: deque[str]
+
+
+@policy(
+    "free_agency",
+    "A roster votes; who keeps disagreeing is on probation, shadowed by a free agent and replaced (RLFA, arXiv 2501.17903).",
+    options=FreeAgencyOptions,
+    cost="min(2 * roster, A) at most",
+    reads="0",
+    first_step_only=True,
+)
+class FreeAgencyPolicy:
+    """The paper rewards agents by their task's measure; here the reward is agreement with the roster's vote, without labels.
+
+    A shadow is asked and never folded, so a query's answer is the roster's. After a window of queries the better of the two
+    stays; the other is free.
+    """
+
+    name = "free_agency"
+
+    def __init__(self, context: PolicyContext) -> None:
+        options = self._options = context.options
+        places = [Contract(name) for name in options.agents[: options.roster]]
+        self._roster = _kept(context, self.name, Roster(places, deque(options.agents[options.roster :])))
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Ask the roster and its shadows; after their replies, note who agreed."""
+        if state.steps:
+            self._note(state)
+            return Stop(reason="schedule")
+        shadows = [place.shadow for place in self._roster.places if place.shadow is not None]
+        stand_ins = [name for name in self._roster.free if name not in shadows]
+        return StepPlan(
+            activations=ask(place.agent for place in self._roster.places),
+            reserves=ask(stand_ins),
+            explored=ask(shadows),
+            fold="vote",
+        )
+
+    def _note(self, state: QueryState) -> None:
+        step = state.steps[0]
+        vote = answer_key(step.summary, state.query.text)
+        agreed = {reply.agent: answer_key(reply.text, state.query.text) == vote for reply in step.replies if reply.status == "ok"}
+        for place in self._roster.places:
+            if place.agent not in agreed or (place.shadow is not None and place.shadow not in agreed):
+                continue
+            place.agreed.append(agreed[place.agent])
+            if place.shadow is not None:
+                place.shadow_agreed.append(agreed[place.shadow])
+            if len(place.agreed) >= self._options.window:
+                self._judge(place)
+
+    def _judge(self, place: Contract) -> None:
+        """Begin or end a probation, after a window of queries."""
+        if place.shadow is not None:
+            out = place.agent if sum(place.shadow_agreed) > sum(place.agreed) else place.shadow
+            place.agent = place.shadow if out == place.agent else place.agent
+            self._roster.free.append(out)
+            place.shadow = None
+        elif sum(place.agreed) < self._options.least * len(place.agreed) and self._roster.free:
+            place.shadow = self._roster.free.popleft()
+        place.agreed, place.shadow_agreed = [], []
