@@ -75,7 +75,7 @@ limits: {{max_steps: 1}}
         else:
             with pytest.raises(RequestError, match=f"^policy: '{name}' asks agents more than the query alone"):
                 build_policy(name, named)
-    with pytest.raises(RequestError, match="^policy: 'star' asks agents more than the query alone"):
+    with pytest.raises(RequestError, match=r"^policy: 'star' asks agents more than the query alone"):
         build_policy("knapsack", replace(asked, agent="inner=star"))
 
 
