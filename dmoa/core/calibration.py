@@ -21,6 +21,9 @@ from dmoa.types import FloatArray
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """What `core/calibration` tries where no alpha is given."""
+ONE_FIRST = 1.0
+"""Level of tau at which a step begins with one agent, however even the gate's probabilities are; tried beside several alphas."""
+_TAU_OF_ONE = 1e-6
 
 MAX_REGRET = 3.0
 """A winner whose entropy is twenty times that of the surest agent, or that was cut off, is as bad as it gets."""
@@ -48,6 +51,16 @@ def fit_mass_left(probability_RA: Numbers, score_RA: Array, alpha: float) -> flo
     left_R = np.take_along_axis(left_RA, place_R1, axis=1)[:, 0]
     rank = _conformal_rank(len(left_R), alpha, "tau")
     return 0.0 if rank > len(left_R) else float(np.sort(left_R)[-rank])
+
+
+def tau_levels(alphas: Sequence[float]) -> tuple[float, ...]:
+    """Return the levels of tau to choose from: where there is a choice, `ONE_FIRST` is one of them."""
+    return (*alphas, *((ONE_FIRST,) if len(alphas) > 1 else ()))
+
+
+def fit_level(probability_RA: Numbers, score_RA: Array, level: float) -> float:
+    """Return 1 - tau of a level: that of `fit_mass_left`, or nearly all of the probability for `ONE_FIRST`."""
+    return 1.0 - _TAU_OF_ONE if level == ONE_FIRST else fit_mass_left(probability_RA, score_RA, level)
 
 
 def fit_theta(score_RA: Array, alpha: float) -> float:
@@ -104,6 +117,8 @@ def fit_operating_point(
 ) -> OperatingPoint:
     """Return the pair of alphas with the smallest regret + price x agents; of equally good ones the most cautious.
 
+    Where there are several alphas, to begin with one agent is tried too: an alpha of .9 still asks more on a tenth of the rows.
+
     `score_RA` ranks all replies, NaN where an agent gave none; `finished_RA` has NaN for those that were cut off too, and
     theta is fitted on it; None: no theta. Rows without any score are left out. Raises ConfigError as `fit_mass_left` does.
     Source: ours (conformal quantiles; the price is a Lagrange multiplier on compute).
@@ -115,8 +130,8 @@ def fit_operating_point(
     ranked_RA = np.take_along_axis(np.where(np.isfinite(score_RA), score_RA, np.inf), ranking_RA, axis=1)
     best_RA = np.minimum.accumulate(ranked_RA, axis=1)
     found = []
-    for alpha, theta_alpha in product(alphas, theta_alphas if finished_RA is not None else (None,)):
-        left = fit_mass_left(p_RA, score_RA, alpha)
+    for alpha, theta_alpha in product(tau_levels(alphas), theta_alphas if finished_RA is not None else (None,)):
+        left = fit_level(p_RA, score_RA, alpha)
         theta = None if finished_RA is None or theta_alpha is None else fit_theta(finished_RA, theta_alpha)
         k_R = _asked(spec, logits_RA, best_RA, left, theta)
         regret_R = np.minimum(best_RA[np.arange(len(k_R)), k_R - 1] - best_RA[:, -1], MAX_REGRET)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dmoa.core.activation import IntArray, activate, probabilities
-from dmoa.core.calibration import OperatingPoint, fit_mass_left, fit_theta
+from dmoa.core.calibration import OperatingPoint, fit_level, fit_theta, tau_levels
 from dmoa.core.gate import GateSpec
 from dmoa.core.in_step import context_part
 from dmoa.core.label_model import MIN_ROWS, LabelModel, fit_label_model
@@ -29,9 +29,6 @@ from dmoa.types import FloatArray
 THETA_ALPHA = 0.1
 """Share of the held-back queries that may go on to another step, where nothing else is asked for."""
 _MOST_NAMED = 2
-_ONE_FIRST = 1.0
-"""Level of tau at which a step begins with one agent, however even the gate's probabilities are: it may go on anyway."""
-_TAU_OF_ONE = 1e-6
 _CREDITS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Log odds of being right that the gate is credited with for each nat by which it prefers an agent."""
 _SHARES = (1.0, 0.5, 0.0)
@@ -189,8 +186,8 @@ def fit_judged_point(
     limit = min(spec.max_agents, logits_RA.shape[1])
     best_R = np.nanmax(right_RA, axis=1)
     found: list[tuple[OperatingPoint, Asked]] = []
-    for alpha in (*alphas, *((_ONE_FIRST,) if len(alphas) > 1 else ())):
-        left = 1.0 - _TAU_OF_ONE if alpha == _ONE_FIRST else fit_mass_left(p_RA, posterior_scores(right_RA), alpha)
+    for alpha in tau_levels(alphas):
+        left = fit_level(p_RA, posterior_scores(right_RA), alpha)
         k_R = _active(spec, logits_RA, left, limit)
         asked = ask_in_turn(
             model, witnesses, right_RA, ranking_RA, k_R, limit=limit if spec.cascade else int(k_R.max()), price=spec.agent_price

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmoa.core.calibration import ALPHAS, MAX_REGRET, OperatingPoint, fit_mass_left, fit_operating_point, fit_theta
+from dmoa.core.calibration import ALPHAS, MAX_REGRET, ONE_FIRST, OperatingPoint, fit_mass_left, fit_operating_point, fit_theta
 from dmoa.core.gate import GateSpec
 from dmoa.errors import ConfigError
 
@@ -75,15 +75,27 @@ def test_the_cheapest_pair_against_a_replay_row_by_row(seed: int, max_agents: in
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(axis=1, keepdims=True)
     costs = {}
-    for alpha in ALPHAS:
+    for alpha in (*ALPHAS, ONE_FIRST):
         for theta_alpha in ALPHAS:
-            tau, theta = 1 - fit_mass_left(p.astype(np.float32), score, alpha), fit_theta(finished, theta_alpha)
+            tau = 0.0 if alpha == ONE_FIRST else 1 - fit_mass_left(p.astype(np.float32), score, alpha)
+            theta = fit_theta(finished, theta_alpha)
             agents, regret = slowly(spec, p, score, tau, theta)
             costs[alpha, theta_alpha] = regret + price * agents
     found = fit_operating_point(spec, logits, score, finished, price=price)
     assert found.theta_alpha is not None
     assert found.regret + price * found.agents == pytest.approx(min(costs.values()))
     assert costs[found.alpha, found.theta_alpha] == pytest.approx(min(costs.values()))
+
+
+def test_a_gate_whose_first_choice_is_always_the_surest_asks_one_agent_whatever_its_probabilities() -> None:
+    """By the lowest quantile, of alpha = .9, the two least certain of fifteen rows would ask more."""
+    even = [[0.6 - 0.01 * row, 0.25, 0.15 + 0.01 * row] for row in range(15)]
+    logits, score = logits_of(*even), np.asarray([[-3.0, 0.0, 0.0]] * 15)
+    found = fit_operating_point(spec_of(3, cascade=False), logits, score, None, price=0.1)
+    assert (found.alpha, found.agents, found.regret) == (ONE_FIRST, 1.0, 0.0)
+    given = fit_operating_point(spec_of(3, cascade=False), logits, score, None, alphas=(0.9,), price=0.1)
+    assert given.agents > 1.0
+    assert 0.0 < found.tau < 1e-5
 
 
 def test_the_dearer_agents_are_the_fewer_are_asked() -> None:

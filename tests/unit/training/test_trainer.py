@@ -17,7 +17,7 @@ import torch
 from dmoa import checkpoint
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
-from dmoa.core.calibration import ALPHAS
+from dmoa.core.calibration import ALPHAS, ONE_FIRST
 from dmoa.core.inference import Decider
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.testing import AGENTS, domain_rows, write_rollouts
@@ -95,7 +95,7 @@ def test_the_checkpoint_is_served_as_it_was_trained(rollouts: Path, config: Conf
     assert record.parent is None
     assert record.activation["theta"] == gate.spec.theta is not None
     assert 0 < record.activation["mass"] <= 1
-    assert record.metrics["alpha"] in ALPHAS
+    assert record.metrics["alpha"] in (*ALPHAS, ONE_FIRST)
     assert record.metrics["theta_alpha"] in ALPHAS
     assert 1 <= record.metrics["agents"] <= gate.spec.max_agents
     first = next(value for value in domain_rows(steps=2) if value["step"] == 0 and value["agent"] == "one")
