@@ -414,7 +414,14 @@ class RouterConfig(Node):
     probe_interval_s: float = Field(default=0.5, gt=0, le=60)
     """How often a masked agent is tried again."""
     num_traces: int = Field(default=1000, ge=1)
-    """Traces kept for GET /v1/dmoa/traces/{id}."""
+    """Most traces that are kept, for the page and GET /v1/dmoa/traces/{id}; the oldest go."""
+    trace_mb: int = Field(default=256, ge=1, le=1048576)
+    """Most megabytes of traces; the oldest go."""
+    trace_days: float = Field(default=30.0, gt=0, le=3660)
+    """Days after which a trace goes."""
+    trace_uri: str | None = None
+    """Where traces are kept too (file://, s3://, gs://), with secrets taken out of their texts, so that they survive a restart;
+    None: in memory alone."""
     feedback: Literal["on", "off"] = "on"
     """Keep a sample of finished queries to learn from, under state_uri: the gate's inputs (embeddings) and hashes of answers, no
     texts. off: nothing is kept, and outcomes are refused."""

@@ -128,8 +128,9 @@ class Dispatcher:
     async def _priced_call(
         self, call: AgentCall, wanted: NextCall, places: Places, text: StreamedText | None, *, has_other: bool
     ) -> AgentReply:
-        card = self._cards[call.agent]
-        return priced(await self._caller.call_with_recovery(call, card, wanted, places, text, has_other=has_other), card.price)
+        card, sent_unix_s = self._cards[call.agent], time.time()
+        reply = await self._caller.call_with_recovery(call, card, wanted, places, text, has_other=has_other)
+        return replace(priced(reply, card.price), prompt=call.messages, sent_unix_s=sent_unix_s)
 
     def fault_of(self, state: QueryState, plan: StepPlan) -> str | None:
         """Return why a plan cannot run because agents with recorded replies alone would be asked more than the query."""

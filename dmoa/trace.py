@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dmoa import __version__
+from dmoa.config import SUMMARIZER
 from dmoa.errors import TraceError
 from dmoa.flat import TokenFields, flat
 from dmoa.storage import replacing
@@ -467,6 +468,20 @@ class TraceRoute(BaseModel):
     """Agents that had no replica when the decision was made."""
 
 
+class TraceCall(BaseModel):
+    """What one agent, or the summarizer, was asked in a step, and when."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    step: int
+    agent: str
+    """The agent's name, or `summarizer`."""
+    started_ms: float
+    """From the query's first call to this one."""
+    messages: list[dict[str, str]]
+    """The whole prompt: role and content of each message."""
+
+
 class Trace(BaseModel):
     """One query, from question to answer."""
 
@@ -489,6 +504,8 @@ class Trace(BaseModel):
     routes: list[TraceRoute]
     dmoa: ReplyDmoa
     """The reply's own object, with every agent's text."""
+    calls: list[TraceCall] = []
+    """Every call with the prompt that the agent saw, in the order of the steps; empty in older traces."""
 
 
 def trace_of(
@@ -520,7 +537,22 @@ def trace_of(
         agents=list(decisions[0].agents) if decisions else [],
         routes=[_route(step, step.route, step.decision) for step in answer.steps if step.route and step.decision],
         dmoa=reply_dmoa(answer, pool=pool, with_texts=True),
+        calls=list(_calls(answer)),
     )
+
+
+def _calls(answer: Answer) -> Iterator[TraceCall]:
+    """Yield every call whose prompt is known."""
+    start_unix_s: float | None = None
+    for step in answer.steps:
+        asked: list[tuple[str, AgentReply | SummarizerRecord]] = [(reply.agent, reply) for reply in step.replies]
+        for agent, call in (*asked, (SUMMARIZER, step.summarizer)):
+            if not call.prompt:
+                continue
+            start_unix_s = call.sent_unix_s if start_unix_s is None else start_unix_s
+            messages = [{"role": message.role, "content": message.content} for message in call.prompt]
+            started_ms = finite((call.sent_unix_s - start_unix_s) * 1e3)
+            yield TraceCall(step=step.step, agent=agent, started_ms=started_ms, messages=messages)
 
 
 def _route(step: StepRecord, request: RouteRequest, decision: RouteDecision) -> TraceRoute:

@@ -298,6 +298,10 @@ class AgentReply:
     """That its answer is right, given all replies of its step; None where the gate version has no label model."""
     price: float | None = None
     """What the call cost; None where no price is known."""
+    prompt: tuple[Message, ...] = field(default=(), compare=False, repr=False)
+    """What it was asked, message by message; empty where that is not known. Kept for traces."""
+    sent_unix_s: float = field(default=0.0, compare=False, repr=False)
+    """When it was asked, 0 where that is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,6 +411,10 @@ class SummarizerRecord:
     error: str | None = None
     price: float | None = None
     """What the call cost; None where no price is known, or nobody was called."""
+    prompt: tuple[Message, ...] = field(default=(), compare=False, repr=False)
+    """What the summarizer was asked; empty where nobody was. Kept for traces."""
+    sent_unix_s: float = field(default=0.0, compare=False, repr=False)
+    """When it was asked, 0 where nobody was."""
 
 
 Call = TypeVar("Call", AgentReply, SummarizerRecord)
@@ -513,6 +521,8 @@ class Query:
     """With policy `exploring`, the probability with which a step asks one agent beside the active ones; None: all of them."""
     is_streamed: bool = True
     """Whether somebody reads the final text piece by piece; if not, no call has to send it so."""
+    traceparent: str = ""
+    """W3C trace context of whoever asks, as its HTTP header says; empty where there is none."""
 
     @property
     def conversation(self) -> str:

@@ -99,6 +99,7 @@ class LlmSummarizer:
             deadline_unix_s=state.deadline_unix_s,
             conversation=state.query.conversation,
         )
+        sent_unix_s = time.time()
         reply = await self._listen(call, emit, is_streamed=state.query.is_streamed)
         verdict, text = parse_verdict(reply.text)
         selection = None if text else choose(replies)
@@ -113,6 +114,8 @@ class LlmSummarizer:
             finish_reason=reply.finish_reason if text else _ending(selection, replies),
             is_memoised=reply.is_memoised,
             error=reply.error,
+            prompt=messages,
+            sent_unix_s=sent_unix_s,
         )
         return Fold(summary=summary, record=record, selection=selection)
 

@@ -34,6 +34,7 @@ from dmoa.serving.http.requests import unknown_model
 from dmoa.serving.http.routes import create_app
 from dmoa.serving.listening import LaunchMark
 from dmoa.serving.metrics import QueryMetrics, exposition
+from dmoa.serving.observatory import Observatory
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.rollover import answer_on_one_pool_version, pool_version, query_drain_s
 from dmoa.serving.router.actor import ensure_router
@@ -64,6 +65,7 @@ class SwarmIngress:
         encoder: DeploymentHandle,
         hosts: dict[str, DeploymentHandle],
         mark: str = "",
+        admin_hashes: tuple[str, ...] = (),
         policy_files: tuple[str, ...] = (),
     ) -> None:
         POLICIES.resolve(policy_files, "--policy")
@@ -72,15 +74,18 @@ class SwarmIngress:
         app = serve.get_replica_context().app_name
         self._config = config
         self._key_hashes = key_hashes
+        self._admin_hashes = admin_hashes
         self._mark = mark
         self._fingerprint = fingerprint(config)
         where = deployment_names(config)
         handles = {agent.name: hosts[where[agent.name]] for agent in callable_agents(config)}
         self._sleepers = sleepers(config)
-        self._router = RemoteRouter(ensure_router(config, app, configured), config, configured)
+        actor = ensure_router(config, app, configured)
+        self._router = RemoteRouter(actor, config, configured)
         watchdog = CallWatchdog(self._router.missing_replicas)
         self._agents = ServeAgentClient(handles, pool_version(config), affine=affine_agents(config), watchdog=watchdog)
-        self._traces = ensure_traces(app, config.router.num_traces)
+        self._traces = ensure_traces(app, config.router)
+        self.page = Observatory(traces=self._traces, router=self._router, actor=actor, agents=config.agent_names)
         self._feedback = FeedbackClient(config, app) if config.router.feedback == "on" else None
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
         self._metrics = QueryMetrics(config.name)
@@ -89,6 +94,7 @@ class SwarmIngress:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._learner = app if config.router.feedback == "on" else None
         version = await self._router.start()
+        await self._traces.configure.remote(config.router)
         if self._feedback is not None:
             await self._feedback.start()
         _LOG.info("ingress of pool %s: gate %s", config.name, version)
@@ -99,6 +105,7 @@ class SwarmIngress:
         app = create_app(
             lambda: self,
             key_hashes=self._key_hashes,
+            admin_hashes=self._admin_hashes,
             server=config.server,
             max_queued_requests=config.limits.max_queued_requests,
             has_request_ids=True,  # Serve's proxy adds one of its own
@@ -195,8 +202,8 @@ class SwarmIngress:
         """Return the router's aggregate in the Prometheus text format."""
         return exposition(await self._router.status())
 
-    async def trace(self, trace_id: str, key_hash: str) -> dict[str, Any] | None:
-        """Return the trace of a query that the same key made."""
+    async def trace(self, trace_id: str, key_hash: str | None) -> dict[str, Any] | None:
+        """Return the trace of a query that the same key made; without a key, anybody's."""
         try:
             found = await self._traces.get.remote(trace_id, key_hash)
         except RayError:
@@ -268,6 +275,7 @@ def build_app(
     is_ingress_on_head: bool = False,
     mark: str = "",
     policy_files: tuple[str, ...] = (),
+    admin_hashes: tuple[str, ...] = (),
 ) -> Any:
     """Return the bound Serve application of a pool; with `is_ingress_on_head` its ingress runs on the cluster's head alone.
 
@@ -289,7 +297,8 @@ def build_app(
     }
     ingress = serve.deployment(serve.ingress()(SwarmIngress)).options(**options)
     hosts = bind_hosts(config)
-    return ingress.bind(config.model_dump_json(), key_hashes, configured, bind_encoder(config), hosts, mark, policy_files)
+    encoder = bind_encoder(config)
+    return ingress.bind(config.model_dump_json(), key_hashes, configured, encoder, hosts, mark, admin_hashes, policy_files)
 
 
 def _configured_version(config: Config) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dmoa.config import from_tree
 from dmoa.serving.app import APP, build_app
-from dmoa.serving.http.middleware import check_exposure, hash_keys
+from dmoa.serving.http.middleware import ADMIN_VARIABLE, check_exposure, hash_keys
 
 BUILDER = "dmoa.serving.deploy:build_pool"
 """Import path by which Serve finds `build_pool`."""
@@ -26,7 +26,7 @@ def build_pool(args: dict[str, Any]) -> Any:
     config = from_tree(copy.deepcopy(args), source="args")
     key_hashes = hash_keys(os.environ)
     check_exposure(config.server.host, key_hashes, insecure=False)
-    return build_app(config, key_hashes=key_hashes)
+    return build_app(config, key_hashes=key_hashes, admin_hashes=hash_keys(os.environ, ADMIN_VARIABLE))
 
 
 def serve_config(tree: dict[str, Any], *, source: str) -> dict[str, Any]:

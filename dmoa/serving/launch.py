@@ -19,7 +19,7 @@ from dmoa.loopback import ignore_proxies
 from dmoa.serving import listening
 from dmoa.serving.ending import own_process_groups
 from dmoa.serving.failures import last_words, wait_running
-from dmoa.serving.http.middleware import check_exposure, hash_keys
+from dmoa.serving.http.middleware import ADMIN_VARIABLE, check_exposure, hash_keys
 from dmoa.types import RouterStatus
 
 SERVE_FLAGS = {
@@ -150,7 +150,14 @@ def _build(
     # with a pool is told before Ray starts, which takes seconds.
     started_ray = start_ray(address) if any(llm.engine_entry.deployment for llm in config.llms.values()) else None
     # The proxy is on the head alone: an ingress beside it is lost with no other node, nor are the queries in it.
-    application = build_app(config, key_hashes=key_hashes, is_ingress_on_head=True, mark=mark, policy_files=policy_files)
+    application = build_app(
+        config,
+        key_hashes=key_hashes,
+        is_ingress_on_head=True,
+        mark=mark,
+        policy_files=policy_files,
+        admin_hashes=hash_keys(os.environ, ADMIN_VARIABLE),
+    )
     return application, start_ray(address) if started_ray is None else started_ray
 
 

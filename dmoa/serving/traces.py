@@ -1,21 +1,34 @@
 """The trace store: a bounded, shared memory of recent queries, off the critical path.
 
 It keeps what an ingress knows of a query as it came; the trace itself, hundreds of kilobytes of JSON after twenty steps,
-is written only for those who ask for it.
+is written only for those who ask for it, or where traces are to survive a restart (`router.trace_uri`).
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
+import time
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from dmoa.config import RouterConfig
+from dmoa.feedback import tenant_of
 from dmoa.serving.actors import detached, traces_name, unpack_record
 from dmoa.serving.feedback import FeedbackSender
-from dmoa.trace import trace_of
+from dmoa.serving.trace_archive import Place, TraceArchive, Written
+from dmoa.serving.trace_list import TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
+from dmoa.trace import Trace, reply_dmoa, trace_of
 from dmoa.types import Answer, Query
+
+_LOG = logging.getLogger("dmoa.traces")
+SAVE_S = 2.0
+"""How often what is new is written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,52 +43,172 @@ class AnsweredQuery:
     metadata: dict[str, str]
     created_unix_s: float
 
+    def trace(self) -> Trace:
+        """Return its trace."""
+        return trace_of(
+            self.query,
+            self.answer,
+            pool=self.pool,
+            fingerprint=self.fingerprint,
+            user=self.user,
+            metadata=self.metadata,
+            created_unix_s=self.created_unix_s,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Kept:
+    owner: str
+    summary: TraceSummary
+    calls: tuple[TraceCalls, ...]
+    size: int
+    packed: bytes = b""
+    """The query as it came; empty once it is written, and where it failed."""
+    place: Place | None = None
+
 
 class TraceStore:
-    """Keeps the newest queries of an app, each with the hash of the key that made it."""
+    """Keeps the newest queries of an app, each with the tenant whose key made it."""
 
-    def __init__(self, max_traces: int) -> None:
-        self._max_traces = max_traces
-        self._answered: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
+    def __init__(self, bounds: RouterConfig) -> None:
+        self._bounds = bounds
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._bytes = 0
         self._sender: FeedbackSender | None = None
+        self._archive: TraceArchive | None = None
+        self._saver: asyncio.Task[None] | None = None
+        self._open()
+
+    def _open(self) -> None:
+        self._archive = TraceArchive(self._bounds.trace_uri) if self._bounds.trace_uri else None
+        if self._archive is None:
+            return
+        try:
+            for one, place in self._archive.load():
+                self._add(_Kept(owner=one.owner, summary=one.summary, calls=one.calls, size=one.length, place=place))
+        except OSError as error:
+            _LOG.warning("traces of %s are not read: %s", self._bounds.trace_uri, error)
+
+    async def configure(self, bounds: RouterConfig) -> None:
+        """Take the bounds of a configuration; what was kept goes on being kept."""
+        if bounds.trace_uri != self._bounds.trace_uri:
+            await self.save()
+            self._bounds = bounds
+            self._open()
+        self._bounds = bounds
+        self._shrink()
 
     async def put(self, trace_id: str, packed: bytes, key_hash: str, learner: str | None = None) -> None:
-        """Keep one packed `Answered`; the oldest goes when there are too many.
+        """Keep one packed `AnsweredQuery`; the oldest goes when there are too many.
 
         `learner` is the app whose feedback gets a record of it, without texts; it is there when this returns.
         """
-        self._answered[trace_id] = (packed, key_hash)
-        while len(self._answered) > self._max_traces:
-            self._answered.popitem(last=False)
+        one: AnsweredQuery = unpack_record(packed)
+        reply = reply_dmoa(one.answer, pool=one.pool)
+        summary, calls = summarise(reply, question=one.query.text, created_unix_s=one.created_unix_s, wall_ms=one.answer.wall_ms)
+        self._add(_Kept(owner=tenant_of(key_hash), summary=summary, calls=calls, size=len(packed), packed=packed))
+        self._shrink()
+        self._save_soon()
         if learner is not None:
             self._sender = self._sender or FeedbackSender(learner)
-            kept: AnsweredQuery = unpack_record(packed)
             await self._sender.send(
-                kept.query,
-                kept.answer,
+                one.query,
+                one.answer,
                 key_hash=key_hash,
-                fingerprint=kept.fingerprint,
-                created_unix_s=kept.created_unix_s,
+                fingerprint=one.fingerprint,
+                created_unix_s=one.created_unix_s,
             )
 
-    async def get(self, trace_id: str, key_hash: str) -> str | None:
-        """Return the trace of a query made with the same key as JSON, else None."""
-        packed, maker = self._answered.get(trace_id, (b"", ""))
-        if not packed or maker != key_hash:
+    async def put_failed(self, summary_json: str, key_hash: str) -> None:
+        """Keep the summary of a query that was not answered."""
+        summary = TraceSummary.model_validate_json(summary_json)
+        self._add(_Kept(owner=tenant_of(key_hash), summary=summary, calls=(), size=len(summary_json)))
+        self._shrink()
+        self._save_soon()
+
+    async def get(self, trace_id: str, key_hash: str | None) -> str | None:
+        """Return the trace of a query made with the same key as JSON, else None; without a key, anybody's."""
+        kept = self._kept.get(trace_id)
+        if kept is None or (key_hash is not None and kept.owner != tenant_of(key_hash)):
             return None
-        kept: AnsweredQuery = unpack_record(packed)
-        trace = trace_of(
-            kept.query,
-            kept.answer,
-            pool=kept.pool,
-            fingerprint=kept.fingerprint,
-            user=kept.user,
-            metadata=kept.metadata,
-            created_unix_s=kept.created_unix_s,
-        )
-        return trace.model_dump_json()
+        if kept.packed:
+            found: AnsweredQuery = unpack_record(kept.packed)
+            return found.trace().model_dump_json()
+        if kept.place is None or self._archive is None or not kept.place.length:
+            return None
+        return await asyncio.to_thread(self._archive.read, kept.place)
+
+    async def listed(self, wanted: TraceFilter, key_hash: str | None) -> str:
+        """Return a page of the traces of a key, newest first, as JSON; without a key, everybody's."""
+        return page_of((kept.summary for kept in self._of(key_hash)), wanted).model_dump_json()
+
+    async def statistics(self, agents: tuple[str, ...], key_hash: str | None) -> str:
+        """Return what the agents did in the traces of a key, as a JSON list; without a key, in all."""
+        found = statistics_of((call for kept in self._of(key_hash) for call in kept.calls), agents)
+        return json.dumps([one.model_dump() for one in found])
+
+    def _of(self, key_hash: str | None) -> Iterator[_Kept]:
+        owner = None if key_hash is None else tenant_of(key_hash)
+        return (kept for kept in reversed(self._kept.values()) if owner is None or kept.owner == owner)
+
+    def _add(self, kept: _Kept) -> None:
+        before = self._kept.pop(kept.summary.trace_id, None)
+        self._bytes += kept.size - (before.size if before else 0)
+        self._kept[kept.summary.trace_id] = kept
+
+    def _shrink(self, gone: Sequence[Place] = ()) -> None:
+        """Let the oldest go: over the bounds, or too old; and the lines of what is `gone` already."""
+        bounds, gone = self._bounds, list(gone)
+        oldest_unix_s = time.time() - bounds.trace_days * 86_400
+        while self._kept:
+            first = next(iter(self._kept.values()))
+            is_old = first.summary.created_unix_s < oldest_unix_s
+            if not is_old and len(self._kept) <= bounds.num_traces and self._bytes <= bounds.trace_mb * 2**20:
+                break
+            self._kept.popitem(last=False)
+            self._bytes -= first.size
+            if first.place is not None:
+                gone.append(first.place)
+        if gone and self._archive is not None:
+            try:
+                self._archive.drop(gone)
+            except OSError as error:
+                _LOG.warning("old traces stay where they are: %s", error)
+
+    def _save_soon(self) -> None:
+        if self._archive is not None and (self._saver is None or self._saver.done()):
+            self._saver = asyncio.get_running_loop().create_task(self._save_later())
+
+    async def _save_later(self) -> None:
+        await asyncio.sleep(SAVE_S)
+        await self.save()
+
+    async def save(self) -> None:
+        """Write what is new, in one segment; what cannot be written stays in memory and is tried again with the next."""
+        archive, new = self._archive, [kept for kept in self._kept.values() if kept.place is None]
+        if archive is None or not new:
+            return
+        try:
+            places = await asyncio.to_thread(lambda: archive.write([_written(kept) for kept in new]))
+        except OSError as error:
+            _LOG.warning("%d traces are not written: %s", len(new), error)
+            return
+        for kept, place in zip(new, places, strict=True):
+            kept.place, kept.packed = place, b""
+            if self._kept.get(kept.summary.trace_id) is kept:
+                self._bytes += place.length - kept.size
+                kept.size = place.length
+        self._shrink([kept.place for kept in new if kept.place and self._kept.get(kept.summary.trace_id) is not kept])
 
 
-def ensure_traces(app: str, max_traces: int) -> Any:
+def _written(kept: _Kept) -> Written:
+    trace = None
+    if kept.packed:
+        found: AnsweredQuery = unpack_record(kept.packed)
+        trace = found.trace().model_dump(mode="json")
+    return Written(owner=kept.owner, summary=kept.summary, calls=kept.calls, trace=trace)
+
+
+def ensure_traces(app: str, bounds: RouterConfig) -> Any:
     """Return the app's trace store actor, created if it is not there yet."""
-    return ray.remote(TraceStore).options(**detached(traces_name(app))).remote(max_traces)
+    return ray.remote(TraceStore).options(**detached(traces_name(app))).remote(bounds)

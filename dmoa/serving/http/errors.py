@@ -90,6 +90,7 @@ CLIENT_GONE_STATUS = 499
 """Written to access logs by convention; no client is left to read it."""
 _TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     500: "server_error",

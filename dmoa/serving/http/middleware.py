@@ -19,19 +19,22 @@ from dmoa.serving.http.errors import error_response
 
 VARIABLE = "DMOA_API_KEYS"
 DOCS_PATH = "/docs"
-OPEN_PATHS = ("/healthz", "/readyz", DOCS_PATH)
-"""What is read without a key: by the probes of a cluster, and the page about the API, which tells nothing of the pool."""
+ADMIN_VARIABLE = "DMOA_ADMIN_KEYS"
+OPEN_PATHS = ("/healthz", "/readyz", "/", DOCS_PATH)
+"""What is read without a key: by the probes of a cluster, and the pages, which hold no data themselves."""
+ASSETS = "/page/"
+"""Begins the paths of what the page is made of."""
 
 
-def hash_keys(env: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the SHA-256 hex digests of the comma-separated keys in `DMOA_API_KEYS`; empty if it is unset or empty.
+def hash_keys(env: Mapping[str, str], variable: str = VARIABLE) -> tuple[str, ...]:
+    """Return the SHA-256 hex digests of the comma-separated keys in `variable`; empty if it is unset or empty.
 
     Raises ConfigError if the variable holds separators but no key: whoever set it meant to have one.
     """
-    raw = env.get(VARIABLE, "")
+    raw = env.get(variable, "")
     keys = [key for part in raw.split(",") if (key := part.strip())]
     if raw and not keys:
-        raise ConfigError(f"{VARIABLE}: it is set but holds no key; give keys separated by commas, or unset it")
+        raise ConfigError(f"{variable}: it is set but holds no key; give keys separated by commas, or unset it")
     return tuple(dict.fromkeys(_digest(key.encode("utf-8", "surrogateescape")) for key in keys))
 
 
@@ -53,15 +56,20 @@ def identify(headers: Iterable[tuple[bytes, bytes]], key_hashes: tuple[str, ...]
     if not key_hashes:
         return ""
     value = next((value for name, value in headers if name.lower() == b"authorization"), b"")
-    scheme, _, key = value.partition(b" ")
-    seen = _digest(key.strip()) if scheme.lower() == b"bearer" else ""
-    found = ""
-    for known in key_hashes:
-        if hmac.compare_digest(seen, known):
-            found = known
+    found = _known(value, key_hashes)
     if not found:
         what = "no API key" if not value else "this API key is not known"
         raise RequestError(f"Authorization: {what}; send `Authorization: Bearer KEY`", code="invalid_api_key", status=401)
+    return found
+
+
+def _known(value: bytes, key_hashes: tuple[str, ...]) -> str:
+    """Return which of the hashes is that of the key in an Authorization header, "" for none of them."""
+    scheme, _, key = value.partition(b" ")
+    seen, found = _digest(key.strip()) if scheme.lower() == b"bearer" else "", ""
+    for known in key_hashes:
+        if hmac.compare_digest(seen, known):
+            found = known
     return found
 
 
@@ -70,20 +78,28 @@ def _digest(key: bytes) -> str:
 
 
 class KeyCheck:
-    """ASGI middleware: answers 401 without a known key; leaves the key's hash in the request's state as `key_hash`."""
+    """ASGI middleware: answers 401 without a known key; leaves the key's hash in the request's state as `key_hash`.
 
-    def __init__(self, app: ASGIApp, key_hashes: tuple[str, ...]) -> None:
+    An admin key is a key too; `is_admin` in the state says whether it was one. Where there are admin keys alone, everybody else
+    comes without a key.
+    """
+
+    def __init__(self, app: ASGIApp, key_hashes: tuple[str, ...], admin_hashes: tuple[str, ...] = ()) -> None:
         self.app = app
         self.key_hashes = key_hashes
+        self.admin_hashes = admin_hashes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not scope["path"].startswith(ASSETS):
+            sent = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
+            admin = _known(sent, self.admin_hashes)
             try:
-                key_hash = identify(scope["headers"], self.key_hashes)
+                key_hash = admin or identify(scope["headers"], self.key_hashes)
             except RequestError as error:
                 await error_response(error)(scope, receive, send)
                 return
-            scope.setdefault("state", {})["key_hash"] = key_hash
+            state = scope.setdefault("state", {})
+            state["key_hash"], state["is_admin"] = key_hash, bool(admin)
         await self.app(scope, receive, send)
 
 

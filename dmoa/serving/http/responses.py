@@ -294,6 +294,7 @@ class OutcomeReply(BaseModel):
 _ERRORS: dict[int, str] = {
     400: "A field is wrong; `param` names it.",
     401: "The API key is missing or not known.",
+    403: "Only an admin key may do this.",
     404: "There is no such model, trace or route.",
     413: "The body is over server.max_body_bytes.",
     429: "Too many queries are in flight, or too many outcomes; try again after Retry-After.",
@@ -336,23 +337,25 @@ def outcomes() -> dict[str, Any]:
     }
 
 
-def install_document(app: FastAPI, *, has_keys: bool) -> None:
-    """Complete the document that FastAPI makes of the routes: the schemas of requests, which are not read by it, and keys."""
+def install_document(app: FastAPI, *, has_keys: bool, bodies: tuple[type[BaseModel], ...] = ()) -> None:
+    """Complete the document that FastAPI makes of the routes: the schemas of requests, which are not read by it, and keys.
+
+    `bodies`: records of requests beside those of the completions and outcomes.
+    """
     make = app.openapi
 
     def build() -> dict[str, Any]:
         if app.openapi_schema is None:
-            _complete(make(), has_keys)
+            _complete(make(), has_keys, bodies)
         return make()
 
     app.openapi = build  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
 
 
-def _complete(document: dict[str, Any], has_keys: bool) -> None:
+def _complete(document: dict[str, Any], has_keys: bool, bodies: tuple[type[BaseModel], ...]) -> None:
     components = document["components"]
-    _, requests = models_json_schema(
-        [(kind, "validation") for kind in (ChatRequest, CompletionRequest, OutcomeRequest)], ref_template=_REF
-    )
+    kinds: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, OutcomeRequest, *bodies)
+    _, requests = models_json_schema([(kind, "validation") for kind in kinds], ref_template=_REF)
     components["schemas"] |= requests["$defs"]
     if has_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from dmoa import __version__
 from dmoa.config import ServerConfig
 from dmoa.errors import DmoaError, EmptyAnswerError, RequestError
-from dmoa.serving.http import errors, requests, responses
+from dmoa.serving.http import errors, page, requests, responses
 from dmoa.serving.http.errors import json_response
 from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit, KeyCheck
 from dmoa.serving.http.service import SwarmService
@@ -89,6 +89,7 @@ def create_app(
     service_getter: Callable[[], SwarmService],
     *,
     key_hashes: tuple[str, ...],
+    admin_hashes: tuple[str, ...] = (),
     server: ServerConfig,
     max_queued_requests: int,
     has_request_ids: bool = False,
@@ -96,7 +97,8 @@ def create_app(
     """Return the app of one server process.
 
     `service_getter` is called once per request, so the app may exist before its service does. `key_hashes` as
-    `middleware.hash_keys` gives them; empty: no key is asked for. `has_request_ids`: a server in front of the app adds
+    `middleware.hash_keys` gives them; empty: no key is asked for. `admin_hashes`: keys that see
+    all queries and may roll the gate back. `has_request_ids`: a server in front of the app adds
     `X-Request-Id` to every answer; else the app adds the trace's id under that name.
     """
     # FastAPI's own pages of documentation load scripts from elsewhere.
@@ -106,7 +108,7 @@ def create_app(
     errors.install_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body_bytes=server.max_body_bytes)
-    app.add_middleware(KeyCheck, key_hashes=key_hashes)
+    app.add_middleware(KeyCheck, key_hashes=key_hashes, admin_hashes=admin_hashes)
     if server.cors_origins:
         shown = ["x-request-id", responses.IGNORED_HEADER]
         app.add_middleware(
@@ -127,7 +129,8 @@ def create_app(
         ("POST", "/v1/dmoa/outcomes", front.outcome, responses.outcomes()),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)
-    responses.install_document(app, has_keys=bool(key_hashes))
+    page.add_routes(app, service_getter)
+    responses.install_document(app, has_keys=bool(key_hashes), bodies=page.BODIES)
     app.add_route(DOCS_PATH, lambda request: HTMLResponse(responses.docs_page(app.openapi())), methods=["GET"])
     return app
 
@@ -194,7 +197,7 @@ class _Front:
 
     async def trace(self, request: Request, trace_id: str) -> Response:
         """Return the trace of a query, to the key that made it."""
-        found = await self._service().trace(trace_id, _key_hash(request))
+        found = await self._service().trace(trace_id, page.owner_of(request))
         if found is None:
             message = f"trace_id is {trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
             raise RequestError(message, param="trace_id", code="trace_not_found", status=404)

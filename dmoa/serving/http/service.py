@@ -11,7 +11,32 @@ from typing import Any, Protocol
 from dmoa.config import LimitsConfig
 from dmoa.protocols import SwarmClient
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
+from dmoa.serving.trace_list import TraceFilter
 from dmoa.types import Answer, Query
+
+
+class PageService(Protocol):
+    """What the page needs of a pool beside `SwarmService`."""
+
+    async def status(self) -> dict[str, Any] | None:
+        """Return the router's account of itself; None while it is away."""
+        ...
+
+    async def statistics(self, key_hash: str | None) -> list[dict[str, Any]]:
+        """Return what the agents did in the traces of a key; None: of all keys."""
+        ...
+
+    async def traces(self, wanted: TraceFilter, key_hash: str | None) -> dict[str, Any]:
+        """Return a page of the traces of a key; None: of all keys."""
+        ...
+
+    async def gates(self) -> dict[str, Any]:
+        """Return the current gate and the history. Raises DmoaError while the router is away."""
+        ...
+
+    async def rollback(self, version: str | None, note: str) -> dict[str, Any]:
+        """Make an earlier gate current again. Raises RequestError where there is none such."""
+        ...
 
 
 class SwarmService(SwarmClient, Protocol):
@@ -42,6 +67,11 @@ class SwarmService(SwarmClient, Protocol):
         """What at least one engine of the pool can do beyond plain replies, as `EngineEntry.abilities` names it."""
         ...
 
+    @property
+    def page(self) -> PageService:
+        """What the server's page reads and does."""
+        ...
+
     async def ready(self) -> dict[str, str]:
         """Return agent -> "up", "cold" (scaled to zero, and started when it is asked), or the reason why it is neither."""
         ...
@@ -50,8 +80,11 @@ class SwarmService(SwarmClient, Protocol):
         """Return the router's aggregate in the Prometheus text format."""
         ...
 
-    async def trace(self, trace_id: str, key_hash: str) -> dict[str, Any] | None:
-        """Return the trace of a query that the same key made; None if there is none, or another key made it."""
+    async def trace(self, trace_id: str, key_hash: str | None) -> dict[str, Any] | None:
+        """Return the trace of a query that the same key made; None if there is none, or another key made it.
+
+        Without a key, which is what an admin's is, anybody's.
+        """
         ...
 
     def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:

@@ -127,7 +127,10 @@ CLIENT = TestClient(make_app(FakeService()))
 
 
 DOCUMENT = schemathesis.openapi.from_asgi("/openapi.json", CLIENT.app)
-GET_PATHS = ("/healthz", "/readyz", "/metrics", "/v1/models", "/v1/models/{model}", "/v1/dmoa/traces/{trace_id}")
+PAGE_PATHS = ("/", "/v1/dmoa/status", "/v1/dmoa/traces", "/v1/dmoa/gates")
+MODELS = ("/v1/models", "/v1/models/{model}")
+GET_PATHS = ("/healthz", "/readyz", "/metrics", *MODELS, "/v1/dmoa/traces/{trace_id}", *PAGE_PATHS)
+PAGE_POSTS = ("/v1/dmoa/gates/rollback",)
 KEEP = settings(max_examples=examples(40), derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -167,6 +170,12 @@ def test_outcomes_are_taken_as_documented(mode: GenerationMode) -> None:
     assert walk(OUTCOMES, "post", mode, "tiny") > 0
 
 
+@pytest.mark.parametrize("path", PAGE_POSTS)
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_what_the_page_asks_is_as_documented(path: str, mode: GenerationMode) -> None:
+    assert walk(path, "post", mode) > 0
+
+
 def test_every_route_is_walked() -> None:
     found = {(operation.ok().path, operation.ok().method) for operation in DOCUMENT.get_all_operations()}
-    assert found == {*((path, "get") for path in GET_PATHS), *((path, "post") for path in (*PATHS, OUTCOMES))}
+    assert found == {*((path, "get") for path in GET_PATHS), *((path, "post") for path in (*PATHS, OUTCOMES, *PAGE_POSTS))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,12 +13,15 @@ import httpx
 import numpy as np
 from fastapi import FastAPI
 
-from dmoa.config import LimitsConfig, ServerConfig
+from dmoa.config import LimitsConfig, RouterConfig, ServerConfig
+from dmoa.errors import NoAgentError, RequestError
 from dmoa.feedback import feedback_of, tenant_of
 from dmoa.flat import reply_of
 from dmoa.serving.feedback import check_said
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
 from dmoa.serving.http.routes import create_app
+from dmoa.serving.trace_list import TraceFilter
+from dmoa.serving.traces import TraceStore
 from dmoa.types import AgentReply, Answer, Event, Query, RouteDecision, StepRecord, SummarizerRecord, TextDelta, TokenUsage
 
 AGENTS = ("adder", "sorter", "dater")
@@ -84,6 +88,46 @@ def make_answer(trace_id: str, **more: Any) -> Answer:
     return Answer(trace_id=trace_id, **(values | more))
 
 
+class FakePage:
+    """Implements `PageService` over a trace store in this process and a made-up history of three gates."""
+
+    def __init__(self) -> None:
+        self.store = TraceStore(RouterConfig())
+        self.history = [
+            {"version": f"v{number}", "action": action, "previous": previous, "note": note, "unix_s": 1.79e9 + number}
+            for number, action, previous, note in (
+                (1, "configured", None, ""),
+                (2, "install", "v1", "80 queries, soft loss"),
+                (3, "install", "v2", ""),
+            )
+        ]
+        self.is_away = False
+
+    async def status(self) -> dict[str, Any] | None:
+        gate = self.history[-1]["version"]
+        return None if self.is_away else {"app": "dmoa", "pool": "tiny", "gate_version": gate, "decisions": 3}
+
+    async def statistics(self, key_hash: str | None) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(await self.store.statistics(AGENTS, key_hash))
+        return found
+
+    async def traces(self, wanted: TraceFilter, key_hash: str | None) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(await self.store.listed(wanted, key_hash))
+        return found
+
+    async def gates(self) -> dict[str, Any]:
+        if self.is_away:
+            raise NoAgentError("the router is away; try again in a moment")
+        return {"current": self.history[-1]["version"], "history": self.history}
+
+    async def rollback(self, version: str | None, note: str) -> dict[str, Any]:
+        previous, wanted = self.history[-1]["version"], version or self.history[-2]["version"]
+        if wanted not in [one["version"] for one in self.history]:
+            raise RequestError(f"version: {wanted!r} was never current", param="version", code="unknown_version", status=404)
+        self.history.append({"version": wanted, "action": "rollback", "previous": previous, "note": note, "unix_s": 1.79e9 + 9})
+        return {"version": wanted, "previous": previous, "changed": wanted != previous, "untrained": False, "shadow": None}
+
+
 @dataclass
 class FakeService:
     """Implements `SwarmService`."""
@@ -109,6 +153,7 @@ class FakeService:
     cancelled: int = 0
     asked: list[tuple[Query, str, str | None]] = field(default_factory=list)
     recorded: list[dict[str, Any]] = field(default_factory=list)
+    page: FakePage = field(default_factory=FakePage)
     buffer: FeedbackBuffer = field(
         default_factory=lambda: FeedbackBuffer(preset="default", max_bytes=2**20, outcomes_per_minute=1000, max_age_s=60)
     )
@@ -140,9 +185,9 @@ class FakeService:
     async def metrics(self) -> str:
         return "# TYPE dmoa_steps_total counter\ndmoa_steps_total 3\n"
 
-    async def trace(self, trace_id: str, key_hash: str) -> dict[str, Any] | None:
+    async def trace(self, trace_id: str, key_hash: str | None) -> dict[str, Any] | None:
         for record in self.recorded:
-            if record["trace_id"] == trace_id and record["key_hash"] == key_hash:
+            if record["trace_id"] == trace_id and key_hash in (None, record["key_hash"]):
                 return record
         return None
 
@@ -155,11 +200,17 @@ class FakeService:
 
 
 def make_app(
-    service: FakeService, *, keys: tuple[str, ...] = (), max_body_bytes: int = 65536, queued: int = 8, **settings: Any
+    service: FakeService,
+    *,
+    keys: tuple[str, ...] = (),
+    admins: tuple[str, ...] = (),
+    max_body_bytes: int = 65536,
+    queued: int = 8,
+    **settings: Any,
 ) -> FastAPI:
     """The app over a service; `settings` of the section `server`."""
     server = ServerConfig(max_body_bytes=max_body_bytes, **settings)
-    return create_app(lambda: service, key_hashes=keys, server=server, max_queued_requests=queued)
+    return create_app(lambda: service, key_hashes=keys, admin_hashes=admins, server=server, max_queued_requests=queued)
 
 
 def connect(app: FastAPI, **headers: str) -> httpx.AsyncClient:

@@ -284,7 +284,7 @@ async def test_a_surprise_is_a_generic_500_with_its_details_in_the_log(is_stream
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "unknown_url"),
+        ("POST", "/", 405, "method_not_allowed"),
         ("GET", "/v1/chat", 404, "unknown_url"),
         ("POST", "/v1/embeddings", 404, "unknown_url"),
         ("GET", CHAT, 405, "method_not_allowed"),
@@ -315,9 +315,9 @@ async def test_unknown_routes(method: str, path: str, status: int, code: str) ->
         ("GET", "/v1/model", "use GET /v1/models"),
         ("GET", "/health", "use GET /healthz"),
         ("GET", "/ready", "use GET /readyz"),
-        ("GET", "/v1/dmoa/traces", "use GET /v1/dmoa/traces/{trace_id}"),
+        ("GET", "/dmoa/traces", "use GET /v1/dmoa/traces (the base URL of a client ends in /v1)"),
         ("POST", "/v1/embeddings", "its paths: POST /v1/chat/completions, POST /v1/completions, GET /v1/models, "),
-        ("GET", "/", "its paths: POST /v1/chat/completions, "),
+        ("GET", "/quite/another", "its paths: POST /v1/chat/completions, "),
         ("GET", CHAT, "not a method of this path; use POST"),
         ("POST", "/healthz", "not a method of this path; use GET"),
     ],

@@ -1,22 +1,43 @@
-"""The trace store: bounded, one key's queries are no other key's, traces written when asked for."""
+"""The trace store: bounded, one key's queries are no other key's, traces written when asked for, and kept where they survive."""
 
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from dmoa.config import RouterConfig
+from dmoa.errors import RequestError
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.serving.actors import pack_record
+from dmoa.serving.trace_list import TraceFilter, TraceSummary
 from dmoa.serving.traces import AnsweredQuery, TraceStore
 from dmoa.testing import decision
 from dmoa.trace import Trace, trace_of
 from dmoa.types import AgentReply, Answer, EntropySum, Query, RouteRequest, StepRecord, SummarizerRecord
 
 
-def answered(trace_id: str) -> AnsweredQuery:
-    asked = Query(trace_id=trace_id, text="What is 12 + 7?")
+NOW = time.time()
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def words_in(folder: Path) -> str:
+    return "".join(path.read_text() for path in folder.iterdir())
+
+
+def break_newest(folder: Path) -> None:
+    max(folder.glob("*.index.jsonl")).write_text("{")
+
+
+def answered(trace_id: str, *, text: str = "What is 12 + 7?", wall_ms: float = 12.5, at_s: float = 0.0) -> AnsweredQuery:
+    asked = Query(trace_id=trace_id, text=text)
     step = StepRecord(
         step=0,
         replies=(AgentReply(agent="a", status="ok", text="19", entropy=EntropySum(sum_nats=1.0, tokens=4)),),
@@ -26,30 +47,47 @@ def answered(trace_id: str) -> AnsweredQuery:
         decision=decision({"a": 0.75, "b": 0.25}, 1),
         route=RouteRequest(input_X=np.array([0.1, 0.2], np.float32)),
     )
-    answer: Answer = finish(advance(begin(asked), step), "dmoa", "max_steps", wall_ms=12.5)
+    answer: Answer = finish(advance(begin(asked), step), "dmoa", "max_steps", wall_ms=wall_ms)
     return AnsweredQuery(
-        query=asked, answer=answer, pool="pool", fingerprint="f" * 64, user="me", metadata={"run": "7"}, created_unix_s=1.5
+        query=asked,
+        answer=answer,
+        pool="pool",
+        fingerprint="f" * 64,
+        user="me",
+        metadata={"run": "7"},
+        created_unix_s=NOW + at_s,
     )
 
 
-async def put(store: TraceStore, trace_id: str, key_hash: str = "k") -> None:
-    await store.put(trace_id, pack_record(answered(trace_id)), key_hash)
+async def put(store: TraceStore, trace_id: str, key_hash: str = "k", **more: Any) -> None:
+    await store.put(trace_id, pack_record(answered(trace_id, **more)), key_hash)
+
+
+async def ids(store: TraceStore, key_hash: str | None = "k", **wanted: Any) -> list[str]:
+    """The ids that a key is shown, page after page."""
+    found: list[str] = []
+    while True:
+        page = json.loads(await store.listed(TraceFilter.parse(wanted), key_hash))
+        found += [one["trace_id"] for one in page["data"]]
+        if page["next"] is None:
+            return found
+        wanted["before"] = page["next"]
 
 
 async def test_a_trace_is_that_of_the_query_when_it_was_answered() -> None:
-    store = TraceStore(2)
+    store = TraceStore(RouterConfig(num_traces=2))
     await put(store, "t1")
     found: Any = json.loads(await store.get("t1", "k") or "null")
     kept = answered("t1")
     expected = trace_of(
-        kept.query, kept.answer, pool="pool", fingerprint="f" * 64, user="me", metadata={"run": "7"}, created_unix_s=1.5
+        kept.query, kept.answer, pool="pool", fingerprint="f" * 64, user="me", metadata={"run": "7"}, created_unix_s=NOW
     )
     assert Trace.model_validate(found) == Trace.model_validate_json(expected.model_dump_json())
-    assert (found["created_unix_s"], found["answer"], found["routes"][0]["input_X"][0]) == (1.5, "19", float(np.float32(0.1)))
+    assert (found["created_unix_s"], found["answer"], found["routes"][0]["input_X"][0]) == (NOW, "19", float(np.float32(0.1)))
 
 
 async def test_only_the_key_that_asked_gets_the_trace() -> None:
-    store = TraceStore(2)
+    store = TraceStore(RouterConfig(num_traces=2))
     await put(store, "t1", "mine")
     assert await store.get("t1", "other") is None
     assert await store.get("t1", "") is None
@@ -58,7 +96,118 @@ async def test_only_the_key_that_asked_gets_the_trace() -> None:
 
 
 async def test_the_oldest_goes_when_there_are_too_many() -> None:
-    store = TraceStore(2)
+    store = TraceStore(RouterConfig(num_traces=2))
     for trace_id in ("t1", "t2", "t3"):
         await put(store, trace_id)
     assert [await store.get(trace_id, "k") is not None for trace_id in ("t1", "t2", "t3")] == [False, True, True]
+
+
+async def test_a_list_is_of_one_key_newest_first_and_an_admin_sees_all() -> None:
+    store = TraceStore(RouterConfig())
+    for number, key in enumerate(("a", "b", "a")):
+        await put(store, f"t{number}", key, at_s=number)
+    assert await ids(store, "a") == ["t2", "t0"]
+    assert await ids(store, "b") == ["t1"]
+    assert await ids(store, "") == []
+    assert await ids(store, None) == ["t2", "t1", "t0"]
+    assert await store.get("t1", None) is not None
+
+
+async def test_pages_of_a_list_hold_every_trace_once() -> None:
+    store = TraceStore(RouterConfig())
+    for number in range(7):
+        await put(store, f"t{number}", at_s=number // 3)  # several at one moment
+    assert sorted(await ids(store, limit="2")) == [f"t{number}" for number in range(7)]
+
+
+async def test_a_list_is_filtered_by_what_went_wrong_how_long_it_took_and_who_decided() -> None:
+    store = TraceStore(RouterConfig())
+    await put(store, "quick")
+    await put(store, "slow", wall_ms=5000.0)
+    failed = TraceSummary(
+        trace_id="failed",
+        created_unix_s=NOW,
+        question="?",
+        policy="single",
+        gate_version=None,
+        stop_reason=None,
+        steps=0,
+        agents=[],
+        prompt_tokens=0,
+        completion_tokens=0,
+        wall_ms=1.0,
+        price=None,
+        degraded=False,
+        error="NoAgentError: nobody is up",
+    )
+    await store.put_failed(failed.model_dump_json(), "k")
+    assert await ids(store, error="true") == ["failed"]
+    assert await ids(store, slow_ms="5000") == ["slow"]
+    assert await ids(store, policy="single") == ["failed"]
+    assert await ids(store, gate_version="v1") == ["slow", "quick"]
+    assert await store.get("failed", "k") is None
+
+
+@pytest.mark.parametrize(
+    "given", [{"limit": "0"}, {"limit": "x"}, {"before": "yesterday"}, {"slow_ms": "-1"}, {"slow_ms": "nan"}, {"odd": "1"}]
+)
+def test_a_bad_filter_names_the_field(given: dict[str, str]) -> None:
+    with pytest.raises(RequestError, match=next(iter(given))) as caught:
+        TraceFilter.parse(given)
+    assert caught.value.status == 400
+
+
+async def test_statistics_count_what_each_agent_did() -> None:
+    store = TraceStore(RouterConfig())
+    await put(store, "t1")
+    await put(store, "t2")
+    (b, a) = json.loads(await store.statistics(("b", "a"), "k"))
+    assert (a["calls"], a["active"], a["share"], a["failed"]) == (2, 2, 1.0, 0)
+    assert a["entropies"] == [0, 2] + [0] * 10  # 0.25 nats of 3 in bins of a quarter
+    assert (b["calls"], b["share"], sum(b["entropies"]), b["tokens_per_s"]) == (0, 0.0, 0, None)
+
+
+async def test_traces_go_by_bytes_and_by_age() -> None:
+    store = TraceStore(RouterConfig(trace_mb=1))
+    for number in range(4):
+        await put(store, f"t{number}", text="x" * 300_000)
+    kept = await ids(store)
+    assert "t3" in kept
+    assert "t0" not in kept
+    aged = TraceStore(RouterConfig(trace_days=2))
+    await put(aged, "old", at_s=-3 * 86_400)
+    await put(aged, "new", at_s=-1 * 86_400)
+    assert await ids(aged) == ["new"]
+
+
+async def test_traces_survive_a_restart_without_the_secrets_in_their_texts(tmp_path: Path) -> None:
+    bounds = RouterConfig(trace_uri=tmp_path.as_uri())
+    store = TraceStore(bounds)
+    await put(store, "t1", "mine", text="my api_key=abcd1234efgh5678 is lost")
+    await put(store, "t2", "other")
+    await store.save()
+    restarted = TraceStore(bounds)
+    assert await ids(restarted, "mine") == ["t1"]
+    assert await ids(restarted, None) == ["t2", "t1"]
+    assert await restarted.get("t1", "other") is None
+    for held in (store, restarted):
+        found = Trace.model_validate_json(await held.get("t1", "mine") or "null")
+        assert (found.answer, found.query["text"]) == ("19", "my api_key=[redacted] is lost")
+        assert found.routes[0].input_X[1] == float(np.float32(0.2))
+    assert "abcd1234efgh5678" not in words_in(tmp_path)
+    (calls,) = json.loads(await restarted.statistics(("a",), "mine"))
+    assert calls["calls"] == 1
+
+
+async def test_a_segment_goes_with_its_last_trace_and_a_broken_one_is_left_out(tmp_path: Path) -> None:
+    bounds = RouterConfig(trace_uri=tmp_path.as_uri(), num_traces=2)
+    store = TraceStore(bounds)
+    for trace_id in ("t1", "t2"):
+        await put(store, trace_id)
+        await store.save()
+    assert len(names_in(tmp_path)) == 4
+    await put(store, "t3")
+    await store.save()
+    assert len(names_in(tmp_path)) == 4  # those of t2 and t3
+    break_newest(tmp_path)
+    assert await ids(TraceStore(bounds)) == ["t2"]

@@ -1,0 +1,68 @@
+"""What the page of a server reads and does, over the actors of its app; implements `http.page.PageService`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+
+from dmoa.errors import CheckpointError, NoAgentError, RequestError
+from dmoa.serving.router.client import RemoteRouter
+from dmoa.serving.trace_list import TraceFilter
+
+AWAY = "the router is away; try again in a moment"
+
+
+class Observatory:
+    """The page's view of one app."""
+
+    def __init__(self, *, traces: Any, router: RemoteRouter, actor: Any, agents: Sequence[str]) -> None:
+        """`traces` and `actor` are the trace store's and the router's handles."""
+        self._traces = traces
+        self._router = router
+        self._actor = actor
+        self._agents = tuple(agents)
+
+    async def status(self) -> dict[str, Any] | None:
+        """Return the router's account of itself; None while it is away."""
+        found = await self._router.status()
+        return None if found is None else asdict(found)
+
+    async def statistics(self, key_hash: str | None) -> list[dict[str, Any]]:
+        """Return what the agents did in the traces of a key."""
+        try:
+            found: list[dict[str, Any]] = json.loads(await self._traces.statistics.remote(self._agents, key_hash))
+        except RayError:
+            return []
+        return found
+
+    async def traces(self, wanted: TraceFilter, key_hash: str | None) -> dict[str, Any]:
+        """Return a page of the traces of a key."""
+        try:
+            found: dict[str, Any] = json.loads(await self._traces.listed.remote(wanted, key_hash))
+        except RayError:
+            return {"data": [], "next": None}
+        return found
+
+    async def gates(self) -> dict[str, Any]:
+        """Return the current gate and the history. Raises NoAgentError while the router is away."""
+        history = await self._ask("history")
+        return {"current": history[-1]["version"] if history else None, "history": history}
+
+    async def rollback(self, version: str | None, note: str) -> dict[str, Any]:
+        """Make an earlier gate current again. Raises RequestError where there is none such."""
+        changed: dict[str, Any] = await self._ask("rollback", version, note)
+        return changed
+
+    async def _ask(self, method: str, *arguments: object) -> Any:
+        try:
+            return await getattr(self._actor, method).remote(*arguments)
+        except RayTaskError as error:
+            if isinstance(error.cause, CheckpointError):
+                raise RequestError(f"version: {error.cause}", param="version", code="unknown_version", status=404) from error
+            raise
+        except RayError as error:
+            raise NoAgentError(AWAY) from error

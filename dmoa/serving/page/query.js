@@ -1,0 +1,120 @@
+// One query: who was asked and why, what everybody said to which prompt, and what else could have been.
+
+import { get, key, post, server } from "./api.js";
+import { timeline } from "./charts.js";
+import { block, copy, count, facts, fixed, folded, h, inline, millis, moment, percent, say, table } from "./dom.js";
+import { step, why } from "./steps.js";
+
+export async function query([id], status, signal) {
+  const trace = await get(`/v1/dmoa/traces/${encodeURIComponent(id)}`, signal);
+  const told = trace.dmoa;
+  const parts = told.steps.flatMap((one) => [...one.agents, one.summarizer]);
+  const sum = (name) => parts.reduce((total, part) => total + (part[name] ?? 0), 0);
+  return h("article", {},
+    h("h1", {}, "One query"),
+    h("h2", { class: "hint" }, "Question"), block(trace.query.text, "Question"),
+    trace.query.system && folded("The client's system message", () => block(trace.query.system, "System message")),
+    trace.query.turns?.length > 0 && folded(`${trace.query.turns.length} earlier turns`, () => h("div", {},
+      trace.query.turns.map((turn) => h("div", {}, h("p", { class: "role" }, turn.role), block(turn.content, turn.role))))),
+    h("h2", { class: "hint" }, "Answer"), block(trace.answer, "Answer"),
+    facts({
+      "why it stopped": why(told.stop_reason), policy: told.policy, gate: told.gate_version ?? "none", "decided by": told.routed_by,
+      steps: count(told.steps.length), took: millis(trace.wall_ms), "prompt tokens": count(sum("prompt_tokens")),
+      "completion tokens": count(sum("completion_tokens")), cost: told.price === null ? "no price is known" : fixed(told.price, 6),
+      degraded: told.degraded ? "yes: an agent was lost on the way" : "", answered: moment(trace.created_unix_s), trace: trace.trace_id,
+      ...Object.fromEntries(Object.entries(trace.metadata ?? {}).map(([name, value]) => [`metadata ${name}`, value])),
+    }),
+    copies(trace),
+    h("h2", {}, "When"), times(trace),
+    h("h2", {}, "Steps"), told.steps.map((one) => step(one, {
+      prompts: new Map(trace.calls.filter((call) => call.step === one.step).map((call) => [call.agent, call.messages])),
+      probabilities: routed(trace, one.step), offers: status.can_ask && offers(trace, one, status),
+    })),
+    status.can_ask && whatIf(trace, status));
+}
+query.title = "One query";
+
+function routed(trace, number) {
+  const route = trace.routes.find((one) => one.step === number);
+  return route ? trace.agents.map((name, i) => [name, route.probability_A[i]]) : null;
+}
+
+function times(trace) {
+  const sent = new Map(trace.calls.map((call) => [`${call.step}/${call.agent}`, call.started_ms]));
+  let begin = 0;
+  const calls = trace.dmoa.steps.flatMap((one) => {
+    const start = begin;
+    begin += one.wall_ms;
+    const asked = one.agents.filter((agent) => !["idle", "masked"].includes(agent.status)).map((agent) => ({
+      name: `${one.step + 1} ${agent.name}`, start: sent.get(`${one.step}/${agent.name}`) ?? start, ms: agent.latency_ms,
+      kind: agent.status === "ok" ? "call" : "lost", label: `${agent.name}, ${agent.status}: ${millis(agent.latency_ms)}`,
+    }));
+    const fold = one.summarizer.completion_tokens ? [{
+      name: `${one.step + 1} summarizer`, start: sent.get(`${one.step}/summarizer`) ?? start, ms: one.summarizer.latency_ms, kind: "fold",
+      label: `summarizer: ${millis(one.summarizer.latency_ms)}`,
+    }] : [];
+    return [...asked, ...fold];
+  });
+  return timeline(calls, trace.wall_ms);
+}
+
+function copies(trace) {
+  const body = {
+    model: trace.dmoa.pool, messages: [
+      ...(trace.query.system ? [{ role: "system", content: trace.query.system }] : []), ...(trace.query.turns ?? []),
+      { role: "user", content: trace.query.text },
+    ], ...trace.query.sampling, dmoa: { policy: trace.dmoa.policy, max_steps: trace.query.limits.max_steps },
+  };
+  const quoted = `'${JSON.stringify(body).replaceAll("'", "'\\''")}'`;
+  const auth = key() ? " -H \"Authorization: Bearer $DMOA_API_KEY\"" : "";
+  const curl = `curl ${server()}/v1/chat/completions -H 'Content-Type: application/json'${auth} -d ${quoted}`;
+  const address = `${server()}/v1/dmoa/traces/${trace.trace_id}`;
+  const replay = `curl -s${auth} ${address} > ${trace.trace_id}.jsonl && dmoa run --replay ${trace.trace_id}.jsonl`;
+  const button = (name, text) => h("button", { type: "button", onclick: () => copy(text, name) }, `Copy ${name}`);
+  return h("div", { class: "actions" }, button("JSON", JSON.stringify(trace, null, 2)), button("curl", curl), button("replay command", replay));
+}
+
+function offers(trace, one, status) {
+  const asked = new Set(one.agents.filter((agent) => !["idle", "masked"].includes(agent.status)).map((agent) => agent.name));
+  const ranked = (routed(trace, one.step) ?? []).slice().sort((a, b) => b[1] - a[1]).map(([name]) => name).filter((name) => !asked.has(name));
+  const names = ranked.slice(0, Math.max(1, one.k));
+  const go = (body, what) => async (event) => {
+    event.target.disabled = true;
+    say(`${what}: asking again`);
+    try {
+      const reply = await post(`/v1/dmoa/traces/${encodeURIComponent(trace.trace_id)}/branch`, { step: one.step, ...body });
+      location.hash = `#/query/${encodeURIComponent(reply.dmoa.trace_id)}`;
+    } catch (error) { say(error.message); event.target.disabled = false; }
+  };
+  return h("div", { class: "actions" },
+    h("button", { type: "button", class: "branch", onclick: go({}, "Branch") }, "Ask again from here"),
+    names.length > 0 && h("button", { type: "button", onclick: go({ agents: names }, "Next-ranked agents") }, `Ask ${names.join(" and ")} instead`));
+}
+
+function whatIf(trace, status) {
+  const kind = h("select", { id: "what-kind", "aria-label": "What to decide with" },
+    h("option", { value: "gate_version" }, "another gate version"), h("option", { value: "policy" }, "another policy"));
+  const name = h("input", { id: "what-name", list: "what-names", size: 24, "aria-label": "Name of the gate version or policy", value: status.router?.gate_version ?? "" });
+  const names = h("datalist", { id: "what-names" });
+  const place = h("div", { "aria-live": "polite" });
+  const suggest = async () => {
+    const found = kind.value === "policy" ? status.policies
+      : await get("/v1/dmoa/gates").then((gates) => [...new Set(gates.history.map((one) => one.version))].reverse(), () => []);
+    names.replaceChildren(...found.map((one) => h("option", { value: one })));
+    name.value = found[0] ?? "";
+  };
+  kind.addEventListener("change", suggest);
+  suggest();
+  const run = async (event) => {
+    event.preventDefault();
+    try {
+      const found = await post(`/v1/dmoa/traces/${encodeURIComponent(trace.trace_id)}/what-if`, { [kind.value]: name.value });
+      place.replaceChildren(table(`Whom ${name.value} would have asked, on the recorded inputs`, ["step", "asked", "would ask", "probabilities"],
+        found.steps.map((one) => [String(one.step + 1), one.asked.join(", "), one.would_ask.join(", "),
+          one.probabilities.slice(0, 5).map((part) => `${part.agent} ${percent(part.probability)}`).join(", ")])));
+    } catch (error) { place.replaceChildren(h("p", { class: "problem", role: "alert" }, inline(error.message))); }
+  };
+  return h("section", { "aria-label": "What if" }, h("h2", {}, "What if"),
+    h("p", { class: "hint" }, "Decides every recorded step again; no agent is asked."),
+    h("form", { class: "filters", onsubmit: run }, h("label", {}, "decided by ", kind), name, names, h("button", { id: "what-run" }, "Decide again")), place);
+}

@@ -1,0 +1,136 @@
+"""Traces on any Ray file system: segments of a few seconds each, so that a restart loses no more than those.
+
+`SEGMENT.jsonl` holds a trace per line, as `dmoa run --replay` reads them; `SEGMENT.index.jsonl` what a list needs of each, its
+owner, and where its line is. Both are written whole; secrets are taken out of all texts. A segment goes with its last trace.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyarrow import fs as arrow_fs
+from pyarrow.lib import ArrowException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dmoa.errors import ConfigError
+from dmoa.serving.trace_list import TraceCalls, TraceSummary
+from dmoa.storage import write_at
+from dmoa.validation import redact_text
+
+_LOG = logging.getLogger("dmoa.traces")
+_LINES, _INDEX = ".jsonl", ".index.jsonl"
+_TEXTS = frozenset(("text", "system", "content", "answer", "reasoning", "error", "summary", "user", "question", "observation"))
+"""Fields of a trace that hold somebody's words."""
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """Return a trace, or a part of one, with the secrets taken out of its texts; names and versions stay."""
+    if isinstance(value, str):
+        return redact_text(value) if name in _TEXTS else value
+    if isinstance(value, dict):
+        return {key: without_secrets(inner, "text" if name == "metadata" else key) for key, inner in value.items()}
+    return [without_secrets(inner, name) for inner in value] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a trace's line is."""
+
+    segment: str
+    offset: int
+    length: int
+    """Bytes, line end included; 0 where a query failed and only its summary is kept."""
+
+
+class Indexed(BaseModel):
+    """A line of an index."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    owner: str
+    """The tenant whose key asked."""
+    offset: int
+    length: int
+    summary: TraceSummary
+    calls: tuple[TraceCalls, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A trace that is to be written: `trace` is None where a query failed."""
+
+    owner: str
+    summary: TraceSummary
+    calls: tuple[TraceCalls, ...]
+    trace: dict[str, Any] | None
+
+
+class TraceArchive:
+    """Reads and writes segments; only the trace store of one app uses a place."""
+
+    def __init__(self, uri: str) -> None:
+        """Open the place. Raises ConfigError for a URI that no file system serves."""
+        try:
+            self._fs, root = arrow_fs.FileSystem.from_uri(uri)
+        except (ArrowException, OSError, ValueError) as error:
+            raise ConfigError(f"router.trace_uri is {uri!r}; expected file:///DIR, s3://..., gs://... ({error})") from error
+        self._root = root.rstrip("/")
+        self._held: Counter[str] = Counter()
+
+    def write(self, batch: Sequence[Written]) -> list[Place]:
+        """Write one segment and return where each trace is. Raises OSError."""
+        segment = f"{time.time_ns() // 1_000_000:015d}-{secrets.token_hex(3)}"
+        lines, index, places = bytearray(), [], []
+        for one in batch:
+            line = b"" if one.trace is None else json.dumps(without_secrets(one.trace), ensure_ascii=False).encode() + b"\n"
+            summary = TraceSummary.model_validate(without_secrets(one.summary.model_dump()))
+            kept = Indexed(owner=one.owner, offset=len(lines), length=len(line), summary=summary, calls=one.calls)
+            places.append(Place(segment=segment, offset=len(lines), length=len(line)))
+            index.append(kept.model_dump_json().encode())
+            lines += line
+        write_at(self._fs, self._path(segment, _LINES), bytes(lines))
+        write_at(self._fs, self._path(segment, _INDEX), b"\n".join(index))
+        self._held[segment] += len(batch)
+        return places
+
+    def read(self, place: Place) -> str | None:
+        """Return the line of a trace, None where it is gone."""
+        try:
+            with self._fs.open_input_file(self._path(place.segment, _LINES)) as file:
+                file.seek(place.offset)
+                return bytes(file.read(place.length)).decode() or None
+        except OSError:
+            return None
+
+    def load(self) -> Iterator[tuple[Indexed, Place]]:
+        """Yield all that is there, oldest first; a segment that cannot be read is left out with a warning. Raises OSError."""
+        found = self._fs.get_file_info(arrow_fs.FileSelector(self._root, allow_not_found=True))
+        for segment in sorted(info.base_name.removesuffix(_INDEX) for info in found if info.base_name.endswith(_INDEX)):
+            try:
+                with self._fs.open_input_stream(self._path(segment, _INDEX)) as stream:
+                    lines = bytes(stream.readall()).splitlines()
+                kept = [Indexed.model_validate_json(line) for line in lines]
+            except (OSError, ValidationError) as error:
+                _LOG.warning("traces of %s are left out: %s", segment, str(error).splitlines()[0])
+                continue
+            self._held[segment] = len(kept)
+            for one in kept:
+                yield one, Place(segment=segment, offset=one.offset, length=one.length)
+
+    def drop(self, places: Sequence[Place]) -> None:
+        """Forget traces; a segment of which none is left is removed. Raises OSError."""
+        self._held.subtract(place.segment for place in places)
+        for segment in {place.segment for place in places if self._held[place.segment] <= 0}:
+            del self._held[segment]
+            for ending in (_INDEX, _LINES):
+                self._fs.delete_file(self._path(segment, ending))
+
+    def _path(self, segment: str, ending: str) -> str:
+        return f"{self._root}/{segment}{ending}"

@@ -1,0 +1,252 @@
+"""What a list of traces shows of each query, how the list is filtered and paged, and what its agents did in all of them.
+
+The same for a server's own traces and for files of traces on disk.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dmoa.errors import RequestError
+from dmoa.trace import ReplyDmoa
+from dmoa.validation import expectation
+
+MAX_LISTED = 200
+"""Most traces of one page of the list."""
+_QUESTION_CHARACTERS = 240
+_BINS = 12
+_MAX_NATS = 3.0
+"""Where the last bin of the entropies begins to hold everything above."""
+
+
+class TraceCalls(BaseModel):
+    """One agent's reply in one step, as the statistics of the agents need it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    agent: str
+    status: str
+    is_active: bool
+    entropy_nats: float | None
+    right_probability: float | None
+    tokens: int
+    """Completion tokens."""
+    latency_ms: float
+
+
+class TraceSummary(BaseModel):
+    """One query as a list shows it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    trace_id: str
+    created_unix_s: float
+    """When it was answered."""
+    question: str
+    """How its text begins."""
+    policy: str
+    gate_version: str | None
+    stop_reason: str | None
+    """null where it was not answered."""
+    steps: int
+    agents: list[str]
+    """Those whose replies counted, each once, in the order in which they were asked."""
+    prompt_tokens: int
+    completion_tokens: int
+    wall_ms: float
+    price: float | None
+    degraded: bool
+    error: str | None
+    """Why there is no answer, or which agents failed; null where all went well."""
+
+
+def summarise(
+    reply: ReplyDmoa, *, question: str, created_unix_s: float, wall_ms: float
+) -> tuple[TraceSummary, tuple[TraceCalls, ...]]:
+    """Return an answered query as a list shows it, and its calls."""
+    asked = [
+        (agent, place < step.k and not agent.explored)
+        for step in reply.steps
+        for place, agent in enumerate(step.agents)
+        if agent.status not in ("idle", "masked")
+    ]
+    parts = [agent for agent, _ in asked] + [step.summarizer for step in reply.steps]
+    failed = dict.fromkeys(f"{agent.name}: {agent.status}" for agent, _ in asked if agent.status != "ok")
+    calls = tuple(
+        TraceCalls(
+            agent=agent.name,
+            status=agent.status,
+            is_active=is_active,
+            entropy_nats=agent.entropy_nats,
+            right_probability=agent.right_probability,
+            tokens=agent.completion_tokens,
+            latency_ms=agent.latency_ms,
+        )
+        for agent, is_active in asked
+    )
+    summary = TraceSummary(
+        trace_id=reply.trace_id,
+        created_unix_s=created_unix_s,
+        question=question[:_QUESTION_CHARACTERS],
+        policy=reply.policy,
+        gate_version=reply.gate_version,
+        stop_reason=reply.stop_reason,
+        steps=len(reply.steps),
+        agents=list(dict.fromkeys(agent.name for agent, is_active in asked if is_active)),
+        prompt_tokens=sum(part.prompt_tokens for part in parts),
+        completion_tokens=sum(part.completion_tokens for part in parts),
+        wall_ms=round(wall_ms, 3),
+        price=reply.price,
+        degraded=reply.degraded,
+        error=", ".join(failed) or None,
+    )
+    return summary, calls
+
+
+class TraceFilter(BaseModel):
+    """Which traces are listed: the query string of GET /v1/dmoa/traces."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    limit: int = Field(default=50, ge=1, le=MAX_LISTED)
+    """Most traces of one reply."""
+    before: str | None = Field(default=None, pattern=r"^[0-9]{1,12}(\.[0-9]{1,20})?:.{1,160}$")
+    """`next` of the page before."""
+    error: bool = False
+    """Only queries that were not answered, or that an agent failed in."""
+    slow_ms: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Only queries that took this long."""
+    policy: str | None = Field(default=None, max_length=200)
+    gate_version: str | None = Field(default=None, max_length=200)
+    mine: bool = False
+    """With an admin key, only what was asked with that key; another key sees nothing else anyway."""
+
+    @classmethod
+    def parse(cls, given: Mapping[str, str]) -> TraceFilter:
+        """Build it from a query string. Raises RequestError (400) naming the field."""
+        try:
+            return cls.model_validate(dict(given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = str(first["loc"][0]) if first["loc"] else "query"
+            raise RequestError(
+                f"{field}: {expectation(first['msg'])}; see /openapi.json", param=field, code="invalid_value"
+            ) from error
+
+    def takes(self, one: TraceSummary) -> bool:
+        """Tell whether a trace is among those wanted."""
+        return (
+            (not self.error or one.error is not None)
+            and (self.slow_ms is None or one.wall_ms >= self.slow_ms)
+            and (self.policy is None or one.policy == self.policy)
+            and (self.gate_version is None or one.gate_version == self.gate_version)
+            and (self.before is None or _key(one) < _place(self.before))
+        )
+
+
+class TracePage(BaseModel):
+    """Body of GET /v1/dmoa/traces."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    data: list[TraceSummary]
+    """Newest first."""
+    next: str | None
+    """`before` of the page that follows; null at the end."""
+
+
+def page_of(newest_first: Iterable[TraceSummary], wanted: TraceFilter) -> TracePage:
+    """Return one page of a list."""
+    found: list[TraceSummary] = []
+    for one in newest_first:
+        if wanted.takes(one):
+            if len(found) == wanted.limit:
+                return TracePage(data=found, next=f"{found[-1].created_unix_s!r}:{found[-1].trace_id}")
+            found.append(one)
+    return TracePage(data=found, next=None)
+
+
+def _key(one: TraceSummary) -> tuple[float, str]:
+    return one.created_unix_s, one.trace_id
+
+
+def _place(text: str) -> tuple[float, str]:
+    """Return where a page begins."""
+    moment, _, trace_id = text.partition(":")
+    return float(moment), trace_id
+
+
+class AgentStatistics(BaseModel):
+    """What one agent did in the traces that are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    agent: str
+    calls: int
+    active: int
+    """Calls whose reply counted."""
+    failed: int
+    share: float
+    """Of all replies that counted, 0..1."""
+    tokens: int
+    tokens_per_s: float | None
+    """Completion tokens a second of a call; null without a call that took time."""
+    latency_ms: float | None
+    """Median of a call."""
+    entropies: list[int]
+    """Replies by mean entropy per token, in equal bins from 0 to `max_nats`; the last one holds what is above."""
+    right: list[int]
+    """Replies by probability of being right, in as many equal bins from 0 to 1; all 0 where the gate gives none."""
+    max_nats: float = _MAX_NATS
+
+
+def statistics_of(calls: Iterable[TraceCalls], agents: Sequence[str] = ()) -> list[AgentStatistics]:
+    """Return what each agent did, `agents` first and in their order."""
+    by_agent: dict[str, list[TraceCalls]] = defaultdict(list)
+    for name in agents:
+        by_agent[name] = []
+    for call in calls:
+        by_agent[call.agent].append(call)
+    active = sum(call.is_active for group in by_agent.values() for call in group)
+    return [_statistics(name, group, active) for name, group in by_agent.items()]
+
+
+def _statistics(agent: str, calls: Sequence[TraceCalls], active: int) -> AgentStatistics:
+    own = sum(call.is_active for call in calls)
+    took_ms = [call.latency_ms for call in calls if call.status == "ok"]
+    tokens = sum(call.tokens for call in calls)
+    entropies = [call.entropy_nats for call in calls if call.entropy_nats is not None]
+    right = [call.right_probability for call in calls if call.right_probability is not None]
+    return AgentStatistics(
+        agent=agent,
+        calls=len(calls),
+        active=own,
+        failed=sum(call.status != "ok" for call in calls),
+        share=own / active if active else 0.0,
+        tokens=tokens,
+        tokens_per_s=round(1e3 * tokens / sum(took_ms), 1) if sum(took_ms) else None,
+        latency_ms=round(statistics.median(took_ms), 3) if took_ms else None,
+        entropies=_histogram(entropies, _MAX_NATS),
+        right=_histogram(right, 1.0),
+    )
+
+
+def _histogram(values: Iterable[float], top: float) -> list[int]:
+    counts = [0] * _BINS
+    for value in values:
+        counts[min(_BINS - 1, int(max(0.0, value) / top * _BINS))] += 1
+    return counts
+
+
+def described_filter() -> list[dict[str, Any]]:
+    """Return the parameters of the list for the OpenAPI document."""
+    fields = TraceFilter.model_json_schema()["properties"]
+    return [
+        {"name": name, "in": "query", "required": False, "schema": schema.get("anyOf", [schema])[0]}  # null is to leave it out
+        for name, schema in fields.items()
+    ]
