@@ -20,7 +20,6 @@ from dmoa.testing import decision
 from dmoa.trace import Trace, trace_of
 from dmoa.types import AgentReply, Answer, EntropySum, Query, RouteRequest, StepRecord, SummarizerRecord
 
-
 NOW = time.time()
 
 
