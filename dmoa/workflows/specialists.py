@@ -39,6 +39,8 @@ from dmoa.workflows.terminal import goes_on, on_terminal
 HELD_OUT_SEED = 1
 """Of the held-out rows, apart from every recipe's own seed."""
 
+CARD_SEED = 77
+"""Of the rows that a card speaks of: none of those that were looked at during training, which may have ended it."""
 CARD = "card.json"
 MAX_TOKENS = 16
 """Longest reply, as in the pools of specialists."""
@@ -139,10 +141,10 @@ def held_out_rows(recipe: Recipe) -> list[TrainingRow]:
     return list(_written(recipe, rows, 0.0))
 
 
-def validation_rows(source: RecipeSource, limit: int) -> list[Row]:
+def validation_rows(source: RecipeSource, limit: int, seed: int = HELD_OUT_SEED) -> list[Row]:
     """Return held-out rows of a source."""
     suite = SUITES[source.suite]
-    return list(suite.generate("validation", limit, HELD_OUT_SEED, source.difficulty, source.held_out_groups))
+    return list(suite.generate("validation", limit, seed, source.difficulty, source.held_out_groups))
 
 
 def prompt_of(recipe: Recipe, text: str, history: tuple[str, ...] = ()) -> tuple[Message, ...]:
@@ -224,7 +226,7 @@ async def _measure(folder: Path, options: SpecialistOptions, recipe: Recipe) -> 
 
 async def _ask(engine: Engine, source: RecipeSource, options: SpecialistOptions, recipe: Recipe) -> dict[str, Any]:
     is_own = source.suite in {own.suite for own in recipe.sources}
-    rows = validation_rows(source, options.card_rows if is_own else options.foreign_rows)
+    rows = validation_rows(source, options.card_rows if is_own else options.foreign_rows, CARD_SEED)
     requests = [
         GenerationRequest(
             request_id=row.task.row_id,
@@ -242,6 +244,7 @@ async def _ask(engine: Engine, source: RecipeSource, options: SpecialistOptions,
     return {
         "rows": len(rows),
         "split": "validation",
+        "seed": CARD_SEED,
         "difficulty": source.difficulty,
         "accuracy": round(fmean(chain(*by_group.values())), 4),
         "entropy_nats": round(fmean(reply.entropy.sum_nats / max(1, reply.entropy.tokens) for reply in replies), 4),
