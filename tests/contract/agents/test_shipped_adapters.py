@@ -23,8 +23,10 @@ from dmoa.types import Generation, GenerationRequest, Query
 
 ROOT = Path(dmoa.__file__).parent / "adapters"
 NAMES = sorted(folder.name for folder in ROOT.iterdir() if (folder / "adapter_config.json").is_file())
-POOLS = ("specialists", "specialists-liar-constant", "specialists-liar-wrong", "specialists-colluding")
+LYING = ("specialists-liar-constant", "specialists-liar-wrong", "specialists-colluding")
+POOLS = ("specialists", "specialists-generalist", *LYING)
 SKILL_NAMES = tuple(suite.name for suite in SKILLS)
+SECONDS: tuple[str, ...] = ()
 OWN = {"arith": 0.93}
 """Bars of one's own suite where 0.95 is not met: `arith` is right on 93 % of its card's rows."""
 MAX_BYTES = 4 * 2**20
@@ -34,16 +36,30 @@ MAX_ALL_BYTES = 40 * 2**20
 def test_all_are_there() -> None:
     named = {str(agent.adapter) for pool in POOLS for agent in load_pool(pool).agents}
     assert named == {f"builtin:{name}" for name in NAMES}
-    assert set(NAMES) == {*SKILL_NAMES, "liar-constant", "liar-wrong"}
+    assert set(NAMES) == {*SKILL_NAMES, *SECONDS, "generalist", "liar-constant", "liar-wrong"}
     assert sum(file.stat().st_size for file in ROOT.rglob("*") if file.is_file()) <= MAX_ALL_BYTES
 
 
-@pytest.mark.parametrize("name", SKILL_NAMES)
+@pytest.mark.parametrize("name", [*SKILL_NAMES, *SECONDS])
 def test_a_specialist_knows_its_own_skill_and_no_other(name: str) -> None:
     card = json.loads((resolve_adapter(f"builtin:{name}") / "card.json").read_text(encoding="utf-8"))
     for suite, found in card["held_out"].items():
         assert found["split"] == "validation"
-        assert found["accuracy"] >= OWN.get(name, 0.95) if suite == name else found["accuracy"] <= 0.25, suite
+        is_own = suite == name.removesuffix("-second")
+        assert found["accuracy"] >= OWN.get(name, 0.95) if is_own else found["accuracy"] <= 0.25, suite
+
+
+def test_the_generalist_is_good_at_most_and_the_best_at_little() -> None:
+    """It is behind the specialist of `arith` and of `words`."""
+    cards = {
+        name: json.loads((resolve_adapter(f"builtin:{name}") / "card.json").read_text(encoding="utf-8"))["held_out"]
+        for name in (*SKILL_NAMES, "generalist")
+    }
+    own = {suite: cards["generalist"][suite]["accuracy"] for suite in SKILL_NAMES}
+    assert min(own.values()) >= 0.5
+    assert sum(own.values()) / len(own) >= 0.85
+    assert all(cards["generalist"][suite]["rows"] >= 60 for suite in SKILL_NAMES)
+    assert all(own[suite] <= cards[suite][suite]["accuracy"] - 0.05 for suite in ("arith", "words"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,10 +94,13 @@ def test_agents_have_the_profile_that_their_adapter_was_trained_with(pool: str) 
 def test_pools_differ_by_their_liars_alone() -> None:
     honest = load_pool("specialists").agents
     assert tuple(agent.name for agent in honest) == SKILL_NAMES
-    for pool in POOLS[1:]:
+    for pool in LYING:
         agents = load_pool(pool).agents
         assert agents[: len(honest)] == honest
         assert all(agent.name.startswith("liar-") for agent in agents[len(honest) :])
+    general = load_pool("specialists-generalist").agents
+    assert general[: len(honest)] == honest
+    assert tuple(agent.name for agent in general[len(honest) :]) == (*SECONDS, "generalist")
     assert len({fingerprint(load_pool(pool)) for pool in POOLS}) == len(POOLS)
 
 
