@@ -27,8 +27,6 @@ LYING = ("specialists-liar-constant", "specialists-liar-wrong", "specialists-col
 POOLS = ("specialists", "specialists-generalist", *LYING)
 SKILL_NAMES = tuple(suite.name for suite in SKILLS)
 SECONDS: tuple[str, ...] = ()
-OWN = {"arith": 0.93}
-"""Bars of one's own suite where 0.95 is not met: `arith` is right on 93 % of its card's rows."""
 MAX_BYTES = 4 * 2**20
 MAX_ALL_BYTES = 40 * 2**20
 
@@ -46,7 +44,7 @@ def test_a_specialist_knows_its_own_skill_and_no_other(name: str) -> None:
     for suite, found in card["held_out"].items():
         assert found["split"] == "validation"
         is_own = suite == name.removesuffix("-second")
-        assert found["accuracy"] >= OWN.get(name, 0.95) if is_own else found["accuracy"] <= 0.25, suite
+        assert found["accuracy"] >= 0.95 if is_own else found["accuracy"] <= 0.25, suite
 
 
 def test_the_generalist_is_good_at_most_and_the_best_at_little() -> None:
