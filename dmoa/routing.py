@@ -7,6 +7,7 @@ state travels with the request, so nothing of a query is kept here.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -42,6 +43,10 @@ class LocalRouter:
         self._pending: list[tuple[RouteRequest, asyncio.Future[RouteDecision]]] = []
         self.max_wait_ms = 0.0
         """How long a decision may wait for others to share its batch."""
+        self._beside: str | None = None
+        self._beside_below = 0
+        self.begun = (0, 0)
+        """Queries that began with the current version and with the one beside it, while there was one."""
         self.activations: Counter[str] = Counter()
         self.num_decisions = 0
         self.num_batches = 0
@@ -67,6 +72,24 @@ class LocalRouter:
         if self._current != version:
             self._previous, self._current = self._current, version
 
+    def share(self, version: str | None, share: float = 0.0) -> None:
+        """Let a share of new queries begin with another version that is here or can be reloaded, by a hash of their trace id.
+
+        None: with the current one alone. Raises RoutingError as `use`.
+        """
+        if version is not None:
+            self._decider(version)
+        self._beside, self._beside_below = version, int(share * 2**32)
+
+    def _version_for(self, request: RouteRequest) -> str | None:
+        if request.gate_version is not None or self._beside is None:
+            return request.gate_version or self._current
+        # With the version: the next trial draws other queries.
+        drawn = hashlib.blake2b(f"{self._beside}/{request.trace_id}".encode(), digest_size=4).digest()
+        is_beside = int.from_bytes(drawn) < self._beside_below
+        self.begun = (self.begun[0] + (not is_beside), self.begun[1] + is_beside)
+        return self._beside if is_beside else self._current
+
     def use(self, version: str) -> None:
         """Make a version current that is here or can be reloaded. Raises RoutingError if it is neither."""
         self._decider(version)
@@ -75,7 +98,7 @@ class LocalRouter:
     def _add(self, version: str, gate: Gate) -> Decider:
         decider = self._deciders[version] = Decider(gate, version)
         self._deciders.move_to_end(version)
-        spare = [name for name in self._deciders if name not in (version, self._current, self._previous)]
+        spare = [name for name in self._deciders if name not in (version, self._current, self._previous, self._beside)]
         for old in spare[: max(0, len(self._deciders) - MAX_VERSIONS)]:
             del self._deciders[old]
         return decider
@@ -106,18 +129,18 @@ class LocalRouter:
         pending, self._pending = self._pending, []
         by_version: dict[str | None, list[tuple[RouteRequest, asyncio.Future[RouteDecision]]]] = {}
         for item in pending:
-            by_version.setdefault(item[0].gate_version or self._current, []).append(item)
-        for items in by_version.values():
-            self._answer(items)
+            by_version.setdefault(self._version_for(item[0]), []).append(item)
+        for version, items in by_version.items():
+            self._answer(version, items)
 
-    def _answer(self, items: list[tuple[RouteRequest, asyncio.Future[RouteDecision]]]) -> None:
+    def _answer(self, version: str | None, items: list[tuple[RouteRequest, asyncio.Future[RouteDecision]]]) -> None:
         """Decide one version's requests; a request that cannot be decided must not spoil the others' batch."""
         try:
-            results = self.decide([request for request, _ in items])
+            results = self.decide([request for request, _ in items], version)
         except Exception as error:  # whatever it is belongs to those who wait: uncaught here, they would wait for ever
             if len(items) > 1:
                 for item in items:
-                    self._answer([item])
+                    self._answer(version, [item])
             elif not items[0][1].done():
                 items[0][1].set_exception(error)
             return
@@ -125,23 +148,27 @@ class LocalRouter:
             if not future.done():
                 future.set_result(result)
 
-    def decide(self, requests: list[RouteRequest]) -> list[RouteDecision]:
-        """Decide a batch that names one gate version.
+    def decide(self, requests: list[RouteRequest], version: str | None = None) -> list[RouteDecision]:
+        """Decide a batch with one gate version, by default the one that its requests name.
 
         Non-finite output of a version falls back to the last good one. Raises NoAgentError, RoutingError.
         """
-        decider = self._decider(requests[0].gate_version)
+        decider = self._decider(version or requests[0].gate_version)
+        is_beside = decider.version == self._beside
         try:
             decisions = decider.decide(requests, self._masked)
         except RoutingError:
-            if self._previous is None or decider.version == self._previous:
+            good = self._current if is_beside else self._previous
+            if good is None or decider.version == good:
                 raise
-            _LOG.exception("gate %s failed; falling back to %s", decider.version, self._previous)
-            decisions = self._decider(self._previous).decide(requests, self._masked)
+            _LOG.exception("gate %s failed; falling back to %s", decider.version, good)
+            decisions = self._decider(good).decide(requests, self._masked)
         self.num_batches += 1
         self.num_decisions += len(requests)
         for decision in decisions:
             self.activations.update(decision.agents[index] for index in decision.ranking[: decision.k])
+        if is_beside:
+            decisions = [replace(decision, is_beside=True) for decision in decisions]
         if self._routed_by == "router" and not self.cold:  # as decisions say by themselves
             return decisions
         return [replace(decision, routed_by=self._routed_by, cold=self._cold_of(decision)) for decision in decisions]

@@ -318,6 +318,8 @@ class RouteRequest:
     """Upper limit of this query on k; None: the gate's own."""
     unavailable: tuple[str, ...] = ()
     """Agents that this query found dead, beyond those that the router masks."""
+    trace_id: str = ""
+    """Of the query: chance by which a trial of two gate versions gives it one of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,6 +356,8 @@ class RouteDecision:
     """The version's `core.label_model.LabelModel` in the context of this query; None where it has none."""
     agent_price: float = 0.02
     """Probability of a right answer that one more reply must be expected to bring; read with a label model only."""
+    is_beside: bool = False
+    """Whether a new query got the version that is compared with the current one, not that itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,6 +395,8 @@ class RouterStatus:
     decisions: int = 0
     batches: int = 0
     started_unix_s: float = 0.0
+    adaptation: dict[str, Any] = field(default_factory=dict)
+    """What learning while serving comes to: mode, ledger, trial, counts (`serving/router/adaptation`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,7 @@ class DmoaPolicy:
             gate_version=previous.gate_version if previous else self._gate_version,
             max_agents=state.query.limits.max_agents,
             unavailable=tuple(sorted(lost)) if previous and len(lost) < len(previous.agents) else (),
+            trace_id=state.query.trace_id,
         )
         return _plan(await self._router.route(request), request)
 

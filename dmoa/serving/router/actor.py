@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -20,12 +21,22 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
 from dmoa.errors import DmoaError
-from dmoa.serving.actors import default_state_uri, detached, end_actors, pack_record, router_name, unpack_record
+from dmoa.serving.actors import (
+    NAMESPACE,
+    default_state_uri,
+    detached,
+    end_actors,
+    feedback_name,
+    pack_record,
+    router_name,
+    unpack_record,
+)
 from dmoa.serving.agent_client import ServeAgentClient
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.rollover import check_version, pool_version
@@ -44,6 +55,9 @@ MAX_MISSED = 5
 """Looks in a row without the app after which its actors end."""
 MAX_RECENT = 256
 """Inputs that are kept for the shadow check of the next install."""
+LISTEN_TIMEOUT_S = 10.0
+SWITCH_S = 5e-4
+"""How long a decision may wait for a thread that judges offers: Python's own 5 ms are longer than a step's routing."""
 
 
 class RouterActor:
@@ -92,6 +106,7 @@ class RouterActor:
 
     def _configure(self, config: Config, configured: str | None) -> None:
         from dmoa.routing import LocalRouter
+        from dmoa.serving.router.adaptation import Adaptation
         from dmoa.serving.router.versions import GateVersions, RouterState
 
         self._config, self._configured = config, configured
@@ -110,6 +125,11 @@ class RouterActor:
         self._seen: frozenset[str] | None = None
         self._deserted: frozenset[str] = frozenset()
         self._local.install(self._versions.version, self._versions.gate)
+        self._adaptation = Adaptation(self._state, config, self._versions)
+        self._local.share(*(self._adaptation.split or (None,)))
+        self._heard = ("", 0)
+        if config.router.adaptation != "off":
+            sys.setswitchinterval(SWITCH_S)
 
     async def install(self, files: dict[str, bytes], note: str = "") -> dict[str, Any]:
         """Make the gate of a checkpoint's files current, once it passed the checks; running queries keep theirs.
@@ -125,13 +145,61 @@ class RouterActor:
     async def _change(self, work: Callable[[], Change]) -> dict[str, Any]:
         async with self._changing:
             change = await asyncio.to_thread(work)
-            self._local.install(change.version, change.gate)
-        _LOG.info("gate %s is current, before it was %s", change.version, change.previous)
+            await asyncio.to_thread(self._adaptation.operated)
+            self._take(change)
         return change.to_json()
 
+    def _take(self, change: Change | None) -> None:
+        """Serve what was decided: the current version, and the one beside it."""
+        if change is not None:
+            self._local.install(change.version, change.gate)
+            _LOG.info("gate %s is current, before it was %s", change.version, change.previous)
+        self._local.share(*(self._adaptation.split or (None,)))
+
+    async def offer(self, files: dict[str, bytes], evidence: dict[str, Any]) -> dict[str, Any]:
+        """Judge the gate of a checkpoint's files that a learner offers, and try, install or refuse it (`router.adaptation`).
+
+        `evidence` as `adaptation.Evidence`. Returns accepted, state (refused, observed, canary, installed), reasons, ledger,
+        current, and what the guards found. Off the decision path. Raises ConfigError for evidence that cannot be read.
+        """
+        async with self._changing:
+            told, change = await asyncio.to_thread(self._adaptation.offer, files, evidence, list(self._recent))
+            self._take(change)
+        return told
+
+    async def freeze(self, note: str = "") -> dict[str, Any]:
+        """Take no offer until `thaw`, also after a restart; a trial ends with the version before it. Returns the status."""
+        async with self._changing:
+            self._take(await asyncio.to_thread(self._adaptation.freeze, note))
+        return self._adaptation.status()
+
+    async def thaw(self, note: str = "") -> dict[str, Any]:
+        """Take offers again. Returns the status of adaptation."""
+        async with self._changing:
+            await asyncio.to_thread(self._adaptation.thaw, note)
+        return self._adaptation.status()
+
+    async def _listen(self) -> None:
+        """Take the queries that were finished since, from the app's feedback, while gates are offered."""
+        from dmoa.feedback import read_feedback
+
+        try:
+            feedback = ray.get_actor(feedback_name(self._app), namespace=NAMESPACE)
+            async with asyncio.timeout(LISTEN_TIMEOUT_S):
+                life, count, data, _ = await feedback.since.remote(*self._heard)
+        except (ValueError, RayError, TimeoutError):
+            return  # it is not there yet, or comes back with its last snapshot
+        records = await asyncio.to_thread(read_feedback, data, "feedback") if (life, count) != self._heard else []
+        self._heard = life, count
+        try:
+            async with self._changing:
+                self._take(await asyncio.to_thread(self._adaptation.observe, records, self._local.begun))
+        except (DmoaError, OSError) as error:
+            _LOG.warning("adaptation: finished queries were not read: %s", error)
+
     async def history(self) -> list[dict[str, Any]]:
-        """Return the changes of the current version, oldest first."""
-        return self._versions.history()
+        """Return the changes of the current version and what became of offers, oldest first."""
+        return sorted([*self._versions.history(), *self._adaptation.events()], key=lambda entry: float(entry["unix_s"]))
 
     def _reload(self, version: str) -> Gate | None:
         found = self._state.load_version(version)
@@ -201,6 +269,7 @@ class RouterActor:
             decisions=self._local.num_decisions,
             batches=self._local.num_batches,
             started_unix_s=self._started_unix_s,
+            adaptation=self._adaptation.status(),
         )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -214,6 +283,8 @@ class RouterActor:
         missed = 0
         while missed < MAX_MISSED:
             await asyncio.sleep(self._watch_interval_s)
+            if self._config.router.adaptation != "off":
+                await self._listen()
             config, snapshot = self._config, await asyncio.to_thread(read_status, self._app, self._seen)
             if snapshot is None:
                 continue

@@ -55,8 +55,27 @@ class RouterAdmin:
         changed: dict[str, Any] = self._call("rollback", version, note)
         return changed
 
+    def offer(self, files: dict[str, bytes], evidence: dict[str, Any]) -> dict[str, Any]:
+        """Offer a gate that was adapted, as `RouterActor.offer`; a refusal is no error.
+
+        Raises ConfigError for evidence that cannot be read, DmoaError while the router is away: offer it again then, for an
+        update that was taken is refused the second time.
+        """
+        told: dict[str, Any] = self._call("offer", files, evidence)
+        return told
+
+    def freeze(self, note: str = "") -> dict[str, Any]:
+        """Take no offer until `thaw`; returns the status of adaptation. Raises DmoaError."""
+        status: dict[str, Any] = self._call("freeze", note)
+        return status
+
+    def thaw(self, note: str = "") -> dict[str, Any]:
+        """Take offers again; returns the status of adaptation. Raises DmoaError."""
+        status: dict[str, Any] = self._call("thaw", note)
+        return status
+
     def history(self) -> list[dict[str, Any]]:
-        """Return the changes of the current version, oldest first. Raises DmoaError."""
+        """Return the changes of the current version and what became of offers, oldest first. Raises DmoaError."""
         changes: list[dict[str, Any]] = self._call("history")
         return changes
 

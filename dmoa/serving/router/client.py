@@ -73,7 +73,7 @@ class RemoteRouter:
                 self._away_until = time.monotonic() + AWAY_S
             else:
                 self._cold = frozenset(decision.cold)
-                self._keep(decision.gate_version, is_current=request.gate_version is None)
+                self._keep(decision.gate_version, is_current=request.gate_version is None and not decision.is_beside)
                 return decision
         return await self._decide_here(request)
 

@@ -42,6 +42,8 @@ _PROBE_SEED = 0
 _LOG = logging.getLogger("dmoa.router")
 MAX_HISTORY = 256
 """Changes that are remembered; versions that none of them names are removed."""
+MAX_ADAPTED = 16
+"""Adapted versions among them: learning makes many, and pushes nobody's installs out."""
 MAX_NOTE_CHARACTERS = 500
 
 
@@ -97,20 +99,20 @@ class RouterState:
             if found.type == arrow_fs.FileType.Directory and found.base_name not in wanted:
                 self._fs.delete_dir(found.path)
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Keep the state: current version, history, fingerprint."""
-        self._write("state.json", json.dumps(state, indent=2).encode())
+    def save(self, state: dict[str, Any], name: str = "state.json") -> None:
+        """Keep the state: current version, history, fingerprint; under another name that of adaptation."""
+        self._write(name, json.dumps(state, indent=2).encode())
 
-    def load(self) -> dict[str, Any] | None:
+    def load(self, name: str = "state.json") -> dict[str, Any] | None:
         """Return the state, None before the first save. Raises CheckpointError if it cannot be read."""
-        if not self._exists("state.json"):
+        if not self._exists(name):
             return None
         try:
-            state = json.loads(self._read("state.json"))
+            state = json.loads(self._read(name))
         except ValueError as error:
-            raise CheckpointError(f"router state {self._path('state.json')!r}: {error}; remove it to begin anew") from error
+            raise CheckpointError(f"router state {self._path(name)!r}: {error}; remove it to begin anew") from error
         if not isinstance(state, dict):
-            raise CheckpointError(f"router state {self._path('state.json')!r}: it is not a JSON object; remove it to begin anew")
+            raise CheckpointError(f"router state {self._path(name)!r}: it is not a JSON object; remove it to begin anew")
         return state
 
     def _path(self, name: str) -> str:
@@ -209,14 +211,17 @@ def _first(decision: RouteDecision) -> str:
     return decision.agents[decision.ranking[0]]
 
 
+Action = Literal["configured", "install", "adapted", "rollback"]
+
+
 class HistoryEntry(BaseModel):
     """One change of the version that new queries begin with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     version: str
-    action: Literal["configured", "install", "rollback"]
-    """configured: what the app was deployed with."""
+    action: Action
+    """configured: what the app was deployed with; adapted: an offer that passed its guards."""
     previous: str | None
     """Version that was current before."""
     note: str
@@ -261,7 +266,10 @@ class GateVersions:
         self._max_history = max_history
         # By content: a checkpoint that was trained again in the same folder is another one, a copy elsewhere is not.
         settings = config.gate.model_dump(mode="json", exclude={"checkpoint"})
-        self._source = {"fingerprint": fingerprint(config), "gate": settings, "configured": configured}
+        self.source = {"fingerprint": fingerprint(config), "gate": settings, "configured": configured}
+        """What the state was made from."""
+        self.wanted: frozenset[str] = frozenset()
+        """Versions to keep beside those of the history."""
         self._history: list[HistoryEntry] = []
         self.configured: str | None = None
         """Version that the app was deployed with."""
@@ -270,9 +278,9 @@ class GateVersions:
     def _begin(self) -> tuple[Gate, str]:
         kept = self._state.load() or {}
         source = kept.get("source")
-        if isinstance(source, dict) and source.get("fingerprint") == self._source["fingerprint"]:
+        if isinstance(source, dict) and source.get("fingerprint") == self.source["fingerprint"]:
             self._history = _parse(kept.get("history", []))
-        if source == self._source:
+        if source == self.source:
             found = self._state.load_version(str(kept.get("current")))
             if found is not None:
                 self.configured = kept.get("configured")
@@ -288,21 +296,23 @@ class GateVersions:
         """Keep a version, then the state that makes it current, so that a crash in between changes nothing."""
         self._state.save_version(gate, record)
         history = [*self._history, entry]
-        kept = history[-self._max_history :]
+        adapted = [one for one in history if one.action == "adapted"]
+        kept = [one for one in history if one not in adapted[:-MAX_ADAPTED]][-self._max_history :]
         state = {
             "current": record.version,
             "configured": self.configured,
-            "source": self._source,
+            "source": self.source,
             "history": [one.model_dump(mode="json") for one in kept],
         }
         self._state.save(state)
         self._history, self.gate, self.version = kept, gate, record.version
         if len(kept) < len(history):
-            self._drop_old({one.version for one in kept})
+            self.drop_old()
 
-    def _drop_old(self, wanted: set[str]) -> None:
+    def drop_old(self) -> None:
+        """Remove the versions that nobody wants any more."""
         try:
-            self._state.keep_versions(wanted)
+            self._state.keep_versions({one.version for one in self._history} | self.wanted)
         except OSError as error:
             _LOG.warning("old gate versions stay where they are: %s", error)
 
@@ -321,14 +331,26 @@ class GateVersions:
         Raises CheckpointError for files that are damaged, of another pool, of other sizes, or that fail the shadow check:
         then nothing has changed.
         """
+        gate, record, shadow = self.check(files, inputs)
+        return self._change(gate, record, "install", note, shadow)
+
+    def check(self, files: Mapping[str, bytes], inputs: Sequence[FloatArray]) -> tuple[Gate, Checkpoint, Shadow]:
+        """Return the gate in the files of a checkpoint, and what it would do. Raises CheckpointError as `install`."""
         gate, record = fit_gate(self._config, *read_files(files, "the checkpoint"))
         if gate.spec.input_dim != self.gate.spec.input_dim:
             raise CheckpointError(
                 f"gate {record.version}: embedding_dim is {gate.spec.embedding_dim}, the encoder of this pool gives "
                 f"{self.gate.spec.embedding_dim}; train it with the pool's encoder"
             )
-        shadow = shadow_check(gate, record.version, self.gate, inputs)
-        return self._change(gate, record, "install", note, shadow)
+        return gate, record, shadow_check(gate, record.version, self.gate, inputs)
+
+    def keep(self, gate: Gate, record: Checkpoint) -> None:
+        """Keep a version that is not current, for as long as `wanted` names it."""
+        self._state.save_version(gate, record)
+
+    def adopt(self, gate: Gate, record: Checkpoint, note: str) -> Change:
+        """Make a gate current that `check` gave, because it passed the guards."""
+        return self._change(gate, record, "adapted", note, None)
 
     def rollback(self, version: str | None, note: str) -> Change:
         """Make an earlier version current again, by default the one before the current one.
@@ -350,9 +372,7 @@ class GateVersions:
         gate, record = fit_gate(self._config, *found)
         return self._change(gate, record, "rollback", note, None)
 
-    def _change(
-        self, gate: Gate, record: Checkpoint, action: Literal["install", "rollback"], note: str, shadow: Shadow | None
-    ) -> Change:
+    def _change(self, gate: Gate, record: Checkpoint, action: Action, note: str, shadow: Shadow | None) -> Change:
         previous, is_change = self.version, record.version != self.version
         if is_change:
             self._keep(gate, record, _entry(record.version, action, previous, note))
@@ -363,9 +383,7 @@ class GateVersions:
         return f"known are {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}; see `dmoa router history`"
 
 
-def _entry(
-    version: str, action: Literal["configured", "install", "rollback"], previous: str | None, note: str = ""
-) -> HistoryEntry:
+def _entry(version: str, action: Action, previous: str | None, note: str = "") -> HistoryEntry:
     note = note[:MAX_NOTE_CHARACTERS]
     return HistoryEntry(version=version, action=action, previous=previous, note=note, unix_s=time.time())
 

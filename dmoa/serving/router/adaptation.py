@@ -1,0 +1,539 @@
+"""Learning while serving, on the router's side: offered gates are judged, tried on a share of the queries, installed, taken back.
+
+Apart from Ray, and not for two threads at once. What was decided is kept in `adaptation.json` under `router.state_uri`, whole,
+then renamed, before anybody hears of it: the number of the last update that was taken (none is taken twice), the trial that
+runs, whether learning is frozen, and what happened. A router that dies comes back with all of it.
+
+A trial compares two versions on new queries that chance gives to the one or the other (by a hash of the trace id). `canary`: the
+candidate has `canary_share` of them until it passed or failed. `on`: the candidate is current at once, and the version before,
+the control, keeps `canary_share`; later updates take the candidate's place, the control follows one window behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dmoa.checkpoint import Checkpoint
+from dmoa.config import Config
+from dmoa.core import guards
+from dmoa.core.gate import Gate
+from dmoa.core.guards import ArmComparison, SequentialTest, Verdict
+from dmoa.errors import CheckpointError, ConfigError
+from dmoa.feedback import Feedback
+from dmoa.serving.router.probes import read_probes
+from dmoa.serving.router.replayed import (
+    HeldBack,
+    Reading,
+    decide,
+    loads,
+    of_pool,
+    probabilities,
+    read_queries,
+    read_slice,
+)
+from dmoa.serving.router.versions import Change, GateVersions, RouterState, Shadow
+from dmoa.types import FloatArray, is_untrained
+from dmoa.validation import describe
+
+_LOG = logging.getLogger("dmoa.router")
+FILE = "adaptation.json"
+MAX_EVENTS = 256
+"""Events that are remembered."""
+MAX_LINE = 64
+"""Versions of a trial whose queries still count."""
+KEPT_CANDIDATES = 8
+"""Versions that were tried and are no longer, and are kept for the queries that began with them."""
+LOST_S = 60.0
+"""Seconds after which a query that began and was not heard of counts as failed; with a deadline, that and 5 more."""
+MARGINS = {"failures": 0.05, "tokens": 0.161, "latency": 0.292}
+"""What is not worse: 5 more failures in 100, a quarter more tokens, half as much time again (logarithms to base 4)."""
+
+State = Literal["refused", "observed", "canary", "installed"]
+
+
+class Evidence(BaseModel):
+    """What a learner says of the gate that it offers. The router judges by none of it: it keeps order by it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    base_version: str
+    """The gate that the update began with."""
+    update: int = Field(ge=1)
+    """Counts the learner's updates, upwards; one that is no higher than the router's ledger is refused."""
+    source: str = ""
+    used: int = Field(default=0, ge=0)
+    """Queries that it learnt from."""
+    shift: bool = False
+    """Whether the stream is said to have changed: doubles the bounds of drift and distance, and renews the anchor in the end."""
+    signal: Literal["entropy", "posterior", "outcomes"] = "entropy"
+
+
+class Trial(BaseModel):
+    """Two versions that are compared on new queries."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    control: str
+    candidate: str
+    update: int
+    shift: bool = False
+    line: list[str] = Field(default_factory=list)
+    """The candidate and the versions that it took the place of."""
+    pending: str | None = None
+    """With `on`: the version that becomes the control at the end of the window."""
+    begun_unix_s: float
+    tests: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """By signal: log_wealth, pairs, mean."""
+    queries: dict[str, int] = Field(default_factory=dict)
+    """Finished ones, by arm: control, candidate."""
+    lost: dict[str, int] = Field(default_factory=dict)
+    """Those of them that began and were not heard of."""
+
+
+class Kept(BaseModel):
+    """`adaptation.json`."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    source: dict[str, Any]
+    """As in `state.json`: of another pool nothing is taken up."""
+    ledger: int = 0
+    """The last update that was judged."""
+    frozen: str | None = None
+    """Why no offer is taken; None: offers are."""
+    cooldown_until_unix_s: float = 0.0
+    anchor: str
+    """The version that distances are measured from: what was configured or installed last, or renewed at a shift."""
+    trial: Trial | None = None
+    tried: list[str] = Field(default_factory=list)
+    counts: dict[str, int] = Field(default_factory=dict)
+    """Offers by their end: refused, observed, canary, installed, passed, rolled_back."""
+    failures: dict[str, int] = Field(default_factory=dict)
+    """Guards that refused, and signals that ended a trial."""
+    distrusted: list[str] = Field(default_factory=list)
+    """Agents that became surer while fewer agreed: the learner leaves them out."""
+    events: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class Adaptation:
+    """Judges offers and watches trials; `GateVersions` makes current what it decides."""
+
+    def __init__(
+        self, state: RouterState, config: Config, versions: GateVersions, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Take up what was kept for the same pool. Raises CheckpointError where it cannot be read."""
+        self._state, self._config, self._versions, self._clock = state, config, versions, clock
+        self._guards = config.router.guards
+        self._held = HeldBack(config)
+        self._probes = read_probes(self._guards.known_answers) if self._guards.known_answers else None
+        self._arms: dict[str, ArmComparison] = {}
+        self._control_gate: Gate | None = None
+        self._begun: deque[tuple[float, int, int]] = deque()
+        self._base: tuple[int, int] = (0, 0)
+        self._kept = self._load()
+        if self._kept.trial is not None and not self._fits(self._kept.trial):
+            self._end("withdrawn", self._kept.trial.candidate, "a version of the trial is gone")
+        self._resume()
+
+    @property
+    def mode(self) -> str:
+        """`router.adaptation`."""
+        return self._config.router.adaptation
+
+    @property
+    def split(self) -> tuple[str, float] | None:
+        """The version beside the current one, and its share of new queries; None where no trial runs."""
+        trial = self._kept.trial
+        if trial is None:
+            return None
+        return (trial.control if trial.candidate == self._versions.version else trial.candidate), self._guards.canary_share
+
+    def _load(self) -> Kept:
+        tree = self._state.load(FILE)
+        if tree is not None and tree.get("source") == self._versions.source:
+            try:
+                return Kept.model_validate(tree)
+            except ValidationError as error:
+                raise CheckpointError(f"router state {FILE}: {describe(error, Kept)}; remove it to begin anew") from error
+        return Kept(source=self._versions.source, anchor=self._versions.version)
+
+    def _fits(self, trial: Trial) -> bool:
+        here = {trial.control, trial.candidate}
+        return self._versions.version in here and all(self._state.load_version(version) is not None for version in here)
+
+    def _resume(self) -> None:
+        """Go on with the tests of the trial, if there is one."""
+        trial = self._kept.trial
+        self._arms, self._control_gate = {}, None
+        self._versions.wanted = frozenset({self._kept.anchor, *self._kept.tried})
+        if trial is None:
+            return
+        margins = {"quality": self._guards.margin, **MARGINS}
+        for name, margin in margins.items():
+            kept = trial.tests.get(name, {})
+            # Several signals are looked at: each has its part of the error rate.
+            test = SequentialTest(
+                margin, self._guards.error_rate / len(margins), restarts=self.mode == "on", log_wealth=kept.get("log_wealth")
+            )
+            self._arms[name] = ArmComparison(test)
+            self._arms[name].pairs, self._arms[name].mean = int(kept.get("pairs", 0)), float(kept.get("mean", 0.0))
+        self._versions.wanted |= {trial.control, trial.candidate}
+        found = self._state.load_version(trial.control)
+        self._control_gate = found[0] if found else None
+
+    def _save(self) -> None:
+        trial = self._kept.trial
+        if trial is not None:
+            trial.tests = {
+                name: {"log_wealth": arm.test.log_wealth, "pairs": arm.pairs, "mean": arm.mean}
+                for name, arm in self._arms.items()
+            }
+        self._kept.events = self._kept.events[-MAX_EVENTS:]
+        self._state.save(self._kept.model_dump(mode="json"), FILE)
+
+    def _note(self, action: str, version: str, note: str, **more: Any) -> None:
+        entry = {"version": version, "action": action, "previous": self._versions.version, "note": note[:500]}
+        self._kept.events.append(entry | {"unix_s": self._clock()} | more)
+        _LOG.info("adaptation: %s %s: %s", action, version, note)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return what happened, oldest first, in the form of the versions' history."""
+        return list(self._kept.events)
+
+    def status(self) -> dict[str, Any]:
+        """Return the state as plain values: part of `dmoa router status`."""
+        kept, trial = self._kept, self._kept.trial
+        arms = {
+            name: {"pairs": arm.pairs, "worse_by": round(arm.mean, 4), "evidence": round(arm.test.evidence, 3)}
+            for name, arm in self._arms.items()
+        }
+        return {
+            "mode": self.mode,
+            "ledger": kept.ledger,
+            "frozen": kept.frozen,
+            "cooldown_s": round(max(0.0, kept.cooldown_until_unix_s - self._clock()), 1),
+            "anchor": kept.anchor,
+            "held_back": len(self._held),
+            "trial": None
+            if trial is None
+            else {
+                "control": trial.control,
+                "candidate": trial.candidate,
+                "update": trial.update,
+                "begun_unix_s": trial.begun_unix_s,
+                "queries": trial.queries,
+                "signals": arms,
+            },
+            "counts": dict(kept.counts),
+            "failures": dict(kept.failures),
+            "distrusted": list(kept.distrusted),
+            "guards_off": list(self._guards.off),
+            "uses_probe_labels": self._probes is not None,
+        }
+
+    def freeze(self, note: str = "") -> Change | None:
+        """Take no offer from now on, and end the trial: the version before it goes on alone."""
+        if self._kept.frozen is None:
+            self._kept.frozen = note or "by an operator"
+            self._note("freeze", self._versions.version, note)
+        change = self._withdraw("frozen")
+        self._save()
+        return change
+
+    def thaw(self, note: str = "") -> None:
+        """Take offers again, also where a rollback is still cooling down."""
+        if self._kept.frozen is not None or self._kept.cooldown_until_unix_s > self._clock():
+            self._kept.frozen, self._kept.cooldown_until_unix_s = None, 0.0
+            self._note("thaw", self._versions.version, note)
+            self._save()
+
+    def operated(self) -> None:
+        """Hear that an operator made a version current: it is the anchor, and a trial is over."""
+        trial = self._kept.trial
+        if trial is not None:
+            self._end("withdrawn", trial.candidate, f"an operator made {self._versions.version} current")
+        self._kept.anchor = self._versions.version
+        self._save()
+
+    def offer(
+        self, files: Mapping[str, bytes], evidence: Mapping[str, Any], inputs: Sequence[FloatArray]
+    ) -> tuple[dict[str, Any], Change | None]:
+        """Judge an offered gate, and do with it what the mode says; `inputs` [X] are those routed last.
+
+        Returns what the learner is told, and the change of the current version, if there is one. Raises ConfigError for
+        evidence that cannot be read.
+        """
+        try:
+            said = Evidence.model_validate(dict(evidence))
+        except ValidationError as error:
+            raise ConfigError(f"offer: evidence: {describe(error, Evidence)}") from error
+        closed = self._closed(said)
+        if closed:
+            self._kept.counts["refused"] = self._kept.counts.get("refused", 0) + 1
+            return self._told("refused", [closed]), None
+        self._kept.ledger = said.update
+        try:
+            gate, record, shadow = self._versions.check(files, inputs)
+        except CheckpointError as error:
+            self._count("refused", ["finite"] if "NaN" in str(error) else ["checkpoint"])
+            self._note("refused", "", f"update {said.update}: {error}")
+            self._save()
+            return self._told("refused", [str(error)]), None
+        verdicts = self._judge(gate, inputs, said)
+        failed = [verdict for verdict in verdicts if not verdict.passed]
+        if failed:
+            self._count("refused", [verdict.guard for verdict in failed])
+            reasons = [f"{verdict.guard}: {verdict.words}" for verdict in failed]
+            self._note("refused", record.version, f"update {said.update}: {'; '.join(reasons)}")
+            self._save()
+            return self._told("refused", reasons, verdicts, record.version), None
+        if self.mode == "observe":
+            self._count("observed")
+            self._note(
+                "observed", record.version, f"update {said.update}: {_would(shadow)}", shadow=shadow.model_dump(mode="json")
+            )
+            self._save()
+            return self._told("observed", [_would(shadow)], verdicts, record.version), None
+        return self._take(gate, record, said, verdicts)
+
+    def _closed(self, said: Evidence) -> str | None:
+        """Return why no offer, or not this one, is looked at; None where it is."""
+        kept, trial, current = self._kept, self._kept.trial, self._versions.version
+        if self.mode == "off":
+            return "router.adaptation is 'off'; set it to observe, canary or on"
+        if kept.frozen is not None:
+            return f"learning is frozen ({kept.frozen}); `dmoa router thaw` ends that"
+        if said.update <= kept.ledger:
+            return f"update {said.update} was judged before, the ledger is {kept.ledger}; number the next one higher"
+        left = kept.cooldown_until_unix_s - self._clock()
+        if left > 0:
+            return f"a gate was taken back lately; offers are taken again in {left:.0f} s"
+        if trial is not None and self.mode == "canary":
+            return f"gate {trial.candidate} is on trial (update {trial.update}); offer again when it is over"
+        if said.base_version not in {current, *(trial.line if trial else ()), *([trial.control] if trial else ())}:
+            return f"the update began with gate {said.base_version}, current is {current}; begin with that"
+        return None
+
+    def _judge(self, gate: Gate, inputs: Sequence[FloatArray], said: Evidence) -> list[Verdict]:
+        """Return the verdicts of all guards that are on."""
+        current, agents, bounds = self._versions.gate, self._versions.gate.spec.agents, self._guards
+        replay = read_slice(self._held.records(), current)
+        new, old = ([*decide(one, inputs), *decide(one, replay.inputs)] for one in (gate, current))
+        split, count, slack = len(inputs), len(agents), 2.0 if said.shift else 1.0
+        weights = {name: tensor.numpy() for name, tensor in gate.state_dict().items()}
+        verdicts = [guards.finite(weights)]
+        recent = [probabilities(some[:split], count) for some in (new, old)]
+        new_RA, old_RA = loads(new, count), loads(old, count)
+        verdicts.append(guards.drift(recent[0], recent[1], bounds.max_kl * slack))
+        verdicts.append(self._distance(weights, slack))
+        loss_R = ((old_RA - new_RA)[split:] * replay.right_RA).sum(axis=1)
+        verdicts.append(guards.not_worse("held_back", loss_R, margin=bounds.margin, error_rate=bounds.error_rate))
+        verdicts.append(guards.load(new_RA, old_RA, bounds.min_effective_agents))
+        bad_A = guards.distrusted(replay.sureness_RA, replay.agreement_RA, replay.context_R)
+        self._kept.distrusted = [name for name, bad in zip(agents, bad_A, strict=True) if bad]
+        verdicts.append(guards.disagreement(new_RA, old_RA, bad_A, agents))
+        if self._probes is not None:
+            verdicts.append(self._probes.judge(gate, current, margin=bounds.margin, error_rate=bounds.error_rate))
+        return [verdict for verdict in verdicts if verdict.guard not in bounds.off]
+
+    def _distance(self, weights: Mapping[str, Any], slack: float) -> Verdict:
+        found = self._state.load_version(self._kept.anchor)
+        bound = self._guards.max_distance * slack
+        anchor = {} if found is None else {name: tensor.numpy() for name, tensor in found[0].state_dict().items()}
+        if is_untrained(self._kept.anchor) or {n: a.shape for n, a in anchor.items()} != {n: a.shape for n, a in weights.items()}:
+            words = "the anchor is untrained, or of other sizes: no distance is bounded"
+            return Verdict(guard="distance", passed=True, value=0.0, bound=bound, words=words)
+        return guards.distance(weights, anchor, bound)
+
+    def _take(
+        self, gate: Gate, record: Checkpoint, said: Evidence, verdicts: Sequence[Verdict]
+    ) -> tuple[dict[str, Any], Change | None]:
+        """Try a gate that passed the guards, or install it where nothing is to be tried."""
+        if record.version == self._versions.version:
+            self._save()
+            return self._told("refused", [f"gate {record.version} is current already"], verdicts, record.version), None
+        self._versions.keep(gate, record)
+        note = f"update {said.update} on {said.used} queries ({said.signal}{', shift' if said.shift else ''})"
+        is_tried = "canary" not in self._guards.off
+        if is_tried:
+            self._begin_trial(record.version, said)
+        if self.mode == "canary":
+            self._count("canary")
+            self._note("canary", record.version, f"{note}; {self._guards.canary_share:.0%} of new queries")
+            self._save()
+            return self._told("canary", [], verdicts, record.version), None
+        if not is_tried and said.shift:
+            self._kept.anchor = record.version
+        self._count("installed")
+        self._save()  # the ledger before the version: a crash in between loses the update, and never takes it twice
+        return self._told("installed", [], verdicts, record.version), self._versions.adopt(gate, record, note)
+
+    def _begin_trial(self, version: str, said: Evidence) -> None:
+        trial, now = self._kept.trial, self._clock()
+        if trial is None:
+            control = self._versions.version
+            self._kept.trial = Trial(
+                control=control, candidate=version, update=said.update, shift=said.shift, line=[version], begun_unix_s=now
+            )
+            self._begun.clear()
+            self._resume()
+            return
+        trial.candidate, trial.update, trial.shift = version, said.update, trial.shift or said.shift
+        trial.line = [*trial.line, version][-MAX_LINE:]
+        self._kept.tried = [*self._kept.tried, version][-KEPT_CANDIDATES:]
+        self._versions.wanted |= {version}
+
+    def _count(self, end: str, failed: Iterable[str] = ()) -> None:
+        for counter, names in ((self._kept.counts, [end]), (self._kept.failures, failed)):
+            counter.update(Counter(counter) + Counter(names))
+
+    def _told(self, state: State, reasons: Sequence[str], verdicts: Sequence[Verdict] = (), version: str = "") -> dict[str, Any]:
+        return {
+            "accepted": state != "refused",
+            "state": state,
+            "reasons": list(reasons),
+            "ledger": self._kept.ledger,
+            "version": version,
+            "current": self._versions.version,
+            "verdicts": [verdict.to_json() for verdict in verdicts],
+            "distrusted": list(self._kept.distrusted),
+        }
+
+    def observe(self, records: Iterable[Feedback], begun: tuple[int, int] = (0, 0)) -> Change | None:
+        """Take finished queries; returns the change of the current version where they end a trial.
+
+        `begun`: queries that began with the current version and with the other one of the trial, since the router started.
+        """
+        found = of_pool(records, str(self._versions.source["fingerprint"]))
+        for record in found:
+            self._held.put(record)
+        trial = self._kept.trial
+        if trial is None:
+            return None
+        readings = [one for one in found if one.answer.policy == "dmoa" and one.created_unix_s >= trial.begun_unix_s]
+        arms = {trial.control: False} | dict.fromkeys(trial.line, True)
+        readings = [one for one in readings if one.answer.gate_version in arms]
+        for record, reading in zip(readings, read_queries(readings, self._control_gate or self._versions.gate), strict=True):
+            self._add(reading, is_candidate=arms[str(record.answer.gate_version)])
+        self._add_lost(*begun)
+        return self._conclude() if readings or any(trial.lost.values()) else None
+
+    def _add(self, reading: Reading, *, is_candidate: bool) -> None:
+        trial = self._kept.trial
+        assert trial is not None
+        name = "candidate" if is_candidate else "control"
+        trial.queries[name] = trial.queries.get(name, 0) + 1
+        for signal, arm in self._arms.items():
+            arm.add(getattr(reading, signal), is_suspect=is_candidate)
+
+    def _add_lost(self, current: int, other: int) -> None:
+        """Count queries as failed that began long enough ago and were not heard of."""
+        trial, now = self._kept.trial, self._clock()
+        assert trial is not None
+        is_candidate_current = trial.candidate == self._versions.version
+        candidate, control = (current, other) if is_candidate_current else (other, current)
+        if not self._begun:
+            self._base = candidate, control
+        if candidate < self._base[0] or control < self._base[1]:  # the router was started anew, and counts from 0
+            self._begun.clear()
+            self._base = (0, 0)
+        self._begun.append((now, candidate - self._base[0], control - self._base[1]))
+        deadline_s = self._config.limits.deadline_s
+        patience_s = LOST_S if deadline_s is None else deadline_s + 5.0
+        old = None
+        while len(self._begun) > 1 and self._begun[0][0] <= now - patience_s:
+            old = self._begun.popleft()
+        if old is None:
+            return
+        for name, begun, is_candidate in (("candidate", old[1], True), ("control", old[2], False)):
+            missing = begun - trial.queries.get(name, 0)
+            for _ in range(max(0, missing)):
+                trial.lost[name] = trial.lost.get(name, 0) + 1
+                self._add(Reading(float("nan"), 1.0, float("nan"), float("nan")), is_candidate=is_candidate)
+
+    def _conclude(self) -> Change | None:
+        """End the trial where the candidate is worse, or has stood it."""
+        trial = self._kept.trial
+        assert trial is not None
+        worse = [name for name, arm in self._arms.items() if arm.test.is_found]
+        if worse:
+            return self._roll_back(trial, worse)
+        done = self._arms["failures"].pairs >= self._guards.canary_queries
+        change = self._pass(trial) if done and self.mode == "canary" else None
+        if done and self.mode == "on":
+            self._next_window(trial)
+        self._save()
+        return change
+
+    def _roll_back(self, trial: Trial, worse: Sequence[str]) -> Change | None:
+        words = [f"{name} worse by {self._arms[name].mean:.3f}, evidence {self._arms[name].test.evidence:.3g}" for name in worse]
+        note = f"update {trial.update} after {trial.queries.get('candidate', 0)} queries: {'; '.join(words)}"
+        self._kept.cooldown_until_unix_s = self._clock() + self._guards.cooldown_s
+        self._count("rolled_back", worse)
+        change = self._versions.rollback(trial.control, note) if trial.control != self._versions.version else None
+        self._end("rolled back", trial.candidate, note)
+        self._save()
+        return change
+
+    def _pass(self, trial: Trial) -> Change | None:
+        """Make a canary that was not found worse current."""
+        found = self._state.load_version(trial.candidate)
+        if found is None:
+            self._end("withdrawn", trial.candidate, "it is no longer kept; offer it again")
+            return None
+        count = trial.queries.get("candidate", 0)
+        self._count("passed")
+        if trial.shift:
+            self._kept.anchor = trial.candidate
+        self._end("passed", trial.candidate, f"update {trial.update}: not found worse on {count} queries")
+        return self._versions.adopt(*found, f"update {trial.update}: stood the canary on {count} queries")
+
+    def _next_window(self, trial: Trial) -> None:
+        """Let the control follow: the version that was current a window ago, and was not found worse since."""
+        if trial.pending is not None:
+            if trial.shift:
+                self._kept.anchor = trial.pending
+            trial.control, trial.shift = trial.pending, False
+            self._count("passed")
+        trial.pending, trial.tests, trial.queries, trial.lost = trial.candidate, {}, {}, {}
+        trial.line = [version for version in trial.line if version != trial.control]
+        self._begun.clear()
+        if trial.control == trial.candidate:
+            self._end("passed", trial.candidate, f"update {trial.update}: not found worse over two windows of queries")
+            return
+        trial.begun_unix_s = self._clock()
+        self._resume()
+
+    def _withdraw(self, why: str) -> Change | None:
+        """End the trial with the control alone."""
+        trial = self._kept.trial
+        if trial is None:
+            return None
+        change = self._versions.rollback(trial.control, why) if trial.control != self._versions.version else None
+        self._end("withdrawn", trial.candidate, why)
+        return change
+
+    def _end(self, action: str, version: str, note: str) -> None:
+        trial = self._kept.trial
+        assert trial is not None
+        self._note(action, version, note)
+        self._kept.tried = [*self._kept.tried, trial.candidate][-KEPT_CANDIDATES:]
+        self._kept.trial = None
+        self._arms, self._control_gate = {}, None
+        self._versions.wanted = frozenset({self._kept.anchor, *self._kept.tried})
+        self._versions.drop_old()
+
+
+def _would(shadow: Shadow) -> str:
+    """Say what an observed gate would have changed."""
+    if not shadow.inputs:
+        return "would have been installed; no inputs yet to say what it changes"
+    first = ", ".join(f"{name} {share:.0%}" for name, share in list(shadow.first.items())[:5])
+    other = 1 - (shadow.same_first or 0)
+    return f"would have been installed: on {shadow.inputs} inputs {other:.0%} get another first agent; {first}"
