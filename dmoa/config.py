@@ -371,7 +371,7 @@ Guard = Literal["drift", "distance", "held_back", "load", "disagreement", "known
 class GuardsConfig(Node):
     """What an offered gate must pass before it decides queries, with `router.adaptation`."""
 
-    off: tuple[Guard, ...] = ()
+    skip: tuple[Guard, ...] = ()
     """Guards that are left out. That weights and decisions are finite is always checked."""
     max_kl: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     """drift: most nats by which routing on recent inputs may differ from the current gate's, on average; twice at a shift."""
@@ -394,7 +394,7 @@ class GuardsConfig(Node):
     cooldown_s: float = Field(default=300.0, ge=0, allow_inf_nan=False)
     """Seconds after a rollback in which no offer is taken."""
 
-    @field_validator("off", mode="before")
+    @field_validator("skip", mode="before")
     @classmethod
     def _one_word(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
@@ -456,9 +456,9 @@ class RouterConfig(Node):
                 f"router.adaptation is {self.adaptation!r} and router.feedback 'off'; offers are judged by finished queries; set "
                 "feedback to 'on', or adaptation to 'off'"
             )
-        if self.adaptation == "canary" and "canary" in self.guards.off:
+        if self.adaptation == "canary" and "canary" in self.guards.skip:
             raise ValueError(
-                "router.guards.off names 'canary' and router.adaptation is 'canary'; take it out, or set adaptation to 'on'"
+                "router.guards.skip names 'canary' and router.adaptation is 'canary'; take it out, or set adaptation to 'on'"
             )
         return self
 

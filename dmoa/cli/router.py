@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from dmoa.serving.router.admin import RouterAdmin
 
 app = typer.Typer(
-    rich_markup_mode=None, no_args_is_help=True, help="The gate of a running swarm: install, roll back, history, status."
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="The gate of a running swarm: install, roll back, history, freeze, thaw, status.",
 )
 
 _MAX_SHOWN = 5
@@ -83,18 +85,39 @@ def rollback(
 @app.command("history")
 @with_common
 def history(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
-    """Show which gates were current, oldest first; the last line is the current one."""
+    """Show which gates were current and what became of offered ones, oldest first.
+
+    configured, install, adapted and rollback change the current gate; the other lines are of learning while serving.
+    """
     changes = _connect(common, app_name, address).history()
     for change in changes:
         note = f"  {printable(change['note'])}" if change["note"] else ""
-        typer.echo(f"{_when(change['unix_s'])}  {change['action']:<10}  {change['version']}{note}")
+        typer.echo(f"{_when(change['unix_s'])}  {change['action']:<11}  {change['version']}{note}")
     common.write_json({"app": app_name, "history": changes})
+
+
+@app.command("freeze")
+@with_common
+def freeze(common: Common, note: NoteOption = "", address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
+    """Take no offered gate until `dmoa router thaw`, also after a restart; a trial ends with the gate before it."""
+    told = _connect(common, app_name, address).freeze(note)
+    typer.echo(f"frozen: {printable(told['frozen'])}")
+    common.write_json(told)
+
+
+@app.command("thaw")
+@with_common
+def thaw(common: Common, note: NoteOption = "", address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
+    """Take offered gates again, also where a rollback is still cooling down."""
+    told = _connect(common, app_name, address).thaw(note)
+    typer.echo(f"offers are taken (adaptation {told['mode']})")
+    common.write_json(told)
 
 
 @app.command("status")
 @with_common
 def status(common: Common, address: AddressOption = None, app_name: AppOption = "dmoa") -> None:
-    """Show the current gate, which agents are masked, and how often each was activated."""
+    """Show the current gate, which agents are masked, how often each was activated, and what learning comes to."""
     found = _connect(common, app_name, address).status()
     is_installed = found.gate_version != found.configured_version
     typer.echo(f"pool          {found.pool} ({found.pool_fingerprint[:12]}), app {found.app}")
@@ -111,6 +134,8 @@ def status(common: Common, address: AddressOption = None, app_name: AppOption = 
     typer.echo(f"activations   {', '.join(f'{name} {count}' for name, count in active) or 'none'}")
     typer.echo(f"masked        {', '.join(found.masked) or 'none'}")
     typer.echo(f"cold          {', '.join(found.cold) or 'none'}")
+    for name, words in _adaptation(found.adaptation):
+        typer.echo(f"{name:<12}  {words}")
     common.write_json(asdict(found))
 
 
@@ -164,6 +189,31 @@ def export_outcomes(
     common.say(f"{len(traffic.outcomes)} outcomes")
     typer.echo(out)
     common.write_json({"app": app_name, "out": str(out), "outcomes": len(traffic.outcomes)})
+
+
+def _adaptation(told: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the lines of `status` about learning while serving."""
+    if not told or told["mode"] == "off":
+        return [("adaptation", "off")]
+    counts = ", ".join(f"{end.replace('_', ' ')} {times}" for end, times in told["counts"].items()) or "no offer yet"
+    lines = [("adaptation", f"{told['mode']}, last update {told['ledger']}: {counts}")]
+    if told["frozen"] is not None:
+        lines.append(("", f"frozen: {printable(told['frozen'])}; `dmoa router thaw` ends that"))
+    if told["cooldown_s"]:
+        lines.append(("", f"no offer is taken for {told['cooldown_s']:.0f} s, after a rollback"))
+    if told["failures"]:
+        lines.append(("guards", ", ".join(f"{name} {times}" for name, times in told["failures"].items())))
+    if told["distrusted"]:
+        lines.append(("distrusted", ", ".join(told["distrusted"])))
+    trial = told["trial"]
+    if trial is not None:
+        done = trial["queries"].get("candidate", 0)
+        lines.append(("trial", f"{trial['candidate']} against {trial['control']}, {done} queries of update {trial['update']}"))
+        lines += [
+            ("", f"{name}: worse by {arm['worse_by']:g} on {arm['pairs']} pairs, evidence {arm['evidence']:g}")
+            for name, arm in trial["signals"].items()
+        ]
+    return lines
 
 
 def _tell(common: Common, changed: dict[str, Any]) -> None:

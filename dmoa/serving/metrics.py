@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from ray.util import metrics as ray_metrics
 
@@ -58,4 +60,29 @@ def exposition(status: RouterStatus | None) -> str:
         active = Counter("dmoa_router_activations", "How often each agent was activated.", ["agent"], registry=registry)
         for agent, times in status.activations.items():
             active.labels(agent=agent).inc(times)
+        if status.adaptation.get("mode", "off") != "off":
+            _adaptation(status.adaptation, registry)
     return generate_latest(registry).decode()
+
+
+def _adaptation(told: dict[str, Any], registry: CollectorRegistry) -> None:
+    """Say what learning while serving comes to. These counters are kept with the router's state and outlive it."""
+    offers = Counter("dmoa_router_offers", "Offered gates, and trials, by what became of them.", ["state"], registry=registry)
+    for state, times in told["counts"].items():
+        offers.labels(state=state).inc(times)
+    stopped = Counter("dmoa_router_guard", "How often each guard refused, or signal ended a trial.", ["guard"], registry=registry)
+    for guard, times in told["failures"].items():
+        stopped.labels(guard=guard).inc(times)
+    gauges = {
+        "ledger": ("Number of the last update that was judged.", told["ledger"]),
+        "frozen": ("1 while no offer is taken.", told["frozen"] is not None),
+        "cooldown_seconds": ("How long no offer is taken after a rollback.", told["cooldown_s"]),
+        "held_back": ("Finished queries that gates are judged by.", told["held_back"]),
+        "distrusted_agents": ("Agents left out of learning.", len(told["distrusted"])),
+        "trial": ("1 while two versions are compared.", told["trial"] is not None),
+    }
+    for name, (words, value) in gauges.items():
+        Gauge(f"dmoa_router_adaptation_{name}", words, registry=registry).set(value)
+    for signal, arm in (told["trial"] or {"signals": {}})["signals"].items():
+        evidence = Gauge(f"dmoa_router_trial_{signal}", "Evidence that the candidate is worse.", registry=registry)
+        evidence.set(arm["evidence"])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmoa.config import Config
+from dmoa.core.features import Preset
 from dmoa.engine_options import RecordedOptions
 from dmoa.errors import ConfigError
 from dmoa.evaluation.registry import SKILLS, SUITES
+from dmoa.storage import write_whole
 from dmoa.training.cluster_router import ProbeSample, sample_of
 from dmoa.training.probe import ProbeReport, probe_pool
 from dmoa.types import Price
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SUITES = ",".join(suite.name for suite in SKILLS)
 STAGED = ("chain", "relay")
+KNOWN_ANSWERS = "known-answers.jsonl"
+"""In the folder of a probe with known answers: who is right on which input, for the router's guard of that name."""
 
 
 def run_probe(options: ProbeOptions, config: Config, common: Common, command: str) -> ProbeReport:
@@ -80,7 +85,9 @@ def _look(
     labels = out / "known-labels"
     collect({"benchmarks": options.known_answers, "limit": options.known_limit, "labels": labels}, out / "known")
     table = read_table(out / "known")
-    known = sample_of(table, config.agent_names, config.gate.preset, _judged(table, labels))
+    judged = _judged(table, labels)
+    write_whole(out / KNOWN_ANSWERS, known_answers(table, judged, config.gate.preset))
+    known = sample_of(table, config.agent_names, config.gate.preset, judged)
     return probe_pool(sample, known=known, seed=options.seed)
 
 
@@ -119,6 +126,17 @@ def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:
         for row in rows
         if row["step"] == 0
     }
+
+
+def known_answers(table: pa.Table, judged: Mapping[tuple[str, str], float], preset: Preset) -> str:
+    """Return the lines of a file for `router.guards.known_answers`: the gate's input to each question, and who is right."""
+    rows = [row for row in table.select(("query_id", "step", "agent", "context", "feedback")).to_pylist() if row["step"] == 0]
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        given = row["context"] + (row["feedback"] if preset != "paper" else [])
+        one = found.setdefault(row["query_id"], {"input": [round(value, 7) for value in given], "right": {}})
+        one["right"][row["agent"]] = judged[row["query_id"], row["agent"]]
+    return "".join(json.dumps(one) + "\n" for one in found.values())
 
 
 def _collect(sources: dict[str, Any], out: Path, *, config: Config, common: Common, options: ProbeOptions, command: str) -> None:

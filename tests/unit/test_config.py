@@ -178,8 +178,8 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"limits": {1: 2}}, ("limits.1 is 1", "keys should be strings")),
     ({"router": {"adaptation": "sometimes"}}, ("router.adaptation is 'sometimes'", "'observe'")),
     ({"router": {"adaptation": "on", "feedback": "off"}}, ("router.adaptation is 'on'", "set feedback to 'on'")),
-    ({"router": {"adaptation": "canary", "guards": {"off": "canary"}}}, ("router.guards.off names 'canary'", "to 'on'")),
-    ({"router": {"guards": {"off": ["finite"]}}}, ("router.guards.off.0 is 'finite'", "'drift'")),
+    ({"router": {"adaptation": "canary", "guards": {"skip": "canary"}}}, ("router.guards.skip names 'canary'", "to 'on'")),
+    ({"router": {"guards": {"skip": ["finite"]}}}, ("router.guards.skip.0 is 'finite'", "'drift'")),
     ({"server": {"port": 70000}}, ("server.port is 70000", "less than or equal to 65535")),
 ]  # fmt: skip
 

@@ -233,7 +233,7 @@ class Adaptation:
             "counts": dict(kept.counts),
             "failures": dict(kept.failures),
             "distrusted": list(kept.distrusted),
-            "guards_off": list(self._guards.off),
+            "skipped_guards": list(self._guards.skip),
             "uses_probe_labels": self._probes is not None,
         }
 
@@ -340,7 +340,7 @@ class Adaptation:
         verdicts.append(guards.disagreement(new_RA, old_RA, bad_A, agents))
         if self._probes is not None:
             verdicts.append(self._probes.judge(gate, current, margin=bounds.margin, error_rate=bounds.error_rate))
-        return [verdict for verdict in verdicts if verdict.guard not in bounds.off]
+        return [verdict for verdict in verdicts if verdict.guard not in bounds.skip]
 
     def _distance(self, weights: Mapping[str, Any], slack: float) -> Verdict:
         found = self._state.load_version(self._kept.anchor)
@@ -360,7 +360,7 @@ class Adaptation:
             return self._told("refused", [f"gate {record.version} is current already"], verdicts, record.version), None
         self._versions.keep(gate, record)
         note = f"update {said.update} on {said.used} queries ({said.signal}{', shift' if said.shift else ''})"
-        is_tried = "canary" not in self._guards.off
+        is_tried = "canary" not in self._guards.skip
         if is_tried:
             self._begin_trial(record.version, said)
         if self.mode == "canary":
@@ -372,7 +372,8 @@ class Adaptation:
             self._kept.anchor = record.version
         self._count("installed")
         self._save()  # the ledger before the version: a crash in between loses the update, and never takes it twice
-        return self._told("installed", [], verdicts, record.version), self._versions.adopt(gate, record, note)
+        change = self._versions.adopt(gate, record, note)
+        return self._told("installed", [], verdicts, record.version), change
 
     def _begin_trial(self, version: str, said: Evidence) -> None:
         trial, now = self._kept.trial, self._clock()

@@ -1,6 +1,6 @@
 """Known-answer probes: inputs of generated questions and who is right on them, which gates are compared by. Uses probe labels.
 
-A JSON Lines file: `{"input": [X floats], "right": {"agent": 0 or 1, ...}}` a question; written by `dmoa router probes`.
+A JSON Lines file: `{"input": [X floats], "right": {"agent": 0 or 1, ...}}` a question; `dmoa probe --known-answers` writes it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def read_probes(place: str) -> Probes:
             inputs.append(np.asarray(tree["input"], np.float32))
             right.append({str(name): float(value) for name, value in tree["right"].items()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"router.guards.known_answers is {place!r}: {error}; write it with `dmoa router probes`") from error
+        raise ConfigError(
+            f"router.guards.known_answers is {place!r}: {error}; write it with `dmoa probe --known-answers`"
+        ) from error
     if not inputs:
-        raise ConfigError(f"router.guards.known_answers is {place!r}: it is empty; write it with `dmoa router probes`")
+        raise ConfigError(f"router.guards.known_answers is {place!r}: it is empty; write it with `dmoa probe --known-answers`")
     return Probes(place, inputs, right)

@@ -76,6 +76,8 @@ FLAGS = {
     "router install": "--note:str= --address:str$RAY_ADDRESS --app:str=dmoa",
     "router rollback": "--note:str= --address:str$RAY_ADDRESS --app:str=dmoa",
     "router history": "--address:str$RAY_ADDRESS --app:str=dmoa",
+    "router freeze": "--note:str= --address:str$RAY_ADDRESS --app:str=dmoa",
+    "router thaw": "--note:str= --address:str$RAY_ADDRESS --app:str=dmoa",
     "router status": "--address:str$RAY_ADDRESS --app:str=dmoa",
     "outcomes list": "--state:str --address:str$RAY_ADDRESS --app:str=dmoa",
     "outcomes export": "--out:Path=outcomes.jsonl --state:str --address:str$RAY_ADDRESS --app:str=dmoa",

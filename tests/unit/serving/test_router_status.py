@@ -33,6 +33,7 @@ def test_the_json_has_these_fields_in_this_order() -> None:
         "decisions",
         "batches",
         "started_unix_s",
+        "adaptation",
     ]
     assert (told["activations"], told["masked"]) == ({"a": 2}, ["b"])
 
@@ -52,3 +53,36 @@ def test_the_exposition_tells_the_counters_or_that_the_router_is_away() -> None:
     ):
         assert line in lines
     assert [line for line in exposition(None).splitlines() if not line.startswith("#")] == ["dmoa_router_up 0.0"]
+
+
+def test_the_exposition_tells_what_became_of_offers_where_there_are_any() -> None:
+    trial = {
+        "control": "v1",
+        "candidate": "v2",
+        "update": 3,
+        "queries": {},
+        "signals": {"failures": {"pairs": 4, "evidence": 2.5}},
+    }
+    told = {
+        "mode": "canary",
+        "ledger": 3,
+        "frozen": None,
+        "cooldown_s": 0.0,
+        "held_back": 40,
+        "trial": trial,
+        "distrusted": ["a"],
+    }
+    told |= {"counts": {"refused": 2, "canary": 1}, "failures": {"load": 2}}
+    lines = exposition(replace(STATUS, adaptation=told)).splitlines()
+    for line in (
+        'dmoa_router_offers_total{state="refused"} 2.0',
+        'dmoa_router_offers_total{state="canary"} 1.0',
+        'dmoa_router_guard_total{guard="load"} 2.0',
+        "dmoa_router_adaptation_ledger 3.0",
+        "dmoa_router_adaptation_frozen 0.0",
+        "dmoa_router_adaptation_trial 1.0",
+        "dmoa_router_adaptation_distrusted_agents 1.0",
+        "dmoa_router_trial_failures 2.5",
+    ):
+        assert line in lines
+    assert "adaptation" not in exposition(replace(STATUS, adaptation=told | {"mode": "off"}))

@@ -1,0 +1,283 @@
+"""Offers to a router: what is refused and why, trials on a share of queries, rollback, freeze, and what a restart takes up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from dmoa.agents.pool import fingerprint
+from dmoa.checkpoint import describe_gate
+from dmoa.errors import CheckpointError, ConfigError
+from dmoa.serving.router.adaptation import FILE
+from dmoa.workflows.probe import known_answers
+from tests.adapting import AGENTS, LearningSwarm, pool
+
+HOME = (0, 1, 2, 3)
+TO_LAST = (3, 1, 2, 3)
+"""Domain 0 is sent to agent 3, who knows nothing of it."""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+def swarm(root: Path, adaptation: str = "canary", warm: int = 0, **options: Any) -> LearningSwarm:
+    """A swarm that has answered `warm` dense queries."""
+    guards = {name: options.pop(name) for name in list(options) if name not in LearningSwarm.__dataclass_fields__}
+    found = LearningSwarm(root, pool(adaptation, **guards), **options)
+    for _ in range(warm):
+        found.ask(is_dense=True)
+    return found
+
+
+def actions(found: LearningSwarm) -> list[str]:
+    return [event["action"] for event in found.adaptation.events()]
+
+
+def until(found: LearningSwarm, action: str, most: int) -> int:
+    """Ask until the event; returns after how many queries."""
+    for number in range(1, most + 1):
+        found.ask()
+        if actions(found)[-1:] == [action]:
+            return number
+    raise AssertionError(f"no {action!r} within {most} queries: {found.adaptation.status()}")
+
+
+def test_off_refuses_and_remembers_nothing(root: Path) -> None:
+    found = swarm(root, "off")
+    told = found.offer(found.files(HOME, seed=1), 1)
+    assert (told["accepted"], told["state"], told["ledger"]) == (False, "refused", 0)
+    assert "router.adaptation is 'off'" in told["reasons"][0]
+
+
+def test_observe_says_what_would_have_changed_and_installs_nothing(root: Path) -> None:
+    found = swarm(root, "observe", warm=40)
+    before = found.versions.version
+    told = found.offer(found.files(HOME, seed=1, sharpness=1.1), 1)
+    assert (told["accepted"], told["state"], told["ledger"], told["current"]) == (True, "observed", 1, before)
+    assert "0% get another first agent" in told["reasons"][0]
+    assert (found.versions.version, found.adaptation.split, found.changes[1:]) == (before, None, [])
+    assert found.adaptation.status()["counts"] == {"observed": 1}
+    assert {verdict["guard"] for verdict in told["verdicts"]} == {
+        "finite",
+        "drift",
+        "distance",
+        "held_back",
+        "load",
+        "disagreement",
+    }
+
+
+def bad_offers(found: LearningSwarm) -> dict[str, dict[str, bytes]]:
+    nan_gate, _ = found.gate(HOME, seed=2)
+    with torch.no_grad():
+        nan_gate.head_bias[0] = float("nan")
+    record = describe_gate(nan_gate, fingerprint=fingerprint(found.config), trained_on={"rows": 1})
+    return {
+        "finite": found.files_of(nan_gate, record),
+        "drift": found.files((1, 0, 3, 2), sharpness=20.0),
+        "distance": found.files(HOME, sharpness=1.6),
+        "held_back": found.files((1, 0, 3, 2)),
+        "load": found.files((0, 0, 0, 0)),
+    }
+
+
+@pytest.mark.parametrize("guard", ["finite", "drift", "distance", "held_back", "load"])
+def test_each_guard_refuses_names_itself_and_can_be_switched_off(root: Path, tmp_path: Path, guard: str) -> None:
+    found = swarm(root, warm=120)
+    before = found.versions.version
+    told = found.offer(bad_offers(found)[guard], 1)
+    assert (told["accepted"], told["state"], told["ledger"]) == (False, "refused", 1)
+    failed = [verdict["guard"] for verdict in told["verdicts"] if not verdict["passed"]] or ["finite"]
+    assert guard in failed
+    assert found.versions.version == before
+    assert found.adaptation.status()["failures"][guard] == 1
+    assert (actions(found)[-1], guard == "finite" or f"{guard}: " in found.adaptation.events()[-1]["note"]) == ("refused", True)
+    if guard != "finite":
+        open_one = swarm(tmp_path / "other", warm=120, skip=failed)
+        assert open_one.offer(bad_offers(open_one)[guard], 1)["accepted"]
+
+
+def test_an_update_is_taken_once_and_from_the_current_gate_alone(root: Path) -> None:
+    found = swarm(root, "observe")
+    assert found.offer(found.files(HOME, seed=1), 5)["state"] == "observed"
+    for update in (5, 4):
+        told = found.offer(found.files(HOME, seed=2), update)
+        assert (told["accepted"], told["ledger"]) == (False, 5)
+        assert "the ledger is 5" in told["reasons"][0]
+    found.start()  # a new process knows it too
+    assert not found.offer(found.files(HOME, seed=2), 5)["accepted"]
+    told = found.offer(found.files(HOME, seed=2), 6, base_version="elsewhere")
+    assert (told["accepted"], told["ledger"]) == (False, 5)  # an offer that was not looked at may come again
+    with pytest.raises(ConfigError, match="evidence: update is 0"):
+        found.offer(found.files(HOME, seed=2), 0)
+
+
+def test_a_good_canary_gets_its_share_and_then_all(root: Path) -> None:
+    found = swarm(root, warm=60, canary_queries=20, margin=0.1)
+    before, files = found.versions.version, found.files(HOME, seed=1)
+    told = found.offer(files, 1)
+    assert (told["state"], told["current"]) == ("canary", before)
+    again = found.offer(found.files(HOME, seed=2), 2)
+    assert (again["state"], again["ledger"]) == ("refused", 1)  # one trial at a time
+    given = [found.ask().gate_version for _ in range(60)]
+    assert 4 <= given.count(told["version"]) <= 22  # 12 expected
+    until(found, "passed", 150)
+    assert found.versions.version == told["version"]
+    assert found.versions.history()[-1]["action"] == "adapted"
+    assert (found.adaptation.split, found.adaptation.status()["counts"]) == (None, {"refused": 1, "canary": 1, "passed": 1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "signal"), [("broken", "failures"), ("wordy", "tokens"), ("plain", "quality"), ("silent", "failures")]
+)
+def test_a_worse_canary_is_taken_back(root: Path, kind: str, signal: str) -> None:
+    options = {} if kind == "plain" else {kind: ("code",)}
+    off = {"skip": ("drift", "distance", "held_back", "load")}  # as if nothing of it showed before
+    found = swarm(root, warm=40, canary_queries=500, limits={"deadline_s": 5.0} if kind == "silent" else {}, **off)
+    before = found.versions.version
+    for name, agents in options.items():
+        setattr(found, name, agents)
+    assert found.offer(found.files((3, 3, 3, 3)), 1)["state"] == "canary"
+    late = until(found, "rolled back", 400)
+    assert found.versions.version == before
+    assert found.adaptation.status()["failures"].get(signal) == 1
+    assert f"{signal} worse by" in found.adaptation.events()[-1]["note"]
+    if kind == "broken":
+        assert late <= 90
+    told = found.offer(found.files(HOME, seed=3), 2)
+    assert "taken back lately" in told["reasons"][0]  # it cools down
+    found.now += 61
+    assert found.offer(found.files(HOME, seed=3), 2)["state"] == "canary"
+
+
+def test_on_installs_at_once_and_goes_back_when_it_is_worse(root: Path) -> None:
+    off = {"skip": ("drift", "distance", "held_back", "load")}
+    found = swarm(root, "on", warm=40, **off)
+    good, found.broken = found.versions.version, ("code",)
+    told = found.offer(found.files((3, 3, 3, 3)), 1)
+    assert (told["state"], told["current"]) == ("installed", told["version"])
+    assert found.versions.version == told["version"] != good
+    assert found.adaptation.split == (good, 0.2)
+    until(found, "rolled back", 120)
+    assert (found.versions.version, found.adaptation.split) == (good, None)
+
+
+def test_on_takes_update_after_update_and_the_control_follows_a_window_behind(root: Path) -> None:
+    found = swarm(root, "on", warm=40, canary_queries=10, margin=0.1)
+    first = found.versions.version
+    versions = []
+    for update in range(1, 7):
+        versions.append(found.offer(found.files(HOME, seed=update), update)["version"])
+        for _ in range(30):
+            found.ask()
+    assert found.versions.version == versions[-1]
+    assert "rolled back" not in actions(found)
+    assert found.adaptation.split is not None
+    assert found.adaptation.split[0] not in (first, versions[-1])
+    until(found, "passed", 400)  # the learner rests: the last version stands alone in the end
+    assert found.adaptation.split is None
+
+
+def test_the_anchor_stays_behind_until_a_shift_is_declared(root: Path) -> None:
+    found = swarm(root, "on", skip=("canary",))
+    deployed = found.versions.version
+    assert found.offer(found.files(HOME, sharpness=1.4), 1)["accepted"]
+    assert found.adaptation.status()["anchor"] == deployed
+    told = found.offer(found.files(HOME, sharpness=1.8), 2)  # a step as large as the first, and too far from where it began
+    assert [verdict["guard"] for verdict in told["verdicts"] if not verdict["passed"]] == ["distance"]
+    told = found.offer(found.files(HOME, sharpness=1.8), 3, shift=True)
+    assert told["accepted"]
+    assert found.adaptation.status()["anchor"] == told["version"]
+
+
+def test_freezing_ends_the_trial_and_lasts(root: Path) -> None:
+    found = swarm(root, "on")
+    good = found.versions.version
+    found.offer(found.files(HOME, seed=1), 1)
+    found.took(found.adaptation.freeze("release day"))
+    assert (found.versions.version, found.adaptation.split) == (good, None)
+    found.start()
+    told = found.offer(found.files(HOME, seed=2), 2)
+    assert told["reasons"] == ["learning is frozen (release day); `dmoa router thaw` ends that"]
+    found.adaptation.thaw()
+    assert found.offer(found.files(HOME, seed=2), 2)["accepted"]
+    assert [name for name in actions(found) if name in ("freeze", "thaw", "withdrawn")] == ["freeze", "withdrawn", "thaw"]
+
+
+def test_a_restart_in_the_middle_of_a_canary_goes_on_with_it(root: Path) -> None:
+    off = {"skip": ("drift", "distance", "held_back", "load")}
+    found = swarm(root, warm=40, canary_queries=500, **off)
+    found.broken = ("code",)
+    told = found.offer(found.files((3, 3, 3, 3)), 7)
+    while found.adaptation.status()["trial"]["signals"]["failures"]["pairs"] < 4:
+        found.ask()
+    before = found.adaptation.status()["trial"]
+    found.start()
+    after = found.adaptation.status()
+    assert (after["ledger"], after["trial"]) == (7, before)
+    assert found.adaptation.split == (told["version"], 0.2)
+    until(found, "rolled back", 120)
+
+
+def test_an_operator_ends_a_trial_and_sets_the_anchor(root: Path) -> None:
+    found = swarm(root)
+    found.offer(found.files(HOME, seed=1), 1)
+    found.took(found.versions.install(found.files(HOME, sharpness=3.0), "by hand", []))
+    found.adaptation.operated()
+    found.took(None)
+    assert (found.adaptation.split, actions(found)[-1]) == (None, "withdrawn")
+    assert found.adaptation.status()["anchor"] == found.versions.version
+
+
+def test_another_pool_and_a_damaged_state(root: Path) -> None:
+    found = swarm(root, "observe")
+    found.offer(found.files(HOME, seed=1), 3)
+    tree = json.loads((root / FILE).read_text())
+    assert tree["ledger"] == 3
+    (root / FILE).write_text(json.dumps(tree | {"ledger": "many"}))
+    with pytest.raises(CheckpointError, match=r"adaptation.json: ledger is 'many'"):
+        found.start()
+    (root / FILE).write_text(json.dumps(tree | {"source": {"fingerprint": "another"}}))
+    found.start()
+    assert found.adaptation.status()["ledger"] == 0
+
+
+def test_a_liar_that_grows_sure_is_distrusted_and_gains_no_load(root: Path) -> None:
+    found = swarm(root, warm=160, held_back=0.5, redundant=True)
+    found.liars = ("code",)
+    for _ in range(160):
+        found.ask(is_dense=True)
+    told = found.offer(found.files(TO_LAST), 1)
+    assert told["distrusted"] == ["code"]
+    failed = [verdict["guard"] for verdict in told["verdicts"] if not verdict["passed"]]
+    assert "disagreement" in failed
+
+
+def test_known_answers_are_a_guard_of_their_own(root: Path, tmp_path: Path) -> None:
+    found = swarm(root)
+    rows = [
+        {"query_id": f"q{c}-{n}", "step": 0, "agent": name, "context": centre_D.tolist(), "feedback": [0.0]}
+        for c, centre_D in enumerate(found.centre_CD)
+        for n in range(20)
+        for name in AGENTS
+    ]
+    judged = {(row["query_id"], row["agent"]): float(row["agent"] == AGENTS[int(row["query_id"][1])]) for row in rows}
+    place = tmp_path / "probes.jsonl"
+    place.write_text(known_answers(pa.Table.from_pylist(rows), judged, "paper"))
+    assert len(place.read_text().splitlines()) == 80
+    guarded = swarm(tmp_path / "other", known_answers=str(place), skip=("drift", "distance", "held_back", "load"))
+    told = guarded.offer(guarded.files(TO_LAST), 1)
+    (verdict,) = [verdict for verdict in told["verdicts"] if not verdict["passed"]]
+    assert (verdict["guard"], verdict["words"].endswith("(uses probe labels)")) == ("known_answers", True)
+    assert guarded.adaptation.status()["uses_probe_labels"]
+    assert guarded.offer(guarded.files(HOME, seed=1), 2)["accepted"]
+    place.write_text("{}")
+    with pytest.raises(ConfigError, match=r"router.guards.known_answers is .*; write it with `dmoa probe --known-answers`"):
+        swarm(tmp_path / "third", known_answers=str(place))
