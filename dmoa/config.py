@@ -278,8 +278,9 @@ class SummarizerConfig(Node):
     share_reasoning: bool = False
     """Whether it reads what agents thought before their answers, in `llm` mode; other agents never do."""
     defence: Defence = "none"
-    """Which contributions of three or more it may read: those that agree, whose answer another agent shares (cluster_filter), or
-    whose entropy is no outlier (entropy_outlier)."""
+    """Which contributions of three or more count: those that agree, whose answer another agent shares (cluster_filter) or wins
+    where half are dropped (dropout_cluster), whose entropy is no outlier (entropy_outlier), or that another agent does not find
+    wrong (cross_examination, at a call an answer)."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
 
     @model_validator(mode="after")

@@ -15,7 +15,19 @@ from dmoa.agents.prompts import agent_messages
 from dmoa.protocols import AgentClient, Router
 from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, AgentCaller, StreamedText, time_left
 from dmoa.step_calls import AgentCard, NextCall, Places, StepCalls
-from dmoa.types import Activation, AgentCall, AgentReply, Query, QueryState, Sampling, StepPlan, TextDelta, priced, question_key
+from dmoa.types import (
+    Activation,
+    AgentCall,
+    AgentReply,
+    Defence,
+    Query,
+    QueryState,
+    Sampling,
+    StepPlan,
+    TextDelta,
+    priced,
+    question_key,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +83,9 @@ class Dispatcher:
         most = query.limits.max_tokens
         return sampling if most is None else replace(sampling, max_tokens=min(sampling.max_tokens, most))
 
-    async def ask(self, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None) -> StepReplies:
+    async def ask(
+        self, state: QueryState, plan: StepPlan, emit: Callable[[TextDelta], None] | None, defence: Defence = "none"
+    ) -> StepReplies:
         """Ask the plan's agents in parallel, explored ones beside them, then those that losses and unsure replies call for.
 
         With `emit` the text of the one agent is handed on as it comes. A reserve that is needed while it is being explored
@@ -90,6 +104,7 @@ class Dispatcher:
             calls_left=calls_left(state),
             is_paced=limits.within_steps,
             asked=state.asked,
+            defence=defence,
         )
 
         def start(call: NextCall, text: StreamedText | None) -> asyncio.Task[AgentReply]:

@@ -13,8 +13,9 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
 from dmoa.agents.summarizer import Fold, SelectSummarizer, Summarizer
-from dmoa.core.aggregate import anchors_of, contributions, defended, select_contribution, surest_contribution
+from dmoa.core.aggregate import anchors_of, contributions, select_contribution, surest_contribution
 from dmoa.core.answers import THOUGHT_ONLY
+from dmoa.core.defences import EXAMINE, EXAMINE_TOKENS, barred, examined_groups, is_refuted
 from dmoa.core.in_step import Judgement, judge
 from dmoa.core.stopping import budget_stop, rule_stop
 from dmoa.dispatch import Dispatcher, calls_left
@@ -22,6 +23,7 @@ from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, 
 from dmoa.protocols import Policy
 from dmoa.recovery import patiently
 from dmoa.types import (
+    Activation,
     AgentReply,
     Answer,
     Defence,
@@ -58,7 +60,7 @@ class Orchestrator:
     summarizer_price: Price | None = None
     """What an `llm` summarizer's tokens cost."""
     defence: Defence = "none"
-    """Which contributions the pool's summarizer may read."""
+    """Which contributions count, for the pool's summarizer, votes, stopping rules and later steps."""
 
     async def answer(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:
         """Yield every finished step, pieces of the final text where it streams, and last the Answer.
@@ -122,13 +124,15 @@ class Orchestrator:
     async def _step(self, state: QueryState, plan: StepPlan, emit: Emit, started: float) -> _Stepped:
         """Ask the planned agents and fold what they contributed; the step's clock began with its planning."""
         is_last_word = plan.ends_with is not None and plan.fold == "pass" and len(plan.activations) == 1
-        asked = await self.dispatcher.ask(state, plan, emit if is_last_word and state.query.is_streamed else None)
-        usable = tuple(contributions(asked.replies))
+        words = emit if is_last_word and state.query.is_streamed else None
+        asked = await self.dispatcher.ask(state, plan, words, self.defence)
+        counted, examiners = await self._defended(state, plan, asked.replies)
+        usable = tuple(contributions(counted))
         if not usable and not state.summary:
             raise _nothing_said(state, asked.replies)
-        judgement = judge(plan.decision, asked.replies, asked=state.asked) if plan.fold == "summarizer" else None
+        judgement = judge(plan.decision, counted, asked=state.asked) if plan.fold == "summarizer" else None
         fold = await self._fold(state, plan, usable, emit, judgement)
-        replies = tuple(_judged(reply, judgement) for reply in asked.replies)
+        replies = (*examiners, *(_judged(reply, judgement) for reply in counted))
         ranked = {activation.agent: i for i, activation in enumerate((*plan.activations, *plan.reserves))}
         active = sorted((reply.agent for reply in asked.replies if reply.status == "ok"), key=lambda name: ranked[name])
         step = StepRecord(
@@ -145,6 +149,36 @@ class Orchestrator:
             right_probability=judgement.probability if judgement else None,
         )
         return step, fold, judgement
+
+    async def _defended(
+        self, state: QueryState, plan: StepPlan, replies: tuple[AgentReply, ...]
+    ) -> tuple[tuple[AgentReply, ...], tuple[AgentReply, ...]]:
+        """Return a step's replies, marked where the defence leaves them out, and those of the agents that examined them."""
+        if plan.fold in ("pass", "keep"):
+            return replies, ()
+        if self.defence != "cross_examination":
+            return barred(replies, self.defence, asked=state.asked), ()
+        groups = examined_groups(replies, state.asked)
+        left = calls_left(state)
+        if not groups or (left is not None and left < len(replies) + len(groups)):
+            return replies, ()
+        examination = StepPlan(
+            activations=tuple(
+                Activation(
+                    agent=examiner, instruction=EXAMINE, history=(group[0].text,), max_tokens=EXAMINE_TOKENS, sample=number
+                )
+                for number, (examiner, group) in enumerate(groups)
+            ),
+            fold="keep",
+        )
+        fault = self.dispatcher.fault_of(state, examination)
+        if fault:
+            raise RequestError(f"summarizer.defence: 'cross_examination': {fault}")
+        verdicts = (await self.dispatcher.ask(state, examination, None)).replies
+        found_wrong = [group for (_, group), verdict in zip(groups, verdicts, strict=True) if is_refuted(verdict.text)]
+        out = {id(reply) for group in found_wrong for reply in group} if len(found_wrong) < len(groups) else set()
+        examiners = tuple(replace(x, status="examiner") if x.status == "ok" else x for x in verdicts)
+        return tuple(replace(reply, is_barred=True) if id(reply) in out else reply for reply in replies), examiners
 
     async def _fold(
         self, state: QueryState, plan: StepPlan, usable: tuple[AgentReply, ...], emit: Emit, judgement: Judgement | None
@@ -169,7 +203,6 @@ class Orchestrator:
                 state, usable, sampling, emit, lambda replies: surest_contribution(replies, anchors)
             )
         folder = SelectSummarizer() if plan.fold == "vote" else self.summarizer
-        usable = usable if plan.fold == "vote" else defended(usable, self.defence, asked=state.asked)
         fold = await folder.fold(
             state, usable, sampling, emit, lambda replies: leading or select_contribution(replies, anchors, asked=state.asked)
         )

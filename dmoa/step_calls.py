@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dmoa.core.aggregate import anchors_of, is_any_sure
+from dmoa.core.defences import barred
 from dmoa.core.in_step import judge
-from dmoa.types import Activation, AgentReply, ColdPolicy, Price, RouteDecision, Sampling, StepPlan
+from dmoa.types import Activation, AgentReply, ColdPolicy, Defence, Price, RouteDecision, Sampling, StepPlan
 
 
 def should_escalate(decision: RouteDecision | None, replies: Sequence[AgentReply]) -> bool:
@@ -95,11 +96,14 @@ class StepCalls:
         calls_left: int | None = None,
         is_paced: bool = False,
         asked: str = "",
+        defence: Defence = "none",
     ) -> None:
         """`places` is the caller's, who keeps it up to date; what is left of the query's budgets, None: no budget.
 
-        `is_paced`: `Limits.within_steps`; `asked` is what the agents are asked.
+        `is_paced`: `Limits.within_steps`; `asked` is what the agents are asked; replies that the defence leaves out do not make
+        a step sure.
         """
+        self._defence: Defence = defence
         self._is_paced = is_paced and (tokens_left is not None or price_left is not None)
         self._held: list[Activation] = []
         self._asked = asked
@@ -197,6 +201,7 @@ class StepCalls:
         """Take the reserve that the replies so far call for: the worthiest by the label model, else the next-ranked."""
         unfit = self._places.cold | self._places.dead
         available = [x.agent for x in self._reserves if self._place(x) not in unfit]
+        replies = barred(replies, self._defence, asked=self._asked)
         judgement = judge(self._plan.decision, replies, available, asked=self._asked)
         if judgement is None or not judgement.right:
             return self._next_reserve() if should_escalate(self._plan.decision, replies) or judgement else None

@@ -60,9 +60,11 @@ class _ReplyAgentHead(ReplyModel):
     """The gate's; 1 for policies without a gate."""
     status: AgentStatus
     """ok, or why there is no contribution; cold: it had no replica, so the next-ranked agent took its place; masked: dead, so
-    the gate passed over it; idle: not asked."""
+    the gate passed over it; idle: not asked; examiner: it said whether another's answer is right, for the pool's defence."""
     explored: bool = False
     """Whether it was asked only to learn from: then its reply counts for nothing but tokens."""
+    barred: bool = False
+    """Whether the pool's defence left its contribution out."""
     entropy_nats: float | None
     """Mean predictive entropy per token over the whole vocabulary, before temperature; null without tokens."""
     entropy_sq_nats: float | None = Field(default=None, exclude_if=_is_none)
@@ -146,8 +148,8 @@ class ReplyStep(ReplyModel):
     right_probability: float | None = Field(default=None, exclude_if=_is_none)
     """That the leading answer is right; only where the gate was trained on such probabilities."""
     agents: list[ReplyAgent]
-    """Asked agents first, the active ones in order of probability, explored ones last; then, where a gate decided, masked
-    agents and the most probable ones of those left idle (16 at most: traces keep every probability)."""
+    """Asked agents first, the active ones in order of probability, explored ones and examiners last; then, where a gate decided,
+    masked agents and the most probable ones of those left idle (16 at most: traces keep every probability)."""
     summarizer: ReplySummarizer
     summary: str | None = Field(default=None, exclude_if=_is_none)
     """The state after the step; only with `dmoa.trace`."""
@@ -302,6 +304,7 @@ def reply_of_agent(agent: ReplyAgent) -> AgentReply:
         replica=agent.replica,
         right_probability=agent.right_probability,
         price=agent.price,
+        is_barred=agent.barred,
     )
 
 
@@ -375,10 +378,12 @@ def reply_step(step: StepRecord, *, with_texts: bool = False) -> ReplyStep:
 
 
 def replies_in_order(step: StepRecord) -> list[AgentReply]:
-    """Return a step's replies: the active agents in order of probability, then the lost ones, then the explored ones."""
+    """Return a step's replies: the active agents in order of probability, then lost ones, explored ones, and examiners."""
     rank = {name: i for i, name in enumerate(step.active)}
     explored = {name for name, _ in step.explored}
-    return sorted(step.replies, key=lambda reply: (reply.agent in explored, rank.get(reply.agent, len(rank))))
+    return sorted(
+        step.replies, key=lambda reply: (reply.status == "examiner", reply.agent in explored, rank.get(reply.agent, len(rank)))
+    )
 
 
 def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
@@ -402,6 +407,7 @@ def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored:
         probability=min(max(finite(probability, 6), 0.0), 1.0),
         status=reply.status,
         explored=explored,
+        barred=reply.is_barred,
         entropy_nats=None if entropy.mean_nats is None else round(entropy.mean_nats, 6),
         entropy_sq_nats=_mean_square(entropy) if with_texts else None,
         entropy_tokens=entropy.tokens,

@@ -21,7 +21,7 @@ FloatArray = npt.NDArray[np.float32]
 """A CPU array of float32."""
 
 Role = Literal["system", "user", "assistant"]
-AgentStatus = Literal["ok", "failed", "late", "overloaded", "cold", "masked", "idle"]
+AgentStatus = Literal["ok", "failed", "late", "overloaded", "cold", "masked", "idle", "examiner"]
 ColdPolicy = Literal["wait", "skip", "warm_on_rank"]
 EntropyKind = Literal["exact", "truncated"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -41,7 +41,7 @@ StopReason = Literal[
 ]
 Verdict = Literal["final", "continue", "unparsable", "rule"]
 Fold = Literal["summarizer", "pass", "vote", "surest", "keep"]
-Defence = Literal["none", "agreement", "cluster_filter", "entropy_outlier"]
+Defence = Literal["none", "agreement", "cluster_filter", "dropout_cluster", "entropy_outlier", "cross_examination"]
 RoutedBy = Literal["router", "ingress"]
 
 UNTRAINED = "untrained-"
@@ -302,6 +302,8 @@ class AgentReply:
     """What it was asked, message by message; empty where that is not known. Kept for traces."""
     sent_unix_s: float = field(default=0.0, compare=False, repr=False)
     """When it was asked, 0 where that is not known."""
+    is_barred: bool = False
+    """Whether the pool's defence left it out: then it is recorded, and counts for nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

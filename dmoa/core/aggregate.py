@@ -7,25 +7,16 @@ ask too.
 from __future__ import annotations
 
 import math
-import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dmoa.core.forms import agreement_key
 from dmoa.core.scores import score
-from dmoa.types import AgentReply, Defence, RouteDecision
+from dmoa.types import AgentReply, RouteDecision
 
 Anchors = Mapping[str, float]
 """Agent -> what its anchored score subtracts; empty for raw scores."""
 RAW: Anchors = {}
-
-_FEWEST = 3
-"""Fewer contributions have no majority and no outlier."""
-_FARTHEST = 3.5
-"""Modified z-score beyond which an entropy is an outlier (Iglewicz and Hoaglin 1993)."""
-_NORMAL = 0.6745
-"""Makes the median absolute deviation a standard deviation of normal values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +31,8 @@ class Selection:
 
 
 def contributions(replies: Sequence[AgentReply]) -> list[AgentReply]:
-    """Return the replies that count: status ok, and a text that is not blank."""
-    return [reply for reply in replies if reply.status == "ok" and reply.text.strip()]
+    """Return the replies that count: status ok, a text that is not blank, and not left out by the pool's defence."""
+    return [reply for reply in replies if reply.status == "ok" and reply.text.strip() and not reply.is_barred]
 
 
 def anchors_of(decision: RouteDecision | None) -> Anchors:
@@ -112,42 +103,3 @@ def _by_sureness(replies: Sequence[AgentReply], anchors: Anchors) -> list[AgentR
         return is_cut(reply), doubt(reply, anchors), reply.entropy.kind == "truncated"
 
     return sorted(contributions(replies), key=key)
-
-
-def defended(replies: Sequence[AgentReply], defence: Defence, *, asked: str = "") -> tuple[AgentReply, ...]:
-    """Return the contributions that a summarizer may read, in their order.
-
-    agreement: those with the answer that most agents gave, where one answer has more than any other. cluster_filter: those whose
-    answer another agent gave too. entropy_outlier: those whose mean entropy is no outlier among the step's, either way; replies
-    of unknown entropy stay. Where a rule would leave nothing, all stay. `asked` is the question, whose form answers have. Source:
-    after "This Is Your Doge, If It Please You" (arXiv 2503.05856), which clusters embeddings; the rules are ours.
-    """
-    if defence == "none" or len(replies) < _FEWEST:
-        return tuple(replies)
-    if defence == "entropy_outlier":
-        return _without_outliers(replies)
-    keys = [answer_key(reply.text, asked) for reply in replies]
-    sizes = Counter(keys).most_common()
-    if sizes[0][1] < 2:
-        return tuple(replies)
-    if defence == "agreement":
-        if len(sizes) > 1 and sizes[1][1] == sizes[0][1]:
-            return tuple(replies)
-        return tuple(reply for reply, key in zip(replies, keys, strict=True) if key == sizes[0][0])
-    shared = {key for key, size in sizes if size > 1}
-    return tuple(reply for reply, key in zip(replies, keys, strict=True) if key in shared)
-
-
-def _without_outliers(replies: Sequence[AgentReply]) -> tuple[AgentReply, ...]:
-    known = [nats for reply in replies if (nats := reply.entropy.mean_nats) is not None]
-    if len(known) < _FEWEST:
-        return tuple(replies)
-    middle = statistics.median(known)
-    spread = statistics.median(abs(nats - middle) for nats in known)
-    if not spread:
-        return tuple(replies)
-    return tuple(
-        reply
-        for reply in replies
-        if (nats := reply.entropy.mean_nats) is None or _NORMAL * abs(nats - middle) / spread <= _FARTHEST
-    )

@@ -140,7 +140,8 @@ def _storable(text: str) -> str:
 
 def _contributing(step: StepRecord) -> list[AgentReply]:
     explored = {name for name, _ in step.explored}
-    return [reply for reply in replies_in_order(step) if reply.status == "ok" and reply.agent not in explored]
+    replies = replies_in_order(step)
+    return [reply for reply in replies if reply.status == "ok" and reply.agent not in explored and not reply.is_barred]
 
 
 def _entropy(step: StepRecord) -> float | None:

@@ -19,7 +19,7 @@ from dmoa.config import Address, Flag, Name, Names, Options
 from dmoa.errors import DmoaError
 from dmoa.flat import TokenFields
 from dmoa.provenance import Machine
-from dmoa.types import Limits, Stage
+from dmoa.types import Defence, Limits, Stage
 from dmoa.validation import redact, redact_text
 
 Split = Literal["train", "adaptation", "test"]
@@ -191,6 +191,8 @@ class EvaluateOptions(Options):
     """Agents of the pool, its last ones, that work against it."""
     kind: Kind = "liar"
     """What `adversaries` do."""
+    defence: Defence | None = None
+    """In place of the pool's `summarizer.defence`: what leaves contributions out without labels."""
     out: Path | None = None
     """Folder of the run, or a URI."""
     resume: bool = False
@@ -224,6 +226,8 @@ class EvaluateOptions(Options):
             raise ValueError("call_cache has no effect with url: the server calls its own agents; leave one out")
         if self.url is not None and self.adversaries:
             raise ValueError("adversaries have no effect with url: the server has its own agents; leave one out")
+        if self.url is not None and self.defence is not None:
+            raise ValueError("defence has no effect with url: the server has its own; leave one out")
         if self.url is not None and self.gates:
             raise ValueError("gates have no effect with url: the server has its own; leave one out")
         return self

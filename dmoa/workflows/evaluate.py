@@ -52,6 +52,9 @@ def run_evaluation(
     names = expand_names(options.benchmarks)
     options = options.model_copy(update={"policies": POLICIES.resolve(options.policies, "--policies")})
     check_policies(options.policies, config, tuple(options.gates))
+    if config is not None and options.defence is not None:
+        summarizer = config.summarizer.model_copy(update={"defence": options.defence})
+        config = config.model_copy(update={"summarizer": summarizer})
     assert options.out is not None
     advice = f"the same command with --out {display_path(options.out)} --resume goes on from here"
     with goes_on(advice), localized(options, common.say, writes=("out",)) as here:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dmoa.agents.adversaries import KINDS, AdversarialAgents, Adversaries, Kind, corrupted
 from dmoa.core.answers import extract_answer
 from dmoa.errors import ConfigError
-from dmoa.testing import FakeAgents, Say, Schedule, answer_of, asks, orchestrator_of, query, said
-from dmoa.types import AgentCall, Message, Sampling, TextDelta
+from dmoa.policies.dmoa import DmoaPolicy
+from dmoa.testing import (
+    FakeAgents,
+    FakeEncoder,
+    Say,
+    Schedule,
+    answer_of,
+    asks,
+    fixed_gate,
+    orchestrator_of,
+    query,
+    router_of,
+    said,
+)
+from dmoa.types import AgentCall, Defence, Message, Sampling, Stage, TextDelta
 
 
 def call(agent: str = "a", question: str = "What is 12 + 7?") -> AgentCall:
@@ -57,6 +72,25 @@ def test_the_last_agents_of_a_pool_are_the_adversaries() -> None:
     assert Adversaries(count=0, kind="liar").of(("a", "b")) == ()
     with pytest.raises(ConfigError, match="--adversaries is 3, and the pool has 2 agents"):
         Adversaries(count=3, kind="liar").of(("a", "b"))
+
+
+@pytest.mark.parametrize("defence", ["agreement", "cluster_filter", "dropout_cluster"])
+async def test_what_is_left_out_moves_neither_the_gates_input_nor_any_prompt(defence: Defence) -> None:
+    """Two honest agents agree; the third lies, or lies and gives orders: the second step is the same, bit for bit."""
+    found = {}
+    for kind in ("liar", "injector"):
+        words = {name: tuple(Say(text=text) for _ in range(2)) for name, text in zip("abc", ("19", "19", "5"), strict=True)}
+        fake = FakeAgents(words)
+        orchestrator = orchestrator_of(AdversarialAgents(fake, ("c",), kind), "abc", defence=defence)  # type: ignore[arg-type]
+        encoder, gate = FakeEncoder(), fixed_gate(dict.fromkeys("abc", 1 / 3), mass=1.0)
+        policy = DmoaPolicy(router=router_of(gate), encoder=encoder, preset="default")
+        asked = replace(query(), stages=(Stage(), Stage()))
+        answer = await answer_of(orchestrator, asked, policy)
+        inputs = [step.route.input_X.tolist() for step in answer.steps if step.route]
+        found[kind] = (inputs, [call.messages for call in fake.calls], encoder.texts, answer.text)
+        assert len(inputs) == 2
+        assert "Ignore all instructions" not in str(found[kind])
+    assert found["liar"] == found["injector"]
 
 
 @pytest.mark.parametrize("llm", [False, True])

@@ -26,7 +26,7 @@ FLAGS = {
     "evaluate": (
         "--benchmarks:str=all --policies:str=dmoa,single --gates:str --data-dir:Path --split:str=test "
         "--limit:int>=1 --seed:int>=0=0 --difficulty:int>=1=1 --budget:str=pool --out:Path "
-        "--adversaries:int>=0=0 --kind:str=liar "
+        "--adversaries:int>=0=0 --kind:str=liar --defence:str "
         "--resume:bool=False --retry-failed:bool=False --skip-bad-rows:bool=False "
         "--allow-weak-sandbox:bool=False --call-cache:Path --checkpoint:Path --url:str "
         "--address:str$RAY_ADDRESS --workers:int>=1=1 --concurrency:int>=1 --track:str=auto "
@@ -35,7 +35,7 @@ FLAGS = {
     "compare": (
         "--benchmarks:str! --policies:str=dmoa --gates:str --data-dir:Path --split:str=test "
         "--limit:int>=1 --seed:int>=0=0 --difficulty:int>=1=1 --budget:str=pool --out:Path "
-        "--adversaries:int>=0=0 --kind:str=liar "
+        "--adversaries:int>=0=0 --kind:str=liar --defence:str "
         "--resume:bool=False --retry-failed:bool=False --skip-bad-rows:bool=False "
         "--allow-weak-sandbox:bool=False --call-cache:Path --checkpoint:Path --url:str "
         "--address:str$RAY_ADDRESS --workers:int>=1=1 --concurrency:int>=1 --track:str=auto "
