@@ -13,6 +13,8 @@ from dmoa.types import AgentReply, EntropySum, TokenUsage
 Value = TypeVar("Value", TokenUsage, EntropySum)
 _PREFIXES: dict[type, str] = {TokenUsage: "", EntropySum: "entropy_"}
 _REASONING = "reasoning_entropy_"
+_NOT_KEPT = ("prompt", "sent_unix_s", "is_barred")
+"""What is a reply's only where it was given."""
 
 
 class TokenFields(BaseModel):
@@ -45,7 +47,7 @@ def flat(value: TokenUsage | EntropySum, prefix: str | None = None) -> dict[str,
 def flat_reply(reply: AgentReply) -> dict[str, Any]:
     """Return the fields of a reply, with those of its value objects in their places."""
     found: dict[str, Any] = {}
-    for name, value in ((part.name, getattr(reply, part.name)) for part in fields(reply)):
+    for name, value in ((part.name, getattr(reply, part.name)) for part in fields(reply) if part.name not in _NOT_KEPT):
         prefix = _REASONING if name == "reasoning_entropy" else None
         found |= flat(value, prefix) if type(value) in _PREFIXES else {name: value}
     return found

@@ -53,6 +53,10 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+def _is_false(value: object) -> bool:
+    return value is False
+
+
 class _ReplyAgentHead(ReplyModel):
     name: str
     """Name of the agent."""
@@ -63,7 +67,7 @@ class _ReplyAgentHead(ReplyModel):
     the gate passed over it; idle: not asked; examiner: it said whether another's answer is right, for the pool's defence."""
     explored: bool = False
     """Whether it was asked only to learn from: then its reply counts for nothing but tokens."""
-    barred: bool = False
+    barred: bool = Field(default=False, exclude_if=_is_false)
     """Whether the pool's defence left its contribution out."""
     entropy_nats: float | None
     """Mean predictive entropy per token over the whole vocabulary, before temperature; null without tokens."""
