@@ -19,7 +19,8 @@ weak        Linux where Landlock or seccomp is missing as well: rlimits and, as 
 none        Everything else (macOS, Windows): always refused.
 
 Contained nowhere: bugs of the kernel; timing and load (a program may use its CPU share); sums are polled every 50 ms, so
-the memory and scratch of several processes may pass their limit for that long; the CPU limit counts per process.
+the memory and scratch of several processes may pass their limit for that long; the CPU limit counts per process; buffers of
+sockets and pipes, which the kernel charges to nobody, come on top: as much again at most, by the number of descriptors.
 """
 
 from __future__ import annotations

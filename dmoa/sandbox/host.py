@@ -22,6 +22,10 @@ SCRATCH = "/tmp"  # noqa: S108 a private tmpfs of that name inside the namespace
 _SHM_BYTES = 16 << 20
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/nix/store")
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/fonts", "/etc/localtime", "/sys/devices/system/cpu")
+_HIDDEN = ("/proc/cmdline", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/proc/config.gz")
+"""What /proc tells of the host whatever the namespaces."""
+_LIBRARIES = ("lib", "lib64", "share", "pyvenv.cfg")
+"""Of an environment, beside the interpreter itself: a pip.conf, a .env or a .condarc lies there too."""
 _PROC_FILES = ("/proc/cpuinfo", "/proc/meminfo", "/proc/stat")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _LANDLOCK_FILE, _LANDLOCK_TREE = 0b101, 0b1101  # execute, read; and list folders
@@ -53,7 +57,7 @@ _DENIED: _Numbers = {
     **{"fanotify_init": (300, 262), "fanotify_mark": (301, 263), "personality": (135, 92), "syslog": (103, 116)},
     **{"vhangup": (153, 58), "modify_ldt": (154, None), "memfd_create": (319, 279), "memfd_secret": (447, 447)},
     **{"shmget": (29, 194), "shmctl": (31, 195), "shmat": (30, 196), "semget": (64, 190), "msgget": (68, 186)},
-    **{"mq_open": (240, 180), "migrate_pages": (256, 238), "move_pages": (279, 239)},
+    **{"setsockopt": (54, 208), "mq_open": (240, 180), "migrate_pages": (256, 238), "move_pages": (279, 239)},
 }
 # Without namespaces one process is all a program gets, and files of the caller's own uid must keep their modes.
 _DENIED_WITHOUT_NAMESPACES: _Numbers = {
@@ -69,12 +73,17 @@ _OWN_PROCESS_ONLY: _Numbers = {
     **{"kill": (62, 129), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)},
 }
 _CLONE, _CLONE3, _SOCKETPAIR, _PRLIMIT = (56, 220), 435, (53, 199), (302, 261)
+_FCNTL, _IOCTL = (72, 25), (16, 29)
+_F_SETFL, _O_ASYNC = 4, 0x2000
+_FCNTL_DENIED = (8, 10, 15, 1031)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: signals to others; F_SETPIPE_SZ: memory that nobody counts
+_IOCTL_DENIED = (0x5452, 0x8901, 0x8902)  # FIOASYNC, FIOSETOWN, SIOCSPGRP: the same by another door
+_STREAM, _SOCKET_FLAGS = 1, 0x80800  # SOCK_STREAM; SOCK_CLOEXEC, SOCK_NONBLOCK
 _NAMESPACE_FLAGS = 0x7E020000  # CLONE_NEW*: user, pid, net, ipc, uts, cgroup, mount
 _CLONE_THREAD = 0x10000
 _EPERM, _ENOSYS = 1, 38
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_AT_NUMBER, _AT_PROCESSOR, _AT_FIRST_ARGUMENT = 0, 4, 16
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN, _AND = 0x20, 0x15, 0x35, 0x45, 0x06, 0x54
+_AT_NUMBER, _AT_PROCESSOR, _AT_FIRST_ARGUMENT, _AT_SECOND_ARGUMENT, _AT_THIRD_ARGUMENT = 0, 4, 16, 24, 32
 
 
 @cache
@@ -101,18 +110,56 @@ def syscall_filter(*, has_namespaces: bool) -> bytes:
         for numbers in _OWN_PROCESS_ONLY.values():
             lines += _only_if(numbers[column], (_EQUAL, 1, 0, OWN_PID))
     lines += _only_if(_SOCKETPAIR[column], (_EQUAL, 1, 0, 1))  # AF_UNIX: asyncio needs a pair
+    lines += _only_stream_pairs(_SOCKETPAIR[column])
+    lines += _never(_FCNTL[column], _FCNTL_DENIED)
+    lines += _never(_IOCTL[column], _IOCTL_DENIED)
+    lines += _no_signals_of_files(_FCNTL[column])
     lines += _only_if(_PRLIMIT[column], (_EQUAL, 1, 0, 0))
     lines.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(struct.pack("=HBBI", *line) for line in lines)
 
 
-def _only_if(number: int | None, test: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:
+_Line = tuple[int, int, int, int]
+
+
+def _only_if(number: int | None, test: _Line) -> list[_Line]:
     """Refuse a call unless its first argument passes; a test jumps 1 to go on, 0 to refuse."""
     assert number is not None
     return [
         (_EQUAL, 0, 4, number),
         (_LOAD, 0, 0, _AT_FIRST_ARGUMENT),
         test,
+        (_RETURN, 0, 0, _ERRNO | _EPERM),
+        (_LOAD, 0, 0, _AT_NUMBER),
+    ]
+
+
+def _never(number: int, seconds: tuple[int, ...]) -> list[_Line]:
+    """Refuse a call whose second argument is one of these."""
+    tests = [line for value in seconds for line in ((_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ERRNO | _EPERM))]
+    return [(_EQUAL, 0, len(tests) + 2, number), (_LOAD, 0, 0, _AT_SECOND_ARGUMENT), *tests, (_LOAD, 0, 0, _AT_NUMBER)]
+
+
+def _only_stream_pairs(number: int) -> list[_Line]:
+    """Refuse other pairs: a datagram socket sends to every one of the host that has a path."""
+    return [
+        (_EQUAL, 0, 5, number),
+        (_LOAD, 0, 0, _AT_SECOND_ARGUMENT),
+        (_AND, 0, 0, 0xFFFFFFFF ^ _SOCKET_FLAGS),
+        (_EQUAL, 1, 0, _STREAM),
+        (_RETURN, 0, 0, _ERRNO | _EPERM),
+        (_LOAD, 0, 0, _AT_NUMBER),
+    ]
+
+
+def _no_signals_of_files(number: int) -> list[_Line]:
+    """Refuse to set a file's flag that sends signals when something can be read."""
+    return [
+        (_EQUAL, 0, 6, number),
+        (_LOAD, 0, 0, _AT_SECOND_ARGUMENT),
+        (_EQUAL, 0, 3, _F_SETFL),
+        (_LOAD, 0, 0, _AT_THIRD_ARGUMENT),
+        (_ANY_BIT, 0, 1, _O_ASYNC),
         (_RETURN, 0, 0, _ERRNO | _EPERM),
         (_LOAD, 0, 0, _AT_NUMBER),
     ]
@@ -130,12 +177,25 @@ def readable_trees() -> tuple[str, ...]:
     """Return what a program may read: system libraries, the interpreter, the installed packages; none inside another."""
     trees = [path for path in _SYSTEM if Path(path).exists()]
     home = Path.home().resolve()
-    for name in (*package_folders(), sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parent.parent)):
-        path = Path(name).resolve()
+    interpreters = [Path(interpreter()), Path(sys.executable).resolve()]
+    prefixes = dict.fromkeys((Path(sys.prefix), Path(sys.base_prefix), interpreters[1].parent.parent))
+    libraries = [path for prefix in prefixes for path in libraries_of(prefix)]
+    for name in (*package_folders(), *libraries, *interpreters):
+        path = _resolved(Path(name))
         holds_home = home == path or path in home.parents
         if not holds_home and not any(path == Path(t) or Path(t) in path.parents for t in trees):
             trees.append(str(path))
     return tuple(t for t in trees if not any(Path(other) in Path(t).parents for other in trees))
+
+
+def libraries_of(prefix: Path) -> list[Path]:
+    """Return what a program needs of an environment: not the folder itself, where people keep other things as well."""
+    return [path for name in _LIBRARIES if (path := prefix / name).exists()]
+
+
+def _resolved(path: Path) -> Path:
+    """Return a path without links on the way to it; an interpreter that is a link itself is found by its own name."""
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
 
 
 def interpreter() -> str:
@@ -158,7 +218,7 @@ def landlock_rules() -> list[tuple[str, int]]:
 
 def is_interpreter_hidden() -> bool:
     """Tell whether a user without rights could not reach the interpreter or the packages by their paths."""
-    folders = {folder for tree in readable_trees() for folder in (Path(tree), *Path(tree).parents)}
+    folders = {folder for tree in readable_trees() for folder in (Path(tree), *Path(tree).parents) if folder.is_dir()}
     return any(not folder.stat().st_mode & 0o001 for folder in folders)
 
 
@@ -211,6 +271,9 @@ def bubblewrap_command(scratch_bytes: int, environment: dict[str, str]) -> list[
         command += ["--perms", "0755", "--dir", folder]
     for path in (*readable_trees(), *_SYSTEM_FILES):
         command += ["--ro-bind-try", path, path]
+    for path in _HIDDEN:
+        if Path(path).exists():
+            command += ["--ro-bind", "/dev/null", path]
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", SCRATCH, "--clearenv"]
     for name, value in environment.items():
         command += ["--setenv", name, value]

@@ -22,6 +22,9 @@ _GIVE_UP_AFTER_S = 5.0
 _TOKEN_BYTES = 32
 _LIBRARY_BYTES = 8 << 30  # address space for the read-only maps of libraries; GPU builds of torch map several GiB
 _STACK_BYTES = 8 << 20
+_MOST_FILES, _FEWEST_FILES = 256, 64
+_SOCKET_BYTES = "/proc/sys/net/core/wmem_default"
+"""What the kernel buffers for a socket: no process is charged with it, so that the number of descriptors has to bound it."""
 _BOOTSTRAP = "import marshal,os,sys;j=marshal.load(os.fdopen({fd},'rb'));w={{'__name__':'guard'}};exec(j['guard'],w);w['main'](j)"
 
 
@@ -156,12 +159,13 @@ def _settings(limits: SandboxLimits, at: Level, scratch: str, uid: int | None) -
     """Return what the guard applies, beside the program itself."""
     has_namespaces = at == "namespaces"
     memory = limits.memory_bytes
+    files = _open_files(memory, limits.processes if has_namespaces else 1)
     rlimits = {
         "RLIMIT_CPU": (limits.cpu_s, limits.cpu_s + 1),
         "RLIMIT_DATA": (memory, memory),
         "RLIMIT_AS": (memory + _LIBRARY_BYTES, memory + _LIBRARY_BYTES),
         "RLIMIT_FSIZE": (limits.file_bytes, limits.file_bytes),
-        "RLIMIT_NOFILE": (256, 256),
+        "RLIMIT_NOFILE": (files, files),
         "RLIMIT_STACK": (_STACK_BYTES, _STACK_BYTES),
         "RLIMIT_CORE": (0, 0),
         "RLIMIT_MSGQUEUE": (0, 0),
@@ -185,6 +189,18 @@ def _settings(limits: SandboxLimits, at: Level, scratch: str, uid: int | None) -
         "is_interpreter_hidden": not has_namespaces and uid is not None and host.is_interpreter_hidden(),
         "give_up_s": limits.wall_s + _GIVE_UP_AFTER_S,
     }
+
+
+@cache
+def _open_files(memory_bytes: int, processes: int) -> int:
+    """Return how many descriptors a process may have, so that full socket buffers of all stay below the memory limit."""
+    try:
+        buffer_bytes = int(Path(_SOCKET_BYTES).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        buffer_bytes = 212992  # the kernel's own default
+    return max(
+        _FEWEST_FILES, min(_MOST_FILES, memory_bytes // (2 * processes * buffer_bytes))
+    )  # with the kernel's own headers, twice
 
 
 def _throw_away_uid() -> int:

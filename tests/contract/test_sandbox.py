@@ -214,6 +214,13 @@ class TestLevels:
             assert not any(tree == secret or tree in secret.parents for tree in trees), secret
         assert any(Path(os.__file__).resolve().is_relative_to(tree) for tree in trees)
 
+    def test_of_an_environment_the_libraries_alone_are_readable(self, tmp_path: Path) -> None:
+        for name in ("lib/python3", "bin", "share", "etc", ".cache"):
+            (tmp_path / name).mkdir(parents=True)
+        for name in ("pip.conf", ".env", ".condarc", "pyvenv.cfg", "bin/deploy", "lib/python3/os.py"):
+            (tmp_path / name).write_text("password")
+        assert host.libraries_of(tmp_path) == [tmp_path / "lib", tmp_path / "share", tmp_path / "pyvenv.cfg"]
+
 
 def in_a_fresh_interpreter(script: str) -> str:
     """Run our own code with a changed host, which no other test may see."""

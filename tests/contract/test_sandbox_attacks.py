@@ -65,6 +65,7 @@ class Targets:
     tcp6: int
     udp: int
     unix: str
+    datagram: str
     abstract: str
     secret_file: str
     open_dir: str
@@ -75,6 +76,7 @@ class Targets:
     marker: str
     home: str
     repository: str
+    environment: str
 
 
 def echo(server: socket.socket) -> None:
@@ -105,6 +107,9 @@ def targets() -> Iterator[Targets]:
         servers[-1].bind(address)
         servers[-1].listen()
     (folder / "s").chmod(0o777)
+    servers.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    servers[-1].bind(str(folder / "d"))
+    (folder / "d").chmod(0o777)
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.bind(("127.0.0.1", 0))
     threading.Thread(target=echo, args=(udp,), daemon=True).start()
@@ -116,6 +121,7 @@ def targets() -> Iterator[Targets]:
         tcp6=servers[1].getsockname()[1],
         udp=udp.getsockname()[1],
         unix=str(folder / "s"),
+        datagram=str(folder / "d"),
         abstract="dmoa-abstract-target",
         secret_file=str(folder / "secret.txt"),
         open_dir=str(open_dir),
@@ -126,6 +132,7 @@ def targets() -> Iterator[Targets]:
         marker=f"dmoa-marker-{os.getpid()}",
         home=str(Path.home()),
         repository=str(Path(__file__).resolve()),
+        environment=sys.prefix,
     )
     if old is None:
         del os.environ["DMOA_TEST_SECRET"]
@@ -154,6 +161,23 @@ attempt(ask)
 """,
     "unix-path-connect": "attempt(lambda: socket.socket(socket.AF_UNIX).connect(T['unix']))",
     "unix-abstract-connect": "attempt(lambda: socket.socket(socket.AF_UNIX).connect(chr(0) + T['abstract']))",
+    "unix-datagram-from-a-pair": "attempt(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', T['datagram']))",
+    "signals-through-files": """
+import fcntl, struct
+end, one = os.pipe()[0], socket.socketpair()[0]
+attempt(fcntl.fcntl, end, fcntl.F_SETOWN, os.getpid())
+attempt(fcntl.fcntl, end, 10, signal.SIGURG)
+attempt(fcntl.fcntl, end, 15, struct.pack("ii", 1, os.getpid()))
+attempt(fcntl.fcntl, end, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+for request in (0x8901, 0x8902, 0x5452):
+    attempt(fcntl.ioctl, one, request, struct.pack("i", os.getpid()))
+""",
+    "larger-buffers": """
+import fcntl
+attempt(lambda: socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20))
+attempt(fcntl.fcntl, os.pipe()[0], 1031, 1 << 20)
+""",
+    "kernel-command-line": "attempt(lambda: open('/proc/cmdline').read())",
     "netlink-socket": "attempt(lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW))",
     "read-a-file-elsewhere": "attempt(lambda: T['secret'] in open(T['secret_file']).read())",
     "read-the-repository": "attempt(lambda: open(T['repository']).read())",
@@ -231,6 +255,13 @@ attempt(lambda: resource.setrlimit(resource.RLIMIT_CORE, (-1, -1)))
 """,
     "limits-of-another-process": "import resource; attempt(lambda: resource.prlimit(T['pid'], resource.RLIMIT_NOFILE))",
 }
+if not sys.prefix.startswith("/usr"):  # that is there whole
+    HARMLESS["beside-the-libraries"] = """
+for name in (os.listdir(T["environment"]) if os.access(T["environment"], 4) else []):
+    if name not in ("bin", "lib", "lib64", "share", "pyvenv.cfg"): escaped(name)
+for name in (os.listdir(os.path.join(T["environment"], "bin")) if os.access(T["environment"], 4) else []):
+    if not name.startswith("python"): escaped(name)
+"""
 if os.getuid() == 0:  # what only root may do outside
     HARMLESS |= {
         "read-etc-shadow": "attempt(lambda: open('/etc/shadow').read())",
@@ -416,6 +447,28 @@ def test_a_greedy_program_is_stopped(name: str, level: Level, targets: Targets) 
     assert "ESCAPED" not in result.stdout
     assert max(len(result.stdout), len(result.stderr)) <= limits.output_bytes
     assert result.reason
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_buffers_that_the_kernel_holds_are_bounded(level: Level, targets: Targets) -> None:
+    source = """
+made, held, most = 0, [], 300 << 20
+try:
+    while made < most:
+        held.append(socket.socketpair())
+        for end in held[-1]:
+            end.setblocking(False)
+            try: end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 20)
+            except OSError: pass
+            try:
+                while made < most: made += end.send(bytes(1 << 16))
+            except BlockingIOError: pass
+except OSError: pass
+print(made)
+"""
+    result = attack(source, targets, level)
+    assert result.status == "ok", result
+    assert 0 < int(result.stdout) * (LIMITS.processes if level == "namespaces" else 1) <= LIMITS.memory_bytes
 
 
 @pytest.mark.parametrize("level", LEVELS)
