@@ -26,7 +26,7 @@ NAMES = sorted(folder.name for folder in ROOT.iterdir() if (folder / "adapter_co
 LYING = ("specialists-liar-constant", "specialists-liar-wrong", "specialists-colluding")
 POOLS = ("specialists", "specialists-generalist", *LYING)
 SKILL_NAMES = tuple(suite.name for suite in SKILLS)
-SECONDS: tuple[str, ...] = ()
+SECONDS = ("calendar-second", "parcels-second", "signals-second", "dyes-second")
 MAX_BYTES = 4 * 2**20
 MAX_ALL_BYTES = 40 * 2**20
 
