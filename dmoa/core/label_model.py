@@ -2,8 +2,9 @@
 
 Fitted by expectation maximisation over queries that several agents answered. Per context (a cluster of queries) and agent a
 competence; one slope each for entropy and for length, which tell hard queries from easy ones; one table of who errs alike, so
-that correlated agents are not counted as independent witnesses. Outcomes, where there are any, enter as evidence about the
-truth of their rows. Source: ours, after Dawid and Skene (1979). Never reads labels of benchmarks.
+that correlated agents are not counted as independent witnesses. In contexts where agents seldom agree on what is probably right,
+entropies alone say who is. Outcomes, where there are any, enter as evidence about the truth of their rows. Source: ours, after
+Dawid and Skene (1979). Never reads labels of benchmarks.
 
 Shape letters: R queries, A agents, C contexts, D embedding, K nodes of difficulty, Z candidates for the truth.
 """
@@ -34,6 +35,12 @@ _ABILITY = (0.0, 1.5)
 _CONTEXT_SD = 0.5
 """How far the competence of an agent differs between contexts beforehand."""
 _DOUBT = (1.0, 0.5)
+_DOUBT_ROWS = 4.0
+"""For how many replies what is expected of doubts beforehand counts where they alone decide, ..."""
+_DOUBT_CONTEXT_SD = 0.6
+"""... how far competence may differ between contexts there, ..."""
+_MAX_DOUBT_SLOPE = 2.0
+"""... and the most that a nat of doubt may tell: the doubts of one agent depend on more than being right."""
 _LENGTH = (0.3, 0.5)
 _NOISE = 0.05
 _CLIP = 6.0
@@ -57,7 +64,7 @@ _ARRAYS = (
     "ability_CA",
     "doubt_mean_A",
     "doubt_CA",
-    "doubt_slope_A",
+    "doubt_slope_CA",
     "length_mean_CA",
     "length_sd_A",
     "copy_AA",
@@ -88,7 +95,8 @@ class LabelModel:
     """Anchor of each agent: its mean score over balanced contexts."""
     doubt_CA: Array
     """Mean score in each context, beside the anchor: what is expected of a reply before it comes."""
-    doubt_slope_A: Array
+    doubt_slope_CA: Array
+    """Log odds of a right answer that each nat of the score above the anchor takes off."""
     length_mean_CA: Array
     length_sd_A: Array
     length_share: float
@@ -143,7 +151,7 @@ class LabelModel:
 
     def competence(self) -> Array:
         """Return the log odds of a right answer before the reply comes [C, A], at average length and difficulty."""
-        return self.ability_CA - self.doubt_slope_A * self.doubt_CA
+        return self.ability_CA - self.doubt_slope_CA * self.doubt_CA
 
     @property
     def order(self) -> IntArray:
@@ -167,7 +175,7 @@ class LabelModel:
         """Return the log odds of each agent being right before answers are compared [R, A, K]."""
         context_R = self.context(witnesses.embedding_RD, len(witnesses.answer_RA))
         doubt_RA = self.doubts(witnesses, context_R)
-        logit_RA = self.ability_CA[context_R] - self.doubt_slope_A * doubt_RA
+        logit_RA = self.ability_CA[context_R] - self.doubt_slope_CA[context_R] * doubt_RA
         logit_RA = logit_RA - self.length_slope * self.length_factor(witnesses, context_R)[:, None]
         node_K, _ = nodes(self.spread if with_difficulty else 0.0)
         logit_RAK: Array = np.clip(logit_RA[:, :, None] - node_K, -_CLIP, _CLIP)
@@ -216,12 +224,19 @@ def fit_label_model(witnesses: Witnesses, *, seed: int) -> LabelModel:
     num_contexts = 1 if witnesses.embedding_RD is None else min(MAX_CONTEXTS, num_rows // _ROWS_PER_CONTEXT)
     start = _start(witnesses, num_contexts, _SPREAD, seed)
     context_R = start.context(witnesses.embedding_RD, num_rows)
-    if np.isfinite(witnesses.outcome_RA).any(axis=1).sum() < _MIN_JUDGED:
+    judged_R = np.isfinite(witnesses.outcome_RA).any(axis=1)
+    if judged_R.sum() < _MIN_JUDGED:
         model = _fitted(start, witnesses, context_R, np.ones(num_rows), _ROUNDS)
     else:
         reliance_C = _reliance(start, witnesses, context_R, seed)
         model = replace(_told(start, witnesses, context_R, reliance_C[context_R], _ROUNDS), reliance_C=reliance_C)
-    return replace(model, trust=trusted(model, witnesses))
+    model = replace(model, trust=trusted(model, witnesses))
+    alone_C = np.array([trust.signal == "entropy" for trust in model.trust])
+    if not alone_C.any():
+        return model
+    led = _led_by_doubt(start, model, witnesses, context_R, np.where(judged_R, 1.0, model.reliance_C[context_R]))
+    names = ("ability_CA", "doubt_slope_CA")
+    return replace(model, **{name: np.where(alone_C[:, None], getattr(led, name), getattr(model, name)) for name in names})
 
 
 def _reliance(start: LabelModel, witnesses: Witnesses, context_R: IntArray, seed: int) -> Array:
@@ -303,6 +318,50 @@ def _told(start: LabelModel, witnesses: Witnesses, context_R: IntArray, reliance
     return _fitted(_fitted(start, witnesses, context_R, first_R, _ROUNDS // 4), witnesses, context_R, then_R, rounds)
 
 
+def _led_by_doubt(
+    start: LabelModel, agreed: LabelModel, witnesses: Witnesses, context_R: IntArray, weight_R: Array
+) -> LabelModel:
+    """Return the model for contexts where agreement tells nothing: doubts themselves tell right replies from wrong ones.
+
+    What doubts are worth cannot be learnt from agreement there, and what is learnt of it elsewhere misleads: an agent that
+    guesses the answer of a foreign query now and then is right without being sure. So each agent's doubts are those of two
+    kinds of replies, normal with one variance (a mixture, whose log odds are linear: discriminant analysis).
+    """
+    count, num_agents = start.ability_CA.shape
+    flat_CA = np.zeros((count, num_agents))
+    prior = replace(start, doubt_slope_CA=flat_CA, length_slope=agreed.length_slope, noise=agreed.noise)
+    slope_A, middle_A = np.full(num_agents, _DOUBT[0]), np.zeros(num_agents)
+
+    def told() -> LabelModel:
+        return replace(prior, ability_CA=prior.ability_CA + slope_A * middle_A, doubt_slope_CA=flat_CA + slope_A)
+
+    for _ in range(_ROUNDS):
+        truth = told().truth(witnesses)
+        right_RA = right_of(truth.weight_RZK, witnesses.answer_RA).sum(axis=2)
+        slope_A, middle_A = _two_kinds(witnesses.doubt_RA - start.doubt_mean_A, right_RA, weight_R[:, None] * witnesses.asked)
+        found = _maximised(prior, witnesses, context_R, weight_R, truth)
+        sd = min(found.context_sd, _DOUBT_CONTEXT_SD)
+        prior = replace(prior, ability_CA=found.ability_CA, copy_AA=found.copy_AA, context_sd=sd)
+    return told()
+
+
+def _two_kinds(doubt_RA: Array, right_RA: Array, weight_RA: Array) -> tuple[Array, Array]:
+    """Return the log odds that a nat of doubt takes off, and the doubt that tells nothing [A], given who is probably right."""
+    known_RA = np.isfinite(doubt_RA)
+    doubt_RA, weight_RA = np.where(known_RA, doubt_RA, 0.0), np.where(known_RA, weight_RA, 0.0)
+    right_RA = right_RA * weight_RA
+    wrong_RA = weight_RA - right_RA
+    rights_A, wrongs_A = np.maximum(right_RA.sum(axis=0), 1e-9), np.maximum(wrong_RA.sum(axis=0), 1e-9)
+    right_A, wrong_A = (right_RA * doubt_RA).sum(axis=0) / rights_A, (wrong_RA * doubt_RA).sum(axis=0) / wrongs_A
+    within_A = (right_RA * (doubt_RA - right_A) ** 2 + wrong_RA * (doubt_RA - wrong_A) ** 2).sum(axis=0)
+    total_A = rights_A + wrongs_A
+    variance_A = (within_A + _DOUBT_ROWS) / (total_A + _DOUBT_ROWS)
+    both_A = rights_A * wrongs_A / total_A
+    gap_A = (both_A * (wrong_A - right_A) + _DOUBT_ROWS * _DOUBT[0] * variance_A) / (both_A + _DOUBT_ROWS)
+    mean_A = (rights_A * right_A + wrongs_A * wrong_A) / total_A
+    return np.clip(gap_A / variance_A, 0, _MAX_DOUBT_SLOPE), mean_A + gap_A * (rights_A - wrongs_A) / total_A / 2
+
+
 def _start(witnesses: Witnesses, num_contexts: int, spread: float, seed: int) -> LabelModel:
     num_rows, num_agents = witnesses.answer_RA.shape
     embedding_RD = (
@@ -323,7 +382,7 @@ def _start(witnesses: Witnesses, num_contexts: int, spread: float, seed: int) ->
         ability_CA=np.full((count, num_agents), _ABILITY[0]),
         doubt_mean_A=doubt_A,
         doubt_CA=by_context(witnesses.doubt_RA - doubt_A, context_R, count),
-        doubt_slope_A=np.full(num_agents, _DOUBT[0]),
+        doubt_slope_CA=np.full((count, num_agents), _DOUBT[0]),
         length_mean_CA=mean_CA,
         length_sd_A=sd_A,
         length_share=share,
@@ -349,8 +408,9 @@ def _maximised(model: LabelModel, witnesses: Witnesses, context_R: IntArray, wei
     step_CA = (member_CR @ slope_RA - (model.ability_CA - mean_A) / variance) / (member_CR @ curve_RA + 1 / variance)
     ability_CA = np.clip(model.ability_CA + np.clip(step_CA, -1, 1), -_CLIP, _CLIP)
     doubt_RA = model.doubts(witnesses, context_R)
-    shared = model.doubt_slope_A.mean()
-    grad_A = -(slope_RA * doubt_RA).sum(axis=0) - (model.doubt_slope_A - (4 * shared + _DOUBT[0]) / 5) / _DOUBT[1] ** 2
+    doubt_slope_A = model.doubt_slope_CA[0]  # one for all contexts, while it is learnt from agreement
+    shared = doubt_slope_A.mean()
+    grad_A = -(slope_RA * doubt_RA).sum(axis=0) - (doubt_slope_A - (4 * shared + _DOUBT[0]) / 5) / _DOUBT[1] ** 2
     step_A = grad_A / ((curve_RA * doubt_RA**2).sum(axis=0) + 1 / _DOUBT[1] ** 2)
     factor_R = model.length_factor(witnesses, context_R)
     grad = -(slope_RA * factor_R[:, None]).sum() - (model.length_slope - _LENGTH[0]) / _LENGTH[1] ** 2
@@ -358,7 +418,7 @@ def _maximised(model: LabelModel, witnesses: Witnesses, context_R: IntArray, wei
     return replace(
         model,
         ability_CA=ability_CA,
-        doubt_slope_A=np.clip(model.doubt_slope_A + np.clip(step_A, -0.3, 0.3), 0, 4),
+        doubt_slope_CA=np.tile(np.clip(doubt_slope_A + np.clip(step_A, -0.3, 0.3), 0, 4), (len(ability_CA), 1)),
         length_slope=float(np.clip(model.length_slope + np.clip(step, -0.3, 0.3), 0, 4)) if model.length_share > 0 else 0.0,
         copy_AA=copies(witnesses.answer_RA, truth, weight_R),
         noise=wrong_outcomes(witnesses, truth, expected=_NOISE),

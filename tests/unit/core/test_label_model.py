@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dmoa.core.label_model import LabelModel, fit_label_model
-from dmoa.core.posterior import truth_posterior
+from dmoa.core.posterior import MAX_SHARED, nodes, truth_posterior
 from dmoa.core.sequential import standing
 from dmoa.core.witnesses import NO_ANSWER, NOT_ASKED, Witnesses, answer_classes, witnesses_of
 from dmoa.errors import ConfigError
@@ -47,7 +47,7 @@ def by_hand(right: list[float], copy: float = 0.1) -> LabelModel:
         centre_CD=np.zeros((1, 1)),
         ability_CA=np.array([[math.log(p / (1 - p)) for p in right]]),
         doubt_mean_A=np.zeros(agents),
-        doubt_slope_A=np.zeros(agents),
+        doubt_slope_CA=np.zeros((1, agents)),
         doubt_CA=np.zeros((1, agents)),
         length_mean_CA=np.zeros((1, agents)),
         length_sd_A=np.ones(agents),
@@ -208,6 +208,83 @@ def test_entropy_decides_where_one_agent_alone_is_competent() -> None:
         embedding_RD=np.array([[0.0, 1.0]]),
     )
     assert standing(model, before).next_agent == 1
+
+
+def specialists(rng: np.random.Generator) -> tuple[Witnesses, np.ndarray]:
+    """Six skills with one agent each, of which agent 0 guesses some answers of agent 1's queries; and each row's skill."""
+    home = np.repeat(np.arange(6), 10)
+    at_home = np.arange(6) == home[:, None]
+    doubt = np.where(at_home, -3.0, 0.7) + rng.normal(0, 0.7, at_home.shape)
+    values = np.where(at_home, 0, rng.integers(1, 10_000, at_home.shape))
+    lucky = (home == 1) & (rng.random(len(home)) < 0.4)
+    values[lucky, 0] = 0
+    doubt[lucky, 0] = rng.normal(2.0, 0.3, lucky.sum())
+    doubt[(home == 2) | (home == 3), 0] -= 1.5
+    embedding = np.eye(6)[home] + rng.normal(0, 0.1, at_home.shape)
+    return witnesses(compact(values), doubt=doubt, embedding=embedding), home
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_lucky_guess_does_not_discredit_being_sure(seed: int) -> None:
+    """Agreement is luck here: what it says of doubt (right without being sure) is not taken to where nobody agrees."""
+    given, home = specialists(np.random.default_rng(seed))
+    model = fit_label_model(given, seed=0)
+    right = model.right_probability(given)
+    assert right[np.arange(len(home)), home] == pytest.approx(right.max(axis=1))
+    assert right[home == 0, 0].mean() > 0.2
+    assert "entropy" in {trust.signal for trust in model.trust}
+
+
+def test_where_agents_agree_their_doubts_are_worth_what_agreement_says() -> None:
+    """One sure agent is wrong wherever three unsure ones agree: its doubts tell nothing, and it is not believed."""
+    rng = np.random.default_rng(0)
+    values, _ = simulated(rng, np.array([0.9, 0.85, 0.85, 0.0]), 60)
+    doubt = np.column_stack([rng.normal(0, 0.5, (60, 3)), rng.normal(-4, 0.5, 60)])
+    given = witnesses(compact(values), doubt=doubt)
+    model = fit_label_model(given, seed=0)
+    assert model.trust[0].signal == "agreement"
+    assert model.right_probability(given)[:, 3].mean() < 0.05
+
+
+def test_fitted_competences_are_a_maximum_of_the_enumerated_likelihood() -> None:
+    """Of the likelihood that sums over every truth and difficulty, and the prior; two replies may err alike."""
+    values, _ = simulated(np.random.default_rng(11), np.array([0.85, 0.7, 0.5]), 40, values=6)
+    given = witnesses(compact(values))
+    model = fit_label_model(given, seed=0)
+    ability_A = model.ability_CA[0]
+
+    def objective(ability: np.ndarray) -> float:
+        rows = sum(math.log(enumerated(model, ability, row)) for row in given.answer_RA.tolist())
+        return rows - float((ability**2).sum()) / (2 * 1.5**2)
+
+    best = objective(ability_A)
+    assert best == pytest.approx(model.truth(given).log_likelihood_R.sum() - (ability_A**2).sum() / 4.5)
+    for agent in range(3):
+        for step in (-0.3, 0.3):
+            assert objective(ability_A + step * (np.arange(3) == agent)) < best
+
+
+def enumerated(model: LabelModel, ability: np.ndarray, answers: list[int]) -> float:
+    """Probability of the answers of one query: a sum over difficulties and truths, agent after agent."""
+    total = 0.0
+    order = np.argsort(-model.ability_CA[0], kind="stable").tolist()
+    for value, weight in zip(*nodes(model.spread), strict=True):
+        for truth in (*sorted(set(answers)), None):
+            chance = float(weight)
+            for place, agent in enumerate(order):
+                right = 1 / (1 + math.exp(value - ability[agent]))
+                if answers[agent] == truth:
+                    chance *= right
+                    continue
+                shared: dict[int, float] = {}
+                for other in order[:place]:
+                    if answers[other] != truth:
+                        shared[answers[other]] = max(shared.get(answers[other], 0.0), float(model.copy_AA[agent, other]))
+                scale = MAX_SHARED / max(sum(shared.values()), MAX_SHARED)
+                own = 1 - sum(shared.values()) * scale
+                chance *= (1 - right) * (shared[answers[agent]] * scale if answers[agent] in shared else own)
+            total += chance
+    return total
 
 
 def test_long_replies_tell_hard_queries() -> None:
