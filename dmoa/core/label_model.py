@@ -235,8 +235,10 @@ def fit_label_model(witnesses: Witnesses, *, seed: int) -> LabelModel:
     if not alone_C.any():
         return model
     led = _led_by_doubt(start, model, witnesses, context_R, np.where(judged_R, 1.0, model.reliance_C[context_R]))
-    names = ("ability_CA", "doubt_slope_CA")
-    return replace(model, **{name: np.where(alone_C[:, None], getattr(led, name), getattr(model, name)) for name in names})
+    ability_CA = np.where(alone_C[:, None], led.ability_CA, model.ability_CA)
+    return replace(
+        model, ability_CA=ability_CA, doubt_slope_CA=np.where(alone_C[:, None], led.doubt_slope_CA, model.doubt_slope_CA)
+    )
 
 
 def _reliance(start: LabelModel, witnesses: Witnesses, context_R: IntArray, seed: int) -> Array:
