@@ -8,8 +8,12 @@ texts here, which a field for a truth value understands as well. Dates, base 60,
 from __future__ import annotations
 
 import copy
+import os
 import re
+import select
+import stat
 import sys
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +24,14 @@ from dmoa.validation import redact_text, short
 
 STDIN = "-"
 """Name of a file that stands for standard input."""
+MAX_BYTES = 4 << 20
+"""Of a file: a pool of a thousand agents is a tenth of it, and PyYAML takes seconds for as much."""
+_MAX_VALUES = 200_000
+"""Of a tree once its aliases are written out: a few lines can name billions."""
+_MAX_DEPTH = 32
+"""Of the names that `--set` walks down."""
+_PIPE_S = 10.0
+"""How long a pipe may take to deliver a file."""
 _TAG = "tag:yaml.org,2002:"
 _TRUTH = re.compile(r"true|True|TRUE|false|False|FALSE")
 _NUMBER_OF_ANOTHER_BASE = re.compile(r"[-+]?0[0-9_]+|[-+]?0b[01_]+|[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?")
@@ -84,25 +96,75 @@ _add_rules()
 def parse_yaml(text: str, source: str) -> Any:
     """Return the values that a YAML text holds. Raises ConfigError naming `source`."""
     try:
-        return _Loader(text).get_single_data()
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        return loader.construct_document(node)
     except _RefusedError as error:
         raise ConfigError(f"{source}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets the errors of int, date and nesting through
         raise ConfigError(f"{source}: not valid YAML: {redact_text(' '.join(str(error).split()))}; correct it") from error
 
 
+def _check_size(node: Any) -> None:
+    """Refuse a tree that is endless, or far larger than its text, because of its aliases."""
+    sizes: dict[int, int] = {}
+
+    def size(inner: Any) -> int:
+        known = sizes.get(id(inner))
+        if known == 0:
+            raise _refused(inner, "a section holds itself by an alias; write out what is meant")
+        if known is None:
+            sizes[id(inner)] = 0
+            parts = inner.value if isinstance(inner, yaml.CollectionNode) else ()
+            known = 1 + sum(size(one) for part in parts for one in (part if isinstance(part, tuple) else (part,)))
+            if known > _MAX_VALUES:
+                raise _refused(inner, f"aliases make it more than {_MAX_VALUES} values; write out what is meant")
+            sizes[id(inner)] = known
+        return known
+
+    size(node)
+
+
+def read_bounded(path: Path, *, pipe_s: float = _PIPE_S) -> bytes:
+    """Return the bytes of a file or a pipe. Raises OSError, also for one that is too large or says nothing."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that nobody writes would be waited for
+    try:
+        is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
+        deadline, found = time.monotonic() + pipe_s, bytearray()
+        while True:
+            if is_pipe and not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise OSError(f"it is a pipe, and did not end within {pipe_s:g} s")
+            piece = os.read(fd, 1 << 16)
+            found += piece
+            _check_bytes(found)
+            if not piece:
+                return bytes(found)
+    finally:
+        os.close(fd)
+
+
+def _check_bytes(found: bytes | bytearray) -> None:
+    if len(found) > MAX_BYTES:
+        raise OSError(f"it is larger than {MAX_BYTES >> 20} MiB, which no pool is")
+
+
 def read(path: str | Path) -> tuple[str, str]:
     """Return the text of a YAML file, and its name for messages; `-` is standard input, which may be read again.
 
-    Raises OSError and UnicodeDecodeError.
+    Raises OSError, also for more than `MAX_BYTES`, and UnicodeDecodeError.
     """
     global _taken
     if str(path) != STDIN:
-        return Path(path).read_text(encoding="utf-8"), str(path)
+        return read_bounded(Path(path)).decode("utf-8"), str(path)
     if sys.stdin is None:  # Python's word for one that is closed
         raise OSError("standard input is closed")
     if _taken is None or _taken[0] is not sys.stdin:
-        _taken = (sys.stdin, sys.stdin.buffer.read().decode("utf-8"))
+        found = sys.stdin.buffer.read(MAX_BYTES + 1)
+        _check_bytes(found)
+        _taken = (sys.stdin, found.decode("utf-8"))
     return _taken[1], "standard input"
 
 
@@ -110,8 +172,8 @@ def set_value(tree: dict[str, Any], override: str) -> None:
     """Apply one `a.b=value` override in place; list entries are named by their index. Raises ConfigError."""
     path, sep, value = override.partition("=")
     keys = path.split(".")
-    if not sep or not all(keys):
-        raise ConfigError(f"--set {redact_text(override)!r}: write it as a.b=value, such as gate.temperature=0.2")
+    if not sep or not all(keys) or len(keys) > _MAX_DEPTH:
+        raise ConfigError(f"--set {_shown(override)}: write it as a.b=value, such as gate.temperature=0.2")
     node: Any = tree
     for key in keys[:-1]:
         place = _place(node, key, override)
@@ -121,19 +183,23 @@ def set_value(tree: dict[str, Any], override: str) -> None:
         node = node[place]
     place, clean = _place(node, keys[-1], override), redact_text(override)
     try:
-        node[place] = parse_yaml(value, f"--set {clean!r}")
+        node[place] = parse_yaml(value, f"--set {short(clean)}")
     except ConfigError:
         if clean == override:
             raise
         # What PyYAML says of the value quotes it.
-        raise ConfigError(f"--set {clean!r}: the value is not valid YAML; correct it") from None
+        raise ConfigError(f"--set {short(clean)}: the value is not valid YAML; correct it") from None
+
+
+def _shown(override: str) -> str:
+    return short(redact_text(override))
 
 
 def _place(node: Any, key: str, override: str) -> Any:
     """Return the key or index under which `node` holds `key`."""
     if isinstance(node, dict):
         return key
-    where = f"--set {redact_text(override)!r}: {key!r}"
+    where = f"--set {_shown(override)}: {short(key)}"
     if not isinstance(node, list):
         raise ConfigError(f"{where} lies under the value {short(node)}, which is not a section; set that value as a whole")
     if not key.isdecimal() or int(key) >= len(node):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.yaml_tree import parse_yaml, read, set_value
+from dmoa.yaml_tree import MAX_BYTES, parse_yaml, read, read_bounded, set_value
 
 READ_AS_WRITTEN = [
     ("yes", "yes"),
@@ -98,6 +100,64 @@ def test_a_key_that_stands_twice_is_refused(text: str, line: int, key: str) -> N
 def test_a_key_beside_a_merge_replaces_what_that_brings() -> None:
     text = "base: &b {x: 1, y: 2}\nmore:\n  <<: *b\n  y: 3\n"
     assert parse_yaml(text, "pool.yaml")["more"] == {"x": 1, "y": 3}
+
+
+BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "line 6: aliases make it more than 200000 values"),
+        (BOMB.replace("[", "{k: [").replace("]", "]}"), "aliases make it more than 200000 values"),
+        ("a: &a\n- *a\n", "line 1: a section holds itself by an alias"),
+        ("a: &a\n  b: {c: *a}\n", "line 1: a section holds itself by an alias"),
+        ("a: &a\n  <<: *a\n", "line 1: a section holds itself by an alias"),
+    ],
+    ids=["lists", "mappings", "itself", "itself deeper", "merged into itself"],
+)
+def test_aliases_that_grow_without_end_are_refused(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"pool.yaml: .*{said}"):
+        parse_yaml(text, "pool.yaml")
+
+
+def test_an_alias_used_often_is_fine() -> None:
+    tree = parse_yaml("a: &a {x: [1, 2]}\nmore: [" + "*a, " * 1000 + "*a]", "pool.yaml")
+    assert tree["more"] == [{"x": [1, 2]}] * 1001
+
+
+def test_files_without_end_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="larger than 4 MiB"):
+        read("/dev/zero")
+    (tmp_path / "large").write_bytes(b"a: " + b"x" * MAX_BYTES)
+    with pytest.raises(OSError, match="larger than 4 MiB"):
+        read(tmp_path / "large")
+
+
+def test_standard_input_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Bytes(b"a" * (MAX_BYTES + 1)))
+    with pytest.raises(OSError, match="larger than 4 MiB"):
+        read("-")
+
+
+def test_a_pipe_is_read_to_its_end_and_one_that_nobody_writes_is_not_waited_for(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, b"a: 1\n")
+        os.close(writer)
+        assert read(f"/dev/fd/{reader}")[0] == "a: 1\n"
+    finally:
+        os.close(reader)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"a pipe, and did not end within 0\.05 s"):
+        read_bounded(tmp_path / "pipe", pipe_s=0.05)
+
+
+@pytest.mark.parametrize("override", ["a." * 50_000 + "b=1", "name", "x" * 100_000, "name=[" + "x" * 100_000])
+def test_a_long_override_is_refused_in_a_short_line(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        set_value({}, override)
+    assert len(str(caught.value)) < 1000
 
 
 class Bytes(io.TextIOWrapper):
