@@ -13,12 +13,13 @@ import logging
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock
+from pydantic import TypeAdapter
 
 from dmoa.config import Config, callable_agents
 from dmoa.engine_options import ENGINES
@@ -33,6 +34,7 @@ _LOG = logging.getLogger("dmoa.call_cache")
 FILE_NAME = "calls.sqlite3"
 _VERSION = 3
 _BUSY_S = 60.0
+_REPLY = TypeAdapter(AgentReply)
 
 
 class CallStore:
@@ -54,14 +56,14 @@ class CallStore:
             raise ConfigError(f"--call-cache: cannot open {str(path)!r}: {error}; name a folder that can be written") from error
 
     def get(self, key: str) -> AgentReply | None:
-        """Return the reply kept under a key, None if there is none or it is not readable."""
+        """Return the reply kept under a key, None if there is none or it is not one: a number as text, a status that is none."""
         with self._lock:
             row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
         if row is None:
             return None
         try:
-            return reply_of(json.loads(row[0]))
-        except (ValueError, TypeError):  # written by another version
+            return _REPLY.validate_json(json.dumps(asdict(reply_of(json.loads(row[0])))), strict=True)
+        except (ValueError, TypeError, KeyError, RecursionError):  # written by another version, or by nobody of ours
             return None
 
     def put(self, key: str, reply: AgentReply) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -111,6 +111,11 @@ def _schema() -> pa.Schema:
 
 SCHEMA: pa.Schema = _schema()
 """Columns of the Parquet files, in order."""
+_WORDS = {
+    name: get_args(kind)
+    for name, kind in (("entropy_kind", EntropyKind), ("finish_reason", FinishReason), ("status", AgentStatus))
+}
+"""Columns of words, each with those that there are."""
 LATER_COLUMNS = {name: field.default for name, field in RolloutRow.model_fields.items() if not field.is_required()}
 LATER_COLUMNS["entropy_slack_nats"] = float("nan")
 """Columns that older files lack, each with what is read then: those that have a default."""
@@ -340,6 +345,7 @@ def read_part(path: str | Path, *, fingerprint: str | None = None, columns: Sequ
             present = [name for name in dict.fromkeys([*wanted, *marks]) if name not in absent]
             _check_columns(path, file.schema_arrow, present)
             table = file.read(columns=present, use_threads=False)
+            _check_values(path, table)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ConfigError(f"{path}: not a whole Parquet file: {reason}; {_AGAIN}") from error
@@ -370,6 +376,21 @@ def _check_columns(path: str | Path, schema: pa.Schema, wanted: Sequence[str]) -
         seen = schema.field(name).type if name in schema.names else None
         if not _is_same(seen, expected):
             raise ConfigError(f"{path}: column {name} is {seen}; expected {expected}; {_AGAIN}")
+
+
+def _check_values(path: str | Path, table: pa.Table) -> None:
+    """Refuse what no writer of ours leaves: nulls, also within lists, and words that a column does not know."""
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        is_list = pa.types.is_list(column.type)
+        bad = column.null_count + (column.flatten().null_count if is_list else 0)
+        if bad:
+            row = next(row for row, value in enumerate(column) if not value.is_valid or (is_list and None in value.as_py()))
+            raise ConfigError(f"{path}, row {row}: {name} is null; expected {column.type}; {_AGAIN}")
+        for seen in column.unique().to_pylist() if (known := _WORDS.get(name)) else ():
+            if seen not in known:
+                row = column.to_pylist().index(seen)
+                raise ConfigError(f"{path}, row {row}: {name} is {short(seen)}; expected one of {', '.join(known)}; {_AGAIN}")
 
 
 def _is_same(seen: pa.DataType | None, expected: pa.DataType) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +79,46 @@ async def test_agents_with_the_same_engine_and_prompt_share_replies_under_their_
     await cache.call(call_of("a"))
     reply = await cache.call(call_of("b"))
     assert (reply.agent, reply.text, len(agents.calls)) == ("b", "19", 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"latency_ms": "12"},
+        {"entropy_sum_nats": "0.5"},
+        {"prompt_tokens": 1.5},
+        {"status": "splendid"},
+        {"finish_reason": "tired"},
+        {"entropy_kind": "guessed"},
+        {"text": 19},
+        {"text": None},
+        {"agent": None},
+    ],
+)
+async def test_what_is_no_reply_is_not_believed(tmp_path: Path, changes: dict[str, Any]) -> None:
+    agents = FakeAgents({"a": (Say(text="19", nats=0.25, tokens=3), Say(text="asked again"))})
+    cache = cached(agents, tmp_path)
+    await cache.call(call_of())
+    assert (await cache.call(call_of())).is_memoised
+    spoil(tmp_path, lambda text: json.dumps(json.loads(text) | changes))
+    again = await cache.call(call_of())
+    assert (again.text, again.is_memoised) == ("asked again", False)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[]", "7", "", '{"agent": "a"}'])
+async def test_json_that_holds_no_reply_is_not_believed(tmp_path: Path, text: str) -> None:
+    agents = FakeAgents({"a": (Say(text="19"), Say(text="asked again"))})
+    cache = cached(agents, tmp_path)
+    await cache.call(call_of())
+    spoil(tmp_path, lambda _: text)
+    assert (await cache.call(call_of())).text == "asked again"
+
+
+def spoil(folder: Path, change: Callable[[str], str]) -> None:
+    with closing(sqlite3.connect(folder / FILE_NAME)) as connection:
+        ((key, text),) = connection.execute("SELECT key, reply FROM replies").fetchall()
+        connection.execute("UPDATE replies SET reply = ? WHERE key = ?", (change(text), key))
+        connection.commit()
 
 
 async def test_sampled_calls_pass_by(tmp_path: Path) -> None:

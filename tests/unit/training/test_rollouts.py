@@ -92,6 +92,32 @@ def test_other_columns_are_refused(tmp_path: Path, table: pa.Table, message: str
         read_table(tmp_path / "r")
 
 
+@pytest.mark.parametrize("name", SCHEMA.names)
+def test_a_null_is_named_by_row_and_column(tmp_path: Path, name: str) -> None:
+    values = rows()[name].to_pylist()
+    place, column = SCHEMA.names.index(name), pa.array([*values[:5], None, *values[6:]], SCHEMA.field(name).type)
+    write_rollouts(tmp_path / "r", [rows().set_column(place, pa.field(name, column.type), column)])
+    with pytest.raises(ConfigError, match=rf"part-000000\.parquet, row 5: {name} is null; expected .+; remove the file"):
+        read_table(tmp_path / "r")
+
+
+def test_a_null_within_a_list_is_named(tmp_path: Path) -> None:
+    values = rows()["context"].to_pylist()
+    column = pa.array([*values[:3], [*values[3][:-1], None], *values[4:]], SCHEMA.field("context").type)
+    write_rollouts(tmp_path / "r", [rows().set_column(SCHEMA.names.index("context"), pa.field("context", column.type), column)])
+    with pytest.raises(ConfigError, match="row 3: context is null"):
+        read_table(tmp_path / "r")
+
+
+@pytest.mark.parametrize("name", ["entropy_kind", "finish_reason", "status"])
+def test_a_word_that_a_column_does_not_know_is_refused(tmp_path: Path, name: str) -> None:
+    values = rows()[name].to_pylist()
+    column = pa.array([*values[:-1], "splendid"])
+    write_rollouts(tmp_path / "r", [rows().set_column(SCHEMA.names.index(name), SCHEMA.field(name), column)])
+    with pytest.raises(ConfigError, match=rf"row {len(values) - 1}: {name} is 'splendid'; expected one of \w+, "):
+        read_table(tmp_path / "r")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
