@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -124,6 +125,22 @@ def train_rounds_job(common: Common) -> None:
     config, values = read_job(common)
     result = run_rounds(RoundsOptions.parse(values), config, common, _command())
     common.write_json(result.report.model_dump(mode="json"))
+
+
+@job
+def adapt_job(common: Common) -> None:
+    """Adapt a gate to a benchmark; the options of `dmoa adapt` stand in the `job:` section of --config.
+
+    \b
+    python jobs/adapt.py --config jobs/adapt.yaml --set job.queries=30
+    """
+    from dmoa.training.options import AdaptOptions
+    from dmoa.workflows.adapt import run_adapt
+
+    config, values = read_job(common)
+    options = AdaptOptions.parse(values)
+    checkpoint = None if options.zero_shot or not config.gate.checkpoint else Path(config.gate.checkpoint)
+    common.write_json(run_adapt(options, config, checkpoint, common, _command()).model_dump(mode="json"))
 
 
 def _command() -> str:

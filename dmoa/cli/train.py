@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from dmoa.cli.options import takes_options, this_command
 from dmoa.errors import ConfigError
-from dmoa.training.options import JOB_ONLY, PRESETS, ExportOptions, ImportOptions, ProbeOptions, RolloutOptions, TrainOptions
+from dmoa.training.options import (
+    ADAPT_JOB_ONLY,
+    JOB_ONLY,
+    PRESETS,
+    AdaptOptions,
+    ExportOptions,
+    ImportOptions,
+    ProbeOptions,
+    RolloutOptions,
+    TrainOptions,
+)
 from dmoa.workflows.console import CheckpointOption, Common, with_common
 from dmoa.workflows.train import run_train
 
@@ -56,6 +67,28 @@ def train(common: Common, options: TrainOptions) -> None:
     """
     result = run_train(options, common.load(), common, this_command())
     common.write_json(result.report.model_dump(mode="json"))
+
+
+@with_common
+@takes_options(AdaptOptions, leave_out=ADAPT_JOB_ONLY)
+def adapt(common: Common, options: AdaptOptions, checkpoint: CheckpointOption = None) -> None:
+    """Adapt a gate to a benchmark by its own first test queries, without labels, and show what that was worth.
+
+    Every query is answered and counted first, then the gate learns who was how sure of it (prequential); after --queries the gate
+    is frozen. The table has untrained weights (zero-shot), the checkpoint (few-shot), and both adapted (-ttt).
+
+    \b
+    dmoa adapt --config specialists --benchmark dyes --queries 30 --out out/adapt
+    dmoa adapt --benchmark dyes,signals --checkpoint out/gate/checkpoint --replay out/rollouts --out out/adapt
+    dmoa adapt --benchmark gsm8k --data-dir benchmarks --limit 20 --queries 10 --workers 0 --out out/adapt
+    dmoa serve --checkpoint out/adapt/gates/few-shot-ttt
+    """
+    from dmoa.workflows.adapt import run_adapt
+
+    config = common.load()
+    given = checkpoint or (Path(config.gate.checkpoint) if config.gate.checkpoint else None)
+    report = run_adapt(options, config, None if options.zero_shot else given, common, this_command())
+    common.write_json(report.model_dump(mode="json"))
 
 
 @with_common

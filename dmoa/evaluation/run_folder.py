@@ -17,7 +17,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dmoa import storage
 from dmoa.errors import ConfigError
@@ -119,7 +119,7 @@ def mend(path: Path) -> None:
         file.truncate(end)
 
 
-def append(path: Path, records: Iterable[FileRecord]) -> None:
+def append(path: Path, records: Iterable[BaseModel]) -> None:
     """Append records to a file, each a line, and see that they reach the disk.
 
     Raises OSError where they do not; the file is then as it was before.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from dmoa.checkpoint import AnchorSet, Checkpoint, describe_gate
@@ -126,6 +127,11 @@ class Adapter:
         self._home = [parameter.detach().clone() for parameter in self._learner.gate.parameters()]
         self._home_gate = self._start.build_gate(world.device)
 
+    @property
+    def spec(self) -> GateSpec:
+        """Of the deployed gate: how records are to be read."""
+        return self._deployed.spec
+
     def _deployed_scale(self) -> Scale | None:
         """Return what the deployed gate measures replies by; None where it was never fitted."""
         spec, judge = self._deployed.spec, self._deployed.label_model
@@ -137,8 +143,8 @@ class Adapter:
             eta = fit_eta(scores(self._old.sum_NA, self._old.tokens_NA, used))
         return None if eta is None else Scale(score=spec.score, eta=eta, anchors=spec.anchors, label_model=judge)
 
-    def learn(self, records: Sequence[Feedback | Lesson], *, shift: bool = False) -> AdaptUpdate:
-        """Take records in and update the weights once, by `steps` gradient steps.
+    def learn(self, records: Sequence[Feedback | Lesson | Episodes], *, shift: bool = False) -> AdaptUpdate:
+        """Take records in, or episodes that were made of them, and update the weights once, by `steps` gradient steps.
 
         With `shift`, anchors, eta, label model, tau and theta are fitted anew before, on all dense steps that are kept; the same
         goes for a gate without any, as soon as there are enough of them.
@@ -180,23 +186,28 @@ class Adapter:
             refitted=refitted,
         )
 
-    def _taken(self, records: Sequence[Feedback | Lesson]) -> tuple[int, dict[str, int]]:
+    def _taken(self, records: Sequence[Feedback | Lesson | Episodes]) -> tuple[int, dict[str, int]]:
         """Keep what can be learned from among the recent queries; return how many, and why the others are left out."""
         skipped: Counter[str] = Counter()
         fresh: list[Episodes] = []
         for record in records:
-            lesson = lesson_of(record) if isinstance(record, Feedback) else record
-            found = episodes_of(lesson, self._deployed.spec)
+            found = self._episodes(record)
             if isinstance(found, str):
                 skipped[found] += 1
             else:
                 fresh.append(found)
-                self.outcomes += len(lesson.outcomes)
+                self.outcomes += 0 if found.outcome_NA is None else int(np.isfinite(found.outcome_NA).any(axis=1).sum())
         if fresh:
             kept = Episodes.joined([*([] if self._recent is None else [self._recent]), *fresh])
             self._recent = self._retire(kept)
         self.used += len(fresh)
         return len(fresh), dict(skipped)
+
+    def _episodes(self, record: Feedback | Lesson | Episodes) -> Episodes | str:
+        """Return a record as episodes, or why nothing can be learned from it."""
+        if not isinstance(record, Episodes):
+            return episodes_of(lesson_of(record) if isinstance(record, Feedback) else record, self._deployed.spec)
+        return record if _is_comparable(record) else _ALONE
 
     def _retire(self, recent: Episodes) -> Episodes:
         """Let the oldest of the recent queries join the replay, of which a fair sample stays."""
@@ -339,31 +350,48 @@ class Adapter:
         }
 
 
+_ALONE = "fewer than two replies to compare"
+
+
 def episodes_of(lesson: Lesson, spec: GateSpec) -> Episodes | str:
     """Return an answered query as an episode of a gate, or why nothing can be learned from it."""
     steps = lesson.answer.steps
-    if not steps or any(step.decision is None or step.route is None for step in steps):
+    decisions = [step.decision for step in steps if step.decision is not None and step.route is not None]
+    if not steps or len(decisions) < len(steps):
         return "no gate decided it"
-    seen = {name for step in steps for name in step.decision.agents} if steps else set()  # type: ignore[union-attr] # checked above
-    if not seen <= set(spec.agents):
+    if not {name for decision in decisions for name in decision.agents} <= set(spec.agents):
         return "agents that the gate does not know"
-    asked = {(lesson.query_id, -1): lesson.asked}
-    asked |= {(lesson.query_id, at): stage.part for at, stage in enumerate(lesson.stages) if stage.part is not None}
-    known = asked if spec.score == "posterior" else None
-    builder = EpisodeBuilder(spec.agents, spec.input_dim, has_feedback=spec.preset != "paper", asked=known)
     query = RolloutQuery(query_id=lesson.query_id, source="adaptation", split="train", text=lesson.asked, stages=lesson.stages)
     try:
-        builder.add(table_of(query, lesson.answer, preset=spec.preset, seed=0, fingerprint=""), 0)
-        found = builder.build()
+        found = episodes_of_table(table_of(query, lesson.answer, preset=spec.preset, seed=0, fingerprint=""), query, spec)
     except ConfigError:
         return "numbers that are not finite, or do not fit the gate"
-    if found.ran_NA.sum(axis=1).max() < 2:
-        return "fewer than two replies to compare"
-    if not lesson.outcomes:
-        return found
-    outcome_NA = np.full(found.ran_NA.shape, np.nan)
-    outcome_NA[0] = [lesson.outcomes.get(name, np.nan) for name in spec.agents]
-    return dataclasses.replace(found, outcome_NA=outcome_NA)
+    return with_credit(found, lesson.outcomes) if _is_comparable(found) else _ALONE
+
+
+def episodes_of_table(table: pa.Table, query: RolloutQuery, spec: GateSpec) -> Episodes:
+    """Return the rows of one query as an episode of a gate. Raises ConfigError for numbers that cannot be learned from."""
+    asked = {(query.query_id, -1): query.text}
+    asked |= {(query.query_id, at): stage.part for at, stage in enumerate(query.stages) if stage.part is not None}
+    known = asked if spec.score == "posterior" else None
+    builder = EpisodeBuilder(spec.agents, spec.input_dim, has_feedback=spec.preset != "paper", asked=known)
+    builder.add(table, 0)
+    return builder.build()
+
+
+def with_credit(episode: Episodes, outcomes: Mapping[str, float]) -> Episodes:
+    """Return an episode with what is known of the replies to its first step, by agent."""
+    if not outcomes:
+        return episode
+    outcome_NA = np.full(episode.ran_NA.shape, np.nan)
+    outcome_NA[0] = [outcomes.get(name, np.nan) for name in episode.agents]
+    return dataclasses.replace(episode, outcome_NA=outcome_NA)
+
+
+def _is_comparable(episode: Episodes) -> bool:
+    """Tell whether some step has two replies that a target can be made of: an entropy each, or an answer that can be judged."""
+    replied_NA = episode.ran_NA if episode.said is None else episode.ran_NA | (episode.said.length_NA > 0)
+    return bool((replied_NA.sum(axis=1) >= 2).any())
 
 
 def _judge(scale: Scale) -> Any:

@@ -312,9 +312,50 @@ class AdaptSettings(Options):
     clip: float = Field(default=1.0, gt=0)
     """Greatest norm of the gradient."""
     seed: int = Field(default=0, ge=0)
-    """Seed of what is replayed."""
+    """Seed of what is replayed; of a run its samples, suites and replies too."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the gate in training."""
+
+
+class _StreamOptions(Options):
+    """What a gate is adapted to, and where."""
+
+    benchmark: Annotated[Names, Flag(metavar="A,B")] = Field(min_length=1)
+    """Benchmarks and suites whose first test queries teach; of several they are mixed."""
+    queries: int = Field(default=30, ge=1, le=100_000)
+    """First queries, all benchmarks together: everybody is asked, and the gate's own answer counts. Then it is frozen."""
+    every: int = Field(default=1, ge=1, le=10_000)
+    """Queries of an update; all of them are answered before it."""
+    zero_shot: bool = False
+    """Begin with untrained weights alone, whatever checkpoint there is; else with both."""
+    replay: Annotated[tuple[Path, ...], BeforeValidator(_folders), Flag(is_repeated=True)] = ()
+    """Rollouts that the checkpoint learnt from, to be replayed; repeatable. None: nothing keeps it from forgetting them."""
+    outcomes: Annotated[Path | None, Flag(metavar="FILE")] = None
+    """Outcomes of some of the queries, for score posterior, as of `dmoa train`: read after the counted answer."""
+    out: Path
+    """Folder of the run, or a URI: gates, `adapt.json`, the evaluation. The same folder goes on with the run in it."""
+    data_dir: Path | None = None
+    """Benchmark files, one folder a benchmark; None: the Hugging Face hub."""
+    limit: int | None = Field(default=None, ge=1)
+    """Test rows of a benchmark, the first queries among them; None: every row of a file, 200 of a suite."""
+    difficulty: int = Field(default=1, ge=1)
+    """Difficulty of the suites; each suite defines its own levels."""
+    workers: int = Field(default=1, ge=0, le=64)
+    """Ray Train workers of the updates, the first of which asks the agents; 0: in this process."""
+    allow_weak_sandbox: bool = False
+    """Run model-written programs where the host can hardly contain them."""
+    address: Address = None
+    """A Ray cluster to run on (auto, HOST:PORT); None: RAY_ADDRESS, else a Ray of its own."""
+    track: Literal["auto", "wandb", "jsonl", "none"] = "auto"
+    """Where tables are logged; auto: W&B, offline without a key."""
+
+
+class AdaptOptions(AdaptSettings, _StreamOptions):
+    """One adaptation of a gate to benchmarks."""
+
+
+ADAPT_JOB_ONLY = ("batch_queries", "recent", "replay_queries", "clip", "loss", "dtype")
+"""Settings that job files may set and `dmoa adapt` has no flags for."""
 
 
 class TrainOptions(Options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -13,7 +14,7 @@ from ray.train.v2.api.config import LoggingConfig
 
 from dmoa.dataflow import in_background
 from dmoa.errors import DmoaError
-from dmoa.training.distributed import SingleWorker, TorchGroup
+from dmoa.training.distributed import SingleWorker, TorchGroup, WorkerGroup
 from dmoa.training.loop import BadStepsError, TrainJob, train_gate
 from dmoa.training.state import StateStore
 
@@ -26,35 +27,59 @@ def train_on_ray(job: TrainJob, store: StateStore, num_workers: int) -> None:
     Raises DmoaError where training stops; the state that was kept last stays.
     """
     options = job.options
+    # By reference: the workers of a node share one copy of the arrays.
+    config = {"job": ray.put(job), "place": store.place}
+    error = fit_on_ray(_worker, config, store.place, num_workers, use_gpu=options.gpu, max_failures=options.max_failures)
+    if error is not None:
+        raise BadStepsError(error)
+
+
+def fit_on_ray(
+    worker: Callable[[dict[str, Any]], str | None],
+    config: dict[str, Any],
+    place: str,
+    num_workers: int,
+    *,
+    use_gpu: bool = False,
+    max_failures: int = 0,
+    tick: Callable[[], None] = lambda: None,
+) -> str | None:
+    """Run a function in Ray Train's workers and return what the first one returns; `tick` is called now and then.
+
+    Raises DmoaError where it fails.
+    """
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     trainer = TorchTrainer(
-        _worker,
-        # By reference: the workers of a node share one copy of the arrays.
-        train_loop_config={"job": ray.put(job), "place": store.place},
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=options.gpu),
+        worker,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
         run_config=RunConfig(
             name=_NAME,
-            storage_path=store.place,
-            failure_config=FailureConfig(max_failures=options.max_failures),
+            storage_path=place,
+            failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     try:
-        result = in_background(trainer.fit, "training")
+        result = in_background(trainer.fit, "training", tick)
     except TrainingFailedError as error:
         reason = " ".join(str(error).split())[-1500:]
         raise DmoaError(f"training stopped: {reason}; the same command goes on from the last state that was kept") from error
-    if result.return_value is not None:
-        raise BadStepsError(result.return_value)
+    found: str | None = result.return_value
+    return found
+
+
+def world_of_worker() -> WorkerGroup:
+    """Return the group of the Ray Train worker that this process is, and let torch use one thread."""
+    torch.set_num_threads(1)
+    return TorchGroup(get_device()) if get_context().get_world_size() > 1 else SingleWorker(get_device())
 
 
 def _worker(config: dict[str, Any]) -> str | None:
     """Be one worker. Returns why training cannot go on, where another try would meet the same; None at its end."""
     job: TrainJob = ray.get(config["job"])
-    world = TorchGroup(get_device()) if get_context().get_world_size() > 1 else SingleWorker(get_device())
-    torch.set_num_threads(1)
     try:
-        train_gate(job, world, StateStore(config["place"]))
+        train_gate(job, world_of_worker(), StateStore(config["place"]))
     except BadStepsError as error:
         return str(error)
     return None

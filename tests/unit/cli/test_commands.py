@@ -21,7 +21,7 @@ from dmoa.config import load, loads
 from dmoa.errors import AgentOverloadedError, CheckpointError, ConfigError, DmoaError, NoAgentError, RequestError, TraceError
 
 COMMANDS = ("run", "chat", "serve", "models", "policies", "schema", "docs", "doctor", "bench", "demo", "evaluate", "report")
-COMMANDS += ("compare", "export", "rollouts", "train", "probe", "router", "outcomes", "import-logs")
+COMMANDS += ("compare", "export", "rollouts", "train", "probe", "router", "outcomes", "import-logs", "adapt")
 SCHEMAS = ("pool", "reply", "trace", "rollout", "checkpoint", "bench", "evaluation")
 
 

@@ -14,7 +14,7 @@ from dmoa.workflows.evaluate import check_policies
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize("name", ["evaluate", "collect_rollouts", "train_gate", "train_rounds"])
+@pytest.mark.parametrize("name", ["evaluate", "collect_rollouts", "train_gate", "train_rounds", "adapt"])
 def test_the_shipped_jobs_use_the_pool_that_knows_their_suites(name: str) -> None:
     """The default pool is right on hardly any row of the generated suites; `specialists` was trained on other rows of them."""
     config, job = read_job(Common(config=ROOT / "jobs" / f"{name}.yaml"))

@@ -1,0 +1,391 @@
+"""Adapts a gate to a benchmark by its own first queries, and shows what that was worth: `dmoa adapt` and `jobs/adapt.py`.
+
+The stream of training/prequential gives the counted answers of the first queries; everything else, the starts kept as they are
+and the rows after, is an ordinary evaluation of gates in the same folder, so its tables, report and tracking are those.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from dmoa.errors import ConfigError, EmptyAnswerError
+from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, unanswered
+from dmoa.evaluation.records import Answered, EvaluateOptions, Task
+from dmoa.evaluation.run_folder import RunFolder, append, mend, read_lines
+from dmoa.storage import write_whole
+from dmoa.training.rollouts import RolloutQuery
+
+if TYPE_CHECKING:
+    from dmoa.config import Config
+    from dmoa.evaluation.run import Session
+    from dmoa.training.options import AdaptOptions
+    from dmoa.training.prequential import AdaptingSwarm, Counted, StreamJob, StreamUpdate
+    from dmoa.workflows.console import Bars, Common
+
+ADAPTED = "-ttt"
+"""What the name of a start ends with once it has adapted."""
+ZERO, FEW = "zero-shot", "few-shot"
+
+
+class AdaptRow(BaseModel):
+    """One gate on one benchmark: a row of the table."""
+
+    benchmark: str
+    gate: str
+    """zero-shot, few-shot, or either with `-ttt`: adapted by the first queries."""
+    first: float | None
+    """Accuracy on the first queries; of an adapted gate prequentially, each answer given before the update on it."""
+    first_rows: int
+    rest: float | None
+    """Accuracy on the rows after, the gate frozen; null where there are none."""
+    rest_rows: int
+    agents: float
+    """Agents whose contributions counted, a step, over the rows after (else the first)."""
+    tokens: float
+    """Prompt and completion tokens of a row there."""
+
+
+class AdaptReport(BaseModel):
+    """`adapt.json`: what adaptation was worth, and every update."""
+
+    command: str
+    options: dict[str, Any]
+    pool: str
+    starts: dict[str, str]
+    """Gate -> version."""
+    rows: list[AdaptRow]
+    updates: dict[str, list[dict[str, Any]]]
+    """Start -> its updates, in order."""
+    stream: dict[str, list[dict[str, Any]]]
+    """Gate -> the first queries in order: row, whether right, entropy, agents, tokens, version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenAdaptingPool:
+    """Loads a pool in the process that calls it, with a gate that can be replaced."""
+
+    config_json: str
+    call_cache: Path
+
+    def __call__(self) -> AdaptingSwarm:
+        """Return the swarm; blocks while models load. Raises ConfigError, ModelFetchError."""
+        from dmoa.config import Config
+        from dmoa.routing import LocalRouter
+        from dmoa.training.prequential import AdaptingSwarm
+        from dmoa.workflows.backends import build_local_swarm
+
+        swarm = build_local_swarm(Config.model_validate_json(self.config_json), lambda text: None, self.call_cache)
+        assert isinstance(swarm.router, LocalRouter)
+        return AdaptingSwarm(swarm, swarm.router)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The folder of the streams: what `keep` writes, and what a session after it reads."""
+
+    root: Path
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    """By row id."""
+
+    def updates(self, start: str) -> Path:
+        """Every update of a start, a line each."""
+        return self.root / "streams" / start / "updates.jsonl"
+
+    def parts(self, start: str) -> Path:
+        """Folder of the rollouts of a start, a file a query."""
+        return self.root / "streams" / start / "rollouts"
+
+    def keep(self, start: str, one: Counted | StreamUpdate) -> None:
+        """Write a counted answer or an update; the answer's line comes first, and once."""
+        from dmoa.training.prequential import StreamUpdate
+
+        if isinstance(one, StreamUpdate):
+            path = self.updates(start)
+            kept = sum(1 for _ in path.open(encoding="utf-8")) if path.exists() else 0
+            if one.number > kept:
+                append(path, [one])
+            return
+        task, policy = self.tasks[one.query.query_id], f"dmoa:{start}{ADAPTED}"
+        path = RunFolder(self.root).answers(task.benchmark, policy)
+        if not any(line.row_id == task.row_id for line in read_lines(path, Answered)):
+            append(path, [_line(task, policy, one)])
+        if one.table is not None:
+            parts = self.parts(start)
+            parts.mkdir(parents=True, exist_ok=True)
+            target = parts / f"{_file_name(task.row_id)}.parquet"
+            pq.write_table(one.table, target.with_suffix(".draft"), write_page_checksum=True)
+            target.with_suffix(".draft").replace(target)
+
+    def kept(self, start: str, queries: Sequence[RolloutQuery]) -> dict[str, Counted]:
+        """Return what a session before has kept of these queries; an answer without its rollout is asked for again."""
+        from dmoa.training.prequential import Counted
+        from dmoa.training.rollouts import read_part
+
+        mend(self.updates(start))
+        found = {}
+        for query in queries:
+            path = self.parts(start) / f"{_file_name(query.query_id)}.parquet"
+            if path.exists():
+                table = read_part(path)
+                version = table["gate_version"][0].as_py()
+                found[query.query_id] = Counted(query=query, version=version, table=table, is_new=False)
+        return found
+
+
+def _file_name(row_id: str) -> str:
+    return row_id.replace("/", "_")
+
+
+def _line(task: Task, policy: str, one: Counted) -> Answered:
+    if one.answer is not None:
+        return answered(task, policy, one.answer)
+    assert one.error is not None
+    if isinstance(one.error, EmptyAnswerError):
+        return unanswered(task, policy, one.error, one.wall_ms)
+    return failed(task, policy, one.error, one.wall_ms)
+
+
+def run_adapt(options: AdaptOptions, config: Config, checkpoint: Path | None, common: Common, command: str) -> AdaptReport:
+    """Adapt, evaluate, print the table and return the report.
+
+    Raises ConfigError, CheckpointError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
+    """
+    from dmoa.evaluation.registry import expand_names
+    from dmoa.storage import display_path, localized
+    from dmoa.workflows.console import Bars
+    from dmoa.workflows.terminal import goes_on
+
+    names = expand_names(options.benchmark)
+    starts: dict[str, Path | None] = {ZERO: None} | ({} if checkpoint is None else {FEW: checkpoint.absolute()})
+    advice = f"the same command with --out {display_path(options.out)} goes on from here"
+    with goes_on(advice), localized(options, common.say, reads=("replay", "outcomes"), writes=("out",)) as here:
+        check_same(here, config, starts)
+        with Bars(common.verbosity) as bars:
+            report = _adapted(here, config, names, starts, common, bars, command)
+        write_whole(here.out / "adapt.json", report.model_dump_json(indent=2) + "\n")
+        print_adaptation(report)
+        common.say(f"report: {display_path(here.out / 'report.html')}")
+    return report
+
+
+def check_same(options: AdaptOptions, config: Config, starts: Mapping[str, Path | None]) -> None:
+    """Note what a run is, or raise ConfigError where the folder holds another one, naming what differs."""
+    from dmoa.agents.pool import fingerprint
+
+    now: dict[str, Any] = {"pool": fingerprint(config), "starts": {name: str(folder) for name, folder in starts.items()}}
+    now |= options.model_dump(mode="json", exclude={"out", "workers", "address", "track"})
+    path = options.out / "settings.json"
+    if not path.exists():
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(now, indent=2) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    different = [
+        f"{name}: begun with {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
+    ]
+    if different:
+        raise ConfigError(f"--out: {'; '.join(different)}; repeat the settings of {str(path)!r}, or use another folder")
+
+
+def _adapted(
+    options: AdaptOptions,
+    config: Config,
+    names: tuple[str, ...],
+    starts: Mapping[str, Path | None],
+    common: Common,
+    bars: Bars,
+    command: str,
+) -> AdaptReport:
+    from dmoa.evaluation.run import evaluate
+    from dmoa.workflows.evaluate import build_evaluation, log_tables, opened_ray
+
+    folder = RunFolder(options.out.absolute())
+    folder.make()
+    first = _prepared(options, folder, names)
+    job = _job(options, config, folder, first, starts)
+    ways = "Ray Train" if options.workers else "this process"
+    common.say(f"{len(first)} queries of {', '.join(names)}, asked of everybody; an update every {options.every}, in {ways}")
+    run_job(job, options.workers, partial(opened_ray, options.address), partial(_show, job, bars))
+    gates = {name: folder.root / "gates" / name for start in starts for name in (start, f"{start}{ADAPTED}")}
+    asked = _evaluation(options, names).model_copy(
+        update={"policies": tuple(f"dmoa:{name}" for name in gates), "gates": gates, "resume": folder.run.exists()}
+    )
+    session: Session = build_evaluation(asked, config, names, folder, common, bars, command)
+    common.say(f"the rest, by {len(gates)} frozen gates")
+    evaluation = evaluate(session)
+    report = _report(options, config, folder, [task for task, _ in first], dict(session.gates), command)
+    log_tables(evaluation, folder, asked)
+    return report
+
+
+def _evaluation(options: AdaptOptions, names: Sequence[str]) -> EvaluateOptions:
+    """Return the evaluation that the run is, without its gates."""
+    values = {name: getattr(options, name) for name in ("data_dir", "limit", "seed", "difficulty", "out", "address", "track")}
+    weak = options.allow_weak_sandbox
+    return EvaluateOptions.parse(
+        {**values, "benchmarks": names, "allow_weak_sandbox": weak, "call_cache": options.out / "calls", "skip_bad_rows": True}
+    )
+
+
+def _prepared(options: AdaptOptions, folder: RunFolder, names: Sequence[str]) -> list[tuple[Task, RolloutQuery]]:
+    """Write the rows of all benchmarks and return the first queries, the benchmarks in turns, without their labels."""
+    from dmoa.evaluation.data import prepare_rows
+    from dmoa.training.queries import take_turns
+
+    asked = _evaluation(options, names)
+    columns = []
+    for number, name in enumerate(names):
+        prepare_rows(folder, name, asked)
+        share = options.queries // len(names) + (number < options.queries % len(names))
+        columns.append(list(folder.read_tasks(name))[:share])
+    tasks = list(take_turns([column for column in columns if column]))
+    return [
+        (task, RolloutQuery(query_id=task.row_id, source=task.benchmark, split="test", text=task.text, stages=task.stages))
+        for task in tasks
+    ]
+
+
+def _job(
+    options: AdaptOptions,
+    config: Config,
+    folder: RunFolder,
+    first: Sequence[tuple[Task, RolloutQuery]],
+    starts: Mapping[str, Path | None],
+) -> StreamJob:
+    from dmoa.agents.pool import fingerprint
+    from dmoa.swarm import limits_for
+    from dmoa.training.options import AdaptSettings
+    from dmoa.training.outcomes import read_outcomes
+    from dmoa.training.prequential import StreamJob
+
+    stage = Stage(folder.root, {task.row_id: task for task, _ in first})
+    asking = Asking(seed=options.seed, limits=limits_for(config))
+    queries = [query for _, query in first]
+    settings = options.model_dump(include=set(AdaptSettings.model_fields))
+    return StreamJob(
+        config=config,
+        open_swarm=OpenAdaptingPool(config_json=config.model_dump_json(), call_cache=folder.root / "calls"),
+        queries=tuple((query, query_of_task(task, "adapt", asking)) for task, query in first),
+        starts=dict(starts),
+        out=folder.root,
+        keep=stage.keep,
+        kept={start: stage.kept(start, queries) for start in starts},
+        settings=AdaptSettings.parse(settings),
+        every=options.every,
+        replay=tuple(path.absolute() for path in options.replay),
+        outcomes=read_outcomes(options.outcomes) if options.outcomes else (),
+        preset=config.gate.preset,
+        fingerprint=fingerprint(config),
+    )
+
+
+def run_job(job: StreamJob, workers: int, open_ray: Any, tick: Any) -> None:
+    """Run the streams in Ray Train workers, or with 0 of them in this process."""
+    if workers:
+        from dmoa.training.prequential import adapt_on_ray
+
+        with open_ray():
+            adapt_on_ray(job, workers, tick)
+        tick()
+        return
+    import torch
+
+    from dmoa.training.distributed import SingleWorker
+    from dmoa.training.prequential import run_streams
+
+    run_streams(job, SingleWorker(torch.device("cpu")), tick)
+
+
+def _show(job: StreamJob, bars: Bars) -> None:
+    """Show how many queries the streams have learnt from."""
+    stage = Stage(job.out)
+    done = 0
+    for start in job.starts:
+        path = stage.updates(start)
+        done += sum(len(json.loads(line)["queries"]) for line in path.open(encoding="utf-8")) if path.exists() else 0
+    bars.count("adapting", done, len(job.queries) * len(job.starts))
+
+
+def _report(
+    options: AdaptOptions, config: Config, folder: RunFolder, first: Sequence[Task], gates: dict[str, str], command: str
+) -> AdaptReport:
+    early = {task.row_id: place for place, task in enumerate(first)}
+    stage, rows, stream = Stage(folder.root), [], {}
+    for gate in gates:
+        told: list[tuple[int, dict[str, Any]]] = []
+        for name in dict.fromkeys(task.benchmark for task in first):
+            lines = list(folder.read_answers(name, f"dmoa:{gate}"))
+            right = {line.row_id: line.value for line in folder.read_scores(name, f"dmoa:{gate}")}
+            rows.append(_row(name, gate, lines, right, early))
+            told += [(early[line.row_id], _point(line, right)) for line in lines if line.row_id in early]
+        stream[gate] = [point for _, point in sorted(told, key=lambda one: one[0])]
+    starts = [gate for gate in gates if not gate.endswith(ADAPTED)]
+    updates = {start: [json.loads(line) for line in stage.updates(start).open(encoding="utf-8")] for start in starts}
+    return AdaptReport(
+        command=command,
+        options=options.model_dump(mode="json"),
+        pool=config.name,
+        starts=gates,
+        rows=rows,
+        updates=updates,
+        stream=stream,
+    )
+
+
+def _row(name: str, gate: str, lines: Sequence[Answered], right: Mapping[str, float], early: Mapping[str, int]) -> AdaptRow:
+    parts = {is_early: [line for line in lines if (line.row_id in early) is is_early] for is_early in (True, False)}
+    shown = parts[False] or parts[True]
+    steps = [len(active) for line in shown for active in line.active]
+    first, rest = ([right[line.row_id] for line in parts[is_early] if line.row_id in right] for is_early in (True, False))
+    return AdaptRow(
+        benchmark=name,
+        gate=gate,
+        first=float(np.mean(first)) if first else None,
+        first_rows=len(first),
+        rest=float(np.mean(rest)) if rest else None,
+        rest_rows=len(rest),
+        agents=float(np.mean(steps)) if steps else 0.0,
+        tokens=float(np.mean([line.usage.total for line in shown])) if shown else 0.0,
+    )
+
+
+def _point(line: Answered, right: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "row_id": line.row_id,
+        "right": right.get(line.row_id),
+        "entropy_nats": line.entropy_nats,
+        "agents": sum(map(len, line.active)),
+        "tokens": line.usage.total,
+        "gate_version": line.gate_version,
+    }
+
+
+def print_adaptation(report: AdaptReport) -> None:
+    """Print the table: starts, and what adaptation made of them."""
+    from dmoa.workflows.console import new_table, stdout_console
+
+    console = stdout_console()
+    table = new_table("benchmark", "gate", "first queries", "rows after", "agents", "tokens", words=("benchmark", "gate"))
+    for row in report.rows:
+        shares = ["" if share is None else f"{share:.1%} of {count}" for share, count in _shares(row)]
+        table.add_row(row.benchmark, row.gate, *shares, f"{row.agents:.2f}", f"{row.tokens:.0f}")
+    console.print(table)
+    console.print(
+        "first queries: prequential for -ttt, every counted answer given before the update on it, everybody asked beside it; "
+        "rows after: the gate frozen",
+        soft_wrap=True,
+    )
+
+
+def _shares(row: AdaptRow) -> Iterator[tuple[float | None, int]]:
+    yield row.first, row.first_rows
+    yield row.rest, row.rest_rows
