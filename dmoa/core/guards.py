@@ -13,6 +13,7 @@ Shape letters: R rows (inputs, queries), A agents.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +27,10 @@ IntArray = npt.NDArray[np.int64]
 
 BETS = (0.05, 0.15, 0.35, 0.65, 0.95)
 """Shares of the largest stake; the evidence is the mean wealth of one player for each (method of mixtures)."""
+HIGHER = (0.15, 0.4, 0.8)
+"""How far the rates of a rate test's alternatives lie between its own and 1."""
+BASELINE = 50
+"""Newest queries of the control whose rate of failures is the usual one."""
 MIN_PROBABILITY = 1e-6
 """Routing probabilities below it count as it: an agent that is never chosen costs at most 14 nats."""
 RISE = 3.0
@@ -54,43 +59,69 @@ class Verdict:
         }
 
 
-class SequentialTest:
-    """Tests whether the mean of differences in [-1, 1] is at most a margin, looked at after every one of them.
+class Wealth:
+    """The wealth of several bettors against one hypothesis, looked at after every bet; the evidence is the mean of it.
 
-    While it is (given the past), the probability that evidence ever reaches 1 / error_rate is at most error_rate. With
-    `restarts` wealth below 1 is made good at every step, so that a change after a long quiet time is found as fast as one
-    at the start; then false findings come 1 / error_rate differences apart or more on average (e-detector: Shin, Ramdas and
+    While the hypothesis holds (given the past), the probability that evidence ever reaches 1 / error_rate is at most
+    error_rate. With `restarts` wealth below 1 is made good at every step, so that a change after a long quiet time is found as
+    fast as one at the start; then false findings come 1 / error_rate bets apart or more on average (e-detector: Shin, Ramdas and
     Rinaldo 2023).
     """
 
     def __init__(
-        self, margin: float, error_rate: float, *, restarts: bool = False, log_wealth: Sequence[float] | None = None
+        self, num_bets: int, error_rate: float, *, restarts: bool = False, log_wealth: Sequence[float] | None = None
     ) -> None:
-        """`log_wealth`: of an earlier test that this one goes on with, one entry for each of `BETS`."""
-        self.margin = margin
+        """`log_wealth`: of an earlier test that this one goes on with."""
         self.threshold = 1.0 / error_rate
-        self._stakes = [bet / (1.0 + margin) for bet in BETS]
         self._restarts = restarts
-        self.log_wealth = list(log_wealth or [0.0] * len(BETS))
-        """By bet, for another test to go on with."""
+        self.log_wealth = list(log_wealth or [0.0] * num_bets)
+        """By bettor, for another test to go on with."""
 
-    def update(self, difference: float) -> None:
-        """Take one difference; what lies outside [-1, 1] counts as its end. NaN says nothing."""
-        if math.isnan(difference):
-            return
-        gain = min(max(difference, -1.0), 1.0) - self.margin
+    def _grow(self, log_gains: Iterable[float]) -> None:
         before = [max(value, 0.0) for value in self.log_wealth] if self._restarts else self.log_wealth
-        self.log_wealth = [value + math.log1p(stake * gain) for value, stake in zip(before, self._stakes, strict=True)]
+        self.log_wealth = [value + gain for value, gain in zip(before, log_gains, strict=True)]
 
     @property
     def evidence(self) -> float:
         """The mean wealth: 1 at first."""
-        return math.fsum(math.exp(min(value, 700.0)) for value in self.log_wealth) / len(BETS)
+        return math.fsum(math.exp(min(value, 700.0)) for value in self.log_wealth) / len(self.log_wealth)
 
     @property
     def is_found(self) -> bool:
-        """Whether the mean is above the margin, by what came so far."""
+        """Whether the hypothesis is given up, by what came so far."""
         return self.evidence >= self.threshold
+
+
+class SequentialTest(Wealth):
+    """Tests whether the mean of differences in [-1, 1] is at most a margin."""
+
+    def __init__(self, margin: float, error_rate: float, **options: Any) -> None:
+        """`options` as of `Wealth`."""
+        super().__init__(len(BETS), error_rate, **options)
+        self.margin = margin
+        self._stakes = [bet / (1.0 + margin) for bet in BETS]
+
+    def update(self, difference: float) -> None:
+        """Take one difference; what lies outside [-1, 1] counts as its end. NaN says nothing."""
+        if not math.isnan(difference):
+            gain = min(max(difference, -1.0), 1.0) - self.margin
+            self._grow(math.log1p(stake * gain) for stake in self._stakes)
+
+
+class RateTest(Wealth):
+    """Tests whether events, each 0 or 1, happen at a given rate at most: a likelihood ratio for each of some higher rates.
+
+    Three failures where one in twenty is allowed are evidence enough: differences of pairs would take ten.
+    """
+
+    def __init__(self, error_rate: float, **options: Any) -> None:
+        """`options` as of `Wealth`."""
+        super().__init__(len(HIGHER), error_rate, **options)
+
+    def update(self, event: float, rate: float) -> None:
+        """Take one event; `rate`, between 0 and 1, must not depend on it."""
+        rates = [rate + part * (1.0 - rate) for part in HIGHER]
+        self._grow(event * math.log(other / rate) + (1.0 - event) * math.log((1.0 - other) / (1.0 - rate)) for other in rates)
 
 
 def finite(arrays: Mapping[str, npt.NDArray[Any]]) -> Verdict:
@@ -236,3 +267,37 @@ class ArmComparison:
             self.pairs += 1
             self.mean += (difference - self.mean) / self.pairs
             self._new = ([], [])
+
+
+class RateComparison:
+    """Compares how often one arm fails with the other: the suspect's failures against the rate of the control's newest queries.
+
+    That rate is estimated, with one standard error on top, so the stated error rate holds as far as the control's own rate is
+    steady over `BASELINE` queries.
+    """
+
+    def __init__(self, test: RateTest, margin: float) -> None:
+        self.test = test
+        self.pairs = 0
+        """Queries of the suspect."""
+        self.mean = 0.0
+        """Its rate above the control's."""
+        self._margin = margin
+        self._control: deque[float] = deque(maxlen=BASELINE)
+
+    @property
+    def usual(self) -> float:
+        """The control's rate: half a failure in one query is taken for known beforehand."""
+        count = len(self._control)
+        rate = (math.fsum(self._control) + 0.5) / (count + 1.0)
+        return rate + math.sqrt(rate * (1.0 - rate) / (count + 1.0))
+
+    def add(self, value: float, *, is_suspect: bool) -> None:
+        """Take whether one query failed, 0 or 1."""
+        if not is_suspect:
+            self._control.append(value)
+            return
+        usual = self.usual
+        self.test.update(value, min(usual + self._margin, 0.99))
+        self.pairs += 1
+        self.mean += (value - usual - self.mean) / self.pairs

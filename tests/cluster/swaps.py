@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -203,5 +204,23 @@ def _swap(address: str, swaps: int, folders: Sequence[str]) -> dict[str, list[fl
     return {"moments": moments, "seconds": seconds}
 
 
-if __name__ == "__main__":
+def _offer(address: str, folder: str, update: int, base: str) -> dict[str, Any]:
+    """Offer a checkpoint as a learner does."""
+    from dmoa.serving.router.admin import RouterAdmin, checkpoint_files
+
+    evidence = {"base_version": base, "update": update, "source": "tests", "used": 8}
+    return RouterAdmin("dmoa", address=address).offer(checkpoint_files(folder), evidence)
+
+
+def offered(address: str, folder: Path, update: int, base: str) -> dict[str, Any]:
+    """Offer a checkpoint from a process of its own; return what the router said."""
+    command = [sys.executable, "-m", "tests.cluster.swaps", "offer", address, str(folder), str(update), base]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True, cwd=ROOT)
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+if __name__ == "__main__" and sys.argv[1] == "offer":
+    print(json.dumps(_offer(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])))
+elif __name__ == "__main__":
     print(json.dumps(_swap(sys.argv[1], int(sys.argv[2]), sys.argv[3:])))

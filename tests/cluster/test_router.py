@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.swaps import crossed, mixed, swap_under_load, version_of, write_checkpoint, write_pool
+from tests.cluster.swaps import POOL, crossed, mixed, offered, swap_under_load, version_of, write_checkpoint, write_pool
 from tests.integration.server import Served, serve
 
 DMOA = Path(sys.executable).with_name("dmoa")
@@ -31,7 +31,11 @@ class Running:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.pool = write_pool(folder)
+        # Guards that would judge drawn weights are left out: what an offer goes through is looked at.
+        learning = (
+            "adaptation: canary, guards: {skip: [drift, distance, held_back, load], canary_share: 0.4, canary_queries: 1000}"
+        )
+        self.pool = write_pool(folder, POOL.replace("router: {", f"router: {{{learning}, "))
         self.one, self.two, self.three = (write_checkpoint(folder / name, self.pool, i) for i, name in enumerate("abc", 1))
         self.env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
         self.served = serve(self.pool, "--checkpoint", str(self.one), "--json", str(folder / "serve.json"))
@@ -55,6 +59,15 @@ class Running:
         assert reply.status_code == 200, reply.text
         found: dict[str, Any] = reply.json()["dmoa"]
         return found
+
+    def until_heard(self, least: int) -> dict[str, Any]:
+        """Return the trial, once the router has heard of so many of its queries."""
+        deadline = time.monotonic() + 60
+        while True:
+            trial: dict[str, Any] = self.router("status")[1]["adaptation"]["trial"]
+            if sum(trial["queries"].values()) >= least:
+                return trial
+            assert time.monotonic() < deadline, trial
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +123,39 @@ async def test_swaps_under_streams_fail_no_query_and_mix_no_versions(running: Ru
     assert {one.reported for one in found.seen} == {version_of(folder) for folder in folders}
     assert crossed(found, swapped) > 0, "no query was under way while a version changed"
     assert len(swapped.seconds) == SWAPS
+
+
+async def test_a_router_killed_in_the_middle_of_a_canary_comes_back_with_it(running: Running) -> None:
+    _, before = await asyncio.to_thread(running.router, "status")
+    current, candidate = before["gate_version"], version_of(running.three)
+    told = await asyncio.to_thread(offered, running.address, running.three, 1, current)
+    assert (told["state"], told["ledger"], told["current"]) == ("canary", 1, current)
+    replies = [await asyncio.to_thread(running.ask) for _ in range(20)]
+    assert {reply["gate_version"] for reply in replies} == {current, candidate}
+    trial = await asyncio.to_thread(running.until_heard, 10)
+    asking = asyncio.gather(*(asyncio.to_thread(running.ask) for _ in range(8)))
+    (router,) = running.served.processes("ray::RouterActor")
+    router.kill()
+    assert {reply["gate_version"] for reply in await asking} <= {current, candidate}
+    deadline = time.monotonic() + 90
+    while (await asyncio.to_thread(running.ask))["routed_by"] != "router":
+        assert time.monotonic() < deadline, "the router did not come back"
+    again = await asyncio.to_thread(running.until_heard, sum(trial["queries"].values()))
+    assert (again["candidate"], again["control"], again["begun_unix_s"]) == (candidate, current, trial["begun_unix_s"])
+    told = await asyncio.to_thread(offered, running.address, running.two, 1, current)
+    assert (told["accepted"], told["ledger"]) == (False, 1)
+    assert "update 1 was judged before" in told["reasons"][0]
+
+    printed, frozen = await asyncio.to_thread(running.router, "freeze", "--note", "release day")
+    assert (printed.stdout, frozen["trial"]) == ("frozen: release day\n", None)
+    told = await asyncio.to_thread(offered, running.address, running.two, 2, current)
+    assert told["reasons"] == ["learning is frozen (release day); `dmoa router thaw` ends that"]
+    assert {(await asyncio.to_thread(running.ask))["gate_version"] for _ in range(8)} == {current}
+    await asyncio.to_thread(running.router, "thaw")
+    _, history = await asyncio.to_thread(running.router, "history")
+    assert [entry["action"] for entry in history["history"]][-4:] == ["canary", "freeze", "withdrawn", "thaw"]
+    metrics = (await asyncio.to_thread(httpx.get, f"{running.url}/metrics", timeout=60)).text
+    assert 'dmoa_router_offers_total{state="canary"} 1.0' in metrics
 
 
 async def test_a_killed_router_comes_back_with_what_was_installed(running: Running) -> None:

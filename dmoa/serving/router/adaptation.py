@@ -23,7 +23,7 @@ from dmoa.checkpoint import Checkpoint
 from dmoa.config import Config
 from dmoa.core import guards
 from dmoa.core.gate import Gate
-from dmoa.core.guards import ArmComparison, SequentialTest, Verdict
+from dmoa.core.guards import ArmComparison, RateComparison, RateTest, SequentialTest, Verdict
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.feedback import Feedback
 from dmoa.serving.router.probes import read_probes
@@ -132,7 +132,8 @@ class Adaptation:
         self._guards = config.router.guards
         self._held = HeldBack(config)
         self._probes = read_probes(self._guards.known_answers) if self._guards.known_answers else None
-        self._arms: dict[str, ArmComparison] = {}
+        self._arms: dict[str, ArmComparison | RateComparison] = {}
+        self._usual: deque[float] = deque(maxlen=guards.BASELINE)
         self._control_gate: Gate | None = None
         self._begun: deque[tuple[float, int, int]] = deque()
         self._base: tuple[int, int] = (0, 0)
@@ -178,10 +179,12 @@ class Adaptation:
         for name, margin in margins.items():
             kept = trial.tests.get(name, {})
             # Several signals are looked at: each has its part of the error rate.
-            test = SequentialTest(
-                margin, self._guards.error_rate / len(margins), restarts=self.mode == "on", log_wealth=kept.get("log_wealth")
-            )
-            self._arms[name] = ArmComparison(test)
+            part = self._guards.error_rate / len(margins)
+            options = {"restarts": self.mode == "on", "log_wealth": kept.get("log_wealth")}
+            if name == "failures":
+                self._arms[name] = RateComparison(RateTest(part, **options), margin)
+            else:
+                self._arms[name] = ArmComparison(SequentialTest(margin, part, **options))
             self._arms[name].pairs, self._arms[name].mean = int(kept.get("pairs", 0)), float(kept.get("mean", 0.0))
         self._versions.wanted |= {trial.control, trial.candidate}
         found = self._state.load_version(trial.control)
@@ -384,6 +387,8 @@ class Adaptation:
             )
             self._begun.clear()
             self._resume()
+            for failed in self._usual:
+                self._arms["failures"].add(failed, is_suspect=False)
             return
         trial.candidate, trial.update, trial.shift = version, said.update, trial.shift or said.shift
         trial.line = [*trial.line, version][-MAX_LINE:]
@@ -416,6 +421,7 @@ class Adaptation:
             self._held.put(record)
         trial = self._kept.trial
         if trial is None:
+            self._usual.extend(one.failures for one in read_queries(found, self._versions.gate))
             return None
         readings = [one for one in found if one.answer.policy == "dmoa" and one.created_unix_s >= trial.begun_unix_s]
         arms = {trial.control: False} | dict.fromkeys(trial.line, True)
@@ -465,7 +471,7 @@ class Adaptation:
         worse = [name for name, arm in self._arms.items() if arm.test.is_found]
         if worse:
             return self._roll_back(trial, worse)
-        done = self._arms["failures"].pairs >= self._guards.canary_queries
+        done = min(trial.queries.get(name, 0) for name in ("candidate", "control")) >= self._guards.canary_queries
         change = self._pass(trial) if done and self.mode == "canary" else None
         if done and self.mode == "on":
             self._next_window(trial)

@@ -9,7 +9,10 @@ import pytest
 
 from dmoa.core.guards import (
     BETS,
+    HIGHER,
     ArmComparison,
+    RateComparison,
+    RateTest,
     SequentialTest,
     disagreement,
     distance,
@@ -155,3 +158,30 @@ def test_arms_are_compared_by_what_is_new_of_each() -> None:
     for value, is_suspect in ((0.2, False), (0.4, False), (float("nan"), True), (0.9, True), (0.5, True), (0.5, False)):
         arms.add(value, is_suspect=is_suspect)
     assert (arms.pairs, arms.mean) == (2, pytest.approx((0.6 + 0.0) / 2))
+
+
+def test_a_rate_is_tested_by_likelihood_ratios() -> None:
+    test = RateTest(0.05)
+    for event in (1.0, 0.0):
+        test.update(event, 0.2)
+    rates = [0.2 + part * 0.8 for part in HIGHER]
+    assert test.evidence == pytest.approx(sum(r / 0.2 * (1 - r) / 0.8 for r in rates) / len(HIGHER))
+
+
+def failing(rng: np.random.Generator, control: float, suspect: float, count: int = 400) -> RateComparison:
+    """A comparison of two arms that fail at set rates, one query in five the suspect's, until found or through."""
+    found = RateComparison(RateTest(0.05 / 4), 0.05)
+    for is_suspect in rng.uniform(size=count) < 0.2:
+        found.add(float(rng.uniform() < (suspect if is_suspect else control)), is_suspect=bool(is_suspect))
+        if found.test.is_found:
+            break
+    return found
+
+
+def test_failures_are_found_in_a_few_queries_and_equal_rates_are_not() -> None:
+    rng = np.random.default_rng(6)
+    late = [failing(rng, 0.02, 1.0) for _ in range(100)]
+    assert all(one.test.is_found for one in late)
+    assert np.mean([one.pairs for one in late]) < 6
+    for rate in (0.0, 0.02, 0.1, 0.3):
+        assert np.mean([failing(rng, rate, rate).test.is_found for _ in range(100)]) <= 0.05

@@ -216,7 +216,7 @@ def test_a_restart_in_the_middle_of_a_canary_goes_on_with_it(root: Path) -> None
     found = swarm(root, warm=40, canary_queries=500, **off)
     found.broken = ("code",)
     told = found.offer(found.files((3, 3, 3, 3)), 7)
-    while found.adaptation.status()["trial"]["signals"]["failures"]["pairs"] < 4:
+    while found.adaptation.status()["trial"]["signals"]["failures"]["pairs"] < 2:
         found.ask()
     before = found.adaptation.status()["trial"]
     found.start()
