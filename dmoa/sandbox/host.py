@@ -179,9 +179,9 @@ def readable_trees() -> tuple[str, ...]:
     home = Path.home().resolve()
     interpreters = [Path(interpreter()), Path(sys.executable).resolve()]
     prefixes = dict.fromkeys((Path(sys.prefix), Path(sys.base_prefix), interpreters[1].parent.parent))
-    libraries = [path for prefix in prefixes for path in libraries_of(prefix)]
-    for name in (*package_folders(), *libraries, *interpreters):
-        path = _resolved(Path(name))
+    libraries = [Path(path) for prefix in prefixes for path in libraries_of(prefix)]
+    for name in (*map(Path, package_folders()), *libraries, *interpreters):
+        path = _resolved(name)
         holds_home = home == path or path in home.parents
         if not holds_home and not any(path == Path(t) or Path(t) in path.parents for t in trees):
             trees.append(str(path))

@@ -111,7 +111,7 @@ def _schema() -> pa.Schema:
 
 SCHEMA: pa.Schema = _schema()
 """Columns of the Parquet files, in order."""
-_WORDS = {
+_WORDS: dict[str, tuple[str, ...]] = {
     name: get_args(kind)
     for name, kind in (("entropy_kind", EntropyKind), ("finish_reason", FinishReason), ("status", AgentStatus))
 }
@@ -387,7 +387,8 @@ def _check_values(path: str | Path, table: pa.Table) -> None:
         if bad:
             row = next(row for row, value in enumerate(column) if not value.is_valid or (is_list and None in value.as_py()))
             raise ConfigError(f"{path}, row {row}: {name} is null; expected {column.type}; {_AGAIN}")
-        for seen in column.unique().to_pylist() if (known := _WORDS.get(name)) else ():
+        known = _WORDS.get(name, ())
+        for seen in column.unique().to_pylist() if known else ():
             if seen not in known:
                 row = column.to_pylist().index(seen)
                 raise ConfigError(f"{path}, row {row}: {name} is {short(seen)}; expected one of {', '.join(known)}; {_AGAIN}")
