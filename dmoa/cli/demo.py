@@ -43,7 +43,7 @@ NUM_UNTRAINED = 20
 UNTRAINED = f"untrained gates, first step (mean of {NUM_UNTRAINED})"
 _MAX_STEPS = 3
 _MAX_TOKENS = 64
-_OWN = ("before", "after", "rollouts", "gate", "evaluation", "calls", "router")
+_OWN = ("before", "after", "rollouts", "gate", "evaluation", "adaptation", "calls", "router")
 """Folders that a demo makes anew in --out."""
 
 
@@ -102,7 +102,7 @@ def tell(
     from dmoa.serving.launch import launch, stop
 
     rows = generate(counts[0], counts[3])
-    common.say(f"1 of 6: starting pool {config.name} ({len(config.agents)} agents) on Ray Serve; this takes a minute or so")
+    common.say(f"1 of 7: starting pool {config.name} ({len(config.agents)} agents) on Ray Serve; this takes a minute or so")
     is_up = False
     with Ending(common.say) as ending:
         try:
@@ -110,21 +110,22 @@ def tell(
             is_up = True
             ending.ready(EXIT_FAILED)
             announce(replace(common, json_path=None), launched)
-            common.say(f"2 of 6: asking over HTTP, gate {launched.gate_version}")
+            common.say(f"2 of 7: asking over HTTP, gate {launched.gate_version}")
             before, is_same = ask_and_replay(common, config, launched.url, rows, out / "before")
             # Learning and comparing take one step a question, for everybody: agents that disagree are else asked all over again.
             once = replace(common, overrides=(*common.overrides, "limits.max_steps=1"))
             briefly = config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
             probe, result, commands = learn(once, briefly, out, counts[1], counts[3])
-            common.say(f"5 of 6: the same again, gate {result.record.version}")
+            common.say(f"5 of 7: the same again, gate {result.record.version}")
             trained = replace(common, overrides=(*common.overrides, f"gate.checkpoint={result.checkpoint}"))
             after, is_same_after = ask_and_replay(trained, trained.load(), launched.url, rows, out / "after")
-            common.say(f"6 of 6: comparing on {counts[2]} held-out rows of each suite; every agent answers alone as well")
+            common.say(f"6 of 7: comparing on {counts[2]} held-out rows of each suite; every agent answers alone as well")
             comparison = compare(once, briefly, out, result.checkpoint, (counts[2], counts[3]))
         finally:
             if is_up:
                 common.say("stopping the swarm")
                 stop(APP, end_ray=True)
+        adaptation = show_adaptation(common, briefly, out, counts[3])
     record = {
         "gate_versions": [launched.gate_version, result.record.version],
         "replay_identical": is_same and is_same_after,
@@ -133,10 +134,24 @@ def tell(
         "probe": probe.model_dump(mode="json"),
         "training": result.report.model_dump(mode="json"),
         "comparison": comparison,
+        "adaptation": adaptation,
         "pays": pays(comparison),
         "missed": missed(comparison),
     }
     return record, commands
+
+
+def show_adaptation(common: Common, config: Config, out: Path, seed: int) -> list[dict[str, Any]]:
+    """Show how a gate that was trained without one suite learns it from that suite's queries; returns what `--json` says."""
+    from dmoa.evaluation.run_folder import RunFolder
+    from dmoa.workflows.unseen import show_unseen, told
+
+    suite = DEMO_SUITES[-1]
+    common.say(f"7 of 7: a gate trained without {suite} meets its queries, one by one, and learns whom to ask")
+    folder = RunFolder((out / "evaluation").absolute())
+    found = show_unseen(out / "rollouts", folder, config, DEMO_SUITES, suite, out / "adaptation", seed)
+    typer.echo("\n".join([f"\na skill that the gate was not trained on ({suite}), by held-out rows:", *told(found, suite)]))
+    return [asdict(one) for one in found]
 
 
 def pays(comparison: Sequence[Mapping[str, Any]]) -> bool:
@@ -244,10 +259,10 @@ def learn(common: Common, config: Config, out: Path, queries: int, seed: int) ->
     sources = {"benchmarks": ",".join(DEMO_SUITES), "limit": queries, "seed": seed + 1, "out": rollouts}
     training = {"rollouts": rollouts, "out": gate}
     collecting, learning = _command("rollouts", common, **sources), _command("train", common, **training)
-    common.say(f"3 of 6: {queries} generated queries, without labels, asked of every agent")
+    common.say(f"3 of 7: {queries} generated queries, without labels, asked of every agent")
     run_rollouts(RolloutOptions.parse({**sources, "track": "none", "call_cache": out / "calls"}), config, common, collecting)
     probe = probe_rollouts(rollouts, config)
-    common.say("4 of 6: training the gate on Ray Train, without labels")
+    common.say("4 of 7: training the gate on Ray Train, without labels")
     result = run_train(TrainOptions.parse(training), config, common, learning)
     change = RouterAdmin(APP).install(checkpoint_files(result.checkpoint), "dmoa demo")
     common.say(f"installed in the running swarm: {change['previous']} -> {change['version']}")

@@ -118,6 +118,10 @@ class Adapter:
         self._scale = self._deployed_scale()
         self._is_own_scale = False
         self._refits = 0
+        self._point: tuple[GateSpec, AnchorSet | None] | None = None
+        """tau, theta and anchors of the last refit, once a candidate was made after it."""
+        self._made: dict[str, tuple[Episodes, Scale, TrainingData]] = {}
+        """What was made of the replay and of the recent queries, with what it was made of."""
         weights = {name: tensor.detach().clone() for name, tensor in gate.state_dict().items()}
         empty = _blank(gate.spec) if replay is None else replay
         self._start = TrainJob(
@@ -249,13 +253,17 @@ class Adapter:
         if spec.score == "posterior":
             judge = fit_judge(kept, everything, spec, seed=self._options.seed, earlier=self._deployed.label_model)
             scale = dataclasses.replace(scale, label_model=judge)
-        self._scale, self._is_own_scale, self._refits = scale, is_first, self._refits + 1
+        self._scale, self._is_own_scale, self._refits, self._point = scale, is_first, self._refits + 1, None
         return True
 
     def _follow(self) -> None:
         """Hand replay and recent queries, with the targets of this moment, to the learner."""
         assert self._scale is not None
-        data = _data(self._kept(), self._scale, self._spec)
+        parts = {name: part for name, part in (("old", self._old), ("recent", self._recent)) if part is not None}
+        for name, part in parts.items():
+            if name not in self._made or self._made[name][0] is not part or self._made[name][1] is not self._scale:
+                self._made[name] = (part, self._scale, _data(part, self._scale, self._spec))
+        data = _joined([self._made[name][2] for name in parts])
         self._learner.follow(dataclasses.replace(self._start, data=data, eta=self._scale.eta))
 
     def _drawn(self, rng: np.random.Generator, fresh: int) -> tuple[IndexArray, int]:
@@ -299,7 +307,7 @@ class Adapter:
         gate = Gate(spec, profile_AD=weights.get("profile_AD"), label_model=judge)
         gate.load_state_dict(weights)
         if self._refits and scale is not None:
-            spec, anchor_set = self._fitted_spec(gate, scale)
+            self._point = spec, anchor_set = self._point or self._fitted_spec(gate, scale)
             fitted = Gate(spec, profile_AD=weights.get("profile_AD"), label_model=judge)
             fitted.load_state_dict(gate.state_dict())
             gate = fitted
@@ -408,6 +416,20 @@ def _data(episodes: Episodes, scale: Scale | None, spec: GateSpec | None = None)
     if scale.score == "posterior":
         scale = dataclasses.replace(scale, right_NA=right_probabilities(_judge(scale), episodes, spec))
     return build_data(episodes, split, scale)
+
+
+def _joined(parts: Sequence[TrainingData]) -> TrainingData:
+    """Return the data of all parts, one after the other, all of it to be learned from."""
+    names = ("input_NX", "score_NA", "ran_NA", "weight_NA", "noise_NA")
+    starts = np.cumsum([0, *(len(part.input_NX) for part in parts)])
+    begun = [part.start_Q[:-1] + at for part, at in zip(parts, starts, strict=False)]
+    everything = np.arange(sum(map(len, begun)))
+    return TrainingData(
+        start_Q=np.concatenate([*begun, starts[-1:]]),
+        train_Q=everything,
+        held_Q=everything[:0],
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
+    )
 
 
 def _blank(spec: GateSpec) -> Episodes:

@@ -1,0 +1,409 @@
+"""Adaptation without labels, judged by replay: every agent's reply is made once, and gates choose among them.
+
+Line 1: a gate trained on all suites but two meets a stream of those: >= 95 % of the accuracy of a gate trained on all, within 30
+adapted queries, the others lose <= 2 points; untrained weights reach >= 90 % of the trained gate within 60 mixed queries. Line 2:
+recorded replies of public models, GSM8K then CRUXEval-O then MATH, one outcome in ten queries: >= 5 points above the frozen gate
+on CRUXEval-O, never more than 1 point below it in a window of 200. Beside them: the frozen gate, and the same adaptation on
+shuffled signals. Labels are opened by the judging here alone, and for the one outcome in ten: what a user says of the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gzip
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import aclosing, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmoa import checkpoint
+from dmoa.agents.pool import build_encoder, build_pool_gate, fingerprint, load_pool
+from dmoa.checkpoint import Checkpoint
+from dmoa.config import Config, loads
+from dmoa.core.features import gate_input
+from dmoa.core.forms import agreement_key
+from dmoa.core.gate import Gate
+from dmoa.engines.recorded import agent_name
+from dmoa.evaluation.answer_matrix import AnswerMatrix, gate_choices, replay_choices
+from dmoa.evaluation.answering import Asking, query_of_task
+from dmoa.evaluation.records import Reply, Task
+from dmoa.evaluation.registry import SKILLS
+from dmoa.policies.exploring import ExploringPolicy
+from dmoa.policies.registry import PolicyContext, build_policy
+from dmoa.training.adapt import Adapter, Lesson, episodes_of
+from dmoa.training.dataset import Episodes
+from dmoa.training.distributed import SingleWorker, WorkerGroup
+from dmoa.training.options import AdaptSettings, RolloutOptions, TrainOptions
+from dmoa.training.rollouts import RolloutFolder, RolloutQuery, part_of, table_of
+from dmoa.training.trainer import TrainContext, run_training
+from dmoa.types import (
+    AgentReply,
+    Answer,
+    FloatArray,
+    Limits,
+    RouteDecision,
+    RouteRequest,
+    StepRecord,
+    SummarizerRecord,
+    TokenUsage,
+)
+from dmoa.workflows.backends import build_local_swarm
+from dmoa.workflows.collect import new_manifest
+
+WORLD = SingleWorker(torch.device("cpu"))
+CONTEXT = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
+STREAM, FOLLOWING, MIXED = 30, 200, 60
+RECORDED = ("gsm8k", "cruxeval_o", "math_l5")
+_TOGETHER = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Domain:
+    """All agents' replies to the rows of one suite."""
+
+    matrix: AnswerMatrix
+    embedding_RD: FloatArray
+
+    def lesson(self, row: int, asked: Sequence[int] | None = None, outcomes: Mapping[str, float] | None = None) -> Lesson:
+        """Return a row as a query that some agents were asked for certain: all of them unless given."""
+        agents = self.matrix.agents
+        places = range(len(agents)) if asked is None else asked
+        step = StepRecord(
+            step=0,
+            replies=tuple(self.matrix.replies[row][place] for place in places),
+            active=tuple(agents[place] for place in places),
+            summary="",
+            summarizer=SummarizerRecord(mode="select", verdict="rule"),
+            decision=RouteDecision(
+                gate_version="replay",
+                agents=agents,
+                probability_A=np.full(len(agents), 1 / len(agents), np.float32),
+                ranking=tuple(range(len(agents))),
+                k=1,
+                mass=1.0,
+                hidden_H=np.zeros(0, np.float32),
+            ),
+            route=RouteRequest(input_X=gate_input("default", self.embedding_RD[row])),
+        )
+        answer = Answer(
+            trace_id=self.matrix.tasks[row].row_id,
+            text="",
+            policy="exploring",
+            stop_reason="single",
+            steps=(step,),
+            degraded=False,
+            finish_reason="stop",
+        )
+        task = self.matrix.tasks[row]
+        return Lesson(query_id=task.row_id, answer=answer, asked=task.text, outcomes=outcomes or {})
+
+    def value(self, gate: Gate, rows: Sequence[int]) -> FloatArray:
+        """Return how right the gate's answers are [R]: its choice, and its cascade, among the replies that are there."""
+        if not len(rows):
+            return np.zeros(0)
+        choices = gate_choices(gate, self.embedding_RD[list(rows)])
+        return replay_choices(self.matrix.rows(list(rows)), choices).value_R
+
+
+def shuffled(lesson: Lesson, rng: np.random.Generator) -> Lesson:
+    """Return a lesson whose replies were dealt out anew among the agents: what is left of the signal is its distribution."""
+    step = lesson.answer.steps[0]
+    order = rng.permutation(len(step.replies))
+    replies = tuple(replace(step.replies[place], agent=reply.agent) for reply, place in zip(step.replies, order, strict=True))
+    return replace(lesson, answer=replace(lesson.answer, steps=(replace(step, replies=replies),)))
+
+
+def accuracy(pairs: Sequence[tuple[Domain, Sequence[int]]], gate: Gate) -> float:
+    """Return the accuracy of a gate over rows of domains, all rows counting the same."""
+    return float(np.concatenate([domain.value(gate, rows) for domain, rows in pairs]).mean())
+
+
+# --- the embedded pool -------------------------------------------------------------------------------------------------
+
+
+def one_step(name: str) -> Config:
+    config = load_pool(name)
+    return config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
+
+
+def dense(config: Config, split: str, rows: int, seed: int, folder: Path, deadline_s: float) -> dict[str, Domain]:
+    """Ask every agent about the rows of every suite, once: a call that was made is found in the folder's cache.
+
+    Ends early, with fewer rows, when the clock (`time.monotonic`) passes the deadline.
+    """
+    swarm = build_local_swarm(config, lambda text: None, folder / "calls")
+    context = PolicyContext(config=config, router=swarm.router, encoder=swarm.encoder, agent=None)
+    policy = ExploringPolicy(build_policy("dmoa", context), epsilon=None)
+    asking = Asking(seed=seed, limits=Limits(max_steps=1))
+    mixed = [row for together in zip(*(suite.generate(split, rows, seed) for suite in SKILLS), strict=True) for row in together]
+
+    async def ask(task: Task) -> Answer:
+        async with aclosing(swarm.follow(query_of_task(task, "exploring", asking), policy)) as events:
+            return [event async for event in events if isinstance(event, Answer)][-1]
+
+    async def everything() -> list[Answer]:
+        found: list[Answer] = []
+        for start in range(0, len(mixed), _TOGETHER):
+            if time.monotonic() > deadline_s:
+                break
+            found += await asyncio.gather(*(ask(row.task) for row in mixed[start : start + _TOGETHER]))
+            print(f"{split}: {len(found)} of {len(mixed)} rows asked of everybody", flush=True)
+        await swarm.close()
+        return found
+
+    answers = asyncio.run(everything())
+    domains = {}
+    for suite in SKILLS:
+        mine = [(row, one) for row, one in zip(mixed, answers, strict=False) if row.task.benchmark == suite.name]
+        replies = []
+        for _, answer in mine:
+            by_agent = {reply.agent: reply for reply in answer.steps[0].replies}
+            replies.append(tuple(by_agent[name] for name in config.agent_names))
+        labels = [row.label for row, _ in mine]
+        value_RA = [
+            [suite.score(label, Reply(text=reply.text)).value for reply in line]
+            for label, line in zip(labels, replies, strict=True)
+        ]
+        domains[suite.name] = Domain(
+            matrix=AnswerMatrix(
+                benchmark=suite.name,
+                agents=config.agent_names,
+                tasks=tuple(row.task for row, _ in mine),
+                replies=tuple(replies),
+                value_RA=np.array(value_RA, dtype=np.float64).reshape(len(mine), len(config.agent_names)),
+            ),
+            embedding_RD=np.stack([one.steps[0].route.input_X[:384] for _, one in mine if one.steps[0].route is not None]),
+        )
+    return domains
+
+
+def trained(config: Config, lessons: Sequence[Lesson], out: Path, **options: Any) -> tuple[Gate, Checkpoint, Episodes]:
+    """Train a gate as `dmoa train` does, on these lessons, and return it with what it learnt from, to be replayed."""
+    folder = RolloutFolder(out / "rollouts")
+    folder.parts.mkdir(parents=True, exist_ok=True)
+    queries = [RolloutQuery(query_id=one.query_id, source="accept", split="gate", text=one.asked) for one in lessons]
+    tables = [
+        table_of(query, one.answer, preset="default", seed=0, fingerprint=fingerprint(config))
+        for query, one in zip(queries, lessons, strict=True)
+    ]
+    (folder.parts / "part-000000.parquet").write_bytes(part_of(tables))
+    folder.queries.write_text("".join(query.model_dump_json() + "\n" for query in queries), encoding="utf-8")
+    made = new_manifest(RolloutOptions.parse({"queries": "accept", "out": folder.root}), config, "replay", "accept_adapt")
+    folder.manifest.write_text(made.model_dump_json(), encoding="utf-8")
+    values = {"rollouts": folder.root, "out": out / "gate", "workers": 0, "track": "none", **options}
+    result = run_training(TrainOptions.parse(values), config, CONTEXT)
+    gate, record = checkpoint.load(result.checkpoint)
+    found = [episodes_of(one, gate.spec) for one in lessons]
+    return gate, record, Episodes.joined([one for one in found if isinstance(one, Episodes)])
+
+
+def followed(
+    start: tuple[Gate, Checkpoint],
+    replay: Episodes | None,
+    stream: Sequence[tuple[Domain, int]],
+    seed: int,
+    *,
+    world: WorkerGroup = WORLD,
+    shuffles: bool = False,
+    **settings: Any,
+) -> tuple[Adapter, list[float]]:
+    """Go through a stream prequentially: the value of each answer is taken before the update on it."""
+    adapter = Adapter(*start, replay, AdaptSettings.parse({"seed": seed, **settings}), world)
+    rng, gate, values = np.random.default_rng(seed), start[0], []
+    for domain, row in stream:
+        values.append(float(domain.value(gate, [row])[0]))
+        lesson = domain.lesson(row)
+        adapter.learn([shuffled(lesson, rng) if shuffles else lesson])
+        gate = adapter.candidate()[0]
+    return adapter, values
+
+
+def line_1(config: Config, learned: Mapping[str, Domain], test: Mapping[str, Domain], seed: int, out: Path) -> dict[str, Any]:
+    """One seed: two suites held out, adapted to, and judged with the others; then the start from zero."""
+    rng = np.random.default_rng(seed)
+    names = [str(name) for name in rng.permutation(list(learned))]
+    new, old = names[:2], names[2:]
+    order = {name: rng.permutation(len(test[name].matrix.tasks)) for name in names}
+    lessons = {name: [learned[name].lesson(row) for row in range(len(learned[name].matrix.tasks))] for name in names}
+    everything = trained(config, [one for name in names for one in lessons[name]], out / f"all-{seed}", seed=seed)
+    part, record, replay = trained(config, [one for name in old for one in lessons[name]], out / f"part-{seed}", seed=seed)
+    half = STREAM // 2
+    stream = [(test[name], int(order[name][at])) for at in range(half) for name in new]
+    following = [(test[name], order[name][half : half + FOLLOWING // 2]) for name in new]
+    others = [(test[name], order[name]) for name in old]
+    adapter, values = followed((part, record), replay, stream, seed)
+    noise, _ = followed((part, record), replay, stream, seed, shuffles=True)
+    adapted, mixed_up = adapter.candidate()[0], noise.candidate()[0]
+    found = {
+        "new": new,
+        "prequential": float(np.mean(values)),
+        "frozen_prequential": accuracy([(d, [r]) for d, r in stream], part),
+    }
+    for name, gate in (("all", everything[0]), ("frozen", part), ("adapted", adapted), ("shuffled", mixed_up)):
+        found[f"new_{name}"], found[f"old_{name}"] = accuracy(following, gate), accuracy(others, gate)
+    found["following_rows"] = sum(len(rows) for _, rows in following)
+    found["share"] = found["new_adapted"] / found["new_all"]
+    found["lost"] = found["old_frozen"] - found["old_adapted"]
+    each = MIXED // len(names)
+    mixed = [(test[name], int(order[name][at])) for at in range(min(each, len(order[names[0]]) - 1)) for name in names]
+    rest = [(test[name], order[name][each:]) for name in names]
+    zero = build_pool_gate(config.model_copy(update={"gate": config.gate.model_copy(update={"seed": seed})}))
+    grown, values = followed(zero, None, mixed, seed)
+    found |= {"zero_prequential": float(np.mean(values)), "zero_frozen": accuracy(rest, zero[0])}
+    found |= {"zero_adapted": accuracy(rest, grown.candidate()[0]), "zero_all": accuracy(rest, everything[0])}
+    found["zero_share"] = found["zero_adapted"] / found["zero_all"]
+    return found
+
+
+# --- recorded replies ----------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def recorded(folder: Path) -> tuple[Config, dict[str, Domain]]:
+    """Return the pool of the agents that replied in all three domains, and their replies."""
+    replies: dict[str, dict[str, dict[str, str]]] = {}
+    texts: dict[str, str] = {}
+    for name in RECORDED:
+        for line in lines(folder / f"{name}.replies.jsonl.gz"):
+            replies.setdefault(name, {}).setdefault(line["query_id"], {})[agent_name(line["agent"])] = line["text"]
+            texts[line["query_id"]] = line["query"]
+    agents = sorted(set.intersection(*({name for one in found.values() for name in one} for found in replies.values())))
+    llm = f'{{model: "recorded:three", engine: recorded, engine_kwargs: {{replies: {json.dumps(str(folder))}}}}}'
+    listed = "".join(f"  - {{name: {name}, llm: logs, profile: {name}}}\n" for name in agents)
+    gate = "{score: posterior, activation: {max_agents: 3, cascade: true}}"
+    config = loads(f"name: three\nllms: {{logs: {llm}}}\nagents:\n{listed}gate: {gate}\nlimits: {{max_steps: 1}}\n")
+    encoder = build_encoder(config)
+    domains = {}
+    for name, found in replies.items():
+        gold = {line["query_id"]: line["answer"].lstrip("# ") for line in lines(folder / f"{name}.labels.jsonl.gz")}
+        wanted = {row: agreement_key(json.dumps({"answer": gold[row]}), texts[row]) for row in found}
+        said = {row: [agreement_key(one[agent], texts[row]) for agent in agents] for row, one in found.items()}
+        value_RA = np.array([[float(key is not None and key == wanted[row]) for key in said[row]] for row in found])
+        matrix = AnswerMatrix(
+            benchmark=name,
+            agents=tuple(agents),
+            tasks=tuple(Task(row_id=row, benchmark=name, text=texts[row]) for row in found),
+            replies=tuple(tuple(_recorded_reply(agent, one[agent]) for agent in agents) for one in found.values()),
+            value_RA=value_RA,
+        )
+        embedding_RD = np.stack(asyncio.run(encoder.embed([texts[row] for row in found])))
+        domains[name] = Domain(matrix=matrix, embedding_RD=embedding_RD)
+    return config, domains
+
+
+def _recorded_reply(agent: str, text: str) -> AgentReply:
+    return AgentReply(agent=agent, status="ok", text=text, usage=TokenUsage(completion_tokens=max(1, len(text) // 4)))
+
+
+def line_2(config: Config, domains: Mapping[str, Domain], seed: int, out: Path, every: int = 10) -> dict[str, Any]:
+    """One seed: trained on 80 queries of GSM8K, then the rest of it, CRUXEval-O and MATH in turn, never dense but at a change.
+
+    After a change of domain thirty queries ask everybody, and anchors, label model, tau and theta are fitted anew every ten
+    queries until then (the change is declared; the detector is judged by itself). Outside, a query teaches by whom it asked.
+    """
+    rng = np.random.default_rng(seed)
+    order = {name: rng.permutation(len(domains[name].matrix.tasks)) for name in RECORDED}
+    learned = [domains["gsm8k"].lesson(row) for row in order["gsm8k"][:80]]
+    gate, record, replay = trained(config, learned, out / f"recorded-{seed}", seed=seed, score="posterior")
+    adapter = Adapter(gate, record, replay, AdaptSettings(seed=seed, steps=4), WORLD)
+    now, found, count = gate, {}, 0
+    everything: list[tuple[float, float]] = []
+    for name in RECORDED:
+        domain, values = domains[name], []
+        rows = order[name][80:] if name == "gsm8k" else order[name]
+        frozen = domain.value(gate, rows)
+        for at, row in enumerate(rows):
+            choice = gate_choices(now, domain.embedding_RD[[row]])
+            replayed = replay_choices(domain.matrix.rows([row]), choice)
+            values.append(float(replayed.value_R[0]))
+            count += 1
+            asked = [int(place) for place in np.flatnonzero(replayed.asked_RA[0])]
+            told = count % every == 0 and replayed.chosen_R[0] >= 0
+            credit = _said_of_the_answer(domain, int(row), int(replayed.chosen_R[0]), asked) if told else None
+            is_new = name != "gsm8k" and at < STREAM
+            adapter.learn([domain.lesson(int(row), None if is_new else asked, credit)], shift=_is_due(name, at, every))
+            now = adapter.candidate()[0]
+        everything += zip(values, frozen.tolist(), strict=True)
+        found[name] = {"adapted": float(np.mean(values)), "frozen": float(frozen.mean()), "rows": len(rows)}
+        found[name]["gain"] = found[name]["adapted"] - found[name]["frozen"]
+    pairs = np.array(everything)
+    windows = [float((pairs[at : at + 200, 0] - pairs[at : at + 200, 1]).mean()) for at in range(0, len(pairs) - 199, 20)]
+    return {**found, "worst_window": min(windows), "outcomes": count // every}
+
+
+def _is_due(name: str, at: int, every: int) -> bool:
+    return name != "gsm8k" and at > 0 and ((at < STREAM and at % every == every - 1) or at % 100 == 0)
+
+
+def _said_of_the_answer(domain: Domain, row: int, chosen: int, asked: Sequence[int]) -> dict[str, float]:
+    """Return what a user's verdict on the final answer says of those that were asked and gave it."""
+    text = domain.matrix.tasks[row].text
+    keys = [agreement_key(reply.text, text) for reply in domain.matrix.replies[row]]
+    right = float(domain.matrix.value_RA[row, chosen])
+    return {domain.matrix.agents[place]: right for place in asked if place == chosen or keys[place] == keys[chosen]}
+
+
+def judged(found: Mapping[str, Any]) -> dict[str, bool]:
+    """Return which bars are met, by the mean over seeds (the worst seed for what must never happen)."""
+    bars: dict[str, bool] = {}
+    if "line_1" in found:
+        seeds = found["line_1"]
+        bars["new suites >= 95 % of the gate trained on all"] = float(np.mean([one["share"] for one in seeds])) >= 0.95
+        bars["other suites lose <= 2 points"] = float(np.mean([one["lost"] for one in seeds])) <= 0.02
+        bars["from zero >= 90 % within 60"] = float(np.mean([one["zero_share"] for one in seeds])) >= 0.9
+    if "line_2" in found:
+        seeds = found["line_2"]
+        bars["CRUXEval-O >= 5 points above frozen"] = float(np.mean([one["cruxeval_o"]["gain"] for one in seeds])) >= 0.05
+        bars["never > 1 point below in 200"] = min(one["worst_window"] for one in seeds) >= -0.01
+    return bars
+
+
+def main() -> int:
+    """Run the lines that are asked for: 0 where every bar is met."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, default=Path("out/accept/adapt"), help="calls and gates")
+    parser.add_argument("--outcomes", type=Path, help="folder of recorded replies: line 2")
+    parser.add_argument("--rows", type=int, default=1000, help="test rows of a suite; 0: no line 1")
+    parser.add_argument("--learned", type=int, default=12, help="rows of a suite that gates are trained on")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pool", default="specialists")
+    parser.add_argument("--minutes", type=float, default=600.0, help="of asking, then with the rows that there are")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    if options.outcomes is not None:
+        config, domains = recorded(options.outcomes)
+        found["line_2"] = [_shown(line_2(config, domains, seed, options.folder)) for seed in range(options.seeds)]
+    if options.rows:
+        config = one_step(options.pool)
+        deadline_s = time.monotonic() + 60 * options.minutes
+        learned = dense(config, "gate", options.learned, 11, options.folder, deadline_s)
+        test = dense(config, "test", options.rows, 12, options.folder, deadline_s)
+        found["line_1"] = [_shown(line_1(config, learned, test, seed, options.folder)) for seed in range(options.seeds)]
+    found["bars"] = judged(found)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(found["bars"], indent=2))
+    return 0 if all(found["bars"].values()) else 1
+
+
+def _shown(found: dict[str, Any]) -> dict[str, Any]:
+    print(json.dumps(found), flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
