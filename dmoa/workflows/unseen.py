@@ -22,7 +22,7 @@ from dmoa.agents.pool import build_encoder, fingerprint
 from dmoa.checkpoint import Checkpoint
 from dmoa.config import Config
 from dmoa.core.gate import Gate
-from dmoa.evaluation.answer_matrix import AnswerMatrix, gate_choices, read_matrix, replay_choices
+from dmoa.evaluation.answer_matrix import AnswerMatrix, Floats, gate_choices, read_matrix, replay_choices
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.storage import write_whole
 from dmoa.training.adapt import Adapter
@@ -107,9 +107,8 @@ def show_unseen(
     return adapt_to_unseen(start, episodes, suite, judge)
 
 
-def _values(gate: Gate, matrix: AnswerMatrix, embedding_RD: FloatArray) -> FloatArray:
-    value_R: FloatArray = replay_choices(matrix, gate_choices(gate, embedding_RD)).value_R
-    return value_R
+def _values(gate: Gate, matrix: AnswerMatrix, embedding_RD: FloatArray) -> Floats:
+    return replay_choices(matrix, gate_choices(gate, embedding_RD)).value_R
 
 
 def told(found: Sequence[Seen], suite: str) -> list[str]:
