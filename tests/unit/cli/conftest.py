@@ -81,6 +81,7 @@ class PoolService:
         self.agents = config.agent_names
         self.policies = ("dmoa", "single", "exploring")
         self.limits: LimitsConfig = config.limits
+        self.abilities: frozenset[str] = frozenset()
 
     async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
         async for event in self._swarm.ask(query, policy, agent):
