@@ -74,6 +74,10 @@ _KNOWN = re.compile(
 _BEARER = re.compile(r"(?<![A-Za-z0-9])(Bearer\s+|bearer\s+(?=\S*\d))(?!\[redacted\])[^\s\"'\\,;]+")
 _BASIC = re.compile(r"(?<![A-Za-z0-9])(Basic\s+)([A-Za-z0-9+/_\-]{4,}={0,2})", re.IGNORECASE)
 _LONG_LOGIN = 16
+_TAGGED = re.compile(r"(<(?P<name>[\w.:\-]{1,64})>)[^<>]+(</(?P=name)>)")
+_LOGIN = re.compile(r"((?<![\w\-])(?:-u|--user|--proxy-user)[ =]+[\"']?[^\s:\"']{1,256}:)[^\s\"']+")
+_MORE = re.compile(r"(?:,[ \t]*(?![^\s,]*[=:])[^\s&,;'\"{}\[\]()<>=:\\]+)+")
+"""What else a list of keys holds, with spaces between them."""
 
 
 def did_you_mean(seen: Iterable[str] | str, allowed: Iterable[str]) -> str:
@@ -196,6 +200,8 @@ def redact_text(text: str) -> str:
     text = _USERINFO.sub(f"{REDACTED}@", text)
     text = _SIGNED.sub(rf"\g<1>{REDACTED}", text)
     text = _KNOWN.sub(REDACTED, text)
+    text = _TAGGED.sub(lambda m: f"{m[1]}{REDACTED}{m[3]}" if _is_secret(m["name"]) else m[0], text)
+    text = _LOGIN.sub(rf"\g<1>{REDACTED}", text)
     text = _without_given(text)
     text = _BEARER.sub(rf"\g<1>{REDACTED}", text)
     return _BASIC.sub(_without_login, text)
@@ -225,6 +231,8 @@ def _without_given(text: str) -> str:
         # As in "The key: be brief".
         is_prose = ":" in (given["sign"] or "") and '"' not in given["sign"] and _words(name) in (["key"], ["keys"])
         end = start if is_prose or not _is_secret(name) else _end_of_value(text, start)
+        if "=" in (given["sign"] or "") and name.lower().endswith("keys") and (more := _MORE.match(text, end)):
+            end = more.end()
         quote = found[0] if (found := _QUOTE.match(text, start, end)) else ""
         value = text[start + len(quote) : end].removesuffix(quote)
         is_kept = value.lower() in ("", "null", "none", "true", "false", REDACTED) or not _is_secret(name, _count(value))

@@ -50,6 +50,12 @@ SECRET = "s3cr3t-Value"
         {"line": f"password={SECRET}"},
         {"line": f"Secret : '{SECRET}'"},
         {"line": f"x-api-key: {SECRET}"},
+        {"line": f"DMOA_API_KEYS=first-key, {SECRET}"},
+        {"line": f"DMOA_API_KEYS=first-key,{SECRET}, third"},
+        {"line": f"<password>{SECRET}</password>"},
+        {"line": f"<db:apiKey>{SECRET}</db:apiKey>"},
+        {"line": f"curl -u me:{SECRET} https://example.org"},
+        {"line": f"curl --user 'me:{SECRET}' https://example.org"},
         {"line": f"the API key: {SECRET} is wrong"},
         {"line": f"Incorrect API key provided: {SECRET}."},
         {"line": f"Authorization: token {SECRET}"},
@@ -174,7 +180,24 @@ def test_what_is_clean_stays_as_it_is(parts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["a", "key ", 'a=\\"', "{", "api_key={", "//", "\\", "token='", "Basic ", "max_tokens={", "tokens=[1,"]
+    "part",
+    [
+        "a",
+        "key ",
+        'a=\\"',
+        "{",
+        "api_key={",
+        "//",
+        "\\",
+        "token='",
+        "Basic ",
+        "max_tokens={",
+        "tokens=[1,",
+        "key-",
+        "<a>",
+        "-u ",
+        "keys=a,",
+    ],
 )
 def test_a_long_text_takes_time_in_proportion_to_its_length(part: str) -> None:
     started = time.monotonic()
