@@ -42,13 +42,13 @@ class Flag:
     """Whether the flag is given once for each value; else one text holds them all."""
 
 
-def _names(value: object) -> object:
+def names_of(value: object) -> object:
     """Accept `a,b` where a list of names is expected; a name counts once."""
     names = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
     return tuple(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(name, str) for name in names) else names
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Names = Annotated[tuple[str, ...], BeforeValidator(names_of)]
 Address = Annotated[str | None, Flag(metavar="RAY", envvar="RAY_ADDRESS")]
 
 

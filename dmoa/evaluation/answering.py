@@ -13,6 +13,7 @@ from typing import Any
 from dmoa.errors import EmptyAnswerError
 from dmoa.evaluation.records import Answered, Label, Reply, Scored, Scorer, Task
 from dmoa.flat import flat
+from dmoa.policies.registry import LONGEST_SCHEDULE, has_schedule
 from dmoa.trace import replies_in_order
 from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, SummarizerRecord, TokenUsage
 from dmoa.validation import redact_text
@@ -27,12 +28,15 @@ class Asking:
     """Budgets of a query; a task with more stages than steps allowed still runs all its stages."""
     budgets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Benchmark -> limits that lower those, and hold within steps too."""
+    ends_schedules: bool = False
+    """Whether policies with a schedule of their own run it to its end, however few steps the limits allow."""
 
 
 def query_of_task(task: Task, policy: str, asking: Asking) -> Query:
     """Return the query that puts a task to a policy; its id depends on task, policy and seed alone, so it repeats."""
     digest = hashlib.sha256(f"{task.row_id}\0{policy}\0{asking.seed}".encode()).hexdigest()
-    limits = replace(asking.limits, max_steps=max(asking.limits.max_steps, len(task.stages)))
+    own = LONGEST_SCHEDULE if asking.ends_schedules and has_schedule(policy) else 0
+    limits = replace(asking.limits, max_steps=max(asking.limits.max_steps, len(task.stages), own))
     matched = asking.budgets.get(task.benchmark, {})
     if matched:
         lowered: dict[str, Any] = {name: min(getattr(limits, name) or amount, amount) for name, amount in matched.items()}

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dmoa.evaluation.results import Evaluation, EvaluationRow, PairedRow
+from dmoa.evaluation.results import Evaluation, EvaluationRow, PairedRow, RobustnessRow
 from dmoa.evaluation.statistics import wilson
 from dmoa.types import is_untrained
 
@@ -132,6 +132,32 @@ def _overall(policy: str, rows: Sequence[EvaluationRow]) -> Overall:
         active=decimals(active / sum(steps) if sum(steps) else None),
         tokens=count(sum(row.usage.total for row in ran) / n) if n else "-",
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurveLine:
+    """How accurate one policy is on one benchmark, with one defence, as more agents work against the swarm."""
+
+    benchmark: str
+    policy: str
+    defence: str
+    rows: dict[int, RobustnessRow]
+    """By number of adversaries."""
+
+    @property
+    def shown(self) -> dict[int, str]:
+        """Accuracy in percent with its interval, by number of adversaries."""
+        return {count: f"{share(row.accuracy)} {ends(row.low, row.high)}" for count, row in self.rows.items()}
+
+
+def curves(evaluation: Evaluation) -> list[CurveLine]:
+    """Return a line for each benchmark, policy and defence, in the order of the run."""
+    found: dict[tuple[str, str, str], dict[int, RobustnessRow]] = {}
+    for row in evaluation.robustness:
+        found.setdefault((row.benchmark, row.policy, row.defence), {})[row.adversaries] = row
+    return [
+        CurveLine(benchmark=name, policy=policy, defence=defence, rows=rows) for (name, policy, defence), rows in found.items()
+    ]
 
 
 def gate_policies(evaluation: Evaluation) -> list[str]:

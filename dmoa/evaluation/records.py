@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from dmoa.agents.adversaries import Kind
-from dmoa.config import Address, Flag, Name, Names, Options
+from dmoa.config import Address, Flag, Name, Names, Options, names_of
 from dmoa.errors import DmoaError
 from dmoa.flat import TokenFields
 from dmoa.provenance import Machine
@@ -284,6 +284,19 @@ class Matching:
         return of[self.by]
 
 
+def _counts(value: object) -> object:
+    """Accept `0..3` or `0,2` where several numbers are expected."""
+    if not isinstance(value, str):
+        return value
+    first, dots, last = value.partition("..")
+    if dots and first.strip().isdecimal() and last.strip().isdecimal():
+        return tuple(range(int(first), int(last) + 1))
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+Counts = Annotated[tuple[Annotated[int, Field(ge=0, le=1000)], ...], BeforeValidator(_counts)]
+
+
 class CompareOptions(EvaluateOptions):
     """One comparison of policies at equal budgets."""
 
@@ -299,6 +312,10 @@ class CompareOptions(EvaluateOptions):
     """Add self_moa, self_consistency and single, which a claim must beat, where they are not named."""
     repeats: int = Field(default=1, ge=1, le=100)
     """Runs over the same rows with other seeds of the replies; tables show the mean of a row's scores."""
+    curve: Annotated[Counts, Flag(metavar="N..M")] = ()
+    """Numbers of adversaries to run the same with, such as 0..3: accuracy against their share, in the report and the JSON."""
+    curve_defences: Annotated[tuple[Defence, ...], BeforeValidator(names_of), Flag(metavar="A,B")] = ("none",)
+    """Defences to run each point of `curve` with."""
 
     @property
     def matching(self) -> Matching | None:
@@ -311,6 +328,10 @@ class CompareOptions(EvaluateOptions):
             raise ValueError("match_budget has no effect with match 'none'; choose what is matched, or leave it out")
         if self.match == "calls" and self.url is not None:
             raise ValueError("match is 'calls'; a server has no budget of calls; match tokens, or leave url out")
+        if self.curve and (self.url is not None or self.adversaries or self.repeats > 1):
+            raise ValueError(
+                "curve has its own adversaries and one repeat, of this process's agents; leave url, adversaries and repeats out"
+            )
         if self.repeats > 1 and self.call_cache is not None:
             raise ValueError(f"repeats is {self.repeats} with call_cache; cached calls do not vary; leave one out")
         return self

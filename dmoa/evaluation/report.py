@@ -180,6 +180,34 @@ def groups(evaluation: Evaluation, benchmark: str) -> str | None:
         return _svg(figure, f"groups-{benchmark}")
 
 
+def robustness(evaluation: Evaluation, benchmark: str) -> str | None:
+    """Return accuracy against the share of adversaries, a panel per defence; None where no run had any."""
+    lines = [line for line in figures.curves(evaluation) if line.benchmark == benchmark]
+    defences = list(dict.fromkeys(line.defence for line in lines))
+    if not lines:
+        return None
+    policies = [policy for policy in evaluation.config.all_policies if any(line.policy == policy for line in lines)]
+    width = min(_WIDTH_INCHES, 2.0 + 3.6 * len(defences))
+    with _figure(width, 3.0 + _legend_inches(policies, width)) as figure:
+        panels = figure.subplots(1, len(defences), squeeze=False, sharey=True).flatten()
+        for axes, defence in zip(panels, defences, strict=True):
+            for line in (line for line in lines if line.defence == defence):
+                number = evaluation.config.all_policies.index(line.policy)
+                rows = [line.rows[count] for count in sorted(line.rows)]
+                share = [100 * row.adversaries / row.agents for row in rows]
+                axes.plot(share, [100 * row.accuracy for row in rows], linewidth=1.2, **_marker(number, size=5.5))
+                axes.vlines(
+                    share, [100 * row.low for row in rows], [100 * row.high for row in rows], _colour(number), linewidth=0.8
+                )
+            axes.set_title(f"defence {defence}", fontsize=9.5)
+            axes.set_ylim(-4, 104)
+            axes.margins(x=0.08)
+        figure.supxlabel("agents that work against the swarm, %")
+        figure.supylabel("accuracy, %")
+        _legend(figure, evaluation, policies)
+        return _svg(figure, f"robustness-{benchmark}")
+
+
 def steps(evaluation: Evaluation) -> str | None:
     """Return the share of rows by number of steps, a panel per policy; None without an answer."""
     totals: dict[str, dict[int, int]] = {}
@@ -461,6 +489,8 @@ def render_report(evaluation: Evaluation) -> str:
         warnings=_warnings(evaluation),
         names=figures.names(evaluation),
         overall=figures.overall(evaluation),
+        curves=figures.curves(evaluation),
+        curve_counts=sorted({row.adversaries for row in evaluation.robustness}),
         first=next((plot for plot in _first_plot(evaluation)), None),
         sections=[section for section in _sections(evaluation) if section.plots],
         provenance=_provenance(evaluation),
@@ -581,6 +611,12 @@ def _sections(evaluation: Evaluation) -> Iterator[_Section]:
     others: list[Measure] = ["seconds", "price"] if evaluation.config.reference else []
     against = [plot for measure in others for plot in _drawn(accuracy_against(evaluation, measure))]
     yield _Section(heading="Accuracy against time and price", plots=against)
+    attacked = [
+        plot
+        for info in evaluation.config.benchmarks
+        for plot in _drawn(robustness(evaluation, info.name), title=info.title or info.name)
+    ]
+    yield _Section(heading="Accuracy against the share of adversaries", plots=attacked)
     yield _Section(heading="Whom the gate asks", plots=list(_routed(evaluation, gates, caption)))
     yield _Section(heading="Steps", plots=list(_drawn(steps(evaluation))))
     yield _Section(heading="Why queries ended", plots=list(_drawn(stop_reasons(evaluation))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, combinations
 from pathlib import Path
@@ -331,6 +331,27 @@ class FailedRow(ResultRecord):
     error: str
 
 
+class RobustnessRow(ResultRecord):
+    """What one policy did on one benchmark while some agents worked against the swarm (`dmoa compare --curve`)."""
+
+    benchmark: str
+    policy: str
+    adversaries: int
+    agents: int
+    """Of the pool, adversaries included."""
+    kind: str
+    """What adversaries do."""
+    defence: str
+    n: int
+    accuracy: float
+    low: float
+    """Lower end of the 95 % interval of accuracy."""
+    high: float
+    """Upper end of the 95 % interval of accuracy."""
+    tokens: float
+    """Prompt and completion tokens per row."""
+
+
 class Evaluation(ResultRecord):
     """The file `evaluation.json`: what was run, and how it went."""
 
@@ -343,6 +364,8 @@ class Evaluation(ResultRecord):
     routing: list[RoutingRow]
     failures: list[FailedRow]
     """The first 50 of each benchmark and policy, by row id; their number is in `rows`."""
+    robustness: tuple[RobustnessRow, ...] = ()
+    """Of the runs with adversaries in `curve/`, by benchmark, policy, defence and number of adversaries."""
 
 
 def build_evaluation(run: RunInfo, answered: Iterable[Answered], scored: Iterable[Scored]) -> Evaluation:
@@ -396,11 +419,37 @@ def rebuild_evaluation(folder: Path) -> Evaluation:
     paths = RunFolder(folder)
     run = _read_record(paths.run, RunInfo)
     cells = list(_cells(run))
-    return build_evaluation(
+    evaluation = build_evaluation(
         run,
         chain.from_iterable(paths.read_answers(*cell) for cell in cells),
         chain.from_iterable(paths.read_scores(*cell) for cell in cells),
     )
+    return evaluation.model_copy(update={"robustness": tuple(_robustness(paths, cells))})
+
+
+def _robustness(folder: RunFolder, cells: Sequence[Cell]) -> list[RobustnessRow]:
+    """Return the rows of the runs with adversaries, those that did not run left out."""
+    found = [
+        RobustnessRow(
+            benchmark=row.benchmark,
+            policy=row.policy,
+            adversaries=part.config.options.get("adversaries", 0),
+            agents=len(part.config.pool.config.get("agents", ())),
+            kind=part.config.options.get("kind", ""),
+            defence=part.config.options.get("defence") or "none",
+            n=row.n,
+            accuracy=row.accuracy,
+            low=row.low,
+            high=row.high,
+            tokens=row.usage.total / row.n,
+        )
+        for path in folder.curve_runs()
+        for part in [read_evaluation(path)]
+        for row in part.rows
+        if row.n and row.did_run
+    ]
+    order = {cell: number for number, cell in enumerate(cells)}
+    return sorted(found, key=lambda row: (order.get((row.benchmark, row.policy), len(order)), row.defence, row.adversaries))
 
 
 def read_evaluation(folder: Path) -> Evaluation:

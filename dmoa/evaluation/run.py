@@ -201,7 +201,7 @@ def _check_same(session: Session, before: RunInfo) -> None:
     pairs["benchmarks"] = ([info.name for info in before.benchmarks], list(session.benchmarks))
     pairs["pool"] = (f"{before.pool.name} {before.pool.fingerprint}", f"{now.pool.name} {now.pool.fingerprint}")
     pairs |= pool_differences(before.pool, now.pool)
-    for name, default in (("difficulty", None), ("adversaries", 0), ("kind", "liar")):
+    for name, default in (("difficulty", None), ("adversaries", 0), ("kind", "liar"), ("match_budget", None)):
         pairs[name] = (before.options.get(name, default), now.options.get(name, default))
     different = [f"{name}: begun with {then}, now {here}" for name, (then, here) in pairs.items() if then != here]
     if different:

@@ -6,6 +6,7 @@ answers/BENCHMARK.POLICY.jsonl          one line per answered row, written at on
 labels/gold/BENCHMARK.jsonl             what is right; opened by scoring alone
 labels/scores/BENCHMARK.POLICY.jsonl    how each answer was judged
 evaluation.json, report.html            the result
+curve/N-DEFENCE/                        the same run with N adversaries and a defence (`dmoa compare --curve`)
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ class RunFolder:
     def report(self) -> Path:
         """The HTML report."""
         return self.root / "report.html"
+
+    def curve(self, adversaries: int, defence: str) -> Path:
+        """Folder of the same run with some adversaries and a defence."""
+        return self.root / "curve" / f"{adversaries}-{defence}"
+
+    def curve_runs(self) -> list[Path]:
+        """Return the folders of runs with adversaries that were begun."""
+        return sorted(path.parent for path in self.root.glob("curve/*/run.json"))
 
     def make(self) -> None:
         """Make the folder. Raises ConfigError where it cannot be made or written."""

@@ -122,6 +122,21 @@ def width_of(policy: str, config: Config) -> int:
     return entry.options_of(words, config).width if entry.options else entry.width(config)
 
 
+LONGEST_SCHEDULE = 200
+"""More steps than any policy of ours plans: `mcts` with 64 simulations has 129."""
+
+
+def has_schedule(policy: str) -> bool:
+    """Tell whether a policy plans its own end, so that limits on steps can only cut it; one that wraps another is as that one."""
+    name, words = split_policy(policy)
+    options = POLICIES[name].options if name in POLICIES else None
+    if options is None:
+        return False
+    inner = options.model_fields.get("inner")
+    given = dict(word.partition("=")[::2] for word in (words or "").split(":"))
+    return inner is None or has_schedule(given.get("inner", inner.default))
+
+
 def check_words(entry: PolicyEntry, words: str | None, config: Config) -> PolicyOptions | None:
     """Return the parameters of a policy, None where it has none.
 

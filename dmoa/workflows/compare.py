@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dmoa.engines.gpus import pool_gpus
+from dmoa.errors import ConfigError
 from dmoa.evaluation import figures
+from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES, split_policy
 from dmoa.workflows.console import new_table, stdout_console
-from dmoa.workflows.evaluate import run_evaluation
+from dmoa.workflows.evaluate import opened_ray, run_evaluation
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -24,9 +27,49 @@ _SAMPLING = ("self_consistency", "best_of_n")
 def run_comparison(options: CompareOptions, config: Config | None, common: Common, command: str) -> Evaluation:
     """Compare policies and show the result. Raises as `run_evaluation`."""
     options = options.model_copy(update={"policies": with_baselines(options)})
-    evaluation = run_evaluation(options, config, common, command)
+    if not options.curve:
+        evaluation = run_evaluation(options, config, common, command)
+        print_matched(evaluation)
+        return evaluation
+    assert config is not None
+    with opened_ray(options.address, pool_gpus(config) * options.workers):
+        evaluation = run_evaluation(options, config, common, command)
+        evaluation = run_curve(options, config, common, command)
     print_matched(evaluation)
+    print_curve(evaluation)
     return evaluation
+
+
+def run_curve(options: CompareOptions, config: Config, common: Common, command: str) -> Evaluation:
+    """Run a comparison again with each number of adversaries and each defence; the result of all lies in its folder.
+
+    Raises ConfigError where the pool has fewer agents, or the folder is none of this machine.
+    """
+    from dmoa.evaluation.run import finish_run
+    from dmoa.storage import uri_of
+
+    assert options.out is not None
+    if uri_of(options.out):
+        raise ConfigError(f"--out is {uri_of(options.out)!r}; with --curve it is a folder of this machine; copy it afterwards")
+    folder = RunFolder(options.out.absolute())
+    for count in options.curve:
+        for defence in options.curve_defences:
+            common.say(f"{count} of {len(config.agents)} agents as {options.kind}, defence {defence}")
+            changes = {"adversaries": count, "defence": defence, "curve": (), "out": folder.curve(count, defence)}
+            run_evaluation(options.model_copy(update=changes), config, common, command, shows_result=False)
+    return finish_run(folder)
+
+
+def print_curve(evaluation: Evaluation) -> None:
+    """Print accuracy by policy, defence and number of adversaries."""
+    counts = sorted({row.adversaries for row in evaluation.robustness})
+    table = new_table("benchmark", "policy", "defence", *map(str, counts), words=("benchmark", "policy", "defence"))
+    for line in figures.curves(evaluation):
+        table.add_row(line.benchmark, line.policy, line.defence, *(line.shown.get(count, "-") for count in counts))
+    console = stdout_console()
+    console.print(table)
+    kinds = ", ".join(sorted({row.kind for row in evaluation.robustness}))
+    console.print(f"accuracy, %, by number of agents that work against the swarm ({kinds})", soft_wrap=True)
 
 
 def with_baselines(options: CompareOptions) -> tuple[str, ...]:

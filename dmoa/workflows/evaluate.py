@@ -165,6 +165,7 @@ def build_evaluation(
     command: str,
 ) -> Session:
     """Return the session of a pool in Ray, or of a server."""
+    from dmoa.evaluation.records import CompareOptions
     from dmoa.evaluation.run import Session
 
     if config is None:
@@ -184,7 +185,7 @@ def build_evaluation(
         options=options,
         folder=folder,
         benchmarks=names,
-        asking=Asking(seed=options.seed, limits=limits),
+        asking=Asking(seed=options.seed, limits=limits, ends_schedules=isinstance(options, CompareOptions)),
         workers=workers,
         pool=pool,
         gate_version=gate_version,

@@ -77,6 +77,51 @@ def test_a_run_that_is_killed_goes_on_and_gives_the_same_table(unbroken: Path, t
     assert table_of(out) == table_of(unbroken)
 
 
+@pytest.mark.accept
+def test_a_comparison_that_is_killed_goes_on_with_its_budget_and_its_curve(tmp_path: Path) -> None:
+    """The budget is that of the first beginning; policies of a schedule run it to its end though the pool allows two steps."""
+
+    def compare(out: Path) -> list[str]:
+        base = command(out, "--config", str(scripted_pool(tmp_path)), "--benchmarks", "arith,calendar", "--limit", "12")
+        own = ["--policies", "dense,mcts:simulations=2,majority_k", "--match", "tokens", "--match-budget", "2000"]
+        return [
+            base[0],
+            "compare",
+            *base[2:],
+            *own,
+            "--curve",
+            "0..1",
+            "--curve-defences",
+            "none,agreement",
+            "--concurrency",
+            "4",
+        ]
+
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    assert run(compare(whole)).returncode == 0
+    points = ["0-none", "0-agreement", "1-none", "1-agreement"]
+    moments = [once_answered(out, 60), once_answered(out / "curve" / points[1], 60)]
+    resumed = kill_and_resume(compare(out), out, moments, tmp_path / "log")
+    assert resumed.ran.returncode == 0, resumed.ran.stderr
+    assert resumed.kills == 2, (tmp_path / "log").read_text()
+    assert resumed.is_prefix_kept
+    for folder in ("", *(f"curve/{name}" for name in points)):
+        assert table_of(out / folder) == table_of(whole / folder)
+        assert rows_of(out / folder).keys() == rows_of(whole / folder).keys()
+    results = [json.loads((folder / "evaluation.json").read_text(encoding="utf-8")) for folder in (whole, out)]
+    assert results[0]["robustness"] == results[1]["robustness"]
+    assert {(row["adversaries"], row["defence"]) for row in results[1]["robustness"]} == {
+        (int(name[0]), name[2:]) for name in points
+    }
+    assert results[1]["config"]["budgets"]["arith"] == {"budget_tokens": 2000}
+    steps = {row["policy"]: row["steps_mean"] for row in results[1]["rows"]}
+    assert steps["mcts:simulations=2"] == 5
+    assert {"self_moa", "self_consistency:k=16", "single"} <= steps.keys()
+    other = run_here([*compare(out), "--resume", "--match-budget", "9"])
+    assert other.returncode == 2
+    assert "match_budget: begun with 2000.0, now 9.0" in other.stderr
+
+
 def test_a_folder_with_a_run_is_refused_and_other_settings_are_named(unbroken: Path) -> None:
     again = run_here(scripted(unbroken))
     assert again.returncode == 2

@@ -39,7 +39,8 @@ FLAGS = {
         "--resume:bool=False --retry-failed:bool=False --skip-bad-rows:bool=False "
         "--allow-weak-sandbox:bool=False --call-cache:Path --checkpoint:Path --url:str "
         "--address:str$RAY_ADDRESS --workers:int>=1=1 --concurrency:int>=1 --track:str=auto "
-        "--match:str=tokens --match-budget:float --baselines/--no-baselines:bool=True --repeats:int>=1=1"
+        "--match:str=tokens --match-budget:float --baselines/--no-baselines:bool=True --repeats:int>=1=1 "
+        "--curve:str= --curve-defences:str=none"
     ),
     "report": "--html:Path",
     "probe": (

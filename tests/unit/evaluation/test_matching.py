@@ -8,10 +8,12 @@ import pytest
 
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.evaluation.answering import Asking, query_of_task
+from dmoa.evaluation.figures import curves
 from dmoa.evaluation.records import BenchmarkInfo, CompareOptions, Matching, Task
 from dmoa.evaluation.repeats import merge_repeats
 from dmoa.evaluation.report import pareto
-from dmoa.evaluation.results import build_evaluation
+from dmoa.evaluation.results import build_evaluation, read_evaluation
+from dmoa.evaluation.run import finish_run
 from dmoa.testing import FakeAgents, Say, Schedule, answer_of, answered, asks, orchestrator_of, query, run_info, scored, write_run
 from dmoa.types import Limits, Price
 from dmoa.workflows.compare import against, share_of_budget, taken, with_baselines
@@ -112,6 +114,53 @@ def test_the_table_says_what_each_policy_took_and_how_it_differs_from_the_refere
     assert share_of_budget(found, single) == "50 %"
 
 
+def test_schedules_are_run_to_their_end_and_the_gates_steps_are_as_ever() -> None:
+    asking = Asking(seed=0, limits=Limits(max_steps=3), ends_schedules=True)
+    steps = {
+        policy: query_of_task(TASK, policy, asking).limits.max_steps
+        for policy in (
+            "dmoa",
+            "single:a",
+            "dense",
+            "smoa:layers=9",
+            "knapsack",
+            "capacity_aware",
+            "capacity_aware:window=9:inner=moa",
+        )
+    }
+    assert {policy for policy, most in steps.items() if most == 3} == {"dmoa", "single:a", "dense", "capacity_aware"}
+    assert set(steps.values()) == {3, 200}
+    assert query_of_task(TASK, "smoa", Asking(seed=0, limits=Limits(max_steps=3))).limits.max_steps == 3
+
+
+def test_accuracy_is_told_by_the_number_of_adversaries_and_the_defence(tmp_path: Path) -> None:
+    info = run_info([BenchmarkInfo(name="gsm8k", rows=4)], policies=("dmoa", "moa"))
+    folder = write_run(tmp_path, info, [], [])
+    for count, defence, right in ((0, "none", 4), (1, "none", 2), (1, "agreement", 3)):
+        changes = {"options": {"adversaries": count, "kind": "liar", "defence": defence}}
+        lines = [answered("gsm8k", row, policy) for policy in info.policies for row in range(4)]
+        scores = [scored("gsm8k", row, "dmoa", float(row < right)) for row in range(4)]
+        scores += [scored("gsm8k", row, "moa", 0.0) for row in range(4)]
+        write_run(folder.curve(count, defence), info.model_copy(update=changes), lines, scores)
+    found = finish_run(folder)
+    dmoa = [(row.defence, row.adversaries, row.accuracy, row.tokens) for row in found.robustness if row.policy == "dmoa"]
+    assert dmoa == [("agreement", 1, 0.75, 110.0), ("none", 0, 1.0, 110.0), ("none", 1, 0.5, 110.0)]
+    assert {(row.agents, row.kind) for row in found.robustness} == {(2, "liar")}
+    (line,) = [line for line in curves(found) if (line.policy, line.defence) == ("dmoa", "none")]
+    assert line.shown[1].startswith("50.0 [")
+    page = folder.report.read_text(encoding="utf-8")
+    assert "Agents that work against the swarm" in page
+    assert 'aria-label="robustness-gsm8k"' in page
+    assert read_evaluation(tmp_path) == found
+
+
+def test_numbers_of_adversaries_are_written_as_a_range_or_a_list() -> None:
+    def curve(words: str) -> tuple[int, ...]:
+        return CompareOptions.parse({"benchmarks": "arith", "curve": words}).curve
+
+    assert [curve(words) for words in ("0..3", "0,2", "", "2..1")] == [(0, 1, 2, 3), (0, 2), (), ()]
+
+
 def test_baselines_are_added_once() -> None:
     def policies(**values: object) -> tuple[str, ...]:
         return with_baselines(CompareOptions.parse({"benchmarks": "arith", **values}))
@@ -130,6 +179,10 @@ def test_baselines_are_added_once() -> None:
         ({"match": "calls", "url": "http://x"}, "a server has no budget of calls"),
         ({"repeats": 2, "call_cache": "c"}, "cached calls do not vary"),
         ({"match_budget": 0}, "match_budget is 0"),
+        ({"curve": "0..2", "repeats": 2}, "curve has its own adversaries"),
+        ({"curve": "0..2", "adversaries": 1}, "curve has its own adversaries"),
+        ({"curve": "0..x"}, "curve"),
+        ({"curve": "0..2", "curve_defences": "agree"}, "curve_defences"),
     ],
 )
 def test_comparisons_that_make_no_sense_are_refused(values: dict[str, object], message: str) -> None:
