@@ -60,7 +60,6 @@ SMALL_FILE_LINES = 60
 MAX_FILES = 254
 MEDIAN_LINES = (130, 250)
 MAX_LINES = 57_000
->>>>>>> 7810bb1 (dmoa compare: schedules run to their end, --curve with adversaries and defences, a resumed run keeps its match_budget)
 """Of dmoa/ and jobs/, with room for the features under way; lowered to the next full hundred above what is left."""
 MAX_README_LINES = 180
 LOADED_BY_NAME = ("dmoa.__main__", "dmoa.serving.deploy", "dmoa.bench.vllm_timed")
