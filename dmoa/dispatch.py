@@ -68,6 +68,18 @@ class Dispatcher:
         self._patience_s = patience_s
         self._caller = AgentCaller(agents, router, patience_s=patience_s, cold_patience_s=cold_patience_s)
 
+    @property
+    def cards(self) -> Mapping[str, AgentCard]:
+        """The agents by name, in the pool's order."""
+        return self._cards
+
+    async def ask_once(self, call: AgentCall, card: AgentCard, emit: Callable[[TextDelta], None] | None) -> AgentReply:
+        """Make a call that belongs to no step, with the one retry loop; with `emit` its text is handed on as it comes."""
+        wanted = NextCall(activation=Activation(agent=card.name), chain=0, tokens_used=0)
+        text = StreamedText(emit) if emit else None
+        reply = await self._caller.call_with_recovery(call, card, wanted, Places(), text, has_other=False)
+        return priced(reply, card.price)
+
     def patience(self, state: QueryState) -> float:
         """Seconds that the query may still wait for an agent to come back."""
         left = time_left(state.deadline_unix_s)
@@ -227,4 +239,5 @@ def _seen(state: QueryState, activation: Activation) -> tuple[Query, tuple[str, 
 def _extra(query: Query, history: tuple[str, ...], activation: Activation) -> str:
     """Return what a prompt holds beside the query's text and the agent's role; empty where that is all."""
     parts = {"an instruction of its own": activation.instruction, "earlier work": history, "earlier turns": query.turns}
+    parts["results of tools"] = query.exchange
     return " and ".join(name for name, part in parts.items() if part)

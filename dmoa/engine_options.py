@@ -324,7 +324,8 @@ class EngineEntry:
     is_recorded: bool = False
     """Has replies to queries alone: a prompt with earlier work, turns, tools or an instruction in it cannot be answered."""
     abilities: tuple[str, ...] = ()
-    """What it can do beyond plain replies: names of `Sampling` fields that it knows (template, top_k, min_p, ...)."""
+    """What it can do beyond plain replies: names of `Sampling` fields that it knows (template, top_k, min_p, ...), and what it
+    takes of a `FinalCall`: tools, or tool_prompt where dmoa asks for calls in words; schema; logprobs."""
     deployment: str | None = None
     """`module:function` that makes its Serve deployment; None: replicas build the engine as any other process does."""
 

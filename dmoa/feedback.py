@@ -89,9 +89,10 @@ def is_held_back(trace_id: str, share: float) -> bool:
 
 def feedback_of(query: Query, answer: Answer, *, key_hash: str, fingerprint: str, salt: bytes, created_unix_s: float) -> Feedback:
     """Return the record of an answered query. Reading the answers takes about a millisecond."""
-    steps = tuple(_without_texts(step, query.text, salt) for step in answer.steps)
+    routed = answer.steps[:-1] if answer.choices else answer.steps  # a final call is no step that the gate decided
+    steps = tuple(_without_texts(step, query.text, salt) for step in routed)
     return Feedback(
-        answer=replace(answer, text=_token(answer.text, query.text, salt), reasoning="", steps=steps),
+        answer=replace(answer, text=_token(answer.text, query.text, salt), reasoning="", steps=steps, choices=()),
         tenant=tenant_of(key_hash),
         fingerprint=fingerprint,
         created_unix_s=created_unix_s,

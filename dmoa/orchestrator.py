@@ -20,12 +20,15 @@ from dmoa.core.in_step import Judgement, judge
 from dmoa.core.stopping import budget_stop, rule_stop
 from dmoa.dispatch import Dispatcher, calls_left
 from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
+from dmoa.final_call import FinalCaller
 from dmoa.protocols import Policy
 from dmoa.recovery import patiently
+from dmoa.step_calls import AgentCard
 from dmoa.types import (
     Activation,
     AgentReply,
     Answer,
+    Choice,
     Defence,
     Event,
     Price,
@@ -37,6 +40,7 @@ from dmoa.types import (
     Stop,
     StopReason,
     SummarizerRecord,
+    TextDelta,
     is_untrained,
     priced,
 )
@@ -61,6 +65,13 @@ class Orchestrator:
     """What an `llm` summarizer's tokens cost."""
     defence: Defence = "none"
     """Which contributions count, for the pool's summarizer, votes, stopping rules and later steps."""
+    writer: AgentCard | None = None
+    """The `llm` summarizer as one that writes answers in the form that a client wants; None: agents do."""
+
+    def check(self, query: Query, agent: str | None = None) -> None:
+        """Check that somebody can write the answer that a query wants; `agent`: who alone is asked. Raises RequestError."""
+        if query.final is not None:
+            FinalCaller(self.dispatcher, self.writer).check(query.final, agent)
 
     async def answer(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:
         """Yield every finished step, pieces of the final text where it streams, and last the Answer.
@@ -82,6 +93,8 @@ class Orchestrator:
         started = time.perf_counter()
         state = begin(query)
         reason: StopReason | None = None
+        # Where the answer is written by a call of its own, no text before is the answer's.
+        tell = emit if query.final is None else lambda event: None if isinstance(event, TextDelta) else emit(event)
         while reason is None:
             step_started = time.perf_counter()
             plan = await self._plan(state, policy)
@@ -93,13 +106,19 @@ class Orchestrator:
             if fault:
                 raise RequestError(f"policy: {policy.name!r}: {fault}")
             previous = state.summary
-            step, fold, judgement = await self._step(state, plan, emit, step_started)
+            step, fold, judgement = await self._step(state, plan, tell, step_started)
             state = advance(state, step)
             emit(step)
             reason = self._stop_reason(state, step, fold, plan, previous, judgement)
         if not state.summary:
             raise RequestError(f"policy: {policy.name!r} stopped before any agent was asked; use another policy")
-        emit(finish(state, policy.name, reason, wall_ms=(time.perf_counter() - started) * 1e3))
+        choices: tuple[Choice, ...] = ()
+        if query.final is not None:
+            final = FinalCaller(self.dispatcher, self.writer)
+            step, choices = await final.write(state, emit if query.is_streamed else None)
+            state = advance(state, step)
+            emit(step)
+        emit(finish(state, policy.name, reason, wall_ms=(time.perf_counter() - started) * 1e3, choices=choices))
 
     async def _plan(self, state: QueryState, policy: Policy) -> StepPlan | Stop:
         """Ask the policy, waiting while no agent is up, until the deadline."""
@@ -267,7 +286,7 @@ def advance(state: QueryState, step: StepRecord) -> QueryState:
     return replace(state, steps=(*state.steps, step), tokens_used=state.tokens_used + step.usage.total)
 
 
-def finish(state: QueryState, policy: str, reason: StopReason, *, wall_ms: float) -> Answer:
+def finish(state: QueryState, policy: str, reason: StopReason, *, wall_ms: float, choices: tuple[Choice, ...] = ()) -> Answer:
     """Return the answer: the newest summary, and what became of the query.
 
     Its finish reason is `length` only where the text itself was cut; which budget ended the query says `reason`.
@@ -287,6 +306,7 @@ def finish(state: QueryState, policy: str, reason: StopReason, *, wall_ms: float
         gate_trained=None if last is None else not is_untrained(last.gate_version),
         routed_by="ingress" if any(d.routed_by == "ingress" for d in decisions) else "router",
         wall_ms=wall_ms,
+        choices=choices,
     )
 
 

@@ -47,6 +47,10 @@ class AgentCard:
     """Whether its engine has replies to queries alone, and to no other prompt."""
     price: Price | None = None
     """What its tokens cost; None: not known."""
+    engine: str = ""
+    """Name of its engine."""
+    abilities: frozenset[str] = frozenset()
+    """What its engine can do beyond plain replies."""
 
 
 @dataclass(slots=True, kw_only=True)

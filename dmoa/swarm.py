@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from dmoa.agents import tools as toolbox
 from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
-from dmoa.config import AgentConfig, Config
+from dmoa.config import AgentConfig, Config, summarizer_agent
 from dmoa.dispatch import Dispatcher
 from dmoa.orchestrator import Orchestrator
 from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
@@ -46,6 +46,7 @@ class Swarm:
         self.encoder = encoder
         is_select = config.summarizer.mode == "select"
         cards = {agent.name: _card(config, agent) for agent in config.agents}
+        writer = summarizer_agent(config)
         self._orchestrator = Orchestrator(
             dispatcher=Dispatcher(agents=agents, cards=cards, router=router, is_select=is_select),
             summarizer=SelectSummarizer() if is_select else LlmSummarizer(agents, config.summarizer),
@@ -53,6 +54,7 @@ class Swarm:
             is_select=is_select,
             summarizer_price=_price(config, config.summarizer.llm),
             defence=config.summarizer.defence,
+            writer=None if writer is None else _card(config, writer),
         )
 
     @property
@@ -66,6 +68,7 @@ class Swarm:
         For `dmoa` it names one of the gates. Raises RequestError for an unknown policy or gate.
         """
         context = PolicyContext(config=self.config, router=self.router, encoder=self.encoder, agent=agent, gates=self._gates)
+        self._orchestrator.check(query, agent)
         return self._orchestrator.answer(query, build_policy(policy, context))
 
     def follow(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:
@@ -89,6 +92,8 @@ def _card(config: Config, agent: AgentConfig) -> AgentCard:
         cold=config.scaling_of(agent).cold,
         is_recorded=config.llms[agent.llm].engine_entry.is_recorded,
         price=_price(config, agent.llm),
+        engine=config.llms[agent.llm].engine,
+        abilities=frozenset(config.llms[agent.llm].engine_entry.abilities),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import unicodedata
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
@@ -99,6 +100,44 @@ class Sampling:
     """Factor above 1 by which tokens that were there before lose."""
     template: tuple[tuple[str, bool | int | float | str], ...] = ()
     """Settings of the model's chat template, such as enable_thinking, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call of one of the client's tools, which the client is to run."""
+
+    call_id: str
+    """Named by whoever made it; the client's result names it again."""
+    name: str
+    arguments: str
+    """A JSON object as text."""
+
+
+def new_call_id() -> str:
+    """Return an id for a call of a tool, as OpenAI's look."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalCall:
+    """What a client wants of its answer beyond a text: with any of it the answer is written by a call of its own."""
+
+    tools: tuple[dict[str, Any], ...] = ()
+    """Functions that the answer may call: name, description, parameters (JSON Schema), as OpenAI's objects have them."""
+    tool_choice: str = "auto"
+    """auto, required, or `=NAME`: the tool that must be called."""
+    is_parallel: bool = True
+    """Whether one answer may call several tools."""
+    schema: dict[str, Any] | None = None
+    """JSON Schema of the text; None: any text."""
+    schema_name: str = ""
+    """What the client calls the schema; empty: any JSON object is asked for."""
+    is_strict: bool | None = None
+    """As the client says of its schema, for endpoints."""
+    top_logprobs: int | None = None
+    """Log-probabilities listed per token beside the chosen one's; None: none are asked for."""
+    n: int = 1
+    """Answers, each of a call with its own seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +239,8 @@ class GenerationRequest:
     """As the call's."""
     query_id: str = ""
     """As the call's."""
+    final: FinalCall | None = None
+    """As the call's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +263,10 @@ class Generation:
     """Whether the counts in `usage` are guesses, because an endpoint did not tell."""
     price: float | None = None
     """What it cost, where the engine knows; None: as the configured price of its tokens says."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Calls of the client's tools, where the engine parts them from the text."""
+    logprobs: tuple[dict[str, Any], ...] | None = None
+    """Per token of the text what `FinalCall.top_logprobs` asks for, as OpenAI's objects; None: not known."""
     engine_ms: float = 0.0
     """From the engine's accept to the last token."""
     queue_ms: float = 0.0
@@ -256,6 +301,8 @@ class AgentCall:
     """`Query.query_id`."""
     sample: int = 0
     """As the activation's."""
+    final: FinalCall | None = None
+    """What is asked of the call that writes a client's answer; the engine of its agent can do it."""
 
     @property
     def call_id(self) -> str:
@@ -304,6 +351,10 @@ class AgentReply:
     """When it was asked, 0 where that is not known."""
     is_barred: bool = False
     """Whether the pool's defence left it out: then it is recorded, and counts for nothing."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Calls of the client's tools; only of a final call."""
+    logprobs: tuple[dict[str, Any], ...] | None = None
+    """As the generation's; only of a final call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -520,6 +571,10 @@ class Query:
     """The client's system message."""
     turns: tuple[Message, ...] = ()
     """Earlier turns of the conversation, in order."""
+    exchange: str = ""
+    """What the client's tools were asked since the question, and what they said, as text."""
+    final: FinalCall | None = None
+    """What the client wants of its answer beyond a text."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """The client's sampling fields (temperature, top_p, max_tokens, stop, seed), absent where not given."""
     limits: Limits = field(default_factory=Limits)
@@ -537,6 +592,17 @@ class Query:
         """Digest of how the conversation began, the same for all its turns: a client's system message and its first words."""
         text = f"{self.system}\0{self.turns[0].content if self.turns else self.text}"
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One answer of those that a final call was asked for."""
+
+    text: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[dict[str, Any], ...] | None = None
+    finish_reason: Literal["stop", "length", "tool_calls"] = "stop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -558,6 +624,8 @@ class Answer:
     """Whether the gate's weights were trained; None for policies without a gate."""
     routed_by: RoutedBy = "router"
     wall_ms: float = 0.0
+    choices: tuple[Choice, ...] = ()
+    """What the final call wrote, the first being the text; the last step is then that call. Empty where none was asked for."""
 
     @property
     def usage(self) -> TokenUsage:

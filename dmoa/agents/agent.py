@@ -63,7 +63,7 @@ class Agent:
 
         With tools nothing is yielded before the end, because a tool call is not text for a client.
         """
-        return self._items(call, has_text=not self._tools)
+        return self._items(call, has_text=call.final is not None or not self._tools)
 
     async def _items(self, call: AgentCall, *, has_text: bool) -> AsyncIterator[TextDelta | AgentReply]:
         """Run the tool loop; text that nobody reads is not asked of the engine, which would send it token by token."""
@@ -71,6 +71,7 @@ class Agent:
         rounds: list[Generation] = []
         text = ""
         splitter = ReasoningSplitter()
+        tools = {} if call.final else self._tools  # a final call may call the client's tools alone
         try:
             while True:
                 generation: Generation | None = None
@@ -92,10 +93,10 @@ class Agent:
                     raise EngineError(f"engine {self._engine.label}: its stream ended without a generation")
                 rounds.append(generation)
                 text += generation.raw or generation.text
-                found = toolbox.find_call(text, self._tools) if self._tools else None
+                found = toolbox.find_call(text, tools) if tools else None
                 if found is None or len(rounds) >= MAX_TOOL_ROUNDS or self._room(call, rounds) <= 0:
                     break
-                result = await self._tools[found.tool].run(found.argument)
+                result = await tools[found.tool].run(found.argument)
                 text = found.before + toolbox.result_text(found, result)
         except Exception as error:  # an engine and its tools are called here: whatever fails is the agent's own failure
             yield self._failed(call, error, started)
@@ -108,7 +109,7 @@ class Agent:
     def _request(self, call: AgentCall, text: str, rounds: list[Generation]) -> GenerationRequest:
         number = len(rounds)
         messages = (*call.messages, Message(role="assistant", content=text)) if text else call.messages
-        stop = (*call.sampling.stop, *toolbox.stop_strings(self._tools))
+        stop = (*call.sampling.stop, *toolbox.stop_strings({} if call.final else self._tools))
         return GenerationRequest(
             request_id=f"{call.call_id}#{number}@{time.monotonic_ns()}",
             messages=messages,
@@ -119,6 +120,7 @@ class Agent:
             call_id=f"{call.call_id}#{number}" if number else call.call_id,
             question=call.question,
             query_id=call.query_id,
+            final=call.final,
         )
 
     def _reply(self, call: AgentCall, text: str, rounds: list[Generation], started: float, *, is_cut: bool) -> AgentReply:
@@ -149,6 +151,8 @@ class Agent:
             are_tokens_estimated=is_guess or any(item.are_tokens_estimated for item in rounds),
             price=None if any(item.price is None for item in rounds) else sum(item.price or 0.0 for item in rounds),
             latency_ms=(time.perf_counter() - started) * 1e3,
+            tool_calls=rounds[-1].tool_calls,
+            logprobs=rounds[-1].logprobs,
             engine_ms=sum(item.engine_ms for item in rounds),
             engine=self._engine.label,
         )

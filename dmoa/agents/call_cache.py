@@ -91,7 +91,7 @@ class CachedAgents:
 
     async def call(self, call: AgentCall) -> AgentReply:
         """Return the kept reply, marked, or ask. The same call in flight twice is run once. Raises as the client does."""
-        if call.sampling.temperature > 0:
+        if call.sampling.temperature > 0 or call.final is not None:
             return await self._agents.call(call)
         key = self._key(call)
         while (running := self._in_flight.get(key)) is not None:

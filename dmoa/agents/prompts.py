@@ -22,6 +22,7 @@ COMMON_SYSTEM = "You work with other experts on a user's question. Be brief and 
 _LINE_END = re.compile(r"(\r\n|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029])")
 _FRAME = re.compile(
     r"\W*(?:(?:contribution|thoughts)\W+of\W+\S{1,80}?\W*:|work\W+so\W+far\W+step\W*\d|your\W+role\W*:|answer\W+the\W+question\W+above\b"
+    r"|tools\W+used\W+since\W*:"
     r"|write\W+on\W+the\W+first\W+line\b|(?-i:FINAL|CONTINUE)\W*$)",
     re.IGNORECASE,
 )
@@ -67,7 +68,8 @@ def _opening(query: Query) -> tuple[Message, ...]:
 
 def _task(query: Query, history: Sequence[str]) -> str:
     work = [f"Work so far, step {number}:\n{_framed(text)}" for number, text in enumerate(history, 1)]
-    return "\n\n".join([query.text, *work])
+    used = [f"Tools used since:\n{_framed(query.exchange)}"] if query.exchange else []
+    return "\n\n".join([query.text, *used, *work])
 
 
 def _user(*parts: str) -> Message:

@@ -101,7 +101,7 @@ def engine(
 _HINTS = ("top_k", "min_p", "repetition_penalty", "template")
 
 
-@engine("transformers", options=TransformersOptions, adapter_rules="transformers", abilities=("template",))
+@engine("transformers", options=TransformersOptions, adapter_rules="transformers", abilities=("template", "tool_prompt"))
 def build_transformers(context: EngineContext) -> Engine:
     """Load a model into this process."""
     from dmoa.engines.models import model_id, resolve_adapter, resolve_model
@@ -138,7 +138,7 @@ def build_scripted(context: EngineContext) -> Engine:
     "vllm",
     options=VllmOptions,
     adapter_rules="vllm",
-    abilities=_HINTS,
+    abilities=(*_HINTS, "schema", "tool_prompt"),
     deployment="dmoa.serving.vllm_replica:vllm_deployment",
 )
 def build_vllm(context: EngineContext) -> Engine:
@@ -149,7 +149,14 @@ def build_vllm(context: EngineContext) -> Engine:
     return started
 
 
-@engine("openai", options=OpenaiOptions, model_prefix="openai", is_light=True, takes_adapters=False, abilities=_HINTS)
+@engine(
+    "openai",
+    options=OpenaiOptions,
+    model_prefix="openai",
+    is_light=True,
+    takes_adapters=False,
+    abilities=(*_HINTS, "tools", "schema", "logprobs"),
+)
 def build_openai(context: EngineContext) -> Engine:
     """Return the client of an endpoint."""
     from dmoa.engines.openai import OpenaiEngine

@@ -29,7 +29,7 @@ from dmoa.engine_options import OpenaiOptions, read_key
 from dmoa.engines.openai_replies import Draft, error_message, estimated_tokens, events
 from dmoa.errors import AgentOverloadedError, DeadlineError, EngineError, PromptTooLongError
 from dmoa.loopback import uses_proxies
-from dmoa.types import Generation, GenerationRequest, Message, TextDelta
+from dmoa.types import FinalCall, Generation, GenerationRequest, Message, TextDelta
 from dmoa.validation import Conceal, redact_text
 
 _NAMES = re.compile(
@@ -310,7 +310,8 @@ class OpenaiEngine:
         _DEADLINE_UNIX_S.set(request.deadline_unix_s)
         retries = self._options.max_retries
         while True:
-            drafts.append(Draft(self._options.vocab_size, self._key.get_secret_value(), self._fault, on_text or _drop))
+            key = self._key.get_secret_value()
+            drafts.append(Draft(self._options.vocab_size, key, self._fault, on_text or _drop, final=request.final))
             try:
                 return await self._exchange(client, request, drafts[-1], is_stream=on_text is not None)
             except _FieldRefusedError:
@@ -363,8 +364,11 @@ class OpenaiEngine:
             body["stop"] = list(sampling.stop)
         if sampling.temperature > 0.0 and "seed" not in self._refused:
             body["seed"] = _seed(request)
-        if options.top_logprobs and "logprobs" not in self._refused:
-            body |= {"logprobs": True, "top_logprobs": options.top_logprobs}
+        listed = max(options.top_logprobs, (request.final.top_logprobs if request.final else None) or 0)
+        if listed and "logprobs" not in self._refused:
+            body |= {"logprobs": True, "top_logprobs": listed}
+        if request.final is not None:
+            body |= _form(request.final)
         hints = dict(
             zip(_HINTS, (sampling.top_k, sampling.min_p, sampling.repetition_penalty, dict(sampling.template)), strict=True)
         )
@@ -449,6 +453,24 @@ async def _read_events(chunks: AsyncIterator[bytes], draft: Draft) -> bool:
                 return True
             draft.take(data)
     return draft.is_ended
+
+
+def _form(final: FinalCall) -> dict[str, Any]:
+    """Return the fields by which a client's wishes are passed on."""
+    body: dict[str, Any] = {}
+    if final.tools:
+        body["tools"] = [{"type": "function", "function": tool} for tool in final.tools]
+        named = {"type": "function", "function": {"name": final.tool_choice[1:]}}
+        body["tool_choice"] = named if final.tool_choice.startswith("=") else final.tool_choice
+        if not final.is_parallel:
+            body["parallel_tool_calls"] = False
+    if final.schema is not None and final.schema_name:
+        strict = {} if final.is_strict is None else {"strict": final.is_strict}
+        form = {"name": final.schema_name, "schema": final.schema, **strict}
+        body["response_format"] = {"type": "json_schema", "json_schema": form}
+    elif final.schema is not None:
+        body["response_format"] = {"type": "json_object"}
+    return body
 
 
 def _drop(text: TextDelta) -> None:

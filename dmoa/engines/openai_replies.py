@@ -32,9 +32,11 @@ from dmoa.core.reasoning import split_reasoning
 from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.engines.thoughts import placed_split
 from dmoa.errors import EngineError
-from dmoa.types import EntropySum, FinishReason, Generation, TextDelta, TokenUsage
+from dmoa.types import EntropySum, FinalCall, FinishReason, Generation, TextDelta, TokenUsage, ToolCall, new_call_id
 from dmoa.validation import REDACTED
 
+MAX_CALLS = 128
+"""Most calls of tools that are told apart."""
 CHARS_PER_TOKEN = 4
 """What estimates of token counts assume, the usual figure for English."""
 _WHOLE = re.compile(
@@ -51,6 +53,8 @@ _CALLED = re.compile(r"toolcalls?|tooluse|functioncall")
 """What they call the end of a turn that asks for a tool; text before the call is the reply, because no tool was offered."""
 _FILTERED = re.compile(r"contentfilter(?:ed)?|safety|recitation|blocklist|prohibitedcontent|sensitive")
 _MIN_KEY_CHARS = 12
+_NEVER = -9999.0
+"""What endpoints write for a log-probability of nothing."""
 _DONE = "[DONE]"
 _BOM = b"\xef\xbb\xbf"
 
@@ -112,11 +116,22 @@ def _thought(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+class _Function(_Part):
+    name: _Extra[str] = None
+    arguments: Any = None
+
+
+class _Call(_Part):
+    index: _Extra[int] = None
+    id: _Extra[str] = None
+    function: _Extra[_Function] = None
+
+
 class _Words(_Part):
     content: Annotated[str | None, BeforeValidator(_joined)] = None
     reasoning: Annotated[str, BeforeValidator(_thought)] = ""
     refusal: _Extra[str] = None
-    tool_calls: Any = None
+    tool_calls: _Extra[list[_Call]] = None
     function_call: Any = None
 
     @model_validator(mode="before")
@@ -222,12 +237,24 @@ class Draft:
     """What an endpoint has said so far of one reply."""
 
     def __init__(
-        self, vocab_size: int, key: str, fault: Callable[[str], EngineError], on_text: Callable[[TextDelta], None]
+        self,
+        vocab_size: int,
+        key: str,
+        fault: Callable[[str], EngineError],
+        on_text: Callable[[TextDelta], None],
+        *,
+        final: FinalCall | None = None,
     ) -> None:
         """`key` is the endpoint's, which no text may hold.
 
-        `fault` makes the error of what is wrong with the reply; `on_text` gets each piece of text and of its thought.
+        `fault` makes the error of what is wrong with the reply; `on_text` gets each piece of text and of its thought. `final`: as
+        the request's.
         """
+        self._final = final or FinalCall()
+        self._key = key
+        self._calls: dict[int, list[str]] = {}
+        """Id, name and arguments of the calls of tools, by their places."""
+        self._rows: list[_Row] = []
         self._vocab_size = vocab_size
         self._fault = fault
         self._on_text = on_text
@@ -283,14 +310,36 @@ class Draft:
         said, thought = words.content or "", words.reasoning
         self._refusal += words.refusal or ""
         self._has_called = self._has_called or bool(words.tool_calls or words.function_call)
+        for place, call in enumerate(words.tool_calls or () if self._final.tools else ()):
+            self._call(call, place if choice.message else call.index or 0)
         if choice.logprobs:
             self._list(choice.logprobs.reasoning_content or (), is_thought=True)
             self._list(choice.logprobs.content or (), is_thought=bool(thought) and not said)
         self._end(choice.finish_reason)
         self._tell(self._thought.add(thought), self._said.add(said))
 
+    def _call(self, call: _Call, place: int) -> None:
+        """Add a call of a tool, or a piece of one."""
+        held = self._calls.setdefault(place if place < MAX_CALLS else MAX_CALLS, ["", "", ""])
+        function = call.function or _Function()
+        arguments = function.arguments
+        said = arguments if isinstance(arguments, str) else "" if arguments is None else json.dumps(arguments)
+        held[:] = [held[0] or call.id or "", held[1] or function.name or "", held[2] + said]
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of the client's tools so far, without the endpoint's key."""
+        shown = (REDACTED, self._key) if len(self._key) >= _MIN_KEY_CHARS else ("", "\0")
+        return tuple(
+            ToolCall(call_id=number or new_call_id(), name=name, arguments=(said or "{}").replace(shown[1], shown[0]))
+            for _, (number, name, said) in sorted(self._calls.items())
+            if name
+        )
+
     def _list(self, rows: Iterable[_Row], *, is_thought: bool) -> None:
         for row in rows:
+            if self._final.top_logprobs is not None and not is_thought:
+                self._rows.append(row)
             said = bytes(row.data).decode("latin-1") if row.data else _as_bytes(row.token)
             self._tokens.append(_Token(said, listed_entropy(_listed(row), self._vocab_size), is_thought))
 
@@ -321,7 +370,7 @@ class Draft:
         if not self._has_choice:
             raise self._fault("its reply holds no choice; check base_url and model, and that chat completions are served there")
         self._tell(self._thought.rest(), self._said.rest())
-        if self.text.strip():
+        if self.text.strip() or self.tool_calls:
             return
         if self._refusal:
             raise self._fault(f"it refused to answer: {self._refusal}")
@@ -358,6 +407,10 @@ class Draft:
                 reasoning_tokens=min(reasoning, completion),
             ),
             are_tokens_estimated=usage is None,
+            tool_calls=self.tool_calls,
+            logprobs=None
+            if self._final.top_logprobs is None
+            else tuple(_told(row, self._final.top_logprobs) for row in self._rows),
             engine_ms=engine_ms,
             queue_ms=queue_ms,
         )
@@ -379,6 +432,17 @@ class Draft:
         thought += [token for token in self._tokens if token.is_thought]
         none = EntropySum(kind="truncated")
         return _added(answer, none), _added(thought, none if thought else EntropySum()), len(thought)
+
+
+def _told(row: _Row, most: int) -> dict[str, Any]:
+    """Return a token's row as OpenAI's object, with at most so many others listed; what JSON cannot carry is as good as never."""
+
+    def part(item: _Listed) -> dict[str, Any]:
+        data = list(item.token.encode(errors="replace")) if not isinstance(item, _Row) or item.data is None else item.data
+        nats = item.logprob if item.logprob is not None and math.isfinite(item.logprob) else _NEVER
+        return {"token": item.token, "logprob": nats, "bytes": data}
+
+    return part(row) | {"top_logprobs": [part(item) for item in (row.top_logprobs or [])[:most]]}
 
 
 def _as_bytes(text: str) -> str:

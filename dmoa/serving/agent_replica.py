@@ -43,7 +43,7 @@ class AgentCalls:
         """Answer one call, yielding its text as it comes, last the reply. Raises as `call` does."""
         check_version(version, self._version)
         items = self._agents.stream(call)
-        async for item in withhold(items) if call.agent == SUMMARIZER else items:
+        async for item in withhold(items) if call.agent == SUMMARIZER and call.final is None else items:
             yield replace(item, replica=self._replica) if isinstance(item, AgentReply) else item
 
     async def ping(self) -> str:

@@ -30,6 +30,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("engines", "policies"),
     ("agents",),
     ("step_calls", "recovery", "dispatch"),
+    ("final_call",),
     ("orchestrator",),
     ("swarm",),
     ("dataflow",),

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from dmoa.core.entropy import NOT_FINITE
 from dmoa.core.truncated_entropy import listed_entropy
@@ -153,6 +153,8 @@ class VllmEngine:
         reply = _Reply(len(tokens), accepted_s, self._listed, text)
         params = _params(request.sampling, request.call_id, room)
         params.skip_special_tokens = not self._format.keeps_marks
+        if request.final is not None and request.final.schema is not None:
+            params.structured_outputs = StructuredOutputsParams(json=request.final.schema)
         if self._listed is None:
             params.extra_args = {KEY: key}
         else:

@@ -11,33 +11,39 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     Tag,
     ValidationError,
-    WithJsonSchema,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import PydanticCustomError, core_schema
 
 from dmoa.errors import RequestError
 from dmoa.serving.feedback_buffer import KeptOutcome
+from dmoa.serving.http.fields import (
+    MAX_CHOICES,
+    MAX_TOOLS,
+    WHOLE,
+    LenientModel,
+    Only,
+    RequestModel,
+    ResponseFormat,
+    Tokens,
+    ToolChoice,
+    ToolSpec,
+    final_call,
+    refused,
+    text_or_list,
+)
 from dmoa.serving.http.service import SwarmService
-from dmoa.types import Limits, Message, Query
+from dmoa.types import FinalCall, Limits, Message, Query, Role
 from dmoa.validation import did_you_mean, expectation
 
-MAX_NEW_TOKENS = 131072
-"""Most tokens that a client may ask for."""
 MAX_STOP_TEXTS = 64
 """Most stop texts that a client may send; OpenAI's own limit of 4 is below what evaluation harnesses send."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -47,73 +53,6 @@ _ESCAPE = re.compile(
 """One escape of a JSON text, a surrogate pair as one; `lone`: half of a pair."""
 _RAW_SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 """A surrogate as lenient writers encode it; no bytes of UTF-8 look so."""
-
-
-class Only:
-    """Marks an OpenAI field of which nothing but the given values (and null) is supported; `way`: what to do instead."""
-
-    def __init__(self, *allowed: Any, way: str = "") -> None:
-        self.allowed = (*allowed, None)
-        self.way = way
-
-    def check(self, value: Any) -> Any:
-        """Return the value if it is supported. Raises pydantic's custom error of type `unsupported`."""
-        if any(value == one and _json_type(value) is _json_type(one) for one in self.allowed):
-            return value
-        shown = ", ".join(json.dumps(one) for one in self.allowed)
-        way = f"; {self.way}" if self.way else ""
-        raise PydanticCustomError(
-            "unsupported", "which is not supported; expected {shown}; leave the field out{way}", {"shown": shown, "way": way}
-        )
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.check)
-
-    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"enum": list(self.allowed)}
-
-
-def _json_type(value: Any) -> type:
-    """Return the type of a JSON value: 1 and 1.0 are numbers alike, true is none."""
-    return float if type(value) is int else type(value)
-
-
-def _text_or_list(value: Any) -> str | None:
-    """Say which side of a text-or-list union a value is on; the tags never reach an error's `param`."""
-    if isinstance(value, str):
-        return "<text>"
-    return "<list>" if isinstance(value, list | tuple) else None
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-WHOLE = BeforeValidator(_whole)
-"""Lets an integer be written as 5.0, as JSON Schema does."""
-
-
-def _or_absent(value: Any) -> Any:
-    return None if value == -1 and not isinstance(value, bool) else _whole(value)
-
-
-_TOKENS: JsonSchemaValue = {
-    "anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_NEW_TOKENS}, {"const": -1}, {"type": "null"}]
-}
-Tokens = Annotated[Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None, BeforeValidator(_or_absent), WithJsonSchema(_TOKENS)]
-"""A number of tokens; -1, as some clients write it, is as good as absent."""
-
-
-class RequestModel(BaseModel):
-    """Base of every request record: strict, unknown fields refused, fields documented in place."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class LenientModel(RequestModel):
-    """A request record whose unknown fields are found by `unknown_in`."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 class TextPart(LenientModel):
@@ -126,24 +65,41 @@ class TextPart(LenientModel):
     annotations: Any = None
 
 
-Content = Annotated[Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(_text_or_list)]
+Content = Annotated[Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(text_or_list)]
 """A message's text, or its text parts, which are joined by line breaks."""
-_OWN_TOOLS = "agents call the tools that the pool gives them (agents[].tools)"
+_OLD_TOOLS = "send tools and tool_choice"
+
+
+class CalledFunction(LenientModel):
+    """The function that an answer called."""
+
+    name: str = Field(max_length=256)
+    arguments: str | None = None
+
+
+class CalledTool(LenientModel):
+    """A call of a tool, as an earlier answer held it."""
+
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
 
 
 class ChatMessage(LenientModel):
     """One message of the conversation. What else clients send back of a reply, in an assistant's message, is ignored."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     """Needed in every message but the assistant's."""
     refusal: str | None = None
     """What the assistant said where it has no content."""
     audio: Annotated[Any, Only()] = None
     images: Annotated[Any, Only([])] = None
-    tool_calls: Annotated[Any, Only([], way=_OWN_TOOLS)] = None
-    tool_call_id: Annotated[Any, Only(way=_OWN_TOOLS)] = None
-    function_call: Annotated[Any, Only(way=_OWN_TOOLS)] = None
+    tool_calls: list[CalledTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    """Of an assistant's message: the calls whose results follow in messages of the role tool."""
+    tool_call_id: str | None = None
+    """Of a message of the role tool: the call that it answers."""
+    function_call: Annotated[Any, Only(way=_OLD_TOOLS)] = None
     parsed: Annotated[Any, Only()] = None
     type: Annotated[Any, Only("text", "message")] = None
     name: str | None = None
@@ -214,7 +170,7 @@ class SharedRequest(LenientModel):
         Annotated[
             Annotated[str, Field(max_length=256), Tag("<text>")]
             | Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=MAX_STOP_TEXTS), Tag("<list>")],
-            Discriminator(_text_or_list),
+            Discriminator(text_or_list),
         ]
         | None
     ) = None
@@ -222,7 +178,8 @@ class SharedRequest(LenientModel):
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None = None
     user: str | None = Field(default=None, max_length=512)
     """Kept in the trace."""
-    n: Annotated[Any, Only(1)] = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
+    """Answers, each of a final call with its own seed; the agents work once."""
     frequency_penalty: Annotated[Any, Only(0, 0.0)] = None
     presence_penalty: Annotated[Any, Only(0, 0.0)] = None
     logit_bias: Annotated[Any, Only({})] = None
@@ -273,26 +230,31 @@ class ChatRequest(SharedRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    """The last one is the user's: the question that the gate reads."""
+    """The last one is the user's, which the gate reads as the question, or the result of a tool."""
     max_completion_tokens: Tokens = None
     """Newer name of `max_tokens`."""
     metadata: dict[Annotated[str, Field(max_length=64)], Any] | None = Field(default=None, max_length=16)
     """Kept in the trace, the first 512 characters of each value; what is no text as JSON."""
-    logprobs: Annotated[Any, Only(False)] = None
-    top_logprobs: Annotated[Any, Only(0)] = None
-    response_format: Annotated[Any, Only({"type": "text"}, way="describe the wanted form in the question")] = None
-    tools: Annotated[Any, Only([], way=_OWN_TOOLS)] = None
-    tool_choice: Annotated[Any, Only("none", "auto", way=_OWN_TOOLS)] = None
-    functions: Annotated[Any, Only([], way=_OWN_TOOLS)] = None
-    function_call: Annotated[Any, Only("none", "auto", way=_OWN_TOOLS)] = None
+    logprobs: bool | None = None
+    """Of the final call, on engines that tell."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    """Only with `logprobs`."""
+    response_format: ResponseFormat | None = None
+    """With anything but text, the final call writes JSON."""
+    tools: list[ToolSpec] | None = Field(default=None, max_length=MAX_TOOLS)
+    """Functions that the final call may call; the agents work without them."""
+    tool_choice: ToolChoice | None = None
+    functions: Annotated[Any, Only([], way=_OLD_TOOLS)] = None
+    function_call: Annotated[Any, Only("none", "auto", way=_OLD_TOOLS)] = None
     modalities: Annotated[Any, Only(["text"])] = None
     audio: Annotated[Any, Only()] = None
     prediction: Annotated[Any, Only()] = None
     web_search_options: Annotated[Any, Only()] = None
     moderation: Annotated[Any, Only()] = None
     parallel_tool_calls: bool | None = None
-    """Ignored, as are the fields below: they change nothing that this server does."""
+    """false: one call of a tool at most."""
     store: bool | None = None
+    """Ignored, as are the fields below: they change nothing that this server does."""
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -314,7 +276,7 @@ class CompletionRequest(SharedRequest):
 
     prompt: Annotated[
         Annotated[str, Tag("<text>")] | Annotated[list[str], Field(min_length=1, max_length=1), Tag("<list>")],
-        Discriminator(_text_or_list),
+        Discriminator(text_or_list),
     ]
     """One prompt: a text, or a list of exactly one text."""
     best_of: Annotated[Any, Only(1)] = None
@@ -418,14 +380,14 @@ def _template(request: SharedRequest) -> tuple[tuple[str, Any], ...]:
     if request.enable_thinking is not None:
         found.setdefault("enable_thinking", request.enable_thinking)
     if len(found) > _MAX_TEMPLATE_SETTINGS:
-        raise _refused("chat_template_kwargs", f"is of {len(found)} settings; expected at most {_MAX_TEMPLATE_SETTINGS}")
+        raise refused("chat_template_kwargs", f"is of {len(found)} settings; expected at most {_MAX_TEMPLATE_SETTINGS}")
     for name, value in found.items():
         param = f"chat_template_kwargs.{name}"[:200]
         if not _TEMPLATE_SETTING.fullmatch(name) or _OWN_SETTINGS.fullmatch(name):
-            raise _refused(param, f"is {shown_value(value)}; the name is not one of a template's settings; leave it out")
+            raise refused(param, f"is {shown_value(value)}; the name is not one of a template's settings; leave it out")
         is_word = isinstance(value, str) and _TEMPLATE_SETTING.fullmatch(value)
         if not (is_word or isinstance(value, bool | int | float)):
-            raise _refused(param, f"is {shown_value(value)}; expected a boolean, a number or a word")
+            raise refused(param, f"is {shown_value(value)}; expected a boolean, a number or a word")
     return tuple(found.items())
 
 
@@ -447,7 +409,7 @@ def request_error(error: ValidationError) -> RequestError:
     if param is None:
         return RequestError(f"body is {shown_value(seen)}; expected a JSON object; send one", code="invalid_type")
     if kind == "missing":
-        return _refused(param, "missing; add it", "missing_required_parameter")
+        return refused(param, "missing; add it", "missing_required_parameter")
     if kind == "extra_forbidden":
         return unknown_field(param, seen, did_you_mean(str(first["loc"][-1])[:200], _fields_beside(first["loc"])))
     code, why = "invalid_value", f"; {expectation(first['msg'])}"
@@ -458,7 +420,7 @@ def request_error(error: ValidationError) -> RequestError:
         code, why = kind, f", {first['msg']}"
     elif kind.startswith("union_tag"):
         why = "; expected a text or a list"
-    return _refused(param, f"is {shown_value(seen)}{why}", code)
+    return refused(param, f"is {shown_value(seen)}{why}", code)
 
 
 def _fields_beside(loc: tuple[int | str, ...]) -> list[str]:
@@ -469,7 +431,7 @@ def _fields_beside(loc: tuple[int | str, ...]) -> list[str]:
 def unknown_field(param: str, value: object, nearest: str = "") -> RequestError:
     """Return the error for a field that no request has; `nearest` ends it with the field that may have been meant."""
     why = f"unknown field (value {shown_value(value)}); remove it or check its spelling{nearest}"
-    return _refused(param, why, "unknown_parameter")
+    return refused(param, why, "unknown_parameter")
 
 
 def param_of(loc: tuple[int | str, ...]) -> str | None:
@@ -478,7 +440,7 @@ def param_of(loc: tuple[int | str, ...]) -> str | None:
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in ("<text>", "<list>", "<options>", "<off>", "[key]"):
+        elif part not in ("<text>", "<list>", "<options>", "<off>", "<tool>", "[key]"):
             path += f".{part}" if path else part
     return path[:200] or None
 
@@ -516,33 +478,57 @@ def chat_order(request: ChatRequest, service: SwarmService) -> ParsedRequest:
     """
     policy, agent = resolve(request, service)
     _check_messages(request)
-    place, last = f"messages[{len(request.messages) - 1}]", request.messages[-1]
-    if last.role != "user":
+    last, asked = request.messages[-1], _place_of_question(request)
+    if last.role not in ("user", "tool") or asked is None:
         seen = f"is {last.role!r}; expected 'user' for the last message; end the conversation with the question"
-        raise _refused(f"{place}.role", seen)
+        raise refused(f"messages[{len(request.messages) - 1}].role", seen)
+    place, question = f"messages[{asked}]", request.messages[asked]
     num_system = next(i for i, message in enumerate(request.messages) if message.role not in ("system", "developer"))
+    names = {call.id: call.function.name for message in request.messages for call in message.tool_calls or []}
     tokens, older = request.max_completion_tokens, request.max_tokens
     if None not in (tokens, older) and tokens != older:
         seen = f"is {older}, and max_completion_tokens is {tokens}; they mean the same; send one"
-        raise _refused("max_tokens", seen)
+        raise refused("max_tokens", seen)
     query = _query(
         request,
         service,
-        text=_question(last.text, f"{place}.content"),
+        text=_question(question.text, f"{place}.content"),
         max_tokens=tokens or older,
         system="\n\n".join(message.text for message in request.messages[:num_system]),
-        turns=tuple(
-            Message(role="system" if message.role == "developer" else message.role, content=message.text)
-            for message in request.messages[num_system:-1]
+        turns=tuple(_turn(message, names) for message in request.messages[num_system:asked]),
+        exchange="\n".join(_turn(message, names).content for message in request.messages[asked + 1 :]),
+        final=final_call(
+            tools=request.tools,
+            tool_choice=request.tool_choice,
+            is_parallel=request.parallel_tool_calls,
+            response_format=request.response_format,
+            logprobs=request.logprobs,
+            top_logprobs=request.top_logprobs,
+            n=request.n,
         ),
     )
     return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=_ignored(request, service.abilities))
 
 
+def _place_of_question(request: ChatRequest) -> int | None:
+    """Return where the last message of the user's is, None where there is none."""
+    return next((i for i in reversed(range(len(request.messages))) if request.messages[i].role == "user"), None)
+
+
+def _turn(message: ChatMessage, names: Mapping[str | None, str]) -> Message:
+    """Return a message as agents see it: calls of tools and their results as text. `names`: of the tools, by the ids of calls."""
+    if message.role == "tool":
+        return Message(role="user", content=f"Result of {names.get(message.tool_call_id, 'a tool')}: {message.text}")
+    calls = [f"Called {call.function.name} with {call.function.arguments or '{}'}" for call in message.tool_calls or []]
+    role: Role = "system" if message.role == "developer" else message.role
+    return Message(role=role, content="\n".join([message.text, *calls] if message.text or not calls else calls))
+
+
 def completion_order(request: CompletionRequest, service: SwarmService) -> ParsedRequest:
     """Return the order of a plain completion. Raises RequestError (400, 404)."""
     policy, agent = resolve(request, service)
-    query = _query(request, service, text=_question(request.text, "prompt"), max_tokens=request.max_tokens)
+    final = final_call(n=request.n)
+    query = _query(request, service, text=_question(request.text, "prompt"), max_tokens=request.max_tokens, final=final)
     return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=_ignored(request, service.abilities))
 
 
@@ -550,19 +536,13 @@ def outcome_of(request: OutcomeRequest, agents: Sequence[str]) -> KeptOutcome:
     """Return the outcome that a client posts. Raises RequestError (400)."""
     if (request.reward is None) == (request.verdict is None):
         seen = "missing; send it, or verdict" if request.reward is None else "is sent with verdict; they mean the same; send one"
-        raise _refused("reward", seen)
+        raise refused("reward", seen)
     if request.agent is not None and request.agent not in agents:
-        raise _refused("agent", f"is {shown_value(request.agent)}; expected one of {', '.join(agents)}, or null")
+        raise refused("agent", f"is {shown_value(request.agent)}; expected one of {', '.join(agents)}, or null")
     if request.step is not None and request.agent is None:
-        raise _refused("step", f"is {request.step} without agent; the final answer is of no step; send agent too")
+        raise refused("step", f"is {request.step} without agent; the final answer is of no step; send agent too")
     reward = request.reward if request.reward is not None else float(request.verdict == "right")
     return KeptOutcome(trace_id=request.trace_id, agent=request.agent, step=request.step, reward=reward, source=request.source)
-
-
-def _refused(param: str, why: str, code: str = "invalid_value", status: int = 400) -> RequestError:
-    """Return the error of a field; `why` goes on after its name: `is 3; expected ...`, or says what is wrong."""
-    joint = " " if why.startswith("is ") else ": "
-    return RequestError(f"{param}{joint}{why}", param=param, code=code, status=status)
 
 
 def _check_messages(request: ChatRequest) -> None:
@@ -574,14 +554,14 @@ def _check_messages(request: ChatRequest) -> None:
             continue
         param = f"messages[{number}].content"
         if "content" not in message.model_fields_set:
-            raise _refused(param, "missing; add it", "missing_required_parameter")
+            raise refused(param, "missing; add it", "missing_required_parameter")
         seen = "null" if message.content is None else "[]"
-        raise _refused(param, f"is {seen}; expected a text, or text parts")
+        raise refused(param, f"is {seen}; expected a text, or text parts")
 
 
 def _question(text: str, param: str) -> str:
     if not text.strip():
-        raise _refused(param, f"is {shown_value(text)}; expected a text; ask something")
+        raise refused(param, f"is {shown_value(text)}; expected a text; ask something")
     return text
 
 
@@ -593,9 +573,11 @@ def _query(
     max_tokens: int | None,
     system: str = "",
     turns: tuple[Message, ...] = (),
+    exchange: str = "",
+    final: FinalCall | None = None,
 ) -> Query:
     if request.stream_options is not None and not request.stream:
-        raise _refused("stream_options", "given without stream; set stream: true, or leave it out")
+        raise refused("stream_options", "given without stream; set stream: true, or leave it out")
     sampling: dict[str, Any] = {
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -612,6 +594,8 @@ def _query(
         text=text,
         system=system,
         turns=turns,
+        exchange=exchange,
+        final=final,
         sampling={name: value for name, value in sampling.items() if value is not None},
         limits=_limits(request.options, service),
         epsilon=request.options.epsilon,
@@ -634,14 +618,14 @@ def resolve(request: SharedRequest, service: SwarmService) -> tuple[str, str | N
         raise unknown_model(model, service)
     if asked is not None and asked not in service.policies:
         allowed = f"expected one of {', '.join(service.policies)}{did_you_mean(asked, service.policies)}"
-        raise _refused("dmoa.policy", f"is {shown_value(asked)}; {allowed}", "unknown_policy")
+        raise refused("dmoa.policy", f"is {shown_value(asked)}; {allowed}", "unknown_policy")
     if model == service.pool:
         return asked or service.policies[0], None
     agent = model if model in service.agents else None
     named = SINGLE if agent else model.removeprefix(f"{service.pool}/")
     if asked not in (None, named):
         seen = f"is {asked!r}, but model {model!r} means {named!r}; make them agree, or leave one out"
-        raise _refused("dmoa.policy", seen)
+        raise refused("dmoa.policy", seen)
     return named, agent
 
 
@@ -650,7 +634,7 @@ def unknown_model(model: str, service: SwarmService) -> RequestError:
     names = model_names(service)
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     allowed = f"expected {shown}; GET /v1/models lists them{did_you_mean(model[:200], names)}"
-    return _refused("model", f"is {shown_value(model)}; {allowed}", "model_not_found", 404)
+    return refused("model", f"is {shown_value(model)}; {allowed}", "model_not_found", 404)
 
 
 def _limits(options: DmoaOptions, service: SwarmService) -> Limits:

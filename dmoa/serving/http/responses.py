@@ -6,7 +6,7 @@ Last stop of a query over HTTP. The reply's own `dmoa` object is made in `dmoa.t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Literal
 from urllib.parse import quote
@@ -20,7 +20,7 @@ from dmoa.serving.http.errors import RETRY_AFTER_S, ErrorReply, described, encod
 from dmoa.serving.http.middleware import OPEN_PATHS
 from dmoa.serving.http.requests import ChatRequest, CompletionRequest, OutcomeRequest, ParsedRequest
 from dmoa.trace import ReplyDmoa, ReplyModel, finite, reply_dmoa, step_probabilities
-from dmoa.types import Answer, StepRecord
+from dmoa.types import Answer, Choice, StepRecord, ToolCall
 
 _REF = "#/components/schemas/{model}"
 DONE = b"data: [DONE]\n\n"
@@ -28,7 +28,9 @@ _SUMMARY_CHARACTERS = 500
 IGNORED_HEADER = "x-dmoa-ignored"
 MAX_IGNORED = 16
 """Most passed-over fields that a reply names."""
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
+_PIECE = 64
+"""Characters of a tool's arguments in one chunk."""
 
 
 class PromptTokensDetails(ReplyModel):
@@ -54,30 +56,69 @@ class Usage(ReplyModel):
     completion_tokens_details: CompletionTokensDetails
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class CalledFunctionReply(ReplyModel):
+    """The function that is to be called."""
+
+    name: str
+    arguments: str
+    """A JSON object as text."""
+
+
+class ToolCallReply(ReplyModel):
+    """A call of one of the client's tools."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunctionReply
+
+
+class TokenLogprob(ReplyModel):
+    """Log-probabilities at one token."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[dict[str, Any]]
+
+
+class ChoiceLogprobs(ReplyModel):
+    """Log-probabilities of the final call's text."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class ReplyMessage(ReplyModel):
     """The answer as a message."""
 
     role: Literal["assistant"] = "assistant"
-    content: str = Field(min_length=1)
-    reasoning_content: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    content: str | None = Field(min_length=1)
+    """null where tools are called and nothing is said."""
+    tool_calls: list[ToolCallReply] | None = Field(default=None, exclude_if=_is_none)
+    """What the client is to run, and send back in messages of the role tool."""
+    reasoning_content: str | None = Field(default=None, exclude_if=_is_none)
     """What the model of the final call thought before; left out where it did not think."""
     refusal: None = None
 
 
 class ChatChoice(ReplyModel):
-    """The one choice of a chat reply."""
+    """An answer of a chat reply."""
 
-    index: Literal[0] = 0
+    index: int = 0
     message: ReplyMessage
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: Finish
     """length where a token limit cut the text; why the query ended is `dmoa.stop_reason`."""
 
 
 class TextChoice(ReplyModel):
-    """The one choice of a plain completion."""
+    """An answer of a plain completion."""
 
-    index: Literal[0] = 0
+    index: int = 0
     text: str = Field(min_length=1)
     logprobs: None = None
     finish_reason: Finish
@@ -92,7 +133,7 @@ class CompletionReply(ReplyModel):
     model: str
     choices: list[Any]
     usage: Usage
-    dmoa: ReplyDmoa | None = Field(default=None, exclude_if=lambda value: value is None)
+    dmoa: ReplyDmoa | None = Field(default=None, exclude_if=_is_none)
 
 
 class ChatReply(CompletionReply):
@@ -161,13 +202,27 @@ class Rendering:
     def whole(self, answer: Answer) -> CompletionReply:
         """Return the reply of a request that does not stream. Raises EmptyAnswerError."""
         check_not_empty(answer)
-        text, reason = answer.text.encode("utf-8", "replace").decode(), answer.finish_reason
         shared = {**self._head, "usage": usage_of(answer), "dmoa": self._dmoa(answer)}
-        if self._is_chat:
-            thought = answer.reasoning.encode("utf-8", "replace").decode() or None
-            message = ReplyMessage(content=text, reasoning_content=thought)
-            return ChatReply(choices=[ChatChoice(message=message, finish_reason=reason)], **shared)
-        return TextReply(choices=[TextChoice(text=text, finish_reason=reason)], **shared)
+        choices = list(enumerate(choices_of(answer)))
+        if not self._is_chat:
+            texts = [TextChoice(index=i, text=sent(one.text), finish_reason=one.finish_reason) for i, one in choices]
+            return TextReply(choices=texts, **shared)
+        return ChatReply(
+            choices=[
+                ChatChoice(
+                    index=i,
+                    message=ReplyMessage(
+                        content=sent(one.text) or None,
+                        reasoning_content=sent(one.reasoning) or None,
+                        tool_calls=[_call_reply(call) for call in one.tool_calls] or None,
+                    ),
+                    logprobs=None if one.logprobs is None else ChoiceLogprobs.model_validate({"content": list(one.logprobs)}),
+                    finish_reason=one.finish_reason,
+                )
+                for i, one in choices
+            ],
+            **shared,
+        )
 
     def opening(self) -> bytes:
         """Return the chunk that opens a chat stream; plain completions have none."""
@@ -199,15 +254,33 @@ class Rendering:
         """
         events = b""
         check_not_empty(answer)
+        first, *others = choices_of(answer)
         if answer.reasoning.startswith(self._thought):
             events += self.thought(answer.reasoning[len(self._thought) :])
         if answer.text != self._sent and answer.text.startswith(self._sent):
-            events += self._chunk({"content": answer.text[len(self._sent) :]})
+            events += self._chunk({"content": answer.text[len(self._sent) :]}, logprobs=first.logprobs)
+        events += self._calls(first)
+        for index, choice in enumerate(others, 1):
+            delta = {"role": "assistant", "content": choice.text} if self._is_chat else {"content": choice.text}
+            events += self._chunk(delta, index=index, logprobs=choice.logprobs) + self._calls(choice, index)
+            events += self._chunk({}, choice.finish_reason, index=index)
         told = self._dmoa(answer)
-        events += self._chunk({}, answer.finish_reason, **({"dmoa": told.model_dump(mode="json")} if told else {}))
+        more: dict[str, Any] = {"dmoa": told.model_dump(mode="json")} if told else {}
+        events += self._chunk({}, first.finish_reason, **more)
         if self._order.body.wants_usage:
             events += self._event([], usage=usage_of(answer).model_dump())
         return events + DONE
+
+    def _calls(self, choice: Choice, index: int = 0) -> bytes:
+        """Return the chunks of a choice's calls of tools: each call's name first, then its arguments in pieces."""
+        events = b""
+        for place, call in enumerate(choice.tool_calls if self._is_chat else ()):
+            opened = _call_reply(call).model_dump() | {"index": place, "function": {"name": call.name, "arguments": ""}}
+            events += self._chunk({"tool_calls": [opened]}, index=index)
+            for start in range(0, len(call.arguments), _PIECE):
+                piece = {"index": place, "function": {"arguments": call.arguments[start : start + _PIECE]}}
+                events += self._chunk({"tool_calls": [piece]}, index=index)
+        return events
 
     def _dmoa(self, answer: Answer) -> ReplyDmoa | None:
         """Return the reply's `dmoa` object, None where the client wants none."""
@@ -222,20 +295,44 @@ class Rendering:
         named = ", ".join(quote(name, safe="[]._-") for name in self._order.ignored[:MAX_IGNORED])
         return {IGNORED_HEADER: named} if named else {}
 
-    def _chunk(self, delta: Mapping[str, Any], finish_reason: Finish | None = None, **more: Any) -> bytes:
+    def _chunk(
+        self,
+        delta: Mapping[str, Any],
+        finish_reason: Finish | None = None,
+        *,
+        index: int = 0,
+        logprobs: Sequence[Mapping[str, Any]] | None = None,
+        **more: Any,
+    ) -> bytes:
         said = {"delta": delta} if self._is_chat else {"text": delta.get("content", "")}
         if self._order.body.wants_usage:
             more["usage"] = None
-        return self._event([{"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}], **more)
+        listed = None if logprobs is None else {"content": logprobs, "refusal": None}
+        return self._event([{"index": index, **said, "logprobs": listed, "finish_reason": finish_reason}], **more)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
         return _event({"id": self._head["id"], "object": kind, **self._head, "choices": choices, **more})
 
 
+def choices_of(answer: Answer) -> tuple[Choice, ...]:
+    """Return the answers of a query: what a final call wrote, else the one text."""
+    return answer.choices or (Choice(text=answer.text, reasoning=answer.reasoning, finish_reason=answer.finish_reason),)
+
+
+def sent(text: str) -> str:
+    """Return a text as it can be sent: what UTF-8 cannot carry becomes `?`."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _call_reply(call: ToolCall) -> ToolCallReply:
+    function = CalledFunctionReply(name=sent(call.name), arguments=sent(call.arguments))
+    return ToolCallReply(id=sent(call.call_id), function=function)
+
+
 def check_not_empty(answer: Answer) -> None:
-    """Raise EmptyAnswerError for an answer without text: it is never sent as a success."""
-    if not answer.text.strip():
+    """Raise EmptyAnswerError for an answer without text or calls of tools: it is never sent as a success."""
+    if not answer.text.strip() and not any(choice.tool_calls for choice in answer.choices):
         raise EmptyAnswerError("every contribution was empty; ask again, or raise max_tokens")
 
 
@@ -295,6 +392,7 @@ _ERRORS: dict[int, str] = {
     400: "A field is wrong; `param` names it.",
     401: "The API key is missing or not known.",
     403: "Only an admin key may do this.",
+    422: "The answer is not in the form that was asked for; its text is in the message.",
     404: "There is no such model, trace or route.",
     413: "The body is over server.max_body_bytes.",
     429: "Too many queries are in flight, or too many outcomes; try again after Retry-After.",
@@ -302,6 +400,7 @@ _ERRORS: dict[int, str] = {
     503: "No agent is left (`no_agent`), or every contribution was empty (`empty_answer`).",
     504: "The deadline passed before any contribution existed.",
 }
+_OF_QUERIES = (400, 401, 404, 413, 422, 429, 503, 504)
 NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": NotReadyReply, "description": "Agents are down."}}
 
 
@@ -322,7 +421,7 @@ def completions(request: type[BaseModel], reply: type[CompletionReply]) -> dict[
     body = {"application/json": {"schema": {"$ref": _REF.format(model=request.__name__)}}}
     return {
         "response_model": reply,
-        "responses": {200: {"content": {"text/event-stream": {"schema": event}}}} | failures(400, 401, 404, 413, 429, 503, 504),
+        "responses": {200: {"content": {"text/event-stream": {"schema": event}}}} | failures(*_OF_QUERIES),
         "openapi_extra": {"requestBody": {"required": True, "content": body}},
     }
 
@@ -361,7 +460,8 @@ def _complete(document: dict[str, Any], has_keys: bool, bodies: tuple[type[BaseM
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            operation["responses"].pop("422", None)  # FastAPI adds it for path parameters; ours answer 404
+            if operation["responses"].get("422", {}).get("description") == "Validation Error":
+                del operation["responses"]["422"]  # FastAPI adds it for path parameters; ours answer 404
             if has_keys and path not in OPEN_PATHS:
                 operation["security"] = [{"key": []}]
     for name in ("HTTPValidationError", "ValidationError"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from dmoa.engine_options import OpenaiOptions
 from dmoa.engines.openai import OpenaiEngine
 from dmoa.engines.openai_replies import events
 from dmoa.errors import EngineError
-from dmoa.types import Generation
+from dmoa.types import FinalCall, Generation, ToolCall
 from tests.unit.agents.openai_server import Call, FakeEndpoint, Turn, content, event_bytes, playing, request, row
 
 
@@ -329,3 +330,75 @@ async def test_a_whole_text_stays_whole_where_the_deadline_passes_before_the_str
 
     found = await ask(turn, is_stream=True, deadline_s=0.5)
     assert (found.text, found.finish_reason) == ("It is 19.", "stop")
+
+
+CALLED = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+PIECES: list[dict[str, Any]] = [
+    {"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": ""}}]},
+    {"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]},
+    {"tool_calls": [{"index": 1, "id": "c2", "type": "function", "function": {"name": "now", "arguments": None}}]},
+    {"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]},
+]
+FUNCTION = {"name": "add", "parameters": {"type": "object"}}
+
+
+async def final_call(endpoint: FakeEndpoint, final: FinalCall, *, is_stream: bool = False) -> Generation:
+    engine, asked = engine_of(endpoint, top_logprobs=0), replace(request("Hi"), final=final)
+    try:
+        items = [item async for item in engine.stream(asked)] if is_stream else [await engine.generate(asked)]
+    finally:
+        await engine.close()
+    assert isinstance(items[-1], Generation)
+    return items[-1]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_calls_of_tools_that_were_offered_are_read(is_stream: bool) -> None:
+    async def pieces(call: Call) -> None:
+        await call.open_stream()
+        for piece in PIECES:
+            await call.event({"choices": [{"index": 0, "delta": piece}]})
+        await call.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+        await call.event("[DONE]")
+        await call.raw(b"0\r\n\r\n")
+
+    turn = pieces if is_stream else saying({"content": None, "tool_calls": [CALLED, {"function": {"name": "now"}}]}, "tool_calls")
+    async with playing(turn) as endpoint:
+        found = await final_call(endpoint, FinalCall(tools=(FUNCTION,)), is_stream=is_stream)
+        sent = endpoint.calls[0].body
+    first, second = found.tool_calls
+    assert (found.text, found.finish_reason) == ("", "stop")
+    assert first == ToolCall(call_id="c1", name="add", arguments='{"a": 1}')
+    assert (second.name, second.arguments) == ("now", "{}")
+    assert sent["tools"] == [{"type": "function", "function": FUNCTION}]
+    assert sent["tool_choice"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("final", "fields"),
+    [
+        (FinalCall(tools=(FUNCTION,), tool_choice="=add", is_parallel=False),
+         {"tool_choice": {"type": "function", "function": {"name": "add"}}, "parallel_tool_calls": False}),
+        (FinalCall(schema={"type": "object"}), {"response_format": {"type": "json_object"}}),
+        (FinalCall(schema={}, schema_name="n", is_strict=True),
+         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "strict": True}}}),
+        (FinalCall(top_logprobs=3), {"logprobs": True, "top_logprobs": 3}),
+        (FinalCall(n=2), {}),
+    ],
+)  # fmt: skip
+async def test_what_a_client_wants_is_passed_on(final: FinalCall, fields: dict[str, Any]) -> None:
+    async with playing(saying({"content": "1"}, "stop")) as endpoint:
+        await final_call(endpoint, final)
+        sent = endpoint.calls[0].body
+    wanted = {"tools", "tool_choice", "parallel_tool_calls", "response_format", "logprobs", "top_logprobs"} & sent.keys()
+    assert {name: sent[name] for name in wanted} == fields | ({"tools": sent["tools"]} if final.tools else {})
+
+
+async def test_log_probabilities_are_handed_on_as_many_as_were_asked_for() -> None:
+    rows = [{"token": "1", "logprob": -0.1, "bytes": [49], "top_logprobs": [{"token": t, "logprob": -2.0} for t in "1234"]}]
+    async with playing(saying({"content": "1"}, "stop", logprobs={"content": rows})) as endpoint:
+        found = await final_call(endpoint, FinalCall(top_logprobs=2))
+        plain = await final_call(endpoint, FinalCall(n=2))
+    listed = [{"token": "1", "logprob": -2.0, "bytes": [49]}, {"token": "2", "logprob": -2.0, "bytes": [50]}]
+    assert found.logprobs == ({"token": "1", "logprob": -0.1, "bytes": [49], "top_logprobs": listed},)
+    assert plain.logprobs is None

@@ -36,17 +36,40 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": QUESTION} | fields
 
 
+def tool(name: str = "add", **function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **function}}
+
+
+def form(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "form", "schema": schema}}
+
+
+def deep(levels: int) -> dict[str, Any]:
+    """A schema of so many objects in each other."""
+    return {} if levels == 1 else {"not": deep(levels - 1)}
+
+
 REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({}, 400, "model", "missing_required_parameter"),
     ({"model": "tiny"}, 400, "messages", "missing_required_parameter"),
-    (chat(n=2), 400, "n", "unsupported"),
-    (chat(n=True), 400, "n", "unsupported"),
-    (chat(tools=[{"type": "function"}]), 400, "tools", "unsupported"),
-    (chat(tool_choice="required"), 400, "tool_choice", "unsupported"),
+    (chat(n=9), 400, "n", "invalid_value"),
+    (chat(n=True), 400, "n", "invalid_value"),
+    (chat(tools=[{"type": "function"}]), 400, "tools[0].function", "missing_required_parameter"),
+    (chat(tools=[{"type": "file_search"}]), 400, "tools[0].type", "invalid_value"),
+    (chat(tools=[tool("a b")]), 400, "tools[0].function.name", "invalid_value"),
+    (chat(tools=[tool(), tool()]), 400, "tools", "invalid_value"),
+    (chat(tools=[tool(f"t{i}") for i in range(129)]), 400, "tools", "invalid_value"),
+    (chat(tools=[tool(parameters=deep(66))]), 400, "tools[0].function.parameters", "invalid_value"),
+    (chat(tool_choice="required"), 400, "tool_choice", "invalid_value"),
+    (chat(tool_choice="any"), 400, "tool_choice", "invalid_value"),
+    (chat(tools=[tool()], tool_choice=tool("other")), 400, "tool_choice", "invalid_value"),
     (chat(functions=[{}]), 400, "functions", "unsupported"),
-    (chat(logprobs=True), 400, "logprobs", "unsupported"),
-    (chat(top_logprobs=3), 400, "top_logprobs", "unsupported"),
-    (chat(response_format={"type": "json_object"}), 400, "response_format", "unsupported"),
+    (chat(logprobs=1), 400, "logprobs", "invalid_value"),
+    (chat(top_logprobs=3), 400, "top_logprobs", "invalid_value"),
+    (chat(logprobs=True, top_logprobs=21), 400, "top_logprobs", "invalid_value"),
+    (chat(response_format={"type": "xml"}), 400, "response_format.type", "invalid_value"),
+    (chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema", "missing_required_parameter"),
+    (chat(response_format=form(deep(66))), 400, "response_format.json_schema.schema", "invalid_value"),
     (chat(frequency_penalty=0.5), 400, "frequency_penalty", "unsupported"),
     (chat(logit_bias={"5": 1}), 400, "logit_bias", "unsupported"),
     (chat(modalities=["audio"]), 400, "modalities", "unsupported"),
@@ -69,7 +92,7 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     (chat(stop=["a"] * 65), 400, "stop", "invalid_value"),
     (chat(stop="a" * 257), 400, "stop", "invalid_value"),
     (chat(stop=["a", 1]), 400, "stop[1]", "invalid_value"),
-    (chat(n=1.5), 400, "n", "unsupported"),
+    (chat(n=1.5), 400, "n", "invalid_value"),
     (chat(seed=2**63), 400, "seed", "invalid_value"),
     (chat(seed=1.5), 400, "seed", "invalid_value"),
     (chat(stream="yes"), 400, "stream", "invalid_value"),
@@ -106,14 +129,15 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
         "messages[0].content[0].type",
         "unsupported",
     ),
-    (chat(messages=[{"role": "tool", "content": "x"}, USER]), 400, "messages[0].role", "invalid_value"),
+    (chat(messages=[{"role": "tool", "content": "x"}]), 400, "messages[0].role", "invalid_value"),
+    (chat(messages=[USER, {"role": "tool", "content": None}]), 400, "messages[1].content", "invalid_value"),
     (chat(messages=[USER, {"role": "assistant", "content": "x"}]), 400, "messages[1].role", "invalid_value"),
     (chat(messages=[{"role": "system", "content": "x"}]), 400, "messages[0].role", "invalid_value"),
     (
         chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [{}]}, USER]),
         400,
-        "messages[0].tool_calls",
-        "unsupported",
+        "messages[0].tool_calls[0].function",
+        "missing_required_parameter",
     ),
 ]
 
@@ -131,8 +155,8 @@ async def test_a_message_names_field_value_seen_and_what_is_allowed() -> None:
     async with connect(make_app(FakeService())) as client:
         message = check(await client.post(CHAT, json=chat(temperature=3)), 400, "temperature", "invalid_value")
         assert message == "temperature is 3; expected a number less than or equal to 2"
-        message = check(await client.post(CHAT, json=chat(n=2)), 400, "n", "unsupported")
-        assert message == "n is 2, which is not supported; expected 1, null; leave the field out"
+        message = check(await client.post(CHAT, json=chat(logit_bias=2)), 400, "logit_bias", "unsupported")
+        assert message == "logit_bias is 2, which is not supported; expected {}, null; leave the field out"
 
 
 @pytest.mark.parametrize(
@@ -332,8 +356,8 @@ async def test_an_unknown_route_is_told_the_right_one(method: str, path: str, wa
 async def test_what_is_not_supported_yet_names_the_way() -> None:
     async with connect(make_app(FakeService())) as client:
         for field, value, way in (
-            ("tools", [{"type": "function"}], "agents call the tools that the pool gives them (agents[].tools)"),
-            ("response_format", {"type": "json_schema"}, "describe the wanted form in the question"),
+            ("functions", [{"name": "f"}], "send tools and tool_choice"),
+            ("function_call", "f", "send tools and tool_choice"),
         ):
             message = check(await client.post(CHAT, json=chat(**{field: value})), 400, field, "unsupported")
             assert message.endswith(way)

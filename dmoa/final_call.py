@@ -1,0 +1,213 @@
+"""The call that writes an answer as a client wants it: with its tools, by a schema, several times, with log-probabilities.
+
+Agents work on a query as ever, and see nothing of the form. Then one of them, or the summarizer that writes, is asked once more.
+Engines do what they can by themselves; else the form is asked for in words, checked, and asked for once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce
+
+from dmoa.agents.json_forms import calls_in, calls_schema, check_schemas, form_prompt, text_fault, unwrapped
+from dmoa.agents.prompts import agent_messages
+from dmoa.dispatch import Dispatcher
+from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RequestError
+from dmoa.step_calls import AgentCard
+from dmoa.types import (
+    AgentCall,
+    AgentReply,
+    Choice,
+    FinalCall,
+    Message,
+    QueryState,
+    StepRecord,
+    SummarizerRecord,
+    TextDelta,
+    TokenUsage,
+    total_price,
+)
+
+TOOLS, TOOL_PROMPT, SCHEMA, LOGPROBS = "tools", "tool_prompt", "schema", "logprobs"
+"""Abilities of engines: calls of tools by the engine, by a prompt of ours, decoding guided by a schema, log-probabilities."""
+_TASK = "Write the final answer to the question, on the basis of the work so far."
+_SHOWN = 2000
+Emit = Callable[[TextDelta], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """One choice, and the replies that it took."""
+
+    choice: Choice
+    replies: tuple[AgentReply, ...]
+
+
+class FinalCaller:
+    """Asks for answers in the form that a client wants."""
+
+    def __init__(self, dispatcher: Dispatcher, writer: AgentCard | None) -> None:
+        """`writer`: the summarizer that writes answers; None: the agent whose contribution was chosen does."""
+        self._dispatcher = dispatcher
+        self._writer = writer
+
+    def check(self, final: FinalCall, agent: str | None = None) -> None:
+        """Check that somebody can answer so; `agent`: the one that alone is asked. Raises RequestError."""
+        known = self._dispatcher.cards
+        asked = [known[agent]] if agent is not None and agent in known else list(known.values())
+        cards = [self._writer] if self._writer else asked
+        lacks = {card.name: _lack(card, final) for card in cards}
+        if all(lacks.values()):
+            param = lacks[cards[0].name]
+            engines = ", ".join(dict.fromkeys(card.engine for card in cards))
+            can = {"tools": "openai, vllm or transformers", "logprobs": "openai"}.get(param, "any but recorded")
+            seen = f"is not supported by the engine of {'the agent' if agent else 'the pool'} ({engines})"
+            raise RequestError(
+                f"{param}: it {seen}; leave it out, or use an engine that can: {can}", param=param, code="unsupported"
+            )
+        able = [card for card in cards if not lacks[card.name]]
+        check_schemas(final, are_tools_checked=any(TOOLS not in card.abilities for card in able))
+
+    async def write(self, state: QueryState, emit: Emit | None) -> tuple[StepRecord, tuple[Choice, ...]]:
+        """Return the answers, and the step that they took; `emit` takes pieces of the text where it is sure to be the answer's.
+
+        Raises RequestError (422) for an answer that is not in the form when asked for the second time, and what a step raises.
+        """
+        final, started = state.query.final, time.perf_counter()
+        assert final is not None
+        card = self._card(state, final)
+        tasks = [asyncio.create_task(self._choice(state, card, final, number, emit)) for number in range(final.n)]
+        try:
+            written = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        choices, replies = tuple(one.choice for one in written), tuple(reply for one in written for reply in one.replies)
+        first, has_agent = choices[0], self._writer is None
+        used = reduce(TokenUsage.__add__, (reply.usage for reply in replies))
+        record = SummarizerRecord(
+            mode="select" if has_agent else "llm",
+            verdict="rule" if has_agent else "final",
+            reasoning=first.reasoning,
+            usage=TokenUsage() if has_agent else used,
+            latency_ms=0.0 if has_agent else max(reply.latency_ms for reply in replies),
+            engine_ms=0.0 if has_agent else max(reply.engine_ms for reply in replies),
+            finish_reason="length" if first.finish_reason == "length" else "stop",
+            price=None if has_agent else total_price(replies),
+        )
+        step = StepRecord(
+            step=len(state.steps),
+            replies=replies if has_agent else (),
+            active=(card.name,) if has_agent else (),
+            summary=first.text,
+            summarizer=record,
+            wall_ms=(time.perf_counter() - started) * 1e3,
+        )
+        return step, choices
+
+    def _card(self, state: QueryState, final: FinalCall) -> AgentCard:
+        """Return who writes: the summarizer, the agent that was chosen, or else the next one whose engine can."""
+        if self._writer is not None:
+            return self._writer
+        cards, summary = self._dispatcher.cards, state.summary
+        authors = [reply.agent for step in reversed(state.steps) for reply in step.replies if reply.text == summary]
+        names = dict.fromkeys([*authors, *(name for step in reversed(state.steps) for name in step.active), *cards])
+        return next(cards[name] for name in names if not _lack(cards[name], final))
+
+    async def _choice(self, state: QueryState, card: AgentCard, final: FinalCall, number: int, emit: Emit | None) -> _Written:
+        is_prompted = bool(final.tools) and TOOLS not in card.abilities
+        is_guided = SCHEMA in card.abilities
+        is_sure = not is_prompted and final.tool_choice == "auto" and (final.schema is None or is_guided)
+        live = emit if is_sure and final.n == 1 and final.top_logprobs is None else None
+        call = self._call(state, card, final, number, is_prompted=is_prompted)
+        reply = await self._ask(call, card, live)
+        replies: tuple[AgentReply, ...] = (reply,)
+        choice, fault = _read(reply, final, is_prompted=is_prompted)
+        if fault and live is None:
+            told = f"That is not the form that was asked for: {fault}. Write it again, as nothing but that form."
+            said = Message(role="assistant", content=reply.text[:_SHOWN] or "(nothing)")
+            call = replace(call, messages=(*call.messages, said, Message(role="user", content=told)), sample=number + final.n)
+            reply = await self._ask(call, card, None)
+            replies = (*replies, reply)
+            choice, fault = _read(reply, final, is_prompted=is_prompted)
+        if fault:
+            what = "tools" if fault.startswith("tools: ") else "response_format"
+            message = f"{what}: the answer is not in the form that was asked for: {fault.removeprefix('tools: ')}"
+            shown = reply.text if len(reply.text) <= _SHOWN else reply.text[:_SHOWN] + "..."
+            raise RequestError(f"{message}; its text: {shown}", param=what, code="invalid_answer", status=422)
+        if not choice.text.strip() and not choice.tool_calls:
+            raise EmptyAnswerError("the final call wrote nothing; ask again, or raise max_tokens")
+        return _Written(choice=choice, replies=replies)
+
+    def _call(self, state: QueryState, card: AgentCard, final: FinalCall, number: int, *, is_prompted: bool) -> AgentCall:
+        is_forced = is_prompted and final.tool_choice != "auto"
+        is_guided = SCHEMA in card.abilities
+        schema = (calls_schema(final) if is_forced else None if is_prompted else final.schema) if is_guided else None
+        sampling = self._dispatcher.sampling_for(state.query, card.sampling, is_final=True)
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + number)
+        if schema is not None and TOOLS not in card.abilities and "enable_thinking" not in dict(sampling.template):
+            # A thought is no JSON; an endpoint knows that itself.
+            sampling = replace(sampling, template=(*sampling.template, ("enable_thinking", False)))
+        # A model that has to call tools is not told of the schema of an answer in text.
+        told = form_prompt(replace(final, schema=None) if is_forced else final, has_tools=is_prompted)
+        return AgentCall(
+            trace_id=state.query.trace_id,
+            step=len(state.steps),
+            agent=card.name,
+            messages=agent_messages(state.query, state.history, profile=card.profile, instruction=f"{_TASK}\n{told}"),
+            sampling=sampling,
+            deadline_unix_s=state.deadline_unix_s,
+            conversation=state.query.conversation,
+            query_id=state.query.query_id,
+            sample=number,
+            final=replace(final, tools=() if is_prompted else final.tools, schema=schema, n=1),
+        )
+
+    async def _ask(self, call: AgentCall, card: AgentCard, emit: Emit | None) -> AgentReply:
+        reply = await self._dispatcher.ask_once(call, card, emit)
+        if reply.status == "ok":
+            return reply
+        if reply.status == "late":
+            raise DeadlineError(f"the deadline passed before the final call of {card.name} was answered; allow more time")
+        if reply.finish_reason == "length":
+            raise RequestError(f"messages: {reply.error}", param="messages", code="context_length_exceeded")
+        raise NoAgentError(f"the final call of {card.name} was lost ({reply.status}, {reply.error}); ask again")
+
+
+def _lack(card: AgentCard, final: FinalCall) -> str:
+    """Return the field of a request that an agent's engine cannot serve, empty if it can do all."""
+    if final.tools and not {TOOLS, TOOL_PROMPT} & card.abilities:
+        return "tools"
+    if final.top_logprobs is not None and LOGPROBS not in card.abilities:
+        return "logprobs"
+    if card.is_recorded:
+        return "response_format" if final.schema is not None else "n"
+    return ""
+
+
+def _read(reply: AgentReply, final: FinalCall, *, is_prompted: bool) -> tuple[Choice, str]:
+    """Return a reply as a choice, and what is wrong with its form; a text that a limit of tokens cut is given as it is."""
+    is_cut = reply.finish_reason == "length"
+    text, calls, fault = reply.text, reply.tool_calls, ""
+    if is_prompted:
+        calls, fault = calls_in(text, final)
+        text = "" if calls else text
+    elif final.tools and not calls and final.tool_choice != "auto":
+        fault = "no tool is called"
+    fault = f"tools: {fault}" if fault else ""
+    if final.schema is not None and not calls and not fault:
+        text = unwrapped(text)
+        fault = "" if is_cut else text_fault(text, final.schema)
+    choice = Choice(
+        text=text,
+        reasoning=reply.reasoning,
+        tool_calls=calls,
+        logprobs=reply.logprobs,
+        finish_reason="tool_calls" if calls else "length" if is_cut else "stop",
+    )
+    return choice, fault

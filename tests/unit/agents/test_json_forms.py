@@ -1,0 +1,164 @@
+"""JSON by a stranger's schema: what matches, what is refused, that no schema keeps the server busy; calls of tools in texts."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmoa.agents.json_forms import calls_in, calls_schema, form_prompt, schema_fault, text_fault, unwrapped, value_fault
+from dmoa.types import FinalCall
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
+TOOLS = ({"name": "weather", "description": "Tells the weather.", "parameters": PARAMETERS}, {"name": "now"})
+
+
+def nested(levels: int) -> dict[str, Any]:
+    """A schema whose evaluation doubles at every level."""
+    parts = {f"p{i}": {"allOf": [{"$ref": f"#/$defs/p{i + 1}"}] * 2} for i in range(levels)}
+    return {"$ref": "#/$defs/p0", "$defs": {**parts, f"p{levels}": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "fault"),
+    [
+        ({"a": 1}, {"type": "object", "properties": {"a": {"type": "integer"}}}, ""),
+        ({"a": "x"}, {"properties": {"a": {"type": "integer"}}}, "$.a: 'x' is not of type 'integer'"),
+        ("ab", {"pattern": "^a"}, ""),
+        ("ab", {"pattern": "b$"}, ""),
+        ("ab", {"pattern": "^b"}, "$: it does not match '^b'"),
+        ([1, 1], {"uniqueItems": True}, "$: [1, 1] has non-unique elements"),
+        ({"next": {"next": {}}}, {"$defs": {"n": {"properties": {"next": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"}, ""),
+        (1, nested(3), ""),
+        (1, nested(40), "checking it by the schema takes too long"),
+        (1, {"$ref": "#"}, "checking it by the schema takes too long"),
+        ([0] * 20000, {"items": {"allOf": [{"type": "integer"}] * 200}}, "checking it by the schema takes too long"),
+        ("a" * 5000, {"pattern": "^(a+)+$"}, ""),
+        ("a" * 5000 + "!", {"pattern": "^(a+)+$"}, "$: it does not match '^(a+)+$'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_values_are_checked_in_bounded_time(value: Any, schema: dict[str, Any], fault: str) -> None:
+    started = time.perf_counter()
+    assert schema_fault(schema) == ""
+    found = value_fault(value, schema)
+    assert found == fault
+    assert time.perf_counter() - started < 20  # such schemas take minutes to years where nothing bounds them
+
+
+@pytest.mark.parametrize(
+    ("schema", "fault"),
+    [
+        ({"type": "strange"}, "type: 'strange' is not valid"),
+        ({"properties": {"a": {"pattern": "(?=a)"}}}, "is not supported; it must be without look-around"),
+        ({"pattern": "(((a{1000}){1000}){1000})"}, "is not supported"),
+        ({"pattern": "a" * 513}, "is not supported"),
+        ({"pattern": "("}, "is not supported"),
+        ({"patternProperties": {"^(a+)+$": {}}}, "patternProperties is not supported"),
+        ({"items": {"$ref": "http://127.0.0.1:9/x"}}, "references must be $ref, to parts of the same schema"),
+        ({"$dynamicRef": "#x"}, "references must be $ref"),
+        ({"$id": "http://x/y"}, "$id is not supported"),
+    ],
+)
+def test_schemas_that_cannot_be_used_say_why(schema: dict[str, Any], fault: str) -> None:
+    assert fault in schema_fault(schema)
+
+
+def test_a_part_that_is_not_there_is_a_fault_of_the_value() -> None:
+    assert "lacks" in value_fault(1, {"$ref": "#/$defs/none"})
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('{"a": 1}', ""),
+        ("{", "it is not JSON"),
+        ("NaN", "it is not JSON"),
+        ("[" * 100_000, "it is not JSON"),
+        ("[]", "$: [] is not of type 'object'"),
+    ],
+    ids=["object", "cut", "NaN", "deep", "list"],
+)
+def test_texts_are_json_by_the_schema_or_say_why_not(text: str, fault: str) -> None:
+    assert text_fault(text, {"type": "object"}).startswith(fault)
+    assert bool(text_fault(text, {"type": "object"})) == bool(fault)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (' {"a": 1} ', '{"a": 1}'),
+        ('Here it is:\n```json\n{"a": 1}\n```\nGood?', '{"a": 1}'),
+        ('The answer: {"a": [1]} as asked.', '{"a": [1]}'),
+        ("no JSON at all {", "no JSON at all {"),
+    ],
+)
+def test_json_is_taken_out_of_its_wrapping(text: str, value: str) -> None:
+    assert unwrapped(text) == value
+
+
+def asked(choice: str = "auto", *, is_parallel: bool = True) -> FinalCall:
+    return FinalCall(tools=TOOLS, tool_choice=choice, is_parallel=is_parallel)
+
+
+PARIS = ("weather", {"city": "Paris"})
+
+
+@pytest.mark.parametrize(
+    ("text", "final", "calls", "fault"),
+    [
+        ('{"tool_calls": [{"name": "weather", "arguments": {"city": "Paris"}}]}', asked(), [PARIS], ""),
+        ('```json\n{"name": "weather", "arguments": {"city": "Paris"}}\n```', asked(), [PARIS], ""),
+        ('<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>', asked(), [PARIS], ""),
+        ('<tool_call>{"name": "now", "arguments": {}}</tool_call><tool_call>{"name": "now", "arguments": null}', asked(),
+         [("now", {}), ("now", {})], ""),
+        ('[{"function": {"name": "weather", "arguments": "{\\"city\\": \\"Paris\\"}"}}]', asked("required"), [PARIS], ""),
+        ("It is sunny.", asked(), [], ""),
+        ('The result is {"name": "Bob", "arguments": 3}.', asked(), [], ""),
+        ("It is sunny.", asked("required"), [], "no tool is called"),
+        ("", asked("=now"), [], "no tool is called"),
+        ('{"name": "weather", "arguments": {"city": "Paris"}}', asked("=now"), [], "'weather' is called; expected now"),
+        ('{"tool_calls": [{"name": "rain", "arguments": {}}]}', asked(), [], "'rain' is called; expected weather, now"),
+        ('{"name": "weather", "arguments": {}}', asked(), [], "do not match its parameters: $: 'city' is a required property"),
+        ('{"name": "weather", "arguments": "Paris"}', asked(), [], "the arguments of weather are not a JSON object"),
+        ('{"name": ["weather"], "arguments": {}}', asked(), [], ""),
+        ('{"tool_calls": [{"name": "now", "arguments": {}}, {"name": "now", "arguments": {}}]}', asked(is_parallel=False), [],
+         "2 calls; expected at most 1"),
+    ],
+)  # fmt: skip
+def test_calls_are_found_in_texts(text: str, final: FinalCall, calls: list[Any], fault: str) -> None:
+    found, why = calls_in(text, final)
+    assert [(call.name, json.loads(call.arguments)) for call in found] == calls
+    assert why.endswith(fault)
+    assert bool(why) == bool(fault)
+    assert all(call.call_id.startswith("call_") for call in found)
+
+
+@given(st.text(max_size=80) | st.text(alphabet='{}[]":,name`argumetsol_clw <>/', max_size=80))
+def test_any_text_is_read(text: str) -> None:
+    calls, fault = calls_in(text, asked())
+    assert not (calls and fault)
+    assert isinstance(unwrapped(text), str)
+
+
+def test_what_guided_decoding_may_write_is_what_is_read() -> None:
+    for final in (asked("required"), asked("=weather"), asked("required", is_parallel=False)):
+        schema = calls_schema(final)
+        assert schema_fault(schema) == ""
+        text = '{"tool_calls": [{"name": "weather", "arguments": {"city": "Paris"}}]}'
+        assert text_fault(text, schema) == ""
+        assert len(calls_in(text, final)[0]) == 1
+    assert text_fault('{"tool_calls": [{"name": "now", "arguments": {}}]}', calls_schema(asked("=weather")))
+    assert text_fault('{"tool_calls": []}', calls_schema(asked("required")))
+
+
+def test_the_prompt_says_tools_choice_and_form() -> None:
+    text = form_prompt(asked("=now", is_parallel=False), has_tools=True)
+    assert '"description": "Tells the weather."' in text
+    assert text.endswith("Call now. Make one call only.")
+    assert form_prompt(FinalCall(schema={"type": "object"}), has_tools=False) == "Write the answer as nothing but one JSON object"
+    assert '{"type": "integer"}' in form_prompt(FinalCall(schema={"type": "integer"}, schema_name="x"), has_tools=False)

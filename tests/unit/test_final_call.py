@@ -1,0 +1,256 @@
+"""The call that writes a client's answer: who makes it, what it is asked, repairs, refusals, several answers, and its step."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
+from dmoa.config import SUMMARIZER, SummarizerConfig
+from dmoa.dispatch import Dispatcher
+from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RequestError
+from dmoa.orchestrator import Orchestrator
+from dmoa.testing import Schedule, answer_of, asks, card, query
+from dmoa.trace import reply_dmoa
+from dmoa.types import (
+    AgentCall,
+    AgentReply,
+    AgentStatus,
+    Answer,
+    FinalCall,
+    FinishReason,
+    Sampling,
+    StepRecord,
+    TextDelta,
+    TokenUsage,
+    ToolCall,
+)
+
+TOOLS = ({"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},)
+NATIVE = frozenset({"tools", "schema", "logprobs"})
+PROMPTED = frozenset({"tool_prompt"})
+GUIDED = frozenset({"tool_prompt", "schema"})
+CALL = '{"tool_calls": [{"name": "add", "arguments": {"a": 1}}]}'
+FORM: dict[str, Any] = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+
+
+class Writers:
+    """An `AgentClient` whose agents say `work` in steps, and in final calls what is next on their lists."""
+
+    def __init__(self, *finals: AgentReply | str, work: str = "It is 19.") -> None:
+        self._finals = [AgentReply(agent="", status="ok", text=one) if isinstance(one, str) else one for one in finals]
+        self._work = work
+        self.calls: list[AgentCall] = []
+
+    @property
+    def finals(self) -> list[AgentCall]:
+        return [call for call in self.calls if call.final]
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        self.calls.append(call)
+        usage = TokenUsage(prompt_tokens=10, completion_tokens=4)
+        if call.final is None:
+            return AgentReply(agent=call.agent, status="ok", text=self._work, usage=usage)
+        return replace(self._finals[min(len(self.finals), len(self._finals)) - 1], agent=call.agent, usage=usage)
+
+    async def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
+        reply = await self.call(call)
+        yield TextDelta(text=reply.text[:2])
+        yield TextDelta(text=reply.text[2:])
+        yield reply
+
+    async def ping(self, agent: str) -> None:
+        return None
+
+
+def orchestrator(agents: Writers, *, llm: bool = False, **abilities: frozenset[str]) -> Orchestrator:
+    """An orchestrator over agents with these abilities; with `llm` the summarizer, which has those of `one`, writes."""
+    cards = {name: card(name, abilities=known, engine=f"engine-of-{name}") for name, known in abilities.items()}
+    config = SummarizerConfig(mode="llm", llm="tiny") if llm else SummarizerConfig()
+    return Orchestrator(
+        dispatcher=Dispatcher(agents=agents, cards=cards, router=None, is_select=not llm),
+        summarizer=LlmSummarizer(agents, config) if llm else SelectSummarizer(),
+        summarizer_sampling=Sampling(),
+        is_select=not llm,
+        writer=card(SUMMARIZER, abilities=abilities["one"]) if llm else None,
+    )
+
+
+async def written(agents: Writers, final: FinalCall, *, llm: bool = False, **abilities: frozenset[str]) -> Answer:
+    """The answer of a query in one step that asks all agents."""
+    asked = replace(query(sampling={"seed": 5, "max_tokens": 60}), final=final)
+    built = orchestrator(agents, llm=llm, **abilities)
+    built.check(asked)
+    return await answer_of(built, asked, Schedule(asks(*abilities, ends_with="schedule")))
+
+
+async def test_agents_work_without_tools_and_the_chosen_one_gets_them() -> None:
+    calls = (ToolCall(call_id="c1", name="add", arguments='{"a": 1}'), ToolCall(call_id="c2", name="add", arguments='{"a": 2}'))
+    agents = Writers(AgentReply(agent="", status="ok", tool_calls=calls))
+    answer = await written(agents, FinalCall(tools=TOOLS), one=NATIVE, two=NATIVE)
+    work = [call for call in agents.calls if not call.final]
+    assert [call.agent for call in work] == ["one", "two"]
+    assert "add" not in work[0].messages[-1].content
+    (final,) = agents.finals
+    assert (final.agent, final.final, final.step) == ("one", FinalCall(tools=TOOLS), 1)
+    assert final.messages[-1].content.startswith(
+        "What is 12 + 7?\n\nWork so far, step 1:\nIt is 19.\n\nAnswer the question above."
+    )
+    assert answer.choices[0].tool_calls == calls
+    assert (answer.text, answer.choices[0].finish_reason, answer.finish_reason) == ("", "tool_calls", "stop")
+
+
+async def test_the_final_call_is_a_step_and_counts() -> None:
+    answer = await written(Writers("19"), FinalCall(n=1, schema={}, schema_name="any"), one=NATIVE)
+    assert [(step.step, step.active, step.summary) for step in answer.steps] == [(0, ("one",), "It is 19."), (1, ("one",), "19")]
+    assert (answer.usage.total, answer.text, answer.stop_reason) == (28, "19", "schedule")
+    assert [len(step.agents) for step in reply_dmoa(answer).steps] == [1, 1]
+
+
+async def test_in_mode_llm_the_summarizer_writes() -> None:
+    agents = Writers('{"n": 19}', work="FINAL\n19")
+    answer = await written(agents, FinalCall(schema=FORM, schema_name="f"), llm=True, one=GUIDED)
+    assert [call.agent for call in agents.finals] == [SUMMARIZER]
+    assert answer.text == '{"n": 19}'
+    last = answer.steps[-1]
+    assert (last.replies, last.active, last.summarizer.verdict, last.summarizer.usage.total) == ((), (), "final", 14)
+
+
+async def test_who_cannot_is_passed_over_and_where_nobody_can_it_is_a_400() -> None:
+    agents = Writers(AgentReply(agent="", status="ok", tool_calls=(ToolCall(call_id="c", name="add", arguments="{}"),)))
+    await written(agents, FinalCall(tools=TOOLS), one=frozenset(), two=NATIVE)
+    assert [call.agent for call in agents.finals] == ["two"]
+    for final, param in ((FinalCall(tools=TOOLS), "tools"), (FinalCall(top_logprobs=0), "logprobs")):
+        with pytest.raises(
+            RequestError, match=rf"^{param}: it is not supported by the engine of the pool \(engine-of-one\)"
+        ) as caught:
+            await written(Writers("x"), final, one=frozenset({"template"}))
+        assert (caught.value.param, caught.value.code, caught.value.status) == (param, "unsupported", 400)
+
+
+def test_recorded_agents_answer_in_no_form() -> None:
+    cards = {"one": card("one", is_recorded=True, engine="recorded")}
+    dispatcher = Dispatcher(agents=Writers(), cards=cards, router=None, is_select=True)
+    built = Orchestrator(dispatcher=dispatcher, summarizer=SelectSummarizer(), summarizer_sampling=Sampling(), is_select=True)
+    for final, param in ((FinalCall(schema={}), "response_format"), (FinalCall(n=2), "n")):
+        with pytest.raises(RequestError) as caught:
+            built.check(replace(query(), final=final))
+        assert caught.value.param == param
+
+
+async def test_a_named_agent_alone_is_looked_at() -> None:
+    built = orchestrator(Writers("x"), one=frozenset(), two=NATIVE)
+    with pytest.raises(RequestError, match=r"the engine of the agent \(engine-of-one\)"):
+        built.check(replace(query(), final=FinalCall(tools=TOOLS)), "one")
+    built.check(replace(query(), final=FinalCall(tools=TOOLS)), "two")
+
+
+@pytest.mark.parametrize("replies", [(CALL,), ("I call add.", CALL)])
+async def test_tools_are_asked_for_in_words_and_once_more_where_the_form_is_wrong(replies: tuple[str, ...]) -> None:
+    agents = Writers(*replies)
+    answer = await written(agents, FinalCall(tools=TOOLS, tool_choice="required"), one=PROMPTED)
+    assert [(call.name, call.arguments) for call in answer.choices[0].tool_calls] == [("add", '{"a": 1}')]
+    assert answer.text == ""
+    first, *repairs = agents.finals
+    assert first.final == FinalCall(tool_choice="required")
+    assert "Call at least one of them." in first.messages[-1].content
+    assert len(repairs) == len(replies) - 1
+    for call in repairs:
+        assert [message.role for message in call.messages[-3:]] == ["user", "assistant", "user"]
+        assert "no tool is called" in call.messages[-1].content
+        assert call.call_id != first.call_id
+    assert len(answer.steps[-1].replies) == len(replies)
+
+
+async def test_with_tools_in_words_a_plain_text_is_an_answer() -> None:
+    answer = await written(Writers("It is 19."), FinalCall(tools=TOOLS), one=PROMPTED)
+    assert (answer.text, answer.choices[0].tool_calls, answer.choices[0].finish_reason) == ("It is 19.", (), "stop")
+
+
+async def test_guided_engines_get_the_schema_of_calls_that_must_be_made() -> None:
+    agents = Writers(CALL)
+    await written(agents, FinalCall(tools=TOOLS, tool_choice="=add"), one=GUIDED)
+    (call,) = agents.finals
+    assert call.final is not None
+    assert call.final.tools == ()
+    assert call.final.schema["properties"]["tool_calls"]["minItems"] == 1
+    assert call.sampling.template == (("enable_thinking", False),)
+
+
+@pytest.mark.parametrize("abilities", [frozenset(), PROMPTED, NATIVE])
+@pytest.mark.parametrize("replies", [('{"n": 1}',), ('{"n": "x"}', '```json\n{"n": 1}\n```')])
+async def test_answers_match_the_schema(abilities: frozenset[str], replies: tuple[str, ...]) -> None:
+    agents = Writers(*replies)
+    asked = replace(query(), final=FinalCall(schema=FORM, schema_name="f"), is_streamed=False)
+    answer = await answer_of(orchestrator(agents, one=abilities), asked, Schedule(asks("one", ends_with="schedule")))
+    assert answer.text == '{"n": 1}'
+    assert len(agents.finals) == len(replies)
+    assert (agents.finals[0].final == FinalCall(schema=FORM, schema_name="f")) == ("schema" in abilities)
+
+
+@pytest.mark.parametrize(
+    ("final", "param"), [(FinalCall(schema=FORM), "response_format"), (FinalCall(tools=TOOLS, tool_choice="required"), "tools")]
+)
+async def test_a_second_wrong_answer_is_a_422_with_its_text(final: FinalCall, param: str) -> None:
+    agents = Writers("first", "second")
+    with pytest.raises(RequestError, match="its text: second") as caught:
+        await written(agents, final, one=PROMPTED)
+    assert (caught.value.param, caught.value.code, caught.value.status) == (param, "invalid_answer", 422)
+    assert len(agents.finals) == 2
+
+
+async def test_schemas_that_cannot_be_used_are_refused_before_anybody_is_asked() -> None:
+    agents = Writers("x")
+    for final, param in (
+        (FinalCall(schema={"type": "x"}), "response_format"),
+        (FinalCall(tools=({"name": "f", "parameters": {"patternProperties": {"a": {}}}},)), "tools[0]"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            await written(agents, final, one=PROMPTED)
+        assert (caught.value.param, caught.value.code) == (param, "invalid_schema")
+    assert agents.calls == []
+
+
+async def test_a_text_that_a_limit_cut_is_given_as_it_is() -> None:
+    cut: FinishReason = "length"
+    answer = await written(
+        Writers(AgentReply(agent="", status="ok", text='{"n": ', finish_reason=cut)), FinalCall(schema=FORM), one=NATIVE
+    )
+    assert (answer.text, answer.choices[0].finish_reason, answer.finish_reason) == ('{"n":', "length", "length")
+
+
+async def test_several_answers_have_seeds_of_their_own() -> None:
+    agents = Writers("a", "b", "c")
+    answer = await written(agents, FinalCall(n=3), one=frozenset())
+    assert sorted(choice.text for choice in answer.choices) == ["a", "b", "c"]
+    assert answer.text == answer.choices[0].text
+    assert sorted((call.sampling.seed, call.sample) for call in agents.finals) == [(5, 0), (6, 1), (7, 2)]
+    assert len({call.call_id for call in agents.finals}) == 3
+    assert all(call.sampling.max_tokens == 60 for call in agents.finals)
+
+
+@pytest.mark.parametrize(("final", "pieces"), [(FinalCall(tools=TOOLS), ["19", " it is"]), (FinalCall(n=2), [])])
+async def test_text_is_handed_on_where_it_is_sure_to_be_the_answer(final: FinalCall, pieces: list[str]) -> None:
+    asked = replace(query(), final=final, is_streamed=True)
+    built = orchestrator(Writers("19 it is"), one=NATIVE)
+    events = [event async for event in built.answer(asked, Schedule(asks("one", ends_with="single")))]
+    assert [event.text for event in events if isinstance(event, TextDelta)] == pieces
+    assert [type(event) for event in events if not isinstance(event, TextDelta)] == [StepRecord, StepRecord, Answer]
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "error"),
+    [
+        ("late", "error", DeadlineError),
+        ("failed", "error", NoAgentError),
+        ("failed", "length", RequestError),
+        ("ok", "stop", EmptyAnswerError),
+    ],
+)
+async def test_a_final_call_that_is_lost(status: AgentStatus, reason: FinishReason, error: type[Exception]) -> None:
+    reply = AgentReply(agent="", status=status, finish_reason=reason, error="why")
+    with pytest.raises(error):
+        await written(Writers(reply), FinalCall(n=1, top_logprobs=0), one=NATIVE)
