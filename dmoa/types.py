@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import math
 import unicodedata
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from dmoa.answer_form import Choice as Choice
+from dmoa.answer_form import FinalCall as FinalCall
+from dmoa.answer_form import ToolCall as ToolCall
 
 FloatArray = npt.NDArray[np.float32]
 """A CPU array of float32."""
@@ -100,44 +103,6 @@ class Sampling:
     """Factor above 1 by which tokens that were there before lose."""
     template: tuple[tuple[str, bool | int | float | str], ...] = ()
     """Settings of the model's chat template, such as enable_thinking, by name."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolCall:
-    """A call of one of the client's tools, which the client is to run."""
-
-    call_id: str
-    """Named by whoever made it; the client's result names it again."""
-    name: str
-    arguments: str
-    """A JSON object as text."""
-
-
-def new_call_id() -> str:
-    """Return an id for a call of a tool, as OpenAI's look."""
-    return f"call_{uuid.uuid4().hex[:24]}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinalCall:
-    """What a client wants of its answer beyond a text: with any of it the answer is written by a call of its own."""
-
-    tools: tuple[dict[str, Any], ...] = ()
-    """Functions that the answer may call: name, description, parameters (JSON Schema), as OpenAI's objects have them."""
-    tool_choice: str = "auto"
-    """auto, required, or `=NAME`: the tool that must be called."""
-    is_parallel: bool = True
-    """Whether one answer may call several tools."""
-    schema: dict[str, Any] | None = None
-    """JSON Schema of the text; None: any text."""
-    schema_name: str = ""
-    """What the client calls the schema; empty: any JSON object is asked for."""
-    is_strict: bool | None = None
-    """As the client says of its schema, for endpoints."""
-    top_logprobs: int | None = None
-    """Log-probabilities listed per token beside the chosen one's; None: none are asked for."""
-    n: int = 1
-    """Answers, each of a call with its own seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -592,17 +557,6 @@ class Query:
         """Digest of how the conversation began, the same for all its turns: a client's system message and its first words."""
         text = f"{self.system}\0{self.turns[0].content if self.turns else self.text}"
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """One answer of those that a final call was asked for."""
-
-    text: str
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-    logprobs: tuple[dict[str, Any], ...] | None = None
-    finish_reason: Literal["stop", "length", "tool_calls"] = "stop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from dmoa.answer_form import FinalCall, ToolCall, new_call_id
 from dmoa.errors import RequestError
-from dmoa.types import FinalCall, ToolCall, new_call_id
 
 MAX_STEPS = 100_000
 """Most keywords that one check of a text may evaluate, some 0.2 s."""

@@ -27,12 +27,13 @@ from pydantic import (
     model_validator,
 )
 
+from dmoa.answer_form import new_call_id
 from dmoa.core.entropy_scope import answer_tokens
 from dmoa.core.reasoning import split_reasoning
 from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.engines.thoughts import placed_split
 from dmoa.errors import EngineError
-from dmoa.types import EntropySum, FinalCall, FinishReason, Generation, TextDelta, TokenUsage, ToolCall, new_call_id
+from dmoa.types import EntropySum, FinalCall, FinishReason, Generation, TextDelta, TokenUsage, ToolCall
 from dmoa.validation import REDACTED
 
 MAX_CALLS = 128

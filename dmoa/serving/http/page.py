@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field
 
 from dmoa.errors import RequestError
 from dmoa.serving.http.errors import json_response
-from dmoa.serving.http.requests import RequestModel, parse_body
+from dmoa.serving.http.fields import RequestModel
+from dmoa.serving.http.requests import parse_body
 from dmoa.serving.http.responses import failures
 from dmoa.serving.trace_list import AgentStatistics, TraceFilter, TracePage, described_filter
 
