@@ -9,7 +9,7 @@ import io
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +206,32 @@ def robustness(evaluation: Evaluation, benchmark: str) -> str | None:
         figure.supylabel("accuracy, %")
         _legend(figure, evaluation, policies)
         return _svg(figure, f"robustness-{benchmark}")
+
+
+Stream = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Policy -> its answers to the first queries, in order: right, entropy_nats, agents, tokens, gate_version."""
+_ALONG = {"right": ("accuracy so far, %", 100.0), "entropy_nats": ("mean entropy so far, nats", 1.0), "agents": ("agents", 1.0)}
+
+
+def along_the_stream(evaluation: Evaluation, stream: Stream) -> str | None:
+    """Return accuracy, entropy and agents over a stream of queries, with and without adaptation, as means so far."""
+    shown = [policy for policy in evaluation.config.all_policies if stream.get(policy)]
+    if not shown:
+        return None
+    with _figure(_WIDTH_INCHES, 2.8 + _legend_inches(shown)) as figure:
+        for axes, (name, (title, scale)) in zip(figure.subplots(1, len(_ALONG)), _ALONG.items(), strict=True):
+            for policy in shown:
+                number, total, means = evaluation.config.all_policies.index(policy), 0.0, []
+                for count, point in enumerate(stream[policy], start=1):
+                    total += scale * float(point[name] or 0.0)
+                    means.append(total / count)
+                places = [place for place, _ in enumerate(means, start=1)]
+                axes.plot(places, means, color=_colour(number), linewidth=1.4)
+                axes.plot(places[-1:], means[-1:], **_marker(number, size=6.5))
+            axes.set_title(title, fontsize=9.5)
+        figure.supxlabel("queries of the stream")
+        _legend(figure, evaluation, shown)
+        return _svg(figure, "stream")
 
 
 def steps(evaluation: Evaluation) -> str | None:
@@ -459,14 +485,14 @@ class _Plot:
     caption: str = ""
 
 
-def write_report(evaluation: Evaluation, path: Path) -> None:
-    """Write the report whole. Raises ConfigError if it cannot be written."""
+def write_report(evaluation: Evaluation, path: Path, stream: Stream | None = None) -> None:
+    """Write the report whole; `stream` as in `along_the_stream`. Raises ConfigError if it cannot be written."""
     if path.is_dir():
         raise ConfigError(f"--html is {str(path)!r}, a folder; expected a file; name one, such as report.html")
-    write_whole(path, render_report(evaluation))
+    write_whole(path, render_report(evaluation, stream))
 
 
-def render_report(evaluation: Evaluation) -> str:
+def render_report(evaluation: Evaluation, stream: Stream | None = None) -> str:
     """Return the page: the same result gives the same text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -492,7 +518,7 @@ def render_report(evaluation: Evaluation) -> str:
         curves=figures.curves(evaluation),
         curve_counts=sorted({row.adversaries for row in evaluation.robustness}),
         first=next((plot for plot in _first_plot(evaluation)), None),
-        sections=[section for section in _sections(evaluation) if section.plots],
+        sections=[section for section in (*_adaptation(evaluation, stream or {}), *_sections(evaluation)) if section.plots],
         provenance=_provenance(evaluation),
         settings=_settings(evaluation),
     )
@@ -601,6 +627,13 @@ def _first_plot(evaluation: Evaluation) -> Iterator[_Plot]:
         caption="Vertical lines: 95 % intervals. Dashed: chance. Dotted: the policies that no other beats in both. "
         "Up and to the left is better.",
     )
+
+
+def _adaptation(evaluation: Evaluation, stream: Stream) -> Iterator[_Section]:
+    versions = {policy: list(dict.fromkeys(str(point["gate_version"]) for point in points)) for policy, points in stream.items()}
+    told = "; ".join(f"{policy}: {len(found)} versions, {found[0]} to {found[-1]}" for policy, found in versions.items() if found)
+    caption = f"Counted answers, each given before the update on its query. {told}."
+    yield _Section(heading="Adaptation", plots=list(_drawn(along_the_stream(evaluation, stream), caption=caption)))
 
 
 def _sections(evaluation: Evaluation) -> Iterator[_Section]:

@@ -205,6 +205,7 @@ def _adapted(
     bars: Bars,
     command: str,
 ) -> AdaptReport:
+    from dmoa.evaluation.report import write_report
     from dmoa.evaluation.run import evaluate
     from dmoa.workflows.evaluate import build_evaluation, log_tables, opened_ray
 
@@ -223,8 +224,33 @@ def _adapted(
     common.say(f"the rest, by {len(gates)} frozen gates")
     evaluation = evaluate(session)
     report = _report(options, config, folder, [task for task, _ in first], dict(session.gates), command)
+    write_report(evaluation, folder.report, {f"dmoa:{gate}": points for gate, points in report.stream.items()})
+    log_stream(report, folder.root, options)
     log_tables(evaluation, folder, asked)
     return report
+
+
+def log_stream(report: AdaptReport, root: Path, options: AdaptOptions) -> None:
+    """Log the stream, a step a query, and the table to the tracker: means so far, and every update's drift.
+
+    Nothing where the same is logged already.
+    """
+    from dmoa import tracking
+
+    columns = list(AdaptRow.model_fields)
+    rows = [list(row.model_dump().values()) for row in report.rows]
+    if tracking.is_logged(root, "table", name="adaptation", rows=rows):
+        return
+    tracker = tracking.open_tracker(options.track, run_dir=root, project="dmoa", name=root.name, config=report.options)
+    totals: dict[str, float] = {}
+    for count in range(1, max(map(len, report.stream.values()), default=0) + 1):
+        for gate, points in report.stream.items():
+            for name in ("right", "entropy_nats", "agents", "tokens"):
+                totals[f"{gate}/{name}"] = totals.get(f"{gate}/{name}", 0.0) + float(points[count - 1][name] or 0.0)
+        drifts = {f"{start}/drift": float(one[count - 1]["drift"]) for start, one in report.updates.items() if count <= len(one)}
+        tracker.log({name: total / count for name, total in totals.items()} | drifts, step=count)
+    tracker.table("adaptation", columns, rows)
+    tracker.finish()
 
 
 def _evaluation(options: AdaptOptions, names: Sequence[str]) -> EvaluateOptions:
