@@ -73,13 +73,14 @@ class Orchestrator:
         if query.final is not None:
             FinalCaller(self.dispatcher, self.writer).check(query.final, agent)
 
-    async def answer(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:
+    async def answer(self, query: Query, policy: Policy, done: tuple[StepRecord, ...] = ()) -> AsyncGenerator[Event]:
         """Yield every finished step, pieces of the final text where it streams, and last the Answer.
 
-        Closing the iterator cancels the query's agent calls. Raises NoAgentError, EmptyAnswerError, DeadlineError.
+        `done`: steps that the query goes on from; they are part of the Answer. Closing the iterator cancels the query's agent
+        calls. Raises NoAgentError, EmptyAnswerError, DeadlineError.
         """
         events: asyncio.Queue[Event | None] = asyncio.Queue()
-        task = asyncio.create_task(self._run(query, policy, events.put_nowait))
+        task = asyncio.create_task(self._run(query, policy, events.put_nowait, done))
         task.add_done_callback(lambda _: events.put_nowait(None))
         try:
             while (event := await events.get()) is not None:
@@ -89,9 +90,11 @@ class Orchestrator:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _run(self, query: Query, policy: Policy, emit: Emit) -> None:
+    async def _run(self, query: Query, policy: Policy, emit: Emit, done: tuple[StepRecord, ...]) -> None:
         started = time.perf_counter()
         state = begin(query)
+        for step in done:
+            state = advance(state, step)
         reason: StopReason | None = None
         # Where the answer is written by a call of its own, no text before is the answer's.
         tell = emit if query.final is None else lambda event: None if isinstance(event, TextDelta) else emit(event)

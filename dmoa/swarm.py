@@ -7,6 +7,7 @@ the router and the encoder behind it differ.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from dmoa.agents import tools as toolbox
@@ -17,7 +18,7 @@ from dmoa.orchestrator import Orchestrator
 from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
 from dmoa.protocols import AgentClient, Encoder, Engine, Policy, Router
 from dmoa.step_calls import AgentCard
-from dmoa.types import Event, Limits, Price, Query
+from dmoa.types import Activation, Event, Limits, Price, Query, QueryState, StepPlan, StepRecord, Stop
 
 N = TypeVar("N", int, float)
 
@@ -67,9 +68,21 @@ class Swarm:
 
         For `dmoa` it names one of the gates. Raises RequestError for an unknown policy or gate.
         """
-        context = PolicyContext(config=self.config, router=self.router, encoder=self.encoder, agent=agent, gates=self._gates)
+        chosen = self.policy(policy, agent)
         self._orchestrator.check(query, agent)
-        return self._orchestrator.answer(query, build_policy(policy, context))
+        return self._orchestrator.answer(query, chosen)
+
+    def policy(self, name: str, agent: str | None = None) -> Policy:
+        """Return the policy called `name`, built for one query. Raises RequestError for an unknown policy or gate."""
+        context = PolicyContext(config=self.config, router=self.router, encoder=self.encoder, agent=agent, gates=self._gates)
+        return build_policy(name, context)
+
+    def branch(
+        self, query: Query, policy: str, done: tuple[StepRecord, ...], first: tuple[str, ...] = ()
+    ) -> AsyncGenerator[Event]:
+        """Answer as `ask` does, from some steps on; `first`: agents that the next step asks in place of the policy's own."""
+        chosen = self.policy(policy)
+        return self._orchestrator.answer(query, AsksFirst(chosen, first, len(done)) if first else chosen, done)
 
     def follow(self, query: Query, policy: Policy) -> AsyncGenerator[Event]:
         """Answer as `ask` does, by a policy of the caller's own."""
@@ -79,6 +92,26 @@ class Swarm:
         """Stop the engines."""
         for engine in self._engines:
             await engine.close()
+
+
+class AsksFirst:
+    """A policy that asks agents of one's own in one step, and else goes on as another does; implements `Policy`."""
+
+    def __init__(self, policy: Policy, agents: tuple[str, ...], step: int) -> None:
+        """`step` counts from 0. What the gate decided there stays recorded, and its state goes on."""
+        self._policy, self._agents, self._step = policy, agents, step
+        self.name = policy.name
+
+    async def next_step(self, state: QueryState) -> StepPlan | Stop:
+        """Return the other policy's plan, in the one step with the agents asked in place of its own."""
+        plan = await self._policy.next_step(state)
+        if isinstance(plan, Stop) or len(state.steps) != self._step:
+            return plan
+        known = {one.agent: one for one in (*plan.activations, *plan.reserves)}
+        asked = tuple(known.get(name) or Activation(agent=name, probability=0.0) for name in self._agents)
+        rest = tuple(one for name, one in known.items() if name not in self._agents)
+        mass = sum(one.probability for one in asked)
+        return replace(plan, activations=asked, reserves=rest, explored=(), quorum=None, mass=min(1.0, mass))
 
 
 def _card(config: Config, agent: AgentConfig) -> AgentCard:

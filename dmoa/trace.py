@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,10 +29,13 @@ from dmoa.types import (
     EntropyKind,
     EntropySum,
     FinishReason,
+    Limits,
+    Message,
     Query,
     RoutedBy,
     RouteDecision,
     RouteRequest,
+    Stage,
     StepRecord,
     StopReason,
     SummarizerRecord,
@@ -168,6 +171,8 @@ class ReplyDmoa(ReplyModel):
 
     trace_id: str
     """Names the query: GET /v1/dmoa/traces/ID."""
+    trace_url: str | None = Field(default=None, exclude_if=_is_none)
+    """Where the server's page shows the query."""
     pool: str
     """The pool that answered."""
     policy: str
@@ -192,10 +197,11 @@ class ReplyDmoa(ReplyModel):
     """The finished steps, in order."""
 
 
-def reply_dmoa(answer: Answer, *, pool: str = "", with_texts: bool = False) -> ReplyDmoa:
+def reply_dmoa(answer: Answer, *, pool: str = "", with_texts: bool = False, trace_url: str | None = None) -> ReplyDmoa:
     """Return the reply's `dmoa` object; `with_texts` adds every agent's text and every step's summary."""
     return ReplyDmoa(
         trace_id=answer.trace_id,
+        trace_url=trace_url,
         pool=pool,
         policy=answer.policy,
         gate_version=answer.gate_version,
@@ -341,9 +347,27 @@ def _routed(step: StepRecord, route: TraceRoute, trace: Trace, epsilon: float | 
             hidden_H=np.asarray(route.hidden_H, np.float32),
             routed_by=trace.dmoa.routed_by,
             theta=route.theta,
+            max_agents=route.gate_max_agents or 1,
         ),
         route=RouteRequest(input_X=np.asarray(route.input_X, np.float32), max_agents=route.max_agents),
     )
+
+
+def query_of_trace(trace: Trace, trace_id: str) -> Query:
+    """Return the query of a trace as it was asked, under a new id."""
+    told = {name: value for name, value in trace.query.items() if name in {field.name for field in fields(Query)}}
+    sampling = dict(told.get("sampling") or {})
+    if isinstance(sampling.get("stop"), list):
+        sampling["stop"] = tuple(sampling["stop"])
+    made = {
+        "trace_id": trace_id,
+        "turns": tuple(Message(**turn) for turn in told.get("turns") or ()),
+        "limits": Limits(**(told.get("limits") or {})),
+        "stages": tuple(Stage(**stage) for stage in told.get("stages") or ()),
+        "sampling": sampling,
+        "traceparent": "",
+    }
+    return Query(**(told | made))
 
 
 def step_probabilities(step: StepRecord) -> dict[str, float]:
@@ -476,6 +500,8 @@ class TraceRoute(BaseModel):
     """Most agents that the step could come to; null in traces of versions without a cascade."""
     cold: list[str] = []
     """Agents that had no replica when the decision was made."""
+    gate_max_agents: int | None = None
+    """K of the gate version; null in older traces."""
 
 
 class TraceCall(BaseModel):
@@ -580,6 +606,7 @@ def _route(step: StepRecord, request: RouteRequest, decision: RouteDecision) -> 
         theta=decision.theta,
         limit=decision.limit,
         cold=list(decision.cold),
+        gate_max_agents=decision.max_agents,
     )
 
 

@@ -85,9 +85,9 @@ class SwarmIngress:
         watchdog = CallWatchdog(self._router.missing_replicas)
         self._agents = ServeAgentClient(handles, pool_version(config), affine=affine_agents(config), watchdog=watchdog)
         self._traces = ensure_traces(app, config.router)
-        self.page = Observatory(traces=self._traces, router=self._router, actor=actor, agents=config.agent_names)
         self._feedback = FeedbackClient(config, app) if config.router.feedback == "on" else None
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
+        self.page = Observatory(traces=self._traces, router=self._router, actor=actor, swarm=self._swarm)
         self._metrics = QueryMetrics(config.name)
         self._any_ingress = serve.get_deployment_handle(_INGRESS, app).options(method_name="answer_here", stream=True)
         self._answered_elsewhere: dict[str, str] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from dmoa.errors import CheckpointError, NoAgentError, RequestError
 from dmoa.serving.router.client import RemoteRouter
-from dmoa.serving.trace_list import TraceFilter
+from dmoa.serving.trace_list import TraceFilter, TraceSummary
+from dmoa.serving.what_if import DecidedStep, branch, by_gate, by_policy
+from dmoa.swarm import Swarm
+from dmoa.trace import Trace
+from dmoa.types import Event, Query
 
 AWAY = "the router is away; try again in a moment"
 
@@ -19,12 +24,13 @@ AWAY = "the router is away; try again in a moment"
 class Observatory:
     """The page's view of one app."""
 
-    def __init__(self, *, traces: Any, router: RemoteRouter, actor: Any, agents: Sequence[str]) -> None:
+    def __init__(self, *, traces: Any, router: RemoteRouter, actor: Any, swarm: Swarm) -> None:
         """`traces` and `actor` are the trace store's and the router's handles."""
         self._traces = traces
         self._router = router
         self._actor = actor
-        self._agents = tuple(agents)
+        self._swarm = swarm
+        self._agents = swarm.config.agent_names
 
     async def status(self) -> dict[str, Any] | None:
         """Return the router's account of itself; None while it is away."""
@@ -56,6 +62,31 @@ class Observatory:
         """Make an earlier gate current again. Raises RequestError where there is none such."""
         changed: dict[str, Any] = await self._ask("rollback", version, note)
         return changed
+
+    async def what_if(self, trace: Trace, *, gate_version: str | None, policy: str | None) -> list[DecidedStep]:
+        """Decide every step of a trace again. Raises RequestError."""
+        if gate_version is not None:
+            return await by_gate(trace, self._router, gate_version)
+        return await by_policy(trace, self._swarm, policy or "")
+
+    def branch(
+        self, trace: Trace, trace_id: str, *, step: int, policy: str | None, agents: tuple[str, ...]
+    ) -> tuple[Query, AsyncGenerator[Event]]:
+        """Return the query that goes on from before a step of a trace, and its events. Raises RequestError."""
+        return branch(trace, self._swarm, trace_id, step=step, policy=policy, agents=agents)
+
+    async def runs(self) -> list[dict[str, Any]]:
+        """Return nothing: what is on the disk of whoever trains, `dmoa view` shows."""
+        return []
+
+    async def run(self, run_id: str) -> dict[str, Any] | None:
+        """Return None: as `runs`."""
+        return None
+
+    def failed(self, summary: TraceSummary, key_hash: str) -> None:
+        """Keep the summary of a query that was not answered."""
+        with suppress(RayError):
+            self._traces.put_failed.remote(summary.model_dump_json(), key_hash)
 
     async def _ask(self, method: str, *arguments: object) -> Any:
         try:

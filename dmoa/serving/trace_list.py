@@ -6,6 +6,7 @@ The same for a server's own traces and for files of traces on disk.
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,11 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmoa.errors import RequestError
 from dmoa.trace import ReplyDmoa
-from dmoa.validation import expectation
+from dmoa.types import Query
+from dmoa.validation import expectation, redact_text
 
 MAX_LISTED = 200
 """Most traces of one page of the list."""
 _QUESTION_CHARACTERS = 240
+_ERROR_CHARACTERS = 500
 _BINS = 12
 _MAX_NATS = 3.0
 """Where the last bin of the entropies begins to hold everything above."""
@@ -106,6 +109,27 @@ def summarise(
         error=", ".join(failed) or None,
     )
     return summary, calls
+
+
+def summary_of_failure(query: Query, policy: str, error: Exception, started_unix_s: float) -> TraceSummary:
+    """Return a query that was not answered as a list shows it."""
+    now = time.time()
+    return TraceSummary(
+        trace_id=query.trace_id,
+        created_unix_s=now,
+        question=query.text[:_QUESTION_CHARACTERS],
+        policy=policy,
+        gate_version=None,
+        stop_reason=None,
+        steps=0,
+        agents=[],
+        prompt_tokens=0,
+        completion_tokens=0,
+        wall_ms=round((now - started_unix_s) * 1e3, 3),
+        price=None,
+        degraded=False,
+        error=redact_text(f"{type(error).__name__}: {error}")[:_ERROR_CHARACTERS],
+    )
 
 
 class TraceFilter(BaseModel):

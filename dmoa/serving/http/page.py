@@ -7,19 +7,25 @@ all keys and may roll the gate back.
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
 
 from dmoa.errors import RequestError
 from dmoa.serving.http.errors import json_response
-from dmoa.serving.http.fields import RequestModel
+from dmoa.serving.http.fields import WHOLE, RequestModel
 from dmoa.serving.http.requests import parse_body
 from dmoa.serving.http.responses import failures
+from dmoa.serving.http.service import SwarmService
 from dmoa.serving.trace_list import AgentStatistics, TraceFilter, TracePage, described_filter
+from dmoa.serving.what_if import DecidedStep
+from dmoa.trace import ReplyDmoa, Trace, reply_dmoa
+from dmoa.types import Answer, Event, Query
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _POLICY = (
@@ -77,6 +83,60 @@ class RollbackReply(BaseModel):
     changed: bool
 
 
+class WhatIfRequest(RequestModel):
+    """Body of POST /v1/dmoa/traces/{trace_id}/what-if: one of the two."""
+
+    gate_version: str | None = Field(default=None, max_length=200)
+    """Version that decides on the recorded inputs; the router keeps those of its history."""
+    policy: str | None = Field(default=None, max_length=200)
+    """Policy that says whom it would ask at each recorded state."""
+
+
+class WhatIfReply(BaseModel):
+    """Body of the answer to what if."""
+
+    trace_id: str
+    steps: list[DecidedStep]
+
+
+class BranchRequest(RequestModel):
+    """Body of POST /v1/dmoa/traces/{trace_id}/branch."""
+
+    step: Annotated[int, WHOLE] = Field(ge=0, le=1000)
+    """Counts from 0: the steps before it are taken as they were."""
+    policy: str | None = Field(default=None, max_length=200)
+    """Policy to go on with; null: the recorded one."""
+    agents: list[str] = Field(default_factory=list, max_length=64)
+    """Whom the step asks in place of the policy's choice."""
+
+
+class BranchReply(BaseModel):
+    """Body of the answer to a branch."""
+
+    answer: str
+    dmoa: ReplyDmoa
+    """As in a chat reply with `dmoa.trace`."""
+
+
+class RunLine(BaseModel):
+    """One training or evaluation in a list."""
+
+    id: str
+    name: str
+    kind: Literal["training", "evaluation"]
+    unix_s: float | None
+    """When it began."""
+
+
+class RunsReply(BaseModel):
+    """Body of GET /v1/dmoa/runs."""
+
+    data: list[RunLine]
+
+
+Follow = Callable[[Request, Query, str, AsyncGenerator[Event], Mapping[str, str]], Awaitable[Answer]]
+
+
 @cache
 def _asset(name: str) -> bytes | None:
     found = files("dmoa") / "serving" / "page" / name
@@ -107,8 +167,9 @@ def owner_of(request: Request, *, mine: bool = False) -> str | None:
 class PageRoutes:
     """Handlers of the routes, over the service of each request."""
 
-    def __init__(self, getter: Any) -> None:
+    def __init__(self, getter: Callable[[], SwarmService], follow: Follow) -> None:
         self._service = getter
+        self._follow = follow
 
     async def status(self, request: Request) -> Response:
         """Tell of the pool: agents, gate, and what the agents did in the queries of the key."""
@@ -147,42 +208,79 @@ class PageRoutes:
         done = await self._service().page.rollback(wanted.version, wanted.note)
         return json_response({name: done[name] for name in RollbackReply.model_fields})
 
+    async def _trace(self, request: Request, trace_id: str) -> Trace:
+        found = await self._service().trace(trace_id, owner_of(request))
+        if found is None:
+            raise unknown_trace(trace_id)
+        return Trace.model_validate(found)
 
-BODIES: tuple[type[BaseModel], ...] = (RollbackRequest,)
+    async def what_if(self, request: Request, trace_id: str) -> Response:
+        """Decide the steps of a query of the key again, by another gate version or policy; asks no agent."""
+        wanted = parse_body(WhatIfRequest, await request.body(), request.headers.get("content-type", ""))
+        if (wanted.gate_version is None) == (wanted.policy is None):
+            raise RequestError("gate_version: send it, or policy, and not both", param="gate_version", code="invalid_value")
+        trace = await self._trace(request, trace_id)
+        steps = await self._service().page.what_if(trace, gate_version=wanted.gate_version, policy=wanted.policy)
+        return json_response(WhatIfReply(trace_id=trace_id, steps=steps))
+
+    async def branch(self, request: Request, trace_id: str) -> Response:
+        """Ask again from before a step of a query of the key; what comes of it is a query of its own."""
+        wanted = parse_body(BranchRequest, await request.body(), request.headers.get("content-type", ""))
+        trace, service = await self._trace(request, trace_id), self._service()
+        query, events = service.page.branch(
+            trace, uuid.uuid4().hex, step=wanted.step, policy=wanted.policy, agents=tuple(wanted.agents)
+        )
+        metadata = {"branched_from": trace_id, "branched_at": str(wanted.step)}
+        answer = await self._follow(request, query, wanted.policy or trace.dmoa.policy, events, metadata)
+        return json_response(BranchReply(answer=answer.text, dmoa=reply_dmoa(answer, pool=service.pool, with_texts=True)))
+
+    async def runs(self) -> Response:
+        """List the trainings and evaluations that the page can show."""
+        return json_response(RunsReply(data=[RunLine.model_validate(one) for one in await self._service().page.runs()]))
+
+    async def run(self, run_id: str) -> Response:
+        """Tell of one training or evaluation."""
+        found = await self._service().page.run(run_id)
+        if found is None:
+            raise RequestError(f"run_id is {run_id[:80]!r}; there is no such run", param="run_id", code="unknown_run", status=404)
+        return json_response(found)
+
+
+def unknown_trace(trace_id: str) -> RequestError:
+    """Return the error of a trace that the key does not see."""
+    message = f"trace_id is {trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
+    return RequestError(message, param="trace_id", code="trace_not_found", status=404)
+
+
+BODIES: tuple[type[BaseModel], ...] = (RollbackRequest, WhatIfRequest, BranchRequest)
 """Request records for the OpenAPI document."""
 
 
-def add_routes(app: FastAPI, getter: Any) -> None:
-    """Add the page and its routes to an app; `getter` returns the `SwarmService`, whose `page` they read."""
-    routes, body = PageRoutes(getter), {"required": True}
+def _posted(reply: type[BaseModel], body: type[BaseModel], *statuses: int) -> dict[str, Any]:
+    """Return FastAPI's arguments for a route that takes a body of ours."""
+    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+    return {
+        "response_model": reply,
+        "responses": failures(400, 401, 404, 413, *statuses),
+        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
+    }
+
+
+def add_routes(app: FastAPI, getter: Callable[[], SwarmService], follow: Follow) -> None:
+    """Add the page and its routes to an app; `follow` runs a query that the page has made, and keeps it."""
+    routes, base = PageRoutes(getter, follow), "/v1/dmoa"
     html = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
+    listed = {"response_model": TracePage, "responses": failures(400, 401), "openapi_extra": {"parameters": described_filter()}}
     app.add_api_route("/page/{name}", asset, methods=["GET"], include_in_schema=False)
     for method, path, endpoint, document in (
         ("GET", "/", page, {"responses": html | failures()}),
-        ("GET", "/v1/dmoa/status", routes.status, {"response_model": StatusReply, "responses": failures(401)}),
-        (
-            "GET",
-            "/v1/dmoa/traces",
-            routes.traces,
-            {
-                "response_model": TracePage,
-                "responses": failures(400, 401),
-                "openapi_extra": {"parameters": described_filter()},
-            },
-        ),
-        ("GET", "/v1/dmoa/gates", routes.gates, {"response_model": GatesReply, "responses": failures(401, 503)}),
-        (
-            "POST",
-            "/v1/dmoa/gates/rollback",
-            routes.rollback,
-            {
-                "response_model": RollbackReply,
-                "responses": failures(400, 401, 403, 404, 413, 503),
-                "openapi_extra": {
-                    "requestBody": body
-                    | {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/RollbackRequest"}}}}
-                },
-            },
-        ),
+        ("GET", f"{base}/status", routes.status, {"response_model": StatusReply, "responses": failures(401)}),
+        ("GET", f"{base}/traces", routes.traces, listed),
+        ("GET", f"{base}/gates", routes.gates, {"response_model": GatesReply, "responses": failures(401, 503)}),
+        ("POST", f"{base}/gates/rollback", routes.rollback, _posted(RollbackReply, RollbackRequest, 403, 503)),
+        ("POST", f"{base}/traces/{{trace_id}}/what-if", routes.what_if, _posted(WhatIfReply, WhatIfRequest, 503)),
+        ("POST", f"{base}/traces/{{trace_id}}/branch", routes.branch, _posted(BranchReply, BranchRequest, 429, 503, 504)),
+        ("GET", f"{base}/runs", routes.runs, {"response_model": RunsReply, "responses": failures(401)}),
+        ("GET", f"{base}/runs/{{run_id}}", routes.run, {"response_model": dict[str, Any], "responses": failures(401, 404)}),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)

@@ -183,7 +183,8 @@ def step_line(step: StepRecord) -> str:
 class Rendering:
     """Renders one order's answer, in one piece or as stream chunks; chat and plain completions differ only here."""
 
-    def __init__(self, order: ParsedRequest, pool: str, *, is_chat: bool) -> None:
+    def __init__(self, order: ParsedRequest, pool: str, *, is_chat: bool, trace_url: str | None = None) -> None:
+        self._trace_url = trace_url
         self._order = order
         self._pool = pool
         self._is_chat = is_chat
@@ -286,7 +287,7 @@ class Rendering:
         """Return the reply's `dmoa` object, None where the client wants none."""
         if self._order.body.dmoa is False:
             return None
-        told = reply_dmoa(answer, pool=self._pool, with_texts=self._order.body.wants_texts)
+        told = reply_dmoa(answer, pool=self._pool, with_texts=self._order.body.wants_texts, trace_url=self._trace_url)
         return told.model_copy(update={"ignored": list(self._order.ignored[:MAX_IGNORED])}) if self._order.ignored else told
 
     @property

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -20,12 +21,13 @@ from starlette.types import Receive, Scope, Send
 
 from dmoa import __version__
 from dmoa.config import ServerConfig
-from dmoa.errors import DmoaError, EmptyAnswerError, RequestError
+from dmoa.errors import DmoaError, EmptyAnswerError
 from dmoa.serving.http import errors, page, requests, responses
 from dmoa.serving.http.errors import json_response
 from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit, KeyCheck
 from dmoa.serving.http.service import SwarmService
-from dmoa.types import Answer, Event, StepRecord
+from dmoa.serving.trace_list import summary_of_failure
+from dmoa.types import Answer, Event, Query, StepRecord
 
 T = TypeVar("T")
 
@@ -83,6 +85,8 @@ class EventStream(Response):
 
 
 logger = logging.getLogger(__name__)
+_TRACEPARENT = 64
+"""Characters that are read of the header: the format has 55."""
 
 
 def create_app(
@@ -129,7 +133,7 @@ def create_app(
         ("POST", "/v1/dmoa/outcomes", front.outcome, responses.outcomes()),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)
-    page.add_routes(app, service_getter)
+    page.add_routes(app, service_getter, front.follow)
     responses.install_document(app, has_keys=bool(key_hashes), bodies=page.BODIES)
     app.add_route(DOCS_PATH, lambda request: HTMLResponse(responses.docs_page(app.openapi())), methods=["GET"])
     return app
@@ -199,8 +203,7 @@ class _Front:
         """Return the trace of a query, to the key that made it."""
         found = await self._service().trace(trace_id, page.owner_of(request))
         if found is None:
-            message = f"trace_id is {trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
-            raise RequestError(message, param="trace_id", code="trace_not_found", status=404)
+            raise page.unknown_trace(trace_id)
         return json_response(found)
 
     async def outcome(self, request: Request) -> Response:
@@ -215,7 +218,9 @@ class _Front:
         return requests.parse_body(model, await request.body(), kind, refuses_unknown=self._refuses_unknown)
 
     async def _respond(self, request: Request, order: requests.ParsedRequest, *, is_chat: bool) -> Response:
-        rendering = responses.Rendering(order, self._service().pool, is_chat=is_chat)
+        order = replace(order, query=replace(order.query, traceparent=request.headers.get("traceparent", "")[:_TRACEPARENT]))
+        at = f"{str(request.base_url).rstrip('/')}/#/query/{order.query.trace_id}"
+        rendering = responses.Rendering(order, self._service().pool, is_chat=is_chat, trace_url=at)
         headers = rendering.headers | ({} if self._has_request_ids else {"X-Request-Id": order.query.trace_id})
         items = self._items(order, _key_hash(request))
         if order.body.stream:
@@ -224,13 +229,40 @@ class _Front:
 
     async def _items(self, order: requests.ParsedRequest, key_hash: str) -> AsyncGenerator[Event]:
         """Yield what the service yields while holding a place; keep the trace before the answer leaves."""
+        service, body = self._service(), order.body
+        events = service.ask(order.query, order.policy, order.agent)
+        async with aclosing(self._kept(order.query, order.policy, events, key_hash, body.user, body.labels)) as items:
+            async for item in items:
+                yield item
+
+    async def _kept(
+        self,
+        query: Query,
+        policy: str,
+        events: AsyncGenerator[Event],
+        key_hash: str,
+        user: str | None,
+        metadata: Mapping[str, str],
+    ) -> AsyncGenerator[Event]:
+        """Yield a query's events while holding a place; keep the trace before the answer leaves, and what a lost one met."""
+        started_unix_s, service = time.time(), self._service()
         with self._places.take():
-            service = self._service()
-            async with aclosing(service.ask(order.query, order.policy, order.agent)) as items:
-                async for item in items:
-                    if isinstance(item, Answer):
-                        service.record(order.query, item, key_hash=key_hash, user=order.body.user, metadata=order.body.labels)
-                    yield item
+            try:
+                async with aclosing(events) as items:
+                    async for item in items:
+                        if isinstance(item, Answer):
+                            service.record(query, item, key_hash=key_hash, user=user, metadata=metadata)
+                        yield item
+            except DmoaError as error:
+                service.page.failed(summary_of_failure(query, policy, error, started_unix_s), key_hash)
+                raise
+
+    async def follow(
+        self, request: Request, query: Query, policy: str, events: AsyncGenerator[Event], metadata: Mapping[str, str]
+    ) -> Answer:
+        """Run a query that the page has made, counted and kept as any other, and return its answer."""
+        items = self._kept(query, policy, events, _key_hash(request), None, metadata)
+        return await until_gone(request.receive, _last(items))
 
 
 async def _last(items: AsyncGenerator[Event]) -> Answer:

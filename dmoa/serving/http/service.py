@@ -5,14 +5,16 @@ The app of `serving/http/routes` is built over this and nothing else, so that th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Protocol
 
 from dmoa.config import LimitsConfig
 from dmoa.protocols import SwarmClient
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
-from dmoa.serving.trace_list import TraceFilter
-from dmoa.types import Answer, Query
+from dmoa.serving.trace_list import TraceFilter, TraceSummary
+from dmoa.serving.what_if import DecidedStep
+from dmoa.trace import Trace
+from dmoa.types import Answer, Event, Query
 
 
 class PageService(Protocol):
@@ -36,6 +38,28 @@ class PageService(Protocol):
 
     async def rollback(self, version: str | None, note: str) -> dict[str, Any]:
         """Make an earlier gate current again. Raises RequestError where there is none such."""
+        ...
+
+    async def what_if(self, trace: Trace, *, gate_version: str | None, policy: str | None) -> list[DecidedStep]:
+        """Decide every step of a trace again, by another gate version or policy; asks no agent. Raises RequestError."""
+        ...
+
+    def branch(
+        self, trace: Trace, trace_id: str, *, step: int, policy: str | None, agents: tuple[str, ...]
+    ) -> tuple[Query, AsyncGenerator[Event]]:
+        """Return the query `trace_id` that goes on from before a step of a trace, and its events. Raises RequestError."""
+        ...
+
+    async def runs(self) -> list[dict[str, Any]]:
+        """Return the trainings and evaluations that can be shown."""
+        ...
+
+    async def run(self, run_id: str) -> dict[str, Any] | None:
+        """Return what is shown of one of them; None where there is none such."""
+        ...
+
+    def failed(self, summary: TraceSummary, key_hash: str) -> None:
+        """Keep the summary of a query that was not answered; returns at once and never raises."""
         ...
 
 

@@ -23,8 +23,8 @@ export function histogram(counts, top, label) {
     })));
 }
 
-function ticks(low, high) {
-  const rough = (high - low) / 4 || 1, power = 10 ** Math.floor(Math.log10(rough));
+function ticks(low, high, parts = 4) {
+  const rough = (high - low) / parts || 1, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough);
   const found = [];
   for (let at = Math.ceil(low / step) * step; at <= high + step / 1e6; at += step) found.push(at);
@@ -70,14 +70,14 @@ export function chart({ title, x, y, series, yRange }) {
 
 /** Return calls [{name, start, ms, kind, label}] as bars on one time axis. */
 export function timeline(calls, total) {
-  const row = 20, left = 150, W = 760, end = Math.max(total, ...calls.map((call) => call.start + call.ms), 1);
+  const row = 22, left = 190, W = 1180, end = Math.max(total, ...calls.map((call) => call.start + call.ms), 1);
   const px = (ms) => left + ms / end * (W - left - 10);
   const H = calls.length * row + 24;
   return s("svg", { class: "timeline", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `When each of ${calls.length} calls ran, over ${Math.round(end)} ms` },
-    ticks(0, end).map((at) => [s("line", { class: "grid", x1: px(at), x2: px(at), y1: 0, y2: H - 20 }),
+    ticks(0, end, 9).map((at) => [s("line", { class: "grid", x1: px(at), x2: px(at), y1: 0, y2: H - 20 }),
       s("text", { x: px(at), y: H - 6, "text-anchor": "middle" }, at >= 10000 ? `${short(at / 1000)} s` : `${short(at)} ms`)]),
     calls.map((call, i) => [
-      s("text", { x: left - 8, y: i * row + 14, "text-anchor": "end" }, call.name.slice(0, 22)),
+      s("text", { x: left - 8, y: i * row + 15, "text-anchor": "end" }, call.name.slice(0, 28)),
       s("rect", { x: px(call.start), y: i * row + 4, height: row - 8, rx: 2, width: Math.max(2, px(call.start + call.ms) - px(call.start)), class: call.kind },
         s("title", {}, call.label)),
     ]));

@@ -61,7 +61,7 @@ function queries(status, signal) {
   const wanted = { error: false, slow_ms: "", policy: "", gate_version: "", mine: false };
   let rows = [], next = null, isLoading = false, round = 0;
   const inner = h("div", { role: "list", "aria-label": "Queries, newest first", class: "rows" });
-  const outer = h("div", { class: "viewport", tabindex: 0, role: "region", "aria-label": "Queries" }, inner);
+  const outer = h("div", { class: "viewport", tabindex: 0, role: "region", "aria-label": "Queries" }, columns(), inner);
   const total = h("p", { class: "hint", "aria-live": "polite" });
 
   const path = (before, limit = PAGE) => {
@@ -114,7 +114,7 @@ function queries(status, signal) {
     h("label", {}, "gate ", h("input", { list: "versions", id: "gate", size: 14, onchange: change("gate_version", (box) => box.value.trim()) })),
     h("datalist", { id: "versions" }, versions.map((name) => h("option", { value: name }))),
     status.is_admin && h("label", {}, h("input", { type: "checkbox", onchange: change("mine", (box) => box.checked) }), " my own alone"));
-  return { element: h("section", { "aria-label": "Recent queries" }, h("h2", {}, "Queries"), filters, total, columns(), outer), restart, refresh };
+  return { element: h("section", { "aria-label": "Recent queries" }, h("h2", {}, "Queries"), filters, total, outer), restart, refresh };
 }
 
 function select(id, names, onchange) {

@@ -25,6 +25,7 @@ from dmoa.serving.http.routes import create_app
 from dmoa.trace import trace_of
 from dmoa.types import Answer, Event, Query
 from dmoa.workflows.backends import build_local_swarm
+from tests.unit.serving.fake_service import FakePage
 
 POOL = """
 name: tiny
@@ -77,6 +78,7 @@ class PoolService:
         self._swarm = build_local_swarm(config, lambda _: None)
         self._fingerprint = fingerprint(config)
         self._traces: dict[str, dict[str, Any]] = {}
+        self.page = FakePage()
         self.pool = config.name
         self.agents = config.agent_names
         self.policies = ("dmoa", "single", "exploring")

@@ -20,8 +20,10 @@ from dmoa.flat import reply_of
 from dmoa.serving.feedback import check_said
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
 from dmoa.serving.http.routes import create_app
-from dmoa.serving.trace_list import TraceFilter
+from dmoa.serving.trace_list import TraceFilter, TraceSummary
 from dmoa.serving.traces import TraceStore
+from dmoa.serving.what_if import DecidedStep
+from dmoa.trace import Trace
 from dmoa.types import AgentReply, Answer, Event, Query, RouteDecision, StepRecord, SummarizerRecord, TextDelta, TokenUsage
 
 AGENTS = ("adder", "sorter", "dater")
@@ -102,6 +104,7 @@ class FakePage:
             )
         ]
         self.is_away = False
+        self.failures: list[TraceSummary] = []
 
     async def status(self) -> dict[str, Any] | None:
         gate = self.history[-1]["version"]
@@ -126,6 +129,23 @@ class FakePage:
             raise RequestError(f"version: {wanted!r} was never current", param="version", code="unknown_version", status=404)
         self.history.append({"version": wanted, "action": "rollback", "previous": previous, "note": note, "unix_s": 1.79e9 + 9})
         return {"version": wanted, "previous": previous, "changed": wanted != previous, "untrained": False, "shadow": None}
+
+    async def what_if(self, trace: Trace, *, gate_version: str | None, policy: str | None) -> list[DecidedStep]:
+        raise AssertionError("no trace of this service is whole")
+
+    def branch(
+        self, trace: Trace, trace_id: str, *, step: int, policy: str | None, agents: tuple[str, ...]
+    ) -> tuple[Query, AsyncGenerator[Event]]:
+        raise AssertionError("no trace of this service is whole")
+
+    async def runs(self) -> list[dict[str, Any]]:
+        return [{"id": "r1", "name": "train", "kind": "training", "unix_s": None}]
+
+    async def run(self, run_id: str) -> dict[str, Any] | None:
+        return {"id": "r1", "kind": "training"} if run_id == "r1" else None
+
+    def failed(self, summary: TraceSummary, key_hash: str) -> None:
+        self.failures.append(summary)
 
 
 @dataclass

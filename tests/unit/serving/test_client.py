@@ -44,7 +44,9 @@ async def test_stream_gives_steps_then_pieces_then_the_same_reply() -> None:
     reply = events[-1]
     assert isinstance(reply, RemoteReply)
     assert (reply.text, reply.finish_reason, reply.model, reply.usage) == (whole.text, "stop", "tiny/single", whole.usage)
-    assert reply.dmoa | {"trace_id": ""} == whole.dmoa | {"trace_id": ""}
+    for told in (reply.dmoa, whole.dmoa):
+        assert told.pop("trace_url").endswith(f"/#/query/{told.pop('trace_id')}")
+    assert reply.dmoa == whole.dmoa
 
 
 async def test_models_readiness_and_traces() -> None:

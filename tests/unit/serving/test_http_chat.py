@@ -56,6 +56,7 @@ async def test_chat_answers_with_usage_and_every_field_of_the_dmoa_object() -> N
     dmoa = reply.model_extra["dmoa"]
     assert {key: value for key, value in dmoa.items() if key != "steps"} == {
         "trace_id": reply.id.removeprefix("chatcmpl-"),
+        "trace_url": f"http://test/#/query/{reply.id.removeprefix('chatcmpl-')}",
         "pool": "tiny",
         "policy": "dmoa",
         "gate_version": "untrained-1",
