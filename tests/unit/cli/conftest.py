@@ -79,7 +79,6 @@ class PoolService:
         self._fingerprint = fingerprint(config)
         self._traces: dict[str, dict[str, Any]] = {}
         self.page = FakePage()
-        self.abilities: frozenset[str] = frozenset()
         self.pool = config.name
         self.agents = config.agent_names
         self.policies = ("dmoa", "single", "exploring")
