@@ -315,7 +315,7 @@ class Adapter:
         return gate, describe_gate(
             gate,
             fingerprint=record.pool_fingerprint,
-            trained_on=self._trained_on(),
+            trained_on=self._trained_on() if self.updates or record.trained_on else None,  # untouched weights stay untrained
             parent=record.version,
             anchor_set=anchor_set,
             metrics=metrics,

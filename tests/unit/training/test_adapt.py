@@ -98,6 +98,15 @@ def test_the_version_is_by_content(start: tuple[Gate, Checkpoint]) -> None:
     assert first.candidate()[1].version == second.candidate()[1].version != start[1].version
 
 
+def test_weights_that_learnt_nothing_stay_untrained() -> None:
+    gate = init_gate(spec(), seed=3)
+    adapter = Adapter(gate, describe_gate(gate, fingerprint="f" * 64), None, AdaptSettings(), SingleWorker(CPU))
+    adapter.learn([lesson(0, 0)])  # no scale can be fitted on one query
+    assert adapter.candidate()[1].version.startswith("untrained-")
+    adapter.learn([lesson(domain, number) for number in range(3) for domain in range(3)])
+    assert not adapter.candidate()[1].version.startswith("untrained-")
+
+
 def test_records_that_teach_nothing_are_counted_by_reason(start: tuple[Gate, Checkpoint]) -> None:
     adapter, whole = adapter_of(start), lesson(2, 0)
     alone = dataclasses.replace(whole.answer.steps[0], replies=whole.answer.steps[0].replies[:1], explored=())
