@@ -71,10 +71,16 @@ class LearningSwarm:
     """Whether everybody is right at most questions, at home or not."""
     silent: tuple[str, ...] = ()
     """Agents whose queries never end: no record comes of them."""
+    heard_every: int = 1
+    """Queries after which the router hears of them, together."""
     now: float = 1000.0
     count: int = 0
     changes: list[Change] = field(default_factory=list)
     inputs: list[FloatArray] = field(default_factory=list)
+    unheard: list[Feedback] = field(default_factory=list)
+    right_A: np.ndarray = field(init=False)
+    """Of the last query, who is right, asked or not [A]."""
+    nats_A: np.ndarray = field(init=False)
     rng: np.random.Generator = field(init=False)
     centre_CD: np.ndarray = field(init=False)
     versions: GateVersions = field(init=False)
@@ -143,24 +149,34 @@ class LearningSwarm:
         row_D = 0.8 * self.centre_CD[domain] + 0.6 * self.rng.normal(size=D) / np.sqrt(D)
         self.count, self.now = self.count + 1, self.now + 1.0
         request = RouteRequest(input_X=np.asarray(row_D, np.float32), max_agents=1, trace_id=f"{self.seed}-{self.count}")
+        self._draw(domain)
         version = self.router._version_for(request)
         (decided,) = self.router.decide([request], version)
         self.inputs = [*self.inputs[-255:], request.input_X]
-        answer = self._answer(request, decided, domain, is_dense=is_dense)
+        answer = self._answer(request, decided, is_dense=is_dense)
         record = Feedback(
             answer=answer,
             tenant=KEYS[self.count % 2],
             fingerprint=fingerprint(self.config),
             created_unix_s=self.now,
         )
-        is_heard = answer.steps[0].active[0] not in self.silent
-        self.took(self.adaptation.observe([record] if is_heard else [], self.router.begun))
+        self.unheard += [record] if answer.steps[0].active[0] not in self.silent else []
+        if self.count % self.heard_every == 0:
+            self.took(self.adaptation.observe(self.unheard, self.router.begun))
+            self.unheard = []
         return answer
 
-    def _answer(self, request: RouteRequest, decided: RouteDecision, domain: int, *, is_dense: bool) -> Answer:
+    def _draw(self, domain: int) -> None:
+        """Draw what every agent would say to the next query."""
+        is_home_A = np.arange(len(AGENTS)) == domain
+        share_A = np.where(is_home_A, 0.9, 0.8 if self.redundant else 0.15)
+        self.right_A = self.rng.uniform(size=len(AGENTS)) < share_A
+        self.nats_A = np.exp(np.where(is_home_A, -2.5, -0.5)) * self.rng.gamma(16.0, 1 / 16, size=len(AGENTS))
+
+    def _answer(self, request: RouteRequest, decided: RouteDecision, *, is_dense: bool) -> Answer:
         active = decided.agents[decided.ranking[0]]
         others = [name for name in AGENTS if name != active] if is_dense else []
-        replies = tuple(self._reply(name, domain) for name in (active, *others))
+        replies = tuple(self._reply(name) for name in (active, *others))
         step = StepRecord(
             step=0,
             replies=replies,
@@ -183,11 +199,10 @@ class LearningSwarm:
             wall_ms=float(self.rng.gamma(20.0, 5.0)),
         )
 
-    def _reply(self, name: str, domain: int) -> AgentReply:
+    def _reply(self, name: str) -> AgentReply:
         if name in self.broken:
             return AgentReply(agent=name, status="failed", error="out of memory")
-        is_right = self.rng.uniform() < (0.9 if AGENTS[domain] == name else 0.8 if self.redundant else 0.15)
-        nats = float(np.exp(-2.5 if AGENTS[domain] == name else -0.5) * self.rng.gamma(16.0, 1 / 16))
+        is_right, nats = bool(self.right_A[AGENTS.index(name)]), float(self.nats_A[AGENTS.index(name)])
         if name in self.liars:
             is_right, nats = False, 0.01
         tokens = 40 if name in self.wordy else 4

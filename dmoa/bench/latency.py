@@ -125,7 +125,7 @@ def null_pool(num_agents: int, *, placement: str, mode: str) -> Config:
     return Config.model_validate(tree)
 
 
-class _Stage:
+class Stage:
     """Lets one server run at a time."""
 
     def __init__(self, servers: Sequence[BenchServer]) -> None:
@@ -155,7 +155,7 @@ def run_p4(rounds: int) -> list[BenchResult]:
             for name, env in flags.items()
         }
         client = stack.enter_context(httpx.Client(timeout=120, trust_env=False))
-        stage = _Stage([server.wait() for server in servers.values()])
+        stage = Stage([server.wait() for server in servers.values()])
         arms: dict[str, Callable[[], float]] = {}
         for name, server in servers.items():
             for arm, take in _arms(client, server).items():

@@ -14,6 +14,7 @@ import pickle
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 
 STOP_TIMEOUT_S = 60.0
+OFFER_S = 2.0
+"""How often a gate is offered, where any is."""
 _SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_worker_niceness": "0"}
 """Ray starts its workers at niceness 15: whatever else runs on the machine would be measured instead of them."""
 _NOT_OURS = ("RAY_ADDRESS", "DMOA_API_KEYS")
@@ -41,9 +44,16 @@ class BenchServer(Child):
     """Apps on a Ray of their own; use it as a context manager."""
 
     def __init__(
-        self, pools: Mapping[str, Config], *, chain: tuple[int, int] | None = None, env: Mapping[str, str] | None = None
+        self,
+        pools: Mapping[str, Config],
+        *,
+        chain: tuple[int, int] | None = None,
+        env: Mapping[str, str] | None = None,
+        offers: bool = False,
     ) -> None:
         """Start one app per entry of `pools`, and beside them a bare chain where `chain` says how wide, and of what pool size.
+
+        With `offers` every app's router is offered gates all the while (`router.adaptation`).
 
         The child starts at once and in parallel with others; `wait` returns once it answers.
         """
@@ -51,7 +61,7 @@ class BenchServer(Child):
         """App -> base URL without /v1; the chain's is called `chain`. Empty before `wait`."""
         kept = {name: text for name, text in os.environ.items() if name not in _NOT_OURS}
         super().__init__("dmoa.bench.serve_process", env=kept | _SETTINGS | dict(env or {}), stop_timeout_s=STOP_TIMEOUT_S)
-        self.say({"pools": {app: config.model_dump_json() for app, config in pools.items()}, "chain": chain})
+        self.say({"pools": {app: config.model_dump_json() for app, config in pools.items()}, "chain": chain, "offers": offers})
 
     def wait(self) -> BenchServer:
         """Return once every app answers. Raises DmoaError with the child's last words if it ends instead."""
@@ -91,6 +101,8 @@ def main() -> None:
         apps: list[str] = []
         try:
             urls = _start(order["pools"], order["chain"], state_dir, apps)
+            for app in apps if order["offers"] else ():
+                threading.Thread(target=_offer_often, args=(app,), daemon=True).start()
             print(json.dumps(urls), file=answers)
             sys.stdin.read()
         finally:
@@ -114,6 +126,32 @@ def _start(pools: Mapping[str, str], chain: tuple[int, int] | None, state_dir: s
         serve.run(bind_chain(*chain), name="chain", route_prefix="/chain")
         urls["chain"] = f"http://127.0.0.1:{port}/chain"
     return urls
+
+
+def _offer_often(app: str) -> None:
+    """Offer the current gate with a little noise on its weights, for ever."""
+    import ray
+    import torch
+    from ray.exceptions import RayError
+
+    from dmoa import checkpoint
+    from dmoa.checkpoint import describe_gate
+    from dmoa.serving.actors import NAMESPACE, router_name
+    from dmoa.serving.router.versions import FILES, read_files
+
+    router = ray.get_actor(router_name(app), namespace=NAMESPACE)
+    while True:
+        time.sleep(OFFER_S)
+        with contextlib.suppress(RayError), tempfile.TemporaryDirectory() as folder:
+            status = ray.get(router.status.remote())
+            gate, old = read_files(ray.get(router.weights.remote(status.gate_version)), "the current gate")
+            with torch.no_grad():
+                weight = next(gate.parameters())
+                weight.add_(1e-4 * torch.randn_like(weight))
+            new = describe_gate(gate, fingerprint=old.pool_fingerprint, trained_on={"bench": 1})
+            place = checkpoint.save(f"{folder}/gate", gate, new)
+            said = {"base_version": status.gate_version, "update": status.adaptation["ledger"] + 1, "source": "bench"}
+            ray.get(router.offer.remote({name: (place / name).read_bytes() for name in FILES}, said))
 
 
 def _stop(apps: Sequence[str]) -> None:
@@ -147,7 +185,10 @@ def records(num_agents: int) -> Payloads:
     call = AgentCall(trace_id="0" * 32, step=10, agent=names[0], messages=messages, sampling=Sampling())
     return Payloads(
         route_out=RouteRequest(
-            input_X=np.ones(772, np.float32), hidden_H=np.ones(128, np.float32), gate_version="untrained-0123456789ab"
+            input_X=np.ones(772, np.float32),
+            hidden_H=np.ones(128, np.float32),
+            gate_version="untrained-0123456789ab",
+            trace_id="0" * 32,
         ),
         route_back=RouteDecision(
             gate_version="untrained-0123456789ab",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from dmoa.agents.pool import build_encoder, build_local, build_pool_gate
 from dmoa.agents.prompts import agent_messages
+from dmoa.bench import adaptation as adaptation_bench
 from dmoa.bench import latency as hops_bench
 from dmoa.bench import latency as orchestration_bench
 from dmoa.bench import memory as memory_bench
@@ -57,7 +60,7 @@ async def test_the_chains_records_are_as_large_as_the_swarms() -> None:
         (step.route, ours.route_out),
         (step.decision, ours.route_back),
         (call, ours.call_out),
-        (step.replies[0], ours.reply),
+        (replace(step.replies[0], prompt=(), sent_unix_s=0.0), ours.reply),  # what the ingress adds crosses no hop
     ):
         assert len(pickle.dumps(sent)) == pytest.approx(len(pickle.dumps(seen)), rel=0.25)
     sizes = ours.as_bytes()
@@ -88,7 +91,7 @@ class Turn:
 def test_one_server_runs_at_a_time_and_warms_up_after_a_change() -> None:
     log: list[str] = []
     first, second = Turn("first", log), Turn("second", log)
-    stage: Any = hops_bench._Stage([first, second])  # type: ignore[list-item]
+    stage: Any = hops_bench.Stage([first, second])  # type: ignore[list-item]
 
     def take(name: str) -> Callable[[], list[float]]:
         return lambda: log.append(name) or [float(len(log))]  # type: ignore[func-returns-value]
@@ -134,3 +137,22 @@ with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, std
 """
     done = subprocess.run([sys.executable, "-c", measured], capture_output=True, text=True, check=True, timeout=60)
     assert 31 << 20 <= int(done.stdout) <= 64 << 20
+
+
+def test_p15_asks_at_set_moments_and_gives_an_interval_of_paired_ratios() -> None:
+    moments = adaptation_bench.arrivals_s(400, 20.0, 1)
+    assert moments == sorted(moments) == adaptation_bench.arrivals_s(400, 20.0, 1)
+    assert moments[-1] == pytest.approx(20.0, rel=0.15)  # three standard deviations
+    asked: list[str] = []
+    waits = adaptation_bench.open_loop(lambda question: float(len(asked.append(question) or asked)), [0.0, 0.001, 0.002])
+    assert len(waits) == len(asked) == 3
+    found = adaptation_bench.interval([1.0, 1.1, 1.21])
+    assert found.value == pytest.approx(1.1)
+    half = 4.302653 * math.log(1.1) / math.sqrt(3)  # Student's 97.5 % quantile with two degrees of freedom
+    assert (found.low, found.high) == pytest.approx((1.1 * math.exp(-half), 1.1 * math.exp(half)))
+
+
+def test_p15_compares_the_same_pool_with_adaptation_on_and_off() -> None:
+    on, off = (adaptation_bench.adapting(null_pool(8, placement="shared", mode="select"), mode) for mode in ("on", "off"))
+    assert (on.router.adaptation, off.router.adaptation) == ("on", "off")
+    assert on.model_copy(update={"router": off.router}) == off

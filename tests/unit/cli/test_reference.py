@@ -194,6 +194,7 @@ def test_benches_are_listed_without_measuring(dmoa: Any, tmp_path: Path) -> None
         ("P7", [("prefix", "PREFILL_BAR"), ("prefix", "FIRST_TOKEN_BAR")]),
         ("P8", [("engine", "ENTROPY_BAR_NATS"), ("engine", "SHARE_BAR")]),
         ("P14", [("training", "BAR")]),
+        ("P15", [("adaptation", "BAR")]),
         ("P17", [("memory", "BAR")]),
         ("P18", [("engine", "SPEED_BAR")]),
         ("growth", [("latency", "GROWTH_BAR")]),
