@@ -42,7 +42,7 @@ def test_a_near_name_is_suggested_and_no_other(seen: str | tuple[str, ...], allo
 
 
 def _chat(body: str) -> Callable[[], object]:
-    return lambda: parse_body(ChatRequest, body.encode(), "application/json")
+    return lambda: parse_body(ChatRequest, body.encode(), "application/json", refuses_unknown=True)
 
 
 @pytest.mark.parametrize(
