@@ -104,11 +104,13 @@ def _without_texts(step: StepRecord, asked: str, salt: bytes) -> StepRecord:
     return replace(
         step,
         replies=tuple(
-            replace(reply, text=_token(reply.text, asked, salt) if reply.status == "ok" else "", reasoning="", error=None)
+            replace(
+                reply, text=_token(reply.text, asked, salt) if reply.status == "ok" else "", reasoning="", error=None, prompt=()
+            )
             for reply in step.replies
         ),
         summary="",
-        summarizer=replace(step.summarizer, reasoning="", error=None),
+        summarizer=replace(step.summarizer, reasoning="", error=None, prompt=()),
         decision=None if decision is None else replace(decision, hidden_H=np.zeros(0, np.float32), label_model=None),
         route=None if route is None else RouteRequest(input_X=route.input_X, max_agents=route.max_agents),
     )

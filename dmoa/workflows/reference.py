@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from dmoa.config import AgentConfig, Config, LlmConfig
 from dmoa.engine_options import Node
 
-_GUIDES = ("configuration", "serving", "api", "learning", "evaluation", "extending", "operations", "limits")
+_GUIDES = ("configuration", "serving", "api", "learning", "guards", "evaluation", "extending", "operations", "limits")
 _COLUMN = 40
 _WIDTH = 130
 _POOL: dict[str, Any] = {

@@ -27,7 +27,7 @@ DOCUMENTS = {
 README = DOCUMENTS["README.md"]
 EXECUTED = "<!-- executed by the tests -->"
 MAX_README_LINES = 180
-TOPICS = ("configuration", "serving", "api", "learning", "evaluation", "extending", "operations", "limits")
+TOPICS = ("configuration", "serving", "api", "learning", "guards", "evaluation", "extending", "operations", "limits")
 POOL = """
 name: tiny
 llms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from dmoa.core.in_step import read_classes
 from dmoa.errors import ConfigError
 from dmoa.feedback import Feedback, feedback_of, is_held_back, read_feedback, tenant_of, write_feedback
 from dmoa.testing import decision
-from dmoa.types import AgentReply, Answer, EntropySum, Query, RouteRequest, StepRecord, SummarizerRecord, TokenUsage
+from dmoa.types import AgentReply, Answer, EntropySum, Message, Query, RouteRequest, StepRecord, SummarizerRecord, TokenUsage
 
 SALT = b"salt"
 SECRET = "zebra-crossing"
@@ -30,6 +31,7 @@ def answer_of_texts(texts: Sequence[str], trace_id: str = "t1", steps: int = 1) 
             text=text,
             reasoning=SECRET,
             error=SECRET,
+            prompt=(Message(role="user", content=SECRET),),
             entropy=EntropySum(sum_nats=1.5, sq_sum=0.75, tokens=4),
             usage=TokenUsage(prompt_tokens=9, completion_tokens=4),
             latency_ms=2.5,
@@ -80,6 +82,7 @@ def test_no_words_are_in_a_record() -> None:
     assert SECRET not in repr(record)
     assert "19" not in repr(texts_of(record))
     assert SECRET.encode() not in write_feedback([record])
+    assert SECRET.encode() not in pickle.dumps(record)  # as it travels
     assert record.tenant == tenant_of("k") != tenant_of("other")
     assert "k" not in record.tenant.replace(tenant_of("k"), "")
 
