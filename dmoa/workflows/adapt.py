@@ -109,10 +109,8 @@ class Stage:
         from dmoa.training.prequential import StreamUpdate
 
         if isinstance(one, StreamUpdate):
-            path = self.updates(start)
-            kept = sum(1 for _ in path.open(encoding="utf-8")) if path.exists() else 0
-            if one.number > kept:
-                append(path, [one])
+            if one.number > len(_trees(self.updates(start))):
+                append(self.updates(start), [one])
             return
         task, policy = self.tasks[one.query.query_id], f"dmoa:{start}{ADAPTED}"
         path = RunFolder(self.root).answers(task.benchmark, policy)
@@ -139,6 +137,12 @@ class Stage:
                 version = table["gate_version"][0].as_py()
                 found[query.query_id] = Counted(query=query, version=version, table=table, is_new=False)
         return found
+
+
+def _trees(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines, none where it does not exist; a line that is being written is left out."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def _file_name(row_id: str) -> str:
@@ -336,8 +340,7 @@ def _show(job: StreamJob, bars: Bars) -> None:
     stage = Stage(job.out)
     done = 0
     for start in job.starts:
-        path = stage.updates(start)
-        done += sum(len(json.loads(line)["queries"]) for line in path.open(encoding="utf-8")) if path.exists() else 0
+        done += sum(len(update["queries"]) for update in _trees(stage.updates(start)))
     bars.count("adapting", done, len(job.queries) * len(job.starts))
 
 
@@ -355,7 +358,7 @@ def _report(
             told += [(early[line.row_id], _point(line, right)) for line in lines if line.row_id in early]
         stream[gate] = [point for _, point in sorted(told, key=lambda one: one[0])]
     starts = [gate for gate in gates if not gate.endswith(ADAPTED)]
-    updates = {start: [json.loads(line) for line in stage.updates(start).open(encoding="utf-8")] for start in starts}
+    updates = {start: _trees(stage.updates(start)) for start in starts}
     return AdaptReport(
         command=command,
         options=options.model_dump(mode="json"),
