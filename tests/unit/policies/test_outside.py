@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
+import threading
 import urllib.request
 from collections import Counter
+from dataclasses import replace
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -77,16 +81,21 @@ class Script:
         return Counter(samples).most_common(1)[0][0]
 
 
-async def by_dmoa(server: FakeEndpoint, policy: str) -> Answer:
-    """The same pool and question through the runtime."""
+def swarm_of(url: str) -> Swarm:
+    """The same pool in the runtime, its model behind an endpoint."""
     config = scripted_pool(tuple(ROLES))
-    far = {"model": "openai:big", "engine": "openai", "engine_kwargs": {"base_url": server.url, "vocab_size": 10}}
+    far = {"model": "openai:big", "engine": "openai", "engine_kwargs": {"base_url": url, "vocab_size": 10}}
     tree = config.model_dump(mode="json", exclude_unset=True) | {"llms": {"s": far}}
     tree["agents"] = [{"name": name, "llm": "s", "profile": role} for name, role in ROLES.items()]
     config = type(config).model_validate(tree)
     agents, engines = build_local(config)
     router = router_of(fixed_gate(dict.fromkeys(ROLES, 0.25)))
-    swarm = Swarm(config, agents=agents, router=router, encoder=HashEncoder(), engines=engines)
+    return Swarm(config, agents=agents, router=router, encoder=HashEncoder(), engines=engines)
+
+
+async def by_dmoa(server: FakeEndpoint, policy: str) -> Answer:
+    """The same question through the runtime."""
+    swarm = swarm_of(server.url)
     try:
         return await final_answer(swarm, query(QUESTION, max_steps=9), *split_policy(policy))
     finally:
@@ -106,3 +115,33 @@ async def test_calls_tokens_and_answer_are_those_of_a_script_by_hand(policy: str
     assert sorted(map(json.dumps, asked)) == sorted(map(json.dumps, by_hand))
     assert answer.usage.total == script.tokens
     assert answer.text == text
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_an_application_behind_the_guides_bridge_is_an_agent(is_streamed: bool) -> None:
+    """The guide's code, with a function in place of a LangGraph app, an AutoGen group or a CrewAI crew."""
+    text = (files("dmoa") / "docs" / "extending.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(re.findall(r"^```python\n# bridge.py\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0], names)
+    seen: list[Any] = []
+
+    def answer(messages: list[dict[str, str]]) -> str:
+        seen.append([message["role"] for message in messages])
+        return f"{len(messages)} messages. Answer: 19"
+
+    server = names["bridge"](answer)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    swarm = swarm_of(f"http://127.0.0.1:{server.server_address[1]}/v1")
+    try:
+        asked = replace(query(QUESTION), is_streamed=is_streamed)
+        answers = [await final_answer(swarm, asked, policy, agent) for policy, agent in (("single", "b"), ("majority_k", None))]
+    finally:
+        await swarm.close()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert [found.text for found in answers] == ["2 messages. Answer: 19"] * 2
+    assert seen == [["system", "user"]] * 4
+    assert answers[0].usage.completion_tokens == len("2 messages. Answer: 19") // 4
+    assert answers[1].steps[0].replies[0].entropy.mean_nats is None
