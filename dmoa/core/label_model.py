@@ -39,6 +39,10 @@ _DOUBT_ROWS = 4.0
 """For how many replies what is expected of doubts beforehand counts where they alone decide, ..."""
 _DOUBT_CONTEXT_SD = 0.6
 """... how far competence may differ between contexts there, ..."""
+_DOUBT_TAIL = 3.0
+"""Degrees of freedom of the doubts of one kind (Student's t): a few that are far off move them little, ..."""
+_DOUBT_PASSES = 5
+"""... found in so many passes of weighing anew, ..."""
 _MAX_DOUBT_SLOPE = 2.0
 """... and the most that a nat of doubt may tell: the doubts of one agent depend on more than being right."""
 _LENGTH = (0.3, 0.5)
@@ -348,20 +352,27 @@ def _led_by_doubt(
 
 
 def _two_kinds(doubt_RA: Array, right_RA: Array, weight_RA: Array) -> tuple[Array, Array]:
-    """Return the log odds that a nat of doubt takes off, and the doubt that tells nothing [A], given who is probably right."""
+    """Return the log odds that a nat of doubt takes off, and the doubt that tells nothing [A], given who is probably right.
+
+    Doubts of right and of wrong replies have one variance and heavy tails: means and variance are found by iterated weights.
+    """
     known_RA = np.isfinite(doubt_RA)
     doubt_RA, weight_RA = np.where(known_RA, doubt_RA, 0.0), np.where(known_RA, weight_RA, 0.0)
-    right_RA = right_RA * weight_RA
-    wrong_RA = weight_RA - right_RA
-    rights_A, wrongs_A = np.maximum(right_RA.sum(axis=0), 1e-9), np.maximum(wrong_RA.sum(axis=0), 1e-9)
-    right_A, wrong_A = (right_RA * doubt_RA).sum(axis=0) / rights_A, (wrong_RA * doubt_RA).sum(axis=0) / wrongs_A
-    within_A = (right_RA * (doubt_RA - right_A) ** 2 + wrong_RA * (doubt_RA - wrong_A) ** 2).sum(axis=0)
-    total_A = rights_A + wrongs_A
-    variance_A = (within_A + _DOUBT_ROWS) / (total_A + _DOUBT_ROWS)
-    both_A = rights_A * wrongs_A / total_A
-    gap_A = (both_A * (wrong_A - right_A) + _DOUBT_ROWS * _DOUBT[0] * variance_A) / (both_A + _DOUBT_ROWS)
-    mean_A = (rights_A * right_A + wrongs_A * wrong_A) / total_A
-    return np.clip(gap_A / variance_A, 0, _MAX_DOUBT_SLOPE), mean_A + gap_A * (rights_A - wrongs_A) / total_A / 2
+    share_HRA = np.stack([right_RA * weight_RA, (1 - right_RA) * weight_RA])  # H: right, wrong
+    near_HRA = share_HRA
+    for _ in range(_DOUBT_PASSES):
+        count_HA = np.maximum(near_HRA.sum(axis=1), 1e-9)
+        mean_HA = (near_HRA * doubt_RA).sum(axis=1) / count_HA
+        square_HRA = (doubt_RA - mean_HA[:, None]) ** 2
+        variance_A = ((near_HRA * square_HRA).sum(axis=(0, 1)) + _DOUBT_ROWS) / (weight_RA.sum(axis=0) + _DOUBT_ROWS)
+        near_HRA = share_HRA * (_DOUBT_TAIL + 1) / (_DOUBT_TAIL + square_HRA / variance_A)
+    total_A = count_HA.sum(axis=0)
+    both_A = count_HA[0] * count_HA[1] / total_A
+    gap_A = (both_A * (mean_HA[1] - mean_HA[0]) + _DOUBT_ROWS * _DOUBT[0] * variance_A) / (both_A + _DOUBT_ROWS)
+    middle_A = (count_HA * mean_HA).sum(axis=0) / total_A + gap_A * (count_HA[0] - count_HA[1]) / total_A / 2
+    slope_A = np.clip(gap_A / variance_A, 0, _MAX_DOUBT_SLOPE)
+    # Few replies can tell an agent's own; half of it is what is usual in the pool.
+    return (slope_A + np.median(slope_A)) / 2, middle_A
 
 
 def _start(witnesses: Witnesses, num_contexts: int, spread: float, seed: int) -> LabelModel:

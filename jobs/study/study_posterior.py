@@ -35,10 +35,11 @@ WITHOUT, RANDOM = "specialists-without-words", "specialists-liar-random"
 JUDGED = (*POOLS, WITHOUT)
 LIARS = {POOLS[2]: ("liar-constant",), POOLS[3]: ("liar-wrong",), RANDOM: ("liar-random",), POOLS[4]: ("liar-wrong", "liar-echo")}
 ARMS = ("raw", "anchored", "agreement", "posterior", "labels")
-GATE_ROWS = ((101, 8), (1, 10), (102, 8))
+GATE_ROWS = ((1, 10),)
 """Seed and rows per suite of the unlabelled queries."""
-TEST_SEED, TEST_ROWS = 17, 8
-DRAWS, QUERIES = 5, 10
+JUDGED_ROWS = (101, 8)
+"""The same of the rows that are judged."""
+DRAWS, QUERIES = 5, 8
 SURE_NATS, UNSURE_NATS = 0.001, 3.0
 """Entropies that stand for right and wrong replies in the arm `labels`; the former is that of the made-up liar too."""
 CONTEXT = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
@@ -237,7 +238,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--pools", nargs="+", choices=(*JUDGED, RANDOM), default=(*JUDGED, RANDOM))
     options = parser.parse_args()
-    asked = everyone(POOLS)
+    asked = everyone([name for name in POOLS if name in options.pools])
     parts = [replies(rows_of("gate", count, seed), asked, options.out, f"gate-{seed}") for seed, count in GATE_ROWS]
     unlabelled = with_random_liar(
         Replies(rows=[row for part in parts for row in part.rows], table=pa.concat_tables([part.table for part in parts]))
@@ -248,7 +249,8 @@ def main() -> None:
             for draw, queries in enumerate(draws):
                 trained(queries, config_of(name), arm, draw, options.out / "gates" / name / arm / str(draw))
         print(f"{name}: trained", flush=True)
-    test = with_random_liar(replies(rows_of("test", TEST_ROWS, TEST_SEED), asked, options.out, "test"))
+    seed, count = JUDGED_ROWS
+    test = with_random_liar(replies(rows_of("gate", count, seed), asked, options.out, f"gate-{seed}"))
     for name in options.pools:
         gates = gates_in(options.out / "gates" / name)
         found = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dmoa.core.label_model import LabelModel, fit_label_model
+from dmoa.core.label_model import LabelModel, _two_kinds, fit_label_model
 from dmoa.core.posterior import MAX_SHARED, nodes, truth_posterior
 from dmoa.core.sequential import standing
 from dmoa.core.witnesses import NO_ANSWER, NOT_ASKED, Witnesses, answer_classes, witnesses_of
@@ -233,6 +233,19 @@ def test_a_lucky_guess_does_not_discredit_being_sure(seed: int) -> None:
     assert right[np.arange(len(home)), home] == pytest.approx(right.max(axis=1))
     assert right[home == 0, 0].mean() > 0.2
     assert "entropy" in {trust.signal for trust in model.trust}
+
+
+def test_doubts_of_two_kinds_by_hand() -> None:
+    """Right replies at -3, wrong ones at 1, spread 0.5 each: the middle lies between, and what is far off moves it little."""
+    rng = np.random.default_rng(0)
+    right = np.repeat([1.0, 0.0], [300, 700])[:, None]
+    doubt = np.where(right > 0, -3.0, 1.0) + rng.normal(0, 0.5, right.shape)
+    slope, middle = _two_kinds(doubt, right, np.ones(right.shape))
+    assert slope[0] == 2.0  # 4 nats / 0.25, limited
+    assert middle[0] == pytest.approx(-1.0, abs=0.1)
+    doubt[:30] = 4.0  # a tenth of the right ones
+    _, moved = _two_kinds(doubt, right, np.ones(right.shape))
+    assert moved[0] == pytest.approx(middle[0], abs=0.15)
 
 
 def test_where_agents_agree_their_doubts_are_worth_what_agreement_says() -> None:
