@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +45,7 @@ SURE_NATS, UNSURE_NATS = 0.001, 3.0
 CONTEXT = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
 
 
-def changed(table: pa.Table, values: dict[str, Sequence[Any]]) -> pa.Table:
+def changed(table: pa.Table, values: Mapping[str, Sequence[Any]]) -> pa.Table:
     """Return a table with some columns replaced."""
     for name, column in values.items():
         place = table.schema.get_field_index(name)
