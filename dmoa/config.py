@@ -482,6 +482,15 @@ class ServerConfig(Node):
     """Processes that run the step loop."""
 
 
+class TracingConfig(Node):
+    """OpenTelemetry, by the conventions for generative AI."""
+
+    otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
+    """Collector that takes OTLP over HTTP, such as http://HOST:4318; None: off. Headers: OTEL_EXPORTER_OTLP_HEADERS."""
+    content: bool = False
+    """Whether spans hold prompts and texts."""
+
+
 class Config(Node):
     """A pool and how it is served: the whole tree."""
 
@@ -495,6 +504,7 @@ class Config(Node):
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
     server: ServerConfig = Field(default_factory=ServerConfig)
+    tracing: TracingConfig = Field(default_factory=TracingConfig)
 
     @model_validator(mode="after")
     def _references(self) -> Self:

@@ -354,11 +354,13 @@ def _routed(step: StepRecord, route: TraceRoute, trace: Trace, epsilon: float | 
 
 
 def query_of_trace(trace: Trace, trace_id: str) -> Query:
-    """Return the query of a trace as it was asked, under a new id."""
+    """Return the query of a trace as it was asked, under a new id; for a text, whatever form its client wanted."""
     told = {name: value for name, value in trace.query.items() if name in {field.name for field in fields(Query)}}
     sampling = dict(told.get("sampling") or {})
     if isinstance(sampling.get("stop"), list):
         sampling["stop"] = tuple(sampling["stop"])
+    if "template" in sampling:
+        sampling["template"] = tuple((name, value) for name, value in sampling["template"])
     made = {
         "trace_id": trace_id,
         "turns": tuple(Message(**turn) for turn in told.get("turns") or ()),
@@ -366,6 +368,7 @@ def query_of_trace(trace: Trace, trace_id: str) -> Query:
         "stages": tuple(Stage(**stage) for stage in told.get("stages") or ()),
         "sampling": sampling,
         "traceparent": "",
+        "final": None,
     }
     return Query(**(told | made))
 

@@ -84,7 +84,7 @@ class SwarmIngress:
         self._router = RemoteRouter(actor, config, configured)
         watchdog = CallWatchdog(self._router.missing_replicas)
         self._agents = ServeAgentClient(handles, pool_version(config), affine=affine_agents(config), watchdog=watchdog)
-        self._traces = ensure_traces(app, config.router)
+        self._traces = ensure_traces(app, config.router, config.tracing)
         self._feedback = FeedbackClient(config, app) if config.router.feedback == "on" else None
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
         self.page = Observatory(traces=self._traces, router=self._router, actor=actor, swarm=self._swarm)
@@ -94,7 +94,7 @@ class SwarmIngress:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._learner = app if config.router.feedback == "on" else None
         version = await self._router.start()
-        await self._traces.configure.remote(config.router)
+        await self._traces.configure.remote(config.router, config.tracing)
         if self._feedback is not None:
             await self._feedback.start()
         _LOG.info("ingress of pool %s: gate %s", config.name, version)

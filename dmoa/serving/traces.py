@@ -17,10 +17,11 @@ from typing import Any
 
 import ray
 
-from dmoa.config import RouterConfig
+from dmoa.config import RouterConfig, TracingConfig
 from dmoa.feedback import tenant_of
 from dmoa.serving.actors import detached, traces_name, unpack_record
 from dmoa.serving.feedback import FeedbackSender
+from dmoa.serving.otlp import Exporter
 from dmoa.serving.trace_archive import Place, TraceArchive, Written
 from dmoa.serving.trace_list import TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
 from dmoa.trace import Trace, reply_dmoa, trace_of
@@ -70,8 +71,9 @@ class _Kept:
 class TraceStore:
     """Keeps the newest queries of an app, each with the tenant whose key made it."""
 
-    def __init__(self, bounds: RouterConfig) -> None:
+    def __init__(self, bounds: RouterConfig, tracing: TracingConfig | None = None) -> None:
         self._bounds = bounds
+        self._exporter = Exporter(tracing or TracingConfig())
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._bytes = 0
         self._sender: FeedbackSender | None = None
@@ -89,8 +91,9 @@ class TraceStore:
         except OSError as error:
             _LOG.warning("traces of %s are not read: %s", self._bounds.trace_uri, error)
 
-    async def configure(self, bounds: RouterConfig) -> None:
-        """Take the bounds of a configuration; what was kept goes on being kept."""
+    async def configure(self, bounds: RouterConfig, tracing: TracingConfig) -> None:
+        """Take the settings of a configuration; what was kept goes on being kept."""
+        self._exporter.configure(tracing)
         if bounds.trace_uri != self._bounds.trace_uri:
             await self.save()
             self._bounds = bounds
@@ -107,6 +110,7 @@ class TraceStore:
         reply = reply_dmoa(one.answer, pool=one.pool)
         summary, calls = summarise(reply, question=one.query.text, created_unix_s=one.created_unix_s, wall_ms=one.answer.wall_ms)
         self._add(_Kept(owner=tenant_of(key_hash), summary=summary, calls=calls, size=len(packed), packed=packed))
+        self._exporter.put(one.query, one.answer, pool=one.pool, ended_unix_s=one.created_unix_s)
         self._shrink()
         self._save_soon()
         if learner is not None:
@@ -209,6 +213,6 @@ def _written(kept: _Kept) -> Written:
     return Written(owner=kept.owner, summary=kept.summary, calls=kept.calls, trace=trace)
 
 
-def ensure_traces(app: str, bounds: RouterConfig) -> Any:
+def ensure_traces(app: str, bounds: RouterConfig, tracing: TracingConfig) -> Any:
     """Return the app's trace store actor, created if it is not there yet."""
-    return ray.remote(TraceStore).options(**detached(traces_name(app))).remote(bounds)
+    return ray.remote(TraceStore).options(**detached(traces_name(app))).remote(bounds, tracing)
