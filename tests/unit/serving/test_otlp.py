@@ -152,7 +152,7 @@ async def test_a_collector_gets_the_spans_of_a_query(collector: Any, monkeypatch
     request = ExportTraceServiceRequest.FromString(body)
     (part,) = request.resource_spans
     assert (path, key, part.schema_url) == ("/v1/traces", "a b", SCHEMA)
-    assert [span.name for span in part.scope_spans[0].spans][0] == "invoke_workflow tiny"
+    assert part.scope_spans[0].spans[0].name == "invoke_workflow tiny"
     assert part.resource.attributes[0].value.string_value == "dmoa"
 
 
