@@ -72,6 +72,7 @@ def _findings(config: Config, installed: Callable[[str], str | None]) -> Iterato
     yield from _compute()
     yield _sandbox()
     yield _token_mode(os.environ.get("RAY_AUTH_MODE", ""))
+    yield from _token_file()
     yield port_check(config.server.host, config.server.port)
     yield from _models()
     yield from _pool(config)
@@ -133,6 +134,21 @@ def _token_mode(mode: str) -> Check:
         return Check(name="ray token mode", status="ok", detail="RAY_AUTH_MODE=token")
     detail = f"RAY_AUTH_MODE is {mode or 'not set'}; `ray job submit` sends a token only with RAY_AUTH_MODE=token"
     return Check(name="ray token mode", status="ok", detail=detail)
+
+
+def _token_file() -> Iterator[Check]:
+    """Say whether others can read the token with which a user's Rays are joined; nothing where there is none."""
+    from dmoa.serving.launch import token_path
+
+    path = token_path()
+    try:
+        is_open = path.stat().st_mode & 0o077 and all(folder.stat().st_mode & 0o011 for folder in path.absolute().parents)
+    except OSError:
+        return
+    detail = f"{path} is its owner's alone"
+    if is_open:
+        detail = f"{path} can be read by other users of this machine, who can then run code as you; chmod 600 {path}"
+    yield Check(name="ray token file", status="warn" if is_open else "ok", detail=detail)
 
 
 def port_check(host: str, port: int) -> Check:

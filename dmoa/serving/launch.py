@@ -235,13 +235,45 @@ def _use_token() -> None:
 
     A Ray that a program started for itself wants it, and one that wants none ignores it (Ray 2.60).
     """
-    kept = Path.home() / ".ray" / "auth_token"
-    if kept.is_file() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+    if token_path().is_file() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def token_path() -> Path:
+    """Return the file of the token with which a user's Rays are joined: whoever reads it runs code as that user."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def keep_token_private(path: Path) -> None:
+    """Make sure that a token's file is there and is its owner's alone, and so is `~/.ray`; Ray 2.60 leaves both to the umask.
+
+    A file or folder of somebody else stays as it is. Raises ConfigError where no file can be made.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            # Made with its mode, so that there is no moment at which others may read it.
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            pass
+        else:
+            with os.fdopen(fd, "w", encoding="ascii") as file:
+                file.write(secrets.token_hex(32))
+        is_rays = path.parent == Path.home() / ".ray"  # any other folder may hold more
+        for place, mode in ((path, 0o600), *(((path.parent, 0o700),) if is_rays else ())):
+            found = place.stat()
+            if found.st_uid == os.geteuid() and found.st_mode & 0o077:
+                place.chmod(mode)
+    except OSError as error:
+        raise ConfigError(
+            f"Ray's token: cannot write {str(path)!r}: {error}; make its folder writable, or set RAY_AUTH_TOKEN"
+        ) from error
 
 
 def _start_own_ray() -> None:
     """Start a Ray on this machine, again where its processes were too slow: on a busy machine Ray gives up too soon."""
+    if "RAY_AUTH_TOKEN" not in os.environ and os.environ.get("RAY_AUTH_MODE", "token") == "token":
+        keep_token_private(token_path())
     import ray
 
     for attempt in range(_START_ATTEMPTS):
@@ -254,6 +286,8 @@ def _start_own_ray() -> None:
             if "timed out during startup" not in str(error) or attempt == _START_ATTEMPTS - 1:
                 raise
         else:
+            # Ray opens its sessions to everybody: logs, and sockets by which objects are read.
+            Path(ray._private.worker._global_node.get_session_dir_path()).chmod(0o700)
             return
 
 

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,21 @@ def test_the_doctor_fails_on_a_missing_adapter(dmoa: Any, pool: Path) -> None:
 def test_the_doctor_knows_rays_token_modes(monkeypatch: pytest.MonkeyPatch, pool: Path, mode: str, status: str) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     assert statuses(pool, {})["ray token mode"] == status
+
+
+@pytest.mark.parametrize(("mode", "status"), [(0o600, "ok"), (0o644, "warn"), (0o640, "warn")])
+def test_the_doctor_sees_a_ray_token_that_others_can_read(
+    monkeypatch: pytest.MonkeyPatch, pool: Path, mode: int, status: str
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own lies in one that nobody else may enter
+        token = Path(folder, "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        assert "ray token file" not in statuses(pool, {})
+        token.write_text("t")
+        token.chmod(mode)
+        assert statuses(pool, {})["ray token file"] == "ok"
+        Path(folder).chmod(0o755)
+        assert statuses(pool, {})["ray token file"] == status
 
 
 def test_a_port_in_use_is_seen() -> None:

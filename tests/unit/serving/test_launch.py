@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.serving.launch import SERVE_FLAGS, _use_token, ray_address
+from dmoa.serving.launch import SERVE_FLAGS, _use_token, keep_token_private, ray_address, token_path
 from dmoa.serving.router.admin import RouterAdmin
 
 
@@ -39,6 +39,39 @@ def test_the_token_is_used_where_there_is_one(
         (tmp_path / ".ray" / "auth_token").write_text("abc")
     _use_token()
     assert os.environ.get("RAY_AUTH_MODE") == mode
+
+
+def test_a_token_is_its_owners_alone_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = os.umask(0)
+    try:
+        keep_token_private(token_path())
+    finally:
+        os.umask(before)
+    path = tmp_path / ".ray" / "auth_token"
+    token = path.read_text()
+    assert len(token) == 64
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    path.chmod(0o644)
+    path.parent.chmod(0o755)
+    keep_token_private(token_path())
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert path.read_text() == token
+
+
+def test_a_folder_that_is_not_rays_keeps_its_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o755)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(shared / "token"))
+    keep_token_private(token_path())
+    assert ((shared / "token").stat().st_mode & 0o777, shared.stat().st_mode & 0o777) == (0o600, 0o755)
+
+
+def test_a_token_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"Ray's token: cannot write '.*file/auth_token'"):
+        keep_token_private(tmp_path / "file" / "auth_token")
 
 
 @pytest.mark.parametrize(
