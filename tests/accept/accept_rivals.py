@@ -1,15 +1,16 @@
 """Rivals on the same agents: recorded pools in one table, adversaries of each kind, and the runtime beside a plain script.
 
-    python tests/accept/accept_rivals.py --json out/accept/rivals.json --lines recorded,overhead,adversaries
+    python tests/accept/accept_rivals.py --json out/accept/rivals.json --lines recorded,attacked,overhead,adversaries
 
-`recorded` needs the folder of recorded replies (`DMOA_RECORDED`, else `shared/outcomes` beside the repository). `adversaries`
-asks six specialists in this process; what they answer is kept in `--folder`. Figures are written as measured.
+`recorded` and `attacked` need the folder of recorded replies (`DMOA_RECORDED`, else `shared/outcomes` beside the repository).
+`adversaries` asks six specialists in this process; what they answer is kept in `--folder`. Figures are written as measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gzip
 import json
 import os
 import sys
@@ -27,13 +28,16 @@ from label_model import NAMES, Material, answer, lines, load, with_outcomes
 from study_posterior import trained
 from study_replies import first_step, replies, rows_of
 
-from dmoa.agents.adversaries import KINDS, Adversaries
+from dmoa.agents.adversaries import KINDS, Adversaries, corrupted
 from dmoa.agents.embedder import MiniLmEncoder
 from dmoa.agents.pool import load_pool
 from dmoa.config import Config
+from dmoa.core.aggregate import select_contribution
+from dmoa.core.defences import barred
 from dmoa.core.forms import agreement_key
 from dmoa.core.label_model import fit_label_model
 from dmoa.core.sequential import AGENT_PRICE
+from dmoa.core.witnesses import NO_ANSWER, Witnesses
 from dmoa.engines import models
 from dmoa.engines.recorded import agent_name
 from dmoa.evaluation.answering import Asking, query_of_task
@@ -41,9 +45,9 @@ from dmoa.evaluation.records import Reply, Task
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.statistics import compare_policies, interval
 from dmoa.policies.registry import split_policy
-from dmoa.protocols import final_answer
+from dmoa.protocols import Encoder, final_answer
 from dmoa.swarm import Swarm
-from dmoa.types import Answer, Limits
+from dmoa.types import AgentCall, AgentReply, Answer, Defence, FloatArray, Limits, Message, Sampling
 from dmoa.workflows.backends import build_local_swarm
 from tests.unit.agents.openai_server import Call, playing
 from tests.unit.policies.test_outside import QUESTION, Script, counted, swarm_of
@@ -54,6 +58,20 @@ LEARN, SEED = 100, 0
 MOST_LOST, MOST_OVERHEAD = 0.03, 0.10
 Figures = dict[str, Any]
 Judge = Callable[[int, str], float]
+
+
+class Remembering:
+    """An encoder that embeds a text once, so that many policies over the same rows cost one embedding a row."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._known: dict[str, FloatArray] = {}
+
+    async def embed(self, texts: Sequence[str]) -> list[FloatArray]:
+        """Return the embeddings, in order."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        self._known |= dict(zip(new, await self._encoder.embed(new) if new else [], strict=True))
+        return [self._known[text] for text in texts]
 
 
 async def ask_all(swarm: Swarm, policy: str, tasks: Sequence[Task], limits: Limits) -> list[Answer]:
@@ -114,10 +132,26 @@ def write_judged(path: Path, material: Material, texts: Sequence[str], rows: Seq
     return path
 
 
-def recorded(folder: Path, out: Path, limit: int) -> Figures:
+def sample(folder: Path, name: str, out: Path, count: int) -> None:
+    """Write some queries of a recorded pool, drawn by the seed, in a folder of the same shape."""
+    ids = np.array(sorted({row["query_id"] for row in lines(folder / f"{name}.labels.jsonl.gz")}))
+    kept = set(np.random.default_rng(SEED).permutation(ids)[:count].tolist())
+    out.mkdir(parents=True, exist_ok=True)
+    for kind in ("replies", "labels"):
+        with gzip.open(out / f"{name}.{kind}.jsonl.gz", "wt", encoding="utf-8") as file:
+            found = (row for row in lines(folder / f"{name}.{kind}.jsonl.gz") if row["query_id"] in kept)
+            file.writelines(json.dumps(row) + "\n" for row in found)
+
+
+def recorded(source: Path, out: Path, limit: int) -> Figures:
     """Every first-step policy on the recorded pools; dmoa's label model and label-trained routers with 0, 20 and 100 outcomes."""
-    encoder = MiniLmEncoder(models.fetch("minilm"))
-    return {name: recorded_suite(folder, name, encoder, out, limit) for name in NAMES}
+    encoder, folder = MiniLmEncoder(models.fetch("minilm")), out / "recorded"
+    found = {}
+    for name in NAMES:
+        sample(source, name, folder, LEARN + limit)
+        found[name] = recorded_suite(folder, name, encoder, out, limit)
+        print(name, json.dumps(found[name], indent=1), flush=True)
+    return found
 
 
 def recorded_suite(folder: Path, name: str, encoder: MiniLmEncoder, out: Path, limit: int) -> Figures:
@@ -144,6 +178,7 @@ def recorded_suite(folder: Path, name: str, encoder: MiniLmEncoder, out: Path, l
     tasks = [Task(row_id=ids[row], benchmark=name, text=texts[row]) for row in test]
     table: dict[str, Figures] = {}
     swarm = build_local_swarm(recorded_pool(folder / f"{name}.replies.jsonl.gz", material.agents), lambda text: None)
+    swarm.encoder = Remembering(swarm.encoder)
 
     async def run() -> None:
         for policy in policies:
@@ -170,6 +205,74 @@ def recorded_suite(folder: Path, name: str, encoder: MiniLmEncoder, out: Path, l
 def labels_of(policy: str) -> str:
     """Return how many labelled queries a router learnt from, in words."""
     return f", labels of {policy.rsplit('-', 1)[1].removesuffix('.jsonl')} queries" if ":data=" in policy else ""
+
+
+DEFENCES: tuple[Defence, ...] = ("none", "agreement", "cluster_filter", "dropout_cluster")
+SIX = 6
+
+
+def attacked(source: Path, out: Path, limit: int) -> Figures:
+    """Six recorded agents, none to three of which work against the others: dmoa's label model, and votes with each defence.
+
+    The model is fitted to unlabelled queries under the same attack. No entropies are recorded, so `confident_liar` is `liar` here.
+    """
+    folder, found = out / "recorded", {}
+    for name in NAMES:
+        sample(source, name, folder, LEARN + limit)
+        rows = lines(folder / f"{name}.replies.jsonl.gz")
+        agents = sorted({row["agent"] for row in rows})[:SIX]
+        text_of = {row["query_id"]: row["query"] for row in rows}
+        ids = sorted(text_of)
+        said = {(row["query_id"], row["agent"]): row["text"] for row in rows}
+        gold = {row["query_id"]: row["answer"].removeprefix("# ") for row in lines(folder / f"{name}.labels.jsonl.gz")}
+        truth = [agreement_key(json.dumps({"answer": gold[query_id]}), text_of[query_id]) for query_id in ids]
+        order = np.random.default_rng(SEED).permutation(len(ids))
+        found[name] = {"agents": agents}
+        for kind in ("none", *(kind for kind in KINDS if kind != "confident_liar")):
+            for count in (1, 2, 3) if kind != "none" else (0,):
+                replies_RA = [
+                    [reply_under(said.get((query_id, agent), ""), agent, text_of[query_id], kind if a >= SIX - count else "none")
+                     for a, agent in enumerate(agents)]
+                    for query_id in ids
+                ]  # fmt: skip
+                table = votes(replies_RA, [text_of[query_id] for query_id in ids], truth, order)
+                found[name][f"{kind} x {count}"] = table
+                print(name, kind, count, {policy: entry["accuracy"] for policy, entry in table.items()}, flush=True)
+    return found
+
+
+def reply_under(text: str, agent: str, asked: str, kind: str) -> AgentReply:
+    """Return a recorded reply, or what an adversary makes of it."""
+    reply = AgentReply(agent=agent, status="ok", text=text)
+    call = AgentCall(trace_id="", step=0, agent=agent, messages=(Message(role="user", content=asked),), sampling=Sampling())
+    return reply if kind == "none" else corrupted(reply, call, kind)  # type: ignore[arg-type]
+
+
+def votes(
+    replies_RA: Sequence[Sequence[AgentReply]], asked: Sequence[str], truth: Sequence[str | None], order: Any
+) -> dict[str, Figures]:
+    """Return the figures of the label model and of votes with each defence."""
+    keys_RA = [[agreement_key(reply.text, text) for reply in row] for row, text in zip(replies_RA, asked, strict=True)]
+    classes_RA = np.full((len(keys_RA), SIX), NO_ANSWER)
+    for number, keys in enumerate(keys_RA):
+        place = {key: at for at, key in enumerate(dict.fromkeys(key for key in keys if key is not None))}
+        classes_RA[number] = [NO_ANSWER if key is None else place[key] for key in keys]
+    right_RA = np.array([[key is not None and key == truth[r] for key in keys] for r, keys in enumerate(keys_RA)])
+    unknown_RA = np.full(right_RA.shape, np.nan)
+    length_RA = np.array([[float(len(reply.text)) for reply in row] for row in replies_RA])
+    witnesses = Witnesses(answer_RA=classes_RA, doubt_RA=unknown_RA, length_RA=length_RA, outcome_RA=unknown_RA)
+    material = Material(agents=tuple(reply.agent for reply in replies_RA[0]), witnesses=witnesses, right_RA=right_RA)
+    learn, test = order[:LEARN], order[LEARN:]
+    own, _ = answer(fit_label_model(witnesses.rows(learn), seed=SEED), material, test, AGENT_PRICE)
+    table = {"dmoa": figures(own.right.astype(float).tolist(), own.calls.tolist(), [0.0])}
+    for defence in DEFENCES:
+        values = []
+        for row in test:
+            chosen = select_contribution(barred(replies_RA[row], defence, asked=asked[row]), asked=asked[row])
+            key = agreement_key(chosen.text, asked[row]) if chosen else None
+            values.append(float(key is not None and key == truth[row]))
+        table[f"vote of six, {defence}"] = figures(values, [float(SIX)], [0.0])
+    return table
 
 
 ATTACKED = ("dmoa", "majority_k:k=6", "moa:layers=2", "debate:rounds=1", "complete")
@@ -282,7 +385,7 @@ def main() -> int:
     """Measure the lines that are asked for, and write them beside those that the file has."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--lines", default="recorded,overhead,adversaries")
+    parser.add_argument("--lines", default="recorded,attacked,overhead,adversaries")
     parser.add_argument("--folder", type=Path, default=Path("out/rivals"), help="answers that are kept between runs")
     parser.add_argument("--limit", type=int, default=300, help="recorded test rows of a pool")
     parser.add_argument("--queries", type=int, default=40, help="of the runtime beside a script")
@@ -293,10 +396,12 @@ def main() -> int:
     options = parser.parse_args()
     source = Path(os.environ.get("DMOA_RECORDED", ROOT.parent / "shared" / "outcomes"))
     counts = [int(count) for count in options.adversaries.split(",")]
+    skipped: Figures = {"skipped": "no recorded replies beside this clone"}
     measures: dict[str, Callable[[], Figures]] = {
         "recorded": lambda: (
             recorded(source, options.folder, options.limit) if source.is_dir() else {"skipped": "no recorded replies"}
         ),
+        "attacked": lambda: attacked(source, options.folder, options.limit) if source.is_dir() else skipped,
         "overhead": lambda: overhead(options.queries, options.delay),
         "adversaries": lambda: adversaries(options.folder, options.rows, options.defences.split(","), counts),
     }

@@ -117,7 +117,7 @@ def test_a_comparison_that_is_killed_goes_on_with_its_budget_and_its_curve(tmp_p
     steps = {row["policy"]: row["steps_mean"] for row in results[1]["rows"]}
     assert steps["mcts:simulations=2"] == 5
     assert {"self_moa", "self_consistency:k=16", "single"} <= steps.keys()
-    other = run_here([*compare(out), "--resume", "--match-budget", "9"])
+    other = run_here([*compare(out), "--resume", "--match-budget", "9", "--curve", ""])
     assert other.returncode == 2
     assert "match_budget: begun with 2000.0, now 9.0" in other.stderr
 
