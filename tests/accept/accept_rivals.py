@@ -214,7 +214,7 @@ SIX = 6
 def attacked(source: Path, out: Path, limit: int) -> Figures:
     """Six recorded agents, none to three of which work against the others: dmoa's label model, and votes with each defence.
 
-    The model is fitted to unlabelled queries under the same attack. No entropies are recorded, so `confident_liar` is `liar` here.
+    The model is fitted to unlabelled queries under the same attack. No entropies are recorded: `confident_liar` is `liar` here.
     """
     folder, found = out / "recorded", {}
     for name in NAMES:
@@ -230,11 +230,14 @@ def attacked(source: Path, out: Path, limit: int) -> Figures:
         found[name] = {"agents": agents}
         for kind in ("none", *(kind for kind in KINDS if kind != "confident_liar")):
             for count in (1, 2, 3) if kind != "none" else (0,):
+                kinds = ["none"] * (SIX - count) + [kind] * count
                 replies_RA = [
-                    [reply_under(said.get((query_id, agent), ""), agent, text_of[query_id], kind if a >= SIX - count else "none")
-                     for a, agent in enumerate(agents)]
+                    [
+                        reply_under(said.get((query_id, agent), ""), agent, text_of[query_id], as_what)
+                        for agent, as_what in zip(agents, kinds, strict=True)
+                    ]
                     for query_id in ids
-                ]  # fmt: skip
+                ]
                 table = votes(replies_RA, [text_of[query_id] for query_id in ids], truth, order)
                 found[name][f"{kind} x {count}"] = table
                 print(name, kind, count, {policy: entry["accuracy"] for policy, entry in table.items()}, flush=True)
