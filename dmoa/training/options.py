@@ -305,7 +305,7 @@ class AdaptSettings(Options):
     """Newest queries of the stream that are learned from again; older ones join the replay."""
     replay_queries: int = Field(default=512, ge=1, le=1_000_000)
     """Most queries that are kept to be replayed; of more a fair sample stays."""
-    pull: float = Field(default=0.002, ge=0, lt=1)
+    pull: float = Field(default=0.01, ge=0, lt=1)
     """Part of the way back to the deployed weights that every gradient step ends with."""
     loss: Literal["soft", "hard", "hinge", "listnet"] = "soft"
     """Ranking loss."""

@@ -70,7 +70,7 @@ FLAGS = {
         "--benchmark:str! --queries:int>=1=30 --every:int>=1=1 --zero-shot:bool=False --replay:Path* --outcomes:Path "
         "--out:Path! --data-dir:Path --limit:int>=1 --difficulty:int>=1=1 --workers:int>=0=1 --allow-weak-sandbox:bool=False "
         "--address:str$RAY_ADDRESS --track:str=auto --lr:float=0.001 --steps:int>=1=4 --replay-ratio:float>=0=3.0 "
-        "--pull:float>=0=0.002 --seed:int>=0=0 --checkpoint:Path"
+        "--pull:float>=0=0.01 --seed:int>=0=0 --checkpoint:Path"
     ),
     "policies": "",
     "docs": "",
