@@ -65,8 +65,6 @@ def advice(path: str, routes: Iterable[BaseRoute]) -> str:
     """Return what to do about a path that is not served: the one that was probably meant, or all that there are."""
     served = {route.path_format: route for route in routes if isinstance(route, APIRoute)}
     shown = {known: f"{' '.join(sorted(route.methods))} {known}" for known, route in served.items()}
-    if "responses" in path.split("/"):
-        return f"the Responses API is not supported; use {shown['/v1/chat/completions']}"
     meant = _meant(path, list(served))
     if meant is None:
         return f"its paths: {', '.join(shown.values())}"

@@ -200,7 +200,7 @@ class Rendering:
         self._held = ""
         """White space at its start, which is not an answer as long as nothing follows."""
 
-    def whole(self, answer: Answer) -> CompletionReply:
+    def whole(self, answer: Answer) -> CompletionReply | dict[str, Any]:
         """Return the reply of a request that does not stream. Raises EmptyAnswerError."""
         check_not_empty(answer)
         shared = {**self._head, "usage": usage_of(answer), "dmoa": self._dmoa(answer)}
@@ -241,12 +241,21 @@ class Rendering:
 
     def delta(self, text: str) -> bytes:
         """Return the chunk of a piece of the answer; nothing while all is white space, which goes with the first word."""
+        piece = self.piece(text)
+        return self._chunk({"content": piece}) if piece else b""
+
+    def piece(self, text: str) -> str:
+        """Return what may be sent of the answer now that a piece of it came."""
         self._held += text
         if not self._held or not (self._sent or self._held.strip()):
-            return b""
+            return ""
         piece, self._held = self._held, ""
         self._sent += piece
-        return self._chunk({"content": piece})
+        return piece
+
+    def failure(self, error: Exception) -> bytes:
+        """Return the events of an error in mid-stream."""
+        return failure(error)
 
     def closing(self, answer: Answer) -> bytes:
         """Return the chunks that end a stream: what was not sent of the text, the reason, usage, `[DONE]`.
@@ -415,7 +424,7 @@ def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return found
 
 
-def completions(request: type[BaseModel], reply: type[CompletionReply]) -> dict[str, Any]:
+def completions(request: type[BaseModel], reply: Any) -> dict[str, Any]:
     """Return FastAPI's arguments for a route that takes a request of ours and answers with a reply or a stream."""
     data = {"type": "string", "description": "One chunk as JSON, an error object as JSON, or `[DONE]`."}
     event = {"type": "object", "properties": {"data": data}, "required": ["data"], "description": "With `stream: true`."}

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -25,6 +26,7 @@ from dmoa.errors import DmoaError, EmptyAnswerError
 from dmoa.serving.http import errors, page, requests, responses
 from dmoa.serving.http.errors import json_response
 from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit, KeyCheck
+from dmoa.serving.http.responses_api import ResponseRendering, ResponsesRequest, responses_order
 from dmoa.serving.http.service import SwarmService
 from dmoa.serving.trace_list import summary_of_failure
 from dmoa.types import Answer, Event, Query, StepRecord
@@ -124,6 +126,7 @@ def create_app(
     for method, path, endpoint, document in (
         ("POST", "/v1/chat/completions", front.chat, responses.completions(requests.ChatRequest, responses.ChatReply)),
         ("POST", "/v1/completions", front.completion, responses.completions(requests.CompletionRequest, responses.TextReply)),
+        ("POST", "/v1/responses", front.response, responses.completions(ResponsesRequest, dict[str, Any])),
         ("GET", "/v1/models", front.models, {"responses": fails(401)}),
         ("GET", "/v1/models/{model:path}", front.model, {"responses": fails(401, 404)}),
         ("GET", "/healthz", front.healthz, {"responses": fails()}),
@@ -134,9 +137,13 @@ def create_app(
     ):
         app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)
     page.add_routes(app, service_getter, front.follow)
-    responses.install_document(app, has_keys=bool(key_hashes), bodies=page.BODIES)
+    responses.install_document(app, has_keys=bool(key_hashes), bodies=(ResponsesRequest, *page.BODIES))
     app.add_route(DOCS_PATH, lambda request: HTMLResponse(responses.docs_page(app.openapi())), methods=["GET"])
     return app
+
+
+_Render = Callable[..., responses.Rendering]
+"""Makes the rendering of an order, given the pool's name and `trace_url`."""
 
 
 class _Front:
@@ -160,12 +167,18 @@ class _Front:
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
         order = requests.chat_order(await self._parsed(requests.ChatRequest, request), self._service())
-        return await self._respond(request, order, is_chat=True)
+        return await self._respond(request, order, partial(responses.Rendering, is_chat=True))
 
     async def completion(self, request: Request) -> Response:
         """Answer a plain prompt."""
         order = requests.completion_order(await self._parsed(requests.CompletionRequest, request), self._service())
-        return await self._respond(request, order, is_chat=False)
+        return await self._respond(request, order, partial(responses.Rendering, is_chat=False))
+
+    async def response(self, request: Request) -> Response:
+        """Answer a conversation as a response, which is not stored."""
+        asked = await self._parsed(ResponsesRequest, request)
+        order = responses_order(asked, self._service())
+        return await self._respond(request, order, partial(ResponseRendering, request=asked))
 
     async def models(self) -> responses.ModelListReply:
         """List the names that `model` may hold: the pool, the pool under each policy, each agent."""
@@ -217,10 +230,10 @@ class _Front:
         kind = request.headers.get("content-type", "")
         return requests.parse_body(model, await request.body(), kind, refuses_unknown=self._refuses_unknown)
 
-    async def _respond(self, request: Request, order: requests.ParsedRequest, *, is_chat: bool) -> Response:
+    async def _respond(self, request: Request, order: requests.ParsedRequest, render: _Render) -> Response:
         order = replace(order, query=replace(order.query, traceparent=request.headers.get("traceparent", "")[:_TRACEPARENT]))
         at = f"{str(request.base_url).rstrip('/')}/#/query/{order.query.trace_id}"
-        rendering = responses.Rendering(order, self._service().pool, is_chat=is_chat, trace_url=at)
+        rendering = render(order, self._service().pool, trace_url=at)
         headers = rendering.headers | ({} if self._has_request_ids else {"X-Request-Id": order.query.trace_id})
         items = self._items(order, _key_hash(request))
         if order.body.stream:
@@ -294,12 +307,12 @@ async def _events(items: AsyncGenerator[Event], rendering: responses.Rendering) 
     except DmoaError as error:
         if not is_open:
             raise
-        yield responses.failure(error)
+        yield rendering.failure(error)
     except Exception as error:  # agents and engines run inside: the client is owed an error event, the log the details
         if not is_open:
             raise
         logger.exception("unexpected error in mid-stream")
-        yield responses.failure(error)
+        yield rendering.failure(error)
 
 
 def _key_hash(request: Request) -> str:

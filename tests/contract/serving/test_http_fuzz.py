@@ -16,13 +16,14 @@ from starlette.testclient import TestClient
 from tests.examples import examples
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
-PATHS = ("/v1/chat/completions", "/v1/completions")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 OUTCOMES = "/v1/dmoa/outcomes"
 JSON = {"content-type": "application/json"}
 VALID: dict[str, Any] = {
     "model": "tiny",
     "messages": QUESTION,
     "prompt": "1 + 1",
+    "input": "1 + 1",
     "temperature": 0.5,
     "top_p": 0.9,
     "max_tokens": 5,

@@ -327,8 +327,8 @@ async def test_unknown_routes(method: str, path: str, status: int, code: str) ->
 @pytest.mark.parametrize(
     ("method", "path", "way"),
     [
-        ("POST", "/v1/responses", "the Responses API is not supported; use POST /v1/chat/completions"),
-        ("POST", "/responses/", "the Responses API is not supported; use POST /v1/chat/completions"),
+        ("GET", "/v1/responses", "not a method of this path; use POST"),
+        ("POST", "/responses/", "use POST /v1/responses (the base URL of a client ends in /v1)"),
         ("POST", "/chat/completions", "use POST /v1/chat/completions (the base URL of a client ends in /v1)"),
         ("POST", "/completions", "use POST /v1/completions (the base URL of a client ends in /v1)"),
         ("GET", "/models", "use GET /v1/models (the base URL of a client ends in /v1)"),

@@ -1,0 +1,431 @@
+"""OpenAI's Responses API, stateless: its requests become chat requests, and answers its objects and `response.*` events.
+
+Nothing is stored, so whoever goes on sends the whole conversation again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, ValidationError
+
+from dmoa.errors import RequestError
+from dmoa.serving.http.errors import described, encode_json
+from dmoa.serving.http.fields import MAX_TOOLS, WHOLE, LenientModel, Only, Tokens, refused, text_or_list
+from dmoa.serving.http.requests import ChatRequest, DmoaOptions, ParsedRequest, chat_order, request_error
+from dmoa.serving.http.responses import Rendering, check_not_empty, choices_of, sent, step_line
+from dmoa.serving.http.service import SwarmService
+from dmoa.types import Answer, Choice, StepRecord
+
+_STATELESS = "this server stores no responses; send the whole conversation as input"
+_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text")
+_PIECE = 64
+
+
+class Part(LenientModel):
+    """A part of a message."""
+
+    type: str = Field(max_length=64)
+    text: str | None = None
+    refusal: str | None = None
+    annotations: Any = None
+    logprobs: Any = None
+
+
+Texts = Annotated[Annotated[str, Tag("<text>")] | Annotated[list[Part], Tag("<list>")], Discriminator(text_or_list)]
+
+
+class InputItem(LenientModel):
+    """One item of the conversation: a message, a call of a tool, its result, or a thought, which is passed over."""
+
+    type: str | None = Field(default=None, max_length=64)
+    """message (also where absent), function_call, function_call_output, or reasoning."""
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: Texts | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: Texts | None = None
+    id: Any = None
+    """Ignored, as are the fields below."""
+    status: Any = None
+    phase: Any = None
+    summary: Any = None
+    encrypted_content: Any = None
+
+
+class FlatTool(LenientModel):
+    """A function of the client's that an answer may call."""
+
+    type: str
+    """function; other kinds are not supported."""
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Reasoning(LenientModel):
+    """What is told of thoughts."""
+
+    effort: str | None = None
+    """Ignored."""
+    summary: str | None = None
+    """With any: the lines of the steps come as a summary of the reasoning."""
+
+
+class TextFormat(LenientModel):
+    """The form of the text."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    form: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+    description: str | None = None
+
+
+class TextOptions(LenientModel):
+    """How the text is to be."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = None
+    """Ignored."""
+
+
+class ResponsesRequest(LenientModel):
+    """Body of POST /v1/responses."""
+
+    model: str = Field(max_length=256)
+    """The pool's name, `POOL/POLICY`, or the name of one agent."""
+    input: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[list[InputItem], Field(min_length=1), Tag("<list>")],
+        Discriminator(text_or_list),
+    ]
+    """A question, or the conversation, which ends with the user's message or the result of a tool."""
+    instructions: str | None = None
+    """The system message."""
+    tools: list[FlatTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Any = None
+    """none, auto, required, or an object that names a function."""
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    text: TextOptions | None = None
+    max_output_tokens: Tokens = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    stream: bool | None = None
+    metadata: dict[Annotated[str, Field(max_length=64)], Any] | None = Field(default=None, max_length=16)
+    user: str | None = Field(default=None, max_length=512)
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    store: Annotated[Any, Only(False, way=_STATELESS)] = None
+    previous_response_id: Annotated[Any, Only(way=_STATELESS)] = None
+    conversation: Annotated[Any, Only(way=_STATELESS)] = None
+    background: Annotated[Any, Only(False)] = None
+    prompt: Annotated[Any, Only()] = None
+    dmoa: DmoaOptions | None = None
+    include: Any = None
+    """Ignored, as are the fields below."""
+    truncation: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    max_tool_calls: Any = None
+    stream_options: Any = None
+
+
+def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedRequest:
+    """Return the order of a request. Raises RequestError, whose fields are named as in the request."""
+    tree = {
+        "model": request.model,
+        "messages": _messages(request),
+        "tools": [_tool(tool, f"tools[{number}]") for number, tool in enumerate(request.tools or [])] or None,
+        "tool_choice": _tool_choice(request.tool_choice),
+        "response_format": _format(request.text.format if request.text else None),
+        "logprobs": True if request.top_logprobs else None,
+        "max_tokens": request.max_output_tokens,
+        "dmoa": None if request.dmoa is None else request.dmoa.model_dump(),
+    }
+    same = ("parallel_tool_calls", "top_logprobs", "temperature", "top_p", "stream", "metadata", "user")
+    tree |= {name: getattr(request, name) for name in same} | (request.model_extra or {})
+    try:
+        return chat_order(ChatRequest.model_validate(tree), service)
+    except ValidationError as error:
+        raise _renamed(request_error(error)) from None
+    except RequestError as error:
+        raise _renamed(error) from None
+
+
+_NAMES = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
+
+
+def _renamed(error: RequestError) -> RequestError:
+    """Return an error with the names that fields have here."""
+    for old, new in _NAMES.items():
+        if error.param and error.param.startswith(old):
+            text = str(error).replace(old, new, 1)
+            return RequestError(text, param=error.param.replace(old, new, 1), code=error.code, status=error.status)
+    return error
+
+
+def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{"role": "system", "content": request.instructions}] if request.instructions else []
+    if isinstance(request.input, str):
+        return [*found, {"role": "user", "content": request.input}]
+    for number, item in enumerate(request.input):
+        place, kind = f"input[{number}]", item.type or "message"
+        if kind == "message":
+            text = _text(item.content, f"{place}.content")
+            found.append({"role": item.role or "user", "content": text})
+        elif kind == "function_call":
+            call = {"id": item.call_id, "type": "function", "function": {"name": item.name or "", "arguments": item.arguments}}
+            if found and found[-1].get("tool_calls"):
+                found[-1]["tool_calls"].append(call)
+            else:
+                found.append({"role": "assistant", "content": None, "tool_calls": [call]})
+        elif kind == "function_call_output":
+            output = _text(item.output, f"{place}.output")
+            found.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
+        elif kind != "reasoning":
+            raise refused(f"{place}.type", f"is {kind!r}; expected message, function_call or function_call_output", "unsupported")
+    return found
+
+
+def _text(content: str | Sequence[Part] | None, place: str) -> str:
+    if content is None:
+        raise refused(place, "missing; add it", "missing_required_parameter")
+    if isinstance(content, str):
+        return content
+    for number, part in enumerate(content):
+        if part.type not in _TEXTS:
+            what = "images are" if "image" in part.type else "other kinds of content are"
+            raise refused(
+                f"{place}[{number}].type", f"is {part.type!r}; expected text parts; {what} not supported", "unsupported"
+            )
+    return "\n".join(part.text or part.refusal or "" for part in content)
+
+
+def _tool(tool: FlatTool, place: str) -> dict[str, Any]:
+    if tool.type != "function":
+        raise refused(
+            f"{place}.type", f"is {tool.type[:80]!r}; expected function; tools of other kinds are not here", "unsupported"
+        )
+    return {
+        "type": "function",
+        "function": tool.model_dump(include={"name", "description", "parameters", "strict"}, exclude_none=True),
+    }
+
+
+def _tool_choice(choice: Any) -> Any:
+    is_named = isinstance(choice, Mapping) and choice.get("type") == "function" and "name" in choice
+    return {"type": "function", "function": {"name": choice["name"]}} if is_named else choice
+
+
+def _format(wanted: TextFormat | None) -> dict[str, Any] | None:
+    if wanted is None:
+        return None
+    form = {"name": wanted.name or "answer", "schema": wanted.form, "strict": wanted.strict}
+    return {"type": wanted.type, **({"json_schema": form} if wanted.type == "json_schema" else {})}
+
+
+class ResponseRendering(Rendering):
+    """Renders one order's answer as a response, in one piece or as events."""
+
+    def __init__(self, order: ParsedRequest, pool: str, request: ResponsesRequest, trace_url: str | None = None) -> None:
+        super().__init__(order, pool, is_chat=True, trace_url=trace_url)
+        self._request = request
+        self._number = 0
+        self._output: list[dict[str, Any]] = []
+        """Items that are done."""
+        self._open: str | None = None
+        """Kind of the item that is under way: reasoning or message."""
+        self._shown = ""
+        """What of it was sent."""
+        self._created = int(time.time())
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """Return the response of a request that does not stream. Raises EmptyAnswerError."""
+        check_not_empty(answer)
+        choice = choices_of(answer)[0]
+        steps = "".join(map(step_line, answer.steps)) if self._tells_steps else ""
+        items = [self._reasoning(steps + choice.reasoning)] if steps or choice.reasoning else []
+        items += [self._message(sent(choice.text), choice)] if choice.text.strip() else []
+        return self._response(self._status(choice), [*items, *self._calls_of(choice)], answer)
+
+    def opening(self) -> bytes:
+        """Return the events that open a stream."""
+        started = self._response("in_progress", [])
+        return self._tell("response.created", response=started) + self._tell("response.in_progress", response=started)
+
+    def step(self, step: StepRecord) -> bytes:
+        """Return the events of a finished step, none unless a summary of the reasoning was asked for."""
+        return self._add("reasoning", step_line(step)) if self._tells_steps else b""
+
+    def thought(self, text: str) -> bytes:
+        """Return the events of a piece of the final call's thought."""
+        self._thought += text
+        return self._add("reasoning", text) if text else b""
+
+    def delta(self, text: str) -> bytes:
+        """Return the events of a piece of the answer."""
+        piece = self.piece(text)
+        return self._add("message", piece) if piece else b""
+
+    def closing(self, answer: Answer) -> bytes:
+        """Return the events that end a stream. Raises EmptyAnswerError."""
+        check_not_empty(answer)
+        choice, events = choices_of(answer)[0], b""
+        if answer.reasoning.startswith(self._thought) and not self._sent:
+            events += self.thought(answer.reasoning[len(self._thought) :])
+        if answer.text != self._sent and answer.text.startswith(self._sent):
+            events += self._add("message", answer.text[len(self._sent) :])
+        events += self._close(choice)
+        for call in self._calls_of(choice):
+            place = len(self._output)
+            events += self._tell(
+                "response.output_item.added", output_index=place, item=call | {"arguments": "", "status": "in_progress"}
+            )
+            where = {"item_id": call["id"], "output_index": place}
+            for start in range(0, len(call["arguments"]), _PIECE):
+                piece = call["arguments"][start : start + _PIECE]
+                events += self._tell("response.function_call_arguments.delta", delta=piece, **where)
+            named = {"name": call["name"], "arguments": call["arguments"]}
+            events += self._tell("response.function_call_arguments.done", **named, **where)
+            self._output.append(call)
+            events += self._tell("response.output_item.done", output_index=place, item=call)
+        status = self._status(choice)
+        return events + self._tell(f"response.{status}", response=self._response(status, self._output, answer))
+
+    def failure(self, error: Exception) -> bytes:
+        """Return the event of an error in mid-stream."""
+        found = described(error)[1].error
+        return self._tell("error", code=found.code, message=found.message, param=found.param)
+
+    @property
+    def _tells_steps(self) -> bool:
+        return bool(self._request.reasoning and self._request.reasoning.summary)
+
+    def _status(self, choice: Choice) -> str:
+        return "incomplete" if choice.finish_reason == "length" else "completed"
+
+    def _id(self, kind: str, number: int = 0) -> str:
+        return f"{kind}_{self._order.query.trace_id}{f'_{number}' if number else ''}"
+
+    def _reasoning(self, text: str) -> dict[str, Any]:
+        return {"type": "reasoning", "id": self._id("rs"), "summary": [{"type": "summary_text", "text": sent(text)}]}
+
+    def _message(self, text: str, choice: Choice | None = None, status: str = "completed") -> dict[str, Any]:
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": list((choice and choice.logprobs) or [])}
+        return {"type": "message", "id": self._id("msg"), "status": status, "role": "assistant", "content": [part]}
+
+    def _calls_of(self, choice: Choice) -> list[dict[str, Any]]:
+        return [
+            {
+                "type": "function_call",
+                "id": self._id("fc", number),
+                "call_id": sent(call.call_id),
+                "name": sent(call.name),
+                "arguments": sent(call.arguments),
+                "status": "completed",
+            }
+            for number, call in enumerate(choice.tool_calls, 1)
+        ]
+
+    def _add(self, kind: Literal["reasoning", "message"], text: str) -> bytes:
+        """Return the events of a piece of an item, which is begun where another is under way."""
+        events = b"" if self._open in (None, kind) else self._close(None)
+        place = {"output_index": len(self._output), "item_id": self._id("rs" if kind == "reasoning" else "msg")}
+        index = {"summary_index": 0} if kind == "reasoning" else {"content_index": 0}
+        if self._open is None:
+            self._open = kind
+            item = (
+                self._reasoning("") | {"summary": []}
+                if kind == "reasoning"
+                else self._message("", status="in_progress") | {"content": []}
+            )
+            events += self._tell("response.output_item.added", output_index=place["output_index"], item=item)
+            events += self._tell(self._part(kind, "added"), part=self._empty(kind, ""), **place, **index)
+        self._shown += sent(text)
+        more: dict[str, Any] = {} if kind == "reasoning" else {"logprobs": []}
+        return events + self._tell(self._words(kind, "delta"), delta=sent(text), **place, **index, **more)
+
+    def _close(self, choice: Choice | None) -> bytes:
+        """Return the events that end the item under way, none where none is."""
+        kind, text = self._open, self._shown
+        if kind is None:
+            return b""
+        self._open, self._shown = None, ""
+        item = self._reasoning(text) if kind == "reasoning" else self._message(text, choice)
+        place = {"output_index": len(self._output), "item_id": item["id"]}
+        index = {"summary_index": 0} if kind == "reasoning" else {"content_index": 0}
+        more = {} if kind == "reasoning" else {"logprobs": item["content"][0]["logprobs"]}
+        self._output.append(item)
+        return (
+            self._tell(self._words(kind, "done"), text=text, **place, **index, **more)
+            + self._tell(self._part(kind, "done"), part=self._empty(kind, text), **place, **index)
+            + self._tell("response.output_item.done", output_index=place["output_index"], item=item)
+        )
+
+    @staticmethod
+    def _words(kind: str, what: str) -> str:
+        return f"response.reasoning_summary_text.{what}" if kind == "reasoning" else f"response.output_text.{what}"
+
+    @staticmethod
+    def _part(kind: str, what: str) -> str:
+        return f"response.reasoning_summary_part.{what}" if kind == "reasoning" else f"response.content_part.{what}"
+
+    @staticmethod
+    def _empty(kind: str, text: str) -> dict[str, Any]:
+        if kind == "reasoning":
+            return {"type": "summary_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    def _tell(self, kind: str, **content: Any) -> bytes:
+        event = {"type": kind, "sequence_number": self._number, **content}
+        self._number += 1
+        return b"event: " + kind.encode() + b"\ndata: " + encode_json(event) + b"\n\n"
+
+    def _response(self, status: str, output: Iterable[dict[str, Any]], answer: Answer | None = None) -> dict[str, Any]:
+        asked = self._request
+        told = self._dmoa(answer) if answer else None
+        usage = answer.usage if answer else None
+        given = asked.text.format if asked.text and asked.text.format else None
+        return {
+            "id": self._id("resp"),
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": asked.instructions,
+            "max_output_tokens": asked.max_output_tokens,
+            "model": asked.model,
+            "output": list(output),
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": asked.reasoning.model_dump(include={"effort", "summary"})
+            if asked.reasoning
+            else {"effort": None, "summary": None},
+            "store": False,
+            "temperature": asked.temperature,
+            "text": {"format": given.model_dump(by_alias=True, exclude_none=True) if given else {"type": "text"}},
+            "tool_choice": asked.tool_choice or "auto",
+            "tools": [tool.model_dump() for tool in asked.tools or []],
+            "top_p": asked.top_p,
+            "truncation": "disabled",
+            "usage": None
+            if usage is None
+            else {
+                "input_tokens": usage.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+                "output_tokens": usage.completion_tokens,
+                "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+                "total_tokens": usage.total,
+            },
+            "user": asked.user,
+            "metadata": self._order.body.labels,
+            **({"dmoa": told.model_dump(mode="json")} if told else {}),
+        }

@@ -1,0 +1,193 @@
+"""The Responses API through the official openai client: texts, tools, forms, events, and what a stateless server refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseReasoningItem
+from pydantic import BaseModel
+
+from dmoa.errors import NoAgentError
+from dmoa.types import Choice, FinalCall, Message, ToolCall
+from tests.unit.serving.fake_service import FakeService, connect, make_app
+from tests.unit.serving.test_http_chat import official
+
+PATH = "/v1/responses"
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
+ADD: Any = {"type": "function", "name": "add", "parameters": PARAMETERS, "strict": False}
+CALL = ToolCall(call_id="call_1", name="add", arguments=json.dumps({"a": 1, "why": "x" * 90}))
+CALLED: dict[str, Any] = {"text": "", "choices": (Choice(text="", tool_calls=(CALL,), finish_reason="tool_calls"),)}
+
+
+async def asked(**body: Any) -> FakeService:
+    """The service that answered a body."""
+    service = FakeService()
+    async with connect(make_app(service)) as client:
+        response = await client.post(PATH, json={"model": "tiny", "input": "What is 12 + 7?"} | body)
+    assert response.status_code == 200, response.text
+    return service
+
+
+async def test_a_question_is_answered_and_nothing_is_stored() -> None:
+    async with official(FakeService()) as client:
+        reply = await client.responses.create(model="tiny", input="What is 12 + 7?", instructions="Be brief.", store=False)
+    assert (reply.output_text, reply.status, reply.store, reply.object) == ("The answer is 19.", "completed", False, "response")
+    assert [type(item) for item in reply.output] == [ResponseOutputMessage]
+    usage = reply.usage
+    assert usage is not None
+    assert (usage.input_tokens, usage.output_tokens, usage.total_tokens, usage.input_tokens_details.cached_tokens) == (
+        50,
+        20,
+        70,
+        26,
+    )
+    assert (reply.model_extra or {})["dmoa"]["stop_reason"] == "agreement"
+    assert reply.id == f"resp_{(reply.model_extra or {})['dmoa']['trace_id']}"
+
+
+async def test_fields_and_items_reach_the_swarm() -> None:
+    conversation = [
+        {"role": "developer", "content": "Use digits."},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "12 + 7?"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "x"},
+        {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 1}', "id": "fc_1", "status": "completed"},
+        {"type": "function_call", "call_id": "c2", "name": "now", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "19"},
+        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "noon"}]},
+    ]
+    service = await asked(
+        input=conversation, instructions="Be brief.", max_output_tokens=9, temperature=0.5, metadata={"a": 1}, user="u",
+        dmoa={"max_steps": 1}, tools=[ADD], tool_choice={"type": "function", "name": "add"}, parallel_tool_calls=False,
+    )  # fmt: skip
+    query = service.asked[0][0]
+    assert (query.text, query.system, query.turns) == ("12 + 7?", "Be brief.\n\nUse digits.", ())
+    assert query.exchange == 'Called add with {"a": 1}\nCalled now with {}\nResult of add: 19\nResult of now: noon'
+    assert (query.sampling, query.limits.max_steps) == ({"temperature": 0.5, "max_tokens": 9}, 1)
+    function = {"name": "add", "parameters": PARAMETERS, "strict": False}
+    assert query.final == FinalCall(tools=(function,), tool_choice="=add", is_parallel=False)
+    assert (service.recorded[0]["user"], service.recorded[0]["metadata"]) == ("u", {"a": "1"})
+
+
+async def test_what_was_answered_may_be_sent_back() -> None:
+    service = FakeService()
+    async with official(service) as client:
+        first = await client.responses.create(model="tiny", input="Hi")
+        back: Any = [{"role": "user", "content": "Hi"}, *first.output, {"role": "user", "content": "Sure?"}]
+        await client.responses.create(model="tiny", input=back)
+    assert service.asked[1][0].turns == (
+        Message(role="user", content="Hi"),
+        Message(role="assistant", content="The answer is 19."),
+    )
+
+
+async def test_calls_of_tools_whole_and_streamed() -> None:
+    async with official(FakeService(overrides=CALLED)) as client:
+        whole = await client.responses.create(model="tiny", input="Hi", tools=[ADD])
+        async with client.responses.stream(model="tiny", input="Hi", tools=[ADD]) as stream:
+            kinds = [event.type async for event in stream]
+            streamed = await stream.get_final_response()
+    for reply in (whole, streamed):
+        (item,) = reply.output
+        assert isinstance(item, ResponseFunctionToolCall)
+        assert (item.call_id, item.name, item.arguments) == (CALL.call_id, CALL.name, CALL.arguments)
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+
+
+@pytest.mark.parametrize("deltas", [(), ("The ans", "wer is 19.")])
+async def test_a_stream_tells_thoughts_then_the_text(deltas: tuple[str, ...]) -> None:
+    service = FakeService(deltas=deltas, overrides={"reasoning": "" if deltas else "7 more than 12"})
+    async with (
+        official(service) as client,
+        client.responses.stream(model="tiny", input="Hi", reasoning={"summary": "auto", "effort": "low"}) as stream,
+    ):
+        events = [event async for event in stream]
+        final = await stream.get_final_response()
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert final.output_text == "The answer is 19."
+    thought, message = final.output
+    assert isinstance(thought, ResponseReasoningItem)
+    assert isinstance(message, ResponseOutputMessage)
+    assert thought.summary[0].text.startswith("Step 1: adder (p 0.625, entropy 0.500 nats)")
+    assert thought.summary[0].text.endswith("" if deltas else "7 more than 12")
+    said = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert said == (list(deltas) or ["The answer is 19."])
+    assert events[-1].type == "response.completed"
+
+
+async def test_a_cut_text_is_incomplete() -> None:
+    async with official(FakeService(overrides={"finish_reason": "length"})) as client:
+        reply = await client.responses.create(model="tiny", input="Hi")
+    assert reply.status == "incomplete"
+    assert reply.incomplete_details is not None
+    assert reply.incomplete_details.reason == "max_output_tokens"
+
+
+class Wanted(BaseModel):
+    """A form that the official client parses replies into."""
+
+    answer: int
+
+
+async def test_the_official_clients_parse_helper_works() -> None:
+    service = FakeService(overrides={"text": '{"answer": 19}', "choices": (Choice(text='{"answer": 19}'),)})
+    async with official(service) as client:
+        reply = await client.responses.parse(model="tiny", input="Hi", text_format=Wanted)
+    assert reply.output_parsed == Wanted(answer=19)
+    final = service.asked[0][0].final
+    assert final is not None
+    assert (final.schema_name, final.is_strict) == ("Wanted", True)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"store": True}, "store", "unsupported"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "unsupported"),
+        ({"conversation": "c"}, "conversation", "unsupported"),
+        ({"background": True}, "background", "unsupported"),
+        ({"input": []}, "input", "invalid_value"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", "unsupported"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type", "unsupported"),
+        ({"input": [{"role": "user"}]}, "input[0].content", "missing_required_parameter"),
+        ({"input": [{"role": "assistant", "content": "x"}]}, "input[0].role", "invalid_value"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "unsupported"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function.name", "missing_required_parameter"),
+        ({"tool_choice": 7}, "tool_choice", "invalid_value"),
+        ({"max_output_tokens": 0}, "max_output_tokens", "invalid_value"),
+        ({"temperature": 3}, "temperature", "invalid_value"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type", "invalid_value"),
+    ],
+)
+async def test_what_is_refused(body: dict[str, Any], param: str, code: str) -> None:
+    service = FakeService()
+    async with connect(make_app(service)) as client:
+        response = await client.post(PATH, json={"model": "tiny", "input": "Hi"} | body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, param, code)
+    assert service.asked == []
+
+
+async def test_unknown_fields_are_named_and_an_error_in_mid_stream_is_an_event() -> None:
+    async with connect(make_app(FakeService(error=NoAgentError("all gone"), error_at=1))) as client:
+        response = await client.post(PATH, json={"model": "tiny", "input": "Hi", "stream": True, "odd": 1})
+    assert response.headers["x-dmoa-ignored"] == "odd"
+    last = response.text.split("\n\n")[-2]
+    assert last.startswith("event: error\n")
+    assert json.loads(last.partition("data: ")[2]) | {"sequence_number": 0} == {
+        "type": "error",
+        "sequence_number": 0,
+        "code": "no_agent",
+        "message": "all gone",
+        "param": None,
+    }
