@@ -183,7 +183,10 @@ def _show_replay(traces: Sequence[Trace], results: Sequence[Replay]) -> None:
         print(note)
 
 
-_HELP = "/quit ends, /steps shows or hides the steps, /policy NAME changes the policy, /clear forgets the conversation"
+_HELP = (
+    "/quit ends, /steps shows or hides the steps, /policy NAME changes the policy, /agent NAME asks one agent alone (none: all), "
+    "/history shows the questions so far, /clear forgets the conversation, /help tells this"
+)
 
 
 @with_common
@@ -201,7 +204,7 @@ def chat(
     \b
     dmoa chat
     dmoa chat --url http://127.0.0.1:8000
-    /quit ends, /steps shows or hides the steps, /policy NAME changes the policy
+    /help lists what else can be typed: /quit, /steps, /policy NAME, /agent NAME, /history, /clear
     """
     from dmoa.workflows.backends import AskOptions
     from dmoa.workflows.console import Screen
@@ -209,10 +212,11 @@ def chat(
     wish = AskOptions(policy=_policy(policy, url), agent=agent, max_steps=max_steps, deadline_s=deadline_s)
     backend = open_backend(common, url, checkpoint, wish)
     conversation = Conversation(backend, wish, Screen(common.verbosity))
-    common.say(f"ready; {_HELP}")
     # One runner for all turns: engines belong to its event loop, and Ctrl-C cancels the answer under way, no more.
     with asyncio.Runner() as runner:
         try:
+            runner.run(backend.check(wish))
+            common.say(f"ready; {_HELP}")
             while (line := _read_line()) is not None and conversation.take(line, runner):
                 pass
         finally:
@@ -275,6 +279,14 @@ class Conversation:
             case "steps":
                 self._screen.shows_steps = not self._screen.shows_steps
                 tell(f"dmoa: steps {'shown' if self._screen.shows_steps else 'hidden'}")
+            case "help":
+                tell(f"dmoa: {_HELP}")
+            case "history":
+                asked = [turn.content for turn in self._turns if turn.role == "user"]
+                tell("\n".join(f"{number}. {text}" for number, text in enumerate(asked, 1)) or "dmoa: nothing was asked yet")
+            case "agent":
+                self._wish = replace(self._wish, agent=argument or None, policy="single" if argument else None)
+                tell(f"dmoa: {argument or 'the policy of the pool'} answers")
             case "policy":
                 if argument:
                     self._wish = replace(self._wish, policy=argument, agent=None)

@@ -50,8 +50,10 @@ class RolloutOptions(Options):
     benchmarks: Annotated[Sources, Flag(metavar="A:2,B")] = ()
     """Benchmarks and suites, each NAME or NAME:WEIGHT; all: the nine public benchmarks, suites: the generated ones."""
     queries: Annotated[Sources, Flag(metavar="FILE[:W]", is_repeated=True)] = ()
-    """Your own queries, each FILE or FILE:WEIGHT: a line is a text, or {"query": TEXT}; or recorded replies; no labels needed;
-    repeatable."""
+    """Your own queries, each FILE or FILE:WEIGHT: a line is a text, {"query": TEXT}, {"prompt": TEXT} or {"messages": [...]}; or
+    CSV, or recorded replies; no labels needed; repeatable."""
+    field: Annotated[str | None, Flag(metavar="NAME")] = None
+    """Key or column that holds the text of your own queries; None: query, prompt or messages."""
     from_traffic: Annotated[str | None, Flag(metavar="running|URI")] = None
     """Ask nobody: take the queries that a swarm answered, `running` at `address`, or saved under its router.state_uri."""
     app: str = "dmoa"

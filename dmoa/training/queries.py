@@ -5,6 +5,7 @@ Rows of benchmarks and suites come from evaluation and are brought in by `workfl
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import heapq
 import json
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dmoa.engines.recorded import read_replies, replies_files
 from dmoa.errors import ConfigError
@@ -26,7 +27,9 @@ _Found = tuple[str, str]
 _ID_CHARS = 16
 _MANY = 1000
 """Texts beyond twice a limit that are kept before those that will not be drawn are dropped."""
-_ALLOWED = 'a line is a text, or a JSON object such as {"query": "What is 12 + 7?"}'
+_ALLOWED = 'a line is a text, or a JSON object such as {"query": "What is 12 + 7?"}, {"prompt": TEXT} or {"messages": [...]}'
+_FIELDS = ("query", "prompt", "messages")
+"""Where the text of a row is looked for, in this order; of messages it is the user's last one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +42,13 @@ class OwnQueries:
     """Lines left out because they are not queries."""
 
 
-def read_queries(path: Path, *, skip_bad_rows: bool = False, limit: int | None = None, seed: int = 0) -> OwnQueries:
-    """Read a file of queries, one a line: a text, or {"query": TEXT}, of whose other keys `query_id` alone is read.
+def read_queries(
+    path: Path, *, skip_bad_rows: bool = False, limit: int | None = None, seed: int = 0, field: str | None = None
+) -> OwnQueries:
+    """Read a file of queries, one a line: a text, or a JSON object with `field`, of whose other keys `query_id` alone is read.
 
-    A folder, .jsonl.gz and .parquet hold recorded replies; their queries are read, each once.
+    Without `field` the text is that of query or prompt, or the last user message of messages. A .csv file has the same
+    names as columns. A folder, .jsonl.gz and .parquet hold recorded replies; their queries are read, each once.
 
     With a `limit` only the queries that `sample_queries` draws by `seed` are kept, in its order, so that a long file takes no
     more memory than a short one. Every line is checked all the same.
@@ -52,9 +58,9 @@ def read_queries(path: Path, *, skip_bad_rows: bool = False, limit: int | None =
     """
     found: dict[str, _Found] = {}
     num_bad = 0
-    for number, line in _recorded(path) if _is_recorded(path) else _lines(path):
+    for number, line in _items(path):
         try:
-            query = _query(line) if isinstance(line, bytes) else line
+            query = line if isinstance(line, tuple) else _query(line, field)
         except ValueError as error:
             if not skip_bad_rows:
                 raise ConfigError(f"--queries: {path}, line {number}: {error}; {_ALLOWED}; or add --skip-bad-rows") from None
@@ -71,6 +77,28 @@ def read_queries(path: Path, *, skip_bad_rows: bool = False, limit: int | None =
     if twice is not None:
         raise ConfigError(f"--queries: {path}: query_id {twice!r} names two texts; give each query an id of its own, or none")
     return OwnQueries(queries=tuple(queries), num_bad=num_bad)
+
+
+def _items(path: Path) -> Iterator[tuple[int, bytes | dict[str, Any] | _Found]]:
+    """Yield lines, rows or queries of a file, whatever it holds, with their numbers from 1. Raises ConfigError."""
+    if _is_recorded(path):
+        yield from _recorded(path)
+    elif path.suffix.lower() == ".csv":
+        yield from _rows(path)
+    else:
+        yield from _lines(path)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a CSV file by the names of its first line; of one column whatever it is called. Raises ConfigError."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                only = next(iter(row.values())) if len(row) == 1 else None
+                yield reader.line_num, {"query": only} if isinstance(only, str) else dict(row)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"--queries: cannot read {str(path)!r}: {error}; give the path of a file of queries") from error
 
 
 def _is_recorded(path: Path) -> bool:
@@ -105,21 +133,37 @@ def _id_of(text: str) -> str:
     return f"queries/{hashlib.sha256(text.encode()).hexdigest()[:_ID_CHARS]}"
 
 
-def _query(line: bytes) -> _Found:
-    """Return the query of a line, its id first. Raises ValueError."""
-    text = line.decode("utf-8").strip()
-    if not text.startswith("{"):
-        return _id_of(text), text
-    try:
-        tree = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{short(text)} starts like JSON but does not parse") from None
-    query = tree.get("query") if isinstance(tree, dict) else None
+def _query(line: bytes | dict[str, Any], field: str | None) -> _Found:
+    """Return the query of a line or row, its id first. Raises ValueError."""
+    if isinstance(line, dict):
+        tree: Any = line
+    else:
+        text = line.decode("utf-8").strip()
+        if not text.startswith("{"):
+            return _id_of(text), text
+        try:
+            tree = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{short(text)} starts like JSON but does not parse") from None
+    name = field or next((name for name in _FIELDS if tree.get(name) is not None), _FIELDS[0])
+    query = tree.get(name)
+    if isinstance(query, list):
+        query = _last_question(query)
     if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"query is {short(query)}; expected a text that is not blank")
+        raise ValueError(f"{name} is {short(query)}; expected a text that is not blank")
     query.encode("utf-8")
     name = tree.get("query_id")
     return (name if isinstance(name, str) and name else _id_of(query.strip())), query.strip()
+
+
+def _last_question(messages: list[Any]) -> str | None:
+    """Return the text of the last user message of a conversation, None where there is none."""
+    said = [message for message in messages if isinstance(message, dict) and message.get("role") == "user"]
+    content = said[-1].get("content") if said else None
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "\n".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else None
 
 
 def sample_queries(items: Iterable[T], limit: int | None, seed: int, query_id: Callable[[T], str]) -> list[T]:

@@ -274,6 +274,17 @@ class Backend:
             pool, trace = remote.pool, await fetch_trace(source, answer.trace_id) if wish.keeps_trace else None
         return QueryResult(question=question, answer=answer, pool=pool, trace=trace)
 
+    async def check(self, wish: AskOptions) -> None:
+        """Check that a server has the policy or the agent that is asked for, before anything is. Raises RequestError."""
+        if isinstance(self._source, Swarm):
+            return
+        names = await self._source.models()
+        policies = [name.removeprefix(f"{names[0]}/") for name in names if name.startswith(f"{names[0]}/")]
+        agents = [name for name in names if name != names[0] and not name.startswith(f"{names[0]}/")]
+        for option, asked, known in (("--policy", wish.policy, policies), ("--agent", wish.agent, agents)):
+            if asked is not None and asked not in known:
+                raise RequestError(f"{option} is {asked!r}; expected one of {', '.join(known)}{did_you_mean(asked, known)}")
+
     async def close(self) -> None:
         """Stop the engines, or close the connections."""
         await self._source.close()

@@ -115,7 +115,7 @@ def _expanded(sources: tuple[Weighted, ...]) -> dict[str, float]:
 def _own(source: Weighted, options: RolloutOptions, say: Callable[[str], None]) -> _Source:
     path = Path(source.name)
     # No source gives more than the limit: of a longer file the rest is not kept.
-    found = read_queries(path, skip_bad_rows=options.skip_bad_rows, limit=options.limit, seed=options.seed)
+    found = read_queries(path, skip_bad_rows=options.skip_bad_rows, limit=options.limit, seed=options.seed, field=options.field)
     if found.num_bad:
         say(f"{source.name}: {found.num_bad} lines that are not queries are left out")
     return _Source(

@@ -60,3 +60,21 @@ def test_a_chat_through_a_server(dmoa: Any, url: str, tmp_path: Path) -> None:
     first, second = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))["turns"]
     assert prompt_tokens(second) > prompt_tokens(first)
     assert first["answer"] == "The answer is 19."
+
+
+def test_help_history_and_one_agent(dmoa: Any, pool: Path, tmp_path: Path) -> None:
+    lines = ["/history", "one", "/agent adder", "two", "/agent", "three", "/history", "/help"]
+    result = talk(dmoa, "--config", pool, "--json", tmp_path / "c.json", lines=lines)
+    turns = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))["turns"]
+    assert [turn["dmoa"]["policy"] for turn in turns] == ["dmoa", "single", "dmoa"]
+    assert [agent["name"] for agent in turns[1]["dmoa"]["steps"][0]["agents"]] == ["adder"]
+    assert "nothing was asked yet" in result.stderr
+    assert "1. one\n2. two\n3. three" in result.stderr
+    assert result.stderr.count("/clear forgets the conversation") == 2
+
+
+def test_a_server_without_the_policy_or_agent_is_told_before_a_question(dmoa: Any, url: str) -> None:
+    for option, named in (("--policy", "expected one of dmoa, single"), ("--agent", "expected one of ")):
+        result = talk(dmoa, "--url", url, option, "vote", lines=["What is 12 + 7?"])
+        assert (result.exit_code, result.stdout) == (2, ""), result.stderr
+        assert f"{option} is 'vote'; {named}" in result.stderr

@@ -340,7 +340,11 @@ async def test_unknown_routes(method: str, path: str, status: int, code: str) ->
         ("GET", "/health", "use GET /healthz"),
         ("GET", "/ready", "use GET /readyz"),
         ("GET", "/dmoa/traces", "use GET /v1/dmoa/traces (the base URL of a client ends in /v1)"),
-        ("POST", "/v1/embeddings", "its paths: POST /v1/chat/completions, POST /v1/completions, GET /v1/models, "),
+        (
+            "POST",
+            "/v1/embeddings",
+            "its paths: POST /v1/chat/completions, POST /v1/completions, POST /v1/responses, GET /v1/models, ",
+        ),
         ("GET", "/quite/another", "its paths: POST /v1/chat/completions, "),
         ("GET", CHAT, "not a method of this path; use POST"),
         ("POST", "/healthz", "not a method of this path; use GET"),

@@ -1,0 +1,64 @@
+"""Files of a user's own queries: prompts, messages, CSV, and a field by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dmoa.errors import ConfigError
+from dmoa.training.queries import read_queries
+
+LINES = """What is 1 + 1?
+{"query": "a", "prompt": "not this"}
+{"prompt": "b"}
+{"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}, {"role": "user", "content": "d"}]}
+{"messages": [{"role": "user", "content": [{"type": "text", "text": "e"}, {"type": "text", "text": "f"}]}]}
+"""
+
+
+def texts(path: Path, field: str | None = None) -> list[str]:
+    return [query.text for query in read_queries(path, field=field).queries]
+
+
+def test_lines_of_every_kind(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(LINES, encoding="utf-8")
+    assert texts(path) == ["What is 1 + 1?", "a", "b", "d", "e\nf"]
+
+
+def test_a_field_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"query": "a", "body": "b"}\n', encoding="utf-8")
+    assert texts(path, "body") == ["b"]
+    with pytest.raises(ConfigError, match="line 1: other is None; expected a text that is not blank"):
+        texts(path, "other")
+
+
+@pytest.mark.parametrize(
+    ("content", "field", "found"),
+    [
+        ("text\nWhat is 1?\n", None, ["What is 1?"]),
+        ('id,prompt\n1,"a, b\nc"\n2,d\n', None, ["a, b\nc", "d"]),
+        ("\ufeffid,body\n1,a\n", "body", ["a"]),
+    ],
+)
+def test_csv_with_one_column_or_a_known_one(content: str, field: str | None, found: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text(content, encoding="utf-8")
+    assert texts(path, field) == found
+
+
+def test_csv_without_the_column_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("id,body\n1,a\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="query is None; expected a text"):
+        texts(path)
+
+
+@pytest.mark.parametrize("messages", ["[]", '[{"role": "assistant", "content": "x"}]', '[{"role": "user"}]', "[1]"])
+def test_messages_without_a_question_are_refused(messages: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(f'{{"messages": {messages}}}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="messages is None; expected a text"):
+        texts(path)
