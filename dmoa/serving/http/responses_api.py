@@ -14,7 +14,15 @@ from pydantic import Discriminator, Field, Tag, ValidationError
 from dmoa.errors import RequestError
 from dmoa.serving.http.errors import described, encode_json
 from dmoa.serving.http.fields import MAX_TOOLS, WHOLE, LenientModel, Only, Tokens, refused, text_or_list
-from dmoa.serving.http.requests import ChatRequest, DmoaOptions, ParsedRequest, chat_order, request_error
+from dmoa.serving.http.requests import (
+    ChatRequest,
+    DmoaOptions,
+    ParsedRequest,
+    chat_order,
+    model_names,
+    request_error,
+    unknown_model,
+)
 from dmoa.serving.http.responses import Rendering, check_not_empty, choices_of, sent, step_line
 from dmoa.serving.http.service import SwarmService
 from dmoa.types import Answer, Choice, StepRecord
@@ -138,6 +146,8 @@ class ResponsesRequest(LenientModel):
 
 def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedRequest:
     """Return the order of a request. Raises RequestError, whose fields are named as in the request."""
+    if request.model not in model_names(service):
+        raise unknown_model(request.model, service)
     tree = {
         "model": request.model,
         "messages": _messages(request),

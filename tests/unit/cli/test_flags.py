@@ -55,7 +55,7 @@ FLAGS = {
         "--limit:int>=1 --seed:int>=0=0 --dense:bool=False --epsilon:float --round:int>=0=0 --checkpoint:Path "
         "--labels:Path --max-steps:int>=1 --max-tokens:int>=1 --skip-bad-rows:bool=False --call-cache:Path "
         "--address:str$RAY_ADDRESS --workers:int>=1=1 --concurrency:int>=1 --track:str=auto "
-        "--from-traffic:str --app:str=dmoa --url:str --share:float=0.25"
+        "--field:str --from-traffic:str --app:str=dmoa --url:str --share:float=0.25"
     ),
     "train": (
         "--rollouts:Path*! --out:Path! --outcomes:Path --preset:str=few-shot --epochs:int>=1 --batch-queries:int>=1 "

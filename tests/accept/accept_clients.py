@@ -1,0 +1,244 @@
+"""Clients: the real packages, default settings each, against a real dmoa server over *an endpoint that is scripted*.
+
+Every client gets an environment of its own, made here from the package index. A cell of the matrix is one thing a client does; it
+works, or the sentence says why not. The pool's agents are models of an OpenAI-compatible endpoint of this check: it answers
+"The answer is 19.", JSON where a form is asked for, and calls of the tools that it is offered until it sees a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent / "clients"
+PYTHON: dict[str, tuple[str, ...]] = {
+    "openai": ("openai",),
+    "litellm": ("litellm",),
+    "langchain": ("langchain-openai",),
+    "llama_index": ("llama-index-llms-openai-like",),
+    "openai_agents": ("openai-agents",),
+    "pydantic_ai": ("pydantic-ai-slim[openai]",),
+    "autogen": ("autogen-ext[openai]==0.7.5", "autogen-agentchat==0.7.5"),
+    "instructor": ("instructor",),
+    "lm_eval": ("lm-eval[api]",),
+}
+NODE = ("ai", "@ai-sdk/openai-compatible", "@ai-sdk/openai", "zod")
+INSTALL_S, CLIENT_S, START_S = 900, 300, 300
+POOL = """
+name: clients
+llms:
+  endpoint: {{model: "openai:scripted", engine: openai, engine_kwargs: {{base_url: "http://127.0.0.1:{port}/v1"}}}}
+agents:
+  - {{name: one, llm: endpoint, profile: Answers., sampling: {{max_tokens: 256}}}}
+  - {{name: two, llm: endpoint, profile: Answers too., sampling: {{max_tokens: 256}}}}
+gate: {{hidden: 16, activation: {{max_agents: 2}}}}
+limits: {{max_steps: 1}}
+"""
+
+
+def value_of(schema: dict[str, Any], root: dict[str, Any]) -> Any:
+    """Return a value that matches a simple schema: 19, "Paris", and so on."""
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
+    if "enum" in schema or "const" in schema:
+        return schema.get("const", (schema.get("enum") or [None])[0])
+    for part in ("anyOf", "oneOf", "allOf"):
+        if part in schema:
+            return value_of(schema[part][0], root)
+    kind = schema.get("type", "object")
+    if kind == "object":
+        return {name: value_of(part, root) for name, part in schema.get("properties", {}).items()}
+    plain: dict[str, Any] = {"string": "Paris", "integer": 19, "number": 19.0, "boolean": True, "null": None}
+    return [value_of(schema.get("items", {"type": "string"}), root)] if kind == "array" else plain[kind]
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """The scripted endpoint."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        message, reason = self._message(body)
+        rows = [{"token": "The", "logprob": -0.1, "top_logprobs": [{"token": "The", "logprob": -0.1}]}]
+        choice: dict[str, Any] = {
+            "index": 0,
+            "finish_reason": reason,
+            "logprobs": {"content": rows} if body.get("logprobs") else None,
+        }
+        usage = {"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14}
+        if not body.get("stream"):
+            self._send("application/json", json.dumps({"choices": [choice | {"message": message}], "usage": usage}).encode())
+            return
+        calls = [call | {"index": place} for place, call in enumerate(message.get("tool_calls", []))]
+        delta = message | ({"tool_calls": calls} if calls else {})
+        events = [{"choices": [choice | {"delta": delta}]}, {"choices": [], "usage": usage}]
+        self._send("text/event-stream", "".join(f"data: {json.dumps(one)}\n\n" for one in events).encode() + b"data: [DONE]\n\n")
+
+    def _message(self, body: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        said = " ".join(str(message["content"]) for message in body["messages"])
+        tools, form = body.get("tools", []), body.get("response_format") or {}
+        forced = body.get("tool_choice") not in (None, "auto", "none")
+        if tools and body.get("tool_choice") != "none" and (forced or "Result of" not in said):
+            function = tools[0]["function"]
+            if isinstance(body.get("tool_choice"), dict):
+                name = body["tool_choice"]["function"]["name"]
+                function = next(tool["function"] for tool in tools if tool["function"]["name"] == name)
+            parameters = function.get("parameters") or {}
+            called = {"name": function["name"], "arguments": json.dumps(value_of(parameters, parameters))}
+            return {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "call_1", "type": "function", "function": called}],
+            }, "tool_calls"
+        if form.get("type") == "json_schema":
+            schema = form["json_schema"]["schema"]
+            return {"role": "assistant", "content": json.dumps(value_of(schema, schema))}, "stop"
+        if form.get("type") == "json_object":
+            return {"role": "assistant", "content": '{"answer": 19, "city": "Paris"}'}, "stop"
+        return {"role": "assistant", "content": "The answer is 19."}, "stop"
+
+    def _send(self, kind: str, data: bytes) -> None:
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def endpoint() -> Iterator[int]:
+    """Run the scripted endpoint; yields its port."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def served(folder: Path, endpoint_port: int) -> Iterator[str]:
+    """Run a real dmoa server over the endpoint; yields its URL."""
+    pool, port = folder / "pool.yaml", free_port()
+    pool.write_text(POOL.format(port=endpoint_port), encoding="utf-8")
+    log = folder / "serve.log"
+    with log.open("w", encoding="utf-8") as told:
+        command = [sys.executable, "-m", "dmoa", "serve", "--config", str(pool), "--port", str(port)]
+        process = subprocess.Popen(command, stdout=told, stderr=told)
+        try:
+            until = time.monotonic() + START_S
+            while "dmoa: ready at" not in log.read_text(encoding="utf-8"):
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"the server did not start: {log.read_text(encoding='utf-8')[-2000:]}")
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def cells_of(output: str) -> list[dict[str, str]]:
+    """Return the cells that a client's script printed, a JSON line each."""
+    return [json.loads(line) for line in output.splitlines() if line.startswith('{"cell"')]
+
+
+def run_client(name: str, command: list[str], folder: Path, url: str) -> list[dict[str, str]]:
+    """Run a client's script; a script that breaks off is a cell of its own."""
+    given = {"BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "none", "OPENAI_BASE_URL": f"{url}/v1", "PYTHONWARNINGS": "ignore"}
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")} | given
+    try:
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=CLIENT_S, check=False)
+        cells, fault = cells_of(done.stdout), done.stderr.strip().splitlines()[-1:] if done.returncode else []
+    except subprocess.TimeoutExpired as late:
+        cells, fault = (
+            cells_of((late.stdout or b"").decode() if isinstance(late.stdout, bytes) else late.stdout or ""),
+            ["too slow"],
+        )
+    cells += [{"cell": "the script", "why": fault[0] if fault else ""}] if fault or not cells else []
+    return [{"client": name, **cell} for cell in cells]
+
+
+def install(name: str, packages: tuple[str, ...], envs: Path) -> str:
+    """Make a client's environment unless it is there; returns why that failed, empty if it did not."""
+    home = envs / name
+    steps = [[sys.executable, "-m", "venv", str(home)], [str(home / "bin/pip"), "install", "-q", *packages]]
+    if name == "ai_sdk":
+        home.mkdir(parents=True, exist_ok=True)
+        steps = [["npm", "init", "-y"], ["npm", "install", "--silent", *packages]]
+    if (home / "made").exists():
+        return ""
+    for step in steps:
+        done = subprocess.run(
+            step, cwd=home if home.exists() else None, capture_output=True, text=True, timeout=INSTALL_S, check=False
+        )
+        if done.returncode:
+            return f"cannot be installed: {(done.stderr or done.stdout).strip().splitlines()[-1][:200]}"
+    (home / "made").touch()
+    return ""
+
+
+def matrix(only: list[str], envs: Path) -> list[dict[str, str]]:
+    """Run all clients, or those named."""
+    found: list[dict[str, str]] = []
+    clients = PYTHON | ({"ai_sdk": NODE} if shutil.which("npm") else {})
+    with tempfile.TemporaryDirectory() as temporary, endpoint() as port, served(Path(temporary), port) as url:
+        with urllib.request.urlopen(f"{url}/readyz") as ready:
+            print(ready.read().decode(), flush=True)
+        for name, packages in clients.items():
+            if only and name not in only:
+                continue
+            why = install(name, packages, envs)
+            if why:
+                found.append({"client": name, "cell": "install", "why": why})
+                continue
+            script = HERE / (f"{name}.mjs" if name == "ai_sdk" else f"{name}_client.py")
+            home = envs / name
+            for file in (script, HERE / "cells.py"):
+                shutil.copy(file, home)
+            program = "node" if name == "ai_sdk" else str(home / "bin/python")
+            found += run_client(name, [program, script.name], home, url)
+            for cell in (cell for cell in found if cell["client"] == name):
+                print(f"{'works' if not cell['why'] else 'FAILS'}  {name}: {cell['cell']}  {cell['why']}", flush=True)
+    return found
+
+
+def main() -> int:
+    """Run the matrix. Returns 1 if a cell neither works nor is in the list of those that cannot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--envs", type=Path, default=None, help="where environments are made, and kept; else a temporary folder")
+    parser.add_argument("only", nargs="*", help="clients, such as litellm")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        cells = matrix(options.only, (options.envs or Path(temporary)).absolute())
+    failed = [cell for cell in cells if cell["why"]]
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps({"cells": cells, "passed": not failed}, indent=2) + "\n", encoding="utf-8")
+    print(f"{len(cells) - len(failed)} of {len(cells)} cells work")
+    return 1 if failed or not cells else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
