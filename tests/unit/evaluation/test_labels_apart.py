@@ -26,10 +26,11 @@ from tests.unit.training.in_process import train
 PACKAGE = Path(dmoa.__file__).parent
 LABEL_NAMES = {"Label", "read_gold", "read_scores", "gold", "scores", "Scored", "pending_scores"}
 """What reaches labels: records, readers, paths."""
-WHO_MAY = ("workflows/collect.py", "workflows/export.py", "cli/demo.py", "testing.py")
+WHO_MAY = ("workflows/collect.py", "workflows/export.py", "workflows/adapt.py", "cli/demo.py", "testing.py")
 """Outside evaluation: what writes the labels of rollouts into a folder apart, and reads them for `dmoa probe
 --known-answers`; the demo, which tells right answers from wrong ones on the
-screen; `dmoa export`, which says of a run's replies which were right; and records for tests. None is a part of training."""
+screen; `dmoa export`, which says of a run's replies which were right; the report of `dmoa adapt`, made when its streams have
+ended; and records for tests. None is a part of training."""
 _opened: list[tuple[str, str]] = []
 _watched: list[str] = []
 
