@@ -88,6 +88,7 @@ app.command("adapt")(train.adapt)
 app.command("policies")(system.policies)
 app.command("schema")(system.schema)
 app.command("docs")(system.docs)
+app.command("view")(system.view)
 app.command("doctor")(system.doctor)
 app.command("bench")(bench.bench)
 

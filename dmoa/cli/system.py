@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -372,6 +373,34 @@ def _api() -> dict[str, Any]:
         raise AssertionError("no request reaches this app")
 
     return create_app(nobody, key_hashes=("set",), server=ServerConfig(), max_queued_requests=1).openapi()
+
+
+@partial(with_common, has_pool=False)
+def view(
+    common: Common,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with traces, trainings or evaluations, at any depth.")],
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on this machine; 0: a free one.")] = 8001,
+) -> None:
+    """Show traces, trainings and evaluations on disk as a page, on this machine alone, until Ctrl-C.
+
+    \b
+    dmoa view out
+    dmoa view out/evaluation --port 0
+    """
+    import socket
+
+    from dmoa.workflows.view import Folder, serve_folder
+
+    folder = Folder(directory)
+    with socket.socket() as listener:
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(f"--port is {port}, which is taken ({error.strerror}); choose another, or 0") from error
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        common.write_json({"url": url})
+        typer.echo(f"dmoa: {directory} at {url}")
+        serve_folder(folder, listener)
 
 
 @partial(with_common, has_pool=False)

@@ -11,13 +11,14 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dmoa.errors import RequestError
-from dmoa.serving.http.errors import json_response
+from dmoa.serving.http.errors import LenientPaths, install_handlers, json_response
 from dmoa.serving.http.fields import WHOLE, RequestModel
 from dmoa.serving.http.requests import parse_body
 from dmoa.serving.http.responses import failures
@@ -242,7 +243,7 @@ class PageRoutes:
         """Tell of one training or evaluation."""
         found = await self._service().page.run(run_id)
         if found is None:
-            raise RequestError(f"run_id is {run_id[:80]!r}; there is no such run", param="run_id", code="unknown_run", status=404)
+            raise unknown_run(run_id)
         return json_response(found)
 
 
@@ -250,6 +251,12 @@ def unknown_trace(trace_id: str) -> RequestError:
     """Return the error of a trace that the key does not see."""
     message = f"trace_id is {trace_id[:80]!r}; no trace of that id was made with this key, or it is gone"
     return RequestError(message, param="trace_id", code="trace_not_found", status=404)
+
+
+def unknown_run(run_id: str) -> RequestError:
+    """Return the error of a run that is not there."""
+    message = f"run_id is {run_id[:80]!r}; there is no such run"
+    return RequestError(message, param="run_id", code="unknown_run", status=404)
 
 
 BODIES: tuple[type[BaseModel], ...] = (RollbackRequest, WhatIfRequest, BranchRequest)
@@ -284,3 +291,59 @@ def add_routes(app: FastAPI, getter: Callable[[], SwarmService], follow: Follow)
         ("GET", f"{base}/runs/{{run_id}}", routes.run, {"response_model": dict[str, Any], "responses": failures(401, 404)}),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)
+
+
+class PageFiles(Protocol):
+    """What the page shows where there are files and no server."""
+
+    def status(self) -> dict[str, Any]:
+        """Return the values of a StatusReply."""
+        ...
+
+    def traces(self, wanted: TraceFilter) -> TracePage:
+        """Return a page of the traces, newest first."""
+        ...
+
+    def trace(self, trace_id: str) -> dict[str, Any] | None:
+        """Return a trace, None where there is none of that id."""
+        ...
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Return the trainings and evaluations, the values of a RunLine each."""
+        ...
+
+    def run(self, run_id: str) -> dict[str, Any] | None:
+        """Return what is shown of one of them, None where there is none such."""
+        ...
+
+
+def create_view(shown: PageFiles) -> FastAPI:
+    """Return an app that shows files on the same page; it answers requests to this machine's own names alone."""
+    app = FastAPI(title="dmoa view", docs_url=None, redoc_url=None, openapi_url=None)
+    install_handlers(app)
+    app.add_middleware(LenientPaths)
+    # A page elsewhere could have its own name lead to this machine, and so read what is here.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+
+    def found(value: dict[str, Any] | None, missing: RequestError) -> Response:
+        if value is None:
+            raise missing
+        return json_response(value)
+
+    def traces(request: Request) -> Response:
+        return json_response(shown.traces(TraceFilter.parse(request.query_params)))
+
+    def run(run_id: str) -> Response:
+        return found(shown.run(run_id), unknown_run(run_id))
+
+    for path, endpoint in (
+        ("/", page),
+        ("/page/{name}", asset),
+        ("/v1/dmoa/status", lambda: json_response(StatusReply.model_validate(shown.status()))),
+        ("/v1/dmoa/traces", traces),
+        ("/v1/dmoa/traces/{trace_id}", lambda trace_id: found(shown.trace(trace_id), unknown_trace(trace_id))),
+        ("/v1/dmoa/runs", lambda: json_response(RunsReply(data=[RunLine.model_validate(one) for one in shown.runs()]))),
+        ("/v1/dmoa/runs/{run_id:path}", run),
+    ):
+        app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+    return app

@@ -48,7 +48,7 @@ export function chart({ title, x, y, series, yRange }) {
   const drawn = series.map((one, i) => {
     const points = one.points.filter((point) => Number.isFinite(point.x) && Number.isFinite(point.y));
     const kind = `series-${i % SERIES}`;
-    return s("g", { class: kind },
+    return s("g", { class: i < SERIES ? kind : `${kind} hollow` },
       one.isLine && s("polyline", { class: "line", points: points.map((point) => `${px(point.x)},${py(point.y)}`).join(" ") }),
       points.map((point) => [
         point.low !== undefined && s("line", { class: "interval", x1: px(point.x), x2: px(point.x), y1: py(point.low), y2: py(point.high) }),
@@ -64,7 +64,7 @@ export function chart({ title, x, y, series, yRange }) {
     s("text", { x: (left + W - right) / 2, y: H - 6, "text-anchor": "middle" }, x),
     s("text", { x: 12, y: (top + H - bottom) / 2, transform: `rotate(-90 12 ${(top + H - bottom) / 2})`, "text-anchor": "middle" }, y));
   const legend = series.length > 1 && h("ul", { class: "legend" },
-    series.map((one, i) => h("li", {}, h("span", { class: `dot series-${i % SERIES}`, "aria-hidden": "true" }), one.name)));
+    series.map((one, i) => h("li", {}, h("span", { class: `dot series-${i % SERIES}${i < SERIES ? "" : " hollow"}`, "aria-hidden": "true" }), one.name)));
   return h("figure", {}, h("figcaption", {}, title), svg, legend);
 }
 

@@ -1,0 +1,76 @@
+"""`dmoa view`: a folder's traces, trainings and evaluations by the same routes as a server's, for this machine alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from dmoa.evaluation.records import BenchmarkInfo
+from dmoa.serving.http.page import create_view
+from dmoa.testing import answered as answered_row
+from dmoa.testing import run_info, scored, write_run
+from dmoa.trace import write_traces
+from dmoa.workflows.view import Folder
+from tests.unit.cli.conftest import Invoke
+from tests.unit.serving.test_traces import answered
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two traces, a training of two epochs with a line that was cut, and an evaluation of two policies."""
+    write_traces(tmp_path / "traces.jsonl", [answered("t1").trace(), answered("t2", at_s=1.0, wall_ms=900.0).trace()])
+    (tmp_path / "train").mkdir()
+    lines = [
+        {"op": "config", "values": {"command": "dmoa train"}},
+        *({"op": "log", "step": step, "metrics": {"train/loss": 1.0 / (1 + step), "valid/loss": None}} for step in (0, 1)),
+    ]
+    (tmp_path / "train" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"op": "lo')
+    info = BenchmarkInfo(name="arith", title="Arithmetic", rows=2)
+    rows = [("dmoa", 0, 1.0), ("dmoa", 1, 0.0), ("single", 0, 0.0), ("single", 1, 0.0)]
+    write_run(
+        tmp_path / "runs" / "one",
+        run_info([info]),
+        [answered_row("arith", number, policy) for policy, number, _ in rows],
+        [scored("arith", number, policy, value) for policy, number, value in rows],
+    )
+    return tmp_path
+
+
+def test_what_lies_in_a_folder_is_shown_by_the_routes_of_a_server(folder: Path) -> None:
+    client = TestClient(create_view(Folder(folder)), base_url="http://127.0.0.1")
+    status = client.get("/v1/dmoa/status").json()
+    assert (status["can_ask"], status["is_admin"], status["statistics"][0]["calls"]) == (False, False, 2)
+    assert [one["trace_id"] for one in client.get("/v1/dmoa/traces").json()["data"]] == ["t2", "t1"]
+    assert [one["trace_id"] for one in client.get("/v1/dmoa/traces?slow_ms=100").json()["data"]] == ["t2"]
+    assert client.get("/v1/dmoa/traces/t1").json()["answer"] == "19"
+    assert client.get("/v1/dmoa/traces/t9").status_code == 404
+    assert client.get("/v1/dmoa/traces?limit=0").status_code == 400
+    assert client.get("/v1/dmoa/gates").status_code == 404
+    assert "content-security-policy" in client.get("/").headers
+
+
+def test_runs_have_the_figures_of_their_reports(folder: Path) -> None:
+    client = TestClient(create_view(Folder(folder)), base_url="http://127.0.0.1")
+    runs = client.get("/v1/dmoa/runs").json()["data"]
+    assert [(one["id"], one["kind"]) for one in runs] == [("runs/one", "evaluation"), ("train", "training")]
+    train = client.get("/v1/dmoa/runs/train").json()
+    assert train["curves"] == [{"title": "loss", "series": [{"name": "train/loss", "points": [[0, 1.0], [1, 0.5]]}]}]
+    assert train["facts"] == {"command": "dmoa train"}
+    evaluation = client.get("/v1/dmoa/runs/runs%2Fone").json()
+    found = {row["policy"]: (row["n"], row["accuracy"], row["tokens"]) for row in evaluation["rows"]}
+    assert found == {"dmoa": (2, 0.5, 110.0), "single": (2, 0.0, 110.0)}
+    assert client.get("/v1/dmoa/runs/nothing").status_code == 404
+
+
+def test_a_page_elsewhere_cannot_read_it_by_a_name_of_its_own(folder: Path) -> None:
+    client = TestClient(create_view(Folder(folder)), base_url="http://evil.example")
+    assert client.get("/v1/dmoa/traces").status_code == 400
+
+
+def test_a_folder_that_is_none_is_bad_input(dmoa: Invoke, tmp_path: Path) -> None:
+    result = dmoa("view", tmp_path / "nothing")
+    assert result.exit_code == 2
+    assert "is no folder" in result.output
