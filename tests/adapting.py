@@ -71,6 +71,7 @@ class LearningSwarm:
     """Whether everybody is right at most questions, at home or not."""
     silent: tuple[str, ...] = ()
     """Agents whose queries never end: no record comes of them."""
+    policy: str = "dmoa"
     heard_every: int = 1
     """Queries after which the router hears of them, together."""
     now: float = 1000.0
@@ -190,7 +191,7 @@ class LearningSwarm:
         return Answer(
             trace_id=request.trace_id,
             text=replies[0].text,
-            policy="dmoa",
+            policy=self.policy,
             stop_reason="single",
             steps=(step,),
             degraded=replies[0].status != "ok",

@@ -23,6 +23,8 @@ from dmoa.feedback import Contexts, Feedback, query_part
 
 MAX_TRACES = 10_000
 """Newest queries of a key that an outcome may speak of, and outcomes of a key that are kept."""
+MAX_NEWEST = 256
+"""Newest records that `since` gives whether the sample kept them or not."""
 _STEP_BYTES, _REPLY_BYTES = 1500, 1200
 """About what the objects of a step and of a reply take in memory beside their arrays."""
 Said = Literal["new", "same", "changed", "unknown", "too_many"]
@@ -88,6 +90,7 @@ class FeedbackBuffer:
         """A heap each, whose first entry has the highest draw: the next one to go (bottom-k sample, Cohen & Kaplan 2007)."""
         self._group_bytes: dict[tuple[str, int], int] = {}
         self._key_bytes: dict[str, int] = {}
+        self._newest: deque[tuple[int, Feedback]] = deque(maxlen=MAX_NEWEST)
 
     def put(self, record: Feedback) -> None:
         """Take a record, unless its query is known already; one of the largest group's goes where there are too many."""
@@ -104,7 +107,9 @@ class FeedbackBuffer:
             return  # no gate decided, or its key teaches nothing: only outcomes of other queries can be learned from
         group = record.tenant, tenant.contexts.of(query_part(route.input_X, self.preset))
         self.seen += 1
-        heapq.heappush(self._groups.setdefault(group, []), (-self._random.random(), next(self._numbers), record))
+        number = next(self._numbers)
+        self._newest.append((number, record))
+        heapq.heappush(self._groups.setdefault(group, []), (-self._random.random(), number, record))
         self._count(group, size_of(record))
         while self._key_bytes[record.tenant] > self.key_share * self.max_bytes:
             self._drop(name for name in self._groups if name[0] == record.tenant)
@@ -145,9 +150,13 @@ class FeedbackBuffer:
         return [record for _, _, record in sorted(itertools.chain(*self._groups.values()), key=lambda entry: entry[1])]
 
     def since(self, number: int) -> tuple[int, list[Feedback]]:
-        """Return how many records have come, and those that are kept of the ones after so many."""
-        newer = [entry for entry in itertools.chain(*self._groups.values()) if entry[1] >= number]
-        return self.seen, [record for _, _, record in sorted(newer, key=lambda entry: entry[1])]
+        """Return how many records have come, and of the ones after so many those that are kept or among the newest.
+
+        A full sample takes ever fewer of what comes; whoever follows the stream sees it all.
+        """
+        newer = {place: record for _, place, record in itertools.chain(*self._groups.values()) if place >= number}
+        newer |= {place: record for place, record in self._newest if place >= number}
+        return self.seen, [newer[place] for place in sorted(newer)]
 
     def groups(self) -> dict[tuple[str, int], int]:
         """Return how many records are kept, by key and context."""

@@ -124,8 +124,8 @@ class RouterActor:
         self._local.cold = sleepers(config)  # as they start; the next look at Serve's status knows better
         self._seen: frozenset[str] | None = None
         self._deserted: frozenset[str] = frozenset()
-        self._local.install(self._versions.version, self._versions.gate)
         self._adaptation = Adaptation(self._state, config, self._versions)
+        self._local.install(self._versions.version, self._versions.gate)
         self._local.share(*(self._adaptation.split or (None,)))
         self._heard = ("", 0)
         if config.router.adaptation != "off":

@@ -91,7 +91,9 @@ class Trial(BaseModel):
     tests: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """By signal: log_wealth, pairs, mean."""
     queries: dict[str, int] = Field(default_factory=dict)
-    """Finished ones, by arm: control, candidate."""
+    """Finished ones that are compared, by arm: control, candidate."""
+    heard: dict[str, int] = Field(default_factory=dict)
+    """All that were heard of, of any policy, and those that were given up."""
     lost: dict[str, int] = Field(default_factory=dict)
     """Those of them that began and were not heard of."""
 
@@ -141,6 +143,9 @@ class Adaptation:
         if self._kept.trial is not None and not self._fits(self._kept.trial):
             self._end("withdrawn", self._kept.trial.candidate, "a version of the trial is gone")
         self._resume()
+        if self._kept.trial is not None and self.mode not in ("canary", "on"):
+            self._withdraw(f"router.adaptation is {self.mode!r} now")
+            self._save()
 
     @property
     def mode(self) -> str:
@@ -423,9 +428,12 @@ class Adaptation:
         if trial is None:
             self._usual.extend(one.failures for one in read_queries(found, self._versions.gate))
             return None
-        readings = [one for one in found if one.answer.policy == "dmoa" and one.created_unix_s >= trial.begun_unix_s]
         arms = {trial.control: False} | dict.fromkeys(trial.line, True)
-        readings = [one for one in readings if one.answer.gate_version in arms]
+        mine = [one for one in found if one.answer.gate_version in arms and one.created_unix_s >= trial.begun_unix_s]
+        for record in mine:
+            name = "candidate" if arms[str(record.answer.gate_version)] else "control"
+            trial.heard[name] = trial.heard.get(name, 0) + 1
+        readings = [one for one in mine if one.answer.policy == "dmoa"]
         for record, reading in zip(readings, read_queries(readings, self._control_gate or self._versions.gate), strict=True):
             self._add(reading, is_candidate=arms[str(record.answer.gate_version)])
         self._add_lost(*begun)
@@ -459,9 +467,8 @@ class Adaptation:
         if old is None:
             return
         for name, begun, is_candidate in (("candidate", old[1], True), ("control", old[2], False)):
-            missing = begun - trial.queries.get(name, 0)
-            for _ in range(max(0, missing)):
-                trial.lost[name] = trial.lost.get(name, 0) + 1
+            for _ in range(max(0, begun - trial.heard.get(name, 0))):
+                trial.lost[name], trial.heard[name] = trial.lost.get(name, 0) + 1, trial.heard.get(name, 0) + 1
                 self._add(Reading(float("nan"), 1.0, float("nan"), float("nan")), is_candidate=is_candidate)
 
     def _conclude(self) -> Change | None:
@@ -508,7 +515,7 @@ class Adaptation:
                 self._kept.anchor = trial.pending
             trial.control, trial.shift = trial.pending, False
             self._count("passed")
-        trial.pending, trial.tests, trial.queries, trial.lost = trial.candidate, {}, {}, {}
+        trial.pending, trial.tests, trial.queries, trial.heard, trial.lost = trial.candidate, {}, {}, {}, {}
         trial.line = [version for version in trial.line if version != trial.control]
         self._begun.clear()
         if trial.control == trial.candidate:

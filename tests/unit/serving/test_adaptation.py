@@ -226,6 +226,27 @@ def test_a_restart_in_the_middle_of_a_canary_goes_on_with_it(root: Path) -> None
     until(found, "rolled back", 120)
 
 
+def test_a_trial_ends_with_the_gate_before_it_where_learning_is_switched_off(root: Path) -> None:
+    found = swarm(root, "on")
+    good = found.versions.version
+    found.offer(found.files(HOME, seed=1), 1)
+    router = found.config.router.model_copy(update={"adaptation": "off"})
+    found.config = found.config.model_copy(update={"router": router})
+    found.start()
+    assert (found.versions.version, found.router.current, found.adaptation.split) == (good, good, None)
+    assert actions(found)[-1] == "withdrawn"
+
+
+def test_queries_of_other_policies_are_heard_of_and_not_compared(root: Path) -> None:
+    found = swarm(root, warm=20, canary_queries=500, limits={"deadline_s": 5.0})
+    found.offer(found.files(HOME, seed=1), 1)
+    found.policy = "exploring"
+    for _ in range(60):
+        found.ask()
+    trial = found.adaptation.status()["trial"]
+    assert (trial["queries"], trial["signals"]["failures"]["pairs"]) == ({}, 0)
+
+
 def test_an_operator_ends_a_trial_and_sets_the_anchor(root: Path) -> None:
     found = swarm(root)
     found.offer(found.files(HOME, seed=1), 1)

@@ -176,3 +176,12 @@ def test_what_came_since() -> None:
     count, records = kept.since(3)
     assert (count, [record.answer.trace_id for record in records]) == (5, ["mine3", "mine4"])
     assert kept.since(count) == (5, [])
+
+
+def test_whoever_follows_the_stream_sees_all_of_it_where_the_sample_is_full() -> None:
+    kept = buffer(3)
+    for number in range(50):
+        kept.put(made(number))
+    assert len(kept.records()) == 3
+    _, records = kept.since(40)
+    assert [record.answer.trace_id for record in records] == [f"mine{number}" for number in range(40, 50)]
