@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,12 +138,3 @@ def write_rollouts(found: Replies, config: Config, folder: Path) -> Path:
         options = RolloutOptions.parse({"out": folder, "benchmarks": ",".join(suite.name for suite in SKILLS)})
         write_whole(target.manifest, new_manifest(options, config, "untrained", "jobs/study").model_dump_json(indent=1).encode())
     return folder
-
-
-def as_other(table: pa.Table, agent: str, name: str, changes: Mapping[str, Sequence[Any]]) -> pa.Table:
-    """Return the table with a made-up agent more: the replies of one under another name, some of their columns changed."""
-    copied = table.filter(pc.equal(table["agent"], agent))
-    for column, values in {"agent": [name] * copied.num_rows, **changes}.items():
-        place = copied.schema.get_field_index(column)
-        copied = copied.set_column(place, copied.schema.field(place), pa.array(values, copied.schema.field(place).type))
-    return pa.concat_tables([table, copied])
