@@ -44,7 +44,7 @@ from dmoa.evaluation.answering import Asking, query_of_task
 from dmoa.evaluation.records import Reply, Task
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.statistics import compare_policies, interval
-from dmoa.policies.registry import split_policy
+from dmoa.policies.registry import POLICIES, split_policy
 from dmoa.protocols import Encoder, final_answer
 from dmoa.swarm import Swarm
 from dmoa.types import AgentCall, AgentReply, Answer, Defence, FloatArray, Limits, Message, Sampling
@@ -384,13 +384,52 @@ def overhead(queries: int, delay_s: float) -> Figures:
     return found
 
 
+def seen(tab: Any, page: Path) -> Figures:
+    """Return what a browser shows of a report."""
+    tab.open(page.absolute().as_uri())
+    return {
+        "heading": tab.text("h1"),
+        "drawings": tab.run("document.querySelectorAll('svg').length"),
+        "policies_in_table": tab.run("document.querySelectorAll('table')[0].querySelectorAll('tbody tr').length"),
+        "problems": tab.problems,
+    }
+
+
+def report(out: Path, benchmarks: str, limit: int, data: Path, config: str | None) -> Figures:
+    """Every policy that needs no labels on some benchmarks, and its report in a headless browser where one is installed.
+
+    `config` None: scripted agents, whose figures mean nothing; the report is the same kind of page.
+    """
+    from tests.accept.browser import browser, executable
+    from tests.integration.evaluations import command, run, scripted_pool
+
+    names = [name for name, entry in POLICIES.items() if "data" not in getattr(entry.options, "model_fields", {})]
+    out.mkdir(parents=True, exist_ok=True)
+    base = command(out / "run", "--config", config or str(scripted_pool(out)), "--benchmarks", benchmarks, "--limit", str(limit))
+    rows = ["--data-dir", str(data)] if data.is_dir() else []
+    asked = ["--policies", ",".join(names), "--match", "none", "--budget", "cpu", "--resume"]
+    done = run([base[0], "compare", *base[2:], *rows, *asked])
+    found: Figures = {"policies": len(names), "exit": done.returncode, "stderr": done.stderr[-600:] if done.returncode else ""}
+    page = out / "run" / "report.html"
+    if executable() and page.exists():
+        with browser() as new_tab:
+            tab = new_tab()
+            found |= seen(tab, page)
+    found["passed"] = (
+        done.returncode == 0 and found.get("policies_in_table", len(names)) == len(names) and not found.get("problems")
+    )
+    return found
+
+
 def main() -> int:
     """Measure the lines that are asked for, and write them beside those that the file has."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--lines", default="recorded,attacked,overhead,adversaries")
+    parser.add_argument("--lines", default="recorded,attacked,report,overhead,adversaries")
     parser.add_argument("--folder", type=Path, default=Path("out/rivals"), help="answers that are kept between runs")
     parser.add_argument("--limit", type=int, default=300, help="recorded test rows of a pool")
+    parser.add_argument("--benchmarks", default="arith,words", help="of the report")
+    parser.add_argument("--config", help="pool of the report [scripted agents]")
     parser.add_argument("--queries", type=int, default=40, help="of the runtime beside a script")
     parser.add_argument("--delay", type=float, default=0.5, help="seconds that the stand-in for an engine takes for a call")
     parser.add_argument("--rows", type=int, default=5, help="test rows of a suite, with adversaries")
@@ -398,6 +437,7 @@ def main() -> int:
     parser.add_argument("--defences", default="none")
     options = parser.parse_args()
     source = Path(os.environ.get("DMOA_RECORDED", ROOT.parent / "shared" / "outcomes"))
+    rows = Path(os.environ.get("DMOA_BENCHMARK_ROWS", ROOT.parent / "shared" / "benchmarks"))
     counts = [int(count) for count in options.adversaries.split(",")]
     skipped: Figures = {"skipped": "no recorded replies beside this clone"}
     measures: dict[str, Callable[[], Figures]] = {
@@ -405,6 +445,7 @@ def main() -> int:
             recorded(source, options.folder, options.limit) if source.is_dir() else {"skipped": "no recorded replies"}
         ),
         "attacked": lambda: attacked(source, options.folder, options.limit) if source.is_dir() else skipped,
+        "report": lambda: report(options.folder / "report", options.benchmarks, 4, rows, options.config),
         "overhead": lambda: overhead(options.queries, options.delay),
         "adversaries": lambda: adversaries(options.folder, options.rows, options.defences.split(","), counts),
     }
