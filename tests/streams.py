@@ -83,7 +83,7 @@ class ScriptedPool:
         return [self.ask(int(self.rng.choice(among)), KEYS[number % 2]) for number in range(count)]
 
     def record(self, asked: Asked, among: Sequence[int] | None = None) -> Feedback:
-        """The feedback of a query that all agents were asked, or some of them; the first one is active, the others explored."""
+        """The feedback of a query that all agents were asked, or some that were all there then; the first one is active."""
         self.count += 1
         places = list(range(len(self.agents))) if among is None else list(among)
         names = [self.agents[place] for place in places]
@@ -113,7 +113,7 @@ class ScriptedPool:
             summary="",
             summarizer=SummarizerRecord(mode="select", verdict="rule"),
             mass=1.0,
-            decision=decision({name: 1 / len(self.agents) for name in self.agents}, 1),
+            decision=decision({name: 1 / len(names) for name in names}, 1),
             route=RouteRequest(input_X=asked.input_D, max_agents=len(self.agents)),
         )
         answer = Answer(

@@ -143,6 +143,20 @@ def adapt_job(common: Common) -> None:
     common.write_json(run_adapt(options, config, checkpoint, common, _command()).model_dump(mode="json"))
 
 
+@job
+def adapt_online_job(common: Common) -> None:
+    """Learn from the traffic of a running swarm; the options of `dmoa adapt --online` stand in the `job:` section of --config.
+
+    \b
+    python jobs/adapt.py --online --config jobs/adapt_online.yaml --set job.app=dmoa
+    """
+    from dmoa.training.options import OnlineOptions
+    from dmoa.workflows.adapt_online import run_online_adaptation
+
+    _, values = read_job(common)
+    run_online_adaptation(OnlineOptions.parse(values), common, _command())
+
+
 def _command() -> str:
     """Return the command line of this process; secrets are taken out."""
     return redact_command(["python", *sys.argv])

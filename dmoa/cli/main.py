@@ -30,6 +30,12 @@ class Commands(TyperGroup):
         except DmoaError as error:
             fail(error)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that is asked for: `adapt --online` is one of its own, with other flags."""
+        if args[:1] == ["adapt"] and "--online" in args:
+            args = ["adapt-online", *(arg for arg in args[1:] if arg != "--online")]
+        return super().resolve_command(ctx, args)
+
     def make_context(self, *args: Any, **extra: Any) -> Any:
         """Parse the options before the command's name."""
         with suggesting():
@@ -85,6 +91,7 @@ app.command("probe")(train.probe)
 app.command("rollouts")(train.rollouts)
 app.command("train")(train.train)
 app.command("adapt")(train.adapt)
+app.command("adapt-online", hidden=True)(train.adapt_online)
 app.command("policies")(system.policies)
 app.command("schema")(system.schema)
 app.command("docs")(system.docs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -166,6 +167,18 @@ PolicyFilesOption = Annotated[
 ]
 
 
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="Allow a host that others can reach without API keys (DMOA_API_KEYS).")
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print what would run where and what it needs of each GPU; start nothing. Exit 2: cannot."),
+]
+AdaptOption = Annotated[
+    bool, typer.Option("--adapt", help="Learn from the traffic meanwhile, as `dmoa adapt --online` does beside a server.")
+]
+
+
 @with_common
 def serve(
     common: Common,
@@ -173,17 +186,11 @@ def serve(
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port [server.port of the pool].")] = None,
     address: AddressOption = None,
     checkpoint: CheckpointOption = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow a host that others can reach without API keys (DMOA_API_KEYS).")
-    ] = False,
+    insecure: InsecureOption = False,
     policies: PolicyFilesOption = None,
     app: Annotated[str, typer.Option("--app", metavar="NAME", help="Name of the Serve application.")] = "dmoa",
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print what would run where and what it needs of each GPU; start nothing. Exit 2: cannot."
-        ),
-    ] = False,
+    dry_run: DryRunOption = False,
+    adapt: AdaptOption = False,
 ) -> None:
     """Serve the swarm over HTTP to any OpenAI client.
 
@@ -192,6 +199,7 @@ def serve(
     dmoa serve --config pool.yaml --address auto
     dmoa serve --policy review.py:Review                    clients ask for POOL/review
     DMOA_API_KEYS=secret dmoa serve --host 0.0.0.0
+    dmoa serve --config pool.yaml --adapt                   and learn from the traffic (router.adaptation)
     dmoa serve --config pool.yaml --dry-run                 does it fit on this machine?
     dmoa serve --config pool.yaml --dry-run --address auto  does it fit on that cluster?
     """
@@ -202,10 +210,12 @@ def serve(
     address = ray_address(address)
     if dry_run:
         return show_plan(common, config, address)
+    _check_adapts(config, adapt)
     from dmoa.serving.ending import Ending
     from dmoa.serving.launch import launch, stop
 
     launched: Launched | None = None
+    learner: subprocess.Popen[bytes] | None = None
     for said in config.unused_scaling():
         tell(f"dmoa: {said}")
     common.say(f"starting pool {config.name} on Ray; the first start also fetches and loads its models")
@@ -216,16 +226,31 @@ def serve(
             )
             ending.ready()
             announce(common, launched)
+            learner = _start_learner(launched.ray_address, app, common) if adapt else None
             threading.Event().wait()
         except (KeyboardInterrupt, SystemExit):  # the latter from Ray's own handler, which holds while it starts
             if launched is None:
                 ending.leave(EXIT_FAILED)
             common.say("stopping")
         finally:
+            if learner is not None:
+                learner.terminate()
             if launched is not None:
                 stop(app, end_ray=launched.started_ray)
             elif address is None and _ray_is_up():
                 stop(app, end_ray=True)
+
+
+def _check_adapts(config: Config, adapt: bool) -> None:
+    if adapt and config.router.adaptation == "off":
+        raise ConfigError("--adapt: router.adaptation is 'off'; set it to observe, canary or on (--set router.adaptation=canary)")
+
+
+def _start_learner(address: str, app: str, common: Common) -> subprocess.Popen[bytes]:
+    """Start `dmoa adapt --online` beside the server. Where it dies the server goes on, and it may be started again by hand."""
+    command = ["adapt", "--online", "--address", address, "--app", app, *(["-q"] if common.verbosity < 0 else [])]
+    common.say(f"learning from the traffic: dmoa {' '.join(command)}")
+    return subprocess.Popen([sys.executable, "-m", "dmoa", *command], stdin=subprocess.DEVNULL)  # noqa: S603 -- our own command
 
 
 def _policy_files(asked: Sequence[str]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from dmoa.training.options import (
     AdaptOptions,
     ExportOptions,
     ImportOptions,
+    OnlineOptions,
     ProbeOptions,
     RolloutOptions,
     TrainOptions,
@@ -82,6 +83,7 @@ def adapt(common: Common, options: AdaptOptions, checkpoint: CheckpointOption = 
     dmoa adapt --benchmark dyes,signals --checkpoint out/gate/checkpoint --replay out/rollouts --out out/adapt
     dmoa adapt --benchmark gsm8k --data-dir benchmarks --limit 20 --queries 10 --workers 0 --out out/adapt
     dmoa serve --checkpoint out/adapt/gates/few-shot-ttt
+    dmoa adapt --online --help                              learn from the traffic of a running swarm instead
     """
     from dmoa.workflows.adapt import run_adapt
 
@@ -89,6 +91,22 @@ def adapt(common: Common, options: AdaptOptions, checkpoint: CheckpointOption = 
     given = checkpoint or (Path(config.gate.checkpoint) if config.gate.checkpoint else None)
     report = run_adapt(options, config, None if options.zero_shot else given, common, this_command())
     common.write_json(report.model_dump(mode="json"))
+
+
+@with_common
+@takes_options(OnlineOptions, leave_out=ADAPT_JOB_ONLY)
+def adapt_online(common: Common, options: OnlineOptions) -> None:
+    """Learn from the traffic of a running swarm, and offer what is learned to its router, until a signal comes.
+
+    Nothing is installed that the router's guards refuse, and no query waits; router.adaptation of the pool says how far it goes.
+
+    \b
+    dmoa adapt --online
+    dmoa adapt --online --address 10.0.0.5:6379 --app dmoa --replay out/rollouts
+    """
+    from dmoa.workflows.adapt_online import run_online_adaptation
+
+    run_online_adaptation(options, common, this_command())
 
 
 @with_common

@@ -86,6 +86,8 @@ class ShiftDetector:
         self.shifts: list[Shift] = []
         self.odd_agents: set[int] = set()
         """Agents whose signals are unlike their own before while most others' are not, and those that were never heard."""
+        self.usual_A: Array = np.zeros(0)
+        """Of the last query, per agent the p-value of its signal [A]; NaN where it could not be compared."""
         self._rng = np.random.default_rng(seed)
         self._waiting: list[Row] = []
         self._recent: deque[Row] = deque(maxlen=SETTLE // 2)
@@ -134,6 +136,7 @@ class ShiftDetector:
         if not np.isfinite(row[0]).all():
             return None
         self.seen += 1
+        self.usual_A = np.full(len(row[1]), np.nan)
         if self._inputs is None or self._reference is None:
             self._waiting.append(row)
             if len(self._waiting) >= SETTLE:
@@ -144,7 +147,7 @@ class ShiftDetector:
         is_familiar = self._inputs.add(apart, self._rng) >= FAMILIAR and self._inputs.total < math.sqrt(self.run_length)
         if is_familiar:  # else its neighbours tell nothing about it
             for agent in np.flatnonzero(np.isfinite(off_A)):
-                self._agents[agent].add(float(off_A[agent]), self._rng)
+                self.usual_A[agent] = self._agents[agent].add(float(off_A[agent]), self._rng)
         shares = self._shares()
         cause = max(shares, key=lambda kind: shares[kind])
         if shares[cause] < 1.0:

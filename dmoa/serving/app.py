@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
+import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -27,7 +30,7 @@ from dmoa.serving.actors import pack_record
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAgentClient, affine_agents
 from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
-from dmoa.serving.feedback import FeedbackClient
+from dmoa.serving.feedback import FeedbackClient, exploration
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.serving.handles import ask
 from dmoa.serving.http.requests import unknown_model
@@ -47,6 +50,8 @@ from dmoa.types import Answer, Event, Query
 _LOG = logging.getLogger("dmoa.ingress")
 READY_TIMEOUT_S = 2.0
 """How long /readyz waits for an agent's answer."""
+EXPLORE_LOOK_S = 2.0
+"""How often an ingress looks how many queries are to be explored."""
 APP = "dmoa"
 """Name of the Serve application unless told otherwise."""
 _INGRESS = "ingress"
@@ -93,6 +98,9 @@ class SwarmIngress:
         self._answered_elsewhere: dict[str, str] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._learner = app if config.router.feedback == "on" else None
+        self._app = app
+        self._exploring: asyncio.Task[None] | None = None
+        self._share, self._look_again_s = config.router.explore, 0.0
         version = await self._router.start()
         await self._traces.configure.remote(config.router, config.tracing)
         if self._feedback is not None:
@@ -215,6 +223,29 @@ class SwarmIngress:
         task = asyncio.get_running_loop().create_task(self._record(query, answer, key_hash, user, metadata))
         self._tasks[answer.trace_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(answer.trace_id, None))
+        if self._config.router.adaptation != "off" and answer.policy == "dmoa" and self._exploring is None:
+            self._exploring = asyncio.get_running_loop().create_task(self._explore(query, key_hash))
+            self._exploring.add_done_callback(self._explored)
+
+    def _explored(self, _: asyncio.Task[None]) -> None:
+        self._exploring = None
+
+    async def _explore(self, query: Query, key_hash: str) -> None:
+        """Ask a share of the queries once more, of all agents, to learn from: one at a time, after their answers have left."""
+        now = time.monotonic()
+        if now >= self._look_again_s:
+            self._look_again_s = now + EXPLORE_LOOK_S
+            self._share = await asyncio.to_thread(exploration, self._app, self._config.router.explore)
+        if random.random() >= self._share:  # noqa: S311 -- exploration, no secret
+            return
+        again = replace(query, trace_id=secrets.token_hex(16), epsilon=None)
+        try:
+            async with aclosing(self._swarm.ask(again, "exploring")) as events:
+                async for event in events:
+                    if isinstance(event, Answer):
+                        await self._record(again, event, key_hash, None, {"explores": query.trace_id})
+        except DmoaError as error:
+            _LOG.info("exploring query %s: %s", query.trace_id, error)
 
     async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:
         """Keep what the key that made a query says of it. Raises RequestError."""

@@ -157,6 +157,18 @@ class FeedbackActor:
             await asyncio.sleep(max(SAVE_S, _SHARE * (time.monotonic() - started)))
 
 
+def explore_more(app: str, share: float, for_s: float) -> None:
+    """Have a share of an app's queries asked of all agents for some time; every ingress learns of it within seconds."""
+    told = {"share": share, "until_unix_s": time.time() + for_s}
+    _internal_kv_put(f"dmoa/explore/{app}".encode(), json.dumps(told).encode(), overwrite=True)
+
+
+def exploration(app: str, usual: float) -> float:
+    """Return the share of queries that is to be explored now: `usual`, unless more was asked for and its time is not over."""
+    told = json.loads(_internal_kv_get(f"dmoa/explore/{app}".encode()) or b"{}")
+    return max(usual, float(told["share"])) if told.get("until_unix_s", 0.0) > time.time() else usual
+
+
 class FeedbackSender:
     """Makes records of finished queries and sends them on: where the traces are, so that no ingress works for it."""
 

@@ -2,7 +2,7 @@
 
 Numbers that cannot be are taken out, agents whose sureness is no longer what it was are left out, copies and single keys get no
 more than their share, and batches are balanced over contexts. The long-lived job (`workflows/adapt_online`) draws its batches
-here, on the first worker. Pure: no Ray, no file. Shape letters: D embedding, A agents.
+here, on the first worker. No Ray, no file. Shape letters: D embedding, A agents.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import numpy as np
 from dmoa.core.features import Preset
 from dmoa.core.scores import Array, raw_score
 from dmoa.core.shift import Shift, ShiftDetector
-from dmoa.feedback import Contexts, Feedback, query_part, tenant_of
+from dmoa.feedback import Contexts, Feedback, is_held_back, query_part, tenant_of
+from dmoa.training.adapt import Lesson, lesson_of
+from dmoa.training.outcomes import Outcome, authors
 from dmoa.types import AgentReply, FloatArray, StepRecord
 
 ANONYMOUS = tenant_of("")
@@ -33,6 +35,8 @@ MAX_USES = 3
 """Batches that one query may be in."""
 SMALL_CONTEXT = 0.03
 """Groups with a smaller share of a key's queries count as one: scattered garbage is no context each."""
+UNUSUAL = 0.02
+"""P-value of its sureness below which a reply to a query of a known kind does not teach: so many honest ones are lost."""
 MIN_JUDGED = 8
 """Outcomes of a key, and of all others, before it is compared with them."""
 CONTRADICTION = 3.0
@@ -55,6 +59,8 @@ class IntakeRules:
     anonymous: bool = False
     exclude: Collection[str] = ()
     """Names of keys as records hold them."""
+    held_back: float = 0.0
+    """Share of queries that the router judges by, and that never teach."""
 
 
 @dataclass(slots=True)
@@ -83,22 +89,29 @@ class Intake:
         self.refused: Counter[str] = Counter()
         """Reason -> records and replies that do not teach."""
         self.shifts: list[Shift] = []
+        self.distrusted: Collection[str] = ()
+        """Agents that the router wants left out."""
         self._exclude = frozenset(rules.exclude)
         self._keys: dict[str, _Key] = {}
         self._known: OrderedDict[str, None] = OrderedDict()
         self._copies: Counter[bytes] = Counter()
         self._rng = np.random.default_rng(seed)
-        self._turn: list[str] = []
+        self._said: defaultdict[str, dict[tuple[str | None, str], float]] = defaultdict(dict)
 
     @property
     def left_out(self) -> tuple[str, ...]:
         """Agents whose replies do not teach: they are as sure, or unsure, as they never were on such queries."""
-        return tuple(self.rules.agents[a] for a in sorted(self.detector.odd_agents))
+        odd = {self.rules.agents[a] for a in self.detector.odd_agents}
+        return tuple(name for name in self.rules.agents if name in odd or name in self.distrusted)
 
     @property
     def waiting(self) -> int:
         """Queries that may be drawn."""
         return sum(one.uses < MAX_USES for key in self._keys.values() for one in key.waiting.values())
+
+    def records(self) -> list[Feedback]:
+        """Return the queries that wait, cleaned, key by key."""
+        return [one.record for key in self._keys.values() for one in key.waiting.values()]
 
     def take(self, records: Iterable[Feedback]) -> Shift | None:
         """Take records that have come; those that are known already are passed over. Returns the last shift that they show."""
@@ -131,7 +144,7 @@ class Intake:
         if shift is not None:
             self.shifts.append(shift)
         self._copies[copy_of] += 1
-        key.waiting[record.answer.trace_id] = _Waiting(cleaned, key.contexts.of(input_D), copy_of)
+        key.waiting[record.answer.trace_id] = _Waiting(self._usual(cleaned), key.contexts.of(input_D), copy_of)
         self.taken += 1
         self._shrink()
         return shift
@@ -145,6 +158,8 @@ class Intake:
             return "no API key (router.feedback_anonymous is off)"
         if record.fingerprint != rules.fingerprint:
             return "another version of the pool answered it"
+        if is_held_back(record.answer.trace_id, rules.held_back):
+            return "held back to judge by"
         steps = record.answer.steps
         if not steps or any(step.route is None or step.decision is None for step in steps):
             return "no gate decided it"
@@ -157,6 +172,13 @@ class Intake:
         """Return a record without replies whose numbers cannot be, and without agents that are left out."""
         steps = tuple(replace(step, replies=tuple(filter(self._teaches, step.replies))) for step in record.answer.steps)
         return replace(record, answer=replace(record.answer, steps=steps))
+
+    def _usual(self, record: Feedback) -> Feedback:
+        """Return a record without replies to its first step that are as unlike those to similar queries as hardly any is."""
+        odd = {self.rules.agents[a] for a in np.flatnonzero(self.detector.usual_A < UNUSUAL)}
+        for agent in odd:
+            self.refused[f"replies of {agent} unlike those to similar queries"] += 1
+        return _without(record, odd)
 
     def _teaches(self, reply: AgentReply) -> bool:
         if reply.status == "ok" and not is_possible(reply):
@@ -184,10 +206,10 @@ class Intake:
             self._copies[gone.copy_of] -= 1
             self._copies = +self._copies if len(self._copies) > 2 * MAX_KEPT else self._copies
 
-    def draw(self) -> list[Feedback]:
-        """Return the next batch, of at most `batch_queries`: of several keys where they may mix, else the next key's in turn.
+    def draw(self) -> list[Lesson]:
+        """Return the next batch, of at most `batch_queries`: of several keys where they may mix, else of one that is drawn.
 
-        Fewer where a key has its share already and no other has queries; empty where nothing waits.
+        Fewer, or none, where a key has its share already and no other has queries; empty where nothing waits.
         """
         open_keys = {
             name: [one for one in key.waiting.values() if one.uses < MAX_USES] for name, key in self._keys.items() if key.waiting
@@ -197,19 +219,55 @@ class Intake:
             return []
         size = self.rules.batch_queries
         if not self.rules.mixes_keys:
-            self._turn = [name for name in self._turn if name in open_keys]
-            self._turn += sorted(set(open_keys) - set(self._turn))
-            name = self._turn.pop(0)
-            self._turn.append(name)
-            return self._of_key(open_keys[name], size)
+            name = self._next_key({name: sum(MAX_USES - one.uses for one in ones) for name, ones in open_keys.items()})
+            return [] if name is None else self._of_key(open_keys[name], size)
         most = size if len(open_keys) == 1 else max(1, math.floor(self.rules.key_share * size))
-        drawn: list[Feedback] = []
+        drawn: list[Lesson] = []
         for place, name in enumerate(self._rng.permutation(sorted(open_keys))):
             fair = math.ceil((size - len(drawn)) / (len(open_keys) - place))
             drawn += self._of_key(open_keys[str(name)], min(most, fair))
         return drawn
 
-    def _of_key(self, ones: Sequence[_Waiting], count: int) -> list[Feedback]:
+    def _next_key(self, left: Mapping[str, int]) -> str | None:
+        """Draw whose batch it is: by how often their queries may still be used, no key above its share where others teach.
+
+        None for what that leaves over: the others do not get more for it, or a few queries of theirs would teach much.
+        """
+        names = sorted(left)
+        chance_K = np.array([left[name] for name in names], np.float64) / sum(left.values())
+        if len(names) > 1:
+            chance_K = np.minimum(chance_K, self.rules.key_share)
+        drawn = float(self._rng.uniform())
+        return next((name for name, end in zip(names, np.cumsum(chance_K), strict=True) if drawn < end + 1e-12), None)
+
+    def hear(self, outcomes: Iterable[Outcome]) -> None:
+        """Take all that is said so far of queries by their trace ids, in place of what was heard before; later ones count."""
+        self._said = defaultdict(dict)
+        for one in outcomes:
+            if one.trace_id is not None and not one.step:
+                self._said[one.trace_id][one.agent, one.source] = one.reward
+
+    def _outcomes(self, record: Feedback) -> dict[str, float]:
+        """Return what outcomes say of the first replies of a query: by agent the mean reward."""
+        rewards: defaultdict[str, list[float]] = defaultdict(list)
+        for (agent, _), reward in self._said.get(record.answer.trace_id, {}).items():
+            for name in authors(record.answer) if agent is None else [agent]:
+                rewards[name].append(reward)
+        return {name: float(np.mean(values)) for name, values in rewards.items()}
+
+    @property
+    def false_keys(self) -> tuple[str, ...]:
+        """Keys whose outcomes do not teach, because they contradict the replies more than the others' do."""
+        judged = []
+        for tenant, key in self._keys.items():
+            for one in key.waiting.values():
+                replies = {reply.agent: reply.right_probability for reply in one.record.answer.steps[0].replies}
+                for agent, reward in self._outcomes(one.record).items():
+                    p = replies.get(agent)
+                    judged += [] if p is None else [Judged(tenant, reward, p)]
+        return tuple(sorted(false_witnesses(judged)))
+
+    def _of_key(self, ones: Sequence[_Waiting], count: int) -> list[Lesson]:
         """Draw queries of one key, the least used first, evenly over its contexts."""
         sizes = Counter(one.context for one in ones)
         groups: defaultdict[int, list[_Waiting]] = defaultdict(list)
@@ -224,8 +282,8 @@ class Intake:
             drawn += [group.pop(0) for group in order if group][: count - len(drawn)]
         for one in drawn:
             one.uses += 1
-        left_out = set(self.left_out)
-        return [_without(one.record, left_out) for one in drawn]
+        left_out, is_false = set(self.left_out), bool(drawn) and drawn[0].record.tenant in self.false_keys
+        return [lesson_of(_without(one.record, left_out), {} if is_false else self._outcomes(one.record)) for one in drawn]
 
 
 def _without(record: Feedback, agents: Collection[str]) -> Feedback:

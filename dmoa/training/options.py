@@ -360,6 +360,31 @@ ADAPT_JOB_ONLY = ("batch_queries", "recent", "replay_queries", "clip", "loss", "
 """Settings that job files may set and `dmoa adapt` has no flags for."""
 
 
+class OnlineOptions(AdaptSettings):
+    """Learning from the traffic of a running swarm until it is told to end."""
+
+    app: str = "dmoa"
+    """Name of the Serve application."""
+    address: Address = None
+    """The Ray that it runs on (auto, HOST:PORT); None: RAY_ADDRESS, else the one on this machine."""
+    replay: Annotated[tuple[Path, ...], BeforeValidator(_folders), Flag(is_repeated=True)] = ()
+    """Rollouts that the gate learnt from, to be replayed; repeatable. None: the traffic from before the current gate alone."""
+    out: Path = Path("out/adapt-online")
+    """Folder for curves and the log."""
+    workers: int = Field(default=1, ge=1, le=64)
+    """Ray Train workers; each takes its part of every batch."""
+    every: int = Field(default=8, ge=1, le=10_000)
+    """New queries for each update."""
+    offer_every: int = Field(default=4, ge=1, le=10_000)
+    """Updates for each gate that is offered to the router."""
+    cpu_share: float = Field(default=0.5, gt=0, le=1)
+    """Most of one core that a worker takes on average."""
+    poll_s: float = Field(default=2.0, gt=0, le=600)
+    """Seconds between looks at the traffic."""
+    track: Literal["auto", "wandb", "jsonl", "none"] = "auto"
+    """Where curves are logged; auto: W&B, offline without a key."""
+
+
 class TrainOptions(Options):
     """One training of the gate."""
 

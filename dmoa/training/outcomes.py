@@ -23,7 +23,7 @@ from dmoa.engines.recorded import agent_name, read_lines
 from dmoa.errors import ConfigError
 from dmoa.feedback import MARK
 from dmoa.training.rollouts import RolloutModel
-from dmoa.types import AgentReply, EntropySum
+from dmoa.types import AgentReply, Answer, EntropySum
 from dmoa.validation import describe
 
 Credit = Mapping[tuple[str, str], float]
@@ -77,6 +77,12 @@ def read_outcomes(path: Path) -> tuple[Outcome, ...]:
 
 
 _EXAMPLE = '{"query_id": "q1", "agent": null, "reward": 1, "source": "users"}'
+
+
+def authors(answer: Answer) -> list[str]:
+    """Return the agents whose first reply gave the final answer of a query of the traffic, whose texts are tokens."""
+    counted = {name for step in answer.steps for name in step.active}
+    return [reply.agent for reply in answer.steps[0].replies if reply.agent in counted and reply.text == answer.text]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

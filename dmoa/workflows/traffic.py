@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dmoa.errors import ConfigError
 from dmoa.feedback import MARK, Feedback, read_feedback
 from dmoa.storage import write_whole
-from dmoa.training.outcomes import Outcome
+from dmoa.training.outcomes import Outcome, authors
 from dmoa.training.rollouts import Counts, Manifest, RolloutFolder, RolloutQuery, SourceInfo, part_of, table_of
 from dmoa.types import StepRecord
 
@@ -48,16 +48,17 @@ def read_traffic(common: Common, app: str, address: str | None, state: str | Non
         found = store.load()
         if found is None:
             raise ConfigError(f"{store.place}: no feedback lies there; name the router.state_uri of a swarm that keeps some")
-        return _traffic(*found)
+        return traffic_of(*found)
     from dmoa.serving.router.admin import RouterAdmin
 
     admin = RouterAdmin(app, address=address)
     common.say(f"asking the Ray at {admin.address}")
     records, tenants = admin.feedback()
-    return _traffic(read_feedback(records, f"feedback of {app}"), tenants)
+    return traffic_of(read_feedback(records, f"feedback of {app}"), tenants)
 
 
-def _traffic(records: list[Feedback], state: bytes) -> Traffic:
+def traffic_of(records: list[Feedback], state: bytes) -> Traffic:
+    """Return records and the state of a feedback as traffic. Raises ConfigError for a state that cannot be read."""
     from dmoa.serving.feedback_buffer import read_state
 
     kept = [one for _, _, outcomes in read_state(state) for one in outcomes]
@@ -69,9 +70,7 @@ def _outcomes(said: KeptOutcome, record: Feedback | None) -> list[Outcome]:
     """Return an outcome in the terms of training: one of the final answer as outcomes of the agents whose first reply gave it."""
     names: Sequence[str | None] = [said.agent]
     if said.agent is None and record is not None:
-        counted = {name for step in record.answer.steps for name in step.active}
-        first = record.answer.steps[0].replies
-        names = [reply.agent for reply in first if reply.agent in counted and reply.text == record.answer.text] or [None]
+        names = authors(record.answer) or [None]
     return [Outcome(trace_id=said.trace_id, agent=name, step=said.step, reward=said.reward, source=said.source) for name in names]
 
 

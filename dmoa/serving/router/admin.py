@@ -84,18 +84,30 @@ class RouterAdmin:
         status: RouterStatus = self._call("status")
         return status
 
+    def weights(self, version: str) -> dict[str, bytes]:
+        """Return the files of a version's checkpoint. Raises CheckpointError for one that is not kept, DmoaError."""
+        files: dict[str, bytes] = self._call("weights", version)
+        return files
+
     def feedback(self) -> tuple[bytes, bytes]:
         """Return the records and the state of the app's feedback, as `FeedbackActor.snapshot`. Raises ConfigError, DmoaError."""
+        found: tuple[bytes, bytes] = self._call("snapshot", actor=self._feedback())
+        return found
+
+    def feedback_since(self, life: str, number: int) -> tuple[str, int, bytes, bytes]:
+        """Return what came to the app's feedback since, as `FeedbackActor.since`. Raises ConfigError, DmoaError."""
+        found: tuple[str, int, bytes, bytes] = self._call("since", life, number, actor=self._feedback())
+        return found
+
+    def _feedback(self) -> Any:
         import ray
 
         from dmoa.serving.actors import NAMESPACE, feedback_name
 
         try:
-            actor = ray.get_actor(feedback_name(self._app), namespace=NAMESPACE)
+            return ray.get_actor(feedback_name(self._app), namespace=NAMESPACE)
         except ValueError:
             raise ConfigError(f"app {self._app!r} keeps no feedback; set router.feedback to on") from None
-        found: tuple[bytes, bytes] = self._call("snapshot", actor=actor)
-        return found
 
     def _call(self, method: str, *arguments: object, actor: Any = None) -> Any:
         import ray

@@ -20,7 +20,7 @@ FLAGS = {
     "chat": "--policy:str --agent:str --checkpoint:Path --url:str --max-steps:int>=1 --deadline:float>=0.001",
     "serve": (
         "--host:str --port:int>=1 --address:str$RAY_ADDRESS --checkpoint:Path --insecure:bool=False "
-        "--policy:str* --app:str=dmoa --dry-run:bool=False"
+        "--policy:str* --app:str=dmoa --dry-run:bool=False --adapt:bool=False"
     ),
     "demo": "--port:int>=1 --out:Path=out/demo --questions:int>=1=1 --queries:int>=12=60 --held-out:int>=1=8 --seed:int>=0=0",
     "evaluate": (
@@ -71,6 +71,11 @@ FLAGS = {
         "--out:Path! --data-dir:Path --limit:int>=1 --difficulty:int>=1=1 --workers:int>=0=1 --allow-weak-sandbox:bool=False "
         "--address:str$RAY_ADDRESS --track:str=auto --lr:float=0.001 --steps:int>=1=4 --replay-ratio:float>=0=3.0 "
         "--pull:float>=0=0.01 --seed:int>=0=0 --checkpoint:Path"
+    ),
+    "adapt-online": (
+        "--app:str=dmoa --address:str$RAY_ADDRESS --replay:Path* --out:Path=out/adapt-online --workers:int>=1=1 "
+        "--every:int>=1=8 --offer-every:int>=1=4 --cpu-share:float=0.5 --poll-s:float=2.0 --track:str=auto --lr:float=0.001 "
+        "--steps:int>=1=4 --replay-ratio:float>=0=3.0 --pull:float>=0=0.01 --seed:int>=0=0"
     ),
     "policies": "",
     "docs": "",

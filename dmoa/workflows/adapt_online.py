@@ -1,0 +1,273 @@
+"""`dmoa adapt --online`: follows the traffic of a running swarm on Ray Train, and offers what it learns to the router.
+
+What `training/online` does is put together here with the running app: its router, its feedback, its configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmoa.config import Config
+from dmoa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dmoa.serving.router.admin import RouterAdmin
+    from dmoa.tracking import Mode, Tracker
+    from dmoa.training.dataset import Episodes
+    from dmoa.training.online import Exchange, OnlineJob, Pulled
+    from dmoa.training.options import OnlineOptions
+    from dmoa.workflows.console import Common
+
+LOG = "adapt.log"
+"""Lines for a person, in the run's folder."""
+STOP_S = 20.0
+"""Seconds that a job which is told to end may take; an update and an offer are shorter."""
+NICENESS = 10
+"""How far the learner stands back behind what serves."""
+
+
+def run_online_adaptation(options: OnlineOptions, common: Common, command: str) -> None:
+    """Learn until a signal comes. Raises ConfigError where there is no such app, or it takes no offers, DmoaError where it stops.
+
+    The same command goes on: from the gate that is current then, and what the feedback holds.
+    """
+    from dmoa.serving.launch import AUTO, ray_address
+    from dmoa.training.ray_train import fit_on_ray
+    from dmoa.workflows.evaluate import opened_ray
+    from dmoa.workflows.terminal import goes_on
+
+    out = options.out.absolute()
+    advice = "what was installed serves on, and the same command goes on from it"
+    with goes_on(advice), opened_ray(ray_address(options.address) or AUTO):
+        job = build_job(options, served_config(options.app), command)
+        out.mkdir(parents=True, exist_ok=True)
+        tail = _Tail(out / LOG, common)
+        _stop_key(options.app, clear=True)
+        try:
+            place = str(out / "state" / f"{time.time():.0f}")
+            fit_on_ray(_worker, {"job": job}, place, options.workers, max_failures=-1, tick=tail.tick)
+        except KeyboardInterrupt:
+            common.say("ending after the update that is under way")
+            _stop_key(options.app)
+            deadline = time.monotonic() + STOP_S
+            while _stop_key(options.app, look=True) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            tail.tick()
+            raise
+
+
+def served_config(app: str) -> Config:
+    """Return the configuration that an app on the Ray that is joined serves now. Raises ConfigError where there is none."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    from dmoa.serving.router.admin import running_apps
+
+    found = _internal_kv_get(f"dmoa/config/{app}".encode())
+    if not found or app not in running_apps():
+        running = ", ".join(running_apps()) or "none"
+        raise ConfigError(f"--app is {app!r}; running on this Ray: {running}; name one of them, or the Ray (--address)")
+    config = Config.model_validate(json.loads(found)["config"])
+    if config.router.adaptation == "off":
+        raise ConfigError(
+            f"router.adaptation of app {app!r} is 'off'; set it to observe, canary or on in the pool file, and deploy it again"
+        )
+    return config
+
+
+def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob:
+    """Return what the workers need. Raises ConfigError for rollouts of another pool."""
+    from dmoa.agents.pool import fingerprint
+    from dmoa.core.gate import GateSpec
+    from dmoa.feedback import tenant_of
+    from dmoa.training.dataset import read_episodes, read_manifests
+    from dmoa.training.intake import IntakeRules
+    from dmoa.training.online import OnlineJob
+    from dmoa.training.options import AdaptSettings
+
+    router = config.router
+    replay: Episodes | None = None
+    if options.replay:
+        spec, folders = GateSpec.from_config(config.gate, config.agent_names), [path.absolute() for path in options.replay]
+        read_manifests(folders, spec, fingerprint(config))
+        replay = read_episodes(folders, spec, fingerprint(config), on_ray=False)
+    say = Sayer(options.out.absolute() / LOG)
+    return OnlineJob(
+        rules=IntakeRules(
+            agents=config.agent_names,
+            preset=config.gate.preset,
+            fingerprint=fingerprint(config),
+            batch_queries=options.batch_queries,
+            mixes_keys=router.feedback_mix_keys,
+            key_share=router.feedback_key_share,
+            anonymous=router.feedback_anonymous,
+            exclude=[name if len(name) < 64 else tenant_of(name) for name in router.feedback_exclude],
+            held_back=router.guards.held_back,
+        ),
+        settings=AdaptSettings.parse(options.model_dump(include=set(AdaptSettings.model_fields))),
+        open_exchange=partial(SwarmExchange, options.app),
+        log=OnlineLog(out=options.out.absolute(), mode=options.track, app=options.app, command=command),
+        say=say,
+        every=options.every,
+        offer_every=options.offer_every,
+        cpu_share=options.cpu_share,
+        poll_s=options.poll_s,
+        explore_after_shift=router.explore_after_shift,
+        replay=replay,
+    )
+
+
+class SwarmExchange:
+    """The running swarm as a worker sees it: implements `training/online.Exchange`."""
+
+    def __init__(self, app: str) -> None:
+        """Find the app on the Ray that this process is part of."""
+        from dmoa.serving.router.admin import RouterAdmin
+
+        self._app = app
+        self._admin: RouterAdmin = RouterAdmin(app)
+        self._heard = ("", 0)
+
+    def pull(self) -> Pulled:
+        """Return what came since."""
+        from dmoa.feedback import read_feedback
+        from dmoa.training.online import Pulled
+        from dmoa.workflows.traffic import traffic_of
+
+        status = self._admin.status()
+        life, count, data, state = self._admin.feedback_since(*self._heard)
+        found = traffic_of(read_feedback(data, f"feedback of {self._app}"), state)
+        self._heard = life, count
+        told = status.adaptation
+        closed = f"learning is frozen ({told['frozen']})" if told.get("frozen") is not None else None
+        if closed is None and told.get("cooldown_s", 0.0) > 0:
+            closed = "a gate was taken back lately"
+        if closed is None and told["mode"] == "canary" and told.get("trial") is not None:
+            closed = f"gate {told['trial']['candidate']} is on trial"
+        return Pulled(
+            records=found.records,
+            outcomes=found.outcomes,
+            version=status.gate_version,
+            installed_unix_s=status.installed_unix_s or 0.0,
+            mode=told["mode"],
+            ledger=told["ledger"],
+            on_trial=told["trial"]["candidate"] if told.get("trial") else None,
+            closed=closed,
+            distrusted=tuple(told.get("distrusted", ())),
+        )
+
+    def gate(self, version: str) -> dict[str, bytes]:
+        """Return the files of a version."""
+        return self._admin.weights(version)
+
+    def offer(self, files: dict[str, bytes], evidence: dict[str, Any]) -> dict[str, Any]:
+        """Offer a gate."""
+        return self._admin.offer(files, evidence)
+
+    def explore(self, share: float, for_s: float) -> None:
+        """Have more queries explored."""
+        from dmoa.serving.feedback import explore_more
+
+        explore_more(self._app, share, for_s)
+
+    def stopped(self) -> None:
+        """Tell the command that the job has ended."""
+        _stop_key(self._app, clear=True)
+
+    def is_asked_to_stop(self) -> bool:
+        """Tell whether the command was told to end."""
+        return _stop_key(self._app, look=True)
+
+
+def _stop_key(app: str, *, look: bool = False, clear: bool = False) -> bool:
+    """Ask the job of an app to stop; or tell whether it is asked to, or take that back."""
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+
+    key = f"dmoa/adapt-stop/{app}".encode()
+    if look:
+        return bool(_internal_kv_get(key))
+    if clear:
+        _internal_kv_del(key)
+        return False
+    return bool(_internal_kv_put(key, b"1", overwrite=True))
+
+
+def _worker(config: dict[str, OnlineJob]) -> str | None:
+    """Be one Ray Train worker of the job."""
+    from dmoa.training.online import run_online
+    from dmoa.training.ray_train import world_of_worker
+
+    os.nice(NICENESS)
+    job, world = config["job"], world_of_worker()
+    updates = run_online(job, world)
+    if world.rank == 0:
+        job.say(f"ended after {updates} updates of this session")
+        exchange: Exchange = job.open_exchange()
+        if isinstance(exchange, SwarmExchange):
+            exchange.stopped()
+    return None
+
+
+@dataclass(slots=True)
+class OnlineLog:
+    """Logs the numbers of updates: curves (JSON Lines, W&B) and Ray's metrics `dmoa_adapt_*`. Opened where it is first called."""
+
+    out: Path
+    mode: Mode
+    app: str
+    command: str
+    _tracker: Tracker | None = None
+    _gauges: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, numbers: dict[str, float], step: int) -> None:
+        """Log the numbers of an update."""
+        from ray.util import metrics
+
+        from dmoa.tracking import open_tracker
+
+        if self._tracker is None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            name = f"adapt-{self.app}"
+            self._tracker = open_tracker(self.mode, run_dir=self.out, name=name, config={"command": self.command})
+        self._tracker.log(numbers, step=None)
+        for key, value in numbers.items():
+            name = f"dmoa_adapt_{key.replace('/', '_')}"
+            if name not in self._gauges:
+                self._gauges[name] = metrics.Gauge(name, "Of learning while serving, at the last update.", ("app",))
+            self._gauges[name].set(value, {"app": self.app})
+
+
+@dataclass(frozen=True, slots=True)
+class Sayer:
+    """Adds lines to the log of the run."""
+
+    path: Path
+
+    def __call__(self, line: str) -> None:
+        """Add a line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+
+
+class _Tail:
+    """Tells a person what is added to the log."""
+
+    def __init__(self, path: Path, common: Common) -> None:
+        self._path, self._common = path, common
+        self._place = path.stat().st_size if path.exists() else 0
+
+    def tick(self) -> None:
+        """Tell what is new."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._place)
+            for line in file:
+                self._place += len(line)
+                self._common.say(line.decode("utf-8").rstrip("\n"))

@@ -1,0 +1,160 @@
+"""The long-lived job in process: what it learns from, what it offers, in which order, and that it begins anew where it must."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from dmoa.checkpoint import describe_gate
+from dmoa.errors import DmoaError
+from dmoa.feedback import Feedback
+from dmoa.training.distributed import SingleWorker
+from dmoa.training.intake import IntakeRules
+from dmoa.training.online import OnlineJob, Pulled, files_of, gate_of, run_online
+from dmoa.training.options import AdaptSettings
+from tests.attacks import Deployed, accuracy, deployed
+from tests.streams import FINGERPRINT
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class FakeSwarm:
+    """Implements `Exchange`: batches of records, and a router that says what it is told to."""
+
+    start: Deployed
+    batches: list[list[Feedback]]
+    says: list[str] = field(default_factory=list)
+    """What becomes of each offer; installed at the end of the list."""
+    ledger: int = 7
+    away: set[int] = field(default_factory=set)
+    """Pulls that fail."""
+    mode: str = "on"
+    pulls: int = 0
+    version: str = ""
+    offers: list[dict[str, Any]] = field(default_factory=list)
+    explored: list[tuple[float, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.version = self.start.record.version
+        self.files = {self.version: files_of(self.start.gate, self.start.record)}
+
+    def pull(self) -> Pulled:
+        self.pulls += 1
+        if self.pulls in self.away:
+            raise DmoaError("router: it is away")
+        return Pulled(
+            records=self.batches.pop(0) if self.batches else [],
+            outcomes=[],
+            version=self.version,
+            installed_unix_s=0.0,
+            mode=self.mode,
+            ledger=self.ledger,
+            on_trial=None,
+        )
+
+    def gate(self, version: str) -> dict[str, bytes]:
+        return self.files[version]
+
+    def offer(self, files: dict[str, bytes], evidence: dict[str, Any]) -> dict[str, Any]:
+        state = self.says.pop(0) if self.says else "installed"
+        self.ledger = evidence["update"]
+        self.offers.append(evidence | {"state": state})
+        version = gate_of(files)[1].version
+        if state == "installed":
+            self.version, self.files[version] = version, files
+        return {"state": state, "reasons": [], "verdicts": [{}] if state == "refused" else []}
+
+    def explore(self, share: float, for_s: float) -> None:
+        self.explored.append((share, for_s))
+
+    def is_asked_to_stop(self) -> bool:
+        return not self.batches
+
+
+@pytest.fixture(scope="module", name="start")
+def _start() -> Deployed:
+    return deployed(0)
+
+
+def job_of(swarm: FakeSwarm, **changes: Any) -> OnlineJob:
+    values: dict[str, Any] = {
+        "rules": IntakeRules(agents=swarm.start.pool.agents, preset="paper", fingerprint=FINGERPRINT, mixes_keys=True),
+        "settings": AdaptSettings(),
+        "open_exchange": lambda: swarm,
+        "log": lambda numbers, step: None,
+        "replay": swarm.start.replay,
+        "offer_every": 2,
+    }
+    return OnlineJob(**values | changes)
+
+
+def batches(start: Deployed, count: int, domains: tuple[int, ...]) -> list[list[Feedback]]:
+    return [start.pool.records(start.pool.mixed(8, domains)) for _ in range(count)]
+
+
+def test_a_new_domain_is_noticed_explored_learned_and_offered(start: Deployed) -> None:
+    new = [start.pool.ask(4) for _ in range(200)]
+    before = accuracy(start.gate, new)
+    swarm = FakeSwarm(start, [*batches(start, 1, (0, 1, 2, 3)), *batches(start, 8, (4,)), []])
+    logged: list[tuple[dict[str, float], int]] = []
+    updates = run_online(job_of(swarm, log=lambda numbers, step: logged.append((numbers, step))), SingleWorker(CPU), sleep=_no)
+    assert updates == len(logged) >= 7
+    assert swarm.explored == [(0.5, 600.0)]
+    # Numbers go on from the router's ledger, each offer from the gate that the last one became.
+    assert [one["update"] for one in swarm.offers] == list(range(8, 8 + len(swarm.offers)))
+    assert len({one["base_version"] for one in swarm.offers}) == len(swarm.offers)
+    assert sum(one["shift"] for one in swarm.offers) == 1
+    learnt, record = gate_of(swarm.files[swarm.version])
+    assert before < 0.4
+    assert accuracy(learnt, new) > 0.7
+    assert accuracy(learnt, start.rows) > accuracy(start.gate, start.rows) - 0.03
+    assert record.trained_on is not None
+    assert record.trained_on["source"] == "adaptation"
+
+
+def test_a_refused_gate_is_given_up_and_a_swarm_that_is_away_waited_for(start: Deployed) -> None:
+    swarm = FakeSwarm(start, [*batches(start, 9, (0, 1, 2, 3, 4)), []], says=["refused"], away={3, 4})
+    slept: list[float] = []
+    run_online(job_of(swarm), SingleWorker(CPU), sleep=slept.append)
+    first, second, *_ = swarm.offers
+    assert (first["state"], second["state"]) == ("refused", "installed")
+    assert first["base_version"] == second["base_version"] == start.record.version
+    assert (second["used"], second["update"]) == (first["used"], first["update"] + 1)  # it began anew
+    assert slept.count(2.0) >= 2
+
+
+def test_observed_offers_and_an_operators_gate(start: Deployed) -> None:
+    swarm = FakeSwarm(start, [*batches(start, 12, (0, 1, 2, 3, 4)), []], says=["observed"] * 2)
+    theirs, _ = gate_of(files_of(start.gate, start.record))
+    with torch.no_grad():
+        theirs.head_bias.add_(0.01)
+    record = describe_gate(theirs, fingerprint=FINGERPRINT, metrics=start.record.metrics, anchor_set=start.record.anchor_set)
+
+    def install(numbers: dict[str, float], step: int) -> None:
+        if len(swarm.offers) == 2 and swarm.version == start.record.version:
+            swarm.version = record.version
+            swarm.files[swarm.version] = files_of(theirs, record)
+
+    run_online(job_of(swarm, log=install), SingleWorker(CPU), sleep=_no)
+    assert [one["base_version"] for one in swarm.offers[:3]] == [start.record.version] * 2 + [record.version]
+
+
+def test_what_was_answered_before_the_gate_came_is_replayed_and_teaches_nothing(start: Deployed) -> None:
+    class Later(FakeSwarm):
+        def pull(self) -> Pulled:
+            found = super().pull()
+            return replace(found, installed_unix_s=1e9) if self.pulls == 1 else found
+
+    swarm = Later(start, [*batches(start, 3, (0, 1, 2, 3)), []])
+    logged: list[dict[str, float]] = []
+    run_online(job_of(swarm, replay=None, log=lambda numbers, step: logged.append(numbers)), SingleWorker(CPU), sleep=_no)
+    assert [numbers["used"] for numbers in logged] == [8.0, 8.0]  # the first batch teaches nothing
+    assert logged[0]["replayed"] > 0
+
+
+def _no(seconds: float) -> None:
+    del seconds
