@@ -35,10 +35,9 @@ WITHOUT, RANDOM = "specialists-without-words", "specialists-liar-random"
 JUDGED = (*POOLS, WITHOUT)
 LIARS = {POOLS[2]: ("liar-constant",), POOLS[3]: ("liar-wrong",), RANDOM: ("liar-random",), POOLS[4]: ("liar-wrong", "liar-echo")}
 ARMS = ("raw", "anchored", "agreement", "posterior", "labels")
-GATE_ROWS = ((1, 10),)
-"""Seed and rows per suite of the unlabelled queries."""
-JUDGED_ROWS = (101, 8)
-"""The same of the rows that are judged."""
+RUNS = {"first": (((1, 10),), ("gate", 8, 101)), "second": (tuple((seed, 8) for seed in range(301, 306)), ("test", 16, 401))}
+"""Of each run: seeds and rows per suite of the unlabelled queries, one for all draws or one a draw; split, rows per suite and seed of
+those that are judged."""
 DRAWS, QUERIES = 5, 8
 SURE_NATS, UNSURE_NATS = 0.001, 3.0
 """Entropies that stand for right and wrong replies in the arm `labels`; the former is that of the made-up liar too."""
@@ -237,20 +236,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--pools", nargs="+", choices=(*JUDGED, RANDOM), default=(*JUDGED, RANDOM))
+    parser.add_argument("--run", choices=tuple(RUNS), default="second")
     options = parser.parse_args()
     asked = everyone([name for name in POOLS if name in options.pools])
-    parts = [replies(rows_of("gate", count, seed), asked, options.out, f"gate-{seed}") for seed, count in GATE_ROWS]
-    unlabelled = with_random_liar(
-        Replies(rows=[row for part in parts for row in part.rows], table=pa.concat_tables([part.table for part in parts]))
-    )
-    draws = [drawn(unlabelled, draw) for draw in range(DRAWS)]
+    unlabelled, judged = RUNS[options.run]
+    parts = [with_random_liar(replies(rows_of("gate", n, seed), asked, options.out, f"gate-{seed}")) for seed, n in unlabelled]
+    draws = [parts[draw] if len(parts) == DRAWS else drawn(parts[0], draw) for draw in range(DRAWS)]
     for name in options.pools:  # before any test row is answered
         for arm in ARMS:
             for draw, queries in enumerate(draws):
                 trained(queries, config_of(name), arm, draw, options.out / "gates" / name / arm / str(draw))
         print(f"{name}: trained", flush=True)
-    seed, count = JUDGED_ROWS
-    test = with_random_liar(replies(rows_of("gate", count, seed), asked, options.out, f"gate-{seed}"))
+    test = with_random_liar(replies(rows_of(*judged), asked, options.out, f"{judged[0]}-{judged[2]}"))
     for name in options.pools:
         gates = gates_in(options.out / "gates" / name)
         found = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
