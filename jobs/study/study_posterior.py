@@ -36,8 +36,8 @@ JUDGED = (*POOLS, WITHOUT)
 LIARS = {POOLS[2]: ("liar-constant",), POOLS[3]: ("liar-wrong",), RANDOM: ("liar-random",), POOLS[4]: ("liar-wrong", "liar-echo")}
 ARMS = ("raw", "anchored", "agreement", "posterior", "labels")
 RUNS = {"first": (((1, 10),), ("gate", 8, 101)), "second": (tuple((seed, 8) for seed in range(301, 306)), ("test", 16, 401))}
-"""Of each run: seeds and rows per suite of the unlabelled queries, one for all draws or one a draw; split, rows per suite and seed of
-those that are judged."""
+"""Of each run: seeds and rows per suite of the unlabelled queries, one for all draws or one a draw; split, rows per suite and
+seed of those that are judged."""
 DRAWS, QUERIES = 5, 8
 SURE_NATS, UNSURE_NATS = 0.001, 3.0
 """Entropies that stand for right and wrong replies in the arm `labels`; the former is that of the made-up liar too."""
