@@ -11,7 +11,7 @@ from dmoa.cli.main import app
 
 OUTPUT = "--json:Path --quiet/-q:bool=False --verbose/-v:bool=False"
 COMMON = f"--config:Path --set:str* {OUTPUT}"
-WITHOUT_POOL = ("docs", "schema")
+WITHOUT_POOL = ("docs", "schema", "view")
 FLAGS = {
     "run": (
         "--policy:str --agent:str --checkpoint:Path --url:str --replay:Path --trace:Path --max-steps:int>=1 "
@@ -77,6 +77,7 @@ FLAGS = {
         "--every:int>=1=8 --offer-every:int>=1=4 --cpu-share:float=0.5 --poll-s:float=2.0 --track:str=auto --lr:float=0.001 "
         "--steps:int>=1=4 --replay-ratio:float>=0=3.0 --pull:float>=0=0.01 --seed:int>=0=0"
     ),
+    "view": "--port:int>=0=8001",
     "policies": "",
     "docs": "",
     "schema": "--table:bool=False --example:bool=False",
