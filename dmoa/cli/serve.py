@@ -222,7 +222,14 @@ def serve(
     with Ending(common.say) as ending:
         try:
             launched = launch(
-                config, host=host, port=port, address=address, app=app, insecure=insecure, policy_files=policy_files
+                config,
+                host=host,
+                port=port,
+                address=address,
+                app=app,
+                insecure=insecure,
+                policy_files=policy_files,
+                say=common.say,
             )
             ending.ready()
             announce(common, launched)

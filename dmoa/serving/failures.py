@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Callable, Mapping
 
 from dmoa.config import Config, callable_agents
 from dmoa.engines import named
@@ -20,19 +21,29 @@ _RAISED = re.compile(r"^(?:ray\.exceptions\.RayTaskError\()?((?:[A-Za-z_]\w*\.)*
 _OURS = "dmoa.errors."
 
 
-def wait_running(config: Config, app: str) -> None:
-    """Return once every replica of an app that is being deployed runs.
+def news(config: Config, states: Mapping[str, str], told: set[str]) -> list[str]:
+    """Return a line for every deployment that is ready and was not told of, and note it in `told`; `states`: Serve's, by name."""
+    ready = [name for name, state in states.items() if state == "HEALTHY"]
+    new = [name for name in ready if name not in told]
+    told.update(new)
+    return [f"ready: {subject(config, name)} ({len(ready)} of {len(states)})" for name in new]
+
+
+def wait_running(config: Config, app: str, say: Callable[[str], None] = lambda line: None) -> None:
+    """Return once every replica of an app that is being deployed runs; `say` takes a line for each deployment that is ready.
 
     Raises ConfigError as soon as one has refused its configuration, which another attempt does not change, and DmoaError once
     Serve gives the app up.
     """
     from ray import serve
 
-    told: set[str] = set()
+    told, ready = set[str](), set[str]()
     while True:
         found = serve.status().applications.get(app)
         if found is None:
             raise DmoaError(f"app {app!r}: it is gone; another command has deleted it while it started")
+        for line in news(config, {name: str(part.status.value) for name, part in found.deployments.items()}, ready):
+            say(line)
         causes = {name: cause for name, part in found.deployments.items() if (cause := raised(part.message))}
         for name, (kind, words) in causes.items():
             if kind == ConfigError.__name__:
@@ -48,15 +59,21 @@ def wait_running(config: Config, app: str) -> None:
         time.sleep(_PAUSE_S)
 
 
-def explain(config: Config, deployment: str, cause: str) -> str:
-    """Return the sentence about a deployment whose replica did not start."""
+def subject(config: Config, deployment: str) -> str:
+    """Return what a deployment is to an operator: its agents by name, or its own name."""
     names = deployment_names(config)
     hosted = [agent for agent in callable_agents(config) if names[agent.name] == deployment]
-    if not hosted:
-        return f"{deployment}: it did not start: {cause}"
-    llm = hosted[0].llm
+    return f"{'agents' if len(hosted) > 1 else 'agent'} {named(hosted)}" if hosted else deployment
+
+
+def explain(config: Config, deployment: str, cause: str) -> str:
+    """Return the sentence about a deployment whose replica did not start."""
+    names, whose = deployment_names(config), subject(config, deployment)
+    llm = next((agent.llm for agent in callable_agents(config) if names[agent.name] == deployment), None)
+    if llm is None:
+        return f"{whose}: it did not start: {cause}"
     model = "" if cause.startswith("llms.") else f" (llms.{llm}.model {config.llms[llm].model!r})"
-    return f"{'agents' if len(hosted) > 1 else 'agent'} {named(hosted)}{model}: no replica started: {cause}"
+    return f"{whose}{model}: no replica started: {cause}"
 
 
 def raised(text: str) -> tuple[str, str] | None:

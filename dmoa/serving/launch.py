@@ -8,6 +8,7 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,12 @@ def launch(
     route_prefix: str = "/",
     insecure: bool = False,
     policy_files: tuple[str, ...] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> Launched:
     """Start or join Ray, deploy the pool, and return once it answers.
 
     `address` joins a running cluster; `route_prefix` lets several apps share one server; `policy_files`
-    are policies as FILE.py:NAME, which clients may then ask for. Raises ConfigError for bad
+    are policies as FILE.py:NAME, which clients may then ask for; `say` takes lines on what is ready. Raises ConfigError for bad
     files, a port that is taken or an exposed server without keys, NoAgentError if it does not answer in time.
     """
     host, port = listening.bare(host or config.server.host), port or config.server.port
@@ -96,11 +98,13 @@ def launch(
     from ray import serve
 
     mark = secrets.token_hex(16)
+    say("starting Ray" if address is None else f"joining the Ray at {address}")
     application, started_ray = _build(config, key_hashes, address, mark, policy_files)
     host = _start_serve(host, port, is_here=started_ray)
+    say(f"Ray is up; deploying pool {config.name}")
     target = serve.RunTarget(target=application, name=app, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
-    wait_running(config, app)
+    wait_running(config, app, say)
     url = listening.base_url(host, port, route_prefix)
     listening.wait_ready(url, mark, START_TIMEOUT_S)
     return _launched(url, config.name, app, started_ray=started_ray)

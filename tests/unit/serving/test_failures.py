@@ -6,7 +6,7 @@ import pytest
 
 from dmoa.config import Config
 from dmoa.errors import ConfigError
-from dmoa.serving.failures import explain, last_words, raised
+from dmoa.serving.failures import explain, last_words, news, raised
 
 OURS = """The deployment failed to start 1 times in a row. This may be due to a problem with its constructor. Error:
 ray::ServeReplica:dmoa:llm-t.initialize_and_get_metadata() (pid=7, ip=192.0.2.2, actor_id=ab, repr=<ray.serve>)
@@ -62,3 +62,11 @@ def test_a_deployment_is_told_by_its_agents() -> None:
     assert explain(POOL, "llm-t", "E: x") == "agents a1, a2 (llms.t.model 'path:/m'): no replica started: E: x"
     assert explain(POOL, "llm-t", "llms.t.model: x") == "agents a1, a2: no replica started: llms.t.model: x"
     assert explain(POOL, "encoder", "E: x") == "encoder: it did not start: E: x"
+
+
+def test_a_deployment_that_is_ready_is_told_of_once() -> None:
+    told: set[str] = set()
+    states = {"agent-a0": "HEALTHY", "llm-t": "UPDATING", "encoder": "UPDATING"}
+    assert news(POOL, states, told) == ["ready: agent a0 (1 of 3)"]
+    assert news(POOL, states, told) == []
+    assert news(POOL, dict.fromkeys(states, "HEALTHY"), told) == ["ready: agents a1, a2 (3 of 3)", "ready: encoder (3 of 3)"]
