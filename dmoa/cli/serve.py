@@ -206,7 +206,7 @@ def serve(
     from dmoa.serving.launch import ray_address
 
     config = common.load(checkpoint)
-    policy_files = _policy_files(policies or ())
+    files = _policy_files(policies or ())
     address = ray_address(address)
     if dry_run:
         return show_plan(common, config, address)
@@ -222,14 +222,7 @@ def serve(
     with Ending(common.say) as ending:
         try:
             launched = launch(
-                config,
-                host=host,
-                port=port,
-                address=address,
-                app=app,
-                insecure=insecure,
-                policy_files=policy_files,
-                say=common.say,
+                config, host=host, port=port, address=address, app=app, insecure=insecure, policy_files=files, say=common.say
             )
             ending.ready()
             announce(common, launched)

@@ -108,6 +108,8 @@ class Endpoint(BaseHTTPRequestHandler):
             return {"role": "assistant", "content": json.dumps(value_of(schema, schema))}, "stop"
         if form.get("type") == "json_object":
             return {"role": "assistant", "content": '{"answer": 19, "city": "Paris"}'}, "stop"
+        if "```json" in said:
+            return {"role": "assistant", "content": '```json\n{"answer": 19}\n```'}, "stop"
         return {"role": "assistant", "content": "The answer is 19."}, "stop"
 
     def _send(self, kind: str, data: bytes) -> None:

@@ -14,9 +14,8 @@ class Wanted(BaseModel):
 
 def asked(mode):
     client = instructor.from_openai(OpenAI(base_url=URL), mode=mode)
-    return client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": ASKED}], response_model=Wanted
-    ) == Wanted(answer=19)
+    reply = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": ASKED}], response_model=Wanted)
+    return reply.answer == 19
 
 
 for name in ("TOOLS", "JSON", "JSON_SCHEMA", "MD_JSON"):
