@@ -13,13 +13,15 @@ from typing import Any
 URL = os.environ.get("BASE_URL", "")
 MODEL = "clients"
 ASKED = "What is 12 + 7?"
+LOOP = asyncio.new_event_loop()
+"""One for all cells: some clients keep a connection of their own."""
 
 
 def cell(name: str, run: Callable[[], Any]) -> None:
     """Run one cell, a function or a coroutine function, and print what became of it."""
     why = ""
     try:
-        done = asyncio.run(run()) if inspect.iscoroutinefunction(run) else run()
+        done = LOOP.run_until_complete(run()) if inspect.iscoroutinefunction(run) else run()
         why = "" if done else f"it returned {done!r}"
     except BaseException as error:  # whatever a client raises is what the cell says
         traceback.print_exc()
