@@ -75,7 +75,8 @@ class Learner:
 def stream(root: Path, queries: int, *, guarded: bool) -> dict[str, Any]:
     """Serve a stream and learn from it; return what came of it."""
     skip = () if guarded else (*PRESEEN, "canary")
-    swarm = LearningSwarm(root, pool("on", skip=skip, cooldown_s=30.0), heard_every=5)
+    # The weights of this gate are few and small: a step of the learner is a large part of them.
+    swarm = LearningSwarm(root, pool("on", skip=skip, cooldown_s=30.0, max_distance=3.0), heard_every=5)
     swarm.took(swarm.versions.install(swarm.files(DEPLOYED), "deployed", []))
     swarm.adaptation.operated()
     learner, process = Learner(swarm), psutil.Process()
