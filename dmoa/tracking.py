@@ -60,6 +60,10 @@ class Tracker:
         plain = [[redact(value, column) for value, column in zip(row, columns, strict=True)] for row in rows]
         self._put({"op": "table", "name": name, "columns": list(columns), "rows": plain})
 
+    def histogram(self, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
+        """Log counts in bins; `edges` are one more than the bins."""
+        self._put({"op": "histogram", "name": name, "counts": list(counts), "edges": list(edges)})
+
     def config(self, values: Mapping[str, Any]) -> None:
         """Add settings; secrets are taken out."""
         self._put({"op": "config", "values": redact(dict(values))})
@@ -97,6 +101,7 @@ def open_tracker(
     run_id: str | None = None,
     of: str = "",
     config: Mapping[str, Any] | None = None,
+    after: Sequence[str | Path | None] = (),
     finish_timeout_s: float = FINISH_TIMEOUT_S,
     init_timeout_s: float = INIT_TIMEOUT_S,
 ) -> Tracker:
@@ -104,14 +109,23 @@ def open_tracker(
 
     `auto` and `wandb`: JSON lines and W&B, online where WANDB_API_KEY or WANDB_MODE is set, else offline under
     `run_dir`/wandb; `auto` keeps quiet about a W&B that cannot run. `jsonl`: `run_dir`/metrics.jsonl alone. `none`: nothing.
-    `run_id` and `of`: as in `keep_run_id`.
+    `run_id` and `of`: as in `keep_run_id`. `after`: folders that the run goes on from, such as rollouts and checkpoints; it joins
+    the group of the first one that a run was logged in, or beside.
     """
     if mode == "none":
         return Tracker(run_id or "")
     identity, path = keep_run_id(run_dir, run_id, of), run_dir / "metrics.jsonl"
     lines, wandb = _JsonLines(path), None
     if mode != "jsonl" and lines.start is not None:
-        begin = {"project": project, "name": name, "run_id": identity, "dir": str(run_dir), "init_timeout_s": init_timeout_s}
+        group = keep_group(run_dir, identity, after)
+        begin = {
+            "project": project,
+            "name": name,
+            "run_id": identity,
+            "group": group,
+            "dir": str(run_dir),
+            "init_timeout_s": init_timeout_s,
+        }
         follow = {"lines": str(path), "start": lines.start, "finish_timeout_s": finish_timeout_s}
         wandb = _Wandb(begin | follow, run_dir / "tracking.log", finish_timeout_s, is_quiet=mode == "auto")
     tracker = Tracker(identity, lines, wandb)
@@ -126,9 +140,8 @@ def keep_run_id(run_dir: Path, run_id: str | None = None, of: str = "") -> str:
     `of` says what the run is a run of, such as a hash of its settings. Where the folder holds a run of something else, this
     one gets an id of its own, and the other's metrics.jsonl is set aside as metrics-ID.jsonl.
     """
-    path, kept = run_dir / "tracking.json", dict[str, str]()
-    with suppress(OSError, ValueError, TypeError):
-        kept = {str(key): str(value) for key, value in dict(json.loads(path.read_text(encoding="utf-8"))).items()}
+    path = run_dir / "tracking.json"
+    kept = _kept(path)
     is_other = bool(of) and kept.get("of", of) != of
     identity = run_id or (None if is_other else kept.get("run_id")) or uuid.uuid4().hex[:16]
     now = {"run_id": identity} | ({"of": of} if of else {name: kept[name] for name in kept if name == "of"})
@@ -141,6 +154,28 @@ def keep_run_id(run_dir: Path, run_id: str | None = None, of: str = "") -> str:
     except OSError as error:
         _LOG.warning("tracking: cannot keep the run's id in %s: %s", path, error)
     return identity
+
+
+def keep_group(run_dir: Path, run_id: str, after: Sequence[str | Path | None]) -> str:
+    """Return the group of a run, kept in `run_dir`/tracking.json: that of the first folder which has one, else its own."""
+    found = run_id
+    for place in [Path(one) for one in after if one is not None]:
+        kept = _kept(place / "tracking.json") or _kept(place.parent / "tracking.json")
+        if kept:
+            found = kept.get("group") or kept.get("run_id") or run_id
+            break
+    if found != run_id:
+        with suppress(OSError):
+            text = json.dumps(_kept(run_dir / "tracking.json") | {"group": found})
+            (run_dir / "tracking.json").write_text(text + "\n", encoding="utf-8")
+    return found
+
+
+def _kept(path: Path) -> dict[str, str]:
+    """Return what a folder keeps of its run; empty where it keeps nothing."""
+    with suppress(OSError, ValueError, TypeError):
+        return {str(key): str(value) for key, value in dict(json.loads(path.read_text(encoding="utf-8"))).items()}
+    return {}
 
 
 def is_logged(run_dir: Path, op: str, **values: Any) -> bool:
@@ -314,7 +349,7 @@ def _begin(begin: dict[str, Any]) -> Any:
         "id": f"{begin['run_id']}-{uuid.uuid4().hex[:6]}",
         "project": begin["project"],
         "name": begin["name"],
-        "group": os.environ.get("WANDB_RUN_GROUP") or begin["run_id"],
+        "group": os.environ.get("WANDB_RUN_GROUP") or begin["group"],
         "dir": begin["dir"],
         "settings": settings,
     }
@@ -334,6 +369,8 @@ def _apply(run: Any, message: dict[str, Any]) -> None:
             run.log({name: value for name, value in message["metrics"].items() if value is not None}, step=message["step"])
         case "table":
             run.log({message["name"]: wandb.Table(columns=message["columns"], data=message["rows"])})
+        case "histogram":
+            run.log({message["name"]: wandb.Histogram(np_histogram=(message["counts"], message["edges"]))})
         case "config":
             run.config.update(message["values"], allow_val_change=True)
         case "artifact":

@@ -254,6 +254,7 @@ class Curves:
                 name=name,
                 of=self._of,
                 config=self._settings,
+                after=self._options.rollouts,
                 finish_timeout_s=self._finish_timeout_s,
             )
         return self._opened

@@ -37,6 +37,7 @@ from dmoa.workflows.evaluate import log_gates, opened_ray
 from dmoa.workflows.terminal import goes_on, warn
 
 if TYPE_CHECKING:
+    from dmoa.tracking import Tracker
     from dmoa.training.collect import CollectSession, CollectWorkers
     from dmoa.workflows.console import Common
 
@@ -348,6 +349,28 @@ def _remote_workers(options: RolloutOptions, config: Config) -> CollectWorkers:
     )
 
 
+_SAMPLES = ("query_id", "step", "agent", "is_selected", "probability", "text", "entropy_sum_nats", "entropy_tokens", "status")
+_MAX_SAMPLES = 500
+_BINS, _MAX_NATS = 30, 3.0
+
+
+def _log_samples(tracker: Tracker, folder: RolloutFolder) -> None:
+    """Log a table of the first rows, and how the replies of each agent are spread over mean entropy in nats per token."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    rows = [
+        row for path in sorted(folder.parts.glob("*.parquet")) for row in pq.read_table(path, columns=list(_SAMPLES)).to_pylist()
+    ]
+    tracker.table("samples", _SAMPLES, [[row[name] for name in _SAMPLES] for row in rows[:_MAX_SAMPLES]])
+    for agent in sorted({row["agent"] for row in rows}):
+        means = [
+            row["entropy_sum_nats"] / row["entropy_tokens"] for row in rows if row["agent"] == agent and row["entropy_tokens"]
+        ]
+        counts, edges = np.histogram(np.clip(means, 0.0, _MAX_NATS), _BINS, (0.0, _MAX_NATS))
+        tracker.histogram(f"entropy/{agent}", counts.tolist(), edges.tolist())
+
+
 def track(manifest: Manifest, folder: RolloutFolder, options: RolloutOptions) -> None:
     """Log the collection to the tracker, its files as an artifact: offline without a key, and never so that it fails.
 
@@ -359,9 +382,10 @@ def track(manifest: Manifest, folder: RolloutFolder, options: RolloutOptions) ->
     counts = {f"rollouts/{key}": float(value) for key, value in manifest.counts.model_dump().items()}
     if tracking.is_logged(folder.root, "log", metrics=counts, step=manifest.round):
         return
-    config = manifest.model_dump(mode="json")
-    tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=name, config=config)
+    config, after = manifest.model_dump(mode="json"), [manifest.config.get("gate", {}).get("checkpoint")]
+    tracker = tracking.open_tracker(options.track, run_dir=folder.root, project="dmoa", name=name, config=config, after=after)
     tracker.log(counts, step=manifest.round)
+    _log_samples(tracker, folder)
     tracker.artifact(folder.parts, folder.artifact, "rollouts")
     log_gates(tracker, [manifest.config.get("gate", {}).get("checkpoint")])
     tracker.finish()

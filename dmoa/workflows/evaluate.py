@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -273,6 +275,26 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
     return PoolInfo(name=name, fingerprint="", config={"url": url}), workers, Limits()
 
 
+_ROW_COLUMNS = ("row", "benchmark", "policy", "question", "answer", "gold", "score", "agents", "tokens")
+_MAX_ROWS = 2000
+"""Rows of the table of rows."""
+_MAX_CELL = 2000
+"""Characters of a text in it."""
+
+
+def _row_table(evaluation: Evaluation, folder: RunFolder) -> Iterator[list[Any]]:
+    """Yield a row for every answer: what was asked and said, what is right, who was asked, what it took."""
+    for info in evaluation.config.benchmarks:
+        asked = {task.row_id: task.text for task in folder.read_tasks(info.name)}
+        gold = {label.row_id: json.dumps(label.gold, ensure_ascii=False) for label in folder.read_gold(info.name)}
+        for policy in evaluation.config.policies:
+            scores = {one.row_id: one.value for one in folder.read_scores(info.name, policy)}
+            for one in folder.read_answers(info.name, policy):
+                texts = [text[:_MAX_CELL] for text in (asked.get(one.row_id, ""), one.text, gold.get(one.row_id, ""))]
+                agents = "; ".join(", ".join(step) for step in one.active)
+                yield [one.row_id, info.name, policy, *texts, scores.get(one.row_id), agents, one.usage.total]
+
+
 def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptions) -> None:
     """Log the result to the tracker: offline without a key, and never so that a run fails or waits for it.
 
@@ -290,7 +312,9 @@ def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptio
     ):
         return
     config = evaluation.config.model_dump(mode="json")
-    tracker = tracking.open_tracker(options.track, run_dir=root, project="dmoa", name=root.name, config=config)
+    gates = [evaluation.config.pool.config.get("gate", {}).get("checkpoint"), *options.gates.values()]
+    tracker = tracking.open_tracker(options.track, run_dir=root, project="dmoa", name=root.name, config=config, after=gates)
+    tracker.table("rows", _ROW_COLUMNS, list(islice(_row_table(evaluation, folder), _MAX_ROWS)))
     for name, rows in tables.items():
         tracker.table(name, list(trees[name][0]), rows)
     tracker.log(accuracy, step=None)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from dmoa import tracking
-from dmoa.tracking import is_logged, keep_run_id, open_tracker
+from dmoa.tracking import is_logged, keep_group, keep_run_id, open_tracker
 from tests.unit.offline_runs import synced
 
 SECRET = "hunter2-do-not-show"
@@ -384,3 +384,15 @@ def test_the_level_of_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     finally:
         logger.removeHandler(handler)
     assert records == []
+
+
+def test_a_run_joins_the_group_of_what_it_goes_on_from(tmp_path: Path) -> None:
+    rollouts, train, evaluation = (tmp_path / name for name in ("rollouts", "train", "evaluation"))
+    first = keep_run_id(rollouts)
+    assert keep_group(rollouts, first, [None, tmp_path / "nothing"]) == first
+    second = keep_run_id(train)
+    assert keep_group(train, second, [rollouts]) == first
+    third = keep_run_id(evaluation)
+    assert keep_group(evaluation, third, [train / "checkpoint"]) == first
+    assert len({first, second, third}) == 3
+    assert keep_run_id(evaluation) == third

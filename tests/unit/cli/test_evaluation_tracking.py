@@ -25,7 +25,7 @@ def test_a_run_that_goes_on_is_logged_again_only_where_there_is_more(tmp_path: P
     log_tables(rebuild_evaluation(tmp_path), folder, options)
     before = lines_of(tmp_path)
     assert before[0]["op"] == "config"
-    assert {line["name"] for line in before if line["op"] == "table"} == {"evaluation", "paired"}
+    assert {line["name"] for line in before if line["op"] == "table"} == {"evaluation", "paired", "rows"}
     log_tables(rebuild_evaluation(tmp_path), folder, options)
     assert lines_of(tmp_path) == before
     last = answers[-1]
