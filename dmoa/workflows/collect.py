@@ -364,9 +364,9 @@ def _log_samples(tracker: Tracker, folder: RolloutFolder) -> None:
     ]
     tracker.table("samples", _SAMPLES, [[row[name] for name in _SAMPLES] for row in rows[:_MAX_SAMPLES]])
     for agent in sorted({row["agent"] for row in rows}):
-        means = [
-            row["entropy_sum_nats"] / row["entropy_tokens"] for row in rows if row["agent"] == agent and row["entropy_tokens"]
-        ]
+        own = [row for row in rows if row["agent"] == agent and row["entropy_tokens"]]
+        sums = np.array([row["entropy_sum_nats"] for row in own], dtype=float)  # NaN where it is not known
+        means = (sums / np.array([row["entropy_tokens"] for row in own], dtype=float))[np.isfinite(sums)]
         counts, edges = np.histogram(np.clip(means, 0.0, _MAX_NATS), _BINS, (0.0, _MAX_NATS))
         tracker.histogram(f"entropy/{agent}", counts.tolist(), edges.tolist())
 
