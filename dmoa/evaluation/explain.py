@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -20,12 +21,16 @@ from dmoa.evaluation.answering import score_answer
 from dmoa.evaluation.data import load_rows
 from dmoa.evaluation.records import Answered, Label, Scored, Split, Task
 from dmoa.evaluation.registry import SUITES, judging
-from dmoa.evaluation.results import read_evaluation
+from dmoa.evaluation.results import Evaluation, read_evaluation
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.flat import flat
 from dmoa.types import TokenUsage
 
 T = TypeVar("T")
+ROW_COLUMNS = ("row", "benchmark", "policy", "question", "answer", "gold", "score", "agents", "tokens")
+"""Of `table_of_rows`."""
+_MAX_CELL = 2000
+"""Characters of a text in it."""
 
 
 class Explanation(BaseModel):
@@ -151,3 +156,16 @@ def _one(row_id: str, rows: dict[str, T], where: str) -> T:
         some = ", ".join(list(rows)[:3])
         raise ConfigError(f"--explain: {len(found)} rows of {where} begin with {row_id!r}; name one, such as {some}")
     return rows[row_id if row_id in rows else found[0]]
+
+
+def table_of_rows(evaluation: Evaluation, folder: RunFolder) -> Iterator[list[Any]]:
+    """Yield a row for every answer: what was asked and said, what is right, who was asked, what it took."""
+    for info in evaluation.config.benchmarks:
+        asked = {task.row_id: task.text for task in folder.read_tasks(info.name)}
+        gold = {label.row_id: json.dumps(label.gold, ensure_ascii=False) for label in folder.read_gold(info.name)}
+        for policy in evaluation.config.policies:
+            scores = {one.row_id: one.value for one in folder.read_scores(info.name, policy)}
+            for one in folder.read_answers(info.name, policy):
+                texts = [text[:_MAX_CELL] for text in (asked.get(one.row_id, ""), one.text, gold.get(one.row_id, ""))]
+                agents = "; ".join(", ".join(step) for step in one.active)
+                yield [one.row_id, info.name, policy, *texts, scores.get(one.row_id), agents, one.usage.total]

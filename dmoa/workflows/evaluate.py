@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
@@ -275,24 +274,8 @@ def _server(options: EvaluateOptions) -> tuple[PoolInfo, AnswerWorkers, Limits]:
     return PoolInfo(name=name, fingerprint="", config={"url": url}), workers, Limits()
 
 
-_ROW_COLUMNS = ("row", "benchmark", "policy", "question", "answer", "gold", "score", "agents", "tokens")
 _MAX_ROWS = 2000
 """Rows of the table of rows."""
-_MAX_CELL = 2000
-"""Characters of a text in it."""
-
-
-def _row_table(evaluation: Evaluation, folder: RunFolder) -> Iterator[list[Any]]:
-    """Yield a row for every answer: what was asked and said, what is right, who was asked, what it took."""
-    for info in evaluation.config.benchmarks:
-        asked = {task.row_id: task.text for task in folder.read_tasks(info.name)}
-        gold = {label.row_id: json.dumps(label.gold, ensure_ascii=False) for label in folder.read_gold(info.name)}
-        for policy in evaluation.config.policies:
-            scores = {one.row_id: one.value for one in folder.read_scores(info.name, policy)}
-            for one in folder.read_answers(info.name, policy):
-                texts = [text[:_MAX_CELL] for text in (asked.get(one.row_id, ""), one.text, gold.get(one.row_id, ""))]
-                agents = "; ".join(", ".join(step) for step in one.active)
-                yield [one.row_id, info.name, policy, *texts, scores.get(one.row_id), agents, one.usage.total]
 
 
 def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptions) -> None:
@@ -301,6 +284,7 @@ def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptio
     Nothing where the same is logged already: the command has found nothing new.
     """
     from dmoa import tracking
+    from dmoa.evaluation.explain import ROW_COLUMNS, table_of_rows
 
     root = folder.root
     records: dict[str, Sequence[BaseModel]] = {"evaluation": evaluation.rows, "paired": evaluation.paired}
@@ -314,7 +298,7 @@ def log_tables(evaluation: Evaluation, folder: RunFolder, options: EvaluateOptio
     config = evaluation.config.model_dump(mode="json")
     gates = [evaluation.config.pool.config.get("gate", {}).get("checkpoint"), *options.gates.values()]
     tracker = tracking.open_tracker(options.track, run_dir=root, project="dmoa", name=root.name, config=config, after=gates)
-    tracker.table("rows", _ROW_COLUMNS, list(islice(_row_table(evaluation, folder), _MAX_ROWS)))
+    tracker.table("rows", ROW_COLUMNS, list(islice(table_of_rows(evaluation, folder), _MAX_ROWS)))
     for name, rows in tables.items():
         tracker.table(name, list(trees[name][0]), rows)
     tracker.log(accuracy, step=None)
