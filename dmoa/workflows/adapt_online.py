@@ -38,13 +38,15 @@ def run_online_adaptation(options: OnlineOptions, common: Common, command: str) 
     The same command goes on: from the gate that is current then, and what the feedback holds.
     """
     from dmoa.serving.launch import AUTO, ray_address
+
+    address = ray_address(options.address) or AUTO  # before Ray is imported: it reads then whether to send its token
     from dmoa.training.ray_train import fit_on_ray
     from dmoa.workflows.evaluate import opened_ray
     from dmoa.workflows.terminal import goes_on
 
     out = options.out.absolute()
     advice = "what was installed serves on, and the same command goes on from it"
-    with goes_on(advice), opened_ray(ray_address(options.address) or AUTO):
+    with goes_on(advice), opened_ray(address):
         job = build_job(options, served_config(options.app), command)
         out.mkdir(parents=True, exist_ok=True)
         tail = _Tail(out / LOG, common)
