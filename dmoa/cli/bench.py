@@ -66,6 +66,11 @@ _METRICS = {
     "P17": _Metric("dmoa.bench.latency", "memory of one more role in `shared` placement, against an engine", "<= 2 %"),
     "P18": _Metric("dmoa.bench.engine", "tokens/s of the `transformers` engine, against plain batched `generate`", ">= 0.9"),
     "growth": _Metric("dmoa.bench.latency", "log-log slope of the time per step over the number of agents, up to 256", "<= 0.2"),
+    "otlp": _Metric(
+        "dmoa.bench.tracing",
+        "a step of P4 while spans go to a collector, over one without; what spans take of a query while they are off",
+        "<= 1.05 x; <= 1 %",
+    ),
     "prefill": _Metric(
         "dmoa.bench.prefix",
         "log-log slope of all prefilled tokens over the steps of a query, up to 20",

@@ -1,4 +1,4 @@
-"""The judged numbers: `dmoa bench --only P1,P3,P4,P6,P7,P8,P14,P15,P17,P18,growth,prefill`, as a user runs it."""
+"""The judged numbers: `dmoa bench --only P1,P3,P4,P6,P7,P8,P14,P15,P17,P18,growth,otlp,prefill`, as a user runs it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-IDS = "P1,P3,P4,P6,P7,P8,P14,P15,P17,P18,growth,prefill"
+IDS = "P1,P3,P4,P6,P7,P8,P14,P15,P17,P18,growth,otlp,prefill"
 
 
 def main() -> int:

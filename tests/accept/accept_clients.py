@@ -38,13 +38,18 @@ PYTHON: dict[str, tuple[str, ...]] = {
 }
 NODE = ("ai", "@ai-sdk/openai-compatible", "@ai-sdk/openai", "zod")
 INSTALL_S, CLIENT_S, START_S = 900, 300, 300
+LLMS = {
+    "endpoint": '{{model: "openai:scripted", engine: openai, engine_kwargs: {{base_url: "http://127.0.0.1:{port}/v1"}}}}',
+    "embedded": '{{model: "embedded:smollm2-135m", engine: transformers, engine_kwargs: {{max_model_len: 8192}}}}',
+}
+"""What the agents run on, by the name of `--pool`."""
 POOL = """
 name: clients
 llms:
-  endpoint: {{model: "openai:scripted", engine: openai, engine_kwargs: {{base_url: "http://127.0.0.1:{port}/v1"}}}}
+  one: {llm}
 agents:
-  - {{name: one, llm: endpoint, profile: Answers., sampling: {{max_tokens: 256}}}}
-  - {{name: two, llm: endpoint, profile: Answers too., sampling: {{max_tokens: 256}}}}
+  - {{name: one, llm: one, profile: Answers., sampling: {{max_tokens: 256}}}}
+  - {{name: two, llm: one, profile: Answers too., sampling: {{max_tokens: 256}}}}
 gate: {{hidden: 16, activation: {{max_agents: 2}}}}
 limits: {{max_steps: 1}}
 """
@@ -141,10 +146,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(folder: Path, endpoint_port: int) -> Iterator[str]:
-    """Run a real dmoa server over the endpoint; yields its URL."""
+def served(folder: Path, llm: str) -> Iterator[str]:
+    """Run a real dmoa server whose agents run on an LLM; yields its URL."""
     pool, port = folder / "pool.yaml", free_port()
-    pool.write_text(POOL.format(port=endpoint_port), encoding="utf-8")
+    pool.write_text(POOL.format(llm=llm), encoding="utf-8")
     log = folder / "serve.log"
     with log.open("w", encoding="utf-8") as told:
         command = [sys.executable, "-m", "dmoa", "serve", "--config", str(pool), "--port", str(port)]
@@ -201,11 +206,15 @@ def install(name: str, packages: tuple[str, ...], envs: Path) -> str:
     return ""
 
 
-def matrix(only: list[str], envs: Path) -> list[dict[str, str]]:
-    """Run all clients, or those named."""
+def matrix(pool: str, only: list[str], envs: Path) -> list[dict[str, str]]:
+    """Run all clients, or those named, against a pool of `LLMS`."""
     found: list[dict[str, str]] = []
     clients = PYTHON | ({"ai_sdk": NODE} if shutil.which("npm") else {})
-    with tempfile.TemporaryDirectory() as temporary, endpoint() as port, served(Path(temporary), port) as url:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        endpoint() as port,
+        served(Path(temporary), LLMS[pool].format(port=port)) as url,
+    ):
         with urllib.request.urlopen(f"{url}/readyz") as ready:
             print(ready.read().decode(), flush=True)
         for name, packages in clients.items():
@@ -213,16 +222,16 @@ def matrix(only: list[str], envs: Path) -> list[dict[str, str]]:
                 continue
             why = install(name, packages, envs)
             if why:
-                found.append({"client": name, "cell": "install", "why": why})
+                found.append({"pool": pool, "client": name, "cell": "install", "why": why})
                 continue
             script = HERE / (f"{name}.mjs" if name == "ai_sdk" else f"{name}_client.py")
             home = envs / name
             for file in (script, HERE / "cells.py"):
                 shutil.copy(file, home)
             program = "node" if name == "ai_sdk" else str(home / "bin/python")
-            found += run_client(name, [program, script.name], home, url)
-            for cell in (cell for cell in found if cell["client"] == name):
-                print(f"{'works' if not cell['why'] else 'FAILS'}  {name}: {cell['cell']}  {cell['why']}", flush=True)
+            for cell in run_client(name, [program, script.name], home, url):
+                found.append({"pool": pool, **cell})
+                print(f"{'works' if not cell['why'] else 'FAILS'}  {pool}, {name}: {cell['cell']}  {cell['why']}", flush=True)
     return found
 
 
@@ -231,10 +240,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--envs", type=Path, default=None, help="where environments are made, and kept; else a temporary folder")
+    parser.add_argument("--pool", choices=[*LLMS], help="what the agents run on, else one after the other")
     parser.add_argument("only", nargs="*", help="clients, such as litellm")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        cells = matrix(options.only, (options.envs or Path(temporary)).absolute())
+        envs = (options.envs or Path(temporary)).absolute()
+        cells = [cell for pool in ([options.pool] if options.pool else LLMS) for cell in matrix(pool, options.only, envs)]
     failed = [cell for cell in cells if cell["why"]]
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps({"cells": cells, "passed": not failed}, indent=2) + "\n", encoding="utf-8")

@@ -198,6 +198,7 @@ def test_benches_are_listed_without_measuring(dmoa: Any, tmp_path: Path) -> None
         ("P17", [("memory", "BAR")]),
         ("P18", [("engine", "SPEED_BAR")]),
         ("growth", [("latency", "GROWTH_BAR")]),
+        ("otlp", [("tracing", "ON_BAR"), ("tracing", "OFF_BAR")]),
         ("prefill", [("prefix", "GROWTH_BAR")]),
     ],
 )
