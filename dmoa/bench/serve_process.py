@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +49,8 @@ class BenchServer(Child):
         *,
         chain: tuple[int, int] | None = None,
         env: Mapping[str, str] | None = None,
-        offers: bool = False,
     ) -> None:
         """Start one app per entry of `pools`, and beside them a bare chain where `chain` says how wide, and of what pool size.
-
-        With `offers` every app's router is offered gates all the while (`router.adaptation`).
 
         The child starts at once and in parallel with others; `wait` returns once it answers.
         """
@@ -61,12 +58,16 @@ class BenchServer(Child):
         """App -> base URL without /v1; the chain's is called `chain`. Empty before `wait`."""
         kept = {name: text for name, text in os.environ.items() if name not in _NOT_OURS}
         super().__init__("dmoa.bench.serve_process", env=kept | _SETTINGS | dict(env or {}), stop_timeout_s=STOP_TIMEOUT_S)
-        self.say({"pools": {app: config.model_dump_json() for app, config in pools.items()}, "chain": chain, "offers": offers})
+        self.say({"pools": {app: config.model_dump_json() for app, config in pools.items()}, "chain": chain})
 
     def wait(self) -> BenchServer:
         """Return once every app answers. Raises DmoaError with the child's last words if it ends instead."""
         self.urls = self.hear()
         return self
+
+    def offer(self, app: str | None) -> None:
+        """Offer gates to the router of an app from now on (`router.adaptation`), the first at once; None: to nobody."""
+        self.say(app)
 
     def suspend(self) -> None:
         """Freeze every process of the Ray, for as long as another server is measured; a minute would be too long for Ray."""
@@ -101,10 +102,8 @@ def main() -> None:
         apps: list[str] = []
         try:
             urls = _start(order["pools"], order["chain"], state_dir, apps)
-            for app in apps if order["offers"] else ():
-                threading.Thread(target=_offer_often, args=(app,), daemon=True).start()
             print(json.dumps(urls), file=answers)
-            sys.stdin.read()
+            _follow_offers(sys.stdin)
         finally:
             _stop(apps)
 
@@ -128,8 +127,30 @@ def _start(pools: Mapping[str, str], chain: tuple[int, int] | None, state_dir: s
     return urls
 
 
-def _offer_often(app: str) -> None:
-    """Offer the current gate with a little noise on its weights, for ever."""
+def _follow_offers(orders: Iterable[str]) -> None:
+    """Offer gates to the app of the newest order, a JSON line each, until their end."""
+    changed = threading.Condition()
+    wanted: list[str | None] = [None]
+
+    def offer_often() -> None:
+        while True:
+            with changed:
+                changed.wait_for(lambda: wanted[0] is not None)
+                app = wanted[0]
+            assert app is not None
+            _offer(app)
+            with changed:
+                changed.wait(OFFER_S)
+
+    threading.Thread(target=offer_often, daemon=True).start()
+    for order in orders:
+        with changed:
+            wanted[0] = json.loads(order)
+            changed.notify()
+
+
+def _offer(app: str) -> None:
+    """Offer the current gate with a little noise on its weights."""
     import ray
     import torch
     from ray.exceptions import RayError
@@ -139,19 +160,17 @@ def _offer_often(app: str) -> None:
     from dmoa.serving.actors import NAMESPACE, router_name
     from dmoa.serving.router.versions import FILES, read_files
 
-    router = ray.get_actor(router_name(app), namespace=NAMESPACE)
-    while True:
-        time.sleep(OFFER_S)
-        with contextlib.suppress(RayError), tempfile.TemporaryDirectory() as folder:
-            status = ray.get(router.status.remote())
-            gate, old = read_files(ray.get(router.weights.remote(status.gate_version)), "the current gate")
-            with torch.no_grad():
-                weight = next(gate.parameters())
-                weight.add_(1e-4 * torch.randn_like(weight))
-            new = describe_gate(gate, fingerprint=old.pool_fingerprint, trained_on={"bench": 1})
-            place = checkpoint.save(f"{folder}/gate", gate, new)
-            said = {"base_version": status.gate_version, "update": status.adaptation["ledger"] + 1, "source": "bench"}
-            ray.get(router.offer.remote({name: (place / name).read_bytes() for name in FILES}, said))
+    with contextlib.suppress(RayError, ValueError), tempfile.TemporaryDirectory() as folder:
+        router = ray.get_actor(router_name(app), namespace=NAMESPACE)
+        status = ray.get(router.status.remote())
+        gate, old = read_files(ray.get(router.weights.remote(status.gate_version)), "the current gate")
+        with torch.no_grad():
+            weight = next(gate.parameters())
+            weight.add_(1e-4 * torch.randn_like(weight))
+        new = describe_gate(gate, fingerprint=old.pool_fingerprint, trained_on={"bench": 1})
+        place = checkpoint.save(f"{folder}/gate", gate, new)
+        said = {"base_version": status.gate_version, "update": status.adaptation["ledger"] + 1, "source": "bench"}
+        ray.get(router.offer.remote({name: (place / name).read_bytes() for name in FILES}, said))
 
 
 def _stop(apps: Sequence[str]) -> None:

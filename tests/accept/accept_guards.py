@@ -175,7 +175,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     options = parser.parse_args()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
+    shared = Path("/dev/shm")  # in memory: every decision is written and synced
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as name:
         late = rollbacks(Path(name), options.seeds)
         guarded = stream(Path(name) / "guarded", options.queries, guarded=True)
         unguarded = stream(Path(name) / "unguarded", options.queries // 4, guarded=False)

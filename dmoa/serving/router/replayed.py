@@ -24,6 +24,7 @@ from dmoa.core.inference import Decider
 from dmoa.core.scores import score
 from dmoa.core.witnesses import NOT_ASKED, Witnesses
 from dmoa.feedback import Contexts, Feedback, is_held_back, query_part, tenant_of
+from dmoa.serving.router.versions import JUDGED_ROWS
 from dmoa.types import AgentReply, FloatArray, RouteDecision, RouteRequest, StepRecord
 
 MAX_HELD = 512
@@ -149,7 +150,7 @@ def _expected(value_RA: Array, context_R: IntArray, num_agents: int) -> Array:
 
 def decide(gate: Gate, inputs: Sequence[FloatArray]) -> list[RouteDecision]:
     """Return what a gate decides of first steps. Raises RoutingError."""
-    return Decider(gate, "judged").decide([RouteRequest(input_X=input_X) for input_X in inputs])
+    return Decider(gate, "judged", batch_size=JUDGED_ROWS).decide([RouteRequest(input_X=input_X) for input_X in inputs])
 
 
 def probabilities(decisions: Sequence[RouteDecision], num_agents: int) -> npt.NDArray[np.float32]:

@@ -36,6 +36,8 @@ from dmoa.validation import describe, did_you_mean, short
 FILES = ("gate.safetensors", "gate.json")
 """The files of a version, in the order in which they are written."""
 
+JUDGED_ROWS = 64
+"""Rows of a batch where an offered gate decides anew: nobody waits for a single one, and the last bit decides nothing."""
 _SUM_TOLERANCE = 1e-4
 _PROBE_SEED = 0
 
@@ -178,7 +180,7 @@ def _made_up(input_dim: int) -> list[FloatArray]:
 
 def _decide(gate: Gate, version: str, inputs: Sequence[FloatArray]) -> list[RouteDecision]:
     """Return the first steps' decisions, after a check of them and of the second steps'."""
-    decider = Decider(gate, version)
+    decider = Decider(gate, version, batch_size=JUDGED_ROWS)
     try:
         first = decider.decide([RouteRequest(input_X=input_X) for input_X in inputs])
         second = decider.decide(
