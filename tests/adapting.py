@@ -76,6 +76,8 @@ class LearningSwarm:
     """Queries after which the router hears of them, together."""
     now: float = 1000.0
     count: int = 0
+    changes: list[str] = field(default_factory=list)
+    """Versions that were made current, in order."""
     inputs: list[FloatArray] = field(default_factory=list)
     unheard: list[Feedback] = field(default_factory=list)
     right_A: np.ndarray = field(init=False)
@@ -111,6 +113,7 @@ class LearningSwarm:
     def took(self, change: Change | None) -> None:
         """Serve what was decided, as the actor does."""
         if change is not None:
+            self.changes.append(change.version)
             self.router.install(change.version, change.gate)
         self.router.share(*(self.adaptation.split or (None,)))
 
