@@ -19,9 +19,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dmoa.core.posterior import USUAL_COPY, Truth, copies, nodes, outcome_evidence, right_of, truth_posterior, wrong_outcomes
+from dmoa.core.posterior import (
+    ONE_WITNESS,
+    USUAL_COPY,
+    Truth,
+    copies,
+    held_open,
+    nodes,
+    outcome_evidence,
+    right_of,
+    truth_posterior,
+    wrong_outcomes,
+)
 from dmoa.core.scores import clusters, fit_anchors, squared_distances
-from dmoa.core.witnesses import Array, IntArray, Witnesses, by_context, lengths
+from dmoa.core.witnesses import Array, IntArray, Witnesses, by_context, disputes, lengths
 from dmoa.errors import ConfigError
 
 MIN_ROWS = 8
@@ -107,7 +118,7 @@ class LabelModel:
     """Correlation of the lengths of two agents' replies to the same query."""
     length_slope: float
     copy_AA: Array
-    """Probability that two agents that are both wrong say the same."""
+    """Probability that two agents that are both wrong say the same; `ONE_WITNESS`: where they agree they count as one."""
     context_sd: float
     """Standard deviation of an agent's competence between contexts, in log odds; estimated."""
     spread: float
@@ -181,6 +192,9 @@ class LabelModel:
         doubt_RA = self.doubts(witnesses, context_R)
         logit_RA = self.ability_CA[context_R] - self.doubt_slope_CA[context_R] * doubt_RA
         logit_RA = logit_RA - self.length_slope * self.length_factor(witnesses, context_R)[:, None]
+        for a, b in np.argwhere(np.triu(self.copy_AA, 1) >= ONE_WITNESS):
+            same_R = (witnesses.answer_RA[:, a] == witnesses.answer_RA[:, b]) & (witnesses.answer_RA[:, a] >= 0)
+            logit_RA[np.ix_(same_R, [a, b])] = logit_RA[np.ix_(same_R, [a, b])].mean(axis=1, keepdims=True)
         node_K, _ = nodes(self.spread if with_difficulty else 0.0)
         logit_RAK: Array = np.clip(logit_RA[:, :, None] - node_K, -_CLIP, _CLIP)
         return logit_RAK
@@ -229,23 +243,48 @@ def fit_label_model(witnesses: Witnesses, *, seed: int) -> LabelModel:
     start = _start(witnesses, num_contexts, _SPREAD, seed)
     context_R = start.context(witnesses.embedding_RD, num_rows)
     judged_R = np.isfinite(witnesses.outcome_RA).any(axis=1)
+    start, side_RZ = _disputed(start, witnesses)
     if judged_R.sum() < _MIN_JUDGED:
-        model = _fitted(start, witnesses, context_R, np.ones(num_rows), _ROUNDS)
+        model = _fitted(start, witnesses, context_R, np.ones(num_rows), side_RZ, _ROUNDS)
     else:
-        reliance_C = _reliance(start, witnesses, context_R, seed)
-        model = replace(_told(start, witnesses, context_R, reliance_C[context_R], _ROUNDS), reliance_C=reliance_C)
+        reliance_C = _reliance(start, witnesses, context_R, side_RZ, seed)
+        model = _told(start, witnesses, context_R, reliance_C[context_R], side_RZ, _ROUNDS)
+        model = replace(model, reliance_C=reliance_C)
     model = replace(model, trust=trusted(model, witnesses))
     alone_C = np.array([trust.signal == "entropy" for trust in model.trust])
     if not alone_C.any():
         return model
-    led = _led_by_doubt(start, model, witnesses, context_R, np.where(judged_R, 1.0, model.reliance_C[context_R]))
+    weight_R = np.where(judged_R, 1.0, model.reliance_C[context_R])
+    led = _led_by_doubt(start, model, witnesses, context_R, weight_R, side_RZ)
     ability_CA = np.where(alone_C[:, None], led.ability_CA, model.ability_CA)
     return replace(
         model, ability_CA=ability_CA, doubt_slope_CA=np.where(alone_C[:, None], led.doubt_slope_CA, model.doubt_slope_CA)
     )
 
 
-def _reliance(start: LabelModel, witnesses: Witnesses, context_R: IntArray, seed: int) -> Array:
+def _disputed(start: LabelModel, witnesses: Witnesses) -> tuple[LabelModel, Array]:
+    """Return the model in which pairs of a dispute are one witness each, and who may be right in rows of one [R, Z].
+
+    Learnt from its own belief the side that is believed first would soon be right for certain. So each is taken to be right on
+    half of the rows there, as far as competence is learnt, and with outcomes as often as these say. All other rows are 0.
+    """
+    copy_AA, side_RZ = start.copy_AA.copy(), np.zeros((len(witnesses.answer_RA), start.num_agents + 1))
+    for found in disputes(witnesses.answer_RA, witnesses.doubt_RA - start.doubt_mean_A):
+        copy_AA[found.a, found.b] = copy_AA[found.b, found.a] = ONE_WITNESS
+        told_R2 = witnesses.outcome_RA[found.rows][:, [found.a, found.against]]
+        other_R = witnesses.outcome_RA[found.rows, found.b]
+        told_R2[:, 0] = np.where(np.isnan(told_R2[:, 0]), other_R, told_R2[:, 0])
+        told_R2 = np.where(np.isnan(told_R2), 1.0 - told_R2[:, ::-1], told_R2)  # of two sides one at most is right
+        judged_R = np.isfinite(told_R2[:, 0])
+        share_2 = (1.0 + told_R2[judged_R].sum(axis=0)) / (2.0 + judged_R.sum())
+        share_2 /= max(1.0, share_2.sum())
+        rows = found.rows[~judged_R]
+        side_RZ[rows[:, None], witnesses.answer_RA[rows][:, [found.a, found.against]]] = share_2
+        side_RZ[rows, -1] = 1.0 - side_RZ[rows, :-1].sum(axis=1)
+    return replace(start, copy_AA=copy_AA), side_RZ
+
+
+def _reliance(start: LabelModel, witnesses: Witnesses, context_R: IntArray, side_RZ: Array, seed: int) -> Array:
     """Return how much a query without outcome counts beside one with, by context [C]: what foretells held-back outcomes best.
 
     Where weak agents err alike, agreement teaches the wrong competences, and 20 outcomes beside 60 unlabelled queries could not
@@ -261,7 +300,7 @@ def _reliance(start: LabelModel, witnesses: Witnesses, context_R: IntArray, seed
         outcome_RA[hidden] = np.nan
         seen = replace(witnesses, outcome_RA=outcome_RA)
         for place, reliance in enumerate(_RELIANCES):
-            fitted = _told(start, seen, context_R, np.full(len(outcome_RA), reliance), _ROUNDS // 2)
+            fitted = _told(start, seen, context_R, np.full(len(outcome_RA), reliance), side_RZ, _ROUNDS // 2)
             right_RA = np.clip(fitted.right_probability(seen.rows(hidden)), _NOISE, 1 - _NOISE)
             right_RA = fitted.noise + (1 - 2 * fitted.noise) * right_RA
             told_RA = witnesses.outcome_RA[hidden]
@@ -306,14 +345,18 @@ def trusted(model: LabelModel, witnesses: Witnesses) -> tuple[Trust, ...]:
     return tuple(found)
 
 
-def _fitted(model: LabelModel, witnesses: Witnesses, context_R: IntArray, weight_R: Array, rounds: int) -> LabelModel:
+def _fitted(
+    model: LabelModel, witnesses: Witnesses, context_R: IntArray, weight_R: Array, side_RZ: Array, rounds: int
+) -> LabelModel:
     """Return the model after so many rounds of expectation and maximisation from where it is."""
     for _ in range(rounds):
-        model = _maximised(model, witnesses, context_R, weight_R, model.truth(witnesses))
+        model = _maximised(model, witnesses, context_R, weight_R, held_open(model.truth(witnesses), side_RZ))
     return model
 
 
-def _told(start: LabelModel, witnesses: Witnesses, context_R: IntArray, reliance_R: Array, rounds: int) -> LabelModel:
+def _told(
+    start: LabelModel, witnesses: Witnesses, context_R: IntArray, reliance_R: Array, side_RZ: Array, rounds: int
+) -> LabelModel:
     """Return the model fitted with outcomes from its start on, other queries counting as `reliance_R` says.
 
     Queries with outcomes speak first: a model that a crowd has misled would take them for wrong ones.
@@ -321,11 +364,12 @@ def _told(start: LabelModel, witnesses: Witnesses, context_R: IntArray, reliance
     judged_R = np.isfinite(witnesses.outcome_RA).any(axis=1)
     first_R: Array = np.where(judged_R, 1.0, 0.0)
     then_R: Array = np.where(judged_R, 1.0, reliance_R)
-    return _fitted(_fitted(start, witnesses, context_R, first_R, _ROUNDS // 4), witnesses, context_R, then_R, rounds)
+    first = _fitted(start, witnesses, context_R, first_R, side_RZ, _ROUNDS // 4)
+    return _fitted(first, witnesses, context_R, then_R, side_RZ, rounds)
 
 
 def _led_by_doubt(
-    start: LabelModel, agreed: LabelModel, witnesses: Witnesses, context_R: IntArray, weight_R: Array
+    start: LabelModel, agreed: LabelModel, witnesses: Witnesses, context_R: IntArray, weight_R: Array, side_RZ: Array
 ) -> LabelModel:
     """Return the model for contexts where agreement tells nothing: doubts themselves tell right replies from wrong ones.
 
@@ -342,7 +386,7 @@ def _led_by_doubt(
         return replace(prior, ability_CA=prior.ability_CA + slope_A * middle_A, doubt_slope_CA=flat_CA + slope_A)
 
     for _ in range(_ROUNDS):
-        truth = told().truth(witnesses)
+        truth = held_open(told().truth(witnesses), side_RZ)
         right_RA = right_of(truth.weight_RZK, witnesses.answer_RA).sum(axis=2)
         slope_A, middle_A = _two_kinds(witnesses.doubt_RA - start.doubt_mean_A, right_RA, weight_R[:, None] * witnesses.asked)
         found = _maximised(prior, witnesses, context_R, weight_R, truth)
@@ -433,7 +477,7 @@ def _maximised(model: LabelModel, witnesses: Witnesses, context_R: IntArray, wei
         ability_CA=ability_CA,
         doubt_slope_CA=np.tile(np.clip(doubt_slope_A + np.clip(step_A, -0.3, 0.3), 0, 4), (len(ability_CA), 1)),
         length_slope=float(np.clip(model.length_slope + np.clip(step, -0.3, 0.3), 0, 4)) if model.length_share > 0 else 0.0,
-        copy_AA=copies(witnesses.answer_RA, truth, weight_R),
+        copy_AA=np.where(model.copy_AA >= ONE_WITNESS, ONE_WITNESS, copies(witnesses.answer_RA, truth, weight_R)),
         noise=wrong_outcomes(witnesses, truth, expected=_NOISE),
         context_sd=_context_sd(ability_CA, member_CR @ curve_RA, model.context_sd),
     )

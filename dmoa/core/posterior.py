@@ -20,6 +20,8 @@ from dmoa.core.witnesses import NOT_ASKED, Array, IntArray, Witnesses
 
 MAX_SHARED = 0.95
 """The most that a wrong agent repeats other wrong answers: an answer of its own is never impossible."""
+ONE_WITNESS = 1.0
+"""As a chance of saying the same: two that agree are one witness, right or wrong. No estimate reaches it."""
 MIN_CHANCE = 1e-3
 NODES = 5
 USUAL_COPY = 0.2
@@ -46,7 +48,8 @@ def truth_posterior(
 ) -> Truth:
     """Return the posterior of truth and difficulty.
 
-    `right_RAK`: probability that an agent is right at a difficulty; `copy_AA`: that two agents, both wrong, say the same;
+    `right_RAK`: probability that an agent is right at a difficulty; `copy_AA`: that two agents, both wrong, say the same (or
+    ONE_WITNESS);
     `log_prior_RZ`: what outcomes say of each candidate; `order`: agents in the order in which they count, the most competent
     first. Agents with an answer below 0 are left out where not asked, and wrong where they gave none.
     """
@@ -74,11 +77,19 @@ def truth_posterior(
         term_RZK = log_wrong_RAK[:, agent, None, :] + np.log(np.maximum(chance_RZ, MIN_CHANCE))[:, :, None]
         term_RZK[rows, said_R] = log_right_RAK[:, agent]
         term_RZK = np.where((answer_R == -1)[:, None, None], log_wrong_RAK[:, agent, None, :], term_RZK)
-        log_RZK += np.where((is_given_R | (answer_R == -1))[:, None, None], term_RZK, 0.0)
+        one = order[:place][copy_AA[agent, order[:place]] >= ONE_WITNESS]
+        is_heard_R = is_given_R & ~(answer_RA[:, one] == answer_R[:, None]).any(axis=1)
+        log_RZK += np.where((is_heard_R | (answer_R == -1))[:, None, None], term_RZK, 0.0)
     top_R = log_RZK.max(axis=(1, 2), keepdims=True)
     weight_RZK = np.exp(log_RZK - top_R)
     total_R = weight_RZK.sum(axis=(1, 2), keepdims=True)
     return Truth(weight_RZK / total_R, (np.log(total_R) + top_R)[:, 0, 0])
+
+
+def held_open(truth: Truth, side_RZ: Array) -> Truth:
+    """Return the truth in which rows with sides have these shares in place of what their replies say [R, Z]."""
+    open_RZK = side_RZ[:, :, None] * truth.weight_RZK.sum(axis=1, keepdims=True)
+    return truth._replace(weight_RZK=np.where(np.asarray(side_RZ.any(axis=1))[:, None, None], open_RZK, truth.weight_RZK))
 
 
 def shared_errors(answer_RA: IntArray, copy_A: Array, before: IntArray) -> Array:

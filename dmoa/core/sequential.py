@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmoa.core.label_model import LabelModel
-from dmoa.core.posterior import MAX_SHARED, right_of
+from dmoa.core.posterior import MAX_SHARED, ONE_WITNESS, right_of
 from dmoa.core.witnesses import NO_ANSWER, NOT_ASKED, Array, IntArray, Witnesses
 
 AGENT_PRICE = 0.02
@@ -55,7 +55,7 @@ def standing(
     """Return where the one query of `witnesses` [1, A] stands and what each further reply is worth."""
     truth = model.truth(witnesses)
     answer_A = witnesses.answer_RA[0]
-    is_open_A = answer_A == NOT_ASKED
+    is_open_A = (answer_A == NOT_ASKED) & ~(model.copy_AA[:, answer_A >= 0] >= ONE_WITNESS).any(axis=1)
     if available_A is not None:
         is_open_A = is_open_A & available_A
     weight_ZK = truth.weight_RZK[0]

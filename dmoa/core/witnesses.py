@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,10 @@ NO_ANSWER = forms.NO_ANSWER
 """In `answer_RA`: the reply came, and nothing that could agree with another was read from it."""
 NOT_ASKED = -2
 """In `answer_RA`: there is no reply."""
+_SURE_NATS = 1.0
+"""How far below its anchor the score of a reply lies that its agent is sure of: e times less entropy than usual."""
+_DISPUTED = 4
+"""Queries that a dispute takes: fewer are chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +124,36 @@ def witnesses_of(
     return Witnesses(
         answer_RA=answer_RA, doubt_RA=doubt_RA, length_RA=length_RA, outcome_RA=outcome_RA, embedding_RD=embedding_RD
     )
+
+
+class Dispute(NamedTuple):
+    """Two agents that are sure, agree with each other and nobody else, and are refuted by another that is sure as well."""
+
+    a: int
+    b: int
+    rows: IntArray
+    """Where."""
+    against: int
+    """The agent that refutes them most often."""
+
+
+def disputes(answer_RA: IntArray, anchored_RA: Array) -> list[Dispute]:
+    """Return the pairs that stand against a third agent wherever they are sure, with nobody beside them.
+
+    Nothing in such replies tells two that know from two that err in concert: not how sure they are, and not their agreement,
+    which nobody else bears out. `anchored_RA`: scores beside the agents' anchors, NaN where unknown. Source: ours.
+    """
+    is_sure_RA = (anchored_RA < -_SURE_NATS) & (answer_RA >= 0)
+    found = []
+    for a, b in combinations(range(answer_RA.shape[1]), 2):
+        said_R1 = answer_RA[:, [a]]
+        together_R = is_sure_RA[:, a] & is_sure_RA[:, b] & (said_R1[:, 0] == answer_RA[:, b])
+        alone_R = together_R & ((answer_RA == said_R1).sum(axis=1) == 2)
+        refuted_RA = alone_R[:, None] & is_sure_RA & (answer_RA != said_R1)
+        rows = np.flatnonzero(refuted_RA.any(axis=1))
+        if len(rows) >= max(_DISPUTED, together_R.sum() / 2):
+            found.append(Dispute(a, b, rows, int(refuted_RA.sum(axis=0).argmax())))
+    return found
 
 
 def by_context(value_RA: Array, context_R: IntArray, count: int) -> Array:

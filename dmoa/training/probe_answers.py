@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from dmoa.core.answers import extract_answer
 from dmoa.core.label_model import ENOUGH_BACKED, MIN_ROWS, LabelModel, Signal, fit_label_model
 from dmoa.core.sequential import AGENT_PRICE
-from dmoa.core.witnesses import NO_ANSWER, Array, Witnesses, witnesses_of
+from dmoa.core.witnesses import NO_ANSWER, Array, Witnesses, disputes, witnesses_of
 from dmoa.training.cluster_router import ProbeSample
 from dmoa.training.judging import ask_in_turn
 from dmoa.training.probe_outcomes import Judged, Settled, judged_agents, settled_words
@@ -53,6 +53,17 @@ class Expected(_Record):
     """What a query costs by `llms.NAME.price`; null where an agent that is asked has none."""
 
 
+class DisputeFinding(_Record):
+    """Two agents that are sure, agree with each other and nobody else, and are refuted by another that is sure as well."""
+
+    a: str
+    b: str
+    against: str
+    """The agent that refutes them most often."""
+    queries: int
+    """How many."""
+
+
 class AnswerFinding(_Record):
     """What a probe found in the answers."""
 
@@ -74,6 +85,8 @@ class AnswerFinding(_Record):
     """Pairs that give one answer to nearly all queries: one of the two is enough."""
     colluding: list[tuple[str, str]]
     """Pairs that agree with each other and with nobody else."""
+    disputed: list[DisputeFinding]
+    """Pairs that may collude on one kind of query: entropies and agreement do not tell which side is right there."""
     constant: list[str]
     """Agents that give one answer to nearly all queries, where others do not."""
     seldom_right: list[str]
@@ -123,6 +136,7 @@ def _found(sample: ProbeSample, *, can_entropy: bool, seed: int) -> tuple[Answer
     expected = _expected(sample, model, witnesses, right_RA)
     open_outcomes = 0 if is_trusted else max(0, _to_settle(expected) - outcomes)
     constant, seldom = _constant(sample), _seldom_right(sample, model, witnesses, right_RA)
+    disputed = _disputed(sample.agents, model, witnesses)
     finding = AnswerFinding(
         signal=signal,
         is_trusted=is_trusted,
@@ -134,6 +148,7 @@ def _found(sample: ProbeSample, *, can_entropy: bool, seed: int) -> tuple[Answer
         expected=expected,
         redundant=[pair for pair in redundant if pair not in colluding],
         colluding=colluding,
+        disputed=[found for found in disputed if not {found.a, found.b} & {*constant}],
         constant=constant,
         seldom_right=[name for name in seldom if name not in (*constant, *(name for pair in colluding for name in pair))],
         outcomes_to_settle=open_outcomes,
@@ -272,6 +287,13 @@ def _colluding(same_AA: Array, agents: tuple[str, ...]) -> list[tuple[str, str]]
     return found
 
 
+def _disputed(agents: tuple[str, ...], model: LabelModel, witnesses: Witnesses) -> list[DisputeFinding]:
+    return [
+        DisputeFinding(a=agents[found.a], b=agents[found.b], against=agents[found.against], queries=len(found.rows))
+        for found in disputes(witnesses.answer_RA, witnesses.doubt_RA - model.doubt_mean_A)
+    ]
+
+
 def _constant(sample: ProbeSample) -> list[str]:
     shares = []
     for index in range(len(sample.agents)):
@@ -324,6 +346,11 @@ def _outcome_words(found: AnswerFinding) -> list[str]:
 def _agent_words(found: AnswerFinding) -> list[str]:
     look = "look at some rows"
     lines = [f"{a} and {b} agree with each other and nobody else: they may collude; {look}" for a, b in found.colluding]
+    lines += [
+        f"{one.a} and {one.b} agree with each other and nobody else on {one.queries} queries that {one.against} is as sure of: "
+        f"one side is wrong, and the two may collude; {look}, or hand over outcomes of them (dmoa train --outcomes)"
+        for one in found.disputed
+    ]
     lines += [f"{name} gives one answer to nearly all queries: take it out" for name in found.constant]
     lines += [f"{name} is probably wrong on nearly all queries: take it out, or {look}" for name in found.seldom_right]
     lines += [f"{a} and {b} give the same answers: one of the two is enough" for a, b in found.redundant]

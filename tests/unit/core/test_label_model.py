@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dmoa.core.label_model import LabelModel, _two_kinds, fit_label_model
-from dmoa.core.posterior import MAX_SHARED, nodes, truth_posterior
+from dmoa.core.posterior import MAX_SHARED, ONE_WITNESS, Truth, held_open, nodes, truth_posterior
 from dmoa.core.sequential import standing
-from dmoa.core.witnesses import NO_ANSWER, NOT_ASKED, Witnesses, answer_classes, witnesses_of
+from dmoa.core.witnesses import NO_ANSWER, NOT_ASKED, Witnesses, answer_classes, disputes, witnesses_of
 from dmoa.errors import ConfigError
 
 
@@ -80,6 +80,65 @@ def test_posterior_sums_to_one_and_likelihoods_of_all_patterns_sum_to_one() -> N
     truth = model.truth(witnesses(np.array(sorted(patterns))))
     assert truth.weight_RZK.sum(axis=(1, 2)) == pytest.approx(1.0)
     assert np.exp(truth.log_likelihood_R).sum() == pytest.approx(1.0)
+
+
+def test_one_witness_by_hand() -> None:
+    """Two that count as one (.8 and .5: log odds 1.386 and 0, together .693, P = 2/3) against a third of .6."""
+    model = by_hand([0.8, 0.5, 0.6])
+    model.copy_AA[0, 1] = model.copy_AA[1, 0] = ONE_WITNESS
+    pair, third = 2 / 3, 0.6
+    if_pair, if_third, if_none = pair * (1 - third), (1 - pair) * third, (1 - pair) * (1 - third) * 0.9
+    total = if_pair + if_third + if_none
+    got = model.right_probability(witnesses(np.array([[0, 0, 1], [0, 1, NOT_ASKED]])))
+    assert got[0] == pytest.approx([if_pair / total, if_pair / total, if_third / total])
+    assert got[1, 0] > got[1, 1]  # where they differ they are two
+    after_one = standing(model, witnesses(np.array([[0, NOT_ASKED, NOT_ASKED]])), price=0.0)
+    assert after_one.worth_A[1] == -np.inf
+    assert after_one.worth_A[2] > -np.inf
+
+
+def test_rows_held_open_have_their_shares_and_keep_their_difficulty() -> None:
+    weight = np.array([[[0.5, 0.1], [0.2, 0.1], [0.1, 0.0]], [[0.9, 0.0], [0.0, 0.1], [0.0, 0.0]]])
+    got = held_open(Truth(weight, np.zeros(2)), np.array([[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])).weight_RZK
+    assert got[0].tolist() == pytest.approx(np.array([[0.4, 0.1], [0.4, 0.1], [0.0, 0.0]]))
+    assert got[1].tolist() == weight[1].tolist()
+
+
+def test_disputes_by_hand() -> None:
+    """Agents 0 and 1 are sure and agree on rows 0 to 4, against 2; 3 is not sure. Row 4 is backed by 3: four are left."""
+    answer = np.array([[0, 0, 1, 2]] * 4 + [[0, 0, 1, 0]] + [[0, 1, 2, 3]] * 5)
+    doubt = np.where(np.arange(10)[:, None] < 5, [-2.0, -1.5, -1.2, 0.5], [0.5, 0.5, 0.5, -2.0])
+    (only,) = disputes(answer, doubt)
+    assert (only.a, only.b, only.against, only.rows.tolist()) == (0, 1, 2, [0, 1, 2, 3])
+    assert disputes(answer[1:], doubt[1:]) == []  # three are chance
+    assert disputes(answer, np.where(np.arange(4) == 2, -0.9, doubt)) == []  # nobody sure refutes them
+    assert disputes(np.where(np.arange(10)[:, None] < 1, answer, answer[[4] * 5 + [5] * 5]), doubt) == []  # others back them
+    assert disputes(answer, np.full(answer.shape, np.nan)) == []
+
+
+def disputed() -> tuple[Witnesses, np.ndarray]:
+    """Two skills: agent 0 knows the one, as sure as agents 1 and 2 that err in concert; agent 3 knows the other."""
+    rng = np.random.default_rng(0)
+    home = np.repeat([0, 1], 20)
+    sure = (home == 0)[:, None] == (np.arange(4) < 3)
+    doubt = np.where(sure, -3.0, 0.5) + rng.normal(0, 0.3, sure.shape)
+    answer = np.where((home == 0)[:, None], [0, 1, 1, 2], [0, 1, 2, 3])
+    return witnesses(answer, doubt=doubt, embedding=np.eye(2)[home] + rng.normal(0, 0.1, (40, 2))), home
+
+
+def test_a_dispute_is_left_open_until_outcomes_settle_it() -> None:
+    given, home = disputed()
+    model = fit_label_model(given, seed=0)
+    right = model.right_probability(given)[home == 0]
+    assert right[:, :3].mean(axis=0) == pytest.approx([0.5, 0.5, 0.5], abs=0.2)
+    assert model.right_probability(given)[home == 1, 3].mean() > 0.8
+    outcome = np.full(given.answer_RA.shape, np.nan)
+    outcome[:5, :3] = (1.0, 0.0, 0.0)
+    told = fit_label_model(replace(given, outcome_RA=outcome), seed=0)
+    assert told.right_probability(given)[home == 0, 0].mean() > 0.8
+    outcome[:5, :3] = (np.nan, 1.0, np.nan)  # of one of the pair alone, for it
+    other = fit_label_model(replace(given, outcome_RA=outcome), seed=0)
+    assert other.right_probability(given)[home == 0, 1].mean() > 0.8
 
 
 def test_no_answer_is_wrong_and_not_asked_says_nothing() -> None:

@@ -154,6 +154,29 @@ def test_a_pair_that_agrees_with_nobody_else_is_named_and_costs_it_no_trust() ->
     assert finding.expected[0].agent == "a"
 
 
+@pytest.mark.parametrize("backed", [False, True])
+def test_two_that_agree_against_a_third_that_is_as_sure_are_both_named(backed: bool) -> None:
+    """x and y are sure of one wrong answer to queries that `home` alone knows; with somebody beside them nothing is disputed."""
+    says = {name: [f"{seed}{row:03d}" for row in range(ROWS)] for seed, name in enumerate(("home", "away", "x", "y"), start=1)}
+    says["y"] = [*says["x"][:12], *says["y"][12:]]
+    entropy_RA = np.full((ROWS, 4), 1.0)
+    entropy_RA[:12, [0, 2, 3]] = 0.01
+    entropy_RA[12:, 1] = 0.01
+    if backed:
+        says["away"][:10] = says["x"][:10]
+    embedding_RD = np.eye(2)[np.repeat([0, 1], [12, ROWS - 12])]
+    finding = found(says, entropy_RA=entropy_RA, embedding_RD=embedding_RD)
+    assert finding.colluding == []
+    if backed:
+        assert finding.disputed == []
+        return
+    (only,) = finding.disputed
+    assert (only.a, only.b, only.against, only.queries) == ("x", "y", "home", 12)
+    assert any(line.startswith("x and y agree with each other and nobody else on 12 queries") for line in finding.summary)
+    assert 0.1 < finding.competence["home"] < 0.2  # right on half of a quarter of the queries
+    assert finding.competence["x"] == pytest.approx(finding.competence["home"], abs=0.06)
+
+
 def test_constant_redundant_and_lying_agents_are_named() -> None:
     finding = found(GOOD | {"copy": GOOD["a"], "constant": ["42"] * ROWS, "liar": [str(7000 + row) for row in range(ROWS)]})
     assert finding.redundant == [("a", "copy")]
