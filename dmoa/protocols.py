@@ -88,8 +88,8 @@ class Router(Protocol):
         """Decide one step. Raises NoAgentError if every agent is unavailable, RoutingError for an unknown version."""
         ...
 
-    def report_unavailable(self, agent: str, reason: str) -> None:
-        """Tell that an agent's place died; returns at once, the agent is masked until it answers again."""
+    def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
+        """Tell that an agent's place died; returns at once, the agent is masked for a while and until it answers again."""
         ...
 
 

@@ -1,5 +1,8 @@
 """Makes one call of one agent, with its deadline, a cold start, the one retry loop, and streams that go on after a loss.
 
+An agent that hangs is lost as one that died: after a while a call has it answer a ping, in time for another agent to be asked.
+One that answers pings and nothing else is masked after a few replies in a row that came too late, each time for longer.
+
 A lost contribution (failed, late, overloaded) is data, and calls are idempotent by (trace, step, agent). A cold agent has no
 replica; that is not a failure: it is waited for or passed over as its policy says.
 """
@@ -9,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from dmoa.errors import AgentOverloadedError, AgentUnavailableError, BrokenStreamError, CallNotTakenError, NoAgentError
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError, BrokenStreamError, CallNotTakenError, DmoaError, NoAgentError
 from dmoa.protocols import AgentClient, Router
 from dmoa.step_calls import AgentCard, NextCall, Places
 from dmoa.types import AgentCall, AgentReply, AgentStatus, TextDelta
@@ -25,6 +29,15 @@ COLD_PATIENCE_S = 600.0
 """How long a replica may take to start; a large model's takes minutes. After that its agent counts as dead."""
 PATIENCE_S = 60.0
 """How long a query without a deadline waits for a dead place to come back."""
+CHECK_S, ANSWER_S = 30.0, 10.0
+"""Without a deadline: how long a call runs before its agent is pinged, again each time, and how long a ping may take."""
+LEAST_ANSWER_S = 0.5
+"""With a deadline half of what is left, a quarter of it, and this at least."""
+MAX_LATE = 3
+"""Late replies in a row after which an agent is masked."""
+LATE_FACTOR, LEAST_LATE_S, UNKNOWN_LATE_S = 3.0, 1.0, 10.0
+"""A late reply counts where it was given this many times the agent's usual latency, at least; 10 s where that is not known."""
+LONGEST_MASK_S = 60.0
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
 
@@ -120,6 +133,70 @@ class StreamedText:
             self._thought = seen
 
 
+class HangCheck:
+    """Pings the agent of a call that takes long, and gives the call up where no answer comes."""
+
+    def __init__(self, agents: AgentClient, call: AgentCall, limit: asyncio.Timeout) -> None:
+        """`limit` is the call's own, and is over at once where its agent hangs."""
+        left = time_left(call.deadline_unix_s)
+        self._agents, self._agent, self._limit = agents, call.agent, limit
+        self._wait_s, self._answer_s = (CHECK_S, ANSWER_S) if left is None else (left / 2, max(LEAST_ANSWER_S, left / 4))
+        self.is_hung = False
+        self._checking: asyncio.Task[None] | None = None
+        # A timer, not a task: nearly all calls end before it goes off.
+        self._timer = asyncio.get_running_loop().call_later(self._wait_s, self._begin)
+
+    def end(self) -> None:
+        """Stop checking: the call is over."""
+        self._timer.cancel()
+        if self._checking is not None:
+            self._checking.cancel()
+
+    def error(self) -> AgentUnavailableError:
+        """Return how the call ends where its agent hangs."""
+        return AgentUnavailableError(
+            f"agent {self._agent!r}: it hangs: no reply after {self._wait_s:.3g} s, nor to a ping within {self._answer_s:.3g} s"
+        )
+
+    def _begin(self) -> None:
+        self._checking = asyncio.get_running_loop().create_task(self._check())
+
+    async def _check(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._answer_s):
+                    await self._agents.ping(self._agent)
+            except TimeoutError:
+                self.is_hung = True
+                self._limit.reschedule(asyncio.get_running_loop().time())
+                return
+            except DmoaError:
+                pass  # the call itself meets it
+            await asyncio.sleep(self._wait_s)
+
+
+class LateReplies:
+    """Counts an agent's late replies in a row."""
+
+    def __init__(self) -> None:
+        self._in_a_row: Counter[str] = Counter()
+        self._usual_s: dict[str, float] = {}
+
+    def answered(self, agent: str, latency_s: float) -> None:
+        """Note a reply that came in time."""
+        self._in_a_row.pop(agent, None)
+        self._usual_s[agent] = 0.8 * self._usual_s.get(agent, latency_s) + 0.2 * latency_s
+
+    def late(self, agent: str, waited_s: float) -> float:
+        """Note a reply that came too late; return for how long the agent is to be masked, 0: it is not."""
+        usual_s = self._usual_s.get(agent)
+        if waited_s < (UNKNOWN_LATE_S if usual_s is None else max(LEAST_LATE_S, LATE_FACTOR * usual_s)):
+            return 0.0
+        self._in_a_row[agent] += 1
+        over = self._in_a_row[agent] - MAX_LATE
+        return 0.0 if over < 0 else min(LONGEST_MASK_S, 2.0**over)
+
+
 class AgentCaller:
     """Makes calls through an agent client, and tells the router of dead places."""
 
@@ -129,6 +206,7 @@ class AgentCaller:
         self._router = router
         self.cold_starter = ColdStarter(agents, patience_s=cold_patience_s)
         self._patience_s = patience_s
+        self._late_replies = LateReplies()
 
     async def call_with_recovery(
         self, call: AgentCall, card: AgentCard, wanted: NextCall, places: Places, text: StreamedText | None, *, has_other: bool
@@ -140,7 +218,7 @@ class AgentCaller:
         """
         if wanted.lost is not None:
             return await self._send_until_back(call, wanted.lost, text)
-        started = time.perf_counter()
+        started, begun_s = time.perf_counter(), asyncio.get_running_loop().time()
         status: AgentStatus
         try:
             async with asyncio.timeout(time_left(call.deadline_unix_s)):
@@ -164,6 +242,9 @@ class AgentCaller:
             status, error = "overloaded", str(busy)
         except TimeoutError:
             status, error = "late", "the deadline passed before the reply"
+            masked_s = self._late_replies.late(call.agent, asyncio.get_running_loop().time() - begun_s)
+            if masked_s and self._router is not None:
+                self._router.report_unavailable(call.agent, f"its last replies came too late, {MAX_LATE} or more", masked_s)
         latency_ms = (time.perf_counter() - started) * 1e3
         return AgentReply(agent=call.agent, status=status, error=error, latency_ms=latency_ms)
 
@@ -207,9 +288,18 @@ class AgentCaller:
         return replace(reply, attempts=attempts, error=reply.error or f"an earlier attempt was lost: {lost.error}")
 
     async def _send(self, call: AgentCall, text: StreamedText | None) -> AgentReply:
-        started = time.perf_counter()
-        reply = await (self._agents.call(call) if text is None else self._stream(call, text))
-        return replace(reply, latency_ms=(time.perf_counter() - started) * 1e3)
+        started, limit = time.perf_counter(), asyncio.timeout(None)
+        check = HangCheck(self._agents, call, limit)
+        try:
+            async with limit:
+                reply = await (self._agents.call(call) if text is None else self._stream(call, text))
+        except TimeoutError as error:
+            raise check.error() if check.is_hung else error from None
+        finally:
+            check.end()
+        latency_s = time.perf_counter() - started
+        self._late_replies.answered(call.agent, latency_s)
+        return replace(reply, latency_ms=latency_s * 1e3)
 
     async def _stream(self, call: AgentCall, text: StreamedText) -> AgentReply:
         seen, thought = "", ""

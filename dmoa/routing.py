@@ -103,8 +103,10 @@ class LocalRouter:
             del self._deciders[old]
         return decider
 
-    def report_unavailable(self, agent: str, reason: str) -> None:
-        """Mask an agent until `restore` is called."""
+    def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
+        """Mask an agent until `restore` is called, which with `masked_s` is then."""
+        if masked_s:
+            asyncio.get_running_loop().call_later(masked_s, self.restore, agent)
         if agent not in self._masked:
             _LOG.warning("agent %s masked: %s", agent, redact_text(reason))
         self._masked |= {agent}

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -67,10 +67,21 @@ def write_at(system: arrow_fs.FileSystem, path: str, data: bytes) -> None:
     system.create_dir(parent, recursive=True)
     is_whole = system.type_name in _WHOLE_AT_ONCE
     draft = path if is_whole else f"{parent}/.{name}.{secrets.token_hex(4)}.draft"
-    with system.open_output_stream(draft) as stream:
-        stream.write(data)
-    if not is_whole:
-        system.move(draft, path)
+    try:
+        with system.open_output_stream(draft) as stream:
+            stream.write(data)
+        if not is_whole:
+            system.move(draft, path)
+    except BaseException:
+        if not is_whole:
+            with suppress(*_FAILURES):
+                system.delete_file(draft)
+        raise
+
+
+def is_draft(name: str) -> bool:
+    """Tell a file that `write_at` or `replacing` had not finished, by its name."""
+    return name.startswith(".") and name.endswith(".draft")
 
 
 def uri_of(place: Path | str) -> str | None:

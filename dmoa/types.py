@@ -415,6 +415,8 @@ class RouterStatus:
     started_unix_s: float = 0.0
     adaptation: dict[str, Any] = field(default_factory=dict)
     """What learning while serving comes to: mode, ledger, trial, counts (`serving/router/adaptation`)."""
+    state_lost: str | None = None
+    """What the place of `router.state_uri` lacks and is still to be written back; None where it is whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

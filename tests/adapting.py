@@ -22,7 +22,8 @@ from dmoa.core.gate import Gate
 from dmoa.feedback import Feedback, tenant_of
 from dmoa.routing import LocalRouter, build_gate
 from dmoa.serving.router.adaptation import Adaptation
-from dmoa.serving.router.versions import FILES, Change, GateVersions, RouterState
+from dmoa.serving.router.state import FILES, RouterState
+from dmoa.serving.router.versions import Change, GateVersions
 from dmoa.types import (
     AgentReply,
     Answer,

@@ -158,7 +158,7 @@ def _offer(app: str) -> None:
     from dmoa import checkpoint
     from dmoa.checkpoint import describe_gate
     from dmoa.serving.actors import NAMESPACE, router_name
-    from dmoa.serving.router.versions import FILES, read_files
+    from dmoa.serving.router.state import FILES, read_files
 
     with contextlib.suppress(RayError, ValueError), tempfile.TemporaryDirectory() as folder:
         router = ray.get_actor(router_name(app), namespace=NAMESPACE)

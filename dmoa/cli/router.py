@@ -134,6 +134,8 @@ def status(common: Common, address: AddressOption = None, app_name: AppOption = 
     typer.echo(f"activations   {', '.join(f'{name} {count}' for name, count in active) or 'none'}")
     typer.echo(f"masked        {', '.join(found.masked) or 'none'}")
     typer.echo(f"cold          {', '.join(found.cold) or 'none'}")
+    if found.state_lost is not None:
+        typer.echo(f"state         {printable(found.state_lost)}; the cluster remembers it")
     for name, words in _adaptation(found.adaptation):
         typer.echo(f"{name:<12}  {words}")
     common.write_json(asdict(found))

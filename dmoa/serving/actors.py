@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from platformdirs import user_state_path
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 NAMESPACE = "dmoa"
 
@@ -43,6 +44,27 @@ def detached(name: str) -> dict[str, Any]:
         "max_concurrency": 1000,
         "num_cpus": 0,
     }
+
+
+class ClusterMemory:
+    """Bytes of an app in its cluster's key-value store: they outlive its actors, and no file system loses them."""
+
+    def __init__(self, app: str, place: str) -> None:
+        """`place`: what is kept there, and so what it is another copy of."""
+        self._prefix = f"dmoa/state/{app}/{place}/"
+
+    def get(self, name: str) -> bytes | None:
+        """Return what is kept under a name."""
+        found: bytes | None = _internal_kv_get(self._prefix + name)
+        return found or None
+
+    def __setitem__(self, name: str, data: bytes) -> None:
+        _internal_kv_put(self._prefix + name, data, overwrite=True)
+
+    @staticmethod
+    def forget(app: str) -> None:
+        """Forget all of an app."""
+        _internal_kv_del(f"dmoa/state/{app}/", del_by_prefix=True)
 
 
 def pack_record(record: object) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 
 from dmoa.dispatch import Dispatcher
 from dmoa.errors import BrokenStreamError, CallNotTakenError
-from dmoa.recovery import PATIENCE_S
+from dmoa.recovery import ANSWER_S, CHECK_S, PATIENCE_S, LateReplies
 from dmoa.routing import LocalRouter
 from dmoa.testing import (
     Fail,
@@ -105,6 +105,87 @@ async def test_nobody_stands_in_after_the_deadline() -> None:
     assert replies[0].error == "the deadline passed before the reply"
     assert agents.cancelled == ["a"]
     assert agents.calls_of("b") == []
+
+
+def test_an_agent_that_hangs_is_given_up_in_time_for_the_next_ranked_and_masked() -> None:
+    """By half of the deadline it is pinged, which has a quarter: three quarters of 4 s are gone when b is asked."""
+    router = router_of(fixed_gate(dict.fromkeys("ab", 0.5)))
+
+    async def ask() -> tuple[AgentReply, ...]:
+        agents = FakeAgents({"a": Hang(), "b": Say(text="1")})
+        return await replies_of(dispatcher_of(agents, router=router), deadline(4.0), asks("a", reserves="b"))
+
+    replies, seconds = jumping(ask())
+    assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
+    assert replies[0].error == "agent 'a': it hangs: no reply after 2 s, nor to a ping within 1 s"
+    assert seconds == pytest.approx(3.0, abs=0.1)
+    assert router.masked == {"a"}
+
+
+def test_an_agent_that_is_slow_and_answers_pings_has_the_whole_deadline() -> None:
+    async def ask() -> tuple[AgentReply, ...]:
+        written = asyncio.Event()
+        asyncio.get_running_loop().call_later(3.9, written.set)
+        agents = FakeAgents({"a": Say(text="slow", after=written), "b": Say(text="1")})
+        return await replies_of(dispatcher_of(agents), deadline(4.0), asks("a", reserves="b"))
+
+    replies, _ = jumping(ask())
+    assert [(reply.status, reply.text) for reply in replies] == [("ok", "slow")]
+
+
+class WakesUp(FakeAgents):
+    """Agents that leave the first ping without an answer."""
+
+    pings = 0
+
+    async def ping(self, agent: str) -> None:
+        self.pings += 1
+        if self.pings == 1:
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("pieces", [(), ("The answer",)])
+def test_without_a_deadline_an_agent_that_hangs_is_found_too(pieces: tuple[str, ...]) -> None:
+    async def ask() -> tuple[AgentReply, ...]:
+        agents = WakesUp({"a": (Hang(pieces=pieces), Say(text="The answer is 19."))})
+        return await replies_of(dispatcher_of(agents), state_of(query()), asks("a"), lambda delta: None)
+
+    ((reply,), seconds) = jumping(ask())
+    assert (reply.status, reply.text, reply.attempts) == ("ok", "The answer is 19.", 2)  # it is asked again once it is back
+    assert seconds == pytest.approx(CHECK_S + ANSWER_S, abs=0.5)
+
+
+def deadline(seconds: float) -> QueryState:
+    return state_of(query(), deadline_unix_s=time.time() + seconds)
+
+
+def test_late_replies_in_a_row_mask_an_agent_each_time_for_longer() -> None:
+    late = LateReplies()
+    for _ in range(3):
+        late.answered("a", 0.5)
+    assert [late.late("a", 1.4) for _ in range(5)] == [0.0] * 5  # less than three times what it usually takes: not its fault
+    assert [late.late("a", 1.6) for _ in range(10)] == [0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    assert [late.late("b", 9.0) for _ in range(5)] == [0.0] * 5  # of b nobody knows how long it takes
+    assert [late.late("b", 10.0) for _ in range(3)] == [0.0, 0.0, 1.0]
+    late.answered("a", 0.5)
+    assert late.late("a", 4.0) == 0.0
+
+
+def test_an_agent_that_answers_pings_and_nothing_else_is_masked_for_a_while() -> None:
+    router, masked = router_of(fixed_gate(dict.fromkeys("ab", 0.5))), []
+
+    async def ask() -> None:
+        never = Say(text="", after=asyncio.Event())
+        dispatcher = dispatcher_of(FakeAgents({"a": (Say(text="1"), never)}), router=router)
+        for _ in range(4):
+            await dispatcher.ask(deadline(3.0), asks("a"), None)
+            masked.append(set(router.masked))
+        await asyncio.sleep(1.1)
+        masked.append(set(router.masked))
+
+    _, seconds = jumping(ask())
+    assert masked == [set(), set(), set(), {"a"}, set()]
+    assert seconds == pytest.approx(3 * 3.0 + 1.1, abs=0.2)
 
 
 async def test_a_dead_place_is_reported_and_nothing_else_is() -> None:

@@ -26,9 +26,10 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from dmoa.agents.pool import fingerprint
 from dmoa.config import Config
-from dmoa.errors import DmoaError
+from dmoa.errors import ConfigError, DmoaError
 from dmoa.serving.actors import (
     NAMESPACE,
+    ClusterMemory,
     default_state_uri,
     detached,
     end_actors,
@@ -55,6 +56,10 @@ MAX_MISSED = 5
 """Looks in a row without the app after which its actors end."""
 MAX_RECENT = 256
 """Inputs that are kept for the shadow check of the next install."""
+COME_BACK_S = 2.0
+"""How long a router that could not come back after a crash waits before it tries again."""
+HEAL_EVERY = 10
+"""Looks after each of which what could not be written is tried again."""
 LISTEN_TIMEOUT_S = 10.0
 SWITCH_S = 5e-4
 """How long a decision may wait for a thread that judges offers: Python's own 5 ms are longer than a step's routing."""
@@ -75,12 +80,26 @@ class RouterActor:
         self._probing: set[str] = set()
         self._changing = asyncio.Lock()
         self._recent: deque[FloatArray] = deque(maxlen=MAX_RECENT)
-        self._configure(*(self._before_restart() or (Config.model_validate_json(config_json), configured)))
+        served = self._before_restart() if ray.get_runtime_context().was_current_actor_reconstructed else None
+        if served is None:
+            ClusterMemory.forget(app)  # what another deployment of this name has left
+            self._configure(Config.model_validate_json(config_json), configured)
+        else:
+            self._come_back(*served)
+
+    def _come_back(self, config: Config, configured: str | None) -> None:
+        """Serve after a crash what was served before; Ray never restarts an actor whose constructor raises."""
+        while True:
+            try:
+                self._configure(config, configured, is_patient=True)
+            except (DmoaError, OSError) as error:
+                _LOG.warning("router: it cannot come back yet: %s", error)
+                time.sleep(COME_BACK_S)
+            else:
+                return
 
     def _before_restart(self) -> tuple[Config, str | None] | None:
         """Return what a crashed actor served last: its constructor sees only what it was first created with."""
-        if not ray.get_runtime_context().was_current_actor_reconstructed:
-            return None
         found = _internal_kv_get(f"dmoa/config/{self._app}".encode())
         if not found:
             return None
@@ -104,27 +123,35 @@ class RouterActor:
         self._begin()
         return self._local.current
 
-    def _configure(self, config: Config, configured: str | None) -> None:
+    def _configure(self, config: Config, configured: str | None, *, is_patient: bool = False) -> None:
         from dmoa.routing import LocalRouter
         from dmoa.serving.router.adaptation import Adaptation
-        from dmoa.serving.router.versions import GateVersions, RouterState
+        from dmoa.serving.router.state import RouterState
+        from dmoa.serving.router.versions import GateVersions
 
+        uri = config.router.state_uri or default_state_uri(self._app)
+        state = RouterState(uri, ClusterMemory(self._app, uri), is_patient=is_patient)
+        try:
+            state.sweep()
+            versions = GateVersions(state, config, configured)
+            adaptation = Adaptation(state, config, versions)
+        except OSError as error:
+            raise ConfigError(f"router.state_uri is {uri!r}; it must be a place that can be read and written: {error}") from error
+        state.is_patient = False
         self._config, self._configured = config, configured
         served = {"config": config.model_dump(mode="json"), "configured": configured}
         _internal_kv_put(f"dmoa/config/{self._app}".encode(), json.dumps(served).encode(), overwrite=True)
         self._fingerprint = fingerprint(config)
         self._pool_version = pool_version(config)
-        self._state = RouterState(config.router.state_uri or default_state_uri(self._app))
+        self._state, self._versions, self._adaptation = state, versions, adaptation
         handles = {name: serve.get_deployment_handle(where, self._app) for name, where in deployment_names(config).items()}
         self._agents = ServeAgentClient(handles, self._pool_version)
-        self._versions = GateVersions(self._state, config, configured)
         self._recent.clear()
         self._local = LocalRouter(reload=self._reload)
         self._local.max_wait_ms = config.router.max_wait_ms
         self._local.cold = sleepers(config)  # as they start; the next look at Serve's status knows better
         self._seen: frozenset[str] | None = None
         self._deserted: frozenset[str] = frozenset()
-        self._adaptation = Adaptation(self._state, config, self._versions)
         self._local.install(self._versions.version, self._versions.gate)
         self._local.share(*(self._adaptation.split or (None,)))
         self._heard = ("", 0)
@@ -217,17 +244,18 @@ class RouterActor:
         self._recent.append(request.input_X)
         return pack_record(decision)
 
-    async def report_unavailable(self, agent: str, reason: str) -> None:
-        """Mask an agent and try it again until it answers."""
+    async def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
+        """Mask an agent and, after `masked_s` at least, try it again until it answers."""
         if agent not in self._config.agent_names:
             return
         self._local.report_unavailable(agent, reason)
         if agent not in self._probing:
             self._probing.add(agent)
-            self._spawn(self._probe(agent))
+            self._spawn(self._probe(agent, masked_s))
 
-    async def _probe(self, agent: str) -> None:
+    async def _probe(self, agent: str, masked_s: float = 0.0) -> None:
         interval = self._config.router.probe_interval_s
+        await asyncio.sleep(masked_s)
         while True:
             await asyncio.sleep(interval)
             if agent not in self._config.agent_names:  # a new configuration does without it
@@ -270,6 +298,7 @@ class RouterActor:
             batches=self._local.num_batches,
             started_unix_s=self._started_unix_s,
             adaptation=self._adaptation.status(),
+            state_lost=self._state.lost,
         )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -280,9 +309,13 @@ class RouterActor:
 
     async def _watch(self) -> None:
         """Mask agents whose replicas are gone, note the cold ones; end the app's actors once the app is gone."""
-        missed = 0
+        missed = looks = 0
         while missed < MAX_MISSED:
             await asyncio.sleep(self._watch_interval_s)
+            looks += 1
+            if self._state.lost is not None and looks % HEAL_EVERY == 0:
+                async with self._changing:
+                    await asyncio.to_thread(self._state.heal)
             if self._config.router.adaptation != "off":
                 await self._listen()
             config, snapshot = self._config, await asyncio.to_thread(read_status, self._app, self._seen)

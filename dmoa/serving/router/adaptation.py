@@ -37,7 +37,8 @@ from dmoa.serving.router.replayed import (
     read_queries,
     read_slice,
 )
-from dmoa.serving.router.versions import Change, GateVersions, RouterState, Shadow
+from dmoa.serving.router.state import RouterState
+from dmoa.serving.router.versions import Change, GateVersions, Shadow
 from dmoa.types import FloatArray, is_untrained
 from dmoa.validation import describe
 

@@ -12,12 +12,13 @@ import time
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from dmoa.config import Config
-from dmoa.errors import DmoaError, NoAgentError
+from dmoa.errors import CheckpointError, ConfigError, DmoaError, NoAgentError
 from dmoa.serving.actors import pack_record, unpack_record
 from dmoa.serving.agent_client import MissingReplicas
+from dmoa.serving.failures import raised
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.rollover import pool_version
 from dmoa.types import RouteDecision, RouteRequest, RouterStatus
@@ -55,8 +56,17 @@ class RemoteRouter:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
-        """Hand the configuration to the actor and take a copy of its weights; returns the gate version."""
-        self._current = await self._actor.configure.remote(self._config.model_dump_json(), self._configured)
+        """Hand the configuration to the actor and take a copy of its weights; returns the gate version.
+
+        Raises ConfigError where the actor refuses what is configured, or cannot read or write its state.
+        """
+        try:
+            self._current = await self._actor.configure.remote(self._config.model_dump_json(), self._configured)
+        except (RayTaskError, ActorDiedError) as error:
+            found = raised(str(error))
+            if found is None or found[0] not in (ConfigError.__name__, CheckpointError.__name__):
+                raise
+            raise ConfigError(found[1]) from error
         await self._fetch(self._current)
         return self._current
 
@@ -77,10 +87,10 @@ class RemoteRouter:
                 return decision
         return await self._decide_here(request)
 
-    def report_unavailable(self, agent: str, reason: str) -> None:
+    def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
         """Tell the actor; while it is away the agent is masked here for a short while."""
-        self._masked_until[agent] = time.monotonic() + AWAY_S
-        self._spawn(self._tell(agent, reason))
+        self._masked_until[agent] = time.monotonic() + max(AWAY_S, masked_s)
+        self._spawn(self._tell(agent, reason, masked_s))
 
     async def status(self) -> RouterStatus | None:
         """Return the actor's own account of itself; None while it is away."""
@@ -102,9 +112,9 @@ class RemoteRouter:
         deleted = frozenset(deployment_names(self._config)) - frozenset(status.agents)
         return MissingReplicas(frozenset(status.gone) | deleted, status.pool_version, frozenset(status.cold))
 
-    async def _tell(self, agent: str, reason: str) -> None:
+    async def _tell(self, agent: str, reason: str, masked_s: float) -> None:
         with contextlib.suppress(RayError):
-            await self._actor.report_unavailable.remote(agent, reason)
+            await self._actor.report_unavailable.remote(agent, reason, masked_s)
 
     def _keep(self, version: str, *, is_current: bool) -> None:
         """Take a copy of a version not seen before, off the critical path."""
@@ -149,7 +159,7 @@ class RemoteRouter:
         return LocalRouter(routed_by="ingress", reload=self._load)
 
     def _load(self, version: str) -> Gate | None:
-        from dmoa.serving.router.versions import read_files
+        from dmoa.serving.router.state import read_files
 
         files = self._weights.get(version)
         return None if files is None else read_files(files, f"gate {version}")[0]

@@ -1,40 +1,26 @@
-"""Gate versions of the router: installed after a shadow check, rolled back, and kept beyond its life on any Ray file system.
-
-Layout under `router.state_uri`: `versions/VERSION/` (a dmoa checkpoint each) and `state.json`. Every file is written
-whole, then renamed, because the router may die at any moment and restart on another node.
-"""
+"""Gate versions of the router: installed after a shadow check, rolled back, and kept beyond its life (`serving/router/state`)."""
 
 from __future__ import annotations
 
-import json
 import logging
-import posixpath
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pyarrow import fs as arrow_fs
-from pyarrow.lib import ArrowException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dmoa import checkpoint
 from dmoa.agents.pool import build_pool_gate, fingerprint, fit_gate
 from dmoa.checkpoint import Checkpoint
 from dmoa.config import Config
 from dmoa.core.gate import Gate
 from dmoa.core.inference import Decider
-from dmoa.errors import CheckpointError, ConfigError, RoutingError
-from dmoa.storage import write_at
+from dmoa.errors import CheckpointError, RoutingError
+from dmoa.serving.router.state import RouterState, read_files
 from dmoa.types import FloatArray, RouteDecision, RouteRequest, is_untrained
-from dmoa.validation import describe, did_you_mean, short
-
-FILES = ("gate.safetensors", "gate.json")
-"""The files of a version, in the order in which they are written."""
+from dmoa.validation import describe, did_you_mean
 
 JUDGED_ROWS = 64
 """Rows of a batch where an offered gate decides anew: nobody waits for a single one, and the last bit decides nothing."""
@@ -47,88 +33,6 @@ MAX_HISTORY = 256
 MAX_ADAPTED = 16
 """Adapted versions among them: learning makes many, and pushes nobody's installs out."""
 MAX_NOTE_CHARACTERS = 500
-
-
-def read_files(files: Mapping[str, bytes], where: str) -> tuple[Gate, Checkpoint]:
-    """Return the gate that the files of a checkpoint hold; messages say `where` they come from. Raises CheckpointError."""
-    if set(files) != set(FILES):
-        raise CheckpointError(f"{where}: its files are {short(sorted(files))}; expected exactly {', '.join(FILES)}")
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in FILES:
-            (Path(scratch) / name).write_bytes(files[name])
-        try:
-            return checkpoint.load(scratch)
-        except CheckpointError as error:
-            raise CheckpointError(str(error).replace(f"checkpoint {scratch!r}", where)) from error
-
-
-class RouterState:
-    """Reads and writes a router's versions and history."""
-
-    def __init__(self, uri: str) -> None:
-        """Open the place. Raises ConfigError for a URI that no file system serves."""
-        try:
-            self._fs, self._root = arrow_fs.FileSystem.from_uri(uri)
-        except (ArrowException, OSError, ValueError) as error:
-            raise ConfigError(f"router.state_uri is {uri!r}; expected file:///DIR, s3://..., gs://... ({error})") from error
-
-    def save_version(self, gate: Gate, record: Checkpoint) -> None:
-        """Keep a version; one that is already there is left alone, because its name is its content."""
-        if self._exists(f"versions/{record.version}/gate.json"):
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = checkpoint.save(Path(scratch) / "version", gate, record)
-            for name in FILES:
-                self._write(f"versions/{record.version}/{name}", (folder / name).read_bytes())
-
-    def load_version(self, version: str) -> tuple[Gate, Checkpoint] | None:
-        """Return a version's weights and record, None if it was never kept. Raises CheckpointError if damaged."""
-        if not self._exists(f"versions/{version}/gate.json"):
-            return None
-        try:
-            return read_files(self.read_version(version), f"gate {version}")
-        except CheckpointError as error:
-            place = self._path(f"versions/{version}")
-            raise CheckpointError(f"router state {place!r} is damaged; remove it to begin anew ({error})") from error
-
-    def read_version(self, version: str) -> dict[str, bytes]:
-        """Return the files of a version by name."""
-        return {name: self._read(f"versions/{version}/{name}") for name in FILES}
-
-    def keep_versions(self, wanted: Collection[str]) -> None:
-        """Remove the versions that nobody wants any more."""
-        for found in self._fs.get_file_info(arrow_fs.FileSelector(self._path("versions"), allow_not_found=True)):
-            if found.type == arrow_fs.FileType.Directory and found.base_name not in wanted:
-                self._fs.delete_dir(found.path)
-
-    def save(self, state: dict[str, Any], name: str = "state.json") -> None:
-        """Keep the state: current version, history, fingerprint; under another name that of adaptation."""
-        self._write(name, json.dumps(state, indent=2).encode())
-
-    def load(self, name: str = "state.json") -> dict[str, Any] | None:
-        """Return the state, None before the first save. Raises CheckpointError if it cannot be read."""
-        if not self._exists(name):
-            return None
-        try:
-            state = json.loads(self._read(name))
-        except ValueError as error:
-            raise CheckpointError(f"router state {self._path(name)!r}: {error}; remove it to begin anew") from error
-        if not isinstance(state, dict):
-            raise CheckpointError(f"router state {self._path(name)!r}: it is not a JSON object; remove it to begin anew")
-        return state
-
-    def _path(self, name: str) -> str:
-        return posixpath.join(self._root, name)
-
-    def _exists(self, name: str) -> bool:
-        return bool(self._fs.get_file_info(self._path(name)).type == arrow_fs.FileType.File)
-
-    def _read(self, name: str) -> bytes:
-        with self._fs.open_input_stream(self._path(name)) as stream:
-            return bytes(stream.readall())
-
-    def _write(self, name: str, data: bytes) -> None:
-        write_at(self._fs, self._path(name), data)
 
 
 class Shadow(BaseModel):
@@ -283,11 +187,16 @@ class GateVersions:
         if isinstance(source, dict) and source.get("fingerprint") == self.source["fingerprint"]:
             self._history = _parse(kept.get("history", []))
         if source == self.source:
-            found = self._state.load_version(str(kept.get("current")))
-            if found is not None:
-                self.configured = kept.get("configured")
-                return found[0], found[1].version
-            _LOG.warning("gate %s is no longer kept: the configured gate takes its place", kept.get("current"))
+            current = str(kept.get("current"))
+            found = self._state.load_version(current)
+            if found is None:
+                raise CheckpointError(
+                    f"router state {self._state.place!r}: gate {current} was current, and its files are gone; put "
+                    f"versions/{current} back, or remove that folder to begin anew"
+                )
+            self.configured = kept.get("configured")
+            self._state.remember(current)
+            return found[0], found[1].version
         gate, record = build_pool_gate(self._config)
         previous = self._history[-1].version if self._history else None
         self.configured = record.version
@@ -307,6 +216,7 @@ class GateVersions:
             "history": [one.model_dump(mode="json") for one in kept],
         }
         self._state.save(state)
+        self._state.remember(record.version)
         self._history, self.gate, self.version = kept, gate, record.version
         if len(kept) < len(history):
             self.drop_old()
@@ -404,10 +314,10 @@ def _line(history: Sequence[HistoryEntry]) -> list[str]:
 
 def _parse(tree: object) -> list[HistoryEntry]:
     if not isinstance(tree, list):
-        raise CheckpointError("router state: history is not a list; remove state.json to begin anew")
+        raise CheckpointError("router state: history is not a list; remove its folder to begin anew")
     try:
         return [HistoryEntry.model_validate(one) for one in tree]
     except ValidationError as error:
         raise CheckpointError(
-            f"router state: history: {describe(error, HistoryEntry)}; remove state.json to begin anew"
+            f"router state: history: {describe(error, HistoryEntry)}; remove its folder to begin anew"
         ) from error

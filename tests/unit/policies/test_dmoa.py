@@ -26,7 +26,7 @@ class Spy:
         self.requests.append(request)
         return await self._router.route(request)
 
-    def report_unavailable(self, agent: str, reason: str) -> None:
+    def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
         raise AssertionError("a policy reports nothing")
 
 

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from dmoa import checkpoint
 from dmoa.checkpoint import describe_gate
 from dmoa.config import Config
 from dmoa.core.gate import init_gate
-from dmoa.errors import NoAgentError
+from dmoa.errors import ConfigError, DmoaError, NoAgentError
 from dmoa.routing import LocalRouter
 from dmoa.serving.actors import pack_record, unpack_record
 from dmoa.serving.agent_client import MissingReplicas
 from dmoa.serving.rollover import pool_version
 from dmoa.serving.router.client import MAX_HELD, RemoteRouter
-from dmoa.serving.router.versions import FILES
+from dmoa.serving.router.state import FILES
 from dmoa.testing import DIM, gate_spec
 from dmoa.types import RouteRequest, RouterStatus
 
@@ -103,6 +103,19 @@ async def pair(tmp_path: Path) -> tuple[FakeActor, RemoteRouter]:
 async def test_the_actor_is_told_what_is_configured(pair: tuple[FakeActor, RemoteRouter]) -> None:
     actor, _ = pair
     assert actor.told == [(CONFIG.model_dump_json(), "checkpoint-version")]
+
+
+@pytest.mark.parametrize("kind", ["ConfigError", "CheckpointError"])
+async def test_a_router_that_cannot_have_its_state_is_told_of_in_a_line(tmp_path: Path, kind: str) -> None:
+    actor = FakeActor(tmp_path)
+    words = f"ray::RouterActor.__init__()\n  File x.py, line 1\ndmoa.errors.{kind}: no space"
+
+    async def dead(*told: Any) -> str:
+        raise ActorDiedError(RayTaskError("__init__", words, DmoaError("no space")))
+
+    actor.configure = Method(dead)
+    with pytest.raises(ConfigError, match=r"^no space$"):
+        await RemoteRouter(actor, CONFIG).start()
 
 
 async def test_copies_follow_what_is_installed_and_decide_the_same_while_the_actor_is_away(

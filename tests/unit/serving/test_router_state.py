@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from dmoa.checkpoint import Checkpoint, describe_gate
 from dmoa.core.gate import Gate, init_gate
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.serving.actors import default_state_uri
-from dmoa.serving.router.versions import RouterState
+from dmoa.serving.router.state import RouterState
 from dmoa.testing import gate_spec
 
 
@@ -100,15 +101,51 @@ def test_the_state_comes_back_as_it_was_last_kept(state: RouterState, root: Path
     state.save({"current": "v1"})
     state.save({"current": "v2", "history": ["v1"], "installed_unix_s": 1.5})
     assert RouterState(root.as_uri()).load() == {"current": "v2", "history": ["v1"], "installed_unix_s": 1.5}
-    assert [path.name for path in root.iterdir()] == ["state.json"]
+    assert sorted(path.name for path in root.iterdir()) == ["state.json", "state.json.last"]
 
 
-@pytest.mark.parametrize("data", [b"", b'{"current": ', b"[1]", b"null", b"\xff\xff"])
-def test_a_damaged_state_is_refused(state: RouterState, root: Path, data: bytes) -> None:
+DAMAGED = [b"", b'{"current": ', b"[1]", b"null", b"\xff\xff", b'{"serial": []}', b"[" * 100_000]
+
+
+@pytest.mark.parametrize("data", DAMAGED, ids=[repr(one[:14]) for one in DAMAGED])
+def test_of_a_damaged_state_the_one_beside_it_is_taken_and_without_that_it_is_refused(
+    state: RouterState, root: Path, data: bytes
+) -> None:
     state.save({"current": "v1"})
     (root / "state.json").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"state\.json.*; remove it to begin anew"):
+    reopened = RouterState(root.as_uri())
+    assert reopened.load() == {"current": "v1"}
+    assert "state.json" in str(reopened.lost)
+    assert (root / "state.json").read_bytes() == (root / "state.json.last").read_bytes()  # written back
+    for name in ("state.json", "state.json.last"):
+        (root / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"state\.json.*; remove its folder to begin anew"):
+        RouterState(root.as_uri()).load()
+
+
+def test_a_state_is_counted_upwards_over_restarts(root: Path) -> None:
+    for serial in range(1, 4):
+        state = RouterState(root.as_uri())
         state.load()
+        state.save({"current": "v"})
+        assert json.loads((root / "state.json").read_text())["serial"] == serial
+
+
+def test_drafts_of_writers_that_died_are_swept_away(state: RouterState, root: Path) -> None:
+    gate, record = made()
+    state.save_version(gate, record)
+    state.save({"current": record.version})
+    kept = sorted(path for path in root.rglob("*") if path.is_file())
+    feedback = root / "feedback" / ".feedback.json.0a1b2c3d.draft"  # another writer's, who may be at work
+    for draft in (
+        root / ".state.json.0a1b2c3d.draft",
+        root / "versions" / record.version / ".gate.json.00000000.draft",
+        feedback,
+    ):
+        draft.parent.mkdir(exist_ok=True)
+        draft.write_bytes(b"half")
+    state.sweep()
+    assert sorted(path for path in root.rglob("*") if path.is_file()) == sorted([*kept, feedback])
 
 
 @pytest.mark.parametrize("uri", ["", "relative/folder", "ftp://host/dir", "file://host/dir", "nonsense:"])

@@ -34,6 +34,7 @@ def test_the_json_has_these_fields_in_this_order() -> None:
         "batches",
         "started_unix_s",
         "adaptation",
+        "state_lost",
     ]
     assert (told["activations"], told["masked"]) == ({"a": 2}, ["b"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from dmoa.config import Config
 from dmoa.core.gate import Gate, GateSpec, init_gate
 from dmoa.errors import CheckpointError
 from dmoa.routing import build_gate
-from dmoa.serving.router.versions import FILES, MAX_NOTE_CHARACTERS, GateVersions, HistoryEntry, RouterState, _line
+from dmoa.serving.router.state import FILES, RouterState
+from dmoa.serving.router.versions import MAX_NOTE_CHARACTERS, GateVersions, HistoryEntry, _line
 from tests.examples import examples
 
 AGENTS = ("adder", "sorter")
@@ -252,14 +254,63 @@ def test_another_pool_begins_anew(root: Path, tmp_path: Path) -> None:
     assert actions(again) == [("configured", build_pool_gate(other)[1].version, None)]
 
 
-def test_a_version_that_is_gone_gives_way_to_the_configured_one(root: Path, tmp_path: Path) -> None:
+def test_a_current_version_that_is_gone_is_missed(root: Path, tmp_path: Path) -> None:
+    change = opened(root).install(files_of(trained(tmp_path, 1)), "", [])
+    (root / "versions" / change.version / "gate.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"gate {change.version} was current, and its files are gone; put versions/"):
+        opened(root)
+
+
+LOSSES = {
+    "the whole place": lambda root, version: shutil.rmtree(root),
+    "an empty place": lambda root, version: (shutil.rmtree(root), root.mkdir()),
+    "a cut state": lambda root, version: [(root / name).write_bytes(b'{"cur') for name in STATES],
+    "a file in its way": lambda root, version: (shutil.rmtree(root), root.write_text("no folder")),
+    "the version": lambda root, version: shutil.rmtree(root / "versions" / version),
+    "half of the weights": lambda root, version: (root / "versions" / version / FILES[0]).write_bytes(b"x"),
+}
+STATES = ("state.json", "state.json.last")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_router_that_comes_back_takes_from_memory_what_its_place_lost(root: Path, tmp_path: Path, loss: str) -> None:
+    memory: dict[str, bytes] = {}
+    found = GateVersions(RouterState(root.as_uri(), memory), pool(), None)
+    change = found.install(files_of(trained(tmp_path, 1)), "mine", [])
+    LOSSES[loss](root, change.version)
+    state = RouterState(root.as_uri(), memory, is_patient=True)
+    again = GateVersions(state, pool(), None)
+    assert (again.version, again.history()) == (change.version, found.history())
+    assert all(torch.equal(found.gate.state_dict()[name], tensor) for name, tensor in again.gate.state_dict().items())
+    assert state.lost is not None
+    if root.is_file():  # what was not written back is, once it can be
+        state.heal()
+        assert state.lost is not None
+        root.unlink()
+    state.heal()
+    assert state.lost is None
+    assert opened(root).history() == found.history()  # without the memory, from the place alone
+
+
+def test_an_older_state_that_comes_back_is_not_taken_up(root: Path, tmp_path: Path) -> None:
+    """The place is unmounted, a gate installed meanwhile, then it is there again with what it held before."""
+    memory: dict[str, bytes] = {}
+    found = GateVersions(RouterState(root.as_uri(), memory), pool(), None)
+    old = shutil.copytree(root, tmp_path / "old")
+    change = found.install(files_of(trained(tmp_path, 1)), "", [])
+    shutil.rmtree(root)
+    old.rename(root)
+    state = RouterState(root.as_uri(), memory)
+    assert GateVersions(state, pool(), None).version == change.version
+    assert "it is older than it was" in str(state.lost)
+
+
+def test_a_new_deployment_remembers_nothing(root: Path, tmp_path: Path) -> None:
     found = opened(root)
     first = found.version
-    change = found.install(files_of(trained(tmp_path, 1)), "", [])
-    (root / "versions" / change.version / "gate.json").unlink()
-    again = opened(root)
-    assert again.version == first
-    assert actions(again)[-1] == ("configured", first, change.version)
+    found.install(files_of(trained(tmp_path, 1)), "", [])
+    shutil.rmtree(root)
+    assert opened(root).version == first
 
 
 def test_a_restart_does_not_need_the_configured_checkpoint(root: Path, tmp_path: Path) -> None:
@@ -301,8 +352,9 @@ def test_a_damaged_history_is_refused(root: Path, history: str) -> None:
     found = opened(root)
     state = RouterState(root.as_uri()).load()
     assert state is not None
-    (root / "state.json").write_text(json.dumps(state | {"history": json.loads(history)}))
-    with pytest.raises(CheckpointError, match=r"router state: history.*; remove state\.json to begin anew"):
+    for name in ("state.json", "state.json.last"):
+        (root / name).write_text(json.dumps(state | {"history": json.loads(history)}))
+    with pytest.raises(CheckpointError, match=r"router state: history.*; remove its folder to begin anew"):
         opened(root)
     assert found.version
 
@@ -315,3 +367,4 @@ def test_a_state_that_cannot_be_written_changes_nothing(root: Path, tmp_path: Pa
     with pytest.raises(OSError, match=r"state\.json"):
         found.install(files_of(trained(tmp_path, 1)), "", [])
     assert (found.version, found.history()) == (first, history)
+    assert not [path for path in root.rglob("*") if path.name.endswith(".draft")]
