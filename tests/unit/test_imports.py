@@ -58,7 +58,7 @@ HOMES: dict[str, tuple[str, ...]] = {
 MAX_FILE_LINES = 700
 MAX_FUNCTION_LINES = 60
 SMALL_FILE_LINES = 60
-MAX_FILES = 266
+MAX_FILES = 267
 MEDIAN_LINES = (130, 250)
 MAX_LINES = 61_300
 """Of dmoa/ and jobs/, with room for the features under way; lowered to the next full hundred above what is left."""
