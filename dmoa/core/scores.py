@@ -207,15 +207,17 @@ def reply_key(text: str | None) -> int:
     return zlib.crc32((text or "").strip().encode())
 
 
-def same_reply_shares(reply_RA: npt.NDArray[np.int64], is_known_RA: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """Return per agent [A] the share of its replies that are its commonest one; NaN for fewer than `MIN_ROWS` replies.
+def same_reply_shares(
+    reply_RA: npt.NDArray[np.int64], is_known_RA: npt.NDArray[np.bool_], min_rows: int = MIN_ROWS
+) -> npt.NDArray[np.float64]:
+    """Return per agent [A] the share of its replies that are its commonest one; NaN for fewer than `min_rows` replies.
 
     `reply_RA` are `reply_key`s, `is_known_RA` says where there is a reply at all.
     """
     shares = np.full(reply_RA.shape[1], np.nan)
     for agent in range(reply_RA.shape[1]):
         replies = reply_RA[is_known_RA[:, agent], agent]
-        if len(replies) >= MIN_ROWS:
+        if len(replies) >= min_rows:
             shares[agent] = np.unique(replies, return_counts=True)[1].max() / len(replies)
     return shares
 

@@ -23,7 +23,7 @@ from dmoa.checkpoint import AnchorSet, Checkpoint, describe_gate
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.inference import one_thread
 from dmoa.core.label_model import MIN_ROWS
-from dmoa.core.scores import fit_eta, scores
+from dmoa.core.scores import CONSTANT_PENALTY, USUAL_SHARE, fit_eta, same_reply_shares, scores
 from dmoa.errors import ConfigError
 from dmoa.feedback import MARK, Feedback
 from dmoa.training.dataset import EpisodeBuilder, Episodes
@@ -48,6 +48,8 @@ from dmoa.types import Answer, Stage, supervision_of
 _PROBED = 64
 """Replayed queries, at most, that the drift is measured on."""
 _CLUSTERS = 8
+_HEARD = 4
+"""Replies to queries of the stream, at least, by which an agent shows that it does not say the same to everything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +147,19 @@ class Adapter:
         if eta is None and self._old is not None:
             used = spec.anchors if spec.score == "anchored" else None
             eta = fit_eta(scores(self._old.sum_NA, self._old.tokens_NA, used))
-        return None if eta is None else Scale(score=spec.score, eta=eta, anchors=spec.anchors, label_model=judge)
+        if eta is None:
+            return None
+        anchor_set = self._checkpoint.anchor_set
+        barred = () if anchor_set is None or spec.score != "anchored" else anchor_set.constant
+        constant = tuple((spec.agents.index(name), 1.0) for name in barred)
+        return Scale(
+            score=spec.score,
+            eta=eta,
+            anchors=spec.anchors,
+            constant=constant,
+            is_discounted=bool(constant),
+            label_model=judge,
+        )
 
     def learn(self, records: Sequence[Feedback | Lesson | Episodes], *, shift: bool = False) -> AdaptUpdate:
         """Take records in, or episodes that were made of them, and update the weights once, by `steps` gradient steps.
@@ -156,6 +170,7 @@ class Adapter:
         fresh, skipped = self._taken(records)
         with one_thread():
             refitted = bool(fresh) and self._refitted(shift)
+            self._scale = self._pardoned(self._scale)
             if not fresh or self._scale is None:
                 return self._update(None, fresh, skipped, replayed=0, bad=0, refitted=False)
             self._follow()
@@ -256,6 +271,25 @@ class Adapter:
         self._scale, self._is_own_scale, self._refits, self._point = scale, is_first, self._refits + 1, None
         return True
 
+    def _pardoned(self, scale: Scale | None) -> Scale | None:
+        """Return the scale without the discount of agents that say different things to the queries of the stream.
+
+        An agent that no old query was for may say one thing to all of them. Where nobody asks what it is good at it looks like
+        one that always says the same, and would stay discounted when its own queries come. Source: ours.
+        """
+        if scale is None or not scale.is_discounted or scale.anchors is None or self._recent is None:
+            return scale
+        share_A = same_reply_shares(self._recent.reply_NA, self._recent.ran_NA, _HEARD)
+        varied = {agent for agent, _ in scale.constant if share_A[agent] <= USUAL_SHARE}
+        if not varied:
+            return scale
+        self._point = None
+        return dataclasses.replace(
+            scale,
+            anchors=tuple(value + CONSTANT_PENALTY * (agent in varied) for agent, value in enumerate(scale.anchors)),
+            constant=tuple(one for one in scale.constant if one[0] not in varied),
+        )
+
     def _follow(self) -> None:
         """Hand replay and recent queries, with the targets of this moment, to the learner."""
         assert self._scale is not None
@@ -311,6 +345,12 @@ class Adapter:
             fitted = Gate(spec, profile_AD=weights.get("profile_AD"), label_model=judge)
             fitted.load_state_dict(gate.state_dict())
             gate = fitted
+        elif scale is not None and scale.used_anchors not in (None, spec.anchors) and anchor_set is not None:
+            spec = dataclasses.replace(spec, anchors=scale.used_anchors)
+            constant = tuple(spec.agents[agent] for agent, _ in scale.constant)
+            anchor_set = anchor_set.model_copy(update={"means": scale.used_anchors, "constant": constant})
+            gate = Gate(spec, profile_AD=weights.get("profile_AD"), label_model=judge)
+            gate.load_state_dict(weights)
         metrics = {} if scale is None else {"eta": scale.eta}
         return gate, describe_gate(
             gate,

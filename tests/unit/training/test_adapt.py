@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from dmoa.checkpoint import Checkpoint, describe_gate
+from dmoa.checkpoint import AnchorSet, Checkpoint, describe_gate
 from dmoa.core.gate import Gate, init_gate
 from dmoa.core.losses import LossSums
+from dmoa.core.scores import CONSTANT_PENALTY
 from dmoa.feedback import Feedback
-from dmoa.training.adapt import Adapter, episodes_of
+from dmoa.training.adapt import Adapter, Lesson, episodes_of
 from dmoa.training.dataset import Episodes
 from dmoa.training.distributed import GlobalLoss, Shared, SingleWorker, WorkerGroup
 from dmoa.training.options import AdaptSettings
@@ -88,6 +89,55 @@ def test_point_and_anchors_stay_but_at_a_declared_shift(start: tuple[Gate, Check
     assert moved.spec.anchors != start[0].spec.anchors
     assert record.anchor_set is not None
     assert record.anchor_set.rows == 24 + 9
+
+
+def with_third_barred(start: tuple[Gate, Checkpoint]) -> tuple[Gate, Checkpoint]:
+    """The same gate, had agent `three` said one thing to all queries that it was trained on."""
+    gate, record = start
+    assert gate.spec.anchors is not None
+    means = (*gate.spec.anchors[:2], gate.spec.anchors[2] - CONSTANT_PENALTY)
+    barred = Gate(dataclasses.replace(gate.spec, anchors=means))
+    barred.load_state_dict(gate.state_dict())
+    anchor_set = AnchorSet(means=means, rows=20, clusters=8, constant=("three",))
+    described = describe_gate(
+        barred, fingerprint="f" * 64, trained_on=record.trained_on, anchor_set=anchor_set, metrics=dict(record.metrics)
+    )
+    return barred, described
+
+
+def with_one_word(taught: Lesson) -> Lesson:
+    """The same lesson where agent `three` said the one thing that it always says."""
+    step = taught.answer.steps[0]
+    replies = tuple(dataclasses.replace(one, text="42") if one.agent == "three" else one for one in step.replies)
+    answer = dataclasses.replace(taught.answer, steps=(dataclasses.replace(step, replies=replies),))
+    return dataclasses.replace(taught, answer=answer)
+
+
+def test_an_agent_barred_for_saying_one_thing_is_heard_again_once_it_says_others(start: tuple[Gate, Checkpoint]) -> None:
+    barred = with_third_barred(start)
+    adapter = adapter_of(barred)
+    for number in range(3):
+        adapter.learn([lesson(2, number)])
+    assert adapter.candidate()[0].spec == barred[0].spec  # three replies are too few to tell
+    for number in range(3, 30):
+        adapter.learn([lesson(2, number)])
+    gate, record = adapter.candidate()
+    assert right(gate, 2) >= 0.95
+    assert gate.spec.anchors == pytest.approx(start[0].spec.anchors)
+    assert record.anchor_set is not None
+    assert record.anchor_set.constant == ()
+    assert record.anchor_set.means == gate.spec.anchors
+
+
+def test_an_agent_that_goes_on_saying_one_thing_stays_barred(start: tuple[Gate, Checkpoint]) -> None:
+    barred = with_third_barred(start)
+    adapter = adapter_of(barred)
+    for number in range(30):
+        adapter.learn([with_one_word(lesson(2, number))])
+    gate, record = adapter.candidate()
+    assert right(gate, 2) < 0.5
+    assert gate.spec == barred[0].spec
+    assert record.anchor_set == barred[1].anchor_set
 
 
 def test_the_version_is_by_content(start: tuple[Gate, Checkpoint]) -> None:
