@@ -12,6 +12,14 @@ class DmoaError(Exception):
     """Root of every error that dmoa raises on purpose."""
 
 
+_BUGS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, SyntaxError, TypeError, ValueError)
+
+
+def is_bug(error: BaseException) -> bool:
+    """Tell an error that says that code is wrong, ours or a plug-in's, from one that says what the world was like."""
+    return isinstance(error, (*_BUGS, NotImplementedError)) and not isinstance(error, DmoaError)
+
+
 class ConfigError(DmoaError, ValueError):
     """A configuration or a command line is wrong; commands exit with status 2."""
 
@@ -58,6 +66,9 @@ class PoolChangedError(DmoaError, RuntimeError):
 
 class NoAgentError(DmoaError, RuntimeError):
     """No agent of the pool answered before the deadline (HTTP 503)."""
+
+    has_bug = False
+    """Whether an agent failed because code is wrong."""
 
 
 class BrokenStreamError(DmoaError, RuntimeError):

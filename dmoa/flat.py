@@ -13,7 +13,7 @@ from dmoa.types import AgentReply, EntropySum, TokenUsage
 Value = TypeVar("Value", TokenUsage, EntropySum)
 _PREFIXES: dict[type, str] = {TokenUsage: "", EntropySum: "entropy_"}
 _REASONING = "reasoning_entropy_"
-_NOT_KEPT = ("prompt", "sent_unix_s", "is_barred", "tool_calls", "logprobs")
+_NOT_KEPT = ("prompt", "sent_unix_s", "is_barred", "is_bug", "tool_calls", "logprobs")
 """What is a reply's only where it was given."""
 
 

@@ -345,7 +345,10 @@ def _nothing_said(state: QueryState, replies: tuple[AgentReply, ...]) -> Excepti
     reasons = "; ".join(f"{reply.agent}: {reply.status}, {reply.error}" for reply in replies)
     # What an engine itself says has failed does not pass by waiting.
     has_failed = bool(replies) and all(reply.status == "failed" and reply.engine for reply in replies)
-    return _no_contribution(state, reasons, "mend what failed, or ask again" if has_failed else "try again later")
+    error = _no_contribution(state, reasons, "mend what failed, or ask again" if has_failed else "try again later")
+    if isinstance(error, NoAgentError):
+        error.has_bug = any(reply.is_bug for reply in replies)
+    return error
 
 
 def _no_contribution(state: QueryState, why: str, advice: str = "try again later") -> Exception:

@@ -316,6 +316,8 @@ class AgentReply:
     """When it was asked, 0 where that is not known."""
     is_barred: bool = False
     """Whether the pool's defence left it out: then it is recorded, and counts for nothing."""
+    is_bug: bool = False
+    """Whether it failed because code is wrong, a tool's or an engine's; counted apart, for no other call does better."""
     tool_calls: tuple[ToolCall, ...] = ()
     """Calls of the client's tools; only of a final call."""
     logprobs: tuple[dict[str, Any], ...] | None = None

@@ -14,7 +14,7 @@ from dataclasses import replace
 from dmoa.agents import tools as toolbox
 from dmoa.config import AgentConfig, EntropyScope
 from dmoa.core.reasoning import ReasoningSplitter, split_reasoning
-from dmoa.errors import AgentOverloadedError, DeadlineError, DmoaError, EngineError, PromptTooLongError
+from dmoa.errors import AgentOverloadedError, DeadlineError, DmoaError, EngineError, PromptTooLongError, is_bug
 from dmoa.protocols import Engine
 from dmoa.types import (
     AgentCall,
@@ -161,7 +161,7 @@ class Agent:
         """Return a failure as a reply; `length` as its finish reason says that the prompt did not fit."""
         status: AgentStatus = "late" if isinstance(error, DeadlineError) else "failed"
         if not isinstance(error, DmoaError):
-            _LOG.info("agent %s: %s raised", call.agent, self._engine.label, exc_info=error)
+            _LOG.log(logging.ERROR if is_bug(error) else logging.INFO, "agent %s raised", call.agent, exc_info=error)
         return AgentReply(
             agent=call.agent,
             status="overloaded" if isinstance(error, AgentOverloadedError) else status,
@@ -169,6 +169,7 @@ class Agent:
             finish_reason="length" if isinstance(error, PromptTooLongError) else "error",
             latency_ms=(time.perf_counter() - started) * 1e3,
             engine=self._engine.label,
+            is_bug=is_bug(error),
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dmoa.errors import EmptyAnswerError
+from dmoa.errors import EmptyAnswerError, NoAgentError, is_bug
 from dmoa.evaluation.records import Answered, Label, Reply, Scored, Scorer, Task
 from dmoa.flat import flat
 from dmoa.policies.registry import LONGEST_SCHEDULE, has_schedule
@@ -74,6 +74,7 @@ def answered(task: Task, policy: str, answer: Answer) -> Answered:
         gate_version=answer.gate_version,
         price=answer.price,
         calls=sum(len(step.calls) for step in answer.steps),
+        bugs=sum(reply.is_bug for step in answer.steps for reply in step.replies),
     )
 
 
@@ -108,6 +109,7 @@ def failed(task: Task, policy: str, error: Exception, wall_ms: float) -> Answere
         error=_storable(redact_text(f"{type(error).__name__}: {error}")),
         **flat(TokenUsage()),
         wall_ms=wall_ms,
+        bugs=int(is_bug(error) or (isinstance(error, NoAgentError) and error.has_bug)),
     )
 
 

@@ -132,6 +132,8 @@ class Answered(TokenFields, _AnsweredHead):
     """What all calls cost; None where that of one is not known."""
     calls: int | None = None
     """Calls of agents and the summarizer; None in lines of earlier versions."""
+    bugs: int = 0
+    """Calls, or the query itself, that failed because code is wrong: a tool's, an engine's or a policy's."""
 
 
 class Scored(FileRecord):

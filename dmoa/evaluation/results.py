@@ -52,6 +52,7 @@ class AnswerTally:
     summarizer_tokens: int = 0
     memoised_tokens: int = 0
     calls: int = 0
+    bugs: int = 0
     price: array[float] = field(default_factory=lambda: array("d"))
     """Per answered row whose price is known."""
     steps: int = 0
@@ -77,6 +78,7 @@ class AnswerTally:
         self.summarizer_tokens += line.summarizer_tokens
         self.memoised_tokens += line.memoised_tokens
         self.calls += line.calls or 0
+        self.bugs += line.bugs
         self.wall_ms.append(line.wall_ms)
         if line.gate_version is not None:
             self.gate_versions.add(line.gate_version)
@@ -248,6 +250,8 @@ class EvaluationRow(TokenFields, _EvaluationRowHead):
     """How the scoring differs from the benchmark's original protocol; empty where it does not."""
     calls: int = 0
     """Calls of agents and the summarizer in all rows; 0 in older results."""
+    bugs: int = 0
+    """Calls and queries that failed because code is wrong (a tool's, an engine's, a policy's); with any, the command ends with 1."""
     price: float | None = None
     """What all rows cost; None where that of an answered row is not known."""
     price_per_correct: float | None = None
@@ -526,6 +530,7 @@ def _row(run: RunInfo, info: BenchmarkInfo, policy: str, answers: AnswerTally, s
         chance=info.chance,
         deviation=info.deviation,
         calls=answers.calls,
+        bugs=answers.bugs,
         price=price,
         price_per_correct=price / points if points and price is not None else None,
         did_run=did_run,

@@ -203,10 +203,21 @@ def _check_same(session: Session, before: RunInfo) -> None:
     pairs |= pool_differences(before.pool, now.pool)
     for name, default in (("difficulty", None), ("adversaries", 0), ("kind", "liar"), ("match_budget", None)):
         pairs[name] = (before.options.get(name, default), now.options.get(name, default))
+    check_level(before.isolation, now.isolation)
     different = [f"{name}: begun with {then}, now {here}" for name, (then, here) in pairs.items() if then != here]
     if different:
         raise ConfigError(
             f"--resume: {'; '.join(different)}; repeat the settings of {str(session.folder.run)!r}, or begin in another folder"
+        )
+
+
+def check_level(begun: str, now: str) -> None:
+    """Raise ConfigError where programs would run in a weaker sandbox level than a run recorded; empty: it runs none."""
+    levels = (*sandbox.LEVELS, "")
+    if levels.index(now) > levels.index(begun):
+        raise ConfigError(
+            f"--resume: programs ran in sandbox level {begun!r} when the run began, this host has {now!r}; "
+            "go on where the level is as strong, or begin in another folder"
         )
 
 

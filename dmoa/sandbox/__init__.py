@@ -37,7 +37,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dmoa.errors import SandboxError
 from dmoa.sandbox import host
@@ -46,6 +46,8 @@ from dmoa.sandbox.launch import Level, SandboxLimits
 from dmoa.sandbox.monitor import Ending, watch
 
 Status = Literal["ok", "failed", "timeout", "memory", "output_limit", "scratch_limit", "killed", "sandbox_error"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+"""From the strongest to none."""
 TRUSTED_LEVELS: tuple[Level, ...] = ("namespaces", "seccomp")
 """Where programs run without being asked to."""
 

@@ -85,10 +85,16 @@ def _evaluated(
 
 
 def check_ran(evaluation: Evaluation) -> None:
-    """Raise DmoaError where a policy did not run on a benchmark: every query of it failed."""
+    """Raise DmoaError where a policy did not run on a benchmark, every query of it failed, or where code is wrong."""
     from dmoa.evaluation.results import not_run
 
     rows = not_run(evaluation)
+    bugs = [f"{row.policy} on {row.benchmark} ({row.bugs})" for row in evaluation.rows if row.bugs]
+    if bugs and not rows:
+        raise DmoaError(
+            f"evaluation: code raised what says that it is wrong, a tool's, an engine's or a policy's: {'; '.join(bugs)}; its "
+            "traceback is in the log; mend it, then begin in another folder"
+        )
     if not rows:
         return
     where = "; ".join(f"{row.policy} on {row.benchmark} ({row.failed} of {row.n} queries failed)" for row in rows)

@@ -73,6 +73,26 @@ def agent_of(engine: Any, tools: Sequence[str] = (), **changes: Any) -> Agent:
     return Agent(config, engine, default_tools())
 
 
+@pytest.mark.parametrize(
+    ("error", "is_bug"),
+    [
+        (AttributeError("no attribute 'x'"), True),
+        (ZeroDivisionError(), True),
+        (NotImplementedError(), True),
+        (EngineError("gone"), False),
+        (ConnectionError("reset"), False),
+        (MemoryError(), False),
+    ],
+)
+async def test_an_error_of_code_is_told_from_one_of_the_world(
+    error: Exception, is_bug: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    reply = await agent_of(ListEngine(error)).call(call_of())
+    assert (reply.status, reply.is_bug) == ("failed", is_bug)
+    logged = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.exc_info[1] for record in logged if record.exc_info] == [error] * is_bug
+
+
 def call_of(**sampling: Any) -> AgentCall:
     return AgentCall(
         trace_id="t1", step=2, agent="solver", messages=(QUESTION,), sampling=Sampling(**sampling), deadline_unix_s=99.0

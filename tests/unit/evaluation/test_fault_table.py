@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ from dmoa.evaluation.records import Answered, BenchmarkInfo, Label, Reply, Score
 from dmoa.evaluation.registry import build_scorer, judging
 from dmoa.evaluation.results import Evaluation, build_evaluation
 from dmoa.flat import flat
+from dmoa.protocols import AgentClient
 from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm
 from dmoa.testing import run_info
-from dmoa.types import AgentReply, Limits, TokenUsage
+from dmoa.types import AgentCall, AgentReply, Limits, TokenUsage
 from dmoa.workflows.console import print_evaluation
 from dmoa.workflows.evaluate import check_ran
 from tests.examples import examples
@@ -240,7 +242,7 @@ class Writer:
         self.taken += pickle.loads(pickle.dumps(answers))
 
 
-def swarm_of(replies: dict[str, str], failing: list[str]) -> Swarm:
+def swarm_of(replies: dict[str, str], failing: list[str], wrap: Callable[[AgentClient], AgentClient] | None = None) -> Swarm:
     config = Config.model_validate(
         {
             "name": "pair",
@@ -255,17 +257,29 @@ def swarm_of(replies: dict[str, str], failing: list[str]) -> Swarm:
     router = LocalRouter()
     router.install(record.version, gate)
     agents, engines = build_local(config)
-    return Swarm(config, agents=agents, router=router, encoder=HashEncoder(), engines=engines)
+    return Swarm(config, agents=wrap(agents) if wrap else agents, router=router, encoder=HashEncoder(), engines=engines)
+
+
+class BuggyAgents:
+    """Agents of whom `b` calls a tool whose code is wrong."""
+
+    def __init__(self, agents: AgentClient) -> None:
+        self.call_others, self.stream, self.ping = agents.call, agents.stream, agents.ping
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        if call.agent != "b":
+            return await self.call_others(call)
+        return AgentReply(agent="b", status="failed", error="TypeError: run() takes no arguments", engine="e", is_bug=True)
 
 
 def evaluated(
-    replies: dict[str, str], failing: list[str], policies: list[str]
+    replies: dict[str, str], failing: list[str], policies: list[str], wrap: Callable[[AgentClient], AgentClient] | None = None
 ) -> tuple[Evaluation, list[Answered], list[Scored]]:
     """Ask four tasks of a scripted pool, judge the answers and sum them up, as an evaluation does."""
     tasks = [Task(row_id=f"arith/test/{i}", benchmark="arith", text=f"What is {i} + {7 - i}?") for i in range(4)]
     writer = Writer()
     asking = Asking(seed=0, limits=Limits(max_steps=2, max_agents=2))
-    stage = AnswerStage(partial(swarm_of, replies, failing), asking, writer, 4, dict.fromkeys(policies, 2))
+    stage = AnswerStage(partial(swarm_of, replies, failing, wrap), asking, writer, 4, dict.fromkeys(policies, 2))
     lines = [task.model_dump_json() for task in tasks]
     stage(pa.table({"task": lines, "policies": [" ".join(policies)] * len(lines)}))
     scorers = {"arith": judging("arith").score}
@@ -289,6 +303,18 @@ def test_a_policy_whose_agent_never_ran_did_not_run_and_has_no_test() -> None:
     assert "did not run" in line
     with pytest.raises(DmoaError, match=r"did not run: single:b on arith \(4 of 4 queries failed\).*scripted to fail"):
         check_ran(evaluation)
+
+
+def test_code_that_is_wrong_is_counted_apart_and_ends_the_command_with_an_error() -> None:
+    evaluation, answers, _ = evaluated({"a": "Answer: 7", "b": "Answer: 7"}, [], ["single:a", "single:b", "dense"], BuggyAgents)
+    assert [(row.bugs, row.failed, row.correct) for row in evaluation.rows] == [(0, 0, 4), (4, 4, 0), (8, 0, 4)]
+    with pytest.raises(DmoaError, match=r"did not run: single:b on arith .*TypeError: run\(\) takes no arguments"):
+        check_ran(evaluation)
+    with pytest.raises(DmoaError, match=r"code raised what says that it is wrong, .*: dense on arith \(8\); its traceback"):
+        check_ran(evaluation.model_copy(update={"rows": [row for row in evaluation.rows if row.did_run]}))
+    sound = evaluation.model_copy(update={"rows": [row for row in evaluation.rows if not row.bugs]})
+    assert check_ran(sound) is None
+    assert len(answers) == 12
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+
+import pytest
 
 from dmoa.agents.pool import fingerprint, load_pool
 from dmoa.config import Config
+from dmoa.errors import ConfigError
 from dmoa.evaluation.records import PoolInfo, pool_differences
+from dmoa.evaluation.run import check_level
 
 
 def info(*overrides: str) -> PoolInfo:
@@ -31,6 +36,16 @@ def test_settings_beside_the_fingerprint_are_named() -> None:
 def test_what_only_says_how_much_runs_side_by_side_may_change() -> None:
     llm = next(iter(load_pool(None).llms))
     assert pool_differences(info(), info(f"llms.{llm}.max_num_seqs=3", "server.port=8123")) == {}
+
+
+@pytest.mark.parametrize(("begun", "now"), list(itertools.product(["namespaces", "seccomp", "weak", "none"], repeat=2)))
+def test_a_run_goes_on_in_no_weaker_sandbox(begun: str, now: str) -> None:
+    strength = {"namespaces": 3, "seccomp": 2, "weak": 1, "none": 0}
+    if strength[now] >= strength[begun]:
+        assert check_level(begun, now) is None
+    else:
+        with pytest.raises(ConfigError, match=f"--resume: programs ran in sandbox level '{begun}' .* this host has '{now}'"):
+            check_level(begun, now)
 
 
 def test_what_scripted_agents_do_may_change_and_a_server_has_no_settings() -> None:
