@@ -251,7 +251,7 @@ class EvaluationRow(TokenFields, _EvaluationRowHead):
     calls: int = 0
     """Calls of agents and the summarizer in all rows; 0 in older results."""
     bugs: int = 0
-    """Calls and queries that failed because code is wrong (a tool's, an engine's, a policy's); with any, the command ends with 1."""
+    """Calls and queries that failed because code is wrong (a tool's, an engine's, a policy's); any ends the command with 1."""
     price: float | None = None
     """What all rows cost; None where that of an answered row is not known."""
     price_per_correct: float | None = None
