@@ -478,6 +478,8 @@ class ServerConfig(Node):
     x-dmoa-ignored and in the reply; refuse answers 400."""
     cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...] = ()
     """Origins (https://HOST[:PORT], or *) whose pages may ask this server from a browser."""
+    allowed_hosts: tuple[Annotated[str, Field(pattern=r"^(\*|[^/:\s]+)$")], ...] = ()
+    """Names of a server without API keys, beside localhost, `host`, the machine's name and addresses; *: any."""
     ingress_replicas: int = Field(default=1, ge=1, le=256)
     """Processes that run the step loop."""
 

@@ -33,6 +33,7 @@ from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.feedback import FeedbackClient, exploration
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.serving.handles import ask
+from dmoa.serving.http.front import Bounds, FrontNotice
 from dmoa.serving.http.requests import unknown_model
 from dmoa.serving.http.routes import create_app
 from dmoa.serving.listening import LaunchMark
@@ -119,6 +120,9 @@ class SwarmIngress:
             has_request_ids=True,  # Serve's proxy adds one of its own
         )
         app.add_middleware(LaunchMark, mark=self._mark)
+        queries = config.limits.max_queued_requests * config.server.ingress_replicas
+        bounds = Bounds(body=config.server.max_body_bytes, queries=queries, has_keys=bool(self._key_hashes))
+        app.add_middleware(FrontNotice, bounds=bounds)
         return app
 
     @property

@@ -29,6 +29,11 @@ SERVE_FLAGS = {
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
 }
 """Serve's flags for short hops; replicas keep no HTTP ports of their own, so the proxy alone listens."""
+PROXY_FLAGS = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "dmoa.serving.http.front:middlewares",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+}
+"""Serve's settings for its proxy: the front that bounds what clients send, and a new proxy within seconds of a killed one."""
 START_TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 10.0
 """How long the machine at an address may take to accept a connection."""
@@ -60,7 +65,7 @@ class Launched:
 
 def set_flags() -> None:
     """Set the Serve flags that dmoa ships, where the environment does not say otherwise. Call before importing Serve."""
-    for name, value in (SERVE_FLAGS | _QUIET).items():
+    for name, value in (SERVE_FLAGS | PROXY_FLAGS | _QUIET).items():
         os.environ.setdefault(name, value)
     ignore_proxies()  # before Ray starts, whose processes inherit it
 
@@ -84,6 +89,7 @@ def launch(
     files, a port that is taken or an exposed server without keys, NoAgentError if it does not answer in time.
     """
     host, port = listening.bare(host or config.server.host), port or config.server.port
+    config = config.model_copy(update={"server": config.server.model_copy(update={"host": host, "port": port})})
     key_hashes = hash_keys(os.environ)
     check_exposure(host, key_hashes, insecure)
     address = ray_address(address)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from dmoa.serving.launch import PROXY_FLAGS
 from tests.integration.server import Served, free_port, serve
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -108,7 +109,7 @@ def running_head() -> Iterator[Head]:
 def _start(folder: Path) -> tuple[Head, subprocess.Popen[bytes]]:
     dashboard, port = free_port(), free_port()
     env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    env |= PROXY_FLAGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     # As in a shell with the environment activated: the job's own `python` is then the one with dmoa's packages.
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"
     (folder / "token").write_text("f" * 64)

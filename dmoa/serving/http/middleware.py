@@ -1,4 +1,4 @@
-"""What stands before the routes: API keys, the size of bodies, and a bound on queries in flight.
+"""What stands before the routes: API keys, the server's names, the size of bodies, and a bound on queries in flight.
 
 Keys come from the environment variable `DMOA_API_KEYS`, are kept as SHA-256 hashes only, and appear in no log. The
 hash of the key that made a query is the owner of its trace.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -103,6 +104,40 @@ class KeyCheck:
         await self.app(scope, receive, send)
 
 
+class HostCheck:
+    """ASGI middleware of a server without keys: answers 421 where it is asked by a name that is not its own.
+
+    A page of another origin can have its own name resolve to this machine, and would then read the answers. It cannot choose an
+    address or `localhost` as its name, so those are taken, as are `names`; `*` among them takes any.
+    """
+
+    def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
+        self.app = app
+        self.names = {name.lower() for name in names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = next((value for name, value in scope.get("headers", ()) if name.lower() == b"host"), b"")
+        if scope["type"] == "http" and asked and not self._is_own(asked.decode("latin-1").strip().lower()):
+            message = (
+                f"Host: {asked[:80].decode('latin-1')!r} is not a name of this server; use its address, set API keys "
+                f"({VARIABLE}), or name it in server.allowed_hosts"
+            )
+            await error_response(RequestError(message, code="unknown_host", status=421))(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _is_own(self, asked: str) -> bool:
+        host = asked.rpartition("]")[0].lstrip("[") if asked.startswith("[") else asked.partition(":")[0]
+        host = host.rstrip(".")
+        if "*" in self.names or host in self.names or host == "localhost" or host.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        return True
+
+
 class BodyLimit:
     """ASGI middleware: counts the bytes of a body as they arrive and answers 413 above the limit.
 
@@ -125,21 +160,24 @@ class BodyLimit:
             message = await receive()
             seen_bytes += len(message.get("body", b""))
             if seen_bytes > self.max_body_bytes:
-                raise self._too_large(f"more than {self.max_body_bytes}")
+                raise body_too_large(f"more than {self.max_body_bytes}", self.max_body_bytes)
             return message
 
-        declared = _content_length(scope)
+        declared = declared_bytes(scope)
         if declared is not None and declared > self.max_body_bytes:
-            await error_response(self._too_large(str(declared)))(scope, receive, send)
+            await error_response(body_too_large(str(declared), self.max_body_bytes))(scope, receive, send)
             return
         await self.app(scope, counted, send)
 
-    def _too_large(self, seen: str) -> RequestError:
-        message = f"body: {seen} bytes; expected at most {self.max_body_bytes} (server.max_body_bytes); send a shorter request"
-        return RequestError(message, code="request_too_large", status=413)
+
+def body_too_large(seen: str, max_bytes: int) -> RequestError:
+    """Return the refusal of a body."""
+    message = f"body: {seen} bytes; expected at most {max_bytes} (server.max_body_bytes); send a shorter request"
+    return RequestError(message, code="request_too_large", status=413)
 
 
-def _content_length(scope: Scope) -> int | None:
+def declared_bytes(scope: Scope) -> int | None:
+    """Return the length that a request declares for its body; None where it declares none."""
     value = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"")
     # More digits than this are over any limit, and int() refuses more than 4300.
     return int(value[:20]) if value.isdigit() else None
@@ -156,14 +194,18 @@ class ConcurrencyLimit:
     def take(self) -> Iterator[None]:
         """Hold one place. Raises RequestError (429) when all are taken."""
         if self.taken >= self.max_queued_requests:
-            raise RequestError(
-                f"{self.taken} queries are in flight, and {self.max_queued_requests} is the limit (limits.max_queued_requests); "
-                "try again after the seconds in Retry-After",
-                code="too_many_requests",
-                status=429,
-            )
+            raise too_many_queries(self.taken, self.max_queued_requests)
         self.taken += 1
         try:
             yield
         finally:
             self.taken -= 1
+
+
+def too_many_queries(taken: int, most: int) -> RequestError:
+    """Return the refusal of a query beyond those in flight."""
+    message = (
+        f"{taken} queries are in flight, and {most} is the limit (limits.max_queued_requests); "
+        "try again after the seconds in Retry-After"
+    )
+    return RequestError(message, code="too_many_requests", status=429)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
@@ -25,7 +26,7 @@ from dmoa.config import ServerConfig
 from dmoa.errors import DmoaError, EmptyAnswerError
 from dmoa.serving.http import errors, page, requests, responses
 from dmoa.serving.http.errors import json_response
-from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit, KeyCheck
+from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from dmoa.serving.http.responses_api import ResponseRendering, ResponsesRequest, responses_order
 from dmoa.serving.http.service import SwarmService
 from dmoa.serving.trace_list import summary_of_failure
@@ -115,6 +116,8 @@ def create_app(
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body_bytes=server.max_body_bytes)
     app.add_middleware(KeyCheck, key_hashes=key_hashes, admin_hashes=admin_hashes)
+    if not key_hashes:
+        app.add_middleware(HostCheck, names=(socket.gethostname(), server.host, *server.allowed_hosts))
     if server.cors_origins:
         shown = ["x-request-id", responses.IGNORED_HEADER]
         app.add_middleware(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from dmoa.serving.launch import SERVE_FLAGS
+from dmoa.serving.launch import PROXY_FLAGS, SERVE_FLAGS
 from tests.contract.cluster.manifests import CLUSTER, ROOT, one
 
 DOCKERFILES = sorted(path for path in CLUSTER.glob("Dockerfile.*"))
@@ -40,7 +40,8 @@ def test_copies_only_what_exists_and_what_the_ignore_file_lets_through(path: Pat
 def test_image_runs_as_a_user_with_the_serve_flags_and_names_no_package_index(path: Path) -> None:
     lines = instructions(path)
     env = dict(item.split("=", 1) for name, rest in lines if name == "ENV" for item in shlex.split(rest))
-    assert {name: env[name] for name in SERVE_FLAGS} == SERVE_FLAGS
+    flags = SERVE_FLAGS | PROXY_FLAGS
+    assert {name: env[name] for name in flags} == flags
     assert [rest for name, rest in lines if name == "USER"] == ["1000"]
     assert next(rest for name, rest in lines if name == "ARG").split("=")[1].startswith("registry.example.com/")
     assert not re.search(r"://|--(extra-)?index", path.read_text(encoding="utf-8"))

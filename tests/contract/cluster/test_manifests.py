@@ -15,7 +15,7 @@ import pytest
 import ray
 import yaml
 
-from dmoa.serving.launch import SERVE_FLAGS
+from dmoa.serving.launch import PROXY_FLAGS, SERVE_FLAGS
 from tests.contract.cluster.manifests import (
     CLUSTER,
     KUBERAY,
@@ -93,7 +93,8 @@ def test_every_process_has_the_flags_and_the_keys(path: Path) -> None:
     assert len(containers(one(path))) == 3
     for container in containers(one(path)):
         env = {item["name"]: item for item in container["env"]}
-        assert {name: env[name]["value"] for name in SERVE_FLAGS} == SERVE_FLAGS
+        flags = SERVE_FLAGS | PROXY_FLAGS
+        assert {name: env[name]["value"] for name in flags} == flags
         assert env["DMOA_API_KEYS"]["valueFrom"]["secretKeyRef"] == {"name": "dmoa-api-keys", "key": "keys"}  # not optional
 
 

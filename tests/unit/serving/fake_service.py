@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import numpy as np
+import uvicorn
 from fastapi import FastAPI
 
 from dmoa.config import LimitsConfig, RouterConfig, ServerConfig
@@ -229,8 +232,31 @@ def make_app(
     **settings: Any,
 ) -> FastAPI:
     """The app over a service; `settings` of the section `server`."""
-    server = ServerConfig(max_body_bytes=max_body_bytes, **settings)
+    server = ServerConfig(max_body_bytes=max_body_bytes, **({"allowed_hosts": ("test",)} | settings))
     return create_app(lambda: service, key_hashes=keys, admin_hashes=admins, server=server, max_queued_requests=queued)
+
+
+class QuietServer(uvicorn.Server):
+    """A server inside the test's own loop, which leaves the process's signal handlers alone."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def listening(app: Any, **settings: Any) -> AsyncIterator[int]:
+    """The port on which uvicorn serves an app; `settings` of its own."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = QuietServer(uvicorn.Config(app, log_level="critical", lifespan="off", **settings))
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            await until(lambda: server.started)
+            yield int(listener.getsockname()[1])
+        finally:
+            server.should_exit = True
+            await task
 
 
 def connect(app: FastAPI, **headers: str) -> httpx.AsyncClient:

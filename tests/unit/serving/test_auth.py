@@ -8,6 +8,7 @@ import pytest
 
 from dmoa.errors import ConfigError, RequestError
 from dmoa.serving.http.middleware import check_exposure, hash_keys, identify
+from tests.unit.serving.fake_service import FakeService, connect, make_app
 
 
 def digest(key: str) -> str:
@@ -59,3 +60,38 @@ def test_other_hosts_need_keys_or_an_operator_who_insists(host: str) -> None:
         check_exposure(host, (), insecure=False)
     check_exposure(host, (digest("a"),), insecure=False)
     check_exposure(host, (), insecure=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("10.1.2.3", 200),
+        ("localhost:8000", 200),
+        ("LOCALHOST.", 200),
+        ("dev.localhost", 200),
+        ("pool.example.org:80", 200),
+        ("own.example.org", 200),
+        ("evil.example.org", 421),
+        ("127.0.0.1.example.org", 421),
+        ("localhost.example.org", 421),
+        ("[evil]", 421),
+    ],
+)
+async def test_a_server_without_keys_answers_to_its_own_names_alone(host: str, status: int) -> None:
+    """Or a page of another origin whose name resolves to this machine would read its answers."""
+    settings = {"host": "own.example.org", "allowed_hosts": ("Pool.example.org",)}
+    async with connect(make_app(FakeService(), **settings), host=host) as client:
+        answer = await client.get("/healthz")
+    assert answer.status_code == status
+    if status == 421:
+        error = answer.json()["error"]
+        assert (error["code"], error["type"]) == ("unknown_host", "invalid_request_error")
+        assert error["message"].endswith("or name it in server.allowed_hosts")
+
+
+async def test_with_keys_or_a_star_any_name_will_do() -> None:
+    for settings in ({"keys": (digest("a"),)}, {"allowed_hosts": ("*",)}):
+        async with connect(make_app(FakeService(), **{"allowed_hosts": (), **settings}), host="any.example.org") as client:
+            assert (await client.get("/healthz")).status_code == 200

@@ -198,7 +198,7 @@ async def test_models_were_created_when_the_server_was() -> None:
 async def test_a_request_id_is_sent_once() -> None:
     body = {"model": "tiny", "messages": QUESTION}
     app = create_app(
-        FakeService, key_hashes=(), server=ServerConfig(), max_queued_requests=8, has_request_ids=True
+        FakeService, key_hashes=(), server=ServerConfig(allowed_hosts=("test",)), max_queued_requests=8, has_request_ids=True
     )  # as behind Serve, whose proxy adds the header to every answer
     for number, client in ((1, connect(make_app(FakeService()))), (0, connect(app))):
         async with client:

@@ -5,42 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
-from tests.unit.serving.fake_service import QUESTION, FakeService, make_app, until
+from tests.unit.serving.fake_service import QUESTION, FakeService, listening, make_app, until
 
 CHAT = "/v1/chat/completions"
-
-
-class QuietServer(uvicorn.Server):
-    """A server inside the test's own loop, which leaves the process's signal handlers alone."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Any:
-        yield
 
 
 @contextlib.asynccontextmanager
 async def serving(service: FakeService, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the app on a free port."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = QuietServer(uvicorn.Config(make_app(service, **options), log_level="error", lifespan="off"))
-        task = asyncio.create_task(server.serve(sockets=[listener]))
+    async with listening(make_app(service, **options)) as port:
         try:
-            await until(lambda: server.started)
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
                 yield client
         finally:
             service.release.set()
-            server.should_exit = True
-            await task
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.serving.launch import SERVE_FLAGS, _use_token, keep_token_private, ray_address, token_path
+from dmoa.serving.launch import PROXY_FLAGS, SERVE_FLAGS, _use_token, keep_token_private, ray_address, token_path
 from dmoa.serving.router.admin import RouterAdmin
 
 
@@ -91,7 +91,7 @@ def test_a_token_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_ray_address_of_nothing_is_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None, variable: str | None, address: str | None
 ) -> None:
-    for name in (*SERVE_FLAGS, "RAY_AUTH_MODE", "grpc_proxy", "RAY_ADDRESS"):
+    for name in (*SERVE_FLAGS, *PROXY_FLAGS, "RAY_AUTH_MODE", "grpc_proxy", "RAY_ADDRESS"):
         monkeypatch.setenv(name, "to be restored")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:9")

@@ -1,0 +1,320 @@
+"""Stands in Serve's proxy, before everything: bounds on what clients send and ask at once, and errors that an SDK understands.
+
+Serve's proxy hands a request on as soon as its headers are there, so that half-sent bodies fill the ingress, and tells in plain
+text of an app that is being deleted (404) or of an ingress that died (500). Here a body is read first, within a time and a size;
+a query too many is refused before any other process hears of it; and what Serve says itself becomes 503 with Retry-After.
+
+The bounds are those of the pool: its ingress tells them in a header of its answers (`FrontNotice`), so that one front serves
+several apps and learns of a new pool by its first answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dmoa.errors import RequestError
+from dmoa.serving.http.connection import LINGER_S, bound_connections
+from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, error_response, problem, tidy
+from dmoa.serving.http.middleware import ASSETS, OPEN_PATHS, body_too_large, declared_bytes, too_many_queries
+
+BODY_S = 10.0
+"""How long a body may take, beside the time that its bytes have at `MIN_BYTES_PER_S`."""
+MIN_BYTES_PER_S = 16_384
+MAX_HALF_SENT = 64
+"""Half-sent bodies of one key; the oldest one makes room for a new one."""
+MAX_OTHERS = 256
+"""Requests in flight that are no queries, of one app."""
+GONE_S = 60.0
+"""How long an app that was there and is not counts as coming back (503); after that its paths are unknown (404)."""
+NUM_KEYS = 4096
+"""Keys that are remembered because an app took them."""
+_ASKED = b"x-dmoa-front"
+_TOLD = b"x-dmoa-bounds"
+_SERVES_OWN = {b"content-type", b"x-request-id", b"retry-after"}
+"""Headers of what Serve's proxy says itself, which never tells a length; Starlette always does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What one app holds to."""
+
+    body: int = 16_777_216
+    """Bytes of a request's body."""
+    queries: int = 256
+    """Queries in flight, over all processes of the app."""
+    has_keys: bool = True
+
+
+class FrontNotice:
+    """ASGI middleware of the ingress: tells the front, and nobody else, what its app holds to."""
+
+    def __init__(self, app: ASGIApp, bounds: Bounds) -> None:
+        self.app = app
+        self._bounds = asdict(bounds)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or all(name != _ASKED for name, _ in scope["headers"]):
+            await self.app(scope, receive, send)
+            return
+        told = encode_json([scope.get("root_path", ""), self._bounds])
+
+        async def telling(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (_TOLD, told)]}
+            await send(message)
+
+        await self.app(scope, receive, telling)
+
+
+class _App:
+    """What the front knows of one app, and how many requests to it are in flight."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.gone_since_s: float | None = None
+        self._taken = {True: 0, False: 0}
+
+    @contextmanager
+    def take(self, *, is_query: bool) -> Iterator[None]:
+        """Hold one place. Raises RequestError (429) when all are taken."""
+        most = self.bounds.queries if is_query else MAX_OTHERS
+        if self._taken[is_query] >= most:
+            raise too_many_queries(self._taken[is_query], most)
+        self._taken[is_query] += 1
+        try:
+            yield
+        finally:
+            self._taken[is_query] -= 1
+
+
+class Front:
+    """ASGI middleware of the proxy."""
+
+    def __init__(self, app: ASGIApp, *, body_s: float = BODY_S, linger_s: float = LINGER_S) -> None:
+        self.app = app
+        self.body_s = body_s
+        self.linger_s = linger_s
+        self._apps: dict[str, _App] = {}
+        self._any = _App(Bounds())
+        """Stands for apps that have not answered yet."""
+        self._keys: OrderedDict[str, None] = OrderedDict()
+        self._half_sent: dict[str, dict[asyncio.Timeout, None]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith("/-/"):
+            await self.app(scope, receive, send)
+            return
+        prefix, app = self._app_at(scope["path"])
+        answer = _Answer(self, scope, send, app)
+        path = tidy(scope["path"][len(prefix) :])
+        try:
+            body = await self._body(scope, receive, app)
+            if path in OPEN_PATHS or path.startswith(ASSETS):
+                await self._hand_on(scope, receive, body, answer)
+            else:
+                with app.take(is_query=scope["method"] == "POST"):
+                    await self._hand_on(scope, receive, body, answer)
+        except RequestError as error:
+            await self._refuse(scope, receive, send, error)
+        except ClientDisconnect:
+            return
+
+    async def _hand_on(self, scope: Scope, receive: Receive, body: bytes, answer: _Answer) -> None:
+        """Have a request answered whose body was read."""
+        is_read = False
+
+        async def replayed() -> Message:
+            nonlocal is_read
+            if is_read:
+                return await receive()
+            is_read = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        headers = [(name, value) for name, value in scope["headers"] if name != _ASKED]
+        await self.app({**scope, "headers": [*headers, (_ASKED, b"1")]}, replayed, answer.send)
+        await answer.finish()
+
+    async def _body(self, scope: Scope, receive: Receive, app: _App) -> bytes:
+        """Return the whole body. Raises RequestError (413, 408), ClientDisconnect."""
+        most, declared = app.bounds.body, declared_bytes(scope)
+        if declared is not None and declared > most:
+            raise body_too_large(str(declared), most)
+        pieces: list[bytes] = []
+        num_bytes, started_s = 0, asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(self.body_s) as limit:
+                with self._half(self._group(scope, app), limit):
+                    while True:
+                        message = await receive()
+                        if message["type"] != "http.request":
+                            raise ClientDisconnect
+                        pieces.append(message.get("body", b""))
+                        num_bytes += len(pieces[-1])
+                        if num_bytes > most:
+                            raise body_too_large(f"more than {most}", most)
+                        if not message.get("more_body", False):
+                            return b"".join(pieces)
+                        limit.reschedule(started_s + self.body_s + num_bytes / MIN_BYTES_PER_S)
+        except TimeoutError:
+            what = f"body: {num_bytes} bytes came in {asyncio.get_running_loop().time() - started_s:.1f} s"
+            message_408 = f"{what}; expected the whole of it within {self.body_s:g} s; send it at once"
+            raise RequestError(message_408, code="request_timeout", status=408) from None
+
+    @contextmanager
+    def _half(self, group: str, limit: asyncio.Timeout) -> Iterator[None]:
+        """Count a body that is being read; above the bound the oldest of its group times out now."""
+        members = self._half_sent.setdefault(group, {})
+        if len(members) >= MAX_HALF_SENT:
+            oldest = next(iter(members))
+            del members[oldest]
+            oldest.reschedule(0.0)
+        members[limit] = None
+        try:
+            yield
+        finally:
+            members.pop(limit, None)
+            if not members:
+                self._half_sent.pop(group, None)
+
+    def _group(self, scope: Scope, app: _App) -> str:
+        """Return by what a half-sent body is counted: its key where an app took it before, else all the others together."""
+        key = _key_of(scope) if app.bounds.has_keys else ""
+        return key if key in self._keys else ""
+
+    def _app_at(self, path: str) -> tuple[str, _App]:
+        """Return the app at a path and its prefix: the longest one, as Serve chooses."""
+        prefix = path
+        while prefix not in self._apps:
+            if not prefix:
+                return "", self._any
+            prefix = prefix.rpartition("/")[0]
+        return prefix, self._apps[prefix]
+
+    def learn(self, told: bytes, scope: Scope, status: int) -> None:
+        """Take what an app says of itself, and a key that it took."""
+        prefix, bounds = json.loads(told)
+        app = self._apps.setdefault(prefix, _App(Bounds()))
+        app.bounds, app.gone_since_s = Bounds(**bounds), None
+        if status == 200 and scope["method"] == "POST" and (key := _key_of(scope)):
+            self._keys[key] = None
+            self._keys.move_to_end(key)
+            if len(self._keys) > NUM_KEYS:
+                self._keys.popitem(last=False)
+
+    def serves_error(self, app: _App, status: int) -> RequestError:
+        """Return the error that stands for one of Serve's own."""
+        now = asyncio.get_running_loop().time()
+        if status == 404:
+            app.gone_since_s = app.gone_since_s or now
+            is_late = now - app.gone_since_s > GONE_S
+            if self._apps and (app is self._any or is_late):
+                return RequestError(
+                    "no pool is served at this path; look at the server's address", code="unknown_url", status=404
+                )
+            return _lost("no pool is served here at the moment: it starts, or it stops")
+        if status == 429:
+            return RequestError("the server's queue is full; try again", code="too_many_requests", status=429)
+        return _lost("the process that held this query was lost, or none could take it")
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send, error: RequestError) -> None:
+        """Answer with an error; where the body is not read to its end, go on for a while, so that the client reads the answer."""
+        response = error_response(error)
+        if error.status == 429:  # its body was read
+            await response(scope, receive, send)
+            return
+        headers = [*response.raw_headers, (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.linger_s):
+                while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Answer:
+    """What goes back to one client: the app's answer, or what stands for Serve's own."""
+
+    def __init__(self, front: Front, scope: Scope, send: Send, app: _App) -> None:
+        self._front, self._scope, self._send, self._app = front, scope, send, app
+        self._status = 0
+        self._is_serves = self._is_done = self._is_stream = False
+
+    async def send(self, message: Message) -> None:
+        """Pass one message on."""
+        if message["type"] == "http.response.start":
+            message = self._started(message)
+            if self._is_serves:
+                return
+        elif self._is_serves:
+            if not self._is_done:
+                await self._fail(self._front.serves_error(self._app, self._status))
+            return
+        self._is_done = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await self._send(message)
+
+    def _started(self, message: Message) -> Message:
+        self._status = message["status"]
+        headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
+        told = next((value for name, value in headers if name == _TOLD), None)
+        if told is not None:
+            self._front.learn(told, self._scope, self._status)
+        elif self._status >= 400:
+            self._is_serves = {name for name, _ in headers} <= _SERVES_OWN
+        self._is_stream = any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
+        return {**message, "headers": [(name, value) for name, value in headers if name != _TOLD]}
+
+    async def finish(self) -> None:
+        """End an answer that the app left open: the process behind it was lost."""
+        if self._is_done:
+            return
+        lost = self._front.serves_error(self._app, 500)
+        if self._status == 0 or self._is_serves:
+            await self._fail(lost)
+        elif self._is_stream:
+            await self._send({"type": "http.response.body", "body": self._last_event(lost), "more_body": False})
+
+    def _last_event(self, error: RequestError) -> bytes:
+        if self._scope["path"].rstrip("/").endswith("/responses"):
+            told = {"type": "error", "code": error.code, "message": str(error), "param": None}
+            return b"event: error\ndata: " + encode_json(told) + b"\n\n"
+        return b"data: " + encode_json(problem(error.status, str(error), error.code)) + b"\n\ndata: [DONE]\n\n"
+
+    async def _fail(self, error: RequestError) -> None:
+        self._is_done = True
+        response = error_response(error)
+        if error.status == 503:
+            response.headers["Retry-After"] = str(RETRY_AFTER_S)
+        await response(self._scope, _nothing, self._send)
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
+
+
+def _lost(what: str) -> RequestError:
+    return RequestError(f"{what}; try again after the seconds in Retry-After", code="server_lost", status=503)
+
+
+def _key_of(scope: Scope) -> str:
+    sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    return hashlib.sha256(sent).hexdigest() if sent else ""
+
+
+def middlewares() -> list[Middleware]:
+    """Bound the connections of this process and return its front; Serve's proxy calls this as it starts.
+
+    By RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, which `dmoa serve` sets.
+    """
+    bound_connections()
+    return [Middleware(Front)]
