@@ -6,6 +6,9 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, Literal
 
+NEVER_NATS = -9999.0
+"""What is written for the log-probability of what has none."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:

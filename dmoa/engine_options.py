@@ -71,6 +71,11 @@ class EngineOptions(Node):
         return None
 
     @property
+    def abilities(self) -> tuple[str, ...]:
+        """What the options add to the abilities of the engine."""
+        return ()
+
+    @property
     def memory_use(self) -> MemoryUse | None:
         """What it does with memory; None: it loads no model, or nothing is known of it."""
         return None
@@ -156,10 +161,18 @@ class VllmOptions(EngineOptions):
     reasoning_parser: str | None = Field(default=None, max_length=64)
     """One of vLLM's own reasoning parsers, by its name there, such as deepseek_r1: it then tells thoughts from the answer; None:
     tags such as <think> and the channels of gpt-oss do, which is enough where the tokenizer keeps them."""
+    tool_parser: str | None = Field(default=None, max_length=64)
+    """One of vLLM's own tool parsers, by its name there, such as hermes: the model is told of a client's tools by its chat
+    template, and calls them in its own form; None: tools are asked for in words."""
     cpu_kv_cache_gib: int = Field(default=1, ge=1, le=1024)
     """Memory for keys and values where no GPU is asked for."""
     threads: int | None = Field(default=None, ge=1, le=256)
     """CPU threads where no GPU is asked for; None: half of the cores."""
+
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """Tools, where a parser is named."""
+        return ("tools",) if self.tool_parser else ()
 
     @property
     def num_workers(self) -> int:

@@ -7,12 +7,13 @@ Engines do what they can by themselves; else the form is asked for in words, che
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from dmoa.agents.json_forms import calls_in, calls_schema, check_schemas, form_prompt, text_fault, unwrapped
+from dmoa.agents.json_forms import calls_fault, calls_in, calls_schema, check_schemas, form_prompt, text_fault, unwrapped
 from dmoa.agents.prompts import agent_messages
 from dmoa.dispatch import Dispatcher
 from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RequestError
@@ -35,6 +36,7 @@ TOOLS, TOOL_PROMPT, SCHEMA, LOGPROBS = "tools", "tool_prompt", "schema", "logpro
 """Abilities of engines: calls of tools by the engine, by a prompt of ours, decoding guided by a schema, log-probabilities."""
 _TASK = "Write the final answer to the question, on the basis of the work so far."
 _SHOWN = 2000
+_CALL_BEGINS = re.compile(r"[{\[<`]")
 Emit = Callable[[TextDelta], None]
 
 
@@ -44,6 +46,33 @@ class _Written:
 
     choice: Choice
     replies: tuple[AgentReply, ...]
+
+
+class _Lead:
+    """Hands text on up to where a call of a tool in words may begin."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self.text = ""
+        """What was handed on."""
+        self._is_over = False
+
+    def take(self, delta: TextDelta) -> None:
+        """Take a piece of text, or of a thought, which goes on as it is."""
+        if delta.is_reasoning:
+            self._emit(delta)
+        elif not self._is_over:
+            piece = _CALL_BEGINS.split(delta.text, maxsplit=1)[0]
+            self._is_over = piece != delta.text
+            self.text += piece
+            if piece:
+                self._emit(TextDelta(text=piece))
+
+    def joined(self, choice: Choice) -> Choice:
+        """Return an answer that begins with what was handed on."""
+        if choice.text.startswith(self.text):
+            return choice
+        return replace(choice, text="\n\n".join(filter(str.strip, (self.text, choice.text))))
 
 
 class FinalCaller:
@@ -63,13 +92,13 @@ class FinalCaller:
         if all(lacks.values()):
             param = lacks[cards[0].name]
             engines = ", ".join(dict.fromkeys(card.engine for card in cards))
-            can = {"tools": "openai, vllm or transformers", "logprobs": "openai"}.get(param, "any but recorded")
+            can = {"tools": "openai, vllm or transformers", "logprobs": "openai or vllm"}.get(param, "any but recorded")
             seen = f"is not supported by the engine of {'the agent' if agent else 'the pool'} ({engines})"
             raise RequestError(
                 f"{param}: it {seen}; leave it out, or use an engine that can: {can}", param=param, code="unsupported"
             )
         able = [card for card in cards if not lacks[card.name]]
-        check_schemas(final, are_tools_checked=any(TOOLS not in card.abilities for card in able))
+        check_schemas(final, are_tools_checked=any(_runs_model(card) or TOOLS not in card.abilities for card in able))
 
     async def write(self, state: QueryState, emit: Emit | None) -> tuple[StepRecord, tuple[Choice, ...]]:
         """Return the answers, and the step that they took; `emit` takes pieces of the text where it is sure to be the answer's.
@@ -120,20 +149,23 @@ class FinalCaller:
 
     async def _choice(self, state: QueryState, card: AgentCard, final: FinalCall, number: int, emit: Emit | None) -> _Written:
         is_prompted = bool(final.tools) and TOOLS not in card.abilities
-        is_guided = SCHEMA in card.abilities
+        # With tools a model that runs here is guided to calls, and to no schema.
+        is_guided = SCHEMA in card.abilities and not (final.tools and _runs_model(card))
         is_sure = not is_prompted and final.tool_choice == "auto" and (final.schema is None or is_guided)
-        live = emit if is_sure and final.n == 1 and final.top_logprobs is None else None
+        emit = emit if final.tool_choice == "auto" and final.n == 1 and final.top_logprobs is None else None
+        live = emit if is_sure else None
+        lead = _Lead(emit) if emit and is_prompted and final.schema is None else None
         call = self._call(state, card, final, number, is_prompted=is_prompted)
-        reply = await self._ask(call, card, live)
+        reply = await self._ask(call, card, lead.take if lead else live)
         replies: tuple[AgentReply, ...] = (reply,)
-        choice, fault = _read(reply, final, is_prompted=is_prompted)
+        choice, fault = _read(reply, card, final)
         if fault and live is None:
             told = f"That is not the form that was asked for: {fault}. Write it again, as nothing but that form."
             said = Message(role="assistant", content=reply.text[:_SHOWN] or "(nothing)")
             call = replace(call, messages=(*call.messages, said, Message(role="user", content=told)), sample=number + final.n)
             reply = await self._ask(call, card, None)
             replies = (*replies, reply)
-            choice, fault = _read(reply, final, is_prompted=is_prompted)
+            choice, fault = _read(reply, card, final)
         if fault:
             what = "tools" if fault.startswith("tools: ") else "response_format"
             message = f"{what}: the answer is not in the form that was asked for: {fault.removeprefix('tools: ')}"
@@ -141,17 +173,19 @@ class FinalCaller:
             raise RequestError(f"{message}; its text: {shown}", param=what, code="invalid_answer", status=422)
         if not choice.text.strip() and not choice.tool_calls:
             raise EmptyAnswerError("the final call wrote nothing; ask again, or raise max_tokens")
-        return _Written(choice=choice, replies=replies)
+        return _Written(choice=lead.joined(choice) if lead else choice, replies=replies)
 
     def _call(self, state: QueryState, card: AgentCard, final: FinalCall, number: int, *, is_prompted: bool) -> AgentCall:
         is_forced = is_prompted and final.tool_choice != "auto"
         is_guided = SCHEMA in card.abilities
-        schema = (calls_schema(final) if is_forced else None if is_prompted else final.schema) if is_guided else None
+        wanted = calls_schema(final) if is_forced else None if final.tools and _runs_model(card) else final.schema
+        schema = wanted if is_guided else None
         sampling = self._dispatcher.sampling_for(state.query, card.sampling, is_final=True)
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + number)
-        if schema is not None and TOOLS not in card.abilities and "enable_thinking" not in dict(sampling.template):
-            # A thought is no JSON; an endpoint knows that itself.
+        is_bound = schema is not None or (bool(final.tools) and final.tool_choice != "auto")
+        if is_bound and is_guided and _runs_model(card) and "enable_thinking" not in dict(sampling.template):
+            # A thought is no JSON, and no call; an endpoint knows that itself.
             sampling = replace(sampling, template=(*sampling.template, ("enable_thinking", False)))
         # A model that has to call tools is not told of the schema of an answer in text.
         told = form_prompt(replace(final, schema=None) if is_forced else final, has_tools=is_prompted)
@@ -190,15 +224,22 @@ def _lack(card: AgentCard, final: FinalCall) -> str:
     return ""
 
 
-def _read(reply: AgentReply, final: FinalCall, *, is_prompted: bool) -> tuple[Choice, str]:
+def _runs_model(card: AgentCard) -> bool:
+    """Whether the engine is no endpoint, which would know by itself how tools, thoughts and schemas go together."""
+    return TOOL_PROMPT in card.abilities
+
+
+def _read(reply: AgentReply, card: AgentCard, final: FinalCall) -> tuple[Choice, str]:
     """Return a reply as a choice, and what is wrong with its form; a text that a limit of tokens cut is given as it is."""
     is_cut = reply.finish_reason == "length"
     text, calls, fault = reply.text, reply.tool_calls, ""
-    if is_prompted:
+    if final.tools and TOOLS not in card.abilities:
         calls, fault = calls_in(text, final)
         text = "" if calls else text
     elif final.tools and not calls and final.tool_choice != "auto":
         fault = "no tool is called"
+    elif calls and _runs_model(card):
+        fault = calls_fault(calls, final)
     fault = f"tools: {fault}" if fault else ""
     if final.schema is not None and not calls and not fault:
         text = unwrapped(text)

@@ -126,7 +126,7 @@ def _card(config: Config, agent: AgentConfig) -> AgentCard:
         is_recorded=config.llms[agent.llm].engine_entry.is_recorded,
         price=_price(config, agent.llm),
         engine=config.llms[agent.llm].engine,
-        abilities=frozenset(config.llms[agent.llm].engine_entry.abilities),
+        abilities=config.llms[agent.llm].abilities,
     )
 
 

@@ -188,14 +188,23 @@ def calls_in(text: str, final: FinalCall) -> tuple[tuple[ToolCall, ...], str]:
     found = _calls(text, {tool["name"] for tool in final.tools})
     if not found:
         return (), "" if final.tool_choice == "auto" else "no tool is called"
-    if len(found) > (MAX_CALLS if final.is_parallel else 1):
-        return (), f"{len(found)} calls; expected at most {MAX_CALLS if final.is_parallel else 1}"
-    for call in found:
-        fault = _call_fault(call, final)
-        if fault:
-            return (), fault
+    fault = _fault_of_calls(found, final)
+    if fault:
+        return (), fault
     made = (ToolCall(call_id=new_call_id(), name=call["name"], arguments=json.dumps(call["arguments"])) for call in found)
     return tuple(made), ""
+
+
+def calls_fault(calls: Sequence[ToolCall], final: FinalCall) -> str:
+    """Return what is wrong with calls that an engine read of what its model wrote, empty if nothing."""
+    return _fault_of_calls([{"name": call.name, "arguments": _arguments(call.arguments)} for call in calls], final)
+
+
+def _fault_of_calls(found: Sequence[Mapping[str, Any]], final: FinalCall) -> str:
+    most = MAX_CALLS if final.is_parallel else 1
+    if len(found) > most:
+        return f"{len(found)} calls; expected at most {most}"
+    return next(filter(None, (_call_fault(call, final) for call in found)), "")
 
 
 def _calls(text: str, names: set[str]) -> list[dict[str, Any]]:

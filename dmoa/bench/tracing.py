@@ -1,6 +1,6 @@
 """otlp: what spans cost a step: its time with an exporter to a collector on this machine over that without, and what off costs.
 
-Two apps of P4's pool on one server, in turns: an arm asks for some seconds, then waits until its spans are sent, so that no work
+Two apps of P4's hops on one server, in turns: an arm asks for some seconds, then waits until its spans are sent, so that no work
 of one falls into the time of the other. Off is one call that returns at once, timed in process, as a share of a query's time.
 """
 
@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 
 from dmoa.bench.harness import BenchResult, Spread, interleave, ratio, record, seconds_per_call, spread
-from dmoa.bench.latency import ENGINE, NUM_AGENTS, STEPS, WIDTH, null_pool, swarm_steps
+from dmoa.bench.latency import ENGINE, STEPS, WIDTH, null_pool, swarm_steps
 from dmoa.bench.serve_process import BenchServer
 from dmoa.config import TracingConfig
 from dmoa.errors import DmoaError
@@ -94,7 +94,7 @@ def run(ids: Iterable[str], rounds: int | None = None) -> list[BenchResult]:
 
 def run_otlp(rounds: int) -> list[BenchResult]:
     """Measure a step with spans against one without, and what remains of it while they are off."""
-    pool = null_pool(NUM_AGENTS, placement="dedicated", mode="llm")
+    pool = null_pool(WIDTH, placement="dedicated", mode="llm")
     with collector() as (url, sizes):
         traced = pool.model_copy(update={"tracing": TracingConfig(otlp_endpoint=url)})
         with (
@@ -113,7 +113,7 @@ def run_otlp(rounds: int) -> list[BenchResult]:
 def _results(medians: dict[str, list[float]], sent_bytes: int, off_s: float) -> list[BenchResult]:
     found = ratio(medians["on"], medians["off"])
     note = f"p50 of a step with spans to a collector over that without, {TAKE_S:g} s of queries an arm and round, {sent_bytes} "
-    note += f"bytes sent; A={NUM_AGENTS} dedicated, K={WIDTH}, llm summarizer; ms without {spread(medians['off']).value:.2f}"
+    note += f"bytes sent; A=K={WIDTH} dedicated, llm summarizer; ms without {spread(medians['off']).value:.2f}"
     share = off_s * 1e3 / (STEPS * spread(medians["off"]).value)
     off = Spread(share, share, share, 1)
     beside = f"{off_s * 1e6:.2f} us a query while spans are off, as a share of the {STEPS} steps of one"

@@ -138,7 +138,7 @@ def build_scripted(context: EngineContext) -> Engine:
     "vllm",
     options=VllmOptions,
     adapter_rules="vllm",
-    abilities=(*_HINTS, "schema", "tool_prompt"),
+    abilities=(*_HINTS, "schema", "tool_prompt", "logprobs"),
     deployment="dmoa.serving.vllm_replica:vllm_deployment",
 )
 def build_vllm(context: EngineContext) -> Engine:

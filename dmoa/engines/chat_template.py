@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,17 +27,24 @@ _LOCK = threading.Lock()
 
 
 def encode_chat(
-    tokenizer: Any, messages: Sequence[Message], *, model: str, settings: Sequence[tuple[str, Any]] = ()
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    model: str,
+    settings: Sequence[tuple[str, Any]] = (),
+    tools: Sequence[dict[str, Any]] = (),
 ) -> list[int]:
     """Return a prompt's tokens by the chat template of a transformers tokenizer; raises EngineError without a message.
 
     A last message of the assistant's is continued; after any other the template opens the reply. Control tokens that messages
     name are encoded as the text that they are, so no message can end its turn or open another. `settings`: `Sampling.template`.
+    `tools`: as the template is told of them, names in them being no more than text either.
     """
     if not messages:
         raise EngineError(f"{model}: messages is empty; give at least one")
     controls = _controls_of(tokenizer)
-    is_forged = any(controls.are_in(message.content) for message in messages)
+    is_forged = any(map(controls.are_in, (*(message.content for message in messages), *_texts_of(list(tools)))))
+    offered = {"tools": [controls.broken_tree(tool) for tool in tools] if is_forged else list(tools)} if tools else {}
     is_continued = messages[-1].role == "assistant"
     text = tokenizer.apply_chat_template(
         [
@@ -47,7 +54,7 @@ def encode_chat(
         tokenize=False,
         add_generation_prompt=not is_continued,
         continue_final_message=is_continued,
-        **dict(settings),
+        **dict(settings) | offered,
     )
     if is_forged:
         return controls.encode(text)
@@ -81,7 +88,7 @@ class _Controls:
     def __init__(self, tokenizer: Any) -> None:
         self._backend = tokenizer.backend_tokenizer
         added = self._backend.get_added_tokens_decoder().values()
-        template = _template_text(tokenizer.chat_template)
+        template = template_text(tokenizer.chat_template)
         # DeepSeek's tokens of roles and Qwen's of tools, say, are not marked as special, yet their templates build on them;
         # other added tokens (runs of spaces, tags of HTML) are ordinary text.
         found = [token for token in added if token.special or (_is_sign(token.content) and token.content in template)]
@@ -107,6 +114,14 @@ class _Controls:
         while self._pattern.search(text):
             text = self._pattern.sub(lambda match: f"{match[0][0]}{self._seam}{match[0][1:]}", text)
         return text
+
+    def broken_tree(self, value: Any) -> Any:
+        """Return plain values with a seam in every name of a control token in their texts and keys."""
+        if isinstance(value, dict):
+            return {self.broken(key): self.broken_tree(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.broken_tree(inner) for inner in value]
+        return self.broken(value) if isinstance(value, str) else value
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a rendered conversation whose messages are `broken`."""
@@ -144,7 +159,19 @@ class _Controls:
         return any(part in self._aliases for part in (left, right, left + right))
 
 
-def _template_text(template: Any) -> str:
+def _texts_of(value: Any) -> Iterator[str]:
+    """Yield the texts and keys in plain values."""
+    if isinstance(value, dict):
+        yield from value
+        yield from _texts_of(list(value.values()))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts_of(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+def template_text(template: Any) -> str:
     """Return a chat template's source; of several named ones all together."""
     return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 

@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from dmoa.answer_form import new_call_id
+from dmoa.answer_form import NEVER_NATS, new_call_id
 from dmoa.core.entropy_scope import answer_tokens
 from dmoa.core.reasoning import split_reasoning
 from dmoa.core.truncated_entropy import listed_entropy
@@ -54,8 +54,6 @@ _CALLED = re.compile(r"toolcalls?|tooluse|functioncall")
 """What they call the end of a turn that asks for a tool; text before the call is the reply, because no tool was offered."""
 _FILTERED = re.compile(r"contentfilter(?:ed)?|safety|recitation|blocklist|prohibitedcontent|sensitive")
 _MIN_KEY_CHARS = 12
-_NEVER = -9999.0
-"""What endpoints write for a log-probability of nothing."""
 _DONE = "[DONE]"
 _BOM = b"\xef\xbb\xbf"
 
@@ -440,7 +438,7 @@ def _told(row: _Row, most: int) -> dict[str, Any]:
 
     def part(item: _Listed) -> dict[str, Any]:
         data = list(item.token.encode(errors="replace")) if not isinstance(item, _Row) or item.data is None else item.data
-        nats = item.logprob if item.logprob is not None and math.isfinite(item.logprob) else _NEVER
+        nats = item.logprob if item.logprob is not None and math.isfinite(item.logprob) else NEVER_NATS
         return {"token": item.token, "logprob": nats, "bytes": data}
 
     return part(row) | {"top_logprobs": [part(item) for item in (row.top_logprobs or [])[:most]]}

@@ -148,7 +148,7 @@ class SwarmIngress:
     @property
     def abilities(self) -> frozenset[str]:
         """What at least one of the pool's engines can do beyond plain replies."""
-        return frozenset(ability for llm in self._config.llms.values() for ability in llm.engine_entry.abilities)
+        return frozenset(ability for llm in self._config.llms.values() for ability in llm.abilities)
 
     async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
         """Answer one query on one version of the pool, here or at the ingress of a newer one; see `Swarm.ask`."""

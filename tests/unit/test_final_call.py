@@ -33,6 +33,7 @@ TOOLS = ({"name": "add", "parameters": {"type": "object", "properties": {"a": {"
 NATIVE = frozenset({"tools", "schema", "logprobs"})
 PROMPTED = frozenset({"tool_prompt"})
 GUIDED = frozenset({"tool_prompt", "schema"})
+OWN = frozenset({"tools", "tool_prompt", "schema", "logprobs"})
 CALL = '{"tool_calls": [{"name": "add", "arguments": {"a": 1}}]}'
 FORM: dict[str, Any] = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 
@@ -239,6 +240,49 @@ async def test_text_is_handed_on_where_it_is_sure_to_be_the_answer(final: FinalC
     events = [event async for event in built.answer(asked, Schedule(asks("one", ends_with="single")))]
     assert [event.text for event in events if isinstance(event, TextDelta)] == pieces
     assert [type(event) for event in events if not isinstance(event, TextDelta)] == [StepRecord, StepRecord, Answer]
+
+
+@pytest.mark.parametrize(
+    ("replies", "pieces", "text", "calls"),
+    [
+        (("It is 19.",), ["It is 19."], "It is 19.", 0),
+        (("It is `19`.",), ["It is "], "It is `19`.", 0),
+        ((f"I look. {CALL}",), ["I look. "], "I look. ", 1),
+        ((CALL,), [], "", 1),
+        (('I look. {"tool_calls": [{"name": "x", "arguments": {}}]}', CALL), ["I look. "], "I look. ", 1),
+        (('I look. {"tool_calls": [{"name": "x", "arguments": {}}]}', "It is 19."), ["I look. "], "I look. \n\nIt is 19.", 0),
+    ],
+)
+async def test_with_tools_in_words_text_is_handed_on_up_to_where_a_call_may_begin(
+    replies: tuple[str, ...], pieces: list[str], text: str, calls: int
+) -> None:
+    asked = replace(query(), final=FinalCall(tools=TOOLS), is_streamed=True)
+    built = orchestrator(Writers(*replies), one=PROMPTED)
+    events = [event async for event in built.answer(asked, Schedule(asks("one", ends_with="single")))]
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == "".join(pieces)
+    answer = events[-1]
+    assert isinstance(answer, Answer)
+    assert (answer.text, len(answer.choices[0].tool_calls)) == (text, calls)
+
+
+async def test_calls_that_an_engine_read_of_its_own_model_are_checked_and_asked_for_once_more() -> None:
+    wrong, right = (ToolCall(call_id="c", name=name, arguments='{"a": 1}') for name in ("ad", "add"))
+    agents = Writers(*(AgentReply(agent="", status="ok", tool_calls=(call,)) for call in (wrong, right)))
+    answer = await written(agents, FinalCall(tools=TOOLS, tool_choice="required"), one=OWN)
+    assert answer.choices[0].tool_calls == (right,)
+    first, repair = agents.finals
+    assert first.final == FinalCall(tools=TOOLS, tool_choice="required")
+    assert first.sampling.template == (("enable_thinking", False),)
+    assert "'ad' is called; expected add" in repair.messages[-1].content
+
+
+async def test_with_tools_a_model_of_ones_own_is_guided_to_no_schema() -> None:
+    agents = Writers('{"n": "x"}', '{"n": 1}')
+    final = FinalCall(tools=TOOLS, schema=FORM, schema_name="f")
+    answer = await written(agents, final, one=OWN)
+    assert answer.text == '{"n": 1}'
+    assert [call.final and call.final.schema for call in agents.finals] == [None, None]
+    assert "JSON Schema" in agents.finals[0].messages[-1].content
 
 
 @pytest.mark.parametrize(

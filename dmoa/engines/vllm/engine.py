@@ -20,6 +20,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+from dmoa.answer_form import NEVER_NATS, FinalCall
 from dmoa.core.entropy import NOT_FINITE
 from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.engines.chat_template import encode_chat, opened_thought, room_for_reply
@@ -27,6 +28,7 @@ from dmoa.engines.thoughts import cuts_of
 from dmoa.engines.vllm.entropy import KEY
 from dmoa.engines.vllm.entropy_store import RequestSums, Wanted
 from dmoa.engines.vllm.thoughts import ReasoningFormat, ReplyText
+from dmoa.engines.vllm.tools import ToolFormat, ToolReader
 from dmoa.errors import EngineError
 from dmoa.types import EntropySum, FinishReason, Generation, GenerationRequest, Sampling, TextDelta, TokenUsage
 
@@ -111,11 +113,12 @@ class VllmEngine:
         model_label: str = "vllm",
         listed: Listed | None = None,
         reasoning_parser: str | None = None,
+        tool_parser: str | None = None,
     ) -> None:
         """`client`: a started vLLM client; `adapters` maps the names that requests use to LoRA folders on this machine.
 
-        Without `listed` the client must run the classes of `engines/vllm/entropy`. `reasoning_parser` names one of vLLM's; raises
-        ConfigError for one that does not fit.
+        Without `listed` the client must run the classes of `engines/vllm/entropy`. `reasoning_parser` and `tool_parser` name two
+        of vLLM's; raises ConfigError for one that does not fit.
         """
         self._client = client
         self._tokenizer = tokenizer
@@ -127,6 +130,7 @@ class VllmEngine:
             name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate((adapters or {}).items(), 1)
         }
         self._format = ReasoningFormat(tokenizer, reasoning_parser)
+        self._tool_format = ToolFormat(tokenizer, tool_parser)
         self._taker = EntropyTaker(client)
         self._numbers = count()
 
@@ -145,20 +149,24 @@ class VllmEngine:
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[TextDelta | Generation, None]:
         """Generate one continuation, yielding pieces of text and last the whole Generation. Raises EngineError."""
-        accepted_s = time.perf_counter()
-        tokens = encode_chat(self._tokenizer, request.messages, model=self._name, settings=request.sampling.template)
+        accepted_s, sampling, final = time.perf_counter(), request.sampling, request.final
+        reader = self._reader(final)
+        offered = reader.tools if reader else ()
+        tokens = encode_chat(self._tokenizer, request.messages, model=self._name, settings=sampling.template, tools=offered)
         room = room_for_reply(len(tokens), self._max_model_len, model=self._name)
         key = f"{request.request_id}-{next(self._numbers)}"
-        text = ReplyText(self._format, tokens, opened_thought(self._tokenizer, tokens, request.messages))
-        reply = _Reply(len(tokens), accepted_s, self._listed, text)
-        params = _params(request.sampling, request.call_id, room)
-        params.skip_special_tokens = not self._format.keeps_marks
-        if request.final is not None and request.final.schema is not None:
-            params.structured_outputs = StructuredOutputsParams(json=request.final.schema)
+        opened = opened_thought(self._tokenizer, tokens, request.messages)
+        text = ReplyText(self._format, tokens, opened, keeps_marks=reader is not None and reader.keeps_marks)
+        reply = _Reply(len(tokens), accepted_s, self._listed, text, reader, final.top_logprobs if final else None)
+        params = _params(sampling, request.call_id, room)
+        params.skip_special_tokens = not (self._format.keeps_marks or (reader is not None and reader.keeps_marks))
+        if reader is not None:
+            reader.bind(params)
+        elif final is not None and final.schema is not None:
+            params.structured_outputs = StructuredOutputsParams(json=final.schema)
+        self._ask_for_logprobs(params, final)
         if self._listed is None:
             params.extra_args = {KEY: key}
-        else:
-            params.logprobs, params.flat_logprobs = self._listed.top_logprobs, True
         try:
             outputs = self._client.generate({"prompt_token_ids": tokens}, params, key, lora_request=self._lora(request.adapter))
             async with aclosing(outputs):
@@ -180,6 +188,19 @@ class VllmEngine:
         if not math.isfinite(whole.entropy.sum_nats + whole.reasoning_entropy.sum_nats):
             raise EngineError(f"{self._name}: {NOT_FINITE}")
         yield whole
+
+    def _reader(self, final: FinalCall | None) -> ToolReader | None:
+        try:
+            return self._tool_format.reader(final)
+        except Exception as error:  # whatever vLLM has against the client's tools
+            raise EngineError(f"{self._name}: tools: vLLM cannot offer them: {type(error).__name__}: {error}") from error
+
+    def _ask_for_logprobs(self, params: SamplingParams, final: FinalCall | None) -> None:
+        """Ask for as many as the client wants, or as the bounds of the entropies take."""
+        wanted = [] if final is None or final.top_logprobs is None else [final.top_logprobs]
+        wanted += [self._listed.top_logprobs] if self._listed else []
+        if wanted:
+            params.logprobs, params.flat_logprobs = max(wanted), True
 
     async def close(self) -> None:
         """Stop vLLM; requests in flight fail with EngineError."""
@@ -204,11 +225,24 @@ class VllmEngine:
 class _Reply:
     """What has come of one call."""
 
-    def __init__(self, prompt_tokens: int, accepted_s: float, listed: Listed | None, text: ReplyText) -> None:
+    def __init__(
+        self,
+        prompt_tokens: int,
+        accepted_s: float,
+        listed: Listed | None,
+        text: ReplyText,
+        reader: ToolReader | None,
+        top_logprobs: int | None,
+    ) -> None:
+        """`top_logprobs`: how many a client wants of each token of the answer; None: none."""
         self.num_tokens = 0
+        self._reader = reader
+        self._tokens: list[int] = []
+        self._top_logprobs = top_logprobs
+        self._rows: list[dict[str, Any]] = []
         self.is_answer: list[bool] = []
         """Of every token whether it is the answer's, once the reply has ended."""
-        self._vocab_size = listed.vocab_size if listed else 0
+        self._vocab_size = listed.vocab_size if listed else None
         self._listed_entropies: list[EntropySum] = []
         self._prompt_tokens = prompt_tokens
         self._accepted_s = accepted_s
@@ -216,6 +250,8 @@ class _Reply:
         self._cached_tokens = 0
         self._queue_ms = 0.0
         self._finish: FinishReason = "length"
+        self._has_end = False
+        """Whether its last token is the model's own end of a reply, which is no part of the text."""
 
     def take(self, output: Any) -> list[TextDelta]:
         """Take what vLLM tells next; return what may be shown. Raises EngineError for a call that vLLM itself gave up."""
@@ -225,25 +261,33 @@ class _Reply:
         self.num_tokens += len(part.token_ids)
         self._cached_tokens = output.num_cached_tokens or self._cached_tokens
         if part.logprobs is not None:
-            self._bound(part.logprobs)
+            self._list(part.logprobs)
         if part.finish_reason is not None:
+            self._has_end = part.finish_reason == "stop" and part.stop_reason is None
             self._finish = "stop" if part.finish_reason == "stop" else "length"
         metrics = output.metrics
         if metrics is not None and metrics.scheduled_ts and metrics.queued_ts:
             self._queue_ms = max(0.0, (metrics.scheduled_ts - metrics.queued_ts) * 1e3)
-        return self._text.feed(part.text, part.token_ids)
+        pieces = self._text.feed(part.text, part.token_ids)
+        if self._reader is None:
+            return pieces
+        self._tokens += part.token_ids
+        return self._reader.feed(pieces, part.token_ids)
 
     def finish(self) -> list[TextDelta]:
         """Take the reply as ended, at the deadline too; return what is still to be shown."""
         shown = self._text.finish()
         self.is_answer = self._text.answer_tokens()
-        return shown
+        return shown if self._reader is None else self._reader.feed(shown, ())
 
-    def _bound(self, logprobs: Any) -> None:
-        """Count the tokens of vLLM's flat record; a position lists the chosen token, and again where it is among the first."""
+    def _list(self, logprobs: Any) -> None:
+        """Take the tokens of vLLM's flat record; a position lists the chosen token, and again where it is among the first."""
         for start, end in zip(logprobs.start_indices, logprobs.end_indices, strict=True):
-            listed = dict(zip(logprobs.token_ids[start:end], logprobs.logprobs[start:end], strict=True))
-            self._listed_entropies.append(listed_entropy(list(listed.values()), self._vocab_size))
+            if self._vocab_size is not None:
+                listed = dict(zip(logprobs.token_ids[start:end], logprobs.logprobs[start:end], strict=True))
+                self._listed_entropies.append(listed_entropy(list(listed.values()), self._vocab_size))
+            if self._top_logprobs is not None:
+                self._rows.append(_row(logprobs, range(start, end), self._top_logprobs))
 
     def whole(self, sums: RequestSums | None) -> Generation:
         """Return the whole of it, with the sums that vLLM kept; None: with those of the listed log-probabilities."""
@@ -256,13 +300,16 @@ class _Reply:
                     entropy += of_token
                 else:
                     its_entropy += of_token
-        text, thought_tokens = self._text.text, self.is_answer.count(False)
+        text, calls = (self._text.text, ()) if self._reader is None else self._reader.finish(self._text.text, self._tokens)
+        thought_tokens = self.is_answer.count(False)
         return Generation(
             text=text,
             reasoning=self._text.reasoning,
             raw=self._text.raw,
             # A thought without an answer never ended, or might as well not have.
-            finish_reason="length" if thought_tokens and not text.strip() else self._finish,
+            finish_reason="length" if thought_tokens and not (text.strip() or calls) else self._finish,
+            tool_calls=calls,
+            logprobs=self._logprobs(),
             entropy=entropy,
             reasoning_entropy=its_entropy if thought_tokens else EntropySum(),
             usage=TokenUsage(
@@ -274,6 +321,26 @@ class _Reply:
             engine_ms=(time.perf_counter() - self._accepted_s) * 1e3,
             queue_ms=self._queue_ms,
         )
+
+    def _logprobs(self) -> tuple[dict[str, Any], ...] | None:
+        """Return the rows of the answer's tokens, without the one that ended it; None where none were asked for."""
+        if self._top_logprobs is None:
+            return None
+        rows = [row for is_answer, row in zip(self.is_answer, self._rows, strict=True) if is_answer]
+        return tuple(rows[:-1] if self._has_end else rows)
+
+
+def _row(logprobs: Any, places: range, most: int) -> dict[str, Any]:
+    """Return a position of vLLM's flat record as OpenAI's objects have it, with the most probable tokens."""
+
+    def part(place: int) -> dict[str, Any]:
+        token, nats = logprobs.decoded_tokens[place] or "", logprobs.logprobs[place]
+        data = list(token.encode(errors="replace"))
+        return {"token": token, "logprob": nats if math.isfinite(nats) else NEVER_NATS, "bytes": data}
+
+    places_by_id = {logprobs.token_ids[place]: place for place in places}
+    first = sorted(places_by_id.values(), key=lambda place: -logprobs.logprobs[place])[:most]
+    return part(places[0]) | {"top_logprobs": [part(place) for place in first]}
 
 
 async def _until(outputs: AsyncIterator[Any], deadline_unix_s: float | None) -> AsyncIterator[Any]:

@@ -38,14 +38,16 @@ def start_vllm(part: LlmConfig, llm: str, adapters: Collection[str], gpus: GpuSl
 
 
 def check_parser(given: VllmOptions, llm: str) -> None:
-    """Check that vLLM has the reasoning parser that an LLM names, before vLLM starts. Blocks; raises ConfigError."""
-    if given.reasoning_parser is None:
+    """Check that vLLM has the parsers that an LLM names, before vLLM starts. Blocks; raises ConfigError."""
+    if given.reasoning_parser is None and given.tool_parser is None:
         return
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported
     from dmoa.engines.vllm.thoughts import parser_class
+    from dmoa.engines.vllm.tools import tool_parser_class
 
     try:
         parser_class(given.reasoning_parser)
+        tool_parser_class(given.tool_parser)
     except ConfigError as error:
         raise ConfigError(f"llms.{llm}.{error}") from error
 
@@ -126,4 +128,5 @@ def engine_over(client: Any, part: LlmConfig, given: VllmOptions, adapters: Coll
         model_label=model_id(part.model),
         listed=None if given.entropy == "exact" else Listed(given.top_logprobs, built.get_vocab_size()),
         reasoning_parser=given.reasoning_parser,
+        tool_parser=given.tool_parser,
     )

@@ -5,7 +5,7 @@ By a reasoning parser of vLLM's own where the pool names one, else by the marks 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
@@ -25,20 +25,38 @@ HARMONY = "openai_gptoss"
 
 def parser_class(name: str | None) -> type[ReasoningParser] | None:
     """Return vLLM's reasoning parser of a name, None where none is needed. Raises ConfigError, which lists what vLLM has."""
-    if name is None or name == HARMONY:
+    if name == HARMONY:
         return None
     known = ReasoningParserManager.list_registered()
+    found: type[ReasoningParser] | None = parser_of("reasoning_parser", name, known, ReasoningParserManager.get_reasoning_parser)
+    return found
+
+
+def parser_of(option: str, name: str | None, known: Sequence[str], get: Callable[[str], Any]) -> Any:
+    """Return what vLLM has under a name that an option gives, None for none. Raises ConfigError, which lists what vLLM has."""
+    if name is None:
+        return None
     if name not in known:
         close = get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(
-            f"engine_kwargs.reasoning_parser is {name!r}; {hint}this vLLM has {', '.join(known)}; name one, or leave it out"
+            f"engine_kwargs.{option} is {name!r}; {hint}this vLLM has {', '.join(known)}; name one, or leave it out"
         )
     try:
-        found: type[ReasoningParser] = ReasoningParserManager.get_reasoning_parser(name)
+        return get(name)
     except ImportError as error:
-        raise ConfigError(f"engine_kwargs.reasoning_parser is {name!r}, which vLLM cannot load: {error}; install that") from error
-    return found
+        raise ConfigError(f"engine_kwargs.{option} is {name!r}, which vLLM cannot load: {error}; install that") from error
+
+
+def check_fits(option: str, name: str | None, make: Callable[[], object]) -> None:
+    """Raise ConfigError where vLLM's parser cannot be made for a model's tokenizer."""
+    try:
+        make()
+    except Exception as error:  # whatever a parser of vLLM's has against the tokenizer
+        raise ConfigError(
+            f"engine_kwargs.{option} is {name!r}, which does not fit the model: {error}; name the one that the "
+            "model's card names, or leave it out"
+        ) from error
 
 
 class ReasoningFormat:
@@ -51,29 +69,34 @@ class ReasoningFormat:
         self._parser = parser_class(parser)
         self.keeps_marks = parser is not None or has_special_marks(self.backend)
         """Whether vLLM is to leave special tokens in the text, because some of them mark thoughts."""
-        try:
-            self.new_parser()
-        except Exception as error:  # whatever a parser of vLLM's has against the tokenizer
-            raise ConfigError(
-                f"engine_kwargs.reasoning_parser is {parser!r}, which does not fit the model: {error}; name the one that the "
-                "model's card names, or leave it out"
-            ) from error
+        check_fits("reasoning_parser", parser, self.new_parser)
 
     def new_parser(self) -> ReasoningParser | None:
         """Return vLLM's parser for one reply; None where the marks are known here."""
         return self._parser(self._tokenizer) if self._parser else None
 
-    def decoder(self, prompt_tokens: Sequence[int]) -> DecodeStream:
+    def decoder(self, prompt_tokens: Sequence[int], *, keeps_marks: bool) -> DecodeStream:
         """Return what decodes a reply token by token, as vLLM does."""
-        return DecodeStream(ids=list(prompt_tokens), skip_special_tokens=not self.keeps_marks)
+        return DecodeStream(ids=list(prompt_tokens), skip_special_tokens=not (self.keeps_marks or keeps_marks))
 
 
 class ReplyText:
     """The text of one reply as it comes, without its thoughts."""
 
-    def __init__(self, given: ReasoningFormat, prompt_tokens: Sequence[int], opened: tuple[bool, str] = (False, "")) -> None:
-        """`opened`: whether the prompt leaves a thought open, and by which text of the chat template (`opened_thought`)."""
+    def __init__(
+        self,
+        given: ReasoningFormat,
+        prompt_tokens: Sequence[int],
+        opened: tuple[bool, str] = (False, ""),
+        *,
+        keeps_marks: bool = False,
+    ) -> None:
+        """`opened`: whether the prompt leaves a thought open, and by which text of the chat template (`opened_thought`).
+
+        `keeps_marks`: vLLM leaves special tokens in this text for another reason than thoughts.
+        """
         self._format = given
+        self._keeps_marks = keeps_marks
         self._opening = opened[1]
         self._prompt_tokens = prompt_tokens
         self._decoder: DecodeStream | None = None
@@ -147,7 +170,7 @@ class ReplyText:
 
     def _measure(self) -> None:
         if self._decoder is None:
-            self._decoder = self._format.decoder(self._prompt_tokens)
+            self._decoder = self._format.decoder(self._prompt_tokens, keeps_marks=self._keeps_marks)
         for number in range(len(self._ends), len(self._tokens)):
             piece = self._decoder.step(self._format.backend, self._tokens[number]) or ""
             self._ends.append(self._start(number) + len(piece))
