@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import socket
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ _LOG = logging.getLogger("dmoa.view")
 _MAX_POINTS = 2000
 """Points of one curve; of a longer one every so many."""
 _MAX_TRACE_FILES = 20_000
+_SPLIT = re.compile(r"^(train|held)_")
+"""What names the rows of a curve: `train_loss` and `held_loss` are drawn together."""
 
 
 class Folder:
@@ -143,7 +146,7 @@ def of_evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def of_training(path: Path) -> dict[str, Any]:
-    """Return the curves that a run logged, those of one kind (`train/loss`, `valid/loss`) together."""
+    """Return the curves that a run logged, those of one kind (`train/loss`, `held_loss`) together."""
     settings: dict[str, Any] = {}
     series: dict[str, list[list[float]]] = defaultdict(list)
     for number, message in enumerate(_messages(path)):
@@ -157,7 +160,7 @@ def of_training(path: Path) -> dict[str, Any]:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, points in series.items():
         thinned = points[:: math.ceil(len(points) / _MAX_POINTS)]
-        groups[name.rpartition("/")[2]].append({"name": name, "points": thinned})
+        groups[_SPLIT.sub("", name.rpartition("/")[2])].append({"name": name, "points": thinned})
     facts = {name: str(settings[name]) for name in ("command", "dmoa_version", "code_revision") if settings.get(name)}
     return {
         "facts": facts,

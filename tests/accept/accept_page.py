@@ -182,6 +182,22 @@ def live(tab: Tab, url: str, service: PoolService, out: Path) -> dict[str, Any]:
     }
 
 
+def narrow(tab: Tab, url: str, trace: str, out: Path) -> dict[str, Any]:
+    """Every view on a telephone, in the dark: none is wider than the screen."""
+    tab.send("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
+    tab.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    widths = {}
+    for view in (*VIEWS, f"#/query/{trace}"):
+        tab.open("about:blank")
+        tab.open(f"{url}/{view}")
+        tab.until("!!document.querySelector('main h1')")
+        widths[view.split("/")[1]] = tab.run("document.documentElement.scrollWidth")
+        tab.screenshot(out / f"narrow-{view.split('/')[1]}.png")
+    tab.send("Emulation.clearDeviceMetricsOverride")
+    tab.send("Emulation.setEmulatedMedia", features=[])
+    return {"fits_a_telephone": max(widths.values()) <= 390}
+
+
 def axe(tab: Tab, url: str, trace: str) -> dict[str, Any]:
     """What axe-core finds serious in each view; empty where it is not at hand."""
     place = Path(os.environ.get("AXE", "node_modules/axe-core/axe.min.js"))
@@ -205,7 +221,7 @@ def check(out: Path) -> dict[str, Any]:
         tab = new_tab()
         trace = ask(url, "What is 12 + 7?")
         found = query_view(tab, url, out) | playground(tab, url, out) | gates(tab, url, out)
-        found |= axe(tab, url, trace) | live(tab, url, service, out)
+        found |= narrow(tab, url, trace, out) | axe(tab, url, trace) | live(tab, url, service, out)
         found["problems"] = tab.problems
     passed = all(value for name, value in found.items() if name not in ("problems", "axe", "slowest_scroll_ms"))
     return found | {"passed": passed and not tab.problems}

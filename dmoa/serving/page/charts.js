@@ -75,7 +75,7 @@ export function timeline(calls, total) {
   const H = calls.length * row + 24;
   return s("svg", { class: "timeline", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `When each of ${calls.length} calls ran, over ${Math.round(end)} ms` },
     ticks(0, end, 9).map((at) => [s("line", { class: "grid", x1: px(at), x2: px(at), y1: 0, y2: H - 20 }),
-      s("text", { x: px(at), y: H - 6, "text-anchor": "middle" }, at >= 10000 ? `${short(at / 1000)} s` : `${short(at)} ms`)]),
+      s("text", { x: px(at), y: H - 6, "text-anchor": "middle" }, end >= 2000 ? `${short(at / 1000)} s` : `${short(at)} ms`)]),
     calls.map((call, i) => [
       s("text", { x: left - 8, y: i * row + 15, "text-anchor": "end" }, call.name.slice(0, 28)),
       s("rect", { x: px(call.start), y: i * row + 4, height: row - 8, rx: 2, width: Math.max(2, px(call.start + call.ms) - px(call.start)), class: call.kind },

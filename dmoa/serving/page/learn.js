@@ -23,10 +23,15 @@ function one(run) {
 }
 
 function training(run) {
+  const lines = run.curves.flatMap((group) => group.series);
+  const once = lines.filter((line) => line.points.length === 1);
+  const curves = run.curves.map((group) => ({ ...group, series: group.series.filter((line) => line.points.length > 1) }));
   return h("div", {}, facts(run.facts),
-    run.curves.length === 0 && h("p", { class: "hint" }, "Nothing was logged yet."),
-    h("div", { class: "charts" }, run.curves.map((group) => chart({ title: group.title, x: "step", y: group.title, series: group.series.map((line) =>
+    lines.length === 0 && h("p", { class: "hint" }, "Nothing was logged yet."),
+    h("div", { class: "charts" }, curves.filter((group) => group.series.length).map((group) => chart({ title: group.title, x: "step", y: group.title, series: group.series.map((line) =>
       ({ name: line.name, isLine: true, points: line.points.map(([x, y]) => ({ x, y })) })) }))),
+    once.length > 0 && folded(`${once.length} figures that were logged once`, () => table("Logged once", ["figure", "value"],
+      once.map((line) => [line.name, String(+line.points[0][1].toPrecision(5))])), true),
     run.settings && folded("Settings", () => h("pre", { tabindex: 0 }, JSON.stringify(run.settings, null, 2))));
 }
 

@@ -55,7 +55,7 @@ function times(trace) {
     }] : [];
     return [...asked, ...fold];
   });
-  return timeline(calls, trace.wall_ms);
+  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "When" }, timeline(calls, trace.wall_ms));
 }
 
 function copies(trace) {

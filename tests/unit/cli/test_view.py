@@ -26,6 +26,7 @@ def folder(tmp_path: Path) -> Path:
     lines = [
         {"op": "config", "values": {"command": "dmoa train"}},
         *({"op": "log", "step": step, "metrics": {"train/loss": 1.0 / (1 + step), "valid/loss": None}} for step in (0, 1)),
+        {"op": "log", "step": 2, "metrics": {"held_loss": 0.25, "pace": 3.0}},
     ]
     (tmp_path / "train" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"op": "lo')
     info = BenchmarkInfo(name="arith", title="Arithmetic", rows=2)
@@ -57,7 +58,9 @@ def test_runs_have_the_figures_of_their_reports(folder: Path) -> None:
     runs = client.get("/v1/dmoa/runs").json()["data"]
     assert [(one["id"], one["kind"]) for one in runs] == [("runs/one", "evaluation"), ("train", "training")]
     train = client.get("/v1/dmoa/runs/train").json()
-    assert train["curves"] == [{"title": "loss", "series": [{"name": "train/loss", "points": [[0, 1.0], [1, 0.5]]}]}]
+    losses = [{"name": "train/loss", "points": [[0, 1.0], [1, 0.5]]}, {"name": "held_loss", "points": [[2, 0.25]]}]
+    paces = [{"name": "pace", "points": [[2, 3.0]]}]
+    assert train["curves"] == [{"title": "loss", "series": losses}, {"title": "pace", "series": paces}]
     assert train["facts"] == {"command": "dmoa train"}
     evaluation = client.get("/v1/dmoa/runs/runs%2Fone").json()
     found = {row["policy"]: (row["n"], row["accuracy"], row["tokens"]) for row in evaluation["rows"]}
