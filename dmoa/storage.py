@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from filelock import FileLock, Timeout
 from pyarrow import fs as arrow_fs
 from pyarrow.lib import ArrowException
 from pydantic import BaseModel
@@ -82,6 +83,27 @@ def write_at(system: arrow_fs.FileSystem, path: str, data: bytes) -> None:
 def is_draft(name: str) -> bool:
     """Tell a file that `write_at` or `replacing` had not finished, by its name."""
     return name.startswith(".") and name.endswith(".draft")
+
+
+@contextmanager
+def only_one(folder: Path, doing: str, name: str = "") -> Iterator[None]:
+    """Hold a folder that a command writes, made if it is not there, for as long as the block runs.
+
+    `doing` says what, `name` tells kinds apart that may share a folder. The lock ends with the process, however that ends; of a
+    folder at a URI it holds the local copy alone. Raises ConfigError where another process holds it, or it cannot be written.
+    """
+    lock = FileLock(folder / f".{name}.lock" if name else folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"--out: another {doing} is writing to {str(folder)!r}; wait for it, or use another folder") from None
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write {str(folder)!r}: {error}; name a folder that can be written") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def uri_of(place: Path | str) -> str | None:

@@ -13,8 +13,6 @@ from functools import partial
 from importlib import metadata
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from dmoa import __version__, sandbox
 from dmoa.dataflow import Watch
 from dmoa.errors import ConfigError
@@ -29,6 +27,7 @@ from dmoa.evaluation.registry import OpenScorers, judging
 from dmoa.evaluation.results import Evaluation
 from dmoa.evaluation.run_folder import RunFolder, write_whole
 from dmoa.provenance import code_revision, machine
+from dmoa.storage import only_one
 
 _FIXED = ("policies", "split", "limit", "seed", "limits", "match", "reference", "gate_version", "gates")
 """What a run that goes on must have in common with its beginning, beside its benchmarks, its pool and the difficulty."""
@@ -66,13 +65,8 @@ def evaluate(session: Session) -> Evaluation:
     """
     folder = session.folder
     folder.make()
-    try:
-        with FileLock(folder.root / ".lock", timeout=0):
-            return _locked(session)
-    except Timeout:
-        raise ConfigError(
-            f"--out: another evaluation is writing to {str(folder.root)!r}; wait for it, or use another folder"
-        ) from None
+    with only_one(folder.root, "evaluation"):
+        return _locked(session)
 
 
 def _locked(session: Session) -> Evaluation:

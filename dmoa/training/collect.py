@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from dmoa.config import Config
 from dmoa.core.features import Preset
@@ -38,7 +38,7 @@ from dmoa.errors import ConfigError, DmoaError
 from dmoa.policies.exploring import ExploringPolicy
 from dmoa.policies.registry import PolicyContext, build_policy
 from dmoa.protocols import OpenSwarm, final_answer
-from dmoa.storage import write_whole
+from dmoa.storage import only_one, write_whole
 from dmoa.swarm import Swarm
 from dmoa.training.outcomes import rollout_trace_id
 from dmoa.training.rollouts import (
@@ -287,19 +287,8 @@ def collect(session: CollectSession) -> Manifest:
 
     Raises ConfigError for bad input, DmoaError where the pipeline stops or every query failed; what was written is kept.
     """
-    root = session.folder.root
-    lock = FileLock(root / ".lock", timeout=0)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(f"--out: another collection is writing to {str(root)!r}; wait for it, or use another folder") from None
-    except OSError as error:
-        raise _unwritable(root, error) from error
-    try:
+    with only_one(session.folder.root, "collection"):
         return _locked(session)
-    finally:
-        lock.release()
 
 
 def _locked(session: CollectSession) -> Manifest:

@@ -164,7 +164,7 @@ def run_adapt(options: AdaptOptions, config: Config, checkpoint: Path | None, co
     Raises ConfigError, CheckpointError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
     """
     from dmoa.evaluation.registry import expand_names
-    from dmoa.storage import display_path, localized
+    from dmoa.storage import display_path, localized, only_one
     from dmoa.workflows.console import Bars
     from dmoa.workflows.terminal import goes_on
 
@@ -172,8 +172,8 @@ def run_adapt(options: AdaptOptions, config: Config, checkpoint: Path | None, co
     starts: dict[str, Path | None] = {ZERO: None} | ({} if checkpoint is None else {FEW: checkpoint.absolute()})
     advice = f"the same command with --out {display_path(options.out)} goes on from here"
     with goes_on(advice), localized(options, common.say, reads=("replay", "outcomes"), writes=("out",)) as here:
-        check_same(here, config, starts)
-        with Bars(common.verbosity) as bars:
+        with only_one(here.out, "adaptation", "adapt"), Bars(common.verbosity) as bars:
+            check_same(here, config, starts)
             report = _adapted(here, config, names, starts, common, bars, command)
         write_whole(here.out / "adapt.json", report.model_dump_json(indent=2) + "\n")
         print_adaptation(report)

@@ -40,15 +40,15 @@ def run_online_adaptation(options: OnlineOptions, common: Common, command: str) 
     from dmoa.serving.launch import AUTO, ray_address
 
     address = ray_address(options.address) or AUTO  # before Ray is imported: it reads then whether to send its token
+    from dmoa.storage import only_one
     from dmoa.training.ray_train import fit_on_ray
     from dmoa.workflows.evaluate import opened_ray
     from dmoa.workflows.terminal import goes_on
 
     out = options.out.absolute()
     advice = "what was installed serves on, and the same command goes on from it"
-    with goes_on(advice), opened_ray(address):
+    with goes_on(advice), only_one(out, "learner", "adapt"), opened_ray(address):
         job = build_job(options, served_config(options.app), command)
-        out.mkdir(parents=True, exist_ok=True)
         tail = _Tail(out / LOG, common)
         _stop_key(options.app, clear=True)
         try:

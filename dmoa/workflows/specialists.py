@@ -257,13 +257,20 @@ def train_specialist(options: SpecialistOptions, common: Common, command: str) -
 
     Raises ConfigError for bad input, CheckpointError where the folder holds a run with other settings.
     """
+    from dmoa.storage import only_one
+
+    run_dir = (options.out / options.name).absolute()
+    with only_one(run_dir, "training", "train"):
+        return _trained(options, run_dir, common, command)
+
+
+def _trained(options: SpecialistOptions, run_dir: Path, common: Common, command: str) -> dict[str, Any]:
     from dmoa.provenance import code_revision
     from dmoa.training.lora import write_training_rows
     from dmoa.training.specialists import LoraJob, train_adapter
     from dmoa.workflows.evaluate import opened_ray
 
     recipe = options.recipe
-    run_dir = (options.out / options.name).absolute()
     rows, held_out = training_rows(recipe), held_out_rows(recipe)
     write_training_rows(run_dir / "rows.jsonl", rows)
     write_training_rows(run_dir / "held_out.jsonl", held_out)

@@ -28,7 +28,7 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
     Raises ConfigError and CheckpointError for bad input, DmoaError where training stops.
     """
     from dmoa.provenance import code_revision
-    from dmoa.storage import display_path, localized, uri_of
+    from dmoa.storage import display_path, localized, only_one, uri_of
     from dmoa.training.trainer import TrainContext, run_training
     from dmoa.workflows.evaluate import opened_ray
 
@@ -47,7 +47,8 @@ def run_train(options: TrainOptions, config: Config, common: Common, command: st
     common.say(f"training a gate for {config.name} on {rollouts}; the run lies in {display_path(options.out)}")
     reads = ("rollouts", "anchor_rollouts", "start_from", "outcomes")
     advice = f"the same command goes on from the last state that is kept in {display_path(options.out)}"
-    with goes_on(advice), localized(options, common.say, reads=reads, writes=("out",), apart=("state",)) as here:
+    local = localized(options, common.say, reads=reads, writes=("out",), apart=("state",))
+    with goes_on(advice), local as here, only_one(here.out, "training", "train"):
         result = run_training(here, config, context)
         common.say(f"{result.report.ended}; {_words(result)}")
         for line in (*result.report.silent, *ranking_warning(result.report)):

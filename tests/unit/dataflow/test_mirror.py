@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.storage import Mirror, display_path, local_copy, localized, uri_of
+from dmoa.storage import Mirror, display_path, local_copy, localized, only_one, uri_of
 
 
 class Options(BaseModel):
@@ -24,6 +24,22 @@ class Options(BaseModel):
 
 def files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_is_written_by_one_at_a_time(tmp_path: Path) -> None:
+    here = tmp_path / "out"
+    second = only_one(here, "training", "train")
+    with only_one(here, "training", "train"):
+        with pytest.raises(ConfigError, match=r"--out: another training is writing to '.*out'; wait for it"), second:
+            pytest.fail("two write at once")
+        with only_one(here, "evaluation"):  # of another kind
+            assert here.is_dir()
+    with only_one(here, "training", "train"):
+        assert here.is_dir()
+    (tmp_path / "file").write_text("")
+    impossible = only_one(tmp_path / "file" / "out", "training")
+    with pytest.raises(ConfigError, match=r"--out: cannot write '.*file/out': .*; name a folder that can be"), impossible:
+        pytest.fail("there is no folder")
 
 
 def stopped_run(there: Path, said: list[str]) -> None:
