@@ -236,11 +236,6 @@ class LlmConfig(Node):
         """`engine_kwargs` as the engine's own typed record."""
         return self.engine_entry.options.model_validate(self.engine_kwargs)
 
-    @property
-    def abilities(self) -> frozenset[str]:
-        """What the engine can do beyond plain replies, with these options; as `EngineEntry.abilities` names it."""
-        return frozenset((*self.engine_entry.abilities, *self.options.abilities))
-
 
 class AgentConfig(Node):
     """One agent: an LLM, perhaps with an adapter, in a role, with tools."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from dmoa.agents import tools as toolbox
 from dmoa.agents.summarizer import LlmSummarizer, SelectSummarizer
-from dmoa.config import AgentConfig, Config, summarizer_agent
+from dmoa.config import AgentConfig, Config, LlmConfig, summarizer_agent
 from dmoa.dispatch import Dispatcher
 from dmoa.orchestrator import Orchestrator
 from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
@@ -126,8 +126,13 @@ def _card(config: Config, agent: AgentConfig) -> AgentCard:
         is_recorded=config.llms[agent.llm].engine_entry.is_recorded,
         price=_price(config, agent.llm),
         engine=config.llms[agent.llm].engine,
-        abilities=config.llms[agent.llm].abilities,
+        abilities=abilities_of(config.llms[agent.llm]),
     )
+
+
+def abilities_of(llm: LlmConfig) -> frozenset[str]:
+    """Return what an LLM's engine can do beyond plain replies, with its options; as `EngineEntry.abilities` names it."""
+    return frozenset((*llm.engine_entry.abilities, *llm.options.abilities))
 
 
 def _price(config: Config, llm: str | None) -> Price | None:

@@ -45,7 +45,7 @@ from dmoa.serving.router.actor import ensure_router
 from dmoa.serving.router.client import RemoteRouter
 from dmoa.serving.router.replica_health import UP, sleepers, state_of
 from dmoa.serving.traces import AnsweredQuery, ensure_traces
-from dmoa.swarm import Swarm
+from dmoa.swarm import Swarm, abilities_of
 from dmoa.types import Answer, Event, Query
 
 _LOG = logging.getLogger("dmoa.ingress")
@@ -148,7 +148,7 @@ class SwarmIngress:
     @property
     def abilities(self) -> frozenset[str]:
         """What at least one of the pool's engines can do beyond plain replies."""
-        return frozenset(ability for llm in self._config.llms.values() for ability in llm.abilities)
+        return frozenset(ability for llm in self._config.llms.values() for ability in abilities_of(llm))
 
     async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
         """Answer one query on one version of the pool, here or at the ingress of a newer one; see `Swarm.ask`."""

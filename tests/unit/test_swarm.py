@@ -10,10 +10,10 @@ import pytest
 
 from dmoa.agents.embedder import HashEncoder
 from dmoa.agents.pool import build_local, build_pool_gate
-from dmoa.config import Config
+from dmoa.config import Config, LlmConfig
 from dmoa.errors import RequestError
 from dmoa.routing import LocalRouter
-from dmoa.swarm import Swarm, limits_for
+from dmoa.swarm import Swarm, abilities_of, limits_for
 from dmoa.testing import FakeAgents, Lose, Say
 from dmoa.types import Answer, Limits, Query, StepRecord, TextDelta
 
@@ -151,3 +151,12 @@ LIMITS = [
 @pytest.mark.parametrize(("asked", "expected"), LIMITS, ids=range(len(LIMITS)))
 def test_a_query_may_only_lower_the_pools_limits(asked: Limits | None, expected: Limits) -> None:
     assert limits_for(pool(limits={"max_steps": 4, "budget_tokens": 100}), asked) == expected
+
+
+def test_abilities_are_the_engines_and_those_of_its_options() -> None:
+    plain, parsed = (
+        LlmConfig(model="embedded:smollm2-135m", engine="vllm", engine_kwargs=kwargs)
+        for kwargs in ({}, {"tool_parser": "hermes"})
+    )
+    assert abilities_of(parsed) - abilities_of(plain) == {"tools"}
+    assert {"schema", "tool_prompt", "logprobs"} <= abilities_of(plain)
