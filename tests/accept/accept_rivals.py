@@ -40,12 +40,14 @@ from dmoa.core.sequential import AGENT_PRICE
 from dmoa.core.witnesses import NO_ANSWER, Witnesses
 from dmoa.engines import models
 from dmoa.engines.recorded import agent_name
+from dmoa.errors import DmoaError
 from dmoa.evaluation.answering import Asking, query_of_task
 from dmoa.evaluation.records import Reply, Task
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.statistics import compare_policies, interval
 from dmoa.policies.registry import POLICIES, split_policy
 from dmoa.protocols import Encoder, final_answer
+from dmoa.storage import write_whole
 from dmoa.swarm import Swarm
 from dmoa.types import AgentCall, AgentReply, Answer, Defence, FloatArray, Limits, Message, Sampling
 from dmoa.workflows.backends import build_local_swarm
@@ -74,13 +76,16 @@ class Remembering:
         return [self._known[text] for text in texts]
 
 
-async def ask_all(swarm: Swarm, policy: str, tasks: Sequence[Task], limits: Limits) -> list[Answer]:
-    """Return the answer of a policy to each task."""
+async def ask_all(swarm: Swarm, policy: str, tasks: Sequence[Task], limits: Limits) -> list[Answer | DmoaError]:
+    """Return the answer of a policy to each task, or why there is none: one lost query does not end a table."""
     asking, room = Asking(seed=SEED, limits=limits, ends_schedules=True), asyncio.Semaphore(IN_FLIGHT)
 
-    async def one(task: Task) -> Answer:
+    async def one(task: Task) -> Answer | DmoaError:
         async with room:
-            return await final_answer(swarm, query_of_task(task, policy, asking), *split_policy(policy))
+            try:
+                return await final_answer(swarm, query_of_task(task, policy, asking), *split_policy(policy))
+            except DmoaError as error:
+                return error
 
     return list(await asyncio.gather(*map(one, tasks)))
 
@@ -99,11 +104,14 @@ def figures(values: Sequence[float], calls: Sequence[float], tokens: Sequence[fl
     }
 
 
-def of_answers(answers: Sequence[Answer], judge: Judge) -> Figures:
-    """Return the figures of a policy's answers, with the value of each row."""
-    values = [judge(number, found.text) for number, found in enumerate(answers)]
-    calls = [sum(len(step.calls) for step in found.steps) for found in answers]
-    return figures(values, calls, [found.usage.total for found in answers]) | {"values": values}
+def of_answers(answers: Sequence[Answer | DmoaError], judge: Judge) -> Figures:
+    """Return the figures of a policy's answers, with the value of each row; a query without an answer is wrong, and counted."""
+    lost = [str(found)[-300:] for found in answers if isinstance(found, DmoaError)]
+    values = [judge(number, found.text) if isinstance(found, Answer) else 0.0 for number, found in enumerate(answers)]
+    calls = [sum(len(step.calls) for step in found.steps) for found in answers if isinstance(found, Answer)]
+    tokens = [found.usage.total for found in answers if isinstance(found, Answer)]
+    said = {"lost": len(lost), "first_lost": lost[0]} if lost else {}
+    return figures(values, calls or [0], tokens or [0]) | said | {"values": values}
 
 
 def recorded_pool(path: Path, agents: Sequence[str]) -> Config:
@@ -132,23 +140,25 @@ def write_judged(path: Path, material: Material, texts: Sequence[str], rows: Seq
     return path
 
 
-def sample(folder: Path, name: str, out: Path, count: int) -> None:
-    """Write some queries of a recorded pool, drawn by the seed, in a folder of the same shape."""
-    ids = np.array(sorted({row["query_id"] for row in lines(folder / f"{name}.labels.jsonl.gz")}))
-    kept = set(np.random.default_rng(SEED).permutation(ids)[:count].tolist())
-    out.mkdir(parents=True, exist_ok=True)
-    for kind in ("replies", "labels"):
-        with gzip.open(out / f"{name}.{kind}.jsonl.gz", "wt", encoding="utf-8") as file:
-            found = (row for row in lines(folder / f"{name}.{kind}.jsonl.gz") if row["query_id"] in kept)
-            file.writelines(json.dumps(row) + "\n" for row in found)
+def sample(source: Path, name: str, out: Path, count: int) -> Path:
+    """Return a folder with some queries of a recorded pool, drawn by the seed; written whole, one for each count."""
+    folder = out / f"recorded-{count}"
+    if not (folder / f"{name}.labels.jsonl.gz").exists():
+        ids = np.array(sorted({row["query_id"] for row in lines(source / f"{name}.labels.jsonl.gz")}))
+        kept = set(np.random.default_rng(SEED).permutation(ids)[:count].tolist())
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in ("replies", "labels"):
+            found = (row for row in lines(source / f"{name}.{kind}.jsonl.gz") if row["query_id"] in kept)
+            text = "".join(json.dumps(row) + "\n" for row in found)
+            write_whole(folder / f"{name}.{kind}.jsonl.gz", gzip.compress(text.encode()))
+    return folder
 
 
 def recorded(source: Path, out: Path, limit: int) -> Figures:
     """Every first-step policy on the recorded pools; dmoa's label model and label-trained routers with 0, 20 and 100 outcomes."""
-    encoder, folder = MiniLmEncoder(models.fetch("minilm")), out / "recorded"
-    found = {}
+    encoder, found = MiniLmEncoder(models.fetch("minilm")), {}
     for name in NAMES:
-        sample(source, name, folder, LEARN + limit)
+        folder = sample(source, name, out, LEARN + limit)
         found[name] = recorded_suite(folder, name, encoder, out, limit)
         print(name, json.dumps(found[name], indent=1), flush=True)
     return found
@@ -216,9 +226,9 @@ def attacked(source: Path, out: Path, limit: int) -> Figures:
 
     The model is fitted to unlabelled queries under the same attack. No entropies are recorded: `confident_liar` is `liar` here.
     """
-    folder, found = out / "recorded", {}
+    found: Figures = {}
     for name in NAMES:
-        sample(source, name, folder, LEARN + limit)
+        folder = sample(source, name, out, LEARN + limit)
         rows = lines(folder / f"{name}.replies.jsonl.gz")
         agents = sorted({row["agent"] for row in rows})[:SIX]
         text_of = {row["query_id"]: row["query"] for row in rows}

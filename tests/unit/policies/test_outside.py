@@ -81,10 +81,11 @@ class Script:
         return Counter(samples).most_common(1)[0][0]
 
 
-def swarm_of(url: str) -> Swarm:
-    """The same pool in the runtime, its model behind an endpoint."""
+def swarm_of(url: str, places: int = 16) -> Swarm:
+    """The same pool in the runtime, its model behind an endpoint that takes so many calls at once."""
     config = scripted_pool(tuple(ROLES))
-    far = {"model": "openai:big", "engine": "openai", "engine_kwargs": {"base_url": url, "vocab_size": 10}}
+    options = {"base_url": url, "vocab_size": 10}
+    far = {"model": "openai:big", "engine": "openai", "max_num_seqs": places, "engine_kwargs": options}
     tree = config.model_dump(mode="json", exclude_unset=True) | {"llms": {"s": far}}
     tree["agents"] = [{"name": name, "llm": "s", "profile": role} for name, role in ROLES.items()]
     config = type(config).model_validate(tree)
