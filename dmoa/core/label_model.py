@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dmoa.core.posterior import (
+    ALIKE,
     ONE_WITNESS,
     USUAL_COPY,
     Truth,
@@ -29,6 +30,7 @@ from dmoa.core.posterior import (
     outcome_evidence,
     right_of,
     truth_posterior,
+    unbacked,
     wrong_outcomes,
 )
 from dmoa.core.scores import clusters, fit_anchors, squared_distances
@@ -45,6 +47,8 @@ _ABILITY = (0.0, 1.5)
 """Mean and standard deviation of competence (log odds of being right) beforehand."""
 _CONTEXT_SD = 0.5
 """How far the competence of an agent differs between contexts beforehand."""
+_UNBACKED = -3.0
+"""Competence that agents of one voice begin with, where nobody else bears them out (`unbacked`)."""
 _DOUBT = (1.0, 0.5)
 _DOUBT_ROWS = 4.0
 """For how many replies what is expected of doubts beforehand counts where they alone decide, ..."""
@@ -434,9 +438,14 @@ def _start(witnesses: Witnesses, num_contexts: int, spread: float, seed: int) ->
         doubt_A[heard_A] = fit_anchors(witnesses.doubt_RA[:, heard_A], embedding_RD, num_clusters=8, seed=seed, num_clusterings=4)
     log_RA = np.where(witnesses.asked, np.log1p(witnesses.length_RA), np.nan)
     mean_CA, sd_A, share = lengths(log_RA, context_R, count)
+    ability_CA = np.full((count, num_agents), _ABILITY[0])
+    copy_AA = np.full((num_agents, num_agents), USUAL_COPY)
+    for group in unbacked(witnesses.answer_RA):
+        ability_CA[:, group] = _UNBACKED
+        copy_AA[np.ix_(group, group)] = ALIKE
     return LabelModel(
         centre_CD=centre_CD,
-        ability_CA=np.full((count, num_agents), _ABILITY[0]),
+        ability_CA=ability_CA,
         doubt_mean_A=doubt_A,
         doubt_CA=by_context(witnesses.doubt_RA - doubt_A, context_R, count),
         doubt_slope_CA=np.full((count, num_agents), _DOUBT[0]),
@@ -444,7 +453,7 @@ def _start(witnesses: Witnesses, num_contexts: int, spread: float, seed: int) ->
         length_sd_A=sd_A,
         length_share=share,
         length_slope=_LENGTH[0] if share > 0 else 0.0,
-        copy_AA=np.full((num_agents, num_agents), USUAL_COPY),
+        copy_AA=copy_AA,
         context_sd=_CONTEXT_SD,
         spread=spread,
         noise=_NOISE,

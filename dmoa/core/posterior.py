@@ -30,6 +30,10 @@ _COPY_ERRORS = 60.0
 """... and for how many joint errors that counts in the estimate of what is usual, ..."""
 _PAIR_ERRORS = 20.0
 """... as what is usual does in that of each pair."""
+ALIKE = 0.9
+"""Share of the queries on which agents of one voice say the same, ..."""
+_FEWEST_BOTH = 8
+"""... of at least so many that both answered."""
 _NOISE_OUTCOMES = 40.0
 """For how many outcomes the share of wrong ones that is expected beforehand counts."""
 
@@ -164,3 +168,32 @@ def copies(answer_RA: IntArray, truth: Truth, weight_R: Array) -> Array:
     pooled = float(np.median(chance_AA[off_AA])) if off_AA.any() else USUAL_COPY
     copy_AA: Array = (same_AA + pooled * _PAIR_ERRORS) / (same_AA + apart_AA + _PAIR_ERRORS)
     return copy_AA
+
+
+def unbacked(answer_RA: IntArray) -> list[IntArray]:
+    """Return groups of agents that speak with one voice that nobody else bears out: by agreement they would be believed first.
+
+    A group's agents say the same on `ALIKE` of the queries. The others, two or more, agree with the group less than half as often
+    as with each other; were the group as competent as they are, they would agree with it about as often. Source: ours, after the
+    copying of sources (Dong, Berti-Equille and Srivastava 2009).
+    """
+    said_RA = np.where(answer_RA >= 0, answer_RA, -1)
+    both_AA = np.einsum("ra,rb->ab", said_RA >= 0, said_RA >= 0, dtype=np.float64)
+    same_RAA = (said_RA[:, :, None] == said_RA[:, None, :]) & (said_RA >= 0)[:, :, None]
+    same_AA: Array = same_RAA.sum(axis=0).astype(np.float64)
+    reach_AA = (same_AA >= ALIKE * both_AA) & (both_AA >= _FEWEST_BOTH)
+    for middle in range(len(reach_AA)):
+        reach_AA |= reach_AA[:, [middle]] & reach_AA[[middle]]
+    found: list[IntArray] = []
+    for members in {tuple(np.flatnonzero(reach_A).tolist()) for reach_A in reach_AA}:
+        others = np.setdiff1d(np.arange(len(reach_AA)), members)
+        if len(members) < 2 or len(others) < 2:
+            continue
+        inner = np.ix_(others, others)
+        among = (same_AA[inner].sum() - same_AA[others, others].sum()) / max(
+            both_AA[inner].sum() - both_AA[others, others].sum(), 1.0
+        )
+        across = np.ix_(list(members), others)
+        if same_AA[across].sum() / max(both_AA[across].sum(), 1.0) < among / 2:
+            found.append(np.array(members, dtype=np.int64))
+    return found

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dmoa.core.label_model import LabelModel, _two_kinds, fit_label_model
-from dmoa.core.posterior import MAX_SHARED, ONE_WITNESS, Truth, held_open, nodes, truth_posterior
+from dmoa.core.posterior import MAX_SHARED, ONE_WITNESS, Truth, held_open, nodes, truth_posterior, unbacked
 from dmoa.core.sequential import standing
 from dmoa.core.witnesses import NO_ANSWER, NOT_ASKED, Witnesses, answer_classes, disputes, witnesses_of
 from dmoa.errors import ConfigError
@@ -494,3 +494,44 @@ def test_a_lone_truth_posterior_without_answers_is_none_of_them() -> None:
         np.array([[NOT_ASKED]]), np.full((1, 1, 1), 0.7), np.ones((1, 1)), np.ones(1), np.zeros((1, 2)), np.array([0])
     )
     assert found.weight_RZK[0, :, 0].tolist() == [0.0, 1.0]
+
+
+def colluding(rng: np.random.Generator, right: list[float], colluders: int, rows: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """Answers of honest agents, right independently, and of agents that always say the same wrong one; which are right."""
+    honest, is_right = simulated(rng, np.array(right), rows)
+    lie = np.repeat(rng.integers(100, 200, (rows, 1)), colluders, axis=1)
+    return compact(np.hstack([honest, lie])), np.hstack([is_right, np.zeros((rows, colluders), dtype=bool)])
+
+
+@pytest.mark.parametrize("right", [[0.8, 0.8, 0.7], [0.5, 0.4, 0.4], [0.3, 0.25, 0.2]])
+@pytest.mark.parametrize("colluders", [2, 3, 4])
+def test_agents_of_one_voice_that_nobody_backs_are_not_believed(right: list[float], colluders: int) -> None:
+    answers, is_right = colluding(np.random.default_rng(5), right, colluders)
+    (group,) = unbacked(answers)
+    assert group.tolist() == list(range(3, 3 + colluders))
+    model = fit_label_model(witnesses(answers), seed=0)
+    assert model.competence()[0, :3].min() > model.competence()[0, 3:].max()
+    leaders = [standing(model, witnesses(answers).rows(slice(row, row + 1))).leader for row in range(len(answers))]
+    assert is_right[np.arange(len(answers)), leaders].mean() > 0.75 * is_right.mean(axis=0).max()
+
+
+def test_who_is_borne_out_by_others_may_speak_with_one_voice() -> None:
+    """By hand: two that always agree; of the two others each says the same on 3 of 10 rows, with each other on 0 to 6."""
+    pair = np.zeros((10, 2), dtype=np.int64)
+    apart = np.array([[1, 2]] * 4 + [[0, 2]] * 3 + [[1, 0]] * 3)
+    assert unbacked(np.hstack([pair, apart])) == []  # among the others 0, with the pair .3
+    close = np.array([[1, 1]] * 6 + [[0, 2]] * 2 + [[1, 0]] * 2)
+    (group,) = unbacked(np.hstack([pair, close]))  # .6 among the others, .2 with the pair: less than half
+    assert group.tolist() == [0, 1]
+    backed = np.array([[1, 1]] * 5 + [[0, 2]] * 3 + [[1, 0]] * 2)
+    assert unbacked(np.hstack([pair, backed])) == []  # .5 among them, .25 with the pair: not less than half
+    assert unbacked(np.hstack([pair, close])[:7]) == []  # too few queries
+    assert unbacked(np.hstack([pair, np.full((10, 2), NO_ANSWER)])) == []  # nobody there who could back them
+
+
+def test_good_agents_that_agree_nearly_always_are_believed_against_weak_ones() -> None:
+    rng = np.random.default_rng(2)
+    answers, _ = simulated(rng, np.array([0.98, 0.98, 0.97, 0.3, 0.3, 0.2]), 100)
+    assert unbacked(compact(answers)) == []
+    model = fit_label_model(witnesses(compact(answers)), seed=0)
+    assert set(model.order[:3].tolist()) == {0, 1, 2}
