@@ -233,6 +233,12 @@ class LabelModel:
         prior_RA = np.einsum("rak,rk->ra", 1 / (1 + np.exp(-self.logits(witnesses))), node_RK)
         return np.where(witnesses.asked, given_RA, prior_RA)
 
+    def foretold(self, witnesses: Witnesses) -> Array:
+        """Return the probability of each agent being right by its own doubt, length and context, before answers are compared."""
+        _, weight_K = nodes(self.spread)
+        foretold_RA: Array = 1 / (1 + np.exp(-self.logits(witnesses))) @ weight_K
+        return foretold_RA
+
     def log_likelihood(self, witnesses: Witnesses) -> float:
         """Return the mean log probability of a row's pattern of answers."""
         return float(self.truth(witnesses).log_likelihood_R.mean())

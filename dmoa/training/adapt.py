@@ -28,7 +28,7 @@ from dmoa.errors import ConfigError
 from dmoa.feedback import MARK, Feedback
 from dmoa.training.dataset import EpisodeBuilder, Episodes
 from dmoa.training.distributed import WorkerGroup
-from dmoa.training.judging import fit_judge, right_probabilities
+from dmoa.training.judging import fit_judge, judged
 from dmoa.training.loop import Learner, TrainJob
 from dmoa.training.objective import (
     IndexArray,
@@ -367,7 +367,7 @@ class Adapter:
         kept = self._kept()
         data = _data(kept, scale, self._spec)
         if scale.score == "posterior":
-            scale = dataclasses.replace(scale, right_NA=right_probabilities(_judge(scale), kept, self._spec))
+            scale = judged(scale, _judge(scale), kept, self._spec)
         evidence = FittedTargets(episodes=kept, data=dataclasses.replace(data, held_Q=data.train_Q), scale=scale)
         spec, _ = fit_spec(gate, evidence, _training(self._options))
         if spec.anchors is None:
@@ -454,7 +454,7 @@ def _data(episodes: Episodes, scale: Scale | None, spec: GateSpec | None = None)
     if scale is None or spec is None:
         return build_data(episodes, split, Scale(score="raw", eta=1.0, anchors=None))
     if scale.score == "posterior":
-        scale = dataclasses.replace(scale, right_NA=right_probabilities(_judge(scale), episodes, spec))
+        scale = judged(scale, _judge(scale), episodes, spec)
     return build_data(episodes, split, scale)
 
 

@@ -22,6 +22,7 @@ from dmoa.core.sequential import standing
 from dmoa.core.witnesses import NOT_ASKED, Witnesses
 from dmoa.errors import ConfigError
 from dmoa.training.dataset import Episodes
+from dmoa.training.objective import Scale
 from dmoa.training.outcomes import Outcome, credit_replies, no_outcome_fits
 from dmoa.training.rollouts import Manifest, read_table
 from dmoa.types import FloatArray
@@ -97,6 +98,21 @@ def right_probabilities(model: LabelModel, episodes: Episodes, spec: GateSpec) -
     witnesses = witnesses_of_steps(episodes, np.arange(len(episodes.input_NX)), spec)
     right_NA: Array = np.where(witnesses.asked, model.right_probability(witnesses), np.nan)
     return right_NA
+
+
+def judged(scale: Scale, model: LabelModel, episodes: Episodes, spec: GateSpec) -> Scale:
+    """Return the scale with the label model, what replies are worth by it, and what the gate learns of them.
+
+    What a gate learns of a reply is the mean of two estimates: how probably it is right given all replies of its step, and how
+    probably by its own doubt in its context (`LabelModel.foretold`). The first is a draw, all but right or wrong: of an agent
+    that errs on a third of some kind of query, the few rows of that kind may show no error. The second knows the kind. Where
+    outcomes are known, or no answer could be read, the first speaks alone. Source: ours, after Rao and Blackwell.
+    """
+    witnesses = witnesses_of_steps(episodes, np.arange(len(episodes.input_NX)), spec)
+    right_NA = np.where(witnesses.asked, model.right_probability(witnesses), np.nan)
+    is_sole_NA = (witnesses.answer_RA < 0) | np.isfinite(witnesses.outcome_RA).any(axis=1, keepdims=True)
+    target_NA = np.where(is_sole_NA, right_NA, (right_NA + model.foretold(witnesses)) / 2)
+    return replace(scale, label_model=model, right_NA=right_NA, target_NA=target_NA)
 
 
 def competence_bias(model: LabelModel, logits_RA: Array, right_RA: Array, temperature: float) -> Array:

@@ -66,6 +66,8 @@ class Scale:
     """With score `posterior`: what its scores come from."""
     right_NA: Array | None = None
     """With score `posterior`: the probability of each reply being right, NaN where there is none."""
+    target_NA: Array | None = None
+    """With score `posterior`: the probability that the gate learns of each reply (`judging.judged`)."""
 
     @property
     def used_anchors(self) -> tuple[float, ...] | None:
@@ -163,13 +165,13 @@ def fit_scale(
 def build_data(episodes: Episodes, split: Split, scale: Scale) -> TrainingData:
     """Return inputs and targets of all steps."""
     tokens_NA = episodes.tokens_NA
-    if scale.right_NA is not None:
+    if scale.target_NA is not None:
         # Its probability has a reply's length, spread and slack in it already.
-        said_NA = np.isfinite(scale.right_NA)
+        said_NA = np.isfinite(scale.target_NA)
         return TrainingData(
             start_Q=episodes.start_Q,
             input_NX=episodes.input_NX,
-            score_NA=posterior_scores(scale.right_NA),
+            score_NA=posterior_scores(scale.target_NA),
             ran_NA=said_NA,
             weight_NA=said_NA / clipped_propensity(episodes.propensity_NA),
             noise_NA=np.zeros(said_NA.shape),

@@ -38,7 +38,7 @@ from dmoa.training.judging import (
     competence_bias,
     fit_judge,
     fit_judged_point,
-    right_probabilities,
+    judged,
     tell_trust,
     with_outcomes,
     witnesses_of_steps,
@@ -137,7 +137,7 @@ def prepare_training(options: TrainOptions, start: InitialGate, manifests: Seque
     )
     if spec.score == "posterior":
         judge = fit_judge(episodes, split.train_Q, spec, seed=options.seed, earlier=start.gate.label_model)
-        scale = dataclasses.replace(scale, label_model=judge, right_NA=right_probabilities(judge, episodes, spec))
+        scale = judged(scale, judge, episodes, spec)
     data = build_data(episodes, split, scale)
     weights = {name: tensor.detach().clone() for name, tensor in start.gate.state_dict().items()}
     identity = {
@@ -398,11 +398,11 @@ def _credit_competence(gate: Gate, evidence: FittedTargets) -> None:
     """Let a linear gate of score posterior start from the competence of its agents (`judging.competence_bias`)."""
     scale, held_Q = evidence.scale, evidence.data.held_Q
     dense = evidence.episodes.dense_steps(held_Q)
-    if scale.label_model is None or scale.right_NA is None or gate.spec.head != "linear" or not len(dense):
+    if scale.label_model is None or scale.target_NA is None or gate.spec.head != "linear" or not len(dense):
         return
     is_dense_N = np.isin(evidence.episodes.steps_of(held_Q), dense)
     logits_RA = logits_of(gate, _float32_batches(evidence.data), held_Q)[is_dense_N]
-    bias_A = competence_bias(scale.label_model, logits_RA, scale.right_NA[dense], gate.spec.temperature)
+    bias_A = competence_bias(scale.label_model, logits_RA, scale.target_NA[dense], gate.spec.temperature)
     with torch.no_grad():
         gate.head_bias.add_(torch.from_numpy(bias_A))
 

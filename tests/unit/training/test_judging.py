@@ -35,7 +35,7 @@ from dmoa.testing import (
 )
 from dmoa.trace import Trace, read_traces, trace_of, write_traces
 from dmoa.training.dataset import EpisodeBuilder, Episodes
-from dmoa.training.judging import competence_bias, fit_judge
+from dmoa.training.judging import competence_bias, fit_judge, judged, right_probabilities, witnesses_of_steps
 from dmoa.training.objective import Scale, Split, build_data
 from dmoa.types import Answer, Limits, Query, supervision_of
 from tests.unit.core.test_label_model import by_hand
@@ -116,12 +116,38 @@ def test_scores_weights_and_noise_of_the_targets() -> None:
     lines[8]["entropy_tokens"] = 0  # nothing is known of its entropy, and it said something all the same
     episodes = episodes_of(lines)
     right_NA = np.array([[0.9, 0.9, 0.5], [0.8, np.nan, 0.2], [0.7, 0.7, 0.1]])
-    scale = Scale(score="posterior", eta=1.0, anchors=None, right_NA=right_NA)
+    scale = Scale(score="posterior", eta=1.0, anchors=None, target_NA=right_NA)
     data = build_data(episodes, Split(train_Q=np.arange(2), held_Q=np.array([2])), scale)
     assert data.score_NA[0] == pytest.approx([-math.log(9), -math.log(9), 0.0])
     assert data.ran_NA.tolist() == [[True, True, True], [True, False, True], [True, True, True]]
     assert data.weight_NA.tolist() == [[1, 1, 1], [1, 0, 4], [1, 1, 1]]
     assert not data.noise_NA.any()
+
+
+def test_a_gate_learns_the_mean_of_what_the_step_says_and_what_the_reply_alone_foretells() -> None:
+    lines = rows(20)
+    lines[4]["status"] = "failed"
+    lines[6]["text"] = " "
+    episodes, spec = episodes_of(lines), Gate(replace_spec()).spec
+    model = fit_judge(episodes, np.arange(20), spec, seed=0)
+    scale = judged(Scale(score="posterior", eta=1.0, anchors=None), model, episodes, spec)
+    right, learnt = scale.right_NA, scale.target_NA
+    assert right is not None
+    assert learnt is not None
+    assert right == pytest.approx(right_probabilities(model, episodes, spec), nan_ok=True)
+    found = witnesses_of_steps(episodes, np.arange(20), spec)
+    each = [model.foretold(found.only(np.arange(3) == np.full((20, 1), agent)))[:, agent] for agent in range(3)]
+    assert learnt[3:] == pytest.approx((right[3:] + model.foretold(found)[3:]) / 2)
+    assert np.abs(model.foretold(found) - np.stack(each, axis=1)).max() < 0.2  # it is its own; lengths of the others shift it
+    assert np.isnan(learnt[1, 1])
+    assert (learnt[2, 0], right[2, 0]) == (0.0, 0.0)  # no answer is no guess
+    outcome = np.full(right.shape, np.nan)
+    outcome[5, 0] = 1.0
+    told = judged(scale, model, replace(episodes, outcome_NA=outcome), spec)
+    assert told.target_NA is not None
+    assert told.right_NA is not None
+    assert told.target_NA[5].tolist() == told.right_NA[5].tolist()
+    assert told.target_NA[6] == pytest.approx(learnt[6])
 
 
 def test_a_label_model_needs_dense_steps_or_an_earlier_one() -> None:
