@@ -20,10 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-from dmoa.engine_options import ENGINES, EngineEntry, EngineName, EngineOptions, Node
+from dmoa.engine_options import ENGINES, AutoscalingConfig, EngineEntry, EngineName, EngineOptions, Node
 from dmoa.errors import ConfigError
 from dmoa.plugins import absolute_reference, is_reference, missing_file
-from dmoa.types import ColdPolicy, Defence, Sampling
+from dmoa.types import Defence, Sampling
 from dmoa.validation import describe, did_you_mean, short
 from dmoa.yaml_tree import parse_yaml, read, set_value
 
@@ -65,47 +65,6 @@ class Options(Node):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(f"{cls.where}: {describe(error, cls)}") from error
-
-
-class AutoscalingConfig(Node):
-    """How many replicas an agent (dedicated) or an LLM's host (shared) runs on."""
-
-    min_replicas: int = Field(default=1, ge=0, le=1024)
-    """0: while nobody asks it, it has no replica and holds no GPU; it is then cold, see `cold`."""
-    max_replicas: int = Field(default=1, ge=1, le=1024)
-    """Most replicas under load."""
-    target_ongoing_requests: float = Field(default=8.0, gt=0)
-    """Calls in flight per replica that autoscaling aims at."""
-    upscale_delay_s: float = Field(default=5.0, ge=0, le=86400)
-    """How long the load must be above target before replicas are added; the first replica of a cold one starts at once."""
-    downscale_delay_s: float = Field(default=300.0, ge=0, le=86400)
-    """How long the load must be below target before replicas are taken away, all but the last."""
-    downscale_to_zero_delay_s: float = Field(default=900.0, ge=0, le=86400)
-    """How long nobody may have asked before the last replica goes; only with min_replicas 0."""
-    max_queued_calls: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Calls that may wait for room in each replica beyond its batch, and as many in each ingress, before the agent counts as
-    overloaded and the next-ranked one takes its place; None: three batches in a replica, sixteen in an ingress."""
-    cold: ColdPolicy = "wait"
-    """What a query does with an agent without a replica. wait: it waits for one. skip: the next-ranked agent takes its place,
-    and a replica is started for later queries. warm_on_rank: a replica is started as soon as the agent is among the K most
-    probable ones of a decision, chosen or not; a query that chose it waits. Only with min_replicas 0."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas is {self.max_replicas}, below min_replicas {self.min_replicas}; raise it or lower the minimum"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _can_be_cold(self) -> Self:
-        if self.cold != "wait" and self.min_replicas > 0:
-            raise ValueError(
-                f"cold is {self.cold!r}; with min_replicas {self.min_replicas} there is always a replica; "
-                "set min_replicas to 0, or leave cold out"
-            )
-        return self
 
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -176,10 +135,11 @@ class LlmConfig(Node):
     engine: EngineName = "transformers"
     """transformers: dmoa's own; vllm: Ray Serve LLM; openai: an endpoint elsewhere; scripted: no model, fixed replies;
     recorded: no model, replies from files."""
-    placement: Literal["shared", "dedicated"] = "shared"
-    """shared: all agents of the LLM are records of one deployment; dedicated: one deployment per agent."""
+    placement: Literal["shared", "dedicated", "ingress"] = "shared"
+    """shared: all agents of the LLM are records of one deployment; dedicated: one deployment per agent; ingress: they are called
+    from the ingress itself, without a hop, what engines `openai` and `recorded` do where neither this nor autoscaling is set."""
     max_num_seqs: int = Field(default=16, ge=1, le=4096)
-    """Most sequences in one decoding batch."""
+    """Most sequences in one decoding batch; calls in flight at an endpoint, in placement `ingress` for each ingress."""
     gpus: float = Field(default=0, ge=0)
     """GPUs per replica; dedicated: per agent. With `vllm`: tensor_parallel_size x pipeline_parallel_size, or 0 for the CPU."""
     autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
@@ -188,6 +148,22 @@ class LlmConfig(Node):
     """What its tokens cost; None: replies have no price, but for recorded ones that have their own."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Typed per engine, unknown keys refused: see `OPTIONS`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_from_the_ingress(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("engine") in ("openai", "recorded") and "autoscaling" not in values:
+            return {"placement": "ingress", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _is_light_in_the_ingress(self) -> Self:
+        if self.placement == "ingress" and not self.engine_entry.is_light:
+            raise ValueError(
+                f"placement is 'ingress'; engine {self.engine!r} runs a model, which would hold up every query there; expected "
+                "'shared' or 'dedicated'; or use an engine that calls an endpoint"
+            )
+        return self
 
     @field_validator("model")
     @classmethod
@@ -606,22 +582,26 @@ class Config(Node):
         raise KeyError(name)
 
     def scaling_of(self, agent: AgentConfig) -> AutoscalingConfig:
-        """Return what the replicas that an agent runs on are scaled by: its own in dedicated placement, else its LLM's."""
+        """Return what the replicas that an agent runs on are scaled by: its own in dedicated placement, else its LLM's.
+
+        Those in the ingress are scaled with it, by nothing of their own.
+        """
         llm = self.llms[agent.llm]
-        return llm.autoscaling if llm.placement == "shared" else agent.autoscaling
+        return {"shared": llm.autoscaling, "dedicated": agent.autoscaling}.get(llm.placement) or AutoscalingConfig()
 
     def unused_scaling(self) -> tuple[str, ...]:
         """Return what is said of `autoscaling` blocks that scale nothing in the placement of their LLM, a sentence each."""
         said = [
-            f"agents.{i}.autoscaling is not used: {agent.llm!r} is in shared placement; set llms.{agent.llm}.autoscaling, "
-            "or make its placement dedicated"
+            f"agents.{i}.autoscaling is not used: {agent.llm!r} is in {self.llms[agent.llm].placement} placement; "
+            f"set llms.{agent.llm}.autoscaling, or make its placement dedicated"
             for i, agent in enumerate(self.agents)
-            if self.llms[agent.llm].placement == "shared" and agent.autoscaling != AutoscalingConfig()
+            if self.llms[agent.llm].placement != "dedicated" and agent.autoscaling != AutoscalingConfig()
         ]
         said += [
-            f"llms.{name}.autoscaling is not used: its placement is dedicated; set the autoscaling of its agents"
+            f"llms.{name}.autoscaling is not used: its placement is {llm.placement}; "
+            + ("set the autoscaling of its agents" if llm.placement == "dedicated" else "set server.ingress_replicas, or another")
             for name, llm in self.llms.items()
-            if llm.placement == "dedicated" and llm.autoscaling != AutoscalingConfig()
+            if llm.placement != "shared" and llm.autoscaling != AutoscalingConfig()
         ]
         return tuple(said)
 

@@ -1,4 +1,4 @@
-"""Options of every engine, which `llms.NAME.engine_kwargs` are read as, and the table of engines by name. Loads nothing heavy."""
+"""Replicas of agents, options of every engine (what `llms.NAME.engine_kwargs` are read as), and the engines by name."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from dmoa.errors import ConfigError
 from dmoa.plugins import Registry, absolute_reference, is_reference
 from dmoa.protocols import Engine
+from dmoa.types import ColdPolicy
 from dmoa.validation import short
 
 
@@ -40,6 +41,47 @@ class MemoryUse:
     """Rank that room is made for, whatever the adapter's own; None: adapters are loaded as their files are."""
     max_adapters: int | None = None
     """Adapters of one batch, where room is made for them; None: all."""
+
+
+class AutoscalingConfig(Node):
+    """How many replicas an agent (dedicated) or an LLM's host (shared) runs on."""
+
+    min_replicas: int = Field(default=1, ge=0, le=1024)
+    """0: while nobody asks it, it has no replica and holds no GPU; it is then cold, see `cold`."""
+    max_replicas: int = Field(default=1, ge=1, le=1024)
+    """Most replicas under load."""
+    target_ongoing_requests: float = Field(default=8.0, gt=0)
+    """Calls in flight per replica that autoscaling aims at."""
+    upscale_delay_s: float = Field(default=5.0, ge=0, le=86400)
+    """How long the load must be above target before replicas are added; the first replica of a cold one starts at once."""
+    downscale_delay_s: float = Field(default=300.0, ge=0, le=86400)
+    """How long the load must be below target before replicas are taken away, all but the last."""
+    downscale_to_zero_delay_s: float = Field(default=900.0, ge=0, le=86400)
+    """How long nobody may have asked before the last replica goes; only with min_replicas 0."""
+    max_queued_calls: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Calls that may wait for room in each replica beyond its batch, and as many in each ingress, before the agent counts as
+    overloaded and the next-ranked one takes its place; None: three batches in a replica, sixteen in an ingress."""
+    cold: ColdPolicy = "wait"
+    """What a query does with an agent without a replica. wait: it waits for one. skip: the next-ranked agent takes its place,
+    and a replica is started for later queries. warm_on_rank: a replica is started as soon as the agent is among the K most
+    probable ones of a decision, chosen or not; a query that chose it waits. Only with min_replicas 0."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, below min_replicas {self.min_replicas}; raise it or lower the minimum"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_cold(self) -> Self:
+        if self.cold != "wait" and self.min_replicas > 0:
+            raise ValueError(
+                f"cold is {self.cold!r}; with min_replicas {self.min_replicas} there is always a replica; "
+                "set min_replicas to 0, or leave cold out"
+            )
+        return self
 
 
 class EngineOptions(Node):

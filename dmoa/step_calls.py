@@ -40,7 +40,7 @@ class AgentCard:
     """How to call the agent's tools, part of its role prompt."""
     sampling: Sampling
     place: str
-    """What dies together: the LLM's name in shared placement, the agent's own name in dedicated placement."""
+    """What dies together: the agent's own name in dedicated placement, else the LLM's."""
     cold: ColdPolicy = "wait"
     """What to do with the agent while its place has no replica."""
     is_recorded: bool = False

@@ -115,13 +115,13 @@ class AsksFirst:
 
 
 def _card(config: Config, agent: AgentConfig) -> AgentCard:
-    is_shared = config.llms[agent.llm].placement == "shared"
+    is_alone = config.llms[agent.llm].placement == "dedicated"
     return AgentCard(
         name=agent.name,
         profile=agent.profile,
         tools_text=toolbox.instructions(agent.tools),
         sampling=agent.sampling.to_sampling(),
-        place=agent.llm if is_shared else agent.name,
+        place=agent.name if is_alone else agent.llm,
         cold=config.scaling_of(agent).cold,
         is_recorded=config.llms[agent.llm].engine_entry.is_recorded,
         price=_price(config, agent.llm),

@@ -21,14 +21,14 @@ _SPOKEN_STDERR = 4000
 class Child:
     """The parent's side; use it as a context manager. It starts at once, so that several start side by side."""
 
-    def __init__(self, module: str, *args: str, env: Mapping[str, str], stop_timeout_s: float) -> None:
-        """`stop_timeout_s`: how long it may take to end by itself."""
+    def __init__(self, module: str, *args: str, env: Mapping[str, str], stop_timeout_s: float, python: str | None = None) -> None:
+        """`stop_timeout_s`: how long it may take to end by itself. `python`: another one, and `module` the path of a file."""
         self._stop_timeout_s = stop_timeout_s
         self._errors = tempfile.TemporaryFile(  # noqa: SIM115 -- closed when the child ends
             mode="w+", encoding="utf-8", errors="replace"
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *args],
+            [sys.executable, "-m", module, *args] if python is None else [python, module, *args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -65,6 +65,11 @@ _METRICS = {
     "P15": _Metric("dmoa.bench.adaptation", "p50 latency while gates are offered and tried, over that without", "<= 1.05 x"),
     "P17": _Metric("dmoa.bench.latency", "memory of one more role in `shared` placement, against an engine", "<= 2 %"),
     "P18": _Metric("dmoa.bench.engine", "tokens/s of the `transformers` engine, against plain batched `generate`", ">= 0.9"),
+    "peers": _Metric(
+        "dmoa.bench.peers",
+        "CPU a query, queries/s and p50 beside the model calls, against LangGraph behind FastAPI (installed apart, once)",
+        "<= 1.0 x; >= 1.0 x; <= 1.5 x",
+    ),
     "growth": _Metric("dmoa.bench.latency", "log-log slope of the time per step over the number of agents, up to 256", "<= 0.2"),
     "otlp": _Metric(
         "dmoa.bench.tracing",

@@ -6,7 +6,7 @@ In `shared` placement one replica holds every agent of an LLM, in `dedicated` pl
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from ray import serve
@@ -15,7 +15,8 @@ from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.agents.pool import build_agents, build_engine
 from dmoa.agents.summarizer import withhold
 from dmoa.config import SUMMARIZER, AgentConfig, Config, callable_agents
-from dmoa.protocols import Engine
+from dmoa.protocols import AgentClient, Engine
+from dmoa.serving.placement import is_in_ingress
 from dmoa.serving.rollover import check_version, pool_version
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
@@ -66,6 +67,36 @@ class AgentReplica(AgentCalls):
         config = Config.model_validate_json(config_json)
         hosted = hosted_agents(config, llm, agent)
         self._host(config, llm, hosted, build_engine(config, llm, hosted))
+
+
+class IngressAgents:
+    """Reaches every agent of a pool: those in `ingress` placement in this process; implements `protocols.AgentClient`."""
+
+    def __init__(self, config: Config, elsewhere: AgentClient, host: Callable[[str, str], AgentCalls] | None = None) -> None:
+        """Build the engines of this process; `elsewhere` reaches the other agents. Blocks; raises ConfigError.
+
+        `host` makes what hosts the agents of an LLM, from a pool as JSON and the LLM's name.
+        """
+        text, here = config.model_dump_json(), [agent for agent in callable_agents(config) if is_in_ingress(config, agent)]
+        hosts = {llm: (host or AgentReplica)(text, llm) for llm in dict.fromkeys(agent.llm for agent in here)}
+        self._here = {agent.name: hosts[agent.llm] for agent in here}
+        self._elsewhere = elsewhere
+        self._version = pool_version(config)
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        """Ask one agent. Raises as the client of agents elsewhere."""
+        here = self._here.get(call.agent)
+        return await (self._elsewhere.call(call) if here is None else here.call(call, self._version))
+
+    def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
+        """Ask one agent and yield its text as it comes, last the reply. Raises as `call` does."""
+        here = self._here.get(call.agent)
+        return self._elsewhere.stream(call) if here is None else here.stream(call, self._version)
+
+    async def ping(self, agent: str) -> None:
+        """Return once the agent's place answers: at once, where that is this process. Raises as `call` does."""
+        if agent not in self._here:
+            await self._elsewhere.ping(agent)
 
 
 def hosted_agents(config: Config, llm: str, agent: str | None) -> list[AgentConfig]:

@@ -28,6 +28,7 @@ from dmoa.policies.registry import POLICIES
 from dmoa.recovery import PATIENCE_S
 from dmoa.serving.actors import pack_record
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAgentClient, affine_agents
+from dmoa.serving.agent_replica import IngressAgents
 from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.feedback import FeedbackClient, exploration
@@ -39,7 +40,7 @@ from dmoa.serving.http.routes import create_app
 from dmoa.serving.listening import LaunchMark
 from dmoa.serving.metrics import QueryMetrics, exposition
 from dmoa.serving.observatory import Observatory
-from dmoa.serving.placement import deployment_names
+from dmoa.serving.placement import INGRESS, deployment_names
 from dmoa.serving.rollover import answer_on_one_pool_version, pool_version, query_drain_s
 from dmoa.serving.router.actor import ensure_router
 from dmoa.serving.router.client import RemoteRouter
@@ -55,7 +56,6 @@ EXPLORE_LOOK_S = 2.0
 """How often an ingress looks how many queries are to be explored."""
 APP = "dmoa"
 """Name of the Serve application unless told otherwise."""
-_INGRESS = "ingress"
 _HEAD = "node:__internal_head__"
 """Resource that Ray gives to the head alone, one of it."""
 
@@ -84,18 +84,19 @@ class SwarmIngress:
         self._mark = mark
         self._fingerprint = fingerprint(config)
         where = deployment_names(config)
-        handles = {agent.name: hosts[where[agent.name]] for agent in callable_agents(config)}
+        handles = {name: hosts[host] for name, host in where.items()}
         self._sleepers = sleepers(config)
         actor = ensure_router(config, app, configured)
         self._router = RemoteRouter(actor, config, configured)
         watchdog = CallWatchdog(self._router.missing_replicas)
-        self._agents = ServeAgentClient(handles, pool_version(config), affine=affine_agents(config), watchdog=watchdog)
+        elsewhere = ServeAgentClient(handles, pool_version(config), affine=affine_agents(config), watchdog=watchdog)
+        self._agents = await asyncio.to_thread(IngressAgents, config, elsewhere)
         self._traces = ensure_traces(app, config.router, config.tracing)
         self._feedback = FeedbackClient(config, app) if config.router.feedback == "on" else None
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
         self.page = Observatory(traces=self._traces, router=self._router, actor=actor, swarm=self._swarm)
         self._metrics = QueryMetrics(config.name)
-        self._any_ingress = serve.get_deployment_handle(_INGRESS, app).options(method_name="answer_here", stream=True)
+        self._any_ingress = serve.get_deployment_handle(INGRESS, app).options(method_name="answer_here", stream=True)
         self._answered_elsewhere: dict[str, str] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._learner = app if config.router.feedback == "on" else None
@@ -324,7 +325,7 @@ def build_app(
     configured = _configured_version(config)
     actor: dict[str, Any] = {"num_cpus": 0} | ({"resources": {_HEAD: 0.001}} if is_ingress_on_head else {})
     options = {
-        "name": _INGRESS,
+        "name": INGRESS,
         "num_replicas": config.server.ingress_replicas,
         "ray_actor_options": actor,
         "max_ongoing_requests": 1000,

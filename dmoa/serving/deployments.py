@@ -10,9 +10,10 @@ from typing import Any
 
 from ray import serve
 
-from dmoa.config import AutoscalingConfig, Config, callable_agents
+from dmoa.config import Config, callable_agents
+from dmoa.engine_options import AutoscalingConfig
 from dmoa.serving.agent_replica import ENGINE_ENV, AgentReplica, hosted_agents
-from dmoa.serving.placement import deployment_name
+from dmoa.serving.placement import deployment_name, is_in_ingress
 from dmoa.serving.rollover import CALL_DRAIN_S
 
 _QUEUE_FACTOR = 4
@@ -73,7 +74,7 @@ def bind_hosts(config: Config) -> dict[str, Any]:
     for agent in sorted(callable_agents(config), key=lambda agent: -config.llms[agent.llm].gpus):
         llm = config.llms[agent.llm]
         name = deployment_name(config, agent)
-        if name in bound:
+        if name in bound or is_in_ingress(config, agent):
             continue
         entry, scaling = llm.engine_entry, config.scaling_of(agent)
         options = _options(name, scaling, max_num_seqs=llm.max_num_seqs, gpus=llm.gpus, is_light=entry.is_light)

@@ -62,14 +62,14 @@ def wait_running(config: Config, app: str, say: Callable[[str], None] = lambda l
 def subject(config: Config, deployment: str) -> str:
     """Return what a deployment is to an operator: its agents by name, or its own name."""
     names = deployment_names(config)
-    hosted = [agent for agent in callable_agents(config) if names[agent.name] == deployment]
+    hosted = [agent for agent in callable_agents(config) if names.get(agent.name) == deployment]
     return f"{'agents' if len(hosted) > 1 else 'agent'} {named(hosted)}" if hosted else deployment
 
 
 def explain(config: Config, deployment: str, cause: str) -> str:
     """Return the sentence about a deployment whose replica did not start."""
     names, whose = deployment_names(config), subject(config, deployment)
-    llm = next((agent.llm for agent in callable_agents(config) if names[agent.name] == deployment), None)
+    llm = next((agent.llm for agent in callable_agents(config) if names.get(agent.name) == deployment), None)
     if llm is None:
         return f"{whose}: it did not start: {cause}"
     model = "" if cause.startswith("llms.") else f" (llms.{llm}.model {config.llms[llm].model!r})"

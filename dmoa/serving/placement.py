@@ -85,25 +85,35 @@ class Plan:
         return sum(item.max_gpus for item in self.deployments)
 
 
+INGRESS = "ingress"
+"""Name of the deployment that answers HTTP."""
+
+
+def is_in_ingress(config: Config, agent: AgentConfig) -> bool:
+    """Tell whether an agent is called from the ingress itself: then it is up wherever it is asked."""
+    return config.llms[agent.llm].placement == "ingress"
+
+
 def deployment_names(config: Config) -> dict[str, str]:
-    """Return the deployment of every agent (and of the summarizer) by agent name."""
-    return {agent.name: deployment_name(config, agent) for agent in callable_agents(config)}
+    """Return the deployment of every agent (and of the summarizer) that has one beside the ingress, by agent name."""
+    return {agent.name: deployment_name(config, agent) for agent in callable_agents(config) if not is_in_ingress(config, agent)}
 
 
 def deployment_name(config: Config, agent: AgentConfig) -> str:
     """Return the name of the deployment that an agent runs in."""
-    return f"llm-{agent.llm}" if config.llms[agent.llm].placement == "shared" else f"agent-{agent.name}"
+    names = {"shared": f"llm-{agent.llm}", "dedicated": f"agent-{agent.name}"}
+    return names.get(config.llms[agent.llm].placement, INGRESS)
 
 
 def plan_of(config: Config) -> Plan:
     """Return the plan of a pool, deployments in the order of their first agents."""
-    names = deployment_names(config)
-    agents = callable_agents(config)
+    groups: dict[tuple[str, str], list[AgentConfig]] = {}
+    for agent in callable_agents(config):
+        groups.setdefault((deployment_name(config, agent), agent.llm), []).append(agent)
     deployments = []
-    for name in dict.fromkeys(names.values()):
-        hosted = [agent for agent in agents if names[agent.name] == name]
+    for (name, _), hosted in groups.items():
         llm = config.llms[hosted[0].llm]
-        scaling = config.scaling_of(hosted[0])
+        scaling, ingresses = config.scaling_of(hosted[0]), config.server.ingress_replicas
         options = llm.options
         wide, deep = options.gpu_split or (1, 1)
         deployments.append(
@@ -115,8 +125,8 @@ def plan_of(config: Config) -> Plan:
                 placement=llm.placement,
                 agents=tuple(agent.name for agent in hosted),
                 adapters=tuple(dict.fromkeys(agent.adapter for agent in hosted if agent.adapter)),
-                min_replicas=scaling.min_replicas,
-                max_replicas=scaling.max_replicas,
+                min_replicas=ingresses if name == INGRESS else scaling.min_replicas,
+                max_replicas=ingresses if name == INGRESS else scaling.max_replicas,
                 gpus=llm.gpus,
                 tensor_parallel=wide,
                 pipeline_parallel=deep,
@@ -125,7 +135,7 @@ def plan_of(config: Config) -> Plan:
             )
         )
     parts = (
-        LightPart(name="ingress", replicas=config.server.ingress_replicas, purpose="HTTP, and the step loop of every query"),
+        LightPart(name=INGRESS, replicas=config.server.ingress_replicas, purpose="HTTP, and the step loop of every query"),
         LightPart(name="encoder", replicas=1, purpose="MiniLM on the CPU: embeddings for the gate"),
         LightPart(name="router", replicas=1, purpose="the gate, on the CPU"),
         LightPart(name="traces", replicas=1, purpose="the last traces"),

@@ -332,7 +332,7 @@ def _remote_workers(options: RolloutOptions, config: Config) -> CollectWorkers:
 
     url = str(options.url)
     open_client(url)  # a URL that is none is refused before Ray starts
-    hosts = {agent.llm if config.llms[agent.llm].placement == "shared" else agent.name: agent for agent in config.agents}
+    hosts = {agent.name if config.llms[agent.llm].placement == "dedicated" else agent.llm: agent for agent in config.agents}
     room = sum(max(1, config.scaling_of(one).min_replicas) * config.llms[one.llm].max_num_seqs for one in hosts.values())
     wide = width(config, options.epsilon)
     return CollectWorkers(

@@ -437,3 +437,20 @@ def mutate(node: Any, path: tuple[Any, ...], what: str, value: Any) -> None:
         node[last if what == "set" else f"{last}x"] = value
     elif isinstance(node, list) and isinstance(last, int) and last < len(node):
         node[last] = value
+
+
+def test_endpoints_are_called_from_the_ingress_unless_told_otherwise() -> None:
+    more = {"max_replicas": 4}
+    config = loads(yaml.safe_dump(tree(**endpoint(), agents__1__autoscaling=more)))
+    assert config.llms["tiny"].placement == "ingress"
+    assert config.scaling_of(config.agents[1]).max_replicas == 1
+    assert config.unused_scaling() == (
+        "agents.1.autoscaling is not used: 'tiny' is in ingress placement; set llms.tiny.autoscaling, "
+        "or make its placement dedicated",
+    )
+    assert loads(yaml.safe_dump(tree(**endpoint(), llms__tiny__placement="shared"))).llms["tiny"].placement == "shared"
+    assert loads(yaml.safe_dump(tree(**endpoint(), llms__tiny__autoscaling=more))).llms["tiny"].placement == "shared"
+    with pytest.raises(ConfigError, match="engine 'transformers' runs a model"):
+        loads(
+            yaml.safe_dump(tree(llms__tiny__placement="ingress", llms__tiny__engine="transformers", llms__tiny__model="hub:a/b"))
+        )

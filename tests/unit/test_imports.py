@@ -50,7 +50,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "datasets": ("evaluation",),
     "jinja2": ("evaluation",),
     "matplotlib": ("evaluation",),
-    "fastapi": ("serving",),
+    "fastapi": ("serving", "bench.peer_servers"),
     "typer": ("workflows", "cli"),
     "math_verify": ("evaluation",),
     "rich": ("workflows", "cli"),

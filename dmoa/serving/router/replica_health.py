@@ -14,7 +14,7 @@ from ray import serve
 
 from dmoa.config import Config, callable_agents
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS
-from dmoa.serving.placement import deployment_name
+from dmoa.serving.placement import deployment_name, is_in_ingress
 from dmoa.types import RouterStatus
 
 UP = "up"
@@ -56,7 +56,7 @@ def presence(config: Config, deployments: Mapping[str, Any]) -> Presence:
     may_sleep = sleepers(config)
     for agent in callable_agents(config):
         found = deployments.get(deployment_name(config, agent))
-        if found is None or _has(found.replica_states, _SERVING):
+        if found is None or is_in_ingress(config, agent) or _has(found.replica_states, _SERVING):
             continue
         if agent.name in may_sleep and found.status not in _BROKEN:
             cold.add(agent.name)

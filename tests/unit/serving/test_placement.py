@@ -13,7 +13,9 @@ from dmoa.agents.pool import load_pool, packaged_pools
 from dmoa.config import Config
 from dmoa.engines.size import ModelSize
 from dmoa.serving.capacity import DryRun, GpuNode, Supply, assemble, kind_of_device, local_supply, nodes_of_ray, published_bytes
-from dmoa.serving.placement import plan_of
+from dmoa.serving.failures import explain
+from dmoa.serving.placement import deployment_names, plan_of
+from dmoa.serving.router.replica_health import presence
 
 GIB = 2**30
 # 10 B parameters; 40 layers, 8 key-value heads of 128: in bfloat16 160 KiB a token.
@@ -61,6 +63,23 @@ def test_shared_agents_and_the_summarizer_are_one_deployment() -> None:
     (item,) = plan_of(config).deployments
     assert (item.name, item.agents) == ("llm-big", ("a0", "a1", "summarizer"))
     assert (item.min_gpus, item.max_gpus) == (2, 4)
+
+
+def test_agents_in_the_ingress_have_no_deployment_and_are_never_gone() -> None:
+    far = {"model": "openai:x", "engine": "openai", "engine_kwargs": {"base_url": "https://api.example.com/v1"}}
+    tree = pool(2).model_dump(mode="json")
+    tree["llms"] |= {"far": far, "further": far}
+    tree["agents"] += [{"name": f"b{i}", "llm": llm, "profile": "Works."} for i, llm in enumerate(("far", "far", "further"))]
+    config = Config.model_validate(tree | {"server": {"ingress_replicas": 2}})
+    assert deployment_names(config) == {"a0": "agent-a0", "a1": "agent-a1"}
+    rows = [(item.name, item.llm, item.agents, item.min_replicas) for item in plan_of(config).deployments[2:]]
+    assert rows == [("ingress", "far", ("b0", "b1"), 2), ("ingress", "further", ("b2",), 2)]
+    down = SimpleNamespace(replica_states={}, status="UPDATING")
+    assert presence(config, {"ingress": down, "agent-a0": down}).gone == {"a0"}
+    assert (
+        explain(config, "ingress", "llms.far.engine_kwargs: no key")
+        == "ingress: it did not start: llms.far.engine_kwargs: no key"
+    )
 
 
 def test_a_replica_over_several_gpus() -> None:

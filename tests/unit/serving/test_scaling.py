@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dmoa.config import AutoscalingConfig
+from dmoa.engine_options import AutoscalingConfig
 from dmoa.serving.deployments import scaling_options
 
 

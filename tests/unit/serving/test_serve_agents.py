@@ -21,9 +21,13 @@ with warnings.catch_warnings():
     from ray.serve.exceptions import BackPressureError
     from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
+from dmoa.agents.pool import build_local
+from dmoa.config import Config
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, PoolChangedError
 from dmoa.serving.agent_client import CallWatchdog, MissingReplicas, ServeAgentClient
-from dmoa.types import AgentCall, Sampling
+from dmoa.serving.agent_replica import AgentCalls, IngressAgents
+from dmoa.serving.rollover import pool_version
+from dmoa.types import AgentCall, AgentReply, Message, Sampling, TextDelta
 
 CALL = AgentCall(trace_id="t", step=0, agent="solver", messages=(), sampling=Sampling())
 
@@ -168,3 +172,39 @@ async def test_a_call_with_a_deadline_has_until_then_to_be_taken() -> None:
     with pytest.raises(CallNotTakenError):
         async with asyncio.timeout(5):
             await agents.call(replace(CALL, deadline_unix_s=time.time()))
+
+
+class Hosted(AgentCalls):
+    """A replica's agents without a replica."""
+
+    def __init__(self, text: str, llm: str) -> None:
+        config = Config.model_validate_json(text)
+        assert llm == "near"
+        self._agents, _ = build_local(config)
+        self._label, self._replica, self._version = "scripted", "here", pool_version(config)
+
+
+async def test_agents_in_the_ingress_are_called_there_and_others_elsewhere() -> None:
+    scripted = {"model": "scripted:x", "engine": "scripted"}
+    tree: dict[str, Any] = {
+        "name": "p",
+        "llms": {
+            "near": scripted | {"placement": "ingress", "engine_kwargs": {"replies": {"a": "A"}}},
+            "far": scripted | {"engine_kwargs": {"replies": {"b": "B"}}},
+        },
+        "agents": [{"name": name, "llm": llm, "profile": "Works."} for name, llm in (("a", "near"), ("b", "far"))],
+        "summarizer": {"mode": "llm", "llm": "near"},
+    }
+    config = Config.model_validate(tree)
+    agents = IngressAgents(config, build_local(config)[0], Hosted)
+
+    def call(agent: str) -> AgentCall:
+        return AgentCall(trace_id="t", step=0, agent=agent, messages=(Message(role="user", content="q"),), sampling=Sampling())
+
+    replies = [await agents.call(call(name)) for name in "ab"]
+    assert [(reply.text, reply.replica) for reply in replies] == [("A", "here"), ("B", "")]
+    for name, text, replica in (("a", "A", "here"), ("b", "B", "")):
+        *pieces, last = [item async for item in agents.stream(call(name))]
+        assert isinstance(last, AgentReply)
+        assert ("".join(piece.text for piece in pieces if isinstance(piece, TextDelta)), last.replica) == (text, replica)
+        await agents.ping(name)
