@@ -232,7 +232,7 @@ def make_app(
     **settings: Any,
 ) -> FastAPI:
     """The app over a service; `settings` of the section `server`."""
-    server = ServerConfig(max_body_bytes=max_body_bytes, **({"allowed_hosts": ("test",)} | settings))
+    server = ServerConfig(max_body_bytes=max_body_bytes, **({"allowed_hosts": ("test", "testserver")} | settings))
     return create_app(lambda: service, key_hashes=keys, admin_hashes=admins, server=server, max_queued_requests=queued)
 
 
