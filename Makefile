@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 # The times of every test are left under out/tests.
 PYTEST := $(BIN)/python -m pytest -q --durations=15
 
-.PHONY: setup demo fast test test-vllm check bench accept clean
+.PHONY: setup demo fast test test-vllm check audit bench accept clean
 
 setup: $(READY)
 
@@ -33,7 +33,14 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit/test_imports.py
+	$(BIN)/python -m pytest -q tests/unit/test_imports.py tests/unit/test_security.py
+
+# What the package index knows of this environment; `make check` looks at the dated list in tests/advisories.json alone.
+audit: setup
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)-audit/freeze.txt
+	$(VENV)-audit/bin/pip-audit --requirement $(VENV)-audit/freeze.txt --no-deps --disable-pip
 
 # What a change needs at every save: no Ray, no process, no model. Plug-ins that its tests do not need are not loaded.
 fast: setup
@@ -62,4 +69,4 @@ accept: setup
 	$(BIN)/python tests/accept/run_all.py --out out/accept
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) $(VENV)-audit out build *.egg-info
