@@ -13,7 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from dmoa.agents.json_forms import calls_fault, calls_in, calls_schema, check_schemas, form_prompt, text_fault, unwrapped
+from dmoa.agents.json_forms import (
+    calls_fault,
+    calls_in,
+    calls_schema,
+    check_schemas,
+    completed,
+    form_brief,
+    form_prompt,
+    text_fault,
+    unwrapped,
+)
 from dmoa.agents.prompts import agent_messages
 from dmoa.dispatch import Dispatcher
 from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RequestError
@@ -162,8 +172,13 @@ class FinalCaller:
         if fault and live is None:
             told = f"That is not the form that was asked for: {fault}. Write it again, as nothing but that form."
             said = Message(role="assistant", content=reply.text[:_SHOWN] or "(nothing)")
-            call = replace(call, messages=(*call.messages, said, Message(role="user", content=told)), sample=number + final.n)
-            reply = await self._ask(call, card, None)
+            asked = (*call.messages, said, Message(role="user", content=told))
+            # For a model that nothing guides the form is begun: it has only to go on with it.
+            brief, head = form_brief(final) if _runs_model(card) and SCHEMA not in card.abilities else ("", "")
+            if head:
+                asked = (*self._messages(state, card, brief), Message(role="assistant", content=head))
+            reply = await self._ask(replace(call, messages=asked, sample=number + final.n), card, None)
+            reply = replace(reply, text=completed(head + reply.text)) if head else reply
             replies = (*replies, reply)
             choice, fault = _read(reply, card, final)
         if fault:
@@ -193,7 +208,7 @@ class FinalCaller:
             trace_id=state.query.trace_id,
             step=len(state.steps),
             agent=card.name,
-            messages=agent_messages(state.query, state.history, profile=card.profile, instruction=f"{_TASK}\n{told}"),
+            messages=self._messages(state, card, told),
             sampling=sampling,
             deadline_unix_s=state.deadline_unix_s,
             conversation=state.query.conversation,
@@ -201,6 +216,9 @@ class FinalCaller:
             sample=number,
             final=replace(final, tools=() if is_prompted else final.tools, schema=schema, n=1),
         )
+
+    def _messages(self, state: QueryState, card: AgentCard, form: str) -> tuple[Message, ...]:
+        return agent_messages(state.query, state.history, profile=card.profile, instruction=f"{_TASK}\n{form}")
 
     async def _ask(self, call: AgentCall, card: AgentCard, emit: Emit | None) -> AgentReply:
         reply = await self._dispatcher.ask_once(call, card, emit)

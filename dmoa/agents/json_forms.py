@@ -164,6 +164,67 @@ def form_prompt(final: FinalCall, *, has_tools: bool) -> str:
     return "\n".join(parts)
 
 
+def form_brief(final: FinalCall) -> tuple[str, str]:
+    """Return the form in a few words, and how a text in it begins, for a small model that is to go on with that.
+
+    Both are empty where the beginning is not known. A small model copies a schema that it is shown.
+    """
+    if not final.tools or final.tool_choice == "auto":
+        head = "" if final.schema is None else _opened(final.schema)
+        return f"Write it as JSON{_keys(final.schema or {})}." if head else "", head
+    names = [tool["name"] for tool in final.tools if final.tool_choice in ("required", f"={tool['name']}")]
+    if len(names) != 1:
+        tools = "; ".join(f"{tool['name']}{_keys(tool.get('parameters') or {})}" for tool in final.tools)
+        return f"Call one of these tools, in JSON: {tools}.", '{"tool_calls": [{"name": "'
+    parameters = next(tool.get("parameters") for tool in final.tools if tool["name"] == names[0]) or {}
+    head = f'{{"tool_calls": [{{"name": {json.dumps(names[0])}, "arguments": {_opened(parameters) or "{"}'
+    return f"Call the tool {names[0]}, in JSON{_keys(parameters)}.", head
+
+
+def _keys(schema: Mapping[str, Any]) -> str:
+    parts = {name: part for name, part in (schema.get("properties") or {}).items() if isinstance(part, dict)}
+    named = ", ".join(f"{json.dumps(name)} ({part.get('type', 'any')})" for name, part in parts.items())
+    return f" with {named}" if named else ""
+
+
+def _opened(schema: Mapping[str, Any]) -> str:
+    """Return the beginning of an object by a schema, up to the value of its first property."""
+    if schema.get("type", "object") != "object":
+        return ""
+    properties = schema.get("properties") or {}
+    name = next(iter((*schema.get("required", ()), *properties)), None)
+    part = properties.get(name)
+    is_text = isinstance(part, dict) and part.get("type") == "string"
+    return "{" if name is None else f"{{{json.dumps(name)}:" + (' "' if is_text else "")
+
+
+def completed(text: str) -> str:
+    """Return JSON that broke off, or went on in other words, with what its end lacks; any other text as it is."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        # Of a string without an end the error names the beginning.
+        kept = text if error.msg.startswith("Unterminated") else text[: error.pos]
+    except (ValueError, RecursionError):
+        return text
+    else:
+        return text
+    ends: list[str] = []
+    for sign in re.findall(r'\\.|["{}\[\]]', kept, re.DOTALL):
+        if ends and ends[-1] == '"':
+            ends = ends[:-1] if sign == '"' else ends
+        elif sign in '"{[':
+            ends.append({"{": "}", "[": "]"}.get(sign, sign))
+        elif ends and sign in "}]":
+            ends.pop()
+    whole = (kept if '"' in ends else kept.rstrip(" \t\n,")) + "".join(reversed(ends))
+    try:
+        json.loads(whole)
+    except (ValueError, RecursionError):
+        return text
+    return whole
+
+
 def calls_schema(final: FinalCall) -> dict[str, Any]:
     """Return the JSON Schema of what `form_prompt` asks for where tools must be called, for guided decoding."""
     allowed = [tool for tool in final.tools if final.tool_choice in ("auto", "required", f"={tool['name']}")]

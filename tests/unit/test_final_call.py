@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -149,7 +150,7 @@ async def test_a_named_agent_alone_is_looked_at() -> None:
     built.check(replace(query(), final=FinalCall(tools=TOOLS)), "two")
 
 
-@pytest.mark.parametrize("replies", [(CALL,), ("I call add.", CALL)])
+@pytest.mark.parametrize("replies", [(CALL,), ("I call add.", " 1}}]}"), ("I call add.", " 1}. Done.")])
 async def test_tools_are_asked_for_in_words_and_once_more_where_the_form_is_wrong(replies: tuple[str, ...]) -> None:
     agents = Writers(*replies)
     answer = await written(agents, FinalCall(tools=TOOLS, tool_choice="required"), one=PROMPTED)
@@ -160,8 +161,9 @@ async def test_tools_are_asked_for_in_words_and_once_more_where_the_form_is_wron
     assert "Call at least one of them." in first.messages[-1].content
     assert len(repairs) == len(replies) - 1
     for call in repairs:
-        assert [message.role for message in call.messages[-3:]] == ["user", "assistant", "user"]
-        assert "no tool is called" in call.messages[-1].content
+        assert [message.role for message in call.messages[-2:]] == ["user", "assistant"]
+        assert 'Call the tool add, in JSON with "a" (integer).' in call.messages[-2].content
+        assert call.messages[-1].content == '{"tool_calls": [{"name": "add", "arguments": {"a":'
         assert call.call_id != first.call_id
     assert len(answer.steps[-1].replies) == len(replies)
 
@@ -184,10 +186,12 @@ async def test_guided_engines_get_the_schema_of_calls_that_must_be_made() -> Non
 @pytest.mark.parametrize("abilities", [frozenset(), PROMPTED, NATIVE])
 @pytest.mark.parametrize("replies", [('{"n": 1}',), ('{"n": "x"}', '```json\n{"n": 1}\n```')])
 async def test_answers_match_the_schema(abilities: frozenset[str], replies: tuple[str, ...]) -> None:
+    if abilities == PROMPTED:  # the form is begun for it
+        replies = (replies[0], *(" 1}" for _ in replies[1:]))
     agents = Writers(*replies)
     asked = replace(query(), final=FinalCall(schema=FORM, schema_name="f"), is_streamed=False)
     answer = await answer_of(orchestrator(agents, one=abilities), asked, Schedule(asks("one", ends_with="schedule")))
-    assert answer.text == '{"n": 1}'
+    assert json.loads(answer.text) == {"n": 1}
     assert len(agents.finals) == len(replies)
     assert (agents.finals[0].final == FinalCall(schema=FORM, schema_name="f")) == ("schema" in abilities)
 
@@ -197,7 +201,7 @@ async def test_answers_match_the_schema(abilities: frozenset[str], replies: tupl
 )
 async def test_a_second_wrong_answer_is_a_422_with_its_text(final: FinalCall, param: str) -> None:
     agents = Writers("first", "second")
-    with pytest.raises(RequestError, match="its text: second") as caught:
+    with pytest.raises(RequestError, match=r"its text: .*second$") as caught:
         await written(agents, final, one=PROMPTED)
     assert (caught.value.param, caught.value.code, caught.value.status) == (param, "invalid_answer", 422)
     assert len(agents.finals) == 2

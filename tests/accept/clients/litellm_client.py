@@ -25,6 +25,13 @@ async def asynchronous():
     return "19" in (await litellm.acompletion(**given)).choices[0].message.content
 
 
+async def messages():
+    asked = {"messages": given["messages"], "max_tokens": 64, "model": given["model"]}
+    reply = await litellm.anthropic_messages(**asked, api_base=URL, api_key="none")
+    return "19" in reply["content"][0]["text"]
+
+
+cell("completion, as Anthropic's messages", messages)
 cell("completion", lambda: "19" in litellm.completion(**given).choices[0].message.content)
 cell("completion, streamed", stream)
 cell("acompletion", asynchronous)

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.agents.json_forms import calls_in, calls_schema, form_prompt, schema_fault, text_fault, unwrapped, value_fault
+from dmoa.agents.json_forms import (
+    calls_in,
+    calls_schema,
+    completed,
+    form_brief,
+    form_prompt,
+    schema_fault,
+    text_fault,
+    unwrapped,
+    value_fault,
+)
 from dmoa.types import FinalCall
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
@@ -162,3 +172,60 @@ def test_the_prompt_says_tools_choice_and_form() -> None:
     assert text.endswith("Call now. Make one call only.")
     assert form_prompt(FinalCall(schema={"type": "object"}), has_tools=False) == "Write the answer as nothing but one JSON object"
     assert '{"type": "integer"}' in form_prompt(FinalCall(schema={"type": "integer"}, schema_name="x"), has_tools=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ('{"a": 1}', '{"a": 1}'),
+        ('{"a": 19', '{"a": 19}'),
+        ('{"a": [{"b": "x"}, ', '{"a": [{"b": "x"}]}'),
+        ('{"a": "Paris', '{"a": "Paris"}'),
+        ('{"a": "Paris\nThe city', '{"a": "Paris"}'),
+        ('{"a": "say \\"yes', '{"a": "say \\"yes"}'),
+        ('{"a": 19}\n\nThat is it. {', '{"a": 19}'),
+        ('{"a": {"b": 1}. Done.', '{"a": {"b": 1}}'),
+        ('{"a": nothing', '{"a": nothing'),
+        ("words", "words"),
+        ("", ""),
+    ],
+)
+def test_json_that_broke_off_gets_its_end(text: str, whole: str) -> None:
+    assert completed(text) == whole
+
+
+@given(value=st.dictionaries(st.text(), st.lists(st.integers() | st.text())), cut=st.integers(min_value=0))
+def test_whole_json_stays_and_a_cut_one_becomes_json_or_stays(value: dict[str, Any], cut: int) -> None:
+    text = json.dumps(value)
+    assert completed(text) == text
+    short = text[: cut % (len(text) + 1)]
+    found = completed(short)
+    assert found == short or isinstance(json.loads(found), dict)
+
+
+@pytest.mark.parametrize(
+    ("final", "brief", "head"),
+    [
+        (FinalCall(schema={"type": "object"}), "Write it as JSON.", "{"),
+        (FinalCall(schema={"type": "array"}), "", ""),
+        (FinalCall(n=2), "", ""),
+        (asked(), "", ""),
+        (
+            FinalCall(schema={"properties": {"n": {"type": "integer"}, "s": {"type": "string"}}, "required": ["s"]}),
+            'Write it as JSON with "n" (integer), "s" (string).',
+            '{"s": "',
+        ),
+        (
+            FinalCall(tools=({"name": "f"}, {"name": "g", "parameters": {}}), tool_choice="=f"),
+            "Call the tool f, in JSON.",
+            '{"tool_calls": [{"name": "f", "arguments": {',
+        ),
+        (
+            FinalCall(tools=({"name": "f"}, {"name": "g", "parameters": {"properties": {"a": {}}}}), tool_choice="required"),
+            'Call one of these tools, in JSON: f; g with "a" (any).',
+            '{"tool_calls": [{"name": "',
+        ),
+    ],
+)
+def test_a_form_in_few_words_and_its_beginning(final: FinalCall, brief: str, head: str) -> None:
+    assert form_brief(final) == (brief, head)
