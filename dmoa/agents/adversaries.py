@@ -74,7 +74,8 @@ def corrupted(reply: AgentReply, call: AgentCall, kind: Kind) -> AgentReply:
     """Return what an adversary says in place of a reply.
 
     liar: a wrong answer of its own. confident_liar: the same, with an entropy near 0. colluding: all say the same wrong answer to
-    a question. saboteur: nothing of use. verbose: the true reply, buried. injector: orders to whoever reads it, then a lie.
+    a query, in whatever role. saboteur: nothing of use. verbose: the true reply, buried. injector: orders to whoever reads it,
+    then a lie.
     """
     if reply.status != "ok":
         return reply
@@ -93,11 +94,13 @@ def corrupted(reply: AgentReply, call: AgentCall, kind: Kind) -> AgentReply:
 
 
 def _wrong(reply: AgentReply, call: AgentCall, kind: Kind) -> str:
-    """Return an answer that is not the agent's own, drawn by question and agent; where they collude, by the question alone.
+    """Return an answer that is not the agent's own, drawn by prompt and agent; where they collude, by the query alone.
+
+    A prompt ends with its agent's role, so agents of several roles would never say the same if they went by it.
 
     Nobody knows the right one: letters that colluding agents choose are it now and then.
     """
-    question = call.messages[-1].content if kind == "colluding" else f"{call.agent}\0{call.messages[-1].content}"
+    question = (call.query_id or call.trace_id) if kind == "colluding" else f"{call.agent}\0{call.messages[-1].content}"
     drawn = 1 + int.from_bytes(hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=2).digest(), "big") % 97
     own = (extract_answer(reply.text) or "").upper()
     if re.fullmatch(r"[A-J]", own):

@@ -15,7 +15,10 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, neither i
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs" / "study"))
 
 from label_model import NAMES, Material, answer, lines, load, with_outcomes
-from study_posterior import trained
-from study_replies import first_step, replies, rows_of
+from study_posterior import changed, matrix_of, reply_of, trained
+from study_replies import Replies, everyone, first_step, replies, rows_of
 
 from dmoa.agents.adversaries import KINDS, Adversaries, corrupted
 from dmoa.agents.embedder import MiniLmEncoder
-from dmoa.agents.pool import load_pool
+from dmoa.agents.pool import build_local, load_pool
 from dmoa.config import Config
 from dmoa.core.aggregate import select_contribution
 from dmoa.core.defences import barred
@@ -41,15 +44,16 @@ from dmoa.core.witnesses import NO_ANSWER, Witnesses
 from dmoa.engines import models
 from dmoa.engines.recorded import agent_name
 from dmoa.errors import DmoaError
+from dmoa.evaluation.answer_matrix import gate_choices, replay_choices
 from dmoa.evaluation.answering import Asking, query_of_task
-from dmoa.evaluation.records import Reply, Task
+from dmoa.evaluation.records import Reply, Row, Task
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.statistics import compare_policies, interval
 from dmoa.policies.registry import POLICIES, split_policy
 from dmoa.protocols import Encoder, final_answer
 from dmoa.storage import write_whole
 from dmoa.swarm import Swarm
-from dmoa.types import AgentCall, AgentReply, Answer, Defence, FloatArray, Limits, Message, Sampling
+from dmoa.types import AgentCall, AgentReply, Answer, Defence, FloatArray, GenerationRequest, Limits, Message, Sampling
 from dmoa.workflows.backends import build_local_swarm
 from tests.unit.agents.openai_server import Call, playing
 from tests.unit.policies.test_outside import QUESTION, Script, counted, swarm_of
@@ -58,6 +62,12 @@ ROOT = Path(__file__).parents[2]
 IN_FLIGHT = 8
 LEARN, SEED = 100, 0
 MOST_LOST, MOST_OVERHEAD = 0.03, 0.10
+MOST_CALLS, REAL_TOKENS = 64, 8
+REAL = {
+    "name": "real",
+    "llms": {"m": {"model": "embedded:smollm2-135m", "max_num_seqs": MOST_CALLS}},
+    "agents": [{"name": "a", "llm": "m", "profile": "Answers."}],
+}
 Figures = dict[str, Any]
 Judge = Callable[[int, str], float]
 
@@ -257,7 +267,7 @@ def attacked(source: Path, out: Path, limit: int) -> Figures:
 def reply_under(text: str, agent: str, asked: str, kind: str) -> AgentReply:
     """Return a recorded reply, or what an adversary makes of it."""
     reply = AgentReply(agent=agent, status="ok", text=text)
-    call = AgentCall(trace_id="", step=0, agent=agent, messages=(Message(role="user", content=asked),), sampling=Sampling())
+    call = AgentCall(trace_id=asked, step=0, agent=agent, messages=(Message(role="user", content=asked),), sampling=Sampling())
     return reply if kind == "none" else corrupted(reply, call, kind)  # type: ignore[arg-type]
 
 
@@ -288,7 +298,130 @@ def votes(
     return table
 
 
+FIRST_STEP = ("dense", "random", "random_router", "majority_k:k=3", "majority_k:k=64", "free_agency", "knapsack")
+LABELLED = ("bandit", "knn_router", "linear_router", "kmeans")
+LONGER = (
+    "self_consistency",
+    "self_moa",
+    "best_of_n",
+    "cot",
+    "debate:rounds=1",
+    "moa:layers=2",
+    "complete",
+    "fusion",
+    "chain",
+    "smoa",
+)
+DRAWS = 5
+Done = Callable[[str, Figures], None]
+
+
+def suites(folder: Path, per_suite: int, pools: Sequence[str], longer_rows: int, keep: Callable[[Figures], None]) -> Figures:
+    """Policies on the specialists' suites: dmoa with gates of five draws, and rivals; the longer ones on fewer rows.
+
+    Every agent answers each row once, and gates and rivals of the first step choose among these replies; what the longer ones ask
+    is kept in `folder` as well. Routers with labels learn from the queries of the first draw.
+    """
+    split, _, seed = TEST_ROWS
+    test = replies(rows_of(split, per_suite, seed), everyone(pools), folder, f"{split}-{seed}")
+    learnt = [replies(rows_of("gate", 8, 301 + draw), everyone(pools), folder, f"gate-{301 + draw}") for draw in range(DRAWS)]
+    judge, tasks = judge_of(test.rows), [row.task for row in test.rows]
+    found: Figures = {"rows": len(tasks), "longer_rows": longer_rows}
+    for name in pools:
+        config, table = first_step(load_pool(name)), found.setdefault(name, {})
+
+        def done(policy: str, entry: Figures, table: Figures = table, name: str = name) -> None:
+            own = table.setdefault("dmoa, anchored, draw 0", entry)["values"][: len(entry["values"])]
+            against = compare_policies(own, entry["values"])
+            entry["dmoa_minus_it"] = [round(x, 4) for x in (against.difference, against.low, against.high, against.p)]
+            table[policy] = entry
+            print(name, policy, {key: value for key, value in entry.items() if key != "values"}, flush=True)
+            keep(found)
+
+        matrix, embedding_RD = matrix_of(test, config)
+        for arm in ("anchored", "posterior"):
+            for draw in range(DRAWS):
+                gate = trained(learnt[draw], config, arm, draw, folder / "gates" / name / arm / str(draw))
+                served = replay_choices(matrix, gate_choices(gate, embedding_RD))
+                values = served.value_R.tolist()
+                done(
+                    f"dmoa, {arm}, draw {draw}",
+                    figures(values, served.k_R.tolist(), served.tokens_R.tolist()) | {"values": values},
+                )
+        done("oracle", figures(best := matrix.value_RA.max(axis=1).tolist(), [1], [0]) | {"values": best})
+        data = folder / f"{name}-labels.jsonl"
+        right_RA = learnt[0].values(config.agent_names)
+        cells = [
+            (row.task.text, agent, right)
+            for row, rights in zip(learnt[0].rows, right_RA, strict=True)
+            for agent, right in zip(config.agent_names, rights.tolist(), strict=True)
+        ]
+        write_whole(
+            data, "".join(json.dumps(dict(zip(("query", "agent", "reward"), c, strict=True))) + "\n" for c in cells).encode()
+        )
+        first = (
+            [f"single:{agent}" for agent in config.agent_names] + [*FIRST_STEP] + [f"{router}:data={data}" for router in LABELLED]
+        )
+        pool = recorded_pool(write_recorded(folder / f"{name}-replies.jsonl", test), config.agent_names)
+        asyncio.run(_asked(pool, None, first, tasks, judge, done))
+        asyncio.run(_asked(config, folder / "calls", LONGER, tasks[:longer_rows], judge, done))
+    return found
+
+
+def write_recorded(path: Path, found: Replies) -> Path:
+    """Write replies as a file of the engine `recorded`."""
+    text_of = {row.task.row_id: row.task.text for row in found.rows}
+    lines_of = []
+    for line in found.table.to_pylist():
+        if line["query_id"] in text_of:
+            reply = reply_of(line)
+            known = {"agent": reply.agent, "text": reply.text, "entropy": reply.entropy.mean_nats}
+            tokens = {name: getattr(reply.usage, name) for name in ("prompt_tokens", "completion_tokens")}
+            lines_of.append(json.dumps(known | tokens | {"query": text_of[line["query_id"]]}) + "\n")
+    write_whole(path, "".join(lines_of).encode())
+    return path
+
+
+async def _asked(
+    config: Config, calls: Path | None, policies: Sequence[str], tasks: Sequence[Task], judge: Judge, done: Done
+) -> None:
+    """Ask one policy after the other."""
+    swarm = build_local_swarm(config, lambda text: None, calls)
+    swarm.encoder = Remembering(swarm.encoder)
+    try:
+        for policy in policies:
+            shown = f"{split_policy(policy)[0]}, labels" if ":data=" in policy else policy
+            done(shown, of_answers(await ask_all(swarm, policy, tasks, Limits(max_steps=1)), judge))
+    finally:
+        await swarm.close()
+
+
 ATTACKED = ("dmoa", "majority_k:k=6", "moa:layers=2", "debate:rounds=1", "complete")
+GATE_ROWS, TEST_ROWS = ("gate", 8, 301), ("test", 16, 401)
+"""Split, rows a suite and seed of what gates learn from and of what is judged: rows of the study, whose replies can be given."""
+
+
+def posterior_gate(folder: Path, config: Config, enemies: Adversaries | None, at: Path) -> Config:
+    """Return a pool with a gate that has learnt, without labels, from replies under the same attack."""
+    found = replies(rows_of(*GATE_ROWS), config, folder, f"{GATE_ROWS[0]}-{GATE_ROWS[2]}")
+    if enemies:
+        asked = {row.task.row_id: row.task.text for row in found.rows}
+        names = enemies.of(config.agent_names)
+        table = found.table.to_pylist()
+        texts = [
+            reply_under(
+                line["text"], line["agent"], asked[line["query_id"]], enemies.kind if line["agent"] in names else "none"
+            ).text
+            for line in table
+        ]
+        attacked = changed(found.table, {"text": texts})
+        if enemies.kind == "confident_liar":
+            sure = [line["entropy_tokens"] * 1e-3 if line["agent"] in names else line["entropy_sum_nats"] for line in table]
+            attacked = changed(attacked, {"entropy_sum_nats": sure})
+        found = replace(found, table=attacked)
+    trained(found, config, "posterior", 0, at)
+    checkpoint = next((at / "gate").glob("**/gate.json")).parent
+    return config.model_copy(update={"gate": config.gate.model_copy(update={"checkpoint": str(checkpoint)})})
 
 
 def adversaries(folder: Path, per_suite: int, defences: Sequence[str], counts: Sequence[int]) -> Figures:
@@ -297,25 +430,18 @@ def adversaries(folder: Path, per_suite: int, defences: Sequence[str], counts: S
     The adversary is the pool's last agent; rows of its own suite are left out, which without it nobody could answer.
     """
     config = first_step(load_pool("specialists"))
-    trained(replies(rows_of("gate", 10, 1), config, folder, "gate-rows"), config, "posterior", 0, folder / "posterior")
-    checkpoint = next((folder / "posterior" / "gate").glob("**/gate.json")).parent
     lost = set(config.agent_names[len(config.agents) - max(counts) :])
-    rows = [row for row in rows_of("test", per_suite, 17) if row.task.benchmark not in lost]
-    tasks = [row.task for row in rows]
-
-    def judge(number: int, text: str) -> float:
-        label = rows[number].label
-        assert label is not None
-        return SUITES[tasks[number].benchmark].score(label, Reply(text=text)).value
-
-    config = config.model_copy(update={"gate": config.gate.model_copy(update={"checkpoint": str(checkpoint)})})
+    split, _, seed = TEST_ROWS
+    rows = [row for row in rows_of(split, per_suite, seed) if row.task.benchmark not in lost]
+    tasks, judge = [row.task for row in rows], judge_of(rows)
     found: dict[str, Any] = {"rows": len(rows), "left_out": sorted(lost), "table": {}}
     arms = [("none", 0), *((kind, count) for count in counts for kind in KINDS)]
     for kind, count in arms:
+        enemies = Adversaries(count=count, kind=kind) if count else None  # type: ignore[arg-type]
+        trained_pool = posterior_gate(folder, config, enemies, folder / f"posterior-{kind}-{count}")
         for defence in defences if count else ("none",):
             summarizer = config.summarizer.model_copy(update={"defence": defence})
-            pool = config.model_copy(update={"summarizer": summarizer})
-            enemies = Adversaries(count=count, kind=kind) if count else None  # type: ignore[arg-type]
+            pool = trained_pool.model_copy(update={"summarizer": summarizer})
             found["table"][f"{kind} x {count}, {defence}"] = asyncio.run(_attacked(pool, folder, enemies, tasks, judge))
             print(kind, count, defence, found["table"][f"{kind} x {count}, {defence}"], flush=True)
     honest = found["table"]["none x 0, none"]
@@ -330,6 +456,17 @@ def adversaries(folder: Path, per_suite: int, defences: Sequence[str], counts: S
     return found
 
 
+def judge_of(rows: Sequence[Row]) -> Judge:
+    """Return what scores an answer to one of the rows of the suites."""
+
+    def judge(number: int, text: str) -> float:
+        label = rows[number].label
+        assert label is not None
+        return SUITES[rows[number].task.benchmark].score(label, Reply(text=text)).value
+
+    return judge
+
+
 async def _attacked(
     config: Config, folder: Path, enemies: Adversaries | None, tasks: Sequence[Task], judge: Judge
 ) -> dict[str, Figures]:
@@ -341,57 +478,67 @@ async def _attacked(
     return {policy: {name: value for name, value in entry.items() if name != "values"} for policy, entry in found.items()}
 
 
-def overhead(queries: int, delay_s: float) -> Figures:
+def overhead(queries: int, delay_s: float, engine: str, rounds: int) -> Figures:
     """Return wall time of eight concurrent queries through the runtime, beside a plain script of the same calls.
 
-    The endpoint stands in for an engine: it answers after a set time, so that what differs is the runtime's own work. Processor
-    time is that of this process, the endpoint's included.
+    `engine`: the embedded model behind a chat endpoint in this process, or `delay`, which answers after a set time, so that what
+    differs is the runtime's own work. Both sides may have all their calls under way at once, and take turns; medians of the
+    rounds after a first one that warms up. Processor time is that of this process, the endpoint's included.
     """
-
-    async def slow(call: Call) -> None:
-        await asyncio.sleep(delay_s)
-        await counted(call)
-
-    async def measure(policy: str, use_script: bool) -> tuple[float, float, int, int]:
-        async with playing(slow) as server:
-            script = Script(server.url)
-            room = asyncio.Semaphore(IN_FLIGHT)
-            swarm = None if use_script else swarm_of(server.url)
-            tokens = 0
-
-            async def one(number: int) -> None:
-                nonlocal tokens
-                async with room:
-                    if swarm is None:
-                        await (script.moa() if policy == "moa" else script.self_consistency())
-                    else:
-                        task = Task(row_id=str(number), benchmark="b", text=QUESTION)
-                        query = query_of_task(task, policy, Asking(seed=0, limits=Limits(max_steps=9)))
-                        answer = await final_answer(swarm, query, *split_policy(policy))
-                        tokens += answer.usage.total
-
-            started, cpu = time.perf_counter(), time.process_time()
-            await asyncio.gather(*map(one, range(queries)))
-            seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-            if swarm is not None:
-                await swarm.close()
-            return seconds, cpu, len(server.calls), script.tokens if use_script else tokens
-
-    found: Figures = {}
+    found: Figures = {"engine": engine}
     for policy in ("moa", "self_consistency:b"):
-        by_script, by_runtime = asyncio.run(measure(policy, True)), asyncio.run(measure(policy, False))
-        found[policy] = {
-            "script": dict(zip(("seconds", "cpu_s", "calls", "tokens"), by_script, strict=True)),
-            "runtime": dict(zip(("seconds", "cpu_s", "calls", "tokens"), by_runtime, strict=True)),
-            "overhead": round(by_runtime[0] / by_script[0] - 1, 4),
-        }
-    found["passed"] = all(
-        entry["script"]["calls"] == entry["runtime"]["calls"]
-        and entry["script"]["tokens"] == entry["runtime"]["tokens"]
-        and entry["overhead"] <= MOST_OVERHEAD
-        for entry in found.values()
+        taken = asyncio.run(_turns(policy, queries, delay_s, engine, rounds))
+        entry = {side: dict(zip(("seconds", "cpu_s", "calls", "tokens"), values, strict=True)) for side, values in taken.items()}
+        found[policy] = entry | {"overhead": round(entry["runtime"]["seconds"] / entry["script"]["seconds"] - 1, 4)}
+    same = all(
+        entry["script"][of] == entry["runtime"][of] for entry in found.values() if entry != engine for of in ("calls", "tokens")
     )
+    found["passed"] = same and all(entry["overhead"] <= MOST_OVERHEAD for entry in found.values() if entry != engine)
     return found
+
+
+async def _turns(policy: str, queries: int, delay_s: float, engine: str, rounds: int) -> dict[str, list[float]]:
+    """Return seconds, processor seconds, calls and tokens of a round of each side: medians."""
+    real = build_local(Config.model_validate(REAL))[1][0] if engine == "embedded" else None
+
+    async def answered(call: Call) -> None:
+        if real is None:
+            await asyncio.sleep(delay_s)
+            await counted(call)
+            return
+        messages = tuple(Message(**message) for message in call.body["messages"])
+        sampling = Sampling(temperature=0.0, max_tokens=REAL_TOKENS)
+        made = await real.generate(GenerationRequest(request_id=uuid.uuid4().hex, messages=messages, sampling=sampling))
+        usage = {"prompt_tokens": made.usage.prompt_tokens, "completion_tokens": made.usage.completion_tokens, "total_tokens": 0}
+        choice = {"index": 0, "message": {"role": "assistant", "content": made.text}, "finish_reason": made.finish_reason}
+        await call.send(200, json.dumps({"choices": [choice], "usage": usage}).encode())
+
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MOST_CALLS))  # one thread for each call of the script
+    taken: dict[str, list[tuple[float, ...]]] = {"script": [], "runtime": []}
+    async with playing(answered) as server:
+        script, swarm, room = Script(server.url), swarm_of(server.url, MOST_CALLS), asyncio.Semaphore(IN_FLIGHT)
+
+        async def one(side: str, number: int) -> int:
+            async with room:
+                if side == "script":
+                    await (script.moa() if policy == "moa" else script.self_consistency())
+                    return 0
+                task = Task(row_id=str(number), benchmark="b", text=QUESTION)
+                query = query_of_task(task, policy, Asking(seed=0, limits=Limits(max_steps=9)))
+                return (await final_answer(swarm, query, *split_policy(policy))).usage.total
+
+        for turn in range(rounds + 1):
+            for side, values in taken.items():
+                server.calls.clear()
+                before, started, cpu = script.tokens, time.perf_counter(), time.process_time()
+                tokens = sum(await asyncio.gather(*(one(side, number) for number in range(queries))))
+                seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+                if turn:
+                    values.append((seconds, cpu, len(server.calls), tokens or script.tokens - before))
+        await swarm.close()
+    if real is not None:
+        await real.close()
+    return {side: np.median(values, axis=0).round(4).tolist() for side, values in taken.items()}
 
 
 def seen(tab: Any, page: Path) -> Figures:
@@ -435,20 +582,30 @@ def main() -> int:
     """Measure the lines that are asked for, and write them beside those that the file has."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--lines", default="recorded,attacked,report,overhead,adversaries")
+    parser.add_argument("--lines", default="recorded,attacked,report,overhead,suites,adversaries")
     parser.add_argument("--folder", type=Path, default=Path("out/rivals"), help="answers that are kept between runs")
     parser.add_argument("--limit", type=int, default=300, help="recorded test rows of a pool")
     parser.add_argument("--benchmarks", default="arith,words", help="of the report")
     parser.add_argument("--config", help="pool of the report [scripted agents]")
     parser.add_argument("--queries", type=int, default=40, help="of the runtime beside a script")
+    parser.add_argument("--engine", choices=("embedded", "delay"), default="embedded", help="of the runtime beside a script")
     parser.add_argument("--delay", type=float, default=0.5, help="seconds that the stand-in for an engine takes for a call")
-    parser.add_argument("--rows", type=int, default=5, help="test rows of a suite, with adversaries")
+    parser.add_argument("--rounds", type=int, default=3, help="of the runtime beside a script")
+    parser.add_argument("--rows", type=int, default=5, help="test rows of a suite, of `suites` and `adversaries`")
+    parser.add_argument("--pools", default="specialists,specialists-generalist", help="of the suites")
+    parser.add_argument("--longer-rows", type=int, default=30, help="test rows for policies of several calls an agent")
     parser.add_argument("--adversaries", default="1", help="numbers of adversaries, such as 1,2,3")
     parser.add_argument("--defences", default="none")
     options = parser.parse_args()
     source = Path(os.environ.get("DMOA_RECORDED", ROOT.parent / "shared" / "outcomes"))
     rows = Path(os.environ.get("DMOA_BENCHMARK_ROWS", ROOT.parent / "shared" / "benchmarks"))
     counts = [int(count) for count in options.adversaries.split(",")]
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
+
+    def keep(line: str) -> Callable[[Figures], None]:
+        return lambda so_far: write_whole(options.json, (json.dumps(known | {line: so_far}, indent=1) + "\n").encode())
+
     skipped: Figures = {"skipped": "no recorded replies beside this clone"}
     measures: dict[str, Callable[[], Figures]] = {
         "recorded": lambda: (
@@ -456,16 +613,15 @@ def main() -> int:
         ),
         "attacked": lambda: attacked(source, options.folder, options.limit) if source.is_dir() else skipped,
         "report": lambda: report(options.folder / "report", options.benchmarks, 4, rows, options.config),
-        "overhead": lambda: overhead(options.queries, options.delay),
+        "overhead": lambda: overhead(options.queries, options.delay, options.engine, options.rounds),
+        "suites": lambda: suites(options.folder, options.rows, options.pools.split(","), options.longer_rows, keep("suites")),
         "adversaries": lambda: adversaries(options.folder, options.rows, options.defences.split(","), counts),
     }
-    known = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
     for name in options.lines.split(","):
         started = time.monotonic()
         known[name] = measures[name]() | {"took_s": 0.0, "load": os.getloadavg()[0]}
         known[name]["took_s"] = round(time.monotonic() - started, 1)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        write_whole(options.json, (json.dumps(known, indent=1) + "\n").encode())
         print(name, json.dumps(known[name], indent=1), flush=True)
     return 0 if all(found.get("passed", True) for found in known.values()) else 1
 

@@ -27,7 +27,8 @@ from dmoa.types import AgentCall, Defence, Message, Sampling, Stage, TextDelta
 
 
 def call(agent: str = "a", question: str = "What is 12 + 7?") -> AgentCall:
-    return AgentCall(trace_id="t", step=0, agent=agent, messages=(Message(role="user", content=question),), sampling=Sampling())
+    prompt = (Message(role="user", content=f"{question}\n\nYour role: {agent}"),)
+    return AgentCall(trace_id=question, step=0, agent=agent, messages=prompt, sampling=Sampling())
 
 
 def lie(kind: Kind, agent: str = "a", text: str = "The answer is 19.", question: str = "What is 12 + 7?") -> str | None:

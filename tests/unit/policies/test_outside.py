@@ -68,7 +68,7 @@ class Script:
         asked = urllib.request.Request(
             f"{self._url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with opener.open(asked, timeout=10) as reply:
+        with opener.open(asked, timeout=600) as reply:
             return json.load(reply)
 
     async def moa(self) -> str:
