@@ -61,12 +61,16 @@ class FrontNotice:
     def __init__(self, app: ASGIApp, bounds: Bounds) -> None:
         self.app = app
         self._bounds = asdict(bounds)
+        self._told: dict[str, bytes] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or all(name != _ASKED for name, _ in scope["headers"]):
             await self.app(scope, receive, send)
             return
-        told = encode_json([scope.get("root_path", ""), self._bounds])
+        prefix = scope.get("root_path", "")
+        if prefix not in self._told:
+            self._told = {prefix: encode_json([prefix, self._bounds])}  # an app has one
+        told = self._told[prefix]
 
         async def telling(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -107,6 +111,7 @@ class Front:
         self._apps: dict[str, _App] = {}
         self._any = _App(Bounds())
         """Stands for apps that have not answered yet."""
+        self._told: dict[bytes, _App] = {}
         self._keys: OrderedDict[str, None] = OrderedDict()
         self._half_sent: dict[str, dict[asyncio.Timeout, None]] = {}
 
@@ -202,9 +207,13 @@ class Front:
 
     def learn(self, told: bytes, scope: Scope, status: int) -> None:
         """Take what an app says of itself, and a key that it took."""
-        prefix, bounds = json.loads(told)
-        app = self._apps.setdefault(prefix, _App(Bounds()))
-        app.bounds, app.gone_since_s = Bounds(**bounds), None
+        app = self._told.get(told)
+        if app is None:
+            prefix, bounds = json.loads(told)
+            app = self._apps.setdefault(prefix, _App(Bounds()))
+            app.bounds = Bounds(**bounds)
+            self._told = {known: other for known, other in self._told.items() if other is not app} | {told: app}
+        app.gone_since_s = None
         if status == 200 and scope["method"] == "POST" and (key := _key_of(scope)):
             self._keys[key] = None
             self._keys.move_to_end(key)

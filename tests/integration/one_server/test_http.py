@@ -288,3 +288,24 @@ async def test_two_hundred_malformed_requests(http: httpx.AsyncClient) -> None:
         assert reply.json()["error"]["message"]
         assert "Traceback" not in reply.text
     assert (await http.get("/healthz")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("begun", "piece", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nX: ", b"a" * 65_536, b"431"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"ffff\r\n" + b"a" * 65_535 + b"\r\n", b"413"),
+    ],
+    ids=["header", "body"],
+)
+async def test_what_never_ends_is_refused_while_it_is_sent(server: Served, begun: bytes, piece: bytes, status: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+    answer = asyncio.create_task(reader.readline())
+    writer.write(begun)
+    async with asyncio.timeout(30):
+        while not answer.done():
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0)
+    assert (await answer).split()[1] == status
+    writer.close()

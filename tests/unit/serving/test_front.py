@@ -300,6 +300,15 @@ async def test_an_app_below_a_prefix_has_its_own_bounds() -> None:
     assert (await Asked(front, "/c" + CHAT).send().done()).error[:2] == (404, "unknown_url")
 
 
+async def test_a_new_pool_brings_its_own_bounds() -> None:
+    """And the old one, which goes on for a while beside it, has not the last word for ever."""
+    front = await known(App(body=10))
+    for most in (100, 10, 100):
+        front.app = App(body=most)
+        await Asked(front, "/healthz", method="GET").send(b"").done()
+        assert (await Asked(front).send(b"x" * 11).done()).status == (200 if most == 100 else 413)
+
+
 async def test_serves_own_paths_pass() -> None:
     health = said(200, b"success")
     asked = await Asked(await known(App(health)), "/-/healthz", method="GET").send(b"").done()
