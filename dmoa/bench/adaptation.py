@@ -33,6 +33,8 @@ LOAD = 0.6
 CONCURRENCY = 8
 _STEPS = 2
 MODES = ("off", "on")
+_TOKENS = 8
+"""Of an answer: a turn shall hold many queries, also of a real model."""
 _THREADS = 64
 
 
@@ -44,9 +46,9 @@ def adapting(pool: Config, mode: str) -> Config:
 
 
 def latency_ms(client: httpx.Client, url: str, model: str, question: str) -> float:
-    """Ask one question and return how long that took, in ms."""
+    """Ask one question for a short answer and return how long that took, in ms."""
     began = time.perf_counter()
-    body = {"model": model, "messages": [{"role": "user", "content": question}]}
+    body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": _TOKENS}
     client.post(f"{url}/v1/chat/completions", json=body).raise_for_status()
     return (time.perf_counter() - began) * 1e3
 
@@ -113,7 +115,7 @@ def loads(rounds: int | None) -> list[Load]:
     real = real.model_copy(update={"limits": real.limits.model_copy(update={"max_steps": 1})})
     return [
         Load(kind="null", pool=null, closed=80, turn_s=4.0, rounds=rounds or 14),
-        Load(kind="real", pool=real, closed=12, turn_s=14.0, rounds=max(2, (rounds or 14) // 5)),
+        Load(kind="real", pool=real, closed=16, turn_s=10.0, rounds=max(2, (rounds or 14) // 5)),
     ]
 
 
@@ -121,7 +123,7 @@ def _measured(server: BenchServer, client: httpx.Client, load: Load) -> tuple[li
     """Return the ratio of p50 latencies of every round, the engine's label, and the rate of queries a second."""
     asks = {mode: partial(latency_ms, client, server.urls[app_of(load, mode)], load.pool.name) for mode in MODES}
     for mode in MODES:
-        closed_loop(asks[mode], load.closed)
+        closed_loop(asks[mode], CONCURRENCY)
     rate = closed_loop(asks["off"], load.closed)
     body = {"model": load.pool.name, "messages": [{"role": "user", "content": QUESTIONS[0]}]}
     told = client.post(f"{server.urls[app_of(load, 'off')]}/v1/chat/completions", json=body).json()["dmoa"]
