@@ -221,6 +221,8 @@ class Decider:
         self._index = {name: i for i, name in enumerate(gate.spec.agents)}
         self._anchors = gate.spec.anchors if gate.spec.score == "anchored" else None
         self._label_model = gate.label_model
+        is_led = self._label_model is not None and self._label_model.lead_C.any()
+        self._competence_CA = self._label_model.competence() if self._label_model is not None and is_led else None
         self._has_cascade = gate.spec.cascade and (gate.spec.theta is not None or gate.label_model is not None)
 
     def decide(self, requests: Sequence[RouteRequest], masked: frozenset[str] = frozenset()) -> list[RouteDecision]:
@@ -250,6 +252,8 @@ class Decider:
         kernel.run()
         if not np.isfinite(kernel.logits_BA).all():
             raise self._not_finite(requests)
+        if self._competence_CA is not None:
+            self._led(requests)
         active = activate(
             kernel.logits_BA,
             available_BA,
@@ -260,6 +264,18 @@ class Decider:
         )
         limit_B = max_agents_B if self._has_cascade else active.k_B
         return self._judged(requests, self._records(active, left_out, kernel.next_BH.copy(), limit_B.tolist()))
+
+    def _led(self, requests: Sequence[RouteRequest]) -> None:
+        """Let competences rank the agents in contexts that outcomes speak of and the gate does not know (`core/told`)."""
+        model, competence_CA = self._label_model, self._competence_CA
+        assert model is not None
+        assert competence_CA is not None
+        for logits_A, request in zip(self._kernel.logits_BA, requests, strict=False):
+            context_D = context_part(request.input_X, self.spec.preset)
+            (context,) = model.context(context_D[None].astype(np.float64), 1)
+            lead = float(model.lead_C[context])
+            if lead > 0:
+                logits_A[:] = (1 - lead) * logits_A + lead * self.spec.temperature * competence_CA[context]
 
     def _judged(self, requests: Sequence[RouteRequest], decisions: list[RouteDecision]) -> list[RouteDecision]:
         """Return the decisions with the label model, if there is one, in the context of each query."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -131,12 +131,20 @@ class LabelModel:
     """Share of outcomes that are taken to be wrong."""
     reliance_C: Array
     """What a query without outcome counted beside one with, in each context; 1 without outcomes."""
+    lead_C: Array = field(default_factory=lambda: np.zeros(0))
+    """By how much the ranking of agents is that of their competences, in place of the gate's; none: nowhere (`core/told`)."""
     trust: tuple[Trust, ...] = ()
     """By context."""
 
+    def __post_init__(self) -> None:
+        """Fill in that competences lead nowhere, where nothing is said."""
+        if len(self.lead_C) != len(self.ability_CA):
+            object.__setattr__(self, "lead_C", np.zeros(len(self.ability_CA)))
+
     def arrays(self) -> dict[str, Array]:
         """Return the arrays, for a tensor file; `from_arrays` takes them back with `numbers`."""
-        return {name: np.asarray(getattr(self, name), dtype=np.float64) for name in _ARRAYS}
+        more = ("lead_C",) if self.lead_C.any() else ()
+        return {name: np.asarray(getattr(self, name), dtype=np.float64) for name in (*_ARRAYS, *more)}
 
     def numbers(self) -> dict[str, Any]:
         """Return what is no array, as plain values for JSON."""
@@ -150,7 +158,8 @@ class LabelModel:
         ]
         if missing:
             raise ConfigError(f"label model: {', '.join(missing)} missing; expected what `arrays` and `numbers` return")
-        held: dict[str, Any] = {name: np.asarray(arrays[name], dtype=np.float64) for name in _ARRAYS}
+        there = [name for name in (*_ARRAYS, "lead_C") if name in arrays]
+        held: dict[str, Any] = {name: np.asarray(arrays[name], dtype=np.float64) for name in there}
         held |= {name: float(numbers[name]) for name in _NUMBERS}
         held["trust"] = tuple(Trust(**one) for one in numbers["trust"])
         return cls(**held)
@@ -180,7 +189,7 @@ class LabelModel:
     def in_context(self, context: int) -> LabelModel:
         """Return the model of one context alone, for queries that are known to be of it."""
         rows = slice(context, context + 1)
-        parts = {name: getattr(self, name)[rows] for name in _ARRAYS if name.endswith("_CA") or name == "reliance_C"}
+        parts = {name: getattr(self, name)[rows] for name in (*_ARRAYS, "lead_C") if name.endswith(("_CA", "_C"))}
         return replace(self, centre_CD=np.zeros((1, 0)), trust=self.trust[rows], **parts)
 
     def context(self, embedding_RD: Array | None, num_rows: int) -> IntArray:

@@ -21,14 +21,16 @@ import torch
 
 from dmoa.checkpoint import AnchorSet, Checkpoint, describe_gate
 from dmoa.core.gate import Gate, GateSpec
+from dmoa.core.in_step import context_part
 from dmoa.core.inference import one_thread
 from dmoa.core.label_model import MIN_ROWS
 from dmoa.core.scores import CONSTANT_PENALTY, USUAL_SHARE, fit_eta, same_reply_shares, scores
+from dmoa.core.told import OutcomeTable
 from dmoa.errors import ConfigError
 from dmoa.feedback import MARK, Feedback
 from dmoa.training.dataset import EpisodeBuilder, Episodes
 from dmoa.training.distributed import WorkerGroup
-from dmoa.training.judging import fit_judge, judged
+from dmoa.training.judging import fit_judge, judged, witnesses_of_steps
 from dmoa.training.loop import Learner, TrainJob
 from dmoa.training.objective import (
     IndexArray,
@@ -48,6 +50,7 @@ from dmoa.types import Answer, Stage, supervision_of
 _PROBED = 64
 """Replayed queries, at most, that the drift is measured on."""
 _CLUSTERS = 8
+_LED = "led by outcomes"
 _HEARD = 4
 """Replies to queries of the stream, at least, by which an agent shows that it does not say the same to everything."""
 
@@ -118,6 +121,7 @@ class Adapter:
         self._spec: GateSpec = gate.spec
         self._old, self._recent = replay, None if replay is None else replay.take(np.zeros(0, np.int64))
         self._scale = self._deployed_scale()
+        self._table = self._new_table()
         self._is_own_scale = False
         self._refits = 0
         self._point: tuple[GateSpec, AnchorSet | None] | None = None
@@ -160,6 +164,29 @@ class Adapter:
             is_discounted=bool(constant),
             label_model=judge,
         )
+
+    def _new_table(self) -> OutcomeTable | None:
+        """Return an empty table of outcomes for the label model that is measured by; None without one, or without a replay."""
+        if self._scale is None or self._scale.label_model is None or self._old is None or not len(self._old.key_Q):
+            return None
+        return OutcomeTable(self._scale.label_model, context_part(self._old.input_NX[self._old.start_Q[:-1]], self._spec.preset))
+
+    def _tabled(self, fresh: Sequence[Episodes]) -> list[Episodes]:
+        """Enter new queries in the table of outcomes; return those that the weights may learn from.
+
+        In a context that nobody knows, agreement teaches the wrong competences: without entropies the table leads there alone.
+        """
+        if self._table is None or self._scale is None:
+            return list(fresh)
+        kept, before = [], self._table.judged
+        for episode in fresh:
+            witnesses = witnesses_of_steps(episode, episode.start_Q[:-1], self._spec)
+            is_new = [self._table.hear(witnesses.rows(slice(row, row + 1))) for row in range(len(witnesses.answer_RA))]
+            if not any(is_new) or np.isfinite(witnesses.doubt_RA).any():
+                kept.append(episode)
+        if self._table.judged != before:
+            self._scale = dataclasses.replace(self._scale, label_model=self._table.model())
+        return kept
 
     def learn(self, records: Sequence[Feedback | Lesson | Episodes], *, shift: bool = False) -> AdaptUpdate:
         """Take records in, or episodes that were made of them, and update the weights once, by `steps` gradient steps.
@@ -216,11 +243,15 @@ class Adapter:
             else:
                 fresh.append(found)
                 self.outcomes += 0 if found.outcome_NA is None else int(np.isfinite(found.outcome_NA).any(axis=1).sum())
+        taught = self._tabled(fresh)
+        skipped[_LED] += len(fresh) - len(taught)
+        self.used += len(fresh) - len(taught)
+        fresh = taught
         if fresh:
             kept = Episodes.joined([*([] if self._recent is None else [self._recent]), *fresh])
             self._recent = self._retire(kept)
         self.used += len(fresh)
-        return len(fresh), dict(skipped)
+        return len(fresh), dict(+skipped)
 
     def _episodes(self, record: Feedback | Lesson | Episodes) -> Episodes | str:
         """Return a record as episodes, or why nothing can be learned from it."""
@@ -269,6 +300,7 @@ class Adapter:
             judge = fit_judge(kept, everything, spec, seed=self._options.seed, earlier=self._deployed.label_model)
             scale = dataclasses.replace(scale, label_model=judge)
         self._scale, self._is_own_scale, self._refits, self._point = scale, is_first, self._refits + 1, None
+        self._table = self._new_table()
         return True
 
     def _pardoned(self, scale: Scale | None) -> Scale | None:

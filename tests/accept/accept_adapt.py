@@ -317,8 +317,8 @@ def _recorded_reply(agent: str, text: str) -> AgentReply:
 def line_2(config: Config, domains: Mapping[str, Domain], seed: int, out: Path, every: int = 10) -> dict[str, Any]:
     """One seed: trained on 80 queries of GSM8K, then the rest of it, CRUXEval-O and MATH in turn.
 
-    After a change of domain thirty queries ask everybody, later ones teach by whom the gate asked. Label model, tau and theta
-    stay as deployed: fitted anew on what so few outcomes say they were worse (2 points on CRUXEval-O, 6.5 in a window).
+    After a change of domain thirty queries ask everybody; of later ones only those that are judged do, after the verdict. What
+    outcomes tell of new domains is a table beside the weights (`core/told`). Label model, tau and theta stay as deployed.
     """
     rng = np.random.default_rng(seed)
     order = {name: rng.permutation(len(domains[name].matrix.tasks)) for name in RECORDED}
@@ -338,9 +338,10 @@ def line_2(config: Config, domains: Mapping[str, Domain], seed: int, out: Path, 
             count += 1
             asked = [int(place) for place in np.flatnonzero(replayed.asked_RA[0])]
             told = count % every == 0 and replayed.chosen_R[0] >= 0
-            credit = _said_of_the_answer(domain, int(row), int(replayed.chosen_R[0]), asked) if told else None
-            is_new = name != "gsm8k" and at < STREAM
-            adapter.learn([domain.lesson(int(row), None if is_new else asked, credit)])
+            is_dense = told or (name != "gsm8k" and at < STREAM)
+            known = range(len(domain.matrix.agents)) if is_dense else asked
+            credit = _said_of_the_answer(domain, int(row), int(replayed.chosen_R[0]), known) if told else None
+            adapter.learn([domain.lesson(int(row), known, credit)])
             now = adapter.candidate()[0]
         everything += zip(values, frozen.tolist(), strict=True)
         found[name] = {"adapted": float(np.mean(values)), "frozen": float(frozen.mean()), "rows": len(rows)}

@@ -12,6 +12,7 @@ import torch
 
 from dmoa.checkpoint import AnchorSet, Checkpoint, describe_gate
 from dmoa.core.gate import Gate, init_gate
+from dmoa.core.label_model import LabelModel
 from dmoa.core.losses import LossSums
 from dmoa.core.scores import CONSTANT_PENALTY
 from dmoa.feedback import Feedback
@@ -19,7 +20,8 @@ from dmoa.training.adapt import Adapter, Lesson, episodes_of
 from dmoa.training.dataset import Episodes
 from dmoa.training.distributed import GlobalLoss, Shared, SingleWorker, WorkerGroup
 from dmoa.training.options import AdaptSettings
-from tests.unit.training.adapt_lessons import CPU, lesson, place, spec
+from dmoa.types import EntropySum
+from tests.unit.training.adapt_lessons import CENTRES, CPU, lesson, place, spec
 
 
 def episodes(domains: Sequence[int], count: int) -> Episodes:
@@ -243,3 +245,57 @@ def test_two_workers_hold_the_weights_of_one(start: tuple[Gate, Checkpoint]) -> 
         assert value.dtype == torch.float64
         for other in both:
             assert float((value - other[name]).abs().max()) < 1e-12
+
+
+def without_entropies(domain: int, number: int, outcomes: dict[str, float] | None = None) -> Lesson:
+    """A query to which everybody gives an answer of its own, and of which no entropy is known."""
+    base = lesson(domain, number)
+    step = base.answer.steps[0]
+    replies = tuple(
+        dataclasses.replace(r, text=str(100 * at + number), entropy=EntropySum()) for at, r in enumerate(step.replies)
+    )
+    answer = dataclasses.replace(base.answer, steps=(dataclasses.replace(step, replies=replies),))
+    return dataclasses.replace(base, answer=answer, outcomes=outcomes or {})
+
+
+def judging() -> tuple[Gate, Checkpoint]:
+    """A gate of score posterior that knows domain 0, where agent one is right most often."""
+    zero = np.zeros((1, 3))
+    model = LabelModel(
+        centre_CD=CENTRES[:1],
+        ability_CA=np.array([[1.5, 0.5, 0.0]]),
+        doubt_mean_A=np.zeros(3),
+        doubt_CA=zero,
+        doubt_slope_CA=zero,
+        length_mean_CA=zero,
+        length_sd_A=np.ones(3),
+        length_share=0.0,
+        length_slope=0.0,
+        copy_AA=np.full((3, 3), 0.2),
+        context_sd=0.5,
+        spread=1.0,
+        noise=0.05,
+        reliance_C=np.ones(1),
+    )
+    judged = spec(score="posterior")
+    gate = Gate(judged, label_model=model)
+    gate.load_state_dict(init_gate(judged, seed=3).state_dict())
+    return gate, describe_gate(gate, fingerprint="f" * 64, trained_on={"rows": 1})
+
+
+def test_outcomes_of_a_new_domain_lead_beside_the_weights_and_leave_them_alone() -> None:
+    gate, record = judging()
+    known = [episodes_of(without_entropies(0, number), gate.spec) for number in range(12)]
+    replay = Episodes.joined([one for one in known if isinstance(one, Episodes)])
+    adapter = Adapter(gate, record, replay, AdaptSettings(), SingleWorker(CPU))
+    for number in range(6):
+        update = adapter.learn([without_entropies(2, number, {"one": 0.0, "two": 0.0, "three": 1.0})])
+        assert (update.loss, update.skipped) == (None, {"led by outcomes": 1})
+    now, written = adapter.candidate()
+    assert now.label_model is not None
+    assert now.label_model.ability_CA.argmax(axis=1).tolist() == [0, 2]
+    assert now.label_model.ability_CA[0].tolist() == [1.5, 0.5, 0.0]
+    assert all(torch.equal(now.state_dict()[name], tensor) for name, tensor in gate.state_dict().items())
+    assert written.version != record.version
+    assert (written.trained_on or {})["supervision"] == "outcomes(6)"
+    assert adapter.learn([without_entropies(0, 50)]).loss is not None  # of the domain that it knows: weights learn as ever
