@@ -169,7 +169,8 @@ class Adapter:
         """Return an empty table of outcomes for the label model that is measured by; None without one, or without a replay."""
         if self._scale is None or self._scale.label_model is None or self._old is None or not len(self._old.key_Q):
             return None
-        return OutcomeTable(self._scale.label_model, context_part(self._old.input_NX[self._old.start_Q[:-1]], self._spec.preset))
+        first_QX = self._old.input_NX[self._old.start_Q[:-1]]
+        return OutcomeTable(self._scale.label_model, context_part(first_QX, self._spec.preset).astype(np.float64))
 
     def _tabled(self, fresh: Sequence[Episodes]) -> list[Episodes]:
         """Enter new queries in the table of outcomes; return those that the weights may learn from.
