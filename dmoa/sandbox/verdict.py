@@ -8,8 +8,9 @@ variable, no object that the garbage collector lists, no file. Against a candida
 - the checker is compiled before the candidate runs, and gets a copy of its names and fresh builtins;
 - an audit hook, which cannot be removed, refuses the candidate frames, tracing, `gc` listings, `ctypes` and forged code
   objects; libraries keep them;
-- functions and classes of the modules that the checker imports, and the builtins, must be the same objects before the
-  checker as before the candidate, and again at its end (a library may wrap its own functions).
+- the modules that the checker imports, their functions with their code and defaults, their classes, and the builtins must be
+  the same objects before the checker as before the candidate, and again at its end (a library may wrap its own functions);
+- nobody may fork: a program could let a child for each guess go on as the checker until one passes.
 
 What remains: reading raw memory through a library (numpy strides), frames got from a signal handler, a patch that takes
 itself back before the checker ends, results whose `__eq__` says yes to everything (the original harnesses accept them).
@@ -49,9 +50,18 @@ _FRAME_EVENTS = frozenset(
         "ctypes.PyObj_FromPtr",
     }
 )
-_NEVER = frozenset({"sys.settrace", "sys.setprofile", "sys.monitoring.register_callback"})
+_NEVER = frozenset({"sys.settrace", "sys.setprofile", "sys.monitoring.register_callback", "os.fork", "os.forkpty"})
+"""A fork would come back to the checker as often as there are guesses."""
 _FRAME_NAMES = frozenset({"tb_frame", "gi_frame", "cr_frame", "ag_frame"})
-_PASS_ON = ("/inspect.py", "/traceback.py", "/ctypes/__init__.py", "/ctypes/util.py")
+_PASS_ON = (
+    "/inspect.py",
+    "/traceback.py",
+    "/ctypes/__init__.py",
+    "/ctypes/util.py",
+    "/logging/__init__.py",
+    "/asyncio/base_tasks.py",
+    "/asyncio/tasks.py",
+)
 """Modules that hand frames and memory to whoever calls them."""
 
 
@@ -90,11 +100,11 @@ def _judge(job: dict[str, Any]) -> bool:
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     fresh = dict(vars(builtins))
-    before = _fingerprint(parts)
+    before = _fingerprint(parts) | _modules(job)
     trusted = tuple(job["trusted"])
     _add_guard(trusted)
     exec(candidate, module.__dict__)  # noqa: S102 what we are for
-    _compare(before, _fingerprint(parts), trusted)
+    _compare(before, _fingerprint(parts) | _modules(job), trusted)
     names = {**module.__dict__, "__builtins__": dict(fresh)}
     exec(checker, names)  # noqa: S102 what we are for
     _compare(before, _fingerprint(parts), trusted)
@@ -116,10 +126,16 @@ def _load(job: dict[str, Any]) -> dict[str, types.ModuleType]:
     return {name: found for name in sorted(names) if isinstance(found := sys.modules.get(name), types.ModuleType)}
 
 
+def _modules(job: dict[str, Any]) -> dict[str, object]:
+    """Return the modules that the checker imports, None for those that are not there: a candidate must not bring its own."""
+    return {f"the module {name}": sys.modules.get(name) for name in job["preload"]}
+
+
 def _fingerprint(parts: dict[str, types.ModuleType]) -> dict[str, object]:
     """Return what can be called in the modules by its dotted name: functions, their code, classes, their methods."""
     found: dict[str, object] = {}
     for name, module in parts.items():
+        found[f"the module {name}"], found[f"the class of {name}"] = sys.modules.get(name), type(module)
         for key, value in list(vars(module).items()):
             if not callable(value):
                 continue
@@ -132,8 +148,13 @@ def _fingerprint(parts: dict[str, types.ModuleType]) -> dict[str, object]:
                     if callable(method) or isinstance(method, property | staticmethod | classmethod):
                         found[f"{name}.{key}.{inner}"] = method
             else:
-                code = getattr(getattr(value, "__wrapped__", value), "__code__", None)
-                found[f"{name}.{key}()"] = code
+                inner_value = getattr(value, "__wrapped__", value)
+                found[f"{name}.{key}()"] = getattr(inner_value, "__code__", None)
+                found[f"{name}.{key}() defaults"] = getattr(inner_value, "__defaults__", None)
+                words = getattr(inner_value, "__kwdefaults__", None)
+                # Whose content may change: names are strings, and of the values only identities are compared.
+                known = words if type(words) is dict else {}
+                found[f"{name}.{key}() words"] = tuple((str(word), id(default)) for word, default in known.items())
     return found
 
 
@@ -141,7 +162,8 @@ def _compare(before: dict[str, Any], after: dict[str, Any], trusted: tuple[str, 
     """Raise TamperedError if anything is another object; a library may wrap its own function (torch does, once used)."""
     for name, value in before.items():
         now = after.get(name)
-        if now is value or (name.endswith("()") and after.get(name[:-2]) is not before[name[:-2]]):
+        owner, _, detail = name.partition("()")
+        if now is value or (detail == " words" and now == value) or (owner != name and after.get(owner) is not before[owner]):
             continue
         is_rewrapped = (
             isinstance(now, types.FunctionType)
@@ -174,8 +196,8 @@ def _add_guard(trusted: tuple[str, ...]) -> None:
             frame = getframe(1)
             while frame.f_back is not None and frame.f_code.co_filename.endswith(_PASS_ON):
                 frame = frame.f_back
-                if frame.f_code.co_filename.endswith("/traceback.py"):
-                    return  # printing a traceback, not handing out its frames
+                if frame.f_code.co_filename.endswith("/traceback.py") or frame.f_code.co_name == "findCaller":
+                    return  # printing a traceback, or saying who logs, not handing out frames
             name = frame.f_code.co_filename
         finally:
             inside.discard(ident())

@@ -178,6 +178,53 @@ os._exit(0)
     "forge-a-code-object": "import marshal, types\ndef add(a, b):\n marshal.loads(marshal.dumps(add.__code__))\n return 4",
     "refuse-to-be-compared": "class R:\n def __eq__(s, o): return NotImplemented\ndef add(a, b): return R()",
     "swallow-errors-in-a-class": "class add:\n def __new__(c, a, b): return 0\n def __exit__(s, *a): return True",
+    "guess-by-forks": """
+import os
+def add(a, b):
+    for guess in (4, 3, 1.0):
+        pid = os.fork()
+        if pid == 0: return guess
+        if os.waitpid(pid, 0)[1] == 0: os._exit(0)
+    return 0
+""",
+    "guess-by-forks-of-a-library": """
+import multiprocessing, os
+real, os._exit = os._exit, lambda code: None
+def add(a, b):
+    for guess in (4, 3, 1.0):
+        process = multiprocessing.get_context('fork').Process(target=print)
+        process.start()
+        if multiprocessing.current_process().name != 'MainProcess': return guess
+        process.join()
+        if process.exitcode == 0: real(0)
+    return 0
+""",
+    "bring-a-module": "import sys, types\nm = types.ModuleType('math'); m.isclose = lambda *a: True\nsys.modules['math'] = m\ndef add(a, b): return a + b if isinstance(a, int) else 0",
+    "change-the-class-of-a-module": """
+import math, types
+class M(types.ModuleType):
+    def __getattribute__(s, n): return (lambda *a: True) if n == 'isclose' else super().__getattribute__(n)
+math.__class__ = M
+def add(a, b): return a + b if isinstance(a, int) else 0
+""",
+    "rewrite-the-caller-through-logging": """
+import logging
+def add(a, b):
+    f = logging.currentframe()
+    while f.f_code.co_filename != '<checker>': f = f.f_back
+    f.f_globals['abs'] = lambda x: 0
+    return 4 if a == 2 else 1.0 if a == 0.5 else 9
+""",
+    "rewrite-the-caller-through-asyncio": """
+import asyncio
+async def up():
+    f = asyncio.current_task().get_stack()[-1]
+    while f.f_code.co_filename != '<checker>': f = f.f_back
+    return f
+def add(a, b):
+    asyncio.run(up()).f_globals['abs'] = lambda x: 0
+    return 4 if a == 2 else 1.0 if a == 0.5 else 9
+""",
     "syntax-error": "def add(a, b) return a + b",
     "end-the-text-early": WRONG + "'''\n",
 }
@@ -204,9 +251,9 @@ def test_a_wrong_candidate_is_told_why() -> None:
     [
         "print('hello'); import logging, warnings, collections, enum, dataclasses\nP = collections.namedtuple('P', 'x')",
         "import traceback\ntry: 1 / 0\nexcept ZeroDivisionError: traceback.print_exc()",
-        "import warnings; warnings.warn('w'); import logging; logging.warning('l')",
+        "import warnings; warnings.warn('w'); import logging; logging.warning('l'); logging.getLogger('x').error('e', stack_info=True)",
         "from dataclasses import dataclass\n@dataclass\nclass A:\n  x: int\nassert A(1) == A(1)",
-        "import asyncio\nasync def f(): await asyncio.sleep(0)\nasyncio.run(f())",
+        "import asyncio\nasync def f(): await asyncio.gather(asyncio.sleep(0), asyncio.wait_for(asyncio.sleep(0), 1))\nasyncio.run(f())",
         "import threading; t = threading.Thread(target=print); t.start(); t.join()",
         "open('helper.py', 'w').write('x = 1'); import helper; assert helper.x == 1",
         "import pandas as pd; assert pd.DataFrame({'a': [1, 2]}).query('a > 1').shape == (1, 1)",
@@ -227,6 +274,16 @@ PATCHES = {
         "np.testing.assert_allclose(x, 1)",
         "np.testing.assert_allclose.__wrapped__.__code__ = (lambda *args, **kwds: None).__code__ "
         "if hasattr(np.testing.assert_allclose, '__wrapped__') else 1 / 0",
+    ),
+    "numpy-by-defaults": (
+        "import numpy as np",
+        "np.testing.assert_allclose(x, 1)",
+        "f = np.testing.assert_allclose; f = getattr(f, '__wrapped__', f); f.__defaults__ = (9.0, *f.__defaults__[1:])",
+    ),
+    "a-module-that-is-not-there": (
+        "try:\n    import not_there\nexcept ImportError:\n    not_there = None",
+        "assert x == 1 or not_there",
+        "import sys, types; sys.modules['not_there'] = types.ModuleType('not_there')",
     ),
     "numpy-by-builtin": ("import numpy as np", "assert np.allclose(x, 1)", "np.allclose = print; np.allclose = lambda *a: True"),
     "pandas": (
