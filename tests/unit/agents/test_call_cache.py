@@ -49,6 +49,15 @@ async def test_the_same_call_is_run_once_and_its_second_reply_is_marked(tmp_path
     assert (second.usage.completion_tokens, second.entropy.sum_nats) == (3, 0.75)
 
 
+def test_the_first_reply_that_is_kept_stays(tmp_path: Path) -> None:
+    """Two processes that share a file may ask the same at once: all read the same one afterwards."""
+    one, other = CallStore(tmp_path), CallStore(tmp_path)
+    first, second = (AgentReply(agent="a", status="ok", text=text) for text in ("first", "second"))
+    one.put("key", first)
+    other.put("key", second)
+    assert (one.get("key"), other.get("key")) == (first, first)
+
+
 async def test_replies_outlive_the_process(tmp_path: Path) -> None:
     await cached(FakeAgents({"a": Say(text="19")}), tmp_path).call(call_of())
     reply = await cached(FakeAgents({"a": Lose()}), tmp_path).call(call_of())

@@ -308,3 +308,45 @@ def test_the_queries_with_the_lowest_hashes_are_held_back_whatever_else_there_is
 def test_both_sides_have_a_query(share: float, count: int) -> None:
     rows = [row(f"q{n}", 0, agent, 0.5, np.zeros(2 * DIM)) for n in range(4) for agent in AGENTS]
     assert held_back(episodes_of(rows), share).sum() == count
+
+
+DENSE = [0, 1, 2, 3, 4, 6, 8]
+"""Of the nine steps of `ragged_rows`: step 5 asked an agent by chance, step 7 two of three; who failed was asked."""
+
+
+def test_a_step_is_dense_where_everybody_was_asked_for_certain() -> None:
+    episodes = episodes_of(ragged_rows())
+    assert episodes.dense_steps(np.arange(5)).tolist() == DENSE
+    assert episodes.dense_steps(np.array([4, 2])).tolist() == [8, 4]
+    assert episodes.dense_steps(np.zeros(0, dtype=np.int64)).tolist() == []
+
+
+def test_steps_explored_by_chance_move_neither_anchors_nor_eta() -> None:
+    """They are a sample of another kind: what was asked there hung on the gate."""
+
+    def scale_of(rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+        episodes = episodes_of(rows)
+        split = Split(train_Q=np.array([0, 1]), held_Q=np.arange(2, 5))
+        sample = anchor_sample(episodes, np.arange(5), 2 * DIM)
+        found = fit_scale(episodes, split, sample, score="anchored", num_clusters=1, seed=0)
+        return found.anchors, found.eta, found.anchor_rows
+
+    before = scale_of(ragged_rows())
+    assert before[2] == len(DENSE)
+    for place, is_dense in (((2, 1), False), ((4, 0), False), ((2, 0), True)):
+        rows = ragged_rows()
+        for value in rows:
+            if (value["query_id"], value["step"]) == (f"q{place[0]}", place[1]) and value["agent"] == "two":
+                value["entropy_sum_nats"] *= 50
+        assert (scale_of(rows) == before) == (not is_dense), place
+
+
+@pytest.mark.parametrize("column", ["propensity", "entropy_slack_nats", "entropy_sum_nats", "finish_reason"])
+def test_the_hash_of_what_is_learned_from_feels_every_part(column: str) -> None:
+    rows = ragged_rows()
+    before = episodes_of(rows).digest()
+    assert episodes_of(ragged_rows()).digest() == before
+    rows[0][column] = "length" if column == "finish_reason" else 0.5
+    if column == "entropy_slack_nats":  # which exact entropies do not have
+        rows[0]["entropy_kind"] = "truncated"
+    assert episodes_of(rows).digest() != before

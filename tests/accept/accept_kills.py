@@ -1,0 +1,209 @@
+"""Three hundred queries while replicas, the router and the proxy die, and one agent hangs, on *scripted agents*.
+
+Eight in flight over HTTP; six SIGKILLs of replicas with agents, two of the router, one of Serve's proxy, at moments drawn from a
+seed; then one dedicated agent is stopped (SIGSTOP) and queries with a deadline of 4 s are asked. Judged: fewer kills than wanted
+fail the check; every query is answered or refused with a status that clients repeat, or its connection was the killed proxy's;
+none is answered twice (the client's ledger against the server's traces); p95 at most three times that of a quiet run before; all
+agents answer again within 20 s; of the queries beside the stopped agent at most three are late, and none ends over its deadline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
+
+from tests.cluster.swaps import write_pool
+from tests.integration.server import Served, serve
+
+QUERIES, QUIET, IN_FLIGHT = 300, 60, 8
+KILLS = ("replica", "router", "replica", "replica", "proxy", "replica", "router", "replica", "replica")
+TITLES = {"replica": "ray::ServeReplica:dmoa:agent-", "router": "ray::RouterActor", "proxy": "ray::ProxyActor"}
+RETRYABLE = (408, 409, 429, 500, 502, 503, 504)
+BACK_S, FACTOR = 20.0, 3.0
+DEADLINE_S, BESIDE, MAX_LATE = 4.0, 10, 3
+POOL = """
+name: kills
+llms:
+  s: {model: "scripted:echo", engine: scripted, placement: dedicated, max_num_seqs: 64, engine_kwargs: {delay_ms: 300}}
+agents:
+  - {name: one, llm: s, profile: Says one.}
+  - {name: two, llm: s, profile: Says two.}
+  - {name: three, llm: s, profile: Says three.}
+gate: {activation: {rule: fixed, max_agents: 2}}
+limits: {max_steps: 2}
+router: {state_uri: "STATE", num_traces: 100000}
+"""
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What a client saw."""
+
+    seconds: list[float] = field(default_factory=list)
+    answered: list[str] = field(default_factory=list)
+    """Trace ids."""
+    statuses: Counter[str] = field(default_factory=Counter)
+
+
+async def ask(client: httpx.AsyncClient, number: int, found: Ledger, **dmoa: Any) -> dict[str, Any]:
+    """Ask one query, once; return the reply's `dmoa` object, empty where there is none."""
+    body = {"model": "kills", "messages": [{"role": "user", "content": f"Question {number}?"}], "dmoa": dmoa}
+    started = time.monotonic()
+    try:
+        reply = await client.post("/v1/chat/completions", json=body)
+    except httpx.HTTPError as error:
+        found.statuses[type(error).__name__] += 1
+        return {}
+    found.seconds.append(time.monotonic() - started)
+    found.statuses[str(reply.status_code)] += 1
+    if reply.status_code != 200:
+        return {}
+    told: dict[str, Any] = reply.json()["dmoa"]
+    found.answered.append(told["trace_id"])
+    return told
+
+
+async def load(url: str, count: int) -> Ledger:
+    """Ask queries, eight at a time; a connection that was refused waits a moment, as clients do."""
+    found, numbers = Ledger(), iter(range(count))
+
+    async def stream(client: httpx.AsyncClient) -> None:
+        for number in numbers:
+            before = found.statuses.total() - found.statuses["200"]
+            await ask(client, number, found)
+            if found.statuses.total() - found.statuses["200"] > before:
+                await asyncio.sleep(0.5)
+
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        await asyncio.gather(*(stream(client) for _ in range(IN_FLIGHT)))
+    return found
+
+
+async def kill_all(served: Served, rng: random.Random, is_over: asyncio.Event) -> list[str]:
+    """Kill one thing after the other while the load lasts; return what was killed."""
+    killed = []
+    for kind in KILLS:
+        await asyncio.sleep(rng.uniform(1.0, 2.5))
+        if is_over.is_set():
+            break
+        processes = served.processes(TITLES[kind])
+        if processes:
+            rng.choice(processes).kill()
+            killed.append(kind)
+    return killed
+
+
+async def back_after(url: str, patience_s: float = 120.0) -> float:
+    """Return the seconds until every agent is up."""
+    started = time.monotonic()
+    async with httpx.AsyncClient(base_url=url, timeout=10) as client:
+        while time.monotonic() < started + patience_s:
+            try:
+                reply = await client.get("/readyz")
+                status = (await client.get("/metrics")).text
+            except httpx.HTTPError:
+                reply, status = None, ""
+            if reply is not None and reply.status_code == 200 and "dmoa_router_masked_agents 0.0" in status:
+                break
+            await asyncio.sleep(0.2)
+    return time.monotonic() - started
+
+
+async def beside_a_hang(served: Served) -> dict[str, Any]:
+    """Stop an agent's process, ask beside it, and let it go on."""
+    found = Ledger()
+    async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+        first = await ask(client, 0, Ledger())
+        chosen = first["steps"][0]["agents"][0]["name"]
+        (process,) = served.processes(f"{TITLES['replica']}{chosen}")
+        process.suspend()
+        try:
+            told = [await ask(client, number, found, deadline_s=DEADLINE_S) for number in range(BESIDE)]
+        finally:
+            process.resume()
+    statuses = Counter(agent["status"] for one in told for step in one.get("steps", ()) for agent in step["agents"])
+    return {
+        "stopped": chosen,
+        "seconds": [round(one, 2) for one in found.seconds],
+        "over_half_the_deadline": sum(one > DEADLINE_S / 2 for one in found.seconds),
+        "answered": len(found.answered),
+        "statuses": dict(statuses),
+        "passed": len(found.answered) == BESIDE
+        and sum(one > DEADLINE_S / 2 for one in found.seconds) <= MAX_LATE
+        and max(found.seconds) <= DEADLINE_S + 0.5,
+    }
+
+
+async def check(folder: Path, seed: int) -> dict[str, Any]:
+    """Serve, measure in quiet, kill under load, and return what came of it."""
+    served = serve(write_pool(folder, POOL))
+    try:
+        await load(served.url, 16)
+        quiet = await load(served.url, QUIET)
+        is_over = asyncio.Event()
+        killing = asyncio.create_task(kill_all(served, random.Random(seed), is_over))
+        found = await load(served.url, QUERIES)
+        is_over.set()
+        killed = await killing
+        back_s = await back_after(served.url)
+        async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+            kept = [(await client.get(f"/v1/dmoa/traces/{trace_id}")).status_code for trace_id in found.answered[-50:]]
+        hang = await beside_a_hang(served)
+    finally:
+        served.stop()
+    p95, quiet_p95 = (float(np.quantile(one.seconds, 0.95)) for one in (found, quiet))
+    lost = {name: count for name, count in found.statuses.items() if not name.isdigit()}
+    refused = {name: count for name, count in found.statuses.items() if name.isdigit() and name != "200"}
+    result = {
+        "agents": "scripted: no figure speaks of a model",
+        "killed": dict(Counter(killed)),
+        "statuses": dict(found.statuses),
+        "answered_twice": len(found.answered) - len(set(found.answered)),
+        "traces_of_the_last_50": dict(Counter(kept)),
+        "p95_s": p95,
+        "quiet_p95_s": quiet_p95,
+        "back_s": back_s,
+        "hang": hang,
+    }
+    passed = {
+        "kills": Counter(killed) == Counter(KILLS),
+        "all_told": found.statuses.total() == QUERIES and all(int(name) in RETRYABLE for name in refused),
+        # Only the killed proxy may end a connection: those in flight then, and one each until it is back.
+        "lost": sum(lost.values()) <= 3 * IN_FLIGHT * max(1, killed.count("proxy")),
+        "once": result["answered_twice"] == 0,
+        "p95": p95 <= FACTOR * quiet_p95,
+        "back": back_s <= BACK_S,
+        "hang": hang["passed"],
+    }
+    return {**result, "judged": passed, "passed": all(passed.values())}
+
+
+def main() -> int:
+    """Run the check; the exit status is 1 if it failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        result = asyncio.run(check(Path(name), options.seed))
+    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+    return 0 if result["passed"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
