@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, neither i
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs" / "study"))
 
 from label_model import NAMES, Material, answer, lines, load, with_outcomes
-from study_posterior import changed, matrix_of, reply_of, trained
+from study_posterior import SURE_NATS, changed, matrix_of, reply_of, trained
 from study_replies import Replies, everyone, first_step, replies, rows_of
 
 from dmoa.agents.adversaries import KINDS, Adversaries, corrupted
@@ -44,6 +44,7 @@ from dmoa.core.witnesses import NO_ANSWER, Witnesses
 from dmoa.engines import models
 from dmoa.engines.recorded import agent_name
 from dmoa.errors import DmoaError
+from dmoa.evaluation.answer_matrix import everyone as all_agents
 from dmoa.evaluation.answer_matrix import gate_choices, replay_choices
 from dmoa.evaluation.answering import Asking, query_of_task
 from dmoa.evaluation.records import Reply, Row, Task
@@ -235,6 +236,7 @@ def attacked(source: Path, out: Path, limit: int) -> Figures:
     """Six recorded agents, none to three of which work against the others: dmoa's label model, and votes with each defence.
 
     The model is fitted to unlabelled queries under the same attack. No entropies are recorded: `confident_liar` is `liar` here.
+    An attack costs what is lost beside `absent`, where the same agents say nothing; what they themselves knew nobody can keep.
     """
     found: Figures = {}
     for name in NAMES:
@@ -248,7 +250,7 @@ def attacked(source: Path, out: Path, limit: int) -> Figures:
         truth = [agreement_key(json.dumps({"answer": gold[query_id]}), text_of[query_id]) for query_id in ids]
         order = np.random.default_rng(SEED).permutation(len(ids))
         found[name] = {"agents": agents}
-        for kind in ("none", *(kind for kind in KINDS if kind != "confident_liar")):
+        for kind in ("none", "absent", *(kind for kind in KINDS if kind != "confident_liar")):
             for count in (1, 2, 3) if kind != "none" else (0,):
                 kinds = ["none"] * (SIX - count) + [kind] * count
                 replies_RA = [
@@ -261,13 +263,25 @@ def attacked(source: Path, out: Path, limit: int) -> Figures:
                 table = votes(replies_RA, [text_of[query_id] for query_id in ids], truth, order)
                 found[name][f"{kind} x {count}"] = table
                 print(name, kind, count, {policy: entry["accuracy"] for policy, entry in table.items()}, flush=True)
+        found[name]["lost"] = {
+            arm: {
+                policy: round(found[name][f"absent x {arm[-1]}"][policy]["accuracy"] - of["accuracy"], 4)
+                for policy, of in table.items()
+            }
+            for arm, table in found[name].items()
+            if " x " in arm and arm[-1] != "0"
+        }
+    lost = [found[name]["lost"][arm]["dmoa"] for name in NAMES for arm in found[name]["lost"] if arm.endswith("1")]
+    found["passed"] = max(lost) <= MOST_LOST
     return found
 
 
 def reply_under(text: str, agent: str, asked: str, kind: str) -> AgentReply:
-    """Return a recorded reply, or what an adversary makes of it."""
+    """Return a recorded reply, or what an adversary makes of it; one that is absent says nothing."""
     reply = AgentReply(agent=agent, status="ok", text=text)
     call = AgentCall(trace_id=asked, step=0, agent=agent, messages=(Message(role="user", content=asked),), sampling=Sampling())
+    if kind == "absent":
+        return replace(reply, text="")
     return reply if kind == "none" else corrupted(reply, call, kind)  # type: ignore[arg-type]
 
 
@@ -401,27 +415,65 @@ GATE_ROWS, TEST_ROWS = ("gate", 8, 301), ("test", 16, 401)
 """Split, rows a suite and seed of what gates learn from and of what is judged: rows of the study, whose replies can be given."""
 
 
+def under_attack(found: Replies, config: Config, enemies: Adversaries | None) -> Replies:
+    """Return the replies as they are where some agents work against the others."""
+    if enemies is None:
+        return found
+    asked = {row.task.row_id: row.task.text for row in found.rows}
+    names, table = enemies.of(config.agent_names), found.table.to_pylist()
+    said = [
+        reply_under(line["text"], line["agent"], asked[line["query_id"]], enemies.kind if line["agent"] in names else "none").text
+        for line in table
+    ]
+    changes: dict[str, Sequence[Any]] = {"text": said}
+    if enemies.kind == "confident_liar":
+        sure = [line["entropy_tokens"] * SURE_NATS if line["agent"] in names else line["entropy_sum_nats"] for line in table]
+        changes["entropy_sum_nats"] = sure
+    return replace(found, table=changed(found.table, changes))
+
+
 def posterior_gate(folder: Path, config: Config, enemies: Adversaries | None, at: Path) -> Config:
     """Return a pool with a gate that has learnt, without labels, from replies under the same attack."""
     found = replies(rows_of(*GATE_ROWS), config, folder, f"{GATE_ROWS[0]}-{GATE_ROWS[2]}")
-    if enemies:
-        asked = {row.task.row_id: row.task.text for row in found.rows}
-        names = enemies.of(config.agent_names)
-        table = found.table.to_pylist()
-        texts = [
-            reply_under(
-                line["text"], line["agent"], asked[line["query_id"]], enemies.kind if line["agent"] in names else "none"
-            ).text
-            for line in table
-        ]
-        attacked = changed(found.table, {"text": texts})
-        if enemies.kind == "confident_liar":
-            sure = [line["entropy_tokens"] * 1e-3 if line["agent"] in names else line["entropy_sum_nats"] for line in table]
-            attacked = changed(attacked, {"entropy_sum_nats": sure})
-        found = replace(found, table=attacked)
-    trained(found, config, "posterior", 0, at)
+    trained(under_attack(found, config, enemies), config, "posterior", 0, at)
     checkpoint = next((at / "gate").glob("**/gate.json")).parent
     return config.model_copy(update={"gate": config.gate.model_copy(update={"checkpoint": str(checkpoint)})})
+
+
+def enemies_of(counts: Sequence[int]) -> dict[str, Adversaries | None]:
+    """Return nobody, and so many adversaries of each kind, by name."""
+    some = {f"{kind} x {count}": Adversaries(count=count, kind=kind) for count in counts for kind in KINDS}
+    return {"none x 0": None, **some}
+
+
+def attacked_suites(folder: Path, per_suite: int, counts: Sequence[int]) -> Figures:
+    """Choices among first replies of the six specialists under attack: gates that learnt under the same attack, and votes.
+
+    Rows of the adversaries' own suites are left out, which without them nobody could answer, in all arms of that number.
+    """
+    config, found = first_step(load_pool("specialists")), {}
+    split, _, seed = TEST_ROWS
+    test = replies(rows_of(split, per_suite, seed), config, folder, f"{split}-{seed}")
+    learnt = replies(rows_of(*GATE_ROWS), config, folder, f"{GATE_ROWS[0]}-{GATE_ROWS[2]}")
+    for arm, enemies in enemies_of(counts).items():
+        matrix, embedding_RD = matrix_of(under_attack(test, config, enemies), config)
+        values: dict[str, Any] = {"vote of six": replay_choices(matrix, all_agents(matrix)).value_R}
+        for score in ("anchored", "posterior"):
+            at = folder / "attacked" / arm.replace(" ", "-") / score
+            gate = trained(under_attack(learnt, config, enemies), config, score, 0, at)
+            values[f"dmoa, {score}"] = replay_choices(matrix, gate_choices(gate, embedding_RD)).value_R
+        suites_R = np.array([task.benchmark for task in matrix.tasks])
+        honest = {count: ~np.isin(suites_R, config.agent_names[SIX - count :]) for count in counts}
+        found[arm] = {name: {count: float(value_R[honest[count]].mean()) for count in counts} for name, value_R in values.items()}
+        print(arm, found[arm], flush=True)
+    lost = {
+        arm: {name: round(found["none x 0"][name][at] - by[at], 4) for name, by in found[arm].items() for at in [enemies.count]}
+        for arm, enemies in enemies_of(counts).items()
+        if enemies
+    }
+    with_one = [by for arm, by in lost.items() if arm.endswith(" x 1")]
+    passed = all(by[f"dmoa, {score}"] <= MOST_LOST for by in with_one for score in ("anchored", "posterior"))
+    return {"accuracy": found, "lost": lost, "passed": passed}
 
 
 def adversaries(folder: Path, per_suite: int, defences: Sequence[str], counts: Sequence[int]) -> Figures:
@@ -435,15 +487,13 @@ def adversaries(folder: Path, per_suite: int, defences: Sequence[str], counts: S
     rows = [row for row in rows_of(split, per_suite, seed) if row.task.benchmark not in lost]
     tasks, judge = [row.task for row in rows], judge_of(rows)
     found: dict[str, Any] = {"rows": len(rows), "left_out": sorted(lost), "table": {}}
-    arms = [("none", 0), *((kind, count) for count in counts for kind in KINDS)]
-    for kind, count in arms:
-        enemies = Adversaries(count=count, kind=kind) if count else None  # type: ignore[arg-type]
-        trained_pool = posterior_gate(folder, config, enemies, folder / f"posterior-{kind}-{count}")
-        for defence in defences if count else ("none",):
+    for arm, enemies in enemies_of(counts).items():
+        trained_pool = posterior_gate(folder, config, enemies, folder / f"posterior-{arm.replace(' ', '-')}")
+        for defence in defences if enemies else ("none",):
             summarizer = config.summarizer.model_copy(update={"defence": defence})
             pool = trained_pool.model_copy(update={"summarizer": summarizer})
-            found["table"][f"{kind} x {count}, {defence}"] = asyncio.run(_attacked(pool, folder, enemies, tasks, judge))
-            print(kind, count, defence, found["table"][f"{kind} x {count}, {defence}"], flush=True)
+            found["table"][f"{arm}, {defence}"] = asyncio.run(_attacked(pool, folder, enemies, tasks, judge))
+            print(arm, defence, found["table"][f"{arm}, {defence}"], flush=True)
     honest = found["table"]["none x 0, none"]
     found["lost"] = {
         arm: {policy: round(honest[policy]["accuracy"] - entry["accuracy"], 4) for policy, entry in table.items()}
@@ -582,7 +632,7 @@ def main() -> int:
     """Measure the lines that are asked for, and write them beside those that the file has."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--lines", default="recorded,attacked,report,overhead,suites,adversaries")
+    parser.add_argument("--lines", default="recorded,attacked,report,overhead,suites,attacked_suites,adversaries")
     parser.add_argument("--folder", type=Path, default=Path("out/rivals"), help="answers that are kept between runs")
     parser.add_argument("--limit", type=int, default=300, help="recorded test rows of a pool")
     parser.add_argument("--benchmarks", default="arith,words", help="of the report")
@@ -615,6 +665,7 @@ def main() -> int:
         "report": lambda: report(options.folder / "report", options.benchmarks, 4, rows, options.config),
         "overhead": lambda: overhead(options.queries, options.delay, options.engine, options.rounds),
         "suites": lambda: suites(options.folder, options.rows, options.pools.split(","), options.longer_rows, keep("suites")),
+        "attacked_suites": lambda: attacked_suites(options.folder, options.rows, counts),
         "adversaries": lambda: adversaries(options.folder, options.rows, options.defences.split(","), counts),
     }
     for name in options.lines.split(","):
