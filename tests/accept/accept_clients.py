@@ -38,9 +38,10 @@ PYTHON: dict[str, tuple[str, ...]] = {
     "lm_eval": ("lm-eval[api]",),
 }
 NODE = ("ai", "@ai-sdk/openai-compatible", "@ai-sdk/openai", "zod")
-NO_FORM = "the embedded model, of 135M parameters, writes no JSON and calls no tools; the server says so, 422 or in text"
+NO_CALL = "the embedded model, of 135M parameters, calls no tool where it may answer in text"
+NO_FORM = "the client asks for JSON in words alone, which the embedded model, of 135M parameters, does not follow"
 NO_LOGPROBS = "the embedded model's engine lists no log-probabilities; the server says so, 400"
-CANNOT = {"embedded": {r"n and logprobs": NO_LOGPROBS, r"tool|parse|form|struct|output_type|Native|mode |json|Object": NO_FORM}}
+CANNOT = {"embedded": {r"n and logprobs": NO_LOGPROBS, r"tool": NO_CALL, r"MD_JSON": NO_FORM}}
 """Per pool what its model cannot do, by the names of cells: there the sentence stands in place of a failure."""
 INSTALL_S, CLIENT_S, START_S = 900, 300, 300
 LLMS = {

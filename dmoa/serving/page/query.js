@@ -88,13 +88,13 @@ function offers(trace, one, status) {
   };
   return h("div", { class: "actions" },
     h("button", { type: "button", class: "branch", onclick: go({}, "Branch") }, "Ask again from here"),
-    names.length > 0 && h("button", { type: "button", onclick: go({ agents: names }, "Next-ranked agents") }, `Ask ${names.join(" and ")} instead`));
+    names.length > 0 && h("button", { type: "button", onclick: go({ agents: names }, "Next-ranked agents") }, `Ask ${names.join(", ")} instead`));
 }
 
 function whatIf(trace, status) {
   const kind = h("select", { id: "what-kind", "aria-label": "What to decide with" },
     h("option", { value: "gate_version" }, "another gate version"), h("option", { value: "policy" }, "another policy"));
-  const name = h("input", { id: "what-name", list: "what-names", size: 24, "aria-label": "Name of the gate version or policy", value: status.router?.gate_version ?? "" });
+  const name = h("input", { id: "what-name", list: "what-names", size: 32, "aria-label": "Name of the gate version or policy", value: status.router?.gate_version ?? "" });
   const names = h("datalist", { id: "what-names" });
   const place = h("div", { "aria-live": "polite" });
   const suggest = async () => {

@@ -104,6 +104,20 @@ async def test_calls_of_tools_whole_and_streamed() -> None:
     ]
 
 
+async def test_text_beside_calls_is_a_message_ahead_of_them() -> None:
+    choice = Choice(text="I look. ", tool_calls=(CALL,), finish_reason="tool_calls")
+    service = FakeService(overrides={"text": choice.text, "choices": (choice,)}, deltas=("I ", "look. "))
+    async with official(service) as client:
+        whole = await client.responses.create(model="tiny", input="Hi", tools=[ADD])
+        async with client.responses.stream(model="tiny", input="Hi", tools=[ADD]) as stream:
+            pieces = [event.delta async for event in stream if event.type == "response.output_text.delta"]
+            streamed = await stream.get_final_response()
+    assert pieces == ["I ", "look. "]
+    for reply in (whole, streamed):
+        assert [item.type for item in reply.output] == ["message", "function_call"]
+        assert reply.output_text == "I look. "
+
+
 @pytest.mark.parametrize("deltas", [(), ("The ans", "wer is 19.")])
 async def test_a_stream_tells_thoughts_then_the_text(deltas: tuple[str, ...]) -> None:
     service = FakeService(deltas=deltas, overrides={"reasoning": "" if deltas else "7 more than 12"})

@@ -92,6 +92,23 @@ async def test_calls_of_tools_arrive_whole_and_streamed() -> None:
     assert (final.finish_reason, read(final.message.tool_calls)) == ("tool_calls", wanted)
 
 
+async def test_text_beside_calls_comes_as_it_is_written() -> None:
+    tools: Any = [ADD]
+    choice = Choice(text="I look. ", tool_calls=CALLS[:1], finish_reason="tool_calls")
+    service = FakeService(overrides={"text": choice.text, "choices": (choice,)}, deltas=("I ", "look. "))
+    async with official(service) as client:
+        stream = await client.chat.completions.create(model="tiny", messages=QUESTION, tools=tools, stream=True)
+        deltas = [chunk.choices[0].delta async for chunk in stream if chunk.choices]
+        whole = (await client.chat.completions.create(model="tiny", messages=QUESTION, tools=tools)).choices[0]
+    assert [delta.content for delta in deltas if delta.content] == ["I ", "look. "]
+    first_call = next(place for place, delta in enumerate(deltas) if delta.tool_calls)
+    assert all(not delta.content for delta in deltas[first_call:])
+    assert (whole.message.content, read(whole.message.tool_calls)) == (
+        "I look. ",
+        [(c.call_id, c.name, c.arguments) for c in CALLS[:1]],
+    )
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_several_answers_have_places(is_stream: bool) -> None:
     choices = (Choice(text="19", logprobs=(ROW,)), Choice(text="20", finish_reason="length"))
