@@ -24,6 +24,9 @@ import psutil
 STOP_LIMIT_S = 8.0
 """How long a server that is stopped may take; what is left of its Ray is killed then."""
 FAILED = 1
+KILL_LIMIT_S = 2.0
+"""How long the processes below this one are looked for and killed."""
+_PR_SET_CHILD_SUBREAPER = 36
 _SAME_S = 1.0
 """Within it a second signal is the first one once more: `timeout` sends it to its child and then to the group."""
 _PAUSE_S = 0.05
@@ -54,6 +57,7 @@ class Ending:
         self._leaving = threading.Lock()
 
     def __enter__(self) -> Ending:
+        _adopt_orphans(True)
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -66,6 +70,7 @@ class Ending:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._writer.close()  # ends the thread
+        _adopt_orphans(False)
 
     def ready(self, status: int = 0) -> None:
         """Say that the server answers: from now on a signal lets it finish its queries.
@@ -75,6 +80,7 @@ class Ending:
         self._status = status
         self._core = [child for child in psutil.Process().children() if child.name() in _CORE]
         self._listen()  # again: `ray.init` sets a handler of its own
+        _adopt_orphans(False)  # while it serves, nobody here would reap them
         self._is_ready = True
 
     def leave(self, status: int) -> NoReturn:
@@ -82,9 +88,17 @@ class Ending:
         self._leaving.acquire()  # the other thread, if it comes here too, waits for the end
         sys.stdout.flush()
         _mute()
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                child.kill()
+        _adopt_orphans(True)
+        # Again until none is left: what is killed may have started another one meanwhile, as Ray's node manager its agents.
+        until = time.monotonic() + KILL_LIMIT_S
+        while time.monotonic() < until:
+            left = [child for child in psutil.Process().children(recursive=True) if not _is_dead(child)]
+            if not left:
+                break
+            for child in left:
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+            time.sleep(_PAUSE_S / 5)
         os._exit(status)
 
     def _listen(self) -> int:
@@ -141,6 +155,12 @@ def _reinstall(handlers: Mapping[int, int | None]) -> None:
     for number, handler in handlers.items():
         if _GET_HANDLER(number) != handler:
             _SET_HANDLER(number, handler)
+
+
+def _adopt_orphans(is_on: bool) -> None:
+    """Be the parent of what the processes below this one leave behind when they die, or no longer; on Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(is_on), 0, 0, 0)
 
 
 def _is_dead(process: psutil.Process) -> bool:

@@ -65,10 +65,7 @@ def running(*words: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
 def is_gone(pid: int) -> bool:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
+        if is_dead(pid):
             return True
         time.sleep(0.02)
     return False
@@ -87,6 +84,38 @@ def test_before_it_is_ready_it_ends_at_once_and_takes_its_children_along(number:
         assert process.wait(30) == 1
         assert process.communicate()[1] == "interrupted before it was ready\n"
         assert is_gone(child)
+
+
+ORPHAN = """
+import subprocess, sys
+sleeper = [sys.executable, "-c", "import time; time.sleep(1000)"]
+print(subprocess.Popen(sleeper, start_new_session=True, stdout=subprocess.DEVNULL).pid)
+"""
+
+
+def test_what_its_children_left_behind_ends_too() -> None:
+    """As agents of Ray whose node manager was killed: they are nobody's children, and in a session of their own."""
+    asked = "int(subprocess.check_output([sys.executable, '-c', sys.argv[2]]))"
+    script = SCRIPT.replace("print(child.pid", f"print({asked}")
+    process = subprocess.Popen([sys.executable, "-c", script, "starting", ORPHAN], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    orphan = int(process.stdout.readline())
+    try:
+        assert process.stdout.readline() == "up\n"
+        assert not is_dead(orphan)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 1
+        assert is_gone(orphan)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def is_dead(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def handles(pid: int, number: int) -> bool:
