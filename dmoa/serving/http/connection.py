@@ -6,6 +6,7 @@ uvicorn's parser joins the pieces of a header line as they come, without a limit
 from __future__ import annotations
 
 import asyncio
+import resource
 from typing import ClassVar
 
 import uvicorn.config
@@ -18,6 +19,9 @@ MAX_HEAD_BYTES = 65_536
 MAX_HEADERS = 128
 MAX_OPENING = 512
 """Connections whose headers are not complete; the oldest one makes room for a new one."""
+MAX_IDLE = 2048
+"""Connections that were answered and ask nothing; the oldest one makes room."""
+MAX_FILES = 65_536
 HEAD_S = 10.0
 """How long a connection may take for the headers of a request, from its first byte, or from its beginning."""
 STALL_S = 30.0
@@ -37,6 +41,9 @@ class BoundedProtocol(HttpToolsProtocol):
     max_opening: ClassVar[int] = MAX_OPENING
     opening: ClassVar[dict[BoundedProtocol, None]] = {}
     """Connections whose headers are not complete, the oldest first."""
+    max_idle: ClassVar[int] = MAX_IDLE
+    idle: ClassVar[dict[BoundedProtocol, None]] = {}
+    """Connections that ask nothing, the oldest first."""
 
     _extra_bytes = 0
     """What came since the last byte of a body, or since the request began."""
@@ -54,6 +61,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the connection's timers."""
         self._end_wait()
+        self.idle.pop(self, None)
         self.resume_writing()
         super().connection_lost(exc)
 
@@ -61,6 +69,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Parse what came, within the bounds."""
         if self._is_refused:
             return
+        self.idle.pop(self, None)
         self._extra_bytes += len(data)
         super().data_received(data)
         if self._is_refused or self.transport.is_closing():
@@ -101,6 +110,16 @@ class BoundedProtocol(HttpToolsProtocol):
         """Begin the count anew: what follows belongs to the next request."""
         self._extra_bytes = 0
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or be idle."""
+        super().on_response_complete()
+        if self.timeout_keep_alive_task is not None:
+            self.idle[self] = None
+            if len(self.idle) > self.max_idle:
+                oldest = next(iter(self.idle))
+                del self.idle[oldest]
+                oldest.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, or the fault that ended the parsing."""
@@ -158,5 +177,7 @@ def _too_large(seen: str) -> tuple[int, str, str]:
 
 
 def bound_connections() -> None:
-    """Have the uvicorn servers that this process starts from now on use `BoundedProtocol`, unless told otherwise."""
+    """Have the uvicorn servers that this process starts from now on use `BoundedProtocol`, with files enough for all of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_FILES)), hard))
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedProtocol.__name__}"

@@ -30,6 +30,9 @@ from dmoa.serving.http.middleware import ASSETS, OPEN_PATHS, body_too_large, dec
 BODY_S = 10.0
 """How long a body may take, beside the time that its bytes have at `MIN_BYTES_PER_S`."""
 MIN_BYTES_PER_S = 16_384
+LAST_LOOK_S = 0.1
+"""For what came while this process itself was too busy to read it."""
+JOIN_PIECES = 256
 MAX_HALF_SENT = 64
 """Half-sent bodies of one key; the oldest one makes room for a new one."""
 MAX_OTHERS = 256
@@ -155,25 +158,19 @@ class Front:
         if declared is not None and declared > most:
             raise body_too_large(str(declared), most)
         pieces: list[bytes] = []
-        num_bytes, started_s = 0, asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout(self.body_s) as limit:
-                with self._half(self._group(scope, app), limit):
-                    while True:
-                        message = await receive()
-                        if message["type"] != "http.request":
-                            raise ClientDisconnect
-                        pieces.append(message.get("body", b""))
-                        num_bytes += len(pieces[-1])
-                        if num_bytes > most:
-                            raise body_too_large(f"more than {most}", most)
-                        if not message.get("more_body", False):
-                            return b"".join(pieces)
-                        limit.reschedule(started_s + self.body_s + num_bytes / MIN_BYTES_PER_S)
-        except TimeoutError:
-            what = f"body: {num_bytes} bytes came in {asyncio.get_running_loop().time() - started_s:.1f} s"
-            message_408 = f"{what}; expected the whole of it within {self.body_s:g} s; send it at once"
-            raise RequestError(message_408, code="request_timeout", status=408) from None
+        started_s, group = asyncio.get_running_loop().time(), self._group(scope, app)
+        for seconds in (self.body_s, LAST_LOOK_S):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds) as limit:
+                    with self._half(group, limit):
+                        while await _has_more(receive, pieces, most):
+                            if seconds != LAST_LOOK_S:
+                                limit.reschedule(started_s + seconds + sum(map(len, pieces)) / MIN_BYTES_PER_S)
+                        return b"".join(pieces)
+        took_s = asyncio.get_running_loop().time() - started_s
+        what = f"body: {sum(map(len, pieces))} bytes came in {took_s:.1f} s"
+        message = f"{what}; expected the whole of it within {self.body_s:g} s; send it at once"
+        raise RequestError(message, code="request_timeout", status=408)
 
     @contextmanager
     def _half(self, group: str, limit: asyncio.Timeout) -> Iterator[None]:
@@ -249,6 +246,19 @@ class Front:
                 while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
                     pass
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _has_more(receive: Receive, pieces: list[bytes], most: int) -> bool:
+    """Add what comes to the pieces of a body; tell whether more is to come. Raises RequestError (413), ClientDisconnect."""
+    message = await receive()
+    if message["type"] != "http.request":
+        raise ClientDisconnect
+    pieces.append(message.get("body", b""))
+    if len(pieces) == JOIN_PIECES:
+        pieces[:] = [b"".join(pieces)]
+    if sum(map(len, pieces)) > most:
+        raise body_too_large(f"more than {most}", most)
+    return bool(message.get("more_body", False))
 
 
 class _Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -132,6 +133,25 @@ async def test_a_body_that_does_not_come_is_408() -> None:
     assert asked.error == (408, "request_timeout", "invalid_request_error")
     assert asked.headers["connection"] == "close"
     assert app.bodies == []
+
+
+async def test_a_body_that_came_while_the_front_was_busy_is_read() -> None:
+    front = await known(App(), body_s=0.05)
+    asked = Asked(front).send(b"{", more=True)
+    await asyncio.sleep(0)
+    time.sleep(0.1)  # noqa: ASYNC251 -- what keeps the loop busy
+    asyncio.get_running_loop().call_soon(asked.send, b"}")
+    assert (await asked.done()).status == 200
+
+
+async def test_a_body_in_very_many_pieces_is_whole() -> None:
+    app = App(body=1000)
+    front = await known(app)
+    asked = Asked(front)
+    for _ in range(999):
+        asked.send(b"x", more=True)
+    assert (await asked.send(b"y").done()).status == 200
+    assert app.bodies == [b"x" * 999 + b"y"]
 
 
 async def test_a_body_in_drops_ends_in_time() -> None:

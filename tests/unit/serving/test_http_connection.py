@@ -27,6 +27,8 @@ class Patient(BoundedProtocol):
     linger_s: ClassVar[float] = 0.2
     max_opening: ClassVar[int] = 3
     opening: ClassVar[dict[BoundedProtocol, None]] = {}
+    max_idle: ClassVar[int] = 2
+    idle: ClassVar[dict[BoundedProtocol, None]] = {}
 
 
 class Quick(Patient):
@@ -183,6 +185,17 @@ async def test_the_oldest_half_sent_headers_make_room() -> None:
         await fresh.send(GET + b"\r\n")
         assert await fresh.answer() == (200, 0)
         fresh.writer.close()
+
+
+async def test_the_oldest_idle_connection_makes_room() -> None:
+    async with clients(number=3) as (busy, oldest, other):
+        for client in (busy, oldest, busy, other):
+            await client.send(GET + b"\r\n")
+            assert await client.answer() == (200, 0)
+        assert await oldest.is_closed()
+        for client in (busy, other):
+            await client.send(GET + b"\r\n")
+            assert await client.answer() == (200, 0)
 
 
 async def test_a_client_that_never_reads_is_let_go() -> None:
