@@ -35,7 +35,11 @@ WITHOUT, RANDOM = "specialists-without-words", "specialists-liar-random"
 JUDGED = (*POOLS, WITHOUT)
 LIARS = {POOLS[2]: ("liar-constant",), POOLS[3]: ("liar-wrong",), RANDOM: ("liar-random",), POOLS[4]: ("liar-wrong", "liar-echo")}
 ARMS = ("raw", "anchored", "agreement", "posterior", "labels")
-RUNS = {"first": (((1, 10),), ("gate", 8, 101)), "second": (tuple((seed, 8) for seed in range(301, 306)), ("test", 16, 401))}
+RUNS = {
+    "first": (((1, 10),), ("gate", 8, 101)),
+    "second": (tuple((seed, 8) for seed in range(301, 306)), ("test", 16, 401)),
+    "third": (tuple((seed, 8) for seed in range(501, 506)), ("test", 16, 601)),
+}
 """Of each run: seeds and rows per suite of the unlabelled queries, one for all draws or one a draw; split, rows per suite and
 seed of those that are judged."""
 DRAWS, QUERIES = 5, 8
@@ -236,7 +240,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--pools", nargs="+", choices=(*JUDGED, RANDOM), default=(*JUDGED, RANDOM))
-    parser.add_argument("--run", choices=tuple(RUNS), default="second")
+    parser.add_argument("--run", choices=tuple(RUNS), default="third")
     options = parser.parse_args()
     asked = everyone([name for name in POOLS if name in options.pools])
     unlabelled, judged = RUNS[options.run]
