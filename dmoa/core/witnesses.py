@@ -20,6 +20,7 @@ from dmoa.errors import ConfigError
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 NO_ANSWER = forms.NO_ANSWER
 """In `answer_RA`: the reply came, and nothing that could agree with another was read from it."""
@@ -146,14 +147,24 @@ def disputes(answer_RA: IntArray, anchored_RA: Array) -> list[Dispute]:
     is_sure_RA = (anchored_RA < -_SURE_NATS) & (answer_RA >= 0)
     found = []
     for a, b in combinations(range(answer_RA.shape[1]), 2):
-        said_R1 = answer_RA[:, [a]]
-        together_R = is_sure_RA[:, a] & is_sure_RA[:, b] & (said_R1[:, 0] == answer_RA[:, b])
-        alone_R = together_R & ((answer_RA == said_R1).sum(axis=1) == 2)
-        refuted_RA = alone_R[:, None] & is_sure_RA & (answer_RA != said_R1)
+        together_R, alone_R = _together(answer_RA, is_sure_RA[:, a] & is_sure_RA[:, b], a, b)
+        refuted_RA = alone_R[:, None] & is_sure_RA & (answer_RA != answer_RA[:, [a]])
         rows = np.flatnonzero(refuted_RA.any(axis=1))
         if len(rows) >= max(_DISPUTED, together_R.sum() / 2):
             found.append(Dispute(a, b, rows, int(refuted_RA.sum(axis=0).argmax())))
     return found
+
+
+def are_backed(answer_RA: IntArray, anchored_RA: Array, a: int, b: int) -> bool:
+    """Tell whether others bear out what two agents agree on while they are sure, in the mean; False where they seldom are."""
+    together_R, alone_R = _together(answer_RA, anchored_RA[:, [a, b]].mean(axis=1) < -_SURE_NATS, a, b)
+    return bool(together_R.sum() >= max(_DISPUTED, 2 * alone_R.sum()))
+
+
+def _together(answer_RA: IntArray, is_sure_R: BoolArray, a: int, b: int) -> tuple[BoolArray, BoolArray]:
+    """Return where two agents agree of the rows where they are sure [R], and where nobody else says the same."""
+    together_R = is_sure_R & (answer_RA[:, a] == answer_RA[:, b]) & (answer_RA[:, a] >= 0)
+    return together_R, together_R & ((answer_RA == answer_RA[:, [a]]).sum(axis=1) == 2)
 
 
 def by_context(value_RA: Array, context_R: IntArray, count: int) -> Array:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from dmoa.core.answers import extract_answer
 from dmoa.core.label_model import ENOUGH_BACKED, MIN_ROWS, LabelModel, Signal, fit_label_model
 from dmoa.core.sequential import AGENT_PRICE
-from dmoa.core.witnesses import NO_ANSWER, Array, Witnesses, disputes, witnesses_of
+from dmoa.core.witnesses import NO_ANSWER, Array, Witnesses, are_backed, disputes, witnesses_of
 from dmoa.training.cluster_router import ProbeSample
 from dmoa.training.judging import ask_in_turn
 from dmoa.training.probe_outcomes import Judged, Settled, judged_agents, settled_words
@@ -125,10 +125,11 @@ def _found(sample: ProbeSample, *, can_entropy: bool, seed: int) -> tuple[Answer
     """Return the finding, without its sentences, and the probability of each agent being right [R, A]."""
     witnesses = _witnesses(sample)
     pairs = _same_answers(witnesses)
-    colluding, redundant = _colluding(pairs, sample.agents), _redundant(pairs, sample.agents)
+    model = fit_label_model(witnesses, seed=seed)
+    colluding, redundant = _colluding(pairs, sample.agents, model, witnesses), _redundant(pairs, sample.agents)
     for _, second in colluding:  # one witness, not two
         witnesses.answer_RA[:, sample.agents.index(second)] = NO_ANSWER
-    model = fit_label_model(witnesses, seed=seed)
+    model = fit_label_model(witnesses, seed=seed) if colluding else model
     right_RA = model.right_probability(witnesses)
     backed = float(_backing(witnesses, right_RA).mean())
     outcomes = int(np.isfinite(witnesses.outcome_RA).any(axis=1).sum())
@@ -276,13 +277,14 @@ def _redundant(same_AA: Array, agents: tuple[str, ...]) -> list[tuple[str, str]]
     return [(agents[a], agents[b]) for a, b in combinations(range(len(agents)), 2) if same_AA[a, b] >= _SAME]
 
 
-def _colluding(same_AA: Array, agents: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return the pairs that agree on most rows while neither agrees with any third agent."""
+def _colluding(same_AA: Array, agents: tuple[str, ...], model: LabelModel, witnesses: Witnesses) -> list[tuple[str, str]]:
+    """Return the pairs that agree on most rows while neither agrees with any third agent, nor where both are sure."""
     found = []
     for a, b in combinations(range(len(agents)), 2):
         others = [c for c in range(len(agents)) if c not in (a, b)]
         most = max((float(max(same_AA[a, c], same_AA[b, c])) for c in others), default=1.0)
-        if same_AA[a, b] >= _CLIQUE and most <= _APART * same_AA[a, b]:
+        is_apart = same_AA[a, b] >= _CLIQUE and most <= _APART * same_AA[a, b]
+        if is_apart and not are_backed(witnesses.answer_RA, witnesses.doubt_RA - model.doubt_mean_A, a, b):
             found.append((agents[a], agents[b]))
     return found
 

@@ -155,6 +155,25 @@ def test_a_pair_that_agrees_with_nobody_else_is_named_and_costs_it_no_trust() ->
 
 
 @pytest.mark.parametrize("backed", [False, True])
+def test_twins_that_others_back_where_they_are_sure_do_not_collude(backed: bool) -> None:
+    """They say the same to everything; at home, where they are sure, a third says it too."""
+    twins = [str(row) for row in range(ROWS)]
+    says = {
+        "x": twins,
+        "y": twins,
+        "all": [f"9{row:03d}" for row in range(ROWS)],
+        "other": [f"8{row:03d}" for row in range(ROWS)],
+    }
+    if backed:
+        says["all"] = twins[:8] + says["all"][8:]
+    entropy_RA = np.full((ROWS, 4), 1.0)
+    entropy_RA[:8, :2] = 0.01
+    embedding_RD = np.eye(2)[np.repeat([0, 1], [8, ROWS - 8])]
+    finding = found(says, entropy_RA=entropy_RA, embedding_RD=embedding_RD)
+    assert finding.colluding == ([] if backed else [("x", "y")])
+
+
+@pytest.mark.parametrize("backed", [False, True])
 def test_two_that_agree_against_a_third_that_is_as_sure_are_both_named(backed: bool) -> None:
     """x and y are sure of one wrong answer to queries that `home` alone knows; with somebody beside them nothing is disputed."""
     says = {name: [f"{seed}{row:03d}" for row in range(ROWS)] for seed, name in enumerate(("home", "away", "x", "y"), start=1)}
