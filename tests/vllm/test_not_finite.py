@@ -35,6 +35,7 @@ class Client:
                 token_ids=[5],
                 text="word ",
                 finish_reason="stop" if number else None,
+                stop_reason=None,
                 logprobs=flat if params.logprobs is not None else None,
             )
             yield SimpleNamespace(outputs=[part], num_cached_tokens=0, metrics=None)

@@ -231,8 +231,8 @@ class _Reply:
         accepted_s: float,
         listed: Listed | None,
         text: ReplyText,
-        reader: ToolReader | None,
-        top_logprobs: int | None,
+        reader: ToolReader | None = None,
+        top_logprobs: int | None = None,
     ) -> None:
         """`top_logprobs`: how many a client wants of each token of the answer; None: none."""
         self.num_tokens = 0
