@@ -70,6 +70,7 @@ def answered(task: Task, policy: str, answer: Answer) -> Answered:
         summarizer_tokens=sum(step.summarizer.usage.total for step in answer.steps),
         memoised_tokens=sum(call.usage.total for call in calls if call.is_memoised),
         entropy_nats=_entropy(answer.steps[-1]) if answer.steps else None,
+        right_probability=answer.steps[-1].right_probability if answer.steps else None,
         wall_ms=answer.wall_ms,
         gate_version=answer.gate_version,
         price=answer.price,

@@ -126,6 +126,8 @@ class Answered(TokenFields, _AnsweredHead):
     """Part of prompt_tokens and completion_tokens that came from the call cache: counted as if run."""
     entropy_nats: float | None = None
     """Mean over the active agents of the last step, nats per token."""
+    right_probability: float | None = None
+    """That the answer is right, by the label model of the gate version; None without one."""
     wall_ms: float = 0.0
     gate_version: str | None = None
     price: float | None = None

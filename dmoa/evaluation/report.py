@@ -209,23 +209,29 @@ def robustness(evaluation: Evaluation, benchmark: str) -> str | None:
 
 
 Stream = Mapping[str, Sequence[Mapping[str, Any]]]
-"""Policy -> its answers to the first queries, in order: right, entropy_nats, agents, tokens, gate_version."""
-_ALONG = {"right": ("accuracy so far, %", 100.0), "entropy_nats": ("mean entropy so far, nats", 1.0), "agents": ("agents", 1.0)}
+"""Policy -> its answers to the first queries, in order: right, entropy_nats, right_probability, agents, tokens, gate_version."""
+_ALONG = {
+    "right": ("accuracy so far, %", 100.0),
+    "right_probability": ("probability of that, %", 100.0),
+    "entropy_nats": ("mean entropy so far, nats", 1.0),
+    "agents": ("agents", 1.0),
+}
 
 
 def along_the_stream(evaluation: Evaluation, stream: Stream) -> str | None:
-    """Return accuracy, entropy and agents over a stream of queries, with and without adaptation, as means so far."""
+    """Return accuracy, posterior, entropy and agents over a stream of queries, with and without adaptation, as means so far."""
     shown = [policy for policy in evaluation.config.all_policies if stream.get(policy)]
     if not shown:
         return None
     with _figure(_WIDTH_INCHES, 2.8 + _legend_inches(shown)) as figure:
         for axes, (name, (title, scale)) in zip(figure.subplots(1, len(_ALONG)), _ALONG.items(), strict=True):
             for policy in shown:
-                number, total, means = evaluation.config.all_policies.index(policy), 0.0, []
-                for count, point in enumerate(stream[policy], start=1):
-                    total += scale * float(point[name] or 0.0)
-                    means.append(total / count)
-                places = [place for place, _ in enumerate(means, start=1)]
+                number, total, places, means = evaluation.config.all_policies.index(policy), 0.0, [], []
+                for place, point in enumerate(stream[policy], start=1):
+                    if point[name] is not None:
+                        total += scale * float(point[name])
+                        places.append(place)
+                        means.append(total / len(places))
                 axes.plot(places, means, color=_colour(number), linewidth=1.4)
                 axes.plot(places[-1:], means[-1:], **_marker(number, size=6.5))
             axes.set_title(title, fontsize=9.5)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class AdaptReport(BaseModel):
     updates: dict[str, list[dict[str, Any]]]
     """Start -> its updates, in order."""
     stream: dict[str, list[dict[str, Any]]]
-    """Gate -> the first queries in order: row, whether right, entropy, agents, tokens, version."""
+    """Gate -> the first queries in order: row, whether right, entropy, probability of being right, agents, tokens, version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,13 +247,14 @@ def log_stream(report: AdaptReport, root: Path, options: AdaptOptions) -> None:
     if tracking.is_logged(root, "table", name="adaptation", rows=rows):
         return
     tracker = tracking.open_tracker(options.track, run_dir=root, project="dmoa", name=root.name, config=report.options)
-    totals: dict[str, float] = {}
+    known: dict[str, list[float]] = {}
     for count in range(1, max(map(len, report.stream.values()), default=0) + 1):
         for gate, points in report.stream.items():
-            for name in ("right", "entropy_nats", "agents", "tokens"):
-                totals[f"{gate}/{name}"] = totals.get(f"{gate}/{name}", 0.0) + float(points[count - 1][name] or 0.0)
+            for name in ("right", "entropy_nats", "right_probability", "agents", "tokens"):
+                value = points[count - 1][name]
+                known.setdefault(f"{gate}/{name}", []).extend([] if value is None else [float(value)])
         drifts = {f"{start}/drift": float(one[count - 1]["drift"]) for start, one in report.updates.items() if count <= len(one)}
-        tracker.log({name: total / count for name, total in totals.items()} | drifts, step=count)
+        tracker.log({name: fmean(values) for name, values in known.items() if values} | drifts, step=count)
     tracker.table("adaptation", columns, rows)
     tracker.finish()
 
@@ -392,6 +394,7 @@ def _point(line: Answered, right: Mapping[str, float]) -> dict[str, Any]:
         "row_id": line.row_id,
         "right": right.get(line.row_id),
         "entropy_nats": line.entropy_nats,
+        "right_probability": line.right_probability,
         "agents": sum(map(len, line.active)),
         "tokens": line.usage.total,
         "gate_version": line.gate_version,

@@ -78,6 +78,7 @@ class Swarm:
         sure = AgentReply(agent="adder", status="ok", entropy=EntropySum(sum_nats=1.0, tokens=3), usage=SPENT)
         heard = AgentReply(agent="echo", status="ok", is_memoised=True, entropy=EntropySum(sum_nats=9.0, tokens=3), usage=SPENT)
         step = StepRecord(
+            right_probability=0.9,
             step=0,
             replies=(heard, AgentReply(agent="guesser", status="late", usage=SPENT), sure),
             active=("adder", "guesser"),
@@ -128,4 +129,5 @@ def test_every_query_of_a_shard_becomes_a_record() -> None:
     assert (good.row_id, good.text, good.step_texts, good.active) == (TASK.row_id, "19", ("19",), (("adder",),))
     assert good.usage == TokenUsage(prompt_tokens=31, cached_tokens=12, completion_tokens=9)
     assert (good.summarizer_tokens, good.memoised_tokens, good.wall_ms) == (1, 13, 7.0)
+    assert (good.right_probability, lost.right_probability) == (0.9, None)
     assert good.entropy_nats == 0.333333, "of the active agents alone, to 6 digits, as a server tells it"

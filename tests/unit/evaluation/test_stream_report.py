@@ -12,8 +12,10 @@ from dmoa.workflows.adapt import AdaptReport, AdaptRow, log_stream, print_adapta
 
 
 def points(right: list[float]) -> list[dict[str, object]]:
+    """The probability of being right is known from the second query on."""
+    usual = {"entropy_nats": None, "agents": 2, "tokens": 10}
     return [
-        {"row_id": f"r{place}", "right": value, "entropy_nats": None, "agents": 2, "tokens": 10, "gate_version": f"v{place}"}
+        usual | {"row_id": f"r{place}", "right": value, "right_probability": 0.75 if place else None, "gate_version": f"v{place}"}
         for place, value in enumerate(right)
     ]
 
@@ -44,6 +46,9 @@ def test_the_stream_is_logged_as_means_so_far_and_once(tmp_path: Path) -> None:
     assert logged[1]["metrics"]["zero-shot-ttt/right"] == 0.5
     assert logged[1]["metrics"]["zero-shot/drift"] == 0.5
     assert logged[1]["metrics"]["zero-shot/agents"] == 2
+    assert ["zero-shot/right_probability" in line["metrics"] for line in logged] == [False, True]
+    assert logged[1]["metrics"]["zero-shot/right_probability"] == 0.75
+    assert "zero-shot/entropy_nats" not in logged[1]["metrics"]  # nothing is known of it
     assert sum(line["op"] == "table" for line in lines) == 1
 
 
