@@ -114,8 +114,8 @@ def loads(rounds: int | None) -> list[Load]:
     real = load_pool(None)
     real = real.model_copy(update={"limits": real.limits.model_copy(update={"max_steps": 1})})
     return [
-        Load(kind="null", pool=null, closed=80, turn_s=4.0, rounds=rounds or 14),
-        Load(kind="real", pool=real, closed=16, turn_s=10.0, rounds=max(2, (rounds or 14) // 5)),
+        Load(kind="null", pool=null, closed=80, turn_s=3.0, rounds=rounds or 14),
+        Load(kind="real", pool=real, closed=16, turn_s=6.0, rounds=max(2, (rounds or 14) // 3 + 1)),
     ]
 
 

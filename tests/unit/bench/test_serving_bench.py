@@ -156,3 +156,11 @@ def test_p15_compares_the_same_pool_with_adaptation_on_and_off() -> None:
     on, off = (adaptation_bench.adapting(null_pool(8, placement="shared", mode="select"), mode) for mode in ("on", "off"))
     assert (on.router.adaptation, off.router.adaptation) == ("on", "off")
     assert on.model_copy(update={"router": off.router}) == off
+
+
+def test_p15_has_a_length_that_is_known_before() -> None:
+    """Turns of both kinds, the round that is thrown away included: start-up apart, under four minutes."""
+    kinds = adaptation_bench.loads(None)
+    assert [kind.kind for kind in kinds] == ["null", "real"]
+    assert sum(2 * (kind.rounds + 1) * kind.turn_s for kind in kinds) < 200
+    assert min(kind.rounds for kind in adaptation_bench.loads(1)) >= 1
