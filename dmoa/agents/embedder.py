@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,10 +33,12 @@ class MiniLmEncoder:
     (in a padded batch it differs by about 1e-7, and padding to one fixed length costs several times more).
     """
 
-    def __init__(self, model_dir: Path, *, threads: int = 1, cache_size: int = 4096) -> None:
+    def __init__(self, model_dir: Path, *, threads: int = 1, cache_size: int = 4096, is_quick: bool = False) -> None:
         """Load the model from a folder (`models.fetch("minilm")`); blocks for seconds, most of it imports.
 
         `threads` is how many CPU threads a forward pass uses, `cache_size` how many texts are remembered (1.5 KiB each).
+        `is_quick`: matrix products in bfloat16 where the CPU has them (`has_bfloat16`), in about half the time. Cosines to exact
+        embeddings stay above .9999; of 600 first decisions trained gates changed none, an untrained one 1 (int8: 5 to 26 %).
         Raises ModelFetchError for a folder without the model.
         """
         if not (model_dir / "modules.json").is_file():
@@ -44,6 +47,8 @@ class MiniLmEncoder:
 
         self._model = SentenceTransformer(str(model_dir), device="cpu", local_files_only=True)
         self._model.eval()
+        if is_quick and has_bfloat16():
+            _quicken(self._model)
         self._chunk_tokens = int(self._model.max_seq_length) - 2  # word pieces besides [CLS] and [SEP]
         self._threads = threads
         self._cache_size = cache_size
@@ -173,6 +178,33 @@ class HashEncoder:
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Tell whether this machine's CPU multiplies bfloat16 by itself; False where nothing is known of it."""
+    try:
+        flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
+def _quicken(model: Any) -> None:
+    """Have a model's linear layers multiply in bfloat16; all between them stays float32."""
+    import torch
+
+    class Quick(torch.nn.Module):
+        def __init__(self, exact: torch.nn.Linear) -> None:
+            super().__init__()
+            self._weight, self._bias = (part.detach().to(torch.bfloat16) for part in (exact.weight, exact.bias))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x.to(torch.bfloat16), self._weight, self._bias).to(x.dtype)
+
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, Quick(child))
 
 
 @contextmanager

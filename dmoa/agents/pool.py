@@ -243,16 +243,16 @@ def build_local(
     return LocalAgents(agents), engines
 
 
-def build_encoder(config: Config) -> Encoder:
+def build_encoder(config: Config, *, is_quick: bool = False) -> Encoder:
     """Return the encoder of a pool in this process: MiniLM, or the hash encoder where every agent is scripted.
 
-    Blocks while the model loads.
+    `is_quick` as `MiniLmEncoder` has it. Blocks while the model loads.
     """
     from dmoa.agents.embedder import AsyncEncoder, HashEncoder, MiniLmEncoder
 
     if all(llm.engine_entry.is_scripted for llm in config.llms.values()):
         return HashEncoder()
-    return AsyncEncoder(MiniLmEncoder(fetch("minilm"), threads=1))
+    return AsyncEncoder(MiniLmEncoder(fetch("minilm"), threads=1, is_quick=is_quick))
 
 
 def build_pool_gate(config: Config) -> tuple[Gate, Checkpoint]:

@@ -26,7 +26,6 @@ from dmoa.errors import DmoaError, PoolChangedError, RequestError
 from dmoa.loopback import ignore_proxies
 from dmoa.policies.registry import POLICIES
 from dmoa.recovery import PATIENCE_S
-from dmoa.serving.actors import pack_record
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAgentClient, affine_agents
 from dmoa.serving.agent_replica import IngressAgents
 from dmoa.serving.deployments import bind_hosts
@@ -45,7 +44,7 @@ from dmoa.serving.rollover import answer_on_one_pool_version, pool_version, quer
 from dmoa.serving.router.actor import ensure_router
 from dmoa.serving.router.client import RemoteRouter
 from dmoa.serving.router.replica_health import UP, sleepers, state_of
-from dmoa.serving.traces import AnsweredQuery, ensure_traces
+from dmoa.serving.traces import AnsweredQuery, TraceOutbox, ensure_traces
 from dmoa.swarm import Swarm, abilities_of
 from dmoa.types import Answer, Event, Query
 
@@ -99,7 +98,7 @@ class SwarmIngress:
         self._any_ingress = serve.get_deployment_handle(INGRESS, app).options(method_name="answer_here", stream=True)
         self._answered_elsewhere: dict[str, str] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._learner = app if config.router.feedback == "on" else None
+        self._outbox = TraceOutbox(self._traces, app if config.router.feedback == "on" else None)
         self._app = app
         self._exploring: asyncio.Task[None] | None = None
         self._share, self._look_again_s = config.router.explore, 0.0
@@ -217,6 +216,7 @@ class SwarmIngress:
 
     async def trace(self, trace_id: str, key_hash: str | None) -> dict[str, Any] | None:
         """Return the trace of a query that the same key made; without a key, anybody's."""
+        await self._kept(trace_id)
         try:
             found = await self._traces.get.remote(trace_id, key_hash)
         except RayError:
@@ -256,10 +256,14 @@ class SwarmIngress:
         """Keep what the key that made a query says of it. Raises RequestError."""
         if self._feedback is None:
             raise RequestError("outcomes: this server keeps none (router.feedback is off)", code="feedback_off", status=404)
-        pending = self._tasks.get(outcome.trace_id)  # a client may be quicker than the record of its query
+        await self._kept(outcome.trace_id)
+        return await self._feedback.judge(outcome, key_hash)
+
+    async def _kept(self, trace_id: str) -> None:
+        """Wait for the record of a query that was answered here: a client may be quicker than it."""
+        pending = self._tasks.get(trace_id)
         if pending is not None:
             await asyncio.wait({pending})
-        return await self._feedback.judge(outcome, key_hash)
 
     async def _record(self, query: Query, answer: Answer, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
         answered = AnsweredQuery(
@@ -272,7 +276,7 @@ class SwarmIngress:
             created_unix_s=time.time(),
         )
         try:
-            await self._traces.put.remote(answer.trace_id, pack_record(answered), key_hash, self._learner)
+            await self._outbox.put(answered, key_hash)
         except RayError as error:
             _LOG.warning("trace %s was lost: %s", answer.trace_id, type(error).__name__)
 

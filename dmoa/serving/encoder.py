@@ -26,7 +26,7 @@ class EncoderReplica:
     """A replica that embeds texts."""
 
     def __init__(self, config_json: str) -> None:
-        self._encoder = build_encoder(Config.model_validate_json(config_json))
+        self._encoder = build_encoder(Config.model_validate_json(config_json), is_quick=True)
 
     async def embed(self, texts: list[str]) -> list[FloatArray]:
         """Return one unit-length float32 [D] per text."""

@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import ray
 from pyarrow import fs as arrow_fs
@@ -113,8 +115,9 @@ class FeedbackActor:
             self._saver = asyncio.get_running_loop().create_task(self._save_often())
 
     async def put(self, packed: bytes) -> None:
-        """Take one packed `Feedback`."""
-        self._buffer.put(unpack_record(packed))
+        """Take `Feedback` records, packed as one list."""
+        for record in unpack_record(packed):
+            self._buffer.put(record)
         self._touch()
 
     async def judge(self, tenant: str, outcome: KeptOutcome) -> Said:
@@ -169,6 +172,16 @@ def exploration(app: str, usual: float) -> float:
     return max(usual, float(told["share"])) if told.get("until_unix_s", 0.0) > time.time() else usual
 
 
+class Finished(NamedTuple):
+    """An answered query, with what a record of it needs."""
+
+    query: Query
+    answer: Answer
+    key_hash: str
+    fingerprint: str
+    created_unix_s: float
+
+
 class FeedbackSender:
     """Makes records of finished queries and sends them on: where the traces are, so that no ingress works for it."""
 
@@ -182,32 +195,40 @@ class FeedbackSender:
         self.given_up = 0
         """Records that were not sent."""
 
-    async def send(self, query: Query, answer: Answer, *, key_hash: str, fingerprint: str, created_unix_s: float) -> None:
-        """Send the record of an answered query, unless too many are on their way; never raises."""
-        if self._pending >= MAX_PENDING:
-            self._give_up("too many are on their way")
+    async def send_all(self, finished: Sequence[Finished]) -> None:
+        """Send the records of answered queries in one call, but for those that would be too many on their way; never raises."""
+        taken = finished[: max(0, MAX_PENDING - self._pending)]
+        self._give_up(len(finished) - len(taken), "too many are on their way")
+        if not taken:
             return
-        self._pending += 1
+        self._pending += len(taken)
         try:
-            record = await asyncio.to_thread(
-                feedback_of,
-                query,
-                answer,
-                key_hash=key_hash,
-                fingerprint=fingerprint,
-                salt=self._salt,
-                created_unix_s=created_unix_s,
-            )
+            packed = await asyncio.to_thread(self._packed, taken)
             async with asyncio.timeout(PATIENCE_S):
-                await self._actor.put.remote(pack_record(record))
+                await self._actor.put.remote(packed)
         except (RayError, TimeoutError) as error:
-            self._give_up(type(error).__name__)
+            self._give_up(len(taken), type(error).__name__)
         finally:
-            self._pending -= 1
+            self._pending -= len(taken)
 
-    def _give_up(self, reason: str) -> None:
-        self.given_up += 1
-        if self.given_up & (self.given_up - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: a log is bounded too
+    def _packed(self, finished: Sequence[Finished]) -> bytes:
+        return pack_record(
+            [
+                feedback_of(
+                    one.query,
+                    one.answer,
+                    key_hash=one.key_hash,
+                    fingerprint=one.fingerprint,
+                    salt=self._salt,
+                    created_unix_s=one.created_unix_s,
+                )
+                for one in finished
+            ]
+        )
+
+    def _give_up(self, number: int, reason: str) -> None:
+        before, self.given_up = self.given_up, self.given_up + number
+        if before.bit_length() < self.given_up.bit_length():  # at twice as many each time: a log is bounded too
             _LOG.warning("feedback of %d queries was lost so far, now because of %s", self.given_up, reason)
 
 

@@ -19,8 +19,8 @@ import ray
 
 from dmoa.config import RouterConfig, TracingConfig
 from dmoa.feedback import tenant_of
-from dmoa.serving.actors import detached, traces_name, unpack_record
-from dmoa.serving.feedback import FeedbackSender
+from dmoa.serving.actors import detached, pack_record, traces_name, unpack_record
+from dmoa.serving.feedback import FeedbackSender, Finished
 from dmoa.serving.otlp import Exporter
 from dmoa.serving.trace_archive import Place, TraceArchive, Written
 from dmoa.serving.trace_list import TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
@@ -28,6 +28,8 @@ from dmoa.trace import Trace, reply_dmoa, trace_of
 from dmoa.types import Answer, Query
 
 _LOG = logging.getLogger("dmoa.traces")
+BATCH_S = 0.1
+"""How long an ingress gathers answered queries."""
 SAVE_S = 2.0
 """How often what is new is written."""
 
@@ -68,6 +70,28 @@ class _Kept:
     place: Place | None = None
 
 
+class TraceOutbox:
+    """An ingress's way to the store: answered queries of a short while travel in one call, which costs as much as for one."""
+
+    def __init__(self, store: Any, learner: str | None, *, wait_s: float = BATCH_S) -> None:
+        """`store` is the actor's handle; `learner` as `TraceStore.put_all` has it."""
+        self._store, self._learner, self._wait_s = store, learner, wait_s
+        self._waiting: list[tuple[bytes, str]] = []
+        self._sending: asyncio.Task[None] | None = None
+
+    async def put(self, one: AnsweredQuery, key_hash: str) -> None:
+        """Return once a query is kept. Raises RayError."""
+        self._waiting.append((pack_record(one), key_hash))
+        if self._sending is None:
+            self._sending = asyncio.get_running_loop().create_task(self._send())
+        await asyncio.shield(self._sending)
+
+    async def _send(self) -> None:
+        await asyncio.sleep(self._wait_s)
+        packed, self._waiting, self._sending = self._waiting, [], None
+        await self._store.put_all.remote(packed, self._learner)
+
+
 class TraceStore:
     """Keeps the newest queries of an app, each with the tenant whose key made it."""
 
@@ -101,11 +125,17 @@ class TraceStore:
         self._bounds = bounds
         self._shrink()
 
-    async def put(self, trace_id: str, packed: bytes, key_hash: str, learner: str | None = None) -> None:
-        """Keep one packed `AnsweredQuery`; the oldest goes when there are too many.
+    async def put_all(self, packed: Sequence[tuple[bytes, str]], learner: str | None = None) -> None:
+        """Keep packed `AnsweredQuery` records, each with its key's hash; the oldest go when there are too many.
 
-        `learner` is the app whose feedback gets a record of it, without texts; it is there when this returns.
+        `learner` is the app whose feedback gets records of them, without texts; they are there when this returns.
         """
+        found = [self._keep(one, key_hash) for one, key_hash in packed]
+        if learner is not None:
+            self._sender = self._sender or FeedbackSender(learner)
+            await self._sender.send_all(found)
+
+    def _keep(self, packed: bytes, key_hash: str) -> Finished:
         one: AnsweredQuery = unpack_record(packed)
         reply = reply_dmoa(one.answer, pool=one.pool)
         summary, calls = summarise(reply, question=one.query.text, created_unix_s=one.created_unix_s, wall_ms=one.answer.wall_ms)
@@ -113,15 +143,7 @@ class TraceStore:
         self._exporter.put(one.query, one.answer, pool=one.pool, ended_unix_s=one.created_unix_s)
         self._shrink()
         self._save_soon()
-        if learner is not None:
-            self._sender = self._sender or FeedbackSender(learner)
-            await self._sender.send(
-                one.query,
-                one.answer,
-                key_hash=key_hash,
-                fingerprint=one.fingerprint,
-                created_unix_s=one.created_unix_s,
-            )
+        return Finished(one.query, one.answer, key_hash, one.fingerprint, one.created_unix_s)
 
     async def put_failed(self, summary_json: str, key_hash: str) -> None:
         """Keep the summary of a query that was not answered."""

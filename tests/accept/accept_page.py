@@ -86,7 +86,7 @@ def fill(service: PoolService, count: int) -> None:
     async def put() -> None:
         for number in range(count):
             kept = replace(one, answer=replace(one.answer, trace_id=f"fill{number}"), created_unix_s=time.time() - 3600)
-            await service.page.store.put(f"fill{number}", pack_record(kept), "")
+            await service.page.store.put_all([(pack_record(kept), "")])
 
     asyncio.run(put())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmoa.agents.embedder import AsyncEncoder, D, HashEncoder, MiniLmEncoder
+from dmoa.agents.embedder import AsyncEncoder, D, HashEncoder, MiniLmEncoder, has_bfloat16
 from dmoa.engines import models
 from dmoa.errors import ModelFetchError
 from dmoa.types import FloatArray
@@ -129,8 +129,25 @@ def encoder(folder: Path) -> MiniLmEncoder:
     return MiniLmEncoder(folder, cache_size=64)
 
 
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [("fpu avx512f avx512_bf16", True), ("fpu amx_bf16 sse", True), ("fpu avx512f avx2", False), ("avx512_bf16x", False)],
+)
+def test_who_multiplies_bfloat16(tmp_path: Path, flags: str, has: bool) -> None:
+    place = tmp_path / "cpuinfo"
+    place.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: amx_bf16\n")
+    assert has_bfloat16(place) is has
+    assert not has_bfloat16(tmp_path / "missing")
+
+
 @pytest.mark.real_model
 class TestMiniLm:
+    @pytest.mark.contract
+    def test_a_quick_one_is_nearly_exact(self, folder: Path, encoder: MiniLmEncoder) -> None:
+        rows = MiniLmEncoder(folder, is_quick=True).encode([*TEXTS, LONG])
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=1)[:1], 1.0, atol=1e-5)
+        np.testing.assert_allclose(rows, encoder.encode([*TEXTS, LONG]), atol=3e-3)
+
     def test_agrees_with_sentence_transformers(self, folder: Path, encoder: MiniLmEncoder) -> None:
         from sentence_transformers import SentenceTransformer
 

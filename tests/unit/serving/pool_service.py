@@ -87,7 +87,7 @@ class PoolService(FakeService):
             metadata=dict(metadata),
             created_unix_s=time.time(),
         )
-        self.page.later(self.page.store.put(answer.trace_id, pack_record(kept), key_hash))
+        self.page.later(self.page.store.put_all([(pack_record(kept), key_hash)]))
 
 
 def pool_service(config: Config, probabilities: Mapping[str, Mapping[str, float]] | None = None) -> PoolService:

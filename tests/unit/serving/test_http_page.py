@@ -27,7 +27,7 @@ async def service_with_traces() -> FakeService:
     """Three queries: two of key `one`, one of key `two`."""
     service = FakeService()
     for trace_id, owner in (("t1", KEYS[0]), ("t2", KEYS[1]), ("t3", KEYS[0])):
-        await service.page.store.put(trace_id, pack_record(answered(trace_id)), owner)
+        await service.page.store.put_all([(pack_record(answered(trace_id)), owner)])
     return service
 
 

@@ -144,7 +144,7 @@ async def test_a_collector_gets_the_spans_of_a_query(collector: Any, monkeypatch
     kept = AnsweredQuery(
         query=asked(), answer=answer(), pool="tiny", fingerprint="f", user=None, metadata={}, created_unix_s=time.time()
     )
-    await store.put("t1", pack_record(kept), "k")
+    await store.put_all([(pack_record(kept), "k")])
     async with asyncio.timeout(10):
         while not taken:  # noqa: ASYNC110 - the collector's own thread
             await asyncio.sleep(0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from pathlib import Path
@@ -13,9 +14,9 @@ import pytest
 from dmoa.config import RouterConfig
 from dmoa.errors import RequestError
 from dmoa.orchestrator import advance, begin, finish
-from dmoa.serving.actors import pack_record
+from dmoa.serving.actors import pack_record, unpack_record
 from dmoa.serving.trace_list import TraceFilter, TraceSummary
-from dmoa.serving.traces import AnsweredQuery, TraceStore
+from dmoa.serving.traces import AnsweredQuery, TraceOutbox, TraceStore
 from dmoa.testing import decision
 from dmoa.trace import Trace, trace_of
 from dmoa.types import AgentReply, Answer, EntropySum, Query, RouteRequest, StepRecord, SummarizerRecord
@@ -59,7 +60,7 @@ def answered(trace_id: str, *, text: str = "What is 12 + 7?", wall_ms: float = 1
 
 
 async def put(store: TraceStore, trace_id: str, key_hash: str = "k", **more: Any) -> None:
-    await store.put(trace_id, pack_record(answered(trace_id, **more)), key_hash)
+    await store.put_all([(pack_record(answered(trace_id, **more)), key_hash)])
 
 
 async def ids(store: TraceStore, key_hash: str | None = "k", **wanted: Any) -> list[str]:
@@ -210,3 +211,33 @@ async def test_a_segment_goes_with_its_last_trace_and_a_broken_one_is_left_out(t
     assert len(names_in(tmp_path)) == 4  # those of t2 and t3
     break_newest(tmp_path)
     assert await ids(TraceStore(bounds)) == ["t2"]
+
+
+class Calls:
+    """An actor's handle: keeps what it is called with, and fails the first time."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[list[tuple[bytes, str]], str | None]] = []
+
+    @property
+    def put_all(self) -> Calls:
+        return self
+
+    async def remote(self, packed: list[tuple[bytes, str]], learner: str | None) -> None:
+        self.seen.append((packed, learner))
+        if len(self.seen) == 1:
+            raise RuntimeError("away")
+
+
+async def test_an_ingress_sends_what_was_answered_in_a_while_in_one_call() -> None:
+    calls = Calls()
+    outbox = TraceOutbox(calls, "app", wait_s=0.01)
+    lost = await asyncio.gather(*(outbox.put(answered(name), name) for name in "ab"), return_exceptions=True)
+    assert [str(error) for error in lost] == ["away", "away"], "who waits learns that it was not kept"
+    leaves = asyncio.create_task(outbox.put(answered("c"), "c"))
+    await asyncio.sleep(0)
+    leaves.cancel()
+    await outbox.put(answered("d"), "d")
+    assert [[owner for _, owner in packed] for packed, _ in calls.seen] == [["a", "b"], ["c", "d"]]
+    assert {learner for _, learner in calls.seen} == {"app"}
+    assert [unpack_record(packed).query.trace_id for packed, _ in calls.seen[1][0]] == ["c", "d"]
