@@ -28,7 +28,7 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 def reply_body(*, is_listed: bool) -> bytes:
     """Return the endpoint's reply, with the log-probabilities of 20 tokens a place where they are asked for."""
-    near = [{"token": f" t{i}", "logprob": -3.0 - i / 4, "bytes": None} for i in range(19)]
+    near = [{"token": f" t{i}", "logprob": -4.0 - i / 4, "bytes": None} for i in range(19)]
     tokens = [{"token": word, "logprob": -0.2, "bytes": None} for word in WORDS]
     content = [token | {"top_logprobs": [token, *near]} for token in tokens]
     choice = {

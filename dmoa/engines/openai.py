@@ -26,6 +26,7 @@ from pydantic import SecretStr
 
 from dmoa import __version__
 from dmoa.engine_options import OpenaiOptions, read_key
+from dmoa.engines.connections import Connections
 from dmoa.engines.openai_replies import Draft, error_message, estimated_tokens, events
 from dmoa.errors import AgentOverloadedError, DeadlineError, EngineError, PromptTooLongError
 from dmoa.loopback import uses_proxies
@@ -289,7 +290,8 @@ class OpenaiEngine:
         timeout_s, key = self._options.timeout_s, self._key.get_secret_value()
         connections = _Connections(
             headers={"User-Agent": f"dmoa/{__version__}"} | ({"Authorization": f"Bearer {key}"} if key else {}),
-            verify=self._tls,
+            verify=self._tls,  # for proxies, which have connections of the client's own
+            transport=Connections(self._tls, most=self._max_num_seqs),
             trust_env=uses_proxies(self._url),
             follow_redirects=False,
             limits=httpx2.Limits(max_connections=self._max_num_seqs, max_keepalive_connections=self._max_num_seqs),
