@@ -114,7 +114,8 @@ class Caller:
     async def ask(self, question: str) -> float:
         """Ask and return how long the reply took, in ms. Raises DmoaError for any but a 200."""
         body = json.dumps({"model": self._model, "messages": [{"role": "user", "content": question}]}).encode()
-        head = f"POST {self._path}/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        host, port = self._place
+        head = f"POST {self._path}/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
         began = time.perf_counter()
         self._writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         said = await self._reader.readuntil(b"\r\n\r\n")
