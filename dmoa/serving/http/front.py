@@ -179,7 +179,8 @@ class Front:
         if len(members) >= MAX_HALF_SENT:
             oldest = next(iter(members))
             del members[oldest]
-            oldest.reschedule(0.0)
+            if not oldest.expired():  # its own time may be over, and its task not yet have heard of it
+                oldest.reschedule(0.0)
         members[limit] = None
         try:
             yield

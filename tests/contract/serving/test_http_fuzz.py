@@ -124,7 +124,7 @@ def test_any_bytes(content: bytes, path: str) -> None:
         check_refusal(response.status_code, response.text)
 
 
-CLIENT = TestClient(make_app(FakeService()))
+CLIENT = TestClient(make_app(FakeService()), base_url="http://test")
 
 
 DOCUMENT = schemathesis.openapi.from_asgi("/openapi.json", CLIENT.app)

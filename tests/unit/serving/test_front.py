@@ -207,6 +207,16 @@ async def test_the_oldest_half_sent_body_of_a_key_makes_room() -> None:
         await asked.hang_up().done()
 
 
+async def test_half_sent_bodies_that_are_late_together_are_all_408() -> None:
+    front = await known(App(), body_s=0.05)
+    late = [Asked(front).send(b"{", more=True) for _ in range(MAX_HALF_SENT)]
+    await asyncio.sleep(0)
+    time.sleep(0.1)  # noqa: ASYNC251 -- all are late at once
+    asyncio.get_running_loop().call_soon(lambda: late.append(Asked(front).send(b"{", more=True)))  # before their tasks know
+    await asyncio.sleep(0.01)
+    assert {(await asked.done()).error[0] for asked in late} == {408}
+
+
 async def test_made_up_keys_count_together() -> None:
     front = await known(App())
     first = Asked(front, headers={"authorization": "Bearer no"}).send(b"{", more=True)
