@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dmoa.errors import ConfigError
+from dmoa.errors import ConfigError, DmoaError
 from dmoa.storage import write_at
 
 FILE = "state.safetensors"
@@ -109,10 +109,13 @@ class StateStore:
             raise ConfigError(f"train: cannot write {self.place!r}: {error}; name a folder that can be written") from error
 
     def write(self, state: RunState) -> None:
-        """Keep a state in place of the one before; a reader sees either of them whole."""
+        """Keep a state in place of the one before; a reader sees either of them whole. Raises DmoaError where it cannot."""
         system, root = self._open()
         data = save(dict(state.tensors), metadata={_META: state.progress.model_dump_json()})
-        write_at(system, f"{root}/{FILE}", data)
+        try:
+            write_at(system, f"{root}/{FILE}", data)
+        except OSError as error:
+            raise DmoaError(f"train: cannot write {self.place!r}: {error}; make room, then go on by the same command") from error
 
     def read(self) -> RunState | None:
         """Return the state, None before the first. Raises ConfigError where the file is damaged."""

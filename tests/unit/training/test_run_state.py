@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.errors import ConfigError
+from dmoa.errors import ConfigError, DmoaError
 from dmoa.training.state import FILE, EpochRecord, RunState, StateStore, TrainProgress
 
 numbers = st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False))
@@ -64,6 +64,15 @@ def test_a_later_state_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None
     assert found is not None
     assert len(found.progress.epochs) == 2
     assert found.part("weights")["a"].tolist() == [2.0, 2.0]
+
+
+def test_a_state_that_cannot_be_written_is_told_in_a_line_and_the_one_before_stays(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    path = tmp_path / "state" / FILE
+    (path / "in the way").mkdir(parents=True)
+    with pytest.raises(DmoaError, match=r"train: cannot write '.*': .*; make room, then go on by the same command"):
+        store.write(RunState(TrainProgress(identity={}, epochs=(record(1),)), {"weights/a": torch.ones(2)}))
+    assert [found.name for found in path.parent.iterdir()] == [FILE]  # no draft is left
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 60, -3])
