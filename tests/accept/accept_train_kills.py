@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,7 +66,9 @@ def check(folder: Path, seed: int, kills: int) -> dict[str, Any]:
         if number == 0:
             while not (folder / "broken" / ".train.lock").exists():
                 time.sleep(0.05)
+            process.send_signal(signal.SIGSTOP)  # it must not end before the second one has begun
             second = told(run(broken))
+            process.send_signal(signal.SIGCONT)
         time.sleep(rng.uniform(0.3, 1.0) * seconds)
         under_way += process.poll() is None
         process.kill()
