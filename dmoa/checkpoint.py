@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 
 from dmoa.core.gate import Gate, GateSpec, weights_version
 from dmoa.core.label_model import LabelModel
@@ -132,7 +133,7 @@ def save(folder: str | Path, gate: Gate, record: Checkpoint) -> Path:
         tensors = {name: tensor.detach().contiguous() for name, tensor in gate.state_dict().items()}
         if gate.label_model is not None:
             tensors |= {_JUDGE + name: torch.tensor(array) for name, array in gate.label_model.arrays().items()}
-        save_file(tensors, str(draft / "gate.safetensors"))
+        (draft / "gate.safetensors").write_bytes(serialize(tensors))  # which names a full disk; `save_file` does not
         (draft / "gate.json").write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if target.exists():
             old = target.parent / f".{target.name}.old.{secrets.token_hex(4)}"

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from dmoa.engine_options import Node, TransformersOptions
@@ -118,7 +119,7 @@ def export_adapter(saved: Path, out: Path, *, base: str) -> None:
     tensors = {name: weight.to(torch.bfloat16).contiguous() for name, weight in sorted(weights.items())}
     config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base, "inference_mode": True, "target_modules": sorted(config["target_modules"])}
-    save_file(tensors, out / "adapter_model.tmp", metadata={"format": "pt"})
+    (out / "adapter_model.tmp").write_bytes(serialize(tensors, metadata={"format": "pt"}))
     (out / "adapter_config.tmp").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (out / "adapter_model.tmp").replace(out / "adapter_model.safetensors")
     (out / "adapter_config.tmp").replace(out / "adapter_config.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -14,7 +15,10 @@ from typing import Any, NoReturn, TextIO, cast
 
 import typer
 
+from dmoa.errors import DmoaError
+
 _STDERR = 2
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _own: TextIO | None = None
 """Where the program's own words go while stderr is the log."""
 _log: TextIO | None = None
@@ -167,7 +171,7 @@ def goes_on(how: str) -> Iterator[None]:
 
 
 def closed(invoke: Callable[[], Any]) -> Any:
-    """Run a command, and end it with one line where a signal comes."""
+    """Run a command, and end it with one line where a signal comes. Raises DmoaError where a disk takes nothing more."""
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if is_main else None
     end_on_sigterm()
@@ -179,6 +183,13 @@ def closed(invoke: Callable[[], Any]) -> Any:
         if ended.code != signal.SIGTERM:
             raise
         _close(Terminated())  # Ray's own handler, which holds while it starts
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = "" if error.filename is None else f" {str(error.filename)!r}"
+        raise DmoaError(
+            f"cannot write{where}: {os.strerror(error.errno)}; make room or name another place, and run the same command again"
+        ) from error
     finally:
         if is_main:
             signal.signal(signal.SIGTERM, before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from dmoa.cli.jobs import evaluate_job
+from dmoa.errors import DmoaError
+from dmoa.workflows.terminal import closed
 from tests.unit.cli.conftest import POOL, Invoke
 
 BAD = """
@@ -91,3 +95,27 @@ def test_an_own_server_is_asked_without_the_proxies_of_the_environment(
     result = dmoa("run", "What is 12 + 7?", "--url", url)
     assert result.exit_code == 0, result.output
     assert "The answer is" in result.stdout
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_nothing_more_is_one_sentence(number: int) -> None:
+    def write() -> None:
+        raise OSError(number, "", "/runs/gate/gate.json")
+
+    with pytest.raises(DmoaError, match=r"^cannot write '/runs/gate/gate.json': .+; make room or name another place") as found:
+        closed(write)
+    assert os.strerror(number) in str(found.value)
+
+
+def test_a_full_disk_is_met_as_a_command_meets_it() -> None:
+    def write() -> None:
+        with Path("/dev/full").open("w", encoding="utf-8") as file:
+            file.write("weights")
+
+    with pytest.raises(DmoaError, match=r"^cannot write: No space left on device; make room"):
+        closed(write)
+
+
+def test_other_errors_of_files_stay_what_they_are() -> None:
+    with pytest.raises(FileNotFoundError):
+        closed(lambda: Path("/no/such/place").read_text(encoding="utf-8"))
