@@ -337,6 +337,8 @@ class LimitsConfig(Node):
     """What all agents and the summarizer may cost, in the currency of `llms.NAME.price`; None: no such limit."""
     deadline_s: float | None = Field(default=None, gt=0)
     """Seconds after which the best answer so far is given; None: never."""
+    quorum: int | None = Field(default=None, ge=1)
+    """Replies that end a step of more agents: the others are cancelled and count as `late`; None: all are waited for."""
     max_queued_requests: int = Field(default=64, ge=1)
     """Queries in flight per ingress replica; one more is answered 429."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dmoa.agents.prompts import agent_messages
+from dmoa.core.aggregate import contributions
 from dmoa.protocols import AgentClient, Router
 from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, AgentCaller, StreamedText, time_left
 from dmoa.step_calls import AgentCard, NextCall, Places, StepCalls
@@ -20,6 +21,7 @@ from dmoa.types import (
     AgentCall,
     AgentReply,
     Defence,
+    Limits,
     Query,
     QueryState,
     Sampling,
@@ -123,6 +125,7 @@ class Dispatcher:
             agent_call = self._agent_call(state, call, is_final=plan.ends_with is not None)
             return asyncio.create_task(self._priced_call(agent_call, call, places, text, has_other=step.has_agent_up))
 
+        quorum = _quorum(plan, limits)
         exploring: dict[str, asyncio.Task[AgentReply]] = {}
         running: dict[asyncio.Task[AgentReply], NextCall] = {}
         try:
@@ -141,14 +144,15 @@ class Dispatcher:
                 for task in [task for task in running if task in done]:
                     reply, has_time = task.result(), state.deadline_unix_s is None or time.time() < state.deadline_unix_s
                     upcoming += step.after(running.pop(task), reply, has_time=has_time, has_text=bool(text))
-                if plan.quorum is not None and sum(reply.status == "ok" for reply in step.replies) >= plan.quorum:
+                if quorum is not None and len(contributions(step.replies)) >= quorum:
                     break
             await asyncio.gather(*exploring.values())
         finally:
             await _end((*running, *exploring.values()))
-        late = f"the step had its {plan.quorum} contributions before"
+        late = f"the step had its {quorum} contributions before"
+        cut = [x.activation.agent for x in running.values() if x.lost is None]  # one sent again keeps how it was lost
         return StepReplies(
-            replies=(*step.replies, *(AgentReply(agent=x.activation.agent, status="late", error=late) for x in running.values())),
+            replies=(*step.replies, *(AgentReply(agent=name, status="late", error=late) for name in cut)),
             explored=tuple((x, exploring[x.agent].result()) for x in plan.explored if x.agent in exploring),
         )
 
@@ -209,6 +213,13 @@ class Dispatcher:
             query_id=query.query_id,
             sample=activation.sample,
         )
+
+
+def _quorum(plan: StepPlan, limits: Limits) -> int | None:
+    """Return how many contributions end the step: the plan's own number, or the query's where the plan asks more agents."""
+    if plan.quorum is not None or plan.fold != "summarizer" or limits.quorum is None:
+        return plan.quorum
+    return limits.quorum if limits.quorum < len(plan.activations) else None
 
 
 def calls_left(state: QueryState) -> int | None:

@@ -151,6 +151,7 @@ def limits_for(config: Config, asked: Limits | None = None) -> Limits:
         budget_calls=wish.budget_calls,
         deadline_s=_lower(pool.deadline_s, wish.deadline_s),
         max_tokens=wish.max_tokens,
+        quorum=pool.quorum,
     )
 
 

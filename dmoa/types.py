@@ -513,6 +513,8 @@ class Limits:
     deadline_s: float | None = None
     max_tokens: int | None = None
     """Most new tokens of any one reply, the summarizer's included; None: as each agent's sampling says."""
+    quorum: int | None = None
+    """Contributions that end a step of more agents which the pool's summarizer folds; None: all are waited for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

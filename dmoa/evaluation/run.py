@@ -185,6 +185,7 @@ def _limits(asking: Asking) -> dict[str, Any]:
         "budget_price": limits.budget_price,
         "deadline_s": limits.deadline_s,
         "max_tokens": limits.max_tokens,
+        **({} if limits.quorum is None else {"quorum": limits.quorum}),
     }
 
 

@@ -32,6 +32,7 @@ from dmoa.testing import (
 from dmoa.types import (
     Activation,
     AgentReply,
+    Fold,
     Message,
     Query,
     QueryState,
@@ -95,6 +96,44 @@ async def test_an_agent_that_fails_leaves_its_place_alive() -> None:
     )
     assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
     assert replies[0].error == "out of memory"
+
+
+@pytest.mark.parametrize(
+    ("quorum", "plan", "expected"),
+    [
+        (2, asks("a", "b", "c", reserves="de"), [("a", "ok"), ("c", "ok"), ("b", "late")]),
+        (1, asks("a", "b", reserves="de"), [("a", "ok"), ("b", "late")]),
+        (2, asks("f", "a", "b", "c", reserves="de"), [("f", "ok"), ("a", "ok"), ("c", "ok"), ("b", "late")]),  # f says nothing
+        (2, asks("e", "b", "c", reserves="d"), [("e", "failed"), ("d", "ok"), ("c", "ok"), ("b", "late")]),
+        (3, asks("e", "a", "c", reserves="d"), [("e", "failed"), ("d", "ok"), ("a", "ok"), ("c", "ok")]),  # all are waited for
+        (2, asks("a"), [("a", "ok")]),
+    ],
+)
+async def test_a_quorum_ends_a_step_of_more_agents(quorum: int, plan: StepPlan, expected: list[tuple[str, str]]) -> None:
+    fates = {"a": Say(text="1"), "b": Hang(), "c": Say(text="2"), "d": Say(text="3"), "e": Fail(), "f": Say(text="")}
+    agents, router = FakeAgents(fates), router_of(fixed_gate(dict.fromkeys(NAMES, 1 / 6)))
+    replies = await replies_of(dispatcher_of(agents, router=router), state_of(query(quorum=quorum)), plan)
+    assert outcomes(replies) == expected
+    assert agents.cancelled == [name for name, status in expected if status == "late"]
+    late = [reply.error for reply in replies if reply.status == "late"]
+    assert late == [f"the step had its {quorum} contributions before"] * len(agents.cancelled)
+    assert router.masked == frozenset()
+
+
+@pytest.mark.parametrize("fold", ["pass", "vote", "keep"])
+async def test_the_limit_on_waiting_leaves_a_schedules_own_steps_alone(fold: Fold) -> None:
+    slow = asyncio.Event()
+    agents = FakeAgents({"a": Say(text="1"), "b": Say(text="2", after=slow)})
+    asking = asyncio.create_task(replies_of(dispatcher_of(agents), state_of(query(quorum=1)), asks("a", "b", fold=fold)))
+    await agents.until_waiting("b")
+    slow.set()
+    assert outcomes(await asking) == [("a", "ok"), ("b", "ok")]
+
+
+async def test_a_place_that_is_waited_for_when_the_quorum_is_there_is_lost_once() -> None:
+    agents = FakeAgents({"a": (Lose(), Hang()), "b": (Lose(), Say(text="2")), "c": (Lose(), Hang())})
+    replies = await replies_of(dispatcher_of(agents), state_of(query(quorum=1)), asks("a", "b", "c"))
+    assert outcomes(replies) == [("a", "failed"), ("b", "ok"), ("c", "failed")]
 
 
 async def test_nobody_stands_in_after_the_deadline() -> None:

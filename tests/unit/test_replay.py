@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +16,13 @@ from dmoa.checkpoint import describe_gate
 from dmoa.config import Config
 from dmoa.core.gate import Gate
 from dmoa.errors import TraceError
+from dmoa.protocols import AgentClient
 from dmoa.replay import replay_routing
 from dmoa.routing import LocalRouter, build_gate
 from dmoa.swarm import Swarm
 from dmoa.testing import gate_spec
 from dmoa.trace import Trace, TraceRoute, read_traces, trace_of, write_traces
-from dmoa.types import Answer, Limits, Query
+from dmoa.types import AgentCall, AgentReply, Answer, Limits, Query, TextDelta
 
 AGENTS = tuple(f"agent-{letter}" for letter in "abcdefg")
 NUM_TRACES = 20
@@ -39,6 +42,26 @@ def pool() -> Config:
     )
 
 
+class FirstAlone:
+    """An agent client: of a step's agents the first alone answers."""
+
+    def __init__(self, agents: AgentClient) -> None:
+        self._agents = agents
+        self._begun: set[tuple[str, int]] = set()
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        if (call.trace_id, call.step) in self._begun:
+            await asyncio.Event().wait()
+        self._begun.add((call.trace_id, call.step))
+        return await self._agents.call(call)
+
+    def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
+        return self._agents.stream(call)
+
+    async def ping(self, agent: str) -> None:
+        await self._agents.ping(agent)
+
+
 async def traces_of(
     config: Config, gate: Gate, version: str, policy: str = "dmoa", *, cold: frozenset[str] = frozenset()
 ) -> list[Trace]:
@@ -47,14 +70,15 @@ async def traces_of(
     router.cold = cold
     router.install(version, gate)
     agents, engines = build_local(config)
-    swarm = Swarm(config, agents=agents, router=router, encoder=HashEncoder())
+    quorum = config.limits.quorum
+    swarm = Swarm(config, agents=FirstAlone(agents) if quorum else agents, router=router, encoder=HashEncoder())
     traces = []
     for number in range(NUM_TRACES):
         if number == 8:
             router.report_unavailable(AGENTS[2], "gone")
         if number == 15:
             router.restore(AGENTS[2])
-        limits = Limits(max_steps=4, max_agents=1 if number % 5 == 0 else None)
+        limits = Limits(max_steps=4, max_agents=1 if number % 5 == 0 else None, quorum=quorum)
         asked = Query(trace_id=f"t{number}", text=f"Question {number}?", limits=limits)
         events = [event async for event in swarm.ask(asked, policy)]
         assert isinstance(events[-1], Answer)
@@ -128,6 +152,20 @@ async def test_steps_that_asked_more_agents_replay_and_say_what_they_were_judged
     assert replay_routing([changed], gate, "v1")[0].differences == ("step 0: theta was 1.0, is -9.0",)
     older = [trace.model_copy(update={"routes": [without_cascade(route) for route in trace.routes]}) for trace in traces]
     assert [result.differences for result in replay_routing(older, gate, "v1")] == [()] * NUM_TRACES
+
+
+async def test_steps_that_a_quorum_ended_replay_and_say_who_was_passed_over(gate: Gate, version: str, tmp_path: Path) -> None:
+    config = Config.model_validate(pool().model_dump() | {"limits": {"max_steps": 4, "quorum": 1}})
+    traces = read_traces(write_traces(tmp_path / "traces.jsonl", await traces_of(config, gate, version)))
+    assert [result.differences for result in replay_routing(traces, gate, version)] == [()] * NUM_TRACES
+    assert {route.k for trace in traces for route in trace.routes} > {1, 3}
+    for trace in traces:
+        assert trace.query["limits"]["quorum"] == 1
+        assert trace.dmoa.degraded == (any(route.k > 1 for route in trace.routes) or any(route.masked for route in trace.routes))
+        for step, route in zip(trace.dmoa.steps, trace.routes, strict=True):
+            first, *others = (trace.agents[index] for index in route.ranking[: route.k])
+            status = {agent.name: agent.status for agent in step.agents if agent.status not in ("idle", "masked")}
+            assert status == {first: "ok"} | dict.fromkeys(others, "late")
 
 
 def without_cascade(route: TraceRoute) -> TraceRoute:

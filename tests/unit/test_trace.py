@@ -92,6 +92,7 @@ def test_a_trace_keeps_what_repeats_the_query() -> None:
         "within_steps": False,
         "deadline_s": 1.5,
         "max_tokens": None,
+        "quorum": None,
     }
     assert trace.agents == ["a", "b"]
     first = trace.routes[0]

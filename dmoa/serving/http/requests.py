@@ -646,6 +646,7 @@ def _limits(options: DmoaOptions, service: SwarmService) -> Limits:
         budget_tokens=_lower(options.budget_tokens, pool.budget_tokens),
         budget_price=_lower(options.budget_price, pool.budget_price),
         deadline_s=_lower(options.deadline_s, pool.deadline_s),
+        quorum=pool.quorum,
     )
 
 
