@@ -339,6 +339,8 @@ class LimitsConfig(Node):
     """Seconds after which the best answer so far is given; None: never."""
     quorum: int | None = Field(default=None, ge=1)
     """Replies that end a step of more agents: the others are cancelled and count as `late`; None: all are waited for."""
+    hedge_after_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["p95"] | None = None
+    """How long a call runs before the next-ranked agent is asked too, p95: of the agent's own latency; None: never."""
     max_queued_requests: int = Field(default=64, ge=1)
     """Queries in flight per ingress replica; one more is answered 429."""
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dmoa.agents.prompts import agent_messages
 from dmoa.core.aggregate import contributions
 from dmoa.protocols import AgentClient, Router
-from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, AgentCaller, StreamedText, time_left
+from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, AgentCaller, LateReplies, StreamedText, time_left
 from dmoa.step_calls import AgentCard, NextCall, Places, StepCalls
 from dmoa.types import (
     Activation,
@@ -49,6 +49,54 @@ async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
         task.cancel()
     if ending:
         await asyncio.gather(*ending, return_exceptions=True)
+
+
+_Running = dict[asyncio.Task[AgentReply], NextCall]
+
+
+class Hedges:
+    """Asks the next-ranked agent beside a call that takes long; of the two the first contribution counts.
+
+    Source: Dean and Barroso, The Tail at Scale (2013), hedged requests; that another agent is asked is ours.
+    """
+
+    def __init__(self, step: StepCalls, latencies: LateReplies, plan: StepPlan, limits: Limits) -> None:
+        self._step, self._latencies = step, latencies
+        self._after = limits.hedge_after_ms if plan.fold == "summarizer" else None
+        self._due_s: dict[asyncio.Task[AgentReply], float] = {}
+        self._hedged: dict[int, tuple[str, float]] = {}
+
+    def begun(self, task: asyncio.Task[AgentReply], call: NextCall) -> None:
+        """Note that a call was sent; one that is sent beside another, or after one was, is not hedged itself."""
+        if self._after is None or call.chain in self._hedged:
+            return
+        after_s = self._latencies.p95_s(call.activation.agent) if self._after == "p95" else self._after / 1e3
+        if after_s is not None:
+            self._due_s[task] = asyncio.get_running_loop().time() + after_s
+            self._hedged[call.chain] = (call.activation.agent, after_s)
+
+    def wait_s(self) -> float | None:
+        """Return the seconds until a call takes too long; None: none can."""
+        now = asyncio.get_running_loop().time()
+        return max(0.0, min(self._due_s.values()) - now) if self._due_s else None
+
+    def due(self, running: _Running) -> list[NextCall]:
+        """Return the calls to send beside those that take too long now."""
+        now = asyncio.get_running_loop().time()
+        late = [task for task, due_s in self._due_s.items() if due_s <= now or task not in running]
+        for task in late:
+            del self._due_s[task]
+        return [another for task in late if task in running for another in self._step.hedge(running[task])]
+
+    async def overtake(self, call: NextCall, running: _Running, done: Collection[asyncio.Task[AgentReply]]) -> None:
+        """End the call beside one that brought a contribution."""
+        for task, other in [(x, other) for x, other in running.items() if other.chain == call.chain and x not in done]:
+            del running[task]
+            await _end((task,))
+            agent, error = other.activation.agent, f"{call.activation.agent}, asked beside it, replied first"
+            if agent == self._hedged[call.chain][0]:
+                self._latencies.overtaken(*self._hedged[call.chain])
+            self._step.overtaken(other, AgentReply(agent=agent, status="late", error=error))
 
 
 class Dispatcher:
@@ -105,27 +153,14 @@ class Dispatcher:
         With `emit` the text of the one agent is handed on as it comes. A reserve that is needed while it is being explored
         is not asked twice: its reply counts, and it is no longer explored.
         """
-        budget = state.query.limits.budget_tokens
         places, text = Places(cold=self._cold_places(plan)), StreamedText(emit) if emit else None
-        left = None if budget is None else budget - state.tokens_used
-        limits = state.query.limits
-        step = StepCalls(
-            plan,
-            self._cards,
-            places,
-            tokens_left=left,
-            price_left=None if limits.budget_price is None else limits.budget_price - state.price_used,
-            calls_left=calls_left(state),
-            is_paced=limits.within_steps,
-            asked=state.asked,
-            defence=defence,
-        )
+        step = self._step_calls(state, plan, places, defence)
 
         def start(call: NextCall, text: StreamedText | None) -> asyncio.Task[AgentReply]:
             agent_call = self._agent_call(state, call, is_final=plan.ends_with is not None)
             return asyncio.create_task(self._priced_call(agent_call, call, places, text, has_other=step.has_agent_up))
 
-        quorum = _quorum(plan, limits)
+        quorum, hedges = _quorum(plan, state.query.limits), Hedges(step, self._caller.late_replies, plan, state.query.limits)
         exploring: dict[str, asyncio.Task[AgentReply]] = {}
         running: dict[asyncio.Task[AgentReply], NextCall] = {}
         try:
@@ -138,12 +173,16 @@ class Dispatcher:
                     if explored is not None and call.insists:
                         await _end((explored,))  # it was passed over as cold, or would be
                         explored = None
-                    running[explored or start(call, text)] = call
-                upcoming = []
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    running[task := explored or start(call, text)] = call
+                    hedges.begun(task, call)
+                done, _ = await asyncio.wait(running, timeout=hedges.wait_s(), return_when=asyncio.FIRST_COMPLETED)
+                upcoming = hedges.due(running) if not done else []
                 for task in [task for task in running if task in done]:
                     reply, has_time = task.result(), state.deadline_unix_s is None or time.time() < state.deadline_unix_s
-                    upcoming += step.after(running.pop(task), reply, has_time=has_time, has_text=bool(text))
+                    call = running.pop(task)
+                    if reply.status == "ok":
+                        await hedges.overtake(call, running, done)
+                    upcoming += step.after(call, reply, has_time=has_time, has_text=bool(text))
                 if quorum is not None and len(contributions(step.replies)) >= quorum:
                     break
             await asyncio.gather(*exploring.values())
@@ -154,6 +193,20 @@ class Dispatcher:
         return StepReplies(
             replies=(*step.replies, *(AgentReply(agent=name, status="late", error=late) for name in cut)),
             explored=tuple((x, exploring[x.agent].result()) for x in plan.explored if x.agent in exploring),
+        )
+
+    def _step_calls(self, state: QueryState, plan: StepPlan, places: Places, defence: Defence) -> StepCalls:
+        limits = state.query.limits
+        return StepCalls(
+            plan,
+            self._cards,
+            places,
+            tokens_left=None if limits.budget_tokens is None else limits.budget_tokens - state.tokens_used,
+            price_left=None if limits.budget_price is None else limits.budget_price - state.price_used,
+            calls_left=calls_left(state),
+            is_paced=limits.within_steps,
+            asked=state.asked,
+            defence=defence,
         )
 
     async def _priced_call(

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -38,6 +39,8 @@ MAX_LATE = 3
 LATE_FACTOR, LEAST_LATE_S, UNKNOWN_LATE_S = 3.0, 1.0, 10.0
 """A late reply counts where it was given this many times the agent's usual latency, at least; 10 s where that is not known."""
 LONGEST_MASK_S = 60.0
+RECENT, FEWEST_RECENT = 100, 20
+"""Latencies of an agent that its 95th percentile is taken over, and how many there must be."""
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
 
@@ -181,10 +184,24 @@ class LateReplies:
     def __init__(self) -> None:
         self._in_a_row: Counter[str] = Counter()
         self._usual_s: dict[str, float] = {}
+        self._recent_s: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+
+    def p95_s(self, agent: str) -> float | None:
+        """Return the 95th percentile of the agent's recent latencies; None: there are too few yet."""
+        recent = sorted(self._recent_s[agent])
+        return recent[math.ceil(0.95 * len(recent)) - 1] if len(recent) >= FEWEST_RECENT else None
+
+    def overtaken(self, agent: str, after_s: float) -> None:
+        """Note a call that took longer than `after_s` and then another's reply came first.
+
+        It counts as just that long: left out, the percentile would sink with every such call; by what it waited, it would climb.
+        """
+        self._recent_s[agent].append(after_s)
 
     def answered(self, agent: str, latency_s: float) -> None:
         """Note a reply that came in time."""
         self._in_a_row.pop(agent, None)
+        self._recent_s[agent].append(latency_s)
         self._usual_s[agent] = 0.8 * self._usual_s.get(agent, latency_s) + 0.2 * latency_s
 
     def late(self, agent: str, waited_s: float) -> float:
@@ -206,7 +223,7 @@ class AgentCaller:
         self._router = router
         self.cold_starter = ColdStarter(agents, patience_s=cold_patience_s)
         self._patience_s = patience_s
-        self._late_replies = LateReplies()
+        self.late_replies = LateReplies()
 
     async def call_with_recovery(
         self, call: AgentCall, card: AgentCard, wanted: NextCall, places: Places, text: StreamedText | None, *, has_other: bool
@@ -242,7 +259,7 @@ class AgentCaller:
             status, error = "overloaded", str(busy)
         except TimeoutError:
             status, error = "late", "the deadline passed before the reply"
-            masked_s = self._late_replies.late(call.agent, asyncio.get_running_loop().time() - begun_s)
+            masked_s = self.late_replies.late(call.agent, asyncio.get_running_loop().time() - begun_s)
             if masked_s and self._router is not None:
                 self._router.report_unavailable(call.agent, f"its last replies came too late, {MAX_LATE} or more", masked_s)
         latency_ms = (time.perf_counter() - started) * 1e3
@@ -298,7 +315,7 @@ class AgentCaller:
         finally:
             check.end()
         latency_s = time.perf_counter() - started
-        self._late_replies.answered(call.agent, latency_s)
+        self.late_replies.answered(call.agent, latency_s)
         return replace(reply, latency_ms=latency_s * 1e3)
 
     async def _stream(self, call: AgentCall, text: StreamedText) -> AgentReply:

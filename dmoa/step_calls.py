@@ -5,6 +5,7 @@ No clock and no I/O: whether time is left, and whether text was handed on, come 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -120,6 +121,7 @@ class StepCalls:
         self._reserves = list(plan.reserves)
         self._chains: list[list[tuple[Activation, AgentReply]]] = []
         self._under_way = 0
+        self._beside: Counter[int] = Counter()  # chain -> its calls under way
         self._has_text = False
         self._has_insisted = False
 
@@ -139,8 +141,7 @@ class StepCalls:
         together = 1 if self._is_paced else len(self._plan.activations)
         self._held = list(self._plan.activations[together:])
         calls = [self._new_chain(activation, tokens_used=0) for activation in self._plan.activations[:together]]
-        self._under_way = len(calls)
-        return calls
+        return self._begun(calls)
 
     def after(self, call: NextCall, reply: AgentReply, *, has_time: bool, has_text: bool) -> list[NextCall]:
         """Note the reply of a call and return the calls that it leads to; with none, and none under way, the step is done.
@@ -149,6 +150,7 @@ class StepCalls:
         agent's words must not follow.
         """
         chain = self._chains[call.chain]
+        self._beside[call.chain] -= 1
         if call.lost is None:
             chain.append((call.activation, reply))
         else:
@@ -159,7 +161,29 @@ class StepCalls:
         calls = [] if following is None else [following]
         calls += self._release(len(calls)) if has_time else []
         calls = calls or ([] if self._under_way else self._go_on(has_time=has_time))
+        return self._begun(calls)
+
+    def hedge(self, call: NextCall) -> list[NextCall]:
+        """Return the call of the next-ranked agent beside one that takes long, in its chain; none where budgets are tight."""
+        replies = self.replies
+        tokens, price = sum(reply.usage.total for reply in replies), sum(reply.price or 0.0 for reply in replies)
+        spent = ((tokens, self._tokens_left), (price, self._price_left), (len(replies) + self._under_way, self._calls_left))
+        if self._is_paced or call.lost is not None or call.insists or any(x is not None and sofar >= x for sofar, x in spent):
+            return []
+        reserve = self._next_reserve()
+        if reserve is None:
+            return []
+        return self._begun([replace(call, activation=reserve, tokens_used=tokens, price_used=price)])
+
+    def overtaken(self, call: NextCall, reply: AgentReply) -> None:
+        """Note how a call was ended because the other one of its chain brought a contribution first."""
+        self._chains[call.chain].append((call.activation, reply))
+        self._beside[call.chain] -= 1
+        self._under_way -= 1
+
+    def _begun(self, calls: list[NextCall]) -> list[NextCall]:
         self._under_way += len(calls)
+        self._beside.update(call.chain for call in calls)
         return calls
 
     def _release(self, following: int) -> list[NextCall]:
@@ -179,6 +203,8 @@ class StepCalls:
         """Return the next call of the same chain."""
         if reply.status == "ok" or call.lost is not None:
             return None
+        if self._beside[call.chain] or any(other.status == "ok" for _, other in self._chains[call.chain]):
+            return None  # the other call of the chain stands in
         if call.insists:
             return self._wait_for_place(call.chain)
         stand_in = self._next_reserve() if has_time else None

@@ -152,6 +152,7 @@ def limits_for(config: Config, asked: Limits | None = None) -> Limits:
         deadline_s=_lower(pool.deadline_s, wish.deadline_s),
         max_tokens=wish.max_tokens,
         quorum=pool.quorum,
+        hedge_after_ms=pool.hedge_after_ms,
     )
 
 

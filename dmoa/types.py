@@ -515,6 +515,8 @@ class Limits:
     """Most new tokens of any one reply, the summarizer's included; None: as each agent's sampling says."""
     quorum: int | None = None
     """Contributions that end a step of more agents which the pool's summarizer folds; None: all are waited for."""
+    hedge_after_ms: float | Literal["p95"] | None = None
+    """How long such a step's call runs before the next-ranked agent is asked too; p95: of the agent's own latency."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -186,6 +186,7 @@ def _limits(asking: Asking) -> dict[str, Any]:
         "deadline_s": limits.deadline_s,
         "max_tokens": limits.max_tokens,
         **({} if limits.quorum is None else {"quorum": limits.quorum}),
+        **({} if limits.hedge_after_ms is None else {"hedge_after_ms": limits.hedge_after_ms}),
     }
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from dmoa.dispatch import Dispatcher
 from dmoa.errors import BrokenStreamError, CallNotTakenError
-from dmoa.recovery import ANSWER_S, CHECK_S, PATIENCE_S, LateReplies
+from dmoa.recovery import ANSWER_S, CHECK_S, FEWEST_RECENT, PATIENCE_S, LateReplies
 from dmoa.routing import LocalRouter
 from dmoa.testing import (
     Fail,
@@ -31,6 +32,7 @@ from dmoa.testing import (
 )
 from dmoa.types import (
     Activation,
+    AgentCall,
     AgentReply,
     Fold,
     Message,
@@ -134,6 +136,84 @@ async def test_a_place_that_is_waited_for_when_the_quorum_is_there_is_lost_once(
     agents = FakeAgents({"a": (Lose(), Hang()), "b": (Lose(), Say(text="2")), "c": (Lose(), Hang())})
     replies = await replies_of(dispatcher_of(agents), state_of(query(quorum=1)), asks("a", "b", "c"))
     assert outcomes(replies) == [("a", "failed"), ("b", "ok"), ("c", "failed")]
+
+
+class Timed(FakeAgents):
+    """Every agent takes its time, on a clock that jumps."""
+
+    def __init__(self, fates: Mapping[str, Fate | Sequence[Fate]], seconds: Mapping[str, float]) -> None:
+        super().__init__(fates)
+        self._seconds = seconds
+        self.asked: list[tuple[str, float]] = []
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        loop = asyncio.get_running_loop()
+        self.asked.append((call.agent, round(loop.time(), 6)))
+        await asyncio.sleep(self._seconds[call.agent])
+        return await super().call(call)
+
+
+SECONDS = {"a": 0.1, "b": 1.0, "c": 0.1, "d": 0.2}
+START = [("a", 0.0), ("b", 0.0)]
+BOTH = asks("a", "b", reserves="cd")
+
+
+@pytest.mark.parametrize(
+    ("plan", "limits", "failing", "b_s", "asked", "expected", "ends_s"),
+    [
+        # b takes 1 s; at 0.3 s c is asked beside it, and replies at 0.4 s.
+        (BOTH, {}, "", 1.0, [("c", 0.3)], [("a", "ok"), ("b", "late"), ("c", "ok")], 0.4),
+        (BOTH, {}, "", 0.35, [("c", 0.3)], [("a", "ok"), ("c", "late"), ("b", "ok")], 0.35),
+        (BOTH, {}, "", 0.25, [], [("a", "ok"), ("b", "ok")], 0.25),
+        (BOTH, {}, "c", 1.0, [("c", 0.3)], [("a", "ok"), ("c", "failed"), ("b", "ok")], 1.0),
+        (BOTH, {}, "b", 0.35, [("c", 0.3)], [("a", "ok"), ("b", "failed"), ("c", "ok")], 0.4),
+        (BOTH, {}, "bc", 0.35, [("c", 0.3), ("d", 0.4)], [("a", "ok"), ("b", "failed"), ("c", "failed"), ("d", "ok")], 0.6),
+        (BOTH, {"quorum": 1}, "", 1.0, [], [("a", "ok"), ("b", "late")], 0.1),
+        (BOTH, {"hedge_after_ms": None}, "", 1.0, [], [("a", "ok"), ("b", "ok")], 1.0),
+        (BOTH, {"budget_calls": 2}, "", 1.0, [], [("a", "ok"), ("b", "ok")], 1.0),
+        (asks("a", "b"), {}, "", 1.0, [], [("a", "ok"), ("b", "ok")], 1.0),
+        (replace(BOTH, fold="vote"), {}, "", 1.0, [], [("a", "ok"), ("b", "ok")], 1.0),
+    ],
+    ids=range(11),
+)
+def test_the_next_ranked_agent_is_asked_beside_a_slow_one(
+    plan: StepPlan,
+    limits: dict[str, Any],
+    failing: str,
+    b_s: float,
+    asked: list[tuple[str, float]],
+    expected: list[tuple[str, str]],
+    ends_s: float,
+) -> None:
+    fates = {name: Fail() if name in failing else Say(text=name) for name in "abcd"}
+    agents = Timed(fates, SECONDS | {"b": b_s})
+    state = state_of(query(**{"hedge_after_ms": 300.0} | limits))
+    replies, seconds = jumping(replies_of(dispatcher_of(agents), state, plan))
+    assert agents.asked == START + asked
+    assert outcomes(replies) == expected
+    assert seconds == pytest.approx(ends_s, abs=0.01)
+
+
+async def test_hedging_at_the_95th_percentile_waits_until_it_is_known() -> None:
+    agents = FakeAgents({"b": (*[Say(text="1")] * FEWEST_RECENT, Hang()), "c": Say(text="2")})
+    dispatcher, state = dispatcher_of(agents), state_of(query(hedge_after_ms="p95"))
+    for _ in range(FEWEST_RECENT):
+        assert outcomes(await replies_of(dispatcher, state, asks("b", reserves="c"))) == [("b", "ok")]
+    (lost, reply) = await replies_of(dispatcher, state, asks("b", reserves="c"))
+    assert (lost.agent, lost.status, lost.error) == ("b", "late", "c, asked beside it, replied first")
+    assert (reply.agent, reply.status) == ("c", "ok")
+
+
+def test_the_95th_percentile_neither_sinks_nor_climbs_with_calls_that_were_overtaken() -> None:
+    latencies = LateReplies()
+    for latency_s in range(FEWEST_RECENT - 1, 0, -1):
+        latencies.answered("a", float(latency_s))
+    assert latencies.p95_s("a") is None
+    latencies.answered("a", 20.0)
+    assert (latencies.p95_s("a"), latencies.p95_s("b")) == (19.0, None)  # the 19th of 20
+    for _ in range(300):
+        latencies.overtaken("a", 19.0)
+    assert latencies.p95_s("a") == 19.0
 
 
 async def test_nobody_stands_in_after_the_deadline() -> None:

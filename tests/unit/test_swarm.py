@@ -151,8 +151,8 @@ LIMITS = [
 @pytest.mark.parametrize(("asked", "expected"), LIMITS, ids=range(len(LIMITS)))
 def test_a_query_may_only_lower_the_pools_limits(asked: Limits | None, expected: Limits) -> None:
     assert limits_for(pool(limits={"max_steps": 4, "budget_tokens": 100}), asked) == expected
-    with_quorum = pool(limits={"max_steps": 4, "budget_tokens": 100, "quorum": 2})
-    assert limits_for(with_quorum, asked) == replace(expected, quorum=2)
+    with_quorum = pool(limits={"max_steps": 4, "budget_tokens": 100, "quorum": 2, "hedge_after_ms": 300})
+    assert limits_for(with_quorum, asked) == replace(expected, quorum=2, hedge_after_ms=300.0)
 
 
 def test_abilities_are_the_engines_and_those_of_its_options() -> None:

@@ -93,6 +93,7 @@ def test_a_trace_keeps_what_repeats_the_query() -> None:
         "deadline_s": 1.5,
         "max_tokens": None,
         "quorum": None,
+        "hedge_after_ms": None,
     }
     assert trace.agents == ["a", "b"]
     first = trace.routes[0]

@@ -647,6 +647,7 @@ def _limits(options: DmoaOptions, service: SwarmService) -> Limits:
         budget_price=_lower(options.budget_price, pool.budget_price),
         deadline_s=_lower(options.deadline_s, pool.deadline_s),
         quorum=pool.quorum,
+        hedge_after_ms=pool.hedge_after_ms,
     )
 
 

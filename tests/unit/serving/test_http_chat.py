@@ -382,9 +382,17 @@ async def test_a_client_may_only_lower_the_limits(asked: dict[str, Any], held: t
 
 
 async def test_a_limit_that_the_pool_leaves_open_is_the_clients() -> None:
-    query, *_ = await post_query(FakeService(limits=LimitsConfig(quorum=2)), dmoa={"budget_tokens": 50, "deadline_s": 2})
+    query, *_ = await post_query(
+        FakeService(limits=LimitsConfig(quorum=2, hedge_after_ms="p95")), dmoa={"budget_tokens": 50, "deadline_s": 2}
+    )
     limits = query.limits
-    assert (limits.max_steps, limits.budget_tokens, limits.deadline_s, limits.quorum) == (20, 50, 2.0, 2)
+    assert (limits.max_steps, limits.budget_tokens, limits.deadline_s, limits.quorum, limits.hedge_after_ms) == (
+        20,
+        50,
+        2.0,
+        2,
+        "p95",
+    )
 
 
 async def test_trace_true_adds_texts_and_summaries() -> None:
