@@ -148,9 +148,9 @@ def _drop_uid(uid: int, *, keeps_reading: bool = False) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    if keeps_reading:
+    if keeps_reading or os.uname().machine in _CAPSET_NR:  # the inheritable ones outlive the change of user
         header = ctypes.create_string_buffer(struct.pack("Ii", _CAP_VERSION_3, 0))
-        bit = 1 << _CAP_DAC_READ_SEARCH
+        bit = int(keeps_reading) << _CAP_DAC_READ_SEARCH
         data = ctypes.create_string_buffer(struct.pack("6I", bit, bit, 0, 0, 0, 0))
         _syscall(_CAPSET_NR[os.uname().machine], header, data)
 

@@ -22,7 +22,10 @@ SCRATCH = "/tmp"  # noqa: S108 a private tmpfs of that name inside the namespace
 _SHM_BYTES = 16 << 20
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/nix/store")
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/fonts", "/etc/localtime", "/sys/devices/system/cpu")
-_HIDDEN = ("/proc/cmdline", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/proc/config.gz")
+_HIDDEN = tuple(
+    f"/proc/{name}"
+    for name in "cmdline keys timer_list sched_debug config.gz interrupts softirqs diskstats partitions iomem ioports kallsyms".split()
+)
 """What /proc tells of the host whatever the namespaces."""
 _LIBRARIES = ("lib", "lib64", "share", "pyvenv.cfg")
 """Of an environment, beside the interpreter itself: a pip.conf, a .env or a .condarc lies there too."""
@@ -67,6 +70,7 @@ _DENIED_WITHOUT_NAMESPACES: _Numbers = {
     **{"utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88)},
     **{"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463)},
     **{"removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466)},
+    **{"inotify_add_watch": (254, 27)},  # Landlock lets it see what happens in any readable folder
     **{"setpriority": (141, 140), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "ioprio_set": (251, 30)},
 }
 _OWN_PROCESS_ONLY: _Numbers = {

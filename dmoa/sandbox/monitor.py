@@ -104,6 +104,7 @@ def _look(sandbox: Started, ending: Ending, limits: SandboxLimits) -> None:
     most_files = max(16, limits.scratch_bytes // _BYTES_PER_FILE)
     if sandbox.scratch is not None:
         num_files, size = _folder_use(sandbox.scratch, most_files)
+        size += _nameless(pids, Path(sandbox.scratch).stat().st_dev)
     else:
         num_files, size = _tmpfs_files(pids), 0
     if num_files > most_files or size > limits.scratch_bytes:
@@ -172,6 +173,19 @@ def _folder_use(folder: str, most_files: int) -> tuple[int, int]:
                 if num_files > most_files:
                     break
     return num_files, size
+
+
+def _nameless(pids: list[int], device: int) -> int:
+    """Return the bytes on disk of open files of a file system that have no name (any more)."""
+    found = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for link in list(Path(f"/proc/{pid}/fd").iterdir()):
+                with contextlib.suppress(OSError):
+                    one = link.stat()
+                    if one.st_nlink == 0 and one.st_dev == device:
+                        found[one.st_ino] = one.st_blocks * 512
+    return sum(found.values())
 
 
 def _tmpfs_files(pids: list[int]) -> int:

@@ -24,6 +24,7 @@ import pytest
 
 from dmoa.sandbox import Program, SandboxResult, probe_levels, run
 from dmoa.sandbox.launch import Level, SandboxLimits
+from tests.contract import sandbox_programs as more
 
 SECRET = "s3cret-4711"
 LIMITS = SandboxLimits(wall_s=20.0, cpu_s=10, memory_bytes=256 << 20, processes=16, scratch_bytes=8 << 20, file_bytes=4 << 20)
@@ -270,9 +271,10 @@ if os.getuid() == 0:  # what only root may do outside
         "device-node": "attempt(lambda: os.mknod('disk', 0o600 | stat.S_IFCHR, os.makedev(1, 3)))",
         "bpf-and-perf": "import struct; b = ctypes.create_string_buffer(struct.pack('IIQ', 1, 112, 0), 128); attempt(libc.syscall, 298 if os.uname().machine == 'x86_64' else 241, b, 0, -1, -1, 0)",
     }
+HARMLESS |= more.HARMLESS
 
 # Attacks that would do harm outside.
-HARMFUL = {
+HARMFUL = more.HARMFUL | {
     "kill-the-processes-above": """
 for pid in (os.getppid(), T["parent"], 1, -1):
     for number in (signal.SIGSTOP, signal.SIGKILL):
@@ -436,6 +438,7 @@ time.sleep(20); escaped()
     "segmentation-fault": ("ctypes.string_at(0); escaped()", LIMITS, ("killed",)),
     "abort": ("os.abort()", LIMITS, ("killed",)),
 }
+GREEDY |= {name: (source, {"slow": SLOW, "limits": LIMITS}[limits], ends) for name, (source, limits, ends) in more.GREEDY.items()}
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -469,6 +472,14 @@ print(made)
     result = attack(source, targets, level)
     assert result.status == "ok", result
     assert 0 < int(result.stdout) * (LIMITS.processes if level == "namespaces" else 1) <= LIMITS.memory_bytes
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", more.HOARDS)
+def test_a_hoard_is_bounded(name: str, level: Level, targets: Targets) -> None:
+    result = attack(more.HOARDS[name], targets, level)
+    assert result.status in ("ok", "scratch_limit", "memory"), result
+    assert result.status != "ok" or int(result.stdout) <= LIMITS.memory_bytes >> 2, result
 
 
 @pytest.mark.parametrize("level", LEVELS)
