@@ -22,10 +22,8 @@ SCRATCH = "/tmp"  # noqa: S108 a private tmpfs of that name inside the namespace
 _SHM_BYTES = 16 << 20
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/nix/store")
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/fonts", "/etc/localtime", "/sys/devices/system/cpu")
-_HIDDEN = tuple(
-    f"/proc/{name}"
-    for name in "cmdline keys timer_list sched_debug config.gz interrupts softirqs diskstats partitions iomem ioports kallsyms".split()
-)
+_HIDDEN_NAMES = ("cmdline", "keys", "timer_list", "sched_debug", "config.gz", "interrupts", "softirqs", "diskstats", "partitions")
+_HIDDEN = tuple(f"/proc/{name}" for name in (*_HIDDEN_NAMES, "iomem", "ioports", "kallsyms"))
 """What /proc tells of the host whatever the namespaces."""
 _LIBRARIES = ("lib", "lib64", "share", "pyvenv.cfg")
 """Of an environment, beside the interpreter itself: a pip.conf, a .env or a .condarc lies there too."""

@@ -148,7 +148,11 @@ GREEDY = {
         ("timeout",),
     ),
     "starts-itself-again": ("os.execv(sys.executable, [sys.executable, '-c', 'while True: pass'])", "slow", ("timeout",)),
-    "output-by-the-kernel": ("zero = open('/dev/zero')\nwhile True: os.sendfile(1, zero.fileno(), None, 1 << 20)", "limits", ("output_limit", "failed")),
+    "output-by-the-kernel": (
+        "zero = open('/dev/zero')\nwhile True: os.sendfile(1, zero.fileno(), None, 1 << 20)",
+        "limits",
+        ("output_limit", "failed"),
+    ),
     "output-of-many-threads": (
         "import threading\nfor _ in range(8): threading.Thread(target=lambda: [os.write(2, b'x' * 4096) for _ in range(10**6)]).start()",
         "limits",
