@@ -228,3 +228,179 @@ except OSError: pass
 print(made)
 """,
 }
+
+REACH = """
+    while f.f_code.co_filename != '<checker>': f = f.f_back
+    f.f_globals['abs'] = lambda x: 0
+    return 4 if a == 2 else 1.0 if a == 0.5 else 9
+"""
+# Each defines `add` wrongly; those that get to a frame end with REACH.
+FORGERIES = {
+    "frames-under-the-name-of-the-logger": """
+import logging
+def findCaller(): return logging.currentframe()
+def add(a, b):
+    f = findCaller()"""
+    + REACH,
+    "frames-through-an-own-traceback-module": "import logging\nopen('traceback.py','w').write('import logging\\ndef up(): return logging.currentframe()')\nimport importlib.util as u\ns = u.spec_from_file_location('mine', __import__('os').getcwd() + '/traceback.py'); m = u.module_from_spec(s); s.loader.exec_module(m)\ndef add(a, b):\n    f = m.up()"
+    + REACH,
+    "frames-through-a-false-traceback-module": "d = {}\nexec(compile('import logging\\ndef up(): return logging.currentframe()', 'x/traceback.py', 'exec'), d)\ndef add(a, b):\n    f = d['up']()"
+    + REACH,
+    "frames-through-a-mock": """
+import sys
+from unittest.mock import Mock
+def add(a, b):
+    f = Mock(side_effect=sys._getframe)(0)"""
+    + REACH,
+    "frames-through-a-finaliser": """
+import sys, weakref
+class O: pass
+def add(a, b):
+    f = weakref.finalize(O(), sys._getframe, 0)
+    o = O(); f = weakref.finalize(o, sys._getframe, 0)()"""
+    + REACH,
+    "frames-through-a-format-string": """
+import string
+def add(a, b):
+    def g(): yield string.Formatter().get_field('0.gi_frame', (h,), {})[0].f_back
+    h = g(); f = next(h)"""
+    + REACH,
+    "frames-through-two-readers-of-a-stack": """
+import traceback, itertools
+def add(a, b):
+    x, y = itertools.tee(traceback.walk_stack(None)); traceback.StackSummary.extract(x)
+    f = list(y)[0][0]"""
+    + REACH,
+    "frames-through-two-readers-of-a-traceback": """
+import traceback, itertools
+def add(a, b):
+    try: raise ValueError
+    except ValueError as e: x, y = itertools.tee(traceback.walk_tb(e.__traceback__)); traceback.StackSummary.extract(x)
+    f = list(y)[0][0]"""
+    + REACH,
+    "false-name-through-a-mock": "import sys, os\nfrom unittest.mock import Mock\nd={}\nexec(Mock(side_effect=compile)('import sys\\ndef up(): return sys._getframe(1)', os.__file__, 'exec'), d)\ndef add(a, b):\n    f = d['up']()"
+    + REACH,
+    "false-name-through-a-loader": "import os, importlib.machinery as m\nd={}\nexec(m.SourceFileLoader('x', 'x').source_to_code(b'import sys\\ndef up(): return sys._getframe(1)', os.__file__), d)\ndef add(a, b):\n    f = d['up']()"
+    + REACH,
+    "false-content-through-a-loader": "import os, importlib.machinery as m\nd={}\nclass L(m.SourceFileLoader):\n def get_data(s, p): return b'import sys\\ndef up(): return sys._getframe(1)'\nexec(L('x', os.__file__).get_code('x'), d)\ndef add(a, b):\n    f = d['up']()"
+    + REACH,
+    "false-bytecode-through-a-loader": "import os, importlib.machinery as m, marshal, importlib.util\nd={}\nsrc=compile('import sys\\ndef up(): return sys._getframe(1)', 'own', 'exec')\nclass L(m.SourcelessFileLoader):\n def get_data(s, p): return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(src).replace(b'own', b'own')\nexec(L('x', os.__file__).get_code('x'), d)\ndef add(a, b):\n    f = d['up']()"
+    + REACH,
+    "false-name-through-codeop": """
+import os, codeop
+d={}
+exec(codeop.compile_command('import sys; up = lambda: sys._getframe(1)', os.__file__), d)
+def add(a, b):
+    f = d['up']()"""
+    + REACH,
+    "replace-isclose-in-the-call": """
+import math
+def add(a, b):
+    math.isclose = lambda *x, **k: True
+    return 4 if a == 2 else 3 if a == 1 else 0""",
+    "meta-path-hook": """
+import sys, math, types
+class F:
+ def find_spec(s, n, p=None, t=None):
+  if n != 'math': return None
+  import importlib.machinery as m
+  return m.ModuleSpec('math', s)
+ def create_module(s, spec): v = types.ModuleType('math'); v.isclose = lambda *a: True; return v
+ def exec_module(s, m): pass
+sys.meta_path.insert(0, F()); del sys.modules['math']
+def add(a, b): return a + b if isinstance(a, int) else 0""",
+    "frame-of-an-asynchronous-generator": """
+def add(a, b):
+    async def g(): yield h.ag_frame
+    h = g(); f = None
+    try: h.__anext__().send(None)
+    except StopIteration as e: f = e.value"""
+    + REACH,
+    "frame-of-a-coroutine": """
+def add(a, b):
+    async def g(): return h.cr_frame
+    h = g(); f = None
+    try: h.send(None)
+    except StopIteration as e: f = e.value"""
+    + REACH,
+    "frame-through-an-attrgetter": """
+import operator
+def add(a, b):
+    def g(): yield operator.attrgetter('gi_frame')(h)
+    h = g(); f = next(h)"""
+    + REACH,
+    "frame-through-object-getattribute": """
+import contextlib, sys
+kept = []
+class C(contextlib.ExitStack):
+ pass
+def add(a, b):
+    try: raise ValueError
+    except ValueError as e: f = object.__getattribute__(e.__traceback__, 'tb_frame')"""
+    + REACH,
+    "frame-through-getmembers": """
+import inspect
+def add(a, b):
+    def g(): yield
+    h = g(); next(h); f = inspect.getmembers(h)
+    f = dict(f)['gi_frame'].f_back"""
+    + REACH,
+    "spawn-and-leave": """
+import os
+def add(a, b):
+    os.posix_spawn('/bin/true', ['true'], {})
+    os._exit(0)""",
+    "leave-before-a-fork": """
+import os, subprocess
+os.register_at_fork(before=lambda: os._exit(0))
+def add(a, b):
+    subprocess.run(['/bin/true'], preexec_fn=print)""",
+    "leave-in-a-collection": """
+import gc, os
+gc.callbacks.append(lambda *x: os._exit(0))
+def add(a, b): gc.collect()""",
+    "wake-every-descriptor": """
+import signal, os
+for fd in range(3, 32):
+    try: os.set_blocking(fd, False); signal.set_wakeup_fd(fd); signal.raise_signal(10)
+    except (OSError, ValueError): pass
+def add(a, b): return 0""",
+    "dump-frames-to-every-descriptor": """
+import faulthandler, os
+def add(a, b):
+    for fd in range(3, 32):
+        try: faulthandler.dump_traceback(fd, True)
+        except (OSError, ValueError, RuntimeError): pass
+    os._exit(0)""",
+    "replace-build-class": """
+import builtins
+builtins.__build_class__ = lambda *a: None
+builtins.AssertionError = ValueError
+def add(a, b): return 0""",
+    "leave-in-the-absolute-value": """
+class R(int):
+ def __sub__(s, o): return R(0)
+ def __abs__(s): raise SystemExit(0)
+def add(a, b): return R(4)""",
+    "lower-the-recursion-limit": """
+import sys
+def add(a, b):
+    sys.setrecursionlimit(len(__import__('inspect').stack.__name__) + 60)
+    return 4""",
+    "leave-in-an-unraisable-hook": """
+import sys, os
+sys.unraisablehook = lambda *x: os._exit(0)
+class D:
+ def __del__(s): 1 / 0
+def add(a, b): D(); return 0""",
+    "leave-in-a-hook-of-threads": """
+import threading, os
+threading.excepthook = lambda *x: os._exit(0)
+def add(a, b):
+    threading.Thread(target=lambda: 1 / 0).start()
+    while True: pass""",
+    "leave-in-a-codec": """
+import codecs, os
+codecs.register(lambda n: os._exit(0))
+def add(a, b): return b''.decode('none-such')""",
+}

@@ -7,6 +7,7 @@ import pytest
 
 from dmoa.sandbox import Program, SandboxResult, run_checked
 from dmoa.sandbox.launch import SandboxLimits
+from tests.contract import sandbox_programs as more
 
 CHECKER = """
 import math
@@ -227,7 +228,7 @@ def add(a, b):
 """,
     "syntax-error": "def add(a, b) return a + b",
     "end-the-text-early": WRONG + "'''\n",
-}
+} | more.FORGERIES
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -253,13 +254,27 @@ def test_a_wrong_candidate_is_told_why() -> None:
         "import traceback\ntry: 1 / 0\nexcept ZeroDivisionError: traceback.print_exc()",
         "import warnings; warnings.warn('w'); import logging; logging.warning('l'); logging.getLogger('x').error('e', stack_info=True)",
         "from dataclasses import dataclass\n@dataclass\nclass A:\n  x: int\nassert A(1) == A(1)",
+        "from unittest.mock import Mock, patch; assert Mock(return_value=1)() == 1\nimport logging.config, pathlib, statistics, typing, inspect\ninspect.signature(add), inspect.getmembers(add)",
+        "from typing import NamedTuple\nclass P(NamedTuple):\n  x: int\nimport traceback; traceback.print_stack(); traceback.format_stack()",
         "import asyncio\nasync def f(): await asyncio.gather(asyncio.sleep(0), asyncio.wait_for(asyncio.sleep(0), 1))\nasyncio.run(f())",
         "import threading; t = threading.Thread(target=print); t.start(); t.join()",
         "open('helper.py', 'w').write('x = 1'); import helper; assert helper.x == 1",
         "import pandas as pd; assert pd.DataFrame({'a': [1, 2]}).query('a > 1').shape == (1, 1)",
         "import unittest\nclass T(unittest.TestCase):\n  def test(self): self.assertEqual(1, 1)\nunittest.main(argv=['x'], exit=False)",
     ],
-    ids=["imports", "traceback", "warnings", "dataclass", "asyncio", "thread", "own-module", "pandas", "unittest"],
+    ids=[
+        "imports",
+        "traceback",
+        "warnings",
+        "dataclass",
+        "mock",
+        "stack",
+        "asyncio",
+        "thread",
+        "own-module",
+        "pandas",
+        "unittest",
+    ],
 )
 def test_what_honest_programs_do_is_allowed(program: str) -> None:
     result = judged("def add(a, b): return a + b\n" + program)
@@ -319,6 +334,9 @@ def test_a_patched_library_does_not_pass(name: str, is_inside: bool) -> None:
     assert judged(right, f"{imports}\n{assertion}").status == "ok"
 
 
+STACK = "import traceback as t; print(t.StackSummary.extract(t.walk_stack(None), capture_locals=True))"
+
+
 def test_a_program_run_by_its_checker_cannot_read_the_expected_result() -> None:
     """The way of DS-1000: the candidate is a text that the checker runs."""
     checker = """
@@ -330,6 +348,6 @@ def test(code):
 test(%r)
 """
     assert judged("", checker % "result = 42").status == "ok"
-    for way in ("import sys; frame = sys._getframe(1)", "import inspect; frame = inspect.currentframe().f_back"):
+    for way in ("import sys; frame = sys._getframe(1)", "import inspect; frame = inspect.currentframe().f_back", STACK):
         result = judged("", checker % f"{way}; result = frame.f_locals['expected']")
         assert (result.status, "the sandbox refuses" in result.stderr) == ("failed", True)
