@@ -26,7 +26,9 @@ from dmoa.config import Config
 from dmoa.core.gate import Gate
 from dmoa.core.in_step import judge
 from dmoa.evaluation.answer_matrix import AnswerMatrix, Replayed, RouterChoice, gate_choices, replay_choices
+from dmoa.training.cluster_router import ProbeSample
 from dmoa.training.options import TrainOptions
+from dmoa.training.probe import probe_pool
 from dmoa.training.trainer import TrainContext, run_training
 from dmoa.types import AgentReply, EntropySum, TokenUsage
 
@@ -234,6 +236,23 @@ def judge_pool(name: str, gates: Callable[[str, int], Gate], test: Replies) -> d
     return found
 
 
+def probed(queries: Replies, config: Config) -> dict[str, Any]:
+    """Return which agents `dmoa probe` says of a draw's unlabelled queries that they say the same wrong thing, or may."""
+    matrix, embedding_RD = matrix_of(queries, config)
+    nats = [[reply.entropy.mean_nats for reply in row] for row in matrix.replies]
+    sample = ProbeSample(
+        agents=matrix.agents,
+        sources=tuple(row.task.benchmark for row in queries.rows),
+        embedding_RD=embedding_RD,
+        entropy_RA=np.array(nats, dtype=np.float64),
+        texts=tuple(tuple(reply.text for reply in row) for row in matrix.replies),
+        heard_RA=np.ones((len(nats), len(matrix.agents)), dtype=np.bool_),
+        tokens_RA=matrix.tokens().astype(np.float64),
+    )
+    answers = probe_pool(sample).answers
+    return {"colluding": list(answers.colluding), "disputed": [[one.a, one.b] for one in answers.disputed]}
+
+
 def main() -> None:
     """Ask, train and judge, or go on with it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -256,6 +275,7 @@ def main() -> None:
         gates = gates_in(options.out / "gates" / name)
         found = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
         found[name] = judge_pool(name, gates, test)
+        found[name]["probe"] = [probed(queries, config_of(name)) for queries in draws]
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(name, {arm: round(found[name][arm]["first"]["mean"], 3) for arm in ARMS}, flush=True)
 
