@@ -7,7 +7,7 @@ and the rows after, is an ordinary evaluation of gates in the same folder, so it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -212,15 +212,11 @@ def _adapted(
 ) -> AdaptReport:
     from dmoa.evaluation.report import write_report
     from dmoa.evaluation.run import evaluate
-    from dmoa.workflows.evaluate import build_evaluation, log_tables, opened_ray
+    from dmoa.workflows.evaluate import build_evaluation, log_tables
 
     folder = RunFolder(options.out.absolute())
     folder.make()
-    first = _prepared(options, folder, names)
-    job = _job(options, config, folder, first, starts)
-    ways = "Ray Train" if options.workers else "this process"
-    common.say(f"{len(first)} queries of {', '.join(names)}, asked of everybody; an update every {options.every}, in {ways}")
-    run_job(job, options.workers, partial(opened_ray, options.address), partial(_show, job, bars))
+    first = run_first(options, config, folder, names, starts, bars, common.say)
     gates = {name: folder.root / "gates" / name for start in starts for name in (start, f"{start}{ADAPTED}")}
     asked = _evaluation(options, names).model_copy(
         update={"policies": tuple(f"dmoa:{name}" for name in gates), "gates": gates, "resume": folder.run.exists()}
@@ -228,11 +224,34 @@ def _adapted(
     session: Session = build_evaluation(asked, config, names, folder, common, bars, command)
     common.say(f"the rest, by {len(gates)} frozen gates")
     evaluation = evaluate(session)
-    report = _report(options, config, folder, [task for task, _ in first], dict(session.gates), command)
+    report = _report(options, config, folder, first, dict(session.gates), command)
     write_report(evaluation, folder.report, {f"dmoa:{gate}": points for gate, points in report.stream.items()})
     log_stream(report, folder.root, options)
     log_tables(evaluation, folder, asked)
     return report
+
+
+def run_first(
+    options: AdaptOptions,
+    config: Config,
+    folder: RunFolder,
+    names: Sequence[str],
+    starts: Mapping[str, Path | None],
+    bars: Bars,
+    say: Callable[[str], None],
+) -> list[Task]:
+    """Let every start answer and learn from the first queries, and return these; the gates then lie in the folder.
+
+    Raises ConfigError, CheckpointError for bad input, DmoaError where it stops.
+    """
+    from dmoa.workflows.evaluate import opened_ray
+
+    first = _prepared(options, folder, names)
+    job = _job(options, config, folder, first, starts)
+    ways = "Ray Train" if options.workers else "this process"
+    say(f"{len(first)} queries of {', '.join(names)}, asked of everybody; an update every {options.every}, in {ways}")
+    run_job(job, options.workers, partial(opened_ray, options.address), partial(_show, job, bars))
+    return [task for task, _ in first]
 
 
 def log_stream(report: AdaptReport, root: Path, options: AdaptOptions) -> None:
@@ -403,6 +422,7 @@ def _point(line: Answered, right: Mapping[str, float]) -> dict[str, Any]:
 
 def print_adaptation(report: AdaptReport) -> None:
     """Print the table: starts, and what adaptation made of them."""
+    from dmoa.core.label_model import MIN_ROWS
     from dmoa.workflows.console import new_table, stdout_console
 
     console = stdout_console()
@@ -416,6 +436,14 @@ def print_adaptation(report: AdaptReport) -> None:
         "rows after: the gate frozen",
         soft_wrap=True,
     )
+    for start, updates in report.updates.items():
+        if updates and all(update["loss"] is None for update in updates):
+            asked = sum(len(update["queries"]) for update in updates)
+            console.print(
+                f"{start}: learned nothing from {asked} queries; untrained weights need {MIN_ROWS} that two agents or more "
+                "answered comparably before they learn: raise --queries",
+                soft_wrap=True,
+            )
 
 
 def _shares(row: AdaptRow) -> Iterator[tuple[float | None, int]]:

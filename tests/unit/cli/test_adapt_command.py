@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dmoa.checkpoint import load as checkpoint_of
+from dmoa.config import Config, loads
+from dmoa.core.label_model import MIN_ROWS
 from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError
 from dmoa.evaluation.records import Task
+from dmoa.evaluation.registry import SKILLS
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.testing import scripted_pool
 from dmoa.training.options import AdaptOptions
 from dmoa.training.prequential import Counted, StreamUpdate
 from dmoa.training.rollouts import RolloutQuery, table_of
-from dmoa.workflows.adapt import Stage, check_same
+from dmoa.workflows.adapt import Stage, check_same, run_first
+from dmoa.workflows.console import Bars
 from tests.unit.training.adapt_lessons import lesson
 
 TASKS = {
@@ -89,3 +95,65 @@ def test_another_run_in_the_folder_is_refused_by_what_differs(tmp_path: Path) ->
         check_same(options.model_copy(update={"queries": 31}), scripted_pool(), {"zero-shot": None})
     with pytest.raises(ConfigError, match="starts: begun with"):
         check_same(options, scripted_pool(), {"zero-shot": None, "few-shot": tmp_path})
+
+
+QUERIES_OF_A_STREAM = MIN_ROWS + 1
+"""Of untrained weights the last two teach: before, there is nothing to measure replies by."""
+
+
+def begun(
+    config: Config, out: Path, benchmark: str = "dyes", checkpoint: Path | None = None, **changes: Any
+) -> list[dict[str, Any]]:
+    """Run the streams of an adaptation in this process, and return the updates of its last start."""
+    options = AdaptOptions.parse(
+        {"benchmark": benchmark, "out": out, "workers": 0, "queries": QUERIES_OF_A_STREAM, "limit": 12, "track": "none"} | changes
+    )
+    starts = {"zero-shot": None} if checkpoint is None else {"zero-shot": None, "few-shot": checkpoint}
+    folder = RunFolder(out)
+    folder.make()
+    with Bars(-1) as bars:
+        first = run_first(options, config, folder, [benchmark], starts, bars, lambda text: None)
+    for start in starts:
+        lines = list(folder.read_answers(benchmark, f"dmoa:{start}-ttt"))
+        assert [line.row_id for line in lines] == [task.row_id for task in first]
+        assert {line.status for line in lines} == {"ok"}
+    text = Stage(out).updates(list(starts)[-1]).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def check_few_shot(config: Config, folder: Path) -> list[dict[str, Any]]:
+    """Adapt from zero, then begin a second run with what came of it."""
+    learned = begun(config, folder / "one")
+    assert learned[-1]["used"] == 1
+    checkpoint = folder / "one" / "gates" / "zero-shot-ttt"
+    again = begun(config, folder / "two", checkpoint=checkpoint)
+    version = checkpoint_of(checkpoint)[1].version
+    assert (learned[-1]["version"], again[0]["answered_by"]) == (version, version)
+    assert checkpoint_of(folder / "two" / "gates" / "few-shot")[1].version == version
+    adapted = checkpoint_of(folder / "two" / "gates" / "few-shot-ttt")[1]
+    assert adapted.version == again[-1]["version"] != version
+    return again
+
+
+def test_a_few_shot_start_goes_on_from_its_checkpoint_with_scripted_agents(tmp_path: Path) -> None:
+    updates = check_few_shot(scripted_pool(), tmp_path)
+    assert all(update["loss"] is not None for update in updates)
+
+
+@pytest.mark.contract  # routes by the embedded encoder
+def test_recorded_replies_are_adapted_to_from_both_starts(tmp_path: Path) -> None:
+    replies = tmp_path / "replies.jsonl"
+    rows = [row.task for suite in SKILLS if suite.name == "dyes" for row in suite.generate("test", 12, 0)]
+    lines = [
+        {"query": task.text, "agent": name, "text": text}
+        for task in rows
+        for name, text in zip("abc", ("4", "4", "5"), strict=True)
+    ]
+    replies.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    agents = "".join(f"  - {{name: {name}, llm: logs, profile: {name}}}\n" for name in "abc")
+    config = loads(
+        f"name: logs\nllms: {{logs: {{model: 'recorded:dyes', engine: recorded, engine_kwargs: {{replies: {replies}}}}}}}\n"
+        f"agents:\n{agents}gate: {{score: posterior, activation: {{max_agents: 2}}}}\nlimits: {{max_steps: 1}}\n"
+    )
+    updates = check_few_shot(config, tmp_path)
+    assert all(update["loss"] is not None for update in updates)

@@ -31,7 +31,7 @@ def report() -> AdaptReport:
         pool="p",
         starts={"zero-shot": "v0", "zero-shot-ttt": "v2"},
         rows=rows,
-        updates={"zero-shot": [{"drift": 0.0}, {"drift": 0.5}]},
+        updates={"zero-shot": [{"queries": ["r"], "loss": loss, "drift": drift} for loss, drift in ((None, 0.0), (0.7, 0.5))]},
         stream={"zero-shot": points([0.0, 0.0]), "zero-shot-ttt": points([0.0, 1.0])},
     )
 
@@ -58,3 +58,11 @@ def test_the_table_has_starts_and_what_adaptation_made_of_them(capsys: pytest.Ca
     lines = [line.split() for line in shown.splitlines()]
     assert ["dyes", "zero-shot", "0.0%", "of", "2", "25.0%", "of", "4", "1.50", "10"] in lines
     assert ["dyes", "zero-shot-ttt", "50.0%", "of", "2", "1.50", "10"] in lines
+
+
+def test_a_start_that_learned_nothing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    print_adaptation(report())
+    assert "learned nothing" not in capsys.readouterr().out
+    first = report().updates["zero-shot"][0]
+    print_adaptation(report().model_copy(update={"updates": {"zero-shot": [first, first]}}))
+    assert "zero-shot: learned nothing from 2 queries" in capsys.readouterr().out
