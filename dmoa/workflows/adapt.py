@@ -7,7 +7,7 @@ and the rows after, is an ordinary evaluation of gates in the same folder, so it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from dmoa.errors import ConfigError, EmptyAnswerError
+from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError
 from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, unanswered
 from dmoa.evaluation.records import Answered, EvaluateOptions, Task
 from dmoa.evaluation.run_folder import RunFolder, append, mend, read_lines
@@ -242,7 +242,7 @@ def run_first(
 ) -> list[Task]:
     """Let every start answer and learn from the first queries, and return these; the gates then lie in the folder.
 
-    Raises ConfigError, CheckpointError for bad input, DmoaError where it stops.
+    Raises ConfigError, CheckpointError for bad input, DmoaError where it stops, or all queries of a benchmark failed.
     """
     from dmoa.workflows.evaluate import opened_ray
 
@@ -251,7 +251,21 @@ def run_first(
     ways = "Ray Train" if options.workers else "this process"
     say(f"{len(first)} queries of {', '.join(names)}, asked of everybody; an update every {options.every}, in {ways}")
     run_job(job, options.workers, partial(opened_ray, options.address), partial(_show, job, bars))
-    return [task for task, _ in first]
+    tasks = [task for task, _ in first]
+    _check_answered(folder, tasks, starts)
+    return tasks
+
+
+def _check_answered(folder: RunFolder, first: Sequence[Task], starts: Iterable[str]) -> None:
+    """Raise DmoaError where every first query of a benchmark failed: nothing could be learned, and nothing will be answered."""
+    for name in dict.fromkeys(task.benchmark for task in first):
+        for start in starts:
+            lines = list(folder.read_answers(name, f"dmoa:{start}{ADAPTED}"))
+            if lines and all(line.status == "failed" for line in lines):
+                raise DmoaError(
+                    f"adapt: {start}: all {len(lines)} queries of {name} failed; the first error: "
+                    f"{' '.join((lines[0].error or '').split())}; mend what failed, then begin in another folder"
+                )
 
 
 def log_stream(report: AdaptReport, root: Path, options: AdaptOptions) -> None:

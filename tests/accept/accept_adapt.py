@@ -1,4 +1,4 @@
-"""Adaptation without labels, judged by replay: every agent's reply is made once, and gates choose among them.
+"""Adaptation without labels, judged by replay: a reply is made once, when a gate or a lesson first wants it, and kept.
 
 Line 1: a gate trained on all suites but two meets a stream of those: >= 95 % of the accuracy of a gate trained on all, within 30
 adapted queries, the others lose <= 2 points; untrained weights reach >= 90 % of the trained gate within 60 mixed queries. Line 2:
@@ -34,12 +34,14 @@ from dmoa.core.forms import agreement_key
 from dmoa.core.gate import Gate
 from dmoa.core.inference import Decider
 from dmoa.engines.recorded import agent_name
+from dmoa.errors import EmptyAnswerError
 from dmoa.evaluation.answer_matrix import AnswerMatrix, gate_choices, replay_choices
 from dmoa.evaluation.answering import Asking, query_of_task
 from dmoa.evaluation.records import Reply, Task
 from dmoa.evaluation.registry import SKILLS
-from dmoa.policies.exploring import ExploringPolicy
+from dmoa.evaluation.suites.suite import Suite
 from dmoa.policies.registry import PolicyContext, build_policy
+from dmoa.protocols import Policy
 from dmoa.testing import scripted_pool
 from dmoa.training.adapt import Adapter, Lesson, episodes_of
 from dmoa.training.dataset import Episodes
@@ -69,20 +71,27 @@ WORLD = SingleWorker(torch.device("cpu"))
 CONTEXT = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
 STREAM, FOLLOWING, MIXED = 30, 200, 60
 RECORDED = ("gsm8k", "cruxeval_o", "math_l5")
-_TOGETHER = 12
+FEW = 100
+"""Rows of a suite on which the gates that choose at random are judged: each would have its own agents asked."""
+_TOGETHER = 64
+ABSENT = AgentReply(agent="absent", status="failed", error="not asked")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class Domain:
-    """All agents' replies to the rows of one suite."""
+    """The agents' replies to the rows of one suite."""
 
     matrix: AnswerMatrix
     embedding_RD: FloatArray
+
+    def have(self, wanted: Mapping[int, Sequence[int]]) -> None:
+        """Make sure that the replies of some agents (places) to some rows are there: here all of them are."""
 
     def lesson(self, row: int, asked: Sequence[int] | None = None, outcomes: Mapping[str, float] | None = None) -> Lesson:
         """Return a row as a query that some agents were asked for certain: all of them unless given."""
         agents = self.matrix.agents
         places = range(len(agents)) if asked is None else asked
+        self.have({row: places})
         step = StepRecord(
             step=0,
             replies=tuple(self.matrix.replies[row][place] for place in places),
@@ -117,6 +126,7 @@ class Domain:
         if not len(rows):
             return np.zeros(0)
         choices = gate_choices(gate, self.embedding_RD[list(rows)])
+        self.have({int(row): choice.ranking[: choice.k] for row, choice in zip(rows, choices, strict=True)})
         return replay_choices(self.matrix.rows(list(rows)), choices).value_R
 
 
@@ -141,53 +151,95 @@ def one_step(name: str) -> Config:
     return config.model_copy(update={"limits": config.limits.model_copy(update={"max_steps": 1})})
 
 
-def dense(config: Config, split: str, rows: int, seed: int, folder: Path, deadline_s: float) -> dict[str, Domain]:
-    """Ask every agent about the rows of every suite, once: a call that was made is found in the folder's cache.
+class Asker:
+    """Asks single agents of a pool: a call that was made before is found in the folder's cache."""
 
-    Ends early, with fewer rows, when the clock (`time.monotonic`) passes the deadline.
-    """
-    swarm = build_local_swarm(config, lambda text: None, folder / "calls")
-    context = PolicyContext(config=config, router=swarm.router, encoder=swarm.encoder, agent=None)
-    policy = ExploringPolicy(build_policy("dmoa", context), epsilon=None)
-    asking = Asking(seed=seed, limits=Limits(max_steps=1))
-    mixed = [row for together in zip(*(suite.generate(split, rows, seed) for suite in SKILLS), strict=True) for row in together]
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self._runner, self.count, self._started_s = config, asyncio.Runner(), 0, time.monotonic()
+        self.swarm = build_local_swarm(config, lambda text: None, folder / "calls")
+        self._policies = {name: self._single(name) for name in config.agent_names}
 
-    async def ask(task: Task) -> Answer:
-        async with aclosing(swarm.follow(query_of_task(task, "exploring", asking), policy)) as events:
-            return [event async for event in events if isinstance(event, Answer)][-1]
+    def _single(self, agent: str) -> Policy:
+        context = PolicyContext(config=self.config, router=self.swarm.router, encoder=self.swarm.encoder, agent=agent)
+        return build_policy("single", context)
 
-    async def everything() -> list[Answer]:
-        found: list[Answer] = []
-        for start in range(0, len(mixed), _TOGETHER):
-            if time.monotonic() > deadline_s:
-                break
-            found += await asyncio.gather(*(ask(row.task) for row in mixed[start : start + _TOGETHER]))
-            print(f"{split}: {len(found)} of {len(mixed)} rows asked of everybody", flush=True)
-        await swarm.close()
-        return found
+    def embed(self, texts: Sequence[str]) -> FloatArray:
+        """Return what the gate reads of some texts [R, D]."""
+        return np.stack(self._runner.run(self.swarm.encoder.embed(texts)))
 
-    answers = asyncio.run(everything())
-    domains = {}
-    for suite in SKILLS:
-        mine = [(row, one) for row, one in zip(mixed, answers, strict=False) if row.task.benchmark == suite.name]
-        replies = []
-        for _, answer in mine:
-            by_agent = {reply.agent: reply for reply in answer.steps[0].replies}
-            replies.append(tuple(by_agent[name] for name in config.agent_names))
-        labels = [row.label for row, _ in mine]
-        value_RA = [
-            [suite.score(label, Reply(text=reply.text)).value for reply in line]
-            for label, line in zip(labels, replies, strict=True)
+    def replies(self, asked: Sequence[tuple[Task, str]], seed: int) -> list[AgentReply]:
+        """Ask agents by name about tasks, many at a time."""
+        asking = Asking(seed=seed, limits=Limits(max_steps=1))
+
+        async def one(task: Task, agent: str, room: asyncio.Semaphore) -> AgentReply:
+            async with room:
+                try:
+                    events = self.swarm.follow(query_of_task(task, "single", asking), self._policies[agent])
+                    async with aclosing(events):
+                        found = [event async for event in events if isinstance(event, Answer)][-1].steps[0].replies
+                except EmptyAnswerError as error:
+                    found = error.replies
+            self.count += 1
+            if self.count % 100 == 0:
+                print(f"{self.count} calls in {time.monotonic() - self._started_s:.0f} s", flush=True)
+            return found[0]
+
+        async def everything() -> list[AgentReply]:
+            room = asyncio.Semaphore(_TOGETHER)
+            return list(await asyncio.gather(*(one(*pair, room) for pair in asked)))
+
+        return self._runner.run(everything())
+
+    def close(self) -> None:
+        self._runner.run(self.swarm.close())
+        self._runner.close()
+
+
+@dataclass(kw_only=True)
+class AskedDomain(Domain):
+    """A suite whose agents are asked when a gate or a lesson first wants their replies: a gate wants one of six."""
+
+    suite: Suite
+    labels: tuple[Any, ...]
+    asker: Asker
+    seed: int
+
+    def have(self, wanted: Mapping[int, Sequence[int]]) -> None:
+        """Ask those that are wanted and were not asked yet, and judge what they say."""
+        agents = self.matrix.agents
+        lacking = [
+            (row, place) for row, places in wanted.items() for place in places if self.matrix.replies[row][place] is ABSENT
         ]
-        domains[suite.name] = Domain(
+        if not lacking:
+            return
+        replies, value_RA = [list(row) for row in self.matrix.replies], self.matrix.value_RA.copy()
+        found = self.asker.replies([(self.matrix.tasks[row], agents[place]) for row, place in lacking], self.seed)
+        for (row, place), reply in zip(lacking, found, strict=True):
+            replies[row][place] = reply
+            value_RA[row, place] = self.suite.score(self.labels[row], Reply(text=reply.text)).value
+        self.matrix = replace(self.matrix, replies=tuple(map(tuple, replies)), value_RA=value_RA)
+
+
+def suites(asker: Asker, split: str, rows: int, seed: int) -> dict[str, Domain]:
+    """Return the suites' rows of a split, nobody asked yet."""
+    agents = asker.config.agent_names
+    assert not asker.config.gate.activation.cascade, "whom a cascade asks is known only once others have replied"
+    domains: dict[str, Domain] = {}
+    for suite in SKILLS:
+        made = list(suite.generate(split, rows, seed))
+        domains[suite.name] = AskedDomain(
             matrix=AnswerMatrix(
                 benchmark=suite.name,
-                agents=config.agent_names,
-                tasks=tuple(row.task for row, _ in mine),
-                replies=tuple(replies),
-                value_RA=np.array(value_RA, dtype=np.float64).reshape(len(mine), len(config.agent_names)),
+                agents=agents,
+                tasks=tuple(row.task for row in made),
+                replies=((ABSENT,) * len(agents),) * len(made),
+                value_RA=np.zeros((len(made), len(agents))),
             ),
-            embedding_RD=np.stack([one.steps[0].route.input_X[:384] for _, one in mine if one.steps[0].route is not None]),
+            embedding_RD=asker.embed([row.task.text for row in made]),
+            suite=suite,
+            labels=tuple(row.label for row in made),
+            asker=asker,
+            seed=seed,
         )
     return domains
 
@@ -239,6 +291,10 @@ def line_1(config: Config, learned: Mapping[str, Domain], test: Mapping[str, Dom
     names = [str(name) for name in rng.permutation(list(learned))]
     new, old = names[:2], names[2:]
     order = {name: rng.permutation(len(test[name].matrix.tasks)) for name in names}
+    for name in names:  # many at a time
+        learned[name].have({row: range(len(learned[name].matrix.agents)) for row in range(len(learned[name].matrix.tasks))})
+        rows = order[name][: STREAM // 2 if name in new else MIXED // len(names)]
+        test[name].have({int(row): range(len(test[name].matrix.agents)) for row in rows})
     lessons = {name: [learned[name].lesson(row) for row in range(len(learned[name].matrix.tasks))] for name in names}
     everything = trained(config, [one for name in names for one in lessons[name]], out / f"all-{seed}", seed=seed)
     part, record, replay = trained(config, [one for name in old for one in lessons[name]], out / f"part-{seed}", seed=seed)
@@ -255,18 +311,20 @@ def line_1(config: Config, learned: Mapping[str, Domain], test: Mapping[str, Dom
         "frozen_prequential": accuracy([(d, [r]) for d, r in stream], part),
     }
     for name, gate in (("all", everything[0]), ("frozen", part), ("adapted", adapted), ("shuffled", mixed_up)):
-        found[f"new_{name}"], found[f"old_{name}"] = accuracy(following, gate), accuracy(others, gate)
+        judged_on = [(domain, rows[:FEW]) for domain, rows in others] if name == "shuffled" else others
+        found[f"new_{name}"], found[f"old_{name}"] = accuracy(following, gate), accuracy(judged_on, gate)
     found["following_rows"] = sum(len(rows) for _, rows in following)
-    found["share"] = found["new_adapted"] / found["new_all"]
+    found["old_rows"] = {domain.matrix.benchmark: len(rows) for domain, rows in others}
+    found["share"] = found["new_adapted"] / max(found["new_all"], 1e-9)
     found["lost"] = found["old_frozen"] - found["old_adapted"]
     each = MIXED // len(names)
     mixed = [(test[name], int(order[name][at])) for at in range(min(each, len(order[names[0]]) - 1)) for name in names]
-    rest = [(test[name], order[name][each:]) for name in names]
+    rest = [(test[name], order[name][each : each + FEW]) for name in names]
     zero = build_pool_gate(config.model_copy(update={"gate": config.gate.model_copy(update={"seed": seed})}))
     grown, values = followed(zero, None, mixed, seed)
     found |= {"zero_prequential": float(np.mean(values)), "zero_frozen": accuracy(rest, zero[0])}
     found |= {"zero_adapted": accuracy(rest, grown.candidate()[0]), "zero_all": accuracy(rest, everything[0])}
-    found["zero_share"] = found["zero_adapted"] / found["zero_all"]
+    found["zero_share"] = found["zero_adapted"] / max(found["zero_all"], 1e-9)
     return found
 
 
@@ -447,7 +505,6 @@ def main() -> int:
     parser.add_argument("--learned", type=int, default=12, help="rows of a suite that gates are trained on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pool", default="specialists")
-    parser.add_argument("--minutes", type=float, default=600.0, help="of asking, then with the rows that there are")
     parser.add_argument("--no-workers", action="store_true", help="no line 7, which starts Ray")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -457,10 +514,11 @@ def main() -> int:
         found["line_2"] = [_shown(line_2(config, domains, seed, options.folder)) for seed in range(options.seeds)]
     if options.rows:
         config = one_step(options.pool)
-        deadline_s = time.monotonic() + 60 * options.minutes
-        learned = dense(config, "gate", options.learned, 11, options.folder, deadline_s)
-        test = dense(config, "test", options.rows, 12, options.folder, deadline_s)
+        asker = Asker(config, options.folder)
+        learned, test = suites(asker, "gate", options.learned, 11), suites(asker, "test", options.rows, 12)
         found["line_1"] = [_shown(line_1(config, learned, test, seed, options.folder)) for seed in range(options.seeds)]
+        found["calls"] = asker.count
+        asker.close()
     found["bars"] = judged(found)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

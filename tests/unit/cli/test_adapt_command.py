@@ -15,7 +15,7 @@ from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError
 from dmoa.evaluation.records import Task
 from dmoa.evaluation.registry import SKILLS
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.testing import scripted_pool
+from dmoa.testing import scripted_pool, scripted_pool_yaml
 from dmoa.training.options import AdaptOptions
 from dmoa.training.prequential import Counted, StreamUpdate
 from dmoa.training.rollouts import RolloutQuery, table_of
@@ -138,6 +138,12 @@ def check_few_shot(config: Config, folder: Path) -> list[dict[str, Any]]:
 def test_a_few_shot_start_goes_on_from_its_checkpoint_with_scripted_agents(tmp_path: Path) -> None:
     updates = check_few_shot(scripted_pool(), tmp_path)
     assert all(update["loss"] is not None for update in updates)
+
+
+def test_a_pool_that_answers_nothing_stops_before_the_rest_is_asked(tmp_path: Path) -> None:
+    pool = scripted_pool_yaml().replace("engine: scripted", "engine: scripted, engine_kwargs: {failing: [one, two, three]}")
+    with pytest.raises(DmoaError, match=r"zero-shot: all 9 queries of dyes failed; the first error: .* begin in another folder"):
+        begun(loads(pool), tmp_path)
 
 
 @pytest.mark.contract  # routes by the embedded encoder
