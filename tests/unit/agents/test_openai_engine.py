@@ -389,6 +389,22 @@ async def test_the_usage_of_the_reply_is_believed_whatever_else_is_in_it() -> No
     assert (found.usage.prompt_tokens, found.usage.cached_tokens, found.usage.completion_tokens) == (11, 0, 3)
 
 
+@pytest.mark.parametrize("told", [[None, USAGE], [USAGE, None], [None, USAGE, None]], ids=["before", "after", "both"])
+async def test_a_null_usage_beside_the_real_one_says_nothing(told: list[dict[str, Any] | None]) -> None:
+    async def turn(call: Call) -> None:
+        await call.open_stream()
+        for usage in told:
+            await call.event({"choices": [{"index": 0, "delta": {"content": "19 "}, "finish_reason": "stop"}], "usage": usage})
+        await call.event("[DONE]")
+        await call.raw(b"0\r\n\r\n")
+
+    async with playing(turn) as endpoint:
+        engine = engine_of(endpoint)
+        found = await generated(engine, request("Hi"), is_stream=True)
+        await engine.close()
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.are_tokens_estimated) == (11, 3, False)
+
+
 def test_the_engine_is_quiet_at_info(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dmoa"):
         OpenaiEngine("m", OpenaiOptions(base_url="http://127.0.0.1:9/v1"), max_num_seqs=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,9 +23,11 @@ from dmoa.testing import CONTEXT_DIM as DIM
 from dmoa.testing import rollout_row as row
 from dmoa.testing import scripted_pool as pool
 from dmoa.training.dataset import COLUMNS, EpisodeBuilder, Episodes, held_back
-from dmoa.training.gate_metrics import held_metrics, measure_gate, ranking_of
+from dmoa.training.gate_metrics import held_metrics, logits_of, measure_gate, ranking_of
 from dmoa.training.objective import Batches, Split, anchor_sample, batch_loss, build_data, fit_scale, unroll
+from dmoa.training.options import TrainOptions
 from dmoa.training.rollouts import LATER_COLUMNS
+from dmoa.training.trainer import FittedTargets, fit_spec
 from tests.unit.training.in_process import train
 
 CPU = torch.device("cpu")
@@ -339,6 +343,46 @@ def test_steps_explored_by_chance_move_neither_anchors_nor_eta() -> None:
             if (value["query_id"], value["step"]) == (f"q{place[0]}", place[1]) and value["agent"] == "two":
                 value["entropy_sum_nats"] *= 50
         assert (scale_of(rows) == before) == (not is_dense), place
+
+
+def test_cut_replies_do_not_move_theta() -> None:
+    """However sure a reply was that never ended, it says nothing of the entropies at which a step may stop."""
+
+    def theta_of(*, cut_nats: float, finish: str) -> float | None:
+        context = np.ones(2 * DIM) / np.sqrt(2 * DIM)
+        rows = [
+            row(f"q{place}", 0, agent, cut_nats, context, finish_reason=finish)
+            if agent == "two"
+            else row(f"q{place}", 0, agent, 0.1 * (place + 1), context)
+            for place in range(12)
+            for agent in AGENTS
+        ]
+        episodes = episodes_of(rows)
+        split = Split(train_Q=np.arange(4), held_Q=np.arange(4, 12))
+        scale = fit_scale(episodes, split, anchor_sample(episodes, split.train_Q, DIM), score="raw", num_clusters=1, seed=0)
+        gate = init_gate(GateSpec.from_config(GateConfig(hidden=2), AGENTS), seed=0)
+        evidence = FittedTargets(episodes=episodes, data=build_data(episodes, split, scale), scale=scale)
+        return fit_spec(gate, evidence, TrainOptions(rollouts=(Path("r"),), out=Path("o"), alpha=0.5))[0].theta
+
+    assert theta_of(cut_nats=0.001, finish="length") == theta_of(cut_nats=3.0, finish="length") is not None
+    assert theta_of(cut_nats=0.001, finish="stop") != theta_of(cut_nats=3.0, finish="stop"), "it would be seen"
+
+
+def test_agents_that_did_not_run_are_in_no_pair() -> None:
+    episodes = episodes_of(ragged_rows())
+    data = dataclasses.replace(data_of(episodes), held_Q=np.arange(5))
+    rng = np.random.default_rng(3)
+    score_NA, ran_NA = rng.standard_normal(data.score_NA.shape), rng.uniform(size=data.ran_NA.shape) < 0.6
+    gate = gate_of().float()
+    batches = Batches(dataclasses.replace(data, score_NA=score_NA, ran_NA=ran_NA), torch.float32, CPU)
+    logits_NA = logits_of(gate, batches, data.held_Q)
+    pairs = [
+        (logits_NA[n, a] > logits_NA[n, b])
+        for n, ran_A in enumerate(ran_NA)
+        for a, b in itertools.permutations(np.flatnonzero(ran_A), 2)
+        if score_NA[n, a] < score_NA[n, b]
+    ]
+    assert held_metrics(gate, batches, data.held_Q, loss="soft", eta=0.7).pairwise == pytest.approx(np.mean(pairs))
 
 
 @pytest.mark.parametrize("column", ["propensity", "entropy_slack_nats", "entropy_sum_nats", "finish_reason"])
