@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dmoa.engines.transformers.decode import DecodeLoop
 from dmoa.engines.transformers.kv_cache import KvRows, PrefixStore, StoredPrefix, common_prefix
 
 TOKENS = st.lists(st.integers(0, 2), max_size=12)
@@ -98,3 +102,17 @@ def test_the_mask_hides_what_is_ahead_and_other_rows_slots() -> None:
     visible = (mask[:, 0] == 0).int().tolist()
     assert visible == [[[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]
     assert bool((mask[mask != 0] == float("-inf")).all())
+
+
+@pytest.mark.parametrize(("is_stopped", "kept"), [(True, [1, 2, 3, 7, 8]), (False, [1, 2, 3])], ids=["by-a-text", "otherwise"])
+def test_of_an_ended_reply_what_was_computed_is_kept(is_stopped: bool, kept: list[int]) -> None:
+    """The last token was picked and never went through the model: its place in the row holds nothing of it."""
+    row_NTE = torch.arange(6.0).repeat(2, 1)[:, :, None]  # the sixth position is not this sequence's
+    text = SimpleNamespace(stopped=is_stopped)
+    ended = SimpleNamespace(adapter=None, tokens=np.array([1, 2, 3]), outputs=[7, 8, 9], text=text)
+    store = PrefixStore(1 << 20, 1)
+    rows = SimpleNamespace(read=lambda row, length: row_NTE[:, :length])
+    DecodeLoop._keep_prefix(SimpleNamespace(_has_prefix_cache=True, _prefixes=store, _kv=rows), 0, ended)  # type: ignore[arg-type]
+    found, shared = store.find(None, np.array([1, 2, 3, 7, 8, 9, 9]))
+    assert found is not None
+    assert (found.tokens.tolist(), shared, found.kv_NTE.shape[1]) == (kept, len(kept), len(kept))
