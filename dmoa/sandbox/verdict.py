@@ -12,8 +12,9 @@ variable, no object that the garbage collector lists, no file. Against a candida
   the same objects before the checker as before the candidate, and again at its end (a library may wrap its own functions);
 - nobody may fork: a program could let a child for each guess go on as the checker until one passes.
 
-What remains: reading raw memory through a library (numpy strides), frames got from a signal handler, a patch that takes
-itself back before the checker ends, results whose `__eq__` says yes to everything (the original harnesses accept them).
+What remains: reading raw memory through a library (numpy strides, one that calls `ctypes` for it), frames got from a signal
+handler, a patch that takes itself back before the checker ends, results whose `__eq__` says yes to everything (the original
+harnesses accept them).
 """
 
 from __future__ import annotations
