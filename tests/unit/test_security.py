@@ -72,7 +72,7 @@ def test_no_file_holds_a_secret() -> None:
         ("ghp_" + "a" * 36, "a GitHub token"),
         ("OPENAI_API_KEY=sk-proj-" + "x" * 24, "an API key"),
         ("-----BEGIN RSA PRIVATE KEY-----", "a private key"),
-        ("index-url = https://me:secret@packages.corp.com/simple", "a package index with a password"),
+        ("extra = https://me:secret@mirror.corp.test/files", "a package index with a password"),
     ],
 )
 def test_what_a_secret_looks_like(text: str, kind: str) -> None:
