@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,8 +40,14 @@ async def test_a_cancelled_request_frees_its_place_within_two_steps(tiny_model: 
     await wait_until(lambda: engine.times.steps > 3)
     waiting = asyncio.create_task(engine.generate(request("the lazy dog", max_tokens=5)))
     await asyncio.sleep(0)
+    # The engine's thread stands still between two steps until it has been told: else this thread's pauses would count.
+    is_held, release = threading.Event(), threading.Event()
+    engine._inbox.put(lambda: (is_held.set(), release.wait(10.0), None)[-1])
+    await wait_until(is_held.is_set)
     before = engine.times.steps
     running.cancel()
+    await wait_until(lambda: not engine._inbox.empty())
+    release.set()
     result = await waiting
     # Its own steps (the first token comes from the prefill), and at most two of the cancelled request's.
     assert engine.times.steps - before <= (result.usage.completion_tokens - 1) + 2
