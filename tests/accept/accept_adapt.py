@@ -10,12 +10,12 @@ the one outcome in ten: what a user says of the answer.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gzip
 import json
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, replace
@@ -66,6 +66,10 @@ from dmoa.types import (
 from dmoa.workflows.backends import build_local_swarm
 from dmoa.workflows.collect import new_manifest
 from dmoa.workflows.evaluate import opened_ray
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
+
+from tests.accept.checks import run_check
 
 WORLD = SingleWorker(torch.device("cpu"))
 CONTEXT = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
@@ -495,18 +499,19 @@ def judged(found: Mapping[str, Any]) -> dict[str, bool]:
     return bars
 
 
-def main() -> int:
-    """Run the lines that are asked for: 0 where every bar is met."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, default=Path("out/accept/adapt"), help="calls and gates")
-    parser.add_argument("--outcomes", type=Path, help="folder of recorded replies: line 2")
-    parser.add_argument("--rows", type=int, default=1000, help="test rows of a suite; 0: no line 1")
-    parser.add_argument("--learned", type=int, default=12, help="rows of a suite that gates are trained on")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pool", default="specialists")
-    parser.add_argument("--no-workers", action="store_true", help="no line 7, which starts Ray")
-    options = parser.parse_args()
+FLAGS: dict[str, dict[str, Any]] = {
+    "--folder": {"type": Path, "default": Path("out/accept/adapt"), "help": "calls and gates"},
+    "--outcomes": {"type": Path, "help": "folder of recorded replies: line 2"},
+    "--rows": {"type": int, "default": 1000, "help": "test rows of a suite; 0: no line 1"},
+    "--learned": {"type": int, "default": 12, "help": "rows of a suite that gates are trained on"},
+    "--seeds": {"type": int, "default": 3},
+    "--pool": {"default": "specialists"},
+    "--no-workers": {"action": "store_true", "help": "no line 7, which starts Ray"},
+}
+
+
+def check(options: Namespace) -> dict[str, Any]:
+    """Measure the lines that are asked for."""
     options.folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {} if options.no_workers else {"line_7": line_7(options.folder)}
     if options.outcomes is not None:
@@ -519,11 +524,7 @@ def main() -> int:
         found["line_1"] = [_shown(line_1(config, learned, test, seed, options.folder)) for seed in range(options.seeds)]
         found["calls"] = asker.count
         asker.close()
-    found["bars"] = judged(found)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found["bars"], indent=2))
-    return 0 if all(found["bars"].values()) else 1
+    return found | {"passed": judged(found)}
 
 
 def _shown(found: dict[str, Any]) -> dict[str, Any]:
@@ -532,4 +533,4 @@ def _shown(found: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run_check(check, FLAGS))

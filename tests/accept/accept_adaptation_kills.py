@@ -8,7 +8,6 @@ is in the router's history twice. The loss of a node is another check's (`tests/
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -16,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,6 +24,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
+from tests.accept.checks import run_check
 from tests.cluster.swaps import POOL, ROOT, stream_until, write_pool
 from tests.integration.server import Served, serve
 
@@ -133,17 +132,5 @@ async def check(folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Run the check; the exit status is 1 if it failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        result = asyncio.run(check(Path(name)))
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
-    return 0 if result["passed"] else 1
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(lambda options: check(options.scratch)))

@@ -7,7 +7,6 @@ works, or the sentence says why not. The pool's agents are models of an OpenAI-c
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -19,11 +18,16 @@ import tempfile
 import threading
 import time
 import urllib.request
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
+
+from tests.accept.checks import run_check
 
 HERE = Path(__file__).parent / "clients"
 PYTHON: dict[str, tuple[str, ...]] = {
@@ -248,24 +252,22 @@ def cannot(pool: str, cell: dict[str, str]) -> str:
     return next((why for pattern, why in known if re.search(pattern, cell["cell"])), "")
 
 
-def main() -> int:
-    """Run the matrix. Returns 1 if a cell neither works nor is in the list of those that cannot."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--envs", type=Path, default=None, help="where environments are made, and kept; else a temporary folder")
-    parser.add_argument("--pool", choices=[*LLMS], help="what the agents run on, else one after the other")
-    parser.add_argument("only", nargs="*", help="clients, such as litellm")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        envs = (options.envs or Path(temporary)).absolute()
-        cells = [cell for pool in ([options.pool] if options.pool else LLMS) for cell in matrix(pool, options.only, envs)]
+FLAGS: dict[str, dict[str, Any]] = {
+    "--envs": {"type": Path, "help": "where environments are made, and kept; else a temporary folder"},
+    "--pool": {"choices": [*LLMS], "help": "what the agents run on, else one after the other"},
+    "only": {"nargs": "*", "help": "clients, such as litellm"},
+}
+
+
+def check(options: Namespace) -> dict[str, Any]:
+    """Run the matrix. It fails if a cell neither works nor is in the list of those that cannot."""
+    envs = (options.envs or options.scratch).absolute()
+    cells = [cell for pool in ([options.pool] if options.pool else LLMS) for cell in matrix(pool, options.only, envs)]
     failed = [cell for cell in cells if cell["why"] and not cell.get("cannot")]
     working = sum(not cell["why"] for cell in cells)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"cells": cells, "passed": not failed}, indent=2) + "\n", encoding="utf-8")
     print(f"{working} of {len(cells)} cells work, {len(cells) - working - len(failed)} cannot, {len(failed)} fail")
-    return 1 if failed or not cells else 0
+    return {"cells": cells, "passed": bool(cells) and not failed}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check, FLAGS))

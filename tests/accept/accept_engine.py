@@ -8,15 +8,14 @@ a bar is missed.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import shutil
 import sys
-import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from dmoa.types import Generation, GenerationRequest, Message, Sampling
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
+from tests.accept.checks import run_check
 from tests.unit.agents.conftest import save_adapters, save_tiny_model, teacher_forced_entropies
 
 ENTROPY_BAR_NATS = 1e-3
@@ -178,37 +178,27 @@ async def compile_share(folder: Path) -> float:
     return sum(a.text == b.text for a, b in zip(*texts, strict=True)) / len(texts[0])
 
 
-def main() -> int:
-    """Run all checks; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, default=None, help="where to write the result [stdout]")
-    arguments = parser.parse_args()
+async def check(options: Namespace) -> dict[str, Any]:
+    """Measure and judge."""
     folder = fetch("smollm2-135m")
     entropy = entropy_errors(folder, 50, 48)
-    with tempfile.TemporaryDirectory() as scratch:
-        equal = asyncio.run(equal_share(folder, save_adapters(folder, Path(scratch), alpha=0.05), 100))
-        compiled = asyncio.run(compile_share(save_tiny_model(Path(scratch) / "tiny"))) if shutil.which("g++") else None
-    steps = asyncio.run(cancel_steps(folder, 4))
+    equal = await equal_share(folder, save_adapters(folder, options.scratch, alpha=0.05), 100)
+    compiled = await compile_share(save_tiny_model(options.scratch / "tiny")) if shutil.which("g++") else None
+    steps = await cancel_steps(folder, 4)
     passed = {
         "entropy": entropy.max_error_nats <= ENTROPY_BAR_NATS and entropy.counts_agree and entropy.ended_by_stop > 0,
         "equal": equal >= EQUAL_BAR,
         "cancel": steps <= STEPS_BAR,
         "compile": compiled is None or compiled >= EQUAL_BAR,
     }
-    result = {
+    return {
         "entropy": asdict(entropy),
         "equal_share": equal,
         "cancel_steps": steps,
         "compile_share": compiled,
         "passed": passed,
     }
-    text = json.dumps(result, indent=2)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    else:
-        sys.stdout.write(text + "\n")
-    return 0 if all(passed.values()) else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check))

@@ -9,7 +9,6 @@ network; what cannot be installed is said, and fails.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -19,6 +18,7 @@ import subprocess
 import sys
 import time
 import venv
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from dmoa.policies.registry import split_policy
 from dmoa.protocols import final_answer
 from dmoa.swarm import Swarm
 from dmoa.testing import fixed_gate, query, router_of, scripted_pool
+from tests.accept.checks import run_check
 from tests.unit.agents.openai_server import Call, playing
 
 GUIDE = Path(__file__).parents[2] / "dmoa" / "docs" / "extending.md"
@@ -149,27 +150,25 @@ async def _is_up(port: int, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def main() -> int:
-    """Install, run, ask: 0 where every application answered as the model did."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, default=Path("out/external"))
-    parser.add_argument("--only", nargs="+", choices=tuple(PACKAGES), default=tuple(PACKAGES))
-    parser.add_argument("--python", type=Path, help="an environment that has them already")
-    options = parser.parse_args()
+FLAGS: dict[str, dict[str, Any]] = {
+    "--folder": {"type": Path, "default": Path("out/external")},
+    "--only": {"nargs": "+", "choices": tuple(PACKAGES), "default": tuple(PACKAGES)},
+    "--python": {"type": Path, "help": "an environment that has them already"},
+}
+
+
+async def check(options: Namespace) -> dict[str, Any]:
+    """Install, run, ask: passed where every application answered as the model did."""
     folder = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     python, failed = (options.python.absolute(), {}) if options.python else install(folder / "venv", options.only)
     names = [name for name in options.only if name not in failed]
-    found = asyncio.run(run(python, names, folder)) if names else {"answers": {}}
+    found = await run(python, names, folder) if names else {"answers": {}}
     wrong = {policy: text for policy, text in found["answers"].items() if "19" not in text}
     found |= {"not_installed": failed, "wrong": wrong}
     found["passed"] = not wrong and not failed and len(found["answers"]) == len(options.only) + 1
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=1))
-    return 0 if found["passed"] else 1
+    return found
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check, FLAGS))

@@ -13,13 +13,11 @@ Times are those of a quiet machine.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -29,6 +27,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
+from tests.accept.checks import run_check
 from tests.cluster.swaps import POOL, write_pool
 from tests.integration.server import Served, serve
 
@@ -326,18 +325,7 @@ async def check(folder: Path, seconds: float) -> dict[str, Any]:
     return found
 
 
-def main() -> int:
-    """Run the check; the exit status is 1 if it failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of overload")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(check(Path(folder), options.seconds))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    return 0 if found["passed"] else 1
-
+FLAGS = {"--seconds": {"type": float, "default": 60.0, "help": "of overload"}}
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(lambda options: check(options.scratch, options.seconds), FLAGS))

@@ -10,12 +10,11 @@ any guard comes to under the same hostile offers.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from dmoa.training.adapt import Adapter, episodes_of, lesson_of
 from dmoa.training.dataset import Episodes
 from dmoa.training.distributed import SingleWorker
 from dmoa.training.options import AdaptSettings
+from tests.accept.checks import run_check
 from tests.adapting import AGENTS, KEYS, LearningSwarm, is_right, pool
 
 QUERIES, WINDOW, EVERY = 20_000, 500, 25
@@ -167,13 +167,14 @@ def rollbacks(folder: Path, seeds: int) -> dict[str, Any]:
     return found
 
 
-def main() -> int:
-    """Measure and judge; the exit status is 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--queries", type=int, default=QUERIES)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    options = parser.parse_args()
+FLAGS: dict[str, dict[str, Any]] = {
+    "--queries": {"type": int, "default": QUERIES},
+    "--seeds": {"type": int, "default": SEEDS},
+}
+
+
+def check(options: Namespace) -> dict[str, Any]:
+    """Measure and judge."""
     began = time.monotonic()
     shared = Path("/dev/shm")  # in memory: every decision is written and synced
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as name:
@@ -188,7 +189,7 @@ def main() -> int:
         "hostile_offers_stopped": all(one["state"] == "refused" for one in guarded["hostile_offers"]),
         "rollback": all(one["never"] == 0 and one["latest"] <= ROLLBACK_BAR for one in total),
     }
-    result = {
+    return {
         "agents": "scripted, right and sure at home: no figure speaks of a model",
         "bars": {"points": POINTS_BAR, "effective": EFFECTIVE_BAR, "rollback": ROLLBACK_BAR, "bytes_per_query": SLOPE_BAR},
         "guarded": guarded,
@@ -197,11 +198,7 @@ def main() -> int:
         "seconds": round(time.monotonic() - began, 1),
         "passed": passed,
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
-    return 0 if all(passed.values()) else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check, FLAGS))

@@ -9,12 +9,9 @@ agents answer again within 20 s; of the queries beside the stopped agent at most
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
+from tests.accept.checks import run_check
 from tests.cluster.swaps import write_pool
 from tests.integration.server import Served, serve
 
@@ -207,18 +205,5 @@ async def check(folder: Path, seed: int) -> dict[str, Any]:
     return {**result, "judged": passed, "passed": all(passed.values())}
 
 
-def main() -> int:
-    """Run the check; the exit status is 1 if it failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        result = asyncio.run(check(Path(name), options.seed))
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
-    return 0 if result["passed"] else 1
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(lambda options: check(options.scratch, options.seed), {"--seed": {"type": int, "default": 0}}))

@@ -9,14 +9,14 @@ writer's set of rows seen (a digest of 8 bytes a row, some 90 with its set), and
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
+import sys
 import time
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -31,6 +31,10 @@ from dmoa.serving.agent_replica import ENGINE_ENV
 from dmoa.serving.launch import start_ray
 from dmoa.types import Limits
 from dmoa.workflows.backends import OpenPool
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
+
+from tests.accept.checks import run_check
 
 TOTAL_BAR = 1024.0
 """Bytes per row that all processes together may grow by."""
@@ -131,20 +135,22 @@ def measure(root: Path, rows: int) -> tuple[Samples, dict[str, float]]:
     return samples, seconds
 
 
-def main() -> int:
-    """Measure and judge; the exit status is 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument(
-        "--rows", type=int, default=100_000, help="the bars are meant for 100,000: pools that fill once weigh on fewer"
-    )
-    options = parser.parse_args()
+FLAGS: dict[str, dict[str, Any]] = {
+    "--rows": {
+        "type": int,
+        "default": 100_000,
+        "help": "the bars are meant for 100,000: pools that fill once weigh on fewer",
+    }
+}
+
+
+def check(options: Namespace) -> dict[str, Any]:
+    """Measure and judge."""
     import ray
 
     start_ray()
     try:
-        with tempfile.TemporaryDirectory() as root:
-            samples, seconds = measure(Path(root), options.rows)
+        samples, seconds = measure(options.scratch, options.rows)
     finally:
         ray.shutdown()
     passes = {}
@@ -158,19 +164,15 @@ def main() -> int:
             "samples": len(taken),
             "passed": found["total"] <= TOTAL_BAR and found["driver"] <= DRIVER_BAR,
         }
-    passed = set(passes) == {"answering", "scoring"} and all(one["passed"] for one in passes.values())
-    result = {
+    return {
         "agents": "scripted: they cost nothing, so rows pass faster than any model could answer them",
         "rows": options.rows,
         "suite": f"{_SUITE}, difficulty {_DIFFICULTY}, generated",
         "bars_bytes_per_row": {"total": TOTAL_BAR, "driver": DRIVER_BAR},
         "passes": passes,
-        "passed": passed,
+        "passed": set(passes) == {"answering", "scoring"} and all(one["passed"] for one in passes.values()),
     }
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
-    return 0 if passed else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check, FLAGS))

@@ -6,7 +6,6 @@ skipped. The pool is scripted and in this process: what is judged is the page an
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -14,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +29,7 @@ from dmoa.config import loads
 from dmoa.serving.actors import pack_record
 from dmoa.serving.http.middleware import ADMIN_VARIABLE, hash_keys
 from tests.accept.browser import Tab, browser, executable
+from tests.accept.checks import run_check
 from tests.unit.serving.fake_service import make_app
 from tests.unit.serving.pool_service import PoolService, pool_service
 from tests.unit.serving.test_traces import answered
@@ -214,7 +215,7 @@ def axe(tab: Tab, url: str, trace: str) -> dict[str, Any]:
     return {"axe": faults, "axe_finds_nothing_serious": not any(faults.values())}
 
 
-def check(out: Path) -> dict[str, Any]:
+def drive(out: Path) -> dict[str, Any]:
     """Drive the page and return what was found."""
     service = pool_service(loads(POOL), GATES)
     with served(service) as url, browser() as new_tab:
@@ -227,18 +228,12 @@ def check(out: Path) -> dict[str, Any]:
     return found | {"passed": passed and not tab.problems}
 
 
-def main() -> int:
-    """Run the check, write its JSON, return 1 where a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args()
+def check(options: Namespace) -> dict[str, Any]:
+    """Drive the page where there is a browser; its pictures lie beside the JSON file."""
     out = options.json.parent / "page"
-    out.mkdir(parents=True, exist_ok=True)
-    found = check(out) if executable() else {"passed": True, "skipped": "Chromium is not installed (apt-get install chromium)"}
-    options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=2))
-    return 0 if found["passed"] else 1
+    out.mkdir(exist_ok=True)
+    return drive(out) if executable() else {"passed": True, "skipped": "Chromium is not installed (apt-get install chromium)"}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check))

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
+
+from tests.accept.checks import bench, run_check
 
 RATIOS = ("P5", "P5.8", "P5.16", "P5.32", "P13", "P13.dense", "P13.epsilon")
 
 
-def main() -> int:
-    """Run the bench; the exit status is 1 if a ratio is missing or misses its bar."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=None)
-    options = parser.parse_args()
-    dmoa = Path(sys.executable).with_name("dmoa")
-    rounds = ["--rounds", str(options.rounds)] if options.rounds else []
-    done = subprocess.run([str(dmoa), "bench", "--only", "P5,P13", "--json", str(options.json), *rounds], check=False)
-    if not options.json.exists():
-        return 1
-    results = {result["id"]: result for result in json.loads(options.json.read_text(encoding="utf-8"))["results"]}
+def check(options: Namespace) -> dict[str, Any]:
+    """Run the bench; judge the ratios."""
+    found = bench(options, "P5,P13", *(["--rounds", str(options.rounds)] if options.rounds else []))
+    results = {result["id"]: result for result in found.get("results", [])}
     missed = [name for name in RATIOS if name not in results or not results[name]["passed"]]
-    for name in missed:
-        print(f"{name}: {results[name]['value'] if name in results else 'not measured'}")
-    return 1 if missed or done.returncode else 0
+    return found | {"missed": missed, "passed": found["passed"] and not missed}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check, {"--rounds": {"type": int}}))

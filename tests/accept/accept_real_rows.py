@@ -7,19 +7,18 @@ the folder of benchmark rows (`DMOA_BENCHMARK_ROWS`, else `shared/benchmarks` be
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
-import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
 from dmoa import checkpoint
-from tests.integration.evaluations import DMOA, run
+from tests.accept.checks import DMOA, ROWS, run_check
+from tests.integration.evaluations import run
 
 QUERIES = 24
 TEST_ROWS = 8
@@ -41,35 +40,29 @@ def shown(evaluation: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def main() -> int:
+def check(options: Namespace) -> dict[str, Any]:
     """Collect, probe and train; judge that each part says what it can."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    arguments = parser.parse_args()
-    data = Path(os.environ.get("DMOA_BENCHMARK_ROWS", Path(__file__).parents[3] / "shared" / "benchmarks"))
-    if not data.is_dir():
-        arguments.json.write_text(json.dumps({"passed": True, "skipped": "benchmark rows are not part of a clone"}) + "\n")
-        return 0
+    if not ROWS.is_dir():
+        return {"passed": True, "skipped": "benchmark rows are not part of a clone"}
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        out, found = Path(name), Path(name) / "probe.json"
-        collect = ["rollouts", "--benchmarks", BENCHMARKS, "--data-dir", str(data), "--limit", str(QUERIES)]
-        collect += ["--max-steps", "2", "--max-tokens", "48", "--out", str(out / "rollouts"), "--track", "none"]
-        look = ["probe", "--rollouts", str(out / "rollouts"), "--json", str(found)]
-        train = ["train", "--rollouts", str(out / "rollouts"), "--out", str(out / "gate"), "--track", "jsonl"]
-        measured = Path(name) / "evaluation.json"
-        measure = ["evaluate", "--benchmarks", BENCHMARKS, "--data-dir", str(data), "--limit", str(TEST_ROWS), "--budget", "cpu"]
-        measure += ["--policies", "dmoa,dmoa:trained,single", "--gates", f"trained={out / 'gate' / 'checkpoint'}"]
-        measure += ["--out", str(out / "evaluation"), "--track", "none", "--json", str(measured)]
-        statuses, texts = {}, []
-        for command in (collect, look, train, measure):
-            ran = run([DMOA, *command])
-            statuses[command[0]] = ran.returncode
-            texts += [ran.stdout[-4000:], ran.stderr[-2000:]]
-        report = json.loads(found.read_text(encoding="utf-8")) if found.exists() else {}
-        evaluation = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else {"rows": []}
-        record = checkpoint.load(out / "gate" / "checkpoint")[1] if (out / "gate" / "checkpoint").is_dir() else None
-    result = {
+    out, found, measured = options.scratch, options.scratch / "probe.json", options.scratch / "evaluation.json"
+    collect = ["rollouts", "--benchmarks", BENCHMARKS, "--data-dir", str(ROWS), "--limit", str(QUERIES)]
+    collect += ["--max-steps", "2", "--max-tokens", "48", "--out", str(out / "rollouts"), "--track", "none"]
+    look = ["probe", "--rollouts", str(out / "rollouts"), "--json", str(found)]
+    train = ["train", "--rollouts", str(out / "rollouts"), "--out", str(out / "gate"), "--track", "jsonl"]
+    measure = ["evaluate", "--benchmarks", BENCHMARKS, "--data-dir", str(ROWS), "--limit", str(TEST_ROWS), "--budget", "cpu"]
+    measure += ["--policies", "dmoa,dmoa:trained,single", "--gates", f"trained={out / 'gate' / 'checkpoint'}"]
+    measure += ["--out", str(out / "evaluation"), "--track", "none", "--json", str(measured)]
+    statuses = {}
+    for command in (collect, look, train, measure):
+        ran = run([DMOA, *command])
+        statuses[command[0]] = ran.returncode
+        if ran.returncode:
+            print(ran.stdout[-4000:], ran.stderr[-2000:])
+    report = json.loads(found.read_text(encoding="utf-8")) if found.exists() else {}
+    evaluation = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else {"rows": []}
+    record = checkpoint.load(out / "gate" / "checkpoint")[1] if (out / "gate" / "checkpoint").is_dir() else None
+    return {
         "statuses": statuses,
         "verdict": report.get("verdict"),
         "reasons": report.get("reasons"),
@@ -80,11 +73,7 @@ def main() -> int:
         "seconds": time.monotonic() - started,
         "passed": not any(statuses.values()) and bool(report.get("verdict")) and record is not None and bool(evaluation["rows"]),
     }
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if not result["passed"]:
-        print(*texts, sep="\n")
-    return 0 if result["passed"] else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check))

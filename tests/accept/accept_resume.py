@@ -6,17 +6,17 @@ an unbroken one, and at least 99 % of the embedded model's replies do. The scrip
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import sys
-import tempfile
 import time
+from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
+from tests.accept.checks import run_check
 from tests.integration.evaluations import after, command, kill_and_resume, rows_of, run, scripted_pool, table_of
 
 KILLS = 5
@@ -38,7 +38,7 @@ class Check:
     seconds_unbroken: float
 
 
-def check(folder: Path, options: list[str], seed: int) -> Check:
+def resumed(folder: Path, options: list[str], seed: int) -> Check:
     """Run an evaluation whole, then broken: each kill falls anywhere in the first third of the time that the whole one took.
 
     So early that every session still has work left when it is killed.
@@ -65,36 +65,24 @@ def check(folder: Path, options: list[str], seed: int) -> Check:
     )
 
 
-def main() -> int:
+def check(options: Namespace) -> dict[str, Any]:
     """Check both kinds of agents."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=1)
-    arguments = parser.parse_args()
     policies = ["--policies", "dmoa,single"]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "scripted").mkdir()
-        (folder / "real").mkdir()
-        pool = str(scripted_pool(folder))
-        scripted = check(
-            folder / "scripted",
-            ["--config", pool, "--benchmarks", "arith,calendar,words", "--limit", "300", "--concurrency", "6", *policies],
-            arguments.seed,
-        )
-        real = check(
-            folder / "real", ["--benchmarks", "arith,calendar", "--limit", "12", "--budget", "cpu", *policies], arguments.seed + 1
-        )
+    folders = {name: options.scratch / name for name in ("scripted", "real")}
+    for folder in folders.values():
+        folder.mkdir()
+    pool = str(scripted_pool(options.scratch))
+    flags = ["--config", pool, "--benchmarks", "arith,calendar,words", "--limit", "300", "--concurrency", "6", *policies]
+    scripted = resumed(folders["scripted"], flags, options.seed)
+    flags = ["--benchmarks", "arith,calendar", "--limit", "12", "--budget", "cpu", *policies]
+    real = resumed(folders["real"], flags, options.seed + 1)
     passed = (
         all(one.lost == 0 and one.is_prefix_kept for one in (scripted, real))
         and scripted.is_table_equal
         and real.equal_replies >= EQUAL_BAR
     )
-    result = {"scripted": asdict(scripted), "embedded": asdict(real), "equal_bar": EQUAL_BAR, "passed": passed}
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
-    return 0 if passed else 1
+    return {"scripted": asdict(scripted), "embedded": asdict(real), "equal_bar": EQUAL_BAR, "passed": passed}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check, {"--seed": {"type": int, "default": 1}}))

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gzip
 import json
@@ -16,6 +15,7 @@ import os
 import sys
 import time
 import uuid
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -56,10 +56,10 @@ from dmoa.storage import write_whole
 from dmoa.swarm import Swarm
 from dmoa.types import AgentCall, AgentReply, Answer, Defence, FloatArray, GenerationRequest, Limits, Message, Sampling
 from dmoa.workflows.backends import build_local_swarm
+from tests.accept.checks import ROOT, ROWS, run_check
 from tests.unit.agents.openai_server import Call, playing
 from tests.unit.policies.test_outside import QUESTION, Script, counted, swarm_of
 
-ROOT = Path(__file__).parents[2]
 IN_FLIGHT = 8
 LEARN, SEED = 100, 0
 MOST_LOST, MOST_OVERHEAD = 0.03, 0.10
@@ -628,41 +628,39 @@ def report(out: Path, benchmarks: str, limit: int, data: Path, config: str | Non
     return found
 
 
-def main() -> int:
-    """Measure the lines that are asked for, and write them beside those that the file has."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--lines", default="recorded,attacked,report,overhead,suites,attacked_suites,adversaries")
-    parser.add_argument("--folder", type=Path, default=Path("out/rivals"), help="answers that are kept between runs")
-    parser.add_argument("--limit", type=int, default=300, help="recorded test rows of a pool")
-    parser.add_argument("--benchmarks", default="arith,words", help="of the report")
-    parser.add_argument("--config", help="pool of the report [scripted agents]")
-    parser.add_argument("--queries", type=int, default=40, help="of the runtime beside a script")
-    parser.add_argument("--engine", choices=("embedded", "delay"), default="embedded", help="of the runtime beside a script")
-    parser.add_argument("--delay", type=float, default=0.5, help="seconds that the stand-in for an engine takes for a call")
-    parser.add_argument("--rounds", type=int, default=3, help="of the runtime beside a script")
-    parser.add_argument("--rows", type=int, default=5, help="test rows of a suite, of `suites` and `adversaries`")
-    parser.add_argument("--pools", default="specialists,specialists-generalist", help="of the suites")
-    parser.add_argument("--longer-rows", type=int, default=30, help="test rows for policies of several calls an agent")
-    parser.add_argument("--adversaries", default="1", help="numbers of adversaries, such as 1,2,3")
-    parser.add_argument("--defences", default="none")
-    options = parser.parse_args()
+FLAGS: dict[str, dict[str, Any]] = {
+    "--lines": {"default": "recorded,attacked,report,overhead,suites,attacked_suites,adversaries"},
+    "--folder": {"type": Path, "default": Path("out/rivals"), "help": "answers that are kept between runs"},
+    "--limit": {"type": int, "default": 300, "help": "recorded test rows of a pool"},
+    "--benchmarks": {"default": "arith,words", "help": "of the report"},
+    "--config": {"help": "pool of the report [scripted agents]"},
+    "--queries": {"type": int, "default": 40, "help": "of the runtime beside a script"},
+    "--engine": {"choices": ("embedded", "delay"), "default": "embedded", "help": "of the runtime beside a script"},
+    "--delay": {"type": float, "default": 0.5, "help": "seconds that the stand-in for an engine takes for a call"},
+    "--rounds": {"type": int, "default": 3, "help": "of the runtime beside a script"},
+    "--rows": {"type": int, "default": 5, "help": "test rows of a suite, of `suites` and `adversaries`"},
+    "--pools": {"default": "specialists,specialists-generalist", "help": "of the suites"},
+    "--longer-rows": {"type": int, "default": 30, "help": "test rows for policies of several calls an agent"},
+    "--adversaries": {"default": "1", "help": "numbers of adversaries, such as 1,2,3"},
+    "--defences": {"default": "none"},
+}
+
+
+def check(options: Namespace) -> Figures:
+    """Measure the lines that are asked for; what the JSON file holds of other lines is kept."""
     source = Path(os.environ.get("DMOA_RECORDED", ROOT.parent / "shared" / "outcomes"))
-    rows = Path(os.environ.get("DMOA_BENCHMARK_ROWS", ROOT.parent / "shared" / "benchmarks"))
     counts = [int(count) for count in options.adversaries.split(",")]
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
+    known.pop("passed", None)
 
     def keep(line: str) -> Callable[[Figures], None]:
         return lambda so_far: write_whole(options.json, (json.dumps(known | {line: so_far}, indent=1) + "\n").encode())
 
     skipped: Figures = {"skipped": "no recorded replies beside this clone"}
     measures: dict[str, Callable[[], Figures]] = {
-        "recorded": lambda: (
-            recorded(source, options.folder, options.limit) if source.is_dir() else {"skipped": "no recorded replies"}
-        ),
+        "recorded": lambda: recorded(source, options.folder, options.limit) if source.is_dir() else skipped,
         "attacked": lambda: attacked(source, options.folder, options.limit) if source.is_dir() else skipped,
-        "report": lambda: report(options.folder / "report", options.benchmarks, 4, rows, options.config),
+        "report": lambda: report(options.folder / "report", options.benchmarks, 4, ROWS, options.config),
         "overhead": lambda: overhead(options.queries, options.delay, options.engine, options.rounds),
         "suites": lambda: suites(options.folder, options.rows, options.pools.split(","), options.longer_rows, keep("suites")),
         "attacked_suites": lambda: attacked_suites(options.folder, options.rows, counts),
@@ -670,12 +668,12 @@ def main() -> int:
     }
     for name in options.lines.split(","):
         started = time.monotonic()
-        known[name] = measures[name]() | {"took_s": 0.0, "load": os.getloadavg()[0]}
+        known[name] = measures[name]() | {"load": os.getloadavg()[0]}
         known[name]["took_s"] = round(time.monotonic() - started, 1)
         write_whole(options.json, (json.dumps(known, indent=1) + "\n").encode())
-        print(name, json.dumps(known[name], indent=1), flush=True)
-    return 0 if all(found.get("passed", True) for found in known.values()) else 1
+        print(name, f"{known[name]['took_s']} s", flush=True)
+    return known | {"passed": all(found.get("passed", True) for found in known.values())}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check, FLAGS))

@@ -6,15 +6,18 @@ fails with the installed one), empty and refused replies exactly 0, answers deal
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import subprocess
 import sys
+from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
+
+from tests.accept.checks import DMOA, ROWS, run_check
+
 BENCHMARKS = {"mmlu", "gsm8k", "multiarith", "svamp", "aqua_rat", "humaneval", "ds1000", "hotpotqa", "ddxplus"}
 SUITES = {"arith", "words", "calendar", "parcels", "signals", "dyes", "shared", "chain", "relay"}
 MAX_UNSCORED_SHARE = 0.25
@@ -46,41 +49,28 @@ def _is_missing(row: dict[str, Any]) -> bool:
     return bool(row["reason"].startswith("no library"))
 
 
-def main() -> int:
+def check(options: Namespace) -> dict[str, Any]:
     """Run the self-check and judge it; a machine without the rows is told so and fails."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args()
-    rows = Path(os.environ.get("DMOA_BENCHMARK_ROWS", ROOT.parent / "shared" / "benchmarks"))
-    if not rows.is_dir():
-        options.json.write_text(json.dumps({"passed": False, "reason": f"no rows at {rows}; set DMOA_BENCHMARK_ROWS"}) + "\n")
-        print(f"no rows at {rows}; set DMOA_BENCHMARK_ROWS")
-        return 1
-    dmoa = str(Path(sys.executable).with_name("dmoa"))
+    if not ROWS.is_dir():
+        return {"passed": False, "reason": f"no rows at {ROWS}; set DMOA_BENCHMARK_ROWS"}
     target = options.json.with_suffix(".selfcheck.json")
-    command = [dmoa, "evaluate", "--selfcheck", "--benchmarks", "all,suites", "--data-dir", str(rows), "--json", str(target)]
+    command = [DMOA, "evaluate", "--selfcheck", "--benchmarks", "all,suites", "--data-dir", str(ROWS), "--json", str(target)]
     status = subprocess.run(command, check=False).returncode
     found = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {"benchmarks": []}
-    checks = {check["name"]: check for check in found["benchmarks"]}
-    faults = [fault for check in checks.values() for fault in faults_of(check)]
+    checks = {one["name"]: one for one in found["benchmarks"]}
+    faults = [fault for one in checks.values() for fault in faults_of(one)]
     faults += [f"{name} was not checked" for name in sorted((BENCHMARKS | SUITES) - checks.keys())]
-    unscored: dict[str, int] = {}
-    for row in [row for check in checks.values() for row in check["unscored"]]:
-        library = f"{row['group']} {row['version'] or 'missing'}"
-        unscored[library] = unscored.get(library, 0) + 1
-    result = {
+    unscored = Counter(f"{row['group']} {row['version'] or 'missing'}" for one in checks.values() for row in one["unscored"])
+    return {
         "passed": status == 0 and not faults,
         "exit_status": status,
         "faults": faults,
-        "rows": {name: sum(check["rows"].values()) for name, check in checks.items()},
-        "seconds": {name: check["wall_s"] for name, check in checks.items()},
-        "dealt": {name: check["dealt"] for name, check in checks.items()},
+        "rows": {name: sum(one["rows"].values()) for name, one in checks.items()},
+        "seconds": {name: one["wall_s"] for name, one in checks.items()},
+        "dealt": {name: one["dealt"] for name, one in checks.items()},
         "ds1000_unscored_by_library": unscored,
     }
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(*faults, sep="\n")
-    return 0 if result["passed"] else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check))

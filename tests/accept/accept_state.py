@@ -7,13 +7,11 @@ with one line and status 2 within `START_S`.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
 from tests.accept.accept_adaptation_kills import router
+from tests.accept.checks import run_check
 from tests.cluster.swaps import stream_until, version_of, write_checkpoint, write_pool
 from tests.integration.server import Served, free_port, serve
 
@@ -116,17 +115,5 @@ def start_without_a_place(pool: Path, folder: Path) -> dict[str, Any]:
     return {"status": ended.returncode, "seconds": round(time.monotonic() - started, 1), "words": words[-1:]}
 
 
-def main() -> int:
-    """Run the check; the exit status is 1 if it failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        result = asyncio.run(check(Path(name)))
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
-    return 0 if result["passed"] else 1
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(lambda options: check(options.scratch)))

@@ -6,18 +6,17 @@ under way while a version changed, and how long a swap took.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import statistics
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
+from tests.accept.checks import run_check
 from tests.cluster.swaps import crossed, mixed, swap_under_load, version_of, write_checkpoint, write_pool
 from tests.integration.server import serve
 
@@ -59,18 +58,7 @@ def check(folder: Path, swaps: int) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Run the check; the exit status is 1 if it failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--swaps", type=int, default=SWAPS)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        result = check(Path(name), options.swaps)
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
-    return 0 if result["passed"] else 1
-
+FLAGS = {"--swaps": {"type": int, "default": SWAPS}}
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(lambda options: check(options.scratch, options.swaps), FLAGS))

@@ -6,19 +6,20 @@ rollouts and a tiny model.
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from dmoa.agents.pool import vllm_builds
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
+from tests.accept.checks import ROOT, run_check
 
 SUITES = [
     ["tests/cluster"],
@@ -45,26 +46,17 @@ def outcome(case: ElementTree.Element) -> str:
     return "skipped" if case.find("skipped") is not None else "passed"
 
 
-def main() -> int:
-    """Run the tests, write the JSON file, and return 1 if one did not pass or there was none."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+def check(options: Namespace) -> dict[str, Any]:
+    """Run the tests; it fails if one did not pass or there was none."""
     suites = [ran(arguments) for arguments in [*SUITES, *([VLLM] if len(vllm_builds()) == 1 else [])]]
-    cases = [case for suite in suites for case in suite]
     tests = [
         {"test": f"{case.get('classname')}::{case.get('name')}", "outcome": outcome(case), "seconds": float(case.get("time", 0))}
-        for case in cases
+        for suite in suites
+        for case in suite
     ]
     # A level of the sandbox that this host lacks is skipped, as is a row of a benchmark that is not there.
-    passed = all(suites) and all(test["outcome"] != "failed" for test in tests)
-    result = {"tests": tests, "passed": passed}
-    print(json.dumps(result, indent=2))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 0 if passed else 1
+    return {"tests": tests, "passed": all(suites) and all(test["outcome"] != "failed" for test in tests)}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check))

@@ -7,14 +7,11 @@ disk is a limit on the size of files, the read-only one a folder in the place of
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
 from dmoa.testing import domain_rows, scripted_pool, scripted_pool_yaml, write_rollouts
+from tests.accept.checks import run_check
 from tests.integration.head import environment
 from tests.integration.trainings import command, run
 
@@ -99,19 +97,7 @@ def check(folder: Path, seed: int, kills: int) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Run the check; the exit status is 1 if it failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kills", type=int, default=KILLS)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        result = check(Path(name), options.seed, options.kills)
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
-    return 0 if result["passed"] else 1
-
+FLAGS = {"--seed": {"type": int, "default": 0}, "--kills": {"type": int, "default": KILLS}}
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(lambda options: check(options.scratch, options.seed, options.kills), FLAGS))

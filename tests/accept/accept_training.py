@@ -7,11 +7,10 @@ Made-up rollouts: what is learned from them says nothing about any model.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import tempfile
 import time
+from argparse import Namespace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` i
 from dmoa.testing import domain_rows, write_rollouts
 from dmoa.testing import scripted_pool as pool
 from dmoa.testing import scripted_pool_yaml as pool_yaml
+from tests.accept.checks import run_check
 from tests.integration.trainings import command, curve, greatest_difference, num_epochs, run, start
 
 WORKERS = (0, 1, 2, 4)
@@ -104,21 +104,13 @@ def labels(folder: Path) -> dict[str, Any]:
     return {"versions": versions, "passed": versions[0] == versions[1]}
 
 
-def main() -> int:
+def check(options: Namespace) -> dict[str, Any]:
     """Run the three checks."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--only", choices=("workers", "broken", "labels"), default=None)
-    arguments = parser.parse_args()
     checks = {"workers": by_workers, "broken": broken, "labels": labels}
-    with tempfile.TemporaryDirectory() as name:
-        material(Path(name))
-        found = {check: run_it(Path(name)) for check, run_it in checks.items() if arguments.only in (None, check)}
-    result = {**found, "passed": all(one["passed"] for one in found.values())}
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
-    return 0 if result["passed"] else 1
+    material(options.scratch)
+    found = {name: run_it(options.scratch) for name, run_it in checks.items() if options.only in (None, name)}
+    return {**found, "passed": all(one["passed"] for one in found.values())}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check, {"--only": {"choices": ("workers", "broken", "labels")}}))

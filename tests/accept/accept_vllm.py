@@ -7,17 +7,15 @@ missed, 3 where no vLLM is installed.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import random
 import sys
 import time
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dmoa.agents.pool import vllm_builds
 from dmoa.config import LlmConfig
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import resolve_adapter, resolve_model
@@ -25,6 +23,10 @@ from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.engines.vllm.local import start_vllm
 from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
+
+from tests.accept.checks import need_vllm, run_check
 
 EQUAL_BAR = 0.95
 PROMPTS = 50
@@ -137,18 +139,13 @@ async def check_vllm_engine() -> dict[str, Any]:
     return {"texts": ours, "ends": dict(ends), "kept": kept, "mixed_s": round(seconds, 1)}
 
 
-def main() -> int:
-    """Run all checks; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, default=None, help="where to write the result [stdout]")
-    arguments = parser.parse_args()
-    if len(vllm_builds()) != 1:
-        print("accept_vllm: vLLM is not installed; run `make test-vllm` first", file=sys.stderr)
-        return 3
+async def check(options: Namespace) -> dict[str, Any]:
+    """Measure and judge."""
+    need_vllm()
     for adapter in ADAPTERS:
         resolve_adapter(adapter)
-    found = asyncio.run(check_vllm_engine())
-    plain = asyncio.run(plain_texts())
+    found = await check_vllm_engine()
+    plain = await plain_texts()
     ours = found.pop("texts")
     equal = sum(a == b for a, b in zip(ours, plain, strict=True)) / PROMPTS
     ends = found["ends"]
@@ -159,14 +156,8 @@ def main() -> int:
         "every_end": {"stop", "length", "cancelled", "refused"} <= set(ends),
     }
     different = [{"prompt": n, "vllm": a, "transformers": b} for n, (a, b) in enumerate(zip(ours, plain, strict=True)) if a != b]
-    result = {"equal_share": equal, "different": different, **found, "passed": passed}
-    text = json.dumps(result, indent=2)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    else:
-        sys.stdout.write(text + "\n")
-    return 0 if all(passed.values()) else 1
+    return {"equal_share": equal, "different": different, **found, "passed": passed}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check))

@@ -7,11 +7,9 @@ vLLM's processes, and is woken again: same greedy text, exact entropies. Prints 
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
-from dmoa.agents.pool import vllm_builds
+from tests.accept.checks import need_vllm, run_check
 from tests.integration.server import Served, serve
 
 POOL = """
@@ -83,7 +81,7 @@ def ask(server: Served) -> dict[str, Any]:
     return found | {"query_s": round(time.monotonic() - began, 1)}
 
 
-def check(server: Served) -> dict[str, Any]:
+def scaled(server: Served) -> dict[str, Any]:
     """Take the agent from zero to one and back, twice."""
     at_first = replicas(server)
     first = ask(server)
@@ -105,29 +103,17 @@ def check(server: Served) -> dict[str, Any]:
     return {"seconds": seconds, "text": first["text"], "passed": passed}
 
 
-def main() -> int:
-    """Run the check; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, default=None, help="where to write the result [stdout]")
-    arguments = parser.parse_args()
-    if len(vllm_builds()) != 1:
-        print("accept_vllm_scaling: vLLM is not installed; run `make test-vllm` first", file=sys.stderr)
-        return 3
-    with tempfile.TemporaryDirectory() as folder:
-        pool = Path(folder) / "pool.yaml"
-        pool.write_text(POOL.replace("STATE", (Path(folder) / "state").as_uri()), encoding="utf-8")
-        server = serve(pool)
-        try:
-            result = check(server)
-        finally:
-            server.stop()
-    text = json.dumps(result, indent=2)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    else:
-        sys.stdout.write(text + "\n")
-    return 0 if all(result["passed"].values()) else 1
+def check(options: Namespace) -> dict[str, Any]:
+    """Serve the pool and judge it."""
+    need_vllm()
+    pool = options.scratch / "pool.yaml"
+    pool.write_text(POOL.replace("STATE", (options.scratch / "state").as_uri()), encoding="utf-8")
+    server = serve(pool)
+    try:
+        return scaled(server)
+    finally:
+        server.stop()
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check))
