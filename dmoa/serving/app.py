@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import random
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -30,7 +29,7 @@ from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAg
 from dmoa.serving.agent_replica import IngressAgents
 from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
-from dmoa.serving.feedback import FeedbackClient, exploration
+from dmoa.serving.feedback import Explorer, FeedbackClient, exploration
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.serving.handles import ask
 from dmoa.serving.http.front import Bounds, FrontNotice
@@ -51,8 +50,6 @@ from dmoa.types import Answer, Event, Query
 _LOG = logging.getLogger("dmoa.ingress")
 READY_TIMEOUT_S = 2.0
 """How long /readyz waits for an agent's answer."""
-EXPLORE_LOOK_S = 2.0
-"""How often an ingress looks how many queries are to be explored."""
 APP = "dmoa"
 """Name of the Serve application unless told otherwise."""
 _HEAD = "node:__internal_head__"
@@ -99,9 +96,7 @@ class SwarmIngress:
         self._answered_elsewhere: dict[str, str] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._outbox = TraceOutbox(self._traces, app if config.router.feedback == "on" else None)
-        self._app = app
-        self._exploring: asyncio.Task[None] | None = None
-        self._share, self._look_again_s = config.router.explore, 0.0
+        self._explorer = Explorer(lambda: exploration(app, config.router.explore))
         version = await self._router.start()
         await self._traces.configure.remote(config.router, config.tracing)
         if self._feedback is not None:
@@ -177,11 +172,12 @@ class SwarmIngress:
         if agent is not None and agent not in self.agents:
             raise unknown_model(agent, self)
         yield self._fingerprint
-        async with aclosing(self._swarm.ask(query, policy, agent)) as events:
-            async for event in events:
-                if isinstance(event, Answer):
-                    self._metrics.count(event)
-                yield event
+        with self._explorer.answering():
+            async with aclosing(self._swarm.ask(query, policy, agent)) as events:
+                async for event in events:
+                    if isinstance(event, Answer):
+                        self._metrics.count(event)
+                    yield event
 
     async def close(self) -> None:
         """Wait until the traces of the queries answered so far are kept."""
@@ -228,21 +224,12 @@ class SwarmIngress:
         task = asyncio.get_running_loop().create_task(self._record(query, answer, key_hash, user, metadata))
         self._tasks[answer.trace_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(answer.trace_id, None))
-        if self._config.router.adaptation != "off" and answer.policy == "dmoa" and self._exploring is None:
-            self._exploring = asyncio.get_running_loop().create_task(self._explore(query, key_hash))
-            self._exploring.add_done_callback(self._explored)
-
-    def _explored(self, _: asyncio.Task[None]) -> None:
-        self._exploring = None
+        router = self._config.router
+        if router.adaptation != "off" and answer.policy == "dmoa" and (key_hash or router.feedback_anonymous):
+            self._explorer.offer(lambda: self._explore(query, key_hash))
 
     async def _explore(self, query: Query, key_hash: str) -> None:
-        """Ask a share of the queries once more, of all agents, to learn from: one at a time, after their answers have left."""
-        now = time.monotonic()
-        if now >= self._look_again_s:
-            self._look_again_s = now + EXPLORE_LOOK_S
-            self._share = await asyncio.to_thread(exploration, self._app, self._config.router.explore)
-        if random.random() >= self._share:  # noqa: S311 -- exploration, no secret
-            return
+        """Ask a query that was answered once more, of all agents, to learn from."""
         again = replace(query, trace_id=secrets.token_hex(16), epsilon=None)
         try:
             async with aclosing(self._swarm.ask(again, "exploring")) as events:

@@ -11,8 +11,10 @@ import asyncio
 import json
 import logging
 import os
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import ray
@@ -34,9 +36,15 @@ MAX_PENDING = 64
 """Records that may be on their way; one more is given up."""
 PATIENCE_S = 10.0
 """How long the actor may take for a record, or an outcome."""
+NICENESS = 5
+"""How far the actor stands back behind what answers queries."""
 SAVE_S = 2.0
 """How often what is new is saved, where saving takes no more than a ninth of the time."""
 _SHARE = 8
+LOOK_S = 2.0
+"""How often an ingress looks how many queries are to be explored."""
+IDLE_WAIT_S = 5.0
+"""How long an exploration waits for a moment without queries: a swarm that has none is explored too."""
 STATE = "feedback.json"
 """Traces and outcomes, beside the records."""
 
@@ -84,6 +92,7 @@ class FeedbackActor:
     """The buffer of one app, and its snapshots."""
 
     def __init__(self, config_json: str, app: str) -> None:
+        os.nice(NICENESS)
         config = Config.model_validate_json(config_json)
         served = _internal_kv_get(f"dmoa/config/{app}".encode())
         if served and ray.get_runtime_context().was_current_actor_reconstructed:
@@ -137,6 +146,11 @@ class FeedbackActor:
         count, records = self._buffer.since(number if life == self._life else 0)
         return self._life, count, await asyncio.to_thread(write_feedback, records), self._buffer.state()
 
+    async def newest(self, life: str, number: int) -> tuple[str, int, bytes]:
+        """Return the same without the state, the records packed as one list: for the router, which looks every second."""
+        count, records = self._buffer.since(number if life == self._life else 0)
+        return self._life, count, pack_record(records)
+
     async def save(self) -> None:
         """Write a snapshot, where something is new."""
         if self._changes == self._saved:
@@ -170,6 +184,65 @@ def exploration(app: str, usual: float) -> float:
     """Return the share of queries that is to be explored now: `usual`, unless more was asked for and its time is not over."""
     told = json.loads(_internal_kv_get(f"dmoa/explore/{app}".encode()) or b"{}")
     return max(usual, float(told["share"])) if told.get("until_unix_s", 0.0) > time.time() else usual
+
+
+class Explorer:
+    """Decides when an ingress asks queries once more, of all agents, after their answers have left. For one event loop.
+
+    It is work for the learner, so it stands behind those who wait: one at a time, begun in a moment in which nobody does, where
+    there is one soon, and over time no longer than the share of queries that is to be explored.
+    """
+
+    def __init__(
+        self, share: Callable[[], float], *, idle_wait_s: float = IDLE_WAIT_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`share` tells how many queries are to be explored now; it may block."""
+        self.explored = 0
+        self._ask_share, self._idle_wait_s, self._clock = share, idle_wait_s, clock
+        self._share, self._look_again_s, self._rest_until_s = 0.0, -1.0, -1.0
+        self._waiting = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._task: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Somebody waits for an answer within this block."""
+        self._waiting += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._idle.set()
+
+    def offer(self, explore: Callable[[], Awaitable[None]]) -> None:
+        """Take a query that was answered: `explore` asks it again, if it is its turn and none is under way."""
+        if self._task is None and self._clock() >= self._rest_until_s:
+            self._task = asyncio.get_running_loop().create_task(self._explore(explore))
+            self._task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+
+    async def _explore(self, explore: Callable[[], Awaitable[None]]) -> None:
+        now = self._clock()
+        if now >= self._look_again_s:
+            self._look_again_s = now + LOOK_S
+            self._share = await asyncio.to_thread(self._ask_share)
+        if random.random() >= self._share:  # noqa: S311 -- exploration, no secret
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._idle_wait_s):
+                await self._idle.wait()
+        began = self._clock()
+        try:
+            await explore()
+        finally:
+            self.explored += 1
+            ended = self._clock()
+            self._rest_until_s = ended + (ended - began) * (1.0 / self._share - 1.0)
 
 
 class Finished(NamedTuple):

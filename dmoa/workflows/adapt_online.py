@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,8 @@ LOG = "adapt.log"
 """Lines for a person, in the run's folder."""
 STOP_S = 20.0
 """Seconds that a job which is told to end may take; an update and an offer are shorter."""
-NICENESS = 10
-"""How far the learner stands back behind what serves."""
+NICENESS = 19
+"""How far the learner stands back behind what serves, on systems without a class for idle work."""
 
 
 def run_online_adaptation(options: OnlineOptions, common: Common, command: str) -> None:
@@ -204,7 +205,7 @@ def _worker(config: dict[str, OnlineJob]) -> str | None:
     from dmoa.training.online import run_online
     from dmoa.training.ray_train import world_of_worker
 
-    os.nice(NICENESS)
+    _stand_back()
     job, world = config["job"], world_of_worker()
     updates = run_online(job, world)
     if world.rank == 0:
@@ -213,6 +214,14 @@ def _worker(config: dict[str, OnlineJob]) -> str | None:
         if isinstance(exchange, SwarmExchange):
             exchange.stopped()
     return None
+
+
+def _stand_back() -> None:
+    """Take only the CPU that nothing which serves wants."""
+    os.nice(NICENESS)
+    if hasattr(os, "sched_setscheduler"):
+        with suppress(OSError):  # a container may forbid it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 @dataclass(slots=True)

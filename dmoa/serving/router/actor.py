@@ -61,6 +61,10 @@ COME_BACK_S = 2.0
 HEAL_EVERY = 10
 """Looks after each of which what could not be written is tried again."""
 LISTEN_TIMEOUT_S = 10.0
+JUDGE_SHARE = 0.02
+"""Most of one core that judging offers takes on average: it has the process of those decisions that queries wait for."""
+MAX_PAUSE_S = 20.0
+"""Longest that an offer waits for that."""
 SWITCH_S = 5e-4
 """How long a decision may wait for a thread that judges offers: Python's own 5 ms are longer than a step's routing."""
 
@@ -79,6 +83,7 @@ class RouterActor:
         self._watcher: asyncio.Task[None] | None = None
         self._probing: set[str] = set()
         self._changing = asyncio.Lock()
+        self._judge_at = 0.0
         self._recent: deque[FloatArray] = deque(maxlen=MAX_RECENT)
         served = self._before_restart() if ray.get_runtime_context().was_current_actor_reconstructed else None
         if served is None:
@@ -187,12 +192,24 @@ class RouterActor:
         """Judge the gate of a checkpoint's files that a learner offers, and try, install or refuse it (`router.adaptation`).
 
         `evidence` as `adaptation.Evidence`. Returns accepted, state (refused, observed, canary, installed), reasons, ledger,
-        current, and what the guards found. Off the decision path. Raises ConfigError for evidence that cannot be read.
+        current, and what the guards found. Off the decision path, and looked at once the offers before it have taken no more
+        than `JUDGE_SHARE` of the time. Raises ConfigError for evidence that cannot be read.
         """
+        pause_s = self._judge_at - time.monotonic()
+        if pause_s > 0:
+            await asyncio.sleep(pause_s)
         async with self._changing:
-            told, change = await asyncio.to_thread(self._adaptation.offer, files, evidence, list(self._recent))
+            told, change = await asyncio.to_thread(self._judged, files, evidence)
             self._take(change)
         return told
+
+    def _judged(self, files: dict[str, bytes], evidence: dict[str, Any]) -> tuple[dict[str, Any], Change | None]:
+        """Judge an offer in a thread of its own, and note when the next one's turn is."""
+        began_s = time.thread_time()
+        try:
+            return self._adaptation.offer(files, evidence, list(self._recent))
+        finally:
+            self._judge_at = time.monotonic() + min((time.thread_time() - began_s) / JUDGE_SHARE, MAX_PAUSE_S)
 
     async def freeze(self, note: str = "") -> dict[str, Any]:
         """Take no offer until `thaw`, also after a restart; a trial ends with the version before it. Returns the status."""
@@ -208,15 +225,13 @@ class RouterActor:
 
     async def _listen(self) -> None:
         """Take the queries that were finished since, from the app's feedback, while gates are offered."""
-        from dmoa.feedback import read_feedback
-
         try:
             feedback = ray.get_actor(feedback_name(self._app), namespace=NAMESPACE)
             async with asyncio.timeout(LISTEN_TIMEOUT_S):
-                life, count, data, _ = await feedback.since.remote(*self._heard)
+                life, count, packed = await feedback.newest.remote(*self._heard)
         except (ValueError, RayError, TimeoutError):
             return  # it is not there yet, or comes back with its last snapshot
-        records = await asyncio.to_thread(read_feedback, data, "feedback") if (life, count) != self._heard else []
+        records = unpack_record(packed) if (life, count) != self._heard else []
         self._heard = life, count
         try:
             async with self._changing:
