@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -62,8 +63,13 @@ def tenant_of(key_hash: str) -> str:
 class Contexts:
     """Groups queries by their first inputs (leader clustering, Hartigan 1975)."""
 
-    def __init__(self) -> None:
-        self._leaders: list[FloatArray] = []
+    def __init__(self, kept: Iterable[str] = ()) -> None:
+        """`kept`: what `state` gave."""
+        self._leaders: list[FloatArray] = [np.frombuffer(b64decode(one), np.float16).astype(np.float32) for one in kept]
+
+    def state(self) -> list[str]:
+        """Return the groups' first inputs, about a kilobyte each."""
+        return [b64encode(leader_D.astype(np.float16).tobytes()).decode() for leader_D in self._leaders]
 
     def of(self, input_D: FloatArray) -> int:
         """Return which group of queries an input belongs to, or begin one."""

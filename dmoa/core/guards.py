@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ HIGHER = (0.15, 0.4, 0.8)
 """How far the rates of a rate test's alternatives lie between its own and 1."""
 BASELINE = 50
 """Newest queries of the control whose rate of failures is the usual one."""
+PRIOR = 4.0
+"""Queries of one context for which the rate of all counts."""
 MIN_PROBABILITY = 1e-6
 """Routing probabilities below it count as it: an agent that is never chosen costs at most 14 nats."""
 RISE = 3.0
@@ -68,13 +70,10 @@ class Wealth:
     Rinaldo 2023).
     """
 
-    def __init__(
-        self, num_bets: int, error_rate: float, *, restarts: bool = False, log_wealth: Sequence[float] | None = None
-    ) -> None:
-        """`log_wealth`: of an earlier test that this one goes on with."""
+    def __init__(self, num_bets: int, error_rate: float, *, restarts: bool = False) -> None:
         self.threshold = 1.0 / error_rate
         self._restarts = restarts
-        self.log_wealth = list(log_wealth or [0.0] * num_bets)
+        self.log_wealth = [0.0] * num_bets
         """By bettor, for another test to go on with."""
 
     def _grow(self, log_gains: Iterable[float]) -> None:
@@ -241,18 +240,41 @@ def disagreement(new_RA: npt.ArrayLike, old_RA: npt.ArrayLike, distrusted_A: Boo
     return Verdict(guard="disagreement", passed=gain <= GAIN, value=gain, bound=GAIN, words=words)
 
 
-class ArmComparison:
+class _Comparison:
+    """What both kinds of comparison of two arms have."""
+
+    def __init__(self, test: Wealth) -> None:
+        self.test = test
+        self.pairs = 0
+        """Differences, or queries of the suspect."""
+        self.mean = 0.0
+        """By how much the suspect is worse."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what another one goes on with, as plain values."""
+        return {"log_wealth": list(self.test.log_wealth), "pairs": self.pairs, "mean": self.mean}
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Go on with the state of another one."""
+        self.test.log_wealth = list(state["log_wealth"])
+        self.pairs, self.mean = int(state["pairs"]), float(state["mean"])
+
+    def _met(self, difference: float) -> None:
+        self.pairs += 1
+        self.mean += (difference - self.mean) / self.pairs
+
+
+class ArmComparison(_Comparison):
     """Compares two arms of a stream in which chance sends every query to one of them: each arm's newest against the other's.
 
     A difference is made as soon as both arms have something new: the mean of what the suspect gave since the last
     difference, minus that of the control; a value that is not known (NaN) is left out.
     """
 
+    test: SequentialTest
+
     def __init__(self, test: SequentialTest) -> None:
-        self.test = test
-        self.pairs = 0
-        self.mean = 0.0
-        """Of the differences."""
+        super().__init__(test)
         self._new: tuple[list[float], list[float]] = ([], [])
 
     def add(self, value: float, *, is_suspect: bool) -> None:
@@ -264,40 +286,112 @@ class ArmComparison:
         if control and suspect:
             difference = math.fsum(suspect) / len(suspect) - math.fsum(control) / len(control)
             self.test.update(difference)
-            self.pairs += 1
-            self.mean += (difference - self.mean) / self.pairs
+            self._met(difference)
             self._new = ([], [])
 
 
-class RateComparison:
+class RateComparison(_Comparison):
     """Compares how often one arm fails with the other: the suspect's failures against the rate of the control's newest queries.
 
     That rate is estimated, with one standard error on top, so the stated error rate holds as far as the control's own rate is
     steady over `BASELINE` queries.
     """
 
-    def __init__(self, test: RateTest, margin: float) -> None:
-        self.test = test
-        self.pairs = 0
-        """Queries of the suspect."""
-        self.mean = 0.0
-        """Its rate above the control's."""
-        self._margin = margin
+    test: RateTest
+
+    def __init__(self, test: RateTest, margin: float, whole: RateComparison | None = None) -> None:
+        """`whole`: of all queries, where these are some of them; its rate counts for as many as `PRIOR` of theirs."""
+        super().__init__(test)
+        self._margin, self._whole = margin, whole
         self._control: deque[float] = deque(maxlen=BASELINE)
 
     @property
     def usual(self) -> float:
-        """The control's rate: half a failure in one query is taken for known beforehand."""
-        count = len(self._control)
-        rate = (math.fsum(self._control) + 0.5) / (count + 1.0)
-        return rate + math.sqrt(rate * (1.0 - rate) / (count + 1.0))
+        """The control's rate: half a failure in one query is taken for known beforehand, or what holds for the whole."""
+        prior, weight = (0.5, 1.0) if self._whole is None else (self._whole.usual, PRIOR)
+        count = len(self._control) + weight
+        rate = (math.fsum(self._control) + prior * weight) / count
+        return rate + math.sqrt(rate * (1.0 - rate) / count)
 
     def add(self, value: float, *, is_suspect: bool) -> None:
-        """Take whether one query failed, 0 or 1."""
+        """Take whether one query failed, 0 or 1; NaN says nothing."""
+        if math.isnan(value):
+            return
         if not is_suspect:
             self._control.append(value)
             return
         usual = self.usual
         self.test.update(value, min(usual + self._margin, 0.99))
-        self.pairs += 1
-        self.mean += (value - usual - self.mean) / self.pairs
+        self._met(value - usual)
+
+    def state(self) -> dict[str, Any]:
+        """Return what another one goes on with: the control's rate is part of it."""
+        return super().state() | {"control": "".join(str(int(value)) for value in self._control)}
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Go on with the state of another one."""
+        super().take_up(state)
+        self._control.extend(float(digit) for digit in state.get("control", ""))
+
+
+Comparison = ArmComparison | RateComparison
+
+
+class ByContext:
+    """A comparison of all queries, and the same within every kind of them: what fails in one of many contexts is found too.
+
+    The evidence is a mean: half of it that of all queries, the other half spread evenly over as many contexts as there may be.
+    A mean of wealth is wealth, so the error rate is that of one test, however many contexts come.
+    """
+
+    def __init__(self, whole: Comparison, part: Callable[[], Comparison], max_contexts: int) -> None:
+        """`part` begins the comparison of a context that was not seen before."""
+        self.whole = whole
+        self._part, self._share = part, 0.5 / max_contexts
+        self._parts: dict[int, Comparison] = {}
+
+    def add(self, value: float, context: int | None, *, is_suspect: bool) -> None:
+        """Take what one query came to; higher is worse. Its context is None where it is not known."""
+        self.whole.add(value, is_suspect=is_suspect)
+        if context is not None:
+            self._of(context).add(value, is_suspect=is_suspect)
+
+    def _of(self, context: int) -> Comparison:
+        if context not in self._parts:
+            self._parts[context] = self._part()
+        return self._parts[context]
+
+    def state(self) -> dict[str, Any]:
+        """Return what another one goes on with, as plain values."""
+        return self.whole.state() | {"parts": {str(context): one.state() for context, one in self._parts.items()}}
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Go on with the state of another one, or of a comparison of all queries."""
+        self.whole.take_up(state)
+        for context, part in state.get("parts", {}).items():
+            self._of(int(context)).take_up(part)
+
+    @property
+    def evidence(self) -> float:
+        """That the suspect is worse: 1 at first."""
+        unseen = 0.5 - self._share * len(self._parts)
+        return (
+            0.5 * self.whole.test.evidence + unseen + self._share * math.fsum(one.test.evidence for one in self._parts.values())
+        )
+
+    @property
+    def is_found(self) -> bool:
+        """Whether it is worse, by what came so far."""
+        return self.evidence >= self.whole.test.threshold
+
+    @property
+    def suspicion(self) -> float:
+        """The most evidence of any context by itself, or of all queries; with many contexts no finding."""
+        return max(one.test.evidence for one in (self.whole, *self._parts.values()))
+
+    @property
+    def where(self) -> str:
+        """Where the evidence lies, in words."""
+        worst = max(self._parts.values(), key=lambda one: one.test.evidence, default=self.whole)
+        is_local = self._share * worst.test.evidence > 0.5 * self.whole.test.evidence
+        return f"worse by {worst.mean:.3f} in one kind of queries" if is_local else f"worse by {self.whole.mean:.3f}"

@@ -15,6 +15,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,9 +24,9 @@ from dmoa.checkpoint import Checkpoint
 from dmoa.config import Config
 from dmoa.core import guards
 from dmoa.core.gate import Gate
-from dmoa.core.guards import ArmComparison, RateComparison, RateTest, SequentialTest, Verdict
+from dmoa.core.guards import ArmComparison, ByContext, Comparison, RateComparison, RateTest, SequentialTest, Verdict
 from dmoa.errors import CheckpointError, ConfigError
-from dmoa.feedback import Feedback
+from dmoa.feedback import MAX_CONTEXTS, Contexts, Feedback, query_part
 from dmoa.serving.router.probes import read_probes
 from dmoa.serving.router.replayed import (
     HeldBack,
@@ -50,6 +51,8 @@ MAX_LINE = 64
 """Versions of a trial whose queries still count."""
 KEPT_CANDIDATES = 8
 """Versions that were tried and are no longer, and are kept for the queries that began with them."""
+SUSPICION = 2.0
+"""Evidence against a canary at which it is looked at more closely."""
 LOST_S = 60.0
 """Seconds after which a query that began and was not heard of counts as failed; with a deadline, that and 5 more."""
 MARGINS = {"failures": 0.05, "tokens": 0.161, "latency": 0.292}
@@ -90,7 +93,9 @@ class Trial(BaseModel):
     """With `on`: the version that becomes the control at the end of the window."""
     begun_unix_s: float
     tests: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """By signal: log_wealth, pairs, mean."""
+    """By signal, `ByContext.state`."""
+    counted_unix_s: float = 0.0
+    """When the newest query that is in them was answered."""
     queries: dict[str, int] = Field(default_factory=dict)
     """Finished ones that are compared, by arm: control, candidate."""
     heard: dict[str, int] = Field(default_factory=dict)
@@ -115,6 +120,8 @@ class Kept(BaseModel):
     """The version that distances are measured from: what was configured or installed last, or renewed at a shift."""
     trial: Trial | None = None
     tried: list[str] = Field(default_factory=list)
+    contexts: list[str] = Field(default_factory=list)
+    """Kinds of queries, by whose numbers the tests are kept."""
     counts: dict[str, int] = Field(default_factory=dict)
     """Offers by their end: refused, observed, canary, installed, passed, rolled_back."""
     failures: dict[str, int] = Field(default_factory=dict)
@@ -135,12 +142,16 @@ class Adaptation:
         self._guards = config.router.guards
         self._held = HeldBack(config)
         self._probes = read_probes(self._guards.known_answers) if self._guards.known_answers else None
-        self._arms: dict[str, ArmComparison | RateComparison] = {}
-        self._usual: deque[float] = deque(maxlen=guards.BASELINE)
+        self._arms: dict[str, ByContext] = {}
+        self._usual: deque[tuple[float, int]] = deque(maxlen=MAX_CONTEXTS * guards.BASELINE)
+        """Whether the newest queries of versions that are not tried failed, and their contexts."""
         self._control_gate: Gate | None = None
         self._begun: deque[tuple[float, int, int]] = deque()
         self._base: tuple[int, int] = (0, 0)
         self._kept = self._load()
+        self._contexts = Contexts(self._kept.contexts)
+        # A router that starts anew hears of all queries once more.
+        self._counted_unix_s = 0.0 if self._kept.trial is None else self._kept.trial.counted_unix_s
         if self._kept.trial is not None and not self._fits(self._kept.trial):
             self._end("withdrawn", self._kept.trial.candidate, "a version of the trial is gone")
         self._resume()
@@ -155,11 +166,17 @@ class Adaptation:
 
     @property
     def split(self) -> tuple[str, float] | None:
-        """The version beside the current one, and its share of new queries; None where no trial runs."""
-        trial = self._kept.trial
+        """The version beside the current one, and its share of new queries; None where no trial runs.
+
+        A canary that is under suspicion has half of them: the same failures tell as much, and it is over sooner.
+        """
+        trial, share = self._kept.trial, self._guards.canary_share
         if trial is None:
             return None
-        return (trial.control if trial.candidate == self._versions.version else trial.candidate), self._guards.canary_share
+        if trial.candidate == self._versions.version:
+            return trial.control, share
+        is_suspect = any(arm.suspicion >= SUSPICION for arm in self._arms.values())
+        return trial.candidate, max(share, 0.5) if is_suspect else share
 
     def _load(self) -> Kept:
         tree = self._state.load(FILE)
@@ -183,26 +200,31 @@ class Adaptation:
             return
         margins = {"quality": self._guards.margin, **MARGINS}
         for name, margin in margins.items():
-            kept = trial.tests.get(name, {})
             # Several signals are looked at: each has its part of the error rate.
             part = self._guards.error_rate / len(margins)
-            options = {"restarts": self.mode == "on", "log_wealth": kept.get("log_wealth")}
-            if name == "failures":
-                self._arms[name] = RateComparison(RateTest(part, **options), margin)
-            else:
-                self._arms[name] = ArmComparison(SequentialTest(margin, part, **options))
-            self._arms[name].pairs, self._arms[name].mean = int(kept.get("pairs", 0)), float(kept.get("mean", 0.0))
+            whole = self._comparison(name, margin, part)
+            self._arms[name] = ByContext(whole, partial(self._comparison, name, margin, part, whole), MAX_CONTEXTS)
+            if name in trial.tests:
+                self._arms[name].take_up(trial.tests[name])
+            elif name == "failures":
+                for failed, context in self._usual:
+                    self._arms[name].add(failed, context, is_suspect=False)
         self._versions.wanted |= {trial.control, trial.candidate}
         found = self._state.load_version(trial.control)
         self._control_gate = found[0] if found else None
 
+    def _comparison(self, name: str, margin: float, error_rate: float, whole: Comparison | None = None) -> Comparison:
+        restarts = self.mode == "on"
+        if name == "failures":
+            usual = whole if isinstance(whole, RateComparison) else None
+            return RateComparison(RateTest(error_rate, restarts=restarts), margin, usual)
+        return ArmComparison(SequentialTest(margin, error_rate, restarts=restarts))
+
     def _save(self) -> None:
         trial = self._kept.trial
         if trial is not None:
-            trial.tests = {
-                name: {"log_wealth": arm.test.log_wealth, "pairs": arm.pairs, "mean": arm.mean}
-                for name, arm in self._arms.items()
-            }
+            trial.tests = {name: arm.state() for name, arm in self._arms.items()}
+        self._kept.contexts = self._contexts.state()
         self._kept.events = self._kept.events[-MAX_EVENTS:]
         self._state.save(self._kept.model_dump(mode="json"), FILE)
 
@@ -219,7 +241,7 @@ class Adaptation:
         """Return the state as plain values: part of `dmoa router status`."""
         kept, trial = self._kept, self._kept.trial
         arms = {
-            name: {"pairs": arm.pairs, "worse_by": round(arm.mean, 4), "evidence": round(arm.test.evidence, 3)}
+            name: {"pairs": arm.whole.pairs, "worse_by": round(arm.whole.mean, 4), "evidence": round(arm.evidence, 3)}
             for name, arm in self._arms.items()
         }
         return {
@@ -393,8 +415,6 @@ class Adaptation:
             )
             self._begun.clear()
             self._resume()
-            for failed in self._usual:
-                self._arms["failures"].add(failed, is_suspect=False)
             return
         trial.candidate, trial.update, trial.shift = version, said.update, trial.shift or said.shift
         trial.line = [*trial.line, version][-MAX_LINE:]
@@ -427,26 +447,36 @@ class Adaptation:
             self._held.put(record)
         trial = self._kept.trial
         if trial is None:
-            self._usual.extend(one.failures for one in read_queries(found, self._versions.gate))
+            read = zip(read_queries(found, self._versions.gate), found, strict=True)
+            self._usual.extend((one.failures, self._context(record)) for one, record in read)
             return None
         arms = {trial.control: False} | dict.fromkeys(trial.line, True)
         mine = [one for one in found if one.answer.gate_version in arms and one.created_unix_s >= trial.begun_unix_s]
+        mine = [one for one in mine if one.created_unix_s > self._counted_unix_s]
         for record in mine:
+            trial.counted_unix_s = max(trial.counted_unix_s, record.created_unix_s)
             name = "candidate" if arms[str(record.answer.gate_version)] else "control"
             trial.heard[name] = trial.heard.get(name, 0) + 1
         readings = [one for one in mine if one.answer.policy == "dmoa"]
         for record, reading in zip(readings, read_queries(readings, self._control_gate or self._versions.gate), strict=True):
-            self._add(reading, is_candidate=arms[str(record.answer.gate_version)])
+            self._add(reading, self._context(record), is_candidate=arms[str(record.answer.gate_version)])
         self._add_lost(*begun)
         return self._conclude() if readings or any(trial.lost.values()) else None
 
-    def _add(self, reading: Reading, *, is_candidate: bool) -> None:
+    def _context(self, record: Feedback) -> int:
+        route = record.answer.steps[0].route
+        assert route is not None  # `of_pool` has seen to it
+        return self._contexts.of(query_part(route.input_X, self._config.gate.preset))
+
+    def _add(self, reading: Reading, context: int | None, *, is_candidate: bool) -> None:
         trial = self._kept.trial
         assert trial is not None
         name = "candidate" if is_candidate else "control"
         trial.queries[name] = trial.queries.get(name, 0) + 1
+        if not is_candidate and context is not None:
+            self._usual.append((reading.failures, context))
         for signal, arm in self._arms.items():
-            arm.add(getattr(reading, signal), is_suspect=is_candidate)
+            arm.add(getattr(reading, signal), context, is_suspect=is_candidate)
 
     def _add_lost(self, current: int, other: int) -> None:
         """Count queries as failed that began long enough ago and were not heard of."""
@@ -470,13 +500,13 @@ class Adaptation:
         for name, begun, is_candidate in (("candidate", old[1], True), ("control", old[2], False)):
             for _ in range(max(0, begun - trial.heard.get(name, 0))):
                 trial.lost[name], trial.heard[name] = trial.lost.get(name, 0) + 1, trial.heard.get(name, 0) + 1
-                self._add(Reading(float("nan"), 1.0, float("nan"), float("nan")), is_candidate=is_candidate)
+                self._add(Reading(float("nan"), 1.0, float("nan"), float("nan")), None, is_candidate=is_candidate)
 
     def _conclude(self) -> Change | None:
         """End the trial where the candidate is worse, or has stood it."""
         trial = self._kept.trial
         assert trial is not None
-        worse = [name for name, arm in self._arms.items() if arm.test.is_found]
+        worse = [name for name, arm in self._arms.items() if arm.is_found]
         if worse:
             return self._roll_back(trial, worse)
         done = min(trial.queries.get(name, 0) for name in ("candidate", "control")) >= self._guards.canary_queries
@@ -487,7 +517,7 @@ class Adaptation:
         return change
 
     def _roll_back(self, trial: Trial, worse: Sequence[str]) -> Change | None:
-        words = [f"{name} worse by {self._arms[name].mean:.3f}, evidence {self._arms[name].test.evidence:.3g}" for name in worse]
+        words = [f"{name} {self._arms[name].where}, evidence {self._arms[name].evidence:.3g}" for name in worse]
         note = f"update {trial.update} after {trial.queries.get('candidate', 0)} queries: {'; '.join(words)}"
         self._kept.cooldown_until_unix_s = self._clock() + self._guards.cooldown_s
         self._count("rolled_back", worse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from dmoa.core.guards import (
     BETS,
     HIGHER,
     ArmComparison,
+    ByContext,
     RateComparison,
     RateTest,
     SequentialTest,
@@ -64,7 +66,8 @@ def test_wealth_is_what_a_bettor_has() -> None:
     by_hand = [(1 + s / 1.1 * 0.9) * (1 - s / 1.1 * 0.6) * (1 + s / 1.1 * 0.9) for s in BETS]
     assert test.evidence == pytest.approx(sum(by_hand) / len(BETS))
     assert test.threshold == 20
-    again = SequentialTest(0.1, 0.05, log_wealth=test.log_wealth)
+    again = SequentialTest(0.1, 0.05)
+    again.log_wealth = list(test.log_wealth)
     assert again.evidence == test.evidence
 
 
@@ -185,3 +188,73 @@ def test_failures_are_found_in_a_few_queries_and_equal_rates_are_not() -> None:
     assert np.mean([one.pairs for one in late]) < 6
     for rate in (0.0, 0.02, 0.1, 0.3):
         assert np.mean([failing(rng, rate, rate).test.is_found for _ in range(100)]) <= 0.05
+
+
+def by_context() -> ByContext:
+    """A comparison of failures as the router has it."""
+    whole = RateComparison(RateTest(0.05 / 4), 0.05)
+    return ByContext(whole, lambda: RateComparison(RateTest(0.05 / 4), 0.05, whole), 16)
+
+
+def test_evidence_by_context_is_a_mean_of_wealth() -> None:
+    found = by_context()
+    assert found.evidence == 1.0
+    for _ in range(50):
+        found.add(0.0, 0, is_suspect=False)
+    found.add(1.0, 1, is_suspect=True)
+    found.add(1.0, None, is_suspect=True)
+    usual = 0.5 / 51 + math.sqrt(0.5 / 51 * (1 - 0.5 / 51) / 51)
+    prior = usual + math.sqrt(usual * (1 - usual) / 4)  # of a context without a query of the control
+
+    def wealth(rate: float, failures: int) -> float:
+        return sum((rate + part * (1 - rate)) ** failures / rate**failures for part in HIGHER) / len(HIGHER)
+
+    whole, there = wealth(usual + 0.05, 2), wealth(prior + 0.05, 1)
+    assert found.evidence == pytest.approx(whole / 2 + (there + 1.0 + 14.0) / 32)
+    assert found.suspicion == pytest.approx(max(whole, there))
+    assert found.where == f"worse by {found.whole.mean:.3f}"
+
+
+def test_a_comparison_goes_on_from_its_state() -> None:
+    rng, found = np.random.default_rng(3), by_context()
+    for number in range(80):
+        found.add(float(rng.uniform() < 0.1), number % 5, is_suspect=number % 3 == 0)
+    again = by_context()
+    again.take_up(json.loads(json.dumps(found.state())))
+    for one in (found, again):
+        one.add(1.0, 2, is_suspect=True)
+    assert again.state() == found.state()
+    assert again.evidence == found.evidence != 1.0
+
+
+@pytest.mark.parametrize("contexts", [3, 8])
+def test_what_fails_in_one_context_is_found_there(contexts: int) -> None:
+    late, pooled = [], []
+    for seed in range(20):
+        rng, found = np.random.default_rng(seed), by_context()
+        for number in range(20 * contexts):
+            found.add(0.0, number % contexts, is_suspect=False)
+        for number in range(600):
+            is_suspect, context = bool(rng.uniform() < 0.5), int(rng.integers(contexts))
+            found.add(float(is_suspect and context == 0), context, is_suspect=is_suspect)
+            pooled += [number] if len(pooled) == seed and found.whole.test.is_found else []
+            if found.is_found:
+                break
+        late.append(number)
+        pooled += [600] if len(pooled) == seed else []
+    assert max(late) < 600
+    assert np.median(late) <= 12 * contexts  # four failures come in eight queries for each context
+    assert "in one kind of queries" in found.where
+    assert np.median(late) < np.median(pooled)
+
+
+def test_contexts_that_always_fail_more_are_no_finding() -> None:
+    rates, wrong = (0.0, 0.0, 0.0, 0.3), 0
+    for seed in range(100):
+        rng, found = np.random.default_rng(seed), by_context()
+        for number in range(300):
+            context = int(rng.integers(4))
+            is_suspect = number >= 50 and bool(rng.uniform() < 0.2)
+            found.add(float(rng.uniform() < rates[context]), context, is_suspect=is_suspect)
+        wrong += found.is_found
+    assert wrong <= 2

@@ -169,6 +169,43 @@ def test_on_installs_at_once_and_goes_back_when_it_is_worse(root: Path) -> None:
     assert (found.versions.version, found.adaptation.split) == (good, None)
 
 
+@pytest.mark.parametrize(("mode", "most"), [("canary", 120), ("on", 50)])
+def test_what_fails_in_one_of_three_domains_is_taken_back(root: Path, mode: str, most: int) -> None:
+    """With `canary` the domain is on trial in one query of 15; the first failure doubles that and more."""
+    off = {"skip": ("drift", "distance", "held_back", "load")}
+    found = swarm(root, mode, warm=60, canary_queries=1000, **off)
+    before = found.versions.version
+    assert found.offer(found.files(TO_LAST, seed=1), 1)["accepted"]
+    found.broken, share, number = ("code",), 0.2, 0
+    while actions(found)[-1:] != ["rolled back"]:
+        found.ask(int(found.rng.integers(3)))
+        number += 1
+        assert number <= most
+        share = max(share, 0.0 if found.adaptation.split is None else found.adaptation.split[1])
+    assert (found.versions.version, share) == (before, 0.5 if mode == "canary" else 0.2)
+    assert "failures worse by" in found.adaptation.events()[-1]["note"]
+
+
+def test_a_restart_counts_no_query_twice_and_remembers_what_is_usual(root: Path) -> None:
+    """A router that starts anew is told of all the queries that the feedback keeps."""
+    off = {"skip": ("drift", "distance", "held_back", "load")}
+    found, told = swarm(root, warm=40, canary_queries=500, **off), []
+    observe = found.adaptation.observe
+    found.adaptation.observe = lambda records, begun: told.extend(records) or observe(records, begun)  # type: ignore[method-assign]
+    found.offer(found.files((3, 3, 3, 3)), 7)
+    for _ in range(30):
+        found.ask()
+    before = found.adaptation.status()["trial"]
+    usual = found.adaptation._arms["failures"].whole.usual
+    found.start()
+    found.adaptation.observe(told, found.router.begun)
+    assert len(told) == 30
+    assert found.adaptation.status()["trial"] == before
+    assert found.adaptation._arms["failures"].whole.usual == usual < 0.03
+    found.ask()
+    assert sum(found.adaptation.status()["trial"]["queries"].values()) == sum(before["queries"].values()) + 1
+
+
 def test_on_takes_update_after_update_and_the_control_follows_a_window_behind(root: Path) -> None:
     found = swarm(root, "on", warm=40, canary_queries=10, margin=0.1)
     first = found.versions.version
@@ -222,7 +259,7 @@ def test_a_restart_in_the_middle_of_a_canary_goes_on_with_it(root: Path) -> None
     found.start()
     after = found.adaptation.status()
     assert (after["ledger"], after["trial"]) == (7, before)
-    assert found.adaptation.split == (told["version"], 0.2)
+    assert found.adaptation.split == (told["version"], 0.5)  # two failures in two queries
     until(found, "rolled back", 120)
 
 
