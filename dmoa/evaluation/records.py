@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -176,7 +176,7 @@ class EvaluateOptions(Options):
     benchmarks: Annotated[Names, Flag(metavar="A,B")] = Field(min_length=1)
     """Benchmarks and suites; all: the nine public benchmarks, suites: the generated ones."""
     policies: Annotated[Names, Flag(metavar="P,Q")] = Field(default=("dmoa", "single"), min_length=1)
-    """Policies to compare; single:NAME is one agent of the pool, dmoa:NAME one of `gates`, FILE.py:NAME one of a file."""
+    """Policies to compare: single:NAME one agent, dmoa:NAME one of `gates`, FILE.py:NAME of a file; all: those without labels."""
     gates: Annotated[Gates, Flag(metavar="NAME=DIR,...")] = Field(default={}, max_length=50)
     """Checkpoints to compare in one run, beside the pool's own: policies dmoa:NAME."""
     data_dir: Path | None = None
@@ -191,6 +191,8 @@ class EvaluateOptions(Options):
     """Difficulty of the suites; each suite defines its own levels."""
     budget: Literal["pool", "cpu"] = "pool"
     """cpu: at most 3 steps, 2 agents a step and 96 new tokens a reply; pool: the pool's own limits."""
+    max_tokens: int | None = Field(default=None, ge=1, le=131072)
+    """Most new tokens of a reply, in place of the budget's; None: as the agents and the budget have it."""
     adversaries: int = Field(default=0, ge=0)
     """Agents of the pool, its last ones, that work against it."""
     kind: Kind = "liar"
@@ -243,16 +245,10 @@ class EvaluateOptions(Options):
 
     def limits(self, pool: Limits) -> Limits:
         """Return a query's limits: the pool's, lowered by the budget."""
-        if self.budget == "pool":
-            return pool
-        return Limits(
-            max_steps=min(pool.max_steps, CPU_BUDGET["max_steps"]),
-            max_agents=min(pool.max_agents or CPU_BUDGET["max_agents"], CPU_BUDGET["max_agents"]),
-            budget_tokens=pool.budget_tokens,
-            budget_price=pool.budget_price,
-            deadline_s=pool.deadline_s,
-            max_tokens=CPU_BUDGET["max_tokens"],
-        )
+        agents = min(pool.max_agents or CPU_BUDGET["max_agents"], CPU_BUDGET["max_agents"])
+        lowered = replace(pool, **CPU_BUDGET | {"max_steps": min(pool.max_steps, CPU_BUDGET["max_steps"]), "max_agents": agents})
+        limits = pool if self.budget == "pool" else lowered
+        return replace(limits, max_tokens=self.max_tokens or limits.max_tokens)
 
 
 Match = Literal["tokens", "calls", "latency", "price", "none"]
@@ -316,10 +312,17 @@ class CompareOptions(EvaluateOptions):
     """Add self_moa, self_consistency and single, which a claim must beat, where they are not named."""
     repeats: int = Field(default=1, ge=1, le=100)
     """Runs over the same rows with other seeds of the replies; tables show the mean of a row's scores."""
+    share_calls: Annotated[bool, Flag(negation="--no-share-calls")] = True
+    """Answer a greedy call that several policies make once, from a cache in `out`; latency and repeats are taken without it."""
     curve: Annotated[Counts, Flag(metavar="N..M")] = ()
     """Numbers of adversaries to run the same with, such as 0..3: accuracy against their share, in the report and the JSON."""
     curve_defences: Annotated[tuple[Defence, ...], BeforeValidator(names_of), Flag(metavar="A,B")] = ("none",)
     """Defences to run each point of `curve` with."""
+
+    @property
+    def has_own_cache(self) -> bool:
+        """Whether the policies share their calls through a cache in `out`."""
+        return self.share_calls and self.match != "latency" and self.repeats == 1 and not (self.call_cache or self.url)
 
     @property
     def matching(self) -> Matching | None:

@@ -137,6 +137,12 @@ def has_schedule(policy: str) -> bool:
     return inner is None or has_schedule(given.get("inner", inner.default))
 
 
+def needs_labels(name: str) -> bool:
+    """Tell whether a policy learns from a file of judged replies that must be given."""
+    options = POLICIES[name].options
+    return options is not None and any(of.is_required() for field, of in options.model_fields.items() if field != "agents")
+
+
 def check_words(entry: PolicyEntry, words: str | None, config: Config) -> PolicyOptions | None:
     """Return the parameters of a policy, None where it has none.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from dmoa.engines.gpus import pool_gpus
@@ -10,7 +11,7 @@ from dmoa.evaluation import figures
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.policies.registry import POLICIES, split_policy
 from dmoa.workflows.console import new_table, stdout_console
-from dmoa.workflows.evaluate import opened_ray, run_evaluation
+from dmoa.workflows.evaluate import expand_policies, opened_ray, run_evaluation
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -26,17 +27,13 @@ _SAMPLING = ("self_consistency", "best_of_n")
 
 def run_comparison(options: CompareOptions, config: Config | None, common: Common, command: str) -> Evaluation:
     """Compare policies and show the result. Raises as `run_evaluation`."""
-    options = options.model_copy(update={"policies": with_baselines(options)})
-    if not options.curve:
+    options = options.model_copy(update={"policies": with_baselines(options, config)})
+    with opened_ray(options.address, pool_gpus(config) * options.workers) if options.curve and config else nullcontext():
         evaluation = run_evaluation(options, config, common, command)
-        print_matched(evaluation)
-        return evaluation
-    assert config is not None
-    with opened_ray(options.address, pool_gpus(config) * options.workers):
-        evaluation = run_evaluation(options, config, common, command)
-        evaluation = run_curve(options, config, common, command)
+        evaluation = run_curve(options, config, common, command) if options.curve and config else evaluation
     print_matched(evaluation)
-    print_curve(evaluation)
+    if options.curve:
+        print_curve(evaluation)
     return evaluation
 
 
@@ -52,10 +49,11 @@ def run_curve(options: CompareOptions, config: Config, common: Common, command: 
     if uri_of(options.out):
         raise ConfigError(f"--out is {uri_of(options.out)!r}; with --curve it is a folder of this machine; copy it afterwards")
     folder = RunFolder(options.out.absolute())
+    shared = {"call_cache": folder.root / "calls"} if options.has_own_cache else {}
     for count in options.curve:
         for defence in options.curve_defences:
             common.say(f"{count} of {len(config.agents)} agents as {options.kind}, defence {defence}")
-            changes = {"adversaries": count, "defence": defence, "curve": (), "out": folder.curve(count, defence)}
+            changes = {"adversaries": count, "defence": defence, "curve": (), "out": folder.curve(count, defence)} | shared
             run_evaluation(options.model_copy(update=changes), config, common, command, shows_result=False)
     return finish_run(folder)
 
@@ -72,15 +70,16 @@ def print_curve(evaluation: Evaluation) -> None:
     console.print(f"accuracy, %, by number of agents that work against the swarm ({kinds})", soft_wrap=True)
 
 
-def with_baselines(options: CompareOptions) -> tuple[str, ...]:
-    """Return the policies with the baselines that are not among them.
+def with_baselines(options: CompareOptions, config: Config | None = None) -> tuple[str, ...]:
+    """Return the policies, `all` spelt out, with the baselines that are not among them.
 
     Where a budget holds within steps, samplers without a number of their own may take `MOST_SAMPLES`: the budget ends them.
     """
-    named = {split_policy(policy)[0] for policy in options.policies}
+    given = expand_policies(options.policies, config)
+    named = {split_policy(policy)[0] for policy in given}
     more = [name for name in BASELINES if name in POLICIES and name not in named] if options.baselines else []
     is_paced = options.match in ("tokens", "calls", "price") and options.url is None
-    reference, *others = (*options.policies, *more)
+    reference, *others = (*given, *more)
     raised = [f"{name}:k={MOST_SAMPLES}" if is_paced and name in _SAMPLING else name for name in others]
     return tuple(dict.fromkeys((reference, *raised)))
 

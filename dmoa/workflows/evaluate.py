@@ -20,7 +20,7 @@ from dmoa.evaluation.answering import Asking
 from dmoa.evaluation.records import EvaluateOptions
 from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.policies.registry import POLICIES, check_words, split_policy, width_of
+from dmoa.policies.registry import POLICIES, check_words, needs_labels, split_policy, width_of
 from dmoa.swarm import limits_for
 from dmoa.types import Limits
 from dmoa.validation import did_you_mean
@@ -51,7 +51,7 @@ def run_evaluation(
     from dmoa.storage import display_path, localized
 
     names = expand_names(options.benchmarks)
-    options = options.model_copy(update={"policies": POLICIES.resolve(options.policies, "--policies")})
+    options = options.model_copy(update={"policies": POLICIES.resolve(expand_policies(options.policies, config), "--policies")})
     check_policies(options.policies, config, tuple(options.gates))
     if config is not None and options.defence is not None:
         summarizer = config.summarizer.model_copy(update={"defence": options.defence})
@@ -71,6 +71,8 @@ def _evaluated(
 
     assert options.out is not None
     folder = RunFolder(options.out.absolute())
+    if isinstance(options, CompareOptions) and options.has_own_cache:
+        options = options.model_copy(update={"call_cache": folder.root / "calls"})
     if options.resume and not folder.run.exists():
         common.say(f"--resume: {display_path(folder.root)!r} holds no run yet; one begins")
     with Bars(common.verbosity) as bars:
@@ -134,6 +136,14 @@ def opened_ray(address: str | None, num_gpus: float = 0.0) -> Iterator[None]:
             ray.shutdown()
 
 
+def expand_policies(policies: tuple[str, ...], config: Config | None) -> tuple[str, ...]:
+    """Return the policies with `all` replaced by every one of ours that needs no labels and that the pool's agents can run."""
+    is_recorded = config is not None and any(config.llms[agent.llm].engine_entry.is_recorded for agent in config.agents)
+    known = POLICIES.builtin if "all" in policies else ()
+    every = [name for name in known if not needs_labels(name) and (POLICIES[name].first_step_only or not is_recorded)]
+    return tuple(dict.fromkeys(name for given in policies for name in (every if given == "all" else (given,))))
+
+
 def check_policies(policies: tuple[str, ...], config: Config | None, gates: tuple[str, ...] = ()) -> None:
     """Raise RequestError for a policy, an agent or a gate that there is not."""
     for policy in policies:
@@ -179,13 +189,15 @@ def build_evaluation(
         pool, workers, pool_limits = _server(options)
         gate_version, gates, engines = None, {}, []
     else:
-        from dmoa.agents.pool import build_other_gate, build_pool_gate, check_files
+        from dmoa.agents.pool import build_other_gate, build_pool_gate, check_files, fingerprint
+        from dmoa.evaluation.records import PoolInfo
 
         check_files(config)
         fetch_models(config, common.say)
         gate_version = build_pool_gate(config)[1].version
         gates = {name: build_other_gate(config, folder)[1].version for name, folder in options.gates.items()}
-        pool, workers, pool_limits = _pool(config), _workers(options, config), limits_for(config)
+        pool = PoolInfo(name=config.name, fingerprint=fingerprint(config), config=config.model_dump(mode="json"))
+        workers, pool_limits = _workers(options, config), limits_for(config)
         engines = [f"{llm.engine}/{llm.options.model_dump_json()}" for llm in config.llms.values()]
     limits = options.limits(pool_limits)
     return Session(
@@ -204,13 +216,6 @@ def build_evaluation(
         score_at_once=max(1, os.cpu_count() or 1),
         open_ray=partial(opened_ray, options.address, workers.count * workers.num_gpus),
     )
-
-
-def _pool(config: Config) -> PoolInfo:
-    from dmoa.agents.pool import fingerprint
-    from dmoa.evaluation.records import PoolInfo
-
-    return PoolInfo(name=config.name, fingerprint=fingerprint(config), config=config.model_dump(mode="json"))
 
 
 def _workers(options: EvaluateOptions, config: Config) -> AnswerWorkers:

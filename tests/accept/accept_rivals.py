@@ -14,10 +14,8 @@ import json
 import os
 import sys
 import time
-import uuid
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from study_replies import Replies, everyone, first_step, replies, rows_of
 
 from dmoa.agents.adversaries import KINDS, Adversaries, corrupted
 from dmoa.agents.embedder import MiniLmEncoder
-from dmoa.agents.pool import build_local, load_pool
+from dmoa.agents.pool import load_pool
 from dmoa.config import Config
 from dmoa.core.aggregate import select_contribution
 from dmoa.core.defences import barred
@@ -50,25 +48,19 @@ from dmoa.evaluation.answering import Asking, query_of_task
 from dmoa.evaluation.records import Reply, Row, Task
 from dmoa.evaluation.registry import SUITES
 from dmoa.evaluation.statistics import compare_policies, interval
-from dmoa.policies.registry import POLICIES, split_policy
+from dmoa.policies.registry import split_policy
 from dmoa.protocols import Encoder, final_answer
 from dmoa.storage import write_whole
 from dmoa.swarm import Swarm
-from dmoa.types import AgentCall, AgentReply, Answer, Defence, FloatArray, GenerationRequest, Limits, Message, Sampling
+from dmoa.types import AgentCall, AgentReply, Answer, Defence, FloatArray, Limits, Message, Sampling
 from dmoa.workflows.backends import build_local_swarm
 from tests.accept.checks import ROOT, ROWS, run_check
-from tests.unit.agents.openai_server import Call, playing
-from tests.unit.policies.test_outside import QUESTION, Script, counted, swarm_of
+from tests.accept.rivals_overhead import overhead
+from tests.accept.rivals_report import report
 
 IN_FLIGHT = 8
 LEARN, SEED = 100, 0
-MOST_LOST, MOST_OVERHEAD = 0.03, 0.10
-MOST_CALLS, REAL_TOKENS = 64, 8
-REAL = {
-    "name": "real",
-    "llms": {"m": {"model": "embedded:smollm2-135m", "max_num_seqs": MOST_CALLS}},
-    "agents": [{"name": "a", "llm": "m", "profile": "Answers."}],
-}
+MOST_LOST = 0.03
 Figures = dict[str, Any]
 Judge = Callable[[int, str], float]
 
@@ -528,116 +520,18 @@ async def _attacked(
     return {policy: {name: value for name, value in entry.items() if name != "values"} for policy, entry in found.items()}
 
 
-def overhead(queries: int, delay_s: float, engine: str, rounds: int) -> Figures:
-    """Return wall time of eight concurrent queries through the runtime, beside a plain script of the same calls.
-
-    `engine`: the embedded model behind a chat endpoint in this process, or `delay`, which answers after a set time, so that what
-    differs is the runtime's own work. Both sides may have all their calls under way at once, and take turns; medians of the
-    rounds after a first one that warms up. Processor time is that of this process, the endpoint's included.
-    """
-    found: Figures = {"engine": engine}
-    for policy in ("moa", "self_consistency:b"):
-        taken = asyncio.run(_turns(policy, queries, delay_s, engine, rounds))
-        entry = {side: dict(zip(("seconds", "cpu_s", "calls", "tokens"), values, strict=True)) for side, values in taken.items()}
-        found[policy] = entry | {"overhead": round(entry["runtime"]["seconds"] / entry["script"]["seconds"] - 1, 4)}
-    same = all(
-        entry["script"][of] == entry["runtime"][of] for entry in found.values() if entry != engine for of in ("calls", "tokens")
-    )
-    found["passed"] = same and all(entry["overhead"] <= MOST_OVERHEAD for entry in found.values() if entry != engine)
-    return found
-
-
-async def _turns(policy: str, queries: int, delay_s: float, engine: str, rounds: int) -> dict[str, list[float]]:
-    """Return seconds, processor seconds, calls and tokens of a round of each side: medians."""
-    real = build_local(Config.model_validate(REAL))[1][0] if engine == "embedded" else None
-
-    async def answered(call: Call) -> None:
-        if real is None:
-            await asyncio.sleep(delay_s)
-            await counted(call)
-            return
-        messages = tuple(Message(**message) for message in call.body["messages"])
-        sampling = Sampling(temperature=0.0, max_tokens=REAL_TOKENS)
-        made = await real.generate(GenerationRequest(request_id=uuid.uuid4().hex, messages=messages, sampling=sampling))
-        usage = {"prompt_tokens": made.usage.prompt_tokens, "completion_tokens": made.usage.completion_tokens, "total_tokens": 0}
-        choice = {"index": 0, "message": {"role": "assistant", "content": made.text}, "finish_reason": made.finish_reason}
-        await call.send(200, json.dumps({"choices": [choice], "usage": usage}).encode())
-
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MOST_CALLS))  # one thread for each call of the script
-    taken: dict[str, list[tuple[float, ...]]] = {"script": [], "runtime": []}
-    async with playing(answered) as server:
-        script, swarm, room = Script(server.url), swarm_of(server.url, MOST_CALLS), asyncio.Semaphore(IN_FLIGHT)
-
-        async def one(side: str, number: int) -> int:
-            async with room:
-                if side == "script":
-                    await (script.moa() if policy == "moa" else script.self_consistency())
-                    return 0
-                task = Task(row_id=str(number), benchmark="b", text=QUESTION)
-                query = query_of_task(task, policy, Asking(seed=0, limits=Limits(max_steps=9)))
-                return (await final_answer(swarm, query, *split_policy(policy))).usage.total
-
-        for turn in range(rounds + 1):
-            for side, values in taken.items():
-                server.calls.clear()
-                before, started, cpu = script.tokens, time.perf_counter(), time.process_time()
-                tokens = sum(await asyncio.gather(*(one(side, number) for number in range(queries))))
-                seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-                if turn:
-                    values.append((seconds, cpu, len(server.calls), tokens or script.tokens - before))
-        await swarm.close()
-    if real is not None:
-        await real.close()
-    return {side: np.median(values, axis=0).round(4).tolist() for side, values in taken.items()}
-
-
-def seen(tab: Any, page: Path) -> Figures:
-    """Return what a browser shows of a report."""
-    tab.open(page.absolute().as_uri())
-    return {
-        "heading": tab.text("h1"),
-        "drawings": tab.run("document.querySelectorAll('svg').length"),
-        "policies_in_table": tab.run("document.querySelectorAll('table')[0].querySelectorAll('tbody tr').length"),
-        "problems": tab.problems,
-    }
-
-
-def report(out: Path, benchmarks: str, limit: int, data: Path, config: str | None) -> Figures:
-    """Every policy that needs no labels on some benchmarks, and its report in a headless browser where one is installed.
-
-    `config` None: scripted agents, whose figures mean nothing; the report is the same kind of page.
-    """
-    from tests.accept.browser import browser, executable
-    from tests.integration.evaluations import command, run, scripted_pool
-
-    names = [name for name, entry in POLICIES.items() if "data" not in getattr(entry.options, "model_fields", {})]
-    out.mkdir(parents=True, exist_ok=True)
-    base = command(out / "run", "--config", config or str(scripted_pool(out)), "--benchmarks", benchmarks, "--limit", str(limit))
-    rows = ["--data-dir", str(data)] if data.is_dir() else []
-    asked = ["--policies", ",".join(names), "--match", "none", "--budget", "cpu", "--resume"]
-    done = run([base[0], "compare", *base[2:], *rows, *asked])
-    found: Figures = {"policies": len(names), "exit": done.returncode, "stderr": done.stderr[-600:] if done.returncode else ""}
-    page = out / "run" / "report.html"
-    if executable() and page.exists():
-        with browser() as new_tab:
-            tab = new_tab()
-            found |= seen(tab, page)
-    found["passed"] = (
-        done.returncode == 0 and found.get("policies_in_table", len(names)) == len(names) and not found.get("problems")
-    )
-    return found
-
-
 FLAGS: dict[str, dict[str, Any]] = {
     "--lines": {"default": "recorded,attacked,report,overhead,suites,attacked_suites,adversaries"},
     "--folder": {"type": Path, "default": Path("out/rivals"), "help": "answers that are kept between runs"},
     "--limit": {"type": int, "default": 300, "help": "recorded test rows of a pool"},
     "--benchmarks": {"default": "arith,words", "help": "of the report"},
     "--config": {"help": "pool of the report [scripted agents]"},
-    "--queries": {"type": int, "default": 40, "help": "of the runtime beside a script"},
+    "--report-limit": {"type": int, "default": 4, "help": "rows of a benchmark, of the report"},
+    "--max-tokens": {"help": "of a reply, of the report"},
+    "--queries": {"type": int, "default": 16, "help": "of a turn of the runtime or the script beside it"},
     "--engine": {"choices": ("embedded", "delay"), "default": "embedded", "help": "of the runtime beside a script"},
     "--delay": {"type": float, "default": 0.5, "help": "seconds that the stand-in for an engine takes for a call"},
-    "--rounds": {"type": int, "default": 3, "help": "of the runtime beside a script"},
+    "--rounds": {"type": int, "default": 12, "help": "pairs of turns, of the runtime beside a script"},
     "--rows": {"type": int, "default": 5, "help": "test rows of a suite, of `suites` and `adversaries`"},
     "--pools": {"default": "specialists,specialists-generalist", "help": "of the suites"},
     "--longer-rows": {"type": int, "default": 30, "help": "test rows for policies of several calls an agent"},
@@ -650,6 +544,8 @@ def check(options: Namespace) -> Figures:
     """Measure the lines that are asked for; what the JSON file holds of other lines is kept."""
     source = Path(os.environ.get("DMOA_RECORDED", ROOT.parent / "shared" / "outcomes"))
     counts = [int(count) for count in options.adversaries.split(",")]
+    asked = ["--benchmarks", options.benchmarks, *(["--data-dir", str(ROWS)] if ROWS.is_dir() else [])]
+    most = ["--max-tokens", options.max_tokens] if options.max_tokens else []
     known = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
     known.pop("passed", None)
 
@@ -660,7 +556,7 @@ def check(options: Namespace) -> Figures:
     measures: dict[str, Callable[[], Figures]] = {
         "recorded": lambda: recorded(source, options.folder, options.limit) if source.is_dir() else skipped,
         "attacked": lambda: attacked(source, options.folder, options.limit) if source.is_dir() else skipped,
-        "report": lambda: report(options.folder / "report", options.benchmarks, 4, ROWS, options.config),
+        "report": lambda: report(options.folder / "report", asked, options.config, options.report_limit, most),
         "overhead": lambda: overhead(options.queries, options.delay, options.engine, options.rounds),
         "suites": lambda: suites(options.folder, options.rows, options.pools.split(","), options.longer_rows, keep("suites")),
         "attacked_suites": lambda: attacked_suites(options.folder, options.rows, counts),

@@ -114,6 +114,7 @@ def test_a_comparison_that_is_killed_goes_on_with_its_budget_and_its_curve(tmp_p
         (int(name[0]), name[2:]) for name in points
     }
     assert results[1]["config"]["budgets"]["arith"] == {"budget_tokens": 2000}
+    assert sum(row["memoised_tokens"] for row in results[0]["rows"]) > 0, "dense, majority_k and single begin with the same calls"
     steps = {row["policy"]: row["steps_mean"] for row in results[1]["rows"]}
     assert steps["mcts:simulations=2"] == 5
     assert {"self_moa", "self_consistency:k=16", "single"} <= steps.keys()

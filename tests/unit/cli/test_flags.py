@@ -25,7 +25,7 @@ FLAGS = {
     "demo": "--port:int>=1 --out:Path=out/demo --questions:int>=1=1 --queries:int>=12=60 --held-out:int>=1=8 --seed:int>=0=0",
     "evaluate": (
         "--benchmarks:str=all --policies:str=dmoa,single --gates:str --data-dir:Path --split:str=test "
-        "--limit:int>=1 --seed:int>=0=0 --difficulty:int>=1=1 --budget:str=pool --out:Path "
+        "--limit:int>=1 --seed:int>=0=0 --difficulty:int>=1=1 --budget:str=pool --max-tokens:int>=1 --out:Path "
         "--adversaries:int>=0=0 --kind:str=liar --defence:str "
         "--resume:bool=False --retry-failed:bool=False --skip-bad-rows:bool=False "
         "--allow-weak-sandbox:bool=False --call-cache:Path --checkpoint:Path --url:str "
@@ -34,13 +34,13 @@ FLAGS = {
     ),
     "compare": (
         "--benchmarks:str! --policies:str=dmoa --gates:str --data-dir:Path --split:str=test "
-        "--limit:int>=1 --seed:int>=0=0 --difficulty:int>=1=1 --budget:str=pool --out:Path "
+        "--limit:int>=1 --seed:int>=0=0 --difficulty:int>=1=1 --budget:str=pool --max-tokens:int>=1 --out:Path "
         "--adversaries:int>=0=0 --kind:str=liar --defence:str "
         "--resume:bool=False --retry-failed:bool=False --skip-bad-rows:bool=False "
         "--allow-weak-sandbox:bool=False --call-cache:Path --checkpoint:Path --url:str "
         "--address:str$RAY_ADDRESS --workers:int>=1=1 --concurrency:int>=1 --track:str=auto "
         "--match:str=tokens --match-budget:float --baselines/--no-baselines:bool=True --repeats:int>=1=1 "
-        "--curve:str= --curve-defences:str=none"
+        "--curve:str= --curve-defences:str=none --share-calls/--no-share-calls:bool=True"
     ),
     "report": "--html:Path",
     "probe": (

@@ -14,9 +14,24 @@ from dmoa.evaluation.repeats import merge_repeats
 from dmoa.evaluation.report import pareto
 from dmoa.evaluation.results import build_evaluation, read_evaluation
 from dmoa.evaluation.run import finish_run
-from dmoa.testing import FakeAgents, Say, Schedule, answer_of, answered, asks, orchestrator_of, query, run_info, scored, write_run
+from dmoa.policies.registry import POLICIES
+from dmoa.testing import (
+    FakeAgents,
+    Say,
+    Schedule,
+    answer_of,
+    answered,
+    asks,
+    orchestrator_of,
+    query,
+    run_info,
+    scored,
+    scripted_pool,
+    write_run,
+)
 from dmoa.types import Limits, Price
 from dmoa.workflows.compare import against, share_of_budget, taken, with_baselines
+from dmoa.workflows.evaluate import expand_policies
 
 TASK = Task(row_id="gsm8k/test/1", benchmark="gsm8k", text="?")
 
@@ -170,6 +185,33 @@ def test_baselines_are_added_once() -> None:
     assert policies(policies="self_consistency,best_of_n:k=3", baselines=False) == ("self_consistency", "best_of_n:k=3")
     assert "single" not in policies(policies="dmoa,single:a")
     assert policies(policies="dense", baselines=False) == ("dense",)
+
+
+def test_all_names_every_policy_that_the_pool_can_run_without_labels() -> None:
+    generated = scripted_pool(("a", "b"))
+    every = expand_policies(("single:a", "all", "dense"), generated)
+    labelled = {"bandit", "knn_router", "linear_router", "kmeans", "gptswarm", "g_designer"}
+    assert every[0] == "single:a"
+    assert len(set(every)) == len(every)
+    assert set(every) == {"single:a", *POLICIES.builtin} - labelled
+    assert expand_policies(("dense",), generated) == ("dense",)
+    llms = {name: llm.model_copy(update={"engine": "recorded"}) for name, llm in generated.llms.items()}
+    once = expand_policies(("all",), generated.model_copy(update={"llms": llms}))
+    assert {"dmoa", "dense", "majority_k", "knapsack"} <= set(once)
+    assert not {"moa", "debate", "selector", "bandit"} & set(once)
+
+
+def test_policies_share_calls_unless_time_or_samples_are_compared() -> None:
+    def shares(**values: object) -> bool:
+        return CompareOptions.parse({"benchmarks": "arith", **values}).has_own_cache
+
+    assert shares()
+    assert shares(match="none")
+    assert not shares(share_calls=False)
+    assert not shares(match="latency")
+    assert not shares(repeats=2)
+    assert not shares(call_cache="c")
+    assert not shares(url="http://x")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ def test_the_cpu_budget_only_lowers_the_pools_limits(pool: Limits, expected: Lim
     assert options.limits(pool) == expected
     unlimited = EvaluateOptions.parse({"benchmarks": "arith"})
     assert unlimited.limits(pool) == pool
+    short = {"benchmarks": "arith", "max_tokens": 16}
+    assert EvaluateOptions.parse(short).limits(pool) == replace(pool, max_tokens=16)
+    assert EvaluateOptions.parse(short | {"budget": "cpu"}).limits(pool) == replace(expected, max_tokens=16)
 
 
 @pytest.mark.parametrize(
