@@ -41,7 +41,8 @@ def overhead(queries: int, delay_s: float, engine: str, rounds: int) -> Figures:
     `engine`: the embedded model behind a chat endpoint in this process, or `delay`, which answers after a set time, so that what
     differs is the runtime's own work. Both sides may have all their calls under way at once. They take short turns, each first
     as often; a round's two turns are compared with each other, so that load that comes and goes is on both. The overhead is the
-    median of these ratios less one, with its 95 % interval. Processor time is that of this process, the endpoint's included.
+    median of these ratios less one; its quartiles stand beside it. Processor time is of this process, endpoint included;
+    what the runtime takes more of it, as a share of the script's wall time, hardly depends on what else the machine does.
     """
     found: Figures = {"engine": engine}
     for policy in ("moa", "self_consistency:b"):
@@ -51,7 +52,9 @@ def overhead(queries: int, delay_s: float, engine: str, rounds: int) -> Figures:
             for side, values in taken.items()
         }
         by_turn = {of: ratio(*(np.array(taken[side])[:, at].tolist() for side in SIDES)) for at, of in enumerate(("wall", "cpu"))}
-        entry |= {f"{of}_over_script": [round(x - 1, 4) for x in (r.median, r.low, r.high)] for of, r in by_turn.items()}
+        entry |= {f"{of}_over_script": [round(x - 1, 4) for x in (r.value, r.low, r.high)] for of, r in by_turn.items()}
+        extra = np.array(taken["runtime"])[:, 1] - np.array(taken["script"])[:, 1]
+        entry["extra_cpu_of_wall"] = round(float(np.median(extra)) / entry["script"]["seconds"], 4)
         entry["overhead"] = entry["wall_over_script"][0]
         entry["same"] = all(entry["script"][of] == entry["runtime"][of] for of in ("calls", "tokens"))
         found[policy] = entry
