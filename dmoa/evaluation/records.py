@@ -246,7 +246,8 @@ class EvaluateOptions(Options):
     def limits(self, pool: Limits) -> Limits:
         """Return a query's limits: the pool's, lowered by the budget."""
         agents = min(pool.max_agents or CPU_BUDGET["max_agents"], CPU_BUDGET["max_agents"])
-        lowered = replace(pool, **CPU_BUDGET | {"max_steps": min(pool.max_steps, CPU_BUDGET["max_steps"]), "max_agents": agents})
+        steps = min(pool.max_steps, CPU_BUDGET["max_steps"])
+        lowered = replace(pool, max_steps=steps, max_agents=agents, max_tokens=CPU_BUDGET["max_tokens"])
         limits = pool if self.budget == "pool" else lowered
         return replace(limits, max_tokens=self.max_tokens or limits.max_tokens)
 
