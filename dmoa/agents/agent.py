@@ -32,6 +32,8 @@ from dmoa.validation import redact_text
 _LOG = logging.getLogger("dmoa.agent")
 
 MAX_TOOL_ROUNDS = 4
+LEAST_CHARS, CHARS_PER_TOKEN = 65_536, 64
+"""Bound of a reply's text and thought: what is longer than its tokens can be is no contribution, whatever sent it."""
 
 
 class Agent:
@@ -91,6 +93,7 @@ class Agent:
                         yield delta
                 if generation is None:
                     raise EngineError(f"engine {self._engine.label}: its stream ended without a generation")
+                _check_length(generation, call)
                 rounds.append(generation)
                 text += generation.raw or generation.text
                 found = toolbox.find_call(text, tools) if tools else None
@@ -142,8 +145,8 @@ class Agent:
         return AgentReply(
             agent=call.agent,
             status="ok",
-            text=answer,
-            reasoning=reasoning,
+            text=_sound(answer),
+            reasoning=_sound(reasoning),
             finish_reason="length" if is_cut or split.is_open else rounds[-1].finish_reason,
             entropy=_known(entropy),
             reasoning_entropy=_known(thought_entropy),
@@ -171,6 +174,19 @@ class Agent:
             engine=self._engine.label,
             is_bug=is_bug(error),
         )
+
+
+def _check_length(generation: Generation, call: AgentCall) -> None:
+    """Raise EngineError for more text than the call's tokens can be; other agents' prompts and the trace would carry it."""
+    most, seen = LEAST_CHARS + CHARS_PER_TOKEN * call.sampling.max_tokens, len(generation.text) + len(generation.reasoning)
+    if seen > most:
+        what = f"agent {call.agent!r}: its reply has {seen} characters for max_tokens {call.sampling.max_tokens}"
+        raise EngineError(f"{what}; expected at most {most}")
+
+
+def _sound(text: str) -> str:
+    """Return a text without what UTF-8 cannot carry: another agent's engine would fail on it."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _known(entropy: EntropySum) -> EntropySum:

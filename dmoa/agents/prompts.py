@@ -21,12 +21,15 @@ COMMON_SYSTEM = "You work with other experts on a user's question. Be brief and 
 
 _LINE_END = re.compile(r"(\r\n|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029])")
 _FRAME = re.compile(
-    r"\W*(?:(?:contribution|thoughts)\W+of\W+\S{1,80}?\W*:|work\W+so\W+far\W+step\W*\d|your\W+role\W*:|answer\W+the\W+question\W+above\b"
-    r"|tools\W+used\W+since\W*:"
+    r"\W*+(?:(?:contribution|thoughts)\W+of\W++[^\s:]{1,80}+[^\w:]*+:|work\W+so\W+far\W+step\W*\d|your\W+role\W*:"
+    r"|answer\W+the\W+question\W+above\b|tools\W+used\W+since\W*:"
     r"|write\W+on\W+the\W+first\W+line\b|(?-i:FINAL|CONTINUE)\W*$)",
     re.IGNORECASE,
 )
-"""Lines that frame what agents wrote, or look like it: with other capitals, or signs around the words."""
+"""Lines that frame what agents wrote, or look like it: with other capitals, or signs around the words.
+
+Possessive, so that no line takes more than time in proportion to its length: another pool member writes it.
+"""
 
 _VERDICT = (
     "Write on the first line exactly FINAL if the question is now fully answered, else exactly CONTINUE. "

@@ -158,7 +158,10 @@ def literal_at(text: str, start: int) -> tuple[str, int] | None:
 
 
 def _end_of(text: str, start: int) -> int | None:
-    """Return where the brackets or quotes that open at `start` close; None if they do not."""
+    """Return where the brackets or quotes that open at `start` close; None if they do not, or are too deep for a literal.
+
+    Looking on from there would take a text that opens a bracket in every place the square of its length.
+    """
     stack: list[str] = []
     quote, place = "", start
     while place < min(len(text), start + MAX_LITERAL_CHARS):
@@ -174,6 +177,8 @@ def _end_of(text: str, start: int) -> int | None:
             quote = "\u2019" if char == "\u2018" else "\u201d"
         elif char in _CLOSING:
             stack.append(_CLOSING[char])
+            if len(stack) > _MAX_DEPTH:
+                return None
         elif stack and char == stack[-1]:
             stack.pop()
         place += 1

@@ -71,6 +71,8 @@ _LOG = logging.getLogger("dmoa.openai")
 CONNECT_TIMEOUT_S = 10.0
 BROKEN_OFF_S = 0.4
 """How long to wait after a stream broke off; every other wait is the client's."""
+LEAST_REPLY_BYTES, BYTES_PER_TOKEN = 1 << 20, 8192
+"""Bound of a reply: a token with twenty alternatives takes some 3 kB of JSON."""
 _MAX_READ_CHARS = 4000
 _MAX_QUOTED_CHARS = 300
 _TEMPLATE_CHARS = 16
@@ -339,9 +341,9 @@ class OpenaiEngine:
                 retries_taken = response.retries_taken
                 kind = response.headers.get("content-type", "").lower()
                 if kind.startswith("application/json") or not (is_stream or kind.startswith("text/event-stream")):
-                    draft.take(await response.read())
+                    draft.take(b"".join([chunk async for chunk in self._within(response.iter_bytes(), request)]))
                 else:
-                    is_whole = await _read_events(response.iter_bytes(), draft)
+                    is_whole = await _read_events(self._within(response.iter_bytes(), request), draft)
         except APIStatusError as error:
             raise self._refusal(error, body) from None
         except (APIConnectionError, httpx2.RequestError, ssl.SSLError) as error:
@@ -437,6 +439,17 @@ class OpenaiEngine:
 
     def _fault(self, text: str) -> EngineError:
         return self._error(self._quoted(text))
+
+    async def _within(self, chunks: AsyncIterator[bytes], request: GenerationRequest) -> AsyncIterator[bytes]:
+        """Pass a reply's bytes on. Raises EngineError where they are more than its tokens can need."""
+        most, seen = LEAST_REPLY_BYTES + BYTES_PER_TOKEN * request.sampling.max_tokens, 0
+        async for chunk in chunks:
+            seen += len(chunk)
+            if seen > most:
+                raise self._error(
+                    f"its reply has more than {most} bytes for max_tokens {request.sampling.max_tokens}; it was not read"
+                )
+            yield chunk
 
     def _named(self, text: str) -> str:
         return f"openai:{self._model}: {text}"

@@ -516,12 +516,14 @@ async def events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
 async def _lines(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
     """Yield the lines of a stream without their ends and without its byte order mark, and last an empty one."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
-    rest = ""
+    rest = [""]  # of a line, in pieces: one that comes byte by byte is put together once
     async for chunk in chunks:
-        *lines, rest = (rest + decoder.decode(chunk)).split("\n")
-        for line in lines:
-            yield line
-    yield (rest + decoder.decode(b"", final=True)).rstrip("\n")
+        first, *others = decoder.decode(chunk).split("\n")
+        rest.append(first)
+        for line in others:
+            yield "".join(rest)
+            rest = [line]
+    yield ("".join(rest) + decoder.decode(b"", final=True)).rstrip("\n")
     yield ""
 
 

@@ -93,6 +93,34 @@ async def test_an_error_of_code_is_told_from_one_of_the_world(
     assert [record.exc_info[1] for record in logged if record.exc_info] == [error] * is_bug
 
 
+@pytest.mark.parametrize(
+    ("text", "thought", "status"),
+    [("x" * 66_000, "", "ok"), ("x" * 10_000_000, "", "failed"), ("x", "x" * 10_000_000, "failed"), ("x", "", "ok")],
+)
+async def test_a_reply_that_is_longer_than_its_tokens_is_no_contribution(text: str, thought: str, status: str) -> None:
+    reply = await agent_of(ListEngine(generated(text, reasoning=thought))).call(call_of(max_tokens=16))
+    assert reply.status == status
+    assert len(reply.text) <= 66_000
+    assert status == "ok" or (reply.error or "").endswith("for max_tokens 16; expected at most 66560")
+
+
+@pytest.mark.parametrize("text", ["It is \ud800 19.", "\udfff"])
+async def test_what_utf_8_cannot_carry_reaches_nobody(text: str) -> None:
+    reply = await agent_of(ListEngine(generated(text, reasoning=text))).call(call_of())
+    assert (reply.text, reply.reasoning) == (text.encode("utf-8", "replace").decode(),) * 2
+    assert "?" in reply.text
+
+
+@pytest.mark.parametrize("nats", [float("nan"), float("inf"), -3.0, -float("inf")])
+async def test_an_entropy_that_cannot_be_is_no_confidence(nats: float) -> None:
+    reply = await agent_of(ListEngine(generated("It is 18.", entropy=EntropySum(sum_nats=nats, tokens=4)))).call(call_of())
+    honest = AgentReply(agent="b", status="ok", text="It is 19.", entropy=EntropySum(sum_nats=4.0, tokens=4))
+    assert reply.entropy.mean_nats is None
+    chosen = select_contribution([reply, honest])
+    assert chosen is not None
+    assert chosen.agent == "b"
+
+
 def call_of(**sampling: Any) -> AgentCall:
     return AgentCall(
         trace_id="t1", step=2, agent="solver", messages=(QUESTION,), sampling=Sampling(**sampling), deadline_unix_s=99.0

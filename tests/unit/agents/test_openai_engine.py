@@ -380,6 +380,43 @@ async def test_garbled_replies_are_errors_and_not_asked_for_again(data: bytes, n
     assert len(endpoint.calls) == 1
 
 
+@pytest.mark.parametrize("kind", ["one line", "events", "no end of a line"])
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_reply_without_end_is_given_up(kind: str, is_stream: bool) -> None:
+    sent = 0
+
+    async def endless(call: Call) -> None:
+        nonlocal sent
+        await call.open_stream()
+        piece = event_bytes({"choices": [{"delta": {"content": "x" * 60_000}}]}) if kind == "events" else b"x" * 60_000
+        while True:
+            await call.chunk(piece if kind != "one line" else b"data: " + piece)
+            sent += len(piece)
+
+    async with playing(endless) as endpoint:
+        engine = engine_of(endpoint)
+        with pytest.raises(EngineError, match="more than 1179648 bytes for max_tokens 16"):
+            await generated(engine, request("q", max_tokens=16), is_stream=is_stream)
+        await engine.close()
+        assert len(endpoint.calls) == 1
+    assert sent < 64 * 2**20, "most of it is in the kernel's buffers"
+
+
+async def test_a_reply_may_come_byte_by_byte() -> None:
+    data = event_bytes({"choices": [{"delta": {"content": "It is 19."}, "finish_reason": "stop"}]})
+
+    async def slowly(call: Call) -> None:
+        await call.open_stream()
+        for place in range(len(data)):
+            await call.chunk(data[place : place + 1])
+        await call.raw(b"0\r\n\r\n")
+
+    async with playing(slowly) as endpoint:
+        engine = engine_of(endpoint)
+        assert (await read(engine, request("q")))[1].text == "It is 19."
+        await engine.close()
+
+
 async def test_the_usage_of_the_reply_is_believed_whatever_else_is_in_it() -> None:
     extra = USAGE | {"prompt_tokens_details": None, "completion_tokens_details": {"reasoning_tokens": 2}, "cost": 0.1}
     async with playing(answer("19", usage=extra)) as endpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -118,3 +119,20 @@ def test_ordinary_texts_stand_as_they_are(text: str) -> None:
     replies = [AgentReply(agent="a", status="ok", text=text)]
     content = summarizer_messages(QUERY, [text], replies, profile="Merges.")[-1].content
     assert f"Work so far, step 1:\n{text.strip()}\n\nContribution of a:\n{text.strip()}\n\nYour role: Merges. " in content
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["contribution of -", "contribution-", "thoughts of a", "work so far step", "your role ", "FINAL ", "- ", "\n", "\u200b"],
+)
+@pytest.mark.parametrize("tail", ["-", " ", "x", ":", "\u2028"])
+def test_a_text_takes_time_in_proportion_to_its_length(unit: str, tail: str) -> None:
+    """An agent writes it, and all queries of the process wait: one that repeats `contribution of -----` took minutes."""
+    once, often = (min(_seconds(unit + tail * size) for _ in range(3)) for size in (1_000, 16_000))
+    assert often < 100 * once + 0.05
+
+
+def _seconds(text: str) -> float:
+    started = time.process_time()
+    agent_messages(QUERY, [text], profile="Checks.")
+    return time.process_time() - started

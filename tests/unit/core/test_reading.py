@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoa.core.answers import extract_answer, read_answer, read_number, same_answer
+from dmoa.core.literals import read_literal
 from dmoa.core.numbers import find_numbers, plain_text, spelled
 from tests.examples import examples
 
@@ -234,3 +236,16 @@ def test_a_number_in_the_ways_of_other_countries_is_itself_or_ambiguous(whole: i
     for spelling in (english, english.translate(str.maketrans(",.", ".,")), english.replace(",", "'"), english.replace(",", " ")):
         values = [number.value for number in find_numbers(plain_text(f"{spelling} in all"))]
         assert values in ([value], [None]), spelling
+
+
+@pytest.mark.parametrize("unit", ["[", "(", "{", "[(A) ", "[[```", "\u221a(", "not ("])
+def test_a_literal_is_looked_for_in_time_in_proportion_to_the_text(unit: str) -> None:
+    """Every place may open one; an agent that writes brackets alone held up all queries for seconds."""
+
+    def seconds(size: int) -> float:
+        started = time.process_time()
+        assert read_literal("Answer: " + unit * (size // len(unit))).key is None
+        return time.process_time() - started
+
+    once, often = (min(seconds(size) for _ in range(3)) for size in (250, 2_000))
+    assert often < 24 * once + 0.05
