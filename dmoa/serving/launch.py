@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmoa.agents.pool import check_corpus, check_files, check_keys
 from dmoa.config import Config
@@ -23,6 +24,9 @@ from dmoa.serving.failures import last_words, wait_running
 from dmoa.serving.http.middleware import ADMIN_VARIABLE, check_exposure, hash_keys
 from dmoa.types import RouterStatus
 
+if TYPE_CHECKING:
+    from dmoa.serving.http.keeper import PortKeeper
+
 SERVE_FLAGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -31,7 +35,7 @@ SERVE_FLAGS = {
 """Serve's flags for short hops; replicas keep no HTTP ports of their own, so the proxy alone listens."""
 PROXY_FLAGS = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "dmoa.serving.http.front:middlewares",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.3",
 }
 """Serve's settings for its proxy: the front that bounds what clients send, and a new proxy within seconds of a killed one."""
 START_TIMEOUT_S = 600.0
@@ -40,6 +44,8 @@ CONNECT_TIMEOUT_S = 10.0
 STOP_WAIT_S = 6.0
 """How long a swarm that is stopped may go on with its queries before its Ray ends, or this process leaves it."""
 _START_ATTEMPTS = 3
+_keeper: PortKeeper | None = None
+"""Of this process, as its Ray is."""
 AUTO = "auto"
 """The word for the Ray that runs on this machine."""
 _LOCAL = "local"
@@ -105,6 +111,8 @@ def launch(
 
     mark = secrets.token_hex(16)
     say("starting Ray" if address is None else f"joining the Ray at {address}")
+    if address is None and not _ray_is_up():
+        _keep_port()  # before Ray starts, whose processes inherit where
     application, started_ray = _build(config, key_hashes, address, mark, policy_files)
     host = _start_serve(host, port, is_here=started_ray)
     say(f"Ray is up; deploying pool {config.name}")
@@ -114,6 +122,23 @@ def launch(
     url = listening.base_url(host, port, route_prefix)
     listening.wait_ready(url, mark, START_TIMEOUT_S)
     return _launched(url, config.name, app, started_ray=started_ray)
+
+
+def _keep_port() -> None:
+    """Have this process keep the port for Serve's proxy; where it cannot, the proxy keeps it alone."""
+    global _keeper
+    from dmoa.serving.http.keeper import VARIABLE, PortKeeper
+
+    with contextlib.suppress(OSError):
+        _keeper = PortKeeper()
+        os.environ[VARIABLE] = _keeper.path
+
+
+def _close_port() -> None:
+    global _keeper
+    if _keeper is not None:
+        _keeper.close()
+        _keeper = None
 
 
 def _ray_is_up() -> bool:
@@ -142,8 +167,11 @@ def _start_serve(host: str, port: int, *, is_here: bool) -> str:
     if is_here:
         listening.check_free(host, port)  # again: Ray took a while to start
     try:
+        if is_here and _keeper is not None:
+            _keeper.listen(host, port)
         serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
-    except (RayError, RuntimeError) as error:
+    except (OSError, RayError, RuntimeError) as error:
+        _close_port()
         if is_here:
             listening.check_free(host, port)
         raise DmoaError(f"server: Serve cannot listen on {host}:{port}: {last_words(error)}; choose another address") from error
@@ -333,6 +361,8 @@ def stop(app: str = "dmoa", *, end_ray: bool = False) -> None:
 
     from dmoa.serving.actors import end_actors
 
+    if end_ray and _keeper is not None:
+        _keeper.stand_in()
     try:
         serve.delete(app, _blocking=False)
         deadline = time.monotonic() + STOP_WAIT_S
@@ -345,3 +375,4 @@ def stop(app: str = "dmoa", *, end_ray: bool = False) -> None:
     finally:
         if end_ray:
             ray.shutdown()
+            _close_port()

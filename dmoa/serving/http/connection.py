@@ -176,8 +176,13 @@ def _too_large(seen: str) -> tuple[int, str, str]:
     return 431, "headers_too_large", message
 
 
-def bound_connections() -> None:
-    """Have the uvicorn servers that this process starts from now on use `BoundedProtocol`, with files enough for all of them."""
+def allow_files() -> None:
+    """Raise this process's limit of open files to `MAX_FILES`, where it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_FILES)), hard))
+
+
+def bound_connections() -> None:
+    """Have the uvicorn servers that this process starts from now on use `BoundedProtocol`, with files enough for all of them."""
+    allow_files()
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedProtocol.__name__}"

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
@@ -25,11 +26,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dmoa.errors import RequestError
 from dmoa.serving.http.connection import LINGER_S, bound_connections
 from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, error_response, problem, tidy
+from dmoa.serving.http.keeper import keep_port
 from dmoa.serving.http.middleware import ASSETS, OPEN_PATHS, body_too_large, declared_bytes, too_many_queries
 
 BODY_S = 10.0
 """How long a body may take, beside the time that its bytes have at `MIN_BYTES_PER_S`."""
 MIN_BYTES_PER_S = 16_384
+ROUTES_S = 5.0
+"""How long a new proxy waits to hear which apps there are, before it tells a client that there is none."""
 LAST_LOOK_S = 0.1
 """For what came while this process itself was too busy to read it."""
 JOIN_PIECES = 256
@@ -117,11 +121,14 @@ class Front:
         self._told: dict[bytes, _App] = {}
         self._keys: OrderedDict[str, None] = OrderedDict()
         self._half_sent: dict[str, dict[asyncio.Timeout, None]] = {}
+        self._knows_routes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):
             await self.app(scope, receive, send)
             return
+        if not self._knows_routes:
+            await self._learn_routes()
         prefix, app = self._app_at(scope["path"])
         answer = _Answer(self, scope, send, app)
         path = tidy(scope["path"][len(prefix) :])
@@ -136,6 +143,18 @@ class Front:
             await self._refuse(scope, receive, send, error)
         except ClientDisconnect:
             return
+
+    async def _learn_routes(self) -> None:
+        """Wait until Serve's proxy, which is new, has heard of an app; what came before it was ready is queued here."""
+        serves: Any = self.app
+        while serves is not None and not hasattr(serves, "proxy_router"):
+            serves = getattr(serves, "app", None) or getattr(serves, "_app", None)
+        until_s = asyncio.get_running_loop().time() + ROUTES_S
+        while serves is not None and not self._knows_routes and not serves.proxy_router.ready_for_traffic(is_head=True)[0]:
+            if asyncio.get_running_loop().time() > until_s:
+                break
+            await asyncio.sleep(0.02)
+        self._knows_routes = True
 
     async def _hand_on(self, scope: Scope, receive: Receive, body: bytes, answer: _Answer) -> None:
         """Have a request answered whose body was read."""
@@ -337,4 +356,5 @@ def middlewares() -> list[Middleware]:
     By RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, which `dmoa serve` sets.
     """
     bound_connections()
+    keep_port()
     return [Middleware(Front)]

@@ -1,0 +1,392 @@
+"""Keeps the port and its connections while Serve's proxy is away: a killed process loses no client's connection.
+
+`dmoa serve` itself listens, and hands the listening socket to each new proxy; the proxy hands back a copy of every connection
+that it takes, and marks in shared memory what it is at: a query costs no call more. Where the proxy dies, who waits for an answer
+is told to try again (503 with Retry-After), connections without a query go to the next proxy, and new ones wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import mmap
+import os
+import selectors
+import shutil
+import socket
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+from uvicorn.protocols.http import httptools_impl
+
+from dmoa.serving.http.connection import MAX_FILES, BoundedProtocol, allow_files
+from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, problem
+
+VARIABLE = "DMOA_PORT_KEEPER"
+"""Path of the keeper's socket, for Serve's proxy."""
+PATIENCE_S = 20.0
+"""How long clients wait for another proxy; after that the keeper itself tells them to try again."""
+IDLE, ASKED, ANSWERING = range(3)
+"""What a connection is at: nothing, a query that no byte was answered to, an answer under way."""
+_MESSAGE = struct.Struct("!cI")
+_OPENED, _CLOSED, _HELLO = b"+", b"-", b"="
+_BATCH = 200
+"""Sockets in one message; the kernel takes 253."""
+_BACKLOG = 2048
+_LINGER_S = 2.0
+_MAX_GUESTS = 512
+_HELLO_S = 20.0
+_LOG = logging.getLogger("dmoa.port")
+
+
+def _refusal() -> bytes:
+    body = encode_json(problem(503, "the process that held this connection was lost; try again", "server_lost"))
+    lines = ("HTTP/1.1 503 Service Unavailable", "content-type: application/json", f"content-length: {len(body)}")
+    return "\r\n".join((*lines, f"retry-after: {RETRY_AFTER_S}", "connection: close", "", "")).encode() + body
+
+
+@dataclass(slots=True)
+class _Proxy:
+    """One proxy, as the keeper knows it."""
+
+    states: mmap.mmap
+    copies: dict[int, socket.socket] = field(default_factory=dict)
+    """Of its connections, by the proxy's own number of each."""
+
+
+class PortKeeper:
+    """The side of `dmoa serve`: a thread that listens for proxies at `path`, and for clients where there is none."""
+
+    def __init__(self, *, patience_s: float = PATIENCE_S) -> None:
+        """Raises OSError where no socket can be made."""
+        allow_files()
+        self._folder = tempfile.mkdtemp(prefix="dmoa-")  # its owner's alone
+        self.path = str(Path(self._folder) / "port")
+        self._door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._door.bind(self.path)
+        self._door.listen()
+        self._patience_s = patience_s
+        self._selector = selectors.DefaultSelector()
+        self._port: socket.socket | None = None
+        self._proxies: dict[socket.socket, _Proxy] = {}
+        self._idle: list[socket.socket] = []
+        self._guests: dict[socket.socket, float] = {}
+        """Connections that the keeper answers or has answered, and until when."""
+        self._away_since_s = float("inf")
+        self._is_standing_in = self._is_over = False
+        self._reader, self._writer = socket.socketpair()
+        self._watch(self._door, self._welcome)
+        self._watch(self._reader, lambda reader: reader.recv(1))
+        self._thread = threading.Thread(target=self._run, name="dmoa-port", daemon=True)
+        self._thread.start()
+
+    def listen(self, host: str, port: int) -> None:
+        """Listen for clients, as Serve's proxy would, before there is one. Raises OSError."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # the proxy binds its own, which it does not use
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+        self._port = listener
+
+    def stand_in(self) -> None:
+        """Wait for no further proxy: from now on the keeper answers as soon as the last one is gone."""
+        self._patience_s = 0.0
+        self._writer.send(b"!")
+
+    def close(self) -> None:
+        """Close the port and all connections."""
+        self._is_over = True
+        self._writer.send(b"!")
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_over:
+            waits = bool(self._guests) or (not self._is_standing_in and self._away_since_s < float("inf"))
+            for key, _ in self._selector.select(0.25 if waits else None):
+                if key.fd in self._selector.get_map():  # what came before it may have ended it
+                    with suppress(OSError):  # of one connection
+                        key.data(key.fileobj)
+            now_s = time.monotonic()
+            if not self._is_standing_in and now_s - self._away_since_s >= self._patience_s:
+                self._begin_standing_in()
+            for guest in [guest for guest, until_s in self._guests.items() if until_s < now_s]:
+                self._end(guest)
+        copies = [copy for proxy in self._proxies.values() for copy in proxy.copies.values()]
+        own = [self._port] if self._port else []
+        for one in (*own, *copies, *self._idle, *self._guests, *self._proxies, self._door, self._reader, self._writer):
+            one.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _watch(self, what: socket.socket, act: Callable[[socket.socket], object]) -> None:
+        self._selector.register(what, selectors.EVENT_READ, act)
+
+    def _welcome(self, door: socket.socket) -> None:
+        """Hand a new proxy the port, a page for the states of its connections, and those that were idle at the last one's end."""
+        link, _ = door.accept()
+        if self._port is None:
+            link.close()
+            return
+        link.settimeout(_HELLO_S)
+        page = os.memfd_create("dmoa-port")
+        try:
+            os.ftruncate(page, MAX_FILES)
+            socket.send_fds(link, [_MESSAGE.pack(_HELLO, len(self._idle))], [self._port.fileno(), page])
+            states = mmap.mmap(page, MAX_FILES)
+        finally:
+            os.close(page)
+        self._end_standing_in()
+        for begin in range(0, len(self._idle), _BATCH):
+            socket.send_fds(link, [_HELLO], [one.fileno() for one in self._idle[begin : begin + _BATCH]])
+        for one in self._idle:
+            one.close()
+        self._idle.clear()
+        link.setblocking(False)
+        self._proxies[link] = _Proxy(states)
+        self._watch(link, self._hear)
+
+    def _hear(self, link: socket.socket) -> None:
+        """Take what a proxy says of its connections; nothing: it is dead."""
+        proxy = self._proxies[link]
+        while True:
+            try:
+                said, files, _, _ = socket.recv_fds(link, _MESSAGE.size, 1)
+            except BlockingIOError:
+                return
+            except OSError:
+                said, files = b"", []
+            if not said:
+                self._lose(link, proxy)
+                return
+            kind, number = _MESSAGE.unpack(said)
+            gone = proxy.copies.pop(number, None)
+            if gone is not None:
+                gone.close()
+            if kind == _OPENED and files:
+                proxy.copies[number] = socket.socket(fileno=files[0])
+
+    def _lose(self, link: socket.socket, proxy: _Proxy) -> None:
+        self._selector.unregister(link)
+        link.close()
+        del self._proxies[link]
+        for number, copy in proxy.copies.items():
+            state = proxy.states[number]
+            copy.setblocking(False)
+            if state == ASKED:
+                self._refuse(copy)
+            elif state == IDLE and not self._proxies:
+                self._idle.append(copy)
+            else:
+                with suppress(OSError):
+                    copy.shutdown(socket.SHUT_RDWR)
+                copy.close()
+        proxy.states.close()
+        if not self._proxies:
+            self._away_since_s = time.monotonic()
+
+    def _begin_standing_in(self) -> None:
+        self._is_standing_in = True
+        for one in self._idle:
+            self._watch(one, self._guest)
+        if self._port is not None:
+            self._watch(self._port, self._accept)
+
+    def _end_standing_in(self) -> None:
+        if self._is_standing_in:
+            for one in self._idle:
+                self._selector.unregister(one)
+            if self._port is not None:
+                self._selector.unregister(self._port)
+        self._is_standing_in, self._away_since_s = False, float("inf")
+
+    def _accept(self, port: socket.socket) -> None:
+        client, _ = port.accept()
+        client.setblocking(False)
+        self._keep_guest(client, PATIENCE_S)
+        self._watch(client, self._refuse)
+
+    def _guest(self, client: socket.socket) -> None:
+        """Answer what an idle connection asks by now; where it was closed, close it."""
+        self._selector.unregister(client)
+        self._idle.remove(client)
+        self._refuse(client)
+
+    def _refuse(self, client: socket.socket) -> None:
+        """Tell a client to try again, and read on for a while, so that it reads the answer before it is reset."""
+        if client in self._guests:
+            self._selector.unregister(client)
+        self._keep_guest(client, _LINGER_S)
+        self._watch(client, self._drain)
+        try:
+            client.send(_refusal())
+            client.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._end(client)
+
+    def _keep_guest(self, client: socket.socket, seconds: float) -> None:
+        self._guests[client] = time.monotonic() + seconds
+        if len(self._guests) > _MAX_GUESTS:
+            self._end(next(iter(self._guests)))
+
+    def _drain(self, client: socket.socket) -> None:
+        try:
+            is_done = not client.recv(65_536)
+        except BlockingIOError:
+            return
+        except OSError:
+            is_done = True
+        if is_done:
+            self._end(client)
+
+    def _end(self, client: socket.socket) -> None:
+        self._guests.pop(client, None)
+        self._selector.unregister(client)
+        client.close()
+
+
+class KeptPort:
+    """The proxy's side. Nothing here waits for the keeper: what it cannot be told in time it does not keep."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError where no keeper answers."""
+        self._link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._link.settimeout(_HELLO_S)
+        self._link.connect(path)
+        said, files, _, _ = socket.recv_fds(self._link, _MESSAGE.size, 2)
+        if len(files) != 2:
+            raise ConnectionError("the keeper has no port")
+        self.port = socket.socket(fileno=files[0])
+        self.states = mmap.mmap(files[1], MAX_FILES)
+        os.close(files[1])
+        self.idle: list[socket.socket] = []
+        while len(self.idle) < _MESSAGE.unpack(said)[1]:
+            _, files, _, _ = socket.recv_fds(self._link, _MESSAGE.size, _BATCH)
+            if not files:
+                raise ConnectionError("the keeper is gone")
+            self.idle += [socket.socket(fileno=one) for one in files]
+        self._link.setblocking(False)
+
+    def opened(self, number: int) -> bool:
+        """Hand over a copy of a connection, by its file descriptor; tell whether the keeper will have it."""
+        if number >= MAX_FILES:
+            return False
+        self.states[number] = IDLE
+        try:
+            socket.send_fds(self._link, [_MESSAGE.pack(_OPENED, number)], [number])
+        except OSError:
+            return False
+        return True
+
+    def closed(self, number: int, *, is_over: bool = True) -> None:
+        """Have the copy closed. A connection that is over ends here: with a copy left, closing would not tell the client."""
+        if is_over:
+            with suppress(OSError), socket.socket(fileno=os.dup(number)) as end:
+                end.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            self._link.send(_MESSAGE.pack(_CLOSED, number))
+
+
+class KeptProtocol(BoundedProtocol):
+    """A bounded connection that the keeper has a copy of."""
+
+    kept: KeptPort
+    _number = -1
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
+        """Hand over a copy."""
+        number: int = transport.get_extra_info("socket").fileno()
+        if self.kept.opened(number):
+            self._number = number
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Have the copy closed."""
+        if self._number >= 0:
+            self.kept.closed(self._number)
+            self._number = -1
+        super().connection_lost(exc)
+
+    def mark(self, state: int) -> None:
+        """Mark what the connection is at."""
+        if self._number >= 0:
+            self.kept.states[self._number] = state
+
+    def on_message_begin(self) -> None:
+        """Mark the connection as asked, unless an answer is under way."""
+        super().on_message_begin()
+        if self._number >= 0 and self.kept.states[self._number] == IDLE:
+            self.mark(ASKED)
+
+    def on_response_complete(self) -> None:
+        """Mark the connection as idle, or asked where the next query was there already."""
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self.mark(IDLE if self.timeout_keep_alive_task is not None else ASKED)
+
+    def handle_websocket_upgrade(self) -> None:
+        """Give the connection up: another protocol has it from now on."""
+        if self._number >= 0:
+            self.kept.closed(self._number, is_over=False)
+            self._number = -1
+        super().handle_websocket_upgrade()
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        self.mark(ANSWERING)
+        super()._refuse(status, code, message)
+
+
+class _KeptCycle(httptools_impl.RequestResponseCycle):
+    """uvicorn's request and response, which tells when the first byte is about to be answered."""
+
+    @property
+    def response_started(self) -> bool:
+        return self._has_started
+
+    @response_started.setter
+    def response_started(self, value: bool) -> None:
+        self._has_started = value
+        protocol = getattr(self.on_response, "__self__", None)
+        if value and isinstance(protocol, KeptProtocol):
+            protocol.mark(ANSWERING)
+
+
+class _KeptServer(uvicorn.Server):
+    """uvicorn's server on the kept port, with the connections that were idle when the last one died."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        kept = KeptProtocol.kept
+        for own in sockets or ():
+            own.close()  # bound, and not listening
+        await super().startup([kept.port])
+        loop = asyncio.get_running_loop()
+        for one in kept.idle:
+            with suppress(OSError):
+                await loop.connect_accepted_socket(
+                    lambda: KeptProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state), one
+                )
+        kept.idle.clear()
+
+
+def keep_port(path: str | None = None) -> bool:
+    """Have the uvicorn server that this process starts next use the kept port; False where there is no keeper (VARIABLE)."""
+    path = path or os.environ.get(VARIABLE)
+    if not path:
+        return False
+    try:
+        KeptProtocol.kept = KeptPort(path)
+    except OSError as error:
+        _LOG.warning("the port is not kept: %s", error)
+        return False
+    httptools_impl.RequestResponseCycle = _KeptCycle  # type: ignore[misc] # the one that uvicorn makes
+    uvicorn.Server = _KeptServer  # type: ignore[misc]
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{KeptProtocol.__name__}"
+    return True

@@ -1,0 +1,146 @@
+"""A server that is killed (SIGKILL) behind a kept port: what its clients hear of it, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import socket
+from collections.abc import AsyncIterator
+from contextlib import closing
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from dmoa.serving.http.keeper import PortKeeper
+from tests.unit.serving.fake_service import until
+from tests.unit.serving.test_http_connection import Client
+
+GET = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer at once, never, or half."""
+    path = scope["path"]
+    if path == "/never":
+        await asyncio.Event().wait()
+    length = b"4" if path == "/half" else b"2"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+    await send({"type": "http.response.body", "body": b"42", "more_body": path == "/half"})
+    if path == "/half":
+        await asyncio.Event().wait()
+
+
+def run(path: str, port: int) -> None:
+    """Serve in a process of its own, as Serve's proxy does: on a socket of its own, unless a keeper gives it one."""
+    import uvicorn
+
+    from dmoa.serving.http.connection import bound_connections
+    from dmoa.serving.http.keeper import keep_port
+
+    bound_connections()
+    assert keep_port(path)
+    own = socket.socket()
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    own.bind(("127.0.0.1", port))
+    uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical")).run(sockets=[own])
+
+
+class Kept:
+    """A kept port and the server on it."""
+
+    def __init__(self, patience_s: float) -> None:
+        with closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+        self.keeper = PortKeeper(patience_s=patience_s)
+        self.keeper.listen("127.0.0.1", self.port)
+        self.process: multiprocessing.process.BaseProcess | None = None
+        self.clients: list[Client] = []
+
+    def start(self) -> None:
+        self.process = multiprocessing.get_context("spawn").Process(target=run, args=(self.keeper.path, self.port))
+        self.process.start()
+
+    def copies(self) -> list[object]:
+        return [copy for proxy in self.keeper._proxies.values() for copy in proxy.copies]
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.join(10)
+
+    async def client(self, asked: bytes = b"") -> Client:
+        client = Client(*await asyncio.open_connection("127.0.0.1", self.port))
+        self.clients.append(client)
+        if asked:
+            await client.send(GET % asked)
+        return client
+
+
+@pytest.fixture
+async def kept(request: pytest.FixtureRequest) -> AsyncIterator[Kept]:
+    found = Kept(getattr(request, "param", 60.0))
+    try:
+        yield found
+    finally:
+        for client in found.clients:
+            client.writer.close()
+        if found.process is not None:
+            found.kill()
+        found.keeper.close()
+
+
+async def answered(client: Client) -> tuple[int, bytes]:
+    async with asyncio.timeout(60.0):  # a process starts meanwhile
+        head = (await client.reader.readuntil(b"\r\n\r\n")).decode()
+        length = next(line for line in head.splitlines() if line.startswith("content-length: ")).split(": ")[1]
+        return int(head.split()[1]), await client.reader.readexactly(int(length))
+
+
+async def test_a_killed_server_loses_no_connection(kept: Kept) -> None:
+    waiting = await kept.client(b"")
+    await waiting.send(GET % b"early")  # before there is a server
+    kept.start()
+    assert await answered(waiting) == (200, b"42")
+    asked, half = await kept.client(b"never"), await kept.client(b"half")
+    assert await half.reader.readuntil(b"42")
+    fresh = await kept.client()  # it has asked nothing yet
+    await until(lambda: len(kept.copies()) == 4)
+    kept.kill()
+
+    status, body = await answered(asked)
+    assert status == 503
+    assert b"server_lost" in body
+    assert await asked.is_closed()
+    assert await half.is_closed(), "what was answered in part cannot be told anything else"
+    await waiting.send(GET % b"idle")
+    await fresh.send(GET % b"fresh")
+    late = await kept.client(b"late")
+    kept.start()
+    for client in (waiting, fresh, late):
+        assert await answered(client) == (200, b"42"), "the next server has the connection"
+
+
+@pytest.mark.parametrize("kept", [0.0], indirect=True)
+async def test_where_no_server_comes_the_keeper_answers_itself(kept: Kept) -> None:
+    kept.start()
+    idle = await kept.client(b"first")
+    assert await answered(idle) == (200, b"42")
+    kept.kill()
+    for client in (idle, await kept.client()):
+        await client.send(GET % b"again")
+        status, body = await answered(client)
+        assert (status, b"server_lost" in body) == (503, True)
+        assert await client.is_closed()
+    kept.start()
+    while (await answered(client := await kept.client(b"back")))[0] != 200:
+        await client.is_closed()
+
+
+async def test_a_closed_connection_ends_for_its_client_too(kept: Kept) -> None:
+    kept.start()
+    client = await kept.client()
+    await client.send(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert await answered(client) == (200, b"42")
+    assert await client.is_closed()
+    await until(lambda: not kept.copies())
