@@ -1,6 +1,6 @@
 """The Serve application: the ingress behind one OpenAI-compatible name, and everything it is bound to.
 
-The ingress holds no model and no torch: it runs the step loop over Serve handles, the router actor and the encoder.
+The ingress holds no model: it runs the step loop over Serve handles, the router actor and the encoder.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The ingress's side of the router: calls the actor, and stands in for it while it is away.
 
-The copy of the weights stays bytes until it is needed, so that an ingress never imports torch in normal operation.
+It makes itself ready for that once it has started, beside the queries: to import torch takes seconds, which the queries of the
+moment at which the router dies would wait for. That costs an ingress some 200 MB.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class RemoteRouter:
         self._weights: dict[str, dict[str, bytes]] = {}
         self._current: str | None = None
         self._fetching: set[str] = set()
-        self._local: LocalRouter | None = None
+        self._building: asyncio.Task[LocalRouter] | None = None
         self._masked_until: dict[str, float] = {}
         self._cold: frozenset[str] = frozenset()
         self._away_until = 0.0
@@ -68,6 +69,7 @@ class RemoteRouter:
                 raise
             raise ConfigError(found[1]) from error
         await self._fetch(self._current)
+        self._stand_in()
         return self._current
 
     async def route(self, request: RouteRequest) -> RouteDecision:
@@ -139,9 +141,7 @@ class RemoteRouter:
         if version not in self._weights:
             # The orchestrator asks again while the query's patience lasts, and the router comes back with all versions.
             raise NoAgentError(f"router: it is away, and there is no copy of gate {version} here yet; ask again")
-        if self._local is None:
-            self._local = await asyncio.to_thread(self._build_local)
-        local = self._local
+        local = await asyncio.shield(self._stand_in())
         if self._current in self._weights:
             local.use(self._current)
         now = time.monotonic()
@@ -153,10 +153,19 @@ class RemoteRouter:
         local.cold = self._cold  # as the router last knew
         return await local.route(request)
 
+    def _stand_in(self) -> asyncio.Task[LocalRouter]:
+        """Return what builds, or has built, the router of this process: once, whoever asks."""
+        if self._building is None or (self._building.done() and self._building.exception() is not None):
+            self._building = asyncio.get_running_loop().create_task(asyncio.to_thread(self._build_local))
+        return self._building
+
     def _build_local(self) -> LocalRouter:
         from dmoa.routing import LocalRouter
 
-        return LocalRouter(routed_by="ingress", reload=self._load)
+        local = LocalRouter(routed_by="ingress", reload=self._load)
+        if self._current in self._weights:
+            local.use(self._current)
+        return local
 
     def _load(self, version: str) -> Gate | None:
         from dmoa.serving.router.state import read_files
