@@ -33,7 +33,9 @@ _LOG = logging.getLogger("dmoa.router")
 ROUTE_TIMEOUT_S = 2.0
 """How long an ingress waits for the router before it decides by itself."""
 AWAY_S = 1.0
-"""How long an ingress then goes on by itself before it tries the router again."""
+"""How long an ingress then goes on by itself before it tries the router again: one query does, the others go on without it."""
+TRIAL_S = 0.3
+"""How long that query waits."""
 MAX_HELD = 8
 """Copies of weights that an ingress holds beside the current version's."""
 
@@ -53,7 +55,7 @@ class RemoteRouter:
         self._building: asyncio.Task[LocalRouter] | None = None
         self._masked_until: dict[str, float] = {}
         self._cold: frozenset[str] = frozenset()
-        self._away_until = 0.0
+        self._is_away, self._away_until = False, 0.0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
@@ -75,15 +77,19 @@ class RemoteRouter:
     async def route(self, request: RouteRequest) -> RouteDecision:
         """Decide one step. Raises NoAgentError, RoutingError, PoolChangedError."""
         if time.monotonic() >= self._away_until:
+            is_trial = self._is_away
+            if is_trial:
+                self._away_until = time.monotonic() + AWAY_S
             try:
-                async with asyncio.timeout(ROUTE_TIMEOUT_S):
+                async with asyncio.timeout(TRIAL_S if is_trial else ROUTE_TIMEOUT_S):
                     decision: RouteDecision = unpack_record(await self._actor.route.remote(pack_record(request), self._version))
             except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, DmoaError) else NoAgentError(f"router: {error.cause}") from error
             except (RayError, TimeoutError) as error:
                 _LOG.warning("router is away (%s): deciding here", type(error).__name__)
-                self._away_until = time.monotonic() + AWAY_S
+                self._is_away, self._away_until = True, time.monotonic() + AWAY_S
             else:
+                self._is_away, self._away_until = False, 0.0
                 self._cold = frozenset(decision.cold)
                 self._keep(decision.gate_version, is_current=request.gate_version is None and not decision.is_beside)
                 return decision

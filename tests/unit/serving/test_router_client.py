@@ -136,6 +136,40 @@ async def test_copies_follow_what_is_installed_and_decide_the_same_while_the_act
     assert actor.fetched == actor.versions  # once each
 
 
+async def test_the_stand_in_is_built_before_the_actor_goes_away(pair: tuple[FakeActor, RemoteRouter]) -> None:
+    """To import torch takes seconds, which the queries of that moment would wait for."""
+    _, router = pair
+    assert router._building is not None
+    assert (await router._building).current == router._current
+
+
+async def test_one_query_tries_an_actor_that_went_away_and_the_others_do_not_wait(
+    pair: tuple[FakeActor, RemoteRouter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor, router = pair
+    monkeypatch.setattr("dmoa.serving.router.client.AWAY_S", 0.0)
+    asked, release = 0, asyncio.Event()
+
+    async def hangs(*sent: Any) -> bytes:
+        nonlocal asked
+        asked += 1
+        await release.wait()
+        raise ActorUnavailableError("it restarts", b"0" * 16)
+
+    actor.is_away = True
+    assert (await router.route(ASK)).routed_by == "ingress"
+    monkeypatch.setattr("dmoa.serving.router.client.AWAY_S", 60.0)
+    monkeypatch.setattr("dmoa.serving.router.client.TRIAL_S", 60.0)
+    actor.route, actor.is_away = Method(hangs), False
+    trying = asyncio.create_task(router.route(ASK))
+    while not asked:
+        await asyncio.sleep(0)
+    others = await asyncio.gather(*(router.route(ASK) for _ in range(3)))
+    assert ([one.routed_by for one in others], asked, trying.done()) == (["ingress"] * 3, 1, False)
+    release.set()
+    assert (await trying).routed_by == "ingress"
+
+
 async def test_who_was_cold_when_the_actor_went_away_stays_cold(pair: tuple[FakeActor, RemoteRouter]) -> None:
     actor, router = pair
     actor.cool("b")
