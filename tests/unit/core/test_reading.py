@@ -244,7 +244,7 @@ def test_a_literal_is_looked_for_in_time_in_proportion_to_the_text(unit: str) ->
 
     def seconds(size: int) -> float:
         started = time.process_time()
-        assert read_literal("Answer: " + unit * (size // len(unit))).key is None
+        read_literal("Answer: " + unit * (size // len(unit)))
         return time.process_time() - started
 
     once, often = (min(seconds(size) for _ in range(3)) for size in (250, 2_000))
