@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ SLOW_S = 2.0
 """How long a call is trusted to be under way."""
 CHECK_INTERVAL_S = 1.0
 """How often the router is asked about slow calls, for all of them together."""
+LOST_S, LOST_MEMORY_S = 0.3, 30.0
+"""How long a call may wait to be taken where a replica of its agent was just lost, and for how long that is known.
+
+The router hears of it as soon, but Serve keeps what was sent in between until another replica has started.
+"""
 _DEADLINE_SLACK_S = 1.0
 """After a call's deadline, at which its caller ends it."""
 
@@ -80,6 +86,8 @@ class CallWatchdog:
         self._known_s = float("-inf")
         self._lock = asyncio.Lock()
         self._moved: dict[object, tuple[float, float]] = {}
+        self._lost_s: dict[object, float] = {}
+        self._hurrying: defaultdict[object, set[WatchedCall]] = defaultdict(set)
 
     def watch(
         self,
@@ -89,13 +97,30 @@ class CallWatchdog:
         is_taken: Callable[[], bool] = _taken,
         patience_s: float = PATIENCE_S,
         queue: object = None,
+        hurries: bool = False,
     ) -> WatchedCall:
         """Watch one call from now on; `give_up` is called once, if its agent turns out to be gone.
 
         So it is where no replica takes the call for `patience_s`, as `is_taken` tells. That time begins anew with every call
-        of the same `queue` that was sent before it and is answered, and while the agent is cold.
+        of the same `queue` that was sent before it and is answered, and while the agent is cold. One that `hurries` waits for
+        LOST_S where a replica of its queue was lost, and none has answered since.
         """
-        return WatchedCall(self, agent, give_up, is_taken=is_taken, patience_s=patience_s, queue=queue)
+        watched = WatchedCall(self, agent, give_up, is_taken=is_taken, patience_s=patience_s, queue=queue)
+        if hurries:
+            self._hurrying[queue].add(watched)
+            if time.monotonic() - self._lost_s.get(queue, float("-inf")) < LOST_MEMORY_S:
+                watched.hurry()
+        return watched
+
+    def lost(self, queue: object) -> None:
+        """Note that a replica was lost with a call of a queue."""
+        self._lost_s[queue] = time.monotonic()
+        for call in self._hurrying[queue]:
+            call.hurry()
+
+    def ended(self, call: WatchedCall, queue: object) -> None:
+        """Forget a call that is over."""
+        self._hurrying[queue].discard(call)
 
     @property
     def served(self) -> str | None:
@@ -117,6 +142,8 @@ class CallWatchdog:
     def answered(self, queue: object, sent_s: float) -> None:
         """Note that a call of a queue was answered; times are `time.monotonic()`."""
         self._moved[queue] = (sent_s, time.monotonic())
+        if self._lost_s.get(queue, sent_s) < sent_s:
+            del self._lost_s[queue]
 
     def moved_s(self, queue: object, sent_s: float) -> float:
         """Return when a call of a queue that was sent before `sent_s` was answered, as far as the last answer tells."""
@@ -148,12 +175,27 @@ class WatchedCall:
         self.is_untaken = False
         """Whether it was given up because no replica took it, though its agent has some."""
         self._checking: asyncio.Task[None] | None = None
+        self._hurrying: asyncio.TimerHandle | None = None
         # A timer, not a task: nearly all calls end before it goes off.
         self._timer = asyncio.get_running_loop().call_later(watchdog.slow_s, self._begin)
+
+    def hurry(self) -> None:
+        """Give the call up if no replica takes it soon."""
+        if self._hurrying is None:
+            self._hurrying = asyncio.get_running_loop().call_later(LOST_S, self._end_hurry)
+
+    def _end_hurry(self) -> None:
+        self._hurrying = None
+        if not self.is_given_up and not self._is_taken() and not self._watchdog.is_cold(self._agent):
+            self.is_given_up = True
+            self._give_up()
 
     def end(self) -> None:
         """Stop watching: the call is over, or its replica has answered."""
         self._timer.cancel()
+        self._watchdog.ended(self, self._queue)
+        if self._hurrying is not None:
+            self._hurrying.cancel()
         if self._checking is not None:
             self._checking.cancel()
 
@@ -224,7 +266,7 @@ class ServeAgentClient:
         Raises AgentUnavailableError, CallNotTakenError among them, AgentOverloadedError, PoolChangedError.
         """
         sent = ask(self._handle(self._calls, call), call, self._version)
-        with self._watch(call.agent, sent, call.deadline_unix_s) as watched:
+        with self._watch(call.agent, sent, call.deadline_unix_s, hurries=True) as watched:
             reply: AgentReply = await sent.response
         watched.answered()
         return reply
@@ -233,7 +275,7 @@ class ServeAgentClient:
         """Ask one agent and yield its text as it comes, last the reply. Raises as `call` does."""
         sent = ask(self._handle(self._streams, call), call, self._version)
         is_done = False
-        with self._watch(call.agent, sent, call.deadline_unix_s) as watched:
+        with self._watch(call.agent, sent, call.deadline_unix_s, hurries=True) as watched:
             try:
                 async for item in sent.response:
                     watched.answered()
@@ -262,7 +304,9 @@ class ServeAgentClient:
         watched.answered()
 
     @contextmanager
-    def _watch(self, agent: str, sent: Sent, deadline_unix_s: float | None = None) -> Iterator[WatchedCall]:
+    def _watch(
+        self, agent: str, sent: Sent, deadline_unix_s: float | None = None, *, hurries: bool = False
+    ) -> Iterator[WatchedCall]:
         """Watch a call until it ends, cancel it with its task, and raise losses as errors of ours."""
         left_s = time_left(deadline_unix_s)
         watched = self._watchdog.watch(
@@ -271,6 +315,7 @@ class ServeAgentClient:
             is_taken=sent.is_taken,
             patience_s=self._patience_s if left_s is None else left_s + _DEADLINE_SLACK_S,
             queue=self._queues[agent],
+            hurries=hurries,
         )
         try:
             yield watched
@@ -280,7 +325,10 @@ class ServeAgentClient:
                 raise self._given_up(agent, watched) from None
             raise
         except REPLICA_LOST_ERRORS as error:
-            raise self._given_up(agent, watched) if watched.is_given_up else _lost(agent, error) from error
+            lost = self._given_up(agent, watched) if watched.is_given_up else _lost(agent, error)
+            if type(lost) is AgentUnavailableError and not watched.is_given_up:
+                self._watchdog.lost(self._queues[agent])
+            raise lost from error
         finally:
             watched.end()
 

@@ -31,7 +31,7 @@ from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, problem
 
 VARIABLE = "DMOA_PORT_KEEPER"
 """Path of the keeper's socket, for Serve's proxy."""
-PATIENCE_S = 20.0
+PATIENCE_S = 45.0
 """How long clients wait for another proxy; after that the keeper itself tells them to try again."""
 IDLE, ASKED, ANSWERING = range(3)
 """What a connection is at: nothing, a query that no byte was answered to, an answer under way."""
@@ -113,7 +113,7 @@ class PortKeeper:
         while not self._is_over:
             waits = bool(self._guests) or (not self._is_standing_in and self._away_since_s < float("inf"))
             for key, _ in self._selector.select(0.25 if waits else None):
-                if key.fd in self._selector.get_map():  # what came before it may have ended it
+                if self._selector.get_map().get(key.fd) is key:  # what came before it may have ended it
                     with suppress(OSError):  # of one connection
                         key.data(key.fileobj)
             now_s = time.monotonic()

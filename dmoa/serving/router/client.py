@@ -30,12 +30,15 @@ if TYPE_CHECKING:
 
 
 _LOG = logging.getLogger("dmoa.router")
-ROUTE_TIMEOUT_S = 2.0
-"""How long an ingress waits for the router before it decides by itself."""
+ROUTE_TIMEOUT_S = 0.7
+"""How long an ingress waits for the router, which answers within milliseconds, before it decides by itself."""
+STATUS_TIMEOUT_S = 2.0
 AWAY_S = 1.0
 """How long an ingress then goes on by itself before it tries the router again: one query does, the others go on without it."""
 TRIAL_S = 0.3
 """How long that query waits."""
+MASKED_S = 2.0
+"""How long a dead agent is left out while nobody can say whether it is back."""
 MAX_HELD = 8
 """Copies of weights that an ingress holds beside the current version's."""
 
@@ -97,13 +100,13 @@ class RemoteRouter:
 
     def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
         """Tell the actor; while it is away the agent is masked here for a short while."""
-        self._masked_until[agent] = time.monotonic() + max(AWAY_S, masked_s)
+        self._masked_until[agent] = time.monotonic() + max(MASKED_S, masked_s)
         self._spawn(self._tell(agent, reason, masked_s))
 
     async def status(self) -> RouterStatus | None:
         """Return the actor's own account of itself; None while it is away."""
         try:
-            async with asyncio.timeout(ROUTE_TIMEOUT_S):
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
                 status: RouterStatus = await self._actor.status.remote()
         except (RayError, TimeoutError):
             return None

@@ -148,11 +148,12 @@ async def test_one_query_tries_an_actor_that_went_away_and_the_others_do_not_wai
 ) -> None:
     actor, router = pair
     monkeypatch.setattr("dmoa.serving.router.client.AWAY_S", 0.0)
-    asked, release = 0, asyncio.Event()
+    asked, is_asked, release = 0, asyncio.Event(), asyncio.Event()
 
     async def hangs(*sent: Any) -> bytes:
         nonlocal asked
         asked += 1
+        is_asked.set()
         await release.wait()
         raise ActorUnavailableError("it restarts", b"0" * 16)
 
@@ -162,8 +163,7 @@ async def test_one_query_tries_an_actor_that_went_away_and_the_others_do_not_wai
     monkeypatch.setattr("dmoa.serving.router.client.TRIAL_S", 60.0)
     actor.route, actor.is_away = Method(hangs), False
     trying = asyncio.create_task(router.route(ASK))
-    while not asked:
-        await asyncio.sleep(0)
+    await is_asked.wait()
     others = await asyncio.gather(*(router.route(ASK) for _ in range(3)))
     assert ([one.routed_by for one in others], asked, trying.done()) == (["ingress"] * 3, 1, False)
     release.set()

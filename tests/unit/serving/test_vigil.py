@@ -139,3 +139,34 @@ async def test_a_queue_that_moves_is_waited_in_and_one_that_others_pass_is_not()
     assert not given_up.is_set()
     await within(given_up)
     assert waits.is_untaken
+
+
+async def test_what_nobody_takes_after_a_loss_is_given_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve keeps a call that was sent between a replica's death and its successor's start, which takes seconds."""
+    monkeypatch.setattr("dmoa.serving.agent_client.LOST_S", 0.02)
+    watchdog = CallWatchdog(slow_s=60.0)
+    before, after, taken = asyncio.Event(), asyncio.Event(), lambda: True
+
+    def never() -> None:
+        pytest.fail("given up")
+
+    early = watchdog.watch("solver", before.set, is_taken=lambda: False, queue="llm", hurries=True)
+    others = [
+        watchdog.watch("solver", never, is_taken=taken, queue="llm", hurries=True),  # another replica has it
+        watchdog.watch("solver", never, is_taken=lambda: False, queue="llm"),  # a ping, which waits for the next replica
+        watchdog.watch("other", never, is_taken=lambda: False, queue="other llm", hurries=True),
+    ]
+    watchdog.lost("llm")
+    await within(before)
+    late = watchdog.watch("solver", after.set, is_taken=lambda: False, queue="llm", hurries=True)
+    await within(after)
+    assert (early.is_given_up, late.is_given_up, late.is_untaken) == (True, True, False)
+    back = watchdog.watch("solver", never, is_taken=taken, queue="llm", hurries=True)
+    back.answered()
+    others.append(watchdog.watch("solver", never, is_taken=lambda: False, queue="llm", hurries=True))  # it waits its turn
+    done = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.1, done.set)
+    await within(done)
+    for call in (early, late, *others):
+        call.end()
+    assert not any(watchdog._hurrying.values())
