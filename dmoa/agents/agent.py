@@ -32,8 +32,8 @@ from dmoa.validation import redact_text
 _LOG = logging.getLogger("dmoa.agent")
 
 MAX_TOOL_ROUNDS = 4
-LEAST_CHARS, CHARS_PER_TOKEN = 65_536, 64
-"""Bound of a reply's text and thought: what is longer than its tokens can be is no contribution, whatever sent it."""
+LEAST_CHARS, CHARS_PER_TOKEN = 262_144, 64
+"""Bound of a reply and its thought: what is longer than its tokens can be is no contribution; recordings look at no limit."""
 
 
 class Agent:
