@@ -5,6 +5,7 @@ Bodies, redirects, proxies and decoding stay the client's: what is here sends on
 
 from __future__ import annotations
 
+import math
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,10 @@ def _named(request: httpx2.Request) -> Iterator[None]:
         raise kind(str(error) or "the server closed the connection", request=request) from error
 
 
+MAX_ERROR_BYTES = 65_536
+"""Of what stands beside an error status."""
+
+
 class _Body(httpx2.AsyncByteStream):
     """A reply's body as it comes."""
 
@@ -42,9 +47,13 @@ class _Body(httpx2.AsyncByteStream):
         self._response, self._request = response, request
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        most = MAX_ERROR_BYTES if self._response.status >= 400 else math.inf  # a client reads an error to its end
         with _named(self._request):
             async for piece in self._response.content.iter_any():
                 yield piece
+                most -= len(piece)
+                if most <= 0:
+                    return
 
     async def aclose(self) -> None:
         """Give the connection back, or close it where something of the body is left."""

@@ -402,6 +402,19 @@ async def test_a_reply_without_end_is_given_up(kind: str, is_stream: bool) -> No
     assert sent < 64 * 2**20, "most of it is in the kernel's buffers"
 
 
+async def test_an_error_without_end_is_read_to_a_bound() -> None:
+    async def endless(call: Call) -> None:
+        call.writer.write(b"HTTP/1.1 400 Bad Request\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            await call.chunk(b"x" * 60_000)
+
+    async with playing(endless) as endpoint:
+        engine = engine_of(endpoint)
+        with pytest.raises(EngineError, match="400"):
+            await engine.generate(request("q"))
+        await engine.close()
+
+
 async def test_a_reply_may_come_byte_by_byte() -> None:
     data = event_bytes({"choices": [{"delta": {"content": "It is 19."}, "finish_reason": "stop"}]})
 
