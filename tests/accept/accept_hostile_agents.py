@@ -23,14 +23,13 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
 from tests.accept.checks import run_check
-from tests.accept.endpoint import HOSTILE, MARK, Endpoint, endpoint
+from tests.accept.endpoint import HOSTILE, MARK, TOKENS, Endpoint, endpoint
 from tests.cluster.swaps import write_pool
 from tests.integration.server import Served, serve
 
 GOOD, BAD = ("one", "two", "three"), "bad"
 QUERIES, IN_FLIGHT, DEADLINE_S, OVER_S, WITHIN = 48, 4, 2.0, 0.5, 1.1
 MEMORY_MB = 200.0
-TOKENS = ("<|im_start|>", "<|im_end|>", "</s>", "[INST]", "<|eot_id|>")
 WELL, SILENT, SLOW = "well", "silent", "10 x slow on 5 %"
 
 
