@@ -29,6 +29,8 @@ MAX_ROWS = 512
 """Rows of the reference; a new one takes the place of any."""
 FAMILIAR = 0.1
 """Least p-value of a query's input for its signals to be compared with those of its neighbours."""
+PARDON = 0.4
+"""Mean p-value of an odd agent's last `SETTLE` signals, by what was usual before, at which it is odd no longer."""
 SETTLE = 40
 """Queries after a shift, and before the first, that are looked at before any is judged."""
 Cause = Literal["inputs", "signals"]
@@ -50,7 +52,8 @@ class _Evidence:
     """The bets on one kind of unusual."""
 
     def __init__(self, calibration: list[float]) -> None:
-        self._seen = sorted(calibration)
+        self.calibration = sorted(calibration)
+        self._seen = list(self.calibration)
         self.total = 0.0
 
     def add(self, score: float, rng: np.random.Generator) -> float:
@@ -85,7 +88,10 @@ class ShiftDetector:
         self.seen = 0
         self.shifts: list[Shift] = []
         self.odd_agents: set[int] = set()
-        """Agents whose signals are unlike their own before while most others' are not, and those that were never heard."""
+        """Agents whose signals are unlike their own before while most others' are not, and those that were never heard.
+
+        The former until their signals are again what they were.
+        """
         self.usual_A: Array = np.zeros(0)
         """Of the last query, per agent the p-value of its signal [A]; NaN where it could not be compared."""
         self._rng = np.random.default_rng(seed)
@@ -94,6 +100,8 @@ class ShiftDetector:
         self._reference: _Reference | None = None
         self._inputs: _Evidence | None = None
         self._agents: list[_Evidence] = []
+        self._again: dict[int, tuple[list[float], deque[float]]] = {}
+        """Odd agent -> what was usual before, in order, and its newest p-values by that."""
 
     @property
     def is_settling(self) -> bool:
@@ -148,18 +156,32 @@ class ShiftDetector:
         if is_familiar:  # else its neighbours tell nothing about it
             for agent in np.flatnonzero(np.isfinite(off_A)):
                 self.usual_A[agent] = self._agents[agent].add(float(off_A[agent]), self._rng)
+            self._pardon(off_A)
         shares = self._shares()
         cause = max(shares, key=lambda kind: shares[kind])
         if shares[cause] < 1.0:
-            self.odd_agents |= {agent for agent, share in enumerate(self._agent_shares()) if share >= 1.0}
+            odd = {agent for agent, share in enumerate(self._agent_shares()) if share >= 1.0} - self.odd_agents
+            self.odd_agents |= odd
+            self._again |= {agent: (self._agents[agent].calibration, deque(maxlen=SETTLE)) for agent in odd}
             return None
         if cause == "signals":
-            self.odd_agents = set()
+            self.odd_agents, self._again = set(), {}
         shift = Shift(at=self.seen, cause=cause, evidence=shares[cause])
         self.shifts.append(shift)
         # The queries that gave the alarm are the first of what is usual from now on.
         self._waiting, self._inputs, self._agents = list(self._recent), None, []
         return shift
+
+    def _pardon(self, off_A: Array) -> None:
+        """Hear odd agents again whose signals are what they were; what they said meanwhile has not become usual."""
+        for agent in [agent for agent in self._again if np.isfinite(off_A[agent])]:
+            before, newest = self._again[agent]
+            above = len(before) - bisect.bisect_left(before, float(off_A[agent]))
+            newest.append((above + 1) / (len(before) + 1))
+            if len(newest) == SETTLE and sum(newest) >= PARDON * SETTLE:
+                self.odd_agents.discard(agent)
+                self._agents[agent] = _Evidence(before)
+                del self._again[agent]
 
     def _settle(self) -> None:
         """Make the queries that waited part of the reference, and judge the next ones as unusual as half of these are."""

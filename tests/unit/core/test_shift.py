@@ -81,6 +81,31 @@ def test_an_agent_that_says_it_is_sure_of_everything_is_odd_and_stays_so() -> No
     assert [shift.cause for shift in detector.shifts] == ["inputs"]
 
 
+@pytest.mark.parametrize("changes", [False, True])
+def test_an_odd_agent_that_is_again_what_it_was_is_heard_again(changes: bool) -> None:
+    """Also after a change of questions in between; one that is itself now and then only is not."""
+    stream, detector = Stream(1), ShiftDetector(seed=1)
+    stream.mixed(detector, 200)
+
+    def see(count: int, place: int | None, *, lies: float) -> None:
+        for number in range(count):
+            row_D, signal_A = stream.next(number % 3 if place is None else place)
+            if stream.rng.uniform() < lies:
+                signal_A[2] = -6.9
+            detector.see(row_D, signal_A)
+
+    see(30, 0, lies=1.0)
+    assert detector.odd_agents == {2}
+    if changes:
+        see(2 * SETTLE, 3, lies=1.0)
+    see(6 * SETTLE, None, lies=0.5)
+    assert detector.odd_agents == {2}
+    see(6 * SETTLE, None, lies=0.0)
+    assert detector.odd_agents == set()
+    see(SETTLE, None, lies=1.0)  # and is watched as before
+    assert detector.odd_agents == {2}
+
+
 def test_all_agents_at_once_are_a_shift_of_signals() -> None:
     stream, detector = Stream(2), ShiftDetector(seed=2)
     stream.mixed(detector, 200)
