@@ -356,7 +356,7 @@ class GuardsConfig(Node):
     """Guards that are left out. That weights and decisions are finite is always checked."""
     max_kl: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     """drift: most nats by which routing on recent inputs may differ from the current gate's, on average; twice at a shift."""
-    max_distance: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    max_distance: float = Field(default=0.35, gt=0, allow_inf_nan=False)
     """distance: most that the weights may lie from the anchor's, as a share of their norm; twice that at a shift."""
     held_back: float = Field(default=0.2, gt=0, lt=1)
     """held_back: share of finished queries that gates are judged by and never learn from."""
@@ -369,7 +369,7 @@ class GuardsConfig(Node):
     known_answers: str | None = None
     """File of probe inputs with who is right on them (JSON Lines; uses probe labels); None: no such guard."""
     canary_share: float = Field(default=0.2, gt=0, le=0.5)
-    """canary: share of new queries that decides between two gates: the candidate's (canary), the former gate's (on)."""
+    """canary: share of new queries that the candidate has (canary; half of them once it is suspect), or the former gate (on)."""
     canary_queries: int = Field(default=50, ge=1)
     """canary: queries of that share after which a gate that was not found worse has passed."""
     cooldown_s: float = Field(default=300.0, ge=0, allow_inf_nan=False)

@@ -61,7 +61,7 @@ COME_BACK_S = 2.0
 HEAL_EVERY = 10
 """Looks after each of which what could not be written is tried again."""
 LISTEN_TIMEOUT_S = 10.0
-JUDGE_SHARE = 0.02
+JUDGE_SHARE = 0.01
 """Most of one core that judging offers takes on average: it has the process of those decisions that queries wait for."""
 MAX_PAUSE_S = 20.0
 """Longest that an offer waits for that."""

@@ -24,13 +24,23 @@ from dmoa.checkpoint import Checkpoint
 from dmoa.config import Config
 from dmoa.core import guards
 from dmoa.core.gate import Gate
-from dmoa.core.guards import ArmComparison, ByContext, Comparison, RateComparison, RateTest, SequentialTest, Verdict
+from dmoa.core.guards import (
+    ArmComparison,
+    BoolArray,
+    ByContext,
+    Comparison,
+    RateComparison,
+    RateTest,
+    SequentialTest,
+    Verdict,
+)
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.feedback import MAX_CONTEXTS, Contexts, Feedback, query_part
 from dmoa.serving.router.probes import read_probes
 from dmoa.serving.router.replayed import (
     HeldBack,
     Reading,
+    Slice,
     decide,
     loads,
     of_pool,
@@ -53,6 +63,8 @@ KEPT_CANDIDATES = 8
 """Versions that were tried and are no longer, and are kept for the queries that began with them."""
 SUSPICION = 2.0
 """Evidence against a canary at which it is looked at more closely."""
+LOOK_AGAIN = 64
+"""Finished queries after which distrusted agents are looked at anew, whether a gate is offered or not."""
 LOST_S = 60.0
 """Seconds after which a query that began and was not heard of counts as failed; with a deadline, that and 5 more."""
 MARGINS = {"failures": 0.05, "tokens": 0.161, "latency": 0.292}
@@ -146,6 +158,7 @@ class Adaptation:
         self._usual: deque[tuple[float, int]] = deque(maxlen=MAX_CONTEXTS * guards.BASELINE)
         """Whether the newest queries of versions that are not tried failed, and their contexts."""
         self._control_gate: Gate | None = None
+        self._unlooked = 0
         self._begun: deque[tuple[float, int, int]] = deque()
         self._base: tuple[int, int] = (0, 0)
         self._kept = self._load()
@@ -366,12 +379,18 @@ class Adaptation:
         loss_R = ((old_RA - new_RA)[split:] * replay.right_RA).sum(axis=1)
         verdicts.append(guards.not_worse("held_back", loss_R, margin=bounds.margin, error_rate=bounds.error_rate))
         verdicts.append(guards.load(new_RA, old_RA, bounds.min_effective_agents))
-        bad_A = guards.distrusted(replay.sureness_RA, replay.agreement_RA, replay.context_R)
-        self._kept.distrusted = [name for name, bad in zip(agents, bad_A, strict=True) if bad]
+        bad_A = self._look_at(replay)
         verdicts.append(guards.disagreement(new_RA, old_RA, bad_A, agents))
         if self._probes is not None:
             verdicts.append(self._probes.judge(gate, current, margin=bounds.margin, error_rate=bounds.error_rate))
         return [verdict for verdict in verdicts if verdict.guard not in bounds.skip]
+
+    def _look_at(self, replay: Slice) -> BoolArray:
+        """Note who is distrusted now, and return it [A]."""
+        bad_A = guards.distrusted(replay.sureness_RA, replay.agreement_RA, replay.context_R)
+        agents = self._versions.gate.spec.agents
+        self._kept.distrusted, self._unlooked = [name for name, bad in zip(agents, bad_A, strict=True) if bad], 0
+        return bad_A
 
     def _distance(self, weights: Mapping[str, Any], slack: float) -> Verdict:
         found = self._state.load_version(self._kept.anchor)
@@ -445,6 +464,10 @@ class Adaptation:
         found = of_pool(records, str(self._versions.source["fingerprint"]))
         for record in found:
             self._held.put(record)
+        self._unlooked += len(found)
+        if self._kept.distrusted and self._unlooked >= LOOK_AGAIN:
+            # Without the agents that are left out there may be nothing to learn, and no offer at which they are looked at.
+            self._look_at(read_slice(self._held.records(), self._versions.gate))
         trial = self._kept.trial
         if trial is None:
             read = zip(read_queries(found, self._versions.gate), found, strict=True)

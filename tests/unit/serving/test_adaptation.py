@@ -225,11 +225,11 @@ def test_on_takes_update_after_update_and_the_control_follows_a_window_behind(ro
 def test_the_anchor_stays_behind_until_a_shift_is_declared(root: Path) -> None:
     found = swarm(root, "on", skip=("canary",))
     deployed = found.versions.version
-    assert found.offer(found.files(HOME, sharpness=1.4), 1)["accepted"]
+    assert found.offer(found.files(HOME, sharpness=1.3), 1)["accepted"]
     assert found.adaptation.status()["anchor"] == deployed
-    told = found.offer(found.files(HOME, sharpness=1.8), 2)  # a step as large as the first, and too far from where it began
+    told = found.offer(found.files(HOME, sharpness=1.6), 2)  # a step as large as the first, and too far from where it began
     assert [verdict["guard"] for verdict in told["verdicts"] if not verdict["passed"]] == ["distance"]
-    told = found.offer(found.files(HOME, sharpness=1.8), 3, shift=True)
+    told = found.offer(found.files(HOME, sharpness=1.6), 3, shift=True)
     assert told["accepted"]
     assert found.adaptation.status()["anchor"] == told["version"]
 
@@ -316,6 +316,22 @@ def test_a_liar_that_grows_sure_is_distrusted_and_gains_no_load(root: Path) -> N
     assert told["distrusted"] == ["code"]
     failed = [verdict["guard"] for verdict in told["verdicts"] if not verdict["passed"]]
     assert "disagreement" in failed
+
+
+def test_who_is_distrusted_is_looked_at_again_without_an_offer(root: Path) -> None:
+    """The learner leaves it out, so there may be nothing to learn and nothing to offer."""
+    found = swarm(root, warm=160, held_back=0.5, redundant=True)
+    found.liars = ("code",)
+    for _ in range(160):
+        found.ask(is_dense=True)
+    found.offer(found.files(TO_LAST), 1)
+    assert found.adaptation.status()["distrusted"] == ["code"]
+    found.liars = ()
+    for _ in range(800):
+        found.ask(is_dense=True)
+        if not found.adaptation.status()["distrusted"]:
+            break
+    assert found.adaptation.status()["distrusted"] == []
 
 
 def test_known_answers_are_a_guard_of_their_own(root: Path, tmp_path: Path) -> None:
