@@ -19,6 +19,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 _MAX_CHARS = 80
+_BRANCH = re.compile(r"constrained-\w+|[\w\-]+\[.*\]")
+"""What pydantic calls a branch of a union in a location."""
 _LIKENESS = 0.6
 """Least `difflib` ratio of a name that is suggested."""
 
@@ -97,8 +99,31 @@ def describe(error: ValidationError, model: type[BaseModel] | None = None) -> st
 
     `model` is the record that was being validated: with it an unknown key is answered with the keys that are allowed.
     """
-    items = error.errors(include_url=False)
+    items = findings(error)
     return "; ".join(_sentence(item, model) for item in items if not _follows_from_others(item, items))
+
+
+def findings(error: ValidationError) -> list[ErrorDetails]:
+    """Return pydantic's findings, those of a union as one, under the field's own name.
+
+    Pydantic reports every branch of a union, and puts its type into the location: `('alpha', 'constrained-float')`.
+    """
+    found: dict[tuple[int | str, ...], ErrorDetails] = {}
+    for item in error.errors(include_url=False):
+        branches = [at for at, part in enumerate(item["loc"]) if isinstance(part, str) and _BRANCH.fullmatch(part)]
+        loc = tuple(part for at, part in enumerate(item["loc"]) if at not in branches)
+        if branches and branches[0] < len(item["loc"]) - 1:  # it was meant as a list, so that other branches say nothing
+            found.pop(item["loc"][: branches[0]], None)
+        found[loc] = _either(found[loc], item) if branches and loc in found else {**item, "loc": loc}
+    return list(found.values())
+
+
+def _either(one: ErrorDetails, other: ErrorDetails) -> ErrorDetails:
+    """Return two branches' findings on one value as one."""
+    words = [re.sub(r", unable to parse string as an? \w+$", "", item["msg"]) for item in (one, other)]
+    context = [str(item.get("ctx", {}).get("expected", "")) for item in (one, other)]
+    message = f"{words[0]} or {expectation(words[1]).removeprefix('expected ')}"
+    return {**one, "msg": message, "ctx": {"expected": " or ".join(context)}}
 
 
 def _sentence(item: ErrorDetails, model: type[BaseModel] | None) -> str:
@@ -171,6 +196,11 @@ def short(value: object) -> str:
     """Return a value as it is shown in a message: at most 80 characters."""
     text = repr(value)
     return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 3] + "..."
+
+
+def storable(text: str) -> str:
+    """Replace what UTF-8 cannot carry (lone surrogates)."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def redact(value: Any, name: str = "") -> Any:

@@ -34,7 +34,7 @@ from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.engines.thoughts import placed_split
 from dmoa.errors import EngineError
 from dmoa.types import EntropySum, FinalCall, FinishReason, Generation, TextDelta, TokenUsage, ToolCall
-from dmoa.validation import REDACTED
+from dmoa.validation import REDACTED, findings
 
 MAX_CALLS = 128
 """Most calls of tools that are told apart."""
@@ -477,7 +477,7 @@ def estimated_tokens(num_chars: int) -> int:
 
 
 def _first(error: ValidationError) -> str:
-    item = error.errors(include_url=False, include_input=False)[0]
+    item = findings(error)[0]
     return f"{'.'.join(map(str, item['loc'])) or 'the whole'}: {item['msg']}"
 
 

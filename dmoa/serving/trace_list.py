@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dmoa.errors import RequestError
 from dmoa.trace import ReplyDmoa
 from dmoa.types import Query
-from dmoa.validation import expectation, redact_text
+from dmoa.validation import expectation, findings, redact_text
 
 MAX_LISTED = 200
 """Most traces of one page of the list."""
@@ -156,7 +156,7 @@ class TraceFilter(BaseModel):
         try:
             return cls.model_validate(dict(given))
         except ValidationError as error:
-            first = error.errors()[0]
+            first = findings(error)[0]
             field = str(first["loc"][0]) if first["loc"] else "query"
             raise RequestError(
                 f"{field}: {expectation(first['msg'])}; see /openapi.json", param=field, code="invalid_value"

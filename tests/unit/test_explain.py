@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from dmoa.agents.pool import load_pool
-from dmoa.config import loads
+from dmoa.config import LimitsConfig, loads
 from dmoa.engines.models import resolve_adapter, resolve_model
+from dmoa.engines.recorded import RecordedReply
 from dmoa.errors import DmoaError
-from dmoa.evaluation.records import EvaluateOptions
+from dmoa.evaluation.records import CompareOptions, EvaluateOptions
 from dmoa.evaluation.registry import expand_names
 from dmoa.evaluation.suites.suite import fine_split
-from dmoa.serving.http.requests import ChatRequest, parse_body
-from dmoa.validation import did_you_mean
+from dmoa.serving.http.requests import ChatRequest, CompletionRequest, parse_body, request_error
+from dmoa.serving.http.responses_api import ResponsesRequest
+from dmoa.training.options import TrainOptions
+from dmoa.validation import describe, did_you_mean
 from dmoa.workflows.evaluate import check_policies
 
 POOL = """
@@ -74,3 +78,51 @@ def test_every_refused_name_gets_its_suggestion(act: Callable[[], object], sugge
     with pytest.raises(DmoaError, match=f"did you mean .*'{suggested}'") as refused:
         act()
     assert str(refused.value).count("did you mean") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "field", "value", "said"),
+    [
+        (LimitsConfig, "hedge_after_ms", -1, "hedge_after_ms is -1; expected a number greater than 0 or 'p95'"),
+        (LimitsConfig, "hedge_after_ms", "p96", "hedge_after_ms is 'p96'; expected a valid number or 'p95'; did you mean 'p95'?"),
+        (LimitsConfig, "hedge_after_ms", [], "hedge_after_ms is []; expected a valid number or 'p95'"),
+        (TrainOptions, "workers", -1, "workers is -1; expected a number greater than or equal to 0 or 'auto'"),
+        (TrainOptions, "alpha", 2, "alpha is 2; expected a number less than 1 or 'auto'"),
+        (EvaluateOptions, "split", "tst", "split is 'tst'; expected 'train', 'adaptation' or 'test' or 'specialist', "),
+        (CompareOptions, "split", 3, "split is 3; expected 'train', 'adaptation' or 'test' or 'specialist', "),
+        (RecordedReply, "entropy", -1, "entropy is -1; expected a number greater than or equal to 0 or a valid list"),
+        (RecordedReply, "entropy", [1, -2], "entropy.1 is -2; expected a number greater than or equal to 0"),
+    ],
+)
+def test_a_union_is_named_as_one_writes_it(model: type[BaseModel], field: str, value: object, said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({field: value})
+    sentences = [one for one in describe(caught.value, model).split("; ") if "missing" not in one and one != "add it"]
+    told = "; ".join(sentences)
+    assert told.startswith(said)
+    assert told.count(field) == 1, "one sentence for all branches"
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "param"),
+    [
+        (ChatRequest, {"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        (ChatRequest, {"messages": [{"role": "user", "content": [3]}]}, "messages[0].content[0]"),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a"}], "stop": 3}, "stop"),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a"}], "stop": ["a", 3]}, "stop[1]"),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a"}], "dmoa": True}, "dmoa"),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a"}], "dmoa": {"max_steps": "x"}}, "dmoa.max_steps"),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a"}], "tool_choice": 3}, "tool_choice"),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a"}], "tool_choice": "some"}, "tool_choice"),
+        (CompletionRequest, {"prompt": 3}, "prompt"),
+        (CompletionRequest, {"prompt": [3]}, "prompt[0]"),
+        (CompletionRequest, {"prompt": "a", "stop": {}}, "stop"),
+        (ResponsesRequest, {"input": 3}, "input"),
+        (ResponsesRequest, {"input": [{"role": "user", "content": 3}]}, "input[0].content"),
+        (ResponsesRequest, {"input": [{"type": "function_call_output", "call_id": "a", "output": 3}]}, "input[0].output"),
+    ],
+)
+def test_a_union_in_a_body_is_named_as_one_writes_it(model: type[BaseModel], body: dict[str, object], param: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({"model": "tiny", **body})
+    assert request_error(caught.value).param == param

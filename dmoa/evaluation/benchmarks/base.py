@@ -26,6 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import SPLITS, Label, Score, Scorer, Split
 from dmoa.plugins import Registry
+from dmoa.validation import findings
 
 
 class RowError(ValueError):
@@ -170,7 +171,7 @@ def validate(model: type[FieldsT], fields: Mapping[str, Any]) -> FieldsT:
     try:
         return model.model_validate(dict(fields))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = findings(error)[0]
         name = ".".join(str(part) for part in first["loc"]) or "(whole row)"
         if first["type"] == "missing":
             present = shown_field(sorted(map(str, first["input"])))

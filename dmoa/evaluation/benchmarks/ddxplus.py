@@ -38,6 +38,7 @@ from dmoa.evaluation.benchmarks.base import (
     validate,
 )
 from dmoa.evaluation.records import Label, Reply, Score
+from dmoa.validation import findings
 
 EVIDENCES_FILE = "release_evidences.json"
 CONDITIONS_FILE = "release_conditions.json"
@@ -101,7 +102,7 @@ def _read_json(path: Path, form: Any) -> Any:
     try:
         return TypeAdapter(form).validate_python(json.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = findings(error)[0]
         where = ".".join(str(part) for part in first["loc"])
         seen = shown_field(first["input"])
         raise ConfigError(f"{path}, `{where}`: saw {seen}; {first['msg']}. Take the file of the DDXPlus release.") from None
