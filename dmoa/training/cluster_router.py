@@ -17,6 +17,7 @@ from scipy.cluster.vq import ClusterError, kmeans2, vq
 
 from dmoa.core.features import Preset
 from dmoa.core.scores import scores
+from dmoa.core.sequential import AGENT_PRICE
 from dmoa.errors import ConfigError
 from dmoa.types import Price, TokenUsage
 
@@ -39,10 +40,12 @@ def sample_of(
     values: Mapping[tuple[str, str], float] | None = None,
     outcomes: Mapping[tuple[str, str], float] | None = None,
     prices: Mapping[str, Price] | None = None,
+    agent_price: float = AGENT_PRICE,
 ) -> ProbeSample:
     """Return the sample of a table of rollouts; `values`: (query_id, agent) -> score, for queries with a known answer.
 
     `outcomes`: the same of what the user knows (`training/outcomes`). `prices`: of the tokens of agents, where they are known.
+    `agent_price`: as `gate.agent_price`.
 
     Raises ConfigError where fewer than four queries were asked of every agent.
     """
@@ -70,6 +73,7 @@ def sample_of(
         outcome_RA=None
         if outcomes is None
         else np.array([[outcomes.get((query, name), np.nan) for name in agents] for query in dense]),
+        agent_price=agent_price,
     )
 
 
@@ -125,6 +129,8 @@ class ProbeSample:
     """What each reply cost; NaN where its agent has no price, or gave nothing. None: no agent has a price."""
     outcome_RA: Floats | None = None
     """Rewards that the user handed over, 0..1; NaN where there are none. None: there are none at all."""
+    agent_price: float = AGENT_PRICE
+    """What one more agent must be worth (`gate.agent_price`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict
 
 from dmoa.core.answers import extract_answer
 from dmoa.core.label_model import ENOUGH_BACKED, MIN_ROWS, LabelModel, Signal, fit_label_model
-from dmoa.core.sequential import AGENT_PRICE
 from dmoa.core.witnesses import NO_ANSWER, Array, Witnesses, are_backed, disputes, witnesses_of
 from dmoa.training.cluster_router import ProbeSample
 from dmoa.training.judging import ask_in_turn
@@ -206,7 +205,7 @@ def _expected(sample: ProbeSample, model: LabelModel, witnesses: Witnesses, righ
     context_R = model.context(witnesses.embedding_RD, num_rows)
     ranking_RA = np.argsort(-model.ability_CA[context_R], axis=1, kind="stable")
     turn = ask_in_turn(
-        model, witnesses, right_RA, ranking_RA, np.ones(num_rows, dtype=np.int64), limit=num_agents, price=AGENT_PRICE
+        model, witnesses, right_RA, ranking_RA, np.ones(num_rows, dtype=np.int64), limit=num_agents, price=sample.agent_price
     )
     turn_A = turn.asked_RA.mean(axis=0)
     given_RA = np.where(witnesses.answer_RA >= 0, right_RA, 0.0)

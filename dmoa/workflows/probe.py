@@ -111,7 +111,9 @@ def _unlabelled_sample(folder: Path, config: Config, outcomes: Path | None = Non
             raise no_outcome_fits(len(given))
         credit = found.credit
     prices = {agent.name: Price(**price.model_dump()) for agent in config.agents if (price := config.llms[agent.llm].price)}
-    return sample_of(table, config.agent_names, manifest.preset, outcomes=credit, prices=prices)
+    return sample_of(
+        table, config.agent_names, manifest.preset, outcomes=credit, prices=prices, agent_price=config.gate.agent_price
+    )
 
 
 def _judged(table: pa.Table, labels: Path) -> dict[tuple[str, str], float]:

@@ -207,6 +207,12 @@ def test_constant_redundant_and_lying_agents_are_named() -> None:
         assert words in text
 
 
+def test_asking_in_turn_heeds_the_price_of_an_agent() -> None:
+    """At the highest price no second agent is worth its call; for nothing, nearly every row asks on."""
+    calls = [found(GOOD, agent_price=price).expected[1].calls for price in (1.0, 0.02, 0.0)]
+    assert calls[0] == 1.0 < calls[1] < calls[2]
+
+
 def test_few_rows_say_nothing() -> None:
     assert probe_answers(sample({"a": list("1234567"), "b": list("1234567")}), can_entropy=True) is None
 
