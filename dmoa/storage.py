@@ -80,6 +80,11 @@ def write_at(system: arrow_fs.FileSystem, path: str, data: bytes) -> None:
         raise
 
 
+def unwritable(path: Path, reason: OSError | str) -> ConfigError:
+    """Return the error for a folder of results that cannot be written to."""
+    return ConfigError(f"--out: cannot write {str(path)!r}: {reason}; name a folder that can be written")
+
+
 def is_draft(name: str) -> bool:
     """Tell a file that `write_at` or `replacing` had not finished, by its name."""
     return name.startswith(".") and name.endswith(".draft")

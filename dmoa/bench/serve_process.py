@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import pickle
-import socket
 import sys
 import tempfile
 import threading
@@ -87,13 +86,6 @@ class BenchServer(Child):
         super().stop()
 
 
-def free_port() -> int:
-    """Return a loopback port that nothing listens on at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def main() -> None:
     """Run the child's side: start what the first line of standard input asks for, and stop at its end."""
     answers = to_parent()
@@ -109,7 +101,7 @@ def main() -> None:
 
 
 def _start(pools: Mapping[str, str], chain: tuple[int, int] | None, state_dir: str, apps: list[str]) -> dict[str, str]:
-    from dmoa.serving.launch import launch
+    from dmoa.serving.launch import free_port, launch
 
     port = free_port()
     urls: dict[str, str] = {}

@@ -6,7 +6,6 @@ import asyncio
 import os
 import shlex
 import shutil
-import socket
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -99,7 +98,7 @@ def tell(
     """
     from dmoa.cli.serve import announce
     from dmoa.serving.ending import Ending
-    from dmoa.serving.launch import launch, stop
+    from dmoa.serving.launch import free_port, launch, stop
 
     rows = generate(counts[0], counts[3])
     common.say(f"1 of 7: starting pool {config.name} ({len(config.agents)} agents) on Ray Serve; this takes a minute or so")
@@ -180,13 +179,6 @@ def missed(comparison: Sequence[Mapping[str, Any]]) -> list[str]:
         <= 0.2 * dense["tokens_total"],
     }
     return [words for words, is_met in bars.items() if not is_met]
-
-
-def free_port() -> int:
-    """Return a loopback port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def generate(count: int, seed: int = SEED) -> list[Row]:

@@ -212,7 +212,7 @@ def serve(
         return show_plan(common, config, address)
     _check_adapts(config, adapt)
     from dmoa.serving.ending import Ending
-    from dmoa.serving.launch import launch, stop
+    from dmoa.serving.launch import launch, ray_is_up, stop
 
     launched: Launched | None = None
     learner: subprocess.Popen[bytes] | None = None
@@ -237,7 +237,7 @@ def serve(
                 learner.terminate()
             if launched is not None:
                 stop(app, end_ray=launched.started_ray)
-            elif address is None and _ray_is_up():
+            elif address is None and ray_is_up():
                 stop(app, end_ray=True)
 
 
@@ -258,11 +258,6 @@ def _policy_files(asked: Sequence[str]) -> tuple[str, ...]:
     from dmoa.policies.registry import POLICIES
 
     return POLICIES.references(POLICIES.load(reference, "--policy").name for reference in asked)
-
-
-def _ray_is_up() -> bool:
-    """Say whether this process is connected to a Ray; a launch that failed early has not even loaded it."""
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def announce(common: Common, launched: Launched) -> None:

@@ -147,20 +147,25 @@ def fit_operating_point(
     return min(found, key=lambda point: round(point.regret + price * point.agents, 9))
 
 
-def _asked(spec: GateSpec, logits_RA: FloatArray, best_RA: Array, mass_left: float, theta: float | None) -> IntArray:
-    """Return how many agents a step asks [R]: those active by tau, and one more while none is as sure as theta."""
-    limit = min(spec.max_agents, logits_RA.shape[1])
-    k_R = activate(
+def num_active(spec: GateSpec, logits_RA: FloatArray, mass_left: float) -> IntArray:
+    """Return how many agents of a step are active by tau [R], at most `max_agents`."""
+    found = activate(
         logits_RA,
         np.ones(logits_RA.shape, dtype=np.bool_),
         temperature=spec.temperature,
         rule=spec.rule,
         mass_left=mass_left,
-        max_agents_B=np.full(len(logits_RA), limit),
-    ).k_B
+        max_agents_B=np.full(len(logits_RA), min(spec.max_agents, logits_RA.shape[1])),
+    )
+    return np.asarray(found.k_B, dtype=np.int64)
+
+
+def _asked(spec: GateSpec, logits_RA: FloatArray, best_RA: Array, mass_left: float, theta: float | None) -> IntArray:
+    """Return how many agents a step asks [R]: those active by tau, and one more while none is as sure as theta."""
+    k_R = num_active(spec, logits_RA, mass_left)
     if theta is None or not spec.cascade:
         return k_R
     # The first place from which on someone is sure; the best score never rises along the ranking.
     sure_R = (best_RA > theta).sum(axis=1) + 1
-    asked_R: IntArray = np.clip(sure_R, k_R, limit)
+    asked_R: IntArray = np.clip(sure_R, k_R, min(spec.max_agents, logits_RA.shape[1]))
     return asked_R

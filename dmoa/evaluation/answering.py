@@ -16,7 +16,7 @@ from dmoa.flat import flat
 from dmoa.policies.registry import LONGEST_SCHEDULE, has_schedule
 from dmoa.trace import replies_in_order
 from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, SummarizerRecord, TokenUsage
-from dmoa.validation import redact_text
+from dmoa.validation import redact_text, storable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,8 @@ def answered(task: Task, policy: str, answer: Answer) -> Answered:
         benchmark=task.benchmark,
         policy=policy,
         group=task.group,
-        text=_storable(answer.text),
-        step_texts=tuple(_storable(step.summary) for step in answer.steps),
+        text=storable(answer.text),
+        step_texts=tuple(storable(step.summary) for step in answer.steps),
         stop_reason=answer.stop_reason,
         finish_reason=answer.finish_reason,
         degraded=answer.degraded,
@@ -88,7 +88,7 @@ def unanswered(task: Task, policy: str, error: EmptyAnswerError, wall_ms: float)
         benchmark=task.benchmark,
         policy=policy,
         group=task.group,
-        error=_storable(redact_text(str(error))),
+        error=storable(redact_text(str(error))),
         stop_reason="empty",
         finish_reason="length" if any(reply.finish_reason == "length" for reply in replies) else "stop",
         degraded=len(said) < len(replies),
@@ -107,7 +107,7 @@ def failed(task: Task, policy: str, error: Exception, wall_ms: float) -> Answere
         policy=policy,
         group=task.group,
         status="failed",
-        error=_storable(redact_text(f"{type(error).__name__}: {error}")),
+        error=storable(redact_text(f"{type(error).__name__}: {error}")),
         **flat(TokenUsage()),
         wall_ms=wall_ms,
         bugs=int(is_bug(error) or (isinstance(error, NoAgentError) and error.has_bug)),
@@ -138,11 +138,6 @@ def score_answer(answer: Answered, label: Label, scorers: Mapping[str, Scorer]) 
         is_left_out=judged.is_left_out,
         metrics=judged.metrics,
     )
-
-
-def _storable(text: str) -> str:
-    """Replace what UTF-8 cannot carry (lone surrogates)."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _contributing(step: StepRecord) -> list[AgentReply]:

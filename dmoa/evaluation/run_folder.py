@@ -61,9 +61,9 @@ class RunFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unwritable(self.root, str(error)) from error
+            raise storage.unwritable(self.root, error) from error
         if not os.access(self.root, os.W_OK | os.X_OK):
-            raise _unwritable(self.root, "permission denied")
+            raise storage.unwritable(self.root, "permission denied")
 
     def tasks(self, benchmark: str) -> Path:
         """Tasks of a benchmark."""
@@ -151,11 +151,7 @@ def write_whole(path: Path, text: str) -> None:
     try:
         storage.write_whole(path, text)
     except OSError as error:
-        raise _unwritable(path, str(error)) from error
-
-
-def _unwritable(path: Path, reason: str) -> ConfigError:
-    return ConfigError(f"--out: cannot write {str(path)!r}: {reason}; name a folder that can be written")
+        raise storage.unwritable(path, error) from error
 
 
 def write_lines(path: Path, records: Iterable[FileRecord]) -> int:

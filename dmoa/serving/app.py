@@ -29,7 +29,7 @@ from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAg
 from dmoa.serving.agent_replica import IngressAgents
 from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
-from dmoa.serving.feedback import Explorer, FeedbackClient, exploration
+from dmoa.serving.feedback import AnsweredQuery, Explorer, FeedbackClient, exploration
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.serving.handles import ask
 from dmoa.serving.http.front import Bounds, FrontNotice
@@ -43,7 +43,7 @@ from dmoa.serving.rollover import answer_on_one_pool_version, pool_version, quer
 from dmoa.serving.router.actor import ensure_router
 from dmoa.serving.router.client import RemoteRouter
 from dmoa.serving.router.replica_health import UP, sleepers, state_of
-from dmoa.serving.traces import AnsweredQuery, TraceOutbox, ensure_traces
+from dmoa.serving.traces import TraceOutbox, ensure_traces
 from dmoa.swarm import Swarm, abilities_of
 from dmoa.types import Answer, Event, Query
 

@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import ray
 from pyarrow import fs as arrow_fs
@@ -29,6 +29,7 @@ from dmoa.feedback import FILE, Feedback, feedback_of, read_feedback, tenant_of,
 from dmoa.serving.actors import NAMESPACE, default_state_uri, detached, feedback_name, pack_record, unpack_record
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
 from dmoa.storage import write_at
+from dmoa.trace import Trace, trace_of
 from dmoa.types import Answer, Query
 
 _LOG = logging.getLogger("dmoa.feedback")
@@ -245,14 +246,29 @@ class Explorer:
             self._rest_until_s = ended + (ended - began) * (1.0 / self._share - 1.0)
 
 
-class Finished(NamedTuple):
-    """An answered query, with what a record of it needs."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredQuery:
+    """An answered query, with all that its trace needs."""
 
     query: Query
     answer: Answer
-    key_hash: str
+    pool: str
     fingerprint: str
+    user: str | None
+    metadata: dict[str, str]
     created_unix_s: float
+
+    def trace(self) -> Trace:
+        """Return its trace."""
+        return trace_of(
+            self.query,
+            self.answer,
+            pool=self.pool,
+            fingerprint=self.fingerprint,
+            user=self.user,
+            metadata=self.metadata,
+            created_unix_s=self.created_unix_s,
+        )
 
 
 class FeedbackSender:
@@ -268,8 +284,8 @@ class FeedbackSender:
         self.given_up = 0
         """Records that were not sent."""
 
-    async def send_all(self, finished: Sequence[Finished]) -> None:
-        """Send the records of answered queries in one call, but for those that would be too many on their way; never raises."""
+    async def send_all(self, finished: Sequence[tuple[AnsweredQuery, str]]) -> None:
+        """Send records of answered queries, each with its key's hash, in one call; those too many on their way are given up."""
         taken = finished[: max(0, MAX_PENDING - self._pending)]
         self._give_up(len(finished) - len(taken), "too many are on their way")
         if not taken:
@@ -284,18 +300,18 @@ class FeedbackSender:
         finally:
             self._pending -= len(taken)
 
-    def _packed(self, finished: Sequence[Finished]) -> bytes:
+    def _packed(self, finished: Sequence[tuple[AnsweredQuery, str]]) -> bytes:
         return pack_record(
             [
                 feedback_of(
                     one.query,
                     one.answer,
-                    key_hash=one.key_hash,
+                    key_hash=key_hash,
                     fingerprint=one.fingerprint,
                     salt=self._salt,
                     created_unix_s=one.created_unix_s,
                 )
-                for one in finished
+                for one, key_hash in finished
             ]
         )
 

@@ -102,7 +102,7 @@ def launch(
     check_files(config)  # here already, as what follows: importing Serve takes seconds
     if address is not None:
         _check_listening(address)
-    elif not _ray_is_up():
+    elif not ray_is_up():
         # A Ray of our own inherits this environment, these files and this port; on another one the engines find out.
         check_keys(config)
         check_corpus(config)
@@ -111,7 +111,7 @@ def launch(
 
     mark = secrets.token_hex(16)
     say("starting Ray" if address is None else f"joining the Ray at {address}")
-    if address is None and not _ray_is_up():
+    if address is None and not ray_is_up():
         _keep_port()  # before Ray starts, whose processes inherit where
     application, started_ray = _build(config, key_hashes, address, mark, policy_files)
     host = _start_serve(host, port, is_here=started_ray)
@@ -141,9 +141,16 @@ def _close_port() -> None:
         _keeper = None
 
 
-def _ray_is_up() -> bool:
+def ray_is_up() -> bool:
     """Say whether this process is connected to a Ray, without importing it."""
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def free_port() -> int:
+    """Return a loopback port that nothing listens on at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 def _start_serve(host: str, port: int, *, is_here: bool) -> str:

@@ -20,43 +20,17 @@ import ray
 from dmoa.config import RouterConfig, TracingConfig
 from dmoa.feedback import tenant_of
 from dmoa.serving.actors import detached, pack_record, traces_name, unpack_record
-from dmoa.serving.feedback import FeedbackSender, Finished
+from dmoa.serving.feedback import AnsweredQuery, FeedbackSender
 from dmoa.serving.otlp import Exporter
 from dmoa.serving.trace_archive import Place, TraceArchive, Written
 from dmoa.serving.trace_list import TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
-from dmoa.trace import Trace, reply_dmoa, trace_of
-from dmoa.types import Answer, Query
+from dmoa.trace import reply_dmoa
 
 _LOG = logging.getLogger("dmoa.traces")
 BATCH_S = 0.1
 """How long an ingress gathers answered queries."""
 SAVE_S = 2.0
 """How often what is new is written."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnsweredQuery:
-    """An answered query, with all that its trace needs."""
-
-    query: Query
-    answer: Answer
-    pool: str
-    fingerprint: str
-    user: str | None
-    metadata: dict[str, str]
-    created_unix_s: float
-
-    def trace(self) -> Trace:
-        """Return its trace."""
-        return trace_of(
-            self.query,
-            self.answer,
-            pool=self.pool,
-            fingerprint=self.fingerprint,
-            user=self.user,
-            metadata=self.metadata,
-            created_unix_s=self.created_unix_s,
-        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,12 +104,12 @@ class TraceStore:
 
         `learner` is the app whose feedback gets records of them, without texts; they are there when this returns.
         """
-        found = [self._keep(one, key_hash) for one, key_hash in packed]
+        found = [(self._keep(one, key_hash), key_hash) for one, key_hash in packed]
         if learner is not None:
             self._sender = self._sender or FeedbackSender(learner)
             await self._sender.send_all(found)
 
-    def _keep(self, packed: bytes, key_hash: str) -> Finished:
+    def _keep(self, packed: bytes, key_hash: str) -> AnsweredQuery:
         one: AnsweredQuery = unpack_record(packed)
         reply = reply_dmoa(one.answer, pool=one.pool)
         summary, calls = summarise(reply, question=one.query.text, created_unix_s=one.created_unix_s, wall_ms=one.answer.wall_ms)
@@ -143,7 +117,7 @@ class TraceStore:
         self._exporter.put(one.query, one.answer, pool=one.pool, ended_unix_s=one.created_unix_s)
         self._shrink()
         self._save_soon()
-        return Finished(one.query, one.answer, key_hash, one.fingerprint, one.created_unix_s)
+        return one
 
     async def put_failed(self, summary_json: str, key_hash: str) -> None:
         """Keep the summary of a query that was not answered."""

@@ -38,7 +38,7 @@ from dmoa.errors import ConfigError, DmoaError
 from dmoa.policies.exploring import ExploringPolicy
 from dmoa.policies.registry import PolicyContext, build_policy
 from dmoa.protocols import OpenSwarm, final_answer
-from dmoa.storage import only_one, write_whole
+from dmoa.storage import only_one, unwritable, write_whole
 from dmoa.swarm import Swarm
 from dmoa.training.outcomes import rollout_trace_id
 from dmoa.training.rollouts import (
@@ -408,8 +408,4 @@ def _write(path: Path, text: str) -> None:
     try:
         write_whole(path, text.encode())
     except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"--out: cannot write {str(path)!r}: {error}; name a folder that can be written")
+        raise unwritable(path, error) from error

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dmoa.core.activation import IntArray, activate, probabilities
-from dmoa.core.calibration import OperatingPoint, fit_level, fit_theta, tau_levels
+from dmoa.core.activation import IntArray, probabilities
+from dmoa.core.calibration import OperatingPoint, fit_level, fit_theta, num_active, tau_levels
 from dmoa.core.gate import GateSpec
 from dmoa.core.in_step import context_part
 from dmoa.core.label_model import MIN_ROWS, LabelModel, fit_label_model
@@ -204,7 +204,7 @@ def fit_judged_point(
     found: list[tuple[OperatingPoint, Asked]] = []
     for alpha in tau_levels(alphas):
         left = fit_level(p_RA, posterior_scores(right_RA), alpha)
-        k_R = _active(spec, logits_RA, left, limit)
+        k_R = num_active(spec, logits_RA, left)
         asked = ask_in_turn(
             model, witnesses, right_RA, ranking_RA, k_R, limit=limit if spec.cascade else int(k_R.max()), price=spec.agent_price
         )
@@ -221,18 +221,6 @@ def fit_judged_point(
     point, asked = min(found, key=lambda one: round(one[0].regret + spec.agent_price * one[0].agents, 9))
     first_R = np.nan_to_num(right_RA[np.arange(len(right_RA)), ranking_RA[:, 0]])
     return point, {"right": float(asked.right_R.mean()), "right_first": float(first_R.mean()), "right_best": float(best_R.mean())}
-
-
-def _active(spec: GateSpec, logits_RA: FloatArray, mass_left: float, limit: int) -> IntArray:
-    k_R = activate(
-        logits_RA,
-        np.ones(logits_RA.shape, dtype=np.bool_),
-        temperature=spec.temperature,
-        rule=spec.rule,
-        mass_left=mass_left,
-        max_agents_B=np.full(len(logits_RA), limit),
-    ).k_B
-    return np.asarray(k_R, dtype=np.int64)
 
 
 def tell_trust(model: LabelModel, agents: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from dmoa.core.features import FEEDBACK_FEATURES, Preset
 from dmoa.errors import ConfigError
 from dmoa.flat import TokenFields, flat_reply
 from dmoa.types import AgentReply, AgentStatus, Answer, EntropyKind, FinishReason, FloatArray, Stage, StepRecord
-from dmoa.validation import describe, short
+from dmoa.validation import describe, short, storable
 
 SCHEMA_VERSION = 1
 LEARNED = "learned"
@@ -238,16 +238,11 @@ def _rows(step: StepRecord, preset: Preset) -> list[dict[str, Any]]:
             "propensity": explored.get(reply.agent, 1.0),
             "gate_version": step.decision.gate_version,
             **flat_reply(reply),
-            "text": _storable(reply.text),
-            "reasoning": _storable(reply.reasoning),
+            "text": storable(reply.text),
+            "reasoning": storable(reply.reasoning),
         }
         for reply in (*asked.values(), *masked)
     ]
-
-
-def _storable(text: str) -> str:
-    """Replace what UTF-8 cannot carry (lone surrogates)."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def split_input(input_X: FloatArray, preset: Preset) -> tuple[FloatArray, FloatArray]:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
+from dmoa.serving.launch import free_port
 from tests.accept.checks import run_check
 
 HERE = Path(__file__).parent / "clients"
@@ -147,12 +147,6 @@ def endpoint() -> Iterator[int]:
         yield server.server_address[1]
     finally:
         server.shutdown()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

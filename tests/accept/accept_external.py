@@ -30,6 +30,7 @@ from dmoa.agents.pool import build_local
 from dmoa.config import Config
 from dmoa.policies.registry import split_policy
 from dmoa.protocols import final_answer
+from dmoa.serving.launch import free_port
 from dmoa.swarm import Swarm
 from dmoa.testing import fixed_gate, query, router_of, scripted_pool
 from tests.accept.checks import run_check
@@ -64,13 +65,6 @@ async def model(call: Call) -> None:
         return
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     await call.send(200, json.dumps(common | {"choices": [choice]}).encode())
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def pool(ports: dict[str, int]) -> Config:

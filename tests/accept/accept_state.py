@@ -19,10 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
+from dmoa.serving.launch import free_port
 from tests.accept.accept_adaptation_kills import router
 from tests.accept.checks import run_check
 from tests.cluster.swaps import stream_until, version_of, write_checkpoint, write_pool
-from tests.integration.server import Served, free_port, serve
+from tests.integration.server import Served, serve
 
 STREAMS = 4
 PATIENCE_S = 60.0

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import psutil
 
-from tests.integration.server import free_port
+from dmoa.serving.launch import free_port
 
 ROOT = Path(__file__).parents[2]
 _CALL_TIMEOUT_S = 30.0

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.integration.server import free_port
+from dmoa.serving.launch import free_port
 
 _START_TIMEOUT_S = 20.0
 

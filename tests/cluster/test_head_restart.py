@@ -16,9 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
+from dmoa.serving.launch import free_port
 from tests.cluster.nodes import Nodes, cluster, until
 from tests.cluster.redis import find_redis, run_redis
-from tests.integration.server import Served, free_port
+from tests.integration.server import Served
 
 POOL = """
 name: many

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.integration.server import Served, free_port
+from dmoa.serving.launch import free_port
+from tests.integration.server import Served
 
 DMOA = str(Path(sys.executable).with_name("dmoa"))
 POOL = """

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.server import Served, free_port
+from dmoa.serving.launch import free_port
+from tests.integration.server import Served
 
 ROOT = Path(__file__).parents[2]
 POOL = """

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import psutil
 
-from dmoa.serving.launch import PROXY_FLAGS
-from tests.integration.server import Served, free_port, serve
+from dmoa.serving.launch import PROXY_FLAGS, free_port
+from tests.integration.server import Served, serve
 
 RAY = str(Path(sys.executable).with_name("ray"))
 NUM_CPUS = 8

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,14 +15,9 @@ from typing import IO
 
 import psutil
 
+from dmoa.serving.launch import free_port
+
 READY = re.compile(r"dmoa: ready at (\S+) \(pool (\S+), gate (\S+)\)")
-
-
-def free_port() -> int:
-    """Return a loopback port that nothing listens on at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class Served:

@@ -12,7 +12,8 @@ import yaml
 from openai import OpenAI
 
 from dmoa.agents.pool import load_pool
-from tests.integration.server import Served, free_port
+from dmoa.serving.launch import free_port
+from tests.integration.server import Served
 
 START_S = 400.0
 VLLM = {"engine": "vllm", "max_num_seqs": 16, "engine_kwargs": {"dtype": "float32", "max_model_len": 2048}}

@@ -17,7 +17,8 @@ from dmoa.engines.transformers.decode import draw_for, pick_tokens
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import EngineError
 from dmoa.types import AgentCall, Message, Sampling
-from tests.unit.agents.conftest import ADAPTERS, request, save_tiny_model
+from tests.unit.agents.conftest import ADAPTERS, save_tiny_model
+from tests.unit.agents.openai_server import request
 
 CPU = TransformersOptions(threads=1)
 LONG = "the quick brown fox jumps over the lazy dog " * 3

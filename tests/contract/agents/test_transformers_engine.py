@@ -15,13 +15,8 @@ from dmoa.engine_options import TransformersOptions
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta
-from tests.unit.agents.conftest import (
-    ADAPTERS,
-    plain_model,
-    request,
-    teacher_forced_entropies,
-    tiny_tokenizer,
-)
+from tests.unit.agents.conftest import ADAPTERS, plain_model, teacher_forced_entropies, tiny_tokenizer
+from tests.unit.agents.openai_server import request
 
 CPU = TransformersOptions(threads=1, max_model_len=1024)
 

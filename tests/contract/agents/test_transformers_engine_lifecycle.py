@@ -16,7 +16,8 @@ from dmoa.engines.transformers.decode import SPLIT_TOKENS
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.errors import ConfigError, EngineError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta
-from tests.unit.agents.conftest import ADAPTERS, plain_model, request, save_tiny_model, teacher_forced_entropies, tiny_tokenizer
+from tests.unit.agents.conftest import ADAPTERS, plain_model, save_tiny_model, teacher_forced_entropies, tiny_tokenizer
+from tests.unit.agents.openai_server import request
 
 CPU = TransformersOptions(threads=1, max_model_len=4096)
 ENDLESS = {"max_tokens": 4000, "temperature": 2.0, "seed": 1}

@@ -20,7 +20,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import fetch
-from dmoa.types import GenerationRequest, Message, Sampling
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -120,20 +119,6 @@ def plain_model(model_dir: Path, adapter: Path | None = None) -> LlamaForCausalL
         return model
     with peft_warnings_off():
         return PeftModel.from_pretrained(model, adapter).merge_and_unload()
-
-
-def request(
-    text: str, *, name: str = "", adapter: str | None = None, deadline_unix_s: float | None = None, **sampling: object
-) -> GenerationRequest:
-    """Return a request of one user message."""
-    return GenerationRequest(
-        request_id=name or text,
-        call_id=name or text,
-        messages=(Message(role="user", content=text),),
-        sampling=Sampling(**sampling),  # type: ignore[arg-type]
-        adapter=adapter,
-        deadline_unix_s=deadline_unix_s,
-    )
 
 
 @torch.inference_mode()

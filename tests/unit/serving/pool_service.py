@@ -12,8 +12,9 @@ from dmoa.agents.pool import build_encoder, build_local, build_pool_gate, finger
 from dmoa.config import Config, LimitsConfig
 from dmoa.routing import LocalRouter
 from dmoa.serving.actors import pack_record
+from dmoa.serving.feedback import AnsweredQuery
 from dmoa.serving.trace_list import TraceSummary
-from dmoa.serving.traces import AnsweredQuery, TraceStore
+from dmoa.serving.traces import TraceStore
 from dmoa.serving.what_if import DecidedStep, branch, by_gate, by_policy
 from dmoa.swarm import Swarm
 from dmoa.testing import FakeEncoder, fixed_gate

@@ -15,8 +15,9 @@ from dmoa.config import RouterConfig
 from dmoa.errors import RequestError
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.serving.actors import pack_record, unpack_record
+from dmoa.serving.feedback import AnsweredQuery
 from dmoa.serving.trace_list import TraceFilter, TraceSummary
-from dmoa.serving.traces import AnsweredQuery, TraceOutbox, TraceStore
+from dmoa.serving.traces import TraceOutbox, TraceStore
 from dmoa.testing import decision
 from dmoa.trace import Trace, trace_of
 from dmoa.types import AgentReply, Answer, EntropySum, Query, RouteRequest, StepRecord, SummarizerRecord
