@@ -1,93 +1,89 @@
-"""Connections to endpoints by aiohttp, for OpenAI's client: a third of the processor time of its own at many calls in flight.
+"""Connections to one endpoint by aiohttp, and the names of what fails on them: nothing of a request is made twice.
 
-Bodies, redirects, proxies and decoding stay the client's: what is here sends one request and names its failures as httpx2 does.
+OpenAI's own client takes ten times the processor time: it checks, copies and merges every message, header and URL at each call.
 """
 
 from __future__ import annotations
 
-import math
 import ssl
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from typing import Literal
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
-import httpx2
 from yarl import URL
 
-_OWN_HEADERS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
-"""What aiohttp would add."""
-_FAILURES: tuple[tuple[type[Exception], type[httpx2.TransportError]], ...] = (
-    (aiohttp.ConnectionTimeoutError, httpx2.ConnectTimeout),
-    (aiohttp.ServerTimeoutError, httpx2.ReadTimeout),
-    (aiohttp.ClientConnectorError, httpx2.ConnectError),
-    (aiohttp.ServerDisconnectedError, httpx2.RemoteProtocolError),
-    (aiohttp.ClientOSError, httpx2.ReadError),
-    (aiohttp.ClientError, httpx2.RemoteProtocolError),
+FAILURES = (aiohttp.ClientError, TimeoutError)
+"""What `Connections.post`, and reading what it returns, raise."""
+Failure = Literal["ConnectTimeout", "ReadTimeout", "ConnectError", "RemoteProtocolError", "ReadError", "DecodingError"]
+_NAMES: tuple[tuple[type[Exception], Failure], ...] = (
+    (aiohttp.ConnectionTimeoutError, "ConnectTimeout"),
+    (TimeoutError, "ReadTimeout"),
+    (aiohttp.ClientConnectorError, "ConnectError"),
+    (aiohttp.ServerDisconnectedError, "RemoteProtocolError"),
+    (aiohttp.ClientOSError, "ReadError"),
+    (aiohttp.ClientError, "RemoteProtocolError"),
 )
-"""Failures by their names there and here, the special before the general."""
+"""Failures and their usual names, the special before the general."""
 
 
-@contextmanager
-def _named(request: httpx2.Request) -> Iterator[None]:
-    try:
-        yield
-    except (aiohttp.ClientError, TimeoutError) as error:
-        kind = next((ours for theirs, ours in _FAILURES if isinstance(error, theirs)), httpx2.ReadTimeout)
-        raise kind(str(error) or "the server closed the connection", request=request) from error
+def failure_of(error: BaseException) -> Failure:
+    """Return the name of one of `FAILURES`."""
+    if isinstance(error, aiohttp.ClientPayloadError) and "content-encoding" in str(error):
+        return "DecodingError"
+    return next(name for kind, name in _NAMES if isinstance(error, kind))
 
 
 MAX_ERROR_BYTES = 65_536
 """Of what stands beside an error status."""
 
 
-class _Body(httpx2.AsyncByteStream):
-    """A reply's body as it comes."""
-
-    def __init__(self, response: aiohttp.ClientResponse, request: httpx2.Request) -> None:
-        self._response, self._request = response, request
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        most = MAX_ERROR_BYTES if self._response.status >= 400 else math.inf  # a client reads an error to its end
-        with _named(self._request):
-            async for piece in self._response.content.iter_any():
-                yield piece
-                most -= len(piece)
-                if most <= 0:
-                    return
-
-    async def aclose(self) -> None:
-        """Give the connection back, or close it where something of the body is left."""
-        self._response.release() if self._response.content.at_eof() else self._response.close()
+async def read_error(response: aiohttp.ClientResponse) -> bytes:
+    """Return what stands beside an error status, to a bound. Raises one of `FAILURES`."""
+    data = b""
+    async for piece in response.content.iter_any():
+        data += piece
+        if len(data) >= MAX_ERROR_BYTES:
+            break
+    return data
 
 
-class Connections(httpx2.AsyncBaseTransport):
-    """Sends requests over connections that are kept; serves one event loop."""
+class Connections:
+    """Posts to one URL over connections that are kept; serves one event loop."""
 
-    def __init__(self, tls: ssl.SSLContext, *, most: int) -> None:
-        """`most`: connections at a time. Opens nothing yet."""
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        *,
+        tls: ssl.SSLContext,
+        most: int,
+        connect_s: float,
+        silent_s: float,
+        is_proxied: bool,
+    ) -> None:
+        """`most`: connections at a time; `is_proxied`: by what the environment names. Opens nothing yet."""
+        self._url = URL(url)
+        self._headers = {"Accept": "*/*", "Connection": "keep-alive", "Content-Type": "application/json", **headers}
         self._tls, self._most = tls, most
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=silent_s)
+        # Not aiohttp's own way, which reads keys from ~/.netrc too.
+        named = getproxies() if is_proxied and not proxy_bypass(self._url.host or "") else {}
+        self._proxy = named.get(self._url.scheme) or named.get("all")
         self._session: aiohttp.ClientSession | None = None
 
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Return the reply, its body unread. Raises httpx2.TransportError."""
+    async def post(self, body: bytes) -> aiohttp.ClientResponse:
+        """Return the reply, its body unread; whoever takes it closes it. Raises one of `FAILURES`."""
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=self._most, ssl=self._tls)
             self._session = aiohttp.ClientSession(
-                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, skip_auto_headers=_OWN_HEADERS
+                connector=aiohttp.TCPConnector(limit=self._most, ssl=self._tls),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=self._headers,
+                timeout=self._timeout,
             )
-        limits = request.extensions["timeout"]
-        with _named(request):
-            response = await self._session.request(
-                request.method,
-                URL(str(request.url), encoded=True),
-                headers=request.headers.multi_items(),
-                data=request.content,
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=limits["connect"], sock_read=limits["read"]),
-            )
-        return httpx2.Response(response.status, headers=response.raw_headers, stream=_Body(response, request))
+        return await self._session.post(self._url, data=body, allow_redirects=False, proxy=self._proxy)
 
-    async def aclose(self) -> None:
+    async def close(self) -> None:
         """Close the connections."""
         if self._session is not None:
             await self._session.close()

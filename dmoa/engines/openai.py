@@ -1,33 +1,32 @@
-"""The `openai` engine: calls to an OpenAI-compatible endpoint through OpenAI's own client, with deadlines and a bound on calls.
+"""The `openai` engine: calls to an OpenAI-compatible endpoint, asked again where that helps, with deadlines and a bound on calls.
 
-The client connects and asks again. Ours is what it does not promise: waits that fit into a deadline, fields that an endpoint
-refuses, streams that break off, errors that keep secrets, and headers that come from the pool file alone. Prompts go out with the
-names of control tokens broken up, because an endpoint may read them as real ones; `openai_replies` reads what comes back.
+Waits fit into a deadline, fields that an endpoint refuses are left out, errors keep secrets, and headers come from the pool file
+alone. Prompts go out with the names of control tokens broken up, because an endpoint may read them as real ones; `connections`
+carries them, `openai_replies` reads what comes back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
+import random
 import re
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import httpx2
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient
 from pydantic import SecretStr
 
 from dmoa import __version__
 from dmoa.engine_options import OpenaiOptions, read_key
-from dmoa.engines.connections import Connections
-from dmoa.engines.openai_replies import Draft, error_message, estimated_tokens, events
+from dmoa.engines.connections import FAILURES, Connections, failure_of, read_error
+from dmoa.engines.openai_replies import Draft, error_message, estimated_tokens, events, plain
 from dmoa.errors import AgentOverloadedError, DeadlineError, EngineError, PromptTooLongError
 from dmoa.loopback import uses_proxies
 from dmoa.types import FinalCall, Generation, GenerationRequest, Message, TextDelta
@@ -70,9 +69,13 @@ def break_names(text: str) -> str:
 _LOG = logging.getLogger("dmoa.openai")
 CONNECT_TIMEOUT_S = 10.0
 BROKEN_OFF_S = 0.4
-"""How long to wait after a stream broke off; every other wait is the client's."""
+"""How long to wait after a stream broke off."""
 LEAST_REPLY_BYTES, BYTES_PER_TOKEN = 1 << 20, 8192
 """Bound of a reply: a token with twenty alternatives takes some 3 kB of JSON."""
+FIRST_BACKOFF_S, MAX_BACKOFF_S, MAX_WAIT_S = 0.5, 8.0, 120.0
+"""The wait before a call is sent again: at first, at most, and at most where the endpoint asks for one. As OpenAI's client."""
+REDIRECTS = 300
+"""Statuses from here on are no replies."""
 _MAX_READ_CHARS = 4000
 _MAX_QUOTED_CHARS = 300
 _TEMPLATE_CHARS = 16
@@ -80,8 +83,6 @@ _TEMPLATE_CHARS = 16
 _HINTS = ("top_k", "min_p", "repetition_penalty", "chat_template_kwargs")
 _OPTIONAL = {name: name for name in ("logprobs", "stream_options", "seed", *_HINTS)} | {"max_tokens": "max_completion_tokens"}
 """Fields that an endpoint may refuse, and the word of its refusal: max_tokens is then sent by that name, the others not."""
-_DEADLINE_UNIX_S: ContextVar[float | None] = ContextVar("deadline_unix_s", default=None)
-"""Of the call in hand: no wait goes beyond it."""
 OnText = Callable[[TextDelta], None]
 
 
@@ -89,68 +90,26 @@ class _FieldRefusedError(Exception):
     """The endpoint does not take an optional field; the call is sent again without it."""
 
 
-class _BrokenOffError(Exception):
-    """A reply ended before its end: what to raise if that stays so, and how often the call had been sent again before."""
+class _AgainError(Exception):
+    """A call that may be sent again: what to raise if it is not, and after what wait; None: the longer, the more often."""
 
-    def __init__(self, error: EngineError, retries_taken: int) -> None:
+    def __init__(self, error: Exception, wait_s: float | None = None) -> None:
         super().__init__(str(error))
         self.error = error
-        self.retries_taken = retries_taken
+        self.wait_s = wait_s
 
 
-class _Client(AsyncOpenAI):
-    """OpenAI's client, without a look at the machine: it would run `uname` to tell the endpoint."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._platform = "Unknown"
-
-    def _calculate_retry_timeout(self, remaining_retries: int, options: Any, response_headers: Any = None) -> float:
-        """Return the seconds before the next attempt; `Retry-After: 0` means at once, where the client would back off."""
-        if response_headers is not None and response_headers.get("retry-after", "").strip() == "0":
-            return 0.0
-        return super()._calculate_retry_timeout(remaining_retries, options, response_headers)
-
-
-class _Connections(DefaultAsyncHttpxClient):
-    """Connections that say which failures OpenAI's client may answer by asking again."""
-
-    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        """Send a request with this object's own headers: the client adds some about the machine and from OPENAI_ variables."""
-        given = request.headers
-        retries_taken = int(given["x-stainless-retry-count"])
-        timeout_s = request.extensions["timeout"]["read"]
-        backoff_s = min(8.0, 0.5 * 2.0**retries_taken)  # the longest wait of OpenAI's client where nobody asks for another
-        parts = {name: given[name] for name in ("host", "content-type", "content-length")}
-        request.headers = httpx2.Headers({**self.headers, **parts})
-        try:
-            response = await super().send(request, **options)
-        except httpx2.RequestError as error:
-            # An endpoint that is silent is at work on a long reply, which it would begin anew.
-            is_silent = isinstance(error, httpx2.TimeoutException) and not isinstance(error, httpx2.ConnectTimeout)
-            if is_silent or not _has_time(backoff_s, timeout_s):
-                raise APIConnectionError(request=request) from error
-            raise
-        finally:
-            request.headers = given  # in which the client reads how the reply is to be handed on
-        is_passing = response.status_code in (408, 429) or response.status_code >= 500
-        wait_s = _asked_wait_s(response.headers.get("retry-after", "")) or backoff_s
-        response.headers["x-should-retry"] = "true" if is_passing and _has_time(wait_s, timeout_s) else "false"
-        return response
-
-
-def _has_time(wait_s: float, timeout_s: float) -> bool:
-    """Tell whether the call in hand may wait so long: until its deadline, without one as long as an endpoint may be silent."""
-    deadline = _DEADLINE_UNIX_S.get()
-    return wait_s <= timeout_s if deadline is None else time.time() + wait_s < deadline
-
-
-def _asked_wait_s(retry_after: str) -> float:
-    """Return the seconds of a Retry-After header, given as seconds or as a date; 0 where it says nothing."""
-    for read in (float, lambda text: parsedate_to_datetime(text).timestamp() - time.time()):
+def _asked_wait_s(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that a refusal asks to wait, given as milliseconds, seconds or a date; None where it says nothing."""
+    asked = headers.get("retry-after", "").strip()
+    for read, text in (
+        (lambda text: float(text) / 1e3, headers.get("retry-after-ms", "")),
+        (float, asked),
+        (lambda text: parsedate_to_datetime(text).timestamp() - time.time(), asked),
+    ):
         with suppress(ValueError, TypeError, OverflowError):
-            return max(0.0, read(retry_after))
-    return 0.0
+            return max(0.0, read(text)) or (0.0 if asked == "0" else None)
+    return None
 
 
 def _seed(request: GenerationRequest) -> int:
@@ -165,7 +124,7 @@ class _Room:
     """What belongs to one event loop: the connections, and the places of calls in flight."""
 
     loop: asyncio.AbstractEventLoop
-    client: AsyncOpenAI
+    client: Connections
     places: asyncio.Semaphore
     limits: set[asyncio.Timeout] = field(default_factory=set)
     """What ends the calls in flight: at their deadlines, or at once when the engine closes."""
@@ -288,69 +247,71 @@ class OpenaiEngine:
             self._room = _Room(loop=loop, client=self._connect(), places=asyncio.Semaphore(self._max_num_seqs))
         return self._room
 
-    def _connect(self) -> AsyncOpenAI:
+    def _connect(self) -> Connections:
         timeout_s, key = self._options.timeout_s, self._key.get_secret_value()
-        connections = _Connections(
-            headers={"User-Agent": f"dmoa/{__version__}"} | ({"Authorization": f"Bearer {key}"} if key else {}),
-            verify=self._tls,  # for proxies, which have connections of the client's own
-            transport=Connections(self._tls, most=self._max_num_seqs),
-            trust_env=uses_proxies(self._url),
-            follow_redirects=False,
-            limits=httpx2.Limits(max_connections=self._max_num_seqs, max_keepalive_connections=self._max_num_seqs),
-        )
-        return _Client(
-            base_url=self._url,
-            api_key=key or "none",  # the client insists on some key; the connections send the true one or none
-            timeout=httpx2.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s), pool=None),
-            max_retries=self._options.max_retries,
-            http_client=connections,
+        return Connections(
+            f"{self._url}/chat/completions",
+            {"User-Agent": f"dmoa/{__version__}"} | ({"Authorization": f"Bearer {key}"} if key else {}),
+            tls=self._tls,
+            most=self._max_num_seqs,
+            connect_s=min(CONNECT_TIMEOUT_S, timeout_s),
+            silent_s=timeout_s,
+            is_proxied=uses_proxies(self._url),
         )
 
-    async def _ask(self, client: AsyncOpenAI, request: GenerationRequest, on_text: OnText | None, drafts: list[Draft]) -> None:
+    async def _ask(self, client: Connections, request: GenerationRequest, on_text: OnText | None, drafts: list[Draft]) -> None:
         """Read the reply to a call into the last of `drafts`, which gets one for each time that the endpoint was asked.
 
         Text that was handed on is never asked for again.
         """
-        _DEADLINE_UNIX_S.set(request.deadline_unix_s)
-        retries = self._options.max_retries
+        key, retries = self._key.get_secret_value(), 0
         while True:
-            key = self._key.get_secret_value()
             drafts.append(Draft(self._options.vocab_size, key, self._fault, on_text or _drop, final=request.final))
             try:
                 return await self._exchange(client, request, drafts[-1], is_stream=on_text is not None)
             except _FieldRefusedError:
                 continue
-            except _BrokenOffError as broken:
-                retries -= broken.retries_taken + 1
-                if retries < 0 or drafts[-1].is_begun:
-                    raise broken.error from None
-            client = client.with_options(max_retries=retries)
-            await asyncio.sleep(BROKEN_OFF_S)
+            except _AgainError as again:
+                await self._wait(again, retries, request.deadline_unix_s, can_repeat=not drafts[-1].is_begun)
+            retries += 1
 
-    async def _exchange(self, client: AsyncOpenAI, request: GenerationRequest, draft: Draft, *, is_stream: bool) -> None:
+    async def _wait(self, again: _AgainError, retries: int, deadline_unix_s: float | None, *, can_repeat: bool) -> None:
+        """Wait until a call may be sent again after so many retries. Raises what it is to end with where there is no time."""
+        wait_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0**retries) if again.wait_s is None else again.wait_s
+        has_time = again.wait_s == BROKEN_OFF_S or self._has_time(wait_s, deadline_unix_s)
+        if retries >= self._options.max_retries or not can_repeat or not has_time:
+            raise again.error from None
+        jitter = 1.0 - random.random() / 4 if again.wait_s is None else 1.0  # noqa: S311 -- no secret
+        await asyncio.sleep(wait_s * jitter)
+
+    def _has_time(self, wait_s: float, deadline_unix_s: float | None) -> bool:
+        """Tell whether a call may wait so long: until its deadline, without one as long as an endpoint may be silent."""
+        if deadline_unix_s is None:
+            return wait_s <= min(self._options.timeout_s, MAX_WAIT_S)
+        return wait_s <= MAX_WAIT_S and time.time() + wait_s < deadline_unix_s
+
+    async def _exchange(self, client: Connections, request: GenerationRequest, draft: Draft, *, is_stream: bool) -> None:
         """Ask, and read the reply into the draft."""
         body = self._body(request, is_stream=is_stream)
-        retries_taken: int | None = None
-        is_whole = True
+        data = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+        response, is_whole, has_reply = None, True, False
         try:
-            async with client.chat.completions.with_streaming_response.create(
-                model=self._model,
-                messages=[],
-                extra_body=body,  # which holds both again
-            ) as response:
-                retries_taken = response.retries_taken
-                kind = response.headers.get("content-type", "").lower()
-                if kind.startswith("application/json") or not (is_stream or kind.startswith("text/event-stream")):
-                    draft.take(b"".join([chunk async for chunk in self._within(response.iter_bytes(), request)]))
-                else:
-                    is_whole = await _read_events(self._within(response.iter_bytes(), request), draft)
-        except APIStatusError as error:
-            raise self._refusal(error, body) from None
-        except (APIConnectionError, httpx2.RequestError, ssl.SSLError) as error:
+            response = await client.post(data)
+            if response.status >= REDIRECTS:
+                raise self._refusal(response.status, await read_error(response), response.headers, body)
+            has_reply, kind = True, response.headers.get("content-type", "").lower()
+            if kind.startswith("application/json") or not (is_stream or kind.startswith("text/event-stream")):
+                draft.take(b"".join([chunk async for chunk in self._within(response.content.iter_any(), request)]))
+            else:
+                is_whole = await _read_events(self._within(response.content.iter_any(), request), draft)
+        except FAILURES as error:
             if not draft.is_ended:  # else what was lost came after the end of the reply
-                raise self._failure(error.__cause__ or error, retries_taken) from None
+                raise self._failure(error, has_reply=has_reply) from None
+        finally:
+            if response is not None:
+                response.close()  # which keeps the connection of a reply that was read to its end
         if not is_whole:
-            raise _BrokenOffError(self._error("its stream broke off before the end of the reply; ask again"), retries_taken or 0)
+            raise _AgainError(self._error("its stream broke off before the end of the reply; ask again"), BROKEN_OFF_S)
         draft.finish()
 
     def _body(self, request: GenerationRequest, *, is_stream: bool) -> dict[str, Any]:
@@ -383,36 +344,40 @@ class OpenaiEngine:
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         return body
 
-    def _failure(self, error: BaseException, retries_taken: int | None) -> Exception:
-        """Return what a lost or silent connection stands for; `retries_taken` is None before the endpoint began to answer."""
-        said = f"{type(error).__name__}: {self._quoted(str(error)) or 'no details'}"
-        if isinstance(error, httpx2.ConnectTimeout):
-            return self._error("no connection in time; check base_url, or raise timeout_s")
-        if isinstance(error, httpx2.TimeoutException):
+    def _failure(self, error: BaseException, *, has_reply: bool) -> Exception:
+        """Return what a lost or silent connection stands for; `has_reply`: the endpoint had begun to answer."""
+        kind = failure_of(error)
+        said = f"{kind}: {self._quoted(str(error)) or 'the server closed the connection'}"
+        if kind == "ConnectTimeout":
+            return _AgainError(self._error("no connection in time; check base_url, or raise timeout_s"))
+        if kind == "ReadTimeout":  # a silent endpoint is at work on a long reply, which it would begin anew
             return self._error(f"nothing came for {self._options.timeout_s:g} s; raise timeout_s, or lower max_tokens")
-        if isinstance(error, httpx2.DecodingError):
+        if kind == "DecodingError":
             return self._error(f"its reply cannot be decoded ({said})")
-        if retries_taken is not None:
-            return _BrokenOffError(self._error(f"the connection failed in mid-reply ({said}); ask again"), retries_taken)
-        if isinstance(error, httpx2.ReadError | httpx2.RemoteProtocolError):
-            advice = "ask again; where that never helps, check base_url, http or https"
-            return self._error(f"the connection failed before the reply ({said}); {advice}")
-        return self._error(f"the connection failed ({said}); check base_url")
+        if has_reply:
+            return _AgainError(self._error(f"the connection failed in mid-reply ({said}); ask again"), BROKEN_OFF_S)
+        if kind == "ConnectError":
+            return _AgainError(self._error(f"the connection failed ({said}); check base_url"))
+        advice = "ask again; where that never helps, check base_url, http or https"
+        return _AgainError(self._error(f"the connection failed before the reply ({said}); {advice}"))
 
-    def _refusal(self, error: APIStatusError, body: dict[str, Any]) -> Exception:
+    def _refusal(self, status: int, data: bytes, headers: Mapping[str, str], body: dict[str, Any]) -> Exception:
         """Return what a status of the endpoint stands for."""
-        status, message = error.status_code, error_message(error.body)
+        told = plain(data.decode("utf-8", "replace").strip())
+        message, error = error_message(told), told.get("error", told) if isinstance(told, dict) else None
+        code, param = (error.get("code"), error.get("param")) if isinstance(error, dict) else (None, None)
         said = self._quoted(message) or "no details"
-        if error.code == "context_length_exceeded" or re.search(r"maximum context length|context window", message):
+        if code == "context_length_exceeded" or re.search(r"maximum context length|context window", message):
             return PromptTooLongError(self._named(f"the prompt does not fit: {said}"))
-        if status in (400, 422) and self._learn(f"{error.param or ''} {message}", body):
+        if status in (400, 422) and self._learn(f"{param or ''} {message}", body):
             return _FieldRefusedError()
         if status in (401, 403):
             variable = self._options.api_key_env
             whose = f"the key in {variable}" if variable else "a call without a key (api_key_env)"
             return self._error(f"it refuses {whose} with status {status}: {said}")
         text = self._named(f"it answered with status {status}: {said}")
-        return AgentOverloadedError(text) if status == 429 else EngineError(text)
+        refused = AgentOverloadedError(text) if status == 429 else EngineError(text)
+        return _AgainError(refused, _asked_wait_s(headers)) if status in (408, 429) or status >= 500 else refused
 
     def _learn(self, said: str, body: dict[str, Any]) -> bool:
         """Remember an optional field that a refusal names and the call held; tells whether there was one."""

@@ -507,7 +507,7 @@ async def events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
             held.append(value)
         text = "\n".join(held).strip()
         if text and (not line or (name == "data" and len(held) == 1 and _is_whole(text))):
-            yield text if kind != "error" or text == _DONE else json.dumps({"error": _plain(text)})
+            yield text if kind != "error" or text == _DONE else json.dumps({"error": plain(text)})
             held = []
         if not line:
             held, kind = [], ""
@@ -527,7 +527,7 @@ async def _lines(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
     yield ""
 
 
-def _plain(text: str) -> Any:
+def plain(text: str) -> Any:
     """Return JSON as plain values, and any other text as it is."""
     try:
         return json.loads(text)
@@ -536,4 +536,4 @@ def _plain(text: str) -> Any:
 
 
 def _is_whole(text: str) -> bool:
-    return text == _DONE or isinstance(_plain(text), dict)
+    return text == _DONE or isinstance(plain(text), dict)

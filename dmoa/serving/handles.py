@@ -1,4 +1,4 @@
-"""Calls through Serve's handles, each with an id of its own.
+"""Calls through Serve's handles, each with an id of its own, and requests that bring their bodies along.
 
 Within a request Serve gives all calls the request's internal id (Ray 2.60), and keeps books by it. A router that chooses
 replicas by session finds one waiting call per id: of two that wait at a time the other is never sent. And where a client goes
@@ -13,6 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.serve import context
+from ray.serve._private import replica
+from ray.serve._private.http_util import ASGIReceiveProxy
+
+from dmoa.serving.http.front import BODY
 
 _PROCESS = uuid.uuid4().hex
 _NUMBERS = itertools.count()
@@ -47,3 +51,27 @@ def ask(handle: Any, *args: object) -> Sent:
         return Sent(handle.remote(*args), call_id)
     finally:
         context._serve_request_context.reset(token)
+
+
+class CarriedBody(ASGIReceiveProxy):
+    """Takes a request's body from its scope where the front has put it, else asks Serve's proxy for it, as Serve does.
+
+    Serve (Ray 2.60) has a replica call its proxy for the body, and once more for the disconnect: two calls of an actor, which
+    cost both processes more than many a request. Where the client goes away it cancels the request as well, which is enough.
+    """
+
+    def __init__(self, scope: Any, *args: Any) -> None:
+        super().__init__(scope, *args)
+        self._body: bytes | None = scope.pop(BODY, None)
+
+    async def fetch_until_disconnect(self) -> None:
+        """Queue what the app receives."""
+        if self._body is None:
+            await super().fetch_until_disconnect()
+        else:
+            self.queue.put_nowait({"type": "http.request", "body": self._body, "more_body": False})
+
+
+def take_carried_bodies() -> None:
+    """Have this process, a replica, take bodies from where the front has put them."""
+    replica.ASGIReceiveProxy = CarriedBody

@@ -43,6 +43,8 @@ MAX_OTHERS = 256
 """Requests in flight that are no queries, of one app."""
 GONE_S = 60.0
 """How long an app that was there and is not counts as coming back (503); after that its paths are unknown (404)."""
+BODY, MAX_CARRIED = "dmoa.body", 65_536
+"""Under this name the scope carries a body of at most so many bytes, so that the ingress need not call back for it."""
 NUM_KEYS = 4096
 """Keys that are remembered because an app took them."""
 _ASKED = b"x-dmoa-front"
@@ -168,7 +170,8 @@ class Front:
             return {"type": "http.request", "body": body, "more_body": False}
 
         headers = [(name, value) for name, value in scope["headers"] if name != _ASKED]
-        await self.app({**scope, "headers": [*headers, (_ASKED, b"1")]}, replayed, answer.send)
+        carried = {BODY: body} if len(body) <= MAX_CARRIED else {}
+        await self.app({**scope, **carried, "headers": [*headers, (_ASKED, b"1")]}, replayed, answer.send)
         await answer.finish()
 
     async def _body(self, scope: Scope, receive: Receive, app: _App) -> bytes:

@@ -60,6 +60,14 @@ async def test_it_waits_as_long_as_it_is_asked_to_or_a_little(asked_s: float | N
     assert endpoint.calls[1].at_s - endpoint.calls[0].at_s >= (asked_s or 0.25)
 
 
+async def test_a_wait_in_milliseconds_comes_before_one_in_seconds() -> None:
+    async with playing(refusal(500, "oh", headers={"Retry-After": "30", "Retry-After-Ms": "20"}), answer("19")) as endpoint:
+        engine = engine_of(endpoint)
+        await ask(engine, deadline_unix_s=time.time() + 20.0)
+        await engine.close()
+    assert 0.02 <= endpoint.calls[1].at_s - endpoint.calls[0].at_s < 20.0
+
+
 @pytest.mark.parametrize(("max_retries", "calls"), [(0, 1), (2, 3)])
 async def test_it_gives_up_after_so_many_retries(max_retries: int, calls: int) -> None:
     async with playing(refusal(500, "the GPU is gone", headers=AT_ONCE)) as endpoint:
@@ -272,7 +280,7 @@ async def test_the_key_is_in_no_error_log_or_text(monkeypatch: pytest.MonkeyPatc
                     await ask(engine)
                 assert endpoint.calls[0].headers["authorization"] == f"Bearer {KEY}"
                 shown += [str(caught.value), repr(pickle.loads(pickle.dumps(caught.value))), repr(engine), engine.label]
-                shown += [repr(vars(engine)), repr(engine._room and engine._room.client.default_headers)]
+                shown += [repr(vars(engine)), repr(engine._room), repr(engine._room and engine._room.client)]
                 await engine.close()
     shown += [record.getMessage() for record in caplog.records] + [caplog.text]
     assert any("redacted" in text for text in shown)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 import logging
 import math
 import time
@@ -459,6 +461,57 @@ def test_the_engine_is_quiet_at_info(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dmoa"):
         OpenaiEngine("m", OpenaiOptions(base_url="http://127.0.0.1:9/v1"), max_num_seqs=1)
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+async def test_a_compressed_reply_is_read_or_said_to_be_broken(is_broken: bool) -> None:
+    tree = {"choices": [{"message": {"content": "19"}, "finish_reason": "stop"}]}
+
+    async def compressed(call: Call) -> None:
+        data = json.dumps(tree).encode() if is_broken else gzip.compress(json.dumps(tree).encode())
+        await call.send(200, data, {"Content-Encoding": "gzip"})
+
+    async with playing(compressed) as endpoint:
+        engine = engine_of(endpoint)
+        if is_broken:
+            with pytest.raises(EngineError, match=r"its reply cannot be decoded \(DecodingError: "):
+                await engine.generate(request("Hi"))
+        else:
+            assert (await engine.generate(request("Hi"))).text == "19"
+        await engine.close()
+    assert "gzip" in endpoint.calls[0].headers["accept-encoding"]
+    assert len(endpoint.calls) == 1
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+async def test_an_endpoint_elsewhere_is_asked_by_the_proxies_of_the_environment(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    async with playing(ANSWER) as proxy:
+        monkeypatch.setenv(variable, proxy.url.removesuffix("/v1"))
+        for host, is_proxied in (("endpoint.example", True), ("other.example", False)):
+            monkeypatch.setenv("no_proxy", "other.example")
+            options = OpenaiOptions(base_url=f"http://{host}:9/v1", max_retries=0)
+            engine = OpenaiEngine("some-model", options, max_num_seqs=1)
+            if is_proxied:
+                assert (await engine.generate(request("Hi"))).text == "The 19."
+            else:
+                with pytest.raises(EngineError, match=r"the connection failed \(ConnectError: "):
+                    await engine.generate(request("Hi"))
+            await engine.close()
+    assert [call.path for call in proxy.calls] == ["http://endpoint.example:9/v1/chat/completions"]
+
+
+async def test_connections_are_kept_between_calls() -> None:
+    async with playing(ANSWER) as endpoint:
+        engine = engine_of(endpoint)
+        for _ in range(3):
+            await engine.generate(request("Hi"))
+        await engine.close()
+    assert len({id(call.writer) for call in endpoint.calls}) == 1
 
 
 async def test_an_endpoint_on_this_machine_is_asked_without_the_proxies_of_the_environment(

@@ -13,7 +13,7 @@ import uvicorn.config
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dmoa.serving.http.connection import BoundedProtocol
-from dmoa.serving.http.front import GONE_S, MAX_HALF_SENT, Bounds, Front, FrontNotice, middlewares
+from dmoa.serving.http.front import BODY, GONE_S, MAX_CARRIED, MAX_HALF_SENT, Bounds, Front, FrontNotice, middlewares
 from tests.unit.serving.fake_service import until
 
 CHAT = "/v1/chat/completions"
@@ -72,6 +72,7 @@ class App:
 
     def __init__(self, *answers: Iterable[Message], **bounds: Any) -> None:
         self.bodies: list[bytes] = []
+        self.carried: list[bytes | None] = []
         self.running = 0
         self.release = asyncio.Event()
         self.release.set()
@@ -89,6 +90,7 @@ class App:
         message = await receive()
         assert not message["more_body"]
         self.bodies.append(message["body"])
+        self.carried.append(scope.get(BODY))
         self.running += 1
         await self.release.wait()
         self.running -= 1
@@ -124,6 +126,16 @@ async def test_a_body_is_read_before_it_is_handed_on() -> None:
     assert app.bodies == []
     assert (await asked.send(b"two").done()).status == 200
     assert app.bodies == [b"one two"]
+
+
+async def test_a_small_body_goes_with_the_scope_and_a_large_one_does_not() -> None:
+    app = App()
+    front = await known(app)
+    small, large = b"x" * MAX_CARRIED, b"x" * (MAX_CARRIED + 1)
+    for body in (small, large):
+        assert (await Asked(front).send(body).done()).status == 200
+    assert app.bodies == [small, large]
+    assert app.carried[-2:] == [small, None]
 
 
 async def test_a_body_that_does_not_come_is_408() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,7 +25,8 @@ with warnings.catch_warnings():
 from dmoa.errors import AgentUnavailableError, PoolChangedError
 from dmoa.serving.agent_client import ServeAgentClient
 from dmoa.serving.encoder import ServeEncoder
-from dmoa.serving.handles import ask
+from dmoa.serving.handles import CarriedBody, ask
+from dmoa.serving.http.front import BODY
 from dmoa.types import AgentCall, Limits, Query, Sampling
 
 QUERY = Query(trace_id="t", text="Who?", limits=Limits(max_steps=1, deadline_s=0.05))
@@ -143,3 +145,22 @@ async def test_a_query_that_no_ingress_takes_begins_again() -> None:
         async with asyncio.timeout(5):
             await anext(_ask_ingress(Answering(response), QUERY, "dmoa", None))
     assert response.cancelled()
+
+
+@pytest.mark.parametrize("body", [b"{}", b"", None])
+async def test_a_body_that_the_request_brings_along_is_not_asked_for(body: bytes | None) -> None:
+    asked: list[Any] = []
+
+    async def proxys(metadata: Any) -> bytes:
+        asked.append(metadata)
+        return pickle.dumps([{"type": "http.request", "body": b"far", "more_body": False}, {"type": "http.disconnect"}])
+
+    scope = {"type": "http", "path": "/"} | ({} if body is None else {BODY: body})
+    receive = CarriedBody(scope, "metadata", proxys)
+    fetching = asyncio.create_task(receive.fetch_until_disconnect())
+    found = await receive()
+    assert (found["body"], asked) == ((b"far", ["metadata"]) if body is None else (body, []))
+    await fetching
+    assert BODY not in scope
+    if body is None:
+        assert (await receive())["type"] == "http.disconnect"
