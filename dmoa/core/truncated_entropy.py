@@ -31,13 +31,13 @@ def entropy_bounds(listed_V: Sequence[float], vocab_size: int) -> EntropyBounds 
     greatest, m log((vocab_size - V) / m), where all others share it evenly. -inf is probability 0. No part of a distribution:
     nothing listed, NaN, a positive log-probability, a sum above 1.01 or of 0. Source: ours (grouping property of the entropy).
     """
-    if not listed_V or any(math.isnan(logprob) or logprob > _MAX_EXCESS for logprob in listed_V):
+    if not listed_V or any(map(math.isnan, listed_V)) or max(listed_V) > _MAX_EXCESS:
         return None
-    probability_V = [math.exp(logprob) for logprob in listed_V]
+    probability_V = list(map(math.exp, listed_V))
     total = math.fsum(probability_V)
     if not 0.0 < total <= 1.0 + _MAX_EXCESS:
         return None
-    known = math.fsum(-p * logprob for p, logprob in zip(probability_V, listed_V, strict=True) if p > 0.0)
+    known = math.fsum([-p * logprob for p, logprob in zip(probability_V, listed_V, strict=True) if p > 0.0])
     missing = max(0.0, 1.0 - total)
     lower = max(0.0, known) - (missing * math.log(missing) if missing else 0.0)
     return EntropyBounds(lower, lower + missing * math.log(max(1, vocab_size - len(listed_V))))
@@ -51,7 +51,7 @@ def listed_entropy(listed_V: Sequence[float], vocab_size: int) -> EntropySum:
     token nor flat. On SmolLM2-135M and four of its specialists, 20 listed of 49,152: as good as no pair of replies changes order
     by it (1 of 160), by the lower bound 10.
     """
-    if any(math.isnan(logprob) or logprob == math.inf for logprob in listed_V):
+    if any(map(math.isnan, listed_V)) or math.inf in listed_V:
         return EntropySum(sum_nats=math.nan, sq_sum=math.nan, slack_nats=math.nan, tokens=1, kind="truncated")
     bounds = entropy_bounds(listed_V, vocab_size)
     if bounds is None:

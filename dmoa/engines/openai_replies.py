@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -19,13 +19,13 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     NonNegativeInt,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
 )
+from typing_extensions import TypedDict
 
 from dmoa.answer_form import NEVER_NATS, new_call_id
 from dmoa.core.entropy_scope import answer_tokens
@@ -76,14 +76,14 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class _Listed(_Part):
-    token: str = ""
-    logprob: float | None = None
+class _Listed(TypedDict, total=False):  # there are dozens a reply, and an object of a model costs twice as much
+    token: str
+    logprob: float | None
 
 
-class _Row(_Listed):
-    top_logprobs: list[_Listed] | None = None
-    data: _Extra[list[Annotated[int, Field(ge=0, le=255)]]] = Field(default=None, alias="bytes")
+class _Row(_Listed, total=False):
+    top_logprobs: list[_Listed] | None
+    bytes: Any
 
 
 class _Logprobs(_Part):
@@ -339,7 +339,8 @@ class Draft:
         for row in rows:
             if self._final.top_logprobs is not None and not is_thought:
                 self._rows.append(row)
-            said = bytes(row.data).decode("latin-1") if row.data else _as_bytes(row.token)
+            data = _data_of(row)
+            said = data.decode("latin-1") if data else _as_bytes(row.get("token", ""))
             self._tokens.append(_Token(said, listed_entropy(_listed(row), self._vocab_size), is_thought))
 
     def _tell(self, thought: str, said: str) -> None:
@@ -437,11 +438,22 @@ def _told(row: _Row, most: int) -> dict[str, Any]:
     """Return a token's row as OpenAI's object, with at most so many others listed; what JSON cannot carry is as good as never."""
 
     def part(item: _Listed) -> dict[str, Any]:
-        data = list(item.token.encode(errors="replace")) if not isinstance(item, _Row) or item.data is None else item.data
-        nats = item.logprob if item.logprob is not None and math.isfinite(item.logprob) else NEVER_NATS
-        return {"token": item.token, "logprob": nats, "bytes": data}
+        token, nats = item.get("token", ""), item.get("logprob")
+        data = _data_of(item)
+        data = token.encode(errors="replace") if data is None else data
+        is_number = nats is not None and math.isfinite(nats)
+        return {"token": token, "logprob": nats if is_number else NEVER_NATS, "bytes": list(data)}
 
-    return part(row) | {"top_logprobs": [part(item) for item in (row.top_logprobs or [])[:most]]}
+    return part(row) | {"top_logprobs": [part(item) for item in (row.get("top_logprobs") or [])[:most]]}
+
+
+def _data_of(item: Mapping[str, object]) -> bytes | None:
+    """Return the bytes of a token as they were told; None where they were not, or are none."""
+    data = item.get("bytes")
+    try:
+        return bytes(data) if isinstance(data, list) else None
+    except (ValueError, TypeError):
+        return None
 
 
 def _as_bytes(text: str) -> str:
@@ -455,11 +467,12 @@ def _added(tokens: Sequence[_Token], start: EntropySum) -> EntropySum:
 
 def _listed(row: _Row) -> list[float]:
     """Return the log-probabilities of a token's row: the listed ones, and the chosen token's where it is not among them."""
-    listed_V = [item.logprob for item in row.top_logprobs or [] if item.logprob is not None]
-    is_apart = row.logprob is not None and all(item.token != row.token for item in row.top_logprobs or [])
+    near, token, own = row.get("top_logprobs") or [], row.get("token", ""), row.get("logprob")
+    listed_V = [nats for item in near if (nats := item.get("logprob")) is not None]
+    is_apart = own is not None and all(item.get("token", "") != token for item in near)
     # Tokens whose bytes are not a text of their own may share a name; only a less probable one can have been left out.
-    if row.logprob is not None and is_apart and not row.logprob > min(listed_V, default=math.inf):  # NaN is not above anything
-        listed_V.append(row.logprob)
+    if own is not None and is_apart and not own > min(listed_V, default=math.inf):  # NaN is not above anything
+        listed_V.append(own)
     return listed_V
 
 
