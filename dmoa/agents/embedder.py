@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import numpy as np
 from dmoa.errors import ModelFetchError
 from dmoa.types import FloatArray
 
+_LOG = logging.getLogger("dmoa.encoder")
 D = 384
 """Width of an embedding of all-MiniLM-L6-v2, and of the stand-in."""
 
@@ -47,8 +49,7 @@ class MiniLmEncoder:
 
         self._model = SentenceTransformer(str(model_dir), device="cpu", local_files_only=True)
         self._model.eval()
-        if is_quick and has_bfloat16():
-            _quicken(self._model)
+        self._bert = _bert_of(self._model, in_bfloat16=is_quick and has_bfloat16())
         self._chunk_tokens = int(self._model.max_seq_length) - 2  # word pieces besides [CLS] and [SEP]
         self._threads = threads
         self._cache_size = cache_size
@@ -107,10 +108,8 @@ class MiniLmEncoder:
         import torch
 
         tokenizer = self._model.tokenizer
-        input_ids = torch.tensor([[tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]])
         with torch.inference_mode():
-            out = self._model({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
-        row: FloatArray = out["sentence_embedding"][0].numpy().copy()
+            row: FloatArray = self._bert(torch.tensor([tokenizer.cls_token_id, *ids, tokenizer.sep_token_id])).numpy().copy()
         return row
 
 
@@ -189,22 +188,79 @@ def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
-def _quicken(model: Any) -> None:
-    """Have a model's linear layers multiply in bfloat16; all between them stays float32."""
+_PROBE = [101, 2129, 2116, 18108, 2024, 2187, 1029, 102]
+"""Word pieces by which a forward pass is compared with the model's own."""
+_TOLERANCE = 1e-5
+
+
+class _Bert:
+    """A sentence encoder's forward pass over one text, in two thirds of the time that its own takes.
+
+    One text without padding needs no masks, and little of what transformers does around a layer; the three projections of a layer
+    are one product. Float32 gives the model's own numbers, to the bit where this was tried.
+    """
+
+    def __init__(self, model: Any, *, in_bfloat16: bool) -> None:
+        """`in_bfloat16`: products alone. Raises AttributeError for a model that is built otherwise."""
+        import torch
+
+        bert = model[0].auto_model
+        self._kind = torch.bfloat16 if in_bfloat16 else torch.float32
+        self._num_heads = bert.config.num_attention_heads
+        self._words = bert.embeddings.word_embeddings.weight.detach()
+        kinds_KD, places_LD = bert.embeddings.token_type_embeddings.weight, bert.embeddings.position_embeddings.weight
+        self._places = (places_LD + kinds_KD[0]).detach()
+        self._norm = bert.embeddings.LayerNorm
+        self._layers = [
+            (
+                self._product(layer.attention.self.query, layer.attention.self.key, layer.attention.self.value),
+                self._product(layer.attention.output.dense),
+                layer.attention.output.LayerNorm,
+                self._product(layer.intermediate.dense),
+                self._product(layer.output.dense),
+                layer.output.LayerNorm,
+            )
+            for layer in bert.encoder.layer
+        ]
+
+    def _product(self, *parts: Any) -> Callable[[Any], Any]:
+        import torch
+
+        weight, bias = (torch.cat([getattr(x, name).detach() for x in parts]).to(self._kind) for name in ("weight", "bias"))
+        return lambda x: torch.nn.functional.linear(x.to(self._kind), weight, bias).to(torch.float32)
+
+    def __call__(self, ids: Any) -> Any:
+        """Return the embedding, [D], of word pieces [L]."""
+        import torch
+
+        length, functional = len(ids), torch.nn.functional
+        x = self._norm(self._words[ids] + self._places[:length])
+        for project, mix, norm_mixed, widen, narrow, norm_out in self._layers:
+            q, k, v = project(x).view(length, 3, self._num_heads, -1).permute(1, 2, 0, 3)
+            seen = functional.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+            x = norm_mixed(mix(seen.transpose(0, 1).reshape(length, -1)) + x)
+            x = norm_out(narrow(functional.gelu(widen(x))) + x)
+        return functional.normalize(x.mean(0), dim=0)
+
+
+def _bert_of(model: Any, *, in_bfloat16: bool) -> Callable[[Any], Any]:
+    """Return the quick forward pass of a model; its own, in float32, where the quick one does not give its numbers."""
     import torch
 
-    class Quick(torch.nn.Module):
-        def __init__(self, exact: torch.nn.Linear) -> None:
-            super().__init__()
-            self._weight, self._bias = (part.detach().to(torch.bfloat16) for part in (exact.weight, exact.bias))
+    def whole(ids: Any) -> Any:
+        return model({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])})["sentence_embedding"][0]
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.linear(x.to(torch.bfloat16), self._weight, self._bias).to(x.dtype)
-
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is torch.nn.Linear:
-                setattr(module, name, Quick(child))
+    try:
+        quick, probe = _Bert(model, in_bfloat16=in_bfloat16), torch.tensor(_PROBE)
+        with torch.inference_mode():
+            apart = (quick(probe) - whole(probe)).abs().max().item()
+    except (AttributeError, RuntimeError) as error:
+        _LOG.warning("encoder: the model is built otherwise than expected, and run as it is: %s", error)
+        return whole
+    if apart > (_TOLERANCE * 1e3 if in_bfloat16 else _TOLERANCE):
+        _LOG.warning("encoder: the quick numbers are %.1e from the model's, which is run as it is", apart)
+        return whole
+    return quick
 
 
 @contextmanager

@@ -5,11 +5,13 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from dmoa.agents.embedder import AsyncEncoder, D, HashEncoder, MiniLmEncoder, has_bfloat16
+from dmoa.agents.embedder import AsyncEncoder, D, HashEncoder, MiniLmEncoder, _bert_of, has_bfloat16
 from dmoa.engines import models
 from dmoa.errors import ModelFetchError
 from dmoa.types import FloatArray
@@ -138,6 +140,19 @@ def test_who_multiplies_bfloat16(tmp_path: Path, flags: str, has: bool) -> None:
     place.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: amx_bf16\n")
     assert has_bfloat16(place) is has
     assert not has_bfloat16(tmp_path / "missing")
+
+
+def test_a_model_that_is_built_otherwise_is_run_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    class Other:
+        def __getitem__(self, place: int) -> object:
+            return object()
+
+        def __call__(self, told: dict[str, Any]) -> dict[str, Any]:
+            return {"sentence_embedding": told["input_ids"].sum(1, keepdim=True)}
+
+    forward = _bert_of(Other(), in_bfloat16=False)
+    assert forward(torch.tensor([3, 4])).tolist() == [7]
+    assert "run as it is" in caplog.text
 
 
 @pytest.mark.real_model
