@@ -270,8 +270,7 @@ class ActivationConfig(Node):
     """How many agents a step activates."""
 
     rule: Literal["top_mass", "fixed", "effective_count"] = "top_mass"
-    """top_mass: the smallest set that reaches `mass`; fixed: `max_agents`; effective_count: exp of the entropy of the
-    probabilities, rounded up."""
+    """top_mass: the smallest set that reaches `mass`; fixed: `max_agents`; effective_count: exp of the entropy, rounded up."""
     mass: float = Field(default=0.8, gt=0.0, le=1.0)
     """tau of `top_mass`: the smallest set whose probability reaches it."""
     cascade: bool = True
@@ -390,6 +389,8 @@ class RouterConfig(Node):
     """Learning while serving. observe: offered gates are judged, none is installed. canary: one that passes decides a share of
     new queries, then all. on: it decides all but a share at once. Both: it goes where it does worse. See `guards`."""
     guards: GuardsConfig = Field(default_factory=GuardsConfig)
+    decide: Literal["router", "ingress"] = "router"
+    """Who decides: the router, or each ingress by copies of its weights; what is installed and masked is the router's word."""
     max_wait_ms: float = Field(default=0.0, ge=0, le=1000)
     """How long a decision may wait for others to share its batch."""
     probe_interval_s: float = Field(default=0.5, gt=0, le=60)
@@ -401,8 +402,7 @@ class RouterConfig(Node):
     trace_days: float = Field(default=30.0, gt=0, le=3660)
     """Days after which a trace goes."""
     trace_uri: str | None = None
-    """Where traces are kept too (file://, s3://, gs://), with secrets taken out of their texts, so that they survive a restart;
-    None: in memory alone."""
+    """Where traces are kept too (file://, s3://, gs://), secrets taken out of their texts; None: in memory alone."""
     feedback: Literal["on", "off"] = "on"
     """Keep a sample of finished queries to learn from, under state_uri: the gate's inputs (embeddings) and hashes of answers, no
     texts. off: nothing is kept, and outcomes are refused."""

@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -25,6 +25,30 @@ from dmoa.validation import redact_text
 _LOG = logging.getLogger("dmoa.routing")
 MAX_VERSIONS = 64
 """Versions kept in memory; older ones are loaded again when a query still names them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterView:
+    """What decisions hang on beside their requests and the weights."""
+
+    current: str
+    beside: str | None
+    beside_below: int
+    """A query begins with `beside` where the hash of its trace id, 32 bits, is below this."""
+    masked: frozenset[str]
+    cold: frozenset[str]
+
+
+@dataclass(slots=True, kw_only=True)
+class Decided:
+    """What a router has counted, to be added to what another one counts."""
+
+    begun: tuple[int, int] = (0, 0)
+    activations: Counter[str] = field(default_factory=Counter)
+    num_decisions: int = 0
+    num_batches: int = 0
+    inputs: list[FloatArray] = field(default_factory=list)
+    """Of the newest decisions."""
 
 
 class LocalRouter:
@@ -62,6 +86,38 @@ class LocalRouter:
     def masked(self) -> frozenset[str]:
         """Agents that are left out of every decision."""
         return self._masked
+
+    @masked.setter
+    def masked(self, agents: frozenset[str]) -> None:
+        self._masked = agents
+
+    @property
+    def view(self) -> RouterView:
+        """What decisions hang on here."""
+        return RouterView(
+            current=self.current, beside=self._beside, beside_below=self._beside_below, masked=self._masked, cold=self.cold
+        )
+
+    def follow(self, view: RouterView) -> None:
+        """Decide from now on as the router whose view it is, with versions that can be reloaded. Raises RoutingError as `use`."""
+        self.use(view.current)
+        self.share(view.beside)
+        self._beside_below, self._masked, self.cold = view.beside_below, view.masked, view.cold
+
+    def take_decided(self) -> Decided:
+        """Return what was counted since the last call, without inputs."""
+        decided = Decided(
+            begun=self.begun, activations=self.activations, num_decisions=self.num_decisions, num_batches=self.num_batches
+        )
+        self.begun, self.activations, self.num_decisions, self.num_batches = (0, 0), Counter(), 0, 0
+        return decided
+
+    def add_decided(self, decided: Decided) -> None:
+        """Count what another router decided."""
+        self.begun = (self.begun[0] + decided.begun[0], self.begun[1] + decided.begun[1])
+        self.activations.update(decided.activations)
+        self.num_decisions += decided.num_decisions
+        self.num_batches += decided.num_batches
 
     def install(self, version: str, gate: Gate) -> None:
         """Make `gate` the version that new queries begin with; running ones keep theirs."""

@@ -41,6 +41,7 @@ from dmoa.serving.actors import (
 from dmoa.serving.agent_client import ServeAgentClient
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.rollover import check_version, pool_version
+from dmoa.serving.router.client import LOOK_S, told
 from dmoa.serving.router.replica_health import presence, read_status, sleepers
 from dmoa.types import FloatArray, RouteRequest, RouterStatus, is_untrained, supervision_of
 
@@ -60,6 +61,8 @@ COME_BACK_S = 2.0
 """How long a router that could not come back after a crash waits before it tries again."""
 HEAL_EVERY = 10
 """Looks after each of which what could not be written is tried again."""
+LOOK_AGAIN_S = 0.05
+"""How old news may be for an ingress that decides by itself."""
 LISTEN_TIMEOUT_S = 10.0
 JUDGE_SHARE = 0.01
 """Most of one core that judging offers takes on average: it has the process of those decisions that queries wait for."""
@@ -248,16 +251,33 @@ class RouterActor:
         return found[0] if found else None
 
     async def route(self, packed: bytes, version: str) -> bytes:
-        """Decide one step for a query on this version of the pool: a packed RouteRequest in, a packed RouteDecision out.
+        """Decide steps of queries on this version of the pool: packed RouteRequests in, packed RouteDecisions out, or errors.
 
-        Raises NoAgentError, RoutingError, and PoolChangedError where the router serves another version.
+        Raises PoolChangedError where the router serves another version.
         """
         self._begin()
         check_version(version, self._pool_version)
-        request: RouteRequest = unpack_record(packed)
-        decision = await self._local.route(request)
-        self._recent.append(request.input_X)
-        return pack_record(decision)
+        requests: list[RouteRequest] = unpack_record(packed)
+        decisions = await asyncio.gather(*map(self._local.route, requests), return_exceptions=True)
+        for request, decision in zip(requests, decisions, strict=True):
+            if not isinstance(decision, BaseException):
+                self._recent.append(request.input_X)
+        return pack_record([told(found) if isinstance(found, BaseException) else found for found in decisions])
+
+    async def look(self, packed: bytes, version: str) -> bytes:
+        """Return the packed view by which ingresses decide (`router.decide`), once it is not the one seen, after a while at most.
+
+        `packed`: the RouterView seen, None for none, and a `Decided`: what the ingress decided since. Raises as `route`.
+        """
+        self._begin()
+        check_version(version, self._pool_version)
+        seen, decided = unpack_record(packed)
+        self._local.add_decided(decided)
+        self._recent.extend(decided.inputs)
+        until = time.monotonic() + LOOK_S
+        while (view := self._local.view) == seen and time.monotonic() < until:  # noqa: ASYNC110 -- much may change it
+            await asyncio.sleep(LOOK_AGAIN_S)
+        return pack_record(view)
 
     async def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
         """Mask an agent and, after `masked_s` at least, try it again until it answers."""

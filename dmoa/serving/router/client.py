@@ -10,23 +10,25 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from dmoa.config import Config
-from dmoa.errors import CheckpointError, ConfigError, DmoaError, NoAgentError
+from dmoa.errors import CheckpointError, ConfigError, DmoaError, NoAgentError, RoutingError
 from dmoa.serving.actors import pack_record, unpack_record
 from dmoa.serving.agent_client import MissingReplicas
 from dmoa.serving.failures import raised
 from dmoa.serving.placement import deployment_names
 from dmoa.serving.rollover import pool_version
-from dmoa.types import RouteDecision, RouteRequest, RouterStatus
+from dmoa.types import FloatArray, RouteDecision, RouteRequest, RouterStatus
 
 if TYPE_CHECKING:
     from dmoa.core.gate import Gate
-    from dmoa.routing import LocalRouter
+    from dmoa.routing import LocalRouter, RouterView
 
 
 _LOG = logging.getLogger("dmoa.router")
@@ -39,8 +41,17 @@ TRIAL_S = 0.3
 """How long that query waits."""
 MASKED_S = 2.0
 """How long a dead agent is left out while nobody can say whether it is back."""
+LOOK_S = 1.0
+"""How long the router may keep an ingress that follows it waiting for news."""
+MAX_TOLD = 64
+"""Inputs of decisions that an ingress tells the router of at a time."""
 MAX_HELD = 8
 """Copies of weights that an ingress holds beside the current version's."""
+
+
+def told(error: BaseException | None) -> DmoaError:
+    """Return an error of a decision as it is told to a query."""
+    return error if isinstance(error, DmoaError) else NoAgentError(f"router: {error}")
 
 
 class RemoteRouter:
@@ -59,6 +70,11 @@ class RemoteRouter:
         self._masked_until: dict[str, float] = {}
         self._cold: frozenset[str] = frozenset()
         self._is_away, self._away_until = False, 0.0
+        self._waiting: list[tuple[RouteRequest, asyncio.Future[RouteDecision]]] = []
+        self._is_asking = False
+        self._view: RouterView | None = None
+        self._view_until = 0.0
+        self._inputs: deque[FloatArray] = deque(maxlen=MAX_TOLD)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
@@ -75,19 +91,26 @@ class RemoteRouter:
             raise ConfigError(found[1]) from error
         await self._fetch(self._current)
         self._stand_in()
+        if self._config.router.decide == "ingress":
+            self._spawn(self._follow())
         return self._current
 
     async def route(self, request: RouteRequest) -> RouteDecision:
         """Decide one step. Raises NoAgentError, RoutingError, PoolChangedError."""
+        if self._follows and (request.gate_version or self._current) in self._weights:
+            try:
+                return await self._decide_here(request)
+            except RoutingError:  # the router may know a version to fall back on
+                pass
         if time.monotonic() >= self._away_until:
             is_trial = self._is_away
             if is_trial:
                 self._away_until = time.monotonic() + AWAY_S
             try:
                 async with asyncio.timeout(TRIAL_S if is_trial else ROUTE_TIMEOUT_S):
-                    decision: RouteDecision = unpack_record(await self._actor.route.remote(pack_record(request), self._version))
+                    decision = await self._ask(request)
             except RayTaskError as error:
-                raise error.cause if isinstance(error.cause, DmoaError) else NoAgentError(f"router: {error.cause}") from error
+                raise told(error.cause) from error
             except (RayError, TimeoutError) as error:
                 _LOG.warning("router is away (%s): deciding here", type(error).__name__)
                 self._is_away, self._away_until = True, time.monotonic() + AWAY_S
@@ -97,6 +120,35 @@ class RemoteRouter:
                 self._keep(decision.gate_version, is_current=request.gate_version is None and not decision.is_beside)
                 return decision
         return await self._decide_here(request)
+
+    async def _ask(self, request: RouteRequest) -> RouteDecision:
+        """Have the actor decide, in one call with whatever waits when its last one is over: a call costs more than a decision."""
+        future: asyncio.Future[RouteDecision] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        if not self._is_asking:
+            self._is_asking = True
+            self._spawn(self._ask_all())
+        return await future
+
+    async def _ask_all(self) -> None:
+        try:
+            while self._waiting:
+                asked, self._waiting = [item for item in self._waiting if not item[1].done()], []
+                try:
+                    async with asyncio.timeout(ROUTE_TIMEOUT_S):
+                        packed = await self._actor.route.remote(pack_record([request for request, _ in asked]), self._version)
+                    found: list[RouteDecision | Exception] = unpack_record(packed)
+                except (RayError, TimeoutError) as error:
+                    found = [error] * len(asked)
+                for (_, future), one in zip(asked, found, strict=True):
+                    if future.done():
+                        continue
+                    if isinstance(one, Exception):
+                        future.set_exception(one)
+                    else:
+                        future.set_result(one)
+        finally:
+            self._is_asking = False
 
     def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
         """Tell the actor; while it is away the agent is masked here for a short while."""
@@ -150,16 +202,15 @@ class RemoteRouter:
         if version not in self._weights:
             # The orchestrator asks again while the query's patience lasts, and the router comes back with all versions.
             raise NoAgentError(f"router: it is away, and there is no copy of gate {version} here yet; ask again")
-        local = await asyncio.shield(self._stand_in())
-        if self._current in self._weights:
-            local.use(self._current)
-        now = time.monotonic()
-        for agent in local.masked:
-            local.restore(agent)
-        for agent, until in self._masked_until.items():
-            if until > now:
-                local.report_unavailable(agent, "lost while the router is away")
-        local.cold = self._cold  # as the router last knew
+        local, now = await asyncio.shield(self._stand_in()), time.monotonic()
+        lost = frozenset(agent for agent, until in self._masked_until.items() if until > now)
+        if self._view is not None and self._follows:
+            local.masked = self._view.masked | lost
+            self._inputs.append(request.input_X)
+        else:
+            if self._current in self._weights:
+                local.use(self._current)
+            local.masked, local.cold = lost, self._cold  # as the router last knew
         return await local.route(request)
 
     def _stand_in(self) -> asyncio.Task[LocalRouter]:
@@ -167,6 +218,48 @@ class RemoteRouter:
         if self._building is None or (self._building.done() and self._building.exception() is not None):
             self._building = asyncio.get_running_loop().create_task(asyncio.to_thread(self._build_local))
         return self._building
+
+    @property
+    def _follows(self) -> bool:
+        """Whether the router's view is known, and not too old."""
+        return time.monotonic() < self._view_until
+
+    async def _follow(self) -> None:
+        """Keep up with the router's view and weights, and tell it what was decided by them."""
+        local = await asyncio.shield(self._stand_in())
+        while True:
+            try:
+                view = await self._look(local)
+                for version in (view.current, view.beside):
+                    if version is not None and version not in self._weights:
+                        await self._fetch(version)
+                local.follow(view)
+            except (RayError, TimeoutError, RoutingError) as error:
+                _LOG.warning("router is not followed (%s): asking it", type(error).__name__)
+                self._view, self._view_until = None, 0.0
+                await asyncio.sleep(AWAY_S)
+            else:
+                self._view, self._current, self._view_until = view, view.current, time.monotonic() + LOOK_S + ROUTE_TIMEOUT_S
+
+    async def close(self) -> None:
+        """Follow the router no longer, and end what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _look(self, local: LocalRouter) -> RouterView:
+        """Return the router's next view. Raises RayError, TimeoutError: what was decided is then told the next time."""
+        decided = local.take_decided()
+        inputs = list(self._inputs)
+        self._inputs.clear()
+        packed = pack_record((self._view, replace(decided, inputs=inputs)))
+        try:
+            async with asyncio.timeout(ROUTE_TIMEOUT_S + LOOK_S):
+                view: RouterView = unpack_record(await self._actor.look.remote(packed, self._version))
+        except (RayError, TimeoutError):
+            local.add_decided(decided)
+            raise
+        return view
 
     def _build_local(self) -> LocalRouter:
         from dmoa.routing import LocalRouter

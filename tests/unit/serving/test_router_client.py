@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from dmoa import checkpoint
 from dmoa.checkpoint import describe_gate
 from dmoa.config import Config
 from dmoa.core.gate import init_gate
-from dmoa.errors import ConfigError, DmoaError, NoAgentError
-from dmoa.routing import LocalRouter
+from dmoa.errors import ConfigError, DmoaError, NoAgentError, RoutingError
+from dmoa.routing import LocalRouter, RouterView
 from dmoa.serving.actors import pack_record, unpack_record
 from dmoa.serving.agent_client import MissingReplicas
 from dmoa.serving.rollover import pool_version
-from dmoa.serving.router.client import MAX_HELD, RemoteRouter
+from dmoa.serving.router.client import MAX_HELD, RemoteRouter, told
 from dmoa.serving.router.state import FILES
 from dmoa.testing import DIM, gate_spec
-from dmoa.types import RouteRequest, RouterStatus
+from dmoa.types import RouteDecision, RouteRequest, RouterStatus
 
 ASK = RouteRequest(input_X=np.ones(2 * DIM + 4, np.float32))
 CONFIG = Config.model_validate(
@@ -53,7 +53,12 @@ class FakeActor:
         self.versions: list[str] = []
         self.told: list[tuple[Any, ...]] = []
         self.fetched: list[str] = []
+        self.inputs: list[Any] = []
         self.configure, self.route, self.weights = Method(self._configure), Method(self._route), Method(self._weights)
+        self.look = Method(self._look)
+        self.batches: list[int] = []
+        self.release = asyncio.Event()
+        self.release.set()
         self.install()
 
     def install(self) -> str:
@@ -79,7 +84,21 @@ class FakeActor:
     async def _route(self, packed: bytes, version: str) -> bytes:
         self._check()
         assert version == pool_version(CONFIG)
-        return pack_record(await self._local.route(unpack_record(packed)))
+        requests = unpack_record(packed)
+        self.batches.append(len(requests))
+        await self.release.wait()
+        decisions = await asyncio.gather(*map(self._local.route, requests), return_exceptions=True)
+        return pack_record([told(one) if isinstance(one, BaseException) else one for one in decisions])
+
+    async def _look(self, packed: bytes, version: str) -> bytes:
+        self._check()
+        seen, decided = unpack_record(packed)
+        self._local.add_decided(decided)
+        self.inputs.extend(decided.inputs)
+        while self._local.view == seen and not self.is_away:  # noqa: ASYNC110 -- as the actor's own
+            await asyncio.sleep(0)
+        self._check()
+        return pack_record(self._local.view)
 
     async def _weights(self, version: str) -> dict[str, bytes]:
         self._check()
@@ -220,3 +239,145 @@ async def test_agents_without_a_replica_and_those_of_an_older_pool_are_gone(tmp_
     assert await router.missing_replicas() == MissingReplicas(frozenset({"a", "b"}), "w")
     actor.is_away = True
     assert await router.missing_replicas() == MissingReplicas()
+
+
+async def test_decisions_that_wait_for_the_last_call_go_in_one_and_one_error_is_ones_own(
+    pair: tuple[FakeActor, RemoteRouter],
+) -> None:
+    actor, router = pair
+    alone = [await router.route(replace(ASK, input_X=ASK.input_X * i)) for i in range(5)]
+    actor.batches.clear()
+    actor.release.clear()
+    asked = [asyncio.create_task(router.route(replace(ASK, input_X=ASK.input_X * i))) for i in range(5)]
+    wrong = asyncio.create_task(router.route(replace(ASK, gate_version="no such version")))
+    gone = asyncio.create_task(router.route(ASK))
+    while not actor.batches:  # noqa: ASYNC110 -- no event tells
+        await asyncio.sleep(0)
+    late = asyncio.create_task(router.route(ASK))
+    await asyncio.sleep(0)
+    gone.cancel()
+    actor.release.set()
+    together = await asyncio.gather(*asked)
+    with pytest.raises(RoutingError, match="no such version"):
+        await wrong
+    assert (await late).gate_version == actor.versions[0]
+    assert actor.batches == [7, 1]
+    assert [one.probability_A.tobytes() for one in together] == [one.probability_A.tobytes() for one in alone]
+
+
+FOLLOWING = CONFIG.model_copy(update={"router": CONFIG.router.model_copy(update={"decide": "ingress"})})
+
+
+async def follows(router: RemoteRouter, view: RouterView) -> None:
+    """Wait until an ingress decides by a view."""
+    async with asyncio.timeout(20):
+        while router._view != view:  # noqa: ASYNC110 -- no event tells
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def following(tmp_path: Path) -> AsyncIterator[tuple[FakeActor, RemoteRouter]]:
+    actor = FakeActor(tmp_path)
+    router = RemoteRouter(actor, FOLLOWING)
+    await router.start()
+    await follows(router, actor._local.view)
+    yield actor, router
+    await router.close()
+
+
+def requests(num: int, **fields: Any) -> list[RouteRequest]:
+    generator = np.random.default_rng(7)
+    return [
+        RouteRequest(input_X=generator.standard_normal(2 * DIM + 4).astype(np.float32), trace_id=f"{i:032x}", **fields)
+        for i in range(num)
+    ]
+
+
+async def agree(actor: FakeActor, router: RemoteRouter, asked: list[RouteRequest]) -> list[RouteDecision]:
+    """Have both decide, and check that the ingress says what the actor says, to the bit, without asking it."""
+    asked_before = len(actor.batches)
+    here = [await router.route(one) for one in asked]
+    assert len(actor.batches) == asked_before
+    for one, found in zip(asked, here, strict=True):
+        there = await actor._local.route(one)
+        assert found.routed_by == "ingress"
+        for name in ("probability_A", "hidden_H"):
+            assert getattr(found, name).tobytes() == getattr(there, name).tobytes()
+        same = replace(found, routed_by=there.routed_by, probability_A=there.probability_A, hidden_H=there.hidden_H)
+        assert repr(same) == repr(there)
+    return here
+
+
+async def test_an_ingress_that_decides_says_what_the_router_would(following: tuple[FakeActor, RemoteRouter]) -> None:
+    actor, router = following
+    local = actor._local
+    first = await agree(actor, router, requests(8))
+    actor.cool("b")
+    local.report_unavailable("c", "it is dead")
+    await follows(router, local.view)
+    masked = await agree(actor, router, requests(8))
+    assert {(one.masked, one.cold) for one in masked} == {(("c",), ("b",))}
+    local.restore("c")
+    old, new = local.current, actor.install()
+    local.share(old, 0.5)  # a trial: half of the new queries begin with the version before
+    await follows(router, local.view)
+    split = await agree(actor, router, requests(32))
+    assert {one.gate_version for one in split} == {old, new}
+    pinned = requests(4, gate_version=old, hidden_H=first[0].hidden_H)
+    assert {one.gate_version for one in await agree(actor, router, pinned)} == {old}
+
+
+async def test_the_router_counts_what_ingresses_decide(following: tuple[FakeActor, RemoteRouter]) -> None:
+    actor, router = following
+    old = actor._local.current
+    actor.install()
+    actor._local.share(old, 0.5)
+    await follows(router, actor._local.view)
+    decisions = [await router.route(one) for one in requests(16)]
+    actor.cool("a")  # news, with which the ingress looks again
+    await follows(router, actor._local.view)
+    beside = sum(one.is_beside for one in decisions)
+    assert actor._local.num_decisions == len(decisions) == len(actor.inputs)
+    assert actor._local.begun == (len(decisions) - beside, beside)
+    assert actor._local.activations.total() == sum(one.k for one in decisions)
+
+
+async def test_what_an_ingress_reports_is_masked_there_at_once(following: tuple[FakeActor, RemoteRouter]) -> None:
+    actor, router = following
+    told: list[tuple[Any, ...]] = []
+
+    async def report(*what: Any) -> None:
+        told.append(what)
+
+    actor.report_unavailable = Method(report)  # type: ignore[attr-defined]
+    router.report_unavailable("a", "it died")
+    assert (await router.route(ASK)).masked == ("a",)
+    async with asyncio.timeout(20):
+        while not told:  # noqa: ASYNC110 -- no event tells
+            await asyncio.sleep(0.005)
+
+
+async def test_a_version_that_an_ingress_does_not_hold_is_the_routers_to_decide(
+    following: tuple[FakeActor, RemoteRouter],
+) -> None:
+    actor, router = following
+    held = actor._local.current
+    unseen = actor.install()
+    router._weights.pop(unseen, None)
+    decided = await router.route(RouteRequest(input_X=ASK.input_X, gate_version=unseen))
+    assert decided.gate_version == unseen != held
+
+
+async def test_an_ingress_that_loses_the_router_goes_on_and_follows_it_again(
+    following: tuple[FakeActor, RemoteRouter],
+) -> None:
+    actor, router = following
+    actor.is_away = True
+    async with asyncio.timeout(20):
+        while router._view is not None:  # noqa: ASYNC110 -- no event tells
+            await asyncio.sleep(0.005)
+    assert (await router.route(ASK)).routed_by == "ingress"
+    actor.is_away = False
+    actor.install()
+    await follows(router, actor._local.view)
+    assert (await router.route(ASK)).gate_version == actor.versions[-1]
