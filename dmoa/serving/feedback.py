@@ -40,8 +40,8 @@ PATIENCE_S = 10.0
 NICENESS = 5
 """How far the actor stands back behind what answers queries."""
 SAVE_S = 2.0
-"""How often what is new is saved, where saving takes no more than a ninth of the time."""
-_SHARE = 8
+"""How often what is new is saved, where saving takes no more than a thirtieth of the time."""
+_SHARE = 29
 LOOK_S = 2.0
 """How often an ingress looks how many queries are to be explored."""
 IDLE_WAIT_S = 5.0

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.serve import context
 from ray.serve._private import replica
+from ray.serve._private.common import StreamingHTTPRequest
 from ray.serve._private.http_util import ASGIReceiveProxy
 
 from dmoa.serving.http.front import BODY
@@ -72,6 +74,15 @@ class CarriedBody(ASGIReceiveProxy):
             self.queue.put_nowait({"type": "http.request", "body": self._body, "more_body": False})
 
 
+_proxys = StreamingHTTPRequest.receive_asgi_messages.fget
+
+
+def _asked_late(request: StreamingHTTPRequest) -> Callable[[Any], Awaitable[bytes]]:
+    """Return what asks the proxy, which is looked up in the cluster only then, where Serve does so for every request."""
+    return lambda metadata: _proxys(request)(metadata)
+
+
 def take_carried_bodies() -> None:
     """Have this process, a replica, take bodies from where the front has put them."""
     replica.ASGIReceiveProxy = CarriedBody
+    StreamingHTTPRequest.receive_asgi_messages = property(_asked_late)

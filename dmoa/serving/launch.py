@@ -50,7 +50,11 @@ AUTO = "auto"
 """The word for the Ray that runs on this machine."""
 _LOCAL = "local"
 """Ray's own word for a Ray that this process starts."""
-_QUIET = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+_QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",  # else every process of Serve's works for its gauges ten times a second
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,8 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Using extra keyword arguments", category=DeprecationWarning)
     from ray.exceptions import RayActorError
     from ray.serve import context
+    from ray.serve._private import replica
+    from ray.serve._private.common import StreamingHTTPRequest
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
     from dmoa.serving.app import _ask_ingress
@@ -25,7 +27,7 @@ with warnings.catch_warnings():
 from dmoa.errors import AgentUnavailableError, PoolChangedError
 from dmoa.serving.agent_client import ServeAgentClient
 from dmoa.serving.encoder import ServeEncoder
-from dmoa.serving.handles import CarriedBody, ask
+from dmoa.serving.handles import CarriedBody, ask, take_carried_bodies
 from dmoa.serving.http.front import BODY
 from dmoa.types import AgentCall, Limits, Query, Sampling
 
@@ -164,3 +166,27 @@ async def test_a_body_that_the_request_brings_along_is_not_asked_for(body: bytes
     assert BODY not in scope
     if body is None:
         assert (await receive())["type"] == "http.disconnect"
+
+
+async def test_the_proxy_is_looked_up_only_by_who_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[str] = []
+
+    class Proxy:
+        class receive_asgi_messages:  # noqa: N801 -- as a handle has its methods
+            @staticmethod
+            async def remote(metadata: Any) -> bytes:
+                return bytes(metadata)
+
+    def get_actor(name: str, namespace: str) -> Any:
+        looked_up.append(name)
+        return Proxy()
+
+    their_own, their_class = StreamingHTTPRequest.receive_asgi_messages, replica.ASGIReceiveProxy
+    monkeypatch.setattr("ray.get_actor", get_actor)
+    take_carried_bodies()
+    try:
+        ask_proxy = StreamingHTTPRequest({"type": "http"}, proxy_actor_name="proxy").receive_asgi_messages
+        assert (looked_up, replica.ASGIReceiveProxy) == ([], CarriedBody)
+        assert (await ask_proxy(b"for me"), looked_up) == (b"for me", ["proxy"])
+    finally:
+        StreamingHTTPRequest.receive_asgi_messages, replica.ASGIReceiveProxy = their_own, their_class
