@@ -390,8 +390,9 @@ def _mean_square(entropy: EntropySum) -> float | None:
     return round(entropy.sq_sum / entropy.tokens, 6) if is_known else None
 
 
-def _rounded(probability: float | None) -> float | None:
-    return None if probability is None else round(probability, 6)
+def rounded(value: float | None) -> float | None:
+    """Return a probability or an entropy as replies and lists of traces show it."""
+    return None if value is None else round(value, 6)
 
 
 def reply_step(step: StepRecord, *, with_texts: bool = False) -> ReplyStep:
@@ -401,7 +402,7 @@ def reply_step(step: StepRecord, *, with_texts: bool = False) -> ReplyStep:
         k=len(step.active),
         wall_ms=finite(step.wall_ms),
         mass=finite(step.mass, 6),
-        right_probability=_rounded(step.right_probability),
+        right_probability=rounded(step.right_probability),
         agents=list(_agents(step, with_texts)),
         summarizer=_summarizer(step.summarizer, with_texts),
         summary=step.summary if with_texts else None,
@@ -432,20 +433,20 @@ def _agents(step: StepRecord, with_texts: bool) -> Iterator[ReplyAgent]:
 
 
 def _agent(reply: AgentReply, probability: float, with_texts: bool, *, explored: bool = False) -> ReplyAgent:
-    entropy, thought = reply.entropy, reply.reasoning_entropy.mean_nats
+    entropy = reply.entropy
     return ReplyAgent(
         name=reply.agent,
         probability=min(max(finite(probability, 6), 0.0), 1.0),
         status=reply.status,
         explored=explored,
         barred=reply.is_barred,
-        entropy_nats=None if entropy.mean_nats is None else round(entropy.mean_nats, 6),
+        entropy_nats=rounded(entropy.mean_nats),
         entropy_sq_nats=_mean_square(entropy) if with_texts else None,
         entropy_tokens=entropy.tokens,
         entropy_kind=entropy.kind,
         entropy_slack_nats=finite(entropy.slack_nats / max(1, entropy.tokens), 6),
-        right_probability=_rounded(reply.right_probability),
-        reasoning_entropy_nats=None if thought is None else round(thought, 6),
+        right_probability=rounded(reply.right_probability),
+        reasoning_entropy_nats=rounded(reply.reasoning_entropy.mean_nats),
         reasoning_entropy_tokens=reply.reasoning_entropy.tokens,
         finish_reason=reply.finish_reason if reply.status == "ok" or reply.usage.completion_tokens else None,
         **flat(reply.usage),

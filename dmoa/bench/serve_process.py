@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import psutil
@@ -68,6 +68,11 @@ class BenchServer(Child):
         """Offer gates to the router of an app from now on (`router.adaptation`), the first at once; None: to nobody."""
         self.say(app)
 
+    def export_spans(self, app: str, endpoint: str | None) -> None:
+        """Have the trace store of an app send spans to a collector from now on, or to nobody; returns once it does."""
+        self.say({"app": app, "endpoint": endpoint})
+        self.hear()
+
     def suspend(self) -> None:
         """Freeze every process of the Ray, for as long as another server is measured; a minute would be too long for Ray."""
         for process in reversed(self.processes()):
@@ -95,7 +100,7 @@ def main() -> None:
         try:
             urls = _start(order["pools"], order["chain"], state_dir, apps)
             print(json.dumps(urls), file=answers)
-            _follow_offers(sys.stdin)
+            _follow(sys.stdin, answers)
         finally:
             _stop(apps)
 
@@ -119,8 +124,8 @@ def _start(pools: Mapping[str, str], chain: tuple[int, int] | None, state_dir: s
     return urls
 
 
-def _follow_offers(orders: Iterable[str]) -> None:
-    """Offer gates to the app of the newest order, a JSON line each, until their end."""
+def _follow(orders: Iterable[str], answers: TextIO) -> None:
+    """Follow orders, a JSON line each, until their end: offer gates to the app of the newest one, or export spans."""
     changed = threading.Condition()
     wanted: list[str | None] = [None]
 
@@ -135,10 +140,24 @@ def _follow_offers(orders: Iterable[str]) -> None:
                 changed.wait(OFFER_S)
 
     threading.Thread(target=offer_often, daemon=True).start()
-    for order in orders:
+    for order in map(json.loads, orders):
+        if isinstance(order, dict):
+            _export_spans(**order)
+            print("true", file=answers)
+            continue
         with changed:
-            wanted[0] = json.loads(order)
+            wanted[0] = order
             changed.notify()
+
+
+def _export_spans(app: str, endpoint: str | None) -> None:
+    import ray
+
+    from dmoa.config import RouterConfig, TracingConfig
+    from dmoa.serving.actors import NAMESPACE, traces_name
+
+    store = ray.get_actor(traces_name(app), namespace=NAMESPACE)
+    ray.get(store.configure.remote(RouterConfig(), TracingConfig(otlp_endpoint=endpoint)))
 
 
 def _offer(app: str) -> None:

@@ -1,7 +1,9 @@
-"""otlp: what spans cost a step: its time with an exporter to a collector on this machine over that without, and what off costs.
+"""otlp: what spans cost a step: P4's with an exporter to a collector on this machine over the same without, and what off costs.
 
-Two apps of P4's hops on one server, in turns: an arm asks for some seconds, then waits until its spans are sent, so that no work
-of one falls into the time of the other. Off is one call that returns at once, timed in process, as a share of a query's time.
+One app, whose trace store is told to export or not, in turns: both arms are the same processes. A turn asks one query after the
+other; its first seconds are not counted, until its own spans are sent as often as they are made, and none of the turn before.
+The mean of the steps is judged: sending falls on few steps, which a median passes over. Off is one call that returns at once,
+timed in process, as a share of a query's time.
 """
 
 from __future__ import annotations
@@ -12,24 +14,26 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 
-from dmoa.bench.harness import BenchResult, Spread, interleave, ratio, record, seconds_per_call, spread
-from dmoa.bench.latency import ENGINE, STEPS, WIDTH, null_pool, swarm_steps
+from dmoa.bench.adaptation import interval
+from dmoa.bench.harness import BenchResult, Spread, interleave, record, seconds_per_call, spread
+from dmoa.bench.latency import ENGINE, NUM_AGENTS, STEPS, WIDTH, null_pool, swarm_steps
 from dmoa.bench.serve_process import BenchServer
 from dmoa.config import TracingConfig
 from dmoa.errors import DmoaError
 from dmoa.serving.launch import SERVE_FLAGS
-from dmoa.serving.otlp import SAVE_S, Exporter
+from dmoa.serving.otlp import SEND_S, Exporter
 from dmoa.types import Answer, Query
 
 ON_BAR, OFF_BAR = 1.05, 0.01
-TAKE_S = 3.0
-"""How long an arm asks, one query after the other."""
+TAKE_S = 4.0
+"""How long the counted part of a turn asks."""
+WARM_S = SEND_S + 0.5
+ROUNDS = 16
 _OFF_CALLS = 20_000
 
 
@@ -57,14 +61,18 @@ def collector() -> Iterator[tuple[str, list[int]]]:
         server.server_close()
 
 
-def take_ms(ask: Callable[[], list[float]], *, take_s: float = TAKE_S, settle_s: float = SAVE_S + 0.5) -> float:
-    """Ask for some seconds, then let what is still to be sent go out; return the median time of a step in ms."""
-    steps: list[float] = []
-    until = time.perf_counter() + take_s
-    while not steps or time.perf_counter() < until:
+def take_ms(ask: Callable[[], list[float]], *, warm_s: float = WARM_S, take_s: float = TAKE_S) -> list[float]:
+    """Ask for some seconds, then for some more whose steps are counted; return their times in ms."""
+    asked_for(ask, warm_s)
+    return asked_for(ask, take_s)
+
+
+def asked_for(ask: Callable[[], list[float]], seconds: float) -> list[float]:
+    """Ask at least once, and for so long; return the times of all steps in ms."""
+    steps, until = ask(), time.perf_counter() + seconds
+    while time.perf_counter() < until:
         steps += ask()
-    time.sleep(settle_s)
-    return statistics.median(steps)
+    return steps
 
 
 def off_cost_s(calls: int = _OFF_CALLS) -> float:
@@ -89,35 +97,50 @@ def off_cost_s(calls: int = _OFF_CALLS) -> float:
 
 def run(ids: Iterable[str], rounds: int | None = None) -> list[BenchResult]:
     """Measure otlp."""
-    return run_otlp(rounds or 8) if "otlp" in set(ids) else []
+    return run_otlp(rounds or ROUNDS) if "otlp" in set(ids) else []
 
 
 def run_otlp(rounds: int) -> list[BenchResult]:
     """Measure a step with spans against one without, and what remains of it while they are off."""
-    pool = null_pool(WIDTH, placement="dedicated", mode="llm")
-    with collector() as (url, sizes):
-        traced = pool.model_copy(update={"tracing": TracingConfig(otlp_endpoint=url)})
-        with (
-            BenchServer({"off": pool, "on": traced}, env=SERVE_FLAGS).wait() as server,
-            httpx.Client(timeout=120, trust_env=False) as client,
-        ):
-            arms = {name: partial(take_ms, partial(swarm_steps, client, server.urls[name])) for name in ("off", "on")}
-            medians = interleave(arms, rounds)
+    pool = null_pool(NUM_AGENTS, placement="dedicated", mode="llm")
+    turns: dict[str, list[list[float]]] = {"off": [], "on": []}
+    with (
+        collector() as (url, sizes),
+        BenchServer({"swarm": pool}, env=SERVE_FLAGS).wait() as server,
+        httpx.Client(timeout=120, trust_env=False) as client,
+    ):
+
+        def turn(arm: str) -> float:
+            server.export_spans("swarm", url if arm == "on" else None)
+            turns[arm].append(take_ms(partial(swarm_steps, client, server.urls["swarm"])))
+            return statistics.fmean(turns[arm][-1])
+
+        interleave({arm: partial(turn, arm) for arm in turns}, rounds)
     if len(sizes) <= rounds:
         raise DmoaError(
             f"bench: the collector was sent {len(sizes)} bodies in {rounds} rounds: spans are missing, and nothing is measured"
         )
-    return _results(medians, sum(sizes), off_cost_s())
+    return _results({arm: found[1:] for arm, found in turns.items()}, sum(sizes), off_cost_s())
 
 
-def _results(medians: dict[str, list[float]], sent_bytes: int, off_s: float) -> list[BenchResult]:
-    found = ratio(medians["on"], medians["off"])
-    note = f"p50 of a step with spans to a collector over that without, {TAKE_S:g} s of queries an arm and round, {sent_bytes} "
-    note += f"bytes sent; A=K={WIDTH} dedicated, llm summarizer; ms without {spread(medians['off']).value:.2f}"
-    share = off_s * 1e3 / (STEPS * spread(medians["off"]).value)
-    off = Spread(share, share, share, 1)
+def _results(turns: dict[str, list[list[float]]], sent_bytes: int, off_s: float) -> list[BenchResult]:
+    """Return the figures of the steps' times in ms, turn by turn of both arms."""
+    means, medians = (
+        {arm: [measure(steps) for steps in found] for arm, found in turns.items()}
+        for measure in (statistics.fmean, statistics.median)
+    )
+    off_ms = spread(medians["off"]).value
+    note = f"mean step with spans to a collector over that without, {TAKE_S:g} s of queries a turn, {sent_bytes} bytes sent; "
+    note += f"A={NUM_AGENTS}, K={WIDTH} dedicated, llm summarizer; p50 without {off_ms:.2f} ms; spread: Student's 95 % interval"
+    share = off_s * 1e3 / (STEPS * off_ms)
+    off = Spread(share, share, share, _OFF_CALLS)
     beside = f"{off_s * 1e6:.2f} us a query while spans are off, as a share of the {STEPS} steps of one"
     return [
-        record("otlp", found, "x", engine=ENGINE, note=note, at_most=ON_BAR, bar_unit="x"),
-        record("otlp.off", replace(off, rounds=_OFF_CALLS), "share", engine=ENGINE, note=beside, at_most=OFF_BAR),
+        record("otlp", _paired(means), "x", engine=ENGINE, note=note, at_most=ON_BAR, bar_unit="x"),
+        record("otlp.p50", _paired(medians), "x", engine=ENGINE, note="the same of the turns' median steps"),
+        record("otlp.off", off, "share", engine=ENGINE, note=beside, at_most=OFF_BAR),
     ]
+
+
+def _paired(figures: dict[str, list[float]]) -> Spread:
+    return interval([on / off for on, off in zip(figures["on"], figures["off"], strict=True)])

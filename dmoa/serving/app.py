@@ -220,13 +220,23 @@ class SwarmIngress:
             return None
         return json.loads(found) if found else None
 
-    def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
+    def record(
+        self,
+        query: Query,
+        answer: Answer,
+        *,
+        key_hash: str,
+        user: str | None,
+        metadata: Mapping[str, str],
+        is_stored: bool = True,
+    ) -> None:
         """Keep the trace of an answered query and hand it to the feedback, after the reply."""
-        task = asyncio.get_running_loop().create_task(self._record(query, answer, key_hash, user, metadata))
+        task = asyncio.get_running_loop().create_task(self._record(query, answer, key_hash, user, metadata, is_stored))
         self._tasks[answer.trace_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(answer.trace_id, None))
         router = self._config.router
-        if router.adaptation != "off" and answer.policy == "dmoa" and (key_hash or router.feedback_anonymous):
+        is_learnt_from = is_stored and router.adaptation != "off" and (bool(key_hash) or router.feedback_anonymous)
+        if is_learnt_from and answer.policy == "dmoa":
             self._explorer.offer(lambda: self._explore(query, key_hash))
 
     async def _explore(self, query: Query, key_hash: str) -> None:
@@ -253,7 +263,15 @@ class SwarmIngress:
         if pending is not None:
             await asyncio.wait({pending})
 
-    async def _record(self, query: Query, answer: Answer, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
+    async def _record(
+        self,
+        query: Query,
+        answer: Answer,
+        key_hash: str,
+        user: str | None,
+        metadata: Mapping[str, str],
+        is_stored: bool = True,
+    ) -> None:
         answered = AnsweredQuery(
             query=query,
             answer=answer,
@@ -262,6 +280,7 @@ class SwarmIngress:
             user=user,
             metadata=dict(metadata),
             created_unix_s=time.time(),
+            is_stored=is_stored,
         )
         try:
             await self._outbox.put(answered, key_hash)

@@ -257,6 +257,8 @@ class AnsweredQuery:
     user: str | None
     metadata: dict[str, str]
     created_unix_s: float
+    is_stored: bool = True
+    """Whether its texts may be kept, learnt from and exported; else its client forbade that."""
 
     def trace(self) -> Trace:
         """Return its trace."""

@@ -13,13 +13,17 @@ import logging
 import os
 import re
 import secrets
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import unquote
 
 import httpx
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, InstrumentationScope, KeyValue
+from opentelemetry.proto.common.v1.common_pb2 import InstrumentationScope, KeyValue
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, Status
 
@@ -30,11 +34,15 @@ from dmoa.trace import finite
 from dmoa.types import AgentReply, Answer, Message, Query, StepRecord, SummarizerRecord
 
 SCHEMA = "https://opentelemetry.io/schemas/1.44.0"
-SAVE_S = 1.0
+SEND_S = 2.0
 """How often spans are sent."""
-MAX_PENDING = 256
+MAX_PENDING = 512
 """Queries whose spans may wait; the spans of one more are given up."""
 _TIMEOUT_S = 10.0
+_NICENESS = 10
+"""Of the thread that makes and sends spans: whoever answers queries on the same cores goes first."""
+_KEPT_CHARS = 64
+"""Longest text of an attribute that is kept for the next span."""
 _PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _HEX = re.compile(r"[0-9a-f]{32}")
 _LOG = logging.getLogger("dmoa.tracing")
@@ -66,7 +74,7 @@ class _Spans:
             "gen_ai.conversation.id": self._query.conversation,
             "gen_ai.usage.input_tokens": usage.prompt_tokens,
             "gen_ai.usage.output_tokens": usage.completion_tokens,
-            "gen_ai.response.finish_reasons": [answer.finish_reason],
+            "gen_ai.response.finish_reasons": (answer.finish_reason,),
             "dmoa.trace_id": answer.trace_id,
             "dmoa.policy": answer.policy,
             "dmoa.gate_version": answer.gate_version,
@@ -93,12 +101,12 @@ class _Spans:
                 "dmoa.step": step.step,
                 "dmoa.k": len(step.active),
                 "dmoa.mass": finite(step.mass, 6),
-                "dmoa.active": list(step.active),
-                "dmoa.agents": list(decision.agents),
-                "dmoa.probabilities": [finite(p, 6) for p in decision.probability_A.tolist()],
+                "dmoa.active": step.active,
+                "dmoa.agents": decision.agents,
+                "dmoa.probabilities": tuple(finite(p, 6) for p in decision.probability_A.tolist()),
                 "dmoa.gate_version": decision.gate_version,
                 "dmoa.routed_by": decision.routed_by,
-                "dmoa.masked": list(decision.masked),
+                "dmoa.masked": decision.masked,
             }
             yield self._span(
                 "plan", secrets.token_bytes(8), self._root, start_unix_s, min(sent, default=start_unix_s), attributes
@@ -132,7 +140,7 @@ class _Spans:
         tokens = {
             "gen_ai.usage.input_tokens": call.usage.prompt_tokens,
             "gen_ai.usage.output_tokens": call.usage.completion_tokens,
-            "gen_ai.response.finish_reasons": [call.finish_reason],
+            "gen_ai.response.finish_reasons": (call.finish_reason,),
         }
         head = {"gen_ai.operation.name": "invoke_agent", "gen_ai.provider.name": "dmoa", "gen_ai.agent.name": agent}
         attributes = head | {"dmoa.step": step.step, "dmoa.price": call.price} | own | tokens
@@ -166,7 +174,6 @@ class _Spans:
         # Clocks of one process, but two of its clocks: no span may end before it begins, or outlast the whole.
         start = min(max(start_unix_s, self._start_unix_s), self._end_unix_s)
         end = min(max(end_unix_s, start), self._end_unix_s)
-        status = Status(code=Status.STATUS_CODE_ERROR, message=lost[:500]) if lost else Status()
         return Span(
             trace_id=self._trace,
             span_id=span_id,
@@ -175,8 +182,8 @@ class _Spans:
             kind=kind,
             start_time_unix_nano=int(start * 1e9),
             end_time_unix_nano=int(end * 1e9),
-            attributes=[KeyValue(key=key, value=_value(value)) for key, value in attributes.items() if value is not None],
-            status=status,
+            attributes=[_attribute(key, value) for key, value in attributes.items() if value is not None],
+            status=Status(code=Status.STATUS_CODE_ERROR, message=lost[:500]) if lost else None,
         )
 
 
@@ -184,75 +191,104 @@ def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "parts": [{"type": "text", "content": text}]}
 
 
-def _value(value: Any) -> AnyValue:
+def _attribute(key: str, value: Any) -> KeyValue:
+    """Return an attribute, kept from an earlier span but for fractions and long texts, which seldom come again."""
+    is_seldom = isinstance(value, float) or (isinstance(value, str) and len(value) > _KEPT_CHARS)
+    return (_made if is_seldom else _kept)(key, value)
+
+
+def _made(key: str, value: Any) -> KeyValue:
+    return KeyValue(key=key, value=_value(value))
+
+
+_kept = lru_cache(maxsize=4096, typed=True)(_made)  # typed: true is not 1
+
+
+def _value(value: Any) -> dict[str, Any]:
+    """Return the fields of an AnyValue."""
     if isinstance(value, bool):
-        return AnyValue(bool_value=value)
+        return {"bool_value": value}
     if isinstance(value, int):
-        return AnyValue(int_value=value)
+        return {"int_value": value}
     if isinstance(value, float):
-        return AnyValue(double_value=value)
-    if isinstance(value, list):
-        return AnyValue(array_value=ArrayValue(values=[_value(one) for one in value]))
-    return AnyValue(string_value=str(value).encode("utf-8", "replace").decode())
+        return {"double_value": value}
+    if isinstance(value, tuple):
+        return {"array_value": {"values": [_value(one) for one in value]}}
+    return {"string_value": str(value).encode("utf-8", "replace").decode()}
 
 
 def packed(spans: Sequence[Span]) -> bytes:
     """Return the body of a request to a collector."""
-    resource = Resource(
-        attributes=[
-            KeyValue(key="service.name", value=AnyValue(string_value=os.environ.get("OTEL_SERVICE_NAME", "dmoa"))),
-            KeyValue(key="service.version", value=AnyValue(string_value=__version__)),
-        ]
-    )
+    named = {"service.name": os.environ.get("OTEL_SERVICE_NAME", "dmoa"), "service.version": __version__}
+    resource = Resource(attributes=[_attribute(key, value) for key, value in named.items()])
     scope = ScopeSpans(scope=InstrumentationScope(name="dmoa", version=__version__), spans=spans, schema_url=SCHEMA)
     body = ExportTraceServiceRequest(resource_spans=[ResourceSpans(resource=resource, scope_spans=[scope], schema_url=SCHEMA)])
     return bytes(body.SerializeToString())
 
 
 class Exporter:
-    """Sends spans every second; what a collector does not take is given up with a warning, and nobody waits for it."""
+    """Sends spans every two seconds; what a collector does not take is given up with a warning, and nobody waits for it.
 
-    def __init__(self, tracing: TracingConfig) -> None:
-        self._tracing = tracing
-        self._waiting: list[tuple[Query, Answer, str, float]] = []
+    All of it, the spans' making too, is the work of one thread that gives way to others.
+    """
+
+    def __init__(self, tracing: TracingConfig, *, send_s: float = SEND_S) -> None:
+        self._tracing, self._send_s = tracing, send_s
+        self._waiting: list[tuple[Query, Answer, str, float, bool]] = []
         self._sender: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "dmoa-otlp", initializer=_give_way)
+        self._client: tuple[str, httpx.Client] | None = None
+        """The URL that spans were last sent to, and the client: to make one takes longer than to make spans. It keeps no
+        connection, which would idle for longer than collectors like."""
 
     def configure(self, tracing: TracingConfig) -> None:
         """Take the settings of a configuration."""
         self._tracing = tracing
 
-    def put(self, query: Query, answer: Answer, *, pool: str, ended_unix_s: float) -> None:
-        """Take an answered query; returns at once."""
+    def put(self, query: Query, answer: Answer, *, pool: str, ended_unix_s: float, is_stored: bool = True) -> None:
+        """Take an answered query; returns at once. One that is not to be stored is exported without texts."""
         if self._tracing.otlp_endpoint is None or len(self._waiting) >= MAX_PENDING:
             return
-        self._waiting.append((query, answer, pool, ended_unix_s))
+        self._waiting.append((query, answer, pool, ended_unix_s, is_stored))
         if self._sender is None or self._sender.done():
-            self._sender = asyncio.get_running_loop().create_task(self._send_later())
+            self._sender = asyncio.get_running_loop().create_task(self._send_often())
 
-    async def _send_later(self) -> None:
-        await asyncio.sleep(SAVE_S)
-        await self.flush()
+    async def _send_often(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(self._send_s)
+            await self.flush()
 
     async def flush(self) -> None:
         """Send what waits."""
         waiting, self._waiting = self._waiting, []
         if waiting and self._tracing.otlp_endpoint is not None:
-            await asyncio.to_thread(self._send, waiting, self._tracing.otlp_endpoint, self._tracing.content)
+            send = partial(self._send, waiting, self._tracing.otlp_endpoint, self._tracing.content)
+            await asyncio.get_running_loop().run_in_executor(self._thread, send)
 
-    def _send(self, waiting: Sequence[tuple[Query, Answer, str, float]], endpoint: str, content: bool) -> None:
+    def _send(self, waiting: Sequence[tuple[Query, Answer, str, float, bool]], endpoint: str, content: bool) -> None:
         spans = [
             span
-            for query, answer, pool, ended_unix_s in waiting
-            for span in spans_of(query, answer, pool=pool, ended_unix_s=ended_unix_s, content=content)
+            for query, answer, pool, ended_unix_s, is_stored in waiting
+            for span in spans_of(query, answer, pool=pool, ended_unix_s=ended_unix_s, content=content and is_stored)
         ]
         url = endpoint.rstrip("/")
         url = url if url.endswith("/v1/traces") else f"{url}/v1/traces"
         headers = {"Content-Type": "application/x-protobuf"} | _own_headers(os.environ.get("OTEL_EXPORTER_OTLP_HEADERS", ""))
         try:
-            with httpx.Client(timeout=_TIMEOUT_S, trust_env=uses_proxies(url)) as client:
-                client.post(url, content=packed(spans), headers=headers).raise_for_status()
+            self._client_of(url).post(url, content=packed(spans), headers=headers).raise_for_status()
         except httpx.HTTPError as error:
             _LOG.warning("%d spans were not taken by %s: %s", len(spans), url, type(error).__name__)
+
+    def _client_of(self, url: str) -> httpx.Client:
+        if self._client is None or self._client[0] != url:
+            unkept = httpx.Limits(max_keepalive_connections=0)
+            self._client = url, httpx.Client(timeout=_TIMEOUT_S, trust_env=uses_proxies(url), limits=unkept)
+        return self._client[1]
+
+
+def _give_way() -> None:
+    with suppress(OSError):  # only Linux knows threads by such numbers
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _own_headers(text: str) -> dict[str, str]:

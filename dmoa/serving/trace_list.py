@@ -14,12 +14,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmoa.errors import RequestError
-from dmoa.trace import ReplyDmoa
-from dmoa.types import Query
+from dmoa.trace import finite, replies_in_order, rounded
+from dmoa.types import Answer, Query
 from dmoa.validation import expectation, findings, redact_text
 
 MAX_LISTED = 200
 """Most traces of one page of the list."""
+NOT_STORED = "(not stored)"
+"""The question of a query whose client forbade to keep it."""
 _QUESTION_CHARACTERS = 240
 _ERROR_CHARACTERS = 500
 _BINS = 12
@@ -51,7 +53,7 @@ class TraceSummary(BaseModel):
     created_unix_s: float
     """When it was answered."""
     question: str
-    """How its text begins."""
+    """How its text begins; `(not stored)` where the client sent `store: false`: then there is no trace of it."""
     policy: str
     gate_version: str | None
     stop_reason: str | None
@@ -68,44 +70,42 @@ class TraceSummary(BaseModel):
     """Why there is no answer, or which agents failed; null where all went well."""
 
 
-def summarise(
-    reply: ReplyDmoa, *, question: str, created_unix_s: float, wall_ms: float
-) -> tuple[TraceSummary, tuple[TraceCalls, ...]]:
-    """Return an answered query as a list shows it, and its calls."""
+def summarise(answer: Answer, *, question: str, created_unix_s: float) -> tuple[TraceSummary, tuple[TraceCalls, ...]]:
+    """Return an answered query as a list shows it, and its calls; numbers are rounded as in the reply's `dmoa` object."""
     asked = [
-        (agent, place < step.k and not agent.explored)
-        for step in reply.steps
-        for place, agent in enumerate(step.agents)
-        if agent.status not in ("idle", "masked")
+        (reply, place < len(step.active) and all(reply.agent != name for name, _ in step.explored))
+        for step in answer.steps
+        for place, reply in enumerate(replies_in_order(step))
+        if reply.status not in ("idle", "masked")
     ]
-    parts = [agent for agent, _ in asked] + [step.summarizer for step in reply.steps]
-    failed = dict.fromkeys(f"{agent.name}: {agent.status}" for agent, _ in asked if agent.status != "ok")
+    failed = dict.fromkeys(f"{reply.agent}: {reply.status}" for reply, _ in asked if reply.status != "ok")
     calls = tuple(
         TraceCalls(
-            agent=agent.name,
-            status=agent.status,
+            agent=reply.agent,
+            status=reply.status,
             is_active=is_active,
-            entropy_nats=agent.entropy_nats,
-            right_probability=agent.right_probability,
-            tokens=agent.completion_tokens,
-            latency_ms=agent.latency_ms,
+            entropy_nats=rounded(reply.entropy.mean_nats),
+            right_probability=rounded(reply.right_probability),
+            tokens=reply.usage.completion_tokens,
+            latency_ms=finite(reply.latency_ms),
         )
-        for agent, is_active in asked
+        for reply, is_active in asked
     )
+    usage = answer.usage
     summary = TraceSummary(
-        trace_id=reply.trace_id,
+        trace_id=answer.trace_id,
         created_unix_s=created_unix_s,
         question=question[:_QUESTION_CHARACTERS],
-        policy=reply.policy,
-        gate_version=reply.gate_version,
-        stop_reason=reply.stop_reason,
-        steps=len(reply.steps),
-        agents=list(dict.fromkeys(agent.name for agent, is_active in asked if is_active)),
-        prompt_tokens=sum(part.prompt_tokens for part in parts),
-        completion_tokens=sum(part.completion_tokens for part in parts),
-        wall_ms=round(wall_ms, 3),
-        price=reply.price,
-        degraded=reply.degraded,
+        policy=answer.policy,
+        gate_version=answer.gate_version,
+        stop_reason=answer.stop_reason,
+        steps=len(answer.steps),
+        agents=list(dict.fromkeys(reply.agent for reply, is_active in asked if is_active)),
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        wall_ms=round(answer.wall_ms, 3),
+        price=answer.price,
+        degraded=answer.degraded,
         error=", ".join(failed) or None,
     )
     return summary, calls

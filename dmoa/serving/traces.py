@@ -23,8 +23,7 @@ from dmoa.serving.actors import detached, pack_record, traces_name, unpack_recor
 from dmoa.serving.feedback import AnsweredQuery, FeedbackSender
 from dmoa.serving.otlp import Exporter
 from dmoa.serving.trace_archive import Place, TraceArchive, Written
-from dmoa.serving.trace_list import TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
-from dmoa.trace import reply_dmoa
+from dmoa.serving.trace_list import NOT_STORED, TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
 
 _LOG = logging.getLogger("dmoa.traces")
 BATCH_S = 0.1
@@ -40,7 +39,7 @@ class _Kept:
     calls: tuple[TraceCalls, ...]
     size: int
     packed: bytes = b""
-    """The query as it came; empty once it is written, and where it failed."""
+    """The query as it came; empty once it is written, and where it failed or may not be kept."""
     place: Place | None = None
 
 
@@ -104,17 +103,18 @@ class TraceStore:
 
         `learner` is the app whose feedback gets records of them, without texts; they are there when this returns.
         """
-        found = [(self._keep(one, key_hash), key_hash) for one, key_hash in packed]
-        if learner is not None:
+        kept = [(self._keep(one, key_hash), key_hash) for one, key_hash in packed]
+        found = [(one, key_hash) for one, key_hash in kept if one.is_stored]
+        if learner is not None and found:
             self._sender = self._sender or FeedbackSender(learner)
             await self._sender.send_all(found)
 
     def _keep(self, packed: bytes, key_hash: str) -> AnsweredQuery:
         one: AnsweredQuery = unpack_record(packed)
-        reply = reply_dmoa(one.answer, pool=one.pool)
-        summary, calls = summarise(reply, question=one.query.text, created_unix_s=one.created_unix_s, wall_ms=one.answer.wall_ms)
+        packed, question = (packed, one.query.text) if one.is_stored else (b"", NOT_STORED)
+        summary, calls = summarise(one.answer, question=question, created_unix_s=one.created_unix_s)
         self._add(_Kept(owner=tenant_of(key_hash), summary=summary, calls=calls, size=len(packed), packed=packed))
-        self._exporter.put(one.query, one.answer, pool=one.pool, ended_unix_s=one.created_unix_s)
+        self._exporter.put(one.query, one.answer, pool=one.pool, ended_unix_s=one.created_unix_s, is_stored=one.is_stored)
         self._shrink()
         self._save_soon()
         return one

@@ -18,7 +18,7 @@ from dmoa.evaluation.figures import curves
 from dmoa.evaluation.results import Evaluation, read_evaluation
 from dmoa.serving.http.page import create_view
 from dmoa.serving.trace_list import TraceCalls, TraceFilter, TracePage, TraceSummary, page_of, statistics_of, summarise
-from dmoa.trace import Trace
+from dmoa.trace import Trace, answer_of_reply
 
 _LOG = logging.getLogger("dmoa.view")
 _MAX_POINTS = 2000
@@ -54,12 +54,9 @@ class Folder:
                     if not offset:
                         return
                 else:
-                    summary, calls = summarise(
-                        trace.dmoa,
-                        question=str(trace.query.get("text", "")),
-                        created_unix_s=trace.created_unix_s,
-                        wall_ms=trace.wall_ms,
-                    )
+                    answer = answer_of_reply(trace.dmoa, text="", finish_reason="stop", wall_ms=trace.wall_ms)
+                    question = str(trace.query.get("text", ""))
+                    summary, calls = summarise(answer, question=question, created_unix_s=trace.created_unix_s)
                     if trace.trace_id not in self._places:
                         self._summaries.append(summary)
                         self._calls += calls

@@ -220,6 +220,11 @@ class SharedRequest(LenientModel):
         return {}
 
     @property
+    def is_stored(self) -> bool:
+        """Whether the query may be kept and learnt from; a plain completion cannot say."""
+        return True
+
+    @property
     def stop_texts(self) -> tuple[str, ...]:
         """The stop texts that are not empty, none if the field was absent."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -254,8 +259,9 @@ class ChatRequest(SharedRequest):
     parallel_tool_calls: bool | None = None
     """false: one call of a tool at most."""
     store: bool | None = None
-    """Ignored, as are the fields below: they change nothing that this server does."""
+    """false: nothing is learnt from the query and no text of it is kept; it is counted, and listed without its trace."""
     service_tier: str | None = None
+    """Ignored, as are the fields below: they change nothing that this server does."""
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
@@ -263,6 +269,11 @@ class ChatRequest(SharedRequest):
     cache_control: Any = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the query may be kept and learnt from."""
+        return self.store is not False
 
     @property
     def labels(self) -> dict[str, str]:

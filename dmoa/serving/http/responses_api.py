@@ -128,6 +128,7 @@ class ResponsesRequest(LenientModel):
     user: str | None = Field(default=None, max_length=512)
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     store: Annotated[Any, Only(False, way=_STATELESS)] = None
+    """false: as in a chat completion, no text is kept and nothing is learnt either."""
     previous_response_id: Annotated[Any, Only(way=_STATELESS)] = None
     conversation: Annotated[Any, Only(way=_STATELESS)] = None
     background: Annotated[Any, Only(False)] = None
@@ -158,7 +159,7 @@ def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedR
         "max_tokens": request.max_output_tokens,
         "dmoa": None if request.dmoa is None else request.dmoa.model_dump(),
     }
-    same = ("parallel_tool_calls", "top_logprobs", "temperature", "top_p", "stream", "metadata", "user")
+    same = ("parallel_tool_calls", "top_logprobs", "temperature", "top_p", "stream", "metadata", "user", "store")
     tree |= {name: getattr(request, name) for name in same} | (request.model_extra or {})
     try:
         return chat_order(ChatRequest.model_validate(tree), service)

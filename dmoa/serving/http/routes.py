@@ -29,7 +29,7 @@ from dmoa.serving.http.errors import json_response
 from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit, HostCheck, KeyCheck
 from dmoa.serving.http.responses_api import ResponseRendering, ResponsesRequest, responses_order
 from dmoa.serving.http.service import SwarmService
-from dmoa.serving.trace_list import summary_of_failure
+from dmoa.serving.trace_list import NOT_STORED, summary_of_failure
 from dmoa.types import Answer, Event, Query, StepRecord
 
 T = TypeVar("T")
@@ -236,7 +236,7 @@ class _Front:
     async def _respond(self, request: Request, order: requests.ParsedRequest, render: _Render) -> Response:
         order = replace(order, query=replace(order.query, traceparent=request.headers.get("traceparent", "")[:_TRACEPARENT]))
         at = f"{str(request.base_url).rstrip('/')}/#/query/{order.query.trace_id}"
-        rendering = render(order, self._service().pool, trace_url=at)
+        rendering = render(order, self._service().pool, trace_url=at if order.body.is_stored else None)
         headers = rendering.headers | ({} if self._has_request_ids else {"X-Request-Id": order.query.trace_id})
         items = self._items(order, _key_hash(request))
         if order.body.stream:
@@ -247,7 +247,8 @@ class _Front:
         """Yield what the service yields while holding a place; keep the trace before the answer leaves."""
         service, body = self._service(), order.body
         events = service.ask(order.query, order.policy, order.agent)
-        async with aclosing(self._kept(order.query, order.policy, events, key_hash, body.user, body.labels)) as items:
+        kept = self._kept(order.query, order.policy, events, key_hash, body.user, body.labels, is_stored=body.is_stored)
+        async with aclosing(kept) as items:
             async for item in items:
                 yield item
 
@@ -259,6 +260,8 @@ class _Front:
         key_hash: str,
         user: str | None,
         metadata: Mapping[str, str],
+        *,
+        is_stored: bool = True,
     ) -> AsyncGenerator[Event]:
         """Yield a query's events while holding a place; keep the trace before the answer leaves, and what a lost one met."""
         started_unix_s, service = time.time(), self._service()
@@ -267,10 +270,12 @@ class _Front:
                 async with aclosing(events) as items:
                     async for item in items:
                         if isinstance(item, Answer):
-                            service.record(query, item, key_hash=key_hash, user=user, metadata=metadata)
+                            kept: dict[str, Any] = {"key_hash": key_hash, "user": user, "metadata": metadata}
+                            service.record(query, item, **kept, is_stored=is_stored)
                         yield item
             except DmoaError as error:
-                service.page.failed(summary_of_failure(query, policy, error, started_unix_s), key_hash)
+                known = query if is_stored else replace(query, text=NOT_STORED)
+                service.page.failed(summary_of_failure(known, policy, error, started_unix_s), key_hash)
                 raise
 
     async def follow(

@@ -111,8 +111,17 @@ class SwarmService(SwarmClient, Protocol):
         """
         ...
 
-    def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
-        """Keep the trace of an answered query; returns at once and never raises."""
+    def record(
+        self,
+        query: Query,
+        answer: Answer,
+        *,
+        key_hash: str,
+        user: str | None,
+        metadata: Mapping[str, str],
+        is_stored: bool = True,
+    ) -> None:
+        """Keep the trace of an answered query, or no more than that there was one; returns at once and never raises."""
         ...
 
     async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:

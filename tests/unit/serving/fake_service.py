@@ -176,6 +176,8 @@ class FakeService:
     cancelled: int = 0
     asked: list[tuple[Query, str, str | None]] = field(default_factory=list)
     recorded: list[dict[str, Any]] = field(default_factory=list)
+    stored: list[bool] = field(default_factory=list)
+    """Of every recorded query, whether it may be kept."""
     page: FakePage = field(default_factory=FakePage)
     buffer: FeedbackBuffer = field(
         default_factory=lambda: FeedbackBuffer(preset="default", max_bytes=2**20, outcomes_per_minute=1000, max_age_s=60)
@@ -214,8 +216,18 @@ class FakeService:
                 return record
         return None
 
-    def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
+    def record(
+        self,
+        query: Query,
+        answer: Answer,
+        *,
+        key_hash: str,
+        user: str | None,
+        metadata: Mapping[str, str],
+        is_stored: bool = True,
+    ) -> None:
         self.recorded.append({"trace_id": query.trace_id, "key_hash": key_hash, "user": user, "metadata": dict(metadata)})
+        self.stored.append(is_stored)
         self.buffer.put(feedback_of(query, answer, key_hash=key_hash, fingerprint="f", salt=b"s", created_unix_s=time.time()))
 
     async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:

@@ -78,7 +78,16 @@ class PoolService(FakeService):
         await asyncio.gather(*self.page.tasks)
         return json.loads(await self.page.store.get(trace_id, key_hash) or "null")
 
-    def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
+    def record(
+        self,
+        query: Query,
+        answer: Answer,
+        *,
+        key_hash: str,
+        user: str | None,
+        metadata: Mapping[str, str],
+        is_stored: bool = True,
+    ) -> None:
         kept = AnsweredQuery(
             query=query,
             answer=answer,
@@ -87,6 +96,7 @@ class PoolService(FakeService):
             user=user,
             metadata=dict(metadata),
             created_unix_s=time.time(),
+            is_stored=is_stored,
         )
         self.page.later(self.page.store.put_all([(pack_record(kept), key_hash)]))
 

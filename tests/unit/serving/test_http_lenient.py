@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dmoa.errors import NoAgentError
 from dmoa.serving.http.middleware import hash_keys
 from tests.unit.serving.fake_service import QUESTION, FakeService, connect, make_app
 
@@ -38,6 +39,20 @@ async def test_what_is_passed_over_is_named(fields: dict[str, Any], named: list[
     assert response.headers.get("x-dmoa-ignored", "") == ", ".join(named)
     if not is_stream:
         assert response.json()["dmoa"].get("ignored", []) == named
+
+
+@pytest.mark.parametrize(("path", "asked"), [(CHAT, ASKED), ("/v1/responses", {"model": "tiny", "input": "Hi"})])
+@pytest.mark.parametrize(("fields", "is_stored"), [({"store": False}, False), ({"store": None}, True), ({}, True)])
+async def test_a_client_may_forbid_to_keep_its_query(path: str, asked: dict[str, Any], fields: Any, is_stored: bool) -> None:
+    service, lost = FakeService(), FakeService(error=NoAgentError("all are gone"))
+    async with connect(make_app(service)) as client:
+        response = await client.post(path, json=asked | fields)
+    assert response.status_code == 200, response.text
+    assert service.stored == [is_stored]
+    assert ("/#/query/" in response.text) is is_stored
+    async with connect(make_app(lost)) as client:
+        assert (await client.post(path, json=asked | fields)).status_code == 503
+    assert [summary.question == "(not stored)" for summary in lost.page.failures] == [not is_stored]
 
 
 async def test_a_field_is_named_in_the_log_once_and_its_value_never(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,13 +7,14 @@ import http.server
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from dmoa.config import RouterConfig, TracingConfig
+from dmoa.serving import otlp
 from dmoa.serving.actors import pack_record
 from dmoa.serving.feedback import AnsweredQuery
 from dmoa.serving.otlp import SCHEMA, Exporter, spans_of
@@ -105,6 +106,22 @@ def test_without_a_caller_the_trace_is_named_as_ours() -> None:
     assert spans(asked(trace_id=TRACE))[0].trace_id.hex() == TRACE
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        *((1, "int_value"), (True, "bool_value"), (1.0, "double_value"), ("1", "string_value")),
+        *((0, "int_value"), (False, "bool_value"), (0.0, "double_value"), ("", "string_value"), ((1,), "array_value")),
+    ],
+)
+def test_attributes_keep_their_kind_from_span_to_span(value: Any, kind: str) -> None:
+    """They are kept by their values, and to Python 1 is true and 1.0."""
+    for other in (True, 1, 1.0, 0, False, 0.0):
+        otlp._attribute("x", other)
+    found = otlp._attribute("x", value).value
+    assert found.WhichOneof("value") == kind
+    assert kind == "array_value" or getattr(found, kind) == value
+
+
 def test_texts_are_in_spans_only_where_they_are_wanted() -> None:
     plain, full = (b"".join(span.SerializeToString() for span in spans(asked(), content=content)) for content in (False, True))
     for text in (b"What is secret?", b"The answer is 19.", b"Be kind."):
@@ -116,14 +133,17 @@ def test_texts_are_in_spans_only_where_they_are_wanted() -> None:
 
 
 @pytest.fixture
-def collector() -> Iterator[tuple[str, list[tuple[str, str | None, bytes]]]]:
-    """A collector on a free port: its URL, and what it was sent as (path, x-key, body)."""
+def collector() -> Iterator[tuple[str, list[tuple[str, str | None, bytes]], threading.Event]]:
+    """A collector on a free port: its URL, what it was sent as (path, x-key, body), and whether it answers."""
     taken: list[tuple[str, str | None, bytes]] = []
+    answers = threading.Event()
+    answers.set()
 
     class Collector(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             taken.append((self.path, self.headers.get("x-key"), body))
+            answers.wait(10)
             self.send_response(200)
             self.end_headers()
 
@@ -133,28 +153,53 @@ def collector() -> Iterator[tuple[str, list[tuple[str, str | None, bytes]]]]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", taken
+        yield f"http://127.0.0.1:{server.server_port}", taken, answers
         server.shutdown()
         thread.join()
 
 
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not is_so():  # noqa: ASYNC110 - the collector's own threads
+            await asyncio.sleep(0.02)
+
+
 async def test_a_collector_gets_the_spans_of_a_query(collector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    url, taken = collector
+    url, taken, *_ = collector
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-key=a%20b")
     store = TraceStore(RouterConfig(), TracingConfig(otlp_endpoint=url))
     kept = AnsweredQuery(
         query=asked(), answer=answer(), pool="tiny", fingerprint="f", user=None, metadata={}, created_unix_s=time.time()
     )
     await store.put_all([(pack_record(kept), "k")])
-    async with asyncio.timeout(10):
-        while not taken:  # noqa: ASYNC110 - the collector's own thread
-            await asyncio.sleep(0.02)
+    await until(lambda: bool(taken))
     ((path, key, body),) = taken
     request = ExportTraceServiceRequest.FromString(body)
     (part,) = request.resource_spans
     assert (path, key, part.schema_url) == ("/v1/traces", "a b", SCHEMA)
     assert part.scope_spans[0].spans[0].name == "invoke_workflow tiny"
     assert part.resource.attributes[0].value.string_value == "dmoa"
+
+
+async def test_what_is_answered_while_spans_are_sent_is_sent_too(collector: Any) -> None:
+    url, taken, answers = collector
+    answers.clear()
+    exporter = Exporter(TracingConfig(otlp_endpoint=url), send_s=0.01)
+    exporter.put(asked(), answer(), pool="first", ended_unix_s=NOW)
+    await until(lambda: len(taken) == 1)
+    exporter.put(asked(), answer(), pool="second", ended_unix_s=NOW)
+    answers.set()
+    await until(lambda: len(taken) == 2)
+    assert b"invoke_workflow second" in taken[1][2]
+
+
+async def test_texts_of_a_query_that_may_not_be_stored_are_not_sent(collector: Any) -> None:
+    url, taken, *_ = collector
+    exporter = Exporter(TracingConfig(otlp_endpoint=url, content=True))
+    for is_stored in (False, True):
+        exporter.put(asked(), answer(), pool="tiny", ended_unix_s=NOW, is_stored=is_stored)
+        await exporter.flush()
+    assert [b"What is secret?" in body for _, _, body in taken] == [False, True]
 
 
 async def test_a_collector_that_is_away_costs_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from dmoa.errors import RequestError
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.serving.actors import pack_record, unpack_record
 from dmoa.serving.feedback import AnsweredQuery
-from dmoa.serving.trace_list import TraceFilter, TraceSummary
+from dmoa.serving.trace_list import TraceFilter, TraceSummary, summarise
 from dmoa.serving.traces import TraceOutbox, TraceStore
 from dmoa.testing import decision
-from dmoa.trace import Trace, trace_of
+from dmoa.trace import Trace, answer_of_reply, reply_dmoa, trace_of
 from dmoa.types import AgentReply, Answer, EntropySum, Query, RouteRequest, StepRecord, SummarizerRecord
+from tests.unit.serving.fake_service import make_answer, make_step, reply
 
 NOW = time.time()
 
@@ -73,6 +75,44 @@ async def ids(store: TraceStore, key_hash: str | None = "k", **wanted: Any) -> l
         if page["next"] is None:
             return found
         wanted["before"] = page["next"]
+
+
+def test_a_list_shows_of_a_query_what_its_reply_says() -> None:
+    """Two steps by hand: an agent that was asked only to learn from, one that failed, and one that was lost and stood in for."""
+    first = make_step(0, "18", replies=(reply("dater"), reply("adder", latency_ms=1.23456)), explored=(("dater", 0.5),))
+    lost = reply("sorter", status="late", entropy_tokens=0, completion_tokens=0)
+    second = make_step(1, "19", active=("adder",), replies=(lost, reply("adder", entropy_sum_nats=1.0, right_probability=2 / 3)))
+    answer = make_answer("t1", steps=(first, second), wall_ms=40.00049, degraded=True)
+    summary, calls = summarise(answer, question="x" * 300, created_unix_s=NOW)
+    shown = [(call.agent, call.status, call.is_active, call.entropy_nats, call.tokens, call.latency_ms) for call in calls]
+    assert shown == [
+        ("adder", "ok", True, 0.5, 4, 1.235),
+        ("dater", "ok", False, 0.5, 4, 12.346),
+        ("adder", "ok", True, 0.25, 4, 12.346),
+        ("sorter", "late", False, None, 0, 12.346),
+    ]
+    assert [call.right_probability for call in calls] == [None, None, 0.666667, None]
+    assert (summary.agents, summary.error, summary.steps, len(summary.question)) == (["adder"], "sorter: late", 2, 240)
+    assert (summary.prompt_tokens, summary.completion_tokens, summary.wall_ms) == (4 * 10 + 2 * 5, 3 * 4 + 2 * 2, 40.0)
+    told = reply_dmoa(answer)
+    assert (
+        summarise(answer_of_reply(told, text="", finish_reason="stop", wall_ms=40.0), question="", created_unix_s=NOW)[1] == calls
+    )
+
+
+async def test_a_query_that_may_not_be_stored_is_counted_and_forgotten(tmp_path: Path) -> None:
+    """Its record is not sent to learn from either, which without Ray would fail here."""
+    store = TraceStore(RouterConfig(trace_uri=tmp_path.as_uri()))
+    one = replace(answered("t1", text="What is my secret?"), is_stored=False)
+    await store.put_all([(pack_record(one), "k")], "an app that learns")
+    await put(store, "t2")
+    listed = json.loads(await store.listed(TraceFilter(), "k"))["data"]
+    assert [(row["trace_id"], row["question"]) for row in listed] == [("t2", "What is 12 + 7?"), ("t1", "(not stored)")]
+    assert await store.get("t1", "k") is None
+    await store.save()
+    assert await store.get("t1", None) is None
+    assert "secret" not in words_in(tmp_path)
+    assert json.loads(await store.statistics((), "k"))[0]["calls"] == 2
 
 
 async def test_a_trace_is_that_of_the_query_when_it_was_answered() -> None:
