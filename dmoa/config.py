@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from dmoa.engine_options import ENGINES, AutoscalingConfig, EngineEntry, EngineName, EngineOptions, Node
+from dmoa.engine_options import ENGINES, AutoscalingConfig, EngineEntry, EngineName, EngineOptions, Node, owner_of
 from dmoa.errors import ConfigError
 from dmoa.plugins import absolute_reference, is_reference, missing_file
 from dmoa.types import Defence, Sampling
@@ -177,7 +177,8 @@ class LlmConfig(Node):
         try:
             _ = self.options
         except ValidationError as error:
-            raise ValueError(f"engine_kwargs: {describe(error, self.engine_entry.options)}") from None
+            why = describe(error, self.engine_entry.options)
+            raise ValueError(f"engine_kwargs: {why}{owner_of(self.engine_kwargs, self.engine)}") from None
         return self
 
     @model_validator(mode="after")

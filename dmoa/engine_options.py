@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -200,10 +200,10 @@ class VllmOptions(EngineOptions):
     its own draft model does so by itself, and with it vLLM takes no processor: then `listed` is needed."""
     top_logprobs: int = Field(default=20, ge=1, le=20)
     """Log-probabilities asked for per token where `entropy` is listed."""
-    reasoning_parser: str | None = Field(default=None, max_length=64)
+    reasoning_parser: str | None = Field(default=None, min_length=1, max_length=64)
     """One of vLLM's own reasoning parsers, by its name there, such as deepseek_r1: it then tells thoughts from the answer; None:
     tags such as <think> and the channels of gpt-oss do, which is enough where the tokenizer keeps them."""
-    tool_parser: str | None = Field(default=None, max_length=64)
+    tool_parser: str | None = Field(default=None, min_length=1, max_length=64)
     """One of vLLM's own tool parsers, by its name there, such as hermes: the model is told of a client's tools by its chat
     template, and calls them in its own form; None: tools are asked for in words."""
     cpu_kv_cache_gib: int = Field(default=1, ge=1, le=1024)
@@ -406,6 +406,14 @@ def _check_engine(value: str) -> str:
         names = ", ".join(map(repr, ENGINES))
         raise PydanticCustomError("engine", "expected {expected} or FILE.py:NAME", {"expected": names})
     return value
+
+
+def owner_of(given: Iterable[str], engine: str) -> str:
+    """Return the end of an error: which engine has the first of the options that an engine lacks; empty where none has it."""
+    known = {name: entry.options.model_fields for name, entry in ENGINES.items()}
+    foreign = next((option for option in given if option not in known.get(engine, {})), None)
+    owners = " and ".join(name for name, options in known.items() if foreign in options)
+    return f"; {foreign} is an option of engine {owners}, and this LLM's engine is {engine}" if owners else ""
 
 
 EngineName = Annotated[

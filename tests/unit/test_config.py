@@ -132,6 +132,7 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (endpoint(max_retries=-1), ("engine_kwargs: max_retries is -1",)),
     (endpoint(timeout_s=0), ("engine_kwargs: timeout_s is 0",)),
     (endpoint(vocab_size=1), ("engine_kwargs: vocab_size is 1",)),
+    (endpoint(tool_parser="hermes"), ("tool_parser is an option of engine vllm, and this LLM's engine is openai",)),
     (endpoint(api_key="x"), ("engine_kwargs: api_key: unknown key", "expected one of base_url, api_key_env")),
     (endpoint(base_url="api.example.com"), ("engine_kwargs: base_url: 'api.example.com'", "http or https")),
     (endpoint(base_url="ftp://a/v1"), ("base_url: 'ftp://a/v1'", "is not an http or https URL with a host")),

@@ -17,7 +17,7 @@ from dmoa.errors import ConfigError
 from dmoa.types import TextDelta
 
 _STUB = "harmony"
-"""Tools of gpt-oss are read from its tokens by a parser of their own, which parts its thoughts as well."""
+"""Tools of gpt-oss are read from its tokens by a parser of vLLM's server, which parts its thoughts as well."""
 
 
 def tool_parser_class(name: str | None) -> type[ToolParser] | None:
@@ -26,7 +26,9 @@ def tool_parser_class(name: str | None) -> type[ToolParser] | None:
     found: type[ToolParser] | None = parser_of("tool_parser", name, known, ToolParserManager.get_tool_parser)
     if found is not None and found.structural_tag_model == _STUB:
         raise ConfigError(
-            f"engine_kwargs.tool_parser is {name!r}, by which vLLM reads no text; leave it out: tools are then asked for in words"
+            f"engine_kwargs.tool_parser is {name!r}: it reads gpt-oss's calls from tokens inside `vllm serve`, which engine vllm "
+            "here does not run; leave it out, and tools are asked for in words, or run `vllm serve MODEL --tool-call-parser "
+            f"{name} --enable-auto-tool-choice` and name that as base_url of an LLM with engine openai"
         )
     return found
 
