@@ -4,6 +4,7 @@ import { h } from "./dom.js";
 
 const ROOT = document.documentElement.dataset.root;
 const STORE = "dmoa-api-key";
+const CUT = "The server ended the answer too early; ask again.";
 
 export const server = () => location.origin + ROOT;
 export const key = () => sessionStorage.getItem(STORE) ?? "";
@@ -15,11 +16,13 @@ function headers(more = {}) {
 /** Ask for the key in a dialog; resolves to whether one was given. */
 export function askKey(why) {
   return new Promise((resolve) => {
-    const field = h("input", { type: "password", id: "key-field", autocomplete: "off", value: key() });
+    const field = h("input", {
+      type: "password", id: "key-field", autocomplete: "off", value: key(), pattern: "\\s*[!-~]*\\s*", title: "letters, digits and signs without blanks",
+    });
     const done = (isGiven) => { box.close(); box.remove(); resolve(isGiven); };
     const keep = (event) => {
       event.preventDefault();
-      if (field.value) sessionStorage.setItem(STORE, field.value);
+      if (field.value.trim()) sessionStorage.setItem(STORE, field.value.trim());
       else sessionStorage.removeItem(STORE);
       done(true);
     };
@@ -35,11 +38,16 @@ export function askKey(why) {
 
 let asking = null;
 
-async function request(path, options) {
+async function request(path, options, isAsking = true) {
   for (;;) {
     const used = key();
-    const response = await fetch(ROOT + path, { ...options, headers: headers(options.headers) });
-    if (response.status !== 401) return response;
+    let response;
+    try {
+      response = await fetch(ROOT + path, { ...options, headers: headers(options.headers) });
+    } catch (error) {
+      throw error.name === "AbortError" ? error : Object.assign(new Error("The server does not answer; is it still running?"), { isAway: true });
+    }
+    if (response.status !== 401 || !isAsking) return response;
     if (used !== key()) continue; // another request has asked for it meanwhile
     asking ??= askKey(used ? "This key is not known here." : "This server wants an API key.").finally(() => { asking = null; });
     if (!(await asking)) return response;
@@ -55,9 +63,9 @@ async function failure(response) {
   return error;
 }
 
-/** Return what a route answers as an object. Throws an Error with the server's own message. */
-export async function get(path, signal) {
-  const response = await request(path, { signal });
+/** Return what a route answers as an object. Throws an Error with the server's own message; `isAsking`: asks for a key where one is wanted. */
+export async function get(path, signal, isAsking = true) {
+  const response = await request(path, { signal }, isAsking);
   if (!response.ok) throw await failure(response);
   return response.json();
 }
@@ -77,8 +85,10 @@ export async function* stream(path, body, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
+    const { done, value } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : new Error(CUT);
+    });
+    if (done) throw new Error(CUT);
     held += value;
     const events = held.split("\n\n");
     held = events.pop();

@@ -8,6 +8,7 @@ import { live } from "./live.js";
 import { play } from "./play.js";
 import { query } from "./query.js";
 
+const RETRY_MS = 4000;
 const VIEWS = { live, query, play, gates, learn };
 const main = document.getElementById("main");
 let leaving = new AbortController();
@@ -16,13 +17,14 @@ async function show() {
   leaving.abort();
   leaving = new AbortController();
   const signal = leaving.signal;
-  const [name, ...rest] = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
+  const [name, ...rest] = location.hash.replace(/^#\/?/, "").split("/").map(decoded);
   const view = VIEWS[name] ?? live;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.getAttribute("href") === `#/${view.name}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   document.title = `dmoa: ${view.title}`;
+  main.setAttribute("aria-busy", "true");
   try {
     const status = await get("/v1/dmoa/status", signal);
     document.getElementById("pool").textContent = status.pool;
@@ -38,7 +40,17 @@ async function show() {
     if (signal.aborted) return;
     main.replaceChildren(h("h1", {}, view.title), h("p", { class: "problem", role: "alert" }, inline(error.message)),
       h("button", { type: "button", onclick: show }, "Try again"));
+    if (error.isAway) {
+      const again = setTimeout(show, RETRY_MS);
+      signal.addEventListener("abort", () => clearTimeout(again));
+    }
+  } finally {
+    if (!signal.aborted) main.removeAttribute("aria-busy");
   }
+}
+
+function decoded(part) {
+  try { return decodeURIComponent(part); } catch { return part; }
 }
 
 document.getElementById("key").addEventListener("click", async () => {

@@ -1,6 +1,7 @@
 // Makes elements. Data only ever becomes text nodes and attributes of our own choosing: no markup is ever parsed.
 
 const SVG = "http://www.w3.org/2000/svg";
+const NAMED = 2000; // unseen characters of a text that are named
 const SHOWN = 20000; // characters of a long text that are shown unasked
 const CONTROLS = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff])/;
 
@@ -28,7 +29,9 @@ function fill(element, props, children) {
 
 /** Return somebody's words as nodes: characters that are invisible, or turn the direction of the text, are named. */
 export function words(text) {
-  return String(text).split(CONTROLS).map((part, i) => {
+  const parts = String(text).split(CONTROLS);
+  if (parts.length > 2 * NAMED) return [parts.filter((_, i) => i % 2 === 0).join("\ufffd")];
+  return parts.map((part, i) => {
     if (i % 2 === 0) return part;
     const code = part.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
     return h("span", { class: "control", title: "a character that is not seen" }, `U+${code}`);
@@ -45,7 +48,7 @@ export function block(text, label) {
   const whole = String(text);
   const pre = h("pre", { tabindex: 0, "aria-label": label }, words(whole.slice(0, SHOWN)));
   if (whole.length <= SHOWN) return pre;
-  const more = h("button", { type: "button", onclick: () => { pre.replaceChildren(whole); more.remove(); } },
+  const more = h("button", { type: "button", onclick: () => { pre.replaceChildren(...words(whole)); more.remove(); } },
     `Show all ${count(whole.length)} characters`);
   return h("div", {}, pre, more);
 }

@@ -8,19 +8,25 @@ const PERIOD_MS = 4000, ROW = 46, PAGE = 200, SPARE = 12;
 const SHOWN = new Set(["gate_version", "decisions", "masked", "cold", "supervision", "score", "untrained", "installed_unix_s", "activations"]);
 
 export async function live(_, status, signal) {
-  const top = h("div", {}, head(status), agents(status));
+  const top = h("div", {}, head(status), agents(status)), fault = h("div", { role: "status" });
   const list = queries(status, signal);
+  let seen = Date.now(), isAsking = false;
   const timer = setInterval(async () => {
-    if (document.hidden || top.contains(document.activeElement)) return;
+    if (isAsking || document.hidden || top.contains(document.activeElement)) return;
+    isAsking = true; // a slow server is asked once at a time
     try {
-      const found = await get("/v1/dmoa/status", signal);
+      const found = await get("/v1/dmoa/status", signal, false);
       top.replaceChildren(head(found), agents(found));
       await list.refresh();
-    } catch { /* the next round may go better; what is shown stays */ }
+      seen = Date.now();
+      fault.replaceChildren();
+    } catch (error) {
+      if (!signal.aborted) fault.replaceChildren(h("p", { class: "problem" }, inline(error.message), ` What is shown is of ${moment(seen / 1000)}.`));
+    } finally { isAsking = false; }
   }, PERIOD_MS);
   signal.addEventListener("abort", () => clearInterval(timer));
   await list.restart();
-  return h("div", {}, h("h1", {}, "Live"), top, list.element);
+  return h("div", {}, h("h1", {}, "Live"), fault, top, list.element);
 }
 live.title = "Live";
 
@@ -85,12 +91,16 @@ function queries(status, signal) {
       if (mine !== round) return;
       rows = rows.concat(found.data);
       next = found.next;
-    } finally { isLoading = false; }
+    } catch (error) { return failed(error); } finally { isLoading = false; }
     draw();
   };
+  const failed = (error) => {
+    if (!signal.aborted) total.replaceChildren(h("span", { class: "bad" }, inline(error.message)));
+  };
   const restart = async () => {
-    round += 1;
+    const mine = ++round;
     const found = await get(path(null), signal);
+    if (mine !== round) return; // the filters have changed again
     rows = found.data;
     next = found.next;
     outer.scrollTop = 0;
@@ -98,14 +108,15 @@ function queries(status, signal) {
   };
   const refresh = async () => {
     if (outer.scrollTop > ROW || inner.contains(document.activeElement)) return; // somebody reads further down
-    const found = await get(path(null), signal);
+    const mine = round, found = await get(path(null), signal, false);
+    if (mine !== round) return;
     const at = rows.length ? found.data.findIndex((one) => one.trace_id === rows[0].trace_id) : -1;
     if (at < 0) { rows = found.data; next = found.next; } else rows = found.data.slice(0, at).concat(rows);
     draw();
   };
   outer.addEventListener("scroll", () => requestAnimationFrame(draw));
 
-  const change = (name, read) => async (event) => { wanted[name] = read(event.target); await restart(); };
+  const change = (name, read) => async (event) => { wanted[name] = read(event.target); await restart().catch(failed); };
   const versions = [...new Set([status.router?.gate_version, ...(status.gate_versions ?? [])].filter(Boolean))];
   const filters = h("div", { class: "filters", role: "group", "aria-label": "Filters" },
     h("label", {}, h("input", { type: "checkbox", id: "only-errors", onchange: change("error", (box) => box.checked) }), " with errors"),

@@ -13,17 +13,18 @@ export async function play(_, status, signal) {
   const places = h("div", { class: "columns" });
   const button = h("button", { class: "first", id: "ask" }, "Ask");
   let asking = new AbortController();
+  signal.addEventListener("abort", () => asking.abort());
   const ask = async (event) => {
     event.preventDefault();
     asking.abort();
     asking = new AbortController();
-    signal.addEventListener("abort", () => asking.abort());
+    const mine = asking;
     const chosen = [first.value, second.value].filter(Boolean);
     const columns = chosen.map((policy) => column(policy));
     places.replaceChildren(...columns.map((one) => one.element));
     stop.hidden = false;
-    await Promise.all(columns.map((one, i) => follow(one, status.pool, chosen[i], text.value, most.value, asking.signal)));
-    stop.hidden = true;
+    await Promise.all(columns.map((one, i) => follow(one, status.pool, chosen[i], text.value, most.value, mine.signal)));
+    if (mine === asking) stop.hidden = true;
   };
   const stop = h("button", { type: "button", hidden: true, onclick: () => asking.abort() }, "Stop");
   return h("div", {}, h("h1", {}, "Playground"),

@@ -28,7 +28,7 @@ export async function query([id], status, signal) {
     h("h2", {}, "When"), times(trace),
     h("h2", {}, "Steps"), told.steps.map((one) => step(one, {
       prompts: new Map(trace.calls.filter((call) => call.step === one.step).map((call) => [call.agent, call.messages])),
-      probabilities: routed(trace, one.step), offers: status.can_ask && offers(trace, one, status),
+      probabilities: routed(trace, one.step), offers: status.can_ask && offers(trace, one, signal),
     })),
     status.can_ask && whatIf(trace, status));
 }
@@ -74,7 +74,7 @@ function copies(trace) {
   return h("div", { class: "actions" }, button("JSON", JSON.stringify(trace, null, 2)), button("curl", curl), button("replay command", replay));
 }
 
-function offers(trace, one, status) {
+function offers(trace, one, signal) {
   const asked = new Set(one.agents.filter((agent) => !["idle", "masked"].includes(agent.status)).map((agent) => agent.name));
   const ranked = (routed(trace, one.step) ?? []).slice().sort((a, b) => b[1] - a[1]).map(([name]) => name).filter((name) => !asked.has(name));
   const names = ranked.slice(0, Math.max(1, one.k));
@@ -82,9 +82,13 @@ function offers(trace, one, status) {
     event.target.disabled = true;
     say(`${what}: asking again`);
     try {
-      const reply = await post(`/v1/dmoa/traces/${encodeURIComponent(trace.trace_id)}/branch`, { step: one.step, ...body });
+      const reply = await post(`/v1/dmoa/traces/${encodeURIComponent(trace.trace_id)}/branch`, { step: one.step, ...body }, signal);
       location.hash = `#/query/${encodeURIComponent(reply.dmoa.trace_id)}`;
-    } catch (error) { say(error.message); event.target.disabled = false; }
+    } catch (error) {
+      if (signal.aborted) return;
+      say(error.message);
+      event.target.disabled = false;
+    }
   };
   return h("div", { class: "actions" },
     h("button", { type: "button", class: "branch", onclick: go({}, "Branch") }, "Ask again from here"),
