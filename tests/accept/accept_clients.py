@@ -43,9 +43,19 @@ PYTHON: dict[str, tuple[str, ...]] = {
 }
 NODE = ("ai", "@ai-sdk/openai-compatible", "@ai-sdk/openai", "zod")
 NO_CALL = "the embedded model, of 135M parameters, calls no tool where it may answer in text"
-NO_FORM = "the client asks for JSON in words alone, which the embedded model, of 135M parameters, does not follow"
+NO_FORM = (
+    "the client asks for JSON without a schema, or in words alone, which the embedded model, of 135M parameters, does not follow"
+)
 NO_LOGPROBS = "the embedded model's engine lists no log-probabilities; the server says so, 400"
-CANNOT = {"embedded": {r"n and logprobs": NO_LOGPROBS, r"tool": NO_CALL, r"MD_JSON|mode JSON$": NO_FORM}}
+NO_SCHEMA = "the embedded model, of 135M parameters, goes on from the schema's first key with an object, until max_tokens cuts it"
+CANNOT = {
+    "embedded": {
+        r"n and logprobs": NO_LOGPROBS,
+        r"tool": NO_CALL,
+        r"MD_JSON|mode JSON$|openai-compatible: generateObject": NO_FORM,
+        r"generateObject": NO_SCHEMA,
+    }
+}
 """Per pool what its model cannot do, by the names of cells: there the sentence stands in place of a failure."""
 INSTALL_S, CLIENT_S, START_S = 900, 300, 300
 LLMS = {
