@@ -74,6 +74,13 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     return result
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _leaves_nothing_open() -> Iterator[None]:
+    """Look for garbage at the end of every file: what was left open fails a test there, not whichever runs when it is found."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _host_is_known() -> None:
     """Look once, before any test, at what the host is and offers programs: what asks for it first would start processes."""
