@@ -38,6 +38,8 @@ PROXY_FLAGS = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.3",
 }
 """Serve's settings for its proxy: the front that bounds what clients send, and a new proxy within seconds of a killed one."""
+_PATIENT = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30"}
+"""Serve kills a proxy that takes more than 5 s to start, as on a busy machine, and then ends with an error."""
 START_TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 10.0
 """How long the machine at an address may take to accept a connection."""
@@ -75,7 +77,7 @@ class Launched:
 
 def set_flags() -> None:
     """Set the Serve flags that dmoa ships, where the environment does not say otherwise. Call before importing Serve."""
-    for name, value in (SERVE_FLAGS | PROXY_FLAGS | _QUIET).items():
+    for name, value in (SERVE_FLAGS | PROXY_FLAGS | _PATIENT | _QUIET).items():
         os.environ.setdefault(name, value)
     ignore_proxies()  # before Ray starts, whose processes inherit it
 
@@ -185,7 +187,8 @@ def _start_serve(host: str, port: int, *, is_here: bool) -> str:
         _close_port()
         if is_here:
             listening.check_free(host, port)
-        raise DmoaError(f"server: Serve cannot listen on {host}:{port}: {last_words(error)}; choose another address") from error
+        why = f"server: Serve's proxy did not start on {host}:{port}: {last_words(error)}"
+        raise DmoaError(f"{why}; start again, on another address if it is taken") from error
     return host
 
 

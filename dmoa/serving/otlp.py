@@ -193,7 +193,8 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 def _attribute(key: str, value: Any) -> KeyValue:
     """Return an attribute, kept from an earlier span but for fractions and long texts, which seldom come again."""
-    is_seldom = isinstance(value, float) or (isinstance(value, str) and len(value) > _KEPT_CHARS)
+    first = value[0] if isinstance(value, tuple) and value else value
+    is_seldom = isinstance(first, float) or (isinstance(value, str) and len(value) > _KEPT_CHARS)
     return (_made if is_seldom else _kept)(key, value)
 
 
@@ -201,11 +202,11 @@ def _made(key: str, value: Any) -> KeyValue:
     return KeyValue(key=key, value=_value(value))
 
 
-_kept = lru_cache(maxsize=4096, typed=True)(_made)  # typed: true is not 1
+_kept = lru_cache(maxsize=1024, typed=True)(_made)  # typed: true is not 1
 
 
-def _value(value: Any) -> dict[str, Any]:
-    """Return the fields of an AnyValue."""
+def _value(value: Any) -> Any:
+    """Return an AnyValue as the fields that it is made of, which is quicker."""
     if isinstance(value, bool):
         return {"bool_value": value}
     if isinstance(value, int):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +24,8 @@ NOT_STORED = "(not stored)"
 """The question of a query whose client forbade to keep it."""
 _QUESTION_CHARACTERS = 240
 _ERROR_CHARACTERS = 500
+LOAD_S = 60.0
+"""Over how long an agent's load is taken."""
 _BINS = 12
 _MAX_NATS = 3.0
 """Where the last bin of the entropies begins to hold everything above."""
@@ -220,6 +222,8 @@ class AgentStatistics(BaseModel):
     tokens: int
     tokens_per_s: float | None
     """Completion tokens a second of a call; null without a call that took time."""
+    load: float | None
+    """Mean calls in flight over the last minute, by the queries that were answered in it; null for files."""
     latency_ms: float | None
     """Median of a call."""
     entropies: list[int]
@@ -229,18 +233,24 @@ class AgentStatistics(BaseModel):
     max_nats: float = _MAX_NATS
 
 
-def statistics_of(calls: Iterable[TraceCalls], agents: Sequence[str] = ()) -> list[AgentStatistics]:
-    """Return what each agent did, `agents` first and in their order."""
+def statistics_of(
+    calls: Iterable[TraceCalls], agents: Sequence[str] = (), recent: Iterable[TraceCalls] | None = None
+) -> list[AgentStatistics]:
+    """Return what each agent did, `agents` first and in their order; `recent`: the calls of the last `LOAD_S`."""
     by_agent: dict[str, list[TraceCalls]] = defaultdict(list)
     for name in agents:
         by_agent[name] = []
     for call in calls:
         by_agent[call.agent].append(call)
     active = sum(call.is_active for group in by_agent.values() for call in group)
-    return [_statistics(name, group, active) for name, group in by_agent.items()]
+    busy_s = Counter[str]()
+    for call in recent or ():
+        busy_s[call.agent] += call.latency_ms / 1e3  # Little's law: mean calls in flight = rate x mean time of a call
+    load = {name: None if recent is None else round(busy_s[name] / LOAD_S, 3) for name in by_agent}
+    return [_statistics(name, group, active, load[name]) for name, group in by_agent.items()]
 
 
-def _statistics(agent: str, calls: Sequence[TraceCalls], active: int) -> AgentStatistics:
+def _statistics(agent: str, calls: Sequence[TraceCalls], active: int, load: float | None) -> AgentStatistics:
     own = sum(call.is_active for call in calls)
     took_ms = [call.latency_ms for call in calls if call.status == "ok"]
     tokens = sum(call.tokens for call in calls)
@@ -254,6 +264,7 @@ def _statistics(agent: str, calls: Sequence[TraceCalls], active: int) -> AgentSt
         share=own / active if active else 0.0,
         tokens=tokens,
         tokens_per_s=round(1e3 * tokens / sum(took_ms), 1) if sum(took_ms) else None,
+        load=load,
         latency_ms=round(statistics.median(took_ms), 3) if took_ms else None,
         entropies=_histogram(entropies, _MAX_NATS),
         right=_histogram(right, 1.0),

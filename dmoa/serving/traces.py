@@ -23,7 +23,16 @@ from dmoa.serving.actors import detached, pack_record, traces_name, unpack_recor
 from dmoa.serving.feedback import AnsweredQuery, FeedbackSender
 from dmoa.serving.otlp import Exporter
 from dmoa.serving.trace_archive import Place, TraceArchive, Written
-from dmoa.serving.trace_list import NOT_STORED, TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
+from dmoa.serving.trace_list import (
+    LOAD_S,
+    NOT_STORED,
+    TraceCalls,
+    TraceFilter,
+    TraceSummary,
+    page_of,
+    statistics_of,
+    summarise,
+)
 
 _LOG = logging.getLogger("dmoa.traces")
 BATCH_S = 0.1
@@ -144,7 +153,9 @@ class TraceStore:
 
     async def statistics(self, agents: tuple[str, ...], key_hash: str | None) -> str:
         """Return what the agents did in the traces of a key, as a JSON list; without a key, in all."""
-        found = statistics_of((call for kept in self._of(key_hash) for call in kept.calls), agents)
+        kept, since = list(self._of(key_hash)), time.time() - LOAD_S
+        recent = [call for one in kept if one.summary.created_unix_s > since for call in one.calls]
+        found = statistics_of((call for one in kept for call in one.calls), agents, recent)
         return json.dumps([one.model_dump() for one in found])
 
     def _of(self, key_hash: str | None) -> Iterator[_Kept]:

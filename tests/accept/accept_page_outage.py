@@ -5,12 +5,11 @@ Skips with its reason where Chromium is not installed. The agents are scripted: 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
-import tempfile
 import time
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from dmoa.serving.actors import pack_record
 from dmoa.serving.http.middleware import hash_keys
 from dmoa.serving.traces import TraceStore
 from tests.accept.browser import Tab, browser, executable
+from tests.accept.checks import run_check
 from tests.integration.server import Served, free_port, serve
 from tests.unit.serving.test_traces import answered
 
@@ -148,18 +148,17 @@ def outage(tab: Tab, url: str, server: Served, again: Any, out: Path) -> tuple[d
     return found, server
 
 
-def check(out: Path) -> dict[str, Any]:
+def drive(folder: Path, out: Path) -> dict[str, Any]:
     """Drive the page and return what was found."""
-    with tempfile.TemporaryDirectory() as temporary, browser() as new_tab:
-        folder, port = Path(temporary), free_port()
-        bounds = RouterConfig(trace_uri=(folder / "traces").as_uri(), num_traces=20000, trace_mb=1024)
-        fill(bounds)
-        pool = folder / "pool.yaml"
-        pool.write_text(POOL.format(traces=bounds.trace_uri), encoding="utf-8")
+    bounds = RouterConfig(trace_uri=(folder / "traces").as_uri(), num_traces=20000, trace_mb=1024)
+    fill(bounds)
+    pool, port = folder / "pool.yaml", free_port()
+    pool.write_text(POOL.format(traces=bounds.trace_uri), encoding="utf-8")
 
-        def start() -> Served:
-            return serve(pool, env=KEYS, port=port)
+    def start() -> Served:
+        return serve(pool, env=KEYS, port=port)
 
+    with browser() as new_tab:
         server, tab = start(), new_tab()
         try:
             url = server.url
@@ -172,18 +171,13 @@ def check(out: Path) -> dict[str, Any]:
     return found | {"problems": tab.problems, "passed": all(found.values()) and not tab.problems}
 
 
-def main() -> int:
-    """Run the check, write its JSON, return 1 where something is not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args()
+def check(options: Namespace) -> dict[str, Any]:
+    """Drive the page where there is a browser; its picture lies beside the JSON file."""
     out = options.json.parent / "page"
-    out.mkdir(parents=True, exist_ok=True)
-    found = check(out) if executable() else {"passed": True, "skipped": "Chromium is not installed (apt-get install chromium)"}
-    options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=2))
-    return 0 if found["passed"] else 1
+    out.mkdir(exist_ok=True)
+    skipped = {"passed": True, "skipped": "Chromium is not installed (apt-get install chromium)"}
+    return drive(options.scratch, out) if executable() else skipped
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_check(check))

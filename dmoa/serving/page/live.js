@@ -51,11 +51,11 @@ function agents(status) {
     one.agent, state(status.agents[one.agent]), count(one.calls),
     h("span", { class: "with-bar" }, bar(one.share, `${percent(one.share)} of the activations`), percent(one.share)),
     one.failed ? h("span", { class: "bad" }, count(one.failed)) : "0", one.latency_ms === null ? "" : millis(one.latency_ms),
-    fixed(one.tokens_per_s, 0), histogram(one.entropies, one.max_nats, `entropy of ${one.agent}, nats per token`),
+    fixed(one.tokens_per_s, 0), fixed(one.load), histogram(one.entropies, one.max_nats, `entropy of ${one.agent}, nats per token`),
     histogram(one.right, 1, `probability that ${one.agent} is right`),
   ]);
   return table("Agents, over the queries listed below",
-    ["agent", "state", "calls", "share of activations", "failed", "median", "tokens/s", "entropy, 0 to 3 nats", "posterior, 0 to 1"], rows);
+    ["agent", "state", "calls", "share of activations", "failed", "median", "tokens/s", "in flight, last minute", "entropy, 0 to 3 nats", "posterior, 0 to 1"], rows);
 }
 
 function state(text) {

@@ -116,6 +116,12 @@ async def test_streaming_shows_steps_then_content_then_usage(client: AsyncOpenAI
     assert usage.total_tokens > 0
 
 
+def test_what_is_loaded_and_ready_is_told_while_the_server_starts(server: Served) -> None:
+    told = "".join(server.errors)
+    at = [told.index(part) for part in ("joining the Ray", "deploying pool swarm", "ready: agents ")]
+    assert at == sorted(at)
+
+
 async def test_stream_ends_with_done(http: httpx.AsyncClient) -> None:
     reply = await http.post("/v1/chat/completions", json={"model": "expert", "messages": user("Say hello."), "stream": True})
     events = [line for line in reply.text.splitlines() if line.startswith("data: ")]

@@ -17,13 +17,29 @@ from dmoa.errors import ConfigError
 from dmoa.evaluation.registry import SUITES
 from dmoa.training.collect import width
 from dmoa.training.options import RolloutOptions
-from dmoa.workflows.collect import prepare_queries, read_labels
+from dmoa.workflows.collect import prepare_queries, read_labels, track
+from tests.unit.training.rollout_samples import manifest, rows, write_rollouts
 
 ROOT = Path(__file__).parents[3]
 
 
 def quiet(text: str) -> None:
     """Say nothing."""
+
+
+def test_samples_and_the_entropies_of_every_agent_are_logged(tmp_path: Path) -> None:
+    """Two queries of two steps: the adder answers at 0.5 nats a token, echo at 2, the guesser was lost, one was not asked."""
+    folder = write_rollouts(tmp_path / "collection", [rows(0), rows(1)])
+    track(manifest(), folder, RolloutOptions.parse({"out": folder.root, "benchmarks": "arith", "track": "jsonl"}))
+    logged = [json.loads(line) for line in (folder.root / "metrics.jsonl").read_text().splitlines()]
+    samples = next(line for line in logged if line["op"] == "table")
+    assert (samples["name"], len(samples["rows"])) == ("samples", 16)
+    assert dict(zip(samples["columns"], samples["rows"][0], strict=True))["query_id"] == "arith/gate/0000"
+    found = {}
+    for line in logged:
+        if line["op"] == "histogram":
+            found[line["name"]] = [round(line["edges"][i], 3) for i, count in enumerate(line["counts"]) for _ in range(count)]
+    assert found == {"entropy/adder": [0.5] * 4, "entropy/echo": [2.0] * 4, "entropy/guesser": [], "entropy/dead": []}
 
 
 def test_sources_are_mixed_by_weight_and_rows_are_those_of_the_gates_split(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dmoa.errors import RequestError
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.serving.actors import pack_record, unpack_record
 from dmoa.serving.feedback import AnsweredQuery
-from dmoa.serving.trace_list import TraceFilter, TraceSummary, summarise
+from dmoa.serving.trace_list import TraceFilter, TraceSummary, statistics_of, summarise
 from dmoa.serving.traces import TraceOutbox, TraceStore
 from dmoa.testing import decision
 from dmoa.trace import Trace, answer_of_reply, reply_dmoa, trace_of
@@ -98,6 +98,18 @@ def test_a_list_shows_of_a_query_what_its_reply_says() -> None:
     assert (
         summarise(answer_of_reply(told, text="", finish_reason="stop", wall_ms=40.0), question="", created_unix_s=NOW)[1] == calls
     )
+
+
+async def test_load_is_the_mean_number_of_calls_in_flight_in_the_last_minute() -> None:
+    """Calls of 20, 10 and 60 s, the last of a query that was answered before that minute."""
+    store = TraceStore(RouterConfig())
+    for number, (latency_ms, ago_s) in enumerate([(20e3, 1.0), (10e3, 2.0), (60e3, 600.0)]):
+        step = make_step(0, "18", replies=(reply("adder", latency_ms=latency_ms),), active=("adder",))
+        one = replace(answered(f"t{number}"), answer=make_answer(f"t{number}", steps=(step,)), created_unix_s=time.time() - ago_s)
+        await store.put_all([(pack_record(one), "k")])
+    told = {one["agent"]: one for one in json.loads(await store.statistics(("adder", "sorter"), "k"))}
+    assert (told["adder"]["load"], told["sorter"]["load"], told["adder"]["calls"]) == (0.5, 0.0, 3)
+    assert [one.load for one in statistics_of([], ["adder"])] == [None]
 
 
 async def test_a_query_that_may_not_be_stored_is_counted_and_forgotten(tmp_path: Path) -> None:
