@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -243,7 +243,7 @@ def statistics_of(
     for call in calls:
         by_agent[call.agent].append(call)
     active = sum(call.is_active for group in by_agent.values() for call in group)
-    busy_s = Counter[str]()
+    busy_s: dict[str, float] = defaultdict(float)
     for call in recent or ():
         busy_s[call.agent] += call.latency_ms / 1e3  # Little's law: mean calls in flight = rate x mean time of a call
     load = {name: None if recent is None else round(busy_s[name] / LOAD_S, 3) for name in by_agent}
