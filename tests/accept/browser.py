@@ -29,7 +29,7 @@ class Tab:
     """One page of the browser."""
 
     def __init__(self, address: str) -> None:
-        self._socket = connect(address, max_size=None)
+        self._socket = connect(address, max_size=None, ping_interval=None)  # nobody reads while a server starts
         self._number = 0
         self.problems: list[str] = []
         """Uncaught errors, and what the policy of the page refused."""
