@@ -34,7 +34,7 @@ from dmoa.core.posterior import (
     wrong_outcomes,
 )
 from dmoa.core.scores import clusters, fit_anchors, squared_distances
-from dmoa.core.witnesses import Array, IntArray, Witnesses, by_context, disputes, lengths
+from dmoa.core.witnesses import Array, IntArray, Witnesses, by_context, disputes, lengths, usual_doubts
 from dmoa.errors import ConfigError
 
 MIN_ROWS = 8
@@ -404,8 +404,9 @@ def _led_by_doubt(
     def told() -> LabelModel:
         return replace(prior, ability_CA=prior.ability_CA + slope_A * middle_A, doubt_slope_CA=flat_CA + slope_A)
 
+    alike = replace(witnesses, doubt_RA=usual_doubts(witnesses))
     for _ in range(_ROUNDS):
-        truth = held_open(told().truth(witnesses), side_RZ)
+        truth = held_open(told().truth(alike), side_RZ)
         right_RA = right_of(truth.weight_RZK, witnesses.answer_RA).sum(axis=2)
         slope_A, middle_A = _two_kinds(witnesses.doubt_RA - start.doubt_mean_A, right_RA, weight_R[:, None] * witnesses.asked)
         found = _maximised(prior, witnesses, context_R, weight_R, truth)

@@ -30,6 +30,10 @@ _SURE_NATS = 1.0
 """How far below its anchor the score of a reply lies that its agent is sure of: e times less entropy than usual."""
 _DISPUTED = 4
 """Queries that a dispute takes: fewer are chance."""
+_MOST_LIKE = 4
+"""Queries most like one that tell what is usual for its kind, ..."""
+_LIKE_SHARE = 8
+"""... and the most of all queries that they may be, as a divisor: of a few queries the nearest may be of any kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +179,28 @@ def by_context(value_RA: Array, context_R: IntArray, count: int) -> Array:
     member_CR = (context_R == np.arange(count)[:, None]).astype(np.float64)
     mean_CA: Array = (member_CR @ value_RA + 2 * mean_A) / (member_CR @ known_RA + 2)
     return mean_CA
+
+
+def usual_doubts(witnesses: Witnesses) -> Array:
+    """Return how unsure each agent is on queries like each one [R, A]: the mean over it and those nearest to it by embedding.
+
+    One reply tells little of its kind: an expert's surest and least sure replies may lie four nats apart. NaN where neither the
+    query nor those like it tell anything. Source: ours, nearest neighbours.
+    """
+    count = min(_MOST_LIKE, len(witnesses.doubt_RA) // _LIKE_SHARE)
+    if witnesses.embedding_RD is None or not count:
+        return witnesses.doubt_RA
+    is_known_RA = np.isfinite(witnesses.doubt_RA)
+    doubt_RA = np.where(is_known_RA, witnesses.doubt_RA, 0.0)
+    square_R = (witnesses.embedding_RD**2).sum(axis=1)
+    found = []
+    for row, embedding_D in enumerate(witnesses.embedding_RD):
+        distance_R = square_R - 2 * (witnesses.embedding_RD @ embedding_D)
+        distance_R[row] = -np.inf
+        like = np.argsort(distance_R, kind="stable")[: count + 1]
+        known_A = is_known_RA[like].sum(axis=0)
+        found.append(np.where(known_A, doubt_RA[like].sum(axis=0) / np.maximum(known_A, 1), np.nan))
+    return np.array(found)
 
 
 def lengths(log_RA: Array, context_R: IntArray, count: int) -> tuple[Array, Array, float]:

@@ -19,7 +19,7 @@ from dmoa.core.in_step import context_part
 from dmoa.core.label_model import MIN_ROWS, LabelModel, fit_label_model
 from dmoa.core.scores import Array, BoolArray, posterior_scores, scores
 from dmoa.core.sequential import standing
-from dmoa.core.witnesses import NOT_ASKED, Witnesses
+from dmoa.core.witnesses import NOT_ASKED, Witnesses, usual_doubts
 from dmoa.errors import ConfigError
 from dmoa.training.dataset import Episodes
 from dmoa.training.objective import Scale
@@ -101,18 +101,24 @@ def right_probabilities(model: LabelModel, episodes: Episodes, spec: GateSpec) -
 
 
 def judged(scale: Scale, model: LabelModel, episodes: Episodes, spec: GateSpec) -> Scale:
-    """Return the scale with the label model, what replies are worth by it, and what the gate learns of them.
-
-    What a gate learns of a reply is the mean of two estimates: how probably it is right given all replies of its step, and how
-    probably by its own doubt in its context (`LabelModel.foretold`). The first is a draw, all but right or wrong: of an agent
-    that errs on a third of some kind of query, the few rows of that kind may show no error. The second knows the kind. Where
-    outcomes are known, or no answer could be read, the first speaks alone. Source: ours, after Rao and Blackwell.
-    """
+    """Return the scale with the label model, what replies are worth by it, and what the gate learns of them."""
     witnesses = witnesses_of_steps(episodes, np.arange(len(episodes.input_NX)), spec)
-    right_NA = np.where(witnesses.asked, model.right_probability(witnesses), np.nan)
-    is_sole_NA = (witnesses.answer_RA < 0) | np.isfinite(witnesses.outcome_RA).any(axis=1, keepdims=True)
-    target_NA = np.where(is_sole_NA, right_NA, (right_NA + model.foretold(witnesses)) / 2)
-    return replace(scale, label_model=model, right_NA=right_NA, target_NA=target_NA)
+    right_NA: Array = np.where(witnesses.asked, model.right_probability(witnesses), np.nan)
+    return replace(scale, label_model=model, right_NA=right_NA, target_NA=learnt(model, witnesses, right_NA))
+
+
+def learnt(model: LabelModel, witnesses: Witnesses, right_RA: Array) -> Array:
+    """Return the probability that a gate learns of each reply [R, A]. `right_RA`: of being right, given all replies of its step.
+
+    It is the mean of two estimates: that one, and how probably an agent is right that is as unsure as it is on queries like this
+    (`usual_doubts`, `LabelModel.foretold`). The first is a draw, all but right or wrong: of an agent that errs on a third of some
+    kind of query, the few rows of that kind may show no error; and where an expert happens to be less sure than another agent
+    always is on that kind, it takes the other's side. The second knows the kind, which is all that a gate can see. Where outcomes
+    are known, or no answer could be read, the first speaks alone. Source: ours, after Rao and Blackwell.
+    """
+    is_sole_RA = (witnesses.answer_RA < 0) | np.isfinite(witnesses.outcome_RA).any(axis=1, keepdims=True)
+    foretold_RA = model.foretold(replace(witnesses, doubt_RA=usual_doubts(witnesses)))
+    return np.where(is_sole_RA, right_RA, (right_RA + foretold_RA) / 2)
 
 
 def competence_bias(model: LabelModel, logits_RA: Array, right_RA: Array, temperature: float) -> Array:

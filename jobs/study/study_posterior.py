@@ -41,6 +41,7 @@ RUNS = {
     "first": (((1, 10),), ("gate", 8, 101)),
     "second": (tuple((seed, 8) for seed in range(301, 306)), ("test", 16, 401)),
     "third": (tuple((seed, 8) for seed in range(501, 506)), ("test", 16, 601)),
+    "fourth": (tuple((seed, 8) for seed in range(801, 806)), ("test", 16, 1001)),
 }
 """Of each run: seeds and rows per suite of the unlabelled queries, one for all draws or one a draw; split, rows per suite and
 seed of those that are judged."""
@@ -259,7 +260,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--pools", nargs="+", choices=(*JUDGED, RANDOM), default=(*JUDGED, RANDOM))
-    parser.add_argument("--run", choices=tuple(RUNS), default="third")
+    parser.add_argument("--run", choices=tuple(RUNS), default="fourth")
     options = parser.parse_args()
     asked = everyone([name for name in POOLS if name in options.pools])
     unlabelled, judged = RUNS[options.run]
