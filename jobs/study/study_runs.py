@@ -72,6 +72,8 @@ class Study:
     relay_queries: int = 60
     relay_test: int = 300
     chain_test: int = 500
+    only_memory: bool = False
+    """Judge endpoint 3 alone."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Options of `dmoa train` for every gate."""
     workers: int = 2

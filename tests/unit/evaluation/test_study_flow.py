@@ -164,6 +164,14 @@ def test_clusters_count_cut_replies_as_unsure(settings: Any, tmp_path: Path) -> 
     assert (ranked[0], ranked[-1]) == ("calendar", "words")
 
 
+def test_memory_alone_answers_no_other_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = study("study")
+    settings = study("study_runs").Study(out=tmp_path, only_memory=True, common=None)
+    monkeypatch.setattr(module, "memory", lambda found: {"passed": found is settings})
+    assert module.judge(settings)["endpoints"] == {"3 memory": {"passed": True}}
+    assert not list(tmp_path.iterdir())
+
+
 def test_chain_at_the_floor_is_not_informative() -> None:
     judge = study("study_memory").judge_chain
     floor_GR = np.zeros((2, 200))
