@@ -76,6 +76,8 @@ FIRST_BACKOFF_S, MAX_BACKOFF_S, MAX_WAIT_S = 0.5, 8.0, 120.0
 """The wait before a call is sent again: at first, at most, and at most where the endpoint asks for one. As OpenAI's client."""
 REDIRECTS = 300
 """Statuses from here on are no replies."""
+LEAST_CHARS, CHARS_PER_TOKEN = 16_384, 64
+"""Bound of a text, many times what its tokens are in any language: who reads it on has to compare and quote all of it."""
 _MAX_READ_CHARS = 4000
 _MAX_QUOTED_CHARS = 300
 _TEMPLATE_CHARS = 16
@@ -223,6 +225,10 @@ class OpenaiEngine:
                 raise DeadlineError(self._named("the deadline passed before the endpoint's reply")) from None
             is_late = not drafts[-1].is_ended
         self._tell_if_unlisted(drafts[-1])
+        most, seen = LEAST_CHARS + CHARS_PER_TOKEN * request.sampling.max_tokens, len(drafts[-1].text)
+        if seen > most and on_text is None:  # a text that is handed on as it comes goes into nobody's prompt
+            what = f"its reply has {seen} characters for max_tokens {request.sampling.max_tokens}"
+            raise self._error(f"{what}; expected at most {most}")
         return drafts[-1].generation(
             prompt_tokens=self.count_prompt_tokens(request.messages),
             engine_ms=(time.perf_counter() - started) * 1e3,

@@ -54,9 +54,10 @@ def not_utf_8() -> Behaviour:
     return lambda: forms[next(numbers) % len(forms)]
 
 
+TEN_MB = reply(MARK * 1_500_000)
 HOSTILE: dict[str, Behaviour] = {
     "wrong form": wrong_forms(),
-    "10 MB": lambda: reply(MARK * 1_500_000),
+    "10 MB": lambda: TEN_MB,
     "control tokens": lambda: reply(CONTROL, logprobs=(-1e-6, -1e-6)),
     "no UTF-8": not_utf_8(),
     "negative entropy": lambda: reply(f"{MARK}\nAnswer: 9", logprobs=(5.0, 3.0)),

@@ -19,7 +19,7 @@ from dmoa.types import AgentReply, Answer, Limits, Query
 from tests.accept.endpoint import HOSTILE, MARK, TOKENS, Endpoint, endpoint
 
 GOOD = ("one", "two", "three")
-COUNTS = ("control tokens", "negative entropy", "NaN entropy", "no UTF-8", "frames without end")
+COUNTS = ("control tokens", "negative entropy", "NaN entropy", "no UTF-8")
 """Kinds that hold a text, which is a contribution like any other; what is wrong with it reaches nobody."""
 
 

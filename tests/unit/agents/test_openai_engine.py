@@ -404,6 +404,20 @@ async def test_a_reply_without_end_is_given_up(kind: str, is_stream: bool) -> No
     assert sent < 64 * 2**20, "most of it is in the kernel's buffers"
 
 
+@pytest.mark.parametrize(("size", "is_fine"), [(17_408, True), (17_409, False)])
+async def test_a_text_that_is_longer_than_its_tokens_can_be_is_an_error(size: int, is_fine: bool) -> None:
+    async with playing(answer("x" * size)) as endpoint:
+        engine = engine_of(endpoint)
+        asked = request("q", max_tokens=16)
+        assert len((await read(engine, asked))[1].text) == size, "a stream's text is with the client already"
+        if is_fine:
+            assert len((await engine.generate(asked)).text) == size
+        else:
+            with pytest.raises(EngineError, match="17409 characters for max_tokens 16; expected at most 17408"):
+                await engine.generate(asked)
+        await engine.close()
+
+
 async def test_an_error_without_end_is_read_to_a_bound() -> None:
     async def endless(call: Call) -> None:
         call.writer.write(b"HTTP/1.1 400 Bad Request\r\nTransfer-Encoding: chunked\r\n\r\n")
