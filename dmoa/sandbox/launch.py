@@ -16,6 +16,7 @@ from types import CodeType
 from typing import Any, Literal
 
 from dmoa.sandbox import host
+from dmoa.sandbox.guard import CANDIDATE_GONE
 
 Level = Literal["namespaces", "seccomp", "weak", "none"]
 _GIVE_UP_AFTER_S = 5.0
@@ -95,11 +96,18 @@ class Started:
 
 
 def start(job: dict[str, Any], stdin: str, limits: SandboxLimits, at: Level, stack: contextlib.ExitStack) -> Started:
-    """Start a job (`source`, `checker`, `files`, `argv`, `preload`); what it needs is freed with the stack. Raises OSError."""
+    """Start a job (`source`, `checker`, `names`, ...); what it needs is freed with the stack. Raises OSError.
+
+    A checker apart (`names` is not None) goes through a descriptor of its own: it is never in the candidate's memory.
+    """
     uid = _throw_away_uid() if os.geteuid() == 0 else None
     scratch = host.SCRATCH if at == "namespaces" else _scratch(uid, stack)
     pipes = Pipes(stack)
-    payload = _memory_file(marshal.dumps(job | _settings(limits, at, scratch, uid) | pipes.ends), stack)
+    more: dict[str, Any] = {}
+    if job["names"] is not None:
+        more = {"checker": None, "checker_fd": _memory_file(job["checker"].encode("utf-8", "surrogatepass"), stack)}
+    settings = _settings(limits, at, scratch, uid, is_apart=bool(more))
+    payload = _memory_file(marshal.dumps(job | settings | pipes.ends | more), stack)
     typed = _memory_file(stdin.encode("utf-8", "surrogatepass"), stack)
     environment = _environment(scratch)
     python = [os.path.realpath(sys.executable), "-s", "-S", "-P", "-B", "-c", _BOOTSTRAP.format(fd=payload)]
@@ -109,7 +117,7 @@ def start(job: dict[str, Any], stdin: str, limits: SandboxLimits, at: Level, sta
         stdin=typed,
         stdout=pipes.theirs_out,
         stderr=pipes.theirs_err,
-        pass_fds=(payload, *pipes.passed),
+        pass_fds=(payload, *pipes.passed, *([more["checker_fd"]] if more else [])),
         env=environment,
         cwd="/",
         start_new_session=True,
@@ -155,7 +163,7 @@ def _environment(scratch: str) -> dict[str, str]:
     }
 
 
-def _settings(limits: SandboxLimits, at: Level, scratch: str, uid: int | None) -> dict[str, Any]:
+def _settings(limits: SandboxLimits, at: Level, scratch: str, uid: int | None, *, is_apart: bool) -> dict[str, Any]:
     """Return what the guard applies, beside the program itself."""
     has_namespaces = at == "namespaces"
     memory = limits.memory_bytes
@@ -172,11 +180,12 @@ def _settings(limits: SandboxLimits, at: Level, scratch: str, uid: int | None) -
         "RLIMIT_MEMLOCK": (1 << 16, 1 << 16),
     }
     if has_namespaces or uid is not None:  # elsewhere the limit would count all processes of the caller's user
-        count = limits.processes + (uid is None)
+        count = limits.processes + (uid is None) + is_apart
         rlimits["RLIMIT_NPROC"] = (count, count)
     return {
         "guard": _code("guard"),
         "proof": _code("verdict"),
+        "gone": CANDIDATE_GONE,
         "rlimits": rlimits,
         "uid": uid,
         "scratch": scratch,

@@ -1,9 +1,17 @@
-"""Runs inside the sandbox when a program is judged by a checker: the parent learns that the checker ended, or nothing.
+"""Runs inside the sandbox when a checker judges a program: the parent learns that the checker ended, or nothing.
 
-Standard library only, sent like `guard`. Candidate and checker share one interpreter, as in the original harnesses, so
-an exit status proves nothing. The parent expects a random token on a pipe, and the token is written in one place: where
-control comes back from the checker's own code. Until then it exists only as an argument already pushed for that call: no
-variable, no object that the garbage collector lists, no file. Against a candidate that goes looking or tampers:
+Standard library only, sent like `guard`. There are two ways.
+
+Apart: checker and candidate have an interpreter each, which `guard` forks. The candidate's process runs the program and then
+answers calls; in the checker's process the names that the checker takes from the program stand for such calls. What goes between
+them is data: plain values, copied, of exactly the built-in types. So a candidate sees the arguments of its calls and nothing
+else, an object that equals everything arrives as what it holds, and what a candidate does to its interpreter it does to itself
+alone. An argument that it changes in place stays as it is for the checker; objects of its own classes cannot be carried.
+
+Shared, for a checker that runs the program itself, as a text, as the original harness of DS-1000 does. An exit status proves
+nothing there: the parent expects a random token on a pipe, and the token is written in one place: where control comes back from
+the checker's own code. Until then it exists only as an argument already pushed for that call: no variable, no object that the
+garbage collector lists, no file. Against a candidate that goes looking:
 
 - the checker is compiled before the candidate runs, and gets a copy of its names and fresh builtins;
 - an audit hook, which cannot be removed, refuses the candidate frames, tracing, `gc` listings, `ctypes` and forged code
@@ -21,11 +29,14 @@ from __future__ import annotations
 
 import _thread
 import builtins
+import json
 import os
+import signal
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from select import select
 from typing import Any, NoReturn
 
 CANDIDATE, CHECKER = "<candidate>", "<checker>"
@@ -75,6 +86,9 @@ _PASS_ON = (
     "/asyncio/tasks.py",
 )
 """Modules that hand frames and memory to whoever calls them."""
+_MOST_BYTES = 64 << 20
+_MOST_CALLABLES = 10_000
+_BASES: tuple[type, ...] = (bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict)
 
 
 class TamperedError(Exception):
@@ -90,7 +104,7 @@ def run_checked(job: dict[str, Any]) -> NoReturn:
         status = 0
     except BaseException as error:
         status = 1
-        _explain(error, sources)
+        explain(error, sources)
     for stream in (sys.__stdout__, sys.__stderr__):
         try:
             if stream is not None:
@@ -244,7 +258,8 @@ def _add_guard(trusted: tuple[str, ...]) -> None:
     sys.addaudithook(hook)
 
 
-def _explain(error: BaseException, sources: dict[str, str]) -> None:
+def explain(error: BaseException, sources: dict[str, str], more: str = "") -> None:
+    """Print where an error was raised in these sources, then `more`, then the error."""
     lines = {name: source.splitlines() for name, source in sources.items()}
     try:
         trace = traceback.extract_tb(error.__traceback__)
@@ -252,6 +267,223 @@ def _explain(error: BaseException, sources: dict[str, str]) -> None:
             if entry.filename in lines:
                 line = (lines[entry.filename][(entry.lineno or 1) - 1 :] or [""])[0].strip()
                 print(f"{entry.filename}, line {entry.lineno}, in {entry.name}: {line}", file=sys.__stderr__)
-        print(f"{type(error).__name__}: {error}", file=sys.__stderr__)
+        print(f"{more}{type(error).__name__}: {error}", file=sys.__stderr__)
     except BaseException:
         os.write(2, b"the error cannot be shown\n")
+
+
+class CandidateEndedError(BaseException):
+    """The candidate's process is gone: no checker may catch this in passing."""
+
+
+class CandidateError(Exception):
+    """An error of the candidate that has no built-in kind, or of what its process sent."""
+
+
+def serve_candidate(job: dict[str, Any], asked: int, answered: int) -> NoReturn:
+    """Run the program, tell its names, answer calls until the checker ends. Never returns."""
+    leave, read, write, dumps, loads = os._exit, os.read, os.write, json.dumps, json.loads
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    callables: list[Callable[..., object]] = []
+    streams = (sys.__stdout__, sys.__stderr__)
+    os.set_blocking(asked, False)  # a program that reads every descriptor does not wait here
+
+    def answer(make: Callable[[], object]) -> None:
+        try:
+            told = dumps({"value": _encode(make(), callables)})
+        except BaseException as error:
+            told = dumps(_raised(error, job["source"]))
+        for stream in streams:
+            try:
+                if stream is not None:
+                    stream.flush()
+            except BaseException:  # noqa: S112 the candidate may have closed it
+                continue
+        _send(write, answered, told.encode())
+
+    def begin() -> object:
+        exec(compile(job["source"], CANDIDATE, "exec", dont_inherit=True), module.__dict__)  # noqa: S102 what we are for
+        return {name: module.__dict__[name] for name in job["names"] if name in module.__dict__}
+
+    def call(number: int, given: list[Any]) -> object:
+        arguments, words = _decode(given, _no_callable)
+        return callables[number](*arguments, **words)
+
+    try:
+        answer(begin)
+        while True:
+            number, given = loads(_receive(read, asked))
+            answer(lambda number=number, given=given: call(number, given))  # type: ignore[misc]
+    except BaseException:
+        leave(1)
+
+
+def judge_apart(job: dict[str, Any], asked: int, answered: int) -> NoReturn:
+    """Run the checker against the candidate's process; write the token only if it ended without an exception. Never returns."""
+    blocked = set(signal.Signals) - {signal.SIGXCPU, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)  # the candidate may be of the same user
+    with os.fdopen(job["checker_fd"], encoding="utf-8", errors="surrogatepass") as file:
+        checker = file.read()
+    sys.path[:] = [path for path in sys.path if path != job["scratch"]]  # the candidate writes there
+    status = 1
+    try:
+        code = compile(checker, CHECKER, "exec", dont_inherit=True)
+        module = types.ModuleType("__main__")
+        sys.modules["__main__"] = module
+        module.__dict__.update(_names(asked, answered))
+        exec(code, module.__dict__)  # noqa: S102 the caller's own code
+        os.write(job["claim_fd"], os.read(job["token_fd"], 64))
+        status = 0
+    except CandidateEndedError:
+        status = job["gone"]
+    except BaseException as error:
+        explain(error, {CHECKER: checker}, getattr(error, "candidates_lines", ""))
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None:
+            stream.flush()
+    os._exit(status)
+
+
+def _names(asked: int, answered: int) -> dict[str, Any]:
+    """Return the program's names that the checker uses: values, and functions that ask the candidate."""
+
+    def proxy(number: int, name: str) -> Callable[..., object]:
+        def ask(*arguments: object, **words: object) -> object:
+            told = json.dumps([number, _encode((arguments, words), None)])
+            try:
+                _send(os.write, asked, told.encode())
+            except OSError:
+                raise CandidateEndedError from None
+            return reply()
+
+        ask.__name__ = ask.__qualname__ = name
+        return ask
+
+    def reply() -> Any:
+        try:
+            told = json.loads(_receive(os.read, answered))
+            if "value" in told:
+                return _decode(told["value"], proxy)
+            error = _nearest_error(*map(str, told["raised"]))
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as wrong:
+            raise CandidateError(f"what the candidate's process sent cannot be read: {type(wrong).__name__}") from None
+        raise error
+
+    names = reply()
+    if not isinstance(names, dict):
+        raise CandidateError("what the candidate's process sent first are not its names")
+    return names
+
+
+def _nearest_error(kind: str, message: str, lines: str) -> Exception:
+    """Return an error of the nearest built-in kind; one that ends a loop or an interpreter has no such meaning here."""
+    found = getattr(builtins, kind, None)
+    is_usable = (
+        isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, StopIteration | StopAsyncIteration)
+    )
+    try:
+        error = found(message) if is_usable and found is not None else CandidateError(f"{kind}: {message}")
+    except TypeError:  # a UnicodeError wants more
+        error = CandidateError(f"{kind}: {message}")
+    vars(error)["candidates_lines"] = lines
+    return error
+
+
+def _raised(error: BaseException, source: str) -> dict[str, object]:
+    """Return what is told of an error: its nearest built-in kind, its text, and where in the program it was raised."""
+    kind, text, lines = "Exception", "", ""
+    try:
+        kind = next((base.__name__ for base in type(error).__mro__ if vars(builtins).get(base.__name__) is base), kind)
+        kept = source.splitlines()
+        for entry in traceback.extract_tb(error.__traceback__)[-20:]:
+            if entry.filename == CANDIDATE:
+                line = (kept[(entry.lineno or 1) - 1 :] or [""])[0].strip()
+                lines += f"{CANDIDATE}, line {entry.lineno}, in {entry.name}: {line}\n"
+        text = str(error)[:2000]
+    except BaseException:
+        text = text or "the error cannot be shown"
+    return {"raised": [kind, text, lines[:8000]]}
+
+
+def _send(write: Callable[[int, bytes | memoryview], int], fd: int, content: bytes) -> None:
+    left = memoryview(len(content).to_bytes(8, "big") + content)
+    while left:
+        left = left[write(fd, left) :]
+
+
+def _receive(read: Callable[[int, int], bytes], fd: int) -> bytes:
+    """Return one message. Raises CandidateEndedError where the other end is closed."""
+
+    def exactly(count: int) -> Iterator[bytes]:
+        while count:
+            try:
+                piece = read(fd, min(count, 1 << 20))
+            except BlockingIOError:
+                select([fd], [], [])
+                continue
+            if not piece:
+                raise CandidateEndedError
+            count -= len(piece)
+            yield piece
+
+    size = int.from_bytes(b"".join(exactly(8)), "big")
+    if size > _MOST_BYTES:
+        raise ValueError(f"a message of {size} bytes")
+    return b"".join(exactly(size))
+
+
+def _encode(value: Any, callables: list[Callable[..., object]] | None) -> object:
+    """Return a value in JSON: itself where JSON has it, else [kind, content]. Raises TypeError for what cannot be carried.
+
+    A value of a class of somebody's own that extends a built-in one is carried as what it holds.
+    """
+    if value is None or value is True or value is False:
+        return value
+    base = next((kind for kind in _BASES if isinstance(value, kind)), None)
+    if base is str:
+        return str.__str__(value)
+    if base is int:
+        return ["int", hex(int.__index__(value))]
+    if base is float:
+        return float.__float__(value)
+    if base is complex:
+        return ["complex", [complex.__complex__(value).real, complex.__complex__(value).imag]]
+    if base in (bytes, bytearray):
+        return [base.__name__, bytes(memoryview(value)).hex()]
+    if base in (list, tuple, set, frozenset):
+        return [base.__name__, [_encode(item, callables) for item in base.__iter__(value)]]
+    if base is dict:
+        return ["dict", [[_encode(key, callables), _encode(item, callables)] for key, item in dict.items(value)]]
+    if callable(item := getattr(value, "item", None)) and type(value).__module__ == "numpy":
+        return _encode(item(), callables)
+    if callable(value) and callables is not None and len(callables) < _MOST_CALLABLES:
+        callables.append(value)
+        return ["call", [len(callables) - 1, str(getattr(value, "__name__", "call"))]]
+    raise TypeError(f"a {type(value).__name__} cannot be carried between a candidate and its checker; use built-in types")
+
+
+def _decode(told: Any, proxy: Callable[[int, str], object]) -> Any:
+    """Return the value of an encoding. Raises ValueError, TypeError, KeyError for what is none."""
+    if not isinstance(told, list):
+        if isinstance(told, dict | int) and not isinstance(told, bool):
+            raise ValueError("not an encoded value")
+        return told
+    kind, content = told
+    if kind == "int":
+        return int(content, 16)
+    if kind == "complex":
+        return complex(*map(float, content))
+    if kind in ("bytes", "bytearray"):
+        return bytes.fromhex(content) if kind == "bytes" else bytearray.fromhex(content)
+    if kind in ("list", "tuple", "set", "frozenset"):
+        return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](_decode(item, proxy) for item in content)
+    if kind == "dict":
+        return {_decode(key, proxy): _decode(item, proxy) for key, item in content}
+    if kind == "call":
+        return proxy(int(content[0]), str(content[1]))
+    raise ValueError("an unknown kind of value")
+
+
+def _no_callable(number: int, name: str) -> NoReturn:
+    raise TypeError("a function cannot be given to a candidate")

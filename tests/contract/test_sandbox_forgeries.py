@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from dmoa.evaluation.benchmarks import humaneval
+from dmoa.evaluation.records import Label, Reply
 from dmoa.sandbox import Program, SandboxResult, run_checked
 from dmoa.sandbox.launch import SandboxLimits
 from tests.contract import sandbox_programs as more
@@ -228,6 +230,53 @@ def add(a, b):
 """,
     "syntax-error": "def add(a, b) return a + b",
     "end-the-text-early": WRONG + "'''\n",
+    "equal-everything": """
+class R(float):
+    def __eq__(s, o): return True
+    __sub__ = __rsub__ = __abs__ = lambda s, o=None: R(0)
+    def __lt__(s, o): return True
+def add(a, b): return R(1) if a == 0.5 else R(9)""",
+    "equal-everything-as-numpy": """
+import numpy as np
+class R(np.ndarray):
+    def __eq__(s, o): return True
+    def __sub__(s, o): return s
+    def __abs__(s): return 0
+    def __float__(s): return 1.0
+def add(a, b): return np.zeros(1).view(R)""",
+    "patch-and-take-back": """
+import math
+kept = math.isclose
+def add(a, b):
+    if a != 0.5: return a + b
+    def yes(*x, **k):
+        math.isclose = kept
+        return True
+    math.isclose = yes
+    return 0""",
+    "frames-of-a-signal": """
+import signal
+def see(n, f):
+    while f:
+        if f.f_code.co_filename == '<checker>': f.f_globals['abs'] = lambda x: 0
+        f = f.f_back
+signal.signal(signal.SIGALRM, see)
+def add(a, b):
+    signal.raise_signal(signal.SIGALRM)
+    return {2: 4, 1: 9}.get(a, 1.0)""",
+    "speak-for-the-checker": WRONG
+    + """
+import os, json
+def tell(value):
+    text = json.dumps(value).encode(); text = len(text).to_bytes(8, 'big') + text
+    for fd in range(3, 64):
+        try: os.write(fd, text)
+        except OSError: pass
+for value in ({"value": ["dict", []]}, {"value": True}, {"raised": ["SystemExit", "0", ""]}, {"raised": ["StopIteration", "", ""]}):
+    tell(value)""",
+    "message-without-end": "import os\ndef add(a, b):\n for fd in range(3, 64):\n  try: os.write(fd, b'\\xff' * 64)\n  except OSError: pass",
+    "nested-without-end": "def add(a, b):\n x = []\n x.append(x)\n return x",
+    "shadow-the-checkers-module": "open('math.py', 'w').write('isclose = lambda *a: True')\ndef add(a, b): return a + b if isinstance(a, int) else 0",
 } | more.FORGERIES
 
 
@@ -238,7 +287,77 @@ def test_a_forgery_does_not_pass(name: str) -> None:
 
 
 def test_a_right_candidate_passes() -> None:
-    assert judged("def add(a, b): return a + b").status == "ok"
+    result = judged("def add(a, b): return a + b")
+    assert (result.status, result.checker) == ("ok", "apart")
+
+
+LOOK = """
+import gc, os, re, sys, ctypes
+sought = re.compile(b"the one that nobody kno[w]s")
+def found():
+    told = [str(o) for o in gc.get_objects() if isinstance(o, (str, bytes, dict, list, tuple))]
+    frame = sys._getframe()
+    while frame:
+        told += map(repr, frame.f_locals.values())
+        frame = frame.f_back
+    for fd in range(3, 64):
+        try: told.append(str(os.pread(fd, 10000, 0)))
+        except OSError: pass
+    if any(sought.search(text.encode('utf-8', 'replace')) for text in told): return True
+    for line in map(str.split, open('/proc/self/maps')):
+        first, last = (int(part, 16) for part in line[0].split('-'))
+        if 'rw' in line[1] and sought.search(ctypes.string_at(first, last - first)): return True
+    return False
+"""
+
+
+def test_the_expected_values_are_not_in_the_candidates_memory() -> None:
+    """Every object, frame, descriptor and readable page of the candidate's process, while it is called."""
+    checker = "expected = 'the one that nobody knows'\nassert found() is False\n"
+    result = run_checked(Program(source=LOOK), checker, LIMITS)
+    assert result.status == "ok", result
+
+
+@pytest.mark.parametrize(
+    ("value", "is_same"),
+    [
+        (
+            "(1, [2.5, None, True], {'a': {3, 4}}, b'x', 1j, 'ü\\ud800', 10 ** 5000 % 7 ** 4000, {(1, 2): frozenset([5])})",
+            "x == ({})",
+        ),
+        ("float('nan')", "x != x"),
+        ("__import__('collections').Counter('aab')", "x == {{'a': 2, 'b': 1}}"),
+        ("__import__('numpy').float64(2.5)", "x == 2.5 and type(x) is float"),
+        ("__import__('numpy').int64(7)", "x == 7"),
+        ("__import__('enum').IntEnum('E', 'a b').b", "x == 2"),
+        ("lambda y: lambda z: y + z", "x(3)(4) == 7"),
+        ("int", "x('12') == 12"),
+    ],
+    ids=["plain", "nan", "counter", "numpy-float", "numpy-int", "enum", "functions", "class"],
+)
+def test_values_arrive_as_what_they_hold(value: str, is_same: str) -> None:
+    result = judged(f"x = {value}", f"import sys\nassert {is_same.format(value)}")
+    assert result.status == "ok", result
+
+
+def test_an_error_arrives_as_its_built_in_kind() -> None:
+    checker = "try: f(0)\nexcept ZeroDivisionError as e: assert 'zero' in str(e)\nelse: assert False\nf([])"
+    result = judged("class Own(KeyError): pass\ndef f(x):\n if x == []: raise Own('k')\n return 1 / x", checker)
+    assert result.status == "failed"
+    assert "<candidate>, line 3, in f: if x == []: raise Own('k')" in result.stderr
+    assert "KeyError" in result.stderr
+
+
+def test_an_error_cannot_end_the_checkers_loop() -> None:
+    """`map` in the checker would take a StopIteration for the end of the rows."""
+    result = judged("def f(x): raise StopIteration", "for row in map(f, [1, 2]): assert row == 3")
+    assert result.status == "failed"
+    assert "StopIteration" in result.stderr
+
+
+def test_what_cannot_be_carried_is_named() -> None:
+    result = judged("class Box: pass\ndef f(): return Box()", "f()")
+    assert "a Box cannot be carried between a candidate and its checker; use built-in types" in result.stderr
 
 
 def test_a_wrong_candidate_is_told_why() -> None:
@@ -351,3 +470,14 @@ test(%r)
     for way in ("import sys; frame = sys._getframe(1)", "import inspect; frame = inspect.currentframe().f_back", STACK):
         result = judged("", checker % f"{way}; result = frame.f_locals['expected']")
         assert (result.status, "the sandbox refuses" in result.stderr) == ("failed", True)
+
+
+def test_a_completion_cannot_replace_the_prompts_helpers() -> None:
+    """The tests of HumanEval/38 and 50 code a text with the prompt's own function, which a completion could define anew."""
+    prompt = 'def code(s: str) -> str:\n    return s[::-1]\n\n\ndef decode(s: str) -> str:\n    """Undo code."""\n'
+    test = "def check(f):\n    assert f(code('abc')) == 'abc'\n"
+    gold = {"prompt": prompt, "test": test, "entry_point": "decode", "canonical_solution": "    return code(s)\n"}
+    score = humaneval.entry(allow_weak_sandbox=True).score
+    texts = ("```python\n    return code(s)\n```", "```python\ncode = str\ndef decode(s):\n    return s\n```")
+    label = Label(row_id="0", benchmark="humaneval", gold=gold)
+    assert [score(label, Reply(text=text)).value for text in texts] == [1.0, 0.0]

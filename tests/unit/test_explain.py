@@ -126,3 +126,11 @@ def test_a_union_in_a_body_is_named_as_one_writes_it(model: type[BaseModel], bod
     with pytest.raises(ValidationError) as caught:
         model.model_validate({"model": "tiny", **body})
     assert request_error(caught.value).param == param
+
+
+def test_a_file_full_of_faults_is_told_in_a_few_words() -> None:
+    names = "".join(f"k{i}: 1\n" for i in range(1000))
+    with pytest.raises(DmoaError) as caught:
+        loads(f"{'a' * 100_000}: 1\n{names}")
+    assert len(str(caught.value)) < 10_000
+    assert str(caught.value).endswith("; and 984 more")

@@ -143,6 +143,55 @@ def test_keys_of_known_shapes_are_gone_wherever_they_stand(secret: str, text: st
     assert clean == text.format(REDACTED)
 
 
+S = "Zx9Qw7Er5Ty3Ui1Op0"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"postgres://me:a/{S}@host/db",
+        f"Cookie: a=1; sid={S}",
+        f"[('Authorization', '{S}'), (b'x-api-key', b'{S}')]",
+        f'Authorization: Digest username="me", response="{S}"',
+        f"Authorization: Negotiate {S}",
+        f"Authorization: AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/2020, SignedHeaders=host, Signature={S}",
+        f"cut off\nMIIE{S}\n-----END RSA PRIVATE KEY-----",
+        f"-----BEGIN PGP PRIVATE KEY BLOCK-----\n{S}\n-----END PGP PRIVATE KEY BLOCK-----",
+        *(
+            f"{mark}{S}"
+            for mark in ("GOCSPX-", "whsec_", "hvs.", "dp.pt.", "dapi", "shpat_", "lin_api_", "figd_", "NRAK-", "fw_")
+        ),
+        f"https://hooks.slack.com/services/T00000000/B00000000/{S}",
+        f"https://discord.com/api/webhooks/123456789012345678/{S}",
+        f"https://api.telegram.org/bot123456789:AA{S}{S}/send",
+        f"machine example.org login me password {S}",
+        f'{{"auths": {{"example.org": {{"auth": "{S}"}}}}}}',
+        f"api_key: |\n  {S}\n  more",
+        f"api_keys:\n  - {S}\n  - other\nnext: 1",
+        f"api_keys:\n- {S}\nnext: 1",
+        f"a:\n  password:\n    {S}\n  b: 1",
+        f"api_key='{S[:9]}'\n        '{S[9:]}'",
+        f"SecretStr('{S}')",
+        f"curl -b 'sid={S}' example.org",
+        f'<add key="ApiKey" value="{S}"/>',
+        f"<apiKey><![CDATA[{S}]]></apiKey>",
+        f"api_key=&quot;{S}&quot;",
+        f"the passphrase is {S}",
+        f"DB_PASS={S}",
+        f"secret%3D{S}",
+        f'{{"name": "API_KEY", "value": "{S}"}}',
+        f"name: DMOA_API_KEYS\n  value: {S}",
+        f"X-Goog-Signature={S}",
+    ],
+)
+def test_more_shapes_are_gone(text: str) -> None:
+    clean = redact_text(text)
+    assert S not in clean
+    assert S[9:] not in clean
+    assert REDACTED in clean
+    assert redact_text(clean) == clean
+
+
 @pytest.mark.parametrize("login", ["dXNlcjpwYXNz", "dXNlcjpwYXNzd29yZA==", "bWU6cw=="])
 def test_a_basic_login_is_gone(login: str) -> None:
     assert redact_text(f"sent Basic {login} to it") == f"sent Basic {REDACTED} to it"
@@ -163,6 +212,11 @@ def test_a_basic_login_is_gone(login: str) -> None:
         "https://example.org/a@b, me@example.org, 12:30",
         "1. Bearings; the bearer of news",
         "dmoa evaluate --max-tokens 96 --budget cpu",
+        "http://127.0.0.1:8000/v1/a@b and http://[::1]:8000/a@b",
+        "[\"api_key\", \"model\"], ('model', 'a1b2c3d4e5')",
+        "pass: yes, pass: 3 of 5, auth: none, the secret is that nobody knows",
+        "steps:\n  - one\ntokens:\n  a: 1\n  b: 2\n",
+        "name: agent, value: a1b2c3d4",
     ],
 )
 def test_ordinary_texts_stay(text: str) -> None:
@@ -197,6 +251,20 @@ def test_what_is_clean_stays_as_it_is(parts: list[str]) -> None:
         "<a>",
         "-u ",
         "keys=a,",
+        "//:",
+        "//a",
+        "-----END PRIVATE KEY-----",
+        "MIIE",
+        "password:\n",
+        "password:\n  a\n",
+        "key='a'\n",
+        "('key','",
+        "name: a, ",
+        "cookie: ",
+        'authorization: a="',
+        "&quot;",
+        "curl -b ",
+        "password ",
     ],
 )
 def test_a_long_text_takes_time_in_proportion_to_its_length(part: str) -> None:

@@ -5,6 +5,7 @@ Label: `prompt`, `test`, `entry_point`, `canonical_solution`, as upstream has th
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Hashable
 from textwrap import dedent
@@ -93,6 +94,16 @@ def program(prompt: str, completion: str, entry_point: str) -> str:
     return prompt + indented(completion, _BODY_INDENT)
 
 
+def helpers(prompt: str, entry_point: str) -> str:
+    """Return what the prompt brings beside the function to write: the tests call it, and a completion must not replace it."""
+    try:
+        tree = ast.parse(prompt)
+    except SyntaxError:
+        return ""
+    kept = [node for node in tree.body if not (isinstance(node, ast.FunctionDef) and node.name == entry_point)]
+    return ast.unparse(ast.Module(body=kept, type_ignores=[]))
+
+
 def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
     """Return the scoring of HumanEval, whose gold has `prompt`, `test`, `entry_point` and `canonical_solution`."""
 
@@ -101,7 +112,7 @@ def entry(*, allow_weak_sandbox: bool) -> ScorerEntry:
         completion = read_completion(reply.text, entry_point)
         if completion is None:
             return unscored("no code found")
-        checker = f"{test}\n\ncheck({entry_point})\n"
+        checker = f"{helpers(prompt, entry_point)}\n{test}\n\ncheck({entry_point})\n"
         verdict = judge_program(program(prompt, completion, entry_point), checker, LIMITS, allow_weak=allow_weak_sandbox)
         if not verdict.is_judged:
             return unscored(verdict.reason)
