@@ -12,6 +12,7 @@ import html
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import PurePath
 from typing import Any, get_args
 
@@ -219,11 +220,23 @@ def _seen(item: ErrorDetails) -> str:
     value = item["input"]
     if not isinstance(value, str | int | float | dict | list):
         return redact_text(short(value))
+    value = _beginning(value)
     # Under each name on the way to it: what `auth_tokens` holds is secret whatever its own name is.
     names = [str(part) for part in item["loc"] if part != "[key]"]  # pydantic's word for the name of an entry itself
     for name in names or [""]:
         value = redact(value, name)
     return short(value)
+
+
+def _beginning(value: Any, depth: int = 4) -> Any:
+    """Return what of a value may show in 80 characters: all of a large one would take seconds to be looked through."""
+    if isinstance(value, str):
+        return value[:2000]
+    if isinstance(value, list | tuple):
+        return [_beginning(inner, depth - 1) for inner in value[:80]] if depth else "..."
+    if isinstance(value, dict):
+        return {key: _beginning(value[key], depth - 1) for key in islice(value, 80)} if depth else "..."
+    return value
 
 
 def _follows_from_others(item: ErrorDetails, items: list[ErrorDetails]) -> bool:

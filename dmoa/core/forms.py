@@ -18,17 +18,23 @@ from dmoa.core.numbers import spelled
 Form = Literal["any", "literal"]
 """What kind of answer a query asks for: a Python literal, whose quotes and capitals count, or any other."""
 
-_ASKS_LITERAL = re.compile(r"\bassert\s+\w+\(.*\)\s*==\s*(?:\?\?|\.\.\.)|\bPython literal\b", re.DOTALL)
+_ASSERTS = re.compile(r"\bassert\s+\w+\(")
+_NAMED = re.compile(r"\bPython literal\b")
+_OPEN_RESULT = re.compile(r"\)\s*==\s*(?:\?\?|\.\.\.)")
+_MAX_KEPT = 16_384
+"""Characters of a reply whose key is remembered: a thousand replies of megabytes would fill the memory."""
 NO_ANSWER = -1
 """The class of a reply without an answer."""
 
 
 def form_of(query: str) -> Form:
     """Return what kind of answer a query asks for."""
-    return "literal" if _ASKS_LITERAL.search(query) else "any"
+    # Two searches, each over the text once: as one pattern they would take quadratic time on text that a client wrote.
+    asserts = _ASSERTS.search(query)
+    is_literal = _NAMED.search(query) or (asserts and _OPEN_RESULT.search(query, asserts.end()))
+    return "literal" if is_literal else "any"
 
 
-@lru_cache(maxsize=1024)  # a step reads its replies again after each one that comes, between two awaits
 def agreement_key(reply: str, query: str = "") -> str | None:
     """Return the key of a reply's answer, None where it has none. Never raises.
 
@@ -37,7 +43,11 @@ def agreement_key(reply: str, query: str = "") -> str | None:
         query: what was asked, which tells the form of the answer; without it a Python literal is compared as text, so that
             case and quotes do not count.
     """
-    if form_of(query) == "literal":
+    return (_kept_key if len(reply) <= _MAX_KEPT else _key)(reply, form_of(query))
+
+
+def _key(reply: str, form: Form) -> str | None:
+    if form == "literal":
         literal = read_literal(reply).key
         return None if literal is None else f"literal:{literal}"
     found = read_answer(reply)
@@ -45,6 +55,10 @@ def agreement_key(reply: str, query: str = "") -> str | None:
         return None
     number = read_number(reply).value if found.kind == "number" else None
     return f"{found.kind}:{canonical_answer(found.value) if number is None else spelled(number)}"
+
+
+_kept_key = lru_cache(maxsize=1024)(_key)
+"""A step reads its replies again after each one that comes, between two awaits; the query itself is not kept."""
 
 
 def answer_classes(replies: Sequence[str], query: str = "") -> list[int]:

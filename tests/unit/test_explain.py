@@ -131,6 +131,6 @@ def test_a_union_in_a_body_is_named_as_one_writes_it(model: type[BaseModel], bod
 def test_a_file_full_of_faults_is_told_in_a_few_words() -> None:
     names = "".join(f"k{i}: 1\n" for i in range(1000))
     with pytest.raises(DmoaError) as caught:
-        loads(f"{'a' * 100_000}: 1\n{names}")
+        loads(f"? {'a' * 100_000}\n: 1\n{names}")
     assert len(str(caught.value)) < 10_000
     assert str(caught.value).endswith("; and 984 more")

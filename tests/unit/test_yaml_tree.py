@@ -115,11 +115,14 @@ BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"a{n}: &a{n} [{', '.jo
         ("a: &a\n  <<: *a\n", "line 1: a section holds itself by an alias"),
         ("a:\n  " + "[" * 50_000, "line 2: more than 100 brackets within each other"),
         ("{a: " * 200, "line 1: more than 100 brackets within each other"),
-        ("".join(f"k{i}: 1\n" for i in range(50_001)), "line 50001: more than 100000 names and values, which no pool has"),
+        ("".join(f"k{i}: 1\n" for i in range(50_001)), "line 50000: more than 100000 names and values, which no pool has"),
         ("a: 1\nb: 0x" + "f" * 50_000, "line 2: a number of 50002 characters; write a shorter one"),
         ("a: 1" + ":59" * 5_000, "line 1: a number of 15001 characters; write a shorter one"),
     ],
-    ids=["lists", "mappings", "itself", "itself deeper", "merged into itself"],
+    ids=[
+        *("lists", "mappings", "itself", "itself deeper", "merged into itself"),
+        *("brackets", "braces", "names", "long number", "number of base 60"),
+    ],
 )
 def test_aliases_that_grow_without_end_are_refused(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=f"pool.yaml: .*{said}"):

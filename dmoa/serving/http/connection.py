@@ -161,8 +161,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._end_wait()
         self._is_refused = True
         if self.cycle is not None and not self.cycle.response_complete:
-            self.transport.close()  # another answer is on its way
-            return
+            if self.cycle.response_started:
+                self.transport.close()  # another answer is on its way
+                return
+            self.cycle.disconnected = True  # its body is what is wrong: it gets this answer and no other
+            self.cycle.message_event.set()
         body = encode_json(problem(status, message, code))
         lines = (b"content-type: application/json", b"content-length: %d" % len(body), b"connection: close", b"")
         self.transport.write(STATUS_LINE[status] + b"\r\n".join((*lines, body)))

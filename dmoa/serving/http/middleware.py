@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from dmoa.errors import ConfigError, RequestError
 from dmoa.loopback import is_loopback
 from dmoa.serving.http.errors import error_response
 
+_HOST = re.compile(r"(?:\[(?P<address>[\da-f:.%]+)\]|(?P<name>[^:\[\]@/,\s]+))(?::\d*)?")
 VARIABLE = "DMOA_API_KEYS"
 DOCS_PATH = "/docs"
 ADMIN_VARIABLE = "DMOA_ADMIN_KEYS"
@@ -113,10 +115,10 @@ class HostCheck:
 
     def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
         self.app = app
-        self.names = {name.lower() for name in names}
+        self.names = {name.lower().removesuffix(".") for name in names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = next((value for name, value in scope.get("headers", ()) if name.lower() == b"host"), b"")
+        asked = b",".join(value for name, value in scope.get("headers", ()) if name.lower() == b"host")
         if scope["type"] == "http" and asked and not self._is_own(asked.decode("latin-1").strip().lower()):
             message = (
                 f"Host: {asked[:80].decode('latin-1')!r} is not a name of this server; use its address, set API keys "
@@ -127,9 +129,11 @@ class HostCheck:
         await self.app(scope, receive, send)
 
     def _is_own(self, asked: str) -> bool:
-        host = asked.rpartition("]")[0].lstrip("[") if asked.startswith("[") else asked.partition(":")[0]
-        host = host.rstrip(".")
-        if "*" in self.names or host in self.names or host == "localhost" or host.endswith(".localhost"):
+        found = _HOST.fullmatch(asked)
+        if found is None or "*" in self.names:
+            return "*" in self.names
+        host = (found["address"] or found["name"]).removesuffix(".")
+        if host in self.names or host == "localhost" or host.endswith(".localhost"):
             return True
         try:
             ipaddress.ip_address(host)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import time
+import weakref
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoa.core.expressions import expression_key
-from dmoa.core.forms import agreement_key, answer_classes
+from dmoa.core.forms import agreement_key, answer_classes, form_of
 from dmoa.core.literals import literal_key, read_literal
 from tests.examples import examples
 from tests.unit.core.test_reading import SHAPES
@@ -212,3 +215,24 @@ def test_no_text_raises(text: str) -> None:
     expression_key(text)
     found = read_literal(text)
     assert (found.key is None) == (found.how is None)
+
+
+@pytest.mark.parametrize("piece", ["assert f(", "assert f()", "assert f() == ", ")", "assert "])
+def test_the_form_of_a_long_question_takes_time_in_proportion_to_its_length(piece: str) -> None:
+    started = time.monotonic()
+    assert form_of(piece * (400_000 // len(piece))) == "any"
+    assert time.monotonic() - started < 20  # of quadratic work it would be hours
+
+
+def test_questions_are_not_kept_for_their_replies() -> None:
+    """A thousand questions of megabytes would fill the memory of the server."""
+
+    class Question(str):
+        __slots__ = ("__weakref__",)
+
+    question = Question("What is 1 + 1?")
+    kept = weakref.ref(question)
+    assert agreement_key("Answer: 2", question) == agreement_key("Answer: 2")
+    del question
+    gc.collect()
+    assert kept() is None

@@ -77,6 +77,10 @@ def test_other_hosts_need_keys_or_an_operator_who_insists(host: str) -> None:
         ("127.0.0.1.example.org", 421),
         ("localhost.example.org", 421),
         ("[evil]", 421),
+        ("[::1].example.org", 421),
+        ("localhost:80:example.org", 421),
+        ("localhost@example.org", 421),
+        ("localhost,evil.example.org", 421),
     ],
 )
 async def test_a_server_without_keys_answers_to_its_own_names_alone(host: str, status: int) -> None:

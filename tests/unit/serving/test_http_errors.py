@@ -227,6 +227,19 @@ async def test_numbers_that_are_none(number: str, param: str) -> None:
         check(await client.post(CHAT, content=body, headers=JSON), 400, param, "invalid_value")
 
 
+@pytest.mark.parametrize("space", ["", "\n "], ids=["dense", "spaced"])
+async def test_a_body_of_very_many_messages_is_refused_before_it_is_read(space: str) -> None:
+    """A body of 14 MB could hold a million: half a minute of one process, in which it answers nobody."""
+    many = json.dumps(chat(messages=[USER] * 20_001)).replace('{"', "{" + space + '"')
+    parts = chat(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}] * 20_000}])
+    text = chat(messages=[{"role": "user", "content": '{"a": 1}' * 30_000}])
+    async with connect(make_app(FakeService(), max_body_bytes=2**22)) as client:
+        for body in (many, json.dumps(parts)):
+            message = check(await client.post(CHAT, content=body, headers=JSON), 400, None, "request_too_large")
+            assert "JSON objects; expected at most 20000" in message
+        assert (await client.post(CHAT, json=text)).status_code == 200, "objects within a text are none of the body"
+
+
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "\u00ff", ""])
 async def test_another_content_type_is_refused(content_type: str) -> None:
     headers = {"content-type": content_type.encode("latin-1")}
