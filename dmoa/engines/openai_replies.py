@@ -518,8 +518,8 @@ async def events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
             kind = value.strip()
         elif name == "data":
             held.append(value)
-        text = "\n".join(held).strip()
-        if text and (not line or (name == "data" and len(held) == 1 and _is_whole(text))):
+        text = "\n".join(held).strip() if not line or len(held) == 1 else ""  # not for every line of an event that does not end
+        if text and (not line or (name == "data" and _is_whole(text))):
             yield text if kind != "error" or text == _DONE else json.dumps({"error": plain(text)})
             held = []
         if not line:

@@ -453,3 +453,41 @@ async def test_what_became_of_a_call_is_in_the_agents_reply(
     assert isinstance(reply, AgentReply)
     assert (reply.status, reply.text) == (status, "19" if status == "ok" else "")
     assert (reply.error is None) == (status == "ok")
+
+
+@pytest.mark.parametrize("way", ["whole", "line", "lines", "events"])
+async def test_a_reply_without_end_is_cut_off(way: str) -> None:
+    """It would fill the memory of the process that asks, which may be the server's own."""
+    piece = {"whole": b"x" * 65_536, "line": b"data: " + b"x" * 65_536, "lines": b"data: x\n" * 8192}.get(way)
+    sent = (
+        piece or (b"data: " + json.dumps({"choices": [{"index": 0, "delta": {"content": "x" * 1000}}]}).encode() + b"\n\n") * 60
+    )
+    taken = 0
+
+    async def endless(call: Call) -> None:
+        nonlocal taken
+        kind = b"application/json" if way == "whole" else b"text/event-stream"
+        await call.raw(b"HTTP/1.1 200 OK\r\nContent-Type: " + kind + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while not call.writer.is_closing():
+            await call.chunk(sent if taken == 0 or way != "line" else sent[6:])
+            taken += len(sent)
+
+    async with playing(endless) as endpoint:
+        engine = engine_of(endpoint, max_retries=0)
+        with pytest.raises(EngineError, match="its reply has more than .* bytes for max_tokens 16"):
+            await ask(engine, is_stream=way != "whole", max_tokens=16)
+        await engine.close()
+    assert taken < 64 << 20
+
+
+async def test_of_a_refusal_without_end_the_beginning_is_read() -> None:
+    async def endless(call: Call) -> None:
+        await call.raw(b"HTTP/1.1 400 X\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while not call.writer.is_closing():
+            await call.chunk(b"no " * 20_000)
+
+    async with playing(endless) as endpoint:
+        engine = engine_of(endpoint, max_retries=0)
+        with pytest.raises(EngineError, match="it answered with status 400: no no"):
+            await ask(engine)
+        await engine.close()
