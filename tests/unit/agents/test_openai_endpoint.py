@@ -474,7 +474,7 @@ async def test_a_reply_without_end_is_cut_off(way: str) -> None:
 
     async with playing(endless) as endpoint:
         engine = engine_of(endpoint, max_retries=0)
-        with pytest.raises(EngineError, match="its reply has more than .* bytes for max_tokens 16"):
+        with pytest.raises(EngineError, match=r"its reply has more than .* bytes for max_tokens 16"):
             await ask(engine, is_stream=way != "whole", max_tokens=16)
         await engine.close()
     assert taken < 64 << 20
