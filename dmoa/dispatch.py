@@ -114,6 +114,7 @@ class Dispatcher:
     ) -> None:
         """A query without a deadline waits `patience_s` for a dead place, and a replica may take `cold_patience_s` to start."""
         self._cards = cards
+        self._has_recorded = any(card.is_recorded for card in cards.values())
         self._is_select = is_select
         self._patience_s = patience_s
         self._caller = AgentCaller(agents, router, patience_s=patience_s, cold_patience_s=cold_patience_s)
@@ -218,6 +219,8 @@ class Dispatcher:
 
     def fault_of(self, state: QueryState, plan: StepPlan) -> str | None:
         """Return why a plan cannot run because agents with recorded replies alone would be asked more than the query."""
+        if not self._has_recorded:
+            return None
         for activation in (*plan.activations, *plan.reserves, *plan.explored):
             extra = _extra(*_seen(state, activation), activation) if self._cards[activation.agent].is_recorded else ""
             if extra:

@@ -113,9 +113,8 @@ def _failed(step: StepRecord) -> set[str]:
 
 
 def _plan(decision: RouteDecision, request: RouteRequest) -> StepPlan:
-    ranked = [
-        Activation(agent=decision.agents[index], probability=float(decision.probability_A[index])) for index in decision.ranking
-    ]
+    probabilities, agents = decision.probability_A.tolist(), decision.agents
+    ranked = [Activation(agent=agents[index], probability=probabilities[index]) for index in decision.ranking]
     return StepPlan(
         activations=tuple(ranked[: decision.k]),
         reserves=tuple(ranked[decision.k :]),

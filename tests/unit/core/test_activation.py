@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -166,3 +167,17 @@ def test_more_mass_never_takes_fewer_agents(case: tuple[np.ndarray, np.ndarray, 
     )
     assert (low.k_B <= high.k_B).all()
     assert (low.mass_B <= high.mass_B).all()
+
+
+@pytest.mark.parametrize("num_agents", [2, 7, 100, 1000, 1024])
+@pytest.mark.parametrize("mass", ["0.5", "0.7", "0.9", "0.99"])
+def test_as_many_equal_agents_are_asked_as_the_mass_says(num_agents: int, mass: str) -> None:
+    found = activate(
+        np.zeros((1, num_agents), np.float32),
+        np.ones((1, num_agents), bool),
+        temperature=0.1,
+        rule="top_mass",
+        mass_left=1 - float(mass),
+        max_agents_B=np.array([num_agents]),
+    )
+    assert found.k_B[0] == math.ceil(Fraction(mass) * num_agents)
