@@ -424,10 +424,10 @@ def under_attack(found: Replies, config: Config, enemies: Adversaries | None) ->
     return replace(found, table=changed(found.table, changes))
 
 
-def posterior_gate(folder: Path, config: Config, enemies: Adversaries | None, at: Path) -> Config:
+def gated(folder: Path, config: Config, enemies: Adversaries | None, score: str, at: Path) -> Config:
     """Return a pool with a gate that has learnt, without labels, from replies under the same attack."""
     found = replies(rows_of(*GATE_ROWS), config, folder, f"{GATE_ROWS[0]}-{GATE_ROWS[2]}")
-    trained(under_attack(found, config, enemies), config, "posterior", 0, at)
+    trained(under_attack(found, config, enemies), config, score, 0, at)
     checkpoint = next((at / "gate").glob("**/gate.json")).parent
     return config.model_copy(update={"gate": config.gate.model_copy(update={"checkpoint": str(checkpoint)})})
 
@@ -468,7 +468,9 @@ def attacked_suites(folder: Path, per_suite: int, counts: Sequence[int]) -> Figu
     return {"accuracy": found, "lost": lost, "passed": passed}
 
 
-def adversaries(folder: Path, per_suite: int, defences: Sequence[str], counts: Sequence[int]) -> Figures:
+def adversaries(
+    folder: Path, per_suite: int, defences: Sequence[str], counts: Sequence[int], score: str, keep: Callable[[Figures], None]
+) -> Figures:
     """One adversary of each kind among the six specialists: what each policy loses. The gate learns under attack, without labels.
 
     The adversary is the pool's last agent; rows of its own suite are left out, which without it nobody could answer.
@@ -478,14 +480,15 @@ def adversaries(folder: Path, per_suite: int, defences: Sequence[str], counts: S
     split, _, seed = TEST_ROWS
     rows = [row for row in rows_of(split, per_suite, seed) if row.task.benchmark not in lost]
     tasks, judge = [row.task for row in rows], judge_of(rows)
-    found: dict[str, Any] = {"rows": len(rows), "left_out": sorted(lost), "table": {}}
+    found: dict[str, Any] = {"rows": len(rows), "score": score, "left_out": sorted(lost), "table": {}}
     for arm, enemies in enemies_of(counts).items():
-        trained_pool = posterior_gate(folder, config, enemies, folder / f"posterior-{arm.replace(' ', '-')}")
+        trained_pool = gated(folder, config, enemies, score, folder / f"{score}-{arm.replace(' ', '-')}")
         for defence in defences if enemies else ("none",):
             summarizer = config.summarizer.model_copy(update={"defence": defence})
             pool = trained_pool.model_copy(update={"summarizer": summarizer})
             found["table"][f"{arm}, {defence}"] = asyncio.run(_attacked(pool, folder, enemies, tasks, judge))
             print(arm, defence, found["table"][f"{arm}, {defence}"], flush=True)
+            keep(found)
     honest = found["table"]["none x 0, none"]
     found["lost"] = {
         arm: {policy: round(honest[policy]["accuracy"] - entry["accuracy"], 4) for policy, entry in table.items()}
@@ -537,6 +540,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--longer-rows": {"type": int, "default": 30, "help": "test rows for policies of several calls an agent"},
     "--adversaries": {"default": "1", "help": "numbers of adversaries, such as 1,2,3"},
     "--defences": {"default": "none"},
+    "--score": {"choices": ("anchored", "posterior"), "default": "anchored", "help": "of dmoa's gate, of `adversaries`"},
 }
 
 
@@ -560,7 +564,9 @@ def check(options: Namespace) -> Figures:
         "overhead": lambda: overhead(options.queries, options.delay, options.engine, options.rounds),
         "suites": lambda: suites(options.folder, options.rows, options.pools.split(","), options.longer_rows, keep("suites")),
         "attacked_suites": lambda: attacked_suites(options.folder, options.rows, counts),
-        "adversaries": lambda: adversaries(options.folder, options.rows, options.defences.split(","), counts),
+        "adversaries": lambda: adversaries(
+            options.folder, options.rows, options.defences.split(","), counts, options.score, keep("adversaries")
+        ),
     }
     for name in options.lines.split(","):
         started = time.monotonic()

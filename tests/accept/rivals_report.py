@@ -31,11 +31,11 @@ def seen(tab: Any, page: Path) -> Figures:
 
 
 def write_labels(out: Path, pool: Path | str, rows: Sequence[str]) -> Path:
-    """Return a file of judged replies of every agent to a train row of each benchmark: what routers with labels learn from."""
+    """Return a file of judged replies of every agent to one adaptation row a benchmark, which routers with labels learn from."""
     path, folder = out / "labels.jsonl", RunFolder(out / "labels")
     if not path.exists():
         agents = load_pool(pool).agent_names
-        asked = ["--split", "train", "--limit", "1", "--policies", ",".join(f"single:{agent}" for agent in agents)]
+        asked = ["--split", "adaptation", "--limit", "1", "--policies", ",".join(f"single:{agent}" for agent in agents)]
         done = run(command(folder.root, "--config", str(pool), *rows, *asked, "--resume"))
         assert done.returncode == 0, done.stderr[-2000:]
         info = RunInfo.model_validate_json(folder.run.read_text(encoding="utf-8"))
