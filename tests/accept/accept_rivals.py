@@ -234,7 +234,7 @@ def attacked(source: Path, out: Path, limit: int) -> Figures:
     for name in NAMES:
         folder = sample(source, name, out, LEARN + limit)
         rows = lines(folder / f"{name}.replies.jsonl.gz")
-        agents = sorted({row["agent"] for row in rows})[:SIX]
+        agents = six_of(folder, name)
         text_of = {row["query_id"]: row["query"] for row in rows}
         ids = sorted(text_of)
         said = {(row["query_id"], row["agent"]): row["text"] for row in rows}
@@ -266,6 +266,50 @@ def attacked(source: Path, out: Path, limit: int) -> Figures:
     lost = [found[name]["lost"][arm]["dmoa"] for name in NAMES for arm in found[name]["lost"] if arm.endswith("1")]
     found["passed"] = max(lost) <= MOST_LOST
     return found
+
+
+def in_turn(source: Path, out: Path, limit: int) -> Figures:
+    """Each of six recorded agents in turn as the one liar: what dmoa's label model loses beside six honest ones, and a vote.
+
+    `attacked` has the last agent lie, which may be the best of the six: what it alone knew is lost whatever is done.
+    """
+    found: Figures = {}
+    for name in NAMES:
+        folder = sample(source, name, out, LEARN + limit)
+        material = load(folder, name, MiniLmEncoder(models.fetch("minilm")), tuple(six_of(folder, name)))
+        order = np.random.default_rng(SEED).permutation(len(material.right_RA))
+        learn, test = order[:LEARN], order[LEARN:]
+        honest, *lying = (lied(material, liar, learn, test) for liar in (None, *range(SIX)))
+        lost = {of: [round(honest[of] - table[of], 4) for table in lying] for of in honest}
+        found[name] = {"agents": material.agents, "honest": honest, "lost": lost}
+        found[name] |= {f"mean_lost_{of}": round(float(np.mean(values)), 4) for of, values in lost.items()}
+        found[name]["best_single"] = material.right_RA[test].mean(axis=0).round(4).tolist()
+        print(name, found[name], flush=True)
+    return found | {"passed": all(entry["mean_lost_dmoa"] <= MOST_LOST for entry in found.values())}
+
+
+def six_of(folder: Path, name: str) -> list[str]:
+    """Return the first six recorded agents."""
+    return sorted({row["agent"] for row in lines(folder / f"{name}.replies.jsonl.gz")})[:SIX]
+
+
+def lied(material: Material, liar: int | None, learn: Any, test: Any) -> dict[str, float]:
+    """Return accuracies where one agent's answers are wrong and nobody else's, and its texts as long as ever."""
+    witnesses, right_RA = material.witnesses, material.right_RA.copy()
+    if liar is not None:
+        classes_RA = witnesses.answer_RA.copy()
+        others = np.delete(classes_RA, liar, axis=1)
+        classes_RA[:, liar] = [min(set(range(SIX)) - set(row)) for row in others.tolist()]  # nobody else says it
+        right_RA[:, liar] = False
+        witnesses = replace(witnesses, answer_RA=classes_RA)
+    under = replace(material, witnesses=witnesses, right_RA=right_RA)
+    own, _ = answer(fit_label_model(witnesses.rows(learn), seed=SEED), under, test, AGENT_PRICE)
+    votes_R = []
+    for row in test:
+        classes, counts = np.unique(said := witnesses.answer_RA[row][witnesses.answer_RA[row] >= 0], return_counts=True)
+        chosen = classes[counts == counts.max()] if len(said) else []
+        votes_R.append(np.mean([right_RA[row][witnesses.answer_RA[row] == one].max() for one in chosen]) if len(said) else 0.0)
+    return {"dmoa": float(own.right.mean()), "vote": float(np.mean(votes_R))}
 
 
 def reply_under(text: str, agent: str, asked: str, kind: str) -> AgentReply:
@@ -524,7 +568,7 @@ async def _attacked(
 
 
 FLAGS: dict[str, dict[str, Any]] = {
-    "--lines": {"default": "recorded,attacked,report,overhead,suites,attacked_suites,adversaries"},
+    "--lines": {"default": "recorded,attacked,in_turn,report,overhead,suites,attacked_suites,adversaries"},
     "--folder": {"type": Path, "default": Path("out/rivals"), "help": "answers that are kept between runs"},
     "--limit": {"type": int, "default": 300, "help": "recorded test rows of a pool"},
     "--benchmarks": {"default": "arith,words", "help": "of the report"},
@@ -560,6 +604,7 @@ def check(options: Namespace) -> Figures:
     measures: dict[str, Callable[[], Figures]] = {
         "recorded": lambda: recorded(source, options.folder, options.limit) if source.is_dir() else skipped,
         "attacked": lambda: attacked(source, options.folder, options.limit) if source.is_dir() else skipped,
+        "in_turn": lambda: in_turn(source, options.folder, options.limit) if source.is_dir() else skipped,
         "report": lambda: report(options.folder / "report", asked, options.config, options.report_limit, most),
         "overhead": lambda: overhead(options.queries, options.delay, options.engine, options.rounds),
         "suites": lambda: suites(options.folder, options.rows, options.pools.split(","), options.longer_rows, keep("suites")),
