@@ -79,6 +79,7 @@ def unavailable(name: str, source: HubSource, error: Exception) -> ConfigError:
     )
 
 
+_MAX_LINE_BYTES = 64 << 20
 ID_CHARS = 16
 
 
@@ -259,11 +260,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a plain or gzip file that are not blank, with their numbers from 1; streamed.
 
     Raises:
-        ConfigError: the gzip file is damaged or cut short.
+        ConfigError: the gzip file is damaged or cut short, or a line has no end.
     """
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), start=1):
+                if len(line) > _MAX_LINE_BYTES:
+                    raise ConfigError(f"{path}, line {number}: longer than {_MAX_LINE_BYTES >> 20} MiB; is it JSON Lines?")
                 if line.strip():
                     yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -131,6 +131,8 @@ def _all_records(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 def _whole(path: Path) -> Iterator[dict[str, Any]]:
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: it is no regular file; name a file of logs")  # a pipe hangs, a device never ends
         if path.stat().st_size > MAX_TABLE_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_TABLE_BYTES >> 30} GiB; write it as JSON Lines, named .jsonl")
         tree = _parsed(path.read_bytes(), str(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,15 @@ def test_litellm_spend_logs_give_price_latency_and_counts(tmp_path: Path) -> Non
         "the call failed",
         "what was asked is not there: LiteLLM keeps it with store_prompts_in_spend_logs",
     }
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_never_ends_is_no_log(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "logs.json"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    options = ImportOptions.parse({"logs": (path,), "out": tmp_path / "replies.jsonl"})
+    with pytest.raises(ConfigError, match="it is no regular file"):
+        import_logs(options, print)
 
 
 def test_bad_files_leave_no_output_behind(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -272,3 +273,18 @@ def test_the_french_release_loads_with_its_own_definitions(rows_dir: Path, tmp_p
         assert probabilities[0] == probabilities[1]
         # The same answers in the same order of age, sex and complaint, from two codings of one patient.
         assert ours.task.text.count("\n- ") == theirs.task.text.count("\n- ")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_line_without_end_is_refused(name: str, tmp_path: Path) -> None:
+    """Of a sparse file, a device, or a few kilobytes that unpack to gigabytes."""
+    path = tmp_path / name
+    if name.endswith(".gz"):
+        with gzip.open(path, "wb", 1) as file:
+            for _ in range(80):
+                file.write(bytes(1 << 20))
+    else:
+        with path.open("wb") as plain:
+            plain.truncate(80 << 30)
+    with pytest.raises(ConfigError, match="line 1: longer than 64 MiB; is it JSON Lines"):
+        next(read_lines(path))
