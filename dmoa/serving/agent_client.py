@@ -76,8 +76,13 @@ class CallWatchdog:
         slow_s: float = SLOW_S,
         check_interval_s: float = CHECK_INTERVAL_S,
         cold_patience_s: float = COLD_PATIENCE_S,
+        lost_s: float = LOST_S,
     ) -> None:
-        """A replica may take `cold_patience_s` to start; the router is asked about calls after `slow_s`, and repeatedly."""
+        """A replica may take `cold_patience_s` to start; the router is asked about calls after `slow_s`, and repeatedly.
+
+        `lost_s`: how long a call may go untaken once a replica of its queue was lost.
+        """
+        self.lost_after_s = lost_s
         self._find_missing = find_missing
         self.slow_s = slow_s
         self.check_interval_s = check_interval_s
@@ -103,7 +108,7 @@ class CallWatchdog:
 
         So it is where no replica takes the call for `patience_s`, as `is_taken` tells. That time begins anew with every call
         of the same `queue` that was sent before it and is answered, and while the agent is cold. One that `hurries` waits for
-        LOST_S where a replica of its queue was lost, and none has answered since.
+        `lost_s` where a replica of its queue was lost, and none has answered since.
         """
         watched = WatchedCall(self, agent, give_up, is_taken=is_taken, patience_s=patience_s, queue=queue)
         if hurries:
@@ -182,7 +187,7 @@ class WatchedCall:
     def hurry(self) -> None:
         """Give the call up if no replica takes it soon."""
         if self._hurrying is None:
-            self._hurrying = asyncio.get_running_loop().call_later(LOST_S, self._end_hurry)
+            self._hurrying = asyncio.get_running_loop().call_later(self._watchdog.lost_after_s, self._end_hurry)
 
     def _end_hurry(self) -> None:
         self._hurrying = None

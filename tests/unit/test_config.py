@@ -280,7 +280,7 @@ BAD_TEXTS = [
     ("name: \x00", "not valid YAML"),
     ("name: 2001-99-99", "not valid YAML: month must be in 1..12"),
     ("name: 0b_", "not valid YAML"),
-    ("[" * 5000, "not valid YAML"),
+    ("[" * 5000, "line 1: more than 100 brackets within each other; write out what is meant"),
     ("", "None is not a pool; write a mapping with the keys name, llms, agents"),
     ("- name: pool", "[{'name': 'pool'}] is not a pool; write a mapping"),
     ("just words", "'just words' is not a pool; write a mapping"),

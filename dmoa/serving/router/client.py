@@ -57,8 +57,14 @@ def told(error: BaseException | None) -> DmoaError:
 class RemoteRouter:
     """Routes by the router actor, or here while it is away; implements `protocols.Router`."""
 
-    def __init__(self, actor: Any, config: Config, configured: str | None = None) -> None:
-        """`configured` is the version of the configured checkpoint, None where none is configured."""
+    def __init__(
+        self, actor: Any, config: Config, configured: str | None = None, *, away_s: float = AWAY_S, trial_s: float = TRIAL_S
+    ) -> None:
+        """`configured` is the version of the configured checkpoint, None where none is configured.
+
+        An actor that went away is tried again after `away_s`, by one query that waits for it for `trial_s` at most.
+        """
+        self.away_s, self.trial_s = away_s, trial_s
         self._actor = actor
         self._config = config
         self._configured = configured
@@ -105,15 +111,15 @@ class RemoteRouter:
         if time.monotonic() >= self._away_until:
             is_trial = self._is_away
             if is_trial:
-                self._away_until = time.monotonic() + AWAY_S
+                self._away_until = time.monotonic() + self.away_s
             try:
-                async with asyncio.timeout(TRIAL_S if is_trial else ROUTE_TIMEOUT_S):
+                async with asyncio.timeout(self.trial_s if is_trial else ROUTE_TIMEOUT_S):
                     decision = await self._ask(request)
             except RayTaskError as error:
                 raise told(error.cause) from error
             except (RayError, TimeoutError) as error:
                 _LOG.warning("router is away (%s): deciding here", type(error).__name__)
-                self._is_away, self._away_until = True, time.monotonic() + AWAY_S
+                self._is_away, self._away_until = True, time.monotonic() + self.away_s
             else:
                 self._is_away, self._away_until = False, 0.0
                 self._cold = frozenset(decision.cold)
@@ -237,7 +243,7 @@ class RemoteRouter:
             except (RayError, TimeoutError, RoutingError) as error:
                 _LOG.warning("router is not followed (%s): asking it", type(error).__name__)
                 self._view, self._view_until = None, 0.0
-                await asyncio.sleep(AWAY_S)
+                await asyncio.sleep(self.away_s)
             else:
                 self._view, self._current, self._view_until = view, view.current, time.monotonic() + LOOK_S + ROUTE_TIMEOUT_S
 

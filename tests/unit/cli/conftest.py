@@ -101,7 +101,16 @@ class PoolService:
     async def trace(self, trace_id: str, key_hash: str) -> dict[str, Any] | None:
         return self._traces.get(trace_id)
 
-    def record(self, query: Query, answer: Answer, *, key_hash: str, user: str | None, metadata: Mapping[str, str]) -> None:
+    def record(
+        self,
+        query: Query,
+        answer: Answer,
+        *,
+        key_hash: str,
+        user: str | None,
+        metadata: Mapping[str, str],
+        is_stored: bool = True,
+    ) -> None:
         # Kept a moment after the reply, as the real store does.
         trace = json.loads(trace_of(query, answer, pool=self.pool, fingerprint=self._fingerprint).model_dump_json())
         asyncio.get_running_loop().call_later(0.05, self._traces.__setitem__, answer.trace_id, trace)

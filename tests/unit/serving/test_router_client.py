@@ -163,10 +163,10 @@ async def test_the_stand_in_is_built_before_the_actor_goes_away(pair: tuple[Fake
 
 
 async def test_one_query_tries_an_actor_that_went_away_and_the_others_do_not_wait(
-    pair: tuple[FakeActor, RemoteRouter], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[FakeActor, RemoteRouter],
 ) -> None:
     actor, router = pair
-    monkeypatch.setattr("dmoa.serving.router.client.AWAY_S", 0.0)
+    router.away_s = 0.0
     asked, is_asked, release = 0, asyncio.Event(), asyncio.Event()
 
     async def hangs(*sent: Any) -> bytes:
@@ -178,8 +178,7 @@ async def test_one_query_tries_an_actor_that_went_away_and_the_others_do_not_wai
 
     actor.is_away = True
     assert (await router.route(ASK)).routed_by == "ingress"
-    monkeypatch.setattr("dmoa.serving.router.client.AWAY_S", 60.0)
-    monkeypatch.setattr("dmoa.serving.router.client.TRIAL_S", 60.0)
+    router.away_s, router.trial_s = 60.0, 60.0
     actor.route, actor.is_away = Method(hangs), False
     trying = asyncio.create_task(router.route(ASK))
     await is_asked.wait()

@@ -141,10 +141,9 @@ async def test_a_queue_that_moves_is_waited_in_and_one_that_others_pass_is_not()
     assert waits.is_untaken
 
 
-async def test_what_nobody_takes_after_a_loss_is_given_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_nobody_takes_after_a_loss_is_given_up_at_once() -> None:
     """Serve keeps a call that was sent between a replica's death and its successor's start, which takes seconds."""
-    monkeypatch.setattr("dmoa.serving.agent_client.LOST_S", 0.02)
-    watchdog = CallWatchdog(slow_s=60.0)
+    watchdog = CallWatchdog(slow_s=60.0, lost_s=0.02)
     before, after, taken = asyncio.Event(), asyncio.Event(), lambda: True
 
     def never() -> None:
