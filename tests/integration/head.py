@@ -6,8 +6,10 @@ Commands that start a Ray of their own take a third longer than those that join 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,6 +58,15 @@ class Head:
                 yield following
             finally:
                 following.kill()
+
+
+def lasting_port() -> int:
+    """Return a free port that no connection gets by chance before it is used: it is below those that the kernel gives out."""
+    for port in random.sample(range(20_000, 32_000), 50):
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def environment() -> dict[str, str]:
@@ -130,7 +141,7 @@ def _start(folder: Path) -> tuple[Head, subprocess.Popen[bytes]]:
     ]
     with (folder / "head.log").open("wb") as log:
         running = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    return Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", free_port(), running.pid, env), running
+    return Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", lasting_port(), running.pid, env), running
 
 
 def _is_ready(head: Head, running: subprocess.Popen[bytes], folder: Path, *, must: bool) -> bool:

@@ -11,7 +11,7 @@ from contextlib import closing
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from dmoa.serving.http.keeper import PortKeeper
+from dmoa.serving.http.keeper import IDLE, PortKeeper
 from tests.unit.serving.fake_service import until
 from tests.unit.serving.test_http_connection import Client
 
@@ -64,6 +64,11 @@ class Kept:
     def copies(self) -> list[object]:
         return [copy for proxy in self.keeper._proxies.values() for copy in proxy.copies]
 
+    def num_idle(self) -> int:
+        """Connections that are marked as idle, which their server does after the answer has left."""
+        proxies = self.keeper._proxies.values()
+        return sum(proxy.states[number] == IDLE for proxy in proxies for number in list(proxy.copies))
+
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
@@ -105,7 +110,7 @@ async def test_a_killed_server_loses_no_connection(kept: Kept) -> None:
     asked, half = await kept.client(b"never"), await kept.client(b"half")
     assert await half.reader.readuntil(b"42")
     fresh = await kept.client()  # it has asked nothing yet
-    await until(lambda: len(kept.copies()) == 4)
+    await until(lambda: (len(kept.copies()), kept.num_idle()) == (4, 2))
     kept.kill()
 
     status, body = await answered(asked)
@@ -126,6 +131,7 @@ async def test_where_no_server_comes_the_keeper_answers_itself(kept: Kept) -> No
     kept.start()
     idle = await kept.client(b"first")
     assert await answered(idle) == (200, b"42")
+    await until(lambda: kept.num_idle() == 1)
     kept.kill()
     for client in (idle, await kept.client()):
         await client.send(GET % b"again")
