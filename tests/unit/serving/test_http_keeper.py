@@ -62,11 +62,11 @@ class Kept:
         self.process.start()
 
     def copies(self) -> list[object]:
-        return [copy for proxy in self.keeper._proxies.values() for copy in proxy.copies]
+        return [copy for proxy in list(self.keeper._proxies.values()) for copy in list(proxy.copies)]
 
     def num_idle(self) -> int:
         """Connections that are marked as idle, which their server does after the answer has left."""
-        proxies = self.keeper._proxies.values()
+        proxies = list(self.keeper._proxies.values())
         return sum(proxy.states[number] == IDLE for proxy in proxies for number in list(proxy.copies))
 
     def kill(self) -> None:
