@@ -22,7 +22,7 @@ from tests.examples import is_all
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow everything some thirty times on a busy machine
 
-UNIT_CPU_S = 3.0
+UNIT_CPU_S = 2.0
 """Most processor time of one call of a unit test in `make fast`. Not time by the clock, which a busy machine stretches."""
 _BESIDE_OTHERS = 2.5
 """As many times that where other tiers run beside it, which share caches and cores."""
