@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -546,6 +546,33 @@ class Trace(BaseModel):
     """The reply's own object, with every agent's text."""
     calls: list[TraceCall] = []
     """Every call with the prompt that the agent saw, in the order of the steps; empty in older traces."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredQuery:
+    """An answered query, with all that its trace needs; who answers adds the pool's name and fingerprint."""
+
+    query: Query
+    answer: Answer
+    pool: str = ""
+    fingerprint: str = ""
+    user: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    created_unix_s: float = field(default_factory=time.time)
+    is_stored: bool = True
+    """Whether its texts may be kept, learnt from and exported; else its client forbade that."""
+
+    def trace(self) -> Trace:
+        """Return its trace."""
+        return trace_of(
+            self.query,
+            self.answer,
+            pool=self.pool,
+            fingerprint=self.fingerprint,
+            user=self.user,
+            metadata=self.metadata,
+            created_unix_s=self.created_unix_s,
+        )
 
 
 def trace_of(

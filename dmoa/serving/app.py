@@ -9,8 +9,7 @@ import asyncio
 import json
 import logging
 import secrets
-import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -29,7 +28,7 @@ from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAg
 from dmoa.serving.agent_replica import IngressAgents
 from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
-from dmoa.serving.feedback import AnsweredQuery, Explorer, FeedbackClient, exploration
+from dmoa.serving.feedback import Explorer, FeedbackClient, exploration
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.serving.handles import ask, take_carried_bodies
 from dmoa.serving.http.front import Bounds, FrontNotice
@@ -45,6 +44,7 @@ from dmoa.serving.router.client import RemoteRouter
 from dmoa.serving.router.replica_health import UP, sleepers, state_of
 from dmoa.serving.traces import TraceOutbox, ensure_traces
 from dmoa.swarm import Swarm, abilities_of
+from dmoa.trace import AnsweredQuery
 from dmoa.types import Answer, Event, Query
 
 _LOG = logging.getLogger("dmoa.ingress")
@@ -220,22 +220,14 @@ class SwarmIngress:
             return None
         return json.loads(found) if found else None
 
-    def record(
-        self,
-        query: Query,
-        answer: Answer,
-        *,
-        key_hash: str,
-        user: str | None,
-        metadata: Mapping[str, str],
-        is_stored: bool = True,
-    ) -> None:
+    def record(self, answered: AnsweredQuery, key_hash: str) -> None:
         """Keep the trace of an answered query and hand it to the feedback, after the reply."""
-        task = asyncio.get_running_loop().create_task(self._record(query, answer, key_hash, user, metadata, is_stored))
+        query, answer = answered.query, answered.answer
+        task = asyncio.get_running_loop().create_task(self._record(answered, key_hash))
         self._tasks[answer.trace_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(answer.trace_id, None))
         router = self._config.router
-        is_learnt_from = is_stored and router.adaptation != "off" and (bool(key_hash) or router.feedback_anonymous)
+        is_learnt_from = answered.is_stored and router.adaptation != "off" and (bool(key_hash) or router.feedback_anonymous)
         if is_learnt_from and answer.policy == "dmoa":
             self._explorer.offer(lambda: self._explore(query, key_hash))
 
@@ -246,7 +238,8 @@ class SwarmIngress:
             async with aclosing(self._swarm.ask(again, "exploring")) as events:
                 async for event in events:
                     if isinstance(event, Answer):
-                        await self._record(again, event, key_hash, None, {"explores": query.trace_id})
+                        explored = AnsweredQuery(query=again, answer=event, metadata={"explores": query.trace_id})
+                        await self._record(explored, key_hash)
         except DmoaError as error:
             _LOG.info("exploring query %s: %s", query.trace_id, error)
 
@@ -263,29 +256,13 @@ class SwarmIngress:
         if pending is not None:
             await asyncio.wait({pending})
 
-    async def _record(
-        self,
-        query: Query,
-        answer: Answer,
-        key_hash: str,
-        user: str | None,
-        metadata: Mapping[str, str],
-        is_stored: bool = True,
-    ) -> None:
-        answered = AnsweredQuery(
-            query=query,
-            answer=answer,
-            pool=self.pool,
-            fingerprint=self._answered_elsewhere.pop(answer.trace_id, self._fingerprint),
-            user=user,
-            metadata=dict(metadata),
-            created_unix_s=time.time(),
-            is_stored=is_stored,
-        )
+    async def _record(self, answered: AnsweredQuery, key_hash: str) -> None:
+        trace_id = answered.answer.trace_id
+        by = self._answered_elsewhere.pop(trace_id, self._fingerprint)
         try:
-            await self._outbox.put(answered, key_hash)
+            await self._outbox.put(replace(answered, pool=self.pool, fingerprint=by), key_hash)
         except RayError as error:
-            _LOG.warning("trace %s was lost: %s", answer.trace_id, type(error).__name__)
+            _LOG.warning("trace %s was lost: %s", trace_id, type(error).__name__)
 
 
 async def _ask_ingress(answer: Any, query: Query, policy: str, agent: str | None) -> AsyncGenerator[str | Event]:

@@ -15,7 +15,6 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 import ray
 from pyarrow import fs as arrow_fs
@@ -29,8 +28,7 @@ from dmoa.feedback import FILE, Feedback, feedback_of, read_feedback, tenant_of,
 from dmoa.serving.actors import NAMESPACE, default_state_uri, detached, feedback_name, pack_record, unpack_record
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
 from dmoa.storage import write_at
-from dmoa.trace import Trace, trace_of
-from dmoa.types import Answer, Query
+from dmoa.trace import AnsweredQuery
 
 _LOG = logging.getLogger("dmoa.feedback")
 MAX_PENDING = 64
@@ -244,33 +242,6 @@ class Explorer:
             self.explored += 1
             ended = self._clock()
             self._rest_until_s = ended + (ended - began) * (1.0 / self._share - 1.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnsweredQuery:
-    """An answered query, with all that its trace needs."""
-
-    query: Query
-    answer: Answer
-    pool: str
-    fingerprint: str
-    user: str | None
-    metadata: dict[str, str]
-    created_unix_s: float
-    is_stored: bool = True
-    """Whether its texts may be kept, learnt from and exported; else its client forbade that."""
-
-    def trace(self) -> Trace:
-        """Return its trace."""
-        return trace_of(
-            self.query,
-            self.answer,
-            pool=self.pool,
-            fingerprint=self.fingerprint,
-            user=self.user,
-            metadata=self.metadata,
-            created_unix_s=self.created_unix_s,
-        )
 
 
 class FeedbackSender:

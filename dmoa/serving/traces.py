@@ -20,7 +20,7 @@ import ray
 from dmoa.config import RouterConfig, TracingConfig
 from dmoa.feedback import tenant_of
 from dmoa.serving.actors import detached, pack_record, traces_name, unpack_record
-from dmoa.serving.feedback import AnsweredQuery, FeedbackSender
+from dmoa.serving.feedback import FeedbackSender
 from dmoa.serving.otlp import Exporter
 from dmoa.serving.trace_archive import Place, TraceArchive, Written
 from dmoa.serving.trace_list import (
@@ -33,6 +33,7 @@ from dmoa.serving.trace_list import (
     statistics_of,
     summarise,
 )
+from dmoa.trace import AnsweredQuery
 
 _LOG = logging.getLogger("dmoa.traces")
 BATCH_S = 0.1

@@ -30,6 +30,7 @@ from dmoa.serving.http.middleware import DOCS_PATH, BodyLimit, ConcurrencyLimit,
 from dmoa.serving.http.responses_api import ResponseRendering, ResponsesRequest, responses_order
 from dmoa.serving.http.service import SwarmService
 from dmoa.serving.trace_list import NOT_STORED, summary_of_failure
+from dmoa.trace import AnsweredQuery
 from dmoa.types import Answer, Event, Query, StepRecord
 
 T = TypeVar("T")
@@ -270,8 +271,9 @@ class _Front:
                 async with aclosing(events) as items:
                     async for item in items:
                         if isinstance(item, Answer):
-                            kept: dict[str, Any] = {"key_hash": key_hash, "user": user, "metadata": metadata}
-                            service.record(query, item, **kept, is_stored=is_stored)
+                            told = dict(metadata)
+                            answered = AnsweredQuery(query=query, answer=item, user=user, metadata=told, is_stored=is_stored)
+                            service.record(answered, key_hash)
                         yield item
             except DmoaError as error:
                 known = query if is_stored else replace(query, text=NOT_STORED)

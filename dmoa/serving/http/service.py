@@ -5,7 +5,7 @@ The app of `serving/http/routes` is built over this and nothing else, so that th
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
 from dmoa.config import LimitsConfig
@@ -13,8 +13,8 @@ from dmoa.protocols import SwarmClient
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.serving.trace_list import TraceFilter, TraceSummary
 from dmoa.serving.what_if import DecidedStep
-from dmoa.trace import Trace
-from dmoa.types import Answer, Event, Query
+from dmoa.trace import AnsweredQuery, Trace
+from dmoa.types import Event, Query
 
 
 class PageService(Protocol):
@@ -111,16 +111,7 @@ class SwarmService(SwarmClient, Protocol):
         """
         ...
 
-    def record(
-        self,
-        query: Query,
-        answer: Answer,
-        *,
-        key_hash: str,
-        user: str | None,
-        metadata: Mapping[str, str],
-        is_stored: bool = True,
-    ) -> None:
+    def record(self, answered: AnsweredQuery, key_hash: str) -> None:
         """Keep the trace of an answered query, or no more than that there was one; returns at once and never raises."""
         ...
 

@@ -7,7 +7,8 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from dmoa.engine_options import ENGINES
 from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.policies.registry import POLICIES
 from dmoa.serving.http.routes import create_app
-from dmoa.trace import trace_of
-from dmoa.types import Answer, Event, Query
+from dmoa.trace import AnsweredQuery
+from dmoa.types import Event, Query
 from dmoa.workflows.backends import build_local_swarm
 from tests.unit.serving.fake_service import FakePage
 
@@ -101,19 +102,10 @@ class PoolService:
     async def trace(self, trace_id: str, key_hash: str) -> dict[str, Any] | None:
         return self._traces.get(trace_id)
 
-    def record(
-        self,
-        query: Query,
-        answer: Answer,
-        *,
-        key_hash: str,
-        user: str | None,
-        metadata: Mapping[str, str],
-        is_stored: bool = True,
-    ) -> None:
+    def record(self, answered: AnsweredQuery, key_hash: str) -> None:
         # Kept a moment after the reply, as the real store does.
-        trace = json.loads(trace_of(query, answer, pool=self.pool, fingerprint=self._fingerprint).model_dump_json())
-        asyncio.get_running_loop().call_later(0.05, self._traces.__setitem__, answer.trace_id, trace)
+        trace = json.loads(replace(answered, pool=self.pool, fingerprint=self._fingerprint).trace().model_dump_json())
+        asyncio.get_running_loop().call_later(0.05, self._traces.__setitem__, answered.answer.trace_id, trace)
 
 
 @pytest.fixture(scope="session")

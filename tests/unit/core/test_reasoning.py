@@ -83,7 +83,7 @@ PARTS = [
 TEXTS = st.lists(st.sampled_from(PARTS), max_size=12).map("".join) | st.sampled_from([case[0] for case in CASES])
 
 
-@settings(derandomize=True, max_examples=1500, deadline=None)
+@settings(derandomize=True, max_examples=700, deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 60), max_size=30), st.booleans())
 def test_no_cut_changes_the_split(whole: str, cuts: list[int], is_opened: bool) -> None:
     expected = fed([whole], is_opened)[0]

@@ -7,7 +7,7 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from dmoa.serving.http.routes import create_app
 from dmoa.serving.trace_list import TraceFilter, TraceSummary
 from dmoa.serving.traces import TraceStore
 from dmoa.serving.what_if import DecidedStep
-from dmoa.trace import Trace
+from dmoa.trace import AnsweredQuery, Trace
 from dmoa.types import AgentReply, Answer, Event, Query, RouteDecision, StepRecord, SummarizerRecord, TextDelta, TokenUsage
 
 AGENTS = ("adder", "sorter", "dater")
@@ -216,18 +216,11 @@ class FakeService:
                 return record
         return None
 
-    def record(
-        self,
-        query: Query,
-        answer: Answer,
-        *,
-        key_hash: str,
-        user: str | None,
-        metadata: Mapping[str, str],
-        is_stored: bool = True,
-    ) -> None:
-        self.recorded.append({"trace_id": query.trace_id, "key_hash": key_hash, "user": user, "metadata": dict(metadata)})
-        self.stored.append(is_stored)
+    def record(self, answered: AnsweredQuery, key_hash: str) -> None:
+        query, answer = answered.query, answered.answer
+        known = {"key_hash": key_hash, "user": answered.user, "metadata": answered.metadata}
+        self.recorded.append({"trace_id": query.trace_id} | known)
+        self.stored.append(answered.is_stored)
         self.buffer.put(feedback_of(query, answer, key_hash=key_hash, fingerprint="f", salt=b"s", created_unix_s=time.time()))
 
     async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from dmoa.agents.pool import build_encoder, build_local, build_pool_gate, fingerprint
 from dmoa.config import Config, LimitsConfig
 from dmoa.routing import LocalRouter
 from dmoa.serving.actors import pack_record
-from dmoa.serving.feedback import AnsweredQuery
 from dmoa.serving.trace_list import TraceSummary
 from dmoa.serving.traces import TraceStore
 from dmoa.serving.what_if import DecidedStep, branch, by_gate, by_policy
 from dmoa.swarm import Swarm
 from dmoa.testing import FakeEncoder, fixed_gate
-from dmoa.trace import Trace
-from dmoa.types import Answer, Event, Query
+from dmoa.trace import AnsweredQuery, Trace
+from dmoa.types import Event, Query
 from tests.unit.serving.fake_service import FakePage, FakeService
 
 
@@ -78,26 +77,8 @@ class PoolService(FakeService):
         await asyncio.gather(*self.page.tasks)
         return json.loads(await self.page.store.get(trace_id, key_hash) or "null")
 
-    def record(
-        self,
-        query: Query,
-        answer: Answer,
-        *,
-        key_hash: str,
-        user: str | None,
-        metadata: Mapping[str, str],
-        is_stored: bool = True,
-    ) -> None:
-        kept = AnsweredQuery(
-            query=query,
-            answer=answer,
-            pool=self.pool,
-            fingerprint=fingerprint(self.page.swarm.config),
-            user=user,
-            metadata=dict(metadata),
-            created_unix_s=time.time(),
-            is_stored=is_stored,
-        )
+    def record(self, answered: AnsweredQuery, key_hash: str) -> None:
+        kept = replace(answered, pool=self.pool, fingerprint=fingerprint(self.page.swarm.config))
         self.page.later(self.page.store.put_all([(pack_record(kept), key_hash)]))
 
 

@@ -16,9 +16,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from dmoa.config import RouterConfig, TracingConfig
 from dmoa.serving import otlp
 from dmoa.serving.actors import pack_record
-from dmoa.serving.feedback import AnsweredQuery
 from dmoa.serving.otlp import SCHEMA, Exporter, spans_of
 from dmoa.serving.traces import TraceStore
+from dmoa.trace import AnsweredQuery
 from dmoa.types import Answer, Message, Query
 from tests.unit.serving.fake_service import make_answer, make_step, reply
 

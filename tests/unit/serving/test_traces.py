@@ -16,11 +16,10 @@ from dmoa.config import RouterConfig
 from dmoa.errors import RequestError
 from dmoa.orchestrator import advance, begin, finish
 from dmoa.serving.actors import pack_record, unpack_record
-from dmoa.serving.feedback import AnsweredQuery
 from dmoa.serving.trace_list import TraceFilter, TraceSummary, statistics_of, summarise
 from dmoa.serving.traces import TraceOutbox, TraceStore
 from dmoa.testing import decision
-from dmoa.trace import Trace, answer_of_reply, reply_dmoa, trace_of
+from dmoa.trace import AnsweredQuery, Trace, answer_of_reply, reply_dmoa, trace_of
 from dmoa.types import AgentReply, Answer, EntropySum, Query, RouteRequest, StepRecord, SummarizerRecord
 from tests.unit.serving.fake_service import make_answer, make_step, reply
 
