@@ -299,9 +299,9 @@ class GateConfig(Node):
     """H, the size of the state between steps."""
     temperature: float = Field(default=0.1, gt=0.0, le=100.0)
     """T of the softmax over gate logits."""
-    score: Literal["raw", "anchored", "posterior"] = "anchored"
-    """What training ranks and theta compares: anchored, the entropy less the agent's own usual, or raw (the paper's, and what
-    preset `paper` has where nothing is said); posterior: the probability of being right by agreement, entropy and outcomes."""
+    score: Literal["raw", "anchored", "posterior"] = "posterior"
+    """What training ranks and theta compares: posterior, the probability of being right by agreement, entropy and outcomes;
+    anchored, the entropy less the agent's own usual; or raw (the paper's, and what preset `paper` has where nothing is said)."""
     agent_price: float = Field(default=0.02, ge=0.0, le=1.0)
     """With score posterior, the probability of a right answer that one more agent must be expected to bring to be asked."""
     entropy_scope: EntropyScope = "answer"

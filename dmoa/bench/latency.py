@@ -103,7 +103,7 @@ NUM_AGENTS = 8
 """A of P4."""
 CONCURRENCY = 8
 """Queries in flight where the flags are compared under load."""
-SIZES = (2, 16, 64, 256)
+SIZES = (2, 16, 64, 256, 1024)
 """Pools of the growth bench, by number of agents."""
 P4_BAR, FLAGS_BAR, GROWTH_BAR = 1.3, 2.0, 0.2
 

@@ -70,7 +70,7 @@ _METRICS = {
         "CPU a query, queries/s and p50 beside the model calls, against LangGraph behind FastAPI (installed apart, once)",
         "<= 1.0 x; >= 1.0 x; <= 1.5 x",
     ),
-    "growth": _Metric("dmoa.bench.latency", "log-log slope of the time per step over the number of agents, up to 256", "<= 0.2"),
+    "growth": _Metric("dmoa.bench.latency", "log-log slope of the time per step over the number of agents, to 1,024", "<= 0.2"),
     "otlp": _Metric(
         "dmoa.bench.tracing",
         "a step of P4 while spans go to a collector, over one without; what spans take of a query while they are off",

@@ -19,6 +19,8 @@ from dmoa.core.scores import Array, Numbers
 from dmoa.errors import ConfigError
 from dmoa.types import FloatArray
 
+ENTROPY_PRICE = 0.1
+"""How much one more agent a step must lower the logarithm of the winner's entropy to be worth asking: a tenth surer."""
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """What `core/calibration` tries where no alpha is given."""
 ONE_FIRST = 1.0

@@ -16,6 +16,7 @@ from dmoa.agents.pool import build_agents, build_engine
 from dmoa.agents.summarizer import withhold
 from dmoa.config import SUMMARIZER, AgentConfig, Config, callable_agents
 from dmoa.protocols import AgentClient, Engine
+from dmoa.serving.handles import listen_where_ray_does
 from dmoa.serving.placement import is_in_ingress
 from dmoa.serving.rollover import check_version, pool_version
 from dmoa.types import AgentCall, AgentReply, TextDelta
@@ -64,6 +65,7 @@ class AgentReplica(AgentCalls):
 
     def __init__(self, config_json: str, llm: str, agent: str | None = None) -> None:
         """Load the engine. `agent` names the one agent of a dedicated deployment, None hosts all of the LLM's."""
+        listen_where_ray_does()
         config = Config.model_validate_json(config_json)
         hosted = hosted_agents(config, llm, agent)
         self._host(config, llm, hosted, build_engine(config, llm, hosted))

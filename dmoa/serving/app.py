@@ -30,7 +30,7 @@ from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.feedback import Explorer, FeedbackClient, exploration
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
-from dmoa.serving.handles import ask, take_carried_bodies
+from dmoa.serving.handles import ask, listen_where_ray_does, take_carried_bodies
 from dmoa.serving.http.front import Bounds, FrontNotice
 from dmoa.serving.http.requests import unknown_model
 from dmoa.serving.http.routes import create_app
@@ -106,6 +106,7 @@ class SwarmIngress:
     def __serve_build_asgi_app__(self) -> Any:
         """Return the FastAPI app; Serve calls this after the constructor."""
         take_carried_bodies()
+        listen_where_ray_does()
         config = self._config
         app = create_app(
             lambda: self,

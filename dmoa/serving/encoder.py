@@ -15,7 +15,7 @@ from dmoa.agents.pool import build_encoder
 from dmoa.config import Config
 from dmoa.errors import AgentUnavailableError
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS
-from dmoa.serving.handles import ask
+from dmoa.serving.handles import ask, listen_where_ray_does
 from dmoa.types import FloatArray
 
 CACHE_SIZE = 4096
@@ -26,6 +26,7 @@ class EncoderReplica:
     """A replica that embeds texts."""
 
     def __init__(self, config_json: str) -> None:
+        listen_where_ray_does()
         self._encoder = build_encoder(Config.model_validate_json(config_json), is_quick=True)
 
     async def embed(self, texts: list[str]) -> list[FloatArray]:

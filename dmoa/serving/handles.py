@@ -13,11 +13,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ray
+from ray._common.tls_utils import add_port_to_grpc_server
 from ray.serve import context
 from ray.serve._private import replica
 from ray.serve._private.common import StreamingHTTPRequest
 from ray.serve._private.http_util import ASGIReceiveProxy
 
+from dmoa.loopback import is_loopback
 from dmoa.serving.http.front import BODY
 
 _PROCESS = uuid.uuid4().hex
@@ -86,3 +89,12 @@ def take_carried_bodies() -> None:
     """Have this process, a replica, take bodies from where the front has put them."""
     replica.ASGIReceiveProxy = CarriedBody
     StreamingHTTPRequest.receive_asgi_messages = property(_asked_late)
+
+
+def listen_where_ray_does() -> None:
+    """Have this replica take calls on loopback where its Ray listens there alone; call in its constructor.
+
+    Serve (Ray 2.60) takes calls between replicas on every interface.
+    """
+    if is_loopback(ray.util.get_node_ip_address()):
+        replica.add_port_to_grpc_server = lambda server, _: add_port_to_grpc_server(server, "127.0.0.1:0")

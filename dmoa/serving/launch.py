@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dmoa.agents.pool import check_corpus, check_files, check_keys
 from dmoa.config import Config
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.loopback import ignore_proxies
+from dmoa.loopback import ignore_proxies, is_loopback
 from dmoa.serving import listening
 from dmoa.serving.ending import own_process_groups
 from dmoa.serving.failures import last_words, wait_running
@@ -50,6 +50,8 @@ _keeper: PortKeeper | None = None
 """Of this process, as its Ray is."""
 AUTO = "auto"
 """The word for the Ray that runs on this machine."""
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's name, on any system, for whether other machines may join; "0": all of its processes listen on loopback alone."""
 _LOCAL = "local"
 """Ray's own word for a Ray that this process starts."""
 _QUIET = {
@@ -228,6 +230,7 @@ def start_ray(address: str | None = None) -> bool:
         if address == AUTO:
             address = _only_ray()
         _check_listening(str(address))
+        _let_others_join(not _is_on_loopback_alone(str(address)))
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ray.exceptions.RayError) as error:
@@ -268,6 +271,28 @@ def _check_listening(address: str) -> None:
         raise ConfigError(
             f"address is {address!r}; nothing listens there ({error}); give HOST:PORT of a running Ray, or auto"
         ) from error
+
+
+def _is_on_loopback_alone(address: str) -> bool:
+    """Say whether a Ray of this machine, at its HOST:PORT, listens nowhere else."""
+    from ray._private.services import node_ip_address_from_perspective
+
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or not is_loopback(host):
+        return False
+    try:
+        socket.create_connection((node_ip_address_from_perspective(), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return True
+    return False
+
+
+def _let_others_join(may_join: bool) -> None:
+    """Say whether the Ray that is started or joined next is for several machines: every process of it must know."""
+    from ray._private import ray_constants
+
+    os.environ[_CLUSTERS] = str(int(may_join))  # for what this process starts
+    ray_constants.ENABLE_RAY_CLUSTER = may_join
 
 
 def ray_address(address: str | None) -> str | None:
@@ -328,6 +353,7 @@ def _start_own_ray() -> None:
         keep_token_private(token_path())
     import ray
 
+    _let_others_join(os.environ.get(_CLUSTERS) == "1")
     for attempt in range(_START_ATTEMPTS):
         try:
             with own_process_groups():

@@ -429,9 +429,10 @@ class TrainOptions(Options):
     """tau covers the surest agent on 1 - alpha of the held-back rows, a nominal level; auto: chosen, with `theta_alpha`."""
     theta_alpha: float | None = Field(default=None, gt=0, lt=1)
     """theta lies above the surest reply's score on a share of 1 - theta_alpha of those rows; None: `alpha`, or chosen with it."""
-    agent_price: float = Field(default=0.1, ge=0)
-    """With `alpha` auto: how much one more agent per step must lower the logarithm of the winner's entropy to be worth asking;
-    0.1 is a tenth surer."""
+    agent_price: float | None = Field(default=None, ge=0)
+    """What one more agent per step must be worth to be asked. Score posterior: the gain in probability of a right answer that is
+    expected of it, frozen with the gate; None: gate.agent_price. Else, with `alpha` auto: how much it must lower the logarithm of
+    the winner's entropy; None: 0.1, a tenth surer."""
     anchor_rollouts: Path | None = None
     """Folder with dense rollouts that the anchor set is taken from; None: `rollouts`."""
     clusters: int = Field(default=8, ge=1, le=1024)

@@ -25,7 +25,7 @@ from dmoa import checkpoint
 from dmoa.agents.pool import build_pool_gate, check_files, fingerprint
 from dmoa.checkpoint import AnchorSet, Checkpoint, describe_gate
 from dmoa.config import Config
-from dmoa.core.calibration import OperatingPoint, fit_operating_point
+from dmoa.core.calibration import ENTROPY_PRICE, OperatingPoint, fit_operating_point
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.scores import scores
 from dmoa.errors import ConfigError
@@ -97,6 +97,12 @@ def build_start(options: TrainOptions, config: Config) -> InitialGate:
                     "change it; leave one of the two out"
                 )
     changes = {"score": options.score or gate.spec.score, "max_agents": options.max_agents or gate.spec.max_agents}
+    if changes["score"] == "posterior" and options.agent_price is not None:
+        if options.agent_price > 1:
+            raise ConfigError(
+                f"train: agent_price is {options.agent_price:g}; with score posterior it is a gain of probability, 0 to 1"
+            )
+        changes["agent_price"] = options.agent_price
     begun = Gate(dataclasses.replace(gate.spec, **changes), profile_AD=gate.state_dict().get("profile_AD"))  # type: ignore[arg-type] # typed by the fields
     begun.load_state_dict(gate.state_dict())
     begun.label_model = gate.label_model
@@ -389,7 +395,7 @@ def fit_spec(gate: Gate, evidence: FittedTargets, options: TrainOptions) -> tupl
         finished_NA if has_theta else None,
         alphas=options.alphas,
         theta_alphas=options.theta_alphas,
-        price=options.agent_price,
+        price=ENTROPY_PRICE if options.agent_price is None else options.agent_price,
     )
     return _fitted(spec, point), _metrics_of(point)
 

@@ -1,4 +1,4 @@
-"""Two agents on one LLM of two replicas: every step asks both at once, and none of its calls is lost."""
+"""A server with a Ray of its own, and two agents on one LLM of two replicas: both are asked at once, no call is lost."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
-from tests.integration.head import Head, serve_on
-from tests.integration.server import Served
+from dmoa.loopback import is_loopback
+from tests.integration.server import Served, serve
 
 CONFIG = """
 name: replicas
@@ -32,10 +33,10 @@ QUERIES = 16
 
 
 @pytest.fixture
-def server(tmp_path: Path, head: Head) -> Iterator[Served]:
+def server(tmp_path: Path) -> Iterator[Served]:
     path = tmp_path / "pool.yaml"
     path.write_text(CONFIG.replace("STATE", (tmp_path / "state").as_uri()), encoding="utf-8")
-    served = serve_on(head, path)
+    served = serve(path)
     yield served
     assert served.stop() == 0
 
@@ -54,3 +55,18 @@ async def test_all_agents_of_a_step_answer_and_both_replicas_work(server: Served
     assert {agent["status"] for agent in agents} == {"ok"}, agents
     assert len(agents) >= 2 * QUERIES
     assert len({agent["replica"] for agent in agents}) == 2
+    assert not listening_elsewhere(server)
+
+
+def listening_elsewhere(server: Served) -> dict[str, str]:
+    """Return the processes of a server that other machines could reach, and where."""
+    tree = [psutil.Process(server.process.pid), *server.processes("")]
+    ports = {process.name(): process.net_connections(kind="tcp") for process in tree}
+    assert any(port.status == psutil.CONN_LISTEN for port in ports["raylet"])
+    heard = {
+        (name, port.laddr.ip.removeprefix("::ffff:"))
+        for name, found in ports.items()
+        for port in found
+        if port.status == psutil.CONN_LISTEN
+    }
+    return {name: ip for name, ip in heard if not is_loopback(ip)}

@@ -68,7 +68,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         "linear",
         128,
     )
-    assert (config.gate.temperature, config.gate.score, config.gate.checkpoint) == (0.1, "anchored", None)
+    assert (config.gate.temperature, config.gate.score, config.gate.checkpoint) == (0.1, "posterior", None)
     rule = config.gate.activation
     assert (rule.rule, rule.mass, rule.cascade, rule.max_agents) == ("top_mass", 0.8, True, 4)
     limits = config.limits

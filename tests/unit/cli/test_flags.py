@@ -62,7 +62,7 @@ FLAGS = {
         "--lr:float --patience:int>=1 --workers:str=auto --gpu:bool=False --loss:str=soft --score:str "
         "--head:str --core:str --start-from:Path --anchor-rollouts:Path "
         "--discount-constant/--keep-constant:bool=True --holdout:float=0.25 --alpha:str=auto "
-        "--theta-alpha:float --agent-price:float>=0=0.1 --seed:int>=0=0 --dtype:str=float32 "
+        "--theta-alpha:float --agent-price:float>=0 --seed:int>=0=0 --dtype:str=float32 "
         "--max-bad-steps:int>=0=10 --max-failures:int>=0=3 --storage-path:str --address:str$RAY_ADDRESS "
         "--track:str=auto"
     ),

@@ -39,13 +39,13 @@ def test_no_module_outside_evaluation_reaches_for_labels() -> None:
     for path in PACKAGE.rglob("*.py"):
         if path.is_relative_to(PACKAGE / "evaluation") or path.relative_to(PACKAGE).as_posix() in WHO_MAY:
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
-        calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+        calls = (node.func for node in nodes if isinstance(node, ast.Call))
         names |= {node.attr for node in calls if isinstance(node, ast.Attribute)}
         # `scores` is also the name of a module of core, imported by its functions.
         found = names & (LABEL_NAMES - {"scores"})
-        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
         assert not found, f"{path.relative_to(PACKAGE)} uses {found}"
         assert not {text for text in texts if "labels/" in text}, f"{path.relative_to(PACKAGE)} names the folder of labels"
 

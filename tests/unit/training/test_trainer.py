@@ -74,10 +74,13 @@ def test_the_alphas_are_the_given_ones_or_chosen_by_the_price_of_an_agent(rollou
     assert (given["alpha"], given["theta_alpha"]) == (0.3, 0.3)
     both = train(tmp_path / "both", rollouts, config, alpha=0.3, theta_alpha=0.2).record.metrics
     assert (both["alpha"], both["theta_alpha"]) == (0.3, 0.2)
-    free = train(tmp_path / "free", rollouts, config, agent_price=0.0).record.metrics
-    dear = train(tmp_path / "dear", rollouts, config, agent_price=100.0).record.metrics
-    assert dear["agents"] < 1.2
-    assert free["agents"] > dear["agents"]
+    for score, price in (("anchored", 100.0), ("posterior", 1.0)):
+        free = train(tmp_path / f"free-{score}", rollouts, config, score=score, agent_price=0.0).record.metrics
+        dear = train(tmp_path / f"dear-{score}", rollouts, config, score=score, agent_price=price).record.metrics
+        assert dear["agents"] < 1.2
+        assert free["agents"] > dear["agents"]
+    with pytest.raises(ConfigError, match="agent_price is 100; with score posterior it is a gain of probability, 0 to 1"):
+        train(tmp_path / "none", rollouts, config, agent_price=100.0)
 
 
 @pytest.mark.parametrize(("alpha", "seen"), [("often", "'often'"), ("1.5", "1.5"), (0, "0")])
@@ -135,14 +138,15 @@ def test_labels_beside_the_rollouts_change_nothing(config: Config, tmp_path: Pat
     assert same(*found)
 
 
-def test_texts_and_sources_are_not_read(config: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("score", ["raw", "anchored"])
+def test_texts_and_sources_are_not_read(score: str, config: Config, tmp_path: Path) -> None:
     rows = domain_rows()
     other = [value | {"text": "The answer is 7.", "source": "elsewhere", "split": "test"} for value in rows]
     versions = [
-        train(tmp_path / f"run{n}", write_rollouts(tmp_path / f"rollouts{n}", part, config), config, epochs=1).record.version
+        train(tmp_path / f"run{n}", write_rollouts(tmp_path / f"rollouts{n}", part, config), config, epochs=1, score=score)
         for n, part in enumerate((rows, other))
     ]
-    assert versions[0] == versions[1]
+    assert versions[0].record.version == versions[1].record.version
 
 
 @pytest.mark.contract
@@ -414,6 +418,8 @@ def test_anchored_scores_need_dense_rollouts(config: Config, tmp_path: Path) -> 
     sparse = [value | {"propensity": 0.1} if value["agent"] == "two" else value for value in domain_rows()]
     folder = write_rollouts(tmp_path / "rollouts", [value for value in sparse if value["agent"] != "three"], config)
     with pytest.raises(ConfigError, match="anchors need dense steps"):
+        train(tmp_path / "run", folder, config, score="anchored")
+    with pytest.raises(ConfigError, match="it needs 8 dense steps to learn from, and these rollouts have 0"):
         train(tmp_path / "run", folder, config)
     result = train(tmp_path / "run", folder, config, epochs=1, score="raw")
     assert result.record.activation["theta"] is None
