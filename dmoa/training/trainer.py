@@ -96,14 +96,17 @@ def build_start(options: TrainOptions, config: Config) -> InitialGate:
                     f"train: {name} is {wanted!r}; the checkpoint to start from has {seen!r}, and training cannot "
                     "change it; leave one of the two out"
                 )
-    changes = {"score": options.score or gate.spec.score, "max_agents": options.max_agents or gate.spec.max_agents}
+    changes: dict[str, Any] = {
+        "score": options.score or gate.spec.score,
+        "max_agents": options.max_agents or gate.spec.max_agents,
+    }
     if changes["score"] == "posterior" and options.agent_price is not None:
         if options.agent_price > 1:
             raise ConfigError(
                 f"train: agent_price is {options.agent_price:g}; with score posterior it is a gain of probability, 0 to 1"
             )
         changes["agent_price"] = options.agent_price
-    begun = Gate(dataclasses.replace(gate.spec, **changes), profile_AD=gate.state_dict().get("profile_AD"))  # type: ignore[arg-type] # typed by the fields
+    begun = Gate(dataclasses.replace(gate.spec, **changes), profile_AD=gate.state_dict().get("profile_AD"))
     begun.load_state_dict(gate.state_dict())
     begun.label_model = gate.label_model
     return InitialGate(gate=begun, parent=parent, fingerprint=fingerprint(config))
