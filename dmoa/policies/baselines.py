@@ -46,7 +46,13 @@ class SinglePolicy:
         )
 
 
-@policy("dense", "Every agent of the pool at every step.", cost="steps * A", first_step_only=True)
+@policy(
+    "dense",
+    "Every agent of the pool at every step.",
+    cost="steps * A",
+    reads="A * steps * (steps - 1) / 2",
+    first_step_only=True,
+)
 def build_dense(context: PolicyContext) -> DensePolicy:
     """Return the policy of the pool's agents."""
     return DensePolicy(agents=context.config.agent_names)
@@ -70,6 +76,7 @@ class DensePolicy:
     "One agent a step, drawn evenly; repeats for the same query.",
     width=lambda config: 1,
     cost="steps",
+    reads="steps * (steps - 1) / 2",
     first_step_only=True,
 )
 def build_random(context: PolicyContext) -> RandomPolicy:

@@ -28,6 +28,7 @@ def _width(config: Config) -> int:
     "The recurrent gate activates a sparse, adaptive set of agents at every step.",
     width=_width,
     cost="steps * max_agents at most",
+    reads="max_agents * steps * (steps - 1) / 2 at most",
     first_step_only=True,
 )
 def build_dmoa(context: PolicyContext) -> DmoaPolicy:

@@ -18,7 +18,8 @@ from dmoa.types import Activation, QueryState, StepPlan, StepRecord, Stop
 @policy(
     "exploring",
     "As dmoa, and beside it the other agents are asked only to learn from: all, or one with `dmoa.epsilon`.",
-    cost="steps * A",
+    cost="steps * A at most",
+    reads="A * steps * (steps - 1) / 2 at most",
     first_step_only=True,
 )
 def build_exploring(context: PolicyContext) -> ExploringPolicy:

@@ -89,23 +89,23 @@ def schedule_of(calls: list[AgentCall]) -> list[str]:
     return [" ".join((mark_of(call), *(["<-", *marks] if marks else []))) for call, marks in zip(calls, seen, strict=True)]
 
 
-def cost_of(policy: str) -> tuple[int, int]:
-    """Calls and reads as the formulas of a policy's entry have them, for four agents."""
+def cost_of(policy: str, asked: Query | None = None) -> tuple[int, int]:
+    """Calls and reads as the formulas of a policy's entry have them, for four agents and the query's limits."""
     name, words = split_policy(policy)
-    entry = POLICIES[name]
-    assert entry.options is not None
-    options = entry.options_of(words, scripted_pool(POOL))
-    names: dict[str, Any] = {**options.model_dump(), "A": len(options.agents), "ceil": math.ceil, "min": min, "max": max}
+    entry, limits = POLICIES[name], (asked or query()).limits
+    options = entry.options_of(words, scripted_pool(POOL)) if entry.options else None
+    names: dict[str, Any] = {**(options.model_dump() if options else {}), "A": len(options.agents if options else POOL)}
+    names |= {"ceil": math.ceil, "min": min, "max": max, "steps": limits.max_steps, "max_agents": limits.max_agents}
     if "inner" in names:
-        names["inner"], names["inner_reads"] = cost_of(names["inner"])
+        names["inner"], names["inner_reads"] = cost_of(names["inner"], asked)
     calls, reads = (eval(text.removesuffix(" at most"), {"__builtins__": {}}, names) for text in (entry.cost, entry.reads))
     return calls, reads
 
 
-async def check_cost(policy: str, says: Says = lambda call: None) -> None:
+async def check_cost(policy: str, says: Says = lambda call: None, asked: Query | None = None) -> None:
     """Assert that calls are those of the formula, and tokens within 1 % of what calls and reads come to."""
-    answer, calls = await run(policy, says)
-    expected_calls, reads = cost_of(policy)
+    answer, calls = await run(policy, says, asked)
+    expected_calls, reads = cost_of(policy, asked)
     assert len(calls) == expected_calls
     prompt = len(QUESTION.split())
     expected = sum(prompt + len((says(call) or f"x {_FILLER}").split()) for call in calls) + reads * (len(_FILLER.split()) + 1)
