@@ -26,12 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, neither i
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs" / "study"))
 
 from label_model import NAMES, Material, answer, lines, load, with_outcomes
-from study_posterior import SURE_NATS, changed, matrix_of, reply_of, trained
-from study_replies import Replies, everyone, first_step, replies, rows_of
 
-from dmoa.agents.adversaries import KINDS, Adversaries, corrupted
+from dmoa.agents.adversaries import KINDS
 from dmoa.agents.embedder import MiniLmEncoder
-from dmoa.agents.pool import load_pool
 from dmoa.config import Config
 from dmoa.core.aggregate import select_contribution
 from dmoa.core.defences import barred
@@ -41,80 +38,19 @@ from dmoa.core.sequential import AGENT_PRICE
 from dmoa.core.witnesses import NO_ANSWER, Witnesses
 from dmoa.engines import models
 from dmoa.engines.recorded import agent_name
-from dmoa.errors import DmoaError
-from dmoa.evaluation.answer_matrix import everyone as all_agents
-from dmoa.evaluation.answer_matrix import gate_choices, replay_choices
-from dmoa.evaluation.answering import Asking, query_of_task
-from dmoa.evaluation.records import Reply, Row, Task
-from dmoa.evaluation.registry import SUITES
-from dmoa.evaluation.statistics import compare_policies, interval
-from dmoa.policies.registry import split_policy
-from dmoa.protocols import Encoder, final_answer
+from dmoa.evaluation.records import Task
+from dmoa.evaluation.statistics import compare_policies
 from dmoa.storage import write_whole
-from dmoa.swarm import Swarm
-from dmoa.types import AgentCall, AgentReply, Answer, Defence, FloatArray, Limits, Message, Sampling
+from dmoa.types import AgentReply, Defence, Limits
 from dmoa.workflows.backends import build_local_swarm
 from tests.accept.checks import ROOT, ROWS, run_check
+from tests.accept.rivals_adversaries import MOST_LOST, POOLS, SIX, Attack, adversaries, reply_under
 from tests.accept.rivals_overhead import overhead
 from tests.accept.rivals_report import report
+from tests.accept.rivals_suites import suites
+from tests.accept.rivals_table import SEED, Figures, Remembering, ask_all, figures, of_answers
 
-IN_FLIGHT = 8
-LEARN, SEED = 100, 0
-MOST_LOST = 0.03
-Figures = dict[str, Any]
-Judge = Callable[[int, str], float]
-
-
-class Remembering:
-    """An encoder that embeds a text once, so that many policies over the same rows cost one embedding a row."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._known: dict[str, FloatArray] = {}
-
-    async def embed(self, texts: Sequence[str]) -> list[FloatArray]:
-        """Return the embeddings, in order."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        self._known |= dict(zip(new, await self._encoder.embed(new) if new else [], strict=True))
-        return [self._known[text] for text in texts]
-
-
-async def ask_all(swarm: Swarm, policy: str, tasks: Sequence[Task], limits: Limits) -> list[Answer | DmoaError]:
-    """Return the answer of a policy to each task, or why there is none: one lost query does not end a table."""
-    asking, room = Asking(seed=SEED, limits=limits, ends_schedules=True), asyncio.Semaphore(IN_FLIGHT)
-
-    async def one(task: Task) -> Answer | DmoaError:
-        async with room:
-            try:
-                return await final_answer(swarm, query_of_task(task, policy, asking), *split_policy(policy))
-            except DmoaError as error:
-                return error
-
-    return list(await asyncio.gather(*map(one, tasks)))
-
-
-def figures(values: Sequence[float], calls: Sequence[float], tokens: Sequence[float], wall_s: float = 0.0) -> Figures:
-    """Return accuracy with its interval, and what a query takes."""
-    found = interval(values)
-    return {
-        "n": len(values),
-        "accuracy": round(found.value, 4),
-        "low": round(found.low, 4),
-        "high": round(found.high, 4),
-        "calls": round(float(np.mean(calls)), 2),
-        "tokens": round(float(np.mean(tokens)), 1),
-        "seconds": round(wall_s / max(1, len(values)), 3),
-    }
-
-
-def of_answers(answers: Sequence[Answer | DmoaError], judge: Judge) -> Figures:
-    """Return the figures of a policy's answers, with the value of each row; a query without an answer is wrong, and counted."""
-    lost = [str(found)[-300:] for found in answers if isinstance(found, DmoaError)]
-    values = [judge(number, found.text) if isinstance(found, Answer) else 0.0 for number, found in enumerate(answers)]
-    calls = [sum(len(step.calls) for step in found.steps) for found in answers if isinstance(found, Answer)]
-    tokens = [found.usage.total for found in answers if isinstance(found, Answer)]
-    said = {"lost": len(lost), "first_lost": lost[0]} if lost else {}
-    return figures(values, calls or [0], tokens or [0]) | said | {"values": values}
+LEARN = 100
 
 
 def recorded_pool(path: Path, agents: Sequence[str]) -> Config:
@@ -221,7 +157,6 @@ def labels_of(policy: str) -> str:
 
 
 DEFENCES: tuple[Defence, ...] = ("none", "agreement", "cluster_filter", "dropout_cluster")
-SIX = 6
 
 
 def attacked(source: Path, out: Path, limit: int) -> Figures:
@@ -312,15 +247,6 @@ def lied(material: Material, liar: int | None, learn: Any, test: Any) -> dict[st
     return {"dmoa": float(own.right.mean()), "vote": float(np.mean(votes_R))}
 
 
-def reply_under(text: str, agent: str, asked: str, kind: str) -> AgentReply:
-    """Return a recorded reply, or what an adversary makes of it; one that is absent says nothing."""
-    reply = AgentReply(agent=agent, status="ok", text=text)
-    call = AgentCall(trace_id=asked, step=0, agent=agent, messages=(Message(role="user", content=asked),), sampling=Sampling())
-    if kind == "absent":
-        return replace(reply, text="")
-    return reply if kind == "none" else corrupted(reply, call, kind)  # type: ignore[arg-type]
-
-
 def votes(
     replies_RA: Sequence[Sequence[AgentReply]], asked: Sequence[str], truth: Sequence[str | None], order: Any
 ) -> dict[str, Figures]:
@@ -348,227 +274,8 @@ def votes(
     return table
 
 
-FIRST_STEP = ("dense", "random", "random_router", "majority_k:k=3", "majority_k:k=64", "free_agency", "knapsack")
-LABELLED = ("bandit", "knn_router", "linear_router", "kmeans")
-LONGER = (
-    "self_consistency",
-    "self_moa",
-    "best_of_n",
-    "cot",
-    "debate:rounds=1",
-    "moa:layers=2",
-    "complete",
-    "fusion",
-    "chain",
-    "smoa",
-)
-DRAWS = 5
-Done = Callable[[str, Figures], None]
-
-
-def suites(folder: Path, per_suite: int, pools: Sequence[str], longer_rows: int, keep: Callable[[Figures], None]) -> Figures:
-    """Policies on the specialists' suites: dmoa with gates of five draws, and rivals; the longer ones on fewer rows.
-
-    Every agent answers each row once, and gates and rivals of the first step choose among these replies; what the longer ones ask
-    is kept in `folder` as well. Routers with labels learn from the queries of the first draw.
-    """
-    split, _, seed = TEST_ROWS
-    test = replies(rows_of(split, per_suite, seed), everyone(pools), folder, f"{split}-{seed}")
-    learnt = [replies(rows_of("gate", 8, 301 + draw), everyone(pools), folder, f"gate-{301 + draw}") for draw in range(DRAWS)]
-    judge, tasks = judge_of(test.rows), [row.task for row in test.rows]
-    found: Figures = {"rows": len(tasks), "longer_rows": longer_rows}
-    for name in pools:
-        config, table = first_step(load_pool(name)), found.setdefault(name, {})
-
-        def done(policy: str, entry: Figures, table: Figures = table, name: str = name) -> None:
-            own = table.setdefault("dmoa, anchored, draw 0", entry)["values"][: len(entry["values"])]
-            against = compare_policies(own, entry["values"])
-            entry["dmoa_minus_it"] = [round(x, 4) for x in (against.difference, against.low, against.high, against.p)]
-            table[policy] = entry
-            print(name, policy, {key: value for key, value in entry.items() if key != "values"}, flush=True)
-            keep(found)
-
-        matrix, embedding_RD = matrix_of(test, config)
-        for arm in ("anchored", "posterior"):
-            for draw in range(DRAWS):
-                gate = trained(learnt[draw], config, arm, draw, folder / "gates" / name / arm / str(draw))
-                served = replay_choices(matrix, gate_choices(gate, embedding_RD))
-                values = served.value_R.tolist()
-                done(
-                    f"dmoa, {arm}, draw {draw}",
-                    figures(values, served.k_R.tolist(), served.tokens_R.tolist()) | {"values": values},
-                )
-        done("oracle", figures(best := matrix.value_RA.max(axis=1).tolist(), [1], [0]) | {"values": best})
-        data = folder / f"{name}-labels.jsonl"
-        right_RA = learnt[0].values(config.agent_names)
-        cells = [
-            (row.task.text, agent, right)
-            for row, rights in zip(learnt[0].rows, right_RA, strict=True)
-            for agent, right in zip(config.agent_names, rights.tolist(), strict=True)
-        ]
-        write_whole(
-            data, "".join(json.dumps(dict(zip(("query", "agent", "reward"), c, strict=True))) + "\n" for c in cells).encode()
-        )
-        first = (
-            [f"single:{agent}" for agent in config.agent_names] + [*FIRST_STEP] + [f"{router}:data={data}" for router in LABELLED]
-        )
-        pool = recorded_pool(write_recorded(folder / f"{name}-replies.jsonl", test), config.agent_names)
-        asyncio.run(_asked(pool, None, first, tasks, judge, done))
-        asyncio.run(_asked(config, folder / "calls", LONGER, tasks[:longer_rows], judge, done))
-    return found
-
-
-def write_recorded(path: Path, found: Replies) -> Path:
-    """Write replies as a file of the engine `recorded`."""
-    text_of = {row.task.row_id: row.task.text for row in found.rows}
-    lines_of = []
-    for line in found.table.to_pylist():
-        if line["query_id"] in text_of:
-            reply = reply_of(line)
-            known = {"agent": reply.agent, "text": reply.text, "entropy": reply.entropy.mean_nats}
-            tokens = {name: getattr(reply.usage, name) for name in ("prompt_tokens", "completion_tokens")}
-            lines_of.append(json.dumps(known | tokens | {"query": text_of[line["query_id"]]}) + "\n")
-    write_whole(path, "".join(lines_of).encode())
-    return path
-
-
-async def _asked(
-    config: Config, calls: Path | None, policies: Sequence[str], tasks: Sequence[Task], judge: Judge, done: Done
-) -> None:
-    """Ask one policy after the other."""
-    swarm = build_local_swarm(config, lambda text: None, calls)
-    swarm.encoder = Remembering(swarm.encoder)
-    try:
-        for policy in policies:
-            shown = f"{split_policy(policy)[0]}, labels" if ":data=" in policy else policy
-            done(shown, of_answers(await ask_all(swarm, policy, tasks, Limits(max_steps=1)), judge))
-    finally:
-        await swarm.close()
-
-
-ATTACKED = ("dmoa", "majority_k:k=6", "moa:layers=2", "debate:rounds=1", "complete")
-GATE_ROWS, TEST_ROWS = ("gate", 8, 301), ("test", 16, 401)
-"""Split, rows a suite and seed of what gates learn from and of what is judged: rows of the study, whose replies can be given."""
-
-
-def under_attack(found: Replies, config: Config, enemies: Adversaries | None) -> Replies:
-    """Return the replies as they are where some agents work against the others."""
-    if enemies is None:
-        return found
-    asked = {row.task.row_id: row.task.text for row in found.rows}
-    names, table = enemies.of(config.agent_names), found.table.to_pylist()
-    said = [
-        reply_under(line["text"], line["agent"], asked[line["query_id"]], enemies.kind if line["agent"] in names else "none").text
-        for line in table
-    ]
-    changes: dict[str, Sequence[Any]] = {"text": said}
-    if enemies.kind == "confident_liar":
-        sure = [line["entropy_tokens"] * SURE_NATS if line["agent"] in names else line["entropy_sum_nats"] for line in table]
-        changes["entropy_sum_nats"] = sure
-    return replace(found, table=changed(found.table, changes))
-
-
-def gated(folder: Path, config: Config, enemies: Adversaries | None, score: str, at: Path) -> Config:
-    """Return a pool with a gate that has learnt, without labels, from replies under the same attack."""
-    found = replies(rows_of(*GATE_ROWS), config, folder, f"{GATE_ROWS[0]}-{GATE_ROWS[2]}")
-    trained(under_attack(found, config, enemies), config, score, 0, at)
-    checkpoint = next((at / "gate").glob("**/gate.json")).parent
-    return config.model_copy(update={"gate": config.gate.model_copy(update={"checkpoint": str(checkpoint)})})
-
-
-def enemies_of(counts: Sequence[int]) -> dict[str, Adversaries | None]:
-    """Return nobody, and so many adversaries of each kind, by name."""
-    some = {f"{kind} x {count}": Adversaries(count=count, kind=kind) for count in counts for kind in KINDS}
-    return {"none x 0": None, **some}
-
-
-def attacked_suites(folder: Path, per_suite: int, counts: Sequence[int]) -> Figures:
-    """Choices among first replies of the six specialists under attack: gates that learnt under the same attack, and votes.
-
-    Rows of the adversaries' own suites are left out, which without them nobody could answer, in all arms of that number.
-    """
-    config, found = first_step(load_pool("specialists")), {}
-    split, _, seed = TEST_ROWS
-    test = replies(rows_of(split, per_suite, seed), config, folder, f"{split}-{seed}")
-    learnt = replies(rows_of(*GATE_ROWS), config, folder, f"{GATE_ROWS[0]}-{GATE_ROWS[2]}")
-    for arm, enemies in enemies_of(counts).items():
-        matrix, embedding_RD = matrix_of(under_attack(test, config, enemies), config)
-        values: dict[str, Any] = {"vote of six": replay_choices(matrix, all_agents(matrix)).value_R}
-        for score in ("anchored", "posterior"):
-            at = folder / "attacked" / arm.replace(" ", "-") / score
-            gate = trained(under_attack(learnt, config, enemies), config, score, 0, at)
-            values[f"dmoa, {score}"] = replay_choices(matrix, gate_choices(gate, embedding_RD)).value_R
-        suites_R = np.array([task.benchmark for task in matrix.tasks])
-        honest = {count: ~np.isin(suites_R, config.agent_names[SIX - count :]) for count in counts}
-        found[arm] = {name: {count: float(value_R[honest[count]].mean()) for count in counts} for name, value_R in values.items()}
-        print(arm, found[arm], flush=True)
-    lost = {
-        arm: {name: round(found["none x 0"][name][at] - by[at], 4) for name, by in found[arm].items() for at in [enemies.count]}
-        for arm, enemies in enemies_of(counts).items()
-        if enemies
-    }
-    with_one = [by for arm, by in lost.items() if arm.endswith(" x 1")]
-    passed = all(by[f"dmoa, {score}"] <= MOST_LOST for by in with_one for score in ("anchored", "posterior"))
-    return {"accuracy": found, "lost": lost, "passed": passed}
-
-
-def adversaries(
-    folder: Path, per_suite: int, defences: Sequence[str], counts: Sequence[int], score: str, keep: Callable[[Figures], None]
-) -> Figures:
-    """One adversary of each kind among the six specialists: what each policy loses. The gate learns under attack, without labels.
-
-    The adversary is the pool's last agent; rows of its own suite are left out, which without it nobody could answer.
-    """
-    config = first_step(load_pool("specialists"))
-    lost = set(config.agent_names[len(config.agents) - max(counts) :])
-    split, _, seed = TEST_ROWS
-    rows = [row for row in rows_of(split, per_suite, seed) if row.task.benchmark not in lost]
-    tasks, judge = [row.task for row in rows], judge_of(rows)
-    found: dict[str, Any] = {"rows": len(rows), "score": score, "left_out": sorted(lost), "table": {}}
-    for arm, enemies in enemies_of(counts).items():
-        trained_pool = gated(folder, config, enemies, score, folder / f"{score}-{arm.replace(' ', '-')}")
-        for defence in defences if enemies else ("none",):
-            summarizer = config.summarizer.model_copy(update={"defence": defence})
-            pool = trained_pool.model_copy(update={"summarizer": summarizer})
-            found["table"][f"{arm}, {defence}"] = asyncio.run(_attacked(pool, folder, enemies, tasks, judge))
-            print(arm, defence, found["table"][f"{arm}, {defence}"], flush=True)
-            keep(found)
-    honest = found["table"]["none x 0, none"]
-    found["lost"] = {
-        arm: {policy: round(honest[policy]["accuracy"] - entry["accuracy"], 4) for policy, entry in table.items()}
-        for arm, table in found["table"].items()
-    }
-    with_one = {arm: table for arm, table in found["lost"].items() if " x 1, none" in arm}
-    found["passed"] = all(
-        table["dmoa"] <= MOST_LOST and table["dmoa"] <= min(table[rival] for rival in ATTACKED[2:]) for table in with_one.values()
-    )
-    return found
-
-
-def judge_of(rows: Sequence[Row]) -> Judge:
-    """Return what scores an answer to one of the rows of the suites."""
-
-    def judge(number: int, text: str) -> float:
-        label = rows[number].label
-        assert label is not None
-        return SUITES[rows[number].task.benchmark].score(label, Reply(text=text)).value
-
-    return judge
-
-
-async def _attacked(
-    config: Config, folder: Path, enemies: Adversaries | None, tasks: Sequence[Task], judge: Judge
-) -> dict[str, Figures]:
-    swarm = build_local_swarm(config, lambda text: None, folder / "calls", None, enemies)
-    try:
-        found = {policy: of_answers(await ask_all(swarm, policy, tasks, Limits(max_steps=1)), judge) for policy in ATTACKED}
-    finally:
-        await swarm.close()
-    return {policy: {name: value for name, value in entry.items() if name != "values"} for policy, entry in found.items()}
-
-
 FLAGS: dict[str, dict[str, Any]] = {
-    "--lines": {"default": "recorded,attacked,in_turn,report,overhead,suites,attacked_suites,adversaries"},
+    "--lines": {"default": "recorded,attacked,in_turn,report,overhead,suites,adversaries"},
     "--folder": {"type": Path, "default": Path("out/rivals"), "help": "answers that are kept between runs"},
     "--limit": {"type": int, "default": 300, "help": "recorded test rows of a pool"},
     "--benchmarks": {"default": "arith,words", "help": "of the report"},
@@ -581,6 +288,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--rounds": {"type": int, "default": 12, "help": "pairs of turns, of the runtime beside a script"},
     "--rows": {"type": int, "default": 5, "help": "test rows of a suite, of `suites` and `adversaries`"},
     "--pools": {"default": "specialists,specialists-generalist", "help": "of the suites"},
+    "--attacked-pools": {"default": ",".join(POOLS), "help": "of the adversaries"},
     "--longer-rows": {"type": int, "default": 30, "help": "test rows for policies of several calls an agent"},
     "--adversaries": {"default": "1", "help": "numbers of adversaries, such as 1,2,3"},
     "--defences": {"default": "none"},
@@ -608,9 +316,17 @@ def check(options: Namespace) -> Figures:
         "report": lambda: report(options.folder / "report", asked, options.config, options.report_limit, most),
         "overhead": lambda: overhead(options.queries, options.delay, options.engine, options.rounds),
         "suites": lambda: suites(options.folder, options.rows, options.pools.split(","), options.longer_rows, keep("suites")),
-        "attacked_suites": lambda: attacked_suites(options.folder, options.rows, counts),
         "adversaries": lambda: adversaries(
-            options.folder, options.rows, options.defences.split(","), counts, options.score, keep("adversaries")
+            Attack(
+                folder=options.folder,
+                per_suite=options.rows,
+                asked_rows=options.longer_rows,
+                counts=counts,
+                defences=options.defences.split(","),
+                score=options.score,
+            ),
+            options.attacked_pools.split(","),
+            keep("adversaries"),
         ),
     }
     for name in options.lines.split(","):
