@@ -144,7 +144,7 @@ def attacked_suites(attack: Attack, name: str, keep: Callable[[Figures], None]) 
                 "dmoa": float(np.mean([value_R[rows].mean() for value_R in values])),
                 "dmoa_draws": [round(float(value_R[rows].mean()), 4) for value_R in values],
                 "vote": float(vote_R[rows].mean()),
-                "asked": _asked(attack, pool, test.only(rows[: attack.asked_rows].tolist()), enemies),
+                "asked": _asked(attack, pool, test, rows[: attack.asked_rows].tolist(), enemies),
             }
             for count, rows in honest.items()
             if enemies is None or enemies.count == count
@@ -154,14 +154,14 @@ def attacked_suites(attack: Attack, name: str, keep: Callable[[Figures], None]) 
     return found | judged(found["arms"])
 
 
-def _asked(attack: Attack, config: Config, rows: Replies, enemies: Adversaries | None) -> dict[str, Figures]:
+def _asked(attack: Attack, config: Config, test: Replies, rows: Sequence[int], enemies: Adversaries | None) -> dict[str, Figures]:
     """Ask `dmoa` and the rivals, with each defence; under several adversaries of some kinds nobody is asked."""
-    if not attack.asked_rows or (enemies is not None and enemies.count > 1 and enemies.kind not in CURVES):
+    if not rows or (enemies is not None and enemies.count > 1 and enemies.kind not in CURVES):
         return {}
     found: dict[str, Figures] = {}
     for defence in attack.defences if enemies else ("none",):
         pool = config.model_copy(update={"summarizer": config.summarizer.model_copy(update={"defence": defence})})
-        for policy, entry in asyncio.run(_answers(pool, attack.folder, enemies, rows)).items():
+        for policy, entry in asyncio.run(_answers(pool, attack.folder, enemies, test.only(rows))).items():
             shown = policy if defence == "none" else f"{policy}, {defence}"
             found[shown] = {name: value for name, value in entry.items() if name != "values"}
     return found
