@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from grpc import RpcError
@@ -23,7 +23,7 @@ from dmoa.config import Config, callable_agents
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTakenError, ConfigError, PoolChangedError
 from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, time_left
 from dmoa.serving.deployments import has_affinity
-from dmoa.serving.handles import Sent, ask
+from dmoa.serving.handles import Sent, ask, has_replica
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
 REPLICA_LOST_ERRORS = (RayError, RayServeException, RpcError)
@@ -34,7 +34,7 @@ SLOW_S = 2.0
 CHECK_INTERVAL_S = 1.0
 """How often the router is asked about slow calls, for all of them together."""
 LOST_S, LOST_MEMORY_S = 0.3, 30.0
-"""How long a call may wait to be taken where a replica of its agent was just lost, and for how long that is known.
+"""How long a call may wait to be taken where no replica is left or one was just lost, and for how long a loss is known.
 
 The router hears of it as soon, but Serve keeps what was sent in between until another replica has started.
 """
@@ -58,7 +58,7 @@ FindMissing = Callable[[], Awaitable[MissingReplicas]]
 """Asks the router whom no call can reach."""
 
 
-def _taken() -> bool:
+def _always() -> bool:
     return True
 
 
@@ -80,7 +80,7 @@ class CallWatchdog:
     ) -> None:
         """A replica may take `cold_patience_s` to start; the router is asked about calls after `slow_s`, and repeatedly.
 
-        `lost_s`: how long a call may go untaken once a replica of its queue was lost.
+        `lost_s`: how long a call may go untaken once no replica of its queue is left, or one was lost.
         """
         self.lost_after_s = lost_s
         self._find_missing = find_missing
@@ -92,40 +92,32 @@ class CallWatchdog:
         self._lock = asyncio.Lock()
         self._moved: dict[object, tuple[float, float]] = {}
         self._lost_s: dict[object, float] = {}
-        self._hurrying: defaultdict[object, set[WatchedCall]] = defaultdict(set)
 
     def watch(
         self,
         agent: str,
         give_up: Callable[[], None],
         *,
-        is_taken: Callable[[], bool] = _taken,
+        is_taken: Callable[[], bool] = _always,
         patience_s: float = PATIENCE_S,
         queue: object = None,
-        hurries: bool = False,
+        has_replica: Callable[[], bool] | None = None,
     ) -> WatchedCall:
         """Watch one call from now on; `give_up` is called once, if its agent turns out to be gone.
 
         So it is where no replica takes the call for `patience_s`, as `is_taken` tells. That time begins anew with every call
-        of the same `queue` that was sent before it and is answered, and while the agent is cold. One that `hurries` waits for
-        `lost_s` where a replica of its queue was lost, and none has answered since.
+        of the same `queue` that was sent before it and is answered, and while the agent is cold. With `has_replica` it hurries:
+        it waits for `lost_s` where that tells of no replica, or where one of its queue was lost, and none has answered since.
         """
-        watched = WatchedCall(self, agent, give_up, is_taken=is_taken, patience_s=patience_s, queue=queue)
-        if hurries:
-            self._hurrying[queue].add(watched)
-            if time.monotonic() - self._lost_s.get(queue, float("-inf")) < LOST_MEMORY_S:
-                watched.hurry()
-        return watched
+        return WatchedCall(self, agent, give_up, is_taken=is_taken, patience_s=patience_s, queue=queue, has_replica=has_replica)
 
     def lost(self, queue: object) -> None:
         """Note that a replica was lost with a call of a queue."""
         self._lost_s[queue] = time.monotonic()
-        for call in self._hurrying[queue]:
-            call.hurry()
 
-    def ended(self, call: WatchedCall, queue: object) -> None:
-        """Forget a call that is over."""
-        self._hurrying[queue].discard(call)
+    def is_lost(self, queue: object) -> bool:
+        """Tell whether a replica of a queue was lost not long ago, and none has answered a call since."""
+        return time.monotonic() - self._lost_s.get(queue, float("-inf")) < LOST_MEMORY_S
 
     @property
     def served(self) -> str | None:
@@ -168,6 +160,7 @@ class WatchedCall:
         is_taken: Callable[[], bool],
         patience_s: float,
         queue: object,
+        has_replica: Callable[[], bool] | None,
     ) -> None:
         self._watchdog = watchdog
         self._agent = agent
@@ -179,26 +172,29 @@ class WatchedCall:
         self.is_given_up = False
         self.is_untaken = False
         """Whether it was given up because no replica took it, though its agent has some."""
+        self._has_replica = has_replica or _always
         self._checking: asyncio.Task[None] | None = None
-        self._hurrying: asyncio.TimerHandle | None = None
-        # A timer, not a task: nearly all calls end before it goes off.
+        # Timers, not tasks: nearly all calls end before they go off.
         self._timer = asyncio.get_running_loop().call_later(watchdog.slow_s, self._begin)
+        self._hurrying = None if has_replica is None else self._look_later()
 
-    def hurry(self) -> None:
-        """Give the call up if no replica takes it soon."""
-        if self._hurrying is None:
-            self._hurrying = asyncio.get_running_loop().call_later(self._watchdog.lost_after_s, self._end_hurry)
+    def _look_later(self) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(self._watchdog.lost_after_s, self._look)
 
-    def _end_hurry(self) -> None:
-        self._hurrying = None
-        if not self.is_given_up and not self._is_taken() and not self._watchdog.is_cold(self._agent):
+    def _look(self) -> None:
+        """Give the call up where no replica will take it soon; else look again, until one has it."""
+        if self.is_given_up or self._is_taken():
+            return
+        can_hope = self._has_replica() and not self._watchdog.is_lost(self._queue)
+        if can_hope or self._watchdog.is_cold(self._agent):
+            self._hurrying = self._look_later()
+        else:
             self.is_given_up = True
             self._give_up()
 
     def end(self) -> None:
         """Stop watching: the call is over, or its replica has answered."""
         self._timer.cancel()
-        self._watchdog.ended(self, self._queue)
         if self._hurrying is not None:
             self._hurrying.cancel()
         if self._checking is not None:
@@ -245,13 +241,15 @@ class ServeAgentClient:
         version: str,
         *,
         affine: Collection[str] = (),
+        sleepers: Collection[str] = (),
         watchdog: CallWatchdog | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
         """`handles` are by agent name; `version` is the pool's, which every reply must come from.
 
         Calls of `affine` agents go to the replica of their conversation. Calls to agents that have no replica, as the watchdog
-        finds, end. So do calls without a deadline that no replica takes for `patience_s`, see `CallWatchdog.watch`.
+        finds, end. So do calls without a deadline that no replica takes for `patience_s`, see `CallWatchdog.watch`. `sleepers`
+        may be without a replica while nobody asks them.
         """
         self._version = version
         self._patience_s = patience_s
@@ -262,6 +260,7 @@ class ServeAgentClient:
         self._calls = {name: handle.options(method_name="call", **options) for name, handle in handles.items()}
         self._streams = {name: handle.options(method_name="stream", stream=True, **options) for name, handle in handles.items()}
         self._affine = frozenset(affine)
+        self._has_replica = {name: _always if name in sleepers else partial(has_replica, x) for name, x in self._calls.items()}
         self._pings = {name: handle.options(method_name="ping") for name, handle in handles.items()}
         self._queues = {name: id(handle) for name, handle in handles.items()}  # one for all agents of a deployment
 
@@ -271,7 +270,7 @@ class ServeAgentClient:
         Raises AgentUnavailableError, CallNotTakenError among them, AgentOverloadedError, PoolChangedError.
         """
         sent = ask(self._handle(self._calls, call), call, self._version)
-        with self._watch(call.agent, sent, call.deadline_unix_s, hurries=True) as watched:
+        with self._watch(call.agent, sent, call.deadline_unix_s, self._has_replica[call.agent]) as watched:
             reply: AgentReply = await sent.response
         watched.answered()
         return reply
@@ -280,7 +279,7 @@ class ServeAgentClient:
         """Ask one agent and yield its text as it comes, last the reply. Raises as `call` does."""
         sent = ask(self._handle(self._streams, call), call, self._version)
         is_done = False
-        with self._watch(call.agent, sent, call.deadline_unix_s, hurries=True) as watched:
+        with self._watch(call.agent, sent, call.deadline_unix_s, self._has_replica[call.agent]) as watched:
             try:
                 async for item in sent.response:
                     watched.answered()
@@ -310,7 +309,7 @@ class ServeAgentClient:
 
     @contextmanager
     def _watch(
-        self, agent: str, sent: Sent, deadline_unix_s: float | None = None, *, hurries: bool = False
+        self, agent: str, sent: Sent, deadline_unix_s: float | None = None, has_replica: Callable[[], bool] | None = None
     ) -> Iterator[WatchedCall]:
         """Watch a call until it ends, cancel it with its task, and raise losses as errors of ours."""
         left_s = time_left(deadline_unix_s)
@@ -320,7 +319,7 @@ class ServeAgentClient:
             is_taken=sent.is_taken,
             patience_s=self._patience_s if left_s is None else left_s + _DEADLINE_SLACK_S,
             queue=self._queues[agent],
-            hurries=hurries,
+            has_replica=has_replica,
         )
         try:
             yield watched

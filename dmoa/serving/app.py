@@ -85,7 +85,9 @@ class SwarmIngress:
         actor = ensure_router(config, app, configured)
         self._router = RemoteRouter(actor, config, configured)
         watchdog = CallWatchdog(self._router.missing_replicas)
-        elsewhere = ServeAgentClient(handles, pool_version(config), affine=affine_agents(config), watchdog=watchdog)
+        elsewhere = ServeAgentClient(
+            handles, pool_version(config), affine=affine_agents(config), sleepers=self._sleepers, watchdog=watchdog
+        )
         self._agents = await asyncio.to_thread(IngressAgents, config, elsewhere)
         self._traces = ensure_traces(app, config.router, config.tracing)
         self._feedback = FeedbackClient(config, app) if config.router.feedback == "on" else None

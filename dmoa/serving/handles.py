@@ -58,6 +58,14 @@ def ask(handle: Any, *args: object) -> Sent:
         context._serve_request_context.reset(token)
 
 
+def has_replica(handle: Any) -> bool:
+    """Tell whether a handle knows of a replica that lives, as Serve (Ray 2.60) tells nowhere; True before it has heard of any.
+
+    Serve drops a dead one at the first call that does not reach it, seconds before its controller finds out.
+    """
+    return not handle.running_replicas_populated() or bool(handle._router._asyncio_router.request_router.curr_replicas)
+
+
 class CarriedBody(ASGIReceiveProxy):
     """Takes a request's body from its scope where the front has put it, else asks Serve's proxy for it, as Serve does.
 

@@ -224,3 +224,18 @@ async def test_a_dead_agent_is_replaced_masked_and_comes_back(dedicated: Served)
 
         await until(is_chosen_again, f"{chosen} taking part again")
         assert (await metric(http, "dmoa_router_masked_agents")) == 0.0
+
+
+async def test_an_idle_agents_death_is_found_by_the_next_call(dedicated: Served) -> None:
+    """Nobody was told: no call of the agent was lost, and the router that looks after replicas is away as well."""
+    async with httpx.AsyncClient(base_url=dedicated.url, timeout=60) as http:
+        first = (await post(http, "what"))["dmoa"]["steps"][0]["agents"]
+        chosen = next(agent["name"] for agent in first if agent["status"] == "ok")
+        (router,) = dedicated.processes("ray::RouterActor")
+        (replica,) = dedicated.processes(f"ray::ServeReplica:dmoa:agent-{chosen}")
+        router.kill()
+        replica.kill()
+        agents = (await post(http, "what"))["dmoa"]["steps"][0]["agents"]
+    statuses = {agent["name"]: agent["status"] for agent in agents}
+    assert statuses[chosen] in ("failed", "masked"), "its call waited for the next replica"
+    assert "ok" in statuses.values()

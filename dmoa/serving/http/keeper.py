@@ -2,13 +2,15 @@
 
 `dmoa serve` itself listens, and hands the listening socket to each new proxy; the proxy hands back a copy of every connection
 that it takes, and marks in shared memory what it is at: a query costs no call more. Where the proxy dies, who waits for an answer
-is told to try again (503 with Retry-After), connections without a query go to the next proxy, and new ones wait for it.
+or asks now is told to try again (503) at the time when the next one is due (Retry-After); who asks after that waits for it.
+Connections without a query go to the next proxy.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import mmap
 import os
 import selectors
@@ -26,13 +28,16 @@ from pathlib import Path
 import uvicorn
 from uvicorn.protocols.http import httptools_impl
 
-from dmoa.serving.http.connection import MAX_FILES, BoundedProtocol, allow_files
+from dmoa.serving.http.connection import MAX_FILES, MAX_IDLE, BoundedProtocol, allow_files
 from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, problem
 
 VARIABLE = "DMOA_PORT_KEEPER"
 """Path of the keeper's socket, for Serve's proxy."""
+RETURN_S = 4.0
+"""In what time another proxy is expected. Until then clients are told to come again when it is over; after that they wait for it:
+the official ones repeat a query twice, and would take a third refusal for good."""
 PATIENCE_S = 45.0
-"""How long clients wait for another proxy; after that the keeper itself tells them to try again."""
+"""How long a proxy may be away while clients wait for it; after that they are told to try again as well."""
 IDLE, ASKED, ANSWERING = range(3)
 """What a connection is at: nothing, a query that no byte was answered to, an answer under way."""
 _MESSAGE = struct.Struct("!cI")
@@ -46,10 +51,10 @@ _HELLO_S = 20.0
 _LOG = logging.getLogger("dmoa.port")
 
 
-def _refusal() -> bytes:
+def _refusal(retry_after_s: int) -> bytes:
     body = encode_json(problem(503, "the process that held this connection was lost; try again", "server_lost"))
     lines = ("HTTP/1.1 503 Service Unavailable", "content-type: application/json", f"content-length: {len(body)}")
-    return "\r\n".join((*lines, f"retry-after: {RETRY_AFTER_S}", "connection: close", "", "")).encode() + body
+    return "\r\n".join((*lines, f"retry-after: {retry_after_s}", "connection: close", "", "")).encode() + body
 
 
 @dataclass(slots=True)
@@ -64,7 +69,7 @@ class _Proxy:
 class PortKeeper:
     """The side of `dmoa serve`: a thread that listens for proxies at `path`, and for clients where there is none."""
 
-    def __init__(self, *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, *, patience_s: float = PATIENCE_S, return_s: float = RETURN_S) -> None:
         """Raises OSError where no socket can be made."""
         allow_files()
         self._folder = tempfile.mkdtemp(prefix="dmoa-")  # its owner's alone
@@ -72,13 +77,13 @@ class PortKeeper:
         self._door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._door.bind(self.path)
         self._door.listen()
-        self._patience_s = patience_s
+        self._patience_s, self._return_s = patience_s, return_s
         self._selector = selectors.DefaultSelector()
         self._port: socket.socket | None = None
         self._proxies: dict[socket.socket, _Proxy] = {}
         self._idle: list[socket.socket] = []
         self._guests: dict[socket.socket, float] = {}
-        """Connections that the keeper answers or has answered, and until when."""
+        """Connections that the keeper has answered, and until when it reads on."""
         self._away_since_s = float("inf")
         self._is_standing_in = self._is_over = False
         self._reader, self._writer = socket.socketpair()
@@ -111,14 +116,13 @@ class PortKeeper:
 
     def _run(self) -> None:
         while not self._is_over:
-            waits = bool(self._guests) or (not self._is_standing_in and self._away_since_s < float("inf"))
+            waits = bool(self._guests) or self._away_since_s < float("inf")
             for key, _ in self._selector.select(0.25 if waits else None):
                 if self._selector.get_map().get(key.fd) is key:  # what came before it may have ended it
                     with suppress(OSError):  # of one connection
                         key.data(key.fileobj)
             now_s = time.monotonic()
-            if not self._is_standing_in and now_s - self._away_since_s >= self._patience_s:
-                self._begin_standing_in()
+            self._stand_in(is_due=not self._return_s <= now_s - self._away_since_s < self._patience_s)
             for guest in [guest for guest, until_s in self._guests.items() if until_s < now_s]:
                 self._end(guest)
         copies = [copy for proxy in self._proxies.values() for copy in proxy.copies.values()]
@@ -144,7 +148,8 @@ class PortKeeper:
             states = mmap.mmap(page, MAX_FILES)
         finally:
             os.close(page)
-        self._end_standing_in()
+        self._away_since_s = float("inf")
+        self._stand_in(is_due=False)
         for begin in range(0, len(self._idle), _BATCH):
             socket.send_fds(link, [_HELLO], [one.fileno() for one in self._idle[begin : begin + _BATCH]])
         for one in self._idle:
@@ -178,6 +183,8 @@ class PortKeeper:
         self._selector.unregister(link)
         link.close()
         del self._proxies[link]
+        if not self._proxies:
+            self._away_since_s = time.monotonic()
         for number, copy in proxy.copies.items():
             state = proxy.states[number]
             copy.setblocking(False)
@@ -190,44 +197,43 @@ class PortKeeper:
                     copy.shutdown(socket.SHUT_RDWR)
                 copy.close()
         proxy.states.close()
-        if not self._proxies:
-            self._away_since_s = time.monotonic()
 
-    def _begin_standing_in(self) -> None:
-        self._is_standing_in = True
-        for one in self._idle:
-            self._watch(one, self._guest)
-        if self._port is not None:
-            self._watch(self._port, self._accept)
-
-    def _end_standing_in(self) -> None:
-        if self._is_standing_in:
-            for one in self._idle:
+    def _stand_in(self, *, is_due: bool) -> None:
+        """Answer those who ask, or leave them to the next proxy."""
+        is_due = is_due and self._away_since_s < float("inf")
+        if is_due == self._is_standing_in:
+            return
+        self._is_standing_in = is_due
+        for one in [*self._idle, *([self._port] if self._port else [])]:
+            if is_due:
+                self._watch(one, self._accept if one is self._port else self._guest)
+            else:
                 self._selector.unregister(one)
-            if self._port is not None:
-                self._selector.unregister(self._port)
-        self._is_standing_in, self._away_since_s = False, float("inf")
 
     def _accept(self, port: socket.socket) -> None:
+        """Take a client, who is not heard yet."""
         client, _ = port.accept()
         client.setblocking(False)
-        self._keep_guest(client, PATIENCE_S)
-        self._watch(client, self._refuse)
+        self._idle.append(client)
+        self._watch(client, self._guest)
+        if len(self._idle) > MAX_IDLE:
+            oldest = self._idle.pop(0)
+            self._selector.unregister(oldest)
+            oldest.close()
 
     def _guest(self, client: socket.socket) -> None:
-        """Answer what an idle connection asks by now; where it was closed, close it."""
+        """Answer what a connection asks by now; where it was closed, close it."""
         self._selector.unregister(client)
         self._idle.remove(client)
         self._refuse(client)
 
     def _refuse(self, client: socket.socket) -> None:
         """Tell a client to try again, and read on for a while, so that it reads the answer before it is reset."""
-        if client in self._guests:
-            self._selector.unregister(client)
         self._keep_guest(client, _LINGER_S)
         self._watch(client, self._drain)
+        left_s = self._return_s - (time.monotonic() - self._away_since_s)
         try:
-            client.send(_refusal())
+            client.send(_refusal(math.ceil(left_s) if RETRY_AFTER_S < left_s < float("inf") else RETRY_AFTER_S))
             client.shutdown(socket.SHUT_WR)
         except OSError:
             self._end(client)

@@ -48,11 +48,11 @@ def run(path: str, port: int) -> None:
 class Kept:
     """A kept port and the server on it."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, return_s: float) -> None:
         with closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             self.port = int(free.getsockname()[1])
-        self.keeper = PortKeeper(patience_s=patience_s)
+        self.keeper = PortKeeper(patience_s=patience_s, return_s=return_s)
         self.keeper.listen("127.0.0.1", self.port)
         self.process: multiprocessing.process.BaseProcess | None = None
         self.clients: list[Client] = []
@@ -84,7 +84,7 @@ class Kept:
 
 @pytest.fixture
 async def kept(request: pytest.FixtureRequest) -> AsyncIterator[Kept]:
-    found = Kept(getattr(request, "param", 60.0))
+    found = Kept(*getattr(request, "param", (60.0, 0.0)))
     try:
         yield found
     finally:
@@ -126,7 +126,7 @@ async def test_a_killed_server_loses_no_connection(kept: Kept) -> None:
         assert await answered(client) == (200, b"42"), "the next server has the connection"
 
 
-@pytest.mark.parametrize("kept", [0.0], indirect=True)
+@pytest.mark.parametrize("kept", [(0.0, 0.0), (60.0, 60.0)], indirect=True)
 async def test_where_no_server_comes_the_keeper_answers_itself(kept: Kept) -> None:
     kept.start()
     idle = await kept.client(b"first")
@@ -141,6 +141,32 @@ async def test_where_no_server_comes_the_keeper_answers_itself(kept: Kept) -> No
     kept.start()
     while (await answered(client := await kept.client(b"back")))[0] != 200:
         await client.is_closed()
+
+
+@pytest.mark.parametrize("kept", [(3600.0, 3600.0)], indirect=True)
+async def test_clients_are_told_when_to_come_again_and_who_does_waits_for_the_next_server(kept: Kept) -> None:
+    kept.start()
+    silent = await kept.client(b"first")
+    assert await answered(silent) == (200, b"42")
+    asked = await kept.client(b"never")
+    await until(lambda: (len(kept.copies()), kept.num_idle()) == (2, 1))
+    kept.kill()
+    for client in (asked, await kept.client(b"now")):
+        async with asyncio.timeout(60.0):
+            head = await client.reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        told = next(line for line in head.splitlines() if line.startswith(b"retry-after: "))
+        assert 3000 < int(told.partition(b": ")[2]) <= 3600, "until another one is due"
+    early = await kept.client()  # it is taken while the keeper stands in, and asks when it no longer does
+    await until(lambda: len(kept.keeper._idle) == 2)
+    kept.keeper._return_s = 0.0
+    await until(lambda: not kept.keeper._is_standing_in)
+    for client in (silent, early):
+        await client.send(GET % b"late")
+    late = await kept.client(b"late")
+    kept.start()
+    for client in (silent, early, late):
+        assert await answered(client) == (200, b"42")
 
 
 async def test_a_closed_connection_ends_for_its_client_too(kept: Kept) -> None:

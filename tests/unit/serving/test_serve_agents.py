@@ -53,6 +53,10 @@ class Handle:
         """Return itself."""
         return self
 
+    def running_replicas_populated(self) -> bool:
+        """Know of no replicas."""
+        return False
+
     def remote(self, *_: Any) -> Any:
         """Return a response."""
         return self._kind(self._future, SimpleNamespace(request_id="r"))

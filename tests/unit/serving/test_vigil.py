@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
+from typing import Any
 
 import pytest
 
@@ -141,31 +142,51 @@ async def test_a_queue_that_moves_is_waited_in_and_one_that_others_pass_is_not()
     assert waits.is_untaken
 
 
+def never() -> None:
+    pytest.fail("given up")
+
+
 async def test_what_nobody_takes_after_a_loss_is_given_up_at_once() -> None:
     """Serve keeps a call that was sent between a replica's death and its successor's start, which takes seconds."""
     watchdog = CallWatchdog(slow_s=60.0, lost_s=0.02)
-    before, after, taken = asyncio.Event(), asyncio.Event(), lambda: True
+    before, after = asyncio.Event(), asyncio.Event()
+    llm: dict[str, Any] = {"queue": "llm", "has_replica": lambda: True}
 
-    def never() -> None:
-        pytest.fail("given up")
-
-    early = watchdog.watch("solver", before.set, is_taken=lambda: False, queue="llm", hurries=True)
+    early = watchdog.watch("solver", before.set, is_taken=lambda: False, **llm)
     others = [
-        watchdog.watch("solver", never, is_taken=taken, queue="llm", hurries=True),  # another replica has it
+        watchdog.watch("solver", never, is_taken=lambda: True, **llm),  # another replica has it
         watchdog.watch("solver", never, is_taken=lambda: False, queue="llm"),  # a ping, which waits for the next replica
-        watchdog.watch("other", never, is_taken=lambda: False, queue="other llm", hurries=True),
+        watchdog.watch("other", never, is_taken=lambda: False, queue="other llm", has_replica=lambda: True),
     ]
     watchdog.lost("llm")
     await within(before)
-    late = watchdog.watch("solver", after.set, is_taken=lambda: False, queue="llm", hurries=True)
+    late = watchdog.watch("solver", after.set, is_taken=lambda: False, **llm)
     await within(after)
     assert (early.is_given_up, late.is_given_up, late.is_untaken) == (True, True, False)
-    back = watchdog.watch("solver", never, is_taken=taken, queue="llm", hurries=True)
+    back = watchdog.watch("solver", never, is_taken=lambda: True, **llm)
     back.answered()
-    others.append(watchdog.watch("solver", never, is_taken=lambda: False, queue="llm", hurries=True))  # it waits its turn
+    others.append(watchdog.watch("solver", never, is_taken=lambda: False, **llm))  # it waits its turn
     done = asyncio.Event()
     asyncio.get_running_loop().call_later(0.1, done.set)
     await within(done)
     for call in (early, late, *others):
         call.end()
-    assert not any(watchdog._hurrying.values())
+
+
+async def test_what_no_replica_is_left_for_is_given_up_though_no_call_was_lost() -> None:
+    watchdog, given_up, replicas = CallWatchdog(slow_s=60.0, lost_s=0.02), asyncio.Event(), [True]
+    looks = asyncio.Event()
+
+    def has_replica() -> bool:
+        looks.set()
+        return replicas[0]
+
+    waits = watchdog.watch("solver", given_up.set, is_taken=lambda: False, has_replica=has_replica)
+    taken = watchdog.watch("solver", never, is_taken=lambda: True, has_replica=lambda: False)
+    await within(looks)
+    assert not given_up.is_set(), "its queue is full, no more"
+    replicas[0] = False
+    await within(given_up)
+    assert (waits.is_given_up, waits.is_untaken, taken.is_given_up) == (True, False, False)
+    for call in (waits, taken):
+        call.end()
