@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 
 from dmoa.core.gate import Gate, GateSpec, weights_version
@@ -22,8 +22,12 @@ from dmoa.core.label_model import LabelModel
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.types import UNTRAINED
 from dmoa.validation import describe, short
+from dmoa.yaml_tree import read_bounded
 
 SCHEMA_VERSION = 1
+MAX_BYTES = 1 << 29
+"""Of the weights: of a thousand agents and the widest state they take half of it."""
+_MAX_HEADER_BYTES = 1 << 20
 _JUDGE = "label_model."
 """Ahead of the names of the label model's arrays."""
 
@@ -154,11 +158,17 @@ def load(folder: str | Path) -> tuple[Gate, Checkpoint]:
     """
     root = Path(folder)
     where = f"checkpoint {str(root)!r}"
+    name = "gate.json"
     try:
-        tree = json.loads((root / "gate.json").read_text(encoding="utf-8"))
-        tensors = load_file(str(root / "gate.safetensors"))
+        tree = json.loads(read_bounded(root / name))
+        name = "gate.safetensors"
+        data = read_bounded(root / name, most=MAX_BYTES)
+        if (length := int.from_bytes(data[:8], "little")) > _MAX_HEADER_BYTES:
+            raise ValueError(f"its header claims {length} bytes, and that of a gate takes {_MAX_HEADER_BYTES} at most")
+        tensors = deserialize(data)
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: {error}; a checkpoint is a folder with gate.safetensors and gate.json") from error
+        what = "a checkpoint is a folder with gate.safetensors and gate.json"
+        raise CheckpointError(f"{where}: {name}: {' '.join(str(error).split())}; {what}") from error
     seen = tree.get("schema_version", SCHEMA_VERSION) if isinstance(tree, dict) else SCHEMA_VERSION
     if seen != SCHEMA_VERSION:
         raise CheckpointError(
@@ -178,8 +188,14 @@ def _restore(record: Checkpoint, tensors: dict[str, torch.Tensor]) -> Gate:
     """Build the gate; raises CheckpointError, ConfigError or RuntimeError where record and tensors do not fit."""
     arrays = {name.removeprefix(_JUDGE): tensor.numpy() for name, tensor in tensors.items() if name.startswith(_JUDGE)}
     label_model = None if record.label_model is None else LabelModel.from_arrays(arrays, record.label_model)
-    gate = Gate(GateSpec.from_json(record.spec), profile_AD=tensors.get("profile_AD"), label_model=label_model)
-    gate.load_state_dict({name: tensor for name, tensor in tensors.items() if label_model is None or not name.startswith(_JUDGE)})
+    # Copies, which lie as torch likes them; the gate itself takes no memory before the file is known to hold all of it.
+    mine = {name: one for name, one in tensors.items() if label_model is None or not name.startswith(_JUDGE)}
+    own = {name: one.to(torch.float32, copy=True) for name, one in mine.items()}
+    if bad := next((name for name, tensor in own.items() if not tensor.isfinite().all()), None):
+        raise CheckpointError(f"gate.safetensors: {bad} holds NaN or infinity; expected finite weights")
+    with torch.device("meta"):
+        gate = Gate(GateSpec.from_json(record.spec), profile_AD=tensors.get("profile_AD"), label_model=label_model)
+    gate.load_state_dict(own, assign=True)
     expected = _fields(gate, is_trained=not record.version.startswith(UNTRAINED), supervision=record.supervision)
     for name, value in expected.items():
         seen = getattr(record, name)

@@ -11,6 +11,7 @@ import difflib
 import html
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import PurePath
@@ -260,6 +261,11 @@ def _is_record(model: Any) -> bool:
 
 def _record_within(annotation: Any) -> Any:
     return next(arg for arg in get_args(annotation) if _is_record(arg))
+
+
+def is_finite(value: object) -> bool:
+    """Tell whether a value is a number that a float can hold; JSON may hold larger ones."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def short(value: object) -> str:

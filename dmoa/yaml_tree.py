@@ -153,7 +153,7 @@ def _check_size(node: Any) -> None:
     size(node)
 
 
-def read_bounded(path: Path, *, pipe_s: float = _PIPE_S) -> bytes:
+def read_bounded(path: Path, *, most: int = MAX_BYTES, pipe_s: float = _PIPE_S) -> bytes:
     """Return the bytes of a file or a pipe. Raises OSError, also for one that is too large or says nothing."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that nobody writes would be waited for
     try:
@@ -162,18 +162,18 @@ def read_bounded(path: Path, *, pipe_s: float = _PIPE_S) -> bytes:
         while True:
             if is_pipe and not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise OSError(f"it is a pipe, and did not end within {pipe_s:g} s")
-            piece = os.read(fd, 1 << 16)
+            piece = os.read(fd, 1 << 20)
             found += piece
-            _check_bytes(found)
+            _check_bytes(found, most)
             if not piece:
                 return bytes(found)
     finally:
         os.close(fd)
 
 
-def _check_bytes(found: bytes | bytearray) -> None:
-    if len(found) > MAX_BYTES:
-        raise OSError(f"it is larger than {MAX_BYTES >> 20} MiB, which no pool is")
+def _check_bytes(found: bytes | bytearray, most: int = MAX_BYTES) -> None:
+    if len(found) > most:
+        raise OSError(f"it is larger than {most >> 20} MiB, which no file of its kind is")
 
 
 def read(path: str | Path) -> tuple[str, str]:

@@ -28,6 +28,7 @@ from dmoa.errors import ConfigError
 from dmoa.flat import flat_reply, reply_of
 from dmoa.protocols import AgentClient
 from dmoa.types import AgentCall, AgentReply, TextDelta
+from dmoa.validation import is_finite
 
 T = TypeVar("T")
 _LOG = logging.getLogger("dmoa.call_cache")
@@ -52,18 +53,30 @@ class CallStore:
                 self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
                 self._connection.execute("PRAGMA journal_mode=WAL")
                 self._connection.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
+                if self._connection.execute("SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone():
+                    raise OSError("it holds programs (views, triggers), which no cache of ours does")
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"--call-cache: cannot open {str(path)!r}: {error}; name a folder that can be written") from error
 
     def get(self, key: str) -> AgentReply | None:
-        """Return the reply kept under a key, None if there is none or it is not one: a number as text, a status that is none."""
+        """Return the reply kept under a key, None if there is none or it is not one: a number as text, NaN tokens, any status."""
         with self._lock:
             row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
         if row is None:
             return None
         try:
-            return _REPLY.validate_json(json.dumps(asdict(reply_of(json.loads(row[0])))), strict=True)
-        except (ValueError, TypeError, KeyError, RecursionError):  # written by another version, or by nobody of ours
+            flat = json.loads(row[0])
+            numbers = [x for name, x in flat.items() if isinstance(x, int | float) and not name.endswith("slack_nats")]
+            if not all(isinstance(x, bool) or (is_finite(x) and x >= 0) for x in numbers):
+                return None
+            return _REPLY.validate_json(json.dumps(asdict(reply_of(flat))), strict=True)
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ):  # written by another version, or by nobody of ours
             return None
 
     def put(self, key: str, reply: AgentReply) -> None:

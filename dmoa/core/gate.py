@@ -24,9 +24,10 @@ from dmoa.core.features import FEEDBACK_FEATURES
 from dmoa.core.label_model import LabelModel
 from dmoa.core.sequential import AGENT_PRICE
 from dmoa.errors import CheckpointError, ConfigError
-from dmoa.validation import short
+from dmoa.validation import is_finite, short
 
 Rule = Literal["top_mass", "fixed", "effective_count"]
+MAX_EMBEDDING_DIM = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,12 +139,12 @@ class GateSpec:
             raise CheckpointError(f"gate spec: {error}") from error
         spec = cls.from_config(config, _agent_names(tree["agents"]))
         dim, theta, left = tree["embedding_dim"], tree["theta"], tree.get("fitted_left")
-        if type(dim) is not int or dim < 1:
-            raise CheckpointError(f"gate spec: embedding_dim is {dim!r}; expected a whole number from 1")
-        if theta is not None and not _is_finite(theta):
-            raise CheckpointError(f"gate spec: theta is {theta!r}; expected null or a finite number")
-        if left is not None and not (_is_finite(left) and 1.0 - left == spec.mass):
-            raise CheckpointError(f"gate spec: fitted_left is {left!r}; expected null or 1 - mass, which is {1.0 - spec.mass!r}")
+        if type(dim) is not int or not 1 <= dim <= MAX_EMBEDDING_DIM:
+            raise CheckpointError(f"gate spec: embedding_dim is {short(dim)}; expected 1 to {MAX_EMBEDDING_DIM}")
+        if theta is not None and not is_finite(theta):
+            raise CheckpointError(f"gate spec: theta is {short(theta)}; expected null or a finite number")
+        if left is not None and not (is_finite(left) and 1.0 - left == spec.mass):
+            raise CheckpointError(f"gate spec: fitted_left is {short(left)}; expected null or 1 - mass, {1.0 - spec.mass!r}")
         spec = dataclasses.replace(spec, fitted_left=None if left is None else float(left))
         anchors = _anchors(tree.get("anchors"), len(spec.agents))
         return dataclasses.replace(spec, embedding_dim=dim, theta=None if theta is None else float(theta), anchors=anchors)
@@ -152,18 +153,14 @@ class GateSpec:
 def _agent_names(value: object) -> tuple[str, ...]:
     ok = isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value)
     if not ok or len(set(value)) != len(value):  # type: ignore[arg-type, call-overload]  # checked one line above
-        raise CheckpointError(f"gate spec: agents is {value!r}; expected a list of different agent names")
+        raise CheckpointError(f"gate spec: agents is {short(value)}; expected a list of different agent names")
     return tuple(value)  # type: ignore[arg-type]  # a list of strings by the check above
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _anchors(value: object, num_agents: int) -> tuple[float, ...] | None:
     if value is None:
         return None
-    if not isinstance(value, list | tuple) or len(value) != num_agents or not all(map(_is_finite, value)):
+    if not isinstance(value, list | tuple) or len(value) != num_agents or not all(map(is_finite, value)):
         raise CheckpointError(
             f"gate spec: anchors is {short(value)}; expected null or {num_agents} finite numbers, one per agent"
         )

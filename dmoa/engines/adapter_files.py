@@ -8,7 +8,6 @@ I inputs, O outputs of a layer.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,13 +17,18 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dmoa.errors import ConfigError
+from dmoa.validation import is_finite, short
+from dmoa.yaml_tree import read_bounded
 
+MAX_HEADER_BYTES = 16 << 20
+"""Of a safetensors file; a model of a thousand layers has a hundredth of it."""
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Shape = tuple[int, ...]
 EngineName = Literal["transformers", "vllm"]
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB])")
 _FORM = "base_model.model.LAYER.lora_A.weight and base_model.model.LAYER.lora_B.weight"
 _SAYING = f"{SETTINGS} (target_modules, layers_to_transform)"
+_PIECE = 1 << 24
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _MORE_THAN_LORA = (
     "use_qalora",
@@ -225,10 +229,10 @@ def _settings(where: str, folder: Path) -> dict[str, Any]:
     """Return the settings of a plain LoRA adapter. Raises ConfigError for another kind."""
     seen = f"{where}: {str(folder)!r}"
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads(read_bounded(folder / SETTINGS))
         if not isinstance(settings, dict):
             raise ValueError(f"{SETTINGS} is not a JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{seen}; a folder with a PEFT adapter ({SETTINGS}, {WEIGHTS}) is allowed; "
             f"give its path or leave the adapter out: {error}"
@@ -241,7 +245,8 @@ def _settings(where: str, folder: Path) -> dict[str, Any]:
         )
     for name, is_allowed, allowed in _judged(settings):
         if not is_allowed:
-            raise ConfigError(f"{seen}: {SETTINGS}: {name}: {settings.get(name)!r}; expected {allowed}; train it as plain LoRA")
+            saw = short(settings.get(name))
+            raise ConfigError(f"{seen}: {SETTINGS}: {name}: {saw}; expected {allowed}; train it as plain LoRA")
     return settings
 
 
@@ -258,8 +263,7 @@ def _judged(settings: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
     )
     yield "r", _is_rank(settings.get("r")), "a whole number from 1"
     alpha = settings.get("lora_alpha")
-    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
-    yield "lora_alpha", is_number and alpha != 0, "a finite number other than 0"
+    yield "lora_alpha", is_finite(alpha) and alpha != 0, "a finite number other than 0"
     for name in ("rank_pattern", "alpha_pattern"):
         yield name, isinstance(settings.get(name) or {}, dict), "an object"
     targets = settings.get("target_modules")
@@ -341,8 +345,8 @@ def _header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """Return the tensors of a file by name and where their bytes begin. Raises OSError and ValueError."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError("its header is longer than the file")
+        if length > min(path.stat().st_size, MAX_HEADER_BYTES):
+            raise ValueError(f"its header claims {length} bytes, more than the file has or {MAX_HEADER_BYTES >> 20} MiB")
         table = json.loads(file.read(length))
     table.pop("__metadata__", None)
     return table, 8 + length
@@ -352,20 +356,28 @@ def _tensors(path: Path) -> Iterator[tuple[str, Shape, bool]]:
     """Yield every tensor's name, its shape and whether all its numbers are finite in float32; raises what safetensors raises."""
     from safetensors import safe_open
 
+    if not path.is_file():
+        raise ValueError("it is not there, or no regular file")  # a pipe would be waited for
+    table, start = _header(path)
     with safe_open(path, framework="numpy"):  # checks the header against the file
-        table, start = _header(path)
+        pass
     with path.open("rb") as file:
         for name in sorted(table):
             dtype, (begin, end) = table[name]["dtype"], table[name]["data_offsets"]
             if dtype not in _DTYPES:
                 raise ValueError(f"{name}: numbers of type {dtype}; expected {', '.join(_DTYPES)}")
             file.seek(start + begin)
-            values = np.frombuffer(file.read(end - begin), _DTYPES[dtype])
-            if dtype == "BF16":
-                values = (values.astype("<u4") << 16).view("<f4")
-            with np.errstate(over="ignore"):
-                is_finite = bool(np.isfinite(values.astype(np.float32)).all())
-            yield name, tuple(table[name]["shape"]), is_finite
+            is_sound = all(_is_sound(file.read(min(_PIECE, end - at)), dtype) for at in range(begin, end, _PIECE))
+            yield name, tuple(table[name]["shape"]), is_sound
+
+
+def _is_sound(data: bytes, dtype: str) -> bool:
+    """Tell whether all numbers are finite in float32."""
+    values = np.frombuffer(data, _DTYPES[dtype])
+    if dtype == "BF16":
+        values = (values.astype("<u4") << 16).view("<f4")
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(values.astype(np.float32)).all())
 
 
 def _header_layers(base: Path) -> dict[str, Layer]:

@@ -23,7 +23,9 @@ from dmoa.errors import ConfigError
 from dmoa.flat import TokenFields, flat_reply
 from dmoa.types import AgentReply, AgentStatus, Answer, EntropyKind, FinishReason, FloatArray, Stage, StepRecord
 from dmoa.validation import describe, short, storable
+from dmoa.yaml_tree import read_bounded
 
+MAX_MANIFEST_BYTES = 1 << 26
 SCHEMA_VERSION = 1
 LEARNED = "learned"
 """Marks a column that training reads."""
@@ -294,7 +296,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Return the manifest of a collection. Raises ConfigError naming file, value and what is expected."""
     path = RolloutFolder(Path(folder)).manifest
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, most=MAX_MANIFEST_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--rollouts: cannot read {str(path)!r}: {error}; name a folder that `dmoa rollouts` wrote") from error
     try:
@@ -335,6 +337,8 @@ def read_part(path: str | Path, *, fingerprint: str | None = None, columns: Sequ
     wanted = list(SCHEMA.names if columns is None else columns)
     marks = ["schema_version", *(["pool_fingerprint"] if fingerprint is not None else [])]
     try:
+        if not Path(path).is_file():
+            raise OSError("it is no regular file")  # a pipe would be waited for
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             absent = [name for name in LATER_COLUMNS if name in wanted and name not in file.schema_arrow.names]
             present = [name for name in dict.fromkeys([*wanted, *marks]) if name not in absent]

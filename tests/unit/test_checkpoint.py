@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,32 @@ def change_spec(**changes: Any) -> Callable[[Path], None]:
     return lambda folder: edit(folder, spec=json.loads((folder / "gate.json").read_text())["spec"] | changes)
 
 
+def header(data: bytes, length: int | None = None) -> Callable[[Path], None]:
+    """Put a header of ours into the weights, which claims to have a length."""
+    whole = (len(data) if length is None else length).to_bytes(8, "little") + data
+    return lambda folder: (folder / "gate.safetensors").write_bytes(whole) and None
+
+
+def endless(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+
+    return damage
+
+
+def sparse(name: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def not_a_number(folder: Path) -> None:
+    """Weights whose version is right."""
+    gate, record = load(folder)
+    with torch.no_grad():
+        gate.head_bias[0] = float("nan")
+    save(folder, gate, describe_gate(gate, fingerprint=record.pool_fingerprint, trained_on={"seed": 0}))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (drop("gate.safetensors"), "gate.safetensors"),
     "no record": (drop("gate.json"), "gate.json"),
@@ -177,6 +204,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "record cut short": (cut("gate.json", 0.5), "a checkpoint is a folder with"),
     "record no JSON object": (write("gate.json", "[1]"), "gate.json"),
     "record too deep": (write("gate.json", "[" * 100_000), "a checkpoint is a folder with"),
+    "weights that are NaN": (not_a_number, "gate.safetensors: head_bias holds NaN or infinity"),
+    "a header of 1 GB": (header(b"{}", 1 << 30), "gate.safetensors: its header claims 1073741824 bytes"),
+    "a header of a million tensors": (
+        header(b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(40_000)) + b"}"),
+        "gate.safetensors: its header claims",
+    ),
+    "a record without end": (endless("gate.json"), "gate.json: it is larger than 4 MiB"),
+    "weights without end": (endless("gate.safetensors"), "gate.safetensors: it is larger than 512 MiB"),
+    "a record of 8 GB": (sparse("gate.json", 8 << 30), "gate.json: it is larger than 4 MiB"),
+    "theta that no float holds": (change_spec(theta=10**400), "theta is 1000"),
+    "anchors that no float holds": (change_spec(anchors=[10**400] * 3), "anchors is [1000"),
     "one bit of a weight": (flip_last_bit, "version in gate.json is"),
     "a tensor missing": (drop_tensor, "head_bias"),
     "a tensor of another shape": (reshape_tensor, "head_bias"),
@@ -191,7 +229,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         "anchor_set.mode: unknown key (value 1); expected one of means, rows, clusters, constant; remove it",
     ),
     "a spec of another size": (change_spec(hidden=4), "weight_ih"),
-    "a spec too big for any memory": (change_spec(embedding_dim=10**15), "damaged or mixed"),
+    "a spec too big for any memory": (change_spec(embedding_dim=10**15), "embedding_dim is 1000000000000000; expected"),
     "a profile head without profiles": (change_spec(head="profile"), "profile"),
     "an unknown key in the spec": (change_spec(colour=1), "unknown keys ['colour']"),
     "an unknown key": (change(colour=1), "colour: unknown key (value 1); expected one of schema_version, version"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import posixpath
+import re
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from pyarrow import fs as arrow_fs
 from pyarrow.lib import ArrowException
 
 from dmoa import checkpoint
-from dmoa.checkpoint import Checkpoint
+from dmoa.checkpoint import MAX_BYTES, Checkpoint
 from dmoa.core.gate import Gate
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.storage import is_draft, write_at
@@ -28,6 +29,7 @@ from dmoa.validation import short
 
 FILES = ("gate.safetensors", "gate.json")
 """The files of a version, in the order in which they are written."""
+_VERSION = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LAST = ".last"
 _SERIAL = "serial"
 _LOG = logging.getLogger("dmoa.router")
@@ -87,6 +89,9 @@ class RouterState:
 
     def load_version(self, version: str) -> tuple[Gate, Checkpoint] | None:
         """Return a version's weights and record, None if it was never kept. Raises CheckpointError if damaged."""
+        if not isinstance(version, str) or not _VERSION.fullmatch(version):
+            what = f"a version is {short(version)}; expected letters, digits, `-` and `_`"
+            raise CheckpointError(f"router state {self.place!r}: {what}; remove its folder to begin anew")
         remembered = self._remembered(version)
         try:
             found = self._load_version(version)
@@ -107,7 +112,10 @@ class RouterState:
         if not self._exists(f"versions/{version}/gate.json"):
             return None
         try:
-            return read_files({name: self._read(f"versions/{version}/{name}") for name in FILES}, f"gate {version}")
+            found = read_files({name: self._read(f"versions/{version}/{name}") for name in FILES}, f"gate {version}")
+            if found[1].version != version:
+                raise CheckpointError(f"gate {version}: version in gate.json is {short(found[1].version)}")
+            return found
         except CheckpointError as error:
             place = self._path(f"versions/{version}")
             raise CheckpointError(f"router state {place!r} is damaged; remove it to begin anew ({error})") from error
@@ -169,7 +177,7 @@ class RouterState:
                     if not isinstance(state, dict):
                         raise ValueError("it is not a JSON object")
                     found.append((int(state.pop(_SERIAL, 0)), data, state))
-            except (OSError, ValueError, TypeError, RecursionError) as error:
+            except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
                 hint = "make it readable" if isinstance(error, OSError) else "remove its folder to begin anew"
                 damage = damage or f"router state {self._path(place or name)!r}: {error}; {hint}"
             is_whole = is_whole or (place == name and bool(found))
@@ -226,8 +234,13 @@ class RouterState:
         return posixpath.join(self._root, name).rstrip("/")
 
     def _exists(self, name: str) -> bool:
-        return bool(self._fs.get_file_info(self._path(name)).type == arrow_fs.FileType.File)
+        found = self._fs.get_file_info(self._path(name)).type
+        return found not in (arrow_fs.FileType.NotFound, arrow_fs.FileType.Directory)  # a pipe or a device is damage
 
     def _read(self, name: str) -> bytes:
-        with self._fs.open_input_stream(self._path(name)) as stream:
-            return bytes(stream.readall())
+        """Return the bytes of a file. Raises OSError, also for a pipe, a device, and what is larger than a gate."""
+        info = self._fs.get_file_info(self._path(name))
+        if info.type == arrow_fs.FileType.Unknown or (info.size or 0) > MAX_BYTES:
+            raise OSError(f"{name}: it is no file of at most {MAX_BYTES >> 20} MiB")
+        with self._fs.open_input_stream(info.path) as stream:
+            return bytes(stream.read(MAX_BYTES + 1))

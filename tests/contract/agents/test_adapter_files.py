@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ from tests.unit.agents.conftest import ADAPTERS
 Weights = dict[str, Tensor]
 LAYER = "base_model.model.model.layers.1.self_attn.q_proj"
 FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+SETTINGS = '{"peft_type": "LORA", "r": 4, "lora_alpha": %s, "target_modules": ["q_proj"]}'
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 ENGINES: tuple[EngineName, ...] = ("transformers", "vllm")
 
@@ -217,6 +219,35 @@ def test_a_file_that_is_cut_short_is_refused(tiny_model: Path, plain: Path, tmp_
     whole = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(whole[:keeps])
     assert is_refused_everywhere(tiny_model, folder, "adapter_model.safetensors is damaged or cut short .*copy the file again")
+
+
+def _tensors(count: int) -> bytes:
+    told = b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % number for number in range(count))
+    return (len(told) + 2).to_bytes(8, "little") + b"{" + told + b"}"
+
+
+@pytest.mark.parametrize(
+    ("file", "attack", "reason"),
+    [
+        ("adapter_model.safetensors", lambda path: path.write_bytes((1 << 30).to_bytes(8, "little")), "its header claims"),
+        ("adapter_model.safetensors", lambda path: path.write_bytes(_tensors(320_000)), "its header claims"),
+        ("adapter_model.safetensors", os.mkfifo, "no regular file"),
+        ("adapter_model.safetensors", lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+        ("adapter_config.json", lambda path: path.write_bytes(b"[" * 100_000), "recursion"),
+        ("adapter_config.json", lambda path: path.symlink_to("/dev/zero"), "larger than 4 MiB"),
+        ("adapter_config.json", lambda path: path.write_text(SETTINGS % ("1" + "0" * 400)), "lora_alpha: 1000"),
+    ],
+)
+def test_a_file_that_is_made_to_stall_is_refused(
+    plain: Path, tmp_path: Path, file: str, attack: Callable[[Path], object], reason: str
+) -> None:
+    folder = changed(plain, tmp_path / "bad")
+    (folder / file).unlink()
+    attack(folder / file)
+    with pytest.raises(ConfigError, match=reason) as caught:
+        check_adapter("adapters.math", folder, base=None, engine="transformers")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("text", ["", "[]", '"LORA"', "{"])

@@ -102,6 +102,10 @@ async def test_agents_with_the_same_engine_and_prompt_share_replies_under_their_
         {"text": 19},
         {"text": None},
         {"agent": None},
+        {"completion_tokens": -5},
+        {"completion_tokens": 10**400},
+        {"entropy_sum_nats": float("nan")},
+        {"latency_ms": float("inf")},
     ],
 )
 async def test_what_is_no_reply_is_not_believed(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -121,6 +125,22 @@ async def test_json_that_holds_no_reply_is_not_believed(tmp_path: Path, text: st
     await cache.call(call_of())
     spoil(tmp_path, lambda _: text)
     assert (await cache.call(call_of())).text == "asked again"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "CREATE VIEW more AS WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT n FROM r",
+        "CREATE TRIGGER late AFTER INSERT ON replies BEGIN DELETE FROM replies; END",
+    ],
+)
+def test_a_file_that_holds_programs_is_refused(tmp_path: Path, program: str) -> None:
+    CallStore(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        connection.execute(program)
+        connection.commit()
+    with pytest.raises(ConfigError, match="it holds programs"):
+        CallStore(tmp_path)
 
 
 def spoil(folder: Path, change: Callable[[str], str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,59 @@ def test_of_a_damaged_state_the_one_beside_it_is_taken_and_without_that_it_is_re
         (root / name).write_bytes(data)
     with pytest.raises(CheckpointError, match=r"state\.json.*; remove its folder to begin anew"):
         RouterState(root.as_uri()).load()
+
+
+def _endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda path: path.write_bytes(b"[" * 100_000), "recursion"),
+        (lambda path: path.write_text('{"serial": Infinity}'), "infinity"),
+        (lambda path: path.write_text('{"serial": "x"}'), "invalid literal"),
+        (lambda path: path.write_bytes(b"x") and os.truncate(path, 8 << 30), "no file of at most"),
+        (os.mkfifo, "no file of at most"),
+        (_endless, "no file of at most"),
+    ],
+)
+def test_a_state_that_is_no_state_is_refused_by_its_name(
+    state: RouterState, root: Path, damage: Callable[[Path], object], told: str
+) -> None:
+    root.mkdir(parents=True)
+    damage(root / "state.json")
+    with pytest.raises(CheckpointError, match=r"state\.json") as caught:
+        state.load()
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["../../secrets", "/etc", "", "a\0b", "\ud800", 5, ["x"], "x" * 5000])
+def test_a_version_that_is_no_name_is_refused_before_a_file_is_opened(state: RouterState, version: str) -> None:
+    with pytest.raises(CheckpointError, match=r"a version is .*; expected letters") as caught:
+        state.load_version(version)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_version_that_holds_another_is_refused(state: RouterState, root: Path) -> None:
+    for seed in range(2):
+        state.save_version(*made(seed))
+    first, second = (root / "versions" / made(seed)[1].version for seed in range(2))
+    first.rename(root / "versions" / "aside")
+    second.rename(first)
+    with pytest.raises(CheckpointError, match=f"version in gate.json is '{second.name}'"):
+        state.load_version(first.name)
+
+
+def test_weights_that_are_a_pipe_are_not_waited_for(state: RouterState, root: Path) -> None:
+    gate, record = made()
+    state.save_version(gate, record)
+    weights = root / "versions" / record.version / "gate.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(OSError, match=r"gate\.safetensors"):
+        state.load_version(record.version)
 
 
 def test_a_state_is_counted_upwards_over_restarts(root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -116,6 +117,21 @@ def test_a_word_that_a_column_does_not_know_is_refused(tmp_path: Path, name: str
     write_rollouts(tmp_path / "r", [rows().set_column(SCHEMA.names.index(name), SCHEMA.field(name), column)])
     with pytest.raises(ConfigError, match=rf"row {len(values) - 1}: {name} is 'splendid'; expected one of \w+, "):
         read_table(tmp_path / "r")
+
+
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path: Path) -> None:
+    folder = write_rollouts(tmp_path / "r", [rows(0), rows(1)])
+    path = folder.parts / "part-000001.parquet"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match=r"part-000001\.parquet: not a whole Parquet file: it is no regular file"):
+        read_table(tmp_path / "r")
+
+
+def test_a_manifest_without_end_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rollouts.json").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=r"rollouts\.json.*larger than 64 MiB"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
