@@ -102,7 +102,7 @@ def run_checked(job: dict[str, Any]) -> NoReturn:
     try:
         _claim(os.write, claim_fd, os.read(token_fd, 64), _judge(job))
         status = 0
-    except BaseException as error:
+    except BaseException as error:  # also SystemExit and whatever class the candidate makes: it did not come to the end
         status = 1
         explain(error, sources)
     for stream in (sys.__stdout__, sys.__stderr__):
@@ -268,7 +268,7 @@ def explain(error: BaseException, sources: dict[str, str], more: str = "") -> No
                 line = (lines[entry.filename][(entry.lineno or 1) - 1 :] or [""])[0].strip()
                 print(f"{entry.filename}, line {entry.lineno}, in {entry.name}: {line}", file=sys.__stderr__)
         print(f"{more}{type(error).__name__}: {error}", file=sys.__stderr__)
-    except BaseException:
+    except BaseException:  # its text is made by the candidate's code, and its stream may be closed
         os.write(2, b"the error cannot be shown\n")
 
 
@@ -292,7 +292,7 @@ def serve_candidate(job: dict[str, Any], asked: int, answered: int) -> NoReturn:
     def answer(make: Callable[[], object]) -> None:
         try:
             told = dumps({"value": _encode(make(), callables)})
-        except BaseException as error:
+        except BaseException as error:  # the checker is told, and raises the nearest kind itself
             told = dumps(_raised(error, job["source"]))
         for stream in streams:
             try:
@@ -315,7 +315,7 @@ def serve_candidate(job: dict[str, Any], asked: int, answered: int) -> NoReturn:
         while True:
             number, given = loads(_receive(read, asked))
             answer(lambda number=number, given=given: call(number, given))  # type: ignore[misc]
-    except BaseException:
+    except BaseException:  # the checker ended, or the candidate broke what carries its answers: the checker sees a closed pipe
         leave(1)
 
 
@@ -337,11 +337,14 @@ def judge_apart(job: dict[str, Any], asked: int, answered: int) -> NoReturn:
         status = 0
     except CandidateEndedError:
         status = job["gone"]
-    except BaseException as error:
+    except BaseException as error:  # a checker fails as it likes, by SystemExit say
         explain(error, {CHECKER: checker}, getattr(error, "candidates_lines", ""))
     for stream in (sys.__stdout__, sys.__stderr__):
-        if stream is not None:
-            stream.flush()
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:  # the candidate holds the same pipe, and may have set it not to wait
+            continue
     os._exit(status)
 
 
@@ -401,7 +404,7 @@ def _raised(error: BaseException, source: str) -> dict[str, object]:
                 line = (kept[(entry.lineno or 1) - 1 :] or [""])[0].strip()
                 lines += f"{CANDIDATE}, line {entry.lineno}, in {entry.name}: {line}\n"
         text = str(error)[:2000]
-    except BaseException:
+    except BaseException:  # `str` and the class of the error are the candidate's code
         text = text or "the error cannot be shown"
     return {"raised": [kind, text, lines[:8000]]}
 
