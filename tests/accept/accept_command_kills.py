@@ -150,7 +150,8 @@ def check(command: Command, folder: Path, disk: Path, seed: int, kills: int) -> 
     found: dict[str, Any] = {}
     for number in range(3 * kills):
         began = time.monotonic()
-        process = subprocess.Popen(broken, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+        with (folder / "words").open("wb") as words:
+            process = subprocess.Popen(broken, stdout=subprocess.DEVNULL, stderr=words, env=environment())
         if number == 0:
             found["second"] = beside_itself(process, out / command.lock, broken)
         try:
@@ -159,7 +160,12 @@ def check(command: Command, folder: Path, disk: Path, seed: int, kills: int) -> 
             process.kill()
             process.wait(60)
             under_way += 1
-        else:  # it was quicker than the whole one: once more from the beginning
+        else:
+            if process.returncode:
+                said = (folder / "words").read_text(encoding="utf-8", errors="replace")
+                found["ended_by_itself"] = told(subprocess.CompletedProcess(broken, process.returncode, "", said))
+                break
+            # It was quicker than the whole one: once more from the beginning.
             seconds = min(seconds, time.monotonic() - began)
             shutil.rmtree(out)
             continue
