@@ -36,7 +36,7 @@ VARIABLE = "DMOA_PORT_KEEPER"
 RETURN_S = 4.0
 """In what time another proxy is expected. Until then clients are told to come again when it is over; after that they wait for it:
 the official ones repeat a query twice, and would take a third refusal for good."""
-PATIENCE_S = 45.0
+PATIENCE_S = 120.0
 """How long a proxy may be away while clients wait for it; after that they are told to try again as well."""
 IDLE, ASKED, ANSWERING = range(3)
 """What a connection is at: nothing, a query that no byte was answered to, an answer under way."""
