@@ -135,7 +135,7 @@ def half_written(folder: Path) -> None:
 
 
 REFUSED = [
-    (break_weights, "head_bias holds NaN or infinity; only finite weights are allowed"),
+    (break_weights, "head_bias holds NaN or infinity; expected finite weights"),
     (another_width, "embedding_dim is 4, the encoder of this pool gives 384"),
     (another_pool, "made for pool 000000000000, this pool is "),
     (another_preset, "its preset is 'paper', the pool's gate.preset is 'default'"),
