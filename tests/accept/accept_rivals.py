@@ -292,7 +292,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--longer-rows": {"type": int, "default": 30, "help": "test rows for policies of several calls an agent"},
     "--adversaries": {"default": "1", "help": "numbers of adversaries, such as 1,2,3"},
     "--defences": {"default": "none"},
-    "--score": {"choices": ("anchored", "posterior"), "default": "anchored", "help": "of dmoa's gate, of `adversaries`"},
+    "--score": {"choices": ("anchored", "posterior"), "default": "posterior", "help": "of dmoa's gate, of `adversaries`"},
 }
 
 
