@@ -274,6 +274,8 @@ def _judged(settings: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
         yield name, not isinstance(value, str) or _is_pattern(value), "a regular expression"
     for name in ("rank_pattern", "alpha_pattern"):
         yield name, all(map(_is_pattern, settings.get(name) or {})), "an object whose keys are regular expressions"
+    layers = _as_list(settings.get("layers_pattern") or [])
+    yield "layers_pattern", all(isinstance(x, str) and _is_pattern(x) for x in layers), "regular expressions"
     yield "rank_pattern", all(map(_is_rank, (settings.get("rank_pattern") or {}).values())), "whole numbers from 1"
 
 

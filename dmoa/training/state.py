@@ -24,8 +24,8 @@ FILE = "state.safetensors"
 _META = "dmoa"
 _HEADER_BYTES = 8
 """A safetensors file begins with the length of its header, in so many bytes."""
-_MAX_HEADER_BYTES = 100_000_000
-_READ_ERRORS = (OSError, SafetensorError, ValueError, KeyError)
+_MAX_HEADER_BYTES = 1 << 24
+_READ_ERRORS = (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError)
 
 
 class EpochRecord(BaseModel):
@@ -134,9 +134,12 @@ class StateStore:
         """Return how far the training is, without its tensors; None before the first state. Raises ConfigError."""
         system, root = self._open()
         path = f"{root}/{FILE}"
-        if system.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
+        kind = system.get_file_info(path).type
+        if kind == pyarrow.fs.FileType.NotFound:
             return None
         try:
+            if kind != pyarrow.fs.FileType.File:
+                raise OSError("it is no regular file")  # a pipe would be waited for
             with system.open_input_file(path) as stream:
                 return _progress(stream.read(_header_length(stream.read(_HEADER_BYTES))))
         except _READ_ERRORS as error:

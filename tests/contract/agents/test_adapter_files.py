@@ -122,6 +122,7 @@ BAD_WEIGHTS: dict[str, tuple[Callable[[Weights], Weights], str]] = {
 }
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "lora_bias": ({"lora_bias": True}, "lora_bias: True; expected null or false"),
+    "a pattern of layers": ({"layers_to_transform": [0], "layers_pattern": "("}, r"layers_pattern: '\('; expected regular"),
     "bias": ({"bias": "lora_only"}, "bias: 'lora_only'; expected 'none'"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save: \['lm_head'\]"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,29 @@ def test_a_damaged_state_is_refused(keep: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ConfigError, match="cannot be read"):
         store.read()
+
+
+def _headed(path: Path, header: bytes) -> None:
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        os.mkfifo,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: _headed(path, b"[" * 100_000),
+        lambda path: _headed(path, b"[]"),
+        lambda path: _headed(path, b'{"__metadata__": {}}' + b" " * (1 << 25)),
+        lambda path: path.write_bytes((1 << 30).to_bytes(8, "little")),
+    ],
+)
+def test_a_file_that_is_made_to_stall_is_refused(attack: Callable[[Path], object], tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    attack(tmp_path / "state" / FILE)
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
+        store.read()
+    assert "\n" not in str(caught.value)
 
 
 def test_another_file_in_its_place_is_refused(tmp_path: Path) -> None:
