@@ -19,6 +19,7 @@ from dmoa.evaluation.results import Evaluation, read_evaluation
 from dmoa.serving.http.page import create_view
 from dmoa.serving.trace_list import TraceCalls, TraceFilter, TracePage, TraceSummary, page_of, statistics_of, summarise
 from dmoa.trace import Trace, answer_of_reply
+from dmoa.validation import is_finite
 
 _LOG = logging.getLogger("dmoa.view")
 _MAX_POINTS = 2000
@@ -152,7 +153,7 @@ def of_training(path: Path) -> dict[str, Any]:
         if message.get("op") == "log":
             step = message.get("step")
             for name, value in (message.get("metrics") or {}).items():
-                if isinstance(value, int | float) and math.isfinite(value):
+                if is_finite(value):
                     series[name].append([number if step is None else step, value])
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, points in series.items():
