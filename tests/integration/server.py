@@ -51,7 +51,7 @@ class Served:
             for line in stream:
                 kept.append(line)
 
-    def wait_ready(self, timeout_s: float = 180.0) -> Served:
+    def wait_ready(self, timeout_s: float = 400.0) -> Served:
         """Wait for the line that says where the server answers."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
