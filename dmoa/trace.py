@@ -537,6 +537,8 @@ class Trace(BaseModel):
     user: str | None = None
     metadata: dict[str, str] = {}
     answer: str
+    choices: list[dict[str, Any]] = []
+    """What a final call wrote where that is more than one text: text and tool_calls of each answer."""
     finish_reason: str
     wall_ms: float
     agents: list[str]
@@ -599,6 +601,7 @@ def trace_of(
         user=None if user is None else redact_text(user),
         metadata=redact(metadata or {}),
         answer=answer.text,
+        choices=_choices(answer),
         finish_reason=answer.finish_reason,
         wall_ms=answer.wall_ms,
         agents=list(decisions[0].agents) if decisions else [],
@@ -606,6 +609,14 @@ def trace_of(
         dmoa=reply_dmoa(answer, pool=pool, with_texts=True),
         calls=list(_calls(answer)),
     )
+
+
+def _choices(answer: Answer) -> list[dict[str, Any]]:
+    made = [
+        {"text": one.text, "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in one.tool_calls]}
+        for one in answer.choices
+    ]
+    return made if len(made) > 1 or any(one["tool_calls"] for one in made) else []
 
 
 def _calls(answer: Answer) -> Iterator[TraceCall]:

@@ -252,7 +252,7 @@ class Conversation:
     def take(self, line: str, runner: asyncio.Runner) -> bool:
         """Answer a question or obey a command; return False when the conversation is over."""
         if line.startswith("/"):
-            return self._obey(*line[1:].split(maxsplit=1))
+            return self._obey(runner, *line[1:].split(maxsplit=1))
         if line:
             try:
                 runner.run(self._ask(line))
@@ -272,7 +272,17 @@ class Conversation:
         self._turns += [Message(role="user", content=question), Message(role="assistant", content=asked.answer.text)]
         self.answered.append(asked.to_json())
 
-    def _obey(self, name: str = "", argument: str = "") -> bool:
+    def _take(self, wish: AskOptions, runner: asyncio.Runner) -> bool:
+        """Ask so from now on, unless nobody here answers so, which is told."""
+        try:
+            runner.run(self._backend.check(wish))
+        except DmoaError as error:
+            tell(f"dmoa: {redact_text(str(error))}")
+            return False
+        self._wish = wish
+        return True
+
+    def _obey(self, runner: asyncio.Runner, name: str = "", argument: str = "") -> bool:
         match name:
             case "quit" | "exit":
                 return False
@@ -285,12 +295,11 @@ class Conversation:
                 asked = [turn.content for turn in self._turns if turn.role == "user"]
                 tell("\n".join(f"{number}. {text}" for number, text in enumerate(asked, 1)) or "dmoa: nothing was asked yet")
             case "agent":
-                self._wish = replace(self._wish, agent=argument or None, policy="single" if argument else None)
-                tell(f"dmoa: {argument or 'the policy of the pool'} answers")
+                if self._take(replace(self._wish, agent=argument or None, policy="single" if argument else None), runner):
+                    tell(f"dmoa: {argument or 'the policy of the pool'} answers")
             case "policy":
-                if argument:
-                    self._wish = replace(self._wish, policy=argument, agent=None)
-                tell(f"dmoa: policy {self._wish.policy or 'as the pool has it'}")
+                if not argument or self._take(replace(self._wish, policy=argument, agent=None), runner):
+                    tell(f"dmoa: policy {self._wish.policy or 'as the pool has it'}")
             case "clear":
                 self._turns.clear()
                 tell("dmoa: the conversation starts anew")

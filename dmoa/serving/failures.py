@@ -15,6 +15,8 @@ from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.serve")
 _PAUSE_S = 0.2
+REMIND_S = 15.0
+"""After how long without a word what is still loading is told of again."""
 _MAX_CAUSE_CHARS = 600
 _RAISED = re.compile(r"^(?:ray\.exceptions\.RayTaskError\()?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt))\)?: ")
 """How the last line of a traceback begins."""
@@ -29,8 +31,14 @@ def news(config: Config, states: Mapping[str, str], told: set[str]) -> list[str]
     return [f"ready: {subject(config, name)} ({len(ready)} of {len(states)})" for name in new]
 
 
+def loading(config: Config, states: Mapping[str, str]) -> str:
+    """Return the deployments that are not ready yet, and the models that they load; empty where all are."""
+    return "; ".join(subject(config, name) + _model(config, name) for name, state in states.items() if state != "HEALTHY")
+
+
 def wait_running(config: Config, app: str, say: Callable[[str], None] = lambda line: None) -> None:
-    """Return once every replica of an app that is being deployed runs; `say` takes a line for each deployment that is ready.
+    """Return once every replica of an app that is being deployed runs; `say` takes a line for each deployment that is ready,
+    and what is loading at first and where nothing was said for `REMIND_S`.
 
     Raises ConfigError as soon as one has refused its configuration, which another attempt does not change, and DmoaError once
     Serve gives the app up.
@@ -38,12 +46,18 @@ def wait_running(config: Config, app: str, say: Callable[[str], None] = lambda l
     from ray import serve
 
     told, ready = set[str](), set[str]()
+    started, spoke = time.monotonic(), float("-inf")
     while True:
         found = serve.status().applications.get(app)
         if found is None:
             raise DmoaError(f"app {app!r}: it is gone; another command has deleted it while it started")
-        for line in news(config, {name: str(part.status.value) for name, part in found.deployments.items()}, ready):
+        states = {name: str(part.status.value) for name, part in found.deployments.items()}
+        for line in news(config, states, ready):
             say(line)
+            spoke = time.monotonic()
+        if (now := time.monotonic()) - spoke >= REMIND_S and (left := loading(config, states)):
+            say(f"loading{'' if spoke < started else f', after {now - started:.0f} s'}: {left}")
+            spoke = now
         causes = {name: cause for name, part in found.deployments.items() if (cause := raised(part.message))}
         for name, (kind, words) in causes.items():
             if kind == ConfigError.__name__:
@@ -68,12 +82,17 @@ def subject(config: Config, deployment: str) -> str:
 
 def explain(config: Config, deployment: str, cause: str) -> str:
     """Return the sentence about a deployment whose replica did not start."""
-    names, whose = deployment_names(config), subject(config, deployment)
-    llm = next((agent.llm for agent in callable_agents(config) if names.get(agent.name) == deployment), None)
-    if llm is None:
+    whose, model = subject(config, deployment), _model(config, deployment)
+    if not model:
         return f"{whose}: it did not start: {cause}"
-    model = "" if cause.startswith("llms.") else f" (llms.{llm}.model {config.llms[llm].model!r})"
-    return f"{whose}{model}: no replica started: {cause}"
+    return f"{whose}{'' if cause.startswith('llms.') else model}: no replica started: {cause}"
+
+
+def _model(config: Config, deployment: str) -> str:
+    """Return the model of the agents of a deployment in brackets, empty for one without agents."""
+    names = deployment_names(config)
+    llm = next((agent.llm for agent in callable_agents(config) if names.get(agent.name) == deployment), None)
+    return "" if llm is None else f" (llms.{llm}.model {config.llms[llm].model!r})"
 
 
 def raised(text: str) -> tuple[str, str] | None:

@@ -26,8 +26,11 @@ from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.traces")
 _LINES, _INDEX = ".jsonl", ".index.jsonl"
-_TEXTS = frozenset(("text", "system", "content", "answer", "reasoning", "error", "summary", "user", "question", "observation"))
+_TEXTS = frozenset(("text", "content", "answer", "reasoning", "error", "summary", "user", "question"))
 """Fields of a trace that hold somebody's words."""
+_WORDS = frozenset(("query", "metadata", "choices"))
+"""Parts of a trace in which all texts are somebody's words, ids aside: results of tools, forms and stop texts too."""
+_IDS = frozenset(("trace_id", "query_id"))
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
@@ -35,7 +38,8 @@ def without_secrets(value: Any, name: str = "") -> Any:
     if isinstance(value, str):
         return redact_text(value) if name in _TEXTS else value
     if isinstance(value, dict):
-        return {key: without_secrets(inner, "text" if name == "metadata" else key) for key, inner in value.items()}
+        are_words = name in _WORDS or name == "text"
+        return {key: without_secrets(inner, "text" if are_words and key not in _IDS else key) for key, inner in value.items()}
     return [without_secrets(inner, name) for inner in value] if isinstance(value, list) else value
 
 

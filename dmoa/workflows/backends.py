@@ -275,8 +275,9 @@ class Backend:
         return QueryResult(question=question, answer=answer, pool=pool, trace=trace)
 
     async def check(self, wish: AskOptions) -> None:
-        """Check that a server has the policy or the agent that is asked for, before anything is. Raises RequestError."""
+        """Check that the policy or the agent that is asked for is there, before anything is asked. Raises RequestError."""
         if isinstance(self._source, Swarm):
+            check_ask_options(self._source.config, wish)
             return
         names = await self._source.models()
         policies = [name.removeprefix(f"{names[0]}/") for name in names if name.startswith(f"{names[0]}/")]

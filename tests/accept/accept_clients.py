@@ -2,7 +2,8 @@
 
 Every client gets an environment of its own, made here from the package index. A cell of the matrix is one thing a client does; it
 works, or the sentence says why not. The pool's agents are models of an OpenAI-compatible endpoint of this check: it answers
-"The answer is 19.", JSON where a form is asked for, and calls of the tools that it is offered until it sees a result.
+"The answer is 19.", JSON where a form is asked for, and calls of the tools that it is offered until it sees a result; or, with
+`--pool embedded`, the embedded model. `--docs dmoa/docs/api.md` puts the table of what came of it there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import threading
 import time
 import urllib.request
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -234,6 +235,7 @@ def matrix(pool: str, only: list[str], envs: Path) -> list[dict[str, str]]:
         for name, packages in clients.items():
             if only and name not in only:
                 continue
+            started = time.monotonic()
             why = install(name, packages, envs)
             if why:
                 found.append({"pool": pool, "client": name, "cell": "install", "why": why})
@@ -247,6 +249,7 @@ def matrix(pool: str, only: list[str], envs: Path) -> list[dict[str, str]]:
                 found.append({"pool": pool, **cell, "cannot": cannot(pool, cell)})
                 state = "works" if not cell["why"] else "cannot" if found[-1]["cannot"] else "FAILS"
                 print(f"{state}  {pool}, {name}: {cell['cell']}  {found[-1]['cannot'] or cell['why']}", flush=True)
+            print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
     return found
 
 
@@ -256,9 +259,60 @@ def cannot(pool: str, cell: dict[str, str]) -> str:
     return next((why for pattern, why in known if re.search(pattern, cell["cell"])), "")
 
 
+def versions(names: Iterable[str], envs: Path) -> dict[str, str]:
+    """Return the packages of clients and the versions that were tried."""
+    found = {}
+    for name in names:
+        if name == "ai_sdk":
+            listed = {
+                one: json.loads((envs / name / "node_modules" / one / "package.json").read_text())["version"] for one in NODE
+            }
+        else:
+            told = subprocess.run(
+                [envs / name / "bin/pip", "list", "--format", "json"], capture_output=True, text=True, check=True
+            )
+            listed = {one["name"].lower(): one["version"] for one in json.loads(told.stdout)}
+        packages = NODE[:-1] if name == "ai_sdk" else [re.split(r"[=\[]", one)[0] for one in PYTHON[name]]
+        found[name] = ", ".join(f"{package} {listed[package.lower()]}" for package in packages)
+    return found
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return what came of a matrix as the table of the guide: a line a client, and why what does not work cannot."""
+    lines = ["| client | what was tried | on an endpoint | on the embedded model |", "|---|---|---|---|"]
+    reasons: dict[str, str] = {}
+    for client, packages in result["versions"].items():
+        own = [cell for cell in result["cells"] if cell["client"] == client]
+        tried = dict.fromkeys(cell["cell"] for cell in own)
+        told = [_summary([cell for cell in own if cell["pool"] == pool], reasons) for pool in LLMS]
+        lines.append(f"| {packages} | {'; '.join(tried)} | {' | '.join(told)} |")
+    notes = [f"{mark}: {why}." for why, mark in reasons.items()]
+    return "\n".join([*lines, "", *notes])
+
+
+def _summary(cells: list[dict[str, str]], reasons: dict[str, str]) -> str:
+    if not cells:
+        return "not tried"
+    works = sum(not cell["why"] for cell in cells)
+    lost = [
+        f"{cell['cell']} ({reasons.setdefault(cell.get('cannot') or cell['why'], chr(ord('a') + len(reasons)))})"
+        for cell in cells
+        if cell["why"]
+    ]
+    return "all" if not lost else f"{works} of {len(cells)}; not {', '.join(lost)}"
+
+
+def write_table(path: Path, text: str) -> None:
+    """Put the table where an earlier one is: from its first line to the last of its reasons."""
+    guide = path.read_text(encoding="utf-8")
+    path.write_text(TABLE.sub(lambda _: text, guide, count=1), encoding="utf-8")
+
+
+TABLE = re.compile(r"^\| client \|.*(?:\n\|.*)*(?:\n\n?[a-z]: .*)*", re.MULTILINE)
 FLAGS: dict[str, dict[str, Any]] = {
     "--envs": {"type": Path, "help": "where environments are made, and kept; else a temporary folder"},
     "--pool": {"choices": [*LLMS], "help": "what the agents run on, else one after the other"},
+    "--docs": {"type": Path, "help": "a guide whose table of clients is written anew"},
     "only": {"nargs": "*", "help": "clients, such as litellm"},
 }
 
@@ -270,7 +324,11 @@ def check(options: Namespace) -> dict[str, Any]:
     failed = [cell for cell in cells if cell["why"] and not cell.get("cannot")]
     working = sum(not cell["why"] for cell in cells)
     print(f"{working} of {len(cells)} cells work, {len(cells) - working - len(failed)} cannot, {len(failed)} fail")
-    return {"cells": cells, "passed": bool(cells) and not failed}
+    tried = [name for name in (*PYTHON, "ai_sdk") if any(cell["client"] == name and cell["cell"] != "install" for cell in cells)]
+    found = {"versions": versions(tried, envs), "cells": cells, "passed": bool(cells) and not failed}
+    if options.docs:
+        write_table(options.docs, table(found))
+    return found
 
 
 if __name__ == "__main__":

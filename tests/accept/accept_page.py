@@ -24,10 +24,20 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` i
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from dmoa.config import loads
+from dmoa.evaluation.records import BenchmarkInfo, RunInfo
+from dmoa.evaluation.run import finish_run
+from dmoa.evaluation.run_folder import RunFolder
 from dmoa.serving.actors import pack_record
 from dmoa.serving.http.middleware import ADMIN_VARIABLE, hash_keys
+from dmoa.serving.http.page import create_view
+from dmoa.testing import answered as answered_row
+from dmoa.testing import run_info, scored, write_run
+from dmoa.trace import write_traces
+from dmoa.tracking import open_tracker
+from dmoa.workflows.view import Folder
 from tests.accept.browser import Tab, browser, executable
 from tests.accept.checks import run_check
 from tests.unit.serving.fake_service import make_app
@@ -47,7 +57,7 @@ llms:
       replies: {{adder: "The answer is 19.", writer: {json.dumps(HOSTILE + "x" * 2**20)}}}
 agents:
   - {{name: adder, llm: fake, profile: Adds.}}
-  - {{name: writer, llm: fake, profile: Writes.}}
+  - {{name: writer, llm: fake, profile: Writes., sampling: {{max_tokens: 16384}}}}
   - {{name: coder, llm: fake, profile: Codes.}}
 limits: {{max_steps: 3}}
 router: {{num_traces: 20000, trace_mb: 1024}}
@@ -62,15 +72,23 @@ VIEWS = ("#/live", "#/play", "#/gates", "#/learn")
 @contextmanager
 def served(service: PoolService) -> Iterator[str]:
     """Serve the pool on a free port of this machine; `root` is an admin's key, everybody else comes without one."""
-    app = make_app(service, admins=hash_keys({ADMIN_VARIABLE: "root"}, ADMIN_VARIABLE))
+    with listening(make_app(service, admins=hash_keys({ADMIN_VARIABLE: "root"}, ADMIN_VARIABLE))) as url:
+        yield url
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """Serve an app on a free port of this machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(30)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
 
 
 def ask(url: str, text: str) -> str:
@@ -183,46 +201,91 @@ def live(tab: Tab, url: str, service: PoolService, out: Path) -> dict[str, Any]:
     }
 
 
-def narrow(tab: Tab, url: str, trace: str, out: Path) -> dict[str, Any]:
-    """Every view on a telephone, in the dark: none is wider than the screen."""
-    tab.send("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
-    tab.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-    widths = {}
-    for view in (*VIEWS, f"#/query/{trace}"):
-        tab.open("about:blank")
-        tab.open(f"{url}/{view}")
-        tab.until("!!document.querySelector('main h1')")
-        widths[view.split("/")[1]] = tab.run("document.documentElement.scrollWidth")
-        tab.screenshot(out / f"narrow-{view.split('/')[1]}.png")
+def write_runs(folder: Path) -> None:
+    """Write traces, a training of forty steps and an evaluation of three policies on two benchmarks, as commands do."""
+    write_traces(folder / "traces.jsonl", [answered(f"disk{number}", at_s=number).trace() for number in range(9)])
+    tracker = open_tracker("jsonl", run_dir=folder / "train", name="train", config={"command": "dmoa train --preset few-shot"})
+    for step in range(40):
+        losses = {
+            "train/loss": 0.7 * 0.94**step + 0.02 * (step % 3),
+            "held/held_loss": 0.72 * 0.95**step,
+            "pace": 30.0 + step % 7,
+        }
+        tracker.log(losses | {f"choices/{name}": 0.2 + 0.01 * step * place for place, name in enumerate("abc")}, step=step)
+    tracker.log({"held_back_accuracy": 0.81})
+    tracker.finish()
+    info = run_info(
+        [BenchmarkInfo(name=name, title=name.title(), rows=40) for name in ("arith", "words")],
+        policies=("dmoa", "single", "dense"),
+    )
+    paths = write_evaluation(folder / "runs" / "evaluation", info, lost=0)
+    for count in range(3):
+        changes = {"options": {"adversaries": count, "kind": "liar", "defence": "none"}}
+        write_evaluation(paths.curve(count, "none"), info.model_copy(update=changes), lost=count)
+    finish_run(paths)
+
+
+def write_evaluation(root: Path, info: RunInfo, *, lost: int) -> RunFolder:
+    """Write answers and scores of forty rows a benchmark, of which each policy has so many in ten right, `lost` fewer."""
+    right, tokens = {"dmoa": 9, "single": 6, "dense": 7}, {"dmoa": 150, "single": 60, "dense": 420}
+    cells = [(name.name, policy, number) for name in info.benchmarks for policy in info.policies for number in range(40)]
+    answers = [answered_row(name, number, policy, prompt_tokens=tokens[policy]) for name, policy, number in cells]
+    scores = [
+        scored(name, number, policy, float(number % 10 < right[policy] - lost - (name == "words")))
+        for name, policy, number in cells
+    ]
+    return write_run(root, info, answers, scores)
+
+
+def screens(tab: Tab, places: dict[str, str], out: Path) -> dict[str, Any]:
+    """Every view by name and address, wide and on a telephone, light and dark: what axe-core finds, and its width."""
+    place = Path(os.environ.get("AXE", "node_modules/axe-core/axe.min.js"))
+    has_axe, widths, faults = place.is_file(), dict[str, int](), dict[str, list[str]]()
+    for name, address in places.items():
+        for width, colours in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+            tab.send("Emulation.setDeviceMetricsOverride", **size)
+            tab.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": colours}])
+            tab.open("about:blank")
+            tab.open(address)
+            tab.until("!!document.querySelector('main h1') && !document.querySelector('main[aria-busy]')")
+            seen = f"{name}-{width}-{colours}"
+            widths[seen] = tab.run("document.documentElement.scrollWidth") - width
+            tab.screenshot(out / f"{seen}.png", whole=width < 500)
+            if has_axe:
+                tab.run(place.read_text(encoding="utf-8") + "; true")
+                found = tab.run("axe.run().then((r) => r.violations.map((v) => [v.id, v.impact, v.nodes[0].html.slice(0, 200)]))")
+                faults[seen] = [str(one) for one in found if one[1] in ("serious", "critical")]
     tab.send("Emulation.clearDeviceMetricsOverride")
     tab.send("Emulation.setEmulatedMedia", features=[])
-    return {"fits_a_telephone": max(widths.values()) <= 390}
+    judged = {"axe_finds_nothing_serious": not any(faults.values())} if has_axe else {}
+    skipped = f"skipped: {place} is not there; npm install axe-core, or set AXE"
+    axe = {seen: told for seen, told in faults.items() if told} if has_axe else skipped
+    return {"fits_every_screen": max(widths.values()) <= 0, "screens": len(widths), "axe": axe, **judged}
 
 
-def axe(tab: Tab, url: str, trace: str) -> dict[str, Any]:
-    """What axe-core finds serious in each view; empty where it is not at hand."""
-    place = Path(os.environ.get("AXE", "node_modules/axe-core/axe.min.js"))
-    if not place.is_file():
-        return {"axe": f"skipped: {place} is not there; npm install axe-core, or set AXE"}
-    faults: dict[str, list[str]] = {}
-    for view in (*VIEWS, f"#/query/{trace}"):
-        tab.open("about:blank")
-        tab.open(f"{url}/{view}")
-        tab.until("!!document.querySelector('main h1')")
-        tab.run(place.read_text(encoding="utf-8") + "; true")
-        found = tab.run("axe.run().then((r) => r.violations.map((v) => [v.id, v.impact, v.nodes[0].html.slice(0, 200)]))")
-        faults[view.partition("/")[2].partition("/")[0]] = [str(one) for one in found if one[1] in ("serious", "critical")]
-    return {"axe": faults, "axe_finds_nothing_serious": not any(faults.values())}
+def runs(tab: Tab, url: str) -> dict[str, Any]:
+    """Curves of a training and the figures of an evaluation, from files on disk."""
+    tab.open(f"{url}/#/learn/train")
+    tab.until("document.querySelectorAll('svg.chart').length > 3")
+    curves = tab.text()
+    tab.open(f"{url}/#/learn/runs%2Fevaluation")
+    tab.until("document.querySelectorAll('svg.chart').length === 4")  # accuracy and robustness of two benchmarks
+    return {"curves_of_a_training": "held_loss" in curves and "0.81" in curves, "an_evaluation": "tokens a row" in tab.text()}
 
 
-def drive(out: Path) -> dict[str, Any]:
+def drive(folder: Path, out: Path) -> dict[str, Any]:
     """Drive the page and return what was found."""
     service = pool_service(loads(POOL), GATES)
-    with served(service) as url, browser() as new_tab:
+    write_runs(folder)
+    with served(service) as url, listening(create_view(Folder(folder))) as view, browser() as new_tab:
         tab = new_tab()
         trace = ask(url, "What is 12 + 7?")
-        found = query_view(tab, url, out) | playground(tab, url, out) | gates(tab, url, out)
-        found |= narrow(tab, url, trace, out) | axe(tab, url, trace) | live(tab, url, service, out)
+        found = query_view(tab, url, out) | playground(tab, url, out) | gates(tab, url, out) | runs(tab, view)
+        places = {name.split("/")[1]: f"{url}/{name}" for name in (*VIEWS, f"#/query/{trace}")}
+        places |= {"disk": f"{view}/#/live", "runs": f"{view}/#/learn", "training": f"{view}/#/learn/train"}
+        places["evaluation"] = f"{view}/#/learn/runs%2Fevaluation"
+        found |= screens(tab, places, out) | live(tab, url, service, out)
         found["problems"] = tab.problems
     passed = all(value for name, value in found.items() if name not in ("problems", "axe", "slowest_scroll_ms"))
     return found | {"passed": passed and not tab.problems}
@@ -232,7 +295,8 @@ def check(options: Namespace) -> dict[str, Any]:
     """Drive the page where there is a browser; its pictures lie beside the JSON file."""
     out = options.json.parent / "page"
     out.mkdir(exist_ok=True)
-    return drive(out) if executable() else {"passed": True, "skipped": "Chromium is not installed (apt-get install chromium)"}
+    skipped = {"passed": True, "skipped": "Chromium is not installed (apt-get install chromium)"}
+    return drive(options.scratch, out) if executable() else skipped
 
 
 if __name__ == "__main__":

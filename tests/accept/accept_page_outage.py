@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -106,6 +108,36 @@ def lost_queries(tab: Tab, url: str) -> dict[str, Any]:
     return found
 
 
+def copied(tab: Tab, url: str, folder: Path) -> dict[str, Any]:
+    """What is copied of a query runs in a shell: the question asked again with its system message, and the decisions replayed."""
+    body = {
+        "model": "slowly",
+        "messages": [{"role": "system", "content": 'It\'s "exact".'}, {"role": "user", "content": "What is 12 + 7? $HOME `id`"}],
+        "dmoa": {"max_steps": 1},
+    }
+    with httpx.Client(trust_env=False, timeout=120, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        trace = client.post(f"{url}/v1/chat/completions", json=body).raise_for_status().json()["dmoa"]["trace_id"]
+        tab.open("about:blank")
+        tab.open(f"{url}/#/query/{trace}")
+        tab.until("document.querySelectorAll('.actions button').length >= 3")
+        tab.run("navigator.clipboard.writeText = (text) => { window.copied = text; return Promise.resolve(); }")
+        texts = {}
+        for name in ("JSON", "curl", "replay command"):
+            tab.run(f"[...document.querySelectorAll('button')].find((one) => one.innerText === 'Copy {name}').click()")
+            texts[name] = tab.until("window.copied")
+            tab.run("delete window.copied")
+        env = os.environ | {"DMOA_API_KEY": KEY, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        shell = {"cwd": folder, "env": env, "capture_output": True, "text": True, "timeout": 300, "check": True}
+        asked = json.loads(subprocess.run(["bash", "-c", texts["curl"]], **shell).stdout)["dmoa"]["trace_id"]
+        again = client.get(f"{url}/v1/dmoa/traces/{asked}").raise_for_status().json()["query"]
+        replayed = subprocess.run(["bash", "-c", texts["replay command"]], **shell).stdout
+    first = json.loads(texts["JSON"])["query"]
+    return {
+        "curl_asks_the_same": all(again[name] == first[name] for name in ("text", "system", "turns", "sampling", "limits")),
+        "replay_is_identical": "identical" in replayed,
+    }
+
+
 def stopped(tab: Tab, url: str) -> dict[str, Any]:
     """A slow answer whose steps come one by one is stopped, and a second one goes on meanwhile."""
     tab.open(f"{url}/#/play")
@@ -163,7 +195,7 @@ def drive(folder: Path, out: Path) -> dict[str, Any]:
         try:
             url = server.url
             found = keys(tab, url) | many(tab)
-            found |= lost_queries(tab, url) | stopped(tab, url)
+            found |= lost_queries(tab, url) | copied(tab, url, folder) | stopped(tab, url)
             more, server = outage(tab, url, server, start, out)
             found |= more
         finally:

@@ -67,7 +67,7 @@ class Tab:
         self.send("Page.navigate", url=url)
         self.until("document.readyState === 'complete'")
 
-    def until(self, script: str, timeout_s: float = 20.0) -> Any:
+    def until(self, script: str, timeout_s: float = 60.0) -> Any:
         """Wait until a script yields something true, and return it."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

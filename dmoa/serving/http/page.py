@@ -126,7 +126,7 @@ class RunLine(BaseModel):
     name: str
     kind: Literal["training", "evaluation"]
     unix_s: float | None
-    """When it began."""
+    """When it was last written."""
 
 
 class RunsReply(BaseModel):

@@ -117,6 +117,11 @@ class ChatMessage(LenientModel):
     cache_control: Any = None
 
     @property
+    def is_echo(self) -> bool:
+        """Whether it is sent back of an earlier answer."""
+        return self.role == "assistant"
+
+    @property
     def text(self) -> str:
         """The content as one text; the refusal where there is none."""
         if isinstance(self.content, str):
@@ -155,6 +160,12 @@ class DmoaOptions(RequestModel):
 
 def _dmoa_kind(value: Any) -> str:
     return "<off>" if value is False else "<options>"
+
+
+AskedOfDmoa = (
+    Annotated[Annotated[DmoaOptions, Tag("<options>")] | Annotated[Literal[False], Tag("<off>")], Discriminator(_dmoa_kind)]
+    | None
+)
 
 
 class SharedRequest(LenientModel):
@@ -196,10 +207,7 @@ class SharedRequest(LenientModel):
     """The setting of that name."""
     skip_special_tokens: bool | None = None
     """Ignored: control tokens are never part of a text."""
-    dmoa: (
-        Annotated[Annotated[DmoaOptions, Tag("<options>")] | Annotated[Literal[False], Tag("<off>")], Discriminator(_dmoa_kind)]
-        | None
-    ) = None
+    dmoa: AskedOfDmoa = None
     """What is asked of the swarm; false leaves the `dmoa` object out of the reply."""
 
     @property
@@ -354,7 +362,7 @@ def parse_body(model: type[R], body: bytes, content_type: str, *, refuses_unknow
 def unknown_in(record: BaseModel, at: str = "") -> Iterator[tuple[str, Any, list[str]]]:
     """Yield path, value and known neighbours of every field that no record of a request has; an assistant's words are no such."""
     known = list(type(record).model_fields)
-    is_echo = isinstance(record, ChatMessage) and record.role == "assistant"
+    is_echo = getattr(record, "is_echo", False)
     for name, value in ({} if is_echo else record.model_extra or {}).items():
         yield f"{at}{name}"[:200], value, known
     for name in known if not is_echo else ():
@@ -367,12 +375,13 @@ def unknown_in(record: BaseModel, at: str = "") -> Iterator[tuple[str, Any, list
                     yield from unknown_in(item, f"{at}{name}[{number}].")
 
 
-def _ignored(request: SharedRequest, abilities: frozenset[str]) -> tuple[str, ...]:
+def _ignored(request: SharedRequest, abilities: frozenset[str], unknown: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the fields of a request that change nothing here: unknown ones, and those that no engine of the pool knows."""
-    unknown = [param for param, _, _ in unknown_in(request)]
+    unknown = [*unknown, *(param for param, _, _ in unknown_in(request))]
     wished = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty"}
     wished |= {"chat_template_kwargs": "template", "enable_thinking": "template", "skip_special_tokens": ""}
-    unused = [name for name, ability in wished.items() if getattr(request, name) is not None and ability not in abilities]
+    wished |= {"reasoning_effort": "", "verbosity": ""}
+    unused = [name for name, ability in wished.items() if getattr(request, name, None) is not None and ability not in abilities]
     for param in unknown:
         if param not in _TOLD and len(_TOLD) < _MAX_TOLD:
             _TOLD.add(param)
@@ -490,10 +499,11 @@ class ParsedRequest:
     """Fields of the request that change nothing here."""
 
 
-def chat_order(request: ChatRequest, service: SwarmService) -> ParsedRequest:
+def chat_order(request: ChatRequest, service: SwarmService, unknown: Sequence[str] = ()) -> ParsedRequest:
     """Return the order of a chat request. Raises RequestError (400, 404).
 
-    System and developer messages ahead of the first turn become the query's system text; later ones stay in place.
+    System and developer messages ahead of the first turn become the query's system text; later ones stay in place. `unknown`:
+    what nobody knows of a body of another kind, which was made into this request.
     """
     policy, agent = resolve(request, service)
     _check_messages(request)
@@ -526,7 +536,8 @@ def chat_order(request: ChatRequest, service: SwarmService) -> ParsedRequest:
             n=request.n,
         ),
     )
-    return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=_ignored(request, service.abilities))
+    ignored = _ignored(request, service.abilities, unknown)
+    return ParsedRequest(query=query, policy=policy, agent=agent, body=request, ignored=ignored)
 
 
 def _place_of_question(request: ChatRequest) -> int | None:

@@ -15,12 +15,13 @@ from dmoa.errors import RequestError
 from dmoa.serving.http.errors import described, encode_json
 from dmoa.serving.http.fields import MAX_TOOLS, WHOLE, LenientModel, Only, Tokens, refused, text_or_list
 from dmoa.serving.http.requests import (
+    AskedOfDmoa,
     ChatRequest,
-    DmoaOptions,
     ParsedRequest,
     chat_order,
     model_names,
     request_error,
+    unknown_in,
     unknown_model,
 )
 from dmoa.serving.http.responses import Rendering, check_not_empty, choices_of, sent, step_line
@@ -62,6 +63,11 @@ class InputItem(LenientModel):
     phase: Any = None
     summary: Any = None
     encrypted_content: Any = None
+
+    @property
+    def is_echo(self) -> bool:
+        """Whether it is sent back of an earlier answer."""
+        return self.role == "assistant" or self.type in ("reasoning", "function_call")
 
 
 class FlatTool(LenientModel):
@@ -133,7 +139,8 @@ class ResponsesRequest(LenientModel):
     conversation: Annotated[Any, Only(way=_STATELESS)] = None
     background: Annotated[Any, Only(False)] = None
     prompt: Annotated[Any, Only()] = None
-    dmoa: DmoaOptions | None = None
+    dmoa: AskedOfDmoa = None
+    """false leaves the `dmoa` object out of the reply."""
     include: Any = None
     """Ignored, as are the fields below."""
     truncation: Any = None
@@ -157,18 +164,23 @@ def responses_order(request: ResponsesRequest, service: SwarmService) -> ParsedR
         "response_format": _format(request.text.format if request.text else None),
         "logprobs": True if request.top_logprobs else None,
         "max_tokens": request.max_output_tokens,
-        "dmoa": None if request.dmoa is None else request.dmoa.model_dump(),
+        "dmoa": request.dmoa.model_dump() if request.dmoa else request.dmoa,
     }
     same = ("parallel_tool_calls", "top_logprobs", "temperature", "top_p", "stream", "metadata", "user", "store")
-    tree |= {name: getattr(request, name) for name in same} | (request.model_extra or {})
+    tree |= {name: getattr(request, name) for name in same}
+    also = {name: value for name, value in (request.model_extra or {}).items() if name in _ALSO}
+    unknown = [param for param, _, _ in unknown_in(request) if param not in also]
     try:
-        return chat_order(ChatRequest.model_validate(tree), service)
+        chat = ChatRequest.model_validate(also | {name: value for name, value in tree.items() if value is not None})
+        return chat_order(chat, service, unknown)
     except ValidationError as error:
         raise _renamed(request_error(error)) from None
     except RequestError as error:
         raise _renamed(error) from None
 
 
+_ALSO = frozenset(ChatRequest.model_fields) - {"messages", "n"}
+"""Fields of chat requests, `seed` say, that are taken here too, where none of this route's own says the same."""
 _NAMES = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
 
 

@@ -12,7 +12,7 @@ export async function learn([id], status, signal) {
       "No runs are here. ", h("code", {}, "dmoa view DIR"), " shows the trainings, evaluations and traces of a folder."));
   }
   return h("div", {}, h("h1", {}, "Learning and evaluation"),
-    table("Runs", ["run", "kind", "begun"], found.data.map((run) => [
+    table("Runs", ["run", "kind", "last written"], found.data.map((run) => [
       h("a", { href: `#/learn/${encodeURIComponent(run.id)}` }, inline(run.name)), run.kind, run.unix_s ? moment(run.unix_s) : ""])));
 }
 learn.title = "Learning and evaluation";

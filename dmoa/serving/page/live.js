@@ -35,12 +35,16 @@ function head(status) {
   if (!status.can_ask) return h("p", { class: "hint" }, "Files on disk; no server is asked.");
   if (!router) return h("p", { class: "problem" }, "The router is away; queries are decided by the ingress until it is back.");
   const rest = Object.entries(router).filter(([name]) => !SHOWN.has(name) && !["agents", "app", "pool"].includes(name));
+  const learning = router.adaptation ?? {};
   return h("section", { "aria-label": "Pool" },
     facts({
       gate: router.gate_version + (router.untrained ? " (untrained)" : ""),
       "current since": router.installed_unix_s ? moment(router.installed_unix_s) : "",
       score: router.score, supervision: router.supervision, decisions: count(router.decisions),
       masked: (router.masked ?? []).join(", ") || "none", cold: (router.cold ?? []).join(", ") || "none",
+      adaptation: learning.mode && (learning.frozen ? `${learning.mode}, frozen ${learning.frozen}` : learning.mode),
+      "on trial": learning.trial && `${learning.trial.candidate}, ${count(learning.trial.queries)} queries`,
+      "adaptation so far": Object.entries(learning.counts ?? {}).filter(([, n]) => n).map(([name, n]) => `${name.replaceAll("_", " ")} ${count(n)}`).join(", "),
     }),
     folded("Everything the router says of itself: adaptation, counters, versions", () => facts(Object.fromEntries(rest.map(([name, value]) =>
       [name.replaceAll("_", " "), value !== null && typeof value === "object" ? JSON.stringify(value) : String(value ?? "")])))));
@@ -117,13 +121,18 @@ function queries(status, signal) {
   outer.addEventListener("scroll", () => requestAnimationFrame(draw));
 
   const change = (name, read) => async (event) => { wanted[name] = read(event.target); await restart().catch(failed); };
-  const versions = [...new Set([status.router?.gate_version, ...(status.gate_versions ?? [])].filter(Boolean))];
+  const versions = h("datalist", { id: "versions" });
+  const suggest = async () => {
+    const known = status.can_ask ? await get("/v1/dmoa/gates", signal, false).then((found) => found.history.map((one) => one.version), () => []) : [];
+    const names = [status.router?.gate_version, ...known.reverse(), ...rows.map((one) => one.gate_version)].filter(Boolean);
+    versions.replaceChildren(...[...new Set(names)].map((name) => h("option", { value: name })));
+  };
   const filters = h("div", { class: "filters", role: "group", "aria-label": "Filters" },
     h("label", {}, h("input", { type: "checkbox", id: "only-errors", onchange: change("error", (box) => box.checked) }), " with errors"),
     h("label", {}, "slower than ", h("input", { type: "number", min: 0, step: 100, id: "slow", onchange: change("slow_ms", (box) => box.value) }), " ms"),
     h("label", {}, "policy ", select("policy", status.policies, change("policy", (box) => box.value))),
-    h("label", {}, "gate ", h("input", { list: "versions", id: "gate", size: 14, onchange: change("gate_version", (box) => box.value.trim()) })),
-    h("datalist", { id: "versions" }, versions.map((name) => h("option", { value: name }))),
+    h("label", {}, "gate ", h("input", { list: "versions", id: "gate", size: 14, onfocus: suggest, onchange: change("gate_version", (box) => box.value.trim()) })),
+    versions,
     status.is_admin && h("label", {}, h("input", { type: "checkbox", onchange: change("mine", (box) => box.checked) }), " my own alone"));
   return { element: h("section", { "aria-label": "Recent queries" }, h("h2", {}, "Queries"), filters, total, outer), restart, refresh };
 }

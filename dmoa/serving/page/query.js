@@ -16,7 +16,10 @@ export async function query([id], status, signal) {
     trace.query.system && folded("The client's system message", () => block(trace.query.system, "System message")),
     trace.query.turns?.length > 0 && folded(`${trace.query.turns.length} earlier turns`, () => h("div", {},
       trace.query.turns.map((turn) => h("div", {}, h("p", { class: "role" }, turn.role), block(turn.content, turn.role))))),
-    h("h2", { class: "hint" }, "Answer"), block(trace.answer, "Answer"),
+    trace.query.exchange && folded("Calls of tools and their results since", () => block(trace.query.exchange, "Calls of tools and results")),
+    trace.query.final && folded("What the client wants of the answer: tools, form", () =>
+      block(JSON.stringify(trace.query.final, null, 2), "Tools and form")),
+    h("h2", { class: "hint" }, "Answer"), answers(trace),
     facts({
       "why it stopped": why(told.stop_reason), policy: told.policy, gate: told.gate_version ?? "none", "decided by": told.routed_by,
       steps: count(told.steps.length), took: millis(trace.wall_ms), "prompt tokens": count(sum("prompt_tokens")),
@@ -24,7 +27,7 @@ export async function query([id], status, signal) {
       degraded: told.degraded ? "yes: an agent was lost on the way" : "", answered: moment(trace.created_unix_s), trace: trace.trace_id,
       ...Object.fromEntries(Object.entries(trace.metadata ?? {}).map(([name, value]) => [`metadata ${name}`, value])),
     }),
-    copies(trace),
+    copies(trace, status),
     h("h2", {}, "When"), times(trace),
     h("h2", {}, "Steps"), told.steps.map((one) => step(one, {
       prompts: new Map(trace.calls.filter((call) => call.step === one.step).map((call) => [call.agent, call.messages])),
@@ -58,18 +61,48 @@ function times(trace) {
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "When" }, timeline(calls, trace.wall_ms));
 }
 
-function copies(trace) {
-  const body = {
-    model: trace.dmoa.pool, messages: [
-      ...(trace.query.system ? [{ role: "system", content: trace.query.system }] : []), ...(trace.query.turns ?? []),
-      { role: "user", content: trace.query.text },
-    ], ...trace.query.sampling, dmoa: { policy: trace.dmoa.policy, max_steps: trace.query.limits.max_steps },
+/** Return the answer, or each of several, with its calls of the client's tools. */
+function answers(trace) {
+  const made = trace.choices ?? [];
+  if (!made.length) return block(trace.answer, "Answer");
+  return h("div", {}, made.map((one, i) => h("div", {},
+    made.length > 1 && h("p", { class: "role" }, `Answer ${i + 1}`), one.text && block(one.text, `Answer ${i + 1}`),
+    one.tool_calls.map((call) => h("div", {}, h("p", { class: "role" }, "calls ", inline(call.name)),
+      block(call.arguments, `Arguments ${i + 1}`))))));
+}
+
+/** Return the request that asks a trace's question again. */
+function again(trace) {
+  const { text, system, turns, exchange, final, limits, epsilon } = trace.query;
+  const { template, ...sampling } = trace.query.sampling ?? {};
+  const given = (values) => Object.fromEntries(Object.entries(values).filter(([, value]) => value !== null && value !== undefined));
+  const { max_steps, max_agents, budget_tokens, budget_price, deadline_s } = limits ?? {};
+  const isSingle = trace.dmoa.policy.split(":")[0] === "single", policy = isSingle ? "single" : trace.dmoa.policy;
+  const form = final && {
+    ...(final.tools.length && {
+      tools: final.tools.map((one) => ({ type: "function", function: one })), parallel_tool_calls: final.is_parallel,
+      tool_choice: final.tool_choice.startsWith("=") ? { type: "function", function: { name: final.tool_choice.slice(1) } } : final.tool_choice,
+    }),
+    ...(final.schema && { response_format: final.schema_name
+      ? { type: "json_schema", json_schema: given({ name: final.schema_name, schema: final.schema, strict: final.is_strict }) } : { type: "json_object" } }),
+    ...(final.n > 1 && { n: final.n }), ...(final.top_logprobs !== null && { logprobs: true, top_logprobs: final.top_logprobs }),
   };
-  const quoted = `'${JSON.stringify(body).replaceAll("'", "'\\''")}'`;
+  return {
+    model: isSingle ? trace.dmoa.steps[0].agents[0].name : trace.dmoa.pool, messages: [
+      ...(system ? [{ role: "system", content: system }] : []), ...(turns ?? []), { role: "user", content: text },
+      ...(exchange ? [{ role: "tool", content: exchange }] : []),
+    ], ...sampling, ...(template && { chat_template_kwargs: Object.fromEntries(template) }), ...form,
+    dmoa: given({ policy, max_steps, max_agents, budget_tokens, budget_price, deadline_s, epsilon }),
+  };
+}
+
+function copies(trace, status) {
+  const quoted = `'${JSON.stringify(again(trace)).replaceAll("'", "'\\''")}'`;
   const auth = key() ? " -H \"Authorization: Bearer $DMOA_API_KEY\"" : "";
-  const curl = `curl ${server()}/v1/chat/completions -H 'Content-Type: application/json'${auth} -d ${quoted}`;
+  const place = status.can_ask ? server() : "\"$DMOA_URL\""; // of files no server is known
+  const curl = `curl ${place}/v1/chat/completions -H 'Content-Type: application/json'${auth} -d ${quoted}`;
   const address = `${server()}/v1/dmoa/traces/${trace.trace_id}`;
-  const replay = `curl -s${auth} ${address} > ${trace.trace_id}.jsonl && dmoa run --replay ${trace.trace_id}.jsonl`;
+  const replay = `curl -s${auth} ${address} > ${trace.trace_id}.jsonl && dmoa run --replay ${trace.trace_id}.jsonl --config pool.yaml`;
   const button = (name, text) => h("button", { type: "button", onclick: () => copy(text, name) }, `Copy ${name}`);
   return h("div", { class: "actions" }, button("JSON", JSON.stringify(trace, null, 2)), button("curl", curl), button("replay command", replay));
 }

@@ -118,7 +118,7 @@ async def test_streaming_shows_steps_then_content_then_usage(client: AsyncOpenAI
 
 def test_what_is_loaded_and_ready_is_told_while_the_server_starts(server: Served) -> None:
     told = "".join(server.errors)
-    at = [told.index(part) for part in ("joining the Ray", "deploying pool swarm", "ready: agents ")]
+    at = [told.index(part) for part in ("joining the Ray", "deploying pool swarm", "loading: ", "ready: agents ")]
     assert at == sorted(at)
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 def talk(dmoa: Any, *args: object, lines: list[str]) -> Any:
     return dmoa("chat", *args, input="".join(line + "\n" for line in lines))
@@ -46,10 +48,11 @@ def test_the_policy_can_be_changed(dmoa: Any, pool: Path, tmp_path: Path) -> Non
 
 
 def test_a_failed_turn_does_not_end_the_chat(dmoa: Any, pool: Path, tmp_path: Path) -> None:
-    lines = ["/policy vote", "one", "/policy single", "two", "/fly"]
-    result = talk(dmoa, "--config", pool, "--json", tmp_path / "c.json", lines=lines)
+    lines = ["/agent guesser", "one", "/policy single", "two", "/fly"]
+    fails = ("--set", "llms.fake.engine_kwargs.failing=[guesser]")
+    result = talk(dmoa, "--config", pool, *fails, "--json", tmp_path / "c.json", lines=lines)
     assert result.exit_code == 1
-    assert "'vote'; expected one of dmoa, single" in result.stderr
+    assert "dmoa: guesser answers" in result.stderr
     assert "/fly is not a command" in result.stderr
     assert len(json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))["turns"]) == 1
 
@@ -78,3 +81,18 @@ def test_a_server_without_the_policy_or_agent_is_told_before_a_question(dmoa: An
         result = talk(dmoa, "--url", url, option, "vote", lines=["What is 12 + 7?"])
         assert (result.exit_code, result.stdout) == (2, ""), result.stderr
         assert f"{option} is 'vote'; {named}" in result.stderr
+
+
+@pytest.mark.parametrize("has_server", [False, True])
+def test_what_nobody_answers_by_is_told_at_once_and_changes_nothing(
+    dmoa: Any, pool: Path, url: str, has_server: bool, tmp_path: Path
+) -> None:
+    where = ("--url", url) if has_server else ("--config", pool)
+    lines = ["/policy vote", "/agent nobody", "one", "/policy single", "/policy vote", "two"]
+    result = talk(dmoa, *where, "--json", tmp_path / "c.json", lines=lines)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("--policy is 'vote'; expected one of dmoa, single") == 2
+    assert "--agent is 'nobody'; expected one of " in result.stderr
+    assert "vote answers" not in result.stderr
+    turns = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))["turns"]
+    assert [turn["dmoa"]["policy"] for turn in turns] == ["dmoa", "single"]

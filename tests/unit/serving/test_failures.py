@@ -6,7 +6,7 @@ import pytest
 
 from dmoa.config import Config
 from dmoa.errors import ConfigError
-from dmoa.serving.failures import explain, last_words, news, raised
+from dmoa.serving.failures import explain, last_words, loading, news, raised
 
 OURS = """The deployment failed to start 1 times in a row. This may be due to a problem with its constructor. Error:
 ray::ServeReplica:dmoa:llm-t.initialize_and_get_metadata() (pid=7, ip=192.0.2.2, actor_id=ab, repr=<ray.serve>)
@@ -69,4 +69,6 @@ def test_a_deployment_that_is_ready_is_told_of_once() -> None:
     states = {"agent-a0": "HEALTHY", "llm-t": "UPDATING", "encoder": "UPDATING"}
     assert news(POOL, states, told) == ["ready: agent a0 (1 of 3)"]
     assert news(POOL, states, told) == []
+    assert loading(POOL, states) == "agents a1, a2 (llms.t.model 'path:/m'); encoder"
+    assert loading(POOL, {"encoder": "HEALTHY"}) == ""
     assert news(POOL, dict.fromkeys(states, "HEALTHY"), told) == ["ready: agents a1, a2 (3 of 3)", "ready: encoder (3 of 3)"]

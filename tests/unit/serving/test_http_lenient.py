@@ -28,6 +28,7 @@ ASKED: dict[str, Any] = {"model": "tiny", "messages": QUESTION}
             {"top_k": 5, "enable_thinking": False, "skip_special_tokens": True},
             ["top_k", "enable_thinking", "skip_special_tokens"],
         ),
+        ({"reasoning_effort": "low", "verbosity": "low"}, ["reasoning_effort", "verbosity"]),
         ({"max_tokens": -1, "top_k": None, "metadata": {"a": [1]}}, []),
     ],
 )
@@ -112,8 +113,9 @@ async def test_dmoa_false_leaves_the_object_out(is_stream: bool) -> None:
     async with connect(make_app(FakeService())) as client:
         response = await client.post(CHAT, json=ASKED | {"dmoa": False, "stream": is_stream})
         plain = await client.post("/v1/completions", json={"model": "tiny", "prompt": "1", "dmoa": False, "stream": is_stream})
-    assert (response.status_code, plain.status_code) == (200, 200)
-    assert "dmoa" not in response.text + plain.text
+        made = await client.post("/v1/responses", json={"model": "tiny", "input": "1", "dmoa": False, "stream": is_stream})
+    assert [found.status_code for found in (response, plain, made)] == [200, 200, 200], made.text
+    assert "dmoa" not in response.text + plain.text + made.text
     assert "The answer is 19." in response.text
 
 

@@ -205,3 +205,21 @@ async def test_unknown_fields_are_named_and_an_error_in_mid_stream_is_an_event()
         "message": "all gone",
         "param": None,
     }
+
+
+async def test_fields_of_every_depth_are_named_and_those_of_chat_requests_are_taken() -> None:
+    service = FakeService()
+    said = [
+        {"role": "user", "content": "Hi", "odd": 1},
+        {"role": "assistant", "content": "Ho", "more": 1},
+        {"type": "reasoning", "new": 1},
+        {"role": "user", "content": [{"type": "input_text", "text": "What is 12 + 7?", "id": 3}]},
+    ]
+    body = {"model": "tiny", "input": said, "seed": 3, "messages": [{"role": "user", "content": "Else"}], "n": 2, "max_tokens": 4}
+    async with connect(make_app(service)) as client:
+        response = await client.post(PATH, json=body | {"max_output_tokens": 9})
+        strict = await client.post(PATH, json=body | {"input": [*said[1:3], {"role": "user", "content": "Hi"}]})
+    assert response.status_code == strict.status_code == 200, response.text
+    assert response.json()["dmoa"]["ignored"] == ["messages", "n", "input[0].odd", "input[3].content[0].id"]
+    query = service.asked[0][0]
+    assert (query.text, query.sampling, query.final) == ("What is 12 + 7?", {"max_tokens": 9, "seed": 3}, None)

@@ -20,7 +20,18 @@ from dmoa.serving.trace_list import TraceFilter, TraceSummary, statistics_of, su
 from dmoa.serving.traces import TraceOutbox, TraceStore
 from dmoa.testing import decision
 from dmoa.trace import AnsweredQuery, Trace, answer_of_reply, reply_dmoa, trace_of
-from dmoa.types import AgentReply, Answer, EntropySum, Query, RouteRequest, StepRecord, SummarizerRecord
+from dmoa.types import (
+    AgentReply,
+    Answer,
+    Choice,
+    EntropySum,
+    FinalCall,
+    Query,
+    RouteRequest,
+    StepRecord,
+    SummarizerRecord,
+    ToolCall,
+)
 from tests.unit.serving.fake_service import make_answer, make_step, reply
 
 NOW = time.time()
@@ -249,6 +260,31 @@ async def test_traces_survive_a_restart_without_the_secrets_in_their_texts(tmp_p
     assert "abcd1234efgh5678" not in words_in(tmp_path)
     (calls,) = json.loads(await restarted.statistics(("a",), "mine"))
     assert calls["calls"] == 1
+
+
+async def test_no_secret_of_a_tools_result_or_a_form_is_written(tmp_path: Path) -> None:
+    store, secret = TraceStore(RouterConfig(trace_uri=tmp_path.as_uri())), "api_key=abcd1234efgh5678"
+    one = answered("t1")
+    call = ToolCall(call_id="c1", name="add", arguments=json.dumps({"why": secret}))
+    tools = ({"name": "add", "description": f"Adds, with {secret}"},)
+    kept = replace(
+        one,
+        query=replace(
+            one.query,
+            query_id="q1",
+            exchange=f"Result of add: {secret}",
+            final=FinalCall(tools=tools),
+            sampling={"stop": (secret,)},
+        ),
+        answer=replace(one.answer, choices=(Choice(text="", tool_calls=(call,), finish_reason="tool_calls"),)),
+    )
+    await store.put_all([(pack_record(kept), "mine")])
+    await store.save()
+    found = Trace.model_validate_json(await store.get("t1", "mine") or "null")
+    assert "abcd1234" not in words_in(tmp_path)
+    assert found.query["exchange"] == "Result of add: api_key=[redacted]"
+    assert (found.query["trace_id"], found.query["query_id"], found.query["final"]["tools"][0]["name"]) == ("t1", "q1", "add")
+    assert [made["name"] for made in found.choices[0]["tool_calls"]] == ["add"]
 
 
 async def test_a_segment_goes_with_its_last_trace_and_a_broken_one_is_left_out(tmp_path: Path) -> None:
