@@ -58,7 +58,7 @@ CANNOT = {
     }
 }
 """Per pool what its model cannot do, by the names of cells: there the sentence stands in place of a failure."""
-INSTALL_S, CLIENT_S, START_S = 900, 300, 300
+INSTALL_S, CLIENT_S, START_S = 900, 600, 600
 LLMS = {
     "endpoint": '{{model: "openai:scripted", engine: openai, engine_kwargs: {{base_url: "http://127.0.0.1:{port}/v1"}}}}',
     "embedded": '{{model: "embedded:smollm2-135m", engine: transformers, engine_kwargs: {{max_model_len: 8192}}}}',

@@ -98,7 +98,7 @@ def ask(url: str, text: str) -> str:
         return str(client.post(f"{url}/v1/chat/completions", json=body).raise_for_status().json()["dmoa"]["trace_id"])
 
 
-def fill(service: PoolService, count: int) -> None:
+def fill(tab: Tab, service: PoolService, count: int) -> None:
     """Put made-up traces into the store, as fast as it takes them."""
     one = answered("t")
 
@@ -107,6 +107,7 @@ def fill(service: PoolService, count: int) -> None:
             kept = replace(one, answer=replace(one.answer, trace_id=f"fill{number}"), created_unix_s=time.time() - 3600)
             await service.page.store.put_all([(pack_record(kept), "")])
 
+    tab.open("about:blank")  # the page reads the store, in another thread
     asyncio.run(put())
 
 
@@ -179,9 +180,9 @@ def gates(tab: Tab, url: str, out: Path) -> dict[str, Any]:
 
 def live(tab: Tab, url: str, service: PoolService, out: Path) -> dict[str, Any]:
     """Filters, first paint with a thousand traces, scrolling through ten thousand."""
-    fill(service, 1000)
+    fill(tab, service, 1000)
     paint_ms = first_paint_ms(tab, url)
-    fill(service, 10_000)
+    fill(tab, service, 10_000)
     first_paint_ms(tab, url)
     script = "(async () => { const v = document.querySelector('.viewport'); const times = []; for (let i = 0; i < 60; i++) {"
     script += " const at = performance.now(); v.scrollTop = v.scrollHeight; await new Promise((r) => setTimeout(r, 60));"

@@ -28,9 +28,9 @@ function training(run) {
   const curves = run.curves.map((group) => ({ ...group, series: group.series.filter((line) => line.points.length > 1) }));
   return h("div", {}, facts(run.facts),
     lines.length === 0 && h("p", { class: "hint" }, "Nothing was logged yet."),
-    h("div", { class: "charts" }, curves.filter((group) => group.series.length).map((group) => chart({ title: group.title, x: "step", y: group.title, series: group.series.map((line) =>
+    h("div", { class: "charts" }, curves.filter((group) => group.series.length).map((group) => chart({ title: group.series.length > 1 ? group.title : group.series[0].name, x: "step", y: group.title, series: group.series.map((line) =>
       ({ name: line.name, isLine: true, points: line.points.map(([x, y]) => ({ x, y })) })) }))),
-    once.length > 0 && folded(`${once.length} figures that were logged once`, () => table("Logged once", ["figure", "value"],
+    once.length > 0 && folded(`Logged once: ${count(once.length)}`, () => table("Logged once", ["figure", "value"],
       once.map((line) => [line.name, String(+line.points[0][1].toPrecision(5))])), true),
     run.settings && folded("Settings", () => h("pre", { tabindex: 0 }, JSON.stringify(run.settings, null, 2))));
 }

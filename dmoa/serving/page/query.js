@@ -135,10 +135,11 @@ function whatIf(trace, status) {
   const names = h("datalist", { id: "what-names" });
   const place = h("div", { "aria-live": "polite" });
   const suggest = async () => {
+    const before = name.value;
     const found = kind.value === "policy" ? status.policies
       : await get("/v1/dmoa/gates").then((gates) => [...new Set(gates.history.map((one) => one.version))].reverse(), () => []);
     names.replaceChildren(...found.map((one) => h("option", { value: one })));
-    name.value = found[0] ?? "";
+    if (name.value === before) name.value = found[0] ?? ""; // else somebody has typed meanwhile
   };
   kind.addEventListener("change", suggest);
   suggest();
