@@ -592,6 +592,7 @@ def trace_of(
     `created_unix_s` is when the query was answered, None for now.
     """
     decisions = [step.decision for step in answer.steps if step.decision]
+    made = [{"text": one.text, "tool_calls": [asdict(call) for call in one.tool_calls]} for one in answer.choices]
     return Trace(
         trace_id=answer.trace_id,
         created_unix_s=time.time() if created_unix_s is None else created_unix_s,
@@ -601,7 +602,7 @@ def trace_of(
         user=None if user is None else redact_text(user),
         metadata=redact(metadata or {}),
         answer=answer.text,
-        choices=_choices(answer),
+        choices=made if len(made) > 1 or any(one["tool_calls"] for one in made) else [],
         finish_reason=answer.finish_reason,
         wall_ms=answer.wall_ms,
         agents=list(decisions[0].agents) if decisions else [],
@@ -609,14 +610,6 @@ def trace_of(
         dmoa=reply_dmoa(answer, pool=pool, with_texts=True),
         calls=list(_calls(answer)),
     )
-
-
-def _choices(answer: Answer) -> list[dict[str, Any]]:
-    made = [
-        {"text": one.text, "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in one.tool_calls]}
-        for one in answer.choices
-    ]
-    return made if len(made) > 1 or any(one["tool_calls"] for one in made) else []
 
 
 def _calls(answer: Answer) -> Iterator[TraceCall]:

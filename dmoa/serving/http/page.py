@@ -21,7 +21,7 @@ from dmoa.errors import RequestError
 from dmoa.serving.http.errors import LenientPaths, install_handlers, json_response
 from dmoa.serving.http.fields import WHOLE, RequestModel
 from dmoa.serving.http.requests import parse_body
-from dmoa.serving.http.responses import failures
+from dmoa.serving.http.responses import failures, posted
 from dmoa.serving.http.service import SwarmService
 from dmoa.serving.trace_list import AgentStatistics, TraceFilter, TracePage, described_filter
 from dmoa.serving.what_if import DecidedStep
@@ -263,16 +263,6 @@ BODIES: tuple[type[BaseModel], ...] = (RollbackRequest, WhatIfRequest, BranchReq
 """Request records for the OpenAPI document."""
 
 
-def _posted(reply: type[BaseModel], body: type[BaseModel], *statuses: int) -> dict[str, Any]:
-    """Return FastAPI's arguments for a route that takes a body of ours."""
-    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
-    return {
-        "response_model": reply,
-        "responses": failures(400, 401, 404, 413, *statuses),
-        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
-    }
-
-
 def add_routes(app: FastAPI, getter: Callable[[], SwarmService], follow: Follow) -> None:
     """Add the page and its routes to an app; `follow` runs a query that the page has made, and keeps it."""
     routes, base = PageRoutes(getter, follow), "/v1/dmoa"
@@ -284,9 +274,9 @@ def add_routes(app: FastAPI, getter: Callable[[], SwarmService], follow: Follow)
         ("GET", f"{base}/status", routes.status, {"response_model": StatusReply, "responses": failures(401)}),
         ("GET", f"{base}/traces", routes.traces, listed),
         ("GET", f"{base}/gates", routes.gates, {"response_model": GatesReply, "responses": failures(401, 503)}),
-        ("POST", f"{base}/gates/rollback", routes.rollback, _posted(RollbackReply, RollbackRequest, 403, 503)),
-        ("POST", f"{base}/traces/{{trace_id}}/what-if", routes.what_if, _posted(WhatIfReply, WhatIfRequest, 503)),
-        ("POST", f"{base}/traces/{{trace_id}}/branch", routes.branch, _posted(BranchReply, BranchRequest, 429, 503, 504)),
+        ("POST", f"{base}/gates/rollback", routes.rollback, posted(RollbackReply, RollbackRequest, 403, 503)),
+        ("POST", f"{base}/traces/{{trace_id}}/what-if", routes.what_if, posted(WhatIfReply, WhatIfRequest, 503)),
+        ("POST", f"{base}/traces/{{trace_id}}/branch", routes.branch, posted(BranchReply, BranchRequest, 429, 503, 504)),
         ("GET", f"{base}/runs", routes.runs, {"response_model": RunsReply, "responses": failures(401)}),
         ("GET", f"{base}/runs/{{run_id}}", routes.run, {"response_model": dict[str, Any], "responses": failures(401, 404)}),
     ):

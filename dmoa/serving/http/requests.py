@@ -117,11 +117,6 @@ class ChatMessage(LenientModel):
     cache_control: Any = None
 
     @property
-    def is_echo(self) -> bool:
-        """Whether it is sent back of an earlier answer."""
-        return self.role == "assistant"
-
-    @property
     def text(self) -> str:
         """The content as one text; the refusal where there is none."""
         if isinstance(self.content, str):
@@ -362,7 +357,7 @@ def parse_body(model: type[R], body: bytes, content_type: str, *, refuses_unknow
 def unknown_in(record: BaseModel, at: str = "") -> Iterator[tuple[str, Any, list[str]]]:
     """Yield path, value and known neighbours of every field that no record of a request has; an assistant's words are no such."""
     known = list(type(record).model_fields)
-    is_echo = getattr(record, "is_echo", False)
+    is_echo = getattr(record, "role", "") == "assistant" or getattr(record, "type", "") in ("reasoning", "function_call")
     for name, value in ({} if is_echo else record.model_extra or {}).items():
         yield f"{at}{name}"[:200], value, known
     for name in known if not is_echo else ():
@@ -438,8 +433,9 @@ def request_error(error: ValidationError) -> RequestError:
         return RequestError(f"body is {shown_value(seen)}; expected a JSON object; send one", code="invalid_type")
     if kind == "missing":
         return refused(param, "missing; add it", "missing_required_parameter")
-    if kind == "extra_forbidden":
-        return unknown_field(param, seen, did_you_mean(str(first["loc"][-1])[:200], _fields_beside(first["loc"])))
+    if kind == "extra_forbidden":  # all other records take unknown fields
+        found = DmoaOptions if first["loc"][0] == "dmoa" else OutcomeRequest
+        return unknown_field(param, seen, did_you_mean(str(first["loc"][-1])[:200], list(found.model_fields)))
     code, why = "invalid_value", f"; {expectation(first['msg'])}"
     if kind == "literal_error" and first["loc"][-1] == "type" and "content" in first["loc"]:
         what = "images are" if "image" in str(seen) else "other kinds of content are"
@@ -449,11 +445,6 @@ def request_error(error: ValidationError) -> RequestError:
     elif kind.startswith("union_tag"):
         why = "; expected a text or a list"
     return refused(param, f"is {shown_value(seen)}{why}", code)
-
-
-def _fields_beside(loc: tuple[int | str, ...]) -> list[str]:
-    """Return the fields of the record in which the last part of `loc` was found; all others take unknown ones."""
-    return list(DmoaOptions.model_fields) if loc[0] == "dmoa" else list(OutcomeRequest.model_fields)
 
 
 def unknown_field(param: str, value: object, nearest: str = "") -> RequestError:

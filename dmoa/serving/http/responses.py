@@ -254,8 +254,8 @@ class Rendering:
         return piece
 
     def failure(self, error: Exception) -> bytes:
-        """Return the events of an error in mid-stream."""
-        return failure(error)
+        """Return the events of an error in mid-stream: the error object, then `[DONE]`."""
+        return _event(described(error)[1]) + DONE
 
     def closing(self, answer: Answer) -> bytes:
         """Return the chunks that end a stream: what was not sent of the text, the reason, usage, `[DONE]`.
@@ -346,11 +346,6 @@ def check_not_empty(answer: Answer) -> None:
         raise EmptyAnswerError("every contribution was empty; ask again, or raise max_tokens")
 
 
-def failure(error: Exception) -> bytes:
-    """Return the events of an error in mid-stream: the error object, then `[DONE]`."""
-    return _event(described(error)[1]) + DONE
-
-
 def _event(content: object) -> bytes:
     return b"data: " + encode_json(content) + b"\n\n"
 
@@ -436,13 +431,13 @@ def completions(request: type[BaseModel], reply: Any) -> dict[str, Any]:
     }
 
 
-def outcomes() -> dict[str, Any]:
-    """Return FastAPI's arguments for the route that takes outcomes."""
-    body = {"application/json": {"schema": {"$ref": _REF.format(model=OutcomeRequest.__name__)}}}
+def posted(reply: type[BaseModel], body: type[BaseModel], *statuses: int) -> dict[str, Any]:
+    """Return FastAPI's arguments for another route that takes a body of ours."""
+    content = {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}}
     return {
-        "response_model": OutcomeReply,
-        "responses": failures(400, 401, 404, 413, 429, 503),
-        "openapi_extra": {"requestBody": {"required": True, "content": body}},
+        "response_model": reply,
+        "responses": failures(400, 401, 404, 413, *statuses),
+        "openapi_extra": {"requestBody": {"required": True, "content": content}},
     }
 
 

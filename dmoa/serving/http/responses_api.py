@@ -31,6 +31,8 @@ from dmoa.types import Answer, Choice, StepRecord
 _STATELESS = "this server stores no responses; send the whole conversation as input"
 _TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text")
 _PIECE = 64
+_TOLD = {"reasoning": "response.reasoning_summary_text", "message": "response.output_text"}
+_PARTS = {"reasoning": "response.reasoning_summary_part", "message": "response.content_part"}
 
 
 class Part(LenientModel):
@@ -63,11 +65,6 @@ class InputItem(LenientModel):
     phase: Any = None
     summary: Any = None
     encrypted_content: Any = None
-
-    @property
-    def is_echo(self) -> bool:
-        """Whether it is sent back of an earlier answer."""
-        return self.role == "assistant" or self.type in ("reasoning", "function_call")
 
 
 class FlatTool(LenientModel):
@@ -369,10 +366,10 @@ class ResponseRendering(Rendering):
                 else self._message("", status="in_progress") | {"content": []}
             )
             events += self._tell("response.output_item.added", output_index=place["output_index"], item=item)
-            events += self._tell(self._part(kind, "added"), part=self._empty(kind, ""), **place, **index)
+            events += self._tell(f"{_PARTS[kind]}.added", part=self._empty(kind, ""), **place, **index)
         self._shown += sent(text)
         more: dict[str, Any] = {} if kind == "reasoning" else {"logprobs": []}
-        return events + self._tell(self._words(kind, "delta"), delta=sent(text), **place, **index, **more)
+        return events + self._tell(f"{_TOLD[kind]}.delta", delta=sent(text), **place, **index, **more)
 
     def _close(self, choice: Choice | None) -> bytes:
         """Return the events that end the item under way, none where none is."""
@@ -386,18 +383,10 @@ class ResponseRendering(Rendering):
         more = {} if kind == "reasoning" else {"logprobs": item["content"][0]["logprobs"]}
         self._output.append(item)
         return (
-            self._tell(self._words(kind, "done"), text=text, **place, **index, **more)
-            + self._tell(self._part(kind, "done"), part=self._empty(kind, text), **place, **index)
+            self._tell(f"{_TOLD[kind]}.done", text=text, **place, **index, **more)
+            + self._tell(f"{_PARTS[kind]}.done", part=self._empty(kind, text), **place, **index)
             + self._tell("response.output_item.done", output_index=place["output_index"], item=item)
         )
-
-    @staticmethod
-    def _words(kind: str, what: str) -> str:
-        return f"response.reasoning_summary_text.{what}" if kind == "reasoning" else f"response.output_text.{what}"
-
-    @staticmethod
-    def _part(kind: str, what: str) -> str:
-        return f"response.reasoning_summary_part.{what}" if kind == "reasoning" else f"response.content_part.{what}"
 
     @staticmethod
     def _empty(kind: str, text: str) -> dict[str, Any]:

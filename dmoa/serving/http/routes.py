@@ -137,7 +137,7 @@ def create_app(
         ("GET", "/readyz", front.readyz, {"response_model": responses.ReadyReply, "responses": fails() | responses.NOT_READY}),
         ("GET", "/metrics", front.metrics, {"responses": text | fails(401)}),
         ("GET", "/v1/dmoa/traces/{trace_id}", front.trace, {"response_model": dict[str, Any], "responses": fails(401, 404)}),
-        ("POST", "/v1/dmoa/outcomes", front.outcome, responses.outcomes()),
+        ("POST", "/v1/dmoa/outcomes", front.outcome, responses.posted(responses.OutcomeReply, requests.OutcomeRequest, 429, 503)),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_description="Done.", **document)
     page.add_routes(app, service_getter, front.follow)
