@@ -114,7 +114,7 @@ class Orchestrator:
             emit(step)
             reason = self._stop_reason(state, step, fold, plan, previous, judgement)
         if not state.summary:
-            raise RequestError(f"policy: {policy.name!r} stopped before any agent was asked; use another policy")
+            raise _no_answer(state, policy.name, reason)
         choices: tuple[Choice, ...] = ()
         if query.final is not None:
             final = FinalCaller(self.dispatcher, self.writer)
@@ -333,6 +333,15 @@ def _mass(plan: StepPlan, active: list[str]) -> float:
         return plan.mass
     probability = {a.agent: a.probability for a in (*plan.activations, *plan.reserves)}
     return sum(probability[name] for name in active)
+
+
+def _no_answer(state: QueryState, policy: str, reason: StopReason) -> Exception:
+    """Return why a query has no answer where its steps, if any, only prepared one, as a manager's or a recruiter's do."""
+    if not state.steps:
+        return RequestError(f"policy: {policy!r} stopped before any agent was asked; use another policy")
+    asked = tuple(reply for step in state.steps for reply in step.replies)
+    seen = f"policy {policy!r} was ended by {reason} after {len(asked)} calls, before an agent wrote an answer"
+    return EmptyAnswerError(f"{seen}; allow more, or use a policy that answers at its first step", asked)
 
 
 def _nothing_said(state: QueryState, replies: tuple[AgentReply, ...]) -> Exception:

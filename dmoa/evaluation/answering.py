@@ -96,6 +96,7 @@ def unanswered(task: Task, policy: str, error: EmptyAnswerError, wall_ms: float)
         **flat(sum((reply.usage for reply in replies), TokenUsage())),
         memoised_tokens=sum(reply.usage.total for reply in replies if reply.is_memoised),
         wall_ms=wall_ms,
+        calls=len(replies),
     )
 
 

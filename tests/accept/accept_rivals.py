@@ -326,6 +326,7 @@ def check(options: Namespace) -> Figures:
                 score=options.score,
             ),
             options.attacked_pools.split(","),
+            known.get("adversaries", {}),
             keep("adversaries"),
         ),
     }

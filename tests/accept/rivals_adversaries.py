@@ -101,9 +101,9 @@ def enemies_of(counts: Sequence[int]) -> dict[str, Adversaries | None]:
     return {"none x 0": None, **some}
 
 
-def adversaries(attack: Attack, pools: Sequence[str], keep: Callable[[Figures], None]) -> Figures:
-    """Measure what `dmoa` and its rivals lose in some pools; passed where the bars hold in each."""
-    found: Figures = {"score": attack.score}
+def adversaries(attack: Attack, pools: Sequence[str], known: Figures, keep: Callable[[Figures], None]) -> Figures:
+    """Measure what `dmoa` and its rivals lose in some pools, beside what is `known` of others."""
+    found: Figures = {pool: known[pool] for pool in POOLS if pool in known}
     for name in pools:
 
         def so_far(entry: Figures, name: str = name) -> None:
@@ -111,7 +111,7 @@ def adversaries(attack: Attack, pools: Sequence[str], keep: Callable[[Figures], 
             keep(found)
 
         found[name] = attacked_suites(attack, name, so_far)
-    return found | {"passed": all(found[name]["passed"] for name in pools)}
+    return found | {"passed": all(entry["passed"] for entry in found.values())}
 
 
 def attacked_suites(attack: Attack, name: str, keep: Callable[[Figures], None]) -> Figures:
@@ -129,7 +129,12 @@ def attacked_suites(attack: Attack, name: str, keep: Callable[[Figures], None]) 
     ]
     suites_R = np.array([row.task.benchmark for row in test.rows])
     honest = {count: np.flatnonzero(~np.isin(suites_R, config.agent_names[SIX - count :])) for count in attack.counts}
-    found: Figures = {"agents": config.agent_names, "rows": {count: len(rows) for count, rows in honest.items()}, "arms": {}}
+    found: Figures = {
+        "score": attack.score,
+        "agents": config.agent_names,
+        "rows": {count: len(rows) for count, rows in honest.items()},
+        "arms": {},
+    }
     for arm, enemies in enemies_of(attack.counts).items():
         at, values, checkpoint = attack.folder / "attacked" / name / arm.replace(" ", "-") / attack.score, [], None
         matrix, embedding_RD = matrix_of(under_attack(test, config, enemies), config)

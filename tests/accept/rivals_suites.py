@@ -37,7 +37,8 @@ SEEDS = 3
 TEST = ("test", 401)
 LEARN, LEARN_FIRST_SEED = 8, 301
 """Rows of a suite that a gate, or a rival with labels, learns from; rows of the study."""
-DMOA, ARMS = "dmoa", {"dmoa": "anchored", "dmoa, posterior": "posterior"}
+DMOA, ARMS = "dmoa", {"dmoa": "posterior", "dmoa, anchored": "anchored"}
+"""What gates learn by, the default first."""
 DRAWN = ("random", "random_router", "majority_k:k=3", "free_agency", "knapsack", "capacity_aware:inner=majority_k")
 WHOLE = ("dense", "majority_k:k=64")
 """First-step policies that draw nothing."""

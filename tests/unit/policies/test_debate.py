@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from dmoa.errors import EmptyAnswerError
 from dmoa.policies.debate import MISTAKES
+from dmoa.testing import query
 from dmoa.types import AgentCall
 from tests.unit.policies.schedules import Says, check_cost, run, schedule_of
 
@@ -59,6 +61,13 @@ async def test_a_chat_ends_where_the_manager_says_done() -> None:
     answer, calls = await run("group_chat", manager("b", "DONE"))
     assert [call.agent for call in calls] == ["a", "b", "a"]
     assert answer.text.startswith("[b.1]")
+
+
+async def test_a_budget_that_the_manager_alone_spends_is_told_with_what_it_took() -> None:
+    with pytest.raises(EmptyAnswerError, match="'group_chat' was ended by budget_calls after 1 calls, before an agent") as told:
+        await run("group_chat", manager("b"), query(max_steps=9, budget_calls=1))
+    (reply,) = told.value.replies
+    assert (reply.agent, reply.text) == ("a", "b")
 
 
 async def test_a_manager_that_names_nobody_has_the_next_one_speak() -> None:
