@@ -59,7 +59,19 @@ def report(out: Path, rows: Sequence[str], config: str | None, limit: int, more:
     pool = config or str(scripted_pool(out))
     labels = write_labels(out, pool, [*rows, *more]).absolute()
     names = ["all", *(f"{name}:data={labels}" for name in POLICIES.builtin if needs_labels(name))]
-    base = command(out / "run", "--config", pool, *rows, *more, "--limit", str(limit), "--policies", ",".join(names), "--resume")
+    base = command(
+        out / "run",
+        "--config",
+        pool,
+        *rows,
+        *more,
+        "--limit",
+        str(limit),
+        "--policies",
+        ",".join(names),
+        "--resume",
+        "--retry-failed",
+    )
     done = run([base[0], "compare", *base[2:]])
     folder = RunFolder(out / "run")
     found: Figures = {"exit": done.returncode, "stderr": done.stderr[-1500:] if done.returncode else ""}
