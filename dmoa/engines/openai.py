@@ -307,9 +307,9 @@ class OpenaiEngine:
                 raise self._refusal(response.status, await read_error(response), response.headers, body)
             has_reply, kind = True, response.headers.get("content-type", "").lower()
             if kind.startswith("application/json") or not (is_stream or kind.startswith("text/event-stream")):
-                draft.take(b"".join([chunk async for chunk in self._within(response.content.iter_any(), request)]))
+                draft.take(b"".join([chunk async for chunk in self._within(response, request)]))
             else:
-                is_whole = await _read_events(self._within(response.content.iter_any(), request), draft)
+                is_whole = await _read_events(self._within(response, request), draft)
         except FAILURES as error:
             if not draft.is_ended:  # else what was lost came after the end of the reply
                 raise self._failure(error, has_reply=has_reply) from None
@@ -411,12 +411,12 @@ class OpenaiEngine:
     def _fault(self, text: str) -> EngineError:
         return self._error(self._quoted(text))
 
-    async def _within(self, chunks: AsyncIterator[bytes], request: GenerationRequest) -> AsyncIterator[bytes]:
-        """Pass a reply's bytes on. Raises EngineError where they are more than its tokens can need."""
+    async def _within(self, response: Any, request: GenerationRequest) -> AsyncIterator[bytes]:
+        """Pass a reply's bytes on. Raises EngineError where they are more than its tokens can need, or said to be."""
         most, seen = LEAST_REPLY_BYTES + BYTES_PER_TOKEN * request.sampling.max_tokens, 0
-        async for chunk in chunks:
+        async for chunk in response.content.iter_any():
             seen += len(chunk)
-            if seen > most:
+            if max(seen, response.content_length or 0) > most:
                 raise self._error(
                     f"its reply has more than {most} bytes for max_tokens {request.sampling.max_tokens}; it was not read"
                 )

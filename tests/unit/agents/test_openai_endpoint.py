@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
@@ -478,6 +479,19 @@ async def test_a_reply_without_end_is_cut_off(way: str) -> None:
             await ask(engine, is_stream=way != "whole", max_tokens=16)
         await engine.close()
     assert taken < 64 << 20
+
+
+async def test_a_reply_that_says_it_is_too_long_is_not_read() -> None:
+    async def announces(call: Call) -> None:
+        await call.raw(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 10000000\r\n\r\n{")
+        await call.until_gone()
+
+    async with playing(announces) as endpoint:
+        engine = engine_of(endpoint, max_retries=0)
+        with pytest.raises(EngineError, match=r"its reply has more than .* bytes for max_tokens 16"):
+            async with asyncio.timeout(20):  # the endpoint sends nothing more
+                await ask(engine, max_tokens=16)
+        await engine.close()
 
 
 async def test_of_a_refusal_without_end_the_beginning_is_read() -> None:
