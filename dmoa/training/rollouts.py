@@ -25,7 +25,6 @@ from dmoa.types import AgentReply, AgentStatus, Answer, EntropyKind, FinishReaso
 from dmoa.validation import describe, short, storable
 from dmoa.yaml_tree import read_bounded
 
-MAX_MANIFEST_BYTES = 1 << 26
 SCHEMA_VERSION = 1
 LEARNED = "learned"
 """Marks a column that training reads."""
@@ -296,7 +295,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Return the manifest of a collection. Raises ConfigError naming file, value and what is expected."""
     path = RolloutFolder(Path(folder)).manifest
     try:
-        text = read_bounded(path, most=MAX_MANIFEST_BYTES).decode("utf-8")
+        text = read_bounded(path, most=1 << 26).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--rollouts: cannot read {str(path)!r}: {error}; name a folder that `dmoa rollouts` wrote") from error
     try:

@@ -234,8 +234,7 @@ class RouterState:
         return posixpath.join(self._root, name).rstrip("/")
 
     def _exists(self, name: str) -> bool:
-        found = self._fs.get_file_info(self._path(name)).type
-        return found not in (arrow_fs.FileType.NotFound, arrow_fs.FileType.Directory)  # a pipe or a device is damage
+        return self._fs.get_file_info(self._path(name)).type not in (arrow_fs.FileType.NotFound, arrow_fs.FileType.Directory)
 
     def _read(self, name: str) -> bytes:
         """Return the bytes of a file. Raises OSError, also for a pipe, a device, and what is larger than a gate."""
