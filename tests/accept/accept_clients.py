@@ -271,7 +271,7 @@ def versions(names: Iterable[str], envs: Path) -> dict[str, str]:
             told = subprocess.run(
                 [envs / name / "bin/pip", "list", "--format", "json"], capture_output=True, text=True, check=True
             )
-            listed = {one["name"].lower(): one["version"] for one in json.loads(told.stdout)}
+            listed = {one["name"].lower().replace("_", "-"): one["version"] for one in json.loads(told.stdout)}
         packages = NODE[:-1] if name == "ai_sdk" else [re.split(r"[=\[]", one)[0] for one in PYTHON[name]]
         found[name] = ", ".join(f"{package} {listed[package.lower()]}" for package in packages)
     return found
@@ -279,15 +279,16 @@ def versions(names: Iterable[str], envs: Path) -> dict[str, str]:
 
 def table(result: Mapping[str, Any]) -> str:
     """Return what came of a matrix as the table of the guide: a line a client, and why what does not work cannot."""
-    lines = ["| client | what was tried | on an endpoint | on the embedded model |", "|---|---|---|---|"]
+    pools = [pool for pool in LLMS if any(cell["pool"] == pool for cell in result["cells"])]
+    lines = [f"| client | what was tried | {' | '.join(f'pool {pool}' for pool in pools)} |", "|---|---|" + "---|" * len(pools)]
     reasons: dict[str, str] = {}
     for client, packages in result["versions"].items():
         own = [cell for cell in result["cells"] if cell["client"] == client]
         tried = dict.fromkeys(cell["cell"] for cell in own)
-        told = [_summary([cell for cell in own if cell["pool"] == pool], reasons) for pool in LLMS]
+        told = [_summary([cell for cell in own if cell["pool"] == pool], reasons) for pool in pools]
         lines.append(f"| {packages} | {'; '.join(tried)} | {' | '.join(told)} |")
     notes = [f"{mark}: {why}." for why, mark in reasons.items()]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
 def _summary(cells: list[dict[str, str]], reasons: dict[str, str]) -> str:

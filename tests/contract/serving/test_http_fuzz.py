@@ -207,6 +207,11 @@ def test_pages_and_the_document_are_there() -> None:
 def test_every_route_is_walked() -> None:
     app: Any = CLIENT.app
     undocumented = {"/page/{name}", "/docs", "/openapi.json"}
-    assert {route.path for route in app.routes} == {*GET_PATHS, *PATHS, OUTCOMES, *PAGE_POSTS} | undocumented
+    assert {route.path.replace(":path}", "}") for route in app.routes} == {
+        *GET_PATHS,
+        *PATHS,
+        OUTCOMES,
+        *PAGE_POSTS,
+    } | undocumented
     found = {(operation.ok().path, operation.ok().method) for operation in DOCUMENT.get_all_operations()}
     assert found == {*((path, "get") for path in GET_PATHS), *((path, "post") for path in (*PATHS, OUTCOMES, *PAGE_POSTS))}
