@@ -14,9 +14,7 @@ from dmoa.serving.placement import deployment_names
 from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.serve")
-_PAUSE_S = 0.2
-REMIND_S = 15.0
-"""After how long without a word what is still loading is told of again."""
+_PAUSE_S, REMIND_S = 0.2, 15.0
 _MAX_CAUSE_CHARS = 600
 _RAISED = re.compile(r"^(?:ray\.exceptions\.RayTaskError\()?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt))\)?: ")
 """How the last line of a traceback begins."""
