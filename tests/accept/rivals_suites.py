@@ -24,7 +24,7 @@ from dmoa.agents.pool import load_pool
 from dmoa.config import Config
 from dmoa.evaluation.answer_matrix import AnswerMatrix, gate_choices, replay_choices, row_oracle
 from dmoa.evaluation.statistics import compare_crossed, interval
-from dmoa.policies.registry import POLICIES, needs_labels, split_policy
+from dmoa.policies.registry import LONGEST_SCHEDULE, POLICIES, needs_labels, split_policy
 from dmoa.protocols import Encoder
 from dmoa.storage import write_whole
 from dmoa.swarm import Swarm
@@ -195,7 +195,8 @@ class Asked:
             self._encoder = Remembering(self._swarm.encoder)
         assert self._encoder is not None
         self._swarm.encoder = Remembering(self._encoder)  # what policies remember of earlier queries hangs on it
-        return of_answers(await ask_all(self._swarm, policy, tasks, Limits(max_steps=1), seed), judge)
+        steps = 1 if POLICIES[split_policy(policy)[0]].first_step_only else LONGEST_SCHEDULE
+        return of_answers(await ask_all(self._swarm, policy, tasks, Limits(max_steps=steps), seed), judge)
 
     def close(self) -> None:
         """Give the models back."""
