@@ -89,6 +89,7 @@ class Samples:
 
     def __init__(self, served: Served) -> None:
         self._served = served
+        self._names: dict[int, str] = {}
         self.at_s: list[float] = []
         self.mb: defaultdict[str, list[float]] = defaultdict(list)
         self.files: defaultdict[str, list[float]] = defaultdict(list)
@@ -102,6 +103,7 @@ class Samples:
                 if "ray::IDLE" in name:
                     continue
                 name = name.split()[0].rpartition("/")[2] if name.startswith("ray::") else Path(name.split()[0]).name
+                name = self._names.setdefault(process.pid, name)  # an actor's title tells what it is at
                 found[f"{name} {process.pid}"][0] += process.memory_info().rss / 1e6
                 found[f"{name} {process.pid}"][1] += process.num_fds()
             except psutil.Error:
