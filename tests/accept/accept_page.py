@@ -184,7 +184,8 @@ def live(tab: Tab, url: str, service: PoolService, out: Path) -> dict[str, Any]:
     paint_ms = first_paint_ms(tab, url)
     fill(tab, service, 10_000)
     first_paint_ms(tab, url)
-    script = "(async () => { const v = document.querySelector('.viewport'); const times = []; for (let i = 0; i < 60; i++) {"
+    script = "(async () => { const v = document.querySelector('.viewport'); const times = []; for (let i = 0; i < 400; i++) {"
+    script += " if (v.scrollHeight >= 10000 * 46) break;"
     script += " const at = performance.now(); v.scrollTop = v.scrollHeight; await new Promise((r) => setTimeout(r, 60));"
     script += " await new Promise(requestAnimationFrame); times.push(performance.now() - at - 60); }"
     script += " return [Math.max(...times), document.querySelectorAll('.rows .row').length, v.scrollHeight]; })()"
