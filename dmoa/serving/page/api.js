@@ -60,6 +60,7 @@ async function failure(response) {
   try { message = JSON.parse(text).error.message; } catch { /* not ours: a proxy's page */ }
   const error = new Error(message);
   error.status = response.status;
+  error.isAway = [502, 503, 504].includes(response.status); // and back in a moment: what holds its port answers so
   return error;
 }
 
