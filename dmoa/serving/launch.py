@@ -280,18 +280,20 @@ def _is_on_loopback_alone(address: str) -> bool:
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or not is_loopback(host):
         return False
-    try:
+    with contextlib.suppress(OSError):
         socket.create_connection((node_ip_address_from_perspective(), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return True
-    return False
+        return False
+    return True
 
 
 def _let_others_join(may_join: bool) -> None:
     """Say whether the Ray that is started or joined next is for several machines: every process of it must know."""
     from ray._private import ray_constants
 
-    os.environ[_CLUSTERS] = str(int(may_join))  # for what this process starts
+    if not may_join:
+        os.environ[_CLUSTERS] = "0"  # for what this process starts
+    elif os.environ.get(_CLUSTERS) == "0":
+        del os.environ[_CLUSTERS]  # Ray's default; a 1 is the user's word, also for a Ray that is started next
     ray_constants.ENABLE_RAY_CLUSTER = may_join
 
 

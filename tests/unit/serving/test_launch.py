@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.serving.launch import PROXY_FLAGS, SERVE_FLAGS, _use_token, keep_token_private, ray_address, token_path
+from dmoa.serving.launch import (
+    PROXY_FLAGS,
+    SERVE_FLAGS,
+    _let_others_join,
+    _use_token,
+    keep_token_private,
+    ray_address,
+    token_path,
+)
 from dmoa.serving.router.admin import RouterAdmin
 
 
@@ -124,3 +132,18 @@ def test_among_several_rays_none_is_chosen() -> None:
     assert message.startswith("address: several Rays run on this machine, and none of them was asked: ")
     for text in (*addresses, "(--address)"):
         assert text in message
+
+
+def test_a_ray_that_was_joined_opens_no_port_of_one_that_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import ray_constants
+
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    for asked, kept in ((None, None), ("0", None), ("1", "1")):
+        monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", asked or "0")
+        if asked is None:
+            monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+        _let_others_join(True)
+        assert os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == kept
+    _let_others_join(False)
+    assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert not ray_constants.ENABLE_RAY_CLUSTER
