@@ -1,7 +1,6 @@
 """Makes one call of one agent, with its deadline, a cold start, the one retry loop, and streams that go on after a loss.
 
-An agent that hangs is lost as one that died: after a while a call has it answer a ping, in time for another agent to be asked.
-One that answers pings and nothing else is masked after a few replies in a row that came too late, each time for longer.
+An agent that answers pings and nothing else is masked after a few replies in a row that came too late, each time for longer.
 
 A lost contribution (failed, late, overloaded) is data, and calls are idempotent by (trace, step, agent). A cold agent has no
 replica; that is not a failure: it is waited for or passed over as its policy says.
@@ -18,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from dmoa.errors import AgentOverloadedError, AgentUnavailableError, BrokenStreamError, CallNotTakenError, DmoaError, NoAgentError
+from dmoa.errors import AgentOverloadedError, AgentUnavailableError, BrokenStreamError, CallNotTakenError, NoAgentError
 from dmoa.protocols import AgentClient, Router
 from dmoa.step_calls import AgentCard, NextCall, Places
 from dmoa.types import AgentCall, AgentReply, AgentStatus, TextDelta
@@ -30,10 +29,6 @@ COLD_PATIENCE_S = 600.0
 """How long a replica may take to start; a large model's takes minutes. After that its agent counts as dead."""
 PATIENCE_S = 60.0
 """How long a query without a deadline waits for a dead place to come back."""
-CHECK_S, ANSWER_S = 30.0, 10.0
-"""Without a deadline: how long a call runs before its agent is pinged, again each time, and how long a ping may take."""
-LEAST_ANSWER_S = 0.5
-"""With a deadline half of what is left, a quarter of it, and this at least."""
 MAX_LATE = 3
 """Late replies in a row after which an agent is masked."""
 LATE_FACTOR, LEAST_LATE_S, UNKNOWN_LATE_S = 3.0, 1.0, 10.0
@@ -134,48 +129,6 @@ class StreamedText:
         if len(seen) > len(self._thought) and seen.startswith(self._thought):
             self._emit(TextDelta(text=seen[len(self._thought) :], is_reasoning=True))
             self._thought = seen
-
-
-class HangCheck:
-    """Pings the agent of a call that takes long, and gives the call up where no answer comes."""
-
-    def __init__(self, agents: AgentClient, call: AgentCall, limit: asyncio.Timeout) -> None:
-        """`limit` is the call's own, and is over at once where its agent hangs."""
-        left = time_left(call.deadline_unix_s)
-        self._agents, self._agent, self._limit = agents, call.agent, limit
-        self._wait_s, self._answer_s = (CHECK_S, ANSWER_S) if left is None else (left / 2, max(LEAST_ANSWER_S, left / 4))
-        self.is_hung = False
-        self._checking: asyncio.Task[None] | None = None
-        # A timer, not a task: nearly all calls end before it goes off.
-        self._timer = asyncio.get_running_loop().call_later(self._wait_s, self._begin)
-
-    def end(self) -> None:
-        """Stop checking: the call is over."""
-        self._timer.cancel()
-        if self._checking is not None:
-            self._checking.cancel()
-
-    def error(self) -> AgentUnavailableError:
-        """Return how the call ends where its agent hangs."""
-        return AgentUnavailableError(
-            f"agent {self._agent!r}: it hangs: no reply after {self._wait_s:.3g} s, nor to a ping within {self._answer_s:.3g} s"
-        )
-
-    def _begin(self) -> None:
-        self._checking = asyncio.get_running_loop().create_task(self._check())
-
-    async def _check(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(self._answer_s):
-                    await self._agents.ping(self._agent)
-            except TimeoutError:
-                self.is_hung = True
-                self._limit.reschedule(asyncio.get_running_loop().time())
-                return
-            except DmoaError:
-                pass  # the call itself meets it
-            await asyncio.sleep(self._wait_s)
 
 
 class LateReplies:
@@ -305,15 +258,8 @@ class AgentCaller:
         return replace(reply, attempts=attempts, error=reply.error or f"an earlier attempt was lost: {lost.error}")
 
     async def _send(self, call: AgentCall, text: StreamedText | None) -> AgentReply:
-        started, limit = time.perf_counter(), asyncio.timeout(None)
-        check = HangCheck(self._agents, call, limit)
-        try:
-            async with limit:
-                reply = await (self._agents.call(call) if text is None else self._stream(call, text))
-        except TimeoutError as error:
-            raise check.error() if check.is_hung else error from None
-        finally:
-            check.end()
+        started = time.perf_counter()
+        reply = await (self._agents.call(call) if text is None else self._stream(call, text))
         latency_s = time.perf_counter() - started
         self.late_replies.answered(call.agent, latency_s)
         return replace(reply, latency_ms=latency_s * 1e3)

@@ -12,7 +12,7 @@ import pytest
 
 from dmoa.dispatch import Dispatcher
 from dmoa.errors import BrokenStreamError, CallNotTakenError
-from dmoa.recovery import ANSWER_S, CHECK_S, FEWEST_RECENT, PATIENCE_S, LateReplies
+from dmoa.recovery import FEWEST_RECENT, PATIENCE_S, LateReplies
 from dmoa.routing import LocalRouter
 from dmoa.testing import (
     Fail,
@@ -224,54 +224,6 @@ async def test_nobody_stands_in_after_the_deadline() -> None:
     assert replies[0].error == "the deadline passed before the reply"
     assert agents.cancelled == ["a"]
     assert agents.calls_of("b") == []
-
-
-def test_an_agent_that_hangs_is_given_up_in_time_for_the_next_ranked_and_masked() -> None:
-    """By half of the deadline it is pinged, which has a quarter: three quarters of 4 s are gone when b is asked."""
-    router = router_of(fixed_gate(dict.fromkeys("ab", 0.5)))
-
-    async def ask() -> tuple[AgentReply, ...]:
-        agents = FakeAgents({"a": Hang(), "b": Say(text="1")})
-        return await replies_of(dispatcher_of(agents, router=router), deadline(4.0), asks("a", reserves="b"))
-
-    replies, seconds = jumping(ask())
-    assert outcomes(replies) == [("a", "failed"), ("b", "ok")]
-    assert replies[0].error == "agent 'a': it hangs: no reply after 2 s, nor to a ping within 1 s"
-    assert seconds == pytest.approx(3.0, abs=0.1)
-    assert router.masked == {"a"}
-
-
-def test_an_agent_that_is_slow_and_answers_pings_has_the_whole_deadline() -> None:
-    async def ask() -> tuple[AgentReply, ...]:
-        written = asyncio.Event()
-        asyncio.get_running_loop().call_later(3.9, written.set)
-        agents = FakeAgents({"a": Say(text="slow", after=written), "b": Say(text="1")})
-        return await replies_of(dispatcher_of(agents), deadline(4.0), asks("a", reserves="b"))
-
-    replies, _ = jumping(ask())
-    assert [(reply.status, reply.text) for reply in replies] == [("ok", "slow")]
-
-
-class WakesUp(FakeAgents):
-    """Agents that leave the first ping without an answer."""
-
-    pings = 0
-
-    async def ping(self, agent: str) -> None:
-        self.pings += 1
-        if self.pings == 1:
-            await asyncio.Event().wait()
-
-
-@pytest.mark.parametrize("pieces", [(), ("The answer",)])
-def test_without_a_deadline_an_agent_that_hangs_is_found_too(pieces: tuple[str, ...]) -> None:
-    async def ask() -> tuple[AgentReply, ...]:
-        agents = WakesUp({"a": (Hang(pieces=pieces), Say(text="The answer is 19."))})
-        return await replies_of(dispatcher_of(agents), state_of(query()), asks("a"), lambda delta: None)
-
-    ((reply,), seconds) = jumping(ask())
-    assert (reply.status, reply.text, reply.attempts) == ("ok", "The answer is 19.", 2)  # it is asked again once it is back
-    assert seconds == pytest.approx(CHECK_S + ANSWER_S, abs=0.5)
 
 
 def deadline(seconds: float) -> QueryState:

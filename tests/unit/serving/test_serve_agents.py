@@ -27,6 +27,7 @@ from dmoa.errors import AgentOverloadedError, AgentUnavailableError, CallNotTake
 from dmoa.serving.agent_client import CallWatchdog, MissingReplicas, ServeAgentClient
 from dmoa.serving.agent_replica import AgentCalls, IngressAgents
 from dmoa.serving.rollover import pool_version
+from dmoa.testing import jumping
 from dmoa.types import AgentCall, AgentReply, Message, Sampling, TextDelta
 
 CALL = AgentCall(trace_id="t", step=0, agent="solver", messages=(), sampling=Sampling())
@@ -171,11 +172,126 @@ async def test_a_call_that_no_replica_takes_ends_though_some_run(
     assert future.cancelled()
 
 
+class Answer:
+    """A replica's answer."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    async def get_async(self) -> Any:
+        """Return it."""
+        return self._value
+
+
+class Pieces:
+    """A replica's stream that stops after so many pieces."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __aiter__(self) -> Pieces:
+        return self
+
+    async def __anext__(self) -> Any:
+        if not self._count:
+            await asyncio.Event().wait()
+        self._count -= 1
+        return TextDelta(text="The answer")
+
+    def cancel(self) -> None:
+        """Do nothing."""
+
+
+class Pings(Handle):
+    """Every ping meets the next future; the last one is met for ever after."""
+
+    def __init__(self, futures: list[concurrent.futures.Future[Any]]) -> None:
+        super().__init__(futures[0])
+        self._futures = futures
+
+    def remote(self, *_: Any) -> Any:
+        """Return a response."""
+        self._future = self._futures.pop(0) if len(self._futures) > 1 else self._futures[0]
+        return super().remote()
+
+
+class Pinged(Handle):
+    """An agent's replica whose pings are another thing than its calls."""
+
+    def __init__(self, call: concurrent.futures.Future[Any], pings: list[concurrent.futures.Future[Any]], **more: Any) -> None:
+        super().__init__(call, **more)
+        self._pings = Pings(pings)
+
+    def options(self, method_name: str = "", **_: Any) -> Handle:
+        """Return the handle of a method."""
+        return self._pings if method_name == "ping" else self
+
+
+def client_of(handle: Handle, **options: Any) -> Any:
+    return ServeAgentClient({"solver": handle}, "v", **options)  # type: ignore[dict-item]
+
+
 async def test_a_call_with_a_deadline_has_until_then_to_be_taken() -> None:
-    agents = ServeAgentClient({"solver": Handle(future_of())}, "v", watchdog=quick(), patience_s=3600)  # type: ignore[dict-item]
+    agents = client_of(Pinged(future_of(), [future_of(Answer("up"))]), watchdog=quick(), patience_s=3600)
     with pytest.raises(CallNotTakenError):
         async with asyncio.timeout(5):
             await agents.call(replace(CALL, deadline_unix_s=time.time()))
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(
+    ("deadline_s", "pings", "after_s", "told"),
+    [
+        (4.0, 0, 3.0, "no reply after 2 s, nor to a ping within 1 s"),  # in time for the next-ranked to be asked
+        (1.0, 0, 1.0, "no reply after 0.5 s, nor to a ping within 0.5 s"),
+        (40.0, 0, 30.0, "no reply after 20 s, nor to a ping within 10 s"),
+        (None, 0, 40.0, "no reply after 30 s, nor to a ping within 10 s"),
+        (None, 2, 100.0, "no reply after 30 s, nor to a ping within 10 s"),  # it answered two before
+    ],
+)
+def test_an_agent_that_hangs_is_given_up(
+    is_taken: bool, is_streamed: bool, deadline_s: float | None, pings: int, after_s: float, told: str
+) -> None:
+    future = future_of((Pieces(0) if is_streamed else Waiting()) if is_taken else None)
+
+    async def ask() -> None:
+        call = replace(CALL, deadline_unix_s=None if deadline_s is None else time.time() + deadline_s)
+        answered = [future_of(Answer("up")) for _ in range(pings)]
+        kind = DeploymentResponseGenerator if is_streamed else DeploymentResponse
+        agents = client_of(Pinged(future, [*answered, future_of()], kind=kind), patience_s=1e6)
+        with pytest.raises(AgentUnavailableError, match=rf"agent 'solver': it hangs: {told}"):
+            await (anext(agents.stream(call)) if is_streamed else agents.call(call))
+        assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+
+    _, seconds = jumping(ask())
+    assert seconds == pytest.approx(after_s, abs=0.1)
+    assert future.cancelled() is not is_taken
+
+
+def test_an_agent_that_hangs_in_mid_stream_is_given_up() -> None:
+    async def ask() -> int:
+        handle = Pinged(future_of(Pieces(3)), [future_of(Answer("up")), future_of()], kind=DeploymentResponseGenerator)
+        stream = client_of(handle).stream(replace(CALL, deadline_unix_s=time.time() + 4.0))
+        pieces = [await anext(stream) for _ in range(3)]
+        with pytest.raises(AgentUnavailableError, match="agent 'solver': it hangs"):
+            await anext(stream)
+        return len(pieces)
+
+    pieces, seconds = jumping(ask())
+    assert (pieces, seconds) == (3, pytest.approx(5.0, abs=0.1))  # its caller, which has the deadline, ends it before
+
+
+def test_an_agent_that_is_slow_and_answers_pings_has_the_whole_deadline() -> None:
+    async def ask() -> AgentReply:
+        future = future_of()
+        reply = AgentReply(agent="solver", status="ok", text="slow")
+        asyncio.get_running_loop().call_later(3.9, future.set_result, Answer(reply))
+        agents = client_of(Pinged(future, [future_of(Answer("up"))]))
+        return await agents.call(replace(CALL, deadline_unix_s=time.time() + 4.0))  # type: ignore[no-any-return]
+
+    reply, seconds = jumping(ask())
+    assert (reply.text, seconds) == ("slow", pytest.approx(3.9, abs=0.01))
 
 
 class Hosted(AgentCalls):

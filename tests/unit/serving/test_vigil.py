@@ -11,7 +11,7 @@ import pytest
 with warnings.catch_warnings():
     # Ray 2.60's own, with this pydantic.
     warnings.filterwarnings("ignore", message="Using extra keyword arguments", category=DeprecationWarning)
-    from dmoa.serving.agent_client import CallWatchdog, MissingReplicas
+    from dmoa.serving.agent_client import CallWatchdog, MissingReplicas, WatchedCall
 
 
 class Router:
@@ -38,7 +38,7 @@ async def within(event: asyncio.Event, timeout_s: float = 5.0) -> None:
 
 async def test_a_slow_call_to_an_agent_without_replica_is_given_up_once() -> None:
     router, given_up = Router(), asyncio.Event()
-    watched = watchdog_of(router).watch("solver", given_up.set)
+    watched = WatchedCall(watchdog_of(router), "solver", given_up.set)
     async with asyncio.timeout(5):
         while router.asked < 3:  # noqa: ASYNC110 the fake counts
             await asyncio.sleep(0.005)
@@ -55,7 +55,7 @@ async def test_others_go_on() -> None:
     router.gone = frozenset({"other"})
     other_given_up, given_up = asyncio.Event(), asyncio.Event()
     watchdog = watchdog_of(router)
-    calls = [watchdog.watch("solver", given_up.set), watchdog.watch("other", other_given_up.set)]
+    calls = [WatchedCall(watchdog, "solver", given_up.set), WatchedCall(watchdog, "other", other_given_up.set)]
     await within(other_given_up)
     assert not given_up.is_set()
     for call in calls:
@@ -64,7 +64,7 @@ async def test_others_go_on() -> None:
 
 async def test_a_call_that_ends_in_time_asks_nobody() -> None:
     router = Router()
-    watched = watchdog_of(router).watch("solver", lambda: pytest.fail("given up"))
+    watched = WatchedCall(watchdog_of(router), "solver", lambda: pytest.fail("given up"))
     watched.end()
     later = asyncio.Event()
     asyncio.get_running_loop().call_later(0.1, later.set)
@@ -75,7 +75,7 @@ async def test_a_call_that_ends_in_time_asks_nobody() -> None:
 async def test_many_slow_calls_share_one_look() -> None:
     router, given_up = Router(), asyncio.Event()
     watchdog = watchdog_of(router)
-    calls = [watchdog.watch(f"agent-{n}", given_up.set) for n in range(50)]
+    calls = [WatchedCall(watchdog, f"agent-{n}", given_up.set) for n in range(50)]
     async with asyncio.timeout(5):
         while router.asked < 3:  # noqa: ASYNC110 the fake counts
             await asyncio.sleep(0.005)
@@ -88,7 +88,7 @@ async def test_many_slow_calls_share_one_look() -> None:
 
 async def test_a_call_that_no_replica_takes_is_given_up_when_its_patience_ends() -> None:
     router, given_up = Router(), asyncio.Event()
-    watched = watchdog_of(router).watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.1)
+    watched = WatchedCall(watchdog_of(router), "solver", given_up.set, is_taken=lambda: False, patience_s=0.1)
     await within(given_up)
     assert watched.is_given_up
     assert watched.is_untaken
@@ -98,7 +98,7 @@ async def test_a_call_that_no_replica_takes_is_given_up_when_its_patience_ends()
 
 async def test_a_call_that_was_taken_may_take_its_time() -> None:
     router = Router()
-    watched = watchdog_of(router).watch("solver", lambda: pytest.fail("given up"), is_taken=lambda: True, patience_s=0.05)
+    watched = WatchedCall(watchdog_of(router), "solver", lambda: pytest.fail("given up"), is_taken=lambda: True, patience_s=0.05)
     async with asyncio.timeout(5):
         while router.asked < 8:  # noqa: ASYNC110 the fake counts
             await asyncio.sleep(0.005)
@@ -109,7 +109,7 @@ async def test_a_cold_agents_replica_may_take_longer_to_start() -> None:
     router, given_up = Router(), asyncio.Event()
     router.cold = frozenset({"solver"})
     watchdog = watchdog_of(router)
-    watched = watchdog.watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.05)
+    watched = WatchedCall(watchdog, "solver", given_up.set, is_taken=lambda: False, patience_s=0.05)
     async with asyncio.timeout(5):
         while router.asked < 8:  # noqa: ASYNC110 the fake counts
             await asyncio.sleep(0.005)
@@ -120,17 +120,17 @@ async def test_a_cold_agents_replica_may_take_longer_to_start() -> None:
 
     router.cold = frozenset({"solver"})
     given_up.clear()
-    watchdog_of(router, cold_patience_s=0.1).watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.05)
+    WatchedCall(watchdog_of(router, cold_patience_s=0.1), "solver", given_up.set, is_taken=lambda: False, patience_s=0.05)
     await within(given_up)  # a cold start ends too
 
 
 async def test_a_queue_that_moves_is_waited_in_and_one_that_others_pass_is_not() -> None:
     router, given_up, passed = Router(), asyncio.Event(), asyncio.Event()
     watchdog = watchdog_of(router)
-    before = [watchdog.watch("solver", lambda: None, queue="llm") for _ in range(12)]
-    waits = watchdog.watch("solver", given_up.set, is_taken=lambda: False, patience_s=0.15, queue="llm")
-    left_behind = watchdog.watch("other", passed.set, is_taken=lambda: False, patience_s=0.15, queue="other llm")
-    after = [watchdog.watch("other", lambda: None, queue="other llm") for _ in range(12)]
+    before = [WatchedCall(watchdog, "solver", lambda: None, queue="llm") for _ in range(12)]
+    waits = WatchedCall(watchdog, "solver", given_up.set, is_taken=lambda: False, patience_s=0.15, queue="llm")
+    left_behind = WatchedCall(watchdog, "other", passed.set, is_taken=lambda: False, patience_s=0.15, queue="other llm")
+    after = [WatchedCall(watchdog, "other", lambda: None, queue="other llm") for _ in range(12)]
     for first, later in zip(before, after, strict=True):
         await asyncio.sleep(0.03)
         first.answered()
@@ -152,20 +152,20 @@ async def test_what_nobody_takes_after_a_loss_is_given_up_at_once() -> None:
     before, after = asyncio.Event(), asyncio.Event()
     llm: dict[str, Any] = {"queue": "llm", "has_replica": lambda: True}
 
-    early = watchdog.watch("solver", before.set, is_taken=lambda: False, **llm)
+    early = WatchedCall(watchdog, "solver", before.set, is_taken=lambda: False, **llm)
     others = [
-        watchdog.watch("solver", never, is_taken=lambda: True, **llm),  # another replica has it
-        watchdog.watch("solver", never, is_taken=lambda: False, queue="llm"),  # a ping, which waits for the next replica
-        watchdog.watch("other", never, is_taken=lambda: False, queue="other llm", has_replica=lambda: True),
+        WatchedCall(watchdog, "solver", never, is_taken=lambda: True, **llm),  # another replica has it
+        WatchedCall(watchdog, "solver", never, is_taken=lambda: False, queue="llm"),  # a ping, which waits for the next replica
+        WatchedCall(watchdog, "other", never, is_taken=lambda: False, queue="other llm", has_replica=lambda: True),
     ]
     watchdog.lost("llm")
     await within(before)
-    late = watchdog.watch("solver", after.set, is_taken=lambda: False, **llm)
+    late = WatchedCall(watchdog, "solver", after.set, is_taken=lambda: False, **llm)
     await within(after)
     assert (early.is_given_up, late.is_given_up, late.is_untaken) == (True, True, False)
-    back = watchdog.watch("solver", never, is_taken=lambda: True, **llm)
+    back = WatchedCall(watchdog, "solver", never, is_taken=lambda: True, **llm)
     back.answered()
-    others.append(watchdog.watch("solver", never, is_taken=lambda: False, **llm))  # it waits its turn
+    others.append(WatchedCall(watchdog, "solver", never, is_taken=lambda: False, **llm))  # it waits its turn
     done = asyncio.Event()
     asyncio.get_running_loop().call_later(0.1, done.set)
     await within(done)
@@ -181,8 +181,8 @@ async def test_what_no_replica_is_left_for_is_given_up_though_no_call_was_lost()
         looks.set()
         return replicas[0]
 
-    waits = watchdog.watch("solver", given_up.set, is_taken=lambda: False, has_replica=has_replica)
-    taken = watchdog.watch("solver", never, is_taken=lambda: True, has_replica=lambda: False)
+    waits = WatchedCall(watchdog, "solver", given_up.set, is_taken=lambda: False, has_replica=has_replica)
+    taken = WatchedCall(watchdog, "solver", never, is_taken=lambda: True, has_replica=lambda: False)
     await within(looks)
     assert not given_up.is_set(), "its queue is full, no more"
     replicas[0] = False
