@@ -24,15 +24,8 @@ TEMPLATES = Templates(
 class _OfNumbers(Kind):
     """What all kinds of sums have."""
 
-    @property
-    def templates(self) -> Templates:
-        """The same wordings for every operation."""
-        return TEMPLATES
-
-    @property
-    def answer_format(self) -> str:
-        """A number."""
-        return NUMBER_FORMAT
+    templates = TEMPLATES
+    answer_format = NUMBER_FORMAT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,21 +128,13 @@ class Parcel(Lookup):
     """Where a parcel goes; a latent tuple is the town's place in the table and the parcel's number."""
 
     group: Literal["depot"] = "depot"
+    templates = PARCEL_TEMPLATES
+    answer_format = "End with a line `Answer: ...`, the name of a depot."
 
     @property
     def size(self) -> int:
         """Towns times numbers."""
         return len(DEPOTS) * _NUM_PARCELS
-
-    @property
-    def templates(self) -> Templates:
-        """Wordings of this kind."""
-        return PARCEL_TEMPLATES
-
-    @property
-    def answer_format(self) -> str:
-        """A depot's name."""
-        return "End with a line `Answer: ...`, the name of a depot."
 
     def latent(self, number: int) -> Latent:
         """Return the town's place and the number."""
@@ -166,21 +158,13 @@ class Signal(Lookup):
     """What a signal means; a latent tuple is the pennant's place in the table, then those of the flags, in order."""
 
     group: Literal["meaning"] = "meaning"
+    templates = SIGNAL_TEMPLATES
+    answer_format = "End with a line `Answer: ...`, the meaning in one word."
 
     @property
     def size(self) -> int:
         """Pennants times rows of flags, repeats allowed."""
         return int(len(MEANINGS) * len(_FLAGS) ** _NUM_FLAGS)
-
-    @property
-    def templates(self) -> Templates:
-        """Wordings of this kind."""
-        return SIGNAL_TEMPLATES
-
-    @property
-    def answer_format(self) -> str:
-        """A meaning."""
-        return "End with a line `Answer: ...`, the meaning in one word."
 
     def latent(self, number: int) -> Latent:
         """Return pennant and flags."""
@@ -204,16 +188,12 @@ class Dye(Lookup):
     """What colour two dyes give; a latent tuple is each one's place and its grams."""
 
     group: Literal["colour"] = "colour"
+    templates = DYE_TEMPLATES
 
     @property
     def size(self) -> int:
         """Ordered pairs of dyes, times the grams of both."""
         return int(len(_PAIRS) * _MAX_GRAMS**2)
-
-    @property
-    def templates(self) -> Templates:
-        """Wordings of this kind."""
-        return DYE_TEMPLATES
 
     @property
     def answer_format(self) -> str:
