@@ -5,9 +5,9 @@ Written whole, then renamed; loaded without pickle; checked against its own cont
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,16 @@ from safetensors.torch import save as serialize
 
 from dmoa.core.gate import Gate, GateSpec, weights_version
 from dmoa.core.label_model import LabelModel
-from dmoa.errors import CheckpointError, ConfigError
+from dmoa.errors import CheckpointError
 from dmoa.types import UNTRAINED
-from dmoa.validation import describe, short
+from dmoa.validation import describe, read_json, short
+from dmoa.yaml_tree import MAX_BYTES as MAX_RECORD_BYTES
 from dmoa.yaml_tree import read_bounded
 
 SCHEMA_VERSION = 1
+FILES = ("gate.safetensors", "gate.json")
+"""Of a checkpoint, in the order in which they are written."""
+_WHAT = "a checkpoint is a folder with gate.safetensors and gate.json"
 MAX_BYTES = 1 << 29
 """Of the weights: of a thousand agents and the widest state they take half of it."""
 _MAX_HEADER_BYTES = 1 << 20
@@ -127,6 +131,14 @@ def artifact_name(version: str) -> str:
     return f"gate-{version}"
 
 
+def files_of(gate: Gate, record: Checkpoint) -> dict[str, bytes]:
+    """Return the files of a checkpoint by name."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in gate.state_dict().items()}
+    if gate.label_model is not None:
+        tensors |= {_JUDGE + name: torch.tensor(array) for name, array in gate.label_model.arrays().items()}
+    return dict(zip(FILES, (serialize(tensors), record.model_dump_json(indent=2).encode() + b"\n"), strict=True))
+
+
 def save(folder: str | Path, gate: Gate, record: Checkpoint) -> Path:
     """Write a checkpoint folder whole, then rename it into place; an existing one is replaced. Returns the folder."""
     target = Path(folder)
@@ -134,11 +146,8 @@ def save(folder: str | Path, gate: Gate, record: Checkpoint) -> Path:
     draft = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     draft.mkdir()
     try:
-        tensors = {name: tensor.detach().contiguous() for name, tensor in gate.state_dict().items()}
-        if gate.label_model is not None:
-            tensors |= {_JUDGE + name: torch.tensor(array) for name, array in gate.label_model.arrays().items()}
-        (draft / "gate.safetensors").write_bytes(serialize(tensors))  # which names a full disk; `save_file` does not
-        (draft / "gate.json").write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for name, data in files_of(gate, record).items():
+            (draft / name).write_bytes(data)  # which names a full disk; `save_file` does not
         if target.exists():
             old = target.parent / f".{target.name}.old.{secrets.token_hex(4)}"
             target.replace(old)
@@ -152,23 +161,35 @@ def save(folder: str | Path, gate: Gate, record: Checkpoint) -> Path:
 
 
 def load(folder: str | Path) -> tuple[Gate, Checkpoint]:
-    """Read a checkpoint folder.
+    """Read a checkpoint folder. Raises CheckpointError if a file is missing, and as `read_files`."""
+    where, files = f"checkpoint {str(folder)!r}", {}
+    for name, most in (("gate.json", MAX_RECORD_BYTES), ("gate.safetensors", MAX_BYTES)):
+        try:
+            files[name] = read_bounded(Path(folder) / name, most=most)
+        except OSError as error:
+            raise CheckpointError(f"{where}: {name}: {error}; {_WHAT}") from error
+    return read_files(files, where)
 
-    Raises CheckpointError if a file is missing or damaged, or the weights do not match the recorded version.
+
+def read_files(files: Mapping[str, bytes], where: str) -> tuple[Gate, Checkpoint]:
+    """Return the gate that the files of a checkpoint hold; messages say `where` they come from.
+
+    Raises CheckpointError if a file is damaged, or the weights do not match the recorded version.
     """
-    root = Path(folder)
-    where = f"checkpoint {str(root)!r}"
-    name = "gate.json"
+    if set(files) != set(FILES):
+        raise CheckpointError(f"{where}: its files are {short(sorted(files))}; expected exactly {', '.join(FILES)}")
+    data, text = (files[name] for name in FILES)
+    name = FILES[1]
     try:
-        tree = json.loads(read_bounded(root / name))
-        name = "gate.safetensors"
-        data = read_bounded(root / name, most=MAX_BYTES)
+        if len(text) > MAX_RECORD_BYTES:
+            raise ValueError(f"it is larger than {MAX_RECORD_BYTES >> 20} MiB, which no file of its kind is")
+        tree = read_json(text)
+        name = FILES[0]
         if (length := int.from_bytes(data[:8], "little")) > _MAX_HEADER_BYTES:
             raise ValueError(f"its header claims {length} bytes, and that of a gate takes {_MAX_HEADER_BYTES} at most")
         tensors = deserialize(data)
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        what = "a checkpoint is a folder with gate.safetensors and gate.json"
-        raise CheckpointError(f"{where}: {name}: {' '.join(str(error).split())}; {what}") from error
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{where}: {name}: {' '.join(str(error).split())}; {_WHAT}") from error
     seen = tree.get("schema_version", SCHEMA_VERSION) if isinstance(tree, dict) else SCHEMA_VERSION
     if seen != SCHEMA_VERSION:
         raise CheckpointError(
@@ -180,21 +201,23 @@ def load(folder: str | Path) -> tuple[Gate, Checkpoint]:
         return _restore(record, tensors), record
     except ValidationError as error:
         raise CheckpointError(f"{where}: gate.json: {describe(error, Checkpoint)}") from error
-    except (ConfigError, CheckpointError, RuntimeError, TypeError) as error:
+    except (ValueError, ArithmeticError, RuntimeError, TypeError) as error:  # errors of ours among them
         raise CheckpointError(f"{where}: {' '.join(str(error).split())}; the files are damaged or mixed") from error
 
 
 def _restore(record: Checkpoint, tensors: dict[str, torch.Tensor]) -> Gate:
     """Build the gate; raises CheckpointError, ConfigError or RuntimeError where record and tensors do not fit."""
+    # Copies, which lie as torch likes them; the gate itself takes no memory before the file is known to hold all of it.
+    mine = {name: one for name, one in tensors.items() if record.label_model is None or not name.startswith(_JUDGE)}
+    own = {name: one.to(torch.float32, copy=True) for name, one in mine.items()}
+    if bad := next((name for name, one in (tensors | own).items() if not one.isfinite().all()), None):
+        raise CheckpointError(f"gate.safetensors: {bad} holds NaN or infinity; expected finite numbers")
     arrays = {name.removeprefix(_JUDGE): tensor.numpy() for name, tensor in tensors.items() if name.startswith(_JUDGE)}
     label_model = None if record.label_model is None else LabelModel.from_arrays(arrays, record.label_model)
-    # Copies, which lie as torch likes them; the gate itself takes no memory before the file is known to hold all of it.
-    mine = {name: one for name, one in tensors.items() if label_model is None or not name.startswith(_JUDGE)}
-    own = {name: one.to(torch.float32, copy=True) for name, one in mine.items()}
-    if bad := next((name for name, tensor in own.items() if not tensor.isfinite().all()), None):
-        raise CheckpointError(f"gate.safetensors: {bad} holds NaN or infinity; expected finite weights")
     with torch.device("meta"):
         gate = Gate(GateSpec.from_json(record.spec), profile_AD=tensors.get("profile_AD"), label_model=label_model)
+    if label_model is not None and label_model.num_agents != len(gate.spec.agents):
+        raise CheckpointError(f"label model: of {label_model.num_agents} agents; expected {len(gate.spec.agents)}")
     gate.load_state_dict(own, assign=True)
     expected = _fields(gate, is_trained=not record.version.startswith(UNTRAINED), supervision=record.supervision)
     for name, value in expected.items():

@@ -72,18 +72,6 @@ def read_lines(block: pa.Table) -> pa.Table:
         return pa.table({name: [text(cell) for cell in block[name].to_pylist()] for name in block.column_names})
 
 
-def offsets(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield where each whole line of a file begins, and the line; nothing where there is no file."""
-    if not path.exists():
-        return
-    position = 0
-    with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield position, line
-            position += len(line)
-
-
 def stream(columns: Sequence[str], items: Sequence[Item], shard_rows: int) -> ray.data.Dataset:
     """Return a dataset over the items, a shard of so many rows per block; an empty block where there are none."""
     shards = [line_table(columns, items[i : i + shard_rows]) for i in range(0, max(1, len(items)), shard_rows)]

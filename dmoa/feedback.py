@@ -217,10 +217,15 @@ def read_feedback(data: bytes, where: str) -> list[Feedback]:
         raise ConfigError(f"{where}: not a whole snapshot of feedback: {reason}; remove the file to begin anew") from error
     rows = table.drop_columns(["input"]).to_pylist()
     found: dict[str, list[dict[str, Any]]] = {}
-    for row, input_X in zip(rows, table["input"], strict=True):
-        row["input"] = np.asarray(input_X.values.to_numpy(zero_copy_only=False), np.float32)
-        found.setdefault(row["trace_id"], []).append(row)
-    return [_record(steps) for steps in found.values()]
+    try:
+        for row, input_X in zip(rows, table["input"], strict=True):
+            row["input"] = np.asarray(input_X.values.to_numpy(zero_copy_only=False), np.float32)
+            if not np.isfinite([*row["probability"], *row["propensity"]]).all():
+                raise ValueError(f"trace {row['trace_id']}: probability or propensity holds NaN or infinity")
+            found.setdefault(row["trace_id"], []).append(row)
+        return [_record(steps) for steps in found.values()]
+    except (ValueError, TypeError, AttributeError) as error:  # nulls among them
+        raise ConfigError(f"{where}: {' '.join(str(error).split())[:400]}; remove the file to begin anew") from error
 
 
 def _record(rows: Sequence[dict[str, Any]]) -> Feedback:

@@ -6,6 +6,7 @@ the last seconds at most. Drafts, whose names begin with a dot, stay local.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, AnyStr, BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
 from pyarrow import fs as arrow_fs
@@ -24,9 +25,14 @@ from pyarrow.lib import ArrowException
 from pydantic import BaseModel
 
 from dmoa.errors import ConfigError, DmoaError
+from dmoa.yaml_tree import regular
 
 PERIOD_S = 5.0
 """How often what has changed is written back."""
+MAX_LINE_BYTES = 64 << 20
+"""Longest line that is read: a reply with twenty log-probabilities for each of its tokens is well below."""
+MAX_OWN_BYTES = 1 << 30
+"""Longest line of what dmoa wrote: all replies of a query."""
 _URI = re.compile(r"(s3|gs|gcs|abfs|abfss|hdfs|file):/+(.+)", re.DOTALL)
 """With one slash too: what becomes of a URI that was taken for a path."""
 _WHOLE_AT_ONCE = ("s3", "gcs", "abfs")
@@ -62,6 +68,15 @@ def write_whole(path: Path, data: bytes | str) -> None:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
+def place_of(uri: str, field: str) -> tuple[arrow_fs.FileSystem, str]:
+    """Return the file system that serves a URI, and the path on it. Raises ConfigError naming the field where none does."""
+    try:
+        system, root = arrow_fs.FileSystem.from_uri(uri)
+    except (*_FAILURES, ValueError) as error:
+        raise ConfigError(f"{field} is {uri!r}; expected file:///DIR, s3://..., gs://... ({error})") from error
+    return system, root.rstrip("/")
+
+
 def write_at(system: arrow_fs.FileSystem, path: str, data: bytes) -> None:
     """Write a file of a file system so that a reader sees the one before or this one, whole; makes the folder. Raises OSError."""
     parent, _, name = path.rpartition("/")
@@ -80,6 +95,35 @@ def write_at(system: arrow_fs.FileSystem, path: str, data: bytes) -> None:
         raise
 
 
+def hash_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file as hex. Raises OSError."""
+    with open(path, "rb", opener=regular) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lines_of(file: IO[AnyStr], path: str | Path, most: int = MAX_LINE_BYTES) -> Iterator[AnyStr]:
+    """Yield the lines of a file. Raises ConfigError for one longer than `most`, which may be one without end."""
+    for number, line in enumerate(iter(lambda: file.readline(most + 1), file.read(0)), 1):
+        if len(line) > most:
+            raise ConfigError(f"{path}, line {number}: longer than {most >> 20} MiB; is it JSON Lines?")
+        yield line
+
+
+def offsets(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield where each whole line of a file begins, and the line; nothing where there is no file. Raises ConfigError."""
+    if not path.exists():
+        return
+    position = 0
+    try:
+        with open(path, "rb", opener=regular) as file:
+            for line in lines_of(file, path, MAX_OWN_BYTES):
+                if line.endswith(b"\n"):
+                    yield position, line
+                position += len(line)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; copy it again, or use another folder") from error
+
+
 def unwritable(path: Path, reason: OSError | str) -> ConfigError:
     """Return the error for a folder of results that cannot be written to."""
     return ConfigError(f"--out: cannot write {str(path)!r}: {reason}; name a folder that can be written")
@@ -87,7 +131,7 @@ def unwritable(path: Path, reason: OSError | str) -> ConfigError:
 
 def is_draft(name: str) -> bool:
     """Tell a file that `write_at` or `replacing` had not finished, by its name."""
-    return name.startswith(".") and name.endswith(".draft")
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.draft", name, re.DOTALL) is not None
 
 
 @contextmanager
@@ -133,12 +177,8 @@ class Mirror:
 
     def __init__(self, uri: str, local: Path, apart: Collection[str] = ()) -> None:
         """`apart`: names at the top of the folder that are not in the copy. Raises ConfigError for a URI that none serves."""
-        try:
-            self._system, root = arrow_fs.FileSystem.from_uri(uri)
-        except (*_FAILURES, ValueError) as error:
-            reason = f"no file system serves it ({error})"
-            raise ConfigError(f"{uri!r}: {reason}; expected s3://, gs://, hdfs:// or a folder") from error
-        self._root, self._local, self._apart = root.rstrip("/"), local, frozenset(apart)
+        self._system, self._root = place_of(uri, "the place")
+        self._local, self._apart = local, frozenset(apart)
         self._marks: dict[str, tuple[int, int]] = {}
         """File -> its time and size when it was copied last."""
 

@@ -21,7 +21,7 @@ from dmoa import __version__
 from dmoa.config import SUMMARIZER
 from dmoa.errors import TraceError
 from dmoa.flat import TokenFields, flat
-from dmoa.storage import replacing
+from dmoa.storage import MAX_OWN_BYTES, lines_of, replacing
 from dmoa.types import (
     AgentReply,
     AgentStatus,
@@ -42,6 +42,7 @@ from dmoa.types import (
     Verdict,
 )
 from dmoa.validation import describe, redact, redact_text
+from dmoa.yaml_tree import regular
 
 _MAX_IDLE = 16
 
@@ -656,10 +657,11 @@ def read_traces(path: str | Path) -> list[Trace]:
     """Read a file of traces. Raises TraceError naming file and line."""
     try:
         # Not splitlines: texts may hold other line separators, which JSON does not escape.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        with open(path, encoding="utf-8", newline="\n", opener=regular) as file:
+            lines = enumerate(lines_of(file, path, MAX_OWN_BYTES), 1)
+            return [_parse(str(path), number, line) for number, line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"trace {str(path)!r}: {error}; give a file of JSON lines that dmoa wrote") from error
-    return [_parse(str(path), number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _parse(path: str, number: int, line: str) -> Trace:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NoReturn
 
 from dmoa.validation import redact
+from dmoa.yaml_tree import read_bounded, regular
 
 Mode = Literal["auto", "wandb", "jsonl", "none"]
 Role = Literal["input", "output"]
@@ -174,7 +175,7 @@ def keep_group(run_dir: Path, run_id: str, after: Sequence[str | Path | None]) -
 def _kept(path: Path) -> dict[str, str]:
     """Return what a folder keeps of its run; empty where it keeps nothing."""
     with suppress(OSError, ValueError, TypeError):
-        return {str(key): str(value) for key, value in dict(json.loads(path.read_text(encoding="utf-8"))).items()}
+        return {str(key): str(value) for key, value in dict(json.loads(read_bounded(path))).items()}
     return {}
 
 
@@ -185,7 +186,7 @@ def is_logged(run_dir: Path, op: str, **values: Any) -> bool:
     """
     wanted = {"op": op, **json.loads(json.dumps(_finite(redact(values) if op == "table" else values)))}
     last: dict[str, Any] | None = None
-    with suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as lines:
+    with suppress(OSError), open(run_dir / "metrics.jsonl", "rb", opener=regular) as lines:
         for line in lines:
             with suppress(ValueError, AttributeError):
                 message = json.loads(line)

@@ -153,22 +153,34 @@ def _check_size(node: Any) -> None:
     size(node)
 
 
+def regular(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file for `open(..., opener=regular)`. Raises OSError for what could be waited for without end: a pipe, a device.
+
+    A pipe without a name, as shells make of `<(command)`, is somebody's file and is let through.
+    """
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    is_of_a_shell = stat.S_ISFIFO(mode) and str(Path(f"/proc/self/fd/{fd}").readlink()).startswith("pipe:")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or is_of_a_shell):
+        os.close(fd)
+        raise OSError(f"{os.fspath(path)!r} is no regular file")
+    os.set_blocking(fd, True)
+    return fd
+
+
 def read_bounded(path: Path, *, most: int = MAX_BYTES, pipe_s: float = _PIPE_S) -> bytes:
-    """Return the bytes of a file or a pipe. Raises OSError, also for one that is too large or says nothing."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that nobody writes would be waited for
-    try:
-        is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
-        deadline, found = time.monotonic() + pipe_s, bytearray()
+    """Return the bytes of a file. Raises OSError, also for one that is too large, no file, or a pipe that says nothing."""
+    deadline, found = time.monotonic() + pipe_s, bytearray()
+    with open(path, "rb", buffering=0, opener=regular) as file:
+        is_pipe = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
         while True:
-            if is_pipe and not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if is_pipe and not select.select([file], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise OSError(f"it is a pipe, and did not end within {pipe_s:g} s")
-            piece = os.read(fd, 1 << 20)
+            piece = file.read(1 << 20)
             found += piece
             _check_bytes(found, most)
             if not piece:
                 return bytes(found)
-    finally:
-        os.close(fd)
 
 
 def _check_bytes(found: bytes | bytearray, most: int = MAX_BYTES) -> None:

@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmoa import checkpoint
 from dmoa.agents.pool import fingerprint
-from dmoa.checkpoint import Checkpoint, describe_gate
+from dmoa.checkpoint import Checkpoint, describe_gate, files_of
 from dmoa.config import Config
 from dmoa.core.gate import Gate
 from dmoa.feedback import Feedback, tenant_of
 from dmoa.routing import LocalRouter, build_gate
 from dmoa.serving.router.adaptation import Adaptation
-from dmoa.serving.router.state import FILES, RouterState
+from dmoa.serving.router.state import RouterState
 from dmoa.serving.router.versions import Change, GateVersions
 from dmoa.types import (
     AgentReply,
@@ -132,12 +131,7 @@ class LearningSwarm:
 
     def files(self, agent_of: Sequence[int], **options: Any) -> dict[str, bytes]:
         """The files of such a gate's checkpoint."""
-        return self.files_of(*self.gate(agent_of, **options))
-
-    def files_of(self, gate: Gate, record: Checkpoint) -> dict[str, bytes]:
-        """The files of a checkpoint."""
-        folder = checkpoint.save(self.root / "drafts" / record.version, gate, record)
-        return {name: (folder / name).read_bytes() for name in FILES}
+        return files_of(*self.gate(agent_of, **options))
 
     def offer(self, files: dict[str, bytes], update: int, **evidence: Any) -> dict[str, Any]:
         """Offer a gate that began with the current one."""

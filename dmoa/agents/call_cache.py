@@ -13,6 +13,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from dmoa.engines.models import adapter_hash, model_id
 from dmoa.errors import ConfigError
 from dmoa.flat import flat_reply, reply_of
 from dmoa.protocols import AgentClient
+from dmoa.storage import hash_file
 from dmoa.types import AgentCall, AgentReply, TextDelta
 from dmoa.validation import is_finite
 
@@ -35,6 +37,8 @@ _LOG = logging.getLogger("dmoa.call_cache")
 FILE_NAME = "calls.sqlite3"
 _VERSION = 3
 _BUSY_S = 60.0
+_MAX_BYTES = 16 << 20
+"""Of an entry: a larger one is not kept, and not found."""
 _REPLY = TypeAdapter(AgentReply)
 
 
@@ -51,6 +55,7 @@ class CallStore:
             with FileLock(path.with_suffix(".lock"), timeout=_BUSY_S):
                 # Autocommit: a reply is on disk once `put` returns, and a killed run keeps all it has paid for.
                 self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+                self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_BYTES)  # before anything of a file is read
                 self._connection.execute("PRAGMA journal_mode=WAL")
                 self._connection.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
                 if self._connection.execute("SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone():
@@ -60,29 +65,24 @@ class CallStore:
 
     def get(self, key: str) -> AgentReply | None:
         """Return the reply kept under a key, None if there is none or it is not one: a number as text, NaN tokens, any status."""
-        with self._lock:
-            row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        if row is None:
-            return None
         try:
+            with self._lock:
+                row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+            if row is None:
+                return None
             flat = json.loads(row[0])
             numbers = [x for name, x in flat.items() if isinstance(x, int | float) and not name.endswith("slack_nats")]
             if not all(isinstance(x, bool) or (is_finite(x) and x >= 0) for x in numbers):
                 return None
             return _REPLY.validate_json(json.dumps(asdict(reply_of(flat))), strict=True)
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-        ):  # written by another version, or by nobody of ours
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, sqlite3.DataError):
+            # Written by another version, or by nobody of ours; or larger than any.
             return None
 
     def put(self, key: str, reply: AgentReply) -> None:
         """Keep a reply; the first one kept under a key stays, so that all who share the file read the same."""
         text = json.dumps(flat_reply(reply))
-        with self._lock:
+        with self._lock, suppress(sqlite3.DataError):  # larger than is kept
             self._connection.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, text))
 
     def close(self) -> None:
@@ -211,7 +211,6 @@ def _corpus_hash(config: Config) -> str | None:
     if corpus is None:
         return None
     try:
-        with Path(corpus).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_file(corpus)
     except OSError as error:
         raise ConfigError(f"tools.search_corpus: cannot read {corpus!r}: {error}; give a JSON Lines file") from error

@@ -14,6 +14,7 @@ from typing import Any
 
 from dmoa.answer_form import FinalCall, ToolCall, new_call_id
 from dmoa.errors import RequestError
+from dmoa.validation import read_json
 
 MAX_STEPS = 100_000
 """Most keywords that one check of a text may evaluate, some 0.2 s."""
@@ -114,14 +115,10 @@ def value_fault(value: Any, schema: Mapping[str, Any]) -> str:
 def text_fault(text: str, schema: Mapping[str, Any]) -> str:
     """Return why a text is not JSON by a schema, empty if it is."""
     try:
-        value = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
+        value = read_json(text)
+    except ValueError as error:
         return f"it is not JSON ({str(error)[:_SHOWN]})"
     return value_fault(value, schema)
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
 
 
 def unwrapped(text: str) -> str:

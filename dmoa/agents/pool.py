@@ -29,6 +29,7 @@ from dmoa.errors import ConfigError, DmoaError, PluginError
 from dmoa.protocols import Encoder, Engine
 from dmoa.types import FloatArray
 from dmoa.validation import did_you_mean
+from dmoa.yaml_tree import regular
 
 if TYPE_CHECKING:
     from dmoa.checkpoint import Checkpoint
@@ -172,7 +173,7 @@ def check_corpus(config: Config) -> None:
     if corpus is None:
         return
     try:
-        with Path(corpus).open(encoding="utf-8") as file:
+        with open(corpus, encoding="utf-8", opener=regular) as file:
             file.readline()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tools.search_corpus: cannot read {corpus!r}: {error}; give a JSON Lines file") from error

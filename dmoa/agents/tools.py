@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -21,6 +20,9 @@ from simpleeval import InvalidExpression, SimpleEval
 from dmoa import sandbox
 from dmoa.errors import ConfigError, SandboxError
 from dmoa.sandbox.launch import SandboxLimits
+from dmoa.storage import lines_of
+from dmoa.validation import read_json
+from dmoa.yaml_tree import regular
 
 LIMITS = SandboxLimits(wall_s=5.0, cpu_s=5, memory_bytes=512 << 20, processes=16, output_bytes=16 << 10)
 MAX_SOURCE_CHARS = 8000
@@ -184,16 +186,14 @@ class Bm25Corpus:
     @classmethod
     def load(cls, path: str | Path) -> Bm25Corpus:
         """Read JSON Lines of {"title", "text"}. Raises ConfigError naming file, line and field."""
-        passages = []
+        where = f"search corpus: {path}, line"
         try:
-            with Path(path).open(encoding="utf-8") as file:
-                lines = list(file)  # not splitlines: texts may hold other line separators, which JSON does not escape
+            # Not splitlines: texts may hold other line separators, which JSON does not escape.
+            with open(path, encoding="utf-8", opener=regular) as file:
+                lines = enumerate(lines_of(file, path), 1)
+                return cls([_passage(line, f"{where} {number}") for number, line in lines if line.strip()])
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"search corpus: cannot read {str(path)!r}: {error}; give a JSON Lines file") from error
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                passages.append(_passage(line, f"search corpus: {path}, line {number}"))
-        return cls(passages)
 
     async def search(self, query: str, k: int) -> list[Passage]:
         """Return the k passages with the highest BM25 score above 0, ties by their order in the corpus."""
@@ -259,7 +259,7 @@ def result_text(call: ToolCall, result: str) -> str:
 
 def _passage(line: str, where: str) -> Passage:
     try:
-        row = json.loads(line)
+        row = read_json(line)
     except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}; write one object with title and text per line") from error
     for field in ("title", "text"):

@@ -166,12 +166,10 @@ def _offer(app: str) -> None:
     import torch
     from ray.exceptions import RayError
 
-    from dmoa import checkpoint
-    from dmoa.checkpoint import describe_gate
+    from dmoa.checkpoint import describe_gate, files_of, read_files
     from dmoa.serving.actors import NAMESPACE, router_name
-    from dmoa.serving.router.state import FILES, read_files
 
-    with contextlib.suppress(RayError, ValueError), tempfile.TemporaryDirectory() as folder:
+    with contextlib.suppress(RayError, ValueError):
         router = ray.get_actor(router_name(app), namespace=NAMESPACE)
         status = ray.get(router.status.remote())
         gate, old = read_files(ray.get(router.weights.remote(status.gate_version)), "the current gate")
@@ -179,9 +177,8 @@ def _offer(app: str) -> None:
             weight = next(gate.parameters())
             weight.add_(1e-4 * torch.randn_like(weight))
         new = describe_gate(gate, fingerprint=old.pool_fingerprint, trained_on={"bench": 1})
-        place = checkpoint.save(f"{folder}/gate", gate, new)
         said = {"base_version": status.gate_version, "update": status.adaptation["ledger"] + 1, "source": "bench"}
-        ray.get(router.offer.remote({name: (place / name).read_bytes() for name in FILES}, said))
+        ray.get(router.offer.remote(files_of(gate, new), said))
 
 
 def _stop(apps: Sequence[str]) -> None:

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dmoa.errors import CheckpointError
+
 Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
@@ -255,7 +257,9 @@ class _Comparison:
         return {"log_wealth": list(self.test.log_wealth), "pairs": self.pairs, "mean": self.mean}
 
     def take_up(self, state: Mapping[str, Any]) -> None:
-        """Go on with the state of another one."""
+        """Go on with the state of another one. Raises CheckpointError for that of another kind."""
+        if (seen := len(state["log_wealth"])) != len(self.test.log_wealth):
+            raise CheckpointError(f"a test of a trial: log_wealth has {seen} numbers; expected {len(self.test.log_wealth)}")
         self.test.log_wealth = list(state["log_wealth"])
         self.pairs, self.mean = int(state["pairs"]), float(state["mean"])
 

@@ -152,7 +152,7 @@ class LabelModel:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], numbers: Mapping[str, Any]) -> LabelModel:
-        """Return the model that `arrays` and `numbers` describe. Raises ConfigError if one is missing."""
+        """Return the model that `arrays` and `numbers` describe. Raises ConfigError if one is missing, or of another shape."""
         missing = [name for name in _ARRAYS if name not in arrays] + [
             name for name in (*_NUMBERS, "trust") if name not in numbers
         ]
@@ -160,6 +160,12 @@ class LabelModel:
             raise ConfigError(f"label model: {', '.join(missing)} missing; expected what `arrays` and `numbers` return")
         there = [name for name in (*_ARRAYS, "lead_C") if name in arrays]
         held: dict[str, Any] = {name: np.asarray(arrays[name], dtype=np.float64) for name in there}
+        sizes: dict[str, int] = {}
+        for name, array in held.items():
+            letters = name.rpartition("_")[2]
+            wanted = [sizes.setdefault(letter, size) for letter, size in zip(letters, array.shape, strict=False)]
+            if list(array.shape) != wanted or array.ndim != len(letters):
+                raise ConfigError(f"label model: {name} has the shape {list(array.shape)}; expected [{', '.join(letters)}]")
         held |= {name: float(numbers[name]) for name in _NUMBERS}
         held["trust"] = tuple(Trust(**one) for one in numbers["trust"])
         return cls(**held)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dmoa.errors import ConfigError
-from dmoa.validation import is_finite, short
-from dmoa.yaml_tree import read_bounded
+from dmoa.validation import is_finite, read_json, short
+from dmoa.yaml_tree import read_bounded, regular
 
 MAX_HEADER_BYTES = 16 << 20
 """Of a safetensors file; a model of a thousand layers has a hundredth of it."""
@@ -44,6 +46,24 @@ _MORE_THAN_LORA = (
     "monteclora_config",
 )
 """Settings of PEFT with which an adapter is more than two matrices beside a linear layer."""
+_FORMS = {
+    "target_modules": "PATTERN",
+    "exclude_modules": "PATTERN",
+    "layers_pattern": r"(?:^|.*?\.)PATTERN\.(\d+)\.",
+    "rank_pattern": r"(.*\.)?(PATTERN)$",
+    "alpha_pattern": r"(.*\.)?(PATTERN)$",
+}
+"""Fields of regular expressions, and what PEFT looks for in the name of a layer."""
+_TRIAL = """
+import json, re, resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
+patterns, names = json.load(sys.stdin)
+for field, value, pattern in patterns:
+    print(f"{field}: {value}", flush=True)
+    found = re.compile(pattern)
+    for name in names:
+        found.fullmatch(name)
+"""
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base model's weights as they are; others change them for every agent."""
 
@@ -135,6 +155,7 @@ def check_fit(adapter: AdapterFiles, layers: Layers, engine: EngineName) -> None
 
     Raises ConfigError naming the first key that has no place, or that is missing.
     """
+    _try_patterns(f"{adapter.where}: {str(adapter.folder)!r}", adapter.settings, layers)
     for key, shape in adapter.shapes.items():
         name, _ = layer_of(key)
         layer = layers.get(name)
@@ -221,6 +242,7 @@ def read_adapter(where: str, folder: Path) -> AdapterFiles:
             f"{WEIGHTS} is damaged or cut short ({' '.join(str(error).split())[:200]})", "copy the file again"
         ) from error
     adapter = AdapterFiles(where, folder, settings, dict(sorted(shapes.items())))
+    _try_patterns(f"{where}: {str(folder)!r}", settings, adapter.layers)
     _check_pairs(adapter)
     return adapter
 
@@ -247,7 +269,34 @@ def _settings(where: str, folder: Path) -> dict[str, Any]:
         if not is_allowed:
             saw = short(settings.get(name))
             raise ConfigError(f"{seen}: {SETTINGS}: {name}: {saw}; expected {allowed}; train it as plain LoRA")
+    _try_patterns(seen, settings, ())
     return settings
+
+
+def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield field, value and what PEFT makes of it, for the regular expressions of an adapter; plain names are none."""
+    for name, form in _FORMS.items():
+        values = settings.get(name) or ()
+        for value in (values,) if isinstance(values, str) else values if name.endswith("_pattern") else ():
+            if re.fullmatch(r"[\w.-]*", value) is None:
+                yield name, short(value), form.replace("PATTERN", value)
+
+
+def _try_patterns(seen: str, settings: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Check that an adapter's regular expressions say something of layers' names in bounded time. Raises ConfigError.
+
+    They are tried in a process of its own, whose time the kernel bounds: nothing else stops `re`, which PEFT uses too.
+    """
+    patterns = list(_patterns(settings))
+    if not patterns:
+        return
+    command = [sys.executable, "-I", "-S", "-c", _TRIAL]
+    tried = json.dumps([patterns, list(names)])
+    done = subprocess.run(command, input=tried, capture_output=True, text=True, check=False)  # noqa: S603 a fixed command
+    if done.returncode:
+        last, what = (text.rstrip().rpartition("\n")[2][:200] for text in (done.stdout, done.stderr))
+        why = "takes too long to match" if done.returncode < 0 else f"fails ({what})"
+        raise ConfigError(f"{seen}: {SETTINGS}: {last} {why}; expected a regular expression that is soon done, or names")
 
 
 def _judged(settings: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
@@ -269,13 +318,8 @@ def _judged(settings: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
     targets = settings.get("target_modules")
     yield "target_modules", bool(targets) and _is_text_or_texts(targets), "a pattern, or a list of layers' names"
     yield "exclude_modules", _is_text_or_texts(settings.get("exclude_modules") or []), "a pattern, or a list of layers' names"
-    for name in ("target_modules", "exclude_modules"):
-        value = settings.get(name)
-        yield name, not isinstance(value, str) or _is_pattern(value), "a regular expression"
-    for name in ("rank_pattern", "alpha_pattern"):
-        yield name, all(map(_is_pattern, settings.get(name) or {})), "an object whose keys are regular expressions"
     layers = _as_list(settings.get("layers_pattern") or [])
-    yield "layers_pattern", all(isinstance(x, str) and _is_pattern(x) for x in layers), "regular expressions"
+    yield "layers_pattern", all(isinstance(pattern, str) for pattern in layers), "regular expressions"
     yield "rank_pattern", all(map(_is_rank, (settings.get("rank_pattern") or {}).values())), "whole numbers from 1"
 
 
@@ -320,14 +364,6 @@ def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_pattern(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
-
-
 def _is_text_or_texts(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
@@ -345,11 +381,11 @@ def _as_list(value: Any) -> list[Any]:
 
 def _header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """Return the tensors of a file by name and where their bytes begin. Raises OSError and ValueError."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(path.stat().st_size, MAX_HEADER_BYTES):
             raise ValueError(f"its header claims {length} bytes, more than the file has or {MAX_HEADER_BYTES >> 20} MiB")
-        table = json.loads(file.read(length))
+        table = read_json(file.read(length))
     table.pop("__metadata__", None)
     return table, 8 + length
 
@@ -358,8 +394,6 @@ def _tensors(path: Path) -> Iterator[tuple[str, Shape, bool]]:
     """Yield every tensor's name, its shape and whether all its numbers are finite in float32; raises what safetensors raises."""
     from safetensors import safe_open
 
-    if not path.is_file():
-        raise ValueError("it is not there, or no regular file")  # a pipe would be waited for
     table, start = _header(path)
     with safe_open(path, framework="numpy"):  # checks the header against the file
         pass

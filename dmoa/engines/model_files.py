@@ -5,11 +5,12 @@ A pool is checked with it before anything starts; what only loading shows is the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from dmoa.engines.models import check_embedded, resolve_model
 from dmoa.errors import ConfigError
+from dmoa.validation import read_json
+from dmoa.yaml_tree import read_bounded, regular
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 _LENGTH_BYTES = 8
@@ -39,10 +40,10 @@ def check_model(model: str) -> None:
 def fault_of_folder(folder: Path) -> str | None:
     """Return what is wrong with the files of a model in `folder`, None if nothing that shows from outside."""
     try:
-        if not isinstance(json.loads((folder / _CONFIG).read_text(encoding="utf-8")), dict):
+        if not isinstance(read_json(read_bounded(folder / _CONFIG)), dict):
             return f"{_CONFIG} holds no JSON object"
         index = folder / _INDEX
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+        named = read_json(read_bounded(index, most=1 << 26))["weight_map"].values() if index.is_file() else ()
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{_CONFIG} or {_INDEX} cannot be read ({type(error).__name__}: {error})"
     missing = sorted(name for name in set(named) if not (folder / name).is_file())
@@ -55,13 +56,13 @@ def _fault_of_weights(file: Path) -> str | None:
     """Return what is wrong with a safetensors file by its header: cut short, or something else under that name."""
     try:
         size = file.stat().st_size
-        with file.open("rb") as opened:
+        with open(file, "rb", opener=regular) as opened:
             length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
                 return (
                     f"{file.name} ({size} bytes) holds no weights: it is cut short, or a pointer to a file that was not fetched"
                 )
-            header = json.loads(opened.read(length))
+            header = read_json(opened.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except (OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         return f"{file.name} cannot be read ({type(error).__name__}: {error})"

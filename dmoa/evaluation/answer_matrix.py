@@ -19,7 +19,7 @@ from dmoa.core.in_step import judge
 from dmoa.core.inference import Decider
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, RunInfo, Scored, Task
-from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
+from dmoa.evaluation.run_folder import RunFolder, read_record, write_lines, write_whole
 from dmoa.types import AgentReply, EntropySum, FloatArray, RouteDecision, RouteRequest
 
 Floats = npt.NDArray[np.float64]
@@ -298,7 +298,7 @@ def add_derived(folder: RunFolder, name: str, agents: Sequence[str], choices: Ch
         judged: list[Scored] = [scores[policy][row_id].model_copy(update={"policy": name}) for row_id, policy in picked]
         write_lines(folder.answers(benchmark, name), kept)
         write_lines(folder.scores(benchmark, name), judged)
-    info = RunInfo.model_validate_json(folder.run.read_text(encoding="utf-8"))
+    info = read_record(folder.run, RunInfo)
     if name not in info.derived:
         info = info.model_copy(update={"derived": [*info.derived, name]})
         write_whole(folder.run, info.model_dump_json(indent=2) + "\n")

@@ -6,18 +6,16 @@ asks for; the benchmarks' own modules parse the lines.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import heapq
-import json
 import unicodedata
-import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dmoa.engines.recorded import read_lines
 from dmoa.errors import ConfigError
 from dmoa.evaluation.benchmarks.base import (
     Benchmark,
@@ -32,8 +30,8 @@ from dmoa.evaluation.benchmarks.base import (
 from dmoa.evaluation.records import SPLITS, BenchmarkInfo, EvaluateOptions, Label, Row, Split, Task
 from dmoa.evaluation.registry import SUITES, spec_of
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.storage import replacing
-from dmoa.validation import did_you_mean
+from dmoa.storage import hash_file, replacing
+from dmoa.validation import did_you_mean, read_json
 
 
 def read_split(source: HubSource, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
@@ -79,7 +77,6 @@ def unavailable(name: str, source: HubSource, error: Exception) -> ConfigError:
     )
 
 
-_MAX_LINE_BYTES = 64 << 20
 ID_CHARS = 16
 
 
@@ -250,29 +247,6 @@ def find_definitions(spec: Benchmark, data_dir: Path | None) -> tuple[Any, dict[
     return spec.read_definitions(paths), sources
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 hex of the file as it lies on the disk."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a plain or gzip file that are not blank, with their numbers from 1; streamed.
-
-    Raises:
-        ConfigError: the gzip file is damaged or cut short, or a line has no end.
-    """
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), start=1):
-                if len(line) > _MAX_LINE_BYTES:
-                    raise ConfigError(f"{path}, line {number}: longer than {_MAX_LINE_BYTES >> 20} MiB; is it JSON Lines?")
-                if line.strip():
-                    yield number, line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ConfigError(f"{path} is not a whole gzip file: {error}; fetch it again, or name a plain file .jsonl") from error
-
-
 def parse_line(line: bytes) -> dict[str, Any]:
     """The JSON object of one line.
 
@@ -280,16 +254,12 @@ def parse_line(line: bytes) -> dict[str, Any]:
         RowError: it is not UTF-8, not JSON, or not an object.
     """
     try:
-        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        value = read_json(line.decode("utf-8"))
+    except ValueError as error:
         raise RowError("(whole row)", shown_field(line), f"one JSON object in UTF-8 ({error})") from None
     if not isinstance(value, dict):
         raise RowError("(whole row)", shown_field(value), "one JSON object")
     return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

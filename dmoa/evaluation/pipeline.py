@@ -27,7 +27,6 @@ from dmoa.dataflow import (
     Watch,
     actor_options,
     bounded,
-    offsets,
     only_writer,
     run_pass,
     shard_rows,
@@ -39,6 +38,7 @@ from dmoa.evaluation.records import Answered, FileRecord, Label, Scored, Scorer,
 from dmoa.evaluation.run_folder import RunFolder, append, mend
 from dmoa.policies.registry import split_policy
 from dmoa.protocols import OpenSwarm, final_answer
+from dmoa.storage import offsets
 
 OpenScorers = Callable[[], Mapping[str, Scorer]]
 """Builds the scorers by benchmark where they are to work; must be picklable."""

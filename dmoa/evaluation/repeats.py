@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dmoa.evaluation.records import Answered, RunInfo, Scored
 from dmoa.evaluation.run import evaluate, finish_run
-from dmoa.evaluation.run_folder import RunFolder, write_lines, write_whole
+from dmoa.evaluation.run_folder import RunFolder, read_record, write_lines, write_whole
 from dmoa.flat import flat
 from dmoa.types import TokenUsage
 
@@ -42,7 +42,7 @@ def evaluate_repeatedly(session: Session, repeats: int) -> Evaluation:
 
 def merge_repeats(folder: RunFolder, parts: Sequence[RunFolder]) -> Evaluation:
     """Write the run of the repeats' means, and return its result. Rows that a repeat lacks are left out."""
-    runs = [RunInfo.model_validate_json(part.run.read_text(encoding="utf-8")) for part in parts]
+    runs = [read_record(part.run, RunInfo) for part in parts]
     budgets = {
         name: {limit: _mean([run.budgets[name][limit] for run in runs]) for limit in found}
         for name, found in runs[0].budgets.items()

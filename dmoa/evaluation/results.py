@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, BenchmarkInfo, ResultRecord, RunInfo, Scored
-from dmoa.evaluation.run_folder import RunFolder
+from dmoa.evaluation.run_folder import RunFolder, read_record
 from dmoa.evaluation.statistics import Method, compare_policies, holm, interval
 from dmoa.flat import TokenFields, flat
 from dmoa.types import TokenUsage
-from dmoa.validation import describe
 
 MAX_FAILURES = 50
 """Failed rows that are kept with their error, per benchmark and policy."""
@@ -185,7 +184,6 @@ def _twice(folder: str, line: Answered | Scored) -> ConfigError:
 
 Cell = tuple[str, str]
 """Benchmark and policy."""
-R = TypeVar("R", RunInfo, "Evaluation")
 T = TypeVar("T", AnswerTally, ScoreTally)
 
 
@@ -421,7 +419,7 @@ def rebuild_evaluation(folder: Path) -> Evaluation:
         ConfigError: the folder holds no run, or a damaged one.
     """
     paths = RunFolder(folder)
-    run = _read_record(paths.run, RunInfo)
+    run = read_record(paths.run, RunInfo)
     cells = list(_cells(run))
     evaluation = build_evaluation(
         run,
@@ -460,22 +458,13 @@ def read_evaluation(folder: Path) -> Evaluation:
     """Return the result of a run: `evaluation.json` if it exists, else made from its lines. Raises as `rebuild_evaluation`."""
     paths = RunFolder(folder)
     if paths.evaluation.exists():
-        return _read_record(paths.evaluation, Evaluation)
+        return read_record(paths.evaluation, Evaluation)
     if paths.run.exists():
         return rebuild_evaluation(folder)
     raise ConfigError(
         f"DIR: {str(folder)!r} holds no run: neither {paths.evaluation.name} nor {paths.run.name} is there; "
         "name the folder that `dmoa evaluate --out` wrote"
     )
-
-
-def _read_record(path: Path, kind: type[R]) -> R:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; name the folder that `dmoa evaluate --out` wrote") from error
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {describe(error, kind)}") from error
 
 
 def _cells(run: RunInfo) -> Iterator[Cell]:

@@ -25,7 +25,7 @@ from dmoa.evaluation.pipeline import AnswerWorkers, answer_all, forget_failed, s
 from dmoa.evaluation.records import BenchmarkInfo, EvaluateOptions, PoolInfo, RunInfo, pool_differences
 from dmoa.evaluation.registry import OpenScorers, judging
 from dmoa.evaluation.results import Evaluation
-from dmoa.evaluation.run_folder import RunFolder, write_whole
+from dmoa.evaluation.run_folder import RunFolder, read_record, write_whole
 from dmoa.provenance import code_revision, machine
 from dmoa.storage import only_one
 
@@ -119,7 +119,7 @@ def _begin(session: Session) -> RunInfo:
     if folder.run.exists():
         if not options.resume:
             raise ConfigError(f"--out: {str(folder.root)!r} holds a run; go on with it by --resume, or name another folder")
-        info = RunInfo.model_validate_json(folder.run.read_text(encoding="utf-8"))
+        info = read_record(folder.run, RunInfo)
         _check_same(session, info)
         session.say(f"going on with the run in {folder.root}")
         return _went_on(session, info)
@@ -177,17 +177,9 @@ def _runs_programs(benchmarks: Sequence[str]) -> bool:
 
 
 def _limits(asking: Asking) -> dict[str, Any]:
-    limits = asking.limits
-    return {
-        "max_steps": limits.max_steps,
-        "max_agents": limits.max_agents,
-        "budget_tokens": limits.budget_tokens,
-        "budget_price": limits.budget_price,
-        "deadline_s": limits.deadline_s,
-        "max_tokens": limits.max_tokens,
-        **({} if limits.quorum is None else {"quorum": limits.quorum}),
-        **({} if limits.hedge_after_ms is None else {"hedge_after_ms": limits.hedge_after_ms}),
-    }
+    names = ("max_steps", "max_agents", "budget_tokens", "budget_price", "deadline_s", "max_tokens")
+    more = [name for name in ("quorum", "hedge_after_ms") if getattr(asking.limits, name) is not None]
+    return {name: getattr(asking.limits, name) for name in (*names, *more)}
 
 
 def _check_same(session: Session, before: RunInfo) -> None:

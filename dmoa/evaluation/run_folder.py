@@ -23,8 +23,11 @@ from pydantic import BaseModel, ValidationError
 from dmoa import storage
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, FileRecord, Label, Scored, Task
+from dmoa.validation import describe
+from dmoa.yaml_tree import read_bounded
 
 R = TypeVar("R", bound=FileRecord)
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,24 +101,29 @@ class RunFolder:
         return read_lines(self.scores(benchmark, policy), Scored)
 
 
+def read_record(path: Path, kind: type[M]) -> M:
+    """Return the record that a file of a run holds. Raises ConfigError naming file and field."""
+    try:
+        return kind.model_validate_json(read_bounded(path, most=1 << 26))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; name the folder that `dmoa evaluate --out` wrote") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error, kind)}") from error
+
+
 def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
     """Yield the records of a file, none where it does not exist; a torn last line, which a killed run leaves, is passed over.
 
     Raises ConfigError naming file and line for anything else that is not such a record.
     """
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield kind.model_validate_json(line)
-            except ValidationError as error:
-                raise ConfigError(
-                    f"{path}, line {number}: not a {kind.__name__} record ({error.error_count()} errors, "
-                    f"first: {error.errors()[0]['msg']}); remove the line to have the row run again, or use another folder"
-                ) from error
+    for number, (_, line) in enumerate(storage.offsets(path), 1):
+        try:
+            yield kind.model_validate_json(line)
+        except ValidationError as error:
+            raise ConfigError(
+                f"{path}, line {number}: not a {kind.__name__} record ({error.error_count()} errors, "
+                f"first: {error.errors()[0]['msg']}); remove the line to have the row run again, or use another folder"
+            ) from error
 
 
 def mend(path: Path) -> None:

@@ -23,6 +23,7 @@ from dmoa.policies.registry import PolicyContext, policy
 from dmoa.protocols import Encoder
 from dmoa.types import FloatArray, QueryState, StepPlan, Stop
 from dmoa.validation import describe
+from dmoa.yaml_tree import read_bounded
 
 
 class Judged(BaseModel):
@@ -41,7 +42,7 @@ class Judged(BaseModel):
 @lru_cache(maxsize=8)
 def _read(path: Path, changed_ns: int) -> tuple[Judged, ...]:
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_bounded(path, most=1 << 28).decode().splitlines(), 1):
         if line.strip():
             try:
                 found.append(Judged.model_validate_json(line))

@@ -27,7 +27,7 @@ from dmoa.errors import ConfigError, RequestError
 from dmoa.feedback import FILE, Feedback, feedback_of, read_feedback, tenant_of, write_feedback
 from dmoa.serving.actors import NAMESPACE, default_state_uri, detached, feedback_name, pack_record, unpack_record
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
-from dmoa.storage import write_at
+from dmoa.storage import place_of, write_at
 from dmoa.trace import AnsweredQuery
 
 _LOG = logging.getLogger("dmoa.feedback")
@@ -53,11 +53,8 @@ class FeedbackStore:
 
     def __init__(self, uri: str) -> None:
         """Open the place. Raises ConfigError for a URI that no file system serves."""
-        try:
-            self._fs, root = arrow_fs.FileSystem.from_uri(uri)
-        except (ArrowException, OSError, ValueError) as error:
-            raise ConfigError(f"router.state_uri is {uri!r}; expected file:///DIR, s3://..., gs://... ({error})") from error
-        self._root = f"{root.rstrip('/')}/feedback"
+        self._fs, root = place_of(uri, "router.state_uri")
+        self._root = f"{root}/feedback"
         self.place = f"{uri.rstrip('/')}/feedback"
 
     def save(self, records: bytes, state: bytes) -> None:

@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from dmoa.core.features import Preset
 from dmoa.errors import ConfigError
 from dmoa.feedback import Contexts, Feedback, query_part
+from dmoa.validation import read_json
 
 MAX_TRACES = 10_000
 """Newest queries of a key that an outcome may speak of, and outcomes of a key that are kept."""
@@ -42,6 +44,9 @@ class KeptOutcome:
     reward: float
     """1 right, 0 wrong."""
     source: str
+
+
+_OUTCOME = TypeAdapter(KeptOutcome)
 
 
 @dataclass(slots=True)
@@ -187,11 +192,11 @@ class FeedbackBuffer:
 def read_state(state: bytes) -> Iterator[tuple[str, dict[str, float], list[KeptOutcome]]]:
     """Yield each key of a snapshot's state with its traces and outcomes. Raises ConfigError for what is none."""
     try:
-        for name, tree in json.loads(state)["tenants"].items():
+        for name, tree in read_json(state)["tenants"].items():
             traces = {str(trace): float(unix_s) for trace, unix_s in tree["traces"].items()}
-            yield name, traces, [KeptOutcome(**one) for one in tree["outcomes"]]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"feedback state: {error}; remove the file to begin anew") from error
+            yield name, traces, [_OUTCOME.validate_json(json.dumps(one), strict=True) for one in tree["outcomes"]]
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"feedback state: {' '.join(str(error).split())[:300]}; remove the file to begin anew") from error
 
 
 def _remember(kept: OrderedDict[Any, Any], name: object, value: object) -> None:

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyarrow import fs as arrow_fs
-from pyarrow.lib import ArrowException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dmoa.errors import ConfigError
 from dmoa.serving.trace_list import TraceCalls, TraceSummary
-from dmoa.storage import write_at
+from dmoa.storage import MAX_LINE_BYTES, place_of, write_at
 from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.traces")
@@ -60,8 +58,8 @@ class Indexed(BaseModel):
 
     owner: str
     """The tenant whose key asked."""
-    offset: int
-    length: int
+    offset: int = Field(ge=0)
+    length: int = Field(ge=0)
     summary: TraceSummary
     calls: tuple[TraceCalls, ...]
 
@@ -81,11 +79,7 @@ class TraceArchive:
 
     def __init__(self, uri: str) -> None:
         """Open the place. Raises ConfigError for a URI that no file system serves."""
-        try:
-            self._fs, root = arrow_fs.FileSystem.from_uri(uri)
-        except (ArrowException, OSError, ValueError) as error:
-            raise ConfigError(f"router.trace_uri is {uri!r}; expected file:///DIR, s3://..., gs://... ({error})") from error
-        self._root = root.rstrip("/")
+        self._fs, self._root = place_of(uri, "router.trace_uri")
         self._held: Counter[str] = Counter()
 
     def write(self, batch: Sequence[Written]) -> list[Place]:
@@ -116,7 +110,8 @@ class TraceArchive:
     def load(self) -> Iterator[tuple[Indexed, Place]]:
         """Yield all that is there, oldest first; a segment that cannot be read is left out with a warning. Raises OSError."""
         found = self._fs.get_file_info(arrow_fs.FileSelector(self._root, allow_not_found=True))
-        for segment in sorted(info.base_name.removesuffix(_INDEX) for info in found if info.base_name.endswith(_INDEX)):
+        there = (one.base_name for one in found if one.type == arrow_fs.FileType.File and one.size <= MAX_LINE_BYTES)
+        for segment in sorted(name.removesuffix(_INDEX) for name in there if name.endswith(_INDEX)):
             try:
                 with self._fs.open_input_stream(self._path(segment, _INDEX)) as stream:
                     lines = bytes(stream.readall()).splitlines()

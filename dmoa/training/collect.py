@@ -28,7 +28,6 @@ from dmoa.dataflow import (
     Line,
     Watch,
     actor_options,
-    offsets,
     only_writer,
     run_pass,
     shard_rows,
@@ -38,7 +37,7 @@ from dmoa.errors import ConfigError, DmoaError
 from dmoa.policies.exploring import ExploringPolicy
 from dmoa.policies.registry import PolicyContext, build_policy
 from dmoa.protocols import OpenSwarm, final_answer
-from dmoa.storage import only_one, unwritable, write_whole
+from dmoa.storage import is_draft, offsets, only_one, unwritable, write_whole
 from dmoa.swarm import Swarm
 from dmoa.training.outcomes import rollout_trace_id
 from dmoa.training.rollouts import (
@@ -88,7 +87,7 @@ class RolloutWriter:
         self._folder.parts.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self._folder.root / ".writing.lock")
         self._lock.acquire(timeout=_LOCK_S)
-        for draft in self._folder.parts.glob(".*.draft"):
+        for draft in (path for path in self._folder.parts.glob(".*.draft") if is_draft(path.name)):
             draft.unlink()
         self._number = 1 + max((_number(path) for path in self._folder.parts.glob("part-*.parquet")), default=-1)
         self._counts = {"rows": 0, "failed": 0, "tokens": 0}

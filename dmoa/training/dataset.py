@@ -23,6 +23,7 @@ from dmoa.core.in_step import read_classes
 from dmoa.core.scores import Array, BoolArray, reply_key
 from dmoa.dataflow import on_this_node, quiet
 from dmoa.errors import ConfigError, DmoaError
+from dmoa.storage import offsets
 from dmoa.training.rollouts import (
     LEARNED,
     MEASURE,
@@ -310,9 +311,8 @@ def _asked_questions(folders: Sequence[Path]) -> dict[tuple[str, int], str]:
     """
     found: dict[tuple[str, int], str] = {}
     for folder in folders:
-        path = RolloutFolder(folder).queries
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        for query in (RolloutQuery.model_validate_json(line) for line in lines if line.strip()):
+        for _, line in offsets(RolloutFolder(folder).queries):
+            query = RolloutQuery.model_validate_json(line)
             found[query.query_id, -1] = query.text
             found |= {(query.query_id, step): stage.part for step, stage in enumerate(query.stages) if stage.part is not None}
     return found

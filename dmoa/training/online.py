@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from dmoa import checkpoint
-from dmoa.checkpoint import Checkpoint
+from dmoa.checkpoint import files_of, read_files
 from dmoa.core.gate import Gate
 from dmoa.core.shift import ShiftDetector
 from dmoa.errors import DmoaError
@@ -34,7 +31,6 @@ from dmoa.training.options import AdaptSettings
 from dmoa.training.outcomes import Outcome
 
 _LOG = logging.getLogger("dmoa.adapt")
-FILES = ("gate.safetensors", "gate.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +127,7 @@ def run_online(job: OnlineJob, world: WorkerGroup, *, sleep: Callable[[float], N
         if work.kind == "end":
             return updates
         if work.kind == "begin":
-            adapter = Adapter(*gate_of(work.files), work.replay, job.settings, world)
+            adapter = Adapter(*read_files(work.files, "the gate that is served"), work.replay, job.settings, world)
         elif work.kind == "learn" and adapter is not None:
             update = adapter.learn(work.lessons, shift=work.shift)
             updates += update.loss is not None
@@ -190,7 +186,7 @@ class Driver:
         What was learned from since is given up where it led to a gate that was refused or taken back.
         """
         files = self._exchange.gate(found.version)
-        gate, _ = gate_of(files)
+        gate, _ = read_files(files, "the gate that is served")
         rules = dataclasses.replace(self._job.rules, agents=gate.spec.agents)
         new = found.records
         if not self._base:
@@ -303,21 +299,6 @@ def stream_numbers(records: Sequence[Feedback], outcomes: Sequence[Outcome]) -> 
         "reward": rewards,
     }
     return {f"stream/{name}": float(np.mean(values)) for name, values in found.items() if values}
-
-
-def gate_of(files: Mapping[str, bytes]) -> tuple[Gate, Checkpoint]:
-    """Return the gate in the files of a checkpoint. Raises CheckpointError."""
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in FILES:
-            (Path(scratch) / name).write_bytes(files[name])
-        return checkpoint.load(scratch)
-
-
-def files_of(gate: Gate, record: Checkpoint) -> dict[str, bytes]:
-    """Return the files of a gate's checkpoint."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = checkpoint.save(Path(scratch) / "gate", gate, record)
-        return {name: (folder / name).read_bytes() for name in FILES}
 
 
 def _vetted(rules: IntakeRules, records: Sequence[Feedback]) -> list[Feedback]:

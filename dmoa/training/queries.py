@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 
 from dmoa.engines.recorded import read_replies, replies_files
 from dmoa.errors import ConfigError
+from dmoa.storage import lines_of
 from dmoa.training.rollouts import RolloutQuery
 from dmoa.validation import short
+from dmoa.yaml_tree import regular
 
 T = TypeVar("T")
 _Found = tuple[str, str]
@@ -92,8 +94,8 @@ def _items(path: Path) -> Iterator[tuple[int, bytes | dict[str, Any] | _Found]]:
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows of a CSV file by the names of its first line; of one column whatever it is called. Raises ConfigError."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+        with open(path, encoding="utf-8-sig", newline="", opener=regular) as file:
+            reader = csv.DictReader(lines_of(file, path))
             for row in reader:
                 only = next(iter(row.values())) if len(row) == 1 else None
                 yield reader.line_num, {"query": only} if isinstance(only, str) else dict(row)
@@ -121,8 +123,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that are not blank, with their numbers from 1, as they are read. Raises ConfigError."""
     try:
         # Latin-1 keeps every byte as it is, and text files end lines at CR too.
-        with path.open(encoding="latin-1", newline=None) as file:
-            for number, line in enumerate(file, start=1):
+        with open(path, encoding="latin-1", newline=None, opener=regular) as file:
+            for number, line in enumerate(lines_of(file, path), start=1):
                 if not line.isspace():
                     yield number, line.encode("latin-1")
     except OSError as error:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmoa.core.features import FEEDBACK_FEATURES, Preset
+from dmoa.engines.recorded import open_table
 from dmoa.errors import ConfigError
 from dmoa.flat import TokenFields, flat_reply
 from dmoa.types import AgentReply, AgentStatus, Answer, EntropyKind, FinishReason, FloatArray, Stage, StepRecord
@@ -336,9 +337,7 @@ def read_part(path: str | Path, *, fingerprint: str | None = None, columns: Sequ
     wanted = list(SCHEMA.names if columns is None else columns)
     marks = ["schema_version", *(["pool_fingerprint"] if fingerprint is not None else [])]
     try:
-        if not Path(path).is_file():
-            raise OSError("it is no regular file")  # a pipe would be waited for
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with open_table(path) as file:
             absent = [name for name in LATER_COLUMNS if name in wanted and name not in file.schema_arrow.names]
             present = [name for name in dict.fromkeys([*wanted, *marks]) if name not in absent]
             _check_columns(path, file.schema_arrow, present)

@@ -126,7 +126,10 @@ class StateStore:
         try:
             with system.open_input_file(f"{root}/{FILE}") as stream:
                 data = stream.read()
-            return RunState(_progress(data[_HEADER_BYTES : _HEADER_BYTES + _header_length(data)]), load(data))
+            tensors = load(data)
+            if bad := next((name for name, one in tensors.items() if not one.isfinite().all()), None):
+                raise ValueError(f"{bad} holds NaN or infinity")
+            return RunState(_progress(data[_HEADER_BYTES : _HEADER_BYTES + _header_length(data)]), tensors)
         except _READ_ERRORS as error:
             raise self._damaged(error) from error
 

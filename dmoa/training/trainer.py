@@ -29,7 +29,7 @@ from dmoa.core.calibration import ENTROPY_PRICE, OperatingPoint, fit_operating_p
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.scores import scores
 from dmoa.errors import ConfigError
-from dmoa.storage import display_path, write_whole
+from dmoa.storage import display_path, offsets, write_whole
 from dmoa.tracking import FINISH_TIMEOUT_S, Tracker, is_logged, keep_run_id, open_tracker
 from dmoa.training.dataset import Episodes, read_episodes, read_manifests
 from dmoa.training.distributed import SingleWorker
@@ -336,12 +336,11 @@ def _num_epochs(store: StateStore) -> int:
 def _logged_epochs(path: Path) -> set[int]:
     """Return the epochs that a file of curves holds already."""
     found: set[int] = set()
-    with suppress(OSError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                message = json.loads(line)
-                if message["op"] == "log" and message["step"] is not None:
-                    found.add(int(message["step"]))
+    for _, line in offsets(path):
+        with suppress(ValueError, KeyError, TypeError):
+            message = json.loads(line)
+            if message["op"] == "log" and message["step"] is not None:
+                found.add(int(message["step"]))
     return found
 
 

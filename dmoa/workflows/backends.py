@@ -206,15 +206,8 @@ class RemoteSwarm:
 
 def _options(limits: Limits, policy: str) -> dict[str, Any]:
     """Return the request's `dmoa` object."""
-    asked = {
-        "policy": policy or None,
-        "max_steps": limits.max_steps,
-        "max_agents": limits.max_agents,
-        "budget_tokens": limits.budget_tokens,
-        "budget_price": limits.budget_price,
-        "deadline_s": limits.deadline_s,
-        "trace": True,
-    }
+    names = ("max_steps", "max_agents", "budget_tokens", "budget_price", "deadline_s")
+    asked = {"policy": policy or None, **{name: getattr(limits, name) for name in names}, "trace": True}
     return {name: value for name, value in asked.items() if value is not None}
 
 

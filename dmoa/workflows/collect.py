@@ -19,22 +19,23 @@ from dmoa.config import Config
 from dmoa.dataflow import OVERCOMMIT
 from dmoa.engines.recorded import replies_files
 from dmoa.errors import ConfigError
-from dmoa.evaluation.data import SUITE_ROWS, hash_file, load_disjoint
+from dmoa.evaluation.data import SUITE_ROWS, load_disjoint
 from dmoa.evaluation.records import SPLITS, Label, Row
 from dmoa.evaluation.registry import SUITES, expand_names
 from dmoa.evaluation.suites.suite import fine_split
 from dmoa.provenance import code_revision
-from dmoa.storage import write_whole
+from dmoa.storage import hash_file, write_whole
 from dmoa.swarm import limits_for
 from dmoa.training.collect import CollectedQueries
 from dmoa.training.options import RolloutOptions, Weighted, share_out
 from dmoa.training.queries import read_queries, sample_queries, take_turns
 from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery, SourceInfo
-from dmoa.validation import did_you_mean
+from dmoa.validation import did_you_mean, read_json
 from dmoa.workflows.backends import fetch_models
 from dmoa.workflows.console import Bars
 from dmoa.workflows.evaluate import log_gates, opened_ray
 from dmoa.workflows.terminal import goes_on, warn
+from dmoa.yaml_tree import regular
 
 if TYPE_CHECKING:
     from dmoa.tracking import Tracker
@@ -186,9 +187,9 @@ def read_labels(folder: Path) -> Iterator[Label]:
     """Yield the labels of a collection from the folder that `--labels` named. Raises ConfigError where there are none."""
     path = folder / LABELS
     try:
-        with path.open(encoding="utf-8") as file:
+        with open(path, encoding="utf-8", opener=regular) as file:
             lines = list(file)  # not splitlines: texts may hold other line separators, which JSON does not escape
-        for tree in map(json.loads, lines):
+        for tree in map(read_json, lines):
             yield Label(row_id=tree["query_id"], benchmark=tree["benchmark"], gold=tree["gold"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -25,8 +25,9 @@ from dmoa.errors import ConfigError
 from dmoa.storage import replacing
 from dmoa.training.options import ImportOptions
 from dmoa.validation import describe, short
+from dmoa.yaml_tree import read_bounded
 
-MAX_TABLE_BYTES = 1 << 30
+MAX_TABLE_BYTES = 1 << 27
 """Largest file that is one JSON value and has to be read whole."""
 _TOLD_EVERY = 20_000
 _GUESSES: dict[str, tuple[str, ...]] = {
@@ -131,13 +132,9 @@ def _all_records(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 def _whole(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: it is no regular file; name a file of logs")  # a pipe hangs, a device never ends
-        if path.stat().st_size > MAX_TABLE_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_TABLE_BYTES >> 30} GiB; write it as JSON Lines, named .jsonl")
-        tree = _parsed(path.read_bytes(), str(path))
+        tree = _parsed(read_bounded(path, most=MAX_TABLE_BYTES), str(path))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; name a file of logs") from error
+        raise ConfigError(f"{path}: cannot be read: {error}; name a file of logs, a large one JSON Lines (.jsonl)") from error
     if isinstance(tree, dict) and isinstance(tree.get("columns"), list) and isinstance(tree.get("data"), list):
         columns = [str(column) for column in tree["columns"]]
         for number, row in enumerate(tree["data"], start=1):

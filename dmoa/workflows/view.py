@@ -18,8 +18,10 @@ from dmoa.evaluation.figures import curves
 from dmoa.evaluation.results import Evaluation, read_evaluation
 from dmoa.serving.http.page import create_view
 from dmoa.serving.trace_list import TraceCalls, TraceFilter, TracePage, TraceSummary, page_of, statistics_of, summarise
+from dmoa.storage import MAX_OWN_BYTES, lines_of, offsets
 from dmoa.trace import Trace, answer_of_reply
 from dmoa.validation import is_finite
+from dmoa.yaml_tree import regular
 
 _LOG = logging.getLogger("dmoa.view")
 _MAX_POINTS = 2000
@@ -46,9 +48,9 @@ class Folder:
 
     def _read(self, path: Path) -> None:
         """Take the traces of a file; one that holds none is passed over after its first line."""
-        with suppress(OSError), path.open("rb") as file:
+        with suppress(OSError, ConfigError), open(path, "rb", opener=regular) as file:
             offset = 0
-            for line in file:
+            for line in lines_of(file, path, MAX_OWN_BYTES):
                 try:
                     trace = Trace.model_validate_json(line)
                 except ValueError:
@@ -100,12 +102,13 @@ class Folder:
     def run(self, run_id: str) -> dict[str, Any] | None:
         """Return what is shown of a run, None where there is none of that id."""
         kind, path = self._runs().get(run_id, ("", Path()))
-        if kind == "evaluation":
-            try:
-                return {"id": run_id, "name": run_id, "kind": kind} | of_evaluation(read_evaluation(path.parent))
-            except DmoaError as error:
-                return {"id": run_id, "name": run_id, "kind": "training", "facts": {"unreadable": str(error)}, "curves": []}
-        return None if not kind else {"id": run_id, "name": run_id, "kind": kind} | of_training(path)
+        named = {"id": run_id, "name": run_id, "kind": kind}
+        try:
+            if kind == "evaluation":
+                return named | of_evaluation(read_evaluation(path.parent))
+            return None if not kind else named | of_training(path)
+        except DmoaError as error:
+            return named | {"kind": "training", "facts": {"unreadable": str(error)}, "curves": []}
 
     def _runs(self) -> dict[str, tuple[str, Path]]:
         found: dict[str, tuple[str, Path]] = {}
@@ -168,12 +171,11 @@ def of_training(path: Path) -> dict[str, Any]:
 
 
 def _messages(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as lines:
-        for line in lines:
-            with suppress(ValueError):  # what a killed run left of a line
-                message = json.loads(line)
-                if isinstance(message, dict):
-                    yield message
+    for _, line in offsets(path):
+        with suppress(ValueError, RecursionError):  # what a killed run left of a line
+            message = json.loads(line)
+            if isinstance(message, dict):
+                yield message
 
 
 def serve_folder(folder: Folder, listener: socket.socket) -> None:

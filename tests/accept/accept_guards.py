@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
 from dmoa.agents.pool import fingerprint
-from dmoa.checkpoint import describe_gate
+from dmoa.checkpoint import describe_gate, files_of
 from dmoa.core.guards import effective_agents
 from dmoa.feedback import Feedback, is_held_back
 from dmoa.training.adapt import Adapter, episodes_of, lesson_of
@@ -69,7 +69,7 @@ class Learner:
         if self.adapter.learn(self.fresh(records)).loss is None:
             return
         self.update = max(self.update, self.swarm.adaptation.status()["ledger"]) + 1
-        self.told = self.swarm.offer(self.swarm.files_of(*self.adapter.candidate()), self.update, used=self.adapter.used)
+        self.told = self.swarm.offer(files_of(*self.adapter.candidate()), self.update, used=self.adapter.used)
 
 
 def stream(root: Path, queries: int, *, guarded: bool) -> dict[str, Any]:

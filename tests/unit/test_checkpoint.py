@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from dmoa.checkpoint import SCHEMA_VERSION, Checkpoint, check_pool, describe_gat
 from dmoa.core.gate import Gate, init_gate, weights_version
 from dmoa.errors import CheckpointError
 from dmoa.testing import DIM, gate_spec
+from tests.unit.core.test_label_model import by_hand
 
 AGENTS = ("adder", "sorter", "dater")
 FINGERPRINT = "f" * 64
@@ -210,8 +213,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         header(b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(40_000)) + b"}"),
         "gate.safetensors: its header claims",
     ),
-    "a record without end": (endless("gate.json"), "gate.json: it is larger than 4 MiB"),
-    "weights without end": (endless("gate.safetensors"), "gate.safetensors: it is larger than 512 MiB"),
+    "a record without end": (endless("gate.json"), "gate.json' is no regular file"),
+    "weights without end": (endless("gate.safetensors"), "gate.safetensors' is no regular file"),
     "a record of 8 GB": (sparse("gate.json", 8 << 30), "gate.json: it is larger than 4 MiB"),
     "theta that no float holds": (change_spec(theta=10**400), "theta is 1000"),
     "anchors that no float holds": (change_spec(anchors=[10**400] * 3), "anchors is [1000"),
@@ -237,6 +240,56 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a newer schema": (change(schema_version=2, colour=1), "schema_version is 2, this dmoa reads 1; use the dmoa that wrote it"),
     "a schema that is no number": (change(schema_version=None), "schema_version is None, this dmoa reads 1"),
 }
+
+
+def judged(**changes: Any) -> Gate:
+    """A gate with a label model, in which arrays are another."""
+    gate = gate_of()
+    gate.label_model = replace(by_hand([0.8, 0.6, 0.7]), **changes)
+    return gate
+
+
+ARRAYS = sorted(by_hand([0.8, 0.6, 0.7]).arrays())
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_label_model_that_is_not_finite_is_refused_by_its_array(tmp_path: Path, name: str, number: float) -> None:
+    array = judged().label_model.arrays()[name]  # type: ignore[union-attr]
+    array.flat[-1] = number
+    folder = saved(tmp_path / "gate", judged(**{name: array}))  # its version is right
+    with pytest.raises(CheckpointError, match=rf"gate\.safetensors: label_model\.{name} holds NaN or infinity"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_label_model_of_another_shape_is_refused_by_its_array(tmp_path: Path, name: str) -> None:
+    array = judged().label_model.arrays()[name]  # type: ignore[union-attr]
+    folder = saved(tmp_path / "gate", judged(**{name: array[..., None]}))
+    with pytest.raises(CheckpointError, match=rf"label model: {name} has the shape \[.*1\]; expected \[[ACD, ]+\]"):
+        load(folder)
+    if name != "centre_CD":
+        folder = saved(tmp_path / "gate", judged(**{name: np.concatenate([array, array])}))
+        with pytest.raises(CheckpointError, match=r"label model: \w+ has the shape .*; expected"):
+            load(folder)
+
+
+def test_a_label_model_of_other_agents_is_refused(tmp_path: Path) -> None:
+    gate = gate_of()
+    gate.label_model = by_hand([0.8, 0.6])
+    with pytest.raises(CheckpointError, match="label model: of 2 agents; expected 3"):
+        load(saved(tmp_path / "gate", gate))
+    assert load(saved(tmp_path / "good", judged()))[0].label_model is not None
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "1" + "0" * 400, '"x"'])
+def test_numbers_of_a_label_model_that_are_none_are_refused(tmp_path: Path, number: str) -> None:
+    folder = saved(tmp_path / "gate", judged())
+    text = (folder / "gate.json").read_text()
+    (folder / "gate.json").write_text(re.sub(r'"noise": [\d.]+', f'"noise": {number}', text))
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", DAMAGES)

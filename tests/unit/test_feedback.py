@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoa.core.in_step import read_classes
 from dmoa.errors import ConfigError
-from dmoa.feedback import Feedback, feedback_of, is_held_back, read_feedback, tenant_of, write_feedback
+from dmoa.feedback import SCHEMA, Feedback, feedback_of, is_held_back, read_feedback, table_of_feedback, tenant_of, write_feedback
 from dmoa.testing import decision
 from dmoa.types import AgentReply, Answer, EntropySum, Message, Query, RouteRequest, StepRecord, SummarizerRecord, TokenUsage
 
@@ -139,6 +142,26 @@ def test_a_damaged_snapshot_is_an_error(place: int) -> None:
     whole = write_feedback([record_of(["19", "20"])])
     with pytest.raises(ConfigError, match="here: not a whole snapshot"):
         read_feedback(whole[: min(place, len(whole) - 1)], "here")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("probability", [float("nan")]),
+        ("propensity", [float("inf")]),
+        ("propensity", [0.5, 0.5, 0.5]),
+        ("probability", None),
+        ("replies", None),
+        ("agents", None),
+    ],
+)
+def test_numbers_of_a_snapshot_that_cannot_be_are_an_error(column: str, value: object) -> None:
+    table = table_of_feedback([record_of(["19", "20"])])
+    place = SCHEMA.get_field_index(column)
+    data = io.BytesIO()
+    pq.write_table(table.set_column(place, SCHEMA.field(column), pa.array([value], SCHEMA.field(column).type)), data)
+    with pytest.raises(ConfigError, match=r"here: .*remove the file to begin anew"):
+        read_feedback(data.getvalue(), "here")
 
 
 def test_a_share_of_queries_is_held_back_whatever_else_is_known_of_them() -> None:

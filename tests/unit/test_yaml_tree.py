@@ -141,7 +141,7 @@ def test_an_alias_used_often_is_fine() -> None:
 
 
 def test_files_without_end_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="larger than 4 MiB"):
+    with pytest.raises(OSError, match="is no regular file"):
         read("/dev/zero")
     (tmp_path / "large").write_bytes(b"a: " + b"x" * MAX_BYTES)
     with pytest.raises(OSError, match="larger than 4 MiB"):
@@ -154,7 +154,7 @@ def test_standard_input_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) 
         read("-")
 
 
-def test_a_pipe_is_read_to_its_end_and_one_that_nobody_writes_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_read_to_its_end_and_one_that_nobody_writes_is_not_waited_for() -> None:
     reader, writer = os.pipe()
     try:
         os.write(writer, b"a: 1\n")
@@ -162,9 +162,13 @@ def test_a_pipe_is_read_to_its_end_and_one_that_nobody_writes_is_not_waited_for(
         assert read(f"/dev/fd/{reader}")[0] == "a: 1\n"
     finally:
         os.close(reader)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match=r"a pipe, and did not end within 0\.05 s"):
-        read_bounded(tmp_path / "pipe", pipe_s=0.05)
+    reader, writer = os.pipe()
+    try:
+        with pytest.raises(OSError, match=r"a pipe, and did not end within 0\.05 s"):
+            read_bounded(Path(f"/dev/fd/{reader}"), pipe_s=0.05)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 @pytest.mark.parametrize("override", ["a." * 50_000 + "b=1", "name", "x" * 100_000, "name=[" + "x" * 100_000])

@@ -16,9 +16,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Required, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from typing_extensions import TypedDict
 
 from dmoa.checkpoint import Checkpoint
 from dmoa.config import Config
@@ -90,10 +91,20 @@ class Evidence(BaseModel):
     signal: Literal["entropy", "posterior", "outcomes"] = "entropy"
 
 
+class Tested(TypedDict, total=False):
+    """`ByContext.state`."""
+
+    log_wealth: Required[list[FiniteFloat]]
+    pairs: Required[int]
+    mean: Required[FiniteFloat]
+    control: Annotated[str, Field(pattern="^[01]*$")]
+    parts: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Tested]
+
+
 class Trial(BaseModel):
     """Two versions that are compared on new queries."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True)
 
     control: str
     candidate: str
@@ -104,8 +115,8 @@ class Trial(BaseModel):
     pending: str | None = None
     """With `on`: the version that becomes the control at the end of the window."""
     begun_unix_s: float
-    tests: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """By signal, `ByContext.state`."""
+    tests: dict[str, Tested] = Field(default_factory=dict)
+    """By signal."""
     counted_unix_s: float = 0.0
     """When the newest query that is in them was answered."""
     queries: dict[str, int] = Field(default_factory=dict)
@@ -119,7 +130,7 @@ class Trial(BaseModel):
 class Kept(BaseModel):
     """`adaptation.json`."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True)
 
     source: dict[str, Any]
     """As in `state.json`: of another pool nothing is taken up."""
@@ -236,7 +247,7 @@ class Adaptation:
     def _save(self) -> None:
         trial = self._kept.trial
         if trial is not None:
-            trial.tests = {name: arm.state() for name, arm in self._arms.items()}
+            trial.tests = {name: cast(Tested, arm.state()) for name, arm in self._arms.items()}
         self._kept.contexts = self._contexts.state()
         self._kept.events = self._kept.events[-MAX_EVENTS:]
         self._state.save(self._kept.model_dump(mode="json"), FILE)

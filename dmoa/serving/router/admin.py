@@ -128,10 +128,9 @@ class RouterAdmin:
 def checkpoint_files(folder: str | Path) -> dict[str, bytes]:
     """Return the files of the checkpoint in a folder. Raises CheckpointError if it is none, or damaged."""
     from dmoa import checkpoint
-    from dmoa.serving.router.state import FILES
 
-    checkpoint.load(folder)  # the router checks it again, but only here can a message name the folder
-    return {name: (Path(folder) / name).read_bytes() for name in FILES}
+    # The router checks it again, but only here can a message name the folder.
+    return checkpoint.files_of(*checkpoint.load(folder))
 
 
 def running_apps() -> list[str]:

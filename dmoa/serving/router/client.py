@@ -276,7 +276,7 @@ class RemoteRouter:
         return local
 
     def _load(self, version: str) -> Gate | None:
-        from dmoa.serving.router.state import read_files
+        from dmoa.checkpoint import read_files
 
         files = self._weights.get(version)
         return None if files is None else read_files(files, f"gate {version}")[0]

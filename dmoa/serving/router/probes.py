@@ -5,7 +5,6 @@ A JSON Lines file: `{"input": [X floats], "right": {"agent": 0 or 1, ...}}` a qu
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from dmoa.core.guards import Verdict
 from dmoa.errors import ConfigError
 from dmoa.serving.router.replayed import decide, loads
 from dmoa.types import FloatArray
+from dmoa.validation import read_json
+from dmoa.yaml_tree import read_bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,11 @@ def read_probes(place: str) -> Probes:
     """Return the probes of a file. Raises ConfigError where it cannot be read."""
     inputs, right = [], []
     try:
-        for line in Path(place).read_text(encoding="utf-8").splitlines():
-            tree: dict[str, Any] = json.loads(line)
+        for line in read_bounded(Path(place), most=1 << 28).splitlines():
+            tree: dict[str, Any] = read_json(line)
             inputs.append(np.asarray(tree["input"], np.float32))
             right.append({str(name): float(value) for name, value in tree["right"].items()})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ConfigError(
             f"router.guards.known_answers is {place!r}: {error}; write it with `dmoa probe --known-answers`"
         ) from error

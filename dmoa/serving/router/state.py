@@ -12,23 +12,18 @@ import json
 import logging
 import posixpath
 import re
-import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
 from pyarrow import fs as arrow_fs
-from pyarrow.lib import ArrowException
 
-from dmoa import checkpoint
-from dmoa.checkpoint import MAX_BYTES, Checkpoint
+from dmoa.checkpoint import FILES, MAX_BYTES, Checkpoint, files_of, read_files
 from dmoa.core.gate import Gate
-from dmoa.errors import CheckpointError, ConfigError
-from dmoa.storage import is_draft, write_at
-from dmoa.validation import short
+from dmoa.errors import CheckpointError
+from dmoa.storage import is_draft, place_of, write_at
+from dmoa.validation import read_json, short
 
-FILES = ("gate.safetensors", "gate.json")
-"""The files of a version, in the order in which they are written."""
 _VERSION = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LAST = ".last"
 _SERIAL = "serial"
@@ -45,19 +40,6 @@ class Memory(Protocol):
     def __setitem__(self, name: str, data: bytes) -> None: ...
 
 
-def read_files(files: Mapping[str, bytes], where: str) -> tuple[Gate, Checkpoint]:
-    """Return the gate that the files of a checkpoint hold; messages say `where` they come from. Raises CheckpointError."""
-    if set(files) != set(FILES):
-        raise CheckpointError(f"{where}: its files are {short(sorted(files))}; expected exactly {', '.join(FILES)}")
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in FILES:
-            (Path(scratch) / name).write_bytes(files[name])
-        try:
-            return checkpoint.load(scratch)
-        except CheckpointError as error:
-            raise CheckpointError(str(error).replace(f"checkpoint {scratch!r}", where)) from error
-
-
 class RouterState:
     """Reads and writes a router's versions and states."""
 
@@ -66,10 +48,7 @@ class RouterState:
 
         Raises ConfigError for a URI that no file system serves.
         """
-        try:
-            self._fs, self._root = arrow_fs.FileSystem.from_uri(uri)
-        except (ArrowException, OSError, ValueError) as error:
-            raise ConfigError(f"router.state_uri is {uri!r}; expected file:///DIR, s3://..., gs://... ({error})") from error
+        self._fs, self._root = place_of(uri, "router.state_uri")
         self.place = uri
         self._memory: Memory = {} if memory is None else memory
         self._serials: dict[str, int] = {}
@@ -82,10 +61,8 @@ class RouterState:
         """Keep a version; one that is already there is left alone, because its name is its content."""
         if self._exists(f"versions/{record.version}/gate.json"):
             return
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = checkpoint.save(Path(scratch) / "version", gate, record)
-            for name in FILES:
-                self._put(f"versions/{record.version}/{name}", (folder / name).read_bytes())
+        for name, data in files_of(gate, record).items():
+            self._put(f"versions/{record.version}/{name}", data)
 
     def load_version(self, version: str) -> tuple[Gate, Checkpoint] | None:
         """Return a version's weights and record, None if it was never kept. Raises CheckpointError if damaged."""
@@ -143,14 +120,17 @@ class RouterState:
     def keep_versions(self, wanted: Collection[str]) -> None:
         """Remove the versions that nobody wants any more."""
         for found in self._list("versions"):
-            if found.type == arrow_fs.FileType.Directory and found.base_name not in wanted:
+            is_ours = found.type == arrow_fs.FileType.Directory and not Path(found.path).is_symlink()
+            if is_ours and found.base_name not in wanted:
                 self._fs.delete_dir(found.path)
 
     def sweep(self) -> None:
-        """Remove the drafts of writers that died; call when nobody else writes here."""
-        folders = ["", "versions", *(f"versions/{one.base_name}" for one in self._list("versions"))]
-        for found in (one for folder in folders for one in self._list(folder)):
-            if found.type == arrow_fs.FileType.File and is_draft(found.base_name):
+        """Remove the drafts of writers that died; call when nobody else writes here. What lies behind a link is not ours."""
+        kept = [one.base_name for one in self._list("versions") if one.type == arrow_fs.FileType.Directory]
+        folders = ("versions", *(f"versions/{name}" for name in kept))
+        real = ["", *(folder for folder in folders if not Path(self._path(folder)).is_symlink())]
+        for found in (one for folder in real for one in self._list(folder) if is_draft(one.base_name)):
+            if found.type == arrow_fs.FileType.File:
                 self._fs.delete_file(found.path)
 
     def save(self, state: dict[str, Any], name: str = "state.json") -> None:
@@ -173,11 +153,11 @@ class RouterState:
                 if place is not None:
                     data = self._read(place) if self._exists(place) else None
                 if data is not None:
-                    state = json.loads(data)
+                    state = read_json(data)
                     if not isinstance(state, dict):
                         raise ValueError("it is not a JSON object")
                     found.append((int(state.pop(_SERIAL, 0)), data, state))
-            except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+            except (OSError, ValueError, TypeError, ArithmeticError) as error:
                 hint = "make it readable" if isinstance(error, OSError) else "remove its folder to begin anew"
                 damage = damage or f"router state {self._path(place or name)!r}: {error}; {hint}"
             is_whole = is_whole or (place == name and bool(found))

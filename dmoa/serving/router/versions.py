@@ -13,12 +13,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dmoa.agents.pool import build_pool_gate, fingerprint, fit_gate
-from dmoa.checkpoint import Checkpoint
+from dmoa.checkpoint import Checkpoint, read_files
 from dmoa.config import Config
 from dmoa.core.gate import Gate
 from dmoa.core.inference import Decider
 from dmoa.errors import CheckpointError, RoutingError
-from dmoa.serving.router.state import RouterState, read_files
+from dmoa.serving.router.state import RouterState
 from dmoa.types import FloatArray, RouteDecision, RouteRequest, is_untrained
 from dmoa.validation import describe, did_you_mean
 

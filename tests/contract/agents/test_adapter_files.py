@@ -122,7 +122,10 @@ BAD_WEIGHTS: dict[str, tuple[Callable[[Weights], Weights], str]] = {
 }
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "lora_bias": ({"lora_bias": True}, "lora_bias: True; expected null or false"),
-    "a pattern of layers": ({"layers_to_transform": [0], "layers_pattern": "("}, r"layers_pattern: '\('; expected regular"),
+    "a pattern of layers": (
+        {"layers_to_transform": [0], "layers_pattern": "("},
+        r"layers_pattern: '\(' fails .*expected a reg",
+    ),
     "bias": ({"bias": "lora_only"}, "bias: 'lora_only'; expected 'none'"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save: \['lm_head'\]"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
@@ -235,7 +238,7 @@ def _tensors(count: int) -> bytes:
         ("adapter_model.safetensors", os.mkfifo, "no regular file"),
         ("adapter_model.safetensors", lambda path: path.symlink_to("/dev/zero"), "no regular file"),
         ("adapter_config.json", lambda path: path.write_bytes(b"[" * 100_000), "recursion"),
-        ("adapter_config.json", lambda path: path.symlink_to("/dev/zero"), "larger than 4 MiB"),
+        ("adapter_config.json", lambda path: path.symlink_to("/dev/zero"), "no regular file"),
         ("adapter_config.json", lambda path: path.write_text(SETTINGS % ("1" + "0" * 400)), "lora_alpha: 1000"),
     ],
 )
@@ -249,6 +252,46 @@ def test_a_file_that_is_made_to_stall_is_refused(
         check_adapter("adapters.math", folder, base=None, engine="transformers")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+BACKTRACKS = r"([\w.]+)+!"
+"""Takes ages to find out that no name of a layer ends so."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"target_modules": BACKTRACKS}, "target_modules"),
+        ({"exclude_modules": BACKTRACKS}, "exclude_modules"),
+        ({"layers_pattern": [BACKTRACKS], "layers_to_transform": [0, 1]}, "layers_pattern"),
+        ({"rank_pattern": {BACKTRACKS: 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 8, BACKTRACKS: 8}}, "alpha_pattern"),
+        ({"target_modules": "(?i)" + "[\0-\U0010fffe]" * 400}, "target_modules"),
+        ({"target_modules": "(" * 5_000}, "target_modules"),
+        ({"target_modules": "a{99999999999}"}, "target_modules"),
+    ],
+)
+def test_a_pattern_that_is_made_to_stall_is_refused(
+    tiny_model: Path, plain: Path, tmp_path: Path, settings: dict[str, Any], field: str
+) -> None:
+    folder = changed(plain, tmp_path / "bad", **settings)
+    with pytest.raises(ConfigError, match=rf"adapter_config\.json: {field}: .*soon done") as caught:
+        check_adapter("adapters.math", folder, base=tiny_model, engine="transformers")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_patterns_of_known_trainers_are_taken(tiny_model: Path, plain: Path, tmp_path: Path) -> None:
+    """With look-ahead, and many stars one after the other."""
+    for number, pattern in enumerate(
+        (
+            r"^(model)(?!.*(lm_head|output|embed)).*\.(q_proj|v_proj|up_proj|down_proj)$",
+            r"(?:.*?(?:model|text).*?(?:self_attn|mlp|ffn).*?(?:q_proj|v_proj|up_proj|down_proj).*?)"
+            r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp)\.(?:(?:up_proj|down_proj)))",
+        )
+    ):
+        folder = changed(plain, tmp_path / str(number), target_modules=pattern)
+        check_adapter("adapters.math", folder, base=tiny_model, engine="transformers")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '"LORA"', "{"])

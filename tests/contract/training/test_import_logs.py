@@ -207,7 +207,7 @@ def test_what_never_ends_is_no_log(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "logs.json"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
     options = ImportOptions.parse({"logs": (path,), "out": tmp_path / "replies.jsonl"})
-    with pytest.raises(ConfigError, match="it is no regular file"):
+    with pytest.raises(ConfigError, match="is no regular file"):
         import_logs(options, print)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -47,6 +48,20 @@ async def test_the_same_call_is_run_once_and_its_second_reply_is_marked(tmp_path
     assert (first.text, first.is_memoised) == ("19", False)
     assert second == replace(first, is_memoised=True)  # tokens and entropies as if it had been run
     assert (second.usage.completion_tokens, second.entropy.sum_nats) == (3, 0.75)
+
+
+async def test_an_entry_larger_than_any_is_neither_read_nor_kept(tmp_path: Path) -> None:
+    agents = FakeAgents({"a": (Say(text="19"), Say(text="x" * (17 << 20)), Say(text="20"))})
+    cache = cached(agents, tmp_path)
+    await cache.call(call_of())
+    with closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as file:
+        file.execute("UPDATE replies SET reply = reply || CAST(zeroblob(120000000) AS TEXT)")
+    tracemalloc.start()
+    reply = await cache.call(call_of())
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+    assert (len(reply.text), reply.is_memoised) == (17 << 20, False)
+    assert (await cache.call(call_of())).text == "20"  # the large one was not kept either
 
 
 def test_the_first_reply_that_is_kept_stays(tmp_path: Path) -> None:

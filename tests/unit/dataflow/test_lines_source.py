@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.dataflow import Item, Line, line_table, offsets, read_lines
+from dmoa.dataflow import Item, Line, line_table, read_lines
+from dmoa.storage import offsets
 
 TEXTS = ["first", "", "ünïcode", '{"a": "b\\n"}', "last"]
 

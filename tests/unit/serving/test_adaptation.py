@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dmoa.agents.pool import fingerprint
-from dmoa.checkpoint import describe_gate
+from dmoa.checkpoint import describe_gate, files_of
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.serving.router.adaptation import FILE
 from dmoa.workflows.probe import known_answers
@@ -80,7 +80,7 @@ def bad_offers(found: LearningSwarm) -> dict[str, dict[str, bytes]]:
         nan_gate.head_bias[0] = float("nan")
     record = describe_gate(nan_gate, fingerprint=fingerprint(found.config), trained_on={"rows": 1})
     return {
-        "finite": found.files_of(nan_gate, record),
+        "finite": files_of(nan_gate, record),
         "drift": found.files((1, 0, 3, 2), sharpness=20.0),
         "distance": found.files(HOME, sharpness=1.6),
         "held_back": found.files((1, 0, 3, 2)),
@@ -263,6 +263,31 @@ def test_a_restart_in_the_middle_of_a_canary_goes_on_with_it(root: Path) -> None
     until(found, "rolled back", 120)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"mean": float("inf")}, "not JSON"),
+        ({"mean": "1e400"}, "mean"),
+        ({"log_wealth": []}, r"log_wealth has 0 numbers"),
+        ({"log_wealth": None}, "log_wealth"),
+        ({"control": "01x"}, "control"),
+        ({"parts": {"zero": {}}}, "parts"),
+        ({"parts": {"0": {}}}, "parts"),
+    ],
+)
+def test_tests_of_a_trial_that_are_none_are_refused(root: Path, changes: dict[str, Any], told: str) -> None:
+    found = swarm(root, warm=4, canary_queries=500, skip=("drift", "distance", "held_back", "load"))
+    found.offer(found.files((3, 3, 3, 3)), 7)
+    found.ask()
+    tree = json.loads((root / FILE).read_text())
+    tree["trial"]["tests"]["failures"] |= changes
+    tree["serial"] += 1
+    for place in (FILE, f"{FILE}.last"):
+        (root / place).write_text(json.dumps(tree))
+    with pytest.raises(CheckpointError, match=told):
+        found.start()
+
+
 def test_a_trial_ends_with_the_gate_before_it_where_learning_is_switched_off(root: Path) -> None:
     found = swarm(root, "on")
     good = found.versions.version
@@ -352,6 +377,8 @@ def test_known_answers_are_a_guard_of_their_own(root: Path, tmp_path: Path) -> N
     assert (verdict["guard"], verdict["words"].endswith("(uses probe labels)")) == ("known_answers", True)
     assert guarded.adaptation.status()["uses_probe_labels"]
     assert guarded.offer(guarded.files(HOME, seed=1), 2)["accepted"]
-    place.write_text("{}")
-    with pytest.raises(ConfigError, match=r"router.guards.known_answers is .*; write it with `dmoa probe --known-answers`"):
-        swarm(tmp_path / "third", known_answers=str(place))
+    line = json.loads(place.read_text().splitlines()[0])
+    for bad in ({}, line | {"input": [float("nan")] * len(line["input"])}, line | {"right": {"one": float("inf")}}):
+        place.write_text(json.dumps(bad))
+        with pytest.raises(ConfigError, match=r"router.guards.known_answers is .*; write it with `dmoa probe --known-answers`"):
+            swarm(tmp_path / "third", known_answers=str(place))

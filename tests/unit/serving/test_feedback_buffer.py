@@ -146,7 +146,22 @@ def test_a_snapshot_is_taken_up(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "state" / "feedback").iterdir()) == ["feedback.json", "queries.parquet"]
 
 
-@pytest.mark.parametrize("state", [b"", b"[]", b'{"tenants": {"a": {"traces": {}, "outcomes": [{}]}}}'])
+OUTCOME = b'{"tenants": {"a": {"traces": {}, "outcomes": [%s]}}}' % (
+    b'{"trace_id": "t", "agent": null, "step": 0, "reward": %s, "source": ""}'
+)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"",
+        b"[]",
+        b"[" * 100_000,
+        b'{"tenants": {"a": {"traces": {}, "outcomes": [{}]}}}',
+        b'{"tenants": {"a": {"traces": {"t": 1e999}, "outcomes": []}}}',
+        *(OUTCOME % reward for reward in (b"NaN", b'"1"', b"null", b"[]")),
+    ],
+)
 def test_a_damaged_state_is_an_error(state: bytes) -> None:
     with pytest.raises(ConfigError, match="feedback state"):
         buffer().restore([], state)

@@ -13,7 +13,7 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from dmoa import checkpoint
-from dmoa.checkpoint import describe_gate
+from dmoa.checkpoint import FILES, describe_gate
 from dmoa.config import Config
 from dmoa.core.gate import init_gate
 from dmoa.errors import ConfigError, DmoaError, NoAgentError, RoutingError
@@ -22,7 +22,6 @@ from dmoa.serving.actors import pack_record, unpack_record
 from dmoa.serving.agent_client import MissingReplicas
 from dmoa.serving.rollover import pool_version
 from dmoa.serving.router.client import MAX_HELD, RemoteRouter, told
-from dmoa.serving.router.state import FILES
 from dmoa.testing import DIM, gate_spec
 from dmoa.types import RouteDecision, RouteRequest, RouterStatus
 

@@ -133,7 +133,8 @@ def _endless(path: Path) -> None:
     ("damage", "told"),
     [
         (lambda path: path.write_bytes(b"[" * 100_000), "recursion"),
-        (lambda path: path.write_text('{"serial": Infinity}'), "infinity"),
+        (lambda path: path.write_text('{"serial": Infinity}'), "Infinity is not JSON; expected a finite number"),
+        (lambda path: path.write_text('{"source": [1e999]}'), "1e999 is not JSON; expected a finite number"),
         (lambda path: path.write_text('{"serial": "x"}'), "invalid literal"),
         (lambda path: path.write_bytes(b"x") and os.truncate(path, 8 << 30), "no file of at most"),
         (os.mkfifo, "no file of at most"),
@@ -201,6 +202,28 @@ def test_drafts_of_writers_that_died_are_swept_away(state: RouterState, root: Pa
         draft.write_bytes(b"half")
     state.sweep()
     assert sorted(path for path in root.rglob("*") if path.is_file()) == sorted([*kept, feedback])
+
+
+def test_what_lies_behind_a_link_and_what_the_router_did_not_write_stays(state: RouterState, root: Path, tmp_path: Path) -> None:
+    state.save_version(*made())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    draft = elsewhere / ".gate.json.0a1b2c3d.draft"
+    notes = root / ".notes.draft"
+    for path in (draft, notes):
+        path.write_bytes(b"mine")
+    (root / "versions" / "linked").symlink_to(elsewhere)
+    state.sweep()
+    assert (draft.exists(), notes.exists()) == (True, True)
+    state.keep_versions(())
+    assert [path.name for path in (root / "versions").iterdir()] == ["linked"]
+    assert draft.exists()
+    (root / "versions").rename(tmp_path / "versions")
+    (root / "versions").symlink_to(tmp_path / "versions")
+    hers = tmp_path / "versions" / ".gate.json.0a1b2c3d.draft"
+    hers.write_bytes(b"hers")
+    state.sweep()
+    assert hers.exists()
 
 
 @pytest.mark.parametrize("uri", ["", "relative/folder", "ftp://host/dir", "file://host/dir", "nonsense:"])

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from dmoa import checkpoint
 from dmoa.agents.pool import build_pool_gate, fingerprint
-from dmoa.checkpoint import describe_gate
+from dmoa.checkpoint import FILES, describe_gate
 from dmoa.config import Config
 from dmoa.core.gate import Gate, GateSpec, init_gate
 from dmoa.errors import CheckpointError
 from dmoa.routing import build_gate
-from dmoa.serving.router.state import FILES, RouterState
+from dmoa.serving.router.state import RouterState
 from dmoa.serving.router.versions import MAX_NOTE_CHARACTERS, GateVersions, HistoryEntry, _line
 from tests.examples import examples
 
@@ -135,7 +135,7 @@ def half_written(folder: Path) -> None:
 
 
 REFUSED = [
-    (break_weights, "head_bias holds NaN or infinity; expected finite weights"),
+    (break_weights, "head_bias holds NaN or infinity; expected finite numbers"),
     (another_width, "embedding_dim is 4, the encoder of this pool gives 384"),
     (another_pool, "made for pool 000000000000, this pool is "),
     (another_preset, "its preset is 'paper', the pool's gate.preset is 'default'"),

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from dmoa.checkpoint import describe_gate
+from dmoa.checkpoint import describe_gate, files_of, read_files
 from dmoa.errors import DmoaError
 from dmoa.feedback import Feedback
 from dmoa.training.distributed import SingleWorker
 from dmoa.training.intake import IntakeRules
-from dmoa.training.online import OnlineJob, Pulled, files_of, gate_of, run_online
+from dmoa.training.online import OnlineJob, Pulled, run_online
 from dmoa.training.options import AdaptSettings
 from tests.attacks import Deployed, accuracy, deployed
 from tests.streams import FINGERPRINT
@@ -63,7 +63,7 @@ class FakeSwarm:
         state = self.says.pop(0) if self.says else "installed"
         self.ledger = evidence["update"]
         self.offers.append(evidence | {"state": state})
-        version = gate_of(files)[1].version
+        version = read_files(files, "the gate")[1].version
         if state == "installed":
             self.version, self.files[version] = version, files
         return {"state": state, "reasons": [], "verdicts": [{}] if state == "refused" else []}
@@ -108,7 +108,7 @@ def test_a_new_domain_is_noticed_explored_learned_and_offered(start: Deployed) -
     assert [one["update"] for one in swarm.offers] == list(range(8, 8 + len(swarm.offers)))
     assert len({one["base_version"] for one in swarm.offers}) == len(swarm.offers)
     assert sum(one["shift"] for one in swarm.offers) == 1
-    learnt, record = gate_of(swarm.files[swarm.version])
+    learnt, record = read_files(swarm.files[swarm.version], "the gate")
     assert before < 0.4
     assert accuracy(learnt, new) > 0.7
     assert accuracy(learnt, start.rows) > accuracy(start.gate, start.rows) - 0.03
@@ -129,7 +129,7 @@ def test_a_refused_gate_is_given_up_and_a_swarm_that_is_away_waited_for(start: D
 
 def test_observed_offers_and_an_operators_gate(start: Deployed) -> None:
     swarm = FakeSwarm(start, [*batches(start, 12, (0, 1, 2, 3, 4)), []], says=["observed"] * 2)
-    theirs, _ = gate_of(files_of(start.gate, start.record))
+    theirs, _ = read_files(files_of(start.gate, start.record), "the gate")
     with torch.no_grad():
         theirs.head_bias.add_(0.01)
     record = describe_gate(theirs, fingerprint=FINGERPRINT, metrics=start.record.metrics, anchor_set=start.record.anchor_set)

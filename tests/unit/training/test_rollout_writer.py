@@ -79,7 +79,7 @@ def test_the_next_session_goes_on_with_the_numbers_and_clears_drafts(tmp_path: P
         first.take(collected(number))
         first.flush()
     del first
-    draft = tmp_path / "rollouts" / ".part-000002.parquet.123.draft"
+    draft = tmp_path / "rollouts" / ".part-000002.parquet.0a1b2c3d.draft"
     draft.write_bytes(b"half a par")
     (tmp_path / "rollouts" / "mine.parquet").write_bytes((tmp_path / "rollouts" / "part-000000.parquet").read_bytes())
     second = RolloutWriter(str(tmp_path), first_pause_s=LONG_S)

@@ -124,13 +124,13 @@ def test_a_pipe_among_the_files_is_not_waited_for(tmp_path: Path) -> None:
     path = folder.parts / "part-000001.parquet"
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(ConfigError, match=r"part-000001\.parquet: not a whole Parquet file: it is no regular file"):
+    with pytest.raises(ConfigError, match=r"part-000001\.parquet: not a whole Parquet file: .* is no regular file"):
         read_table(tmp_path / "r")
 
 
 def test_a_manifest_without_end_is_named(tmp_path: Path) -> None:
     (tmp_path / "rollouts.json").symlink_to("/dev/zero")
-    with pytest.raises(ConfigError, match=r"rollouts\.json.*larger than 64 MiB"):
+    with pytest.raises(ConfigError, match=r"rollouts\.json.*no regular file"):
         read_manifest(tmp_path)
 
 

@@ -110,6 +110,13 @@ def test_a_file_that_is_made_to_stall_is_refused(attack: Callable[[Path], object
     assert "\n" not in str(caught.value)
 
 
+def test_numbers_that_are_not_finite_are_refused_by_their_tensor(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    store.write(RunState(TrainProgress(identity={}, epochs=(record(1),)), {"weights/a": torch.tensor([0.0, float("nan")])}))
+    with pytest.raises(ConfigError, match=r"cannot be read: weights/a holds NaN or infinity"):
+        store.read()
+
+
 def test_another_file_in_its_place_is_refused(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     (tmp_path / "state" / FILE).write_bytes(b"\x02\0\0\0\0\0\0\0{}")
