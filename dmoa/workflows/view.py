@@ -151,29 +151,28 @@ def of_training(path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     series: dict[str, list[list[float]]] = defaultdict(list)
     for number, message in enumerate(_messages(path)):
-        if message.get("op") == "config":
-            settings |= message.get("values") or {}
-        if message.get("op") == "log":
-            step = message.get("step")
-            for name, value in (message.get("metrics") or {}).items():
+        op, step = message.get("op"), message.get("step")
+        place: float = step if is_finite(step) else number  # type: ignore[assignment]  # `is_finite` looked
+        values = message.get("values" if op == "config" else "metrics")
+        if op == "config" and isinstance(values, dict):
+            settings |= values
+        if op == "log" and isinstance(values, dict):
+            for name, value in values.items():
                 if is_finite(value):
-                    series[name].append([number if step is None else step, value])
+                    series[name].append([place, value])
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, points in series.items():
         thinned = points[:: math.ceil(len(points) / _MAX_POINTS)]
         groups[_SPLIT.sub("", name.rpartition("/")[2])].append({"name": name, "points": thinned})
     facts = {name: str(settings[name]) for name in ("command", "dmoa_version", "code_revision") if settings.get(name)}
-    return {
-        "facts": facts,
-        "curves": [{"title": title, "series": lines} for title, lines in groups.items()],
-        "settings": settings,
-    }
+    drawn = [{"title": title, "series": lines} for title, lines in groups.items()]
+    return {"facts": facts, "curves": drawn, "settings": settings}
 
 
 def _messages(path: Path) -> Iterator[dict[str, Any]]:
     for _, line in offsets(path):
         with suppress(ValueError, RecursionError):  # what a killed run left of a line
-            message = json.loads(line)
+            message = json.loads(line, parse_constant=lambda _: None)  # no page can show NaN
             if isinstance(message, dict):
                 yield message
 

@@ -68,6 +68,23 @@ def test_runs_have_the_figures_of_their_reports(folder: Path) -> None:
     assert client.get("/v1/dmoa/runs/nothing").status_code == 404
 
 
+def test_messages_of_a_run_that_are_none_are_passed_over(tmp_path: Path) -> None:
+    lines = [
+        '{"op": "config", "values": [1]}',
+        '{"op": "config", "values": {"rate": NaN}}',
+        '{"op": "log", "step": "x", "metrics": {"loss": 1.0, "pace": 1e999, "share": "a"}}',
+        '{"op": "log", "step": 1, "metrics": [2.0]}',
+        "[" * 100_000,
+        "null",
+    ]
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    client = TestClient(create_view(Folder(tmp_path)), base_url="http://127.0.0.1")
+    found = client.get("/v1/dmoa/runs/odd").json()
+    assert found["curves"] == [{"title": "loss", "series": [{"name": "loss", "points": [[2, 1.0]]}]}]
+    assert found["settings"] == {"rate": None}
+
+
 def test_a_page_elsewhere_cannot_read_it_by_a_name_of_its_own(folder: Path) -> None:
     client = TestClient(create_view(Folder(folder)), base_url="http://evil.example")
     assert client.get("/v1/dmoa/traces").status_code == 400
