@@ -21,7 +21,7 @@ from dmoa.bench.harness import BenchResult, Spread, generate_all, interleave, ra
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import fetch
 from dmoa.engines.transformers.engine import TransformersEngine
-from dmoa.engines.transformers.load import LoadedModel, load_model, num_threads
+from dmoa.engines.transformers.load import LoadedModel, load_model, use_threads
 from dmoa.protocols import Engine
 from dmoa.types import GenerationRequest
 
@@ -45,7 +45,7 @@ def run(ids: Collection[str], rounds: int = 5) -> list[BenchResult]:
     folder = fetch(MODEL)
     results: list[BenchResult] = []
     loaded = load_model(folder, options, has_adapters=False)
-    torch.set_num_threads(num_threads(options))
+    use_threads(options)
     with asyncio.Runner() as runner:
         engine = TransformersEngine(folder, options, max_num_seqs=max(SHARE_BATCHES), model_label=MODEL)
         if "P8" in ids:

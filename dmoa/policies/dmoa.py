@@ -15,7 +15,7 @@ from dmoa.core.features import FEEDBACK_FEATURES, feedback, gate_input
 from dmoa.errors import RequestError
 from dmoa.policies.registry import PolicyContext, policy
 from dmoa.protocols import Encoder, Router
-from dmoa.types import Activation, AgentReply, FloatArray, QueryState, RouteDecision, RouteRequest, StepPlan, StepRecord, Stop
+from dmoa.types import Activation, FloatArray, QueryState, RouteDecision, RouteRequest, StepPlan, StepRecord, Stop
 from dmoa.validation import did_you_mean
 
 
@@ -98,13 +98,10 @@ def _feedback(state: QueryState) -> FloatArray:
     entropies = [
         reply.entropy.mean_nats
         for reply in last.replies
-        if reply.agent in last.active and _is_heard(reply) and reply.entropy.mean_nats is not None
+        if reply.agent in last.active and reply.status != "examiner" and not reply.is_barred
+        if reply.entropy.mean_nats is not None
     ]
     return feedback(entropies, len(last.active), last.decision.max_agents, _budget_share(state))
-
-
-def _is_heard(reply: AgentReply) -> bool:
-    return reply.status != "examiner" and not reply.is_barred
 
 
 def _failed(step: StepRecord) -> set[str]:

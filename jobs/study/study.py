@@ -241,12 +241,9 @@ class Material:
     def best(self, suites: Sequence[str], among: Sequence[str] | None = None) -> str:
         """Return the agent that is best on the validation rows of some suites."""
         agents = among or self.validation[suites[0]].agents
-        means = {agent: np.mean([_column(self.validation[suite], agent).mean() for suite in suites]) for agent in agents}
+        tables = [self.validation[suite] for suite in suites]
+        means = {agent: np.mean([one.value_RA[:, one.agents.index(agent)].mean() for one in tables]) for agent in agents}
         return max(means, key=lambda agent: means[agent])
-
-
-def _column(matrix: AnswerMatrix, agent: str) -> Values:
-    return matrix.value_RA[:, matrix.agents.index(agent)]
 
 
 def _compare(ours: Sequence[Replayed], theirs: Sequence[Replayed]) -> Comparison:
@@ -269,10 +266,6 @@ def _difference(ours: Sequence[Replayed], theirs: Sequence[Replayed], share: flo
     """Return ours - share x theirs, value by value, [G, R]; one method without seeds is the same for all of ours."""
     rivals = theirs if len(theirs) == len(ours) else [theirs[0]] * len(ours)
     return np.stack([a.value_R - share * b.value_R for a, b in zip(ours, rivals, strict=True)])
-
-
-def _active(gates: Sequence[Replayed]) -> dict[str, float]:
-    return spread(np.stack([part.k_R for part in gates]))
 
 
 def home(material: Material) -> dict[str, Any]:
@@ -304,7 +297,7 @@ def home(material: Material) -> dict[str, Any]:
         "intervals": {
             "home_share": spread(np.concatenate(list(at_home.values()), axis=1)),
             "accuracy_less_95_percent_of_oracle": spread(_difference(gates, by_suite, 0.95)),
-            "mean_active": _active(gates),
+            "mean_active": spread(np.stack([part.k_R for part in gates])),
         },
         "p": against_single.p,
         "p_of": "accuracy less the best specialist's, against 0; not against the bar of 25 points",

@@ -24,7 +24,7 @@ from dmoa.engine_options import TransformersOptions
 from dmoa.engines.models import fetch
 from dmoa.engines.transformers.decode import DecodeLoop, Running, TextStream, draw_for
 from dmoa.engines.transformers.engine import TransformersEngine
-from dmoa.engines.transformers.load import LoadedModel, load_model, num_threads
+from dmoa.engines.transformers.load import LoadedModel, load_model, use_threads
 from dmoa.engines.transformers.lora import Adapters
 from dmoa.types import Generation, GenerationRequest, Message, Sampling
 
@@ -93,7 +93,7 @@ def decoded(
     folder: Path, requests: Sequence[GenerationRequest], lengths: Sequence[int]
 ) -> list[tuple[Running, Generation, list[float], list[str]]]:
     """Decode requests; return each with the bare model's entropies of its tokens, and the text up to them."""
-    torch.set_num_threads(num_threads(TransformersOptions()))
+    use_threads(TransformersOptions())
     loaded = load_model(folder, TransformersOptions(), has_adapters=False)
     loop = DecodeLoop(loaded, Adapters(loaded.model, {}), max_rows=16, has_prefix_cache=True)
     done: list[tuple[Running, Generation]] = []

@@ -25,7 +25,7 @@ from dmoa.engines.chat_template import encode_chat, opened_thought, room_for_rep
 from dmoa.engines.models import HubModel
 from dmoa.engines.thoughts import has_special_marks
 from dmoa.engines.transformers.decode import DecodeLoop, LoopTimes, Running, TextStream, draw_for
-from dmoa.engines.transformers.load import give_back, load_model, num_threads
+from dmoa.engines.transformers.load import give_back, load_model, use_threads
 from dmoa.engines.transformers.lora import Adapters
 from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta
@@ -189,7 +189,7 @@ class TransformersEngine:
     # The rest runs in the engine's thread.
 
     def _run(self) -> None:
-        torch.set_num_threads(num_threads(self._options))
+        use_threads(self._options)
         with torch.inference_mode():
             while self._take_inbox():
                 try:

@@ -100,12 +100,11 @@ def label_of(options: TransformersOptions) -> str:
     return f"transformers/{options.dtype}{'+compile' if options.compile else ''}"
 
 
-def num_threads(options: TransformersOptions) -> int:
-    """Return how many CPU threads the engine computes with: half of the cores, where the options do not say."""
-    if options.threads is not None:
-        return options.threads
+def use_threads(options: TransformersOptions) -> None:
+    """Let the calling thread compute with as many CPU threads as the options say; by default half of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // 2)
+    torch.get_num_threads()  # at its first use a thread takes over the process's number, which an encoder lowers for moments
+    torch.set_num_threads(options.threads or max(1, cores // 2))
 
 
 def give_back(device: torch.device) -> None:

@@ -71,8 +71,9 @@ class StackedLora(nn.Module):
         low_BTM = x_BTI @ down_IM[:, start:end]
         if self.layout.mask_B1M is not None:
             # Filled, not multiplied: another row's adapter may give infinity here, and 0 x inf is NaN.
-            low_BTM = low_BTM.masked_fill(self.layout.mask_B1M, 0.0)
-        return y_BTO + low_BTM @ up_MO[start:end]
+            low_BTM.masked_fill_(self.layout.mask_B1M, 0.0)
+        y_BTO.view(-1, y_BTO.shape[-1]).addmm_(low_BTM.flatten(0, 1), up_MO[start:end])  # in place: a sum costs as much again
+        return y_BTO
 
 
 class Adapters:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dmoa.engine_options import TransformersOptions
 from dmoa.engines.transformers.engine import TransformersEngine
+from dmoa.engines.transformers.load import use_threads
 from dmoa.errors import EngineError
 from dmoa.types import Generation, GenerationRequest, Message, Sampling, TextDelta
 from tests.unit.agents.conftest import ADAPTERS, plain_model, teacher_forced_entropies, tiny_tokenizer
@@ -49,6 +51,13 @@ def slow_generate(model: LlamaForCausalLM, prompt: list[int], max_tokens: int, e
 
 def shown(tokens: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
     return str(tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
+
+
+def test_an_engines_thread_keeps_its_threads_while_an_encoder_lowers_the_processs_number() -> None:
+    with ThreadPoolExecutor(1) as engine:
+        engine.submit(use_threads, TransformersOptions(threads=3)).result()
+        torch.set_num_threads(1)  # as the encoder does beside it
+        assert engine.submit(torch.get_num_threads).result() == 3
 
 
 @pytest.mark.contract

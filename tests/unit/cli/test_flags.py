@@ -22,7 +22,7 @@ FLAGS = {
         "--host:str --port:int>=1 --address:str$RAY_ADDRESS --checkpoint:Path --insecure:bool=False "
         "--policy:str* --app:str=dmoa --dry-run:bool=False --adapt:bool=False"
     ),
-    "demo": "--port:int>=1 --out:Path=out/demo --questions:int>=1=1 --queries:int>=12=60 --held-out:int>=1=8 --seed:int>=0=0",
+    "demo": "--port:int>=1 --out:Path=out/demo --questions:int>=1=1 --queries:int>=12=48 --held-out:int>=1=8 --seed:int>=0=0",
     "evaluate": (
         "--benchmarks:str=all --policies:str=dmoa,single --gates:str --data-dir:Path --split:str=test "
         "--limit:int>=1 --seed:int>=0=0 --difficulty:int>=1=1 --budget:str=pool --max-tokens:int>=1 --out:Path "
