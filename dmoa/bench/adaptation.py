@@ -103,7 +103,7 @@ class Load:
     kind: str
     pool: Config
     closed: int
-    """Queries that tell the rate."""
+    """Queries that tell the rate, before every round."""
     turn_s: float
     rounds: int
 
@@ -115,24 +115,26 @@ def loads(rounds: int | None) -> list[Load]:
     real = load_pool(None)
     real = real.model_copy(update={"limits": real.limits.model_copy(update={"max_steps": 1})})
     return [
-        Load(kind="null", pool=null, closed=80, turn_s=2.5, rounds=rounds or 26),
-        Load(kind="real", pool=real, closed=24, turn_s=8.0, rounds=max(2, (rounds or 26) // 3)),
+        Load(kind="null", pool=null, closed=40, turn_s=2.5, rounds=rounds or 26),
+        Load(kind="real", pool=real, closed=16, turn_s=8.0, rounds=max(2, (rounds or 26) // 3)),
     ]
 
 
 def _measured(server: BenchServer, client: httpx.Client, load: Load) -> tuple[list[float], str, float]:
-    """Return the ratio of p50 latencies of every round, the engine's label, and the rate of queries a second."""
+    """Return the ratio of p50 latencies of every round, the engine's label, and the median rate of queries a second."""
     asks = {mode: partial(latency_ms, client, server.urls[app_of(load, mode)], load.pool.name) for mode in MODES}
     for mode in MODES:
         closed_loop(asks[mode], CONCURRENCY)
-    rate = closed_loop(asks["off"], load.closed)
+    rates: list[float] = []
     body = {"model": load.pool.name, "messages": [{"role": "user", "content": QUESTIONS[0]}]}
     told = client.post(f"{server.urls[app_of(load, 'off')]}/v1/chat/completions", json=body).json()["dmoa"]
     turns = iter(range(10_000))
 
     def take(mode: str) -> float:
         seed = next(turns) // 2  # the same moments for both arms of a round
-        moments = arrivals_s(max(4, round(load.turn_s * LOAD * rate)), LOAD * rate, seed)
+        if seed == len(rates):  # anew: a machine that slows down would else be overloaded
+            rates.append(closed_loop(asks["off"], load.closed))
+        moments = arrivals_s(max(4, round(load.turn_s * LOAD * rates[seed])), LOAD * rates[seed], seed)
         server.offer(app_of(load, "on") if mode == "on" else None)
         try:
             return statistics.median(open_loop(asks[mode], moments))
@@ -141,7 +143,7 @@ def _measured(server: BenchServer, client: httpx.Client, load: Load) -> tuple[li
 
     found = interleave({mode: partial(take, mode) for mode in MODES}, load.rounds)
     label = ENGINE if load.kind == "null" else engine_label(told)
-    return [on / off for on, off in zip(found["on"], found["off"], strict=True)], label, rate
+    return [on / off for on, off in zip(found["on"], found["off"], strict=True)], label, statistics.median(rates)
 
 
 def app_of(load: Load, mode: str) -> str:
