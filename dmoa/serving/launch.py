@@ -58,6 +58,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",  # else every process of Serve's works for its gauges ten times a second
+    "RAY_task_events_max_num_task_in_gcs": "10000",  # else Ray's head grows by megabytes a minute, to 100,000 calls
 }
 
 
