@@ -11,9 +11,8 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +30,17 @@ D = 384
 class MiniLmEncoder:
     """all-MiniLM-L6-v2 on the CPU, with a cache. Source of the chunked mean: ours. Safe in several threads.
 
-    A text's embedding does not depend on what else is asked for, bit for bit: every chunk runs alone at its own length
-    (in a padded batch it differs by about 1e-7, and padding to one fixed length costs several times more).
+    A text's embedding does not depend on what else is asked for, bit for bit: every chunk runs at its own length, alone, or in
+    one pass with others where that gives the same bits.
     """
 
-    def __init__(self, model_dir: Path, *, threads: int = 1, cache_size: int = 4096, is_quick: bool = False) -> None:
+    def __init__(self, model_dir: Path, *, cache_size: int = 4096, is_quick: bool = False) -> None:
         """Load the model from a folder (`models.fetch("minilm")`); blocks for seconds, most of it imports.
 
-        `threads` is how many CPU threads a forward pass uses, `cache_size` how many texts are remembered (1.5 KiB each).
+        A forward pass takes one thread. `cache_size`: how many texts are remembered (1.5 KiB each).
         `is_quick`: matrix products in bfloat16 where the CPU has them (`has_bfloat16`), in about half the time. Cosines to exact
-        embeddings stay above .9999; of 600 first decisions trained gates changed none, an untrained one 1 (int8: 5 to 26 %).
+        embeddings stay above .9999; of 600 first decisions trained gates changed none, an untrained one 1 (int8: 1 to 26 %).
+        Elsewhere new texts share passes in float32, by products that may differ from the model's in the last bit.
         Raises ModelFetchError for a folder without the model.
         """
         if not (model_dir / "modules.json").is_file():
@@ -49,9 +49,8 @@ class MiniLmEncoder:
 
         self._model = SentenceTransformer(str(model_dir), device="cpu", local_files_only=True)
         self._model.eval()
-        self._bert = _bert_of(self._model, in_bfloat16=is_quick and has_bfloat16())
+        self._bert = _bert_of(self._model, in_bfloat16=is_quick and has_bfloat16(), together=is_quick)
         self._chunk_tokens = int(self._model.max_seq_length) - 2  # word pieces besides [CLS] and [SEP]
-        self._threads = threads
         self._cache_size = cache_size
         self._cache: OrderedDict[bytes, FloatArray] = OrderedDict()
         self._cache_lock = threading.Lock()
@@ -63,18 +62,16 @@ class MiniLmEncoder:
         A text of more than 254 word pieces is cut into the fewest chunks that fit, as equal in length as possible; its
         row is the mean of theirs, scaled to unit length.
         """
-        rows: list[FloatArray] = []
-        for text in texts:
-            row = self.cached(text)
-            rows.append(self._remember(text, self._encode_one(text)) if row is None else row)
-        return np.stack(rows) if rows else np.zeros((0, D), np.float32)
+        rows = {text: row for text in texts if (row := self.cached(text)) is not None}
+        new = [text for text in dict.fromkeys(texts) if text not in rows]
+        rows.update((text, self._remember(text, row)) for text, row in zip(new, self._encode_new(new), strict=True))
+        return np.stack([rows[text] for text in texts]) if texts else np.zeros((0, D), np.float32)
 
     def cached(self, text: str) -> FloatArray | None:
         """Return the remembered embedding of a text, [D] float32, read-only; None if it must be computed."""
         key = _digest(text)
         with self._cache_lock:
-            row = self._cache.get(key)
-            if row is not None:
+            if (row := self._cache.get(key)) is not None:
                 self._cache.move_to_end(key)
             return row
 
@@ -86,31 +83,31 @@ class MiniLmEncoder:
                 self._cache.popitem(last=False)
         return row
 
-    def _encode_one(self, text: str) -> FloatArray:
-        # The tokenizer refuses lone surrogates; JSON can carry them.
-        clean = text.encode("utf-8", "replace").decode("utf-8")
-        with self._model_lock:
-            # Split, so that a text which names a special token, such as [SEP], holds none.
-            found = self._model.tokenizer(clean, add_special_tokens=False, split_special_tokens=True, verbose=False)
-            ids: list[int] = found["input_ids"]
-            if not ids:
-                return np.zeros(D, np.float32)
-            num_chunks = -(-len(ids) // self._chunk_tokens)
-            with _torch_threads(self._threads):
-                chunks = [self._forward(chunk.tolist()) for chunk in np.array_split(np.asarray(ids), num_chunks)]
-        if num_chunks == 1:
-            return chunks[0]
-        mean_D = np.stack(chunks).astype(np.float64).mean(axis=0)
-        unit_D: FloatArray = (mean_D / np.linalg.norm(mean_D)).astype(np.float32)
-        return unit_D
-
-    def _forward(self, ids: list[int]) -> FloatArray:
+    def _encode_new(self, texts: Sequence[str]) -> list[FloatArray]:
         import torch
 
-        tokenizer = self._model.tokenizer
-        with torch.inference_mode():
-            row: FloatArray = self._bert(torch.tensor([tokenizer.cls_token_id, *ids, tokenizer.sep_token_id])).numpy().copy()
-        return row
+        from dmoa.core.inference import one_thread
+
+        # On one thread, and as many as before after it: an engine in the same process sets its own.
+        with self._model_lock, one_thread(), torch.inference_mode():
+            chunks = [self._chunks(text) for text in texts]
+            rows = iter(self._bert([torch.tensor(chunk) for some in chunks for chunk in some]))
+            return [_mean([next(rows).numpy().copy() for _ in some]) for some in chunks]
+
+    def _chunks(self, text: str) -> list[list[int]]:
+        # It refuses lone surrogates, which JSON can carry. Split, so that a text which names a special token, [SEP], holds none.
+        clean, tokenizer = text.encode("utf-8", "replace").decode("utf-8"), self._model.tokenizer
+        ids: list[int] = tokenizer(clean, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        parts = np.array_split(np.asarray(ids), -(-len(ids) // self._chunk_tokens)) if ids else []
+        return [[tokenizer.cls_token_id, *part.tolist(), tokenizer.sep_token_id] for part in parts]
+
+
+def _mean(rows: Sequence[FloatArray]) -> FloatArray:
+    if len(rows) < 2:
+        return rows[0] if rows else np.zeros(D, np.float32)
+    mean_D = np.stack(rows).astype(np.float64).mean(axis=0)
+    unit_D: FloatArray = (mean_D / np.linalg.norm(mean_D)).astype(np.float32)
+    return unit_D
 
 
 @dataclass(slots=True)
@@ -181,35 +178,35 @@ def _digest(text: str) -> bytes:
 
 def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Tell whether this machine's CPU multiplies bfloat16 by itself; False where nothing is known of it."""
-    try:
-        flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").split()
-    except OSError:
-        return False
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 _PROBE = [101, 2129, 2116, 18108, 2024, 2187, 1029, 102]
 """Word pieces by which a forward pass is compared with the model's own."""
 _TOLERANCE = 1e-5
+_PACK = 512
+"""Word pieces of a pass at most, beyond one text: for few the reading of the weights takes longer than the products."""
 
 
 class _Bert:
-    """A sentence encoder's forward pass over one text, in two thirds of the time that its own takes.
+    """A sentence encoder's forward pass over texts, in two thirds of the time that its own takes for one.
 
-    One text without padding needs no masks, and little of what transformers does around a layer; the three projections of a layer
-    are one product. Float32 gives the model's own numbers, to the bit where this was tried.
+    Texts without padding need no masks; the three projections of a layer are one product. Float32 gives the model's numbers, to
+    the bit where this was tried; rows of oneDNN's products, unlike MKL's, are the same however many there are.
     """
 
-    def __init__(self, model: Any, *, in_bfloat16: bool) -> None:
-        """`in_bfloat16`: products alone. Raises AttributeError for a model that is built otherwise."""
+    def __init__(self, model: Any, *, in_bfloat16: bool, by_onednn: bool) -> None:
+        """`in_bfloat16`, `by_onednn`: products alone. Raises AttributeError for a model that is built otherwise."""
         import torch
 
         bert = model[0].auto_model
         self._kind = torch.bfloat16 if in_bfloat16 else torch.float32
+        self._by_onednn = by_onednn
         self._num_heads = bert.config.num_attention_heads
         self._words = bert.embeddings.word_embeddings.weight.detach()
-        kinds_KD, places_LD = bert.embeddings.token_type_embeddings.weight, bert.embeddings.position_embeddings.weight
-        self._places = (places_LD + kinds_KD[0]).detach()
+        self._places = (bert.embeddings.position_embeddings.weight + bert.embeddings.token_type_embeddings.weight[0]).detach()
         self._norm = bert.embeddings.LayerNorm
         self._layers = [
             (
@@ -227,53 +224,56 @@ class _Bert:
         import torch
 
         weight, bias = (torch.cat([getattr(x, name).detach() for x in parts]).to(self._kind) for name in ("weight", "bias"))
+        if self._by_onednn:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return lambda x: torch.nn.functional.linear(x.to(self._kind), weight, bias).to(torch.float32)
 
-    def __call__(self, ids: Any) -> Any:
-        """Return the embedding, [D], of word pieces [L]."""
+    def __call__(self, texts: Sequence[Any]) -> list[Any]:
+        """Return the embeddings, [D] each, of texts of word pieces [L], in one pass."""
         import torch
 
-        length, functional = len(ids), torch.nn.functional
-        x = self._norm(self._words[ids] + self._places[:length])
+        lengths, functional = [len(ids) for ids in texts], torch.nn.functional
+        x = self._norm(self._words[torch.cat(list(texts))] + torch.cat([self._places[:length] for length in lengths]))
         for project, mix, norm_mixed, widen, narrow, norm_out in self._layers:
-            q, k, v = project(x).view(length, 3, self._num_heads, -1).permute(1, 2, 0, 3)
-            seen = functional.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-            x = norm_mixed(mix(seen.transpose(0, 1).reshape(length, -1)) + x)
+            parts = (part.view(len(part), 3, 1, self._num_heads, -1).permute(1, 2, 3, 0, 4) for part in project(x).split(lengths))
+            seen = [functional.scaled_dot_product_attention(*part)[0].transpose(0, 1).flatten(1) for part in parts]
+            x = norm_mixed(mix(torch.cat(seen)) + x)
             x = norm_out(narrow(functional.gelu(widen(x))) + x)
-        return functional.normalize(x.mean(0), dim=0)
+        return [functional.normalize(part.mean(0), dim=0) for part in x.split(lengths)]
+
+    def in_packs(self, texts: Sequence[Any]) -> list[Any]:
+        """Return the embeddings of any number of texts, those of short ones by few passes."""
+        packs: list[list[Any]] = []
+        for ids in texts:
+            if not packs or sum(map(len, packs[-1])) + len(ids) > _PACK:
+                packs.append([])
+            packs[-1].append(ids)
+        return [row for pack in packs for row in self(pack)]
 
 
-def _bert_of(model: Any, *, in_bfloat16: bool) -> Callable[[Any], Any]:
-    """Return the quick forward pass of a model; its own, in float32, where the quick one does not give its numbers."""
+def _bert_of(model: Any, *, in_bfloat16: bool, together: bool = False) -> Callable[[Sequence[Any]], list[Any]]:
+    """Return the quick forward pass of a model; its own, in float32, where the quick one does not give its numbers.
+
+    `together`: several texts share a float32 pass where that is found to give the bits of each alone.
+    """
     import torch
 
-    def whole(ids: Any) -> Any:
-        return model({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])})["sentence_embedding"][0]
+    def whole(texts: Sequence[Any]) -> list[Any]:
+        told = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])} for ids in texts]
+        return [model(one)["sentence_embedding"][0] for one in told]
 
+    by_onednn = together and not in_bfloat16 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     try:
-        quick, probe = _Bert(model, in_bfloat16=in_bfloat16), torch.tensor(_PROBE)
+        quick, probe = _Bert(model, in_bfloat16=in_bfloat16, by_onednn=by_onednn), torch.tensor(_PROBE)
+        probes = [probe.repeat(times) for times in (1, 3, 7, 2)]
         with torch.inference_mode():
-            apart = (quick(probe) - whole(probe)).abs().max().item()
+            apart = (quick([probe])[0] - whole([probe])[0]).abs().max().item()
+            agree = by_onednn and all(torch.equal(quick([one])[0], row) for one, row in zip(probes, quick(probes), strict=True))
     except (AttributeError, RuntimeError) as error:
         _LOG.warning("encoder: the model is built otherwise than expected, and run as it is: %s", error)
         return whole
     if apart > (_TOLERANCE * 1e3 if in_bfloat16 else _TOLERANCE):
         _LOG.warning("encoder: the quick numbers are %.1e from the model's, which is run as it is", apart)
         return whole
-    return quick
-
-
-@contextmanager
-def _torch_threads(wanted: int) -> Iterator[None]:
-    """Run torch with `wanted` threads and restore the number after: an engine in the same process sets its own."""
-    import torch
-
-    before = torch.get_num_threads()
-    if before == wanted:
-        yield
-        return
-    torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return quick.in_packs if agree else lambda texts: [row for ids in texts for row in quick([ids])]

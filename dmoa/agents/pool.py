@@ -253,7 +253,7 @@ def build_encoder(config: Config, *, is_quick: bool = False) -> Encoder:
 
     if all(llm.engine_entry.is_scripted for llm in config.llms.values()):
         return HashEncoder()
-    return AsyncEncoder(MiniLmEncoder(fetch("minilm"), threads=1, is_quick=is_quick))
+    return AsyncEncoder(MiniLmEncoder(fetch("minilm"), is_quick=is_quick))
 
 
 def build_pool_gate(config: Config) -> tuple[Gate, Checkpoint]:

@@ -151,7 +151,7 @@ def test_a_model_that_is_built_otherwise_is_run_as_it_is(caplog: pytest.LogCaptu
             return {"sentence_embedding": told["input_ids"].sum(1, keepdim=True)}
 
     forward = _bert_of(Other(), in_bfloat16=False)
-    assert forward(torch.tensor([3, 4])).tolist() == [7]
+    assert [row.tolist() for row in forward([torch.tensor([3, 4]), torch.tensor([5])])] == [[7], [5]]
     assert "run as it is" in caplog.text
 
 
@@ -179,6 +179,9 @@ class TestMiniLm:
     def test_a_row_does_not_depend_on_its_company(self, folder: Path, encoder: MiniLmEncoder) -> None:
         together = encoder.encode([*TEXTS, LONG])
         forgetful = MiniLmEncoder(folder, cache_size=0)
+        quick = MiniLmEncoder(folder, cache_size=0, is_quick=True)
+        many = [*TEXTS, LONG, *(" ".join(LONG.split()[:length]) for length in range(1, 60, 7))]
+        np.testing.assert_array_equal(quick.encode(many), np.concatenate([quick.encode([text]) for text in many]))
         np.testing.assert_array_equal(together, forgetful.encode([LONG, *reversed(TEXTS)])[::-1])
         np.testing.assert_array_equal(together, np.concatenate([forgetful.encode([text]) for text in [*TEXTS, LONG]]))
 
