@@ -12,11 +12,13 @@ import pytest
 import dmoa
 
 COMMAND = """
-import sys, time
+import signal, sys, time
 import typer
 from dmoa.workflows.terminal import goes_on
 from dmoa.cli.main import Commands
 from dmoa.workflows.console import Common, with_common
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 
 @with_common
 def waiting(common: Common) -> None:
