@@ -25,11 +25,11 @@ SEEDS = range(5)
 LIMIT_S = 240.0
 """After set-up, on two cores with nothing beside it."""
 LIMIT_LINES = 120
+"""Lines of stdout; progress, which a terminal shows in one line, goes to stderr."""
 MEAN_BARS = {"agents": 1.3, "token_share": 0.2}
 """In the mean over seeds."""
 IN_THE_MEAN = ("at most 1.3 agents", "at most 20 % of everybody's tokens")
 """How the demo names those bars where a run misses them."""
-"""Lines of stdout; progress, which a terminal shows in one line, goes to stderr."""
 
 
 def run_demo(seed: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from dmoa.agents.pool import check_files
 from dmoa.config import Config
 from dmoa.engine_options import TransformersOptions
-from dmoa.engines.adapter_files import EngineName, check_adapter
+from dmoa.engines.adapter_files import EngineName, check_adapter, read_adapter
 from dmoa.engines.models import resolve_adapter
 from dmoa.engines.transformers.engine import TransformersEngine
 from dmoa.engines.vllm.local import start_vllm
@@ -292,6 +292,7 @@ def test_patterns_of_known_trainers_are_taken(tiny_model: Path, plain: Path, tmp
     ):
         folder = changed(plain, tmp_path / str(number), target_modules=pattern)
         check_adapter("adapters.math", folder, base=tiny_model, engine="transformers")
+        assert read_adapter("adapters.math", folder).settings["target_modules"] == pattern
 
 
 @pytest.mark.parametrize("text", ["", "[]", '"LORA"', "{"])
@@ -361,7 +362,7 @@ def test_a_model_that_is_not_here_leaves_the_adapter_itself_to_be_looked_at(plai
 def test_headers_settle_what_fits_and_nothing_heavy_is_loaded(tiny_model: Path, plain: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_model / "model.safetensors", tmp_path)  # no config.json: no model could be built
     code = (
-        "import sys; from pathlib import Path; from dmoa.engines.adapter_files import check_adapter\n"
+        "import sys; from pathlib import Path; from dmoa.engines.adapter_files import check_adapter, read_adapter\n"
         f"check_adapter('adapter', Path({str(plain)!r}), base=Path({str(tmp_path)!r}), engine='transformers')\n"
         "print({'torch', 'transformers', 'peft'} & set(sys.modules))"
     )
