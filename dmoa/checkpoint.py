@@ -20,10 +20,10 @@ from safetensors.torch import save as serialize
 from dmoa.core.gate import Gate, GateSpec, weights_version
 from dmoa.core.label_model import LabelModel
 from dmoa.errors import CheckpointError
+from dmoa.reading import MAX_BYTES as MAX_RECORD_BYTES
+from dmoa.reading import read_bounded, read_json
 from dmoa.types import UNTRAINED
-from dmoa.validation import describe, read_json, short
-from dmoa.yaml_tree import MAX_BYTES as MAX_RECORD_BYTES
-from dmoa.yaml_tree import read_bounded
+from dmoa.validation import describe, short
 
 SCHEMA_VERSION = 1
 FILES = ("gate.safetensors", "gate.json")

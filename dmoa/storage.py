@@ -6,7 +6,6 @@ the last seconds at most. Drafts, whose names begin with a dot, stay local.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, AnyStr, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
 from pyarrow import fs as arrow_fs
@@ -25,14 +24,9 @@ from pyarrow.lib import ArrowException
 from pydantic import BaseModel
 
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.yaml_tree import regular
 
 PERIOD_S = 5.0
 """How often what has changed is written back."""
-MAX_LINE_BYTES = 64 << 20
-"""Longest line that is read: a reply with twenty log-probabilities for each of its tokens is well below."""
-MAX_OWN_BYTES = 1 << 30
-"""Longest line of what dmoa wrote: all replies of a query."""
 _URI = re.compile(r"(s3|gs|gcs|abfs|abfss|hdfs|file):/+(.+)", re.DOTALL)
 """With one slash too: what becomes of a URI that was taken for a path."""
 _WHOLE_AT_ONCE = ("s3", "gcs", "abfs")
@@ -93,35 +87,6 @@ def write_at(system: arrow_fs.FileSystem, path: str, data: bytes) -> None:
             with suppress(*_FAILURES):
                 system.delete_file(draft)
         raise
-
-
-def hash_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file as hex. Raises OSError."""
-    with open(path, "rb", opener=regular) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def lines_of(file: IO[AnyStr], path: str | Path, most: int = MAX_LINE_BYTES) -> Iterator[AnyStr]:
-    """Yield the lines of a file. Raises ConfigError for one longer than `most`, which may be one without end."""
-    for number, line in enumerate(iter(lambda: file.readline(most + 1), file.read(0)), 1):
-        if len(line) > most:
-            raise ConfigError(f"{path}, line {number}: longer than {most >> 20} MiB; is it JSON Lines?")
-        yield line
-
-
-def offsets(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield where each whole line of a file begins, and the line; nothing where there is no file. Raises ConfigError."""
-    if not path.exists():
-        return
-    position = 0
-    try:
-        with open(path, "rb", opener=regular) as file:
-            for line in lines_of(file, path, MAX_OWN_BYTES):
-                if line.endswith(b"\n"):
-                    yield position, line
-                position += len(line)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; copy it again, or use another folder") from error
 
 
 def unwritable(path: Path, reason: OSError | str) -> ConfigError:

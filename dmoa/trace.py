@@ -6,7 +6,6 @@ Made from an Answer; the HTTP reply and the trace files hold it, `dmoa schema re
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,8 @@ from dmoa import __version__
 from dmoa.config import SUMMARIZER
 from dmoa.errors import TraceError
 from dmoa.flat import TokenFields, flat
-from dmoa.storage import MAX_OWN_BYTES, lines_of, replacing
+from dmoa.reading import MAX_OWN_BYTES, lines_of, read_json, regular
+from dmoa.storage import replacing
 from dmoa.types import (
     AgentReply,
     AgentStatus,
@@ -42,7 +42,6 @@ from dmoa.types import (
     Verdict,
 )
 from dmoa.validation import describe, redact, redact_text
-from dmoa.yaml_tree import regular
 
 _MAX_IDLE = 16
 
@@ -526,7 +525,7 @@ class TraceCall(BaseModel):
 class Trace(BaseModel):
     """One query, from question to answer."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     schema_version: int = SCHEMA_VERSION
     trace_id: str
@@ -667,8 +666,8 @@ def read_traces(path: str | Path) -> list[Trace]:
 def _parse(path: str, number: int, line: str) -> Trace:
     where = f"trace {path!r}, line {number}"
     try:
-        tree = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        tree = read_json(line)
+    except ValueError as error:
         raise TraceError(f"{where}: not valid JSON: {error}; give a file that dmoa wrote") from error
     seen = tree.get("schema_version", SCHEMA_VERSION) if isinstance(tree, dict) else SCHEMA_VERSION
     if seen != SCHEMA_VERSION:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import select
 import signal
@@ -26,8 +25,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn
 
+from dmoa.reading import lines_of, read_bounded, read_json, regular
 from dmoa.validation import redact
-from dmoa.yaml_tree import read_bounded, regular
 
 Mode = Literal["auto", "wandb", "jsonl", "none"]
 Role = Literal["input", "output"]
@@ -90,7 +89,7 @@ class Tracker:
         if self._is_finished:
             _LOG.warning("tracking: %s after finish is not logged", message["op"])
         elif self._lines:
-            self._lines.append(_finite({"time_unix_s": time.time(), **message}))
+            self._lines.append(_plain({"time_unix_s": time.time(), **message}))
 
 
 def open_tracker(
@@ -175,7 +174,7 @@ def keep_group(run_dir: Path, run_id: str, after: Sequence[str | Path | None]) -
 def _kept(path: Path) -> dict[str, str]:
     """Return what a folder keeps of its run; empty where it keeps nothing."""
     with suppress(OSError, ValueError, TypeError):
-        return {str(key): str(value) for key, value in dict(json.loads(read_bounded(path))).items()}
+        return {str(key): str(value) for key, value in dict(read_json(read_bounded(path))).items()}
     return {}
 
 
@@ -184,12 +183,12 @@ def is_logged(run_dir: Path, op: str, **values: Any) -> bool:
 
     Figures are of a kind by their names, the rest by its name. False where no JSON lines are kept.
     """
-    wanted = {"op": op, **json.loads(json.dumps(_finite(redact(values) if op == "table" else values)))}
+    wanted = {"op": op, **_plain(redact(values) if op == "table" else values)}
     last: dict[str, Any] | None = None
     with suppress(OSError), open(run_dir / "metrics.jsonl", "rb", opener=regular) as lines:
-        for line in lines:
+        for line in lines_of(lines, run_dir):
             with suppress(ValueError, AttributeError):
-                message = json.loads(line)
+                message = read_json(line)
                 if message.get("op") == op and _kind(message) == _kind(wanted):
                     last = message
     return last is not None and all(last.get(name) == value for name, value in wanted.items())
@@ -199,13 +198,10 @@ def _kind(message: Mapping[str, Any]) -> Any:
     return message.get("name") or sorted(message.get("metrics") or ())
 
 
-def _finite(value: Any) -> Any:
-    """Return a message that is valid JSON: numbers that it does not have (NaN, infinities) become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list) else value
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message as JSON has it: numbers that it does not have (NaN, infinities) become null."""
+    found: dict[str, Any] = read_json(json.dumps(message), nan_is_null=True)
+    return found
 
 
 class _JsonLines:

@@ -9,7 +9,6 @@ import base64
 import binascii
 import difflib
 import html
-import json
 import re
 import shlex
 import sys
@@ -267,20 +266,6 @@ def _record_within(annotation: Any) -> Any:
 def is_finite(value: object) -> bool:
     """Tell whether a value is a number that a float can hold; JSON may hold larger ones."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def read_json(data: bytes | str) -> Any:
-    """Return what JSON holds. Raises ValueError, also for numbers that no float holds, and for what is nested too deeply."""
-    try:
-        return json.loads(data, parse_constant=_finite, parse_float=_finite)
-    except RecursionError as error:
-        raise ValueError(f"it is nested too deeply ({error})") from None
-
-
-def _finite(text: str) -> float:
-    if not is_finite(value := float(text)):
-        raise ValueError(f"{text[:_MAX_CHARS]} is not JSON; expected a finite number")
-    return value
 
 
 def short(value: object) -> str:

@@ -8,24 +8,19 @@ texts here, which a field for a truth value understands as well. Dates, base 60,
 from __future__ import annotations
 
 import copy
-import os
 import re
-import select
-import stat
 import sys
-import time
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
 from dmoa.errors import ConfigError
+from dmoa.reading import MAX_BYTES, check_bytes, read_bounded
 from dmoa.validation import redact_text, short
 
 STDIN = "-"
 """Name of a file that stands for standard input."""
-MAX_BYTES = 4 << 20
-"""Of a file: a pool of a thousand agents is a tenth of it, and PyYAML takes seconds for as much."""
 _MAX_VALUES = 200_000
 """Of a tree once its aliases are written out: a few lines can name billions."""
 _MAX_DEPTH = 32
@@ -34,8 +29,6 @@ _MAX_NODES = 100_000
 """Of a text itself: PyYAML reads some ten thousand a second."""
 _MAX_FLOW = 100
 _MAX_DIGITS = 64
-_PIPE_S = 10.0
-"""How long a pipe may take to deliver a file."""
 _TAG = "tag:yaml.org,2002:"
 _TRUTH = re.compile(r"true|True|TRUE|false|False|FALSE")
 _NUMBER_OF_ANOTHER_BASE = re.compile(r"[-+]?0[0-9_]+|[-+]?0b[01_]+|[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?")
@@ -153,41 +146,6 @@ def _check_size(node: Any) -> None:
     size(node)
 
 
-def regular(path: str | os.PathLike[str], flags: int) -> int:
-    """Open a file for `open(..., opener=regular)`. Raises OSError for what could be waited for without end: a pipe, a device.
-
-    A pipe without a name, as shells make of `<(command)`, is somebody's file and is let through.
-    """
-    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-    mode = os.fstat(fd).st_mode
-    is_of_a_shell = stat.S_ISFIFO(mode) and str(Path(f"/proc/self/fd/{fd}").readlink()).startswith("pipe:")
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or is_of_a_shell):
-        os.close(fd)
-        raise OSError(f"{os.fspath(path)!r} is no regular file")
-    os.set_blocking(fd, True)
-    return fd
-
-
-def read_bounded(path: Path, *, most: int = MAX_BYTES, pipe_s: float = _PIPE_S) -> bytes:
-    """Return the bytes of a file. Raises OSError, also for one that is too large, no file, or a pipe that says nothing."""
-    deadline, found = time.monotonic() + pipe_s, bytearray()
-    with open(path, "rb", buffering=0, opener=regular) as file:
-        is_pipe = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
-        while True:
-            if is_pipe and not select.select([file], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise OSError(f"it is a pipe, and did not end within {pipe_s:g} s")
-            piece = file.read(1 << 20)
-            found += piece
-            _check_bytes(found, most)
-            if not piece:
-                return bytes(found)
-
-
-def _check_bytes(found: bytes | bytearray, most: int = MAX_BYTES) -> None:
-    if len(found) > most:
-        raise OSError(f"it is larger than {most >> 20} MiB, which no file of its kind is")
-
-
 def read(path: str | Path) -> tuple[str, str]:
     """Return the text of a YAML file, and its name for messages; `-` is standard input, which may be read again.
 
@@ -200,7 +158,7 @@ def read(path: str | Path) -> tuple[str, str]:
         raise OSError("standard input is closed")
     if _taken is None or _taken[0] is not sys.stdin:
         found = sys.stdin.buffer.read(MAX_BYTES + 1)
-        _check_bytes(found)
+        check_bytes(found)
         _taken = (sys.stdin, found.decode("utf-8"))
     return _taken[1], "standard input"
 

@@ -28,7 +28,7 @@ from dmoa.engines.models import adapter_hash, model_id
 from dmoa.errors import ConfigError
 from dmoa.flat import flat_reply, reply_of
 from dmoa.protocols import AgentClient
-from dmoa.storage import hash_file
+from dmoa.reading import hash_file
 from dmoa.types import AgentCall, AgentReply, TextDelta
 from dmoa.validation import is_finite
 

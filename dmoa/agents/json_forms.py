@@ -14,7 +14,7 @@ from typing import Any
 
 from dmoa.answer_form import FinalCall, ToolCall, new_call_id
 from dmoa.errors import RequestError
-from dmoa.validation import read_json
+from dmoa.reading import read_json
 
 MAX_STEPS = 100_000
 """Most keywords that one check of a text may evaluate, some 0.2 s."""
@@ -289,8 +289,8 @@ def _arguments(given: Any) -> Any:
     if not isinstance(given, str):
         return {} if given is None else given
     try:
-        return json.loads(given)
-    except (ValueError, RecursionError):
+        return read_json(given)
+    except ValueError:
         return given
 
 

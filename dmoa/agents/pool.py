@@ -27,9 +27,9 @@ from dmoa.engines.model_files import check_model
 from dmoa.engines.models import adapter_hash, fetch, model_id, resolve_adapter
 from dmoa.errors import ConfigError, DmoaError, PluginError
 from dmoa.protocols import Encoder, Engine
+from dmoa.reading import regular
 from dmoa.types import FloatArray
 from dmoa.validation import did_you_mean
-from dmoa.yaml_tree import regular
 
 if TYPE_CHECKING:
     from dmoa.checkpoint import Checkpoint

@@ -19,10 +19,8 @@ from simpleeval import InvalidExpression, SimpleEval
 
 from dmoa import sandbox
 from dmoa.errors import ConfigError, SandboxError
+from dmoa.reading import lines_of, read_json, regular
 from dmoa.sandbox.launch import SandboxLimits
-from dmoa.storage import lines_of
-from dmoa.validation import read_json
-from dmoa.yaml_tree import regular
 
 LIMITS = SandboxLimits(wall_s=5.0, cpu_s=5, memory_bytes=512 << 20, processes=16, output_bytes=16 << 10)
 MAX_SOURCE_CHARS = 8000
@@ -215,11 +213,7 @@ _TAG = re.compile(f"</?(?:{'|'.join(tool.name for tool in _BUILTIN)})>")
 
 def default_tools(corpus: str | Path | None = None) -> dict[str, Tool]:
     """Return every tool by name; `corpus` is a JSON Lines file for search. Raises ConfigError for a bad corpus."""
-    tools: tuple[Tool, ...] = (
-        Calculator(),
-        Search(Bm25Corpus.load(corpus) if corpus is not None else None),
-        PythonTool(),
-    )
+    tools: tuple[Tool, ...] = (Calculator(), Search(Bm25Corpus.load(corpus) if corpus is not None else None), PythonTool())
     return {tool.name: tool for tool in tools}
 
 

@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dmoa.errors import ConfigError
-from dmoa.validation import is_finite, read_json, short
-from dmoa.yaml_tree import read_bounded, regular
+from dmoa.reading import read_bounded, read_json, regular
+from dmoa.validation import is_finite, short
 
 MAX_HEADER_BYTES = 16 << 20
 """Of a safetensors file; a model of a thousand layers has a hundredth of it."""
@@ -57,6 +57,7 @@ _FORMS = {
 _TRIAL = """
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
+resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28))
 patterns, names = json.load(sys.stdin)
 for field, value, pattern in patterns:
     print(f"{field}: {value}", flush=True)
@@ -285,7 +286,7 @@ def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def _try_patterns(seen: str, settings: Mapping[str, Any], names: Iterable[str]) -> None:
     """Check that an adapter's regular expressions say something of layers' names in bounded time. Raises ConfigError.
 
-    They are tried in a process of its own, whose time the kernel bounds: nothing else stops `re`, which PEFT uses too.
+    They are tried in a process of its own, whose time and memory the kernel bounds: nothing else stops `re`, which PEFT uses too.
     """
     patterns = list(_patterns(settings))
     if not patterns:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from dmoa.engines.models import check_embedded, resolve_model
 from dmoa.errors import ConfigError
-from dmoa.validation import read_json
-from dmoa.yaml_tree import read_bounded, regular
+from dmoa.reading import read_bounded, read_json, regular
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 _LENGTH_BYTES = 8

@@ -27,9 +27,8 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from dmoa.errors import ConfigError, ModelFetchError
-from dmoa.storage import hash_file
+from dmoa.reading import hash_file, read_bounded, read_json
 from dmoa.validation import did_you_mean
-from dmoa.yaml_tree import read_bounded
 
 MANIFEST = "dmoa-manifest.json"
 _LAYOUT = 1  # part of the folder's name: a change in the conversion makes a new folder
@@ -160,7 +159,7 @@ def install(
 def is_intact(folder: Path, *, full: bool = False) -> bool:
     """Tell whether a cached folder is as its manifest says: names and sizes, with `full` also every file's SHA-256."""
     try:
-        files = json.loads(read_bounded(folder / MANIFEST))["files"]
+        files = read_json(read_bounded(folder / MANIFEST))["files"]
         return bool(files) and all(
             (folder / name).stat().st_size == entry["bytes"] and (not full or hash_file(folder / name) == entry["sha256"])
             for name, entry in files.items()

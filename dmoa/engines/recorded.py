@@ -26,10 +26,9 @@ from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.engine_options import RecordedOptions
 from dmoa.engines.openai_replies import estimated_tokens
 from dmoa.errors import ConfigError, EngineError
-from dmoa.storage import lines_of
+from dmoa.reading import lines_of, regular
 from dmoa.types import EntropySum, Generation, GenerationRequest, TextDelta, TokenUsage, question_key
 from dmoa.validation import describe, did_you_mean
-from dmoa.yaml_tree import regular
 
 KINDS = (".jsonl", ".jsonl.gz", ".parquet")
 _MAX_NAMED = 8

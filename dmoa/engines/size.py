@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
@@ -19,6 +18,7 @@ import httpx
 
 from dmoa.engines.models import HubModel, path, resolve_model
 from dmoa.errors import DmoaError
+from dmoa.reading import read_bounded, read_json
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
@@ -163,7 +163,7 @@ def _quantized_bytes(model: Any, quantization: Mapping[str, Any], full: int, fol
     """Return the bytes of quantised weights: as the folder's index says, else from bits and shapes; None: unknown."""
     index = folder / _INDEX
     if index.is_file():
-        total = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}).get("total_size")
+        total = read_json(read_bounded(index, most=1 << 26)).get("metadata", {}).get("total_size")
         if isinstance(total, int):
             return total
     bits = _bits(quantization)

@@ -30,8 +30,9 @@ from dmoa.evaluation.benchmarks.base import (
 from dmoa.evaluation.records import SPLITS, BenchmarkInfo, EvaluateOptions, Label, Row, Split, Task
 from dmoa.evaluation.registry import SUITES, spec_of
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.storage import hash_file, replacing
-from dmoa.validation import did_you_mean, read_json
+from dmoa.reading import hash_file, read_json
+from dmoa.storage import replacing
+from dmoa.validation import did_you_mean
 
 
 def read_split(source: HubSource, split: str) -> tuple[str, Iterator[dict[str, Any]]]:

@@ -38,7 +38,7 @@ from dmoa.evaluation.records import Answered, FileRecord, Label, Scored, Scorer,
 from dmoa.evaluation.run_folder import RunFolder, append, mend
 from dmoa.policies.registry import split_policy
 from dmoa.protocols import OpenSwarm, final_answer
-from dmoa.storage import offsets
+from dmoa.reading import offsets
 
 OpenScorers = Callable[[], Mapping[str, Scorer]]
 """Builds the scorers by benchmark where they are to work; must be picklable."""
@@ -199,12 +199,7 @@ def pending_scores(folder: RunFolder, benchmarks: Sequence[str], policies: Seque
 
 
 def answer_all(
-    folder: RunFolder,
-    benchmarks: Sequence[str],
-    policies: Sequence[str],
-    asking: Asking,
-    workers: AnswerWorkers,
-    watch: Watch,
+    folder: RunFolder, benchmarks: Sequence[str], policies: Sequence[str], asking: Asking, workers: AnswerWorkers, watch: Watch
 ) -> None:
     """Answer what has no answer yet. Raises DmoaError where the pipeline itself cannot go on; what was answered is kept."""
     with _writer(folder) as writer:
@@ -221,12 +216,7 @@ def answer_all(
 
 
 def score_all(
-    folder: RunFolder,
-    benchmarks: Sequence[str],
-    policies: Sequence[str],
-    open_scorers: OpenScorers,
-    at_once: int,
-    watch: Watch,
+    folder: RunFolder, benchmarks: Sequence[str], policies: Sequence[str], open_scorers: OpenScorers, at_once: int, watch: Watch
 ) -> None:
     """Judge what has not been judged, `at_once` shards at a time. Raises DmoaError as `answer_all` does."""
     with _writer(folder) as writer:

@@ -228,14 +228,14 @@ class EvaluateOptions(Options):
             raise ValueError("retry_failed has no effect without resume; add --resume or leave it out")
         if self.resume and self.out is None:
             raise ValueError("resume needs out, the folder of the run to go on with; add --out DIR")
-        if self.url is not None and self.call_cache is not None:
-            raise ValueError("call_cache has no effect with url: the server calls its own agents; leave one out")
-        if self.url is not None and self.adversaries:
-            raise ValueError("adversaries have no effect with url: the server has its own agents; leave one out")
-        if self.url is not None and self.defence is not None:
-            raise ValueError("defence has no effect with url: the server has its own; leave one out")
-        if self.url is not None and self.gates:
-            raise ValueError("gates have no effect with url: the server has its own; leave one out")
+        for given, what, why in (
+            (self.call_cache, "call_cache has", "calls its own agents"),
+            (self.adversaries, "adversaries have", "has its own agents"),
+            (self.defence, "defence has", "has its own"),
+            (self.gates, "gates have", "has its own"),
+        ):
+            if self.url is not None and given:
+                raise ValueError(f"{what} no effect with url: the server {why}; leave one out")
         return self
 
     @property

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ValidationError
 from dmoa import storage
 from dmoa.errors import ConfigError
 from dmoa.evaluation.records import Answered, FileRecord, Label, Scored, Task
+from dmoa.reading import offsets, read_bounded
 from dmoa.validation import describe
-from dmoa.yaml_tree import read_bounded
 
 R = TypeVar("R", bound=FileRecord)
 M = TypeVar("M", bound=BaseModel)
@@ -116,7 +116,7 @@ def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
 
     Raises ConfigError naming file and line for anything else that is not such a record.
     """
-    for number, (_, line) in enumerate(storage.offsets(path), 1):
+    for number, (_, line) in enumerate(offsets(path), 1):
         try:
             yield kind.model_validate_json(line)
         except ValidationError as error:

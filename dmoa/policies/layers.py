@@ -94,11 +94,6 @@ class SelfMoaOptions(SampledOptions):
     k: Count = 6
     """Samples."""
 
-    @property
-    def width(self) -> int:
-        """All samples are taken at once."""
-        return self.k
-
 
 @policy(
     "self_moa",

@@ -81,6 +81,13 @@ class SampledOptions(PolicyOptions):
 
     temperature: Temperature = _SAMPLED
     """Of the samples; at 0 they are all the same."""
+    k: Count = 5
+    """Samples."""
+
+    @property
+    def width(self) -> int:
+        """All samples are taken at once."""
+        return self.k
 
     @property
     def agent(self) -> str:

@@ -21,9 +21,9 @@ from dmoa.errors import RequestError
 from dmoa.policies.options import Count, PolicyOptions, ask
 from dmoa.policies.registry import PolicyContext, policy
 from dmoa.protocols import Encoder
+from dmoa.reading import read_bounded
 from dmoa.types import FloatArray, QueryState, StepPlan, Stop
 from dmoa.validation import describe
-from dmoa.yaml_tree import read_bounded
 
 
 class Judged(BaseModel):

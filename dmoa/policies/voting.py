@@ -53,47 +53,35 @@ def build_cot(context: PolicyContext) -> OneStep:
     return OneStep("cot", plan)
 
 
-class SamplesOptions(SampledOptions):
-    """Parameters of `self_consistency` and `best_of_n`."""
-
-    k: Count = 5
-    """Samples."""
-
-    @property
-    def width(self) -> int:
-        """All samples are taken at once."""
-        return self.k
-
-
 @policy(
     "self_consistency",
     "One agent thinks step by step k times; the answer of most samples wins (arXiv 2203.11171).",
-    options=SamplesOptions,
+    options=SampledOptions,
     cost="k",
     reads="0",
     first_step_only=False,
 )
 def build_self_consistency(context: PolicyContext) -> OneStep:
     """Return the policy of k samples of the first agent. Of answers equally often given the surest wins (ours)."""
-    options: SamplesOptions = context.options
+    options: SampledOptions = context.options
     return OneStep("self_consistency", _samples(options, fold_by_vote=True))
 
 
 @policy(
     "best_of_n",
     "One agent thinks step by step k times; its surest sample wins: best of n without a reward model.",
-    options=SamplesOptions,
+    options=SampledOptions,
     cost="k",
     reads="0",
     first_step_only=False,
 )
 def build_best_of_n(context: PolicyContext) -> OneStep:
     """Return the policy of k samples of the first agent, of which the lowest mean entropy wins (after arXiv 2502.18581)."""
-    options: SamplesOptions = context.options
+    options: SampledOptions = context.options
     return OneStep("best_of_n", _samples(options, fold_by_vote=False))
 
 
-def _samples(options: SamplesOptions, *, fold_by_vote: bool) -> StepPlan:
+def _samples(options: SampledOptions, *, fold_by_vote: bool) -> StepPlan:
     samples = ask([options.agent] * options.k, instruction=STEP_BY_STEP, temperature=options.temperature)
     return StepPlan(activations=samples, fold="vote" if fold_by_vote else "surest", ends_with="schedule")
 

@@ -6,7 +6,6 @@ The ingress holds no model: it runs the step loop over Serve handles, the router
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 from collections.abc import AsyncGenerator
@@ -23,6 +22,7 @@ from dmoa.config import Config, LimitsConfig, callable_agents
 from dmoa.errors import DmoaError, PoolChangedError, RequestError
 from dmoa.loopback import ignore_proxies
 from dmoa.policies.registry import POLICIES
+from dmoa.reading import read_json
 from dmoa.recovery import PATIENCE_S
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAgentClient, affine_agents
 from dmoa.serving.agent_replica import IngressAgents
@@ -221,7 +221,7 @@ class SwarmIngress:
             found = await self._traces.get.remote(trace_id, key_hash)
         except RayError:
             return None
-        return json.loads(found) if found else None
+        return read_json(found, nan_is_null=True) if found else None
 
     def record(self, answered: AnsweredQuery, key_hash: str) -> None:
         """Keep the trace of an answered query and hand it to the feedback, after the reply."""

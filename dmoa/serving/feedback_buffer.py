@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from dmoa.core.features import Preset
 from dmoa.errors import ConfigError
 from dmoa.feedback import Contexts, Feedback, query_part
-from dmoa.validation import read_json
+from dmoa.reading import read_json
 
 MAX_TRACES = 10_000
 """Newest queries of a key that an outcome may speak of, and outcomes of a key that are kept."""

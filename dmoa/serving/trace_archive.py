@@ -18,8 +18,9 @@ from typing import Any
 from pyarrow import fs as arrow_fs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dmoa.reading import MAX_LINE_BYTES
 from dmoa.serving.trace_list import TraceCalls, TraceSummary
-from dmoa.storage import MAX_LINE_BYTES, place_of, write_at
+from dmoa.storage import place_of, write_at
 from dmoa.validation import redact_text
 
 _LOG = logging.getLogger("dmoa.traces")

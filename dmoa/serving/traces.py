@@ -23,16 +23,7 @@ from dmoa.serving.actors import detached, pack_record, traces_name, unpack_recor
 from dmoa.serving.feedback import FeedbackSender
 from dmoa.serving.otlp import Exporter
 from dmoa.serving.trace_archive import Place, TraceArchive, Written
-from dmoa.serving.trace_list import (
-    LOAD_S,
-    NOT_STORED,
-    TraceCalls,
-    TraceFilter,
-    TraceSummary,
-    page_of,
-    statistics_of,
-    summarise,
-)
+from dmoa.serving.trace_list import LOAD_S, NOT_STORED, TraceCalls, TraceFilter, TraceSummary, page_of, statistics_of, summarise
 from dmoa.trace import AnsweredQuery
 
 _LOG = logging.getLogger("dmoa.traces")

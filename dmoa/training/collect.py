@@ -37,7 +37,8 @@ from dmoa.errors import ConfigError, DmoaError
 from dmoa.policies.exploring import ExploringPolicy
 from dmoa.policies.registry import PolicyContext, build_policy
 from dmoa.protocols import OpenSwarm, final_answer
-from dmoa.storage import is_draft, offsets, only_one, unwritable, write_whole
+from dmoa.reading import offsets
+from dmoa.storage import is_draft, only_one, unwritable, write_whole
 from dmoa.swarm import Swarm
 from dmoa.training.outcomes import rollout_trace_id
 from dmoa.training.rollouts import (

@@ -23,7 +23,7 @@ from dmoa.core.in_step import read_classes
 from dmoa.core.scores import Array, BoolArray, reply_key
 from dmoa.dataflow import on_this_node, quiet
 from dmoa.errors import ConfigError, DmoaError
-from dmoa.storage import offsets
+from dmoa.reading import offsets
 from dmoa.training.rollouts import (
     LEARNED,
     MEASURE,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import heapq
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from typing import Any, TypeVar
 
 from dmoa.engines.recorded import read_replies, replies_files
 from dmoa.errors import ConfigError
-from dmoa.storage import lines_of
+from dmoa.reading import lines_of, read_json, regular
 from dmoa.training.rollouts import RolloutQuery
 from dmoa.validation import short
-from dmoa.yaml_tree import regular
 
 T = TypeVar("T")
 _Found = tuple[str, str]
@@ -144,8 +142,8 @@ def _query(line: bytes | dict[str, Any], field: str | None) -> _Found:
         if not text.startswith("{"):
             return _id_of(text), text
         try:
-            tree = json.loads(text)
-        except (ValueError, RecursionError):
+            tree = read_json(text)
+        except ValueError:
             raise ValueError(f"{short(text)} starts like JSON but does not parse") from None
     name = field or next((name for name in _FIELDS if tree.get(name) is not None), _FIELDS[0])
     query = tree.get(name)

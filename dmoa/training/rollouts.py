@@ -22,9 +22,9 @@ from dmoa.core.features import FEEDBACK_FEATURES, Preset
 from dmoa.engines.recorded import open_table
 from dmoa.errors import ConfigError
 from dmoa.flat import TokenFields, flat_reply
+from dmoa.reading import read_bounded
 from dmoa.types import AgentReply, AgentStatus, Answer, EntropyKind, FinishReason, FloatArray, Stage, StepRecord
 from dmoa.validation import describe, short, storable
-from dmoa.yaml_tree import read_bounded
 
 SCHEMA_VERSION = 1
 LEARNED = "learned"

@@ -29,7 +29,8 @@ from dmoa.core.calibration import ENTROPY_PRICE, OperatingPoint, fit_operating_p
 from dmoa.core.gate import Gate, GateSpec
 from dmoa.core.scores import scores
 from dmoa.errors import ConfigError
-from dmoa.storage import display_path, offsets, write_whole
+from dmoa.reading import offsets
+from dmoa.storage import display_path, write_whole
 from dmoa.tracking import FINISH_TIMEOUT_S, Tracker, is_logged, keep_run_id, open_tracker
 from dmoa.training.dataset import Episodes, read_episodes, read_manifests
 from dmoa.training.distributed import SingleWorker

@@ -22,9 +22,9 @@ from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError
 from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, unanswered
 from dmoa.evaluation.records import Answered, EvaluateOptions, Task
 from dmoa.evaluation.run_folder import RunFolder, append, mend, read_lines
-from dmoa.storage import offsets, write_whole
+from dmoa.reading import offsets, read_bounded, read_json
+from dmoa.storage import write_whole
 from dmoa.training.rollouts import RolloutQuery
-from dmoa.yaml_tree import read_bounded
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -193,7 +193,7 @@ def check_same(options: AdaptOptions, config: Config, starts: Mapping[str, Path 
         options.out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(now, indent=2) + "\n")
         return
-    before = json.loads(read_bounded(path))
+    before = read_json(read_bounded(path))
     different = [
         f"{name}: begun with {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
     ]

@@ -24,18 +24,18 @@ from dmoa.evaluation.records import SPLITS, Label, Row
 from dmoa.evaluation.registry import SUITES, expand_names
 from dmoa.evaluation.suites.suite import fine_split
 from dmoa.provenance import code_revision
-from dmoa.storage import hash_file, write_whole
+from dmoa.reading import hash_file, read_json, regular
+from dmoa.storage import write_whole
 from dmoa.swarm import limits_for
 from dmoa.training.collect import CollectedQueries
 from dmoa.training.options import RolloutOptions, Weighted, share_out
 from dmoa.training.queries import read_queries, sample_queries, take_turns
 from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery, SourceInfo
-from dmoa.validation import did_you_mean, read_json
+from dmoa.validation import did_you_mean
 from dmoa.workflows.backends import fetch_models
 from dmoa.workflows.console import Bars
 from dmoa.workflows.evaluate import log_gates, opened_ray
 from dmoa.workflows.terminal import goes_on, warn
-from dmoa.yaml_tree import regular
 
 if TYPE_CHECKING:
     from dmoa.tracking import Tracker

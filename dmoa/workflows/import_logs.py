@@ -7,7 +7,6 @@ reply consists of is taken, field by field, so keys, headers and users are never
 from __future__ import annotations
 
 import gzip
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -22,10 +21,10 @@ from dmoa.config import is_name
 from dmoa.engines.openai_replies import listed_logprobs
 from dmoa.engines.recorded import RecordedReply, agent_name, read_lines
 from dmoa.errors import ConfigError
+from dmoa.reading import read_bounded, read_json
 from dmoa.storage import replacing
 from dmoa.training.options import ImportOptions
 from dmoa.validation import describe, short
-from dmoa.yaml_tree import read_bounded
 
 MAX_TABLE_BYTES = 1 << 27
 """Largest file that is one JSON value and has to be read whole."""
@@ -148,8 +147,8 @@ def _whole(path: Path) -> Iterator[dict[str, Any]]:
 
 def _parsed(data: bytes, where: str) -> Any:
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return read_json(data, nan_is_null=True)
+    except ValueError as error:
         raise ConfigError(f"{where}: no JSON ({error}); mend it or take it out, and name JSON Lines .jsonl") from None
 
 
@@ -306,8 +305,8 @@ def _json(value: Any) -> Any:
     """Return JSON in a text as plain values, as databases export it; any other value as it is."""
     if isinstance(value, str) and value[:1] in ("{", "["):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return read_json(value, nan_is_null=True)
+        except ValueError:
             return None
     return value
 

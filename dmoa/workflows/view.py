@@ -16,12 +16,11 @@ from typing import Any
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.evaluation.figures import curves
 from dmoa.evaluation.results import Evaluation, read_evaluation
+from dmoa.reading import MAX_OWN_BYTES, lines_of, offsets, read_json, regular
 from dmoa.serving.http.page import create_view
 from dmoa.serving.trace_list import TraceCalls, TraceFilter, TracePage, TraceSummary, page_of, statistics_of, summarise
-from dmoa.storage import MAX_OWN_BYTES, lines_of, offsets
 from dmoa.trace import Trace, answer_of_reply
 from dmoa.validation import is_finite
-from dmoa.yaml_tree import regular
 
 _LOG = logging.getLogger("dmoa.view")
 _MAX_POINTS = 2000
@@ -53,13 +52,13 @@ class Folder:
             for line in lines_of(file, path, MAX_OWN_BYTES):
                 try:
                     trace = Trace.model_validate_json(line)
-                except ValueError:
-                    if not offset:
-                        return
-                else:
                     answer = answer_of_reply(trace.dmoa, text="", finish_reason="stop", wall_ms=trace.wall_ms)
                     question = str(trace.query.get("text", ""))
                     summary, calls = summarise(answer, question=question, created_unix_s=trace.created_unix_s)
+                except (ValueError, ArithmeticError):  # also for numbers that nobody counted
+                    if not offset:
+                        return
+                else:
                     if trace.trace_id not in self._places:
                         self._summaries.append(summary)
                         self._calls += calls
@@ -89,7 +88,7 @@ class Folder:
         path, offset = self._places[trace_id]
         with path.open("rb") as file:
             file.seek(offset)
-            found: dict[str, Any] = json.loads(file.readline())
+            found: dict[str, Any] = read_json(file.readline(), nan_is_null=True)
         return found
 
     def runs(self) -> list[dict[str, Any]]:
@@ -105,9 +104,10 @@ class Folder:
         named = {"id": run_id, "name": run_id, "kind": kind}
         try:
             if kind == "evaluation":
-                return named | of_evaluation(read_evaluation(path.parent))
+                found = of_evaluation(read_evaluation(path.parent))
+                return {**named, **read_json(json.dumps(found), nan_is_null=True)}
             return None if not kind else named | of_training(path)
-        except DmoaError as error:
+        except (DmoaError, ArithmeticError) as error:
             return named | {"kind": "training", "facts": {"unreadable": str(error)}, "curves": []}
 
     def _runs(self) -> dict[str, tuple[str, Path]]:
@@ -171,8 +171,8 @@ def of_training(path: Path) -> dict[str, Any]:
 
 def _messages(path: Path) -> Iterator[dict[str, Any]]:
     for _, line in offsets(path):
-        with suppress(ValueError, RecursionError):  # what a killed run left of a line
-            message = json.loads(line, parse_constant=lambda _: None)  # no page can show NaN
+        with suppress(ValueError):  # what a killed run left of a line
+            message = read_json(line, nan_is_null=True)  # no page can show NaN
             if isinstance(message, dict):
                 yield message
 

@@ -22,16 +22,16 @@ from dmoa.errors import ConfigError, DmoaError
 from dmoa.evaluation.records import Answered, RunInfo
 from dmoa.evaluation.run_folder import read_lines, read_record
 from dmoa.policies.routers import judged_of
+from dmoa.reading import MAX_PARTS, hash_file, num_parts, offsets, read_bounded, read_json, regular
 from dmoa.serving.router.probes import read_probes
 from dmoa.serving.trace_archive import TraceArchive
-from dmoa.storage import hash_file, offsets
 from dmoa.testing import scripted_pool
 from dmoa.trace import read_traces
 from dmoa.training.outcomes import read_outcomes
 from dmoa.training.queries import read_queries
 from dmoa.workflows.collect import LABELS, read_labels
 from dmoa.workflows.view import Folder
-from dmoa.yaml_tree import read, read_bounded, regular
+from dmoa.yaml_tree import read
 
 
 @contextmanager
@@ -155,3 +155,33 @@ def test_an_index_of_traces_without_end_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "1-a.index.jsonl").touch()
     os.truncate(tmp_path / "1-a.index.jsonl", 8 << 30)
     assert list(TraceArchive(tmp_path.as_uri()).load()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "objects", "lists"),
+    [
+        ('{"a": [{}, {"b": "{[["}], "[": 1}', 3, 1),
+        (r'{"a\"{": "[\\", "b": [[]]}', 1, 2),
+        ('[{"a": "no end {{[[ \\', 1, 1),
+        ('["', 0, 1),
+        ("\ud800[[", 0, 2),
+    ],
+)
+def test_the_parts_of_a_text_are_counted_as_they_are_read(text: str, objects: int, lists: int) -> None:
+    for data in (text, text.encode("utf-8", "surrogatepass")):
+        assert num_parts(data, "{", objects - 1 if objects else 0) == objects
+        assert num_parts(data, "[", lists - 1) == lists
+        assert num_parts(data, "{[", 100) <= 100
+
+
+@pytest.mark.parametrize("part", ["{}", "[]"])
+def test_a_small_file_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path: Path, part: str) -> None:
+    text = "[" + f"{part}," * MAX_PARTS + "0]"
+    with pytest.raises(ValueError, match=f"{MAX_PARTS + 1} JSON lists and objects; expected at most {MAX_PARTS}"):
+        read_json(text)
+    (tmp_path / "rows.jsonl").write_text(f"{text}\n")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, line 1: .* JSON lists and objects; expected"):
+        list(offsets(tmp_path / "rows.jsonl"))
+    with pytest.raises(OSError, match=r"it holds .* JSON lists and objects; expected"):
+        read_bounded(tmp_path / "rows.jsonl", most=1 << 26)
+    assert read_json(f'["{text}"]'.replace('""', "")) is not None, "brackets of a text within it are none"

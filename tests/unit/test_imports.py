@@ -22,7 +22,7 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "wandb")
 # Floors from the bottom up; a module may import from its own floor and from those below it.
 FLOORS: list[tuple[str, ...]] = [
     ("types", "errors", "protocols", "answer_form"),
-    ("validation", "provenance", "loopback", "yaml_tree", "plugins", "flat"),
+    ("validation", "provenance", "loopback", "reading", "yaml_tree", "plugins", "flat"),
     ("config", "engine_options"),
     ("core", "sandbox"),
     ("checkpoint", "routing", "trace", "tracking", "storage"),

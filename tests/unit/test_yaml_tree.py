@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dmoa.errors import ConfigError
-from dmoa.yaml_tree import MAX_BYTES, parse_yaml, read, read_bounded, set_value
+from dmoa.reading import MAX_BYTES, read_bounded
+from dmoa.yaml_tree import parse_yaml, read, set_value
 
 READ_AS_WRITTEN = [
     ("yes", "yes"),

@@ -8,7 +8,6 @@ name and probability), `conditions` (all names, in the order of the definitions)
 from __future__ import annotations
 
 import ast
-import json
 import re
 import unicodedata
 import warnings
@@ -38,6 +37,7 @@ from dmoa.evaluation.benchmarks.base import (
     validate,
 )
 from dmoa.evaluation.records import Label, Reply, Score
+from dmoa.reading import read_bounded, read_json
 from dmoa.validation import findings
 
 EVIDENCES_FILE = "release_evidences.json"
@@ -100,13 +100,13 @@ def read_definitions(paths: Mapping[str, Path]) -> Definitions:
 
 def _read_json(path: Path, form: Any) -> Any:
     try:
-        return TypeAdapter(form).validate_python(json.loads(path.read_text(encoding="utf-8")))
+        return TypeAdapter(form).validate_python(read_json(read_bounded(path, most=1 << 26)))
     except ValidationError as error:
         first = findings(error)[0]
         where = ".".join(str(part) for part in first["loc"])
         seen = shown_field(first["input"])
         raise ConfigError(f"{path}, `{where}`: saw {seen}; {first['msg']}. Take the file of the DDXPlus release.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not JSON in UTF-8: {error}. Take the file of the DDXPlus release.") from None
 
 
@@ -158,12 +158,7 @@ def parse_patient(fields: Mapping[str, Any], definitions: Definitions) -> Parsed
     patient = f"Age: {row.AGE}\nSex: {'female' if row.SEX == 'F' else 'male'}"
     complaint = "".join(_answers([row.INITIAL_EVIDENCE], "INITIAL_EVIDENCE", definitions.evidences).values()) or "none"
     findings = _answers(row.EVIDENCES, "EVIDENCES", definitions.evidences)
-    parts = [
-        task,
-        f"Conditions: {'; '.join(definitions.conditions)}",
-        patient,
-        f"Initial complaint: {complaint}",
-    ]
+    parts = [task, f"Conditions: {'; '.join(definitions.conditions)}", patient, f"Initial complaint: {complaint}"]
     for title, is_antecedent in (("Symptoms", False), ("Antecedents", True)):
         lines = [f"- {text}" for code, text in findings.items() if definitions.evidences[code].is_antecedent is is_antecedent]
         if lines:

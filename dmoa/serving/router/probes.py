@@ -15,10 +15,9 @@ from dmoa.core import guards
 from dmoa.core.gate import Gate
 from dmoa.core.guards import Verdict
 from dmoa.errors import ConfigError
+from dmoa.reading import read_bounded, read_json
 from dmoa.serving.router.replayed import decide, loads
 from dmoa.types import FloatArray
-from dmoa.validation import read_json
-from dmoa.yaml_tree import read_bounded
 
 
 @dataclass(frozen=True, slots=True)

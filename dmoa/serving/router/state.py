@@ -21,8 +21,9 @@ from pyarrow import fs as arrow_fs
 from dmoa.checkpoint import FILES, MAX_BYTES, Checkpoint, files_of, read_files
 from dmoa.core.gate import Gate
 from dmoa.errors import CheckpointError
+from dmoa.reading import read_json
 from dmoa.storage import is_draft, place_of, write_at
-from dmoa.validation import read_json, short
+from dmoa.validation import short
 
 _VERSION = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LAST = ".last"

@@ -281,6 +281,18 @@ def test_a_pattern_that_is_made_to_stall_is_refused(
     assert len(str(caught.value)) < 1000
 
 
+def test_a_pattern_that_is_made_to_fill_the_memory_is_refused(plain: Path, tmp_path: Path) -> None:
+    """It keeps a note a character, of some 180 bytes each; a key may have millions."""
+    folder = changed(plain, tmp_path / "bad", target_modules="((a)|b)*c")
+    weights = load_file(folder / "adapter_model.safetensors") | {
+        f"base_model.model.{'a' * 3_000_000}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"
+    }
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"target_modules: .* fails \(MemoryError\); expected a regular") as caught:
+        read_adapter("adapters.math", folder)
+    assert len(str(caught.value)) < 1000
+
+
 def test_patterns_of_known_trainers_are_taken(tiny_model: Path, plain: Path, tmp_path: Path) -> None:
     """With look-ahead, and many stars one after the other."""
     for number, pattern in enumerate(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
 from dmoa.evaluation.records import BenchmarkInfo
+from dmoa.evaluation.results import read_evaluation
 from dmoa.serving.http.page import create_view
 from dmoa.testing import answered as answered_row
 from dmoa.testing import run_info, scored, write_run
@@ -71,7 +73,7 @@ def test_runs_have_the_figures_of_their_reports(folder: Path) -> None:
 def test_messages_of_a_run_that_are_none_are_passed_over(tmp_path: Path) -> None:
     lines = [
         '{"op": "config", "values": [1]}',
-        '{"op": "config", "values": {"rate": NaN}}',
+        '{"op": "config", "values": {"rate": NaN, "deep": [{"decay": -1e999}]}}',
         '{"op": "log", "step": "x", "metrics": {"loss": 1.0, "pace": 1e999, "share": "a"}}',
         '{"op": "log", "step": 1, "metrics": [2.0]}',
         "[" * 100_000,
@@ -82,7 +84,35 @@ def test_messages_of_a_run_that_are_none_are_passed_over(tmp_path: Path) -> None
     client = TestClient(create_view(Folder(tmp_path)), base_url="http://127.0.0.1")
     found = client.get("/v1/dmoa/runs/odd").json()
     assert found["curves"] == [{"title": "loss", "series": [{"name": "loss", "points": [[2, 1.0]]}]}]
-    assert found["settings"] == {"rate": None}
+    assert found["settings"] == {"rate": None, "deep": [{"decay": None}]}
+
+
+@pytest.mark.parametrize(
+    ("file", "number"),
+    [
+        ("traces.jsonl", '"created_unix_s":'),
+        ("traces.jsonl", '"query":{"seed":'),
+        ("traces.jsonl", '"entropy_tokens":'),
+        ("runs/one/answers/arith.dmoa.jsonl", '"prompt_tokens":'),
+        ("runs/one/evaluation.json", '"accuracy":'),
+        ("train/metrics.jsonl", '"step": '),
+    ],
+)
+@pytest.mark.parametrize("odd", ["1e999", "-Infinity", "NaN", "9" * 400])
+def test_numbers_that_nobody_counted_break_no_page(folder: Path, file: str, number: str, odd: str) -> None:
+    evaluation = read_evaluation(folder / "runs" / "one")
+    (folder / "runs" / "one" / "evaluation.json").write_text(evaluation.model_dump_json())
+    if "answers" in file:
+        (folder / "runs" / "one" / "evaluation.json").unlink()
+    text = (folder / file).read_text().replace('"query":{', '"query":{"seed":1,')
+    changed = re.sub(rf"({number})-?[\d.]+", rf"\g<1>{odd}", text)
+    assert changed != text
+    (folder / file).write_text(changed)
+    client = TestClient(create_view(Folder(folder)), base_url="http://127.0.0.1")
+    for path in ("status", "traces", "traces/t1", "runs", "runs/train", "runs/runs%2Fone"):
+        found = client.get(f"/v1/dmoa/{path}")
+        assert found.status_code in (200, 404), path
+        found.json(parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def test_a_page_elsewhere_cannot_read_it_by_a_name_of_its_own(folder: Path) -> None:

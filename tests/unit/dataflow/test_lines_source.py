@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoa.dataflow import Item, Line, line_table, read_lines
-from dmoa.storage import offsets
+from dmoa.reading import offsets
 
 TEXTS = ["first", "", "ünïcode", '{"a": "b\\n"}', "last"]
 

@@ -52,7 +52,7 @@ def test_no_module_outside_evaluation_reaches_for_labels() -> None:
 
 def _is_reader(module: str) -> bool:
     """Whether a module opens files for itself: some do it for whoever calls them."""
-    return module.startswith("dmoa.") and module not in ("dmoa.storage", "dmoa.yaml_tree")
+    return module.startswith("dmoa.") and module not in ("dmoa.storage", "dmoa.reading")
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
