@@ -28,6 +28,7 @@ from tests.integration.server import Served, serve
 STREAMS = 4
 PATIENCE_S = 60.0
 START_S = 60.0
+TAKEN = "the last that was kept elsewhere takes its place"
 
 
 def cut(state: Path) -> None:
@@ -58,7 +59,7 @@ def lose(served: Served, address: str, folder: Path, state: Path, loss: str) -> 
         if status.get("started_unix_s", 0.0) > before["started_unix_s"]:
             break
     seconds = time.monotonic() - started
-    said = status.get("state_lost")
+    said = status.get("state_lost") or logged(served)
     while status.get("state_lost") and time.monotonic() < started + PATIENCE_S:
         time.sleep(1.0)
         status = router(address, folder, "status")
@@ -71,6 +72,12 @@ def lose(served: Served, address: str, folder: Path, state: Path, loss: str) -> 
         "is_written_back": (state / "versions" / before["gate_version"] / "gate.json").is_file()
         and json.loads((state / "state.json").read_text())["current"] == before["gate_version"],
     }
+
+
+def logged(served: Served) -> str | None:
+    """Return what the router's log says was lost: its status says so only until it is written back."""
+    logs = [Path(f"/proc/{process.pid}/fd/2").read_text() for process in served.processes("ray::RouterActor")]
+    return next((line for log in logs for line in log.splitlines() if TAKEN in line), None)
 
 
 async def check(folder: Path) -> dict[str, Any]:

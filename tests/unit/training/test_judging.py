@@ -15,7 +15,7 @@ import pytest
 from dmoa import checkpoint
 from dmoa.agents.embedder import HashEncoder
 from dmoa.config import Config
-from dmoa.core.gate import Gate
+from dmoa.core.gate import Gate, init_gate
 from dmoa.core.in_step import judge
 from dmoa.core.label_model import fit_label_model
 from dmoa.core.scores import posterior_scores
@@ -39,6 +39,7 @@ from dmoa.trace import Trace, read_traces, trace_of, write_traces
 from dmoa.training.dataset import EpisodeBuilder, Episodes
 from dmoa.training.judging import competence_bias, fit_judge, judged, learnt, right_probabilities, witnesses_of_steps
 from dmoa.training.objective import Scale, Split, build_data
+from dmoa.training.trainer import FittedTargets, _credit_competence
 from dmoa.types import Answer, Limits, Query, supervision_of
 from tests.unit.core.test_label_model import by_hand
 from tests.unit.training.in_process import train
@@ -198,6 +199,33 @@ def test_a_label_model_needs_dense_steps_or_an_earlier_one() -> None:
         fit_judge(episodes, np.arange(5), spec, seed=0)
     earlier = fit_judge(episodes_of(rows(20)), np.arange(20), spec, seed=0)
     assert fit_judge(episodes, np.arange(5), spec, seed=0, earlier=earlier) is earlier
+
+
+def half_explored(text: str) -> Episodes:
+    """Forty queries; `good` was asked of the last twenty by chance alone, and `fine` said `text` to them."""
+    lines = rows(40)
+    for number, line in enumerate(lines):
+        if number >= 60 and line["agent"] == "good":
+            line["propensity"] = 0.5
+        if number >= 60 and line["agent"] == "fine":
+            line["text"] = text
+    return episodes_of(lines)
+
+
+def test_steps_explored_by_chance_move_neither_label_model_nor_competence() -> None:
+    spec, split = Gate(replace_spec()).spec, Split(train_Q=np.arange(10), held_Q=np.arange(10, 40))
+    found = []
+    for text in ("Answer: 5", "Answer: 17"):
+        episodes = half_explored(text)
+        model = fit_judge(episodes, np.arange(40), spec, seed=0)
+        scale = judged(Scale(score="posterior", eta=1.0, anchors=None), model, episodes, spec)
+        assert scale.target_NA is not None
+        scale.target_NA[20:] = 0.01 if text == "Answer: 5" else 0.99
+        gate = init_gate(spec, seed=0)
+        _credit_competence(gate, FittedTargets(episodes=episodes, data=build_data(episodes, split, scale), scale=scale))
+        found.append((model.digest(), gate.head_bias.tolist()))
+    assert found[0] == found[1]
+    assert any(found[0][1])
 
 
 def replace_spec() -> Any:

@@ -345,6 +345,37 @@ def test_steps_explored_by_chance_move_neither_anchors_nor_eta() -> None:
         assert (scale_of(rows) == before) == (not is_dense), place
 
 
+def fitted_on(rows: list[dict[str, Any]]) -> GateSpec:
+    """The operating point of a gate that nobody trained, on twelve queries of which eight are held back."""
+    episodes = episodes_of(rows)
+    split = Split(train_Q=np.arange(4), held_Q=np.arange(4, 12))
+    scale = fit_scale(episodes, split, anchor_sample(episodes, split.train_Q, DIM), score="raw", num_clusters=1, seed=0)
+    gate = init_gate(GateSpec.from_config(GateConfig(hidden=2), AGENTS), seed=0)
+    evidence = FittedTargets(episodes=episodes, data=build_data(episodes, split, scale), scale=scale)
+    return fit_spec(gate, evidence, TrainOptions(rollouts=(Path("r"),), out=Path("o"), alpha=0.5))[0]
+
+
+def test_steps_explored_by_chance_move_neither_tau_nor_theta() -> None:
+    rng = np.random.default_rng(5)
+    contexts = rng.standard_normal((12, 2, 2 * DIM)) / np.sqrt(DIM)
+    nats = rng.uniform(0.1, 1.0, (12, 2, 3))
+
+    def point_of(*, surest: str, propensity: float) -> tuple[float | None, float | None]:
+        rows = []
+        for place, step, (number, agent) in itertools.product(range(12), range(2), enumerate(AGENTS)):
+            share = {"propensity": propensity} if step and agent == "one" else {}
+            spread = 0.001 if step and agent == surest else float(nats[place, step, number])
+            rows.append(row(f"q{place:02d}", step, agent, spread, contexts[place, step], num_steps=2, **share))
+        spec = fitted_on(rows)
+        return spec.fitted_left, spec.theta
+
+    assert point_of(surest="one", propensity=0.5) == point_of(surest="three", propensity=0.5)
+    seen, other = (point_of(surest=agent, propensity=1.0) for agent in ("one", "three"))
+    unseen = point_of(surest="one", propensity=0.5)
+    assert seen[0] != other[0], "tau would feel it"
+    assert seen[1] != unseen[1], "theta would feel it"
+
+
 def test_cut_replies_do_not_move_theta() -> None:
     """However sure a reply was that never ended, it says nothing of the entropies at which a step may stop."""
 
@@ -357,12 +388,7 @@ def test_cut_replies_do_not_move_theta() -> None:
             for place in range(12)
             for agent in AGENTS
         ]
-        episodes = episodes_of(rows)
-        split = Split(train_Q=np.arange(4), held_Q=np.arange(4, 12))
-        scale = fit_scale(episodes, split, anchor_sample(episodes, split.train_Q, DIM), score="raw", num_clusters=1, seed=0)
-        gate = init_gate(GateSpec.from_config(GateConfig(hidden=2), AGENTS), seed=0)
-        evidence = FittedTargets(episodes=episodes, data=build_data(episodes, split, scale), scale=scale)
-        return fit_spec(gate, evidence, TrainOptions(rollouts=(Path("r"),), out=Path("o"), alpha=0.5))[0].theta
+        return fitted_on(rows).theta
 
     assert theta_of(cut_nats=0.001, finish="length") == theta_of(cut_nats=3.0, finish="length") is not None
     assert theta_of(cut_nats=0.001, finish="stop") != theta_of(cut_nats=3.0, finish="stop"), "it would be seen"
