@@ -8,6 +8,7 @@ I inputs, O outputs of a layer.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -356,9 +357,19 @@ def _check_vllm(adapter: AdapterFiles, max_rank: int | None) -> None:
 
 
 def _rank(settings: Mapping[str, Any], layer: str) -> int:
-    ranks: Mapping[str, int] = settings.get("rank_pattern") or {}
-    own = next((rank for pattern, rank in ranks.items() if re.match(rf"(.*\.)?({pattern})$", layer)), None)
-    return int(settings["r"] if own is None else own)
+    return int(_of_layer(settings, "rank_pattern", "r", layer))
+
+
+def scale_of(settings: Mapping[str, Any], layer: str) -> float:
+    """Return the factor of a layer's LoRA product, as PEFT reads the settings: alpha by the rank, or by its root (rsLoRA)."""
+    alpha, rank = float(_of_layer(settings, "alpha_pattern", "lora_alpha", layer)), _rank(settings, layer)
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _of_layer(settings: Mapping[str, Any], patterns: str, name: str, layer: str) -> Any:
+    """Return a layer's own value by the first pattern of its name, else everybody's."""
+    own: Mapping[str, Any] = settings.get(patterns) or {}
+    return next((value for pattern, value in own.items() if re.match(rf"(.*\.)?({pattern})$", layer)), settings[name])
 
 
 def _is_rank(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,10 +38,10 @@ def plain() -> Two:
     return Two()
 
 
-def saved(folder: Path, name: str, rank: int, targets: list[str]) -> Path:
+def saved(folder: Path, name: str, rank: int, targets: list[str], **settings: Any) -> Path:
     torch.manual_seed(rank)
     with peft_warnings_off():
-        config = LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=targets, init_lora_weights=False)
+        config = LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=targets, init_lora_weights=False, **settings)
         adapted = get_peft_model(plain(), config)
         adapted.save_pretrained(folder / name)
     return folder / name
@@ -60,6 +61,7 @@ def folders(tmp_path: Path) -> dict[str, Path]:
         ["other"] * 2,
         [None] * 4,
         [None, "other"],
+        ["high", "low", "low", None, "other"],
     ],
 )
 def test_rows_are_computed_as_by_peft_with_their_adapter_alone(folders: dict[str, Path], rows: list[str | None]) -> None:
@@ -76,6 +78,26 @@ def test_rows_are_computed_as_by_peft_with_their_adapter_alone(folders: dict[str
                 with peft_warnings_off():
                     alone = PeftModel.from_pretrained(alone, folders[name])  # type: ignore[arg-type]
             torch.testing.assert_close(found[row], alone(x_BTI[row]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"alpha_pattern": {"first": 7}, "rank_pattern": {"fir.t": 3, "first": 4}},
+        {"alpha_pattern": {"sec.*": 5, "second": 9}, "use_rslora": True},
+    ],
+)
+def test_a_layer_is_scaled_as_by_peft(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """By rsLoRA's root of the rank, and by patterns of layers' names, of which the first that fits counts."""
+    folder = saved(tmp_path, "own", 2, ["first", "second"], **settings)
+    model = plain()
+    Adapters(model, {"own": folder}).choose(["own"])
+    with peft_warnings_off():
+        reference: nn.Module = PeftModel.from_pretrained(plain(), folder)  # type: ignore[arg-type]
+    x_BTI = torch.randn(1, 3, 6)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x_BTI), reference(x_BTI), rtol=1e-5, atol=1e-5)
 
 
 def test_a_choice_holds_until_the_next(folders: dict[str, Path]) -> None:
