@@ -161,6 +161,17 @@ async def test_stream_ends_with_done_and_has_no_usage_chunk_unasked() -> None:
     assert response.headers["x-request-id"] == chunks[-1]["dmoa"]["trace_id"]
 
 
+async def test_every_chunk_before_the_usage_says_that_it_has_none() -> None:
+    """OpenAI's clients read the field of every chunk where they asked for it."""
+    asked = {"model": "tiny", "messages": QUESTION, "stream": True, "stream_options": {"include_usage": True}}
+    async with connect(make_app(FakeService(deltas=("The ans", "wer is 19.")))) as client:
+        response = await client.post(CHAT, json=asked)
+    *before, last = (json.loads(event.removeprefix("data: ")) for event in response.text.split("\n\n")[:-2])
+    assert len(before) > 3
+    assert all("usage" in chunk and chunk["usage"] is None for chunk in before)
+    assert (last["choices"], last["usage"]["total_tokens"]) == ([], 70)
+
+
 async def test_plain_completions_whole_and_streamed() -> None:
     async with official(FakeService()) as client:
         whole = await client.completions.create(model="tiny", prompt="2 + 2 =")

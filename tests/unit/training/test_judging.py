@@ -213,19 +213,20 @@ def half_explored(text: str) -> Episodes:
 
 
 def test_steps_explored_by_chance_move_neither_label_model_nor_competence() -> None:
-    spec, split = Gate(replace_spec()).spec, Split(train_Q=np.arange(10), held_Q=np.arange(10, 40))
+    spec, split = replace(replace_spec(), head="linear"), Split(train_Q=np.arange(10), held_Q=np.arange(10, 40))
     found = []
     for text in ("Answer: 5", "Answer: 17"):
         episodes = half_explored(text)
         model = fit_judge(episodes, np.arange(40), spec, seed=0)
         scale = judged(Scale(score="posterior", eta=1.0, anchors=None), model, episodes, spec)
         assert scale.target_NA is not None
-        scale.target_NA[20:] = 0.01 if text == "Answer: 5" else 0.99
+        scale.target_NA[20:] = [0.99, 0.5, 0.01] if text == "Answer: 5" else [0.01, 0.5, 0.99]
         gate = init_gate(spec, seed=0)
+        began = gate.head_bias.tolist()
         _credit_competence(gate, FittedTargets(episodes=episodes, data=build_data(episodes, split, scale), scale=scale))
         found.append((model.digest(), gate.head_bias.tolist()))
     assert found[0] == found[1]
-    assert any(found[0][1])
+    assert found[0][1] != began
 
 
 def replace_spec() -> Any:
