@@ -463,6 +463,9 @@ class ServerConfig(Node):
     """Names of a server without API keys, beside localhost, `host`, the machine's name and addresses; *: any."""
     ingress_replicas: int = Field(default=1, ge=1, le=256)
     """Processes that run the step loop."""
+    listener: Literal["ingress", "proxy"] = "ingress"
+    """Who listens where `dmoa serve` starts Ray: a single ingress itself, or Serve's proxy, which costs a hop a request and which
+    several apps may share. Elsewhere, and for several ingresses: always the proxy."""
 
 
 class TracingConfig(Node):

@@ -114,7 +114,8 @@ def _start(pools: Mapping[str, str], chain: tuple[int, int] | None, state_dir: s
         config = Config.model_validate_json(text)
         router = config.router.model_copy(update={"state_uri": f"file://{state_dir}/{app}"})
         apps.append(app)
-        config = config.model_copy(update={"router": router})
+        server = config.server.model_copy(update={"listener": "proxy"} if chain or len(pools) > 1 else {})  # apps share the proxy
+        config = config.model_copy(update={"router": router, "server": server})
         urls[app] = launch(config, port=port, app=app, route_prefix=f"/{app}").url
     if chain is not None:
         from ray import serve

@@ -27,17 +27,16 @@ from dmoa.types import RouterStatus
 if TYPE_CHECKING:
     from dmoa.serving.http.keeper import PortKeeper
 
-SERVE_FLAGS = {
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
-}
-"""Serve's flags for short hops; replicas keep no HTTP ports of their own, so the proxy alone listens."""
+_DIRECT = "RAY_SERVE_ENABLE_DIRECT_INGRESS"
+SERVE_FLAGS = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", _DIRECT: "0"}
+"""Serve's flags for short hops; the proxy alone listens, unless `server.listener` says otherwise."""
 PROXY_FLAGS = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "dmoa.serving.http.front:middlewares",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.3",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
 }
-"""Serve's settings for its proxy: the front that bounds what clients send, and a new proxy within seconds of a killed one."""
+"""Serve's settings for who listens: the front that bounds what clients send, a new proxy within seconds of a killed one, and an
+ingress that ends when its queries have."""
 _PATIENT = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30"}
 """Serve kills a proxy that takes more than 5 s to start, as on a busy machine, and then ends with an error."""
 START_TIMEOUT_S = 600.0
@@ -116,14 +115,15 @@ def launch(
         check_keys(config)
         check_corpus(config)
         listening.check_free(host, port)
-    from ray import serve
-
     mark = secrets.token_hex(16)
     say("starting Ray" if address is None else f"joining the Ray at {address}")
     if address is None and not ray_is_up():
-        _keep_port()  # before Ray starts, whose processes inherit where
+        # Before Ray starts, whose processes inherit where.
+        _keep_port(app if config.server.listener == "ingress" and config.server.ingress_replicas == 1 else None)
+    from ray import serve
+
     application, started_ray = _build(config, key_hashes, address, mark, policy_files)
-    host = _start_serve(host, port, is_here=started_ray)
+    host = _start_serve(host, port, app, is_here=started_ray)
     say(f"Ray is up; deploying pool {config.name}")
     target = serve.RunTarget(target=application, name=app, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
@@ -133,21 +133,28 @@ def launch(
     return _launched(url, config.name, app, started_ray=started_ray)
 
 
-def _keep_port() -> None:
-    """Have this process keep the port for Serve's proxy; where it cannot, the proxy keeps it alone."""
+def _keep_port(app: str | None) -> None:
+    """Have this process keep the port for the ingress of `app`, or for Serve's proxy, which keeps it alone where this fails."""
     global _keeper
-    from dmoa.serving.http.keeper import VARIABLE, PortKeeper
+    from dmoa.serving.http.keeper import APP_VARIABLE, VARIABLE, PortKeeper
 
     with contextlib.suppress(OSError):
         _keeper = PortKeeper()
         os.environ[VARIABLE] = _keeper.path
+        if app is not None:
+            os.environ.update({APP_VARIABLE: app, _DIRECT: "1"})
 
 
 def _close_port() -> None:
     global _keeper
     if _keeper is not None:
+        from dmoa.serving.http.keeper import APP_VARIABLE, VARIABLE
+
         _keeper.close()
         _keeper = None
+        del os.environ[VARIABLE]
+        if os.environ.pop(APP_VARIABLE, None) is not None:
+            os.environ[_DIRECT] = "0"
 
 
 def ray_is_up() -> bool:
@@ -162,8 +169,8 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _start_serve(host: str, port: int, *, is_here: bool) -> str:
-    """Start Serve's proxy, unless it runs; return the host that it listens on. Raises ConfigError, also for another port.
+def _start_serve(host: str, port: int, app: str, *, is_here: bool) -> str:
+    """Start Serve, unless it runs; return the host that is listened on. Raises ConfigError, also for another port.
 
     `is_here`: on this machine, with nothing running yet.
     """
@@ -179,6 +186,12 @@ def _start_serve(host: str, port: int, *, is_here: bool) -> str:
                 f"server.port is {port}; Serve listens on {options.host}:{options.port} on this Ray; give that port "
                 "(--port), or start a Ray of its own (no --address)"
             )
+        owner = _listening_app(running)
+        if owner not in {None, app}:
+            raise ConfigError(
+                f"app is {app!r}; the ingress of app {owner!r} has port {port} to itself on this Ray; start that one with "
+                "--set server.listener=proxy, which apps share, or this one on a Ray of its own (no --address)"
+            )
         return str(options.host)
     if is_here:
         listening.check_free(host, port)  # again: Ray took a while to start
@@ -193,6 +206,12 @@ def _start_serve(host: str, port: int, *, is_here: bool) -> str:
         why = f"server: Serve's proxy did not start on {host}:{port}: {last_words(error)}"
         raise DmoaError(f"{why}; start again, on another address if it is taken") from error
     return host
+
+
+def _listening_app(serve: Any) -> str | None:
+    """Return the app of a running Serve whose ingress listens itself, None where the proxy does."""
+    groups = serve.get_serve_details().get("target_groups", ())
+    return next((str(group["app_name"]) for group in groups if group.get("app_name") and group.get("targets")), None)
 
 
 def _build(

@@ -1,7 +1,8 @@
-"""Stands in Serve's proxy, before everything: bounds on what clients send and ask at once, and errors that an SDK understands.
+"""Stands before everything: bounds on what clients send and ask at once, and errors that an SDK understands.
 
-Serve's proxy hands a request on as soon as its headers are there, so that half-sent bodies fill the ingress, and tells in plain
-text of an app that is being deleted (404) or of an ingress that died (500). Here a body is read first, within a time and a size;
+It stands in the ingress where that listens itself, else in Serve's proxy. Serve hands a request on as soon as its headers are
+there, so that half-sent bodies fill the ingress, and tells in plain text of an app that is being deleted (404) or of an ingress
+that died (500). Here a body is read first, within a time and a size;
 a query too many is refused before any other process hears of it; and what Serve says itself becomes 503 with Retry-After.
 
 The bounds are those of the pool: its ingress tells them in a header of its answers (`FrontNotice`), so that one front serves
@@ -13,11 +14,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
@@ -26,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dmoa.errors import RequestError
 from dmoa.serving.http.connection import LINGER_S, bound_connections
 from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, error_response, problem, tidy
-from dmoa.serving.http.keeper import keep_port
+from dmoa.serving.http.keeper import APP_VARIABLE, innermost, keep_port, keep_silent
 from dmoa.serving.http.middleware import ASSETS, OPEN_PATHS, body_too_large, declared_bytes, too_many_queries
 
 BODY_S = 10.0
@@ -148,11 +149,9 @@ class Front:
 
     async def _learn_routes(self) -> None:
         """Wait until Serve's proxy, which is new, has heard of an app; what came before it was ready is queued here."""
-        serves: Any = self.app
-        while serves is not None and not hasattr(serves, "proxy_router"):
-            serves = getattr(serves, "app", None) or getattr(serves, "_app", None)
+        routes = getattr(innermost(self.app), "proxy_router", None)
         until_s = asyncio.get_running_loop().time() + ROUTES_S
-        while serves is not None and not self._knows_routes and not serves.proxy_router.ready_for_traffic(is_head=True)[0]:
+        while routes is not None and not self._knows_routes and not routes.ready_for_traffic(is_head=True)[0]:
             if asyncio.get_running_loop().time() > until_s:
                 break
             await asyncio.sleep(0.02)
@@ -354,10 +353,16 @@ def _key_of(scope: Scope) -> str:
 
 
 def middlewares() -> list[Middleware]:
-    """Bound the connections of this process and return its front; Serve's proxy calls this as it starts.
+    """Bound the connections of this process and return its front; whoever of Serve's processes listens calls this as it starts.
 
     By RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, which `dmoa serve` sets.
     """
+    from ray.serve.context import _get_internal_replica_context
+
     bound_connections()
-    keep_port()
+    replica, listener = _get_internal_replica_context(), os.environ.get(APP_VARIABLE)
+    if listener == (replica and replica.app_name):
+        keep_port()
+    elif replica is None:
+        keep_silent()
     return [Middleware(Front)]

@@ -1,9 +1,9 @@
-"""Keeps the port and its connections while Serve's proxy is away: a killed process loses no client's connection.
+"""Keeps the port and its connections while who answers is away: a killed process loses no client's connection.
 
-`dmoa serve` itself listens, and hands the listening socket to each new proxy; the proxy hands back a copy of every connection
-that it takes, and marks in shared memory what it is at: a query costs no call more. Where the proxy dies, who waits for an answer
-or asks now is told to try again (503) at the time when the next one is due (Retry-After); who asks after that waits for it.
-Connections without a query go to the next proxy.
+`dmoa serve` itself listens, and hands the listening socket to each new server: the ingress (`APP_VARIABLE`), or Serve's proxy.
+That hands back a copy of every connection that it takes, and marks in shared memory what it is at: a query costs no call more.
+Where it dies, who waits for an answer or asks now is told to try again (503) at the time when the next one is due (Retry-After);
+who asks after that, or while one takes the place of another, waits for it. Connections without a query go to the next one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http import httptools_impl
@@ -32,7 +33,9 @@ from dmoa.serving.http.connection import MAX_FILES, MAX_IDLE, BoundedProtocol, a
 from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, problem
 
 VARIABLE = "DMOA_PORT_KEEPER"
-"""Path of the keeper's socket, for Serve's proxy."""
+"""Path of the keeper's socket, for those who may listen."""
+APP_VARIABLE = "DMOA_PORT_APP"
+"""Name of the app whose ingress has the port; unset: Serve's proxy has it."""
 RETURN_S = 4.0
 """In what time another proxy is expected. Until then clients are told to come again when it is over; after that they wait for it:
 the official ones repeat a query twice, and would take a third refusal for good."""
@@ -41,7 +44,7 @@ PATIENCE_S = 120.0
 IDLE, ASKED, ANSWERING = range(3)
 """What a connection is at: nothing, a query that no byte was answered to, an answer under way."""
 _MESSAGE = struct.Struct("!cI")
-_OPENED, _CLOSED, _HELLO = b"+", b"-", b"="
+_OPENED, _CLOSED, _HELLO, _LEAVES = b"+", b"-", b"=", b"."
 _BATCH = 200
 """Sockets in one message; the kernel takes 253."""
 _BACKLOG = 2048
@@ -64,6 +67,7 @@ class _Proxy:
     states: mmap.mmap
     copies: dict[int, socket.socket] = field(default_factory=dict)
     """Of its connections, by the proxy's own number of each."""
+    listens: bool = True
 
 
 class PortKeeper:
@@ -173,6 +177,9 @@ class PortKeeper:
                 self._lose(link, proxy)
                 return
             kind, number = _MESSAGE.unpack(said)
+            if kind == _LEAVES:
+                proxy.listens = False
+                self._look_for_others(time.monotonic() - self._return_s)
             gone = proxy.copies.pop(number, None)
             if gone is not None:
                 gone.close()
@@ -183,20 +190,24 @@ class PortKeeper:
         self._selector.unregister(link)
         link.close()
         del self._proxies[link]
-        if not self._proxies:
-            self._away_since_s = time.monotonic()
+        self._look_for_others(time.monotonic())
         for number, copy in proxy.copies.items():
             state = proxy.states[number]
             copy.setblocking(False)
             if state == ASKED:
                 self._refuse(copy)
-            elif state == IDLE and not self._proxies:
+            elif state == IDLE and self._away_since_s < float("inf"):
                 self._idle.append(copy)
             else:
                 with suppress(OSError):
                     copy.shutdown(socket.SHUT_RDWR)
                 copy.close()
         proxy.states.close()
+
+    def _look_for_others(self, since_s: float) -> None:
+        """Where nobody listens any more, count from `since_s`."""
+        if self._away_since_s == float("inf") and not any(proxy.listens for proxy in self._proxies.values()):
+            self._away_since_s = since_s
 
     def _stand_in(self, *, is_due: bool) -> None:
         """Answer those who ask, or leave them to the next proxy."""
@@ -292,6 +303,11 @@ class KeptPort:
             return False
         return True
 
+    def leave(self) -> None:
+        """Tell the keeper that who asks from now on is for the next one."""
+        with suppress(OSError):
+            self._link.send(_MESSAGE.pack(_LEAVES, MAX_FILES))
+
     def closed(self, number: int, *, is_over: bool = True) -> None:
         """Have the copy closed. A connection that is over ends here: with a copy left, closing would not tell the client."""
         if is_over:
@@ -366,7 +382,10 @@ class _KeptCycle(httptools_impl.RequestResponseCycle):
 
 
 class _KeptServer(uvicorn.Server):
-    """uvicorn's server on the kept port, with the connections that were idle when the last one died."""
+    """uvicorn's server on the kept port, with the connections that were idle when the last one died.
+
+    An ingress that Serve replaces or ends stops to listen at once; its queries go on.
+    """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         kept = KeptProtocol.kept
@@ -380,6 +399,38 @@ class _KeptServer(uvicorn.Server):
                     lambda: KeptProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state), one
                 )
         kept.idle.clear()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look whether the ingress is to end; tell whether this server is."""
+        ends = getattr(getattr(innermost(self.config.loaded_app), "__self__", None), "_shutting_down", False)
+        self.should_exit = self.should_exit or ends
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what is idle, and wait for the rest."""
+        KeptProtocol.kept.leave()
+        await super().shutdown(sockets)
+
+
+class _SilentServer(uvicorn.Server):
+    """A server that does not listen: Serve starts a proxy beside an ingress that listens itself."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for own in sockets or ():
+            own.close()
+        self.servers, self.started = [], True
+
+
+def innermost(app: Any) -> Any:
+    """Return what the middlewares around it call."""
+    while (inner := getattr(app, "app", None) or getattr(app, "_app", None)) is not None:
+        app = inner
+    return app
+
+
+def keep_silent() -> None:
+    """Have the uvicorn server that this process starts next not listen."""
+    uvicorn.Server = _SilentServer  # type: ignore[misc]
 
 
 def keep_port(path: str | None = None) -> bool:
