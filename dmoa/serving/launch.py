@@ -33,10 +33,8 @@ SERVE_FLAGS = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_USE_GRPC_BY_DEF
 PROXY_FLAGS = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "dmoa.serving.http.front:middlewares",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.3",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
 }
-"""Serve's settings for who listens: the front that bounds what clients send, a new proxy within seconds of a killed one, and an
-ingress that ends when its queries have."""
+"""Serve's settings for who listens: the front that bounds what clients send, and a new proxy within seconds of a killed one."""
 _PATIENT = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30"}
 """Serve kills a proxy that takes more than 5 s to start, as on a busy machine, and then ends with an error."""
 START_TIMEOUT_S = 600.0
@@ -56,6 +54,7 @@ _LOCAL = "local"
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # an ingress ends when its queries have
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",  # else every process of Serve's works for its gauges ten times a second
     "RAY_task_events_max_num_task_in_gcs": "10000",  # else Ray's head grows by megabytes a minute, to 100,000 calls
 }

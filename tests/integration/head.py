@@ -6,15 +6,13 @@ Commands that start a Ray of their own take a third longer than those that join 
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,6 @@ from pathlib import Path
 import psutil
 
 from dmoa.serving.launch import PROXY_FLAGS, free_port
-from tests.integration.server import Served, serve
 
 RAY = str(Path(sys.executable).with_name("ray"))
 NUM_CPUS = 8
@@ -39,10 +36,6 @@ class Head:
     """Of its dashboard."""
     address: str
     """HOST:PORT for RAY_ADDRESS."""
-    serve_port: int
-    """Of Serve, which has one port on one Ray."""
-    pid: int
-    """The process that all of it runs below."""
     env: dict[str, str]
     """The environment of a shell in which it is known, without RAY_ADDRESS."""
 
@@ -60,23 +53,9 @@ class Head:
                 following.kill()
 
 
-def lasting_port() -> int:
-    """Return a free port that no connection gets by chance before it is used: it is below those that the kernel gives out."""
-    for port in random.sample(range(20_000, 32_000), 50):
-        with socket.socket() as sock, suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
-
-
 def environment() -> dict[str, str]:
     """Return this process's environment with the head to join that the tests share, if any; else without a Ray to join."""
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | _joined
-
-
-def serve_on(head: Head, config: Path, *, env: Mapping[str, str] | None = None) -> Served:
-    """Start `dmoa serve` for a pool file on the head, where one may run at a time, and wait until it answers."""
-    return serve(config, env=environment() | dict(env or {}), port=head.serve_port, root=head.pid)
 
 
 @contextmanager
@@ -141,7 +120,7 @@ def _start(folder: Path) -> tuple[Head, subprocess.Popen[bytes]]:
     ]
     with (folder / "head.log").open("wb") as log:
         running = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    return Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", lasting_port(), running.pid, env), running
+    return Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", env), running
 
 
 def _is_ready(head: Head, running: subprocess.Popen[bytes], folder: Path, *, must: bool) -> bool:

@@ -21,9 +21,9 @@ READY = re.compile(r"dmoa: ready at (\S+) \(pool (\S+), gate (\S+)\)")
 
 
 class Served:
-    """One server process with a Ray cluster of its own, or, with `root`, on the cluster below that process."""
+    """One server process with a Ray cluster of its own."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None, root: int | None = None) -> None:
+    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         self.lines: list[str] = []
         self.errors: list[str] = []
         self.process = subprocess.Popen(
@@ -36,7 +36,6 @@ class Served:
         )
         assert self.process.stdout is not None
         assert self.process.stderr is not None
-        self._root = self.process.pid if root is None else root
         self._drains = [
             threading.Thread(target=self._drain, args=(stream, kept), daemon=True)
             for stream, kept in ((self.process.stdout, self.lines), (self.process.stderr, self.errors))
@@ -69,7 +68,7 @@ class Served:
     def processes(self, title: str) -> list[psutil.Process]:
         """Return the cluster's processes whose title contains `title`, such as `ray::RouterActor`."""
         found = []
-        for process in psutil.Process(self._root).children(recursive=True):
+        for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
                 if title in " ".join(process.cmdline()):
                     found.append(process)
@@ -97,10 +96,8 @@ class Served:
         return status
 
 
-def serve(
-    config: Path, *options: str, env: Mapping[str, str] | None = None, port: int | None = None, root: int | None = None
-) -> Served:
-    """Start `dmoa serve` for a pool file, on a free port by default, and wait until it answers; `root` as for `Served`."""
+def serve(config: Path, *options: str, env: Mapping[str, str] | None = None, port: int | None = None) -> Served:
+    """Start `dmoa serve` for a pool file, on a free port by default, and wait until it answers."""
     command = [
         str(Path(sys.executable).with_name("dmoa")),
         "serve",
@@ -110,4 +107,4 @@ def serve(
         str(port or free_port()),
         *options,
     ]
-    return Served(command, env, root).wait_ready()
+    return Served(command, env).wait_ready()

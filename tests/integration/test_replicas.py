@@ -36,7 +36,7 @@ QUERIES = 16
 def server(tmp_path: Path) -> Iterator[Served]:
     path = tmp_path / "pool.yaml"
     path.write_text(CONFIG.replace("STATE", (tmp_path / "state").as_uri()), encoding="utf-8")
-    served = serve(path)
+    served = serve(path, "--set", "server.listener=proxy")
     yield served
     assert served.stop() == 0
 

@@ -1,4 +1,4 @@
-"""One server on the head for the tests of this folder, which break nothing."""
+"""One server with a Ray of its own, as `dmoa serve` starts it, for the tests of this folder, which break nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from dmoa.config import Config, load
-from tests.integration.head import Head, serve_on
-from tests.integration.server import Served
+from tests.integration.server import Served, serve
 
 KEYS = ("alpha-key", "beta-key")
 
@@ -42,7 +41,7 @@ def config(config_path: Path) -> Config:
 
 
 @pytest.fixture(scope="package")
-def server(config_path: Path, head: Head) -> Iterator[Served]:
-    served = serve_on(head, config_path, env={"DMOA_API_KEYS": ",".join(KEYS)})
+def server(config_path: Path) -> Iterator[Served]:
+    served = serve(config_path, env={"DMOA_API_KEYS": ",".join(KEYS)})
     yield served
     assert served.stop() == 0

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from openai import AsyncOpenAI
 
@@ -27,6 +32,9 @@ AGENT_FIELDS = {
 SUMMARIZER_FIELDS = {"mode", "verdict", "prompt_tokens", "cached_tokens", "completion_tokens", "latency_ms"}
 STEP_FIELDS = {"step", "k", "wall_ms", "mass", "agents", "summarizer"}
 DMOA_FIELDS = {"trace_id", "pool", "policy", "gate_version", "routed_by", "degraded", "stop_reason", "steps"}
+
+TITLES = ("ray::ServeReplica:dmoa:ingress", "ray::ProxyActor", "ray::ServeController")
+GCS = r"--gcs-address=(\S+)"
 
 
 @pytest.fixture
@@ -118,8 +126,28 @@ async def test_streaming_shows_steps_then_content_then_usage(client: AsyncOpenAI
 
 def test_what_is_loaded_and_ready_is_told_while_the_server_starts(server: Served) -> None:
     told = "".join(server.errors)
-    at = [told.index(part) for part in ("joining the Ray", "deploying pool swarm", "loading: ", "ready: agents ")]
+    at = [told.index(part) for part in ("starting Ray", "deploying pool swarm", "loading: ", "ready: agents ")]
     assert at == sorted(at)
+
+
+def test_the_ingress_listens_itself_and_shares_its_port_with_no_other_app(server: Served, config_path: Path) -> None:
+    port = int(server.url.rpartition(":")[2])
+    listening = {title for title in TITLES for process in server.processes(title) if port in ports_of(process)}
+    assert listening == {"ray::ServeReplica:dmoa:ingress"}
+    assert port in ports_of(psutil.Process(server.process.pid)), "which keeps it while the ingress is away"
+
+    address = next(found[1] for process in server.processes("raylet") if (found := re.search(GCS, " ".join(process.cmdline()))))
+    command = [str(Path(sys.executable).with_name("dmoa")), "serve", "--config", str(config_path), "--app", "second"]
+    second = subprocess.run(
+        [*command, "--port", str(port), "--address", address], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert second.returncode == 2
+    assert f"the ingress of app 'dmoa' has port {port} to itself" in second.stderr
+    assert "--set server.listener=proxy" in second.stderr
+
+
+def ports_of(process: psutil.Process) -> set[int]:
+    return {found.laddr.port for found in process.net_connections("tcp") if found.status == psutil.CONN_LISTEN}
 
 
 async def test_stream_ends_with_done(http: httpx.AsyncClient) -> None:

@@ -9,13 +9,28 @@ from collections.abc import AsyncIterator
 from contextlib import closing
 
 import pytest
+import uvicorn
+from ray.serve._private.http_util import RequestIdMiddleware
 from starlette.types import Receive, Scope, Send
 
-from dmoa.serving.http.keeper import IDLE, PortKeeper
+from dmoa.serving.http.keeper import IDLE, KeptProtocol, PortKeeper, _SilentServer
 from tests.unit.serving.fake_service import until
 from tests.unit.serving.test_http_connection import Client
 
 GET = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class Replica:
+    """Stands in for Serve's object, whose method is what Serve's server calls, behind middlewares."""
+
+    _shutting_down = False
+
+    async def asgi(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as `app`, or once Serve ends this replica."""
+        if scope["path"] == "/end":
+            self._shutting_down = True
+            await until(lambda: KeptProtocol.kept.port.fileno() < 0)
+        await app(scope, receive, send)
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,8 +47,6 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 def run(path: str, port: int) -> None:
     """Serve in a process of its own, as Serve's proxy does: on a socket of its own, unless a keeper gives it one."""
-    import uvicorn
-
     from dmoa.serving.http.connection import bound_connections
     from dmoa.serving.http.keeper import keep_port
 
@@ -42,7 +55,7 @@ def run(path: str, port: int) -> None:
     own = socket.socket()
     own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     own.bind(("127.0.0.1", port))
-    uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical")).run(sockets=[own])
+    uvicorn.Server(uvicorn.Config(RequestIdMiddleware(Replica().asgi), lifespan="off", log_level="critical")).run(sockets=[own])
 
 
 class Kept:
@@ -177,3 +190,29 @@ async def test_a_closed_connection_ends_for_its_client_too(kept: Kept) -> None:
     assert await answered(client) == (200, b"42")
     assert await client.is_closed()
     await until(lambda: not kept.copies())
+
+
+@pytest.mark.parametrize("kept", [(7200.0, 3600.0)], indirect=True)
+@pytest.mark.parametrize("is_last", [False, True], ids=["replaced", "ended"])
+async def test_an_ingress_that_is_to_end_stops_to_listen_and_who_asks_then_is_for_the_next(kept: Kept, is_last: bool) -> None:
+    kept.start()
+    ending = await kept.client(b"end")  # which is answered once nobody listens there
+    if is_last:
+        kept.keeper.stand_in()
+    assert await answered(ending) == (200, b"42")
+    assert await ending.is_closed()
+    late = await kept.client(b"late")
+    if not is_last:
+        assert kept.process is not None
+        kept.process.join(60)
+        kept.start()
+    assert (await answered(late))[0] == (503 if is_last else 200)
+
+
+async def test_a_silent_server_listens_nowhere() -> None:
+    with closing(socket.socket()) as own:
+        own.bind(("127.0.0.1", 0))
+        server = _SilentServer(uvicorn.Config(app, lifespan="off", log_level="critical"))
+        server.should_exit = True
+        await server.serve(sockets=[own])
+        assert (server.started, server.servers, own.fileno()) == (True, [], -1)
