@@ -25,6 +25,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dmoa.errors import RequestError
+from dmoa.serving.http.apart import Passage, serve_apart
 from dmoa.serving.http.connection import LINGER_S, bound_connections
 from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, error_response, problem, tidy
 from dmoa.serving.http.keeper import APP_VARIABLE, innermost, keep_port, keep_silent
@@ -365,4 +366,7 @@ def middlewares() -> list[Middleware]:
         keep_port()
     elif replica is None:
         keep_silent()
-    return [Middleware(Front)]
+    if replica is None:
+        return [Middleware(Front)]
+    serve_apart()
+    return [Middleware(Passage, asyncio.get_running_loop()), Middleware(Front)]
