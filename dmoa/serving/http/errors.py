@@ -153,6 +153,14 @@ def described(error: Exception) -> tuple[int, ErrorReply]:
     return status, problem(status, _SURPRISE if status == 500 else str(error), code)
 
 
+def last_event(path: str, error: RequestError) -> bytes:
+    """Return the server-sent events that end a stream at a path where it cannot go on."""
+    if path.rstrip("/").endswith("/responses"):
+        told = {"type": "error", "code": error.code, "message": str(error), "param": None}
+        return b"event: error\ndata: " + encode_json(told) + b"\n\n"
+    return b"data: " + encode_json(problem(error.status, str(error), error.code)) + b"\n\ndata: [DONE]\n\n"
+
+
 def error_response(error: Exception) -> Response:
     """Return the HTTP response of an error."""
     status, reply = described(error)

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dmoa.errors import RequestError
 from dmoa.serving.http.apart import Passage, serve_apart
 from dmoa.serving.http.connection import LINGER_S, bound_connections
-from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, error_response, problem, tidy
+from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, error_response, last_event, tidy
 from dmoa.serving.http.keeper import APP_VARIABLE, innermost, keep_port, keep_silent
 from dmoa.serving.http.middleware import ASSETS, OPEN_PATHS, body_too_large, declared_bytes, too_many_queries
 
@@ -324,13 +324,8 @@ class _Answer:
         if self._status == 0 or self._is_serves:
             await self._fail(lost)
         elif self._is_stream:
-            await self._send({"type": "http.response.body", "body": self._last_event(lost), "more_body": False})
-
-    def _last_event(self, error: RequestError) -> bytes:
-        if self._scope["path"].rstrip("/").endswith("/responses"):
-            told = {"type": "error", "code": error.code, "message": str(error), "param": None}
-            return b"event: error\ndata: " + encode_json(told) + b"\n\n"
-        return b"data: " + encode_json(problem(error.status, str(error), error.code)) + b"\n\ndata: [DONE]\n\n"
+            body = last_event(self._scope["path"], lost)
+            await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _fail(self, error: RequestError) -> None:
         self._is_done = True

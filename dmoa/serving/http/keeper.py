@@ -29,8 +29,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http import httptools_impl
 
+from dmoa.errors import RequestError
 from dmoa.serving.http.connection import MAX_FILES, MAX_IDLE, BoundedProtocol, allow_files
-from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, problem
+from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, last_event, problem
 
 VARIABLE = "DMOA_PORT_KEEPER"
 """Path of the keeper's socket, for those who may listen."""
@@ -41,8 +42,8 @@ RETURN_S = 4.0
 the official ones repeat a query twice, and would take a third refusal for good."""
 PATIENCE_S = 120.0
 """How long a proxy may be away while clients wait for it; after that they are told to try again as well."""
-IDLE, ASKED, ANSWERING = range(3)
-"""What a connection is at: nothing, a query that no byte was answered to, an answer under way."""
+IDLE, ASKED, ANSWERING, STREAMING, RESPONDING = range(5)
+"""What a connection is at: nothing, a query without an answer yet, an answer under way; a stream of chat, one of responses."""
 _MESSAGE = struct.Struct("!cI")
 _OPENED, _CLOSED, _HELLO, _LEAVES = b"+", b"-", b"=", b"."
 _BATCH = 200
@@ -54,8 +55,12 @@ _HELLO_S = 20.0
 _LOG = logging.getLogger("dmoa.port")
 
 
+_LOST = RequestError("the process that held this connection was lost; try again", code="server_lost", status=503)
+_LAST_EVENTS = {STREAMING: last_event("/chat/completions", _LOST), RESPONDING: last_event("/responses", _LOST)}
+
+
 def _refusal(retry_after_s: int) -> bytes:
-    body = encode_json(problem(503, "the process that held this connection was lost; try again", "server_lost"))
+    body = encode_json(problem(_LOST.status, str(_LOST), _LOST.code))
     lines = ("HTTP/1.1 503 Service Unavailable", "content-type: application/json", f"content-length: {len(body)}")
     return "\r\n".join((*lines, f"retry-after: {retry_after_s}", "connection: close", "", "")).encode() + body
 
@@ -200,6 +205,8 @@ class PortKeeper:
                 self._idle.append(copy)
             else:
                 with suppress(OSError):
+                    if event := _LAST_EVENTS.get(state):
+                        copy.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
                     copy.shutdown(socket.SHUT_RDWR)
                 copy.close()
         proxy.states.close()
@@ -367,7 +374,16 @@ class KeptProtocol(BoundedProtocol):
 
 
 class _KeptCycle(httptools_impl.RequestResponseCycle):
-    """uvicorn's request and response, which tells when the first byte is about to be answered."""
+    """uvicorn's request and response, which tells when the first byte is about to be answered, and of what."""
+
+    async def send(self, message: Any) -> None:
+        """Send; of a stream in chunks, mark that it ends with an event where its server dies between two of them."""
+        await super().send(message)
+        protocol = getattr(self.on_response, "__self__", None)
+        if message["type"] != "http.response.start" or not self.chunked_encoding or not isinstance(protocol, KeptProtocol):
+            return
+        if any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]):
+            protocol.mark(RESPONDING if self.scope["path"].rstrip("/").endswith("/responses") else STREAMING)
 
     @property
     def response_started(self) -> bool:

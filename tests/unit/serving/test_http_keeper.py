@@ -34,8 +34,14 @@ class Replica:
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer at once, never, or half."""
+    """Answer at once, never, half, or with a stream that goes on."""
     path = scope["path"]
+    if path.startswith("/v1/"):
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream; charset=utf-8")]}
+        )
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        await asyncio.Event().wait()
     if path == "/never":
         await asyncio.Event().wait()
     length = b"4" if path == "/half" else b"2"
@@ -137,6 +143,23 @@ async def test_a_killed_server_loses_no_connection(kept: Kept) -> None:
     kept.start()
     for client in (waiting, fresh, late):
         assert await answered(client) == (200, b"42"), "the next server has the connection"
+
+
+@pytest.mark.parametrize(
+    ("path", "event"), [(b"v1/chat/completions", b'data: {"error":'), (b"v1/responses/", b'event: error\ndata: {"type":"error",')]
+)
+async def test_a_stream_whose_server_is_killed_ends_with_an_event(kept: Kept, path: bytes, event: bytes) -> None:
+    kept.start()
+    client = await kept.client(path)
+    await client.reader.readuntil(b"data: 1\n\n\r\n")
+    kept.kill()
+    async with asyncio.timeout(60.0):
+        length = int(await client.reader.readline(), 16)
+        last = await client.reader.readexactly(length)
+        assert await client.reader.read() == b"\r\n0\r\n\r\n", "the stream's own end"
+    assert last.startswith(event)
+    assert b"server_lost" in last
+    assert last.endswith(b"data: [DONE]\n\n") == (b"chat" in path)
 
 
 @pytest.mark.parametrize("kept", [(0.0, 0.0), (60.0, 60.0)], indirect=True)

@@ -1,0 +1,109 @@
+"""An HTTP server in a thread of its own: what passes between it and the app's event loop, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, closing
+
+import httpx
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from dmoa.serving.http.apart import Passage, serve_apart
+from dmoa.serving.http.front import Bounds, Front
+from tests.unit.serving.fake_service import until
+
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+async def reply(send: Send, *pieces: bytes) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for piece in pieces:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    monkeypatch.setattr(uvicorn, "Server", uvicorn.Server)  # to be restored
+    serve_apart()
+
+    @asynccontextmanager
+    async def serving(app: App, queries: int = 256) -> AsyncIterator[str]:
+        front = Front(Passage(app, asyncio.get_running_loop()))
+        front._any.bounds = Bounds(queries=queries)
+        with closing(socket.socket()) as own:
+            own.bind(("127.0.0.1", 0))
+            server = uvicorn.Server(uvicorn.Config(front, lifespan="off", log_level="critical"))
+            running = asyncio.create_task(server.serve([own]))
+            try:
+                await until(lambda: server.started)
+                yield f"http://127.0.0.1:{own.getsockname()[1]}"
+            finally:
+                server.should_exit = True
+                await running
+
+    return serving
+
+
+async def test_who_is_refused_does_not_wait_for_the_apps_work(serve: Callable[..., object]) -> None:
+    is_busy, is_refused = threading.Event(), threading.Event()
+    threads: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        threads.append(threading.current_thread().name)
+        assert (await receive())["body"] == b"first"
+        is_busy.set()
+        assert is_refused.wait(30), "the loop of the app stands still until then"
+        await reply(send, b"done")
+
+    def clients(url: str) -> tuple[int, int]:
+        first: list[int] = []
+        asking = threading.Thread(target=lambda: first.append(httpx.post(url, content=b"first", timeout=60).status_code))
+        asking.start()
+        assert is_busy.wait(30)
+        second = httpx.post(url, content=b"second", timeout=60).status_code
+        is_refused.set()
+        asking.join()
+        return first[0], second
+
+    async with serve(app, queries=1) as url:  # type: ignore[attr-defined]
+        assert await asyncio.to_thread(clients, url) == (200, 429)
+    assert threads == [threading.current_thread().name]
+
+
+async def test_a_stream_comes_in_order_and_a_client_that_goes_away_is_told_of(serve: Callable[..., object]) -> None:
+    told: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        if scope["path"] == "/stream":
+            await reply(send, *(b"%d;" % number for number in range(200)))
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+        told.append((await receive())["type"])
+
+    async with serve(app) as url, httpx.AsyncClient(base_url=url, timeout=60) as http:  # type: ignore[attr-defined]
+        assert (await http.post("/stream")).text == "".join(f"{number};" for number in range(200))
+        async with http.stream("POST", "/half") as answer:
+            assert await anext(answer.aiter_raw()) == b"begun"
+        await until(lambda: told == ["http.disconnect"])
+
+
+async def test_an_app_that_fails_or_ends_without_an_answer_is_an_error(serve: Callable[..., object]) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/fails":
+            raise ValueError("a bug")
+        if scope["path"] == "/cancelled":
+            raise asyncio.CancelledError
+
+    async with serve(app) as url, httpx.AsyncClient(base_url=url, timeout=60) as http:  # type: ignore[attr-defined]
+        assert (await http.post("/fails")).status_code == 500
+        for path in ("/cancelled", "/silent"):
+            found = await http.post(path)
+            assert (found.status_code, found.json()["error"]["code"]) == (503, "server_lost")
