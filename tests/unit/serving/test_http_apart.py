@@ -63,10 +63,12 @@ async def test_who_is_refused_does_not_wait_for_the_apps_work(serve: Callable[..
 
     def clients(url: str) -> tuple[int, int]:
         first: list[int] = []
-        asking = threading.Thread(target=lambda: first.append(httpx.post(url, content=b"first", timeout=60).status_code))
+        asking = threading.Thread(
+            target=lambda: first.append(httpx.post(f"{url}/v1/first", content=b"first", timeout=60).status_code)
+        )
         asking.start()
         assert is_busy.wait(30)
-        second = httpx.post(url, content=b"second", timeout=60).status_code
+        second = httpx.post(f"{url}/v1/second", content=b"second", timeout=60).status_code
         is_refused.set()
         asking.join()
         return first[0], second
