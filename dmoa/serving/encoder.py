@@ -40,20 +40,60 @@ def bind_encoder(config: Config) -> Any:
     return serve.deployment(EncoderReplica).options(**options).bind(config.model_dump_json())
 
 
+MAX_CALLS = 2
+"""Calls of one ingress at a time: one that is worked on, and one that waits for it; texts that come meanwhile share the next."""
+
+
+class _Call:
+    """Texts that are asked for together, by their keys, and how many wait for them."""
+
+    def __init__(self) -> None:
+        self.texts: dict[bytes, str] = {}
+        self.num_waiting = 0
+        self.task: asyncio.Task[dict[bytes, FloatArray]] | None = None
+
+
 class ServeEncoder:
     """Reaches the encoder through its handle and remembers what it returned; implements `protocols.Encoder`."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
         self._cache: OrderedDict[bytes, FloatArray] = OrderedDict()
+        self._places = asyncio.Semaphore(MAX_CALLS)
+        self._next: _Call | None = None
 
     async def embed(self, texts: Sequence[str]) -> list[FloatArray]:
-        """Return one embedding per text, asking only for those not seen before."""
+        """Return one embedding per text, asking only for those not seen before. Raises AgentUnavailableError."""
         keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._cache}
         found = {key: self._cache[key] for key in keys if key in self._cache}
         if missing:
-            response = ask(self._handle.embed, list(missing.values())).response
+            found |= await self._asked(missing)
+        for key in keys:
+            self._cache[key] = found[key]
+            self._cache.move_to_end(key)
+        while len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
+        return [found[key] for key in keys]
+
+    async def _asked(self, texts: dict[bytes, str]) -> dict[bytes, FloatArray]:
+        """Return what the next call brings, of which these texts are a part; it ends with the last who waits for it."""
+        call = self._next = self._next or _Call()
+        call.texts |= texts
+        call.num_waiting += 1
+        call.task = call.task or asyncio.create_task(self._ask(call))
+        try:
+            return await asyncio.shield(call.task)
+        finally:
+            call.num_waiting -= 1
+            if not call.num_waiting and not call.task.done():
+                call.task.cancel()
+                self._next = None if self._next is call else self._next
+
+    async def _ask(self, call: _Call) -> dict[bytes, FloatArray]:
+        async with self._places:
+            self._next = None if self._next is call else self._next
+            response = ask(self._handle.embed, list(call.texts.values())).response
             try:
                 rows: list[FloatArray] = await response
             except asyncio.CancelledError:
@@ -61,10 +101,4 @@ class ServeEncoder:
                 raise
             except REPLICA_LOST_ERRORS as error:
                 raise AgentUnavailableError(f"encoder: {type(error).__name__}: its replica died or cannot be reached") from error
-            found.update(zip(missing, rows, strict=True))
-        for key in keys:
-            self._cache[key] = found[key]
-            self._cache.move_to_end(key)
-        while len(self._cache) > CACHE_SIZE:
-            self._cache.popitem(last=False)
-        return [found[key] for key in keys]
+            return dict(zip(call.texts, rows, strict=True))

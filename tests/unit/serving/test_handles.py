@@ -11,6 +11,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 with warnings.catch_warnings():
@@ -30,6 +31,7 @@ from dmoa.serving.encoder import ServeEncoder
 from dmoa.serving.handles import CarriedBody, ask, take_carried_bodies
 from dmoa.serving.http.front import BODY
 from dmoa.types import AgentCall, Limits, Query, Sampling
+from tests.unit.serving.fake_service import until
 
 QUERY = Query(trace_id="t", text="Who?", limits=Limits(max_steps=1, deadline_s=0.05))
 
@@ -138,7 +140,56 @@ async def test_nobody_waits_for_an_embedding_any_more() -> None:
     with suppress(asyncio.CancelledError):
         await task
     assert task.cancelled()
-    assert running.is_cancelled
+    await until(lambda: running.is_cancelled)
+
+
+async def test_texts_that_come_while_the_encoder_works_are_asked_for_together() -> None:
+    asked: list[list[str]] = []
+    ends: list[concurrent.futures.Future[Any]] = []
+
+    class Encoder:
+        def __init__(self) -> None:
+            self.embed = self
+
+        def remote(self, texts: list[str]) -> Any:
+            asked.append(texts)
+            ends.append(concurrent.futures.Future())
+            return DeploymentResponse(ends[-1], SimpleNamespace(request_id="r"))
+
+    encoder = ServeEncoder(Encoder())  # type: ignore[arg-type]
+    waiting = [asyncio.create_task(encoder.embed([text])) for text in "ab"]
+    await until(lambda: len(asked) == 1)  # both were there before the first call left
+    for text in ("c", "de", "ec"):
+        waiting.append(asyncio.create_task(encoder.embed(list(text))))
+        await until(lambda: len(asked) == 2)
+    gone = asyncio.create_task(encoder.embed(["f"]))
+    await asyncio.sleep(0)
+    gone.cancel()
+    for number in (0, 1, 2):
+        await until(lambda number=number: len(asked) > number)  # type: ignore[misc]
+        ends[number].set_result(Done([np.float32([ord(text)]) for text in asked[number]]))
+    assert asked[:2] == [["a", "b"], ["c"]]
+    assert sorted(asked[2]) == ["c", "d", "e", "f"], "as many as came meanwhile, and each of them once"
+    assert [[float(row[0]) for row in rows] for rows in await asyncio.gather(*waiting)] == [
+        [97],
+        [98],
+        [99],
+        [100, 101],
+        [101, 99],
+    ]
+    assert [float(row[0]) for row in await encoder.embed(["d"])] == [100]
+    assert len(asked) == 3
+
+
+class Done:
+    """A replica's answer that is there."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows = rows
+
+    async def get_async(self) -> Any:
+        """Return it."""
+        return self._rows
 
 
 async def test_a_query_that_no_ingress_takes_begins_again() -> None:
