@@ -20,7 +20,7 @@ from dmoa.training.adapt import Adapter, episodes_of, lesson_of
 from dmoa.training.dataset import Episodes
 from dmoa.training.distributed import SingleWorker
 from dmoa.training.intake import Intake, IntakeRules
-from dmoa.training.judging import right_probabilities
+from dmoa.training.judging import witnesses_of_steps
 from dmoa.training.options import AdaptSettings
 from dmoa.training.outcomes import Outcome
 from tests.streams import FINGERPRINT, KEYS, Asked, D, ScriptedPool
@@ -185,7 +185,7 @@ def _judged(record: Feedback, start: Deployed) -> Feedback:
     found, model = episodes_of(lesson_of(record), start.gate.spec), start.gate.label_model
     assert isinstance(found, Episodes)
     assert model is not None
-    right_A = right_probabilities(model, found, start.gate.spec)[0]
+    right_A = model.right_probability(witnesses_of_steps(found, np.arange(1), start.gate.spec))[0]
     (step,) = record.answer.steps
     replies = tuple(
         replace(reply, right_probability=float(right_A[start.pool.agents.index(reply.agent)])) for reply in step.replies

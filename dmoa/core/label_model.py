@@ -254,10 +254,6 @@ class LabelModel:
         foretold_RA: Array = 1 / (1 + np.exp(-self.logits(witnesses))) @ weight_K
         return foretold_RA
 
-    def log_likelihood(self, witnesses: Witnesses) -> float:
-        """Return the mean log probability of a row's pattern of answers."""
-        return float(self.truth(witnesses).log_likelihood_R.mean())
-
 
 def fit_label_model(witnesses: Witnesses, *, seed: int) -> LabelModel:
     """Return the label model of the witnesses."""

@@ -38,7 +38,6 @@ _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": 
 _FENCE = re.compile(r"```[^\n`]*\n?(.*?)(?:```|\Z)", re.DOTALL)
 _SCAFFOLD = re.compile(r"\[/?(?:PYTHON|ANSWER)\]", re.IGNORECASE)
 _CLOSING = {"[": "]", "(": ")", "{": "}"}
-_JSON_WORDS = {"true": True, "false": False, "null": None}
 
 
 @dataclass(frozen=True, slots=True)

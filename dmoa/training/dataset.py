@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dmoa.core.features import FEEDBACK_FEATURES, feedback
 from dmoa.core.gate import GateSpec
 from dmoa.core.in_step import read_classes
 from dmoa.core.scores import Array, BoolArray, reply_key
@@ -36,7 +37,7 @@ from dmoa.training.rollouts import (
     read_manifest,
     read_part,
 )
-from dmoa.types import FloatArray
+from dmoa.types import FloatArray, is_untrained
 
 COLUMNS = columns_with(LEARNED, MEASURE)
 """The columns of a rollout that training reads."""
@@ -414,7 +415,28 @@ def read_episodes(folders: Sequence[Path], spec: GateSpec, fingerprint: str, *, 
     for table in _stream(parts, fingerprint) if on_ray else (read_rollout_rows(*part, fingerprint) for part in parts):
         for place in table[FOLDER].unique().to_pylist():
             builder.add(table.filter(pc.equal(table[FOLDER], place)), place)
-    return builder.build()
+    episodes = builder.build()
+    return episodes if spec.preset == "paper" else as_asked(episodes, spec.max_agents)
+
+
+def as_asked(episodes: Episodes, max_agents: int) -> Episodes:
+    """Return the episodes with the feedback that a trained gate may read, where an untrained one collected dense steps.
+
+    That one asks as many agents as it may, a trained one few and sure ones. So feedback is made anew from the replies to the step
+    before: of 1 to `max_agents` agents, all numbers alike, on half of the steps the surest, else any. Deterministic. Source: ours.
+    """
+    begun = np.array([is_untrained(key.gate_version) for key in episodes.key_Q])
+    last_N = np.setdiff1d(episodes.dense_steps(np.flatnonzero(begun)), episodes.start_Q[1:] - 1)
+    if not len(last_N):
+        return episodes
+    rng, input_NX = np.random.default_rng(0), episodes.input_NX.copy()
+    nats_NA = np.where(episodes.ran_NA, episodes.sum_NA / np.maximum(episodes.tokens_NA, 1.0), np.inf)[last_N]
+    order_NA = np.where(rng.random((len(last_N), 1)) < 0.5, nats_NA, rng.random(nats_NA.shape)).argsort(axis=1, kind="stable")
+    count_N = rng.integers(1, min(max_agents, nats_NA.shape[1]) + 1, len(last_N))
+    for last, nats_A, order_A, count in zip(last_N, nats_NA, order_NA, count_N, strict=True):
+        nats = [float(value) for value in nats_A[order_A[:count]] if np.isfinite(value)]
+        input_NX[last + 1, -FEEDBACK_FEATURES:] = feedback(nats, len(nats), max_agents, float(input_NX[last + 1, -1]))
+    return dataclasses.replace(episodes, input_NX=input_NX)
 
 
 def read_rollout_rows(place: int, path: str, fingerprint: str) -> pa.Table:

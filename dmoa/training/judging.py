@@ -93,13 +93,6 @@ def fit_judge(
     )
 
 
-def right_probabilities(model: LabelModel, episodes: Episodes, spec: GateSpec) -> Array:
-    """Return the probability of each reply being right [N, A], given all replies of its step; NaN where there is none."""
-    witnesses = witnesses_of_steps(episodes, np.arange(len(episodes.input_NX)), spec)
-    right_NA: Array = np.where(witnesses.asked, model.right_probability(witnesses), np.nan)
-    return right_NA
-
-
 def judged(scale: Scale, model: LabelModel, episodes: Episodes, spec: GateSpec) -> Scale:
     """Return the scale with the label model, what replies are worth by it, and what the gate learns of them."""
     witnesses = witnesses_of_steps(episodes, np.arange(len(episodes.input_NX)), spec)

@@ -521,10 +521,10 @@ class TrainResult:
 class TrainContext:
     """What a training needs of the command that runs it."""
 
-    open_ray: Callable[[], AbstractContextManager[None]]
+    open_ray: Callable[[], AbstractContextManager[None]] = nullcontext
     """Joins or starts Ray; not called for a training in process."""
-    say: Say
-    watch: Callable[[EpochRecord, int], None]
+    say: Say = lambda text: None
+    watch: Callable[[EpochRecord, int], None] = lambda epoch, most: None
     """Called with each epoch of this session, and how many there may be."""
     command: str = ""
     code_revision: str = ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +71,6 @@ def train_all(
     from dmoa.training.ablations import ABLATIONS, left_out, train_ablation
     from dmoa.training.trainer import TrainContext
 
-    context = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
     found: dict[str, Path] = {}
     skipped = left_out(config)
     if skipped:
@@ -80,7 +78,7 @@ def train_all(
     names = [name for name in ABLATIONS if name not in skipped]
     for number, name in enumerate(names, 1):
         common.say(f"training {number} of {len(names)}: {name} ({ABLATIONS[name].summary})")
-        found[name] = (train or train_ablation)(name, rollouts, out, config, context, {"seed": seed})
+        found[name] = (train or train_ablation)(name, rollouts, out, config, TrainContext(), {"seed": seed})
     return found
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +62,7 @@ def without(rollouts: Path, suite: str, out: Path) -> Path:
 def trained_without(rollouts: Path, suite: str, config: Config, out: Path, seed: int) -> tuple[Gate, Checkpoint]:
     """Train a gate on the rollouts of all suites but one, in this process."""
     values = {"rollouts": without(rollouts, suite, out / "rollouts"), "out": out / "gate", "workers": 0, "track": "none"}
-    context = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
-    return checkpoint.load(run_training(TrainOptions.parse({**values, "seed": seed}), config, context).checkpoint)
+    return checkpoint.load(run_training(TrainOptions.parse({**values, "seed": seed}), config, TrainContext()).checkpoint)
 
 
 def adapt_to_unseen(

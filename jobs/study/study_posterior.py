@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ seed of those that are judged."""
 DRAWS, QUERIES = 5, 8
 SURE_NATS, UNSURE_NATS = 0.001, 3.0
 """Entropies that stand for right and wrong replies in the arm `labels`; the former is that of the made-up liar too."""
-CONTEXT = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
 
 
 def changed(table: pa.Table, values: Mapping[str, Sequence[Any]]) -> pa.Table:
@@ -108,7 +106,7 @@ def trained(found: Replies, config: Config, arm: str, seed: int, folder: Path) -
     options = TrainOptions.parse(
         {"rollouts": source, "out": folder / "gate", "score": score, "seed": seed, "workers": 0, "track": "none"}
     )
-    return checkpoint.load(run_training(options, config, CONTEXT).checkpoint)[0]
+    return checkpoint.load(run_training(options, config, TrainContext()).checkpoint)[0]
 
 
 def matrix_of(found: Replies, config: Config) -> tuple[AnswerMatrix, Values]:

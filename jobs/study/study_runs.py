@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ ROLLOUT_SEED = 100
 """Seeds of rollouts begin here, far from those of the matrices."""
 SHUFFLE_SEEDS = 100
 """Training seeds of one gate seed's shuffles lie so far apart."""
-CONTEXT = TrainContext(open_ray=nullcontext, say=lambda text: None, watch=lambda epoch, most: None)
 Values = np.ndarray[Any, Any]
 Matrices = Mapping[str, AnswerMatrix]
 """By suite."""
@@ -197,7 +195,7 @@ def gate(
     key = "_".join(f"{option}-{value}" for option, value in sorted({**options, "shuffle": shuffle}.items()))
     out = study.out / "gates" / name / source.name / key
     seeded = {**options, "seed": seed + SHUFFLE_SEEDS * shuffle}
-    folder = train_ablation(ablation, source, out, pool(name), CONTEXT, seeded)
+    folder = train_ablation(ablation, source, out, pool(name), TrainContext(), seeded)
     return folder, *checkpoint.load(folder)
 
 

@@ -82,7 +82,7 @@ def test_competences_of_a_new_context_are_the_most_probable_ones() -> None:
     def against(at: np.ndarray) -> float:
         moved = dataclasses.replace(model, centre_CD=np.zeros((1, 0)), ability_CA=ability(at)[None])
         off = (at[0] - mean) ** 2 / _TOGETHER_SD**2 + (at[1] - _CARRIED[0]) ** 2 / _CARRIED[1] ** 2
-        return float(off + (at[2:] ** 2).sum() / _OWN_SD**2) / 2 - len(rows) * moved.log_likelihood(whole)
+        return float(off + (at[2:] ** 2).sum() / _OWN_SD**2) / 2 - moved.truth(whole).log_likelihood_R.sum()
 
     best = minimize(against, np.array([mean, 0.5, *np.zeros(A)]))
     found = table.model().ability_CA[1]

@@ -37,7 +37,7 @@ from dmoa.testing import (
 )
 from dmoa.trace import Trace, read_traces, trace_of, write_traces
 from dmoa.training.dataset import EpisodeBuilder, Episodes
-from dmoa.training.judging import competence_bias, fit_judge, judged, learnt, right_probabilities, witnesses_of_steps
+from dmoa.training.judging import competence_bias, fit_judge, judged, learnt, witnesses_of_steps
 from dmoa.training.objective import Scale, Split, build_data
 from dmoa.training.trainer import FittedTargets, _credit_competence
 from dmoa.types import Answer, Limits, Query, supervision_of
@@ -137,8 +137,8 @@ def test_a_gate_learns_the_mean_of_what_the_step_says_and_what_its_kind_foretell
     right, target = scale.right_NA, scale.target_NA
     assert right is not None
     assert target is not None
-    assert right == pytest.approx(right_probabilities(model, episodes, spec), nan_ok=True)
     found = witnesses_of_steps(episodes, np.arange(20), spec)
+    assert right == pytest.approx(np.where(found.asked, model.right_probability(found), np.nan), nan_ok=True)
     each = [model.foretold(found.only(np.arange(3) == np.full((20, 1), agent)))[:, agent] for agent in range(3)]
     usual = model.foretold(replace(found, doubt_RA=usual_doubts(found)))
     assert target[3:] == pytest.approx((right[3:] + usual[3:]) / 2)
