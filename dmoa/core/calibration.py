@@ -101,11 +101,6 @@ class OperatingPoint:
     regret: float
     """Score of the surest agent asked minus that of the surest of all, at most `MAX_REGRET`, mean."""
 
-    @property
-    def tau(self) -> float:
-        """Mass that the active set must reach."""
-        return 1.0 - self.mass_left
-
 
 def fit_operating_point(
     spec: GateSpec,

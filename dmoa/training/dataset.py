@@ -423,7 +423,7 @@ def as_asked(episodes: Episodes, max_agents: int) -> Episodes:
     """Return the episodes with the feedback that a trained gate may read, where an untrained one collected dense steps.
 
     That one asks as many agents as it may, a trained one few and sure ones. So feedback is made anew from the replies to the step
-    before: of 1 to `max_agents` agents, all numbers alike, on half of the steps the surest, else any. Deterministic. Source: ours.
+    before: of 1 to `max_agents` agents, all numbers alike, on half of the steps the surest, else any. Deterministic. Ours.
     """
     begun = np.array([is_untrained(key.gate_version) for key in episodes.key_Q])
     last_N = np.setdiff1d(episodes.dense_steps(np.flatnonzero(begun)), episodes.start_Q[1:] - 1)

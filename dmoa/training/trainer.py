@@ -45,7 +45,7 @@ from dmoa.training.judging import (
     witnesses_of_steps,
 )
 from dmoa.training.loop import TrainJob, train_gate
-from dmoa.training.objective import Batches, IndexArray, Scale, TrainingData, anchor_sample, build_data, fit_scale, split_episodes
+from dmoa.training.objective import Batches, Scale, TrainingData, anchor_sample, build_data, fit_scale, split_episodes
 from dmoa.training.options import TrainOptions
 from dmoa.training.outcomes import read_outcomes
 from dmoa.training.rollouts import Manifest, RolloutFolder
@@ -134,7 +134,7 @@ def prepare_training(options: TrainOptions, start: InitialGate, manifests: Seque
     sample, anchors_of = anchor_sample(episodes, split.train_Q, spec.embedding_dim), "rollouts"
     if options.anchor_rollouts is not None:
         others = read_episodes([options.anchor_rollouts], spec, start.fingerprint, on_ray=on_ray)
-        sample, anchors_of = anchor_sample(others, _all(others), spec.embedding_dim), others.digest()
+        sample, anchors_of = anchor_sample(others, np.arange(len(others.key_Q)), spec.embedding_dim), others.digest()
     scale = fit_scale(
         episodes,
         split,
@@ -166,7 +166,7 @@ def prepare_training(options: TrainOptions, start: InitialGate, manifests: Seque
         "episodes": len(split.train_Q),
         "held_back_episodes": len(split.held_Q),
         "steps": len(episodes.input_NX),
-        "dense_steps": len(episodes.dense_steps(_all(episodes))),
+        "dense_steps": len(episodes.dense_steps(np.arange(len(episodes.key_Q)))),
         "options": options.identity(),
         "supervision": supervision,
     }
@@ -205,10 +205,6 @@ def tell_trusted(training_set: TrainingSet) -> list[str]:
     """Return a line for every context of the label model, if there is one: what it goes by."""
     model = training_set.evidence.scale.label_model
     return [] if model is None else tell_trust(model, training_set.job.spec.agents)
-
-
-def _all(episodes: Episodes) -> IndexArray:
-    return np.arange(len(episodes.key_Q))
 
 
 def _targets(scale: Scale) -> str:
@@ -417,7 +413,7 @@ def _credit_competence(gate: Gate, evidence: FittedTargets) -> None:
 
 
 def _fitted(spec: GateSpec, point: OperatingPoint) -> GateSpec:
-    return dataclasses.replace(spec, mass=point.tau, fitted_left=point.mass_left, theta=point.theta)
+    return dataclasses.replace(spec, mass=1.0 - point.mass_left, fitted_left=point.mass_left, theta=point.theta)
 
 
 def build_trained(

@@ -149,18 +149,20 @@ def embeddings(study: Study, split: str, found: Matrices) -> dict[str, Values]:
         return {name: stored[name] for name in found}
 
 
-def rollouts(study: Study, name: str, seed: int, *, suites: Sequence[str] = SINGLE, queries: int | None = None) -> Path:
+def rollouts(study: Study, name: str, seed: int, *, suites: Sequence[str] = SINGLE, difficulty: int = 1) -> Path:
     """Collect dense rollouts of a pool, or take those that are there; their labels lie apart."""
     key = "-".join(suites) if tuple(suites) != SINGLE else "main"
-    out = study.out / "rollouts" / name / f"{key}-{seed}"
+    key += f"-{seed}" if difficulty == 1 else f"-{difficulty}-{seed}"
+    out = study.out / "rollouts" / name / key
     settled = out / "settled"  # gates are trained on it: nothing may be added any more
     if not settled.exists():
         values = {
             "benchmarks": ",".join(suites),
             "split": "gate",
-            "limit": queries or study.queries,
+            "difficulty": difficulty,
+            "limit": study.queries if tuple(suites) == SINGLE else study.relay_queries,
             "seed": ROLLOUT_SEED + seed,
-            "labels": study.out / "labels" / name / f"{key}-{seed}",
+            "labels": study.out / "labels" / name / key,
         }
         collected(study, out, pool(name), values)
         settled.touch()

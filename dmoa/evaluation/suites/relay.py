@@ -1,8 +1,9 @@
-"""The suite `relay`: cards are answered d steps after the gate has seen them. A unit test of a router's memory.
+"""The suite `relay`: cards are answered d steps after the gate has seen them, or at once. A unit test of a router's memory.
 
 Four cards, each uniformly from one of three suites. At step t the gate reads the constant query and the newest card
 c_t; the agents see c_(t-d) alone. Steps t <= d have nothing to answer and are not scored. The newest card says nothing
-about the pending one, so the best memoryless router is right 1/3 of the time; one that remembers can always be right.
+about the pending one, so the best memoryless router is right 1/3 of the time; one that remembers can always be right. At
+once (d = 0) nothing is to be remembered: a control.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from dmoa.evaluation.suites.words import WORDS
 from dmoa.types import Stage
 
 NUM_CARDS = 4
+DELAYS = (1, 2, 3, 0)
+"""d by difficulty."""
 QUERY = "You are shown one card after the other. Answer each card when it is your turn. End with a line `Answer: ...`."
 WAIT = "Wait for the first card. End with a line `Answer: none`."
 
 
 @dataclass(frozen=True, kw_only=True)
 class RelaySuite(Suite):
-    """Rows of four stages; the difficulty is the delay d.
+    """Rows of four stages; the difficulty says the delay d.
 
     Label.gold: `answers` (per step, null where not scored), `delay`, `suites` (per step, the suite of the pending card, null
     where there is none), `tuples`, `roots` and `templates` (per card).
@@ -38,7 +41,7 @@ class RelaySuite(Suite):
     def groups(self, difficulty: int = 1) -> tuple[str, ...]:
         """Return the one group of a delay."""
         self._level(difficulty)
-        return (f"delay-{difficulty}",)
+        return (f"delay-{DELAYS[difficulty - 1]}",)
 
     def num_tuples(self, difficulty: int = 1) -> int:
         """Return the number of sequences of four cards."""
@@ -78,7 +81,8 @@ class RelaySuite(Suite):
         while True:
             yield self._deal([next(decks[int(rng.random() * len(decks))]) for _ in range(NUM_CARDS)], split, difficulty)
 
-    def _deal(self, cards: Sequence[Row], split: SuiteSplit, delay: int) -> Row:
+    def _deal(self, cards: Sequence[Row], split: SuiteSplit, difficulty: int) -> Row:
+        delay = DELAYS[difficulty - 1]
         pending: list[Row | None] = [*[None] * delay, *cards[: NUM_CARDS - delay]]
         stages = tuple(
             Stage(observation=newest.task.text, part=card.task.text if card else WAIT, has_history=False)
@@ -106,7 +110,9 @@ RELAY = RelaySuite(
     name="relay",
     title="relay (generated)",
     summary="Four cards, answered d steps after the gate saw them; the best memoryless router is right 1/3 of the time.",
-    levels=tuple(Level(meaning=f"cards are answered {delay} steps late", kinds=()) for delay in (1, 2, 3)),
+    levels=tuple(
+        Level(meaning=f"cards are answered {f'{delay} steps late' if delay else 'at once'}", kinds=()) for delay in DELAYS
+    ),
     suites=(ARITH, WORDS, CALENDAR),
 )
 """The suite `relay`."""

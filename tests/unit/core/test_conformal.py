@@ -134,7 +134,7 @@ def test_tau_covers_the_second_agent_of_a_sharp_gate(second: float) -> None:
     score = np.asarray([[1.0, 0.0, 2.0]] * 5)
     point = fit_operating_point(spec, logits, score, None, alphas=(0.5,), price=0.0)
     assert point.agents == 2.0
-    fitted = replace(spec, mass=point.tau, fitted_left=point.mass_left)
+    fitted = replace(spec, mass=1.0 - point.mass_left, fitted_left=point.mass_left)
     assert GateSpec.from_json(json.loads(json.dumps(fitted.to_json()))).mass_left == point.mass_left
     active = activate(
         logits, np.ones((5, 3), dtype=np.bool_), temperature=0.1, rule="top_mass", mass_left=fitted.mass_left,

@@ -95,7 +95,7 @@ def test_a_gate_whose_first_choice_is_always_the_surest_asks_one_agent_whatever_
     assert (found.alpha, found.agents, found.regret) == (ONE_FIRST, 1.0, 0.0)
     given = fit_operating_point(spec_of(3, cascade=False), logits, score, None, alphas=(0.9,), price=0.1)
     assert given.agents > 1.0
-    assert 0.0 < found.tau < 1e-5
+    assert 0.0 < 1.0 - found.mass_left < 1e-5
 
 
 def test_the_dearer_agents_are_the_fewer_are_asked() -> None:

@@ -172,8 +172,8 @@ def test_memory_alone_answers_no_other_row(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
-def test_chain_at_the_floor_is_not_informative() -> None:
-    judge = study("study_memory").judge_chain
+def test_a_control_at_the_floor_is_not_informative() -> None:
+    judge = study("study_memory").judge_control
     floor_GR = np.zeros((2, 200))
     found = judge(floor_GR, floor_GR)
     assert (found["passed"], found["informative"]) == (True, False)
