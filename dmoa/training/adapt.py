@@ -400,7 +400,8 @@ class Adapter:
         kept = self._kept()
         data = _data(kept, scale, self._spec)
         if scale.score == "posterior":
-            scale = judged(scale, _judge(scale), kept, self._spec)
+            assert scale.label_model is not None
+            scale = judged(scale, scale.label_model, kept, self._spec)
         evidence = FittedTargets(episodes=kept, data=dataclasses.replace(data, held_Q=data.train_Q), scale=scale)
         spec, _ = fit_spec(gate, evidence, _training(self._options))
         if spec.anchors is None:
@@ -475,11 +476,6 @@ def _is_comparable(episode: Episodes) -> bool:
     return bool((replied_NA.sum(axis=1) >= 2).any())
 
 
-def _judge(scale: Scale) -> Any:
-    assert scale.label_model is not None
-    return scale.label_model
-
-
 def _data(episodes: Episodes, scale: Scale | None, spec: GateSpec | None = None) -> TrainingData:
     """Return inputs and targets of episodes that are all learned from; raw scores without a scale."""
     everything = np.arange(len(episodes.key_Q))
@@ -487,7 +483,8 @@ def _data(episodes: Episodes, scale: Scale | None, spec: GateSpec | None = None)
     if scale is None or spec is None:
         return build_data(episodes, split, Scale(score="raw", eta=1.0, anchors=None))
     if scale.score == "posterior":
-        scale = judged(scale, _judge(scale), episodes, spec)
+        assert scale.label_model is not None
+        scale = judged(scale, scale.label_model, episodes, spec)
     return build_data(episodes, split, scale)
 
 

@@ -21,6 +21,7 @@ from dmoa.training.dataset import as_asked
 from tests.unit.training.in_process import train
 from tests.unit.training.test_objective import episodes_of
 
+Numbers = np.ndarray[Any, Any]
 K, STEPS = 3, 4
 QUERIES = 200
 
@@ -93,7 +94,7 @@ def test_feedback_of_a_trained_gate_and_of_sparse_steps_is_what_it_was() -> None
 DOMAINS = len(AGENTS)
 
 
-def cards(num_queries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def cards(num_queries: int, seed: int) -> tuple[Numbers, Numbers]:
     """The gate sees a card a step, and agents answer the one before: domains [Q, S] of the cards, embeddings [Q, S, 2D]."""
     rng, centre = np.random.default_rng(seed), np.random.default_rng(9)
     centres = centre.standard_normal((DOMAINS, 2 * CONTEXT_DIM)) / np.sqrt(2 * CONTEXT_DIM)
@@ -102,7 +103,7 @@ def cards(num_queries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return domain_QS, (0.6 * centres[domain_QS] + 0.4 * noise).astype(np.float32)
 
 
-def replies(domain_QS: np.ndarray, seed: int) -> np.ndarray:
+def replies(domain_QS: Numbers, seed: int) -> Numbers:
     """Mean entropies [Q, S, A]: the agent of the card before is sure, the others are not, each in its own way."""
     rng = np.random.default_rng(seed)
     nats_QSA = np.array([2.0, 8.0, 5.0]) * rng.uniform(0.3, 1.7, (*domain_QS.shape, DOMAINS))
@@ -111,7 +112,7 @@ def replies(domain_QS: np.ndarray, seed: int) -> np.ndarray:
     return nats_QSA
 
 
-def sent_home(gate: Gate, domain_QS: np.ndarray, x_QSD: np.ndarray, nats_QSA: np.ndarray, count: int) -> float:
+def sent_home(gate: Gate, domain_QS: Numbers, x_QSD: Numbers, nats_QSA: Numbers, count: int) -> float:
     """Share of the cards that go to their agent where each step reads what the gate's own `count` agents said."""
     num_queries = len(x_QSD)
     last_QF, hidden_QH, hits = np.zeros((num_queries, 4), np.float32), torch.zeros(num_queries, gate.spec.hidden), []
@@ -154,7 +155,7 @@ def test_a_gate_that_asks_one_agent_remembers_as_one_that_asks_three(tmp_path: P
         for place, agent in enumerate(AGENTS)
     ]
     folder = write_rollouts(tmp_path / "r", rows, config)
-    options = {"score": "anchored", "epochs": 10, "patience": 10, "seed": 0, "hidden": 32}
+    options: dict[str, Any] = {"score": "anchored", "epochs": 10, "patience": 10, "seed": 0, "hidden": 32}
     gate, _ = checkpoint.load(train(tmp_path / "t", folder, config, **options).checkpoint)
     domain_QS, x_QSD = cards(100, seed=3)
     shares = [sent_home(gate, domain_QS, x_QSD, replies(domain_QS, seed=4), count) for count in (1, 3)]
