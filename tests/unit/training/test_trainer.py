@@ -155,7 +155,8 @@ def test_texts_and_sources_are_not_read(score: str, config: Config, tmp_path: Pa
 def test_every_core_and_head_learns(core: str, head: str, rollouts: Path, config: Config, tmp_path: Path) -> None:
     result = train(tmp_path / "run", rollouts, config, core=core, head=head, epochs=40, lr=3e-3, patience=40)
     assert (result.record.head, checkpoint.load(result.checkpoint)[0].spec.core) == (head, core)
-    assert result.record.metrics["surest_share"] > 0.9
+    # Chance is a third. 10 of 12 is what a linear map makes of 18 queries once later steps have feedback, as real ones do.
+    assert result.record.metrics["surest_share"] > 0.8
 
 
 @pytest.mark.contract
