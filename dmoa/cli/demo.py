@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dmoa.evaluation.figures import Overall
     from dmoa.evaluation.results import Evaluation
     from dmoa.evaluation.run_folder import RunFolder
+    from dmoa.protocols import Encoder
     from dmoa.training.probe import ProbeReport
     from dmoa.training.trainer import TrainResult
     from dmoa.types import FloatArray
@@ -98,7 +100,9 @@ def tell(
     `counts`: questions shown, queries to learn from, held-out rows of each suite; and the seed of all three.
     """
     from dmoa.cli.serve import announce
+    from dmoa.serving.encoder import ServeEncoder
     from dmoa.serving.ending import Ending
+    from dmoa.serving.handles import reach
     from dmoa.serving.launch import free_port, launch, stop
 
     rows = generate(counts[0], counts[3])
@@ -120,12 +124,13 @@ def tell(
             trained = replace(common, overrides=(*common.overrides, f"gate.checkpoint={result.checkpoint}"))
             after, is_same_after = ask_and_replay(trained, trained.load(), launched.url, rows, out / "after")
             common.say(f"6 of 7: comparing on {counts[2]} held-out rows of each suite; every agent answers alone as well")
-            comparison = compare(once, briefly, out, result.checkpoint, (counts[2], counts[3]))
+            encoder = ServeEncoder(reach("encoder", APP))
+            comparison = compare(once, briefly, out, result.checkpoint, encoder, (counts[2], counts[3]))
         finally:
             if is_up:
                 common.say("stopping the swarm")
                 stop(APP, end_ray=True)
-        adaptation = show_adaptation(common, briefly, out, counts[3])
+        adaptation = show_adaptation(common, briefly, out, encoder, counts[3])
     record = {
         "gate_versions": [launched.gate_version, result.record.version],
         "replay_identical": is_same and is_same_after,
@@ -141,7 +146,7 @@ def tell(
     return record, commands
 
 
-def show_adaptation(common: Common, config: Config, out: Path, seed: int) -> list[dict[str, Any]]:
+def show_adaptation(common: Common, config: Config, out: Path, encoder: Encoder, seed: int) -> list[dict[str, Any]]:
     """Show how a gate that was trained without one suite learns it from that suite's queries; returns what `--json` says."""
     from dmoa.evaluation.run_folder import RunFolder
     from dmoa.workflows.unseen import show_unseen, told
@@ -149,7 +154,7 @@ def show_adaptation(common: Common, config: Config, out: Path, seed: int) -> lis
     suite = DEMO_SUITES[-1]
     common.say(f"7 of 7: a gate trained without {suite} meets its queries, one by one, and learns whom to ask")
     folder = RunFolder((out / "evaluation").absolute())
-    found = show_unseen(out / "rollouts", folder, config, DEMO_SUITES, suite, out / "adaptation", seed)
+    found = show_unseen(out / "rollouts", folder, config, encoder, DEMO_SUITES, out / "adaptation", seed)
     typer.echo("\n".join([f"\na skill that the gate was not trained on ({suite}), by held-out rows:", *told(found, suite)]))
     return [asdict(one) for one in found]
 
@@ -267,7 +272,9 @@ def learn(common: Common, config: Config, out: Path, queries: int, seed: int) ->
     return probe, result, [collecting, _command("probe", common, rollouts=rollouts), learning, install]
 
 
-def compare(common: Common, config: Config, out: Path, checkpoint: Path, held: tuple[int, int]) -> list[dict[str, Any]]:
+def compare(
+    common: Common, config: Config, out: Path, checkpoint: Path, encoder: Encoder, held: tuple[int, int]
+) -> list[dict[str, Any]]:
     """Evaluate every method on held-out rows, print them and what was gained; returns what `--json` says of each method.
 
     `held`: rows of each suite, and their seed.
@@ -277,7 +284,6 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held: t
     from dmoa.evaluation.answer_matrix import add_oracle, matrix_policies
     from dmoa.evaluation.figures import overall
     from dmoa.evaluation.records import EvaluateOptions
-    from dmoa.evaluation.run import finish_run
     from dmoa.evaluation.run_folder import RunFolder
     from dmoa.workflows.evaluate import run_evaluation
 
@@ -292,11 +298,11 @@ def compare(common: Common, config: Config, out: Path, checkpoint: Path, held: t
         "out": out / "evaluation",
         "call_cache": out / "calls",
     }
-    run_evaluation(EvaluateOptions.parse(values), config, common, _command("evaluate", common, **values), shows_result=False)
+    derive = partial(add_oracle, benchmarks=DEMO_SUITES, agents=config.agent_names)
+    command = _command("evaluate", common, **values)
+    evaluation = run_evaluation(EvaluateOptions.parse(values), config, common, command, shows_result=False, derive=derive)
     folder = RunFolder((out / "evaluation").absolute())
-    add_oracle(folder, DEMO_SUITES, config.agent_names)
-    evaluation = finish_run(folder)
-    methods, first = name_methods(evaluation, config.agent_names), first_steps(config, folder, checkpoint)
+    methods, first = name_methods(evaluation, config.agent_names), first_steps(config, folder, checkpoint, encoder)
     typer.echo(f"\n{config.name}: {len(DEMO_SUITES) * held_out} held-out questions, {held_out} of each suite")
     print_overall(evaluation, methods)
     tokens: Counter[str] = Counter()
@@ -340,17 +346,16 @@ def name_methods(evaluation: Evaluation, agents: Sequence[str]) -> dict[str, str
     return {**names, "dense": "everybody once"}
 
 
-def first_steps(config: Config, folder: RunFolder, checkpoint: Path) -> dict[str, FloatArray]:
+def first_steps(config: Config, folder: RunFolder, checkpoint: Path, encoder: Encoder) -> dict[str, FloatArray]:
     """Return the accuracy [G] of many untrained gates, and of the trained one, with one step a question: nobody is asked again.
 
-    Blocks while the encoder loads. Raises ConfigError where an agent has not answered every row.
+    Raises ConfigError where an agent has not answered every row.
     """
     from dmoa import checkpoint as checkpoints
-    from dmoa.agents.pool import build_encoder, build_pool_gate
+    from dmoa.agents.pool import build_pool_gate
     from dmoa.evaluation.answer_matrix import read_matrix
 
     matrices = [read_matrix(folder, suite, config.agent_names) for suite in DEMO_SUITES]
-    encoder = build_encoder(config)
     embedded = [np.stack(asyncio.run(encoder.embed([task.text for task in matrix.tasks]))) for matrix in matrices]
     seeds = (config.gate.model_copy(update={"seed": seed, "checkpoint": None}) for seed in range(NUM_UNTRAINED))
     untrained = [build_pool_gate(config.model_copy(update={"gate": gate}))[0] for gate in seeds]

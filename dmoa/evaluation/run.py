@@ -55,6 +55,8 @@ class Session:
     """Programs and texts that are judged at the same time."""
     open_ray: Callable[[], AbstractContextManager[None]]
     """Connects to Ray for as long as the passes run; bad input is refused before that."""
+    derive: Callable[[RunFolder], None] = lambda folder: None
+    """Adds lines of policies that ask nobody, once all others are judged."""
 
 
 def evaluate(session: Session) -> Evaluation:
@@ -81,6 +83,7 @@ def _locked(session: Session) -> Evaluation:
         info = _answer(session, info)
         score_all(folder, names, info.policies, scorers, session.score_at_once, session.watch)
     write_whole(folder.run, _json(info.model_copy(update={"ended_unix_s": time.time()})))
+    session.derive(folder)
     return finish_run(folder)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray import serve
 from ray._common.tls_utils import add_port_to_grpc_server
 from ray.serve import context
 from ray.serve._private import replica
@@ -43,6 +44,13 @@ class Sent:
         of it comes with the reply.
         """
         return bool(self.response._replica_result_future.done() or context._get_in_flight_requests(self.call_id))
+
+
+def reach(deployment: str, app: str) -> Any:
+    """Return a handle for processes that serve nothing: any event loop of this one may call through it."""
+    handle = serve.get_deployment_handle(deployment, app)
+    handle._init(_run_router_in_separate_loop=True)  # Serve would take its loop, were that running; our flags have it so
+    return handle
 
 
 def ask(handle: Any, *args: object) -> Sent:

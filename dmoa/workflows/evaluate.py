@@ -6,10 +6,11 @@ import asyncio
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -42,15 +43,15 @@ _REMOTE_PLACES = 32
 
 
 def run_evaluation(
-    options: EvaluateOptions, config: Config | None, common: Common, command: str, *, shows_result: bool = True
+    options: EvaluateOptions, config: Config | None, common: Common, command: str, *, shows_result: bool = True, **parts: Any
 ) -> Evaluation:
-    """Run an evaluation and show its result; `config` None evaluates the server at `options.url`.
+    """Run an evaluation and show its result; `config` None evaluates the server at `options.url`. `parts`: of the `Session`.
 
     Raises ConfigError, RequestError for bad input, DmoaError where it stops; what was answered is kept.
     """
     from dmoa.storage import display_path, localized
 
-    names = expand_names(options.benchmarks)
+    expand_names(options.benchmarks)  # unknown ones are refused first
     options = options.model_copy(update={"policies": POLICIES.resolve(expand_policies(options.policies, config), "--policies")})
     check_policies(options.policies, config, tuple(options.gates))
     if config is not None and options.defence is not None:
@@ -59,24 +60,24 @@ def run_evaluation(
     assert options.out is not None
     advice = f"the same command with --out {display_path(options.out)} --resume goes on from here"
     with goes_on(advice), localized(options, common.say, writes=("out",)) as here:
-        return _evaluated(here, config, names, common, command, shows_result=shows_result)
+        return _evaluated(here, config, common, command, shows_result=shows_result, **parts)
 
 
 def _evaluated(
-    options: EvaluateOptions, config: Config | None, names: tuple[str, ...], common: Common, command: str, *, shows_result: bool
+    options: EvaluateOptions, config: Config | None, common: Common, command: str, *, shows_result: bool, **parts: Any
 ) -> Evaluation:
     from dmoa.evaluation.records import CompareOptions
     from dmoa.evaluation.repeats import evaluate_repeatedly
     from dmoa.storage import display_path
 
     assert options.out is not None
-    folder = RunFolder(options.out.absolute())
+    folder, names = RunFolder(options.out.absolute()), expand_names(options.benchmarks)
     if isinstance(options, CompareOptions) and options.has_own_cache:
         options = options.model_copy(update={"call_cache": folder.root / "calls"})
     if options.resume and not folder.run.exists():
         common.say(f"--resume: {display_path(folder.root)!r} holds no run yet; one begins")
     with Bars(common.verbosity) as bars:
-        session = build_evaluation(options, config, names, folder, common, bars, command)
+        session = replace(build_evaluation(options, config, names, folder, common, bars, command), **parts)
         common.say(f"evaluating {', '.join(options.policies)} on {', '.join(names)}; the run lies in {display_path(folder.root)}")
         evaluation = evaluate_repeatedly(session, options.repeats if isinstance(options, CompareOptions) else 1)
     log_tables(evaluation, folder, options)

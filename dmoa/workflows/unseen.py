@@ -17,12 +17,13 @@ import pyarrow.compute as pc
 import torch
 
 from dmoa import checkpoint
-from dmoa.agents.pool import build_encoder, fingerprint
+from dmoa.agents.pool import fingerprint
 from dmoa.checkpoint import Checkpoint
 from dmoa.config import Config
 from dmoa.core.gate import Gate
 from dmoa.evaluation.answer_matrix import AnswerMatrix, Floats, gate_choices, read_matrix, replay_choices
 from dmoa.evaluation.run_folder import RunFolder
+from dmoa.protocols import Encoder
 from dmoa.storage import write_whole
 from dmoa.training.adapt import Adapter
 from dmoa.training.dataset import Episodes, read_episodes
@@ -84,14 +85,14 @@ def adapt_to_unseen(
 
 
 def show_unseen(
-    rollouts: Path, folder: RunFolder, config: Config, suites: Sequence[str], suite: str, out: Path, seed: int
+    rollouts: Path, folder: RunFolder, config: Config, encoder: Encoder, suites: Sequence[str], out: Path, seed: int
 ) -> list[Seen]:
-    """Train without one suite, adapt to it, and return how that went; `folder` has every agent's answers to held-out rows.
+    """Train without the last suite, adapt to it, and return how that went; `folder` has every agent's answers to held-out rows.
 
-    Blocks while the encoder loads. Raises ConfigError where an agent has not answered every row.
+    Raises ConfigError where an agent has not answered every row.
     """
+    suite = suites[-1]
     matrices = {name: read_matrix(folder, name, config.agent_names) for name in suites}
-    encoder = build_encoder(config)
     embedded = {
         name: np.stack(asyncio.run(encoder.embed([task.text for task in matrix.tasks]))) for name, matrix in matrices.items()
     }

@@ -1,8 +1,16 @@
-"""A server with a Ray of its own, and two agents on one LLM of two replicas: both are asked at once, no call is lost."""
+"""A server with a Ray of its own, and two agents on one LLM of two replicas: both are asked at once, no call is lost.
+
+Another process of its Ray reaches its encoder, as the demo does, from one event loop after another.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +18,7 @@ import httpx
 import psutil
 import pytest
 
+from dmoa.agents.embedder import HashEncoder
 from dmoa.loopback import is_loopback
 from tests.integration.server import Served, serve
 
@@ -30,6 +39,17 @@ limits: {max_steps: 2}
 router: {state_uri: "STATE"}
 """
 QUERIES = 16
+JOINED = """
+import asyncio, json, sys
+import ray
+from dmoa.serving.encoder import ServeEncoder
+from dmoa.serving.handles import reach
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+encoder = ServeEncoder(reach("encoder", "dmoa"))
+found = [asyncio.run(encoder.embed([text])) for text in ("one", "two", "one")]
+print(json.dumps([row[0].tolist() for row in found]))
+"""
 
 
 @pytest.fixture
@@ -56,6 +76,18 @@ async def test_all_agents_of_a_step_answer_and_both_replicas_work(server: Served
     assert len(agents) >= 2 * QUERIES
     assert len({agent["replica"] for agent in agents}) == 2
     assert not listening_elsewhere(server)
+
+
+def test_another_process_of_its_ray_reaches_its_encoder(server: Served) -> None:
+    address = re.search(r"--address (\S+)", "".join(server.lines))
+    assert address is not None
+    env = {**os.environ, "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}  # what a process that starts a server has set
+    command = [sys.executable, "-c", JOINED, address[1]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two, again = json.loads(done.stdout.splitlines()[-1])
+    expected = asyncio.run(HashEncoder().embed(["one", "two"]))
+    assert (one, two, again) == (expected[0].tolist(), expected[1].tolist(), expected[0].tolist())
 
 
 def listening_elsewhere(server: Served) -> dict[str, str]:
