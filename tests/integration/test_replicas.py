@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,8 +80,10 @@ async def test_all_agents_of_a_step_answer_and_both_replicas_work(server: Served
 
 
 def test_another_process_of_its_ray_reaches_its_encoder(server: Served) -> None:
-    address = re.search(r"--address (\S+)", "".join(server.lines))
-    assert address is not None
+    deadline = time.monotonic() + 30  # it says so after it is ready
+    while (address := re.search(r"--address (\S+)", "".join([*server.lines, *server.errors]))) is None:
+        assert time.monotonic() < deadline, server.lines
+        time.sleep(0.05)
     env = {**os.environ, "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}  # what a process that starts a server has set
     command = [sys.executable, "-c", JOINED, address[1]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
