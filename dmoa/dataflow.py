@@ -229,7 +229,10 @@ def actor_options(*, count: int, num_gpus: float, env: Mapping[str, str]) -> dic
         "batch_size": None,
         "batch_format": "pyarrow",
         "compute": ActorPoolStrategy(
-            size=count, enable_true_multi_threading=True, max_concurrent_calls_per_actor=SHARDS_UNDER_WAY
+            size=count,
+            enable_true_multi_threading=True,
+            max_concurrent_calls_per_actor=SHARDS_UNDER_WAY,
+            max_tasks_in_flight_per_actor=SHARDS_UNDER_WAY,  # Ray's twice as many all go to the first actor that is up
         ),
         "num_cpus": 1,
         "num_gpus": num_gpus or None,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoa.dataflow import bounded, shard_rows
+from dmoa.dataflow import SHARDS_UNDER_WAY, actor_options, bounded, shard_rows
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,9 @@ def test_the_number_of_shards_is_bounded_whatever_the_rows(num_rows: int, hands:
     rows = bounded(wanted, num_rows, hands)
     assert rows >= max(1, wanted)
     assert -(-num_rows // rows) <= max(500, 4 * hands)
+
+
+def test_an_actor_is_sent_no_more_shards_than_it_works_on() -> None:
+    """Ray Data sends them to whichever actor is up: what the first one holds beyond, a second one lacks a moment later."""
+    compute = actor_options(count=2, num_gpus=0.0, env={})["compute"]
+    assert compute.max_tasks_in_flight_per_actor == compute.max_concurrent_calls_per_actor == SHARDS_UNDER_WAY
