@@ -1,8 +1,9 @@
-"""Three hundred queries while replicas, the router and the proxy die, and one agent hangs, on *scripted agents*.
+"""Three hundred queries while replicas, the router, the proxy and the ingress die, and one agent hangs, on *scripted agents*.
 
-Eight in flight over HTTP; six SIGKILLs of replicas with agents, two of the router, one of Serve's proxy, at moments drawn from a
-seed; then one dedicated agent is stopped (SIGSTOP) and queries with a deadline of 4 s are asked. Judged: fewer kills than wanted
-fail the check; every query is answered or refused with a status that clients repeat, and no connection is lost; none is answered
+Eight in flight over HTTP; six SIGKILLs of replicas with agents, two of the router, one of Serve's proxy and one of the ingress,
+which listens itself, at moments drawn from a seed; then one dedicated agent is stopped (SIGSTOP) and queries with a deadline of
+4 s are asked. Judged: fewer kills than wanted fail the check; every query is answered or refused with a status that clients
+repeat, and no connection is lost; none is answered
 twice (the client's ledger against the server's traces); p95 at most three times that of a quiet run before; all agents answer
 again within 20 s; of the queries beside the stopped agent at most three are late, and none ends over its deadline. Asked by a
 raw client, which repeats nothing, and then by OpenAI's own, of which the same is judged after its repetitions.
@@ -31,8 +32,9 @@ from tests.cluster.swaps import write_pool
 from tests.integration.server import Served, serve
 
 QUERIES, QUIET, IN_FLIGHT = 300, 60, 8
-KILLS = ("replica", "router", "replica", "replica", "proxy", "replica", "router", "replica", "replica")
+KILLS = ("replica", "router", "replica", "replica", "proxy", "replica", "ingress", "router", "replica", "replica")
 TITLES = {"replica": "ray::ServeReplica:dmoa:agent-", "router": "ray::RouterActor", "proxy": "ray::ProxyActor"}
+TITLES["ingress"] = "ray::ServeReplica:dmoa:ingress"
 RETRYABLE = (408, 409, 429, 500, 502, 503, 504)
 BACK_S, FACTOR = 20.0, 3.0
 SLOW_S, MAX_SLOW = 0.7, 60
@@ -63,7 +65,7 @@ class Ledger:
     """Trace ids."""
     statuses: Counter[str] = field(default_factory=Counter)
     refused_connections: int = 0
-    """While the proxy was away."""
+    """While nobody listened."""
     slow: list[str] = field(default_factory=list)
     """What took long, and what the server says of it."""
     began: float = field(default_factory=time.monotonic)
