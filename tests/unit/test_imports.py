@@ -58,7 +58,7 @@ HOMES: dict[str, tuple[str, ...]] = {
 MAX_FILE_LINES = 700
 MAX_FUNCTION_LINES = 60
 SMALL_FILE_LINES = 60
-MAX_FILES = 276
+MAX_FILES = 277
 MEDIAN_LINES = (130, 250)
 MAX_LINES = 65_800
 """Of dmoa/ and jobs/, with room for the features under way; lowered to the next full hundred above what is left."""
