@@ -53,14 +53,26 @@ class _Call:
         self.task: asyncio.Task[dict[bytes, FloatArray]] | None = None
 
 
+class _Line:
+    """Those who ask in one event loop, of which there may be several, one after the other or in threads."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.places = asyncio.Semaphore(MAX_CALLS)
+        self.next: _Call | None = None
+
+    def leave(self, call: _Call) -> None:
+        """Let nobody join a call any more."""
+        self.next = None if self.next is call else self.next
+
+
 class ServeEncoder:
     """Reaches the encoder through its handle and remembers what it returned; implements `protocols.Encoder`."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
         self._cache: OrderedDict[bytes, FloatArray] = OrderedDict()
-        self._places = asyncio.Semaphore(MAX_CALLS)
-        self._next: _Call | None = None
+        self._line: _Line | None = None
 
     async def embed(self, texts: Sequence[str]) -> list[FloatArray]:
         """Return one embedding per text, asking only for those not seen before. Raises AgentUnavailableError."""
@@ -78,21 +90,24 @@ class ServeEncoder:
 
     async def _asked(self, texts: dict[bytes, str]) -> dict[bytes, FloatArray]:
         """Return what the next call brings, of which these texts are a part; it ends with the last who waits for it."""
-        call = self._next = self._next or _Call()
+        loop, line = asyncio.get_running_loop(), self._line
+        if line is None or line.loop is not loop:
+            line = self._line = _Line(loop)
+        call = line.next = line.next or _Call()
         call.texts |= texts
         call.num_waiting += 1
-        call.task = call.task or asyncio.create_task(self._ask(call))
+        call.task = call.task or loop.create_task(self._ask(call, line))
         try:
             return await asyncio.shield(call.task)
         finally:
             call.num_waiting -= 1
             if not call.num_waiting and not call.task.done():
                 call.task.cancel()
-                self._next = None if self._next is call else self._next
+                line.leave(call)
 
-    async def _ask(self, call: _Call) -> dict[bytes, FloatArray]:
-        async with self._places:
-            self._next = None if self._next is call else self._next
+    async def _ask(self, call: _Call, line: _Line) -> dict[bytes, FloatArray]:
+        async with line.places:
+            line.leave(call)
             response = ask(self._handle.embed, list(call.texts.values())).response
             try:
                 rows: list[FloatArray] = await response

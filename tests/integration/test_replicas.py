@@ -42,11 +42,13 @@ router: {state_uri: "STATE"}
 QUERIES = 16
 JOINED = """
 import asyncio, json, sys
-import ray
+from dmoa.serving.launch import start_ray
+
+assert not start_ray(sys.argv[1])
+
 from dmoa.serving.encoder import ServeEncoder
 from dmoa.serving.handles import reach
 
-ray.init(address=sys.argv[1], log_to_driver=False)
 encoder = ServeEncoder(reach("encoder", "dmoa"))
 found = [asyncio.run(encoder.embed([text])) for text in ("one", "two", "one")]
 print(json.dumps([row[0].tolist() for row in found]))

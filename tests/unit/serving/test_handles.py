@@ -181,6 +181,28 @@ async def test_texts_that_come_while_the_encoder_works_are_asked_for_together() 
     assert len(asked) == 3
 
 
+def test_texts_may_come_from_one_event_loop_after_the_other() -> None:
+    class Encoder:
+        def __init__(self) -> None:
+            self.embed = self
+
+        def remote(self, texts: list[str]) -> Any:
+            return response_of(Done([np.float32([ord(text)]) for text in texts]))
+
+    encoder = ServeEncoder(Encoder())  # type: ignore[arg-type]
+
+    async def some(texts: str) -> list[float]:
+        async def one(number: int, text: str) -> float:
+            for _ in range(number):  # each in a call of its own, so that some wait for a place
+                await asyncio.sleep(0)
+            return float((await encoder.embed([text]))[0][0])
+
+        return await asyncio.gather(*(one(number, text) for number, text in enumerate(texts)))
+
+    for texts in ("abcdefgh", "ijklmnop"):
+        assert asyncio.run(some(texts)) == [ord(text) for text in texts]
+
+
 class Done:
     """A replica's answer that is there."""
 

@@ -127,7 +127,7 @@ async def test_a_killed_server_loses_no_connection(kept: Kept) -> None:
     kept.start()
     assert await answered(waiting) == (200, b"42")
     asked, half = await kept.client(b"never"), await kept.client(b"half")
-    assert await half.reader.readuntil(b"42")
+    assert await half.reader.readuntil(b"\r\n\r\n42")
     fresh = await kept.client()  # it has asked nothing yet
     await until(lambda: (len(kept.copies()), kept.num_idle()) == (4, 2))
     kept.kill()
