@@ -34,20 +34,23 @@ class Passage:
                 for message in messages:
                     await send(message)
                 if messages[-1]["type"] == "http.response.body" and not messages[-1].get("more_body", False):
-                    request.is_over = True
                     return
-            with contextlib.suppress(asyncio.CancelledError):  # Serve ends in this way what a client went away from
-                await asyncio.wrap_future(running)
+            if not request.is_gone:
+                with contextlib.suppress(asyncio.CancelledError):  # in which the app may end
+                    await asyncio.wrap_future(running)
+        except asyncio.CancelledError:
+            running.cancel()
+            raise
         finally:
             watching.cancel()
-            if not request.is_over:
-                running.cancel()
 
     async def _watch(self, receive: Receive, request: _Request) -> None:
-        """Tell the app that its client went away."""
+        """Tell the app that its client went away, and wait no longer: it ends by itself."""
         while (await receive())["type"] != "http.disconnect":
             pass
+        request.is_gone = True
         self._loop.call_soon_threadsafe(request.gone.set)
+        request.answered.put_nowait(None)
 
 
 class _Request:
@@ -56,7 +59,7 @@ class _Request:
     def __init__(self, body: Message, server: asyncio.AbstractEventLoop) -> None:
         self.gone = asyncio.Event()
         self.answered: asyncio.Queue[list[Message] | None] = asyncio.Queue()
-        self.is_over = False
+        self.is_gone = False
         self._server = server
         self._body: Message | None = body
         self._start: list[Message] = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager, closing
 
 import httpx
@@ -95,6 +97,32 @@ async def test_a_stream_comes_in_order_and_a_client_that_goes_away_is_told_of(se
         async with http.stream("POST", "/half") as answer:
             assert await anext(answer.aiter_raw()) == b"begun"
         await until(lambda: told == ["http.disconnect"])
+
+
+async def test_the_place_of_a_client_that_goes_away_is_free_before_the_app_has_heard_of_it(serve: Callable[..., object]) -> None:
+    is_busy, is_refused = threading.Event(), threading.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        if scope["path"] == "/v1/cut":
+            is_busy.set()
+            assert is_refused.wait(30), "the loop of the app stands still until then"
+        await reply(send, b"done")
+
+    def clients(url: str) -> int:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as cut:
+            cut.sendall(b"POST /v1/cut HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+            assert is_busy.wait(30)
+        deadline = time.monotonic() + 30
+        with ThreadPoolExecutor(1) as pool:
+            while True:
+                asked = pool.submit(httpx.post, f"{url}/v1/next", timeout=60)
+                if not wait([asked], 0.2).done or time.monotonic() > deadline:  # it is let through, and the app stands still
+                    is_refused.set()
+                    return asked.result().status_code
+
+    async with serve(app, queries=1) as url:  # type: ignore[attr-defined]
+        assert await asyncio.to_thread(clients, url) == 200
 
 
 async def test_an_app_that_fails_or_ends_without_an_answer_is_an_error(serve: Callable[..., object]) -> None:
