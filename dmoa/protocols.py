@@ -35,7 +35,6 @@ class Engine(Protocol):
     @property
     def label(self) -> str:
         """Engine and the options that may change numbers, such as `transformers/float32`."""
-        ...
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Generate one continuation.
@@ -43,15 +42,12 @@ class Engine(Protocol):
         Cancelling the awaiting task frees the request's place in the batch within two token steps. Raises EngineError
         for a request that can never run (a prompt over the model's length, an unknown adapter).
         """
-        ...
 
     def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Generation]:
         """Generate one continuation, yielding pieces of text and last, exactly once, the whole Generation."""
-        ...
 
     async def close(self) -> None:
         """Stop the engine and free its memory; requests in flight fail with EngineError."""
-        ...
 
 
 class AgentClient(Protocol):
@@ -62,15 +58,12 @@ class AgentClient(Protocol):
 
         Raises AgentUnavailableError (its place is gone; the same call may succeed later) and AgentOverloadedError.
         """
-        ...
 
     def stream(self, call: AgentCall) -> AsyncIterator[TextDelta | AgentReply]:
         """Ask one agent, yielding pieces of text and last, exactly once, the whole reply. Raises as `call` does."""
-        ...
 
     async def ping(self, agent: str) -> None:
         """Return once the agent's place answers; waits for one that is coming up. Raises AgentUnavailableError."""
-        ...
 
 
 class Encoder(Protocol):
@@ -78,7 +71,6 @@ class Encoder(Protocol):
 
     async def embed(self, texts: Sequence[str]) -> list[FloatArray]:
         """Return one unit-length float32 [D] per text, in order; a text over the window is the mean of its chunks."""
-        ...
 
 
 class Router(Protocol):
@@ -86,11 +78,9 @@ class Router(Protocol):
 
     async def route(self, request: RouteRequest) -> RouteDecision:
         """Decide one step. Raises NoAgentError if every agent is unavailable, RoutingError for an unknown version."""
-        ...
 
     def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
         """Tell that an agent's place died; returns at once, the agent is masked for a while and until it answers again."""
-        ...
 
 
 class Policy(Protocol):
@@ -99,11 +89,9 @@ class Policy(Protocol):
     @property
     def name(self) -> str:
         """The name clients use, as in `POOL/NAME`."""
-        ...
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Return whom to ask next, or stop. Reads the state, changes nothing."""
-        ...
 
 
 class SwarmClient(Protocol):
@@ -116,11 +104,9 @@ class SwarmClient(Protocol):
         agent of the `single` policy, or the gate of `dmoa:NAME`, else None. Raises NoAgentError, EmptyAnswerError,
         DeadlineError, and RequestError for what only the engine can refuse (a prompt over the model's length).
         """
-        ...
 
     async def close(self) -> None:
         """Free what the client holds."""
-        ...
 
 
 OpenSwarm = Callable[[], SwarmClient]

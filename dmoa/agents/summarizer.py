@@ -49,7 +49,6 @@ class Summarizer(Protocol):
 
         `choose` is the step's rule for choosing a contribution.
         """
-        ...
 
 
 class SelectSummarizer:

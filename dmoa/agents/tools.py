@@ -92,16 +92,13 @@ class Tool(Protocol):
     @property
     def name(self) -> str:
         """The tag that calls it, as in the pool's `tools`."""
-        ...
 
     @property
     def description(self) -> str:
         """One sentence for the prompt: when and how to call it."""
-        ...
 
     async def run(self, argument: str) -> str:
         """Return the result, or one line that begins with `error:`. Never raises."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +139,6 @@ class SearchBackend(Protocol):
 
     async def search(self, query: str, k: int) -> list[Passage]:
         """Return at most k passages, the best first; empty where nothing matches."""
-        ...
 
 
 class Search:

@@ -162,7 +162,6 @@ class Predictor(Protocol):
 
     def __call__(self, query_D: FloatArray) -> Sequence[float]:
         """Return the expected reward of each agent."""
-        ...
 
 
 Fitted = TypeVar("Fitted")

@@ -35,15 +35,12 @@ class WorkerGroup(Protocol):
 
     def backward(self, sums: LossSums | None, parameters: Sequence[nn.Parameter]) -> GlobalLoss:
         """Leave the gradient of the global batch in the parameters; `sums` None: this worker has none of its queries."""
-        ...
 
     def agree(self, value: float) -> float:
         """Return the first worker's value to all of them."""
-        ...
 
     def share(self, value: Shared) -> Shared:
         """Return the first worker's value, anything that pickles, to all of them; what the others give is not read."""
-        ...
 
 
 class SingleWorker:

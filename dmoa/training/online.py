@@ -61,23 +61,18 @@ class Exchange(Protocol):
 
     def pull(self) -> Pulled:
         """Return what came since the last call."""
-        ...
 
     def gate(self, version: str) -> dict[str, bytes]:
         """Return the files of a version's checkpoint."""
-        ...
 
     def offer(self, files: dict[str, bytes], evidence: dict[str, Any]) -> dict[str, Any]:
         """Offer a gate and return what the router said."""
-        ...
 
     def explore(self, share: float, for_s: float) -> None:
         """Have a share of queries asked of all agents for some time."""
-        ...
 
     def is_asked_to_stop(self) -> bool:
         """Tell whether the job is to end."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

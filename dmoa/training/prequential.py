@@ -42,15 +42,12 @@ class AdaptiveSwarm(Protocol):
 
     def install(self, version: str, gate: Gate) -> None:
         """Let the queries that follow be routed by another gate."""
-        ...
 
     async def ask(self, query: Query) -> Answer:
         """Answer by the gate's own choice, and ask everybody else beside it, to learn from. Raises DmoaError."""
-        ...
 
     async def close(self) -> None:
         """Stop the engines."""
-        ...
 
 
 class AdaptingSwarm:

@@ -23,11 +23,13 @@ class Passage:
         self._loop = loop
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await send({"type": "websocket.close"})
-            return
         request = _Request(await receive(), asyncio.get_running_loop())
-        running = asyncio.run_coroutine_threadsafe(request.run(self.app, scope), self._loop)
+        answering = request.run(self.app, scope)
+        try:
+            running = asyncio.run_coroutine_threadsafe(answering, self._loop)
+        except RuntimeError:  # the app's loop has ended
+            answering.close()
+            return
         watching = asyncio.create_task(self._watch(receive, request))
         try:
             while messages := await request.answered.get():
@@ -49,8 +51,9 @@ class Passage:
         while (await receive())["type"] != "http.disconnect":
             pass
         request.is_gone = True
-        self._loop.call_soon_threadsafe(request.gone.set)
         request.answered.put_nowait(None)
+        with contextlib.suppress(RuntimeError):  # the app's loop has ended
+            self._loop.call_soon_threadsafe(request.gone.set)
 
 
 class _Request:

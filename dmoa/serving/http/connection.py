@@ -1,6 +1,7 @@
 """Bounds of one connection, before there is a request: its headers' bytes, number and time, and how long a client may not read.
 
-uvicorn's parser joins the pieces of a header line as they come, without a limit: one endless line stops the event loop.
+uvicorn's parser joins the pieces of a header line as they come, without a limit: one endless line stops the event loop. What it
+is not strict about, and another server before this one may read otherwise, is refused here. Another protocol is never taken up.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import resource
 from typing import ClassVar
 
+import httptools
 import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -17,6 +19,8 @@ from dmoa.serving.http.errors import encode_json, problem
 MAX_HEAD_BYTES = 65_536
 """Of a request line and its headers together, or of the trailers and the framing of a body."""
 MAX_HEADERS = 128
+MAX_WAITING = 64
+"""Requests of one connection that came before the answer to the first one."""
 MAX_OPENING = 512
 """Connections whose headers are not complete; the oldest one makes room for a new one."""
 MAX_IDLE = 2048
@@ -25,7 +29,11 @@ MAX_FILES = 65_536
 HEAD_S = 10.0
 """How long a connection may take for the headers of a request, from its first byte, or from its beginning."""
 STALL_S = 30.0
-"""How long a client may read nothing while the server has something to send."""
+"""In what time a client reads what there is to send, or `MIN_BYTES_PER_S`."""
+MIN_BYTES_PER_S = 16_384
+"""At least so fast bodies come and answers are read."""
+_ONCE = (b"host", b"authorization", b"content-type")
+"""Headers that have one value; of two, another server may believe the other one."""
 LINGER_S = 2.0
 """How long a refused client may go on sending, so that it reads the refusal before the connection is reset."""
 _FRAMING = 17
@@ -49,6 +57,9 @@ class BoundedProtocol(HttpToolsProtocol):
     """What came since the last byte of a body, or since the request began."""
     _is_in_head = True
     _is_refused = False
+    _unanswered = 0
+    """Requests that were handed on."""
+    _refusal = b""
     _fault: tuple[int, str, str] | None = None
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
@@ -61,17 +72,22 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the connection's timers."""
         self._end_wait()
+        self._end_stall()
         self.idle.pop(self, None)
-        self.resume_writing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, within the bounds."""
-        if self._is_refused:
-            return
-        self.idle.pop(self, None)
+        pieces = [memoryview(data)]
         self._extra_bytes += len(data)
-        super().data_received(data)
+        while pieces and not self._is_refused:
+            piece = pieces.pop()
+            try:
+                self.parser.feed_data(piece)
+            except httptools.HttpParserUpgrade as upgrade:
+                pieces = [piece[upgrade.args[0] :], memoryview(self._begun_again())]
+            except httptools.HttpParserError as error:
+                self._refuse(*(self._fault or (400, "bad_request", f"request: it is no HTTP/1.1 ({error}); send that")))
         if self._is_refused or self.transport.is_closing():
             return
         if self._extra_bytes > MAX_HEAD_BYTES:
@@ -79,13 +95,28 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._is_in_head and self._head_timer is None:
             self._wait_for_head()
 
+    def _begun_again(self) -> bytes:
+        """Return the head of a request that asks for another protocol as if it did not; its body would not be read else."""
+        lines = [name + b": " + value + b"\r\n" for name, value in self.headers if name != b"upgrade"]
+        version = self.parser.get_http_version().encode()
+        head = (self.parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n", *lines, b"\r\n")
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return b"".join(head)
+
     def on_message_begin(self) -> None:
         """Count a new request's bytes anew."""
         super().on_message_begin()
         self._is_in_head = True
+        self.idle.pop(self, None)
+        self._unset_keepalive_if_required()
+        if not self.flow.write_paused:
+            self._end_stall()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, or a trailer."""
+        """Take a header; what comes as a trailer never becomes one."""
+        if not self._is_in_head:
+            return
         if len(self.headers) >= MAX_HEADERS:
             self._fault = _too_large(f"more than {MAX_HEADERS} of them")
             raise ValueError("too many headers")  # which ends the parsing
@@ -95,11 +126,31 @@ class BoundedProtocol(HttpToolsProtocol):
         """Hand the request on."""
         self._is_in_head = False
         self._end_wait()
+        self._fault = self._fault_of_head()
+        if self._fault:
+            raise ValueError("refused")
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+            self._unanswered += 1
+
+    def _fault_of_head(self) -> tuple[int, str, str] | None:
         seen = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if seen > MAX_HEAD_BYTES:
-            self._fault = _too_large(f"{seen} bytes")
-            raise ValueError("headers too large")
-        super().on_headers_complete()
+            return _too_large(f"{seen} bytes")
+        if self._unanswered >= MAX_WAITING:
+            return 429, "too_many_requests", f"connection: {MAX_WAITING} requests are unanswered; read the answers first"
+        names, version = [name for name, _ in self.headers], self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            return 505, "unsupported_version", f"request: HTTP/{version}; expected HTTP/1.1; send that"
+        if self.parser.get_method() == b"CONNECT":
+            return 405, "method_not_allowed", "CONNECT: this server is no proxy; send the requests themselves"
+        twice = next((name.decode() for name in _ONCE if names.count(name) > 1), None)
+        if twice or (b"host" not in names and version == "1.1"):
+            return 400, "bad_request", f"{twice or 'host'}: {'sent twice' if twice else 'missing'}; send this header once"
+        coding = next((value for name, value in self.headers if name == b"transfer-encoding"), b"chunked").lower()
+        if coding != b"chunked" or (version == "1.0" and b"transfer-encoding" in names):
+            return 501, "unsupported_transfer_encoding", "Transfer-Encoding: expected chunked, of HTTP/1.1; leave it out"
+        return None
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body, which pays for its framing."""
@@ -108,31 +159,50 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Begin the count anew: what follows belongs to the next request."""
-        self._extra_bytes = 0
-        super().on_message_complete()
+        if not self.parser.should_upgrade():
+            self._extra_bytes = 0
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or be idle."""
+        self._unanswered -= 1
         super().on_response_complete()
-        if self.timeout_keep_alive_task is not None:
+        self._await_reader()
+        if self._is_refused:
+            self._tell_refusal()
+        elif self.timeout_keep_alive_task is not None:
             self.idle[self] = None
             if len(self.idle) > self.max_idle:
                 oldest = next(iter(self.idle))
                 del self.idle[oldest]
-                oldest.transport.close()
-
-    def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP, or the fault that ended the parsing."""
-        self._refuse(*(self._fault or (400, "bad_request", f"request: {msg} Send HTTP/1.1.")))
+                oldest.transport.abort()  # also where its answer was never read
 
     def pause_writing(self) -> None:
         """Give the client a while to read."""
         super().pause_writing()
-        self._stall_timer = self._stall_timer or self.loop.call_later(self.stall_s, self.transport.abort)
+        self._await_reader()
 
     def resume_writing(self) -> None:
         """Go on: the client reads."""
         super().resume_writing()
+        self._end_stall()
+        if self.cycle is not None and self.cycle.response_complete:
+            self._await_reader()
+
+    def _await_reader(self) -> None:
+        """Wait for the client to read what is still to be sent, without which the connection would not even close."""
+        left = self.transport.get_write_buffer_size()
+        if left and self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(self.stall_s, self._let_go, left - self.stall_s * MIN_BYTES_PER_S)
+
+    def _let_go(self, most_bytes: float) -> None:
+        self._stall_timer = None
+        if self.transport.get_write_buffer_size() > max(0.0, most_bytes):
+            self.transport.abort()
+        else:
+            self._await_reader()
+
+    def _end_stall(self) -> None:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
@@ -157,18 +227,29 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()  # nothing was asked
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """Answer with an error object, and read on for a while without keeping what comes."""
+        """Answer with an error object, after the answers that are due, and read on for a while without keeping what comes."""
         self._end_wait()
         self._is_refused = True
-        if self.cycle is not None and not self.cycle.response_complete:
-            if self.cycle.response_started:
-                self.transport.close()  # another answer is on its way
-                return
-            self.cycle.disconnected = True  # its body is what is wrong: it gets this answer and no other
-            self.cycle.message_event.set()
         body = encode_json(problem(status, message, code))
         lines = (b"content-type: application/json", b"content-length: %d" % len(body), b"connection: close", b"")
-        self.transport.write(STATUS_LINE[status] + b"\r\n".join((*lines, body)))
+        self._refusal = STATUS_LINE[status] + b"\r\n".join((*lines, body))
+        cycle = self.cycle
+        if cycle is not None and cycle.more_body and not cycle.response_complete:  # its body is what is wrong
+            if cycle.response_started:
+                self.transport.close()  # another answer is on its way
+                return
+            self._unanswered -= 1
+            if self.pipeline and self.pipeline[0][0] is cycle:
+                self.pipeline.popleft()
+            cycle.disconnected = True  # it gets this answer and no other
+            cycle.message_event.set()
+        self._tell_refusal()
+
+    def _tell_refusal(self) -> None:
+        if self._unanswered or self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        self.transport.write(self._refusal)
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(self.linger_s, self.transport.abort)

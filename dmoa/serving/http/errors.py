@@ -51,8 +51,10 @@ class LenientPaths:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
         is_head = scope["method"] == "HEAD"
+        path = tidy(scope["path"])
+        path += "/" * (path == scope.get("root_path"))  # the page of an app below a prefix
         # A copy, because the server itself looks at the method of the scope that it made.
-        mended = {**scope, "path": tidy(scope["path"]), "method": "GET" if is_head else scope["method"]}
+        mended = {**scope, "path": path, "method": "GET" if is_head else scope["method"]}
         await self.app(mended, receive, send_head if is_head else send)
 
 
@@ -104,6 +106,7 @@ _EXPECTED: dict[type[DmoaError], tuple[int, str]] = {
     DeadlineError: (504, "deadline_exceeded"),
 }
 """What a swarm may fail by: the HTTP status and the OpenAI code of each error."""
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 415: {"Accept-Encoding": "identity"}, 429: {"Retry-After": str(RETRY_AFTER_S)}}
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 _SURPRISE = "the server met an unexpected error; its log has the details"
 
@@ -164,8 +167,7 @@ def last_event(path: str, error: RequestError) -> bytes:
 def error_response(error: Exception) -> Response:
     """Return the HTTP response of an error."""
     status, reply = described(error)
-    headers = {429: {"Retry-After": str(RETRY_AFTER_S)}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
-    return json_response(reply, status, headers)
+    return json_response(reply, status, _HEADERS.get(status))
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -190,8 +192,7 @@ def install_handlers(app: FastAPI) -> None:
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE_STATUS)
 
-    kinds: list[type[DmoaError]] = [RequestError, *_EXPECTED]
-    for kind in kinds:
+    for kind in (RequestError, *_EXPECTED):
         app.add_exception_handler(kind, expected)
     app.add_exception_handler(HTTPException, unrouted)
     app.add_exception_handler(ClientDisconnect, gone)
@@ -220,5 +221,5 @@ class SurpriseGuard:
         except Exception as error:  # the last line of defence: nothing may reach a client as a stack trace
             if scope["type"] != "http" or started:
                 raise
-            logger.exception("unexpected error at %s %s", scope["method"], scope["path"])
+            logger.exception("unexpected error at %s %r", scope["method"], scope["path"])
             await error_response(error)(scope, receive, send)

@@ -17,7 +17,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 
 from starlette.middleware import Middleware
@@ -26,14 +26,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dmoa.errors import RequestError
 from dmoa.serving.http.apart import Passage, serve_apart
-from dmoa.serving.http.connection import LINGER_S, bound_connections
-from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, error_response, last_event, tidy
+from dmoa.serving.http.connection import LINGER_S, MIN_BYTES_PER_S, bound_connections
+from dmoa.serving.http.errors import RETRY_AFTER_S, SurpriseGuard, encode_json, error_response, last_event, tidy
 from dmoa.serving.http.keeper import APP_VARIABLE, innermost, keep_port, keep_silent
-from dmoa.serving.http.middleware import ASSETS, OPEN_PATHS, body_too_large, declared_bytes, too_many_queries
+from dmoa.serving.http.middleware import ASSETS, OPEN_PATHS, ConcurrencyLimit, body_too_large, declared_bytes
 
 BODY_S = 10.0
 """How long a body may take, beside the time that its bytes have at `MIN_BYTES_PER_S`."""
-MIN_BYTES_PER_S = 16_384
 ROUTES_S = 5.0
 """How long a new proxy waits to hear which apps there are, before it tells a client that there is none."""
 LAST_LOOK_S = 0.1
@@ -51,6 +50,10 @@ NUM_KEYS = 4096
 """Keys that are remembered because an app took them."""
 _ASKED = b"x-dmoa-front"
 _TOLD = b"x-dmoa-bounds"
+_OWN_PATHS = ("/-/healthz", "/-/routes")
+_ORDERS = (_ASKED, b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id")
+"""Headers by which a client would order Serve about; and those that Serve reads as text, of at most so many characters."""
+_READ, _MAX_READ = (b"x-request-id", b"x-session-id"), 256
 _SERVES_OWN = {b"content-type", b"x-request-id", b"retry-after"}
 """Headers of what Serve's proxy says itself, which never tells a length; Starlette always does."""
 
@@ -97,19 +100,12 @@ class _App:
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self.gone_since_s: float | None = None
-        self._taken = {True: 0, False: 0}
+        self._queries, self._others = ConcurrencyLimit(bounds.queries), ConcurrencyLimit(MAX_OTHERS)
 
-    @contextmanager
-    def take(self, *, is_query: bool) -> Iterator[None]:
+    def take(self, *, is_query: bool) -> AbstractContextManager[None]:
         """Hold one place. Raises RequestError (429) when all are taken."""
-        most = self.bounds.queries if is_query else MAX_OTHERS
-        if self._taken[is_query] >= most:
-            raise too_many_queries(self._taken[is_query], most)
-        self._taken[is_query] += 1
-        try:
-            yield
-        finally:
-            self._taken[is_query] -= 1
+        self._queries.max_queued_requests = self.bounds.queries
+        return (self._queries if is_query else self._others).take()
 
 
 class Front:
@@ -128,7 +124,7 @@ class Front:
         self._knows_routes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith("/-/"):
+        if scope["path"] in _OWN_PATHS:
             await self.app(scope, receive, send)
             return
         if not self._knows_routes:
@@ -138,11 +134,9 @@ class Front:
         path = tidy(scope["path"][len(prefix) :])
         try:
             body = await self._body(scope, receive, app)
-            if path in OPEN_PATHS or path.startswith(ASSETS):
+            is_open = path in OPEN_PATHS or path.startswith(ASSETS)
+            with nullcontext() if is_open else app.take(is_query=scope["method"] == "POST"):
                 await self._hand_on(scope, receive, body, answer)
-            else:
-                with app.take(is_query=scope["method"] == "POST"):
-                    await self._hand_on(scope, receive, body, answer)
         except RequestError as error:
             await self._refuse(scope, receive, send, error)
         except ClientDisconnect:
@@ -169,7 +163,7 @@ class Front:
             is_read = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        headers = [(name, value) for name, value in scope["headers"] if name != _ASKED]
+        headers = [(name, value) for name, value in scope["headers"] if not _is_serves(name, value)]
         carried = {BODY: body} if len(body) <= MAX_CARRIED else {}
         await self.app({**scope, **carried, "headers": [*headers, (_ASKED, b"1")]}, replayed, answer.send)
         await answer.finish()
@@ -343,6 +337,11 @@ def _lost(what: str) -> RequestError:
     return RequestError(f"{what}; try again after the seconds in Retry-After", code="server_lost", status=503)
 
 
+def _is_serves(name: bytes, value: bytes) -> bool:
+    is_odd = name in _READ and not (value.isascii() and len(value) <= _MAX_READ)
+    return is_odd or name.replace(b"-", b"_") == _ORDERS[-1] or name in _ORDERS
+
+
 def _key_of(scope: Scope) -> str:
     sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
     return hashlib.sha256(sent).hexdigest() if sent else ""
@@ -362,6 +361,6 @@ def middlewares() -> list[Middleware]:
     elif replica is None:
         keep_silent()
     if replica is None:
-        return [Middleware(Front)]
+        return [Middleware(Front), Middleware(SurpriseGuard)]
     serve_apart()
-    return [Middleware(Passage, asyncio.get_running_loop()), Middleware(Front)]
+    return [Middleware(Passage, asyncio.get_running_loop()), Middleware(Front), Middleware(SurpriseGuard)]

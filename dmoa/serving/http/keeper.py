@@ -315,11 +315,10 @@ class KeptPort:
         with suppress(OSError):
             self._link.send(_MESSAGE.pack(_LEAVES, MAX_FILES))
 
-    def closed(self, number: int, *, is_over: bool = True) -> None:
-        """Have the copy closed. A connection that is over ends here: with a copy left, closing would not tell the client."""
-        if is_over:
-            with suppress(OSError), socket.socket(fileno=os.dup(number)) as end:
-                end.shutdown(socket.SHUT_RDWR)
+    def closed(self, number: int) -> None:
+        """Have the copy closed. The connection ends here: with a copy left, closing would not tell the client."""
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as end:
+            end.shutdown(socket.SHUT_RDWR)
         with suppress(OSError):
             self._link.send(_MESSAGE.pack(_CLOSED, number))
 
@@ -361,16 +360,10 @@ class KeptProtocol(BoundedProtocol):
         if not self.transport.is_closing():
             self.mark(IDLE if self.timeout_keep_alive_task is not None else ASKED)
 
-    def handle_websocket_upgrade(self) -> None:
-        """Give the connection up: another protocol has it from now on."""
-        if self._number >= 0:
-            self.kept.closed(self._number, is_over=False)
-            self._number = -1
-        super().handle_websocket_upgrade()
-
-    def _refuse(self, status: int, code: str, message: str) -> None:
-        self.mark(ANSWERING)
-        super()._refuse(status, code, message)
+    def _tell_refusal(self) -> None:
+        if not self._unanswered:
+            self.mark(ANSWERING)
+        super()._tell_refusal()
 
 
 class _KeptCycle(httptools_impl.RequestResponseCycle):
@@ -378,23 +371,15 @@ class _KeptCycle(httptools_impl.RequestResponseCycle):
 
     async def send(self, message: Any) -> None:
         """Send; of a stream in chunks, mark that it ends with an event where its server dies between two of them."""
-        await super().send(message)
         protocol = getattr(self.on_response, "__self__", None)
-        if message["type"] != "http.response.start" or not self.chunked_encoding or not isinstance(protocol, KeptProtocol):
+        if self.disconnected or message["type"] != "http.response.start" or not isinstance(protocol, KeptProtocol):
+            await super().send(message)
             return
-        if any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]):
+        protocol.mark(ANSWERING)
+        await super().send(message)
+        is_stream = any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"])
+        if is_stream and self.chunked_encoding:
             protocol.mark(RESPONDING if self.scope["path"].rstrip("/").endswith("/responses") else STREAMING)
-
-    @property
-    def response_started(self) -> bool:
-        return self._has_started
-
-    @response_started.setter
-    def response_started(self, value: bool) -> None:
-        self._has_started = value
-        protocol = getattr(self.on_response, "__self__", None)
-        if value and isinstance(protocol, KeptProtocol):
-            protocol.mark(ANSWERING)
 
 
 class _KeptServer(uvicorn.Server):

@@ -93,7 +93,8 @@ class KeyCheck:
         self.admin_hashes = admin_hashes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not scope["path"].startswith(ASSETS):
+        path = scope.get("path", "").removeprefix(scope.get("root_path", "")) or "/"
+        if scope["type"] == "http" and path not in OPEN_PATHS and not path.startswith(ASSETS):
             sent = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
             admin = _known(sent, self.admin_hashes)
             try:
@@ -143,10 +144,9 @@ class HostCheck:
 
 
 class BodyLimit:
-    """ASGI middleware: counts the bytes of a body as they arrive and answers 413 above the limit.
+    """ASGI middleware: where the app reads a body, answers 413 above the limit, as it arrives, and 415 for a packed one.
 
-    A declared Content-Length over the limit is refused before the app runs, a longer body without one where the app
-    reads it. (Starlette 1.10 has such a limit too, but it answers in plain text, even in place of our 401.)
+    (Starlette 1.10 has such a limit too, but it answers in plain text, even in place of our 401.)
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
@@ -157,20 +157,22 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        seen_bytes = 0
+        seen_bytes, declared = 0, declared_bytes(scope) or 0
+        coding = b", ".join(value for name, value in scope["headers"] if name.lower() == b"content-encoding").decode("latin-1")
 
         async def counted() -> Message:
             nonlocal seen_bytes
+            if coding.strip().lower() not in ("", "identity"):
+                seen = f"Content-Encoding is {coding[:80]!r}; expected identity; send the body as it is, not packed"
+                raise RequestError(seen, code="unsupported_content_encoding", status=415)
+            if declared > self.max_body_bytes:
+                raise body_too_large(str(declared), self.max_body_bytes)
             message = await receive()
             seen_bytes += len(message.get("body", b""))
             if seen_bytes > self.max_body_bytes:
                 raise body_too_large(f"more than {self.max_body_bytes}", self.max_body_bytes)
             return message
 
-        declared = declared_bytes(scope)
-        if declared is not None and declared > self.max_body_bytes:
-            await error_response(body_too_large(str(declared), self.max_body_bytes))(scope, receive, send)
-            return
         await self.app(scope, counted, send)
 
 

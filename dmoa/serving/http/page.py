@@ -200,11 +200,8 @@ class PageRoutes:
     async def rollback(self, request: Request) -> Response:
         """Make an earlier gate current again; only with an admin key."""
         if not request.state.is_admin:
-            raise RequestError(
-                "rollback: it needs an admin key; send one of DMOA_ADMIN_KEYS, or use `dmoa router rollback`",
-                code="admin_only",
-                status=403,
-            )
+            why = "rollback: it needs an admin key; send one of DMOA_ADMIN_KEYS, or use `dmoa router rollback`"
+            raise RequestError(why, code="admin_only", status=403)
         wanted = parse_body(RollbackRequest, await request.body(), request.headers.get("content-type", ""))
         done = await self._service().page.rollback(wanted.version, wanted.note)
         return json_response({name: done[name] for name in RollbackReply.model_fields})
@@ -288,23 +285,18 @@ class PageFiles(Protocol):
 
     def status(self) -> dict[str, Any]:
         """Return the values of a StatusReply."""
-        ...
 
     def traces(self, wanted: TraceFilter) -> TracePage:
         """Return a page of the traces, newest first."""
-        ...
 
     def trace(self, trace_id: str) -> dict[str, Any] | None:
         """Return a trace, None where there is none of that id."""
-        ...
 
     def runs(self) -> list[dict[str, Any]]:
         """Return the trainings and evaluations, the values of a RunLine each."""
-        ...
 
     def run(self, run_id: str) -> dict[str, Any] | None:
         """Return what is shown of one of them, None where there is none such."""
-        ...
 
 
 def create_view(shown: PageFiles) -> FastAPI:
@@ -323,9 +315,6 @@ def create_view(shown: PageFiles) -> FastAPI:
     def traces(request: Request) -> Response:
         return json_response(shown.traces(TraceFilter.parse(request.query_params)))
 
-    def run(run_id: str) -> Response:
-        return found(shown.run(run_id), unknown_run(run_id))
-
     for path, endpoint in (
         ("/", page),
         ("/page/{name}", asset),
@@ -333,7 +322,7 @@ def create_view(shown: PageFiles) -> FastAPI:
         ("/v1/dmoa/traces", traces),
         ("/v1/dmoa/traces/{trace_id}", lambda trace_id: found(shown.trace(trace_id), unknown_trace(trace_id))),
         ("/v1/dmoa/runs", lambda: json_response(RunsReply(data=[RunLine.model_validate(one) for one in shown.runs()]))),
-        ("/v1/dmoa/runs/{run_id:path}", run),
+        ("/v1/dmoa/runs/{run_id:path}", lambda run_id: found(shown.run(run_id), unknown_run(run_id))),
     ):
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
     return app

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
 from dmoa.errors import RequestError
-from dmoa.reading import num_parts
+from dmoa.reading import num_parts, read_json
 from dmoa.serving.feedback_buffer import KeptOutcome
 from dmoa.serving.http.fields import (
     MAX_CHOICES,
@@ -48,6 +48,8 @@ _ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
 )
 """One escape of a JSON text, a surrogate pair as one; `lone`: half of a pair."""
+_ODD_NUMBER = re.compile(rb"NaN|Infinity|\d[eE]\+?\d{3}|(?<!\d)\d{200}")
+"""What may be a number that JSON has not, or no float holds; pydantic takes such ones where any value may stand."""
 _RAW_SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 """A surrogate as lenient writers encode it; no bytes of UTF-8 look so."""
 
@@ -340,10 +342,15 @@ def parse_body(model: type[R], body: bytes, content_type: str, *, refuses_unknow
                 f"body: {count} JSON {name}; expected at most {MAX_OBJECTS}; send fewer messages or parts",
                 code="request_too_large",
             )
+    body = _plain(body)
     try:
-        request = model.model_validate_json(_plain(body))
+        request = model.model_validate_json(body)
+        if _ODD_NUMBER.search(body):
+            read_json(body)
     except ValidationError as error:
         raise request_error(error) from None
+    except ValueError as error:
+        raise RequestError(f"body: {error}; send one JSON object in UTF-8", code="invalid_json") from None
     for param, value, near in unknown_in(request) if refuses_unknown else ():
         raise unknown_field(param, value, did_you_mean(param.rpartition(".")[2], near))
     return request

@@ -400,12 +400,13 @@ _ERRORS: dict[int, str] = {
     422: "The answer is not in the form that was asked for; its text is in the message.",
     404: "There is no such model, trace or route.",
     413: "The body is over server.max_body_bytes.",
+    415: "The body is packed: it has a Content-Encoding.",
     429: "Too many queries are in flight, or too many outcomes; try again after Retry-After.",
     500: "An unexpected error; the server's log has the details.",
     503: "No agent is left (`no_agent`), or every contribution was empty (`empty_answer`).",
     504: "The deadline passed before any contribution existed.",
 }
-_OF_QUERIES = (400, 401, 404, 413, 422, 429, 503, 504)
+_OF_QUERIES = (400, 401, 404, 413, 415, 422, 429, 503, 504)
 NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": NotReadyReply, "description": "Agents are down."}}
 
 
@@ -436,7 +437,7 @@ def posted(reply: type[BaseModel], body: type[BaseModel], *statuses: int) -> dic
     content = {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}}
     return {
         "response_model": reply,
-        "responses": failures(400, 401, 404, 413, *statuses),
+        "responses": failures(400, 401, 404, 413, 415, *statuses),
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
     }
 

@@ -221,21 +221,17 @@ def _text(content: str | Sequence[Part] | None, place: str) -> str:
     for number, part in enumerate(content):
         if part.type not in _TEXTS:
             what = "images are" if "image" in part.type else "other kinds of content are"
-            raise refused(
-                f"{place}[{number}].type", f"is {part.type!r}; expected text parts; {what} not supported", "unsupported"
-            )
+            seen = f"is {part.type!r}; expected text parts; {what} not supported"
+            raise refused(f"{place}[{number}].type", seen, "unsupported")
     return "\n".join(part.text or part.refusal or "" for part in content)
 
 
 def _tool(tool: FlatTool, place: str) -> dict[str, Any]:
     if tool.type != "function":
-        raise refused(
-            f"{place}.type", f"is {tool.type[:80]!r}; expected function; tools of other kinds are not here", "unsupported"
-        )
-    return {
-        "type": "function",
-        "function": tool.model_dump(include={"name", "description", "parameters", "strict"}, exclude_none=True),
-    }
+        seen = f"is {tool.type[:80]!r}; expected function; tools of other kinds are not here"
+        raise refused(f"{place}.type", seen, "unsupported")
+    known = {"name", "description", "parameters", "strict"}
+    return {"type": "function", "function": tool.model_dump(include=known, exclude_none=True)}
 
 
 def _tool_choice(choice: Any) -> Any:
@@ -304,9 +300,8 @@ class ResponseRendering(Rendering):
         events += self._close(choice)
         for call in self._calls_of(choice):
             place = len(self._output)
-            events += self._tell(
-                "response.output_item.added", output_index=place, item=call | {"arguments": "", "status": "in_progress"}
-            )
+            begun = call | {"arguments": "", "status": "in_progress"}
+            events += self._tell("response.output_item.added", output_index=place, item=begun)
             where = {"item_id": call["id"], "output_index": place}
             for start in range(0, len(call["arguments"]), _PIECE):
                 piece = call["arguments"][start : start + _PIECE]

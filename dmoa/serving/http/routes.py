@@ -244,14 +244,9 @@ class _Front:
             return EventStream(_events(items, rendering), headers)
         return json_response(rendering.whole(await until_gone(request.receive, _last(items))), headers=headers)
 
-    async def _items(self, order: requests.ParsedRequest, key_hash: str) -> AsyncGenerator[Event]:
-        """Yield what the service yields while holding a place; keep the trace before the answer leaves."""
-        service, body = self._service(), order.body
-        events = service.ask(order.query, order.policy, order.agent)
-        kept = self._kept(order.query, order.policy, events, key_hash, body.user, body.labels, is_stored=body.is_stored)
-        async with aclosing(kept) as items:
-            async for item in items:
-                yield item
+    def _items(self, order: requests.ParsedRequest, key_hash: str) -> AsyncGenerator[Event]:
+        body, events = order.body, self._service().ask(order.query, order.policy, order.agent)
+        return self._kept(order.query, order.policy, events, key_hash, body.user, body.labels, is_stored=body.is_stored)
 
     async def _kept(
         self,

@@ -36,7 +36,6 @@ class Memory(Protocol):
 
     def get(self, name: str) -> bytes | None:
         """Return what is kept under a name."""
-        ...
 
     def __setitem__(self, name: str, data: bytes) -> None: ...
 

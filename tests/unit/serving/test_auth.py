@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import httpx
 import pytest
 
 from dmoa.errors import ConfigError, RequestError
@@ -99,3 +100,14 @@ async def test_with_keys_or_a_star_any_name_will_do() -> None:
     for settings in ({"keys": (digest("a"),)}, {"allowed_hosts": ("*",)}):
         async with connect(make_app(FakeService(), **{"allowed_hosts": (), **settings}), host="any.example.org") as client:
             assert (await client.get("/healthz")).status_code == 200
+
+
+@pytest.mark.parametrize("prefix", ["/page", "/healthz", "/b"])
+async def test_an_app_below_a_prefix_opens_its_own_paths_alone(prefix: str) -> None:
+    """Whatever the prefix is called."""
+    app = make_app(FakeService(), keys=hash_keys({"DMOA_API_KEYS": "one"}))
+    transport = httpx.ASGITransport(app, root_path=prefix)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        opened = dict.fromkeys(("/healthz", "/readyz", "", "/", "/page/app.js"), 200)
+        for path, status in (opened | {"/v1/models": 401}).items():
+            assert (await client.get(prefix + path)).status_code == status, path

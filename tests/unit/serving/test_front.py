@@ -13,6 +13,7 @@ import uvicorn.config
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dmoa.serving.http.connection import BoundedProtocol
+from dmoa.serving.http.errors import SurpriseGuard
 from dmoa.serving.http.front import BODY, GONE_S, MAX_CARRIED, MAX_HALF_SENT, Bounds, Front, FrontNotice, middlewares
 from tests.unit.serving.fake_service import until
 
@@ -357,10 +358,39 @@ async def test_serves_own_paths_pass() -> None:
     assert (asked.status, asked.body) == (200, b"success")
 
 
+@pytest.mark.parametrize("path", ["/-/v1", "/-/healthz/x", "/-/"])
+async def test_no_other_path_gets_past_the_front(path: str) -> None:
+    front = await known(App(body=10))
+    assert (await Asked(front, path).send(b"x" * 11).done()).error[0] == 413
+
+
+async def test_a_client_does_not_order_serve_about() -> None:
+    """Serve fails by a request id that is no text, and would drop a query after the seconds that a client gives it."""
+    seen: list[dict[bytes, bytes]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(dict(scope["headers"]))
+
+    ordered = {"x-request-timeout-seconds": "0.001", "x-request-disconnect-disabled": "?1", "x-dmoa-front": "0"}
+    for headers in (
+        ordered
+        | {"serve-multiplexed-model-id": "x", "serve_multiplexed_model_id": "x", "x-request-id": "\u00ff", "x-own": "\u00ff"},
+        {"x-request-id": "a" * 10_000, "x-session-id": "\u00ff"},
+        {"x-request-id": "mine", "x-session-id": "s"},
+    ):
+        await Asked(Front(app), headers=headers).send().done()
+    assert [set(found) for found in seen] == [
+        {b"x-own", b"x-dmoa-front"},
+        {b"x-dmoa-front"},
+        {b"x-request-id", b"x-session-id", b"x-dmoa-front"},
+    ]
+    assert {found[b"x-dmoa-front"] for found in seen} == {b"1"}
+
+
 def test_serve_gets_the_front(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", "to be restored")
-    (made,) = middlewares()
-    assert made.cls is Front
+    made, outermost = middlewares()
+    assert (made.cls, outermost.cls) == (Front, SurpriseGuard)
     assert isinstance(made.cls(App(), *made.args, **made.kwargs), Front)
     bounded = uvicorn.Config(App())
     bounded.load()

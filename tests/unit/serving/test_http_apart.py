@@ -16,6 +16,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from dmoa.serving.http.apart import Passage, serve_apart
+from dmoa.serving.http.errors import SurpriseGuard
 from dmoa.serving.http.front import Bounds, Front
 from tests.unit.serving.fake_service import until
 
@@ -35,12 +36,12 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
     serve_apart()
 
     @asynccontextmanager
-    async def serving(app: App, queries: int = 256) -> AsyncIterator[str]:
-        front = Front(Passage(app, asyncio.get_running_loop()))
+    async def serving(app: App, queries: int = 256, loop: asyncio.AbstractEventLoop | None = None) -> AsyncIterator[str]:
+        front = Front(Passage(app, loop or asyncio.get_running_loop()))
         front._any.bounds = Bounds(queries=queries)
         with closing(socket.socket()) as own:
             own.bind(("127.0.0.1", 0))
-            server = uvicorn.Server(uvicorn.Config(front, lifespan="off", log_level="critical"))
+            server = uvicorn.Server(uvicorn.Config(SurpriseGuard(front), lifespan="off", log_level="critical"))
             running = asyncio.create_task(server.serve([own]))
             try:
                 await until(lambda: server.started)
@@ -133,7 +134,21 @@ async def test_an_app_that_fails_or_ends_without_an_answer_is_an_error(serve: Ca
             raise asyncio.CancelledError
 
     async with serve(app) as url, httpx.AsyncClient(base_url=url, timeout=60) as http:  # type: ignore[attr-defined]
-        assert (await http.post("/fails")).status_code == 500
+        found = await http.post("/fails")
+        assert (found.status_code, found.json()["error"]["code"]) == (500, "internal_error")
         for path in ("/cancelled", "/silent"):
             found = await http.post(path)
             assert (found.status_code, found.json()["error"]["code"]) == (503, "server_lost")
+
+
+async def test_where_the_apps_loop_has_ended_clients_are_told_to_come_again(serve: Callable[..., object]) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("it has no loop")
+
+    ended = asyncio.new_event_loop()
+    ended.close()
+    async with serve(app, loop=ended) as url, httpx.AsyncClient(base_url=url, timeout=60) as http:  # type: ignore[attr-defined]
+        for _ in range(2):
+            found = await http.post("/v1/x")
+            assert (found.status_code, found.json()["error"]["code"]) == (503, "server_lost")
+            assert found.headers["retry-after"] == "1"

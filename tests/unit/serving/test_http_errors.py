@@ -227,6 +227,27 @@ async def test_numbers_that_are_none(number: str, param: str) -> None:
         check(await client.post(CHAT, content=body, headers=JSON), 400, param, "invalid_value")
 
 
+NUMBERS = ["NaN", "-Infinity", "1e999", "-1E+0400", "9" * 400 + ".0", "9" * 250 + "e99"]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda value: value[:8])
+async def test_numbers_that_are_none_are_refused_where_any_value_may_stand(number: str) -> None:
+    """They are no JSON: a reply that repeats them was a 500, after all agents had been asked."""
+    service = FakeService()
+    bodies: dict[str, dict[str, Any]] = {
+        CHAT: chat(tools=[tool(parameters={"a": 1.5})]),
+        "/v1/responses": {"model": "tiny", "input": "x", "tools": [{"type": "function", "name": "f", "parameters": {"a": 1.5}}]},
+        "/v1/completions": {"model": "tiny", "prompt": "x", "odd": 1.5},
+    }
+    async with connect(make_app(service)) as client:
+        for path, body in bodies.items():
+            sent = json.dumps(body).replace("1.5", number).encode()
+            check(await client.post(path, content=sent, headers=JSON), 400, None, "invalid_json")
+        assert service.asked == []
+        texts = chat(messages=[{"role": "user", "content": " ".join(NUMBERS)}], temperature=1.0)
+        assert (await client.post(CHAT, json=texts)).status_code == 200
+
+
 @pytest.mark.parametrize("space", ["", "\n "], ids=["dense", "spaced"])
 async def test_a_body_of_very_many_messages_is_refused_before_it_is_read(space: str) -> None:
     """A body of 14 MB could hold a million: half a minute of one process, in which it answers nobody."""
@@ -251,6 +272,22 @@ async def test_another_content_type_is_refused(content_type: str) -> None:
         check(response, 400, None, "unsupported_content_type")
         charset = {"content-type": "application/json; charset=utf-8"}
         assert (await client.post(CHAT, content=json.dumps(chat()).encode(), headers=charset)).status_code == 200
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "deflate", "zstd", "GZIP", "identity, gzip"])
+async def test_a_packed_body_is_told_so(coding: str) -> None:
+    service = FakeService()
+    async with connect(make_app(service, admins=hash_keys({"DMOA_API_KEYS": "a"})), authorization="Bearer a") as client:
+        for path in (
+            *(CHAT, "/v1/completions", "/v1/responses", "/v1/dmoa/outcomes", "/v1/dmoa/gates/rollback"),
+            *("/v1/dmoa/traces/x/what-if", "/v1/dmoa/traces/x/branch"),
+        ):
+            response = await client.post(path, content=b"\x1f\x8b", headers=JSON | {"content-encoding": coding})
+            message = check(response, 415, None, "unsupported_content_encoding")
+            assert message.startswith(f"Content-Encoding is {coding!r}; expected identity")
+            assert response.headers["accept-encoding"] == "identity"
+        assert (await client.post(CHAT, json=chat(), headers={"content-encoding": "Identity"})).status_code == 200
+    assert len(service.asked) == 1
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
