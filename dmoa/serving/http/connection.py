@@ -230,9 +230,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer with an error object, after the answers that are due, and read on for a while without keeping what comes."""
         self._end_wait()
         self._is_refused = True
-        body = encode_json(problem(status, message, code))
-        lines = (b"content-type: application/json", b"content-length: %d" % len(body), b"connection: close", b"")
-        self._refusal = STATUS_LINE[status] + b"\r\n".join((*lines, body))
+        self._refusal = refusal(status, code, message)
         cycle = self.cycle
         if cycle is not None and cycle.more_body and not cycle.response_complete:  # its body is what is wrong
             if cycle.response_started:
@@ -253,6 +251,13 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(self.linger_s, self.transport.abort)
+
+
+def refusal(status: int, code: str, message: str, *more: bytes) -> bytes:
+    """Return a whole response with an error object, after which the connection ends; `more`: headers."""
+    body = encode_json(problem(status, message, code))
+    lines = (b"content-type: application/json", b"content-length: %d" % len(body), *more, b"connection: close", b"")
+    return STATUS_LINE[status] + b"\r\n".join((*lines, body))
 
 
 def _too_large(seen: str) -> tuple[int, str, str]:

@@ -192,7 +192,8 @@ def install_handlers(app: FastAPI) -> None:
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE_STATUS)
 
-    for kind in (RequestError, *_EXPECTED):
+    kinds: list[type[DmoaError]] = [RequestError, *_EXPECTED]
+    for kind in kinds:
         app.add_exception_handler(kind, expected)
     app.add_exception_handler(HTTPException, unrouted)
     app.add_exception_handler(ClientDisconnect, gone)

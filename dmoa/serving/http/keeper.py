@@ -30,8 +30,8 @@ import uvicorn
 from uvicorn.protocols.http import httptools_impl
 
 from dmoa.errors import RequestError
-from dmoa.serving.http.connection import MAX_FILES, MAX_IDLE, BoundedProtocol, allow_files
-from dmoa.serving.http.errors import RETRY_AFTER_S, encode_json, last_event, problem
+from dmoa.serving.http.connection import MAX_FILES, MAX_IDLE, BoundedProtocol, allow_files, refusal
+from dmoa.serving.http.errors import RETRY_AFTER_S, last_event
 
 VARIABLE = "DMOA_PORT_KEEPER"
 """Path of the keeper's socket, for those who may listen."""
@@ -57,12 +57,6 @@ _LOG = logging.getLogger("dmoa.port")
 
 _LOST = RequestError("the process that held this connection was lost; try again", code="server_lost", status=503)
 _LAST_EVENTS = {STREAMING: last_event("/chat/completions", _LOST), RESPONDING: last_event("/responses", _LOST)}
-
-
-def _refusal(retry_after_s: int) -> bytes:
-    body = encode_json(problem(_LOST.status, str(_LOST), _LOST.code))
-    lines = ("HTTP/1.1 503 Service Unavailable", "content-type: application/json", f"content-length: {len(body)}")
-    return "\r\n".join((*lines, f"retry-after: {retry_after_s}", "connection: close", "", "")).encode() + body
 
 
 @dataclass(slots=True)
@@ -251,7 +245,8 @@ class PortKeeper:
         self._watch(client, self._drain)
         left_s = self._return_s - (time.monotonic() - self._away_since_s)
         try:
-            client.send(_refusal(math.ceil(left_s) if RETRY_AFTER_S < left_s < float("inf") else RETRY_AFTER_S))
+            after_s = math.ceil(left_s) if RETRY_AFTER_S < left_s < float("inf") else RETRY_AFTER_S
+            client.send(refusal(503, "server_lost", str(_LOST), b"retry-after: %d" % after_s))
             client.shutdown(socket.SHUT_WR)
         except OSError:
             self._end(client)

@@ -239,14 +239,12 @@ class _Front:
         at = f"{str(request.base_url).rstrip('/')}/#/query/{order.query.trace_id}"
         rendering = render(order, self._service().pool, trace_url=at if order.body.is_stored else None)
         headers = rendering.headers | ({} if self._has_request_ids else {"X-Request-Id": order.query.trace_id})
-        items = self._items(order, _key_hash(request))
-        if order.body.stream:
+        body, events = order.body, self._service().ask(order.query, order.policy, order.agent)
+        owner = _key_hash(request)
+        items = self._kept(order.query, order.policy, events, owner, body.user, body.labels, is_stored=body.is_stored)
+        if body.stream:
             return EventStream(_events(items, rendering), headers)
         return json_response(rendering.whole(await until_gone(request.receive, _last(items))), headers=headers)
-
-    def _items(self, order: requests.ParsedRequest, key_hash: str) -> AsyncGenerator[Event]:
-        body, events = order.body, self._service().ask(order.query, order.policy, order.agent)
-        return self._kept(order.query, order.policy, events, key_hash, body.user, body.labels, is_stored=body.is_stored)
 
     async def _kept(
         self,
