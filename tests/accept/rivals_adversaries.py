@@ -117,7 +117,7 @@ def adversaries(attack: Attack, pools: Sequence[str], known: Figures, keep: Call
 def attacked_suites(attack: Attack, name: str, keep: Callable[[Figures], None]) -> Figures:
     """Return accuracies by attack and by policy, and what each loses beside nobody's attack on the same rows.
 
-    A gate learns under the same attack, without labels: the mean of three draws of queries. `dmoa` is also asked, with the first
+    A gate learns under the same attack, without labels: the mean of three draws of queries. `dmoa` is also asked, with each
     draw's gate, on the rivals' rows.
     """
     config = attacked_pool(name)
@@ -136,20 +136,20 @@ def attacked_suites(attack: Attack, name: str, keep: Callable[[Figures], None]) 
         "arms": {},
     }
     for arm, enemies in enemies_of(attack.counts).items():
-        at, values, checkpoint = attack.folder / "attacked" / name / arm.replace(" ", "-") / attack.score, [], None
+        at, values, pools = attack.folder / "attacked" / name / arm.replace(" ", "-") / attack.score, list[Any](), list[Config]()
         matrix, embedding_RD = matrix_of(under_attack(test, config, enemies), config)
         for draw, queries in enumerate(learnt):
             gate = trained(under_attack(queries, config, enemies), config, attack.score, draw, at / str(draw))
             values.append(replay_choices(matrix, gate_choices(gate, embedding_RD)).value_R)
-            checkpoint = checkpoint or next((at / str(draw) / "gate").glob("**/gate.json")).parent
+            checkpoint = str(next((at / str(draw) / "gate").glob("**/gate.json")).parent)
+            pools.append(config.model_copy(update={"gate": config.gate.model_copy(update={"checkpoint": checkpoint})}))
         vote_R = replay_choices(matrix, everyone(matrix)).value_R
-        pool = config.model_copy(update={"gate": config.gate.model_copy(update={"checkpoint": str(checkpoint)})})
         found["arms"][arm] = {
             count: {
                 "dmoa": float(np.mean([value_R[rows].mean() for value_R in values])),
                 "dmoa_draws": [round(float(value_R[rows].mean()), 4) for value_R in values],
                 "vote": float(vote_R[rows].mean()),
-                "asked": _asked(attack, pool, test, rows[: attack.asked_rows].tolist(), enemies),
+                "asked": _asked(attack, pools, test, rows[: attack.asked_rows].tolist(), enemies),
             }
             for count, rows in honest.items()
             if enemies is None or enemies.count == count
@@ -159,26 +159,33 @@ def attacked_suites(attack: Attack, name: str, keep: Callable[[Figures], None]) 
     return found | judged(found["arms"])
 
 
-def _asked(attack: Attack, config: Config, test: Replies, rows: Sequence[int], enemies: Adversaries | None) -> dict[str, Figures]:
-    """Ask `dmoa` and the rivals, with each defence; under several adversaries of some kinds nobody is asked."""
+def _asked(
+    attack: Attack, pools: Sequence[Config], test: Replies, rows: Sequence[int], enemies: Adversaries | None
+) -> dict[str, Figures]:
+    """Ask `dmoa` with each gate, and the rivals, with each defence; under several adversaries of some kinds nobody is asked."""
     if not rows or (enemies is not None and enemies.count > 1 and enemies.kind not in CURVES):
         return {}
     found: dict[str, Figures] = {}
     for defence in attack.defences if enemies else ("none",):
-        pool = config.model_copy(update={"summarizer": config.summarizer.model_copy(update={"defence": defence})})
-        for policy, entry in asyncio.run(_answers(pool, attack.folder, enemies, test.only(rows))).items():
+        served = [pool.model_copy(update={"summarizer": pool.summarizer.model_copy(update={"defence": defence})}) for pool in pools]
+        own = [asyncio.run(_answers(pool, attack.folder, enemies, test.only(rows), {"dmoa": "dmoa"}))["dmoa"] for pool in served]
+        means = {name: float(np.mean([entry[name] for entry in own])) for name in ("accuracy", "calls", "tokens")}
+        asked = {"dmoa": means | {"draws": [entry["accuracy"] for entry in own]}}
+        asked |= asyncio.run(_answers(served[0], attack.folder, enemies, test.only(rows), rivals_of(served[0])))
+        for policy, entry in asked.items():
             shown = policy if defence == "none" else f"{policy}, {defence}"
             found[shown] = {name: value for name, value in entry.items() if name != "values"}
     return found
 
 
-async def _answers(config: Config, folder: Path, enemies: Adversaries | None, rows: Replies) -> dict[str, Figures]:
+async def _answers(
+    config: Config, folder: Path, enemies: Adversaries | None, rows: Replies, policies: Mapping[str, str]
+) -> dict[str, Figures]:
     swarm, judge = build_local_swarm(config, lambda text: None, folder / "calls", None, enemies), judge_of(rows.rows)
     tasks = [row.task for row in rows.rows]
     try:
         return {
-            shown: of_answers(await ask_all(swarm, policy, tasks, Limits(max_steps=1)), judge)
-            for shown, policy in ({"dmoa": "dmoa"} | rivals_of(config)).items()
+            shown: of_answers(await ask_all(swarm, policy, tasks, Limits(max_steps=1)), judge) for shown, policy in policies.items()
         }
     finally:
         await swarm.close()
@@ -201,5 +208,7 @@ def judged(arms: Mapping[str, Mapping[int, Figures]]) -> Figures:
         arm: [policy for policy in RIVALS if policy in entry["asked"] and entry["asked"][policy] < entry["dmoa"]]
         for arm, entry in one.items()
     }
+    asked = [entry["asked"] for entry in one.values() if entry["asked"]]
+    means = {policy: float(np.mean([entry[policy] for entry in asked])) for policy in ("dmoa", *RIVALS) if asked}
     passed = all(bars.values()) and not any(less.values())
-    return {"lost": lost, "at_most_3_points": bars, "rivals_that_lose_less": less, "passed": passed}
+    return {"lost": lost, "mean_lost": means, "at_most_3_points": bars, "rivals_that_lose_less": less, "passed": passed}

@@ -33,14 +33,18 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("dmoa.router")
 ROUTE_TIMEOUT_S = 0.7
-"""How long an ingress waits for the router, which answers within milliseconds, before it decides by itself."""
+"""How long an ingress waits at most for the router, which answers within milliseconds, before it decides by itself."""
+PATIENCE_S, PATIENCE_FACTOR, NUM_ANSWERED = 0.2, 4.0, 64
+"""It waits less where its last `NUM_ANSWERED` answers came soon: `PATIENCE_FACTOR` times the slowest, `PATIENCE_S` at least."""
 STATUS_TIMEOUT_S = 2.0
 AWAY_S = 1.0
 """How long an ingress then goes on by itself before it tries the router again: one query does, the others go on without it."""
 TRIAL_S = 0.3
 """How long that query waits."""
 MASKED_S = 2.0
-"""How long a dead agent is left out while nobody can say whether it is back."""
+"""How long a dead agent is left out while nobody can say whether it is back; one query then tries it."""
+TRIED_S = 0.5
+"""How long the others wait for word that it failed there before they ask it too."""
 LOOK_S = 1.0
 """How long the router may keep an ingress that follows it waiting for news."""
 MAX_TOLD = 64
@@ -74,6 +78,9 @@ class RemoteRouter:
         self._fetching: set[str] = set()
         self._building: asyncio.Task[LocalRouter] | None = None
         self._masked_until: dict[str, float] = {}
+        self._tried: set[str] = set()
+        self._answered_s: deque[float] = deque([ROUTE_TIMEOUT_S], maxlen=NUM_ANSWERED)
+        self._masked: tuple[str, ...] = ()
         self._cold: frozenset[str] = frozenset()
         self._is_away, self._away_until = False, 0.0
         self._waiting: list[tuple[RouteRequest, asyncio.Future[RouteDecision]]] = []
@@ -108,24 +115,37 @@ class RemoteRouter:
                 return await self._decide_here(request)
             except RoutingError:  # the router may know a version to fall back on
                 pass
-        if time.monotonic() >= self._away_until:
+        if (began := time.monotonic()) >= self._away_until:
             is_trial = self._is_away
             if is_trial:
-                self._away_until = time.monotonic() + self.away_s
+                self._away_until = began + self.away_s
             try:
-                async with asyncio.timeout(self.trial_s if is_trial else ROUTE_TIMEOUT_S):
+                async with asyncio.timeout(self.trial_s if is_trial else self._patience_s):
                     decision = await self._ask(request)
             except RayTaskError as error:
                 raise told(error.cause) from error
             except (RayError, TimeoutError) as error:
-                _LOG.warning("router is away (%s): deciding here", type(error).__name__)
-                self._is_away, self._away_until = True, time.monotonic() + self.away_s
+                self._goes_away(error)
             else:
                 self._is_away, self._away_until = False, 0.0
-                self._cold = frozenset(decision.cold)
+                self._answered_s.append(time.monotonic() - began)
+                self._masked, self._cold = decision.masked, frozenset(decision.cold)
                 self._keep(decision.gate_version, is_current=request.gate_version is None and not decision.is_beside)
                 return decision
         return await self._decide_here(request)
+
+    @property
+    def _patience_s(self) -> float:
+        return min(ROUTE_TIMEOUT_S, max(PATIENCE_S, PATIENCE_FACTOR * max(self._answered_s)))
+
+    def _goes_away(self, error: Exception) -> None:
+        """Decide here from now on, without the agents that the router left out at last."""
+        _LOG.warning("router is away (%s): deciding here", type(error).__name__)
+        now = time.monotonic()
+        if not self._is_away:
+            held = {agent: until for agent, until in self._masked_until.items() if until > now}
+            self._masked_until, self._tried = dict.fromkeys(self._masked, now + MASKED_S) | held, set()
+        self._is_away, self._away_until = True, now + self.away_s
 
     async def _ask(self, request: RouteRequest) -> RouteDecision:
         """Have the actor decide, in one call with whatever waits when its last one is over: a call costs more than a decision."""
@@ -159,6 +179,7 @@ class RemoteRouter:
     def report_unavailable(self, agent: str, reason: str, masked_s: float = 0.0) -> None:
         """Tell the actor; while it is away the agent is masked here for a short while."""
         self._masked_until[agent] = time.monotonic() + max(MASKED_S, masked_s)
+        self._tried.discard(agent)
         self._spawn(self._tell(agent, reason, masked_s))
 
     async def status(self) -> RouterStatus | None:
@@ -213,11 +234,31 @@ class RemoteRouter:
         if self._view is not None and self._follows:
             local.masked = self._view.masked | lost
             self._inputs.append(request.input_X)
-        else:
-            if self._current in self._weights:
-                local.use(self._current)
-            local.masked, local.cold = lost, self._cold  # as the router last knew
-        return await local.route(request)
+            return await local.route(request)
+        if self._current in self._weights:
+            local.use(self._current)
+        local.cold = self._cold  # as the router last knew
+        tried = self._over(now)
+        local.masked = lost | tried
+        if not tried:
+            return await local.route(request)
+        local.masked = lost
+        try:
+            decision = local.decide([request], version)[0]
+        finally:
+            local.masked = lost | tried
+        asked = {decision.agents[index] for index in decision.ranking[: decision.k]} & tried
+        self._tried |= asked
+        self._masked_until.update(dict.fromkeys(asked, now + TRIED_S))
+        return decision
+
+    def _over(self, now: float) -> frozenset[str]:
+        """Return the agents whose time is over and which nobody has tried; those that were tried, and did not fail, are back."""
+        over = frozenset(agent for agent, until in self._masked_until.items() if until <= now)
+        for agent in over & self._tried:
+            del self._masked_until[agent]
+            self._tried.remove(agent)
+        return over & self._masked_until.keys()
 
     def _stand_in(self) -> asyncio.Task[LocalRouter]:
         """Return what builds, or has built, the router of this process: once, whoever asks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,16 @@ from dmoa.routing import LocalRouter, RouterView
 from dmoa.serving.actors import pack_record, unpack_record
 from dmoa.serving.agent_client import MissingReplicas
 from dmoa.serving.rollover import pool_version
-from dmoa.serving.router.client import MAX_HELD, RemoteRouter, told
+from dmoa.serving.router.client import (
+    MASKED_S,
+    MAX_HELD,
+    NUM_ANSWERED,
+    PATIENCE_S,
+    ROUTE_TIMEOUT_S,
+    TRIED_S,
+    RemoteRouter,
+    told,
+)
 from dmoa.testing import DIM, gate_spec
 from dmoa.types import RouteDecision, RouteRequest, RouterStatus
 
@@ -70,6 +80,9 @@ class FakeActor:
 
     def cool(self, *agents: str) -> None:
         self._local.cold = frozenset(agents)
+
+    def mask(self, *agents: str) -> None:
+        self._local.masked = frozenset(agents)
 
     def _check(self) -> None:
         if self.is_away:
@@ -195,6 +208,60 @@ async def test_who_was_cold_when_the_actor_went_away_stays_cold(pair: tuple[Fake
     actor.is_away = True
     alone = await router.route(ASK)
     assert (alone.cold, alone.routed_by) == (("b",), "ingress")
+
+
+async def test_who_was_masked_when_the_actor_went_away_stays_masked(pair: tuple[FakeActor, RemoteRouter]) -> None:
+    actor, router = pair
+    actor.mask("b")
+    assert (await router.route(ASK)).masked == ("b",)
+    await settle(router)
+    actor.is_away = True
+    alone = await router.route(ASK)
+    assert (alone.masked, alone.routed_by) == (("b",), "ingress")
+
+
+async def test_an_agent_that_failed_while_the_actor_is_away_is_tried_by_one_query(
+    pair: tuple[FakeActor, RemoteRouter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the router is away nobody else finds out who is back: eight queries at once would wait for a dead agent."""
+    actor, router = pair
+    now = time.monotonic()
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    await router.route(ASK)
+    first = (await router.route(ASK)).ranking[0]  # asked wherever it is not left out
+    name = "abc"[first]
+    actor.is_away = True
+    router.report_unavailable(name, "it is dead")
+
+    async def masked(queries: int) -> list[bool]:
+        return [name in one.masked for one in await asyncio.gather(*(router.route(ASK) for _ in range(queries)))]
+
+    assert await masked(3) == [True] * 3
+    now += MASKED_S
+    assert sorted(await masked(8)) == [False] + [True] * 7  # one tries it
+    assert await masked(3) == [True] * 3
+    router.report_unavailable(name, "it is still dead")
+    now += TRIED_S
+    assert await masked(3) == [True] * 3
+    now += MASKED_S - TRIED_S
+    assert sorted(await masked(3)) == [False, True, True]
+    now += TRIED_S  # nobody said that it failed
+    assert await masked(3) == [False] * 3
+
+
+async def test_an_ingress_waits_for_the_router_as_long_as_its_answers_say(pair: tuple[FakeActor, RemoteRouter]) -> None:
+    actor, router = pair
+    assert router._patience_s == ROUTE_TIMEOUT_S  # before it knows
+    for _ in range(NUM_ANSWERED):
+        await router.route(ASK)
+    assert PATIENCE_S <= router._patience_s <= ROUTE_TIMEOUT_S
+    router._answered_s.append(0.1)
+    router._answered_s.extend([0.002] * (NUM_ANSWERED - 1))
+    assert router._patience_s == pytest.approx(0.4)
+    router._answered_s.append(0.002)
+    assert router._patience_s == PATIENCE_S
+    actor.release.clear()  # it hangs
+    assert [one.routed_by for one in await asyncio.gather(*(router.route(ASK) for _ in range(3)))] == ["ingress"] * 3
 
 
 async def test_a_version_without_a_copy_waits_for_the_actor(pair: tuple[FakeActor, RemoteRouter]) -> None:
