@@ -167,7 +167,8 @@ def _asked(
         return {}
     found: dict[str, Figures] = {}
     for defence in attack.defences if enemies else ("none",):
-        served = [pool.model_copy(update={"summarizer": pool.summarizer.model_copy(update={"defence": defence})}) for pool in pools]
+        summarizer = pools[0].summarizer.model_copy(update={"defence": defence})
+        served = [pool.model_copy(update={"summarizer": summarizer}) for pool in pools]
         own = [asyncio.run(_answers(pool, attack.folder, enemies, test.only(rows), {"dmoa": "dmoa"}))["dmoa"] for pool in served]
         means = {name: float(np.mean([entry[name] for entry in own])) for name in ("accuracy", "calls", "tokens")}
         asked = {"dmoa": means | {"draws": [entry["accuracy"] for entry in own]}}
@@ -184,9 +185,8 @@ async def _answers(
     swarm, judge = build_local_swarm(config, lambda text: None, folder / "calls", None, enemies), judge_of(rows.rows)
     tasks = [row.task for row in rows.rows]
     try:
-        return {
-            shown: of_answers(await ask_all(swarm, policy, tasks, Limits(max_steps=1)), judge) for shown, policy in policies.items()
-        }
+        asked = {shown: await ask_all(swarm, policy, tasks, Limits(max_steps=1)) for shown, policy in policies.items()}
+        return {shown: of_answers(answers, judge) for shown, answers in asked.items()}
     finally:
         await swarm.close()
 
