@@ -50,6 +50,7 @@ class Pool:
     def __init__(self, served: Served) -> None:
         self.served = served
         self.port = int(served.url.rpartition(":")[2])
+        self._watched: list[psutil.Process] = []
 
     async def ask(self, text: str) -> tuple[int, float, str]:
         """Ask one query; return its status (0: no answer), its seconds and its content type."""
@@ -83,9 +84,10 @@ class Pool:
         return reader, writer
 
     def memory(self) -> int:
-        """Return the resident bytes of the proxy and the ingress."""
-        found = [*self.served.processes("ray::ProxyActor"), *self.served.processes(":ingress")]
-        return sum(process.memory_info().rss for process in found)
+        """Return the resident bytes of the proxy and the ingress, which are found once: the client shares their cores."""
+        if not self._watched:
+            self._watched = [*self.served.processes("ray::ProxyActor"), *self.served.processes(":ingress")]
+        return sum(process.memory_info().rss for process in self._watched)
 
 
 async def status_of(reader: asyncio.StreamReader, seconds: float = 30.0) -> int:
