@@ -190,8 +190,9 @@ for folder, names, files in os.walk(T["home"]):
                 for p in inside if p)]
     for name in files:
         seen += 1
-        if seen < 2000:
-            attempt(lambda: open(os.path.join(folder, name), "rb").read(1) is not None)
+        attempt(lambda: open(os.path.join(folder, name), "rb").read(1) is not None)
+    if seen >= 2000:
+        break
 """,
     "environment": "attempt(lambda: any(T['secret'] in v for v in os.environ.values()))",
     "environ-of-other-processes": """

@@ -55,10 +55,11 @@ print(json.dumps([row[0].tolist() for row in found]))
 """
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Served]:
-    path = tmp_path / "pool.yaml"
-    path.write_text(CONFIG.replace("STATE", (tmp_path / "state").as_uri()), encoding="utf-8")
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("replicas")
+    path = folder / "pool.yaml"
+    path.write_text(CONFIG.replace("STATE", (folder / "state").as_uri()), encoding="utf-8")
     served = serve(path, "--set", "server.listener=proxy")
     yield served
     assert served.stop() == 0
