@@ -109,7 +109,7 @@ def longer_policies(config: Config, labels: Path) -> dict[str, str]:
 
 
 def suites(folder: Path, per_suite: int, pools: Sequence[str], longer_rows: int, keep: Callable[[Figures], None]) -> Figures:
-    """Policies on the suites of some pools: those of the first step on all rows, the longer ones on the first `longer_rows`."""
+    """Policies on the suites of some pools: those of one call or one step on all rows, longer ones on the first `longer_rows`."""
     found: Figures = {"seeds": SEEDS}
     for name in pools:
         table: dict[str, Measured] = {}
@@ -142,7 +142,8 @@ def measured_policies(folder: Path, name: str, per_suite: int, longer_rows: int)
         for policy, spelt in first_policies(config, labels).items():
             yield policy, asked.measured(policy, spelt, len(test.rows))
         for policy, one in longer_policies(config, labels[0]).items() if longer_rows else ():
-            yield policy, asked.measured(policy, (one,), longer_rows)
+            is_one_call = POLICIES[split_policy(policy)[0]].cost == "1"
+            yield policy, asked.measured(policy, (one,), len(test.rows) if is_one_call else longer_rows)
 
 
 def of_gates(
