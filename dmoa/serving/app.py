@@ -31,7 +31,7 @@ from dmoa.serving.encoder import ServeEncoder, bind_encoder
 from dmoa.serving.feedback import Explorer, FeedbackClient, exploration
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.serving.handles import ask, listen_where_ray_does, take_carried_bodies
-from dmoa.serving.http.front import Bounds, FrontNotice
+from dmoa.serving.http.front import Bounds, FrontNotice, places_behind
 from dmoa.serving.http.requests import unknown_model
 from dmoa.serving.http.routes import create_app
 from dmoa.serving.listening import LaunchMark
@@ -115,7 +115,7 @@ class SwarmIngress:
             key_hashes=self._key_hashes,
             admin_hashes=self._admin_hashes,
             server=config.server,
-            max_queued_requests=config.limits.max_queued_requests,
+            max_queued_requests=places_behind(config.limits.max_queued_requests),
             has_request_ids=True,  # Serve's proxy adds one of its own
         )
         app.add_middleware(LaunchMark, mark=self._mark)

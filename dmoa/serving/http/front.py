@@ -48,6 +48,7 @@ BODY, MAX_CARRIED = "dmoa.body", 65_536
 """Under this name the scope carries a body of at most so many bytes, so that the ingress need not call back for it."""
 NUM_KEYS = 4096
 """Keys that are remembered because an app took them."""
+SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 _ASKED = b"x-dmoa-front"
 _TOLD = b"x-dmoa-bounds"
 _OWN_PATHS = ("/-/healthz", "/-/routes")
@@ -347,10 +348,18 @@ def _key_of(scope: Scope) -> str:
     return hashlib.sha256(sent).hexdigest() if sent else ""
 
 
+def places_behind(most: int) -> int:
+    """Return how many queries an app may hold itself of `most` in flight: twice as many where a front counts before it.
+
+    A query whose client went away has no place in the front any more, and ends a moment later.
+    """
+    return 2 * most if os.environ.get(SETTING) else most
+
+
 def middlewares() -> list[Middleware]:
     """Bound the connections of this process and return its front; whoever of Serve's processes listens calls this as it starts.
 
-    By RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, which `dmoa serve` sets.
+    By `SETTING`, which `dmoa serve` sets.
     """
     from ray.serve.context import _get_internal_replica_context
 

@@ -14,7 +14,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dmoa.serving.http.connection import BoundedProtocol
 from dmoa.serving.http.errors import SurpriseGuard
-from dmoa.serving.http.front import BODY, GONE_S, MAX_CARRIED, MAX_HALF_SENT, Bounds, Front, FrontNotice, middlewares
+from dmoa.serving.http.front import (
+    BODY,
+    GONE_S,
+    MAX_CARRIED,
+    MAX_HALF_SENT,
+    SETTING,
+    Bounds,
+    Front,
+    FrontNotice,
+    middlewares,
+    places_behind,
+)
+from dmoa.serving.launch import PROXY_FLAGS
 from tests.unit.serving.fake_service import until
 
 CHAT = "/v1/chat/completions"
@@ -395,3 +407,11 @@ def test_serve_gets_the_front(monkeypatch: pytest.MonkeyPatch) -> None:
     bounded = uvicorn.Config(App())
     bounded.load()
     assert bounded.http_protocol_class is BoundedProtocol
+
+
+def test_an_app_behind_a_front_holds_queries_that_end_a_moment_after_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty streams cut at once, and new ones in their places: the app hears of it later than the front, and refused some."""
+    monkeypatch.delenv(SETTING, raising=False)
+    assert places_behind(32) == 32  # nobody else counts
+    monkeypatch.setenv(SETTING, PROXY_FLAGS[SETTING])
+    assert places_behind(32) == 64
