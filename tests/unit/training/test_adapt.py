@@ -12,7 +12,7 @@ import torch
 
 from dmoa.checkpoint import AnchorSet, Checkpoint, describe_gate
 from dmoa.core.gate import Gate, init_gate
-from dmoa.core.label_model import LabelModel
+from dmoa.core.label_model import MIN_ROWS, LabelModel
 from dmoa.core.losses import LossSums
 from dmoa.core.scores import CONSTANT_PENALTY
 from dmoa.feedback import Feedback
@@ -157,6 +157,15 @@ def test_weights_that_learnt_nothing_stay_untrained() -> None:
     assert adapter.candidate()[1].version.startswith("untrained-")
     adapter.learn([lesson(domain, number) for number in range(3) for domain in range(3)])
     assert not adapter.candidate()[1].version.startswith("untrained-")
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_scale_is_fitted_on_enough_queries_and_on_no_fewer(shift: bool) -> None:
+    gate = init_gate(spec(), seed=3)
+    adapter = Adapter(gate, describe_gate(gate, fingerprint="f" * 64), None, AdaptSettings(), SingleWorker(CPU))
+    updates = [adapter.learn([lesson(number % 3, number)], shift=shift) for number in range(MIN_ROWS)]
+    assert [update.refitted for update in updates] == [False] * (MIN_ROWS - 1) + [True]
+    assert [update.loss is None for update in updates] == [True] * (MIN_ROWS - 1) + [False]
 
 
 def test_records_that_teach_nothing_are_counted_by_reason(start: tuple[Gate, Checkpoint]) -> None:
