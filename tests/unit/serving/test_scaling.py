@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from dmoa.engine_options import AutoscalingConfig
+from dmoa.serving.app import build_app
 from dmoa.serving.deployments import scaling_options
+from dmoa.testing import scripted_pool
 
 
 def options_of(**fields: Any) -> dict[str, Any]:
@@ -48,3 +50,9 @@ def test_scaling_from_zero() -> None:
 def test_the_load_is_judged_over_no_more_than_the_delay(delay_s: float, look_back_s: float, report_s: float) -> None:
     found = options_of(max_replicas=2, upscale_delay_s=delay_s)["autoscaling_config"]
     assert (found["look_back_period_s"], found["metrics_interval_s"]) == (look_back_s, report_s)
+
+
+def test_an_ingress_that_died_is_missed_within_a_second() -> None:
+    """Where it listens itself nobody calls it through Serve, which then looks every ten seconds alone."""
+    ingress = build_app(scripted_pool("ab"))._bound_deployment
+    assert ingress._deployment_config.health_check_period_s == 1.0
