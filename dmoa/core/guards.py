@@ -315,7 +315,7 @@ class RateComparison(_Comparison):
         prior, weight = (0.5, 1.0) if self._whole is None else (self._whole.usual, PRIOR)
         count = len(self._control) + weight
         rate = (math.fsum(self._control) + prior * weight) / count
-        return rate + math.sqrt(rate * (1.0 - rate) / count)
+        return min(rate + math.sqrt(rate * (1.0 - rate) / count), 1.0)
 
     def add(self, value: float, *, is_suspect: bool) -> None:
         """Take whether one query failed, 0 or 1; NaN says nothing."""

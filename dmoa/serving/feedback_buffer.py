@@ -138,7 +138,7 @@ class FeedbackBuffer:
         unknown: no query of this key that is young enough has the trace id, whoever else's may; too_many: this minute.
         """
         tenant = self._tenants.setdefault(tenant_name, _Tenant())
-        while tenant.asked and tenant.asked[0] <= now - 60:
+        while tenant.asked and not now - 60 < tenant.asked[0] <= now:  # later than now: the clock was set back
             tenant.asked.popleft()
         if len(tenant.asked) >= self.outcomes_per_minute:
             return "too_many"

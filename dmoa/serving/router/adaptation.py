@@ -383,7 +383,7 @@ class Adaptation:
         split, count, slack = len(inputs), len(agents), 2.0 if said.shift else 1.0
         weights = {name: tensor.numpy() for name, tensor in gate.state_dict().items()}
         verdicts = [guards.finite(weights)]
-        recent = [probabilities(some[:split], count) for some in (new, old)]
+        recent = [probabilities(some[: split or None], count) for some in (new, old)]  # right after a start: the replayed
         new_RA, old_RA = loads(new, count), loads(old, count)
         verdicts.append(guards.drift(recent[0], recent[1], bounds.max_kl * slack))
         verdicts.append(self._distance(weights, slack))

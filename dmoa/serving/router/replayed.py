@@ -8,7 +8,7 @@ answers is not read, so nobody can post a gate out of service. Shape letters: R 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ _ANONYMOUS = tenant_of("")
 
 
 class HeldBack:
-    """The newest of the queries that gates are judged by: of the largest group, of one key and context, the oldest goes."""
+    """The newest of the queries that gates are judged by: of the key with the most, in its largest context, the oldest goes."""
 
     def __init__(self, config: Config, max_held: int = MAX_HELD) -> None:
         self._config = config
@@ -55,8 +55,9 @@ class HeldBack:
         self._groups.setdefault(group, deque()).append(record)
         self._known.add(answer.trace_id)
         if len(self._known) > self._max_held:
-            gone = max(self._groups.values(), key=len).popleft()
-            self._known.discard(gone.answer.trace_id)
+            held = Counter(one.tenant for group in self._groups.values() for one in group)
+            largest = max(self._groups, key=lambda name: (held[name[0]], len(self._groups[name])))
+            self._known.discard(self._groups[largest].popleft().answer.trace_id)
 
     def records(self) -> list[Feedback]:
         """Return what is kept, oldest first."""

@@ -181,6 +181,15 @@ def failing(rng: np.random.Generator, control: float, suspect: float, count: int
     return found
 
 
+def test_a_kind_of_queries_is_compared_where_the_control_has_failed_alone() -> None:
+    whole = RateComparison(RateTest(0.05 / 4), 0.05)
+    found = ByContext(whole, lambda: RateComparison(RateTest(0.05 / 4), 0.05, whole), 16)
+    found.add(1.0, 0, is_suspect=False)
+    found.add(0.0, 1, is_suspect=True)
+    assert whole.usual == 1.0  # 0.75 and a standard error of 0.31
+    assert 0.0 < found.evidence < 1.0
+
+
 def test_failures_are_found_in_a_few_queries_and_equal_rates_are_not() -> None:
     rng = np.random.default_rng(6)
     late = [failing(rng, 0.02, 1.0) for _ in range(100)]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -13,9 +16,12 @@ import torch
 from dmoa.agents.pool import fingerprint
 from dmoa.checkpoint import describe_gate, files_of
 from dmoa.errors import CheckpointError, ConfigError
+from dmoa.feedback import Feedback
 from dmoa.serving.router.adaptation import FILE
+from dmoa.serving.router.replayed import HeldBack
+from dmoa.types import RouteRequest
 from dmoa.workflows.probe import known_answers
-from tests.adapting import AGENTS, LearningSwarm, pool
+from tests.adapting import AGENTS, KEYS, D, LearningSwarm, pool
 
 HOME = (0, 1, 2, 3)
 TO_LAST = (3, 1, 2, 3)
@@ -102,6 +108,27 @@ def test_each_guard_refuses_names_itself_and_can_be_switched_off(root: Path, tmp
     if guard != "finite":
         open_one = swarm(tmp_path / "other", warm=120, skip=failed)
         assert open_one.offer(bad_offers(open_one)[guard], 1)["accepted"]
+
+
+def test_drift_is_bounded_right_after_a_start_too(root: Path) -> None:
+    found = swarm(root, warm=120)
+    bad = bad_offers(found)["drift"]
+    found.inputs = []  # nothing was routed yet; what was finished before is heard of
+    (drift,) = [verdict for verdict in found.offer(bad, 1)["verdicts"] if verdict["guard"] == "drift"]
+    assert not drift["passed"], drift["words"]
+
+
+def test_one_key_with_many_kinds_of_queries_does_not_crowd_the_others_out_of_what_is_held_back(root: Path) -> None:
+    found = swarm(root)
+    answer = found.ask()
+    held = HeldBack(found.config, max_held=32)
+    for number in range(2000):
+        kind = number % 8 if number % 2 else 15  # one key asks of four kinds, the other of one
+        input_X = np.eye(D, dtype=np.float32)[kind % D]
+        step = replace(answer.steps[0], route=RouteRequest(input_X=input_X))
+        record = replace(answer, trace_id=str(number), steps=(step,))
+        held.put(Feedback(answer=record, tenant=KEYS[number % 2], fingerprint="", created_unix_s=float(number)))
+    assert Counter(record.tenant for record in held.records()) == {KEYS[0]: 16, KEYS[1]: 16}
 
 
 def test_an_update_is_taken_once_and_from_the_current_gate_alone(root: Path) -> None:

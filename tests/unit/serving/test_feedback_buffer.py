@@ -122,6 +122,13 @@ def test_outcomes_are_bounded_by_the_minute_of_each_key() -> None:
     assert kept.judge("mine", said("mine1"), 70.0) == "same"
 
 
+def test_a_clock_that_is_set_back_locks_no_key_out() -> None:
+    kept = buffer(outcomes_per_minute=2)
+    kept.put(made(1))
+    assert [kept.judge("mine", said("mine1"), now) for now in (4000.0, 4000.0, 4000.0)][-1] == "too_many"
+    assert [kept.judge("mine", said("mine1"), 400.0) == "too_many" for _ in range(3)] == [False, False, True]
+
+
 def test_traces_of_a_key_are_bounded() -> None:
     kept = buffer(5)
     for number in range(feedback_buffer.MAX_TRACES + 1):
