@@ -76,9 +76,14 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _leaves_nothing_open() -> Iterator[None]:
-    """Look for garbage at the end of every file: what was left open fails a test there, not whichever runs when it is found."""
+    """Look for garbage at the end of every file: what was left open fails a test there, not whichever runs when it is found.
+
+    Nor does a Ray that a file has joined stay for the next one.
+    """
     yield
     gc.collect()
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        sys.modules["ray"].shutdown()  # whoever joined one: the next file finds a process without
 
 
 @pytest.fixture(autouse=True, scope="session")
