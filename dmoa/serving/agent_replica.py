@@ -6,7 +6,8 @@ In `shared` placement one replica holds every agent of an LLM, in `dedicated` pl
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 
 from ray import serve
@@ -15,9 +16,10 @@ from dmoa.agents.agent import Agent, LocalAgents
 from dmoa.agents.pool import build_agents, build_engine
 from dmoa.agents.summarizer import withhold
 from dmoa.config import SUMMARIZER, AgentConfig, Config, callable_agents
+from dmoa.errors import DmoaError
 from dmoa.protocols import AgentClient, Engine
 from dmoa.serving.handles import listen_where_ray_does
-from dmoa.serving.placement import is_in_ingress
+from dmoa.serving.placement import INGRESS, deployment_names, is_in_ingress
 from dmoa.serving.rollover import check_version, pool_version
 from dmoa.types import AgentCall, AgentReply, TextDelta
 
@@ -83,6 +85,7 @@ class IngressAgents:
         hosts = {llm: (host or AgentReplica)(text, llm) for llm in dict.fromkeys(agent.llm for agent in here)}
         self._here = {agent.name: hosts[agent.llm] for agent in here}
         self._elsewhere = elsewhere
+        self._places = deployment_names(config)
         self._version = pool_version(config)
 
     async def call(self, call: AgentCall) -> AgentReply:
@@ -99,6 +102,28 @@ class IngressAgents:
         """Return once the agent's place answers: at once, where that is this process. Raises as `call` does."""
         if agent not in self._here:
             await self._elsewhere.ping(agent)
+
+    async def unready(self, agents: Iterable[str], patience_s: float) -> dict[str, str]:
+        """Return agent -> why it does not answer, of those that do not.
+
+        A deployment is pinged once: a thousand agents' pings would fill its queue.
+        """
+        asked = {name: self._places.get(name, INGRESS) for name in agents}
+        first = {place: name for name, place in reversed(asked.items())}
+        found = dict(zip(first, await asyncio.gather(*(self._wrong(name, patience_s) for name in first.values())), strict=True))
+        wrong = {name: found[place].replace(repr(first[place]), repr(name)) for name, place in asked.items()}
+        return {name: why for name, why in wrong.items() if why}
+
+    async def _wrong(self, agent: str, patience_s: float) -> str:
+        """Return why an agent's place does not answer, "" where it does."""
+        try:
+            async with asyncio.timeout(patience_s):
+                await self.ping(agent)
+        except TimeoutError:
+            return f"no answer within {patience_s} s"
+        except DmoaError as error:
+            return str(error)
+        return ""
 
 
 def hosted_agents(config: Config, llm: str, agent: str | None) -> list[AgentConfig]:

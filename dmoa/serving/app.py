@@ -194,21 +194,11 @@ class SwarmIngress:
         """
         names = [agent.name for agent in callable_agents(self._config)]
         asked = [name for name in names if name not in self._sleepers]
-        states = dict(zip(asked, await asyncio.gather(*(self._state(name) for name in asked)), strict=True))
+        states = dict.fromkeys(asked, UP) | await self._agents.unready(asked, READY_TIMEOUT_S)
         if self._sleepers:
             status = await self._router.status()
             states |= {name: state_of(name, status) for name in self._sleepers}
         return {name: states[name] for name in names}
-
-    async def _state(self, agent: str) -> str:
-        try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                await self._agents.ping(agent)
-        except TimeoutError:
-            return f"no answer within {READY_TIMEOUT_S} s"
-        except DmoaError as error:
-            return str(error)
-        return UP
 
     async def metrics(self) -> str:
         """Return the router's aggregate in the Prometheus text format."""

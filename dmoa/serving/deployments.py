@@ -32,12 +32,15 @@ def has_affinity(scaling: AutoscalingConfig) -> bool:
     return scaling.max_replicas > 1
 
 
-def scaling_options(scaling: AutoscalingConfig, *, max_num_seqs: int) -> dict[str, Any]:
-    """Return a deployment's options for replicas and queues; `max_num_seqs` is the batch of a replica's engine."""
+def scaling_options(scaling: AutoscalingConfig, *, max_num_seqs: int, num_agents: int = 1) -> dict[str, Any]:
+    """Return a deployment's options for replicas and queues; `max_num_seqs` is the batch of a replica's engine.
+
+    Where nothing else is set, two queries may ask all of its agents at once.
+    """
     queued = scaling.max_queued_calls
     options: dict[str, Any] = {
         "max_ongoing_requests": max_num_seqs * _QUEUE_FACTOR if queued is None else max_num_seqs + queued,
-        "max_queued_requests": max_num_seqs * _QUEUE_FACTOR * 4 if queued is None else queued,
+        "max_queued_requests": max(max_num_seqs * _QUEUE_FACTOR * 4, 2 * num_agents) if queued is None else queued,
     }
     if has_affinity(scaling):
         options["request_router_config"] = {"request_router_class": _AFFINE_ROUTER}
@@ -77,24 +80,25 @@ def bind_hosts(config: Config) -> dict[str, Any]:
         if name in bound or is_in_ingress(config, agent):
             continue
         entry, scaling = llm.engine_entry, config.scaling_of(agent)
-        options = _options(name, scaling, max_num_seqs=llm.max_num_seqs, gpus=llm.gpus, is_light=entry.is_light)
         only = None if llm.placement == "shared" else agent.name
+        hosted = hosted_agents(config, agent.llm, only)
+        options = _options(name, gpus=llm.gpus, is_light=entry.is_light)
+        options |= scaling_options(scaling, max_num_seqs=llm.max_num_seqs, num_agents=len(hosted))
         if entry.deployment is not None:
             make = resolve_name(entry.deployment)
-            deployment = make(config, agent.llm, hosted_agents(config, agent.llm, only), options)
+            deployment = make(config, agent.llm, hosted, options)
         else:
             deployment = serve.deployment(AgentReplica).options(**options)
         bound[name] = deployment.bind(text, agent.llm, only)
     return bound
 
 
-def _options(name: str, scaling: AutoscalingConfig, *, max_num_seqs: int, gpus: float, is_light: bool) -> dict[str, Any]:
+def _options(name: str, *, gpus: float, is_light: bool) -> dict[str, Any]:
     actor: dict[str, Any] = {"num_cpus": 0} if is_light else {"num_cpus": 1, "runtime_env": {"env_vars": ENGINE_ENV}}
-    options: dict[str, Any] = {
+    return {
         "name": name,
         "ray_actor_options": actor | {"num_gpus": gpus},
         "health_check_period_s": 2.0,
         "graceful_shutdown_timeout_s": CALL_DRAIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,
     }
-    return options | scaling_options(scaling, max_num_seqs=max_num_seqs)

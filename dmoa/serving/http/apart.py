@@ -98,19 +98,30 @@ def serve_apart() -> None:
 
     class Apart(uvicorn.Server):
         async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-            """Return once the server has ended, which it does where this is cancelled."""
-            loop, ended, serving = asyncio.get_running_loop(), asyncio.Event(), super().serve(sockets)
+            """Return once the server has ended, which it does where this is cancelled; raises what ended it."""
+            loop, serving = asyncio.get_running_loop(), super().serve(sockets)
+            ended: asyncio.Future[None] = loop.create_future()
+
+            def end(error: BaseException | None) -> None:
+                if ended.done():
+                    return
+                if error is None:
+                    ended.set_result(None)
+                else:
+                    ended.set_exception(error)
 
             def run() -> None:
+                error = None
                 try:
                     with asyncio.Runner(loop_factory=type(loop)) as runner:
                         runner.run(serving)
-                finally:
-                    loop.call_soon_threadsafe(ended.set)
+                except BaseException as found:  # SystemExit too, of which a thread says nothing: raised where it is awaited
+                    error = found
+                loop.call_soon_threadsafe(end, error)
 
             threading.Thread(target=run, name="dmoa-http", daemon=True).start()
             try:
-                await ended.wait()
+                await ended
             finally:
                 self.should_exit = self.force_exit = True
 

@@ -328,10 +328,11 @@ class Adaptation:
             said = Evidence.model_validate(dict(evidence))
         except ValidationError as error:
             raise ConfigError(f"offer: evidence: {describe(error, Evidence)}") from error
+        if self.mode == "off":
+            return self._told("refused", ["router.adaptation is 'off'; set it to observe, canary or on"]), None
         closed = self._closed(said)
-        if closed:
-            self._kept.counts["refused"] = self._kept.counts.get("refused", 0) + 1
-            return self._told("refused", [closed]), None
+        if closed is not None:
+            return self._turn_away(said, *closed), None
         self._kept.ledger = said.update
         try:
             gate, record, shadow = self._versions.check(files, inputs)
@@ -357,23 +358,31 @@ class Adaptation:
             return self._told("observed", [_would(shadow)], verdicts, record.version), None
         return self._take(gate, record, said, verdicts)
 
-    def _closed(self, said: Evidence) -> str | None:
-        """Return why no offer, or not this one, is looked at; None where it is."""
+    def _closed(self, said: Evidence) -> tuple[str, str] | None:
+        """Return why no offer, or not this one, is looked at, in a word and in a sentence; None where it is."""
         kept, trial, current = self._kept, self._kept.trial, self._versions.version
-        if self.mode == "off":
-            return "router.adaptation is 'off'; set it to observe, canary or on"
         if kept.frozen is not None:
-            return f"learning is frozen ({kept.frozen}); `dmoa router thaw` ends that"
+            return "frozen", f"learning is frozen ({kept.frozen}); `dmoa router thaw` ends that"
         if said.update <= kept.ledger:
-            return f"update {said.update} was judged before, the ledger is {kept.ledger}; number the next one higher"
+            words = f"update {said.update} was judged before, the ledger is {kept.ledger}; number the next one higher"
+            return "ledger", words
         left = kept.cooldown_until_unix_s - self._clock()
         if left > 0:
-            return f"a gate was taken back lately; offers are taken again in {left:.0f} s"
+            return "cooldown", f"a gate was taken back lately; offers are taken again in {left:.0f} s"
         if trial is not None and self.mode == "canary":
-            return f"gate {trial.candidate} is on trial (update {trial.update}); offer again when it is over"
+            return "trial", f"gate {trial.candidate} is on trial (update {trial.update}); offer again when it is over"
         if said.base_version not in {current, *(trial.line if trial else ()), *([trial.control] if trial else ())}:
-            return f"the update began with gate {said.base_version}, current is {current}; begin with that"
+            return "base", f"the update began with gate {said.base_version}, current is {current}; begin with that"
         return None
+
+    def _turn_away(self, said: Evidence, reason: str, words: str) -> dict[str, Any]:
+        """Count an offer that is not looked at; of several in a row for one reason, the history has the first."""
+        self._count("refused", [reason])
+        last = self._kept.events[-1] if self._kept.events else {}
+        if last.get("closed") != reason:
+            self._note("refused", "", f"update {said.update}: {words}", closed=reason)
+        self._save()
+        return self._told("refused", [words])
 
     def _judge(self, gate: Gate, inputs: Sequence[FloatArray], said: Evidence) -> list[Verdict]:
         """Return the verdicts of all guards that are on."""

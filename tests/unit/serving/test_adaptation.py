@@ -275,6 +275,24 @@ def test_freezing_ends_the_trial_and_lasts(root: Path) -> None:
     assert [name for name in actions(found) if name in ("freeze", "thaw", "withdrawn")] == ["freeze", "withdrawn", "thaw"]
 
 
+def test_offers_that_are_not_looked_at_are_told_once_for_each_reason_and_counted(root: Path) -> None:
+    found = swarm(root, "on", skip=("canary",))
+    assert found.offer(found.files(HOME, sharpness=1.2), 5)["accepted"]
+    for update in (5, 4, 5):
+        assert not found.offer(found.files(HOME, sharpness=1.4), update)["accepted"]
+    found.adaptation.freeze()
+    for update in (6, 7):
+        assert not found.offer(found.files(HOME, sharpness=1.4), update)["accepted"]
+    found.start()
+    told = [event["note"] for event in found.adaptation.events() if event["action"] == "refused"]
+    assert told == [
+        "update 5: update 5 was judged before, the ledger is 5; number the next one higher",
+        "update 6: learning is frozen (by an operator); `dmoa router thaw` ends that",
+    ]
+    status = found.adaptation.status()
+    assert (status["counts"]["refused"], status["failures"]) == (5, {"ledger": 3, "frozen": 2})
+
+
 def test_a_restart_in_the_middle_of_a_canary_goes_on_with_it(root: Path) -> None:
     off = {"skip": ("drift", "distance", "held_back", "load")}
     found = swarm(root, warm=40, canary_queries=500, **off)

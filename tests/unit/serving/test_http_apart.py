@@ -152,3 +152,13 @@ async def test_where_the_apps_loop_has_ended_clients_are_told_to_come_again(serv
             found = await http.post("/v1/x")
             assert (found.status_code, found.json()["error"]["code"]) == (503, "server_lost")
             assert found.headers["retry-after"] == "1"
+
+
+async def test_what_ends_the_server_ends_who_waits_for_it(serve: Callable[..., object]) -> None:
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server = uvicorn.Server(uvicorn.Config(lambda: None, lifespan="off", log_level="critical", port=taken.getsockname()[1]))
+        with pytest.raises(SystemExit):
+            async with asyncio.timeout(30):
+                await server.serve()

@@ -20,6 +20,12 @@ def test_one_replica_is_neither_scaled_nor_chosen_by_conversation() -> None:
     assert options_of() == {"max_ongoing_requests": 64, "max_queued_requests": 256, "num_replicas": 1}
 
 
+def test_two_queries_may_ask_all_agents_of_a_deployment_at_once() -> None:
+    assert scaling_options(AutoscalingConfig(), max_num_seqs=16, num_agents=1024)["max_queued_requests"] == 2048
+    found = scaling_options(AutoscalingConfig(max_queued_calls=9), max_num_seqs=16, num_agents=1024)
+    assert found["max_queued_requests"] == 9, "who sets a limit has it"
+
+
 def test_a_limit_on_waiting_calls_holds_in_the_replica_and_in_the_ingress() -> None:
     found = options_of(max_queued_calls=6)
     assert (found["max_ongoing_requests"], found["max_queued_requests"]) == (16 + 6, 6)

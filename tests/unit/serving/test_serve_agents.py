@@ -338,3 +338,36 @@ async def test_agents_in_the_ingress_are_called_there_and_others_elsewhere() -> 
         assert isinstance(last, AgentReply)
         assert ("".join(piece.text for piece in pieces if isinstance(piece, TextDelta)), last.replica) == (text, replica)
         await agents.ping(name)
+
+
+class Places:
+    """Reaches agents whose places answer, or not, and tells which were pinged."""
+
+    def __init__(self) -> None:
+        self.pinged: list[str] = []
+
+    async def ping(self, agent: str) -> None:
+        self.pinged.append(agent)
+        if agent.startswith("lost"):
+            raise AgentUnavailableError(f"agent {agent!r}: it has no running replica")
+        if agent.startswith("late"):
+            await asyncio.Event().wait()
+
+
+async def test_a_deployment_is_pinged_once_for_all_of_its_agents() -> None:
+    scripted = {"model": "scripted:x", "engine": "scripted"}
+    tree: dict[str, Any] = {
+        "name": "p",
+        "llms": dict.fromkeys(("good", "lost", "late"), scripted)
+        | {"near": scripted | {"placement": "ingress"}, "own": scripted | {"placement": "dedicated"}},
+        "agents": [{"name": f"{llm}{i}", "llm": llm, "profile": "Works."} for i in range(300) for llm in ("good", "lost")]
+        + [{"name": f"{llm}{i}", "llm": llm, "profile": "Works."} for i in range(2) for llm in ("near", "own", "late")],
+        "gate": {"activation": {"max_agents": 3}},
+    }
+    config, elsewhere = Config.model_validate(tree), Places()
+    agents = IngressAgents(config, elsewhere, Hosted)  # type: ignore[arg-type]
+    found = await agents.unready(config.agent_names, 0.05)
+    assert sorted(elsewhere.pinged) == ["good0", "late0", "lost0", "own0", "own1"]
+    wrong = {name: f"agent {name!r}: it has no running replica" for name in config.agent_names if name.startswith("lost")}
+    late = dict.fromkeys(("late0", "late1"), "no answer within 0.05 s")
+    assert found == wrong | late
