@@ -24,7 +24,7 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dmoa.errors import DmoaError
+from dmoa.errors import DISK_ERRORS, DmoaError
 
 _READERS = 2
 
@@ -188,6 +188,8 @@ class BatchedWriter(Generic[T]):
 
 SHARDS_UNDER_WAY = 4
 """Shards that one answering actor works on at once."""
+_CARRIED = ("controller_failure", "cause", "_base_exc")
+"""Attributes of Ray's errors with the error that they were made of."""
 _MAX_SHARDS = 500
 """Shards of a pass, however many rows it has (unless so many would leave workers idle): Ray keeps some 20 KiB of each, its
 task and its statistics, in the driver until the pass ends."""
@@ -254,7 +256,7 @@ def only_writer(kind: type, *args: Any, advice: str) -> Iterator[Any]:
         ray.get(writer.ready.remote())
         yield writer
     except RayError as error:
-        raise DmoaError(f"the writer of the run is gone: {_reason(error)}; {advice}") from error
+        raise stopped_by(error, "the writer of the run is gone", advice) from error
     finally:
         ray.kill(writer)
 
@@ -274,7 +276,7 @@ def run_pass(dataset: ray.data.Dataset, writer: Any, stage: str, total: int, wat
     started = time.monotonic()
     failure = in_background(work, stage, lambda: _report(writer, stage, total, started, watch))
     if failure is not None:
-        raise DmoaError(f"{stage} stopped: {_reason(failure)}; {advice}") from failure
+        raise stopped_by(failure, f"{stage} stopped", advice) from failure
 
 
 def in_background(work: Callable[[], T], name: str, tick: Callable[[], None] = lambda: None) -> T:
@@ -302,8 +304,23 @@ def in_background(work: Callable[[], T], name: str, tick: Callable[[], None] = l
     return found[0]
 
 
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[-2000:]
+def stopped_by(error: BaseException, words: str, advice: str) -> Exception:
+    """Return what to raise for a failure: of a remote task its cause, whose text is no traceback; a full disk as it is."""
+    cause = error
+    while (inner := _inner(cause)) is not None:
+        cause = inner
+    if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+        return cause
+    return DmoaError(f"{words}: {' '.join(str(cause).split())[-2000:] or type(cause).__name__}; {advice}")
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    """Return what an error of Ray's carries: of a task its cause, of a training its first worker's error."""
+    workers = dict(getattr(error, "worker_failures", None) or {})
+    for found in (*(workers[rank] for rank in sorted(workers)), *(getattr(error, name, None) for name in _CARRIED)):
+        if isinstance(found, BaseException):
+            return found
+    return None
 
 
 def _report(writer: Any, stage: str, total: int, started: float, watch: Watch) -> None:

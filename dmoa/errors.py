@@ -7,11 +7,15 @@ to do next.
 
 from __future__ import annotations
 
+import errno
+
 
 class DmoaError(Exception):
     """Root of every error that dmoa raises on purpose."""
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Numbers of an OSError for a disk that takes nothing more: a command ends with one sentence."""
 _BUGS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, SyntaxError, TypeError, ValueError)
 
 

@@ -22,8 +22,8 @@ from dmoa.core.features import FEEDBACK_FEATURES, feedback
 from dmoa.core.gate import GateSpec
 from dmoa.core.in_step import read_classes
 from dmoa.core.scores import Array, BoolArray, reply_key
-from dmoa.dataflow import on_this_node, quiet
-from dmoa.errors import ConfigError, DmoaError
+from dmoa.dataflow import on_this_node, quiet, stopped_by
+from dmoa.errors import ConfigError
 from dmoa.reading import offsets
 from dmoa.training.rollouts import (
     LEARNED,
@@ -460,7 +460,7 @@ def _stream(parts: Sequence[tuple[int, str]], fingerprint: str) -> Iterator[pa.T
         reason = _first_config_error(error)
         if reason is not None:
             raise ConfigError(reason) from error
-        raise DmoaError(f"reading the rollouts stopped: {' '.join(str(error).split())[-2000:]}") from error
+        raise stopped_by(error, "reading the rollouts stopped", "run the same command again") from error
 
 
 def _first_config_error(error: BaseException | None) -> str | None:

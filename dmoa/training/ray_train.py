@@ -12,8 +12,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.config import LoggingConfig
 
-from dmoa.dataflow import in_background
-from dmoa.errors import DmoaError
+from dmoa.dataflow import in_background, stopped_by
 from dmoa.training.distributed import SingleWorker, TorchGroup, WorkerGroup
 from dmoa.training.loop import BadStepsError, TrainJob, train_gate
 from dmoa.training.state import StateStore
@@ -63,8 +62,7 @@ def fit_on_ray(
     try:
         result = in_background(trainer.fit, "training", tick)
     except TrainingFailedError as error:
-        reason = " ".join(str(error).split())[-1500:]
-        raise DmoaError(f"training stopped: {reason}; the same command goes on from the last state that was kept") from error
+        raise stopped_by(error, "training stopped", "the same command goes on from the last state that was kept") from error
     found: str | None = result.return_value
     return found
 

@@ -331,7 +331,7 @@ def _train_on_ray(job: LoraJob, workers: int, storage_path: str, *, use_gpu: boo
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    from dmoa.dataflow import in_background
+    from dmoa.dataflow import in_background, stopped_by
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     trainer = TorchTrainer(
@@ -349,8 +349,7 @@ def _train_on_ray(job: LoraJob, workers: int, storage_path: str, *, use_gpu: boo
     try:
         result = in_background(trainer.fit, "training")
     except TrainingFailedError as error:
-        reason = " ".join(str(error).split())[-1500:]
-        raise DmoaError(f"{job.name}: training stopped: {reason}; the same command goes on from the last state") from error
+        raise stopped_by(error, f"{job.name}: training stopped", "the same command goes on from the last state") from error
     if result.checkpoint is None:
         raise DmoaError(f"{job.name}: Ray Train returned no checkpoint; look at {result.path} and train again")
     return result.checkpoint

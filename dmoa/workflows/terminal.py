@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -15,10 +14,9 @@ from typing import Any, NoReturn, TextIO, cast
 
 import typer
 
-from dmoa.errors import DmoaError
+from dmoa.errors import DISK_ERRORS, DmoaError
 
 _STDERR = 2
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _own: TextIO | None = None
 """Where the program's own words go while stderr is the log."""
 _log: TextIO | None = None
@@ -184,7 +182,7 @@ def closed(invoke: Callable[[], Any]) -> Any:
             raise
         _close(Terminated())  # Ray's own handler, which holds while it starts
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in DISK_ERRORS:
             raise
         where = "" if error.filename is None else f" {str(error.filename)!r}"
         raise DmoaError(

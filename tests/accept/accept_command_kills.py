@@ -91,7 +91,7 @@ def told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     lines = [line for line in done.stderr.splitlines() if line.startswith("dmoa: ") and line != "dmoa: "]
     return {
         "status": done.returncode,
-        "has_traceback": "Traceback" in done.stderr,
+        "has_traceback": "Traceback" in done.stderr or any(' File "' in line for line in lines[-1:]),
         "last_words": lines[-1:] or done.stderr[-300:],
     }
 
