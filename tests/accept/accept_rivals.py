@@ -289,7 +289,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--rows": {"type": int, "default": 5, "help": "test rows of a suite, of `suites` and `adversaries`"},
     "--pools": {"default": "specialists,specialists-generalist", "help": "of the suites"},
     "--attacked-pools": {"default": ",".join(POOLS), "help": "of the adversaries"},
-    "--longer-rows": {"type": int, "default": 30, "help": "test rows for policies of several calls an agent"},
+    "--longer-rows": {"type": int, "default": 30, "help": "rows that policies of several calls an agent are asked at first"},
     "--adversaries": {"default": "1", "help": "numbers of adversaries, such as 1,2,3"},
     "--defences": {"default": "none"},
     "--score": {"choices": ("anchored", "posterior"), "default": "posterior", "help": "of dmoa's gate, of `adversaries`"},
