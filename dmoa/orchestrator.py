@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dmoa.agents.summarizer import Fold, SelectSummarizer, Summarizer
@@ -21,8 +21,8 @@ from dmoa.core.stopping import budget_stop, rule_stop
 from dmoa.dispatch import Dispatcher, calls_left
 from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.final_call import FinalCaller
-from dmoa.protocols import Policy
-from dmoa.recovery import patiently
+from dmoa.protocols import Policy, ended
+from dmoa.recovery import PATIENCE_S, patiently
 from dmoa.step_calls import AgentCard
 from dmoa.types import (
     Activation,
@@ -102,7 +102,8 @@ class Orchestrator:
             step_started = time.perf_counter()
             plan = await self._plan(state, policy)
             if isinstance(plan, Stop):
-                reason = plan.reason
+                is_lost = plan.reason == "schedule" and state.steps and not contributions(state.steps[-1].replies)
+                reason = "no_agent" if is_lost else plan.reason
                 break
             plan = self._within_calls(state, plan)
             fault = self.dispatcher.fault_of(state, plan)
@@ -115,13 +116,14 @@ class Orchestrator:
             reason = self._stop_reason(state, step, fold, plan, previous, judgement)
         if not state.summary:
             raise _no_answer(state, policy.name, reason)
-        choices: tuple[Choice, ...] = ()
+        text, choices = ended(policy, state), tuple[Choice, ...]()
         if query.final is not None:
             final = FinalCaller(self.dispatcher, self.writer)
             step, choices = await final.write(state, emit if query.is_streamed else None)
-            state = advance(state, step)
+            state, text = advance(state, step), step.summary
             emit(step)
-        emit(finish(state, policy.name, reason, wall_ms=(time.perf_counter() - started) * 1e3, choices=choices))
+        answer = finish(state, policy.name, reason, wall_ms=(time.perf_counter() - started) * 1e3, choices=choices)
+        emit(replace(answer, text=text))
 
     async def _plan(self, state: QueryState, policy: Policy) -> StepPlan | Stop:
         """Ask the policy, waiting while no agent is up, until the deadline."""
@@ -150,7 +152,7 @@ class Orchestrator:
         asked = await self.dispatcher.ask(state, plan, words, self.defence)
         counted, examiners = await self._defended(state, plan, asked.replies)
         usable = tuple(contributions(counted))
-        if not usable and not state.summary:
+        if not usable and not state.summary and not self._goes_on(state, plan, asked.replies):
             raise _nothing_said(state, asked.replies)
         judgement = judge(plan.decision, counted, asked=state.asked) if plan.fold == "summarizer" else None
         fold = await self._fold(state, plan, usable, emit, judgement)
@@ -182,7 +184,7 @@ class Orchestrator:
             return barred(replies, self.defence, asked=state.asked), ()
         groups = examined_groups(replies, state.asked)
         left = calls_left(state)
-        if not groups or (left is not None and left < len(replies) + len(groups)):
+        if not groups or _spent(state, replies) or (left is not None and left < len(replies) + len(groups)):
             return replies, ()
         examination = StepPlan(
             activations=tuple(
@@ -205,7 +207,7 @@ class Orchestrator:
     async def _fold(
         self, state: QueryState, plan: StepPlan, usable: tuple[AgentReply, ...], emit: Emit, judgement: Judgement | None
     ) -> Fold:
-        if plan.fold == "keep" and not state.summary:
+        if not state.summary and (plan.fold == "keep" or not usable):
             return Fold(summary="", record=SummarizerRecord(mode="select", verdict="rule"), selection=None)
         if plan.fold == "keep":
             usable = ()
@@ -231,18 +233,31 @@ class Orchestrator:
         return replace(fold, record=priced(fold.record, self.summarizer_price))
 
     def _within_calls(self, state: QueryState, plan: StepPlan) -> StepPlan:
-        """Return the plan with as many agents as the calls that are left allow, the summarizer's own kept back."""
+        """Return the plan with as many agents as the calls left allow, the summarizer's kept back; the others may stand in."""
         left = calls_left(state)
         if left is None:
             return plan
         own = 0 if self.is_select or plan.fold != "summarizer" else 1
-        return replace(plan, activations=plan.activations[: max(1, left - own)])
+        room = max(1, left - own)
+        asked, cut = plan.activations[:room], plan.activations[room:]
+        explored = plan.explored[: max(0, left - own - len(asked))]
+        return replace(plan, activations=asked, reserves=(*cut, *plan.reserves), explored=explored)
+
+    def _goes_on(self, state: QueryState, plan: StepPlan, replies: Sequence[AgentReply]) -> bool:
+        """Tell whether a set schedule goes on after a step without a contribution: not its last one, and there is more to ask.
+
+        Where all were lost that is another agent, within the time that a query is patient.
+        """
+        if plan.fold == "summarizer" or plan.ends_with is not None or state.query.stages:
+            return False
+        is_other_left = len({reply.agent for reply in replies}) < len(self.dispatcher.cards)
+        is_early = time.time() < state.started_unix_s + PATIENCE_S
+        return any(reply.status == "ok" for reply in replies) or (is_other_left and is_early)
 
     def _stop_reason(
         self, state: QueryState, step: StepRecord, fold: Fold, plan: StepPlan, previous: str, judgement: Judgement | None
     ) -> StopReason | None:
         """Apply the stopping rules to the step just finished, then the budgets."""
-        limits = state.query.limits
         usable = contributions([reply for reply in step.replies if reply.agent in step.active])
         rule: StopReason | None = None
         if usable and plan.ends_with:
@@ -261,20 +276,25 @@ class Orchestrator:
                 judgement=judgement,
                 asked=state.query.text,
             )
-        budget = budget_stop(
-            step=len(state.steps),
-            max_steps=limits.max_steps,
-            tokens_used=state.tokens_used,
-            budget_tokens=limits.budget_tokens,
-            price_used=state.price_used,
-            budget_price=limits.budget_price,
-            calls_used=state.calls_used,
-            budget_calls=limits.budget_calls,
-            is_paced=limits.within_steps,
-            now=time.time(),
-            deadline=state.deadline_unix_s,
-        )
-        return rule or budget or (None if usable else "no_agent")
+        return rule or _spent(state) or (None if usable or self._goes_on(state, plan, step.replies) else "no_agent")
+
+
+def _spent(state: QueryState, more: Sequence[AgentReply] = ()) -> StopReason | None:
+    """Return the budget of a query that is spent, with `more` replies than those of its steps."""
+    limits = state.query.limits
+    return budget_stop(
+        step=len(state.steps),
+        max_steps=limits.max_steps,
+        tokens_used=state.tokens_used + sum(reply.usage.total for reply in more),
+        budget_tokens=limits.budget_tokens,
+        price_used=state.price_used + sum(reply.price or 0.0 for reply in more),
+        budget_price=limits.budget_price,
+        calls_used=state.calls_used + len(more),
+        budget_calls=limits.budget_calls,
+        is_paced=limits.within_steps,
+        now=time.time(),
+        deadline=state.deadline_unix_s,
+    )
 
 
 def begin(query: Query) -> QueryState:
@@ -340,6 +360,8 @@ def _no_answer(state: QueryState, policy: str, reason: StopReason) -> Exception:
     if not state.steps:
         return RequestError(f"policy: {policy!r} stopped before any agent was asked; use another policy")
     asked = tuple(reply for step in state.steps for reply in step.replies)
+    if not contributions(asked):
+        return _nothing_said(state, asked)
     seen = f"policy {policy!r} was ended by {reason} after {len(asked)} calls, before an agent wrote an answer"
     return EmptyAnswerError(f"{seen}; allow more, or use a policy that answers at its first step", asked)
 

@@ -94,6 +94,12 @@ class Policy(Protocol):
         """Return whom to ask next, or stop. Reads the state, changes nothing."""
 
 
+def ended(policy: Policy, state: QueryState) -> str:
+    """Tell a policy that a query is over, where it has a method `ended` to know it by; return the query's answer."""
+    tell: Callable[[QueryState], str] | None = getattr(policy, "ended", None)
+    return tell(state) if tell else state.summary
+
+
 class SwarmClient(Protocol):
     """Reaches a swarm: in this process, on Serve, or a server behind a URL."""
 

@@ -194,7 +194,8 @@ class StepCalls:
         used, price = sum(reply.usage.total for reply in replies), sum(reply.price or 0.0 for reply in replies)
         shares = [(used, self._tokens_left), (price, self._price_left)]
         affordable = [int((left - took) * len(replies) / took) for took, left in shares if left is not None and took]
-        room = min(affordable, default=len(self._held)) - self._under_way - following
+        # Where all calls so far were lost nothing is known of what one takes.
+        room = min(affordable, default=len(self._held) if used else 1) - self._under_way - following
         calls = [self._new_chain(held, tokens_used=used, price_used=price) for held in self._held[: max(0, room)]]
         self._held = self._held[len(calls) :]
         return calls

@@ -303,7 +303,7 @@ def redact(value: Any, name: str = "") -> Any:
 
 def redact_text(text: str) -> str:
     """Return a text without the user part of its URLs, values given to secret names, and well-known shapes of keys."""
-    text = _without_known_shapes(text)
+    text = without_known_shapes(text)
     text = _TAGGED.sub(lambda m: f"{m[1]}{REDACTED}{m[3]}" if _is_secret(m["name"]) else m[0], text)
     text = _PAIR.sub(_without_value, text)
     text = _without_given(_without_blocks(text))
@@ -311,7 +311,7 @@ def redact_text(text: str) -> str:
     return _BASIC.sub(_without_login, text)
 
 
-def _without_known_shapes(text: str) -> str:
+def without_known_shapes(text: str) -> str:
     """Return a text with `[redacted]` in place of what looks like a secret by itself."""
     for pattern, replacement in _REPLACED:
         text = pattern.sub(replacement, text)

@@ -7,6 +7,7 @@ tool is continued after the tool's result, and counts as one contribution. What 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -136,10 +137,9 @@ class Agent:
         reasoning = "\n\n".join(thought for thought in (*asides, split.reasoning) if thought)
         answer = "" if split.is_open else split.text
         usage, is_guess = _counted(sum((item.usage for item in rounds), TokenUsage()), reasoning, answer)
-        entropy, thought_entropy = (
-            sum((item.entropy for item in rounds), EntropySum()),
-            sum((item.reasoning_entropy for item in rounds), EntropySum()),
-        )
+        entropy = sum((item.entropy for item in rounds), EntropySum())
+        thought_entropy = sum((item.reasoning_entropy for item in rounds), EntropySum())
+        known = [item.price for item in rounds if item.price is not None and 0 <= item.price < math.inf]
         if self._entropy_scope == "all":
             entropy += thought_entropy
         return AgentReply(
@@ -152,7 +152,7 @@ class Agent:
             reasoning_entropy=_known(thought_entropy),
             usage=usage,
             are_tokens_estimated=is_guess or any(item.are_tokens_estimated for item in rounds),
-            price=None if any(item.price is None for item in rounds) else sum(item.price or 0.0 for item in rounds),
+            price=sum(known) if len(known) == len(rounds) else None,
             latency_ms=(time.perf_counter() - started) * 1e3,
             tool_calls=rounds[-1].tool_calls,
             logprobs=rounds[-1].logprobs,

@@ -31,6 +31,14 @@ _FRAME = re.compile(
 Possessive, so that no line takes more than time in proportion to its length: another pool member writes it.
 """
 
+_SEEN_AS = str.maketrans(
+    "\u0410\u0421\u0415\u041d\u0406\u041e\u0420\u0405\u0422\u0412\u0423\u0430\u0441\u0435\u04bb\u0456\u043e\u0440\u0455"
+    "\u0443\u051d\u051b\u0501\u0391\u0392\u0395\u0397\u0399\u039d\u039f\u03a4\u03a5\u03dc\u03b1\u03b9\u03bf\u03c5\u03bd"
+    "\u03c1\u115f\u1160",
+    "ACEHIOPSTBYacehiopsywqdABEHINOTYFaiouvp\u00ad\u00ad",
+)
+"""Cyrillic and Greek letters to the Latin ones that they look like, and two letters without a width to another such sign."""
+
 _VERDICT = (
     "Write on the first line exactly FINAL if the question is now fully answered, else exactly CONTINUE. "
     "Then write the answer so far, complete and on its own."
@@ -95,4 +103,5 @@ def _plain(line: str) -> str:
     """Return a line as a reader sees it: without characters that have no width, and letters in their usual form."""
     if line.isascii():
         return line
-    return "".join(char for char in unicodedata.normalize("NFKC", line) if unicodedata.category(char) != "Cf")
+    seen = unicodedata.normalize("NFKC", line).translate(_SEEN_AS)
+    return "".join(char for char in seen if unicodedata.category(char) not in ("Cf", "Mn", "Me"))

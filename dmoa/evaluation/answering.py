@@ -15,7 +15,7 @@ from dmoa.evaluation.records import Answered, Label, Reply, Scored, Scorer, Task
 from dmoa.flat import flat
 from dmoa.policies.registry import LONGEST_SCHEDULE, has_schedule
 from dmoa.trace import replies_in_order
-from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, SummarizerRecord, TokenUsage
+from dmoa.types import AgentReply, Answer, Limits, Query, StepRecord, SummarizerRecord, TokenUsage, total_price
 from dmoa.validation import redact_text, storable
 
 
@@ -97,6 +97,7 @@ def unanswered(task: Task, policy: str, error: EmptyAnswerError, wall_ms: float)
         memoised_tokens=sum(reply.usage.total for reply in replies if reply.is_memoised),
         wall_ms=wall_ms,
         calls=len(replies),
+        price=total_price(replies),
     )
 
 

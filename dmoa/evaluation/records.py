@@ -271,12 +271,12 @@ class Matching:
         amount = self.amount
         if amount is None:
             spent = [self._spent(line) for line in lines if line.status == "ok"]
-            known = [value for value in spent if value]
-            if not known or len(known) < len(spent):
-                raise DmoaError(
-                    f"--match {self.by}: what {self.reference} takes on {benchmark} is not known: {len(known)} of {len(spent)} "
-                    "answered rows say it; mend what failed (or give llms.NAME.price), or set --match-budget"
-                )
+            known = [value for value in spent if value or (value is not None and self.by == "price")]
+            seen = f"is not known: {len(known)} of {len(spent)} answered rows say it; mend what failed (or give llms.NAME.price)"
+            if known and not any(known):
+                seen = "is nothing, and nobody could spend as much; name another reference first, or match tokens"
+            if len(known) < len(spent) or not any(known):
+                raise DmoaError(f"--match {self.by}: what {self.reference} takes on {benchmark} {seen}, or set --match-budget")
             amount = math.fsum(known) / len(known)
         return {_LIMITS[self.by]: math.ceil(amount) if self.by in ("tokens", "calls") else amount}
 
@@ -345,10 +345,8 @@ class CompareOptions(EvaluateOptions):
         return self
 
 
-class ResultRecord(BaseModel):
-    """Base of the records of a result: frozen, unknown keys refused, fields documented in place."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class ResultRecord(FileRecord):
+    """Base of the records of a result."""
 
 
 class BenchmarkInfo(ResultRecord):

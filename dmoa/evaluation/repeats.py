@@ -71,10 +71,8 @@ def mean_answer(lines: Sequence[Answered]) -> Answered:
     counts: dict[str, Any] = {name: round(count / len(lines)) for name, count in flat(usage).items()}
     for name in ("summarizer_tokens", "memoised_tokens"):
         counts[name] = round(_mean([getattr(line, name) for line in lines]))
-    prices, calls = (
-        [line.price for line in lines if line.price is not None],
-        [line.calls for line in lines if line.calls is not None],
-    )
+    prices = [line.price for line in lines if line.price is not None]
+    calls = [line.calls for line in lines if line.calls is not None]
     return first.model_copy(
         update=counts
         | {

@@ -627,7 +627,6 @@ def _drawn(svg: str | None, **texts: str) -> Iterator[_Plot]:
 
 def _first_plot(evaluation: Evaluation) -> Iterator[_Plot]:
     """Yield the drawing that the page begins with, where there is data."""
-
     yield from _drawn(
         accuracy_against(evaluation, "tokens"),
         caption="Vertical lines: 95 % intervals. Dashed: chance. Dotted: the policies that no other beats in both. "
@@ -644,7 +643,6 @@ def _adaptation(evaluation: Evaluation, stream: Stream) -> Iterator[_Section]:
 
 def _sections(evaluation: Evaluation) -> Iterator[_Section]:
     """Yield the other drawings by heading, those for which there is no data left out."""
-
     caption = "Share of the steps, in percent, in which the agent's contribution counted."
     gates = figures.gate_policies(evaluation)
     others: list[Measure] = ["seconds", "price"] if evaluation.config.reference else []

@@ -8,24 +8,20 @@ from typing import Annotated
 from pydantic import Field
 
 from dmoa.core.aggregate import doubt, is_cut
+from dmoa.errors import NoAgentError
 from dmoa.policies.baselines import named
 from dmoa.policies.dmoa import build_dmoa
-from dmoa.policies.layers import AGGREGATE, aggregation
-from dmoa.policies.options import Count, PolicyOptions, ask, others, said, texts
+from dmoa.policies.layers import aggregation
+from dmoa.policies.options import Count, OneOptions, Optioned, PolicyOptions, ask, said, texts
 from dmoa.policies.registry import PolicyContext, policy
-from dmoa.types import Activation, QueryState, StepPlan, Stop, StopReason
+from dmoa.types import Activation, QueryState, StepPlan, Stop
 
 
-class EscalateOptions(PolicyOptions):
+class EscalateOptions(OneOptions):
     """Parameters of `escalate`: `agents` from the cheapest to the best."""
 
     nats: Annotated[float, Field(ge=0.0)] = 0.3
     """Highest mean entropy, nats per token, of an answer that is sure enough."""
-
-    @property
-    def width(self) -> int:
-        """One agent is asked at a time."""
-        return 1
 
 
 @policy(
@@ -36,26 +32,26 @@ class EscalateOptions(PolicyOptions):
     reads="0",
     first_step_only=False,
 )
-class EscalatePolicy:
-    """Nobody sees another's answer. Where none is sure the last agent's answer stands; a reply that was cut off is not sure."""
+class EscalatePolicy(Optioned):
+    """Nobody sees another's answer, and nobody is asked twice, who stood in for a lost one included.
+
+    Where none is sure the last agent's answer stands; a reply that was cut off is not sure.
+    """
 
     name = "escalate"
-
-    def __init__(self, context: PolicyContext) -> None:
-        self._options: EscalateOptions = context.options
+    _options: EscalateOptions
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Stop at a sure answer, or ask the next agent."""
-        agents, done = self._options.agents, len(state.steps)
+        asked = {reply.agent for step in state.steps for reply in step.replies}
+        later = ask((name for name in self._options.agents if name not in asked), history=())
         reply = next(iter(said(state.steps[-1])), None) if state.steps else None
         nats = reply.entropy.mean_nats if reply else None
         if reply is not None and not is_cut(reply) and nats is not None and nats <= self._options.nats:
             return Stop(reason="sure")
-        if done >= len(agents):
+        if not later:
             return Stop(reason="schedule")
-        ends_with: StopReason | None = "schedule" if done == len(agents) - 1 else None
-        later = ask(agents[done:], history=())
-        return StepPlan(activations=later[:1], reserves=later[1:], fold="pass", ends_with=ends_with)
+        return StepPlan(activations=later[:1], reserves=later[1:], fold="pass", ends_with=None if later[1:] else "schedule")
 
 
 class ElasticOptions(PolicyOptions):
@@ -90,20 +86,16 @@ class ElasticPolicy:
         if not state.steps:
             return await self._opinions(state)
         opinions = said(state.steps[0])
-        surest = min(opinions, key=lambda reply: (is_cut(reply), doubt(reply)))
-        history = tuple(reply.text for reply in opinions)
-        return StepPlan(
-            activations=ask([surest.agent], instruction=AGGREGATE, history=history),
-            reserves=others(self._options.agents, surest.agent, instruction=AGGREGATE, history=history),
-            fold="pass",
-            ends_with="schedule",
-        )
+        surest = min(opinions or state.steps[0].replies, key=lambda reply: (is_cut(reply), doubt(reply)))
+        return aggregation(self._options.agents, surest.agent, texts(state.steps[0]))
 
     async def _opinions(self, state: QueryState) -> StepPlan | Stop:
         plan = await self._gate.next_step(state)
         if isinstance(plan, Stop):
             return plan
         ranked = [x for x in (*plan.activations, *plan.reserves) if x.agent in self._options.agents]
+        if not ranked:
+            raise NoAgentError("the agents that take part are all masked")
         asked = tuple(replace(x, max_tokens=self._tokens(x, ranked[0])) for x in ranked)
         return replace(plan, activations=asked, reserves=(), fold="vote", mass=sum(x.probability for x in asked))
 
@@ -119,11 +111,6 @@ class SymbolicOptions(PolicyOptions):
     """Agents that are recruited."""
     recruiter: str | None = None
     """Who says which skills the query needs, and writes the answer; None: the first of `agents`."""
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        """The agents that may be recruited, and the recruiter."""
-        return (*self.agents, *([self.recruiter] if self.recruiter else ()))
 
     @property
     def width(self) -> int:

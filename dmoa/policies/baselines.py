@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Mapping
 
+from dmoa.policies.options import texts
 from dmoa.policies.registry import PolicyContext, policy
 from dmoa.types import Activation, QueryState, StepPlan, Stop
 
@@ -132,10 +133,10 @@ class SelectorPolicy:
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask who should answer, then ask that one; the chooser itself where it named nobody."""
         if not state.steps:
-            return StepPlan(activations=(Activation(agent=self._chooser, instruction=self._instruction),), fold="pass")
+            return StepPlan(activations=(Activation(agent=self._chooser, instruction=self._instruction),), fold="keep")
         if len(state.steps) > 1:
             return Stop(reason="single")
-        chosen = named(state.summary, self._agents) or self._chooser
+        chosen = named(" ".join(texts(state.steps[0])), self._agents) or self._chooser
         others = tuple(Activation(agent=name, history=()) for name in self._agents if name != chosen)
         return StepPlan(activations=(Activation(agent=chosen, history=()),), reserves=others, fold="pass", ends_with="single")
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 from dmoa.policies.baselines import named
-from dmoa.policies.options import Count, PolicyOptions, ask, others, said, texts
+from dmoa.policies.layers import AGGREGATE
+from dmoa.policies.options import Count, OneOptions, Optioned, PolicyOptions, ask, others, said, texts
 from dmoa.policies.registry import PolicyContext, policy
-from dmoa.types import Activation, Fold, QueryState, StepPlan, Stop, StopReason
+from dmoa.types import Activation, Fold, QueryState, StepPlan, Stop
 
 DEBATE = (
     "The first work above is your own answer, the others are those of other assistants. Use them as additional advice, and write "
@@ -28,30 +32,27 @@ class DebateOptions(PolicyOptions):
     reads="A * A * rounds",
     first_step_only=False,
 )
-class DebatePolicy:
-    """Each agent sees its own last answer first, then the others' in the pool's order."""
+class DebatePolicy(Optioned):
+    """Each agent sees its own last answer first, then the others' in the pool's order; who is lost is heard as it spoke last."""
 
     name = "debate"
-
-    def __init__(self, context: PolicyContext) -> None:
-        self._options: DebateOptions = context.options
+    _options: DebateOptions
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask everyone, with the answers of the round before."""
         agents, done = self._options.agents, len(state.steps)
         if done > self._options.rounds:
             return Stop(reason="schedule")
-        ends_with: StopReason | None = "schedule" if done == self._options.rounds else None
-        if not state.steps:
-            return StepPlan(activations=ask(agents, history=()), fold="vote", ends_with=ends_with)
-        replies = said(state.steps[-1])
+        newest = {reply.agent: reply.text for step in state.steps for reply in said(step)}
         asked = tuple(
             Activation(
-                agent=name, instruction=DEBATE, history=tuple(x.text for x in sorted(replies, key=lambda x: x.agent != name))
+                agent=name,
+                instruction=DEBATE if name in newest else AGGREGATE if newest else "",
+                history=tuple(newest[x] for x in sorted(agents, key=lambda x: x != name) if x in newest),
             )
             for name in agents
         )
-        return StepPlan(activations=asked, fold="vote", ends_with=ends_with)
+        return StepPlan(activations=asked, fold="vote", ends_with="schedule" if done == self._options.rounds else None)
 
 
 MISTAKES = {
@@ -66,16 +67,11 @@ IDENTIFY = (
 )
 
 
-class RefineOptions(PolicyOptions):
+class RefineOptions(OneOptions):
     """Parameters of `refine`: the first of `agents` answers, the second looks for mistakes, the next ones refine, a kind each."""
 
     rounds: Count = 2
     """Most rounds of looking and refining."""
-
-    @property
-    def width(self) -> int:
-        """One agent is asked at a time."""
-        return 1
 
 
 @policy(
@@ -86,27 +82,26 @@ class RefineOptions(PolicyOptions):
     reads="2 * rounds at most",
     first_step_only=False,
 )
-class RefinePolicy:
+class RefinePolicy(Optioned):
     """Answer, then identifier and refiner in turns; a word that names no kind counts as NONE."""
 
     name = "refine"
-
-    def __init__(self, context: PolicyContext) -> None:
-        self._options: RefineOptions = context.options
+    _options: RefineOptions
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask for the answer, for its mistake, or for one without it."""
-        done = len(state.steps)
-        if not state.steps:
-            return self._asks(0, "", (), fold="pass")
+        done = sum(bool(step.summary) for step in state.steps)  # those before said nothing
+        if not done and len(state.steps) < len(self._options.agents):
+            return self._asks(len(state.steps), "", (), fold="pass")
         if done % 2 and done <= 2 * self._options.rounds:
             return self._asks(1, IDENTIFY, (state.summary,), fold="keep")
         words = " ".join(texts(state.steps[-1])).upper()
         kind = next((kind for kind in MISTAKES if kind in words), None)
-        if kind is None or done > 2 * self._options.rounds:
+        if kind is None or done > 2 * self._options.rounds or not done:
             return Stop(reason="schedule")
         task = f"The work above is an answer to the question. {MISTAKES[kind]}"
-        return self._asks(2 + list(MISTAKES).index(kind), task, (state.summary,), fold="pass")
+        plan = self._asks(2 + list(MISTAKES).index(kind), task, (state.summary,), fold="pass")
+        return replace(plan, ends_with="schedule") if done == 2 * self._options.rounds else plan
 
     def _asks(self, place: int, instruction: str, history: tuple[str, ...], *, fold: Fold) -> StepPlan:
         agents = self._options.agents
@@ -121,23 +116,13 @@ class RefinePolicy:
 SPEAK = "The work above is what was said so far, oldest first. Go on from there: write the best answer, complete and on its own."
 
 
-class GroupChatOptions(PolicyOptions):
+class GroupChatOptions(OneOptions):
     """Parameters of `group_chat`."""
 
     turns: Count = 4
     """Most messages of the chat."""
     manager: str | None = None
     """Who says who speaks next; None: the first of `agents`."""
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        """The speakers, and the manager."""
-        return (*self.agents, *([self.manager] if self.manager else ()))
-
-    @property
-    def width(self) -> int:
-        """One agent is asked at a time."""
-        return 1
 
 
 @policy(
@@ -173,9 +158,9 @@ class GroupChatPolicy:
             return StepPlan(activations=ask([manager], instruction=self._task, history=chat), fold="keep")
         words = " ".join(texts(state.steps[-1]))
         speaker = named(words, options.agents)
-        if chat and speaker is None and "DONE" in words:
+        if chat and speaker is None and re.search(r"\bDONE\b", words):
             return Stop(reason="schedule")
-        chosen = speaker or options.agents[len(chat) % len(options.agents)]
+        chosen = speaker or options.agents[done // 2 % len(options.agents)]
         task = SPEAK if chat else ""
         return StepPlan(
             activations=ask([chosen], instruction=task, history=chat),

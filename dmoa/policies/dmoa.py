@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-from dmoa.config import Config
 from dmoa.core.features import FEEDBACK_FEATURES, feedback, gate_input
 from dmoa.errors import RequestError
 from dmoa.policies.registry import PolicyContext, policy
@@ -19,14 +18,10 @@ from dmoa.types import Activation, FloatArray, QueryState, RouteDecision, RouteR
 from dmoa.validation import did_you_mean
 
 
-def _width(config: Config) -> int:
-    return min(config.gate.activation.max_agents, len(config.agents))
-
-
 @policy(
     "dmoa",
     "The recurrent gate activates a sparse, adaptive set of agents at every step.",
-    width=_width,
+    width=lambda config: min(config.gate.activation.max_agents, len(config.agents)),
     cost="steps * max_agents at most",
     reads="max_agents * steps * (steps - 1) / 2 at most",
     first_step_only=True,

@@ -70,14 +70,10 @@ class ExploringPolicy:
 def unexplored(state: QueryState) -> QueryState:
     """Return the state as it would be had nobody been explored."""
     steps = tuple(map(_unexplored_step, state.steps))
-    spent = sum(map(_tokens, state.steps)) - sum(map(_tokens, steps))
+    spent = sum(step.usage.total for step in state.steps) - sum(step.usage.total for step in steps)
     return replace(state, steps=steps, tokens_used=state.tokens_used - spent)
 
 
 def _unexplored_step(step: StepRecord) -> StepRecord:
     names = {name for name, _ in step.explored}
     return replace(step, replies=tuple(reply for reply in step.replies if reply.agent not in names), explored=())
-
-
-def _tokens(step: StepRecord) -> int:
-    return sum(reply.usage.total for reply in step.replies)

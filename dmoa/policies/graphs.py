@@ -1,13 +1,14 @@
 """Fixed graphs of agents: each reads the answers of those before it and writes a better one; the last one's answer counts.
 
 Source: the topologies of MacNet (arXiv 2406.07155); there an edge is a critic of its own, here whoever reads corrects. A
-graph runs level by level, the agents of a level side by side. A lost agent is left out; for the last one the others stand in.
+graph runs level by level, the agents of a level side by side. A lost agent is left out, and whoever would have read it reads what
+it read; for the last one the others stand in. The order of `agents` is that of the nodes.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from typing import Annotated
 
@@ -26,15 +27,13 @@ Graph = Mapping[int, tuple[int, ...]]
 """Node, by its place among the agents -> the nodes whose answers it reads, all of lower place; the last node is the only sink."""
 
 
-class GraphOptions(PolicyOptions):
-    """Parameters of the fixed graphs: the order of `agents` is that of the nodes."""
-
-
 class GraphPolicy:
     """Runs a graph level by level."""
 
-    def __init__(self, name: str, agents: tuple[str, ...], graph: Graph) -> None:
+    def __init__(self, name: str, agents: tuple[str, ...], graph: Graph, stand_ins: tuple[str, ...] = ()) -> None:
+        """`stand_ins`: for the last agent, beside the others of the graph."""
         self.name = name
+        self._stand_ins = dict.fromkeys((*agents, *stand_ins))
         self._agents = agents
         self._graph = graph
         self._levels = levels(graph)
@@ -49,11 +48,14 @@ class GraphPolicy:
         if done < len(self._levels) - 1:
             return StepPlan(activations=asked, fold="vote")
         (last,) = asked
-        stand_ins = others(self._agents, last.agent, instruction=last.instruction, history=last.history)
+        stand_ins = others([*self._stand_ins], last.agent, instruction=last.instruction, history=last.history)
         return StepPlan(activations=asked, reserves=stand_ins, fold="pass", ends_with="schedule")
 
     def _activation(self, node: int, answers: Mapping[str, str]) -> Activation:
-        seen = tuple(answers[name] for i in self._graph[node] if (name := self._agents[i]) in answers)
+        reads: dict[int, set[int]] = {}
+        for place in sorted(self._graph):
+            reads[place] = {j for i in self._graph[place] for j in ({i} if self._agents[i] in answers else reads[i])}
+        seen = tuple(answers[self._agents[i]] for i in sorted(reads[node]))
         return Activation(agent=self._agents[node], instruction=IMPROVE if seen else "", history=seen)
 
 
@@ -65,64 +67,46 @@ def levels(graph: Graph) -> list[list[int]]:
     return [[node for node in depth if depth[node] == level] for level in range(max(depth.values()) + 1)]
 
 
-@policy(
+def _fixed(name: str, summary: str, reads: str, graph_of: Callable[[int], Graph]) -> Callable[[PolicyContext], GraphPolicy]:
+    """Enter the policy whose graph of so many agents `graph_of` returns."""
+
+    @policy(name, f"{summary} (MacNet, arXiv 2406.07155).", options=PolicyOptions, cost="A", reads=reads, first_step_only=False)
+    def build(context: PolicyContext) -> GraphPolicy:
+        return GraphPolicy(name, context.options.agents, graph_of(len(context.options.agents)))
+
+    return build
+
+
+def tree_edges(size: int) -> dict[int, tuple[int, ...]]:
+    """Return a tree whose root is the last node: numbered from there, the children of node j are 2j + 1 and 2j + 2."""
+    children = {j: [child for child in (2 * j + 1, 2 * j + 2) if child < size] for j in range(size)}
+    return {size - 1 - j: tuple(sorted(size - 1 - child for child in found)) for j, found in children.items()}
+
+
+build_chain = _fixed(
     "chain",
-    "Agents in a row, each reading the answer before (MacNet, arXiv 2406.07155).",
-    options=GraphOptions,
-    cost="A",
-    reads="A - 1",
-    first_step_only=False,
+    "Agents in a row, each reading the answer before",
+    "A - 1",
+    lambda size: {i: tuple(range(i))[-1:] for i in range(size)},
 )
-def build_chain(context: PolicyContext) -> GraphPolicy:
-    """Return the policy in which node i reads node i - 1."""
-    size = len(context.options.agents)
-    return GraphPolicy("chain", context.options.agents, {i: (i - 1,) if i else () for i in range(size)})
-
-
-@policy(
-    "tree",
-    "A binary tree: leaves answer, every parent reads its two children, the root answers (MacNet, arXiv 2406.07155).",
-    options=GraphOptions,
-    cost="A",
-    reads="A - 1",
-    first_step_only=False,
+build_tree = _fixed(
+    "tree", "A binary tree: leaves answer, every parent reads its two children, the root answers", "A - 1", tree_edges
 )
-def build_tree(context: PolicyContext) -> GraphPolicy:
-    """Return the policy whose root is the last agent: numbered from there, the children of node j are 2j + 1 and 2j + 2."""
-    last = len(context.options.agents) - 1
-    children = {j: [child for child in (2 * j + 1, 2 * j + 2) if child <= last] for j in range(last + 1)}
-    graph = {last - j: tuple(sorted(last - child for child in found)) for j, found in children.items()}
-    return GraphPolicy("tree", context.options.agents, graph)
-
-
-@policy(
+build_star = _fixed(
     "star",
-    "All but the last agent answer, the last one, the hub, reads them all (MacNet, arXiv 2406.07155).",
-    options=GraphOptions,
-    cost="A",
-    reads="A - 1",
-    first_step_only=False,
+    "All but the last agent answer, the last one, the hub, reads them all",
+    "A - 1",
+    lambda size: {i: tuple(range(size - 1)) if i == size - 1 else () for i in range(size)},
 )
-def build_star(context: PolicyContext) -> GraphPolicy:
-    """Return the policy in which the last node reads all others."""
-    last = len(context.options.agents) - 1
-    return GraphPolicy("star", context.options.agents, {i: tuple(range(last)) if i == last else () for i in range(last + 1)})
-
-
-@policy(
+build_complete = _fixed(
     "complete",
-    "Every agent reads the answers of all agents before it (MacNet's mesh, arXiv 2406.07155).",
-    options=GraphOptions,
-    cost="A",
-    reads="A * (A - 1) / 2",
-    first_step_only=False,
+    "Every agent reads the answers of all agents before it, the mesh",
+    "A * (A - 1) / 2",
+    lambda size: {i: tuple(range(i)) for i in range(size)},
 )
-def build_complete(context: PolicyContext) -> GraphPolicy:
-    """Return the policy in which node i reads all nodes below i."""
-    return GraphPolicy("complete", context.options.agents, {i: tuple(range(i)) for i in range(len(context.options.agents))})
 
 
-class RandomGraphOptions(GraphOptions):
+class RandomGraphOptions(PolicyOptions):
     """Parameters of `random_graph`."""
 
     p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5

@@ -13,8 +13,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dmoa.policies.options import Count, PolicyOptions, SampledOptions, ask, others, texts
-from dmoa.policies.registry import PolicyContext, policy
+from dmoa.policies.options import Count, Optioned, PolicyOptions, SampledOptions, ask, others, texts
+from dmoa.policies.registry import policy
 from dmoa.types import QueryState, StepPlan, StepRecord, Stop
 
 AGGREGATE = (
@@ -25,13 +25,15 @@ AGGREGATE = (
 
 def aggregation(agents: Sequence[str], aggregator: str, answers: Sequence[str]) -> StepPlan:
     """Return the last step of a mixture: one agent writes the answer from what others said; it streams."""
-    history = tuple(answers)
+    told = {"instruction": AGGREGATE if answers else "", "history": tuple(answers)}
     return StepPlan(
-        activations=ask([aggregator], instruction=AGGREGATE, history=history),
-        reserves=others(agents, aggregator, instruction=AGGREGATE, history=history),
-        fold="pass",
-        ends_with="schedule",
+        activations=ask([aggregator], **told), reserves=others(agents, aggregator, **told), fold="pass", ends_with="schedule"
     )
+
+
+def newest_texts(steps: Sequence[StepRecord]) -> tuple[str, ...]:
+    """Return what agents contributed to the last step in which any did."""
+    return next(filter(None, map(texts, reversed(steps))), ())
 
 
 class AggregatorOptions(PolicyOptions):
@@ -39,11 +41,6 @@ class AggregatorOptions(PolicyOptions):
 
     aggregator: str | None = None
     """Who writes the answer; None: the first of `agents`."""
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        """The agents that take part, and the aggregator."""
-        return (*self.agents, *([self.aggregator] if self.aggregator else ()))
 
     @property
     def writer(self) -> str:
@@ -68,18 +65,16 @@ class MoaOptions(AggregatorOptions):
     reads="(layers - 2) * A * A + A",
     first_step_only=False,
 )
-class MoaPolicy:
+class MoaPolicy(Optioned):
     """All agents answer in every layer but the last, and see all answers of the layer before."""
 
     name = "moa"
-
-    def __init__(self, context: PolicyContext) -> None:
-        self._options: MoaOptions = context.options
+    _options: MoaOptions
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask the next layer."""
         options, done = self._options, len(state.steps)
-        answers = texts(state.steps[-1]) if state.steps else ()
+        answers = newest_texts(state.steps)
         if done == options.layers - 1:
             return aggregation(options.agents, options.writer, answers)
         if done >= options.layers:
@@ -103,13 +98,11 @@ class SelfMoaOptions(SampledOptions):
     reads="k",
     first_step_only=False,
 )
-class SelfMoaPolicy:
+class SelfMoaPolicy(Optioned):
     """The best agent alone in place of a mixture: name it as `self_moa:AGENT`, else it is the pool's first."""
 
     name = "self_moa"
-
-    def __init__(self, context: PolicyContext) -> None:
-        self._options: SelfMoaOptions = context.options
+    _options: SelfMoaOptions
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Take the samples, then have them aggregated."""
@@ -132,17 +125,15 @@ class SelfMoaSeqOptions(SelfMoaOptions):
     "self_moa_seq",
     "k samples of one agent, aggregated a window at a time (Self-MoA-Seq, arXiv 2502.00674).",
     options=SelfMoaSeqOptions,
-    cost="k + ceil((k - 1) / (window - 1))",
-    reads="k + ceil((k - 1) / (window - 1)) - 1",
+    cost="k + max(1, ceil((k - 1) / (window - 1)))",
+    reads="k + max(1, ceil((k - 1) / (window - 1))) - 1",
     first_step_only=False,
 )
-class SelfMoaSeqPolicy:
+class SelfMoaSeqPolicy(Optioned):
     """The first window holds samples alone; each later one the last aggregate and new samples, so context stays bounded."""
 
     name = "self_moa_seq"
-
-    def __init__(self, context: PolicyContext) -> None:
-        self._options: SelfMoaSeqOptions = context.options
+    _options: SelfMoaSeqOptions
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Take the samples, then aggregate window by window."""
@@ -176,16 +167,14 @@ class SmoaOptions(AggregatorOptions):
     reads="(2 * layers - 1) * A + ((layers - 1) * A + 1) * min(keep, A) at most",
     first_step_only=False,
 )
-class SmoaPolicy:
+class SmoaPolicy(Optioned):
     """Steps in turns: a layer in the agents' roles, then judge and moderator side by side, who read the layer's answers.
 
     Roles are the agents' profiles. A judge that names nothing lets the first answers through.
     """
 
     name = "smoa"
-
-    def __init__(self, context: PolicyContext) -> None:
-        self._options: SmoaOptions = context.options
+    _options: SmoaOptions
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask a layer, its judges, or at last the aggregator."""
@@ -194,12 +183,11 @@ class SmoaPolicy:
             return StepPlan(activations=ask(options.agents, history=()), fold="vote")
         if len(steps) % 2:
             return self._judging(steps)
-        answers, words = texts(steps[-2]), texts(steps[-1])
-        kept = chosen(words[0] if words else "", answers, options.keep)
-        is_over = len(steps) == 2 * options.layers or (len(words) > 1 and re.search(r"\bSTOP\b", words[-1]) is not None)
-        if is_over:
+        judge, *moderator = (reply.text for reply in steps[-1].replies)
+        kept = chosen(judge, newest_texts(steps[:-1:2]), options.keep)
+        if len(steps) == 2 * options.layers or re.search(r"\bSTOP\b", " ".join(moderator)):
             return aggregation(options.agents, options.writer, kept)
-        return StepPlan(activations=ask(options.agents, instruction=AGGREGATE, history=kept), fold="vote")
+        return StepPlan(activations=ask(options.agents, instruction=AGGREGATE if kept else "", history=kept), fold="vote")
 
     def _judging(self, steps: tuple[StepRecord, ...]) -> StepPlan:
         options, answers = self._options, texts(steps[-1])
@@ -235,11 +223,6 @@ class FusionOptions(PolicyOptions):
     """Who writes the answer; None: the first of `agents`."""
 
     @property
-    def named(self) -> tuple[str, ...]:
-        """The agents that take part, and the judge."""
-        return (*self.agents, *([self.judge] if self.judge else ()))
-
-    @property
     def width(self) -> int:
         """The panel is asked at once."""
         return min(self.panel, len(self.agents))
@@ -253,13 +236,11 @@ class FusionOptions(PolicyOptions):
     reads="min(panel, A)",
     first_step_only=False,
 )
-class FusionPolicy:
+class FusionPolicy(Optioned):
     """Panel and judge: names are left out and the order is drawn by the query's id, so neither sways the judge."""
 
     name = "fusion"
-
-    def __init__(self, context: PolicyContext) -> None:
-        self._options: FusionOptions = context.options
+    _options: FusionOptions
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask the panel, then the judge."""

@@ -145,7 +145,7 @@ class _LearnedGraph:
         (query_D,) = await self._context.encoder.embed([state.query.text])
         order, graph = likeliest(weights, features(query_D))
         agents = tuple(self._options.agents[a] for a in order)
-        return await GraphPolicy(self.name, agents, graph).next_step(state)
+        return await GraphPolicy(self.name, agents, graph, self._options.agents).next_step(state)
 
     def _fit(self, query_QD: FloatArray, reward_QA: FloatArray) -> Any:
         options = self._options

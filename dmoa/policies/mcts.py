@@ -14,8 +14,8 @@ from typing import Annotated
 from pydantic import Field
 
 from dmoa.policies.graphs import IMPROVE
-from dmoa.policies.options import Count, PolicyOptions, Temperature, ask, others, texts
-from dmoa.policies.registry import PolicyContext, policy
+from dmoa.policies.options import Count, OneOptions, Optioned, Temperature, ask, others, texts
+from dmoa.policies.registry import policy
 from dmoa.types import Activation, QueryState, StepPlan, StepRecord, Stop
 
 RATE = (
@@ -39,7 +39,7 @@ class Node:
     """Sum of the ratings of this answer and of those below it."""
 
 
-class MctsOptions(PolicyOptions):
+class MctsOptions(OneOptions):
     """Parameters of `mcts`; the agents answer in turn."""
 
     simulations: Count = 4
@@ -53,16 +53,6 @@ class MctsOptions(PolicyOptions):
     rater: str | None = None
     """Who rates the answers and writes the last one; None: the first of `agents`."""
 
-    @property
-    def named(self) -> tuple[str, ...]:
-        """The agents that answer, and the rater."""
-        return (*self.agents, *([self.rater] if self.rater else ()))
-
-    @property
-    def width(self) -> int:
-        """One agent is asked at a time."""
-        return 1
-
 
 @policy(
     "mcts",
@@ -72,13 +62,11 @@ class MctsOptions(PolicyOptions):
     reads="2 * simulations + 1 - min(children, simulations)",
     first_step_only=False,
 )
-class MctsPolicy:
+class MctsPolicy(Optioned):
     """Steps in turns: an answer, then its rating; the answer rated best is written out at last."""
 
     name = "mcts"
-
-    def __init__(self, context: PolicyContext) -> None:
-        self._options: MctsOptions = context.options
+    _options: MctsOptions
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask for an answer, for its rating, or for the last word."""
@@ -92,9 +80,9 @@ class MctsPolicy:
         root, nodes = self._tree(state.steps)
         number = done // 2
         if number == options.simulations:
-            best = max(nodes, key=lambda node: node.rating)
-            last = ask([rater], instruction=FINISH, history=(best.text,))
-            stand_ins = others(agents, rater, instruction=FINISH, history=(best.text,))
+            best = best_of(nodes)
+            told = {"instruction": FINISH, "history": (best,)} if best else {"history": ()}
+            last, stand_ins = ask([rater], **told), others(agents, rater, **told)
             return StepPlan(activations=last, reserves=stand_ins, fold="pass", ends_with="schedule")
         leaf = self._leaf(root)
         task, seen = (IMPROVE, (leaf.text,)) if leaf.text else ("", ())
@@ -103,12 +91,18 @@ class MctsPolicy:
         stand_ins = others(agents, agent, instruction=task, history=seen, temperature=options.temperature)
         return StepPlan(activations=(asked,), reserves=stand_ins, fold="pass")
 
+    def ended(self, state: QueryState) -> str:
+        """Return the answer of a query: the last word, or the answer rated best where there is none."""
+        is_over = state.query.stages or any(map(texts, state.steps[2 * self._options.simulations :]))
+        return ("" if is_over else best_of(self._tree(state.steps)[1])) or state.summary
+
     def _tree(self, steps: tuple[StepRecord, ...]) -> tuple[Node, list[Node]]:
         """Return the root and all answers so far: the search goes the same ways again, as the replies led it."""
         root, nodes = Node(), list[Node]()
         for tried, rated in zip(steps[::2], steps[1::2], strict=False):
             parent, said = self._leaf(root), texts(tried)
-            node = Node(text=said[0] if said else "", rating=rating_of(" ".join(texts(rated))), parent=parent)
+            rating = rating_of(" ".join(texts(rated))) if said else 0.0
+            node = Node(text=said[0] if said else "", rating=rating, parent=parent)
             parent.children.append(node)
             nodes.append(node)
             above: Node | None = node
@@ -124,6 +118,11 @@ class MctsPolicy:
             weight, tries = self._options.exploration, math.log(node.visits)
             node = max(node.children, key=lambda child: child.worth / child.visits + weight * math.sqrt(tries / child.visits))
         return node
+
+
+def best_of(nodes: list[Node]) -> str:
+    """Return the answer that was rated best, empty where none was; of equally good ones the first."""
+    return max(nodes, key=lambda node: (bool(node.text), node.rating), default=Node()).text
 
 
 def rating_of(words: str) -> float:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dmoa.core.aggregate import contributions
 from dmoa.errors import RequestError
-from dmoa.protocols import Policy
+from dmoa.protocols import Policy, ended
 from dmoa.types import Activation, AgentReply, QueryState, StepPlan, StepRecord, Stop
 from dmoa.validation import describe, did_you_mean
 
@@ -28,6 +28,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 Count = Annotated[int, Field(ge=1, le=64)]
 _SAMPLED = 0.7
+_ROLES = ("aggregator", "judge", "manager", "rater", "recruiter")
+"""Parameters that name one agent."""
 
 
 class PolicyOptions(BaseModel):
@@ -54,7 +56,10 @@ class PolicyOptions(BaseModel):
         given: dict[str, str] = {}
         for word in filter(None, (words or "").split(":")):
             key, mark, value = word.partition("=")
-            given |= {key: value} if mark else {"agents": key}
+            key, value = (key, value) if mark else ("agents", key)
+            if key in given:
+                raise RequestError(f"policy: {policy}: {key} is given twice, {given[key]!r} and {value!r}; give it once")
+            given[key] = value
         try:
             options = cls.model_validate({"agents": pool} | given)
         except ValidationError as error:
@@ -67,13 +72,22 @@ class PolicyOptions(BaseModel):
 
     @property
     def named(self) -> tuple[str, ...]:
-        """Every agent that the parameters name."""
-        return self.agents
+        """Every agent that the parameters name: those that take part, and who has a role of its own."""
+        return (*self.agents, *(name for role in _ROLES if (name := getattr(self, role, None))))
 
     @property
     def width(self) -> int:
         """Most agents that one step asks at once."""
         return len(self.agents)
+
+
+class OneOptions(PolicyOptions):
+    """Parameters of policies that ask one agent at a time."""
+
+    @property
+    def width(self) -> int:
+        """One agent is asked at a time."""
+        return 1
 
 
 class SampledOptions(PolicyOptions):
@@ -95,6 +109,14 @@ class SampledOptions(PolicyOptions):
         return self.agents[0]
 
 
+class Optioned:
+    """Base of policies that keep their parameters."""
+
+    def __init__(self, context: Any) -> None:
+        """`context`: the `PolicyContext`."""
+        self._options = context.options
+
+
 class Staged:
     """Any policy of a set schedule, over queries with stages too."""
 
@@ -105,6 +127,10 @@ class Staged:
     def name(self) -> str:
         """The policy's own name."""
         return self._policy.name
+
+    def ended(self, state: QueryState) -> str:
+        """Return what the policy itself makes of a query that is over."""
+        return ended(self._policy, state)
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Return the policy's plan; at a stage the plan of its first step, whose agents see what the stage lets them see."""

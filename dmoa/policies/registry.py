@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from dmoa.config import Config
@@ -151,7 +152,10 @@ def check_words(entry: PolicyEntry, words: str | None, config: Config) -> Policy
     """
     options = entry.options_of(words, config) if entry.options else None
     wrapped = getattr(options, "inner", None)
-    if isinstance(wrapped, str) and wrapped in POLICIES:
+    if isinstance(wrapped, str):
+        if wrapped not in POLICIES:
+            known = f"{wrapped!r} is not known; expected one of {', '.join(POLICIES)}{did_you_mean(wrapped, POLICIES)}"
+            raise RequestError(f"policy: {entry.name}: inner: {known}")
         check_words(POLICIES[wrapped], None, config)
     if entry.first_step_only is not False:
         return options
@@ -190,18 +194,10 @@ def policy(
         first_step_only: whether it asks each agent the query alone, once.
     """
 
+    about = partial(PolicyEntry, name=name, summary=summary, width=width, options=options, cost=cost, reads=reads)
+
     def enter(build: Build) -> Build:
-        entry = PolicyEntry(
-            name=name,
-            summary=summary,
-            build=build,
-            width=width,
-            options=options,
-            cost=cost,
-            reads=reads,
-            first_step_only=first_step_only,
-        )
-        return POLICIES.add(entry, build)
+        return POLICIES.add(about(build=build, first_step_only=first_step_only), build)
 
     return enter
 

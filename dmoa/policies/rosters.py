@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dmoa.core.aggregate import answer_key
 from dmoa.errors import RequestError
@@ -22,9 +22,8 @@ from dmoa.policies.dmoa import build_dmoa
 from dmoa.policies.options import Count, PolicyOptions, ask
 from dmoa.policies.registry import POLICIES, PolicyContext, policy
 from dmoa.policies.routers import judged_of
-from dmoa.protocols import Encoder, Policy
+from dmoa.protocols import Encoder, Policy, ended
 from dmoa.types import Activation, QueryState, StepPlan, Stop
-from dmoa.validation import did_you_mean
 
 _MOST_SEARCHED = 16
 """Agents of which every choice is tried."""
@@ -39,19 +38,20 @@ def _kept(context: PolicyContext, name: str, new: Kept) -> Kept:
     return found
 
 
-def inner_policy(context: PolicyContext, outer: str, name: str, agents: tuple[str, ...] | None = None) -> Policy:
+def inner_policy(context: PolicyContext, name: str, agents: tuple[str, ...] | None = None) -> Policy:
     """Return another policy with its defaults, over some agents where they are given. Raises RequestError where it cannot be."""
-    if name not in POLICIES:
-        known = f"{name!r} is not known; expected one of {', '.join(POLICIES)}{did_you_mean(name, POLICIES)}"
-        raise RequestError(f"policy: {outer}: inner: {known}")
     entry = POLICIES[name]
-    if entry.options is None and agents is not None and agents != context.config.agent_names:
-        raise RequestError(
-            f"policy: {outer}: inner: {name!r} asks the whole pool; name a policy with `agents`, such as majority_k"
-        )
     words = f"agents={'+'.join(agents or context.config.agent_names)}"
     options = entry.options_of(words, context.config) if entry.options else None
     return entry.build(replace(context, agent=None, options=options))
+
+
+class _Wrapping:
+    _inner: Policy
+
+    def ended(self, state: QueryState) -> str:
+        """Return what the inner policy makes of a query that is over."""
+        return ended(self._inner, state)
 
 
 class CapacityOptions(PolicyOptions):
@@ -78,7 +78,7 @@ class CapacityOptions(PolicyOptions):
     reads="inner_reads",
     first_step_only=True,
 )
-class CapacityPolicy:
+class CapacityPolicy(_Wrapping):
     """The capacity factor of mixtures of experts, over the newest calls instead of a batch (ours).
 
     An agent that is full yields to the first reserve with room; where none has room, it is asked all the same.
@@ -88,7 +88,7 @@ class CapacityPolicy:
 
     def __init__(self, context: PolicyContext) -> None:
         self._options: CapacityOptions = context.options
-        self._inner = inner_policy(context, self.name, self._options.inner)
+        self._inner = inner_policy(context, self._options.inner)
         self._newest: deque[str] = _kept(context, self.name, deque(maxlen=self._options.window))
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
@@ -125,6 +125,13 @@ class KnapsackOptions(PolicyOptions):
     rewards: str | None = None
     """File of judged replies, as routers read, whose mean rewards are what agents are worth; None: the gate's probabilities."""
 
+    @field_validator("inner")
+    @classmethod
+    def _takes_agents(cls, inner: str) -> str:
+        if inner in POLICIES and POLICIES[inner].options is None:
+            raise ValueError(f"{inner!r} asks the whole pool; name a policy with `agents`, such as majority_k")
+        return inner
+
 
 @policy(
     "knapsack",
@@ -134,7 +141,7 @@ class KnapsackOptions(PolicyOptions):
     reads="inner_reads at most",
     first_step_only=True,
 )
-class KnapsackPolicy:
+class KnapsackPolicy(_Wrapping):
     """Chooses for every query, by what the gate thinks of the agents, or once, by labels. Source: ours."""
 
     name = "knapsack"
@@ -149,8 +156,8 @@ class KnapsackPolicy:
         options = self._options
         worth = await self._worth(state)
         chosen = self._chosen([worth[name] for name in options.agents])
-        inner = inner_policy(self._context, self.name, options.inner, tuple(options.agents[a] for a in chosen))
-        return await inner.next_step(state)
+        self._inner = inner_policy(self._context, options.inner, tuple(options.agents[a] for a in chosen))
+        return await self._inner.next_step(state)
 
     async def _worth(self, state: QueryState) -> dict[str, float]:
         if self._options.rewards is not None:
@@ -195,19 +202,18 @@ def best_subset(
 ) -> list[int]:
     """Return the agents that are worth most together within the budgets, in order; of equal choices the cheaper one.
 
-    Every subset is tried, of the `_MOST_SEARCHED` agents worth most.
+    Every subset is tried, of the `_MOST_SEARCHED` agents worth most of those that fit alone.
     """
-    tried = sorted(sorted(range(len(worth_A)), key=lambda a: -worth_A[a])[:_MOST_SEARCHED])
+    price, space = (math.inf if most is None else most + 1e-9 for most in (most_price, most_gpus))
+    alone = [a for a, model in enumerate(model_A) if price_A[a] <= price and gpus[model] <= space]
+    tried = sorted(sorted(alone, key=lambda a: -worth_A[a])[:_MOST_SEARCHED])
     bits_SA = (np.arange(1, 2 ** len(tried))[:, None] >> np.arange(len(tried))) & 1
     price_S = bits_SA @ np.array([price_A[a] for a in tried])
     gpus_S = sum(
         (count * (bits_SA @ np.array([model_A[a] == model for a in tried]) > 0) for model, count in gpus.items()),
         np.zeros(len(bits_SA)),
     )
-    fits_S = np.ones(len(bits_SA), dtype=bool)
-    for spent_S, most in ((price_S, most_price), (gpus_S, most_gpus)):
-        if most is not None:
-            fits_S &= spent_S <= most + 1e-9
+    fits_S = (price_S <= price) & (gpus_S <= space)
     if not fits_S.any():
         return []
     worth_S = np.where(fits_S, (bits_SA @ np.array([worth_A[a] for a in tried])).round(12), -np.inf)
@@ -274,9 +280,8 @@ class FreeAgencyPolicy:
         self._roster = _kept(context, self.name, Roster(places, deque(options.agents[options.roster :])))
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
-        """Ask the roster and its shadows; after their replies, note who agreed."""
+        """Ask the roster and its shadows."""
         if state.steps:
-            self._note(state)
             return Stop(reason="schedule")
         shadows = [place.shadow for place in self._roster.places if place.shadow is not None]
         stand_ins = [name for name in self._roster.free if name not in shadows]
@@ -285,12 +290,14 @@ class FreeAgencyPolicy:
             reserves=ask(stand_ins),
             explored=ask(shadows),
             fold="vote",
+            ends_with="schedule",
         )
 
-    def _note(self, state: QueryState) -> None:
-        step = state.steps[0]
-        vote = answer_key(step.summary, state.query.text)
-        agreed = {reply.agent: answer_key(reply.text, state.query.text) == vote for reply in step.replies if reply.status == "ok"}
+    def ended(self, state: QueryState) -> str:
+        """Note who agreed with the vote, whatever ended the query; return the answer. Who was asked and lost did not agree."""
+        step, asked = state.steps[0], state.query.text
+        vote = answer_key(step.summary, asked)
+        agreed = {reply.agent: reply.status == "ok" and answer_key(reply.text, asked) == vote for reply in step.replies}
         for place in self._roster.places:
             if place.agent not in agreed or (place.shadow is not None and place.shadow not in agreed):
                 continue
@@ -299,6 +306,7 @@ class FreeAgencyPolicy:
                 place.shadow_agreed.append(agreed[place.shadow])
             if len(place.agreed) >= self._options.window:
                 self._judge(place)
+        return state.summary
 
     def _judge(self, place: Contract) -> None:
         """Begin or end a probation, after a window of queries."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmoa.errors import RequestError
-from dmoa.policies.options import Count, PolicyOptions, ask
+from dmoa.policies.options import Count, OneOptions, ask
 from dmoa.policies.registry import PolicyContext, policy
 from dmoa.protocols import Encoder
 from dmoa.reading import read_bounded
@@ -64,16 +65,11 @@ def judged_of(data: str) -> tuple[int, tuple[Judged, ...]]:
     return changed_ns, rows
 
 
-class RouterOptions(PolicyOptions):
+class RouterOptions(OneOptions):
     """Parameters of routers that learn from a file."""
 
     data: str = Field(min_length=1)
     """File of judged replies, its path absolute where workers run elsewhere."""
-
-    @property
-    def width(self) -> int:
-        """One agent answers."""
-        return 1
 
 
 class _Ranked(ABC):
@@ -99,19 +95,10 @@ class _Ranked(ABC):
         """Return a score per agent, in the order of `options.agents`; the highest is asked."""
 
 
-class RandomRouterOptions(PolicyOptions):
-    """Parameters of `random_router`."""
-
-    @property
-    def width(self) -> int:
-        """One agent answers."""
-        return 1
-
-
 @policy(
     "random_router",
     "One agent answers once, drawn evenly; no labels.",
-    options=RandomRouterOptions,
+    options=OneOptions,
     cost="1",
     reads="0",
     first_step_only=True,
@@ -171,7 +158,7 @@ _FITTED: WeakKeyDictionary[Encoder, dict[tuple[object, ...], Any]] = WeakKeyDict
 async def fitted_to_labels(context: PolicyContext, name: str, fit: Callable[[FloatArray, FloatArray], Fitted]) -> Fitted:
     """Return what `fit` makes of the embeddings [Q, D] and rewards [Q, A] of a policy's file, NaN where there is none.
 
-    It is fitted when it is asked for first, and kept as long as the encoder is.
+    Of several rewards of one reply the mean counts. It is fitted when it is asked for first, and kept as long as the encoder is.
     """
     options, encoder = context.options, context.encoder
     changed_ns, rows = judged_of(options.data)
@@ -181,9 +168,12 @@ async def fitted_to_labels(context: PolicyContext, name: str, fit: Callable[[Flo
         queries = list(dict.fromkeys(row.query for row in rows))
         place = {query: i for i, query in enumerate(queries)}
         reward_QA = np.full((len(queries), len(options.agents)), np.nan, np.float32)
+        rewards = defaultdict[tuple[int, int], list[float]](list)
         for row in rows:
             if row.agent in options.agents:
-                reward_QA[place[row.query], options.agents.index(row.agent)] = row.reward
+                rewards[place[row.query], options.agents.index(row.agent)].append(row.reward)
+        for cell, judged in rewards.items():
+            reward_QA[cell] = np.mean(judged)
         known[key] = fit(np.stack(await encoder.embed(queries)), reward_QA)
     found: Fitted = known[key]
     return found

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from dmoa.policies.options import Count, PolicyOptions, SampledOptions, ask, others
+from dmoa.policies.options import Count, OneOptions, Optioned, PolicyOptions, SampledOptions, ask, others
 from dmoa.policies.registry import PolicyContext, policy
-from dmoa.types import Activation, QueryState, StepPlan, Stop
+from dmoa.types import Fold, QueryState, StepPlan, Stop
 
 STEP_BY_STEP = "Think step by step, then write the answer on a last line of its own."
 
@@ -23,26 +23,17 @@ class OneStep:
         return Stop(reason="schedule") if state.steps else self._plan
 
 
-class CotOptions(PolicyOptions):
-    """Parameters of `cot`."""
-
-    @property
-    def width(self) -> int:
-        """One agent answers."""
-        return 1
-
-
 @policy(
     "cot",
     "One agent thinks step by step (chain of thought, arXiv 2205.11916).",
-    options=CotOptions,
+    options=OneOptions,
     cost="1",
     reads="0",
     first_step_only=False,
 )
 def build_cot(context: PolicyContext) -> OneStep:
     """Return the policy of the first agent, told to think aloud; the others stand in for it."""
-    options: CotOptions = context.options
+    options: OneOptions = context.options
     first = options.agents[0]
     plan = StepPlan(
         activations=ask([first], instruction=STEP_BY_STEP),
@@ -63,8 +54,7 @@ def build_cot(context: PolicyContext) -> OneStep:
 )
 def build_self_consistency(context: PolicyContext) -> OneStep:
     """Return the policy of k samples of the first agent. Of answers equally often given the surest wins (ours)."""
-    options: SampledOptions = context.options
-    return OneStep("self_consistency", _samples(options, fold_by_vote=True))
+    return OneStep("self_consistency", _samples(context.options, "vote"))
 
 
 @policy(
@@ -77,13 +67,12 @@ def build_self_consistency(context: PolicyContext) -> OneStep:
 )
 def build_best_of_n(context: PolicyContext) -> OneStep:
     """Return the policy of k samples of the first agent, of which the lowest mean entropy wins (after arXiv 2502.18581)."""
-    options: SampledOptions = context.options
-    return OneStep("best_of_n", _samples(options, fold_by_vote=False))
+    return OneStep("best_of_n", _samples(context.options, "surest"))
 
 
-def _samples(options: SampledOptions, *, fold_by_vote: bool) -> StepPlan:
+def _samples(options: SampledOptions, fold: Fold) -> StepPlan:
     samples = ask([options.agent] * options.k, instruction=STEP_BY_STEP, temperature=options.temperature)
-    return StepPlan(activations=samples, fold="vote" if fold_by_vote else "surest", ends_with="schedule")
+    return StepPlan(activations=samples, fold=fold, ends_with="schedule")
 
 
 class MajorityOptions(PolicyOptions):
@@ -108,13 +97,11 @@ class MajorityOptions(PolicyOptions):
     reads="0",
     first_step_only=True,
 )
-class MajorityPolicy:
+class MajorityPolicy(Optioned):
     """A vote of k agents; of answers equally often given the surest agent's wins (ours)."""
 
     name = "majority_k"
-
-    def __init__(self, context: PolicyContext) -> None:
-        self._options: MajorityOptions = context.options
+    _options: MajorityOptions
 
     async def next_step(self, state: QueryState) -> StepPlan | Stop:
         """Ask the voters; the others stand in for lost ones."""
@@ -123,6 +110,5 @@ class MajorityPolicy:
         order = list(self._options.agents)
         if self._options.drawn:
             random.Random(f"{state.query.trace_id}/0").shuffle(order)  # noqa: S311 -- a baseline, not a secret
-        asked: tuple[Activation, ...] = ask(order)
-        k = self._options.width
+        asked, k = ask(order), self._options.width
         return StepPlan(activations=asked[:k], reserves=asked[k:], fold="vote", ends_with="schedule")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from dmoa.agents.adversaries import Adversaries
 from dmoa.engines.gpus import pool_gpus
 from dmoa.errors import ConfigError
 from dmoa.evaluation import figures
@@ -28,6 +29,11 @@ _SAMPLING = ("self_consistency", "best_of_n")
 def run_comparison(options: CompareOptions, config: Config | None, common: Common, command: str) -> Evaluation:
     """Compare policies and show the result. Raises as `run_evaluation`."""
     options = options.model_copy(update={"policies": with_baselines(options, config)})
+    if config is not None:
+        Adversaries(count=max(options.curve, default=0), kind=options.kind).of(config.agent_names)  # before hours of work
+        if options.match == "price" and config.unpriced:
+            lacking = f"llms.{config.unpriced[0]}"
+            raise ConfigError(f"--match is price, and {lacking} has no price; set {lacking}.price, or match tokens")
     with opened_ray(options.address, pool_gpus(config) * options.workers) if options.curve and config else nullcontext():
         evaluation = run_evaluation(options, config, common, command)
         evaluation = run_curve(options, config, common, command) if options.curve and config else evaluation
@@ -50,7 +56,7 @@ def run_curve(options: CompareOptions, config: Config, common: Common, command: 
         raise ConfigError(f"--out is {uri_of(options.out)!r}; with --curve it is a folder of this machine; copy it afterwards")
     folder = RunFolder(options.out.absolute())
     shared = {"call_cache": folder.root / "calls"} if options.has_own_cache else {}
-    for count in options.curve:
+    for count in dict.fromkeys(options.curve):
         for defence in options.curve_defences:
             common.say(f"{count} of {len(config.agents)} agents as {options.kind}, defence {defence}")
             changes = {"adversaries": count, "defence": defence, "curve": (), "out": folder.curve(count, defence)} | shared

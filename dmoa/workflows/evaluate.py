@@ -149,6 +149,8 @@ def check_policies(policies: tuple[str, ...], config: Config | None, gates: tupl
     """Raise RequestError for a policy, an agent or a gate that there is not."""
     for policy in policies:
         name, agent = split_policy(policy)
+        if policy.split() != [policy]:
+            raise RequestError(f"--policies: {policy!r} holds white space; give a path without any")
         if name == "dmoa" and agent is not None:
             if agent not in gates:
                 known, nearest = ", ".join(gates) or "none is given", did_you_mean(agent, gates)

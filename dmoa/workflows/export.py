@@ -1,14 +1,16 @@
 """`dmoa export`: what a swarm said as JSON Lines to train a single model with, supervised (sft) or by preference (dpo).
 
 Traces give chosen answers without labels; a pair of them are two replies to one question whose probabilities of being right lie
-apart. Runs of evaluations give right answers, and pairs of a right and a wrong one: there labels choose. Source: after Mixture of
-Agents Alignment (arXiv 2505.03059); the pairs ours.
+apart. Runs of evaluations give right answers, and pairs of a right and a wrong one: there labels choose. What was cut, what an
+adversary had a part in, and well-known shapes of keys are left out. Source: after Mixture of Agents Alignment (arXiv 2505.03059);
+the pairs ours.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from dmoa.evaluation.run_folder import RunFolder
 from dmoa.storage import replacing
 from dmoa.trace import ReplyAgent, ReplyStep, Trace, read_traces
 from dmoa.training.options import ExportOptions
+from dmoa.validation import without_known_shapes
 
 Record = dict[str, Any]
 
@@ -42,51 +45,70 @@ def export(options: ExportOptions) -> int:
 def of_trace(trace: Trace, *, is_dpo: bool, margin: float) -> Iterator[Record]:
     """Yield the answer of a query, or a pair of each step whose likeliest and least likely replies lie `margin` apart."""
     query, about = trace.query, {"trace_id": trace.trace_id, "policy": trace.dmoa.policy, "gate_version": trace.dmoa.gate_version}
-    asked = [{"role": "system", "content": query["system"]}] if query.get("system") else []
-    asked += [dict(turn) for turn in query.get("turns", ())] + [{"role": "user", "content": query["text"]}]
+    asked = [_message("system", query["system"])] if query.get("system") else []
+    asked += [_message(**turn) for turn in query.get("turns", ())] + [_message("user", query["text"])]
     if not is_dpo:
         steps = [_decision(step) for step in trace.dmoa.steps]
         if trace.answer.strip() and trace.finish_reason == "stop":
             yield {
-                "messages": [*asked, _said(trace.answer)],
+                "messages": [*asked, _message("assistant", trace.answer)],
                 "dmoa": about | {"stop_reason": trace.dmoa.stop_reason, "steps": steps},
             }
         return
     for step in trace.dmoa.steps:
         judged = sorted(_judged(step), key=lambda pair: -pair[1])
-        if not judged or judged[0][1] - judged[-1][1] < margin or judged[0][0].text == judged[-1][0].text:
+        if not judged or judged[0][1] - judged[-1][1] < margin:
             continue
         better, worse = judged[0], judged[-1]
         decision = _decision(step) | {"chosen": better[0].name, "rejected": worse[0].name, "right": [better[1], worse[1]]}
-        yield _pair(asked, better[0].text or "", worse[0].text or "", about | decision)
+        yield from _pair(asked, better[0].text or "", worse[0].text or "", about | decision)
 
 
 def of_run(folder: Path, *, is_dpo: bool) -> Iterator[Record]:
-    """Yield every right answer of a run, or for each row the first right answer and the first wrong one, by policy."""
+    """Yield every right answer of a run, or for each row the first right answer and the first wrong one, by policy.
+
+    One that was right in some repeats only is neither.
+    """
     run, paths = read_evaluation(folder).config, RunFolder(folder)
+    agents = [agent["name"] for agent in run.pool.config.get("agents", ())]
+    adversaries = frozenset(agents[len(agents) - run.options.get("adversaries", 0) :])
     for benchmark in (info.name for info in run.benchmarks):
-        answers = {policy: {line.row_id: line for line in paths.read_answers(benchmark, policy)} for policy in run.policies}
+        answers = {
+            policy: {x.row_id: x for x in paths.read_answers(benchmark, policy) if _is_whole(x)} for policy in run.policies
+        }
         scores = {policy: {line.row_id: line for line in paths.read_scores(benchmark, policy)} for policy in run.policies}
         for task in paths.read_tasks(benchmark):
-            asked, right, wrong = [{"role": "user", "content": task.text}], list[Answered](), list[Answered]()
+            asked, right, wrong = [_message("user", task.text)], list[Answered](), list[Answered]()
             for policy in run.policies:
                 answer, score = answers[policy].get(task.row_id), scores[policy].get(task.row_id)
-                if answer and answer.text.strip() and score and not score.is_failed and not score.is_left_out:
-                    (right if score.value == 1.0 else wrong).append(answer)
+                if not answer or not score or score.is_failed or score.is_left_out:
+                    continue
+                if score.value == 0.0:
+                    wrong.append(answer)
+                elif score.value == 1.0 and not adversaries.intersection(*answer.active[-1:]):
+                    right.append(answer)
             about = {"row_id": task.row_id, "split": run.split}
-            if is_dpo and right and wrong:
-                told = about | {"chosen": _answered(right[0]), "rejected": _answered(wrong[0])}
-                yield _pair(asked, right[0].text, wrong[0].text, told)
-            elif not is_dpo:
-                yield from ({"messages": [*asked, _said(line.text)], "dmoa": about | _answered(line)} for line in right)
+            for line in right if not is_dpo else ():
+                yield {"messages": [*asked, _message("assistant", line.text)], "dmoa": about | _answered(line)}
+            if is_dpo and right:
+                told = about | {"chosen": _answered(right[0])}
+                pairs = (_pair(asked, right[0].text, bad.text, told | {"rejected": _answered(bad)}) for bad in wrong)
+                yield from islice(chain.from_iterable(pairs), 1)
 
 
-def _said(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
+def _is_whole(line: Answered) -> bool:
+    return bool(line.text.strip()) and line.finish_reason != "length"
 
 
-def _pair(asked: list[dict[str, str]], better: str, worse: str, about: Record) -> Record:
-    return {"prompt": asked, "chosen": [_said(better)], "rejected": [_said(worse)], "dmoa": about}
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": without_known_shapes(content)}
+
+
+def _pair(asked: list[dict[str, str]], better: str, worse: str, about: Record) -> Iterator[Record]:
+    """Yield one pair, none where both say the same."""
+    chosen, rejected = _message("assistant", better), _message("assistant", worse)
+    if chosen["content"].strip() != rejected["content"].strip():
+        yield {"prompt": asked, "chosen": [chosen], "rejected": [rejected], "dmoa": about}
 
 
 def _answered(line: Answered) -> Record:
@@ -101,5 +123,5 @@ def _decision(step: ReplyStep) -> Record:
 
 def _judged(step: ReplyStep) -> list[tuple[ReplyAgent, float]]:
     """Return the replies of a step with the probabilities that they are right, where a gate knew them."""
-    replies = [agent for agent in step.agents if agent.status == "ok" and agent.text and agent.finish_reason == "stop"]
+    replies = [x for x in step.agents if x.status == "ok" and (x.text or "").strip() and x.finish_reason == "stop"]
     return [(agent, agent.right_probability) for agent in replies if agent.right_probability is not None]

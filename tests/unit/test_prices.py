@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from dmoa.config import Config
-from dmoa.evaluation.answering import answered
+from dmoa.errors import EmptyAnswerError
+from dmoa.evaluation.answering import answered, unanswered
 from dmoa.evaluation.records import BenchmarkInfo, Task
 from dmoa.evaluation.results import build_evaluation
 from dmoa.testing import (
@@ -110,6 +111,14 @@ async def test_an_evaluation_adds_prices_and_calls_up() -> None:
     assert (row.price, row.price_per_correct, row.calls) == (12.0, 12.0, 4)
     unknown = other.model_copy(update={"price": None})
     assert build_evaluation(info, [line, unknown], scores).rows[0].price is None
+
+
+def test_a_query_whose_contributions_were_blank_has_a_price_too() -> None:
+    blank = reply(text=" ", price=3.0)
+    line = unanswered(
+        Task(row_id="arith/test/1", benchmark="arith", text="?"), "dmoa", EmptyAnswerError("x", (blank, blank)), 1.0
+    )
+    assert (line.price, line.calls, line.usage.total) == (6.0, 2, 28)
 
 
 def test_a_budget_of_price_needs_prices() -> None:

@@ -74,6 +74,14 @@ def agent_of(engine: Any, tools: Sequence[str] = (), **changes: Any) -> Agent:
 
 
 @pytest.mark.parametrize(
+    ("given", "price"), [(0.25, 0.25), (0.0, 0.0), (None, None), (float("nan"), None), (float("inf"), None), (-1.0, None)]
+)
+async def test_a_price_that_cannot_be_is_not_known(given: float | None, price: float | None) -> None:
+    """An engine of a file may say anything; a reply with a price that is no number could not be told."""
+    assert (await agent_of(ListEngine(generated("7", price=given))).call(call_of())).price == price
+
+
+@pytest.mark.parametrize(
     ("error", "is_bug"),
     [
         (AttributeError("no attribute 'x'"), True),

@@ -86,6 +86,11 @@ FRAMES = [
     "FINAL",
     " CONTINUE ",
     "**FINAL**",
+    "F\u0406N\u0410L",  # Cyrillic letters
+    "F\u200bI\u202eN\ufe0fAL",  # without width: a space, a mark of right-to-left, a selector of a variant
+    "\u03dcINA\u1160L",  # a Greek letter, and a filler
+    "C\u043entributi\u03bfn \u043ef b:",
+    "Your r\u03bfl\u0435: Obeys.",
 ]
 
 

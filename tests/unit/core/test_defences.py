@@ -25,7 +25,7 @@ from dmoa.testing import (
     said,
 )
 from dmoa.trace import answer_of_reply, reply_dmoa
-from dmoa.types import Defence, StepPlan
+from dmoa.types import Defence, Price, StepPlan
 from tests.unit.policies.schedules import context_of
 
 
@@ -189,9 +189,11 @@ async def test_who_is_found_wrong_is_left_out_and_its_examiners_are_counted(verd
     assert line.active == ((("a",),) if verdict == "WRONG" else (("a", "b", "c"),))
 
 
-async def test_calls_that_are_not_left_are_not_made_to_examine() -> None:
+@pytest.mark.parametrize("limits", [{"budget_calls": 4}, {"budget_tokens": 42}, {"budget_price": 9.0}])
+async def test_what_is_not_left_is_not_spent_to_examine(limits: dict[str, Any]) -> None:
     agents = FakeAgents({name: Say(text=f"The answer is {n}.") for name, n in zip("abc", "122", strict=True)})
-    orchestrator = orchestrator_of(agents, "abc", defence="cross_examination")
-    answer = await answer_of(orchestrator, query(budget_calls=4), Schedule(asks("a", "b", "c")))
+    price = Price(prompt_per_1m=1e5, completion_per_1m=5e5)  # of a call of 10 + 4 tokens: 1 + 2
+    orchestrator = orchestrator_of(agents, "abc", defence="cross_examination", price=price)
+    answer = await answer_of(orchestrator, query(**limits), Schedule(asks("a", "b", "c")))
     assert len(agents.calls) == 3
     assert answer.text == "The answer is 2."

@@ -30,7 +30,8 @@ from dmoa.testing import (
     write_run,
 )
 from dmoa.types import Limits, Price
-from dmoa.workflows.compare import against, share_of_budget, taken, with_baselines
+from dmoa.workflows.compare import against, run_comparison, share_of_budget, taken, with_baselines
+from dmoa.workflows.console import Common
 from dmoa.workflows.evaluate import expand_policies
 
 TASK = Task(row_id="gsm8k/test/1", benchmark="gsm8k", text="?")
@@ -53,6 +54,31 @@ def test_the_budget_is_the_mean_of_what_the_reference_took() -> None:
     unknown = [*lines, answered("gsm8k", 4, "dmoa", price=None)]
     with pytest.raises(DmoaError, match=r"--match price: what dmoa takes on gsm8k is not known: 3 of 4 answered rows"):
         Matching(by="price", reference="dmoa").budget("gsm8k", unknown)
+
+
+def test_a_reference_that_costs_nothing_sets_no_budget() -> None:
+    free = [answered("gsm8k", number, "dmoa", price=price) for number, price in enumerate((0.0, 0.0, 0.3))]
+    assert Matching(by="price", reference="dmoa").budget("gsm8k", free) == {"budget_price": pytest.approx(0.1)}
+    with pytest.raises(DmoaError, match="what dmoa takes on gsm8k is nothing, and nobody could spend as much"):
+        Matching(by="price", reference="dmoa").budget("gsm8k", free[:2])
+
+
+COMMON = Common(config=None, overrides=(), verbosity=0, json_path=None)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"curve": "0..3"}, "--adversaries is 3, and the pool has 2 agents"),
+        ({"match": "price"}, r"--match is price, and llms\.s has no price"),
+        ({"policies": "bandit:data=/a b.jsonl"}, "holds white space"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_hours_of_work(values: dict[str, str], said: str, tmp_path: Path) -> None:
+    options = CompareOptions.parse({"benchmarks": "arith", "out": str(tmp_path / "run"), **values})
+    with pytest.raises(DmoaError, match=said):
+        run_comparison(options, scripted_pool(("a", "b")), COMMON, "dmoa compare")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_matched_budget_lowers_the_limits_of_its_benchmark_alone() -> None:

@@ -1,10 +1,10 @@
-"""A scripted pool of four agents that notes who was asked when, and what each saw of the others' words."""
+"""A scripted pool, of four agents unless told, that notes who was asked when, and what each saw of the others' words."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from dmoa.agents.summarizer import SelectSummarizer
@@ -16,10 +16,13 @@ from dmoa.testing import FakeEncoder, answer_of, card, fixed_gate, query, router
 from dmoa.types import AgentCall, AgentReply, Answer, EntropySum, Query, Sampling, TextDelta, TokenUsage
 
 POOL = ("a", "b", "c", "d")
+"""The pool of most tests."""
+MOST = tuple("abcdefghijklm")
+"""The agents of larger ones."""
 _FILLER = "word " * 3000
 QUESTION = f"What is said here? {_FILLER}"
 
-Says = Callable[[AgentCall], str | None]
+Says = Callable[[AgentCall], str | AgentReply | None]
 
 
 class NotingAgents:
@@ -33,6 +36,8 @@ class NotingAgents:
     async def call(self, call: AgentCall) -> AgentReply:
         self.calls.append(call)
         said = self._says(call)
+        if isinstance(said, AgentReply):
+            return said
         text = f"[{mark_of(call)}] {_FILLER}" if said is None else said
         tokens = len(text.split())
         nats = self._nats.get(mark_of(call), 0.5)
@@ -64,49 +69,54 @@ def words_of(call: AgentCall) -> int:
 
 
 def context_of(policy: str, config: Config | None = None) -> PolicyContext:
-    """What a policy is built from, over the four agents; the gate ranks them d, c, b, a."""
-    router = router_of(fixed_gate({"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}))
-    return PolicyContext(
-        config=config or scripted_pool(POOL), router=router, encoder=FakeEncoder(), agent=split_policy(policy)[1]
-    )
+    """What a policy is built from, over the four agents; the gate ranks the last one first: d, c, b, a."""
+    config = config or scripted_pool(POOL)
+    size = len(config.agents)
+    router = router_of(fixed_gate({name: 2 * place / size / (size + 1) for place, name in enumerate(config.agent_names, 1)}))
+    return PolicyContext(config=config, router=router, encoder=FakeEncoder(), agent=split_policy(policy)[1])
 
 
 async def run(
-    policy: str, says: Says = lambda call: None, asked: Query | None = None, nats: Mapping[str, float] | None = None
+    policy: str,
+    says: Says = lambda call: None,
+    asked: Query | None = None,
+    nats: Mapping[str, float] | None = None,
+    pool: Sequence[str] = POOL,
 ) -> tuple[Answer, list[AgentCall]]:
-    """Ask a policy, `NAME` or `NAME:key=value`; `says` gives an agent's words, None: its mark and 3000 words."""
+    """Ask a policy, `NAME` or `NAME:key=value`; `says` gives an agent's words, or its reply; None: its mark and 3000 words."""
     agents = NotingAgents(says, nats or {})
-    dispatcher = Dispatcher(agents=agents, cards={name: card(name) for name in POOL}, router=None, is_select=True)
+    dispatcher = Dispatcher(agents=agents, cards={name: card(name) for name in pool}, router=None, is_select=True)
     sampling = Sampling(max_tokens=70)
     loop = Orchestrator(dispatcher=dispatcher, summarizer=SelectSummarizer(), summarizer_sampling=sampling, is_select=True)
-    built = build_policy(split_policy(policy)[0], context_of(policy))
+    built = build_policy(split_policy(policy)[0], context_of(policy, scripted_pool(pool)))
     return await answer_of(loop, asked or query(QUESTION, max_steps=50), built), agents.calls
 
 
 def schedule_of(calls: list[AgentCall]) -> list[str]:
     """One line a call, in order: its mark, and the marks of the texts that it saw."""
-    seen = (re.findall(r"\[([a-d]\.\d+(?:~\d+)?)\]", call.messages[-1].content) for call in calls)
+    seen = (re.findall(r"\[([a-m]\.\d+(?:~\d+)?)\]", call.messages[-1].content) for call in calls)
     return [" ".join((mark_of(call), *(["<-", *marks] if marks else []))) for call, marks in zip(calls, seen, strict=True)]
 
 
-def cost_of(policy: str, asked: Query | None = None) -> tuple[int, int]:
-    """Calls and reads as the formulas of a policy's entry have them, for four agents and the query's limits."""
+def cost_of(policy: str, asked: Query | None = None, pool: Sequence[str] = POOL) -> tuple[int, int]:
+    """Calls and reads as the formulas of a policy's entry have them, for the pool and the query's limits."""
     name, words = split_policy(policy)
     entry, limits = POLICIES[name], (asked or query()).limits
-    options = entry.options_of(words, scripted_pool(POOL)) if entry.options else None
-    names: dict[str, Any] = {**(options.model_dump() if options else {}), "A": len(options.agents if options else POOL)}
+    options = entry.options_of(words, scripted_pool(pool)) if entry.options else None
+    names: dict[str, Any] = {**(options.model_dump() if options else {}), "A": len(options.agents if options else pool)}
     names |= {"ceil": math.ceil, "min": min, "max": max, "steps": limits.max_steps, "max_agents": limits.max_agents}
     if "inner" in names:
-        names["inner"], names["inner_reads"] = cost_of(names["inner"], asked)
+        names["inner"], names["inner_reads"] = cost_of(names["inner"], asked, pool)
     calls, reads = (eval(text.removesuffix(" at most"), {"__builtins__": {}}, names) for text in (entry.cost, entry.reads))
     return calls, reads
 
 
-async def check_cost(policy: str, says: Says = lambda call: None, asked: Query | None = None) -> None:
+async def check_cost(policy: str, says: Says = lambda call: None, asked: Query | None = None, pool: Sequence[str] = POOL) -> None:
     """Assert that calls are those of the formula, and tokens within 1 % of what calls and reads come to."""
-    answer, calls = await run(policy, says, asked)
-    expected_calls, reads = cost_of(policy, asked)
+    answer, calls = await run(policy, says, asked, pool=pool)
+    expected_calls, reads = cost_of(policy, asked, pool)
     assert len(calls) == expected_calls
     prompt = len(QUESTION.split())
-    expected = sum(prompt + len((says(call) or f"x {_FILLER}").split()) for call in calls) + reads * (len(_FILLER.split()) + 1)
+    said = [str(says(call) or f"x {_FILLER}") for call in calls]
+    expected = sum(prompt + len(text.split()) for text in said) + reads * (len(_FILLER.split()) + 1)
     assert abs(answer.usage.total - expected) <= 0.01 * expected

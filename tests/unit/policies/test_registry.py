@@ -45,6 +45,8 @@ def test_every_policy_answers_to_its_own_name() -> None:
         ("aggregator=aa", "'aa' is not in the pool; expected some of a, b, c; name one of them"),
         ("agents=", "agents is "),
         ("agents=a+a", "one agent stands there twice"),
+        ("a:b", "agents is given twice, 'a' and 'b'"),
+        ("layers=2:layers=3", "layers is given twice"),
     ],
 )
 def test_a_parameter_that_cannot_be_is_refused_by_name(words: str, said: str) -> None:

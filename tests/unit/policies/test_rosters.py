@@ -120,6 +120,13 @@ def test_the_best_subset_is_that_of_a_search_by_hand() -> None:
         assert best is None or round(sum(worth[a] for a in found), 9) == best
 
 
+def test_an_agent_that_fits_is_found_among_many_that_do_not() -> None:
+    """Every choice of sixteen agents is tried, of those that fit alone: the seventeenth by worth is the only one here."""
+    worth, price = [0.9] * 16 + [0.1], [5.0] * 16 + [1.0]
+    found = best_subset(worth, price_A=price, model_A=["x"] * 17, gpus={"x": 1.0}, most_price=2.0, most_gpus=None)
+    assert found == [16]
+
+
 @pytest.mark.parametrize(
     ("policy", "said"),
     [

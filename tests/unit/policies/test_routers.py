@@ -51,6 +51,12 @@ async def test_the_nearest_neighbours_are_averaged(tmp_path: Path) -> None:
     assert (await chosen(f"knn_router:k=3:agents=b+c:data={data}", "x"))[0] == "c"
 
 
+async def test_of_several_rewards_of_one_reply_the_mean_counts(tmp_path: Path) -> None:
+    rows = [("x", "b", 1.0), ("x", "b", 1.0), ("x", "b", 0.0), ("x", "c", 0.5)]
+    data = write(tmp_path / "judged.jsonl", rows)
+    assert (await chosen(f"knn_router:k=1:agents=c+b:data={data}", "x"))[0] == "b"
+
+
 def test_a_mean_counts_its_prior_as_one_row() -> None:
     reward_QA = np.array([[1.0, np.nan], [0.0, np.nan], [1.0, 1.0]], np.float32)
     assert mean_rewards(reward_QA).tolist() == pytest.approx([2.5 / 4, 1.5 / 2])

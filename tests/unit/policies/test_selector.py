@@ -6,14 +6,17 @@ import pytest
 
 from dmoa.policies.baselines import SelectorPolicy, named
 from dmoa.testing import query, state_of
-from dmoa.types import StepPlan, StepRecord, Stop, SummarizerRecord
+from dmoa.types import AgentReply, StepPlan, StepRecord, Stop, SummarizerRecord
 
 PROFILES = {"base": "General help.", "math": "Sums.", "math-inspector": "Checks sums."}
 POLICY = SelectorPolicy(chooser="base", profiles=PROFILES)
 
 
 def said(text: str) -> StepRecord:
-    return StepRecord(step=0, replies=(), active=(), summary=text, summarizer=SummarizerRecord(mode="select", verdict="rule"))
+    replies = (AgentReply(agent="base", status="ok", text=text),)
+    return StepRecord(
+        step=0, replies=replies, active=("base",), summary="", summarizer=SummarizerRecord(mode="select", verdict="rule")
+    )
 
 
 async def test_the_chooser_reads_every_profile() -> None:
@@ -22,7 +25,7 @@ async def test_the_chooser_reads_every_profile() -> None:
     (asked,) = plan.activations
     assert asked.agent == "base"
     assert all(f"{name}: {profile}" in asked.instruction for name, profile in PROFILES.items())
-    assert (plan.fold, plan.ends_with) == ("pass", None)
+    assert (plan.fold, plan.ends_with) == ("keep", None)
 
 
 @pytest.mark.parametrize(

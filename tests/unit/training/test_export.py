@@ -94,6 +94,52 @@ def test_a_run_gives_right_answers_and_pairs_by_its_scores(tmp_path: Path) -> No
     assert [line["messages"][-1]["content"] for line in told] == ["dmoa 0", "single 2"]
 
 
+def run_of(path: Path, answers: dict[str, Any], values: dict[str, float], **changes: Any) -> Path:
+    """A run of one row: policy -> the changes of its answer, and its score."""
+    info = run_info([BenchmarkInfo(name="gsm8k", rows=1)], policies=tuple(answers), **changes)
+    made = [answered("gsm8k", 0, policy, **{"text": f"{policy} says"} | changed) for policy, changed in answers.items()]
+    folder = write_run(path, info, made, [scored("gsm8k", 0, policy, value) for policy, value in values.items()])
+    write_lines(folder.tasks("gsm8k"), [Task(row_id=made[0].row_id, benchmark="gsm8k", text="ask")])
+    return folder.root
+
+
+def test_what_an_adversary_had_a_part_in_is_never_chosen(tmp_path: Path) -> None:
+    """The pool's agents are adder and echo; its last one buries the true reply, which is right all the same."""
+    answers = {"dense": {"active": (("adder", "echo"),)}, "single": {"active": (("adder",),)}, "moa": {"active": (("echo",),)}}
+    run = run_of(tmp_path, answers, {"dense": 1.0, "single": 1.0, "moa": 0.0}, options={"adversaries": 1, "kind": "verbose"})
+    assert [line["messages"][-1]["content"] for line in lines(tmp_path, format="sft", run=str(run))] == ["single says"]
+    (pair,) = lines(tmp_path, format="dpo", run=str(run))
+    assert (pair["dmoa"]["chosen"]["policy"], pair["dmoa"]["rejected"]["policy"]) == ("single", "moa")
+
+
+def test_what_was_right_in_some_repeats_only_is_rejected_by_nobody(tmp_path: Path) -> None:
+    run = run_of(tmp_path, {"dmoa": {}, "moa": {}, "dense": {}}, {"dmoa": 1.0, "moa": 0.5, "dense": 0.0}, repeats=2)
+    (pair,) = lines(tmp_path, format="dpo", run=str(run))
+    assert pair["dmoa"]["rejected"]["policy"] == "dense"
+
+
+def test_cut_answers_and_pairs_of_the_same_text_are_left_out(tmp_path: Path) -> None:
+    cut, same = {"finish_reason": "length"}, {"text": " 19 "}
+    run = run_of(tmp_path / "a", {"dmoa": cut, "moa": cut, "dense": {}}, {"dmoa": 1.0, "moa": 0.0, "dense": 1.0})
+    assert lines(tmp_path, format="dpo", run=str(run)) == []
+    assert [line["messages"][-1]["content"] for line in lines(tmp_path, format="sft", run=str(run))] == ["dense says"]
+    run = run_of(tmp_path / "b", {"dmoa": {"text": "19"}, "moa": same, "dense": {}}, {"dmoa": 1.0, "moa": 0.0, "dense": 0.0})
+    (pair,) = lines(tmp_path, format="dpo", run=str(run))
+    assert pair["rejected"] == [{"role": "assistant", "content": "dense says"}]
+    one = step(0.9, 0.1)
+    alike = replace(one, replies=tuple(replace(x, text=f"19{' ' * (x.agent == 'a')}") for x in one.replies))
+    assert lines(tmp_path, format="dpo", traces=str(traces(tmp_path, alike))) == []
+
+
+def test_keys_are_taken_out_and_code_is_left_as_it_is(tmp_path: Path) -> None:
+    code = "sorted(d, key=lambda x: x[1])  # naïve \u2028 😀"
+    run = run_of(tmp_path, {"dmoa": {"text": f"sk-abcdefgh12345678 {code}"}, "moa": {}}, {"dmoa": 1.0, "moa": 0.0})
+    out = tmp_path / "out.jsonl"
+    export(ExportOptions.parse({"format": "dpo", "out": str(out), "run": str(run)}))
+    (line,) = [json.loads(line) for line in out.read_bytes().split(b"\n") if line]
+    assert line["chosen"][0]["content"] == f"[redacted] {code}"
+
+
 @pytest.mark.parametrize("sources", [{}, {"run": "r", "traces": "t"}])
 def test_there_is_one_source(sources: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="run and traces: give one of the two"):
