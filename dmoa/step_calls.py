@@ -188,13 +188,12 @@ class StepCalls:
 
     def _release(self, following: int) -> list[NextCall]:
         """Return the calls of held agents that what is left pays for, if each takes what the calls so far took."""
-        replies = self.replies
+        replies = [reply for reply in self.replies if reply.usage.total]  # what was lost says nothing of what a call takes
         if not self._held:
             return []
         used, price = sum(reply.usage.total for reply in replies), sum(reply.price or 0.0 for reply in replies)
         shares = [(used, self._tokens_left), (price, self._price_left)]
         affordable = [int((left - took) * len(replies) / took) for took, left in shares if left is not None and took]
-        # Where all calls so far were lost nothing is known of what one takes.
         room = min(affordable, default=len(self._held) if used else 1) - self._under_way - following
         calls = [self._new_chain(held, tokens_used=used, price_used=price) for held in self._held[: max(0, room)]]
         self._held = self._held[len(calls) :]

@@ -16,6 +16,7 @@ from dmoa.evaluation.results import build_evaluation, read_evaluation
 from dmoa.evaluation.run import finish_run
 from dmoa.policies.registry import POLICIES
 from dmoa.testing import (
+    Fail,
     FakeAgents,
     Say,
     Schedule,
@@ -109,6 +110,21 @@ async def test_a_paced_budget_holds_within_a_step(limits: dict[str, float], aske
     answer = await answer_of(orchestrator, query(within_steps=True, max_steps=2, **limits), Schedule(asks(*"abcd")))
     assert ["".join(sorted(step.active)) for step in answer.steps] == asked
     assert answer.stop_reason.startswith("budget_") or len(asked) == 2
+
+
+@pytest.mark.parametrize(("limits", "asked"), [({"budget_tokens": 28}, "abc"), ({"budget_price": 6.0}, "abc")])
+async def test_a_call_that_was_lost_says_nothing_of_what_the_others_take(limits: dict[str, float], asked: str) -> None:
+    """The first agent is lost and took nothing: the others are still asked by what is left, two of them here."""
+    agents = FakeAgents({"a": Fail()} | {name: Say(text=name) for name in "bcd"})
+    orchestrator = orchestrator_of(agents, "abcd", price=Price(prompt_per_1m=1e5, completion_per_1m=5e5))
+    await answer_of(orchestrator, query(within_steps=True, max_steps=1, **limits), Schedule(asks(*"abcd")))
+    assert [call.agent for call in agents.calls] == list(asked)
+
+
+async def test_agents_that_a_budget_of_calls_leaves_out_stand_in_for_lost_ones() -> None:
+    agents = FakeAgents({"a": Fail(), "b": Say(text="Answer: 19")})
+    answer = await answer_of(orchestrator_of(agents, "ab"), query(budget_calls=1), Schedule(asks("a", "b")))
+    assert (answer.text, [call.agent for call in agents.calls]) == ("Answer: 19", ["a", "b"])
 
 
 async def test_without_pace_all_agents_of_a_step_are_asked_at_once() -> None:
