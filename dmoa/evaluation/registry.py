@@ -129,7 +129,7 @@ def _everywhere() -> list[str]:
     return [name for name in BENCHMARKS.builtin if BENCHMARKS[name].hub is not None]
 
 
-def expand_names(names: Sequence[str]) -> tuple[str, ...]:
+def expand_names(names: Sequence[str], option: str = "--benchmarks") -> tuple[str, ...]:
     """Return benchmark names with `all`, `suites` and each `FILE.py:NAME` replaced by what they stand for.
 
     `all` is dmoa's nine whose rows the hub has at a fixed revision.
@@ -137,14 +137,13 @@ def expand_names(names: Sequence[str]) -> tuple[str, ...]:
     Raises ConfigError for unknown ones, and for a file that cannot be loaded.
     """
     found: list[str] = []
-    for name in BENCHMARKS.resolve(names, "--benchmarks"):
+    for name in BENCHMARKS.resolve(names, option):
         found.extend(_everywhere() if name == ALL else SUITES if name == ALL_SUITES else (name,))
     unknown = [name for name in found if name not in BENCHMARKS and name not in SUITES]
     if unknown or not found:
         allowed = (*BENCHMARKS, *SUITES, ALL, ALL_SUITES)
         seen = ", ".join(unknown) or "an empty name"
         raise ConfigError(
-            f"--benchmarks: {seen} not known; name some of {', '.join(allowed)}, separated by commas"
-            f"{did_you_mean(unknown, allowed)}"
+            f"{option}: {seen} not known; name some of {', '.join(allowed)}, separated by commas{did_you_mean(unknown, allowed)}"
         )
     return tuple(dict.fromkeys(found))

@@ -27,7 +27,7 @@ from dmoa.errors import ConfigError, DmoaError
 from dmoa.protocols import final_answer
 from dmoa.routing import LocalRouter
 from dmoa.swarm import Swarm
-from dmoa.training.adapt import Adapter, AdaptUpdate, episodes_of_table, with_credit
+from dmoa.training.adapt import Adapter, episodes_of_table, with_credit
 from dmoa.training.collect import ExploringSwarm
 from dmoa.training.dataset import Episodes, read_episodes, read_manifests
 from dmoa.training.distributed import WorkerGroup
@@ -76,7 +76,7 @@ class Counted:
 
     query: RolloutQuery
     version: str
-    """The gate's, when it was asked."""
+    """The gate's, when it was asked; empty where an older session did not keep it."""
     answer: Answer | None = None
     error: DmoaError | None = None
     table: pa.Table | None = None
@@ -170,7 +170,7 @@ class Stream:
         version = self.version
         kept = self._job.kept.get(self._name, {}).get(asked.query_id)
         if kept is not None:
-            if kept.version != version:
+            if kept.version not in ("", version):
                 raise ConfigError(
                     f"--out: {asked.query_id!r} was answered by gate {kept.version}, and the same stream comes to {version} now; "
                     "its options, replay or code have changed; use another folder"
@@ -193,9 +193,10 @@ class Stream:
         lessons = [self._lesson(one) for one in counted if one.table is not None]
         found = self._adapter.learn(self._world.share(lessons))
         self._install()
-        told = sum(one.outcome_NA is not None for one in lessons)
-        update = _told(found, self._batches, [one.query.query_id for one in counted], before, self.version, told)
-        self._job.keep(self._name, update)
+        update = {name: getattr(found, name) for name in StreamUpdate.model_fields if hasattr(found, name)}
+        update |= {"number": self._batches, "queries": [one.query.query_id for one in counted]}
+        update |= {"answered_by": before, "version": self.version, "outcomes": sum(one.outcome_NA is not None for one in lessons)}
+        self._job.keep(self._name, StreamUpdate.model_validate(update))
 
     def _lesson(self, one: Counted) -> Episodes:
         assert one.table is not None
@@ -203,23 +204,6 @@ class Stream:
         mine = [outcome for outcome in self._job.outcomes if outcome.query_id == one.query.query_id]
         credited = credit_replies(mine, one.table, seed=0, round_=0).credit if mine else {}
         return with_credit(episode, {agent: reward for (_, agent), reward in credited.items()})
-
-
-def _told(found: AdaptUpdate, number: int, queries: list[str], before: str, version: str, outcomes: int) -> StreamUpdate:
-    return StreamUpdate(
-        number=number,
-        queries=queries,
-        answered_by=before,
-        version=version,
-        loss=found.loss,
-        used=found.used,
-        skipped=dict(found.skipped),
-        replayed=found.replayed,
-        drift=found.drift,
-        distance=found.distance,
-        refitted=found.refitted,
-        outcomes=outcomes,
-    )
 
 
 def run_streams(job: StreamJob, world: WorkerGroup, tick: Callable[[], None] = lambda: None) -> None:

@@ -7,7 +7,7 @@ and the rows after, is an ordinary evaluation of gates in the same folder, so it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError
@@ -24,7 +23,7 @@ from dmoa.evaluation.records import Answered, EvaluateOptions, Task
 from dmoa.evaluation.run_folder import RunFolder, append, mend, read_lines
 from dmoa.reading import offsets, read_bounded, read_json
 from dmoa.storage import write_whole
-from dmoa.training.rollouts import RolloutQuery
+from dmoa.training.rollouts import RolloutQuery, part_of, read_part
 
 if TYPE_CHECKING:
     from dmoa.config import Config
@@ -102,12 +101,15 @@ class Stage:
         """Every update of a start, a line each."""
         return self.root / "streams" / start / "updates.jsonl"
 
-    def parts(self, start: str) -> Path:
-        """Folder of the rollouts of a start, a file a query."""
-        return self.root / "streams" / start / "rollouts"
+    def part(self, start: str, query_id: str) -> Path:
+        """Rollout of one query of a start."""
+        return self.root / "streams" / start / "rollouts" / f"{query_id.replace('/', '_')}.parquet"
 
     def keep(self, start: str, one: Counted | StreamUpdate) -> None:
-        """Write a counted answer or an update; the answer's line comes first, and once."""
+        """Write a counted answer or an update; the answer's line comes first, and once.
+
+        Raises ConfigError where the line that is there is of another gate: it was not answered before the update on it.
+        """
         from dmoa.training.prequential import StreamUpdate
 
         if isinstance(one, StreamUpdate):
@@ -116,27 +118,33 @@ class Stage:
             return
         task, policy = self.tasks[one.query.query_id], f"dmoa:{start}{ADAPTED}"
         path = RunFolder(self.root).answers(task.benchmark, policy)
-        if not any(line.row_id == task.row_id for line in read_lines(path, Answered)):
+        told = [line.gate_version for line in read_lines(path, Answered) if line.row_id == task.row_id]
+        if not told:
             append(path, [_line(task, policy, one)])
+        elif told[0] not in (None, one.version):
+            raise ConfigError(f"{path}: {task.row_id!r} was answered by gate {told[0]}, not {one.version}; use another folder")
         if one.table is not None:
-            parts = self.parts(start)
-            parts.mkdir(parents=True, exist_ok=True)
-            target = parts / f"{_file_name(task.row_id)}.parquet"
-            pq.write_table(one.table, target.with_suffix(".draft"), write_page_checksum=True)
-            target.with_suffix(".draft").replace(target)
+            write_whole(self.part(start, task.row_id), part_of([one.table]))
 
     def kept(self, start: str, queries: Sequence[RolloutQuery]) -> dict[str, Counted]:
-        """Return what a session before has kept of these queries; an answer without its rollout is asked for again."""
-        from dmoa.training.prequential import Counted
-        from dmoa.training.rollouts import read_part
+        """Return what a session before has kept of these queries, those that failed too: the updates after them went without.
 
-        mend(self.updates(start))
-        found = {}
+        An answer without its rollout, or a rollout without its answer, is asked for again.
+        """
+        from dmoa.training.prequential import Counted
+
+        folder, found = RunFolder(self.root), dict[str, Counted]()
+        paths = {folder.answers(task.benchmark, f"dmoa:{start}{ADAPTED}") for task in self.tasks.values()}
+        for path in (self.updates(start), *paths):
+            mend(path)
+        lines = {line.row_id: line for path in paths for line in read_lines(path, Answered)}
         for query in queries:
-            path = self.parts(start) / f"{_file_name(query.query_id)}.parquet"
-            if path.exists():
+            path, line = self.part(start, query.query_id), lines.get(query.query_id)
+            if line is not None and line.error is not None:
+                found[query.query_id] = Counted(query=query, version=line.gate_version or "", is_new=False)
+            elif line is not None and path.exists():
                 table = read_part(path)
-                version = table["gate_version"][0].as_py()
+                version: str = table["gate_version"][0].as_py()
                 found[query.query_id] = Counted(query=query, version=version, table=table, is_new=False)
         return found
 
@@ -146,17 +154,15 @@ def _trees(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for _, line in offsets(path)]
 
 
-def _file_name(row_id: str) -> str:
-    return row_id.replace("/", "_")
-
-
 def _line(task: Task, policy: str, one: Counted) -> Answered:
     if one.answer is not None:
         return answered(task, policy, one.answer)
     assert one.error is not None
     if isinstance(one.error, EmptyAnswerError):
-        return unanswered(task, policy, one.error, one.wall_ms)
-    return failed(task, policy, one.error, one.wall_ms)
+        line = unanswered(task, policy, one.error, one.wall_ms)
+    else:
+        line = failed(task, policy, one.error, one.wall_ms)
+    return line.model_copy(update={"gate_version": one.version})
 
 
 def run_adapt(options: AdaptOptions, config: Config, checkpoint: Path | None, common: Common, command: str) -> AdaptReport:
@@ -169,12 +175,12 @@ def run_adapt(options: AdaptOptions, config: Config, checkpoint: Path | None, co
     from dmoa.workflows.console import Bars
     from dmoa.workflows.terminal import goes_on
 
-    names = expand_names(options.benchmark)
+    names = expand_names(options.benchmark, "--benchmark")
     starts: dict[str, Path | None] = {ZERO: None} | ({} if checkpoint is None else {FEW: checkpoint.absolute()})
     advice = f"the same command with --out {display_path(options.out)} goes on from here"
     with goes_on(advice), localized(options, common.say, reads=("replay", "outcomes"), writes=("out",)) as here:
         with only_one(here.out, "adaptation", "adapt"), Bars(common.verbosity) as bars:
-            check_same(here, config, starts)
+            check_same(options.model_copy(update={"out": here.out}), config, starts)  # URIs as they were given
             report = _adapted(here, config, names, starts, common, bars, command)
         write_whole(here.out / "adapt.json", report.model_dump_json(indent=2) + "\n")
         print_adaptation(report)
@@ -188,6 +194,8 @@ def check_same(options: AdaptOptions, config: Config, starts: Mapping[str, Path 
 
     now: dict[str, Any] = {"pool": fingerprint(config), "starts": {name: str(folder) for name, folder in starts.items()}}
     now |= options.model_dump(mode="json", exclude={"out", "workers", "address", "track"})
+    now |= {"limits": config.limits.model_dump(mode="json")}
+    now |= {f"sampling of {agent.name}": agent.sampling.model_dump(mode="json") for agent in config.agents}
     path = options.out / "settings.json"
     if not path.exists():
         options.out.mkdir(parents=True, exist_ok=True)
@@ -195,7 +203,7 @@ def check_same(options: AdaptOptions, config: Config, starts: Mapping[str, Path 
         return
     before = read_json(read_bounded(path))
     different = [
-        f"{name}: begun with {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
+        f"{name}: begun with {before[name]}, now {value}" for name, value in now.items() if before.get(name, value) != value
     ]
     if different:
         raise ConfigError(f"--out: {'; '.join(different)}; repeat the settings of {str(path)!r}, or use another folder")
@@ -224,7 +232,7 @@ def _adapted(
     session: Session = build_evaluation(asked, config, names, folder, common, bars, command)
     common.say(f"the rest, by {len(gates)} frozen gates")
     evaluation = evaluate(session)
-    report = _report(options, config, folder, first, dict(session.gates), command)
+    report = _report(options, session, first)
     write_report(evaluation, folder.report, {f"dmoa:{gate}": points for gate, points in report.stream.items()})
     log_stream(report, folder.root, options)
     log_tables(evaluation, folder, asked)
@@ -304,15 +312,15 @@ def _evaluation(options: AdaptOptions, names: Sequence[str]) -> EvaluateOptions:
 def _prepared(options: AdaptOptions, folder: RunFolder, names: Sequence[str]) -> list[tuple[Task, RolloutQuery]]:
     """Write the rows of all benchmarks and return the first queries, the benchmarks in turns, without their labels."""
     from dmoa.evaluation.data import prepare_rows
+    from dmoa.training.options import share_out
     from dmoa.training.queries import take_turns
 
     asked = _evaluation(options, names)
-    columns = []
-    for number, name in enumerate(names):
+    for name in names:
         prepare_rows(folder, name, asked)
-        share = options.queries // len(names) + (number < options.queries % len(names))
-        columns.append(list(folder.read_tasks(name))[:share])
-    tasks = list(take_turns([column for column in columns if column]))
+    columns = [list(folder.read_tasks(name)) for name in names]
+    shares = share_out(options.queries, [1.0] * len(names), [len(column) for column in columns])
+    tasks = take_turns([column[:share] for column, share in zip(columns, shares, strict=True) if share])
     return [
         (task, RolloutQuery(query_id=task.row_id, source=task.benchmark, split="test", text=task.text, stages=task.stages))
         for task in tasks
@@ -379,28 +387,26 @@ def _show(job: StreamJob, bars: Bars) -> None:
     bars.count("adapting", done, len(job.queries) * len(job.starts))
 
 
-def _report(
-    options: AdaptOptions, config: Config, folder: RunFolder, first: Sequence[Task], gates: dict[str, str], command: str
-) -> AdaptReport:
+def _report(options: AdaptOptions, session: Session, first: Sequence[Task]) -> AdaptReport:
     early = {task.row_id: place for place, task in enumerate(first)}
-    stage, rows, stream = Stage(folder.root), [], {}
-    for gate in gates:
+    folder, rows, stream = session.folder, [], {}
+    for gate in session.gates:
         told: list[tuple[int, dict[str, Any]]] = []
-        for name in dict.fromkeys(task.benchmark for task in first):
+        for name in session.benchmarks:
             lines = list(folder.read_answers(name, f"dmoa:{gate}"))
-            right = {line.row_id: line.value for line in folder.read_scores(name, f"dmoa:{gate}")}
+            scores = folder.read_scores(name, f"dmoa:{gate}")
+            right = {line.row_id: line.value for line in scores if not line.is_left_out}
             rows.append(_row(name, gate, lines, right, early))
             told += [(early[line.row_id], _point(line, right)) for line in lines if line.row_id in early]
         stream[gate] = [point for _, point in sorted(told, key=lambda one: one[0])]
-    starts = [gate for gate in gates if not gate.endswith(ADAPTED)]
-    updates = {start: _trees(stage.updates(start)) for start in starts}
+    starts = [gate for gate in session.gates if not gate.endswith(ADAPTED)]
     return AdaptReport(
-        command=command,
+        command=session.command,
         options=options.model_dump(mode="json"),
-        pool=config.name,
-        starts=gates,
+        pool=session.pool.name,
+        starts=session.gates,
         rows=rows,
-        updates=updates,
+        updates={start: _trees(Stage(folder.root).updates(start)) for start in starts},
         stream=stream,
     )
 
@@ -442,7 +448,8 @@ def print_adaptation(report: AdaptReport) -> None:
     console = stdout_console()
     table = new_table("benchmark", "gate", "first queries", "rows after", "agents", "tokens", words=("benchmark", "gate"))
     for row in report.rows:
-        shares = ["" if share is None else f"{share:.1%} of {count}" for share, count in _shares(row)]
+        parts = ((row.first, row.first_rows), (row.rest, row.rest_rows))
+        shares = ["" if share is None else f"{share:.1%} of {count}" for share, count in parts]
         table.add_row(row.benchmark, row.gate, *shares, f"{row.agents:.2f}", f"{row.tokens:.0f}")
     console.print(table)
     console.print(
@@ -458,8 +465,3 @@ def print_adaptation(report: AdaptReport) -> None:
                 "answered comparably before they learn: raise --queries",
                 soft_wrap=True,
             )
-
-
-def _shares(row: AdaptRow) -> Iterator[tuple[float | None, int]]:
-    yield row.first, row.first_rows
-    yield row.rest, row.rest_rows

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -14,13 +16,14 @@ from dmoa.core.label_model import MIN_ROWS
 from dmoa.errors import ConfigError, DmoaError, EmptyAnswerError
 from dmoa.evaluation.records import Task
 from dmoa.evaluation.registry import SKILLS
+from dmoa.evaluation.run import Session
 from dmoa.evaluation.run_folder import RunFolder
 from dmoa.testing import scripted_pool, scripted_pool_yaml
 from dmoa.training.options import AdaptOptions
 from dmoa.training.prequential import Counted, StreamUpdate
 from dmoa.training.rollouts import RolloutQuery, table_of
-from dmoa.workflows.adapt import Stage, check_same, run_first
-from dmoa.workflows.console import Bars
+from dmoa.workflows.adapt import Stage, _prepared, _report, check_same, run_adapt, run_first
+from dmoa.workflows.console import Bars, Common
 from tests.unit.training.adapt_lessons import lesson
 
 TASKS = {
@@ -31,7 +34,7 @@ QUERIES = [RolloutQuery(query_id=row, source="dyes", split="test", text=task.tex
 
 def counted(number: int, **changes: Any) -> Counted:
     """A query that was answered by version `v1`."""
-    answer = lesson(0, number).answer
+    answer = replace(lesson(0, number).answer, gate_version="v1")
     table = table_of(QUERIES[number], answer, preset="paper", seed=0, fingerprint="f" * 64)
     values: dict[str, Any] = {"query": QUERIES[number], "version": "v1", "answer": answer, "table": table}
     return Counted(**values | changes)
@@ -75,8 +78,30 @@ def test_a_query_without_an_answer_has_a_line_and_no_rollout(tmp_path: Path, err
     stage = Stage(tmp_path, TASKS)
     stage.keep("zero-shot", counted(1, answer=None, table=None, error=error))
     (line,) = RunFolder(tmp_path).read_answers("dyes", "dmoa:zero-shot-ttt")
-    assert (line.status, line.text) == (status, "")
+    assert (line.status, line.text, line.gate_version) == (status, "", "v1")
+    # It is not asked again: the updates after it were made without, and it would be counted after them.
+    kept = stage.kept("zero-shot", QUERIES)
+    assert {row: (one.version, one.table, one.is_new) for row, one in kept.items()} == {"dyes/test/1": ("v1", None, False)}
+
+
+def test_a_line_that_a_killed_session_left_torn_is_cut_off_and_its_query_asked_again(tmp_path: Path) -> None:
+    stage, path = Stage(tmp_path, TASKS), RunFolder(tmp_path).answers("dyes", "dmoa:zero-shot-ttt")
+    stage.keep("zero-shot", counted(0))
+    path.write_bytes(path.read_bytes() + b'{"row_id": "dyes/te')
+    assert list(stage.kept("zero-shot", QUERIES)) == ["dyes/test/0"]
+    path.write_text("")  # a person took the line out: answered by the last gate it would be counted after its update
     assert stage.kept("zero-shot", QUERIES) == {}
+    for number in range(2):
+        stage.keep("zero-shot", counted(number))
+    assert [line.row_id for line in RunFolder(tmp_path).read_answers("dyes", "dmoa:zero-shot-ttt")] == list(TASKS)[:2]
+
+
+def test_an_answer_of_a_later_gate_is_not_counted(tmp_path: Path) -> None:
+    stage, late = Stage(tmp_path, TASKS), counted(0).answer
+    assert late is not None
+    stage.keep("zero-shot", counted(0, answer=replace(late, gate_version="v9")))
+    with pytest.raises(ConfigError, match="'dyes/test/0' was answered by gate v9, not v1; use another folder"):
+        stage.keep("zero-shot", counted(0))
 
 
 def test_an_update_that_is_made_again_is_written_once(tmp_path: Path) -> None:
@@ -95,6 +120,42 @@ def test_another_run_in_the_folder_is_refused_by_what_differs(tmp_path: Path) ->
         check_same(options.model_copy(update={"queries": 31}), scripted_pool(), {"zero-shot": None})
     with pytest.raises(ConfigError, match="starts: begun with"):
         check_same(options, scripted_pool(), {"zero-shot": None, "few-shot": tmp_path})
+    other = scripted_pool()
+    other = other.model_copy(update={"limits": other.limits.model_copy(update={"budget_tokens": 7})})
+    with pytest.raises(ConfigError, match="limits: begun with"):
+        check_same(options, other, {"zero-shot": None})
+
+
+def test_places_at_uris_are_the_same_in_the_next_session(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    options = AdaptOptions.parse(
+        {"benchmark": "gsm8k", "data_dir": tmp_path / "nowhere", "workers": 0, "track": "none"}
+        | {"out": (tmp_path / "out").as_uri(), "replay": (tmp_path / "old").as_uri()}
+    )
+    (tmp_path / "old" / "rollouts.json").write_text("{}")
+    for _ in range(2):  # the second one finds the settings of the first
+        with pytest.raises(ConfigError, match="nowhere"):
+            run_adapt(options, scripted_pool(), None, Common(verbosity=-1), "dmoa adapt")
+
+
+def test_a_benchmark_that_is_not_known_is_named_by_its_option(tmp_path: Path) -> None:
+    options = AdaptOptions.parse({"benchmark": "dyess", "out": tmp_path})
+    with pytest.raises(ConfigError, match=r"^--benchmark: dyess not known.*dyes"):
+        run_adapt(options, scripted_pool(), None, Common(verbosity=-1), "dmoa adapt")
+
+
+def test_rows_are_shared_out_and_every_benchmark_has_its_line(tmp_path: Path) -> None:
+    options = AdaptOptions.parse({"benchmark": "dyes,signals,words", "out": tmp_path, "queries": 2, "limit": 3})
+    folder = RunFolder(tmp_path)
+    names = ["dyes", "signals", "words"]
+    first = [task for task, _ in _prepared(options, folder, names)]
+    assert [task.benchmark for task in first] == ["dyes", "signals"]
+    pool = SimpleNamespace(name="pool")
+    session = SimpleNamespace(folder=folder, benchmarks=names, gates={"zero-shot": "v1"}, pool=pool, command="dmoa adapt")
+    report = _report(options, cast(Session, session), first)
+    assert [(row.benchmark, row.first_rows, row.rest_rows) for row in report.rows] == [(name, 0, 0) for name in names]
+    few = options.model_copy(update={"queries": 30, "limit": 3})
+    assert len(_prepared(few, folder, names)) == 9
 
 
 QUERIES_OF_A_STREAM = MIN_ROWS + 1
