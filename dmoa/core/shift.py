@@ -27,9 +27,11 @@ NEIGHBOURS = 5
 """Rows of the reference that a query is compared with."""
 MAX_ROWS = 512
 """Rows of the reference; a new one takes the place of any."""
+MAX_SEEN = 20_000
+"""Earlier queries that the next one is compared with; of more any one goes."""
 FAMILIAR = 0.1
 """Least p-value of a query's input for its signals to be compared with those of its neighbours."""
-PARDON = 0.4
+PARDON = 0.45
 """Mean p-value of an odd agent's last `SETTLE` signals, by what was usual before, at which it is odd no longer."""
 SETTLE = 40
 """Queries after a shift, and before the first, that are looked at before any is judged."""
@@ -61,6 +63,8 @@ class _Evidence:
         above = len(self._seen) - bisect.bisect_right(self._seen, score)
         ties = len(self._seen) - above - bisect.bisect_left(self._seen, score)
         bisect.insort(self._seen, score)
+        if len(self._seen) > MAX_SEEN:
+            del self._seen[int(rng.integers(MAX_SEEN))]
         p = (above + float(rng.uniform()) * (ties + 1)) / len(self._seen)
         self.total = (self.total + 1.0) * bet(p)
         return p
@@ -188,7 +192,8 @@ class ShiftDetector:
         odd = list(self.odd_agents)
         for _, signal_A in self._waiting:
             signal_A[odd] = np.nan  # what they say now is not to become usual
-        joined, held = self._waiting[::2], self._waiting[1::2]
+        # In the order of Thue and Morse: of a stream that takes turns every second query may be of one kind.
+        joined, held = ([row for at, row in enumerate(self._waiting) if at.bit_count() % 2 == part] for part in (0, 1))
         rows = [*(self._reference.rows if self._reference else ()), *joined]
         if len(rows) > MAX_ROWS:
             room = max(MAX_ROWS - len(joined), 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmoa.core.scores import Array
-from dmoa.core.shift import SETTLE, ShiftDetector, bet
+from dmoa.core.shift import MAX_SEEN, SETTLE, ShiftDetector, _Evidence, bet
 from dmoa.errors import ConfigError
 
 D, A = 48, 4
@@ -129,6 +129,23 @@ def test_a_detector_that_was_primed_judges_at_once_and_knows_who_was_never_heard
     stream.mixed(detector, 100)
     assert not detector.shifts
     assert any(detector.see(*stream.next(3)) for _ in range(15))
+
+
+def test_of_two_kinds_that_take_turns_both_become_usual_and_a_third_is_noticed() -> None:
+    for seed in range(6):
+        stream, detector = Stream(seed), ShiftDetector(seed=seed)
+        for number in range(200):
+            detector.see(*stream.next(number % 2))
+        assert not detector.shifts
+        assert any(detector.see(*stream.next(3)) for _ in range(20)), seed
+
+
+def test_a_long_stream_takes_no_more_memory() -> None:
+    rng = np.random.default_rng(0)
+    evidence = _Evidence([])
+    for score in rng.uniform(size=MAX_SEEN + 100):
+        evidence.add(float(score), rng)
+    assert len(evidence._seen) == MAX_SEEN
 
 
 def test_what_is_not_finite_is_not_looked_at() -> None:
