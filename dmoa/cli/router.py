@@ -163,7 +163,7 @@ def list_outcomes(common: Common, state: StateOption = None, address: AddressOpt
     found = read_traffic(common, app_name, address, state).outcomes
     for one in found:
         whose = (one.agent or "final answer") + (f", step {one.step}" if one.step else "")
-        typer.echo(f"{one.trace_id}  {one.reward:g}  {whose}{f'  {printable(one.source)}' if one.source else ''}")
+        typer.echo(f"{one.trace_id}  {one.reward:g}  {whose}  {' '.join(printable(one.source).split())}".rstrip())
     common.say(f"{len(found)} outcomes")
     common.write_json({"app": app_name, "outcomes": [one.model_dump(mode="json", exclude={"query_id"}) for one in found]})
 

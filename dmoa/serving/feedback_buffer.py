@@ -185,7 +185,8 @@ class FeedbackBuffer:
             self.put(record)
         for name, kept, outcomes in read_state(state):
             tenant = self._tenants.setdefault(name, _Tenant())
-            tenant.traces = OrderedDict(kept)
+            newest = max(kept.values(), default=-np.inf)  # the records were saved before, and may be newer
+            tenant.traces = OrderedDict(kept | {trace: at for trace, at in tenant.traces.items() if at > newest})
             tenant.outcomes = OrderedDict(((one.trace_id, one.source, one.agent, one.step), one) for one in outcomes)
 
 

@@ -340,8 +340,10 @@ class Adapter:
         newest = np.arange(num_recent)[::-1][:fresh]
         wanted = max(self._options.batch_queries - len(newest), 0)
         rest = rng.permutation(num_recent - len(newest))[:wanted]
-        stream = np.concatenate([rng.permutation(newest)[: max(self._options.batch_queries, len(newest))], rest])
-        count = min(num_old, int(np.ceil(self._options.replay_ratio * len(stream))))
+        ratio = self._options.replay_ratio
+        most = max(1, int(num_old / ratio)) if num_old and ratio else None  # few old queries allow few new ones
+        stream = np.concatenate([rng.permutation(newest), rest])[:most]
+        count = min(num_old, int(np.ceil(ratio * len(stream))))
         return np.concatenate([num_old + stream, rng.permutation(num_old)[:count]]).astype(np.int64), count
 
     def _pull(self) -> None:
@@ -504,22 +506,17 @@ def _joined(parts: Sequence[TrainingData]) -> TrainingData:
 
 def _blank(spec: GateSpec) -> Episodes:
     """Return no episodes."""
-    zero_NA, none_NA = np.zeros((0, len(spec.agents))), np.zeros((0, len(spec.agents)), dtype=np.bool_)
+    zero_NA = np.zeros((0, len(spec.agents)))
+    numbers = ("sum_NA", "sq_sum_NA", "tokens_NA", "slack_NA", "propensity_NA", "probability_NA")
+    cells: dict[str, Any] = dict.fromkeys(numbers, zero_NA)
+    cells |= {name: zero_NA.astype(np.bool_) for name in ("asked_NA", "ran_NA", "cut_NA")}
     return Episodes(
         agents=spec.agents,
         key_Q=(),
         start_Q=np.zeros(1, np.int64),
         input_NX=np.zeros((0, spec.input_dim), np.float32),
-        asked_NA=none_NA,
-        ran_NA=none_NA,
-        cut_NA=none_NA,
-        sum_NA=zero_NA,
-        sq_sum_NA=zero_NA,
-        tokens_NA=zero_NA,
-        slack_NA=zero_NA,
-        propensity_NA=zero_NA,
-        probability_NA=zero_NA,
         reply_NA=zero_NA.astype(np.int64),
+        **cells,
     )
 
 

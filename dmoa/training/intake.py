@@ -28,7 +28,7 @@ ANONYMOUS = tenant_of("")
 MAX_NATS = 13.0
 """Mean entropies lie below the logarithm of the vocabulary: 12.5 for 256k tokens."""
 MAX_COPIES = 2
-"""Queries with one and the same input that may teach."""
+"""Queries of a key with one and the same input that may teach."""
 MAX_KEPT = 2000
 """Queries that wait to teach, all keys together."""
 MAX_USES = 3
@@ -67,7 +67,7 @@ class IntakeRules:
 class _Waiting:
     record: Feedback
     context: int
-    copy_of: bytes
+    copy_of: tuple[str, bytes]
     uses: int = 0
 
 
@@ -94,7 +94,7 @@ class Intake:
         self._exclude = frozenset(rules.exclude)
         self._keys: dict[str, _Key] = {}
         self._known: OrderedDict[str, None] = OrderedDict()
-        self._copies: Counter[bytes] = Counter()
+        self._copies: Counter[tuple[str, bytes]] = Counter()
         self._rng = np.random.default_rng(seed)
         self._said: defaultdict[str, dict[tuple[str | None, str], float]] = defaultdict(dict)
 
@@ -134,7 +134,7 @@ class Intake:
         route = record.answer.steps[0].route
         assert route is not None
         input_D = query_part(route.input_X, self.rules.preset)
-        copy_of = hashlib.blake2b(input_D.astype(np.float16).tobytes(), digest_size=8).digest()
+        copy_of = record.tenant, hashlib.blake2b(input_D.astype(np.float16).tobytes(), digest_size=8).digest()
         key = self._keys.setdefault(record.tenant, _Key())
         if self._copies[copy_of] >= MAX_COPIES:
             self.refused["a copy of queries that teach already"] += 1
@@ -250,8 +250,9 @@ class Intake:
     def _outcomes(self, record: Feedback) -> dict[str, float]:
         """Return what outcomes say of the first replies of a query: by agent the mean reward."""
         rewards: defaultdict[str, list[float]] = defaultdict(list)
+        ran = {reply.agent for reply in record.answer.steps[0].replies if reply.status == "ok"}
         for (agent, _), reward in self._said.get(record.answer.trace_id, {}).items():
-            for name in authors(record.answer) if agent is None else [agent]:
+            for name in authors(record.answer) if agent is None else {agent} & ran:
                 rewards[name].append(reward)
         return {name: float(np.mean(values)) for name, values in rewards.items()}
 

@@ -19,7 +19,6 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from dmoa.checkpoint import files_of, read_files
-from dmoa.core.gate import Gate
 from dmoa.core.shift import ShiftDetector
 from dmoa.errors import DmoaError
 from dmoa.feedback import Feedback, query_part
@@ -149,6 +148,8 @@ class Driver:
         self._shift = False
         self._said_closed: str | None = None
         self._oldest_unix_s: float | None = None
+        self._unread: list[Feedback] = []
+        """Pulled while a part of the swarm went away: the next pull does not give them again."""
         self._stream: dict[str, float] = {}
 
     def next(self) -> Work:
@@ -157,11 +158,14 @@ class Driver:
             return Work(kind="end")
         try:
             found = self._exchange.pull()
+            self._unread = [*self._unread, *found.records]
+            found = dataclasses.replace(found, records=self._unread)
             self._number = max(self._number, found.ledger)
             self._say_closed(found.closed)
-            if self._intake is None or self._is_astray(found):
-                return self._begin(found)
-            return self._taken(self._intake, found)
+            intake = None if self._intake is None or self._is_astray(found) else self._intake
+            work = self._begin(found) if intake is None else self._taken(intake, found)
+            self._unread = []
+            return work
         except DmoaError as error:
             _LOG.warning("adaptation waits: %s", error)
             self._sleep(self._job.poll_s)
@@ -187,7 +191,9 @@ class Driver:
         if not self._base:
             new = [one for one in found.records if one.created_unix_s >= found.installed_unix_s]
             old = [one for one in found.records if one.created_unix_s < found.installed_unix_s]
-            self._replay = _joined([self._job.replay, *_episodes(_vetted(rules, old), gate)])
+            kept = [self._job.replay, *(episodes_of(lesson_of(record), gate.spec) for record in _vetted(rules, old))]
+            there = [one for one in kept if isinstance(one, Episodes)]
+            self._replay = Episodes.joined(there) if there else None
         detector = ShiftDetector(seed=self._job.settings.seed)
         if self._replay is not None:
             detector.prime(*_signals(self._replay, rules))
@@ -301,16 +307,6 @@ def _vetted(rules: IntakeRules, records: Sequence[Feedback]) -> list[Feedback]:
     sieve = Intake(rules)
     sieve.take(records)
     return sieve.records()
-
-
-def _episodes(records: Sequence[Feedback], gate: Gate) -> list[Episodes]:
-    found = (episodes_of(lesson_of(record), gate.spec) for record in records)
-    return [one for one in found if isinstance(one, Episodes)]
-
-
-def _joined(parts: Sequence[Episodes | None]) -> Episodes | None:
-    there = [part for part in parts if part is not None]
-    return Episodes.joined(there) if there else None
 
 
 def _signals(replay: Episodes, rules: IntakeRules) -> tuple[Any, Any]:

@@ -102,7 +102,7 @@ class RolloutOptions(Options):
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.from_traffic is not None:
-            given = [name for name in ("benchmarks", "queries", "epsilon", "labels", "limit") if getattr(self, name)]
+            given = [name for name in ("benchmarks", "queries", "epsilon", "labels", "limit", "url") if getattr(self, name)]
             if given:
                 raise ValueError(f"from_traffic: its queries are answered already; leave {', '.join(given)} out")
         elif not self.benchmarks and not self.queries:

@@ -110,6 +110,7 @@ class CollectingServer:
     def __init__(self, opened: OpenCollectingServer) -> None:
         self._opened = opened
         self._swarm = RemoteSwarm(open_client(opened.url, opened.api_key), pool=opened.pool, has_seeds=True)
+        self._foreign: RequestError | None = None
 
     async def ask(self, query: Query, policy: str, agent: str | None = None) -> AsyncGenerator[Event]:
         """Yield the answer by policy `exploring`, whatever `policy` says, once its trace is there.
@@ -118,15 +119,18 @@ class CollectingServer:
         """
         if query.stages:
             raise RequestError("stages: they do not fit in an HTTP request; leave suites that have some out with --url")
+        if self._foreign is not None:
+            raise self._foreign  # agents that are not these are asked no more
         async with aclosing(self._swarm.ask(replace(query, epsilon=self._opened.epsilon), "exploring")) as events:
             async for event in events:
                 if isinstance(event, Answer):
                     trace = await fetch_trace(self._swarm.client, event.trace_id)
         if trace.pool_fingerprint != self._opened.fingerprint:
-            raise RequestError(
+            self._foreign = RequestError(
                 f"--url: the server's pool is {trace.pool_fingerprint[:12]}, this one {self._opened.fingerprint[:12]}; give the "
                 "pool that is served (--config)"
             )
+            raise self._foreign
         yield answer_of_trace(trace, self._opened.epsilon)
 
     async def close(self) -> None:

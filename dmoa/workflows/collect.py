@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ from dmoa.training.collect import CollectedQueries
 from dmoa.training.options import RolloutOptions, Weighted, share_out
 from dmoa.training.queries import read_queries, sample_queries, take_turns
 from dmoa.training.rollouts import Manifest, RolloutFolder, RolloutQuery, SourceInfo
-from dmoa.validation import did_you_mean
+from dmoa.validation import did_you_mean, redact_text
 from dmoa.workflows.backends import fetch_models
 from dmoa.workflows.console import Bars
 from dmoa.workflows.evaluate import log_gates, opened_ray
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 Asked = tuple[RolloutQuery, Label | None]
 """A query, and its label where it has one."""
 LABELS = "labels.jsonl"
+_QUERY_ID, _ROW_ID = attrgetter("query_id"), attrgetter("task.row_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +127,7 @@ def _own(source: Weighted, options: RolloutOptions, say: Callable[[str], None]) 
         weight=source.weight,
         origin={str(file): hash_file(file) for file in (replies_files(path) if path.is_dir() else [path])},
         size=len(found.queries),
-        take=lambda limit: [(query, None) for query in sample_queries(found.queries, limit, options.seed, _id_of_query)],
+        take=lambda limit: [(query, None) for query in sample_queries(found.queries, limit, options.seed, _QUERY_ID)],
     )
 
 
@@ -142,7 +144,7 @@ def _benchmark(name: str, weight: float, options: RolloutOptions, say: Callable[
         weight=weight,
         origin=part.sources,
         size=len(part.rows),
-        take=lambda limit: [_asked(row, split) for row in sample_queries(part.rows, limit, options.seed, _id_of_row)],
+        take=lambda limit: [_asked(row, split) for row in sample_queries(part.rows, limit, options.seed, _ROW_ID)],
     )
 
 
@@ -162,14 +164,6 @@ def _asked(row: Row, split: str) -> Asked:
     task = row.task
     query = RolloutQuery(query_id=task.row_id, source=task.benchmark, split=split, text=task.text, stages=task.stages)
     return query, row.label
-
-
-def _id_of_query(query: RolloutQuery) -> str:
-    return query.query_id
-
-
-def _id_of_row(row: Row) -> str:
-    return row.task.row_id
 
 
 def _write_labels(folder: Path, taken: list[list[Asked]]) -> None:
@@ -241,7 +235,7 @@ def build_collection(options: RolloutOptions, config: Config, common: Common, ba
     if options.url is None:
         fetch_models(config, common.say)
     workers = _workers(options, config) if options.url is None else _remote_workers(options, config)
-    gate_version = build_pool_gate(config)[1].version if options.url is None else f"of {options.url}"
+    gate_version = build_pool_gate(config)[1].version if options.url is None else redact_text(f"of {options.url}")
     limits = options.limits(limits_for(config))
     preset = config.gate.preset
     manifest = new_manifest(options, config, gate_version, command)

@@ -565,7 +565,9 @@ def outcome_of(request: OutcomeRequest, agents: Sequence[str]) -> KeptOutcome:
     if request.step is not None and request.agent is None:
         raise refused("step", f"is {request.step} without agent; the final answer is of no step; send agent too")
     reward = request.reward if request.reward is not None else float(request.verdict == "right")
-    return KeptOutcome(trace_id=request.trace_id, agent=request.agent, step=request.step, reward=reward, source=request.source)
+    # A first step that is named is the same as none, and -0.0 as 0: what is sent again is then known again.
+    step, reward = request.step or None, abs(reward)
+    return KeptOutcome(trace_id=request.trace_id, agent=request.agent, step=step, reward=reward, source=request.source)
 
 
 def _check_messages(request: ChatRequest) -> None:

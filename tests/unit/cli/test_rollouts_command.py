@@ -15,9 +15,11 @@ from dmoa.cli.jobs import collect_rollouts_job
 from dmoa.config import load
 from dmoa.errors import ConfigError
 from dmoa.evaluation.registry import SUITES
+from dmoa.testing import scripted_pool
 from dmoa.training.collect import width
 from dmoa.training.options import RolloutOptions
-from dmoa.workflows.collect import prepare_queries, read_labels, track
+from dmoa.workflows.collect import build_collection, prepare_queries, read_labels, track
+from dmoa.workflows.console import Bars, Common
 from tests.unit.training.rollout_samples import manifest, rows, write_rollouts
 
 ROOT = Path(__file__).parents[3]
@@ -40,6 +42,14 @@ def test_samples_and_the_entropies_of_every_agent_are_logged(tmp_path: Path) -> 
         if line["op"] == "histogram":
             found[line["name"]] = [round(line["edges"][i], 3) for i, count in enumerate(line["counts"]) for _ in range(count)]
     assert found == {"entropy/adder": [0.5] * 4, "entropy/echo": [2.0] * 4, "entropy/guesser": [], "entropy/dead": []}
+
+
+def test_a_login_in_the_url_of_a_server_is_not_kept(tmp_path: Path) -> None:
+    options = RolloutOptions.parse({"out": tmp_path, "benchmarks": "arith", "url": "http://me:hunter2@127.0.0.1:1"})
+    with Bars(-1) as bars:
+        session = build_collection(options, scripted_pool(), Common(verbosity=-1), bars, "dmoa rollouts")
+    assert session.manifest.gate_version.endswith("127.0.0.1:1")
+    assert "hunter2" not in session.manifest.model_dump_json()
 
 
 def test_sources_are_mixed_by_weight_and_rows_are_those_of_the_gates_split(tmp_path: Path) -> None:

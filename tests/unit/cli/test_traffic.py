@@ -30,6 +30,7 @@ from tests.unit.cli.conftest import Invoke
 pytestmark = pytest.mark.contract
 GATE = "{hidden: 16, score: posterior, activation: {max_agents: 2}}"
 NUM_QUERIES = 48
+SOURCE = "users of\nmine  0  two"
 
 
 def texts_of(number: int) -> list[str]:
@@ -89,7 +90,7 @@ def save(place: Path, config: Config, *, everybody: bool = True, of_pool: str | 
         )
         buffer.put(record)
         if number % 3 == 0:  # agent one is right there
-            outcome = KeptOutcome(trace_id=answer.trace_id, agent=None, step=None, reward=1.0, source="users")
+            outcome = KeptOutcome(trace_id=answer.trace_id, agent=None, step=None, reward=1.0, source=SOURCE)
             assert buffer.judge(tenant_of("k"), outcome, 8.0) == "new"
     FeedbackStore(place.as_uri()).save(write_feedback(buffer.records()), buffer.state())
 
@@ -151,12 +152,12 @@ def test_queries_of_another_pool_are_refused(dmoa: Invoke, tmp_path: Path, pool_
 def test_outcomes_are_listed_and_exported(dmoa: Invoke, tmp_path: Path) -> None:
     save(tmp_path / "state", scripted_pool(gate=GATE))
     shown = dmoa("outcomes", "list", "--state", tmp_path / "state")
-    assert shown.stdout.splitlines()[0] == f"{0:032x}  1  one  users"
+    assert shown.stdout.splitlines()[0] == f"{0:032x}  1  one  users of mine 0 two"  # one line, whatever they call themselves
     result = dmoa("outcomes", "export", "--state", tmp_path / "state", "--out", tmp_path / "o.jsonl")
     assert result.stdout.split() == [str(tmp_path / "o.jsonl")]
     assert {(one.agent, one.reward, one.source) for one in read_outcomes(tmp_path / "o.jsonl")} == {
-        ("one", 1.0, "users"),
-        ("two", 1.0, "users"),
+        ("one", 1.0, SOURCE),
+        ("two", 1.0, SOURCE),
     }
     missing = dmoa("outcomes", "list", "--state", tmp_path / "nowhere")
     assert (missing.exit_code, "no feedback lies there" in missing.stderr) == (2, True)
@@ -192,6 +193,8 @@ async def test_a_server_gives_the_rollouts_that_its_pool_gives_here(url: str, po
         await final_answer(foreign, query_of_rollout(asked[0], asking), "dmoa")
     for swarm in (here, there, foreign):
         await swarm.close()
+    with pytest.raises(RequestError, match="the server's pool is"):  # agents that are not these are asked no more
+        await final_answer(foreign, query_of_rollout(asked[1], asking), "dmoa")
 
 
 def test_what_is_answered_already_is_not_asked(dmoa: Invoke, tmp_path: Path, pool_path: Path) -> None:
@@ -199,3 +202,5 @@ def test_what_is_answered_already_is_not_asked(dmoa: Invoke, tmp_path: Path, poo
         "rollouts", "--config", pool_path, "--from-traffic", "running", "--benchmarks", "arith", "--out", tmp_path / "o"
     )
     assert (result.exit_code, "its queries are answered already; leave benchmarks out" in result.stderr) == (2, True)
+    result = dmoa("rollouts", "--config", pool_path, "--from-traffic", "running", "--url", "http://x", "--out", tmp_path / "o")
+    assert (result.exit_code, "leave url out" in result.stderr) == (2, True)

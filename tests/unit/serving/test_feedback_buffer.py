@@ -153,6 +153,15 @@ def test_a_snapshot_is_taken_up(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "state" / "feedback").iterdir()) == ["feedback.json", "queries.parquet"]
 
 
+def test_queries_that_were_saved_after_the_state_can_be_judged_too() -> None:
+    kept, again = buffer(), buffer()
+    kept.put(made(1))
+    state = kept.state()  # of the save before: the next one was cut off between its two files
+    kept.put(replace(made(2), created_unix_s=9.0))
+    again.restore(kept.records(), state)
+    assert [again.judge("mine", said(f"mine{number}"), 10.0) for number in (1, 2, 3)] == ["new", "new", "unknown"]
+
+
 OUTCOME = b'{"tenants": {"a": {"traces": {}, "outcomes": [%s]}}}' % (
     b'{"trace_id": "t", "agent": null, "step": 0, "reward": %s, "source": ""}'
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import pytest
@@ -31,6 +32,23 @@ async def test_only_the_key_that_asked_may_judge() -> None:
             said = await client.post(PATH, json={"trace_id": trace_id, "reward": reward, "source": "users"}, headers=ALPHA)
             assert (said.status_code, said.json()) == (200, {"trace_id": trace_id, "kept": kept})
     assert [(one.reward, one.source) for one in service.buffer.outcomes()] == [(0.0, "users")]
+
+
+async def test_one_thing_said_in_two_ways_is_the_same() -> None:
+    service = FakeService()
+    async with connect(make_app(service)) as client:
+        asked = await client.post("/v1/chat/completions", json={"model": "tiny", "messages": QUESTION})
+        body = {"trace_id": asked.json()["dmoa"]["trace_id"], "agent": "adder"}
+        ways: list[dict[str, Any]] = [{"verdict": "wrong"}, {"reward": 0, "step": 0}, {"reward": -0.0, "step": None}]
+        kept = [(await client.post(PATH, json=body | way)).json()["kept"] for way in ways]
+        assert kept == ["new", "same", "same"]
+        for odd in (True, "1", 1.0000001, -1e-9):
+            assert (await client.post(PATH, json=body | {"reward": odd})).status_code == 400
+        for text in ("NaN", "1e999", "[1]"):
+            said = json.dumps(body)[:-1] + f', "reward": {text}}}'
+            reply = await client.post(PATH, content=said, headers={"content-type": "application/json"})
+            assert reply.status_code == 400
+    assert [(str(one.reward), one.step) for one in service.buffer.outcomes()] == [("0.0", None)]
 
 
 async def test_too_many_outcomes_are_told_to_wait() -> None:

@@ -79,6 +79,16 @@ def test_three_old_queries_are_replayed_for_each_new_one(start: tuple[Gate, Chec
     assert update.replayed == 6
 
 
+@pytest.mark.parametrize(("old", "drawn"), [(3, (1, 3)), (7, (2, 6)), (12, (4, 12))])
+def test_of_few_old_queries_no_more_new_ones_are_drawn_than_keep_the_proportion(
+    start: tuple[Gate, Checkpoint], old: int, drawn: tuple[int, int]
+) -> None:
+    adapter = Adapter(*start, episodes((0,), old), AdaptSettings(), SingleWorker(CPU))
+    adapter.learn([lesson(2, number) for number in range(4)])
+    batch, replayed = adapter._drawn(np.random.default_rng(0), 4)
+    assert (len(batch) - replayed, replayed) == drawn
+
+
 def test_point_and_anchors_stay_but_at_a_declared_shift(start: tuple[Gate, Checkpoint]) -> None:
     adapter = adapter_of(start)
     for number in range(8):

@@ -135,6 +135,15 @@ def test_copies_of_one_query_teach_twice_at_most_and_a_query_thrice() -> None:
     assert intake.waiting == 0
 
 
+def test_copies_are_counted_by_key_so_that_nobody_silences_another_by_asking_first() -> None:
+    pool = ScriptedPool()
+    asked = [pool.ask(0) for _ in range(5)]
+    intake = Intake(rules(pool, mixes_keys=True))
+    intake.take([pool.record(replace(one, tenant=KEYS[1])) for one in asked for _ in range(MAX_COPIES)])
+    intake.take([pool.record(one) for one in asked])
+    assert (intake.refused, intake.taken) == ({}, 5 * MAX_COPIES + 5)
+
+
 def test_an_agent_that_is_sure_of_everything_stops_teaching() -> None:
     pool = ScriptedPool(seed=2)
     before = pool.mixed(100)
@@ -189,6 +198,16 @@ def test_outcomes_reach_the_lessons_of_their_queries() -> None:
     intake.hear(outcomes(record.answer.trace_id, (None, 1.0), (None, 0.0), ("law", 1.0)) + outcomes("unknown", (None, 1.0)))
     (lesson,) = intake.draw()
     assert lesson.outcomes == {author: 0.5, "law": 1.0}
+
+
+def test_an_outcome_of_an_agent_that_was_not_asked_is_none() -> None:
+    pool = ScriptedPool()
+    record = pool.record(pool.ask(0), among=[0, 1])
+    intake = Intake(rules(pool))
+    intake.take([record])
+    intake.hear(outcomes(record.answer.trace_id, ("law", 1.0), ("words", 0.0)))
+    (lesson,) = intake.draw()
+    assert lesson.outcomes == {"words": 0.0}
 
 
 def test_outcomes_of_a_key_that_contradicts_the_others_do_not_teach() -> None:

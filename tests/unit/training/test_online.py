@@ -156,5 +156,20 @@ def test_what_was_answered_before_the_gate_came_is_replayed_and_teaches_nothing(
     assert logged[0]["replayed"] > 0
 
 
+def test_what_was_pulled_while_the_gate_could_not_be_had_is_not_lost(start: Deployed) -> None:
+    class Shy(FakeSwarm):
+        def pull(self) -> Pulled:
+            return replace(super().pull(), installed_unix_s=1e9)
+
+        def gate(self, version: str) -> dict[str, bytes]:
+            if self.pulls == 1:
+                raise DmoaError("router: it is away")
+            return super().gate(version)
+
+    swarm, said = Shy(start, [*batches(start, 3, (0, 1, 2, 3)), []]), list[str]()
+    run_online(job_of(swarm, replay=None, say=said.append), SingleWorker(CPU), sleep=_no)
+    assert said[0].endswith("; 16 queries are replayed")
+
+
 def _no(seconds: float) -> None:
     del seconds
