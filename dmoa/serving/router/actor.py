@@ -235,10 +235,10 @@ class RouterActor:
         except (ValueError, RayError, TimeoutError):
             return  # it is not there yet, or comes back with its last snapshot
         records = unpack_record(packed) if (life, count) != self._heard else []
-        self._heard = life, count
+        is_again, self._heard = life != self._heard[0], (life, count)
         try:
             async with self._changing:
-                self._take(await asyncio.to_thread(self._adaptation.observe, records, self._local.begun))
+                self._take(await asyncio.to_thread(self._adaptation.observe, records, self._local.begun, again=is_again))
         except (DmoaError, OSError) as error:
             _LOG.warning("adaptation: finished queries were not read: %s", error)
 

@@ -12,6 +12,7 @@ the control, keeps `canary_share`; later updates take the candidate's place, the
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,8 +44,8 @@ from dmoa.serving.router.replayed import (
     Reading,
     Slice,
     decide,
+    is_of_pool,
     loads,
-    of_pool,
     probabilities,
     read_queries,
     read_slice,
@@ -52,7 +53,7 @@ from dmoa.serving.router.replayed import (
 from dmoa.serving.router.state import RouterState
 from dmoa.serving.router.versions import Change, GateVersions, Shadow
 from dmoa.types import FloatArray, is_untrained
-from dmoa.validation import describe
+from dmoa.validation import describe, short
 
 _LOG = logging.getLogger("dmoa.router")
 FILE = "adaptation.json"
@@ -66,9 +67,11 @@ SUSPICION = 2.0
 """Evidence against a canary at which it is looked at more closely."""
 LOOK_AGAIN = 64
 """Finished queries after which distrusted agents are looked at anew, whether a gate is offered or not."""
+MAX_JUMP = 10**9
+"""How far an update's number may lie above the ledger: one beyond all numbers would be the last that is taken."""
 LOST_S = 60.0
 """Seconds after which a query that began and was not heard of counts as failed; with a deadline, that and 5 more."""
-MARGINS = {"failures": 0.05, "tokens": 0.161, "latency": 0.292}
+MARGINS = {"failures": 0.05, "lost": 0.05, "tokens": 0.161, "latency": 0.292}
 """What is not worse: 5 more failures in 100, a quarter more tokens, half as much time again (logarithms to base 4)."""
 
 State = Literal["refused", "observed", "canary", "installed"]
@@ -84,7 +87,7 @@ class Evidence(BaseModel):
     update: int = Field(ge=1)
     """Counts the learner's updates, upwards; one that is no higher than the router's ledger is refused."""
     source: str = ""
-    used: int = Field(default=0, ge=0)
+    used: int = Field(default=0, ge=0, le=2**53)
     """Queries that it learnt from."""
     shift: bool = False
     """Whether the stream is said to have changed: doubles the bounds of drift and distance, and renews the anchor in the end."""
@@ -169,7 +172,7 @@ class Adaptation:
         self._usual: deque[tuple[float, int]] = deque(maxlen=MAX_CONTEXTS * guards.BASELINE)
         """Whether the newest queries of versions that are not tried failed, and their contexts."""
         self._control_gate: Gate | None = None
-        self._unlooked = 0
+        self._unlooked, self._heard_unix_s = 0, 0.0
         self._begun: deque[tuple[float, int, int]] = deque()
         self._base: tuple[int, int] = (0, 0)
         self._kept = self._load()
@@ -239,7 +242,7 @@ class Adaptation:
 
     def _comparison(self, name: str, margin: float, error_rate: float, whole: Comparison | None = None) -> Comparison:
         restarts = self.mode == "on"
-        if name == "failures":
+        if name in ("failures", "lost"):  # how many are lost usually is not known before the trial
             usual = whole if isinstance(whole, RateComparison) else None
             return RateComparison(RateTest(error_rate, restarts=restarts), margin, usual)
         return ArmComparison(SequentialTest(margin, error_rate, restarts=restarts))
@@ -328,6 +331,8 @@ class Adaptation:
             said = Evidence.model_validate(dict(evidence))
         except ValidationError as error:
             raise ConfigError(f"offer: evidence: {describe(error, Evidence)}") from error
+        if said.update > self._kept.ledger + MAX_JUMP:
+            raise ConfigError(f"offer: update is {short(said.update)}; expected at most {MAX_JUMP} above {self._kept.ledger}")
         if self.mode == "off":
             return self._told("refused", ["router.adaptation is 'off'; set it to observe, canary or on"]), None
         closed = self._closed(said)
@@ -476,12 +481,15 @@ class Adaptation:
             "distrusted": list(self._kept.distrusted),
         }
 
-    def observe(self, records: Iterable[Feedback], begun: tuple[int, int] = (0, 0)) -> Change | None:
+    def observe(self, records: Iterable[Feedback], begun: tuple[int, int] = (0, 0), *, again: bool = False) -> Change | None:
         """Take finished queries; returns the change of the current version where they end a trial.
 
         `begun`: queries that began with the current version and with the other one of the trial, since the router started.
+        `again`: the feedback was started anew, and tells once more of what it had saved.
         """
-        found = of_pool(records, str(self._versions.source["fingerprint"]))
+        since_unix_s, fingerprint = self._heard_unix_s if again else 0.0, str(self._versions.source["fingerprint"])
+        found = [one for one in records if one.created_unix_s > since_unix_s and is_of_pool(one, fingerprint)]
+        self._heard_unix_s = max([self._heard_unix_s, *(one.created_unix_s for one in found)])
         for record in found:
             self._held.put(record)
         self._unlooked += len(found)
@@ -508,14 +516,14 @@ class Adaptation:
 
     def _context(self, record: Feedback) -> int:
         route = record.answer.steps[0].route
-        assert route is not None  # `of_pool` has seen to it
+        assert route is not None  # `is_of_pool` has seen to it
         return self._contexts.of(query_part(route.input_X, self._config.gate.preset))
 
     def _add(self, reading: Reading, context: int | None, *, is_candidate: bool) -> None:
         trial = self._kept.trial
         assert trial is not None
         name = "candidate" if is_candidate else "control"
-        trial.queries[name] = trial.queries.get(name, 0) + 1
+        trial.queries[name] = trial.queries.get(name, 0) + (not reading.lost)
         if not is_candidate and context is not None:
             self._usual.append((reading.failures, context))
         for signal, arm in self._arms.items():
@@ -543,7 +551,7 @@ class Adaptation:
         for name, begun, is_candidate in (("candidate", old[1], True), ("control", old[2], False)):
             for _ in range(max(0, begun - trial.heard.get(name, 0))):
                 trial.lost[name], trial.heard[name] = trial.lost.get(name, 0) + 1, trial.heard.get(name, 0) + 1
-                self._add(Reading(float("nan"), 1.0, float("nan"), float("nan")), None, is_candidate=is_candidate)
+                self._add(Reading(math.nan, math.nan, math.nan, math.nan, lost=1.0), None, is_candidate=is_candidate)
 
     def _conclude(self) -> Change | None:
         """End the trial where the candidate is worse, or has stood it."""
@@ -560,10 +568,11 @@ class Adaptation:
         return change
 
     def _roll_back(self, trial: Trial, worse: Sequence[str]) -> Change | None:
-        words = [f"{name} {self._arms[name].where}, evidence {self._arms[name].evidence:.3g}" for name in worse]
+        named = {"failures" if name == "lost" else name: self._arms[name] for name in worse}
+        words = [f"{name} {arm.where}, evidence {arm.evidence:.3g}" for name, arm in named.items()]
         note = f"update {trial.update} after {trial.queries.get('candidate', 0)} queries: {'; '.join(words)}"
         self._kept.cooldown_until_unix_s = self._clock() + self._guards.cooldown_s
-        self._count("rolled_back", worse)
+        self._count("rolled_back", list(named))
         change = self._versions.rollback(trial.control, note) if trial.control != self._versions.version else None
         self._end("rolled back", trial.candidate, note)
         self._save()

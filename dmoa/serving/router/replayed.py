@@ -8,8 +8,8 @@ answers is not read, so nobody can post a gate out of service. Shape letters: R 
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ class HeldBack:
     def __init__(self, config: Config, max_held: int = MAX_HELD) -> None:
         self._config = config
         self._max_held = max_held
-        self._contexts = Contexts()
+        self._contexts: defaultdict[str, Contexts] = defaultdict(Contexts)
         self._groups: dict[tuple[str, int], deque[Feedback]] = {}
         self._known: set[str] = set()
 
@@ -51,7 +51,7 @@ class HeldBack:
             return
         if not is_held_back(answer.trace_id, router.guards.held_back) or not np.isfinite(route.input_X).all():
             return
-        group = record.tenant, self._contexts.of(query_part(route.input_X, self._config.gate.preset))
+        group = record.tenant, self._contexts[record.tenant].of(query_part(route.input_X, self._config.gate.preset))
         self._groups.setdefault(group, deque()).append(record)
         self._known.add(answer.trace_id)
         if len(self._known) > self._max_held:
@@ -180,6 +180,8 @@ class Reading:
     tokens: float
     latency: float
     """Logarithms to base 4: twice as many make 1/2."""
+    lost: float = 0.0
+    """1 where it began and was never heard of: it hung, its client went away, or nothing of it may be kept."""
 
 
 def read_queries(records: Sequence[Feedback], gate: Gate) -> list[Reading]:
@@ -208,12 +210,7 @@ def _reading(record: Feedback, right_A: Array, agents: Sequence[str]) -> Reading
     )
 
 
-def of_pool(records: Iterable[Feedback], fingerprint: str) -> list[Feedback]:
-    """Return the records that a pool's gate decided."""
-    return [
-        record
-        for record in records
-        if record.fingerprint == fingerprint
-        and record.answer.steps
-        and all(step.route is not None for step in record.answer.steps)
-    ]
+def is_of_pool(record: Feedback, fingerprint: str) -> bool:
+    """Tell whether a pool's gate decided a query."""
+    steps = record.answer.steps
+    return record.fingerprint == fingerprint and bool(steps) and all(step.route is not None for step in steps)

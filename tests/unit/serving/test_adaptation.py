@@ -131,6 +131,50 @@ def test_one_key_with_many_kinds_of_queries_does_not_crowd_the_others_out_of_wha
     assert Counter(record.tenant for record in held.records()) == {KEYS[0]: 16, KEYS[1]: 16}
 
 
+def test_kinds_are_told_apart_key_by_key_in_what_is_held_back(root: Path) -> None:
+    found = swarm(root)
+    answer = found.ask()
+    held = HeldBack(found.config, max_held=80)
+    weak_D = np.zeros(D, np.float32)  # what the other key's first kind has a little of
+    weak_D[0] = 0.2
+    kinds = [np.eye(D, dtype=np.float32)[kind] for kind in range(16)]
+    mine = [np.eye(D, dtype=np.float32)[100 + kind] + weak_D for kind in (0, 1)]
+    asked = [(KEYS[1], row_D) for _ in range(50) for row_D in kinds]
+    asked += [(KEYS[0], mine[number < 100]) for number in range(2000)]
+    for number, (tenant, row_D) in enumerate(asked):
+        step = replace(answer.steps[0], route=RouteRequest(input_X=row_D))
+        record = replace(answer, trace_id=str(number), steps=(step,))
+        held.put(Feedback(answer=record, tenant=tenant, fingerprint="", created_unix_s=float(number)))
+    routes = [record.answer.steps[0].route for record in held.records() if record.tenant == KEYS[0]]
+    # Of 2,000 queries some 200 are held back, of the kind that came first some ten: they stay.
+    assert any(route is not None and route.input_X[101] for route in routes)
+
+
+def test_queries_that_are_never_heard_of_pass_no_canary(root: Path) -> None:
+    """Of an excluded key, or with `store: false`: the router begins them, and no record of them comes, with either gate."""
+    found = swarm(root, warm=60, canary_queries=5)
+    assert found.offer(found.files(HOME, seed=1), 1)["accepted"]
+    found.heard_every = 10**9
+    for _ in range(300):
+        found.ask()
+        found.took(found.adaptation.observe([], found.router.begun))
+    assert actions(found)[-1] == "canary"
+    assert found.adaptation.status()["trial"]["queries"] == {"candidate": 0, "control": 0}
+
+
+def test_a_feedback_that_was_started_anew_is_not_counted_twice(root: Path) -> None:
+    found = swarm(root, warm=40, canary_queries=1000)
+    assert found.offer(found.files(HOME, seed=1), 1)["accepted"]
+    found.heard_every = 10**9
+    for _ in range(30):
+        found.ask()
+    records = list(found.unheard)
+    found.adaptation.observe(records[:-2], found.router.begun)
+    before = Counter(found.adaptation.status()["trial"]["queries"])
+    found.adaptation.observe(records, found.router.begun, again=True)  # the last two had not been heard of
+    assert (before.total(), Counter(found.adaptation.status()["trial"]["queries"]).total()) == (28, 30)
+
+
 def test_an_update_is_taken_once_and_from_the_current_gate_alone(root: Path) -> None:
     found = swarm(root, "observe")
     assert found.offer(found.files(HOME, seed=1), 5)["state"] == "observed"
@@ -144,6 +188,9 @@ def test_an_update_is_taken_once_and_from_the_current_gate_alone(root: Path) -> 
     assert (told["accepted"], told["ledger"]) == (False, 5)  # an offer that was not looked at may come again
     with pytest.raises(ConfigError, match="evidence: update is 0"):
         found.offer(found.files(HOME, seed=2), 0)
+    with pytest.raises(ConfigError, match=r"update is 1000.*expected at most 1000000000 above 5"):
+        found.offer(found.files(HOME, seed=2), 10**40)  # else nobody could number the next one higher for ever
+    assert found.offer(found.files(HOME, seed=3), 6)["ledger"] == 6
 
 
 def test_a_good_canary_gets_its_share_and_then_all(root: Path) -> None:
