@@ -44,6 +44,7 @@ def test_samples_and_the_entropies_of_every_agent_are_logged(tmp_path: Path) -> 
     assert found == {"entropy/adder": [0.5] * 4, "entropy/echo": [2.0] * 4, "entropy/guesser": [], "entropy/dead": []}
 
 
+@pytest.mark.contract  # asks git for the revision of the code
 def test_a_login_in_the_url_of_a_server_is_not_kept(tmp_path: Path) -> None:
     options = RolloutOptions.parse({"out": tmp_path, "benchmarks": "arith", "url": "http://me:hunter2@127.0.0.1:1"})
     with Bars(-1) as bars:
