@@ -30,6 +30,8 @@ from dmoa.training.options import AdaptSettings
 from dmoa.training.outcomes import Outcome
 
 _LOG = logging.getLogger("dmoa.adapt")
+LATE_S = 600.0
+"""How much older than the newest query one that is heard of for the first time may be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +150,7 @@ class Driver:
         self._shift = False
         self._said_closed: str | None = None
         self._oldest_unix_s: float | None = None
+        self._newest_unix_s = 0.0
         self._unread: list[Feedback] = []
         """Pulled while a part of the swarm went away: the next pull does not give them again."""
         self._stream: dict[str, float] = {}
@@ -205,6 +208,9 @@ class Driver:
         return Work(kind="begin", files=files, replay=self._replay)
 
     def _hear(self, intake: Intake, records: Sequence[Feedback], found: Pulled) -> None:
+        # A feedback that came back with its snapshot tells of old queries again, also of those that were forgotten here.
+        records = [one for one in records if one.created_unix_s > self._newest_unix_s - LATE_S]
+        self._newest_unix_s = max([self._newest_unix_s, *(one.created_unix_s for one in records)])
         intake.hear(found.outcomes)
         intake.distrusted = found.distrusted
         before = intake.taken
@@ -226,7 +232,7 @@ class Driver:
         self._fresh -= self._job.every
         lessons = intake.draw()
         # A shift is declared to the update once what is usual is known again: anchors need some of the new queries.
-        shift = self._shift and not intake.detector.is_settling
+        shift = bool(lessons) and self._shift and not intake.detector.is_settling
         self._shift = self._shift and not shift
         return Work(kind="learn", lessons=lessons, shift=shift) if lessons else Work(kind="wait")
 

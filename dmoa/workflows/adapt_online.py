@@ -85,9 +85,11 @@ def served_config(app: str) -> Config:
 
 def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob:
     """Return what the workers need. Raises ConfigError for rollouts of another pool."""
+    import numpy as np
+
     from dmoa.agents.pool import fingerprint
     from dmoa.core.gate import GateSpec
-    from dmoa.feedback import tenant_of
+    from dmoa.feedback import MARK, is_held_back, tenant_of
     from dmoa.training.dataset import read_episodes, read_manifests
     from dmoa.training.intake import IntakeRules
     from dmoa.training.online import OnlineJob
@@ -99,6 +101,9 @@ def build_job(options: OnlineOptions, config: Config, command: str) -> OnlineJob
         spec, folders = GateSpec.from_config(config.gate, config.agent_names), [path.absolute() for path in options.replay]
         read_manifests(folders, spec, fingerprint(config))
         replay = read_episodes(folders, spec, fingerprint(config), on_ray=False)
+        names, share = [key.query_id for key in replay.key_Q], router.guards.held_back
+        open_Q = [q for q, name in enumerate(names) if name == (bare := name.removeprefix(MARK)) or not is_held_back(bare, share)]
+        replay = replay.take(np.array(open_Q, np.int64)) if open_Q else None  # gates are judged by the rest of the traffic
     say = Sayer(options.out.absolute() / LOG)
     return OnlineJob(
         rules=IntakeRules(

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from dmoa.checkpoint import load as checkpoint_of
@@ -18,11 +19,13 @@ from dmoa.evaluation.records import Task
 from dmoa.evaluation.registry import SKILLS
 from dmoa.evaluation.run import Session
 from dmoa.evaluation.run_folder import RunFolder
-from dmoa.testing import scripted_pool, scripted_pool_yaml
-from dmoa.training.options import AdaptOptions
+from dmoa.feedback import MARK, is_held_back
+from dmoa.testing import AGENTS, CONTEXT_DIM, rollout_row, scripted_pool, scripted_pool_yaml, write_rollouts
+from dmoa.training.options import AdaptOptions, OnlineOptions
 from dmoa.training.prequential import Counted, StreamUpdate
 from dmoa.training.rollouts import RolloutQuery, table_of
 from dmoa.workflows.adapt import Stage, _prepared, _report, check_same, run_adapt, run_first
+from dmoa.workflows.adapt_online import build_job
 from dmoa.workflows.console import Bars, Common
 from tests.unit.training.adapt_lessons import lesson
 
@@ -156,6 +159,19 @@ def test_rows_are_shared_out_and_every_benchmark_has_its_line(tmp_path: Path) ->
     assert [(row.benchmark, row.first_rows, row.rest_rows) for row in report.rows] == [(name, 0, 0) for name in names]
     few = options.model_copy(update={"queries": 30, "limit": 3})
     assert len(_prepared(few, folder, names)) == 9
+
+
+def test_traffic_that_gates_are_judged_by_is_not_replayed(tmp_path: Path) -> None:
+    config = scripted_pool()
+    names = [f"{MARK}{number:032x}" for number in range(60)] + ["mine/1"]
+    rows = [rollout_row(name, 0, agent, 0.5, np.full(2 * CONTEXT_DIM, 0.1)) for name in names for agent in AGENTS]
+    options = OnlineOptions.parse({"replay": write_rollouts(tmp_path / "traffic", rows, config), "out": tmp_path / "out"})
+    replay = build_job(options, config, "dmoa adapt --online").replay
+    assert replay is not None
+    share = config.router.guards.held_back
+    free = [name for name in names if not is_held_back(name.removeprefix(MARK), share) or name == "mine/1"]
+    assert sorted(key.query_id for key in replay.key_Q) == sorted(free)
+    assert 30 < len(free) < 61
 
 
 QUERIES_OF_A_STREAM = MIN_ROWS + 1

@@ -13,10 +13,10 @@ from dmoa.errors import DmoaError
 from dmoa.feedback import Feedback
 from dmoa.training.distributed import SingleWorker
 from dmoa.training.intake import IntakeRules
-from dmoa.training.online import OnlineJob, Pulled, run_online
+from dmoa.training.online import Driver, OnlineJob, Pulled, Work, run_online
 from dmoa.training.options import AdaptSettings
 from tests.attacks import Deployed, accuracy, deployed
-from tests.streams import FINGERPRINT
+from tests.streams import FINGERPRINT, KEYS
 
 CPU = torch.device("cpu")
 
@@ -169,6 +169,31 @@ def test_what_was_pulled_while_the_gate_could_not_be_had_is_not_lost(start: Depl
     swarm, said = Shy(start, [*batches(start, 3, (0, 1, 2, 3)), []]), list[str]()
     run_online(job_of(swarm, replay=None, say=said.append), SingleWorker(CPU), sleep=_no)
     assert said[0].endswith("; 16 queries are replayed")
+
+
+def test_a_shift_is_declared_however_the_keys_take_turns(start: Deployed) -> None:
+    """Where one key has nine queries in ten, many a turn is nobody's."""
+    for ledger in range(8):
+        asked = [start.pool.ask(number % 4 if number < 8 else 4, KEYS[number % 10 == 0]) for number in range(160)]
+        records = [replace(start.pool.record(one), created_unix_s=float(number)) for number, one in enumerate(asked)]
+        swarm = FakeSwarm(start, [*(records[at : at + 8] for at in range(0, 160, 8)), []], ledger=ledger)
+        job = job_of(swarm)
+        driver, works = Driver(replace(job, rules=replace(job.rules, mixes_keys=False)), _no), []
+        while (work := driver.next()).kind != "end":
+            works.append(work)
+        assert sum(work.shift for work in works) == 1, ledger
+        assert all(work.lessons for work in works if work.shift)
+
+
+def test_a_feedback_that_came_back_teaches_nothing_again(start: Deployed) -> None:
+    records = [replace(start.pool.record(start.pool.ask(0)), created_unix_s=at) for at in (5.0, 5000.0, 5001.0, 5002.0)]
+    records[3] = replace(records[3], answer=replace(records[3].answer, trace_id="unlike"))
+    swarm, works = FakeSwarm(start, [[], records[1:3], [records[0], *records[1:]], []]), list[Work]()
+    driver = Driver(replace(job_of(swarm), every=1), _no)
+    while (work := driver.next()).kind != "end":
+        works.append(work)
+    assert driver._intake is not None
+    assert driver._intake.taken == 3  # the oldest is not taken for new
 
 
 def _no(seconds: float) -> None:
