@@ -210,7 +210,7 @@ class Driver:
     def _hear(self, intake: Intake, records: Sequence[Feedback], found: Pulled) -> None:
         # A feedback that came back with its snapshot tells of old queries again, also of those that were forgotten here.
         records = [one for one in records if one.created_unix_s > self._newest_unix_s - LATE_S]
-        self._newest_unix_s = max([self._newest_unix_s, *(one.created_unix_s for one in records)])
+        self._newest_unix_s = max([self._newest_unix_s, *(min(one.created_unix_s, time.time()) for one in records)])
         intake.hear(found.outcomes)
         intake.distrusted = found.distrusted
         before = intake.taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -194,6 +195,17 @@ def test_a_feedback_that_came_back_teaches_nothing_again(start: Deployed) -> Non
         works.append(work)
     assert driver._intake is not None
     assert driver._intake.taken == 3  # the oldest is not taken for new
+
+
+def test_a_clock_that_is_ahead_shuts_nobody_else_out(start: Deployed) -> None:
+    now = time.time()
+    ahead, *others = [replace(start.pool.record(start.pool.ask(0)), created_unix_s=at) for at in (now + 1e5, now, now + 1.0)]
+    swarm = FakeSwarm(start, [[], [ahead], others, []])
+    driver = Driver(replace(job_of(swarm), every=1), _no)
+    while driver.next().kind != "end":
+        pass
+    assert driver._intake is not None
+    assert driver._intake.taken == 3
 
 
 def _no(seconds: float) -> None:
