@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from dmoa.core.aggregate import anchors_of, is_any_sure
 from dmoa.core.defences import barred
 from dmoa.core.in_step import judge
-from dmoa.types import Activation, AgentReply, ColdPolicy, Defence, Price, RouteDecision, Sampling, StepPlan
+from dmoa.types import Activation, AgentReply, ColdPolicy, Defence, Price, RouteDecision, Sampling, StepPlan, TokenUsage
 
 
 def should_escalate(decision: RouteDecision | None, replies: Sequence[AgentReply]) -> bool:
@@ -120,7 +120,7 @@ class StepCalls:
         self._calls_left = calls_left
         self._reserves = list(plan.reserves)
         self._chains: list[list[tuple[Activation, AgentReply]]] = []
-        self._under_way = 0
+        self._flying: list[Activation] = []
         self._beside: Counter[int] = Counter()  # chain -> its calls under way
         self._has_text = False
         self._has_insisted = False
@@ -155,19 +155,19 @@ class StepCalls:
             chain.append((call.activation, reply))
         else:
             chain[:] = [(activation, reply if old is call.lost else old) for activation, old in chain]
-        self._under_way -= 1
+        self._flying.remove(call.activation)
         self._has_text = has_text
         following = self._follow(call, reply, has_time=has_time)
         calls = [] if following is None else [following]
-        calls += self._release(len(calls)) if has_time else []
-        calls = calls or ([] if self._under_way else self._go_on(has_time=has_time))
+        calls += self._release(calls) if has_time else []
+        calls = calls or ([] if self._flying else self._go_on(has_time=has_time))
         return self._begun(calls)
 
     def hedge(self, call: NextCall) -> list[NextCall]:
         """Return the call of the next-ranked agent beside one that takes long, in its chain; none where budgets are tight."""
         replies = self.replies
         tokens, price = sum(reply.usage.total for reply in replies), sum(reply.price or 0.0 for reply in replies)
-        spent = ((tokens, self._tokens_left), (price, self._price_left), (len(replies) + self._under_way, self._calls_left))
+        spent = ((tokens, self._tokens_left), (price, self._price_left), (len(replies) + len(self._flying), self._calls_left))
         if self._is_paced or call.lost is not None or call.insists or any(x is not None and sofar >= x for sofar, x in spent):
             return []
         reserve = self._next_reserve()
@@ -179,24 +179,26 @@ class StepCalls:
         """Note how a call was ended because the other one of its chain brought a contribution first."""
         self._chains[call.chain].append((call.activation, reply))
         self._beside[call.chain] -= 1
-        self._under_way -= 1
+        self._flying.remove(call.activation)
 
     def _begun(self, calls: list[NextCall]) -> list[NextCall]:
-        self._under_way += len(calls)
+        self._flying += [call.activation for call in calls]
         self._beside.update(call.chain for call in calls)
         return calls
 
-    def _release(self, following: int) -> list[NextCall]:
-        """Return the calls of held agents that what is left pays for, if each takes what the calls so far took."""
+    def _release(self, following: list[NextCall]) -> list[NextCall]:
+        """Return the calls of held agents that what is left pays for, if each takes as many tokens as the calls so far."""
         replies = [reply for reply in self.replies if reply.usage.total]  # what was lost says nothing of what a call takes
-        if not self._held:
-            return []
-        used, price = sum(reply.usage.total for reply in replies), sum(reply.price or 0.0 for reply in replies)
-        shares = [(used, self._tokens_left), (price, self._price_left)]
-        affordable = [int((left - took) * len(replies) / took) for took, left in shares if left is not None and took]
-        room = min(affordable, default=len(self._held) if used else 1) - self._under_way - following
-        calls = [self._new_chain(held, tokens_used=used, price_used=price) for held in self._held[: max(0, room)]]
-        self._held = self._held[len(calls) :]
+        usage, num = sum((reply.usage for reply in replies), TokenUsage()), max(1, len(replies))
+        used, price = usage.total, sum(reply.price or 0.0 for reply in replies)
+        asked, calls = [*self._flying, *(call.activation for call in following)], list[NextCall]()
+        while self._held and (replies or not asked):
+            asked.append(self._held[0])
+            dear = price + sum((price if (rate := self._cards[x.agent].price) is None else rate.of(usage)) / num for x in asked)
+            ahead = ((used + len(asked) * used / num, self._tokens_left), (dear, self._price_left))
+            if any(left is not None and cost > left * (1 + 1e-9) for cost, left in ahead):
+                break
+            calls.append(self._new_chain(self._held.pop(0), tokens_used=used, price_used=price))
         return calls
 
     def _follow(self, call: NextCall, reply: AgentReply, *, has_time: bool) -> NextCall | None:

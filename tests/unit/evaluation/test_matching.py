@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dmoa.dispatch import Dispatcher
 from dmoa.errors import ConfigError, DmoaError
 from dmoa.evaluation.answering import Asking, query_of_task
 from dmoa.evaluation.figures import curves
@@ -23,6 +25,7 @@ from dmoa.testing import (
     answer_of,
     answered,
     asks,
+    card,
     orchestrator_of,
     query,
     run_info,
@@ -119,6 +122,17 @@ async def test_a_call_that_was_lost_says_nothing_of_what_the_others_take(limits:
     orchestrator = orchestrator_of(agents, "abcd", price=Price(prompt_per_1m=1e5, completion_per_1m=5e5))
     await answer_of(orchestrator, query(within_steps=True, max_steps=1, **limits), Schedule(asks(*"abcd")))
     assert [call.agent for call in agents.calls] == list(asked)
+
+
+async def test_a_paced_budget_of_price_goes_by_what_each_agent_costs() -> None:
+    """A call of a costs 3, and so would one of b; c is ten times as dear, and what is left does not pay for it."""
+    agents = FakeAgents({name: Say(text=name) for name in "abc"})
+    orchestrator = orchestrator_of(agents, "abc", price=Price(prompt_per_1m=1e5, completion_per_1m=5e5))
+    cards = orchestrator.dispatcher.cards | {"c": card("c", price=Price(prompt_per_1m=1e6, completion_per_1m=5e6))}
+    dispatcher = Dispatcher(agents=agents, cards=cards, router=None, is_select=True)
+    asked = query(within_steps=True, max_steps=1, budget_price=20.0)
+    await answer_of(replace(orchestrator, dispatcher=dispatcher), asked, Schedule(asks(*"abc")))
+    assert [call.agent for call in agents.calls] == ["a", "b"]
 
 
 async def test_agents_that_a_budget_of_calls_leaves_out_stand_in_for_lost_ones() -> None:
