@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from dmoa.dataflow import (
 from dmoa.errors import EmptyAnswerError
 from dmoa.evaluation.answering import Asking, answered, failed, query_of_task, score_answer, unanswered
 from dmoa.evaluation.records import Answered, FileRecord, Label, Scored, Scorer, Task
-from dmoa.evaluation.run_folder import RunFolder, append, mend
+from dmoa.evaluation.run_folder import RunFolder, append, mend, write_lines
 from dmoa.policies.registry import split_policy
 from dmoa.protocols import OpenSwarm, final_answer
 from dmoa.reading import offsets
@@ -236,20 +237,20 @@ def score_all(
         run_pass(dataset, writer, "scoring", len(items), watch, advice=_ADVICE)
 
 
-def forget_failed(folder: RunFolder, benchmarks: Sequence[str], policies: Sequence[str]) -> int:
-    """Drop failed rows from a run's files, so that they are run again; returns how many."""
-    from dmoa.evaluation.run_folder import write_lines
-
+def forget(folder: RunFolder, benchmarks: Sequence[str], policies: Sequence[str], *, failed: bool) -> int:
+    """Drop scores whose answer's line was taken out, and `failed` rows, so that they are run again; returns how many failed."""
     dropped = 0
-    for benchmark in benchmarks:
-        for policy in policies:
-            rows = list(folder.read_answers(benchmark, policy))
-            lost = {row.row_id for row in rows if row.status == "failed"}
-            if lost:
-                dropped += len(lost)
-                scores: Iterable[Scored] = [s for s in folder.read_scores(benchmark, policy) if s.row_id not in lost]
-                write_lines(folder.scores(benchmark, policy), scores)
-                write_lines(folder.answers(benchmark, policy), (row for row in rows if row.row_id not in lost))
+    for benchmark, policy in product(benchmarks, policies):
+        rows = list(folder.read_answers(benchmark, policy))
+        kept = [row for row in rows if not failed or row.status != "failed"]
+        left = {row.row_id for row in kept}
+        scores = list(folder.read_scores(benchmark, policy))
+        judged = [score for score in scores if score.row_id in left]
+        if len(judged) < len(scores):
+            write_lines(folder.scores(benchmark, policy), judged)
+        if len(kept) < len(rows):
+            dropped += len(rows) - len(kept)
+            write_lines(folder.answers(benchmark, policy), kept)
     return dropped
 
 

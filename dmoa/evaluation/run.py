@@ -21,7 +21,7 @@ from dmoa.evaluation.answering import Asking
 from dmoa.evaluation.benchmarks.base import BENCHMARKS
 from dmoa.evaluation.benchmarks.programs import require_sandbox
 from dmoa.evaluation.data import prepare_rows
-from dmoa.evaluation.pipeline import AnswerWorkers, answer_all, forget_failed, score_all
+from dmoa.evaluation.pipeline import AnswerWorkers, answer_all, forget, score_all
 from dmoa.evaluation.records import BenchmarkInfo, EvaluateOptions, PoolInfo, RunInfo, pool_differences
 from dmoa.evaluation.registry import OpenScorers, judging
 from dmoa.evaluation.results import Evaluation
@@ -76,8 +76,9 @@ def _locked(session: Session) -> Evaluation:
     info = _begin(session)
     # A session that is killed leaves lines that are newer than this; `dmoa report` then reads the lines.
     folder.evaluation.unlink(missing_ok=True)
+    dropped = forget(folder, names, info.policies, failed=options.retry_failed)
     if options.retry_failed:
-        session.say(f"{forget_failed(folder, names, info.policies)} failed rows are run again")
+        session.say(f"{dropped} failed rows are run again")
     scorers = OpenScorers(names=names, allow_weak_sandbox=options.allow_weak_sandbox, files=BENCHMARKS.references(names))
     with session.open_ray():
         info = _answer(session, info)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoa.errors import ConfigError
-from dmoa.evaluation.records import Answered, Task
+from dmoa.evaluation.pipeline import forget
+from dmoa.evaluation.records import Answered, Scored, Task
 from dmoa.evaluation.run_folder import RunFolder, append, mend, read_lines, write_lines, write_whole
 from dmoa.flat import flat
 from dmoa.types import TokenUsage
@@ -108,3 +109,17 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file" / "run").make()
     RunFolder(tmp_path / "new" / "run").make()
     assert (tmp_path / "new" / "run").is_dir()
+
+
+def test_an_answer_whose_line_was_taken_out_is_judged_anew(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lost = row(3).model_copy(update={"status": "failed", "error": "no agent"})
+    append(folder.answers("arith", "dmoa"), [row(1), lost])
+    scores = [Scored(row_id=f"arith/test/{n}", benchmark="arith", policy="dmoa", value=1.0) for n in (1, 2, 3)]
+    append(folder.scores("arith", "dmoa"), scores)
+    assert forget(folder, ["arith"], ["dmoa", "single"], failed=False) == 0
+    assert list(folder.read_scores("arith", "dmoa")) == [scores[0], scores[2]]
+    assert list(folder.read_answers("arith", "dmoa")) == [row(1), lost]
+    assert forget(folder, ["arith"], ["dmoa", "single"], failed=True) == 1
+    assert list(folder.read_scores("arith", "dmoa")) == [scores[0]]
+    assert list(folder.read_answers("arith", "dmoa")) == [row(1)]
