@@ -70,6 +70,21 @@ class FeedbackStore:
         records, state = (self._fs.open_input_stream(name).readall() for name in names)
         return read_feedback(records, f"{self.place}/{FILE}"), state
 
+    def under(self, newer: FeedbackBuffer, empty: FeedbackBuffer) -> FeedbackBuffer:
+        """Return the snapshot with the `newer` records, in `empty`; `newer` itself where there is none that is whole.
+
+        Raises OSError where it cannot be read now.
+        """
+        try:
+            found = self.load()
+            if found is None:
+                return newer
+            empty.restore([*found[0], *newer.records()], found[1])
+        except ConfigError as error:
+            _LOG.warning("feedback begins anew: %s", error)
+            return newer
+        return empty
+
 
 def buffer_of(config: Config) -> FeedbackBuffer:
     """Return an empty buffer with the bounds of a configuration."""
@@ -96,17 +111,20 @@ class FeedbackActor:
         self._app = app
         self._saver: asyncio.Task[None] | None = None
         self._changes = self._saved = 0
-        self._life = os.urandom(8).hex()
         self._config = config
         self._buffer = buffer_of(config)
         self._store = FeedbackStore(config.router.state_uri or default_state_uri(app))
+        self._is_read = self._read()
+
+    def _read(self) -> bool:
+        """Take up the snapshot, below what came since; returns False where it cannot be read now, and is not written over."""
         try:
-            found = self._store.load()
-            if found:
-                self._buffer.restore(*found)
-        except (ConfigError, OSError) as error:
-            _LOG.warning("feedback begins anew: %s", error)
-            self._buffer = buffer_of(config)
+            self._buffer = self._store.under(self._buffer, buffer_of(self._config))
+        except OSError as error:
+            _LOG.warning("feedback that was kept cannot be read, and none is saved until it can: %s", error)
+            return False
+        self._life = os.urandom(8).hex()
+        return True
 
     async def configure(self, config_json: str) -> None:
         """Take the bounds and the place of a configuration; what was kept goes on being kept."""
@@ -114,7 +132,7 @@ class FeedbackActor:
         if config != self._config:
             before, self._buffer, self._config, self._life = self._buffer, buffer_of(config), config, os.urandom(8).hex()
             self._buffer.restore(before.records(), before.state())
-            self._store = FeedbackStore(config.router.state_uri or default_state_uri(self._app))
+            self._store, self._is_read = FeedbackStore(config.router.state_uri or default_state_uri(self._app)), True
             self._touch()
         if self._saver is None or self._saver.done():
             self._saver = asyncio.get_running_loop().create_task(self._save_often())
@@ -150,6 +168,9 @@ class FeedbackActor:
     async def save(self) -> None:
         """Write a snapshot, where something is new."""
         if self._changes == self._saved:
+            return
+        self._is_read = self._is_read or self._read()
+        if not self._is_read:
             return
         changes, (records, state) = self._changes, await self.snapshot()
         try:

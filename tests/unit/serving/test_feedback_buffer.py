@@ -153,6 +153,28 @@ def test_a_snapshot_is_taken_up(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "state" / "feedback").iterdir()) == ["feedback.json", "queries.parquet"]
 
 
+def test_a_snapshot_that_cannot_be_read_now_is_taken_up_later_below_what_came_since(tmp_path: Path) -> None:
+    kept, store, folder = buffer(), FeedbackStore((tmp_path / "state").as_uri()), tmp_path / "state" / "feedback"
+    newer = buffer()
+    assert store.under(newer, buffer()) is newer, "there is none"
+    kept.put(made(1))
+    kept.judge("mine", said("mine1", 0.25), 10.0)
+    store.save(write_feedback(kept.records()), kept.state())
+    newer.put(replace(made(2), created_unix_s=9.0))
+    whole = (folder / "queries.parquet").read_bytes()
+    (folder / "queries.parquet").unlink()
+    (folder / "queries.parquet").symlink_to("/proc/self/mem")  # it is there, and no read of it succeeds
+    with pytest.raises(OSError, match="Input/output error"):
+        store.under(newer, buffer())
+    (folder / "queries.parquet").unlink()
+    (folder / "queries.parquet").write_bytes(whole)
+    found = store.under(newer, buffer())
+    assert [one.answer.trace_id for one in found.records()] == ["mine1", "mine2"]
+    assert (found.outcomes(), found.judge("mine", said("mine2"), 10.0)) == (kept.outcomes(), "new")
+    (folder / "queries.parquet").write_bytes(whole[:-9])
+    assert store.under(newer, buffer()) is newer, "what is damaged never becomes whole"
+
+
 def test_queries_that_were_saved_after_the_state_can_be_judged_too() -> None:
     kept, again = buffer(), buffer()
     kept.put(made(1))
