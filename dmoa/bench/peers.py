@@ -2,7 +2,8 @@
 
 Three calls a query to one endpoint that answers at once. The servers run in turns, the others frozen: CPU of all their processes
 and queries a second with 16 in flight, then latency with one. dmoa is asked questions that it has seen before, and new ones,
-which it has to embed. The peers live in an environment of their own, made once in dmoa's cache.
+which it has to embed; a second one decides in its ingress (`router.decide`). The peers live in an environment of their own, made
+once in dmoa's cache.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def environment() -> str:
     return str(python)
 
 
-def peers_pool(endpoint: str, num_agents: int = 8) -> Config:
-    """Return a pool whose gate asks three of its agents at an endpoint, once."""
+def peers_pool(endpoint: str, num_agents: int = 8, decide: str = "router") -> Config:
+    """Return a pool whose gate asks three of its agents at an endpoint, once; `decide`: where."""
     llm = {"model": "openai:null", "engine": "openai", "engine_kwargs": {"base_url": endpoint}, "max_num_seqs": 64}
     agents = [{"name": f"agent-{i}", "llm": "s", "profile": ROLES[i % len(ROLES)]} for i in range(num_agents)]
     tree: dict[str, Any] = {
@@ -73,6 +74,7 @@ def peers_pool(endpoint: str, num_agents: int = 8) -> Config:
         "agents": agents,
         "gate": {"activation": {"rule": "fixed", "max_agents": len(ROLES)}},
         "limits": {"max_steps": 1},
+        "router": {"decide": decide},
     }
     return Config.model_validate(tree)
 
@@ -194,19 +196,21 @@ def run_peers(rounds: int) -> list[BenchResult]:
     rows: dict[str, list[Taken]] = {}
     with contextlib.ExitStack() as stack:
         endpoint = stack.enter_context(Peer(sys.executable, "null"))
-        dmoa = stack.enter_context(BenchServer({"peers": peers_pool(endpoint.url)}, env=SERVE_FLAGS))
-        servers: dict[str, Any] = {
-            kind: stack.enter_context(Peer(python, kind, endpoint.url)) for kind in ("script", "langgraph")
+        ours = {
+            arm: stack.enter_context(BenchServer({"peers": peers_pool(endpoint.url, decide=decide)}, env=SERVE_FLAGS))
+            for arm, decide in (("dmoa", "router"), ("dmoa_ingress", "ingress"))
         }
-        dmoa.wait()
-        stage = Stage([dmoa, *servers.values()])
-        urls = {kind: server.url for kind, server in servers.items()} | {"dmoa": f"{dmoa.urls['peers']}/v1"}
-        arms = {kind: kind for kind in PEERS} | {"dmoa": "dmoa", "dmoa_new": "dmoa"}
+        servers: dict[str, Any] = {kind: stack.enter_context(Peer(python, kind, endpoint.url)) for kind in PEERS}
+        urls = {kind: server.url for kind, server in servers.items()}
+        urls |= {arm: f"{server.wait().urls['peers']}/v1" for arm, server in ours.items()}
+        servers |= ours
+        stage = Stage([*servers.values()])
+        arms = {kind: kind for kind in servers} | {"dmoa_new": "dmoa"}
         questions = {arm: _questions(are_new=arm == "dmoa_new") for arm in arms}
 
         def arm_of(arm: str) -> float:
             kind = arms[arm]
-            server = servers.get(kind, dmoa)
+            server = servers[kind]
             found: list[Taken] = []
 
             def measure() -> list[float]:
