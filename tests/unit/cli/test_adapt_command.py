@@ -212,6 +212,7 @@ def check_few_shot(config: Config, folder: Path) -> list[dict[str, Any]]:
     return again
 
 
+@pytest.mark.contract  # trains, in two sessions
 def test_a_few_shot_start_goes_on_from_its_checkpoint_with_scripted_agents(tmp_path: Path) -> None:
     updates = check_few_shot(scripted_pool(), tmp_path)
     assert all(update["loss"] is not None for update in updates)
