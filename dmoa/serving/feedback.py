@@ -111,7 +111,7 @@ class FeedbackActor:
         self._app = app
         self._saver: asyncio.Task[None] | None = None
         self._changes = self._saved = 0
-        self._config = config
+        self._config, self._life = config, os.urandom(8).hex()
         self._buffer = buffer_of(config)
         self._store = FeedbackStore(config.router.state_uri or default_state_uri(app))
         self._is_read = self._read()
