@@ -37,7 +37,7 @@ LONGEST_MASK_S = 60.0
 RECENT, FEWEST_RECENT = 100, 20
 """Latencies of an agent that its 95th percentile is taken over, and how many there must be."""
 _FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 0.5
 
 
 async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:

@@ -310,7 +310,7 @@ def build_app(
         "num_replicas": config.server.ingress_replicas,
         "ray_actor_options": actor,
         "max_ongoing_requests": 1000,
-        "health_check_period_s": 1.0,  # where it listens itself nothing else tells Serve that it died; by default 10
+        "health_check_period_s": 0.5,  # where it listens itself nothing else tells Serve that it died; by default 10
         "graceful_shutdown_timeout_s": query_drain_s(config.limits.deadline_s),
     }
     ingress = serve.deployment(serve.ingress()(SwarmIngress)).options(**options)

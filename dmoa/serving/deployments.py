@@ -98,7 +98,7 @@ def _options(name: str, *, gpus: float, is_light: bool) -> dict[str, Any]:
     return {
         "name": name,
         "ray_actor_options": actor | {"num_gpus": gpus},
-        "health_check_period_s": 2.0,
+        "health_check_period_s": 0.5 if is_light else 2.0,  # a light one starts again in a second, a model in many
         "graceful_shutdown_timeout_s": CALL_DRAIN_S,
         "graceful_shutdown_wait_loop_s": 0.5,
     }

@@ -242,7 +242,7 @@ class RemoteRouter:
         local.masked = lost | tried
         if not tried:
             return await local.route(request)
-        local.masked = lost
+        local.masked = lost - tried
         try:
             decision = local.decide([request], version)[0]
         finally:
@@ -253,12 +253,15 @@ class RemoteRouter:
         return decision
 
     def _over(self, now: float) -> frozenset[str]:
-        """Return the agents whose time is over and which nobody has tried; those that were tried, and did not fail, are back."""
-        over = frozenset(agent for agent, until in self._masked_until.items() if until <= now)
-        for agent in over & self._tried:
+        """Return the agents whose time is over and which nobody has tried; those that were tried, and did not fail, are back.
+
+        Where else nobody could be asked, an agent is tried again after `TRIED_S`.
+        """
+        for agent in [tried for tried in self._tried if self._masked_until[tried] <= now]:
             del self._masked_until[agent]
             self._tried.remove(agent)
-        return over & self._masked_until.keys()
+        early_s = MASKED_S - TRIED_S if set(self._config.agent_names) <= self._masked_until.keys() else 0.0
+        return frozenset(agent for agent, until in self._masked_until.items() if until <= now + early_s) - self._tried
 
     def _stand_in(self) -> asyncio.Task[LocalRouter]:
         """Return what builds, or has built, the router of this process: once, whoever asks."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -247,6 +247,35 @@ async def test_an_agent_that_failed_while_the_actor_is_away_is_tried_by_one_quer
     assert sorted(await masked(3)) == [False, True, True]
     now += TRIED_S  # nobody said that it failed
     assert await masked(3) == [False] * 3
+
+
+async def test_where_all_failed_while_the_actor_is_away_they_are_tried_soon(
+    pair: tuple[FakeActor, RemoteRouter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries have nobody else to ask, and a replica may be back within a second."""
+    actor, router = pair
+    now = time.monotonic()
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    await router.route(ASK)
+    await settle(router)
+    actor.is_away = True
+    for name in "abc":
+        router.report_unavailable(name, "it is dead", 30.0 if name == "b" else 0.0)
+
+    async def masked() -> list[str]:
+        found = await asyncio.gather(*(router.route(ASK) for _ in range(4)), return_exceptions=True)
+        return sorted("abc" if isinstance(one, NoAgentError) else "".join(cast(RouteDecision, one).masked) for one in found)
+
+    assert await masked() == ["abc"] * 4
+    now += TRIED_S
+    tried = await masked()
+    assert tried[-1] == "b", "who was late again and again stays masked"
+    assert tried.count("abc") >= 2, "one query tries each"
+    now += TRIED_S  # nobody said that they failed
+    assert (await masked())[0] == "b"
+    await masked()
+    now += TRIED_S
+    assert await masked() == ["b"] * 4
 
 
 async def test_an_ingress_waits_for_the_router_as_long_as_its_answers_say(pair: tuple[FakeActor, RemoteRouter]) -> None:

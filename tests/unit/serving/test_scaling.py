@@ -8,7 +8,7 @@ import pytest
 
 from dmoa.engine_options import AutoscalingConfig
 from dmoa.serving.app import build_app
-from dmoa.serving.deployments import scaling_options
+from dmoa.serving.deployments import bind_hosts, scaling_options
 from dmoa.testing import scripted_pool
 
 
@@ -58,7 +58,8 @@ def test_the_load_is_judged_over_no_more_than_the_delay(delay_s: float, look_bac
     assert (found["look_back_period_s"], found["metrics_interval_s"]) == (look_back_s, report_s)
 
 
-def test_an_ingress_that_died_is_missed_within_a_second() -> None:
-    """Where it listens itself nobody calls it through Serve, which then looks every ten seconds alone."""
-    ingress = build_app(scripted_pool("ab"))._bound_deployment
-    assert ingress._deployment_config.health_check_period_s == 1.0
+def test_what_died_is_missed_before_long() -> None:
+    """Serve looks every ten seconds by default, and nobody calls an ingress that listens itself through Serve."""
+    pool = scripted_pool("ab")
+    for bound in (build_app(pool), *bind_hosts(pool).values()):
+        assert bound._bound_deployment._deployment_config.health_check_period_s == 0.5
