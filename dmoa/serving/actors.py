@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import pickle
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import ray
 from platformdirs import user_state_path
+from ray.exceptions import ActorUnavailableError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
+T = TypeVar("T")
 NAMESPACE = "dmoa"
+RESTART_S = 60.0
+"""How long an actor that restarts is waited for by what cannot begin without it."""
+_PAUSE_S = 0.1
 
 
 def router_name(app: str) -> str:
@@ -44,6 +51,22 @@ def detached(name: str) -> dict[str, Any]:
         "max_concurrency": 1000,
         "num_cpus": 0,
     }
+
+
+async def once_up(ask: Callable[[], Awaitable[T]]) -> T:
+    """Return what an actor answers; while it restarts it is asked again, for `RESTART_S`. What is asked may be done twice.
+
+    Raises what the actor raises, and then ActorUnavailableError.
+    """
+    loop = asyncio.get_running_loop()
+    give_up = loop.time() + RESTART_S
+    while True:
+        try:
+            return await ask()
+        except ActorUnavailableError:
+            if loop.time() > give_up:
+                raise
+            await asyncio.sleep(_PAUSE_S)
 
 
 class ClusterMemory:

@@ -24,6 +24,7 @@ from dmoa.loopback import ignore_proxies
 from dmoa.policies.registry import POLICIES
 from dmoa.reading import read_json
 from dmoa.recovery import PATIENCE_S
+from dmoa.serving.actors import once_up
 from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAgentClient, affine_agents
 from dmoa.serving.agent_replica import IngressAgents
 from dmoa.serving.deployments import bind_hosts
@@ -100,7 +101,7 @@ class SwarmIngress:
         self._outbox = TraceOutbox(self._traces, app if config.router.feedback == "on" else None)
         self._explorer = Explorer(lambda: exploration(app, config.router.explore))
         version = await self._router.start()
-        await self._traces.configure.remote(config.router, config.tracing)
+        await once_up(lambda: self._traces.configure.remote(config.router, config.tracing))
         if self._feedback is not None:
             await self._feedback.start()
         _LOG.info("ingress of pool %s: gate %s", config.name, version)

@@ -25,7 +25,7 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from dmoa.config import Config
 from dmoa.errors import ConfigError, RequestError
 from dmoa.feedback import FILE, Feedback, feedback_of, read_feedback, tenant_of, write_feedback
-from dmoa.serving.actors import NAMESPACE, default_state_uri, detached, feedback_name, pack_record, unpack_record
+from dmoa.serving.actors import NAMESPACE, default_state_uri, detached, feedback_name, once_up, pack_record, unpack_record
 from dmoa.serving.feedback_buffer import FeedbackBuffer, KeptOutcome, Said
 from dmoa.storage import place_of, write_at
 from dmoa.trace import AnsweredQuery
@@ -322,7 +322,7 @@ class FeedbackClient:
 
     async def start(self) -> None:
         """Hand the configuration over."""
-        await self._actor.configure.remote(self._config_json)
+        await once_up(lambda: self._actor.configure.remote(self._config_json))
 
     async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:
         """Hand over an outcome. Raises RequestError: 404 and 429 for what the buffer refuses, 503 while the actor is away."""

@@ -19,7 +19,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from dmoa.config import Config
 from dmoa.errors import CheckpointError, ConfigError, DmoaError, NoAgentError, RoutingError
-from dmoa.serving.actors import pack_record, unpack_record
+from dmoa.serving.actors import once_up, pack_record, unpack_record
 from dmoa.serving.agent_client import MissingReplicas
 from dmoa.serving.failures import raised
 from dmoa.serving.placement import deployment_names
@@ -91,12 +91,13 @@ class RemoteRouter:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
-        """Hand the configuration to the actor and take a copy of its weights; returns the gate version.
+        """Hand the configuration to the actor, once it is up, and take a copy of its weights; returns the gate version.
 
         Raises ConfigError where the actor refuses what is configured, or cannot read or write its state.
         """
         try:
-            self._current = await self._actor.configure.remote(self._config.model_dump_json(), self._configured)
+            text = self._config.model_dump_json()
+            self._current = await once_up(lambda: self._actor.configure.remote(text, self._configured))
         except (RayTaskError, ActorDiedError) as error:
             found = raised(str(error))
             if found is None or found[0] not in (ConfigError.__name__, CheckpointError.__name__):

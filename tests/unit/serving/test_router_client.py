@@ -149,6 +149,22 @@ async def test_a_router_that_cannot_have_its_state_is_told_of_in_a_line(tmp_path
         await RemoteRouter(actor, CONFIG).start()
 
 
+async def test_an_ingress_that_starts_while_the_router_restarts_waits_for_it(tmp_path: Path) -> None:
+    """One that ended with an error was started anew by Serve, and nobody listened for twice as long."""
+    actor = FakeActor(tmp_path)
+    actor.is_away, asked = True, 0
+
+    async def restarting(*told: Any) -> str:
+        nonlocal asked
+        asked += 1
+        actor.is_away = asked < 3
+        return await actor._configure(*told)
+
+    actor.configure = Method(restarting)
+    assert await RemoteRouter(actor, CONFIG).start() == actor.versions[0]
+    assert asked == 3
+
+
 async def test_copies_follow_what_is_installed_and_decide_the_same_while_the_actor_is_away(
     pair: tuple[FakeActor, RemoteRouter],
 ) -> None:
