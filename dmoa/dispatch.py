@@ -40,6 +40,8 @@ class StepReplies:
     """Replies that count, in the order they were asked; lost ones included."""
     explored: tuple[tuple[Activation, AgentReply], ...] = ()
     """Replies that are only to learn from; no agent of them is among `replies`."""
+    is_outdated: bool = False
+    """Whether nobody contributed, and an agent that was masked is back, before the places of those that were asked."""
 
 
 async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -52,6 +54,16 @@ async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
 
 
 _Running = dict[asyncio.Task[AgentReply], NextCall]
+
+
+async def _end_waits(
+    step: StepCalls, contributed: NextCall, running: _Running, done: Collection[asyncio.Task[AgentReply]]
+) -> None:
+    """Wait no longer for places that are not back, now that there is a contribution."""
+    for task, call in [(x, call) for x, call in running.items() if step.is_vain(call, contributed) and x not in done]:
+        del running[task]
+        await _end((task,))
+        step.withdrawn(call)
 
 
 class Hedges:
@@ -90,7 +102,8 @@ class Hedges:
 
     async def overtake(self, call: NextCall, running: _Running, done: Collection[asyncio.Task[AgentReply]]) -> None:
         """End the call beside one that brought a contribution."""
-        for task, other in [(x, other) for x, other in running.items() if other.chain == call.chain and x not in done]:
+        beside = [(x, other) for x, other in running.items() if other.chain == call.chain and other.lost is None]
+        for task, other in [(x, other) for x, other in beside if x not in done]:
             del running[task]
             await _end((task,))
             agent, error = other.activation.agent, f"{call.activation.agent}, asked beside it, replied first"
@@ -164,6 +177,7 @@ class Dispatcher:
         quorum, hedges = _quorum(plan, state.query.limits), Hedges(step, self._caller.late_replies, plan, state.query.limits)
         exploring: dict[str, asyncio.Task[AgentReply]] = {}
         running: dict[asyncio.Task[AgentReply], NextCall] = {}
+        back: asyncio.Task[None] | None = None
         try:
             for activation in plan.explored:
                 exploring[activation.agent] = start(NextCall(activation=activation, chain=-1, tokens_used=0), None)
@@ -176,19 +190,25 @@ class Dispatcher:
                         explored = None
                     running[task := explored or start(call, text)] = call
                     hedges.begun(task, call)
-                done, _ = await asyncio.wait(running, timeout=hedges.wait_s(), return_when=asyncio.FIRST_COMPLETED)
+                if back is None and (missed := step.missed()):
+                    back = asyncio.create_task(self._caller.first_back(missed))
+                awaited: list[asyncio.Task[Any]] = [*running, back] if back and step.missed() else [*running]
+                done, _ = await asyncio.wait(awaited, timeout=hedges.wait_s(), return_when=asyncio.FIRST_COMPLETED)
+                if back in done and not done.intersection(running) and step.missed():
+                    return StepReplies(replies=step.replies, is_outdated=True)
                 upcoming = hedges.due(running) if not done else []
                 for task in [task for task in running if task in done]:
                     reply, has_time = task.result(), state.deadline_unix_s is None or time.time() < state.deadline_unix_s
                     call = running.pop(task)
                     if reply.status == "ok":
                         await hedges.overtake(call, running, done)
+                        await _end_waits(step, call, running, done)
                     upcoming += step.after(call, reply, has_time=has_time, has_text=bool(text))
                 if quorum is not None and len(contributions(step.replies)) >= quorum:
                     break
             await asyncio.gather(*exploring.values())
         finally:
-            await _end((*running, *exploring.values()))
+            await _end((*running, *exploring.values(), *([back] if back else ())))
         late = f"the step had its {quorum} contributions before"
         cut = [x.activation.agent for x in running.values() if x.lost is None]  # one sent again keeps how it was lost
         return StepReplies(

@@ -18,7 +18,7 @@ from dmoa.core.answers import THOUGHT_ONLY
 from dmoa.core.defences import EXAMINE, EXAMINE_TOKENS, barred, examined_groups, is_refuted
 from dmoa.core.in_step import Judgement, judge
 from dmoa.core.stopping import budget_stop, rule_stop
-from dmoa.dispatch import Dispatcher, calls_left
+from dmoa.dispatch import Dispatcher, StepReplies, calls_left
 from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.final_call import FinalCaller
 from dmoa.protocols import Policy, ended
@@ -48,6 +48,8 @@ from dmoa.types import (
 Emit = Callable[[Event], None]
 _Stepped = tuple[StepRecord, Fold, Judgement | None]
 _CLOCK_SLACK_S = 0.05
+ANEW_S = 0.1
+"""How long a step whose agents died waits before it is decided anew."""
 EMPTY = "every contribution was empty; ask again, or raise max_tokens"
 
 
@@ -98,8 +100,9 @@ class Orchestrator:
         reason: StopReason | None = None
         # Where the answer is written by a call of its own, no text before is the answer's.
         tell = emit if query.final is None else lambda event: None if isinstance(event, TextDelta) else emit(event)
+        lost, step_started = tuple[AgentReply, ...](), started
         while reason is None:
-            step_started = time.perf_counter()
+            step_started = step_started if lost else time.perf_counter()
             plan = await self._plan(state, policy)
             if isinstance(plan, Stop):
                 is_lost = plan.reason == "schedule" and state.steps and not contributions(state.steps[-1].replies)
@@ -110,8 +113,14 @@ class Orchestrator:
             if fault:
                 raise RequestError(f"policy: {policy.name!r}: {fault}")
             previous = state.summary
-            step, fold, judgement = await self._step(state, plan, tell, step_started)
-            state = advance(state, step)
+            asked = await self._ask(state, plan, tell)
+            asked = replace(asked, replies=(*_replaced(lost, asked.replies), *asked.replies))
+            if asked.is_outdated and time.perf_counter() - step_started < PATIENCE_S:
+                lost = asked.replies
+                await asyncio.sleep(ANEW_S)
+                continue
+            step, fold, judgement = await self._step(state, plan, asked, tell, step_started)
+            state, lost = advance(state, step), ()
             emit(step)
             reason = self._stop_reason(state, step, fold, plan, previous, judgement)
         if not state.summary:
@@ -145,11 +154,14 @@ class Orchestrator:
                 return Stop(reason="no_agent" if state.deadline_unix_s is None else "deadline")
             raise _no_contribution(state, why) from None
 
-    async def _step(self, state: QueryState, plan: StepPlan, emit: Emit, started: float) -> _Stepped:
-        """Ask the planned agents and fold what they contributed; the step's clock began with its planning."""
+    async def _ask(self, state: QueryState, plan: StepPlan, emit: Emit) -> StepReplies:
+        """Ask the planned agents."""
         is_last_word = plan.ends_with is not None and plan.fold == "pass" and len(plan.activations) == 1
         words = emit if is_last_word and state.query.is_streamed else None
-        asked = await self.dispatcher.ask(state, plan, words, self.defence)
+        return await self.dispatcher.ask(state, plan, words, self.defence)
+
+    async def _step(self, state: QueryState, plan: StepPlan, asked: StepReplies, emit: Emit, started: float) -> _Stepped:
+        """Fold what the agents contributed; the step's clock began with its planning."""
         counted, examiners = await self._defended(state, plan, asked.replies)
         usable = tuple(contributions(counted))
         if not usable and not state.summary and not self._goes_on(state, plan, asked.replies):
@@ -277,6 +289,12 @@ class Orchestrator:
                 asked=state.query.text,
             )
         return rule or _spent(state) or (None if usable or self._goes_on(state, plan, step.replies) else "no_agent")
+
+
+def _replaced(lost: Sequence[AgentReply], replies: Sequence[AgentReply]) -> list[AgentReply]:
+    """Return those of the lost replies whose agents were not asked again when the step was decided anew."""
+    again = {reply.agent for reply in replies}
+    return [reply for reply in lost if reply.agent not in again]
 
 
 def _spent(state: QueryState, more: Sequence[AgentReply] = ()) -> StopReason | None:

@@ -13,8 +13,9 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError, BrokenStreamError, CallNotTakenError, NoAgentError
@@ -187,7 +188,7 @@ class AgentCaller:
         Raises BrokenStreamError.
         """
         if wanted.lost is not None:
-            return await self._send_until_back(call, wanted.lost, text)
+            return await self._send_until_back(call, wanted.lost, places.dead, card.place, text)
         started, begun_s = time.perf_counter(), asyncio.get_running_loop().time()
         status: AgentStatus
         try:
@@ -218,6 +219,16 @@ class AgentCaller:
         latency_ms = (time.perf_counter() - started) * 1e3
         return AgentReply(agent=call.agent, status=status, error=error, latency_ms=latency_ms)
 
+    async def first_back(self, agents: Collection[str]) -> None:
+        """Return once one of the agents answers pings."""
+        pings = [asyncio.create_task(patiently(partial(self._agents.ping, agent))) for agent in agents]
+        try:
+            await asyncio.wait(pings, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for ping in pings:
+                ping.cancel()
+            await asyncio.gather(*pings, return_exceptions=True)
+
     async def _comes_up(self, call: AgentCall, card: AgentCard, *, insists: bool, has_other: bool) -> bool:
         """Have a cold agent's replica started; tell whether it came up in the time that the agent's policy gives it."""
         if card.cold == "skip" and not insists:
@@ -227,10 +238,12 @@ class AgentCaller:
         within_s = left / 2 if left is not None and has_other and not insists else left
         return await self.cold_starter.is_up(card, within_s=within_s)
 
-    async def _send_until_back(self, call: AgentCall, lost: AgentReply, text: StreamedText | None) -> AgentReply:
+    async def _send_until_back(
+        self, call: AgentCall, lost: AgentReply, dead: set[str], place: str, text: StreamedText | None
+    ) -> AgentReply:
         """Send the call again until its place is back; patience is for the place, the reply has until the deadline.
 
-        The reply keeps what the lost attempt met.
+        The reply keeps what the lost attempt met. `dead` are the places that are known to be dead, this one while it is.
         """
         attempts, loop, left = lost.attempts, asyncio.get_running_loop(), time_left(call.deadline_unix_s)
         give_up = loop.time() + (self._patience_s if left is None else left)
@@ -241,9 +254,11 @@ class AgentCaller:
             await self._agents.ping(call.agent)
             attempts += 1
             limit.reschedule(too_late)
+            dead.discard(place)
             try:
                 return await self._send(call, text)
             except AgentUnavailableError:
+                dead.add(place)
                 limit.reschedule(give_up)
                 raise
 

@@ -14,6 +14,9 @@ from dmoa.core.defences import barred
 from dmoa.core.in_step import judge
 from dmoa.types import Activation, AgentReply, ColdPolicy, Defence, Price, RouteDecision, Sampling, StepPlan, TokenUsage
 
+MAX_MISSED = 16
+"""Most masked agents of which a step waits for the first to be back."""
+
 
 def should_escalate(decision: RouteDecision | None, replies: Sequence[AgentReply]) -> bool:
     """Tell whether the step should ask one agent more, given the replies that count so far.
@@ -86,8 +89,8 @@ class StepCalls:
     """The calls of one step: no reserve is asked twice, or in a place that is known to be dead.
 
     The next-ranked agent whose place is up stands in for a lost one. Where nobody contributed, each chain waits for a cold
-    agent, and then for its newest dead place. Last, unsure replies call for one agent more at a time: the next-ranked, or with a
-    label model whoever's reply is worth most.
+    agent, and then for its newest dead place; the first contribution ends the waits for places that are not back. Last, unsure
+    replies call for one agent more at a time: the next-ranked, or with a label model whoever's reply is worth most.
     """
 
     def __init__(
@@ -180,6 +183,27 @@ class StepCalls:
         self._chains[call.chain].append((call.activation, reply))
         self._beside[call.chain] -= 1
         self._flying.remove(call.activation)
+
+    def is_vain(self, call: NextCall, contributed: NextCall) -> bool:
+        """Tell whether a call waits for a place that is not back, though another's call has contributed by now."""
+        place = self._place(call.activation)
+        return call.lost is not None and place in self._places.dead and place != self._place(contributed.activation)
+
+    def withdrawn(self, call: NextCall) -> None:
+        """Note that a call that was waiting is not: another place was back first. What it was lost by stays."""
+        self._beside[call.chain] -= 1
+        self._flying.remove(call.activation)
+
+    def missed(self) -> tuple[str, ...]:
+        """Return agents that were masked when the step was decided, if nobody contributes before a place is back; else nobody.
+
+        The step may be decided anew with one of them that is back: its plan comes from a router, and nothing was handed on.
+        """
+        decision, unfit = self._plan.decision, self._places.dead | self._places.cold
+        waits = self._flying and all(self._place(activation) in self._places.dead for activation in self._flying)
+        if not waits or decision is None or self._plan.fold != "summarizer" or self._has_text or self._calls_left is not None:
+            return ()
+        return tuple(name for name in decision.masked if self._cards[name].place not in unfit)[:MAX_MISSED]
 
     def _begun(self, calls: list[NextCall]) -> list[NextCall]:
         self._flying += [call.activation for call in calls]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dmoa.dispatch import Dispatcher
+from dmoa.dispatch import Dispatcher, StepReplies
 from dmoa.errors import BrokenStreamError, CallNotTakenError
 from dmoa.recovery import FEWEST_RECENT, PATIENCE_S, LateReplies
 from dmoa.routing import LocalRouter
@@ -24,6 +24,7 @@ from dmoa.testing import (
     Say,
     asks,
     card,
+    decision,
     fixed_gate,
     jumping,
     query,
@@ -290,6 +291,46 @@ def test_all_agents_of_the_one_dead_place_are_waited_for() -> None:
     assert [(reply.agent, reply.status, reply.attempts) for reply in replies] == [("a", "ok", 2), ("b", "ok", 3)]
 
 
+def test_the_first_place_that_is_back_ends_the_waits_for_the_others() -> None:
+    """Each agent would be waited for else, though one is enough to go on."""
+
+    async def work() -> tuple[AgentReply, ...]:
+        agents = FakeAgents({"a": (Lose(error="node lost"), Hang()), "b": (Lose(), Lose(), Say(text="2"))})
+        return await replies_of(dispatcher_of(agents), state_of(query()), asks("a", "b"))
+
+    replies, waited_s = jumping(work())
+    assert [(reply.agent, reply.status, reply.error) for reply in replies[:1]] == [("a", "failed", "node lost")]
+    assert (replies[1].agent, replies[1].status, replies[1].attempts) == ("b", "ok", 3)
+    assert waited_s == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("masked", ["b", "ab"])
+def test_a_step_whose_agents_died_is_outdated_once_one_that_was_masked_is_back(masked: str) -> None:
+    """It was not asked, because it was dead when the step was decided; a replica is back after seconds."""
+
+    async def work() -> StepReplies:
+        agents = FakeAgents({"c": (Lose(), Hang()), "b": Say(text="2"), "a": Hang()})
+        decided = decision({"a": 0.2, "b": 0.2, "c": 0.6}, 1, masked=tuple(masked))
+        asked = await dispatcher_of(agents).ask(state_of(query()), asks("c", decision=decided), None)
+        assert [call.agent for call in agents.calls] == ["c"], "the step is decided anew, so that its record is a gate's"
+        return asked
+
+    asked, _ = jumping(work())
+    assert asked.is_outdated
+    assert outcomes(asked.replies) == [("c", "failed")]
+
+
+@pytest.mark.parametrize("changes", [{"budget_calls": 9}, {}])
+def test_a_step_of_a_budget_of_calls_or_without_a_gate_is_not_decided_anew(changes: dict[str, int]) -> None:
+    async def work() -> StepReplies:
+        agents = FakeAgents({"c": (Lose(), Lose(), Say(text="3")), "b": Say(text="2")})
+        decided = decision({"b": 0.2, "c": 0.8}, 1, masked=("b",)) if changes else None
+        return await dispatcher_of(agents).ask(state_of(query(**changes)), asks("c", decision=decided), None)
+
+    asked, _ = jumping(work())
+    assert (asked.is_outdated, outcomes(asked.replies)) == (False, [("c", "ok")])
+
+
 def test_the_newest_of_a_chain_of_dead_places_is_waited_for() -> None:
     async def work() -> tuple[AgentReply, ...]:
         agents = FakeAgents({"a": Lose(), "b": (Lose(), Say(text="2"))})
@@ -316,8 +357,8 @@ def test_patience_ends_after_a_minute() -> None:
 
     (reply,), waited_s = jumping(work())
     assert (reply.status, reply.error) == ("failed", "node lost")
-    # Pauses of 0.05, 0.1, 0.2, 0.4, 0.8 s and then 1 s each: 64 of them end before the minute does.
-    assert reply.attempts == 1 + 64
+    # Pauses of 0.05, 0.1, 0.2, 0.4 s and then 0.5 s each: 123 of them end before the minute does.
+    assert reply.attempts == 1 + 123
     assert waited_s == pytest.approx(PATIENCE_S)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from dmoa.errors import DeadlineError, EmptyAnswerError, NoAgentError, RequestError, RoutingError
-from dmoa.orchestrator import begin
+from dmoa.orchestrator import ANEW_S, begin
 from dmoa.policies.baselines import SinglePolicy
 from dmoa.testing import (
     Fail,
@@ -381,6 +381,39 @@ async def test_the_answer_says_what_the_gate_was() -> None:
     answer = await answer_of(orchestrator_of(agents, "ab"), query(), policy)
     assert answer.degraded  # an agent was masked
     assert (answer.gate_version, answer.gate_trained, answer.routed_by) == ("untrained-7", False, "ingress")
+
+
+class Successive:
+    """A policy that plans something else whenever it is asked."""
+
+    name = "successive"
+
+    def __init__(self, *plans: StepPlan) -> None:
+        self._plans = iter(plans)
+
+    async def next_step(self, state: QueryState) -> StepPlan:
+        return next(self._plans)
+
+
+def test_a_step_whose_agents_died_is_decided_anew_once_another_is_back() -> None:
+    """Its record has the decision that was followed, and who was lost before it."""
+
+    async def work() -> Answer:
+        agents = FakeAgents({"a": (Lose(error="node lost"), Hang()), "b": Say(text="2")})
+        first = decision({"a": 1.0, "b": 0.0}, 1, masked=("b",), gate_version="v1")
+        again = decision({"a": 0.0, "b": 1.0}, 1, masked=("a",), gate_version="v2")
+        policy = Successive(asks("a", decision=first), asks("b", decision=again))
+        orchestrator = orchestrator_of(agents, "ab", places={"a": "1", "b": "2"})
+        return await answer_of(orchestrator, query(max_steps=1), policy)
+
+    answer, waited_s = jumping(work())
+    (step,) = answer.steps
+    assert (answer.text, answer.gate_version, step.active) == ("2", "v2", ("b",))
+    assert [(reply.agent, reply.status, reply.error) for reply in step.replies] == [
+        ("a", "failed", "node lost"),
+        ("b", "ok", None),
+    ]
+    assert waited_s == pytest.approx(ANEW_S)
 
 
 async def test_a_lost_summarizer_falls_back_and_degrades_the_answer() -> None:

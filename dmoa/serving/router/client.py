@@ -97,17 +97,18 @@ class RemoteRouter:
         """
         try:
             text = self._config.model_dump_json()
-            self._current = await once_up(lambda: self._actor.configure.remote(text, self._configured))
+            version: str = await once_up(lambda: self._actor.configure.remote(text, self._configured))
         except (RayTaskError, ActorDiedError) as error:
             found = raised(str(error))
             if found is None or found[0] not in (ConfigError.__name__, CheckpointError.__name__):
                 raise
             raise ConfigError(found[1]) from error
-        await self._fetch(self._current)
+        self._current = version
+        await self._fetch(version)
         self._stand_in()
         if self._config.router.decide == "ingress":
             self._spawn(self._follow())
-        return self._current
+        return version
 
     async def route(self, request: RouteRequest) -> RouteDecision:
         """Decide one step. Raises NoAgentError, RoutingError, PoolChangedError."""
