@@ -1,7 +1,7 @@
 """The ingress's side of the router: calls the actor, and stands in for it while it is away.
 
-It makes itself ready for that once it has started, beside the queries: to import torch takes seconds, which the queries of the
-moment at which the router dies would wait for. That costs an ingress some 200 MB.
+It makes itself ready for that soon after it has started, beside the queries: to import torch takes seconds, which the queries of
+the moment at which the router dies would wait for. That costs an ingress some 200 MB.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ AWAY_S = 1.0
 """How long an ingress then goes on by itself before it tries the router again: one query does, the others go on without it."""
 TRIAL_S = 0.3
 """How long that query waits."""
+READY_S = 3.0
+"""How long an ingress that has started waits until it makes itself ready for that: what else starts now needs the CPU first."""
 MASKED_S = 2.0
 """How long a dead agent is left out while nobody can say whether it is back; one query then tries it."""
 TRIED_S = 0.5
@@ -62,13 +64,21 @@ class RemoteRouter:
     """Routes by the router actor, or here while it is away; implements `protocols.Router`."""
 
     def __init__(
-        self, actor: Any, config: Config, configured: str | None = None, *, away_s: float = AWAY_S, trial_s: float = TRIAL_S
+        self,
+        actor: Any,
+        config: Config,
+        configured: str | None = None,
+        *,
+        away_s: float = AWAY_S,
+        trial_s: float = TRIAL_S,
+        ready_s: float = READY_S,
     ) -> None:
         """`configured` is the version of the configured checkpoint, None where none is configured.
 
-        An actor that went away is tried again after `away_s`, by one query that waits for it for `trial_s` at most.
+        An actor that went away is tried again after `away_s`, by one query that waits for it for `trial_s` at most. What it takes
+        to decide here is made ready after `ready_s`, or once it is needed.
         """
-        self.away_s, self.trial_s = away_s, trial_s
+        self.away_s, self.trial_s, self._ready_s = away_s, trial_s, ready_s
         self._actor = actor
         self._config = config
         self._configured = configured
@@ -77,6 +87,7 @@ class RemoteRouter:
         self._current: str | None = None
         self._fetching: set[str] = set()
         self._building: asyncio.Task[LocalRouter] | None = None
+        self._later: asyncio.TimerHandle | None = None
         self._masked_until: dict[str, float] = {}
         self._tried: set[str] = set()
         self._answered_s: deque[float] = deque([ROUTE_TIMEOUT_S], maxlen=NUM_ANSWERED)
@@ -105,7 +116,7 @@ class RemoteRouter:
             raise ConfigError(found[1]) from error
         self._current = version
         await self._fetch(version)
-        self._stand_in()
+        self._later = asyncio.get_running_loop().call_later(self._ready_s, self._stand_in)
         if self._config.router.decide == "ingress":
             self._spawn(self._follow())
         return version
@@ -295,6 +306,8 @@ class RemoteRouter:
 
     async def close(self) -> None:
         """Follow the router no longer, and end what is under way."""
+        if self._later is not None:
+            self._later.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
