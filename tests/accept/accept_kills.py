@@ -240,14 +240,14 @@ async def under_kills(served: Served, seed: int, loading: Coroutine[Any, Any, Le
     }
 
 
-async def is_ready(served: Served, patience_s: float = 60.0) -> None:
+def wait_ready(served: Served, patience_s: float = 60.0) -> None:
     """Return once the ingress could decide by itself: to import what that takes slows what it does meanwhile."""
     (ingress,) = served.processes(TITLES["ingress"])
     until = time.monotonic() + patience_s
-    while not any("libtorch_python" in one.path for one in ingress.memory_maps()) and time.monotonic() < until:
-        await asyncio.sleep(0.2)
-    while ingress.cpu_percent(interval=0.5) > 20.0 and time.monotonic() < until:
-        await asyncio.sleep(0)
+    while time.monotonic() < until:
+        is_loaded = any("libtorch_python" in one.path for one in ingress.memory_maps())
+        if ingress.cpu_percent(interval=0.5) < 20.0 and is_loaded:
+            return
 
 
 async def check(folder: Path, seed: int) -> dict[str, Any]:
@@ -255,7 +255,7 @@ async def check(folder: Path, seed: int) -> dict[str, Any]:
     served = serve(write_pool(folder, POOL))
     try:
         await load(served.url, 16)
-        await is_ready(served)
+        wait_ready(served)
         quiet = await load(served.url, QUIET)
         quiet_p95_s = float(np.quantile(quiet.seconds, 0.95))
         raw = await under_kills(served, seed, load(served.url, QUERIES), quiet_p95_s)
