@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dmoa.agents.prompts import agent_messages
 from dmoa.core.aggregate import contributions
-from dmoa.protocols import AgentClient, Router
+from dmoa.protocols import AgentClient, Router, Turn
 from dmoa.recovery import COLD_PATIENCE_S, PATIENCE_S, AgentCaller, LateReplies, StreamedText, time_left
 from dmoa.step_calls import AgentCard, NextCall, Places, StepCalls
 from dmoa.types import (
@@ -124,9 +125,13 @@ class Dispatcher:
         is_select: bool,
         patience_s: float = PATIENCE_S,
         cold_patience_s: float = COLD_PATIENCE_S,
+        turn: Turn = nullcontext,
     ) -> None:
-        """A query without a deadline waits `patience_s` for a dead place, and a replica may take `cold_patience_s` to start."""
-        self._cards = cards
+        """A query without a deadline waits `patience_s` for a dead place, and a replica may take `cold_patience_s` to start.
+
+        A call of a step is made in its `turn`, and what it waits for that is no part of its latency.
+        """
+        self._cards, self._turn = cards, turn
         self._has_recorded = any(card.is_recorded for card in cards.values())
         self._is_select = is_select
         self._patience_s = patience_s
@@ -233,8 +238,10 @@ class Dispatcher:
     async def _priced_call(
         self, call: AgentCall, wanted: NextCall, places: Places, text: StreamedText | None, *, has_other: bool
     ) -> AgentReply:
-        card, sent_unix_s = self._cards[call.agent], time.time()
-        reply = await self._caller.call_with_recovery(call, card, wanted, places, text, has_other=has_other)
+        card = self._cards[call.agent]
+        async with self._turn():
+            sent_unix_s = time.time()
+            reply = await self._caller.call_with_recovery(call, card, wanted, places, text, has_other=has_other)
         return replace(priced(reply, card.price), prompt=call.messages, sent_unix_s=sent_unix_s)
 
     def fault_of(self, state: QueryState, plan: StepPlan) -> str | None:

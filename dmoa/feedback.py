@@ -23,7 +23,8 @@ from dmoa.core.forms import agreement_key
 from dmoa.core.in_step import context_part
 from dmoa.errors import ConfigError
 from dmoa.flat import reply_of
-from dmoa.types import AgentReply, Answer, FloatArray, Query, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
+from dmoa.trace import AnsweredQuery
+from dmoa.types import AgentReply, Answer, FloatArray, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
 
 _LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")
 """Tokens have no digits: a number in a text would be read as its answer."""
@@ -93,15 +94,16 @@ def is_held_back(trace_id: str, share: float) -> bool:
     return zlib.crc32(f"held back\0{trace_id}".encode()) < share * 2**32
 
 
-def feedback_of(query: Query, answer: Answer, *, key_hash: str, fingerprint: str, salt: bytes, created_unix_s: float) -> Feedback:
+def feedback_of(one: AnsweredQuery, *, key_hash: str, salt: bytes) -> Feedback:
     """Return the record of an answered query. Reading the answers takes about a millisecond."""
+    query, answer = one.query, one.answer
     routed = answer.steps[:-1] if answer.choices else answer.steps  # a final call is no step that the gate decided
     steps = tuple(_without_texts(step, query.text, salt) for step in routed)
     return Feedback(
         answer=replace(answer, text=_token(answer.text, query.text, salt), reasoning="", steps=steps, choices=()),
         tenant=tenant_of(key_hash),
-        fingerprint=fingerprint,
-        created_unix_s=created_unix_s,
+        fingerprint=one.fingerprint,
+        created_unix_s=one.created_unix_s,
     )
 
 

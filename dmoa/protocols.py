@@ -7,7 +7,7 @@ Ray Serve handles and over HTTP.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Protocol
 
 from dmoa.errors import NoAgentError
@@ -27,6 +27,9 @@ from dmoa.types import (
     Stop,
     TextDelta,
 )
+
+Turn = Callable[[], AbstractAsyncContextManager[None]]
+"""What a call is made in: entering may wait, for the moment of a call that stands back behind others."""
 
 
 class Engine(Protocol):

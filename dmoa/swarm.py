@@ -7,6 +7,7 @@ the router and the encoder behind it differ.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from dmoa.config import AgentConfig, Config, LlmConfig, summarizer_agent
 from dmoa.dispatch import Dispatcher
 from dmoa.orchestrator import Orchestrator
 from dmoa.policies.registry import POLICIES, NamedGate, PolicyContext, build_policy
-from dmoa.protocols import AgentClient, Encoder, Engine, Policy, Router
+from dmoa.protocols import AgentClient, Encoder, Engine, Policy, Router, Turn
 from dmoa.step_calls import AgentCard
 from dmoa.types import Activation, Event, Limits, Price, Query, QueryState, StepPlan, StepRecord, Stop
 
@@ -35,10 +36,11 @@ class Swarm:
         encoder: Encoder,
         gates: Mapping[str, NamedGate] | None = None,
         engines: Sequence[Engine] = (),
+        turn: Turn = nullcontext,
     ) -> None:
         """`gates`: versions that the router holds beside its current one, by the names that queries may ask for.
 
-        `engines`: those that `close` stops.
+        `engines`: those that `close` stops; `turn`: what calls of steps are made in.
         """
         self.config = config
         self._engines = tuple(engines)
@@ -49,8 +51,8 @@ class Swarm:
         cards = {agent.name: _card(config, agent) for agent in config.agents}
         writer = summarizer_agent(config)
         self._orchestrator = Orchestrator(
-            dispatcher=Dispatcher(agents=agents, cards=cards, router=router, is_select=is_select),
-            summarizer=SelectSummarizer() if is_select else LlmSummarizer(agents, config.summarizer),
+            dispatcher=Dispatcher(agents=agents, cards=cards, router=router, is_select=is_select, turn=turn),
+            summarizer=SelectSummarizer() if is_select else LlmSummarizer(agents, config.summarizer, turn),
             summarizer_sampling=config.summarizer.sampling.to_sampling(),
             is_select=is_select,
             summarizer_price=_price(config, config.summarizer.llm),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from dmoa.agents.prompts import summarizer_messages
 from dmoa.config import SUMMARIZER, SummarizerConfig
 from dmoa.core.aggregate import Selection, select_contribution
 from dmoa.errors import AgentOverloadedError, AgentUnavailableError
-from dmoa.protocols import AgentClient
+from dmoa.protocols import AgentClient, Turn
 from dmoa.types import AgentCall, AgentReply, FinishReason, QueryState, Sampling, SummarizerRecord, TextDelta, Verdict
 
 Emit = Callable[[TextDelta], None]
@@ -72,9 +73,9 @@ class SelectSummarizer:
 class LlmSummarizer:
     """An agent that writes the summary; its first line is the verdict, exactly FINAL or CONTINUE (paper)."""
 
-    def __init__(self, agents: AgentClient, config: SummarizerConfig) -> None:
-        self._agents = agents
-        self._config = config
+    def __init__(self, agents: AgentClient, config: SummarizerConfig, turn: Turn = nullcontext) -> None:
+        """`turn`: as the dispatcher's."""
+        self._agents, self._config, self._turn = agents, config, turn
 
     async def fold(
         self,
@@ -98,8 +99,9 @@ class LlmSummarizer:
             deadline_unix_s=state.deadline_unix_s,
             conversation=state.query.conversation,
         )
-        sent_unix_s = time.time()
-        reply = await self._listen(call, emit, is_streamed=state.query.is_streamed)
+        async with self._turn():
+            sent_unix_s = time.time()
+            reply = await self._listen(call, emit, is_streamed=state.query.is_streamed)
         verdict, text = parse_verdict(reply.text)
         selection = None if text else choose(replies)
         summary = text or (selection.text if selection else state.summary)

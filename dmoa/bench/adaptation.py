@@ -124,7 +124,9 @@ def _measured(server: BenchServer, client: httpx.Client, load: Load) -> tuple[li
     """Return the ratio of p50 latencies of every round, the engine's label, and the median rate of queries a second."""
     asks = {mode: partial(latency_ms, client, server.urls[app_of(load, mode)], load.pool.name) for mode in MODES}
     for mode in MODES:
+        server.offer(app_of(load, "on") if mode == "on" else None)  # an offer's modules are loaded at the first
         closed_loop(asks[mode], CONCURRENCY)
+    server.offer(None)
     rates: list[float] = []
     body = {"model": load.pool.name, "messages": [{"role": "user", "content": QUESTIONS[0]}]}
     told = client.post(f"{server.urls[app_of(load, 'off')]}/v1/chat/completions", json=body).json()["dmoa"]

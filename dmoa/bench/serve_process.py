@@ -43,11 +43,7 @@ class BenchServer(Child):
     """Apps on a Ray of their own; use it as a context manager."""
 
     def __init__(
-        self,
-        pools: Mapping[str, Config],
-        *,
-        chain: tuple[int, int] | None = None,
-        env: Mapping[str, str] | None = None,
+        self, pools: Mapping[str, Config], *, chain: tuple[int, int] | None = None, env: Mapping[str, str] | None = None
     ) -> None:
         """Start one app per entry of `pools`, and beside them a bare chain where `chain` says how wide, and of what pool size.
 
@@ -131,6 +127,9 @@ def _follow(orders: Iterable[str], answers: TextIO) -> None:
     wanted: list[str | None] = [None]
 
     def offer_often() -> None:
+        from dmoa.workflows.adapt_online import stand_back
+
+        stand_back()  # as the learner does, whose part this thread takes
         while True:
             with changed:
                 changed.wait_for(lambda: wanted[0] is not None)

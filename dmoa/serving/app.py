@@ -29,7 +29,7 @@ from dmoa.serving.agent_client import REPLICA_LOST_ERRORS, CallWatchdog, ServeAg
 from dmoa.serving.agent_replica import IngressAgents
 from dmoa.serving.deployments import bind_hosts
 from dmoa.serving.encoder import ServeEncoder, bind_encoder
-from dmoa.serving.feedback import Explorer, FeedbackClient, exploration
+from dmoa.serving.feedback import IDLE_WAIT_S, Explorer, FeedbackClient, exploration
 from dmoa.serving.feedback_buffer import KeptOutcome, Said
 from dmoa.serving.handles import ask, listen_where_ray_does, take_carried_bodies
 from dmoa.serving.http.front import Bounds, FrontNotice, places_behind
@@ -93,13 +93,16 @@ class SwarmIngress:
         self._traces = ensure_traces(app, config.router, config.tracing)
         self._feedback = FeedbackClient(config, app) if config.router.feedback == "on" else None
         self._swarm = Swarm(config, agents=self._agents, router=self._router, encoder=ServeEncoder(encoder))
+        self._explorer = Explorer(lambda: exploration(app, config.router.explore))
+        self._exploring = Swarm(
+            config, agents=self._agents, router=self._router, encoder=self._swarm.encoder, turn=self._explorer.turn
+        )
         self.page = Observatory(traces=self._traces, router=self._router, actor=actor, swarm=self._swarm)
         self._metrics = QueryMetrics(config.name)
         self._any_ingress = serve.get_deployment_handle(INGRESS, app).options(method_name="answer_here", stream=True)
         self._answered_elsewhere: dict[str, str] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._outbox = TraceOutbox(self._traces, app if config.router.feedback == "on" else None)
-        self._explorer = Explorer(lambda: exploration(app, config.router.explore))
         version = await self._router.start()
         await once_up(lambda: self._traces.configure.remote(config.router, config.tracing))
         if self._feedback is not None:
@@ -227,9 +230,11 @@ class SwarmIngress:
 
     async def _explore(self, query: Query, key_hash: str) -> None:
         """Ask a query that was answered once more, of all agents, to learn from."""
-        again = replace(query, trace_id=secrets.token_hex(16), epsilon=None)
+        deadline_s = None if query.limits.deadline_s is None else query.limits.deadline_s + IDLE_WAIT_S  # it gives way meanwhile
+        limits = replace(query.limits, deadline_s=deadline_s, quorum=None, hedge_after_ms=None)  # nobody waits, as in rollouts
+        again = replace(query, trace_id=secrets.token_hex(16), epsilon=None, limits=limits, is_streamed=False)
         try:
-            async with aclosing(self._swarm.ask(again, "exploring")) as events:
+            async with aclosing(self._exploring.ask(again, "exploring")) as events:
                 async for event in events:
                     if isinstance(event, Answer):
                         explored = AnsweredQuery(query=again, answer=event, metadata={"explores": query.trace_id})

@@ -13,8 +13,8 @@ import logging
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import ray
 from pyarrow import fs as arrow_fs
@@ -43,7 +43,9 @@ _SHARE = 29
 LOOK_S = 2.0
 """How often an ingress looks how many queries are to be explored."""
 IDLE_WAIT_S = 5.0
-"""How long an exploration waits for a moment without queries: a swarm that has none is explored too."""
+"""How long an exploration gives way to queries, from its draw on: a swarm that always has some is explored too."""
+QUIET_S = 0.002
+"""How long after a query it still does: its reply is written then."""
 STATE = "feedback.json"
 """Traces and outcomes, beside the records."""
 
@@ -206,16 +208,19 @@ def exploration(app: str, usual: float) -> float:
 class Explorer:
     """Decides when an ingress asks queries once more, of all agents, after their answers have left. For one event loop.
 
-    It is work for the learner, so it stands behind those who wait: one at a time, begun in a moment in which nobody does, where
-    there is one soon, and over time no longer than the share of queries that is to be explored.
+    It is work for the learner, so it stands behind those who wait: one at a time, and over time, that in which it gives way left
+    out, no longer than the share of queries that is to be explored. Its calls are made in a `turn` each: one by one, begun in a
+    moment in which nobody waits, for as long as that comes soon; then at once, as a query's are.
     """
 
     def __init__(
         self, share: Callable[[], float], *, idle_wait_s: float = IDLE_WAIT_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """`share` tells how many queries are to be explored now; it may block."""
-        self.explored = 0
+        self.explored = self.hurried = 0
+        """Explorations, and turns that were not waited for to the end."""
         self._ask_share, self._idle_wait_s, self._clock = share, idle_wait_s, clock
+        self._place, self._until, self._held_s = asyncio.Lock(), -1.0, 0.0
         self._share, self._look_again_s, self._rest_until_s = 0.0, -1.0, -1.0
         self._waiting = 0
         self._idle = asyncio.Event()
@@ -250,16 +255,34 @@ class Explorer:
             self._share = await asyncio.to_thread(self._ask_share)
         if random.random() >= self._share:  # noqa: S311 -- exploration, no secret
             return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._idle_wait_s):
-                await self._idle.wait()
-        began = self._clock()
+        self._until = asyncio.get_running_loop().time() + self._idle_wait_s
+        async with self.turn():
+            began, self._held_s = self._clock(), 0.0
         try:
             await explore()
         finally:
             self.explored += 1
             ended = self._clock()
-            self._rest_until_s = ended + (ended - began) * (1.0 / self._share - 1.0)
+            self._rest_until_s = ended + (ended - began - self._held_s) * (1.0 / self._share - 1.0)
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Make one explored call within this block: it begins when the one before is over and nobody waits for an answer."""
+        is_mine, asked = False, 0.0
+        try:
+            try:
+                async with asyncio.timeout_at(self._until):
+                    is_mine, asked = await self._place.acquire(), self._clock()
+                    while self._waiting:
+                        await self._idle.wait()
+                        await asyncio.sleep(QUIET_S)
+            except TimeoutError:
+                self.hurried += 1
+            self._held_s += (self._clock() - asked) * is_mine
+            yield
+        finally:
+            if is_mine:
+                self._place.release()
 
 
 class FeedbackSender:
@@ -292,19 +315,7 @@ class FeedbackSender:
             self._pending -= len(taken)
 
     def _packed(self, finished: Sequence[tuple[AnsweredQuery, str]]) -> bytes:
-        return pack_record(
-            [
-                feedback_of(
-                    one.query,
-                    one.answer,
-                    key_hash=key_hash,
-                    fingerprint=one.fingerprint,
-                    salt=self._salt,
-                    created_unix_s=one.created_unix_s,
-                )
-                for one, key_hash in finished
-            ]
-        )
+        return pack_record([feedback_of(one, key_hash=key_hash, salt=self._salt) for one, key_hash in finished])
 
     def _give_up(self, number: int, reason: str) -> None:
         before, self.given_up = self.given_up, self.given_up + number

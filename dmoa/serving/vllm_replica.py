@@ -45,12 +45,7 @@ def vllm_deployment(config: Config, llm: str, hosted: Sequence[AgentConfig], opt
 
 
 def llm_config(
-    config: Config,
-    llm: str,
-    hosted: Sequence[AgentConfig],
-    *,
-    source: str | None = None,
-    options: dict[str, Any] | None = None,
+    config: Config, llm: str, hosted: Sequence[AgentConfig], *, source: str | None = None, options: dict[str, Any] | None = None
 ) -> LLMConfig:
     """Return ray.serve.llm's configuration of an LLM; `source`: where a replica loads the weights from, if not by their name.
 

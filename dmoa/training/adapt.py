@@ -32,16 +32,7 @@ from dmoa.training.dataset import EpisodeBuilder, Episodes
 from dmoa.training.distributed import WorkerGroup
 from dmoa.training.judging import fit_judge, judged, witnesses_of_steps
 from dmoa.training.loop import Learner, TrainJob
-from dmoa.training.objective import (
-    IndexArray,
-    Scale,
-    Split,
-    TrainingData,
-    anchor_sample,
-    build_data,
-    fit_scale,
-    unroll,
-)
+from dmoa.training.objective import IndexArray, Scale, Split, TrainingData, anchor_sample, build_data, fit_scale, unroll
 from dmoa.training.options import AdaptSettings, TrainOptions
 from dmoa.training.rollouts import RolloutQuery, table_of
 from dmoa.training.trainer import FittedTargets, fit_spec
@@ -157,12 +148,7 @@ class Adapter:
         barred = () if anchor_set is None or spec.score != "anchored" else anchor_set.constant
         constant = tuple((spec.agents.index(name), 1.0) for name in barred)
         return Scale(
-            score=spec.score,
-            eta=eta,
-            anchors=spec.anchors,
-            constant=constant,
-            is_discounted=bool(constant),
-            label_model=judge,
+            score=spec.score, eta=eta, anchors=spec.anchors, constant=constant, is_discounted=bool(constant), label_model=judge
         )
 
     def _new_table(self) -> OutcomeTable | None:

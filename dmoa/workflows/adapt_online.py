@@ -210,7 +210,7 @@ def _worker(config: dict[str, OnlineJob]) -> str | None:
     from dmoa.training.online import run_online
     from dmoa.training.ray_train import world_of_worker
 
-    _stand_back()
+    stand_back()
     job, world = config["job"], world_of_worker()
     updates = run_online(job, world)
     if world.rank == 0:
@@ -221,8 +221,8 @@ def _worker(config: dict[str, OnlineJob]) -> str | None:
     return None
 
 
-def _stand_back() -> None:
-    """Take only the CPU that nothing which serves wants."""
+def stand_back() -> None:
+    """Take only the CPU that nothing which serves wants, in this thread and those that it starts."""
     os.nice(NICENESS)
     if hasattr(os, "sched_setscheduler"):
         with suppress(OSError):  # a container may forbid it

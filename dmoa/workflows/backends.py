@@ -372,14 +372,7 @@ def build_local_swarm(
     ones. Raises ConfigError, CheckpointError, ModelFetchError.
     """
     from dmoa.agents.call_cache import CachedAgents, CallStore, call_identities
-    from dmoa.agents.pool import (
-        build_encoder,
-        build_local,
-        build_other_gate,
-        build_pool_gate,
-        check_corpus,
-        check_files,
-    )
+    from dmoa.agents.pool import build_encoder, build_local, build_other_gate, build_pool_gate, check_corpus, check_files
     from dmoa.policies.registry import NamedGate
     from dmoa.routing import LocalRouter
 

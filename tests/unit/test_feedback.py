@@ -18,6 +18,7 @@ from dmoa.core.in_step import read_classes
 from dmoa.errors import ConfigError
 from dmoa.feedback import SCHEMA, Feedback, feedback_of, is_held_back, read_feedback, table_of_feedback, tenant_of, write_feedback
 from dmoa.testing import decision
+from dmoa.trace import AnsweredQuery
 from dmoa.types import AgentReply, Answer, EntropySum, Message, Query, RouteRequest, StepRecord, SummarizerRecord, TokenUsage
 
 SALT = b"salt"
@@ -71,7 +72,8 @@ def answer_of_texts(texts: Sequence[str], trace_id: str = "t1", steps: int = 1) 
 def record_of(texts: Sequence[str], *, salt: bytes = SALT, **changes: object) -> Feedback:
     answer = answer_of_texts(texts, **changes)  # type: ignore[arg-type]
     query = Query(trace_id=answer.trace_id, text=SECRET, system=SECRET)
-    return feedback_of(query, answer, key_hash="k", fingerprint="f", salt=salt, created_unix_s=7.0)
+    one = AnsweredQuery(query=query, answer=answer, fingerprint="f", created_unix_s=7.0)
+    return feedback_of(one, key_hash="k", salt=salt)
 
 
 def texts_of(record: Feedback) -> list[str]:

@@ -64,7 +64,7 @@ HEAL_EVERY = 10
 LOOK_AGAIN_S = 0.05
 """How old news may be for an ingress that decides by itself."""
 LISTEN_TIMEOUT_S = 10.0
-JUDGE_SHARE = 0.01
+JUDGE_SHARE = 0.006
 """Most of one core that judging offers takes on average: it has the process of those decisions that queries wait for."""
 MAX_PAUSE_S = 20.0
 """Longest that an offer waits for that."""
@@ -234,11 +234,15 @@ class RouterActor:
                 life, count, packed = await feedback.newest.remote(*self._heard)
         except (ValueError, RayError, TimeoutError):
             return  # it is not there yet, or comes back with its last snapshot
-        records = unpack_record(packed) if (life, count) != self._heard else []
-        is_again, self._heard = life != self._heard[0], (life, count)
+        is_again, is_new, self._heard = life != self._heard[0], (life, count) != self._heard, (life, count)
+
+        def observe() -> Change | None:  # in a thread: to read a second's records takes longer than many decisions
+            records = unpack_record(packed) if is_new else []
+            return self._adaptation.observe(records, self._local.begun, again=is_again)
+
         try:
             async with self._changing:
-                self._take(await asyncio.to_thread(self._adaptation.observe, records, self._local.begun, again=is_again))
+                self._take(await asyncio.to_thread(observe))
         except (DmoaError, OSError) as error:
             _LOG.warning("adaptation: finished queries were not read: %s", error)
 

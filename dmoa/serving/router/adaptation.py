@@ -26,32 +26,13 @@ from dmoa.checkpoint import Checkpoint
 from dmoa.config import Config
 from dmoa.core import guards
 from dmoa.core.gate import Gate
-from dmoa.core.guards import (
-    ArmComparison,
-    BoolArray,
-    ByContext,
-    Comparison,
-    RateComparison,
-    RateTest,
-    SequentialTest,
-    Verdict,
-)
+from dmoa.core.guards import ArmComparison, BoolArray, ByContext, Comparison, RateComparison, RateTest, SequentialTest, Verdict
 from dmoa.errors import CheckpointError, ConfigError
 from dmoa.feedback import MAX_CONTEXTS, Contexts, Feedback, query_part
 from dmoa.serving.router.probes import read_probes
-from dmoa.serving.router.replayed import (
-    HeldBack,
-    Reading,
-    Slice,
-    decide,
-    is_of_pool,
-    loads,
-    probabilities,
-    read_queries,
-    read_slice,
-)
+from dmoa.serving.router.replayed import HeldBack, Reading, Slice, is_of_pool, loads, probabilities, read_queries, read_slice
 from dmoa.serving.router.state import RouterState
-from dmoa.serving.router.versions import Change, GateVersions, Shadow
+from dmoa.serving.router.versions import Change, Decisions, GateVersions, Shadow, judged
 from dmoa.types import FloatArray, is_untrained
 from dmoa.validation import describe, short
 
@@ -340,13 +321,13 @@ class Adaptation:
             return self._turn_away(said, *closed), None
         self._kept.ledger = said.update
         try:
-            gate, record, shadow = self._versions.check(files, inputs)
+            gate, record, (shadow, recent) = self._versions.check(files, inputs)
         except CheckpointError as error:
             self._count("refused", ["finite"] if "NaN" in str(error) else ["checkpoint"])
             self._note("refused", "", f"update {said.update}: {error}")
             self._save()
             return self._told("refused", [str(error)]), None
-        verdicts = self._judge(gate, inputs, said)
+        verdicts = self._judge(gate, recent, said)
         failed = [verdict for verdict in verdicts if not verdict.passed]
         if failed:
             self._count("refused", [verdict.guard for verdict in failed])
@@ -389,12 +370,12 @@ class Adaptation:
         self._save()
         return self._told("refused", [words])
 
-    def _judge(self, gate: Gate, inputs: Sequence[FloatArray], said: Evidence) -> list[Verdict]:
-        """Return the verdicts of all guards that are on."""
+    def _judge(self, gate: Gate, decided: tuple[Decisions, Decisions], said: Evidence) -> list[Verdict]:
+        """Return the verdicts of all guards that are on; `decided` is what the gate and the current one did lately."""
         current, agents, bounds = self._versions.gate, self._versions.gate.spec.agents, self._guards
         replay = read_slice(self._held.records(), current)
-        new, old = ([*decide(one, inputs), *decide(one, replay.inputs)] for one in (gate, current))
-        split, count, slack = len(inputs), len(agents), 2.0 if said.shift else 1.0
+        new, old = ([*some, *judged(one, replay.inputs)] for one, some in zip((gate, current), decided, strict=True))
+        split, count, slack = len(decided[0]), len(agents), 2.0 if said.shift else 1.0
         weights = {name: tensor.numpy() for name, tensor in gate.state_dict().items()}
         verdicts = [guards.finite(weights)]
         recent = [probabilities(some[: split or None], count) for some in (new, old)]  # right after a start: the replayed

@@ -16,7 +16,8 @@ from dmoa.core.gate import Gate
 from dmoa.core.guards import Verdict
 from dmoa.errors import ConfigError
 from dmoa.reading import read_bounded, read_json
-from dmoa.serving.router.replayed import decide, loads
+from dmoa.serving.router.replayed import loads
+from dmoa.serving.router.versions import judged
 from dmoa.types import FloatArray
 
 
@@ -36,7 +37,7 @@ class Probes:
                 f"router.guards.known_answers is {self.place!r}: inputs are not {current.spec.input_dim} wide; write it anew"
             )
         right_RA = np.array([[one.get(name, 0.5) for name in agents] for one in self.right])
-        new_RA, old_RA = (loads(decide(one, self.inputs), len(agents)) for one in (gate, current))
+        new_RA, old_RA = (loads(judged(one, self.inputs), len(agents)) for one in (gate, current))
         verdict = guards.not_worse(
             "known_answers", ((old_RA - new_RA) * right_RA).sum(axis=1), margin=margin, error_rate=error_rate
         )

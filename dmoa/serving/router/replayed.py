@@ -20,12 +20,10 @@ from dmoa.core.aggregate import is_cut
 from dmoa.core.gate import Gate
 from dmoa.core.guards import Array, IntArray
 from dmoa.core.in_step import context_part, read_classes
-from dmoa.core.inference import Decider
 from dmoa.core.scores import score
 from dmoa.core.witnesses import NOT_ASKED, Witnesses
 from dmoa.feedback import Contexts, Feedback, is_held_back, query_part, tenant_of
-from dmoa.serving.router.versions import JUDGED_ROWS
-from dmoa.types import AgentReply, FloatArray, RouteDecision, RouteRequest, StepRecord
+from dmoa.types import AgentReply, FloatArray, RouteDecision, StepRecord
 
 MAX_HELD = 512
 """Queries that are held back at a time, evenly over keys and contexts."""
@@ -149,11 +147,6 @@ def _expected(value_RA: Array, context_R: IntArray, num_agents: int) -> Array:
     return filled
 
 
-def decide(gate: Gate, inputs: Sequence[FloatArray]) -> list[RouteDecision]:
-    """Return what a gate decides of first steps. Raises RoutingError."""
-    return Decider(gate, "judged", batch_size=JUDGED_ROWS).decide([RouteRequest(input_X=input_X) for input_X in inputs])
-
-
 def probabilities(decisions: Sequence[RouteDecision], num_agents: int) -> npt.NDArray[np.float32]:
     """Return the routing probabilities [R, A]."""
     return np.stack([one.probability_A for one in decisions]) if decisions else np.zeros((0, num_agents), np.float32)
@@ -201,11 +194,10 @@ def _reading(record: Feedback, right_A: Array, agents: Sequence[str]) -> Reading
     given = [float(right_A[a]) for a, name in enumerate(agents) if name in said and math.isfinite(right_A[a])]
     active = [float(right_A[a]) for a, name in enumerate(agents) if name in step.active and math.isfinite(right_A[a])]
     known = given or active
-    tokens = answer.usage.prompt_tokens + answer.usage.completion_tokens
     return Reading(
         quality=1.0 - max(known) if known else math.nan,
         failures=float(answer.degraded or not any(reply.status == "ok" for reply in step.replies)),
-        tokens=math.log(max(tokens, 1), 4),
+        tokens=math.log(max(answer.usage.total, 1), 4),
         latency=math.log(max(answer.wall_ms, 1.0), 4),
     )
 

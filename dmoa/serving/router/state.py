@@ -136,7 +136,7 @@ class RouterState:
     def save(self, state: dict[str, Any], name: str = "state.json") -> None:
         """Keep the state: current version, history, fingerprint; under another name that of adaptation. Raises OSError."""
         serial = self._serials.get(name, 0) + 1
-        data = json.dumps({**state, _SERIAL: serial}, indent=2).encode()
+        data = json.dumps({**state, _SERIAL: serial}).encode()
         for place in (name, name + _LAST):
             self._put(place, data)
         self._serials[name] = serial

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -50,8 +51,14 @@ class Shadow(BaseModel):
     """Share of the inputs on which each agent is the most probable; agents without any are left out."""
 
 
-def shadow_check(gate: Gate, version: str, current: Gate, inputs: Sequence[FloatArray]) -> Shadow:
+Decisions = list[RouteDecision]
+Shadowed = tuple[Shadow, tuple[Decisions, Decisions]]
+
+
+def shadow_check(gate: Gate, version: str, current: Gate, inputs: Sequence[FloatArray]) -> Shadowed:
     """Let a gate decide recent inputs [X] beside the current one, whose input width is the same, and say what comes out.
+
+    Returns what both decided too, the gate's first.
 
     Every input is decided twice: as a first step, and as a second from the hidden state that the first left; made-up
     inputs are tried too. Raises CheckpointError where weights or a decision are not finite or not valid. That all inputs go
@@ -64,16 +71,17 @@ def shadow_check(gate: Gate, version: str, current: Gate, inputs: Sequence[Float
             )
     decisions = _decide(gate, version, [*inputs, *_made_up(gate.spec.input_dim)])[: len(inputs)]
     if not inputs:
-        return Shadow(inputs=0, same_first=None, mean_k=None, first={})
-    before = _decide(current, "current", inputs)
+        return Shadow(inputs=0, same_first=None, mean_k=None, first={}), ([], [])
+    before = judged(current, inputs)
     first = Counter(_first(decision) for decision in decisions)
     same = sum(_first(new) == _first(old) for new, old in zip(decisions, before, strict=True))
-    return Shadow(
+    shadow = Shadow(
         inputs=len(inputs),
         same_first=same / len(inputs),
         mean_k=sum(decision.k for decision in decisions) / len(inputs),
         first={name: count / len(inputs) for name, count in first.most_common()},
     )
+    return shadow, (decisions, before)
 
 
 def _made_up(input_dim: int) -> list[FloatArray]:
@@ -82,16 +90,29 @@ def _made_up(input_dim: int) -> list[FloatArray]:
     return [np.zeros(input_dim, np.float32), np.asarray(row_X / np.linalg.norm(row_X), dtype=np.float32)]
 
 
-def _decide(gate: Gate, version: str, inputs: Sequence[FloatArray]) -> list[RouteDecision]:
-    """Return the first steps' decisions, after a check of them and of the second steps'."""
-    decider = Decider(gate, version, batch_size=JUDGED_ROWS)
+@lru_cache(maxsize=2)
+def _judging(gate: Gate) -> Decider:
+    return Decider(gate, "judged", batch_size=JUDGED_ROWS)
+
+
+def judged(gate: Gate, inputs: Sequence[FloatArray], before: Decisions | None = None, *, version: str = "current") -> Decisions:
+    """Return what a gate decides of first steps [X], or of second ones after those `before`. Raises CheckpointError.
+
+    The two gates of the last comparison are kept ready: one of them is in the next. Not for two threads at once.
+    """
+    states = [None] * len(inputs) if before is None else [one.hidden_H for one in before]
+    decider = _judging(gate)
+    decider.version = version
     try:
-        first = decider.decide([RouteRequest(input_X=input_X) for input_X in inputs])
-        second = decider.decide(
-            [RouteRequest(input_X=input_X, hidden_H=one.hidden_H) for input_X, one in zip(inputs, first, strict=True)]
-        )
+        return decider.decide([RouteRequest(input_X=x, hidden_H=h) for x, h in zip(inputs, states, strict=True)])
     except RoutingError as error:
         raise CheckpointError(f"gate {version}: shadow check: {error}") from error
+
+
+def _decide(gate: Gate, version: str, inputs: Sequence[FloatArray]) -> Decisions:
+    """Return the first steps' decisions, after a check of them and of the second steps'."""
+    first = judged(gate, inputs, version=version)
+    second = judged(gate, inputs, first, version=version)
     for decision in (*first, *second):
         _check(decision, version)
     return first
@@ -243,11 +264,11 @@ class GateVersions:
         Raises CheckpointError for files that are damaged, of another pool, of other sizes, or that fail the shadow check:
         then nothing has changed.
         """
-        gate, record, shadow = self.check(files, inputs)
+        gate, record, (shadow, _) = self.check(files, inputs)
         return self._change(gate, record, "install", note, shadow)
 
-    def check(self, files: Mapping[str, bytes], inputs: Sequence[FloatArray]) -> tuple[Gate, Checkpoint, Shadow]:
-        """Return the gate in the files of a checkpoint, and what it would do. Raises CheckpointError as `install`."""
+    def check(self, files: Mapping[str, bytes], inputs: Sequence[FloatArray]) -> tuple[Gate, Checkpoint, Shadowed]:
+        """Return the gate in the files of a checkpoint, and its `shadow_check`. Raises CheckpointError as `install`."""
         gate, record = fit_gate(self._config, *read_files(files, "the checkpoint"))
         if gate.spec.input_dim != self.gate.spec.input_dim:
             raise CheckpointError(

@@ -20,6 +20,7 @@ from dmoa.protocols import final_answer
 from dmoa.serving.feedback import FeedbackStore, buffer_of
 from dmoa.serving.feedback_buffer import KeptOutcome
 from dmoa.testing import AGENTS, decision, domain_rows, scripted_pool, scripted_pool_yaml
+from dmoa.trace import AnsweredQuery
 from dmoa.training.collect import RolloutAsking, query_of_rollout
 from dmoa.training.outcomes import credit_replies, read_outcomes
 from dmoa.training.rollouts import RolloutQuery, read_manifest, read_table, table_of
@@ -85,9 +86,8 @@ def save(place: Path, config: Config, *, everybody: bool = True, of_pool: str | 
     for number, row in enumerate(rows):
         answer = answered(number, row, everybody=everybody)
         query = Query(trace_id=answer.trace_id, text="What is a zebra?")
-        record = feedback_of(
-            query, answer, key_hash="k", fingerprint=of_pool or fingerprint(config), salt=b"s", created_unix_s=7.0
-        )
+        one = AnsweredQuery(query=query, answer=answer, fingerprint=of_pool or fingerprint(config), created_unix_s=7.0)
+        record = feedback_of(one, key_hash="k", salt=b"s")
         buffer.put(record)
         if number % 3 == 0:  # agent one is right there
             outcome = KeptOutcome(trace_id=answer.trace_id, agent=None, step=None, reward=1.0, source=SOURCE)

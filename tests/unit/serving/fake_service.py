@@ -217,11 +217,11 @@ class FakeService:
         return None
 
     def record(self, answered: AnsweredQuery, key_hash: str) -> None:
-        query, answer = answered.query, answered.answer
+        query = answered.query
         known = {"key_hash": key_hash, "user": answered.user, "metadata": answered.metadata}
         self.recorded.append({"trace_id": query.trace_id} | known)
         self.stored.append(answered.is_stored)
-        self.buffer.put(feedback_of(query, answer, key_hash=key_hash, fingerprint="f", salt=b"s", created_unix_s=time.time()))
+        self.buffer.put(feedback_of(answered, key_hash=key_hash, salt=b"s"))
 
     async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:
         return check_said(self.buffer.judge(tenant_of(key_hash), outcome, time.time()), outcome)

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
+from dmoa.agents.embedder import HashEncoder
+from dmoa.agents.pool import build_pool_gate
+from dmoa.config import Config
+from dmoa.protocols import Turn
+from dmoa.routing import LocalRouter
 from dmoa.serving.feedback import Explorer
+from dmoa.swarm import Swarm
+from dmoa.testing import FakeAgents, Say
+from dmoa.types import AgentCall, AgentReply, Answer, Limits, Query, StepRecord
 
 
 @dataclass
@@ -103,3 +113,149 @@ async def test_one_at_a_time_and_none_where_none_is_wanted() -> None:
     never.offer(slow(3))
     await quiet(never)
     assert begun == [1]
+
+
+@dataclass
+class Exploration:
+    """A dense query to four scripted agents, whose calls end when they are let go; the clock goes on one second a call."""
+
+    explorer: Explorer
+    clock: Clock
+    turn: Turn | None = None
+    """None: the explorer's."""
+    llm: bool = False
+    """Whether the summarizer is an agent, too."""
+    begun: list[str] = field(default_factory=list)
+    running: set[str] = field(default_factory=set)
+    most: int = 0
+    """Calls that ran at a time."""
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    answers: list[Answer] = field(default_factory=list)
+
+    async def __call__(self) -> None:
+        swarm = self._swarm()
+        asked = Query(trace_id="t", text="12 + 7?", limits=Limits(max_steps=2), is_streamed=False)
+        self.answers += [event async for event in swarm.ask(asked, "exploring") if isinstance(event, Answer)]
+
+    def _swarm(self) -> Swarm:
+        names = ("one", "two", "three", "four")
+        config = Config.model_validate(
+            {
+                "name": "pool",
+                "llms": {"tiny": {"model": "scripted:x", "engine": "scripted"}},
+                "agents": [{"name": name, "llm": "tiny", "profile": f"You are {name}."} for name in names],
+                "gate": {"hidden": 8, "activation": {"rule": "fixed", "max_agents": 1 + self.llm}},
+                "summarizer": {"mode": "llm", "llm": "tiny"} if self.llm else {},
+            }
+        )
+        gate, record = build_pool_gate(config)
+        router, agents = LocalRouter(), _Slow(self)
+        router.install(record.version, gate)
+        return Swarm(config, agents=agents, router=router, encoder=HashEncoder(), turn=self.turn or self.explorer.turn)
+
+
+class _Slow(FakeAgents):
+    def __init__(self, of: Exploration) -> None:
+        names = ("one", "two", "three", "four", "summarizer")
+        super().__init__({name: Say(text=f"It is {number}.", nats=0.5) for number, name in enumerate(names)})
+        self._of = of
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        of, name = self._of, f"{call.agent}/{call.step}"
+        of.begun.append(name)
+        of.running.add(name)
+        of.most = max(of.most, len(of.running))
+        await of.go_on.wait()
+        await asyncio.sleep(0)
+        of.clock.now += 1.0
+        of.running.discard(name)
+        return await super().call(call)
+
+
+def steps_of(answer: Answer) -> list[tuple[object, ...]]:
+    """What a rollout records of each step, times left out."""
+
+    def shown(step: StepRecord) -> tuple[object, ...]:
+        assert step.decision is not None
+        replies = sorted((replace(reply, latency_ms=0.0, sent_unix_s=0.0) for reply in step.replies), key=lambda one: one.agent)
+        return replies, step.active, sorted(step.explored), step.summary, step.decision.ranking, step.decision.gate_version
+
+    return [shown(step) for step in answer.steps]
+
+
+async def test_a_query_that_comes_in_between_meets_one_explored_call_and_no_other_begins() -> None:
+    clock = Clock()
+    explorer = Explorer(lambda: 1.0, idle_wait_s=30.0, clock=clock)
+    explored = Exploration(explorer, clock)
+    explorer.offer(explored)
+    await until(lambda: len(explored.begun) == 1)
+    with explorer.answering():
+        explored.go_on.set()
+        await until(lambda: not explored.running)
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert len(explored.begun) == 1, "a call began while a query was answered"
+        before = time.time()
+    await quiet(explorer)
+    sent_unix_s = [reply.sent_unix_s for step in explored.answers[0].steps for reply in step.replies]
+    assert sorted(one >= before for one in sent_unix_s) == [False] + 7 * [True], "what a call waited for is no part of it"
+    assert (explored.most, len(explored.begun), explorer.hurried) == (1, 8, 0), "four agents in each of two steps, one by one"
+
+
+async def test_one_by_one_the_same_is_recorded_as_all_at_once() -> None:
+    clock = Clock()
+    explorer = Explorer(lambda: 1.0, clock=clock)
+    one_by_one = Exploration(explorer, clock)
+    at_once = Exploration(explorer, clock, turn=nullcontext)
+    for explored in (one_by_one, at_once):
+        explored.go_on.set()
+        explorer.offer(explored)
+        await quiet(explorer)
+        clock.now += 1.0
+    assert (one_by_one.most, at_once.most) == (1, 4)
+    assert steps_of(one_by_one.answers[0]) == steps_of(at_once.answers[0])
+    assert {chance for step in one_by_one.answers[0].steps for _, chance in step.explored} == {1.0}
+
+
+async def test_a_summarizer_that_is_an_agent_gives_way_too() -> None:
+    clock = Clock()
+    explorer = Explorer(lambda: 1.0, idle_wait_s=30.0, clock=clock)
+    explored = Exploration(explorer, clock, llm=True)
+    explored.go_on.set()
+    explorer.offer(explored)
+    await until(lambda: len(explored.begun) == 4)
+    with explorer.answering():
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert explored.begun[4:] == []
+    await quiet(explorer)
+    assert explored.begun[4] == "summarizer/0"
+
+
+async def test_among_queries_that_never_end_it_goes_on_after_a_while_and_says_so() -> None:
+    clock = Clock()
+    explorer = Explorer(lambda: 1.0, idle_wait_s=0.01, clock=clock)
+    explored = Exploration(explorer, clock)
+    explored.go_on.set()
+    with explorer.answering():
+        explorer.offer(explored)
+        await quiet(explorer)
+    assert (len(explored.begun), explorer.hurried) == (8, 9), "the beginning itself, and the calls of two steps"
+
+
+async def test_the_time_in_which_it_gives_way_is_not_of_its_share() -> None:
+    clock = Clock()
+    explorer = Explorer(lambda: 0.5, idle_wait_s=30.0, clock=clock)
+    explored = Exploration(explorer, clock)
+    while not explored.begun:  # one draw in two
+        explorer.offer(explored)
+        await until(lambda: bool(explorer._task is None or explored.begun))
+    with explorer.answering():
+        explored.go_on.set()
+        await until(lambda: not explored.running)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        clock.now += 100.0
+    await quiet(explorer)
+    assert clock.now == 108.0
+    assert explorer._rest_until_s == 116.0, "eight seconds of calls, and as long a rest"
