@@ -3,8 +3,8 @@
 Two apps with the same pool on one Ray, one with `router.adaptation: on`. They are measured in short turns, at the same moments
 (one in every interval, by chance within it, at 60 % of what the app without adaptation answers when eight ask in turn) with the
 same questions; a gate is offered to the adapting one as often as its router takes them, every two seconds at most, so that guards
-run and trials with them, and it explores. The learner itself does not run: it takes what CPU is idle, and of that its share. A
-turn is a number of seconds, so the length of the whole is known before.
+run and trials with them, and it explores. The learner itself does not run: it takes what CPU is idle, and of that its share; what
+offers in its place stands back as it does. A turn is a number of seconds, so the length of the whole is known before.
 
 Many short turns, and moments that are spread evenly: the queues of a Poisson process differ more from turn to turn than what is
 measured, and their noise was ten times the bar.

@@ -41,14 +41,7 @@ def query_of_task(task: Task, policy: str, asking: Asking) -> Query:
     if matched:
         lowered: dict[str, Any] = {name: min(getattr(limits, name) or amount, amount) for name, amount in matched.items()}
         limits = replace(limits, within_steps=True, **lowered)
-    return Query(
-        trace_id=digest[:32],
-        query_id=task.row_id,
-        text=task.text,
-        limits=limits,
-        stages=task.stages,
-        is_streamed=False,
-    )
+    return Query(trace_id=digest[:32], query_id=task.row_id, text=task.text, limits=limits, stages=task.stages, is_streamed=False)
 
 
 def answered(task: Task, policy: str, answer: Answer) -> Answered:

@@ -233,6 +233,7 @@ class SwarmIngress:
         deadline_s = None if query.limits.deadline_s is None else query.limits.deadline_s + IDLE_WAIT_S  # it gives way meanwhile
         limits = replace(query.limits, deadline_s=deadline_s, quorum=None, hedge_after_ms=None)  # nobody waits, as in rollouts
         again = replace(query, trace_id=secrets.token_hex(16), epsilon=None, limits=limits, is_streamed=False)
+        hurried = self._explorer.hurried
         try:
             async with aclosing(self._exploring.ask(again, "exploring")) as events:
                 async for event in events:
@@ -241,6 +242,7 @@ class SwarmIngress:
                         await self._record(explored, key_hash)
         except DmoaError as error:
             _LOG.info("exploring query %s: %s", query.trace_id, error)
+        self._metrics.count_hurried(self._explorer.hurried - hurried)
 
     async def judge(self, outcome: KeptOutcome, key_hash: str) -> Said:
         """Keep what the key that made a query says of it. Raises RequestError."""

@@ -26,7 +26,8 @@ class QueryMetrics:
         self._tokens = ray_metrics.Counter("dmoa_tokens", "Tokens of agents and summarizer.", ("pool", "kind"))
         self._latency = ray_metrics.Histogram("dmoa_query_latency_ms", "Wall time of a query.", _LATENCY_MS, ("pool", "policy"))
         self._steps = ray_metrics.Histogram("dmoa_query_steps", "Steps of a query.", [1, 2, 3, 5, 10, 20], ("pool", "policy"))
-        for metric in (self._queries, self._calls, self._tokens, self._latency, self._steps):
+        self._hurried = ray_metrics.Counter("dmoa_hurried_calls", "Explored calls that gave way to queries no longer.", ("pool",))
+        for metric in (self._queries, self._calls, self._tokens, self._latency, self._steps, self._hurried):
             metric.set_default_tags(tags)
 
     def count(self, answer: Answer) -> None:
@@ -41,6 +42,11 @@ class QueryMetrics:
         for kind, tokens in (("prompt", usage.prompt_tokens), ("completion", usage.completion_tokens)):
             if tokens:
                 self._tokens.inc(tokens, {"kind": kind})
+
+    def count_hurried(self, calls: int) -> None:
+        """Count explored calls that were made while somebody waited."""
+        if calls:
+            self._hurried.inc(calls)
 
 
 def exposition(status: RouterStatus | None) -> str:
