@@ -259,3 +259,21 @@ async def test_the_time_in_which_it_gives_way_is_not_of_its_share() -> None:
     await quiet(explorer)
     assert clock.now == 108.0
     assert explorer._rest_until_s == 116.0, "eight seconds of calls, and as long a rest"
+
+
+async def test_a_call_that_is_given_up_while_it_waits_leaves_its_place_to_the_next() -> None:
+    clock = Clock()
+    explorer = Explorer(lambda: 1.0, idle_wait_s=30.0, clock=clock)
+    explorer._until = asyncio.get_running_loop().time() + 30.0
+
+    async def call() -> None:
+        async with explorer.turn():
+            pass
+
+    with explorer.answering():
+        given_up = asyncio.create_task(call())
+        await until(explorer._place.locked)
+        given_up.cancel()
+        await asyncio.wait({given_up})
+    await call()
+    assert (given_up.cancelled(), explorer.hurried) == (True, 0)
