@@ -146,7 +146,7 @@ def measured_policies(folder: Path, name: str, per_suite: int, longer_rows: int)
         for policy, spelt in first_policies(config, labels).items():
             yield policy, asked.measured(policy, spelt, len(test.rows))
         for policy, one in longer_policies(config, labels[0]).items() if longer_rows else ():
-            is_one_call = POLICIES[split_policy(policy)[0]].cost == "1"
+            is_one_call = POLICIES[split_policy(one)[0]].cost == "1"
             for rows in looks(len(test.rows) if is_one_call else longer_rows, len(test.rows)):
                 measured = asked.measured(policy, (one,), rows)
                 if is_worse(measured, gates[DMOA]):
