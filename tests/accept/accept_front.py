@@ -27,7 +27,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
-from tests.accept.checks import run_check
+from tests.accept.checks import run_check, wait_ready
 from tests.cluster.swaps import POOL, write_pool
 from tests.integration.server import Served, serve
 
@@ -313,6 +313,7 @@ async def drain(pool: Pool) -> dict[str, Any]:
 async def check(folder: Path, seconds: float) -> dict[str, Any]:
     """Serve, and judge one item after the other."""
     served = serve(write_pool(folder, POOL.replace("max_steps: 4", f"max_steps: 4, max_queued_requests: {PLACES}")))
+    wait_ready(served)
     pool = Pool(served)
     found: dict[str, Any] = {"agents": "scripted: no figure speaks of a model", "load_before": psutil.getloadavg()[0]}
     try:

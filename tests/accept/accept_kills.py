@@ -27,14 +27,14 @@ from openai import AsyncOpenAI, OpenAIError
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, `tests` is not importable by itself
 
-from tests.accept.checks import run_check
+from tests.accept.checks import INGRESS, run_check, wait_ready
 from tests.cluster.swaps import write_pool
 from tests.integration.server import Served, serve
 
 QUERIES, QUIET, IN_FLIGHT = 300, 60, 8
 KILLS = ("replica", "router", "replica", "replica", "proxy", "replica", "ingress", "router", "replica", "replica")
 TITLES = {"replica": "ray::ServeReplica:dmoa:agent-", "router": "ray::RouterActor", "proxy": "ray::ProxyActor"}
-TITLES["ingress"] = "ray::ServeReplica:dmoa:ingress"
+TITLES["ingress"] = INGRESS
 RETRYABLE = (408, 409, 429, 500, 502, 503, 504)
 BACK_S, FACTOR = 20.0, 3.0
 SLOW_S, MAX_SLOW = 0.7, 60
@@ -238,16 +238,6 @@ async def under_kills(served: Served, seed: int, loading: Coroutine[Any, Any, Le
         "judged": judged,
         "passed": all(judged.values()),
     }
-
-
-def wait_ready(served: Served, patience_s: float = 60.0) -> None:
-    """Return once the ingress could decide by itself: to import what that takes slows what it does meanwhile."""
-    (ingress,) = served.processes(TITLES["ingress"])
-    until = time.monotonic() + patience_s
-    while time.monotonic() < until:
-        is_loaded = any("libtorch_python" in one.path for one in ingress.memory_maps())
-        if ingress.cpu_percent(interval=0.5) < 20.0 and is_loaded:
-            return
 
 
 async def check(folder: Path, seed: int) -> dict[str, Any]:

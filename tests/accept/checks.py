@@ -14,14 +14,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dmoa.agents.pool import vllm_builds
+from tests.integration.server import Served
 
 ROOT = Path(__file__).parents[2]
 DMOA = str(Path(sys.executable).with_name("dmoa"))
+INGRESS = "ray::ServeReplica:dmoa:ingress"
+"""Title of an ingress's process."""
 ROWS = Path(os.environ.get("DMOA_BENCHMARK_ROWS", ROOT.parent / "shared" / "benchmarks"))
 
 
@@ -64,3 +68,13 @@ def need_vllm() -> None:
     if len(vllm_builds()) != 1:
         print("vLLM is not installed; run `make test-vllm` first", file=sys.stderr)
         raise SystemExit(3)
+
+
+def wait_ready(served: Served, patience_s: float = 60.0) -> None:
+    """Return once the ingress could decide by itself: to import what that takes slows what it does meanwhile."""
+    (ingress,) = served.processes(INGRESS)
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until:
+        is_loaded = any("libtorch_python" in one.path for one in ingress.memory_maps())
+        if ingress.cpu_percent(interval=0.5) < 20.0 and is_loaded:
+            return
