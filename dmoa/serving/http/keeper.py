@@ -116,6 +116,8 @@ class PortKeeper:
         self._is_over = True
         self._writer.send(b"!")
         self._thread.join()
+        self._reader.close()  # not by the thread, which may have seen that it is over before it was woken
+        self._writer.close()
 
     def _run(self) -> None:
         while not self._is_over:
@@ -130,7 +132,7 @@ class PortKeeper:
                 self._end(guest)
         copies = [copy for proxy in self._proxies.values() for copy in proxy.copies.values()]
         own = [self._port] if self._port else []
-        for one in (*own, *copies, *self._idle, *self._guests, *self._proxies, self._door, self._reader, self._writer):
+        for one in (*own, *copies, *self._idle, *self._guests, *self._proxies, self._door):
             one.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 

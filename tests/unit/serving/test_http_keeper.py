@@ -7,6 +7,7 @@ import multiprocessing
 import socket
 from collections.abc import AsyncIterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -119,6 +120,16 @@ async def answered(client: Client) -> tuple[int, bytes]:
         head = (await client.reader.readuntil(b"\r\n\r\n")).decode()
         length = next(line for line in head.splitlines() if line.startswith("content-length: ")).split(": ")[1]
         return int(head.split()[1]), await client.reader.readexactly(int(length))
+
+
+def test_a_keeper_whose_thread_saw_first_that_it_is_over_can_be_closed() -> None:
+    """What woke the thread between the word that it is over and the wake-up for it: a client, say."""
+    keeper = PortKeeper()
+    keeper._is_over = True
+    keeper._writer.send(b"!")
+    keeper._thread.join(10)
+    keeper.close()
+    assert not Path(keeper.path).exists()
 
 
 async def test_a_killed_server_loses_no_connection(kept: Kept) -> None:
