@@ -23,6 +23,8 @@ _FEWEST = 3
 """Fewer contributions have no majority and no outlier."""
 _FARTHEST = 3.5
 """Modified z-score beyond which an entropy is an outlier (Iglewicz and Hoaglin 1993)."""
+_LEAST_SPREAD, _LEAST_NATS = 0.05, 1e-3
+"""Deviation that counts as usual where most entropies are alike: a share of the median, and the least of it."""
 _MOST_HALVES = 256
 """Halves that are looked at; of more contributions than 10 as many are drawn."""
 _NORMAL = 0.6745
@@ -94,9 +96,8 @@ def _without_outliers(replies: Sequence[AgentReply]) -> tuple[AgentReply, ...]:
     if len(known) < _FEWEST:
         return tuple(replies)
     middle = statistics.median(known)
-    spread = statistics.median(abs(nats - middle) for nats in known)
-    if not spread:
-        return tuple(replies)
+    # Where most are alike the median deviation is 0, and any other would be infinitely far away.
+    spread = statistics.median(abs(nats - middle) for nats in known) or max(_LEAST_SPREAD * middle, _LEAST_NATS)
     return tuple(
         reply
         for reply in replies

@@ -43,7 +43,7 @@ class Judged(BaseModel):
 @lru_cache(maxsize=8)
 def _read(path: Path, changed_ns: int) -> tuple[Judged, ...]:
     found = []
-    for number, line in enumerate(read_bounded(path, most=1 << 28).decode().splitlines(), 1):
+    for number, line in enumerate(read_bounded(path, most=1 << 28).decode().split("\n"), 1):
         if line.strip():
             try:
                 found.append(Judged.model_validate_json(line))
@@ -52,16 +52,22 @@ def _read(path: Path, changed_ns: int) -> tuple[Judged, ...]:
     return tuple(found)
 
 
-def judged_of(data: str) -> tuple[int, tuple[Judged, ...]]:
-    """Return when a file changed, and its judged replies, read once. Raises RequestError naming file and line."""
+def judged_of(data: str, agents: Sequence[str]) -> tuple[int, tuple[Judged, ...]]:
+    """Return when a file changed, and its judged replies, read once.
+
+    Raises RequestError naming file and line, and where no line is of one of the agents that take part.
+    """
     path = Path(data).expanduser().absolute()
     try:
         changed_ns = path.stat().st_mtime_ns
         rows = _read(path, changed_ns)
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"policy: data: cannot read {data!r}: {error}; give a file of JSON Lines") from error
-    if not rows:
-        raise RequestError(f"policy: data: {data!r} has no line; give judged replies")
+    if not any(row.agent in agents for row in rows):
+        seen = f"judges {', '.join(list(dict.fromkeys(row.agent for row in rows))[:8])}" if rows else "has no line"
+        raise RequestError(
+            f"policy: data: {data!r} {seen}; expected replies of {', '.join(agents)}; name agents as the pool does"
+        )
     return changed_ns, rows
 
 
@@ -135,7 +141,7 @@ class BanditRouter(_Ranked):
 
     async def _scores(self, state: QueryState) -> Sequence[float]:
         options: BanditOptions = self._context.options
-        _, rows = judged_of(options.data)
+        _, rows = judged_of(options.data, self._agents)
         rewards = [[row.reward for row in rows if row.agent == name] for name in self._agents]
         if options.rule == "ucb":
             total = sum(map(len, rewards))
@@ -161,7 +167,7 @@ async def fitted_to_labels(context: PolicyContext, name: str, fit: Callable[[Flo
     Of several rewards of one reply the mean counts. It is fitted when it is asked for first, and kept as long as the encoder is.
     """
     options, encoder = context.options, context.encoder
-    changed_ns, rows = judged_of(options.data)
+    changed_ns, rows = judged_of(options.data, options.agents)
     known = _FITTED.setdefault(encoder, {})
     key = (name, options, changed_ns)
     if key not in known:

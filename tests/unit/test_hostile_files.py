@@ -75,7 +75,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "run": ("run.json", lambda path: read_record(path, RunInfo)),
     "rows": ("rows.jsonl", hash_file),
     "curves": ("metrics.jsonl", lambda path: list(offsets(path))),
-    "judged replies": ("judged.jsonl", lambda path: judged_of(str(path))),
+    "judged replies": ("judged.jsonl", lambda path: judged_of(str(path), ("a",))),
     "known answers": ("known.jsonl", lambda path: read_probes(str(path))),
     "labels": (LABELS, lambda path: list(read_labels(path.parent))),
 }

@@ -58,7 +58,9 @@ def test_answers_decide_who_is_read(defence: Defence, answers: tuple[str, ...], 
     [
         ((1.0, 1.1, 0.9, 0.001), "abc"),  # median 0.95, deviations 0.05, 0.15, 0.05, 0.949: 0.6745 x 0.949 / 0.1 is 6.4
         ((1.0, 1.1, 0.9, 0.7), "abcd"),  # 0.6745 x 0.25 / 0.1 is 1.7
-        ((1.0, 1.0, 1.0, 0.0), "abcd"),  # no spread to measure by
+        ((1.0, 1.0, 1.0, 0.0), "abc"),  # most are alike: a twentieth of the median, 0.6745 x 1 / 0.05 is 13.5
+        ((1.0, 1.0, 1.0, 0.9), "abcd"),  # 0.6745 x 0.1 / 0.05 is 1.3
+        ((0.0, 0.0, 0.0, 0.004), "abcd"),  # 0.6745 x 0.004 / 0.001 is 2.7
         ((1.0, 0.0), "ab"),
     ],
 )

@@ -80,13 +80,32 @@ async def test_the_random_router_is_even_and_repeats() -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "has no line"), ('{"query": "x", "agent": "a", "reward": 2}\n', "line 1: reward is 2"), (None, "cannot read")],
+    [
+        ("", "has no line"),
+        ('{"query": "x", "agent": "a", "reward": 2}\n', "line 1: reward is 2"),
+        ('{"query": "x", "agent": "GPT-4o", "reward": 1}\n', "judges GPT-4o; expected replies of a, b, c, d; name agents as"),
+        (None, "cannot read"),
+    ],
 )
 async def test_a_file_that_cannot_be_is_refused_by_name(text: str | None, said: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "r.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(RequestError, match=said):
         await chosen(f"knn_router:data={tmp_path / 'r.jsonl'}", "q")
+
+
+@pytest.mark.parametrize("policy", ["bandit:data", "knapsack:gpus=9:rewards"])
+async def test_rewards_of_others_alone_are_refused_and_signs_that_look_like_line_ends_end_no_line(
+    policy: str, tmp_path: Path
+) -> None:
+    data = tmp_path / "r.jsonl"
+    line = json.dumps({"query": "x \u2028 y \x85 z", "agent": "b", "reward": 1}, ensure_ascii=False)
+    data.write_text(f"{line}\r\n{line}\n", encoding="utf-8")
+    plan = await build_policy(split_policy(policy)[0], context_of(f"{policy}={data}")).next_step(state_of(query("x")))
+    assert isinstance(plan, StepPlan)
+    data.write_text(line.replace('"b"', '"B"'), encoding="utf-8")
+    with pytest.raises(RequestError, match="judges B; expected replies of a, b, c, d"):
+        await build_policy(split_policy(policy)[0], context_of(f"{policy}={data}")).next_step(state_of(query("x")))
 
 
 def test_a_router_without_its_file_is_refused() -> None:
