@@ -30,6 +30,8 @@ MAX_OWN_BYTES = 1 << 30
 MAX_PARTS = 2_000_000
 """Lists and objects of one JSON text; as many as log-probabilities of a reply of 45,000 tokens. Empty ones take two bytes each
 in the text, and some hundred in memory."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""What some editors begin a file with."""
 _PIPE_S = 10.0
 """How long a pipe may take to deliver a file."""
 _TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)

@@ -33,6 +33,7 @@ from dmoa.core.reasoning import split_reasoning
 from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.engines.thoughts import placed_split
 from dmoa.errors import EngineError
+from dmoa.reading import BYTE_ORDER_MARK
 from dmoa.types import EntropySum, FinalCall, FinishReason, Generation, TextDelta, TokenUsage, ToolCall
 from dmoa.validation import REDACTED, findings
 
@@ -55,7 +56,6 @@ _CALLED = re.compile(r"toolcalls?|tooluse|functioncall")
 _FILTERED = re.compile(r"contentfilter(?:ed)?|safety|recitation|blocklist|prohibitedcontent|sensitive")
 _MIN_KEY_CHARS = 12
 _DONE = "[DONE]"
-_BOM = b"\xef\xbb\xbf"
 
 
 def _or_none(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -177,10 +177,9 @@ class _Usage(_Part):
 
     @property
     def generated_tokens(self) -> int:
-        """Tokens of thought and text; some endpoints leave those of the thought out of completion_tokens."""
-        thought, said = self.reasoning_tokens or 0, self.completion_tokens
-        is_apart = thought > said or self.total_tokens == self.prompt_tokens + said + thought
-        return said + thought if is_apart else said
+        """Tokens of thought and text."""
+        is_apart = self.total_tokens == self.prompt_tokens + self.completion_tokens + (self.reasoning_tokens or 0)
+        return generated_tokens(self.completion_tokens, self.reasoning_tokens or 0, is_apart=is_apart)
 
 
 class _Reply(_Part):
@@ -188,6 +187,11 @@ class _Reply(_Part):
     usage: _Extra[_Usage] = None
     object: Any = None
     error: Any = None
+
+
+def generated_tokens(said: int, thought: int, *, is_apart: bool = False) -> int:
+    """Return the tokens of thought and text; some endpoints leave those of the thought out of completion_tokens, `said`."""
+    return said + thought if is_apart or thought > said else said
 
 
 class _Shown:
@@ -292,7 +296,7 @@ class Draft:
         than that of a whole text or of one cut by a limit of tokens.
         """
         try:
-            reply = _Reply.model_validate_json(data.removeprefix(_BOM) if isinstance(data, bytes) else data)
+            reply = _Reply.model_validate_json(data.removeprefix(BYTE_ORDER_MARK) if isinstance(data, bytes) else data)
         except ValidationError as error:
             raise self._fault(f"its reply is not understood ({error.error_count()} faults, the first: {_first(error)})") from None
         choice = next((choice for choice in reply.choices or [] if not choice.index), None)

@@ -24,9 +24,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeF
 
 from dmoa.core.truncated_entropy import listed_entropy
 from dmoa.engine_options import RecordedOptions
-from dmoa.engines.openai_replies import estimated_tokens
+from dmoa.engines.openai_replies import estimated_tokens, generated_tokens
 from dmoa.errors import ConfigError, EngineError
-from dmoa.reading import lines_of, regular
+from dmoa.reading import BYTE_ORDER_MARK, lines_of, regular
 from dmoa.types import EntropySum, Generation, GenerationRequest, TextDelta, TokenUsage, question_key
 from dmoa.validation import describe, did_you_mean
 
@@ -126,7 +126,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with open(path, "rb", opener=regular) as raw, cast(IO[bytes], gzip.open(raw) if path.suffix == ".gz" else raw) as file:
             for number, line in enumerate(lines_of(file, path), 1):
-                if not line.isspace():
+                line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+                if line and not line.isspace():
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read: {error}; copy it again, or name another file") from error
@@ -284,6 +285,7 @@ class RecordedEngine:
         completion = reply.completion_tokens
         if completion is None:
             completion = estimated_tokens(len(reply.text) + len(reply.reasoning or ""))
+        completion = generated_tokens(completion, reply.reasoning_tokens or 0)
         return Generation(
             text=reply.text,
             reasoning=reply.reasoning or "",
@@ -309,5 +311,5 @@ def entropy_of(reply: RecordedReply, tokens: int, vocab_size: int) -> EntropySum
     if isinstance(reply.entropy, list):
         return EntropySum.of_tokens(reply.entropy)
     if reply.entropy is not None:
-        return EntropySum(sum_nats=reply.entropy * tokens, sq_sum=reply.entropy**2 * tokens, tokens=tokens)
+        return EntropySum(sum_nats=reply.entropy * tokens, sq_sum=reply.entropy * reply.entropy * tokens, tokens=tokens)
     return sum((listed_entropy(listed, vocab_size) for listed in reply.top_logprobs or ()), EntropySum())

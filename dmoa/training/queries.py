@@ -138,7 +138,7 @@ def _query(line: bytes | dict[str, Any], field: str | None) -> _Found:
     if isinstance(line, dict):
         tree: Any = line
     else:
-        text = line.decode("utf-8").strip()
+        text = line.decode("utf-8-sig").strip()
         if not text.startswith("{"):
             return _id_of(text), text
         try:
@@ -153,6 +153,7 @@ def _query(line: bytes | dict[str, Any], field: str | None) -> _Found:
         raise ValueError(f"{name} is {short(query)}; expected a text that is not blank")
     query.encode("utf-8")
     name = tree.get("query_id")
+    name = str(name) if isinstance(name, int) else name
     return (name if isinstance(name, str) and name else _id_of(query.strip())), query.strip()
 
 

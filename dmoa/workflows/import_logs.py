@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from dmoa.config import is_name
 from dmoa.engines.openai_replies import listed_logprobs
@@ -29,6 +30,7 @@ from dmoa.validation import describe, short
 MAX_TABLE_BYTES = 1 << 27
 """Largest file that is one JSON value and has to be read whole."""
 _TOLD_EVERY = 20_000
+_NO_UNICODE = "a text holds half of a character (a lone surrogate)"
 _GUESSES: dict[str, tuple[str, ...]] = {
     "query_id": ("query_id", "example_id", "row_id", "custom_id"),
     "query": ("query", "question", "prompt", "input", "inputs", "instruction", "messages"),
@@ -70,7 +72,7 @@ class ImportReport(BaseModel):
 def import_logs(options: ImportOptions, say: Callable[[str], None]) -> ImportReport:
     """Read the logs, write `options.out` whole, and the pool file where one is asked for. Raises ConfigError."""
     requests = _batch_requests(options.logs)
-    read, skipped, seen = 0, Counter[str](), defaultdict[str, set[str]](set)
+    read, skipped, seen, spelt = 0, Counter[str](), defaultdict[str, set[str]](set), dict[str, str]()
     try:
         with ExitStack() as stack:
             file = stack.enter_context(replacing(options.out))
@@ -82,11 +84,13 @@ def import_logs(options: ImportOptions, say: Callable[[str], None]) -> ImportRep
                     say(f"{read} records read, {sum(map(len, seen.values()))} replies so far")
                 try:
                     reply = reply_of(record, requests, options)
+                    spelling = spelt.setdefault(agent_name(reply.agent), reply.agent)  # GPT-4o and gpt-4o are one agent
+                    line = reply.model_copy(update={"agent": spelling}).model_dump_json(exclude_none=True).encode()
                     _admit(reply, seen)
-                except SkippedError as reason:
-                    skipped[str(reason)] += 1
+                except (SkippedError, PydanticSerializationError) as reason:
+                    skipped[str(reason) if isinstance(reason, SkippedError) else _NO_UNICODE] += 1
                     continue
-                out.write(reply.model_dump_json(exclude_none=True).encode() + b"\n")
+                out.write(line + b"\n")
             if not seen:
                 reasons = "; ".join(f"{count}: {reason}" for reason, count in skipped.most_common(3)) or "there is no record"
                 raise ConfigError(f"import-logs: no reply was found in {read} records ({reasons}); name other files")
@@ -102,7 +106,7 @@ def _admit(reply: RecordedReply, seen: defaultdict[str, set[str]]) -> None:
     """Keep account of a reply. Raises SkippedError for one that is there already."""
     name, key = agent_name(reply.agent), reply.keys[0]
     if not is_name(name):
-        raise SkippedError("the model's name holds no letter or digit")
+        raise SkippedError("the model's name holds no letter of a to z and no digit; give --agent")
     if key in seen[name]:
         raise SkippedError("a reply of this agent to this query came before")
     seen[name].add(key)
@@ -162,8 +166,11 @@ def _batch_requests(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Return the bodies of batch input files by custom_id: batch output files do not repeat what was asked."""
     found = {}
     for record in _all_records(paths):
-        if _is_batch_input(record):
-            found[str(record["custom_id"])] = record["body"]
+        if _is_batch_input(record) and found.setdefault(name := str(record["custom_id"]), record["body"]) != record["body"]:
+            raise ConfigError(
+                f"--logs: custom_id {name!r} stands for two different requests of a batch; import each batch by itself (a pool "
+                "reads a folder of replies)"
+            )
     return found
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
 from dmoa.errors import RequestError
-from dmoa.reading import num_parts, read_json
+from dmoa.reading import BYTE_ORDER_MARK, num_parts, read_json
 from dmoa.serving.feedback_buffer import KeptOutcome
 from dmoa.serving.http.fields import (
     MAX_CHOICES,
@@ -43,7 +43,6 @@ MAX_OBJECTS = 20_000
 """JSON objects of a body, such as messages and their parts, and lists: each costs the server some fifty microseconds."""
 MAX_STOP_TEXTS = 64
 """Most stop texts that a client may send; OpenAI's own limit of 4 is below what evaluation harnesses send."""
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
 )
@@ -418,7 +417,7 @@ def _template(request: SharedRequest) -> tuple[tuple[str, Any], ...]:
 
 def _plain(body: bytes) -> bytes:
     """Return a body without a byte order mark and with U+FFFD for lone surrogates: harmless, but refused by strict readers."""
-    body = _RAW_SURROGATE.sub("\ufffd".encode(), body.removeprefix(_BYTE_ORDER_MARK))
+    body = _RAW_SURROGATE.sub("\ufffd".encode(), body.removeprefix(BYTE_ORDER_MARK))
     if rb"\ud" not in body.lower():
         return body
     return _ESCAPE.sub(lambda escape: rb"\ufffd" if escape["lone"] else escape[0], body)

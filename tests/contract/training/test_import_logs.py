@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dmoa.agents.embedder import HashEncoder
 from dmoa.agents.pool import build_local, build_pool_gate, load_pool
-from dmoa.engines.recorded import RecordedReply, read_replies
+from dmoa.engines.recorded import RecordedReply, ReplyIndex, read_replies
 from dmoa.errors import ConfigError
 from dmoa.protocols import final_answer
 from dmoa.routing import LocalRouter
@@ -142,6 +142,32 @@ def test_batch_output_is_joined_with_its_input_and_goes_without(tmp_path: Path) 
         ("r3", None, "Big/Model-8B-0613"),
     ]
     assert report.skipped == {"the call failed": 1, "a request of a batch, for the reply in its output file": 1}
+
+
+def test_batches_whose_requests_have_the_same_ids_are_not_mixed_up(tmp_path: Path) -> None:
+    for model in ("strong", "weak"):
+        asked = {"custom_id": "request-0", "body": {"model": model, "messages": user()}}
+        (tmp_path / f"{model}.jsonl").write_text(json.dumps(asked), encoding="utf-8")
+    output = [{"custom_id": "request-0", "response": {"status_code": 200, "body": completion()}}]
+    inputs = tmp_path / "strong.jsonl", tmp_path / "weak.jsonl"
+    with pytest.raises(ConfigError, match="custom_id 'request-0' stands for two different requests of a batch"):
+        run(tmp_path, output, logs=(tmp_path / "logs.jsonl", *inputs))
+    assert not (tmp_path / "replies.jsonl").exists()
+    _, replies = run(tmp_path, output, logs=(tmp_path / "logs.jsonl", inputs[0], inputs[0]))
+    assert [reply.agent for reply in replies] == ["strong"]
+
+
+def test_two_spellings_of_a_model_are_one_agent_of_a_file_that_can_be_read(tmp_path: Path) -> None:
+    records = [pair(model="GPT-4o"), pair(model="gpt-4o", asked="What is 1 + 1?"), pair(model="gpt-4o", asked="Half \ud83d")]
+    report, replies = run(tmp_path, [*records, pair(model="模型")])
+    assert report.agents == {"gpt-4o": 2}
+    assert [reply.agent for reply in replies] == ["GPT-4o", "GPT-4o"]
+    with closing(ReplyIndex(tmp_path / "replies.jsonl")) as index:
+        assert index.count("gpt-4o") == 2
+    assert report.skipped == {
+        "a text holds half of a character (a lone surrogate)": 1,
+        "the model's name holds no letter of a to z and no digit; give --agent": 1,
+    }
 
 
 def test_a_wandb_table_is_read_by_its_columns(tmp_path: Path) -> None:

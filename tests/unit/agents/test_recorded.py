@@ -115,6 +115,16 @@ async def test_a_reply_is_found_by_text_then_by_id_and_the_first_of_two_counts(t
     await engine.close()
 
 
+async def test_thoughts_that_an_endpoint_counts_apart_are_generated_tokens_too(tmp_path: Path) -> None:
+    counts = {"entropy": 0.5, "completion_tokens": 4, "reasoning_tokens": 50}
+    engine = engine_of(write(tmp_path / "r.jsonl", [line(**counts), line(query="Huge", entropy=1e300)]))
+    found = await engine.generate(request())
+    assert (found.usage.completion_tokens, found.usage.reasoning_tokens) == (54, 50)
+    assert (found.entropy.tokens, found.entropy.sum_nats) == (4, 2.0)
+    assert not (await engine.generate(request("Huge"))).entropy.is_finite
+    await engine.close()
+
+
 def test_entropies_are_of_tokens_of_a_mean_or_bounded_by_what_is_listed() -> None:
     def known(**more: Any) -> Any:
         return entropy_of(RecordedReply.model_validate(line(**more)), 4, 2)

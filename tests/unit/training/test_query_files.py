@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dmoa.errors import ConfigError
+from dmoa.training.outcomes import read_outcomes
 from dmoa.training.queries import read_queries
 
 LINES = """What is 1 + 1?
@@ -54,6 +55,18 @@ def test_csv_without_the_column_says_so(tmp_path: Path) -> None:
     path.write_text("id,body\n1,a\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="query is None; expected a text"):
         texts(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line_and_a_number_is_an_id(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"query_id": 7, "query": "a"}\n{"query": "b"}\n', encoding="utf-8-sig")
+    found = read_queries(path).queries
+    assert [query.text for query in found] == ["a", "b"]
+    assert found[0].query_id == "7"
+    path.write_text('{"query_id": "7", "reward": 1}\n', encoding="utf-8-sig")
+    assert read_outcomes(path)[0].query_id == "7"
+    path.write_text("What is 1?\n", encoding="utf-8-sig")
+    assert texts(path) == ["What is 1?"]
 
 
 @pytest.mark.parametrize("messages", ["[]", '[{"role": "assistant", "content": "x"}]', '[{"role": "user"}]', "[1]"])
