@@ -164,7 +164,7 @@ def _object(item: Any, where: str) -> dict[str, Any]:
 
 def _batch_requests(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Return the bodies of batch input files by custom_id: batch output files do not repeat what was asked."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for record in _all_records(paths):
         if _is_batch_input(record) and found.setdefault(name := str(record["custom_id"]), record["body"]) != record["body"]:
             raise ConfigError(
