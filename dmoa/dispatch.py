@@ -149,6 +149,11 @@ class Dispatcher:
         reply = await self._caller.call_with_recovery(call, card, wanted, Places(), text, has_other=False)
         return priced(reply, card.price)
 
+    def calls_left(self, state: QueryState, plan: StepPlan) -> int | None:
+        """Return how many agents' calls the query's budget allows a step, the summarizer's kept back; None: any number."""
+        budget, own = state.query.limits.budget_calls, 0 if self._is_select or plan.fold != "summarizer" else 1
+        return None if budget is None else budget - state.calls_used - own
+
     def patience(self, state: QueryState) -> float:
         """Seconds that the query may still wait for an agent to come back."""
         left = time_left(state.deadline_unix_s)
@@ -229,7 +234,7 @@ class Dispatcher:
             places,
             tokens_left=None if limits.budget_tokens is None else limits.budget_tokens - state.tokens_used,
             price_left=None if limits.budget_price is None else limits.budget_price - state.price_used,
-            calls_left=calls_left(state),
+            calls_left=None if (left := self.calls_left(state, plan)) is None else left - len(plan.explored),
             is_paced=limits.within_steps,
             asked=state.asked,
             defence=defence,
@@ -303,12 +308,6 @@ def _quorum(plan: StepPlan, limits: Limits) -> int | None:
     if plan.quorum is not None or plan.fold != "summarizer" or limits.quorum is None:
         return plan.quorum
     return limits.quorum if limits.quorum < len(plan.activations) else None
-
-
-def calls_left(state: QueryState) -> int | None:
-    """Return how many calls the query's budget of calls allows; None: any number."""
-    budget = state.query.limits.budget_calls
-    return None if budget is None else budget - state.calls_used
 
 
 def _sampling_of(activation: Activation, sampling: Sampling) -> Sampling:

@@ -18,7 +18,7 @@ from dmoa.core.answers import THOUGHT_ONLY
 from dmoa.core.defences import EXAMINE, EXAMINE_TOKENS, barred, examined_groups, is_refuted
 from dmoa.core.in_step import Judgement, judge
 from dmoa.core.stopping import budget_stop, rule_stop
-from dmoa.dispatch import Dispatcher, StepReplies, calls_left
+from dmoa.dispatch import Dispatcher, StepReplies
 from dmoa.errors import AgentUnavailableError, DeadlineError, EmptyAnswerError, NoAgentError, RequestError
 from dmoa.final_call import FinalCaller
 from dmoa.protocols import Policy, ended
@@ -195,7 +195,7 @@ class Orchestrator:
         if self.defence != "cross_examination":
             return barred(replies, self.defence, asked=state.asked), ()
         groups = examined_groups(replies, state.asked)
-        left = calls_left(state)
+        left = self.dispatcher.calls_left(state, plan)
         if not groups or _spent(state, replies) or (left is not None and left < len(replies) + len(groups)):
             return replies, ()
         examination = StepPlan(
@@ -246,13 +246,11 @@ class Orchestrator:
 
     def _within_calls(self, state: QueryState, plan: StepPlan) -> StepPlan:
         """Return the plan with as many agents as the calls left allow, the summarizer's kept back; the others may stand in."""
-        left = calls_left(state)
+        left = self.dispatcher.calls_left(state, plan)
         if left is None:
             return plan
-        own = 0 if self.is_select or plan.fold != "summarizer" else 1
-        room = max(1, left - own)
-        asked, cut = plan.activations[:room], plan.activations[room:]
-        explored = plan.explored[: max(0, left - own - len(asked))]
+        asked, cut = plan.activations[: max(1, left)], plan.activations[max(1, left) :]
+        explored = plan.explored[: max(0, left - len(asked))]
         return replace(plan, activations=asked, reserves=(*cut, *plan.reserves), explored=explored)
 
     def _goes_on(self, state: QueryState, plan: StepPlan, replies: Sequence[AgentReply]) -> bool:

@@ -143,7 +143,7 @@ class StepCalls:
         """Return the calls of the plan's agents."""
         together = 1 if self._is_paced else len(self._plan.activations)
         self._held = list(self._plan.activations[together:])
-        calls = [self._new_chain(activation, tokens_used=0) for activation in self._plan.activations[:together]]
+        calls = [self._new_chain(activation) for activation in self._plan.activations[:together]]
         return self._begun(calls)
 
     def after(self, call: NextCall, reply: AgentReply, *, has_time: bool, has_text: bool) -> list[NextCall]:
@@ -160,23 +160,14 @@ class StepCalls:
             chain[:] = [(activation, reply if old is call.lost else old) for activation, old in chain]
         self._flying.remove(call.activation)
         self._has_text = has_text
-        following = self._follow(call, reply, has_time=has_time)
-        calls = [] if following is None else [following]
-        calls += self._release(calls) if has_time else []
-        calls = calls or ([] if self._flying else self._go_on(has_time=has_time))
-        return self._begun(calls)
+        calls = self._begun(self._follow(call, reply, has_time=has_time))
+        calls += self._release() if has_time else []
+        return calls or ([] if self._flying else self._go_on(has_time=has_time))
 
     def hedge(self, call: NextCall) -> list[NextCall]:
         """Return the call of the next-ranked agent beside one that takes long, in its chain; none where budgets are tight."""
-        replies = self.replies
-        tokens, price = sum(reply.usage.total for reply in replies), sum(reply.price or 0.0 for reply in replies)
-        spent = ((tokens, self._tokens_left), (price, self._price_left), (len(replies) + len(self._flying), self._calls_left))
-        if self._is_paced or call.lost is not None or call.insists or any(x is not None and sofar >= x for sofar, x in spent):
-            return []
-        reserve = self._next_reserve()
-        if reserve is None:
-            return []
-        return self._begun([replace(call, activation=reserve, tokens_used=tokens, price_used=price)])
+        is_apt = not self._is_paced and call.lost is None and not call.insists
+        return self._begun(self._next_in_chain(call) if is_apt else [])
 
     def overtaken(self, call: NextCall, reply: AgentReply) -> None:
         """Note how a call was ended because the other one of its chain brought a contribution first."""
@@ -210,48 +201,66 @@ class StepCalls:
         self._beside.update(call.chain for call in calls)
         return calls
 
-    def _release(self, following: list[NextCall]) -> list[NextCall]:
-        """Return the calls of held agents that what is left pays for, if each takes as many tokens as the calls so far."""
-        replies = [reply for reply in self.replies if reply.usage.total]  # what was lost says nothing of what a call takes
-        usage, num = sum((reply.usage for reply in replies), TokenUsage()), max(1, len(replies))
-        used, price = usage.total, sum(reply.price or 0.0 for reply in replies)
-        asked, calls = [*self._flying, *(call.activation for call in following)], list[NextCall]()
-        while self._held and (replies or not asked):
-            asked.append(self._held[0])
-            dear = price + sum((price if (rate := self._cards[x.agent].price) is None else rate.of(usage)) / num for x in asked)
-            ahead = ((used + len(asked) * used / num, self._tokens_left), (dear, self._price_left))
-            if any(left is not None and cost > left * (1 + 1e-9) for cost, left in ahead):
-                break
-            calls.append(self._new_chain(self._held.pop(0), tokens_used=used, price_used=price))
+    def _release(self) -> list[NextCall]:
+        """Return the calls of held agents that what is left pays for."""
+        calls = list[NextCall]()
+        while self._held and (not self._flying or any(x.usage.total for x in self.replies)) and self._can_pay(self._held[0]):
+            calls += self._begun([self._new_chain(self._held.pop(0))])
         return calls
 
-    def _follow(self, call: NextCall, reply: AgentReply, *, has_time: bool) -> NextCall | None:
+    def _can_pay(self, another: Activation) -> bool:
+        """Tell whether what is left pays for a call beside those under way; it does where nobody else can contribute.
+
+        Paced budgets pay for it if each call takes as many tokens as those so far.
+        """
+        if not self._flying and not any(reply.status == "ok" for reply in self.replies):
+            return True
+        used, price = self._used
+        num_calls = len(self.replies) + len(self._flying)
+        spent = ((used, self._tokens_left), (price, self._price_left), (num_calls, self._calls_left))
+        if any(left is not None and sofar >= left for sofar, left in spent):
+            return False
+        replies = [reply for reply in self.replies if reply.usage.total]  # what was lost says nothing of what a call takes
+        if not self._is_paced or not replies:
+            return True
+        usage, num = sum((reply.usage for reply in replies), TokenUsage()), len(replies)
+        asked = [self._cards[x.agent].price for x in (*self._flying, another)]
+        dear = price + sum((price if rate is None else rate.of(usage)) / num for rate in asked)
+        ahead = ((used + len(asked) * used / num, self._tokens_left), (dear, self._price_left))
+        return not any(left is not None and cost > left * (1 + 1e-9) for cost, left in ahead)
+
+    @property
+    def _used(self) -> tuple[int, float]:
+        """Tokens of the replies so far, and what they cost."""
+        return sum(reply.usage.total for reply in self.replies), sum(reply.price or 0.0 for reply in self.replies)
+
+    def _follow(self, call: NextCall, reply: AgentReply, *, has_time: bool) -> list[NextCall]:
         """Return the next call of the same chain."""
         if reply.status == "ok" or call.lost is not None:
-            return None
+            return []
         if self._beside[call.chain] or any(other.status == "ok" for _, other in self._chains[call.chain]):
-            return None  # the other call of the chain stands in
+            return []  # the other call of the chain stands in
         if call.insists:
             return self._wait_for_place(call.chain)
-        stand_in = self._next_reserve() if has_time else None
-        return None if stand_in is None else replace(call, activation=stand_in)
+        return self._next_in_chain(call) if has_time else []
+
+    def _next_in_chain(self, call: NextCall) -> list[NextCall]:
+        """Return the call of the next-ranked agent in the same chain."""
+        reserve, (used, price) = self._next_reserve(), self._used
+        return [] if reserve is None else [replace(call, activation=reserve, tokens_used=used, price_used=price)]
 
     def _go_on(self, *, has_time: bool) -> list[NextCall]:
         """Return the calls after all chains have ended: each insists where nobody contributed, else the cascade's next."""
         if not self._has_insisted:
             self._has_insisted = True
             if has_time and not any(reply.status == "ok" for reply in self.replies):
-                calls = [call for chain in range(len(self._chains)) if (call := self._insist(chain))]
+                calls = [call for chain in range(len(self._chains)) for call in self._begun(self._insist(chain))]
                 if calls:
                     return calls
-        replies = self.replies
-        if self._plan.fold == "pass" or not has_room(self._plan.decision, replies):
+        if self._plan.fold == "pass" or not has_time or not has_room(self._plan.decision, self.replies):
             return []
-        used, price = sum(reply.usage.total for reply in replies), sum(reply.price or 0.0 for reply in replies)
-        spent = ((used, self._tokens_left), (price, self._price_left), (len(replies), self._calls_left))
-        can_afford = has_time and all(left is None or sofar < left for sofar, left in spent)
-        another = self._one_more(replies) if can_afford else None
-        return [] if another is None else [self._new_chain(another, tokens_used=used, price_used=price)]
+        another = self._one_more(self.replies)
+        return [] if another is None else self._begun([self._new_chain(another)])
 
     def _one_more(self, replies: Sequence[AgentReply]) -> Activation | None:
         """Take the reserve that the replies so far call for: the worthiest by the label model, else the next-ranked."""
@@ -263,12 +272,12 @@ class StepCalls:
             return self._next_reserve() if should_escalate(self._plan.decision, replies) or judgement else None
         return self._next_reserve(among=judgement.worthwhile)
 
-    def _new_chain(self, activation: Activation, *, tokens_used: int, price_used: float = 0.0) -> NextCall:
+    def _new_chain(self, activation: Activation) -> NextCall:
+        used, price = self._used
         self._chains.append([])
-        chain = len(self._chains) - 1
-        return NextCall(activation=activation, chain=chain, tokens_used=tokens_used, price_used=price_used)
+        return NextCall(activation=activation, chain=len(self._chains) - 1, tokens_used=used, price_used=price)
 
-    def _insist(self, number: int) -> NextCall | None:
+    def _insist(self, number: int) -> list[NextCall]:
         """Wait for a cold agent, of the chain or else of the reserves, or else for a dead place."""
         chain = self._chains[number]
         passed_over = (activation for activation, reply in chain if reply.status == "cold")
@@ -277,24 +286,28 @@ class StepCalls:
         if waited_for is None:
             return self._wait_for_place(number)
         chain[:] = [link for link in chain if link[0] is not cold]
-        return NextCall(activation=waited_for, chain=number, tokens_used=0, insists=True)
+        return [NextCall(activation=waited_for, chain=number, tokens_used=0, insists=True)]
 
-    def _wait_for_place(self, number: int) -> NextCall | None:
+    def _wait_for_place(self, number: int) -> list[NextCall]:
         """Send the chain's newest call that was lost with its place again, unless that place was waited out already."""
         waitable = self._places.dead - self._places.waited_out
         for activation, lost in reversed(self._chains[number]):
             if lost.status == "failed" and self._place(activation) in waitable:
-                return NextCall(activation=activation, chain=number, tokens_used=0, lost=lost)
-        return None
+                return [NextCall(activation=activation, chain=number, tokens_used=0, lost=lost)]
+        return []
 
     def _next_reserve(self, *, is_cold: bool = False, among: Sequence[str] | None = None) -> Activation | None:
-        """Take the next-ranked reserve whose place is up, or is cold; `among`: the first of these agents that is a reserve."""
+        """Take the next-ranked reserve whose place is up, or is cold, if what is left pays for it.
+
+        `among`: the first of these agents that is a reserve.
+        """
         alive = [x for x in self._reserves if self._place(x) not in self._places.dead]
         if among is not None:
             alive = sorted((x for x in alive if x.agent in among), key=lambda x: among.index(x.agent))
         chosen = None if self._has_text else next((x for x in alive if (self._place(x) in self._places.cold) == is_cold), None)
-        if chosen is not None:
-            self._reserves.remove(chosen)
+        if chosen is None or not self._can_pay(chosen):
+            return None
+        self._reserves.remove(chosen)
         return chosen
 
     def _place(self, activation: Activation) -> str:

@@ -506,7 +506,8 @@ class Limits:
     budget_price: float | None = None
     """What all agents and the summarizer may cost; calls without a price cost nothing."""
     budget_calls: int | None = None
-    """Calls of agents and the summarizer; where a step would ask more agents, its least probable ones are left out."""
+    """Calls of agents and the summarizer; where a step would ask more agents, its least probable ones are left out, and stand in
+    for lost ones only as long as nobody else can contribute."""
     within_steps: bool = False
     """Whether the budgets of tokens and price hold within a step too: its first agent is asked alone, then as many more as what
     is left pays for, by what the calls so far took. Source: ours."""

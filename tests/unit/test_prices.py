@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from dmoa.evaluation.answering import answered, unanswered
 from dmoa.evaluation.records import BenchmarkInfo, Task
 from dmoa.evaluation.results import build_evaluation
 from dmoa.testing import (
+    Fail,
     FakeAgents,
     Say,
     Schedule,
@@ -25,7 +27,7 @@ from dmoa.testing import (
     scripted_pool,
 )
 from dmoa.trace import answer_of_reply, reply_dmoa
-from dmoa.types import AgentReply, Price, SummarizerRecord, TokenUsage, priced, total_price
+from dmoa.types import AgentCall, AgentReply, Price, SummarizerRecord, TokenUsage, priced, total_price
 
 TEN_FOUR = TokenUsage(prompt_tokens=10, completion_tokens=4)
 PRICE = Price(prompt_per_1m=100_000.0, completion_per_1m=500_000.0)  # a call of 10 + 4 tokens costs 1 + 2
@@ -95,6 +97,66 @@ async def test_the_cascade_keeps_to_price_and_calls(limits: dict[str, float], as
     plan = asks("a", reserves="bc", decision=unsure)
     await answer_of(orchestrator_of(agents, "abc", price=PRICE), query(max_steps=1, **limits), Schedule(plan))
     assert "".join(call.agent for call in agents.calls) == asked
+
+
+@pytest.mark.parametrize(("budget", "asked"), [(2, "a"), (3, "ab")])
+async def test_the_cascade_keeps_the_summarizers_call_back(budget: int, asked: str) -> None:
+    unsure = decision({"a": 0.5, "b": 0.3, "c": 0.2}, 1, theta=-9.0, limit=3)
+    agents = FakeAgents({**{name: Say(text=name, nats=1.0) for name in "abc"}, "summarizer": Say(text="CONTINUE\nmore")})
+    plan = asks("a", reserves="bc", decision=unsure)
+    await answer_of(orchestrator_of(agents, "abc", llm=True), query(max_steps=1, budget_calls=budget), Schedule(plan))
+    assert [call.agent for call in agents.calls] == [*asked, "summarizer"]
+
+
+@pytest.mark.parametrize(("budget", "asked"), [(27, "a"), (28, "ab")])
+async def test_the_cascade_keeps_to_a_paced_budget(budget: int, asked: str) -> None:
+    """A call takes 14 tokens: another would be too much for 27."""
+    unsure = decision({"a": 0.5, "b": 0.3, "c": 0.2}, 1, theta=-9.0, limit=3)
+    agents, limits = FakeAgents({name: Say(text=name, nats=1.0) for name in "abc"}), {"budget_tokens": budget}
+    plan = asks("a", reserves="bc", decision=unsure)
+    await answer_of(orchestrator_of(agents, "abc"), query(max_steps=1, within_steps=True, **limits), Schedule(plan))
+    assert "".join(call.agent for call in agents.calls) == asked
+
+
+class LostLast(FakeAgents):
+    """Whoever is lost is lost after the others have replied."""
+
+    async def call(self, call: AgentCall) -> AgentReply:
+        reply = await super().call(call)
+        for _ in range(20 if reply.status == "failed" else 0):
+            await asyncio.sleep(0)
+        return reply
+
+
+@pytest.mark.parametrize(
+    ("limits", "lost", "asked"),
+    [
+        ({}, "a", "abc"),
+        ({"budget_calls": 3}, "a", "abc"),
+        ({"budget_calls": 2}, "a", "ab"),
+        ({"budget_calls": 3}, "ab", "abc"),
+        ({"budget_calls": 2}, "ab", "abc"),  # nobody else can contribute
+        ({"budget_calls": 2}, "abc", "abcd"),
+        ({"budget_tokens": 14}, "a", "ab"),
+        ({"budget_tokens": 15}, "a", "abc"),
+        ({"budget_price": 3.0}, "a", "ab"),
+        ({"budget_price": 3.1}, "a", "abc"),
+        ({"budget_tokens": 28, "within_steps": True}, "b", "abc"),
+        ({"budget_tokens": 27, "within_steps": True}, "b", "a"),
+    ],
+)
+async def test_a_stand_in_beside_a_contribution_keeps_to_the_budgets(limits: dict[str, float], lost: str, asked: str) -> None:
+    """Every reply takes 10 + 4 tokens and costs 3; what is lost takes nothing, and is a call."""
+    agents = LostLast({name: Fail() if name in lost else Say(text=name) for name in "abcd"})
+    plan = asks("a", "b", reserves="cd")
+    await answer_of(orchestrator_of(agents, "abcd", price=PRICE), query(max_steps=1, **limits), Schedule(plan))
+    assert "".join(call.agent for call in agents.calls) == asked
+
+
+async def test_a_stand_in_grows_no_longer_than_the_tokens_that_are_left() -> None:
+    agents = LostLast({"a": Fail(), "b": Say(text="b"), "c": Say(text="c")})
+    await answer_of(orchestrator_of(agents, "abc"), query(max_steps=1, budget_tokens=40), Schedule(asks("a", "b", reserves="c")))
+    assert [call.sampling.max_tokens for call in agents.calls] == [40, 40, 26]
 
 
 async def test_an_evaluation_adds_prices_and_calls_up() -> None:
