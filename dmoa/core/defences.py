@@ -51,10 +51,10 @@ def defended(replies: Sequence[AgentReply], defence: Defence, *, asked: str = ""
     """Return the contributions that may count, in their order.
 
     agreement: those with the answer that most agents gave, where one answer has more than any other. cluster_filter: those whose
-    answer another agent gave too. dropout_cluster: those with the answer that is chosen most often where half of the
-    contributions are dropped, whichever half. entropy_outlier: those whose mean entropy is no outlier among the step's, either
-    way; replies of unknown entropy stay. cross_examination leaves all: it takes calls, which `dmoa.orchestrator` makes. Where a
-    rule would leave nothing, all stay. `asked` is the question, whose form answers have.
+    answer another agent gave too. dropout_cluster: those with the answer that most halves of the contributions agree on; halves
+    that do not agree choose nothing, or one sure liar would win them. entropy_outlier: those whose mean entropy is no outlier
+    among the step's, either way; replies of unknown entropy stay. cross_examination leaves all: it takes calls, which
+    `dmoa.orchestrator` makes. Where a rule would leave nothing, all stay. `asked` is the question, whose form answers have.
     """
     if defence in ("none", "cross_examination") or len(replies) < _FEWEST:
         return tuple(replies)
@@ -62,11 +62,11 @@ def defended(replies: Sequence[AgentReply], defence: Defence, *, asked: str = ""
         return _without_outliers(replies)
     keys = [answer_key(reply.text, asked) for reply in replies]
     sizes = Counter(keys).most_common()
+    if sizes[0][1] < 2:
+        return tuple(replies)
     if defence == "dropout_cluster":
         winner = _winner_of_halves(replies, keys)
         return tuple(reply for reply, key in zip(replies, keys, strict=True) if key == winner)
-    if sizes[0][1] < 2:
-        return tuple(replies)
     if defence == "agreement":
         if len(sizes) > 1 and sizes[1][1] == sizes[0][1]:
             return tuple(replies)
@@ -76,7 +76,7 @@ def defended(replies: Sequence[AgentReply], defence: Defence, *, asked: str = ""
 
 
 def _winner_of_halves(replies: Sequence[AgentReply], keys: Sequence[str]) -> str:
-    """Return the answer that is chosen from most halves: the agreed one, else the surest; of equals that of the surest reply."""
+    """Return the answer that most halves agree on, of equals that of the surest reply; there is one that two or more gave."""
     order = sorted(range(len(replies)), key=lambda i: (is_cut(replies[i]), doubt(replies[i])))
     half = math.ceil(len(order) / 2)
     if math.comb(len(order), half) <= _MOST_HALVES:
@@ -87,7 +87,7 @@ def _winner_of_halves(replies: Sequence[AgentReply], keys: Sequence[str]) -> str
     wins: Counter[str] = Counter()
     for drawn in halves:
         key, size = Counter(keys[i] for i in drawn).most_common(1)[0]
-        wins[key if size > 1 else keys[drawn[0]]] += 1
+        wins[key] += size > 1
     return max((keys[i] for i in order), key=lambda key: wins[key])
 
 

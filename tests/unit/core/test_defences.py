@@ -71,12 +71,15 @@ def test_an_entropy_far_from_the_others_is_left_out(nats: tuple[float, ...], nam
 @pytest.mark.parametrize(
     ("answers", "nats", "names"),
     [
-        # Of the 3 halves of two, {a, b} agree, {a, c} and {b, c} do not, and there the surer one wins.
-        (("1", "1", "2"), (0.5, 0.5, 0.1), "c"),
+        # Of the 3 halves of two, {a, b} agree; {a, c} and {b, c} do not, and choose nothing.
+        (("1", "1", "2"), (0.5, 0.5, 0.1), "ab"),
         (("1", "1", "2"), (0.5, 0.5, 0.9), "ab"),
+        (("1", "1", "1", "2"), (0.5, 0.5, 0.5, 0.1), "abc"),  # as many halves hold the liar as do not
+        (("1", "1", "2", "3", "4"), (0.5, 0.5, 0.6, 0.6, 0.1), "ab"),  # 3 of the 10 halves agree
+        (("1", "1", "2", "2"), (0.5, 0.5, 0.6, 0.1), "cd"),  # of equals the surest
         # Of the 10 halves of three of five, three of one answer and two of another: 7 have two or more of the first.
         (("1", "1", "1", "2", "2"), (0.5, 0.5, 0.5, 0.1, 0.1), "abc"),
-        (("1", "2", "3", "4"), (0.5, 0.4, 0.3, 0.6), "c"),
+        (("1", "2", "3", "4"), (0.5, 0.4, 0.3, 0.6), "abcd"),  # nobody agrees with anybody: all stay, as with the others
     ],
 )
 def test_the_answer_of_most_halves_is_left(answers: tuple[str, ...], nats: tuple[float, ...], names: str) -> None:
