@@ -114,16 +114,17 @@ def witnesses_of(
     """Return the witnesses of R queries from A texts each, None where an agent was not asked.
 
     `queries` tell the form of the answers (`core/forms`). `entropies` are mean nats per token, `outcomes` 0 to 1, both of
-    the same shape and None where unknown.
+    the same shape and None where unknown; entropies that cannot be count as unknown. Raises ConfigError for rows that differ.
     """
-    answer_RA = np.array([answer_classes(*row) for row in zip(texts, queries or [""] * len(texts), strict=True)], dtype=np.int64)
-    if answer_RA.ndim != 2:
+    if len({len(row) for row in texts}) != 1:
         raise ConfigError(f"witnesses: rows of {sorted({len(row) for row in texts})} replies; expected as many as agents in each")
+    answer_RA = np.array([answer_classes(*row) for row in zip(texts, queries or [""] * len(texts), strict=True)], dtype=np.int64)
     length_RA = np.array([[np.nan if text is None else float(len(text)) for text in row] for row in texts])
     unknown_RA = np.full(answer_RA.shape, np.nan)
     doubt_RA, outcome_RA = unknown_RA, unknown_RA
     if entropies is not None:
-        doubt_RA = np.array([[np.nan if value is None else raw_score(value) for value in row] for row in entropies])
+        known = [[value if value is not None and 0 <= value < np.inf else np.nan for value in row] for row in entropies]
+        doubt_RA = np.array([[raw_score(value) for value in row] for row in known])
     if outcomes is not None:
         outcome_RA = np.array([[np.nan if value is None else value for value in row] for row in outcomes], dtype=np.float64)
     return Witnesses(

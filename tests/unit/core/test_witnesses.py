@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dmoa.core.witnesses import Witnesses, usual_doubts
+from dmoa.core.witnesses import Witnesses, usual_doubts, witnesses_of
+from dmoa.errors import ConfigError
 
 NAN = np.nan
 
@@ -38,3 +39,10 @@ def test_without_embeddings_or_with_few_queries_doubts_stay_as_they_are() -> Non
     few, blind = of_doubts([[1.0, 2.0]] * 7, [[float(n)] for n in range(7)]), of_doubts([[1.0, NAN]] * 20, None)
     assert usual_doubts(few) is few.doubt_RA
     assert usual_doubts(blind) is blind.doubt_RA
+
+
+def test_entropies_that_cannot_be_count_as_unknown_and_rows_that_differ_are_refused() -> None:
+    found = witnesses_of([["1", "2", "3", "4"]], entropies=[[0.0, -0.5, np.inf, NAN]])
+    assert np.isfinite(found.doubt_RA).tolist() == [[True, False, False, False]]
+    with pytest.raises(ConfigError, match=r"witnesses: rows of \[1, 2\] replies; expected as many as agents in each"):
+        witnesses_of([["1"], ["1", "2"]])
