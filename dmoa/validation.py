@@ -206,6 +206,8 @@ def expectation(message: str) -> str:
     """Return pydantic's sentence on a value as what was expected of it, such as `expected a number greater than 0`."""
     message = re.sub(r"^[Ii]nput should be (?=greater|less)", "expected a number ", message)
     message = re.sub(r"^[Ii]nput should be ", "expected ", message)
+    message = re.sub(r"^\w+ should have (at (?:least|most) \d+ \w+)(?: after validation.*)?$", r"expected \1", message)
+    message = re.sub(r"^[Ss]tring should match ", "expected a text of the ", message)
     return message[:1].lower() + message[1:]
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dmoa.errors import RequestError
 from dmoa.trace import finite, replies_in_order, rounded
 from dmoa.types import Answer, Query
-from dmoa.validation import expectation, findings, redact_text
+from dmoa.validation import describe, findings, redact_text
 
 MAX_LISTED = 200
 """Most traces of one page of the list."""
@@ -160,9 +160,7 @@ class TraceFilter(BaseModel):
         except ValidationError as error:
             first = findings(error)[0]
             field = str(first["loc"][0]) if first["loc"] else "query"
-            raise RequestError(
-                f"{field}: {expectation(first['msg'])}; see /openapi.json", param=field, code="invalid_value"
-            ) from error
+            raise RequestError(f"{describe(error, cls)}; see /openapi.json", param=field, code="invalid_value") from error
 
     def takes(self, one: TraceSummary) -> bool:
         """Tell whether a trace is among those wanted."""

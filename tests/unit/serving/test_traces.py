@@ -215,7 +215,8 @@ async def test_a_list_is_filtered_by_what_went_wrong_how_long_it_took_and_who_de
     "given", [{"limit": "0"}, {"limit": "x"}, {"before": "yesterday"}, {"slow_ms": "-1"}, {"slow_ms": "nan"}, {"odd": "1"}]
 )
 def test_a_bad_filter_names_the_field(given: dict[str, str]) -> None:
-    with pytest.raises(RequestError, match=next(iter(given))) as caught:
+    ((name, value),) = given.items()
+    with pytest.raises(RequestError, match=rf"^{name}(: unknown key \(value| is) '{value}'.*expected") as caught:
         TraceFilter.parse(given)
     assert caught.value.status == 400
 
