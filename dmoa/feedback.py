@@ -23,6 +23,7 @@ from dmoa.core.forms import agreement_key
 from dmoa.core.in_step import context_part
 from dmoa.errors import ConfigError
 from dmoa.flat import reply_of
+from dmoa.records import quicken
 from dmoa.trace import AnsweredQuery
 from dmoa.types import AgentReply, Answer, FloatArray, RouteDecision, RouteRequest, StepRecord, SummarizerRecord
 
@@ -267,3 +268,6 @@ def _step(row: dict[str, Any]) -> StepRecord:
         ),
         route=RouteRequest(input_X=row["input"], max_agents=row["max_agents"]),
     )
+
+
+quicken(vars(), __name__)

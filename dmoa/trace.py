@@ -21,6 +21,7 @@ from dmoa.config import SUMMARIZER
 from dmoa.errors import TraceError
 from dmoa.flat import TokenFields, flat
 from dmoa.reading import MAX_OWN_BYTES, lines_of, read_json, regular
+from dmoa.records import quicken
 from dmoa.storage import replacing
 from dmoa.types import (
     AgentReply,
@@ -676,3 +677,6 @@ def _parse(path: str, number: int, line: str) -> Trace:
         return Trace.model_validate(tree)
     except ValidationError as error:
         raise TraceError(f"{where}: {describe(error, Trace)}") from error
+
+
+quicken(vars(), __name__)

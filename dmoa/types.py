@@ -1,8 +1,7 @@
 """Records that travel between the parts of dmoa: queries, calls, replies, decisions, steps, answers.
 
-Plain frozen records of plain values and CPU arrays, so that every one of them may cross a process boundary. Shape
-letters: A agents in the pool, D embedding, F feedback features, H gate hidden, X gate input (D, or 2D + F).
-Entropies are in nats, durations in the unit that ends the name.
+Frozen records of plain values and CPU arrays, so that each may cross a process boundary. Shape letters: A agents in the pool,
+D embedding, F feedback features, H gate hidden, X gate input (D, or 2D + F). Entropies in nats, durations in the name's unit.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import hashlib
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from dmoa.answer_form import Choice as Choice
 from dmoa.answer_form import FinalCall as FinalCall
 from dmoa.answer_form import ToolCall as ToolCall
+from dmoa.records import quicken
 
 FloatArray = npt.NDArray[np.float32]
 """A CPU array of float32."""
@@ -124,7 +124,7 @@ class TokenUsage:
 
     def __add__(self, other: TokenUsage) -> TokenUsage:
         """Return the tokens of both."""
-        return TokenUsage(**{part.name: getattr(self, part.name) + getattr(other, part.name) for part in fields(self)})
+        return TokenUsage(**{part: getattr(self, part) + getattr(other, part) for part in self.__slots__})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -637,8 +637,7 @@ class StepPlan:
     """Agents asked only to learn from: their replies are recorded and count for nothing else, nobody stands in for them."""
     fold: Fold = "summarizer"
     """What becomes the summary: what the pool's summarizer makes of the replies, the first reply, the answer that most agree on
-    (or else the surest reply), the reply of the lowest score, or the summary before. None but the summarizer calls a model or
-    ends a query."""
+    (or else the surest), that of the lowest score, or the summary before. Only the summarizer calls a model or ends a query."""
     quorum: int | None = None
     """Contributions that end the step, the others are cancelled; None: all are waited for."""
     ends_with: StopReason | None = None
@@ -690,10 +689,12 @@ class QueryState:
     @property
     def asked(self) -> str:
         """What the agents are asked at the next step: the query's text, or the stage's part of it."""
-        part = self.stage.part if self.stage else None
-        return self.query.text if part is None else part
+        return self.query.text if self.stage is None or self.stage.part is None else self.stage.part
 
     @property
     def history(self) -> tuple[str, ...]:
         """The summaries of all steps so far, oldest first."""
         return tuple(step.summary for step in self.steps if step.summary)
+
+
+quicken(vars(), __name__)

@@ -21,7 +21,7 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "wandb")
 
 # Floors from the bottom up; a module may import from its own floor and from those below it.
 FLOORS: list[tuple[str, ...]] = [
-    ("types", "errors", "protocols", "answer_form"),
+    ("types", "errors", "protocols", "answer_form", "records"),
     ("validation", "provenance", "loopback", "reading", "yaml_tree", "plugins", "flat"),
     ("config", "engine_options"),
     ("core", "sandbox"),
@@ -58,9 +58,9 @@ HOMES: dict[str, tuple[str, ...]] = {
 MAX_FILE_LINES = 700
 MAX_FUNCTION_LINES = 60
 SMALL_FILE_LINES = 60
-MAX_FILES = 277
+MAX_FILES = 278
 MEDIAN_LINES = (130, 250)
-MAX_LINES = 66_108
+MAX_LINES = 66_160
 """Of dmoa/ and jobs/, with room for the features under way; lowered to the next full hundred above what is left."""
 MAX_README_LINES = 180
 LOADED_BY_NAME = ("dmoa.__main__", "dmoa.serving.deploy", "dmoa.bench.vllm_timed")

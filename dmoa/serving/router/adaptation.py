@@ -52,6 +52,8 @@ MAX_JUMP = 10**9
 """How far an update's number may lie above the ledger: one beyond all numbers would be the last that is taken."""
 LOST_S = 60.0
 """Seconds after which a query that began and was not heard of counts as failed; with a deadline, that and 5 more."""
+SAVE_S = 5.0
+"""How often the tests of a trial are saved: a router that starts anew hears again of the queries since."""
 MARGINS = {"failures": 0.05, "lost": 0.05, "tokens": 0.161, "latency": 0.292}
 """What is not worse: 5 more failures in 100, a quarter more tokens, half as much time again (logarithms to base 4)."""
 
@@ -153,7 +155,7 @@ class Adaptation:
         self._usual: deque[tuple[float, int]] = deque(maxlen=MAX_CONTEXTS * guards.BASELINE)
         """Whether the newest queries of versions that are not tried failed, and their contexts."""
         self._control_gate: Gate | None = None
-        self._unlooked, self._heard_unix_s = 0, 0.0
+        self._unlooked, self._heard_unix_s, self._saved_unix_s = 0, 0.0, 0.0
         self._begun: deque[tuple[float, int, int]] = deque()
         self._base: tuple[int, int] = (0, 0)
         self._kept = self._load()
@@ -234,6 +236,7 @@ class Adaptation:
             trial.tests = {name: cast(Tested, arm.state()) for name, arm in self._arms.items()}
         self._kept.contexts = self._contexts.state()
         self._kept.events = self._kept.events[-MAX_EVENTS:]
+        self._saved_unix_s = self._clock()
         self._state.save(self._kept.model_dump(mode="json"), FILE)
 
     def _note(self, action: str, version: str, note: str, **more: Any) -> None:
@@ -492,8 +495,9 @@ class Adaptation:
         readings = [one for one in mine if one.answer.policy == "dmoa"]
         for record, reading in zip(readings, read_queries(readings, self._control_gate or self._versions.gate), strict=True):
             self._add(reading, self._context(record), is_candidate=arms[str(record.answer.gate_version)])
+        lost = sum(trial.lost.values())
         self._add_lost(*begun)
-        return self._conclude() if readings or any(trial.lost.values()) else None
+        return self._conclude(is_told_once=sum(trial.lost.values()) > lost) if readings or any(trial.lost.values()) else None
 
     def _context(self, record: Feedback) -> int:
         route = record.answer.steps[0].route
@@ -534,8 +538,8 @@ class Adaptation:
                 trial.lost[name], trial.heard[name] = trial.lost.get(name, 0) + 1, trial.heard.get(name, 0) + 1
                 self._add(Reading(math.nan, math.nan, math.nan, math.nan, lost=1.0), None, is_candidate=is_candidate)
 
-    def _conclude(self) -> Change | None:
-        """End the trial where the candidate is worse, or has stood it."""
+    def _conclude(self, *, is_told_once: bool) -> Change | None:
+        """End the trial where the candidate is worse, or has stood it; `is_told_once`: feedback will not tell of this again."""
         trial = self._kept.trial
         assert trial is not None
         worse = [name for name, arm in self._arms.items() if arm.is_found]
@@ -545,7 +549,8 @@ class Adaptation:
         change = self._pass(trial) if done and self.mode == "canary" else None
         if done and self.mode == "on":
             self._next_window(trial)
-        self._save()
+        if done or is_told_once or self._clock() - self._saved_unix_s >= SAVE_S:
+            self._save()
         return change
 
     def _roll_back(self, trial: Trial, worse: Sequence[str]) -> Change | None:

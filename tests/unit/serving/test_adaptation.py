@@ -345,14 +345,30 @@ def test_a_restart_in_the_middle_of_a_canary_goes_on_with_it(root: Path) -> None
     found = swarm(root, warm=40, canary_queries=500, **off)
     found.broken = ("code",)
     told = found.offer(found.files((3, 3, 3, 3)), 7)
+    found.heard_every, told_of = 10**9, 0
     while found.adaptation.status()["trial"]["signals"]["failures"]["pairs"] < 2:
         found.ask()
+        found.took(found.adaptation.observe(found.unheard[told_of:], found.router.begun))
+        told_of = len(found.unheard)
     before = found.adaptation.status()["trial"]
     found.start()
+    found.took(found.adaptation.observe(found.unheard, found.router.begun, again=True))  # it hears of all once more
+    found.heard_every, found.unheard = 1, []
     after = found.adaptation.status()
     assert (after["ledger"], after["trial"]) == (7, before)
     assert found.adaptation.split == (told["version"], 0.5)  # two failures in two queries
     until(found, "rolled back", 120)
+
+
+def test_the_tests_of_a_trial_are_written_every_few_seconds_not_with_every_query(root: Path) -> None:
+    found = swarm(root, warm=40, canary_queries=500)
+    assert found.offer(found.files(HOME, seed=1), 1)["accepted"]
+    written = []
+    for _ in range(20):  # a second each
+        found.ask()
+        written.append((root / FILE).read_text())
+    assert 3 <= len(set(written)) <= 5
+    assert json.loads(written[-1])["trial"]["queries"]["control"] > 0
 
 
 @pytest.mark.parametrize(
