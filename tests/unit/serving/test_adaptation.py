@@ -355,7 +355,9 @@ def test_a_restart_in_the_middle_of_a_canary_goes_on_with_it(root: Path) -> None
     found.took(found.adaptation.observe(found.unheard, found.router.begun, again=True))  # it hears of all once more
     found.heard_every, found.unheard = 1, []
     after = found.adaptation.status()
-    assert (after["ledger"], after["trial"]) == (7, before)
+    counted = [{name: of["pairs"] for name, of in trial["signals"].items()} for trial in (before, after["trial"])]
+    assert (after["ledger"], after["trial"]["queries"], counted[1]) == (7, before["queries"], counted[0])
+    assert after["trial"]["signals"]["failures"] == before["signals"]["failures"]
     assert found.adaptation.split == (told["version"], 0.5)  # two failures in two queries
     until(found, "rolled back", 120)
 
